@@ -1,0 +1,1 @@
+"""Environments: the protocol and the built-in ones, by name."""

@@ -1,0 +1,430 @@
+"""Configuration: pydantic models by concern, TOML in, dotted options on top, contradictions refused with their path.
+
+Every field is also a dotted option (``--learner.lr 1e-5``).  Derived bounds are properties.  Unknown keys are refused.
+Durations are seconds, sizes bytes unless the name says otherwise, staleness is counted in learner versions only.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from atpo_async.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Frozen, without unknown keys; one per concern."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunConfig(Section):
+    """The run as a whole."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder name under run.dir")
+    dir: Path = Field(Path("runs"), description="where run folders are made")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of tasks, sampling, model and search")
+    steps: int = Field(100, ge=1, description="learner batches to train")
+
+
+class ModelConfig(Section):
+    """The policy: an ordinary Hugging Face model folder."""
+
+    path: str = Field("", description="model folder, or the name of one in the local Hugging Face cache")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="the engine's precision")
+    max_context_tokens: int = Field(512, ge=8, description="prompt, observations and actions of one path")
+    warm_start: bool = Field(
+        False, description="make and warm-start the environment's small policy if there is none"
+    )
+    warm_start_steps: int = Field(300, ge=0, description="supervised steps of the warm start")
+
+
+class EnvironmentConfig(Section):
+    """The task."""
+
+    name: str = Field("hopqa", description="a built-in environment, or 'package.module:factory'")
+    options: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="passed to the environment"
+    )
+
+
+class SearchConfig(Section):
+    """One tree (ALGORITHM, section 1): M chains, then L rounds of K entropy-guided branches."""
+
+    strategy: Literal["entropy", "random", "none"] = "entropy"
+    initial_rollouts: int = Field(10, ge=1, description="M")
+    rounds: int = Field(2, ge=0, description="L")
+    branches: int = Field(6, ge=1, description="K, per round")
+    sibling_penalty: float = Field(0.05, ge=0, description="alpha in H(n) - alpha * siblings")
+    include_root: bool = Field(False, description="the prompt is a candidate too (the published code)")
+    max_action_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0 for no limit")
+    generate_timeout_s: float = Field(120.0, gt=0, description="one action; past it the branch fails")
+    step_timeout_s: float = Field(60.0, gt=0, description="one environment step; past it the branch fails")
+
+    @property
+    def max_leaves(self) -> int:
+        """M + L*K (M without branching)."""
+        return self.initial_rollouts + (0 if self.strategy == "none" else self.rounds * self.branches)
+
+
+class CreditConfig(Section):
+    """Leaf rewards to advantages (ALGORITHM, section 2)."""
+
+    value_mode: Literal["child_mean", "leaf_mean", "child_softmax", "child_entropy_linear"] = "child_mean"
+    advantage_mode: Literal["node_value", "diff_parent", "diff_global", "diff_localglobal"] = "node_value"
+    normalise_leaves: bool = True
+
+
+class StalenessConfig(Section):
+    """Every knob that decides how old data may be; the unit is learner versions, measured when consumed."""
+
+    max_lag: int = Field(8, ge=0, description="turns older than this are masked, trees older than this dropped")
+    max_uses: int = Field(1, ge=1, description="how often a tree may be served")
+    trees_per_batch: int = Field(16, ge=1, description="trees of one learner batch, over all ranks")
+    publish_every: int = Field(1, ge=1, description="learner batches between two published versions")
+    max_oversampling: float = Field(
+        4.0,
+        ge=1,
+        description="serve a short batch once this many times trees_per_batch came without enough signal",
+    )
+
+    @property
+    def max_trees_pending(self) -> int:
+        """Outstanding plus ready trees that admission allows (DESIGN, task lease)."""
+        return max(1, math.ceil(self.trees_per_batch * (self.max_lag + 1) / self.max_uses))
+
+
+class BufferConfig(Section):
+    """Assembly, priorities, eviction, leases."""
+
+    ready: Literal["complete", "partial"] = "complete"
+    partial_min_leaves: int = Field(2, ge=2)
+    priority_exponent: float = Field(0.6, ge=0, description="a in P_i ~ p_i^a")
+    weight_exponent: float = Field(0.4, ge=0, le=1, description="beta at the first step, annealed to 1")
+    weight_exponent_steps: int = Field(0, ge=0, description="steps of the annealing; 0 for all of run.steps")
+    weights_over_max: bool = Field(True, description="w_PER divided by the batch maximum")
+    priority_max_share: float = Field(0.9, ge=0, le=1, description="eta: share of max|A| in the priority")
+    freshness: float = Field(1.0, gt=0, le=1, description="priority factor per version of lag")
+    max_bytes: int = Field(256 * 1024 * 1024, ge=1024 * 1024)
+    lease_lifetime_s: float = Field(120.0, gt=0)
+    max_reissues: int = Field(3, ge=0, description="a task given up after that many lost leases")
+
+
+class CorrectionConfig(Section):
+    """Off-policy correction (ALGORITHM, section 4)."""
+
+    action: Literal["truncate", "mask", "none"] = "truncate"
+    level: Literal["token", "turn", "sequence"] = "turn"
+    cap: float = Field(2.0, gt=0, description="C")
+    floor: float = Field(0.0, ge=0, description="for mask: weights below are masked too")
+    exponent: Literal["one", "geometric"] = Field("one", description="lambda: 1, or 1/T_n")
+    accept_bias: bool = Field(False, description="allow an off-policy run without the correction")
+
+
+class ObjectiveConfig(Section):
+    """ATPO and its kin (ALGORITHM, section 3)."""
+
+    ratio_level: Literal["token", "turn", "sequence"] = "turn"
+    clip_low: float = Field(3e-3, gt=0, lt=1)
+    clip_high: float = Field(4e-3, gt=0)
+    dual_clip: float | None = Field(3.0, gt=1, description="bound for A < 0; none to switch it off")
+    aggregation: Literal["seq-mean-token-mean", "seq-mean-token-sum", "token-mean"] = "seq-mean-token-mean"
+
+
+class LearnerConfig(Section):
+    """Optimizer, batches, checkpoints."""
+
+    lr: float = Field(1e-6, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_grad_norm: float = Field(1.0, gt=0)
+    minibatches: int = Field(1, ge=1, description="optimizer steps per batch")
+    micro_batch_tokens: int = Field(16384, ge=64, description="padded tokens of one forward pass")
+    checkpoint_every: int = Field(50, ge=1, description="batches between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1)
+    num_processes: int = Field(
+        1, ge=1, description="ranks that the supervisor starts through accelerate launch"
+    )
+    accelerate_config: str | None = Field(
+        None, description="accelerate configuration file (FSDP, DeepSpeed, …)"
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: int | None = Field(
+        None, ge=1, description="torch threads of each rank; none for torch's choice"
+    )
+    max_skipped_updates: int = Field(5, ge=1, description="non-finite updates in a row before the run stops")
+    tensorboard: bool = Field(False, description="also log through Accelerate's TensorBoard tracker")
+
+
+class ActorConfig(Section):
+    """Actors and their engines."""
+
+    count: int = Field(1, ge=0, description="actors that the supervisor starts; 0: they join by hand")
+    trees_in_flight: int = Field(8, ge=1)
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_num_seqs: int = Field(128, ge=1, description="requests the engine runs at once")
+    kv_cache_gb: float = Field(1.0, gt=0, description="on a CPU")
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    tensor_parallel_size: int = Field(1, ge=1)
+    num_threads: int | None = Field(
+        None, ge=1, description="engine threads on a CPU; none for the engine's choice"
+    )
+    clear_cache_on_swap: bool = Field(True, description="recompute keys and values under the new weights")
+    report_every_s: float = Field(2.0, gt=0)
+
+
+class WeightsConfig(Section):
+    """Weights from the learner to the actors."""
+
+    chunk_bytes: int = Field(1 << 20, ge=4096, le=16 << 20)
+    poll_s: float = Field(
+        2.0, gt=0, description="actors ask for the newest version this often, besides the announcement"
+    )
+    shared_memory: bool = Field(True, description="actors on the learner's host map its file")
+    probe_tokens: int = Field(32, ge=2)
+    probe_tolerance: float | None = Field(None, gt=0, description="nats; none: by precision")
+    fetch_timeout_s: float = Field(120.0, gt=0)
+
+
+class LinksConfig(Section):
+    """Sockets.  Port 0: chosen at the start and written to the run folder."""
+
+    host: str = Field("127.0.0.1", description="address to bind; other than loopback needs keys")
+    actors_port: int = Field(0, ge=0, le=65535)
+    learner_port: int = Field(0, ge=0, le=65535)
+    weights_port: int = Field(0, ge=0, le=65535)
+    announce_port: int = Field(0, ge=0, le=65535)
+    keys_dir: Path | None = Field(None, description="folder with the CURVE keys")
+    window: int = Field(256, ge=1, description="messages an actor may have unacknowledged")
+    heartbeat_s: float = Field(2.0, gt=0)
+    deadline_s: float = Field(60.0, gt=0, description="a wait past this is logged with who waits for whom")
+    give_up_s: float = Field(600.0, gt=0, description="a wait past this stops the role loudly")
+    max_message_bytes: int = Field(64 << 20, ge=1 << 16)
+
+
+class EvalConfig(Section):
+    """Greedy evaluation on held-out tasks."""
+
+    every_steps: int = Field(20, ge=0, description="0: only at the start and the end")
+    num_tasks: int = Field(200, ge=1)
+    at_start: bool = True
+    at_end: bool = True
+
+
+class SupervisorConfig(Section):
+    """Starting, watching, restarting, stopping."""
+
+    max_restarts: int = Field(3, ge=0, description="of one role within restart_window_s")
+    restart_window_s: float = Field(300.0, gt=0)
+    backoff_s: float = Field(0.5, ge=0, description="before the first restart; doubles with every further one")
+    max_backoff_s: float = Field(30.0, ge=0)
+    stop_grace_s: float = Field(
+        6.0, gt=0, description="between asking a role to stop and killing its process group"
+    )
+
+
+class Config(Section):
+    """Everything.  ``atpo config CONFIG`` prints it resolved."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
+    search: SearchConfig = SearchConfig()
+    credit: CreditConfig = CreditConfig()
+    staleness: StalenessConfig = StalenessConfig()
+    buffer: BufferConfig = BufferConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    learner: LearnerConfig = LearnerConfig()
+    actor: ActorConfig = ActorConfig()
+    weights: WeightsConfig = WeightsConfig()
+    links: LinksConfig = LinksConfig()
+    eval: EvalConfig = EvalConfig()
+    supervisor: SupervisorConfig = SupervisorConfig()
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Config:
+        s = self.staleness
+        if s.max_lag < s.publish_every - 1:
+            raise ValueError(
+                f"staleness.max_lag = {s.max_lag} cannot hold with staleness.publish_every = {s.publish_every}: batches "
+                f"between two publications are already up to {s.publish_every - 1} versions behind; "
+                f"raise max_lag to at least {s.publish_every - 1} or lower publish_every"
+            )
+        if s.max_lag > 0 and self.correction.action == "none" and not self.correction.accept_bias:
+            raise ValueError(
+                f"correction.action = 'none' with staleness.max_lag = {s.max_lag} trains off-policy without a correction; "
+                "set --correction.action truncate, or --correction.accept_bias true if the bias is what you study"
+            )
+        if self.learner.minibatches > s.trees_per_batch:
+            raise ValueError(
+                f"learner.minibatches = {self.learner.minibatches} exceeds staleness.trees_per_batch = "
+                f"{s.trees_per_batch}: a mini-batch holds at least one tree"
+            )
+        if self.search.max_leaves < 2:
+            raise ValueError(
+                f"search.initial_rollouts = {self.search.initial_rollouts} without branches gives trees of one leaf, "
+                "which never have a signal; use at least 2"
+            )
+        if self.search.max_action_tokens >= self.model.max_context_tokens:
+            raise ValueError(
+                f"search.max_action_tokens = {self.search.max_action_tokens} must be below model.max_context_tokens = "
+                f"{self.model.max_context_tokens}"
+            )
+        if self.correction.action == "mask" and self.correction.floor >= self.correction.cap:
+            raise ValueError(
+                f"correction.floor = {self.correction.floor} must be below correction.cap = {self.correction.cap}"
+            )
+        if self.buffer.ready == "partial" and self.buffer.partial_min_leaves > self.search.max_leaves:
+            raise ValueError(
+                f"buffer.partial_min_leaves = {self.buffer.partial_min_leaves} exceeds the {self.search.max_leaves} "
+                "leaves that search grows"
+            )
+        return self
+
+
+STALENESS_KNOBS: tuple[tuple[str, str], ...] = (
+    ("staleness.max_lag", "turns older than this when consumed are masked; trees older than this are dropped"),
+    ("staleness.max_uses", "a tree is served at most this often"),
+    ("staleness.trees_per_batch", "trees of one learner batch; one batch is one version"),
+    ("staleness.publish_every", "versions between two publications: the least lag is 0 to this minus 1"),
+    ("staleness.max_oversampling", "bounds how many trees without signal one step may use up"),
+    ("actor.count", "more actors, more trees under way at once"),
+    ("actor.trees_in_flight", "trees one actor grows at once"),
+    (
+        "actor.clear_cache_on_swap",
+        "whether requests in flight recompute their keys and values under new weights",
+    ),
+    ("weights.poll_s", "how late an actor may hear of a version when an announcement is lost"),
+    ("learner.minibatches", "optimizer steps inside one version"),
+    ("buffer.freshness", "priority factor per version of lag"),
+    ("correction.action", "what is done about the lag that remains"),
+    ("correction.level", "granularity of the importance weight"),
+    ("correction.cap", "largest importance weight"),
+)
+"""Every knob that bears on staleness, with what it does; ``atpo config`` prints them in one table."""
+
+
+def load(path: Path | str, overrides: Mapping[str, str] | None = None) -> Config:
+    """Read a TOML file and put dotted overrides on top.
+
+    Args:
+        path: the TOML file.
+        overrides: dotted path -> text, parsed as a TOML value, or taken as a string where that fails.
+
+    Raises:
+        ConfigError: the file is missing or no TOML; a key is unknown; a value is out of range; values contradict.
+    """
+    file = Path(path)
+    try:
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"configuration {file} does not exist; configs/demo.toml is one to start from"
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"configuration {file} is a folder; name a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"configuration {file} is no valid TOML: {exc}") from None
+    for key, text in (overrides or {}).items():
+        _put(data, key, text)
+    return build(data, source=str(file))
+
+
+def build(data: Mapping[str, Any], *, source: str = "configuration") -> Config:
+    """Validate a nested mapping.  Raises ConfigError with one line per fault, each with its dotted path."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as exc:
+        raise ConfigError("\n".join(_fault(e, source) for e in exc.errors())) from None
+
+
+def _put(data: dict[str, Any], dotted: str, text: str) -> None:
+    *parents, leaf = dotted.split(".")
+    if not parents:
+        raise ConfigError(
+            f"option --{dotted} names no field; use --section.field, for instance --learner.lr 1e-5"
+        )
+    here: Any = data
+    for part in parents:
+        here = here.setdefault(part, {})
+        if not isinstance(here, dict):
+            raise ConfigError(f"option --{dotted}: {part} is a value, not a section")
+    here[leaf] = parse_value(text)
+
+
+def parse_value(text: str) -> Any:
+    """A TOML value, ``none`` for None, or the text itself."""
+    if text.lower() in ("none", "null"):
+        return None
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _fault(error: Any, source: str) -> str:
+    path = ".".join(str(p) for p in error["loc"])
+    value = error.get("input")
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        return (
+            f"{path}: unknown key (value {value!r}) in {source}; known in {_section_of(path)}: {_known(path)}"
+        )
+    if kind == "value_error" and not path:
+        return str(error["ctx"]["error"])
+    bounds = {
+        "greater_than_equal": ("ge", ">="),
+        "greater_than": ("gt", ">"),
+        "less_than_equal": ("le", "<="),
+        "less_than": ("lt", "<"),
+    }
+    if kind in bounds:
+        key, sign = bounds[kind]
+        return f"{path} must be {sign} {error['ctx'][key]}, got {value!r}"
+    if kind == "literal_error":
+        return f"{path} must be one of {error['ctx']['expected']}, got {value!r}"
+    return f"{path}: {error['msg']}, got {value!r}"
+
+
+def _section_of(path: str) -> str:
+    section = path.rpartition(".")[0]
+    return f"[{section}]" if section else "the file"
+
+
+def _known(path: str) -> str:
+    model: type[BaseModel] = Config
+    for part in path.split(".")[:-1]:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return ", ".join(model.model_fields)
+
+
+def fields(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> pydantic FieldInfo of every leaf field."""
+    found: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        annotation = info.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            found.update(fields(annotation, f"{prefix}{name}."))
+        else:
+            found[f"{prefix}{name}"] = info
+    return found

@@ -1,0 +1,1 @@
+"""The buffer: turns in, trees out, nothing acknowledged is lost."""

@@ -1,0 +1,1 @@
+"""The learner: batch, pack, loss, step, publish."""
