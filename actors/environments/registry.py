@@ -1,0 +1,64 @@
+"""Environments by name: the built-in ones, or ``package.module:factory`` of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from actors.environments.base import Environment
+from atpo_async.errors import AtpoError, ConfigError, SetupError
+
+Option = bool | int | float | str
+Factory = Callable[..., Environment]
+
+BUILT_IN: dict[str, str] = {"hopqa": "actors.environments.hopqa:make"}
+"""Name -> ``module:factory``; imported only when asked for."""
+
+
+def known() -> tuple[str, ...]:
+    return tuple(sorted(BUILT_IN))
+
+
+def make(name: str, tokenizer: Path | str, **options: Option) -> Environment:
+    """Build an environment.
+
+    Args:
+        name: a built-in name, or ``package.module:factory``, called as ``factory(tokenizer, **options)``.
+        tokenizer: folder of the policy's tokenizer.
+        options: ``environment.options`` of the configuration.
+
+    Raises:
+        ConfigError: no such environment, or options it does not take.
+        SetupError: the user's module cannot be imported, or its factory fails.
+    """
+    target = BUILT_IN.get(name, name)
+    factory = _factory(name, target)
+    try:
+        return factory(tokenizer, **options)
+    except AtpoError:
+        raise
+    except TypeError as exc:
+        raise ConfigError(f"environment.options {options!r} do not fit environment {name!r}: {exc}") from exc
+    except Exception as exc:
+        raise SetupError(f"environment {name!r} could not be made: {type(exc).__name__}: {exc}") from exc
+
+
+def _factory(name: str, target: str) -> Factory:
+    module_name, colon, attribute = target.partition(":")
+    if not (colon and module_name and attribute):
+        raise ConfigError(
+            f"environment.name = {name!r} is unknown; known: {', '.join(known())}, "
+            "or 'package.module:factory' for your own"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as exc:  # a user's module may fail in any way while it is imported
+        raise SetupError(
+            f"environment.name = {name!r}: module {module_name!r} cannot be imported: {type(exc).__name__}: {exc}"
+        ) from exc
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise ConfigError(f"environment.name = {name!r}: module {module_name!r} has no factory {attribute!r}")
+    return cast(Factory, factory)
