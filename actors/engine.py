@@ -80,9 +80,7 @@ class Engine(Protocol):
     async def start(self) -> None:
         """Load the model and warm up.  Raises SetupError if the model or the device is not there."""
 
-    async def generate(
-        self, prompt: Sequence[int] | np.ndarray, sampling: Sampling, *, request_id: str
-    ) -> Generation:
+    async def generate(self, prompt: Sequence[int] | np.ndarray, sampling: Sampling, *, request_id: str) -> Generation:
         """Sample one action after ``prompt``.  Raises GenerationFailed; cancelling it aborts the request."""
 
     async def swap(self, weights: WeightsFile) -> SwapReport:

@@ -38,9 +38,7 @@ class ModelConfig(Section):
     path: str = Field("", description="model folder, or the name of one in the local Hugging Face cache")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="the engine's precision")
     max_context_tokens: int = Field(512, ge=8, description="prompt, observations and actions of one path")
-    warm_start: bool = Field(
-        False, description="make and warm-start the environment's small policy if there is none"
-    )
+    warm_start: bool = Field(False, description="make and warm-start the environment's small policy if there is none")
     warm_start_steps: int = Field(300, ge=0, description="supervised steps of the warm start")
 
 
@@ -48,9 +46,7 @@ class EnvironmentConfig(Section):
     """The task."""
 
     name: str = Field("hopqa", description="a built-in environment, or 'package.module:factory'")
-    options: dict[str, bool | int | float | str] = Field(
-        default_factory=dict, description="passed to the environment"
-    )
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict, description="passed to the environment")
 
 
 class SearchConfig(Section):
@@ -153,18 +149,12 @@ class LearnerConfig(Section):
     micro_batch_tokens: int = Field(16384, ge=64, description="padded tokens of one forward pass")
     checkpoint_every: int = Field(50, ge=1, description="batches between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
-    num_processes: int = Field(
-        1, ge=1, description="ranks that the supervisor starts through accelerate launch"
-    )
-    accelerate_config: str | None = Field(
-        None, description="accelerate configuration file (FSDP, DeepSpeed, …)"
-    )
+    num_processes: int = Field(1, ge=1, description="ranks that the supervisor starts through accelerate launch")
+    accelerate_config: str | None = Field(None, description="accelerate configuration file (FSDP, DeepSpeed, …)")
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_threads: int | None = Field(
-        None, ge=1, description="torch threads of each rank; none for torch's choice"
-    )
+    num_threads: int | None = Field(None, ge=1, description="torch threads of each rank; none for torch's choice")
     max_skipped_updates: int = Field(5, ge=1, description="non-finite updates in a row before the run stops")
     tensorboard: bool = Field(False, description="also log through Accelerate's TensorBoard tracker")
 
@@ -180,9 +170,7 @@ class ActorConfig(Section):
     kv_cache_gb: float = Field(1.0, gt=0, description="on a CPU")
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     tensor_parallel_size: int = Field(1, ge=1)
-    num_threads: int | None = Field(
-        None, ge=1, description="engine threads on a CPU; none for the engine's choice"
-    )
+    num_threads: int | None = Field(None, ge=1, description="engine threads on a CPU; none for the engine's choice")
     clear_cache_on_swap: bool = Field(True, description="recompute keys and values under the new weights")
     report_every_s: float = Field(2.0, gt=0)
 
@@ -232,9 +220,7 @@ class SupervisorConfig(Section):
     restart_window_s: float = Field(300.0, gt=0)
     backoff_s: float = Field(0.5, ge=0, description="before the first restart; doubles with every further one")
     max_backoff_s: float = Field(30.0, ge=0)
-    stop_grace_s: float = Field(
-        6.0, gt=0, description="between asking a role to stop and killing its process group"
-    )
+    stop_grace_s: float = Field(6.0, gt=0, description="between asking a role to stop and killing its process group")
 
 
 class Config(Section):
@@ -261,13 +247,13 @@ class Config(Section):
         s = self.staleness
         if s.max_lag < s.publish_every - 1:
             raise ValueError(
-                f"staleness.max_lag = {s.max_lag} cannot hold with staleness.publish_every = {s.publish_every}: batches "
-                f"between two publications are already up to {s.publish_every - 1} versions behind; "
+                f"staleness.max_lag = {s.max_lag} cannot hold with staleness.publish_every = {s.publish_every}: "
+                f"batches between two publications are already up to {s.publish_every - 1} versions behind; "
                 f"raise max_lag to at least {s.publish_every - 1} or lower publish_every"
             )
         if s.max_lag > 0 and self.correction.action == "none" and not self.correction.accept_bias:
             raise ValueError(
-                f"correction.action = 'none' with staleness.max_lag = {s.max_lag} trains off-policy without a correction; "
+                f"correction.action = 'none' with staleness.max_lag = {s.max_lag} trains off-policy uncorrected: "
                 "set --correction.action truncate, or --correction.accept_bias true if the bias is what you study"
             )
         if self.learner.minibatches > s.trees_per_batch:
@@ -333,9 +319,7 @@ def load(path: Path | str, overrides: Mapping[str, str] | None = None) -> Config
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            f"configuration {file} does not exist; configs/demo.toml is one to start from"
-        ) from None
+        raise ConfigError(f"configuration {file} does not exist; configs/demo.toml is one to start from") from None
     except IsADirectoryError:
         raise ConfigError(f"configuration {file} is a folder; name a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
@@ -356,9 +340,7 @@ def build(data: Mapping[str, Any], *, source: str = "configuration") -> Config:
 def _put(data: dict[str, Any], dotted: str, text: str) -> None:
     *parents, leaf = dotted.split(".")
     if not parents:
-        raise ConfigError(
-            f"option --{dotted} names no field; use --section.field, for instance --learner.lr 1e-5"
-        )
+        raise ConfigError(f"option --{dotted} names no field; use --section.field, for instance --learner.lr 1e-5")
     here: Any = data
     for part in parents:
         here = here.setdefault(part, {})
@@ -384,9 +366,7 @@ def _fault(error: Any, source: str) -> str:
     value = error.get("input")
     kind = error["type"]
     if kind == "extra_forbidden":
-        return (
-            f"{path}: unknown key (value {value!r}) in {source}; known in {_section_of(path)}: {_known(path)}"
-        )
+        return f"{path}: unknown key (value {value!r}) in {source}; known in {_section_of(path)}: {_known(path)}"
     if kind == "value_error" and not path:
         return str(error["ctx"]["error"])
     bounds = {

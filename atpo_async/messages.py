@@ -26,6 +26,17 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 # --- actor -> buffer -------------------------------------------------------------------------------------------
 
 
+class ActorHello(Message, frozen=True, tag="actor_hello"):
+    """Actor introduces itself.  Answered by ``Welcome``, or ``Refused`` for another protocol or run."""
+
+    protocol: int
+    run: str
+    """The run it expects; empty to join whatever runs there."""
+    actor: str
+    environment: str
+    search_leaves: int
+
+
 class LeaseRequest(Message, frozen=True, tag="lease_request"):
     """Actor asks for up to ``count`` trees to grow.  Answered by ``Leases``."""
 
@@ -77,7 +88,7 @@ class ActorReport(Message, frozen=True, tag="actor_report"):
     metrics: dict[str, float]
 
 
-ActorToBuffer = LeaseRequest | TreeOpened | Turn | TreeClosed | LeaseReturned | ActorReport
+ActorToBuffer = ActorHello | LeaseRequest | TreeOpened | Turn | TreeClosed | LeaseReturned | ActorReport
 
 
 # --- buffer -> actor -------------------------------------------------------------------------------------------
@@ -99,6 +110,14 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Turns already committed by an earlier holder: go on from them."""
 
 
+class Welcome(Message, frozen=True, tag="welcome"):
+    """Buffer's answer to ``ActorHello``: the run, and where the weights are (empty until the learner has said so)."""
+
+    run: str
+    weights_endpoint: str
+    announce_endpoint: str
+
+
 class Leases(Message, frozen=True, tag="leases"):
     """Buffer's answer to ``LeaseRequest``; fewer than asked, or none, when admission is closed."""
 
@@ -116,7 +135,7 @@ class Refused(Message, frozen=True, tag="refused"):
     reason: str
 
 
-BufferToActor = Leases | Refused
+BufferToActor = Welcome | Leases | Refused
 
 
 # --- learner -> buffer -----------------------------------------------------------------------------------------
@@ -147,10 +166,12 @@ class Trained(Message, frozen=True, tag="trained"):
 
 
 class VersionPublished(Message, frozen=True, tag="version_published"):
-    """Learner tells the buffer which version the actors can get."""
+    """Learner tells the buffer which version the actors can get, and where."""
 
     run: str
     version: int
+    weights_endpoint: str
+    announce_endpoint: str
 
 
 class EvalRequest(Message, frozen=True, tag="eval_request"):

@@ -141,7 +141,8 @@ class TurnTree:
         parts = [self.prompt]
         for turn in self.path(turn_id):
             parts += [turn.observation, turn.action]
-        return np.concatenate(parts).astype(np.int32, copy=False)
+        tokens: np.ndarray = np.concatenate(parts).astype(np.int32, copy=False)
+        return tokens
 
     def pruned(self) -> TurnTree:
         """Without turns that lead to no finished leaf (failed branches, chains still growing)."""
