@@ -6,9 +6,11 @@ Durations are seconds, sizes bytes unless the name says otherwise, staleness is 
 
 from __future__ import annotations
 
+import difflib
+import json
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -306,10 +308,10 @@ STALENESS_KNOBS: tuple[tuple[str, str], ...] = (
 
 
 def load(path: Path | str, overrides: Mapping[str, str] | None = None) -> Config:
-    """Read a TOML file and put dotted overrides on top.
+    """Read a TOML file (or the config.json of a run folder) and put dotted overrides on top.
 
     Args:
-        path: the TOML file.
+        path: the TOML or JSON file.
         overrides: dotted path -> text, parsed as a TOML value, or taken as a string where that fails.
 
     Raises:
@@ -317,15 +319,20 @@ def load(path: Path | str, overrides: Mapping[str, str] | None = None) -> Config
     """
     file = Path(path)
     try:
-        data = tomllib.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        data = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"configuration {file} does not exist; configs/demo.toml is one to start from") from None
     except IsADirectoryError:
         raise ConfigError(f"configuration {file} is a folder; name a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"configuration {file} is no valid TOML: {exc}") from None
-    for key, text in (overrides or {}).items():
-        _put(data, key, text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(
+            f"configuration {file} is no valid {'JSON' if file.suffix == '.json' else 'TOML'}: {exc}"
+        ) from None
+    except OSError as exc:
+        raise ConfigError(f"configuration {file} cannot be read: {exc.strerror}") from None
+    for key, value in (overrides or {}).items():
+        _put(data, key, value)
     return build(data, source=str(file))
 
 
@@ -396,6 +403,56 @@ def _known(path: str) -> str:
             break
         model = annotation
     return ", ".join(model.model_fields)
+
+
+def get(config: Config, dotted: str) -> Any:
+    """The value of a dotted field.  Raises ConfigError naming near matches where there is none."""
+    here: Any = config
+    for part in dotted.split("."):
+        if not isinstance(here, BaseModel) or part not in type(here).model_fields:
+            raise ConfigError(unknown_option(dotted))
+        here = getattr(here, part)
+    return here
+
+
+def unknown_option(dotted: str) -> str:
+    """One line that names an option that is no field, and the ones the user may have meant."""
+    known = fields()
+    near = difflib.get_close_matches(dotted, known, n=3, cutoff=0.6)
+    leaf = dotted.rpartition(".")[2]
+    near += [name for name in known if name.rpartition(".")[2] == leaf and name not in near]
+    hint = f"did you mean {', '.join('--' + name for name in near[:4])}?" if near else "`atpo config` lists every field"
+    return f"--{dotted}: unknown option; {hint}"
+
+
+def split_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Take dotted options (``--a.b value``, ``--a.b=value``) out of a command line.
+
+    Returns what is left, in order, and dotted path -> text.  A dotted option at the end, or before another option,
+    without a value means true.  Raises ConfigError for an option that is no field.
+    """
+    rest: list[str] = []
+    options: dict[str, str] = {}
+    known = fields()
+    i = 0
+    while i < len(argv):
+        word = argv[i]
+        i += 1
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in name:
+            rest.append(word)
+            continue
+        name = name.replace("-", "_")
+        if name not in known and not name.startswith("environment.options."):
+            raise ConfigError(unknown_option(name))
+        if not equals:
+            if i < len(argv) and not argv[i].startswith("--"):
+                value = argv[i]
+                i += 1
+            else:
+                value = "true"
+        options[name] = value
+    return rest, options
 
 
 def fields(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,175 @@
+"""Metrics: kinds (mean, sum, quantiles, gauge) collected in a process, and one JSON line per report in a shared file.
+
+A line is ``{"time", "source", "step", "version", "metrics": {name: number}}``; ``time`` is Unix seconds.  Every role
+may append to the same file: a line is one ``write`` to a file opened for appending, so lines never mix.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One line of a metrics file."""
+
+    time: float
+    """Unix seconds."""
+    source: str
+    """The role that wrote it: ``learner``, ``buffer``, ``actor-0``, ``supervisor``."""
+    step: int
+    version: int
+    metrics: Mapping[str, float]
+
+
+class MetricsWriter:
+    """Appends records to a metrics file.  Numbers that are not finite are left out and counted."""
+
+    def __init__(self, path: Path, *, source: str) -> None:
+        self.source = source
+        self.dropped = 0
+        """Non-finite values left out so far; also written as ``metrics/dropped`` once there is one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd: int | None = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        size = os.fstat(self._fd).st_size
+        if size and os.pread(self._fd, 1, size - 1) != b"\n":
+            # A writer died in mid-line: end its line, or the next record is lost with it.
+            os.write(self._fd, b"\n")
+
+    def write(self, *, step: int, version: int, metrics: Mapping[str, float], time_s: float | None = None) -> None:
+        """Append one record.  ``time_s`` is Unix seconds; now where None."""
+        finite: dict[str, float] = {}
+        for name, value in metrics.items():
+            number = float(value)
+            if math.isfinite(number):
+                finite[name] = int(number) if number.is_integer() and abs(number) < 2**53 else number
+            else:
+                self.dropped += 1
+        if self.dropped:
+            finite["metrics/dropped"] = self.dropped
+        line = json.dumps(
+            {
+                "time": round(time.time() if time_s is None else time_s, 3),
+                "source": self.source,
+                "step": int(step),
+                "version": int(version),
+                "metrics": finite,
+            },
+            separators=(",", ":"),
+        )
+        if self._fd is None:
+            raise ValueError("metrics writer is closed")
+        data = line.encode() + b"\n"
+        while data:
+            data = data[os.write(self._fd, data) :]
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class Aggregator:
+    """Collects values between two reports; ``flush`` returns them by name and starts over."""
+
+    def __init__(self) -> None:
+        self._means: dict[str, tuple[float, float]] = {}
+        self._sums: dict[str, float] = {}
+        self._samples: dict[str, list[float]] = {}
+        self._gauges: dict[str, float] = {}
+
+    def mean(self, name: str, value: float, weight: float = 1.0) -> None:
+        """Weighted mean of the values since the last flush."""
+        total, weights = self._means.get(name, (0.0, 0.0))
+        self._means[name] = (total + float(value) * weight, weights + weight)
+
+    def add(self, name: str, value: float) -> None:
+        """Sum of the values since the last flush."""
+        self._sums[name] = self._sums.get(name, 0.0) + float(value)
+
+    def observe(self, name: str, values: Iterable[float]) -> None:
+        """Distribution: becomes ``name/mean``, ``name/p95`` and ``name/max``."""
+        self._samples.setdefault(name, []).extend(float(v) for v in values)
+
+    def gauge(self, name: str, value: float) -> None:
+        """The last value; it is kept over flushes until it is set again."""
+        self._gauges[name] = float(value)
+
+    def flush(self) -> dict[str, float]:
+        """Name -> number of everything collected; means without weight and empty distributions are left out."""
+        out = dict(self._gauges)
+        out.update(self._sums)
+        out.update({name: total / weight for name, (total, weight) in self._means.items() if weight})
+        for name, values in self._samples.items():
+            if values:
+                out[f"{name}/mean"] = math.fsum(values) / len(values)
+                out[f"{name}/p95"] = quantile(values, 0.95)
+                out[f"{name}/max"] = max(values)
+        self._means.clear()
+        self._sums.clear()
+        self._samples.clear()
+        return out
+
+
+def quantile(values: Iterable[float], q: float) -> float:
+    """The ``q`` quantile of at least one value, linear between neighbours (numpy's default)."""
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def parse_record(line: str | bytes) -> Record | None:
+    """One line of a metrics file, or None where it is no record (a writer died in mid-line)."""
+    try:
+        data: Any = json.loads(line)
+        return Record(
+            time=float(data["time"]),
+            source=str(data["source"]),
+            step=int(data["step"]),
+            version=int(data["version"]),
+            metrics={str(k): float(v) for k, v in data["metrics"].items()},
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def read_metrics(path: Path) -> Iterator[Record]:
+    """All records of a file in the order written; nothing where the file is missing."""
+    yield from MetricsTail(path).new()
+
+
+class MetricsTail:
+    """Reads what others append to a metrics file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def new(self) -> list[Record]:
+        """Records written since the last call.  A line not ended yet is left for the next call."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        end = data.rfind(b"\n") + 1
+        self._offset += end
+        records = (parse_record(line) for line in data[:end].splitlines())
+        return [record for record in records if record is not None]

@@ -1,0 +1,288 @@
+"""The frame of a role's process: arguments, logging, signals, exit codes, and the tie to the supervisor's life.
+
+Exit codes: 0 the role's work is done; 1 a crash; 2 something only the user can mend (the supervisor does not try
+again); 3 a failure with a name that another attempt may mend; 128 + n ended by signal n.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from atpo_async import config as configuration
+from atpo_async.config import Config
+from atpo_async.errors import AtpoError, ConfigError, EnvironmentBroken, RunMismatch, SetupError
+from atpo_async.rundir import Endpoints, RunDir
+
+EXIT_DONE, EXIT_CRASH, EXIT_USER, EXIT_FAILURE = 0, 1, 2, 3
+
+SUPERVISOR_PID = "ATPO_SUPERVISOR_PID"
+"""Environment variable by which a role knows that it is supervised, and by whom."""
+
+ERROR_PREFIX = "error: "
+"""Begins the one line in which a role or the command line says what went wrong."""
+
+EXIT_DEADLINE_S = 5.0
+"""After its work a process may take this long for its clean-up; then it ends."""
+
+
+@dataclass(kw_only=True)
+class RoleContext:
+    """What a role's main gets."""
+
+    config: Config
+    run_id: str
+    """Empty for an actor that joined by address: whatever runs there."""
+    rundir: RunDir | None
+    """None for an actor that joined by address."""
+    endpoints: Endpoints
+    name: str
+    """``actor-0``, ``buffer``, ``learner``, or as given by --name."""
+    index: int
+    stopping: asyncio.Event
+    """Set by SIGTERM, SIGINT, or the supervisor's end: finish what must be finished and return."""
+    log: logging.Logger
+    supervised: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.index
+
+
+def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequence[str]) -> NoReturn:
+    """Run a role to its end and exit with its code.
+
+    Arguments: ``RUN_DIR [--index N] [--name X] [--debug]``, or for an actor without the run's folder
+    ``--config FILE --join HOST:PORT [--dotted.option value …]``.
+
+    A first SIGTERM or SIGINT sets ``stopping``; a second one cancels ``main``.  Supervised (``ATPO_SUPERVISOR_PID``
+    is set), the role ends when its supervisor does.
+    """
+    debug = "--debug" in argv
+    code = EXIT_CRASH
+    supervised = SUPERVISOR_PID in os.environ
+    try:
+        context = _context(name, list(argv))
+        code = asyncio.run(_serve(main, context))
+    except AtpoError as exc:
+        if debug:
+            traceback.print_exc()
+        print(f"{ERROR_PREFIX}{exc}", file=sys.stderr, flush=True)
+        code = exit_code(exc) if supervised else EXIT_USER
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        code = 128 + signal.SIGINT
+    except SystemExit as exc:
+        code = exc.code if isinstance(exc.code, int) else EXIT_CRASH
+    except BaseException as exc:
+        traceback.print_exc()
+        print(f"{ERROR_PREFIX}{name}: {type(exc).__name__}: {exc}", file=sys.stderr, flush=True)
+        code = EXIT_CRASH
+    _exit_within(EXIT_DEADLINE_S, code)
+    sys.exit(code)
+
+
+def exit_code(error: AtpoError) -> int:
+    """2 where only the user can mend it, 3 where another attempt may."""
+    return EXIT_USER if isinstance(error, ConfigError | SetupError | RunMismatch | EnvironmentBroken) else EXIT_FAILURE
+
+
+def parse_address(text: str) -> str:
+    """``HOST:PORT`` or ``tcp://HOST:PORT`` as an endpoint.  Raises ConfigError."""
+    host, colon, port = text.removeprefix("tcp://").rpartition(":")
+    if not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ConfigError(f"--join {text}: neither a run folder nor HOST:PORT")
+    return f"tcp://{host}:{port}"
+
+
+def is_supervised() -> bool:
+    return SUPERVISOR_PID in os.environ
+
+
+def die_with_parent(signum: int = signal.SIGTERM) -> None:
+    """Linux: get ``signum`` when the parent dies.  Elsewhere nothing (the watching thread does it, later)."""
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, int(signum), 0, 0, 0)
+
+
+def _load_prctl() -> Callable[..., int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    import ctypes
+
+    try:
+        function: Callable[..., int] = ctypes.CDLL(None).prctl
+    except (OSError, AttributeError):
+        return None
+    return function
+
+
+_PR_SET_PDEATHSIG = 1
+_prctl = _load_prctl()  # at import: between fork and exec nothing may be loaded
+
+
+def _context(name: str, argv: list[str]) -> RoleContext:
+    rest, options = configuration.split_options(argv)
+    parser = argparse.ArgumentParser(prog=f"python -m {name}s" if name == "actor" else f"python -m {name}")
+    parser.add_argument("run_dir", nargs="?", help="folder of the run")
+    parser.add_argument("--config", help="configuration, to join without the run's folder")
+    parser.add_argument("--join", help="HOST:PORT of the buffer, to join without the run's folder")
+    parser.add_argument("--index", type=int, default=None)
+    parser.add_argument("--name", default=None)
+    parser.add_argument("--debug", action="store_true")
+    args = parser.parse_args(rest)
+
+    index = args.index if args.index is not None else int(os.environ.get("RANK", "0"))
+    given = args.name
+    if args.run_dir is not None:
+        if args.config or args.join or options:
+            raise ConfigError(
+                f"{args.run_dir}: a role in a run folder takes its configuration from there; leave out "
+                "--config, --join and dotted options"
+            )
+        rundir: RunDir | None = RunDir.open(args.run_dir)
+        assert rundir is not None
+        config, run_id, endpoints = rundir.config, rundir.run_id, rundir.read_endpoints()
+        default = f"{name}-{index}" if name == "actor" else name
+    elif args.config and args.join:
+        if name != "actor":
+            raise ConfigError(f"a {name} joins by the run's folder, not by address: it shares files with the run")
+        rundir, run_id = None, ""
+        config = configuration.load(args.config, options)
+        endpoints = Endpoints(actors=parse_address(args.join))
+        default = hand_name(name)
+    else:
+        raise ConfigError(f"{parser.prog} needs RUN_DIR, or --config FILE --join HOST:PORT")
+    role_name = given or default
+    return RoleContext(
+        config=config,
+        run_id=run_id,
+        rundir=rundir,
+        endpoints=endpoints,
+        name=role_name,
+        index=index,
+        stopping=asyncio.Event(),
+        log=_logger(role_name),
+        supervised=is_supervised(),
+    )
+
+
+def hand_name(role: str) -> str:
+    """A name that no other process of the run has: ``actor-myhost-4711``."""
+    return f"{role}-{socket.gethostname()}-{os.getpid()}"
+
+
+def _logger(name: str) -> logging.Logger:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    for noisy in ("httpx", "urllib3", "filelock", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return logging.getLogger(name)
+
+
+async def _serve(main: Callable[[RoleContext], Awaitable[None]], context: RoleContext) -> int:
+    """Run ``main`` under signals.  Waits for: main.  Unblocked by: its return, a second signal cancelling it."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+    received: list[int] = []
+
+    def on_signal(signum: int) -> None:
+        received.append(signum)
+        if len(received) == 1:
+            context.log.info("%s: stopping", signal.Signals(signum).name)
+            context.stopping.set()
+        else:
+            context.log.warning("%s again: cancelling", signal.Signals(signum).name)
+            task.cancel()
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(NotImplementedError):  # not on Windows
+            loop.add_signal_handler(signum, on_signal, signum)
+    if context.supervised:
+
+        def supervisor_gone() -> None:
+            # The death signal may have said so already: a second one would cut the clean end short.
+            if not received:
+                on_signal(signal.SIGTERM)
+
+        _tie_to_supervisor(loop, supervisor_gone, grace_s=context.config.supervisor.stop_grace_s)
+    try:
+        await main(context)
+    except asyncio.CancelledError:
+        if not received:
+            raise
+    return 128 + received[0] if received else EXIT_DONE
+
+
+def _tie_to_supervisor(loop: asyncio.AbstractEventLoop, stop: Callable[[], None], *, grace_s: float) -> None:
+    """End this role when its supervisor ends.
+
+    The death signal comes at once, but to a parent's child only (a rank's parent is the launcher) and not on every
+    system; a thread looks after the supervisor itself, and ends the whole process group when a clean end takes too
+    long or the loop is stuck.
+    """
+    supervisor = int(os.environ[SUPERVISOR_PID])
+    die_with_parent()
+
+    def watch() -> None:
+        while _alive(supervisor):
+            time.sleep(1.0)
+        with contextlib.suppress(RuntimeError):  # the loop may be closed already
+            loop.call_soon_threadsafe(stop)
+        time.sleep(grace_s)
+        kill_own_group()
+
+    threading.Thread(target=watch, name="supervisor-watch", daemon=True).start()
+
+
+def kill_own_group() -> None:
+    """End this process and all that it started, if the supervisor gave it a group of its own; else itself alone."""
+    group = os.getpgid(0)
+    if is_supervised() and group != _group_of(int(os.environ[SUPERVISOR_PID])):
+        os.killpg(group, signal.SIGKILL)
+    os._exit(EXIT_CRASH)
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return None
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process runs; a dead one that nobody has waited for does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except (OSError, IndexError):
+        return not os.path.isdir("/proc/self")
+
+
+def _exit_within(seconds: float, code: int) -> None:
+    """A library's thread or exit hook must not keep a finished role alive."""
+
+    def end() -> None:
+        time.sleep(seconds)
+        os._exit(code)
+
+    threading.Thread(target=end, name="exit-deadline", daemon=True).start()

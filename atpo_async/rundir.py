@@ -1,0 +1,334 @@
+"""The folder of a run: its layout, atomic writes, the durable version counter, the link to the latest run.
+
+runs/<name>/
+  run.json          run_id, name, when it was made; its presence makes the folder a run
+  config.json       the resolved configuration
+  versions.json     Python, platform, packages (older ones as versions.<n>.json after an upgrade)
+  endpoints.json    where the roles listen
+  version           the next version number
+  metrics.jsonl     one record a line
+  trees.jsonl       a few trees for the report
+  logs/<role>.<attempt>.log
+  checkpoints/      of the learner
+  scratch/          files that mean nothing once the run stands still
+runs/latest         link to the run started last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from atpo_async import config as configuration
+from atpo_async.config import Config
+from atpo_async.errors import ConfigError, RunMismatch, SetupError
+
+MAY_CHANGE: tuple[str, ...] = (
+    "run.steps",
+    "run.dir",
+    "supervisor.*",
+    "eval.*",
+    "links.*",
+    "actor.*",
+    "learner.checkpoint_every",
+    "learner.keep_checkpoints",
+)
+"""Fields that a resumed run may have otherwise than when it was made: none bears on what is being learned."""
+
+LATEST = "latest"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where the roles of a run listen: ``tcp://host:port``, empty where not known (an actor that joined by address)."""
+
+    actors: str = ""
+    """The buffer, for actors."""
+    learner: str = ""
+    """The buffer, for the learner."""
+    weights: str = ""
+    """The learner, for weights."""
+    announce: str = ""
+    """The learner, for announcements of versions."""
+
+
+class RunDir:
+    """An open run folder."""
+
+    def __init__(self, path: Path, *, run_id: str, config: Config) -> None:
+        self.path = path
+        self.run_id = run_id
+        self.config = config
+
+    @classmethod
+    def create(cls, config: Config, *, resume: bool = True) -> RunDir:
+        """Make ``run.dir/run.name``, or open it again with the same configuration.
+
+        The folder appears complete or not at all.  ``latest`` points to it afterwards.
+
+        Raises:
+            RunMismatch: the folder was made by another configuration (names each differing field), or exists and
+                ``resume`` is false.
+            SetupError: the folder is there and is no run, or cannot be made.
+        """
+        path = config.run.dir / config.run.name
+        if config.run.name == LATEST:
+            raise SetupError(f"run.name = {LATEST!r} is kept for the link to the latest run; use another --run.name")
+        if (path / "run.json").is_file():
+            if not resume:
+                raise RunMismatch(f"run folder {path} exists already; use another --run.name, or resume it")
+            run = cls.open(path)
+            differing = differences(run.config, config)
+            if differing:
+                raise RunMismatch(_mismatch(path, differing))
+            if run.config != config:
+                run.config = config
+                write_atomic(path / "config.json", _dump(config.model_dump(mode="json")))
+            run._note_versions()
+        else:
+            run = cls._make(path, config)
+        _point_latest(config.run.dir, config.run.name)
+        return run
+
+    @classmethod
+    def _make(cls, path: Path, config: Config) -> RunDir:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise SetupError(f"{path} exists and is no run folder (it has no run.json); use another --run.name")
+        run_id = f"{config.run.name}-{secrets.token_hex(4)}"
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            aside.mkdir(parents=True)
+            for folder in ("logs", "checkpoints"):
+                (aside / folder).mkdir()
+            write_atomic(aside / "config.json", _dump(config.model_dump(mode="json")))
+            write_atomic(aside / "versions.json", _dump(versions()))
+            write_atomic(
+                aside / "run.json", _dump({"run_id": run_id, "name": config.run.name, "created": round(time.time(), 3)})
+            )
+            aside.rename(path)
+            _sync_folder(path.parent)
+        except OSError as exc:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise SetupError(f"run folder {path} cannot be made: {exc.strerror or exc}; see run.dir") from exc
+        return cls(path, run_id=run_id, config=config)
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunDir:
+        """Open a run folder; ``latest`` is followed.  Raises SetupError if it is none, ConfigError if damaged."""
+        folder = Path(path)
+        if folder.is_file() and folder.name == LATEST:
+            folder = folder.parent / folder.read_text(encoding="utf-8").strip()
+        folder = folder.resolve()
+        try:
+            facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            run_id = str(facts["run_id"])
+        except (FileNotFoundError, NotADirectoryError):
+            raise SetupError(f"{path} is no run folder: it has no run.json and config.json") from None
+        except (ValueError, KeyError, TypeError) as exc:
+            raise ConfigError(f"run folder {path} is damaged: {exc}") from None
+        return cls(folder, run_id=run_id, config=configuration.build(data, source=str(folder / "config.json")))
+
+    @property
+    def created(self) -> float:
+        """Unix seconds."""
+        return float(json.loads((self.path / "run.json").read_text(encoding="utf-8"))["created"])
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def trees_path(self) -> Path:
+        """A few trees for the report, one JSON object a line (``atpo_async.report_trees``)."""
+        return self.path / "trees.jsonl"
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def scratch(self) -> Path:
+        """For files that mean nothing once the run stands still; made when first asked for."""
+        folder = self.path / "scratch"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def log_path(self, role: str, attempt: int) -> Path:
+        return self.path / "logs" / f"{role}.{attempt}.log"
+
+    def next_attempt(self, role: str) -> int:
+        """The first attempt number of ``role`` without a log; a resumed run goes on counting."""
+        pattern = re.compile(re.escape(role) + r"\.(\d+)\.log")
+        found = [m for p in (self.path / "logs").glob("*.log") if (m := pattern.fullmatch(p.name))]
+        return 1 + max((int(m.group(1)) for m in found), default=-1)
+
+    def next_version(self) -> int:
+        """The next version number, from 0.  Never the same one twice, not after a crash either.
+
+        On disk before it is returned.  One at a time rather than in blocks: a gap left by a crash would count as lag.
+        """
+        file = self.path / "version"
+        try:
+            version = int(file.read_text(encoding="ascii"))
+        except FileNotFoundError:
+            version = 0
+        except ValueError:
+            raise SetupError(f"{file} is damaged: {file.read_bytes()[:40]!r} is no version number") from None
+        write_atomic(file, f"{version + 1}\n")
+        return version
+
+    def read_endpoints(self) -> Endpoints:
+        """Raises SetupError where no role was started in this folder yet."""
+        file = self.path / "endpoints.json"
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            return Endpoints(**data)
+        except FileNotFoundError:
+            raise SetupError(
+                f"{file} does not exist: nothing has been started in this run; start the buffer first"
+            ) from None
+        except (ValueError, TypeError) as exc:
+            raise SetupError(f"{file} is damaged: {exc}; start the run again with `atpo train`") from None
+
+    def write_endpoints(self, endpoints: Endpoints) -> None:
+        write_atomic(self.path / "endpoints.json", _dump(asdict(endpoints)))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run: a second supervisor is refused.  Freed by the system when this process ends, however it does.
+
+        Raises SetupError naming the process that holds it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # no POSIX locks here: two supervisors on one run are then the user's business
+            yield
+            return
+        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
+                raise SetupError(
+                    f"run {self.path} is in use by process {holder or '?'}; stop that one, or use another --run.name"
+                ) from None
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(fd)
+
+    def _note_versions(self) -> None:
+        """Keep what the run was made with beside what it goes on with."""
+        file = self.path / "versions.json"
+        now = _dump(versions())
+        if file.is_file() and file.read_text(encoding="utf-8") == now:
+            return
+        if file.is_file():
+            number = sum(1 for _ in self.path.glob("versions.*.json"))
+            file.rename(self.path / f"versions.{number}.json")
+        write_atomic(file, now)
+
+
+def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """(dotted path, old value, new value) of the fields that differ and may not on a resume."""
+    found: list[tuple[str, Any, Any]] = []
+    for path in configuration.fields():
+        if any(path == allowed or path.startswith(allowed.removesuffix("*")) for allowed in MAY_CHANGE):
+            continue
+        before, after = configuration.get(old, path), configuration.get(new, path)
+        if before != after:
+            found.append((path, before, after))
+    return found
+
+
+def _mismatch(path: Path, differing: list[tuple[str, Any, Any]]) -> str:
+    listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, old, new in differing)
+    return (
+        f"run folder {path} was made by another configuration: {listed}.  Use another --run.name, or the old values "
+        f"(a resumed run may change only {', '.join(MAY_CHANGE)})"
+    )
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write aside, sync, rename: the file has its old content or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with aside.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def host_id() -> str:
+    """Identity of this machine and boot: equal for two processes exactly if they can share its memory."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        boot = ""
+    return f"{boot}:{socket.gethostname()}"
+
+
+def versions() -> dict[str, Any]:
+    """Python, platform and every installed package."""
+    packages: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"]
+        if name:
+            packages.setdefault(name.lower(), distribution.version)
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "packages": dict(sorted(packages.items())),
+    }
+
+
+def _point_latest(folder: Path, name: str) -> None:
+    link = folder / LATEST
+    aside = folder / f".{LATEST}.{secrets.token_hex(4)}"
+    try:
+        aside.symlink_to(name)
+        aside.replace(link)
+    except OSError:  # no links on this file system: a file with the name does
+        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            write_atomic(link, f"{name}\n")
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system lets a folder be synced
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _dump(data: Any) -> str:
+    return json.dumps(data, indent=2, sort_keys=False) + "\n"
