@@ -157,6 +157,7 @@ class LearnerConfig(Section):
     gradient_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = Field(None, ge=1, description="torch threads of each rank; none for torch's choice")
+    gpus: tuple[int, ...] = Field((), description="one for each rank, numbered as nvidia-smi does; empty: all are seen")
     max_skipped_updates: int = Field(5, ge=1, description="non-finite updates in a row before the run stops")
     tensorboard: bool = Field(False, description="also log through Accelerate's TensorBoard tracker")
 
@@ -175,6 +176,9 @@ class ActorConfig(Section):
     num_threads: int | None = Field(None, ge=1, description="engine threads on a CPU; none for the engine's choice")
     clear_cache_on_swap: bool = Field(True, description="recompute keys and values under the new weights")
     report_every_s: float = Field(2.0, gt=0)
+    gpus: tuple[int, ...] = Field(
+        (), description="tensor_parallel_size for each of count actors, in order; empty: all are seen"
+    )
 
 
 class WeightsConfig(Section):
@@ -222,6 +226,7 @@ class SupervisorConfig(Section):
     restart_window_s: float = Field(300.0, gt=0)
     backoff_s: float = Field(0.5, ge=0, description="before the first restart; doubles with every further one")
     max_backoff_s: float = Field(30.0, ge=0)
+    sample_every_s: float = Field(2.0, gt=0, description="between two measurements of the roles' memory")
     stop_grace_s: float = Field(6.0, gt=0, description="between asking a role to stop and killing its process group")
 
 
@@ -282,7 +287,45 @@ class Config(Section):
                 f"buffer.partial_min_leaves = {self.buffer.partial_min_leaves} exceeds the {self.search.max_leaves} "
                 "leaves that search grows"
             )
+        self._check_gpus()
+        ports = {
+            f"links.{name}": port
+            for name in ("actors_port", "learner_port", "weights_port", "announce_port")
+            if (port := getattr(self.links, name))
+        }
+        for name, port in ports.items():
+            twin = next((other for other in ports if other != name and ports[other] == port), None)
+            if twin:
+                raise ValueError(
+                    f"{name} and {twin} are both {port}: each needs a port of its own, or 0 to have one picked"
+                )
         return self
+
+    def _check_gpus(self) -> None:
+        learner, actor = self.learner, self.actor
+        if learner.gpus and len(learner.gpus) != learner.num_processes:
+            raise ValueError(
+                f"learner.gpus names {len(learner.gpus)} GPUs for learner.num_processes = {learner.num_processes}: "
+                "each rank needs one"
+            )
+        needed = actor.count * actor.tensor_parallel_size
+        if actor.gpus and len(actor.gpus) != needed:
+            raise ValueError(
+                f"actor.gpus names {len(actor.gpus)} GPUs, but actor.count = {actor.count} actors with "
+                f"actor.tensor_parallel_size = {actor.tensor_parallel_size} need {needed}"
+            )
+        for path, gpus in (("learner.gpus", learner.gpus), ("actor.gpus", actor.gpus)):
+            if len(set(gpus)) != len(gpus) or any(gpu < 0 for gpu in gpus):
+                raise ValueError(f"{path} = {list(gpus)} must be different numbers from 0")
+        shared = sorted(set(learner.gpus) & set(actor.gpus))
+        if shared:
+            raise ValueError(f"learner.gpus and actor.gpus both name GPU {shared[0]}: a GPU belongs to one role")
+        for path, device, gpus in (
+            ("learner", learner.device, learner.gpus),
+            ("actor", actor.device, actor.gpus),
+        ):
+            if device == "cpu" and gpus:
+                raise ValueError(f"{path}.device = 'cpu' contradicts {path}.gpus = {list(gpus)}")
 
 
 STALENESS_KNOBS: tuple[tuple[str, str], ...] = (

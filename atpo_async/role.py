@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -17,19 +18,23 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from atpo_async import config as configuration
 from atpo_async.config import Config
 from atpo_async.errors import AtpoError, ConfigError, EnvironmentBroken, RunMismatch, SetupError
-from atpo_async.rundir import Endpoints, RunDir
+from atpo_async.rundir import Endpoints, RunDir, write_atomic
 
 EXIT_DONE, EXIT_CRASH, EXIT_USER, EXIT_FAILURE = 0, 1, 2, 3
 
 SUPERVISOR_PID = "ATPO_SUPERVISOR_PID"
 """Environment variable by which a role knows that it is supervised, and by whom."""
+
+ERROR_FILE = "ATPO_ERROR_FILE"
+"""Environment variable: where a supervised role writes ``{"code", "error"}`` when it fails."""
 
 ERROR_PREFIX = "error: "
 """Begins the one line in which a role or the command line says what went wrong."""
@@ -77,24 +82,51 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
         context = _context(name, list(argv))
         code = asyncio.run(_serve(main, context))
     except AtpoError as exc:
-        if debug:
-            traceback.print_exc()
-        print(f"{ERROR_PREFIX}{exc}", file=sys.stderr, flush=True)
-        code = exit_code(exc) if supervised else EXIT_USER
+        code = _say(exc, supervised=supervised, debug=debug)
     except (KeyboardInterrupt, asyncio.CancelledError):
         code = 128 + signal.SIGINT
     except SystemExit as exc:
         code = exc.code if isinstance(exc.code, int) else EXIT_CRASH
+    except BaseExceptionGroup as group:
+        causes = list(_leaves(group))
+        if causes and all(isinstance(cause, AtpoError) for cause in causes):
+            code = _say(causes[0], supervised=supervised, debug=debug)
+        else:
+            traceback.print_exc()
+            code = _say(next(c for c in causes if not isinstance(c, AtpoError)), supervised=supervised, debug=False)
     except BaseException as exc:
         traceback.print_exc()
-        print(f"{ERROR_PREFIX}{name}: {type(exc).__name__}: {exc}", file=sys.stderr, flush=True)
-        code = EXIT_CRASH
+        code = _say(exc, supervised=supervised, debug=False)
     _exit_within(EXIT_DEADLINE_S, code)
     sys.exit(code)
 
 
-def exit_code(error: AtpoError) -> int:
-    """2 where only the user can mend it, 3 where another attempt may."""
+def _say(error: BaseException, *, supervised: bool, debug: bool) -> int:
+    """One line on stderr, and for the supervisor the same in a file of its own; the exit code."""
+    if debug:
+        traceback.print_exception(error)
+    text = str(error) if isinstance(error, AtpoError) else f"{type(error).__name__}: {error}"
+    print(f"{ERROR_PREFIX}{text}", file=sys.stderr, flush=True)
+    code = exit_code(error) if supervised or not isinstance(error, AtpoError) else EXIT_USER
+    if supervised and ERROR_FILE in os.environ:
+        # A launcher between us and the supervisor changes the exit code, and an engine may write to the log after us.
+        with contextlib.suppress(OSError):
+            write_atomic(Path(os.environ[ERROR_FILE]), json.dumps({"code": code, "error": text}))
+    return code
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+def exit_code(error: BaseException) -> int:
+    """2 where only the user can mend it, 3 for a named failure that another attempt may mend, 1 for a crash."""
+    if not isinstance(error, AtpoError):
+        return EXIT_CRASH
     return EXIT_USER if isinstance(error, ConfigError | SetupError | RunMismatch | EnvironmentBroken) else EXIT_FAILURE
 
 
