@@ -47,5 +47,13 @@ class GenerationFailed(AtpoError):
     """One request failed; it ends its branch, not its tree."""
 
 
+class EngineDead(GenerationFailed):
+    """The engine's processes are gone or it failed a swap: no request can succeed any more."""
+
+
+class EnvironmentBroken(AtpoError):
+    """The environment fails on every task; the message holds its latest error."""
+
+
 class RoleCrashed(AtpoError):
     """A role crashed too often; the message holds the last lines of its log."""

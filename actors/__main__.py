@@ -1,0 +1,150 @@
+"""``python -m actors RUN_DIR`` (or ``--config FILE --join HOST:PORT``): one actor.  ``python -m actors eval …``: an
+evaluation of a model folder."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from urllib.parse import urlsplit
+
+from atpo_async.links import Client, LinkSettings, Listener
+
+from actors.actor import Actor
+from actors.engine import Engine
+from actors.environments.base import Environment
+from actors.factory import engine_name, make_engine, make_environment
+from actors.weights import WeightsFetcher
+from atpo_async import role
+from atpo_async.errors import PeerLost, SetupError
+from atpo_async.messages import PROTOCOL, ActorHello, BufferToActor, LearnerToActor, Refused, Welcome
+from atpo_async.models import model_folder
+from atpo_async.role import RoleContext
+
+HELLO_TIMEOUT_S = 5.0
+HELLO_PAUSE_S = 0.1
+
+
+async def act(ctx: RoleContext) -> None:
+    """Join the run, start the engine, and work until it is over."""
+    config = ctx.config
+    model = model_folder(config.model.path)
+    settings = LinkSettings.from_config(config.links)
+    environment = make_environment(config, model)
+    engine = make_engine(config, model)
+    ctx.log.info("actor %s: engine %s, environment %s", ctx.name, engine_name(config), config.environment.name)
+    async with Client(
+        ctx.endpoints.actors, peer="buffer", identity=ctx.name, receives=BufferToActor, settings=settings
+    ) as buffer:
+        try:
+            async with asyncio.TaskGroup() as starting:
+                starting.create_task(engine.start(), name="engine")
+                joining = starting.create_task(_join(ctx, buffer), name="join")
+        except ExceptionGroup as failures:
+            await engine.close()
+            raise failures.exceptions[0] from failures
+        except BaseException:
+            await engine.close()
+            raise
+        welcome = joining.result()
+        if welcome is None:
+            await engine.close()
+            return
+        try:
+            await _work(ctx, welcome, buffer, settings, engine, environment)
+        finally:
+            await engine.close()
+
+
+async def _work(
+    ctx: RoleContext,
+    welcome: Welcome,
+    buffer: Client,
+    settings: LinkSettings,
+    engine: Engine,
+    environment: Environment,
+) -> None:
+    async with (
+        Client(
+            welcome.weights_endpoint, peer="learner", identity=ctx.name, receives=LearnerToActor, settings=settings
+        ) as client,
+        Listener(welcome.announce_endpoint, receives=LearnerToActor, settings=settings) as listener,
+    ):
+        weights = WeightsFetcher(run=welcome.run, client=client, listener=listener, settings=ctx.config.weights)
+        actor = Actor(
+            run=welcome.run,
+            name=ctx.name,
+            config=ctx.config,
+            engine=engine,
+            environment=environment,
+            buffer=buffer,
+            weights=weights,
+            stopping=ctx.stopping,
+        )
+        try:
+            await actor.work()
+        finally:
+            weights.close()
+
+
+async def _join(ctx: RoleContext, buffer: Client) -> Welcome | None:
+    """Introduce this actor until the buffer knows where the weights are.
+
+    Waits for: the buffer, then the learner's first publication.  Unblocked by: both being up; given up after
+    ``links.give_up_s``.  None when the role was asked to stop meanwhile.
+    """
+    hello = ActorHello(
+        protocol=PROTOCOL,
+        run=ctx.run_id,
+        actor=ctx.name,
+        environment=ctx.config.environment.name,
+        search_leaves=ctx.config.search.max_leaves,
+    )
+    loop = asyncio.get_running_loop()
+    began = warned = loop.time()
+    missing = "the buffer"
+    while not ctx.stopping.is_set():
+        try:
+            answer = await buffer.request(hello, timeout_s=HELLO_TIMEOUT_S)
+        except PeerLost:
+            missing = f"the buffer at {ctx.endpoints.actors}"
+        else:
+            if isinstance(answer, Refused):
+                raise SetupError(f"the buffer at {ctx.endpoints.actors} refuses actor {ctx.name}: {answer.reason}")
+            if isinstance(answer, Welcome) and answer.weights_endpoint:
+                return reachable(answer, ctx.endpoints.actors)
+            missing = "the learner's first weights"
+        now = loop.time()
+        if now - began > ctx.config.links.give_up_s:
+            raise PeerLost(f"actor {ctx.name} waited {now - began:.0f} s for {missing}")
+        if now - warned > ctx.config.links.deadline_s:
+            ctx.log.warning("actor %s has waited %.0f s for %s", ctx.name, now - began, missing)
+            warned = now
+        await asyncio.sleep(HELLO_PAUSE_S)
+    return None
+
+
+def reachable(welcome: Welcome, buffer_endpoint: str) -> Welcome:
+    """A learner that binds every address is reached where the buffer was: they share a host."""
+    host = urlsplit(buffer_endpoint).hostname or "127.0.0.1"
+
+    def seen_from_here(endpoint: str) -> str:
+        return endpoint.replace("//0.0.0.0:", f"//{host}:").replace("//*:", f"//{host}:")
+
+    return Welcome(
+        run=welcome.run,
+        weights_endpoint=seen_from_here(welcome.weights_endpoint),
+        announce_endpoint=seen_from_here(welcome.announce_endpoint),
+    )
+
+
+def main(argv: list[str]) -> None:
+    if argv[:1] == ["eval"]:
+        from actors.evaluate import main as evaluate
+
+        sys.exit(evaluate(argv[1:]))
+    role.run("actor", act, argv)
+
+
+# vLLM starts its processes by spawning: they import this module again, and must not start an actor.
+if __name__ == "__main__":
+    main(sys.argv[1:])

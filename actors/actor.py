@@ -1,0 +1,353 @@
+"""The actor's loop: lease -> grow trees -> stream turns, and weights in while it generates.
+
+Who waits for whom: a free slot waits for a lease (unblocked by the learner taking trees from the buffer); a finished
+turn waits for room in the window (unblocked by the buffer's acknowledgements); a lease waits for its least version
+(unblocked by the learner's publication).  The first two are what ``time/actor_wait_s`` measures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+from atpo_async.links import Client
+
+from actors.engine import Engine
+from actors.environments.base import Environment
+from actors.search import TreeSearch
+from actors.weights import WeightsFetcher
+from atpo_async.config import Config
+from atpo_async.errors import AtpoError, EnvironmentBroken, PeerLost, WeightsRejected
+from atpo_async.messages import (
+    ActorReport,
+    Lease,
+    LeaseRequest,
+    LeaseReturned,
+    Leases,
+    Refused,
+    TreeClosed,
+    TreeOpened,
+    WeightsAnnounced,
+)
+from atpo_async.metrics import Aggregator
+from atpo_async.tree import Turn, TurnTree
+
+log = logging.getLogger("atpo.actor")
+
+RETURN_TIMEOUT_S = 2.0
+"""How long a stopping actor waits for the buffer to take its leases back."""
+
+
+class Actor:
+    """Grows trees until the run is over.
+
+    Args:
+        run: run id.
+        name: this actor's name, unique among those alive.
+        config: the run's configuration.
+        engine: started; its first weights are taken before the first lease.
+        environment: the task.
+        buffer: link to the buffer.
+        weights: fetcher towards the learner.
+        stopping: set to end early; leases are given back.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: str,
+        name: str,
+        config: Config,
+        engine: Engine,
+        environment: Environment,
+        buffer: Client,
+        weights: WeightsFetcher,
+        stopping: asyncio.Event,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._run = run
+        self._name = name
+        self._config = config
+        self._engine = engine
+        self._environment = environment
+        self._buffer = buffer
+        self._weights = weights
+        self._stopping = stopping
+        self._clock = clock
+        self.version = -1
+        """What the engine generates with; -1 before the first weights."""
+        self._metrics = Aggregator()
+        self._growing: dict[str, asyncio.Task[None]] = {}
+        self._slot_freed = asyncio.Event()
+        self._version_changed = asyncio.Condition()
+        self._barren_trees = 0
+        self._closed_since: float | None = None
+        buffer.on_refused = self._on_refused
+
+    async def work(self) -> None:
+        """Run until the buffer says the run is over, or ``stopping`` is set.
+
+        Waits for: the run's end.  Unblocked by: a lease answer with ``finished``, ``stopping``, or an error, which
+        ends all of it.
+        """
+        await self._first_weights()
+        held: tuple[str, ...] = ()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                loops = [
+                    tasks.create_task(self._take_weights(), name="weights"),
+                    tasks.create_task(self._report(), name="report"),
+                ]
+                stop = tasks.create_task(self._stopping.wait(), name="stopping")
+                leases = tasks.create_task(self._take_leases(tasks), name="leases")
+                await asyncio.wait({stop, leases}, return_when=asyncio.FIRST_COMPLETED)
+                held = tuple(self._growing)
+                for task in (*loops, stop, leases, *self._growing.values()):
+                    task.cancel()
+        except ExceptionGroup as failures:
+            raise _first(failures) from failures
+        finally:
+            await self._give_back(held)
+
+    # --- leases ------------------------------------------------------------------------------------------------
+
+    async def _take_leases(self, tasks: asyncio.TaskGroup) -> None:
+        """Keep every slot growing a tree.
+
+        Waits for: a free slot, then a lease.  Unblocked by: a tree's end; the buffer admitting trees.
+        """
+        while True:
+            free = self._config.actor.trees_in_flight - len(self._growing)
+            if free <= 0:
+                self._slot_freed.clear()
+                await self._slot_freed.wait()
+                continue
+            asked = self._clock()
+            answer = await self._ask(free)
+            for lease in answer.leases:
+                self._begin(tasks, lease)
+            if answer.finished:
+                log.info("the run is over")
+                return
+            unfilled = free - len(answer.leases)
+            if unfilled > 0:
+                await self._wait_for_room(answer)
+                idle_s = (self._clock() - asked) * unfilled / self._config.actor.trees_in_flight
+                self._metrics.add("time/actor_wait_s", idle_s)
+
+    async def _ask(self, count: int) -> Leases:
+        """One answer from the buffer, however long it is away, up to ``links.give_up_s``."""
+        began = self._clock()
+        while True:
+            request = LeaseRequest(run=self._run, actor=self._name, count=count, version=self.version)
+            try:
+                answer = await self._buffer.request(request, timeout_s=self._config.links.deadline_s)
+            except PeerLost as exc:
+                if self._clock() - began > self._config.links.give_up_s:
+                    raise
+                log.warning("actor %s waits for the buffer to grant leases: %s", self._name, exc)
+                continue
+            if isinstance(answer, Leases):
+                return answer
+            if isinstance(answer, Refused):
+                raise PeerLost(f"the buffer refuses leases to actor {self._name}: {answer.reason}")
+            raise PeerLost(f"the buffer answered a lease request with {type(answer).__name__}")
+
+    async def _wait_for_room(self, answer: Leases) -> None:
+        """Waits for: the buffer to admit trees.  Unblocked by: the time it names, or a slot that becomes free."""
+        now = self._clock()
+        if answer.leases:
+            self._closed_since = None
+        elif self._closed_since is None:
+            self._closed_since = now
+        elif now - self._closed_since > self._config.links.deadline_s:
+            log.warning(
+                "actor %s has waited %.0f s for a lease: %s",
+                self._name,
+                now - self._closed_since,
+                answer.closed_because,
+            )
+            self._closed_since = now
+        await asyncio.sleep(answer.retry_after_s)
+
+    def _begin(self, tasks: asyncio.TaskGroup, lease: Lease) -> None:
+        task = tasks.create_task(self._grow(lease), name=lease.tree_id)
+        self._growing[lease.tree_id] = task
+        task.add_done_callback(lambda _: self._ended(lease.tree_id))
+
+    def _ended(self, tree_id: str) -> None:
+        self._growing.pop(tree_id, None)
+        self._slot_freed.set()
+
+    async def _grow(self, lease: Lease) -> None:
+        async with self._version_changed:
+            await self._version_changed.wait_for(lambda: self.version >= lease.min_version)
+        search = TreeSearch(
+            run=self._run,
+            lease=lease,
+            engine=self._engine,
+            environment=self._environment,
+            search=self._config.search,
+            max_context_tokens=self._config.model.max_context_tokens,
+            emit=self._emit,
+            clock=self._clock,
+        )
+        tree = await search.grow()
+        self._count(lease, tree, search)
+
+    async def _emit(self, message: TreeOpened | Turn | TreeClosed) -> None:
+        before = self._buffer.stats.waited_s
+        await self._buffer.send(message)
+        waited = self._buffer.stats.waited_s - before
+        if waited > 0:
+            self._metrics.add("time/actor_wait_s", waited / self._config.actor.trees_in_flight)
+
+    def _count(self, lease: Lease, tree: TurnTree, search: TreeSearch) -> None:
+        failed = search.growth.failures
+        self._metrics.add("actor/trees", 1)
+        self._metrics.add("actor/turns", len(tree) - len(lease.committed))
+        self._metrics.add("actor/failed_branches", failed.total())
+        for reason, count in failed.items():
+            self._metrics.add(f"actor/failed/{reason}", count)
+        if failed:
+            log.warning(
+                "tree %s lost %d branches; the latest: %s", tree.tree_id, failed.total(), search.growth.last_detail
+            )
+        if tree.leaves():
+            self._barren_trees = 0
+            return
+        self._barren_trees += 1
+        if self._barren_trees >= max(4, self._config.actor.trees_in_flight):
+            raise EnvironmentBroken(
+                f"environment {self._config.environment.name!r}: {self._barren_trees} trees in a row ended without one "
+                f"finished chain; the latest failure: {search.growth.last_detail}"
+            )
+
+    def _on_refused(self, message: object, reason: str) -> None:
+        """The buffer does not know this tree (any more): growing on would be work for nobody."""
+        tree_id = getattr(message, "tree_id", None)
+        task = self._growing.get(tree_id) if isinstance(tree_id, str) else None
+        if task is not None:
+            log.warning("tree %s is given up: %s", tree_id, reason)
+            self._metrics.add("actor/abandoned_trees", 1)
+            task.cancel()
+
+    async def _give_back(self, held: tuple[str, ...]) -> None:
+        """Hand leases back so that others need not wait for them to expire."""
+        if not held:
+            return
+        with contextlib.suppress(PeerLost, TimeoutError):
+            async with asyncio.timeout(RETURN_TIMEOUT_S):
+                await self._buffer.send(LeaseReturned(run=self._run, actor=self._name, tree_ids=held))
+                await self._buffer.drain(timeout_s=RETURN_TIMEOUT_S)
+
+    # --- weights -----------------------------------------------------------------------------------------------
+
+    async def _first_weights(self) -> None:
+        """Nothing is generated with the model folder's weights: the run's own come first.
+
+        Waits for: the learner's first publication.  Unblocked by: the publisher; given up after ``links.give_up_s``.
+        """
+        began = warned = self._clock()
+        while not self._stopping.is_set() and self.version < 0:
+            announced = await self._weights.next()
+            if announced is not None:
+                await self._take(announced)
+            now = self._clock()
+            if now - began > self._config.links.give_up_s:
+                raise PeerLost(f"actor {self._name} got no weights from the learner within {now - began:.0f} s")
+            if now - warned > self._config.links.deadline_s:
+                log.warning("actor %s has waited %.0f s for the learner's first weights", self._name, now - began)
+                warned = now
+
+    async def _take_weights(self) -> None:
+        """Take up every newer version while requests are in flight.
+
+        Waits for: an announcement or the poll.  Unblocked by: the learner publishing.
+        """
+        while True:
+            announced = await self._weights.next()
+            if announced is not None:
+                await self._take(announced)
+
+    async def _take(self, announced: WeightsAnnounced) -> None:
+        began = self._clock()
+        try:
+            weights = await self._weights.fetch(announced)
+        except (WeightsRejected, PeerLost) as exc:
+            # Nothing was applied: the engine goes on with what it has, and the next poll tries again.
+            log.error("weights version %d were not taken: %s", announced.version, exc)
+            self._metrics.add("weights/rejected", 1)
+            return
+        if weights is None:
+            return
+        fetched = self._clock()
+        try:
+            report = await self._engine.swap(weights)
+        finally:
+            self._weights.release(weights)
+        self._metrics.mean("weights/fetch_s", fetched - began)
+        self.version = weights.manifest.version
+        self._metrics.mean("weights/swap_s", report.pause_s)
+        self._metrics.add("weights/swaps", 1)
+        self._metrics.mean("weights/in_flight_at_swap", report.in_flight)
+        self._metrics.observe("engine/probe_error", [report.probe_error])
+        log.info(
+            "version %d in use: fetched in %.3f s, generation stood still for %.3f s with %d requests in flight, "
+            "probe off by %.1e nats",
+            report.version, fetched - began, report.pause_s, report.in_flight, report.probe_error,
+        )  # fmt: skip
+        async with self._version_changed:
+            self._version_changed.notify_all()
+
+    # --- reports -----------------------------------------------------------------------------------------------
+
+    async def _report(self) -> None:
+        """Heartbeat: renews leases and carries the metrics.  Waits for: the clock, and room in the window."""
+        before, began = self._engine.stats(), self._clock()
+        while True:
+            await asyncio.sleep(self._config.actor.report_every_s)
+            now, stats = self._clock(), self._engine.stats()
+            prompt = stats.prompt_tokens - before.prompt_tokens
+            metrics = self._metrics.flush()
+            metrics.setdefault("time/actor_wait_s", 0.0)
+            # One number per swap is what a reader looks for; mean and p95 of one value add nothing.
+            if "engine/probe_error/max" in metrics:
+                metrics["engine/probe_error"] = metrics.pop("engine/probe_error/max")
+                metrics.pop("engine/probe_error/mean", None)
+                metrics.pop("engine/probe_error/p95", None)
+            metrics["time/actor_interval_s"] = now - began
+            metrics["tokens/generated_per_s"] = (stats.generated_tokens - before.generated_tokens) / (now - began)
+            if prompt > 0:
+                metrics["engine/prefix_hit_share"] = (stats.cached_prompt_tokens - before.cached_prompt_tokens) / prompt
+            metrics["engine/in_flight"] = float(stats.in_flight)
+            metrics["actor/trees_in_flight"] = float(len(self._growing))
+            before, began = stats, now
+            await self._buffer.send(
+                ActorReport(
+                    run=self._run,
+                    actor=self._name,
+                    version=self.version,
+                    tree_ids=tuple(self._growing),
+                    metrics=metrics,
+                )
+            )
+
+
+def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What a user should read: the first error of ours, else the first at all."""
+    flat: list[BaseException] = []
+
+    def walk(group: BaseExceptionGroup[BaseException]) -> None:
+        for exc in group.exceptions:
+            if isinstance(exc, BaseExceptionGroup):
+                walk(exc)
+            else:
+                flat.append(exc)
+
+    walk(failures)
+    return next((exc for exc in flat if isinstance(exc, AtpoError)), flat[0])

@@ -1,0 +1,108 @@
+"""Greedy success of a model folder on held-out tasks, with the engine of the configuration."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from actors.engine import Engine
+from actors.environments.base import Environment
+from actors.factory import make_engine, make_environment
+from actors.search import TreeSearch
+from atpo_async.config import Config, load
+from atpo_async.errors import AtpoError, ConfigError, EnvironmentBroken
+from atpo_async.messages import Lease, TreeClosed, TreeOpened
+from atpo_async.models import model_folder
+from atpo_async.tree import Turn, TurnTree
+
+
+async def success(config: Config, *, engine: Engine, environment: Environment, num_tasks: int) -> dict[str, float]:
+    """Grow one greedy chain for each of the first ``num_tasks`` held-out tasks.
+
+    Returns success (share of right answers; a failed chain counts as wrong), mean turns and the number failed.
+    Raises ConfigError when the environment has fewer tasks, EnvironmentBroken when every chain failed.
+    """
+    known = environment.num_tasks("eval")
+    if known is not None and num_tasks > known:
+        raise ConfigError(
+            f"eval.num_tasks = {num_tasks} exceeds the {known} held-out tasks of environment "
+            f"{config.environment.name!r}; lower it, or raise the environment's own number"
+        )
+    at_once = asyncio.Semaphore(config.actor.max_num_seqs)
+    latest_failure = ""
+
+    async def drop(message: TreeOpened | Turn | TreeClosed) -> None:
+        """Nobody collects the turns of an evaluation: the search keeps them."""
+
+    async def one(index: int) -> TurnTree:
+        nonlocal latest_failure
+        lease = Lease(
+            tree_id=f"eval-{index}",
+            task_index=index,
+            kind="eval",
+            epoch=0,
+            lifetime_s=0.0,
+            min_version=0,
+            seed=index,
+            committed=(),
+        )
+        search = TreeSearch(
+            run="eval",
+            lease=lease,
+            engine=engine,
+            environment=environment,
+            search=config.search,
+            max_context_tokens=config.model.max_context_tokens,
+            emit=drop,
+        )
+        async with at_once:
+            tree = await search.grow()
+        latest_failure = search.growth.last_detail or latest_failure
+        return tree
+
+    trees = await asyncio.gather(*(one(i) for i in range(num_tasks)))
+    leaves = [leaf for tree in trees for leaf in tree.leaves()]
+    if not leaves:
+        raise EnvironmentBroken(f"all {num_tasks} evaluation chains failed; the latest: {latest_failure}")
+    return {
+        "success": sum(bool(leaf.success) for leaf in leaves) / num_tasks,
+        "num_tasks": float(num_tasks),
+        "failed": float(num_tasks - len(leaves)),
+        "turns_mean": sum(len(tree) for tree in trees) / num_tasks,
+    }
+
+
+async def run(config: Config, model: Path, num_tasks: int) -> dict[str, float]:
+    environment = make_environment(config, model)
+    engine = make_engine(config, model)
+    try:
+        await engine.start()
+        return await success(config, engine=engine, environment=environment, num_tasks=num_tasks)
+    finally:
+        await engine.close()
+
+
+def main(argv: list[str]) -> int:
+    """Prints one JSON object.  Exit code 2 and one line for what a user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m actors eval")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--num-tasks", type=int, default=None)
+    parser.add_argument("--debug", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        config = load(args.config)
+        num_tasks = config.eval.num_tasks if args.num_tasks is None else args.num_tasks
+        if num_tasks < 1:
+            raise ConfigError(f"--num-tasks must be >= 1, got {num_tasks}")
+        result = asyncio.run(run(config, model_folder(args.model), num_tasks))
+    except AtpoError as exc:
+        if args.debug:
+            raise
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
+    print(json.dumps(result))
+    return 0

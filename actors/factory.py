@@ -1,0 +1,59 @@
+"""Builds an actor's engine and environment from the configuration."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+
+from actors.engine import Engine
+from actors.environments.base import Environment
+from actors.environments.registry import make
+from atpo_async.config import Config
+
+log = logging.getLogger("atpo.actor")
+
+
+def engine_name(config: Config) -> str:
+    """``auto`` is vLLM where it is installed, the transformers engine elsewhere."""
+    if config.actor.engine != "auto":
+        return config.actor.engine
+    return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
+
+
+def make_engine(config: Config, model: Path) -> Engine:
+    """Not started yet.  Engines are imported only when used.  Raises SetupError when started without its parts."""
+    name = engine_name(config)
+    if name == "vllm":
+        from actors.vllm_engine import VllmEngine
+
+        return VllmEngine(
+            model,
+            dtype=config.model.dtype,
+            device=config.actor.device,
+            max_model_len=config.model.max_context_tokens,
+            max_num_seqs=config.actor.max_num_seqs,
+            kv_cache_gb=config.actor.kv_cache_gb,
+            gpu_memory_utilization=config.actor.gpu_memory_utilization,
+            tensor_parallel_size=config.actor.tensor_parallel_size,
+            clear_cache_on_swap=config.actor.clear_cache_on_swap,
+            num_threads=config.actor.num_threads,
+            seed=config.run.seed,
+        )
+    if config.actor.engine == "auto":
+        log.warning("vLLM is not installed: generating with the transformers engine, which is slower")
+    from actors.transformers_engine import TransformersEngine
+
+    return TransformersEngine(
+        model,
+        dtype=config.model.dtype,
+        device=config.actor.device,
+        max_batch=config.actor.max_num_seqs,
+        max_model_len=config.model.max_context_tokens,
+        num_threads=config.actor.num_threads,
+    )
+
+
+def make_environment(config: Config, model: Path) -> Environment:
+    """Raises ConfigError or SetupError naming the environment."""
+    return make(config.environment.name, model, **config.environment.options)

@@ -1,0 +1,340 @@
+"""One tree, grown concurrently: M chains from the prompt, then L rounds of K branches.
+
+Every finished turn is emitted at once.  A chain that fails ends alone and is counted; it never becomes a reward.
+A tree that an earlier actor left unfinished goes on from the turns it had committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from actors.engine import Engine, Generation, Sampling
+from actors.environments.base import Environment, Episode, Split, StepResult
+from actors.expansion import select, sibling_parent
+from atpo_async.config import SearchConfig
+from atpo_async.errors import EngineDead, GenerationFailed
+from atpo_async.messages import Lease, TreeClosed, TreeOpened
+from atpo_async.tree import ROOT, EndReason, Turn, TurnTree
+
+Emit = Callable[[TreeOpened | Turn | TreeClosed], Awaitable[None]]
+
+TRUNCATED_REWARD = 0.0
+"""Reward of a chain that ran out of context: the policy wrote too much, which is an outcome and no failure."""
+
+NOTHING = np.zeros(0, dtype=np.int32)
+
+
+class BranchFailed(Exception):
+    """A generation or a tool failed; ``reason`` is what it is counted under."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class Growth:
+    """What growing one tree has come to so far."""
+
+    turns: list[Turn] = field(default_factory=list)
+    failures: Counter[str] = field(default_factory=Counter)
+    last_detail: str = ""
+    """The text of the latest failure, for the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How a tree of this kind is grown."""
+
+    initial_rollouts: int
+    rounds: int
+    branches: int
+    sampling: Sampling
+
+
+def budget_of(search: SearchConfig, *, kind: Split, stop_token_ids: tuple[int, ...]) -> Budget:
+    """Training trees as configured; evaluation is one greedy chain."""
+    greedy = kind == "eval"
+    sampling = Sampling(
+        temperature=0.0 if greedy else search.temperature,
+        top_p=1.0 if greedy else search.top_p,
+        top_k=0 if greedy else search.top_k,
+        max_tokens=search.max_action_tokens,
+        stop_token_ids=stop_token_ids,
+    )
+    if greedy:
+        return Budget(1, 0, 0, sampling)
+    rounds = 0 if search.strategy == "none" else search.rounds
+    return Budget(search.initial_rollouts, rounds, search.branches, sampling)
+
+
+class TreeSearch:
+    """Grows the tree of one lease.
+
+    Args:
+        run: run id, part of every turn's key.
+        lease: what to grow; its ``committed`` turns are not grown again.
+        engine, environment: where actions and observations come from.
+        search: the search settings.
+        max_context_tokens: a path that leaves no room for another action ends with ``length_limit``.
+        emit: takes every message for the buffer; may wait for room.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: str,
+        lease: Lease,
+        engine: Engine,
+        environment: Environment,
+        search: SearchConfig,
+        max_context_tokens: int,
+        emit: Emit,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._run = run
+        self._lease = lease
+        self._engine = engine
+        self._environment = environment
+        self._search = search
+        self._budget = budget_of(search, kind=lease.kind, stop_token_ids=environment.stop_token_ids)
+        self._max_context = max_context_tokens
+        self._emit = emit
+        self._clock = clock
+        self._rng = np.random.default_rng(lease.seed)
+        self._requests = 0
+        self.growth = Growth(turns=list(lease.committed))
+
+    async def grow(self) -> TurnTree:
+        """Grow to the end and close the tree.
+
+        Waits for: every chain of a round.  Unblocked by: the engine, the environment, their time limits, and room in
+        the window towards the buffer.
+        """
+        try:
+            first = await self._start()
+        except BranchFailed as failure:
+            self._count(failure)
+            prompt = NOTHING
+        else:
+            prompt = first.prompt
+            await self._emit(
+                TreeOpened(run=self._run, tree_id=self._lease.tree_id, lease_epoch=self._lease.epoch, prompt=prompt)
+            )
+            await self._initial_round(prompt, first)
+            for number in range(1, self._budget.rounds + 1):
+                await self._branch_round(prompt, number)
+        tree = self._tree(prompt, self.growth.turns)
+        await self._emit(
+            TreeClosed(
+                run=self._run,
+                tree_id=self._lease.tree_id,
+                lease_epoch=self._lease.epoch,
+                num_turns=len(tree),
+                failed_branches=self.growth.failures.total(),
+                failures=dict(self.growth.failures),
+            )
+        )
+        return tree
+
+    # --- rounds ------------------------------------------------------------------------------------------------
+
+    async def _initial_round(self, prompt: np.ndarray, first: Episode) -> None:
+        """M chains from the prompt, less those that an earlier holder began."""
+        begun = self._tails(0)
+        fresh = max(self._budget.initial_rollouts - len(begun), 0)
+        async with asyncio.TaskGroup() as chains:
+            for tail in begun:
+                self._resume(chains, prompt, tail)
+            for i in range(fresh):
+                # The episode that gave the prompt serves the first chain: nothing is started in vain.
+                episode = first if i == 0 else None
+                chains.create_task(self._chain(prompt, ROOT, 0, episode), name=f"{self._lease.tree_id}/chain-{i}")
+        if fresh == 0:
+            await first.close()
+
+    async def _branch_round(self, prompt: np.ndarray, number: int) -> None:
+        """K new siblings, chosen on the tree as it was before this round, less those already begun."""
+        before = self._tree(prompt, [t for t in self.growth.turns if t.expansion_round < number])
+        chosen = select(
+            before,
+            count=self._budget.branches,
+            strategy=self._search.strategy,
+            sibling_penalty=self._search.sibling_penalty,
+            include_root=self._search.include_root,
+            rng=self._rng,
+        )
+        wanted = Counter(sibling_parent(before, turn_id) for turn_id in chosen)
+        wanted -= Counter(t.parent_id for t in self._heads(number))
+        begun = self._tails(number)
+        async with asyncio.TaskGroup() as chains:
+            for tail in begun:
+                self._resume(chains, prompt, tail)
+            for i, parent in enumerate(wanted.elements()):
+                name = f"{self._lease.tree_id}/round-{number}-{i}"
+                chains.create_task(self._chain(prompt, parent, number, None), name=name)
+
+    def _resume(self, chains: asyncio.TaskGroup, prompt: np.ndarray, tail: Turn) -> None:
+        if not tail.is_leaf:
+            name = f"{self._lease.tree_id}/after-{tail.turn_id}"
+            chains.create_task(self._chain(prompt, tail.turn_id, tail.expansion_round, None), name=name)
+
+    def _heads(self, number: int) -> list[Turn]:
+        """First turns of the chains of round ``number``."""
+        round_of = {t.turn_id: t.expansion_round for t in self.growth.turns}
+        return [
+            t
+            for t in self.growth.turns
+            if t.expansion_round == number and round_of.get(t.parent_id, -1) != number
+        ]  # fmt: skip
+
+    def _tails(self, number: int) -> list[Turn]:
+        """Last turns, so far, of the chains of round ``number``: leaves, or turns to go on from."""
+        mine = [t for t in self.growth.turns if t.expansion_round == number]
+        followed = {t.parent_id for t in mine}
+        return [t for t in mine if t.turn_id not in followed]
+
+    def _tree(self, prompt: np.ndarray, turns: Sequence[Turn]) -> TurnTree:
+        return TurnTree(
+            self._lease.tree_id, self._lease.task_index, prompt, tuple(turns), self.growth.failures.total()
+        )  # fmt: skip
+
+    # --- one chain ---------------------------------------------------------------------------------------------
+
+    async def _chain(self, prompt: np.ndarray, parent_id: int, number: int, episode: Episode | None) -> None:
+        """From ``parent_id`` on to an end.  A failure ends this chain only and is counted by its reason."""
+        try:
+            await self._walk(prompt, parent_id, number, episode)
+        except BranchFailed as failure:
+            self._count(failure)
+
+    def _count(self, failure: BranchFailed) -> None:
+        self.growth.failures[failure.reason] += 1
+        self.growth.last_detail = str(failure)
+
+    async def _walk(self, prompt: np.ndarray, parent_id: int, number: int, episode: Episode | None) -> None:
+        path = self._tree(prompt, self.growth.turns).path(parent_id)
+        observation = NOTHING
+        if episode is None:
+            episode, observation = await self._fork(path)
+        try:
+            context = np.concatenate([prompt, *(part for t in path for part in (t.observation, t.action))])
+            while True:
+                context = np.concatenate([context, observation])
+                turn, result = await self._turn(episode, context, observation, parent_id, number)
+                self.growth.turns.append(turn)
+                await self._emit(turn)
+                if turn.is_leaf:
+                    return
+                context = np.concatenate([context, turn.action])
+                observation, parent_id = result.observation, turn.turn_id
+        finally:
+            await episode.close()
+
+    async def _turn(
+        self, episode: Episode, context: np.ndarray, observation: np.ndarray, parent_id: int, number: int
+    ) -> tuple[Turn, StepResult]:
+        began = self._clock()
+        generation = await self._generate(context)
+        generated = self._clock()
+        result = await self._step(episode, generation.token_ids)
+        stepped = self._clock()
+        end: EndReason = result.end
+        reward, success = result.reward, result.success
+        used = len(context) + len(generation.token_ids) + len(result.observation)
+        if end == "continue" and used >= self._max_context:
+            end, reward, success = "length_limit", TRUNCATED_REWARD, False
+        turn = Turn(
+            run=self._run,
+            tree_id=self._lease.tree_id,
+            turn_id=len(self.growth.turns) + 1,
+            parent_id=parent_id,
+            lease_epoch=self._lease.epoch,
+            expansion_round=number,
+            observation=observation,
+            action=generation.token_ids,
+            logprobs=generation.logprobs,
+            spans=generation.spans,
+            end=end,
+            reward=reward,
+            success=success,
+            generate_s=generated - began,
+            environment_s=stepped - generated,
+        )
+        return turn, result
+
+    async def _generate(self, context: np.ndarray) -> Generation:
+        sampling = self._budget.sampling
+        room = self._max_context - len(context)
+        if room < sampling.max_tokens:
+            if room < 1:
+                raise BranchFailed("no_room", f"prompt of {len(context)} tokens leaves no room for an action")
+            sampling = Sampling(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=room,
+                stop_token_ids=sampling.stop_token_ids,
+            )
+        self._requests += 1
+        request_id = f"{self._lease.tree_id}.{self._lease.epoch}/{self._requests}"
+        try:
+            async with asyncio.timeout(self._search.generate_timeout_s):
+                return await self._engine.generate(context, sampling, request_id=request_id)
+        except TimeoutError:
+            raise BranchFailed(
+                "generate_timeout", f"request {request_id} took over {self._search.generate_timeout_s} s"
+            ) from None
+        except EngineDead:
+            raise
+        except GenerationFailed as exc:
+            raise BranchFailed("generate_failed", str(exc)) from exc
+
+    # --- the environment: whatever it raises ends one branch ---------------------------------------------------
+
+    async def _start(self) -> Episode:
+        try:
+            async with asyncio.timeout(self._search.step_timeout_s):
+                return await self._environment.start(self._lease.kind, self._lease.task_index)
+        except TimeoutError:
+            raise BranchFailed("environment_timeout", f"start took over {self._search.step_timeout_s} s") from None
+        except Exception as exc:
+            raise BranchFailed("environment_failed", f"start: {type(exc).__name__}: {exc}") from exc
+
+    async def _step(self, episode: Episode, action: np.ndarray) -> StepResult:
+        try:
+            async with asyncio.timeout(self._search.step_timeout_s):
+                return await episode.step(action)
+        except TimeoutError:
+            raise BranchFailed("environment_timeout", f"step took over {self._search.step_timeout_s} s") from None
+        except Exception as exc:
+            raise BranchFailed("environment_failed", f"step: {type(exc).__name__}: {exc}") from exc
+
+    async def _fork(self, path: tuple[Turn, ...]) -> tuple[Episode, np.ndarray]:
+        """An episode brought to the end of ``path``, and the observation that follows it."""
+        if not path:
+            return await self._start(), NOTHING
+        *before, last = path
+        try:
+            async with asyncio.timeout(self._search.step_timeout_s):
+                episode = await self._environment.replay(
+                    self._lease.kind, self._lease.task_index, tuple(t.action for t in before)
+                )
+        except TimeoutError:
+            raise BranchFailed("environment_timeout", f"replay took over {self._search.step_timeout_s} s") from None
+        except Exception as exc:
+            raise BranchFailed("environment_failed", f"replay: {type(exc).__name__}: {exc}") from exc
+        result = await self._step(episode, last.action)
+        if result.done:
+            await episode.close()
+            raise BranchFailed(
+                "replay_diverged", f"turn {last.turn_id} of tree {self._lease.tree_id} ended when it was replayed"
+            )
+        return episode, result.observation

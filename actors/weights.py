@@ -1,0 +1,223 @@
+"""Weights in: announcement -> fetch -> verify.  The engine swaps only what has passed here.
+
+On the learner's own host its file is linked and checked; elsewhere chunks are pulled with bounded requests in flight.
+Either way the bytes are complete and hashed before anything sees them, and an older version is never taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from atpo_async.links import Client, Listener
+
+from actors.engine import WeightsFile
+from atpo_async.config import WeightsConfig
+from atpo_async.errors import PeerLost, WeightsRejected
+from atpo_async.messages import (
+    AnnouncementRequest,
+    Chunk,
+    ChunkRequest,
+    ManifestRequest,
+    Refused,
+    VersionGone,
+    WeightsAnnounced,
+    WeightsManifest,
+)
+from atpo_async.rundir import host_id
+
+log = logging.getLogger("atpo.actor.weights")
+
+CHUNKS_IN_FLIGHT = 4
+"""Enough to hide a round trip, few enough that heartbeats are never stuck behind megabytes."""
+
+
+def scratch_dir(shm_path: str | None) -> Path:
+    """A private folder for this actor's copies: beside the learner's file, so that it can be hard-linked."""
+    beside = Path(shm_path).parent.parent if shm_path else None
+    memory = Path("/dev/shm")
+    for parent in (beside, memory if memory.is_dir() else None):
+        if parent is not None and parent.is_dir() and os.access(parent, os.W_OK):
+            return Path(tempfile.mkdtemp(prefix="atpo-actor-", dir=parent))
+    return Path(tempfile.mkdtemp(prefix="atpo-actor-"))
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_layout(manifest: WeightsManifest) -> None:
+    """Every tensor lies inside the payload, none overlaps another.  Raises WeightsRejected naming the tensor."""
+    end = 0
+    for spec in sorted(manifest.tensors, key=lambda s: s.offset):
+        if spec.offset < end or spec.offset + spec.nbytes > manifest.total_bytes:
+            raise WeightsRejected(
+                f"version {manifest.version}: tensor {spec.name} at {spec.offset}:{spec.offset + spec.nbytes} overlaps "
+                f"another or leaves the payload of {manifest.total_bytes} bytes"
+            )
+        end = spec.offset + spec.nbytes
+
+
+class WeightsFetcher:
+    """Fetches and verifies versions for one actor.
+
+    Args:
+        run: only weights of this run are taken.
+        client: to the learner's weights endpoint.
+        listener: to its announcements.
+        settings: chunk and time limits.
+    """
+
+    def __init__(self, *, run: str, client: Client, listener: Listener, settings: WeightsConfig) -> None:
+        self._run = run
+        self._client = client
+        self._listener = listener
+        self._settings = settings
+        self._scratch: Path | None = None
+        self.version = -1
+        """Newest version handed out."""
+
+    async def newest(self, *, timeout_s: float) -> WeightsAnnounced | None:
+        """What the learner has now, or None if it has nothing or does not answer in time."""
+        try:
+            answer = await self._client.request(AnnouncementRequest(run=self._run), timeout_s=timeout_s)
+        except PeerLost as exc:
+            log.warning("the learner does not say which weights it has: %s", exc)
+            return None
+        if isinstance(answer, WeightsAnnounced):
+            return answer
+        if isinstance(answer, Refused):
+            log.info("no weights yet: %s", answer.reason)
+        return None
+
+    async def next(self) -> WeightsAnnounced | None:
+        """The next newer version, or None after ``poll_s`` without one.
+
+        Waits for: an announcement.  Unblocked by: the publisher, or the poll that makes up for a lost announcement.
+        """
+        heard = await self._listener.next(timeout_s=self._settings.poll_s)
+        # Announcements pile up while a swap is under way: only the last one counts.
+        while heard is not None and (later := await self._listener.next(timeout_s=0.0)) is not None:
+            heard = later
+        if not isinstance(heard, WeightsAnnounced) or heard.run != self._run:
+            heard = await self.newest(timeout_s=self._settings.poll_s * 2)
+        return heard if heard is not None and heard.run == self._run and heard.version > self.version else None
+
+    async def fetch(self, announced: WeightsAnnounced) -> WeightsFile | None:
+        """Bring one version here, whole and verified; None if a newer one has replaced it meanwhile.
+
+        Raises:
+            WeightsRejected: bytes and hash differ, the layout is impossible, or it is an older version.
+            PeerLost: the learner did not answer in time.
+        """
+        if announced.version <= self.version:
+            raise WeightsRejected(f"version {announced.version} is not newer than {self.version}, which is in use")
+        manifest = await self._manifest(announced.version)
+        if manifest is None:
+            return None
+        if manifest.sha256 != announced.sha256:
+            raise WeightsRejected(f"version {announced.version}: manifest and announcement name different payloads")
+        check_layout(manifest)
+        path = await self._bring(announced, manifest)
+        if path is None:
+            return None
+        self.version = announced.version
+        return WeightsFile(path=path, manifest=manifest)
+
+    def release(self, weights: WeightsFile) -> None:
+        """The engine has read it: remove this actor's link or copy."""
+        weights.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = None
+
+    # --- parts -------------------------------------------------------------------------------------------------
+
+    async def _manifest(self, version: int) -> WeightsManifest | None:
+        answer = await self._client.request(
+            ManifestRequest(run=self._run, version=version), timeout_s=self._settings.fetch_timeout_s
+        )  # fmt: skip
+        if isinstance(answer, VersionGone):
+            return None
+        if not isinstance(answer, WeightsManifest) or answer.version != version or answer.run != self._run:
+            raise WeightsRejected(f"version {version}: the learner answered {type(answer).__name__}, not its manifest")
+        return answer
+
+    async def _bring(self, announced: WeightsAnnounced, manifest: WeightsManifest) -> Path | None:
+        same_host = self._settings.shared_memory and announced.host_id == host_id()
+        if self._scratch is None:
+            self._scratch = scratch_dir(announced.shm_path if same_host else None)
+        target = self._scratch / f"v{manifest.version}.bin"
+        target.unlink(missing_ok=True)
+        if same_host and announced.shm_path is not None and self._link(Path(announced.shm_path), target):
+            pass
+        elif not await self._pull(manifest, target):
+            return None
+        await asyncio.to_thread(self._verify, manifest, target)
+        return target
+
+    def _link(self, source: Path, target: Path) -> bool:
+        """A hard link keeps the bytes even when the learner drops the version in the middle of our reading."""
+        try:
+            os.link(source, target)
+        except OSError as exc:
+            log.info("shared weights %s cannot be linked (%s); pulling them instead", source, exc)
+            return False
+        return True
+
+    async def _pull(self, manifest: WeightsManifest, target: Path) -> bool:
+        num_chunks = -(-manifest.total_bytes // manifest.chunk_bytes)
+        room = asyncio.Semaphore(CHUNKS_IN_FLIGHT)
+        gone = False
+        file = os.open(target, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+
+        async def one(index: int) -> None:
+            nonlocal gone
+            async with room:
+                if gone:
+                    return
+                answer = await self._client.request(
+                    ChunkRequest(run=self._run, version=manifest.version, index=index),
+                    timeout_s=self._settings.fetch_timeout_s,
+                )
+            if isinstance(answer, VersionGone):
+                gone = True
+                return
+            expected = min(manifest.chunk_bytes, manifest.total_bytes - index * manifest.chunk_bytes)
+            if not isinstance(answer, Chunk) or answer.index != index or len(answer.data) != expected:
+                raise WeightsRejected(f"version {manifest.version}: chunk {index} came wrong or short")
+            os.pwrite(file, memoryview(answer.data), index * manifest.chunk_bytes)
+
+        try:
+            async with asyncio.timeout(self._settings.fetch_timeout_s), asyncio.TaskGroup() as pulls:
+                for index in range(num_chunks):
+                    pulls.create_task(one(index), name=f"chunk-{manifest.version}-{index}")
+        except TimeoutError:
+            raise PeerLost(
+                f"weights version {manifest.version}: not all of {num_chunks} chunks came within "
+                f"{self._settings.fetch_timeout_s} s (weights.fetch_timeout_s)"
+            ) from None
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        finally:
+            os.close(file)
+        return not gone
+
+    def _verify(self, manifest: WeightsManifest, path: Path) -> None:
+        size = path.stat().st_size
+        found = sha256_of(path) if size == manifest.total_bytes else f"{size} bytes"
+        if found != manifest.sha256:
+            path.unlink(missing_ok=True)
+            raise WeightsRejected(
+                f"version {manifest.version}: payload is {found}, the manifest says {manifest.total_bytes} bytes of "
+                f"{manifest.sha256}; it was not applied"
+            )

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from actors.actor import Actor
+from actors.engine import WeightsFile
+from atpo_async.config import Config, build
+from atpo_async.errors import EngineDead, EnvironmentBroken, PeerLost, WeightsRejected
+from atpo_async.messages import (
+    ActorReport,
+    Lease,
+    LeaseRequest,
+    LeaseReturned,
+    Leases,
+    TreeClosed,
+    WeightsAnnounced,
+    WeightsManifest,
+)
+from atpo_async.tree import Turn
+from tests.actor_support import STOP, CountingEnvironment, ScriptedEngine, ints, lease
+
+
+def config_of(**actor: object) -> Config:
+    return build(
+        {
+            "search": {"initial_rollouts": 2, "strategy": "none", "max_action_tokens": 8},
+            "model": {"max_context_tokens": 64},
+            "actor": {"trees_in_flight": 2, "report_every_s": 0.01} | actor,
+            "links": {"deadline_s": 5.0},
+        }
+    )
+
+
+class FakeBuffer:
+    """Grants what is queued; finished when the queue is empty and ``ends`` is set."""
+
+    def __init__(self, *leases: Lease, ends: bool = True) -> None:
+        self.queue = deque(leases)
+        self.ends = ends
+        self.sent: list[object] = []
+        self.asked: list[LeaseRequest] = []
+        self.in_flight_now = 0
+        self.most_at_once = 0
+        self.stats = SimpleNamespace(waited_s=0.0)
+        self.on_refused: Callable[[object, str], None] = lambda message, reason: None
+        self.open: set[str] = set()
+
+    async def request(self, message: object, *, timeout_s: float) -> Leases:
+        assert isinstance(message, LeaseRequest)
+        self.asked.append(message)
+        await asyncio.sleep(0)
+        granted = tuple(self.queue.popleft() for _ in range(min(message.count, len(self.queue))))
+        self.open |= {g.tree_id for g in granted}
+        self.most_at_once = max(self.most_at_once, len(self.open))
+        done = self.ends and not self.queue and not granted and not self.open
+        return Leases(leases=granted, closed_because="nothing queued", retry_after_s=0.0, finished=done)
+
+    async def send(self, message: object) -> None:
+        self.sent.append(message)
+        if isinstance(message, TreeClosed):
+            self.open.discard(message.tree_id)
+
+    async def drain(self, *, timeout_s: float) -> None: ...
+
+    def of(self, kind: type) -> list[object]:
+        return [m for m in self.sent if isinstance(m, kind)]
+
+
+class FakeWeights:
+    """Announces versions in order, then nothing more; versions in ``rejected`` fail to arrive whole."""
+
+    def __init__(self, *versions: int, rejected: tuple[int, ...] = ()) -> None:
+        self.versions = deque(versions)
+        self.rejected = rejected
+        self.version = -1
+        self.released = 0
+        self.go = asyncio.Event()
+        self.go.set()
+
+    async def next(self) -> WeightsAnnounced | None:
+        await asyncio.sleep(0)
+        await self.go.wait()
+        if not self.versions:
+            await asyncio.sleep(0.005)
+            return None
+        return WeightsAnnounced(
+            run="r", version=self.versions.popleft(), total_bytes=0, sha256="", host_id="", shm_path=None
+        )  # fmt: skip
+
+    async def fetch(self, announced: WeightsAnnounced) -> WeightsFile:
+        if announced.version in self.rejected:
+            raise WeightsRejected(f"version {announced.version}: altered")
+        self.version = announced.version
+        manifest = WeightsManifest(
+            run="r",
+            version=announced.version,
+            total_bytes=0,
+            chunk_bytes=4096,
+            sha256="",
+            tensors=(),
+            probe_token_ids=np.zeros(2, dtype=np.int32),
+            probe_logprobs=np.zeros(1, dtype=np.float32),
+            probe_tolerance=1.0,
+        )
+        return WeightsFile(path=None, manifest=manifest)  # type: ignore[arg-type]
+
+    def release(self, weights: WeightsFile) -> None:
+        self.released += 1
+
+
+def actor_of(
+    buffer: FakeBuffer,
+    *,
+    engine: ScriptedEngine | None = None,
+    environment: CountingEnvironment | None = None,
+    weights: FakeWeights | None = None,
+    stopping: asyncio.Event | None = None,
+    config: Config | None = None,
+) -> Actor:
+    return Actor(
+        run="r",
+        name="actor-0",
+        config=config or config_of(),
+        engine=engine or ScriptedEngine(),
+        environment=environment or CountingEnvironment(),
+        buffer=buffer,  # type: ignore[arg-type]
+        weights=weights or FakeWeights(0),  # type: ignore[arg-type]
+        stopping=stopping or asyncio.Event(),
+    )
+
+
+def leases(count: int, **changes: object) -> list[Lease]:
+    return [lease(tree_id=f"t{i}", task_index=i, **changes) for i in range(count)]
+
+
+async def test_every_leased_tree_is_grown_and_closed_and_never_more_than_the_slots_at_once() -> None:
+    buffer = FakeBuffer(*leases(5))
+    await actor_of(buffer).work()
+    assert {m.tree_id for m in buffer.of(TreeClosed)} == {f"t{i}" for i in range(5)}
+    assert buffer.most_at_once == 2
+    assert len(buffer.of(Turn)) == 5 * 2 * 2
+
+
+async def test_turns_leave_before_their_tree_is_done() -> None:
+    buffer = FakeBuffer(*leases(1))
+    await actor_of(buffer).work()
+    kinds = [type(m).__name__ for m in buffer.sent if not isinstance(m, ActorReport)]
+    assert kinds[0] == "TreeOpened"
+    assert kinds[-1] == "TreeClosed"
+    assert kinds[1:-1] == ["Turn"] * 4
+
+
+async def test_nothing_is_generated_before_the_runs_own_weights_are_in() -> None:
+    weights = FakeWeights(0)
+    weights.go.clear()
+    engine = ScriptedEngine()
+    buffer = FakeBuffer(*leases(1))
+    work = asyncio.create_task(actor_of(buffer, engine=engine, weights=weights).work())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not buffer.asked
+    assert not engine.contexts
+    weights.go.set()
+    await work
+    assert engine.swapped == [0]
+
+
+async def test_a_lease_waits_for_its_least_version() -> None:
+    weights = FakeWeights(0, 3)
+    buffer = FakeBuffer(*leases(1, min_version=3))
+    await actor_of(buffer, weights=weights).work()
+    assert {s.version for t in buffer.of(Turn) for s in t.spans} == {3}
+
+
+async def test_weights_that_arrive_altered_are_skipped_and_the_next_are_taken() -> None:
+    engine = ScriptedEngine()
+    buffer = FakeBuffer(*leases(1, min_version=2))
+    await actor_of(buffer, engine=engine, weights=FakeWeights(0, 1, 2, rejected=(1,))).work()
+    assert engine.swapped == [0, 2]
+
+
+async def test_a_refused_tree_is_given_up_and_its_slot_goes_on() -> None:
+    engine = ScriptedEngine()
+    engine.hold = asyncio.Event()
+    buffer = FakeBuffer(*leases(3))
+    work = asyncio.create_task(actor_of(buffer, engine=engine).work())
+    while len(buffer.open) < 2:
+        await asyncio.sleep(0)
+    opened = next(m for m in buffer.sent if getattr(m, "tree_id", "") == "t0") if buffer.sent else None
+    while opened is None:
+        await asyncio.sleep(0)
+        opened = next((m for m in buffer.sent if getattr(m, "tree_id", "") == "t0"), None)
+    buffer.on_refused(opened, "unknown lease")
+    buffer.open.discard("t0")
+    engine.hold.set()
+    await work
+    assert {m.tree_id for m in buffer.of(TreeClosed)} == {"t1", "t2"}
+
+
+async def test_stopping_gives_the_leases_back() -> None:
+    engine = ScriptedEngine()
+    engine.hold = asyncio.Event()
+    stopping = asyncio.Event()
+    buffer = FakeBuffer(*leases(2), ends=False)
+    work = asyncio.create_task(actor_of(buffer, engine=engine, stopping=stopping).work())
+    while len(engine.contexts) < 4:
+        await asyncio.sleep(0)
+    stopping.set()
+    await work
+    (returned,) = buffer.of(LeaseReturned)
+    assert set(returned.tree_ids) == {"t0", "t1"}
+
+
+async def test_an_environment_that_always_raises_ends_the_actor_with_its_name_and_error() -> None:
+    environment = CountingEnvironment(fault=lambda number, action: RuntimeError("no such table"))
+    buffer = FakeBuffer(*leases(20))
+    with pytest.raises(EnvironmentBroken, match=r"environment 'hopqa': 4 trees in a row .* no such table"):
+        await actor_of(buffer, environment=environment).work()
+
+
+async def test_a_dead_engine_ends_the_actor() -> None:
+    engine = ScriptedEngine(lambda c, n: EngineDead("engine core is gone"))
+    with pytest.raises(EngineDead, match="engine core is gone"):
+        await actor_of(FakeBuffer(*leases(2)), engine=engine).work()
+
+
+async def test_the_report_renews_the_leases_and_carries_the_metrics() -> None:
+    engine = ScriptedEngine(lambda c, n: ints(5, 6, STOP))
+    engine.hold = asyncio.Event()
+    buffer = FakeBuffer(*leases(2))
+    work = asyncio.create_task(actor_of(buffer, engine=engine).work())
+    while not any(set(m.tree_ids) == {"t0", "t1"} for m in buffer.of(ActorReport)):
+        await asyncio.sleep(0.001)
+    engine.hold.set()
+    await work
+    named = set().union(*(m.metrics for m in buffer.of(ActorReport)))
+    assert {"tokens/generated_per_s", "time/actor_wait_s", "weights/swap_s", "engine/probe_error"} <= named
+
+
+async def test_a_buffer_that_is_away_for_a_while_is_asked_again() -> None:
+    class Flaky(FakeBuffer):
+        async def request(self, message: object, *, timeout_s: float) -> Leases:
+            if len(self.asked) < 2:
+                self.asked.append(message)  # type: ignore[arg-type]
+                raise PeerLost("buffer restarting")
+            return await super().request(message, timeout_s=timeout_s)
+
+    buffer = Flaky(*leases(1))
+    await actor_of(buffer).work()
+    assert len(buffer.of(TreeClosed)) == 1

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from actors.search import TreeSearch
+from atpo_async.config import SearchConfig
+from atpo_async.errors import EngineDead, GenerationFailed
+from atpo_async.messages import TreeClosed, TreeOpened
+from atpo_async.tree import ROOT, Turn, TurnTree
+from tests.actor_support import STOP, CountingEnvironment, ScriptedEngine, ints, leaf, lease, turn
+
+SEARCH = SearchConfig(initial_rollouts=3, rounds=2, branches=2, max_action_tokens=8)
+
+
+class Sink(list[object]):
+    async def __call__(self, message: object) -> None:
+        self.append(message)
+
+    @property
+    def turns(self) -> list[Turn]:
+        return [m for m in self if isinstance(m, Turn)]
+
+    @property
+    def closed(self) -> TreeClosed:
+        (only,) = [m for m in self if isinstance(m, TreeClosed)]
+        return only
+
+
+def search_of(
+    engine: ScriptedEngine | None = None,
+    environment: CountingEnvironment | None = None,
+    *,
+    emit: Sink | None = None,
+    config: SearchConfig = SEARCH,
+    max_context_tokens: int = 64,
+    **changes: object,
+) -> TreeSearch:
+    return TreeSearch(
+        run="r",
+        lease=lease(**changes),
+        engine=engine or ScriptedEngine(),
+        environment=environment or CountingEnvironment(),
+        search=config,
+        max_context_tokens=max_context_tokens,
+        emit=emit if emit is not None else Sink(),
+        clock=lambda: 0.0,
+    )
+
+
+async def test_a_tree_has_m_plus_l_times_k_leaves_and_every_turn_left_when_it_was_finished() -> None:
+    sink = Sink()
+    tree = await search_of(emit=sink).grow()
+    assert len(tree.leaves()) == 3 + 2 * 2
+    assert isinstance(sink[0], TreeOpened)
+    assert sink[-1] is sink.closed
+    assert [t.turn_id for t in sink.turns] == list(range(1, len(tree) + 1))
+    assert sink.closed.num_turns == len(tree)
+    assert sink.closed.failures == {}
+
+
+async def test_a_branch_keeps_parent_and_observation_of_the_turn_it_is_a_sibling_of() -> None:
+    environment = CountingEnvironment(turns=3)
+    tree = await search_of(environment=environment).grow()
+    branched = [t for t in tree if t.expansion_round > 0 and t.parent_id != ROOT]
+    assert branched
+    for t in branched:
+        for sibling in tree.siblings(t.turn_id):
+            np.testing.assert_array_equal(t.observation, tree[sibling].observation)
+
+
+async def test_what_the_engine_sees_is_the_path_token_by_token() -> None:
+    engine = ScriptedEngine()
+    tree = await search_of(engine, CountingEnvironment(turns=3)).grow()
+    expected = {
+        tuple(np.concatenate([tree.context(t.parent_id), t.observation]).tolist()) for t in tree
+    }  # fmt: skip
+    assert {tuple(c.tolist()) for c in engine.contexts} == expected
+
+
+async def test_a_failed_generation_ends_its_branch_only() -> None:
+    engine = ScriptedEngine(lambda c, n: GenerationFailed("no") if n == 1 else ints(100 + n, STOP))
+    sink = Sink()
+    tree = await search_of(engine, emit=sink).grow()
+    assert sink.closed.failures == {"generate_failed": 1}
+    assert len(tree.leaves()) == 6
+    assert all(t.reward == 1.0 for t in tree.leaves())
+
+
+async def test_a_tool_that_raises_ends_its_branch_only_and_never_becomes_a_reward() -> None:
+    faults = iter([None, RuntimeError("tool down")])
+    environment = CountingEnvironment(fault=lambda number, action: next(faults, None))
+    sink = Sink()
+    search = search_of(environment=environment, emit=sink)
+    tree = await search.grow()
+    assert sink.closed.failures == {"environment_failed": 1}
+    assert "tool down" in search.growth.last_detail
+    assert {t.reward for t in tree.leaves()} == {1.0}
+
+
+async def test_an_environment_that_never_starts_closes_the_tree_without_turns() -> None:
+    class Broken(CountingEnvironment):
+        async def start(self, split: str, task_index: int) -> object:  # type: ignore[override]
+            raise OSError("no data")
+
+    sink = Sink()
+    tree = await search_of(environment=Broken(), emit=sink).grow()
+    assert len(tree) == 0
+    assert sink.closed.failures == {"environment_failed": 1}
+
+
+async def test_a_generation_past_its_time_limit_is_counted_as_such() -> None:
+    engine = ScriptedEngine()
+    engine.hold = asyncio.Event()
+    config = SearchConfig(initial_rollouts=2, strategy="none", max_action_tokens=8, generate_timeout_s=0.01)
+    sink = Sink()
+    await search_of(engine, emit=sink, config=config).grow()
+    assert sink.closed.failures == {"generate_timeout": 2}
+
+
+async def test_a_dead_engine_ends_the_search_and_not_just_branches() -> None:
+    engine = ScriptedEngine(lambda c, n: EngineDead("gone"))
+    with pytest.raises(ExceptionGroup) as failure:
+        await search_of(engine).grow()
+    assert failure.group_contains(EngineDead)
+
+
+async def test_a_chain_without_room_for_another_action_ends_with_length_limit_and_reward_zero() -> None:
+    sink = Sink()
+    await search_of(environment=CountingEnvironment(turns=9), emit=sink, max_context_tokens=6).grow()
+    ends = {t.end for t in sink.turns}
+    assert ends == {"length_limit"}
+    assert {t.reward for t in sink.turns} == {0.0}
+
+
+async def test_an_action_never_outgrows_the_context() -> None:
+    engine = ScriptedEngine()
+    await search_of(engine, CountingEnvironment(turns=9), max_context_tokens=10).grow()
+    assert all(len(c) + s.max_tokens <= 10 for c, s in zip(engine.contexts, engine.samplings, strict=True))
+
+
+async def test_evaluation_is_one_greedy_chain() -> None:
+    engine = ScriptedEngine()
+    tree = await search_of(engine, kind="eval").grow()
+    assert len(tree.leaves()) == 1
+    assert {s.temperature for s in engine.samplings} == {0.0}
+
+
+async def test_every_episode_is_closed() -> None:
+    environment = CountingEnvironment()
+    await search_of(environment=environment).grow()
+    assert environment.started == environment.closed
+
+
+def committed(tree: TurnTree, number: int) -> tuple[Turn, ...]:
+    return tree.turns[:number]
+
+
+@pytest.mark.parametrize("number", range(0, 15))
+async def test_a_reissued_tree_goes_on_from_any_prefix_of_its_turns_to_the_same_shape(number: int) -> None:
+    whole = await search_of().grow()
+    sink = Sink()
+    resumed = await search_of(emit=sink, committed=committed(whole, number), epoch=1).grow()
+    assert len(resumed.leaves()) == len(whole.leaves())
+    assert [t.turn_id for t in sink.turns] == list(range(min(number, len(whole)) + 1, len(resumed) + 1))
+    assert sink.closed.num_turns == len(resumed)
+    per_round = [sum(t.is_leaf and t.expansion_round == r for t in resumed) for r in range(3)]
+    assert per_round == [3, 2, 2]
+
+
+async def test_a_replay_that_ends_where_the_tree_went_on_is_a_failed_branch() -> None:
+    first = (turn(1, ROOT), leaf(2, ROOT), leaf(3, ROOT))
+    sink = Sink()
+    config = SearchConfig(initial_rollouts=3, strategy="none", max_action_tokens=8)
+    await search_of(environment=CountingEnvironment(turns=1), emit=sink, config=config, committed=first).grow()
+    assert sink.closed.failures == {"replay_diverged": 1}
