@@ -1,0 +1,296 @@
+"""The sum tree against a naive one; sampling and weights against the reference vectors; what leaves, and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atpo_async.tree import Turn, TurnTree, VersionSpan
+from buffer.replay import (
+    ReplayPool,
+    SumTree,
+    annealed_beta,
+    importance_weights,
+    probabilities,
+    split_by_tokens,
+    stratified,
+    tree_nbytes,
+    tree_priority,
+)
+
+VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / "at2po_vectors.json").read_text())["per"]
+CASES = VECTORS["cases"].items()
+
+
+def exponents(name: str) -> tuple[float, float]:
+    alpha, beta = name.removeprefix("alpha").split("_beta")
+    return float(alpha), float(beta)
+
+
+def tree(tree_id: str, *versions: int, tokens: int = 2) -> TurnTree:
+    """One first turn per version, each a leaf."""
+    turns = tuple(
+        Turn(
+            run="r", tree_id=tree_id, turn_id=i, parent_id=0, lease_epoch=0, expansion_round=0,
+            observation=np.zeros(0, dtype=np.int32), action=np.zeros(tokens, dtype=np.int32),
+            logprobs=np.zeros(tokens, dtype=np.float32), spans=(VersionSpan(version, 0, tokens),),
+            end="done", reward=float(i % 2), success=None, generate_s=0.0, environment_s=0.0,
+        )
+        for i, version in enumerate(versions or (0,), start=1)
+    )  # fmt: skip
+    return TurnTree(tree_id, 0, np.zeros(1, dtype=np.int32), turns)
+
+
+def pool(**settings: Any) -> ReplayPool:
+    return ReplayPool(**({"max_uses": 1, "max_lag": 8, "exponent": 0.6} | settings))
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def ids(drawn: list[Any]) -> list[str]:
+    return sorted(d.tree.tree_id for d in drawn)
+
+
+# --- against the vectors -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_probabilities_and_weights_are_those_of_the_reference(name: str, case: dict[str, Any]) -> None:
+    alpha, beta = exponents(name)
+    p = probabilities(np.array(VECTORS["raw_priority"]), exponent=alpha, floor=VECTORS["eps"])
+    np.testing.assert_allclose(p, case["P"], atol=1e-9)
+    for key, over_max in (("w_raw", False), ("w_over_max", True)):
+        w = importance_weights(p, num_trees=len(p), beta=beta, over_max=over_max)
+        np.testing.assert_allclose(w, case[key], rtol=1e-8)
+    batch = importance_weights(p[case["stratified_idx"]], num_trees=len(p), beta=beta, over_max=True)
+    np.testing.assert_allclose(batch, case["w_batch_max_norm"], rtol=1e-8)
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_stratified_draws_are_those_of_the_reference(name: str, case: dict[str, Any]) -> None:
+    p = probabilities(np.array(VECTORS["raw_priority"]), exponent=exponents(name)[0], floor=VECTORS["eps"])
+    sums = SumTree(len(p))
+    sums.set(np.arange(len(p)), p)
+    assert stratified(sums, np.array(case["stratified_u"])).tolist() == case["stratified_idx"]
+
+
+def test_tree_priority_is_that_of_the_reference() -> None:
+    case = VECTORS["r2d2_tree_priority"]
+    found = tree_priority(-np.array(case["abs_adv"]), max_share=case["eta"])
+    assert found == pytest.approx(case["priority"], abs=1e-9)
+
+
+def test_beta_goes_to_one_in_a_straight_line() -> None:
+    assert [annealed_beta(s, start=0.4, num_steps=10) for s in (0, 5, 10, 20)] == pytest.approx([0.4, 0.7, 1.0, 1.0])
+
+
+# --- the sum tree --------------------------------------------------------------------------------------------------
+
+VALUES = st.one_of(st.just(0.0), st.floats(1e-6, 1e6))
+WRITES = st.lists(st.dictionaries(st.integers(0, 60), VALUES, min_size=1, max_size=20), min_size=1, max_size=8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(WRITES, st.lists(st.floats(0, 1, exclude_max=True), max_size=20))
+def test_the_sum_tree_agrees_with_a_naive_one(writes: list[dict[int, float]], uniform: list[float]) -> None:
+    sums, naive = SumTree(4), np.zeros(64)
+    for write in writes:
+        indices = np.array(list(write))
+        sums.grow(int(indices.max()) + 1)
+        sums.set(indices, np.array(list(write.values())))
+        naive[indices] = list(write.values())
+    np.testing.assert_array_equal(sums.values(), naive[: sums.capacity])
+    assert sums.total == pytest.approx(naive.sum(), rel=1e-12)
+    if sums.total == 0:
+        return
+    targets = np.array(uniform) * sums.total
+    prefix = np.append(0.0, np.cumsum(naive))
+    for target, index in zip(targets, sums.find(targets), strict=True):
+        slack = 1e-9 * sums.total
+        assert prefix[index] - slack <= target <= prefix[index + 1] + slack
+        assert naive[index] > 0
+
+
+def test_a_target_at_the_very_end_does_not_fall_on_an_empty_place() -> None:
+    sums = SumTree(8)
+    sums.set(np.array([0, 1]), np.array([0.1, 0.2]))
+    assert sums.find(np.array([sums.total, 10.0])).tolist() == [1, 1]
+
+
+# --- sampling ------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_never_holds_a_tree_twice() -> None:
+    replay = pool(max_uses=5)
+    for i in range(20):
+        replay.add(tree(f"t{i}"), priority=1.0)
+    drawn = replay.draw(15, rng=rng(), beta=0.4)
+    assert len(set(ids(drawn))) == 15
+    assert len(replay) == 5
+    assert not set(ids(drawn)) & set(replay.ready_ids())
+
+
+def test_trees_are_drawn_in_proportion_to_priority_to_the_exponent() -> None:
+    replay = pool(max_uses=10**6, exponent=1.0)
+    for i in range(3):
+        replay.add(tree(f"t{i}"), priority=1.0)
+    replay.draw(3, rng=rng(), beta=0.0)
+    replay.confirm(["t0", "t1", "t2"], {"t0": 0.09, "t1": 0.19, "t2": 0.69})
+    counts: dict[str, int] = dict.fromkeys(["t0", "t1", "t2"], 0)
+    generator = rng()
+    for _ in range(1000):
+        (one,) = replay.draw(1, rng=generator, beta=1.0)
+        counts[one.tree.tree_id] += 1
+        assert one.probability == pytest.approx({"t0": 0.1, "t1": 0.2, "t2": 0.7}[one.tree.tree_id])
+        replay.give_back([one.tree.tree_id])
+    assert counts["t0"] == pytest.approx(100, abs=40)
+    assert counts["t1"] == pytest.approx(200, abs=50)
+
+
+def test_when_all_ready_trees_are_taken_the_weights_are_one() -> None:
+    replay = pool(max_uses=3)
+    for i in range(4):
+        replay.add(tree(f"t{i}"), priority=1.0)
+    replay.draw(4, rng=rng(), beta=1.0)
+    replay.confirm([f"t{i}" for i in range(4)], {"t0": 0.1, "t1": 5.0})
+    drawn = replay.draw(8, rng=rng(), beta=1.0)
+    assert [(d.probability, d.weight, d.uses) for d in drawn] == [(0.25, 1.0, 2)] * 4
+
+
+def test_a_new_tree_enters_at_the_highest_priority_confirmed() -> None:
+    replay = pool(max_uses=2, exponent=1.0, weights_over_max=False)
+    replay.add(tree("old"), priority=0.5)
+    replay.draw(1, rng=rng(), beta=0.4)
+    replay.confirm(["old"], {"old": 3.0})
+    replay.add(tree("new"), priority=0.2)
+    (one,) = replay.draw(1, rng=rng(), beta=1.0)
+    assert one.probability == pytest.approx(0.5)
+    assert one.weight == pytest.approx(1.0)
+
+
+def test_freshness_lowers_the_priority_with_the_lag() -> None:
+    replay = pool(exponent=1.0, freshness=0.5)
+    replay.add(tree("old", 0), priority=1.0)
+    replay.add(tree("new", 2), priority=1.0)
+    replay.advance(2)
+    assert replay.mean_priority == pytest.approx((0.25 + 1.0) / 2)
+
+
+def test_what_would_expire_unserved_is_served_first() -> None:
+    replay = pool(max_lag=1)
+    for i in range(4):
+        replay.add(tree(f"old{i}", 0), priority=1.0)
+    for i in range(4):
+        replay.add(tree(f"new{i}", 1), priority=1.0)
+    replay.advance(1)
+    assert ids(replay.draw(4, rng=rng(), beta=0.4)) == [f"old{i}" for i in range(4)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 4), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_a_pool_that_holds_what_admission_allows_discards_nothing(max_lag: int, count: int, seed: int) -> None:
+    """As many as fit until they expire, drawn a version at a time: not one is lost."""
+    replay, generator = pool(max_lag=max_lag), np.random.default_rng(seed)
+    added = 0
+    for version in range(12):
+        while len(replay) < count * (max_lag + 1):
+            # The one after n others is served n // count versions from now: it may be that much older than fresh.
+            replay.add(tree(f"t{added}", max(version + len(replay) // count - max_lag, 0)), priority=1.0)
+            added += 1
+        replay.advance(version)
+        drawn = replay.draw(count, rng=generator, beta=0.4)
+        assert len(drawn) == count
+        replay.confirm(ids(drawn), {})
+    assert replay.left["stale"] == 0
+
+
+# --- what leaves ---------------------------------------------------------------------------------------------------
+
+
+def test_a_tree_leaves_after_its_last_confirmed_use() -> None:
+    replay = pool(max_uses=2)
+    replay.add(tree("t"), priority=1.0)
+    for uses in (1, 2):
+        (one,) = replay.draw(4, rng=rng(), beta=0.4)
+        assert one.uses == uses
+        assert replay.num_returning == (1 if uses == 1 else 0)
+        replay.confirm(["t"], {"t": 0.5})
+    assert "t" not in replay
+    assert (replay.left["used"], replay.nbytes) == (1, 0)
+
+
+def test_an_unconfirmed_use_is_not_counted() -> None:
+    replay = pool()
+    replay.add(tree("t"), priority=1.0)
+    replay.draw(1, rng=rng(), beta=0.4)
+    replay.give_back(["t"])
+    assert [d.uses for d in replay.draw(1, rng=rng(), beta=0.4)] == [1]
+
+
+def test_confirming_twice_counts_once() -> None:
+    replay = pool(max_uses=3)
+    replay.add(tree("t"), priority=1.0)
+    replay.draw(1, rng=rng(), beta=0.4)
+    replay.confirm(["t", "unknown"], {})
+    replay.confirm(["t"], {})
+    assert [d.uses for d in replay.draw(1, rng=rng(), beta=0.4)] == [2]
+
+
+def test_a_tree_is_stale_only_when_all_its_turns_are() -> None:
+    replay = pool(max_lag=2)
+    replay.add(tree("mixed", 0, 3), priority=1.0)
+    replay.add(tree("old", 0, 0), priority=1.0)
+    assert replay.advance(2) == 0
+    assert replay.advance(3) == 1
+    assert replay.ready_ids() == ["mixed"]
+    assert replay.left["stale"] == 1
+
+
+def test_bytes_push_out_the_oldest_ready_trees() -> None:
+    replay = pool()
+    size = tree_nbytes(tree("x"))
+    for name in ("a", "b", "c"):
+        replay.add(tree(name), priority=1.0)
+    assert replay.nbytes == 3 * size
+    assert replay.shrink(2 * size) == 1
+    assert replay.ready_ids() == ["b", "c"]
+    assert replay.left["bytes"] == 1
+
+
+def test_a_later_state_of_a_tree_replaces_the_earlier_one() -> None:
+    replay = pool()
+    replay.add(tree("t", 0), priority=1.0)
+    later = tree("t", 0, 1)
+    replay.add(later, priority=1.0)
+    assert (len(replay), replay.nbytes) == (1, tree_nbytes(later))
+    (one,) = replay.draw(1, rng=rng(), beta=0.4)
+    assert len(one.tree) == 2
+    replay.confirm(["t"], {})
+    replay.add(tree("t", 0, 1, 1), priority=0.7, uses=1)
+    assert replay.mean_priority == pytest.approx(0.7)
+    assert [d.uses for d in replay.draw(1, rng=rng(), beta=0.4)] == [2]
+
+
+def test_places_are_used_again_and_the_pool_grows() -> None:
+    replay = pool()
+    for i in range(100):
+        replay.add(tree(f"t{i}"), priority=1.0)
+    replay.confirm(ids(replay.draw(90, rng=rng(), beta=0.4)), {})
+    for i in range(100, 180):
+        replay.add(tree(f"t{i}"), priority=1.0)
+    assert len(replay) == 90
+    assert len(set(ids(replay.draw(90, rng=rng(), beta=0.4)))) == 90
+
+
+def test_shares_are_split_by_tokens_longest_first() -> None:
+    assert split_by_tokens([5, 9, 4, 1], 2) == [[1, 3], [0, 2]]
+    assert split_by_tokens([7], 2) == [[0], []]
+    assert split_by_tokens([1, 2, 3], 1) == [[0, 1, 2]]
