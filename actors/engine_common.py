@@ -1,0 +1,116 @@
+"""What the engines share: checks of the model folder, the device and the weights, and the probe's verdict."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from actors.engine import WeightsFile
+from atpo_async.errors import ProbeMismatch, SetupError, WeightsRejected
+from atpo_async.messages import WeightsManifest
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+TIED_HEAD = "lm_head.weight"
+"""Saved checkpoints leave it out when it is tied to the embeddings; streams bring it, for engines keep a copy."""
+
+
+def check_model_folder(path: Path) -> None:
+    """Raises SetupError naming the path."""
+    if not (path / "config.json").is_file():
+        what = "has no config.json" if path.is_dir() else "does not exist"
+        raise SetupError(f"model folder {path} {what}; give the folder of a Hugging Face model")
+
+
+def pick_device(asked: str) -> str:
+    """``auto`` is the GPU where there is one.  Raises SetupError if a GPU is asked for and absent."""
+    import torch
+
+    if asked not in ("auto", "cpu") and not asked.startswith("cuda"):
+        raise SetupError(f"unknown device {asked!r}; use auto, cpu or cuda")
+    if asked == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda" if asked == "auto" else asked
+    if asked == "auto":
+        return "cpu"
+    raise SetupError(f"device {asked!r} was asked for, but torch sees no GPU here; use --actor.device cpu")
+
+
+def checkpoint_shapes(model_path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in the folder's safetensors files, from their headers alone.
+
+    Raises SetupError if there is no such file.
+    """
+    files = sorted(model_path.glob("*.safetensors"))
+    if not files:
+        raise SetupError(f"model folder {model_path} has no *.safetensors file; save the model in that format")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return shapes
+
+
+def check_weights(weights: WeightsFile, shapes: Mapping[str, tuple[int, ...]], *, current: int) -> None:
+    """All that can be known before a swap: the version, the file's bytes, and every tensor's name, shape and place.
+
+    A tied output head may be missing: whether an engine needs it only the probe can tell.  Raises WeightsRejected.
+    """
+    manifest = weights.manifest
+    label = f"weights version {manifest.version}"
+    if manifest.version < current:
+        raise WeightsRejected(f"{label} is older than version {current} in use; an engine never goes back")
+    by_name = {spec.name: spec for spec in manifest.tensors}
+    if len(by_name) != len(manifest.tensors):
+        raise WeightsRejected(f"{label}: a tensor is listed twice among {len(manifest.tensors)}")
+    if missing := sorted(set(shapes) - set(by_name)):
+        raise WeightsRejected(f"{label}: tensor {missing[0]} is missing ({len(missing)} of {len(shapes)} are)")
+    for name, spec in by_name.items():
+        expected = shapes.get(name)
+        if expected is None and name != TIED_HEAD:
+            raise WeightsRejected(f"{label}: tensor {name} is not part of the model")
+        if expected is not None and tuple(spec.shape) != expected:
+            raise WeightsRejected(f"{label}: tensor {name} has shape {tuple(spec.shape)}, the model {expected}")
+        if spec.nbytes != math.prod(spec.shape) * ITEM_BYTES[spec.dtype]:
+            raise WeightsRejected(f"{label}: tensor {name} has {spec.nbytes} bytes for {spec.dtype}{spec.shape}")
+        if spec.offset < 0 or spec.offset + spec.nbytes > manifest.total_bytes:
+            raise WeightsRejected(f"{label}: tensor {name} ends past the payload of {manifest.total_bytes} bytes")
+    try:
+        with weights.path.open("rb") as stream:
+            size = weights.path.stat().st_size
+            if size != manifest.total_bytes:
+                raise WeightsRejected(f"{label}: {weights.path} has {size} bytes, expected {manifest.total_bytes}")
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as exc:
+        raise WeightsRejected(f"{label}: cannot read {weights.path}: {exc.strerror}") from exc
+    if digest != manifest.sha256:
+        raise WeightsRejected(f"{label}: {weights.path} was altered: sha256 {digest[:12]}, not {manifest.sha256[:12]}")
+
+
+def check_probe_fits(manifest: WeightsManifest, *, max_model_len: int) -> None:
+    """Raises WeightsRejected if the probe cannot be scored by this engine."""
+    length = len(manifest.probe_token_ids)
+    if not 2 <= length < max_model_len or len(manifest.probe_logprobs) != length - 1:
+        raise WeightsRejected(
+            f"weights version {manifest.version}: a probe of {length} tokens and {len(manifest.probe_logprobs)} "
+            f"log-probs; it needs 2 to {max_model_len - 1} tokens and one log-prob less"
+        )
+
+
+def probe_error(manifest: WeightsManifest, logprobs: np.ndarray) -> float:
+    """Largest absolute difference, nats, from the learner's log-probs.  Raises ProbeMismatch over the tolerance."""
+    error = float(np.max(np.abs(logprobs.astype(np.float64) - manifest.probe_logprobs.astype(np.float64))))
+    # Written so that a NaN fails too.
+    if not error <= manifest.probe_tolerance:
+        raise ProbeMismatch(
+            f"weights version {manifest.version}: the engine is {error:.3g} nats off the learner's probe, "
+            f"tolerance {manifest.probe_tolerance:.3g}; it did not take up all weights, or computes otherwise"
+        )
+    return error

@@ -1,0 +1,32 @@
+"""vLLM's entry point into this package, loaded in the front end, the engine core and every worker.
+
+It does nothing unless ``VllmEngine`` started the engine: other users of vLLM in the same environment keep theirs.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+from actors.process_ties import die_with_parent
+
+FRONT_END_VARIABLE = "ATPO_VLLM_FRONT_END"
+"""Set by ``VllmEngine`` to its process id, and inherited by the engine's processes."""
+
+BACKEND = "atpo_file"
+"""Name of our weight-transfer engine."""
+
+
+def register() -> None:
+    """Register the weight-transfer engine; in the engine's own processes also tie their life to their parent's."""
+    front_end = os.environ.get(FRONT_END_VARIABLE)
+    if front_end is None:
+        return
+    if int(front_end) != os.getpid():
+        parent = multiprocessing.parent_process()
+        die_with_parent(int(front_end) if parent is None or parent.pid is None else parent.pid)
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    # vLLM may load plugins more than once, and refuses a name that is taken.
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, "actors.vllm_inside", "FileWeightTransferEngine")

@@ -1,0 +1,114 @@
+"""A tiny random Qwen3 folder, weight files made from a state dict, and log-probs by plain transformers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from actors.engine import Generation, WeightsFile
+from atpo_async.messages import TensorSpec, WeightsManifest
+
+VOCABULARY = 256
+END = 1
+PROBE = np.array([7, 11, 200, 13, 42, 42, 5, 99, 250, 17, 3, 64], dtype=np.int32)
+
+
+def tiny_model(seed: int, *, tied: bool = True, layers: int = 2) -> Qwen3ForCausalLM:
+    """Random weights wide enough apart that other weights give clearly other log-probs."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        eos_token_id=END,
+        pad_token_id=0,
+        bos_token_id=None,
+        initializer_range=0.1,
+        dtype="float32",
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
+def save_model(model: Qwen3ForCausalLM, folder: Path) -> Path:
+    """The model and a word-level tokenizer, as an ordinary Hugging Face folder."""
+    words = ["<pad>", "<end>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 3))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def reference_logprobs(model: Qwen3ForCausalLM, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """float32[len - 1]: log-prob of each token given those before it, by transformers."""
+    tokens = torch.as_tensor(np.asarray(token_ids, dtype=np.int64))[None]
+    logprobs = torch.log_softmax(model(tokens).logits[0, :-1].float(), dim=-1)
+    return logprobs.gather(1, tokens[0, 1:, None])[:, 0].numpy()
+
+
+def weights_file(
+    model: Qwen3ForCausalLM,
+    path: Path,
+    *,
+    version: int,
+    drop: str | None = None,
+    tolerance: float = 1e-4,
+) -> WeightsFile:
+    """Every tensor of ``state_dict()`` (the tied head too) one after another, but ``drop``."""
+    specs, payload = [], bytearray()
+    for name, tensor in model.state_dict().items():
+        if name == drop:
+            continue
+        data = tensor.detach().contiguous().numpy().tobytes()
+        specs.append(
+            TensorSpec(name=name, dtype="float32", shape=tuple(tensor.shape), offset=len(payload), nbytes=len(data))
+        )
+        payload += data
+    path.write_bytes(payload)
+    return WeightsFile(
+        path=path,
+        manifest=WeightsManifest(
+            run="test",
+            version=version,
+            total_bytes=len(payload),
+            chunk_bytes=1 << 20,
+            sha256=hashlib.sha256(payload).hexdigest(),
+            tensors=tuple(specs),
+            probe_token_ids=PROBE,
+            probe_logprobs=reference_logprobs(model, PROBE),
+            probe_tolerance=tolerance,
+        ),
+    )
+
+
+def largest_error(
+    generation: Generation, prompt: Sequence[int], models: dict[int, Qwen3ForCausalLM], *, temperature: float = 1.0
+) -> float:
+    """Largest difference, nats, of each token's log-prob from its own version's model, over the whole action."""
+    tokens = np.concatenate([np.asarray(prompt), generation.token_ids])
+    worst = 0.0
+    for span in generation.spans:
+        with torch.no_grad():
+            logits = models[span.version](torch.as_tensor(tokens, dtype=torch.long)[None]).logits[0].float()
+        logprobs = torch.log_softmax(logits / temperature, dim=-1)
+        for i in range(span.start, span.end):
+            expected = float(logprobs[len(prompt) + i - 1, int(generation.token_ids[i])])
+            worst = max(worst, abs(expected - float(generation.logprobs[i])))
+    return worst
