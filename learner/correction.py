@@ -1,4 +1,4 @@
-"""Off-policy correction: importance weights between mu (sampled) and prox (proximal), and what they say about staleness.
+"""Off-policy correction: importance weights between mu (sampled) and prox (proximal), and what they tell of staleness.
 
 Source: ALGORITHM, section 4.  d_t = prox_t - mu_t is the log-ratio of a token, S = sum of d_t over a unit (token, turn
 or sequence), the weight is exp(lambda S), truncated or masked, without gradient.

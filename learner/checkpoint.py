@@ -1,0 +1,206 @@
+"""Checkpoints: written aside, synced, renamed.  The last good one always exists.
+
+    checkpoints/step-000050-v000051/
+      model.safetensors       the policy's parameters, each once
+      optimizer.safetensors   "<parameter>.<state>": exp_avg, exp_avg_sq, step
+      rng-<rank>.safetensors  torch's generators
+      state.json              counters, version, optimizer settings, Python's and numpy's generators
+      sharded/                instead of the first two where no rank holds whole parameters (Accelerate's own format)
+
+Tensors are safetensors, the rest is JSON: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from atpo_async.errors import SetupError
+from learner.guards import SkipCount
+from learner.step import Trainer
+
+_NAME = re.compile(r"step-(\d+)-v(\d+)")
+_ASIDE = ".writing-"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far the run is."""
+
+    step: int
+    """Batches trained."""
+    version: int
+    """Of the weights in the checkpoint."""
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [(tuple(int(n) for n in m.groups()), p) for p in _entries(folder) if (m := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> Path:
+    """Write a checkpoint and remove all but the newest ``keep``.  Every rank calls it."""
+    accelerator = trainer.accelerator
+    target = folder / f"step-{progress.step:06d}-v{progress.version:06d}"
+    aside = folder / f"{_ASIDE}{target.name}"
+    if target.is_dir():  # versions are never used twice: the same name is the same state
+        return target
+    if accelerator.is_main_process:
+        for leftover in _entries(folder):
+            if leftover.name.startswith(_ASIDE):
+                shutil.rmtree(leftover, ignore_errors=True)
+        aside.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    save_file(_torch_rng(), aside / f"rng-{accelerator.process_index}.safetensors")
+    if trainer.sharded:
+        accelerator.save_state(str(aside / "sharded"), safe_serialization=True)
+    elif accelerator.is_main_process:
+        save_file(_parameters(trainer), aside / "model.safetensors")
+        save_file(_optimizer_tensors(trainer), aside / "optimizer.safetensors")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        state = {
+            "format": FORMAT,
+            "step": progress.step,
+            "version": progress.version,
+            "updates": trainer.updates,
+            "skips": [trainer.skips.in_a_row, trainer.skips.total],
+            "param_groups": [
+                {k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups
+            ],
+            "python_rng": _jsonable(random.getstate()),
+            "numpy_rng": _jsonable(np.random.get_state()),
+        }
+        (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        publish(aside, target)
+        for old in list_checkpoints(folder)[:-keep]:
+            # Renamed first: a folder that is half removed must not look like a checkpoint.
+            gone = folder / f"{_ASIDE}removed-{old.name}"
+            old.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return target
+
+
+def publish(aside: Path, target: Path) -> None:
+    """Sync every file of ``aside`` to disk, then let it appear as ``target``."""
+    for path in sorted(aside.rglob("*")):
+        _sync(path)
+    _sync(aside)
+    aside.rename(target)
+    _sync(target.parent)
+
+
+def load(path: Path, trainer: Trainer) -> Progress:
+    """Put a checkpoint's state into ``trainer``.  Every rank calls it.
+
+    Raises:
+        SetupError: the checkpoint is damaged or of another model.
+    """
+    accelerator = trainer.accelerator
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise SetupError(f"checkpoint {path} has format {state['format']}, this program reads {FORMAT}")
+        if trainer.sharded:
+            accelerator.load_state(str(path / "sharded"))
+        else:
+            _load_parameters(trainer, load_file(path / "model.safetensors"))
+            _load_optimizer(trainer, load_file(path / "optimizer.safetensors"), state["param_groups"])
+        own = path / f"rng-{accelerator.process_index}.safetensors"
+        if own.is_file():  # with more ranks than before the new ones start afresh
+            _set_torch_rng(load_file(own))
+        version, internal, gauss = state["python_rng"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, keys, *rest = state["numpy_rng"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        trainer.updates = int(state["updates"])
+        trainer.skips = SkipCount(*state["skips"])
+        return Progress(step=int(state["step"]), version=int(state["version"]))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as exc:
+        raise SetupError(
+            f"checkpoint {path} cannot be loaded: {exc}; remove that folder to go on from the one before"
+        ) from exc
+
+
+def _parameters(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: p.detach().contiguous() for name, p in trainer.policy.named_parameters()}
+
+
+def _load_parameters(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+    own = dict(trainer.policy.named_parameters())
+    if own.keys() != tensors.keys():
+        raise ValueError(f"its parameters are not the model's: {sorted(own.keys() ^ tensors.keys())[:4]}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def _optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """Flattened state: ``<index of the parameter>.<name>``."""
+    state: dict[Any, dict[str, Any]] = trainer.optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": torch.as_tensor(value).detach().contiguous()
+        for index, entry in state.items()
+        for name, value in entry.items()
+    }
+
+
+def _load_optimizer(trainer: Trainer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
+    own = trainer.optimizer.state_dict()
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    merged = [
+        {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()} | {"params": group["params"]}
+        for saved, group in zip(groups, own["param_groups"], strict=True)
+    ]
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": merged})
+
+
+def _torch_rng() -> dict[str, Tensor]:
+    found = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def _set_torch_rng(found: dict[str, Tensor]) -> None:
+    torch.set_rng_state(found["cpu"])
+    if "cuda" in found and torch.cuda.is_available():
+        torch.cuda.set_rng_state(found["cuda"])
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_jsonable(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,243 @@
+"""The policy on the learner's side: loading it, its log-probs, its optimizer, and Accelerate around them.
+
+Shapes: B rows, T tokens, N action tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+
+from atpo_async.config import Config, LearnerConfig
+from atpo_async.errors import SetupError
+from atpo_async.models import model_folder
+
+MAX_LOGITS = 1 << 26
+"""Logits held at once (256 MB in float32); more are recomputed in the backward pass, chunk by chunk."""
+
+SHARDED: tuple[Any, ...] = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+"""Where no rank holds whole parameters.  These paths have been written, not measured: no GPU was there."""
+
+
+class Policy(nn.Module):
+    """A causal language model that gives log-probs of chosen tokens, and computes no other logits.
+
+    Args:
+        hf: the transformers model.
+        temperature: that actions are sampled with; log-probs are under the tempered distribution.
+    """
+
+    def __init__(self, hf: Any, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.hf = hf
+        self.temperature = temperature
+        self._no_split_modules = getattr(hf, "_no_split_modules", None)  # FSDP wraps by these
+
+    def forward(
+        self,
+        tokens: Tensor,
+        predictor: Tensor,
+        target: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temperature: float | None = None,
+    ) -> Tensor:
+        """float32[N] (float64 in a float64 model): log-prob of each target.
+
+        Args:
+            tokens: int64[B, T], padded on the right.
+            predictor: int64[N], place in the flattened B * T whose output predicts the target.
+            target: int64[N].
+            position_ids, attention_mask: None for plain causal rows, which need neither.
+            temperature: None for the policy's own.
+        """
+        return self.logprobs(tokens, predictor, target, position_ids, attention_mask, temperature)
+
+    def logprobs(
+        self,
+        tokens: Tensor,
+        predictor: Tensor,
+        target: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temperature: float | None = None,
+    ) -> Tensor:
+        """As ``forward``, without whatever Accelerate put around that (autocast)."""
+        hidden = self.hf.base_model(
+            input_ids=tokens, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        chosen = hidden.reshape(-1, hidden.shape[-1])[predictor]
+        head = self.hf.get_output_embeddings()
+        scale = 1.0 / (self.temperature if temperature is None else temperature)
+        size = max(1, MAX_LOGITS // int(head.weight.shape[0]))
+        if len(chosen) <= size:
+            return _head_logprobs(head, scale, chosen, target)
+        parts = [
+            checkpoint(_head_logprobs, head, scale, h, t, use_reentrant=False)
+            for h, t in zip(chosen.split(size), target.split(size), strict=True)
+        ]
+        return torch.cat(parts)
+
+
+def _head_logprobs(head: Callable[[Tensor], Tensor], scale: float, hidden: Tensor, target: Tensor) -> Tensor:
+    logits = head(hidden)
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    if scale != 1.0:
+        logits = logits * scale
+    return -nn.functional.cross_entropy(logits, target, reduction="none")
+
+
+def load_policy(config: Config) -> Policy:
+    """The policy of ``model.path`` in float32: masters are float32 whatever the engine's precision is.
+
+    Raises:
+        SetupError: the folder is missing or holds no causal language model, or its head is more than a matrix.
+    """
+    return open_policy(model_folder(config.model.path), config)
+
+
+def open_policy(folder: Path, config: Config) -> Policy:
+    """The policy in ``folder``, which a checkpoint may be.  Raises SetupError."""
+    try:
+        hf = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as exc:
+        reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+        raise SetupError(
+            f"model.path = {str(folder)!r} holds no causal language model that transformers can load: {reason}"
+        ) from exc
+    _switch_off_dropout(hf)
+    if config.learner.gradient_checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        hf.train()
+    else:
+        hf.eval()
+    policy = Policy(hf, temperature=config.search.temperature)
+    _check_head(policy, folder)
+    return policy
+
+
+def _switch_off_dropout(hf: Any) -> None:
+    # With dropout the forward pass is no function of the weights: ratios, probe and tree packing would all be off.
+    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if hasattr(hf.config, name):
+            setattr(hf.config, name, 0.0)
+    for module in hf.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _check_head(policy: Policy, folder: Path) -> None:
+    """Models that cap or scale their logits outside the head would get wrong log-probs here: refuse them."""
+    tokens = torch.arange(4).remainder(int(policy.hf.config.vocab_size))[None]
+    with torch.no_grad():
+        whole = policy.hf(input_ids=tokens, use_cache=False).logits[0].float().log_softmax(-1)
+        target = whole.argmax(-1)
+        ours = policy.logprobs(tokens, torch.arange(4), target, temperature=1.0).float()
+    error = float((ours - whole.gather(-1, target[:, None])[:, 0]).abs().max())
+    if not error < 1e-3:
+        raise SetupError(
+            f"model.path = {str(folder)!r}: {type(policy.hf).__name__} does more to its logits than the output head "
+            f"(log-probs differ by {error:.2g}); this learner supports models whose head is one matrix"
+        )
+
+
+def make_accelerator(config: Config, *, project: Path | None = None) -> Accelerator:
+    """Accelerate with this run's device, precision and deadlines.  ``project``: folder of the TensorBoard tracker.
+
+    ``learner.device = "auto"`` takes CUDA where it is, else the CPU.
+
+    Raises:
+        SetupError: CUDA is asked for and absent, or TensorBoard is asked for and not installed.
+    """
+    settings = config.learner
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SetupError("learner.device = 'cuda', but torch sees no CUDA device here; use --learner.device cpu")
+    if settings.tensorboard:
+        try:
+            import tensorboard  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
+        except ImportError:
+            raise SetupError(
+                "learner.tensorboard = true, but tensorboard is not installed; pip install 'atpo-async[tensorboard]'"
+            ) from None
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision=None if settings.accelerate_config else settings.mixed_precision,
+        log_with="tensorboard" if settings.tensorboard else None,
+        project_dir=None if project is None else str(project),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.links.give_up_s + 60)),
+        ],
+    )
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type in SHARDED
+
+
+def make_optimizer(policy: nn.Module, settings: LearnerConfig, *, sharded: bool = False) -> torch.optim.AdamW:
+    """AdamW; norms and biases are decayed like the rest (the default decay is 0)."""
+    return torch.optim.AdamW(
+        [p for p in policy.parameters() if p.requires_grad],
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=not sharded,
+    )
+
+
+def learning_rate(
+    update: int,
+    *,
+    peak: float,
+    warmup: int,
+    total: int,
+    schedule: Literal["constant", "linear", "cosine"],
+) -> float:
+    """Rate of the ``update``-th optimizer step, from 0: a function of the count alone, so a resume needs no more."""
+    if update < warmup:
+        return peak * (update + 1) / warmup
+    done = min(1.0, (update - warmup) / max(1, total - warmup))
+    if schedule == "linear":
+        return peak * (1.0 - done)
+    if schedule == "cosine":
+        return peak * 0.5 * (1.0 + math.cos(math.pi * done))
+    return peak
+
+
+def export_model(policy: Policy, tensors: dict[str, Tensor], source: Path, target: Path) -> None:
+    """Write an ordinary Hugging Face folder: weights and config, and what ``source`` has besides (tokenizer, …).
+
+    ``target`` has its old content or the new one, but for the moment between two renames.
+    """
+    aside = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    policy.hf.save_pretrained(aside, state_dict=tensors)
+    for file in source.iterdir():
+        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack") or ".index." in file.name
+        if file.is_file() and not weights and not file.name.startswith(".") and not (aside / file.name).exists():
+            shutil.copyfile(file, aside / file.name)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    aside.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
