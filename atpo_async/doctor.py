@@ -68,7 +68,7 @@ def version_of(*distributions: str) -> str | None:
 
 
 def no_cuda_because() -> str | None:
-    """Why torch cannot use a GPU here; None where it can.  torch is imported only where a driver is there."""
+    """Why torch cannot use a GPU here; None where it can.  Quick where no driver is here."""
     version = version_of("torch")
     if version is None:
         return "torch is not installed"
@@ -76,13 +76,23 @@ def no_cuda_because() -> str | None:
         return f"torch {version} is a build for the CPU"
     if not (Path("/proc/driver/nvidia").exists() or Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi")):
         return "no NVIDIA driver is here"
-    import torch
-
-    return None if torch.cuda.is_available() else f"torch {version} finds no GPU that it can use"
+    return None if cuda_devices() else f"torch {version} finds no GPU that it can use"
 
 
 def has_cuda() -> bool:
     return no_cuda_because() is None
+
+
+def cuda_devices() -> int:
+    """GPUs that torch can use.  Asked in a process of its own: here it would open a context that is then inherited."""
+    question = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-c", question], capture_output=True, text=True, timeout=120, check=True
+        ).stdout
+        return int(answer.split()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return 0
 
 
 def engine_of(config: Config) -> tuple[str, str]:
@@ -131,9 +141,7 @@ def _check_gpus(config: Config) -> None:
     why_not = no_cuda_because()
     if why_not is not None:
         raise SetupError(f"{wanted[0][0]} names GPU {wanted[0][1]}, but {why_not}")
-    import torch
-
-    count = torch.cuda.device_count()
+    count = cuda_devices()
     for field, gpu in wanted:
         if gpu >= count:
             raise SetupError(f"{field} names GPU {gpu}, but this machine has {count} (0 to {count - 1})")

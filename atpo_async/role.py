@@ -26,7 +26,7 @@ from typing import NoReturn
 from atpo_async import config as configuration
 from atpo_async.config import Config
 from atpo_async.errors import AtpoError, ConfigError, EnvironmentBroken, RunMismatch, SetupError
-from atpo_async.rundir import Endpoints, RunDir, write_atomic
+from atpo_async.rundir import Endpoints, RunDir, joining, write_atomic
 
 EXIT_DONE, EXIT_CRASH, EXIT_USER, EXIT_FAILURE = 0, 1, 2, 3
 
@@ -69,8 +69,8 @@ class RoleContext:
 def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequence[str]) -> NoReturn:
     """Run a role to its end and exit with its code.
 
-    Arguments: ``RUN_DIR [--index N] [--name X] [--debug]``, or for an actor without the run's folder
-    ``--config FILE --join HOST:PORT [--dotted.option value …]``.
+    Arguments: ``RUN_DIR [--index N] [--name X] [--debug]``, with ``--config FILE`` or dotted options where this role
+    differs in what a run lets differ; or for an actor without the run's folder ``--config FILE --join HOST:PORT``.
 
     A first SIGTERM or SIGINT sets ``stopping``; a second one cancels ``main``.  Supervised (``ATPO_SUPERVISOR_PID``
     is set), the role ends when its supervisor does.
@@ -178,14 +178,15 @@ def _context(name: str, argv: list[str]) -> RoleContext:
     index = args.index if args.index is not None else int(os.environ.get("RANK", "0"))
     given = args.name
     if args.run_dir is not None:
-        if args.config or args.join or options:
-            raise ConfigError(
-                f"{args.run_dir}: a role in a run folder takes its configuration from there; leave out "
-                "--config, --join and dotted options"
-            )
+        if args.join:
+            raise ConfigError(f"{args.run_dir} and --join {args.join}: give the run's folder or the address, not both")
         rundir: RunDir | None = RunDir.open(args.run_dir)
         assert rundir is not None
-        config, run_id, endpoints = rundir.config, rundir.run_id, rundir.read_endpoints()
+        config = rundir.config
+        if args.config or options:
+            source = args.config or rundir.path / "config.json"
+            config = joining(rundir, configuration.load(source, options))
+        run_id, endpoints = rundir.run_id, rundir.read_endpoints()
         default = f"{name}-{index}" if name == "actor" else name
     elif args.config and args.join:
         if name != "actor":

@@ -91,9 +91,7 @@ class RunDir:
             if not resume:
                 raise RunMismatch(f"run folder {path} exists already; use another --run.name, or resume it")
             run = cls.open(path)
-            differing = differences(run.config, config)
-            if differing:
-                raise RunMismatch(_mismatch(path, differing))
+            config = joining(run, config)
             if run.config != config:
                 run.config = config
                 write_atomic(path / "config.json", _dump(config.model_dump(mode="json")))
@@ -237,6 +235,11 @@ class RunDir:
         finally:
             os.close(fd)
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether a learner has begun here."""
+        return (self.path / "version").exists()
+
     def _note_versions(self) -> None:
         """Keep what the run was made with beside what it goes on with."""
         file = self.path / "versions.json"
@@ -261,12 +264,23 @@ def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     return found
 
 
-def _mismatch(path: Path, differing: list[tuple[str, Any, Any]]) -> str:
-    listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, old, new in differing)
-    return (
-        f"run folder {path} was made by another configuration: {listed}.  Use another --run.name, or the old values "
-        f"(a resumed run may change only {', '.join(MAY_CHANGE)})"
-    )
+def joining(run: RunDir, config: Config) -> Config:
+    """``config`` for a process that takes part in ``run``: the warm-started policy is the run's.
+
+    Raises RunMismatch naming each field that differs and may not, with both values.
+    """
+    if config.model.warm_start and not config.model.path:
+        model = config.model.model_copy(update={"path": run.config.model.path})
+        config = config.model_copy(update={"model": model})
+    differing = differences(run.config, config)
+    if differing:
+        listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, old, new in differing)
+        untrained = "" if run.is_trained else ", or delete that folder (nothing was trained in it)"
+        raise RunMismatch(
+            f"run folder {run.path} was made by another configuration: {listed}.  Use another --run.name, or the old "
+            f"values{untrained}; a resumed run may change only {', '.join(MAY_CHANGE)}"
+        )
+    return config
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
