@@ -1,0 +1,38 @@
+# `make` alone lists the targets.  Options: PYTHON=/path/to/python3.12 for the set-up, SEED=2 for the demo,
+# ARGS="…" for what a target should pass on.
+
+PYTHON ?= python3
+SEED ?=
+ARGS ?=
+BENCH ?= actor_overhead
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+
+setup: ## .venv with the pinned CPU set and the project; nothing is done twice
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "set-up: no $(PYTHON) here; install Python 3.11 or newer, or name it: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@"$(PYTHON)" scripts/setup_env.py
+
+demo: setup ## make the small policy, warm-start it, train it with real vLLM on the CPU (SEED=2, ARGS="…")
+	@$(BIN)/atpo demo $(if $(SEED),--run.seed $(SEED)) $(ARGS)
+
+# The name lets the suite find every process it has started, orphans too (tests/conftest.py).
+test: setup ## the whole suite; tests that need a GPU are skipped without one (ARGS="-k tree")
+	@ATPO_TEST_SESSION=make-$$$$ $(BIN)/python -m pytest -q --durations=10 --durations-min=5 $(ARGS)
+
+check: setup ## ruff and mypy (strict)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: setup ## benchmarks/$(BENCH).py (BENCH=actor_overhead, ARGS="…")
+	@$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
+
+clean: ## remove caches and build leftovers; .venv, models/ and runs/ stay
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

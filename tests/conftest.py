@@ -1,0 +1,86 @@
+"""What every test relies on: quiet libraries, two threads, no GPU test without a GPU, no process left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before torch, vLLM and transformers are imported, here and in every process a test starts.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+
+SESSION_TAG = "ATPO_TEST_SESSION"
+# Inherited by whatever the tests start, and readable from outside after its parents are gone.
+os.environ.setdefault(SESSION_TAG, uuid.uuid4().hex)
+GRACE_S = 10.0
+left_behind = pytest.StashKey[list[str]]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not needing_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in needing_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
+
+
+def _ancestors(pid: int) -> Iterator[int]:
+    while pid:
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return
+        pid = int(stat.rpartition(")")[2].split()[1])
+        yield pid
+
+
+def _survivors() -> Iterator[tuple[int, str]]:
+    """(pid, command line) of the processes that carry this session's tag or descend from this one."""
+    tag = f"{SESSION_TAG}={os.environ[SESSION_TAG]}".encode()
+    above = {os.getpid(), *_ancestors(os.getpid())}
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit() or int(folder.name) in above:
+            continue
+        try:
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            tagged = tag in (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # gone meanwhile, or another user's
+        # A zombie has no command line.  The resource tracker ends with the process it serves.
+        ours = tagged or os.getpid() in _ancestors(int(folder.name))
+        if ours and command and "multiprocessing.resource_tracker" not in command:
+            yield int(folder.name), command
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run that leaves processes behind, and end them: an engine's leftovers hold gigabytes."""
+    deadline_s = time.monotonic() + GRACE_S
+    while (survivors := list(_survivors())) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    if survivors:
+        session.config.stash[left_behind] = [f"{pid}: {command[:200]}" for pid, command in survivors]
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    for pid, _ in survivors:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in config.stash.get(left_behind, []):
+        terminalreporter.write_line(f"FAILED: a process outlived the tests and was killed: {line}", red=True)

@@ -1,0 +1,177 @@
+"""The set-up script's decisions, and the check that no process outlives the tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import select
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GLIBC = ("glibc", "2.36")
+
+_spec = importlib.util.spec_from_file_location("setup_env", ROOT / "scripts" / "setup_env.py")
+assert _spec is not None
+assert _spec.loader is not None
+setup_env = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(setup_env)
+
+
+def a_checkout(folder: Path) -> Path:
+    (folder / "requirements").mkdir(parents=True)
+    (folder / "requirements" / "cpu.txt").write_text("# pins\nnumpy==2.3.5\ntorch==2.13.0+cpu\n")
+    (folder / "pyproject.toml").write_text('[project]\nname = "x"\nversion = "1"\n[tool.ruff]\nline-length = 99\n')
+    return folder
+
+
+class FakePip:
+    """Answers each `pip install` with the next of `outputs`; an empty one is a success."""
+
+    def __init__(self, *outputs: str) -> None:
+        self.outputs = list(outputs)
+        self.asked: list[list[str]] = []
+
+    def install(self, what: str, arguments: list[str], num_packages: int = 1) -> str:
+        self.asked.append(arguments)
+        return self.outputs.pop(0)
+
+
+NOT_FOUND = "WARNING: noise\nERROR: No matching distribution found for torch==2.13.0+cpu"
+
+
+@pytest.mark.parametrize(
+    ("version", "system", "machine", "libc", "words"),
+    [
+        ((3, 10), "Linux", "x86_64", GLIBC, "Python 3.11 to 3.14 is needed; this is 3.10"),
+        ((3, 15), "Linux", "x86_64", GLIBC, "this is 3.15"),
+        ((3, 12), "Darwin", "arm64", ("", ""), "this is Darwin on arm64"),
+        ((3, 12), "Linux", "riscv64", GLIBC, "this is Linux on riscv64"),
+        ((3, 12), "Linux", "x86_64", ("glibc", "2.28"), "glibc 2.31 or newer; this system has glibc 2.28"),
+        ((3, 12), "Linux", "x86_64", ("musl", "1.2.5"), "this system has musl 1.2.5"),
+    ],
+)
+def test_an_unsuitable_machine_is_told_why(
+    version: tuple[int, int], system: str, machine: str, libc: tuple[str, str], words: str
+) -> None:
+    assert words in setup_env.unsuitable(version, system, machine, libc)
+
+
+def test_linux_with_a_python_of_the_list_is_suitable() -> None:
+    for minor in (11, 12, 13, 14):
+        assert setup_env.unsuitable((3, minor), "Linux", "x86_64", GLIBC) == ""
+    assert setup_env.unsuitable((3, 11), "Linux", "aarch64", ("glibc", "2.31")) == ""
+
+
+def test_the_state_follows_pins_metadata_and_folder_but_not_comments_times_or_linting(tmp_path: Path) -> None:
+    root = a_checkout(tmp_path / "a")
+    before = setup_env.wanted_state(str(root))
+
+    pins = root / "requirements" / "cpu.txt"
+    pins.write_text("# other words\n" + pins.read_text())
+    os.utime(pins, (1, 1))
+    project = root / "pyproject.toml"
+    project.write_text(project.read_text().replace("99", "120"))
+    assert setup_env.wanted_state(str(root)) == before
+
+    pins.write_text(pins.read_text().replace("2.3.5", "2.3.6"))
+    after_pins = setup_env.wanted_state(str(root))
+    assert {key for key in before if before[key] != after_pins[key]} == {"pins"}
+    project.write_text(project.read_text().replace('version = "1"', 'version = "2"'))
+    assert setup_env.wanted_state(str(root))["project"] != before["project"]
+    assert setup_env.wanted_state(str(a_checkout(tmp_path / "b")))["root"] != before["root"]
+
+
+def test_nothing_is_installed_when_the_stamp_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = a_checkout(tmp_path)
+    (root / ".venv" / "bin").mkdir(parents=True)
+    (root / ".venv" / "bin" / "python").touch()
+    setup_env.write_stamp(str(root / ".venv" / "atpo-setup.json"), setup_env.wanted_state(str(root)))
+    monkeypatch.setattr(setup_env, "make_environment", lambda *_: pytest.fail("set up again"))
+    setup_env.set_up(str(root))
+
+
+def test_a_damaged_stamp_counts_as_none(tmp_path: Path) -> None:
+    (tmp_path / "stamp").write_text('{"pins": ')
+    assert setup_env.read_stamp(str(tmp_path / "stamp")) == {}
+    assert setup_env.read_stamp(str(tmp_path / "absent")) == {}
+
+
+def test_torch_in_the_users_own_sources_asks_no_further_index() -> None:
+    pip = FakePip("")
+    setup_env.install_torch(pip, "torch==2.13.0+cpu", "http://127.0.0.1:9/whl")
+    assert len(pip.asked) == 1
+    assert "--extra-index-url" not in pip.asked[0]
+
+
+def test_torch_comes_from_the_cpu_index_when_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup_env, "index_trouble", lambda url: "")
+    pip = FakePip(NOT_FOUND, "")
+    setup_env.install_torch(pip, "torch==2.13.0+cpu", "https://index.example/whl")
+    assert pip.asked[1][-3:] == ["--extra-index-url", "https://index.example/whl", "torch==2.13.0+cpu"]
+
+
+def test_torch_found_nowhere_says_what_is_missing_and_the_ways_out() -> None:
+    pip = FakePip(NOT_FOUND)
+    with pytest.raises(setup_env.SetupProblem) as problem:  # nothing listens on port 9
+        setup_env.install_torch(pip, "torch==2.13.0+cpu", "http://127.0.0.1:9/whl")
+    text = str(problem.value)
+    for words in ("torch==2.13.0+cpu", "http://127.0.0.1:9/whl", "refused", "PIP_FIND_LINKS", "PYTHON="):
+        assert words in text
+
+
+def test_another_failure_of_pip_is_shown_as_it_is() -> None:
+    pip = FakePip("Collecting torch\nERROR: Could not install packages: No space left on device")
+    with pytest.raises(setup_env.SetupProblem, match="No space left on device"):
+        setup_env.install_torch(pip, "torch==2.13.0+cpu")
+
+
+def test_every_requirement_is_pinned_once_and_the_builds_that_break_torch_are_absent() -> None:
+    lines = (ROOT / "requirements" / "cpu.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[a-z0-9.+]+( ; [a-z_]+ [=>]= \"[a-z0-9_.]+\")?", pin) for pin in pins), pins
+    names = [pin.split("==")[0] for pin in pins]
+    assert names == sorted(set(names))
+    assert not {"torchvision", "torchaudio", "torchcodec", "triton"} & set(names)
+    assert setup_env.pinned(str(ROOT), "torch") == "torch==2.13.0+cpu"
+
+
+LEAVES_AN_ORPHAN = """
+import subprocess, sys
+
+def test_leaves_an_orphan():
+    child = "import time; time.sleep(600)"
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)"
+    subprocess.run([sys.executable, "-c", parent], check=True)
+"""
+
+
+def test_a_run_that_leaves_an_orphan_behind_fails_and_ends_it(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "conftest.py")
+    conftest = tmp_path / "conftest.py"
+    conftest.write_text(conftest.read_text().replace("GRACE_S = 10.0", "GRACE_S = 0.1"))
+    (tmp_path / "test_orphan.py").write_text(LEAVES_AN_ORPHAN)
+    tag = f"nested-{os.getpid()}"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "ATPO_TEST_SESSION": tag},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "1 passed" in run.stdout, run.stdout + run.stderr
+    assert run.returncode == 1
+    outlived = re.search(r"outlived the tests and was killed: (\d+): .*time\.sleep\(600\)", run.stdout)
+    assert outlived is not None, run.stdout
+    try:
+        handle = os.pidfd_open(int(outlived[1]))
+    except ProcessLookupError:
+        return
+    assert select.select([handle], [], [], 30)[0], "still there after it was killed"
+    os.close(handle)
