@@ -1,0 +1,294 @@
+"""Who may import whom, what the pure modules may touch, and what no file may say.
+
+Read from the syntax trees, so that a module counts as soon as it exists; two runs of Python check what is loaded.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROLES = ("actors", "buffer", "learner")
+ROOMS = ("atpo_async", *ROLES)
+HEAVY = {"torch", "vllm", "transformers", "accelerate"}
+
+# What a role's `__main__` runs; nothing below it may know it.
+LOOPS = {"actors.actor", "buffer.service", "learner.loop"}
+
+PURE = {
+    "atpo_async.credit",
+    "atpo_async.errors",
+    "atpo_async.hopqa_world",
+    "atpo_async.messages",
+    "atpo_async.tree",
+    "atpo_async.wire",
+    "actors.expansion",
+    "buffer.assembly",
+    "buffer.ledger",
+    "buffer.replay",
+    "learner.correction",
+    "learner.guards",
+    "learner.objective",
+    "learner.packing",
+}
+# A clock, the outside world, or chance that nobody passed in.
+IMPURE_IMPORTS = {
+    *("time", "datetime", "os", "io", "socket", "select", "asyncio", "threading", "multiprocessing", "subprocess"),
+    *("signal", "tempfile", "shutil", "secrets", "uuid", "urllib", "http", "zmq", "logging"),
+}
+IMPURE_CALLS = {"open", "print", "input"}
+IMPURE_METHODS = {"read_text", "write_text", "read_bytes", "write_bytes", "open", "mkdir", "unlink", "touch"}
+
+# What the command line and every user of the vocabulary load first.
+LIGHT = ("atpo_async", *(f"atpo_async.{name}" for name in ("cli", "config", "credit", "errors", "messages", "tree")))
+
+PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+UNSAFE_ATTRIBUTES = {"send_pyobj", "recv_pyobj", "allow_pickle"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """One module that `importer` names; `runs` is False below `if TYPE_CHECKING`."""
+
+    importer: str
+    target: str
+    line: int
+    at_module_level: bool
+    runs: bool
+
+    def __str__(self) -> str:
+        return f"{self.importer}:{self.line} imports {self.target}"
+
+
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+    """Dotted name -> syntax tree, for every module of the four rooms."""
+    found = {}
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found[name] = ast.parse(path.read_text(), str(path))
+    return found
+
+
+def _is_package(name: str) -> bool:
+    return (ROOT.joinpath(*name.split(".")) / "__init__.py").exists()
+
+
+def _targets(node: ast.AST, importer: str) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            here = importer.split(".")
+            here = here[: len(here) - node.level + (1 if _is_package(importer) else 0)]
+            base = ".".join([*here, base]).rstrip(".")
+        # `from room import leaf` names the leaf, not only the room.
+        inner = [f"{base}.{alias.name}" for alias in node.names if f"{base}.{alias.name}" in modules()]
+        yield from inner
+        if len(inner) < len(node.names):
+            yield base
+    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if called in ("import_module", "__import__"):
+            yield str(node.args[0].value)
+
+
+@functools.cache
+def imports() -> tuple[Import, ...]:
+    found: list[Import] = []
+
+    def walk(node: ast.AST, importer: str, top: bool, runs: bool) -> None:
+        for target in _targets(node, importer):
+            line = getattr(node, "lineno", 0)
+            found.append(Import(importer=importer, target=target, line=line, at_module_level=top and runs, runs=runs))
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        alternative = node.orelse if isinstance(node, ast.If) else []
+        for child in ast.iter_child_nodes(node):
+            walk(child, importer, top and not inside, runs and not (typing_only and child not in alternative))
+
+    for name, tree in modules().items():
+        walk(tree, name, True, True)
+    return tuple(found)
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def broken(rule: Iterator[Import]) -> str:
+    return "\n".join(sorted({str(found) for found in rule}))
+
+
+def loaded_by(names: list[str], unwanted: set[str]) -> list[str]:
+    """Those of `unwanted` that a fresh Python holds once it has imported `names`."""
+    code = (
+        "import importlib, sys\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        f"print(*sorted({unwanted!r} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+def test_the_shared_package_imports_no_role() -> None:
+    assert not broken(i for i in imports() if room_of(i.importer) == "atpo_async" and room_of(i.target) in ROLES)
+
+
+def test_roles_never_import_one_another() -> None:
+    between = (i for i in imports() if room_of(i.importer) in ROLES and room_of(i.target) in ROLES)
+    assert not broken(i for i in between if room_of(i.importer) != room_of(i.target))
+
+
+def test_only_links_imports_zmq() -> None:
+    assert not broken(i for i in imports() if room_of(i.target) == "zmq" and i.importer != "atpo_async.links")
+
+
+def test_torch_lives_in_the_learner_and_in_the_engines() -> None:
+    assert not broken(
+        i for i in imports() if room_of(i.target) == "torch" and room_of(i.importer) in ("atpo_async", "buffer")
+    )
+
+
+def engine_modules() -> set[str]:
+    """Modules of the actors that belong to an engine, `actors.vllm_engine`, not the protocol, `actors.engine`."""
+    return {name for name in modules() if re.fullmatch(r"actors\.(\w+_engine|engine_\w+|vllm_\w+)", name)}
+
+
+def test_outside_the_learner_heavy_libraries_are_imported_lazily_or_by_an_engines_own_modules() -> None:
+    assert not broken(
+        i
+        for i in imports()
+        if i.at_module_level
+        and room_of(i.target) in HEAVY
+        and room_of(i.importer) != "learner"
+        and i.importer not in engine_modules()
+    )
+
+
+def test_the_vocabulary_and_the_command_line_load_neither_torch_nor_zmq_nor_vllm() -> None:
+    names = [name for name in LIGHT if name in modules()]
+    assert loaded_by(names, HEAVY | {"zmq", "tokenizers", "matplotlib"}) == []
+
+
+def test_no_module_outside_the_learner_and_the_engines_loads_torch() -> None:
+    names = [name for name in modules() if room_of(name) != "learner" and name not in engine_modules()]
+    names = [name for name in names if not name.endswith("__main__")]
+    assert loaded_by(names, HEAVY) == []
+
+
+def test_pure_modules_read_no_clock_do_no_io_and_own_no_randomness() -> None:
+    sins = [str(i) for i in imports() if i.importer in PURE and i.runs and room_of(i.target) in IMPURE_IMPORTS]
+    for name in PURE & modules().keys():
+        for node in ast.walk(modules()[name]):
+            if isinstance(node, ast.ImportFrom) and node.module == "random":
+                # A generator made from a seed is a function of the seed; the module's own draws are not.
+                sins += [f"{name}:{node.lineno} imports random.{a.name}" for a in node.names if a.name != "Random"]
+            elif isinstance(node, ast.Import):
+                sins += [f"{name}:{node.lineno} imports random" for a in node.names if a.name == "random"]
+            elif isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                method = called.rpartition(".")[2]
+                seedless = method in ("default_rng", "Random", "SeedSequence", "RandomState") and not node.args
+                own_draw = re.search(
+                    r"\b(np|numpy)\.random\.(?!default_rng|SeedSequence|Generator)|\btorch\.rand", called
+                )
+                if called in IMPURE_CALLS or ("." in called and method in IMPURE_METHODS) or seedless or own_draw:
+                    sins.append(f"{name}:{node.lineno} calls {called}")
+    assert not sins, "\n".join(sins)
+
+
+def test_every_pure_module_of_the_list_still_has_its_name() -> None:
+    missing = {name for name in PURE if room_of(name) != "learner" and name not in modules()}
+    assert not missing, f"renamed or gone, and so no longer held to the rules: {sorted(missing)}"
+
+
+def test_nothing_unpickles_or_evaluates() -> None:
+    sins = [str(i) for i in imports() if room_of(i.target) in PICKLES]
+    for name, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                if called in ("eval", "exec", "compile", "torch.load", "torch.save", "numpy.fromfile"):
+                    sins.append(f"{name}:{node.lineno} calls {called}")
+                sins += [f"{name}:{node.lineno} allows pickles" for k in node.keywords if k.arg == "allow_pickle"]
+            if isinstance(node, ast.Attribute) and node.attr in UNSAFE_ATTRIBUTES:
+                sins.append(f"{name}:{node.lineno} uses {node.attr}")
+    assert not sins, "\n".join(sins)
+
+
+def test_nobody_imports_a_main_module_and_only_mains_import_their_loop() -> None:
+    upward = [i for i in imports() if i.target.endswith(".__main__")]
+    upward += [i for i in imports() if i.target in LOOPS and i.importer != f"{room_of(i.importer)}.__main__" and i.runs]
+    assert not broken(iter(upward))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_inside_a_room_run_one_way(room: str) -> None:
+    below: dict[str, set[str]] = {}
+    for i in imports():
+        if i.runs and room_of(i.importer) == room == room_of(i.target) and i.target != room:
+            below.setdefault(i.importer, set()).add(i.target)
+    done: set[str] = set()
+
+    def descend(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, "imports in a circle: " + " -> ".join([*path[path.index(module) :], module])
+        if module in done:
+            return
+        for target in sorted(below.get(module, ())):
+            descend(target, (*path, module))
+        done.add(module)
+
+    for module in sorted(below):
+        descend(module, ())
+
+
+def test_the_tests_folder_is_flat() -> None:
+    """A folder tests/actors would shadow the package actors."""
+    nested = [path for path in (ROOT / "tests").rglob("*.py") if path.parent != ROOT / "tests"]
+    assert not nested
+
+
+def repository_files() -> list[Path]:
+    """Tracked files and those about to be; without git, everything but what it would ignore."""
+    git = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    try:
+        listed = subprocess.run(git, cwd=ROOT, capture_output=True, timeout=60)
+    except FileNotFoundError:
+        listed = subprocess.CompletedProcess(git, 1, b"", b"")
+    if listed.returncode == 0 and listed.stdout:
+        names = [name.decode() for name in listed.stdout.split(b"\0") if name]
+        return [ROOT / name for name in names if (ROOT / name).is_file()]
+    ignored = re.compile(r"^(\.|runs$|models$|build$|dist$|__pycache__$|.*\.egg-info$)")
+    paths = (path for path in ROOT.rglob("*") if path.is_file())
+    return [path for path in paths if not any(ignored.match(part) for part in path.relative_to(ROOT).parts[:-1])]
+
+
+def test_no_file_names_a_path_of_one_machine_or_a_registrys_host() -> None:
+    # Put together here, so that this file does not name them either.
+    paths = "|".join(("work", "root", "opt/wheels"))
+    hosts = "|".join(("py" + r"pi\.org", "python" + r"hosted\.org"))
+    forbidden = re.compile(rf"(?<![\w.~-])/(?:{paths})/|{hosts}")
+    said = []
+    for path in repository_files():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue  # a picture, say
+        for number, line in enumerate(text.splitlines(), 1):
+            if forbidden.search(line):
+                said.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}")
+    assert not said, "\n".join(said)
