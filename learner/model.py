@@ -85,7 +85,7 @@ class Policy(nn.Module):
             return _head_logprobs(head, scale, chosen, target)
         parts = [
             checkpoint(_head_logprobs, head, scale, h, t, use_reentrant=False)
-            for h, t in zip(chosen.split(size), target.split(size), strict=True)
+            for h, t in zip(torch.split(chosen, size), torch.split(target, size), strict=True)
         ]
         return torch.cat(parts)
 

@@ -1,0 +1,284 @@
+"""Weights out: one file per version, a manifest with a probe, chunks for whoever asks, an announcement for all.
+
+A version's payload is the raw concatenation of its tensors at 64-byte boundaries.  It lies in shared memory, where an
+actor on the same host maps it; others pull it in chunks.  The newest version and the one before are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atpo_async.config import WeightsConfig
+from atpo_async.errors import SetupError
+from atpo_async.links import Announcer, LinkSettings, Server
+from atpo_async.messages import (
+    ActorToLearner,
+    AnnouncementRequest,
+    Chunk,
+    ChunkRequest,
+    LearnerToActor,
+    ManifestRequest,
+    Refused,
+    TensorSpec,
+    VersionGone,
+    WeightsAnnounced,
+    WeightsManifest,
+)
+from atpo_async.rundir import host_id
+
+log = logging.getLogger("atpo.learner.publisher")
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+ALIGNMENT = 64
+KEPT_VERSIONS = 2
+SHARED_MEMORY = Path("/dev/shm")
+
+PROBE_TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.15}
+"""Nats, by the engine's precision.  float32: the engine was seen to differ by 1e-6, a dropped tensor by 0.6 and more.
+The others allow for 11 and 8 bits of mantissa over some dozen layers."""
+
+_DTYPES: dict[torch.dtype, Precision] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+_TORCH: dict[str, torch.dtype] = {name: dtype for dtype, name in _DTYPES.items()}
+
+
+def probe_token_ids(vocab_size: int, length: int, *, seed: int) -> np.ndarray:
+    """int32[length]: the fixed sequence whose log-probs tell whether an engine holds the published weights."""
+    # Every id in turn would leave most of a small vocabulary's head untouched; a draw reaches all of it alike.
+    return np.random.default_rng((seed, vocab_size)).integers(0, vocab_size, length).astype(np.int32)
+
+
+def probe_tolerance(settings: WeightsConfig, precision: str) -> float:
+    """Nats; the configuration's own, or by the engine's precision."""
+    return PROBE_TOLERANCE[precision] if settings.probe_tolerance is None else settings.probe_tolerance
+
+
+def layout(tensors: Mapping[str, Tensor], precision: Precision) -> tuple[tuple[TensorSpec, ...], int]:
+    """Where each floating tensor lies in the payload once it has the engine's precision, and the payload's size."""
+    specs: list[TensorSpec] = []
+    end = 0
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        offset = -(-end // ALIGNMENT) * ALIGNMENT
+        nbytes = tensor.numel() * _TORCH[precision].itemsize
+        specs.append(TensorSpec(name=name, dtype=precision, shape=tuple(tensor.shape), offset=offset, nbytes=nbytes))
+        end = offset + nbytes
+    return tuple(specs), end
+
+
+def raw_bytes(tensor: Tensor, precision: Precision) -> memoryview:
+    """The tensor's bytes at ``precision``, little-endian, row-major."""
+    flat = tensor.detach().to(device="cpu", dtype=_TORCH[precision]).contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    manifest: WeightsManifest
+    path: Path
+
+
+class WeightsStore:
+    """Versions on local storage.  Knows no sockets.
+
+    Args:
+        run: identity of the run.
+        fallback: folder to use where there is no shared memory, or not enough.
+        settings: chunk size, probe tolerance.
+        precision: that the engine holds the weights in.
+    """
+
+    def __init__(self, *, run: str, fallback: Path, settings: WeightsConfig, precision: Precision) -> None:
+        self._run = run
+        self._settings = settings
+        self._precision = precision
+        self._fallback = fallback / "weights"
+        self._memory = SHARED_MEMORY / f"atpo-{run}"
+        # Replaced as a whole, never changed: one thread adds versions while another answers requests.
+        self._versions: Mapping[int, _Version] = {}
+        # What an earlier process of this run left when it was killed.
+        for folder in (self._memory, self._fallback):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def newest(self) -> int | None:
+        return max(self._versions, default=None)
+
+    def add(
+        self, version: int, tensors: Mapping[str, Tensor], *, probe_token_ids: np.ndarray, probe_logprobs: np.ndarray
+    ) -> WeightsAnnounced:
+        """Write a version, drop all but the newest two, and return what to announce."""
+        specs, total = layout(tensors, self._precision)
+        path, sha256 = self._write(version, specs, total, tensors)
+        manifest = WeightsManifest(
+            run=self._run,
+            version=version,
+            total_bytes=total,
+            chunk_bytes=self._settings.chunk_bytes,
+            sha256=sha256,
+            tensors=specs,
+            probe_token_ids=probe_token_ids.astype(np.int32),
+            probe_logprobs=probe_logprobs.astype(np.float32),
+            probe_tolerance=probe_tolerance(self._settings, self._precision),
+        )
+        every = {**self._versions, version: _Version(manifest, path)}
+        kept = sorted(every)[-KEPT_VERSIONS:]
+        self._versions = {number: every[number] for number in kept}
+        for number, old in every.items():
+            if number not in kept:
+                # Who has it mapped keeps it: the name goes, the pages stay.
+                old.path.unlink(missing_ok=True)
+        return self.announcement(version)
+
+    def announcement(self, version: int) -> WeightsAnnounced:
+        kept = self._versions[version]
+        return WeightsAnnounced(
+            run=self._run,
+            version=version,
+            total_bytes=kept.manifest.total_bytes,
+            sha256=kept.manifest.sha256,
+            host_id=host_id(),
+            shm_path=str(kept.path.resolve()) if self._settings.shared_memory else None,
+        )
+
+    def answer(self, request: ActorToLearner) -> LearnerToActor:
+        """The reply to an actor's request."""
+        newest = self.newest
+        if request.run != self._run:
+            return Refused(reason=f"this learner serves run {self._run!r}, not {request.run!r}")
+        if newest is None:
+            return Refused(reason=f"run {self._run!r} has not published any weights yet")
+        if isinstance(request, AnnouncementRequest):
+            return self.announcement(newest)
+        kept = self._versions.get(request.version)
+        if kept is None:
+            return VersionGone(version=request.version, newest=newest)
+        if isinstance(request, ManifestRequest):
+            return kept.manifest
+        return self._chunk(request, kept)
+
+    def _chunk(self, request: ChunkRequest, kept: _Version) -> LearnerToActor:
+        size, total = kept.manifest.chunk_bytes, kept.manifest.total_bytes
+        count = -(-total // size)
+        if not 0 <= request.index < count:
+            return Refused(
+                reason=f"version {request.version} has chunks 0 to {count - 1} of {size} bytes, not {request.index}"
+            )
+        start = request.index * size
+        length = min(size, total - start)
+        try:
+            data = np.fromfile(kept.path, dtype=np.uint8, count=length, offset=start)
+        except FileNotFoundError:  # dropped since this request was looked up
+            return VersionGone(version=request.version, newest=self.newest or request.version)
+        return Chunk(version=request.version, index=request.index, data=data)
+
+    def _write(
+        self, version: int, specs: tuple[TensorSpec, ...], total: int, tensors: Mapping[str, Tensor]
+    ) -> tuple[Path, str]:
+        folders = [self._memory, self._fallback] if SHARED_MEMORY.is_dir() else [self._fallback]
+        problem: OSError | None = None
+        for folder in folders:
+            aside = folder / f".v{version}.writing"
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                sha256 = self._write_payload(aside, specs, total, tensors)
+                path = folder / f"v{version}.bin"
+                aside.replace(path)
+                return path, sha256
+            except OSError as exc:  # full, or not ours to write
+                with contextlib.suppress(OSError):
+                    aside.unlink(missing_ok=True)
+                if problem is None and len(folders) > 1:
+                    log.warning("version %d does not go into %s (%s); using %s", version, folder, exc, self._fallback)
+                problem = exc
+        raise SetupError(
+            f"weights of version {version} ({total} bytes) cannot be written to {folders[-1]}: {problem}; "
+            "free some space"
+        ) from problem
+
+    def _write_payload(
+        self, path: Path, specs: tuple[TensorSpec, ...], total: int, tensors: Mapping[str, Tensor]
+    ) -> str:
+        digest = hashlib.sha256()
+        written = 0
+        with path.open("wb") as file:
+            for spec in specs:
+                gap = bytes(spec.offset - written)
+                data = raw_bytes(tensors[spec.name], self._precision)
+                for part in (gap, data):
+                    file.write(part)
+                    digest.update(part)
+                written = spec.offset + spec.nbytes
+        if written != total:
+            raise AssertionError(f"wrote {written} of {total} bytes")
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Remove every file.  Idempotent."""
+        self._versions = {}
+        for folder in (self._memory, self._fallback):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Publisher:
+    """The store behind its two sockets.  ``async with``: listening from the start, files removed at the end.
+
+    Serving runs on the event loop while training runs in a thread of its own, so neither waits for the other.
+    """
+
+    def __init__(
+        self, store: WeightsStore, *, weights_endpoint: str, announce_endpoint: str, settings: LinkSettings
+    ) -> None:
+        self.store = store
+        self._server = Server(
+            weights_endpoint, name="learner", receives=ActorToLearner, handler=self._handle, settings=settings
+        )
+        self._announcer = Announcer(announce_endpoint, settings=settings)
+        self._stack = contextlib.AsyncExitStack()
+
+    @property
+    def weights_endpoint(self) -> str:
+        return self._server.endpoint
+
+    @property
+    def announce_endpoint(self) -> str:
+        return self._announcer.endpoint
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._stack.enter_async_context(self._server)
+            await self._stack.enter_async_context(self._announcer)
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+        self.store.close()
+
+    async def announce(self, announcement: WeightsAnnounced) -> None:
+        """Tell all that listen.  Who misses it learns of the version by asking."""
+        await self._announcer.publish(announcement)
+
+    async def _handle(self, peer: str, request: ActorToLearner) -> LearnerToActor:
+        return self.store.answer(request)
