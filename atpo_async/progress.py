@@ -117,6 +117,10 @@ class Progress:
         if self.state.step > self._said[0] and self.state.step:
             self._console.print(plain(self.state), highlight=False, soft_wrap=True)
 
+    @property
+    def elapsed_s(self) -> float:
+        return self._clock() - self.state.since
+
     def say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -125,7 +129,7 @@ class Progress:
         self.state.feed(records)
         now = self._clock()
         if self._live is not None:
-            self._live.update(panel(self.state, title=self._title, elapsed_s=now - self.state.since), refresh=True)
+            self._live.update(panel(self.state, title=self._title, elapsed_s=self.elapsed_s), refresh=True)
             return
         at = (self.state.step, len(self.state.evals))
         new_eval = at[1] > self._said[1]

@@ -1,0 +1,508 @@
+"""``atpo …``.  Heavy packages are imported inside the command that needs them; roles are started as processes.
+
+Exit codes: 0 done; 1 a role crashed too often, or the doctor found something missing; 2 something the user can mend,
+said in one line; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atpo_async import __version__
+from atpo_async.errors import AtpoError, ConfigError, RoleCrashed, SetupError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from atpo_async.config import Config
+    from atpo_async.rundir import RunDir
+
+EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+OPTIONS_NOTE = (
+    "Every field of the configuration is also an option: --learner.lr 1e-5, --staleness.max_lag=0.  "
+    "`atpo config CONFIG` lists them with their values."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code.  A user's error is one line on stderr, a traceback only with --debug."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        return _dispatch([word for word in words if word != "--debug"], debug=debug)
+    except AtpoError as exc:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {exc}", file=sys.stderr, flush=True)
+        return EXIT_FAILED if isinstance(exc, RoleCrashed) else EXIT_USER
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (`atpo config … | head`): nothing to say, and nobody to say it to.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as exc:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {type(exc).__name__}: {exc}  (--debug shows where)", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+
+
+def _dispatch(words: list[str], *, debug: bool) -> int:
+    parser = _parser()
+    rest, texts = _split(words)
+    args = parser.parse_args(rest)
+    if args.command is None:
+        parser.print_help()
+        return EXIT_USER
+    if texts and args.command in ("version", "report"):
+        raise ConfigError(f"--{next(iter(texts))}: `atpo {args.command}` takes no options of the configuration")
+    args.debug = debug
+    args.words = words
+    result = globals()[f"command_{args.command}"](args, texts)
+    assert isinstance(result, int)
+    return result
+
+
+def _split(words: list[str]) -> tuple[list[str], dict[str, str]]:
+    if not any(word.startswith("--") and "." in word.partition("=")[0] for word in words):
+        return words, {}  # without loading the configuration's models: --help and version stay quick
+    from atpo_async.config import split_options
+
+    return split_options(words)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="atpo",
+        description="Asynchronous off-policy training of multi-turn, tool-using language-model agents on turn trees.",
+        epilog=f"{OPTIONS_NOTE}  --debug shows tracebacks.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, epilog=OPTIONS_NOTE, allow_abbrev=False)
+
+    train = add("train", "start buffer, learner and actors, and train; the same command goes on with a stopped run")
+    train.add_argument("config", metavar="CONFIG", help="TOML file, for instance configs/demo.toml")
+    demo = add("demo", "train the small policy on the look-up task on this machine, in a new run, and report")
+    demo.add_argument("config", metavar="CONFIG", nargs="?", help="another configuration than configs/demo.toml")
+    for name, text in (
+        ("buffer", "run the buffer by hand, in the foreground"),
+        ("learner", "run the learner by hand, in the foreground"),
+        ("actor", "run an actor by hand, in the foreground; it may join a running job from anywhere"),
+    ):
+        role = add(name, text)
+        role.add_argument("config", metavar="CONFIG")
+        address = "run folder, or HOST:PORT of its buffer" if name == "actor" else "run folder"
+        role.add_argument("--join", metavar="WHERE", help=f"{address}; the folder that CONFIG names where left out")
+        role.add_argument("--name", metavar="NAME", help="name of this process in logs and metrics")
+    evaluate = add("eval", "greedy success on held-out tasks, of a run's last checkpoint or a model folder")
+    evaluate.add_argument("target", metavar="RUN|MODEL")
+    evaluate.add_argument("config", metavar="CONFIG", nargs="?", help="needed for a model folder")
+    config = add("config", "print the resolved configuration and every knob that bears on staleness")
+    config.add_argument("config", metavar="CONFIG")
+    doctor = add("doctor", "what is installed, which engine and device would be used, what is missing")
+    doctor.add_argument("config", metavar="CONFIG", nargs="?")
+    report = add("report", "write report.html into a run folder")
+    report.add_argument("run", metavar="RUN")
+    report.add_argument("--figure", metavar="PATH", help="also write the learning curve, as .svg or .png")
+    add("version", "print the version")
+    return parser
+
+
+# --- train ------------------------------------------------------------------------------------------------------
+
+
+def command_train(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
+    from atpo_async.config import load
+
+    return train(load(args.config, texts), again=_again(args.words))
+
+
+def command_demo(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
+    """A new run each time, unless --run.name names one."""
+    from atpo_async.config import load
+
+    path = Path(args.config) if args.config else demo_config()
+    config = load(path, texts)
+    if "run.name" not in texts:
+        config = renamed(config, free_name(config.run.dir, f"demo-{config.run.seed}"))
+    again = _again(["train", str(path), *args.words[args.words.index("demo") + 1 :], "--run.name", config.run.name])
+    return train(config, again=again)
+
+
+def demo_config() -> Path:
+    """``configs/demo.toml`` of the checkout or of the folder we are in.  Raises ConfigError."""
+    for root in (Path(__file__).resolve().parent.parent, Path.cwd()):
+        path = root / "configs" / "demo.toml"
+        if path.is_file():
+            with contextlib.suppress(ValueError):
+                return path.relative_to(Path.cwd())
+            return path
+    raise ConfigError("configs/demo.toml is not here: run `atpo demo` in a checkout, or name a file: atpo demo CONFIG")
+
+
+def free_name(folder: Path, stem: str) -> str:
+    """``stem-1``, or the first number that no run has."""
+    number = 1
+    while (folder / f"{stem}-{number}").exists():
+        number += 1
+    return f"{stem}-{number}"
+
+
+def renamed(config: Config, name: str) -> Config:
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+
+
+def train(config: Config, *, again: str) -> int:
+    """Train to the end or to an interruption.  ``again`` is the command that goes on with the run."""
+    import asyncio
+
+    from rich.console import Console
+
+    from atpo_async import doctor
+    from atpo_async.policy import with_policy_path
+    from atpo_async.progress import Progress, duration
+    from atpo_async.rundir import RunDir, joining
+    from atpo_async.supervisor import Outcome, Supervisor, pick_endpoints, role_specs
+
+    console = Console(highlight=False, soft_wrap=True)
+    # Everything that can be told without writing anything comes first.
+    config = with_policy_path(config)
+    path = config.run.dir / config.run.name
+    resumed = (path / "run.json").is_file()
+    if resumed:
+        joining(RunDir.open(path), config)
+    doctor.check_machine(config)
+    doctor.check_model(config)
+    engine, why = doctor.engine_of(config)
+    ensure_policy(config, console)
+
+    rundir = RunDir.create(config)
+    with rundir.locked():
+        config = rundir.config
+        endpoints = pick_endpoints(config.links)
+        rundir.write_endpoints(endpoints)
+        console.print(f"run {rundir.path}  ({'goes on' if resumed else 'new'}; {config.run.steps} steps)")
+        console.print(f"engine {engine}: {why}; {config.actor.count} actor(s), join with --join {endpoints.actors[6:]}")
+        specs = role_specs(config, rundir.path, has_cuda=doctor.has_cuda)
+        with Progress(console, title=f"atpo {config.run.name}", total_steps=config.run.steps) as progress:
+            supervisor = Supervisor(
+                rundir, specs, settings=config.supervisor, say=progress.say, on_records=progress.feed
+            )
+            outcome = asyncio.run(_supervised(supervisor, say=progress.say))
+        took = duration(progress.elapsed_s)
+    if outcome is Outcome.INTERRUPTED:
+        console.print(f"stopped after {took}; no process is left.  The run goes on with:  {again}")
+        return EXIT_INTERRUPTED
+    console.print(f"done in {took}.")
+    _summarise(rundir, console)
+    return EXIT_DONE
+
+
+async def _supervised(supervisor: Any, *, say: Any) -> Any:
+    """Run the supervisor under this process's signals."""
+    import asyncio
+    import signal
+
+    loop = asyncio.get_running_loop()
+    received = 0
+
+    def interrupt() -> None:
+        nonlocal received
+        received += 1
+        if received == 1:
+            say("stopping; Ctrl-C again ends everything at once")
+        supervisor.interrupt()
+
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP"):
+        signals.append(signal.SIGHUP)
+    for signum in signals:
+        with contextlib.suppress(NotImplementedError):
+            loop.add_signal_handler(signum, interrupt)
+    return await supervisor.run()
+
+
+def _summarise(rundir: RunDir, console: Console) -> None:
+    """The report, and the figures a user asks for first.  A failure to draw does not fail the run."""
+    from atpo_async.report import facts, write_report
+
+    try:
+        found = facts(rundir)
+        write_report(rundir)
+    except Exception as exc:
+        console.print(
+            f"the report could not be made: {type(exc).__name__}: {exc}; `atpo report {rundir.path}` tries again"
+        )
+        return
+    for line in found.lines():
+        console.print(line)
+    console.print(f"report: {rundir.report_path}")
+
+
+def _again(words: Sequence[str]) -> str:
+    import shlex
+
+    return shlex.join(["atpo", *words])
+
+
+def ensure_policy(config: Config, console: Console) -> None:
+    """Make and warm-start the small policy where the configuration says so and there is none."""
+    from atpo_async.policy import is_there, warm_start_command
+
+    if not config.model.warm_start or is_there(Path(config.model.path)):
+        return
+    console.print(
+        f"making the policy {config.model.path} ({config.model.warm_start_steps} supervised steps; kept for later runs)"
+    )
+    with resolved_file(config) as file:
+        code, error = _run_to_end(warm_start_command(file, Path(config.model.path)))
+    if code < 0 or code == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt
+    if code or not is_there(Path(config.model.path)):
+        raise SetupError(f"the warm start of {config.model.path} failed: {error or f'exit code {code}'}")
+
+
+@contextlib.contextmanager
+def resolved_file(config: Config) -> Iterator[Path]:
+    """The resolved configuration as a file for a process; gone afterwards."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="atpo-") as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(config.model_dump_json(indent=2), encoding="utf-8")
+        yield file
+
+
+def _run_to_end(argv: Sequence[str], *, capture: bool = False) -> tuple[int, str]:
+    """Run a process of ours in the foreground.  Returns its exit code and its last error line (its stdout if
+    ``capture`` and it succeeded).  It ends with us, and everything it started with it."""
+    import subprocess
+
+    from atpo_async import processes
+    from atpo_async.role import ERROR_PREFIX, die_with_parent
+
+    mark = f"hand/{os.getpid()}/{id(argv)}"
+    process = subprocess.Popen(
+        list(argv),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if capture else None,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env={**os.environ, processes.ROLE_MARK: mark},
+        start_new_session=True,
+        preexec_fn=die_with_parent if sys.platform.startswith("linux") else None,
+    )
+    try:
+        out, err = process.communicate()
+    except BaseException:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=5)
+        raise
+    finally:
+        processes.kill_all(process.pid, mark)
+    if process.returncode == 0:
+        return 0, out or ""
+    lines = [line for line in err.splitlines() if line.strip()]
+    said = next((line for line in reversed(lines) if line.startswith(ERROR_PREFIX)), lines[-1] if lines else "")
+    return process.returncode, said.removeprefix(ERROR_PREFIX)
+
+
+# --- one role by hand -------------------------------------------------------------------------------------------
+
+
+def command_buffer(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
+    return _role_by_hand("buffer", args, texts)
+
+
+def command_learner(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
+    return _role_by_hand("learner", args, texts)
+
+
+def command_actor(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
+    return _role_by_hand("actor", args, texts)
+
+
+def _role_by_hand(role: str, args: argparse.Namespace, texts: Mapping[str, str]) -> int:
+    """Become the role.  The buffer makes the run folder where there is none; the others join."""
+    from atpo_async import doctor
+    from atpo_async.config import load
+    from atpo_async.policy import with_policy_path
+    from atpo_async.role import hand_name, parse_address
+    from atpo_async.rundir import RunDir, joining
+
+    config = with_policy_path(load(args.config, texts))
+    if role == "actor":
+        doctor.engine_of(config)
+    options = [f"--{key}={text}" for key, text in texts.items()]
+    package = {"buffer": "buffer", "learner": "learner", "actor": "actors"}[role]
+    argv = [sys.executable, "-m", package]
+    name = args.name or (hand_name(role) if role == "actor" else None)
+    folder = Path(args.join) if args.join else config.run.dir / config.run.name
+    if args.join and not folder.is_dir() and not folder.is_file():
+        if role != "actor":
+            raise SetupError(f"--join {args.join} is no run folder here; a {role} shares files with the run")
+        address = parse_address(args.join).removeprefix("tcp://")
+        argv += ["--config", args.config, "--join", address, f"--model.path={config.model.path}", *options]
+    else:
+        if role == "buffer" and not args.join:
+            from rich.console import Console
+
+            ensure_policy(config, Console(stderr=True))
+            rundir = RunDir.create(config)
+        else:
+            rundir = RunDir.open(folder)
+            joining(rundir, config)
+        if role == "buffer":
+            _listen_by_hand(rundir, config)
+        argv += [str(rundir.path), "--config", args.config, f"--model.path={rundir.config.model.path}", *options]
+    if name:
+        argv += ["--name", name]
+    if args.debug:
+        argv.append("--debug")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, argv)
+
+
+def _listen_by_hand(rundir: RunDir, config: Config) -> None:
+    """Endpoints for a buffer that was started by hand; those of the run again where they are free."""
+    from atpo_async.supervisor import check_ports, pick_endpoints
+
+    with contextlib.suppress(SetupError):
+        known = rundir.read_endpoints()
+        ports = [int(e.rpartition(":")[2]) for e in (known.actors, known.learner, known.weights, known.announce)]
+        names = ("actors_port", "learner_port", "weights_port", "announce_port")
+        check_ports(config.links.model_copy(update=dict(zip(names, ports, strict=True))))
+        return
+    rundir.write_endpoints(pick_endpoints(config.links))
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------
+
+
+def command_eval(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
+    from atpo_async import doctor
+    from atpo_async.config import load
+    from atpo_async.policy import is_there, latest_policy
+    from atpo_async.rundir import LATEST, RunDir
+
+    target = Path(args.target)
+    with contextlib.ExitStack() as stack:
+        if (target / "run.json").is_file() or target.name == LATEST:
+            rundir = RunDir.open(target)
+            config = load(args.config or rundir.path / "config.json", texts)
+            model, name = stack.enter_context(latest_policy(rundir))
+        elif is_there(target):
+            config, model, name = load(args.config or demo_config(), texts), target, str(target)
+        else:
+            raise SetupError(f"{target} is neither a run folder (run.json) nor a model folder (config.json)")
+        doctor.engine_of(config)
+        result = _evaluate(config, model, name)
+    print(f"{name}: success {result['success']:.3f} on {int(result['num_tasks'])} held-out tasks, greedy")
+    return EXIT_DONE
+
+
+def _evaluate(config: Config, model: Path, name: str) -> dict[str, float]:
+    """Raises SetupError for what the user can mend, RoleCrashed for the rest."""
+    import json
+
+    with resolved_file(config) as file:
+        code, said = _run_to_end(
+            [
+                *(sys.executable, "-m", "actors", "eval", "--config", str(file), "--model", str(model)),
+                *("--num-tasks", str(config.eval.num_tasks)),
+            ],
+            capture=True,
+        )
+    if code == EXIT_USER:
+        raise SetupError(said)
+    if code:
+        raise RoleCrashed(f"the evaluation of {name} failed: {said or f'exit code {code}'}")
+    try:
+        result = json.loads(said.strip().splitlines()[-1])
+        return {"success": float(result["success"]), "num_tasks": float(result["num_tasks"])}
+    except (ValueError, KeyError, IndexError, TypeError) as exc:
+        raise RoleCrashed(f"the evaluation of {name} ended without a result: {said[-200:]!r}") from exc
+
+
+def command_config(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from atpo_async import config as configuration
+    from atpo_async.policy import with_policy_path
+
+    config = with_policy_path(configuration.load(args.config, texts))
+    print(configuration.to_toml(config))
+    console = Console(highlight=False)
+    table = Table(title="staleness, in learner versions, measured when a batch is consumed", title_justify="left")
+    table.add_column("knob", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("what it does")
+    for name, text in configuration.STALENESS_KNOBS:
+        table.add_row(name, str(configuration.get(config, name)), text)
+    console.print(table)
+    bounds = Table(title="derived bounds", title_justify="left")
+    bounds.add_column("bound", no_wrap=True)
+    bounds.add_column("value", justify="right", no_wrap=True)
+    bounds.add_column("from")
+    for name, value, text in configuration.derived_bounds(config):
+        bounds.add_row(name, str(value), text)
+    console.print(bounds)
+    return EXIT_DONE
+
+
+def command_doctor(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from atpo_async import doctor
+    from atpo_async.config import build, load
+
+    if texts and not args.config:
+        args.config = str(demo_config())
+    found = doctor.findings(load(args.config, texts) if args.config else build({}))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    signs = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "missing": "[red]missing[/]"}
+    for finding in found:
+        way_out = f"  → {finding.way_out}" if finding.way_out else ""
+        table.add_row(signs[finding.level], finding.what, f"{finding.found}{way_out}".replace("[", r"\["))
+    Console(highlight=False).print(table)
+    missing = [finding.what for finding in found if finding.level == "missing"]
+    print(f"missing: {', '.join(missing)}" if missing else "ready")
+    return EXIT_FAILED if missing else EXIT_DONE
+
+
+def command_report(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
+    from atpo_async.report import write_figure, write_report
+    from atpo_async.rundir import RunDir
+
+    rundir = RunDir.open(args.run)
+    if args.figure:
+        print(write_figure(rundir, Path(args.figure)))
+    print(write_report(rundir))
+    return EXIT_DONE
+
+
+def command_version(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
+    print(f"atpo-async {__version__}")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
