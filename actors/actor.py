@@ -13,14 +13,13 @@ import logging
 import time
 from collections.abc import Callable
 
-from atpo_async.links import Client
-
 from actors.engine import Engine
 from actors.environments.base import Environment
 from actors.search import TreeSearch
 from actors.weights import WeightsFetcher
 from atpo_async.config import Config
 from atpo_async.errors import AtpoError, EnvironmentBroken, PeerLost, WeightsRejected
+from atpo_async.links import Client
 from atpo_async.messages import (
     ActorReport,
     Lease,
@@ -28,12 +27,10 @@ from atpo_async.messages import (
     LeaseReturned,
     Leases,
     Refused,
-    TreeClosed,
-    TreeOpened,
     WeightsAnnounced,
 )
 from atpo_async.metrics import Aggregator
-from atpo_async.tree import Turn, TurnTree
+from atpo_async.tree import TurnTree
 
 log = logging.getLogger("atpo.actor")
 
@@ -193,18 +190,11 @@ class Actor:
             environment=self._environment,
             search=self._config.search,
             max_context_tokens=self._config.model.max_context_tokens,
-            emit=self._emit,
+            emit=self._buffer.send,
             clock=self._clock,
         )
         tree = await search.grow()
         self._count(lease, tree, search)
-
-    async def _emit(self, message: TreeOpened | Turn | TreeClosed) -> None:
-        before = self._buffer.stats.waited_s
-        await self._buffer.send(message)
-        waited = self._buffer.stats.waited_s - before
-        if waited > 0:
-            self._metrics.add("time/actor_wait_s", waited / self._config.actor.trees_in_flight)
 
     def _count(self, lease: Lease, tree: TurnTree, search: TreeSearch) -> None:
         failed = search.growth.failures
@@ -309,12 +299,17 @@ class Actor:
     async def _report(self) -> None:
         """Heartbeat: renews leases and carries the metrics.  Waits for: the clock, and room in the window."""
         before, began = self._engine.stats(), self._clock()
+        waited_before = self._buffer.stats.waited_s
         while True:
             await asyncio.sleep(self._config.actor.report_every_s)
             now, stats = self._clock(), self._engine.stats()
             prompt = stats.prompt_tokens - before.prompt_tokens
+            # Chains of one tree wait together: a slot cannot have waited longer than the interval.
+            waited = self._buffer.stats.waited_s
+            for_room_s = min((waited - waited_before) / self._config.actor.trees_in_flight, now - began)
+            waited_before = waited
+            self._metrics.add("time/actor_wait_s", for_room_s)
             metrics = self._metrics.flush()
-            metrics.setdefault("time/actor_wait_s", 0.0)
             # One number per swap is what a reader looks for; mean and p95 of one value add nothing.
             if "engine/probe_error/max" in metrics:
                 metrics["engine/probe_error"] = metrics.pop("engine/probe_error/max")

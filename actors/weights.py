@@ -14,11 +14,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from atpo_async.links import Client, Listener
-
 from actors.engine import WeightsFile
 from atpo_async.config import WeightsConfig
 from atpo_async.errors import PeerLost, WeightsRejected
+from atpo_async.links import Client, Listener
 from atpo_async.messages import (
     AnnouncementRequest,
     Chunk,
@@ -195,7 +194,7 @@ class WeightsFetcher:
             expected = min(manifest.chunk_bytes, manifest.total_bytes - index * manifest.chunk_bytes)
             if not isinstance(answer, Chunk) or answer.index != index or len(answer.data) != expected:
                 raise WeightsRejected(f"version {manifest.version}: chunk {index} came wrong or short")
-            os.pwrite(file, memoryview(answer.data), index * manifest.chunk_bytes)
+            os.pwrite(file, answer.data.data, index * manifest.chunk_bytes)
 
         try:
             async with asyncio.timeout(self._settings.fetch_timeout_s), asyncio.TaskGroup() as pulls:

@@ -1,0 +1,220 @@
+"""What the actor costs: tokens/s over an actor, against the same requests sent straight to the same engine.
+
+Both sides run in one process on one engine, one after the other, several times in turn.  The actor's side is the real
+thing: leases over a socket from another process, the environment, tree search, and every turn streamed, checked,
+and acknowledged there.  The straight side sends the recorded requests (same prompts, same number of tokens) in the order
+in which they came, with as many in flight as the actor had on average, and an equally empty prefix cache.
+
+    .venv/bin/python benchmarks/actor_overhead.py configs/demo.toml --model MODEL_FOLDER
+
+Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from actors.actor import Actor
+from actors.engine import Engine, EngineStats, Generation, Sampling, SwapReport, WeightsFile
+from actors.factory import engine_name, make_engine, make_environment
+from atpo_async.config import Config, load
+from atpo_async.links import Client, LinkSettings, Server
+from atpo_async.messages import ActorToBuffer, BufferToActor, Lease, LeaseRequest, Leases, Message, TreeClosed
+
+
+def serve(pipe: Connection, settings: LinkSettings, num_trees: int) -> None:
+    """A process that grants ``num_trees`` leases a round and acknowledges every turn."""
+
+    async def main() -> None:
+        granted = closed = round_number = 0
+        over = asyncio.Event()
+
+        async def handle(peer: str, message: object) -> Message | None:
+            nonlocal granted, closed
+            if isinstance(message, TreeClosed):
+                closed += 1
+            if not isinstance(message, LeaseRequest):
+                return None
+            count = min(message.count, num_trees - granted)
+            leases = tuple(_lease(round_number * num_trees + granted + i) for i in range(count))
+            granted += count
+            finished = closed >= num_trees
+            return Leases(leases=leases, closed_because="all are out", retry_after_s=0.005, finished=finished)
+
+        async with Server(
+            "tcp://127.0.0.1:0", name="buffer", receives=ActorToBuffer, handler=handle, settings=settings
+        ) as server:
+            pipe.send(server.endpoint)
+            while not over.is_set():
+                word = await asyncio.to_thread(pipe.recv)
+                if word == "end":
+                    over.set()
+                granted = closed = 0
+                round_number += 1
+                pipe.send("ready")
+
+    asyncio.run(main())
+
+
+def _lease(index: int) -> Lease:
+    return Lease(
+        tree_id=f"b{index}",
+        task_index=index,
+        kind="train",
+        epoch=0,
+        lifetime_s=600.0,
+        min_version=0,
+        seed=index,
+        committed=(),
+    )
+
+
+class Recorder:
+    """The engine, and what was asked of it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.requests: list[tuple[np.ndarray, Sampling]] = []
+        self.in_flight_s = 0.0
+
+    async def generate(self, prompt: Sequence[int] | np.ndarray, sampling: Sampling, *, request_id: str) -> Generation:
+        began = time.perf_counter()
+        made = await self._engine.generate(prompt, sampling, request_id=request_id)
+        self.in_flight_s += time.perf_counter() - began
+        exact = Sampling(temperature=sampling.temperature, max_tokens=len(made.token_ids), stop_token_ids=())
+        self.requests.append((np.asarray(prompt), exact))
+        return made
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def swap(self, weights: WeightsFile) -> SwapReport:
+        raise NotImplementedError("the benchmark swaps nothing")
+
+    async def score(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        return await self._engine.score(token_ids)
+
+
+class NoWeights:
+    """The engine's own weights are version 0; no other comes."""
+
+    version = 0
+
+    async def next(self) -> None:
+        await asyncio.Event().wait()
+
+
+async def over_actor(config: Config, engine: Engine, model: Path, endpoint: str, name: str) -> tuple[float, Recorder]:
+    """Seconds for the trees of one round."""
+    recorder = Recorder(engine)
+    settings = LinkSettings.from_config(config.links)
+    async with Client(endpoint, peer="buffer", identity=name, receives=BufferToActor, settings=settings) as buffer:
+        actor = Actor(
+            run="bench",
+            name=name,
+            config=config,
+            engine=recorder,
+            environment=make_environment(config, model),
+            buffer=buffer,
+            weights=NoWeights(),  # type: ignore[arg-type]
+            stopping=asyncio.Event(),
+        )
+        actor.version = 0
+        began = time.perf_counter()
+        await actor.work()
+        return time.perf_counter() - began, recorder
+
+
+async def straight(engine: Engine, recorder: Recorder, at_once: int, name: str) -> float:
+    """Seconds for the same requests, ``at_once`` in flight."""
+    room = asyncio.Semaphore(at_once)
+
+    async def one(number: int, prompt: np.ndarray, sampling: Sampling) -> None:
+        async with room:
+            await engine.generate(prompt, sampling, request_id=f"{name}-{number}")
+
+    began = time.perf_counter()
+    await asyncio.gather(*(one(i, p, s) for i, (p, s) in enumerate(recorder.requests)))
+    return time.perf_counter() - began
+
+
+async def forget_prefixes(engine: Engine) -> None:
+    """So that the second side does not live on the first one's cache."""
+    llm = getattr(engine, "_llm", None)
+    if llm is not None:
+        await llm.reset_prefix_cache()
+
+
+async def measure(config: Config, model: Path, num_trees: int, rounds: int) -> dict[str, object]:
+    parent, child = multiprocessing.get_context("spawn").Pipe()
+    settings = LinkSettings.from_config(config.links)
+    server = multiprocessing.get_context("spawn").Process(target=serve, args=(child, settings, num_trees), daemon=True)
+    server.start()
+    endpoint = parent.recv()
+    engine = make_engine(config, model)
+    actor_rates, straight_rates = [], []
+    in_flight = 0
+    try:
+        await engine.start()
+        for number in range(rounds + 1):
+            await asyncio.to_thread(_new_round, parent)
+            await forget_prefixes(engine)
+            seconds, recorder = await over_actor(config, engine, model, endpoint, f"actor-{number}")
+            tokens = sum(s.max_tokens for _, s in recorder.requests)
+            in_flight = max(1, round(recorder.in_flight_s / seconds))
+            await forget_prefixes(engine)
+            alone = await straight(engine, recorder, in_flight, f"s{number}")
+            if number > 0:  # the first round warms both sides up
+                actor_rates.append(tokens / seconds)
+                straight_rates.append(tokens / alone)
+    finally:
+        await engine.close()
+        with suppress(BrokenPipeError):
+            parent.send("end")
+        server.join(5)
+        server.kill()
+    ratios = [a / s for a, s in zip(actor_rates, straight_rates, strict=True)]
+    return {
+        "engine": engine_name(config),
+        "trees": num_trees,
+        "rounds": rounds,
+        "in_flight_mean": in_flight,
+        "actor_tokens_per_s": round(statistics.median(actor_rates), 1),
+        "straight_tokens_per_s": round(statistics.median(straight_rates), 1),
+        "ratio_median": round(statistics.median(ratios), 3),
+        "ratios": [round(r, 3) for r in ratios],
+    }
+
+
+def _new_round(pipe: Connection) -> None:
+    pipe.send("round")
+    pipe.recv()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--trees", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    print(json.dumps(asyncio.run(measure(load(args.config), args.model, args.trees, args.rounds))))
+
+
+if __name__ == "__main__":
+    main()
