@@ -168,7 +168,7 @@ class ReplayPool:
         self.nbytes = 0
         """Bytes of all trees, those with the learner too."""
         self.left: Counter[str] = Counter()
-        """Why trees left: ``used``, ``stale``, ``bytes``."""
+        """Why trees left: ``used`` up, ``bytes``, ``stale`` before any batch had them, ``retired``: stale after one had."""
 
     # --- what is there -----------------------------------------------------------------------------------------
 
@@ -189,6 +189,15 @@ class ReplayPool:
     def mean_priority(self) -> float:
         ready = np.flatnonzero(self._state == _READY)
         return float(self._priorities(ready).mean()) if len(ready) else 0.0
+
+    def is_out(self, tree_id: str) -> bool:
+        """Whether the tree is with the learner."""
+        slot = self._slots.get(tree_id)
+        return slot is not None and bool(self._state[slot] == _OUT)
+
+    def unserved_tasks(self) -> list[int]:
+        """Task of every ready tree that no batch has had."""
+        return [self._tree(int(s)).task_index for s in np.flatnonzero((self._state == _READY) & (self._uses == 0))]
 
     def ready_ids(self) -> list[str]:
         return [tree_id for tree_id, slot in self._slots.items() if self._state[slot] == _READY]
@@ -230,7 +239,9 @@ class ReplayPool:
             if self._freshness < 1:
                 self._update(np.flatnonzero(self._state == _READY))
         stale = np.flatnonzero((self._state == _READY) & (self._version - self._newest > self._max_lag))
-        self._drop(stale, "stale")
+        served = self._uses[stale] > 0
+        self._drop(stale[~served], "stale")
+        self._drop(stale[served], "retired")
         return len(stale)
 
     def shrink(self, max_bytes: int) -> int:

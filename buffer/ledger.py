@@ -1,0 +1,359 @@
+"""Task leases, admission, evaluations.  Pure: the clock is passed in, monotonic seconds.
+
+**Admission.**  A tree leased now is consumed after all that are pending: at version ``next + pending·uses // batch``,
+where ``next`` is the learner's version at the next batch.  It will be within ``max_lag`` then exactly if it is begun
+with weights of at least that version minus ``max_lag``.  This is a lease's ``min_version``; while the learner has not
+published it, no lease is granted.  With ``max_lag`` 0 trees are so grown under the very version that consumes them.
+
+It cannot block for ever: when the learner waits at version v for a batch, fewer trees than a batch are pending, so
+``min_version`` is v - max_lag, and the last published version is at least v - (publish_every - 1), which the
+configuration holds to be no less.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from atpo_async.config import StalenessConfig
+from atpo_async.messages import TaskKind
+
+
+@dataclass(slots=True)
+class Held:
+    """One lease."""
+
+    tree_id: str
+    task_index: int
+    kind: TaskKind
+    seed: int
+    epoch: int
+    holder: str
+    expires_at: float
+    min_version: int
+    lost: int = 0
+    """How many holders were lost."""
+    waiting: bool = False
+    """Lapsed or returned, waits for another holder; its last one may still come back before that."""
+    eval_step: int = -1
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """One greedy evaluation on the held-out tasks."""
+
+    step: int
+    version: int
+    num_tasks: int
+    blocking: bool
+    next_task: int = 0
+    results: dict[int, float | None] = field(default_factory=dict)
+    """Task -> success in [0, 1]; None where its tree failed."""
+
+    @property
+    def done(self) -> bool:
+        return len(self.results) >= self.num_tasks
+
+    @property
+    def num_failed(self) -> int:
+        return sum(result is None for result in self.results.values())
+
+    @property
+    def success(self) -> float | None:
+        """Share of successful tasks, a failed tree counted as no success; None until all are done."""
+        if not self.done:
+            return None
+        return sum(result or 0.0 for result in self.results.values()) / max(self.num_tasks, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """Answer to a request for leases."""
+
+    leases: tuple[Held, ...]
+    closed_because: str | None
+    """Why there are not more."""
+
+
+class Ledger:
+    """Who grows what, and who may begin.
+
+    Args:
+        staleness: trees per batch, max_lag, max_uses, max_oversampling.
+        lifetime_s: of a lease that is not renewed.
+        silent_s: an actor of whom nothing is heard for that long has lost its leases.
+        max_reissues: a task is given up after that many lost holders.
+        seed: the run's.
+        prefix: begins every tree id; never used by an earlier buffer of the run.
+        next_task: the first training task never leased.
+        unfinished: earlier training tasks to lease first.
+    """
+
+    def __init__(
+        self,
+        *,
+        staleness: StalenessConfig,
+        lifetime_s: float,
+        silent_s: float,
+        max_reissues: int,
+        seed: int,
+        prefix: str,
+        next_task: int = 0,
+        unfinished: Iterable[int] = (),
+    ) -> None:
+        self._staleness = staleness
+        self._lifetime_s = lifetime_s
+        self._silent_s = silent_s
+        self._max_reissues = max_reissues
+        self._seed = seed
+        self._prefix = prefix
+        self.next_task = next_task
+        self._again: deque[int] = deque(sorted(set(unfinished)))
+        self._held: dict[str, Held] = {}
+        self._waiting: deque[str] = deque()
+        self._heard: dict[str, float] = {}
+        self.evaluations: dict[int, Evaluation] = {}
+        self.published: int | None = None
+        """The newest version that actors can get; None before the learner's first."""
+        self.next_version = 0
+        """The learner's version when it takes its next batch, as far as known."""
+        self.given_up = 0
+        """Tasks that lost too many holders."""
+
+    # --- the learner's progress --------------------------------------------------------------------------------
+
+    def publish(self, version: int) -> None:
+        """Actors can get ``version``."""
+        self.published = version if self.published is None else max(self.published, version)
+        self.next_version = max(self.next_version, version)
+
+    def learner_at(self, version: int) -> None:
+        """The learner waits for a batch at ``version``."""
+        self.next_version = version
+
+    def trained(self, version: int) -> None:
+        """The learner has come to ``version``, or gone past it: a request for the batch after overtakes this."""
+        self.next_version = max(self.next_version, version)
+
+    def consumed(self, version: int) -> None:
+        """A batch was served at ``version``; the next is one version on."""
+        self.next_version = version + 1
+
+    # --- granting ----------------------------------------------------------------------------------------------
+
+    def grant(
+        self, actor: str, count: int, *, now: float, ready: int, produced: int = 0, memory_full: bool = False
+    ) -> Granted:
+        """Up to ``count`` leases for ``actor``: first what was lost, then evaluation, then new training trees.
+
+        Args:
+            actor: who asks.
+            count: how many it can grow.
+            now: seconds.
+            ready: trees that wait to be served and are not under lease.
+            produced: training trees that became ready since the last batch, those without signal too.
+            memory_full: the buffer is at its byte limit.
+        """
+        self.heard(actor, now)
+        leases: list[Held] = []
+        reason: str | None = None
+        while len(leases) < count:
+            blocking = self._blocking()
+            held = self._reissue(blocking is not None) or self._evaluate()
+            if held is None:
+                reason = (
+                    self._why_blocked(blocking)
+                    or self._why_closed(ready, produced, memory_full)
+                )  # fmt: skip
+                if reason is not None:
+                    break
+                held = self._begin(ready)
+            held.holder, held.expires_at, held.waiting = actor, now + self._lifetime_s, False
+            leases.append(held)
+        return Granted(tuple(leases), reason)
+
+    def _reissue(self, blocked: bool) -> Held | None:
+        """A lost lease, evaluation first; training ones wait while an evaluation blocks."""
+        for kind in ("eval", "train"):
+            if self.published is None or (kind == "train" and blocked):
+                continue
+            for tree_id in self._waiting:
+                held = self._held[tree_id]
+                if held.kind == kind:
+                    self._waiting.remove(tree_id)
+                    held.epoch += 1
+                    return held
+        return None
+
+    def _evaluate(self) -> Held | None:
+        for evaluation in self.evaluations.values():
+            if not self._runnable(evaluation) or evaluation.next_task >= evaluation.num_tasks:
+                continue
+            task = evaluation.next_task
+            evaluation.next_task += 1
+            tree_id = f"{self._prefix}-e{evaluation.step}v{evaluation.version}-{task:06d}"
+            return self._hold(tree_id, task, "eval", evaluation.version, evaluation.step)
+        return None
+
+    def _begin(self, ready: int) -> Held:
+        task = self._again.popleft() if self._again else self.next_task
+        self.next_task = max(self.next_task, task + 1)
+        return self._hold(f"{self._prefix}-{task:08d}", task, "train", max(self._least_version(ready), 0), -1)
+
+    def _hold(self, tree_id: str, task: int, kind: TaskKind, min_version: int, eval_step: int) -> Held:
+        seed = int(np.random.SeedSequence([self._seed, int(kind == "eval"), task]).generate_state(1)[0])
+        self._held[tree_id] = Held(tree_id, task, kind, seed, 0, "", 0.0, min_version, eval_step=eval_step)
+        return self._held[tree_id]
+
+    def _least_version(self, ready: int) -> int:
+        """The oldest version with which a tree begun now is still fresh when its turn comes."""
+        s = self._staleness
+        return self.next_version + (self.num_training + ready) * s.max_uses // s.trees_per_batch - s.max_lag
+
+    def _why_closed(self, ready: int, produced: int, memory_full: bool) -> str | None:
+        """Why no new training tree may begin now; None if one may."""
+        s = self._staleness
+        pending = self.num_training + ready
+        if self.published is None:
+            return "the learner has not published its first version"
+        if memory_full:
+            return "buffer.max_bytes is reached: the learner must take trees first"
+        if pending >= s.max_trees_pending:
+            return f"{pending} trees are pending, staleness.max_lag = {s.max_lag} allows {s.max_trees_pending}"
+        if s.max_lag == 0 and produced + self.num_training >= s.max_oversampling * s.trees_per_batch:
+            # The short batch that comes now would leave these behind, stale.
+            return f"{produced} trees came since the last batch, enough for a short one"
+        if self._least_version(ready) > self.published:
+            return (
+                f"a tree begun now would be older than staleness.max_lag = {s.max_lag} when consumed: version "
+                f"{self._least_version(ready)} must be published first, {self.published} is"
+            )
+        return None
+
+    def _runnable(self, evaluation: Evaluation) -> bool:
+        return self.published is not None and evaluation.version <= self.published
+
+    def _blocking(self) -> Evaluation | None:
+        """An evaluation that keeps training leases back.  Not before its version is out: training may lead there."""
+        for evaluation in self.evaluations.values():
+            if evaluation.blocking and not evaluation.done and self._runnable(evaluation):
+                return evaluation
+        return None
+
+    @staticmethod
+    def _why_blocked(evaluation: Evaluation | None) -> str | None:
+        if evaluation is None:
+            return None
+        done = f"{len(evaluation.results)} of {evaluation.num_tasks} done"
+        return f"the evaluation of step {evaluation.step} comes first: {done}"
+
+    # --- keeping and losing ------------------------------------------------------------------------------------
+
+    def heard(self, actor: str, now: float) -> None:
+        """``actor`` gave a sign of life."""
+        self._heard[actor] = now
+
+    def renew(self, actor: str, tree_ids: Iterable[str], now: float) -> None:
+        """``actor`` still works on these.  One that lapsed and nobody else has taken yet is its again."""
+        self.heard(actor, now)
+        for tree_id in tree_ids:
+            held = self._held.get(tree_id)
+            if held is None or held.holder != actor:
+                continue
+            held.expires_at = now + self._lifetime_s
+            if held.waiting:
+                held.waiting = False
+                self._waiting.remove(tree_id)
+
+    def lapsed(self, now: float) -> list[Held]:
+        """Leases whose time is over or whose holder is silent; each wants ``reissue`` or ``end``."""
+        return [
+            held
+            for held in self._held.values()
+            if not held.waiting and (held.expires_at <= now or now - self._heard.get(held.holder, now) > self._silent_s)
+        ]
+
+    def held_by(self, actor: str, tree_ids: Sequence[str] | None = None) -> list[Held]:
+        """What ``actor`` holds, of ``tree_ids`` only if given."""
+        return [
+            held
+            for held in self._held.values()
+            if held.holder == actor and not held.waiting and (tree_ids is None or held.tree_id in tree_ids)
+        ]
+
+    def reissue(self, tree_id: str, *, lost: bool) -> bool:
+        """Put a lease up for another holder; False if its task is given up instead.
+
+        Args:
+            tree_id: under lease.
+            lost: whether the holder was lost; a lease handed back in good order counts for nothing.
+        """
+        held = self._held[tree_id]
+        held.lost += lost
+        if held.lost > self._max_reissues:
+            self.given_up += 1
+            del self._held[tree_id]
+            return False
+        held.waiting = True
+        self._waiting.append(tree_id)
+        return True
+
+    def end(self, tree_id: str) -> Held | None:
+        """The tree is done; its lease goes."""
+        held = self._held.pop(tree_id, None)
+        if held is not None and held.waiting:
+            self._waiting.remove(tree_id)
+        return held
+
+    # --- evaluation --------------------------------------------------------------------------------------------
+
+    def evaluate(self, *, step: int, version: int, num_tasks: int, blocking: bool) -> list[str]:
+        """Begin an evaluation; the same again changes nothing, another version begins anew.
+
+        Returns:
+            Trees of the evaluation that this one replaces.
+        """
+        there = self.evaluations.get(step)
+        if there is not None and (there.version, there.num_tasks) == (version, num_tasks):
+            return []
+        replaced = [held.tree_id for held in self._held.values() if held.eval_step == step]
+        for tree_id in replaced:
+            self.end(tree_id)
+        self.evaluations[step] = Evaluation(step, version, num_tasks, blocking)
+        return replaced
+
+    def record(self, held: Held, success: float | None) -> Evaluation | None:
+        """The result of one evaluation tree (None: it failed).  Returns the evaluation if that was its last."""
+        evaluation = self.evaluations.get(held.eval_step)
+        if evaluation is None or evaluation.done:
+            return None
+        evaluation.results[held.task_index] = success
+        return evaluation if evaluation.done else None
+
+    # --- what is there -----------------------------------------------------------------------------------------
+
+    def __contains__(self, tree_id: object) -> bool:
+        return tree_id in self._held
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def num_training(self) -> int:
+        """Training trees under lease, those that wait for another holder too."""
+        return sum(held.kind == "train" for held in self._held.values())
+
+    def training_tasks(self) -> list[int]:
+        """Tasks of the training trees under lease, and those still to be leased again."""
+        return [held.task_index for held in self._held.values() if held.kind == "train"] + list(self._again)
+
+    def kind(self, tree_id: str) -> TaskKind | None:
+        held = self._held.get(tree_id)
+        return None if held is None else held.kind
+
+    def actors_alive(self, now: float) -> int:
+        """Actors that were heard lately."""
+        return sum(now - heard <= self._silent_s for heard in self._heard.values())

@@ -1,0 +1,543 @@
+"""The buffer's decisions in one place: every message has a method, none waits.  Pure: clock and randomness come in.
+
+The service brings messages and carries answers; this says what they are.  Seconds are monotonic.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from atpo_async.config import Config
+from atpo_async.credit import TreeArrays, credit, leaf_tokens, values
+from atpo_async.messages import (
+    Batch,
+    BatchTree,
+    EvalRequest,
+    EvalResult,
+    Lease,
+    Leases,
+    SampleRequest,
+    Trained,
+    TreeClosed,
+    VersionPublished,
+)
+from atpo_async.metrics import Aggregator
+from atpo_async.tree import Turn, TurnTree
+from buffer.assembly import Assembly, TreeMessage
+from buffer.journal import Cursor
+from buffer.ledger import Evaluation, Held, Ledger
+from buffer.replay import Drawn, ReplayPool, annealed_beta, split_by_tokens, tree_priority
+
+log = logging.getLogger("atpo.buffer")
+
+SILENT_INTERVALS = 3
+"""An actor that missed this many reports and heartbeats has lost its leases."""
+SILENT_LEAST_S = 5.0
+"""… but not sooner: an engine's start or a swap may hold it up that long."""
+NEARLY_FULL = 0.9
+"""Share of buffer.max_bytes from which no new tree is admitted while a batch is ready."""
+RETRY_S = 0.02
+"""When to ask again for leases; the answer itself waits, so this need not be long."""
+
+
+@dataclass(slots=True)
+class _Served:
+    """One batch that was given to the learner."""
+
+    batch_id: int
+    step: int
+    version: int
+    trees: tuple[BatchTree, ...]
+    num_leaves: int
+    num_action_tokens: int
+    tree_tokens: tuple[int, ...]
+    metrics: dict[str, float]
+    confirmed: bool = False
+
+    @property
+    def tree_ids(self) -> list[str]:
+        return [tree.tree_id for tree in self.trees]
+
+
+@dataclass(slots=True)
+class _Since:
+    """Counted since the last batch."""
+
+    began_s: float
+    produced: int = 0
+    """Training trees that came to their end with a usable tree."""
+    turns: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    means: Aggregator = field(default_factory=Aggregator)
+
+
+class BufferState:
+    """Leases, assembly and replay of one run.
+
+    Args:
+        config: the run's.
+        run: run id.
+        cursor: where the data stands.
+        rng: draws the batches.
+        now: seconds.
+    """
+
+    def __init__(self, config: Config, *, run: str, cursor: Cursor, rng: np.random.Generator, now: float) -> None:
+        buffer, staleness = config.buffer, config.staleness
+        self._config = config
+        self._run = run
+        self._rng = rng
+        self._incarnation = cursor.incarnation
+        self._next_batch = cursor.next_batch
+        self._beta_steps = buffer.weight_exponent_steps or config.run.steps
+        interval_s = max(config.actor.report_every_s, config.links.heartbeat_s)
+        self.ledger = Ledger(
+            staleness=staleness,
+            lifetime_s=buffer.lease_lifetime_s,
+            silent_s=max(SILENT_INTERVALS * interval_s, SILENT_LEAST_S),
+            max_reissues=buffer.max_reissues,
+            seed=config.run.seed,
+            prefix=f"b{cursor.incarnation}",
+            next_task=cursor.next_task,
+            unfinished=cursor.unfinished,
+        )
+        self.assembly = Assembly()
+        self.pool = ReplayPool(
+            max_uses=staleness.max_uses,
+            max_lag=staleness.max_lag,
+            exponent=buffer.priority_exponent,
+            freshness=buffer.freshness,
+            weights_over_max=buffer.weights_over_max,
+        )
+        self._batches: OrderedDict[int, _Served] = OrderedDict()
+        self._since = _Since(now)
+        self._last_turn_s = now
+        self._left_before: Counter[str] = Counter()
+        self._given_up_before = 0
+        self._partial_uses: dict[str, tuple[int, int]] = {}
+        self._late: dict[str, TurnTree] = {}
+        self._eval_turns: Counter[int] = Counter()
+        self.step = 0
+        """The step last asked for."""
+        self.version = 0
+        """The learner's version, as last heard."""
+        self.weights_endpoint = ""
+        self.announce_endpoint = ""
+        self.finished = False
+        self.records: list[tuple[int, int, dict[str, float]]] = []
+        """(step, version, metrics) for the run's metrics file; the service takes them away."""
+
+    # --- actors ------------------------------------------------------------------------------------------------
+
+    def hello(self, actor: str, now: float) -> None:
+        """A (new) process of this name: what the one before it held is lost, and known to be so at once."""
+        self.ledger.heard(actor, now)
+        for held in self.ledger.held_by(actor):
+            self._lost(held)
+
+    def lease(self, actor: str, count: int, now: float) -> Leases:
+        """Up to ``count`` trees to grow."""
+        if self.finished:
+            return Leases(leases=(), closed_because="the run is over", retry_after_s=RETRY_S, finished=True)
+        granted = self.ledger.grant(
+            actor,
+            count,
+            now=now,
+            ready=self._num_waiting(),
+            produced=self._since.produced,
+            memory_full=self._memory_full(),
+        )
+        leases = []
+        for held in granted.leases:
+            self.assembly.expect(held.tree_id, task_index=held.task_index, kind=held.kind, epoch=held.epoch)
+            leases.append(self._lease_message(held))
+        return Leases(
+            leases=tuple(leases), closed_because=granted.closed_because, retry_after_s=RETRY_S, finished=False
+        )
+
+    def _lease_message(self, held: Held) -> Lease:
+        return Lease(
+            tree_id=held.tree_id,
+            task_index=held.task_index,
+            kind=held.kind,
+            epoch=held.epoch,
+            lifetime_s=self._config.buffer.lease_lifetime_s,
+            min_version=held.min_version,
+            seed=held.seed,
+            committed=self.assembly.tree(held.tree_id).turns,
+        )
+
+    def is_new(self, message: TreeMessage) -> bool:
+        """Whether a message is to be committed; False if it is known.  Raises BadMessage or Conflict."""
+        return self.assembly.check(message)
+
+    def take(self, message: TreeMessage, now: float) -> bool:
+        """A committed turn, opening or closing.  True if a tree came to its end, or a partial one can be served."""
+        if not self.assembly.add(message):
+            return False
+        if isinstance(message, Turn):
+            self._since.turns += 1
+            self._last_turn_s = now
+        tree_id = message.tree_id
+        if isinstance(message, TreeClosed) and self.ledger.kind(tree_id) == "train":
+            self._since.counts["failed_branches"] += message.failed_branches
+        if self.assembly.is_complete(tree_id):
+            self._end(tree_id)
+            return True
+        if self._config.buffer.ready == "partial" and self.ledger.kind(tree_id) == "train":
+            return self._offer_partial(tree_id)
+        return False
+
+    def report(self, actor: str, tree_ids: Iterable[str], now: float) -> None:
+        """Heartbeat: ``actor`` works on these."""
+        self.ledger.renew(actor, tree_ids, now)
+
+    def returned(self, actor: str, tree_ids: Iterable[str]) -> bool:
+        """``actor`` hands leases back in good order; others go on from the turns that are there."""
+        held = self.ledger.held_by(actor, tuple(tree_ids))
+        for each in held:
+            self.ledger.reissue(each.tree_id, lost=False)
+        return bool(held)
+
+    def tick(self, now: float) -> bool:
+        """Look after the leases.  True if any was lost."""
+        lapsed = self.ledger.lapsed(now)
+        for held in lapsed:
+            log.warning("lease of tree %s lapsed, %s held it", held.tree_id, held.holder)
+            self._lost(held)
+        return bool(lapsed)
+
+    # --- the end of a tree -------------------------------------------------------------------------------------
+
+    def _lost(self, held: Held) -> None:
+        """A holder is gone: what is finished is used, what is not goes to another, up to a limit."""
+        leaves = len(self.assembly.tree(held.tree_id).leaves())
+        if leaves >= (1 if held.kind == "eval" else 2):
+            self._end(held.tree_id)
+        elif not self.ledger.reissue(held.tree_id, lost=True):
+            log.warning("task %d given up: tree %s lost %d holders", held.task_index, held.tree_id, held.lost)
+            self.assembly.finish(held.tree_id)
+            if held.kind == "eval":
+                self._record_evaluation(held, None)
+
+    def _end(self, tree_id: str) -> None:
+        """Nothing more will come of this tree."""
+        held = self.ledger.end(tree_id)
+        tree = self.assembly.finish(tree_id).pruned()
+        if held is None:
+            return
+        if held.kind == "eval":
+            self._record_evaluation(held, tree)
+            return
+        reason = unusable(tree)
+        if reason is not None:
+            self._since.counts[f"dropped_{reason}"] += 1
+            return
+        self._count_tree(tree)
+        self._admit(tree)
+
+    def _count_tree(self, tree: TurnTree) -> None:
+        """The policy's own sampled reward and success: under branch probabilities, trees without signal too."""
+        since = self._since
+        since.produced += 1
+        arrays = TreeArrays.of(tree)
+        since.means.mean("train/reward", values(arrays)[1])
+        since.means.mean("train/success", values(arrays.with_reward(success_of(tree)))[1])
+        since.means.mean("train/leaves_mean", float(arrays.is_leaf.sum()))
+        since.means.mean("train/turns_mean", float(len(arrays)))
+
+    def _admit(self, tree: TurnTree) -> None:
+        """Into the pool, unless nothing can be learnt from it."""
+        priority = self._priority(tree)
+        if priority == 0:
+            self._since.counts["no_signal_trees"] += 1
+            self._partial_uses.pop(tree.tree_id, None)
+            return
+        if self.pool.is_out(tree.tree_id):
+            self._late[tree.tree_id] = tree
+            return
+        uses, leaves = self._partial_uses.pop(tree.tree_id, (0, 0))
+        if uses and len(tree.leaves()) <= leaves:
+            return
+        self.pool.add(tree, priority=priority, uses=uses)
+        self.pool.advance(self.version)
+        self.pool.shrink(max(self._config.buffer.max_bytes - self.assembly.nbytes, 0))
+
+    def _priority(self, tree: TurnTree) -> float:
+        settings = self._config.credit
+        advantages = credit(
+            tree,
+            value_mode=settings.value_mode,
+            advantage_mode=settings.advantage_mode,
+            normalise=settings.normalise_leaves,
+        ).advantages
+        return tree_priority(advantages, max_share=self._config.buffer.priority_max_share)
+
+    def _offer_partial(self, tree_id: str) -> bool:
+        """Serve a tree that still grows: with enough leaves, and again with as many new ones after it was served."""
+        if self.pool.is_out(tree_id):
+            return False
+        tree = self.assembly.tree(tree_id).pruned()
+        uses, leaves = self._partial_uses.get(tree_id, (0, 0))
+        if len(tree.leaves()) < leaves + self._config.buffer.partial_min_leaves:
+            return False
+        priority = self._priority(tree)
+        if priority == 0:
+            return False
+        self.pool.add(tree, priority=priority, uses=uses)
+        self.pool.advance(self.version)
+        return True
+
+    # --- evaluation --------------------------------------------------------------------------------------------
+
+    def evaluate(self, request: EvalRequest) -> None:
+        """Begin an evaluation, unless it is the one under way."""
+        for tree_id in self.ledger.evaluate(
+            step=request.step, version=request.version, num_tasks=request.num_tasks, blocking=request.blocking
+        ):
+            self.assembly.finish(tree_id)
+
+    def eval_result(self, step: int) -> EvalResult:
+        evaluation = self.ledger.evaluations.get(step)
+        if evaluation is None:
+            return EvalResult(step=step, done=False, success=None, num_done=0, num_tasks=0)
+        return EvalResult(
+            step=step,
+            done=evaluation.done,
+            success=evaluation.success,
+            num_done=len(evaluation.results),
+            num_tasks=evaluation.num_tasks,
+        )
+
+    def _record_evaluation(self, held: Held, tree: TurnTree | None) -> None:
+        success = None
+        if tree is not None and tree.leaves():
+            success = float(np.mean(success_of(tree)[[t.is_leaf for t in tree]]))
+            self._eval_turns[held.eval_step] += len(tree)
+        done = self.ledger.record(held, success)
+        if done is not None:
+            self._report_evaluation(done)
+
+    def _report_evaluation(self, done: Evaluation) -> None:
+        metrics = {
+            "eval/failed": float(done.num_failed),
+            "eval/turns_mean": self._eval_turns.pop(done.step, 0) / max(done.num_tasks - done.num_failed, 1),
+        }
+        self.records.append((done.step, done.version, metrics))
+
+    # --- the learner -------------------------------------------------------------------------------------------
+
+    def publish(self, message: VersionPublished) -> None:
+        """Actors can get a version, and where."""
+        self.ledger.publish(message.version)
+        self.version = max(self.version, message.version)
+        self.weights_endpoint, self.announce_endpoint = message.weights_endpoint, message.announce_endpoint
+        self.pool.advance(self.version)
+
+    def sample(self, request: SampleRequest, now: float) -> Batch | None:
+        """This rank's share of the batch of ``request.step``; None while there is not enough for one.
+
+        The first rank to find enough makes the batch; the same question again gets the same answer.
+        """
+        served = self._batches.get(request.step)
+        if served is not None and served.version == request.version:
+            return self._share(served, request)
+        self._look_after_batches(request.step)
+        self.step, self.version = request.step, max(self.version, request.version)
+        self.ledger.learner_at(request.version)
+        self.pool.advance(self.version)
+        enough = self._config.staleness.max_oversampling * request.num_trees
+        if len(self.pool) < request.num_trees and self._since.produced < enough:
+            return None
+        served = self._serve(request, now)
+        return self._share(served, request)
+
+    def waiting_for(self, request: SampleRequest, now: float) -> str:
+        """What keeps a batch from being served, for the log."""
+        counts, left = self._since.counts, self.pool.left - self._left_before
+        dropped = {name: count for name, count in counts.items() if name.startswith("dropped_")}
+        dropped |= {f"dropped_{name}": count for name, count in left.items() if name in ("stale", "bytes")}
+        return (
+            f"trees: {len(self.pool)} of {request.num_trees} ready, {self.ledger.num_training} under lease, "
+            f"{counts['no_signal_trees']} without signal"
+            + "".join(f", {count} {name.replace('_', ' ')}" for name, count in dropped.items())
+            + f"; {self.ledger.actors_alive(now)} actors alive; last turn {now - self._last_turn_s:.1f} s ago; "
+            f"published version {self.ledger.published}, asked for at {request.version}"
+        )
+
+    def trained(self, message: Trained) -> None:
+        """A batch was trained on."""
+        self.version = max(self.version, message.version)
+        self.ledger.trained(message.version)
+        for served in self._batches.values():
+            if served.batch_id == message.batch_id and not served.confirmed:
+                served.confirmed = True
+                self.pool.confirm(served.tree_ids, message.priorities)
+                self._offer_late(served.tree_ids)
+        self.pool.advance(self.version)
+
+    def finish(self) -> None:
+        """The learner has done its steps."""
+        self.finished = True
+
+    def _look_after_batches(self, step: int) -> None:
+        """Batches behind the one now asked for: a learner that starts over gives back what it never confirmed."""
+        if any(served.step >= step for served in self._batches.values()):
+            log.info("the learner starts again at step %d; unconfirmed batches go back", step)
+            self._give_back(list(self._batches))
+            return
+        # One step behind may still be confirmed: word of that can be overtaken.
+        self._give_back([s for s in self._batches if s < step - 1])
+
+    def _give_back(self, steps: list[int]) -> None:
+        for step in steps:
+            served = self._batches.pop(step)
+            if not served.confirmed:
+                self.pool.give_back(served.tree_ids)
+                self._offer_late(served.tree_ids)
+
+    def _offer_late(self, tree_ids: Iterable[str]) -> None:
+        """Partial trees that grew while the learner had them."""
+        for tree_id in tree_ids:
+            late = self._late.pop(tree_id, None)
+            if late is not None:
+                self._admit(late)
+            elif tree_id in self.assembly and self.ledger.kind(tree_id) == "train":
+                self._offer_partial(tree_id)
+            else:
+                self._partial_uses.pop(tree_id, None)
+
+    def _serve(self, request: SampleRequest, now: float) -> _Served:
+        buffer = self._config.buffer
+        beta = annealed_beta(request.step, start=buffer.weight_exponent, num_steps=self._beta_steps)
+        metrics = self._flush(now)
+        drawn = self.pool.draw(request.num_trees, rng=self._rng, beta=beta)
+        if buffer.ready == "partial":
+            for each in drawn:
+                self._partial_uses[each.tree.tree_id] = (each.uses, len(each.tree.leaves()))
+        tokens = [leaf_tokens(TreeArrays.of(each.tree)) for each in drawn]
+        served = _Served(
+            batch_id=self._next_batch,
+            step=request.step,
+            version=request.version,
+            trees=tuple(_batch_tree(each) for each in drawn),
+            num_leaves=sum(len(each.tree.leaves()) for each in drawn),
+            num_action_tokens=sum(int(t.sum()) for t in tokens),
+            tree_tokens=tuple(_num_tokens(each.tree) for each in drawn),
+            metrics=metrics,
+        )
+        self._next_batch += 1
+        self._batches[request.step] = served
+        self.ledger.consumed(request.version)
+        return served
+
+    def _share(self, served: _Served, request: SampleRequest) -> Batch:
+        shares = split_by_tokens(served.tree_tokens, request.num_ranks)
+        return Batch(
+            batch_id=served.batch_id,
+            step=served.step,
+            num_trees=len(served.trees),
+            num_leaves=served.num_leaves,
+            num_action_tokens=served.num_action_tokens,
+            trees=tuple(served.trees[i] for i in shares[request.rank]),
+            metrics=served.metrics,
+        )
+
+    # --- numbers -----------------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all turns kept."""
+        return self.pool.nbytes + self.assembly.nbytes
+
+    def cursor(self) -> Cursor:
+        """Where the data stands now."""
+        return Cursor(
+            incarnation=self._incarnation,
+            next_task=self.ledger.next_task,
+            next_batch=self._next_batch,
+            unfinished=tuple(sorted({*self.ledger.training_tasks(), *self.pool.unserved_tasks()})),
+        )
+
+    def count_bad_message(self) -> None:
+        self._since.counts["bad_messages"] += 1
+
+    def _memory_full(self) -> bool:
+        """Near the limit, with enough for a batch: new trees would only push out older ones."""
+        near = self.nbytes >= NEARLY_FULL * self._config.buffer.max_bytes
+        return near and len(self.pool) >= self._config.staleness.trees_per_batch
+
+    def _num_waiting(self) -> int:
+        """Trees that wait to be served and are not under lease; those that come back from the learner too."""
+        waiting = len(self.pool) + self.pool.num_returning
+        if self._config.buffer.ready == "partial":
+            waiting -= sum(tree_id in self.ledger for tree_id in self.pool.ready_ids())
+        return waiting
+
+    def _flush(self, now: float) -> dict[str, float]:
+        """The buffer's side of a step's metrics, counted since the batch before."""
+        since, counts = self._since, self._since.counts
+        left = self.pool.left - self._left_before
+        metrics = since.means.flush()
+        metrics |= {
+            "train/trees": since.produced,
+            "buffer/trees": len(self.pool),
+            "buffer/outstanding": self.ledger.num_training,
+            "buffer/bytes": self.nbytes,
+            "buffer/dropped_stale": left["stale"],
+            "buffer/retired_stale": left["retired"],
+            "buffer/dropped_bytes": left["bytes"],
+            "buffer/dropped_no_leaf": counts["dropped_no_leaf"],
+            "buffer/dropped_one_leaf": counts["dropped_one_leaf"],
+            "buffer/no_signal_trees": counts["no_signal_trees"],
+            "buffer/failed_branches": counts["failed_branches"],
+            "buffer/given_up": self.ledger.given_up - self._given_up_before,
+            "buffer/parked_turns": self.assembly.num_parked(),
+            "buffer/priority_mean": self.pool.mean_priority,
+            "buffer/bad_messages": counts["bad_messages"],
+            "buffer/turns_per_s": since.turns / max(now - since.began_s, 1e-9),
+        }
+        self._left_before = Counter(self.pool.left)
+        self._given_up_before = self.ledger.given_up
+        self._since = _Since(now)
+        return {name: float(value) for name, value in metrics.items()}
+
+
+def unusable(tree: TurnTree) -> str | None:
+    """Why a pruned tree cannot be trained on; None if it can.  One leaf has nothing to be compared with."""
+    leaves = len(tree.leaves())
+    return None if leaves >= 2 else ("one_leaf" if leaves else "no_leaf")
+
+
+def success_of(tree: TurnTree) -> np.ndarray:
+    """float64[N]: 1 on successful leaves; where the environment does not say, a reward above 0 counts."""
+    return np.array(
+        [
+            float(t.is_leaf and (t.success if t.success is not None else t.reward is not None and t.reward > 0))
+            for t in tree
+        ]
+    )
+
+
+def _num_tokens(tree: TurnTree) -> int:
+    """Tokens of a tree in one pass."""
+    return len(tree.prompt) + sum(len(t.observation) + len(t.action) for t in tree)
+
+
+def _batch_tree(drawn: Drawn) -> BatchTree:
+    tree = drawn.tree
+    return BatchTree(
+        tree_id=tree.tree_id,
+        task_index=tree.task_index,
+        prompt=tree.prompt,
+        turns=tree.turns,
+        failed_branches=tree.failed_branches,
+        probability=drawn.probability,
+        weight=drawn.weight,
+        uses=drawn.uses,
+    )
