@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from atpo_async.charts import INK, SOFT, svg, text
+from atpo_async.charts import GREEN, INK, PURPLE, RED, SOFT, svg, text
 from atpo_async.tree import ROOT
 
 BOX_WIDTH, BOX_HEIGHT = 196, 50
@@ -216,12 +216,11 @@ def _turn(turn: TreeTurn, x: float, y: float, low: float, high: float) -> str:
     box = _box(x, y, _color(share), "#8794a1" if turn.round == 0 else INK, [_cut(turn.action), figures], hint)
     # Entropy as a bar along the foot of the box: 2 nats fill it.
     bar = min(1.0, turn.entropy / 2.0) * (BOX_WIDTH - 12)
-    box += f'<rect x="{x + 6:.1f}" y="{y + BOX_HEIGHT - 7:.1f}" width="{bar:.1f}" height="3" rx="1.5" fill="#7c4dcc"/>'
+    box += f'<rect x="{x + 6:.1f}" y="{y + BOX_HEIGHT - 7:.1f}" width="{bar:.1f}" height="3" rx="1.5" fill="{PURPLE}"/>'
     if turn.reward is not None:
-        good = turn.reward > 0
-        box += (
-            f'<circle cx="{x + BOX_WIDTH - 16:.1f}" cy="{y + 16:.1f}" r="11" fill="{"#1a9a5b" if good else "#d64545"}"/>'
-            + text(x + BOX_WIDTH - 16, y + 20, f"{turn.reward:g}", color="#ffffff", anchor="middle", weight="600")
+        color = GREEN if turn.reward > 0 else RED
+        box += f'<circle cx="{x + BOX_WIDTH - 16:.1f}" cy="{y + 16:.1f}" r="11" fill="{color}"/>' + text(
+            x + BOX_WIDTH - 16, y + 20, f"{turn.reward:g}", color="#ffffff", anchor="middle", weight="600"
         )
     return box
 
@@ -232,8 +231,8 @@ def _box(x: float, y: float, fill: str, stroke: str, lines: Sequence[str], hint:
         for i, line in enumerate(lines[:2])
     )
     return (
-        f'<g><title>{escape(hint)}</title><rect x="{x:.1f}" y="{y:.1f}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="7" '
-        f'fill="{fill}" stroke="{stroke}"/>{rows}</g>'
+        f'<g><title>{escape(hint)}</title><rect x="{x:.1f}" y="{y:.1f}" width="{BOX_WIDTH}" '
+        f'height="{BOX_HEIGHT}" rx="7" fill="{fill}" stroke="{stroke}"/>{rows}</g>'
     )
 
 
