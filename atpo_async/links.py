@@ -45,6 +45,11 @@ _LINK = struct.Struct("<2sBQQQ")
 _MAGIC = b"a1"
 _SEND, _REQUEST, _PING, _ACK, _REFUSE, _REPLY, _PONG, _REPLACED = range(1, 9)
 
+# As plain integers: these are used for every frame.
+_NOBLOCK = int(zmq.NOBLOCK)
+_NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+_ZERO_COPY_BYTES = 1 << 16
+
 _BURST = 128
 """Messages taken from a socket, or handled, before others on the loop get their turn."""
 _RETRY_PAUSES_S = (0.05, 0.5, 2.0)
@@ -238,9 +243,11 @@ class _Pump:
 
     def send(self, frames: Sequence[wire.Buffer]) -> bool:
         """Whether the socket took them; it does not when nobody is connected."""
+        send, last = self._socket.send, len(frames) - 1
         try:
-            # Large frames go out without a copy, small ones are cheaper with one; pyzmq tells them apart.
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+            for i, frame in enumerate(frames):
+                # Large frames go out without a copy; for small ones the copy is cheaper.
+                send(frame, _NOBLOCK if i == last else _NOBLOCK_MORE, copy=len(frame) < _ZERO_COPY_BYTES)
         except zmq.Again:
             return False
         except zmq.ZMQError as exc:
@@ -267,7 +274,7 @@ class _Pump:
             if self._socket.closed:
                 return
             try:
-                frames = receive(zmq.NOBLOCK)
+                frames = receive(_NOBLOCK)
             except zmq.Again:
                 break
             try:
@@ -287,6 +294,7 @@ class _Link:
     def __init__(self, endpoint: str, settings: LinkSettings) -> None:
         self.endpoint = endpoint
         self.settings = settings
+        self._limits = settings.limits
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._allow_list: _AllowList | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -391,10 +399,10 @@ class _Link:
             raise SetupError(f"cannot connect to {self.endpoint}: {exc.strerror}; expected tcp://host:port") from None
 
 
-def _encode(message: Any, settings: LinkSettings) -> list[wire.Buffer]:
-    """Frames of a message that a receiver with the same settings takes."""
+def _encode(message: Any, limits: wire.Limits) -> list[wire.Buffer]:
+    """Frames of a message that a receiver with the same limits takes."""
     frames = wire.encode(message)
-    size, limits = sum(map(len, frames)), settings.limits
+    size = sum(map(len, frames))
     if size > limits.message_bytes or len(frames[0]) > limits.header_bytes:
         raise BadMessage(
             f"{type(message).__name__} of {size} bytes ({len(frames[0])} of header) exceeds links.max_message_bytes = "
@@ -507,7 +515,7 @@ class Client(_Link):
             PeerLost: there was no room for ``give_up_s``, or the server is silent for that long.
             BadMessage: the message is none or too large.
         """
-        frames = _encode(message, self.settings)
+        frames = _encode(message, self._limits)
         if self._failure is not None:
             raise self._failure
         if self._room.locked():
@@ -533,7 +541,7 @@ class Client(_Link):
             PeerLost: no reply within ``timeout_s``.
             BadMessage: the message or its reply is none or too large.
         """
-        frames = _encode(message, self.settings)
+        frames = _encode(message, self._limits)
         if self._failure is not None:
             raise self._failure
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -757,7 +765,7 @@ class Client(_Link):
         if pending is None or pending.answer.done():
             return
         try:
-            pending.answer.set_result(wire.decode(frames, self._receives, limits=self.settings.limits))
+            pending.answer.set_result(wire.decode(frames, self._receives, limits=self._limits))
         except BadMessage as exc:
             pending.answer.set_exception(BadMessage(f"reply of {self._peer()}: {exc}"))
 
@@ -948,7 +956,7 @@ class Server(_Link):
             # Clients of our settings never come here; the others send it again after their next heartbeat.
             return None
         try:
-            item: Any = wire.decode(frames, self._receives, limits=self.settings.limits)
+            item: Any = wire.decode(frames, self._receives, limits=self._limits)
         except BadMessage as exc:
             self._bad(session.peer, exc)
             item = exc
@@ -1040,7 +1048,7 @@ class Server(_Link):
             # Clients of our settings never come here; the others ask again after their next heartbeat.
             return
         try:
-            message = wire.decode(frames, self._receives, limits=self.settings.limits)
+            message = wire.decode(frames, self._receives, limits=self._limits)
         except BadMessage as exc:
             self._bad(session.peer, exc)
             self._reply(session, request_id, Refused(reason=str(exc)[:_MAX_REASON]))
@@ -1070,7 +1078,7 @@ class Server(_Link):
             session.requests.pop(request_id, None)
 
     def _reply(self, session: _Session, request_id: int, message: Any) -> None:
-        frames = _encode(message, self.settings)
+        frames = _encode(message, self._limits)
         session.replies[request_id] = frames
         session.reply_bytes += sum(map(len, frames))
         while len(session.replies) > self.settings.window or (
@@ -1135,7 +1143,7 @@ class Announcer(_Link):
     async def publish(self, message: Any) -> None:
         """Tell those who are connected now.  Raises BadMessage if the message is none or too large."""
         if self._pub is not None and not self._pub.closed:
-            self._pub.send_multipart(_encode(message, self.settings), zmq.NOBLOCK)
+            self._pub.send_multipart(_encode(message, self._limits), zmq.NOBLOCK)
 
 
 class Listener(_Link):
@@ -1161,7 +1169,7 @@ class Listener(_Link):
 
     def _on_frames(self, frames: list[bytes]) -> None:
         try:
-            message = wire.decode(frames, self._receives, limits=self.settings.limits)
+            message = wire.decode(frames, self._receives, limits=self._limits)
         except BadMessage as exc:
             self.bad_messages += 1
             log.warning("bad announcement %d from %s: %s", self.bad_messages, self.endpoint, exc)

@@ -1,0 +1,501 @@
+"""Messages to frames and back; and nothing but BadMessage for whatever else arrives."""
+
+from __future__ import annotations
+
+import math
+import struct
+import typing
+from typing import Any, Literal
+
+import msgpack
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atpo_async import messages as m
+from atpo_async import wire
+from atpo_async.errors import BadMessage
+from atpo_async.tree import Turn, VersionSpan
+
+UNIONS = (
+    m.ActorToBuffer,
+    m.BufferToActor,
+    m.LearnerToBuffer,
+    m.BufferToLearner,
+    m.ActorToLearner,
+    m.LearnerToActor,
+)
+KINDS = tuple(dict.fromkeys(kind for union in UNIONS for kind in typing.get_args(union)))
+EVERYTHING = typing.Union[KINDS]  # noqa: UP007
+
+COUNTS = st.integers(0, 2**63 - 1)
+TEXT = st.text(max_size=12)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+def int32s(min_size: int = 0, max_size: int = 100) -> st.SearchStrategy[np.ndarray]:
+    return st.lists(st.integers(0, 2**31 - 1), min_size=min_size, max_size=max_size).map(
+        lambda v: np.array(v, dtype=np.int32)
+    )
+
+
+def logprobs(size: int) -> st.SearchStrategy[np.ndarray]:
+    return st.lists(st.floats(-(2.0**100), 0.0, width=32), min_size=size, max_size=size).map(
+        lambda v: np.array(v, dtype=np.float32)
+    )
+
+
+@st.composite
+def turns(draw: st.DrawFn) -> Turn:
+    action = draw(int32s(1, 90))
+    cuts = sorted(draw(st.sets(st.integers(1, len(action)), max_size=4)) | {len(action)})
+    spans = [VersionSpan(draw(COUNTS), start, end) for start, end in zip([0, *cuts[:-1]], cuts, strict=True)]
+    turn_id = draw(st.integers(1, 2**63 - 1))
+    leaf = draw(st.booleans())
+    return Turn(
+        run=draw(TEXT),
+        tree_id=draw(TEXT),
+        turn_id=turn_id,
+        parent_id=draw(st.integers(0, turn_id - 1)),
+        lease_epoch=draw(COUNTS),
+        expansion_round=draw(COUNTS),
+        observation=draw(int32s()),
+        action=action,
+        logprobs=draw(logprobs(len(action))),
+        spans=tuple(spans),
+        end=draw(st.sampled_from(["done", "turn_limit", "length_limit"])) if leaf else "continue",
+        reward=draw(FINITE) if leaf else None,
+        success=draw(st.none() | st.booleans()) if leaf else None,
+        generate_s=draw(FINITE.map(abs)),
+        environment_s=draw(FINITE.map(abs)),
+    )
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> m.WeightsManifest:
+    probe = draw(int32s(1, 70))
+    tensors, offset = [], 0
+    for name in draw(st.lists(TEXT, max_size=4)):
+        dtype: Any = draw(st.sampled_from(["float32", "float16", "bfloat16"]))
+        shape = tuple(draw(st.lists(st.integers(0, 50), max_size=3)))
+        nbytes = math.prod(shape) * (4 if dtype == "float32" else 2)
+        tensors.append(m.TensorSpec(name=name, dtype=dtype, shape=shape, offset=offset, nbytes=nbytes))
+        offset += nbytes + -nbytes % 64
+    return m.WeightsManifest(
+        run=draw(TEXT),
+        version=draw(COUNTS),
+        total_bytes=offset,
+        chunk_bytes=draw(COUNTS),
+        sha256=draw(TEXT),
+        tensors=tuple(tensors),
+        probe_token_ids=probe,
+        probe_logprobs=draw(logprobs(len(probe) - 1)),
+        probe_tolerance=draw(FINITE.map(abs)),
+    )
+
+
+def of_type(hint: Any, name: str) -> st.SearchStrategy[Any]:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Turn:
+        return turns()
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+        return of_kind(hint)
+    if hint is np.ndarray:
+        return st.binary(max_size=300).map(lambda b: np.frombuffer(b, np.uint8)) if name == "data" else int32s()
+    if hint is int:
+        return COUNTS
+    if hint is float:
+        return FINITE.map(abs)
+    if hint is str:
+        return TEXT
+    if hint is bool:
+        return st.booleans()
+    if hint is type(None):
+        return st.none()
+    if origin is Literal:
+        return st.sampled_from(args)
+    if origin is tuple:
+        return st.lists(of_type(args[0], name), max_size=3).map(tuple)
+    if origin is dict:
+        return st.dictionaries(TEXT, of_type(args[1], name), max_size=3)
+    return st.one_of([of_type(a, name) for a in args])
+
+
+def of_kind(kind: Any) -> st.SearchStrategy[Any]:
+    if kind is Turn:
+        return turns()
+    if kind is m.WeightsManifest:
+        return manifests()
+    hints = typing.get_type_hints(kind)
+    return st.builds(kind, **{name: of_type(hints[name], name) for name in kind.__struct_fields__})
+
+
+ANY_MESSAGE = st.sampled_from(KINDS).flatmap(of_kind)
+
+
+def contents(value: Any) -> Any:
+    """Something that compares by value."""
+    if isinstance(value, np.ndarray):
+        return (value.dtype.str, value.tolist())
+    if isinstance(value, msgspec.Struct):
+        return (type(value), [contents(getattr(value, f)) for f in value.__struct_fields__])
+    if isinstance(value, tuple):
+        return [contents(v) for v in value]
+    return value
+
+
+def turn(**changes: Any) -> Turn:
+    fields: dict[str, Any] = {
+        "run": "r",
+        "tree_id": "t7",
+        "turn_id": 3,
+        "parent_id": 1,
+        "lease_epoch": 0,
+        "expansion_round": 0,
+        "observation": np.array([4, 5], np.int32),
+        "action": np.array([1, 2, 3], np.int32),
+        "logprobs": np.array([-0.5, 0.0, -2.0], np.float32),
+        "spans": (VersionSpan(0, 0, 2), VersionSpan(1, 2, 3)),
+        "end": "done",
+        "reward": 1.0,
+        "success": True,
+        "generate_s": 0.1,
+        "environment_s": 0.0,
+    }
+    return Turn(**(fields | changes))
+
+
+def frames_of(tree: Any, payload: bytes = b"") -> list[bytes]:
+    return [msgpack.packb(tree), payload]
+
+
+def decode_or_refuse(frames: list[Any]) -> None:
+    """The promise: a valid message, or BadMessage, and nothing else."""
+    try:
+        message = wire.decode(frames, EVERYTHING)
+    except BadMessage:
+        return
+    wire.check(message)
+    wire.encode(message)
+
+
+# --- round trip ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+def test_every_message_comes_back_as_it_was(kind: Any) -> None:
+    @settings(max_examples=25, deadline=None, derandomize=True)
+    @given(of_kind(kind))
+    def round_trip(message: Any) -> None:
+        frames = wire.encode(message)
+        assert contents(wire.decode(frames, EVERYTHING)) == contents(message)
+
+    round_trip()
+
+
+def test_decoded_arrays_are_read_only_views_of_the_payload_on_8_byte_boundaries() -> None:
+    frames = wire.encode(turn())
+    payload = bytearray(frames[1])
+    decoded = wire.decode([frames[0], memoryview(payload)], m.ActorToBuffer)
+    for array in (decoded.observation, decoded.action, decoded.logprobs):
+        assert not array.flags.writeable
+        assert array.ctypes.data % 8 == 0
+    payload[0:4] = struct.pack("<i", 77)
+    assert decoded.observation[0] == 77
+
+
+def test_arrays_are_little_endian_in_one_frame_in_the_order_of_the_fields() -> None:
+    header, payload = wire.encode(turn())
+    assert len(payload) == 8 + 16 + 12
+    assert payload[:8] == struct.pack("<2i", 4, 5)
+    assert payload[8:20] == struct.pack("<3i", 1, 2, 3)
+    assert payload[24:] == struct.pack("<3f", -0.5, 0.0, -2.0)
+    assert msgpack.unpackb(header)["logprobs"] == [1, 24, 3]
+
+
+def test_strided_arrays_and_numpy_scalars_are_sent_by_value() -> None:
+    message = turn(action=np.arange(6, dtype=np.int32)[::2], reward=np.float64(0.5), turn_id=np.int64(3))
+    decoded = wire.decode(wire.encode(message), m.ActorToBuffer)
+    assert (decoded.action.tolist(), decoded.reward, decoded.turn_id) == ([0, 2, 4], 0.5, 3)
+
+
+@pytest.mark.parametrize("array", [np.zeros(2, np.int64), np.zeros(2, np.float64), np.zeros((2, 2), np.int32)])
+def test_an_array_the_wire_does_not_carry_is_refused_at_the_sender(array: np.ndarray) -> None:
+    with pytest.raises(BadMessage, match="cannot be sent"):
+        wire.encode(turn(observation=array))
+
+
+def test_every_message_type_has_its_checks() -> None:
+    for kind in KINDS:
+        wire._checker(kind)
+
+
+# --- hostile input ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(ANY_MESSAGE, st.data())
+def test_mutated_bytes_give_a_valid_message_or_bad_message(message: Any, data: st.DataObject) -> None:
+    frames = [bytearray(f) for f in wire.encode(message)]
+    for _ in range(data.draw(st.integers(1, 3))):
+        frame = data.draw(st.sampled_from(frames))
+        at = data.draw(st.integers(0, len(frame)))
+        how = data.draw(st.sampled_from(["flip", "cut", "insert", "delete"]))
+        if how == "cut":
+            del frame[at:]
+        elif how == "insert":
+            frame[at:at] = data.draw(st.binary(min_size=1, max_size=9))
+        elif how == "delete":
+            del frame[at : at + data.draw(st.integers(1, 9))]
+        elif at < len(frame):
+            frame[at] ^= data.draw(st.integers(1, 255))
+    decode_or_refuse([bytes(f) for f in frames])
+
+
+ANY_VALUE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(max_size=5)
+    | st.sampled_from([kind.__struct_config__.tag for kind in KINDS]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(ANY_MESSAGE, ANY_VALUE, st.data())
+def test_a_foreign_value_anywhere_in_the_header_gives_a_valid_message_or_bad_message(
+    message: Any, value: Any, data: st.DataObject
+) -> None:
+    header, payload = wire.encode(message)
+    tree = msgpack.unpackb(header)
+    places: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key in list(node) if isinstance(node, dict) else range(len(node)):
+            places.append((node, key))
+            if isinstance(node[key], dict | list):
+                walk(node[key])
+
+    walk(tree)
+    node, key = data.draw(st.sampled_from(places))
+    node[key] = value
+    decode_or_refuse(frames_of(tree, bytes(payload)))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.binary(max_size=40), max_size=4))
+def test_garbage_is_a_bad_message(frames: list[bytes]) -> None:
+    decode_or_refuse(frames)
+
+
+@pytest.mark.parametrize("num_frames", [0, 1, 3])
+def test_another_number_of_frames_is_refused(num_frames: int) -> None:
+    with pytest.raises(BadMessage, match=f"{num_frames} frames; expected 2"):
+        wire.decode((wire.encode(turn()) * 2)[:num_frames], m.ActorToBuffer)
+
+
+def test_oversize_is_refused_before_anything_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("parsed")
+
+    monkeypatch.setattr(msgpack, "unpackb", never)
+    limits = wire.Limits(message_bytes=800)
+    with pytest.raises(BadMessage, match="header of 101 bytes exceeds 100"):
+        wire.decode([bytes(101), b""], m.ActorToBuffer, limits=limits)
+    with pytest.raises(BadMessage, match="message of 801 bytes exceeds 800"):
+        wire.decode([bytes(1), bytes(800)], m.ActorToBuffer, limits=limits)
+
+
+def test_extension_types_are_refused() -> None:
+    for data in (b"", b"x" * 4):
+        with pytest.raises(BadMessage):
+            wire.decode(frames_of({"type": "run_finished", "run": msgpack.ExtType(4, data)}), m.LearnerToBuffer)
+    with pytest.raises(BadMessage):
+        wire.decode(frames_of({"type": "run_finished", "run": msgpack.Timestamp(1, 2)}), m.LearnerToBuffer)
+
+
+def test_nesting_without_end_is_refused() -> None:
+    for depth in (500, 5000, 1_000_000):
+        with pytest.raises(BadMessage):
+            wire.decode([b"\x81\xa4type" + b"\x91" * depth + b"\x00", b""], m.ActorToBuffer)
+
+
+def test_a_list_that_announces_more_than_the_limit_is_refused_without_room_made_for_it() -> None:
+    with pytest.raises(BadMessage, match="limits"):
+        wire.decode([b"\x81\xa4type\xdd\xff\xff\xff\xff", b""], m.ActorToBuffer)
+
+
+def test_a_type_of_another_receiver_is_refused_with_those_that_are_taken() -> None:
+    with pytest.raises(BadMessage, match=r"'run_finished' is unknown here; expected one of actor_hello"):
+        wire.decode(wire.encode(m.RunFinished(run="r")), m.ActorToBuffer)
+
+
+def test_unknown_and_missing_fields_are_refused() -> None:
+    with pytest.raises(BadMessage, match="unknown field `more`"):
+        wire.decode(frames_of({"type": "run_finished", "run": "r", "more": 1}), m.LearnerToBuffer)
+    with pytest.raises(BadMessage, match="missing required field `run`"):
+        wire.decode(frames_of({"type": "run_finished"}), m.LearnerToBuffer)
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "size"),
+    [
+        ([2, 0, 9], 8),
+        ([2, 8, 1], 8),
+        ([2, -8, 8], 8),
+        ([2, 0, -1], 8),
+        ([2, 4, 4], 8),
+        ([3, 0, 8], 8),
+        ([-1, 0, 8], 8),
+        ([2, 0, 2**62], 8),
+        ([2, 0, 4], 8),
+        ([2, 8, 8], 16),
+        ([2, 0], 8),
+        ([2, 0, 8, 1], 8),
+        ([2, 0, 8.0], 8),
+        ([True, 0, 8], 8),
+        ("array", 8),
+    ],
+)
+def test_a_descriptor_that_does_not_fit_the_payload_is_refused(descriptor: Any, size: int) -> None:
+    tree = {"type": "chunk", "version": 0, "index": 0, "data": descriptor}
+    with pytest.raises(BadMessage):
+        wire.decode(frames_of(tree, bytes(size)), m.LearnerToActor)
+
+
+def test_arrays_that_overlap_are_refused() -> None:
+    header, payload = wire.encode(turn())
+    tree = msgpack.unpackb(header)
+    tree["action"][1] = 0
+    with pytest.raises(BadMessage, match="overlaps"):
+        wire.decode(frames_of(tree, bytes(payload)), m.ActorToBuffer)
+
+
+def test_an_array_of_another_dtype_than_its_field_is_refused() -> None:
+    for field, array, expected in (
+        ("observation", np.zeros(2, np.float32), "int32"),
+        ("action", np.zeros(3, np.float32), "int32"),
+        ("logprobs", np.zeros(3, np.int32), "float32"),
+    ):
+        with pytest.raises(BadMessage, match=f"{field} is .* expected {expected}"):
+            wire.decode(wire.encode(turn(**{field: array})), m.ActorToBuffer)
+    chunk = m.Chunk(version=0, index=0, data=np.zeros(2, np.int32))
+    with pytest.raises(BadMessage, match="expected uint8"):
+        wire.decode(wire.encode(chunk), m.LearnerToActor)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fact"),
+    [
+        ({"turn_id": 0, "parent_id": 0}, "numbered from 1"),
+        ({"parent_id": 3}, "below its child's"),
+        ({"parent_id": -1}, "below its child's"),
+        ({"lease_epoch": -1}, "out of range"),
+        ({"action": np.zeros(0, np.int32), "logprobs": np.zeros(0, np.float32), "spans": ()}, "action is empty"),
+        ({"action": np.array([1, -1, 2], np.int32)}, "negative token id -1"),
+        ({"observation": np.full(100, -5, np.int32)}, "negative token id -5"),
+        ({"logprobs": np.zeros(2, np.float32)}, "2 logprobs for 3 action tokens"),
+        ({"logprobs": np.array([0, np.nan, 0], np.float32)}, r"logprobs\[1\] is nan"),
+        ({"logprobs": np.array([0, 0, -np.inf], np.float32)}, r"logprobs\[2\] is -inf"),
+        ({"logprobs": np.array([0.5, 0, 0], np.float32)}, r"logprobs\[0\] is 0.5"),
+        ({"spans": ()}, "spans cover 0 of 3"),
+        ({"spans": (VersionSpan(0, 0, 2),)}, "spans cover 2 of 3"),
+        ({"spans": (VersionSpan(0, 0, 4),)}, "does not follow"),
+        ({"spans": (VersionSpan(0, 0, 1), VersionSpan(0, 2, 3))}, "does not follow"),
+        ({"spans": (VersionSpan(0, 0, 2), VersionSpan(0, 1, 3))}, "does not follow"),
+        ({"spans": (VersionSpan(0, 0, 0), VersionSpan(0, 0, 3))}, "does not follow"),
+        ({"spans": (VersionSpan(-1, 0, 3),)}, "does not follow"),
+        ({"reward": None}, "reward"),
+        ({"end": "continue", "success": None}, "reward"),
+        ({"end": "continue", "reward": None}, "success"),
+        ({"reward": math.nan}, "reward is nan"),
+        ({"generate_s": -1.0}, "generate_s is -1.0"),
+        ({"environment_s": math.inf}, "environment_s is inf"),
+    ],
+)
+def test_a_turn_that_breaks_its_promises_is_refused_by_name(changes: dict[str, Any], fact: str) -> None:
+    with pytest.raises(BadMessage, match=fact) as caught:
+        wire.decode(wire.encode(turn(**changes)), m.ActorToBuffer)
+    assert "tree_id 't7'" in str(caught.value)
+
+
+def test_a_log_prob_rounded_to_just_above_zero_is_taken() -> None:
+    for size in (3, 500):
+        values = np.full(size, wire.LOGPROB_SLACK, np.float32)
+        fine = turn(action=np.ones(size, np.int32), logprobs=values, spans=(VersionSpan(0, 0, size),))
+        assert wire.decode(wire.encode(fine), m.ActorToBuffer).logprobs.tolist() == values.tolist()
+
+
+def test_long_log_probs_are_held_to_the_same_rule_as_short_ones() -> None:
+    for bad in (math.nan, math.inf, -math.inf, 0.01):
+        values = np.full(500, -1.0, np.float32)
+        values[321] = bad
+        long = turn(action=np.ones(500, np.int32), logprobs=values, spans=(VersionSpan(0, 0, 500),))
+        with pytest.raises(BadMessage, match=r"logprobs\[321\]"):
+            wire.decode(wire.encode(long), m.ActorToBuffer)
+
+
+def test_a_turn_inside_another_message_is_held_to_the_same_promises() -> None:
+    lease = m.Lease(
+        tree_id="t",
+        task_index=0,
+        kind="train",
+        epoch=0,
+        lifetime_s=1,
+        min_version=0,
+        seed=1,
+        committed=(turn(reward=None),),
+    )
+    leases = m.Leases(leases=(lease,), closed_because=None, retry_after_s=0, finished=False)
+    with pytest.raises(BadMessage, match="reward is None"):
+        wire.decode(wire.encode(leases), m.BufferToActor)
+
+
+def test_counts_are_not_negative_and_floats_are_finite() -> None:
+    with pytest.raises(BadMessage, match="count is -1"):
+        wire.decode(wire.encode(m.LeaseRequest(run="r", actor="a", count=-1, version=0)), m.ActorToBuffer)
+    trained = m.Trained(run="r", batch_id=1, version=2, priorities={"t": math.nan})
+    with pytest.raises(BadMessage, match=r"priorities\['t'\] is nan"):
+        wire.decode(wire.encode(trained), m.LearnerToBuffer)
+
+
+def test_one_metric_that_is_not_finite_does_not_cost_an_actor_its_report() -> None:
+    report = m.ActorReport(run="r", actor="a", version=-1, tree_ids=(), metrics={"x": math.nan})
+    assert math.isnan(wire.decode(wire.encode(report), m.ActorToBuffer).metrics["x"])
+
+
+def test_a_manifest_whose_tensors_do_not_fit_is_refused() -> None:
+    def manifest(*specs: m.TensorSpec, num_logprobs: int = 1) -> m.WeightsManifest:
+        return m.WeightsManifest(
+            run="r",
+            version=1,
+            total_bytes=128,
+            chunk_bytes=64,
+            sha256="",
+            tensors=specs,
+            probe_token_ids=np.array([1, 2], np.int32),
+            probe_logprobs=np.zeros(num_logprobs, np.float32),
+            probe_tolerance=1e-5,
+        )
+
+    def spec(shape: tuple[int, ...], offset: int, nbytes: int) -> m.TensorSpec:
+        return m.TensorSpec(name="w", dtype="float32", shape=shape, offset=offset, nbytes=nbytes)
+
+    fits = manifest(spec((4, 4), 64, 64), spec((4,), 0, 16))
+    assert wire.decode(wire.encode(fits), m.LearnerToActor).tensors == fits.tensors
+    for bad in (
+        manifest(spec((4,), 0, 15)),
+        manifest(spec((4,), 120, 16)),
+        manifest(spec((4,), -16, 16)),
+        manifest(spec((16,), 0, 64), spec((16,), 60, 64)),
+        manifest(spec((-4, -1), 0, 16)),
+        manifest(num_logprobs=2),
+    ):
+        with pytest.raises(BadMessage):
+            wire.decode(wire.encode(bad), m.LearnerToActor)
