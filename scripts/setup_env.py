@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ OLDEST_GLIBC = (2, 31)
 FREE_GB = 4.0
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE_S = 5.0
+STAMP = "atpo-setup.json"
 PIP = ["-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--no-user", "--progress-bar", "off"]
 
 
@@ -169,7 +171,8 @@ class Installer:
         if "Installing collected packages" in text:
             state = "installing"
         else:
-            state = f"{text.count('Collecting ') + text.count('already satisfied')} of {num_packages} fetched"
+            num_found = len(re.findall(r"^(?:Collecting|Processing|Requirement already satisfied)", text, re.MULTILINE))
+            state = f"{num_found} of {num_packages} found"
         print(f"\r\033[K  {what}: {state}, {passed_s:.0f} s", end="", flush=True)
 
 
@@ -214,7 +217,9 @@ def make_environment(venv: str, state: "dict[str, str]", done: "dict[str, str]")
     Raises: SetupProblem.
     """
     python = os.path.join(venv, "bin", "python")
-    clear = bool(done) and done.get("root") != state["root"]  # scripts inside name the folder they were made in
+    # Scripts inside name the folder they were made in; and a set-up that never finished is taken up with this Python.
+    clear = bool(done) and done.get("root") != state["root"]
+    clear = clear or ("pins" not in done and done.get("python", platform.python_version()) != platform.python_version())
     if os.path.lexists(python) and not clear:
         test = "import sys; print('%d.%d' % sys.version_info[:2])"
         try:
@@ -248,6 +253,7 @@ def make_environment(venv: str, state: "dict[str, str]", done: "dict[str, str]")
     )
     if answer.returncode != 0:
         raise SetupProblem(f"{venv} could not be made:\n  {errors_in(answer.stdout.decode(errors='replace'))}")
+    write_stamp(os.path.join(venv, STAMP), {"root": state["root"], "python": platform.python_version()})
     return python
 
 
@@ -274,7 +280,7 @@ def set_up(root: str) -> None:
     Raises: SetupProblem.
     """
     venv = os.path.join(root, ".venv")
-    stamp_path = os.path.join(venv, "atpo-setup.json")
+    stamp_path = os.path.join(venv, STAMP)
     state = wanted_state(root)
     if read_stamp(stamp_path) == state and os.path.exists(os.path.join(venv, "bin", "python")):
         return

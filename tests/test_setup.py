@@ -96,6 +96,31 @@ def test_nothing_is_installed_when_the_stamp_matches(tmp_path: Path, monkeypatch
     setup_env.set_up(str(root))
 
 
+def test_an_unfinished_set_up_is_begun_anew_with_another_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = a_checkout(tmp_path)
+    venv = root / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    made: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        made.append(command)
+        return subprocess.CompletedProcess(command, 0, b"3.12" if "-c" in command else b"")
+
+    monkeypatch.setattr(setup_env.subprocess, "run", run)
+    state = setup_env.wanted_state(str(root))
+    setup_env.make_environment(str(venv), state, {"root": str(root), "python": "3.12.1"})
+    assert "--clear" in made[-1]
+    assert set(setup_env.read_stamp(str(venv / "atpo-setup.json"))) == {"root", "python"}
+
+    made.clear()
+    setup_env.make_environment(str(venv), state, dict(state))
+    assert len(made) == 1, "a finished one stays, whatever Python asks"
+    assert "-c" in made[0]
+
+
 def test_a_damaged_stamp_counts_as_none(tmp_path: Path) -> None:
     (tmp_path / "stamp").write_text('{"pins": ')
     assert setup_env.read_stamp(str(tmp_path / "stamp")) == {}
