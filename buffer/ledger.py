@@ -253,8 +253,8 @@ class Ledger:
     # --- keeping and losing ------------------------------------------------------------------------------------
 
     def heard(self, actor: str, now: float) -> None:
-        """``actor`` gave a sign of life."""
-        self._heard[actor] = now
+        """``actor`` gave a sign of life at ``now``; word of an earlier one changes nothing."""
+        self._heard[actor] = max(now, self._heard.get(actor, now))
 
     def renew(self, actor: str, tree_ids: Iterable[str], now: float) -> None:
         """``actor`` still works on these.  One that lapsed and nobody else has taken yet is its again."""

@@ -168,7 +168,7 @@ class ReplayPool:
         self.nbytes = 0
         """Bytes of all trees, those with the learner too."""
         self.left: Counter[str] = Counter()
-        """Why trees left: ``used`` up, ``bytes``, ``stale`` before any batch had them, ``retired``: stale after one had."""
+        """Why trees left: ``used`` up, ``bytes``, ``stale`` before any batch had them, ``retired`` stale after one."""
 
     # --- what is there -----------------------------------------------------------------------------------------
 

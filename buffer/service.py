@@ -1,0 +1,390 @@
+"""The buffer's sockets and loops.  Handlers are thin: ``BufferState`` decides, this waits, commits and answers.
+
+Who waits for whom: an actor's request for leases waits for admission (unblocked by the learner taking a batch or
+publishing); the learner's request for a batch waits for ready trees (unblocked by actors closing trees); its query for
+an evaluation waits for the evaluation's last tree.  All of them answer within a bounded time, with what is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+
+from atpo_async.config import Config
+from atpo_async.errors import BadMessage, SetupError
+from atpo_async.links import LinkSettings, Server
+from atpo_async.messages import (
+    PROTOCOL,
+    ActorHello,
+    ActorReport,
+    ActorToBuffer,
+    EvalQuery,
+    EvalRequest,
+    EvalResult,
+    LearnerToBuffer,
+    LeaseRequest,
+    LeaseReturned,
+    Leases,
+    Message,
+    NotYet,
+    Refused,
+    RunFinished,
+    SampleRequest,
+    Trained,
+    TreeClosed,
+    TreeOpened,
+    VersionPublished,
+    Welcome,
+)
+from atpo_async.metrics import MetricsWriter
+from atpo_async.role import RoleContext
+from atpo_async.rundir import Endpoints, RunDir
+from atpo_async.tree import Turn
+from buffer.journal import CursorFile, Journal, MemoryJournal
+from buffer.state import BufferState
+
+log = logging.getLogger("atpo.buffer")
+
+Found = TypeVar("Found")
+
+LEASE_WAIT_S = 0.5
+"""A request for leases waits this long for admission before it is answered with none."""
+TICK_S = 0.5
+"""How often leases are looked after."""
+FAREWELL_S = 5.0
+"""After the run's end: how long actors have to hear of it."""
+SETTLE_S = 0.2
+"""After the last answer: how long the sockets stay open, for acknowledgements and repeats."""
+CURSOR_FILE = "buffer.json"
+
+
+class BufferService:
+    """One buffer, serving.  Use as an async context; ``serve`` runs until the run is over or ``stopping`` is set.
+
+    Args:
+        config: the run's.
+        run: run id.
+        endpoints: where to bind: ``actors`` and ``learner``; port 0 takes a free one.  ``weights`` and ``announce`` are
+            passed on to actors when the learner published before this buffer was restarted.
+        rundir: for the cursor and the actors' metrics; None keeps neither.
+        stopping: set to end early.
+        journal: where acknowledged messages are kept.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        run: str,
+        endpoints: Endpoints,
+        rundir: RunDir | None,
+        stopping: asyncio.Event,
+        journal: Journal | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._run = run
+        self._rundir = rundir
+        self._stopping = stopping
+        self._journal: Journal = journal if journal is not None else MemoryJournal()
+        self._clock = clock
+        self._cursor_file = CursorFile(None if rundir is None else rundir.path / CURSOR_FILE)
+        cursor = self._cursor_file.begin()
+        rng = np.random.default_rng([config.run.seed, cursor.incarnation])
+        self.state = BufferState(config, run=run, cursor=cursor, rng=rng, now=clock())
+        self._changed = asyncio.Event()
+        self._writers: dict[str, MetricsWriter] = {}
+        self._farewells: set[str] = set()
+        self._links_bad = 0
+        self._endpoints = endpoints
+        self._asked_in_vain: Counter[int] = Counter()
+        settings = LinkSettings.from_config(config.links)
+        self.actors = Server(
+            endpoints.actors, name="buffer", receives=ActorToBuffer, handler=self._from_actor, settings=settings
+        )
+        self.learner = Server(
+            endpoints.learner, name="buffer", receives=LearnerToBuffer, handler=self._from_learner, settings=settings
+        )
+
+    async def __aenter__(self) -> Self:
+        await self.actors.__aenter__()
+        try:
+            await self.learner.__aenter__()
+        except BaseException:
+            await self.actors.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.gather(self.actors.close(), self.learner.close())
+        self._cursor_file.save(self.state.cursor())
+        self._write_records()
+        await self._journal.close()
+        for writer in self._writers.values():
+            writer.close()
+
+    async def serve(self) -> None:
+        """Waits for: the run's end.  Unblocked by: ``RunFinished``, once the actors know of it, or ``stopping``."""
+        async with asyncio.TaskGroup() as tasks:
+            ticking = tasks.create_task(self._look_after_leases(), name="leases")
+            stop = tasks.create_task(self._stopping.wait(), name="stopping")
+            over = tasks.create_task(self._say_farewell(), name="farewell")
+            await asyncio.wait({stop, over}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (ticking, stop, over):
+                task.cancel()
+        log.info("buffer ends: %s", "the run is over" if self.state.finished else "asked to stop")
+
+    # --- loops -------------------------------------------------------------------------------------------------
+
+    async def _look_after_leases(self) -> None:
+        """Expire leases of the silent and the late.  Waits for: the clock."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = self._clock()
+            # The link's own heartbeats count: an actor that waits for its engine reports late but lives.
+            for name, peer in self.actors.peers.items():
+                self.state.ledger.heard(name, now - peer.silent_s)
+            # At the end somebody waits for actors to fall silent, which no message tells.
+            if self.state.tick(now) or self.state.finished:
+                self._notify()
+            self._write_records()
+
+    async def _say_farewell(self) -> None:
+        """Waits for: every actor alive to be told that the run is over.  Unblocked by: their next request for leases;
+        given up after ``FAREWELL_S``."""
+        await self._until(lambda: self.state.finished or None, timeout_s=None)
+        await self._until(lambda: not self._untold() or None, timeout_s=FAREWELL_S)
+        if untold := self._untold():
+            log.warning("the run is over; not heard by %s", ", ".join(sorted(untold)))
+        await asyncio.sleep(SETTLE_S)
+
+    def _untold(self) -> set[str]:
+        alive = {name for name, peer in self.actors.peers.items() if peer.silent_s < 2 * self._config.links.heartbeat_s}
+        return alive - self._farewells
+
+    async def _until(self, found: Callable[[], Found | None], *, timeout_s: float | None) -> Found | None:
+        """``found()`` as soon as it is not None; None after ``timeout_s`` or once stopping.
+
+        Waits for: a change that a message or a lapsed lease brings about.  Unblocked by: ``_notify``.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self._stopping.is_set():
+                    changed = self._changed
+                    result = found()
+                    if result is not None:
+                        return result
+                    await changed.wait()
+        return None
+
+    def _notify(self) -> None:
+        """Whoever waits looks again."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    # --- actors ------------------------------------------------------------------------------------------------
+
+    async def _from_actor(self, peer: str, message: Any) -> Message | None:
+        """One message from an actor: the reply to a request, None for a send.  Raises BadMessage to refuse it."""
+        now = self._clock()
+        match message:
+            case ActorHello():
+                return self._welcome(message, now)
+            case LeaseRequest():
+                self._check_run(message)
+                return await self._lease(message)
+        try:
+            self._check_run(message)
+            self.state.ledger.heard(peer, now)
+            await self._take(message, now)
+        except BadMessage as exc:
+            self.state.count_bad_message()
+            log.warning("refused %s of %s: %s", type(message).__name__, peer, exc)
+            raise
+        return None
+
+    def _welcome(self, hello: ActorHello, now: float) -> Welcome | Refused:
+        if hello.protocol != PROTOCOL:
+            return Refused(reason=f"actor {hello.actor} speaks protocol {hello.protocol}, this buffer {PROTOCOL}")
+        if hello.run not in ("", self._run):
+            return Refused(reason=f"actor {hello.actor} belongs to run {hello.run!r}, this buffer to {self._run!r}")
+        mine = self._config.environment.name, self._config.search.max_leaves
+        if (hello.environment, hello.search_leaves) != mine:
+            return Refused(
+                reason=f"actor {hello.actor} grows {hello.environment!r} trees of up to {hello.search_leaves} leaves, "
+                f"this run {mine[0]!r} trees of {mine[1]}; start it with the run's configuration"
+            )
+        self.state.hello(hello.actor, now)
+        self._notify()
+        return Welcome(
+            run=self._run,
+            weights_endpoint=self.state.weights_endpoint,
+            announce_endpoint=self.state.announce_endpoint,
+        )
+
+    async def _lease(self, request: LeaseRequest) -> Leases:
+        """Waits for: admission.  Unblocked by: a batch taken, a version published, an evaluation, a lost lease."""
+
+        def some() -> Leases | None:
+            leases = self.state.lease(request.actor, request.count, self._clock())
+            return leases if leases.leases or leases.finished else None
+
+        leases = await self._until(some, timeout_s=LEASE_WAIT_S)
+        if leases is None:
+            leases = self.state.lease(request.actor, request.count, self._clock())
+        if leases.finished:
+            self._farewells.add(request.actor)
+            self._notify()
+        return leases
+
+    async def _take(self, message: TreeOpened | Turn | TreeClosed | LeaseReturned | ActorReport, now: float) -> None:
+        match message:
+            case ActorReport():
+                self.state.report(message.actor, message.tree_ids, now)
+                self._write(message.actor, self.state.step, message.version, message.metrics)
+            case LeaseReturned():
+                if self.state.returned(message.actor, message.tree_ids):
+                    self._notify()
+            case _:
+                if self.state.is_new(message):
+                    # Ack after commit: an ack before it loses the turn if we crash here.
+                    await self._journal.commit((message,))
+                    if self.state.take(message, now):
+                        self._notify()
+
+    # --- the learner -------------------------------------------------------------------------------------------
+
+    async def _from_learner(self, peer: str, message: Any) -> Message | None:
+        """One message from a learner's rank."""
+        try:
+            self._check_run(message)
+            return await self._for_learner(message)
+        except BadMessage as exc:
+            self.state.count_bad_message()
+            log.warning("refused %s of %s: %s", type(message).__name__, peer, exc)
+            raise
+
+    async def _for_learner(self, message: Any) -> Message | None:
+        match message:
+            case SampleRequest():
+                return await self._sample(message)
+            case EvalQuery():
+                return await self._eval_result(message)
+            case Trained():
+                self.state.trained(message)
+            case VersionPublished():
+                self.state.publish(message)
+            case EvalRequest():
+                self.state.evaluate(message)
+            case RunFinished():
+                self.state.finish()
+        self._notify()
+        return None
+
+    async def _sample(self, request: SampleRequest) -> Message:
+        """Waits for: enough fresh trees with signal.  Unblocked by: actors closing trees.  NotYet after ``wait_s``."""
+        if not 0 <= request.rank < request.num_ranks:
+            raise BadMessage(f"rank {request.rank} of {request.num_ranks} does not exist")
+
+        def made() -> Message | None:
+            self._count_bad_frames()
+            before = self.state.next_batch
+            batch = self.state.sample(request, self._clock())
+            if self.state.next_batch != before:
+                # Before the batch is out: a restarted buffer must not lease its tasks again.
+                self._cursor_file.save(self.state.cursor())
+                self._notify()
+            return batch
+
+        batch: Message | None = await self._until(made, timeout_s=request.wait_s)
+        if batch is not None:
+            return batch
+        self._recover(request.version)
+        return NotYet(waiting_for=self.state.waiting_for(request, self._clock()))
+
+    async def _eval_result(self, query: EvalQuery) -> EvalResult:
+        """Waits for: the evaluation's last tree.  Unblocked by: actors closing trees, lost leases being given up."""
+
+        def done() -> EvalResult | None:
+            result = self.state.eval_result(query.step)
+            return result if result.done else None
+
+        result: EvalResult | None = await self._until(done, timeout_s=query.wait_s)
+        if result is None and query.step not in self.state.ledger.evaluations:
+            self._asked_in_vain[query.step] += 1
+            # Once may be a query that overtook its request; again is a request that an earlier buffer had.
+            if self._asked_in_vain[query.step] > 1:
+                self._recover(self.state.version)
+                tasks, version = self._config.eval.num_tasks, self.state.ledger.published or 0
+                self.state.evaluate(
+                    EvalRequest(run=self._run, step=query.step, version=version, num_tasks=tasks, blocking=True)
+                )
+                self._notify()
+        return result or self.state.eval_result(query.step)
+
+    def _recover(self, version: int) -> None:
+        """The learner, at ``version`` or later, waits, and nothing is known to be published: this buffer was restarted.
+
+        Without this the learner would wait for trees, and the trees for a publication that comes after them.
+        """
+        if self.state.ledger.published is None:
+            self.state.assume_published(
+                version,
+                weights_endpoint=self._endpoints.weights,
+                announce_endpoint=self._endpoints.announce,
+            )
+            self._notify()
+
+    # --- files -------------------------------------------------------------------------------------------------
+
+    def _check_run(self, message: Any) -> None:
+        if message.run != self._run:
+            raise BadMessage(f"{type(message).__name__} belongs to run {message.run!r}, this buffer to {self._run!r}")
+
+    def _count_bad_frames(self) -> None:
+        bad = self.actors.bad_messages + self.learner.bad_messages
+        for _ in range(bad - self._links_bad):
+            self.state.count_bad_message()
+        self._links_bad = bad
+
+    def _write_records(self) -> None:
+        records, self.state.records = self.state.records, []
+        for step, version, metrics in records:
+            self._write("buffer", step, version, metrics)
+
+    def _write(self, source: str, step: int, version: int, metrics: dict[str, float]) -> None:
+        if self._rundir is None or not metrics:
+            return
+        if source not in self._writers:
+            self._writers[source] = MetricsWriter(self._rundir.metrics_path, source=source)
+        self._writers[source].write(step=step, version=version, metrics=metrics)
+
+
+async def serve(ctx: RoleContext) -> None:
+    """The buffer's role: bind, say where, serve until the end.
+
+    Raises:
+        SetupError: no endpoint to bind, or the port is taken.
+    """
+    asked = ctx.endpoints
+    if not asked.actors or not asked.learner:
+        raise SetupError("the buffer needs two endpoints to bind; start it through `atpo train` or on a run folder")
+    service = BufferService(ctx.config, run=ctx.run_id, endpoints=asked, rundir=ctx.rundir, stopping=ctx.stopping)
+    async with service:
+        bound = replace(asked, actors=service.actors.endpoint, learner=service.learner.endpoint)
+        if bound != asked and ctx.rundir is not None:
+            ctx.rundir.write_endpoints(bound)
+        ctx.log.info("buffer of run %s: actors at %s, learner at %s", ctx.run_id, bound.actors, bound.learner)
+        await service.serve()

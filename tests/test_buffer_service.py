@@ -1,0 +1,621 @@
+"""The buffer behind real sockets, and the decisions that need more than one of its parts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from atpo_async.config import Config, build
+from atpo_async.errors import SetupError
+from atpo_async.links import Client, LinkSettings
+from atpo_async.messages import (
+    PROTOCOL,
+    ActorHello,
+    ActorReport,
+    Batch,
+    BufferToActor,
+    BufferToLearner,
+    EvalQuery,
+    EvalRequest,
+    EvalResult,
+    Lease,
+    LeaseRequest,
+    LeaseReturned,
+    Leases,
+    NotYet,
+    Refused,
+    RunFinished,
+    SampleRequest,
+    Trained,
+    TreeClosed,
+    TreeOpened,
+    VersionPublished,
+    Welcome,
+)
+from atpo_async.rundir import Endpoints, RunDir
+from atpo_async.tree import Turn, VersionSpan
+from buffer.journal import Cursor, CursorFile, MemoryJournal, TreeMessage
+from buffer.service import BufferService
+from buffer.state import BufferState
+
+LOOPBACK = Endpoints(actors="tcp://127.0.0.1:0", learner="tcp://127.0.0.1:0")
+PROMPT = np.array([1, 2], dtype=np.int32)
+SOON_S = 20.0
+"""A deadline that only a hang reaches."""
+
+
+def configured(**sections: Any) -> Config:
+    sections.setdefault("staleness", {"trees_per_batch": 2, "max_lag": 1})
+    sections.setdefault("search", {"initial_rollouts": 4, "rounds": 0})
+    return build(sections)
+
+
+def hello(config: Config, **changes: Any) -> ActorHello:
+    fields: dict[str, Any] = {
+        "protocol": PROTOCOL,
+        "run": "r",
+        "actor": "a",
+        "environment": config.environment.name,
+        "search_leaves": config.search.max_leaves,
+    }
+    return ActorHello(**(fields | changes))
+
+
+def published(version: int = 0) -> VersionPublished:
+    return VersionPublished(run="r", version=version, weights_endpoint="tcp://w:1", announce_endpoint="tcp://n:1")
+
+
+def ask(step: int = 0, version: int = 0, **changes: Any) -> SampleRequest:
+    fields: dict[str, Any] = {"rank": 0, "num_ranks": 1, "num_trees": 2, "wait_s": SOON_S}
+    return SampleRequest(run="r", step=step, version=version, **(fields | changes))
+
+
+def wants(count: int, actor: str = "a") -> LeaseRequest:
+    return LeaseRequest(run="r", actor=actor, count=count, version=0)
+
+
+def leaf(lease: Lease, turn_id: int, reward: float, *, tokens: int = 3, version: int = 0, **changes: Any) -> Turn:
+    fields: dict[str, Any] = {
+        "parent_id": 0,
+        "observation": np.zeros(0, dtype=np.int32),
+        "action": np.arange(tokens, dtype=np.int32),
+        "logprobs": np.full(tokens, -0.5, dtype=np.float32),
+        "spans": (VersionSpan(version, 0, tokens),),
+        "end": "done",
+        "reward": reward,
+        "success": reward > 0,
+    }
+    return Turn(
+        run="r", tree_id=lease.tree_id, turn_id=turn_id, lease_epoch=lease.epoch, expansion_round=0, generate_s=0.0,
+        environment_s=0.0, **(fields | changes),
+    )  # fmt: skip
+
+
+def inner(lease: Lease, turn_id: int) -> Turn:
+    return msgspec.structs.replace(leaf(lease, turn_id, 0.0), end="continue", reward=None, success=None)
+
+
+def opened(lease: Lease) -> TreeOpened:
+    return TreeOpened(run="r", tree_id=lease.tree_id, lease_epoch=lease.epoch, prompt=PROMPT)
+
+
+def closed(lease: Lease, num_turns: int, failed: int = 0) -> TreeClosed:
+    failures = {"timeout": failed} if failed else {}
+    return TreeClosed(
+        run="r", tree_id=lease.tree_id, lease_epoch=lease.epoch, num_turns=num_turns, failed_branches=failed,
+        failures=failures,
+    )  # fmt: skip
+
+
+def grown(lease: Lease, rewards: Sequence[float] = (1.0, 0.0), **changes: Any) -> list[TreeMessage]:
+    turns = [leaf(lease, i, reward, **changes) for i, reward in enumerate(rewards, start=1)]
+    return [opened(lease), *turns, closed(lease, len(turns))]
+
+
+class Peers:
+    """A running buffer with one actor and one learner connected to it."""
+
+    def __init__(self, service: BufferService, actor: Client, learner: Client, config: Config) -> None:
+        self.service = service
+        self.actor = actor
+        self.learner = learner
+        self.config = config
+        self.refusals: list[str] = []
+        actor.on_refused = lambda message, reason: self.refusals.append(reason)
+
+    async def leases(self, count: int) -> tuple[Lease, ...]:
+        answer = await self.actor.request(wants(count), timeout_s=SOON_S)
+        assert isinstance(answer, Leases)
+        return answer.leases
+
+    async def send(self, *messages: Any) -> None:
+        for message in messages:
+            await self.actor.send(message)
+        await self.actor.drain(timeout_s=SOON_S)
+
+    async def tell(self, *messages: Any) -> None:
+        for message in messages:
+            await self.learner.send(message)
+        await self.learner.drain(timeout_s=SOON_S)
+
+    async def batch(self, request: SampleRequest) -> Batch:
+        answer = await self.learner.request(request, timeout_s=SOON_S)
+        assert isinstance(answer, Batch)
+        return answer
+
+
+@contextlib.asynccontextmanager
+async def running(config: Config | None = None, **options: Any) -> AsyncIterator[Peers]:
+    config = config or configured()
+    settings = LinkSettings.from_config(config.links)
+    options = {"endpoints": LOOPBACK, "rundir": None, "stopping": asyncio.Event()} | options
+    service = BufferService(config, run="r", **options)
+    async with service:
+        serving = asyncio.create_task(service.serve(), name="buffer under test")
+        actor = Client(
+            service.actors.endpoint, peer="buffer", identity="a", receives=BufferToActor, settings=settings
+        )  # fmt: skip
+        learner = Client(
+            service.learner.endpoint, peer="buffer", identity="l", receives=BufferToLearner, settings=settings
+        )
+        async with actor, learner:
+            yield Peers(service, actor, learner, config)
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+
+@pytest.fixture
+async def peers() -> AsyncIterator[Peers]:
+    async with running() as made:
+        yield made
+
+
+@pytest.fixture
+def state() -> BufferState:
+    return stateful(configured())
+
+
+def stateful(config: Config) -> BufferState:
+    made = BufferState(config, run="r", cursor=Cursor(), rng=np.random.default_rng(0), now=0.0)
+    made.publish(published())
+    return made
+
+
+def take(state: BufferState, messages: Sequence[TreeMessage]) -> None:
+    for message in messages:
+        state.take(message, 0.0)
+
+
+# --- joining -------------------------------------------------------------------------------------------------------
+
+
+async def test_an_actor_is_told_the_run_and_where_the_weights_are(peers: Peers) -> None:
+    first = await peers.actor.request(hello(peers.config, run=""), timeout_s=SOON_S)
+    assert isinstance(first, Welcome)
+    assert (first.run, first.weights_endpoint) == ("r", "")
+    await peers.tell(published())
+    later = await peers.actor.request(hello(peers.config), timeout_s=SOON_S)
+    assert isinstance(later, Welcome)
+    assert (later.weights_endpoint, later.announce_endpoint) == ("tcp://w:1", "tcp://n:1")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"protocol": 99}, ["99", str(PROTOCOL)]),
+        ({"run": "other"}, ["'other'", "'r'"]),
+        ({"environment": "chess"}, ["'chess'", "'hopqa'"]),
+        ({"search_leaves": 7}, ["7 leaves", "of 4"]),
+    ],
+    ids=["protocol", "run", "environment", "search"],
+)
+async def test_an_actor_of_another_kind_is_refused_with_both_named(
+    peers: Peers, change: dict[str, Any], named: list[str]
+) -> None:
+    answer = await peers.actor.request(hello(peers.config, **change), timeout_s=SOON_S)
+    assert isinstance(answer, Refused)
+    assert all(name in answer.reason for name in named)
+
+
+async def test_messages_of_another_run_are_refused(peers: Peers) -> None:
+    await peers.send(ActorReport(run="other", actor="a", version=0, tree_ids=(), metrics={}))
+    assert len(peers.refusals) == 1
+    assert "'other'" in peers.refusals[0]
+    answer = await peers.learner.request(EvalQuery(run="other", step=0, wait_s=0.0), timeout_s=SOON_S)
+    assert isinstance(answer, Refused)
+
+
+# --- the way of a tree ---------------------------------------------------------------------------------------------
+
+
+async def test_leases_go_out_trees_come_in_and_a_batch_is_served_and_confirmed(peers: Peers) -> None:
+    await peers.tell(published())
+    leases = await peers.leases(2)
+    for lease in leases:
+        await peers.send(*grown(lease))
+    batch = await peers.batch(ask())
+    assert sorted(t.tree_id for t in batch.trees) == sorted(lease.tree_id for lease in leases)
+    assert (batch.num_trees, batch.num_leaves, batch.num_action_tokens) == (2, 4, 12)
+    assert [t.weight for t in batch.trees] == [1.0, 1.0]
+    np.testing.assert_array_equal(batch.trees[0].turns[0].action, [0, 1, 2])
+    assert batch.metrics["train/reward"] == 0.5
+    assert batch.metrics["train/success"] == 0.5
+    assert batch.metrics["buffer/trees"] == 2
+    await peers.tell(Trained(run="r", batch_id=batch.batch_id, version=1, priorities={}))
+    assert peers.service.state.nbytes == 0
+
+
+async def test_a_request_for_leases_waits_for_the_first_version(peers: Peers) -> None:
+    asking = asyncio.create_task(peers.leases(1))
+    await peers.send(ActorReport(run="r", actor="a", version=-1, tree_ids=(), metrics={}))
+    await peers.tell(published())
+    # Answered by the publication, or by the next question: never by a lease before it.
+    assert len(await asking or await peers.leases(1)) == 1
+
+
+async def test_closed_admission_says_why(peers: Peers) -> None:
+    answer = await peers.actor.request(wants(1), timeout_s=SOON_S)
+    assert isinstance(answer, Leases)
+    assert answer.leases == ()
+    assert answer.closed_because is not None
+    assert "first version" in answer.closed_because
+
+
+async def test_a_request_for_a_batch_waits_for_the_trees(peers: Peers) -> None:
+    await peers.tell(published())
+    leases = await peers.leases(2)
+    asking = asyncio.create_task(peers.batch(ask()))
+    await peers.send(*grown(leases[0]))
+    assert not asking.done()
+    await peers.send(*grown(leases[1]))
+    assert len((await asking).trees) == 2
+
+
+async def test_no_batch_in_time_names_what_is_missing(peers: Peers) -> None:
+    await peers.tell(published())
+    (lease,) = await peers.leases(1)
+    await peers.send(*grown(lease, (1.0, 1.0)))
+    answer = await peers.learner.request(ask(wait_s=0.0), timeout_s=SOON_S)
+    assert isinstance(answer, NotYet)
+    for part in ("0 of 2 ready", "0 under lease", "1 without signal", "1 actors alive", "published version 0"):
+        assert part in answer.waiting_for
+
+
+async def test_ranks_get_shares_of_one_batch_and_the_same_share_again(peers: Peers) -> None:
+    await peers.tell(published())
+    for tokens, lease in zip((9, 2, 2), await peers.leases(3), strict=True):
+        await peers.send(*grown(lease, tokens=tokens))
+    requests = [ask(rank=rank, num_ranks=2, num_trees=3) for rank in (0, 1)]
+    shares = [await peers.batch(request) for request in requests]
+    assert [len(share.trees) for share in shares] == [1, 2]
+    assert len({tree.tree_id for share in shares for tree in share.trees}) == 3
+    assert {(s.batch_id, s.num_trees, s.num_leaves, s.num_action_tokens) for s in shares} == {(1, 3, 6, 26)}
+    again = await peers.batch(requests[1])
+    assert [t.tree_id for t in again.trees] == [t.tree_id for t in shares[1].trees]
+
+
+async def test_turns_sent_again_change_nothing_and_other_bytes_are_refused(peers: Peers) -> None:
+    await peers.tell(published())
+    (lease,) = await peers.leases(1)
+    await peers.send(*grown(lease), *grown(lease))
+    assert peers.refusals == []
+    await peers.send(leaf(lease, 1, 0.5))
+    assert len(peers.refusals) == 1
+    assert "other bytes" in peers.refusals[0]
+
+
+async def test_a_turn_of_a_lease_that_was_never_granted_here_is_refused(peers: Peers) -> None:
+    await peers.tell(published())
+    (lease,) = await peers.leases(1)
+    stranger = Lease(
+        tree_id="b0-00000000", task_index=0, kind="train", epoch=0, lifetime_s=1.0, min_version=0, seed=0, committed=()
+    )
+    await peers.send(opened(stranger), opened(lease))
+    assert len(peers.refusals) == 1
+    assert "b0-00000000" in peers.refusals[0]
+
+
+async def test_nothing_is_acknowledged_before_it_is_committed() -> None:
+    class SlowJournal(MemoryJournal):
+        def __init__(self) -> None:
+            self.asked, self.release = asyncio.Event(), asyncio.Event()
+
+        async def commit(self, messages: Sequence[TreeMessage]) -> None:
+            self.asked.set()
+            await self.release.wait()
+
+    journal = SlowJournal()
+    async with running(journal=journal) as peers:
+        await peers.tell(published())
+        (lease,) = await peers.leases(1)
+        await peers.actor.send(opened(lease))
+        await asyncio.wait_for(journal.asked.wait(), SOON_S)
+        assert peers.actor.stats.unacked == 1
+        journal.release.set()
+        await peers.actor.drain(timeout_s=SOON_S)
+
+
+async def test_a_restarted_actor_finds_its_tree_where_it_left_it(peers: Peers) -> None:
+    await peers.tell(published())
+    (lease,) = await peers.leases(1)
+    await peers.send(opened(lease), leaf(lease, 1, 1.0))
+    await peers.actor.request(hello(peers.config), timeout_s=SOON_S)
+    (again,) = await peers.leases(1)
+    assert (again.tree_id, again.epoch, again.seed) == (lease.tree_id, 1, lease.seed)
+    assert [t.turn_id for t in again.committed] == [1]
+    await peers.send(leaf(lease, 2, 0.0))
+    assert len(peers.refusals) == 1
+    assert "epoch 1, this comes from epoch 0" in peers.refusals[0]
+
+
+async def test_leases_handed_back_go_to_the_next_actor(peers: Peers) -> None:
+    await peers.tell(published())
+    (lease,) = await peers.leases(1)
+    await peers.send(LeaseReturned(run="r", actor="a", tree_ids=(lease.tree_id,)))
+    answer = await peers.actor.request(wants(1, actor="b"), timeout_s=SOON_S)
+    assert isinstance(answer, Leases)
+    assert answer.leases[0].tree_id == lease.tree_id
+
+
+# --- evaluation ----------------------------------------------------------------------------------------------------
+
+
+async def test_an_evaluation_is_leased_first_counted_and_answered(tmp_path: Path) -> None:
+    rundir = RunDir.create(configured(run={"dir": tmp_path, "name": "r"}))
+    async with running(rundir=rundir) as peers:
+        await peers.tell(EvalRequest(run="r", step=0, version=0, num_tasks=4, blocking=True), published())
+        leases = await peers.leases(8)
+        assert [(lease.kind, lease.task_index) for lease in leases] == [("eval", i) for i in range(4)]
+        asking = asyncio.create_task(
+            peers.learner.request(EvalQuery(run="r", step=0, wait_s=SOON_S), timeout_s=SOON_S)
+        )  # fmt: skip
+        for lease, reward in zip(leases[:3], (1.0, 1.0, 0.0), strict=True):
+            await peers.send(*grown(lease, (reward,)))
+        await peers.send(opened(leases[3]), closed(leases[3], 0, failed=1))
+        result = await asking
+        assert isinstance(result, EvalResult)
+        assert (result.done, result.success, result.num_done) == (True, 0.5, 4)
+        assert [lease.kind for lease in await peers.leases(1)] == ["train"]
+        assert len(peers.service.state.pool) == 0
+    records = [json.loads(line) for line in rundir.metrics_path.read_text().splitlines()]
+    assert [r["metrics"]["eval/failed"] for r in records if r["source"] == "buffer"] == [1]
+
+
+async def test_an_evaluation_under_way_says_how_far_it_is(peers: Peers) -> None:
+    await peers.tell(EvalRequest(run="r", step=3, version=0, num_tasks=2, blocking=False), published())
+    lease, _ = await peers.leases(2)
+    await peers.send(*grown(lease, (1.0,)))
+    result = await peers.learner.request(EvalQuery(run="r", step=3, wait_s=0.0), timeout_s=SOON_S)
+    assert isinstance(result, EvalResult)
+    assert (result.done, result.success, result.num_done, result.num_tasks) == (False, None, 1, 2)
+
+
+def test_an_evaluation_tree_that_loses_all_its_holders_counts_as_failed() -> None:
+    state = stateful(configured(buffer={"max_reissues": 1}))
+    state.evaluate(EvalRequest(run="r", step=0, version=0, num_tasks=1, blocking=True))
+    for now in (0.0, 1000.0):
+        assert len(state.lease("a", 1, now).leases) == 1
+        assert state.tick(now + 999.0)
+    result = state.eval_result(0)
+    assert (result.done, result.success) == (True, 0.0)
+    assert state.records[0][2]["eval/failed"] == 1
+
+
+# --- what becomes of lost holders ----------------------------------------------------------------------------------
+
+
+def test_a_lapsed_tree_with_two_finished_leaves_is_ready_without_its_open_chains(state: BufferState) -> None:
+    (lease,) = state.lease("a", 1, 0.0).leases
+    growing = inner(lease, 3)
+    take(state, [opened(lease), leaf(lease, 1, 1.0), leaf(lease, 2, 0.0), growing])
+    assert state.tick(10.0)
+    batch = state.sample(ask(num_trees=1), 10.0)
+    assert batch is not None
+    assert [t.turn_id for t in batch.trees[0].turns] == [1, 2]
+
+
+def test_a_lapsed_tree_with_one_leaf_goes_to_another_actor(state: BufferState) -> None:
+    (lease,) = state.lease("a", 1, 0.0).leases
+    take(state, [opened(lease), leaf(lease, 1, 1.0)])
+    assert state.tick(10.0)
+    (again,) = state.lease("b", 1, 10.0).leases
+    assert (again.tree_id, len(again.committed)) == (lease.tree_id, 1)
+
+
+# --- which trees are served ----------------------------------------------------------------------------------------
+
+
+def test_trees_without_signal_or_comparison_are_counted_and_never_served(state: BufferState) -> None:
+    for rewards, failed in (((1.0, 1.0), 0), ((1.0,), 3), ((), 4), ((1.0, 0.0), 1)):
+        (lease,) = state.lease("a", 1, 0.0).leases
+        messages = grown(lease, rewards)
+        messages[-1] = closed(lease, len(rewards), failed)
+        take(state, messages)
+    batch = state.sample(ask(num_trees=1), 0.0)
+    assert batch is not None
+    assert len(batch.trees) == 1
+    expected = {
+        "buffer/no_signal_trees": 1,
+        "buffer/dropped_one_leaf": 1,
+        "buffer/dropped_no_leaf": 1,
+        "buffer/failed_branches": 8,
+        "train/trees": 2,
+        "train/reward": 0.75,
+    }
+    assert {name: batch.metrics[name] for name in expected} == expected
+
+
+def test_rewards_are_reported_under_the_branch_probabilities(state: BufferState) -> None:
+    """Three of four leaves are under one first turn, which the policy takes half the time."""
+    (lease,) = state.lease("a", 1, 0.0).leases
+    first = inner(lease, 1)
+    below = [leaf(lease, i, 1.0, parent_id=1) for i in (3, 4, 5)]
+    take(state, [opened(lease), first, leaf(lease, 2, 0.0), *below, closed(lease, 5)])
+    batch = state.sample(ask(num_trees=1), 0.0)
+    assert batch is not None
+    assert batch.metrics["train/reward"] == 0.5
+    assert batch.num_action_tokens == 3 + 3 * 6
+
+
+def test_enough_trees_without_signal_make_a_short_batch() -> None:
+    state = stateful(configured(staleness={"trees_per_batch": 2, "max_lag": 8, "max_oversampling": 2.0}))
+    for rewards in ((1.0, 1.0), (0.0, 0.0), (1.0, 0.0)):
+        take(state, grown(state.lease("a", 1, 0.0).leases[0], rewards))
+        assert state.sample(ask(), 0.0) is None
+    take(state, grown(state.lease("a", 1, 0.0).leases[0], (1.0, 1.0)))
+    batch = state.sample(ask(), 0.0)
+    assert batch is not None
+    assert (batch.num_trees, batch.metrics["train/trees"]) == (1, 4)
+
+
+def test_a_learner_that_starts_over_gets_back_what_it_never_confirmed(state: BufferState) -> None:
+    for lease in state.lease("a", 2, 0.0).leases:
+        take(state, grown(lease))
+    first = state.sample(ask(step=7, version=0), 0.0)
+    assert first is not None
+    again = state.sample(ask(step=7, version=1), 0.0)
+    assert again is not None
+    assert again.batch_id != first.batch_id
+    assert sorted(t.tree_id for t in again.trees) == sorted(t.tree_id for t in first.trees)
+    assert [t.uses for t in again.trees] == [1, 1]
+    # Word from before the restart confirms nothing now.
+    state.trained(Trained(run="r", batch_id=first.batch_id, version=1, priorities={}))
+    assert len(state.pool) == 0
+    assert all(state.pool.is_out(t.tree_id) for t in again.trees)
+
+
+def test_memory_stays_below_its_limit() -> None:
+    config = configured(
+        buffer={"max_bytes": 1 << 20}, staleness={"trees_per_batch": 64, "max_lag": 0, "max_oversampling": 100}
+    )
+    state = stateful(config)
+    for _ in range(40):
+        leases = state.lease("a", 1, 0.0).leases
+        if leases:
+            take(state, grown(leases[0], tokens=8000))
+        assert state.nbytes <= 1 << 20
+    assert state.pool.left["bytes"] > 0
+
+
+def test_a_partial_tree_is_served_early_and_returns_with_its_later_leaves() -> None:
+    config = configured(
+        buffer={"ready": "partial", "partial_min_leaves": 2}, staleness={"trees_per_batch": 1, "max_lag": 4}
+    )
+    state = stateful(config)
+    (lease,) = state.lease("a", 1, 0.0).leases
+    take(state, [opened(lease), leaf(lease, 1, 1.0)])
+    assert state.sample(ask(num_trees=1), 0.0) is None
+    take(state, [leaf(lease, 2, 0.0)])
+    first = state.sample(ask(num_trees=1), 0.0)
+    assert first is not None
+    assert len(first.trees[0].turns) == 2
+    take(state, [leaf(lease, 3, 0.0)])
+    state.trained(Trained(run="r", batch_id=first.batch_id, version=1, priorities={}))
+    assert state.sample(ask(step=1, version=1, num_trees=1), 0.0) is None
+    take(state, [leaf(lease, 4, 0.0)])
+    second = state.sample(ask(step=1, version=1, num_trees=1), 0.0)
+    assert second is not None
+    assert [(len(t.turns), t.uses) for t in second.trees] == [(4, 2)]
+    take(state, [leaf(lease, 5, 1.0), closed(lease, 5)])
+    state.trained(Trained(run="r", batch_id=second.batch_id, version=2, priorities={}))
+    third = state.sample(ask(step=2, version=2, num_trees=1), 0.0)
+    assert third is not None
+    assert [(len(t.turns), t.uses) for t in third.trees] == [(5, 3)]
+    assert third.metrics["train/trees"] == 1
+
+
+# --- files, ends and restarts --------------------------------------------------------------------------------------
+
+
+async def test_the_metrics_of_an_actor_go_to_the_runs_file_under_its_name(tmp_path: Path) -> None:
+    rundir = RunDir.create(configured(run={"dir": tmp_path, "name": "r"}))
+    async with running(rundir=rundir) as peers:
+        await peers.send(ActorReport(run="r", actor="a", version=3, tree_ids=(), metrics={"x": 1.5}))
+    (record,) = [json.loads(line) for line in rundir.metrics_path.read_text().splitlines()]
+    assert (record["source"], record["version"], record["metrics"]) == ("a", 3, {"x": 1.5})
+
+
+async def test_a_resumed_run_neither_skips_a_task_nor_serves_one_twice(tmp_path: Path) -> None:
+    rundir = RunDir.create(configured(run={"dir": tmp_path, "name": "r"}))
+    async with running(rundir=rundir) as peers:
+        await peers.tell(published())
+        leases = await peers.leases(4)
+        for lease in leases[:2]:
+            await peers.send(*grown(lease))
+        assert (await peers.batch(ask())).batch_id == 1
+        kept = json.loads((rundir.path / "buffer.json").read_text())
+    assert (kept["next_task"], kept["unfinished"], kept["next_batch"]) == (4, [2, 3], 2)
+    async with running(rundir=rundir) as peers:
+        await peers.tell(published(1))
+        again = await peers.leases(3)
+        assert [lease.task_index for lease in again] == [2, 3, 4]
+        assert not {lease.tree_id for lease in again} & {lease.tree_id for lease in leases}
+
+
+def test_a_damaged_cursor_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "buffer.json"
+    file.write_text("{")
+    with pytest.raises(SetupError, match=r"buffer\.json is damaged"):
+        CursorFile(file).begin()
+
+
+async def test_a_buffer_restarted_in_mid_run_goes_on_though_nobody_publishes_again() -> None:
+    async with running(endpoints=Endpoints(LOOPBACK.actors, LOOPBACK.learner, "tcp://w:2", "tcp://n:2")) as peers:
+        answer = await peers.learner.request(ask(step=40, version=41, wait_s=0.0), timeout_s=SOON_S)
+        assert isinstance(answer, NotYet)
+        (lease,) = await peers.leases(1)
+        assert lease.min_version == 40
+        welcome = await peers.actor.request(hello(peers.config), timeout_s=SOON_S)
+        assert isinstance(welcome, Welcome)
+        assert welcome.weights_endpoint == "tcp://w:2"
+
+
+async def test_a_buffer_restarted_during_an_evaluation_begins_it_again() -> None:
+    async with running() as peers:
+        query = EvalQuery(run="r", step=20, wait_s=0.0)
+        await peers.learner.request(query, timeout_s=SOON_S)
+        assert await peers.leases(1) == ()
+        await peers.learner.request(query, timeout_s=SOON_S)
+        assert [lease.kind for lease in await peers.leases(1)] == ["eval"]
+
+
+async def test_at_the_runs_end_the_actors_are_told_and_the_buffer_ends() -> None:
+    async with running() as peers:
+        ended = asyncio.create_task(peers.service.serve())
+        waiting = asyncio.create_task(peers.actor.request(wants(1), timeout_s=SOON_S))
+        await peers.tell(RunFinished(run="r"))
+        answer = await waiting
+        if isinstance(answer, Leases) and not answer.finished:
+            answer = await peers.actor.request(wants(1), timeout_s=SOON_S)
+        assert isinstance(answer, Leases)
+        assert answer.finished
+        await asyncio.wait_for(ended, SOON_S)
+
+
+async def test_the_buffer_stops_when_asked_though_a_learner_waits() -> None:
+    stopping = asyncio.Event()
+    async with running(stopping=stopping) as peers:
+        waiting = asyncio.create_task(peers.learner.request(ask(), timeout_s=SOON_S))
+        await peers.send(ActorReport(run="r", actor="a", version=0, tree_ids=(), metrics={}))
+        stopping.set()
+        await asyncio.wait_for(peers.service.serve(), SOON_S)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_a_taken_port_is_an_error_that_names_it(peers: Peers) -> None:
+    taken = Endpoints(actors=LOOPBACK.actors, learner=peers.service.learner.endpoint)
+    service = BufferService(
+        configured(), run="r", endpoints=taken, rundir=None, stopping=asyncio.Event()
+    )  # fmt: skip
+    with pytest.raises(SetupError, match="the port is in use"):
+        async with service:
+            pass
