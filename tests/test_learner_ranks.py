@@ -1,0 +1,89 @@
+"""Several ranks give the loss and gradient of one.  Run as a program, this file is one rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def train_share(model: Path, shares: list[list[int]]) -> dict[str, Any]:
+    """Take this rank's share of one batch, a float64 step; what came of it."""
+    from learner.model import load_policy, make_accelerator
+    from learner.step import Trainer
+    from tests.learner_support import batch_of, make_batch, make_config
+
+    config = make_config(model, learner={"micro_batch_tokens": 100, "max_grad_norm": 1e9, "lr": 1e-2})
+    accelerator = make_accelerator(config)
+    trainer = Trainer(config, accelerator=accelerator, policy=load_policy(config).double())
+    whole = make_batch(num_trees=5).trees
+    share = tuple(whole[i] for i in shares[accelerator.process_index])
+    gradients: list[float] = []
+    original = trainer.optimizer.step
+
+    def step(*args: Any) -> None:
+        gradients.extend(float(p.grad.norm()) for p in trainer.policy.parameters())
+        original(*args)
+
+    trainer.optimizer.step = step
+    report = trainer.train(batch_of(share, whole), version=3)
+    assert trainer.same_everywhere([accelerator.process_index + 5.0]) == [5.0]
+    assert trainer.least(float(accelerator.process_index)) == 0.0
+    names = ("train/loss", "grad_norm", "lag/mean", "is/ess_frac", "is/chi2_turn", "kl/mu_prox_k3", "tokens/trained")
+    return {
+        "ranks": accelerator.num_processes,
+        "metrics": {name: report.metrics[name] for name in names},
+        "gradients": gradients,
+        "weights": {k: v.reshape(-1).tolist() for k, v in trainer.tensors().items()},
+    }
+
+
+def launch(model: Path, out: Path, splits: list[list[list[int]]]) -> list[dict[str, Any]]:
+    """One launch of two gloo ranks that trains every split of the batch in turn."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", "--num_machines",
+        "1", "--dynamo_backend", "no", "--mixed_precision", "no", "--main_process_port", "0", str(Path(__file__)),
+        str(model), str(out), json.dumps(splits),
+    ]  # fmt: skip
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: list[dict[str, Any]] = json.loads(out.read_text())
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_loss_and_gradient_of_one(tmp_path: Path) -> None:
+    from tests.learner_support import make_model
+
+    model = make_model(tmp_path / "model")
+    one = train_share(model, [[0, 1, 2, 3, 4]])
+    # Unequal shares: the ranks hold different numbers of micro-batches.  One without rows takes part all the same.
+    both = launch(model, tmp_path / "both.json", [[[0, 2, 3, 4], [1]], [[0, 1, 2, 3, 4], []]])
+    assert (one["ranks"], [found["ranks"] for found in both]) == (1, [2, 2])
+    for other in both:
+        assert other["metrics"] == pytest.approx(one["metrics"], rel=1e-10)
+        np.testing.assert_allclose(other["gradients"], one["gradients"], rtol=1e-10, atol=1e-14)
+        for name, values in one["weights"].items():
+            np.testing.assert_allclose(other["weights"][name], values, rtol=1e-9, atol=1e-9)
+
+
+def main(model: Path, out: Path, splits: list[list[list[int]]]) -> None:
+    torch.set_num_threads(1)
+    found = [train_share(model, shares) for shares in splits]
+    if os.environ.get("RANK") == "0":
+        out.write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
