@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
@@ -107,7 +106,6 @@ class BufferService:
         self._farewells: set[str] = set()
         self._links_bad = 0
         self._endpoints = endpoints
-        self._asked_in_vain: Counter[int] = Counter()
         settings = LinkSettings.from_config(config.links)
         self.actors = Server(
             endpoints.actors, name="buffer", receives=ActorToBuffer, handler=self._from_actor, settings=settings
@@ -309,43 +307,36 @@ class BufferService:
             return batch
 
         batch: Message | None = await self._until(made, timeout_s=request.wait_s)
-        if batch is not None:
-            return batch
-        self._recover(request.version)
-        return NotYet(waiting_for=self.state.waiting_for(request, self._clock()))
+        return batch or NotYet(waiting_for=self.state.waiting_for(request, self._clock()))
 
     async def _eval_result(self, query: EvalQuery) -> EvalResult:
-        """Waits for: the evaluation's last tree.  Unblocked by: actors closing trees, lost leases being given up."""
+        """Waits for: the evaluation's last tree.  Unblocked by: actors closing trees, lost leases being given up.
+
+        Raises:
+            BadMessage: no such evaluation, so that the learner asks for it again after this buffer was restarted.
+        """
+        evaluation = self.state.ledger.evaluations.get(query.step)
+        if evaluation is None:
+            raise BadMessage(f"no evaluation of step {query.step} is known here; the buffer may have restarted")
 
         def done() -> EvalResult | None:
             result = self.state.eval_result(query.step)
             return result if result.done else None
 
         result: EvalResult | None = await self._until(done, timeout_s=query.wait_s)
-        if result is None and query.step not in self.state.ledger.evaluations:
-            self._asked_in_vain[query.step] += 1
-            # Once may be a query that overtook its request; again is a request that an earlier buffer had.
-            if self._asked_in_vain[query.step] > 1:
-                self._recover(self.state.version)
-                tasks, version = self._config.eval.num_tasks, self.state.ledger.published or 0
-                self.state.evaluate(
-                    EvalRequest(run=self._run, step=query.step, version=version, num_tasks=tasks, blocking=True)
+        if result is None and self.state.ledger.published is None:
+            # The learner waits for what it asked for after its publication, which an earlier buffer heard of: without
+            # this it would wait for trees, and the trees for a publication that comes after them.
+            self.state.publish(
+                VersionPublished(
+                    run=self._run,
+                    version=evaluation.version,
+                    weights_endpoint=self._endpoints.weights,
+                    announce_endpoint=self._endpoints.announce,
                 )
-                self._notify()
-        return result or self.state.eval_result(query.step)
-
-    def _recover(self, version: int) -> None:
-        """The learner, at ``version`` or later, waits, and nothing is known to be published: this buffer was restarted.
-
-        Without this the learner would wait for trees, and the trees for a publication that comes after them.
-        """
-        if self.state.ledger.published is None:
-            self.state.assume_published(
-                version,
-                weights_endpoint=self._endpoints.weights,
-                announce_endpoint=self._endpoints.announce,
             )
             self._notify()
+        return result or self.state.eval_result(query.step)
 
     # --- files -------------------------------------------------------------------------------------------------
 

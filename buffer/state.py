@@ -339,17 +339,6 @@ class BufferState:
         self.weights_endpoint, self.announce_endpoint = message.weights_endpoint, message.announce_endpoint
         self.pool.advance(self.version)
 
-    def assume_published(self, version: int, *, weights_endpoint: str, announce_endpoint: str) -> None:
-        """A learner at ``version`` asks a buffer that knows of no publication: the buffer was restarted, and what was
-        published before is at most publish_every - 1 versions behind."""
-        least = max(version - (self._config.staleness.publish_every - 1), 0)
-        log.info("this buffer was restarted: taking version %d for published", least)
-        self.publish(
-            VersionPublished(
-                run=self._run, version=least, weights_endpoint=weights_endpoint, announce_endpoint=announce_endpoint
-            )
-        )
-
     def sample(self, request: SampleRequest, now: float) -> Batch | None:
         """This rank's share of the batch of ``request.step``; None while there is not enough for one.
 

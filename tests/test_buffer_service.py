@@ -567,24 +567,20 @@ def test_a_damaged_cursor_is_an_error_that_names_the_file(tmp_path: Path) -> Non
         CursorFile(file).begin()
 
 
-async def test_a_buffer_restarted_in_mid_run_goes_on_though_nobody_publishes_again() -> None:
+async def test_an_unknown_evaluation_is_refused_so_that_the_learner_asks_for_it_again(peers: Peers) -> None:
+    answer = await peers.learner.request(EvalQuery(run="r", step=20, wait_s=0.0), timeout_s=SOON_S)
+    assert isinstance(answer, Refused)
+    assert "no evaluation of step 20" in answer.reason
+
+
+async def test_a_buffer_restarted_during_an_evaluation_does_it_though_nobody_publishes_again() -> None:
     async with running(endpoints=Endpoints(LOOPBACK.actors, LOOPBACK.learner, "tcp://w:2", "tcp://n:2")) as peers:
-        answer = await peers.learner.request(ask(step=40, version=41, wait_s=0.0), timeout_s=SOON_S)
-        assert isinstance(answer, NotYet)
-        (lease,) = await peers.leases(1)
-        assert lease.min_version == 40
+        await peers.tell(EvalRequest(run="r", step=20, version=17, num_tasks=1, blocking=True))
+        await peers.learner.request(EvalQuery(run="r", step=20, wait_s=0.0), timeout_s=SOON_S)
+        assert [(lease.kind, lease.min_version) for lease in await peers.leases(1)] == [("eval", 17)]
         welcome = await peers.actor.request(hello(peers.config), timeout_s=SOON_S)
         assert isinstance(welcome, Welcome)
         assert welcome.weights_endpoint == "tcp://w:2"
-
-
-async def test_a_buffer_restarted_during_an_evaluation_begins_it_again() -> None:
-    async with running() as peers:
-        query = EvalQuery(run="r", step=20, wait_s=0.0)
-        await peers.learner.request(query, timeout_s=SOON_S)
-        assert await peers.leases(1) == ()
-        await peers.learner.request(query, timeout_s=SOON_S)
-        assert [lease.kind for lease in await peers.leases(1)] == ["eval"]
 
 
 async def test_at_the_runs_end_the_actors_are_told_and_the_buffer_ends() -> None:
