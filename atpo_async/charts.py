@@ -89,7 +89,7 @@ def line_chart(lines: Sequence[Line], axes: Axes) -> str:
         )
     for line in drawn:
         parts.append(_line(line, frame))
-    parts.append(legend([(line.name, line.color) for line in drawn if line.name], axes.width))
+    parts.append(legend([(line.name, line.color, line.opacity) for line in drawn if line.name], axes.width))
     return svg(axes.width, axes.height, "".join(parts))
 
 
@@ -111,11 +111,11 @@ def heat_map(cells: Mapping[tuple[int, int], float], axes: Axes, *, columns: Seq
                 f"turns at lag {row}</title></rect>"
             )
     key = "".join(
-        f'<rect x="{axes.width - 190 + 22 * i}" y="10" width="22" height="10" fill="{BLUE}" '
+        f'<rect x="{axes.width - 226 + 22 * i}" y="10" width="22" height="10" fill="{BLUE}" '
         f'fill-opacity="{0.08 + 0.92 * i / 4:.2f}"/>'
         for i in range(5)
     )
-    key += text(axes.width - 196, 19, "0 %", anchor="end") + text(axes.width - 74, 19, "100 % of a step")
+    key += text(axes.width - 232, 19, "0 %", anchor="end") + text(axes.width - 110, 19, "100 % of a step")
     return svg(axes.width, axes.height, frame.grid() + "".join(parts) + key)
 
 
@@ -139,7 +139,7 @@ def bars(rows: Sequence[tuple[str, Sequence[tuple[str, float, str]]]], *, width:
             if wide > 40:
                 parts.append(text(x + wide / 2, y + 17, f"{share:.0%}", anchor="middle", color="#ffffff", size=12))
             x += wide
-    parts.append(legend(list(names.items()), width))
+    parts.append(legend([(name, color, 1.0) for name, color in names.items()], width))
     return svg(width, height, "".join(parts))
 
 
@@ -165,11 +165,15 @@ def text(
     )
 
 
-def legend(entries: Sequence[tuple[str, str]], width: int) -> str:
+def legend(entries: Sequence[tuple[str, str, float]], width: int) -> str:
+    """(name, colour, opacity) along the top."""
     parts = []
     x = float(LEFT)
-    for name, color in entries:
-        parts.append(f'<rect x="{x:.1f}" y="11" width="12" height="8" rx="2" fill="{color}"/>' + text(x + 17, 19, name))
+    for name, color, opacity in entries:
+        parts.append(
+            f'<rect x="{x:.1f}" y="11" width="12" height="8" rx="2" fill="{color}" fill-opacity="{opacity:g}"/>'
+            + text(x + 17, 19, name)
+        )
         x += 17 + 6.4 * len(name) + 18
         if x > width - 60:
             break

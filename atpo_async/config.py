@@ -12,7 +12,7 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -440,7 +440,15 @@ def _put(data: dict[str, Any], dotted: str, text: str) -> None:
         here = here.setdefault(part, {})
         if not isinstance(here, dict):
             raise ConfigError(f"option --{dotted}: {part} is a value, not a section")
-    here[leaf] = parse_value(text)
+    value = parse_value(text)
+    if value is None and not _may_be_none(dotted):
+        value = text  # "none" is a word of search.strategy and correction.action
+    here[leaf] = value
+
+
+def _may_be_none(dotted: str) -> bool:
+    info = fields().get(dotted)
+    return info is not None and type(None) in get_args(info.annotation)
 
 
 def parse_value(text: str) -> Any:
@@ -471,7 +479,7 @@ def _fault(error: Any, source: str) -> str:
     }
     if kind in bounds:
         key, sign = bounds[kind]
-        return f"{path} must be {sign} {error['ctx'][key]}, got {value!r}"
+        return f"{path} must be {sign} {error['ctx'][key]:g}, got {value!r}"
     if kind == "literal_error":
         return f"{path} must be one of {error['ctx']['expected']}, got {value!r}"
     return f"{path}: {error['msg']}, got {value!r}"

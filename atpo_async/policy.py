@@ -75,10 +75,11 @@ def latest_policy(rundir: RunDir) -> Iterator[tuple[Path, str]]:
     """
     exported = rundir.path / "model"
     whole = [path for path in list_checkpoints(rundir) if (path / "model.safetensors").is_file()]
+    newest = whole[-1].stat().st_mtime if whole else 0.0
+    if is_there(exported) and (exported / "config.json").stat().st_mtime >= newest:
+        yield exported, str(exported)
+        return
     if not whole:
-        if is_there(exported):
-            yield exported, str(exported)
-            return
         raise SetupError(f"run {rundir.path} has no checkpoint yet (learner.checkpoint_every); train it first")
     with tempfile.TemporaryDirectory(prefix="atpo-policy-") as folder:
         yield assemble(Path(rundir.config.model.path), whole[-1], Path(folder)), str(whole[-1])

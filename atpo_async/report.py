@@ -106,7 +106,9 @@ def facts(rundir: RunDir, records: Sequence[Record] | None = None) -> Facts:
     records = list(read_metrics(rundir.metrics_path)) if records is None else records
     if not records:
         raise SetupError(f"run {rundir.path} has no metrics yet: nothing to report")
-    began, ended = min(r.time for r in records), max(r.time for r in records)
+    # The supervisor measures memory from the first second on, long before there is anything to learn from.
+    began = min((r.time for r in records if r.source != "supervisor"), default=records[0].time)
+    ended = max(r.time for r in records)
     leases = [s.value for s in series(records, "time/first_lease") if s.value > 1e9]
     origin = min(leases) if leases else began
     success = by_step(series(records, "train/success"))
@@ -139,7 +141,7 @@ def facts(rundir: RunDir, records: Sequence[Record] | None = None) -> Facts:
         lag_mean=_mean(s.value for s in series(records, "lag/mean")),
         lag_max=max(lag_max, default=None),
         multi_version_share=_mean(s.value for s in series(records, "turns/multi_version_share")),
-        learner_wait_share=wait_share(records, "time/learner_wait_s"),
+        learner_wait_share=wait_share(records, "time/learner_wait_s", "time/between_steps_s"),
         actor_wait_share=wait_share(records, "time/actor_wait_s", "time/actor_interval_s"),
         probe_error=max(probe, default=None),
         memory_mb=memory,
@@ -260,7 +262,8 @@ def _header(rundir: RunDir, found: Facts) -> str:
         (
             "objective",
             f"{config.objective.ratio_level} ratio, clip {config.objective.clip_low:g} / "
-            f"{config.objective.clip_high:g}; {config.correction.level} importance weights, {config.correction.action} at {config.correction.cap:g}",
+            f"{config.objective.clip_high:g}; "
+            f"{config.correction.level} importance weights, {config.correction.action} at {config.correction.cap:g}",
         ),
         (
             "learner",
@@ -373,11 +376,11 @@ def _shares(records: Sequence[Record]) -> tuple[str, str]:
         learner = source == "learner"
         wait_name = "time/learner_wait_s" if learner else "time/actor_wait_s"
         parts: tuple[tuple[str, str, str], ...] = (
-            (("waiting for data", wait_name, GREY), ("publishing weights", "weights/publish_s", TEAL))
+            (("waiting", wait_name, GREY), ("handling weights", "weights/publish_s", TEAL))
             if learner
-            else (("waiting for room", wait_name, GREY), ("swapping weights", "weights/swap_s", TEAL))
+            else (("waiting", wait_name, GREY), ("handling weights", "weights/swap_s", TEAL))
         )
-        covered = _covered(own, "" if learner else "time/actor_interval_s", wait_name)
+        covered = _covered(own, "time/between_steps_s" if learner else "time/actor_interval_s", wait_name)
         if covered <= 0:
             continue
         shares = []
@@ -392,7 +395,8 @@ def _shares(records: Sequence[Record]) -> tuple[str, str]:
         return charts.nothing(Axes(x_label="", y_label="")), "Where the time went: nothing recorded."
     return (
         charts.bars(rows),
-        "Shares of each role's time: the learner waits when generation is the bottleneck, the actors when training is.",
+        "Shares of each role's time.  The learner waits for data when generation is the bottleneck, the actors for "
+        "room when training is; weights are published by the one and swapped in by the others.",
     )
 
 

@@ -207,13 +207,20 @@ def _turn(turn: TreeTurn, x: float, y: float, low: float, high: float) -> str:
     versions = "→".join(f"v{v}" for v in turn.versions)
     figures = f"H {turn.entropy:.2f}"
     if turn.value is not None:
-        figures += f"   V {turn.value:+.2f}"
+        figures += f" · V {turn.value:+.2f}"
     if versions:
-        figures += f"   {versions}"
+        figures += f" · {versions}"
     hint = (
         f"turn {turn.id}, round {turn.round}\nobservation: {turn.observation or '–'}\naction: {turn.action}\n{figures}"
     )
-    box = _box(x, y, _color(share), "#8794a1" if turn.round == 0 else INK, [_cut(turn.action), figures], hint)
+    box = _box(
+        x,
+        y,
+        _color(share),
+        "#8794a1" if turn.round == 0 else INK,
+        [_cut(turn.action, 27 if turn.reward is None else 22), figures],
+        hint,
+    )
     # Entropy as a bar along the foot of the box: 2 nats fill it.
     bar = min(1.0, turn.entropy / 2.0) * (BOX_WIDTH - 12)
     box += f'<rect x="{x + 6:.1f}" y="{y + BOX_HEIGHT - 7:.1f}" width="{bar:.1f}" height="3" rx="1.5" fill="{PURPLE}"/>'

@@ -1,0 +1,432 @@
+"""The command line: what a user gets, and one clear line for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from atpo_async import cli, doctor, processes
+from atpo_async.config import Config, build, load
+from atpo_async.errors import SetupError
+from atpo_async.policy import assemble, with_policy_path
+from atpo_async.role import EXIT_FAILURE, EXIT_USER, parse_address
+from atpo_async.rundir import Endpoints, RunDir
+from atpo_async.supervisor import RoleSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = str(ROOT / "configs" / "demo.toml")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with a model in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return tmp_path
+
+
+def config_file(folder: Path, text: str = "") -> str:
+    path = folder / "c.toml"
+    path.write_text(f'[model]\npath = "model"\n{text}', encoding="utf-8")
+    return str(path)
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr, without its prefix."""
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert err.count("\n") == 1
+    return err.removeprefix("error: ").strip()
+
+
+def files(folder: Path) -> set[str]:
+    return {p.name for p in folder.rglob("*")} - {"model", "config.json", "c.toml"}
+
+
+# --- bad input: one line, exit code 2, nothing written ----------------------------------------------------------
+
+
+def test_an_unknown_option_is_named_with_near_ones(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", config_file(folder), "--learner.learning_rate", "1"]) == 2
+    assert said(capsys).startswith("--learner.learning_rate: unknown option; did you mean --learner.")
+    assert files(folder) == set()
+
+
+def test_an_unknown_key_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", config_file(folder, "[learner]\nlrr = 1\n")]) == 2
+    assert said(capsys).startswith("learner.lrr: unknown key (value 1)")
+
+
+def test_a_contradiction_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", config_file(folder), "--correction.action", "none"]) == 2
+    assert "--correction.accept_bias true" in said(capsys)
+    assert files(folder) == set()
+
+
+def test_a_missing_configuration_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "nowhere.toml"]) == 2
+    assert said(capsys).startswith("configuration nowhere.toml does not exist")
+
+
+@pytest.mark.parametrize("path", ["", "no/such/folder", "./none"])
+def test_a_missing_model_folder_is_named(folder: Path, capsys: pytest.CaptureFixture[str], path: str) -> None:
+    assert cli.main(["train", config_file(folder), f"--model.path={path}", "--actor.engine", "transformers"]) == 2
+    line = said(capsys)
+    assert (path or "model.path is empty") in line
+    assert "--model.warm_start true" in line
+    assert files(folder) == set()
+
+
+def test_a_port_in_use_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["train", config_file(folder), f"--links.actors_port={port}"]) == 2
+    assert said(capsys).startswith(f"links.actors_port = {port} is in use")
+    assert files(folder) == set()
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    """As if ``modules`` were not installed."""
+
+    class Blocker:
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name.partition(".")[0] in modules:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for module in [m for m in sys.modules if m.partition(".")[0] in modules]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "meta_path", [Blocker(), *sys.meta_path])
+
+
+def test_vllm_asked_for_and_missing_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(monkeypatch, "vllm")
+    assert cli.main(["train", config_file(folder), "--actor.engine", "vllm"]) == 2
+    line = said(capsys)
+    assert line.startswith("actor.engine = 'vllm', but vLLM is not installed here")
+    assert "--actor.engine transformers" in line
+    assert files(folder) == set()
+
+
+def test_without_vllm_the_other_engine_is_taken_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "vllm")
+    assert doctor.engine_of(Config()) == (
+        "transformers",
+        "actor.engine = 'auto', and vLLM is not installed: slower, the same results",
+    )
+
+
+@pytest.mark.parametrize("role", ["actor", "learner"])
+def test_a_gpu_asked_for_and_absent_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    monkeypatch.setattr(doctor, "no_cuda_because", lambda: "no NVIDIA driver is here")
+    assert cli.main(["train", config_file(folder), f"--{role}.device", "cuda", "--actor.engine", "transformers"]) == 2
+    assert said(capsys).startswith(f"{role}.device = 'cuda', but no NVIDIA driver is here; set --{role}.device cpu")
+    assert files(folder) == set()
+
+
+def test_a_gpu_that_the_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "no_cuda_because", lambda: None)
+    monkeypatch.setattr(doctor, "cuda_devices", lambda: 2)
+    with pytest.raises(SetupError, match=r"^actor\.gpus names GPU 2, but this machine has 2 \(0 to 1\)"):
+        doctor.check_machine(build({"actor": {"gpus": [2], "engine": "transformers"}}))
+
+
+def test_a_run_of_another_configuration_is_refused_and_left_as_it_was(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config_file(folder, '[actor]\nengine = "transformers"\n')
+    run = RunDir.create(load(path))
+    before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+    assert cli.main(["train", path, "--learner.lr", "0.5"]) == 2
+    assert "learner.lr was 1e-06, is 0.5" in said(capsys)
+    assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_in_use_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = config_file(folder, '[actor]\nengine = "transformers"\n')
+    with RunDir.create(load(path)).locked():
+        assert cli.main(["train", path]) == 2
+    assert f"is in use by process {os.getpid()}" in said(capsys)
+
+
+def test_a_missing_accelerate_configuration_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", config_file(folder), "--learner.accelerate_config", "none.yaml", "--actor.engine", "transformers"]
+    assert cli.main(words) == 2
+    assert said(capsys).startswith("learner.accelerate_config = 'none.yaml' is no file")
+
+
+def test_a_traceback_comes_only_with_debug(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "nowhere.toml", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.strip().splitlines()[-1].startswith("error: configuration nowhere.toml does not exist")
+
+
+def test_a_wrong_address_to_join_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["actor", config_file(folder), "--join", "host", "--actor.engine", "transformers"]) == 2
+    assert said(capsys) == "--join host: neither a run folder nor HOST:PORT"
+    assert cli.main(["learner", config_file(folder), "--join", "host:5000"]) == 2
+    assert "a learner shares files with the run" in said(capsys)
+
+
+def test_addresses_are_read_with_and_without_their_scheme() -> None:
+    assert parse_address("tcp://h:1") == parse_address("h:1") == "tcp://h:1"
+
+
+def test_evaluating_what_is_neither_run_nor_model_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["eval", "nothing"]) == 2
+    assert said(capsys) == "nothing is neither a run folder (run.json) nor a model folder (config.json)"
+
+
+def test_a_run_without_metrics_has_no_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir.create(load(config_file(folder)))
+    assert cli.main(["report", str(run.path)]) == 2
+    assert "has no metrics yet" in said(capsys)
+
+
+# --- what works -------------------------------------------------------------------------------------------------
+
+
+def test_the_resolved_configuration_and_the_table_of_knobs_are_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["config", DEMO, "--staleness.max_lag=3"]) == 0
+    out = capsys.readouterr().out
+    assert "max_lag = 3  # " in out
+    for words in ("staleness.max_lag", "correction.cap", "trees pending", "asynchronous"):
+        assert words in out
+
+
+def test_the_doctor_names_what_is_missing_and_how_to_get_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "no_cuda_because", lambda: "no NVIDIA driver is here")
+    without(monkeypatch, "zmq")
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"missing\s+pyzmq\s+not installed", out)
+    assert "missing: pyzmq" in out
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    code = textwrap.dedent("""
+        import sys
+        from atpo_async.cli import main
+        assert main(["version"]) == 0
+        heavy = {"torch", "zmq", "vllm", "transformers", "pydantic", "rich", "numpy"} & set(sys.modules)
+        assert not heavy, heavy
+    """)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.startswith("atpo-async ")
+
+
+def test_the_demo_takes_a_new_run_each_time(folder: Path) -> None:
+    assert cli.free_name(folder / "runs", "demo-1") == "demo-1-1"
+    (folder / "runs" / "demo-1-1").mkdir(parents=True)
+    assert cli.free_name(folder / "runs", "demo-1") == "demo-1-2"
+
+
+def test_the_policy_of_a_warm_start_is_found_by_what_it_follows_from() -> None:
+    config = load(DEMO)
+    path = with_policy_path(config).model.path
+    assert re.fullmatch(r"models/hopqa-[0-9a-f]{10}", path)
+    assert with_policy_path(load(DEMO, {"learner.lr": "1e-3"})).model.path == path
+    assert with_policy_path(load(DEMO, {"model.warm_start_steps": "10"})).model.path != path
+    assert with_policy_path(load(DEMO, {"model.path": "mine"})).model.path == "mine"
+
+
+def test_a_checkpoint_becomes_a_model_folder_with_the_names_that_engines_know(tmp_path: Path) -> None:
+    source, checkpoint, target = (tmp_path / name for name in ("source", "step-000001-v000002", "target"))
+    for path in (source, checkpoint, target):
+        path.mkdir()
+    (source / "config.json").write_text("{}")
+    (source / "tokenizer.json").write_text("{}")
+    (source / "model.safetensors").write_text("the old weights")
+    header = json.dumps({"hf.model.w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    data = struct.pack("<2f", 1.0, 2.0)
+    (checkpoint / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+    assemble(source, checkpoint, target)
+    load_file = pytest.importorskip("safetensors.numpy").load_file
+    tensors = load_file(target / "model.safetensors")
+    assert {name: list(values) for name, values in tensors.items()} == {"model.w": [1.0, 2.0]}
+    assert sorted(p.name for p in target.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+SCRIPTED = """
+import json, os, sys, time
+from pathlib import Path
+from atpo_async.metrics import MetricsWriter
+run = Path({run!r})
+with MetricsWriter(run / "metrics.jsonl", source="learner") as writer:
+    for step in range(1, 6):
+        writer.write(step=step, version=step, metrics={{"train/success": 0.2 * step, "train/loss": 0.1}})
+"""
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, learner: str) -> None:
+    def specs(config: Config, rundir: Path, **_: object) -> list[RoleSpec]:
+        code = learner.format(run=str(rundir))
+        return [RoleSpec(name="learner", argv=(sys.executable, "-c", code), ends_run=True)]
+
+    monkeypatch.setattr("atpo_async.supervisor.role_specs", specs)
+
+
+def test_a_run_goes_to_its_end_and_names_its_report(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, SCRIPTED)
+    path = config_file(folder, '[actor]\nengine = "transformers"\n[run]\nsteps = 5\n')
+    assert cli.main(["train", path]) == 0
+    out = capsys.readouterr().out
+    assert "engine transformers: actor.engine = 'transformers'" in out
+    assert "step 5/5" in out
+    assert out.strip().splitlines()[-1] == "report: runs/run/report.html"
+    assert (folder / "runs" / "run" / "report.html").is_file()
+    assert len(json.loads((folder / "runs" / "run" / "endpoints.json").read_text())) == 4
+    assert cli.main(["train", path]) == 0
+    assert "goes on" in capsys.readouterr().out
+
+
+def test_a_role_that_crashes_too_often_ends_the_run_with_exit_code_one(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, "print('out of paper'); raise SystemExit(1)")
+    path = config_file(folder, '[actor]\nengine = "transformers"\n[supervisor]\nmax_restarts = 0\n')
+    assert cli.main(["train", path]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: learner crashed 1 times within 300 s")
+    assert "  | out of paper" in err
+    assert "Traceback" not in err
+
+
+def test_an_error_that_only_the_user_can_mend_ends_the_run_with_exit_code_two(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, "print('error: tokenizer lacks <end>'); raise SystemExit(2)")
+    assert cli.main(["train", config_file(folder, '[actor]\nengine = "transformers"\n')]) == 2
+    assert said(capsys).startswith("learner: tokenizer lacks <end>")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_ctrl_c_leaves_no_process_and_says_how_to_go_on(folder: Path) -> None:
+    path = config_file(folder, '[actor]\nengine = "transformers"\n')
+    code = textwrap.dedent(f"""
+        import sys
+        from atpo_async import cli, supervisor
+        sleeper = supervisor.RoleSpec(
+            name="learner",
+            argv=(sys.executable, "-c", "print('ready', flush=True); import time; time.sleep(1000)"), ends_run=True)
+        supervisor.role_specs = lambda *a, **k: [sleeper]
+        sys.exit(cli.main(["train", {path!r}]))
+    """)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
+    )
+    log = folder / "runs" / "run" / "logs" / "learner.0.log"
+    try:
+        while process.poll() is None and not (log.exists() and "ready" in log.read_text()):
+            with_deadline(process)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert f"The run goes on with:  atpo train {path}" in out
+    run_id = RunDir.open(folder / "runs" / "run").run_id
+    assert processes.marked(f"{run_id}/learner/0") == []
+
+
+def with_deadline(process: subprocess.Popen[str]) -> None:
+    try:
+        process.wait(timeout=0.05)
+    except subprocess.TimeoutExpired:
+        return
+
+
+# --- the frame of a role's process ------------------------------------------------------------------------------
+
+ROLE = """
+import sys
+from atpo_async import errors, role
+
+async def main(context):
+    {body}
+
+role.run("actor", main, {argv!r})
+"""
+
+
+def run_role(body: str, argv: Sequence[str], **env: str) -> subprocess.CompletedProcess[str]:
+    code = ROLE.format(body=body, argv=list(argv))
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, **env}, check=False
+    )
+
+
+def joined(folder: Path) -> list[str]:
+    return ["--config", config_file(folder), "--join", "localhost:5000"]
+
+
+def test_an_actor_joins_by_address_without_the_runs_folder(folder: Path) -> None:
+    body = "print(context.endpoints.actors, context.rundir, repr(context.run_id), context.name != 'actor-0')"
+    result = run_role(body, joined(folder))
+    assert (result.returncode, result.stdout) == (0, "tcp://localhost:5000 None '' True\n")
+
+
+def test_a_role_says_an_error_in_one_line_and_shows_a_traceback_only_with_debug(folder: Path) -> None:
+    body = "raise errors.SetupError('no tokenizer here')"
+    plain = run_role(body, joined(folder))
+    assert (plain.returncode, plain.stderr) == (2, "error: no tokenizer here\n")
+    assert "Traceback" in run_role(body, [*joined(folder), "--debug"]).stderr
+
+
+def test_an_error_out_of_a_task_group_is_one_line_too(folder: Path) -> None:
+    body = "raise ExceptionGroup('tasks', [ExceptionGroup('more', [errors.SetupError('no tokenizer here')])])"
+    result = run_role(body, joined(folder))
+    assert (result.returncode, result.stderr) == (2, "error: no tokenizer here\n")
+
+
+def test_a_crash_shows_its_traceback_and_has_another_exit_code(folder: Path) -> None:
+    result = run_role("raise RuntimeError('boom')", joined(folder))
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1] == "error: RuntimeError: boom"
+
+
+@pytest.mark.parametrize(("error", "code"), [("SetupError", EXIT_USER), ("PeerLost", EXIT_FAILURE)])
+def test_the_supervisor_learns_whether_another_attempt_may_help(folder: Path, error: str, code: int) -> None:
+    file = folder / "said"
+    env = {"ATPO_SUPERVISOR_PID": str(os.getpid()), "ATPO_ERROR_FILE": str(file)}
+    result = run_role(f"raise errors.{error}('tcp://x:1')", joined(folder), **env)
+    assert result.returncode == code
+    assert json.loads(file.read_text()) == {"code": code, "error": "tcp://x:1"}
+
+
+def test_a_role_in_a_run_folder_takes_its_configuration_from_there(folder: Path) -> None:
+    run = RunDir.create(load(config_file(folder)))
+    refused = run_role("pass", [str(run.path)])
+    assert refused.returncode == 2
+    assert "start the buffer first" in refused.stderr
+    run.write_endpoints(Endpoints("tcp://h:1", "tcp://h:2", "tcp://h:3", "tcp://h:4"))
+    body = "print(context.name, context.index, context.run_id, context.config.actor.count)"
+    result = run_role(body, [str(run.path), "--index", "3", "--actor.count", "7"])
+    assert result.stdout == f"actor-3 3 {run.run_id} 7\n"
+    other = run_role(body, [str(run.path), "--learner.lr", "0.5"])
+    assert other.returncode == 2
+    assert "learner.lr was 1e-06, is 0.5" in other.stderr

@@ -1,0 +1,158 @@
+"""Configuration: what is refused, with which words, and what is derived."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atpo_async import config as configuration
+from atpo_async.config import Config, build, load, parse_value, split_options, to_toml
+from atpo_async.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "c.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_configurations_that_come_with_the_project_load() -> None:
+    demo = load(ROOT / "configs" / "demo.toml")
+    assert (demo.search.initial_rollouts, demo.search.branches, demo.search.rounds) == (8, 4, 1)
+    assert demo.search.max_leaves == 12
+    big = load(ROOT / "configs" / "qwen3_4b_8gpu.toml")
+    assert big.actor.engine == "vllm"
+    assert big.learner.num_processes == len(big.learner.gpus)
+    assert (ROOT / str(big.learner.accelerate_config)).is_file()
+
+
+def test_an_unknown_key_is_refused_with_its_path_and_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"learner\.lrr: unknown key \(value 0\.1\).*known in \[learner\]: lr, "):
+        load(write(tmp_path, "[learner]\nlrr = 0.1\n"))
+
+
+def test_an_unknown_section_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"lerner: unknown key.*known in the file: run, model"):
+        load(write(tmp_path, "[lerner]\nlr = 0.1\n"))
+
+
+def test_a_value_out_of_range_is_refused_with_its_path_bound_and_value(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^staleness\.max_lag must be >= 0, got -1$"):
+        load(write(tmp_path, "[staleness]\nmax_lag = -1\n"))
+
+
+def test_every_fault_is_said_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        build({"learner": {"lr": 0}, "search": {"strategy": "best"}})
+    first, second = sorted(str(caught.value).splitlines())
+    assert first == "learner.lr must be > 0, got 0"
+    assert second.startswith("search.strategy must be one of 'entropy', 'random' or 'none', got 'best'")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"staleness": {"max_lag": 1, "publish_every": 4}}, "staleness.max_lag = 1 cannot hold with"),
+        ({"correction": {"action": "none"}}, "--correction.accept_bias true"),
+        ({"learner": {"minibatches": 17}}, "learner.minibatches = 17 exceeds staleness.trees_per_batch = 16"),
+        ({"search": {"initial_rollouts": 1, "rounds": 0}}, "search.initial_rollouts = 1"),
+        ({"search": {"max_action_tokens": 512}}, "must be below model.max_context_tokens"),
+        ({"links": {"actors_port": 7000, "weights_port": 7000}}, "links.actors_port and links.weights_port are both"),
+        ({"learner": {"gpus": [0, 1]}}, "learner.gpus names 2 GPUs for learner.num_processes = 1"),
+        ({"actor": {"gpus": [0], "tensor_parallel_size": 2}}, "actor.gpus names 1 GPUs"),
+        ({"actor": {"gpus": [0]}, "learner": {"gpus": [0]}}, "both name GPU 0"),
+        ({"actor": {"gpus": [0], "device": "cpu"}}, "actor.device = 'cpu' contradicts actor.gpus = [0]"),
+    ],
+)
+def test_a_contradiction_is_refused_naming_both_sides(data: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(data)
+    assert words in str(caught.value)
+
+
+def test_a_missing_file_a_folder_and_bad_toml_are_each_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.toml does not exist; configs/demo\.toml is one to start from"):
+        load(tmp_path / "nowhere.toml")
+    with pytest.raises(ConfigError, match="is a folder; name a TOML file"):
+        load(tmp_path)
+    with pytest.raises(ConfigError, match="is no valid TOML"):
+        load(write(tmp_path, "[run\n"))
+
+
+def test_dotted_options_go_on_top_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "[learner]\nlr = 0.1\n")
+    config = load(path, {"learner.lr": "1e-5", "run.name": "x", "objective.dual_clip": "none", "actor.gpus": "[0]"})
+    assert config.learner.lr == 1e-5
+    assert config.run.name == "x"
+    assert config.objective.dual_clip is None
+    assert config.actor.gpus == (0,)
+
+
+def test_none_is_a_word_where_the_field_has_that_word(tmp_path: Path) -> None:
+    config = load(write(tmp_path, ""), {"search.strategy": "none", "learner.num_threads": "none"})
+    assert config.search.strategy == "none"
+    assert config.learner.num_threads is None
+
+
+def test_both_spellings_of_an_option_are_taken_out_of_the_command_line() -> None:
+    rest, options = split_options(
+        ["train", "c.toml", "--learner.lr", "1e-5", "--staleness.max_lag=0", "--model.warm_start", "--debug"]
+    )
+    assert rest == ["train", "c.toml", "--debug"]
+    assert options == {"learner.lr": "1e-5", "staleness.max_lag": "0", "model.warm_start": "true"}
+
+
+def test_a_negative_number_is_a_value_and_not_an_option() -> None:
+    assert split_options(["--learner.lr", "-1"]) == ([], {"learner.lr": "-1"})
+
+
+def test_options_of_an_environment_are_free() -> None:
+    assert split_options(["--environment.options.hops", "2"])[1] == {"environment.options.hops": "2"}
+
+
+def test_an_unknown_option_is_refused_with_near_ones() -> None:
+    with pytest.raises(ConfigError, match=r"--learner\.lerning_rate: unknown option"):
+        split_options(["--learner.lerning_rate", "1"])
+    with pytest.raises(ConfigError, match=r"did you mean .*--staleness\.max_lag"):
+        split_options(["--staleness.maxlag", "1"])
+    with pytest.raises(ConfigError, match=r"did you mean .*--staleness\.max_lag"):
+        split_options(["--buffer.max_lag", "1"])  # the right field in the wrong section
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1", 1), ("1e-5", 1e-5), ("true", True), ("True", True), ("none", None), ("abc", "abc"), ("[1, 2]", [1, 2])],
+)
+def test_values_are_read_as_toml_or_taken_as_text(text: str, value: object) -> None:
+    assert parse_value(text) == value
+
+
+def test_admission_follows_from_the_knobs() -> None:
+    config = build({"staleness": {"max_lag": 3, "trees_per_batch": 16, "max_uses": 2}})
+    assert config.staleness.max_trees_pending == 32
+    assert ("trees pending", 32) in [(name, value) for name, value, _ in configuration.derived_bounds(config)]
+
+
+def test_every_staleness_knob_is_a_field() -> None:
+    for name, _ in configuration.STALENESS_KNOBS:
+        configuration.get(Config(), name)
+
+
+def test_the_resolved_configuration_as_toml_and_as_json_loads_to_the_same(tmp_path: Path) -> None:
+    config = load(ROOT / "configs" / "demo.toml", {"run.name": 'x"'[:1], "environment.options.hops": "2"})
+    assert load(write(tmp_path, to_toml(config))) == config
+    as_json = tmp_path / "config.json"
+    as_json.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
+    assert load(as_json) == config
+
+
+@given(st.lists(st.sampled_from(["train", "c.toml", "--debug", "-x", "--join", "a:1"])))
+def test_words_without_a_dot_pass_through_untouched(words: list[str]) -> None:
+    words = [word for word in words if word != "c.toml"]
+    assert split_options(words) == (words, {})

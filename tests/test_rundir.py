@@ -1,0 +1,169 @@
+"""The run folder: complete or not there, opened again with the same configuration, versions never twice."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from atpo_async.config import Config, build
+from atpo_async.errors import ConfigError, RunMismatch, SetupError
+from atpo_async.rundir import Endpoints, RunDir, host_id, write_atomic
+
+
+def config_in(folder: Path, **sections: dict[str, object]) -> Config:
+    run: dict[str, object] = {"dir": str(folder), "name": "r", **sections.pop("run", {})}
+    return build({"run": run, **sections})
+
+
+def test_a_new_run_has_its_parts_and_an_id(tmp_path: Path) -> None:
+    run = RunDir.create(config_in(tmp_path))
+    assert run.run_id.startswith("r-")
+    assert sorted(p.name for p in run.path.iterdir()) == [
+        "checkpoints", "config.json", "logs", "run.json", "versions.json",
+    ]  # fmt: skip
+    assert RunDir.open(run.path).config == run.config
+
+
+def test_latest_is_the_run_started_last(tmp_path: Path) -> None:
+    RunDir.create(config_in(tmp_path))
+    second = RunDir.create(config_in(tmp_path, run={"name": "s"}))
+    assert RunDir.open(tmp_path / "latest").run_id == second.run_id
+    first = RunDir.create(config_in(tmp_path))
+    assert RunDir.open(tmp_path / "latest").run_id == first.run_id
+
+
+def test_latest_may_be_a_file_where_links_are_not_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    run = RunDir.create(config_in(tmp_path))
+    assert (tmp_path / "latest").read_text() == "r\n"
+    assert RunDir.open(tmp_path / "latest").path == run.path.resolve()
+
+
+def test_opening_again_keeps_the_id_and_takes_what_may_change(tmp_path: Path) -> None:
+    first = RunDir.create(config_in(tmp_path))
+    again = RunDir.create(config_in(tmp_path, run={"steps": 7}, actor={"count": 3}, eval={"num_tasks": 5}))
+    assert again.run_id == first.run_id
+    assert RunDir.open(first.path).config.run.steps == 7
+
+
+def test_another_configuration_is_refused_naming_each_field_both_values_and_the_way_out(tmp_path: Path) -> None:
+    first = RunDir.create(config_in(tmp_path))
+    with pytest.raises(RunMismatch) as caught:
+        RunDir.create(config_in(tmp_path, run={"seed": 2}, learner={"lr": 0.5}, actor={"count": 2}))
+    said = str(caught.value)
+    assert "run.seed was 0, is 2; learner.lr was 1e-06, is 0.5." in said
+    assert "--run.name" in said
+    assert "actor.count" not in said
+    assert RunDir.open(first.path).config == first.config
+
+
+def test_a_fresh_start_in_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
+    RunDir.create(config_in(tmp_path))
+    with pytest.raises(RunMismatch, match="exists already"):
+        RunDir.create(config_in(tmp_path), resume=False)
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "thesis.txt").write_text("mine")
+    with pytest.raises(SetupError, match="is no run folder"):
+        RunDir.create(config_in(tmp_path))
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["r", "thesis.txt"]
+
+
+def test_nothing_is_left_when_a_folder_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(SetupError, match="No space left on device"):
+        RunDir.create(config_in(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_opening_what_is_no_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="is no run folder"):
+        RunDir.open(tmp_path)
+    run = RunDir.create(config_in(tmp_path))
+    (run.path / "run.json").write_text("{")
+    with pytest.raises(ConfigError, match="is damaged"):
+        RunDir.open(run.path)
+
+
+def test_versions_count_from_zero_and_go_on_in_another_process(tmp_path: Path) -> None:
+    run = RunDir.create(config_in(tmp_path))
+    assert [run.next_version() for _ in range(3)] == [0, 1, 2]
+    code = f"from atpo_async.rundir import RunDir; print(RunDir.open({str(run.path)!r}).next_version())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "3"
+    assert RunDir.open(run.path).next_version() == 4
+
+
+def test_a_version_is_on_disk_before_it_is_handed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir.create(config_in(tmp_path))
+
+    def crash(path: Path, data: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("atpo_async.rundir.write_atomic", crash)
+        with pytest.raises(OSError, match="full"):
+            run.next_version()
+    assert run.next_version() == 0
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "f"
+    write_atomic(path, "old")
+
+    def fail(fd: int) -> None:
+        raise OSError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="no"):
+            write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_endpoints_come_back_and_their_absence_is_said(tmp_path: Path) -> None:
+    run = RunDir.create(config_in(tmp_path))
+    with pytest.raises(SetupError, match="start the buffer first"):
+        run.read_endpoints()
+    run.write_endpoints(Endpoints("tcp://a:1", "tcp://a:2", "tcp://a:3", "tcp://a:4"))
+    assert run.read_endpoints().weights == "tcp://a:3"
+
+
+def test_attempts_go_on_counting(tmp_path: Path) -> None:
+    run = RunDir.create(config_in(tmp_path))
+    assert run.next_attempt("actor-1") == 0
+    run.log_path("actor-1", 9).touch()
+    run.log_path("actor-10", 12).touch()
+    assert run.next_attempt("actor-1") == 10
+
+
+def test_a_second_supervisor_is_refused_while_the_first_holds_the_run(tmp_path: Path) -> None:
+    run = RunDir.create(config_in(tmp_path))
+    with run.locked(), pytest.raises(SetupError, match=f"in use by process {os.getpid()}"), run.locked():
+        pass
+    with run.locked():
+        pass
+
+
+def test_the_name_of_the_link_is_no_name_for_a_run(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="latest"):
+        RunDir.create(config_in(tmp_path, run={"name": "latest"}))
+
+
+def test_two_processes_of_one_machine_agree_on_its_identity() -> None:
+    code = "from atpo_async.rundir import host_id; print(host_id())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == host_id()

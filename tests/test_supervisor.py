@@ -1,0 +1,375 @@
+"""The supervisor on tiny scripted roles: restarts, giving up, stopping with all that a role started."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from atpo_async import processes
+from atpo_async.config import Config, LinksConfig, SupervisorConfig, build
+from atpo_async.errors import RoleCrashed, SetupError
+from atpo_async.metrics import MetricsWriter, Record, read_metrics
+from atpo_async.rundir import RunDir
+from atpo_async.supervisor import (
+    Outcome,
+    RoleSpec,
+    Supervisor,
+    backoff_s,
+    check_ports,
+    last_lines,
+    pick_endpoints,
+    role_specs,
+)
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+DEADLINE_S = 60.0
+QUICK = SupervisorConfig(max_restarts=2, backoff_s=0.0, stop_grace_s=5.0, sample_every_s=0.05)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[RunDir]:
+    rundir = RunDir.create(build({"run": {"dir": str(tmp_path), "name": "r"}}))
+    yield rundir
+    left = [p for p in processes.processes() if f"{rundir.run_id}/" in _environment(p.pid)]
+    assert left == [], "a test left processes behind"
+
+
+def _environment(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/environ").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def script(name: str, code: str, **more: bool) -> RoleSpec:
+    return RoleSpec(name=name, argv=(sys.executable, "-c", textwrap.dedent(code)), **more)  # type: ignore[arg-type]
+
+
+FOREVER = "import time; time.sleep(1000)"
+DEAF_WITH_CHILD = """
+    import signal, subprocess, sys, time
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
+    print("child", child.pid, flush=True)
+    time.sleep(1000)
+"""
+
+
+async def finished(supervisor: Supervisor) -> Outcome:
+    return await asyncio.wait_for(supervisor.run(), DEADLINE_S)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for a condition of other processes; a deadline, not a duration."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():  # noqa: ASYNC110 - another process cannot set an event
+            await asyncio.sleep(0.01)
+
+
+def log(run: RunDir, role: str, attempt: int = 0) -> str:
+    path = run.log_path(role, attempt)
+    return path.read_text() if path.exists() else ""
+
+
+async def test_the_run_is_done_when_the_learner_is_and_the_others_end_by_themselves(run: RunDir) -> None:
+    told = run.path / "told"
+    other = f"import os, time\nwhile not os.path.exists({str(told)!r}): time.sleep(0.01)\nprint('ended by itself')"
+    learner = f"open({str(told)!r}, 'w').close()"
+    specs = [script("buffer", other, stops_last=True), script("learner", learner, ends_run=True)]
+    assert await finished(Supervisor(run, specs, settings=QUICK)) is Outcome.DONE
+    assert "ended by itself" in log(run, "buffer")
+
+
+async def test_roles_that_do_not_end_by_themselves_are_stopped(run: RunDir) -> None:
+    settings = QUICK.model_copy(update={"stop_grace_s": 0.05})
+    specs = [script("actor-0", FOREVER), script("learner", "pass", ends_run=True)]
+    assert await finished(Supervisor(run, specs, settings=settings)) is Outcome.DONE
+
+
+async def test_a_crashed_role_is_started_again_with_a_log_of_its_own(run: RunDir) -> None:
+    flag = run.path / "flag"
+    code = f"""
+        import os, sys
+        if not os.path.exists({str(flag)!r}):
+            open({str(flag)!r}, "w").close()
+            sys.exit("first attempt fails")
+        print("second attempt")
+    """
+    said: list[str] = []
+    supervisor = Supervisor(run, [script("learner", code, ends_run=True)], settings=QUICK, say=said.append)
+    assert await finished(supervisor) is Outcome.DONE
+    assert "first attempt fails" in log(run, "learner", 0)
+    assert "second attempt" in log(run, "learner", 1)
+    assert len(said) == 1
+    assert said[0].startswith("learner ended: exit code 1; starting it again in 0 s")
+
+
+async def test_a_role_killed_from_outside_loses_its_children_before_it_is_started_again(run: RunDir) -> None:
+    supervisor = Supervisor(run, [script("actor-0", DEAF_WITH_CHILD), script("learner", FOREVER)], settings=QUICK)
+    task = asyncio.create_task(finished(supervisor))
+    await until(lambda: "child" in log(run, "actor-0"))
+    child = int(log(run, "actor-0").split()[1])
+    os.kill(supervisor.pids["actor-0"], signal.SIGKILL)
+    await until(lambda: "child" in log(run, "actor-0", 1))
+    assert not _runs(child)
+    supervisor.interrupt()
+    supervisor.interrupt()
+    assert await task is Outcome.INTERRUPTED
+
+
+async def test_repeated_crashes_stop_the_run_with_the_reason_and_the_last_lines(run: RunDir) -> None:
+    code = "import sys\nfor i in range(30): print('line', i)\nprint('error: the disk is full', flush=True)\nsys.exit(1)"
+    supervisor = Supervisor(run, [script("buffer", code), script("learner", FOREVER, ends_run=True)], settings=QUICK)
+    with pytest.raises(RoleCrashed) as caught:
+        await finished(supervisor)
+    message = str(caught.value)
+    assert "buffer crashed 3 times within 300 s (supervisor.max_restarts = 2): the disk is full" in message
+    assert "  | line 29" in message
+    assert "  | line 10" not in message  # twenty lines, no more
+    assert not run.log_path("buffer", 3).exists()
+
+
+async def test_crashes_outside_the_window_are_forgotten(run: RunDir) -> None:
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 200.0
+        return now
+
+    count = run.path / "count"
+    code = f"""
+        import sys
+        with open({str(count)!r}, "a+") as f:
+            f.write("x"); f.seek(0)
+            sys.exit(1 if len(f.read()) < 6 else 0)
+    """
+    settings = QUICK.model_copy(update={"max_restarts": 1, "restart_window_s": 100.0})
+    supervisor = Supervisor(run, [script("learner", code, ends_run=True)], settings=settings, clock=clock)
+    assert await finished(supervisor) is Outcome.DONE
+    assert count.read_text() == "x" * 6
+
+
+async def test_what_only_the_user_can_mend_is_not_tried_again(run: RunDir) -> None:
+    code = "import sys; print('error: vLLM is not installed', file=sys.stderr); sys.exit(2)"
+    supervisor = Supervisor(run, [script("actor-0", code), script("learner", FOREVER, ends_run=True)], settings=QUICK)
+    with pytest.raises(SetupError, match=r"^actor-0: vLLM is not installed"):
+        await finished(supervisor)
+    assert not run.log_path("actor-0", 1).exists()
+
+
+async def test_a_launcher_cannot_hide_what_a_role_said(run: RunDir) -> None:
+    code = """
+        import json, os, sys
+        open(os.environ["ATPO_ERROR_FILE"], "w").write(json.dumps({"code": 2, "error": "no such model"}))
+        print("noise of the launcher"); sys.exit(1)
+    """
+    supervisor = Supervisor(run, [script("learner", code, ends_run=True)], settings=QUICK)
+    with pytest.raises(SetupError, match=r"^learner: no such model"):
+        await finished(supervisor)
+
+
+async def test_an_interrupt_asks_the_roles_and_the_buffer_last(run: RunDir) -> None:
+    order = run.path / "order"
+    code = """
+        import signal, sys, time
+        def end(*_):
+            open({order!r}, "a").write({name!r} + " ")
+            sys.exit(0)
+        signal.signal(signal.SIGTERM, end)
+        print("ready", flush=True)
+        time.sleep(1000)
+    """
+    names = ("buffer", "actor-0")
+    specs = [
+        script(name, textwrap.dedent(code).format(order=str(order), name=name), stops_last=name == "buffer")
+        for name in names
+    ]
+    supervisor = Supervisor(run, specs, settings=QUICK)
+    task = asyncio.create_task(finished(supervisor))
+    await until(lambda: all("ready" in log(run, name) for name in names))
+    supervisor.interrupt()
+    assert await task is Outcome.INTERRUPTED
+    assert order.read_text().split() == ["actor-0", "buffer"]
+
+
+async def test_a_second_interrupt_kills_what_does_not_listen_with_its_children(run: RunDir) -> None:
+    settings = QUICK.model_copy(update={"stop_grace_s": 1000.0})
+    supervisor = Supervisor(run, [script("actor-0", DEAF_WITH_CHILD)], settings=settings)
+    task = asyncio.create_task(finished(supervisor))
+    await until(lambda: "child" in log(run, "actor-0"))
+    child = int(log(run, "actor-0").split()[1])
+    supervisor.interrupt()
+    supervisor.interrupt()
+    assert await task is Outcome.INTERRUPTED
+    assert not _runs(child)
+
+
+async def test_an_interrupt_ends_the_back_off_too(run: RunDir) -> None:
+    said: list[str] = []
+    settings = QUICK.model_copy(update={"backoff_s": 1000.0, "max_backoff_s": 1000.0})
+    supervisor = Supervisor(run, [script("learner", "raise SystemExit(1)")], settings=settings, say=said.append)
+    task = asyncio.create_task(finished(supervisor))
+    await until(lambda: said)
+    supervisor.interrupt()
+    assert await task is Outcome.INTERRUPTED
+
+
+async def test_roles_end_when_their_supervisor_is_killed(run: RunDir, tmp_path: Path) -> None:
+    role = tmp_path / "role.py"
+    role.write_text(
+        textwrap.dedent("""
+            import sys
+            from atpo_async import role
+
+            async def main(context):
+                print("ready", flush=True)
+                await context.stopping.wait()
+                print("told to stop", flush=True)
+
+            role.run("buffer", main, sys.argv[1:])
+        """)
+    )
+    boss = f"""
+import asyncio, sys
+from pathlib import Path
+from atpo_async.config import SupervisorConfig
+from atpo_async.rundir import Endpoints, RunDir
+from atpo_async.supervisor import RoleSpec, Supervisor
+run = RunDir.open({str(run.path)!r})
+run.write_endpoints(Endpoints("a", "b", "c", "d"))
+spec = RoleSpec(name="buffer", argv=(sys.executable, {str(role)!r}, str(run.path)))
+asyncio.run(Supervisor(run, [spec], settings=SupervisorConfig()).run())
+"""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", boss)
+    await until(lambda: "ready" in log(run, "buffer"))
+    process.kill()
+    await process.wait()
+    await until(lambda: "told to stop" in log(run, "buffer"))
+    await until(lambda: not processes.marked(f"{run.run_id}/buffer/0"))
+
+
+async def test_memory_of_a_role_is_summed_over_its_processes_and_written(run: RunDir) -> None:
+    seen: list[Record] = []
+    supervisor = Supervisor(run, [script("actor-0", DEAF_WITH_CHILD)], settings=QUICK, on_records=seen.extend)
+    task = asyncio.create_task(finished(supervisor))
+    await until(lambda: any("memory/actor-0_mb" in record.metrics for record in seen))
+    supervisor.interrupt()
+    supervisor.interrupt()
+    await task
+    records = [r for r in read_metrics(run.metrics_path) if "memory/actor-0_mb" in r.metrics]
+    assert {r.source for r in records} == {"supervisor"}
+    assert all(r.metrics["memory/actor-0_mb"] > 0 for r in records)
+
+
+async def test_records_of_all_roles_reach_whoever_shows_them(run: RunDir) -> None:
+    seen: list[Record] = []
+    with MetricsWriter(run.metrics_path, source="learner") as writer:
+        writer.write(step=1, version=1, metrics={"train/loss": 1.0})
+        supervisor = Supervisor(run, [script("learner", "pass", ends_run=True)], settings=QUICK, on_records=seen.extend)
+        await finished(supervisor)
+    assert [r.source for r in seen].count("learner") == 1
+
+
+def test_the_back_off_doubles_up_to_its_limit() -> None:
+    settings = SupervisorConfig(backoff_s=0.5, max_backoff_s=3.0)
+    assert [backoff_s(n, settings) for n in (1, 2, 3, 4, 5)] == [0.5, 1.0, 2.0, 3.0, 3.0]
+
+
+def test_free_ports_are_picked_all_different_and_given_ones_kept() -> None:
+    port = _free_port()
+    endpoints = pick_endpoints(LinksConfig(weights_port=port))
+    assert endpoints.weights == f"tcp://127.0.0.1:{port}"
+    assert len({endpoints.actors, endpoints.learner, endpoints.weights, endpoints.announce}) == 4
+
+
+def test_a_port_in_use_is_named_with_its_field() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SetupError, match=rf"^links\.learner_port = {port} is in use on 127\.0\.0\.1"):
+            check_ports(LinksConfig(learner_port=port))
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(SetupError, match=r"links\.host = '192\.0\.2\.1' is no address of this machine"):
+        check_ports(LinksConfig(host="192.0.2.1"))
+
+
+def specs_of(**sections: dict[str, object]) -> dict[str, RoleSpec]:
+    config: Config = build(sections)
+    return {s.name: s for s in role_specs(config, Path("runs/r"), has_cuda=lambda: False, python="python")}
+
+
+def test_one_process_each_is_started_plainly() -> None:
+    specs = specs_of(actor={"count": 2, "num_threads": 1}, learner={"num_threads": 3})
+    assert list(specs) == ["buffer", "learner", "actor-0", "actor-1"]
+    assert specs["learner"].argv == ("python", "-m", "learner", "runs/r")
+    assert specs["actor-1"].argv == ("python", "-m", "actors", "runs/r", "--index", "1")
+    assert specs["learner"].env["OMP_NUM_THREADS"] == "3"
+    assert specs["actor-0"].env == {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    assert specs["learner"].ends_run
+    assert specs["buffer"].stops_last
+
+
+def test_several_ranks_are_started_through_accelerate() -> None:
+    learner = specs_of(learner={"num_processes": 2, "device": "cpu"})["learner"]
+    assert learner.argv[:3] == ("python", "-m", "accelerate.commands.launch")
+    assert learner.argv[-3:] == ("-m", "learner", "runs/r")
+    assert learner.argv[learner.argv.index("--num_processes") + 1] == "2"
+    assert learner.env["ACCELERATE_USE_CPU"] == "true"
+
+
+def test_gpus_are_given_to_roles_by_their_environment() -> None:
+    specs = specs_of(
+        actor={"count": 2, "gpus": [0, 1, 2, 3], "tensor_parallel_size": 2},
+        learner={"num_processes": 2, "gpus": [4, 5], "accelerate_config": "a.yaml"},
+    )
+    assert specs["actor-1"].env["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert specs["learner"].env["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert specs["buffer"].env["CUDA_VISIBLE_DEVICES"] == ""
+    assert "--config_file" in specs["learner"].argv
+
+
+def test_members_are_the_session_and_all_descendants() -> None:
+    running = [
+        processes.Process(10, parent=1, session=10, started=0),
+        processes.Process(11, parent=10, session=10, started=0),
+        processes.Process(12, parent=11, session=12, started=0),  # a launcher's rank, in a session of its own
+        processes.Process(13, parent=1, session=10, started=0),  # an orphan of the session
+        processes.Process(20, parent=1, session=20, started=0),
+    ]
+    assert sorted(p.pid for p in processes.members(10, running)) == [10, 11, 12, 13]
+
+
+def test_the_last_lines_of_a_long_log_are_read_from_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("".join(f"{i}\n" for i in range(100_000)))
+    assert last_lines(path, 3) == ["99997", "99998", "99999"]
+    assert last_lines(tmp_path / "none", 3) == []
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def _runs(pid: int) -> bool:
+    return any(p.pid == pid for p in processes.processes())
+
+
+def test_a_process_that_has_ended_is_not_counted_as_running() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie now
+    assert not _runs(process.pid)
+    process.wait()
