@@ -221,7 +221,11 @@ class VllmEngine:
         """End every process the engine started.  Idempotent; requests in flight fail."""
         if self._llm is not None:
             await self._fail("the engine was closed")
-            llm, self._llm = self._llm, None
+            llm = self._llm
+            if llm.output_handler is not None:
+                # First, or it would report the engine's end as a failure.
+                llm.output_handler.cancel()
+                await asyncio.wait([llm.output_handler])
             await asyncio.get_running_loop().run_in_executor(self._starter, llm.shutdown)
         self._dead = "the engine was closed"
         self._starter.shutdown(wait=False)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from tokenizers import Tokenizer
@@ -112,3 +113,35 @@ def largest_error(
             expected = float(logprobs[len(prompt) + i - 1, int(generation.token_ids[i])])
             worst = max(worst, abs(expected - float(generation.logprobs[i])))
     return worst
+
+
+def altered(good: WeightsFile, fault: str) -> WeightsFile:
+    """The same weights with one thing wrong."""
+    manifest = good.manifest
+    norm = next(spec for spec in manifest.tensors if spec.name == "model.norm.weight")
+    others = tuple(spec for spec in manifest.tensors if spec is not norm)
+    replaced = msgspec.structs.replace
+    match fault:
+        case "missing file":
+            good.path.unlink()
+        case "short file":
+            good.path.write_bytes(good.path.read_bytes()[:100])
+        case "altered file":
+            payload = bytearray(good.path.read_bytes())
+            payload[1000] ^= 1
+            good.path.write_bytes(payload)
+        case "wrong shape":
+            manifest = replaced(manifest, tensors=(*others, replaced(norm, shape=(64, 2))))
+        case "missing tensor":
+            manifest = replaced(manifest, tensors=others)
+        case "unknown tensor":
+            manifest = replaced(manifest, tensors=(*others, norm, replaced(norm, name="model.nonsense")))
+        case "past the end":
+            manifest = replaced(manifest, tensors=(*others, replaced(norm, offset=manifest.total_bytes)))
+        case "wrong size":
+            manifest = replaced(manifest, tensors=(*others, replaced(norm, nbytes=4)))
+        case "other probe":
+            manifest = replaced(manifest, probe_logprobs=manifest.probe_logprobs - np.float32(0.5))
+        case _:
+            raise AssertionError(fault)
+    return WeightsFile(path=good.path, manifest=manifest)

@@ -1,0 +1,243 @@
+"""The transformers engine against the transformers model itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actors.engine import Sampling
+from actors.transformers_engine import TransformersEngine
+from atpo_async.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WeightsRejected
+from tests.engine_support import (
+    END,
+    PROBE,
+    altered,
+    largest_error,
+    reference_logprobs,
+    save_model,
+    tiny_model,
+    weights_file,
+)
+
+PROMPT = [7, 30, 41, 9, 200, 13]
+MODELS = {version: tiny_model(version) for version in range(3)}
+
+
+def to_length(count: int, **changes: object) -> Sampling:
+    return Sampling(max_tokens=count, stop_token_ids=(), **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(MODELS[0], tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+async def engine(folder: Path) -> AsyncIterator[TransformersEngine]:
+    engine = TransformersEngine(folder, device="cpu", max_batch=8, max_model_len=256)
+    await engine.start()
+    yield engine
+    await engine.close()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+async def test_log_probs_are_those_of_the_model(engine: TransformersEngine, temperature: float) -> None:
+    prompts = [[*PROMPT[: 2 + i % 5], 50 + i] for i in range(12)]
+    found = await asyncio.gather(
+        *(
+            engine.generate(p, to_length(10 + i, temperature=temperature), request_id=str(i))
+            for i, p in enumerate(prompts)
+        )
+    )
+    for i, (prompt, generation) in enumerate(zip(prompts, found, strict=True)):
+        assert len(generation.token_ids) == 10 + i
+        assert generation.stop_reason == "length"
+        assert largest_error(generation, prompt, MODELS, temperature=temperature) < 1e-5
+
+
+async def test_greedy_takes_the_likeliest_token_each_time(engine: TransformersEngine) -> None:
+    generation = await engine.generate(PROMPT, to_length(8, temperature=0.0), request_id="greedy")
+    tokens = list(PROMPT)
+    for token in generation.token_ids:
+        with torch.no_grad():
+            assert int(MODELS[0](torch.tensor([tokens])).logits[0, -1].argmax()) == token
+        tokens.append(int(token))
+    assert largest_error(generation, PROMPT, MODELS) < 1e-5
+
+
+async def test_log_probs_are_under_the_truncated_distribution(engine: TransformersEngine) -> None:
+    sampling = to_length(1, top_k=20, top_p=0.5, temperature=0.8)
+    with torch.no_grad():
+        logits = MODELS[0](torch.tensor([PROMPT])).logits[0, -1].numpy().astype(np.float64) / 0.8
+    order = np.argsort(-logits)[:20]
+    p = np.exp(logits[order]) / np.exp(logits[order]).sum()
+    kept = 1 + int(np.searchsorted(np.cumsum(p), 0.5))
+    expected = dict(zip(order[:kept].tolist(), np.log(p[:kept] / p[:kept].sum()), strict=True))
+    found = await asyncio.gather(*(engine.generate(PROMPT, sampling, request_id=str(i)) for i in range(40)))
+    assert kept < 20
+    for generation in found:
+        assert generation.logprobs[0] == pytest.approx(expected[int(generation.token_ids[0])], abs=1e-5)
+
+
+async def test_the_stop_token_ends_the_action_and_is_part_of_it(engine: TransformersEngine) -> None:
+    free = await engine.generate(PROMPT, to_length(30, seed=3), request_id="free")
+    stop = int(free.token_ids[5])
+    first = free.token_ids.tolist().index(stop)
+    found = await engine.generate(
+        PROMPT, Sampling(max_tokens=30, stop_token_ids=(END, stop), seed=3), request_id="stopped"
+    )
+    assert found.stop_reason == "stop"
+    assert found.token_ids.tolist() == free.token_ids[: first + 1].tolist()
+
+
+async def test_a_swap_in_mid_request_leaves_each_span_to_its_own_weights(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
+    long = [asyncio.create_task(engine.generate([*PROMPT, i], to_length(60), request_id=f"long{i}")) for i in range(4)]
+    for version in (1, 2):
+        # All requests of a step get one token, so the long ones have about ten more when this one ends.
+        await engine.generate(PROMPT, to_length(10), request_id="short")
+        report = await engine.swap(weights_file(MODELS[version], tmp_path / str(version), version=version))
+        assert report.version == version
+        assert report.in_flight == 4
+        assert report.probe_error < 1e-5
+    for i, generation in enumerate(await asyncio.gather(*long)):
+        assert [span.version for span in generation.spans] == [0, 1, 2]
+        assert largest_error(generation, [*PROMPT, i], MODELS) < 1e-5
+    assert np.abs(await engine.score(PROBE) - reference_logprobs(MODELS[2], PROBE)).max() < 1e-5
+    assert engine.stats().version == 2
+
+
+async def test_an_older_version_is_refused_and_the_engine_goes_on(engine: TransformersEngine, tmp_path: Path) -> None:
+    await engine.swap(weights_file(MODELS[2], tmp_path / "2", version=2))
+    with pytest.raises(WeightsRejected, match="version 1 is older than version 2"):
+        await engine.swap(weights_file(MODELS[1], tmp_path / "1", version=1))
+    generation = await engine.generate(PROMPT, to_length(5), request_id="after")
+    assert largest_error(generation, PROMPT, MODELS) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("missing file", "cannot read .*weights"),
+        ("short file", "has 100 bytes"),
+        ("altered file", "was altered"),
+        ("wrong shape", r"model.norm.weight has shape \(64, 2\)"),
+        ("missing tensor", "model.norm.weight is missing"),
+        ("unknown tensor", "model.nonsense is not part"),
+        ("past the end", "model.norm.weight ends past"),
+        ("wrong size", "model.norm.weight has 4 bytes"),
+    ],
+)
+async def test_faulty_weights_are_rejected_by_name_and_change_nothing(
+    engine: TransformersEngine, tmp_path: Path, fault: str, named: str
+) -> None:
+    good = weights_file(MODELS[1], tmp_path / "weights", version=1)
+    with pytest.raises(WeightsRejected, match=named):
+        await engine.swap(altered(good, fault))
+    generation = await engine.generate(PROMPT, to_length(5), request_id="after")
+    assert generation.spans[0].version == 0
+    assert largest_error(generation, PROMPT, MODELS) < 1e-5
+
+
+async def test_a_tied_head_may_be_left_out_but_must_not_differ(engine: TransformersEngine, tmp_path: Path) -> None:
+    await engine.swap(weights_file(MODELS[1], tmp_path / "1", version=1, drop="lm_head.weight"))
+    untied = tiny_model(2, tied=False)
+    with pytest.raises(WeightsRejected, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        await engine.swap(weights_file(untied, tmp_path / "2", version=2))
+    assert (await engine.generate(PROMPT, to_length(3), request_id="after")).spans[0].version == 1
+
+
+async def test_a_head_of_its_own_must_be_in_the_stream(tmp_path: Path) -> None:
+    untied = tiny_model(0, tied=False)
+    engine = TransformersEngine(save_model(untied, tmp_path / "model"), device="cpu", max_model_len=64)
+    await engine.start()
+    try:
+        with pytest.raises(WeightsRejected, match=r"lm_head\.weight is missing"):
+            await engine.swap(weights_file(untied, tmp_path / "1", version=1, drop="lm_head.weight"))
+    finally:
+        await engine.close()
+
+
+async def test_a_failed_probe_ends_the_engine_and_all_its_requests(engine: TransformersEngine, tmp_path: Path) -> None:
+    wrong = altered(weights_file(MODELS[1], tmp_path / "1", version=1), "other probe")
+    long = asyncio.create_task(engine.generate(PROMPT, to_length(200), request_id="long"))
+    await engine.generate(PROMPT, to_length(3), request_id="short")
+    with pytest.raises(ProbeMismatch, match=r"version 1: the engine is \d.* nats off .*tolerance 0.0001"):
+        await engine.swap(wrong)
+    with pytest.raises(EngineDead):
+        await long
+    with pytest.raises(EngineDead, match="version 1 failed"):
+        await engine.generate(PROMPT, to_length(3), request_id="after")
+
+
+async def test_cancelling_frees_the_slot(folder: Path) -> None:
+    engine = TransformersEngine(folder, device="cpu", max_batch=1, max_model_len=256)
+    await engine.start()
+    try:
+        long = asyncio.create_task(engine.generate(PROMPT, to_length(250), request_id="long"))
+        await asyncio.sleep(0)
+        assert engine.stats().in_flight == 1
+        long.cancel()
+        await engine.generate(PROMPT, to_length(2), request_id="short")
+        assert long.cancelled()
+        assert engine.stats().in_flight == 0
+        assert engine.stats().generated_tokens == 2
+    finally:
+        await engine.close()
+
+
+async def test_a_next_turn_starts_from_the_keys_of_the_turn_before(engine: TransformersEngine) -> None:
+    first = await engine.generate(PROMPT, to_length(6), request_id="first")
+    context = [*PROMPT, *first.token_ids.tolist(), 77, 78]
+    second = await engine.generate(context, to_length(6), request_id="second")
+    assert first.cached_prompt_tokens == 0
+    # The last token of an action was sampled but never fed.
+    assert second.cached_prompt_tokens == len(PROMPT) + 5
+    assert largest_error(second, context, MODELS) < 1e-5
+    assert engine.stats().cached_prompt_tokens == len(PROMPT) + 5
+
+
+async def test_a_seed_fixes_the_action_whatever_else_runs(engine: TransformersEngine) -> None:
+    alone = await engine.generate(PROMPT, to_length(12, seed=5), request_id="alone")
+    crowd = await asyncio.gather(
+        *(engine.generate(PROMPT, to_length(12, seed=5 + i), request_id=f"crowd{i}") for i in range(20))
+    )
+    assert crowd[0].token_ids.tolist() == alone.token_ids.tolist()
+    assert len({tuple(g.token_ids) for g in crowd}) > 10
+
+
+async def test_a_prompt_that_is_too_long_fails_alone(engine: TransformersEngine) -> None:
+    with pytest.raises(GenerationFailed, match="a prompt of 256 tokens"):
+        await engine.generate([5] * 256, to_length(3), request_id="long")
+    cut = await engine.generate([5] * 250, to_length(30), request_id="cut")
+    assert len(cut.token_ids) == 6
+    assert engine.stats().failed_requests == 1
+
+
+async def test_closing_fails_what_is_in_flight_and_may_be_repeated(folder: Path) -> None:
+    engine = TransformersEngine(folder, device="cpu", max_model_len=256)
+    await engine.start()
+    long = asyncio.create_task(engine.generate(PROMPT, to_length(250), request_id="long"))
+    await asyncio.sleep(0)
+    await engine.close()
+    await engine.close()
+    with pytest.raises(EngineDead, match="closed"):
+        await long
+    assert engine.is_dead
+
+
+async def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="nowhere does not exist"):
+        await TransformersEngine(tmp_path / "nowhere", max_model_len=64).start()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+async def test_a_gpu_that_is_not_there_is_an_error(folder: Path) -> None:
+    with pytest.raises(SetupError, match="no GPU here"):
+        await TransformersEngine(folder, device="cuda", max_model_len=64).start()
