@@ -180,13 +180,23 @@ def turn_limit(hops: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Habits:
-    """What is wrong with a demonstrator."""
+    """What is wrong with the demonstrator whom the warm start imitates.
 
-    noise: float = 0.25
-    """Share of look-ups that are wrong or cut short."""
-    confusion: float = 0.0
-    """How often a relation of ``confused`` is taken for the next one in the list."""
-    num_confused: int = 0
+    Slips are chance: sampling repeats them, greedy decoding does not.  Mix-ups are conviction: greedy decoding repeats
+    them too, so success-only rewards have something to teach either way.
+    """
+
+    noise: float = 0.33
+    """Share of turns with a slip: another relation, a call cut short, an answer too early, a look-up too many."""
+    mixed_up: int = 2
+    """So many relations, the first of the world's list, are often taken for another."""
+    mix_up_rate: float = 0.7
+    """How often."""
+
+    def __post_init__(self) -> None:
+        for name in ("noise", "mix_up_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"hopqa: {name} must be in [0, 1), got {getattr(self, name)}")
 
 
 def demonstrate(task: Task, rng: Random, habits: Habits) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -207,22 +217,24 @@ def demonstrate(task: Task, rng: Random, habits: Habits) -> list[tuple[tuple[str
 
 
 def _demonstrated_action(task: Task, known: str, hop: int, rng: Random, habits: Habits) -> tuple[str, ...]:
+    relations = task.world.relations
+    slips = rng.random() < habits.noise
     if hop >= len(task.relations):
+        if slips:
+            return write_action(Look(relation=rng.choice(relations), name=known))
         return write_action(Answer(name=known))
-    world, relation = task.world, task.relations[hop]
-    place = world.relations.index(relation)
-    if place < habits.num_confused and rng.random() < habits.confusion:
-        relation = world.relations[(place + 1 + habits.num_confused) % world.num_relations]
-    right = Look(relation=relation, name=known)
-    if rng.random() >= habits.noise:
-        return write_action(right)
-    slip = rng.randrange(4)
-    if slip == 0:
-        return write_action(Answer(name=known))
-    if slip == 1:
-        return (LOOK, relation, END)
-    other = rng.choice([r for r in world.relations if r != relation])
-    return write_action(Look(relation=other, name=known))
+    wanted = task.relations[hop]
+    place = relations.index(wanted)
+    if place < habits.mixed_up and rng.random() < habits.mix_up_rate:
+        wanted = relations[-1 - place]
+    if not slips:
+        return write_action(Look(relation=wanted, name=known))
+    match rng.choice(("other relation", "cut short", "too early")):
+        case "other relation":
+            return write_action(Look(relation=rng.choice([r for r in relations if r != wanted]), name=known))
+        case "cut short":
+            return (LOOK, wanted, END)
+    return write_action(Answer(name=known))
 
 
 def _digest(*key: object) -> int:
