@@ -176,7 +176,18 @@ def _is_loopback(endpoint: str) -> bool:
         return False
 
 
+def _require_valid(endpoint: str) -> None:
+    """libzmq itself takes port 99999 and means 34463."""
+    transport, separator, address = endpoint.partition("://")
+    if transport in ("ipc", "inproc") and address:
+        return
+    host, _, port = address.rpartition(":")
+    if transport != "tcp" or not separator or not host or not port.isdecimal() or int(port) > 65535:
+        raise SetupError(f"endpoint {endpoint!r} is none; expected tcp://host:port with a port up to 65535")
+
+
 def _require_keys_off_loopback(endpoint: str, settings: LinkSettings, verb: str) -> None:
+    _require_valid(endpoint)
     if settings.keys_dir is None and not _is_loopback(endpoint):
         raise SetupError(
             f"will not {verb} {endpoint} without keys: it is not a loopback address; "
@@ -387,16 +398,79 @@ class _Link:
         assert isinstance(bound, bytes)
         self.endpoint = bound.rstrip(b"\0").decode()
 
+
+class _Connecting(_Link):
+    """A link that connects: it watches its connection and tries again where libzmq would not."""
+
+    def __init__(self, endpoint: str, settings: LinkSettings) -> None:
+        super().__init__(endpoint, settings)
+        self._monitor: _Pump | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self._connected = False
+        self._trouble = ""
+
+    @property
+    def connected(self) -> bool:
+        return self._connected
+
+    def _on_connected(self) -> None:
+        """A connection is up; the one before may have swallowed anything."""
+
+    def _on_lost(self) -> None:
+        """The connection broke; libzmq goes on trying."""
+
     def _connect(self, socket: zmq.Socket[bytes]) -> None:
         folder = self.settings.keys_dir
         _require_keys_off_loopback(self.endpoint, self.settings, "connect to")
         if folder is not None:
             socket.curve_publickey, socket.curve_secretkey = _load_pair(folder, CLIENT_KEY)
             socket.curve_serverkey = _load_public(folder / f"{SERVER_KEY}.key")
+        events = (
+            zmq.EVENT_HANDSHAKE_SUCCEEDED
+            | zmq.EVENT_DISCONNECTED
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        )
+        monitor = socket.get_monitor_socket(events)
+        self._monitor = _Pump(monitor, lambda frames: self._on_event(socket, frames))
         try:
             socket.connect(self.endpoint)
         except zmq.ZMQError as exc:
             raise SetupError(f"cannot connect to {self.endpoint}: {exc.strerror}; expected tcp://host:port") from None
+
+    def _close_sockets(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+        if self._monitor is not None:
+            self._monitor.close()
+
+    def _on_event(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
+        kind = parse_monitor_message(frames)["event"]
+        if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._connected = True
+            self._trouble = ""
+            self._on_connected()
+            return
+        if kind == zmq.EVENT_DISCONNECTED:
+            if self._connected:
+                self._connected = False
+                self._on_lost()
+            return
+        if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self._trouble = "it refused our key: our public key must lie in its links.keys_dir"
+        else:
+            self._trouble = "the handshake failed: both ends need keys, or neither"
+        # libzmq takes a refusal as final.  It is not: the key may be added, the server may be another one by then.
+        if self._retry is None:
+            self._retry = asyncio.get_running_loop().call_later(self.settings.heartbeat_s, self._reconnect, socket)
+
+    def _reconnect(self, socket: zmq.Socket[bytes]) -> None:
+        self._retry = None
+        if not socket.closed and not self._connected:
+            with contextlib.suppress(zmq.ZMQError):
+                socket.disconnect(self.endpoint)
+            socket.connect(self.endpoint)
 
 
 def _encode(message: Any, limits: wire.Limits) -> list[wire.Buffer]:
@@ -432,7 +506,7 @@ class _Pending:
     transmitted: bool = False
 
 
-class Client(_Link):
+class Client(_Connecting):
     """One peer's end of a link to a server.
 
     Args:
@@ -463,11 +537,8 @@ class Client(_Link):
         self._receives = receives | Refused
         self._session = secrets.randbits(64)
         self._pump: _Pump | None = None
-        self._monitor: _Pump | None = None
         self._heard_at = 0.0
         self._owed_since = 0.0
-        self._connected = False
-        self._trouble = ""
         self._failure: AtpoError | None = None
         self._waits: set[_Wait] = set()
         # Sends.  base <= cursor <= next; those from base on are kept, those from cursor on are not on the wire.
@@ -496,10 +567,6 @@ class Client(_Link):
             unacked=len(self._kept),
             refused=self._refused,
         )
-
-    @property
-    def connected(self) -> bool:
-        return self._connected
 
     @property
     def silent_s(self) -> float:
@@ -572,7 +639,6 @@ class Client(_Link):
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.RCVHWM, 0)
         self._heard_at = self._now()
-        self._monitor = _Pump(socket.get_monitor_socket(), self._on_event)
         self._connect(socket)
         self._pump = _Pump(socket, self._on_frames, self._transmit)
         self._spawn(self._beat(), f"{self.identity}->{self.peer} heartbeat")
@@ -580,9 +646,9 @@ class Client(_Link):
     def _close_sockets(self) -> None:
         if self._kept:
             log.warning("%s closes with %d messages unacknowledged by %s", self.identity, len(self._kept), self._peer())
-        for pump in (self._monitor, self._pump):
-            if pump is not None:
-                pump.close()
+        super()._close_sockets()
+        if self._pump is not None:
+            self._pump.close()
         self._fail(PeerLost(f"the link of {self.identity} to {self._peer()} is closed"))
 
     def _peer(self) -> str:
@@ -663,8 +729,14 @@ class Client(_Link):
         pending.transmitted = self._pump.send((self._link(_REQUEST, request_id, floor), *pending.frames))
         return pending.transmitted
 
+    def _on_connected(self) -> None:
+        self._start_over()
+
+    def _on_lost(self) -> None:
+        log.info("%s lost its connection to %s; it goes on trying", self.identity, self._peer())
+
     def _start_over(self) -> None:
-        """A new connection: the old one may have swallowed anything that is not acknowledged."""
+        """Everything that is not acknowledged or answered goes out again."""
         self._cursor = self._base
         for pending in self._pending.values():
             pending.transmitted = False
@@ -699,22 +771,6 @@ class Client(_Link):
                 )
             )
             log.error("%s", self._failure)
-
-    def _on_event(self, frames: list[bytes]) -> None:
-        event = parse_monitor_message(frames)
-        kind = event["event"]
-        if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._connected = True
-            self._trouble = ""
-            self._start_over()
-        elif kind == zmq.EVENT_DISCONNECTED:
-            if self._connected:
-                log.info("%s lost its connection to %s; it goes on trying", self.identity, self._peer())
-            self._connected = False
-        elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            self._trouble = "it refused our key: our public key must lie in its links.keys_dir"
-        elif kind in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
-            self._trouble = "the handshake failed: both ends need keys, or neither"
 
     def _on_frames(self, frames: list[bytes]) -> None:
         try:
@@ -1146,7 +1202,7 @@ class Announcer(_Link):
             self._pub.send_multipart(_encode(message, self._limits), zmq.NOBLOCK)
 
 
-class Listener(_Link):
+class Listener(_Connecting):
     """SUB: announcements, oldest first; past 256 unread ones the oldest are dropped."""
 
     def __init__(self, endpoint: str, *, receives: Any, settings: LinkSettings) -> None:
@@ -1164,6 +1220,7 @@ class Listener(_Link):
         self._pump = _Pump(socket, self._on_frames)
 
     def _close_sockets(self) -> None:
+        super()._close_sockets()
         if self._pump is not None:
             self._pump.close()
 

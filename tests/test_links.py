@@ -1,0 +1,770 @@
+"""Links over real sockets on loopback: windows, acks, restarts, requests, refusals, hostile peers, keys."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+import zmq.asyncio
+
+from atpo_async import links, wire
+from atpo_async import messages as m
+from atpo_async.config import LinksConfig
+from atpo_async.errors import BadMessage, PeerLost, SetupError
+from atpo_async.links import Announcer, Client, LinkSettings, Listener, Server, make_keys
+
+ANY_PORT = "tcp://127.0.0.1:0"
+FAST = LinkSettings(window=8, heartbeat_s=0.05, deadline_s=10.0, give_up_s=20.0, max_message_bytes=1 << 20)
+PATIENCE_S = 15.0
+"""Far more than any test needs: it ends a test that would hang, it does not time one."""
+
+
+def closed(number: int, tree_id: str = "t") -> m.TreeClosed:
+    return m.TreeClosed(run="r", tree_id=tree_id, lease_epoch=0, num_turns=number, failed_branches=0, failures={})
+
+
+LEASE_REQUEST = m.LeaseRequest(run="r", actor="a", count=1, version=0)
+NO_LEASES = m.Leases(leases=(), closed_because=None, retry_after_s=1.0, finished=False)
+
+
+class Buffer:
+    """A handler that notes what it gets and can be held back."""
+
+    def __init__(self) -> None:
+        self.got: list[int] = []
+        self.open = asyncio.Event()
+        self.open.set()
+        self.requests = 0
+
+    async def __call__(self, peer: str, message: Any) -> Any:
+        if isinstance(message, m.LeaseRequest):
+            self.requests += 1
+            await self.open.wait()
+            return NO_LEASES
+        await self.open.wait()
+        self.got.append(message.num_turns)
+        return None
+
+
+def server(handler: Any, endpoint: str = ANY_PORT, settings: LinkSettings = FAST) -> Server:
+    return Server(endpoint, name="buffer", receives=m.ActorToBuffer, handler=handler, settings=settings)
+
+
+def client(endpoint: str, settings: LinkSettings = FAST, identity: str = "actor-0", **more: Any) -> Client:
+    return Client(endpoint, peer="buffer", identity=identity, receives=m.BufferToActor, settings=settings, **more)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110  (conditions on state that has no event)
+            await asyncio.sleep(0.002)
+
+
+@contextlib.asynccontextmanager
+async def raw_dealer(endpoint: str, identity: bytes = b"stranger") -> AsyncIterator[zmq.asyncio.Socket]:
+    context = zmq.asyncio.Context()
+    try:
+        socket = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.ROUTING_ID, identity)
+        socket.connect(endpoint)
+        yield socket
+    finally:
+        context.destroy(linger=0)
+
+
+async def within(awaitable: Awaitable[Any]) -> Any:
+    return await asyncio.wait_for(awaitable, PATIENCE_S)
+
+
+# --- sends -----------------------------------------------------------------------------------------------------
+
+
+async def test_sends_arrive_in_order_and_are_acknowledged_after_the_handler() -> None:
+    buffer = Buffer()
+    async with server(buffer) as s, client(s.endpoint) as c:
+        for i in range(200):
+            await within(c.send(closed(i)))
+        await c.drain(timeout_s=PATIENCE_S)
+        assert buffer.got == list(range(200))
+        assert (c.stats.sent, c.stats.acked, c.stats.unacked, c.stats.refused) == (200, 200, 0, 0)
+
+
+async def test_a_full_window_blocks_the_sender_until_an_ack_and_the_wait_is_measured() -> None:
+    buffer = Buffer()
+    buffer.open.clear()
+    async with server(buffer) as s, client(s.endpoint) as c:
+        for i in range(FAST.window):
+            await within(c.send(closed(i)))
+        assert c.stats.waited_s == 0.0
+        ninth = asyncio.create_task(c.send(closed(FAST.window)))
+        await until(lambda: s.peers.get("actor-0") is not None and s.peers["actor-0"].queued == FAST.window - 1)
+        assert not ninth.done()
+        assert c.stats.unacked == FAST.window
+        assert c.stats.waited_s > 0.0
+        buffer.open.set()
+        await within(ninth)
+        await c.drain(timeout_s=PATIENCE_S)
+        assert c.stats.waited_s > 0.0
+    assert buffer.got == list(range(FAST.window + 1))
+
+
+async def test_what_is_unacked_is_sent_again_after_the_server_restarts_on_its_port() -> None:
+    first, second = Buffer(), Buffer()
+    async with contextlib.AsyncExitStack() as stack:
+        s = await stack.enter_async_context(server(first))
+        c = await stack.enter_async_context(client(s.endpoint))
+        for i in range(4):
+            await c.send(closed(i))
+        await c.drain(timeout_s=PATIENCE_S)
+        first.open.clear()
+        for i in range(4, 10):
+            await c.send(closed(i))
+        await until(lambda: s.peers["actor-0"].queued > 0)
+        await s.close()
+        await c.send(closed(10))
+        await stack.enter_async_context(server(second, s.endpoint))
+        for i in range(11, 40):
+            await within(c.send(closed(i)))
+        await c.drain(timeout_s=PATIENCE_S)
+        assert first.got == list(range(4))
+        assert second.got == list(range(4, 40))
+        assert c.stats.resent > 0
+        assert c.stats.acked == 40
+
+
+async def test_many_restarts_under_fire_lose_nothing_and_keep_the_order() -> None:
+    got: list[int] = []
+
+    async def handler(peer: str, message: Any) -> None:
+        await asyncio.sleep(0)
+        got.append(message.num_turns)
+
+    total = 600
+
+    async def feed(c: Client) -> None:
+        for i in range(total):
+            await c.send(closed(i))
+        await c.drain(timeout_s=PATIENCE_S)
+
+    s = server(handler)
+    async with s:
+        endpoint = s.endpoint
+        async with client(endpoint) as c:
+            feeding = asyncio.create_task(feed(c))
+            for goal in (50, 150, 300):
+                await until(lambda goal=goal: len(got) >= goal or feeding.done())
+                await s.close()
+                s = server(handler, endpoint)
+                await s.__aenter__()
+            await within(feeding)
+            await s.close()
+    # At least once: what a dying server handled and could not acknowledge comes again, right where it was.
+    assert list(dict.fromkeys(got)) == list(range(total))
+
+
+async def test_the_client_may_start_before_the_server() -> None:
+    buffer = Buffer()
+    async with server(buffer) as s:
+        endpoint = s.endpoint
+    async with client(endpoint) as c:
+        await c.send(closed(1))
+        asking = asyncio.create_task(c.request(LEASE_REQUEST, timeout_s=PATIENCE_S))
+        async with server(buffer, endpoint):
+            assert (await asking).retry_after_s == 1.0
+            await c.drain(timeout_s=PATIENCE_S)
+    assert buffer.got == [1]
+
+
+async def test_repeats_in_one_session_are_acknowledged_again_and_not_handled_again() -> None:
+    buffer = Buffer()
+    async with server(buffer) as s, client(s.endpoint) as c:
+        for i in range(3):
+            await c.send(closed(i))
+        await c.drain(timeout_s=PATIENCE_S)
+        buffer.open.clear()
+        await c.send(closed(3))
+        c._start_over()
+        c._start_over()
+        buffer.open.set()
+        await c.drain(timeout_s=PATIENCE_S)
+        await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S)
+        assert c.stats.resent >= 2
+    assert buffer.got == [0, 1, 2, 3]
+
+
+async def test_a_lost_message_is_noticed_by_the_heartbeat_and_sent_again() -> None:
+    buffer = Buffer()
+    async with server(buffer) as s, client(s.endpoint) as c:
+        await c.send(closed(0))
+        await c.drain(timeout_s=PATIENCE_S)
+        # As if the connection had swallowed it: counted as put on the wire, and never there.
+        pump, c._pump = c._pump, None
+        await c.send(closed(1))
+        c._cursor = c._next
+        c._pump = pump
+        await c.send(closed(2))
+        await c.drain(timeout_s=PATIENCE_S)
+    assert buffer.got == [0, 1, 2]
+
+
+async def test_a_new_client_of_the_same_name_takes_over_and_the_old_one_is_told() -> None:
+    buffer = Buffer()
+    async with server(buffer) as s, client(s.endpoint) as old:
+        await old.send(closed(1))
+        await old.drain(timeout_s=PATIENCE_S)
+        async with client(s.endpoint) as new:
+            await new.send(closed(2))
+            await new.drain(timeout_s=PATIENCE_S)
+            with pytest.raises(PeerLost, match="another process has taken that name"):
+                await old.request(LEASE_REQUEST, timeout_s=PATIENCE_S)
+            with pytest.raises(PeerLost, match="actor-0"):
+                await old.send(closed(3))
+    assert buffer.got == [1, 2]
+
+
+async def test_a_restarted_client_goes_on_under_its_name() -> None:
+    buffer = Buffer()
+    async with server(buffer) as s:
+        for i in range(3):
+            async with client(s.endpoint) as c:
+                await c.send(closed(i))
+                await c.drain(timeout_s=PATIENCE_S)
+    assert buffer.got == [0, 1, 2]
+
+
+# --- refusals and failures -------------------------------------------------------------------------------------
+
+
+async def test_a_send_the_handler_refuses_is_reported_and_the_next_ones_go_on() -> None:
+    refused: list[tuple[int, str]] = []
+
+    async def handler(peer: str, message: Any) -> None:
+        if message.num_turns == 1:
+            raise BadMessage("other bytes under the same key")
+
+    def note(message: Any, reason: str) -> None:
+        refused.append((message.num_turns, reason))
+
+    async with server(handler) as s, client(s.endpoint, on_refused=note) as c:
+        for i in range(3):
+            await c.send(closed(i))
+        await c.drain(timeout_s=PATIENCE_S)
+        assert refused == [(1, "other bytes under the same key")]
+        assert (c.stats.acked, c.stats.refused) == (2, 1)
+
+
+async def test_a_send_that_breaks_its_promises_is_refused_and_counted() -> None:
+    refused: list[str] = []
+    buffer = Buffer()
+    async with server(buffer) as s, client(s.endpoint, on_refused=lambda _, reason: refused.append(reason)) as c:
+        await c.send(closed(-1))
+        await c.send(closed(2))
+        await c.drain(timeout_s=PATIENCE_S)
+        assert "num_turns is -1" in refused[0]
+        assert s.bad_messages == 1
+    assert buffer.got == [2]
+
+
+async def test_a_handler_that_fails_once_is_run_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(links, "_RETRY_PAUSES_S", (0.0, 0.0))
+    attempts: list[int] = []
+
+    async def handler(peer: str, message: Any) -> None:
+        attempts.append(message.num_turns)
+        if len(attempts) == 1:
+            raise OSError("disk full")
+
+    async with server(handler) as s, client(s.endpoint) as c:
+        await c.send(closed(1))
+        await c.send(closed(2))
+        await c.drain(timeout_s=PATIENCE_S)
+        assert (c.stats.acked, c.stats.refused) == (2, 0)
+    assert attempts == [1, 1, 2]
+    assert "disk full" in caplog.text
+
+
+async def test_a_handler_that_keeps_failing_refuses_that_message_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "_RETRY_PAUSES_S", (0.0, 0.0))
+    refused: list[str] = []
+
+    async def handler(peer: str, message: Any) -> None:
+        if message.num_turns == 1:
+            raise KeyError("tree")
+
+    async with server(handler) as s, client(s.endpoint, on_refused=lambda _, reason: refused.append(reason)) as c:
+        await c.send(closed(1))
+        await c.send(closed(2))
+        await c.drain(timeout_s=PATIENCE_S)
+        assert refused == ["buffer failed on it 3 times: KeyError: 'tree'"]
+        assert c.stats.acked == 1
+
+
+async def test_a_request_whose_handler_fails_is_refused_with_the_reason() -> None:
+    async def handler(peer: str, message: Any) -> Any:
+        if message.count == 1:
+            raise RuntimeError("ledger closed")
+        if message.count == 2:
+            raise BadMessage("not your run")
+        return None if message.count == 3 else NO_LEASES
+
+    async with server(handler) as s, client(s.endpoint) as c:
+        reasons = []
+        for count in (1, 2, 3, 4):
+            reply = await c.request(m.LeaseRequest(run="r", actor="a", count=count, version=0), timeout_s=PATIENCE_S)
+            reasons.append(getattr(reply, "reason", None))
+    assert reasons == [
+        "buffer failed on LeaseRequest: RuntimeError: ledger closed",
+        "not your run",
+        "buffer has no answer to LeaseRequest",
+        None,
+    ]
+
+
+async def test_a_message_over_the_limit_is_refused_at_the_sender_and_in_replies() -> None:
+    async def handler(peer: str, message: Any) -> Any:
+        return m.Chunk(version=0, index=0, data=np.zeros(1 << 20, np.uint8))
+
+    async with (
+        Server(ANY_PORT, name="learner", receives=m.ActorToLearner, handler=handler, settings=FAST) as s,
+        Client(s.endpoint, peer="learner", identity="a", receives=m.LearnerToActor, settings=FAST) as c,
+    ):
+        with pytest.raises(BadMessage, match=r"Chunk of .* exceeds links.max_message_bytes"):
+            await c.send(m.Chunk(version=0, index=0, data=np.zeros(1 << 20, np.uint8)))
+        reply = await c.request(m.ChunkRequest(run="r", version=0, index=0), timeout_s=PATIENCE_S)
+        assert "max_message_bytes" in reply.reason
+
+
+# --- requests --------------------------------------------------------------------------------------------------
+
+
+async def test_requests_run_beside_one_another_and_find_their_replies() -> None:
+    gates = {i: asyncio.Event() for i in range(3)}
+
+    async def handler(peer: str, message: Any) -> Any:
+        await gates[message.index].wait()
+        return m.Chunk(version=0, index=message.index, data=np.full(100_000, message.index, np.uint8))
+
+    async with (
+        Server(ANY_PORT, name="learner", receives=m.ActorToLearner, handler=handler, settings=FAST) as s,
+        Client(s.endpoint, peer="learner", identity="a", receives=m.LearnerToActor, settings=FAST) as c,
+    ):
+        asking = [
+            asyncio.create_task(c.request(m.ChunkRequest(run="r", version=0, index=i), timeout_s=PATIENCE_S))
+            for i in range(3)
+        ]
+        for i in (2, 0, 1):
+            gates[i].set()
+            chunk = await asking[i]
+            assert chunk.index == i
+            assert chunk.data.nbytes == 100_000
+            assert (chunk.data == i).all()
+
+
+async def test_a_request_without_a_reply_raises_peer_lost_that_names_both_ends() -> None:
+    buffer = Buffer()
+    buffer.open.clear()
+    async with server(buffer) as s, client(s.endpoint) as c:
+        with pytest.raises(PeerLost) as caught:
+            await c.request(LEASE_REQUEST, timeout_s=0.05)
+        text = str(caught.value)
+        for part in ("actor-0", "buffer", s.endpoint, "LeaseRequest", "last sign of life"):
+            assert part in text
+
+
+async def test_a_request_to_nobody_raises_peer_lost() -> None:
+    async with server(Buffer()) as s:
+        endpoint = s.endpoint
+    async with client(endpoint) as c:
+        with pytest.raises(PeerLost, match="not connected"):
+            await c.request(LEASE_REQUEST, timeout_s=0.05)
+        await c.send(closed(1))
+        with pytest.raises(PeerLost, match="drain"):
+            await c.drain(timeout_s=0.05)
+
+
+async def test_a_repeated_request_is_not_run_twice() -> None:
+    buffer = Buffer()
+    buffer.open.clear()
+    async with server(buffer) as s, client(s.endpoint) as c:
+        asking = asyncio.create_task(c.request(LEASE_REQUEST, timeout_s=PATIENCE_S))
+        await until(lambda: buffer.requests == 1)
+        c._start_over()
+        await c.send(closed(1))
+        await until(lambda: s.peers["actor-0"].requests == 1)
+        buffer.open.set()
+        assert (await asking).finished is False
+        await c.drain(timeout_s=PATIENCE_S)
+    assert buffer.requests == 1
+
+
+async def test_a_lost_reply_is_repeated_from_memory() -> None:
+    buffer = Buffer()
+    async with server(buffer) as s, client(s.endpoint) as c:
+        await c.send(closed(0))
+        await c.drain(timeout_s=PATIENCE_S)
+        lost: list[int] = []
+        deliver = c._on_reply
+
+        def lose_the_first(request_id: int, frames: list[bytes]) -> None:
+            if lost:
+                deliver(request_id, frames)
+            lost.append(request_id)
+
+        c._on_reply = lose_the_first  # type: ignore[method-assign]
+        reply = await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S)
+        assert isinstance(reply, m.Leases)
+        assert len(lost) == 2
+    assert buffer.requests == 1
+
+
+async def test_a_request_is_asked_again_after_the_server_restarts() -> None:
+    first, second = Buffer(), Buffer()
+    first.open.clear()
+    async with server(first) as s, client(s.endpoint) as c:
+        asking = asyncio.create_task(c.request(LEASE_REQUEST, timeout_s=PATIENCE_S))
+        await until(lambda: first.requests == 1)
+        await s.close()
+        async with server(second, s.endpoint):
+            assert isinstance(await asking, m.Leases)
+    assert (first.requests, second.requests) == (1, 1)
+
+
+async def test_closing_the_server_cancels_the_requests_it_works_on() -> None:
+    cancelled = asyncio.Event()
+
+    async def handler(peer: str, message: Any) -> Any:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    async with server(handler) as s, client(s.endpoint) as c:
+        asking = asyncio.create_task(c.request(LEASE_REQUEST, timeout_s=PATIENCE_S))
+        await until(lambda: s.peers.get("actor-0") is not None and s.peers["actor-0"].requests == 1)
+        await s.close()
+        assert cancelled.is_set()
+        asking.cancel()
+
+
+async def test_closing_the_client_ends_its_waits() -> None:
+    buffer = Buffer()
+    buffer.open.clear()
+    async with server(buffer) as s, client(s.endpoint) as c:
+        asking = asyncio.create_task(c.request(LEASE_REQUEST, timeout_s=PATIENCE_S))
+        await until(lambda: buffer.requests == 1)
+        await c.close()
+        with pytest.raises(PeerLost, match="is closed"):
+            await within(asking)
+        with pytest.raises(PeerLost, match="is closed"):
+            await c.send(closed(1))
+
+
+# --- waits that last too long ----------------------------------------------------------------------------------
+
+
+async def test_a_wait_past_the_deadline_is_logged_with_who_waits_on_whom(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "atpo.links")
+    buffer = Buffer()
+    buffer.open.clear()
+    impatient = replace(FAST, window=1, heartbeat_s=0.01, deadline_s=0.02)
+    async with server(buffer, settings=impatient) as s, client(s.endpoint, impatient) as c:
+        await c.send(closed(1))
+        waiting = asyncio.create_task(c.send(closed(2)))
+        await until(lambda: "buffer has worked for" in caplog.text and "actor-0 has waited" in caplog.text)
+        assert "TreeClosed waits for room in a window of 1" in caplog.text
+        assert "on TreeClosed of actor-0, which waits for it" in caplog.text
+        buffer.open.set()
+        await within(waiting)
+
+
+async def test_past_give_up_a_silent_peer_is_lost_loudly() -> None:
+    async with server(Buffer()) as s:
+        endpoint = s.endpoint
+    hasty = replace(FAST, heartbeat_s=0.01, give_up_s=0.05)
+    async with client(endpoint, hasty) as c:
+        await c.send(closed(1))
+        with pytest.raises(PeerLost, match=r"gives up on buffer at .*: no sign of life .* 1 messages unacknowledged"):
+            await c.drain(timeout_s=PATIENCE_S)
+        with pytest.raises(PeerLost):
+            await c.send(closed(2))
+
+
+async def test_heartbeats_tell_both_sides_that_the_other_lives() -> None:
+    buffer = Buffer()
+    async with server(buffer) as s, client(s.endpoint) as c:
+        await until(lambda: "actor-0" in s.peers and c.connected)
+        before = c._heard_at
+        await until(lambda: c._heard_at > before)
+        assert s.peers["actor-0"].silent_s < PATIENCE_S
+        assert buffer.got == []
+
+
+async def test_a_silent_client_is_forgotten() -> None:
+    hasty = replace(FAST, heartbeat_s=0.01, give_up_s=0.05)
+    async with server(Buffer(), settings=hasty) as s:
+        async with client(s.endpoint, hasty) as c:
+            await c.send(closed(1))
+            await c.drain(timeout_s=PATIENCE_S)
+            assert set(s.peers) == {"actor-0"}
+        await until(lambda: not s.peers)
+
+
+# --- hostile peers ---------------------------------------------------------------------------------------------
+
+
+def _link(kind: int, session: int = 1, a: int = 0, b: int = 0) -> bytes:
+    return struct.pack("<2sBQQQ", b"a1", kind, session, a, b)
+
+
+async def test_bad_frames_are_counted_and_logged_with_their_sender_and_the_service_stays_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING, "atpo.links")
+    buffer = Buffer()
+    good = wire.encode(closed(7))
+    bad: list[list[Any]] = [
+        [b""],
+        [b"garbage"],
+        [b"x" * 27],
+        [_link(99)],
+        [_link(1)],
+        [_link(1, a=1), b"\xc1", b""],
+        [_link(1, a=2, b=9), *good],
+        [_link(1, a=2), good[0]],
+        [_link(2), b"\x81", b""],
+        [_link(3, a=1, b=2), b""],
+        [_link(3, a=5), b"odd"],
+    ]
+    async with server(buffer) as s, client(s.endpoint) as c, raw_dealer(s.endpoint) as stranger:
+        for frames in bad:
+            await stranger.send_multipart(frames)
+        await until(lambda: s.bad_messages >= len(bad))
+        assert "from stranger" in caplog.text
+        await c.send(closed(1))
+        await c.drain(timeout_s=PATIENCE_S)
+        assert isinstance(await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S), m.Leases)
+        assert s.bad_messages == len(bad)
+    assert buffer.got == [1]
+
+
+async def test_a_frame_over_the_limit_never_reaches_the_process() -> None:
+    buffer = Buffer()
+    async with server(buffer) as s, client(s.endpoint) as c, raw_dealer(s.endpoint) as stranger:
+        await stranger.send_multipart([_link(1), b"x", bytes(FAST.max_message_bytes + 5000)])
+        await c.send(closed(1))
+        await c.drain(timeout_s=PATIENCE_S)
+        assert "stranger" not in s.peers
+    assert buffer.got == [1]
+
+
+async def test_a_flood_past_the_window_is_dropped_and_not_kept() -> None:
+    buffer = Buffer()
+    buffer.open.clear()
+    async with server(buffer) as s, raw_dealer(s.endpoint) as stranger:
+        frames = wire.encode(closed(7))
+        for seq in range(20 * FAST.window):
+            await stranger.send_multipart([_link(1, a=seq), *frames])
+        await stranger.send_multipart([_link(3, a=20 * FAST.window), b""])
+        reply = await within(stranger.recv_multipart())
+        while reply[0][2] != 7:
+            reply = await within(stranger.recv_multipart())
+        # The first may be in the handler's hands by now; the ping's answer says where the rest must go on from.
+        queued, expected = s.peers["stranger"].queued, struct.unpack("<2sBQQQ", reply[0])[4]
+        assert 4 * FAST.window - 1 <= queued <= 4 * FAST.window
+        assert expected == queued + 1
+
+
+# --- setting up ------------------------------------------------------------------------------------------------
+
+
+async def test_a_port_in_use_is_a_setup_error_that_names_it() -> None:
+    async with server(Buffer()) as s:
+        with pytest.raises(SetupError, match=rf"cannot bind {s.endpoint}: the port is in use"):
+            await server(Buffer(), s.endpoint).__aenter__()
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://0.0.0.0:0", "tcp://*:0", "tcp://192.0.2.7:0", "tcp://[::]:0"])
+async def test_binding_off_loopback_without_keys_is_refused_with_the_way_out(endpoint: str) -> None:
+    for end in (server(Buffer(), endpoint), Announcer(endpoint, settings=FAST)):
+        with pytest.raises(SetupError, match=r"without keys: it is not a loopback address; set links.keys_dir"):
+            await end.__aenter__()
+
+
+async def test_connecting_off_loopback_without_keys_is_refused() -> None:
+    for end in (client("tcp://192.0.2.7:5555"), Listener("tcp://a.example:1", receives=m.Refused, settings=FAST)):
+        with pytest.raises(SetupError, match="will not connect to"):
+            await end.__aenter__()
+
+
+@pytest.mark.parametrize("endpoint", ["nonsense", "tcp://127.0.0.1:99999"])
+async def test_an_endpoint_that_is_none_is_a_setup_error(endpoint: str) -> None:
+    for end in (server(Buffer(), endpoint), client(endpoint)):
+        with pytest.raises(SetupError):
+            await end.__aenter__()
+
+
+def test_settings_come_from_the_configuration() -> None:
+    given = LinkSettings.from_config(LinksConfig(window=3, keys_dir=Path("keys")))
+    assert given == LinkSettings(window=3, keys_dir=Path("keys"))
+
+
+# --- keys ------------------------------------------------------------------------------------------------------
+
+
+def keyed(folder: Path) -> LinkSettings:
+    return replace(FAST, keys_dir=folder)
+
+
+@pytest.fixture
+def server_keys(tmp_path: Path) -> Path:
+    folder = tmp_path / "server"
+    make_keys(folder, "server")
+    return folder
+
+
+def client_keys(tmp_path: Path, server_keys: Path, name: str = "host-b") -> Path:
+    """A folder as it lies on another host: its own pair and the server's public key."""
+    folder = tmp_path / name
+    make_keys(folder, "client")
+    (folder / "server.key").write_bytes((server_keys / "server.key").read_bytes())
+    return folder
+
+
+async def test_the_right_key_gets_in_and_a_key_can_be_added_while_the_server_runs(
+    tmp_path: Path, server_keys: Path
+) -> None:
+    buffer = Buffer()
+    theirs = client_keys(tmp_path, server_keys)
+    async with server(buffer, settings=keyed(server_keys)) as s, client(s.endpoint, keyed(theirs)) as c:
+        await until(lambda: "refused our key" in c._trouble)
+        (server_keys / "host-b.key").write_bytes((theirs / "client.key").read_bytes())
+        await c.send(closed(1))
+        await c.drain(timeout_s=PATIENCE_S)
+        assert isinstance(await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S), m.Leases)
+    assert buffer.got == [1]
+
+
+async def test_an_unknown_key_is_refused_and_told_why(
+    tmp_path: Path, server_keys: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    buffer = Buffer()
+    theirs = client_keys(tmp_path, server_keys)
+    async with server(buffer, settings=keyed(server_keys)) as s, client(s.endpoint, keyed(theirs)) as c:
+        await c.send(closed(1))
+        await until(lambda: bool(c._trouble))
+        with pytest.raises(PeerLost, match="it refused our key"):
+            await c.request(LEASE_REQUEST, timeout_s=0.02)
+        assert not s.peers
+        public = links._load_public(theirs / "client.key").decode()
+        assert public in caplog.text
+    assert buffer.got == []
+
+
+async def test_a_plain_peer_is_refused_by_a_server_with_keys(server_keys: Path) -> None:
+    buffer = Buffer()
+    async with server(buffer, settings=keyed(server_keys)) as s, client(s.endpoint) as c:
+        await until(lambda: bool(c._trouble))
+        with pytest.raises(PeerLost, match="both ends need keys, or neither"):
+            await c.request(LEASE_REQUEST, timeout_s=0.02)
+        assert not s.peers
+    assert buffer.got == []
+
+
+async def test_with_keys_a_server_may_bind_every_interface(tmp_path: Path, server_keys: Path) -> None:
+    buffer = Buffer()
+    theirs = client_keys(tmp_path, server_keys)
+    (server_keys / "host-b.key").write_bytes((theirs / "client.key").read_bytes())
+    async with server(buffer, "tcp://0.0.0.0:0", settings=keyed(server_keys)) as s:
+        endpoint = s.endpoint.replace("0.0.0.0", "127.0.0.1")
+        async with client(endpoint, keyed(theirs)) as c:
+            await c.send(closed(1))
+            await c.drain(timeout_s=PATIENCE_S)
+    assert buffer.got == [1]
+
+
+async def test_a_secret_key_that_others_can_read_is_refused(server_keys: Path) -> None:
+    (server_keys / "server.key_secret").chmod(0o640)
+    with pytest.raises(SetupError, match=r"mode 0640; others must not read it: chmod 600"):
+        await server(Buffer(), settings=keyed(server_keys)).__aenter__()
+
+
+async def test_missing_keys_are_a_setup_error(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(SetupError, match=r"no CURVE secret key at .*server\.key_secret"):
+        await server(Buffer(), settings=keyed(empty)).__aenter__()
+    with pytest.raises(SetupError, match=r"no CURVE secret key at .*client\.key_secret"):
+        await client("tcp://127.0.0.1:5555", keyed(empty)).__aenter__()
+    make_keys(empty, "client")
+    with pytest.raises(SetupError, match=r"no CURVE public key at .*server\.key"):
+        await client("tcp://127.0.0.1:5555", keyed(empty)).__aenter__()
+
+
+def test_made_keys_are_private_and_never_overwritten(tmp_path: Path) -> None:
+    public, secret = make_keys(tmp_path / "keys", "client")
+    assert secret.stat().st_mode & 0o777 == 0o600
+    before = secret.read_bytes()
+    assert b"secret-key" in before
+    assert b"secret-key" not in public.read_bytes()
+    with pytest.raises(SetupError, match="exists"):
+        make_keys(tmp_path / "keys", "client")
+    assert secret.read_bytes() == before
+
+
+# --- announcements ---------------------------------------------------------------------------------------------
+
+
+def announced(version: int) -> m.WeightsAnnounced:
+    return m.WeightsAnnounced(run="r", version=version, total_bytes=1, sha256="", host_id="h", shm_path=None)
+
+
+async def _hear_one(announcer: Announcer, listener: Listener) -> m.WeightsAnnounced:
+    """Announce until the subscription has arrived."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            await announcer.publish(announced(1))
+            if (heard := await listener.next(timeout_s=0.02)) is not None:
+                assert isinstance(heard, m.WeightsAnnounced)
+                return heard
+
+
+async def test_announcements_reach_a_listener_and_silence_is_none() -> None:
+    async with (
+        Announcer(ANY_PORT, settings=FAST) as announcer,
+        Listener(announcer.endpoint, receives=m.WeightsAnnounced, settings=FAST) as listener,
+    ):
+        assert (await _hear_one(announcer, listener)).version == 1
+        while await listener.next(timeout_s=0.02) is not None:
+            pass
+        await announcer.publish(announced(2))
+        await announcer.publish(announced(3))
+        heard = [await listener.next(timeout_s=PATIENCE_S) for _ in range(2)]
+        assert [h.version for h in heard] == [2, 3]
+        await announcer.publish(m.RunFinished(run="r"))
+        await announcer.publish(announced(4))
+        assert (await listener.next(timeout_s=PATIENCE_S)).version == 4
+        assert listener.bad_messages == 1
+
+
+async def test_announcements_follow_the_same_rule_for_keys(tmp_path: Path, server_keys: Path) -> None:
+    theirs = client_keys(tmp_path, server_keys)
+    async with (
+        Announcer(ANY_PORT, settings=keyed(server_keys)) as announcer,
+        Listener(announcer.endpoint, receives=m.WeightsAnnounced, settings=keyed(theirs)) as listener,
+    ):
+        await announcer.publish(announced(1))
+        assert await listener.next(timeout_s=0.1) is None
+        (server_keys / "host-b.key").write_bytes((theirs / "client.key").read_bytes())
+        assert (await _hear_one(announcer, listener)).version == 1
