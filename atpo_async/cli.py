@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,22 +172,20 @@ def train(config: Config, *, again: str) -> int:
     from rich.console import Console
 
     from atpo_async import doctor
-    from atpo_async.policy import with_policy_path
     from atpo_async.progress import Progress, duration
     from atpo_async.rundir import RunDir, joining
     from atpo_async.supervisor import Outcome, Supervisor, pick_endpoints, role_specs
 
     console = Console(highlight=False, soft_wrap=True)
     # Everything that can be told without writing anything comes first.
-    config = with_policy_path(config)
     path = config.run.dir / config.run.name
     resumed = (path / "run.json").is_file()
     if resumed:
-        joining(RunDir.open(path), config)
+        config = joining(RunDir.open(path), config)
     doctor.check_machine(config)
     doctor.check_model(config)
     engine, why = doctor.engine_of(config)
-    ensure_policy(config, console)
+    config = ensure_policy(config, console)
 
     rundir = RunDir.create(config)
     with rundir.locked():
@@ -258,21 +256,42 @@ def _again(words: Sequence[str]) -> str:
     return shlex.join(["atpo", *words])
 
 
-def ensure_policy(config: Config, console: Console) -> None:
-    """Make and warm-start the small policy where the configuration says so and there is none."""
-    from atpo_async.policy import is_there, warm_start_command
+def ensure_policy(config: Config, console: Console) -> Config:
+    """Make and warm-start the small policy where the configuration says so and there is none.
 
-    if not config.model.warm_start or is_there(Path(config.model.path)):
-        return
-    console.print(
-        f"making the policy {config.model.path} ({config.model.warm_start_steps} supervised steps; kept for later runs)"
-    )
-    with resolved_file(config) as file:
-        code, error = _run_to_end(warm_start_command(file, Path(config.model.path)))
-    if code < 0 or code == EXIT_INTERRUPTED:
+    Returns the configuration with ``model.path`` set to it.  Raises SetupError naming what went wrong.
+    """
+    from atpo_async.policy import is_there, warm_start_command, with_path
+
+    if not config.model.warm_start or (config.model.path and is_there(Path(config.model.path))):
+        return config
+    command = warm_start_command(config)
+    told = False
+
+    def tell(line: str) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            console.print(f"making the policy: {config.model.warm_start_steps} supervised steps; kept for later runs")
+        if console.is_terminal:
+            console.print(line, end="\r")
+
+    code, words = _run_to_end(command, tell=tell)
+    if told and console.is_terminal:
+        console.print(" " * 60, end="\r")
+    if code < 0:
         raise KeyboardInterrupt
-    if code or not is_there(Path(config.model.path)):
-        raise SetupError(f"the warm start of {config.model.path} failed: {error or f'exit code {code}'}")
+    path = words.strip().splitlines()[-1] if code == 0 and words.strip() else ""
+    if code or not is_there(Path(path)):
+        raise SetupError(f"the warm start failed: {words or f'exit code {code}'}")
+    if config.model.path and Path(config.model.path) != Path(path):
+        raise SetupError(
+            f"model.path = {config.model.path!r}, from which this run started, is gone, and the warm start makes "
+            f"{path!r} now; use another --run.name"
+        )
+    if told:
+        console.print(f"the policy is in {path}")
+    return with_path(config, path)
 
 
 @contextlib.contextmanager
@@ -286,40 +305,61 @@ def resolved_file(config: Config) -> Iterator[Path]:
         yield file
 
 
-def _run_to_end(argv: Sequence[str], *, capture: bool = False) -> tuple[int, str]:
-    """Run a process of ours in the foreground.  Returns its exit code and its last error line (its stdout if
-    ``capture`` and it succeeded).  It ends with us, and everything it started with it."""
+def _run_to_end(argv: Sequence[str], *, tell: Callable[[str], None] = lambda line: None) -> tuple[int, str]:
+    """Run a process of ours in the foreground, passing on each line of its stderr.
+
+    Returns 0 and its stdout, or its exit code and its last error line.  It ends with us, with all that it started.
+    """
+    import collections
     import subprocess
+    import tempfile
+    import threading
 
     from atpo_async import processes
     from atpo_async.role import ERROR_PREFIX, die_with_parent
 
-    mark = f"hand/{os.getpid()}/{id(argv)}"
-    process = subprocess.Popen(
-        list(argv),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE if capture else None,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env={**os.environ, processes.ROLE_MARK: mark},
-        start_new_session=True,
-        preexec_fn=die_with_parent if sys.platform.startswith("linux") else None,
-    )
-    try:
-        out, err = process.communicate()
-    except BaseException:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=5)
-        raise
-    finally:
-        processes.kill_all(process.pid, mark)
-    if process.returncode == 0:
-        return 0, out or ""
-    lines = [line for line in err.splitlines() if line.strip()]
+    mark = f"hand/{os.getpid()}/{os.urandom(4).hex()}"
+    lines: collections.deque[str] = collections.deque(maxlen=50)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as out:
+        process = subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env={**os.environ, processes.ROLE_MARK: mark},
+            start_new_session=True,
+            preexec_fn=die_with_parent if sys.platform.startswith("linux") else None,
+        )
+        stderr = process.stderr
+        assert stderr is not None
+
+        def listen() -> None:
+            for line in stderr:
+                if line.strip():
+                    lines.append(line.rstrip())
+                    tell(lines[-1])
+
+        # In a thread: what a process leaves behind keeps its stderr open, until it is killed below.
+        listener = threading.Thread(target=listen, name="stderr", daemon=True)
+        listener.start()
+        try:
+            process.wait()
+        except BaseException:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
+            raise
+        finally:
+            processes.kill_all(process.pid, mark)
+            process.wait()
+            listener.join(timeout=5)
+        if process.returncode == 0:
+            out.seek(0)
+            return 0, out.read()
     said = next((line for line in reversed(lines) if line.startswith(ERROR_PREFIX)), lines[-1] if lines else "")
-    return process.returncode, said.removeprefix(ERROR_PREFIX)
+    return process.returncode, said.removeprefix(ERROR_PREFIX).removeprefix("warm start: ")
 
 
 # --- one role by hand -------------------------------------------------------------------------------------------
@@ -339,13 +379,14 @@ def command_actor(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
 
 def _role_by_hand(role: str, args: argparse.Namespace, texts: Mapping[str, str]) -> int:
     """Become the role.  The buffer makes the run folder where there is none; the others join."""
+    from rich.console import Console
+
     from atpo_async import doctor
     from atpo_async.config import load
-    from atpo_async.policy import with_policy_path
     from atpo_async.role import hand_name, parse_address
     from atpo_async.rundir import RunDir, joining
 
-    config = with_policy_path(load(args.config, texts))
+    config = load(args.config, texts)
     if role == "actor":
         doctor.engine_of(config)
     options = [f"--{key}={text}" for key, text in texts.items()]
@@ -357,13 +398,13 @@ def _role_by_hand(role: str, args: argparse.Namespace, texts: Mapping[str, str])
         if role != "actor":
             raise SetupError(f"--join {args.join} is no run folder here; a {role} shares files with the run")
         address = parse_address(args.join).removeprefix("tcp://")
+        config = ensure_policy(config, Console(stderr=True))
         argv += ["--config", args.config, "--join", address, f"--model.path={config.model.path}", *options]
     else:
         if role == "buffer" and not args.join:
-            from rich.console import Console
-
-            ensure_policy(config, Console(stderr=True))
-            rundir = RunDir.create(config)
+            if (folder / "run.json").is_file():
+                config = joining(RunDir.open(folder), config)
+            rundir = RunDir.create(ensure_policy(config, Console(stderr=True)))
         else:
             rundir = RunDir.open(folder)
             joining(rundir, config)
@@ -426,8 +467,7 @@ def _evaluate(config: Config, model: Path, name: str) -> dict[str, float]:
             [
                 *(sys.executable, "-m", "actors", "eval", "--config", str(file), "--model", str(model)),
                 *("--num-tasks", str(config.eval.num_tasks)),
-            ],
-            capture=True,
+            ]
         )
     if code == EXIT_USER:
         raise SetupError(said)
@@ -445,9 +485,8 @@ def command_config(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
     from rich.table import Table
 
     from atpo_async import config as configuration
-    from atpo_async.policy import with_policy_path
 
-    config = with_policy_path(configuration.load(args.config, texts))
+    config = configuration.load(args.config, texts)
     print(configuration.to_toml(config))
     console = Console(highlight=False)
     table = Table(title="staleness, in learner versions, measured when a batch is consumed", title_justify="left")

@@ -15,6 +15,7 @@ from typing import Literal
 
 from atpo_async.config import Config
 from atpo_async.errors import SetupError
+from atpo_async.policy import warm_start_command
 from atpo_async.supervisor import check_ports
 
 MIN_PYTHON = (3, 11)
@@ -150,7 +151,10 @@ def _check_gpus(config: Config) -> None:
 def check_model(config: Config) -> None:
     """Raises SetupError where the model's folder is missing and no warm start would make it."""
     path = config.model.path
-    if config.model.warm_start or (Path(path) / "config.json").is_file():
+    if config.model.warm_start:
+        warm_start_command(config)  # refuses an environment that has no such policy
+        return
+    if path and (Path(path) / "config.json").is_file():
         return
     if path and not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
         return  # may be a name on the Hub: its client tells, when the roles start

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -15,36 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from atpo_async.config import Config
-from atpo_async.errors import SetupError
+from atpo_async.errors import ConfigError, SetupError
 from atpo_async.rundir import RunDir
 
 MODELS = Path("models")
 """Where warm-started policies are kept, to be used by later runs too."""
 
+WORLD = ("seed", "min_hops", "max_hops", "num_names", "num_relations")
+"""Options of the environment that the policy must fit."""
+
 _CHECKPOINT = re.compile(r"step-(\d+)-v(\d+)")
 _PREFIX = "hf."
 """A checkpoint names parameters as the learner's module does, a model folder without this."""
-
-
-def with_policy_path(config: Config) -> Config:
-    """``config`` with ``model.path`` set where the warm start decides it: ``models/<environment>-<fingerprint>``.
-
-    The fingerprint is of everything that the policy follows from, so that another task, seed or number of supervised
-    steps never meets an older policy.  Pure.
-    """
-    if not config.model.warm_start or config.model.path:
-        return config
-    causes = {
-        "format": 1,
-        "environment": config.environment.model_dump(mode="json"),
-        "steps": config.model.warm_start_steps,
-        "context": config.model.max_context_tokens,
-        "seed": config.run.seed,
-    }
-    fingerprint = hashlib.sha256(json.dumps(causes, sort_keys=True).encode()).hexdigest()[:10]
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", config.environment.name)
-    model = config.model.model_copy(update={"path": str(MODELS / f"{name}-{fingerprint}")})
-    return config.model_copy(update={"model": model})
 
 
 def is_there(folder: Path) -> bool:
@@ -52,9 +33,31 @@ def is_there(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def warm_start_command(config_file: Path, target: Path) -> list[str]:
-    """Makes the policy ``target`` as ``config_file`` says; the folder appears complete or not at all."""
-    return [sys.executable, "-m", "learner", "warm-start", "--config", str(config_file), "--out", str(target)]
+def warm_start_command(config: Config) -> list[str]:
+    """Makes the small policy that fits the configuration where there is none, and prints its folder last.  Pure.
+
+    Quick when there is nothing to make.  Raises ConfigError for an environment that has no such policy.
+    """
+    if config.environment.name != "hopqa":
+        raise ConfigError(
+            f"model.warm_start makes a policy for hopqa only, not for environment.name = {config.environment.name!r}: "
+            "name a model with --model.path and set --model.warm_start false"
+        )
+    options = dict(config.environment.options)
+    hops = options.pop("hops", None)
+    if hops is not None:
+        options = {"min_hops": hops, "max_hops": hops, **options}
+    words = {"seed": config.run.seed, "steps": config.model.warm_start_steps}
+    words |= {key: options[key] for key in WORLD if key in options}  # type: ignore[misc]
+    command = [sys.executable, "-m", "learner.warm_start", "--root", str(MODELS), "--device", config.learner.device]
+    for key, value in words.items():
+        command += [f"--{key.replace('_', '-')}", str(value)]
+    return command
+
+
+def with_path(config: Config, path: Path | str) -> Config:
+    """``config`` with another ``model.path``."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(path)})})
 
 
 def list_checkpoints(rundir: RunDir) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,11 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from atpo_async import cli, doctor, processes
 from atpo_async.config import Config, build, load
 from atpo_async.errors import SetupError
-from atpo_async.policy import assemble, with_policy_path
+from atpo_async.policy import assemble, warm_start_command
 from atpo_async.role import EXIT_FAILURE, EXIT_USER, parse_address
 from atpo_async.rundir import Endpoints, RunDir
 from atpo_async.supervisor import RoleSpec
@@ -242,13 +244,46 @@ def test_the_demo_takes_a_new_run_each_time(folder: Path) -> None:
     assert cli.free_name(folder / "runs", "demo-1") == "demo-1-2"
 
 
-def test_the_policy_of_a_warm_start_is_found_by_what_it_follows_from() -> None:
-    config = load(DEMO)
-    path = with_policy_path(config).model.path
-    assert re.fullmatch(r"models/hopqa-[0-9a-f]{10}", path)
-    assert with_policy_path(load(DEMO, {"learner.lr": "1e-3"})).model.path == path
-    assert with_policy_path(load(DEMO, {"model.warm_start_steps": "10"})).model.path != path
-    assert with_policy_path(load(DEMO, {"model.path": "mine"})).model.path == "mine"
+def test_the_warm_start_is_asked_for_what_the_environment_needs() -> None:
+    command = warm_start_command(load(DEMO, {"run.seed": "3", "environment.options.num_names": "16"}))
+    assert command[1:3] == ["-m", "learner.warm_start"]
+    asked = dict(zip(command[3::2], command[4::2], strict=True))
+    assert asked["--seed"] == "3"
+    assert (asked["--min-hops"], asked["--max-hops"], asked["--num-names"]) == ("3", "3", "16")
+
+
+def test_a_warm_start_for_another_environment_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", config_file(folder), "--model.warm_start", "true", "--environment.name", "my.env:make"]
+    assert cli.main([*words, "--actor.engine", "transformers"]) == 2
+    assert said(capsys).startswith("model.warm_start makes a policy for hopqa only, not for environment.name = 'my.env")
+
+
+def fake_warm_start(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    monkeypatch.setattr("atpo_async.policy.warm_start_command", lambda config: command)
+
+
+def test_the_run_takes_the_policy_that_the_warm_start_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+        import pathlib, sys
+        print("warm start: step 1 of 1", file=sys.stderr)
+        path = pathlib.Path("models/p"); path.mkdir(parents=True); (path / "config.json").write_text("{}")
+        print("noise"); print(path)
+    """
+    fake_warm_start(monkeypatch, code)
+    out = io.StringIO()
+    config = cli.ensure_policy(build({"model": {"warm_start": True}}), Console(file=out))
+    assert config.model.path == "models/p"
+    assert out.getvalue().splitlines()[-1] == "the policy is in models/p"
+    fake_warm_start(monkeypatch, "raise SystemExit('not again')")
+    assert cli.ensure_policy(config, Console(file=out)) == config
+
+
+def test_a_warm_start_that_fails_is_said_in_its_own_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys; print('warm start: steps must be >= 0', file=sys.stderr); sys.exit(2)"
+    fake_warm_start(monkeypatch, code)
+    with pytest.raises(SetupError, match=r"^the warm start failed: steps must be >= 0$"):
+        cli.ensure_policy(build({"model": {"warm_start": True}}), Console(file=io.StringIO()))
 
 
 def test_a_checkpoint_becomes_a_model_folder_with_the_names_that_engines_know(tmp_path: Path) -> None:
