@@ -105,6 +105,7 @@ class BufferService:
         self._writers: dict[str, MetricsWriter] = {}
         self._farewells: set[str] = set()
         self._links_bad = 0
+        self._leased_training = False
         self._endpoints = endpoints
         settings = LinkSettings.from_config(config.links)
         self.actors = Server(
@@ -242,6 +243,9 @@ class BufferService:
         leases = await self._until(some, timeout_s=LEASE_WAIT_S)
         if leases is None:
             leases = self.state.lease(request.actor, request.count, self._clock())
+        if not self._leased_training and any(lease.kind == "train" for lease in leases.leases):
+            self._leased_training = True
+            self._write("buffer", self.state.step, self.state.version, {"time/first_lease": time.time()})
         if leases.finished:
             self._farewells.add(request.actor)
             self._notify()
