@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from atpo_async import role
-from learner.loop import learn
+
+
+def main(argv: list[str]) -> None:
+    # Read when torch is loaded.  Threads that spin at a barrier take the core from the engine beside them: two
+    # spinning threads on two busy cores made a step take 3 to 18 s, sleeping ones 2 s.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from learner.loop import learn
+
+    role.run("learner", learn, argv)
+
 
 if __name__ == "__main__":
-    role.run("learner", learn, sys.argv[1:])
+    main(sys.argv[1:])

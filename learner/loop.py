@@ -410,8 +410,8 @@ class Learner:
         found["time/step_s"] = learned.step_s
         found["time/between_steps_s"] = between_s
         found["tokens/trained_per_s"] = found.get("tokens/trained", 0.0) / max(between_s, 1e-9)
-        found["train/trees"] = batch.num_trees
-        found["train/leaves"] = batch.num_leaves
+        found["batch/trees"] = batch.num_trees
+        found["batch/leaves"] = batch.num_leaves
         if learned.announcement is not None:
             found["weights/publish_s"] = publish_s
         await self._write(self.step, self.version, found)
