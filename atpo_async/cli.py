@@ -261,12 +261,15 @@ def ensure_policy(config: Config, console: Console) -> Config:
 
     Returns the configuration with ``model.path`` set to it.  Raises SetupError naming what went wrong.
     """
+    import time
+
     from atpo_async.policy import is_there, warm_start_command, with_path
 
     if not config.model.warm_start or (config.model.path and is_there(Path(config.model.path))):
         return config
     command = warm_start_command(config)
     told = False
+    said_at = [time.monotonic()]
 
     def tell(line: str) -> None:
         nonlocal told
@@ -275,6 +278,9 @@ def ensure_policy(config: Config, console: Console) -> Config:
             console.print(f"making the policy: {config.model.warm_start_steps} supervised steps; kept for later runs")
         if console.is_terminal:
             console.print(line, end="\r")
+        elif time.monotonic() - said_at[0] > 5.0:
+            said_at[0] = time.monotonic()
+            console.print(line)
 
     code, words = _run_to_end(command, tell=tell)
     if told and console.is_terminal:
