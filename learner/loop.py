@@ -51,6 +51,7 @@ from learner.checkpoint import Progress
 from learner.model import export_model, load_policy, make_accelerator
 from learner.publisher import Publisher, WeightsStore, probe_token_ids
 from learner.step import Abandoned, StepReport, Trainer
+from learner.tree_samples import decoder, is_sampled, write_sample
 
 T = TypeVar("T")
 
@@ -150,6 +151,7 @@ class Learner:
         self.trainer = trainer
         self.buffer = buffer
         self.publisher = publisher
+        self._decode = decoder(model_folder(config.model.path)) if metrics is not None else str
         self.metrics = metrics
         self.torch_thread = torch_thread
         self.stopping = stopping
@@ -414,6 +416,15 @@ class Learner:
         found["batch/leaves"] = batch.num_leaves
         if learned.announcement is not None:
             found["weights/publish_s"] = publish_s
+        if is_sampled(self.step, num_steps=self.config.run.steps):
+            write_sample(
+                self.rundir.trees_path,
+                batch,
+                step=self.step,
+                version=self.version,
+                settings=self.config.credit,
+                decode=self._decode,
+            )
         await self._write(self.step, self.version, found)
         self.log.info(
             "step %d: reward %.3f, lag %.2f, waited %.2f s, step %.2f s",
