@@ -327,6 +327,8 @@ class _Link:
 
     async def close(self) -> None:
         """Cancel what is under way and close the socket at once; what is unacknowledged is lost.  Idempotent."""
+        # First the sockets: what arrived while tasks end would start new ones.
+        self._close_sockets()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -334,7 +336,6 @@ class _Link:
             if tasks:
                 await asyncio.wait(tasks)
         finally:
-            self._close_sockets()
             if self._allow_list is not None:
                 self._allow_list.close()
                 self._allow_list = None
@@ -796,6 +797,8 @@ class Client(_Connecting):
             self._fail(
                 PeerLost(f"{self._peer()} has dropped {self.identity}: another process has taken that name since")
             )
+            # Connected on, we would throw our successor out with every reconnection, and it us.
+            self._close_sockets()
 
     def _on_ack(self, handled: int) -> None:
         """Everything below ``handled`` has been handled."""
@@ -810,7 +813,11 @@ class Client(_Connecting):
             self._refused += 1
             log.warning("%s refused %s of %s: %s", self._peer(), type(message).__name__, self.identity, reason)
             if self.on_refused is not None:
-                self.on_refused(message, reason)
+                try:
+                    self.on_refused(message, reason)
+                # The rest of this acknowledgement must be taken whatever the owner makes of the refusal.
+                except Exception:
+                    log.exception("on_refused of %s failed", self.identity)
         self._base = handled
         self._cursor = max(self._cursor, handled)
         if not self._kept:
@@ -1027,11 +1034,13 @@ class Server(_Link):
         try:
             burst = 0
             while session.queue:
-                item = session.queue.popleft()
+                item = session.queue[0]
                 reason = str(item) if isinstance(item, BadMessage) else await self._handle(session, item)
                 if reason is not None:
                     session.refusals[session.handled] = reason[:_MAX_REASON]
-                # Ack after the handler: an ack before it loses the message if we crash here.
+                # Ack after the handler: an ack before it loses the message if we crash here.  Out of the queue
+                # only now: a handler that was cancelled has not taken its message.
+                session.queue.popleft()
                 session.handled += 1
                 self._ack_soon(session)
                 burst += 1
