@@ -122,9 +122,9 @@ class _Arrays:
     def view(self, kind: type, value: Any) -> Any:
         if kind is not np.ndarray:
             raise BadMessage(f"the wire knows no {kind.__name__}")
-        if type(value) is not list or len(value) != 3 or not all(type(v) is int for v in value):
+        code, offset, length = value if type(value) is list and len(value) == 3 else (None, None, None)
+        if type(code) is not int or type(offset) is not int or type(length) is not int:
             raise BadMessage(f"{value!r:.80} is no array descriptor [dtype code, offset, length]")
-        code, offset, length = value
         if not 0 <= code < len(_DTYPES):
             raise BadMessage(f"array dtype code {code} is unknown; codes are 0 to {len(_DTYPES) - 1}")
         dtype = _DTYPES[code]
