@@ -104,7 +104,7 @@ class Progress:
         self.state = RunState(total_steps, since=clock())
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._said_at = clock()
-        self._said = (-1, 0)
+        self._said = (0, 0)
 
     def __enter__(self) -> Progress:
         if self._live is not None:
@@ -114,7 +114,7 @@ class Progress:
     def __exit__(self, *exc_info: object) -> None:
         if self._live is not None:
             self._live.stop()
-        if self.state.step > self._said[0] and self.state.step:
+        if self.state.step > self._said[0]:
             self._console.print(plain(self.state), highlight=False, soft_wrap=True)
 
     @property
