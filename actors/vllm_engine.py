@@ -8,8 +8,10 @@ generation is never resumed and every request in flight fails, so nothing made u
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import itertools
+import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -91,6 +93,7 @@ class VllmEngine:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._llm: Any = None
         self._dead: str | None = "the engine was not started"
+        self._abandoned = False
         self._swap_lock = asyncio.Lock()
         # The kernel ends the engine's processes when the thread that started them ends, so it is kept until close().
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="vllm-starter")
@@ -109,8 +112,15 @@ class VllmEngine:
                 "the package vllm is not installed; pip install 'atpo-async[vllm]' for CUDA, "
                 "requirements/cpu.txt for a CPU, or use --actor.engine transformers"
             )
-        loop = asyncio.get_running_loop()
-        self._llm = await loop.run_in_executor(self._starter, self._build)
+        before = set(multiprocessing.active_children())
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._starter, self._build)
+        except asyncio.CancelledError:
+            # The thread itself cannot be stopped, but it gives up when the process it waits for is gone.
+            self._abandoned = True
+            for child in set(multiprocessing.active_children()) - before:
+                child.kill()
+            raise
         self._dead = None
         try:
             await self._llm.update_weight_version(str(self._version))
@@ -128,7 +138,7 @@ class VllmEngine:
         key = f"{request_id}/{next(self._numbers)}"
         self._in_flight.add(key)
         try:
-            output = await self._run(tokens, self._sampling_params(sampling), key)
+            output = await self._run(tokens, self._sampling_params(sampling), request_id, key)
             completion = output.outputs[0]
             if completion.finish_reason not in ("stop", "length") or not completion.token_ids:
                 raise GenerationFailed(
@@ -221,16 +231,19 @@ class VllmEngine:
         """End every process the engine started.  Idempotent; requests in flight fail."""
         if self._llm is not None:
             await self._fail("the engine was closed")
-            llm = self._llm
+            llm, self._llm = self._llm, None
             if llm.output_handler is not None:
                 # First, or it would report the engine's end as a failure.
                 llm.output_handler.cancel()
                 await asyncio.wait([llm.output_handler])
             await asyncio.get_running_loop().run_in_executor(self._starter, llm.shutdown)
-        self._dead = "the engine was closed"
+            del llm
+            # It is part of cycles, and complains when it is only found at the interpreter's end.
+            gc.collect()
+        self._dead = self._dead or "the engine was closed"
         self._starter.shutdown(wait=False)
 
-    def _build(self) -> Any:
+    def _build(self) -> None:
         """Runs in the starter thread: everything that blocks, vLLM's import included."""
         device = pick_device(self._device)
         with _environment(self._variables(device)):
@@ -255,8 +268,10 @@ class VllmEngine:
                     # The model runs in the engine core: one process, 0.5 GB and a hand-over per step less.
                     own["distributed_executor_backend"] = "uni"
             scheduler = "ProbeScheduler" if on_cpu else "AsyncProbeScheduler"
+            if self._abandoned:
+                return
             try:
-                return AsyncLLM.from_engine_args(
+                self._llm = AsyncLLM.from_engine_args(
                     AsyncEngineArgs(
                         model=str(self._model_path),
                         dtype=self._dtype,
@@ -276,6 +291,7 @@ class VllmEngine:
                         skip_tokenizer_init=True,
                         disable_log_stats=True,
                         enable_log_requests=False,
+                        use_tqdm_on_load=False,
                         **own,
                     )
                 )
@@ -307,14 +323,14 @@ class VllmEngine:
                 variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         return variables
 
-    async def _run(self, tokens: list[int], params: Any, request_id: str) -> Any:
-        """The finished RequestOutput.  Raises GenerationFailed."""
+    async def _run(self, tokens: list[int], params: Any, request_id: str, key: str | None = None) -> Any:
+        """The finished RequestOutput; ``key`` is its id within vLLM.  Raises GenerationFailed."""
         from vllm.inputs import tokens_input
 
         output: Any = None
         try:
             # A rendered input skips vLLM's thread pool for raw prompts.
-            async for latest in self._llm.generate(tokens_input(tokens), params, request_id):
+            async for latest in self._llm.generate(tokens_input(tokens), params, key or request_id):
                 output = latest
         except Exception as exc:
             if self._llm is None or self._llm.errored:
@@ -392,7 +408,7 @@ class VllmEngine:
             raise WeightsRejected(f"weights version {manifest.version}: vLLM did not load them: {exc}") from exc
 
     def _check_alive(self, what: str) -> None:
-        if self._dead is None and self._llm.errored:
+        if self._dead is None and (self._llm is None or self._llm.errored):
             self._dead = "its processes ended"
         if self._dead is not None:
             raise EngineDead(f"{what}: the vLLM engine is dead: {self._dead}")
@@ -400,7 +416,7 @@ class VllmEngine:
     async def _fail(self, reason: str) -> None:
         """Let every request in flight fail; generation stays paused."""
         self._dead = self._dead or reason
-        if self._in_flight and not self._llm.errored:
+        if self._in_flight and self._llm is not None and not self._llm.errored:
             await self._llm.abort(list(self._in_flight))
 
 

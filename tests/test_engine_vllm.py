@@ -1,0 +1,357 @@
+"""The vLLM engine, real, against the transformers model.
+
+One engine serves most tests, because it takes 20 s to start; each takes the next version of the weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+
+from actors.engine import Sampling
+from actors.vllm_engine import VllmEngine
+from actors.vllm_plugin import register
+from atpo_async.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WeightsRejected
+from tests.engine_support import (
+    PROBE,
+    altered,
+    largest_error,
+    reference_logprobs,
+    save_model,
+    tiny_model,
+    weights_file,
+)
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+
+PROMPT = [7, 30, 41, 9, 200, 13]
+SEEDS = [tiny_model(seed) for seed in range(3)]
+MODELS = {version: SEEDS[version % 3] for version in range(60)}
+"""By version; neighbours differ."""
+
+
+def to_length(count: int, **changes: object) -> Sampling:
+    return Sampling(max_tokens=count, stop_token_ids=(), **changes)  # type: ignore[arg-type]
+
+
+@pytest_asyncio.fixture(scope="class", loop_scope="class")
+async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
+    folder = save_model(MODELS[0], tmp_path_factory.mktemp("model"))
+    engine = VllmEngine(folder, device="cpu", max_model_len=256, max_num_seqs=8, kv_cache_gb=0.25)
+    await engine.start()
+    yield engine
+    await engine.close()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@needs_vllm
+@pytest.mark.asyncio(loop_scope="class")
+class TestOneEngine:
+    @pytest.mark.parametrize("temperature", [1.0, 0.6])
+    async def test_log_probs_are_those_of_the_model(self, engine: VllmEngine, temperature: float) -> None:
+        found = await asyncio.gather(
+            *(
+                engine.generate([*PROMPT, i], to_length(10 + i, temperature=temperature), request_id=str(i))
+                for i in range(12)
+            )
+        )
+        for i, generation in enumerate(found):
+            assert len(generation.token_ids) == 10 + i
+            assert generation.stop_reason == "length"
+            assert [span.version for span in generation.spans] == [0]
+            assert largest_error(generation, [*PROMPT, i], MODELS, temperature=temperature) < 1e-5
+
+    async def test_log_probs_are_under_the_truncated_distribution(self, engine: VllmEngine) -> None:
+        with torch.no_grad():
+            logits = MODELS[0](torch.tensor([PROMPT])).logits[0, -1].numpy().astype(np.float64) / 0.8
+        order = np.argsort(-logits)[:20]
+        p = np.exp(logits[order]) / np.exp(logits[order]).sum()
+        kept = 1 + int(np.searchsorted(np.cumsum(p), 0.5))
+        expected = dict(zip(order[:kept].tolist(), np.log(p[:kept] / p[:kept].sum()), strict=True))
+        sampling = to_length(1, top_k=20, top_p=0.5, temperature=0.8)
+        found = await asyncio.gather(*(engine.generate(PROMPT, sampling, request_id=str(i)) for i in range(30)))
+        assert kept < 20
+        for generation in found:
+            assert generation.logprobs[0] == pytest.approx(expected[int(generation.token_ids[0])], abs=1e-5)
+
+    async def test_the_stop_token_ends_the_action_and_is_part_of_it(self, engine: VllmEngine) -> None:
+        greedy = await engine.generate(PROMPT, to_length(12, temperature=0.0), request_id="greedy")
+        stop = int(greedy.token_ids[5])
+        first = greedy.token_ids.tolist().index(stop)
+        sampling = Sampling(max_tokens=12, temperature=0.0, stop_token_ids=(stop,))
+        found = await engine.generate(PROMPT, sampling, request_id="stopped")
+        assert found.stop_reason == "stop"
+        assert found.token_ids.tolist() == greedy.token_ids[: first + 1].tolist()
+
+    async def test_prompt_tokens_from_the_prefix_cache_are_counted(self, engine: VllmEngine) -> None:
+        prompt = [(3 * i) % 250 + 3 for i in range(100)]
+        before = engine.stats()
+        first = await engine.generate(prompt, to_length(3), request_id="first")
+        second = await engine.generate([*prompt, 5], to_length(3), request_id="second")
+        assert first.cached_prompt_tokens == 0
+        # Whole blocks of 32 only.
+        assert second.cached_prompt_tokens == 96
+        assert largest_error(second, [*prompt, 5], MODELS) < 1e-5
+        after = engine.stats()
+        assert after.cached_prompt_tokens - before.cached_prompt_tokens == 96
+        assert after.prompt_tokens - before.prompt_tokens == 201
+        assert after.generated_tokens - before.generated_tokens == 6
+
+    async def test_a_swap_in_mid_request_leaves_each_span_to_its_own_weights(
+        self, engine: VllmEngine, tmp_path: Path
+    ) -> None:
+        start = engine.stats().version
+        # As many as may run at once: the probe needs a place of its own.
+        long = [
+            asyncio.create_task(engine.generate([*PROMPT, i], to_length(100), request_id=f"long{i}")) for i in range(7)
+        ]
+        for version in (start + 1, start + 2):
+            # All running requests get a token in each step: the long ones have about ten more when this one ends.
+            await engine.generate(PROMPT, to_length(10), request_id="short")
+            waiting = [
+                asyncio.create_task(engine.generate([*PROMPT, i], to_length(1), request_id=f"wait{i}"))
+                for i in range(4)
+            ]
+            report = await engine.swap(weights_file(MODELS[version], tmp_path / str(version), version=version))
+            await asyncio.gather(*waiting)
+            assert report.version == version
+            assert report.in_flight >= 7
+            assert report.probe_error < 1e-5
+        for i, generation in enumerate(await asyncio.gather(*long)):
+            assert [span.version for span in generation.spans] == [start, start + 1, start + 2]
+            assert largest_error(generation, [*PROMPT, i], MODELS) < 1e-5
+        assert np.abs(await engine.score(PROBE) - reference_logprobs(MODELS[start + 2], PROBE)).max() < 1e-5
+        assert engine.stats().version == start + 2
+
+    async def test_after_a_swap_no_key_of_the_old_weights_is_served(self, engine: VllmEngine, tmp_path: Path) -> None:
+        prompt = [(5 * i) % 250 + 3 for i in range(70)]
+        await engine.generate(prompt, to_length(2), request_id="before")
+        version = engine.stats().version + 1
+        await engine.swap(weights_file(MODELS[version], tmp_path / "weights", version=version))
+        generation = await engine.generate(prompt, to_length(20), request_id="after")
+        assert generation.cached_prompt_tokens == 0
+        assert largest_error(generation, prompt, MODELS) < 1e-5
+
+    async def test_with_a_full_house_and_a_kept_cache_the_probe_still_runs(
+        self, engine: VllmEngine, tmp_path: Path
+    ) -> None:
+        version = engine.stats().version + 1
+        long = [
+            asyncio.create_task(engine.generate([*PROMPT, i], to_length(60), request_id=f"long{i}")) for i in range(12)
+        ]
+        await engine.generate(PROMPT, to_length(1), request_id="short")
+        engine._clear_cache = False
+        try:
+            report = await engine.swap(weights_file(MODELS[version], tmp_path / "weights", version=version))
+        finally:
+            engine._clear_cache = True
+        assert report.probe_error < 1e-5
+        for generation in await asyncio.gather(*long):
+            assert len(generation.token_ids) == 60
+            assert generation.spans[-1].version == version
+
+    async def test_an_older_version_is_refused_and_the_engine_goes_on(self, engine: VllmEngine, tmp_path: Path) -> None:
+        version = engine.stats().version
+        assert version > 0
+        with pytest.raises(WeightsRejected, match=f"version {version - 1} is older than version {version}"):
+            await engine.swap(weights_file(MODELS[version - 1], tmp_path / "old", version=version - 1))
+        generation = await engine.generate(PROMPT, to_length(5), request_id="after")
+        assert largest_error(generation, PROMPT, MODELS) < 1e-5
+
+    @pytest.mark.parametrize(
+        ("fault", "named"),
+        [
+            ("missing file", "cannot read .*weights"),
+            ("short file", "has 100 bytes"),
+            ("altered file", "was altered"),
+            ("wrong shape", r"model.norm.weight has shape \(64, 2\)"),
+            ("missing tensor", "model.norm.weight is missing"),
+            ("unknown tensor", "model.nonsense is not part"),
+        ],
+    )
+    async def test_faulty_weights_are_rejected_by_name_and_change_nothing(
+        self, engine: VllmEngine, tmp_path: Path, fault: str, named: str
+    ) -> None:
+        version = engine.stats().version
+        good = weights_file(MODELS[version + 1], tmp_path / "weights", version=version + 1)
+        with pytest.raises(WeightsRejected, match=named):
+            await engine.swap(altered(good, fault))
+        generation = await engine.generate(PROMPT, to_length(5), request_id="after")
+        assert generation.spans[0].version == version
+        assert largest_error(generation, PROMPT, MODELS) < 1e-5
+
+    async def test_cancelling_aborts_the_request(self, engine: VllmEngine) -> None:
+        long = [
+            asyncio.create_task(engine.generate([*PROMPT, i], to_length(200), request_id=f"l{i}")) for i in range(8)
+        ]
+        await asyncio.sleep(0)
+        assert engine.stats().in_flight == 8
+        generated = engine.stats().generated_tokens
+        for task in long:
+            task.cancel()
+        # All eight places were taken: this one runs because they are free again.
+        await engine.generate(PROMPT, to_length(2), request_id="short")
+        assert all(task.cancelled() for task in long)
+        assert engine.stats().in_flight == 0
+        assert engine.stats().generated_tokens == generated + 2
+        assert engine._llm.output_processor.get_num_unfinished_requests() == 0
+
+    async def test_a_prompt_that_is_too_long_fails_alone(self, engine: VllmEngine) -> None:
+        with pytest.raises(GenerationFailed, match=r"request long: .*maximum model length of 256"):
+            await engine.generate([5] * 300, to_length(3), request_id="long")
+        cut = await engine.generate([5] * 250, to_length(30), request_id="cut")
+        assert len(cut.token_ids) == 6
+        assert cut.stop_reason == "length"
+
+    async def test_a_dropped_tied_head_is_caught_by_the_probe_before_a_token_is_made(
+        self, engine: VllmEngine, tmp_path: Path
+    ) -> None:
+        version = engine.stats().version + 1
+        weights = weights_file(MODELS[version], tmp_path / "weights", version=version, drop="lm_head.weight")
+        long = asyncio.create_task(engine.generate(PROMPT, to_length(200), request_id="long"))
+        await engine.generate(PROMPT, to_length(2), request_id="short")
+        with pytest.raises(ProbeMismatch, match=rf"version {version}: the engine is \d.* nats off .*tolerance 0.0001"):
+            await engine.swap(weights)
+        with pytest.raises(EngineDead, match=f"version {version} failed"):
+            await long
+        with pytest.raises(EngineDead, match=f"version {version} failed"):
+            await engine.generate(PROMPT, to_length(2), request_id="after")
+        assert engine.is_dead
+        # Nothing but this flag keeps it from going on, and another engine takes 20 s to start.
+        engine._dead = None
+        await engine.swap(weights_file(MODELS[version], tmp_path / "whole", version=version))
+        generation = await engine.generate(PROMPT, to_length(5), request_id="whole")
+        assert largest_error(generation, PROMPT, MODELS) < 1e-5
+
+    async def test_what_a_worker_rejects_fails_the_engine_by_name(
+        self, engine: VllmEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        version = engine.stats().version + 1
+        good = weights_file(MODELS[version], tmp_path / "weights", version=version)
+        # As if the file were cut between the check and the load.
+        monkeypatch.setattr("actors.vllm_engine.check_weights", lambda *args, **kwargs: None)
+        with pytest.raises(WeightsRejected, match=f"version {version}: vLLM did not load them: .*has 100 bytes"):
+            await engine.swap(altered(good, "short file"))
+        assert engine.is_dead
+        engine._dead = None
+        await engine.swap(weights_file(MODELS[version], tmp_path / "whole", version=version))
+        generation = await engine.generate(PROMPT, to_length(5), request_id="whole")
+        assert largest_error(generation, PROMPT, MODELS) < 1e-5
+
+    async def test_when_the_core_is_killed_every_request_fails(self, engine: VllmEngine) -> None:
+        # Last: nothing brings the core back.
+        long = [
+            asyncio.create_task(engine.generate([*PROMPT, i], to_length(200), request_id=f"l{i}")) for i in range(4)
+        ]
+        await engine.generate(PROMPT, to_length(2), request_id="short")
+        os.kill(core_of(os.getpid()), signal.SIGKILL)
+        for result in await asyncio.gather(*long, return_exceptions=True):
+            assert isinstance(result, EngineDead)
+        with pytest.raises(EngineDead):
+            await engine.generate(PROMPT, to_length(2), request_id="after")
+        assert engine.is_dead
+        assert engine.stats().in_flight == 0
+        await engine.close()
+        await engine.close()
+
+
+def children_of(pid: int) -> dict[int, str]:
+    """Process id -> name of the direct children (Linux)."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, rest = stat.read_text().split("(", 1)[1].rsplit(")", 1)
+        except OSError:
+            continue
+        if int(rest.split()[1]) == pid:
+            found[int(stat.parent.name)] = name
+    return found
+
+
+def core_of(pid: int) -> int:
+    return next(child for child, name in children_of(pid).items() if name.startswith("VLLM::"))
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@needs_vllm
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the tie to the parent is Linux's")
+def test_the_engines_processes_end_with_a_killed_actor(tmp_path: Path) -> None:
+    folder = save_model(SEEDS[0], tmp_path / "model")
+    script = tmp_path / "actor.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import asyncio, sys
+            from pathlib import Path
+            from actors.vllm_engine import VllmEngine
+
+            async def main():
+                engine = VllmEngine(
+                    Path({str(folder)!r}), device="cpu", max_model_len=64, max_num_seqs=2, kv_cache_gb=0.1
+                )
+                await engine.start()
+                print("started", flush=True)
+                await asyncio.to_thread(sys.stdin.read)
+
+            if __name__ == "__main__":
+                asyncio.run(main())
+            """
+        )
+    )
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as actor:
+        assert actor.stdout is not None
+        assert any(line == "started\n" for line in actor.stdout), "the engine did not start"
+        children = children_of(actor.pid)
+        watched = {os.pidfd_open(pid): name for pid, name in children.items()}
+        assert any(name.startswith("VLLM::") for name in watched.values())
+        actor.kill()
+        while watched:
+            ended, _, _ = select.select(list(watched), [], [], 20)
+            assert ended, f"still there: {list(watched.values())}"
+            for fd in ended:
+                os.close(fd)
+                del watched[fd]
+
+
+async def test_without_vllm_the_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_model(SEEDS[0], tmp_path / "model")
+    monkeypatch.setattr("actors.vllm_engine.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SetupError, match="package vllm is not installed; pip install"):
+        await VllmEngine(folder, max_model_len=64, max_num_seqs=2).start()
+
+
+async def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="nowhere does not exist"):
+        await VllmEngine(tmp_path / "nowhere", max_model_len=64, max_num_seqs=2).start()
+
+
+@needs_vllm
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+async def test_a_gpu_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    folder = save_model(SEEDS[0], tmp_path / "model")
+    with pytest.raises(SetupError, match="no GPU here"):
+        await VllmEngine(folder, device="cuda", max_model_len=64, max_num_seqs=2).start()
+
+
+def test_the_plugin_leaves_other_users_of_vllm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATPO_VLLM_FRONT_END", raising=False)
+    monkeypatch.setattr("actors.vllm_plugin.die_with_parent", lambda pid: pytest.fail("tied a stranger's process"))
+    register()
+    assert "actors.vllm_inside" not in sys.modules
