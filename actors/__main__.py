@@ -7,8 +7,6 @@ import asyncio
 import sys
 from urllib.parse import urlsplit
 
-from atpo_async.links import Client, LinkSettings, Listener
-
 from actors.actor import Actor
 from actors.engine import Engine
 from actors.environments.base import Environment
@@ -16,6 +14,7 @@ from actors.factory import engine_name, make_engine, make_environment
 from actors.weights import WeightsFetcher
 from atpo_async import role
 from atpo_async.errors import PeerLost, SetupError
+from atpo_async.links import Client, LinkSettings, Listener
 from atpo_async.messages import PROTOCOL, ActorHello, BufferToActor, LearnerToActor, Refused, Welcome
 from atpo_async.models import model_folder
 from atpo_async.role import RoleContext

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from actors.engine import Engine
 from actors.environments.base import Environment
-from actors.environments.registry import make
+from actors.environments.registry import BUILT_IN, make
 from atpo_async.config import Config
 
 log = logging.getLogger("atpo.actor")
@@ -55,5 +55,9 @@ def make_engine(config: Config, model: Path) -> Engine:
 
 
 def make_environment(config: Config, model: Path) -> Environment:
-    """Raises ConfigError or SetupError naming the environment."""
-    return make(config.environment.name, model, **config.environment.options)
+    """Built-in ones are seeded by the run unless their options say otherwise.
+
+    Raises ConfigError or SetupError naming the environment.
+    """
+    seeded = {"seed": config.run.seed} if config.environment.name in BUILT_IN else {}
+    return make(config.environment.name, model, **(seeded | config.environment.options))

@@ -8,6 +8,7 @@ generation is never resumed and every request in flight fails, so nothing made u
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import importlib.util
 import itertools
@@ -31,7 +32,7 @@ from actors.engine_common import (
     pick_device,
     probe_error,
 )
-from actors.vllm_plugin import BACKEND, FRONT_END_VARIABLE
+from actors.vllm_plugin import BACKEND, CPU_NORMS, FRONT_END_VARIABLE
 from atpo_async.errors import EngineDead, GenerationFailed, SetupError, WaitTimeout, WeightsRejected
 from atpo_async.tree import VersionSpan
 
@@ -116,8 +117,8 @@ class VllmEngine:
         try:
             await asyncio.get_running_loop().run_in_executor(self._starter, self._build)
         except asyncio.CancelledError:
-            # The thread itself cannot be stopped, but it gives up when the process it waits for is gone.
             self._abandoned = True
+            self._interrupt_starter()
             for child in set(multiprocessing.active_children()) - before:
                 child.kill()
             raise
@@ -243,6 +244,11 @@ class VllmEngine:
         self._dead = self._dead or "the engine was closed"
         self._starter.shutdown(wait=False)
 
+    def _interrupt_starter(self) -> None:
+        """End _build() at its next line of Python: imports take seconds, and an exiting process waits for threads."""
+        for thread in self._starter._threads:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+
     def _build(self) -> None:
         """Runs in the starter thread: everything that blocks, vLLM's import included."""
         device = pick_device(self._device)
@@ -263,6 +269,7 @@ class VllmEngine:
                     "block_size": CPU_BLOCK_TOKENS,
                     # Compiling takes longer to start, needs a compiler, and gains nothing for small models.
                     "enforce_eager": True,
+                    "ir_op_priority": {"rms_norm": [CPU_NORMS], "fused_add_rms_norm": [CPU_NORMS]},
                 }
                 if self._tensor_parallel_size == 1:
                     # The model runs in the engine core: one process, 0.5 GB and a hand-over per step less.

@@ -16,6 +16,9 @@ FRONT_END_VARIABLE = "ATPO_VLLM_FRONT_END"
 BACKEND = "atpo_file"
 """Name of our weight-transfer engine."""
 
+CPU_NORMS = "atpo_cpu"
+"""Name of our choice of norm kernels on a CPU."""
+
 
 def register() -> None:
     """Register the weight-transfer engine; in the engine's own processes also tie their life to their parent's."""
@@ -30,3 +33,9 @@ def register() -> None:
     # vLLM may load plugins more than once, and refuses a name that is taken.
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, "actors.vllm_inside", "FileWeightTransferEngine")
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from actors.vllm_cpu_norms import register_norms
+
+        register_norms(CPU_NORMS)

@@ -1,9 +1,9 @@
 """What the actor costs: tokens/s over an actor, against the same requests sent straight to the same engine.
 
 Both sides run in one process on one engine, one after the other, several times in turn.  The actor's side is the real
-thing: leases over a socket from another process, the environment, tree search, and every turn streamed, checked,
-and acknowledged there.  The straight side sends the recorded requests (same prompts, same number of tokens) in the order
-in which they came, with as many in flight as the actor had on average, and an equally empty prefix cache.
+thing: leases over a socket from another process, the environment, tree search, and every turn streamed, checked, and
+acknowledged there.  The straight side sends the recorded requests (same prompts, same number of tokens) in the order in
+which they came, with as many in flight as the actor had on average, and an equally empty prefix cache.
 
     .venv/bin/python benchmarks/actor_overhead.py configs/demo.toml --model MODEL_FOLDER
 

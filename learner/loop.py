@@ -592,7 +592,9 @@ def _load(config: Config, rundir: RunDir) -> Trainer:
     accelerator = make_accelerator(config, project=rundir.path)
     if config.learner.tensorboard:
         accelerator.init_trackers("tensorboard")
-    return Trainer(config, accelerator=accelerator, policy=load_policy(config))
+    trainer = Trainer(config, accelerator=accelerator, policy=load_policy(config))
+    trainer.warm_up()
+    return trainer
 
 
 async def learn(ctx: RoleContext) -> None:

@@ -97,6 +97,20 @@ class Trainer:
     def total_updates(self) -> int:
         return self.config.run.steps * self.config.learner.minibatches
 
+    def warm_up(self) -> None:
+        """One pass on made-up rows, so that the first batch does not pay for allocation and lazy set-up.
+
+        Weights, optimizer and generators of random numbers stay as they are.  Every rank calls it.
+        """
+        settings = self.config
+        length = min(64, settings.model.max_context_tokens)
+        rows = max(1, min(64, settings.learner.micro_batch_tokens // length))
+        places = torch.arange(rows * length, device=self.accelerator.device)
+        tokens = torch.zeros((rows, length), dtype=torch.int64, device=self.accelerator.device)
+        logp = self.model(tokens=tokens, predictor=places, target=torch.zeros_like(places))
+        self.accelerator.backward(logp.sum() * 0.0)
+        self.optimizer.zero_grad()
+
     def train(self, batch: Batch, *, version: int, should_stop: Callable[[], bool] = lambda: False) -> StepReport:
         """Train on this rank's share of a batch.  Every rank calls it for every batch, with a share or without.
 

@@ -19,6 +19,7 @@ from atpo_async.messages import (
     LeaseReturned,
     Leases,
     TreeClosed,
+    TreeOpened,
     WeightsAnnounced,
     WeightsManifest,
 )
@@ -50,6 +51,7 @@ class FakeBuffer:
         self.stats = SimpleNamespace(waited_s=0.0)
         self.on_refused: Callable[[object, str], None] = lambda message, reason: None
         self.open: set[str] = set()
+        self.arrived = asyncio.Event()
 
     async def request(self, message: object, *, timeout_s: float) -> Leases:
         assert isinstance(message, LeaseRequest)
@@ -63,10 +65,17 @@ class FakeBuffer:
 
     async def send(self, message: object) -> None:
         self.sent.append(message)
+        self.arrived.set()
         if isinstance(message, TreeClosed):
             self.open.discard(message.tree_id)
 
     async def drain(self, *, timeout_s: float) -> None: ...
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Waits for: a message that makes ``holds`` true.  Unblocked by: the actor sending."""
+        while not holds():
+            self.arrived.clear()
+            await asyncio.wait_for(self.arrived.wait(), 30)
 
     def of(self, kind: type) -> list[object]:
         return [m for m in self.sent if isinstance(m, kind)]
@@ -190,12 +199,8 @@ async def test_a_refused_tree_is_given_up_and_its_slot_goes_on() -> None:
     engine.hold = asyncio.Event()
     buffer = FakeBuffer(*leases(3))
     work = asyncio.create_task(actor_of(buffer, engine=engine).work())
-    while len(buffer.open) < 2:
-        await asyncio.sleep(0)
-    opened = next(m for m in buffer.sent if getattr(m, "tree_id", "") == "t0") if buffer.sent else None
-    while opened is None:
-        await asyncio.sleep(0)
-        opened = next((m for m in buffer.sent if getattr(m, "tree_id", "") == "t0"), None)
+    await buffer.until(lambda: {getattr(m, "tree_id", "") for m in buffer.sent} >= {"t0", "t1"})
+    opened = next(m for m in buffer.sent if getattr(m, "tree_id", "") == "t0")
     buffer.on_refused(opened, "unknown lease")
     buffer.open.discard("t0")
     engine.hold.set()
@@ -209,8 +214,7 @@ async def test_stopping_gives_the_leases_back() -> None:
     stopping = asyncio.Event()
     buffer = FakeBuffer(*leases(2), ends=False)
     work = asyncio.create_task(actor_of(buffer, engine=engine, stopping=stopping).work())
-    while len(engine.contexts) < 4:
-        await asyncio.sleep(0)
+    await buffer.until(lambda: len(buffer.of(TreeOpened)) == 2)
     stopping.set()
     await work
     (returned,) = buffer.of(LeaseReturned)
@@ -235,8 +239,7 @@ async def test_the_report_renews_the_leases_and_carries_the_metrics() -> None:
     engine.hold = asyncio.Event()
     buffer = FakeBuffer(*leases(2))
     work = asyncio.create_task(actor_of(buffer, engine=engine).work())
-    while not any(set(m.tree_ids) == {"t0", "t1"} for m in buffer.of(ActorReport)):
-        await asyncio.sleep(0.001)
+    await buffer.until(lambda: any(set(m.tree_ids) == {"t0", "t1"} for m in buffer.of(ActorReport)))
     engine.hold.set()
     await work
     named = set().union(*(m.metrics for m in buffer.of(ActorReport)))

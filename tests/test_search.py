@@ -158,7 +158,7 @@ def committed(tree: TurnTree, number: int) -> tuple[Turn, ...]:
     return tree.turns[:number]
 
 
-@pytest.mark.parametrize("number", range(0, 15))
+@pytest.mark.parametrize("number", range(15))
 async def test_a_reissued_tree_goes_on_from_any_prefix_of_its_turns_to_the_same_shape(number: int) -> None:
     whole = await search_of().grow()
     sink = Sink()
