@@ -96,7 +96,7 @@ class StalenessConfig(Section):
 
     @property
     def max_trees_pending(self) -> int:
-        """Outstanding plus ready trees that admission allows (DESIGN, task lease)."""
+        """Outstanding plus ready trees that admission allows (ARCHITECTURE.md, versions and lag)."""
         return max(1, math.ceil(self.trees_per_batch * (self.max_lag + 1) / self.max_uses))
 
 
@@ -262,6 +262,12 @@ class Config(Section):
             raise ValueError(
                 f"correction.action = 'none' with staleness.max_lag = {s.max_lag} trains off-policy uncorrected: "
                 "set --correction.action truncate, or --correction.accept_bias true if the bias is what you study"
+            )
+        if (self.search.top_p < 1 or self.search.top_k > 0) and not self.correction.accept_bias:
+            raise ValueError(
+                f"search.top_p = {self.search.top_p} and search.top_k = {self.search.top_k} sample from a cut distribution "
+                "that the learner's log-probs are not of: every importance weight would be off; use top_p 1 and top_k 0, "
+                "or --correction.accept_bias true"
             )
         if self.learner.minibatches > s.trees_per_batch:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 Source: prioritized experience replay (arXiv 1511.05952) with trees as units, the mixed maximum and mean of R2D2
 (Kapturowski et al. 2019) as priority, and a schedule that serves what would otherwise grow stale (the promise of
-DESIGN that next to nothing is discarded at steady state).
+ARCHITECTURE.md that next to nothing is discarded at steady state).
 """
 
 from __future__ import annotations

@@ -156,3 +156,9 @@ def test_the_resolved_configuration_as_toml_and_as_json_loads_to_the_same(tmp_pa
 def test_words_without_a_dot_pass_through_untouched(words: list[str]) -> None:
     words = [word for word in words if word != "c.toml"]
     assert split_options(words) == (words, {})
+
+
+def test_sampling_from_a_cut_distribution_needs_the_bias_accepted() -> None:
+    with pytest.raises(ConfigError, match=r"search\.top_p = 0\.9 .* --correction\.accept_bias true"):
+        build({"search": {"top_p": 0.9}})
+    assert build({"search": {"top_p": 0.9}, "correction": {"accept_bias": True}}).search.top_p == 0.9
