@@ -32,11 +32,9 @@ from actors.engine_common import (
     pick_device,
     probe_error,
 )
-from actors.vllm_plugin import BACKEND, CPU_NORMS, FRONT_END_VARIABLE
+from actors.vllm_plugin import BACKEND, CPU_NORMS, FRONT_END_VARIABLE, PROBE_PREFIX
 from atpo_async.errors import EngineDead, GenerationFailed, SetupError, WaitTimeout, WeightsRejected
 from atpo_async.tree import VersionSpan
-
-PROBE_PREFIX = "atpo-probe-"
 
 CPU_BLOCK_TOKENS = 32
 """Only whole blocks are found in the prefix cache; vLLM's CPU default of 128 is longer than many prompts."""

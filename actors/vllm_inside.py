@@ -23,8 +23,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
 
-PROBE_PREFIX = "atpo-probe-"
-"""Requests whose id begins so are run while all others are paused."""
+from actors.vllm_plugin import PROBE_PREFIX
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -16,6 +16,9 @@ FRONT_END_VARIABLE = "ATPO_VLLM_FRONT_END"
 BACKEND = "atpo_file"
 """Name of our weight-transfer engine."""
 
+PROBE_PREFIX = "atpo-probe-"
+"""Requests whose id begins so are run while all others are paused."""
+
 CPU_NORMS = "atpo_cpu"
 """Name of our choice of norm kernels on a CPU."""
 
