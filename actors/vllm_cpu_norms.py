@@ -1,7 +1,7 @@
 """vLLM's own C++ RMS norms as an implementation of its norm operators on a CPU.
 
 vLLM 0.32 registers these kernels for GPUs only, and spends six small torch operators on each norm of a CPU model
-instead: 8 % of the time of a small model's step.  Registered through vLLM's operator registry by ``actors.vllm_plugin``.
+instead: 8 % of a small model's step.  Registered through vLLM's operator registry by ``actors.vllm_plugin``.
 """
 
 from __future__ import annotations
