@@ -265,9 +265,9 @@ class Config(Section):
             )
         if (self.search.top_p < 1 or self.search.top_k > 0) and not self.correction.accept_bias:
             raise ValueError(
-                f"search.top_p = {self.search.top_p} and search.top_k = {self.search.top_k} sample from a cut distribution "
-                "that the learner's log-probs are not of: every importance weight would be off; use top_p 1 and top_k 0, "
-                "or --correction.accept_bias true"
+                f"search.top_p = {self.search.top_p} with search.top_k = {self.search.top_k} samples from a cut "
+                "distribution that the learner's log-probs are not of: every importance weight would be off; use "
+                "top_p 1 and top_k 0, or --correction.accept_bias true"
             )
         if self.learner.minibatches > s.trees_per_batch:
             raise ValueError(

@@ -159,6 +159,6 @@ def test_words_without_a_dot_pass_through_untouched(words: list[str]) -> None:
 
 
 def test_sampling_from_a_cut_distribution_needs_the_bias_accepted() -> None:
-    with pytest.raises(ConfigError, match=r"search\.top_p = 0\.9 .* --correction\.accept_bias true"):
+    with pytest.raises(ConfigError, match=r"search\.top_p = 0\.9 .*--correction\.accept_bias true"):
         build({"search": {"top_p": 0.9}})
     assert build({"search": {"top_p": 0.9}, "correction": {"accept_bias": True}}).search.top_p == 0.9
