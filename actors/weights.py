@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import logging
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from atpo_async.messages import (
     WeightsManifest,
 )
 from atpo_async.rundir import host_id
+from atpo_async.scratch import Scratch, sweep
 
 log = logging.getLogger("atpo.actor.weights")
 
@@ -36,14 +36,22 @@ CHUNKS_IN_FLIGHT = 4
 """Enough to hide a round trip, few enough that heartbeats are never stuck behind megabytes."""
 
 
-def scratch_dir(shm_path: str | None) -> Path:
-    """A private folder for this actor's copies: beside the learner's file, so that it can be hard-linked."""
+def scratch_for(run: str, shm_path: str | None) -> Scratch:
+    """A private folder for this actor's copies: beside the learner's file, so that it can be hard-linked.
+
+    What killed actors of this run left there goes.
+    """
     beside = Path(shm_path).parent.parent if shm_path else None
     memory = Path("/dev/shm")
+    prefix = f"atpo-{run}."
     for parent in (beside, memory if memory.is_dir() else None):
         if parent is not None and parent.is_dir() and os.access(parent, os.W_OK):
-            return Path(tempfile.mkdtemp(prefix="atpo-actor-", dir=parent))
-    return Path(tempfile.mkdtemp(prefix="atpo-actor-"))
+            break
+    else:
+        parent = Path(tempfile.gettempdir())
+    if swept := sweep(parent, prefix):
+        log.info("removed what killed actors left: %s", ", ".join(map(str, swept)))
+    return Scratch(parent, prefix)
 
 
 def sha256_of(path: Path) -> str:
@@ -79,7 +87,7 @@ class WeightsFetcher:
         self._client = client
         self._listener = listener
         self._settings = settings
-        self._scratch: Path | None = None
+        self._scratch: Scratch | None = None
         self.version = -1
         """Newest version handed out."""
 
@@ -136,7 +144,7 @@ class WeightsFetcher:
 
     def close(self) -> None:
         if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch.remove()
             self._scratch = None
 
     # --- parts -------------------------------------------------------------------------------------------------
@@ -154,8 +162,8 @@ class WeightsFetcher:
     async def _bring(self, announced: WeightsAnnounced, manifest: WeightsManifest) -> Path | None:
         same_host = self._settings.shared_memory and announced.host_id == host_id()
         if self._scratch is None:
-            self._scratch = scratch_dir(announced.shm_path if same_host else None)
-        target = self._scratch / f"v{manifest.version}.bin"
+            self._scratch = scratch_for(self._run, announced.shm_path if same_host else None)
+        target = self._scratch.path / f"v{manifest.version}.bin"
         target.unlink(missing_ok=True)
         if same_host and announced.shm_path is not None and self._link(Path(announced.shm_path), target):
             pass

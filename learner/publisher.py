@@ -37,6 +37,7 @@ from atpo_async.messages import (
     WeightsManifest,
 )
 from atpo_async.rundir import host_id
+from atpo_async.scratch import sweep
 
 log = logging.getLogger("atpo.learner.publisher")
 
@@ -235,6 +236,9 @@ class WeightsStore:
         self._versions = {}
         for folder in (self._memory, self._fallback):
             shutil.rmtree(folder, ignore_errors=True)
+        # Actors that were killed while they took up a version left a link to it beside ours.
+        for folder in (self._memory, self._fallback):
+            sweep(folder.parent, f"{self._memory.name}.")
 
 
 class Publisher:
