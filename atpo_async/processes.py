@@ -21,6 +21,9 @@ ROLE_MARK = "ATPO_ROLE_MARK"
 
 _PROC = Path("/proc")
 
+_TRACKER = b"multiprocessing.resource_tracker"
+"""In the command line of the process that unlinks semaphores and shared memory once those it serves have gone."""
+
 
 @dataclass(frozen=True, slots=True)
 class Process:
@@ -86,25 +89,36 @@ def marked(mark: str) -> list[Process]:
 def kill_all(leader: int, mark: str, *, timeout_s: float = 2.0) -> int:
     """SIGKILL everything that belongs to a role, by id, until nothing of it is left.  Returns how many were met.
 
-    Blocks for at most about ``timeout_s``.  Safe when the leader has gone already.
+    Blocks for at most about ``timeout_s``.  Safe when the leader has gone already.  multiprocessing's resource trackers
+    end by themselves after the others, having removed what those left in shared memory; they are killed last.
     """
     if not sys.platform.startswith("linux"):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(leader, signal.SIGKILL)
         return 0
     met: set[int] = set()
-    deadline = time.monotonic() + timeout_s
+    began = time.monotonic()
     while True:
         left = {p.pid: p for p in [*members(leader, processes()), *marked(mark)] if p.pid != os.getpid()}
-        if not left or time.monotonic() > deadline:
+        waited_s = time.monotonic() - began
+        if not left or waited_s > timeout_s:
             return len(met)
         for process in left.values():
             met.add(process.pid)
+            if waited_s < timeout_s / 2 and _is_tracker(process.pid):
+                continue
             again = _read(process.pid)
             if again is not None and again.started == process.started:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(process.pid, signal.SIGKILL)
         time.sleep(0.01)
+
+
+def _is_tracker(pid: int) -> bool:
+    try:
+        return _TRACKER in (_PROC / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def memory_mb(pids: Iterable[int]) -> float:
