@@ -28,7 +28,7 @@ from atpo_async.messages import (
     WeightsManifest,
 )
 from atpo_async.rundir import host_id
-from atpo_async.scratch import Scratch, sweep
+from atpo_async.scratch import SHARED_MEMORY, Scratch, sweep, weights_folder
 
 log = logging.getLogger("atpo.actor.weights")
 
@@ -42,9 +42,8 @@ def scratch_for(run: str, shm_path: str | None) -> Scratch:
     What killed actors of this run left there goes.
     """
     beside = Path(shm_path).parent.parent if shm_path else None
-    memory = Path("/dev/shm")
-    prefix = f"atpo-{run}."
-    for parent in (beside, memory if memory.is_dir() else None):
+    prefix = f"{weights_folder(run).name}."
+    for parent in (beside, SHARED_MEMORY if SHARED_MEMORY.is_dir() else None):
         if parent is not None and parent.is_dir() and os.access(parent, os.W_OK):
             break
     else:

@@ -19,6 +19,21 @@ except ImportError:  # no POSIX locks here: then nothing tells a dead owner, and
     fcntl = None  # type: ignore[assignment]
 
 
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def weights_folder(run: str, parent: Path = SHARED_MEMORY) -> Path:
+    """Where a run's learner puts its weights for actors on its host; theirs lie beside it, as ``<its name>.…``."""
+    return parent / f"atpo-{run}"
+
+
+def clear(run: str, parent: Path = SHARED_MEMORY) -> None:
+    """Remove what a run has in shared memory, once its learner has ended; folders of actors that live stay."""
+    folder = weights_folder(run, parent)
+    shutil.rmtree(folder, ignore_errors=True)
+    sweep(parent, f"{folder.name}.")
+
+
 class Scratch:
     """A new folder ``parent/prefix…`` of this process.
 

@@ -23,7 +23,7 @@ from enum import Enum
 from pathlib import Path
 from typing import IO, Any
 
-from atpo_async import processes
+from atpo_async import processes, scratch
 from atpo_async.config import Config, LinksConfig, SupervisorConfig
 from atpo_async.errors import RoleCrashed, SetupError
 from atpo_async.metrics import MetricsTail, MetricsWriter, Record
@@ -214,7 +214,7 @@ class Supervisor:
     async def run(self) -> Outcome:
         """Start the roles and wait.  Waits for: the learner.  Unblocked by: its end, ``interrupt``, a role given up.
 
-        Whatever way it ends, no process of a role is left.
+        Whatever way it ends, no process of a role is left, nor its weights in shared memory.
 
         Raises:
             SetupError: a role ended with something that only the user can mend.
@@ -248,6 +248,8 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(*signs, *helpers, *keepers, return_exceptions=True)
             self._on_records(self._tail.new())
+            # A learner that was killed rather than asked had no chance to.
+            await asyncio.to_thread(scratch.clear, self._rundir.run_id)
 
     # --- one role -----------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ from atpo_async.messages import (
     WeightsManifest,
 )
 from atpo_async.rundir import host_id
-from atpo_async.scratch import sweep
+from atpo_async.scratch import SHARED_MEMORY, sweep, weights_folder
 
 log = logging.getLogger("atpo.learner.publisher")
 
@@ -45,7 +45,6 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 ALIGNMENT = 64
 KEPT_VERSIONS = 2
-SHARED_MEMORY = Path("/dev/shm")
 
 PROBE_TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.15}
 """Nats, by the engine's precision.  float32: the engine was seen to differ by 1e-6, a dropped tensor by 0.6 and more.
@@ -111,7 +110,7 @@ class WeightsStore:
         self._settings = settings
         self._precision = precision
         self._fallback = fallback / "weights"
-        self._memory = SHARED_MEMORY / f"atpo-{run}"
+        self._memory = weights_folder(run, SHARED_MEMORY)
         # Replaced as a whole, never changed: one thread adds versions while another answers requests.
         self._versions: Mapping[int, _Version] = {}
         # What an earlier process of this run left when it was killed.

@@ -103,10 +103,6 @@ class Process:
     def said(self) -> str:
         return self.output.read_text(errors="replace")
 
-    def wait(self) -> int:
-        """The exit code."""
-        return self.popen.wait(timeout=DEADLINE_S)
-
     def interrupt(self) -> None:
         """What Ctrl-C in a terminal sends: SIGINT to the whole foreground group."""
         os.killpg(self.popen.pid, signal.SIGINT)
@@ -200,6 +196,13 @@ class Job:
             if time.monotonic() > deadline:
                 raise AssertionError(f"waited in vain for {what}:\n{self.story()}")
             time.sleep(0.02)
+
+    def exit_code(self, of: Process) -> int:
+        """Waits for the end of a command."""
+        try:
+            return of.popen.wait(timeout=DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"waited in vain for the end of {of.output.name}:\n{self.story()}") from None
 
     def pid(self, role: str, *, attempt: int = 0) -> int:
         """The process of one attempt of a role, not what that started."""

@@ -94,7 +94,7 @@ def finished(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             lambda: run.steps() and names(run, "actor-0") >= OF_ACTORS, "a report of the actor with all names", of=train
         )
         run.open_gate()
-        code = train.wait()
+        code = run.exit_code(train)
         ended_well(run, code)
         assert "report.html" in train.said()
         yield run
@@ -157,7 +157,7 @@ def test_an_interrupted_run_goes_on_from_where_it_stood(policy: Path, tmp_path: 
         train = run.train()
         run.until(run.steps, "a first step", of=train)
         train.interrupt()
-        assert train.wait() == 130, run.story()
+        assert run.exit_code(train) == 130, run.story()
         assert run.living() == []
         assert run.left_in_shared_memory() == []
         assert "The run goes on with:" in train.said()
@@ -166,7 +166,7 @@ def test_an_interrupted_run_goes_on_from_where_it_stood(policy: Path, tmp_path: 
 
         run.open_gate()
         again = run.train()
-        ended_well(run, again.wait())
+        ended_well(run, run.exit_code(again))
         # Nothing is done twice: what was trained before the stop was saved before the end.
         assert [record.step for record in run.steps()] == ALL_STEPS
         assert [record.step for record in run.steps()][: len(done)] == done
@@ -190,7 +190,7 @@ def test_a_killed_learner_resumes_and_a_killed_buffer_begins_anew(policy: Path, 
         os.kill(run.pid("buffer"), signal.SIGKILL)
         run.until(lambda: run.rundir.log_path("buffer", 1).is_file(), "the buffer's return", of=train)
         run.open_gate()
-        ended_well(run, train.wait())
+        ended_well(run, run.exit_code(train))
         assert [record.step for record in run.with_metric("eval/success")] == [0, STEPS]
         said = train.said()
         assert "learner ended: killed by SIGKILL; starting it again" in said
@@ -213,13 +213,13 @@ def test_without_lag_an_actor_killed_that_joined_by_hand_is_replaced_by_another(
 
         run.until(holds_trees, "trees held back in the first actor", of=first)
         os.kill(first.popen.pid, signal.SIGKILL)
-        first.wait()
+        first.popen.wait()
         assert first.living() == []
 
         run.open_gate()
         second = run.start("actor", run.config, "--join", address, "--name", "second")
-        code = train.wait()
-        assert second.wait() == 0, run.story()
+        code = run.exit_code(train)
+        assert run.exit_code(second) == 0, run.story()
         ended_well(run, code)
         assert [record.step for record in run.steps()] == ALL_STEPS
         lags = [record.metrics["lag/max"] for record in run.steps() if "lag/max" in record.metrics]
@@ -242,7 +242,7 @@ def test_with_vllm_a_killed_actor_takes_its_engine_along_and_the_run_finishes(po
         assert run.family("actor-0") == [], "processes of the killed actor's engine are left"
 
         run.open_gate()
-        ended_well(run, train.wait())
+        ended_well(run, run.exit_code(train))
         assert [record.step for record in run.steps()] == ALL_STEPS
         assert PROMISED - names(run) == set()
         records = run.records()

@@ -19,6 +19,7 @@ from atpo_async.config import Config, LinksConfig, SupervisorConfig, build
 from atpo_async.errors import RoleCrashed, SetupError
 from atpo_async.metrics import MetricsWriter, Record, read_metrics
 from atpo_async.rundir import RunDir
+from atpo_async.scratch import weights_folder
 from atpo_async.supervisor import (
     Outcome,
     RoleSpec,
@@ -213,6 +214,19 @@ async def test_a_second_interrupt_kills_what_does_not_listen_with_its_children(r
     supervisor.interrupt()
     assert await task is Outcome.INTERRUPTED
     assert not _runs(child)
+
+
+async def test_weights_of_a_killed_learner_do_not_stay_in_shared_memory(run: RunDir) -> None:
+    folder = weights_folder(run.run_id)
+    code = f"import os, time\nos.mkdir({str(folder)!r})\ntime.sleep(1000)"
+    settings = QUICK.model_copy(update={"max_restarts": 0})
+    supervisor = Supervisor(run, [script("learner", code, ends_run=True)], settings=settings)
+    task = asyncio.create_task(finished(supervisor))
+    await until(folder.is_dir)
+    os.kill(supervisor.pids["learner"], signal.SIGKILL)
+    with pytest.raises(RoleCrashed):
+        await task
+    assert not folder.exists()
 
 
 async def test_an_interrupt_ends_the_back_off_too(run: RunDir) -> None:
