@@ -210,9 +210,13 @@ class Job:
         (leader,) = [process.pid for process in found if process.pid == process.session]
         return leader
 
-    def family(self, role: str, *, attempt: int = 0) -> list[int]:
-        """Every process of one attempt of a role."""
-        return [process.pid for process in processes.marked(f"{self.rundir.run_id}/{role}/{attempt}")]
+    def family(self, role: str, *, attempt: int = 0) -> set[tuple[int, int]]:
+        """(pid, start) of every process of one attempt of a role that runs.
+
+        By session and descent: a process that writes its own title over its environment hides the mark.
+        """
+        leader = self.pid(role, attempt=attempt)
+        return {(p.pid, p.started) for p in processes.members(leader, processes.processes())}
 
     def left_in_shared_memory(self) -> list[str]:
         memory = Path("/dev/shm")
@@ -231,6 +235,11 @@ class Job:
     def close(self) -> None:
         for process in self._started:
             process.end()
+
+
+def running(family: set[tuple[int, int]]) -> set[tuple[int, int]]:
+    """Those of a family that still run."""
+    return family & {(p.pid, p.started) for p in processes.processes()}
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from learner.warm_start import Recipe, make_policy
-from tests.e2e_support import STEPS, WORLD, Job, job
+from tests.e2e_support import STEPS, WORLD, Job, job, running
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc"),
@@ -239,10 +239,18 @@ def test_with_vllm_a_killed_actor_takes_its_engine_along_and_the_run_finishes(po
         assert len(family) > 1, "vLLM was expected to run in processes of its own"
         os.kill(run.pid("actor-0"), signal.SIGKILL)
         run.until(lambda: run.rundir.log_path("actor-0", 1).is_file(), "the actor's return", of=train)
-        assert run.family("actor-0") == [], "processes of the killed actor's engine are left"
+        assert running(family) == set(), "processes of the killed actor's engine are left"
 
+        def reports() -> int:
+            return sum(record.source == "actor-0" for record in run.records())
+
+        before = reports()
+        run.until(lambda: reports() > before, "a report of the second attempt", of=train)
+        family = run.family("actor-0", attempt=1)
+        assert len(family) > 1
         run.open_gate()
         ended_well(run, run.exit_code(train))
+        assert running(family) == set(), "processes of the second engine are left"
         assert [record.step for record in run.steps()] == ALL_STEPS
         assert PROMISED - names(run) == set()
         records = run.records()
