@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from urllib.parse import urlsplit
 
-from actors.actor import Actor
+from actors.actor import Actor, Patience, until_stopped
 from actors.engine import Engine
 from actors.environments.base import Environment
-from actors.factory import engine_name, make_engine, make_environment
+from actors.factory import check_eval_tasks, engine_name, make_engine, make_environment
 from actors.weights import WeightsFetcher
 from atpo_async import role
 from atpo_async.errors import PeerLost, SetupError
@@ -29,29 +30,30 @@ async def act(ctx: RoleContext) -> None:
     model = model_folder(config.model.path)
     settings = LinkSettings.from_config(config.links)
     environment = make_environment(config, model)
+    if config.eval.at_start or config.eval.at_end or config.eval.every_steps:
+        check_eval_tasks(config, environment, config.eval.num_tasks)
     engine = make_engine(config, model)
     ctx.log.info("actor %s: engine %s, environment %s", ctx.name, engine_name(config), config.environment.name)
     async with Client(
         ctx.endpoints.actors, peer="buffer", identity=ctx.name, receives=BufferToActor, settings=settings
     ) as buffer:
         try:
-            async with asyncio.TaskGroup() as starting:
-                starting.create_task(engine.start(), name="engine")
-                joining = starting.create_task(_join(ctx, buffer), name="join")
-        except ExceptionGroup as failures:
-            await engine.close()
-            raise failures.exceptions[0] from failures
-        except BaseException:
-            await engine.close()
-            raise
-        welcome = joining.result()
-        if welcome is None:
-            await engine.close()
-            return
-        try:
-            await _work(ctx, welcome, buffer, settings, engine, environment)
+            welcome = await until_stopped(ctx.stopping, _start(ctx, buffer, engine))
+            if welcome is not None:
+                await _work(ctx, welcome, buffer, settings, engine, environment)
         finally:
             await engine.close()
+
+
+async def _start(ctx: RoleContext, buffer: Client, engine: Engine) -> Welcome:
+    """Start the engine and join the run, side by side.  Waits for: both."""
+    try:
+        async with asyncio.TaskGroup() as starting:
+            starting.create_task(engine.start(), name="engine")
+            joining = starting.create_task(_join(ctx, buffer), name="join")
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from failures
+    return joining.result()
 
 
 async def _work(
@@ -85,11 +87,11 @@ async def _work(
             weights.close()
 
 
-async def _join(ctx: RoleContext, buffer: Client) -> Welcome | None:
+async def _join(ctx: RoleContext, buffer: Client) -> Welcome:
     """Introduce this actor until the buffer knows where the weights are.
 
     Waits for: the buffer, then the learner's first publication.  Unblocked by: both being up; given up after
-    ``links.give_up_s``.  None when the role was asked to stop meanwhile.
+    ``links.give_up_s``.
     """
     hello = ActorHello(
         protocol=PROTOCOL,
@@ -98,28 +100,20 @@ async def _join(ctx: RoleContext, buffer: Client) -> Welcome | None:
         environment=ctx.config.environment.name,
         search_leaves=ctx.config.search.max_leaves,
     )
-    loop = asyncio.get_running_loop()
-    began = warned = loop.time()
-    missing = "the buffer"
-    while not ctx.stopping.is_set():
+    patience = Patience(f"actor {ctx.name}", "its place in the run", ctx.config.links, time.monotonic)
+    while True:
         try:
             answer = await buffer.request(hello, timeout_s=HELLO_TIMEOUT_S)
         except PeerLost:
-            missing = f"the buffer at {ctx.endpoints.actors}"
+            missing = f"the buffer at {ctx.endpoints.actors} does not answer"
         else:
             if isinstance(answer, Refused):
                 raise SetupError(f"the buffer at {ctx.endpoints.actors} refuses actor {ctx.name}: {answer.reason}")
             if isinstance(answer, Welcome) and answer.weights_endpoint:
                 return reachable(answer, ctx.endpoints.actors)
-            missing = "the learner's first weights"
-        now = loop.time()
-        if now - began > ctx.config.links.give_up_s:
-            raise PeerLost(f"actor {ctx.name} waited {now - began:.0f} s for {missing}")
-        if now - warned > ctx.config.links.deadline_s:
-            ctx.log.warning("actor %s has waited %.0f s for %s", ctx.name, now - began, missing)
-            warned = now
+            missing = "the learner has not published its first weights"
+        patience.again(missing)
         await asyncio.sleep(HELLO_PAUSE_S)
-    return None
 
 
 def reachable(welcome: Welcome, buffer_endpoint: str) -> Welcome:

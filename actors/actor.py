@@ -11,14 +11,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from actors.engine import Engine
 from actors.environments.base import Environment
 from actors.search import TreeSearch
 from actors.weights import WeightsFetcher
-from atpo_async.config import Config
-from atpo_async.errors import AtpoError, EnvironmentBroken, PeerLost, WeightsRejected
+from atpo_async.config import Config, LinksConfig
+from atpo_async.errors import AtpoError, EnvironmentBroken, PeerLost, WaitTimeout, WeightsRejected
 from atpo_async.links import Client
 from atpo_async.messages import (
     ActorReport,
@@ -33,6 +34,52 @@ from atpo_async.metrics import Aggregator
 from atpo_async.tree import TurnTree
 
 log = logging.getLogger("atpo.actor")
+
+T = TypeVar("T")
+
+
+async def until_stopped(stopping: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of ``work``, or None, with ``work`` cancelled, once ``stopping`` is set.
+
+    Waits for: whichever comes first.
+    """
+    task = asyncio.create_task(work, name="until-stopped")
+    stop = asyncio.create_task(stopping.wait(), name="stopping")
+    try:
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return await task
+        return None
+    finally:
+        stop.cancel()
+        task.cancel()
+        await asyncio.wait({task, stop})
+
+
+class Patience:
+    """A wait with a name and two deadlines: past ``deadline_s`` the log says who waits for what, past ``give_up_s`` it
+    ends loudly.
+
+    Args:
+        who, what: for the log and the error.
+        links: the deadlines.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, who: str, what: str, links: LinksConfig, clock: Callable[[], float]) -> None:
+        self._who, self._what, self._links, self._clock = who, what, links, clock
+        self._began = self._warned = clock()
+
+    def again(self, reason: str) -> None:
+        """Called at every fruitless turn of the wait.  Raises WaitTimeout past ``give_up_s``."""
+        now = self._clock()
+        waited = now - self._began
+        if waited > self._links.give_up_s:
+            raise WaitTimeout(f"{self._who} waited {waited:.0f} s for {self._what} (links.give_up_s): {reason}")
+        if now - self._warned > self._links.deadline_s:
+            self._warned = now
+            log.warning("%s has waited %.0f s for %s: %s", self._who, waited, self._what, reason)
+
 
 RETURN_TIMEOUT_S = 2.0
 """How long a stopping actor waits for the buffer to take its leases back."""
@@ -82,7 +129,10 @@ class Actor:
         self._slot_freed = asyncio.Event()
         self._version_changed = asyncio.Condition()
         self._barren_trees = 0
-        self._closed_since: float | None = None
+        self._no_lease: Patience | None = None
+        self._given_up: list[str] = []
+        """Trees whose turns the buffer refused: their leases go back with the next report."""
+        self._idle_at = clock()
         buffer.on_refused = self._on_refused
 
     async def work(self) -> None:
@@ -91,7 +141,9 @@ class Actor:
         Waits for: the run's end.  Unblocked by: a lease answer with ``finished``, ``stopping``, or an error, which
         ends all of it.
         """
-        await self._first_weights()
+        await until_stopped(self._stopping, self._first_weights())
+        if self.version < 0:
+            return
         held: tuple[str, ...] = ()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -108,6 +160,7 @@ class Actor:
         except ExceptionGroup as failures:
             raise _first(failures) from failures
         finally:
+            self._count_idle()
             await self._give_back(held)
 
     # --- leases ------------------------------------------------------------------------------------------------
@@ -123,18 +176,14 @@ class Actor:
                 self._slot_freed.clear()
                 await self._slot_freed.wait()
                 continue
-            asked = self._clock()
             answer = await self._ask(free)
             for lease in answer.leases:
                 self._begin(tasks, lease)
             if answer.finished:
                 log.info("the run is over")
                 return
-            unfilled = free - len(answer.leases)
-            if unfilled > 0:
+            if len(answer.leases) < free:
                 await self._wait_for_room(answer)
-                idle_s = (self._clock() - asked) * unfilled / self._config.actor.trees_in_flight
-                self._metrics.add("time/actor_wait_s", idle_s)
 
     async def _ask(self, count: int) -> Leases:
         """One answer from the buffer, however long it is away, up to ``links.give_up_s``."""
@@ -155,34 +204,46 @@ class Actor:
             raise PeerLost(f"the buffer answered a lease request with {type(answer).__name__}")
 
     async def _wait_for_room(self, answer: Leases) -> None:
-        """Waits for: the buffer to admit trees.  Unblocked by: the time it names, or a slot that becomes free."""
-        now = self._clock()
-        if answer.leases:
-            self._closed_since = None
-        elif self._closed_since is None:
-            self._closed_since = now
-        elif now - self._closed_since > self._config.links.deadline_s:
-            log.warning(
-                "actor %s has waited %.0f s for a lease: %s",
-                self._name,
-                now - self._closed_since,
-                answer.closed_because,
+        """Waits for: the buffer to admit trees.  Unblocked by: the time it names; given up after ``give_up_s``."""
+        if answer.leases or self._growing:
+            self._no_lease = None
+        else:
+            self._no_lease = self._no_lease or Patience(
+                f"actor {self._name}", "a lease", self._config.links, self._clock
             )
-            self._closed_since = now
+            self._no_lease.again(answer.closed_because or "the buffer does not say why")
         await asyncio.sleep(answer.retry_after_s)
 
     def _begin(self, tasks: asyncio.TaskGroup, lease: Lease) -> None:
+        self._count_idle()
         task = tasks.create_task(self._grow(lease), name=lease.tree_id)
         self._growing[lease.tree_id] = task
         task.add_done_callback(lambda _: self._ended(lease.tree_id))
 
     def _ended(self, tree_id: str) -> None:
+        self._count_idle()
         self._growing.pop(tree_id, None)
         self._slot_freed.set()
 
+    def _count_idle(self) -> None:
+        """Called at every change: what the slots without a tree have waited since the last one."""
+        now, slots = self._clock(), self._config.actor.trees_in_flight
+        idle = slots - len(self._growing)
+        self._metrics.add("time/actor_wait_s", (now - self._idle_at) * idle / slots)
+        self._idle_at = now
+
+    async def _reached(self, version: int, tree_id: str) -> None:
+        """Waits for: the engine to have ``version``.  Unblocked by: a swap; given up after ``links.give_up_s``."""
+        patience = Patience(f"tree {tree_id}", f"weights version {version}", self._config.links, self._clock)
+        while self.version < version:
+            try:
+                async with asyncio.timeout(self._config.links.deadline_s), self._version_changed:
+                    await self._version_changed.wait_for(lambda: self.version >= version)
+            except TimeoutError:
+                patience.again(f"the engine has {self.version}")
+
     async def _grow(self, lease: Lease) -> None:
-        async with self._version_changed:
-            await self._version_changed.wait_for(lambda: self.version >= lease.min_version)
+        await self._reached(lease.min_version, lease.tree_id)
         search = TreeSearch(
             run=self._run,
             lease=lease,
@@ -224,6 +285,7 @@ class Actor:
         if task is not None:
             log.warning("tree %s is given up: %s", tree_id, reason)
             self._metrics.add("actor/abandoned_trees", 1)
+            self._given_up.append(task.get_name())
             task.cancel()
 
     async def _give_back(self, held: tuple[str, ...]) -> None:
@@ -242,17 +304,14 @@ class Actor:
 
         Waits for: the learner's first publication.  Unblocked by: the publisher; given up after ``links.give_up_s``.
         """
-        began = warned = self._clock()
-        while not self._stopping.is_set() and self.version < 0:
+        patience = Patience(f"actor {self._name}", "the learner's first weights", self._config.links, self._clock)
+        while self.version < 0:
             announced = await self._weights.next()
             if announced is not None:
                 await self._take(announced)
-            now = self._clock()
-            if now - began > self._config.links.give_up_s:
-                raise PeerLost(f"actor {self._name} got no weights from the learner within {now - began:.0f} s")
-            if now - warned > self._config.links.deadline_s:
-                log.warning("actor %s has waited %.0f s for the learner's first weights", self._name, now - began)
-                warned = now
+            else:
+                patience.again("none is announced, and the learner names none when asked")
+        self._idle_at = self._clock()
 
     async def _take_weights(self) -> None:
         """Take up every newer version while requests are in flight.
@@ -309,6 +368,7 @@ class Actor:
             for_room_s = min((waited - waited_before) / self._config.actor.trees_in_flight, now - began)
             waited_before = waited
             self._metrics.add("time/actor_wait_s", for_room_s)
+            self._count_idle()
             metrics = self._metrics.flush()
             # One number per swap is what a reader looks for; mean and p95 of one value add nothing.
             if "engine/probe_error/max" in metrics:
@@ -322,6 +382,9 @@ class Actor:
             metrics["engine/in_flight"] = float(stats.in_flight)
             metrics["actor/trees_in_flight"] = float(len(self._growing))
             before, began = stats, now
+            if self._given_up:
+                refused, self._given_up = tuple(self._given_up), []
+                await self._buffer.send(LeaseReturned(run=self._run, actor=self._name, tree_ids=refused))
             await self._buffer.send(
                 ActorReport(
                     run=self._run,

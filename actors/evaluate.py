@@ -10,7 +10,7 @@ from pathlib import Path
 
 from actors.engine import Engine
 from actors.environments.base import Environment
-from actors.factory import make_engine, make_environment
+from actors.factory import check_eval_tasks, make_engine, make_environment
 from actors.search import TreeSearch
 from atpo_async.config import Config, load
 from atpo_async.errors import AtpoError, ConfigError, EnvironmentBroken
@@ -25,12 +25,7 @@ async def success(config: Config, *, engine: Engine, environment: Environment, n
     Returns success (share of right answers; a failed chain counts as wrong), mean turns and the number failed.
     Raises ConfigError when the environment has fewer tasks, EnvironmentBroken when every chain failed.
     """
-    known = environment.num_tasks("eval")
-    if known is not None and num_tasks > known:
-        raise ConfigError(
-            f"eval.num_tasks = {num_tasks} exceeds the {known} held-out tasks of environment "
-            f"{config.environment.name!r}; lower it, or raise the environment's own number"
-        )
+    check_eval_tasks(config, environment, num_tasks)
     at_once = asyncio.Semaphore(config.actor.max_num_seqs)
     latest_failure = ""
 

@@ -10,6 +10,7 @@ from actors.engine import Engine
 from actors.environments.base import Environment
 from actors.environments.registry import BUILT_IN, make
 from atpo_async.config import Config
+from atpo_async.errors import ConfigError
 
 log = logging.getLogger("atpo.actor")
 
@@ -61,3 +62,13 @@ def make_environment(config: Config, model: Path) -> Environment:
     """
     seeded = {"seed": config.run.seed} if config.environment.name in BUILT_IN else {}
     return make(config.environment.name, model, **(seeded | config.environment.options))
+
+
+def check_eval_tasks(config: Config, environment: Environment, num_tasks: int) -> None:
+    """Raises ConfigError when the environment has fewer held-out tasks than an evaluation asks for."""
+    known = environment.num_tasks("eval")
+    if known is not None and num_tasks > known:
+        raise ConfigError(
+            f"eval.num_tasks = {num_tasks} exceeds the {known} held-out tasks of environment "
+            f"{config.environment.name!r}; lower it, or raise the environment's own number"
+        )

@@ -105,6 +105,9 @@ class TreeSearch:
         self._environment = environment
         self._search = search
         self._budget = budget_of(search, kind=lease.kind, stop_token_ids=environment.stop_token_ids)
+        known = environment.num_tasks(lease.kind)
+        # Training goes through a finite set of tasks again and again; the lease counts on.
+        self._task = lease.task_index if known is None or lease.kind == "eval" else lease.task_index % known
         self._max_context = max_context_tokens
         self._emit = emit
         self._clock = clock
@@ -254,7 +257,8 @@ class TreeSearch:
         turn = Turn(
             run=self._run,
             tree_id=self._lease.tree_id,
-            turn_id=len(self.growth.turns) + 1,
+            # A tree taken over may lack a turn that was refused: its number is not given again.
+            turn_id=max((t.turn_id for t in self.growth.turns), default=ROOT) + 1,
             parent_id=parent_id,
             lease_epoch=self._lease.epoch,
             expansion_round=number,
@@ -302,7 +306,7 @@ class TreeSearch:
     async def _start(self) -> Episode:
         try:
             async with asyncio.timeout(self._search.step_timeout_s):
-                return await self._environment.start(self._lease.kind, self._lease.task_index)
+                return await self._environment.start(self._lease.kind, self._task)
         except TimeoutError:
             raise BranchFailed("environment_timeout", f"start took over {self._search.step_timeout_s} s") from None
         except Exception as exc:
@@ -324,17 +328,18 @@ class TreeSearch:
         *before, last = path
         try:
             async with asyncio.timeout(self._search.step_timeout_s):
-                episode = await self._environment.replay(
-                    self._lease.kind, self._lease.task_index, tuple(t.action for t in before)
-                )
+                episode = await self._environment.replay(self._lease.kind, self._task, tuple(t.action for t in before))
         except TimeoutError:
             raise BranchFailed("environment_timeout", f"replay took over {self._search.step_timeout_s} s") from None
         except Exception as exc:
             raise BranchFailed("environment_failed", f"replay: {type(exc).__name__}: {exc}") from exc
-        result = await self._step(episode, last.action)
-        if result.done:
+        try:
+            result = await self._step(episode, last.action)
+            if result.done:
+                raise BranchFailed(
+                    "replay_diverged", f"turn {last.turn_id} of tree {self._lease.tree_id} ended when it was replayed"
+                )
+        except BaseException:
             await episode.close()
-            raise BranchFailed(
-                "replay_diverged", f"turn {last.turn_id} of tree {self._lease.tree_id} ended when it was replayed"
-            )
+            raise
         return episode, result.observation

@@ -6,7 +6,7 @@ prompt and is no turn.  Shapes: O observation tokens, T action tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -172,9 +172,3 @@ def spans_of(token_versions: Sequence[int] | np.ndarray) -> tuple[VersionSpan, .
         else:
             spans.append(VersionSpan(version, i, i + 1))
     return tuple(spans)
-
-
-def multi_version_share(turns: Iterable[Turn]) -> float:
-    """Share of turns whose tokens were sampled by more than one version."""
-    counts = [len({s.version for s in turn.spans}) > 1 for turn in turns]
-    return sum(counts) / len(counts) if counts else 0.0

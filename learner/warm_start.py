@@ -49,7 +49,7 @@ class Recipe:
     max_hops: int = 3
     num_names: int = 64
     num_relations: int = 10
-    noise: float = 0.33
+    noise: float = 0.38
     mixed_up: int = 2
     mix_up_rate: float = 0.7
     lr: float = 4e-3

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 from actors.actor import Actor
 from actors.engine import WeightsFile
 from atpo_async.config import Config, build
-from atpo_async.errors import EngineDead, EnvironmentBroken, PeerLost, WeightsRejected
+from atpo_async.errors import EngineDead, EnvironmentBroken, PeerLost, WaitTimeout, WeightsRejected
 from atpo_async.messages import (
     ActorReport,
     Lease,
@@ -131,6 +132,7 @@ def actor_of(
     weights: FakeWeights | None = None,
     stopping: asyncio.Event | None = None,
     config: Config | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Actor:
     return Actor(
         run="r",
@@ -141,6 +143,7 @@ def actor_of(
         buffer=buffer,  # type: ignore[arg-type]
         weights=weights or FakeWeights(0),  # type: ignore[arg-type]
         stopping=stopping or asyncio.Event(),
+        clock=clock,
     )
 
 
@@ -257,3 +260,57 @@ async def test_a_buffer_that_is_away_for_a_while_is_asked_again() -> None:
     buffer = Flaky(*leases(1))
     await actor_of(buffer).work()
     assert len(buffer.of(TreeClosed)) == 1
+
+
+async def test_stopping_ends_an_actor_that_still_waits_for_its_first_weights() -> None:
+    weights = FakeWeights(0)
+    weights.go.clear()
+    stopping = asyncio.Event()
+    buffer = FakeBuffer(*leases(1), ends=False)
+    work = asyncio.create_task(actor_of(buffer, weights=weights, stopping=stopping).work())
+    stopping.set()
+    await asyncio.wait_for(work, 30)
+    assert not buffer.asked
+
+
+async def test_every_second_of_a_slot_without_a_tree_counts_as_waiting_whoever_held_the_answer() -> None:
+    now = 0.0
+
+    class Slow(FakeBuffer):
+        async def request(self, message: object, *, timeout_s: float) -> Leases:
+            nonlocal now
+            now += 3.0  # the buffer holds the request, then fills it whole
+            return await super().request(message, timeout_s=timeout_s)
+
+    buffer = Slow(*leases(2))
+    actor = actor_of(buffer, clock=lambda: now)
+    await actor.work()
+    waited = actor._metrics.flush()["time/actor_wait_s"]
+    reported = sum(m.metrics.get("time/actor_wait_s", 0.0) for m in buffer.of(ActorReport))
+    assert waited + reported == pytest.approx(now)
+
+
+async def test_a_wait_for_a_lease_ends_loudly_past_its_limit_and_says_what_for() -> None:
+    now = 0.0
+
+    class Closed(FakeBuffer):
+        async def request(self, message: object, *, timeout_s: float) -> Leases:
+            nonlocal now
+            now += 400.0
+            return Leases(leases=(), closed_because="80 trees are pending", retry_after_s=0.0, finished=False)
+
+    with pytest.raises(WaitTimeout, match=r"actor actor-0 waited .* for a lease .*80 trees are pending"):
+        await actor_of(Closed(), clock=lambda: now).work()
+
+
+async def test_a_refused_tree_goes_back_to_the_buffer() -> None:
+    engine = ScriptedEngine()
+    engine.hold = asyncio.Event()
+    buffer = FakeBuffer(*leases(2))
+    work = asyncio.create_task(actor_of(buffer, engine=engine).work())
+    await buffer.until(lambda: {getattr(m, "tree_id", "") for m in buffer.sent} >= {"t0", "t1"})
+    buffer.on_refused(next(m for m in buffer.sent if getattr(m, "tree_id", "") == "t0"), "other bytes")
+    await buffer.until(lambda: any(m.tree_ids == ("t0",) for m in buffer.of(LeaseReturned)))
+    buffer.open.discard("t0")
+    engine.hold.set()
+    await work

@@ -148,10 +148,30 @@ async def test_evaluation_is_one_greedy_chain() -> None:
     assert {s.temperature for s in engine.samplings} == {0.0}
 
 
-async def test_every_episode_is_closed() -> None:
-    environment = CountingEnvironment()
+@pytest.mark.parametrize("faulty", [(), (5,), (8, 9), tuple(range(4, 30))])
+async def test_every_episode_is_closed_also_when_a_step_or_a_replay_fails(faulty: tuple[int, ...]) -> None:
+    calls = iter(range(10_000))
+    environment = CountingEnvironment(
+        turns=3, fault=lambda number, action: RuntimeError("tool down") if next(calls) in faulty else None
+    )
     await search_of(environment=environment).grow()
     assert environment.started == environment.closed
+
+
+async def test_a_number_missing_from_a_tree_taken_over_is_not_given_again() -> None:
+    held = (turn(1, ROOT), turn(3, ROOT))
+    sink = Sink()
+    await search_of(emit=sink, committed=held, epoch=1).grow()
+    assert min(t.turn_id for t in sink.turns) == 4
+
+
+async def test_training_goes_through_a_finite_split_again() -> None:
+    class Finite(CountingEnvironment):
+        def num_tasks(self, split: str) -> int | None:
+            return 5
+
+    tree = await search_of(environment=Finite(), task_index=12).grow()
+    np.testing.assert_array_equal(tree.prompt, ints(10, 11, 12 + 2))
 
 
 def committed(tree: TurnTree, number: int) -> tuple[Turn, ...]:

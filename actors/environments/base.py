@@ -46,7 +46,7 @@ class Environment(Protocol):
         """Tokens that end an action."""
 
     def num_tasks(self, split: Split) -> int | None:
-        """How many tasks the split has; None when there is no end."""
+        """How many tasks the split has, at least 1; None when there is no end.  Training repeats a finite split."""
 
     async def start(self, split: Split, task_index: int) -> Episode: ...
 
@@ -62,6 +62,10 @@ class ReplayFork:
 
     async def replay(self, split: Split, task_index: int, actions: tuple[np.ndarray, ...]) -> Episode:
         episode = await self.start(split, task_index)
-        for action in actions:
-            await episode.step(action)
+        try:
+            for action in actions:
+                await episode.step(action)
+        except BaseException:
+            await episode.close()
+            raise
         return episode
