@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -26,6 +27,9 @@ from atpo_async.messages import (
 )
 from atpo_async.tree import Turn
 from tests.actor_support import STOP, CountingEnvironment, ScriptedEngine, ints, lease
+
+
+M = TypeVar("M")
 
 
 def config_of(**actor: object) -> Config:
@@ -78,7 +82,7 @@ class FakeBuffer:
             self.arrived.clear()
             await asyncio.wait_for(self.arrived.wait(), 30)
 
-    def of(self, kind: type) -> list[object]:
+    def of(self, kind: type[M]) -> list[M]:
         return [m for m in self.sent if isinstance(m, kind)]
 
 
