@@ -96,8 +96,17 @@ class StalenessConfig(Section):
 
     @property
     def max_trees_pending(self) -> int:
-        """Outstanding plus ready trees that admission allows (ARCHITECTURE.md, versions and lag)."""
-        return max(1, math.ceil(self.trees_per_batch * (self.max_lag + 1) / self.max_uses))
+        """Outstanding plus ready trees that admission allows (ARCHITECTURE.md, versions and lag); a batch at least."""
+        return max(self.trees_per_batch, math.ceil(self.trees_per_batch * (self.max_lag + 1) / self.max_uses))
+
+    @property
+    def least_max_lag(self) -> int:
+        """The least ``max_lag`` that ``publish_every`` and ``max_uses`` leave room for; below it a run would stall.
+
+        Weights are up to ``publish_every - 1`` versions behind when a tree begins, and a tree admitted into a batch
+        that lacks one is used for the last time up to ``max_uses - 1`` batches later.
+        """
+        return (self.publish_every - 1) + (self.max_uses - 1)
 
 
 class BufferConfig(Section):
@@ -252,11 +261,12 @@ class Config(Section):
     @model_validator(mode="after")
     def _no_contradictions(self) -> Config:
         s = self.staleness
-        if s.max_lag < s.publish_every - 1:
+        if s.max_lag < s.least_max_lag:
             raise ValueError(
-                f"staleness.max_lag = {s.max_lag} cannot hold with staleness.publish_every = {s.publish_every}: "
-                f"batches between two publications are already up to {s.publish_every - 1} versions behind; "
-                f"raise max_lag to at least {s.publish_every - 1} or lower publish_every"
+                f"staleness.max_lag = {s.max_lag} cannot hold with staleness.publish_every = {s.publish_every} and "
+                f"staleness.max_uses = {s.max_uses}: a tree begins up to {s.publish_every - 1} versions behind and is "
+                f"used for the last time {s.max_uses - 1} versions after the first; raise max_lag to at least "
+                f"{s.least_max_lag}, or lower publish_every or max_uses"
             )
         if s.max_lag > 0 and self.correction.action == "none" and not self.correction.accept_bias:
             raise ValueError(
@@ -361,7 +371,7 @@ def derived_bounds(config: Config) -> list[tuple[str, int | float | str, str]]:
     s, search = config.staleness, config.search
     return [
         ("leaves of a tree", search.max_leaves, "search.initial_rollouts + rounds * branches"),
-        ("trees pending", s.max_trees_pending, "admission: trees_per_batch * (max_lag + 1) / max_uses"),
+        ("trees pending", s.max_trees_pending, "admission: trees_per_batch * (max_lag + 1) / max_uses, a batch at least"),
         ("leaves pending", s.max_trees_pending * search.max_leaves, "trees pending * leaves of a tree"),
         ("trees under way", config.actor.count * config.actor.trees_in_flight, "actor.count * trees_in_flight"),
         ("optimizer steps a version", config.learner.minibatches, "learner.minibatches"),

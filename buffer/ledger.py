@@ -5,9 +5,10 @@ where ``next`` is the learner's version at the next batch.  It will be within ``
 with weights of at least that version minus ``max_lag``.  This is a lease's ``min_version``; while the learner has not
 published it, no lease is granted.  With ``max_lag`` 0 trees are so grown under the very version that consumes them.
 
-It cannot block for ever: when the learner waits at version v for a batch, fewer trees than a batch are pending, so
-``min_version`` is v - max_lag, and the last published version is at least v - (publish_every - 1), which the
-configuration holds to be no less.
+It cannot block for ever: when the learner waits at version v for a batch and nothing is under lease any more, at most
+batch - 1 trees are pending, each counted with all its uses, so ``min_version`` is at most
+v + (max_uses - 1) - max_lag.  The last published version is at least v - (publish_every - 1), which is no less as long
+as max_lag >= (publish_every - 1) + (max_uses - 1): the configuration refuses anything else.
 """
 
 from __future__ import annotations
@@ -209,7 +210,10 @@ class Ledger:
         return self._held[tree_id]
 
     def _least_version(self, ready: int) -> int:
-        """The oldest version with which a tree begun now is still fresh when its turn comes."""
+        """The oldest version with which a tree begun now is still fresh at its first use.
+
+        Each pending tree is taken to be used ``max_uses`` times before it, though some have had uses already.
+        """
         s = self._staleness
         return self.next_version + (self.num_training + ready) * s.max_uses // s.trees_per_batch - s.max_lag
 

@@ -28,7 +28,6 @@ from atpo_async.messages import (
 from atpo_async.tree import Turn
 from tests.actor_support import STOP, CountingEnvironment, ScriptedEngine, ints, lease
 
-
 M = TypeVar("M")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from atpo_async.config import Config, build
+from atpo_async.errors import ConfigError
 from atpo_async.messages import (
     Batch,
     EvalRequest,
@@ -358,6 +359,31 @@ def test_the_loop_neither_stops_nor_discards_much(max_lag: int, publish_every: i
         assert set(played.served_lags) == {0}
     elif step_s > 1:
         assert max(played.served_lags) > 0
+
+
+@pytest.mark.parametrize("step_s", [0.2, 20.0], ids=["fast learner", "slow learner"])
+@pytest.mark.parametrize("publish_every", [1, 2, 3])
+@pytest.mark.parametrize("max_uses", [1, 2, 3, 8])
+@pytest.mark.parametrize("spare_lag", [0, 1])
+def test_whatever_the_configuration_accepts_does_not_stall(
+    spare_lag: int, max_uses: int, publish_every: int, step_s: float
+) -> None:
+    max_lag = (publish_every - 1) + (max_uses - 1) + spare_lag
+    played = Loop(staleness(max_lag, publish_every, max_uses=max_uses)).run(12, step_s=step_s)
+    assert len(played.batches) == 12
+
+
+@pytest.mark.parametrize(("max_lag", "max_uses", "publish_every"), [(0, 2, 1), (4, 8, 1), (2, 3, 3), (2, 2, 3)])
+def test_what_the_configuration_refuses_would_have_stalled(max_lag: int, max_uses: int, publish_every: int) -> None:
+    with pytest.raises(ConfigError, match="cannot hold"):
+        staleness(max_lag, publish_every, max_uses=max_uses)
+    accepted = staleness(max_lag + 8, publish_every, max_uses=max_uses)
+    unchecked = accepted.model_copy(
+        update={"staleness": accepted.staleness.model_copy(update={"max_lag": max_lag, "max_oversampling": 100.0})}
+    )
+    with pytest.raises(AssertionError, match="deadlock"):
+        for signal in (0.0, 0.2, 0.5):
+            Loop(unchecked, no_signal=signal).run(40, step_s=0.2)
 
 
 def test_with_many_trees_without_signal_a_synchronous_run_goes_on_in_short_batches() -> None:

@@ -59,6 +59,8 @@ def test_every_fault_is_said_at_once() -> None:
     ("data", "words"),
     [
         ({"staleness": {"max_lag": 1, "publish_every": 4}}, "staleness.max_lag = 1 cannot hold with"),
+        ({"staleness": {"max_lag": 0, "max_uses": 2}}, "raise max_lag to at least 1, or lower publish_every or max_uses"),
+        ({"staleness": {"max_lag": 2, "max_uses": 2, "publish_every": 3}}, "staleness.max_uses = 2"),
         ({"correction": {"action": "none"}}, "--correction.accept_bias true"),
         ({"learner": {"minibatches": 17}}, "learner.minibatches = 17 exceeds staleness.trees_per_batch = 16"),
         ({"search": {"initial_rollouts": 1, "rounds": 0}}, "search.initial_rollouts = 1"),
@@ -137,6 +139,25 @@ def test_admission_follows_from_the_knobs() -> None:
     config = build({"staleness": {"max_lag": 3, "trees_per_batch": 16, "max_uses": 2}})
     assert config.staleness.max_trees_pending == 32
     assert ("trees pending", 32) in [(name, value) for name, value, _ in configuration.derived_bounds(config)]
+
+
+@pytest.mark.parametrize(("max_lag", "max_uses", "publish_every"), [(0, 2, 1), (4, 8, 1), (2, 3, 3), (2, 2, 3)])
+def test_knobs_that_would_stall_the_run_are_refused_and_one_more_lag_each_is_enough(
+    max_lag: int, max_uses: int, publish_every: int
+) -> None:
+    knobs = {"max_uses": max_uses, "publish_every": publish_every}
+    with pytest.raises(ConfigError, match=rf"staleness\.max_lag = {max_lag} cannot hold with"):
+        build({"staleness": {"max_lag": max_lag, **knobs}})
+    least = publish_every + max_uses - 2
+    assert build({"staleness": {"max_lag": least, **knobs}}).staleness.max_trees_pending >= 16
+    with pytest.raises(ConfigError, match=f"raise max_lag to at least {least}"):
+        build({"staleness": {"max_lag": least - 1, **knobs}})
+
+
+def test_admission_never_allows_fewer_trees_than_a_batch() -> None:
+    # Such knobs are refused together; the bound alone holds all the same.
+    knobs = configuration.StalenessConfig(max_lag=0, max_uses=5, trees_per_batch=16)
+    assert knobs.max_trees_pending == 16
 
 
 def test_every_staleness_knob_is_a_field() -> None:
