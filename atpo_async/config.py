@@ -371,7 +371,11 @@ def derived_bounds(config: Config) -> list[tuple[str, int | float | str, str]]:
     s, search = config.staleness, config.search
     return [
         ("leaves of a tree", search.max_leaves, "search.initial_rollouts + rounds * branches"),
-        ("trees pending", s.max_trees_pending, "admission: trees_per_batch * (max_lag + 1) / max_uses, a batch at least"),
+        (
+            "trees pending",
+            s.max_trees_pending,
+            "admission: trees_per_batch * (max_lag + 1) / max_uses, a batch or more",
+        ),
         ("leaves pending", s.max_trees_pending * search.max_leaves, "trees pending * leaves of a tree"),
         ("trees under way", config.actor.count * config.actor.trees_in_flight, "actor.count * trees_in_flight"),
         ("optimizer steps a version", config.learner.minibatches, "learner.minibatches"),

@@ -361,16 +361,17 @@ def test_the_loop_neither_stops_nor_discards_much(max_lag: int, publish_every: i
         assert max(played.served_lags) > 0
 
 
-@pytest.mark.parametrize("step_s", [0.2, 20.0], ids=["fast learner", "slow learner"])
+@pytest.mark.parametrize("no_signal", [0.0, 0.9], ids=["all with signal", "few with signal"])
 @pytest.mark.parametrize("publish_every", [1, 2, 3])
 @pytest.mark.parametrize("max_uses", [1, 2, 3, 8])
 @pytest.mark.parametrize("spare_lag", [0, 1])
 def test_whatever_the_configuration_accepts_does_not_stall(
-    spare_lag: int, max_uses: int, publish_every: int, step_s: float
+    spare_lag: int, max_uses: int, publish_every: int, no_signal: float
 ) -> None:
     max_lag = (publish_every - 1) + (max_uses - 1) + spare_lag
-    played = Loop(staleness(max_lag, publish_every, max_uses=max_uses)).run(12, step_s=step_s)
-    assert len(played.batches) == 12
+    for step_s in (0.2, 20.0):
+        played = Loop(staleness(max_lag, publish_every, max_uses=max_uses), no_signal=no_signal).run(8, step_s=step_s)
+        assert len(played.batches) == 8
 
 
 @pytest.mark.parametrize(("max_lag", "max_uses", "publish_every"), [(0, 2, 1), (4, 8, 1), (2, 3, 3), (2, 2, 3)])
@@ -378,12 +379,9 @@ def test_what_the_configuration_refuses_would_have_stalled(max_lag: int, max_use
     with pytest.raises(ConfigError, match="cannot hold"):
         staleness(max_lag, publish_every, max_uses=max_uses)
     accepted = staleness(max_lag + 8, publish_every, max_uses=max_uses)
-    unchecked = accepted.model_copy(
-        update={"staleness": accepted.staleness.model_copy(update={"max_lag": max_lag, "max_oversampling": 100.0})}
-    )
+    unchecked = accepted.model_copy(update={"staleness": accepted.staleness.model_copy(update={"max_lag": max_lag})})
     with pytest.raises(AssertionError, match="deadlock"):
-        for signal in (0.0, 0.2, 0.5):
-            Loop(unchecked, no_signal=signal).run(40, step_s=0.2)
+        Loop(unchecked, no_signal=0.9).run(40, step_s=0.2)
 
 
 def test_with_many_trees_without_signal_a_synchronous_run_goes_on_in_short_batches() -> None:

@@ -24,8 +24,8 @@ def write(folder: Path, text: str) -> Path:
 
 def test_the_configurations_that_come_with_the_project_load() -> None:
     demo = load(ROOT / "configs" / "demo.toml")
-    assert (demo.search.initial_rollouts, demo.search.branches, demo.search.rounds) == (8, 4, 1)
-    assert demo.search.max_leaves == 12
+    search = demo.search
+    assert search.max_leaves == search.initial_rollouts + search.rounds * search.branches >= 2
     big = load(ROOT / "configs" / "qwen3_4b_8gpu.toml")
     assert big.actor.engine == "vllm"
     assert big.learner.num_processes == len(big.learner.gpus)
@@ -59,7 +59,7 @@ def test_every_fault_is_said_at_once() -> None:
     ("data", "words"),
     [
         ({"staleness": {"max_lag": 1, "publish_every": 4}}, "staleness.max_lag = 1 cannot hold with"),
-        ({"staleness": {"max_lag": 0, "max_uses": 2}}, "raise max_lag to at least 1, or lower publish_every or max_uses"),
+        ({"staleness": {"max_lag": 0, "max_uses": 2}}, "raise max_lag to at least 1, or lower publish_every"),
         ({"staleness": {"max_lag": 2, "max_uses": 2, "publish_every": 3}}, "staleness.max_uses = 2"),
         ({"correction": {"action": "none"}}, "--correction.accept_bias true"),
         ({"learner": {"minibatches": 17}}, "learner.minibatches = 17 exceeds staleness.trees_per_batch = 16"),
