@@ -317,13 +317,15 @@ def _run_to_end(argv: Sequence[str], *, tell: Callable[[str], None] = lambda lin
     Returns 0 and its stdout, or its exit code and its last error line.  It ends with us, with all that it started.
     """
     import collections
+    import functools
     import subprocess
     import tempfile
     import threading
 
     from atpo_async import processes
-    from atpo_async.role import ERROR_PREFIX, die_with_parent
+    from atpo_async.role import ERROR_PREFIX
 
+    tie = functools.partial(processes.die_with_parent, parent_pid=os.getpid())
     mark = f"hand/{os.getpid()}/{os.urandom(4).hex()}"
     lines: collections.deque[str] = collections.deque(maxlen=50)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as out:
@@ -336,7 +338,7 @@ def _run_to_end(argv: Sequence[str], *, tell: Callable[[str], None] = lambda lin
             errors="replace",
             env={**os.environ, processes.ROLE_MARK: mark},
             start_new_session=True,
-            preexec_fn=die_with_parent if sys.platform.startswith("linux") else None,
+            preexec_fn=tie if sys.platform.startswith("linux") else None,
         )
         stderr = process.stderr
         assert stderr is not None

@@ -60,9 +60,9 @@ def with_path(config: Config, path: Path | str) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"path": str(path)})})
 
 
-def list_checkpoints(rundir: RunDir) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [(tuple(int(n) for n in m.groups()), p) for p in rundir.checkpoints.glob("step-*") if (m := _match(p))]
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in a folder of checkpoints, oldest first."""
+    found = [(tuple(int(n) for n in m.groups()), p) for p in folder.glob("step-*") if (m := _match(p))]
     return [path for _, path in sorted(found)]
 
 
@@ -77,7 +77,7 @@ def latest_policy(rundir: RunDir) -> Iterator[tuple[Path, str]]:
     Raises SetupError where the run has neither a checkpoint nor an exported model.
     """
     exported = rundir.path / "model"
-    whole = [path for path in list_checkpoints(rundir) if (path / "model.safetensors").is_file()]
+    whole = [path for path in list_checkpoints(rundir.checkpoints) if (path / "model.safetensors").is_file()]
     newest = whole[-1].stat().st_mtime if whole else 0.0
     if is_there(exported) and (exported / "config.json").stat().st_mtime >= newest:
         yield exported, str(exported)

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,37 @@ _PROC = Path("/proc")
 
 _TRACKER = b"multiprocessing.resource_tracker"
 """In the command line of the process that unlinks semaphores and shared memory once those it serves have gone."""
+
+
+def die_with_parent(signum: int = signal.SIGTERM, parent_pid: int | None = None) -> bool:
+    """Have the kernel send ``signum`` to this process when its parent ends.  True if the tie holds (Linux only).
+
+    Given ``parent_pid``, ends this process at once when that is no longer its parent: it died before the tie was made.
+    May be called between fork and exec.  The kernel counts the parent *thread* that forked as the parent, so that
+    thread must live as long as the parent.
+    """
+    if _prctl is None or _prctl(_PR_SET_PDEATHSIG, int(signum), 0, 0, 0) != 0:
+        return False
+    # After the call, not before it: a parent that dies in between would otherwise go unnoticed.
+    if parent_pid is not None and os.getppid() != parent_pid:
+        os._exit(1)
+    return True
+
+
+def _load_prctl() -> Callable[..., int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    import ctypes
+
+    try:
+        function: Callable[..., int] = ctypes.CDLL(None).prctl
+    except (OSError, AttributeError):
+        return None
+    return function
+
+
+_PR_SET_PDEATHSIG = 1
+_prctl = _load_prctl()  # at import: between fork and exec nothing may be loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +103,16 @@ def members(leader: int, running: Iterable[Process]) -> list[Process]:
     return list(found.values())
 
 
-def marked(mark: str) -> list[Process]:
-    """Processes of this user that carry ``mark`` in their environment."""
-    sign = f"{ROLE_MARK}={mark}".encode()
+def marked(*marks: str) -> list[Process]:
+    """Processes of this user that carry one of ``marks`` in their environment."""
+    signs = {f"{ROLE_MARK}={mark}".encode() for mark in marks}
     found = []
     for process in processes():
         try:
             environment = (_PROC / str(process.pid) / "environ").read_bytes()
         except OSError:
             continue
-        if sign in environment.split(b"\0"):
+        if not signs.isdisjoint(environment.split(b"\0")):
             found.append(process)
     return found
 
@@ -92,14 +123,24 @@ def kill_all(leader: int, mark: str, *, timeout_s: float = 2.0) -> int:
     Blocks for at most about ``timeout_s``.  Safe when the leader has gone already.  multiprocessing's resource trackers
     end by themselves after the others, having removed what those left in shared memory; they are killed last.
     """
+    return kill_roles({leader: mark}, timeout_s=timeout_s)
+
+
+def kill_roles(marks: Mapping[int, str], *, timeout_s: float = 2.0) -> int:
+    """``kill_all`` for several roles (leader -> mark) at once: ``timeout_s`` is for all of them together."""
+    if not marks:
+        return 0
     if not sys.platform.startswith("linux"):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(leader, signal.SIGKILL)
+        for leader in marks:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(leader, signal.SIGKILL)
         return 0
     met: set[int] = set()
     began = time.monotonic()
     while True:
-        left = {p.pid: p for p in [*members(leader, processes()), *marked(mark)] if p.pid != os.getpid()}
+        running = processes()
+        belonging = [p for leader in marks for p in members(leader, running)] + marked(*marks.values())
+        left = {p.pid: p for p in belonging if p.pid != os.getpid()}
         waited_s = time.monotonic() - began
         if not left or waited_s > timeout_s:
             return len(met)

@@ -26,6 +26,7 @@ from typing import NoReturn
 from atpo_async import config as configuration
 from atpo_async.config import Config
 from atpo_async.errors import AtpoError, ConfigError, EnvironmentBroken, RunMismatch, SetupError
+from atpo_async.processes import die_with_parent
 from atpo_async.rundir import Endpoints, RunDir, joining, write_atomic
 
 EXIT_DONE, EXIT_CRASH, EXIT_USER, EXIT_FAILURE = 0, 1, 2, 3
@@ -142,28 +143,6 @@ def is_supervised() -> bool:
     return SUPERVISOR_PID in os.environ
 
 
-def die_with_parent(signum: int = signal.SIGTERM) -> None:
-    """Linux: get ``signum`` when the parent dies.  Elsewhere nothing (the watching thread does it, later)."""
-    if _prctl is not None:
-        _prctl(_PR_SET_PDEATHSIG, int(signum), 0, 0, 0)
-
-
-def _load_prctl() -> Callable[..., int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    import ctypes
-
-    try:
-        function: Callable[..., int] = ctypes.CDLL(None).prctl
-    except (OSError, AttributeError):
-        return None
-    return function
-
-
-_PR_SET_PDEATHSIG = 1
-_prctl = _load_prctl()  # at import: between fork and exec nothing may be loaded
-
-
 def _context(name: str, argv: list[str]) -> RoleContext:
     rest, options = configuration.split_options(argv)
     parser = argparse.ArgumentParser(prog=f"python -m {name}s" if name == "actor" else f"python -m {name}")
@@ -268,7 +247,7 @@ def _tie_to_supervisor(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]
     long or the loop is stuck.
     """
     supervisor = int(os.environ[SUPERVISOR_PID])
-    die_with_parent()
+    die_with_parent()  # off Linux the thread below does it, later
 
     def watch() -> None:
         while _alive(supervisor):

@@ -11,6 +11,7 @@ import asyncio
 import collections
 import contextlib
 import errno
+import functools
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ from atpo_async import processes, scratch
 from atpo_async.config import Config, LinksConfig, SupervisorConfig
 from atpo_async.errors import RoleCrashed, SetupError
 from atpo_async.metrics import MetricsTail, MetricsWriter, Record
-from atpo_async.role import ERROR_FILE, ERROR_PREFIX, EXIT_DONE, EXIT_USER, SUPERVISOR_PID, die_with_parent
+from atpo_async.role import ERROR_FILE, ERROR_PREFIX, EXIT_DONE, EXIT_USER, SUPERVISOR_PID
 from atpo_async.rundir import Endpoints, RunDir
 
 LOG_LINES = 20
@@ -321,8 +322,9 @@ class Supervisor:
                     with contextlib.suppress(ProcessLookupError):
                         self._running[name].process.send_signal(signal.SIGTERM)
             await self._wait_ended(grace_s, names)
-        for running in list(self._running.values()):
-            await asyncio.to_thread(processes.kill_all, running.process.pid, running.mark)
+        # All at once: one after the other, many roles that will not go would keep the user waiting.
+        marks = {running.process.pid: running.mark for running in self._running.values()}
+        await asyncio.to_thread(processes.kill_roles, marks)
         if keepers:
             await asyncio.wait(keepers, timeout=5.0)
 
@@ -377,6 +379,7 @@ def _memory(pids: Mapping[str, int]) -> dict[str, float]:
 
 
 async def _spawn(spec: RoleSpec, env: Mapping[str, str], output: IO[bytes]) -> asyncio.subprocess.Process:
+    tie = functools.partial(processes.die_with_parent, parent_pid=os.getpid())
     try:
         return await asyncio.create_subprocess_exec(
             *spec.argv,
@@ -386,7 +389,7 @@ async def _spawn(spec: RoleSpec, env: Mapping[str, str], output: IO[bytes]) -> a
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
             # A launcher that is not ours (accelerate) must end with us as well.
-            preexec_fn=die_with_parent if sys.platform.startswith("linux") else None,
+            preexec_fn=tie if sys.platform.startswith("linux") else None,
         )
     except OSError as exc:
         raise SetupError(f"{spec.name} cannot be started: {spec.argv[0]}: {exc.strerror}") from exc

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -216,6 +216,29 @@ async def test_a_second_interrupt_kills_what_does_not_listen_with_its_children(r
     assert not _runs(child)
 
 
+async def test_roles_that_will_not_go_are_killed_together_and_not_one_after_the_other(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together: list[int] = []
+    kill_roles = processes.kill_roles
+
+    def counted(marks: Mapping[int, str], **more: float) -> int:
+        together.append(len(marks))
+        return kill_roles(marks, **more)
+
+    monkeypatch.setattr(processes, "kill_roles", counted)
+    names = ("actor-0", "actor-1", "actor-2")
+    supervisor = Supervisor(run, [script(name, DEAF_WITH_CHILD) for name in names], settings=QUICK)
+    task = asyncio.create_task(finished(supervisor))
+    await until(lambda: all("child" in log(run, name) for name in names))
+    children = [int(log(run, name).split()[1]) for name in names]
+    supervisor.interrupt()
+    supervisor.interrupt()
+    assert await task is Outcome.INTERRUPTED
+    assert max(together) == len(names)
+    assert not any(_runs(child) for child in children)
+
+
 async def test_weights_of_a_killed_learner_do_not_stay_in_shared_memory(run: RunDir) -> None:
     folder = weights_folder(run.run_id)
     code = f"import os, time\nos.mkdir({str(folder)!r})\ntime.sleep(1000)"
@@ -387,3 +410,9 @@ def test_a_process_that_has_ended_is_not_counted_as_running() -> None:
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie now
     assert not _runs(process.pid)
     process.wait()
+
+
+@pytest.mark.parametrize(("parent", "code"), [("os.getppid()", 0), ("1 + os.getppid()", 1)])
+def test_a_process_whose_parent_died_before_the_tie_was_made_ends_at_once(parent: str, code: int) -> None:
+    words = f"import os; from atpo_async.processes import die_with_parent as tie; assert tie(9, {parent})"
+    assert subprocess.run([sys.executable, "-c", words], check=False, timeout=DEADLINE_S).returncode == code
