@@ -246,7 +246,7 @@ class NotYet(Message, frozen=True, tag="not_yet"):
 
 
 class EvalResult(Message, frozen=True, tag="eval_result"):
-    """State of an evaluation; ``success`` is None until it is done."""
+    """State of an evaluation; ``success`` is None until it is done, and where every one of its tasks failed."""
 
     step: int
     done: bool

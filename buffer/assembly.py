@@ -115,16 +115,22 @@ class Assembly:
         return True
 
     def is_complete(self, tree_id: str) -> bool:
-        """Whether the tree was opened and closed and every turn that the closing counted is there."""
+        """Whether the tree was opened and closed and every turn that the closing counted is there.
+
+        A tree closed without a turn needs no prompt: its task could not be started.
+        """
         entry = self._growing[tree_id]
         closed = entry.closed
-        return entry.prompt is not None and closed is not None and len(entry.turns) == closed.num_turns
+        if closed is None or len(entry.turns) != closed.num_turns:
+            return False
+        return entry.prompt is not None or closed.num_turns == 0
 
     def tree(self, tree_id: str) -> TurnTree:
         """As far as it has grown: what is attached; empty before it was opened."""
         entry = self._growing[tree_id]
-        prompt = np.zeros(0, dtype=np.int32) if entry.prompt is None else entry.prompt
         turns = () if entry.prompt is None else tuple(entry.attached())
+        # Without turns there is no prompt either: a closing may come before the opening, and ends a tree without any.
+        prompt = entry.prompt if entry.prompt is not None and turns else np.zeros(0, dtype=np.int32)
         failed = 0 if entry.closed is None else entry.closed.failed_branches
         return TurnTree(tree_id, entry.task_index, prompt, turns, failed)
 

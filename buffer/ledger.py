@@ -64,8 +64,11 @@ class Evaluation:
 
     @property
     def success(self) -> float | None:
-        """Share of successful tasks, a failed tree counted as no success; None until all are done."""
-        if not self.done:
+        """Share of successful tasks, a failed tree counted as no success; None until all are done.
+
+        None too where every tree failed: that says something about the environment and nothing about the policy.
+        """
+        if not self.done or self.num_failed == len(self.results):
             return None
         return sum(result or 0.0 for result in self.results.values()) / max(self.num_tasks, 1)
 

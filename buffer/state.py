@@ -23,7 +23,6 @@ from atpo_async.messages import (
     Leases,
     SampleRequest,
     Trained,
-    TreeClosed,
     VersionPublished,
 )
 from atpo_async.metrics import Aggregator
@@ -184,8 +183,6 @@ class BufferState:
             self._since.turns += 1
             self._last_turn_s = now
         tree_id = message.tree_id
-        if isinstance(message, TreeClosed) and self.ledger.kind(tree_id) == "train":
-            self._since.counts["failed_branches"] += message.failed_branches
         if self.assembly.is_complete(tree_id):
             self._end(tree_id)
             return True
@@ -228,12 +225,15 @@ class BufferState:
     def _end(self, tree_id: str) -> None:
         """Nothing more will come of this tree."""
         held = self.ledger.end(tree_id)
-        tree = self.assembly.finish(tree_id).pruned()
+        whole = self.assembly.finish(tree_id)
+        tree = whole.pruned()
         if held is None:
             return
         if held.kind == "eval":
             self._record_evaluation(held, tree)
             return
+        # Here and not when the closing comes: a tree may be closed under more than one lease, but ends once.
+        self._since.counts["failed_branches"] += whole.failed_branches
         reason = unusable(tree)
         if reason is not None:
             self._since.counts[f"dropped_{reason}"] += 1
@@ -297,10 +297,13 @@ class BufferState:
 
     def evaluate(self, request: EvalRequest) -> None:
         """Begin an evaluation, unless it is the one under way."""
+        before = self.ledger.evaluations.get(request.step)
         for tree_id in self.ledger.evaluate(
             step=request.step, version=request.version, num_tasks=request.num_tasks, blocking=request.blocking
         ):
             self.assembly.finish(tree_id)
+        if self.ledger.evaluations[request.step] is not before:
+            self._eval_turns.pop(request.step, None)
 
     def eval_result(self, step: int) -> EvalResult:
         evaluation = self.ledger.evaluations.get(step)
@@ -324,10 +327,10 @@ class BufferState:
             self._report_evaluation(done)
 
     def _report_evaluation(self, done: Evaluation) -> None:
-        metrics = {
-            "eval/failed": float(done.num_failed),
-            "eval/turns_mean": self._eval_turns.pop(done.step, 0) / max(done.num_tasks - done.num_failed, 1),
-        }
+        metrics = {"eval/failed": float(done.num_failed)}
+        turns, finished = self._eval_turns.pop(done.step, 0), done.num_tasks - done.num_failed
+        if finished:
+            metrics["eval/turns_mean"] = turns / finished
         self.records.append((done.step, done.version, metrics))
 
     # --- the learner -------------------------------------------------------------------------------------------

@@ -405,8 +405,28 @@ def test_an_evaluation_tree_that_loses_all_its_holders_counts_as_failed() -> Non
         assert len(state.lease("a", 1, now).leases) == 1
         assert state.tick(now + 999.0)
     result = state.eval_result(0)
-    assert (result.done, result.success) == (True, 0.0)
+    assert result.done
     assert state.records[0][2]["eval/failed"] == 1
+
+
+def test_an_evaluation_in_which_everything_failed_has_no_success_at_all(state: BufferState) -> None:
+    state.evaluate(EvalRequest(run="r", step=0, version=0, num_tasks=2, blocking=True))
+    for lease in state.lease("a", 2, 0.0).leases:
+        take(state, [opened(lease), closed(lease, 0, failed=1)])
+    result = state.eval_result(0)
+    assert (result.done, result.success, result.num_done) == (True, None, 2)
+    assert state.records == [(0, 0, {"eval/failed": 2.0})]
+
+
+def test_the_turns_of_an_evaluation_that_was_replaced_do_not_count(state: BufferState) -> None:
+    state.evaluate(EvalRequest(run="r", step=0, version=0, num_tasks=2, blocking=True))
+    first, _ = state.lease("a", 2, 0.0).leases
+    take(state, grown(first, (1.0,)))
+    state.publish(published(1))
+    state.evaluate(EvalRequest(run="r", step=0, version=1, num_tasks=2, blocking=True))
+    for lease in state.lease("a", 2, 0.0).leases:
+        take(state, grown(lease, (1.0,)))
+    assert state.records == [(0, 1, {"eval/failed": 0.0, "eval/turns_mean": 1.0})]
 
 
 # --- what becomes of lost holders ----------------------------------------------------------------------------------
@@ -420,6 +440,40 @@ def test_a_lapsed_tree_with_two_finished_leaves_is_ready_without_its_open_chains
     batch = state.sample(ask(num_trees=1), 10.0)
     assert batch is not None
     assert [t.turn_id for t in batch.trees[0].turns] == [1, 2]
+
+
+def test_a_tree_whose_task_cannot_be_started_ends_without_an_opening(state: BufferState) -> None:
+    (lease,) = state.lease("a", 1, 0.0).leases
+    for _ in range(2):  # at least once
+        take(state, [closed(lease, 0, failed=1)])
+    assert (len(state.ledger), len(state.assembly)) == (0, 0)
+    for usable in state.lease("a", 2, 0.0).leases:
+        take(state, grown(usable))
+    batch = state.sample(ask(), 0.0)
+    assert batch is not None
+    assert batch.metrics["buffer/dropped_no_leaf"] == 1
+    assert batch.metrics["buffer/failed_branches"] == 1
+
+
+def test_the_failed_branches_of_a_tree_closed_under_two_leases_count_once(state: BufferState) -> None:
+    (lease,) = state.lease("a", 1, 0.0).leases
+    take(state, [opened(lease), closed(lease, 2, failed=1)])
+    assert state.tick(10.0)
+    (again,) = state.lease("b", 1, 10.0).leases
+    turns = [leaf(again, i, float(i % 2)) for i in (1, 2)]
+    take(state, [*turns, closed(again, 2, failed=1)])
+    batch = state.sample(ask(num_trees=1), 10.0)
+    assert batch is not None
+    assert batch.metrics["buffer/failed_branches"] == 1
+
+
+def test_an_evaluation_task_that_cannot_be_started_counts_as_failed(state: BufferState) -> None:
+    state.evaluate(EvalRequest(run="r", step=0, version=0, num_tasks=2, blocking=True))
+    good, bad = state.lease("a", 2, 0.0).leases
+    take(state, [*grown(good, (1.0,)), closed(bad, 0, failed=1)])
+    result = state.eval_result(0)
+    assert (result.done, result.success) == (True, 0.5)
+    assert state.records[0][2]["eval/failed"] == 1
 
 
 def test_a_lapsed_tree_with_one_leaf_goes_to_another_actor(state: BufferState) -> None:
