@@ -192,6 +192,12 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in SHARDED
 
 
+def is_tied(policy: Policy) -> bool:
+    """Whether the output head and the embeddings are one parameter."""
+    head, embeddings = policy.hf.get_output_embeddings(), policy.hf.get_input_embeddings()
+    return head is not None and head.weight is embeddings.weight
+
+
 def make_optimizer(policy: nn.Module, settings: LearnerConfig, *, sharded: bool = False) -> torch.optim.AdamW:
     """AdamW; norms and biases are decayed like the rest (the default decay is 0)."""
     return torch.optim.AdamW(

@@ -18,9 +18,10 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from atpo_async.config import Config
+from atpo_async.errors import SetupError
 from atpo_async.messages import Batch
 from learner import correction, guards
-from learner.model import Policy, is_sharded, learning_rate, make_optimizer
+from learner.model import Policy, is_sharded, is_tied, learning_rate, make_optimizer
 from learner.objective import atpo_loss
 from learner.packing import (
     CreditedTree,
@@ -77,7 +78,10 @@ class _Pass:
 
 
 class Trainer:
-    """The policy, its optimizer, and how a batch changes them."""
+    """The policy, its optimizer, and how a batch changes them.
+
+    Raises SetupError if Accelerate unties the policy's output head from its embeddings.
+    """
 
     def __init__(self, config: Config, *, accelerator: Accelerator, policy: Policy) -> None:
         self.config = config
@@ -91,7 +95,14 @@ class Trainer:
         self._alias = _aliases(policy.hf)
         self.sharded = is_sharded(accelerator)
         optimizer = make_optimizer(policy, config.learner, sharded=self.sharded)
+        tied = is_tied(policy)
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
+        if tied and not is_tied(policy):
+            # A head of its own would be no parameter of the optimizer, and its gradient would never be zeroed.
+            raise SetupError(
+                f"accelerate untied the output head from the embeddings (learner.accelerate_config = "
+                f"{config.learner.accelerate_config!r}): set fsdp_cpu_ram_efficient_loading to false there"
+            )
 
     @property
     def total_updates(self) -> int:
