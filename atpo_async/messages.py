@@ -156,13 +156,18 @@ class SampleRequest(Message, frozen=True, tag="sample_request"):
 
 
 class Trained(Message, frozen=True, tag="trained"):
-    """Learner confirms a batch after its optimizer step; carries new priorities by tree."""
+    """One rank confirms its share of a batch after the optimizer step; carries new priorities by tree.
+
+    The batch is confirmed when every rank has said so.
+    """
 
     run: str
     batch_id: int
     version: int
     """The learner's version after the step."""
     priorities: dict[str, float]
+    """Of the trees of this rank's share."""
+    rank: int = 0
 
 
 class VersionPublished(Message, frozen=True, tag="version_published"):

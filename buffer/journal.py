@@ -47,7 +47,11 @@ class MemoryJournal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cursor:
-    """Where the data stands; enough for a resumed run to neither skip a task nor train on one twice."""
+    """Where the data stands.
+
+    A run stopped in good order and resumed skips no task.  After a kill the tasks of the batch that was with the
+    learner are taken to be trained on, and are skipped if the learner died too: trees are not kept on disk.
+    """
 
     incarnation: int = 0
     """How often the buffer of this run was started; part of tree ids, so that none is ever given twice."""
@@ -55,7 +59,7 @@ class Cursor:
     """The first training task never leased."""
     next_batch: int = 1
     unfinished: tuple[int, ...] = ()
-    """Tasks below ``next_task`` whose trees were never served."""
+    """Tasks below ``next_task`` whose trees were never served, or served in a batch that was given up."""
 
 
 class CursorFile:

@@ -128,7 +128,7 @@ class BufferService:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.gather(self.actors.close(), self.learner.close())
-        self._cursor_file.save(self.state.cursor())
+        self._cursor_file.save(self.state.cursor(leaving=True))
         self._write_records()
         await self._journal.close()
         for writer in self._writers.values():
@@ -305,7 +305,7 @@ class BufferService:
             before = self.state.next_batch
             batch = self.state.sample(request, self._clock())
             if self.state.next_batch != before:
-                # Before the batch is out: a restarted buffer must not lease its tasks again.
+                # Before the batch is out: a buffer started after a kill must not lease its tasks again.
                 self._cursor_file.save(self.state.cursor())
                 self._notify()
             return batch

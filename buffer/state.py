@@ -56,7 +56,13 @@ class _Served:
     num_action_tokens: int
     tree_tokens: tuple[int, ...]
     metrics: dict[str, float]
+    num_ranks: int
+    trained: set[int] = field(default_factory=set)
+    """Ranks that have confirmed their share."""
+    priorities: dict[str, float] = field(default_factory=dict)
+    """New ones, of those ranks' trees."""
     confirmed: bool = False
+    """All ranks have."""
 
     @property
     def tree_ids(self) -> list[str]:
@@ -374,13 +380,17 @@ class BufferState:
         )
 
     def trained(self, message: Trained) -> None:
-        """A batch was trained on."""
+        """A rank has trained on its share of a batch; with the last rank's word the batch is confirmed."""
         self.version = max(self.version, message.version)
         self.ledger.trained(message.version)
         for served in self._batches.values():
             if served.batch_id == message.batch_id and not served.confirmed:
+                served.trained.add(message.rank)
+                served.priorities |= message.priorities
+                if len(served.trained) < served.num_ranks:
+                    continue
                 served.confirmed = True
-                self.pool.confirm(served.tree_ids, message.priorities)
+                self.pool.confirm(served.tree_ids, served.priorities)
                 self._offer_late(served.tree_ids)
         self.pool.advance(self.version)
 
@@ -433,6 +443,7 @@ class BufferState:
             num_action_tokens=sum(int(t.sum()) for t in tokens),
             tree_tokens=tuple(_num_tokens(each.tree) for each in drawn),
             metrics=metrics,
+            num_ranks=request.num_ranks,
         )
         self._next_batch += 1
         self._batches[request.step] = served
@@ -463,13 +474,27 @@ class BufferState:
         """Number of the next batch to be made."""
         return self._next_batch
 
-    def cursor(self) -> Cursor:
-        """Where the data stands now."""
+    def cursor(self, *, leaving: bool = False) -> Cursor:
+        """Where the data stands now.
+
+        Args:
+            leaving: this buffer ends in good order.  A batch nobody has confirmed is then taken to have been given up,
+                and its tasks to be unfinished; while it serves, and if it is killed, it takes them to be trained on.
+        """
+        unfinished = {*self.ledger.training_tasks(), *self.pool.unserved_tasks()}
+        if leaving:
+            unfinished |= {
+                tree.task_index
+                for served in self._batches.values()
+                if not served.confirmed
+                for tree in served.trees
+                if tree.uses == 1
+            }
         return Cursor(
             incarnation=self._incarnation,
             next_task=self.ledger.next_task,
             next_batch=self._next_batch,
-            unfinished=tuple(sorted({*self.ledger.training_tasks(), *self.pool.unserved_tasks()})),
+            unfinished=tuple(sorted(unfinished)),
         )
 
     def count_bad_message(self) -> None:

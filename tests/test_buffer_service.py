@@ -302,6 +302,24 @@ async def test_ranks_get_shares_of_one_batch_and_the_same_share_again(peers: Pee
     assert [t.tree_id for t in again.trees] == [t.tree_id for t in shares[1].trees]
 
 
+def test_a_batch_is_confirmed_when_every_rank_has_confirmed_its_share() -> None:
+    state = stateful(configured(staleness={"trees_per_batch": 2, "max_lag": 4, "max_uses": 3}))
+    for lease in state.lease("a", 2, 0.0).leases:
+        take(state, grown(lease))
+    shares = [state.sample(ask(rank=rank, num_ranks=2), 0.0) for rank in (0, 1)]
+    own: list[dict[str, float]] = []
+    for share, priority in zip(shares, (0.25, 0.75), strict=True):
+        assert share is not None
+        own.append({tree.tree_id: priority for tree in share.trees})
+    said = [Trained(run="r", rank=i, batch_id=1, version=1, priorities=p) for i, p in enumerate(own)]
+    state.trained(said[1])
+    state.trained(said[1])
+    assert len(state.pool) == 0
+    state.trained(said[0])
+    assert len(state.pool) == 2
+    assert state.pool.mean_priority == pytest.approx(0.5)
+
+
 async def test_turns_sent_again_change_nothing_and_other_bytes_are_refused(peers: Peers) -> None:
     await peers.tell(published())
     (lease,) = await peers.leases(1)
@@ -597,14 +615,16 @@ async def test_the_metrics_of_an_actor_go_to_the_runs_file_under_its_name(tmp_pa
     assert (record["source"], record["version"], record["metrics"]) == ("a", 3, {"x": 1.5})
 
 
-async def test_a_resumed_run_neither_skips_a_task_nor_serves_one_twice(tmp_path: Path) -> None:
+async def test_a_run_stopped_in_good_order_goes_on_with_the_tasks_it_has_not_trained_on(tmp_path: Path) -> None:
     rundir = RunDir.create(configured(run={"dir": tmp_path, "name": "r"}))
     async with running(rundir=rundir) as peers:
         await peers.tell(published())
         leases = await peers.leases(4)
         for lease in leases[:2]:
             await peers.send(*grown(lease))
-        assert (await peers.batch(ask())).batch_id == 1
+        batch = await peers.batch(ask())
+        assert batch.batch_id == 1
+        await peers.tell(Trained(run="r", batch_id=batch.batch_id, version=1, priorities={}))
         kept = json.loads((rundir.path / "buffer.json").read_text())
     assert (kept["next_task"], kept["unfinished"], kept["next_batch"]) == (4, [2, 3], 2)
     async with running(rundir=rundir) as peers:
@@ -612,6 +632,32 @@ async def test_a_resumed_run_neither_skips_a_task_nor_serves_one_twice(tmp_path:
         again = await peers.leases(3)
         assert [lease.task_index for lease in again] == [2, 3, 4]
         assert not {lease.tree_id for lease in again} & {lease.tree_id for lease in leases}
+
+
+async def test_the_tasks_of_a_batch_given_up_at_a_stop_are_leased_again(tmp_path: Path) -> None:
+    rundir = RunDir.create(configured(run={"dir": tmp_path, "name": "r"}))
+    async with running(rundir=rundir) as peers:
+        await peers.tell(published())
+        leases = await peers.leases(3)
+        for lease in leases[:2]:
+            await peers.send(*grown(lease))
+        await peers.batch(ask())
+        # A buffer killed now would take the batch to be trained on: the learner goes on with it.
+        assert json.loads((rundir.path / "buffer.json").read_text())["unfinished"] == [2]
+    async with running(rundir=rundir) as peers:
+        await peers.tell(published(1))
+        assert [lease.task_index for lease in await peers.leases(4)] == [0, 1, 2, 3]
+
+
+def test_a_tree_trained_on_before_is_not_unfinished_when_a_later_use_is_given_up() -> None:
+    state = stateful(configured(staleness={"trees_per_batch": 1, "max_lag": 4, "max_uses": 2}))
+    take(state, grown(state.lease("a", 1, 0.0).leases[0]))
+    first = state.sample(ask(num_trees=1), 0.0)
+    assert first is not None
+    assert state.cursor(leaving=True).unfinished == (0,)
+    state.trained(Trained(run="r", batch_id=first.batch_id, version=1, priorities={}))
+    assert state.sample(ask(step=1, version=1, num_trees=1), 0.0) is not None
+    assert state.cursor(leaving=True).unfinished == ()
 
 
 def test_a_damaged_cursor_is_an_error_that_names_the_file(tmp_path: Path) -> None:
