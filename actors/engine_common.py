@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from actors.engine import WeightsFile
 from atpo_async.errors import ProbeMismatch, SetupError, WeightsRejected
 from atpo_async.messages import WeightsManifest
+from atpo_async.tensor_files import read_header
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -45,16 +45,14 @@ def pick_device(asked: str) -> str:
 def checkpoint_shapes(model_path: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in the folder's safetensors files, from their headers alone.
 
-    Raises SetupError if there is no such file.
+    Raises SetupError if there is no such file or one is damaged.
     """
     files = sorted(model_path.glob("*.safetensors"))
     if not files:
         raise SetupError(f"model folder {model_path} has no *.safetensors file; save the model in that format")
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        shapes |= {name: tuple(entry["shape"]) for name, entry in read_header(file).items()}
     return shapes
 
 

@@ -338,6 +338,7 @@ class TransformersEngine:
     # --- in the worker thread --------------------------------------------------------------------------------------
 
     def _build(self) -> None:
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         device = pick_device(self._asked_device)
@@ -348,7 +349,7 @@ class TransformersEngine:
             model = AutoModelForCausalLM.from_pretrained(
                 self._model_path, dtype=_DTYPES[self._dtype], attn_implementation="sdpa", local_files_only=True
             )
-        except (OSError, ValueError, KeyError) as exc:
+        except (OSError, ValueError, KeyError, SafetensorError) as exc:
             raise SetupError(f"transformers cannot load the model folder {self._model_path}: {exc}") from exc
         self._device = torch.device(device)
         self._model = model.to(self._device).eval().requires_grad_(False)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from atpo_async.config import Config, LearnerConfig
 from atpo_async.errors import SetupError
 from atpo_async.models import model_folder
+from atpo_async.tensor_files import check_files
 
 MAX_LOGITS = 1 << 26
 """Logits held at once (256 MB in float32); more are recomputed in the backward pass, chunk by chunk."""
@@ -109,12 +111,13 @@ def load_policy(config: Config) -> Policy:
 
 
 def open_policy(folder: Path, config: Config) -> Policy:
-    """The policy in ``folder``, which a checkpoint may be.  Raises SetupError."""
+    """The policy in ``folder``, which a checkpoint may be.  Raises SetupError naming it, or the damaged file in it."""
+    check_files(folder)
     try:
         hf = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
         )
-    except (OSError, ValueError, KeyError, ImportError) as exc:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as exc:
         reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
         raise SetupError(
             f"model.path = {str(folder)!r} holds no causal language model that transformers can load: {reason}"
