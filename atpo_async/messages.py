@@ -248,6 +248,8 @@ class NotYet(Message, frozen=True, tag="not_yet"):
     """No batch within ``wait_s``: what is missing, for the log."""
 
     waiting_for: str
+    progress: int = 0
+    """Turns and ends of trees so far, whatever became of them: while it changes, the wait is not in vain."""
 
 
 class EvalResult(Message, frozen=True, tag="eval_result"):

@@ -138,7 +138,7 @@ class ReplayPool:
         max_uses: a tree leaves after that many confirmed batches.
         max_lag: a tree leaves when all its turns are older than this.
         exponent: a in P_i ~ p_i^a.
-        freshness: priority factor per version of lag.
+        freshness: priority factor per version of lag, that of the oldest turn that is trained on.
         weights_over_max: whether w_PER is divided by the batch maximum.
     """
 
@@ -160,6 +160,8 @@ class ReplayPool:
         self._limit = np.zeros(0, dtype=np.int64)
         self._oldest = np.zeros(0, dtype=np.int64)
         self._newest = np.zeros(0, dtype=np.int64)
+        self._versions: dict[int, I64] = {}
+        """Slot -> oldest version of each turn, ascending; kept only where freshness counts."""
         self._nbytes = np.zeros(0, dtype=np.int64)
         self._entered = np.zeros(0, dtype=np.int64)
         self._clock = 0
@@ -223,13 +225,15 @@ class ReplayPool:
             self._limit[slot] = max(self._max_uses, uses + 1)
             self._entered[slot] = self._clock
             self._clock += 1
-        versions = [turn.oldest_version for turn in tree]
+        versions = sorted(turn.oldest_version for turn in tree)
         size = tree_nbytes(tree)
         self.nbytes += size - int(self._nbytes[slot])
         self._trees[slot] = tree
         self._nbytes[slot] = size
         self._own[slot] = priority
-        self._oldest[slot], self._newest[slot] = min(versions), max(versions)
+        self._oldest[slot], self._newest[slot] = versions[0], versions[-1]
+        if self._freshness < 1:
+            self._versions[slot] = np.array(versions)
         self._update(np.array([slot]))
 
     def advance(self, version: int) -> int:
@@ -340,9 +344,17 @@ class ReplayPool:
 
     def _priorities(self, slots: I64) -> F64:
         own = np.where(self._uses[slots] == 0, self._highest, self._own[slots])
-        lag = np.maximum(self._version - self._newest[slots], 0)
+        if self._freshness == 1:
+            return own
+        lag = np.array([self._lag(int(slot)) if self._state[slot] != _FREE else 0 for slot in slots])
         priority: F64 = own * self._freshness**lag
         return priority
+
+    def _lag(self, slot: int) -> int:
+        """The greatest lag that would be trained on: that of the oldest turn that is not over ``max_lag``."""
+        versions = self._versions[slot]
+        fresh = versions[np.searchsorted(versions, self._version - self._max_lag) :]
+        return max(self._version - int(fresh[0] if len(fresh) else versions[-1]), 0)
 
     def _update(self, slots: I64) -> None:
         scaled = (self._priorities(slots) + PRIORITY_FLOOR) ** self._exponent
@@ -367,6 +379,7 @@ class ReplayPool:
             del self._slots[self._tree(slot).tree_id]
             self.nbytes -= int(self._nbytes[slot])
             self._trees[slot] = None
+            self._versions.pop(slot, None)
             self._free.append(slot)
             self.left[cause] += 1
         self._state[slots] = _FREE

@@ -311,7 +311,7 @@ class BufferService:
             return batch
 
         batch: Message | None = await self._until(made, timeout_s=request.wait_s)
-        return batch or NotYet(waiting_for=self.state.waiting_for(request, self._clock()))
+        return batch or NotYet(waiting_for=self.state.waiting_for(request, self._clock()), progress=self.state.progress)
 
     async def _eval_result(self, query: EvalQuery) -> EvalResult:
         """Waits for: the evaluation's last tree.  Unblocked by: actors closing trees, lost leases being given up.

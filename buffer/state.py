@@ -127,6 +127,8 @@ class BufferState:
         self._partial_uses: dict[str, tuple[int, int]] = {}
         self._late: dict[str, TurnTree] = {}
         self._eval_turns: Counter[int] = Counter()
+        self.progress = 0
+        """Turns that came and trees that ended, for whoever waits: it stands still only when nothing comes."""
         self.step = 0
         """The step last asked for."""
         self.version = 0
@@ -186,6 +188,7 @@ class BufferState:
         if not self.assembly.add(message):
             return False
         if isinstance(message, Turn):
+            self.progress += 1
             self._since.turns += 1
             self._last_turn_s = now
         tree_id = message.tree_id
@@ -230,6 +233,7 @@ class BufferState:
 
     def _end(self, tree_id: str) -> None:
         """Nothing more will come of this tree."""
+        self.progress += 1
         held = self.ledger.end(tree_id)
         whole = self.assembly.finish(tree_id)
         tree = whole.pruned()

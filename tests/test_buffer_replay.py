@@ -184,6 +184,21 @@ def test_freshness_lowers_the_priority_with_the_lag() -> None:
     assert replay.mean_priority == pytest.approx((0.25 + 1.0) / 2)
 
 
+def test_the_lag_of_a_tree_is_that_of_its_oldest_turn_that_is_trained_on() -> None:
+    replay = pool(exponent=1.0, freshness=0.5, max_lag=2)
+    replay.add(tree("t", 0, 1, 3), priority=1.0)
+    found = {}
+    for version in (1, 2, 3, 4, 5):
+        replay.advance(version)
+        found[version] = replay.mean_priority
+    # At 3 the first turn, at 4 the second one is over max_lag and only context from then on.
+    assert found == {1: 0.5, 2: 0.25, 3: 0.25, 4: 0.5, 5: 0.25}
+    assert ids(replay.draw(1, rng=rng(), beta=0.4)) == ["t"]
+    replay.confirm(["t"], {})
+    replay.add(tree("later", 5), priority=1.0)
+    assert replay.mean_priority == 1.0
+
+
 def test_what_would_expire_unserved_is_served_first() -> None:
     replay = pool(max_lag=1)
     for i in range(4):

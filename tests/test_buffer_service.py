@@ -289,6 +289,18 @@ async def test_no_batch_in_time_names_what_is_missing(peers: Peers) -> None:
         assert part in answer.waiting_for
 
 
+async def test_not_yet_says_whether_anything_came_meanwhile(peers: Peers) -> None:
+    await peers.tell(published())
+    (lease,) = await peers.leases(1)
+    seen = []
+    for messages in ([opened(lease)], [leaf(lease, 1, 1.0)], [], [closed(lease, 1)]):
+        await peers.send(*messages)
+        answer = await peers.learner.request(ask(wait_s=0.0), timeout_s=SOON_S)
+        assert isinstance(answer, NotYet)
+        seen.append(answer.progress)
+    assert seen == [0, 1, 1, 2]
+
+
 async def test_ranks_get_shares_of_one_batch_and_the_same_share_again(peers: Peers) -> None:
     await peers.tell(published())
     for tokens, lease in zip((9, 2, 2), await peers.leases(3), strict=True):
