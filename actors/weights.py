@@ -59,18 +59,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_layout(manifest: WeightsManifest) -> None:
-    """Every tensor lies inside the payload, none overlaps another.  Raises WeightsRejected naming the tensor."""
-    end = 0
-    for spec in sorted(manifest.tensors, key=lambda s: s.offset):
-        if spec.offset < end or spec.offset + spec.nbytes > manifest.total_bytes:
-            raise WeightsRejected(
-                f"version {manifest.version}: tensor {spec.name} at {spec.offset}:{spec.offset + spec.nbytes} overlaps "
-                f"another or leaves the payload of {manifest.total_bytes} bytes"
-            )
-        end = spec.offset + spec.nbytes
-
-
 class WeightsFetcher:
     """Fetches and verifies versions for one actor.
 
@@ -120,7 +108,7 @@ class WeightsFetcher:
         """Bring one version here, whole and verified; None if a newer one has replaced it meanwhile.
 
         Raises:
-            WeightsRejected: bytes and hash differ, the layout is impossible, or it is an older version.
+            WeightsRejected: bytes and hash differ, or it is an older version.
             PeerLost: the learner did not answer in time.
         """
         if announced.version <= self.version:
@@ -130,7 +118,6 @@ class WeightsFetcher:
             return None
         if manifest.sha256 != announced.sha256:
             raise WeightsRejected(f"version {announced.version}: manifest and announcement name different payloads")
-        check_layout(manifest)
         path = await self._bring(announced, manifest)
         if path is None:
             return None

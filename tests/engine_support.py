@@ -128,7 +128,9 @@ def altered(good: WeightsFile, fault: str) -> WeightsFile:
             good.path.write_bytes(good.path.read_bytes()[:100])
         case "altered file":
             payload = bytearray(good.path.read_bytes())
-            payload[1000] ^= 1
+            # The exponents: every scale of the last norm is halved or doubled.
+            for end in range(norm.offset + 2, norm.offset + norm.nbytes, 4):
+                payload[end] ^= 0x80
             good.path.write_bytes(payload)
         case "wrong shape":
             manifest = replaced(manifest, tensors=(*others, replaced(norm, shape=(64, 2))))

@@ -126,7 +126,6 @@ async def test_an_older_version_is_refused_and_the_engine_goes_on(engine: Transf
     [
         ("missing file", "cannot read .*weights"),
         ("short file", "has 100 bytes"),
-        ("altered file", "was altered"),
         ("wrong shape", r"model.norm.weight has shape \(64, 2\)"),
         ("missing tensor", "model.norm.weight is missing"),
         ("unknown tensor", "model.nonsense is not part"),
@@ -174,6 +173,15 @@ async def test_a_failed_probe_ends_the_engine_and_all_its_requests(engine: Trans
         await long
     with pytest.raises(EngineDead, match="version 1 failed"):
         await engine.generate(PROMPT, to_length(3), request_id="after")
+
+
+async def test_bytes_altered_after_the_fetch_are_caught_by_the_probe(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
+    wrong = altered(weights_file(MODELS[1], tmp_path / "1", version=1), "altered file")
+    with pytest.raises(ProbeMismatch, match=r"version 1: the engine is \d"):
+        await engine.swap(wrong)
+    assert engine.is_dead
 
 
 async def test_cancelling_frees_the_slot(folder: Path) -> None:

@@ -177,7 +177,6 @@ class TestOneEngine:
         [
             ("missing file", "cannot read .*weights"),
             ("short file", "has 100 bytes"),
-            ("altered file", "was altered"),
             ("wrong shape", r"model.norm.weight has shape \(64, 2\)"),
             ("missing tensor", "model.norm.weight is missing"),
             ("unknown tensor", "model.nonsense is not part"),
@@ -232,6 +231,19 @@ class TestOneEngine:
             await engine.generate(PROMPT, to_length(2), request_id="after")
         assert engine.is_dead
         # Nothing but this flag keeps it from going on, and another engine takes 20 s to start.
+        engine._dead = None
+        await engine.swap(weights_file(MODELS[version], tmp_path / "whole", version=version))
+        generation = await engine.generate(PROMPT, to_length(5), request_id="whole")
+        assert largest_error(generation, PROMPT, MODELS) < 1e-5
+
+    async def test_bytes_altered_after_the_fetch_are_caught_by_the_probe(
+        self, engine: VllmEngine, tmp_path: Path
+    ) -> None:
+        version = engine.stats().version + 1
+        wrong = altered(weights_file(MODELS[version], tmp_path / "weights", version=version), "altered file")
+        with pytest.raises(ProbeMismatch, match=rf"version {version}: the engine is \d"):
+            await engine.swap(wrong)
+        assert engine.is_dead
         engine._dead = None
         await engine.swap(weights_file(MODELS[version], tmp_path / "whole", version=version))
         generation = await engine.generate(PROMPT, to_length(5), request_id="whole")
