@@ -86,9 +86,16 @@ class Engine(Protocol):
     async def swap(self, weights: WeightsFile) -> SwapReport:
         """Take up other weights while requests are in flight, then reproduce the manifest's probe.
 
-        Requests in flight keep their tokens and go on under the new weights.  Raises ProbeMismatch, naming the
-        version and the difference, and WeightsRejected if a tensor is missing or has another shape; after either
-        the engine must not be used again.
+        Requests in flight keep their tokens and go on under the new weights.
+
+        Raises:
+            WeightsRejected: a tensor is missing or has another shape, or the version is older.  Nothing was touched:
+                the engine goes on with the weights it has.
+            ProbeMismatch: naming the version and the difference.
+            WaitTimeout: it took longer than the engine allows.
+            EngineDead: the new weights were not taken up whole.
+
+        After any but the first, and after being cancelled, every request fails with EngineDead.
         """
 
     async def score(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ from actors.engine_common import (
     pick_device,
     probe_error,
 )
-from atpo_async.errors import EngineDead, GenerationFailed, SetupError, WeightsRejected
+from atpo_async.errors import EngineDead, GenerationFailed, SetupError, WaitTimeout, WeightsRejected
 from atpo_async.tree import VersionSpan
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -114,6 +114,7 @@ class TransformersEngine:
         initial_version: version of the weights in ``model_path``.
         num_threads: threads of the model on a CPU; None for half the cores, since other roles share them.
         seed: of the engine's sampling.
+        swap_deadline_s: a swap that takes longer fails the engine.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class TransformersEngine:
         initial_version: int = 0,
         num_threads: int | None = None,
         seed: int = 0,
+        swap_deadline_s: float = 60.0,
     ) -> None:
         self._model_path = Path(model_path)
         self._dtype = dtype
@@ -136,6 +138,7 @@ class TransformersEngine:
         self._version = initial_version
         self._num_threads = num_threads or max(1, (os.cpu_count() or 2) // 2)
         self._seed = seed
+        self._swap_deadline_s = swap_deadline_s
         self._model: Any = None
         self._cache = _SlotCache(max_batch)
         self._held: list[list[int]] = [[] for _ in range(max_batch)]
@@ -146,6 +149,8 @@ class TransformersEngine:
         self._work = asyncio.Event()
         self._between_steps = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="transformers-engine")
+        self._stuck = False
+        """The thread did not come back in time; waiting for it would block the event loop."""
         self._stepper: asyncio.Task[None] | None = None
         self._prompt_tokens = self._cached_prompt_tokens = self._generated_tokens = 0
         self._finished = self._failed = 0
@@ -184,12 +189,27 @@ class TransformersEngine:
         """Take up other weights between two steps, and reproduce the manifest's probe before the next one.
 
         Requests in flight keep their tokens; their keys and values are computed anew.  WeightsRejected changes nothing:
-        the engine goes on.  ProbeMismatch fails every request with EngineDead.
+        the engine goes on.  ProbeMismatch and WaitTimeout fail every request with EngineDead.
         """
         self._check_alive("swap")
         manifest = weights.manifest
         check_probe_fits(manifest, max_model_len=self._max_model_len)
         await asyncio.to_thread(check_weights, weights, self._shapes(), current=self._version)
+        try:
+            async with asyncio.timeout(self._swap_deadline_s):
+                return await self._swap(weights)
+        except TimeoutError as exc:
+            reason = (
+                f"the engine waited over {self._swap_deadline_s:g} s for a step to end and for the model to take up "
+                f"weights version {manifest.version}"
+            )
+            # The thread cannot be interrupted: it may be in the middle of a step or of these weights.
+            self._fail(reason)
+            self._stuck = True
+            raise WaitTimeout(reason) from exc
+
+    async def _swap(self, weights: WeightsFile) -> SwapReport:
+        manifest = weights.manifest
         began = time.perf_counter()
         async with self._between_steps:
             self._check_alive("swap")
@@ -203,7 +223,9 @@ class TransformersEngine:
                 raise
             except BaseException as exc:
                 # Cancelled in the middle counts too: nobody knows which weights these are.
-                self._fail(f"the swap to version {manifest.version} failed: {exc or type(exc).__name__}")
+                cancelled = isinstance(exc, asyncio.CancelledError)
+                reason = "out of time, or cancelled" if cancelled else exc or type(exc).__name__
+                self._fail(f"the swap to version {manifest.version} failed: {reason}")
                 raise
             self._held = [[] for _ in self._held]
             self._version = manifest.version
@@ -244,7 +266,7 @@ class TransformersEngine:
             await asyncio.wait([self._stepper])
             self._stepper = None
         self._fail("the engine was closed")
-        self._thread.shutdown(wait=True)
+        self._thread.shutdown(wait=not self._stuck)
         self._model = None
 
     # --- on the event loop -----------------------------------------------------------------------------------------
@@ -266,10 +288,15 @@ class TransformersEngine:
                 try:
                     await self._in_thread(lambda batch=batch: self._step(batch))  # type: ignore[misc]
                 except Exception as exc:
+                    if self._dead is not None:
+                        return
                     # What the slots hold now is unknown; the requests end alone, the engine goes on.
                     for request in batch:
                         self._end(request, GenerationFailed(f"request {request.request_id}: {exc!r}"), keep_slot=False)
                     continue
+                if self._dead is not None:
+                    # A swap gave up waiting for this step, and has failed its requests.
+                    return
                 for request in batch:
                     if (reason := self._stop_reason(request)) is not None:
                         self._end(request, self._generation(request, reason), keep_slot=True)

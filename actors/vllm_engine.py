@@ -33,7 +33,7 @@ from actors.engine_common import (
     probe_error,
 )
 from actors.vllm_plugin import BACKEND, CPU_NORMS, FRONT_END_VARIABLE, PROBE_PREFIX
-from atpo_async.errors import EngineDead, GenerationFailed, SetupError, WaitTimeout, WeightsRejected
+from atpo_async.errors import EngineDead, GenerationFailed, SetupError, WaitTimeout
 from atpo_async.tree import VersionSpan
 
 CPU_BLOCK_TOKENS = 32
@@ -167,8 +167,8 @@ class VllmEngine:
         """Take up other weights while requests are in flight, and reproduce the manifest's probe before going on.
 
         A file that fails the checks made beforehand raises WeightsRejected and changes nothing: the engine goes on.
-        After anything that fails later (WeightsRejected by a worker, ProbeMismatch, WaitTimeout) generation is not
-        resumed and every request fails with EngineDead.
+        After anything that fails later (EngineDead if a worker rejects it, ProbeMismatch, WaitTimeout) generation is
+        not resumed and every request fails with EngineDead.
         """
         self._check_alive("swap")
         async with self._swap_lock:
@@ -410,7 +410,7 @@ class VllmEngine:
         except TimeoutError:
             raise
         except Exception as exc:
-            raise WeightsRejected(f"weights version {manifest.version}: vLLM did not load them: {exc}") from exc
+            raise EngineDead(f"weights version {manifest.version}: vLLM did not load them: {exc}") from exc
 
     def _check_alive(self, what: str) -> None:
         if self._dead is None and (self._llm is None or self._llm.errored):

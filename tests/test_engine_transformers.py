@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from actors.engine import Sampling
 from actors.transformers_engine import TransformersEngine
-from atpo_async.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WeightsRejected
+from atpo_async.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WaitTimeout, WeightsRejected
 from tests.engine_support import (
     END,
     PROBE,
@@ -182,6 +183,39 @@ async def test_bytes_altered_after_the_fetch_are_caught_by_the_probe(
     with pytest.raises(ProbeMismatch, match=r"version 1: the engine is \d"):
         await engine.swap(wrong)
     assert engine.is_dead
+
+
+@pytest.mark.parametrize("stuck", ["_load", "_step"])
+async def test_a_swap_that_is_stuck_fails_the_engine_by_name_and_does_not_hold_up_its_end(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: str
+) -> None:
+    engine = TransformersEngine(folder, device="cpu", max_model_len=256, swap_deadline_s=0.05)
+    await engine.start()
+    goes_on = threading.Event()
+    plain = getattr(engine, stuck)
+
+    def waits(work: object) -> None:
+        goes_on.wait()
+        plain(work)
+
+    monkeypatch.setattr(engine, stuck, waits)
+    try:
+        long = asyncio.create_task(engine.generate(PROMPT, to_length(200), request_id="long"))
+        await asyncio.sleep(0)
+        with pytest.raises(WaitTimeout, match=r"waited over 0\.05 s .* weights version 1"):
+            await engine.swap(weights_file(MODELS[1], tmp_path / "1", version=1))
+        with pytest.raises(EngineDead):
+            await long
+        assert engine.is_dead
+        stepper = engine._stepper
+        assert stepper is not None
+        if stuck == "_step":
+            goes_on.set()  # it comes back after all, to requests that have ended
+            await asyncio.wait([stepper])
+            assert stepper.exception() is None
+        await engine.close()
+    finally:
+        goes_on.set()
 
 
 async def test_cancelling_frees_the_slot(folder: Path) -> None:

@@ -256,7 +256,7 @@ class TestOneEngine:
         good = weights_file(MODELS[version], tmp_path / "weights", version=version)
         # As if the file were cut between the check and the load.
         monkeypatch.setattr("actors.vllm_engine.check_weights", lambda *args, **kwargs: None)
-        with pytest.raises(WeightsRejected, match=f"version {version}: vLLM did not load them: .*has 100 bytes"):
+        with pytest.raises(EngineDead, match=f"version {version}: vLLM did not load them: .*has 100 bytes"):
             await engine.swap(altered(good, "short file"))
         assert engine.is_dead
         engine._dead = None
