@@ -35,6 +35,7 @@ from typing import Any
 from atpo_async import config as configuration
 from atpo_async.config import Config
 from atpo_async.errors import ConfigError, RunMismatch, SetupError
+from atpo_async.metrics import read_metrics
 
 MAY_CHANGE: tuple[str, ...] = (
     "run.steps",
@@ -77,12 +78,20 @@ class RunDir:
     def create(cls, config: Config, *, resume: bool = True) -> RunDir:
         """Make ``run.dir/run.name``, or open it again with the same configuration.
 
-        The folder appears complete or not at all.  ``latest`` points to it afterwards.
+        The folder appears complete or not at all.  ``latest`` points to it afterwards.  Raises as ``held``.
+        """
+        with cls.held(config, resume=resume) as run:
+            return run
+
+    @classmethod
+    @contextlib.contextmanager
+    def held(cls, config: Config, *, resume: bool = True) -> Iterator[RunDir]:
+        """``create``, and hold the run's lock inside the block.  Of a run that another holds nothing is changed.
 
         Raises:
             RunMismatch: the folder was made by another configuration (names each differing field), or exists and
                 ``resume`` is false.
-            SetupError: the folder is there and is no run, or cannot be made.
+            SetupError: the folder is there and is no run, or cannot be made, or another process holds the run.
         """
         path = config.run.dir / config.run.name
         if config.run.name == LATEST:
@@ -92,14 +101,21 @@ class RunDir:
                 raise RunMismatch(f"run folder {path} exists already; use another --run.name, or resume it")
             run = cls.open(path)
             config = joining(run, config)
-            if run.config != config:
-                run.config = config
-                write_atomic(path / "config.json", _dump(config.model_dump(mode="json")))
-            run._note_versions()
         else:
             run = cls._make(path, config)
-        _point_latest(config.run.dir, config.run.name)
-        return run
+        with run.locked():
+            # Only now: a run that goes on must not find its files changed by one that is refused.
+            run._take(config)
+            _point_latest(config.run.dir, config.run.name)
+            yield run
+
+    def _take(self, config: Config) -> None:
+        """Go on with ``config``.  What is on disk is read again: its last holder may have changed it."""
+        on_disk = RunDir.open(self.path).config
+        self.config = joining(RunDir(self.path, run_id=self.run_id, config=on_disk), config)
+        if on_disk != self.config:
+            write_atomic(self.path / "config.json", _dump(self.config.model_dump(mode="json")))
+        self._note_versions()
 
     @classmethod
     def _make(cls, path: Path, config: Config) -> RunDir:
@@ -237,8 +253,13 @@ class RunDir:
 
     @property
     def is_trained(self) -> bool:
-        """Whether a learner has begun here."""
-        return (self.path / "version").exists()
+        """Whether a learner has done a step here.  Publishing the first weights is none: a run whose actors could not
+        start has got as far."""
+        if next(self.checkpoints.glob("step-*"), None) is not None:
+            return True
+        return self.metrics_path.exists() and any(
+            record.source == "learner" and record.step > 0 for record in read_metrics(self.metrics_path)
+        )
 
     def _note_versions(self) -> None:
         """Keep what the run was made with beside what it goes on with."""

@@ -11,6 +11,7 @@ import pytest
 
 from atpo_async.config import Config, build
 from atpo_async.errors import ConfigError, RunMismatch, SetupError
+from atpo_async.metrics import MetricsWriter
 from atpo_async.rundir import Endpoints, RunDir, host_id, write_atomic
 
 
@@ -23,7 +24,7 @@ def test_a_new_run_has_its_parts_and_an_id(tmp_path: Path) -> None:
     run = RunDir.create(config_in(tmp_path))
     assert run.run_id.startswith("r-")
     assert sorted(p.name for p in run.path.iterdir()) == [
-        "checkpoints", "config.json", "logs", "run.json", "versions.json",
+        "checkpoints", "config.json", "lock", "logs", "run.json", "versions.json",
     ]  # fmt: skip
     assert RunDir.open(run.path).config == run.config
 
@@ -156,6 +157,34 @@ def test_a_second_supervisor_is_refused_while_the_first_holds_the_run(tmp_path: 
         pass
     with run.locked():
         pass
+
+
+def test_a_run_in_use_is_not_changed_by_whoever_is_refused(tmp_path: Path) -> None:
+    run = RunDir.create(config_in(tmp_path))
+    later = RunDir.create(config_in(tmp_path, run={"name": "later"}))
+    with RunDir.held(config_in(tmp_path)):
+        RunDir.create(config_in(tmp_path, run={"name": "later"}))
+        (run.path / "versions.json").write_text("{}")
+        before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+        with pytest.raises(SetupError, match=f"in use by process {os.getpid()}"):
+            RunDir.create(config_in(tmp_path, run={"steps": 7}, eval={"num_tasks": 5}))
+        assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before
+        assert RunDir.open(tmp_path / "latest").run_id == later.run_id
+
+
+def test_a_run_in_which_nothing_was_trained_may_be_deleted_and_the_refusal_says_so(tmp_path: Path) -> None:
+    run = RunDir.create(config_in(tmp_path, environment={"name": "my.env:mke"}))
+    run.next_version()  # the first weights were published before the actors failed
+    with MetricsWriter(run.metrics_path, source="learner") as writer:
+        writer.write(step=0, version=0, metrics={"weights/publish_s": 1.0})
+    fixed = config_in(tmp_path, environment={"name": "my.env:make"})
+    with pytest.raises(RunMismatch, match=r"or delete that folder \(nothing was trained in it\)"):
+        RunDir.create(fixed)
+    with MetricsWriter(run.metrics_path, source="learner") as writer:
+        writer.write(step=1, version=1, metrics={"train/loss": 1.0})
+    with pytest.raises(RunMismatch) as caught:
+        RunDir.create(fixed)
+    assert "delete that folder" not in str(caught.value)
 
 
 def test_the_name_of_the_link_is_no_name_for_a_run(tmp_path: Path) -> None:
