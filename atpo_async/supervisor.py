@@ -68,12 +68,20 @@ class _Running:
 
 
 def role_specs(
-    config: Config, rundir: Path, *, has_cuda: Callable[[], bool], python: str = sys.executable
+    config: Config,
+    rundir: Path,
+    *,
+    has_cuda: Callable[[], bool],
+    python: str = sys.executable,
+    environ: Mapping[str, str] = os.environ,
 ) -> list[RoleSpec]:
-    """The buffer, the learner and ``actor.count`` actors; ``has_cuda`` is asked only where it decides something."""
+    """The buffer, the learner and ``actor.count`` actors; ``has_cuda`` is asked only where it decides something.
+
+    Raises SetupError for a GPU that ``environ`` does not allot.
+    """
     folder = str(rundir)
     launcher: tuple[str, ...] = (python,)
-    env = _threads(config.learner.num_threads) | _visible(config.learner.gpus)
+    env = _threads(config.learner.num_threads) | _visible(config.learner.gpus, environ)
     if config.learner.num_processes > 1 or config.learner.accelerate_config:
         launcher = _accelerate(config, python)
         device = config.learner.device
@@ -90,7 +98,7 @@ def role_specs(
             RoleSpec(
                 name=f"actor-{index}",
                 argv=(python, "-m", "actors", folder, "--index", str(index)),
-                env=_threads(config.actor.num_threads) | _visible(gpus),
+                env=_threads(config.actor.num_threads) | _visible(gpus, environ),
             )
         )
     return specs
@@ -111,8 +119,19 @@ def _threads(count: int | None) -> dict[str, str]:
     return {} if count is None else {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)}
 
 
-def _visible(gpus: Sequence[int]) -> dict[str, str]:
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
+def _visible(gpus: Sequence[int], outer: Mapping[str, str]) -> dict[str, str]:
+    """What shows a role its GPUs: numbers count within the ``outer`` CUDA_VISIBLE_DEVICES (a cluster's allotment)."""
+    if not gpus:
+        return {}
+    allotted = outer.get("CUDA_VISIBLE_DEVICES")
+    names = None if allotted is None else [name.strip() for name in allotted.split(",") if name.strip()]
+    if names is not None and max(gpus) >= len(names):
+        raise SetupError(f"GPU {max(gpus)} is asked for, but CUDA_VISIBLE_DEVICES = {allotted!r} allots {len(names)}")
+    return {
+        "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) if names is None else names[gpu] for gpu in gpus),
+        # CUDA's own order is by speed: with unlike cards its numbers are not those of nvidia-smi.
+        "CUDA_DEVICE_ORDER": outer.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
+    }
 
 
 def _hidden() -> dict[str, str]:
@@ -139,16 +158,15 @@ def pick_endpoints(links: LinksConfig) -> Endpoints:
 
 
 def _bind(host: str, port: int, field_name: str) -> socket.socket:
-    bound = "0.0.0.0" if host == "*" else host
     try:
-        family = socket.getaddrinfo(bound, port, type=socket.SOCK_STREAM)[0][0]
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     except socket.gaierror as exc:
         raise SetupError(f"links.host = {host!r} is no address: {exc.strerror}") from None
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         # As the sockets to come: a port in TIME_WAIT after the last run is free.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((bound, port))
+        listener.bind((host, port))
         listener.listen(1)
     except OSError as exc:
         listener.close()
@@ -403,7 +421,7 @@ def _failure(running: _Running, code: int) -> tuple[int, str]:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     if code < 0:
-        return code, f"killed by {_signal_name(-code)}"
+        return code, f"killed by {processes.signal_name(-code)}"
     lines = last_lines(running.log, LOG_LINES)
     said_last = next((line for line in reversed(lines) if line.startswith(ERROR_PREFIX)), None)
     if said_last is not None:
@@ -411,13 +429,6 @@ def _failure(running: _Running, code: int) -> tuple[int, str]:
     if code == EXIT_USER and lines:
         return code, lines[-1]
     return code, f"exit code {code}"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _given_up(name: str, crashes: int, settings: SupervisorConfig, reason: str, log: Path) -> str:

@@ -344,7 +344,7 @@ def test_an_address_of_another_machine_is_refused() -> None:
 
 def specs_of(**sections: dict[str, object]) -> dict[str, RoleSpec]:
     config: Config = build(sections)
-    return {s.name: s for s in role_specs(config, Path("runs/r"), has_cuda=lambda: False, python="python")}
+    return {s.name: s for s in role_specs(config, Path("runs/r"), has_cuda=lambda: False, python="python", environ={})}
 
 
 def test_one_process_each_is_started_plainly() -> None:
@@ -375,6 +375,22 @@ def test_gpus_are_given_to_roles_by_their_environment() -> None:
     assert specs["learner"].env["CUDA_VISIBLE_DEVICES"] == "4,5"
     assert specs["buffer"].env["CUDA_VISIBLE_DEVICES"] == ""
     assert "--config_file" in specs["learner"].argv
+
+
+def test_gpus_are_numbered_as_nvidia_smi_does_within_what_a_cluster_allots() -> None:
+    def shown(**environ: str) -> dict[str, str]:
+        config = build({"actor": {"count": 1, "gpus": [1]}})
+        specs = role_specs(config, Path("runs/r"), has_cuda=lambda: True, python="python", environ=environ)
+        return {key: value for key, value in specs[-1].env.items() if key.startswith("CUDA")}
+
+    assert shown() == {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert shown(CUDA_VISIBLE_DEVICES="GPU-aa,GPU-bb")["CUDA_VISIBLE_DEVICES"] == "GPU-bb"
+    assert shown(CUDA_VISIBLE_DEVICES="4,6", CUDA_DEVICE_ORDER="FASTEST_FIRST") == {
+        "CUDA_VISIBLE_DEVICES": "6",
+        "CUDA_DEVICE_ORDER": "FASTEST_FIRST",
+    }
+    with pytest.raises(SetupError, match=r"GPU 1 is asked for, but CUDA_VISIBLE_DEVICES = '4' allots 1"):
+        shown(CUDA_VISIBLE_DEVICES="4")
 
 
 def test_members_are_the_session_and_all_descendants() -> None:
