@@ -64,7 +64,7 @@ def _dispatch(words: list[str], *, debug: bool) -> int:
     if args.command is None:
         parser.print_help()
         return EXIT_USER
-    if texts and args.command in ("version", "report"):
+    if texts and args.command in ("version", "report", "keys"):
         raise ConfigError(f"--{next(iter(texts))}: `atpo {args.command}` takes no options of the configuration")
     args.debug = debug
     args.words = words
@@ -117,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", "write report.html into a run folder")
     report.add_argument("run", metavar="RUN")
     report.add_argument("--figure", metavar="PATH", help="also write the learning curve, as .svg or .png")
+    keys = add("keys", "make the keys without which a run listens on loopback only")
+    keys.add_argument("folder", metavar="DIR", help="the run's links.keys_dir; what it has is kept")
+    keys.add_argument("name", metavar="NAME", nargs="?", help="another host: a folder DIR/NAME for it is made")
     add("version", "print the version")
     return parser
 
@@ -138,7 +141,8 @@ def command_demo(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
     config = load(path, texts)
     if "run.name" not in texts:
         config = renamed(config, free_name(config.run.dir, f"demo-{config.run.seed}"))
-    again = _again(["train", str(path), *args.words[args.words.index("demo") + 1 :], "--run.name", config.run.name])
+    options = [f"--{key}={text}" for key, text in texts.items() if key != "run.name"]
+    again = _again(["train", str(path), *options, "--run.name", config.run.name])
     return train(config, again=again)
 
 
@@ -181,14 +185,16 @@ def train(config: Config, *, again: str) -> int:
     path = config.run.dir / config.run.name
     resumed = (path / "run.json").is_file()
     if resumed:
-        config = joining(RunDir.open(path), config)
+        known = RunDir.open(path)
+        config = joining(known, config)
+        with known.locked():
+            pass  # refuses a run in use, before a policy is made for it
     doctor.check_machine(config)
     doctor.check_model(config)
     engine, why = doctor.engine_of(config)
     config = ensure_policy(config, console)
 
-    rundir = RunDir.create(config)
-    with rundir.locked():
+    with RunDir.held(config) as rundir:
         config = rundir.config
         endpoints = pick_endpoints(config.links)
         rundir.write_endpoints(endpoints)
@@ -261,9 +267,11 @@ def ensure_policy(config: Config, console: Console) -> Config:
 
     Returns the configuration with ``model.path`` set to it.  Raises SetupError naming what went wrong.
     """
+    import signal
     import time
 
     from atpo_async.policy import is_there, warm_start_command, with_path
+    from atpo_async.processes import signal_name
 
     if not config.model.warm_start or (config.model.path and is_there(Path(config.model.path))):
         return config
@@ -285,8 +293,11 @@ def ensure_policy(config: Config, console: Console) -> Config:
     code, words = _run_to_end(command, tell=tell)
     if told and console.is_terminal:
         console.print(" " * 60, end="\r")
-    if code < 0:
+    if -code in (signal.SIGINT, signal.SIGTERM):
         raise KeyboardInterrupt
+    if code < 0:
+        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+        raise SetupError(f"the warm start was killed by {signal_name(-code)}{hint}")
     path = words.strip().splitlines()[-1] if code == 0 and words.strip() else ""
     if code or not is_there(Path(path)):
         raise SetupError(f"the warm start failed: {words or f'exit code {code}'}")
@@ -393,13 +404,13 @@ def _role_by_hand(role: str, args: argparse.Namespace, texts: Mapping[str, str])
     from atpo_async.config import load
     from atpo_async.role import hand_name, parse_address
     from atpo_async.rundir import RunDir, joining
+    from atpo_async.supervisor import role_specs
 
     config = load(args.config, texts)
     if role == "actor":
         doctor.engine_of(config)
     options = [f"--{key}={text}" for key, text in texts.items()]
-    package = {"buffer": "buffer", "learner": "learner", "actor": "actors"}[role]
-    argv = [sys.executable, "-m", package]
+    argv, env = [sys.executable, "-m", "actors"], dict(os.environ)
     name = args.name or (hand_name(role) if role == "actor" else None)
     folder = Path(args.join) if args.join else config.run.dir / config.run.name
     if args.join and not folder.is_dir() and not folder.is_file():
@@ -410,22 +421,31 @@ def _role_by_hand(role: str, args: argparse.Namespace, texts: Mapping[str, str])
         argv += ["--config", args.config, "--join", address, f"--model.path={config.model.path}", *options]
     else:
         if role == "buffer" and not args.join:
+            doctor.check_environment(config)
+            doctor.check_links(config)
+            doctor.check_model(config)
             if (folder / "run.json").is_file():
                 config = joining(RunDir.open(folder), config)
             rundir = RunDir.create(ensure_policy(config, Console(stderr=True)))
         else:
             rundir = RunDir.open(folder)
-            joining(rundir, config)
+            config = joining(rundir, config)
         if role == "buffer":
             _listen_by_hand(rundir, config)
-        argv += [str(rundir.path), "--config", args.config, f"--model.path={rundir.config.model.path}", *options]
+        if role == "actor":
+            argv.append(str(rundir.path))
+        else:
+            # The learner may need a launcher, its ranks and its GPUs, as under `atpo train`.
+            spec = next(s for s in role_specs(config, rundir.path, has_cuda=doctor.has_cuda) if s.name == role)
+            argv, env = list(spec.argv), {**env, **spec.env}
+        argv += ["--config", args.config, f"--model.path={rundir.config.model.path}", *options]
     if name:
         argv += ["--name", name]
     if args.debug:
         argv.append("--debug")
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, argv)
+    os.execve(argv[0], argv, env)
 
 
 def _listen_by_hand(rundir: RunDir, config: Config) -> None:
@@ -470,6 +490,8 @@ def _evaluate(config: Config, model: Path, name: str) -> dict[str, float]:
     """Raises SetupError for what the user can mend, RoleCrashed for the rest."""
     import json
 
+    from atpo_async.processes import signal_name
+
     with resolved_file(config) as file:
         code, said = _run_to_end(
             [
@@ -480,7 +502,8 @@ def _evaluate(config: Config, model: Path, name: str) -> dict[str, float]:
     if code == EXIT_USER:
         raise SetupError(said)
     if code:
-        raise RoleCrashed(f"the evaluation of {name} failed: {said or f'exit code {code}'}")
+        how = f"killed by {signal_name(-code)}" if code < 0 else said or f"exit code {code}"
+        raise RoleCrashed(f"the evaluation of {name} failed: {how}")
     try:
         result = json.loads(said.strip().splitlines()[-1])
         return {"success": float(result["success"]), "num_tasks": float(result["num_tasks"])}
@@ -543,6 +566,41 @@ def command_report(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
     if args.figure:
         print(write_figure(rundir, Path(args.figure)))
     print(write_report(rundir))
+    return EXIT_DONE
+
+
+def command_keys(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
+    """Key pairs for this host, or for another one that is to connect to it."""
+    import re
+    import shutil
+
+    from atpo_async.links import CLIENT_KEY, SERVER_KEY, make_keys
+
+    folder = Path(args.folder)
+    made: list[Path] = []
+    for name in (SERVER_KEY, CLIENT_KEY):
+        if not ((folder / f"{name}.key").exists() and (folder / f"{name}.key_secret").exists()):
+            made += make_keys(folder, name)
+    if made:
+        print(f"made {', '.join(path.name for path in made)} in {folder}, for this host: --links.keys_dir {folder}")
+    elif not args.name:
+        print(f"{folder} has its keys already: --links.keys_dir {folder}")
+    if not args.name:
+        print(f"for another host that is to join:  atpo keys {folder} NAME")
+        return EXIT_DONE
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", args.name) or args.name in (SERVER_KEY, CLIENT_KEY):
+        raise SetupError(f"{args.name!r} is no name for a host's keys; use letters, digits, - and _")
+    theirs, known = folder / args.name, folder / f"{args.name}.key"
+    if known.exists():
+        raise SetupError(f"{known} exists: that host has its keys; remove the file first if it shall lose access")
+    public, _ = make_keys(theirs, CLIENT_KEY)
+    shutil.copyfile(folder / f"{SERVER_KEY}.key", theirs / f"{SERVER_KEY}.key")
+    shutil.copyfile(public, known)
+    print(f"{known} lets {args.name} in; it stays here")
+    print(
+        f"{theirs} ({CLIENT_KEY}.key, {CLIENT_KEY}.key_secret, {SERVER_KEY}.key) goes to {args.name}, over a safe way "
+        "(scp -rp), and away from here: there --links.keys_dir names it"
+    )
     return EXIT_DONE
 
 

@@ -18,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from atpo_async.errors import ConfigError
 
+BUILT_IN_ENVIRONMENTS = ("hopqa",)
+"""Names that environment.name may have besides 'package.module:factory'."""
+
 
 class Section(BaseModel):
     """Frozen, without unknown keys; one per concern."""
@@ -166,7 +169,9 @@ class LearnerConfig(Section):
     gradient_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = Field(None, ge=1, description="torch threads of each rank; none for torch's choice")
-    gpus: tuple[int, ...] = Field((), description="one for each rank, numbered as nvidia-smi does; empty: all are seen")
+    gpus: tuple[int, ...] = Field(
+        (), description="one for each rank, as nvidia-smi or CUDA_VISIBLE_DEVICES counts; empty: all"
+    )
     max_skipped_updates: int = Field(5, ge=1, description="non-finite updates in a row before the run stops")
     tensorboard: bool = Field(False, description="also log through Accelerate's TensorBoard tracker")
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import ipaddress
 import os
 import platform
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Literal
 
-from atpo_async.config import Config
-from atpo_async.errors import SetupError
+from atpo_async.config import BUILT_IN_ENVIRONMENTS, Config
+from atpo_async.errors import ConfigError, SetupError
+from atpo_async.models import model_folder
 from atpo_async.policy import warm_start_command
 from atpo_async.supervisor import check_ports
 
@@ -115,7 +118,8 @@ def engine_of(config: Config) -> tuple[str, str]:
 def check_machine(config: Config) -> None:
     """What can be told before anything is started or written.
 
-    Raises SetupError naming the first thing that is missing: an engine, a GPU, a port, a file.
+    Raises SetupError naming the first thing that is missing: an engine, a GPU, a port, a file, a key; ConfigError for
+    an environment that nobody knows.
     """
     engine, _ = engine_of(config)
     if engine == "transformers" and not has_module("transformers"):
@@ -125,17 +129,24 @@ def check_machine(config: Config) -> None:
             why_not = no_cuda_because()
             if why_not is not None:
                 raise SetupError(f"{field} = 'cuda', but {why_not}; set --{field} cpu, or run where a GPU is")
-    _check_gpus(config)
+    _check_gpus(config, engine)
     launch = config.learner.accelerate_config
     if launch is not None and not Path(launch).is_file():
         raise SetupError(f"learner.accelerate_config = {launch!r} is no file; `accelerate config` makes one")
-    keys = config.links.keys_dir
-    if keys is not None and not keys.is_dir():
-        raise SetupError(f"links.keys_dir = '{keys}' is no folder; make it, or leave links.keys_dir out on loopback")
-    check_ports(config.links)
+    check_environment(config)
+    check_links(config)
 
 
-def _check_gpus(config: Config) -> None:
+def _check_gpus(config: Config, engine: str) -> None:
+    actor = config.actor
+    # Without numbers each actor's vLLM takes its share of the same first GPUs.
+    shares = actor.count * actor.gpu_memory_utilization
+    if engine == "vllm" and actor.count > 1 and not actor.gpus and actor.device != "cpu" and shares > 1 and has_cuda():
+        raise SetupError(
+            f"actor.count = {actor.count} without actor.gpus puts all actors on the same GPU, where "
+            f"actor.gpu_memory_utilization = {actor.gpu_memory_utilization:g} of each is more than there is: name "
+            "their GPUs with --actor.gpus, or lower one of the two"
+        )
     wanted = [("learner.gpus", gpu) for gpu in config.learner.gpus] + [("actor.gpus", gpu) for gpu in config.actor.gpus]
     if not wanted:
         return
@@ -145,24 +156,72 @@ def _check_gpus(config: Config) -> None:
     count = cuda_devices()
     for field, gpu in wanted:
         if gpu >= count:
-            raise SetupError(f"{field} names GPU {gpu}, but this machine has {count} (0 to {count - 1})")
+            outer = os.environ.get("CUDA_VISIBLE_DEVICES")
+            whose = "this machine has" if outer is None else f"CUDA_VISIBLE_DEVICES = {outer!r} allots"
+            raise SetupError(f"{field} names GPU {gpu}, but {whose} {count} (0 to {count - 1})")
 
 
 def check_model(config: Config) -> None:
-    """Raises SetupError where the model's folder is missing and no warm start would make it."""
-    path = config.model.path
+    """Raises SetupError where there is no model and no warm start would make it.  One on the Hub is fetched: once, and
+    before any role needs it."""
     if config.model.warm_start:
         warm_start_command(config)  # refuses an environment that has no such policy
+    else:
+        model_folder(config.model.path)
+
+
+def check_environment(config: Config) -> None:
+    """Raises ConfigError for a name that is no built-in environment, SetupError for a package that is not here."""
+    name = config.environment.name
+    if name in BUILT_IN_ENVIRONMENTS:
         return
-    if path and (Path(path) / "config.json").is_file():
-        return
-    if path and not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        return  # may be a name on the Hub: its client tells, when the roles start
-    what = f"model.path = {path!r}" if path else "model.path is empty"
-    raise SetupError(
-        f"{what}: no model folder (no config.json) there; name one with --model.path, or for the hopqa environment "
-        "make one with --model.warm_start true"
-    )
+    module, colon, factory = name.partition(":")
+    if not (colon and module and factory):
+        raise ConfigError(
+            f"environment.name = {name!r} is unknown; known: {', '.join(BUILT_IN_ENVIRONMENTS)}, or "
+            "'package.module:factory' for your own"
+        )
+    top = module.partition(".")[0]
+    # Roles are started with -m: they see the working folder, which an installed `atpo` does not.
+    if config.actor.count and not has_module(top) and PathFinder.find_spec(top, [str(Path.cwd())]) is None:
+        raise SetupError(
+            f"environment.name = {name!r}: there is no package {top!r} here; install it, or set PYTHONPATH to where "
+            "it lies"
+        )
+
+
+def check_links(config: Config) -> None:
+    """Raises SetupError naming a port that is taken, an address that is not ours, or the keys that it needs."""
+    links = config.links
+    if links.host == "*":
+        raise SetupError("links.host = '*': say 0.0.0.0 for every address of this machine")
+    keys = links.keys_dir
+    if keys is None:
+        if not _is_loopback(links.host):
+            raise SetupError(
+                f"links.host = {links.host!r} is no loopback address and needs keys: `atpo keys DIR` makes them; then "
+                "--links.keys_dir DIR"
+            )
+    elif not keys.is_dir():
+        raise SetupError(
+            f"links.keys_dir = '{keys}' is no folder; `atpo keys {keys}` makes it, or leave links.keys_dir out on "
+            "loopback"
+        )
+    else:
+        # The actors and the learner of this machine are clients of the buffer: they need a pair of their own.
+        for file in ("server.key_secret", "server.key", "client.key_secret", "client.key"):
+            if not (keys / file).is_file():
+                raise SetupError(f"links.keys_dir = '{keys}' has no {file}; `atpo keys {keys}` makes what is missing")
+    check_ports(links)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def findings(config: Config | None = None) -> list[Finding]:

@@ -144,7 +144,9 @@ def _load_public(path: Path) -> bytes:
     try:
         return zmq.auth.load_certificate(path)[0]
     except (OSError, ValueError) as exc:
-        raise SetupError(f"no CURVE public key at {path} ({exc}); copy it there or make one with make_keys") from None
+        raise SetupError(
+            f"no CURVE public key at {path} ({exc}); copy it there, or make one: atpo keys {path.parent}"
+        ) from None
 
 
 def _load_pair(folder: Path, name: str) -> tuple[bytes, bytes]:
@@ -157,9 +159,9 @@ def _load_pair(folder: Path, name: str) -> tuple[bytes, bytes]:
             )
         public, secret = zmq.auth.load_certificate(path)
     except (OSError, ValueError) as exc:
-        raise SetupError(f"no CURVE secret key at {path} ({exc}); make one with make_keys") from None
+        raise SetupError(f"no CURVE secret key at {path} ({exc}); make one: atpo keys {folder}") from None
     if secret is None:
-        raise SetupError(f"{path} holds no secret key; make a pair with make_keys")
+        raise SetupError(f"{path} holds no secret key; remove it and make a pair: atpo keys {folder}")
     return public, secret
 
 
@@ -191,7 +193,7 @@ def _require_keys_off_loopback(endpoint: str, settings: LinkSettings, verb: str)
     if settings.keys_dir is None and not _is_loopback(endpoint):
         raise SetupError(
             f"will not {verb} {endpoint} without keys: it is not a loopback address; "
-            "set links.keys_dir to a folder with CURVE keys, or use links.host 127.0.0.1"
+            "set links.keys_dir to a folder with CURVE keys (`atpo keys DIR` makes one), or use links.host 127.0.0.1"
         )
 
 

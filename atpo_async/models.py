@@ -2,25 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
 from pathlib import Path
 
 from atpo_async.errors import SetupError
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def looks_like_hub_name(path: str) -> bool:
+    """Whether ``path`` may be ``owner/name`` on the Hub; not where its first part is a folder here: then a slip."""
+    return _HUB_NAME.fullmatch(path) is not None and not Path(path).exists() and not Path(path).parent.exists()
+
 
 def model_folder(path: str) -> Path:
-    """The local folder of a model.  Raises SetupError naming it and the way out."""
-    folder = Path(path)
-    if path and (folder / "config.json").is_file():
-        return folder
-    if path and not folder.exists() and "/" in path and not path.startswith((".", "/")):
+    """The local folder of a model; one on the Hub is fetched unless the local cache holds it.
+
+    Raises SetupError in one line, naming the path and the way out.
+    """
+    if path and (Path(path) / "config.json").is_file():
+        return Path(path)
+    if looks_like_hub_name(path):
+        return _from_hub(path)
+    what = f"model.path = {path!r}" if path else "model.path is empty"
+    raise SetupError(
+        f"{what}: no model folder (no config.json) there; name one with --model.path, or for the hopqa environment "
+        "make one with --model.warm_start true"
+    )
+
+
+def _from_hub(name: str) -> Path:
+    try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    except ImportError:
+        raise SetupError(
+            f"model.path = {name!r} is no folder here, and huggingface_hub, which could fetch it, is not installed"
+        ) from None
+    # The cache first: a model that is there needs neither network nor patience.
+    with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
+        folder = Path(snapshot_download(name, local_files_only=True))
+        if _is_whole(folder):
+            return folder
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as exc:
+        reason = next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
+        raise SetupError(
+            f"model.path = {name!r} is neither a folder here nor in the local Hub cache, and could not be fetched: "
+            f"{reason}  Name a model folder with --model.path, or for the hopqa environment make one with "
+            "--model.warm_start true"
+        ) from exc
 
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cached snapshot has its configuration and all its weights; a broken fetch leaves some."""
+    if not (folder / "config.json").is_file():
+        return False
+    for index in folder.glob("*.index.json"):
         try:
-            return Path(snapshot_download(path))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as exc:
-            raise SetupError(f"model.path = {path!r} is no folder here and could not be fetched: {exc}") from exc
-    raise SetupError(
-        f"model.path = {path!r}: no config.json there; name a Hugging Face model folder, or set model.warm_start = "
-        "true with the hopqa environment to make one"
-    )
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError):
+            return False
+        return all((folder / file).is_file() for file in files)
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))

@@ -40,6 +40,14 @@ def die_with_parent(signum: int = signal.SIGTERM, parent_pid: int | None = None)
     return True
 
 
+def signal_name(number: int) -> str:
+    """``SIGKILL`` for 9; of a number without a name, the number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def _load_prctl() -> Callable[..., int] | None:
     if not sys.platform.startswith("linux"):
         return None

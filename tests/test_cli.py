@@ -18,9 +18,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from actors.environments import registry
 from atpo_async import cli, doctor, processes
-from atpo_async.config import Config, build, load
+from atpo_async.config import BUILT_IN_ENVIRONMENTS, Config, build, load
 from atpo_async.errors import SetupError
+from atpo_async.models import model_folder
 from atpo_async.policy import assemble, warm_start_command
 from atpo_async.role import EXIT_FAILURE, EXIT_USER, parse_address
 from atpo_async.rundir import Endpoints, RunDir
@@ -54,6 +56,9 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     return err.removeprefix("error: ").strip()
 
 
+TRANSFORMERS = '[actor]\nengine = "transformers"\n'
+
+
 def files(folder: Path) -> set[str]:
     return {p.name for p in folder.rglob("*")} - {"model", "config.json", "c.toml"}
 
@@ -83,13 +88,122 @@ def test_a_missing_configuration_is_named(folder: Path, capsys: pytest.CaptureFi
     assert said(capsys).startswith("configuration nowhere.toml does not exist")
 
 
-@pytest.mark.parametrize("path", ["", "no/such/folder", "./none"])
+@pytest.mark.parametrize("path", ["", "no/such/folder", "./none", "~/none"])
 def test_a_missing_model_folder_is_named(folder: Path, capsys: pytest.CaptureFixture[str], path: str) -> None:
     assert cli.main(["train", config_file(folder), f"--model.path={path}", "--actor.engine", "transformers"]) == 2
     line = said(capsys)
     assert (path or "model.path is empty") in line
     assert "--model.warm_start true" in line
     assert files(folder) == set()
+
+
+def test_a_mistyped_local_model_folder_is_no_name_on_the_hub(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "models").mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    assert cli.main(["train", config_file(folder, TRANSFORMERS), "--model.path", "models/hopqa-typo"]) == 2
+    assert said(capsys).startswith("model.path = 'models/hopqa-typo': no model folder (no config.json) there")
+    assert files(folder) == {"models"}
+
+
+def test_a_model_that_the_hub_does_not_give_is_said_in_one_line_and_nothing_is_made(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def refuse(name: str, *, local_files_only: bool = False) -> str:
+        asked.append(local_files_only)
+        raise ValueError("404 Client Error.\n\nRepository Not Found\nIf you are trying to access a private one …")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    assert cli.main(["train", config_file(folder, TRANSFORMERS), "--model.path", "nobody/nothing"]) == 2
+    line = said(capsys)
+    assert "could not be fetched: 404 Client Error.  Name a model folder" in line
+    assert "Repository Not Found" not in line
+    assert asked == [True, False]
+    assert files(folder) == set()
+
+
+def test_a_model_in_the_local_hub_cache_needs_no_network_unless_weights_are_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached, fetched = folder / "cached", folder / "fetched"
+    cached.mkdir()
+    (cached / "config.json").write_text("{}")
+
+    def snapshot(name: str, *, local_files_only: bool = False) -> str:
+        return str(cached if local_files_only else fetched)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert model_folder("owner/name") == fetched
+    (cached / "model.safetensors.index.json").write_text('{"weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}')
+    (cached / "a.safetensors").touch()
+    assert model_folder("owner/name") == fetched
+    (cached / "b.safetensors").touch()
+    assert model_folder("owner/name") == cached
+
+
+def test_an_unknown_environment_is_named_before_anything_is_made(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("train", "buffer"):
+        assert cli.main([command, config_file(folder, TRANSFORMERS), "--environment.name", "hopqaa"]) == 2
+        assert said(capsys).startswith("environment.name = 'hopqaa' is unknown; known: hopqa, or 'package.module:fac")
+    assert cli.main(["train", config_file(folder, TRANSFORMERS), "--environment.name", "mine.env:make"]) == 2
+    assert said(capsys).startswith("environment.name = 'mine.env:make': there is no package 'mine' here")
+    assert files(folder) == set()
+
+
+def test_an_environment_in_the_working_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    (folder / "mine.py").touch()
+    doctor.check_environment(build({"environment": {"name": "mine:make"}}))
+
+
+def test_the_built_in_environments_are_those_of_the_actors() -> None:
+    assert set(BUILT_IN_ENVIRONMENTS) == set(registry.BUILT_IN)
+
+
+def test_an_address_off_loopback_needs_keys_before_anything_is_made(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config_file(folder, TRANSFORMERS)
+    assert cli.main(["train", path, "--links.host", "0.0.0.0"]) == 2
+    assert said(capsys).startswith("links.host = '0.0.0.0' is no loopback address and needs keys: `atpo keys DIR`")
+    assert cli.main(["train", path, "--links.host", "*", "--links.keys_dir", "keys"]) == 2
+    assert said(capsys).startswith("links.host = '*': say 0.0.0.0")
+    assert cli.main(["train", path, "--links.keys_dir", "keys"]) == 2
+    assert said(capsys).startswith("links.keys_dir = 'keys' is no folder; `atpo keys keys` makes it")
+    (folder / "keys").mkdir()
+    assert cli.main(["train", path, "--links.keys_dir", "keys"]) == 2
+    assert said(capsys) == "links.keys_dir = 'keys' has no server.key_secret; `atpo keys keys` makes what is missing"
+    assert files(folder) == {"keys"}
+
+
+def test_keys_are_made_for_this_host_and_for_another(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["keys", "keys"]) == 0
+    keys = folder / "keys"
+    pairs = {"server.key", "server.key_secret", "client.key", "client.key_secret"}
+    assert {p.name for p in keys.iterdir()} == pairs
+    assert (keys / "server.key_secret").stat().st_mode & 0o777 == 0o600
+    doctor.check_links(build({"links": {"host": "0.0.0.0", "keys_dir": "keys"}}))
+    before = {p: p.read_bytes() for p in keys.iterdir()}
+
+    assert cli.main(["keys", "keys", "host-b"]) == 0
+    out = capsys.readouterr().out
+    assert "keys/host-b (client.key, client.key_secret, server.key) goes to host-b" in out
+    theirs = keys / "host-b"
+    assert {p.name for p in theirs.iterdir()} == {"client.key", "client.key_secret", "server.key"}
+    assert (theirs / "server.key").read_bytes() == (keys / "server.key").read_bytes()
+    assert (keys / "host-b.key").read_bytes() == (theirs / "client.key").read_bytes()
+    assert (theirs / "client.key_secret").stat().st_mode & 0o777 == 0o600
+    assert {p: p.read_bytes() for p in before} == before
+
+    assert cli.main(["keys", "keys", "host-b"]) == 2
+    assert said(capsys).startswith("keys/host-b.key exists: that host has its keys")
+    assert cli.main(["keys", "keys", "server"]) == 2
+    assert said(capsys).startswith("'server' is no name for a host's keys")
 
 
 def test_a_port_in_use_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,8 +259,47 @@ def test_a_gpu_asked_for_and_absent_is_said(
 def test_a_gpu_that_the_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "no_cuda_because", lambda: None)
     monkeypatch.setattr(doctor, "cuda_devices", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(SetupError, match=r"^actor\.gpus names GPU 2, but this machine has 2 \(0 to 1\)"):
         doctor.check_machine(build({"actor": {"gpus": [2], "engine": "transformers"}}))
+
+
+def test_gpus_are_counted_within_a_clusters_allotment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "no_cuda_because", lambda: None)
+    monkeypatch.setattr(doctor, "cuda_devices", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    config = build({"actor": {"gpus": [1], "engine": "transformers"}, "learner": {"gpus": [0]}})
+    doctor.check_machine(config)
+    with pytest.raises(SetupError, match=r"names GPU 4, but CUDA_VISIBLE_DEVICES = '4,6' allots 2 \(0 to 1\)"):
+        doctor.check_machine(build({"actor": {"gpus": [4], "engine": "transformers"}}))
+
+
+def test_several_actors_without_numbers_are_refused_where_one_gpu_does_not_hold_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "no_cuda_because", lambda: None)
+    monkeypatch.setattr(doctor, "cuda_devices", lambda: 2)
+    monkeypatch.setattr(doctor, "has_module", lambda name: True)
+    with pytest.raises(SetupError, match=r"actor\.count = 2 without actor\.gpus .* --actor\.gpus, or lower"):
+        doctor.check_machine(build({"actor": {"count": 2}}))
+    doctor.check_machine(build({"actor": {"count": 2, "gpu_memory_utilization": 0.4}}))
+    doctor.check_machine(build({"actor": {"count": 2, "gpus": [0, 1]}}))
+    doctor.check_machine(build({"actor": {"count": 2, "device": "cpu"}}))
+
+
+def test_a_learner_by_hand_is_started_as_the_supervisor_would(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(os, "execve", lambda file, argv, env: started.append((argv, env)))
+    path = config_file(folder, '[learner]\nnum_processes = 2\nnum_threads = 3\ndevice = "cpu"\n')
+    run = RunDir.create(load(path))
+    cli.main(["learner", path, "--name", "me"])
+    ((argv, env),) = started
+    assert argv[1:3] == ["-m", "accelerate.commands.launch"]
+    assert argv[argv.index("--num_processes") + 1] == "2"
+    learner = argv[argv.index("learner") :]
+    assert learner[1] == str(run.path.resolve())
+    assert learner[-2:] == ["--name", "me"]
+    assert (env["OMP_NUM_THREADS"], env["ACCELERATE_USE_CPU"]) == ("3", "true")
 
 
 def test_a_run_of_another_configuration_is_refused_and_left_as_it_was(
@@ -160,10 +313,12 @@ def test_a_run_of_another_configuration_is_refused_and_left_as_it_was(
     assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before
 
 
-def test_a_run_in_use_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_in_use_is_refused_and_left_as_it_was(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = config_file(folder, '[actor]\nengine = "transformers"\n')
-    with RunDir.create(load(path)).locked():
-        assert cli.main(["train", path]) == 2
+    with RunDir.held(load(path)) as run:
+        before = (run.path / "config.json").read_bytes()
+        assert cli.main(["train", path, "--run.steps", "7"]) == 2
+        assert (run.path / "config.json").read_bytes() == before
     assert f"is in use by process {os.getpid()}" in said(capsys)
 
 
@@ -253,6 +408,7 @@ def test_the_warm_start_is_asked_for_what_the_environment_needs() -> None:
 
 
 def test_a_warm_start_for_another_environment_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "my.py").touch()
     words = ["train", config_file(folder), "--model.warm_start", "true", "--environment.name", "my.env:make"]
     assert cli.main([*words, "--actor.engine", "transformers"]) == 2
     assert said(capsys).startswith("model.warm_start makes a policy for hopqa only, not for environment.name = 'my.env")
@@ -284,6 +440,36 @@ def test_a_warm_start_that_fails_is_said_in_its_own_words(folder: Path, monkeypa
     fake_warm_start(monkeypatch, code)
     with pytest.raises(SetupError, match=r"^the warm start failed: steps must be >= 0$"):
         cli.ensure_policy(build({"model": {"warm_start": True}}), Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_warm_start_that_was_killed_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    fake_warm_start(monkeypatch, f"import os; os.kill(os.getpid(), {int(number)})")
+    assert cli.main(["train", config_file(folder, TRANSFORMERS), "--model.path=", "--model.warm_start"]) == 2
+    hint = " (out of memory?)" if number == signal.SIGKILL else ""
+    assert said(capsys) == f"the warm start was killed by {number.name}{hint}"
+    assert files(folder) == set()
+
+
+def test_an_interrupted_warm_start_is_an_interruption(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_warm_start(monkeypatch, f"import os; os.kill(os.getpid(), {int(signal.SIGTERM)})")
+    assert cli.main(["train", config_file(folder, TRANSFORMERS), "--model.path=", "--model.warm_start"]) == 130
+
+
+def test_the_demo_names_a_command_that_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def train(config: Config, *, again: str) -> int:
+        told.append(again)
+        return 0
+
+    monkeypatch.setattr(cli, "train", train)
+    path = config_file(folder)
+    assert cli.main(["demo", path, "--run.seed", "3"]) == 0
+    assert cli.main(["demo", "--run.name=x", path]) == 0
+    assert told == [f"atpo train {path} --run.seed=3 --run.name demo-3-1", f"atpo train {path} --run.name x"]
 
 
 def test_a_checkpoint_becomes_a_model_folder_with_the_names_that_engines_know(tmp_path: Path) -> None:
