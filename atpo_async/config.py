@@ -12,9 +12,19 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from atpo_async.errors import ConfigError
 
@@ -26,6 +36,21 @@ class Section(BaseModel):
     """Frozen, without unknown keys; one per concern."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would read ``lr = true`` as 1."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        parts = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(part, bool) for part in parts) and not _takes(annotation, bool):
+            raise PydanticCustomError("truth", "takes no truth value")
+        return value
+
+
+def _takes(annotation: Any, kind: type) -> bool:
+    """Whether ``kind`` occurs in a field's annotation."""
+    return annotation is kind or any(_takes(part, kind) for part in get_args(annotation))
 
 
 class RunConfig(Section):
@@ -424,7 +449,7 @@ def load(path: Path | str, overrides: Mapping[str, str] | None = None) -> Config
 
     Args:
         path: the TOML or JSON file.
-        overrides: dotted path -> text, parsed as a TOML value, or taken as a string where that fails.
+        overrides: dotted path -> text: as it is for a field of text; else parsed as a TOML value where it is one.
 
     Raises:
         ConfigError: the file is missing or no TOML; a key is unknown; a value is out of range; values contradict.
@@ -465,15 +490,37 @@ def _put(data: dict[str, Any], dotted: str, text: str) -> None:
         here = here.setdefault(part, {})
         if not isinstance(here, dict):
             raise ConfigError(f"option --{dotted}: {part} is a value, not a section")
+    here[leaf] = _option_value(dotted, text)
+
+
+def _option_value(dotted: str, text: str) -> Any:
+    """What the text of an option means for its field.  Raises ConfigError where there is none."""
+    annotation = _annotation(dotted)
     value = parse_value(text)
-    if value is None and not _may_be_none(dotted):
-        value = text  # "none" is a word of search.strategy and correction.action
-    here[leaf] = value
+    if value is None and type(None) in get_args(annotation):
+        return None
+    if _is_text(annotation):
+        return text  # --run.name 7 is a name; "none" is a word of search.strategy
+    if annotation is None:  # an option of the environment: whatever TOML has for those
+        return value if isinstance(value, bool | int | float | str) else text
+    if not text:
+        raise ConfigError(f"--{dotted} needs a value")
+    return text if value is None else value
 
 
-def _may_be_none(dotted: str) -> bool:
+def _annotation(dotted: str) -> Any:
+    """Of a field; None for an option of the environment, and for what is no field."""
     info = fields().get(dotted)
-    return info is not None and type(None) in get_args(info.annotation)
+    return None if info is None else info.annotation
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a field takes words: str, Path, or some words of its own; or none."""
+    if get_origin(annotation) is Literal:
+        return True
+    if isinstance(annotation, UnionType):
+        return all(part is type(None) or _is_text(part) for part in get_args(annotation))
+    return annotation is str or annotation is Path
 
 
 def parse_value(text: str) -> Any:
@@ -545,11 +592,14 @@ def unknown_option(dotted: str) -> str:
     return f"--{dotted}: unknown option; {hint}"
 
 
+_TRUTHS = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0"})
+
+
 def split_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Take dotted options (``--a.b value``, ``--a.b=value``) out of a command line.
 
-    Returns what is left, in order, and dotted path -> text.  A dotted option at the end, or before another option,
-    without a value means true.  Raises ConfigError for an option that is no field.
+    Returns what is left, in order, and dotted path -> text.  A truth value may be left out: then it is true.  Raises
+    ConfigError for an option that is no field, or lacks its value.
     """
     rest: list[str] = []
     options: dict[str, str] = {}
@@ -566,11 +616,17 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if name not in known and not name.startswith("environment.options."):
             raise ConfigError(unknown_option(name))
         if not equals:
-            if i < len(argv) and not argv[i].startswith("--"):
+            annotation = _annotation(name)
+            given = i < len(argv) and not argv[i].startswith("--")
+            if annotation is bool:
+                given = given and argv[i].lower() in _TRUTHS  # the next word may be the configuration file
+            if given:
                 value = argv[i]
                 i += 1
-            else:
+            elif annotation is bool or annotation is None:
                 value = "true"
+            else:
+                raise ConfigError(f"--{name} needs a value")
         options[name] = value
     return rest, options
 

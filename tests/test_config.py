@@ -110,6 +110,62 @@ def test_both_spellings_of_an_option_are_taken_out_of_the_command_line() -> None
     assert options == {"learner.lr": "1e-5", "staleness.max_lag": "0", "model.warm_start": "true"}
 
 
+@pytest.mark.parametrize("name", ["learner.lr", "staleness.max_lag", "run.name", "actor.gpus", "search.strategy"])
+def test_an_option_whose_value_was_forgotten_is_refused(name: str) -> None:
+    for words in ([f"--{name}"], [f"--{name}", "--model.warm_start"]):
+        with pytest.raises(ConfigError, match=f"^--{name} needs a value$"):
+            split_options(words)
+
+
+def test_an_empty_value_is_one_for_text_only(tmp_path: Path) -> None:
+    assert load(write(tmp_path, ""), {"model.path": ""}).model.path == ""
+    with pytest.raises(ConfigError, match=r"^--learner\.lr needs a value$"):
+        load(write(tmp_path, ""), split_options(["--learner.lr="])[1])
+
+
+def test_a_truth_value_that_was_left_out_does_not_take_the_next_word() -> None:
+    assert split_options(["train", "--model.warm_start", "c.toml"]) == (
+        ["train", "c.toml"],
+        {"model.warm_start": "true"},
+    )
+    assert split_options(["--model.warm_start", "False", "c.toml"]) == (["c.toml"], {"model.warm_start": "False"})
+
+
+@pytest.mark.parametrize("text", ["7", "2026-11-20", "1e5", "true", "none"])
+def test_text_is_taken_as_it_is(tmp_path: Path, text: str) -> None:
+    config = load(write(tmp_path, ""), {"run.name": text, "run.dir": text, "links.host": text})
+    assert (config.run.name, config.run.dir, config.links.host) == (text, Path(text), text)
+    keys = load(write(tmp_path, ""), {"links.keys_dir": text}).links.keys_dir
+    assert keys == (None if text == "none" else Path(text))
+
+
+def test_an_option_of_an_environment_that_is_no_simple_value_is_text(tmp_path: Path) -> None:
+    config = load(write(tmp_path, ""), {"environment.options.day": "2026-11-20", "environment.options.hops": "2"})
+    assert config.environment.options == {"day": "2026-11-20", "hops": 2}
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("learner", "lr", True),
+        ("staleness", "max_lag", False),
+        ("actor", "gpus", [True]),
+        ("learner", "betas", [True, 0.9]),
+        ("objective", "dual_clip", True),
+        ("run", "name", True),
+    ],
+)
+def test_a_truth_value_is_no_number(section: str, field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{section}\.{field}: takes no truth value, got"):
+        build({section: {field: value}})
+
+
+def test_a_truth_value_is_taken_where_one_is_meant() -> None:
+    config = build({"model": {"warm_start": True}, "environment": {"options": {"loud": True}}})
+    assert config.model.warm_start
+    assert config.environment.options == {"loud": True}
+
+
 def test_a_negative_number_is_a_value_and_not_an_option() -> None:
     assert split_options(["--learner.lr", "-1"]) == ([], {"learner.lr": "-1"})
 
