@@ -16,7 +16,7 @@ help: ## this list
 setup: ## .venv with the pinned CPU set and the project; nothing is done twice
 	@command -v "$(PYTHON)" >/dev/null || { \
 	  echo "set-up: no $(PYTHON) here; install Python 3.11 or newer, or name it: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
-	@"$(PYTHON)" scripts/setup_env.py
+	@SETUP_PYTHON="$(if $(filter file,$(origin PYTHON)),,$(PYTHON))" "$(PYTHON)" scripts/setup_env.py
 
 demo: setup ## make the small policy, warm-start it, train it with real vLLM on the CPU (SEED=2, ARGS="…")
 	@$(BIN)/atpo demo $(if $(SEED),--run.seed $(SEED)) $(ARGS)

@@ -101,15 +101,16 @@ def pinned(root: str, package: str) -> str:
 
 
 def index_trouble(url: str, timeout_s: float = PROBE_S) -> str:
-    """Why the package index does not answer within `timeout_s`; empty when it does."""
+    """Why the package index does not answer within `timeout_s`; empty when it does, whatever it answers: some refuse
+    the listing to all but pip."""
     answers = []  # type: list[str]
 
     def ask() -> None:
         try:
             with urllib.request.urlopen(url, timeout=timeout_s):
                 answers.append("")
-        except urllib.error.HTTPError as error:
-            answers.append(f"it answers {error.code} {error.reason}")
+        except urllib.error.HTTPError:
+            answers.append("")
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
             # Something answers, with a certificate that only pip's configuration may know: let pip judge.
@@ -195,13 +196,15 @@ def install_torch(installer: Installer, torch: str, index: str = TORCH_INDEX) ->
     if "No matching distribution found" not in output:
         raise SetupProblem(f"pip could not install {torch}:\n  {errors_in(output)}")
     trouble = index_trouble(f"{index}/torch/")
+    # Tried without an answer too: pip may know a proxy or a certificate that we do not.  Then without patience.
+    patience = ["--retries", "0", "--timeout", f"{PROBE_S:g}"] if trouble else []
+    output = installer.install(torch, ["--no-deps", *patience, "--extra-index-url", index, torch])
+    if not output:
+        return
+    if "No matching distribution found" not in output:
+        raise SetupProblem(f"pip could not install {torch}:\n  {errors_in(output)}")
     if not trouble:
-        output = installer.install(torch, ["--no-deps", "--extra-index-url", index, torch])
-        if not output:
-            return
         trouble = "it has no wheel for " + f"Python {sys.version_info[0]}.{sys.version_info[1]} on {platform.machine()}"
-        if "No matching distribution found" not in output:
-            raise SetupProblem(f"pip could not install {torch}:\n  {errors_in(output)}")
     raise SetupProblem(
         f"{torch} was found nowhere: pip's own sources do not have it for Python {sys.version_info[0]}."
         f"{sys.version_info[1]}, and of PyTorch's CPU index {index}: {trouble}.\n"
@@ -255,6 +258,24 @@ def make_environment(venv: str, state: "dict[str, str]", done: "dict[str, str]")
         raise SetupProblem(f"{venv} could not be made:\n  {errors_in(answer.stdout.decode(errors='replace'))}")
     write_stamp(os.path.join(venv, STAMP), {"root": state["root"], "python": platform.python_version()})
     return python
+
+
+def other_python(venv: str, named: str) -> str:
+    """What to tell a user who names a Python, by PYTHON=…, while `venv` was made with another; empty where it fits."""
+    if not named:
+        return ""
+    test = "import sys; print('%d.%d' % sys.version_info[:2])"
+    versions = []
+    for python in (os.path.join(venv, "bin", "python"), named):
+        try:
+            answer = subprocess.run([python, "-c", test], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        except OSError:
+            return ""
+        versions.append(answer.stdout.decode().strip() if answer.returncode == 0 else "")
+    has, wanted = versions
+    if not has or not wanted or has == wanted:
+        return ""
+    return f"{venv} stays with Python {has}; for {wanted} ({named}) remove it first: rm -rf {venv}"
 
 
 def read_stamp(path: str) -> "dict[str, str]":
@@ -328,6 +349,10 @@ def main() -> int:
         if why:
             raise SetupProblem(why)
         set_up(ROOT)
+        # SETUP_PYTHON: by the Makefile, and only where the user has named one.
+        note = other_python(os.path.join(ROOT, ".venv"), os.environ.get("SETUP_PYTHON", ""))
+        if note:
+            print(f"set-up: {note}", file=sys.stderr)
     except SetupProblem as problem:
         print(f"set-up: {problem}", file=sys.stderr)
         return 2

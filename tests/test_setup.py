@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import importlib.util
 import os
 import re
@@ -9,6 +10,7 @@ import select
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -141,8 +143,63 @@ def test_torch_comes_from_the_cpu_index_when_that_answers(monkeypatch: pytest.Mo
     assert pip.asked[1][-3:] == ["--extra-index-url", "https://index.example/whl", "torch==2.13.0+cpu"]
 
 
+class Index(http.server.BaseHTTPRequestHandler):
+    """Refuses the listing, as some mirrors do to all but pip."""
+
+    def do_GET(self) -> None:
+        self.send_error(403)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_an_index_that_answers_anything_is_reachable() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Index) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        assert setup_env.index_trouble(f"http://127.0.0.1:{server.server_port}/whl/torch/", 30.0) == ""
+        thread.join()
+
+
+def test_an_index_that_does_not_answer_us_is_left_to_pip_without_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup_env, "index_trouble", lambda url: "no answer within 5 s")
+    pip = FakePip(NOT_FOUND, "")
+    setup_env.install_torch(pip, "torch==2.13.0+cpu", "https://index.example/whl")
+    assert pip.asked[1][1:5] == ["--retries", "0", "--timeout", "5"]
+    assert "--extra-index-url" in pip.asked[1]
+
+
+def a_python(path: Path, version: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho {version}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_python_named_for_an_environment_of_another_one_is_told_apart(tmp_path: Path) -> None:
+    venv = tmp_path / ".venv"
+    named = a_python(tmp_path / "python3.12", "3.12")
+    assert setup_env.other_python(str(venv), named) == "", "there is none yet"
+    a_python(venv / "bin" / "python", "3.11")
+    note = setup_env.other_python(str(venv), named)
+    assert note == f"{venv} stays with Python 3.11; for 3.12 ({named}) remove it first: rm -rf {venv}"
+    assert setup_env.other_python(str(venv), "") == "", "none was named"
+    a_python(venv / "bin" / "python", "3.12")
+    assert setup_env.other_python(str(venv), named) == ""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(("words", "named"), [([], ""), (["PYTHON=echo"], "echo")])
+def test_make_tells_the_set_up_whether_a_python_was_named(words: list[str], named: str) -> None:
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHON"}
+    shown = subprocess.run(
+        ["make", "-n", "setup", *words], cwd=ROOT, env=environ, capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    assert f'SETUP_PYTHON="{named}" ' in shown
+
+
 def test_torch_found_nowhere_says_what_is_missing_and_the_ways_out() -> None:
-    pip = FakePip(NOT_FOUND)
+    pip = FakePip(NOT_FOUND, NOT_FOUND)
     with pytest.raises(setup_env.SetupProblem) as problem:  # nothing listens on port 9
         setup_env.install_torch(pip, "torch==2.13.0+cpu", "http://127.0.0.1:9/whl")
     text = str(problem.value)
