@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atpo_async.errors import SetupError
+from atpo_async.policy import list_checkpoints as list_checkpoints
 from learner.guards import SkipCount
 from learner.step import Trainer
 
-_NAME = re.compile(r"step-(\d+)-v(\d+)")
 _ASIDE = ".writing-"
 FORMAT = 1
 
@@ -44,12 +43,6 @@ class Progress:
     """Batches trained."""
     version: int
     """Of the weights in the checkpoint."""
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [(tuple(int(n) for n in m.groups()), p) for p in _entries(folder) if (m := _NAME.fullmatch(p.name))]
-    return [path for _, path in sorted(found)]
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from atpo_async import policy
 from atpo_async.errors import SetupError
 from learner import checkpoint
 from learner.checkpoint import Progress
@@ -86,6 +87,15 @@ def test_only_the_newest_are_kept_and_the_new_one_is_there_before_the_old_one_go
     for step in (9, 10, 100):
         checkpoint.save(tmp_path, trainer, Progress(step=step, version=step), keep=2)
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-000010-v000010", "step-000100-v000100"]
+
+
+def test_the_learner_and_every_reader_of_a_run_agree_on_what_a_checkpoint_is(folder: Path, tmp_path: Path) -> None:
+    assert checkpoint.list_checkpoints is policy.list_checkpoints
+    saved = checkpoint.save(tmp_path, make_trainer(folder), Progress(step=1, version=1), keep=2)
+    for name in (".writing-step-000002-v000002", "step-000003", "step-000004-v000004.old"):
+        (tmp_path / name).mkdir()
+    assert policy.list_checkpoints(tmp_path) == [saved]
+    assert policy.list_checkpoints(tmp_path / "nowhere") == []
 
 
 def test_a_checkpoint_holds_no_pickle(folder: Path, tmp_path: Path) -> None:
