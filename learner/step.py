@@ -20,6 +20,7 @@ from torch import Tensor
 from atpo_async.config import Config
 from atpo_async.errors import SetupError
 from atpo_async.messages import Batch
+from atpo_async.tree import lag_versions
 from learner import correction, guards
 from learner.model import Policy, is_sharded, is_tied, learning_rate, make_optimizer
 from learner.objective import atpo_loss
@@ -277,8 +278,13 @@ class Trainer:
         max_lag = self.config.staleness.max_lag
         staleness = Staleness.of(trees, version=version, max_lag=max_lag).to_vector()
         counts = Staleness.from_vector(self._sum(staleness))
+        served = [max(0, lag_versions(turn, current=version)) for tree in trees for turn in tree.tree]
+        served_max = max(self._gather(max(served, default=-1)))
         total = self.accelerator.reduce(diagnostics, reduction="sum").tolist()
         out = counts.metrics() | correction.summary(total, self.config.correction)
+        if served_max >= 0:
+            # Over all turns of the batch, those masked too: lag/max is within max_lag by construction.
+            out["lag/served_max"] = served_max
         out["tokens/trained"] = counts.action_tokens
         out["tokens/forward"] = float(self._sum(np.array([totals.padded_tokens], dtype=np.float64))[0])
         out["train/updates"] = self.updates

@@ -125,6 +125,12 @@ def test_no_turn_trained_on_is_older_than_the_configuration_allows(finished: Job
     assert max(record.metrics["lag/max"] for record in finished.steps() if "lag/max" in record.metrics) <= 2
 
 
+def test_next_to_no_turn_came_too_late(finished: Job) -> None:
+    steps = [record.metrics for record in finished.steps() if "turns/count" in record.metrics]
+    stale = sum(metrics["turns/stale"] for metrics in steps)
+    assert stale <= 0.1 * (stale + sum(metrics["turns/count"] for metrics in steps))
+
+
 def test_every_swap_reproduced_the_learners_log_probs(finished: Job) -> None:
     errors = [record.metrics["engine/probe_error"] for record in finished.with_metric("engine/probe_error")]
     assert max(errors) < 1e-4
@@ -222,9 +228,11 @@ def test_without_lag_an_actor_killed_that_joined_by_hand_is_replaced_by_another(
         assert run.exit_code(second) == 0, run.story()
         ended_well(run, code)
         assert [record.step for record in run.steps()] == ALL_STEPS
-        lags = [record.metrics["lag/max"] for record in run.steps() if "lag/max" in record.metrics]
+        # Not lag/max, which masking keeps within max_lag.
+        lags = [record.metrics["lag/served_max"] for record in run.steps() if "lag/served_max" in record.metrics]
         assert lags
         assert set(lags) == {0}
+        assert sum(record.metrics["turns/stale"] for record in run.steps() if "turns/stale" in record.metrics) == 0
 
 
 @pytest.mark.vllm

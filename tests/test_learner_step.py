@@ -137,6 +137,17 @@ def test_a_step_reports_staleness_weights_and_new_priorities(folder: Path) -> No
     assert "mismatch/kl_k3" not in report.metrics
 
 
+def test_the_lag_of_what_was_served_counts_masked_turns_too(folder: Path) -> None:
+    batch = make_batch(version=3)
+    oldest = min(turn.oldest_version for tree in batch.trees for turn in tree.turns)
+    assert oldest == 1
+    report = make_trainer(make_config(folder, staleness={"max_lag": 1})).train(batch, version=3)
+    assert (report.metrics["lag/max"], report.metrics["lag/served_max"]) == (1, 2)
+    assert report.metrics["turns/stale_share"] > 0
+    fresh = make_trainer(make_config(folder)).train(batch, version=3)
+    assert (fresh.metrics["lag/max"], fresh.metrics["lag/served_max"]) == (2, 2)
+
+
 def test_minibatches_take_one_optimizer_step_each_against_the_weights_at_the_start(folder: Path) -> None:
     config = make_config(folder, learner={"minibatches": 2, "lr": 3e-2})
     trainer = make_trainer(config)
