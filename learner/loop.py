@@ -42,7 +42,7 @@ from atpo_async.messages import (
     VersionPublished,
     WeightsAnnounced,
 )
-from atpo_async.metrics import MetricsWriter
+from atpo_async.metrics import MetricsWriter, read_metrics
 from atpo_async.models import model_folder
 from atpo_async.role import RoleContext
 from atpo_async.rundir import RunDir, write_atomic
@@ -83,28 +83,32 @@ class TorchThread:
 
 
 class Patience:
-    """A wait with a deadline and a name: past ``deadline_s`` it is logged, past ``give_up_s`` it ends loudly."""
+    """A wait with a deadline and a name: past ``deadline_s`` it is logged; nothing for ``give_up_s`` ends it loudly."""
 
     def __init__(self, what: str, settings: LinkSettings, log: logging.Logger, clock: Callable[[], float]) -> None:
         self._what = what
         self._settings = settings
         self._log = log
         self._clock = clock
-        self._began = self._warned = clock()
+        self._began = self._warned = self._moved = clock()
 
     def again(self, reason: str) -> None:
-        """Called at every fruitless turn.  Raises WaitTimeout once ``give_up_s`` have passed."""
+        """Called at every fruitless turn.  Raises WaitTimeout once nothing has ``moved`` for ``give_up_s``."""
         now = self._clock()
-        waited = now - self._began
-        if waited > self._settings.give_up_s:
-            raise WaitTimeout(f"the learner waited {waited:.0f} s for {self._what}: {reason}")
+        if now - self._moved > self._settings.give_up_s:
+            raise WaitTimeout(f"the learner waited {now - self._moved:.0f} s for {self._what}: {reason}")
         if now - self._warned > self._settings.deadline_s:
             self._warned = now
-            self._log.warning("the learner has waited %.0f s for %s: %s", waited, self._what, reason)
+            self._log.warning("the learner has waited %.0f s for %s: %s", now - self._began, self._what, reason)
 
     def moved(self) -> None:
-        """Something came: the wait begins anew."""
-        self._began = self._warned = self._clock()
+        """Something came: it may take as long again.  The log goes on counting from the beginning."""
+        self._moved = self._clock()
+
+
+def probe_length(config: Config) -> int:
+    """Tokens of the probe: an engine scores a prompt only if there is room for one token more."""
+    return min(config.weights.probe_tokens, config.model.max_context_tokens - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,17 +173,24 @@ class Learner:
         self._evaluations: set[asyncio.Task[None]] = set()
         self._checkpointed: int | None = None
         self._stepped_at = 0.0
-        probe_length = min(config.weights.probe_tokens, config.model.max_context_tokens)
-        self._probe = probe_token_ids(int(trainer.policy.hf.config.vocab_size), probe_length, seed=config.run.seed)
+        self._failure: WaitTimeout | PeerLost | None = None
+        """Why this rank goes no further; the others learn of it at the next batch."""
+        self._probe = probe_token_ids(
+            int(trainer.policy.hf.config.vocab_size), probe_length(config), seed=config.run.seed
+        )
 
     @property
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
     async def run(self) -> None:
-        """Train to the last step, or until asked to stop; either way the state is on disk afterwards.
+        """Train to the last step, or until asked to stop, or until the buffer is lost; the state is on disk afterwards.
 
         Waits for: batches.  Unblocked by: the buffer.
+
+        Raises:
+            WaitTimeout: nothing came within ``links.give_up_s``.
+            PeerLost: the buffer did not take a message in that time.
         """
         watcher = asyncio.create_task(self._tell_torch_to_stop(), name="stop torch")
         try:
@@ -190,6 +201,8 @@ class Learner:
                 await self._finish()
             else:
                 await self._checkpoint()
+                if self._failure is not None:
+                    raise self._failure
         finally:
             for task in (watcher, *self._evaluations):
                 task.cancel()
@@ -216,7 +229,22 @@ class Learner:
             self.metrics.write(step=self.step, version=self.version, metrics={"weights/publish_s": self._now - began})
         if evaluate:
             await self._evaluated(self.step, self.version, blocking=True)
+        elif resumed and self._rank == 0 and await asyncio.to_thread(self._evaluation_is_missing):
+            self.log.info("an evaluation due by step %d has no result; asking for it with the weights now", self.step)
+            await self._begin_evaluation()
         self._stepped_at = self._now
+
+    def _evaluation_is_missing(self) -> bool:
+        """Whether the latest evaluation due by this step was lost when the run stopped.
+
+        It is made up for under this step's number: the weights of the step it was due at may be gone.
+        """
+        every = self.config.eval.every_steps
+        due = self.step // every * every if every else 0
+        if due == 0 or self.step >= self.config.run.steps:
+            return False
+        records = read_metrics(self.rundir.metrics_path)
+        return not any("eval/success" in r.metrics and due <= r.step <= self.step for r in records)
 
     def _resume(self) -> bool:
         for path in reversed(checkpoint.list_checkpoints(self.rundir.checkpoints)):
@@ -258,7 +286,11 @@ class Learner:
         Waits for: ``next_batch``, then the torch thread.  Ranks stay in step: if one has no batch, none trains.
         """
         asked_at = self._now
-        batch = await self.next_batch()
+        batch = None
+        try:
+            batch = await self.next_batch() if self._failure is None else None
+        except (WaitTimeout, PeerLost) as exc:
+            self._failure = exc
         everyone = await self.torch_thread(self.trainer.least, 0.0 if batch is None else 1.0)
         waited_s = self._now - asked_at
         if batch is None or not everyone:
@@ -269,27 +301,46 @@ class Learner:
             return False
         self.step += 1
         self.version = learned.version
+        try:
+            await self._tell(batch, learned, waited_s=waited_s)
+        except PeerLost as exc:
+            # The other ranks are on their way to the next batch: there they learn that this one has failed.
+            self._failure = exc
+        if learned.report.fault is not None:
+            self._keep(batch, learned.report.fault)
+        if self.step % self.config.learner.checkpoint_every == 0:
+            await self._checkpoint()
+        return True
+
+    async def _tell(self, batch: Batch, learned: _Learned, *, waited_s: float) -> None:
+        """What follows from a batch: the version announced, the batch confirmed, numbers written, evaluation asked for.
+
+        Raises:
+            PeerLost: the buffer takes nothing any more.
+        """
         before_announcing = self._now
         if learned.announcement is not None:
             await self._announce(learned.announcement)
         publish_s = learned.publish_s + self._now - before_announcing
         await self.buffer.send(
             Trained(
-                run=self.run_id, batch_id=batch.batch_id, version=self.version, priorities=learned.report.priorities
+                run=self.run_id,
+                batch_id=batch.batch_id,
+                version=self.version,
+                priorities=learned.report.priorities,
+                rank=self._rank,
             )
         )
         await self._record(batch, learned, waited_s=waited_s, publish_s=publish_s)
-        if learned.report.fault is not None:
-            self._keep(batch, learned.report.fault)
         every = self.config.eval.every_steps
         if self._rank == 0 and every and self.step % every == 0 and self.step < self.config.run.steps:
-            await self._request_evaluation(blocking=False)
-            self._evaluations.add(
-                asyncio.create_task(self._evaluate_aside(self.step, self.published), name=f"evaluation {self.step}")
-            )
-        if self.step % self.config.learner.checkpoint_every == 0:
-            await self._checkpoint()
-        return True
+            await self._begin_evaluation()
+
+    async def _begin_evaluation(self) -> None:
+        await self._request_evaluation(blocking=False)
+        self._evaluations.add(
+            asyncio.create_task(self._evaluate_aside(self.step, self.published), name=f"evaluation {self.step}")
+        )
 
     async def next_batch(self) -> Batch | None:
         """This rank's share of the next batch; None when the role has to stop first.
@@ -297,12 +348,13 @@ class Learner:
         Waits for: enough fresh trees.  Unblocked by: the buffer's answer.
 
         Raises:
-            WaitTimeout: none came within ``links.give_up_s``; names what is missing.
+            WaitTimeout: no batch, and nothing towards one for ``links.give_up_s``; names what is missing.
             SetupError: the buffer refuses this learner.
         """
         wanted = self.config.staleness.trees_per_batch
         patience = Patience(f"batch {self.step} of {wanted} trees", self._links, self.log, lambda: self._now)
         told_at = self._now
+        progress: int | None = None
         while not self.stopping.is_set():
             request = SampleRequest(
                 run=self.run_id,
@@ -316,6 +368,9 @@ class Learner:
             reply = await self._ask(request)
             if isinstance(reply, Batch):
                 return reply
+            if isinstance(reply, NotYet) and reply.progress != progress:
+                progress = reply.progress
+                patience.moved()
             patience.again(reply.waiting_for if isinstance(reply, NotYet) else f"no answer from {self.buffer.endpoint}")
             if self._rank == 0 and self._now - told_at > REPEAT_S:
                 told_at = self._now

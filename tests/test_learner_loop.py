@@ -14,8 +14,8 @@ import pytest_asyncio
 import torch
 
 from atpo_async.config import Config, LinksConfig, build
-from atpo_async.errors import SetupError, WaitTimeout
-from atpo_async.links import LinkSettings, Server
+from atpo_async.errors import PeerLost, SetupError, WaitTimeout
+from atpo_async.links import Client, LinkSettings, Server
 from atpo_async.messages import (
     Batch,
     EvalQuery,
@@ -33,7 +33,7 @@ from atpo_async.metrics import read_metrics
 from atpo_async.role import RoleContext
 from atpo_async.rundir import Endpoints, RunDir
 from learner import checkpoint, guards, loop
-from learner.loop import Patience, learn, load_batch, save_batch
+from learner.loop import Patience, learn, load_batch, probe_length, save_batch
 from learner.step import Trainer
 from tests.learner_support import batch_of, make_batch, make_model
 
@@ -49,6 +49,8 @@ class ScriptedBuffer:
         self.not_yet = 0
         """How often to say so before each batch."""
         self.on_sample: Callable[[SampleRequest], Any] | None = None
+        self.evaluation_done = True
+        self.success: float | None = 0.5
         self._asked: Counter[int] = Counter()
         self._evaluations: set[int] = set()
 
@@ -59,7 +61,9 @@ class ScriptedBuffer:
         elif isinstance(message, EvalQuery):
             if message.step not in self._evaluations:
                 return Refused(reason=f"no evaluation of step {message.step}")
-            return EvalResult(step=message.step, done=True, success=0.5, num_done=4, num_tasks=4)
+            if not self.evaluation_done:
+                return EvalResult(step=message.step, done=False, success=None, num_done=1, num_tasks=4)
+            return EvalResult(step=message.step, done=True, success=self.success, num_done=4, num_tasks=4)
         elif isinstance(message, SampleRequest):
             if self.on_sample is not None and (answer := self.on_sample(message)) is not None:
                 return answer
@@ -156,7 +160,8 @@ async def test_a_stopped_run_goes_on_where_it_was(
     served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path
 ) -> None:
     buffer, endpoint = served
-    rundir = RunDir.create(make_config(tmp_path, model, learner={"checkpoint_every": 100}))
+    config = make_config(tmp_path, model, learner={"checkpoint_every": 100}, eval={"every_steps": 0})
+    rundir = RunDir.create(config)
     first = context(rundir, endpoint)
 
     def stop(request: SampleRequest) -> NotYet | None:
@@ -304,6 +309,140 @@ def test_a_long_wait_is_logged_with_its_reason_and_then_ends_loudly(caplog: pyte
     now = 662.0
     with pytest.raises(WaitTimeout, match=r"waited 601 s for batch 7 of 16 trees: 3 trees of 16"):
         patience.again("3 trees of 16 are ready")
+
+
+def test_a_wait_in_which_something_comes_is_not_given_up_but_still_logged(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    settings = LinkSettings.from_config(LinksConfig(deadline_s=60, give_up_s=600))
+    patience = Patience("batch 7 of 16 trees", settings, logging.getLogger("learner"), lambda: now)
+    for minutes in (9, 18, 27):
+        now = 60.0 * minutes
+        patience.moved()
+        patience.again("few with signal")
+    assert caplog.messages[-1] == "the learner has waited 1620 s for batch 7 of 16 trees: few with signal"
+
+
+class Impatient(Patience):
+    """Gives up at the second turn in a row in which nothing came."""
+
+    fruitless = 0
+
+    def again(self, reason: str) -> None:
+        self.fruitless += 1
+        if self.fruitless > 1:
+            raise WaitTimeout(f"nothing came for {self._what}: {reason}")
+
+    def moved(self) -> None:
+        self.fruitless = 0
+
+
+async def test_progress_in_the_buffer_keeps_the_wait_alive_and_giving_up_leaves_a_checkpoint(
+    served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer, endpoint = served
+    monkeypatch.setattr(loop, "Patience", Impatient)
+    asked: Counter[int] = Counter()
+
+    def slow(request: SampleRequest) -> NotYet | None:
+        """Always something new before the second batch, and nothing any more before the third."""
+        asked[request.step] += 1
+        if request.step == 0 or (request.step == 1 and asked[1] > 5):
+            return None
+        return NotYet(waiting_for="2 more trees", progress=asked[1])
+
+    buffer.on_sample = slow
+    config = make_config(tmp_path, model, learner={"checkpoint_every": 100}, eval={"at_start": False, "every_steps": 0})
+    rundir = RunDir.create(config)
+    with pytest.raises(WaitTimeout, match="nothing came for batch 2 of 16 trees: 2 more trees"):
+        await asyncio.wait_for(learn(context(rundir, endpoint)), WAIT_S)
+    assert asked == {0: 1, 1: 6, 2: 2}
+    assert [p.name for p in checkpoint.list_checkpoints(rundir.checkpoints)] == ["step-000002-v000002"]
+
+
+async def test_a_buffer_that_takes_nothing_any_more_costs_no_batch(
+    served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, endpoint = served
+    config = make_config(tmp_path, model, learner={"checkpoint_every": 100}, eval={"at_start": False, "every_steps": 0})
+    rundir = RunDir.create(config)
+    send = Client.send
+
+    async def lose(self: Any, message: Any) -> None:
+        if isinstance(message, Trained) and message.version == 2:
+            raise PeerLost("the buffer is gone")
+        await send(self, message)
+
+    monkeypatch.setattr(Client, "send", lose)
+    with pytest.raises(PeerLost, match="the buffer is gone"):
+        await asyncio.wait_for(learn(context(rundir, endpoint)), WAIT_S)
+    assert [p.name for p in checkpoint.list_checkpoints(rundir.checkpoints)] == ["step-000002-v000002"]
+
+
+async def test_an_evaluation_lost_at_a_stop_is_asked_for_again(
+    served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path
+) -> None:
+    buffer, endpoint = served
+    rundir = RunDir.create(make_config(tmp_path, model, run={"steps": 4}, eval={"at_start": False}))
+    first = context(rundir, endpoint)
+    buffer.evaluation_done = False
+
+    def stop(request: SampleRequest) -> NotYet | None:
+        if request.step < 3:
+            return None
+        first.stopping.set()
+        return NotYet(waiting_for="nothing will come")
+
+    buffer.on_sample = stop
+    await asyncio.wait_for(learn(first), WAIT_S)
+    assert [m.step for m in buffer.of(EvalRequest)] == [2]
+
+    buffer.on_sample, buffer.evaluation_done = None, True
+    buffer.events.clear()
+    await asyncio.wait_for(learn(context(RunDir.open(rundir.path), endpoint)), WAIT_S)
+    # Due at step 2, whose weights are gone: made up for at step 3, with the weights published at the start.
+    assert [(m.step, m.version, m.blocking) for m in buffer.of(EvalRequest)] == [(3, 4, False), (4, 5, True)]
+    evaluated = [r.step for r in read_metrics(rundir.metrics_path) if "eval/success" in r.metrics]
+    assert evaluated == [3, 4]
+
+
+async def test_an_evaluation_with_a_result_is_not_asked_for_again(
+    served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path
+) -> None:
+    buffer, endpoint = served
+    rundir = RunDir.create(make_config(tmp_path, model, run={"steps": 4}, eval={"at_start": False}))
+    first = context(rundir, endpoint)
+
+    def stop(request: SampleRequest) -> NotYet | None:
+        if request.step < 3:
+            return None
+        if any("eval/success" in r.metrics for r in read_metrics(rundir.metrics_path)):
+            first.stopping.set()
+        return NotYet(waiting_for="nothing will come")
+
+    buffer.on_sample = stop
+    await asyncio.wait_for(learn(first), WAIT_S)
+    buffer.on_sample = None
+    buffer.events.clear()
+    await asyncio.wait_for(learn(context(RunDir.open(rundir.path), endpoint)), WAIT_S)
+    assert [m.step for m in buffer.of(EvalRequest)] == [4]
+
+
+async def test_an_evaluation_without_a_result_is_said_loudly_and_written_nowhere(
+    served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    buffer, endpoint = served
+    buffer.success = None
+    rundir = RunDir.create(make_config(tmp_path, model, run={"steps": 1}, eval={"at_end": False}))
+    await asyncio.wait_for(learn(context(rundir, endpoint)), WAIT_S)
+    assert "evaluation of step 0 has no result: none of its tasks could be done" in caplog.messages
+    assert not any("eval/success" in r.metrics for r in read_metrics(rundir.metrics_path))
+
+
+def test_the_probe_leaves_room_in_the_context_for_one_token() -> None:
+    """An engine asked for the log-probs of a prompt also generates one token."""
+    assert probe_length(build({"model": {"max_context_tokens": 100}})) == 32
+    short = build({"model": {"max_context_tokens": 8}, "search": {"max_action_tokens": 4}})
+    assert probe_length(short) == 7
 
 
 def test_a_kept_batch_reads_back(tmp_path: Path) -> None:
