@@ -52,7 +52,7 @@ def _from_hub(name: str) -> Path:
         reason = next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
         raise SetupError(
             f"model.path = {name!r} is neither a folder here nor in the local Hub cache, and could not be fetched: "
-            f"{reason}  Name a model folder with --model.path, or for the hopqa environment make one with "
+            f"{reason.rstrip('.')}.  Name a model folder with --model.path, or for the hopqa environment make one with "
             "--model.warm_start true"
         ) from exc
 
