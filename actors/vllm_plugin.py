@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 
-from actors.process_ties import die_with_parent
+from atpo_async.processes import die_with_parent
 
 FRONT_END_VARIABLE = "ATPO_VLLM_FRONT_END"
 """Set by ``VllmEngine`` to its process id, and inherited by the engine's processes."""
@@ -30,7 +31,8 @@ def register() -> None:
         return
     if int(front_end) != os.getpid():
         parent = multiprocessing.parent_process()
-        die_with_parent(int(front_end) if parent is None or parent.pid is None else parent.pid)
+        # The kernel counts the thread that forked as the parent: VllmEngine keeps the one that starts its processes.
+        die_with_parent(signal.SIGKILL, int(front_end) if parent is None or parent.pid is None else parent.pid)
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     # vLLM may load plugins more than once, and refuses a name that is taken.

@@ -364,6 +364,6 @@ async def test_a_gpu_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 def test_the_plugin_leaves_other_users_of_vllm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ATPO_VLLM_FRONT_END", raising=False)
-    monkeypatch.setattr("actors.vllm_plugin.die_with_parent", lambda pid: pytest.fail("tied a stranger's process"))
+    monkeypatch.setattr("actors.vllm_plugin.die_with_parent", lambda *_: pytest.fail("tied a stranger's process"))
     register()
     assert "actors.vllm_inside" not in sys.modules
