@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
-import struct
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from atpo_async.config import Config
 from atpo_async.errors import ConfigError, SetupError
 from atpo_async.rundir import RunDir
+from atpo_async.tensor_files import read_header
 
 MODELS = Path("models")
 """Where warm-started policies are kept, to be used by later runs too."""
@@ -101,19 +101,13 @@ def assemble(source: Path, checkpoint: Path, target: Path) -> Path:
 
 
 def _rename_tensors(source: Path, target: Path) -> None:
-    """Copy a safetensors file, taking the prefix off the names; the tensors' bytes stay as they are.
-
-    The format: u64 little-endian length, a JSON header of that length, the data that its offsets point into.
-    """
+    """Copy a safetensors file, taking the prefix off the names; the tensors' bytes stay as they are."""
+    renamed: dict[str, Any] = {name.removeprefix(_PREFIX): entry for name, entry in read_header(source).items()}
+    renamed["__metadata__"] = {"format": "pt"}
     with source.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > os.path.getsize(source):
-            raise SetupError(f"checkpoint {source} is damaged: its header is longer than the file")
-        header = json.loads(file.read(length))
-        renamed = {name.removeprefix(_PREFIX): entry for name, entry in header.items() if name != "__metadata__"}
-        renamed["__metadata__"] = {"format": "pt"}
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
         text = json.dumps(renamed, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # data stays aligned
         with target.open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
+            out.write(len(text).to_bytes(8, "little") + text)
             shutil.copyfileobj(file, out, 1 << 20)
