@@ -8,7 +8,7 @@ import sys
 import time
 from urllib.parse import urlsplit
 
-from actors.actor import Actor, Patience, until_stopped
+from actors.actor import Actor, until_stopped
 from actors.engine import Engine
 from actors.environments.base import Environment
 from actors.factory import check_eval_tasks, engine_name, make_engine, make_environment
@@ -19,6 +19,7 @@ from atpo_async.links import Client, LinkSettings, Listener
 from atpo_async.messages import PROTOCOL, ActorHello, BufferToActor, LearnerToActor, Refused, Welcome
 from atpo_async.models import model_folder
 from atpo_async.role import RoleContext
+from atpo_async.waits import Patience
 
 HELLO_TIMEOUT_S = 5.0
 HELLO_PAUSE_S = 0.1
@@ -100,7 +101,7 @@ async def _join(ctx: RoleContext, buffer: Client) -> Welcome:
         environment=ctx.config.environment.name,
         search_leaves=ctx.config.search.max_leaves,
     )
-    patience = Patience(f"actor {ctx.name}", "its place in the run", ctx.config.links, time.monotonic)
+    patience = Patience(f"actor {ctx.name}", "its place in the run", ctx.config.links, time.monotonic, log=ctx.log)
     while True:
         try:
             answer = await buffer.request(hello, timeout_s=HELLO_TIMEOUT_S)

@@ -18,8 +18,8 @@ from actors.engine import Engine
 from actors.environments.base import Environment
 from actors.search import TreeSearch
 from actors.weights import WeightsFetcher
-from atpo_async.config import Config, LinksConfig
-from atpo_async.errors import AtpoError, EnvironmentBroken, PeerLost, WaitTimeout, WeightsRejected
+from atpo_async.config import Config
+from atpo_async.errors import AtpoError, EnvironmentBroken, PeerLost, WeightsRejected
 from atpo_async.links import Client
 from atpo_async.messages import (
     ActorReport,
@@ -32,6 +32,7 @@ from atpo_async.messages import (
 )
 from atpo_async.metrics import Aggregator
 from atpo_async.tree import TurnTree
+from atpo_async.waits import Patience
 
 log = logging.getLogger("atpo.actor")
 
@@ -54,31 +55,6 @@ async def until_stopped(stopping: asyncio.Event, work: Coroutine[Any, Any, T]) -
         stop.cancel()
         task.cancel()
         await asyncio.wait({task, stop})
-
-
-class Patience:
-    """A wait with a name and two deadlines: past ``deadline_s`` the log says who waits for what, past ``give_up_s`` it
-    ends loudly.
-
-    Args:
-        who, what: for the log and the error.
-        links: the deadlines.
-        clock: seconds, monotonic.
-    """
-
-    def __init__(self, who: str, what: str, links: LinksConfig, clock: Callable[[], float]) -> None:
-        self._who, self._what, self._links, self._clock = who, what, links, clock
-        self._began = self._warned = clock()
-
-    def again(self, reason: str) -> None:
-        """Called at every fruitless turn of the wait.  Raises WaitTimeout past ``give_up_s``."""
-        now = self._clock()
-        waited = now - self._began
-        if waited > self._links.give_up_s:
-            raise WaitTimeout(f"{self._who} waited {waited:.0f} s for {self._what} (links.give_up_s): {reason}")
-        if now - self._warned > self._links.deadline_s:
-            self._warned = now
-            log.warning("%s has waited %.0f s for %s: %s", self._who, waited, self._what, reason)
 
 
 RETURN_TIMEOUT_S = 2.0
@@ -209,7 +185,7 @@ class Actor:
             self._no_lease = None
         else:
             self._no_lease = self._no_lease or Patience(
-                f"actor {self._name}", "a lease", self._config.links, self._clock
+                f"actor {self._name}", "a lease", self._config.links, self._clock, log=log
             )
             self._no_lease.again(answer.closed_because or "the buffer does not say why")
         await asyncio.sleep(answer.retry_after_s)
@@ -234,7 +210,7 @@ class Actor:
 
     async def _reached(self, version: int, tree_id: str) -> None:
         """Waits for: the engine to have ``version``.  Unblocked by: a swap; given up after ``links.give_up_s``."""
-        patience = Patience(f"tree {tree_id}", f"weights version {version}", self._config.links, self._clock)
+        patience = Patience(f"tree {tree_id}", f"weights version {version}", self._config.links, self._clock, log=log)
         while self.version < version:
             try:
                 async with asyncio.timeout(self._config.links.deadline_s), self._version_changed:
@@ -304,7 +280,9 @@ class Actor:
 
         Waits for: the learner's first publication.  Unblocked by: the publisher; given up after ``links.give_up_s``.
         """
-        patience = Patience(f"actor {self._name}", "the learner's first weights", self._config.links, self._clock)
+        patience = Patience(
+            f"actor {self._name}", "the learner's first weights", self._config.links, self._clock, log=log
+        )
         while self.version < 0:
             announced = await self._weights.next()
             if announced is not None:

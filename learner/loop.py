@@ -46,6 +46,7 @@ from atpo_async.metrics import MetricsWriter, read_metrics
 from atpo_async.models import model_folder
 from atpo_async.role import RoleContext
 from atpo_async.rundir import RunDir, write_atomic
+from atpo_async.waits import Patience
 from learner import checkpoint
 from learner.checkpoint import Progress
 from learner.model import export_model, load_policy, make_accelerator
@@ -80,30 +81,6 @@ class TorchThread:
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-
-class Patience:
-    """A wait with a deadline and a name: past ``deadline_s`` it is logged; nothing for ``give_up_s`` ends it loudly."""
-
-    def __init__(self, what: str, settings: LinkSettings, log: logging.Logger, clock: Callable[[], float]) -> None:
-        self._what = what
-        self._settings = settings
-        self._log = log
-        self._clock = clock
-        self._began = self._warned = self._moved = clock()
-
-    def again(self, reason: str) -> None:
-        """Called at every fruitless turn.  Raises WaitTimeout once nothing has ``moved`` for ``give_up_s``."""
-        now = self._clock()
-        if now - self._moved > self._settings.give_up_s:
-            raise WaitTimeout(f"the learner waited {now - self._moved:.0f} s for {self._what}: {reason}")
-        if now - self._warned > self._settings.deadline_s:
-            self._warned = now
-            self._log.warning("the learner has waited %.0f s for %s: %s", now - self._began, self._what, reason)
-
-    def moved(self) -> None:
-        """Something came: it may take as long again.  The log goes on counting from the beginning."""
-        self._moved = self._clock()
 
 
 def probe_length(config: Config) -> int:
@@ -352,7 +329,9 @@ class Learner:
             SetupError: the buffer refuses this learner.
         """
         wanted = self.config.staleness.trees_per_batch
-        patience = Patience(f"batch {self.step} of {wanted} trees", self._links, self.log, lambda: self._now)
+        patience = Patience(
+            "the learner", f"batch {self.step} of {wanted} trees", self._links, lambda: self._now, log=self.log
+        )
         told_at = self._now
         progress: int | None = None
         while not self.stopping.is_set():
@@ -543,7 +522,9 @@ class Learner:
 
         Waits for: actors to finish the held-out tasks.  Unblocked by: the buffer's result.
         """
-        patience = Patience(f"the evaluation of step {step}", self._links, self.log, lambda: self._now)
+        patience = Patience(
+            "the learner", f"the evaluation of step {step}", self._links, lambda: self._now, log=self.log
+        )
         # A request may overtake the sends before it: let the buffer know of the evaluation first.
         await self._unless_stopping(self.buffer.drain(timeout_s=self._links.give_up_s))
         done = -1

@@ -32,8 +32,9 @@ from atpo_async.messages import (
 from atpo_async.metrics import read_metrics
 from atpo_async.role import RoleContext
 from atpo_async.rundir import Endpoints, RunDir
+from atpo_async.waits import Patience
 from learner import checkpoint, guards, loop
-from learner.loop import Patience, learn, load_batch, probe_length, save_batch
+from learner.loop import learn, load_batch, probe_length, save_batch
 from learner.step import Trainer
 from tests.learner_support import batch_of, make_batch, make_model
 
@@ -296,7 +297,7 @@ async def test_a_stop_in_mid_step_gives_the_batch_up(
 def test_a_long_wait_is_logged_with_its_reason_and_then_ends_loudly(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
     settings = LinkSettings.from_config(LinksConfig(deadline_s=60, give_up_s=600))
-    patience = Patience("batch 7 of 16 trees", settings, logging.getLogger("learner"), lambda: now)
+    patience = Patience("the learner", "batch 7 of 16 trees", settings, lambda: now, log=logging.getLogger("learner"))
     patience.again("3 trees of 16 are ready")
     assert caplog.records == []
     now = 61.0
@@ -307,14 +308,14 @@ def test_a_long_wait_is_logged_with_its_reason_and_then_ends_loudly(caplog: pyte
     now = 660.0
     patience.again("x")
     now = 662.0
-    with pytest.raises(WaitTimeout, match=r"waited 601 s for batch 7 of 16 trees: 3 trees of 16"):
+    with pytest.raises(WaitTimeout, match=r"waited 601 s for batch 7 of 16 trees .*: 3 trees of 16"):
         patience.again("3 trees of 16 are ready")
 
 
 def test_a_wait_in_which_something_comes_is_not_given_up_but_still_logged(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
     settings = LinkSettings.from_config(LinksConfig(deadline_s=60, give_up_s=600))
-    patience = Patience("batch 7 of 16 trees", settings, logging.getLogger("learner"), lambda: now)
+    patience = Patience("the learner", "batch 7 of 16 trees", settings, lambda: now, log=logging.getLogger("learner"))
     for minutes in (9, 18, 27):
         now = 60.0 * minutes
         patience.moved()
