@@ -647,6 +647,8 @@ async def learn(ctx: RoleContext) -> None:
             await learner.run()
             if ctx.config.learner.tensorboard:
                 await thread(learner.trainer.accelerator.end_training)
+            # A rank that leaves while others still use the group's threads may abort.
+            await thread(learner.trainer.accelerator.wait_for_everyone)
     finally:
         thread.close()
         if torch.distributed.is_available() and torch.distributed.is_initialized():

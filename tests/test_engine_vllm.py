@@ -50,7 +50,7 @@ def to_length(count: int, **changes: object) -> Sampling:
 @pytest_asyncio.fixture(scope="class", loop_scope="class")
 async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
     folder = save_model(MODELS[0], tmp_path_factory.mktemp("model"))
-    engine = VllmEngine(folder, device="cpu", max_model_len=256, max_num_seqs=8, kv_cache_gb=0.25)
+    engine = VllmEngine(folder, device="cpu", max_model_len=512, max_num_seqs=8, kv_cache_gb=0.25)
     await engine.start()
     yield engine
     await engine.close()
@@ -117,10 +117,11 @@ class TestOneEngine:
         start = engine.stats().version
         # As many as may run at once: the probe needs a place of its own.
         long = [
-            asyncio.create_task(engine.generate([*PROMPT, i], to_length(100), request_id=f"long{i}")) for i in range(7)
+            asyncio.create_task(engine.generate([*PROMPT, i], to_length(300), request_id=f"long{i}")) for i in range(7)
         ]
         for version in (start + 1, start + 2):
-            # All running requests get a token in each step: the long ones have about ten more when this one ends.
+            # All running requests get a token in each step: the long ones have some hundred to go when this one ends,
+            # however late a busy machine says so.
             await engine.generate(PROMPT, to_length(10), request_id="short")
             waiting = [
                 asyncio.create_task(engine.generate([*PROMPT, i], to_length(1), request_id=f"wait{i}"))
@@ -129,7 +130,7 @@ class TestOneEngine:
             report = await engine.swap(weights_file(MODELS[version], tmp_path / str(version), version=version))
             await asyncio.gather(*waiting)
             assert report.version == version
-            assert report.in_flight >= 7
+            assert report.in_flight >= 7, report
             assert report.probe_error < 1e-5
         for i, generation in enumerate(await asyncio.gather(*long)):
             assert [span.version for span in generation.spans] == [start, start + 1, start + 2]
@@ -151,7 +152,7 @@ class TestOneEngine:
     ) -> None:
         version = engine.stats().version + 1
         long = [
-            asyncio.create_task(engine.generate([*PROMPT, i], to_length(60), request_id=f"long{i}")) for i in range(12)
+            asyncio.create_task(engine.generate([*PROMPT, i], to_length(300), request_id=f"long{i}")) for i in range(12)
         ]
         await engine.generate(PROMPT, to_length(1), request_id="short")
         engine._clear_cache = False
@@ -161,7 +162,7 @@ class TestOneEngine:
             engine._clear_cache = True
         assert report.probe_error < 1e-5
         for generation in await asyncio.gather(*long):
-            assert len(generation.token_ids) == 60
+            assert len(generation.token_ids) == 300
             assert generation.spans[-1].version == version
 
     async def test_an_older_version_is_refused_and_the_engine_goes_on(self, engine: VllmEngine, tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ class TestOneEngine:
         assert engine._llm.output_processor.get_num_unfinished_requests() == 0
 
     async def test_a_prompt_that_is_too_long_fails_alone(self, engine: VllmEngine) -> None:
-        with pytest.raises(GenerationFailed, match=r"request long: .*maximum model length of 256"):
+        with pytest.raises(GenerationFailed, match=r"request long: .*maximum model length of 512"):
             await engine.generate([5] * 300, to_length(3), request_id="long")
         cut = await engine.generate([5] * 250, to_length(30), request_id="cut")
         assert len(cut.token_ids) == 6

@@ -82,7 +82,11 @@ def main(model: Path, out: Path, splits: list[list[list[int]]]) -> None:
     found = [train_share(model, shares) for shares in splits]
     if os.environ.get("RANK") == "0":
         out.write_text(json.dumps(found))
+    # A rank that leaves while the other still uses the group's threads aborts in their destructors.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
