@@ -212,8 +212,8 @@ class TestOneEngine:
 
     async def test_a_prompt_that_is_too_long_fails_alone(self, engine: VllmEngine) -> None:
         with pytest.raises(GenerationFailed, match=r"request long: .*maximum model length of 512"):
-            await engine.generate([5] * 300, to_length(3), request_id="long")
-        cut = await engine.generate([5] * 250, to_length(30), request_id="cut")
+            await engine.generate([5] * 600, to_length(3), request_id="long")
+        cut = await engine.generate([5] * 506, to_length(30), request_id="cut")
         assert len(cut.token_ids) == 6
         assert cut.stop_reason == "length"
 
