@@ -102,6 +102,7 @@ async def _join(ctx: RoleContext, buffer: Client) -> Welcome:
         search_leaves=ctx.config.search.max_leaves,
     )
     patience = Patience(f"actor {ctx.name}", "its place in the run", ctx.config.links, time.monotonic, log=ctx.log)
+    said = ""
     while True:
         try:
             answer = await buffer.request(hello, timeout_s=HELLO_TIMEOUT_S)
@@ -113,6 +114,9 @@ async def _join(ctx: RoleContext, buffer: Client) -> Welcome:
             if isinstance(answer, Welcome) and answer.weights_endpoint:
                 return reachable(answer, ctx.endpoints.actors)
             missing = "the learner has not published its first weights"
+        if missing != said:
+            ctx.log.info("actor %s waits: %s", ctx.name, missing)
+            said = missing
         patience.again(missing)
         await asyncio.sleep(HELLO_PAUSE_S)
 

@@ -416,7 +416,8 @@ class TransformersEngine:
 
     @torch.no_grad()
     def _score(self, token_ids: np.ndarray) -> np.ndarray:
-        tokens = torch.as_tensor(token_ids, dtype=torch.long, device=self._device)[None]
+        # A copy: arrays from the wire are read-only, which torch warns about.
+        tokens = torch.tensor(np.array(token_ids, dtype=np.int64), device=self._device)[None]
         logits = self._model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
         found: np.ndarray = torch.log_softmax(logits, dim=-1).gather(1, tokens[0, 1:, None])[:, 0].cpu().numpy()
         return found

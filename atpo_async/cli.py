@@ -176,6 +176,7 @@ def train(config: Config, *, again: str) -> int:
     from rich.console import Console
 
     from atpo_async import doctor
+    from atpo_async.policy import steps_trained
     from atpo_async.progress import Progress, duration
     from atpo_async.rundir import RunDir, joining
     from atpo_async.supervisor import Outcome, Supervisor, pick_endpoints, role_specs
@@ -189,6 +190,14 @@ def train(config: Config, *, again: str) -> int:
         config = joining(known, config)
         with known.locked():
             pass  # refuses a run in use, before a policy is made for it
+        trained = steps_trained(known)
+        if trained >= config.run.steps and (path / "model").is_dir():
+            console.print(
+                f"run {path} has done its {trained} steps; raise --run.steps to go on with it, or start another with "
+                "--run.name"
+            )
+            _summarise(known, console)
+            return EXIT_DONE
     doctor.check_machine(config)
     doctor.check_model(config)
     engine, why = doctor.engine_of(config)
@@ -303,8 +312,9 @@ def ensure_policy(config: Config, console: Console) -> Config:
         raise SetupError(f"the warm start failed: {words or f'exit code {code}'}")
     if config.model.path and Path(config.model.path) != Path(path):
         raise SetupError(
-            f"model.path = {config.model.path!r}, from which this run started, is gone, and the warm start makes "
-            f"{path!r} now; use another --run.name"
+            f"model.path = {config.model.path!r} is not there, and the warm start makes {path!r}; name a model folder "
+            "and set --model.warm_start false, leave model.path out to use the warm-started one, or, where a run began "
+            "with that folder, use another --run.name"
         )
     if told:
         console.print(f"the policy is in {path}")
@@ -578,9 +588,12 @@ def command_keys(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
 
     folder = Path(args.folder)
     made: list[Path] = []
-    for name in (SERVER_KEY, CLIENT_KEY):
-        if not ((folder / f"{name}.key").exists() and (folder / f"{name}.key_secret").exists()):
-            made += make_keys(folder, name)
+    try:
+        for name in (SERVER_KEY, CLIENT_KEY):
+            if not ((folder / f"{name}.key").exists() and (folder / f"{name}.key_secret").exists()):
+                made += make_keys(folder, name)
+    except OSError as exc:
+        raise SetupError(f"keys cannot be made in {folder}: {exc.strerror}; name a folder that can be written") from exc
     if made:
         print(f"made {', '.join(path.name for path in made)} in {folder}, for this host: --links.keys_dir {folder}")
     elif not args.name:

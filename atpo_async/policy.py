@@ -66,6 +66,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def steps_trained(rundir: RunDir) -> int:
+    """Step of the newest checkpoint; 0 without one."""
+    found = [int(m.group(1)) for path in list_checkpoints(rundir.checkpoints) if (m := _match(path))]
+    return max(found, default=0)
+
+
 def _match(path: Path) -> re.Match[str] | None:
     return _CHECKPOINT.fullmatch(path.name)
 

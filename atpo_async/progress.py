@@ -34,6 +34,7 @@ class RunState:
     by_source: dict[str, dict[str, float]] = field(default_factory=dict)
     evals: list[tuple[int, float]] = field(default_factory=list)
     """(step, greedy success)."""
+    failed_branches: int = 0
     _waits: dict[str, deque[tuple[float, float]]] = field(default_factory=dict)
     _pace: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=40))
 
@@ -41,6 +42,7 @@ class RunState:
         for record in records:
             self.version = max(self.version, record.version)
             self.latest.update(record.metrics)
+            self.failed_branches += int(record.metrics.get("actor/failed_branches", 0))
             self.by_source.setdefault(record.source, {}).update(record.metrics)
             if "eval/success" in record.metrics:
                 self.evals.append((record.step, record.metrics["eval/success"]))
@@ -163,6 +165,8 @@ def plain(state: RunState) -> str:
         share = state.wait_share(name)
         if share is not None:
             parts.append(f"{label} {share:.0%}")
+    if state.failed_branches:
+        parts.append(f"{state.failed_branches} branches failed")
     left = state.left_s()
     if left is not None and left > 0:
         parts.append(f"{duration(left)} left")
@@ -201,6 +205,8 @@ def panel(state: RunState, *, title: str, elapsed_s: float) -> RenderableType:
     if memory:
         line = "  ".join(f"{role} {size:.0f} MB" for role, size in sorted(memory.items()))
         parts.append(Text(line, style="dim", overflow="ellipsis", no_wrap=True))
+    if state.failed_branches:
+        parts.append(Text(f"{state.failed_branches} branches failed: the actors' logs say why", style="yellow"))
     return Panel(Group(*parts), title=title, title_align="left", border_style="cyan", width=78)
 
 

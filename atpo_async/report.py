@@ -79,7 +79,7 @@ class Facts:
         lag = _figure(self.lag_mean, "{:.1f}"), _figure(self.lag_max, "{:.0f}")
         waits = _figure(self.learner_wait_share, "{:.0%}"), _figure(self.actor_wait_share, "{:.0%}")
         found.append(f"lag {lag[0]} versions (max {lag[1]}); learner waited {waits[0]} of the time, actors {waits[1]}")
-        return found
+        return found + self.notes
 
 
 def series(records: Iterable[Record], name: str) -> list[Sample]:
@@ -118,6 +118,8 @@ def facts(rundir: RunDir, records: Sequence[Record] | None = None) -> Facts:
         if i >= 2
     ]
     lag_max = [s.value for s in series(records, "lag/max")]
+    failed = sum(s.value for s in series(records, "actor/failed_branches"))
+    untested = sum(s.value for s in series(records, "eval/failed"))
     probe = [s.value for s in series(records, "engine/probe_error")]
     memory: dict[str, float] = {}
     for record in records:
@@ -145,7 +147,18 @@ def facts(rundir: RunDir, records: Sequence[Record] | None = None) -> Facts:
         actor_wait_share=wait_share(records, "time/actor_wait_s", "time/actor_interval_s"),
         probe_error=max(probe, default=None),
         memory_mb=memory,
+        notes=failures(failed, untested),
     )
+
+
+def failures(branches: float, eval_tasks: float) -> list[str]:
+    """What failed, for a reader who would take it for the policy's doing; empty if nothing did."""
+    found = []
+    if branches:
+        found.append(f"{branches:.0f} branches failed and were left out; the actors' logs say why")
+    if eval_tasks:
+        found.append(f"{eval_tasks:.0f} held-out tasks failed in the evaluations and count as wrong")
+    return found
 
 
 def wait_share(records: Sequence[Record], name: str, interval: str = "") -> float | None:

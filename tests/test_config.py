@@ -239,3 +239,8 @@ def test_sampling_from_a_cut_distribution_needs_the_bias_accepted() -> None:
     with pytest.raises(ConfigError, match=r"search\.top_p = 0\.9 .*--correction\.accept_bias true"):
         build({"search": {"top_p": 0.9}})
     assert build({"search": {"top_p": 0.9}, "correction": {"accept_bias": True}}).search.top_p == 0.9
+
+
+def test_an_optimizer_constant_out_of_range_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match=r"learner\.betas\.1 must be < 1, got 2"):
+        build({"learner": {"betas": [0.9, 2]}})

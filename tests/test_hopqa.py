@@ -374,3 +374,12 @@ def test_the_environment_loads_neither_torch_nor_transformers(folder: Path) -> N
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'vllm', 'zmq')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_factory_that_returns_no_environment_is_refused_with_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "odd_environment.py").write_text("def make(tokenizer):\n    return 3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"'odd_environment:make': its factory returned int.*lacks stop_token_ids"):
+        registry.make("odd_environment:make", tmp_path)

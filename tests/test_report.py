@@ -19,7 +19,7 @@ from atpo_async.config import build
 from atpo_async.errors import SetupError
 from atpo_async.metrics import MetricsWriter, Record
 from atpo_async.progress import Progress, RunState, duration, panel, plain
-from atpo_async.report import facts, series, wait_share, write_figure, write_report
+from atpo_async.report import facts, failures, series, wait_share, write_figure, write_report
 from atpo_async.report_trees import TreeTurn, append_tree_sample, choose, draw_tree, read_tree_samples
 from atpo_async.rundir import RunDir
 
@@ -239,3 +239,10 @@ def test_on_a_terminal_the_panel_fits_in_eighty_columns() -> None:
 
 def test_durations_are_read_as_on_a_clock() -> None:
     assert [duration(s) for s in (5, 65, 3600 + 125)] == ["0:05", "1:05", "1:02:05"]
+
+
+def test_failures_are_told_apart_from_the_policys_own() -> None:
+    assert failures(0, 0) == []
+    branches, tasks = failures(230, 18)
+    assert branches.startswith("230 branches failed and were left out")
+    assert tasks == "18 held-out tasks failed in the evaluations and count as wrong"

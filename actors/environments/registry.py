@@ -36,13 +36,20 @@ def make(name: str, tokenizer: Path | str, **options: Option) -> Environment:
     target = BUILT_IN.get(name, name)
     factory = _factory(name, target)
     try:
-        return factory(tokenizer, **options)
+        made = factory(tokenizer, **options)
     except AtpoError:
         raise
     except TypeError as exc:
         raise ConfigError(f"environment.options {options!r} do not fit environment {name!r}: {exc}") from exc
     except Exception as exc:
         raise SetupError(f"environment {name!r} could not be made: {type(exc).__name__}: {exc}") from exc
+    missing = [part for part in ("stop_token_ids", "num_tasks", "start", "replay") if not hasattr(made, part)]
+    if missing:
+        raise ConfigError(
+            f"environment.name = {name!r}: its factory returned {type(made).__name__}, which is no environment: "
+            f"it lacks {', '.join(missing)} (actors/environments/base.py has the protocol)"
+        )
+    return made
 
 
 def _factory(name: str, target: str) -> Factory:
