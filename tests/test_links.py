@@ -107,9 +107,10 @@ async def test_a_full_window_blocks_the_sender_until_an_ack_and_the_wait_is_meas
         assert c.stats.waited_s == 0.0
         ninth = asyncio.create_task(c.send(closed(FAST.window)))
         await until(lambda: s.peers.get("actor-0") is not None and s.peers["actor-0"].queued == FAST.window)
+        # The sender's task may not have run yet.
+        await until(lambda: c.stats.waited_s > 0.0)
         assert not ninth.done()
         assert c.stats.unacked == FAST.window
-        assert c.stats.waited_s > 0.0
         buffer.open.set()
         await within(ninth)
         await c.drain(timeout_s=PATIENCE_S)
