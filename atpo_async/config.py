@@ -102,11 +102,22 @@ class SearchConfig(Section):
 
 
 class CreditConfig(Section):
-    """Leaf rewards to advantages (ALGORITHM, section 2)."""
+    """Leaf rewards to advantages (ALGORITHM, section 2; the tree traces: section 4)."""
 
-    value_mode: Literal["child_mean", "leaf_mean", "child_softmax", "child_entropy_linear"] = "child_mean"
+    value_mode: Literal[
+        "child_mean",
+        "leaf_mean",
+        "child_softmax",
+        "child_entropy_linear",
+        "tree_trace",
+        "tree_trace_selfnorm",
+    ] = Field("child_mean", description="the traces weigh siblings of different versions by their turn ratios")
     advantage_mode: Literal["node_value", "diff_parent", "diff_global", "diff_localglobal"] = "node_value"
     normalise_leaves: bool = True
+    leaf_weights: Literal["uniform", "branch-prob"] = Field(
+        "uniform", description="weights under which leaf rewards are normalised"
+    )
+    trace_cap: float = Field(1.0, gt=0, description="c-bar of the tree traces: the largest turn ratio that counts")
 
 
 class StalenessConfig(Section):
@@ -114,6 +125,9 @@ class StalenessConfig(Section):
 
     max_lag: int = Field(8, ge=0, description="turns older than this are masked, trees older than this dropped")
     max_uses: int = Field(1, ge=1, description="how often a tree may be served")
+    exact_lag: int | None = Field(
+        None, ge=0, description="every batch exactly this old, for studies; generation and training then take turns"
+    )
     trees_per_batch: int = Field(16, ge=1, description="trees of one learner batch, over all ranks")
     publish_every: int = Field(1, ge=1, description="learner batches between two published versions")
     max_oversampling: float = Field(
@@ -145,7 +159,9 @@ class BufferConfig(Section):
     priority_exponent: float = Field(0.6, ge=0, description="a in P_i ~ p_i^a")
     weight_exponent: float = Field(0.4, ge=0, le=1, description="beta at the first step, annealed to 1")
     weight_exponent_steps: int = Field(0, ge=0, description="steps of the annealing; 0 for all of run.steps")
-    weights_over_max: bool = Field(True, description="w_PER divided by the batch maximum")
+    weights_over: Literal["max", "mean", "none"] = Field(
+        "max", description="w_PER divided by the batch maximum, by its mean under P, or by nothing"
+    )
     priority_max_share: float = Field(0.9, ge=0, le=1, description="eta: share of max|A| in the priority")
     freshness: float = Field(1.0, gt=0, le=1, description="priority factor per version of lag")
     max_bytes: int = Field(256 * 1024 * 1024, ge=1024 * 1024)
@@ -154,24 +170,70 @@ class BufferConfig(Section):
 
 
 class CorrectionConfig(Section):
-    """Off-policy correction (ALGORITHM, section 4)."""
+    """Off-policy correction (ALGORITHM, section 4): a weight without gradient for each token, turn, prefix or sequence.
 
-    action: Literal["truncate", "mask", "none"] = "truncate"
-    level: Literal["token", "turn", "sequence"] = "turn"
+    ``truncate``: min(exp(lambda S), cap), and not below ``floor`` (truncated importance sampling).  ``mask``: 0 outside
+    [floor, cap] (masked importance sampling).  ``icepop``: ``mask`` by token (IcePop, arXiv 2510.18855; published with
+    floor 0.5, cap 5).  ``topr``: 1 where A >= 0, ``truncate`` where A < 0 (TOPR, arXiv 2503.14286; published with cap 1
+    by sequence).  ``m2po``: by token, the largest log-ratios are masked until the mean of their squares over the batch
+    is at most ``m2_limit`` (M2PO, arXiv 2510.01161).
+    """
+
+    action: Literal["truncate", "mask", "icepop", "topr", "m2po", "none"] = "truncate"
+    level: Literal["token", "turn", "prefix", "sequence"] = Field(
+        "turn", description="prefix: the product over the path down to the turn, the turn included"
+    )
     cap: float = Field(2.0, gt=0, description="C")
-    floor: float = Field(0.0, ge=0, description="for mask: weights below are masked too")
-    exponent: Literal["one", "geometric"] = Field("one", description="lambda: 1, or 1/T_n")
+    floor: float = Field(0.0, ge=0, description="weights below are raised to it (truncate) or masked (mask)")
+    exponent: Literal["fixed", "geometric", "ess"] = Field(
+        "fixed", description="lambda: exponent_value, 1/T_n, or the largest <= 1 with ESS/N >= ess_target over the batch"
+    )
+    exponent_value: float = Field(1.0, gt=0, le=1, description="lambda of exponent = fixed; 1: the exact ratio")
+    ess_target: float = Field(0.5, gt=0, le=1, description="tau of exponent = ess")
+    ess_floor: float = Field(
+        0.1, ge=0, lt=1, description="guard: a batch below this ESS/N has its exponent lowered to it; 0: off"
+    )
+    gate: float | None = Field(
+        None, gt=0, description="nats: turns whose mean log-ratio is larger are masked, besides the action"
+    )
+    m2_limit: float = Field(0.04, gt=0, description="tau of m2po, nats squared")
+    numerator: Literal["prox", "policy"] = Field(
+        "prox", description="whose log-probs stand above mu's: the batch's start, or the weights being trained"
+    )
+    prox: Literal["auto", "recompute", "first-step", "interpolate"] = Field(
+        "auto",
+        description="proximal log-probs: a pass of their own, the first training pass, or between mu and the policy by "
+        "version; auto: first-step where a batch is one optimizer step, else recompute",
+    )
     accept_bias: bool = Field(False, description="allow an off-policy run without the correction")
 
 
 class ObjectiveConfig(Section):
-    """ATPO and its kin (ALGORITHM, section 3)."""
+    """ATPO and its kin (ALGORITHM, section 3).
+
+    ``clip``: PPO's clipped surrogate at ``ratio_level`` (token: GRPO, DAPO; turn: AT2PO; sequence: GSPO, arXiv
+    2507.18071).  ``cispo``: the clipped ratio as a weight without gradient on log pi (CISPO, arXiv 2506.13585).
+    ``policy-gradient``: log pi alone (TOPR).  ``tv``: no clip; tokens are masked that move away from mu and are
+    further than ``tv_limit`` in probability already (DPPO, arXiv 2602.04879).
+    """
 
     ratio_level: Literal["token", "turn", "sequence"] = "turn"
-    clip_low: float = Field(3e-3, gt=0, lt=1)
+    surrogate: Literal["clip", "cispo", "policy-gradient", "tv"] = "clip"
+    clip_low: float = Field(3e-3, gt=0, le=1)
     clip_high: float = Field(4e-3, gt=0)
     dual_clip: float | None = Field(3.0, gt=1, description="bound for A < 0; none to switch it off")
-    aggregation: Literal["seq-mean-token-mean", "seq-mean-token-sum", "token-mean"] = "seq-mean-token-mean"
+    tv_limit: float = Field(0.2, gt=0, lt=1, description="probability, for surrogate = tv")
+    aggregation: Literal[
+        "seq-mean-token-mean",
+        "seq-mean-token-sum",
+        "token-mean",
+        "unique-token-mean",
+        "branch-prob",
+        "branch-prob-token-sum",
+    ] = "seq-mean-token-mean"
+    kl_coef: float = Field(0.0, ge=0, description="of KL(policy || the weights of model.path); 0: no reference kept")
+    kl_estimator: Literal["k2", "k3"] = Field("k3", description="both have a gradient that pulls to the reference")
+    entropy_coef: float = Field(0.0, ge=0, description="of the entropy bonus over the whole vocabulary")
 
 
 class LearnerConfig(Section):
@@ -184,7 +246,14 @@ class LearnerConfig(Section):
     warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     max_grad_norm: float = Field(1.0, gt=0)
-    minibatches: int = Field(1, ge=1, description="optimizer steps per batch")
+    minibatches: int = Field(1, ge=1, description="parts of a batch, each an optimizer step")
+    epochs: int = Field(1, ge=1, description="passes over a batch, each with its optimizer steps")
+    packing: Literal["auto", "tree", "flat"] = Field(
+        "auto", description="a tree in one pass, or each leaf its own row; auto: tree where the model's layers allow it"
+    )
+    pack_tokens: int | None = Field(
+        None, ge=16, description="tokens that trees may fill of one row; none: the device's own measure"
+    )
     micro_batch_tokens: int = Field(16384, ge=64, description="padded tokens of one forward pass")
     checkpoint_every: int = Field(50, ge=1, description="batches between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
@@ -197,7 +266,10 @@ class LearnerConfig(Section):
     gpus: tuple[int, ...] = Field(
         (), description="one for each rank, as nvidia-smi or CUDA_VISIBLE_DEVICES counts; empty: all"
     )
-    max_skipped_updates: int = Field(5, ge=1, description="non-finite updates in a row before the run stops")
+    max_grad_spike: float | None = Field(
+        30.0, gt=1, description="guard: an update whose gradient norm is this many running medians is skipped"
+    )
+    max_skipped_updates: int = Field(5, ge=1, description="updates skipped in a row before the run stops")
     tensorboard: bool = Field(False, description="also log through Accelerate's TensorBoard tracker")
 
 
@@ -324,10 +396,8 @@ class Config(Section):
                 f"search.max_action_tokens = {self.search.max_action_tokens} must be below model.max_context_tokens = "
                 f"{self.model.max_context_tokens}"
             )
-        if self.correction.action == "mask" and self.correction.floor >= self.correction.cap:
-            raise ValueError(
-                f"correction.floor = {self.correction.floor} must be below correction.cap = {self.correction.cap}"
-            )
+        self._check_correction()
+        self._check_exact_lag()
         if self.buffer.ready == "partial" and self.buffer.partial_min_leaves > self.search.max_leaves:
             raise ValueError(
                 f"buffer.partial_min_leaves = {self.buffer.partial_min_leaves} exceeds the {self.search.max_leaves} "
@@ -346,6 +416,50 @@ class Config(Section):
                     f"{name} and {twin} are both {port}: each needs a port of its own, or 0 to have one picked"
                 )
         return self
+
+    def _check_correction(self) -> None:
+        c = self.correction
+        if c.action != "none" and c.floor >= c.cap:
+            raise ValueError(f"correction.floor = {c.floor} must be below correction.cap = {c.cap}")
+        if c.action in ("icepop", "m2po") and c.level != "token":
+            raise ValueError(
+                f"correction.action = {c.action!r} works by token, but correction.level = {c.level!r}: set "
+                "--correction.level token"
+            )
+        if c.action == "m2po" and c.exponent == "ess":
+            raise ValueError("correction.action = 'm2po' bounds the batch by its own measure: exponent = 'ess' would not")
+        if c.action == "none" and (c.exponent == "ess" or c.gate is not None):
+            raise ValueError(
+                f"correction.exponent = {c.exponent!r} and correction.gate = {c.gate} do nothing with "
+                "correction.action = 'none'"
+            )
+        of_the_batch = "m2po" if c.action == "m2po" else "ess" if c.exponent == "ess" else None
+        if of_the_batch and c.numerator == "policy":
+            raise ValueError(
+                f"{of_the_batch} is measured over the whole batch before its first step: correction.numerator = "
+                "'policy' has no such number; use prox"
+            )
+        if c.prox == "interpolate" and (of_the_batch or self.credit.value_mode.startswith("tree_trace")):
+            needs = of_the_batch or f"credit.value_mode = {self.credit.value_mode!r}"
+            raise ValueError(
+                f"correction.prox = 'interpolate' has no log-probs before the first step, and {needs} needs them: use "
+                "recompute"
+            )
+
+    def _check_exact_lag(self) -> None:
+        s = self.staleness
+        if s.exact_lag is None:
+            return
+        if s.max_lag < s.exact_lag:
+            raise ValueError(
+                f"staleness.exact_lag = {s.exact_lag} would be masked by staleness.max_lag = {s.max_lag}: raise max_lag "
+                f"to {s.exact_lag}"
+            )
+        if s.max_uses != 1 or s.publish_every != 1 or self.buffer.ready != "complete":
+            raise ValueError(
+                f"staleness.exact_lag = {s.exact_lag} needs staleness.max_uses = 1, staleness.publish_every = 1 and "
+                f"buffer.ready = 'complete', got {s.max_uses}, {s.publish_every} and {self.buffer.ready!r}"
+            )
 
     def _check_gpus(self) -> None:
         learner, actor = self.learner, self.actor
@@ -378,6 +492,7 @@ STALENESS_KNOBS: tuple[tuple[str, str], ...] = (
     ("staleness.max_lag", "turns older than this when consumed are masked; trees older than this are dropped"),
     ("staleness.max_uses", "a tree is served at most this often"),
     ("staleness.trees_per_batch", "trees of one learner batch; one batch is one version"),
+    ("staleness.exact_lag", "every batch exactly this many versions old, whatever max_lag allows"),
     ("staleness.publish_every", "versions between two publications: the least lag is 0 to this minus 1"),
     ("staleness.max_oversampling", "bounds how many trees without signal one step may use up"),
     ("actor.count", "more actors, more trees under way at once"),
@@ -387,11 +502,16 @@ STALENESS_KNOBS: tuple[tuple[str, str], ...] = (
         "whether requests in flight recompute their keys and values under new weights",
     ),
     ("weights.poll_s", "how late an actor may hear of a version when an announcement is lost"),
-    ("learner.minibatches", "optimizer steps inside one version"),
+    ("learner.minibatches", "with learner.epochs: optimizer steps inside one version"),
+    ("learner.epochs", "passes over a batch inside one version"),
     ("buffer.freshness", "priority factor per version of lag"),
     ("correction.action", "what is done about the lag that remains"),
     ("correction.level", "granularity of the importance weight"),
     ("correction.cap", "largest importance weight"),
+    ("correction.exponent", "lambda of the importance weight; ess lowers it until ess_target holds"),
+    ("correction.ess_floor", "effective sample size below which the exponent is lowered anyway"),
+    ("correction.prox", "where the proximal policy's log-probs come from"),
+    ("credit.value_mode", "the tree traces weigh siblings of different versions"),
 )
 """Every knob that bears on staleness, with what it does; ``atpo config`` prints them in one table."""
 
@@ -408,7 +528,11 @@ def derived_bounds(config: Config) -> list[tuple[str, int | float | str, str]]:
         ),
         ("leaves pending", s.max_trees_pending * search.max_leaves, "trees pending * leaves of a tree"),
         ("trees under way", config.actor.count * config.actor.trees_in_flight, "actor.count * trees_in_flight"),
-        ("optimizer steps a version", config.learner.minibatches, "learner.minibatches"),
+        (
+            "optimizer steps a version",
+            config.learner.minibatches * config.learner.epochs,
+            "learner.minibatches * learner.epochs",
+        ),
         ("greatest lag trained on", s.max_lag, "staleness.max_lag; older turns are masked"),
         (
             "in effect",

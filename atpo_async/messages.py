@@ -239,6 +239,8 @@ class Batch(Message, frozen=True, tag="batch"):
     """Leaves of the whole batch over all ranks: the global normaliser of seq-mean aggregation."""
     num_action_tokens: int
     """Action tokens over all leaf rows of the whole batch: the global normaliser of token-mean aggregation."""
+    num_turn_tokens: int
+    """Action tokens of the whole batch over all ranks, each turn once: the normaliser of unique-token-mean."""
     trees: tuple[BatchTree, ...]
     metrics: dict[str, float]
     """The buffer's side of this step: train/reward, train/success, buffer/*, counted since the batch before."""
