@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from atpo_async.tree import Turn, TurnTree
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
+WeightsOver = Literal["max", "mean", "none"]
 
 PRIORITY_FLOOR = 0.01
 """Added to every priority, so that a tree whose advantage came out small can still be drawn."""
@@ -51,10 +53,27 @@ def probabilities(priorities: F64, *, exponent: float, floor: float = PRIORITY_F
     return probability
 
 
-def importance_weights(probability: F64, *, num_trees: int, beta: float, over_max: bool) -> F64:
-    """w_PER = (N·P_i)^-β, divided by the largest of those given if ``over_max``."""
+def importance_weights(
+    probability: F64, *, num_trees: int, beta: float, over: WeightsOver, ready: F64 | None = None
+) -> F64:
+    """w_PER = (N·P_i)^-β of the trees of a batch (ALGORITHM, section 4), as float64[B].
+
+    Args:
+        probability: float64[B], P_i of the trees that were drawn.
+        num_trees: N, how many were ready.
+        beta: β.
+        over: what the weights are divided by: ``max``, the largest of the batch; ``mean``, what a tree drawn under P
+            weighs on average, Σ P_i w_i over all that were ready; ``none``, nothing.
+        ready: float64[N], P of all that were ready, read for ``mean`` alone; ``probability`` where None.
+    """
     weight: F64 = (num_trees * probability) ** -beta
-    return weight / weight.max() if over_max and len(weight) else weight
+    if over == "none" or not len(weight):
+        return weight
+    if over == "max":
+        return weight / weight.max()
+    p = probability if ready is None else ready
+    mean = float(np.sum(p * (num_trees * p) ** -beta))
+    return weight / mean
 
 
 def annealed_beta(step: int, *, start: float, num_steps: int) -> float:
@@ -139,17 +158,23 @@ class ReplayPool:
         max_lag: a tree leaves when all its turns are older than this.
         exponent: a in P_i ~ p_i^a.
         freshness: priority factor per version of lag, that of the oldest turn that is trained on.
-        weights_over_max: whether w_PER is divided by the batch maximum.
+        weights_over: what w_PER is divided by.
     """
 
     def __init__(
-        self, *, max_uses: int, max_lag: int, exponent: float, freshness: float = 1.0, weights_over_max: bool = True
+        self,
+        *,
+        max_uses: int,
+        max_lag: int,
+        exponent: float,
+        freshness: float = 1.0,
+        weights_over: WeightsOver = "max",
     ) -> None:
         self._max_uses = max_uses
         self._max_lag = max_lag
         self._exponent = exponent
         self._freshness = freshness
-        self._over_max = weights_over_max
+        self._weights_over: WeightsOver = weights_over
         self._sums = SumTree()
         self._trees: list[TurnTree | None] = []
         self._slots: dict[str, int] = {}
@@ -269,15 +294,17 @@ class ReplayPool:
             return []
         if len(ready) <= count:
             chosen, probability = ready, np.full(len(ready), 1.0 / len(ready))
+            of_all = probability
         else:
             scaled = self._sums.values()
             total = self._sums.total
+            of_all = scaled[ready] / total
             parts = self._urgent(ready, count, rng)
             parts.append(self._stratified(count - sum(map(len, parts)), rng))
             chosen = np.concatenate(parts)
             self._update(chosen)  # their sums were set to zero while drawing; P needs them once more
             probability = scaled[chosen] / total
-        weight = importance_weights(probability, num_trees=len(ready), beta=beta, over_max=self._over_max)
+        weight = importance_weights(probability, num_trees=len(ready), beta=beta, over=self._weights_over, ready=of_all)
         self._state[chosen] = _OUT
         self._update(chosen)
         return [

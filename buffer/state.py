@@ -54,6 +54,7 @@ class _Served:
     trees: tuple[BatchTree, ...]
     num_leaves: int
     num_action_tokens: int
+    num_turn_tokens: int
     tree_tokens: tuple[int, ...]
     metrics: dict[str, float]
     num_ranks: int
@@ -117,7 +118,7 @@ class BufferState:
             max_lag=staleness.max_lag,
             exponent=buffer.priority_exponent,
             freshness=buffer.freshness,
-            weights_over_max=buffer.weights_over_max,
+            weights_over=buffer.weights_over,
         )
         self._batches: OrderedDict[int, _Served] = OrderedDict()
         self._since = _Since(now)
@@ -437,14 +438,15 @@ class BufferState:
         if buffer.ready == "partial":
             for each in drawn:
                 self._partial_uses[each.tree.tree_id] = (each.uses, len(each.tree.leaves()))
-        tokens = [leaf_tokens(TreeArrays.of(each.tree)) for each in drawn]
+        arrays = [TreeArrays.of(each.tree) for each in drawn]
         served = _Served(
             batch_id=self._next_batch,
             step=request.step,
             version=request.version,
             trees=tuple(_batch_tree(each) for each in drawn),
             num_leaves=sum(len(each.tree.leaves()) for each in drawn),
-            num_action_tokens=sum(int(t.sum()) for t in tokens),
+            num_action_tokens=sum(int(leaf_tokens(a).sum()) for a in arrays),
+            num_turn_tokens=sum(int(a.num_action_tokens.sum()) for a in arrays),
             tree_tokens=tuple(_num_tokens(each.tree) for each in drawn),
             metrics=metrics,
             num_ranks=request.num_ranks,
@@ -462,6 +464,7 @@ class BufferState:
             num_trees=len(served.trees),
             num_leaves=served.num_leaves,
             num_action_tokens=served.num_action_tokens,
+            num_turn_tokens=served.num_turn_tokens,
             trees=tuple(served.trees[i] for i in shares[request.rank]),
             metrics=served.metrics,
         )

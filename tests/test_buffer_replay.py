@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from atpo_async.tree import Turn, TurnTree, VersionSpan
 from buffer.replay import (
+    PRIORITY_FLOOR,
     ReplayPool,
     SumTree,
+    WeightsOver,
     annealed_beta,
     importance_weights,
     probabilities,
@@ -66,12 +68,17 @@ def ids(drawn: list[Any]) -> list[str]:
 def test_probabilities_and_weights_are_those_of_the_reference(name: str, case: dict[str, Any]) -> None:
     alpha, beta = exponents(name)
     p = probabilities(np.array(VECTORS["raw_priority"]), exponent=alpha, floor=VECTORS["eps"])
-    np.testing.assert_allclose(p, case["P"], atol=1e-9)
-    for key, over_max in (("w_raw", False), ("w_over_max", True)):
-        w = importance_weights(p, num_trees=len(p), beta=beta, over_max=over_max)
-        np.testing.assert_allclose(w, case[key], rtol=1e-8)
-    batch = importance_weights(p[case["stratified_idx"]], num_trees=len(p), beta=beta, over_max=True)
-    np.testing.assert_allclose(batch, case["w_batch_max_norm"], rtol=1e-8)
+    np.testing.assert_allclose(p, case["P"], rtol=1e-9)
+    overs: dict[str, WeightsOver] = {"w_raw": "none", "w_over_max": "max", "w_over_mean_P": "mean"}
+    for key, over in overs.items():
+        w = importance_weights(p, num_trees=len(p), beta=beta, over=over)
+        np.testing.assert_allclose(w, case[key], rtol=1e-9)
+    drawn = case["stratified_idx"]
+    batch = importance_weights(p[drawn], num_trees=len(p), beta=beta, over="max")
+    np.testing.assert_allclose(batch, case["w_batch_max_norm"], rtol=1e-9)
+    # Over the mean under P of all trees, not of those that happened to be drawn.
+    batch = importance_weights(p[drawn], num_trees=len(p), beta=beta, over="mean", ready=p)
+    np.testing.assert_allclose(batch, np.array(case["w_over_mean_P"])[drawn], rtol=1e-9)
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -80,6 +87,45 @@ def test_stratified_draws_are_those_of_the_reference(name: str, case: dict[str, 
     sums = SumTree(len(p))
     sums.set(np.arange(len(p)), p)
     assert stratified(sums, np.array(case["stratified_u"])).tolist() == case["stratified_idx"]
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+@pytest.mark.parametrize(("over", "key"), [("none", "w_raw"), ("mean", "w_over_mean_P"), ("max", "w_raw")])
+def test_what_the_pool_draws_weighs_as_in_the_reference(
+    name: str, case: dict[str, Any], over: WeightsOver, key: str
+) -> None:
+    alpha, beta = exponents(name)
+    assert VECTORS["eps"] == PRIORITY_FLOOR
+    replay = pool(max_uses=9, exponent=alpha, weights_over=over)
+    names = [f"t{i}" for i in range(len(case["P"]))]
+    for each in names:
+        replay.add(tree(each), priority=1.0)
+    replay.draw(len(names), rng=rng(), beta=beta)
+    replay.confirm(names, dict(zip(names, VECTORS["raw_priority"], strict=True)))
+    drawn = replay.draw(4, rng=rng(), beta=beta)
+    where = [names.index(each.tree.tree_id) for each in drawn]
+    expected = np.array(case[key])[where]
+    if over == "max":
+        expected /= expected.max()
+    np.testing.assert_allclose([each.probability for each in drawn], np.array(case["P"])[where], rtol=1e-9)
+    np.testing.assert_allclose([each.weight for each in drawn], expected, rtol=1e-9)
+
+
+def test_over_the_mean_a_tree_drawn_by_priority_weighs_one_on_average() -> None:
+    p = probabilities(np.array(VECTORS["raw_priority"]), exponent=0.6)
+    weights = importance_weights(p, num_trees=len(p), beta=0.4, over="mean")
+    assert np.sum(p * weights) == pytest.approx(1.0, abs=1e-15)
+
+
+@pytest.mark.parametrize("over", ["max", "mean", "none"])
+def test_an_empty_batch_has_no_weights(over: WeightsOver) -> None:
+    assert len(importance_weights(np.zeros(0), num_trees=0, beta=0.4, over=over)) == 0
+
+
+def test_every_number_of_the_reference_is_checked_here() -> None:
+    assert set(VECTORS) == {"raw_priority", "eps", "cases", "r2d2_tree_priority"}
+    checked = {"P", "w_raw", "w_over_max", "w_over_mean_P", "stratified_u", "stratified_idx", "w_batch_max_norm"}
+    assert all(set(case) == checked for case in VECTORS["cases"].values())
 
 
 def test_tree_priority_is_that_of_the_reference() -> None:
@@ -166,7 +212,7 @@ def test_when_all_ready_trees_are_taken_the_weights_are_one() -> None:
 
 
 def test_a_new_tree_enters_at_the_highest_priority_confirmed() -> None:
-    replay = pool(max_uses=2, exponent=1.0, weights_over_max=False)
+    replay = pool(max_uses=2, exponent=1.0, weights_over="none")
     replay.add(tree("old"), priority=0.5)
     replay.draw(1, rng=rng(), beta=0.4)
     replay.confirm(["old"], {"old": 3.0})

@@ -243,7 +243,7 @@ async def test_leases_go_out_trees_come_in_and_a_batch_is_served_and_confirmed(p
         await peers.send(*grown(lease))
     batch = await peers.batch(ask())
     assert sorted(t.tree_id for t in batch.trees) == sorted(lease.tree_id for lease in leases)
-    assert (batch.num_trees, batch.num_leaves, batch.num_action_tokens) == (2, 4, 12)
+    assert (batch.num_trees, batch.num_leaves, batch.num_action_tokens, batch.num_turn_tokens) == (2, 4, 12, 12)
     assert [t.weight for t in batch.trees] == [1.0, 1.0]
     np.testing.assert_array_equal(batch.trees[0].turns[0].action, [0, 1, 2])
     assert batch.metrics["train/reward"] == 0.5
@@ -309,7 +309,8 @@ async def test_ranks_get_shares_of_one_batch_and_the_same_share_again(peers: Pee
     shares = [await peers.batch(request) for request in requests]
     assert [len(share.trees) for share in shares] == [1, 2]
     assert len({tree.tree_id for share in shares for tree in share.trees}) == 3
-    assert {(s.batch_id, s.num_trees, s.num_leaves, s.num_action_tokens) for s in shares} == {(1, 3, 6, 26)}
+    whole = {(s.batch_id, s.num_trees, s.num_leaves, s.num_action_tokens, s.num_turn_tokens) for s in shares}
+    assert whole == {(1, 3, 6, 26, 26)}
     again = await peers.batch(requests[1])
     assert [t.tree_id for t in again.trees] == [t.tree_id for t in shares[1].trees]
 
@@ -547,6 +548,7 @@ def test_rewards_are_reported_under_the_branch_probabilities(state: BufferState)
     assert batch is not None
     assert batch.metrics["train/reward"] == 0.5
     assert batch.num_action_tokens == 3 + 3 * 6
+    assert batch.num_turn_tokens == 3 * 5
 
 
 def test_enough_trees_without_signal_make_a_short_batch() -> None:
