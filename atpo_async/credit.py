@@ -1,25 +1,40 @@
 """Credit: leaf rewards -> values -> advantages; leaf and turn weights.  Pure, float64.
 
-Source: AT2PO (arXiv 2601.04767), section 3, and its published code where the two differ.  Shapes: N turns of a tree in
-an order that puts parents before children; the root (the prompt) is no turn and is kept apart.
+Source: AT2PO (arXiv 2601.04767), section 3, and its published code where the two differ; ALGORITHM, section 2, the tree
+traces section 4.  Shapes: N turns of a tree in an order that puts parents before children; the root (the prompt) is no
+turn and is kept apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from atpo_async.tree import ROOT, TurnTree
 
+if TYPE_CHECKING:
+    from atpo_async.config import CreditConfig
+
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
-ValueMode = Literal["child_mean", "leaf_mean", "child_softmax", "child_entropy_linear"]
+ValueMode = Literal[
+    "child_mean", "leaf_mean", "child_softmax", "child_entropy_linear", "tree_trace", "tree_trace_selfnorm"
+]
 AdvantageMode = Literal["node_value", "diff_parent", "diff_global", "diff_localglobal"]
-Aggregation = Literal["seq-mean-token-mean", "seq-mean-token-sum", "token-mean", "branch-prob"]
+LeafWeights = Literal["uniform", "branch-prob"]
+Aggregation = Literal[
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "token-mean",
+    "unique-token-mean",
+    "branch-prob",
+    "branch-prob-token-sum",
+]
 
 STD_FLOOR = 1e-6
 """Added to the standard deviation of leaf rewards (published code)."""
@@ -119,23 +134,64 @@ def normalised_leaves(arrays: TreeArrays, *, weights: F64 | None = None) -> F64:
     return out
 
 
-def values(arrays: TreeArrays, *, mode: ValueMode = "child_mean") -> tuple[F64, float]:
+def values(
+    arrays: TreeArrays, *, mode: ValueMode = "child_mean", ratio: F64 | None = None, trace_cap: float = 1.0
+) -> tuple[F64, float]:
     """V(n) of every turn and of the root: a leaf's is its reward, an inner turn's comes from its children.
+
+    Args:
+        arrays: the tree.
+        mode: ALGORITHM, section 2; the tree traces, section 4.
+        ratio: float64[N], rho_n of the tree traces: the policy's probability of the turn over that of the behaviour
+            policy.  None where nothing is known of it: the traces are then ``child_mean``.
+        trace_cap: c-bar, the largest ratio that counts; infinity for none.
 
     Returns:
         (float64[N], V(root)).
     """
     if mode == "leaf_mean":
         return _leaf_means(arrays)
+    if mode == "tree_trace" or mode == "tree_trace_selfnorm":
+        plain, baseline = values(arrays)
+        if ratio is None:
+            return plain, baseline
+        weight = np.minimum(ratio, trace_cap)
+        return traced(arrays, weight, baseline) if mode == "tree_trace" else _weighted_children(arrays, weight)
+    return _weighted_children(arrays, _child_weights(arrays, mode))
+
+
+def traced(arrays: TreeArrays, weight: F64, baseline: float) -> tuple[F64, float]:
+    """V(n) = b + mean over the children of weight_c (V(c) - b): what a child says counts as far as its ratio reaches.
+
+    Args:
+        arrays: the tree.
+        weight: float64[N], min(rho, c-bar) of each turn.
+        baseline: b, what is believed of a turn whose children say nothing.
+    """
+    gain, count = np.zeros(len(arrays) + 1), np.zeros(len(arrays) + 1)
+    value = np.zeros(len(arrays))
+    for i in range(len(arrays) - 1, -1, -1):
+        value[i] = arrays.reward[i] if arrays.is_leaf[i] else baseline + gain[i] / count[i]
+        gain[arrays.parent[i]] += weight[i] * (value[i] - baseline)
+        count[arrays.parent[i]] += 1
+    return value, float(baseline + gain[-1] / count[-1]) if count[-1] else 0.0
+
+
+def _weighted_children(arrays: TreeArrays, weight: F64) -> tuple[F64, float]:
+    """V(n) = sum of weight_c V(c) over sum of weight_c; the plain mean where no child has weight."""
     # One slot more for the root: index -1 is the last one.
     weighted, total = np.zeros(len(arrays) + 1), np.zeros(len(arrays) + 1)
+    plain, count = np.zeros(len(arrays) + 1), np.zeros(len(arrays) + 1)
     value = np.zeros(len(arrays))
-    weight = _child_weights(arrays, mode)
     for i in range(len(arrays) - 1, -1, -1):
-        value[i] = arrays.reward[i] if arrays.is_leaf[i] else weighted[i] / total[i]
-        weighted[arrays.parent[i]] += weight[i] * value[i]
-        total[arrays.parent[i]] += weight[i]
-    return value, float(weighted[-1] / total[-1]) if total[-1] else 0.0
+        parent = arrays.parent[i]
+        mean = weighted[i] / total[i] if total[i] > 0 else plain[i] / max(count[i], 1)
+        value[i] = arrays.reward[i] if arrays.is_leaf[i] else mean
+        weighted[parent] += weight[i] * value[i]
+        total[parent] += weight[i]
+        plain[parent] += value[i]
+        count[parent] += 1
+    return value, float(weighted[-1] / total[-1] if total[-1] > 0 else plain[-1] / max(count[-1], 1))
 
 
 def _child_weights(arrays: TreeArrays, mode: ValueMode) -> F64:
@@ -149,10 +205,8 @@ def _child_weights(arrays: TreeArrays, mode: ValueMode) -> F64:
         np.maximum.at(largest, families, arrays.entropy)
         weight: F64 = np.exp(arrays.entropy - largest[families])
         return weight
-    total = np.zeros(len(arrays) + 1)
-    np.add.at(total, families, arrays.entropy)
-    # A family of certain actions has no entropy to weigh by.
-    return np.where(total[families] > 0, arrays.entropy, 1.0)
+    # A family of certain actions has no entropy to weigh by: its weights are all zero, and the plain mean is taken.
+    return np.maximum(arrays.entropy, 0.0)
 
 
 def _leaf_means(arrays: TreeArrays) -> tuple[F64, float]:
@@ -182,22 +236,59 @@ def credit(
     value_mode: ValueMode = "child_mean",
     advantage_mode: AdvantageMode = "node_value",
     normalise: bool = True,
+    leaf_weights: LeafWeights = "uniform",
+    ratio: F64 | None = None,
+    trace_cap: float = 1.0,
 ) -> Credit:
     """Values and advantages of a pruned tree, in the order of its turns.
 
     Args:
         tree: without unfinished chains.
-        value_mode, advantage_mode: ALGORITHM, section 2.
+        value_mode, advantage_mode: ALGORITHM, section 2; the tree traces, section 4.
         normalise: leaf rewards to mean 0 and standard deviation 1 inside the tree first.
+        leaf_weights: under which weights of the leaves those moments are taken.
+        ratio, trace_cap: of the tree traces (``values``); other modes do not read them.
+
+    Raises:
+        ValueError: a ratio is missing, negative or not finite; a tree as ``TreeArrays.of`` refuses it.
     """
     arrays = TreeArrays.of(tree) if isinstance(tree, TurnTree) else tree
+    if ratio is not None:
+        _check_ratio(ratio, [turn.turn_id for turn in tree] if isinstance(tree, TurnTree) else range(len(arrays)))
     if normalise:
-        arrays = arrays.with_reward(normalised_leaves(arrays))
-    value, root = values(arrays, mode=value_mode)
+        weights = branch_prob(arrays) if leaf_weights == "branch-prob" else None
+        arrays = arrays.with_reward(normalised_leaves(arrays, weights=weights))
+    value, root = values(arrays, mode=value_mode, ratio=ratio, trace_cap=trace_cap)
     if not has_signal(arrays):
         # Exactly zero: un-normalised equal rewards would otherwise push every action up or down alike.
         return Credit(values=value, root_value=root, advantages=np.zeros(len(arrays)))
     return Credit(values=value, root_value=root, advantages=advantages(arrays, value, root, mode=advantage_mode))
+
+
+def credit_as(tree: TurnTree | TreeArrays, settings: CreditConfig, *, ratio: F64 | None = None) -> Credit:
+    """``credit`` with the settings of a configuration."""
+    return credit(
+        tree,
+        value_mode=settings.value_mode,
+        advantage_mode=settings.advantage_mode,
+        normalise=settings.normalise_leaves,
+        leaf_weights=settings.leaf_weights,
+        ratio=ratio,
+        trace_cap=settings.trace_cap,
+    )
+
+
+def _check_ratio(ratio: F64, names: Sequence[int]) -> None:
+    if len(ratio) != len(names):
+        raise ValueError(
+            f"credit got {len(ratio)} turn ratios for {len(names)} turns; give one for each turn, in order"
+        )
+    bad = np.flatnonzero(~(np.isfinite(ratio) & (ratio >= 0)))
+    if len(bad):
+        raise ValueError(
+            f"turn {names[int(bad[0])]} has the ratio {ratio[bad[0]]}; expected finite and not negative: bound the "
+            "log-ratio before exp()"
+        )
 
 
 def branch_prob(arrays: TreeArrays) -> F64:
@@ -231,6 +322,8 @@ def turn_weights(
     aggregation: Aggregation = "seq-mean-token-mean",
     num_leaves: int | None = None,
     num_action_tokens: int | None = None,
+    num_turn_tokens: int | None = None,
+    num_trees: int = 1,
 ) -> F64:
     """float64[N]: ω_n, with which one pass over the tree equals the flat loss (ALGORITHM, section 5).
 
@@ -239,15 +332,26 @@ def turn_weights(
         aggregation: how the flat loss averages.
         num_leaves: N, of the whole batch; this tree's own where None.
         num_action_tokens: ΣT_i, of the whole batch; this tree's own where None.
+        num_turn_tokens: action tokens, each turn once, of the whole batch; this tree's own where None.
+        num_trees: of the whole batch.
     """
-    tokens = leaf_tokens(arrays)
     leaves = int(arrays.is_leaf.sum()) if num_leaves is None else num_leaves
-    if aggregation == "seq-mean-token-sum":
-        return leaves_below(arrays) / leaves
-    if aggregation == "token-mean":
-        return leaves_below(arrays) / (int(tokens.sum()) if num_action_tokens is None else num_action_tokens)
-    share = branch_prob(arrays) if aggregation == "branch-prob" else np.full(len(arrays), 1.0 / leaves)
-    return _sum_below(arrays, np.where(arrays.is_leaf, share / np.maximum(tokens, 1), 0.0))
+    tokens = leaf_tokens(arrays)
+    by_token = np.where(arrays.is_leaf, 1.0 / np.maximum(tokens, 1), 0.0)
+    match aggregation:
+        case "seq-mean-token-mean":
+            return _sum_below(arrays, by_token / leaves)
+        case "seq-mean-token-sum":
+            return leaves_below(arrays) / leaves
+        case "token-mean":
+            return leaves_below(arrays) / (int(tokens.sum()) if num_action_tokens is None else num_action_tokens)
+        case "unique-token-mean":
+            total = int(arrays.num_action_tokens.sum()) if num_turn_tokens is None else num_turn_tokens
+            return np.full(len(arrays), 1.0 / total)
+        case "branch-prob":
+            return _sum_below(arrays, branch_prob(arrays) * by_token / num_trees)
+        case "branch-prob-token-sum":
+            return _sum_below(arrays, branch_prob(arrays) / num_trees)
 
 
 def _sum_below(arrays: TreeArrays, own: F64) -> F64:
