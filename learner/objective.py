@@ -1,15 +1,19 @@
 """ATPO and its kin: one surrogate over action tokens, pure functions of tensors.
 
-Source: AT2PO (arXiv 2601.04767), section 3.4; ALGORITHM, section 3.
+Source: AT2PO (arXiv 2601.04767), section 3.4; ALGORITHM, section 3.  A further variant is one more function in
+``SURROGATES``, of the numbers that ``Tokens`` holds.
 
-Shapes: arguments that belong together share one shape, either rows ``BT`` or a flat list ``N`` of action tokens.
-Index tensors tell units apart: ``turn_N`` numbers the turns as they occur in the rows (a turn shared by two rows
-occurs twice), ``row_N`` the rows; -1 where a place holds no action token that counts.
+Shapes: arguments that belong together share one shape, either rows ``BT`` or a flat list ``M`` of action tokens.
+Index tensors tell units apart: ``turn`` numbers the turns as they occur in the rows (a turn shared by two rows occurs
+twice), ascending down each row, rows one after the other; ``row`` numbers the rows.  ``turn`` is -1 where a place holds
+no action token that counts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -17,7 +21,7 @@ from torch import Tensor
 
 from atpo_async.config import ObjectiveConfig
 
-Level = Literal["token", "turn", "sequence"]
+Level = Literal["token", "turn", "prefix", "sequence"]
 
 MAX_LOG_RATIO = 10.0
 """Keeps exp() of the log-ratio finite; far outside any clip range."""
@@ -32,12 +36,31 @@ class Surrogate:
     log_ratio: Tensor
     """log s_t, detached, same shape as the tokens."""
     clipped: Tensor
-    """bool: the clip (or the dual clip) binds here, so no gradient flows."""
+    """bool: a clip or a mask of the surrogate binds here, so no gradient of it flows."""
+    kl: Tensor
+    """Scalar, detached: sum of weight * correction * KL(policy || reference); 0 without a reference."""
+    entropy: Tensor
+    """Scalar, detached: sum of weight * entropy; 0 without entropies."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """What a surrogate is made of.  All of one shape; masked places hold zeros."""
+
+    logp: Tensor
+    """Under the weights being trained; with the gradient."""
+    log_ratio: Tensor
+    """log s_t, policy over prox at the ratio level; with the gradient of ``logp``."""
+    mu: Tensor
+    advantage: Tensor
 
 
 def units(level: Level, turn: Tensor, row: Tensor) -> Tensor:
-    """int64, same shape: which unit a token belongs to at ``level``; -1 for tokens that do not count."""
-    if level == "turn":
+    """int64, same shape: which unit a token belongs to at ``level``; -1 for tokens that do not count.
+
+    A prefix, the path down to a turn and that turn, goes by the number of its last turn; its sum is ``prefix_sum``.
+    """
+    if level == "turn" or level == "prefix":
         return turn
     if level == "sequence":
         return torch.where(turn < 0, turn, row)
@@ -61,6 +84,26 @@ def unit_mean(values: Tensor, unit: Tensor, count: int) -> Tensor:
     """float[count]: mean over each unit; 0 for units without tokens."""
     lengths = unit_sum(torch.ones_like(values), unit, count)
     return unit_sum(values, unit, count) / lengths.clamp(min=1)
+
+
+def prefix_sum(per_turn: Tensor, turn: Tensor, row: Tensor) -> Tensor:
+    """float[count]: each turn's own number and those of the turns before it in its row.
+
+    Args:
+        per_turn: float[count], one for each turn occurrence; numbers that no token has count as 0.
+        turn, row: of the tokens.
+    """
+    count = per_turn.shape[0]
+    turns, rows = turn.reshape(-1), row.reshape(-1)
+    counts = turns >= 0
+    turns, rows = turns[counts], rows[counts]
+    if not turns.numel():
+        return per_turn
+    # Rows come one after the other, so one running sum serves them all, less what stood before the row began.
+    running = per_turn.double().cumsum(0)
+    row_of = rows.new_zeros(count).scatter_(0, turns, rows)
+    first = turns.new_full((num_units(rows),), count - 1).scatter_reduce_(0, rows, turns, "amin")[row_of]
+    return (running - (running - per_turn.double())[first]).to(per_turn.dtype)
 
 
 def spread(per_unit: Tensor, unit: Tensor) -> Tensor:
@@ -98,38 +141,120 @@ def clipped_loss(
     return loss, clipped.detach()
 
 
+def _clip(tokens: Tokens, settings: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """PPO's surrogate; AT2PO, GRPO and DAPO, GSPO by the ratio level."""
+    return clipped_loss(
+        tokens.log_ratio.exp(),
+        tokens.advantage,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        dual_clip=settings.dual_clip,
+    )
+
+
+def _cispo(tokens: Tokens, settings: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """-sg(clip(s)) A log pi: every token keeps its gradient, however far its ratio is (arXiv 2506.13585, eq. 4)."""
+    ratio = tokens.log_ratio.detach().exp().clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    return -ratio * tokens.advantage * tokens.logp, _nowhere(tokens)
+
+
+def _policy_gradient(tokens: Tokens, settings: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """-A log pi; with ``correction.action = topr`` TOPR (arXiv 2503.14286)."""
+    return -tokens.advantage * tokens.logp, _nowhere(tokens)
+
+
+def _tv(tokens: Tokens, settings: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """-s A, but 0 for tokens that move away from mu and are further than ``tv_limit`` (arXiv 2602.04879)."""
+    policy, mu = tokens.logp.detach().exp(), tokens.mu.exp()
+    away = tokens.advantage * (policy - mu) > 0
+    masked = away & ((policy - mu).abs() > settings.tv_limit)
+    free = -tokens.log_ratio.exp() * tokens.advantage
+    return torch.where(masked, torch.zeros_like(free), free), masked
+
+
+def _nowhere(tokens: Tokens) -> Tensor:
+    return torch.zeros_like(tokens.logp, dtype=torch.bool)
+
+
+SURROGATES: Mapping[str, Callable[[Tokens, ObjectiveConfig], tuple[Tensor, Tensor]]] = MappingProxyType(
+    {"clip": _clip, "cispo": _cispo, "policy-gradient": _policy_gradient, "tv": _tv}
+)
+"""``objective.surrogate`` -> loss_t of each token, and where its gradient is cut off."""
+
+
+def kl_to_reference(logp: Tensor, reference: Tensor, estimator: Literal["k2", "k3"]) -> Tensor:
+    """An estimate of KL(policy || reference) by token, never negative, 0 exactly where the two agree.
+
+    k2 = d^2 / 2, whose gradient is that of the KL itself on tokens of the policy; k3 = exp(d) - 1 - d; d = reference -
+    policy, clamped at MAX_LOG_RATIO: a token that far down is pulled no more by k3.
+    """
+    difference = reference - logp
+    if estimator == "k2":
+        return difference.square() / 2
+    difference = difference.clamp(max=MAX_LOG_RATIO)
+    return difference.exp() - 1 - difference
+
+
 def atpo_loss(
     logp: Tensor,
     prox: Tensor,
+    mu: Tensor,
     advantage: Tensor,
     turn: Tensor,
     row: Tensor,
     weight: Tensor,
     correction: Tensor,
     settings: ObjectiveConfig,
+    *,
+    reference: Tensor | None = None,
+    entropy: Tensor | None = None,
 ) -> Surrogate:
-    """The clipped surrogate of ALGORITHM, section 3, for one forward pass.
+    """The objective of ALGORITHM, section 3, for one forward pass.
+
+    loss = sum of weight * (correction * (loss_t + kl_coef * KL_t) - entropy_coef * entropy_t)
 
     Args (all of one shape):
         logp: log-probs under the weights being trained; carries the gradient.
         prox: log-probs under the proximal policy, without gradient.
+        mu: log-probs under the behaviour policy.
         advantage: of the token's turn.
-        turn, row: int64 units; ``turn`` is -1 where nothing counts (observations, padding, masked turns).
+        turn, row: int64 units; ``turn`` is -1 where nothing counts (observations, padding, masked turns).  Such places
+            may hold anything.
         weight: aggregation weight of the token (``packing``), with the tree's w_PER.
         correction: off-policy weight of the token (``correction``), without gradient.
-        settings: ratio level, clip range, dual clip.
+        settings: surrogate, ratio level, clip range, and the two terms besides.
+        reference: log-probs under the reference policy, without gradient.
+        entropy: of the policy over the vocabulary at each token, nats; carries the gradient.
 
-    Padded places must hold finite numbers.
+    Raises:
+        ValueError: a term is switched on and what it needs was not given.
     """
-    logs = log_ratio(logp, prox, units(settings.ratio_level, turn, row))
-    per_token, clipped = clipped_loss(
-        logs.exp(),
-        advantage,
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        dual_clip=settings.dual_clip,
-    )
+    if settings.kl_coef and reference is None:
+        raise ValueError(f"objective.kl_coef = {settings.kl_coef} needs the reference's log-probs, and got none")
+    if settings.entropy_coef and entropy is None:
+        raise ValueError(f"objective.entropy_coef = {settings.entropy_coef} needs entropies, and got none")
     counts = turn >= 0
-    # where, not a product: 0 * inf of a masked place would poison the sum.
-    weighted = torch.where(counts, weight * correction * per_token, torch.zeros_like(per_token))
-    return Surrogate(weighted.sum(), logs.detach(), clipped & counts)
+
+    def kept(values: Tensor) -> Tensor:
+        # where, not a product, and before anything else: 0 * inf of a masked place would poison the sum, and its
+        # gradient too.
+        return torch.where(counts, values, torch.zeros_like(values))
+
+    logp, prox, weight = kept(logp), kept(prox), kept(weight)
+    corrected = weight * kept(correction)
+    tokens = Tokens(
+        logp=logp,
+        log_ratio=log_ratio(logp, prox, units(settings.ratio_level, turn, row)),
+        mu=kept(mu),
+        advantage=kept(advantage),
+    )
+    per_token, clipped = SURROGATES[settings.surrogate](tokens, settings)
+    loss = (corrected * per_token).sum()
+    kl = bonus = torch.zeros_like(loss).detach()
+    if reference is not None:
+        kl = (corrected * kl_to_reference(logp, kept(reference), settings.kl_estimator)).sum()
+        loss = loss + settings.kl_coef * kl if settings.kl_coef else loss
+    if entropy is not None:
+        bonus = (weight * kept(entropy)).sum()
+        loss = loss - settings.entropy_coef * bonus if settings.entropy_coef else loss
+    return Surrogate(loss, tokens.log_ratio.detach(), clipped & counts, kl.detach(), bonus.detach())
