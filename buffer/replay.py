@@ -69,11 +69,9 @@ def importance_weights(
     weight: F64 = (num_trees * probability) ** -beta
     if over == "none" or not len(weight):
         return weight
-    if over == "max":
-        return weight / weight.max()
     p = probability if ready is None else ready
-    mean = float(np.sum(p * (num_trees * p) ** -beta))
-    return weight / mean
+    unit = weight.max() if over == "max" else np.sum(p * (num_trees * p) ** -beta)
+    return np.asarray(weight / unit)
 
 
 def annealed_beta(step: int, *, start: float, num_steps: int) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from atpo_async.config import Config
-from atpo_async.credit import TreeArrays, credit, leaf_tokens, values
+from atpo_async.credit import TreeArrays, credit_as, leaf_tokens, values
 from atpo_async.messages import (
     Batch,
     BatchTree,
@@ -280,13 +280,8 @@ class BufferState:
         self.pool.shrink(max(self._config.buffer.max_bytes - self.assembly.nbytes, 0))
 
     def _priority(self, tree: TurnTree) -> float:
-        settings = self._config.credit
-        advantages = credit(
-            tree,
-            value_mode=settings.value_mode,
-            advantage_mode=settings.advantage_mode,
-            normalise=settings.normalise_leaves,
-        ).advantages
+        # Without turn ratios, which the learner alone has: a tree trace counts as child_mean here.
+        advantages = credit_as(tree, self._config.credit).advantages
         return tree_priority(advantages, max_share=self._config.buffer.priority_max_share)
 
     def _offer_partial(self, tree_id: str) -> bool:
