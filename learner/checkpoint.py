@@ -4,7 +4,7 @@
       model.safetensors       the policy's parameters, each once
       optimizer.safetensors   "<parameter>.<state>": exp_avg, exp_avg_sq, step
       rng-<rank>.safetensors  torch's generators
-      state.json              counters, version, optimizer settings, Python's and numpy's generators
+      state.json              counters, version, gradient norms, optimizer settings, Python's and numpy's generators
       sharded/                instead of the first two where no rank holds whole parameters (Accelerate's own format)
 
 Tensors are safetensors, the rest is JSON: nothing is unpickled.
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from atpo_async.errors import SetupError
 from atpo_async.policy import list_checkpoints as list_checkpoints
-from learner.guards import SkipCount
+from learner.guards import GradNorms, SkipCount
 from learner.step import Trainer
 
 _ASIDE = ".writing-"
@@ -76,6 +76,7 @@ def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> Pa
             "version": progress.version,
             "updates": trainer.updates,
             "skips": [trainer.skips.in_a_row, trainer.skips.total],
+            "grad_norms": list(trainer.grad_norms.norms),
             "param_groups": [
                 {k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups
             ],
@@ -127,6 +128,8 @@ def load(path: Path, trainer: Trainer) -> Progress:
         np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
         trainer.updates = int(state["updates"])
         trainer.skips = SkipCount(*state["skips"])
+        # Checkpoints from before there was such a guard have none: it starts as in a new run.
+        trainer.grad_norms = GradNorms.of(state.get("grad_norms", ()))
         return Progress(step=int(state["step"]), version=int(state["version"]))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as exc:
         raise SetupError(

@@ -44,6 +44,7 @@ Reason = Literal[
     "bad_reward",
     "bad_weight",
     "all_stale",
+    "bad_counts",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 """In the order in which they are asked: a tree with several faults is counted under the first."""
@@ -83,7 +84,9 @@ def sift(batch: Batch, *, version: int, vocab_size: int, max_lag: int) -> Sifted
     The batch's ``num_*`` stay what they are.  They are the normalisers of the global mean, counted by the buffer over
     all ranks' shares, and each rank sifts only its own: a rank that corrected them would divide by another number
     than the others.  So a tree left out counts as one whose every turn is masked, and the rest weighs what it
-    would have weighed.
+    would have weighed.  (With ``learner.minibatches`` above 1 the trainer counts the trees of each part anew, summed
+    over the ranks: there the rest weighs more.)  A share with more trees or leaves than its batch claims to have in
+    all is left out as a whole.
 
     Args:
         batch: this rank's share.
@@ -94,8 +97,9 @@ def sift(batch: Batch, *, version: int, vocab_size: int, max_lag: int) -> Sifted
     kept: list[BatchTree] = []
     dropped: dict[Reason, tuple[str, ...]] = {}
     messages: list[str] = []
+    miscounted = _counts(batch)
     for tree in batch.trees:
-        fault = _fault(tree, version=version, vocab_size=vocab_size, max_lag=max_lag)
+        fault = _fault(tree, version=version, vocab_size=vocab_size, max_lag=max_lag) or miscounted
         if fault is None:
             kept.append(tree)
             continue
@@ -121,6 +125,25 @@ def _fault(tree: BatchTree, *, version: int, vocab_size: int, max_lag: int) -> _
         or _weight(tree)
         or _staleness(tree.turns, version, max_lag)
     )
+
+
+def _counts(batch: Batch) -> _Fault | None:
+    """A fault of every tree: the mean they would be part of is over fewer trees or leaves than there are."""
+    num_leaves = sum(turn.end != "continue" for tree in batch.trees for turn in tree.turns)
+    least = {
+        "num_trees": len(batch.trees),
+        "num_leaves": max(1, num_leaves),
+        "num_action_tokens": 1,
+        "num_turn_tokens": 1,
+    }
+    for name, count in least.items():
+        if getattr(batch, name) < count:
+            return _Fault(
+                "bad_counts",
+                f"its batch has {name} = {getattr(batch, name)}, and this share alone has {count} or more",
+                "the loss is divided by it: look at whatever made this batch",
+            )
+    return None
 
 
 def _structure(turns: Sequence[Turn]) -> _Fault | None:
@@ -195,15 +218,13 @@ def _tokens(tree: BatchTree, vocab_size: int) -> _Fault | None:
 
 
 def _are_tokens(arrays: Sequence[np.ndarray], vocab_size: int) -> bool:
-    tokens = _joined(arrays)
-    if tokens is None or tokens.dtype.kind not in "iu":
-        return False
-    return not tokens.size or bool(tokens.min() >= 0 and tokens.max() < vocab_size)
+    tokens = _joined(arrays, kinds="iu")
+    return tokens is not None and (not tokens.size or bool(tokens.min() >= 0 and tokens.max() < vocab_size))
 
 
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray | None:
-    """All of them, end to end; None unless each has one dimension."""
-    if any(array.ndim != 1 for array in arrays):
+def _joined(arrays: Sequence[np.ndarray], *, kinds: str) -> np.ndarray | None:
+    """All of them, end to end; None unless each has one dimension and a type of one of ``kinds``."""
+    if any(array.ndim != 1 or array.dtype.kind not in kinds for array in arrays):
         return None
     joined: np.ndarray = np.concatenate(arrays)
     return joined
@@ -232,13 +253,9 @@ def _logprobs(turns: Sequence[Turn]) -> _Fault | None:
 
 
 def _are_logprobs(arrays: Sequence[np.ndarray]) -> bool:
-    values = _joined(arrays)
+    values = _joined(arrays, kinds="f")
     # Whatever is compared with a NaN is false.
-    return (
-        values is not None
-        and values.dtype.kind == "f"
-        and bool(values.min() > -np.inf and values.max() <= LOGPROB_SLACK)
-    )
+    return values is not None and bool(values.min() > -np.inf and values.max() <= LOGPROB_SLACK)
 
 
 def _spans(turns: Sequence[Turn], version: int) -> _Fault | None:
