@@ -30,6 +30,7 @@ OPTIONS_NOTE = (
     "Every field of the configuration is also an option: --learner.lr 1e-5, --staleness.max_lag=0.  "
     "`atpo config CONFIG` lists them with their values."
 )
+LAYERS = "several are laid over one another, later ones over earlier ones"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(words: list[str], *, debug: bool) -> int:
     parser = _parser()
     rest, texts = _split(words)
-    args = parser.parse_args(rest)
+    args, more = parser.parse_known_args(rest)
+    files = getattr(args, "config", None)
+    if files and not any(word.startswith("-") for word in more):
+        files += more  # `atpo actor A.toml --join WHERE B.toml`: argparse takes the first run of words only
+    elif more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     if args.command is None:
         parser.print_help()
         return EXIT_USER
@@ -94,26 +100,28 @@ def _parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, epilog=OPTIONS_NOTE, allow_abbrev=False)
 
     train = add("train", "start buffer, learner and actors, and train; the same command goes on with a stopped run")
-    train.add_argument("config", metavar="CONFIG", help="TOML file, for instance configs/demo.toml")
+    train.add_argument(
+        "config", metavar="CONFIG", nargs="+", help=f"TOML file, for instance configs/demo.toml; {LAYERS}"
+    )
     demo = add("demo", "train the small policy on the look-up task on this machine, in a new run, and report")
-    demo.add_argument("config", metavar="CONFIG", nargs="?", help="another configuration than configs/demo.toml")
+    demo.add_argument("config", metavar="CONFIG", nargs="*", help="another configuration than configs/demo.toml")
     for name, text in (
         ("buffer", "run the buffer by hand, in the foreground"),
         ("learner", "run the learner by hand, in the foreground"),
         ("actor", "run an actor by hand, in the foreground; it may join a running job from anywhere"),
     ):
         role = add(name, text)
-        role.add_argument("config", metavar="CONFIG")
+        role.add_argument("config", metavar="CONFIG", nargs="+", help=LAYERS)
         address = "run folder, or HOST:PORT of its buffer" if name == "actor" else "run folder"
         role.add_argument("--join", metavar="WHERE", help=f"{address}; the folder that CONFIG names where left out")
         role.add_argument("--name", metavar="NAME", help="name of this process in logs and metrics")
     evaluate = add("eval", "greedy success on held-out tasks, of a run's last checkpoint or a model folder")
     evaluate.add_argument("target", metavar="RUN|MODEL")
-    evaluate.add_argument("config", metavar="CONFIG", nargs="?", help="needed for a model folder")
+    evaluate.add_argument("config", metavar="CONFIG", nargs="*", help="for a model folder; configs/demo.toml without")
     config = add("config", "print the resolved configuration and every knob that bears on staleness")
-    config.add_argument("config", metavar="CONFIG")
+    config.add_argument("config", metavar="CONFIG", nargs="+", help=LAYERS)
     doctor = add("doctor", "what is installed, which engine and device would be used, what is missing")
-    doctor.add_argument("config", metavar="CONFIG", nargs="?")
+    doctor.add_argument("config", metavar="CONFIG", nargs="*", help=LAYERS)
     report = add("report", "write report.html into a run folder")
     report.add_argument("run", metavar="RUN")
     report.add_argument("--figure", metavar="PATH", help="also write the learning curve, as .svg or .png")
@@ -137,12 +145,12 @@ def command_demo(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
     """A new run each time, unless --run.name names one."""
     from atpo_async.config import load
 
-    path = Path(args.config) if args.config else demo_config()
-    config = load(path, texts)
+    files = args.config or [str(demo_config())]
+    config = load(files, texts)
     if "run.name" not in texts:
         config = renamed(config, free_name(config.run.dir, f"demo-{config.run.seed}"))
     options = [f"--{key}={text}" for key, text in texts.items() if key != "run.name"]
-    again = _again(["train", str(path), *options, "--run.name", config.run.name])
+    again = _again(["train", *files, *options, "--run.name", config.run.name])
     return train(config, again=again)
 
 
@@ -411,7 +419,7 @@ def _role_by_hand(role: str, args: argparse.Namespace, texts: Mapping[str, str])
     from rich.console import Console
 
     from atpo_async import doctor
-    from atpo_async.config import load
+    from atpo_async.config import as_options, load
     from atpo_async.role import hand_name, parse_address
     from atpo_async.rundir import RunDir, joining
     from atpo_async.supervisor import role_specs
@@ -419,7 +427,9 @@ def _role_by_hand(role: str, args: argparse.Namespace, texts: Mapping[str, str])
     config = load(args.config, texts)
     if role == "actor":
         doctor.engine_of(config)
-    options = [f"--{key}={text}" for key, text in texts.items()]
+    # A role's process takes one file: what the others set goes as options.
+    first, *others = args.config
+    options = [f"--{key}={text}" for key, text in {**as_options(others), **texts}.items()]
     argv, env = [sys.executable, "-m", "actors"], dict(os.environ)
     name = args.name or (hand_name(role) if role == "actor" else None)
     folder = Path(args.join) if args.join else config.run.dir / config.run.name
@@ -428,7 +438,7 @@ def _role_by_hand(role: str, args: argparse.Namespace, texts: Mapping[str, str])
             raise SetupError(f"--join {args.join} is no run folder here; a {role} shares files with the run")
         address = parse_address(args.join).removeprefix("tcp://")
         config = ensure_policy(config, Console(stderr=True))
-        argv += ["--config", args.config, "--join", address, f"--model.path={config.model.path}", *options]
+        argv += ["--config", first, "--join", address, f"--model.path={config.model.path}", *options]
     else:
         if role == "buffer" and not args.join:
             doctor.check_environment(config)
@@ -448,7 +458,7 @@ def _role_by_hand(role: str, args: argparse.Namespace, texts: Mapping[str, str])
             # The learner may need a launcher, its ranks and its GPUs, as under `atpo train`.
             spec = next(s for s in role_specs(config, rundir.path, has_cuda=doctor.has_cuda) if s.name == role)
             argv, env = list(spec.argv), {**env, **spec.env}
-        argv += ["--config", args.config, f"--model.path={rundir.config.model.path}", *options]
+        argv += ["--config", first, f"--model.path={rundir.config.model.path}", *options]
     if name:
         argv += ["--name", name]
     if args.debug:
@@ -484,10 +494,10 @@ def command_eval(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
     with contextlib.ExitStack() as stack:
         if (target / "run.json").is_file() or target.name == LATEST:
             rundir = RunDir.open(target)
-            config = load(args.config or rundir.path / "config.json", texts)
+            config = load(args.config or [rundir.path / "config.json"], texts)
             model, name = stack.enter_context(latest_policy(rundir))
         elif is_there(target):
-            config, model, name = load(args.config or demo_config(), texts), target, str(target)
+            config, model, name = load(args.config or [demo_config()], texts), target, str(target)
         else:
             raise SetupError(f"{target} is neither a run folder (run.json) nor a model folder (config.json)")
         doctor.engine_of(config)
@@ -552,11 +562,11 @@ def command_doctor(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
     from rich.table import Table
 
     from atpo_async import doctor
-    from atpo_async.config import build, load
+    from atpo_async.config import load
 
     if texts and not args.config:
-        args.config = str(demo_config())
-    found = doctor.findings(load(args.config, texts) if args.config else build({}))
+        args.config = [demo_config()]
+    found = doctor.findings(load(args.config, texts))
     table = Table(box=None, show_header=False, pad_edge=False)
     signs = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "missing": "[red]missing[/]"}
     for finding in found:

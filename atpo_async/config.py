@@ -1,6 +1,7 @@
 """Configuration: pydantic models by concern, TOML in, dotted options on top, contradictions refused with their path.
 
 Every field is also a dotted option (``--learner.lr 1e-5``).  Derived bounds are properties.  Unknown keys are refused.
+Several files may be laid over one another, a recipe over a task's; "none" stands for no value, which TOML lacks.
 Durations are seconds, sizes bytes unless the name says otherwise, staleness is counted in learner versions only.
 """
 
@@ -9,8 +10,9 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -40,8 +42,10 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic would read ``lr = true`` as 1."""
+        """pydantic would read ``lr = true`` as 1; and ``dual_clip = "none"`` is none, in a file as in an option."""
         annotation = cls.model_fields[str(info.field_name)].annotation
+        if value == "none" and type(None) in get_args(annotation):
+            return None
         parts = value if isinstance(value, list | tuple) else (value,)
         if any(isinstance(part, bool) for part in parts) and not _takes(annotation, bool):
             raise PydanticCustomError("truth", "takes no truth value")
@@ -186,7 +190,8 @@ class CorrectionConfig(Section):
     cap: float = Field(2.0, gt=0, description="C")
     floor: float = Field(0.0, ge=0, description="weights below are raised to it (truncate) or masked (mask)")
     exponent: Literal["fixed", "geometric", "ess"] = Field(
-        "fixed", description="lambda: exponent_value, 1/T_n, or the largest <= 1 with ESS/N >= ess_target over the batch"
+        "fixed",
+        description="lambda: exponent_value, 1/T_n, or the largest <= 1 with ESS/N >= ess_target over the batch",
     )
     exponent_value: float = Field(1.0, gt=0, le=1, description="lambda of exponent = fixed; 1: the exact ratio")
     ess_target: float = Field(0.5, gt=0, le=1, description="tau of exponent = ess")
@@ -427,7 +432,9 @@ class Config(Section):
                 "--correction.level token"
             )
         if c.action == "m2po" and c.exponent == "ess":
-            raise ValueError("correction.action = 'm2po' bounds the batch by its own measure: exponent = 'ess' would not")
+            raise ValueError(
+                "correction.action = 'm2po' bounds the batch by its own measure: exponent = 'ess' would not"
+            )
         if c.action == "none" and (c.exponent == "ess" or c.gate is not None):
             raise ValueError(
                 f"correction.exponent = {c.exponent!r} and correction.gate = {c.gate} do nothing with "
@@ -452,8 +459,8 @@ class Config(Section):
             return
         if s.max_lag < s.exact_lag:
             raise ValueError(
-                f"staleness.exact_lag = {s.exact_lag} would be masked by staleness.max_lag = {s.max_lag}: raise max_lag "
-                f"to {s.exact_lag}"
+                f"staleness.exact_lag = {s.exact_lag} would be masked by staleness.max_lag = {s.max_lag}: raise max_lag"
+                f" to {s.exact_lag}"
             )
         if s.max_uses != 1 or s.publish_every != 1 or self.buffer.ready != "complete":
             raise ValueError(
@@ -543,20 +550,21 @@ def derived_bounds(config: Config) -> list[tuple[str, int | float | str, str]]:
 
 
 def to_toml(config: Config) -> str:
-    """The resolved configuration as TOML, each field with what it means; values that are None as comments."""
+    """The resolved configuration as TOML, each field with what it means."""
     lines: list[str] = []
     for name in Config.model_fields:
         section = getattr(config, name)
         lines.append(f"[{name}]")
         for field, about in type(section).model_fields.items():
-            value = getattr(section, field)
-            text = f"# {field} = none" if value is None else f"{field} = {_toml_value(value)}"
+            text = f"{field} = {_toml_value(getattr(section, field))}"
             lines.append(f"{text}  # {about.description}" if about.description else text)
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _toml_value(value: Any) -> str:
+    if value is None:
+        return '"none"'
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -568,17 +576,73 @@ def _toml_value(value: Any) -> str:
     return json.dumps(str(value), ensure_ascii=False)
 
 
-def load(path: Path | str, overrides: Mapping[str, str] | None = None) -> Config:
-    """Read a TOML file (or the config.json of a run folder) and put dotted overrides on top.
+def load(files: Path | str | Sequence[Path | str], overrides: Mapping[str, str] | None = None) -> Config:
+    """Read TOML files (or the config.json of a run folder), later ones over earlier ones, and put overrides on top.
 
     Args:
-        path: the TOML or JSON file.
+        files: one file or several; tables are merged key by key.  None of them: the defaults.
         overrides: dotted path -> text: as it is for a field of text; else parsed as a TOML value where it is one.
 
     Raises:
-        ConfigError: the file is missing or no TOML; a key is unknown; a value is out of range; values contradict.
+        ConfigError: a file is missing or no TOML; a key is unknown; a value is out of range; values contradict.  Of
+            several files it names the one that holds the value.
     """
-    file = Path(path)
+    data, holders = _layered(files)
+    for key, text in (overrides or {}).items():
+        _put(data, key, text)
+        holders[key] = f"--{key}"
+    names = _paths(files)
+    return build(data, source=str(names[-1]) if names else "configuration", holders=holders if len(names) > 1 else {})
+
+
+def as_options(files: Path | str | Sequence[Path | str]) -> dict[str, str]:
+    """What ``files`` set, as dotted path -> text: overrides with which ``load`` makes the same of another file."""
+    known = fields()
+    return {
+        key: value if isinstance(value, str) and key in known else _toml_value(value)
+        for key, value in _leaves(_layered(files)[0])
+    }
+
+
+def _paths(files: Path | str | Sequence[Path | str]) -> list[Path]:
+    return [Path(files)] if isinstance(files, str | Path) else [Path(file) for file in files]
+
+
+def _layered(files: Path | str | Sequence[Path | str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The files' content, later ones over earlier ones; and dotted path -> the file that holds it."""
+    data: dict[str, Any] = {}
+    holders: dict[str, str] = {}
+    for file in _paths(files):
+        _lay(data, _read(file), str(file), holders)
+    return data, holders
+
+
+def _lay(onto: dict[str, Any], table: Mapping[str, Any], file: str, holders: dict[str, str], prefix: str = "") -> None:
+    """Put ``table`` over ``onto``, key by key, and note in ``holders`` whose each key is now."""
+    for key, value in table.items():
+        dotted = f"{prefix}{key}"
+        is_table = isinstance(value, Mapping)
+        if key in onto and isinstance(onto[key], dict) != is_table:
+            kinds = ("a section", "a value") if is_table else ("a value", "a section")
+            raise ConfigError(f"{dotted} is {kinds[0]} in {file}, but {kinds[1]} in {holders[dotted]}: make them agree")
+        holders[dotted] = file
+        if is_table:
+            _lay(onto.setdefault(key, {}), value, file, holders, f"{dotted}.")
+        else:
+            onto[key] = value
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of everything in a nested mapping that is no table."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """One file as it is.  Raises ConfigError."""
     try:
         text = file.read_text(encoding="utf-8")
         data = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
@@ -592,17 +656,25 @@ def load(path: Path | str, overrides: Mapping[str, str] | None = None) -> Config
         ) from None
     except OSError as exc:
         raise ConfigError(f"configuration {file} cannot be read: {exc.strerror}") from None
-    for key, value in (overrides or {}).items():
-        _put(data, key, value)
-    return build(data, source=str(file))
+    if not isinstance(data, dict):
+        raise ConfigError(f"configuration {file} holds a {type(data).__name__}, no sections; name a run's config.json")
+    return data
 
 
-def build(data: Mapping[str, Any], *, source: str = "configuration") -> Config:
-    """Validate a nested mapping.  Raises ConfigError with one line per fault, each with its dotted path."""
+def build(
+    data: Mapping[str, Any], *, source: str = "configuration", holders: Mapping[str, str] | None = None
+) -> Config:
+    """Validate a nested mapping.  Raises ConfigError with one line per fault, each with its dotted path.
+
+    Args:
+        data: sections and their fields.
+        source: where all of it comes from.
+        holders: dotted path -> where this one comes from, for the error to name; needed if there are several.
+    """
     try:
         return Config.model_validate(data)
     except ValidationError as exc:
-        raise ConfigError("\n".join(_fault(e, source) for e in exc.errors())) from None
+        raise ConfigError("\n".join(_fault(e, source, holders or {}) for e in exc.errors())) from None
 
 
 def _put(data: dict[str, Any], dotted: str, text: str) -> None:
@@ -659,14 +731,17 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def _fault(error: Any, source: str) -> str:
+def _fault(error: Any, source: str, holders: Mapping[str, str]) -> str:
     path = ".".join(str(p) for p in error["loc"])
     value = error.get("input")
     kind = error["type"]
+    holder = _holder(path, holders)
+    where = f" in {holder}" if holder else ""
     if kind == "extra_forbidden":
-        return f"{path}: unknown key (value {value!r}) in {source}; known in {_section_of(path)}: {_known(path)}"
+        known = f"known in {_section_of(path)}: {_known(path)}"
+        return f"{path}: unknown key (value {value!r}) in {holder or source}; {known}"
     if kind == "value_error" and not path:
-        return str(error["ctx"]["error"])
+        return f"{error['ctx']['error']}{_sides(str(error['ctx']['error']), holders)}"
     bounds = {
         "greater_than_equal": ("ge", ">="),
         "greater_than": ("gt", ">"),
@@ -675,10 +750,24 @@ def _fault(error: Any, source: str) -> str:
     }
     if kind in bounds:
         key, sign = bounds[kind]
-        return f"{path} must be {sign} {error['ctx'][key]:g}, got {value!r}"
+        return f"{path} must be {sign} {error['ctx'][key]:g}, got {value!r}{where}"
     if kind == "literal_error":
-        return f"{path} must be one of {error['ctx']['expected']}, got {value!r}"
-    return f"{path}: {error['msg']}, got {value!r}"
+        return f"{path} must be one of {error['ctx']['expected']}, got {value!r}{where}"
+    return f"{path}: {error['msg']}, got {value!r}{where}"
+
+
+def _holder(path: str, holders: Mapping[str, str]) -> str | None:
+    """Who holds a dotted path, or what it is a part of."""
+    while path and path not in holders:
+        path = path.rpartition(".")[0]
+    return holders.get(path)
+
+
+def _sides(message: str, holders: Mapping[str, str]) -> str:
+    """Who holds the fields that a contradiction names."""
+    named = dict.fromkeys(re.findall(r"(?<![\w.-])[a-z]+\.[a-z_]+", message))
+    known = [f"{name}: {holders[name]}" for name in named if name in holders]
+    return f"  ({'; '.join(known)})" if known else ""
 
 
 def _section_of(path: str) -> str:

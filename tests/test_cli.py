@@ -302,6 +302,64 @@ def test_a_learner_by_hand_is_started_as_the_supervisor_would(folder: Path, monk
     assert (env["OMP_NUM_THREADS"], env["ACCELERATE_USE_CPU"]) == ("3", "true")
 
 
+def test_every_command_lays_several_configurations_over_one_another(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Config] = []
+
+    def train(config: Config, *, again: str) -> int:
+        seen.append(config)
+        said_again.append(again)
+        return 0
+
+    said_again: list[str] = []
+    monkeypatch.setattr(cli, "train", train)
+    base = config_file(folder, "[learner]\nlr = 0.1\nweight_decay = 0.5\n")
+    (folder / "top.toml").write_text("[learner]\nlr = 0.2\n")
+    assert cli.main(["train", base, "top.toml"]) == 0
+    assert cli.main(["train", base, "--learner.weight_decay", "0.25", "top.toml"]) == 0
+    assert cli.main(["demo", base, "top.toml"]) == 0
+    assert [(c.learner.lr, c.learner.weight_decay) for c in seen] == [(0.2, 0.5), (0.2, 0.25), (0.2, 0.5)]
+    assert said_again[-1] == f"atpo train {base} top.toml --run.name demo-0-1"
+
+    assert cli.main(["config", base, "top.toml"]) == 0
+    out = capsys.readouterr().out
+    assert "\nlr = 0.2\n" in out
+    assert "\nweight_decay = 0.5\n" in out
+    found: list[Config] = []
+    monkeypatch.setattr("atpo_async.doctor.findings", lambda config: found.append(config) or [])
+    cli.main(["doctor", base, "top.toml"])
+    cli.main(["doctor"])
+    assert found == [load([base, "top.toml"]), Config()]
+
+    (folder / "bad.toml").write_text("[learner]\nlr = 0\n")
+    for command in ("train", "config", "doctor", "buffer", "learner", "actor", "demo"):
+        capsys.readouterr()
+        assert cli.main([command, base, "bad.toml"]) == 2
+        assert said(capsys) == "learner.lr must be > 0, got 0 in bad.toml"
+
+
+def test_a_role_by_hand_gets_what_further_files_set_as_options(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execve", lambda file, argv, env: started.append(argv))
+    base = config_file(folder, TRANSFORMERS)
+    (folder / "top.toml").write_text('[actor]\ntrees_in_flight = 3\n[objective]\ndual_clip = "none"\n')
+    cli.main(["actor", base, "--join", "localhost:5000", "top.toml", "--actor.max_num_seqs", "9"])
+    ((_, module, role, *argv),) = started
+    assert (module, role) == ("-m", "actors")
+    body = "c = context.config; a = c.actor; print(a.trees_in_flight, c.objective.dual_clip, a.max_num_seqs, a.engine)"
+    assert run_role(body, argv).stdout == "3 None 9 transformers\n"
+
+
+def test_a_word_that_is_no_file_where_none_is_taken_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["version", "more"])
+    assert caught.value.code == 2
+    with pytest.raises(SystemExit):
+        cli.main(["train", DEMO, "--nonsense", "x"])
+    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
+
+
 def test_a_run_of_another_configuration_is_refused_and_left_as_it_was(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

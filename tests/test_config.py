@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atpo_async import config as configuration
-from atpo_async.config import Config, build, load, parse_value, split_options, to_toml
+from atpo_async.config import Config, as_options, build, load, parse_value, split_options, to_toml
 from atpo_async.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +94,101 @@ def test_dotted_options_go_on_top_of_the_file(tmp_path: Path) -> None:
     assert config.run.name == "x"
     assert config.objective.dual_clip is None
     assert config.actor.gpus == (0,)
+
+
+def layers(folder: Path, *texts: str) -> list[Path]:
+    """Files a.toml, b.toml, … with these contents."""
+    paths = [folder / f"{letter}.toml" for letter in "abcdef"[: len(texts)]]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text, encoding="utf-8")
+    return paths
+
+
+def test_later_files_go_over_earlier_ones_key_by_key_and_options_over_all(tmp_path: Path) -> None:
+    files = layers(
+        tmp_path,
+        "[learner]\nlr = 0.1\nweight_decay = 0.5\n[environment]\noptions = { hops = 3, num_names = 8 }\n",
+        "[learner]\nlr = 0.2\nwarmup_steps = 4\n[environment.options]\nhops = 2\n",
+        "[search]\nbranches = 5\n",
+    )
+    config = load(files, {"learner.warmup_steps": "5"})
+    assert (config.learner.lr, config.learner.weight_decay, config.learner.warmup_steps) == (0.2, 0.5, 5)
+    assert config.environment.options == {"hops": 2, "num_names": 8}
+    assert config.search.branches == 5
+    assert load(files[::-1]).learner.lr == 0.1
+    assert load([]) == Config()
+
+
+def test_a_runs_own_configuration_takes_files_on_top(tmp_path: Path) -> None:
+    run = tmp_path / "config.json"
+    run.write_text(json.dumps(build({"learner": {"lr": 0.1, "num_threads": None}}).model_dump(mode="json")))
+    (file,) = layers(tmp_path, "[learner]\nnum_threads = 2\n")
+    assert load([run, file]).learner.num_threads == 2
+    assert load([file, run]).learner.num_threads is None
+
+
+def test_of_several_files_an_error_names_the_one_that_holds_the_value(tmp_path: Path) -> None:
+    a, b = layers(tmp_path, "[staleness]\nmax_lag = 2\n[search]\nbranches = 3\n", "[staleness]\nmax_lag = -1\n")
+    with pytest.raises(ConfigError) as caught:
+        load([a, b])
+    assert str(caught.value) == f"staleness.max_lag must be >= 0, got -1 in {b}"
+    with pytest.raises(ConfigError) as caught:
+        load([b, a], {"search.strategy": "best"})
+    assert str(caught.value).endswith("got 'best' in --search.strategy")
+    assert load([b, a]).staleness.max_lag == 2
+    c, d = layers(tmp_path, "[learner]\nlrr = 1\n[lerner]\nlr = 1\n", "[learner]\nlr = 1e-3\n")
+    with pytest.raises(ConfigError) as caught:
+        load([c, d])
+    first, second = sorted(str(caught.value).splitlines())
+    assert first.startswith(f"learner.lrr: unknown key (value 1) in {c}; known in [learner]: lr, ")
+    assert second.startswith(f"lerner: unknown key (value {{'lr': 1}}) in {c}; known in the file: run, ")
+
+
+def test_of_several_files_a_contradiction_names_who_holds_each_side(tmp_path: Path) -> None:
+    a, b = layers(tmp_path, "[staleness]\nmax_lag = 1\n", "[staleness]\npublish_every = 4\n")
+    with pytest.raises(ConfigError) as caught:
+        load([a, b], {"staleness.max_uses": "2"})
+    sides = f"  (staleness.max_lag: {a}; staleness.publish_every: {b}; staleness.max_uses: --staleness.max_uses)"
+    assert str(caught.value).endswith(f"lower publish_every or max_uses{sides}")
+    with pytest.raises(ConfigError) as caught:
+        load(a, {"staleness.publish_every": "4"})
+    assert str(caught.value).endswith("or lower publish_every or max_uses"), "one file needs no name"
+
+
+def test_of_several_files_the_missing_the_broken_and_the_misshapen_one_is_named(tmp_path: Path) -> None:
+    a, b, c = layers(tmp_path, "[learner]\nlr = 1\n", "learner = 3\n", "[learner\n")
+    with pytest.raises(ConfigError, match=r"nowhere\.toml does not exist"):
+        load([a, tmp_path / "nowhere.toml"])
+    with pytest.raises(ConfigError, match=r"c\.toml is no valid TOML"):
+        load([a, c])
+    with pytest.raises(ConfigError, match=rf"^learner is a value in {b}, but a section in {a}: make them agree$"):
+        load([a, b])
+    with pytest.raises(ConfigError, match=rf"^learner is a section in {a}, but a value in {b}: make them agree$"):
+        load([b, a])
+    (listed := tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"list\.json holds a list, no sections"):
+        load([a, listed])
+
+
+def test_what_files_set_can_be_said_as_options(tmp_path: Path) -> None:
+    a, b = layers(
+        tmp_path,
+        "[learner]\nlr = 0.1\nbetas = [0.5, 0.6]\n",
+        '[run]\nname = "7"\n[learner]\nmax_grad_spike = "none"\ngpus = []\ngradient_checkpointing = true\n'
+        '[objective]\nclip_high = 1e-3\ndual_clip = "none"\n[search]\nstrategy = "none"\n[links]\nkeys_dir = "none"\n'
+        '[environment]\noptions = { day = "7", "odd key" = "a\\"b", hops = 2, fast = true }\n',
+    )
+    assert load(a, as_options(b)) == load([a, b])
+    assert load(a, as_options([a, b])) == load([a, b])
+    assert as_options([]) == {}
+
+
+def test_a_file_says_none_as_an_option_does(tmp_path: Path) -> None:
+    config = load(write(tmp_path, '[objective]\ndual_clip = "none"\n[learner]\naccelerate_config = "none"\n'))
+    assert config.objective.dual_clip is None
+    assert config.learner.accelerate_config is None
+    with pytest.raises(ConfigError, match=r"^learner\.lr: .*, got 'none'$"):
+        load(write(tmp_path, '[learner]\nlr = "none"\n'))
 
 
 def test_none_is_a_word_where_the_field_has_that_word(tmp_path: Path) -> None:
@@ -222,7 +317,9 @@ def test_every_staleness_knob_is_a_field() -> None:
 
 
 def test_the_resolved_configuration_as_toml_and_as_json_loads_to_the_same(tmp_path: Path) -> None:
-    config = load(ROOT / "configs" / "demo.toml", {"run.name": 'x"'[:1], "environment.options.hops": "2"})
+    changes = {"run.name": 'x"'[:1], "environment.options.hops": "2", "objective.dual_clip": "none"}
+    config = load(ROOT / "configs" / "demo.toml", changes)
+    assert config.objective.dual_clip is None
     assert load(write(tmp_path, to_toml(config))) == config
     as_json = tmp_path / "config.json"
     as_json.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
