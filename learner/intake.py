@@ -94,20 +94,20 @@ def sift(batch: Batch, *, version: int, vocab_size: int, max_lag: int) -> Sifted
         vocab_size: rows of the model's embeddings.
         max_lag: a tree with no turn within it, on the way to a finished leaf, has nothing to train on.
     """
+    found = [_fault(tree, version=version, vocab_size=vocab_size, max_lag=max_lag) for tree in batch.trees]
+    miscounted = _counts(batch, [tree for tree, fault in zip(batch.trees, found, strict=True) if fault is None])
     kept: list[BatchTree] = []
     dropped: dict[Reason, tuple[str, ...]] = {}
     messages: list[str] = []
-    miscounted = _counts(batch)
-    for tree in batch.trees:
-        fault = _fault(tree, version=version, vocab_size=vocab_size, max_lag=max_lag) or miscounted
+    for tree, own in zip(batch.trees, found, strict=True):
+        fault = own or miscounted
         if fault is None:
             kept.append(tree)
             continue
         dropped[fault.reason] = (*dropped.get(fault.reason, ()), tree.tree_id)
         messages.append(f"tree {tree.tree_id} is left out ({fault.reason}): {fault.fact}; {fault.hint}")
-    whole = len(kept) == len(batch.trees)
     return Sifted(
-        batch=batch if whole else msgspec.structs.replace(batch, trees=tuple(kept)),
+        batch=msgspec.structs.replace(batch, trees=tuple(kept)) if messages else batch,
         dropped=dropped,
         messages=tuple(messages),
     )
@@ -127,14 +127,14 @@ def _fault(tree: BatchTree, *, version: int, vocab_size: int, max_lag: int) -> _
     )
 
 
-def _counts(batch: Batch) -> _Fault | None:
+def _counts(batch: Batch, fit: Sequence[BatchTree]) -> _Fault | None:
     """A fault of every tree: the mean they would be part of is over fewer trees or leaves than there are."""
-    num_leaves = sum(turn.end != "continue" for tree in batch.trees for turn in tree.turns)
+    num_leaves = sum(turn.end != "continue" for tree in fit for turn in tree.turns)
     least = {
-        "num_trees": len(batch.trees),
-        "num_leaves": max(1, num_leaves),
-        "num_action_tokens": 1,
-        "num_turn_tokens": 1,
+        "num_trees": len(fit),
+        "num_leaves": num_leaves,
+        "num_action_tokens": num_leaves,  # each row has one at the least
+        "num_turn_tokens": len(fit),
     }
     for name, count in least.items():
         if getattr(batch, name) < count:
