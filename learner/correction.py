@@ -7,7 +7,7 @@ gradient.  Tokens that do not count (stale turns) add nothing to S.
 Diagnostics are additive: every function gives sums that can be added over micro-batches and ranks (``SUMS`` names the
 places of one vector), and ``summary`` turns the total into metrics.  Shapes as in ``objective``.
 
-Numbers that are not finite: an infinite log-ratio weighs as one of MAX_LOG_RATIO nats; NaN stays NaN, so that the loss
+Numbers that are not finite: an infinite log-ratio weighs as one of MAX_TOKEN_LOG_RATIO nats; NaN stays NaN, so that the loss
 shows it and the update is refused.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from atpo_async.config import CorrectionConfig
 from learner.objective import Level, num_units, prefix_sum, spread, unit_mean, unit_sum, units
 
-MAX_LOG_RATIO = 1e3
+MAX_TOKEN_LOG_RATIO = 1e3
 """Of a token, nats: keeps sums over units finite; beyond anything that two real policies differ by."""
 MAX_LOG_WEIGHT = 30.0
 """Keeps exp() and its square finite in float32."""
@@ -114,7 +114,7 @@ def importance_weights(
 
 
 def _difference(numerator: Tensor, mu: Tensor) -> Tensor:
-    return (numerator - mu).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (numerator - mu).detach().clamp(-MAX_TOKEN_LOG_RATIO, MAX_TOKEN_LOG_RATIO)
 
 
 def _log_weight(numerator: Tensor, mu: Tensor, turn: Tensor, row: Tensor, settings: CorrectionConfig) -> Tensor:
