@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
@@ -24,6 +25,10 @@ from atpo_async.config import Config, LearnerConfig
 from atpo_async.errors import SetupError
 from atpo_async.models import model_folder
 from atpo_async.tensor_files import check_files
+from learner import tree_attention
+from learner.packing import MicroBatch, Row, micro_batches
+from learner.tree_attention import DeviceLayout
+from learner.tree_packing import tree_micro_batches
 
 MAX_LOGITS = 1 << 26
 """Logits held at once (256 MB in float32); more are recomputed in the backward pass, chunk by chunk."""
@@ -45,60 +50,71 @@ class Policy(nn.Module):
         self.hf = hf
         self.temperature = temperature
         self._no_split_modules = getattr(hf, "_no_split_modules", None)  # FSDP wraps by these
+        tree_attention.install(hf)
 
     def forward(
         self,
         tokens: Tensor,
         predictor: Tensor,
         target: Tensor,
-        position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        layout: DeviceLayout | None = None,
         temperature: float | None = None,
+        with_entropy: bool = False,
     ) -> Tensor:
-        """float32[N] (float64 in a float64 model): log-prob of each target.
+        """float32[N] (float64 in a float64 model): log-prob of each target; float[2, N] with entropies.
 
         Args:
             tokens: int64[B, T], padded on the right.
             predictor: int64[N], place in the flattened B * T whose output predicts the target.
             target: int64[N].
-            position_ids, attention_mask: None for plain causal rows, which need neither.
+            layout: of packed trees (``tree_attention.to_device``); None for plain causal rows.
             temperature: None for the policy's own.
+            with_entropy: also the entropy, nats, of the whole tempered distribution each target was scored under.
         """
-        return self.logprobs(tokens, predictor, target, position_ids, attention_mask, temperature)
+        return self.logprobs(tokens, predictor, target, layout, temperature, with_entropy)
 
     def logprobs(
         self,
         tokens: Tensor,
         predictor: Tensor,
         target: Tensor,
-        position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        layout: DeviceLayout | None = None,
         temperature: float | None = None,
+        with_entropy: bool = False,
     ) -> Tensor:
         """As ``forward``, without whatever Accelerate put around that (autocast)."""
-        hidden = self.hf.base_model(
-            input_ids=tokens, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+        arranged = {} if layout is None else layout.model_arguments()
+        hidden = self.hf.base_model(input_ids=tokens, use_cache=False, **arranged).last_hidden_state
         chosen = hidden.reshape(-1, hidden.shape[-1])[predictor]
         head = self.hf.get_output_embeddings()
         scale = 1.0 / (self.temperature if temperature is None else temperature)
-        size = max(1, MAX_LOGITS // int(head.weight.shape[0]))
+        score = _head_entropies if with_entropy else _head_logprobs
+        # The entropy holds the log-probs of the whole vocabulary beside the logits.
+        size = max(1, MAX_LOGITS // int(head.weight.shape[0]) // (1 + with_entropy))
         if len(chosen) <= size:
-            return _head_logprobs(head, scale, chosen, target)
+            return score(head, scale, chosen, target)
         parts = [
-            checkpoint(_head_logprobs, head, scale, h, t, use_reentrant=False)
+            checkpoint(score, head, scale, h, t, use_reentrant=False)
             for h, t in zip(torch.split(chosen, size), torch.split(target, size), strict=True)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts, dim=-1)
 
 
 def _head_logprobs(head: Callable[[Tensor], Tensor], scale: float, hidden: Tensor, target: Tensor) -> Tensor:
+    return -nn.functional.cross_entropy(_logits(head, scale, hidden), target, reduction="none")
+
+
+def _head_entropies(head: Callable[[Tensor], Tensor], scale: float, hidden: Tensor, target: Tensor) -> Tensor:
+    """float[2, N]: log-probs of the targets, entropies."""
+    logs = _logits(head, scale, hidden).log_softmax(-1)
+    return torch.stack([logs.gather(-1, target[:, None])[:, 0], -(logs.exp() * logs).sum(-1)])
+
+
+def _logits(head: Callable[[Tensor], Tensor], scale: float, hidden: Tensor) -> Tensor:
     logits = head(hidden)
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
-    if scale != 1.0:
-        logits = logits * scale
-    return -nn.functional.cross_entropy(logits, target, reduction="none")
+    return logits * scale if scale != 1.0 else logits
 
 
 def load_policy(config: Config) -> Policy:
@@ -114,9 +130,8 @@ def open_policy(folder: Path, config: Config) -> Policy:
     """The policy in ``folder``, which a checkpoint may be.  Raises SetupError naming it, or the damaged file in it."""
     check_files(folder)
     try:
-        hf = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
-        )
+        # Attention is transformers' choice: SDPA wherever the model has it.
+        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as exc:
         reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
         raise SetupError(
@@ -158,6 +173,100 @@ def _check_head(policy: Policy, folder: Path) -> None:
             f"model.path = {str(folder)!r}: {type(policy.hf).__name__} does more to its logits than the output head "
             f"(log-probs differ by {error:.2g}); this learner supports models whose head is one matrix"
         )
+
+
+def layout_for(policy: Policy, config: Config, model: nn.Module | None = None) -> tuple[Literal["tree", "flat"], str]:
+    """How this policy's batches are laid out, and why: ``learner.packing``, as far as the model can.
+
+    A model can if a small forked tree gets the same log-probs packed as flat, on the device where the policy is.
+
+    Args:
+        policy: the policy.
+        config: the run's.
+        model: the policy in its wrappers, where only those can run it (sharded parameters); every rank then calls this.
+
+    Raises:
+        SetupError: ``learner.packing = "tree"`` and the model cannot.
+    """
+    if config.learner.packing == "flat":
+        return "flat", "learner.packing = 'flat'"
+    obstacle = tree_attention.obstacle(policy.hf, max_tokens=config.model.max_context_tokens)
+    if obstacle is None:
+        obstacle = _packing_fault(policy, model, config.learner.mixed_precision)
+    if obstacle is None:
+        return "tree", "packed trees get the log-probs of flat rows"
+    if config.learner.packing == "tree":
+        raise SetupError(
+            f"learner.packing = 'tree', but {type(policy.hf).__name__} in model.path = {config.model.path!r} cannot "
+            f"score packed trees: {obstacle}; use --learner.packing flat"
+        )
+    return "flat", obstacle
+
+
+PACKING_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""Nats between packed and flat log-probs, by dtype of the parameters."""
+
+WRAPPED_TOLERANCE = {"no": 1e-3, "bf16": 0.1, "fp16": 0.02}
+"""The same through wrappers that may cast, by ``learner.mixed_precision``."""
+
+
+def _packing_fault(policy: Policy, model: nn.Module | None, mixed_precision: str) -> str | None:
+    """What goes wrong when a small tree is scored packed; None where nothing does."""
+    rows = _forked_rows(int(policy.hf.config.vocab_size))
+    (flat,) = micro_batches(rows, max_tokens=1024, version=0)
+    (packed,) = tree_micro_batches(rows, max_tokens=1024, pack_tokens=None, version=0)
+    assert packed.layout is not None
+    device, dtype = next((p.device, p.dtype) for p in policy.parameters())
+
+    def score(batch: MicroBatch, layout: DeviceLayout | None) -> Tensor:
+        tokens, predictor, target = (
+            torch.from_numpy(values).to(device) for values in (batch.tokens, batch.predictor, batch.target)
+        )
+        run = policy.logprobs if model is None else model
+        scored: Tensor = run(tokens, predictor, target, layout=layout).double()
+        return scored if batch.occurrence is None else scored[torch.from_numpy(batch.occurrence).to(device)]
+
+    tolerance = PACKING_TOLERANCE.get(dtype, 0.1) if model is None else WRAPPED_TOLERANCE[mixed_precision]
+    with torch.no_grad():
+        expected = score(flat, None)
+        # What looking at the wrong tokens changes: a model that hardly listens to its context must not pass for that.
+        effect = float((score(packed, None) - expected).abs().max())
+        for layout in tree_attention.every_way(packed.layout, device):
+            try:
+                error = float((score(packed, layout) - expected).abs().max())
+            except Exception as exc:
+                return f"it raises {type(exc).__name__}: {str(exc).strip().splitlines()[0] if str(exc) else ''}"
+            if not error <= min(tolerance, max(0.02 * effect, 1e-2 * tolerance)):
+                return f"their log-probs differ from flat ones by {error:.2g} nats"
+    return None
+
+
+def _forked_rows(vocab_size: int) -> list[Row]:
+    """Three rows of one length, depth first: a shared observation, two turns without one, a shared prefix."""
+    parts = (
+        ((0, 6, 6), (1, 10, 13), (3, 16, 16)),
+        ((0, 6, 6), (1, 10, 13), (4, 16, 16)),
+        ((0, 6, 6), (2, 10, 13), (5, 16, 18)),
+    )
+    rows = []
+    for path in parts:
+        tokens = np.zeros(21, dtype=np.int32)
+        tokens[:6] = np.arange(6) * 5 + 3
+        ends = [begin for _, begin, _ in path[1:]] + [len(tokens)]
+        at, turn = [], []
+        for (number, begin, action), end in zip(path, ends, strict=True):
+            tokens[begin:end] = np.arange(begin, end) * 7 + np.where(np.arange(begin, end) < action, 0, 11 * number + 1)
+            at.append(np.arange(action, end, dtype=np.int64))
+            turn.append(np.full(end - action, number, dtype=np.int64))
+        places, turns = np.concatenate(at), np.concatenate(turn)
+        nothing = np.zeros(len(places))
+        rows.append(
+            Row(
+                tokens=tokens % vocab_size, parts=np.array(path, dtype=np.int64), tree=0, at=places, mu=nothing,
+                advantage=nothing, version=turns * 0, turn=turns, weight=nothing,
+            )
+        )  # fmt: skip
+    return rows
 
 
 def make_accelerator(config: Config, *, project: Path | None = None) -> Accelerator:
