@@ -1,21 +1,24 @@
-"""Values, advantages and weights against the reference vectors and by hand."""
+"""What credit promises of any tree; its reference numbers are in test_vectors.py."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from atpo_async.config import CreditConfig
 from atpo_async.credit import (
     AdvantageMode,
+    Aggregation,
+    LeafWeights,
     TreeArrays,
     ValueMode,
-    advantages,
     branch_prob,
     credit,
+    credit_as,
     has_signal,
     leaf_tokens,
     leaves_below,
@@ -25,94 +28,160 @@ from atpo_async.credit import (
 )
 from atpo_async.tree import Turn, TurnTree, VersionSpan
 
-VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / "at2po_vectors.json").read_text())["tree"]
-NEAR = 1e-9
+
+def tree_of(parents: list[int], rewards: list[float], *, seed: int = 0) -> TreeArrays:
+    """A turn under each of ``parents`` (positions, -1 for the root); rewards of the leaves in order, then 0."""
+    parent = np.array(parents, dtype=np.int64)
+    is_leaf = ~np.isin(np.arange(len(parent)), parent)
+    reward = np.zeros(len(parent))
+    reward[is_leaf] = (rewards + [0.0] * int(is_leaf.sum()))[: int(is_leaf.sum())]
+    rng = np.random.default_rng(seed)
+    return TreeArrays(
+        parent=parent, is_leaf=is_leaf, reward=reward, entropy=rng.random(len(parent)) * 2,
+        num_action_tokens=rng.integers(1, 9, len(parent)),
+    )  # fmt: skip
 
 
 @pytest.fixture
 def arrays() -> TreeArrays:
-    """The reference tree: node n of the file is at position n - 1."""
-    nodes = VECTORS["nodes"][1:]
-    return TreeArrays(
-        parent=np.array([n["parent"] - 1 for n in nodes]),
-        is_leaf=np.array([n["reward"] is not None for n in nodes]),
-        reward=np.array([n["reward"] or 0.0 for n in nodes], dtype=np.float64),
-        entropy=np.array([n["H"] for n in nodes]),
-        num_action_tokens=np.array([n["n_act"] for n in nodes]),
-    )
+    r"""Three chains from the root, the first branches in its second turn: leaves at 1, 4, 5, 6 and 7."""
+    return tree_of([-1, -1, -1, 0, 0, 3, 3, 2], [1.0, 0.0, -1.0, 1.0, 0.5])
 
 
-def expected(section: dict[str, float], *, root: bool = False) -> np.ndarray:
-    """By position; turns that the section does not name are 0."""
-    out = np.zeros(9)
-    for name, value in section.items():
-        if name != "0":
-            out[int(name) - 1] = value
-    return np.append(out, section["0"]) if root else out
+@st.composite
+def trees(draw: st.DrawFn) -> TreeArrays:
+    count = draw(st.integers(1, 30))
+    parents = [draw(st.integers(-1, i - 1)) for i in range(count)]
+    rewards = draw(st.lists(st.floats(-10, 10), min_size=count, max_size=count))
+    return tree_of(parents, rewards, seed=count)
 
 
-def test_leaf_rewards_are_normalised_inside_the_tree(arrays: TreeArrays) -> None:
-    np.testing.assert_allclose(normalised_leaves(arrays), expected(VECTORS["leaf_reward_normalised"]), atol=NEAR)
+def test_leaves_and_their_tokens_are_counted_along_the_paths(arrays: TreeArrays) -> None:
+    assert leaves_below(arrays).tolist() == [3, 1, 1, 2, 1, 1, 1, 1]
+    tokens = arrays.num_action_tokens
+    assert leaf_tokens(arrays)[5] == tokens[0] + tokens[3] + tokens[5]
+    assert not leaf_tokens(arrays)[[0, 2, 3]].any()
 
 
-def test_leaf_rewards_can_be_normalised_under_the_branch_probabilities(arrays: TreeArrays) -> None:
-    found = normalised_leaves(arrays, weights=branch_prob(arrays))
-    np.testing.assert_allclose(found, expected(VECTORS["leaf_reward_normalised_branch_prob"]), atol=NEAR)
-    value, root = values(arrays.with_reward(found))
-    np.testing.assert_allclose(
-        np.append(value, root), expected(VECTORS["V_child_mean_branch_prob_norm"], root=True), atol=NEAR
-    )
-
-
-@pytest.mark.parametrize("value_mode", get_args(ValueMode))
-@pytest.mark.parametrize("suffix", ["", "_unnormalised_rewards"])
-def test_values_and_advantages_are_those_of_the_reference(
-    arrays: TreeArrays, value_mode: ValueMode, suffix: str
-) -> None:
-    tree = arrays if suffix else arrays.with_reward(normalised_leaves(arrays))
-    value, root = values(tree, mode=value_mode)
-    np.testing.assert_allclose(
-        np.append(value, root), expected(VECTORS[f"V{suffix}"][value_mode], root=True), atol=NEAR
-    )
-    for mode in get_args(AdvantageMode):
-        found = advantages(tree, value, root, mode=mode)
-        np.testing.assert_allclose(found, expected(VECTORS[f"A{suffix}"][value_mode][mode]), atol=NEAR)
-        whole = credit(arrays, value_mode=value_mode, advantage_mode=mode, normalise=not suffix)
-        np.testing.assert_allclose(whole.advantages, found, atol=NEAR)
-        assert whole.root_value == pytest.approx(root, abs=NEAR)
-
-
-def test_branch_probabilities_are_those_of_the_reference_and_give_the_child_mean(arrays: TreeArrays) -> None:
-    q = branch_prob(arrays)
-    np.testing.assert_allclose(q, expected(VECTORS["branch_prob_q"]), atol=NEAR)
+@given(trees())
+@settings(deadline=None)
+def test_branch_probabilities_sum_to_1_and_give_the_child_mean(tree: TreeArrays) -> None:
+    q = branch_prob(tree)
     assert q.sum() == pytest.approx(1.0)
-    assert float(np.sum(q * arrays.reward)) == pytest.approx(values(arrays)[1])
+    assert float(np.sum(q * tree.reward)) == pytest.approx(values(tree)[1], abs=1e-12)
 
 
-def test_leaf_tokens_count_the_actions_of_the_path(arrays: TreeArrays) -> None:
-    np.testing.assert_array_equal(leaf_tokens(arrays), expected(VECTORS["T_leaf"]).astype(int))
-    np.testing.assert_array_equal(leaves_below(arrays), [3, 1, 2, 1, 2, 1, 1, 1, 1])
+@given(trees(), st.sampled_from(["child_mean", "leaf_mean", "child_softmax", "child_entropy_linear"]))
+@settings(deadline=None)
+def test_a_value_lies_between_the_rewards_of_the_leaves_below(tree: TreeArrays, mode: Any) -> None:
+    value, root = values(tree, mode=mode)
+    rewards = tree.reward[tree.is_leaf]
+    assert rewards.min() - 1e-9 <= min(*value, root) <= max(*value, root) <= rewards.max() + 1e-9
 
 
-@pytest.mark.parametrize(
-    ("aggregation", "name"),
-    [
-        ("seq-mean-token-mean", "seq_mean_token_mean"),
-        ("seq-mean-token-sum", "seq_mean_token_sum"),
-        ("token-mean", "token_mean"),
-        ("branch-prob", "branch_prob_token_mean"),
-    ],
-)
-def test_turn_weights_are_those_of_the_reference(arrays: TreeArrays, aggregation: Any, name: str) -> None:
-    found = turn_weights(arrays, aggregation=aggregation)
-    np.testing.assert_allclose(found, expected(VECTORS["node_weight"][name]), atol=NEAR)
+@given(trees(), st.just(0.0) | st.floats(1e-6, 5), st.floats(0.1, 3))
+@settings(deadline=None)
+def test_a_self_normalised_trace_forgets_how_large_all_ratios_are(tree: TreeArrays, ratio: float, cap: float) -> None:
+    found, root = values(tree, mode="tree_trace_selfnorm", ratio=np.full(len(tree), ratio), trace_cap=cap)
+    plain, plain_root = values(tree)
+    np.testing.assert_allclose(found, plain, atol=1e-9)
+    assert root == pytest.approx(plain_root, abs=1e-9)
+
+
+@given(trees(), st.booleans())
+@settings(deadline=None)
+def test_a_trace_of_fresh_turns_is_the_mean_of_the_children(tree: TreeArrays, known: bool) -> None:
+    plain = credit(tree)
+    for mode in ("tree_trace", "tree_trace_selfnorm"):
+        found = credit_as(tree, CreditConfig(value_mode=mode), ratio=np.ones(len(tree)) if known else None)
+        np.testing.assert_allclose(found.values, plain.values, atol=1e-12)
+        np.testing.assert_allclose(found.advantages, plain.advantages, atol=1e-12)
+
+
+def test_a_trace_without_any_ratio_left_falls_back_on_what_is_believed_of_the_whole_tree(arrays: TreeArrays) -> None:
+    none = np.zeros(len(arrays))
+    plain, baseline = values(arrays)
+    traced, root = values(arrays, mode="tree_trace", ratio=none)
+    inner = ~arrays.is_leaf
+    np.testing.assert_allclose(traced[inner], baseline)
+    np.testing.assert_array_equal(traced[arrays.is_leaf], arrays.reward[arrays.is_leaf])
+    assert root == pytest.approx(baseline)
+    np.testing.assert_allclose(values(arrays, mode="tree_trace_selfnorm", ratio=none)[0], plain)
+
+
+def test_a_trace_counts_a_stale_sibling_less(arrays: TreeArrays) -> None:
+    ratio = np.ones(len(arrays))
+    ratio[5] = 0.1
+    # Turns 5 and 6 share a parent: rewards -1 and 1.
+    assert (arrays.reward[5], arrays.reward[6], values(arrays)[0][3]) == (-1.0, 1.0, 0.0)
+    found, _ = values(arrays, mode="tree_trace_selfnorm", ratio=ratio)
+    assert found[3] == pytest.approx((1 - 0.1) / 1.1)
+    above, _ = values(arrays, mode="tree_trace_selfnorm", ratio=np.where(ratio < 1, 7.0, ratio), trace_cap=2.0)
+    assert above[3] == pytest.approx((1 - 2.0) / 3.0)
+
+
+@pytest.mark.parametrize(("bad", "said"), [(-0.5, "-0.5"), (np.nan, "nan"), (np.inf, "inf")])
+def test_a_ratio_that_is_none_is_refused_with_its_turn(arrays: TreeArrays, bad: float, said: str) -> None:
+    ratio = np.ones(len(arrays))
+    ratio[3] = bad
+    with pytest.raises(ValueError, match=f"turn 3 has the ratio {said}"):
+        credit(arrays, value_mode="tree_trace", ratio=ratio)
+    with pytest.raises(ValueError, match="7 turn ratios for 8 turns"):
+        credit(arrays, value_mode="tree_trace", ratio=ratio[1:])
+
+
+def test_a_ratio_of_a_tree_is_refused_with_the_turns_own_id() -> None:
+    turns = (turn(4, 0, reward=0.0), turn(9, 0, reward=1.0))
+    with pytest.raises(ValueError, match="turn 9 has the ratio nan"):
+        credit(TurnTree("t", 0, np.zeros(1, dtype=np.int32), turns), ratio=np.array([1.0, np.nan]))
+
+
+@given(trees(), st.sampled_from(get_args(LeafWeights)))
+@settings(deadline=None)
+def test_normalised_rewards_have_mean_0_under_the_weights_they_were_normalised_with(
+    tree: TreeArrays, leaf_weights: LeafWeights
+) -> None:
+    q = branch_prob(tree) if leaf_weights == "branch-prob" else tree.is_leaf / tree.is_leaf.sum()
+    found = normalised_leaves(tree, weights=q)
+    assert float(np.sum(q * found)) == pytest.approx(0.0, abs=1e-6)
+    assert float(np.sum(q * found**2)) <= 1 + 1e-9
+    if leaf_weights == "branch-prob":
+        assert values(tree.with_reward(found))[1] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_every_value_mode_and_advantage_mode_of_the_configuration_is_computed(arrays: TreeArrays) -> None:
+    fields = CreditConfig.model_fields
+    assert get_args(fields["value_mode"].annotation) == get_args(ValueMode)
+    assert get_args(fields["advantage_mode"].annotation) == get_args(AdvantageMode)
+    assert get_args(fields["leaf_weights"].annotation) == get_args(LeafWeights)
+    for value_mode in get_args(ValueMode):
+        for advantage_mode in get_args(AdvantageMode):
+            found = credit_as(arrays, CreditConfig(value_mode=value_mode, advantage_mode=advantage_mode))
+            assert np.isfinite(found.advantages).all()
+            assert found.advantages.any()
+
+
+@pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "token-mean", "unique-token-mean", "branch-prob"])
+@given(tree=trees())
+@settings(deadline=None)
+def test_the_weights_of_a_mean_over_tokens_sum_to_1(tree: TreeArrays, aggregation: Aggregation) -> None:
+    found = turn_weights(tree, aggregation=aggregation)
+    assert float(np.sum(found * tree.num_action_tokens)) == pytest.approx(1.0)
 
 
 def test_turn_weights_of_a_batch_are_normalised_by_the_whole_batch(arrays: TreeArrays) -> None:
-    own = turn_weights(arrays, aggregation="seq-mean-token-mean")
-    np.testing.assert_allclose(turn_weights(arrays, num_leaves=12), own / 2)
-    own = turn_weights(arrays, aggregation="token-mean")
-    np.testing.assert_allclose(turn_weights(arrays, aggregation="token-mean", num_action_tokens=360), own / 10)
+    whole: dict[Aggregation, dict[str, int]] = {
+        "seq-mean-token-mean": {"num_leaves": 15},
+        "seq-mean-token-sum": {"num_leaves": 15},
+        "token-mean": {"num_action_tokens": 3 * int(leaf_tokens(arrays).sum())},
+        "unique-token-mean": {"num_turn_tokens": 3 * int(arrays.num_action_tokens.sum())},
+        "branch-prob": {"num_trees": 3},
+        "branch-prob-token-sum": {"num_trees": 3},
+    }
+    assert set(whole) == set(get_args(Aggregation))
+    for aggregation, sizes in whole.items():
+        own = turn_weights(arrays, aggregation=aggregation)
+        np.testing.assert_allclose(turn_weights(arrays, aggregation=aggregation, **sizes), own / 3)
 
 
 @pytest.mark.parametrize("normalise", [True, False])
