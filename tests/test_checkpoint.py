@@ -15,6 +15,7 @@ from atpo_async import policy
 from atpo_async.errors import SetupError
 from learner import checkpoint
 from learner.checkpoint import Progress
+from learner.guards import GradNorms, SkipCount
 from learner.model import export_model, load_policy, make_accelerator
 from learner.step import Trainer
 from tests.learner_support import make_batch, make_config, make_model
@@ -105,6 +106,44 @@ def test_a_checkpoint_holds_no_pickle(folder: Path, tmp_path: Path) -> None:
     assert {p.suffix for p in path.rglob("*")} == {".safetensors", ".json"}
     state = json.loads((path / "state.json").read_text())
     assert (state["step"], state["version"], state["updates"]) == (1, 1, 2)
+
+
+def test_the_guards_go_on_where_they_were(folder: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(folder)
+    for i in range(5):
+        trainer.train(make_batch(seed=i, step=i), version=3)
+    assert len(trainer.grad_norms.norms) == 10  # two a batch: enough for a median
+    trainer.skips = SkipCount(2, 3)
+    path = checkpoint.save(tmp_path, trainer, Progress(step=5, version=5), keep=1)
+    resumed = make_trainer(folder)
+    assert resumed.grad_norms.spike(1e9, 30.0) is None
+    checkpoint.load(path, resumed)
+    assert resumed.grad_norms == trainer.grad_norms
+    assert resumed.skips == SkipCount(2, 3)
+    assert resumed.grad_norms.spike(1e9, 30.0) is not None
+
+
+def test_a_checkpoint_from_before_the_guard_loads_and_its_history_starts_anew(folder: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(folder)
+    trainer.train(make_batch(), version=3)
+    path = checkpoint.save(tmp_path, trainer, Progress(step=1, version=1), keep=1)
+    state = json.loads((path / "state.json").read_text())
+    del state["grad_norms"]
+    (path / "state.json").write_text(json.dumps(state))
+    resumed = make_trainer(folder)
+    resumed.train(make_batch(), version=3)
+    assert checkpoint.load(path, resumed) == Progress(step=1, version=1)
+    assert resumed.grad_norms == GradNorms()
+    assert resumed.updates == 2
+
+
+@pytest.mark.parametrize("history", [None, ["much"], [[1.0]], 3.0])
+def test_a_history_that_is_none_is_a_damaged_checkpoint(folder: Path, tmp_path: Path, history: object) -> None:
+    path = checkpoint.save(tmp_path, make_trainer(folder), Progress(step=1, version=1), keep=1)
+    state = json.loads((path / "state.json").read_text()) | {"grad_norms": history}
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(SetupError, match=r"step-000001-v000001 cannot be loaded.*go on from the one before"):
+        checkpoint.load(path, make_trainer(folder))
 
 
 @pytest.mark.parametrize("broken", ["state.json", "model.safetensors", "optimizer.safetensors"])
