@@ -1,0 +1,266 @@
+"""Bad batches at the trainer: no weight ever becomes a bad one, and the good trees are trained on as if alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from atpo_async.messages import Batch
+from learner.guards import GradNorms, SkipCount
+from learner.intake import REASONS
+from learner.loop import load_batch, save_batch
+from learner.model import load_policy, make_accelerator
+from learner.step import StepReport, Trainer
+from tests.bad_batch_support import BAD, MAX_LAG, TREES, VERSION, good_batch, item, span, turn_with, with_tree
+from tests.learner_support import make_config, make_model
+
+Weights = dict[str, torch.Tensor]
+
+SETTINGS: dict[str, dict[str, dict[str, object]]] = {
+    "as configured by default": {},
+    "each leaf its own row": {"learner": {"packing": "flat"}},
+    "several updates a batch": {"learner": {"minibatches": 2, "epochs": 2}},
+    "with a reference and an entropy bonus": {"objective": {"kl_coef": 0.1, "entropy_coef": 0.01}},
+    "tree traces": {"credit": {"value_mode": "tree_trace"}},
+    "an exponent of the batch": {"correction": {"exponent": "ess"}},
+    "m2po": {"correction": {"action": "m2po", "level": "token"}},
+    "branch probabilities": {"objective": {"aggregation": "branch-prob"}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def make_trainer(folder: Path, **sections: dict[str, object]) -> Trainer:
+    sections = {"staleness": {"max_lag": MAX_LAG}, **sections}
+    config = make_config(folder, **sections)
+    return Trainer(config, accelerator=make_accelerator(config), policy=load_policy(config))
+
+
+def weights(trainer: Trainer) -> Weights:
+    return {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+
+
+def optimizer_state(trainer: Trainer) -> Weights:
+    found = trainer.optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value.clone() for index, entry in found.items() for name, value in entry.items()}
+
+
+def same(one: Weights, other: Weights) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def finite(found: Weights) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in found.values())
+
+
+def without(batch: Batch, *indices: int) -> Batch:
+    """The same batch, its normalisers too, without these trees."""
+    trees = tuple(tree for i, tree in enumerate(batch.trees) if i not in indices)
+    return msgspec.structs.replace(batch, trees=trees)
+
+
+INTAKE = {f"dropped/{reason}" for reason in REASONS}
+
+
+def dropped(report: StepReport) -> dict[str, float]:
+    """Trees that the intake has left out."""
+    return {name: value for name, value in report.metrics.items() if name in INTAKE}
+
+
+def all_else(report: StepReport) -> dict[str, float]:
+    return {name: value for name, value in report.metrics.items() if name not in INTAKE}
+
+
+def finite_numbers(report: StepReport) -> bool:
+    return all(math.isfinite(value) for value in (*report.metrics.values(), *report.priorities.values()))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_good_trees_of_a_batch_are_trained_on_as_if_the_bad_one_were_not_there(name: str, folder: Path) -> None:
+    change, reason, says = BAD[name]
+    trainer, alone = make_trainer(folder), make_trainer(folder)
+    before = weights(trainer)
+    report = trainer.train(with_tree(good_batch(), 1, change), version=VERSION)
+    expected = alone.train(without(good_batch(), 1), version=VERSION)
+
+    assert report.fault is None
+    assert (trainer.updates, trainer.skips) == (1, SkipCount())
+    assert finite(weights(trainer))
+    assert not same(weights(trainer), before)
+    assert same(weights(trainer), weights(alone))
+    assert dropped(report) == {f"dropped/{reason}": 1.0}
+    assert all_else(report) == expected.metrics
+    assert report.priorities == expected.priorities
+    (warning,) = report.warnings
+    assert "tree-1" in warning
+    assert says in warning
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_batch_of_nothing_else_changes_no_bit_and_is_no_skipped_update(name: str, folder: Path) -> None:
+    change, reason, _ = BAD[name]
+    trainer = make_trainer(folder)
+    trainer.train(good_batch(), version=VERSION)
+    before, norms = weights(trainer), trainer.grad_norms
+    moments = optimizer_state(trainer)
+    batch = good_batch()
+    for index in range(TREES):
+        batch = with_tree(batch, index, change)
+    report = trainer.train(batch, version=VERSION)
+
+    assert report.fault is None
+    assert same(weights(trainer), before)
+    assert same(optimizer_state(trainer), moments)
+    assert (trainer.updates, trainer.skips, trainer.grad_norms) == (1, SkipCount(), norms)
+    assert dropped(report) == {f"dropped/{reason}": float(TREES)}
+    assert finite_numbers(report)
+    assert report.priorities == {}
+    assert len(report.warnings) == TREES
+    # And the run goes on.
+    assert trainer.train(good_batch(), version=VERSION).fault is None
+    assert trainer.updates == 2
+    assert finite(weights(trainer))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_one_batch_with_every_fault_there_is_trains_its_good_trees_under_any_settings(
+    setting: str, folder: Path
+) -> None:
+    good = good_batch()
+    bad = [
+        msgspec.structs.replace(change(good.trees[i % TREES]), tree_id=f"bad-{i}")
+        for i, (change, _, _) in enumerate(BAD.values())
+    ]
+    mixed = msgspec.structs.replace(good, trees=(*bad[:20], good.trees[0], *bad[20:], *good.trees[1:]))
+    trainer, alone = make_trainer(folder, **SETTINGS[setting]), make_trainer(folder, **SETTINGS[setting])
+    for _ in range(2):
+        report = trainer.train(mixed, version=VERSION)
+        expected = alone.train(good, version=VERSION)
+        assert report.fault is None
+        assert sum(dropped(report).values()) == len(bad)
+        assert all_else(report) == expected.metrics
+        assert finite_numbers(report)
+    assert trainer.updates == alone.updates == 2 * trainer.updates_per_batch
+    assert finite(weights(trainer))
+    assert same(weights(trainer), weights(alone))
+
+
+def test_a_batch_that_counts_fewer_leaves_than_it_has_changes_no_weight(folder: Path) -> None:
+    trainer = make_trainer(folder)
+    before = weights(trainer)
+    for name in ("num_trees", "num_leaves", "num_action_tokens", "num_turn_tokens"):
+        report = trainer.train(msgspec.structs.replace(good_batch(), **{name: 0}), version=VERSION)
+        assert dropped(report) == {"dropped/bad_counts": float(TREES)}
+        assert same(weights(trainer), before)
+
+
+def test_every_reason_is_a_number_of_the_step_only_where_it_happened(folder: Path) -> None:
+    trainer = make_trainer(folder)
+    assert dropped(trainer.train(good_batch(), version=VERSION)) == {}
+    batch = good_batch()
+    for index, name in enumerate(("a reward of nan", "no leaves", "a reward of inf")):
+        batch = with_tree(batch, index, BAD[name].change)
+    report = trainer.train(batch, version=VERSION)
+    assert dropped(report) == {"dropped/bad_reward": 2.0, "dropped/no_leaf": 1.0}
+
+
+def test_a_kept_batch_that_a_later_learner_loads_is_sifted_by_that_learners_version(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The wire's checks have passed it once and do so again; only the learner knows that it is from the future."""
+    save_batch(tmp_path / "batch", good_batch())
+    again = load_batch(tmp_path / "batch")
+    trainer = make_trainer(folder)
+    before = weights(trainer)
+    report = trainer.train(again, version=VERSION - 3)
+    assert dropped(report) == {"dropped/future_version": float(TREES)}
+    assert same(weights(trainer), before)
+    assert trainer.train(again, version=VERSION).fault is None
+    assert not same(weights(trainer), before)
+
+
+# --- numbers that are no fault of a tree, and yet too much for an update -------------------------------------------
+
+
+def steady(norm: float) -> GradNorms:
+    return GradNorms.of([norm] * 20)
+
+
+def test_a_gradient_spike_is_skipped_named_and_remembered(folder: Path) -> None:
+    trainer = make_trainer(folder)
+    first = trainer.train(good_batch(), version=VERSION).metrics["grad_norm"]
+    before = weights(trainer)
+    trainer.grad_norms = steady(first / 1000)
+    report = trainer.train(good_batch(), version=VERSION)
+    assert report.fault is not None
+    assert "times the median" in report.fault
+    assert "learner.max_grad_spike = 30" in report.fault
+    assert same(weights(trainer), before)
+    assert (trainer.updates, trainer.skips) == (1, SkipCount(1, 1))
+    assert trainer.grad_norms.norms[-1] == report.metrics["grad_norm"]
+    # The same gradient is applied where such norms are usual.
+    trainer.grad_norms = steady(first)
+    assert trainer.train(good_batch(), version=VERSION).fault is None
+    assert trainer.skips == SkipCount(0, 1)
+    assert not same(weights(trainer), before)
+
+
+def test_the_spike_guard_can_be_switched_off(folder: Path) -> None:
+    trainer = make_trainer(folder, learner={"max_grad_spike": None})
+    trainer.grad_norms = steady(1e-12)
+    assert trainer.train(good_batch(), version=VERSION).fault is None
+    assert trainer.updates == 1
+
+
+def test_a_trainer_remembers_the_norm_of_each_update_and_none_of_an_empty_batch(folder: Path) -> None:
+    trainer = make_trainer(folder, learner={"minibatches": 2})
+    report = trainer.train(good_batch(), version=VERSION)
+    assert len(trainer.grad_norms.norms) == 2
+    assert sum(trainer.grad_norms.norms) / 2 == pytest.approx(report.metrics["grad_norm"])
+    trainer.train(without(good_batch(), 0, 1, 2), version=VERSION)
+    assert len(trainer.grad_norms.norms) == 2
+
+
+def test_log_probs_far_below_what_the_policy_would_say_leave_every_weight_finite(folder: Path) -> None:
+    """A valid number, however unlikely: the importance weight is truncated, the update goes ahead or is skipped."""
+    for value in (-1e4, -1e30, -3e38):
+        trainer = make_trainer(folder)
+        batch = good_batch()
+        for turn_id in range(1, 7):
+            batch = with_tree(batch, 0, turn_with(turn_id, logprobs=item("logprobs", value)))
+        trainer.train(batch, version=VERSION)
+        assert finite(weights(trainer))
+
+
+def test_rewards_as_large_as_may_pass_leave_every_weight_finite(folder: Path) -> None:
+    for normalise in (True, False):
+        trainer = make_trainer(folder, credit={"normalise_leaves": normalise})
+        batch = with_tree(good_batch(), 0, turn_with(3, reward=3e38))
+        report = trainer.train(batch, version=VERSION)
+        assert finite(weights(trainer))
+        assert dropped(report) == {}
+        assert (report.fault is None) == normalise  # as they are, they are too much for float32's gradient
+
+
+def test_a_version_of_exactly_the_limit_is_trained_on_and_one_more_is_masked(folder: Path) -> None:
+    def all_turns(version: int) -> Batch:
+        batch = good_batch()
+        for index in range(TREES):
+            for turn_id in range(1, 9):
+                batch = with_tree(batch, index, turn_with(turn_id, spans=span(version)))
+        return batch
+
+    trainer = make_trainer(folder)
+    before = weights(trainer)
+    report = trainer.train(all_turns(VERSION - MAX_LAG - 1), version=VERSION)
+    assert dropped(report) == {"dropped/all_stale": float(TREES)}
+    assert same(weights(trainer), before)
+    assert trainer.train(all_turns(VERSION - MAX_LAG), version=VERSION).fault is None
+    assert not same(weights(trainer), before)
