@@ -101,9 +101,10 @@ def prefix_sum(per_turn: Tensor, turn: Tensor, row: Tensor) -> Tensor:
         return per_turn
     # Rows come one after the other, so one running sum serves them all, less what stood before the row began.
     running = per_turn.double().cumsum(0)
+    before = torch.cat([running.new_zeros(1), running[:-1]])
     row_of = rows.new_zeros(count).scatter_(0, turns, rows)
     first = turns.new_full((num_units(rows),), count - 1).scatter_reduce_(0, rows, turns, "amin")[row_of]
-    return (running - (running - per_turn.double())[first]).to(per_turn.dtype)
+    return (running - before[first]).to(per_turn.dtype)
 
 
 def spread(per_unit: Tensor, unit: Tensor) -> Tensor:
@@ -143,13 +144,14 @@ def clipped_loss(
 
 def _clip(tokens: Tokens, settings: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """PPO's surrogate; AT2PO, GRPO and DAPO, GSPO by the ratio level."""
-    return clipped_loss(
+    loss, clipped = clipped_loss(
         tokens.log_ratio.exp(),
         tokens.advantage,
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
         dual_clip=settings.dual_clip,
     )
+    return loss, clipped | _at_ceiling(tokens)
 
 
 def _cispo(tokens: Tokens, settings: ObjectiveConfig) -> tuple[Tensor, Tensor]:
@@ -169,7 +171,11 @@ def _tv(tokens: Tokens, settings: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     away = tokens.advantage * (policy - mu) > 0
     masked = away & ((policy - mu).abs() > settings.tv_limit)
     free = -tokens.log_ratio.exp() * tokens.advantage
-    return torch.where(masked, torch.zeros_like(free), free), masked
+    return torch.where(masked, torch.zeros_like(free), free), masked | _at_ceiling(tokens)
+
+
+def _at_ceiling(tokens: Tokens) -> Tensor:
+    return tokens.log_ratio.detach() >= MAX_LOG_RATIO
 
 
 def _nowhere(tokens: Tokens) -> Tensor:

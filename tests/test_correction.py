@@ -1,143 +1,387 @@
-"""Importance weights and diagnostics against reference values."""
+"""What the weights, the tempering and the diagnostics promise; their reference numbers: test_vectors.py."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+import math
+from typing import Any, get_args
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from atpo_async.config import CorrectionConfig, ObjectiveConfig
-from learner import correction, objective
+from atpo_async.config import CorrectionConfig
+from learner import correction
+from learner.correction import Tempering
 
-VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / "at2po_vectors.json").read_text())
-CASE = VECTORS["decoupled"]
-CASES: list[tuple[str, CorrectionConfig]] = [
-    ("none", CorrectionConfig(action="none", accept_bias=True)),
-    ("turn_sum_truncate", CorrectionConfig(action="truncate", level="turn", cap=2.0)),
-    ("turn_mean_truncate", CorrectionConfig(action="truncate", level="turn", cap=2.0, exponent="geometric")),
-    ("turn_sum_mask_0.5_2", CorrectionConfig(action="mask", level="turn", cap=2.0, floor=0.5)),
-    ("token_truncate", CorrectionConfig(action="truncate", level="token", cap=2.0)),
-]
+ACTIONS = get_args(CorrectionConfig.model_fields["action"].annotation)
+LEVELS = get_args(CorrectionConfig.model_fields["level"].annotation)
 
 
 def tensor(values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def indices() -> tuple[torch.Tensor, torch.Tensor]:
-    turn = torch.tensor(CASE["turn_id"])
-    row = torch.arange(2)[:, None].expand_as(turn)
-    return torch.where(turn < 0, turn, turn + 3 * row), row
+# Two rows: turns of 3, 2 and 4 tokens, then of 2, 3 and 1.
+TURN = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 4, 4, 4, 5])
+ROW = torch.tensor([0] * 9 + [1] * 6)
+MU = torch.linspace(-2.0, -0.1, 15, dtype=torch.float64)
+DIFFERENCE = tensor([0.1, -0.3, 0.2, 0.8, 0.7, -0.5, -0.6, -0.4, -0.3, 0.0, 0.1, 2.0, -1.0, 1.0, -0.02])
+ADVANTAGE = tensor([1.0] * 3 + [-1.0] * 2 + [1.0] * 4 + [-0.5] * 2 + [2.0] * 3 + [0.0])
+S = tensor([0.0, 1.5, -1.8, 0.1, 2.0, -0.02])
+"""Of each turn."""
+ALL = torch.ones(15, dtype=torch.bool)
 
 
-@pytest.mark.parametrize(("name", "settings"), CASES)
-def test_decoupled_weights_loss_gradient_and_ess_match_the_reference(name: str, settings: CorrectionConfig) -> None:
-    expected = CASE["cases"][name]
-    turn, row = indices()
-    prox, mu = tensor(CASE["prox_logp"]), tensor(CASE["mu_logp"])
-    weights = correction.importance_weights(prox, mu, turn, row, settings)
-    torch.testing.assert_close(weights.per_token, tensor(expected["weight_per_token"]), atol=1e-9, rtol=0)
-    counts = (turn >= 0).double()
-    logp = tensor(CASE["new_logp"]).requires_grad_()
-    result = objective.atpo_loss(
-        logp, prox, tensor(CASE["adv"]), turn, row, counts / counts.sum(1, keepdim=True) / 2, weights.per_token,
-        ObjectiveConfig(clip_low=3e-3, clip_high=4e-3, dual_clip=None),
-    )  # fmt: skip
-    (gradient,) = torch.autograd.grad(result.loss, logp)
-    assert result.loss.item() == pytest.approx(expected["loss"], abs=1e-9)
-    torch.testing.assert_close(gradient, tensor(expected["grad_new_logp"]), atol=1e-9, rtol=0)
-    if name != "none":
-        present = weights.per_unit[torch.unique(objective.units(settings.level, turn, row)[turn >= 0])]
-        assert correction.effective_share(present) == pytest.approx(expected["ess_frac"], abs=1e-9)
+def weights(
+    config: CorrectionConfig, tempering: Tempering | None = None, **changes: torch.Tensor
+) -> correction.Weights:
+    given = {"numerator": MU + DIFFERENCE, "mu": MU, "advantage": ADVANTAGE, "turn": TURN, "row": ROW} | changes
+    return correction.importance_weights(**given, settings=config, tempering=tempering or Tempering())
 
 
-def test_the_dual_clip_case_matches_the_reference() -> None:
-    expected = CASE["cases"]["turn_sum_truncate_dualclip_3"]
-    turn, row = indices()
-    prox = tensor(CASE["prox_logp"])
-    weights = correction.importance_weights(prox, tensor(CASE["mu_logp"]), turn, row, CASES[1][1])
-    counts = (turn >= 0).double()
-    logp = tensor(CASE["new_logp"]).requires_grad_()
-    result = objective.atpo_loss(
-        logp, prox, tensor(CASE["adv"]), turn, row, counts / counts.sum(1, keepdim=True) / 2, weights.per_token,
-        ObjectiveConfig(clip_low=3e-3, clip_high=4e-3, dual_clip=3.0),
-    )  # fmt: skip
-    assert result.loss.item() == pytest.approx(expected["loss"], abs=1e-9)
+def config_of(action: Any, level: Any, **others: Any) -> CorrectionConfig:
+    return CorrectionConfig(action=action, level=level, **others)
 
 
-def test_truncation_masking_and_ess_match_the_reference_on_single_tokens() -> None:
-    zoo = VECTORS["weight_zoo"]
-    mu = tensor(zoo["mu_logp"])
-    prox = mu + tensor(zoo["log_ratio_pi_over_mu"])
-    turn, row = torch.arange(10), torch.zeros(10, dtype=torch.long)
-
-    def weights(settings: CorrectionConfig) -> torch.Tensor:
-        return correction.importance_weights(prox, mu, turn, row, settings).per_token
-
-    truncated = weights(CorrectionConfig(level="token", cap=2.0))
-    torch.testing.assert_close(truncated, tensor(zoo["tis_C2"]), atol=1e-9, rtol=0)
-    masked = weights(CorrectionConfig(action="mask", level="token", cap=2.0, floor=0.5))
-    torch.testing.assert_close(masked, tensor(zoo["mis_0.5_2"]), atol=1e-9, rtol=0)
-    exact = (prox - mu).exp()
-    assert correction.effective_share(exact) == pytest.approx(zoo["ess_frac"], abs=1e-9)
+log_ratios = st.lists(st.floats(-40, 40), min_size=15, max_size=15)
 
 
-def measured(settings: CorrectionConfig, **changes: torch.Tensor) -> torch.Tensor:
-    turn, row = indices()
-    prox, mu = tensor(CASE["prox_logp"]), tensor(CASE["mu_logp"])
-    given = {
-        "prox": prox, "mu": mu, "advantage": tensor(CASE["adv"]), "turn": turn, "row": row,
-        "counted": torch.ones_like(turn, dtype=torch.bool), "same_version": torch.tensor(CASE["token_version"]) == 5,
-        "clipped": torch.zeros_like(turn, dtype=torch.bool),
+@given(log_ratios, st.sampled_from(ACTIONS), st.sampled_from(LEVELS), st.floats(0.1, 1))
+@settings(deadline=None)
+def test_a_weight_is_within_its_bounds_or_nothing(values: list[float], action: Any, level: Any, scale: float) -> None:
+    config = config_of(action, level, cap=3.0, floor=0.25, gate=0.7 if action != "none" else None)
+    found = weights(config, Tempering(scale=scale, max_abs=9.0), numerator=MU + tensor(values))
+    for weight in (found.per_token, found.per_unit):
+        assert (((weight >= 0.25) & (weight <= 3.0)) | (weight == 0) | (weight == 1)).all()
+    present = found.per_unit[:6] if level in ("turn", "prefix") else found.per_unit
+    assert 0 <= correction.effective_share(present) <= 1 + 1e-12
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_level_decides_what_a_weight_is_the_product_of(level: Any) -> None:
+    found = weights(config_of("truncate", level, cap=1e9)).per_token
+    prefix = torch.cat([S[:3].cumsum(0), S[3:].cumsum(0)])
+    expected = {
+        "token": DIFFERENCE, "turn": S[TURN], "prefix": prefix[TURN],
+        "sequence": torch.stack([S[:3].sum(), S[3:].sum()])[ROW],
+    }  # fmt: skip
+    torch.testing.assert_close(found, expected[level].exp())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_geometric_exponent_is_a_mean_over_the_tokens_of_the_unit(level: Any) -> None:
+    found = weights(config_of("truncate", level, cap=1e9, exponent="geometric")).per_token
+    lengths = tensor([3, 2, 4, 2, 3, 1])
+    prefix = torch.cat([S[:3].cumsum(0) / lengths[:3].cumsum(0), S[3:].cumsum(0) / lengths[3:].cumsum(0)])
+    expected = {
+        "token": DIFFERENCE, "turn": (S / lengths)[TURN], "prefix": prefix[TURN],
+        "sequence": torch.stack([S[:3].sum() / 9, S[3:].sum() / 6])[ROW],
+    }  # fmt: skip
+    torch.testing.assert_close(found, expected[level].exp())
+
+
+def test_a_fixed_exponent_and_the_batchs_tempering_multiply() -> None:
+    found = weights(CorrectionConfig(cap=1e9, exponent_value=0.5), Tempering(scale=0.4)).per_unit
+    torch.testing.assert_close(found, (0.2 * S).exp())
+
+
+def test_topr_weighs_bad_actions_only() -> None:
+    found = weights(CorrectionConfig(action="topr", cap=1.0))
+    good = ADVANTAGE >= 0
+    torch.testing.assert_close(found.per_token[good], torch.ones(11, dtype=torch.float64))
+    torch.testing.assert_close(found.per_token[~good], S[TURN].clamp(max=0).exp()[~good])
+    assert found.changed.tolist() == [False, True, False, True, False, False]
+
+
+def test_topr_by_sequence_goes_by_the_sign_of_each_turn() -> None:
+    found = weights(CorrectionConfig(action="topr", level="sequence", cap=1.0)).per_token
+    low = math.exp(-0.3)
+    assert found.tolist() == pytest.approx([1.0] * 3 + [low] * 2 + [1.0] * 4 + [1.0] * 6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_gate_masks_turns_that_drifted_far_by_their_mean_whatever_the_level(level: Any) -> None:
+    far = tensor([0.0, 0.75, -0.45, 0.05, 2 / 3, -0.02]).abs() > 0.5
+    open_, gated = (weights(config_of("truncate", level, gate=gate)) for gate in (None, 0.5))
+    torch.testing.assert_close(gated.per_token, torch.where(far[TURN], 0.0, open_.per_token))
+    if level in ("turn", "prefix"):
+        assert (gated.per_unit == 0).tolist() == far.tolist()
+        assert gated.changed[far].all()
+    if level == "sequence":
+        # Some of its turns still count.
+        torch.testing.assert_close(gated.per_unit, open_.per_unit)
+
+
+def test_a_gate_looks_at_the_untempered_difference() -> None:
+    found = weights(CorrectionConfig(gate=0.5, exponent_value=0.01), Tempering(scale=0.1))
+    assert (found.per_unit == 0).tolist() == [False, True, False, False, True, False]
+
+
+def test_places_that_do_not_count_weigh_nothing_and_add_nothing() -> None:
+    for level in LEVELS:
+        config = config_of("truncate", level, cap=1e9)
+        turn = torch.where(TURN == 1, -1, TURN)
+        noisy = torch.where(TURN == 1, math.nan, MU + DIFFERENCE)
+        found = weights(config, numerator=noisy, turn=turn).per_token
+        clean = weights(config, numerator=torch.where(TURN == 1, MU, MU + DIFFERENCE)).per_token
+        assert not found[TURN == 1].any()
+        torch.testing.assert_close(found[TURN != 1], clean[TURN != 1])
+
+
+@pytest.mark.parametrize("action", [a for a in ACTIONS if a != "none"])
+def test_an_infinite_log_ratio_weighs_as_a_huge_one_and_nan_stays_visible(action: Any) -> None:
+    for level in LEVELS:
+        config = config_of(action, level, cap=2.0)
+        noisy = MU + DIFFERENCE
+        noisy[0], noisy[9] = math.inf, -math.inf
+        found = weights(config, numerator=noisy, advantage=-ADVANTAGE.abs() - 1)
+        assert torch.isfinite(found.per_token).all()
+        assert found.per_token[0] == (0.0 if action in ("mask", "icepop") else 2.0)
+        assert found.per_token[9] == 0
+        noisy[3] = math.nan
+        assert torch.isnan(weights(config, numerator=noisy, advantage=-ADVANTAGE.abs() - 1).per_token[3])
+
+
+def test_a_forward_pass_without_tokens_has_no_weights() -> None:
+    none, index = tensor([]), torch.zeros(0, dtype=torch.long)
+    nowhere = torch.zeros(0, dtype=torch.bool)
+    for action in ACTIONS:
+        for level in LEVELS:
+            config = config_of(action, level, gate=None if action == "none" else 1.0)
+            found = weights(config, numerator=none, mu=none, advantage=none, turn=index, row=index)
+            assert found.per_token.shape == (0,)
+            ratios = correction.batch_log_ratios(none, none, index, index, nowhere, config)
+            assert ratios.shape == (0,)
+            assert correction.temper(ratios, config) == Tempering()
+            total = correction.sums(
+                prox=none, mu=none, advantage=none, turn=index, row=index, counted=nowhere, lag=index, clipped=nowhere,
+                weights=found, settings=config,
+            )  # fmt: skip
+            assert correction.summary(total.tolist(), config) == {}
+
+
+# --- the whole batch -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_batchs_log_ratios_hold_each_unit_once_however_it_is_cut(level: Any) -> None:
+    config = config_of("truncate", level, exponent_value=0.5)
+    prox = MU + DIFFERENCE
+    whole = correction.batch_log_ratios(prox, MU, TURN, ROW, ALL, config)
+    assert whole.dtype == torch.float64
+    torch.testing.assert_close(whole, torch.unique(whole)[torch.argsort(torch.argsort(whole))])
+    top, bottom = ROW == 0, ROW == 1
+    halves = [
+        correction.batch_log_ratios(prox[part], MU[part], TURN[part] - TURN[part][0], ROW[part] * 0, ALL[part], config)
+        for part in (top, bottom)
+    ]
+    torch.testing.assert_close(torch.cat(halves), whole)
+    # A row whose first turn another row has counted already: its sequence is its own.
+    counted = TURN != 3
+    again = correction.batch_log_ratios(prox, MU, TURN, ROW, counted, config)
+    assert len(whole) - len(again) == {"token": 2, "turn": 1, "prefix": 1, "sequence": 0}[level]
+
+
+@given(st.lists(st.floats(-20, 20), min_size=1, max_size=40), st.floats(0.05, 1), st.floats(0.05, 1))
+@settings(deadline=None)
+def test_tempering_is_as_mild_as_the_target_allows(logs: list[float], target: float, other: float) -> None:
+    def scale(tau: float) -> float:
+        return correction.temper(tensor(logs), CorrectionConfig(exponent="ess", ess_target=tau)).scale
+
+    def share(by: float) -> float:
+        scaled = tensor(logs) * by
+        return correction.effective_share((scaled - scaled.max()).exp())
+
+    found = scale(target)
+    assert 0 <= found <= 1
+    assert share(found) >= target - 1e-9
+    assert found == 1 or share(found + 1e-3) < target + 1e-9
+    assert (scale(max(target, other)) <= scale(min(target, other))) or math.isclose(target, other)
+
+
+def test_one_unit_or_equal_units_need_no_tempering() -> None:
+    for logs in ([7.0], [-3.0, -3.0, -3.0]):
+        assert correction.temper(tensor(logs), CorrectionConfig(exponent="ess", ess_target=1.0)).scale == 1.0
+
+
+def test_the_guard_lowers_the_exponent_of_a_batch_whose_weights_as_applied_are_few() -> None:
+    config = CorrectionConfig(cap=2.0, ess_floor=0.5)
+    fine = tensor([0.1, -0.2, 0.3, 0.0])
+    assert correction.temper(fine, config).scale == 1.0
+    # The bound alone keeps these: one huge ratio among many is no reason to correct less.
+    assert correction.temper(tensor([9.0, *[0.0] * 9]), config).scale == 1.0
+    few = tensor([3.0, *[-4.0] * 9])
+    found = correction.temper(few, config).scale
+    applied = (few * found).exp().clamp(max=2.0)
+    assert 0 < found < 1
+    assert correction.effective_share(applied) == pytest.approx(0.5, abs=1e-6)
+    assert correction.temper(few, config.model_copy(update={"ess_floor": 0.0})).scale == 1.0
+    assert correction.temper(few, config.model_copy(update={"action": "none"})) == Tempering()
+
+
+def test_the_guard_brings_masked_weights_back_and_leaves_alone_what_no_exponent_can_help() -> None:
+    logs = tensor([3.0, -4.0, 5.0, -6.0])
+    mask = CorrectionConfig(action="mask", cap=2.0, floor=0.5, ess_floor=0.5)
+    scale = correction.temper(logs, mask).scale
+    assert correction.effective_share(weights_of(logs * scale, mask)) >= 0.5
+    never = mask.model_copy(update={"cap": 0.9})  # Even a ratio of 1 is masked.
+    assert correction.temper(logs, never).scale == 1.0
+
+
+def weights_of(log_weights: torch.Tensor, config: CorrectionConfig) -> torch.Tensor:
+    each, zero = torch.arange(len(log_weights)), torch.zeros_like(log_weights)
+    return weights(config, numerator=log_weights, mu=zero, advantage=zero, turn=each, row=each * 0).per_unit
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=30), st.floats(0.01, 2))
+@settings(deadline=None)
+def test_m2po_drops_the_fewest_of_the_largest_that_bring_the_second_moment_down(
+    logs: list[float], limit: float
+) -> None:
+    config = config_of("m2po", "token", m2_limit=limit)
+    tempering = correction.temper(tensor(logs), config)
+    keep = weights_of_token(tensor(logs), config, tempering) != 0
+    kept, dropped = tensor(logs)[keep].abs(), tensor(logs)[~keep].abs()
+    assert tempering.scale == 1.0
+    if len(kept):
+        assert kept.square().mean() <= limit
+    if len(dropped):
+        assert not len(kept) or kept.max() < dropped.min()
+        back = torch.cat([kept, dropped[dropped == dropped.min()]])
+        assert back.square().mean() > limit - 1e-12
+
+
+def weights_of_token(logs: torch.Tensor, config: CorrectionConfig, tempering: Tempering) -> torch.Tensor:
+    each, zero = torch.arange(len(logs)), torch.zeros_like(logs)
+    return weights(config, tempering, numerator=logs, mu=zero, advantage=zero, turn=each, row=each * 0).per_token
+
+
+def test_m2po_drops_tokens_that_tie_at_the_border_together() -> None:
+    config = config_of("m2po", "token", m2_limit=0.04)
+    assert correction.temper(tensor([0.1, 0.1, 0.3, -0.3, 0.3]), config).max_abs == 0.1
+    everything = correction.temper(tensor([1.0, -1.0, 1.0]), config)
+    assert not weights_of_token(tensor([1.0, -1.0, 1.0]), config, everything).any()
+
+
+def test_numbers_that_are_not_finite_do_not_temper_the_others() -> None:
+    logs = [0.5, -1.0, 2.0, 0.1]
+    for config in (CorrectionConfig(exponent="ess", ess_target=0.9), config_of("m2po", "token"), CorrectionConfig()):
+        noisy = tensor([math.nan, *logs, math.inf, -math.inf])
+        assert correction.temper(noisy, config) == correction.temper(tensor(logs), config)
+        assert correction.temper(tensor([math.nan]), config) == Tempering()
+
+
+def test_only_some_corrections_need_the_whole_batch_first() -> None:
+    assert correction.needs_batch(CorrectionConfig(exponent="ess"))
+    assert correction.needs_batch(config_of("m2po", "token"))
+    assert not correction.needs_batch(CorrectionConfig())
+    assert not correction.needs_batch(CorrectionConfig(exponent="geometric"))
+
+
+def test_the_interpolated_proximal_policy_has_no_gradient_and_is_mu_at_lag_0() -> None:
+    theta = (MU + DIFFERENCE).requires_grad_()
+    lag = torch.arange(15) - 1
+    found = correction.interpolated_prox(theta, MU, lag)
+    assert not found.requires_grad
+    torch.testing.assert_close(found[:2], MU[:2])
+    torch.testing.assert_close(found[2:], (MU + lag / (lag + 1).double() * DIFFERENCE)[2:])
+
+
+# --- diagnostics -----------------------------------------------------------------------------------------------------
+
+
+def measured(config: CorrectionConfig, **changes: Any) -> torch.Tensor:
+    given: dict[str, Any] = {
+        "prox": MU + DIFFERENCE, "mu": MU, "advantage": ADVANTAGE, "turn": TURN, "row": ROW, "counted": ALL,
+        "lag": torch.tensor([0] * 3 + [1] * 6 + [4] * 6), "clipped": TURN == 3,
     } | changes  # fmt: skip
-    weights = correction.importance_weights(given["prox"], given["mu"], given["turn"], given["row"], settings)
-    return correction.sums(**given, weights=weights, settings=settings)
+    found = correction.importance_weights(
+        given["prox"], given["mu"], given["advantage"], given["turn"], given["row"], config
+    )  # fmt: skip
+    return correction.sums(**given, weights=found, settings=config)
 
 
-def test_diagnostics_match_the_reference() -> None:
-    settings = CorrectionConfig(level="turn", cap=2.0)
-    found = correction.summary(measured(settings).tolist(), settings)
-    token, turn = CASE["diagnostics_token"], CASE["diagnostics_turn_sum"]
-    assert found["kl/mu_prox_k1"] == pytest.approx(token["kl_mu_prox_k1"], abs=1e-9)
-    assert found["kl/mu_prox_k3"] == pytest.approx(token["kl_k3"], abs=1e-9)
-    assert found["is/chi2_token"] == pytest.approx(token["chi2"], abs=1e-9)
-    assert found["is/ess_frac_token"] == pytest.approx(token["ess_frac"], abs=1e-9)
-    assert found["is/chi2_turn"] == pytest.approx(turn["chi2"], abs=1e-9)
-    assert found["is/ess_frac_turn"] == pytest.approx(turn["ess_frac"], abs=1e-9)
-    assert found["is/ess_frac"] == pytest.approx(CASE["cases"]["turn_sum_truncate"]["ess_frac"], abs=1e-9)
-    assert found["is/truncated_share"] == pytest.approx(1 / 6)
-    assert found["is/truncated_share_pos"] == pytest.approx(1 / 3)
-    assert found["is/truncated_share_neg"] == 0
+def test_engine_mismatch_and_staleness_are_told_apart_by_the_tokens_age() -> None:
+    found = correction.summary(measured(CorrectionConfig()).tolist(), CorrectionConfig())
+    for part, d in (("mismatch", DIFFERENCE[:3]), ("staleness", DIFFERENCE[3:])):
+        assert found[f"{part}/kl_k1"] == pytest.approx(float(-d.mean()))
+        assert found[f"{part}/kl_k3"] == pytest.approx(float((d.exp() - 1 - d).mean()))
+        assert found[f"{part}/mean_abs"] == pytest.approx(float(d.abs().mean()))
+        assert found[f"{part}/token_share"] == pytest.approx(len(d) / 15)
+    fresh = correction.summary(measured(CorrectionConfig(), lag=TURN * 0).tolist(), CorrectionConfig())
+    assert "staleness/kl_k1" not in fresh
+    stale = correction.summary(measured(CorrectionConfig(), lag=TURN + 1).tolist(), CorrectionConfig())
+    assert "mismatch/kl_k3" not in stale
 
 
-def test_engine_mismatch_is_measured_on_tokens_of_the_very_version_only() -> None:
-    settings = CorrectionConfig()
-    found = correction.summary(measured(settings).tolist(), settings)
-    d = (tensor(CASE["prox_logp"]) - tensor(CASE["mu_logp"]))[torch.tensor(CASE["token_version"]) == 5]
-    assert found["mismatch/kl_k3"] == pytest.approx(float((d.exp() - 1 - d).mean()))
-    assert found["mismatch/token_share"] == pytest.approx(3 / 15)
-    nothing = measured(settings, same_version=torch.zeros(2, 14, dtype=torch.bool))
-    assert "mismatch/kl_k3" not in correction.summary(nothing.tolist(), settings)
-
-
-def test_sums_add_up_over_micro_batches_and_a_shared_turn_counts_once() -> None:
-    settings = CorrectionConfig(level="turn")
-    whole = measured(settings)
-    turn, _ = indices()
-    top, bottom = turn.clone(), turn.clone()
-    top[1], bottom[0] = -1, -1
-    torch.testing.assert_close(measured(settings, turn=top) + measured(settings, turn=bottom), whole)
-    again = measured(settings, turn=bottom, counted=torch.zeros_like(turn, dtype=torch.bool))
+@pytest.mark.parametrize("level", LEVELS)
+def test_sums_add_up_over_micro_batches_and_a_shared_turn_counts_once(level: Any) -> None:
+    config = config_of("mask", level, floor=0.5)
+    whole = measured(config)
+    top, bottom = (torch.where(ROW == row, TURN, -1) for row in (0, 1))
+    torch.testing.assert_close(measured(config, turn=top) + measured(config, turn=bottom), whole)
+    again = measured(config, turn=bottom, counted=~ALL)
     found = dict(zip(correction.SUMS, again.tolist(), strict=True))
-    assert found["token/n"] == found["turn/n"] == found["clip/n"] == 0
+    assert [found[f"{name}/n"] for name in ("token", "turn", "prefix", "clip", "mismatch", "staleness")] == [0] * 6
+    assert found["sequence/n"] == 1
+    assert sum(found[f"length/{name}"] for name, _ in correction.LENGTHS) == 0
 
 
-def test_a_sequence_weight_is_the_product_over_its_turns() -> None:
-    turn, row = indices()
-    prox, mu = tensor(CASE["prox_logp"]), tensor(CASE["mu_logp"])
-    weights = correction.importance_weights(prox, mu, turn, row, CorrectionConfig(level="sequence", cap=1e9))
-    product = torch.stack([tensor(CASE["turn_sum_logratio"])[:3].sum(), tensor(CASE["turn_sum_logratio"])[3:].sum()])
-    torch.testing.assert_close(weights.per_unit, product.exp(), atol=1e-9, rtol=0)
+def test_truncated_shares_are_told_apart_by_the_sign_of_the_advantage() -> None:
+    found = correction.summary(measured(CorrectionConfig(cap=2.0)).tolist(), CorrectionConfig())
+    assert found["is/truncated_share"] == pytest.approx(2 / 5)
+    assert found["is/truncated_share_pos"] == pytest.approx(1 / 3)
+    assert found["is/truncated_share_neg"] == pytest.approx(1 / 2)
+    assert found["is/mean_weight"] == pytest.approx(float(S.exp().clamp(max=2.0).mean()))
+    assert found["clip_share"] == pytest.approx(2 / 15)
+    none = CorrectionConfig(action="none", accept_bias=True)
+    assert correction.summary(measured(none).tolist(), none)["is/truncated_share"] == 0
+
+
+def test_ess_of_exact_ratios_is_told_at_every_level() -> None:
+    found = correction.summary(measured(CorrectionConfig()).tolist(), CorrectionConfig())
+    for level in LEVELS:
+        exact = weights(config_of("truncate", level, cap=1e9)).per_unit
+        assert found[f"is/ess_frac_{level}"] == pytest.approx(correction.effective_share(exact))
+        assert found[f"is/chi2_{level}"] == pytest.approx(float(exact.square().mean()) - 1)
+    assert found["is/ess_frac_turn_lognormal"] == pytest.approx(math.exp(-float(S.var(correction=0))))
+
+
+def test_dropped_turns_are_counted_by_their_length() -> None:
+    lengths = [1, 8, 9, 32, 33, 128, 129, 512, 513, 8]
+    turn = torch.repeat_interleave(torch.arange(10), torch.tensor(lengths))
+    dropped = [1, 2, 4, 8]
+    mu = torch.zeros(len(turn), dtype=torch.float64)
+    prox = torch.where(torch.isin(turn, torch.tensor(dropped)), 5.0, 0.0).double()
+    config = CorrectionConfig(gate=1.0)
+    everywhere = torch.ones_like(turn, dtype=torch.bool)
+    total = measured(
+        config,
+        prox=prox,
+        mu=mu,
+        advantage=mu,
+        turn=turn,
+        row=turn * 0,
+        counted=everywhere,
+        lag=turn,
+        clipped=~everywhere,
+    )
+    found = correction.summary(total.tolist(), config)
+    assert {name: found[f"dropped/turns_len_{name}"] for name, _ in correction.LENGTHS} == pytest.approx(
+        {"1-8": 1 / 3, "9-32": 1 / 2, "33-128": 1 / 2, "129-512": 0.0, "513+": 1.0}
+    )
+    assert found["dropped/turns_share"] == pytest.approx(0.4)
+    assert found["dropped/mean_tokens"] == pytest.approx(sum(lengths[i] for i in dropped) / 4)
+    assert found["kept/mean_tokens"] == pytest.approx(sum(n for i, n in enumerate(lengths) if i not in dropped) / 6)
+
+
+def test_a_turn_of_which_a_token_is_left_is_not_dropped() -> None:
+    config = config_of("mask", "token", floor=0.8, cap=1.3)
+    found = correction.summary(measured(config).tolist(), config)
+    # Of turns 1 and 2 every token is outside, of turn 0 one, of turn 4 all three.
+    assert found["dropped/turns_share"] == pytest.approx(3 / 6)
+    plain = correction.summary(measured(CorrectionConfig()).tolist(), CorrectionConfig())
+    assert plain["dropped/turns_share"] == 0
+    assert "dropped/mean_tokens" not in plain
+    assert "dropped/turns_len_9-32" not in plain

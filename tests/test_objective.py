@@ -1,75 +1,96 @@
-"""The surrogate against reference values, and what it promises about turns, clips and masked places."""
+"""What the objective promises of units, surrogates, clips and masked places; its reference numbers: test_vectors.py."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from atpo_async.config import ObjectiveConfig
 from learner import objective
 
-VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / "at2po_vectors.json").read_text())
-PAPER = ObjectiveConfig(clip_low=3e-3, clip_high=4e-3, dual_clip=None)
+SURROGATES = get_args(ObjectiveConfig.model_fields["surrogate"].annotation)
+LEVELS = get_args(ObjectiveConfig.model_fields["ratio_level"].annotation)
 
 
 def tensor(values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def indices(turn_id: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn ids by row -> turn occurrences numbered over the batch, and rows."""
-    turn = torch.tensor(turn_id)
-    row = torch.arange(turn.shape[0])[:, None].expand_as(turn)
-    return torch.where(turn < 0, turn, turn + 100 * row), row
-
-
-def mean_of_means(turn: torch.Tensor) -> torch.Tensor:
-    """Weights of seq-mean-token-mean."""
-    counts = (turn >= 0).double()
-    return counts / counts.sum(1, keepdim=True) / turn.shape[0]
-
-
 def evaluate(
-    case: dict[str, Any], turn_id: list[list[int]], settings: ObjectiveConfig
+    config: ObjectiveConfig,
+    logp: Any,
+    *,
+    prox: Any = None,
+    mu: Any = None,
+    advantage: Any = None,
+    turn: list[int] | None = None,
+    row: list[int] | None = None,
+    weight: Any = None,
+    correction: Any = None,
+    reference: Any = None,
+    entropy: Any = None,
 ) -> tuple[objective.Surrogate, torch.Tensor]:
-    turn, row = indices(turn_id)
-    logp = tensor(case["new_logp"]).requires_grad_()
-    result = objective.atpo_loss(
-        logp,
-        tensor(case["old_logp"]),
-        tensor(case["adv"]),
-        turn,
-        row,
-        mean_of_means(turn),
-        torch.ones_like(logp),
-        settings,
-    )
+    """The loss and its gradient by token; each token is a turn of its own unless told otherwise."""
+    logp = tensor(logp).requires_grad_()
+    given = {
+        "prox": logp.detach() if prox is None else tensor(prox),
+        "mu": logp.detach() if mu is None else tensor(mu),
+        "advantage": torch.ones_like(logp) if advantage is None else tensor(advantage),
+        "turn": torch.arange(len(logp)) if turn is None else torch.tensor(turn),
+        "row": torch.zeros(len(logp), dtype=torch.long) if row is None else torch.tensor(row),
+        "weight": torch.ones_like(logp) if weight is None else tensor(weight),
+        "correction": torch.ones_like(logp) if correction is None else tensor(correction),
+        "reference": None if reference is None else tensor(reference),
+        "entropy": entropy,
+    }
+    result = objective.atpo_loss(logp, settings=config, **given)
     (gradient,) = torch.autograd.grad(result.loss, logp)
     return result, gradient
 
 
-def test_the_loss_and_its_gradient_match_the_reference() -> None:
-    case = VECTORS["atpo_loss"]
-    result, gradient = evaluate(case, case["turn_id"], PAPER)
-    assert result.loss.item() == pytest.approx(case["loss"], abs=1e-9)
-    torch.testing.assert_close(gradient, tensor(case["grad_new_logp"]), atol=1e-9, rtol=0)
-    counts = tensor(case["mask"]) > 0
-    torch.testing.assert_close(result.log_ratio.exp()[counts], tensor(case["ratio"])[counts], atol=1e-9, rtol=0)
-    assert result.clipped[counts].double().mean().item() == pytest.approx(case["clipfrac"], abs=1e-9)
+log_probs = st.lists(st.floats(-5, -0.01), min_size=6, max_size=6)
+advantages = st.lists(st.floats(0.1, 3) | st.floats(-3, -0.1), min_size=6, max_size=6)
+TURNS, ROWS = [0, 0, 1, 2, 2, 2], [0, 0, 0, 1, 1, 1]
 
 
-def test_turns_without_an_observation_between_them_stay_two_turns() -> None:
-    case = VECTORS["adjacent_turns"]
-    two, gradient_two = evaluate(case, case["by_turn_id"]["turn_id"], PAPER)
-    one, gradient_one = evaluate(case, case["by_mask_run_official"]["turn_id"], PAPER)
-    assert two.loss.item() == pytest.approx(case["by_turn_id"]["loss"], abs=1e-9)
-    assert one.loss.item() == pytest.approx(case["by_mask_run_official"]["loss"], abs=1e-9)
-    torch.testing.assert_close(gradient_two, tensor(case["by_turn_id"]["grad"]), atol=1e-9, rtol=0)
-    torch.testing.assert_close(gradient_one, tensor(case["by_mask_run_official"]["grad"]), atol=1e-9, rtol=0)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@given(logp=log_probs, advantage=advantages)
+@settings(deadline=None, max_examples=20)
+def test_every_surrogate_starts_as_the_plain_policy_gradient(
+    surrogate: Any, level: Any, logp: list[float], advantage: list[float]
+) -> None:
+    weight, correction = [0.1, 0.2, 0.3, 0.1, 0.2, 0.1], [1.0, 2.0, 0.5, 0.0, 1.5, 1.0]
+    result, gradient = evaluate(
+        ObjectiveConfig(surrogate=surrogate, ratio_level=level), logp, advantage=advantage, weight=weight,
+        correction=correction, turn=TURNS, row=ROWS,
+    )  # fmt: skip
+    torch.testing.assert_close(gradient, -tensor(weight) * tensor(correction) * tensor(advantage))
+    assert not result.clipped.any()
+    assert not result.log_ratio.any()
+
+
+@given(log_probs, log_probs, log_probs, advantages, st.sampled_from(["clip", "tv"]))
+@settings(deadline=None, max_examples=60)
+def test_the_gradient_at_token_level_is_the_slope_of_the_loss(
+    logp: list[float], prox: list[float], mu: list[float], advantage: list[float], surrogate: Any
+) -> None:
+    config = ObjectiveConfig(surrogate=surrogate, ratio_level="token", clip_low=0.2, clip_high=0.3, dual_clip=3.0)
+    result, gradient = evaluate(config, logp, prox=prox, mu=mu, advantage=advantage)
+    assert torch.equal(gradient == 0, result.clipped)
+    step = 1e-6
+    for i in range(len(logp)):
+        up, down = list(logp), list(logp)
+        up[i], down[i] = up[i] + step, down[i] - step
+        above, below = (evaluate(config, x, prox=prox, mu=mu, advantage=advantage)[0] for x in (up, down))
+        if not torch.equal(above.clipped, below.clipped):
+            continue  # A kink lies between them.
+        slope = (above.loss - below.loss).item() / (2 * step)
+        assert slope == pytest.approx(gradient[i].item(), rel=1e-4, abs=1e-6)
 
 
 def test_the_dual_clip_bounds_the_loss_of_a_bad_action_that_became_likely() -> None:
@@ -79,6 +100,33 @@ def test_the_dual_clip_bounds_the_loss_of_a_bad_action_that_became_likely() -> N
     assert clipped.tolist() == [True, True, False]
     unbounded, _ = objective.clipped_loss(ratio, advantage, clip_low=0.2, clip_high=0.3, dual_clip=None)
     assert unbounded.tolist() == pytest.approx([5.0, -1.3, 2.0])
+
+
+def test_cispo_keeps_the_gradient_of_tokens_that_a_clip_would_silence() -> None:
+    logs = [1.0, 1.0, -1.0, -1.0]
+    given: dict[str, Any] = {"prox": [-2.0] * 4, "advantage": [1.0, -1.0, 1.0, -1.0]}
+    config = ObjectiveConfig(surrogate="cispo", ratio_level="token", clip_low=0.2, clip_high=0.3)
+    result, gradient = evaluate(config, [x - 2.0 for x in logs], **given)
+    assert gradient.tolist() == pytest.approx([-1.3, 1.3, -0.8, 0.8])
+    assert not result.clipped.any()
+    clip = config.model_copy(update={"surrogate": "clip"})
+    assert evaluate(clip, [x - 2.0 for x in logs], **given)[0].clipped.tolist() == [True, False, False, True]
+
+
+def test_the_policy_gradient_forgets_how_far_the_policy_has_moved() -> None:
+    config = ObjectiveConfig(surrogate="policy-gradient", ratio_level="token")
+    _, gradient = evaluate(config, [-1.0, -9.0], prox=[-4.0, -0.1], advantage=[2.0, -0.5])
+    assert gradient.tolist() == [-2.0, 0.5]
+
+
+def test_the_distance_mask_silences_only_tokens_that_move_away_from_the_behaviour_policy() -> None:
+    near, far = [-1.0, -1.0], [-3.0, -0.1]  # Probability 0.37 against 0.05 and 0.90.
+    config = ObjectiveConfig(surrogate="tv", ratio_level="token", tv_limit=0.25)
+    more, _ = evaluate(config, near, mu=far, advantage=[1.0, 1.0])
+    less, _ = evaluate(config, near, mu=far, advantage=[-1.0, -1.0])
+    assert more.clipped.tolist() == [True, False]
+    assert less.clipped.tolist() == [False, True]
+    assert not evaluate(config, near, mu=[-1.1, -0.9], advantage=[1.0, 1.0])[0].clipped.any()
 
 
 @pytest.mark.parametrize(("level", "expected"), [("token", [0.1, 0.3, -0.2]), ("sequence", [0.2 / 3] * 3)])
@@ -91,29 +139,135 @@ def test_a_ratio_level_decides_over_which_tokens_the_log_ratio_is_averaged(level
     assert gradient.tolist() == [1.0, 1.0, 1.0]
 
 
-def test_token_level_without_clipping_is_the_plain_policy_gradient() -> None:
-    turn, row = torch.tensor([[0, 0, -1, 1]]), torch.zeros(1, 4, dtype=torch.long)
-    logp = tensor([[-1.0, -0.5, 0.0, -2.0]]).requires_grad_()
-    advantage = tensor([[2.0, 2.0, 0.0, -1.0]])
-    settings = ObjectiveConfig(ratio_level="token")
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_the_reference_pulls_back_and_nothing_pulls_where_the_policies_agree(estimator: Any) -> None:
+    config = ObjectiveConfig(kl_coef=0.5, kl_estimator=estimator)
+    given: dict[str, Any] = {"advantage": [0.0] * 3, "weight": [1.0, 2.0, 2.0], "correction": [1.0, 1.0, 0.5]}
+    result, gradient = evaluate(config, [-1.0, -1.0, -1.0], reference=[-1.0, -1.5, -0.5], **given)
+    d = tensor([0.0, -0.5, 0.5])
+    k, slope = (d.square() / 2, -d) if estimator == "k2" else (d.exp() - 1 - d, 1 - d.exp())
+    corrected = tensor([1.0, 2.0, 1.0])
+    torch.testing.assert_close(result.kl, (corrected * k).sum())
+    torch.testing.assert_close(result.loss.detach(), 0.5 * result.kl)
+    torch.testing.assert_close(gradient, 0.5 * corrected * slope)
+    # Descending the loss makes a token less likely where it is likelier than under the reference.
+    assert gradient[0] == 0
+    assert gradient[1] > 0 > gradient[2]
+
+
+@given(st.floats(-50, -1e-3), st.floats(-50, -1e-3), st.sampled_from(["k2", "k3"]))
+@settings(deadline=None)
+def test_a_divergence_by_token_is_finite_and_never_negative(logp: float, reference: float, estimator: Any) -> None:
+    found = objective.kl_to_reference(tensor(logp), tensor(reference), estimator)
+    assert torch.isfinite(found)
+    assert found >= -1e-12
+    assert objective.kl_to_reference(tensor(logp), tensor(logp), estimator) == 0
+
+
+def test_the_entropy_bonus_is_weighted_but_not_corrected() -> None:
+    entropy = tensor([1.0, 2.0, 3.0]).requires_grad_()
+    config = ObjectiveConfig(entropy_coef=0.1)
+    logp = tensor([-1.0, -1.0, -1.0]).requires_grad_()
+    turn, none = torch.tensor([0, 1, -1]), torch.zeros(3, dtype=torch.float64)
     result = objective.atpo_loss(
-        logp, logp.detach(), advantage, turn, row, mean_of_means(turn), torch.ones_like(logp), settings
-    )
-    (gradient,) = torch.autograd.grad(result.loss, logp)
-    torch.testing.assert_close(gradient, -advantage / 3)
+        logp, logp.detach(), logp.detach(), none, turn, torch.zeros_like(turn), tensor([0.5, 0.25, 9.0]), none, config,
+        entropy=entropy,
+    )  # fmt: skip
+    assert result.entropy.item() == pytest.approx(1.0)
+    assert result.loss.item() == pytest.approx(-0.1)
+    (gradient,) = torch.autograd.grad(result.loss, entropy)
+    assert gradient.tolist() == pytest.approx([-0.05, -0.025, 0.0])
 
 
-def test_a_masked_place_changes_nothing_whatever_it_holds() -> None:
-    case = VECTORS["atpo_loss"]
-    noisy = {**case, "new_logp": [row[:] for row in case["new_logp"]]}
-    noisy["new_logp"][0][3] = 80.0
-    result, gradient = evaluate(noisy, case["turn_id"], PAPER)
-    assert result.loss.item() == pytest.approx(case["loss"], abs=1e-9)
-    assert gradient[0, 3] == 0
+def test_terms_that_are_off_are_measured_if_their_numbers_are_there_and_change_nothing() -> None:
+    plain, gradient = evaluate(ObjectiveConfig(), [-1.0, -2.0])
+    assert plain.kl == plain.entropy == 0
+    off, same = evaluate(ObjectiveConfig(), [-1.0, -2.0], reference=[-1.5, -2.0], entropy=tensor([1.0, 0.5]))
+    assert off.kl > 0
+    assert off.entropy == 1.5
+    assert off.loss.item() == plain.loss.item()
+    torch.testing.assert_close(same, gradient)
+    assert not off.kl.requires_grad
+    assert not off.entropy.requires_grad
 
 
-def test_a_huge_log_ratio_stays_finite() -> None:
-    turn, row = torch.tensor([0]), torch.tensor([0])
-    logp = tensor([0.0]).requires_grad_()
-    result = objective.atpo_loss(logp, tensor([-500.0]), tensor([-1.0]), turn, row, tensor([1.0]), tensor([1.0]), PAPER)
-    assert torch.isfinite(result.loss)
+@pytest.mark.parametrize("term", ["kl_coef", "entropy_coef"])
+def test_a_term_without_its_numbers_is_an_error_and_not_silently_off(term: str) -> None:
+    with pytest.raises(ValueError, match=rf"objective.{term} = 0.25 needs"):
+        evaluate(ObjectiveConfig.model_validate({term: 0.25}), [-1.0])
+
+
+@pytest.mark.parametrize("noise", [80.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_a_masked_place_changes_nothing_whatever_it_holds(surrogate: Any, noise: float) -> None:
+    config = ObjectiveConfig(surrogate=surrogate, kl_coef=0.1)
+    clean: dict[str, Any] = {
+        "logp": [-1.0, -2.0, 0.0, -0.5], "prox": [-1.1, -1.9, 0.0, -0.5], "mu": [-1.2, -1.8, 0.0, -0.6],
+        "advantage": [1.0, 1.0, 0.0, -1.0], "weight": [0.5, 0.5, 0.0, 0.5], "correction": [1.0, 1.0, 0.0, 1.0],
+        "reference": [-1.0, -1.0, 0.0, -1.0],
+    }  # fmt: skip
+    noisy = {name: [*values[:2], noise, values[3]] for name, values in clean.items()}
+    turn, row = [0, 0, -1, 1], [0, 0, 0, 0]
+    expected, gradient = evaluate(config, turn=turn, row=row, **clean)
+    found, noisy_gradient = evaluate(config, turn=turn, row=row, **noisy)
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(noisy_gradient, gradient)
+    assert noisy_gradient[2] == 0
+    assert not found.clipped[2]
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_a_huge_log_ratio_stays_finite(surrogate: Any) -> None:
+    for logp, prox in ((0.0, -500.0), (-500.0, 0.0)):
+        config = ObjectiveConfig(surrogate=surrogate, dual_clip=None, kl_coef=1.0, ratio_level="token")
+        result, gradient = evaluate(config, [logp], prox=[prox], mu=[prox], advantage=[-1.0], reference=[prox])
+        assert torch.isfinite(result.loss)
+        assert torch.isfinite(gradient).all()
+        # Without the pull of the reference, a token without gradient is one that is said to be clipped.
+        alone = config.model_copy(update={"kl_coef": 0.0})
+        result, gradient = evaluate(alone, [logp], prox=[prox], mu=[prox], advantage=[-1.0])
+        assert bool(result.clipped[0]) == (float(gradient.abs()) < 1e-100)
+
+
+def test_a_forward_pass_without_tokens_has_a_loss_of_zero_that_can_be_differentiated() -> None:
+    for surrogate in SURROGATES:
+        result, gradient = evaluate(ObjectiveConfig(surrogate=surrogate), [])
+        assert result.loss == 0
+        assert gradient.shape == (0,)
+
+
+def test_a_nan_of_the_model_shows_in_the_loss() -> None:
+    for surrogate in SURROGATES:
+        result, _ = evaluate(ObjectiveConfig(surrogate=surrogate), [-1.0, float("nan")])
+        assert torch.isnan(result.loss)
+
+
+def test_every_surrogate_of_the_configuration_is_there() -> None:
+    assert set(objective.SURROGATES) == set(SURROGATES)
+
+
+@given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=5), st.integers(0, 60))
+@settings(deadline=None)
+def test_a_prefix_sums_the_turns_of_its_own_row_down_to_its_last(rows: list[list[int]], gap: int) -> None:
+    turns, row_of, values, expected = [], [], [], {}
+    number = 0
+    for r, lengths in enumerate(rows):
+        total = 0.0
+        for length in lengths:
+            turns += [number] * length
+            row_of += [r] * length
+            values += [float(number + 1)] * length
+            total += (number + 1) * length
+            expected[number] = total
+            number += 1
+        number += gap
+    turn, row = torch.tensor(turns), torch.tensor(row_of)
+    per_turn = objective.unit_sum(tensor(values), turn, objective.num_units(turn))
+    found = objective.prefix_sum(per_turn, turn, row)
+    assert {n: found[n].item() for n in expected} == pytest.approx(expected)
+
+
+def test_one_rows_infinity_stays_out_of_the_prefixes_before_it() -> None:
+    turn, row = torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1])
+    found = objective.prefix_sum(tensor([1.0, 2.0, float("inf")]), turn, row)
+    assert found.tolist() == [1.0, 3.0, float("inf")]
