@@ -62,6 +62,8 @@ REPEAT_S = 5.0
 """While waiting, the buffer is told again which version there is: it may have started anew."""
 KEPT_BATCHES = 5
 """Batches of skipped updates that are kept for a look."""
+MAX_WARNINGS = 5
+"""Lines about trees left out that one batch may write to the log."""
 FINISH_S = 10.0
 """For the last messages of a run to be acknowledged."""
 
@@ -385,6 +387,10 @@ class Learner:
         clock = time.monotonic
         began = clock()
         report = self.trainer.train(batch, version=self.version, should_stop=self._stop_torch.is_set)
+        for line in report.warnings[:MAX_WARNINGS]:
+            self.log.warning("batch %d: %s", batch.step, line)
+        if len(report.warnings) > MAX_WARNINGS:
+            self.log.warning("batch %d: and %d more trees left out", batch.step, len(report.warnings) - MAX_WARNINGS)
         if report.fault is not None:
             self.log.warning("batch %d: update skipped, %s", batch.step, report.fault)
         trained = clock()
@@ -480,7 +486,13 @@ class Learner:
         save_batch(folder / f"step-{self.step:06d}-rank-{self._rank}.batch", batch)
         for old in sorted(folder.glob(f"step-*-rank-{self._rank}.batch"))[:-KEPT_BATCHES]:
             old.unlink()
-        self.trainer.skips.check(reason, limit=self.config.learner.max_skipped_updates, kept_in=str(folder))
+        kept = checkpoint.list_checkpoints(self.rundir.checkpoints)
+        self.trainer.skips.check(
+            reason,
+            limit=self.config.learner.max_skipped_updates,
+            kept_in=str(folder),
+            checkpoint=str(kept[-1]) if kept else None,
+        )
 
     async def _checkpoint(self) -> None:
         """Save, unless this step is saved already.  Every rank calls it."""
@@ -644,6 +656,7 @@ async def learn(ctx: RoleContext) -> None:
                 learner.trainer.accelerator.device,
                 learner.trainer.accelerator.num_processes,
             )
+            ctx.log.info("learner: %s layout: %s", learner.trainer.layout, learner.trainer.layout_reason)
             await learner.run()
             if ctx.config.learner.tensorboard:
                 await thread(learner.trainer.accelerator.end_training)

@@ -26,7 +26,12 @@ from atpo_async.messages import BatchTree
 from atpo_async.tree import Turn, TurnTree, is_fresh, lag_versions
 
 Aggregation = Literal[
-    "seq-mean-token-mean", "seq-mean-token-sum", "token-mean", "unique-token-mean", "branch-prob", "branch-prob-token-sum"
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "token-mean",
+    "unique-token-mean",
+    "branch-prob",
+    "branch-prob-token-sum",
 ]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -419,6 +424,7 @@ class Staleness:
         lags = np.arange(len(self.by_lag))
         out["lag/mean"] = float((lags * self.by_lag).sum() / used)
         out["lag/max"] = float(lags[self.by_lag > 0].max())
+        out["lag/p50"] = float(np.searchsorted(np.cumsum(self.by_lag), 0.5 * used))
         out["lag/p95"] = float(np.searchsorted(np.cumsum(self.by_lag), 0.95 * used))
         out["turns/multi_version_share"] = self.multi_version / used
         out["turns/zero_advantage_share"] = self.zero_advantage / used

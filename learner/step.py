@@ -1,13 +1,18 @@
 """One batch: trees -> rows -> log-probs -> loss -> optimizer steps.  Synchronous; the same on every rank.
 
 The loss is a mean over the global batch, whatever part of it a rank or a micro-batch holds.  With ``minibatches`` > 1
-each optimizer step's loss is the mean over its own leaves, and the proximal policy is the weights before the first.
+each optimizer step's loss is the mean over its own leaves; with ``epochs`` > 1 the parts come round again.
+
+What the whole batch decides (the exponent that keeps the effective sample size, M2PO's threshold, ratios for the tree
+trace) is measured in a pass without gradient before the first step.  The guard against a collapsed effective sample
+size needs no such pass: it looks after the backward passes, and takes them again, tempered, where it must.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +27,10 @@ from atpo_async.errors import SetupError
 from atpo_async.messages import Batch
 from atpo_async.tree import lag_versions
 from learner import correction, guards
-from learner.model import Policy, is_sharded, is_tied, learning_rate, make_optimizer
-from learner.objective import atpo_loss
+from learner.correction import Tempering
+from learner.intake import REASONS, sift
+from learner.model import Policy, is_sharded, is_tied, layout_for, learning_rate, make_optimizer
+from learner.objective import MAX_LOG_RATIO, Surrogate, atpo_loss
 from learner.packing import (
     CreditedTree,
     MicroBatch,
@@ -34,6 +41,8 @@ from learner.packing import (
     micro_batches,
     priority,
 )
+from learner.tree_attention import to_device
+from learner.tree_packing import tree_micro_batches
 
 
 class Abandoned(Exception):
@@ -50,6 +59,8 @@ class StepReport:
     """Of this rank's trees."""
     fault: str | None
     """Why an update of this batch was skipped."""
+    warnings: tuple[str, ...] = ()
+    """One line for each tree of this rank that was left out."""
 
 
 @dataclass(slots=True)
@@ -57,10 +68,14 @@ class _Totals:
     """What is added up over the optimizer steps of a batch."""
 
     losses: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    tempering: list[Tempering] = field(default_factory=list)
     lr: float = 0.0
     fault: str | None = None
-    padded_tokens: int = 0
+    forward_tokens: int = 0
+    """Padded, of the passes with a gradient."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,14 +83,43 @@ class _Pass:
     """A micro-batch on its device."""
 
     inputs: dict[str, Any]
+    occurrence: Tensor | None
     mu: Tensor
     advantage: Tensor
     weight: Tensor
     turn: Tensor
     row: Tensor
+    number: Tensor
     counted: Tensor
-    same_version: Tensor
+    lag: Tensor
     prox: Tensor | None = None
+    """Once it is known; before that the pass's own log-probs are it."""
+    reference: Tensor | None = None
+
+    def spread(self, scored: Tensor) -> Tensor:
+        """A number for each scored token (last dimension) -> for each place of the loss."""
+        return scored if self.occurrence is None else scored[..., self.occurrence]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Part:
+    """The trees of one optimizer step."""
+
+    trees: list[CreditedTree]
+    passes: list[_Pass]
+    row_tokens: int
+    """Of the flat layout, whatever the layout is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Attempt:
+    """What the backward passes of one optimizer step gave."""
+
+    loss: Tensor
+    kl: Tensor
+    entropy: Tensor
+    diagnostics: Tensor
+    log_ratios: list[Tensor]
 
 
 class Trainer:
@@ -91,9 +135,13 @@ class Trainer:
         self.updates = 0
         """Optimizer steps taken."""
         self.skips = guards.SkipCount()
+        self.grad_norms = guards.GradNorms()
+        self.layout, self.layout_reason = layout_for(policy, config)
         self.names = tuple(policy.hf.state_dict())
         """Every tensor an engine needs, aliases of tied ones too."""
         self._alias = _aliases(policy.hf)
+        self._vocab_size = int(policy.hf.config.vocab_size)
+        self._reference = _frozen_copy(policy, accelerator) if config.objective.kl_coef else None
         self.sharded = is_sharded(accelerator)
         optimizer = make_optimizer(policy, config.learner, sharded=self.sharded)
         tied = is_tied(policy)
@@ -106,8 +154,28 @@ class Trainer:
             )
 
     @property
+    def updates_per_batch(self) -> int:
+        return self.config.learner.minibatches * self.config.learner.epochs
+
+    @property
     def total_updates(self) -> int:
-        return self.config.run.steps * self.config.learner.minibatches
+        return self.config.run.steps * self.updates_per_batch
+
+    @property
+    def _measures_first(self) -> bool:
+        """Whether log-probs of the whole batch must be known before its first optimizer step."""
+        prox = self.config.correction.prox
+        recompute = prox == "recompute" or (prox == "auto" and self.updates_per_batch > 1)
+        return recompute or self._traces or correction.needs_batch(self.config.correction)
+
+    @property
+    def _traces(self) -> bool:
+        return self.config.credit.value_mode.startswith("tree_trace")
+
+    @property
+    def _guards_ess(self) -> bool:
+        settings = self.config.correction
+        return settings.action != "none" and settings.ess_floor > 0
 
     def warm_up(self) -> None:
         """One pass on made-up rows, so that the first batch does not pay for allocation and lazy set-up.
@@ -135,52 +203,81 @@ class Trainer:
             Abandoned: ``should_stop`` said so before any weight changed.
         """
         settings = self.config
-        trees = [CreditedTree.of(tree, settings.credit) for tree in batch.trees]
+        sifted = sift(batch, version=version, vocab_size=self._vocab_size, max_lag=settings.staleness.max_lag)
+        trees = [CreditedTree.of(tree, settings.credit) for tree in sifted.batch.trees]
         order = np.random.default_rng((settings.run.seed, batch.step, self.accelerator.process_index))
-        shares = _split(trees, settings.learner.minibatches, order)
-        planned = [self._plan(share, batch, version) for share in shares]
-        if len(planned) > 1:
-            with torch.no_grad():
-                for passes in planned:
-                    for item in passes:
-                        item.prox = self.model(**item.inputs).detach()
+        parts = [self._plan(share, batch, version) for share in _split(trees, settings.learner.minibatches, order)]
+        tempering = None
+        if self._measures_first:
+            self._measure(parts)
+            if self._traces:
+                for part in parts:
+                    self._recredit(part)
+                trees = [tree for part in parts for tree in part.trees]
+            if correction.needs_batch(settings.correction) or self._guards_ess:
+                tempering = self._temper([ratios for part in parts for ratios in self._ratios_of(part)])
         totals = _Totals()
         diagnostics = torch.zeros(len(correction.SUMS), dtype=torch.float64, device=self.accelerator.device)
-        for passes in planned:
-            if passes:
-                diagnostics += self._update(passes, totals, should_stop if totals.losses == [] else lambda: False)
+        for _ in range(settings.learner.epochs):
+            for part in parts:
+                if part.passes:
+                    # Once a weight has changed, the batch is seen through to its end.
+                    first = not totals.losses
+                    diagnostics += self._update(part.passes, totals, tempering, should_stop if first else lambda: False)
+        metrics = self._metrics(trees, version, totals, diagnostics, sum(part.row_tokens for part in parts))
         return StepReport(
-            metrics=self._metrics(trees, version, totals, diagnostics),
+            metrics=metrics | self._dropped(sifted.metrics()),
             priorities={
                 tree.tree.tree_id: priority(tree.advantages, max_share=settings.buffer.priority_max_share)
                 for tree in trees
             },
             fault=totals.fault,
+            warnings=tuple(sifted.messages),
         )
 
-    def _plan(self, trees: Sequence[CreditedTree], batch: Batch, version: int) -> list[_Pass]:
+    def _plan(self, trees: Sequence[CreditedTree], batch: Batch, version: int) -> _Part:
         """This rank's forward passes for one optimizer step: as many as every other rank, none if nobody has rows."""
         settings = self.config
-        normaliser = Normaliser(num_leaves=batch.num_leaves, num_action_tokens=batch.num_action_tokens)
+        normaliser = Normaliser(
+            num_trees=batch.num_trees,
+            num_leaves=batch.num_leaves,
+            num_action_tokens=batch.num_action_tokens,
+            num_turn_tokens=batch.num_turn_tokens,
+        )
         if settings.learner.minibatches > 1:
-            own = [sum(t.num_leaves for t in trees), sum(t.num_action_tokens for t in trees)]
-            leaves, tokens = (int(v) for v in self._sum(np.array(own, dtype=np.float64)))
-            normaliser = Normaliser(num_leaves=leaves, num_action_tokens=tokens)
+            own = Normaliser.of(trees)
+            counts = [own.num_trees, own.num_leaves, own.num_action_tokens, own.num_turn_tokens]
+            total = [int(v) for v in self._sum(np.array(counts, dtype=np.float64))]
+            normaliser = Normaliser(
+                num_trees=total[0], num_leaves=total[1], num_action_tokens=total[2], num_turn_tokens=total[3]
+            )
         rows = leaf_rows(
             trees,
             version=version,
             max_lag=settings.staleness.max_lag,
             aggregation=settings.objective.aggregation,
             normaliser=normaliser,
+            keep_idle=self._traces or settings.objective.kl_coef > 0 or settings.objective.entropy_coef > 0,
         )
-        packed = micro_batches(rows, max_tokens=settings.learner.micro_batch_tokens, version=version)
+        max_tokens = settings.learner.micro_batch_tokens
+        if self.layout == "tree":
+            packed = tree_micro_batches(
+                rows, max_tokens=max_tokens, pack_tokens=settings.learner.pack_tokens, version=version
+            )
+        else:
+            packed = micro_batches(rows, max_tokens=max_tokens, version=version)
         count = int(max(self._gather(len(packed))))
         packed += [idle_micro_batch() for _ in range(count - len(packed))]
-        return [self._on_device(item) for item in packed]
+        return _Part(
+            trees=list(trees),
+            passes=[self._on_device(item) for item in packed],
+            row_tokens=sum(len(row.tokens) - 1 for row in rows),
+        )
 
     def _on_device(self, batch: MicroBatch) -> _Pass:
         dtype = next(self.policy.parameters()).dtype
         dtype = dtype if dtype == torch.float64 else torch.float32
+        device = self.accelerator.device
 
         def number(values: Any) -> Tensor:
             return torch.from_numpy(values).to(dtype)
@@ -190,28 +287,108 @@ class Trainer:
             "predictor": torch.from_numpy(batch.predictor),
             "target": torch.from_numpy(batch.target),
         }
-        if batch.position_ids is not None:
-            inputs["position_ids"] = torch.from_numpy(batch.position_ids)
-        if batch.attention_mask is not None:
-            inputs["attention_mask"] = torch.from_numpy(batch.attention_mask)
         rest: dict[str, Any] = {
+            "occurrence": None if batch.occurrence is None else torch.from_numpy(batch.occurrence),
             "mu": number(batch.mu),
             "advantage": number(batch.advantage),
             "weight": number(batch.weight),
             "turn": torch.from_numpy(batch.turn),
             "row": torch.from_numpy(batch.row),
+            "number": torch.from_numpy(batch.number),
             "counted": torch.from_numpy(batch.counted),
-            "same_version": torch.from_numpy(batch.same_version),
+            "lag": torch.from_numpy(batch.lag),
         }
-        device = self.accelerator.device
-        return _Pass(inputs=send_to_device(inputs, device), **send_to_device(rest, device))
+        inputs = send_to_device(inputs, device)
+        if batch.layout is not None:
+            inputs["layout"] = to_device(batch.layout, device)
+        return _Pass(inputs=inputs, **send_to_device(rest, device))
 
-    def _update(self, passes: list[_Pass], totals: _Totals, should_stop: Callable[[], bool]) -> Tensor:
-        """One optimizer step, or none if it would be a bad one.  Returns the diagnostics' sums of this rank."""
-        accelerator, settings = self.accelerator, self.config
+    # --- before the first step
+
+    def _measure(self, parts: Sequence[_Part]) -> None:
+        """Proximal log-probs of the whole batch, without a gradient."""
+        with torch.no_grad():
+            for part in parts:
+                for item in part.passes:
+                    item.prox = item.spread(self.model(**item.inputs)).detach()
+
+    def _recredit(self, part: _Part) -> None:
+        """Credit again, with each turn's ratio.  Turns without a token in the loss count as ratio 1."""
+        num_turns = sum(len(tree.tree) for tree in part.trees)
+        total = torch.zeros(num_turns, dtype=torch.float64, device=self.accelerator.device)
+        for item in part.passes:
+            assert item.prox is not None
+            difference = torch.where(item.counted, (item.prox - item.mu).double(), 0.0)
+            total.index_add_(0, item.number, difference)
+        ratio = total.clamp(max=MAX_LOG_RATIO).exp().cpu().numpy()
+        part.trees = [
+            tree.recredited(own, self.config.credit)
+            for tree, own in zip(part.trees, _by_tree(ratio, part.trees), strict=True)
+        ]
+        advantage = np.concatenate([np.zeros(0), *(tree.advantages for tree in part.trees)])
+        for item in part.passes:
+            found = torch.from_numpy(advantage).to(item.advantage)
+            item.advantage = found[item.number]
+
+    def _ratios_of(self, part: _Part) -> Iterable[Tensor]:
+        for item in part.passes:
+            assert item.prox is not None
+            yield correction.batch_log_ratios(
+                item.prox, item.mu, item.turn, item.row, item.counted, self.config.correction
+            )
+
+    def _temper(self, log_ratios: Sequence[Tensor]) -> Tempering:
+        """What the global batch's ratios ask for."""
+        none = torch.zeros(0, dtype=torch.float64, device=self.accelerator.device)
+        return correction.temper(self._concatenated(torch.cat([none, *log_ratios])), self.config.correction)
+
+    # --- one optimizer step
+
+    def _update(
+        self, passes: list[_Pass], totals: _Totals, tempering: Tempering | None, should_stop: Callable[[], bool]
+    ) -> Tensor:
+        """One optimizer step, or none if it would be a bad one.  Returns the diagnostics' sums of this rank.
+
+        Args:
+            tempering: of the batch; None: not measured, the guard looks at this step's own ratios.
+        """
+        settings = self.config
+        attempt = self._attempt(passes, tempering or Tempering(), should_stop)
+        if tempering is None and self._guards_ess:
+            tempering = self._temper(attempt.log_ratios)
+            if tempering.scale < 1:
+                attempt = self._attempt(passes, tempering, should_stop)
+        totals.tempering.append(tempering or Tempering())
+        totals.forward_tokens += sum(item.inputs["tokens"].numel() for item in passes)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.learner.max_grad_norm)
+        sums = torch.stack([attempt.loss, attempt.kl, attempt.entropy])
+        loss, kl, entropy = self.accelerator.reduce(sums, reduction="sum").tolist()
+        grad_norm = float(norm) if norm is not None else float("nan")
+        totals.losses.append(loss)
+        totals.kl.append(kl)
+        totals.entropy.append(entropy)
+        totals.grad_norms.append(grad_norm)
+        self._apply(
+            guards.fault(
+                loss=loss, grad_norm=grad_norm, history=self.grad_norms, max_spike=settings.learner.max_grad_spike
+            ),
+            totals,
+        )
+        self.grad_norms = self.grad_norms.after(grad_norm)
+        return attempt.diagnostics
+
+    def _attempt(self, passes: list[_Pass], tempering: Tempering, should_stop: Callable[[], bool]) -> _Attempt:
+        """Forward and backward through every pass; the gradient is on the parameters afterwards.
+
+        Raises:
+            Abandoned: ``should_stop`` said so.
+        """
+        accelerator, device = self.accelerator, self.accelerator.device
         self.optimizer.zero_grad()
-        diagnostics = torch.zeros(len(correction.SUMS), dtype=torch.float64, device=accelerator.device)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        loss, kl, entropy = zero.clone(), zero.clone(), zero.clone()
+        diagnostics = torch.zeros(len(correction.SUMS), dtype=torch.float64, device=device)
+        log_ratios: list[Tensor] = []
         for i, item in enumerate(passes):
             if accelerator.num_processes == 1 and should_stop():
                 self.optimizer.zero_grad()
@@ -219,36 +396,75 @@ class Trainer:
             # Only the last backward pass of the step exchanges gradients: ranks then agree on their number.
             last = i + 1 == len(passes)
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
-                logp = self.model(**item.inputs)
-                prox = logp.detach() if item.prox is None else item.prox
-                weights = correction.importance_weights(prox, item.mu, item.turn, item.row, settings.correction)
-                result = atpo_loss(
-                    logp, prox, item.advantage, item.turn, item.row, item.weight, weights.per_token, settings.objective
-                )
+                result, ratios, sums = self._surrogate(item, tempering)
                 # Data parallelism averages gradients over ranks; the loss is a sum over them.
                 accelerator.backward(result.loss * accelerator.num_processes)
-            loss_sum += result.loss.detach().double()
-            if item.turn.numel():
-                diagnostics += correction.sums(
-                    prox=prox,
-                    mu=item.mu,
-                    advantage=item.advantage,
-                    turn=item.turn,
-                    row=item.row,
-                    counted=item.counted,
-                    same_version=item.same_version,
-                    clipped=result.clipped,
-                    weights=weights,
-                    settings=settings.correction,
-                )
-            totals.padded_tokens += item.inputs["tokens"].numel()
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.learner.max_grad_norm)
-        loss = float(accelerator.reduce(loss_sum, reduction="sum"))
-        grad_norm = float(norm) if norm is not None else float("nan")
-        totals.losses.append(loss)
-        totals.grad_norms.append(grad_norm)
-        self._apply(guards.fault(loss=loss, grad_norm=grad_norm), totals)
-        return diagnostics
+            loss += result.loss.detach().double()
+            kl += result.kl.double()
+            entropy += result.entropy.double()
+            log_ratios.append(ratios)
+            if sums is not None:
+                diagnostics += sums
+        return _Attempt(loss=loss, kl=kl, entropy=entropy, diagnostics=diagnostics, log_ratios=log_ratios)
+
+    def _surrogate(self, item: _Pass, tempering: Tempering) -> tuple[Surrogate, Tensor, Tensor | None]:
+        """The loss of one pass, its units' log-ratios, and its diagnostics (None without tokens)."""
+        settings = self.config
+        with_entropy = settings.objective.entropy_coef > 0
+        scored = item.spread(self.model(**item.inputs, **({"with_entropy": True} if with_entropy else {})))
+        logp, entropy = (scored[0], scored[1]) if with_entropy else (scored, None)
+        own = logp.detach()
+        prox = self._prox(item, own)
+        numerator = own if settings.correction.numerator == "policy" else prox
+        weights = correction.importance_weights(
+            numerator, item.mu, item.advantage, item.turn, item.row, settings.correction, tempering
+        )
+        result = atpo_loss(
+            logp,
+            prox,
+            item.mu,
+            item.advantage,
+            item.turn,
+            item.row,
+            item.weight,
+            weights.per_token,
+            settings.objective,
+            reference=self._reference_logprobs(item),
+            entropy=entropy,
+        )
+        ratios = correction.batch_log_ratios(numerator, item.mu, item.turn, item.row, item.counted, settings.correction)
+        if not item.turn.numel():
+            return result, ratios, None
+        sums = correction.sums(
+            prox=prox,
+            mu=item.mu,
+            advantage=item.advantage,
+            turn=item.turn,
+            row=item.row,
+            counted=item.counted,
+            lag=item.lag,
+            clipped=result.clipped,
+            weights=weights,
+            settings=settings.correction,
+        )
+        return result, ratios, sums
+
+    def _prox(self, item: _Pass, own: Tensor) -> Tensor:
+        """Proximal log-probs of a pass, given its log-probs under the weights now."""
+        if self.config.correction.prox == "interpolate":
+            return correction.interpolated_prox(own, item.mu, item.lag)
+        if item.prox is None:
+            item.prox = own
+        return item.prox
+
+    def _reference_logprobs(self, item: _Pass) -> Tensor | None:
+        """Under the weights of ``model.path``; they never change, so once a batch is enough."""
+        if self._reference is None:
+            return None
+        if item.reference is None:
+            with torch.no_grad():
+                item.reference = item.spread(self._reference(**item.inputs)).to(item.mu)
+        return item.reference
 
     def _apply(self, fault: str | None, totals: _Totals) -> None:
         settings = self.config.learner
@@ -273,7 +489,7 @@ class Trainer:
         self.optimizer.zero_grad()
 
     def _metrics(
-        self, trees: Sequence[CreditedTree], version: int, totals: _Totals, diagnostics: Tensor
+        self, trees: Sequence[CreditedTree], version: int, totals: _Totals, diagnostics: Tensor, row_tokens: int
     ) -> dict[str, float]:
         max_lag = self.config.staleness.max_lag
         staleness = Staleness.of(trees, version=version, max_lag=max_lag).to_vector()
@@ -286,14 +502,31 @@ class Trainer:
             # Over all turns of the batch, those masked too: lag/max is within max_lag by construction.
             out["lag/served_max"] = served_max
         out["tokens/trained"] = counts.action_tokens
-        out["tokens/forward"] = float(self._sum(np.array([totals.padded_tokens], dtype=np.float64))[0])
+        forward, rows = self._sum(np.array([totals.forward_tokens, row_tokens], dtype=np.float64)).tolist()
+        out["tokens/forward"] = forward
+        if rows:
+            # Below 1: what the tree layout saves; above: what padding, epochs and repeated prefixes cost.
+            out["pack/token_ratio"] = forward / rows
         out["train/updates"] = self.updates
         out["guard/skipped_updates"] = self.skips.total
         if totals.losses:
             out["train/loss"] = float(np.mean(totals.losses))
             out["grad_norm"] = float(np.mean(totals.grad_norms))
             out["lr"] = totals.lr
+            out["is/exponent_scale"] = min(t.scale for t in totals.tempering)
+            out["guard/tempered"] = float(self._guards_ess and out["is/exponent_scale"] < 1)
+            if self.config.objective.kl_coef:
+                out["kl/policy_reference"] = float(np.mean(totals.kl))
+            if self.config.objective.entropy_coef:
+                out["policy/entropy"] = float(np.mean(totals.entropy))
+            if self.config.correction.action == "m2po":
+                out["is/m2po_max_abs"] = min(t.max_abs for t in totals.tempering)
         return out
+
+    def _dropped(self, own: dict[str, float]) -> dict[str, float]:
+        """Trees left out, by reason, over all ranks; reasons that no rank has are left out."""
+        total = self._sum(np.array([own.get(f"dropped/{reason}", 0.0) for reason in REASONS])).tolist()
+        return {f"dropped/{reason}": count for reason, count in zip(REASONS, total, strict=True) if count}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor an engine needs, whole: tied ones under each of their names.  Collective when sharded."""
@@ -329,6 +562,16 @@ class Trainer:
         """The smallest of all ranks' numbers."""
         return min(self._gather(value))
 
+    def _concatenated(self, own: Tensor) -> Tensor:
+        """Every rank's one-dimensional tensor, one behind the other."""
+        if self.accelerator.num_processes == 1:
+            return own
+        sizes = [int(size) for size in self._gather(own.numel())]
+        padded = torch.zeros(max([1, *sizes]), dtype=own.dtype, device=own.device)
+        padded[: own.numel()] = own
+        gathered = self.accelerator.gather(padded).reshape(len(sizes), -1)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
     def _sum(self, values: np.ndarray) -> np.ndarray:
         if self.accelerator.num_processes == 1:
             return values
@@ -348,6 +591,18 @@ def _split(trees: Sequence[CreditedTree], parts: int, order: np.random.Generator
         return [list(trees)]
     shuffled = [trees[i] for i in order.permutation(len(trees))]
     return [shuffled[i::parts] for i in range(parts)]
+
+
+def _by_tree(values: np.ndarray, trees: Sequence[CreditedTree]) -> list[np.ndarray]:
+    """Numbers by turn of the part -> one array a tree."""
+    return np.split(values, np.cumsum([len(tree.tree) for tree in trees])[:-1]) if trees else []
+
+
+def _frozen_copy(policy: Policy, accelerator: Accelerator) -> Policy:
+    """The policy as it was loaded from ``model.path``, whole on every rank."""
+    frozen = copy.deepcopy(policy).requires_grad_(False).eval()
+    placed: Policy = frozen.to(accelerator.device)
+    return placed
 
 
 def _aliases(hf: Any) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from atpo_async.config import CreditConfig
-from atpo_async.credit import credit
+from atpo_async.credit import credit_as
 from atpo_async.messages import Batch, BatchTree
 from atpo_async.report_trees import TreeTurn, append_tree_sample
 from atpo_async.tree import TurnTree
@@ -52,12 +52,7 @@ def write_sample(
 
 def _turns(chosen: BatchTree, settings: CreditConfig, decode: Callable[[np.ndarray], str]) -> list[TreeTurn]:
     tree = TurnTree(chosen.tree_id, chosen.task_index, chosen.prompt, chosen.turns).pruned()
-    worth = credit(
-        tree,
-        value_mode=settings.value_mode,
-        advantage_mode=settings.advantage_mode,
-        normalise=settings.normalise_leaves,
-    )
+    worth = credit_as(tree, settings)
     return [
         TreeTurn(
             id=turn.turn_id,

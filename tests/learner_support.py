@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from atpo_async.config import Config, build
 from atpo_async.messages import Batch, BatchTree
 from atpo_async.tree import Turn, spans_of
+from learner.model import Policy
 
 VOCAB = 31
 
@@ -28,6 +32,20 @@ def make_model(folder: Path, *, seed: int = 0, tie: bool = True) -> Path:
     hf.save_pretrained(folder)
     (folder / "tokenizer_config.json").write_text("{}")
     return folder
+
+
+def in_double(policy: Policy) -> Policy:
+    """The policy in float64 throughout: transformers rounds through float32 in its norms, whatever the model's dtype."""
+
+    def forward(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + module.variance_epsilon)
+        return module.weight * (hidden * scale)
+
+    doubled: Policy = policy.double()
+    for module in doubled.modules():
+        if isinstance(module, Qwen3RMSNorm):
+            module.forward = MethodType(forward, module)
+    return doubled
 
 
 def make_config(model: Path, **sections: dict[str, object]) -> Config:
@@ -78,6 +96,7 @@ def batch_of(trees: tuple[BatchTree, ...], whole: tuple[BatchTree, ...], *, step
     credited = [CreditedTree.of(tree, Config().credit) for tree in whole]
     return Batch(
         batch_id=step, step=step, num_trees=len(whole), num_leaves=sum(t.num_leaves for t in credited),
-        num_action_tokens=sum(t.num_action_tokens for t in credited), trees=trees,
+        num_action_tokens=sum(t.num_action_tokens for t in credited),
+        num_turn_tokens=sum(t.num_turn_tokens for t in credited), trees=trees,
         metrics={"train/reward": 0.25, "train/success": 0.5},
     )  # fmt: skip

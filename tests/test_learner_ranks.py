@@ -16,15 +16,30 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-def train_share(model: Path, shares: list[list[int]]) -> dict[str, Any]:
+VARIANTS: list[dict[str, dict[str, object]]] = [
+    {"learner": {"packing": "flat"}},
+    {"learner": {"packing": "tree", "pack_tokens": 64}},
+    # What the whole batch decides must come out the same whoever holds which part of it.
+    {"correction": {"exponent": "ess", "ess_target": 0.97, "cap": 1e6}},
+    {"correction": {"ess_floor": 0.97, "cap": 1e6}},
+    {"correction": {"action": "m2po", "level": "token", "m2_limit": 0.3}, "objective": {"kl_coef": 0.1}},
+    {"credit": {"value_mode": "tree_trace"}, "objective": {"aggregation": "branch-prob", "entropy_coef": 0.1}},
+    {"objective": {"ratio_level": "sequence", "aggregation": "unique-token-mean"}, "learner": {"epochs": 2}},
+]
+
+
+def train_share(model: Path, shares: list[list[int]], variant: dict[str, dict[str, object]]) -> dict[str, Any]:
     """Take this rank's share of one batch, a float64 step; what came of it."""
     from learner.model import load_policy, make_accelerator
     from learner.step import Trainer
-    from tests.learner_support import batch_of, make_batch, make_config
+    from tests.learner_support import batch_of, in_double, make_batch, make_config
 
-    config = make_config(model, learner={"micro_batch_tokens": 100, "max_grad_norm": 1e9, "lr": 1e-2})
+    sections: dict[str, dict[str, object]] = {"learner": {"micro_batch_tokens": 100, "max_grad_norm": 1e9, "lr": 1e-2}}
+    for name, fields in variant.items():
+        sections[name] = {**sections.get(name, {}), **fields}
+    config = make_config(model, **sections)
     accelerator = make_accelerator(config)
-    trainer = Trainer(config, accelerator=accelerator, policy=load_policy(config).double())
+    trainer = Trainer(config, accelerator=accelerator, policy=in_double(load_policy(config)))
     whole = make_batch(num_trees=5).trees
     share = tuple(whole[i] for i in shares[accelerator.process_index])
     gradients: list[float] = []
@@ -38,7 +53,10 @@ def train_share(model: Path, shares: list[list[int]]) -> dict[str, Any]:
     report = trainer.train(batch_of(share, whole), version=3)
     assert trainer.same_everywhere([accelerator.process_index + 5.0]) == [5.0]
     assert trainer.least(float(accelerator.process_index)) == 0.0
-    names = ("train/loss", "grad_norm", "lag/mean", "is/ess_frac", "is/chi2_turn", "kl/mu_prox_k3", "tokens/trained")
+    names = (
+        "train/loss", "grad_norm", "lag/mean", "is/ess_frac", "is/chi2_turn", "kl/mu_prox_k3", "tokens/trained",
+        "is/exponent_scale",
+    )  # fmt: skip
     return {
         "ranks": accelerator.num_processes,
         "metrics": {name: report.metrics[name] for name in names},
@@ -47,12 +65,12 @@ def train_share(model: Path, shares: list[list[int]]) -> dict[str, Any]:
     }
 
 
-def launch(model: Path, out: Path, splits: list[list[list[int]]]) -> list[dict[str, Any]]:
-    """One launch of two gloo ranks that trains every split of the batch in turn."""
+def launch(model: Path, out: Path, work: list[Any]) -> list[dict[str, Any]]:
+    """One launch of two gloo ranks that trains every (split of the batch, variant) in turn."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", "--num_machines",
         "1", "--dynamo_backend", "no", "--mixed_precision", "no", "--main_process_port", "0", str(Path(__file__)),
-        str(model), str(out), json.dumps(splits),
+        str(model), str(out), json.dumps(work),
     ]  # fmt: skip
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150, cwd=ROOT)
@@ -66,20 +84,23 @@ def test_two_processes_give_the_loss_and_gradient_of_one(tmp_path: Path) -> None
     from tests.learner_support import make_model
 
     model = make_model(tmp_path / "model")
-    one = train_share(model, [[0, 1, 2, 3, 4]])
     # Unequal shares: the ranks hold different numbers of micro-batches.  One without rows takes part all the same.
-    both = launch(model, tmp_path / "both.json", [[[0, 2, 3, 4], [1]], [[0, 1, 2, 3, 4], []]])
-    assert (one["ranks"], [found["ranks"] for found in both]) == (1, [2, 2])
-    for other in both:
-        assert other["metrics"] == pytest.approx(one["metrics"], rel=1e-10)
-        np.testing.assert_allclose(other["gradients"], one["gradients"], rtol=1e-10, atol=1e-14)
+    splits = [[[0, 2, 3, 4], [1]], [[0, 1, 2, 3, 4], []]]
+    work = [(split, variant) for variant in VARIANTS for split in splits]
+    both = launch(model, tmp_path / "both.json", work)
+    alone = {json.dumps(v): train_share(model, [[0, 1, 2, 3, 4]], v) for v in VARIANTS}
+    for other, (_, variant) in zip(both, work, strict=True):
+        one = alone[json.dumps(variant)]
+        assert (one["ranks"], other["ranks"]) == (1, 2)
+        assert other["metrics"] == pytest.approx(one["metrics"], rel=1e-9), variant
+        np.testing.assert_allclose(other["gradients"], one["gradients"], rtol=1e-9, atol=1e-13)
         for name, values in one["weights"].items():
-            np.testing.assert_allclose(other["weights"][name], values, rtol=1e-9, atol=1e-9)
+            np.testing.assert_allclose(other["weights"][name], values, rtol=1e-8, atol=1e-8)
 
 
-def main(model: Path, out: Path, splits: list[list[list[int]]]) -> None:
+def main(model: Path, out: Path, work: list[Any]) -> None:
     torch.set_num_threads(1)
-    found = [train_share(model, shares) for shares in splits]
+    found = [train_share(model, shares, variant) for shares, variant in work]
     if os.environ.get("RANK") == "0":
         out.write_text(json.dumps(found))
     # A rank that leaves while the other still uses the group's threads aborts in their destructors.

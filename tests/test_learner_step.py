@@ -15,7 +15,7 @@ from learner import guards
 from learner.model import learning_rate, load_policy, make_accelerator
 from learner.packing import CreditedTree
 from learner.step import Abandoned, StepReport, Trainer
-from tests.learner_support import VOCAB, batch_of, make_batch, make_config, make_model
+from tests.learner_support import VOCAB, batch_of, in_double, make_batch, make_config, make_model
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_trainer(config: Config, *, double: bool = False) -> Trainer:
     policy = load_policy(config)
     if double:
-        policy = policy.double()
+        policy = in_double(policy)
     return Trainer(config, accelerator=make_accelerator(config), policy=policy)
 
 
@@ -56,7 +56,7 @@ def test_micro_batches_of_any_size_give_the_same_loss_and_gradient(
         assert report.metrics["train/loss"] == pytest.approx(results[0][0].metrics["train/loss"], abs=1e-13)
         torch.testing.assert_close(gradient, results[0][1], atol=1e-13, rtol=1e-10)
         for name, value in results[0][0].metrics.items():
-            if name != "tokens/forward":
+            if name not in ("tokens/forward", "pack/token_ratio"):
                 assert report.metrics[name] == pytest.approx(value, abs=1e-9), name
 
 
@@ -64,7 +64,7 @@ def test_loss_and_gradient_are_those_of_a_plain_mean_over_leaves(folder: Path, m
     config = make_config(folder, learner={"max_grad_norm": 1e9})
     report, gradient = gradient_step(config, monkeypatch)
     batch = make_batch()
-    policy = load_policy(config).double()
+    policy = in_double(load_policy(config))
     loss = torch.zeros((), dtype=torch.float64)
     for tree in batch.trees:
         credited = CreditedTree.of(tree, config.credit)
@@ -171,7 +171,8 @@ def test_a_batch_that_is_stale_throughout_changes_nothing(folder: Path) -> None:
     trainer = make_trainer(make_config(folder, staleness={"max_lag": 1}))
     report = trainer.train(make_batch(), version=50)
     assert trainer.updates == 0
-    assert report.metrics["turns/stale_share"] == 1
+    assert report.metrics["dropped/all_stale"] == 4
+    assert len(report.warnings) == 4
 
 
 def test_a_non_finite_update_is_skipped_and_leaves_weights_and_optimizer_alone(folder: Path) -> None:
@@ -187,20 +188,8 @@ def test_a_non_finite_update_is_skipped_and_leaves_weights_and_optimizer_alone(f
     assert all(torch.equal(v.nan_to_num(7), state[k].nan_to_num(7)) for k, v in trainer.tensors().items())
 
 
-def test_skips_in_a_row_stop_the_run_with_the_reason() -> None:
-    count = guards.SkipCount()
-    for _ in range(3):
-        count.check("loss is nan", limit=3, kept_in="x")
-        count = count.after("loss is nan")
-    with pytest.raises(guards.UpdatesRefused, match=r"3 updates in a row .* loss is nan.*kept in runs/x"):
-        count.check("loss is nan", limit=3, kept_in="runs/x")
-    assert count.after(None) == guards.SkipCount(0, 3)
-    assert guards.fault(loss=1.0, grad_norm=float("inf")) == "gradient norm is inf"
-    assert guards.fault(loss=1.0, grad_norm=2.0) is None
-
-
 def test_a_step_given_up_half_way_changes_no_weight(folder: Path) -> None:
-    trainer = make_trainer(make_config(folder, learner={"micro_batch_tokens": 64}))
+    trainer = make_trainer(make_config(folder, learner={"micro_batch_tokens": 64, "packing": "flat"}))
     before = {k: v.clone() for k, v in trainer.tensors().items()}
     answers = iter([False, False, True])
     with pytest.raises(Abandoned):

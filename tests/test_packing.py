@@ -63,10 +63,7 @@ CREDIT = CreditConfig()
 
 def rows_of(*sampled: BatchTree, max_lag: int = 8, aggregation: Any = "seq-mean-token-mean") -> list[Row]:
     trees = [CreditedTree.of(s, CREDIT) for s in sampled]
-    normaliser = Normaliser(
-        num_leaves=sum(t.num_leaves for t in trees), num_action_tokens=sum(t.num_action_tokens for t in trees)
-    )
-    return leaf_rows(trees, version=6, max_lag=max_lag, aggregation=aggregation, normaliser=normaliser)
+    return leaf_rows(trees, version=6, max_lag=max_lag, aggregation=aggregation, normaliser=Normaliser.of(trees))
 
 
 @pytest.mark.parametrize(
@@ -75,13 +72,18 @@ def rows_of(*sampled: BatchTree, max_lag: int = 8, aggregation: Any = "seq-mean-
         ("seq-mean-token-mean", "seq_mean_token_mean"),
         ("seq-mean-token-sum", "seq_mean_token_sum"),
         ("token-mean", "token_mean"),
+        ("unique-token-mean", "unique_token_mean"),
+        ("branch-prob", "branch_prob_token_mean"),
+        ("branch-prob-token-sum", "branch_prob_token_sum"),
     ],
 )
 def test_row_weights_add_up_to_the_turn_weights_of_the_reference(aggregation: str, name: str) -> None:
     total: dict[int, float] = {}
     for row in rows_of(reference_tree(), aggregation=aggregation):
         for number in np.unique(row.turn).tolist():
-            total[number + 1] = total.get(number + 1, 0.0) + row.weight
+            weight = row.weight[row.turn == number]
+            assert np.all(weight == weight[0])
+            total[number + 1] = total.get(number + 1, 0.0) + float(weight[0])
     assert total == pytest.approx({int(k): v for k, v in VECTORS["tree"]["node_weight"][name].items()}, abs=1e-9)
 
 
@@ -107,7 +109,7 @@ def test_a_stale_turn_is_masked_and_its_tree_stays() -> None:
     assert not any(0 in row.turn for row in rows)  # turn 1 is number 0
     assert [len(row.at) for row in rows] == [2, 3, 4, 7, 6, 5]
     # A masked turn stays in the mean: the weights of the others are what they were.
-    assert [r.weight for r in rows] == [r.weight for r in rows_of(reference_tree())]
+    assert [r.weight[0] for r in rows] == [r.weight[0] for r in rows_of(reference_tree())]
 
 
 def test_rows_without_anything_to_learn_are_left_out() -> None:
@@ -121,6 +123,24 @@ def test_rows_without_anything_to_learn_are_left_out() -> None:
     assert rows_of(flat, max_lag=0) == []
 
 
+def test_rows_without_an_advantage_stay_where_the_loss_has_other_terms() -> None:
+    equal = [CreditedTree.of(reference_tree(), CREDIT).recredited(np.ones(9), CREDIT)]
+    equal[0].advantages[:] = 0
+    rows = leaf_rows(
+        equal, version=6, max_lag=8, aggregation="token-mean", normaliser=Normaliser.of(equal), keep_idle=True
+    )
+    assert len(rows) == 6
+    assert not leaf_rows(
+        equal, version=6, max_lag=0, aggregation="token-mean", normaliser=Normaliser.of(equal), keep_idle=True
+    )
+
+
+def test_a_rows_parts_say_where_each_turn_stands() -> None:
+    row = rows_of(reference_tree(versions={1: 3}), max_lag=2)[3]  # leaf 7, by way of the stale turn 1 and turn 5
+    assert row.parts.tolist() == [[0, 4, 4], [4, 7, 9], [6, 11, 12]]
+    assert row.at.tolist() == [9, 10, 12, 13, 14, 15, 16]
+
+
 def test_unfinished_chains_are_pruned() -> None:
     whole = reference_tree()
     cut = BatchTree(
@@ -132,9 +152,8 @@ def test_unfinished_chains_are_pruned() -> None:
 
 
 def test_the_tree_weight_multiplies_every_row() -> None:
-    assert [r.weight for r in rows_of(reference_tree(weight=0.25))] == pytest.approx(
-        [0.25 * r.weight for r in rows_of(reference_tree())]
-    )
+    whole = np.concatenate([r.weight for r in rows_of(reference_tree())])
+    np.testing.assert_allclose(np.concatenate([r.weight for r in rows_of(reference_tree(weight=0.25))]), 0.25 * whole)
 
 
 @pytest.mark.parametrize("max_tokens", [16, 40, 1000])
