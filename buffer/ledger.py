@@ -4,6 +4,7 @@
 where ``next`` is the learner's version at the next batch.  It will be within ``max_lag`` then exactly if it is begun
 with weights of at least that version minus ``max_lag``.  This is a lease's ``min_version``; while the learner has not
 published it, no lease is granted.  With ``max_lag`` 0 trees are so grown under the very version that consumes them.
+With ``staleness.exact_lag`` none of this counts, ``buffer.delay_line`` decides.
 
 It cannot block for ever: when the learner waits at version v for a batch and nothing is under lease any more, at most
 batch - 1 trees are pending, each counted with all its uses, so ``min_version`` is at most
@@ -21,6 +22,7 @@ import numpy as np
 
 from atpo_async.config import StalenessConfig
 from atpo_async.messages import TaskKind
+from buffer.delay_line import Admission
 
 
 @dataclass(slots=True)
@@ -149,7 +151,15 @@ class Ledger:
     # --- granting ----------------------------------------------------------------------------------------------
 
     def grant(
-        self, actor: str, count: int, *, now: float, ready: int, produced: int = 0, memory_full: bool = False
+        self,
+        actor: str,
+        count: int,
+        *,
+        now: float,
+        ready: int,
+        produced: int = 0,
+        memory_full: bool = False,
+        exact: Admission | None = None,
     ) -> Granted:
         """Up to ``count`` leases for ``actor``: first what was lost, then evaluation, then new training trees.
 
@@ -160,27 +170,30 @@ class Ledger:
             ready: trees that wait to be served and are not under lease.
             produced: training trees that became ready since the last batch, those without signal too.
             memory_full: the buffer is at its byte limit.
+            exact: with ``staleness.exact_lag``, what decides about training trees instead of the three above.
         """
         self.heard(actor, now)
         leases: list[Held] = []
         reason: str | None = None
+        begun = 0
         while len(leases) < count:
             blocking = self._blocking()
-            held = self._reissue(blocking is not None) or self._evaluate()
+            held_back = blocking is not None or (exact is not None and exact.held_back is not None)
+            held = self._reissue(held_back) or self._evaluate()
             if held is None:
-                reason = (
-                    self._why_blocked(blocking)
-                    or self._why_closed(ready, produced, memory_full)
-                )  # fmt: skip
+                reason = self._why_blocked(blocking) or (
+                    self._why_closed(ready, produced, memory_full) if exact is None else exact.why_closed(begun)
+                )
                 if reason is not None:
                     break
-                held = self._begin(ready)
+                held = self._begin(self._least_version(ready) if exact is None else exact.version)
+                begun += 1
             held.holder, held.expires_at, held.waiting = actor, now + self._lifetime_s, False
             leases.append(held)
         return Granted(tuple(leases), reason)
 
     def _reissue(self, blocked: bool) -> Held | None:
-        """A lost lease, evaluation first; training ones wait while an evaluation blocks."""
+        """A lost lease, evaluation first; training ones wait while they are ``blocked``."""
         for kind in ("eval", "train"):
             if self.published is None or (kind == "train" and blocked):
                 continue
@@ -202,10 +215,10 @@ class Ledger:
             return self._hold(tree_id, task, "eval", evaluation.version, evaluation.step)
         return None
 
-    def _begin(self, ready: int) -> Held:
+    def _begin(self, min_version: int) -> Held:
         task = self._again.popleft() if self._again else self.next_task
         self.next_task = max(self.next_task, task + 1)
-        return self._hold(f"{self._prefix}-{task:08d}", task, "train", max(self._least_version(ready), 0), -1)
+        return self._hold(f"{self._prefix}-{task:08d}", task, "train", max(min_version, 0), -1)
 
     def _hold(self, tree_id: str, task: int, kind: TaskKind, min_version: int, eval_step: int) -> Held:
         seed = int(np.random.SeedSequence([self._seed, int(kind == "eval"), task]).generate_state(1)[0])
@@ -314,6 +327,14 @@ class Ledger:
         if held is not None and held.waiting:
             self._waiting.remove(tree_id)
         return held
+
+    def revoke_training(self) -> list[Held]:
+        """End every training lease: what is grown under them can no longer be used.  Their tasks are not leased again:
+        a tree's id names its task, and the old holder may still send turns of it."""
+        revoked = [held for held in self._held.values() if held.kind == "train"]
+        for held in revoked:
+            self.end(held.tree_id)
+        return revoked
 
     # --- evaluation --------------------------------------------------------------------------------------------
 

@@ -193,7 +193,8 @@ class ReplayPool:
         self.nbytes = 0
         """Bytes of all trees, those with the learner too."""
         self.left: Counter[str] = Counter()
-        """Why trees left: ``used`` up, ``bytes``, ``stale`` before any batch had them, ``retired`` stale after one."""
+        """Why trees left: ``used`` up, ``bytes``, ``stale`` before any batch had them, ``retired`` stale after one,
+        ``inexact`` of a version that no batch is to have."""
 
     # --- what is there -----------------------------------------------------------------------------------------
 
@@ -303,12 +304,18 @@ class ReplayPool:
             self._update(chosen)  # their sums were set to zero while drawing; P needs them once more
             probability = scaled[chosen] / total
         weight = importance_weights(probability, num_trees=len(ready), beta=beta, over=self._weights_over, ready=of_all)
-        self._state[chosen] = _OUT
-        self._update(chosen)
-        return [
-            Drawn(self._tree(int(slot)), float(p), float(w), int(self._uses[slot]) + 1)
-            for slot, p, w in zip(chosen, probability, weight, strict=True)
-        ]
+        return self._hand_out(chosen, probability, weight)
+
+    def take(self, tree_ids: Iterable[str]) -> list[Drawn]:
+        """Take these trees, as ``draw`` does, those of them that are ready.  Nothing is left to chance: P is 1/N."""
+        chosen = self._ready(tree_ids)
+        return self._hand_out(chosen, np.full(len(chosen), 1.0 / max(len(chosen), 1)), np.ones(len(chosen)))
+
+    def discard(self, tree_ids: Iterable[str], cause: str) -> int:
+        """Let those of these trees go that are ready, for ``cause``.  Returns how many."""
+        slots = self._ready(tree_ids)
+        self._drop(slots, cause)
+        return len(slots)
 
     def confirm(self, tree_ids: Iterable[str], priorities: Mapping[str, float]) -> None:
         """The learner has trained on these trees: count the use, believe the new priorities, let go what is used up."""
@@ -333,6 +340,14 @@ class ReplayPool:
         self.advance(self._version)
 
     # --- inside ------------------------------------------------------------------------------------------------
+
+    def _hand_out(self, chosen: I64, probability: F64, weight: F64) -> list[Drawn]:
+        self._state[chosen] = _OUT
+        self._update(chosen)
+        return [
+            Drawn(self._tree(int(slot)), float(p), float(w), int(self._uses[slot]) + 1)
+            for slot, p, w in zip(chosen, probability, weight, strict=True)
+        ]
 
     def _urgent(self, ready: I64, count: int, rng: np.random.Generator) -> list[I64]:
         """Never-served trees that must go now for none to be lost.
@@ -393,6 +408,10 @@ class ReplayPool:
     def _out(self, tree_ids: Iterable[str]) -> I64:
         slots = [self._slots[t] for t in tree_ids if t in self._slots]
         return np.array([s for s in slots if self._state[s] == _OUT], dtype=np.int64)
+
+    def _ready(self, tree_ids: Iterable[str]) -> I64:
+        slots = [self._slots[t] for t in tree_ids if t in self._slots]
+        return np.array([s for s in slots if self._state[s] == _READY], dtype=np.int64)
 
     def _tree(self, slot: int) -> TurnTree:
         tree = self._trees[slot]

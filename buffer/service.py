@@ -236,13 +236,14 @@ class BufferService:
     async def _lease(self, request: LeaseRequest) -> Leases:
         """Waits for: admission.  Unblocked by: a batch taken, a version published, an evaluation, a lost lease."""
 
+        def ask() -> Leases:
+            return self.state.lease(request.actor, request.count, self._clock(), engine_version=request.version)
+
         def some() -> Leases | None:
-            leases = self.state.lease(request.actor, request.count, self._clock())
+            leases = ask()
             return leases if leases.leases or leases.finished else None
 
-        leases = await self._until(some, timeout_s=LEASE_WAIT_S)
-        if leases is None:
-            leases = self.state.lease(request.actor, request.count, self._clock())
+        leases = await self._until(some, timeout_s=LEASE_WAIT_S) or ask()
         if not self._leased_training and any(lease.kind == "train" for lease in leases.leases):
             self._leased_training = True
             self._write("buffer", self.state.step, self.state.version, {"time/first_lease": time.time()})

@@ -14,6 +14,7 @@ import numpy as np
 
 from atpo_async.config import Config
 from atpo_async.credit import TreeArrays, credit_as, leaf_tokens, values
+from atpo_async.errors import BadMessage
 from atpo_async.messages import (
     Batch,
     BatchTree,
@@ -28,9 +29,10 @@ from atpo_async.messages import (
 from atpo_async.metrics import Aggregator
 from atpo_async.tree import Turn, TurnTree
 from buffer.assembly import Assembly, TreeMessage
+from buffer.delay_line import Admission, DelayLine, TreeSet
 from buffer.journal import Cursor
 from buffer.ledger import Evaluation, Held, Ledger
-from buffer.replay import Drawn, ReplayPool, annealed_beta, split_by_tokens, tree_priority
+from buffer.replay import Drawn, ReplayPool, annealed_beta, split_by_tokens, tree_nbytes, tree_priority
 
 log = logging.getLogger("atpo.buffer")
 
@@ -58,6 +60,8 @@ class _Served:
     tree_tokens: tuple[int, ...]
     metrics: dict[str, float]
     num_ranks: int
+    exact: TreeSet | None = None
+    """The set it was made of, with ``staleness.exact_lag``."""
     trained: set[int] = field(default_factory=set)
     """Ranks that have confirmed their share."""
     priorities: dict[str, float] = field(default_factory=dict)
@@ -120,6 +124,16 @@ class BufferState:
             freshness=buffer.freshness,
             weights_over=buffer.weights_over,
         )
+        self._line: DelayLine | None = None
+        """Decides what is grown and served where the lag is to be exact."""
+        if staleness.exact_lag is not None:
+            self._line = DelayLine(
+                lag=staleness.exact_lag,
+                max_lag=staleness.max_lag,
+                trees_per_set=staleness.trees_per_batch,
+                max_oversampling=staleness.max_oversampling,
+                num_steps=config.run.steps,
+            )
         self._batches: OrderedDict[int, _Served] = OrderedDict()
         self._since = _Since(now)
         self._last_turn_s = now
@@ -148,8 +162,8 @@ class BufferState:
         for held in self.ledger.held_by(actor):
             self._lost(held)
 
-    def lease(self, actor: str, count: int, now: float) -> Leases:
-        """Up to ``count`` trees to grow."""
+    def lease(self, actor: str, count: int, now: float, *, engine_version: int | None = None) -> Leases:
+        """Up to ``count`` trees to grow, for an actor whose engine has ``engine_version``."""
         if self.finished:
             return Leases(leases=(), closed_because="the run is over", retry_after_s=RETRY_S, finished=True)
         granted = self.ledger.grant(
@@ -159,6 +173,7 @@ class BufferState:
             ready=self._num_waiting(),
             produced=self._since.produced,
             memory_full=self._memory_full(),
+            exact=self._admission(engine_version),
         )
         leases = []
         for held in granted.leases:
@@ -166,6 +181,16 @@ class BufferState:
             leases.append(self._lease_message(held))
         return Leases(
             leases=tuple(leases), closed_because=granted.closed_because, retry_after_s=RETRY_S, finished=False
+        )
+
+    def _admission(self, engine_version: int | None) -> Admission | None:
+        if self._line is None:
+            return None
+        return self._line.admit(
+            under_lease=self.ledger.num_training,
+            published=self.ledger.published,
+            engine_version=engine_version,
+            memory_full=self._memory_full(),
         )
 
     def _lease_message(self, held: Held) -> Lease:
@@ -249,8 +274,11 @@ class BufferState:
         if reason is not None:
             self._since.counts[f"dropped_{reason}"] += 1
             return
-        self._count_tree(tree)
-        self._admit(tree)
+        if self._line is None:
+            self._count_tree(tree)
+            self._admit(tree)
+        else:
+            self._admit_exact(tree, self._line)
 
     def _count_tree(self, tree: TurnTree) -> None:
         """The policy's own sampled reward and success: under branch probabilities, trees without signal too."""
@@ -278,6 +306,30 @@ class BufferState:
         self.pool.add(tree, priority=priority, uses=uses)
         self.pool.advance(self.version)
         self.pool.shrink(max(self._config.buffer.max_bytes - self.assembly.nbytes, 0))
+
+    def _admit_exact(self, tree: TurnTree, line: DelayLine) -> None:
+        """Into the sets under way, if the version that grows them sampled every token."""
+        priority = self._priority(tree)
+        versions = {span.version for turn in tree for span in turn.spans}
+        room = self.nbytes + tree_nbytes(tree) <= self._config.buffer.max_bytes
+        fate = line.place(tree.tree_id, versions, signal=priority > 0, room=room)
+        if fate == "inexact":
+            self._since.counts["dropped_inexact"] += 1
+            log.warning(
+                "tree %s is dropped, versions %s sampled it: %s", tree.tree_id, sorted(versions), line.describe()
+            )  # fmt: skip
+            return
+        self._count_tree(tree)
+        match fate:
+            case "kept":
+                self.pool.add(tree, priority=priority)
+            case "no_room":
+                # This one and not the oldest, as otherwise: the oldest is of a batch that is whole.
+                self.pool.left["bytes"] += 1
+            case "no_signal":
+                self._since.counts["no_signal_trees"] += 1
+            case "surplus":
+                self._since.counts["dropped_surplus"] += 1
 
     def _priority(self, tree: TurnTree) -> float:
         # Without turn ratios, which the learner alone has: a tree trace counts as child_mean here.
@@ -352,10 +404,15 @@ class BufferState:
         """This rank's share of the batch of ``request.step``; None while there is not enough for one.
 
         The first rank to find enough makes the batch; the same question again gets the same answer.
+
+        Raises:
+            BadMessage: with ``staleness.exact_lag``, a batch of another size than the run's.
         """
         served = self._batches.get(request.step)
         if served is not None and served.version == request.version:
             return self._share(served, request)
+        if self._line is not None:
+            return self._sample_exact(request, now, self._line)
         self._look_after_batches(request.step)
         self.step, self.version = request.step, max(self.version, request.version)
         self.ledger.learner_at(request.version)
@@ -363,16 +420,79 @@ class BufferState:
         enough = self._config.staleness.max_oversampling * request.num_trees
         if len(self.pool) < request.num_trees and self._since.produced < enough:
             return None
-        served = self._serve(request, now)
+        beta = annealed_beta(request.step, start=self._config.buffer.weight_exponent, num_steps=self._beta_steps)
+        metrics = self._flush(now)
+        served = self._serve(request, self.pool.draw(request.num_trees, rng=self._rng, beta=beta), metrics)
         return self._share(served, request)
+
+    def _sample_exact(self, request: SampleRequest, now: float, line: DelayLine) -> Batch | None:
+        """The same where the line decides: the set whose turn it is, once all that is due is grown."""
+        wanted = self._config.staleness.trees_per_batch
+        if request.num_trees != wanted:
+            raise BadMessage(
+                f"the learner asks for {request.num_trees} trees, with staleness.exact_lag every batch has "
+                f"staleness.trees_per_batch = {wanted}: start both on the same configuration"
+            )
+        if line.version is not None and request.version < line.version:
+            return None  # asked by a learner that has been replaced since
+        self._look_after_batches(request.step)
+        self.step, self.version = request.step, max(self.version, request.version)
+        self.ledger.learner_at(request.version)
+        self._ask_line(request, line)
+        if not line.ready:
+            return None
+        front, metrics = line.pop(), self._flush(now)
+        if len(front.tree_ids) < wanted:
+            log.warning(
+                "batch %d has %d of %d trees: too few had a signal (staleness.max_oversampling), or memory had no room",
+                request.step, len(front.tree_ids), wanted,
+            )  # fmt: skip
+        served = self._serve(request, self.pool.take(front.tree_ids), metrics)
+        served.exact = front
+        return self._share(served, request)
+
+    def _ask_line(self, request: SampleRequest, line: DelayLine) -> None:
+        """Tell the line where the learner stands; what a learner that starts again makes of no use goes."""
+        before = line.version
+        moved = request.version != before
+        # In an undisturbed run there are none: the learner trained only when nothing was under lease.
+        revoked = self.ledger.revoke_training() if moved else []
+        for held in revoked:
+            self.assembly.finish(held.tree_id)
+        dropped = line.ask(
+            step=request.step,
+            version=request.version,
+            under_lease=self.ledger.num_training,
+            memory_full=self._memory_full(),
+        )
+        self.pool.discard(dropped.stale, "stale")
+        self.pool.discard(dropped.unfinished, "inexact")
+        unfinished = len(dropped.unfinished) + len(revoked)
+        self._since.counts["dropped_inexact"] += unfinished
+        if before is None:
+            if request.step > 0 and line.lag > 0:
+                log.warning(
+                    "staleness.exact_lag = %d: this buffer starts at step %d without trees; the lag rises from 0 again",
+                    line.lag, request.step,
+                )  # fmt: skip
+        elif moved and (dropped.stale or unfinished or line.greatest_lag > line.lag):
+            log.warning(
+                "staleness.exact_lag = %d: the learner starts again at step %d, version %d after %d; %d whole batches "
+                "come first, up to %d versions old; dropped: %d trees over staleness.max_lag, %d of unfinished batches",
+                line.lag, request.step, request.version, before, len(line), line.greatest_lag, len(dropped.stale),
+                unfinished,
+            )  # fmt: skip
 
     def waiting_for(self, request: SampleRequest, now: float) -> str:
         """What keeps a batch from being served, for the log."""
         counts, left = self._since.counts, self.pool.left - self._left_before
         dropped = {name: count for name, count in counts.items() if name.startswith("dropped_")}
         dropped |= {f"dropped_{name}": count for name, count in left.items() if name in ("stale", "bytes")}
+        ready = f"trees: {len(self.pool)} of {request.num_trees} ready"
+        if self._line is not None:
+            ready = self._line.describe()
         return (
-            f"trees: {len(self.pool)} of {request.num_trees} ready, {self.ledger.num_training} under lease, "
+            f"{ready}, {self.ledger.num_training} under lease, "
             f"{counts['no_signal_trees']} without signal"
             + "".join(f", {count} {name.replace('_', ' ')}" for name, count in dropped.items())
             + f"; {self.ledger.actors_alive(now)} actors alive; last turn {now - self._last_turn_s:.1f} s ago; "
@@ -387,12 +507,15 @@ class BufferState:
             if served.batch_id == message.batch_id and not served.confirmed:
                 served.trained.add(message.rank)
                 served.priorities |= message.priorities
-                if len(served.trained) < served.num_ranks:
-                    continue
-                served.confirmed = True
-                self.pool.confirm(served.tree_ids, served.priorities)
-                self._offer_late(served.tree_ids)
+                if len(served.trained) == served.num_ranks:
+                    self._confirm(served)
         self.pool.advance(self.version)
+
+    def _confirm(self, served: _Served) -> None:
+        if not served.confirmed:
+            served.confirmed = True
+            self.pool.confirm(served.tree_ids, served.priorities)
+            self._offer_late(served.tree_ids)
 
     def finish(self) -> None:
         """The learner has done its steps."""
@@ -404,15 +527,20 @@ class BufferState:
             log.info("the learner starts again at step %d; unconfirmed batches go back", step)
             self._give_back(list(self._batches))
             return
+        if self._line is not None:
+            # Who asks for the next has trained on these, and grown older they would be of no use.
+            for served in self._batches.values():
+                self._confirm(served)
         # One step behind may still be confirmed: word of that can be overtaken.
         self._give_back([s for s in self._batches if s < step - 1])
 
     def _give_back(self, steps: list[int]) -> None:
-        for step in steps:
-            served = self._batches.pop(step)
-            if not served.confirmed:
-                self.pool.give_back(served.tree_ids)
-                self._offer_late(served.tree_ids)
+        given = [served for step in steps if not (served := self._batches.pop(step)).confirmed]
+        for served in given:
+            self.pool.give_back(served.tree_ids)
+            self._offer_late(served.tree_ids)
+        if self._line is not None:
+            self._line.give_back([served.exact for served in given if served.exact is not None])
 
     def _offer_late(self, tree_ids: Iterable[str]) -> None:
         """Partial trees that grew while the learner had them."""
@@ -425,12 +553,8 @@ class BufferState:
             else:
                 self._partial_uses.pop(tree_id, None)
 
-    def _serve(self, request: SampleRequest, now: float) -> _Served:
-        buffer = self._config.buffer
-        beta = annealed_beta(request.step, start=buffer.weight_exponent, num_steps=self._beta_steps)
-        metrics = self._flush(now)
-        drawn = self.pool.draw(request.num_trees, rng=self._rng, beta=beta)
-        if buffer.ready == "partial":
+    def _serve(self, request: SampleRequest, drawn: list[Drawn], metrics: dict[str, float]) -> _Served:
+        if self._config.buffer.ready == "partial":
             for each in drawn:
                 self._partial_uses[each.tree.tree_id] = (each.uses, len(each.tree.leaves()))
         arrays = [TreeArrays.of(each.tree) for each in drawn]
@@ -503,8 +627,10 @@ class BufferState:
         self._since.counts["bad_messages"] += 1
 
     def _memory_full(self) -> bool:
-        """Near the limit, with enough for a batch: new trees would only push out older ones."""
+        """Near the limit, with enough for a batch: new trees would only push out older ones, or find no room."""
         near = self.nbytes >= NEARLY_FULL * self._config.buffer.max_bytes
+        if self._line is not None:
+            return near
         return near and len(self.pool) >= self._config.staleness.trees_per_batch
 
     def _num_waiting(self) -> int:
@@ -529,6 +655,8 @@ class BufferState:
             "buffer/dropped_bytes": left["bytes"],
             "buffer/dropped_no_leaf": counts["dropped_no_leaf"],
             "buffer/dropped_one_leaf": counts["dropped_one_leaf"],
+            "buffer/dropped_inexact": counts["dropped_inexact"],
+            "buffer/dropped_surplus": counts["dropped_surplus"],
             "buffer/no_signal_trees": counts["no_signal_trees"],
             "buffer/failed_branches": counts["failed_branches"],
             "buffer/given_up": self.ledger.given_up - self._given_up_before,
