@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from atpo_async.messages import Batch
+from atpo_async import wire
+from atpo_async.errors import BadMessage
+from atpo_async.links import LinkSettings, Server
+from atpo_async.messages import Batch, BatchTree, BufferToLearner, LearnerToBuffer, SampleRequest, Trained
+from atpo_async.metrics import read_metrics
+from atpo_async.role import RoleContext
+from atpo_async.rundir import Endpoints, RunDir
 from learner.guards import GradNorms, SkipCount
 from learner.intake import REASONS
-from learner.loop import load_batch, save_batch
+from learner.loop import MAX_WARNINGS, learn, load_batch, save_batch
 from learner.model import load_policy, make_accelerator
 from learner.step import StepReport, Trainer
 from tests.bad_batch_support import BAD, MAX_LAG, TREES, VERSION, good_batch, item, span, turn_with, with_tree
-from tests.learner_support import make_config, make_model
+from tests.learner_support import batch_of, make_batch, make_config, make_model
 
 Weights = dict[str, torch.Tensor]
 
@@ -82,19 +91,28 @@ def finite_numbers(report: StepReport) -> bool:
     return all(math.isfinite(value) for value in (*report.metrics.values(), *report.priorities.values()))
 
 
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> tuple[StepReport, Weights]:
+    """What a batch without its tree 1 does to new weights."""
+    trainer = make_trainer(folder)
+    report = trainer.train(without(good_batch(), 1), version=VERSION)
+    return report, weights(trainer)
+
+
 @pytest.mark.parametrize("name", BAD)
-def test_the_good_trees_of_a_batch_are_trained_on_as_if_the_bad_one_were_not_there(name: str, folder: Path) -> None:
+def test_the_good_trees_of_a_batch_are_trained_on_as_if_the_bad_one_were_not_there(
+    name: str, folder: Path, alone: tuple[StepReport, Weights]
+) -> None:
     change, reason, says = BAD[name]
-    trainer, alone = make_trainer(folder), make_trainer(folder)
+    trainer, (expected, expected_weights) = make_trainer(folder), alone
     before = weights(trainer)
     report = trainer.train(with_tree(good_batch(), 1, change), version=VERSION)
-    expected = alone.train(without(good_batch(), 1), version=VERSION)
 
     assert report.fault is None
     assert (trainer.updates, trainer.skips) == (1, SkipCount())
     assert finite(weights(trainer))
     assert not same(weights(trainer), before)
-    assert same(weights(trainer), weights(alone))
+    assert same(weights(trainer), expected_weights)
     assert dropped(report) == {f"dropped/{reason}": 1.0}
     assert all_else(report) == expected.metrics
     assert report.priorities == expected.priorities
@@ -103,13 +121,18 @@ def test_the_good_trees_of_a_batch_are_trained_on_as_if_the_bad_one_were_not_the
     assert says in warning
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_batch_of_nothing_else_changes_no_bit_and_is_no_skipped_update(name: str, folder: Path) -> None:
-    change, reason, _ = BAD[name]
+@pytest.fixture(scope="module")
+def trained_once(folder: Path) -> Trainer:
     trainer = make_trainer(folder)
     trainer.train(good_batch(), version=VERSION)
-    before, norms = weights(trainer), trainer.grad_norms
-    moments = optimizer_state(trainer)
+    return trainer
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_batch_of_nothing_else_changes_no_bit_and_is_no_skipped_update(name: str, trained_once: Trainer) -> None:
+    change, reason, _ = BAD[name]
+    trainer = trained_once
+    before, moments, norms = weights(trainer), optimizer_state(trainer), trainer.grad_norms
     batch = good_batch()
     for index in range(TREES):
         batch = with_tree(batch, index, change)
@@ -117,16 +140,22 @@ def test_a_batch_of_nothing_else_changes_no_bit_and_is_no_skipped_update(name: s
 
     assert report.fault is None
     assert same(weights(trainer), before)
+    assert moments
     assert same(optimizer_state(trainer), moments)
     assert (trainer.updates, trainer.skips, trainer.grad_norms) == (1, SkipCount(), norms)
     assert dropped(report) == {f"dropped/{reason}": float(TREES)}
     assert finite_numbers(report)
     assert report.priorities == {}
     assert len(report.warnings) == TREES
-    # And the run goes on.
-    assert trainer.train(good_batch(), version=VERSION).fault is None
-    assert trainer.updates == 2
-    assert finite(weights(trainer))
+
+
+def test_after_batches_of_nothing_but_bad_trees_training_goes_on_as_if_they_had_not_been(folder: Path) -> None:
+    trainer, spared = make_trainer(folder), make_trainer(folder)
+    for change, _, _ in BAD.values():
+        trainer.train(with_tree(without(good_batch(), 1, 2), 0, change), version=VERSION)
+    for one in (trainer, spared):
+        assert one.train(good_batch(), version=VERSION).fault is None
+    assert same(weights(trainer), weights(spared))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -264,3 +293,70 @@ def test_a_version_of_exactly_the_limit_is_trained_on_and_one_more_is_masked(fol
     assert same(weights(trainer), before)
     assert trainer.train(all_turns(VERSION - MAX_LAG), version=VERSION).fault is None
     assert not same(weights(trainer), before)
+
+
+# --- through the socket, to the end of a run -----------------------------------------------------------------------
+
+
+def passes_the_wire(batch: Batch) -> bool:
+    try:
+        wire.decode(wire.encode(batch), BufferToLearner)
+    except BadMessage:
+        return False
+    return True
+
+
+async def test_a_run_that_is_served_bad_trees_says_so_and_goes_on_to_its_end(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Step 1: bad trees only.  Step 2: some among good ones.  Step 3: good ones."""
+    trained: list[Trained] = []
+
+    def bad_trees(version: int) -> list[BatchTree]:
+        good = make_batch(version=version + VERSION, num_trees=1).trees[0]
+        changed = [(name, with_tree(batch_of((good,), (good,)), 0, bad.change)) for name, bad in BAD.items()]
+        return [
+            msgspec.structs.replace(batch.trees[0], tree_id=f"bad {name}")
+            for name, batch in changed
+            if passes_the_wire(batch)
+        ]
+
+    async def buffer(peer: str, message: object) -> Batch | None:
+        if isinstance(message, Trained):
+            trained.append(message)
+        if not isinstance(message, SampleRequest):
+            return None
+        good = make_batch(seed=message.step, step=message.step, version=message.version)
+        bad = bad_trees(message.version)
+        trees = [bad, [*bad, *good.trees], list(good.trees)][message.step]
+        return msgspec.structs.replace(good, trees=tuple(trees), num_trees=len(trees))
+
+    config = make_config(
+        folder,
+        run={"dir": str(tmp_path), "name": "demo", "steps": 3},
+        eval={"at_start": False, "at_end": False, "every_steps": 0},
+    )
+    rundir = RunDir.create(config)
+    settings = LinkSettings.from_config(config.links)
+    async with Server(
+        "tcp://127.0.0.1:0", name="buffer", receives=LearnerToBuffer, handler=buffer, settings=settings
+    ) as server:
+        context = RoleContext(
+            config=config, run_id=rundir.run_id, rundir=rundir, name="learner", index=0, stopping=asyncio.Event(),
+            endpoints=Endpoints(learner=server.endpoint, weights="tcp://127.0.0.1:0", announce="tcp://127.0.0.1:0"),
+            log=logging.getLogger("learner"),
+        )  # fmt: skip
+        await asyncio.wait_for(learn(context), 60)
+
+    count = len(bad_trees(0))
+    steps = [r.metrics for r in read_metrics(rundir.metrics_path) if "tokens/trained" in r.metrics]
+    assert [sum(m.get(name, 0.0) for name in INTAKE) for m in steps] == [count, count, 0]
+    assert [m["train/updates"] for m in steps] == [0, 1, 2]
+    assert all(m["guard/skipped_updates"] == 0 for m in steps)
+    good_ids = {f"tree-{i}" for i in range(4)}
+    assert [message.priorities.keys() for message in trained] == [set(), good_ids, good_ids]
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len([line for line in said if "is left out" in line]) == 2 * MAX_WARNINGS
+    assert len([line for line in said if f"and {count - MAX_WARNINGS} more trees left out" in line]) == 2
+    exported = load_file(rundir.path / "model" / "model.safetensors")
+    assert finite(exported)
