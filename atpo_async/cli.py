@@ -125,6 +125,26 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", "write report.html into a run folder")
     report.add_argument("run", metavar="RUN")
     report.add_argument("--figure", metavar="PATH", help="also write the learning curve, as .svg or .png")
+    study = add("study", "train over a grid of lags, corrections and seeds, and say what staleness does")
+    study.add_argument(
+        "kind", metavar="staleness", choices=["staleness"], help="every batch exactly so many versions old"
+    )
+    study.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="*",
+        help=f"other configurations than configs/demo.toml and configs/staleness.toml; {LAYERS}",
+    )
+    study.add_argument("--out", metavar="DIR", help="the study's folder; runs/study-staleness where left out")
+    study.add_argument("--lags", metavar="LIST", help="learner versions; 0,2,8,16 where left out")
+    study.add_argument(
+        "--corrections", metavar="LIST", help="by name; none,token,turn,turn+ess where left out; a wrong one lists all"
+    )
+    study.add_argument("--seeds", metavar="N", type=int, help="from run.seed on; 2 where left out")
+    study.add_argument("--jobs", metavar="N", type=int, help="cells at once; as cores and memory allow where left out")
+    study.add_argument("--retry-failed", action="store_true", help="run cells that failed again")
+    study.add_argument("--report", action="store_true", help="run nothing: tables and figures of what has ended")
+    study.add_argument("--fill", metavar="FILE", help="write the results into a Markdown file, between its markers")
     keys = add("keys", "make the keys without which a run listens on loopback only")
     keys.add_argument("folder", metavar="DIR", help="the run's links.keys_dir; what it has is kept")
     keys.add_argument("name", metavar="NAME", nargs="?", help="another host: a folder DIR/NAME for it is made")
@@ -587,6 +607,34 @@ def command_report(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
         print(write_figure(rundir, Path(args.figure)))
     print(write_report(rundir))
     return EXIT_DONE
+
+
+def command_study(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
+    from atpo_async import study
+    from atpo_async.config import load
+    from atpo_async.study_command import DEFAULT_OUT, Request, reproducing
+    from atpo_async.study_command import study as run_study
+
+    files = args.config or [demo_config(), demo_config().with_name("staleness.toml")]
+    plan = study.Plan.of(
+        load(files, texts),
+        lags=study.DEFAULT_LAGS if args.lags is None else args.lags,
+        corrections=study.DEFAULT_CORRECTIONS if args.corrections is None else args.corrections,
+        seeds=study.DEFAULT_SEEDS if args.seeds is None else args.seeds,
+        options=list(texts),
+    )
+    request = Request(
+        plan=plan,
+        out=Path(args.out) if args.out else DEFAULT_OUT,
+        jobs=args.jobs,
+        retry_failed=args.retry_failed,
+        report_only=args.report,
+        fill=Path(args.fill) if args.fill else None,
+        command=reproducing(plan, args.config, [f"--{key}={text}" for key, text in texts.items()]),
+        again=_again(args.words),
+    )
+    found = run_study(request, ensure_policy=ensure_policy)
+    return EXIT_INTERRUPTED if found is None else EXIT_DONE if found else EXIT_FAILED
 
 
 def command_keys(args: argparse.Namespace, texts: Mapping[str, str]) -> int:

@@ -1,0 +1,175 @@
+"""``atpo study``: plan, run what has not been run, and write what follows from it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from atpo_async import doctor, study_report
+from atpo_async.config import Config
+from atpo_async.errors import ConfigError, SetupError
+from atpo_async.progress import duration
+from atpo_async.study import Plan, StudyFolder
+from atpo_async.study_progress import StudyProgress
+from atpo_async.study_results import FINAL, CellResult
+from atpo_async.study_run import Job, Runner, TrainProcess, run_cells, until_interrupted
+
+DEFAULT_OUT = Path("runs") / "study-staleness"
+
+MEMORY_GB_A_CELL = 3.5
+"""An actor with vLLM on a CPU, a learner and a buffer, of the demo's policy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user asks for."""
+
+    plan: Plan
+    out: Path = DEFAULT_OUT
+    jobs: int | None = None
+    """Cells at once; None: as many as there are cores and memory for."""
+    retry_failed: bool = False
+    report_only: bool = False
+    fill: Path | None = None
+    """A Markdown file that is to hold the results."""
+    command: str
+    """Reproduces the study."""
+    again: str
+    """Goes on with it here."""
+
+
+def study(
+    request: Request,
+    *,
+    ensure_policy: Callable[[Config, Console], Config],
+    console: Console | None = None,
+    runner: Callable[[asyncio.Event], Runner] = lambda hurry: TrainProcess(hurry=hurry),
+) -> bool | None:
+    """Run the study to its end or an interruption: whether any cell gave a result; None where it was interrupted.
+
+    Args:
+        ensure_policy: makes the policy of a seed where there is none, and returns the configuration that names it.
+        runner: of cells, given the event that says that nobody wants to wait any more.
+
+    Raises ConfigError, SetupError and RunMismatch as the plan, the folder and the machine do.
+    """
+    console = console or Console(highlight=False, soft_wrap=True)
+    plan, folder = request.plan, StudyFolder(request.out)
+    if request.jobs is not None and request.jobs < 1:
+        raise ConfigError(f"--jobs must be >= 1, got {request.jobs}")
+    if request.report_only:
+        if not (folder.path / "study.json").is_file():
+            raise SetupError(f"{folder.path} is no study (it has no study.json); run it first, without --report")
+        folder.check(plan)
+        return _report(request, folder, console)
+    cells = plan.cells()
+    folder.check(plan)
+    doctor.check_machine(plan.config(cells[0], runs=folder.runs))
+    doctor.check_model(plan.base)
+    with folder.held(plan):
+        known = folder.results(plan)
+        if request.retry_failed:
+            known = {cell: result for cell, result in known.items() if result.status == "done"}
+        open_cells = [cell for cell in cells if cell not in known]
+        if open_cells:
+            at_once = min(len(open_cells), request.jobs or jobs_here(console))
+            console.print(
+                f"study {folder.path}: {len(plan.lags)} lags × {len(plan.corrections)} corrections × {len(plan.seeds)} "
+                f"seeds = {len(cells)} cells, {len(known)} done; {at_once} at once"
+            )
+            models = {
+                seed: ensure_policy(_of_seed(plan.base, seed), console).model.path
+                for seed in sorted({cell.seed for cell in open_cells})
+            }
+            jobs = [
+                Job(cell=cell, config=plan.config(cell, runs=folder.runs, model=models[cell.seed]), folder=folder)
+                for cell in open_cells
+            ]
+            done, took = _run(request, folder, jobs, at_once, console, runner, total=len(cells))
+            if not done:
+                count = len(folder.results(plan))
+                console.print(
+                    f"stopped after {took}; no process is left.  {count} of {len(cells)} cells have ended.  The study "
+                    f"goes on with:  {request.again}"
+                )
+                return None
+            console.print(f"done in {took}.")
+        return _report(request, folder, console)
+
+
+def _run(
+    request: Request,
+    folder: StudyFolder,
+    jobs: Sequence[Job],
+    at_once: int,
+    console: Console,
+    runner: Callable[[asyncio.Event], Runner],
+    *,
+    total: int,
+) -> tuple[bool, str]:
+    """Whether all jobs came to their ends, and how long that took."""
+    plan = request.plan
+
+    def keep(result: CellResult) -> None:
+        folder.write_result(plan, result)
+        study_report.write_csv(folder, plan)
+
+    async def work() -> bool:
+        hurry = asyncio.Event()
+        cells = run_cells(jobs, runner=runner(hurry), at_once=at_once, watcher=progress, keep=keep)
+        return await until_interrupted(cells, hurry=hurry, say=progress.say)
+
+    with StudyProgress(console, total=total, done=total - len(jobs), at_once=at_once) as progress:
+        done = asyncio.run(work())
+    return done, duration(progress.elapsed_s)
+
+
+def _report(request: Request, folder: StudyFolder, console: Console) -> bool:
+    """Files, table and sentences of the cells that have ended; whether any gave a result."""
+    plan = request.plan
+    written = study_report.write_all(folder, plan, command=request.command)
+    if request.fill is not None:
+        written += study_report.fill_file(folder, plan, request.fill, command=request.command)
+    summary = study_report.summary_of(folder, plan)
+    head, *rows = study_report.matrix(summary, FINAL)
+    table = Table(title="sampled success at the end: mean (lowest–highest) over seeds", title_justify="left")
+    for column in head:
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for line in study_report.sentences(summary):
+        console.print(line, markup=False)
+    for path in written:
+        console.print(f"wrote {path}", markup=False)
+    return any(result.status == "done" for result in summary.results)
+
+
+def _of_seed(base: Config, seed: int) -> Config:
+    return base.model_copy(update={"run": base.run.model_copy(update={"seed": seed})})
+
+
+def jobs_here(console: Console) -> int:
+    """Cells that this machine takes at once: a core and ``MEMORY_GB_A_CELL`` each, one at least."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = doctor.memory_gb()
+    if memory is None:
+        return cores
+    fitting = int(memory[1] / MEMORY_GB_A_CELL)
+    if fitting < 1:
+        console.print(f"only {memory[1]:.1f} GB of memory are free; a cell with vLLM takes about {MEMORY_GB_A_CELL:g}")
+    return max(1, min(cores, fitting))
+
+
+def reproducing(plan: Plan, files: Sequence[str], options: Sequence[str]) -> str:
+    """The command that makes the same study anywhere: its grid spelt out, without this machine's folders."""
+    words = ["atpo", "study", "staleness", *(study_report.relative(Path(file)) for file in files)]
+    words += ["--lags", ",".join(str(lag) for lag in plan.lags), "--corrections", ",".join(plan.corrections)]
+    return shlex.join([*words, "--seeds", str(len(plan.seeds)), *options])
