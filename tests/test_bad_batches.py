@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from atpo_async import wire
@@ -27,6 +32,7 @@ from learner.step import StepReport, Trainer
 from tests.bad_batch_support import BAD, MAX_LAG, TREES, VERSION, good_batch, item, span, turn_with, with_tree
 from tests.learner_support import batch_of, make_batch, make_config, make_model
 
+ROOT = Path(__file__).parent.parent
 Weights = dict[str, torch.Tensor]
 
 SETTINGS: dict[str, dict[str, dict[str, object]]] = {
@@ -295,6 +301,74 @@ def test_a_version_of_exactly_the_limit_is_trained_on_and_one_more_is_masked(fol
     assert not same(weights(trainer), before)
 
 
+# --- on several ranks ----------------------------------------------------------------------------------------------
+
+
+def train_shares(model: Path, rank: int, num_ranks: int, accelerator: Accelerator | None = None) -> dict[str, object]:
+    """Four batches, each with a fault that only one share of it has; what this rank holds afterwards."""
+    config = make_config(
+        model, staleness={"max_lag": MAX_LAG}, credit={"normalise_leaves": False}, learner={"packing": "flat"}
+    )
+    trainer = Trainer(config, accelerator=accelerator or make_accelerator(config), policy=load_policy(config))
+    faults: list[str | None] = []
+
+    def train(batch: Batch) -> dict[str, float]:
+        share = msgspec.structs.replace(batch, trees=batch.trees[rank::num_ranks])
+        report = trainer.train(share, version=VERSION)
+        faults.append(report.fault)
+        return dropped(report)
+
+    good = good_batch()
+    counts = [train(with_tree(good, 1, BAD["a reward of nan"].change))]  # all that the second of two ranks has
+    counts.append(train(with_tree(good, 0, BAD["an unknown parent"].change)))
+    usual, trainer.grad_norms = trainer.grad_norms, steady(1e-9)
+    counts.append(train(good))
+    trainer.grad_norms = usual
+    counts.append(train(with_tree(good, 0, turn_with(3, reward=3e38))))
+    return {
+        "counts": counts,
+        "updates": trainer.updates,
+        "skips": [trainer.skips.in_a_row, trainer.skips.total],
+        "norms": list(trainer.grad_norms.norms),
+        "faults": [fault and fault.split(" is ")[0] for fault in faults],
+        "weights": {name: tensor.reshape(-1).tolist() for name, tensor in trainer.tensors().items()},
+    }
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_what_to_skip_when_only_one_of_them_has_the_fault(folder: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", "--num_machines",
+        "1", "--dynamo_backend", "no", "--mixed_precision", "no", "--main_process_port", "0", str(Path(__file__)),
+        str(folder), str(tmp_path),
+    ]  # fmt: skip
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    assert first == second  # bit for bit
+    assert first["counts"] == [{"dropped/bad_reward": 1.0}, {"dropped/bad_structure": 1.0}, {}, {}]
+    assert (first["updates"], first["skips"]) == (2, [2, 2])
+    assert first["faults"][:3] == [None, None, "gradient norm"]
+    assert first["faults"][3] is not None
+
+    one = train_shares(folder, 0, 1)
+    for name in ("counts", "updates", "skips", "faults"):
+        assert first[name] == one[name]
+    assert first["norms"] == pytest.approx(one["norms"], rel=1e-4)
+
+
+def main(model: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    accelerator = make_accelerator(make_config(model))
+    rank = accelerator.process_index
+    (out / f"rank-{rank}.json").write_text(json.dumps(train_shares(model, rank, 2, accelerator)))
+    # A rank that leaves while the other still uses the group's threads aborts in their destructors.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
 # --- through the socket, to the end of a run -----------------------------------------------------------------------
 
 
@@ -360,3 +434,7 @@ async def test_a_run_that_is_served_bad_trees_says_so_and_goes_on_to_its_end(
     assert len([line for line in said if f"and {count - MAX_WARNINGS} more trees left out" in line]) == 2
     exported = load_file(rundir.path / "model" / "model.safetensors")
     assert finite(exported)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
