@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import torch
 
@@ -459,7 +460,10 @@ class Learner:
         if is_sampled(self.step, num_steps=self.config.run.steps):
             write_sample(
                 self.rundir.trees_path,
-                batch,
+                # Only what was trained on: credit is not defined on a tree that was refused.
+                msgspec.structs.replace(
+                    batch, trees=tuple(t for t in batch.trees if t.tree_id in learned.report.trained)
+                ),
                 step=self.step,
                 version=self.version,
                 settings=self.config.credit,

@@ -28,7 +28,7 @@ from atpo_async.messages import Batch
 from atpo_async.tree import lag_versions
 from learner import correction, guards
 from learner.correction import Tempering
-from learner.intake import REASONS, sift
+from learner.intake import REASONS, Sifted, sift
 from learner.model import Policy, is_sharded, is_tied, layout_for, learning_rate, make_optimizer
 from learner.objective import MAX_LOG_RATIO, Surrogate, atpo_loss
 from learner.packing import (
@@ -57,6 +57,8 @@ class StepReport:
     """Global, the same on every rank."""
     priorities: dict[str, float]
     """Of this rank's trees."""
+    trained: frozenset[str]
+    """Ids of this rank's trees that were fit to train on."""
     fault: str | None
     """Why an update of this batch was skipped."""
     warnings: tuple[str, ...] = ()
@@ -216,7 +218,7 @@ class Trainer:
                 trees = [tree for part in parts for tree in part.trees]
             if correction.needs_batch(settings.correction) or self._guards_ess:
                 tempering = self._temper([ratios for part in parts for ratios in self._ratios_of(part)])
-        totals = _Totals()
+        totals = _Totals(fault=self._all_refused(len(trees), sifted))
         diagnostics = torch.zeros(len(correction.SUMS), dtype=torch.float64, device=self.accelerator.device)
         for _ in range(settings.learner.epochs):
             for part in parts:
@@ -230,7 +232,9 @@ class Trainer:
             priorities={
                 tree.tree.tree_id: priority(tree.advantages, max_share=settings.buffer.priority_max_share)
                 for tree in trees
-            },
+            }
+            | dict.fromkeys((tree_id for ids in sifted.dropped.values() for tree_id in ids), 0.0),
+            trained=frozenset(tree.tree.tree_id for tree in trees),
             fault=totals.fault,
             warnings=tuple(sifted.messages),
         )
@@ -302,6 +306,20 @@ class Trainer:
         if batch.layout is not None:
             inputs["layout"] = to_device(batch.layout, device)
         return _Pass(inputs=inputs, **send_to_device(rest, device))
+
+    def _all_refused(self, num_kept: int, sifted: Sifted) -> str | None:
+        """Why a batch counts as a skipped update though it had none: over all ranks no tree of it was fit to train on.
+
+        Once in a while that is bad luck; batch after batch it is a wrong tokenizer or a broken environment, and the run
+        should stop.  Trees that are only too old say nothing of the kind.
+        """
+        unfit = [len(ids) for reason, ids in sifted.dropped.items() if reason != "all_stale"]
+        kept, refused = self._sum(np.array([num_kept, sum(unfit)], dtype=np.float64)).tolist()
+        if kept or not refused:
+            return None
+        reason = f"trees were all unfit to train on, {int(refused)} of them; the log names each"
+        self.skips = self.skips.after(reason)
+        return reason
 
     # --- before the first step
 

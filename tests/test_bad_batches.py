@@ -121,7 +121,7 @@ def test_the_good_trees_of_a_batch_are_trained_on_as_if_the_bad_one_were_not_the
     assert same(weights(trainer), expected_weights)
     assert dropped(report) == {f"dropped/{reason}": 1.0}
     assert all_else(report) == expected.metrics
-    assert report.priorities == expected.priorities
+    assert report.priorities == {**expected.priorities, "tree-1": 0.0}  # a tree that is drawn again comes last
     (warning,) = report.warnings
     assert "tree-1" in warning
     assert says in warning
@@ -135,7 +135,9 @@ def trained_once(folder: Path) -> Trainer:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_batch_of_nothing_else_changes_no_bit_and_is_no_skipped_update(name: str, trained_once: Trainer) -> None:
+def test_a_batch_of_nothing_else_changes_no_bit_and_counts_as_skipped_unless_it_is_only_old(
+    name: str, trained_once: Trainer
+) -> None:
     change, reason, _ = BAD[name]
     trainer = trained_once
     before, moments, norms = weights(trainer), optimizer_state(trainer), trainer.grad_norms
@@ -144,14 +146,17 @@ def test_a_batch_of_nothing_else_changes_no_bit_and_is_no_skipped_update(name: s
         batch = with_tree(batch, index, change)
     report = trainer.train(batch, version=VERSION)
 
-    assert report.fault is None
+    skips, trainer.skips = trainer.skips, SkipCount()
+    unfit = f"trees were all unfit to train on, {TREES} of them; the log names each"
+    assert (report.fault, skips) == ((None, SkipCount()) if reason == "all_stale" else (unfit, SkipCount(1, 1)))
     assert same(weights(trainer), before)
     assert moments
     assert same(optimizer_state(trainer), moments)
-    assert (trainer.updates, trainer.skips, trainer.grad_norms) == (1, SkipCount(), norms)
+    assert (trainer.updates, trainer.grad_norms) == (1, norms)
     assert dropped(report) == {f"dropped/{reason}": float(TREES)}
     assert finite_numbers(report)
-    assert report.priorities == {}
+    assert set(report.priorities.values()) == {0.0}
+    assert report.trained == frozenset()
     assert len(report.warnings) == TREES
 
 
@@ -380,6 +385,15 @@ def passes_the_wire(batch: Batch) -> bool:
     return True
 
 
+def richest(tree: BatchTree) -> BatchTree:
+    """The tree with more turns than any good one has, so that the run's samples of trees would take it."""
+    if not tree.turns:
+        return tree
+    last = max(turn.turn_id for turn in tree.turns)
+    more = [msgspec.structs.replace(tree.turns[0], turn_id=last + 1 + i) for i in range(20)]
+    return msgspec.structs.replace(tree, turns=(*tree.turns, *more))
+
+
 async def test_a_run_that_is_served_bad_trees_says_so_and_goes_on_to_its_end(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -401,7 +415,7 @@ async def test_a_run_that_is_served_bad_trees_says_so_and_goes_on_to_its_end(
         if not isinstance(message, SampleRequest):
             return None
         good = make_batch(seed=message.step, step=message.step, version=message.version)
-        bad = bad_trees(message.version)
+        bad = [richest(tree) for tree in bad_trees(message.version)]
         trees = [bad, [*bad, *good.trees], list(good.trees)][message.step]
         return msgspec.structs.replace(good, trees=tuple(trees), num_trees=len(trees))
 
@@ -426,9 +440,11 @@ async def test_a_run_that_is_served_bad_trees_says_so_and_goes_on_to_its_end(
     steps = [r.metrics for r in read_metrics(rundir.metrics_path) if "tokens/trained" in r.metrics]
     assert [sum(m.get(name, 0.0) for name in INTAKE) for m in steps] == [count, count, 0]
     assert [m["train/updates"] for m in steps] == [0, 1, 2]
-    assert all(m["guard/skipped_updates"] == 0 for m in steps)
+    assert [m["guard/skipped_updates"] for m in steps] == [1, 1, 1]
     good_ids = {f"tree-{i}" for i in range(4)}
-    assert [message.priorities.keys() for message in trained] == [set(), good_ids, good_ids]
+    believed = [{tree_id for tree_id, p in message.priorities.items() if p > 0} for message in trained]
+    assert believed == [set(), good_ids, good_ids]
+    assert len(list((rundir.path / "skipped").iterdir())) == 1
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len([line for line in said if "is left out" in line]) == 2 * MAX_WARNINGS
     assert len([line for line in said if f"and {count - MAX_WARNINGS} more trees left out" in line]) == 2

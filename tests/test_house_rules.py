@@ -37,6 +37,7 @@ PURE = {
     "buffer.replay",
     "learner.correction",
     "learner.guards",
+    "learner.intake",
     "learner.objective",
     "learner.packing",
 }
