@@ -65,7 +65,7 @@ CORRECTIONS: dict[str, Correction] = {
         ("turn", "turn-level truncation", {"action": "truncate", "level": "turn"}),
         (
             "turn+ess",
-            "turn-level truncation at a bounded effective sample size",
+            "turn-level truncation at a bounded ESS",
             {"action": "truncate", "level": "turn", "exponent": "ess"},
         ),
         ("prefix", "truncation by prefix", {"action": "truncate", "level": "prefix"}),

@@ -71,7 +71,7 @@ PANELS: tuple[Panel, ...] = (
         y_range=(0.0, 1.0),
     ),
     Panel(key="ess_turn", title="Effective sample size", label="ESS/N of the exact turn ratios", y_range=(0.0, 1.0)),
-    Panel(key="kl_k3", title="Distance to the data", label="KL(μ‖prox), nats a token", logarithmic=True),
+    Panel(key="kl_k3", title="Distance to the data", label="KL(μ‖prox), k3, nats a token", logarithmic=True),
 )
 
 
@@ -371,6 +371,7 @@ def write_picture(summary: Summary, path: Path) -> list[Path]:
             if mean:
                 axes.plot(*zip(*mean, strict=True), color=COLORS[name], linewidth=1.8)
         axes.set(title=f"lag {lag}", xlabel="step", ylim=(-0.02, 1.02))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         _plain(axes)
     rows[0].set_ylabel("sampled success")
     aside = path.with_name(f".{path.stem}.writing.png")
@@ -499,28 +500,33 @@ def _key(summary: Summary) -> str:
     return f"<div class='key'>{''.join(entries)}</div>"
 
 
-WIDE, TALL = 420, 280
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 44
 
 
 class _Plot:
     """Maps data to pixels and draws axes; colours of text and lines are the page's."""
 
     def __init__(
-        self, x_range: tuple[float, float], y_range: tuple[float, float], *, logarithmic: bool = False
+        self,
+        x_range: tuple[float, float],
+        y_range: tuple[float, float],
+        *,
+        logarithmic: bool = False,
+        size: tuple[int, int] = (420, 280),
     ) -> None:
         self._x, self._log = x_range, logarithmic
+        self.wide, self.tall = size
         self._y = (math.log10(y_range[0]), math.log10(y_range[1])) if logarithmic else y_range
 
     def x(self, value: float) -> float:
         low, high = self._x
-        return LEFT + (value - low) / ((high - low) or 1.0) * (WIDE - LEFT - RIGHT)
+        return LEFT + (value - low) / ((high - low) or 1.0) * (self.wide - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
         low, high = self._y
         value = math.log10(max(value, KL_FLOOR)) if self._log else value
         share = (min(max(value, low), high) - low) / ((high - low) or 1.0)
-        return TALL - BOTTOM - share * (TALL - TOP - BOTTOM)
+        return self.tall - BOTTOM - share * (self.tall - TOP - BOTTOM)
 
     def axes(self, x_ticks: Sequence[float], x_label: str, y_label: str) -> str:
         if self._log:
@@ -530,12 +536,15 @@ class _Plot:
         parts = []
         for tick in y_ticks:
             y = self.y(tick)
-            name = f"{tick:.0e}" if self._log else charts.number(tick)
+            name = charts.number(tick)
+            if self._log:
+                power = round(math.log10(tick))
+                name = f"{'≤' if tick <= KL_FLOOR else ''}" + (f"1e{power}" if power < -3 else f"{tick:g}")
             parts.append(
-                f'<line class="grid" x1="{LEFT}" x2="{WIDE - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                f'<line class="grid" x1="{LEFT}" x2="{self.wide - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
                 f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{name}</text>'
             )
-        bottom = TALL - BOTTOM
+        bottom = self.tall - BOTTOM
         for tick in x_ticks:
             x = self.x(tick)
             parts.append(
@@ -544,9 +553,10 @@ class _Plot:
             )
         middle = (TOP + bottom) / 2
         parts.append(
-            f'<line class="axis" x1="{LEFT}" x2="{WIDE - RIGHT}" y1="{bottom}" y2="{bottom}"/>'
-            f'<text x="{(LEFT + WIDE - RIGHT) / 2}" y="{TALL - 8}" text-anchor="middle">{escape(x_label)}</text>'
-            f'<text x="13" y="{middle:.1f}" text-anchor="middle" transform="rotate(-90 13 {middle:.1f})">'
+            f'<line class="axis" x1="{LEFT}" x2="{self.wide - RIGHT}" y1="{bottom}" y2="{bottom}"/>'
+            f'<text x="{(LEFT + self.wide - RIGHT) / 2}" y="{self.tall - 8}" text-anchor="middle">'
+            f"{escape(x_label)}</text>"
+            f'<text x="11" y="{middle:.1f}" text-anchor="middle" transform="rotate(-90 11 {middle:.1f})">'
             f"{escape(y_label)}</text>"
         )
         return "".join(parts)
@@ -565,12 +575,15 @@ class _Plot:
         path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in edge)
         return f'<polygon points="{path}" fill="{color}" fill-opacity="0.16"/>'
 
+    def svg(self, content: str) -> str:
+        return _svg(self.wide, self.tall, content)
+
 
 def _panel(summary: Summary, panel: Panel) -> str:
     series = {name: against_lag(summary, panel.key, name) for name in summary.corrections}
     values = [value for points in series.values() for _, s in points for value in (s.low, s.high)]
     if not values:
-        return _svg(f'<text x="{WIDE / 2}" y="{TALL / 2}" text-anchor="middle">nothing recorded</text>')
+        return _nothing()
     y_range = panel.y_range or (0.0, max(values) * 1.05 or 1.0)
     if panel.logarithmic:
         top = max(10 * KL_FLOOR, *values)
@@ -586,25 +599,29 @@ def _panel(summary: Summary, panel: Panel) -> str:
         for lag, spread in points:
             told = escape(f"{name}, lag {lag}: {spread.text(3)}")
             parts.append(f"<g>{_mark(plot.x(lag), plot.y(spread.mean), name)}<title>{told}</title></g>")
-    return _svg("".join(parts))
+    return plot.svg("".join(parts))
 
 
 def _curves(summary: Summary, lag: int) -> str:
     drawn = {name: curves(summary, lag, name) for name in summary.corrections}
     steps = [step for seeds, _ in drawn.values() for points in seeds for step, _ in points]
     if not steps:
-        return _svg(f'<text x="{WIDE / 2}" y="{TALL / 2}" text-anchor="middle">nothing recorded</text>')
-    plot = _Plot((min(steps), max(steps)), (0.0, 1.0))
-    parts = [plot.axes(charts.ticks(min(steps), max(steps), count=5), "step", "sampled success")]
+        return _nothing()
+    plot = _Plot((min(steps), max(steps)), (0.0, 1.0), size=(320, 230))
+    parts = [plot.axes(charts.ticks(min(steps), max(steps), count=4, whole=True), "step", "sampled success")]
     for name, (seeds, mean) in drawn.items():
         parts += [plot.line(points, COLORS[name], width=1.0, opacity=0.3) for points in seeds]
         parts.append(plot.line(mean, COLORS[name], width=2.4))
-    return _svg("".join(parts))
+    return plot.svg("".join(parts))
 
 
-def _svg(content: str) -> str:
+def _nothing() -> str:
+    return _svg(320, 80, '<text x="160" y="40" text-anchor="middle">nothing recorded</text>')
+
+
+def _svg(wide: int, tall: int, content: str) -> str:
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDE} {TALL}" font-family="{charts.FONT}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {tall}" font-family="{charts.FONT}" '
         f'font-size="12" role="img">{content}</svg>'
     )
 

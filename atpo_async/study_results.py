@@ -355,7 +355,7 @@ def conclusions(summary: Summary, words: Mapping[str, str] | None = None) -> lis
     others = [name for name in summary.corrections if name != reference]
     if others:
         found += _against(summary, yardstick, reference, others, words)
-        found += _among(summary, yardstick, others, words)
+        found += _among(summary, yardstick, others)
     if len(summary.lags) > 1:
         found += _price(summary, yardstick, words)
     found += _incomplete(summary)
@@ -392,10 +392,10 @@ def _against(
 def _told_apart(lag: int, base: Group, made: Mapping[str, Comparison], words: Mapping[str, str]) -> str:
     parts = [f"At lag {lag} training {_with(base, words)} ends at {_level(base)}"]
     for sign, lead in (
-        ("above", "above it ends training"),
-        ("below", "below it ends training"),
-        ("same", "not told apart from it is training"),
-        (None, "not compared is training"),
+        ("above", "higher:"),
+        ("below", "lower:"),
+        ("same", "not told apart from that:"),
+        (None, "not compared:"),
     ):
         groups = [c.first for c in made.values() if c.sign == sign]
         if groups:
@@ -424,30 +424,34 @@ def _only_figures(lag: int, groups: Sequence[Group], words: Mapping[str, str]) -
     return f"At lag {lag}, without a comparison: {_listed([f'{_with(g, words)} {_level(g)}' for g in groups])}."
 
 
-def _among(summary: Summary, yardstick: Yardstick, names: Sequence[str], words: Mapping[str, str]) -> list[str]:
-    """Corrections beside one another."""
+def _among(summary: Summary, yardstick: Yardstick, names: Sequence[str]) -> list[str]:
+    """Corrections beside one another, by name."""
     if len(names) < 2:
         return []
     parts, alike, compared = [], [], True
     for lag in sorted(summary.lags, reverse=True):
         here = []
         for i, first in enumerate(names):
-            for second in names[i + 1 :]:
-                made = compare(summary[lag, first], summary[lag, second], yardstick)
-                compared &= made.sign is not None
-                if made.sign in ("above", "below"):
-                    here.append(f"{_called(first, words)} ends {made.sign} {_called(second, words)}")
+            made = [compare(summary[lag, first], summary[lag, second], yardstick) for second in names[i + 1 :]]
+            compared &= all(c.sign is not None for c in made)
+            for sign in ("above", "below"):
+                others = [c.second for c in made if c.sign == sign]
+                if others:
+                    here.append(f"{_short(summary[lag, first])} ends {sign} {_listed([_short(g) for g in others])}")
         if here:
-            levels = _listed([f"{_called(n, words)} at {_level(summary[lag, n])}" for n in names])
-            parts.append(f"at lag {lag} {_listed(here)} ({levels})")
+            parts.append(f"at lag {lag} {_listed(here)}")
         else:
             alike.append(lag)
     if parts:
-        rest = f"; not at {_lags(sorted(alike))}" if alike and compared else ""
+        rest = f"; at {_lags(sorted(alike))} none is told apart from another" if alike and compared else ""
         return [f"Among the corrections, {'; '.join(parts)}{rest}."]
     if not compared:
         return []
     return [f"Among the corrections themselves none is told apart from another, at {_lags(sorted(summary.lags))}."]
+
+
+def _short(group: Group) -> str:
+    return f"{group.correction} ({_spread(group).mean:.2f})"
 
 
 def _price(summary: Summary, yardstick: Yardstick, words: Mapping[str, str]) -> list[str]:
@@ -484,9 +488,9 @@ def _incomplete(summary: Summary) -> list[str]:
     if failed:
         listed = "; ".join(f"{r.cell.words}: {r.reason}" for r in failed[:4])
         more = f"; and {len(failed) - 4} more" if len(failed) > 4 else ""
-        found.append(f"{len(failed)} of {_num_planned(summary)} cells failed and are in no mean ({listed}{more}).")
+        found.append(f"Failed, and in no mean: {len(failed)} of {_num_planned(summary)} cells ({listed}{more}).")
     if summary.num_missing:
-        found.append(f"{summary.num_missing} of {_num_planned(summary)} cells have not ended yet.")
+        found.append(f"Not run to the end yet: {summary.num_missing} of {_num_planned(summary)} cells.")
     return found
 
 

@@ -254,9 +254,9 @@ EXPECTED: dict[tuple[int, str], Sequence[Value]] = {
 
 def test_what_staleness_does_and_what_undoes_it_is_said_with_its_figures() -> None:
     assert conclusions(summary_of(EXPECTED), {"turn": "turn-level truncation"}) == [
-        "At lag 16 training without a correction ends at 0.01 (0.01–0.02); above it ends training with turn-level "
-        "truncation at 0.73 (0.70–0.76).",
-        "At lag 8 training without a correction ends at 0.03 (0.02–0.04); above it ends training with turn-level "
+        "At lag 16 training without a correction ends at 0.01 (0.01–0.02); higher: with turn-level truncation at "
+        "0.73 (0.70–0.76).",
+        "At lag 8 training without a correction ends at 0.03 (0.02–0.04); higher: with turn-level "
         "truncation at 0.95 (0.93–0.97).",
         "At lags 0 and 2 nothing is told apart from training without a correction beyond what seeds do: the means are "
         "0.95 to 0.96, the largest difference at one lag is 0.01, the largest spread over seeds 0.04.",
@@ -298,8 +298,7 @@ def test_grids_that_contradict_themselves_are_told_lag_by_lag() -> None:
     }  # fmt: skip
     found = conclusions(summary_of(grid))
     assert found[0] == (
-        "At lag 2 training without a correction ends at 0.91 (0.90–0.92); below it ends training with turn at 0.51 "
-        "(0.50–0.51)."
+        "At lag 2 training without a correction ends at 0.91 (0.90–0.92); lower: with turn at 0.51 (0.50–0.51)."
     )
     assert found[1].startswith("At lag 0 training without a correction ends at 0.21")
     assert found[1].endswith("at lag 0 all corrections are one computation, engine mismatch apart.")
@@ -313,8 +312,7 @@ def test_corrections_that_differ_from_one_another_are_set_beside_each_other() ->
         (8, "none"): (0.01, 0.02), (8, "token"): (0.40, 0.42), (8, "turn"): (0.90, 0.92), (8, "topr"): (0.89, 0.93),
     }  # fmt: skip
     assert conclusions(summary_of(grid))[1] == (
-        "Among the corrections, at lag 8 token ends below turn and token ends below topr (token at 0.41 (0.40–0.42), "
-        "turn at 0.91 (0.90–0.92) and topr at 0.91 (0.89–0.93))."
+        "Among the corrections, at lag 8 token (0.41) ends below turn (0.91) and topr (0.91)."
     )
 
 
@@ -323,7 +321,7 @@ def test_a_group_with_a_failed_cell_is_described_and_never_compared() -> None:
     found = conclusions(summary_of(grid))
     assert "At lag 16, without a comparison: without a correction 0.01 [1 of 2 failed] and with turn 0.73" in found[1]
     assert "At lag 8, without a comparison: without a correction no result (2 of 2 failed) and with turn" in found[2]
-    assert found[-1].startswith("3 of 16 cells failed and are in no mean (lag 8, none, seed 1: learner: loss is nan;")
+    assert found[-1].startswith("Failed, and in no mean: 3 of 16 cells (lag 8, none, seed 1: learner: loss is nan;")
     assert not any("without a correction ends" in line for line in found)
 
 
@@ -331,7 +329,7 @@ def test_missing_cells_are_counted_and_their_groups_not_compared() -> None:
     found = conclusions(summary_of(dict(EXPECTED) | {(8, "turn"): (0.95, None)}))
     assert not any(line.startswith("At lag 8 training") for line in found)
     assert any("with turn 0.95 [1 of 2 not run]" in line for line in found)
-    assert found[-1] == "1 of 16 cells have not ended yet."
+    assert found[-1] == "Not run to the end yet: 1 of 16 cells."
 
 
 def test_one_seed_gives_figures_and_no_difference() -> None:
@@ -349,9 +347,7 @@ def test_without_results_nothing_is_said() -> None:
 
 def test_without_an_uncorrected_column_the_first_correction_is_the_measure() -> None:
     found = conclusions(summary_of({(8, "token"): (0.1, 0.12), (8, "turn"): (0.9, 0.92)}))
-    assert found == [
-        "At lag 8 training with token ends at 0.11 (0.10–0.12); above it ends training with turn at 0.91 (0.90–0.92)."
-    ]
+    assert found == ["At lag 8 training with token ends at 0.11 (0.10–0.12); higher: with turn at 0.91 (0.90–0.92)."]
 
 
 def test_one_correction_alone_tells_what_lag_costs_it() -> None:
@@ -676,7 +672,7 @@ def test_tables_of_what_has_ended_can_be_had_without_running_anything(bench: Ben
     runner = FakeRunner()
     assert bench.run(plan, runner, report_only=True) is True
     assert runner.ran == []
-    assert "7 of 8 cells have not ended yet." in (bench.out / "staleness.md").read_text()
+    assert "Not run to the end yet: 7 of 8 cells." in (bench.out / "staleness.md").read_text()
 
 
 def test_a_document_is_filled_only_by_a_study_that_is_whole(bench: Bench, tmp_path: Path) -> None:
