@@ -27,7 +27,7 @@ MAX_TOKEN_LOG_RATIO = 1e3
 """Of a token, nats: keeps sums over units finite; beyond anything that two real policies differ by."""
 MAX_LOG_WEIGHT = 30.0
 """Keeps exp() and its square finite in float32."""
-LENGTHS: tuple[tuple[str, int], ...] = (("1-8", 8), ("9-32", 32), ("33-128", 128), ("129-512", 512), ("513+", 0))
+LENGTHS: tuple[tuple[str, int], ...] = (("1-8", 8), ("9-32", 32), ("33-128", 128), ("129-512", 512), ("over-512", 0))
 """Turn lengths told apart by ``dropped/turns_len_*``: name and largest number of action tokens; the last has none."""
 
 

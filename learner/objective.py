@@ -263,4 +263,4 @@ def atpo_loss(
     if entropy is not None:
         bonus = (weight * kept(entropy)).sum()
         loss = loss - settings.entropy_coef * bonus if settings.entropy_coef else loss
-    return Surrogate(loss, tokens.log_ratio.detach(), clipped & counts, kl.detach(), bonus.detach())
+    return Surrogate(loss, tokens.log_ratio.detach(), clipped, kl.detach(), bonus.detach())

@@ -116,6 +116,7 @@ def test_a_gate_masks_turns_that_drifted_far_by_their_mean_whatever_the_level(le
 def test_a_gate_looks_at_the_untempered_difference() -> None:
     found = weights(CorrectionConfig(gate=0.5, exponent_value=0.01), Tempering(scale=0.1))
     assert (found.per_unit == 0).tolist() == [False, True, False, False, True, False]
+    assert found.changed.tolist() == [False, True, False, False, True, False]
 
 
 def test_places_that_do_not_count_weigh_nothing_and_add_nothing() -> None:
@@ -245,7 +246,7 @@ def test_m2po_drops_the_fewest_of_the_largest_that_bring_the_second_moment_down(
     kept, dropped = tensor(logs)[keep].abs(), tensor(logs)[~keep].abs()
     assert tempering.scale == 1.0
     if len(kept):
-        assert kept.square().mean() <= limit
+        assert kept.square().mean() <= limit + 1e-12
     if len(dropped):
         assert not len(kept) or kept.max() < dropped.min()
         back = torch.cat([kept, dropped[dropped == dropped.min()]])
@@ -319,7 +320,7 @@ def test_engine_mismatch_and_staleness_are_told_apart_by_the_tokens_age() -> Non
 def test_sums_add_up_over_micro_batches_and_a_shared_turn_counts_once(level: Any) -> None:
     config = config_of("mask", level, floor=0.5)
     whole = measured(config)
-    top, bottom = (torch.where(ROW == row, TURN, -1) for row in (0, 1))
+    top, bottom = (torch.where(torch.eq(ROW, row), TURN, -1) for row in (0, 1))
     torch.testing.assert_close(measured(config, turn=top) + measured(config, turn=bottom), whole)
     again = measured(config, turn=bottom, counted=~ALL)
     found = dict(zip(correction.SUMS, again.tolist(), strict=True))
@@ -369,7 +370,7 @@ def test_dropped_turns_are_counted_by_their_length() -> None:
     )
     found = correction.summary(total.tolist(), config)
     assert {name: found[f"dropped/turns_len_{name}"] for name, _ in correction.LENGTHS} == pytest.approx(
-        {"1-8": 1 / 3, "9-32": 1 / 2, "33-128": 1 / 2, "129-512": 0.0, "513+": 1.0}
+        {"1-8": 1 / 3, "9-32": 1 / 2, "33-128": 1 / 2, "129-512": 0.0, "over-512": 1.0}
     )
     assert found["dropped/turns_share"] == pytest.approx(0.4)
     assert found["dropped/mean_tokens"] == pytest.approx(sum(lengths[i] for i in dropped) / 4)

@@ -203,6 +203,17 @@ def test_certain_siblings_share_equally_where_entropy_cannot_weigh_them() -> Non
     assert values(tree, mode="child_entropy_linear")[1] == 0.5
 
 
+def test_an_entropy_that_an_engine_rounded_below_zero_weighs_nothing() -> None:
+    tree = TreeArrays(
+        parent=np.array([-1, -1]),
+        is_leaf=np.array([True, True]),
+        reward=np.array([1.0, 0.0]),
+        entropy=np.array([-1e-3, 2e-3]),
+        num_action_tokens=np.ones(2, dtype=np.int64),
+    )
+    assert values(tree, mode="child_entropy_linear")[1] == 0.0
+
+
 def test_a_softmax_over_large_entropies_stays_finite() -> None:
     tree = TreeArrays(
         parent=np.array([-1, -1]),
