@@ -7,8 +7,8 @@ gradient.  Tokens that do not count (stale turns) add nothing to S.
 Diagnostics are additive: every function gives sums that can be added over micro-batches and ranks (``SUMS`` names the
 places of one vector), and ``summary`` turns the total into metrics.  Shapes as in ``objective``.
 
-Numbers that are not finite: an infinite log-ratio weighs as one of MAX_TOKEN_LOG_RATIO nats; NaN stays NaN, so that the loss
-shows it and the update is refused.
+Numbers that are not finite: an infinite log-ratio weighs as one of MAX_TOKEN_LOG_RATIO nats; NaN stays NaN, so that the
+loss shows it and the update is refused.
 """
 
 from __future__ import annotations
