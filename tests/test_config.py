@@ -70,6 +70,16 @@ def test_every_fault_is_said_at_once() -> None:
         ({"actor": {"gpus": [0], "tensor_parallel_size": 2}}, "actor.gpus names 1 GPUs"),
         ({"actor": {"gpus": [0]}, "learner": {"gpus": [0]}}, "both name GPU 0"),
         ({"actor": {"gpus": [0], "device": "cpu"}}, "actor.device = 'cpu' contradicts actor.gpus = [0]"),
+        ({"correction": {"floor": 2.0}}, "correction.floor = 2.0 must be below correction.cap = 2.0"),
+        ({"correction": {"action": "icepop"}}, "works by token, but correction.level = 'turn'"),
+        ({"correction": {"action": "m2po", "level": "token", "exponent": "ess"}}, "by its own measure"),
+        ({"correction": {"action": "none", "accept_bias": True, "gate": 0.1}}, "correction.gate = 0.1 do nothing"),
+        ({"correction": {"exponent": "ess", "numerator": "policy"}}, "numerator"),
+        ({"correction": {"exponent": "ess", "prox": "interpolate"}}, "ess needs them: use recompute"),
+        ({"correction": {"prox": "interpolate"}, "credit": {"value_mode": "tree_trace"}}, "'tree_trace' needs them"),
+        ({"correction": {"numerator": "policy"}}, "twice"),
+        ({"staleness": {"exact_lag": 9}}, "raise max_lag to 9"),
+        ({"staleness": {"exact_lag": 2, "max_uses": 2}}, "needs staleness.max_uses = 1"),
     ],
 )
 def test_a_contradiction_is_refused_naming_both_sides(data: dict[str, object], words: str) -> None:
