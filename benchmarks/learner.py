@@ -7,16 +7,18 @@ changes from round to round, after a round that warms them up.  Shown are the me
             batch: same model, same loss, one optimizer step.  Beside it the speed-up that counting operations predicts.
   bare      the packed step against a loop without a learner: as many tokens in plain causal rows as long as a leaf's
             path, forward, cross entropy, backward, clip, AdamW.
+  attention each way in which the device can compute attention over packed trees, against its first choice.
   memory    peak memory of each side and by ``learner.pack_tokens``, each in a process of its own.
-  gpu       tokens/s, model-FLOP utilisation, FlexAttention against dense SDPA at the sizes of Qwen3; needs CUDA.
+  gpu       tokens/s and model-FLOP utilisation in bfloat16; needs CUDA.
 
 Trees are made up, by the growth rule of the real ones: M chains, then L rounds of K siblings at random turns that are
 no leaves; lengths vary by a quarter.  Every token is random, and its behaviour log-prob is the policy's own.
 
-    .venv/bin/python benchmarks/learner.py [--part packing bare memory] [--shape m10 m2-long] [--markdown]
+    .venv/bin/python benchmarks/learner.py [--part packing bare] [--shape m10 m2-long] [--markdown]
     .venv/bin/python benchmarks/learner.py --part gpu --model 4b --learner.gradient_checkpointing true
 
-Dotted options are those of the configuration (``--learner.micro_batch_tokens 4096``).
+Dotted options are those of the configuration (``--learner.micro_batch_tokens 4096``).  While others load the machine,
+ratios of processor time say more than those of the clock: ``--cpu-time --threads 1``.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # A script's own folder comes first on the path, and there this file would be taken for the package `learner`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -43,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import msgspec
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -53,10 +56,12 @@ from atpo_async.messages import Batch, BatchTree
 from atpo_async.tree import ROOT as PROMPT
 from atpo_async.tree import Turn, TurnTree, spans_of
 from learner.model import Policy, make_accelerator
-from learner.packing import CreditedTree, Normaliser, leaf_rows, micro_batches
+from learner.packing import CreditedTree, MicroBatch, Normaliser, leaf_rows, micro_batches
 from learner.step import Trainer
+from learner.tree_attention import Way, to_device, ways
+from learner.tree_packing import tree_micro_batches
 
-PARTS = ("packing", "bare", "memory", "gpu")
+PARTS = ("packing", "bare", "attention", "memory", "gpu")
 CHILD_TIMEOUT_S = 600.0
 
 # --- trees
@@ -146,23 +151,13 @@ def grow(shape: Shape, *, tree_id: str, vocab_size: int, rng: np.random.Generato
             reward = float(leaves if leaves < 2 else rng.integers(0, 2)) if last else None
             turns.append(
                 Turn(
-                    run="benchmark",
-                    tree_id=tree_id,
-                    turn_id=len(turns) + 1,
-                    parent_id=parent,
-                    lease_epoch=0,
-                    expansion_round=round_number,
-                    observation=observation,
-                    action=action,
+                    run="benchmark", tree_id=tree_id, turn_id=len(turns) + 1, parent_id=parent, lease_epoch=0,
+                    expansion_round=round_number, observation=observation, action=action,
                     logprobs=np.full(len(action), -np.log(vocab_size), dtype=np.float32),
-                    spans=spans_of(np.zeros(len(action), dtype=np.int64)),
-                    end="done" if last else "continue",
-                    reward=reward,
-                    success=None if reward is None else reward > 0,
-                    generate_s=0.0,
-                    environment_s=0.0,
+                    spans=spans_of(np.zeros(len(action), dtype=np.int64)), end="done" if last else "continue",
+                    reward=reward, success=None if reward is None else reward > 0, generate_s=0.0, environment_s=0.0,
                 )
-            )
+            )  # fmt: skip
             parent = len(turns)
 
     nothing = np.zeros(0, dtype=np.int32)
@@ -176,15 +171,9 @@ def grow(shape: Shape, *, tree_id: str, vocab_size: int, rng: np.random.Generato
             observation = nothing if turn_id == PROMPT else tree[turn_id].observation
             chain(sibling_parent(tree, turn_id), level, observation, round_number)
     return BatchTree(
-        tree_id=tree_id,
-        task_index=0,
-        prompt=prompt,
-        turns=tuple(turns),
-        failed_branches=0,
-        probability=1.0,
-        weight=1.0,
-        uses=1,
-    )
+        tree_id=tree_id, task_index=0, prompt=prompt, turns=tuple(turns), failed_branches=0, probability=1.0,
+        weight=1.0, uses=1,
+    )  # fmt: skip
 
 
 def grow_batch(shape: Shape, *, num_trees: int, vocab_size: int, seed: int, config: Config) -> Batch:
@@ -193,15 +182,9 @@ def grow_batch(shape: Shape, *, num_trees: int, vocab_size: int, seed: int, conf
     trees = tuple(grow(shape, tree_id=f"tree-{i}", vocab_size=vocab_size, rng=rng) for i in range(num_trees))
     size = Normaliser.of([CreditedTree.of(tree, config.credit) for tree in trees])
     return Batch(
-        batch_id=0,
-        step=0,
-        num_trees=size.num_trees,
-        num_leaves=size.num_leaves,
-        num_action_tokens=size.num_action_tokens,
-        num_turn_tokens=size.num_turn_tokens,
-        trees=trees,
-        metrics={},
-    )
+        batch_id=0, step=0, num_trees=size.num_trees, num_leaves=size.num_leaves,
+        num_action_tokens=size.num_action_tokens, num_turn_tokens=size.num_turn_tokens, trees=trees, metrics={},
+    )  # fmt: skip
 
 
 def sampled_by(policy: Policy, batch: Batch, config: Config, device: torch.device) -> Batch:
@@ -379,24 +362,39 @@ SIZES = {
     "0.6b": Size(vocab=151936, width=1024, inner=3072, layers=28, heads=16, kv_heads=8, head_dim=128),
     "4b": Size(vocab=151936, width=2560, inner=9728, layers=36, heads=32, kv_heads=8, head_dim=128),
 }
+Layout = Literal["tree", "flat"]
 Times = dict[str, float]
 """Seconds: of the step as a whole, and of what is timed inside it."""
 
 
-def clock() -> float:
+class Clock:
     """Seconds, once the accelerator has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+
+    now: Callable[[], float] = staticmethod(time.perf_counter)
+
+    def __call__(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return self.now()
+
+
+clock = Clock()
 
 
 class TimedTrainer(Trainer):
-    """The learner's trainer, with the seconds of its two large steps."""
+    """The learner's trainer, in either layout, with the seconds of its two large steps."""
 
-    plan_s = 0.0
-    """Rows, layout, and the way to the device."""
-    passes_s = 0.0
-    """Forward and backward, the loss between them included."""
+    def __init__(self, config: Config, *, accelerator: Accelerator, policy: Policy) -> None:
+        super().__init__(config, accelerator=accelerator, policy=policy)
+        self.way: Way | None = None
+        """Of attention over packed trees; None: the device's own choice."""
+        self.plan_s = 0.0
+        """Rows, layout, and what takes it to the device."""
+        self.passes_s = 0.0
+        """Forward and backward, the loss between them included."""
+        self.grad_norms_of: dict[str, float] = {}
+        """By layout, of the last step; as the padded tokens of its passes:"""
+        self.forward_tokens_of: dict[str, float] = {}
 
     def _plan(self, *args: Any) -> Any:
         began = clock()
@@ -404,37 +402,41 @@ class TimedTrainer(Trainer):
         self.plan_s += clock() - began
         return part
 
+    def _on_device(self, batch: MicroBatch) -> Any:
+        item = super()._on_device(batch)
+        if self.way is not None and batch.layout is not None:
+            item.inputs["layout"] = to_device(batch.layout, self.accelerator.device, way=self.way)
+        return item
+
     def _attempt(self, *args: Any) -> Any:
         began = clock()
         attempt = super()._attempt(*args)
         self.passes_s += clock() - began
         return attempt
 
-    def timed(self, batch: Batch) -> Times:
+    def timed(self, batch: Batch, layout: Layout, way: Way | None = None) -> Times:
         """Train on ``batch`` once.  Raises SetupError if the step was skipped: its time would be another thing's."""
+        self.layout, self.way = layout, way
         self.plan_s = self.passes_s = 0.0
         began = clock()
         report = self.train(batch, version=0)
         step_s = clock() - began
         if report.fault is not None:
             raise SetupError(f"the benchmark's step was skipped ({report.fault}): its time means nothing")
-        self.grad_norm = report.metrics["grad_norm"]
-        self.forward_tokens = report.metrics["tokens/forward"]
+        self.grad_norms_of[layout] = report.metrics["grad_norm"]
+        self.forward_tokens_of[layout] = report.metrics["tokens/forward"]
         return {"step": step_s, "plan": self.plan_s, "passes": self.passes_s}
 
 
-def make_trainer(size: Size, config: Config, packing: str) -> TimedTrainer:
-    """The learner on a model of this size.  Raises SetupError where the layout asked for is not the one it takes."""
-    config = config.model_copy(update={"learner": config.learner.model_copy(update={"packing": packing})})
+def make_trainer(size: Size, config: Config) -> TimedTrainer:
+    """The learner on a model of this size.  Raises SetupError where that model cannot take packed trees."""
+    config = config.model_copy(update={"learner": config.learner.model_copy(update={"packing": "tree"})})
     accelerator = make_accelerator(config)
     hf = size.make(device=accelerator.device.type)
     if config.learner.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         hf.train()
-    trainer = TimedTrainer(config, accelerator=accelerator, policy=Policy(hf))
-    if trainer.layout != packing:
-        raise SetupError(f"asked for the {packing} layout, the learner takes {trainer.layout}: {trainer.layout_reason}")
-    return trainer
+    return TimedTrainer(config, accelerator=accelerator, policy=Policy(hf))
 
 
 class Bare:
@@ -443,10 +445,10 @@ class Bare:
     Args:
         tokens: of one step, all rows together.
         row: tokens of one row.
-        scored: None: every token is predicted, as with ``labels=input_ids``; else only as many.
+        scored: tokens that are predicted where not every one is.
     """
 
-    def __init__(self, size: Size, config: Config, *, tokens: int, row: int, scored: int | None, seed: int = 0) -> None:
+    def __init__(self, size: Size, config: Config, *, tokens: int, row: int, scored: int, seed: int = 0) -> None:
         self.config = config
         self.accelerator = make_accelerator(config)
         device = self.accelerator.device
@@ -464,15 +466,13 @@ class Bare:
         rng = np.random.default_rng(seed)
         rows = torch.from_numpy(rng.integers(0, size.vocab, (num_rows, row))).to(device)
         self.passes = list(torch.split(rows, at_once))
-        self.keep: Tensor | int = 0
-        if scored is not None:
-            per_row = min(row - 1, max(1, round(scored / num_rows)))
-            self.keep = torch.linspace(0, row - 2, per_row, device=device).long()
+        per_row = min(row - 1, max(1, round(scored / num_rows)))
+        self.keep = torch.linspace(0, row - 2, per_row, device=device).long()
 
-    def _loss(self, rows: Tensor) -> Tensor:
-        if isinstance(self.keep, int):
-            loss: Tensor = self.hf(input_ids=rows, labels=rows, use_cache=False).loss
-            return loss
+    def loss(self, rows: Tensor, *, every: bool) -> Tensor:
+        if every:
+            found: Tensor = self.hf(input_ids=rows, labels=rows, use_cache=False).loss
+            return found
         logits = self.hf(input_ids=rows, logits_to_keep=self.keep, use_cache=False).logits.float()
         return nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, self.keep + 1].flatten())
 
@@ -481,12 +481,13 @@ class Bare:
             return nullcontext()
         return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
 
-    def timed(self) -> Times:
+    def timed(self, *, every: bool) -> Times:
+        """One step; ``every``: all tokens are predicted, as with ``labels=input_ids``."""
         began = clock()
         total = torch.zeros((), device=self.accelerator.device)
         for rows in self.passes:
             with self._precision():
-                loss = self._loss(rows) * (len(rows) * rows.shape[1] / self.num_tokens)
+                loss = self.loss(rows, every=every) * (len(rows) * rows.shape[1] / self.num_tokens)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         nn.utils.clip_grad_norm_(self.hf.parameters(), self.config.learner.max_grad_norm)
@@ -531,6 +532,10 @@ class Ratio:
 
     def __str__(self) -> str:
         return f"{self.median:.2f} ({min(self.values):.2f} to {max(self.values):.2f})"
+
+    def percent(self) -> str:
+        low, high = min(self.values), max(self.values)
+        return f"{100 * self.median:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def column(taken: Sequence[Times], name: str) -> list[float]:
@@ -605,66 +610,88 @@ class Plan:
         return SIZES[self.model]
 
 
-@contextmanager
-def layouts(size: Size, config: Config, batch: Batch) -> Iterator[tuple[TimedTrainer, TimedTrainer, Batch]]:
-    """(tree, flat, the batch as their policy sampled it); the models go afterwards."""
-    tree, flat = make_trainer(size, config, "tree"), make_trainer(size, config, "flat")
-    try:
-        yield tree, flat, sampled_by(flat.policy, batch, config, flat.accelerator.device)
-    finally:
-        del tree, flat
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+def made_for(trainer: TimedTrainer, plan: Plan, shape: Shape, trees: int) -> Batch:
+    """A batch as the trainer's policy would have sampled it."""
+    vocab_size = int(trainer.policy.hf.config.vocab_size)
+    batch = grow_batch(shape, num_trees=trees, vocab_size=vocab_size, seed=plan.seed, config=plan.config)
+    return sampled_by(trainer.policy, batch, plan.config, trainer.accelerator.device)
 
 
-def compare(size: Size, config: Config, shape: Shape, *, trees: int, rounds: int, seed: int) -> dict[str, Any]:
-    """Both layouts on the same batch.  Raises SetupError if their gradients differ: then they did different work."""
-    made = grow_batch(shape, num_trees=trees, vocab_size=size.vocab, seed=seed, config=config)
-    with layouts(size, config, made) as (tree, flat, batch):
-        taken = interleave({"tree": partial(tree.timed, batch), "flat": partial(flat.timed, batch)}, rounds)
-        tolerance = 1e-3 if config.learner.mixed_precision == "no" else 0.05
-        if not abs(tree.grad_norm - flat.grad_norm) <= tolerance * flat.grad_norm:
-            raise SetupError(
-                f"the two layouts disagree: gradient norm {tree.grad_norm:.6g} packed, {flat.grad_norm:.6g} flat"
-            )
-        flops = Flops.of(flat.policy.hf)
-        work = {"tree": work_of(batch, tree_work), "flat": work_of(batch, flat_work)}
-        return {
-            "taken": taken,
-            "work": work,
-            "predicted": flops(work["flat"]) / flops(work["tree"]),
-            "attention": flops.pair * work["flat"].pairs / flops(work["flat"]),
-            "padded": {"tree": tree.forward_tokens, "flat": flat.forward_tokens},
-        }
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Both layouts on the same batch."""
+
+    taken: dict[str, list[Times]]
+    tokens: dict[str, float]
+    """Padded."""
+    token_ratio: float
+    predicted: float
+
+    def speed_up(self, name: str) -> Ratio:
+        return Ratio.of(column(self.taken["flat"], name), column(self.taken["tree"], name))
 
 
-def speed_up(taken: Mapping[str, Sequence[Times]], name: str) -> Ratio:
-    return Ratio.of(column(taken["flat"], name), column(taken["tree"], name))
+def compare(trainer: TimedTrainer, batch: Batch, rounds: int) -> Compared:
+    """Raises SetupError if the layouts' gradients differ: then they did different work."""
+    config = trainer.config
+    sides: dict[str, Callable[[], Times]] = {
+        "tree": partial(trainer.timed, batch, "tree"),
+        "flat": partial(trainer.timed, batch, "flat"),
+        "layout": partial(layout_alone, batch, config, trainer.accelerator.device),
+    }
+    taken = interleave(sides, rounds)
+    packed, flat = (trainer.grad_norms_of[layout] for layout in ("tree", "flat"))
+    if not abs(packed - flat) <= (1e-3 if config.learner.mixed_precision == "no" else 0.05) * flat:
+        raise SetupError(f"the two layouts disagree: gradient norm {packed:.6g} packed, {flat:.6g} flat")
+    flops = Flops.of(trainer.policy.hf)
+    rows, tree = work_of(batch, flat_work), work_of(batch, tree_work)
+    return Compared(
+        taken=taken,
+        tokens=dict(trainer.forward_tokens_of),
+        token_ratio=rows.tokens / tree.tokens,
+        predicted=flops(rows) / flops(tree),
+    )
+
+
+def layout_alone(batch: Batch, config: Config, device: torch.device) -> Times:
+    """What the tree layout takes, without the rows, which the flat one needs too."""
+    trees = [CreditedTree.of(tree, config.credit) for tree in batch.trees]
+    aggregation, size = config.objective.aggregation, Normaliser.of(trees)
+    rows = leaf_rows(trees, version=0, max_lag=0, aggregation=aggregation, normaliser=size)
+    settings = config.learner
+    began = clock()
+    for item in tree_micro_batches(
+        rows, max_tokens=settings.micro_batch_tokens, pack_tokens=settings.pack_tokens, version=0
+    ):
+        if item.layout is not None:
+            to_device(item.layout, device)
+    return {"step": clock() - began}
 
 
 def packing(plan: Plan) -> list[Table]:
     rows, shares = [], []
     for name, shape in plan.shapes.items():
         say(f"packing: {name}")
-        found = compare(plan.size, plan.config, shape, trees=plan.trees, rounds=plan.rounds, seed=plan.seed)
-        taken, predicted = found["taken"], found["predicted"]
-        step, passes = speed_up(taken, "step"), speed_up(taken, "passes")
+        trainer = make_trainer(plan.size, plan.config)
+        found = compare(trainer, made_for(trainer, plan, shape, plan.trees), plan.rounds)
+        whole = found.speed_up("step")
         rows.append(
             (
                 name,
-                f"{count(found['padded']['flat'])} / {count(found['padded']['tree'])}",
-                f"{found['work']['flat'].tokens / found['work']['tree'].tokens:.2f}",
-                f"{predicted:.2f}",
-                str(passes),
-                str(step),
-                str(step.times(1 / predicted)),
+                f"{count(found.tokens['flat'])} / {count(found.tokens['tree'])}",
+                f"{found.token_ratio:.2f}",
+                f"{found.predicted:.2f}",
+                str(found.speed_up("passes")),
+                str(whole),
+                str(whole.times(1 / found.predicted)),
                 f"{full_length(name):.2f}",
             )
         )
-        shares.append(share_row(f"{name}, {plan.trees} of {shape.leaves} leaves", taken))
+        shares.append(share_row(f"{name}, {plan.trees} of {shape.leaves} leaves", found.taken))
     say("packing: 64 small trees")
-    demo = compare(SIZES["demo"], plan.config, DEMO, trees=64, rounds=plan.rounds, seed=plan.seed)
-    shares.append(share_row(f"the demo's model and lengths, 64 of {DEMO.leaves} leaves", demo["taken"]))
+    trainer = make_trainer(SIZES["demo"], plan.config)
+    found = compare(trainer, made_for(trainer, plan, DEMO, 64), plan.rounds)
+    shares.append(share_row(f"the demo's model and lengths, 64 of {DEMO.leaves} leaves", found.taken))
     first = next(iter(plan.shapes.values()))
     return [
         Table(
@@ -685,8 +712,9 @@ def packing(plan: Plan) -> list[Table]:
         ),
         Table(
             "What packing takes of the step it feeds",
-            "Rows, layout and the way to the device, of the whole step (packed); target below 5 % for 64 trees.",
-            ("trees", "packing, ms", "step, ms", "share"),
+            "Of the packed step: its rows, which flat training needs too, and their layout. Target for 64 trees: below "
+            "5 %.",
+            ("trees", "layout, ms", "rows and layout, ms", "step, ms", "share of the layout", "share of both"),
             shares,
         ),
     ]
@@ -701,12 +729,13 @@ def full_length(name: str) -> float:
 
 
 def share_row(name: str, taken: Mapping[str, Sequence[Times]]) -> tuple[str, ...]:
-    share = Ratio.of(column(taken["tree"], "plan"), column(taken["tree"], "step"))
+    steps, both, alone = column(taken["tree"], "step"), column(taken["tree"], "plan"), column(taken["layout"], "step")
     return (
         name,
-        f"{1000 * median(taken['tree'], 'plan'):.1f}",
-        count(1000 * median(taken["tree"], "step")),
-        f"{100 * share.median:.1f} % ({100 * min(share.values):.1f} to {100 * max(share.values):.1f})",
+        *(f"{1000 * statistics.median(values):.1f}" for values in (alone, both)),
+        count(1000 * statistics.median(steps)),
+        Ratio.of(alone, steps).percent(),
+        Ratio.of(both, steps).percent(),
     )
 
 
@@ -717,23 +746,24 @@ def bare(plan: Plan) -> list[Table]:
         cases.append(("the demo's model and lengths", SIZES["demo"], DEMO, 64))
     for name, size, shape, trees in cases:
         say(f"bare: {name}")
-        learner = make_trainer(size, plan.config, "tree")
-        made = grow_batch(shape, num_trees=trees, vocab_size=size.vocab, seed=plan.seed, config=plan.config)
-        batch = sampled_by(learner.policy, made, plan.config, learner.accelerator.device)
+        learner = make_trainer(size, plan.config)
+        batch = made_for(learner, plan, shape, trees)
         work = work_of(batch, tree_work)
-        same = {"tokens": int(work.tokens), "row": shape.path - 1}
-        every = Bare(size, plan.config, **same, scored=None, seed=plan.seed)
-        some = Bare(size, plan.config, **same, scored=int(work.scored), seed=plan.seed)
+        loop = Bare(
+            size, plan.config, tokens=int(work.tokens), row=shape.path - 1, scored=int(work.scored), seed=plan.seed
+        )
         sides: dict[str, Callable[[], Times]] = {
-            "learner": partial(learner.timed, batch),
-            "every": every.timed,
-            "some": some.timed,
+            "learner": partial(learner.timed, batch, "tree"),
+            "every": partial(loop.timed, every=True),
+            "some": partial(loop.timed, every=False),
         }
         taken = interleave(sides, plan.rounds)
         # Tokens/s on each side: the rows do not come out at exactly as many tokens.
         against = {
-            side: Ratio.of(column(taken[side], "step"), column(taken["learner"], "step")).times(work.tokens / tokens)
-            for side, tokens in (("every", every.num_tokens), ("some", some.num_tokens))
+            side: Ratio.of(column(taken[side], "step"), column(taken["learner"], "step")).times(
+                work.tokens / loop.num_tokens
+            )
+            for side in ("every", "some")
         }
         rows.append(
             (
@@ -753,6 +783,28 @@ def bare(plan: Plan) -> list[Table]:
             "diagnostics, clip, AdamW; a token counts once, however many leaves share it. It computes logits for "
             "action tokens only, so the second ratio has the bare loop predict only as many.",
             ("trees", "tokens a step", "learner, tokens/s", "to bare, all predicted (>= 0.95)", "as many predicted"),
+            rows,
+        )
+    ]
+
+
+def attention(plan: Plan) -> list[Table]:
+    device = torch.device(plan.device)
+    first, *others = ways(device)
+    rows = []
+    for name, shape in plan.shapes.items():
+        say(f"attention: {name}")
+        trainer = make_trainer(plan.size, plan.config)
+        batch = made_for(trainer, plan, shape, plan.trees)
+        taken = interleave({way: partial(trainer.timed, batch, "tree", way) for way in (first, *others)}, plan.rounds)
+        rows += [
+            (name, way, str(Ratio.of(column(taken[way], "passes"), column(taken[first], "passes")))) for way in others
+        ]
+    return [
+        Table(
+            "Ways to compute attention over packed trees",
+            f"Model {plan.model}: seconds forward and backward over those of {first!r}, the choice on this device.",
+            ("trees", "way", f"to {first!r}"),
             rows,
         )
     ]
@@ -803,13 +855,13 @@ def child(plan: Plan, side: str) -> None:
             plan.size, config, tokens=int(work.tokens), row=shape.path - 1, scored=int(work.scored), seed=plan.seed
         )
         sizes += [tuple(rows.shape) for rows in loop.passes]
-        run = loop.timed
+        run = partial(loop.timed, every=False)
     else:
-        trainer = make_trainer(plan.size, config, side)
+        trainer = make_trainer(plan.size, config)
         trainer.model.register_forward_pre_hook(
             lambda _module, _args, inputs: sizes.append(tuple(inputs["tokens"].shape)), with_kwargs=True
         )
-        run = partial(trainer.timed, batch)
+        run = partial(trainer.timed, batch, "tree" if side == "tree" else "flat")
     peak_mb = peak_of(lambda: (run(), run()), plan.device)
     found = {
         "peak_mb": peak_mb,
@@ -904,14 +956,14 @@ def gpu(plan: Plan, given_peak: float | None) -> list[Table]:
     rows = []
     for name, shape in plan.shapes.items():
         say(f"gpu: {name}")
-        made = grow_batch(shape, num_trees=plan.trees, vocab_size=plan.size.vocab, seed=plan.seed, config=config)
-        with layouts(plan.size, config, made) as (tree, flat, batch):
-            taken = interleave({"tree": partial(tree.timed, batch), "flat": partial(flat.timed, batch)}, plan.rounds)
-            work, flops = work_of(batch, tree_work), Flops.of(flat.policy.hf)
-        seconds = median(taken["tree"], "step")
+        trainer = make_trainer(plan.size, config)
+        batch = made_for(trainer, plan, shape, plan.trees)
+        found = compare(trainer, batch, plan.rounds)
+        work, flops = work_of(batch, tree_work), Flops.of(trainer.policy.hf)
+        seconds = median(found.taken["tree"], "step")
         # Forward and backward once; what gradient checkpointing computes again is no work of the model's.
         utilisation = "" if peak is None else f"{100 * 3 * flops(work) / seconds / (peak * 1e12):.0f} %"
-        rows.append((plan.model, name, count(work.tokens / seconds), utilisation, str(speed_up(taken, "step"))))
+        rows.append((plan.model, name, count(work.tokens / seconds), utilisation, str(found.speed_up("step"))))
     return [
         Table(
             "On a GPU, bfloat16",
@@ -934,7 +986,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Plan]:
     rest, options = split_options(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, help="default: all that this machine can do")
-    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), help="default: m10, m2 and m2-long")
+    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), help="default: m10 and m2-long")
     parser.add_argument("--model", choices=list(SIZES), help="default: small on a CPU, 0.6b on a GPU")
     parser.add_argument("--scale", type=float, help="all lengths times this; default: 1/6 on a CPU, 1 on a GPU")
     parser.add_argument("--trees", type=int, default=1, help="of one step (packing's 64 small ones stay 64)")
@@ -942,6 +994,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Plan]:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak-tflops", type=float, help="of the GPU in bfloat16, where its name does not tell")
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the processors, not of the clock")
     parser.add_argument("--markdown", action="store_true", help="tables for docs/benchmarks.md")
     parser.add_argument("--child", choices=("tree", "flat", "bare"), help=argparse.SUPPRESS)
     args = parser.parse_args(rest)
@@ -957,6 +1010,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Plan]:
     # Tiny steps: the weights stay where the behaviour log-probs came from, whatever the number of rounds.
     config = load((), {"learner.lr": "1e-9", "staleness.max_lag": "0", **options})
     cuda = torch.cuda.is_available() and config.learner.device != "cpu"
+    if args.cpu_time and cuda:
+        parser.error("--cpu-time does not see what a GPU does: leave it out, or add --learner.device cpu")
     if "gpu" in (args.part or ()) and not cuda:
         parser.error("--part gpu needs a CUDA device, and torch sees none that it may use: leave it out")
     args.part = args.part or [part for part in PARTS if cuda or part != "gpu"]
@@ -966,7 +1021,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Plan]:
         options=tuple(word for key, value in options.items() for word in (f"--{key}", value)),
         device="cuda" if cuda else "cpu",
         model=args.model or ("0.6b" if cuda else "small"),
-        shapes={name: SHAPES[name].scaled(args.scale) for name in args.shape or ("m10", "m2", "m2-long")},
+        shapes={name: SHAPES[name].scaled(args.scale) for name in args.shape or ("m10", "m2-long")},
         trees=args.trees,
         rounds=args.rounds,
         threads=args.threads,
@@ -979,14 +1034,19 @@ def main(argv: Sequence[str]) -> int:
     try:
         args, plan = parse(argv)
         torch.set_num_threads(plan.threads)
+        if args.cpu_time:
+            clock.now = time.process_time
         if args.child:
             child(plan, args.child)
             return 0
         began = time.perf_counter()
-        print(f"Machine: {machine(plan.device, plan.threads)}; {plan.rounds} rounds, lengths x {args.scale:.3g}.\n")
+        seconds = "processor time" if args.cpu_time else "wall clock"
+        where = machine(plan.device, plan.threads)
+        print(f"Machine: {where}; {plan.rounds} rounds, {seconds}, lengths x {args.scale:.3g}.\n")
         run: dict[str, Callable[[], list[Table]]] = {
             "packing": lambda: packing(plan),
             "bare": lambda: bare(plan),
+            "attention": lambda: attention(plan),
             "memory": lambda: memory(plan, args.scale),
             "gpu": lambda: gpu(plan, args.peak_tflops),
         }

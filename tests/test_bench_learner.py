@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from atpo_async.config import Config, load
-from atpo_async.errors import ConfigError
+from atpo_async.errors import ConfigError, SetupError
 from atpo_async.messages import BatchTree
 from atpo_async.tree import TurnTree
 from benchmarks.learner import (
@@ -29,7 +29,9 @@ from benchmarks.learner import (
     grow,
     grow_batch,
     interleave,
+    made_for,
     main,
+    make_trainer,
     parse,
     sampled_by,
     tree_work,
@@ -141,40 +143,55 @@ def test_behaviour_logprobs_are_the_policys_own() -> None:
 
 
 def test_both_layouts_do_the_same_work_and_the_prediction_is_above_one() -> None:
-    config = load((), {"learner.lr": "1e-9", "learner.device": "cpu", "staleness.max_lag": "0"})
-    found = compare(TINY, config, SMALL, trees=2, rounds=1, seed=0)
-    assert [len(times) for times in found["taken"].values()] == [1, 1]
-    assert found["predicted"] > 1
-    assert found["padded"]["tree"] < found["padded"]["flat"]
-    for times in found["taken"].values():
-        assert times[0]["step"] > times[0]["passes"] > 0
+    _, plan = parse(["--learner.device", "cpu"])
+    trainer = make_trainer(TINY, plan.config)
+    found = compare(trainer, made_for(trainer, plan, SMALL, 2), 1)
+    assert found.predicted > 1
+    assert found.tokens["tree"] < found.tokens["flat"]
+    for layout in ("tree", "flat"):
+        (times,) = found.taken[layout]
+        assert times["step"] > times["passes"] > 0
 
 
-def bare(*, scored: int | None) -> Bare:
+def test_layouts_that_disagree_give_no_figures() -> None:
+    _, plan = parse(["--learner.device", "cpu"])
+    trainer = make_trainer(TINY, plan.config)
+    batch = made_for(trainer, plan, SMALL, 1)
+    real = trainer.policy.hf.get_output_embeddings().forward
+
+    def other(hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = real(hidden)
+        return logits * (1.1 if trainer.layout == "flat" else 1.0)
+
+    trainer.policy.hf.get_output_embeddings().forward = other
+    with pytest.raises(SetupError, match=r"the two layouts disagree: gradient norm .* packed, .* flat"):
+        compare(trainer, batch, 1)
+
+
+def bare(*, scored: int) -> Bare:
     config = load((), {"learner.lr": "0.1", "learner.device": "cpu", "learner.micro_batch_tokens": "64"})
     return Bare(TINY, config, tokens=61, row=20, scored=scored)
 
 
 def test_the_bare_loop_predicts_every_token_or_as_many_as_are_scored() -> None:
-    every, all_kept, some = bare(scored=None), bare(scored=57), bare(scored=30)
-    assert [(loop.num_tokens, [rows.shape for rows in loop.passes]) for loop in (every, some)] == [(60, [(3, 20)])] * 2
-    (rows,) = every.passes
+    most, some = bare(scored=57), bare(scored=30)
+    assert (some.num_tokens, [rows.shape for rows in some.passes], len(some.keep)) == (60, [(3, 20)], 10)
+    (rows,) = most.passes
     with torch.no_grad():
-        assert float(all_kept._loss(rows)) == pytest.approx(float(every._loss(rows)), rel=1e-6)
-        assert abs(float(some._loss(rows)) - float(every._loss(rows))) > 1e-4
-    assert isinstance(some.keep, torch.Tensor)
-    assert len(some.keep) == 10
+        every = float(most.loss(rows, every=True))
+        assert float(most.loss(rows, every=False)) == pytest.approx(every, rel=1e-6)
+        assert abs(float(some.loss(rows, every=False)) - every) > 1e-4
 
 
-@pytest.mark.parametrize("scored", [None, 30])
-def test_the_bare_loop_trains(scored: int | None) -> None:
-    loop = bare(scored=scored)
+@pytest.mark.parametrize("every", [True, False])
+def test_the_bare_loop_trains(every: bool) -> None:
+    loop = bare(scored=30)
     with torch.no_grad():
-        before = float(loop._loss(loop.passes[0]))
+        before = float(loop.loss(loop.passes[0], every=every))
     for _ in range(3):
-        loop.timed()
+        loop.timed(every=every)
     with torch.no_grad():
-        assert float(loop._loss(loop.passes[0])) < before
+        assert float(loop.loss(loop.passes[0], every=every)) < before
 
 
 def test_sides_take_turns_in_another_order_each_round_and_the_first_round_is_thrown_away() -> None:
