@@ -442,8 +442,9 @@ class Config(Section):
             )
         if c.numerator == "policy" and self.objective.surrogate != "policy-gradient":
             raise ValueError(
-                f"correction.numerator = 'policy' with objective.surrogate = {self.objective.surrogate!r} would count the "
-                "policy's drift from prox twice: use --correction.numerator prox, or --objective.surrogate policy-gradient"
+                f"correction.numerator = 'policy' with objective.surrogate = {self.objective.surrogate!r} would count "
+                "the policy's drift from prox twice: use --correction.numerator prox, or --objective.surrogate "
+                "policy-gradient"
             )
         of_the_batch = "m2po" if c.action == "m2po" else "ess" if c.exponent == "ess" else None
         if of_the_batch and c.numerator == "policy":
