@@ -261,6 +261,16 @@ def test_a_learner_that_starts_again_gets_whole_sets_first_and_nothing_over_max_
     assert [made.pop().tree_ids[0] for _ in range(3)] == ["t5-0", "t5-2", "t8-0"]
 
 
+def test_sets_given_back_come_first_and_in_their_order() -> None:
+    made = line(2)
+    made.ask(step=0, version=5, under_lease=0)
+    fill(made, 5, 6)
+    made.ask(step=0, version=5, under_lease=0)
+    served = [made.pop(), made.pop()]
+    made.give_back(served)
+    assert [made.pop().tree_ids for _ in range(3)] == [("t5-0", "t5-1"), ("t5-2", "t5-3"), ("t5-4", "t5-5")]
+
+
 def test_a_learner_that_starts_again_during_the_first_sets_keeps_those_that_are_whole() -> None:
     made = line(2)
     made.ask(step=0, version=5, under_lease=0)
@@ -575,6 +585,8 @@ class World:
         self.asked_at = 0, False
         """``since`` and ``learner_died`` when the batch in hand was made."""
         self.batches = 0
+        self.starts_left = 8
+        """A learner that dies more often than a set takes to grow would get nowhere."""
         self.trained_on: set[str] = set()
         self.short = 0
 
@@ -659,7 +671,9 @@ class World:
     def pass_time(self) -> None:
         """Leases of the silent lapse, and the silent are back."""
         # With some ranks served and others not, the ranks would get shares of two batches: not the buffer's matter.
-        if len(self.shares) in (0, self.ranks) and self.chance.random() < self.faults.buffer_dies:
+        served_whole = len(self.shares) in (0, self.ranks)
+        if self.starts_left and served_whole and self.chance.random() < self.faults.buffer_dies:
+            self.starts_left -= 1
             before = self.state.cursor()
             cursor = replace(before, incarnation=before.incarnation + 1)
             self.state = BufferState(
@@ -684,9 +698,11 @@ class World:
         return ask(self.step, self.version, rank=rank, num_ranks=self.ranks, num_trees=per_batch)
 
     def ask(self) -> None:
-        if self.chance.random() < self.faults.learner_dies:
+        if self.starts_left and self.chance.random() < self.faults.learner_dies:
             self.die()
             return
+        if self.since < 0:
+            return  # the buffer that made the batch in hand is gone
         rank = self.chance.randrange(self.ranks)
         share = self.state.sample(self.request(rank), self.now)
         if share is None:
@@ -698,6 +714,7 @@ class World:
 
     def die(self) -> None:
         """And start again at some earlier checkpoint, under a new version number; what was on its way may be lost."""
+        self.starts_left -= 1
         self.mail = [each for each in self.mail if self.chance.random() < 0.5]
         self.shares.clear()
         self.step = self.chance.randint(max(self.step - 2, 0), self.step)
@@ -759,7 +776,7 @@ WORLDS = {
 }
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(**WORLDS)
 def test_in_any_order_every_turn_is_exactly_as_old_as_asked_for_and_the_run_ends(
     lag: int, seed: int, no_signal: float, actors: int, ranks: int, per_batch: int, steps: int
@@ -775,7 +792,7 @@ def test_in_any_order_every_turn_is_exactly_as_old_as_asked_for_and_the_run_ends
         assert world.short == 0
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(**WORLDS)
 def test_lost_actors_change_nothing_about_that(
     lag: int, seed: int, no_signal: float, actors: int, ranks: int, per_batch: int, steps: int
@@ -787,7 +804,7 @@ def test_lost_actors_change_nothing_about_that(
     assert len(world.state.pool) == 0
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(**WORLDS, spare_lag=st.integers(0, 4))
 def test_learners_and_buffers_that_start_again_do_not_stop_the_run(
     lag: int, seed: int, no_signal: float, actors: int, ranks: int, per_batch: int, steps: int, spare_lag: int

@@ -333,6 +333,24 @@ def test_a_batch_is_confirmed_when_every_rank_has_confirmed_its_share() -> None:
     assert state.pool.mean_priority == pytest.approx(0.5)
 
 
+async def test_with_an_exact_lag_the_engines_version_decides_about_leases_and_the_size_about_batches() -> None:
+    exact = {"trees_per_batch": 2, "max_lag": 1, "exact_lag": 1}
+    async with running(configured(run={"steps": 3}, staleness=exact)) as peers:
+        await peers.tell(published())
+        answer = await peers.learner.request(ask(wait_s=0.0), timeout_s=SOON_S)
+        assert isinstance(answer, NotYet)
+        assert "exact_lag = 1: version 0 grows 2 batches, 0 of 4 trees are there" in answer.waiting_for
+        ahead = await peers.actor.request(msgspec.structs.replace(wants(9), version=1), timeout_s=SOON_S)
+        assert isinstance(ahead, Leases)
+        assert (ahead.leases, "this actor's engine has 1" in str(ahead.closed_because)) == ((), True)
+        for lease in await peers.leases(9):
+            await peers.send(*grown(lease))
+        assert len((await peers.batch(ask())).trees) == 2
+        refused = await peers.learner.request(ask(step=1, version=1, num_trees=3), timeout_s=SOON_S)
+        assert isinstance(refused, Refused)
+        assert "staleness.trees_per_batch = 2" in refused.reason
+
+
 async def test_turns_sent_again_change_nothing_and_other_bytes_are_refused(peers: Peers) -> None:
     await peers.tell(published())
     (lease,) = await peers.leases(1)
