@@ -6,11 +6,11 @@ model's keyword arguments as ``tree_layout``.  Without one it is transformers' S
 Three ways to the same numbers:
 
 - *parts*, on a CPU.  A layout is cut where its exits change: such a run of places is a *chain*.  What follows a chain
-  in its subtree sees all of it, so attention is a sum of rectangles (queries of a subtree, keys of a chain) and of blocks
-  with a mask along the diagonal, joined by their log-sum-exp.  Nothing outside the mask is computed, and nothing of size
-  T * T is held.
-- *flex*, on CUDA: FlexAttention, its block mask computed from the exits without one of T * T.
-- *dense*, wherever neither can be had: SDPA with a mask of T * T.
+  in its subtree sees all of it, so attention is a sum of rectangles (queries of a subtree, keys of a chain) and of
+  blocks with a mask along the diagonal, joined by their log-sum-exp.  Nothing outside the mask is computed, and nothing
+  of size T * T is held.
+- *flex*, on CUDA: FlexAttention, its block mask computed from the exits, again without T * T.
+- *dense*, where neither can be had: SDPA with a mask of T * T.
 
 Shapes: B rows, T tokens of a row, H heads, D channels of a head, P = B * T places.
 """
@@ -27,7 +27,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._triton import has_triton
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
@@ -39,14 +41,15 @@ NAME = "atpo_tree"
 
 Way = Literal["parts", "flex", "dense"]
 
-# The cost of a part, forward and backward, in pairs of a query and a key.  Measured on one core of an AMD EPYC (AVX-512)
-# in float32 with 4 heads of 64: the kernel does 75 GFLOP/s on masked blocks and rectangles of 64 places and more, 48 ns
-# a pair; a call and what is around it costs 100 us; joining a rectangle reads and writes its queries some ten times, 0.5
-# ns a channel.  The kernel's own causal mode is no better than a mask up to 256 places (it saves nothing there) and
-# saves a third at 1,024, where halves and the square between them save 40%.
-CALL_COST = 2000
+# The cost of a part, forward and backward, in pairs of a query and a key.  Measured on one core of an AMD EPYC
+# (AVX-512) in float32 with 4 heads of 64, as processor time: the kernel does 70 to 78 GFLOP/s on masked blocks and on
+# rectangles of 64 keys and more (65 with 16), 48 ns a pair; a call and what is around it costs 100 to 200 us; joining a
+# rectangle passes over its queries and keys a few times, 0.5 ns a channel.  A chain of 1,024 then takes 34 ms in blocks
+# of 128, 35 in blocks of 256, 43 of 512, and 37 in the kernel's own causal mode; the optimum is flat.
+CALL_COST = 4000
 JOIN_COST = 4
-LONGEST_BLOCK = 256
+LONGEST_BLOCK = 512
+"""Bounds the masks: a place holds at most this many entries."""
 
 
 class DeviceLayout:
@@ -64,6 +67,7 @@ class DeviceLayout:
         """Stands where transformers would build a mask.  Whoever uses it as one fails."""
         self.parts = Parts.of(layout.exit, device) if way == "parts" else None
         self._mask: Tensor | None = None
+        self._block_mask: BlockMask | None = None
 
     def model_arguments(self) -> dict[str, Any]:
         """What the model is called with besides its tokens."""
@@ -77,6 +81,12 @@ class DeviceLayout:
             self._mask = (before[None] & (place[None, :, None] < self.exit[:, None, :]))[:, None]
         return self._mask
 
+    def block_mask(self) -> BlockMask:
+        """The same for FlexAttention."""
+        if self._block_mask is None:
+            self._block_mask = block_mask(self.exit)
+        return self._block_mask
+
 
 def to_device(layout: TreeLayout, device: torch.device | str, *, way: Way | None = None) -> DeviceLayout:
     """What ``Policy.forward`` takes.  ``way``: None for the device's own."""
@@ -88,6 +98,8 @@ def ways(device: torch.device) -> list[Way]:
     """How attention can be computed on ``device``, the best first."""
     if device.type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
         return ["parts", "dense"]
+    if device.type == "cuda" and has_triton():
+        return ["flex"]
     return ["dense"]
 
 
@@ -165,8 +177,7 @@ def _plan(
         split = _chain_cost(end[i] - begin[i]) + children
         if rest:
             split += _rectangle_cost(rest, end[i] - begin[i])
-        one = float(size * size) if size <= LONGEST_BLOCK else float("inf")
-        cost[i], whole[i] = min((one, True), (split, False))
+        cost[i], whole[i] = min((_block_cost(size), True), (split, False))
         following.append(i)
     blocks: list[tuple[int, int]] = []
     rectangles: list[tuple[int, int, int, int]] = []
@@ -190,22 +201,30 @@ def _rectangle_cost(queries: int, keys: int) -> float:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _chain_cost(size: int) -> float:
-    if size <= LONGEST_BLOCK:
-        return float(size * size)
+    return min(_block_cost(size), _halves_cost(size))
+
+
+def _block_cost(size: int) -> float:
+    return float(size * size) if size <= LONGEST_BLOCK else float("inf")
+
+
+def _halves_cost(size: int) -> float:
     half = _half(size)
+    if half == size:
+        return float("inf")
     return _chain_cost(half) + _chain_cost(size - half) + _rectangle_cost(size - half, half)
 
 
 def _half(size: int) -> int:
-    """The kernel works in steps of 32 and more."""
-    return -(-size // 64) * 32
+    """The kernel works in steps of 32 places and more; what is shorter is not cut."""
+    return min(size, -(-size // 64) * 32)
 
 
 def _cut_chain(
     begin: int, end: int, blocks: list[tuple[int, int]], rectangles: list[tuple[int, int, int, int]]
 ) -> None:
-    """A chain too long for a block: halves, and the square of the later one looking at the earlier."""
-    if end - begin <= LONGEST_BLOCK:
+    """One block of a chain, or halves and the rectangle of the later one looking at the earlier."""
+    if _block_cost(end - begin) <= _halves_cost(end - begin):
         blocks.append((begin, end))
         return
     middle = begin + _half(end - begin)
@@ -246,6 +265,42 @@ def _bucket(blocks: I64, exits: NDArray[np.int64], device: torch.device) -> Buck
     )  # fmt: skip
 
 
+def block_mask(exits: Tensor, *, size: int = 128) -> BlockMask:
+    """FlexAttention's mask for int64[B, T]: in which squares of ``size`` places something is seen, and in which all."""
+    rows, length = exits.shape
+    count = -(-length // size)
+    # A place beyond the last is seen by none, so that no square with one in it is taken for full.
+    padded = nn.functional.pad(exits, (0, count * size - length)).view(rows, count, size)
+    first = torch.arange(count, device=exits.device) * size
+    earlier = first[:, None] > first[None, :]
+    same = first[:, None] == first[None, :]
+    full = earlier & (padded.amin(-1)[:, None, :] >= first[:, None] + size)
+    some = (earlier & (padded.amax(-1)[:, None, :] > first[:, None])) | same
+    found: BlockMask = BlockMask.from_kv_blocks(
+        *_listed(some & ~full), *_listed(full), BLOCK_SIZE=size, mask_mod=_sees(exits), seq_lengths=(length, length)
+    )
+    return found
+
+
+def _sees(exits: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < exits[row, key])
+
+    return sees
+
+
+def _listed(squares: Tensor) -> tuple[Tensor, Tensor]:
+    """bool[B, n, n] -> how many of each line are set, int32[B, 1, n], and which, first, int32[B, 1, n, n]."""
+    order = torch.argsort(squares.int(), dim=-1, descending=True, stable=True)
+    return squares.sum(-1).int()[:, None], order.int()[:, None]
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
+    return compiled
+
+
 def _kernel(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -278,7 +333,7 @@ class _TreeAttention(torch.autograd.Function):
         out = query.new_zeros((count + 1, heads, value.shape[-1]), dtype=wide)
         logsum = query.new_zeros((count + 1, heads), dtype=wide)
         for bucket, mask in zip(parts.buckets, parts.additive(query.dtype), strict=True):
-            o, s = _kernel(*(_batched(x, bucket) for x in (query, key, value)), mask, scale)
+            o, s = _kernel(_batched(query, bucket), _batched(key, bucket), _batched(value, bucket), mask, scale)
             out.index_copy_(0, bucket.put, o.transpose(1, 2).flatten(0, 1).to(wide))
             logsum.index_copy_(0, bucket.put, s.transpose(1, 2).flatten(0, 1).to(wide))
         if len(parts.alone):
@@ -300,14 +355,16 @@ class _TreeAttention(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, out, logsum = ctx.saved_tensors
         parts, scale = ctx.parts, ctx.scale
         count = len(query)
         grads = [x.new_zeros((count + 1, *x.shape[1:]), dtype=logsum.dtype) for x in (query, key, value)]
         for bucket, mask in zip(parts.buckets, parts.additive(query.dtype), strict=True):
-            batch = [_batched(x, bucket) for x in (grad, query, key, value, out)]
-            found = _kernel_backward(*batch, _batched(logsum[:, :, None], bucket)[..., 0], mask, scale)
+            found = _kernel_backward(
+                _batched(grad, bucket), _batched(query, bucket), _batched(key, bucket), _batched(value, bucket),
+                _batched(out, bucket), _batched(logsum[:, :, None], bucket)[..., 0], mask, scale,
+            )  # fmt: skip
             for total, part in zip(grads, found, strict=True):
                 total.index_copy_(0, bucket.put, part.transpose(1, 2).flatten(0, 1).to(total.dtype))
         if len(parts.alone):
@@ -315,11 +372,9 @@ class _TreeAttention(torch.autograd.Function):
         for first, stop, key_first, key_stop in parts.rectangles:
             above, below = slice(first, stop), slice(key_first, key_stop)
             found = _kernel_backward(
-                *(_single(x) for x in (grad[above], query[above], key[below], value[below], out[above])),
-                logsum[above].transpose(0, 1)[None],
-                None,
-                scale,
-            )
+                _single(grad[above]), _single(query[above]), _single(key[below]), _single(value[below]),
+                _single(out[above]), logsum[above].transpose(0, 1)[None], None, scale,
+            )  # fmt: skip
             for total, where, part in zip(grads, (above, below, below), found, strict=True):
                 total[where] += part[0].transpose(0, 1)
         return (*(total[:count].to(query.dtype) for total in grads), None, None)
@@ -327,7 +382,7 @@ class _TreeAttention(torch.autograd.Function):
 
 def _batched(places: Tensor, bucket: Bucket) -> Tensor:
     """[P, H, D] -> [n, H, t, D]."""
-    return places.index_select(0, bucket.take).unflatten(0, bucket.size).transpose(1, 2)
+    return places.index_select(0, bucket.take).view(*bucket.size, *places.shape[1:]).transpose(1, 2)
 
 
 def _single(places: Tensor) -> Tensor:
@@ -405,18 +460,21 @@ def tree_attention_forward(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    # Its kernel has no float64, and no heads of fewer channels than a tensor core takes.
+    if tree_layout.way == "flex" and query.dtype != torch.float64 and query.shape[-1] >= 16:
+        block_mask = tree_layout.block_mask()
+        out = _compiled_flex()(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if tree_layout.parts is None:
         out = scaled_dot_product_attention(query, key, value, attn_mask=tree_layout.mask(), scale=scaling)
         return out.transpose(1, 2).contiguous(), None
-    rows, length = query.shape[0], query.shape[2]
+    rows, _, length, _ = query.shape
     places = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     joined: Tensor = _TreeAttention.apply(*places, tree_layout.parts, scaling)  # type: ignore[no-untyped-call]
-    return joined.unflatten(0, (rows, length)), None
+    return joined.view(rows, length, *joined.shape[1:]), None
 
 
 AttentionInterface.register(NAME, tree_attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
-
-Kernel = Callable[..., Any]
