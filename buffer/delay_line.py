@@ -60,11 +60,13 @@ class Admission:
 
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
-    """Trees that leave the line because the learner started again."""
+class Asked:
+    """What a question of the learner brings about besides growth: nothing, unless it has started again."""
 
+    anew: bool = False
+    """It has started again: this is not the version after that of the batch it took last."""
     stale: tuple[str, ...] = ()
-    """They would have been over ``max_lag``."""
+    """Trees that leave because they would have been over ``max_lag``."""
     unfinished: tuple[str, ...] = ()
     """Of a set that was under way."""
 
@@ -101,6 +103,8 @@ class DelayLine:
         self._growing: _Growing | None = None
         self.version: int | None = None
         """At which the learner last asked; None before that."""
+        self._served = False
+        """A set was taken out at that version, and not given back."""
 
     def __len__(self) -> int:
         """Sets that are whole."""
@@ -116,7 +120,7 @@ class DelayLine:
         """Whether the foremost set may be served."""
         return self._growing is None and bool(self._whole)
 
-    def ask(self, *, step: int, version: int, under_lease: int, memory_full: bool = False) -> Dropped:
+    def ask(self, *, step: int, version: int, under_lease: int, memory_full: bool = False) -> Asked:
         """The learner waits for the batch of ``step`` at ``version``; see to it that what it needs is grown.
 
         Args:
@@ -127,20 +131,22 @@ class DelayLine:
             memory_full: no further tree fits: the sets under way are as complete as they can be.
         """
         self._settle(under_lease, memory_full)
-        dropped = self._move_to(version) if version != self.version else Dropped()
+        asked = self._move_to(version) if version != self.version else Asked()
         wanted = max(min(self.lag + 1, self._num_steps - step), 1)
         under_way = self._growing.num_sets if self._growing is not None else 0
         if (missing := wanted - len(self._whole) - under_way) > 0:
             self._growing = self._growing or _Growing(version, 0)
             self._growing.num_sets += missing
-        return dropped
+        return asked
 
     def pop(self) -> TreeSet:
         """Take the foremost set out, to be served."""
+        self._served = True
         return self._whole.popleft()
 
     def give_back(self, sets: Sequence[TreeSet]) -> None:
         """Sets that were served and never trained on, in their order."""
+        self._served = self._served and not sets
         self._whole.extendleft(reversed(sets))
 
     # --- growing -----------------------------------------------------------------------------------------------
@@ -230,9 +236,10 @@ class DelayLine:
 
     # --- a learner that starts again ---------------------------------------------------------------------------
 
-    def _move_to(self, version: int) -> Dropped:
+    def _move_to(self, version: int) -> Asked:
         """Nothing but ``version`` can be grown from now on.  In an undisturbed run nothing is under way here."""
-        self.version = version
+        anew = self.version is not None and not (self._served and version == self.version + 1)
+        self.version, self._served = version, False
         unfinished: list[str] = []
         if self._growing is not None:
             growing, self._growing = self._growing, None
@@ -248,7 +255,7 @@ class DelayLine:
             else:
                 kept.append(each)
         self._whole = kept
-        return Dropped(tuple(stale), tuple(unfinished))
+        return Asked(anew, tuple(stale), tuple(unfinished))
 
     def describe(self) -> str:
         """What the line waits for."""

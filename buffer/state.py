@@ -459,15 +459,15 @@ class BufferState:
         revoked = self.ledger.revoke_training() if moved else []
         for held in revoked:
             self.assembly.finish(held.tree_id)
-        dropped = line.ask(
+        asked = line.ask(
             step=request.step,
             version=request.version,
             under_lease=self.ledger.num_training,
             memory_full=self._memory_full(),
         )
-        self.pool.discard(dropped.stale, "stale")
-        self.pool.discard(dropped.unfinished, "inexact")
-        unfinished = len(dropped.unfinished) + len(revoked)
+        self.pool.discard(asked.stale, "stale")
+        self.pool.discard(asked.unfinished, "inexact")
+        unfinished = len(asked.unfinished) + len(revoked)
         self._since.counts["dropped_inexact"] += unfinished
         if before is None:
             if request.step > 0 and line.lag > 0:
@@ -475,18 +475,18 @@ class BufferState:
                     "staleness.exact_lag = %d: this buffer starts at step %d without trees; the lag rises from 0 again",
                     line.lag, request.step,
                 )  # fmt: skip
-        elif moved and (dropped.stale or unfinished or line.greatest_lag > line.lag):
+        elif asked.anew and (asked.stale or unfinished or line.greatest_lag > line.lag):
             log.warning(
                 "staleness.exact_lag = %d: the learner starts again at step %d, version %d after %d; %d whole batches "
                 "come first, up to %d versions old; dropped: %d trees over staleness.max_lag, %d of unfinished batches",
-                line.lag, request.step, request.version, before, len(line), line.greatest_lag, len(dropped.stale),
+                line.lag, request.step, request.version, before, len(line), line.greatest_lag, len(asked.stale),
                 unfinished,
             )  # fmt: skip
 
     def waiting_for(self, request: SampleRequest, now: float) -> str:
         """What keeps a batch from being served, for the log."""
         counts, left = self._since.counts, self.pool.left - self._left_before
-        dropped = {name: count for name, count in counts.items() if name.startswith("dropped_")}
+        dropped = {name: count for name, count in counts.items() if count and name.startswith("dropped_")}
         dropped |= {f"dropped_{name}": count for name, count in left.items() if name in ("stale", "bytes")}
         ready = f"trees: {len(self.pool)} of {request.num_trees} ready"
         if self._line is not None:
