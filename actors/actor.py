@@ -106,6 +106,7 @@ class Actor:
         self._version_changed = asyncio.Condition()
         self._barren_trees = 0
         self._no_lease: Patience | None = None
+        self._closed_because: str | None = None
         self._given_up: list[str] = []
         """Trees whose turns the buffer refused: their leases go back with the next report."""
         self._idle_at = clock()
@@ -187,6 +188,9 @@ class Actor:
             self._no_lease = self._no_lease or Patience(
                 f"actor {self._name}", "a lease", self._config.links, self._clock, log=log
             )
+            if answer.closed_because != self._closed_because:
+                self._no_lease.moved()  # the buffer waits for something else than before: the run goes on
+            self._closed_because = answer.closed_because
             self._no_lease.again(answer.closed_because or "the buffer does not say why")
         await asyncio.sleep(answer.retry_after_s)
 

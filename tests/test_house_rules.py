@@ -33,6 +33,7 @@ PURE = {
     "atpo_async.wire",
     "actors.expansion",
     "buffer.assembly",
+    "buffer.delay_line",
     "buffer.ledger",
     "buffer.replay",
     "learner.correction",
