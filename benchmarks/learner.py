@@ -9,7 +9,9 @@ changes from round to round, after a round that warms them up.  Shown are the me
             path, forward, cross entropy, backward, clip, AdamW.
   attention each way in which the device can compute attention over packed trees, against its first choice.
   memory    peak memory of each side and by ``learner.pack_tokens``, each in a process of its own.
-  gpu       tokens/s and model-FLOP utilisation in bfloat16; needs CUDA.
+  gpu       tokens/s and model-FLOP utilisation; needs CUDA.
+
+On CUDA every part runs in bfloat16, unless ``--learner.mixed_precision no`` says otherwise.
 
 Trees are made up, by the growth rule of the real ones: M chains, then L rounds of K siblings at random turns that are
 no leaves; lengths vary by a quarter.  Every token is random, and its behaviour log-prob is the policy's own.
@@ -242,7 +244,7 @@ def run_of(depth: float, tokens: float) -> Work:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of a forward pass; the backward pass has twice as many in either layout."""
+    """Floating-point operations of a forward pass; the backward pass has twice as many, whatever the layout."""
 
     token: float
     """Of the layers' matrices."""
@@ -469,6 +471,13 @@ class Bare:
         per_row = min(row - 1, max(1, round(scored / num_rows)))
         self.keep = torch.linspace(0, row - 2, per_row, device=device).long()
 
+    @property
+    def work(self) -> Work:
+        """Of one step in which not every token is predicted."""
+        rows = sum(len(rows) for rows in self.passes)
+        row = run_of(0, self.num_tokens // rows)
+        return Work(rows * row.tokens, rows * row.pairs, rows * len(self.keep))
+
     def loss(self, rows: Tensor, *, every: bool) -> Tensor:
         if every:
             found: Tensor = self.hf(input_ids=rows, labels=rows, use_cache=False).loss
@@ -604,6 +613,7 @@ class Plan:
     rounds: int
     threads: int
     seed: int
+    cpu_time: bool
 
     @property
     def size(self) -> Size:
@@ -759,19 +769,19 @@ def bare(plan: Plan) -> list[Table]:
         }
         taken = interleave(sides, plan.rounds)
         # Tokens/s on each side: the rows do not come out at exactly as many tokens.
-        against = {
-            side: Ratio.of(column(taken[side], "step"), column(taken["learner"], "step")).times(
-                work.tokens / loop.num_tokens
-            )
-            for side in ("every", "some")
+        seconds = {
+            side: Ratio.of(column(taken[side], "step"), column(taken["learner"], "step")) for side in ("every", "some")
         }
+        rate = work.tokens / loop.num_tokens
+        flops = Flops.of(loop.hf)
         rows.append(
             (
                 name,
                 f"{count(work.tokens)} ({count(work.scored)} scored)",
                 count(work.tokens / median(taken["learner"], "step")),
-                str(against["every"]),
-                str(against["some"]),
+                str(seconds["every"].times(rate)),
+                str(seconds["some"].times(rate)),
+                str(seconds["some"].times(flops(work) / flops(loop.work))),
             )
         )
     return [
@@ -781,8 +791,16 @@ def bare(plan: Plan) -> list[Table]:
             "as a leaf's path (`model(input_ids, labels=…)`, backward, clip, AdamW; same precision, same tokens a "
             "pass). The learner's side is the whole step: checks, credit, packing, ratios, correction, turn loss, "
             "diagnostics, clip, AdamW; a token counts once, however many leaves share it. It computes logits for "
-            "action tokens only, so the second ratio has the bare loop predict only as many.",
-            ("trees", "tokens a step", "learner, tokens/s", "to bare, all predicted (>= 0.95)", "as many predicted"),
+            "action tokens only, so the second ratio has the bare loop predict only as many. A token of a tree is "
+            "deeper than one of such rows on average and sees more: the third ratio is of operations/s.",
+            (
+                "trees",
+                "tokens a step",
+                "learner, tokens/s",
+                "to bare, all predicted (>= 0.95)",
+                "as many predicted",
+                "the same, operations/s",
+            ),
             rows,
         )
     ]
@@ -790,7 +808,9 @@ def bare(plan: Plan) -> list[Table]:
 
 def attention(plan: Plan) -> list[Table]:
     device = torch.device(plan.device)
-    first, *others = ways(device)
+    first = ways(device)[0]
+    every: list[Way] = [*ways(device), "dense"]  # the last can be had everywhere
+    others = [way for way in dict.fromkeys(every) if way != first]
     rows = []
     for name, shape in plan.shapes.items():
         say(f"attention: {name}")
@@ -867,6 +887,7 @@ def child(plan: Plan, side: str) -> None:
         "peak_mb": peak_mb,
         "widest": max(width for _, width in sizes),
         "most": max(rows * width for rows, width in sizes),
+        "tokens": sum(rows * width for rows, width in sizes) / (1 if side == "bare" else 2),
         "step_s": run()["step"],
     }
     print(json.dumps(found))
@@ -878,6 +899,7 @@ def in_child(plan: Plan, shape: str, side: str, scale: float, **settings: object
     numbers = {"scale": scale, "trees": plan.trees, "threads": plan.threads, "seed": plan.seed}
     for name, number in numbers.items():
         words += [f"--{name}", str(number)]
+    words += ["--cpu-time"] if plan.cpu_time else []
     words += list(plan.options)
     for key, value in settings.items():
         words += [f"--learner.{key}", str(value)]
@@ -911,13 +933,21 @@ def memory(plan: Plan, scale: float) -> list[Table]:
             )
         )
     name, shape = next(iter(plan.shapes.items()))
-    batch = grow_batch(shape, num_trees=plan.trees, vocab_size=plan.size.vocab, seed=plan.seed, config=plan.config)
-    whole = work_of(batch, tree_work).tokens / plan.trees
-    for share in (0.25, 0.5, 1.0, 2.0):
-        pack_tokens = max(16, int(whole * share * 1.1))  # trees are not all of the same size
+    several = replace(plan, trees=max(plan.trees, 3))  # more than one tree fits in the longer packs
+    batch = grow_batch(shape, num_trees=several.trees, vocab_size=plan.size.vocab, seed=plan.seed, config=plan.config)
+    largest = max(tree_work(tree).tokens for tree in batch.trees)
+    for pack_tokens in (*(max(16, int(largest * share)) for share in (0.5, 1.0, 2.0)), None):
         say(f"memory: {pack_tokens} tokens a pack")
-        one = in_child(plan, name, "tree", scale, pack_tokens=pack_tokens)
-        lengths.append((count(pack_tokens), count(one["widest"]), f"{one['peak_mb']:.0f}", f"{one['step_s']:.2f}"))
+        one = in_child(several, name, "tree", scale, pack_tokens=pack_tokens)
+        lengths.append(
+            (
+                "none" if pack_tokens is None else count(pack_tokens),
+                count(one["widest"]),
+                count(one["tokens"]),
+                f"{one['peak_mb']:.0f}",
+                f"{one['step_s']:.2f}",
+            )
+        )
     return [
         Table(
             "Peak memory of a step",
@@ -929,9 +959,9 @@ def memory(plan: Plan, scale: float) -> list[Table]:
         ),
         Table(
             "Peak memory by pack length",
-            f"{name}, {plan.trees} trees of about {count(whole)} tokens; shorter packs split trees and repeat their "
-            "prefixes.",
-            ("learner.pack_tokens", "widest row", "peak, MB", "step, s"),
+            f"{name}, {several.trees} trees of up to {count(largest)} tokens; shorter packs split trees and repeat "
+            "their prefixes.",
+            ("learner.pack_tokens", "widest row", "padded tokens a step", "peak, MB", "step, s"),
             lengths,
         ),
     ]
@@ -951,12 +981,10 @@ def peak_tflops(given: float | None) -> float | None:
 def gpu(plan: Plan, given_peak: float | None) -> list[Table]:
     """Not measured so far: no GPU was there."""
     peak = peak_tflops(given_peak)
-    settings = plan.config.learner.model_copy(update={"mixed_precision": "bf16"})
-    config = plan.config.model_copy(update={"learner": settings})
     rows = []
     for name, shape in plan.shapes.items():
         say(f"gpu: {name}")
-        trainer = make_trainer(plan.size, config)
+        trainer = make_trainer(plan.size, plan.config)
         batch = made_for(trainer, plan, shape, plan.trees)
         found = compare(trainer, batch, plan.rounds)
         work, flops = work_of(batch, tree_work), Flops.of(trainer.policy.hf)
@@ -966,7 +994,7 @@ def gpu(plan: Plan, given_peak: float | None) -> list[Table]:
         rows.append((plan.model, name, count(work.tokens / seconds), utilisation, str(found.speed_up("step"))))
     return [
         Table(
-            "On a GPU, bfloat16",
+            f"On a GPU, learner.mixed_precision = {plan.config.learner.mixed_precision}",
             f"Peak taken as {peak} TFLOPS." if peak else "No peak known for this device: give --peak-tflops.",
             ("model", "trees", "tokens/s packed", "model-FLOP utilisation", "packed over flat"),
             rows,
@@ -1008,8 +1036,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Plan]:
     if args.seed < 0:
         parser.error(f"--seed must be >= 0, got {args.seed}")
     # Tiny steps: the weights stay where the behaviour log-probs came from, whatever the number of rounds.
-    config = load((), {"learner.lr": "1e-9", "staleness.max_lag": "0", **options})
+    fixed = {"learner.lr": "1e-9", "staleness.max_lag": "0"}
+    config = load((), fixed | options)
     cuda = torch.cuda.is_available() and config.learner.device != "cpu"
+    if cuda:
+        config = load((), fixed | {"learner.mixed_precision": "bf16"} | options)
     if args.cpu_time and cuda:
         parser.error("--cpu-time does not see what a GPU does: leave it out, or add --learner.device cpu")
     if "gpu" in (args.part or ()) and not cuda:
@@ -1026,6 +1057,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Plan]:
         rounds=args.rounds,
         threads=args.threads,
         seed=args.seed,
+        cpu_time=args.cpu_time,
     )
     return args, plan
 

@@ -176,6 +176,7 @@ def bare(*, scored: int) -> Bare:
 def test_the_bare_loop_predicts_every_token_or_as_many_as_are_scored() -> None:
     most, some = bare(scored=57), bare(scored=30)
     assert (some.num_tokens, [rows.shape for rows in some.passes], len(some.keep)) == (60, [(3, 20)], 10)
+    assert (some.work.tokens, some.work.pairs, some.work.scored) == (60, 3 * 210, 30)
     (rows,) = most.passes
     with torch.no_grad():
         every = float(most.loss(rows, every=True))
