@@ -336,7 +336,7 @@ def compare(first: Group, second: Group, yardstick: Yardstick, key: str = FINAL)
 
 
 def conclusions(summary: Summary, words: Mapping[str, str] | None = None) -> list[str]:
-    """Sentences about final sampled success that the results support, the most important first.
+    """Sentences that the results support: of final sampled success, the largest lag first, then of other figures.
 
     Args:
         words: name of a correction -> how a sentence calls it ("turn-level truncation").
@@ -356,6 +356,8 @@ def conclusions(summary: Summary, words: Mapping[str, str] | None = None) -> lis
     if others:
         found += _against(summary, yardstick, reference, others, words)
         found += _among(summary, yardstick, others)
+        for key, name in (("area", "the area under the learning curve"), ("greedy", "greedy success")):
+            found += _by(summary, key, name, reference, others)
     if len(summary.lags) > 1:
         found += _price(summary, yardstick, words)
     found += _incomplete(summary)
@@ -450,8 +452,30 @@ def _among(summary: Summary, yardstick: Yardstick, names: Sequence[str]) -> list
     return [f"Among the corrections themselves none is told apart from another, at {_lags(sorted(summary.lags))}."]
 
 
-def _short(group: Group) -> str:
-    return f"{group.correction} ({_spread(group).mean:.2f})"
+def _by(summary: Summary, key: str, name: str, reference: str, others: Sequence[str]) -> list[str]:
+    """The same beside ``reference`` by another figure; nothing where no cell has it."""
+    yardstick = Yardstick.of(summary, key)
+    parts, alike = [], []
+    for lag in sorted(summary.lags, reverse=True):
+        base = summary[lag, reference]
+        made = [compare(summary[lag, other], base, yardstick, key) for other in others]
+        here = []
+        for sign, word in (("above", "below"), ("below", "above")):
+            groups = [c.first for c in made if c.sign == sign]
+            if groups:
+                here.append(f"{word} {_listed([_short(group, key) for group in groups])}")
+        if here:
+            parts.append(f"at lag {lag} {_short(base, key)} is {' and '.join(here)}")
+        elif all(c.sign == "same" for c in made):
+            alike.append(lag)
+    if alike:
+        parts.append(f"at {_lags(sorted(alike))} nothing is told apart from {reference}")
+    return [f"By {name}, {'; '.join(parts)}."] if parts else []
+
+
+def _short(group: Group, key: str = FINAL) -> str:
+    spread = group.spread(key)
+    return group.correction if spread is None else f"{group.correction} ({spread.mean:.2f})"
 
 
 def _price(summary: Summary, yardstick: Yardstick, words: Mapping[str, str]) -> list[str]:

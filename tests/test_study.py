@@ -221,7 +221,8 @@ Value = float | str | None
 """Final sampled success, FAILED, or None for a cell that has not ended."""
 
 
-def summary_of(grid: Mapping[tuple[int, str], Sequence[Value]]) -> Summary:
+def summary_of(grid: Mapping[tuple[int, str], Sequence[Value]], **more: float) -> Summary:
+    """``more``: further figures, the same in every cell."""
     results = []
     for (lag, name), values in grid.items():
         for seed, value in enumerate(values, 1):
@@ -229,13 +230,7 @@ def summary_of(grid: Mapping[tuple[int, str], Sequence[Value]]) -> Summary:
             if value == FAILED:
                 results.append(CellResult(cell=cell, status="failed", reason="learner: loss is nan"))
             elif value is not None:
-                figures = {
-                    "sampled": float(value),
-                    "greedy": float(value),
-                    "ess_turn": 0.5,
-                    "kl_k3": 0.01,
-                    "seconds": 9.0,
-                }
+                figures = {"sampled": float(value), "ess_turn": 0.5, "kl_k3": 0.01, "seconds": 9.0} | more
                 curve = [(1, 0.1), (2, float(value))]
                 results.append(CellResult(cell=cell, status="done", figures=figures, curve=curve))
     lags = sorted({lag for lag, _ in grid})
@@ -314,6 +309,21 @@ def test_corrections_that_differ_from_one_another_are_set_beside_each_other() ->
     assert conclusions(summary_of(grid))[1] == (
         "Among the corrections, at lag 8 token (0.41) ends below turn (0.91) and topr (0.91)."
     )
+
+
+def test_the_area_and_greedy_success_are_told_apart_by_their_own_spread() -> None:
+    whole = summary_of(EXPECTED)
+    lower = {(8, "none"): 0.3, (16, "none"): 0.2, (2, "none"): 0.7}
+    results = [
+        replace(r, figures=dict(r.figures) | {"area": lower.get((r.cell.lag, r.cell.correction), 0.8), "greedy": 1.0})
+        for r in whole.results
+    ]
+    found = conclusions(Summary.of(results, lags=whole.lags, corrections=whole.corrections, seeds=whole.seeds))
+    assert (
+        "By the area under the learning curve, at lag 16 none (0.20) is below turn (0.80); at lag 8 none (0.30) is "
+        "below turn (0.80); at lag 2 none (0.70) is below turn (0.80); at lag 0 nothing is told apart from none."
+    ) in found
+    assert "By greedy success, at lags 0, 2, 8 and 16 nothing is told apart from none." in found
 
 
 def test_a_group_with_a_failed_cell_is_described_and_never_compared() -> None:
@@ -446,7 +456,7 @@ class Checker(HTMLParser):
 
 
 def test_the_page_is_one_file_that_fetches_nothing_and_has_a_light_and_a_dark_dress() -> None:
-    text = study_report.page(summary_of(MIXED), ORIGIN)
+    text = study_report.page(summary_of(MIXED, greedy=0.5), ORIGIN)
     checker = Checker()
     checker.feed(text)
     assert checker.fetched == []
