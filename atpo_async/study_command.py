@@ -23,8 +23,8 @@ from atpo_async.study_run import Job, Runner, TrainProcess, run_cells, until_int
 
 DEFAULT_OUT = Path("runs") / "study-staleness"
 
-MEMORY_GB_A_CELL = 3.5
-"""An actor with vLLM on a CPU, a learner and a buffer, of the demo's policy."""
+MEMORY_GB = {"vllm": 3.5, "transformers": 1.5}
+"""That a cell of the demo's policy takes on a CPU, by its actor's engine: all its roles and their supervisor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def study(
             known = {cell: result for cell, result in known.items() if result.status == "done"}
         open_cells = [cell for cell in cells if cell not in known]
         if open_cells:
-            at_once = min(len(open_cells), request.jobs or jobs_here(console))
+            at_once = min(len(open_cells), request.jobs or jobs_here(doctor.engine_of(plan.base)[0], console))
             console.print(
                 f"study {folder.path}: {len(plan.lags)} lags × {len(plan.corrections)} corrections × {len(plan.seeds)} "
                 f"seeds = {len(cells)} cells, {len(known)} done; {at_once} at once"
@@ -156,16 +156,16 @@ def _of_seed(base: Config, seed: int) -> Config:
     return base.model_copy(update={"run": base.run.model_copy(update={"seed": seed})})
 
 
-def jobs_here(console: Console) -> int:
-    """Cells that this machine takes at once: a core and ``MEMORY_GB_A_CELL`` each, one at least."""
+def jobs_here(engine: str, console: Console) -> int:
+    """Cells that this machine takes at once: a core and ``MEMORY_GB`` each, one at least."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = doctor.memory_gb()
     if memory is None:
         return cores
-    fitting = int(memory[1] / MEMORY_GB_A_CELL)
-    if fitting < 1:
-        console.print(f"only {memory[1]:.1f} GB of memory are free; a cell with vLLM takes about {MEMORY_GB_A_CELL:g}")
-    return max(1, min(cores, fitting))
+    each = MEMORY_GB[engine]
+    if memory[1] < each:
+        console.print(f"only {memory[1]:.1f} GB of memory are free; a cell with {engine} takes about {each:g}")
+    return max(1, min(cores, int(memory[1] / each)))
 
 
 def reproducing(plan: Plan, files: Sequence[str], options: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ from atpo_async.errors import ConfigError, RunMismatch, SetupError
 from atpo_async.metrics import MetricsWriter, Record
 from atpo_async.rundir import RunDir
 from atpo_async.study import CORRECTIONS, DEFAULT_CORRECTIONS, Plan, StudyFolder
-from atpo_async.study_command import Request, study
+from atpo_async.study_command import Request, jobs_here, study
 from atpo_async.study_progress import StudyProgress, outcome
 from atpo_async.study_results import (
     COLUMNS,
@@ -701,6 +701,19 @@ def test_a_document_is_filled_only_by_a_study_that_is_whole(bench: Bench, tmp_pa
 def test_jobs_below_one_are_refused(bench: Bench) -> None:
     with pytest.raises(ConfigError, match="--jobs must be >= 1, got 0"):
         bench.run(plan_of(), FakeRunner(), jobs=0)
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "engine", "jobs"), [(24.0, "vllm", 4), (7.5, "vllm", 2), (7.5, "transformers", 4), (1.0, "vllm", 1)]
+)
+def test_as_many_cells_run_at_once_as_there_are_cores_and_memory_for(
+    monkeypatch: pytest.MonkeyPatch, free_gb: float, engine: str, jobs: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    monkeypatch.setattr("atpo_async.doctor.memory_gb", lambda: (64.0, free_gb))
+    screen = io.StringIO()
+    assert jobs_here(engine, Console(file=screen, width=200)) == jobs
+    assert ("only 1.0 GB of memory are free" in screen.getvalue()) == (free_gb == 1.0)
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
