@@ -140,8 +140,8 @@ def _report(request: Request, folder: StudyFolder, console: Console) -> bool:
     summary = study_report.summary_of(folder, plan)
     head, *rows = study_report.matrix(summary, FINAL)
     table = Table(title="sampled success at the end: mean (lowest–highest) over seeds", title_justify="left")
-    for column in head:
-        table.add_column(column, no_wrap=True)
+    for i, column in enumerate(head):
+        table.add_column(column, no_wrap=i == 0)
     for row in rows:
         table.add_row(*row)
     console.print(table)

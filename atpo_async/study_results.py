@@ -375,11 +375,14 @@ def _against(
     apart: list[str] = []
     alike: list[int] = []
     open_lags: list[str] = []
+    empty: list[int] = []
     for lag in sorted(summary.lags, reverse=True):
         base = summary[lag, reference]
         made = {name: compare(summary[lag, name], base, yardstick) for name in others}
         signs = {c.sign for c in made.values()}
-        if signs == {"same"}:
+        if not any(group.spread(FINAL) for group in (base, *(c.first for c in made.values()))):
+            empty.append(lag)
+        elif signs == {"same"}:
             alike.append(lag)
         elif signs & {"above", "below"}:
             apart.append(_told_apart(lag, base, made, words))
@@ -388,7 +391,10 @@ def _against(
     found = apart
     if alike:
         found.append(_alike(summary, sorted(alike), reference, others, words))
-    return found + open_lags
+    found += open_lags
+    if empty:
+        found.append(f"At {_lags(sorted(empty))} no cell has given a result.")
+    return found
 
 
 def _told_apart(lag: int, base: Group, made: Mapping[str, Comparison], words: Mapping[str, str]) -> str:

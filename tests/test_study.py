@@ -342,6 +342,13 @@ def test_missing_cells_are_counted_and_their_groups_not_compared() -> None:
     assert found[-1] == "Not run to the end yet: 1 of 16 cells."
 
 
+def test_lags_of_which_nothing_is_known_are_named_together() -> None:
+    grid = dict(EXPECTED) | {(lag, name): (None, FAILED) for lag in (2, 16) for name in ("none", "turn")}
+    found = conclusions(summary_of(grid))
+    assert "At lags 2 and 16 no cell has given a result." in found
+    assert not any("no result" in line for line in found)
+
+
 def test_one_seed_gives_figures_and_no_difference() -> None:
     found = conclusions(summary_of({key: values[:1] for key, values in EXPECTED.items()}))
     assert found[0].startswith("With one seed a cell no difference can be told from chance")
