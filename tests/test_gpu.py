@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from actors.engine import Sampling
 from actors.transformers_engine import TransformersEngine
-from learner.model import load_policy, make_accelerator
+from learner.model import layout_for, load_policy, make_accelerator
+from learner.packing import TreeLayout
 from learner.step import Trainer
+from learner.tree_attention import to_device, tree_attention_forward, ways
 from tests.engine_support import largest_error, save_model, tiny_model, weights_file
 from tests.learner_support import make_batch, make_config, make_model
 
@@ -18,6 +22,42 @@ pytestmark = pytest.mark.gpu
 
 CUDA_TOLERANCE = 1e-3
 """Nats: float32 matrix products on a GPU sum in another order, and may use TF32."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flex_attention_over_packed_trees_is_the_dense_mask_with_its_gradients(dtype: torch.dtype) -> None:
+    # Three rows whose last blocks are ragged; each a prompt, a fork of forks, and a tree of its own behind them.
+    exits = np.full((3, 700), 700)
+    exits[:, :600] = 600
+    exits[:, 150:400] = 400
+    exits[:, 300:390] = 390
+    exits[1, 390:400] = 400
+    layout = TreeLayout(position_ids=np.zeros_like(exits), exit=exits)
+    device = torch.device("cuda")
+    assert ways(device)[0] == "flex"
+    found = []
+    for way in ("flex", "dense"):
+        torch.manual_seed(0)
+        tensors = [
+            torch.randn(3, heads, 700, 64, dtype=dtype, device=device, requires_grad=True) for heads in (4, 2, 2)
+        ]
+        out, _ = tree_attention_forward(
+            torch.nn.Module(), *tensors, None, scaling=0.1, tree_layout=to_device(layout, device, way=way)
+        )
+        out.backward(torch.randn_like(out))
+        found.append([out.detach(), *(t.grad for t in tensors)])
+    # In bfloat16 sums of a hundred terms differ by a few units of the last of eight bits.
+    tolerance = CUDA_TOLERANCE if dtype == torch.float32 else 0.1
+    for flex, dense in zip(*found, strict=True):
+        assert float((flex - dense).abs().max()) < tolerance * max(1.0, float(dense.abs().max()))
+
+
+def test_a_packed_policy_gives_the_log_probs_of_flat_rows_on_the_gpu(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    config = make_config(folder, learner={"device": "cuda", "packing": "tree"})
+    policy = load_policy(config)
+    policy.to("cuda")
+    assert layout_for(policy, config) == ("tree", "packed trees get the log-probs of flat rows")
 
 
 def test_a_training_step_gives_the_loss_it_gives_on_the_cpu(tmp_path: Path) -> None:

@@ -1,0 +1,607 @@
+"""Attention over packed trees, and the policy that scores them: the same numbers as flat rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from atpo_async.config import CorrectionConfig, ObjectiveConfig
+from atpo_async.errors import SetupError
+from learner import correction, tree_attention
+from learner import model as learner_model
+from learner.model import Policy, layout_for, load_policy
+from learner.objective import atpo_loss
+from learner.packing import Aggregation, MicroBatch, Row, TreeLayout, micro_batches
+from learner.tree_attention import DeviceLayout, Parts, Way, block_mask, to_device, tree_attention_forward
+from learner.tree_packing import tree_micro_batches
+from tests.learner_support import VOCAB, make_config, make_model
+from tests.tree_support import FORESTS, VERSION, Sketch, forest, grow, rows_of
+
+CPU = torch.device("cpu")
+WAYS: list[Way] = ["parts", "dense"]
+
+
+class Layer(nn.Module):
+    """As much of an attention layer as the attention function looks at."""
+
+    is_causal = True
+    num_key_value_groups = 1
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: DeviceLayout | None, **kwargs: Any) -> Tensor:
+    return tree_attention_forward(Layer(), query, key, value, None, tree_layout=layout, **kwargs)[0]
+
+
+def layout_of(exits: Sequence[Sequence[int]], depths: Sequence[Sequence[int]] | None = None) -> TreeLayout:
+    exit_ = np.array(exits, dtype=np.int64)
+    return TreeLayout(position_ids=np.zeros_like(exit_) if depths is None else np.array(depths), exit=exit_)
+
+
+def results(layout: DeviceLayout | None, size: tuple[int, int], *, heads: int = 3, groups: int = 1) -> list[Tensor]:
+    """Output of attention over made-up tensors, and the gradients of these."""
+    torch.manual_seed(0)
+    rows, length = size
+    tensors = [
+        torch.randn(rows, n, length, 8, dtype=torch.float64, requires_grad=True) for n in (heads * groups, heads, heads)
+    ]
+    out = attend(*tensors, layout, scaling=0.3)
+    out.backward(torch.randn_like(out))
+    grads = [t.grad for t in tensors]
+    assert all(g is not None for g in grads)
+    return [out.detach(), *(g for g in grads if g is not None)]
+
+
+def largest_difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if calls cost nothing, so that even small trees are cut into many parts."""
+    cheap_calls(monkeypatch.setattr)
+
+
+def cheap_calls(put: Callable[[Any, str, Any], None]) -> None:
+    put(tree_attention, "CALL_COST", 0)
+    put(tree_attention, "JOIN_COST", 0)
+    put(tree_attention, "LONGEST_BLOCK", 3)
+    put(tree_attention, "_half", lambda size: -(-size // 2))
+    tree_attention._chain_cost.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def forget_costs() -> Any:
+    yield
+    tree_attention._chain_cost.cache_clear()
+
+
+@settings(deadline=None, max_examples=60)
+@given(FORESTS, st.sampled_from([20, 300]), st.sampled_from([None, 30]), st.booleans(), st.sampled_from([1, 2]))
+def test_parts_are_the_dense_mask_with_its_gradients(
+    sketches: list[tuple[int, list[Sketch]]], max_tokens: int, pack_tokens: int | None, cut: bool, groups: int
+) -> None:
+    packed = tree_micro_batches(
+        rows_of(forest(sketches)), max_tokens=max_tokens, pack_tokens=pack_tokens, version=VERSION
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        if cut:
+            cheap_calls(patch.setattr)
+        for one in packed:
+            assert one.layout is not None
+            size = (one.tokens.shape[0], one.tokens.shape[1])
+            by_parts, by_mask = (results(to_device(one.layout, CPU, way=way), size, groups=groups) for way in WAYS)
+            assert largest_difference(by_parts, by_mask) < 1e-13
+    tree_attention._chain_cost.cache_clear()
+
+
+def test_parts_leave_out_what_the_mask_hides(small_parts: None) -> None:
+    tree = grow("t", 9, [Sketch(0, 0, 4), *(Sketch(1, 3, 8) for _ in range(3)), Sketch(0, 0, 6)])
+    (packed,) = tree_micro_batches(rows_of([tree]), max_tokens=1000, pack_tokens=None, version=VERSION)
+    assert packed.layout is not None
+    parts = Parts.of(packed.layout.exit, CPU)
+    seen = np.zeros((packed.tokens.size, packed.tokens.size), dtype=int)
+    for first, stop, key_first, key_stop in parts.rectangles:
+        seen[first:stop, key_first:key_stop] += 1
+    for bucket in parts.buckets:
+        (n, t), take, put = bucket.size, bucket.take.reshape(bucket.size), bucket.put.reshape(bucket.size)
+        for i in range(n):
+            real = put[i] < packed.tokens.size
+            block = (~bucket.hidden[i, 0])[real][:, real].numpy()
+            places = take[i][real].numpy()
+            assert len(places) <= t
+            seen[np.ix_(places, places)] += block
+    assert (seen == to_device(packed.layout, CPU, way="dense").mask()[0, 0].numpy()).all()
+    assert len(parts.rectangles) > 4
+
+
+@pytest.mark.parametrize("length", [1, 31, 33, 700])
+def test_a_chain_is_causal_attention(length: int) -> None:
+    layout = to_device(layout_of([[length] * length]), CPU, way="parts")
+    assert layout.parts is not None
+    assert bool(layout.parts.rectangles) == (length > 512)
+    assert largest_difference(results(layout, (1, length)), results(None, (1, length))) < 1e-13
+
+
+def test_a_long_prompt_with_many_leaves_holds_no_mask_of_its_square() -> None:
+    prompt, leaves, size = 1500, 6, 200
+    exits = [prompt + leaves * size] * prompt
+    for i in range(leaves):
+        exits += [prompt + (i + 1) * size] * size
+    layout = to_device(layout_of([exits]), CPU)
+    assert layout.parts is not None
+    held = sum(bucket.hidden.numel() for bucket in layout.parts.buckets)
+    assert held <= len(exits) * tree_attention.LONGEST_BLOCK
+    assert held < len(exits) ** 2 / 10
+    # Pairs that are computed: half a square for each block along the diagonal, no more.
+    pairs = held + sum((b - a) * (d - c) for a, b, c, d in layout.parts.rectangles)
+    needed = prompt**2 / 2 + leaves * (size * prompt + size**2 / 2)
+    assert pairs < 1.1 * needed
+
+
+def test_padding_sees_itself_and_nobody_sees_it() -> None:
+    exits = [[5, 5, 4, 4, 5], [3, 3, 3, 4, 5]]
+    mask = to_device(layout_of(exits), CPU, way="dense").mask()
+    assert mask.shape == (2, 1, 5, 5)
+    assert mask.any(-1).all()
+    assert mask[1, 0].tolist() == [
+        [True, False, False, False, False],
+        [True, True, False, False, False],
+        [True, True, True, False, False],
+        [False, False, False, True, False],
+        [False, False, False, False, True],
+    ]
+    for way in WAYS:
+        out = results(to_device(layout_of(exits), CPU, way=way), (2, 5))
+        assert all(torch.isfinite(x).all() for x in out)
+
+
+@pytest.mark.parametrize("length", [40, 64, 65])
+def test_the_block_mask_of_flex_attention_is_the_dense_mask(length: int) -> None:
+    rng = np.random.default_rng(length)
+    exits = np.stack([random_exits(rng, length) for _ in range(3)])
+    layout = to_device(layout_of(exits.tolist()), CPU, way="dense")
+    size = 8
+    squares = block_mask(layout.exit, size=size)
+    assert (squares.shape[-2], squares.shape[-1]) == (length, length)
+    place = torch.arange(length)
+    count = -(-length // size)
+    dense = torch.zeros((3, count * size, count * size), dtype=torch.bool)
+    for b in range(3):
+        for i in range(count):
+            q = place[i * size : (i + 1) * size]
+            for how_many, which, full in (
+                (squares.kv_num_blocks, squares.kv_indices, False),
+                (squares.full_kv_num_blocks, squares.full_kv_indices, True),
+            ):
+                assert how_many is not None
+                assert which is not None
+                for j in which[b, 0, i, : int(how_many[b, 0, i])].tolist():
+                    k = place[j * size : (j + 1) * size]
+                    assert not dense[b, i * size, j * size]
+                    inside = squares.mask_mod(torch.tensor(b), torch.tensor(0), q[:, None], k[None, :])
+                    assert inside.all() or not full
+                    dense[b, i * size : i * size + len(q), j * size : j * size + len(k)] = inside
+    assert torch.equal(dense[:, :length, :length], layout.mask()[:, 0])
+    assert (squares.full_kv_num_blocks > 0).any()
+
+
+def random_exits(rng: np.random.Generator, length: int) -> np.ndarray:
+    """Exits of nested subtrees over a row, some trees one after the other."""
+    exits = np.zeros(length, dtype=np.int64)
+
+    def fill(begin: int, end: int) -> None:
+        while begin < end:
+            stop = int(rng.integers(begin + 1, end + 1))
+            chain = int(rng.integers(begin + 1, stop + 1))
+            exits[begin:chain] = stop
+            fill(chain, stop)
+            begin = stop
+
+    fill(0, length // 2)
+    exits[length // 2 :] = length
+    return exits
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_gives_what_the_dense_mask_gives() -> None:
+    # On a CPU it has no backward pass; the GPU's own test has that.
+    torch.manual_seed(0)
+    exits = np.stack([random_exits(np.random.default_rng(i), 150) for i in range(2)])
+    layout = to_device(layout_of(exits.tolist()), CPU, way="dense")
+    query, key, value = torch.randn(2, 4, 150, 16), torch.randn(2, 2, 150, 16), torch.randn(2, 2, 150, 16)
+    with torch.no_grad():
+        flex = flex_attention(query, key, value, block_mask=layout.block_mask(), scale=0.2, enable_gqa=True)
+        dense = attend(query, key, value, layout, scaling=0.2)
+    assert isinstance(flex, Tensor)
+    assert float((flex.transpose(1, 2) - dense).abs().max()) < 1e-5
+
+
+def test_without_a_layout_it_is_causal_attention_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        asked.append(kwargs)
+        return scaled_dot_product_attention(*args, **kwargs)
+
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 9, 8) for _ in range(3))
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watched)
+    out = attend(query, key, value, None, scaling=0.3)
+    assert [(call["attn_mask"], call["is_causal"]) for call in asked] == [(None, True)]
+    expected = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3)
+    assert torch.equal(out, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "named"),
+    [
+        ({"sliding_window": 3}, "a sliding window of 3 tokens in a tree 5 deep"),
+        ({"dropout": 0.1}, "dropout over packed trees"),
+        ({"s_aux": torch.zeros(3)}, "s_aux over packed trees"),
+        ({"position_bias": torch.zeros(3)}, "position_bias over packed trees"),
+    ],
+)
+def test_what_a_packed_tree_cannot_have_is_refused(kwargs: dict[str, Any], named: str) -> None:
+    layout = to_device(layout_of([[5] * 5], [[0, 1, 2, 3, 4]]), CPU)
+    tensors = [torch.randn(1, 3, 5, 8) for _ in range(3)]
+    with pytest.raises(NotImplementedError, match=named):
+        attend(*tensors, layout, **kwargs)
+
+
+def test_a_sliding_window_longer_than_the_tree_changes_nothing() -> None:
+    layout = to_device(layout_of([[5] * 5], [[0, 1, 2, 3, 4]]), CPU)
+    tensors = [torch.randn(1, 3, 5, 8) for _ in range(3)]
+    assert torch.equal(attend(*tensors, layout, sliding_window=5), attend(*tensors, layout))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_half_precision_is_as_near_as_it_can_be(way: Way, small_parts: None) -> None:
+    (packed,) = tree_micro_batches(
+        rows_of([grow("t", 9, [Sketch(0, 0, 9), *(Sketch(1, 3, 8) for _ in range(3))])]),
+        max_tokens=1000, pack_tokens=None, version=VERSION,
+    )  # fmt: skip
+    assert packed.layout is not None
+    layout = to_device(packed.layout, CPU, way=way)
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 2, packed.tokens.size, 8) for _ in range(3)]
+    exact = attend(*tensors, layout)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = attend(*tensors, layout)
+    assert half.dtype == torch.bfloat16
+    assert float((half.float() - exact).abs().max()) < 0.03
+
+
+# The policy.
+
+
+@pytest.fixture(autouse=True)
+def norms_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The model's own computes in float32 whatever the precision, and a sum over siblings is then rounded elsewhere.
+    def exact(self: Qwen3RMSNorm, hidden: Tensor) -> Tensor:
+        out: Tensor = self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return out
+
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", exact)
+
+
+def float64_policy(folder: Path, **learner: object) -> Policy:
+    policy = load_policy(make_config(make_model(folder), learner=learner))
+    policy.hf.double()
+    return policy
+
+
+def passes(rows: Sequence[Row], kind: str, **limits: Any) -> list[MicroBatch]:
+    limits = {"max_tokens": 4000} | limits
+    if kind == "flat":
+        return micro_batches(rows, version=VERSION, **limits)
+    return tree_micro_batches(rows, version=VERSION, **({"pack_tokens": None} | limits))
+
+
+def scored(policy: Policy, batch: MicroBatch, way: Way | None = None) -> Tensor:
+    """float64[M] with a gradient."""
+    layout = None if batch.layout is None else to_device(batch.layout, CPU, way=way)
+    logp: Tensor = policy(
+        torch.from_numpy(batch.tokens), torch.from_numpy(batch.predictor), torch.from_numpy(batch.target), layout=layout
+    )
+    return logp if batch.occurrence is None else logp[torch.from_numpy(batch.occurrence)]
+
+
+def loss_of(
+    policy: Policy, batches: Sequence[MicroBatch], objective: ObjectiveConfig, off_policy: CorrectionConfig,
+    way: Way | None = None,
+) -> tuple[float, list[Tensor]]:  # fmt: skip
+    """The loss over all passes, and its gradient."""
+    policy.zero_grad()
+    total = 0.0
+    for batch in batches:
+        logp = scored(policy, batch, way)
+        mu, advantage, weight = (torch.from_numpy(v) for v in (batch.mu, batch.advantage, batch.weight))
+        turn, row = torch.from_numpy(batch.turn), torch.from_numpy(batch.row)
+        # Somewhere near, some of it outside the clip range, and the same token by token in every layout.
+        prox = logp.detach() + 0.3 * torch.sin(1e3 * mu)
+        weights = correction.importance_weights(prox, mu, advantage, turn, row, off_policy)
+        result = atpo_loss(logp, prox, mu, advantage, turn, row, weight, weights.per_token, objective)
+        result.loss.backward()
+        total += float(result.loss.detach())
+    return total, [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+
+
+MIXED = forest(
+    [
+        # Turns of mixed lengths, none, one or several leaves each, and adjacent turns without observations.
+        (5, [Sketch(0, 0, 3), Sketch(1, 2, 5), Sketch(1, 2, 1), Sketch(2, 0, 4), Sketch(2, 0, 2), Sketch(0, 0, 6)]),
+        # One turn.
+        (3, [Sketch(0, 0, 4)]),
+        # A stale turn above, one below, siblings with observations of their own.
+        (
+            4,
+            [
+                Sketch(0, 0, 2, stale=True), Sketch(1, 3, 3), Sketch(1, 2, 3, own_observation=True),
+                Sketch(2, 1, 2, stale=True), Sketch(2, 1, 4), Sketch(0, 0, 1),
+            ],
+        ),
+        (7, [Sketch(0, 0, 2), Sketch(1, 4, 2), Sketch(2, 4, 2), Sketch(3, 4, 2), Sketch(3, 4, 3), Sketch(2, 4, 5)]),
+    ],
+    seed=5,
+)  # fmt: skip
+
+
+def assert_same(one: tuple[float, list[Tensor]], other: tuple[float, list[Tensor]]) -> None:
+    assert one[0] == pytest.approx(other[0], abs=1e-12, rel=0)
+    scale = max(1.0, max(float(g.abs().max()) for g in other[1]))
+    assert largest_difference(one[1], other[1]) < 1e-12 * scale
+    assert max(float(g.abs().max()) for g in other[1]) > 1e-3
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("limits", [{}, {"max_tokens": 30}, {"max_tokens": 40, "pack_tokens": 20}, {"max_tokens": 9}])
+def test_packed_log_probs_are_those_of_flat_rows(
+    tmp_path: Path, way: Way, limits: dict[str, int], small_parts: None
+) -> None:
+    policy = float64_policy(tmp_path)
+    rows = rows_of(MIXED)
+
+    def by_token(batches: list[MicroBatch]) -> np.ndarray:
+        """Sorted by turn and behaviour log-prob, which tell a token apart."""
+        values = [np.stack([b.number, b.mu, scored(policy, b, way).detach().numpy()]) for b in batches if b.num_targets]
+        table = np.concatenate(values, axis=1)
+        return np.asarray(table[:, np.lexsort(table[:2])])
+
+    flat, packed = by_token(passes(rows, "flat")), by_token(passes(rows, "tree", **limits))
+    assert np.array_equal(flat[:2], packed[:2])
+    assert np.abs(flat[2] - packed[2]).max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    "aggregation",
+    ["seq-mean-token-mean", "seq-mean-token-sum", "token-mean", "unique-token-mean", "branch-prob",
+     "branch-prob-token-sum"],
+)  # fmt: skip
+@pytest.mark.parametrize("way", WAYS)
+def test_loss_and_gradient_are_the_same_under_every_aggregation(
+    tmp_path: Path, aggregation: Aggregation, way: Way, small_parts: None
+) -> None:
+    policy = float64_policy(tmp_path)
+    rows = rows_of(MIXED, aggregation=aggregation)
+    objective = ObjectiveConfig(clip_low=0.2, clip_high=0.3)
+    flat = loss_of(policy, passes(rows, "flat"), objective, CorrectionConfig())
+    assert_same(loss_of(policy, passes(rows, "tree"), objective, CorrectionConfig(), way), flat)
+
+
+@pytest.mark.parametrize("level", ["token", "turn", "prefix", "sequence"])
+@pytest.mark.parametrize("ratio_level", ["token", "turn", "sequence"])
+def test_loss_and_gradient_are_the_same_at_every_level(tmp_path: Path, ratio_level: Any, level: Any) -> None:
+    policy = float64_policy(tmp_path)
+    rows = rows_of(MIXED)
+    objective = ObjectiveConfig(ratio_level=ratio_level, clip_low=0.2, clip_high=0.3)
+    off_policy = CorrectionConfig(level=level)
+    flat = loss_of(policy, passes(rows, "flat"), objective, off_policy)
+    assert_same(loss_of(policy, passes(rows, "tree"), objective, off_policy), flat)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_tokens": 9},
+        {"max_tokens": 25},
+        {"max_tokens": 60, "pack_tokens": 30},
+        {"max_tokens": 4000, "pack_tokens": 33},
+    ],
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_and_gradient_are_the_same_however_trees_are_split_and_packed(
+    tmp_path: Path, limits: dict[str, int], checkpointing: bool, small_parts: None
+) -> None:
+    policy = float64_policy(tmp_path, gradient_checkpointing=checkpointing)
+    rows = rows_of(MIXED)
+    objective = ObjectiveConfig(ratio_level="sequence", clip_low=0.2, clip_high=0.3)
+    off_policy = CorrectionConfig(level="sequence")
+    flat = loss_of(policy, passes(rows, "flat", max_tokens=50), objective, off_policy)
+    for way in WAYS:
+        assert_same(loss_of(policy, passes(rows, "tree", **limits), objective, off_policy, way), flat)
+
+
+def test_gradient_checkpointing_computes_each_layer_again_with_the_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = float64_policy(tmp_path, gradient_checkpointing=True)
+    (packed,) = passes(rows_of(MIXED), "tree")
+    kernel, calls = tree_attention._kernel, []
+    monkeypatch.setattr(tree_attention, "_kernel", lambda *args: (calls.append(1), kernel(*args))[1])
+    logp = scored(policy, packed)
+    forward = len(calls)
+    logp.sum().backward()
+    assert forward > 0
+    assert len(calls) == 2 * forward
+
+
+def test_trees_of_any_shape_have_the_loss_and_gradient_of_flat_rows(tmp_path: Path) -> None:
+    policy = float64_policy(tmp_path)
+    objective = ObjectiveConfig(clip_low=0.2, clip_high=0.3)
+
+    @settings(deadline=None, max_examples=25)
+    @given(FORESTS, st.sampled_from([20, 4000]), st.sampled_from(WAYS))
+    def check(sketches: list[tuple[int, list[Sketch]]], max_tokens: int, way: Way) -> None:
+        rows = rows_of(forest(sketches))
+        flat = loss_of(policy, passes(rows, "flat"), objective, CorrectionConfig())
+        packed = loss_of(policy, passes(rows, "tree", max_tokens=max_tokens), objective, CorrectionConfig(), way)
+        assert packed[0] == pytest.approx(flat[0], abs=1e-12, rel=0)
+        if flat[1]:
+            scale = max(1.0, max(float(g.abs().max()) for g in flat[1]))
+            assert largest_difference(packed[1], flat[1]) < 1e-12 * scale
+
+    check()
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_entropies_are_of_the_whole_tempered_distribution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int | None
+) -> None:
+    policy = float64_policy(tmp_path)
+    if chunk is not None:
+        monkeypatch.setattr(learner_model, "MAX_LOGITS", chunk * VOCAB)
+    tokens = torch.arange(24).reshape(2, 12) % VOCAB
+    predictor, target = torch.arange(1, 23), torch.arange(1, 23) % VOCAB
+    both = policy(tokens, predictor, target, temperature=0.7, with_entropy=True)
+    logits = policy.hf(input_ids=tokens).logits.reshape(24, VOCAB)[predictor] / 0.7
+    expected = torch.distributions.Categorical(logits=logits)
+    assert both.shape == (2, 22)
+    assert torch.allclose(both[0], expected.log_prob(target), atol=1e-12)
+    assert torch.allclose(both[1], expected.entropy(), atol=1e-12)
+    assert torch.allclose(both[0], policy(tokens, predictor, target, temperature=0.7), atol=1e-12)
+    weights = list(policy.parameters())
+    ours = torch.autograd.grad(both[1].sum(), weights)
+    theirs = torch.autograd.grad(expected.entropy().sum(), weights)
+    assert largest_difference(ours, theirs) < 1e-11
+
+
+# Which models can.
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+def gpt2() -> Any:
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=VOCAB, n_positions=256, n_embd=32, n_layer=2, n_head=2)
+    )
+
+
+def mamba() -> Any:
+    return transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4)
+    )
+
+
+def mistral(window: int) -> Any:
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, sliding_window=window))
+
+
+MODELS: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "llama": (lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)), "tree", "log-probs of flat"),
+    "gpt2": (gpt2, "tree", "log-probs of flat rows"),
+    "a window longer than any context": (lambda: mistral(512), "tree", "log-probs of flat rows"),
+    "a window": (lambda: mistral(8), "flat", "slides over 8 tokens, fewer than model.max_context_tokens = 512"),
+    "gemma3": (
+        lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SIZES, sliding_window=8)),
+        "flat",
+        "layers of type sliding_attention",
+    ),
+    "convolutions": (
+        lambda: transformers.Lfm2ForCausalLM(
+            transformers.Lfm2Config(
+                vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=1, layer_types=["conv", "full_attention"],
+            )
+        ),
+        "flat",
+        "layers of type conv",
+    ),
+    "mamba": (mamba, "flat", "recurrent layers"),
+    "positions by distance": (
+        lambda: transformers.BloomForCausalLM(
+            transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=2)
+        ),
+        "flat",
+        "takes no position_ids",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_layout_follows_what_the_models_layers_are(tmp_path: Path, name: str) -> None:
+    make, kind, reason = MODELS[name]
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path)
+    config = make_config(tmp_path)
+    policy = load_policy(config)
+    found, why = layout_for(policy, config)
+    assert (found, reason in why) == (kind, True), why
+    forced = make_config(tmp_path, learner={"packing": "tree"})
+    if kind == "tree":
+        assert layout_for(policy, forced)[0] == "tree"
+        return
+    named = f"{type(policy.hf).__name__} in model.path = {str(tmp_path)!r} cannot score packed trees: "
+    with pytest.raises(SetupError) as caught:
+        layout_for(policy, forced)
+    assert named in str(caught.value)
+    assert why in str(caught.value)
+    assert "--learner.packing flat" in str(caught.value)
+    assert layout_for(policy, make_config(tmp_path, learner={"packing": "flat"})) == (
+        "flat",
+        "learner.packing = 'flat'",
+    )
+
+
+def test_a_model_that_can_still_has_flat_rows_where_asked(tmp_path: Path) -> None:
+    config = make_config(make_model(tmp_path), learner={"packing": "flat"})
+    assert layout_for(load_policy(config), config)[0] == "flat"
+
+
+def test_a_model_that_lets_the_layout_drop_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(make_model(tmp_path))
+    policy = load_policy(config)
+    assert layout_for(policy, config)[0] == "tree"
+    whole = DeviceLayout.model_arguments
+
+    def dropped(self: DeviceLayout) -> dict[str, Any]:
+        return {"position_ids": whole(self)["position_ids"]}
+
+    monkeypatch.setattr(DeviceLayout, "model_arguments", dropped)
+    kind, why = layout_for(policy, config)
+    assert (kind, "log-probs differ from flat ones by" in why) == ("flat", True), why
+
+
+def test_a_model_that_raises_on_a_layout_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(make_model(tmp_path))
+    policy = load_policy(config)
+
+    def fails(self: DeviceLayout) -> dict[str, Any]:
+        raise TypeError("forward() got an unexpected keyword argument 'tree_layout'\nand more")
+
+    monkeypatch.setattr(DeviceLayout, "model_arguments", fails)
+    kind, why = layout_for(policy, config)
+    assert kind == "flat"
+    assert why == "it raises TypeError: forward() got an unexpected keyword argument 'tree_layout'"
+
+
+def test_a_model_is_saved_without_a_word_of_its_attention(tmp_path: Path) -> None:
+    policy = load_policy(make_config(make_model(tmp_path / "one")))
+    assert policy.hf.config._attn_implementation == tree_attention.NAME
+    policy.hf.save_pretrained(tmp_path / "two")
+    for name in ("one", "two"):
+        assert "attn" not in (tmp_path / name / "config.json").read_text()
