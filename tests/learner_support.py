@@ -35,7 +35,7 @@ def make_model(folder: Path, *, seed: int = 0, tie: bool = True) -> Path:
 
 
 def in_double(policy: Policy) -> Policy:
-    """The policy in float64 throughout: transformers rounds through float32 in its norms, whatever the model's dtype."""
+    """The policy in float64 throughout: transformers rounds through float32 in its norms, whatever its dtype."""
 
     def forward(module: Any, hidden: torch.Tensor) -> torch.Tensor:
         scale = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + module.variance_epsilon)
