@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._triton import has_triton
@@ -45,8 +46,9 @@ Way = Literal["parts", "flex", "dense"]
 # (AVX-512) in float32 with 4 heads of 64, as processor time: the kernel does 70 to 78 GFLOP/s on masked blocks and on
 # rectangles of 64 keys and more (65 with 16), 48 ns a pair; a call and what is around it costs 100 to 200 us; joining a
 # rectangle passes over its queries and keys a few times, 0.5 ns a channel.  A chain of 1,024 then takes 34 ms in blocks
-# of 128, 35 in blocks of 256, 43 of 512, and 37 in the kernel's own causal mode; the optimum is flat.
-CALL_COST = 4000
+# of 128, 35 in blocks of 256, 43 of 512, and 37 in the kernel's own causal mode; the optimum is flat.  One core hardly
+# tells a call cost of 4,000 from 16,000; where several threads share busy cores each call waits for all of them.
+CALL_COST = 8000
 JOIN_COST = 4
 LONGEST_BLOCK = 512
 """Bounds the masks: a place holds at most this many entries."""
@@ -355,6 +357,7 @@ class _TreeAttention(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, out, logsum = ctx.saved_tensors
         parts, scale = ctx.parts, ctx.scale
@@ -467,7 +470,7 @@ def tree_attention_forward(
         return out.transpose(1, 2).contiguous(), None
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    if tree_layout.parts is None:
+    if tree_layout.parts is None or value.shape[-1] != query.shape[-1]:
         out = scaled_dot_product_attention(query, key, value, attn_mask=tree_layout.mask(), scale=scaling)
         return out.transpose(1, 2).contiguous(), None
     rows, _, length, _ = query.shape

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from actors.engine import Sampling
 from actors.transformers_engine import TransformersEngine
@@ -16,7 +17,7 @@ from learner.packing import TreeLayout
 from learner.step import Trainer
 from learner.tree_attention import to_device, tree_attention_forward, ways
 from tests.engine_support import largest_error, save_model, tiny_model, weights_file
-from tests.learner_support import make_batch, make_config, make_model
+from tests.learner_support import VOCAB, make_batch, make_config, make_model
 
 pytestmark = pytest.mark.gpu
 
@@ -53,8 +54,15 @@ def test_flex_attention_over_packed_trees_is_the_dense_mask_with_its_gradients(d
 
 
 def test_a_packed_policy_gives_the_log_probs_of_flat_rows_on_the_gpu(tmp_path: Path) -> None:
-    folder = make_model(tmp_path / "model")
-    config = make_config(folder, learner={"device": "cuda", "packing": "tree"})
+    torch.manual_seed(0)
+    # Heads wide enough for FlexAttention; narrower ones take the dense mask.
+    Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32, max_position_embeddings=128, initializer_range=0.2,
+        )
+    ).save_pretrained(tmp_path)  # fmt: skip
+    config = make_config(tmp_path, learner={"device": "cuda", "packing": "tree"})
     policy = load_policy(config)
     policy.to("cuda")
     assert layout_for(policy, config) == ("tree", "packed trees get the log-probs of flat rows")

@@ -228,6 +228,19 @@ def test_flex_attention_gives_what_the_dense_mask_gives() -> None:
     assert float((flex.transpose(1, 2) - dense).abs().max()) < 1e-5
 
 
+def test_what_flex_attention_has_no_kernel_for_takes_the_dense_mask() -> None:
+    exits = [random_exits(np.random.default_rng(0), 30).tolist()]
+    found = [results(to_device(layout_of(exits), CPU, way=way), (1, 30)) for way in ("flex", "dense")]
+    assert largest_difference(*found) == 0
+
+
+def test_each_device_has_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tree_attention.ways(CPU)[0] == "parts"
+    for triton, way in ((True, "flex"), (False, "dense")):
+        monkeypatch.setattr(tree_attention, "has_triton", lambda triton=triton: triton)
+        assert tree_attention.ways(torch.device("cuda"))[0] == way
+
+
 def test_without_a_layout_it_is_causal_attention_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
 
@@ -584,6 +597,21 @@ def test_a_model_that_lets_the_layout_drop_is_found_out(tmp_path: Path, monkeypa
     monkeypatch.setattr(DeviceLayout, "model_arguments", dropped)
     kind, why = layout_for(policy, config)
     assert (kind, "log-probs differ from flat ones by" in why) == ("flat", True), why
+
+
+def test_a_model_is_asked_through_its_wrappers_where_only_they_can_run_it(tmp_path: Path) -> None:
+    config = make_config(make_model(tmp_path))
+    policy = load_policy(config)
+    calls = []
+
+    class Wrapped(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            calls.append(kwargs["layout"])
+            out: Tensor = policy(*args, **kwargs)
+            return out
+
+    assert layout_for(policy, config, Wrapped())[0] == "tree"
+    assert [getattr(layout, "way", None) for layout in calls] == [None, None, "parts", "dense"]
 
 
 def test_a_model_that_raises_on_a_layout_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
