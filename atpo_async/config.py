@@ -180,7 +180,8 @@ class CorrectionConfig(Section):
     [floor, cap] (masked importance sampling).  ``icepop``: ``mask`` by token (IcePop, arXiv 2510.18855; published with
     floor 0.5, cap 5).  ``topr``: 1 where A >= 0, ``truncate`` where A < 0 (TOPR, arXiv 2503.14286; published with cap 1
     by sequence).  ``m2po``: by token, the largest log-ratios are masked until the mean of their squares over the batch
-    is at most ``m2_limit`` (M2PO, arXiv 2510.01161).
+    is at most ``m2_limit``; the others are truncated as ever (M2PO, arXiv 2510.01161, without a cap: set a
+    large one; all tokens count here, whatever the sign of A).
     """
 
     action: Literal["truncate", "mask", "icepop", "topr", "m2po", "none"] = "truncate"
@@ -375,7 +376,7 @@ class Config(Section):
                 f"used for the last time {s.max_uses - 1} versions after the first; raise max_lag to at least "
                 f"{s.least_max_lag}, or lower publish_every or max_uses"
             )
-        if s.max_lag > 0 and self.correction.action == "none" and not self.correction.accept_bias:
+        if s.max_lag > 0 and s.exact_lag != 0 and self.correction.action == "none" and not self.correction.accept_bias:
             raise ValueError(
                 f"correction.action = 'none' with staleness.max_lag = {s.max_lag} trains off-policy uncorrected: "
                 "set --correction.action truncate, or --correction.accept_bias true if the bias is what you study"
@@ -426,6 +427,21 @@ class Config(Section):
         c = self.correction
         if c.action != "none" and c.floor >= c.cap:
             raise ValueError(f"correction.floor = {c.floor} must be below correction.cap = {c.cap}")
+        if c.action in ("mask", "icepop") and not c.floor < 1 < c.cap:
+            raise ValueError(
+                f"correction.action = {c.action!r} with correction.floor = {c.floor} and correction.cap = {c.cap} "
+                "would mask data that is not off-policy at all: ratios of 1 must lie between them"
+            )
+        if c.prox == "first-step" and self.learner.minibatches > 1:
+            raise ValueError(
+                f"correction.prox = 'first-step' with learner.minibatches = {self.learner.minibatches}: all but the "
+                "first part would take updated weights for the batch's start; use --correction.prox auto or recompute"
+            )
+        if c.exponent == "ess" and c.ess_floor > c.ess_target:
+            raise ValueError(
+                f"correction.ess_floor = {c.ess_floor} is above correction.ess_target = {c.ess_target}, which decides "
+                "with exponent = 'ess': lower the floor or raise the target"
+            )
         if c.action in ("icepop", "m2po") and c.level != "token":
             raise ValueError(
                 f"correction.action = {c.action!r} works by token, but correction.level = {c.level!r}: set "
@@ -433,12 +449,13 @@ class Config(Section):
             )
         if c.action == "m2po" and c.exponent == "ess":
             raise ValueError(
-                "correction.action = 'm2po' bounds the batch by its own measure: exponent = 'ess' would not"
+                "correction.action = 'm2po' bounds the batch by its own measure, correction.exponent = 'ess' by "
+                "another: use --correction.exponent fixed"
             )
+        idle = "exponent = 'ess'" if c.exponent == "ess" else f"gate = {c.gate}"
         if c.action == "none" and (c.exponent == "ess" or c.gate is not None):
             raise ValueError(
-                f"correction.exponent = {c.exponent!r} and correction.gate = {c.gate} do nothing with "
-                "correction.action = 'none'"
+                f"correction.{idle} does nothing with correction.action = 'none': leave it out, or name another action"
             )
         if c.numerator == "policy" and self.objective.surrogate != "policy-gradient":
             raise ValueError(
@@ -505,7 +522,7 @@ STALENESS_KNOBS: tuple[tuple[str, str], ...] = (
     ("staleness.max_lag", "turns older than this when consumed are masked; trees older than this are dropped"),
     ("staleness.max_uses", "a tree is served at most this often"),
     ("staleness.trees_per_batch", "trees of one learner batch; one batch is one version"),
-    ("staleness.exact_lag", "every batch exactly this many versions old, whatever max_lag allows"),
+    ("staleness.exact_lag", "every batch exactly this many versions old; max_lag must allow it"),
     ("staleness.publish_every", "versions between two publications: the least lag is 0 to this minus 1"),
     ("staleness.max_oversampling", "bounds how many trees without signal one step may use up"),
     ("actor.count", "more actors, more trees under way at once"),

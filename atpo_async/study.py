@@ -72,12 +72,15 @@ CORRECTIONS: dict[str, Correction] = {
         ("sequence", "sequence-level truncation", {"action": "truncate", "level": "sequence"}),
         ("mask", "turn-level masking", {"action": "mask", "level": "turn", "floor": 0.5, "cap": 2.0}),
         ("icepop", "IcePop", {"action": "icepop", "level": "token", "floor": 0.5, "cap": 5.0}),
-        ("m2po", "M2PO", {"action": "m2po", "level": "token"}),
+        ("m2po", "M2PO", {"action": "m2po", "level": "token", "cap": 1e6}),
         ("topr", "TOPR", {"action": "topr", "level": "sequence", "cap": 1.0}),
     )
 }
 """What ``--corrections`` may name."""
 
+MAX_SEED = 2**31
+LEAST_STEPS = 3
+"""Steps over which sampled success is averaged."""
 DEFAULT_LAGS = "0,2,8,16"
 DEFAULT_CORRECTIONS = "none,token,turn,turn+ess"
 DEFAULT_SEEDS = 2
@@ -154,6 +157,22 @@ class Plan:
                 raise ConfigError(f"--{name}: the grid of the study sets it; use {SET_BY_THE_STUDY[name]}")
         if seeds < 1:
             raise ConfigError(f"--seeds must be >= 1, got {seeds}")
+        if base.run.seed + seeds > MAX_SEED:
+            raise ConfigError(
+                f"--seeds {seeds} from run.seed = {base.run.seed} on: seeds are below {MAX_SEED}; use fewer, or a "
+                "lower run.seed"
+            )
+        if base.run.steps < LEAST_STEPS:
+            raise ConfigError(
+                f"run.steps = {base.run.steps}: a cell's success is the mean of its last {LEAST_STEPS} steps; use at "
+                f"least --run.steps {LEAST_STEPS}"
+            )
+        longest = max(parse_lags(lags))
+        if longest >= base.run.steps:
+            raise ConfigError(
+                f"--lags {lags}: lag {longest} with run.steps = {base.run.steps} would never be reached while success "
+                f"is measured: the lag grows from 0 by one a step; use smaller lags or --run.steps {2 * longest}"
+            )
         if base.learner.schedule != "constant":
             raise ConfigError(
                 f"learner.schedule = {base.learner.schedule!r} ends with the run, and a cell's run is longer by its "

@@ -69,6 +69,8 @@ def study(
             raise SetupError(f"{folder.path} is no study (it has no study.json); run it first, without --report")
         folder.check(plan)
         return _report(request, folder, console)
+    if request.fill is not None:
+        study_report.check_fillable(request.fill)  # now, not when every cell has run
     cells = plan.cells()
     folder.check(plan)
     doctor.check_machine(plan.config(cells[0], runs=folder.runs))

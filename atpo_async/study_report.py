@@ -293,6 +293,14 @@ def fill(text: str, section: str, *, where: str) -> str:
     return f"{before}{BEGIN}\n\n{section.strip()}\n\n{END}{after}"
 
 
+def check_fillable(path: Path) -> None:
+    """Raises SetupError for a file that cannot be read or has no markers."""
+    try:
+        fill(path.read_text(encoding="utf-8"), "", where=str(path))
+    except OSError as exc:
+        raise SetupError(f"{path} cannot be read: {exc.strerror}") from None
+
+
 def fill_file(folder: StudyFolder, plan: Plan, path: Path, *, command: str) -> list[Path]:
     """Write the results into a Markdown file between its markers, and the picture beside it.
 

@@ -163,6 +163,9 @@ def temper(log_ratios: Tensor, settings: CorrectionConfig) -> Tempering:
 
     Args:
         log_ratios: float[U], ``batch_log_ratios`` of all micro-batches and ranks.  Infinite ones and NaN are left out.
+
+    The guard looks at ratios alone: it knows nothing of ``gate``, and takes TOPR's weights as if every A were negative,
+    so there it may temper more than it must.
     """
     logs = log_ratios.detach().double().cpu()
     logs = logs[logs.isfinite()]

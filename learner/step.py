@@ -138,7 +138,6 @@ class Trainer:
         """Optimizer steps taken."""
         self.skips = guards.SkipCount()
         self.grad_norms = guards.GradNorms()
-        self.layout, self.layout_reason = layout_for(policy, config)
         self.names = tuple(policy.hf.state_dict())
         """Every tensor an engine needs, aliases of tied ones too."""
         self._alias = _aliases(policy.hf)
@@ -148,6 +147,8 @@ class Trainer:
         optimizer = make_optimizer(policy, config.learner, sharded=self.sharded)
         tied = is_tied(policy)
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
+        # On the device, and through the wrappers where only those can run the model: what is tried is what trains.
+        self.layout, self.layout_reason = layout_for(policy, config, self.model if self.sharded else None)
         if tied and not is_tied(policy):
             # A head of its own would be no parameter of the optimizer, and its gradient would never be zeroed.
             raise SetupError(
@@ -480,7 +481,8 @@ class Trainer:
         if self._reference is None:
             return None
         if item.reference is None:
-            with torch.no_grad():
+            # In the precision of the policy's own pass: their difference is to be the weights' alone.
+            with torch.no_grad(), self.accelerator.autocast():
                 item.reference = item.spread(self._reference(**item.inputs)).to(item.mu)
         return item.reference
 
@@ -523,8 +525,8 @@ class Trainer:
         forward, rows = self._sum(np.array([totals.forward_tokens, row_tokens], dtype=np.float64)).tolist()
         out["tokens/forward"] = forward
         if rows:
-            # Below 1: what the tree layout saves; above: what padding, epochs and repeated prefixes cost.
-            out["pack/token_ratio"] = forward / rows
+            # Below 1: what the tree layout saves; above: what padding and repeated prefixes cost.
+            out["pack/token_ratio"] = forward / (rows * self.config.learner.epochs)
         out["train/updates"] = self.updates
         out["guard/skipped_updates"] = self.skips.total
         if totals.losses:
@@ -532,11 +534,12 @@ class Trainer:
             out["grad_norm"] = float(np.mean(totals.grad_norms))
             out["lr"] = totals.lr
             out["is/exponent_scale"] = min(t.scale for t in totals.tempering)
-            out["guard/tempered"] = float(self._guards_ess and out["is/exponent_scale"] < 1)
+            exponent = self.config.correction.exponent
+            out["guard/tempered"] = float(exponent != "ess" and self._guards_ess and out["is/exponent_scale"] < 1)
             if self.config.objective.kl_coef:
-                out["kl/policy_reference"] = float(np.mean(totals.kl))
+                out["loss/kl_reference"] = float(np.mean(totals.kl))
             if self.config.objective.entropy_coef:
-                out["policy/entropy"] = float(np.mean(totals.entropy))
+                out["loss/entropy"] = float(np.mean(totals.entropy))
             if self.config.correction.action == "m2po":
                 out["is/m2po_max_abs"] = min(t.max_abs for t in totals.tempering)
         return out

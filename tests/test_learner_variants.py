@@ -204,11 +204,11 @@ def test_the_tree_trace_credits_by_the_ratio_of_each_turn(folder: Path) -> None:
 def test_the_reference_is_the_policy_as_it_was_loaded_and_pulls_it_back(folder: Path) -> None:
     free = trainer_of(configured(folder, {"objective": {"kl_coef": 1e-9}}))
     held = trainer_of(configured(folder, {"objective": {"kl_coef": 30.0}}))
-    first = [trainer.train(make_batch(), version=3).metrics["kl/policy_reference"] for trainer in (free, held)]
+    first = [trainer.train(make_batch(), version=3).metrics["loss/kl_reference"] for trainer in (free, held)]
     assert first == pytest.approx([0.0, 0.0], abs=1e-12)
     for _ in range(6):
-        loose = free.train(make_batch(), version=3).metrics["kl/policy_reference"]
-        tight = held.train(make_batch(), version=3).metrics["kl/policy_reference"]
+        loose = free.train(make_batch(), version=3).metrics["loss/kl_reference"]
+        tight = held.train(make_batch(), version=3).metrics["loss/kl_reference"]
     assert 0 < tight < loose
 
 
@@ -216,8 +216,8 @@ def test_the_entropy_bonus_raises_the_entropy(folder: Path) -> None:
     plain = trainer_of(configured(folder, {"objective": {"entropy_coef": 1e-9}}))
     eager = trainer_of(configured(folder, {"objective": {"entropy_coef": 5.0}}))
     for _ in range(5):
-        low = plain.train(make_batch(), version=3).metrics["policy/entropy"]
-        high = eager.train(make_batch(), version=3).metrics["policy/entropy"]
+        low = plain.train(make_batch(), version=3).metrics["loss/entropy"]
+        high = eager.train(make_batch(), version=3).metrics["loss/entropy"]
     assert high > low
 
 
