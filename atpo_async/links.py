@@ -109,6 +109,8 @@ class PeerInfo:
     """Since its last sign of life."""
     queued: int
     """Sends taken and not handled yet."""
+    unsettled: int
+    """Sends handled and not settled yet; see ``Server``'s ``settled``."""
     requests: int
     """Requests being worked on."""
 
@@ -851,7 +853,8 @@ class Client(_Connecting):
 
 # --- server ----------------------------------------------------------------------------------------------------
 
-Handler = Callable[[str, Any], Awaitable[Any]]
+Handler = Callable[..., Awaitable[Any]]
+"""``handler(peer, message)``, with ``with_frames`` ``handler(peer, message, frames)``."""
 
 
 @dataclass(slots=True, eq=False)
@@ -872,9 +875,10 @@ class _Session:
     name: str
     nonce: int
     heard_at: float
-    # Sends: base <= handled <= expected.  None until the client has said where it stands.
+    # Sends: base <= settled <= handled <= expected.  None until the client has said where it stands.
     expected: int | None = None
     handled: int = 0
+    settled: int = 0
     base: int = 0
     queue: deque[Any] = field(default_factory=deque)
     refusals: dict[int, str] = field(default_factory=dict)
@@ -900,14 +904,34 @@ class Server(_Link):
             For a request, what it returns is the reply; any exception becomes ``Refused``.  Sends of one peer are
             handled one after another in order; requests run beside them as tasks of their own.
         settings: window, heartbeats, deadlines, keys.
+        settled: if given, what the handlers of sends have taken is acknowledged, or refused, only once a call of this
+            that began after they returned has returned too: where they only note, this makes durable.  Handlers of
+            further sends run meanwhile, and one call serves all that was handled before it began.  While it hangs
+            nothing is acknowledged; if it raises, neither, and it is called again after a pause.
+        with_frames: the handler gets a third argument, the two frames of the message as they came (bytes).
     """
 
-    def __init__(self, endpoint: str, *, name: str, receives: Any, handler: Handler, settings: LinkSettings) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        name: str,
+        receives: Any,
+        handler: Handler,
+        settings: LinkSettings,
+        settled: Callable[[], Awaitable[None]] | None = None,
+        with_frames: bool = False,
+    ) -> None:
         super().__init__(endpoint, settings)
         self.name = name
         self.bad_messages = 0
         self._receives = receives
         self._handler = handler
+        self._settled = settled
+        self._with_frames = with_frames
+        self._unsettled: set[_Session] = set()
+        self._settler: asyncio.Task[None] | None = None
+        self._settling: _Working | None = None
         self._pump: _Pump | None = None
         self._sessions: dict[bytes, _Session] = {}
         self._replaced: OrderedDict[int, None] = OrderedDict()
@@ -919,7 +943,13 @@ class Server(_Link):
         """Clients heard of within ``give_up_s``, by identity."""
         now = self._now()
         return {
-            s.name: PeerInfo(identity=s.name, silent_s=now - s.heard_at, queued=len(s.queue), requests=len(s.requests))
+            s.name: PeerInfo(
+                identity=s.name,
+                silent_s=now - s.heard_at,
+                queued=len(s.queue),
+                unsettled=s.handled - s.settled,
+                requests=len(s.requests),
+            )
             for s in self._sessions.values()
         }
 
@@ -999,8 +1029,8 @@ class Server(_Link):
     def _place(self, session: _Session, base: int) -> bool:
         """Take note of what the client knows to be handled.  False if that cannot be."""
         if session.expected is None:
-            session.expected = session.handled = session.base = base
-        if base > session.handled:
+            session.expected = session.handled = session.settled = session.base = base
+        if base > session.settled:
             return False
         if base > session.base:
             session.base = base
@@ -1010,14 +1040,14 @@ class Server(_Link):
 
     def _on_send(self, session: _Session, seq: int, base: int, frames: list[bytes]) -> None:
         if base > seq or not self._place(session, base):
-            return self._bad(session.peer, f"send {seq} with base {base}, {session.handled} handled")
+            return self._bad(session.peer, f"send {seq} with base {base}, {session.settled} acknowledged")
         expected = session.expected
         if seq != expected:
             # Below: a repeat of what we have, its acknowledgement may be lost.  Above: something before it is lost.
-            if seq < session.handled:
+            if seq < session.settled:
                 self._ack_soon(session)
             return None
-        if len(session.queue) >= 4 * self.settings.window:
+        if seq - session.settled >= 4 * self.settings.window:
             # Clients of our settings never come here; the others send it again after their next heartbeat.
             return None
         try:
@@ -1026,7 +1056,7 @@ class Server(_Link):
             self._bad(session.peer, exc)
             item = exc
         session.expected = seq + 1
-        session.queue.append(item)
+        session.queue.append((item, frames))
         if session.worker is None:
             session.worker = self._spawn(self._work(session), f"{self.name} sends of {session.name}")
         return None
@@ -1036,28 +1066,31 @@ class Server(_Link):
         try:
             burst = 0
             while session.queue:
-                item = session.queue[0]
-                reason = str(item) if isinstance(item, BadMessage) else await self._handle(session, item)
+                item, frames = session.queue[0]
+                reason = str(item) if isinstance(item, BadMessage) else await self._handle(session, item, frames)
                 if reason is not None:
                     session.refusals[session.handled] = reason[:_MAX_REASON]
                 # Ack after the handler: an ack before it loses the message if we crash here.  Out of the queue
                 # only now: a handler that was cancelled has not taken its message.
                 session.queue.popleft()
                 session.handled += 1
-                self._ack_soon(session)
+                self._settle(session)
                 burst += 1
                 if burst % _BURST == 0:
                     await asyncio.sleep(0)
         finally:
             session.worker = None
 
-    async def _handle(self, session: _Session, message: Any) -> str | None:
+    def _call(self, session: _Session, message: Any, frames: list[bytes]) -> Awaitable[Any]:
+        return self._handler(session.name, message, *([frames] if self._with_frames else ()))
+
+    async def _handle(self, session: _Session, message: Any, frames: list[bytes]) -> str | None:
         """Why the message is refused, or None."""
         working = session.working = _Working(type(message).__name__, self._now())
         try:
             for pause_s in (*_RETRY_PAUSES_S, None):
                 try:
-                    await self._handler(session.name, message)
+                    await self._call(session, message, frames)
                     return None
                 except BadMessage as exc:
                     return str(exc)
@@ -1069,6 +1102,41 @@ class Server(_Link):
         finally:
             session.working = None
         return None
+
+    def _settle(self, session: _Session) -> None:
+        """Acknowledge what is handled, as soon as it may be."""
+        if self._settled is None:
+            session.settled = session.handled
+            self._ack_soon(session)
+            return
+        self._unsettled.add(session)
+        if self._settler is None:
+            self._settler = self._spawn(self._settle_all(self._settled), f"{self.name} settles")
+
+    async def _settle_all(self, settled: Callable[[], Awaitable[None]]) -> None:
+        """Acknowledge what was handled before each call.  Waits for: ``settled``.  Ended by: nothing left to settle."""
+        pauses = iter(_RETRY_PAUSES_S)
+        try:
+            while self._unsettled:
+                marks = [(session, session.handled) for session in self._unsettled]
+                self._unsettled.clear()
+                self._settling = _Working(f"settling sends of {len(marks)} peers", self._now())
+                try:
+                    await settled()
+                except Exception:
+                    log.exception(
+                        "%s could not settle what %d peers sent; nothing is acknowledged", self.name, len(marks)
+                    )
+                    self._unsettled.update(session for session, _ in marks)
+                    await asyncio.sleep(next(pauses, _RETRY_PAUSES_S[-1]))
+                    continue
+                pauses = iter(_RETRY_PAUSES_S)
+                for session, handled in marks:
+                    session.settled = handled
+                    self._ack_soon(session)
+        finally:
+            self._settling = None
+            self._settler = None
 
     def _ack_soon(self, session: _Session) -> None:
         """One acknowledgement for all that is handled in this turn of the loop."""
@@ -1090,13 +1158,13 @@ class Server(_Link):
     def _ack(self, session: _Session) -> None:
         # Refusals go first and again until the client moves past them: it must not take a refusal for an ack.
         for seq, reason in session.refusals.items():
-            if not self._answer(session, _REFUSE, seq, 0, reason.encode()):
+            if seq < session.settled and not self._answer(session, _REFUSE, seq, 0, reason.encode()):
                 return
-        self._answer(session, _ACK, session.handled, 0)
+        self._answer(session, _ACK, session.settled, 0)
 
     def _on_ping(self, session: _Session, cursor: int, base: int, ids: bytes) -> None:
         if cursor < base or len(ids) % 8 or not self._place(session, base):
-            return self._bad(session.peer, f"ping with base {base}, cursor {cursor}, {session.handled} handled")
+            return self._bad(session.peer, f"ping with base {base}, cursor {cursor}, {session.settled} acknowledged")
         self._ack(session)
         again = [i for (i,) in struct.iter_unpack("<Q", ids) if i not in session.requests]
         self._answer(session, _PONG, cursor, session.expected or 0, struct.pack(f"<{len(again)}Q", *again))
@@ -1122,15 +1190,15 @@ class Server(_Link):
             return
         working = session.requests[request_id] = _Working(type(message).__name__, self._now())
         working.task = self._spawn(
-            self._serve(session, request_id, message), f"{self.name} {working.what} of {session.name}"
+            self._serve(session, request_id, message, frames), f"{self.name} {working.what} of {session.name}"
         )
 
-    async def _serve(self, session: _Session, request_id: int, message: Any) -> None:
+    async def _serve(self, session: _Session, request_id: int, message: Any, frames: list[bytes]) -> None:
         """Answer one request.  Waits for: the handler, at most ``give_up_s``."""
         what = type(message).__name__
         try:
             async with asyncio.timeout(self.settings.give_up_s):
-                reply = await self._handler(session.name, message)
+                reply = await self._call(session, message, frames)
             if reply is None:
                 reply = Refused(reason=f"{self.name} has no answer to {what}")
             self._reply(session, request_id, reply)
@@ -1159,6 +1227,11 @@ class Server(_Link):
         while True:
             await asyncio.sleep(self.settings.heartbeat_s)
             now = self._now()
+            if (settling := self._settling) and now - settling.since - settling.reported_s > self.settings.deadline_s:
+                settling.reported_s = now - settling.since
+                log.warning(
+                    "%s has been %s for %.1f s; nothing is acknowledged", self.name, settling.what, settling.reported_s
+                )
             for session in list(self._sessions.values()):
                 for working in (session.working, *session.requests.values()):
                     if working is None or now - working.since - working.reported_s <= self.settings.deadline_s:
@@ -1171,7 +1244,7 @@ class Server(_Link):
                         working.what,
                         session.name,
                     )
-                idle = session.worker is None and not session.requests
+                idle = session.worker is None and session.settled == session.handled and not session.requests
                 if idle and now - session.heard_at > self.settings.give_up_s:
                     log.info("%s forgets %s, silent for %.0f s", self.name, session.name, now - session.heard_at)
                     del self._sessions[session.peer]

@@ -6,84 +6,33 @@ import asyncio
 import contextlib
 import logging
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import zmq
-import zmq.asyncio
 
 from atpo_async import links, wire
 from atpo_async import messages as m
 from atpo_async.config import LinksConfig
 from atpo_async.errors import BadMessage, PeerLost, SetupError
 from atpo_async.links import Announcer, Client, LinkSettings, Listener, Server, make_keys
-
-ANY_PORT = "tcp://127.0.0.1:0"
-FAST = LinkSettings(window=8, heartbeat_s=0.05, deadline_s=10.0, give_up_s=20.0, max_message_bytes=1 << 20)
-PATIENCE_S = 15.0
-"""Far more than any test needs: it ends a test that would hang, it does not time one."""
-
-
-def closed(number: int, tree_id: str = "t") -> m.TreeClosed:
-    return m.TreeClosed(run="r", tree_id=tree_id, lease_epoch=0, num_turns=number, failed_branches=0, failures={})
-
-
-LEASE_REQUEST = m.LeaseRequest(run="r", actor="a", count=1, version=0)
-NO_LEASES = m.Leases(leases=(), closed_because=None, retry_after_s=1.0, finished=False)
-
-
-class Buffer:
-    """A handler that notes what it gets and can be held back."""
-
-    def __init__(self) -> None:
-        self.got: list[int] = []
-        self.open = asyncio.Event()
-        self.open.set()
-        self.requests = 0
-
-    async def __call__(self, peer: str, message: Any) -> Any:
-        if isinstance(message, m.LeaseRequest):
-            self.requests += 1
-            await self.open.wait()
-            return NO_LEASES
-        await self.open.wait()
-        self.got.append(message.num_turns)
-        return None
-
-
-def server(handler: Any, endpoint: str = ANY_PORT, settings: LinkSettings = FAST) -> Server:
-    return Server(endpoint, name="buffer", receives=m.ActorToBuffer, handler=handler, settings=settings)
-
-
-def client(endpoint: str, settings: LinkSettings = FAST, identity: str = "actor-0", **more: Any) -> Client:
-    return Client(endpoint, peer="buffer", identity=identity, receives=m.BufferToActor, settings=settings, **more)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110  (conditions on state that has no event)
-            await asyncio.sleep(0.002)
-
-
-@contextlib.asynccontextmanager
-async def raw_dealer(endpoint: str, identity: bytes = b"stranger") -> AsyncIterator[zmq.asyncio.Socket]:
-    context = zmq.asyncio.Context()
-    try:
-        socket = context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.ROUTING_ID, identity)
-        socket.connect(endpoint)
-        yield socket
-    finally:
-        context.destroy(linger=0)
-
-
-async def within(awaitable: Awaitable[Any]) -> Any:
-    return await asyncio.wait_for(awaitable, PATIENCE_S)
-
+from tests.links_support import (
+    ANY_PORT,
+    FAST,
+    LEASE_REQUEST,
+    NO_LEASES,
+    PATIENCE_S,
+    Buffer,
+    client,
+    closed,
+    link_frame,
+    raw_dealer,
+    server,
+    until,
+    within,
+)
 
 # --- sends -----------------------------------------------------------------------------------------------------
 
@@ -598,10 +547,6 @@ async def test_a_silent_client_is_forgotten() -> None:
 # --- hostile peers ---------------------------------------------------------------------------------------------
 
 
-def _link(kind: int, session: int = 1, a: int = 0, b: int = 0) -> bytes:
-    return struct.pack("<2sBQQQ", b"a1", kind, session, a, b)
-
-
 async def test_bad_frames_are_counted_and_logged_with_their_sender_and_the_service_stays_up(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -612,14 +557,14 @@ async def test_bad_frames_are_counted_and_logged_with_their_sender_and_the_servi
         [b""],
         [b"garbage"],
         [b"x" * 27],
-        [_link(99)],
-        [_link(1)],
-        [_link(1, a=1), b"\xc1", b""],
-        [_link(1, a=2, b=9), *good],
-        [_link(1, a=2), good[0]],
-        [_link(2), b"\x81", b""],
-        [_link(3, a=1, b=2), b""],
-        [_link(3, a=5), b"odd"],
+        [link_frame(99)],
+        [link_frame(1)],
+        [link_frame(1, a=1), b"\xc1", b""],
+        [link_frame(1, a=2, b=9), *good],
+        [link_frame(1, a=2), good[0]],
+        [link_frame(2), b"\x81", b""],
+        [link_frame(3, a=1, b=2), b""],
+        [link_frame(3, a=5), b"odd"],
     ]
     async with server(buffer) as s, client(s.endpoint) as c, raw_dealer(s.endpoint) as stranger:
         for frames in bad:
@@ -636,7 +581,7 @@ async def test_bad_frames_are_counted_and_logged_with_their_sender_and_the_servi
 async def test_a_frame_over_the_limit_never_reaches_the_process() -> None:
     buffer = Buffer()
     async with server(buffer) as s, client(s.endpoint) as c, raw_dealer(s.endpoint) as stranger:
-        await stranger.send_multipart([_link(1), b"x", bytes(FAST.max_message_bytes + 5000)])
+        await stranger.send_multipart([link_frame(1), b"x", bytes(FAST.max_message_bytes + 5000)])
         await c.send(closed(1))
         await c.drain(timeout_s=PATIENCE_S)
         assert "stranger" not in s.peers
@@ -649,8 +594,8 @@ async def test_a_flood_past_the_window_is_dropped_and_not_kept() -> None:
     async with server(buffer) as s, raw_dealer(s.endpoint) as stranger:
         frames = wire.encode(closed(7))
         for seq in range(20 * FAST.window):
-            await stranger.send_multipart([_link(1, a=seq), *frames])
-        await stranger.send_multipart([_link(3, a=20 * FAST.window), b""])
+            await stranger.send_multipart([link_frame(1, a=seq), *frames])
+        await stranger.send_multipart([link_frame(3, a=20 * FAST.window), b""])
         reply = await within(stranger.recv_multipart())
         while reply[0][2] != 7:
             reply = await within(stranger.recv_multipart())

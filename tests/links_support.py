@@ -1,0 +1,81 @@
+"""A server and clients on loopback, a handler that can be held back, and strangers on a raw socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from atpo_async import messages as m
+from atpo_async.links import Client, LinkSettings, Server
+
+ANY_PORT = "tcp://127.0.0.1:0"
+FAST = LinkSettings(window=8, heartbeat_s=0.05, deadline_s=10.0, give_up_s=20.0, max_message_bytes=1 << 20)
+PATIENCE_S = 15.0
+"""Far more than any test needs: it ends a test that would hang, it does not time one."""
+
+
+def closed(number: int, tree_id: str = "t") -> m.TreeClosed:
+    return m.TreeClosed(run="r", tree_id=tree_id, lease_epoch=0, num_turns=number, failed_branches=0, failures={})
+
+
+LEASE_REQUEST = m.LeaseRequest(run="r", actor="a", count=1, version=0)
+NO_LEASES = m.Leases(leases=(), closed_because=None, retry_after_s=1.0, finished=False)
+
+
+class Buffer:
+    """A handler that notes what it gets and can be held back."""
+
+    def __init__(self) -> None:
+        self.got: list[int] = []
+        self.open = asyncio.Event()
+        self.open.set()
+        self.requests = 0
+
+    async def __call__(self, peer: str, message: Any) -> Any:
+        if isinstance(message, m.LeaseRequest):
+            self.requests += 1
+            await self.open.wait()
+            return NO_LEASES
+        await self.open.wait()
+        self.got.append(message.num_turns)
+        return None
+
+
+def server(handler: Any, endpoint: str = ANY_PORT, settings: LinkSettings = FAST, **more: Any) -> Server:
+    return Server(endpoint, name="buffer", receives=m.ActorToBuffer, handler=handler, settings=settings, **more)
+
+
+def client(endpoint: str, settings: LinkSettings = FAST, identity: str = "actor-0", **more: Any) -> Client:
+    return Client(endpoint, peer="buffer", identity=identity, receives=m.BufferToActor, settings=settings, **more)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110  (conditions on state that has no event)
+            await asyncio.sleep(0.002)
+
+
+@contextlib.asynccontextmanager
+async def raw_dealer(endpoint: str, identity: bytes = b"stranger") -> AsyncIterator[zmq.asyncio.Socket]:
+    context = zmq.asyncio.Context()
+    try:
+        socket = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.ROUTING_ID, identity)
+        socket.connect(endpoint)
+        yield socket
+    finally:
+        context.destroy(linger=0)
+
+
+async def within(awaitable: Awaitable[Any]) -> Any:
+    return await asyncio.wait_for(awaitable, PATIENCE_S)
+
+
+def link_frame(kind: int, session: int = 1, a: int = 0, b: int = 0) -> bytes:
+    return struct.pack("<2sBQQQ", b"a1", kind, session, a, b)
