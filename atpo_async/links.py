@@ -539,6 +539,8 @@ class Client(_Connecting):
         self.peer = peer
         self.identity = identity
         self.on_refused = on_refused
+        self.on_acked: Callable[[int], None] | None = None
+        """Called with how many sends are done with, acknowledged or refused, whenever there are more."""
         self._receives = receives | Refused
         self._session = secrets.randbits(64)
         self._pump: _Pump | None = None
@@ -826,6 +828,8 @@ class Client(_Connecting):
         self._cursor = max(self._cursor, handled)
         if not self._kept:
             self._all_acked.set()
+        if self.on_acked is not None:
+            self.on_acked(handled)
 
     def _on_reply(self, request_id: int, frames: list[bytes]) -> None:
         pending = self._pending.get(request_id)
