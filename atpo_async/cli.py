@@ -70,7 +70,7 @@ def _dispatch(words: list[str], *, debug: bool) -> int:
     if args.command is None:
         parser.print_help()
         return EXIT_USER
-    if texts and args.command in ("version", "report", "keys"):
+    if texts and args.command in ("version", "report", "keys", "status"):
         raise ConfigError(f"--{next(iter(texts))}: `atpo {args.command}` takes no options of the configuration")
     args.debug = debug
     args.words = words
@@ -125,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", "write report.html into a run folder")
     report.add_argument("run", metavar="RUN")
     report.add_argument("--figure", metavar="PATH", help="also write the learning curve, as .svg or .png")
+    status = add("status", "who waits for whom in a run, since when, and the queue and window of every link")
+    status.add_argument("run", metavar="RUN")
+    status.add_argument("--json", action="store_true", help="for programs: everything that the roles say")
     study = add("study", "train over a grid of lags, corrections and seeds, and say what staleness does")
     study.add_argument(
         "kind", metavar="staleness", choices=["staleness"], help="every batch exactly so many versions old"
@@ -273,6 +276,9 @@ async def _supervised(supervisor: Any, *, say: Any) -> Any:
     for signum in signals:
         with contextlib.suppress(NotImplementedError):
             loop.add_signal_handler(signum, interrupt)
+    if hasattr(signal, "SIGUSR1"):
+        with contextlib.suppress(NotImplementedError):
+            loop.add_signal_handler(signal.SIGUSR1, lambda: [say(line) for line in supervisor.picture()])
     return await supervisor.run()
 
 
@@ -606,6 +612,19 @@ def command_report(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
     if args.figure:
         print(write_figure(rundir, Path(args.figure)))
     print(write_report(rundir))
+    return EXIT_DONE
+
+
+def command_status(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
+    from rich.console import Console
+
+    from atpo_async import status_command
+
+    view = status_command.look(args.run)
+    if args.json:
+        print(status_command.as_json(view))
+    else:
+        status_command.show(view, Console(highlight=False, soft_wrap=False))
     return EXIT_DONE
 
 

@@ -95,6 +95,40 @@ def _read(pid: int) -> Process | None:
     return Process(pid, parent=int(fields[1]), session=int(fields[3]), started=int(fields[19]))
 
 
+def started(pid: int) -> int | None:
+    """When a process started, clock ticks since boot; None where none runs under that id (off Linux: 0 if one does)."""
+    if sys.platform.startswith("linux"):
+        found = _read(pid)
+        return None if found is None else found.started
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return 0
+
+
+def stopped(pids: Iterable[int]) -> list[int]:
+    """Those that a signal has stopped (SIGSTOP, SIGTSTP); not those that a debugger holds."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError, IndexError):
+            if (_PROC / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()[0] == b"T":
+                found.append(pid)
+    return found
+
+
+def processor_s(pids: Iterable[int]) -> float:
+    """Processor seconds that these processes have used together; those that have gone count nothing."""
+    ticks = 0
+    for pid in pids:
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            fields = (_PROC / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / (os.sysconf("SC_CLK_TCK") if ticks else 100)
+
+
 def members(leader: int, running: Iterable[Process]) -> list[Process]:
     """Processes in the session of ``leader`` and their descendants, the leader included.  Pure."""
     running = list(running)

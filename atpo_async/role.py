@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from atpo_async import config as configuration
+from atpo_async import status, waits
 from atpo_async.config import Config
 from atpo_async.errors import AtpoError, ConfigError, EnvironmentBroken, RunMismatch, SetupError
 from atpo_async.processes import die_with_parent
@@ -66,6 +67,11 @@ class RoleContext:
     def rank(self) -> int:
         return self.index
 
+    @property
+    def process_name(self) -> str:
+        """``name``, and for the ranks of a role after the first their number too: each process has its own."""
+        return self.name if self.index == 0 or self.name.endswith(f"-{self.index}") else f"{self.name}-{self.index}"
+
 
 def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequence[str]) -> NoReturn:
     """Run a role to its end and exit with its code.
@@ -74,14 +80,17 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
     differs in what a run lets differ; or for an actor without the run's folder ``--config FILE --join HOST:PORT``.
 
     A first SIGTERM or SIGINT sets ``stopping``; a second one cancels ``main``.  Supervised (``ATPO_SUPERVISOR_PID``
-    is set), the role ends when its supervisor does.
+    is set), the role ends when its supervisor does.  A thread keeps the role's picture (``atpo_async.status``) and
+    answers SIGUSR1 with it.
     """
     debug = "--debug" in argv
     code = EXIT_CRASH
     supervised = SUPERVISOR_PID in os.environ
     try:
         context = _context(name, list(argv))
-        code = asyncio.run(_serve(main, context))
+        folder = None if context.rundir is None else context.rundir.path / status.FOLDER
+        with status.Reporter(context.process_name, folder=folder, log=context.log, on_signal=True) as reporter:
+            code = asyncio.run(_serve(main, context, reporter))
     except AtpoError as exc:
         code = _say(exc, supervised=supervised, debug=debug)
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -204,7 +213,9 @@ def _logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
-async def _serve(main: Callable[[RoleContext], Awaitable[None]], context: RoleContext) -> int:
+async def _serve(
+    main: Callable[[RoleContext], Awaitable[None]], context: RoleContext, reporter: status.Reporter
+) -> int:
     """Run ``main`` under signals.  Waits for: main.  Unblocked by: its return, a second signal cancelling it."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
@@ -231,11 +242,15 @@ async def _serve(main: Callable[[RoleContext], Awaitable[None]], context: RoleCo
                 on_signal(signal.SIGTERM)
 
         _tie_to_supervisor(loop, supervisor_gone, grace_s=context.config.supervisor.stop_grace_s)
+    reporter.attach()
     try:
         await main(context)
     except asyncio.CancelledError:
         if not received:
             raise
+    finally:
+        # What follows, the loop's clean-up, can hang as well: on a thread that does not come back.
+        waits.phase(status.ENDING)
     return 128 + received[0] if received else EXIT_DONE
 
 

@@ -24,7 +24,7 @@ from enum import Enum
 from pathlib import Path
 from typing import IO, Any
 
-from atpo_async import processes, scratch
+from atpo_async import hangs, processes, scratch, status
 from atpo_async.config import Config, LinksConfig, SupervisorConfig
 from atpo_async.errors import RoleCrashed, SetupError
 from atpo_async.metrics import MetricsTail, MetricsWriter, Record
@@ -36,6 +36,9 @@ LOG_LINES = 20
 
 LAST_GRACE_S = 1.5
 """For the buffer, which is asked to stop after those that still talk to it."""
+
+HANG_SHARE = 0.75
+"""Of ``links.give_up_s``: who is stuck is ended before those who wait for it give up."""
 
 TAIL_S = 0.25
 """Between two looks at the metrics file."""
@@ -65,6 +68,8 @@ class _Running:
     mark: str
     log: Path
     error_file: Path
+    hung: str = ""
+    """Why it was ended from here."""
 
 
 def role_specs(
@@ -218,6 +223,7 @@ class Supervisor:
         self._step = 0
         self._version = 0
         self._tail = MetricsTail(rundir.metrics_path)
+        self._pictures = rundir.path / status.FOLDER
 
     @property
     def pids(self) -> dict[str, int]:
@@ -239,6 +245,7 @@ class Supervisor:
             SetupError: a role ended with something that only the user can mend.
             RoleCrashed: a role crashed too often; the message ends with the last lines of its log.
         """
+        await asyncio.to_thread(status.forget_the_dead, self._pictures)
         keepers = [asyncio.create_task(self._keep(spec), name=f"keep {spec.name}") for spec in self._specs]
         signs: list[asyncio.Task[Any]] = [
             asyncio.create_task(self._done.wait(), name="run done"),
@@ -247,6 +254,7 @@ class Supervisor:
         helpers = [
             asyncio.create_task(self._follow_metrics(), name="follow metrics"),
             asyncio.create_task(self._sample_memory(), name="sample memory"),
+            asyncio.create_task(self._look_for_hangs(), name="look for hangs"),
         ]
         try:
             waiting: set[asyncio.Task[Any]] = {*keepers}
@@ -286,7 +294,7 @@ class Supervisor:
                 if spec.ends_run:
                     self._done.set()
                 return
-            code, reason = _failure(running, code)
+            code, reason = (code, running.hung) if running.hung else _failure(running, code)
             if code == EXIT_USER:
                 raise SetupError(f"{spec.name}: {reason}  (log: {running.log})")
             now = self._clock()
@@ -370,6 +378,68 @@ class Supervisor:
                 self._version = max(self._version, record.version)
             self._on_records(records)
             await asyncio.sleep(TAIL_S)
+
+    async def _look_for_hangs(self) -> None:
+        """Say who waits for whom when that takes long, and end a role that is stuck, which ``_keep`` starts again.
+
+        Waits for: nothing but the clock.
+        """
+        links = self._rundir.config.links
+        hang_s = self._settings.hang_s or HANG_SHARE * links.give_up_s
+        every_s = min(status.EVERY_S, links.deadline_s / 4, hang_s / 4)
+        watch = hangs.Watch(deadline_s=links.deadline_s, hang_s=hang_s, every_s=every_s)
+        failed = False
+        while not (self._done.is_set() or self._stopping.is_set()):
+            await asyncio.sleep(every_s)
+            try:
+                sights, others = await asyncio.to_thread(self._sights)
+                verdicts = watch.look(sights, time.monotonic(), others=others)
+            # The run is worth more than what looks after it.
+            except Exception as exc:
+                if not failed:
+                    self._say(f"hangs cannot be looked for: {type(exc).__name__}: {exc}")
+                failed = True
+                continue
+            for verdict in verdicts:
+                running = self._running.get(verdict.ends) if verdict.ends is not None else None
+                if verdict.ends is None:
+                    self._say(verdict.line)
+                elif running is not None and not running.hung:
+                    await self._end_hung(running, verdict, hang_s)
+
+    async def _end_hung(self, running: _Running, verdict: hangs.Verdict, hang_s: float) -> None:
+        picture = running.log.with_suffix(".stuck.txt")
+        with contextlib.suppress(OSError):
+            picture.write_text("\n".join([verdict.line, *self.picture()]) + "\n", encoding="utf-8")
+        running.hung = (
+            f"stuck for more than {hang_s:g} s (supervisor.hang_s): {verdict.line}  (the run as it stood: {picture})"
+        )
+        await asyncio.to_thread(processes.kill_all, running.process.pid, running.mark)
+
+    def picture(self) -> list[str]:
+        """What every role says of itself, in lines."""
+        pictures, damaged = status.read(self._pictures)
+        told = [line for name in sorted(pictures) for line in status.lines(pictures[name])]
+        return told + [f"{name}: {fault}" for name, fault in damaged.items()]
+
+    def _sights(self) -> tuple[list[hangs.Sight], list[status.Picture]]:
+        """The roles as they are seen from here; and pictures of others that take part in the run."""
+        pictures, _ = status.read(self._pictures)
+        found = []
+        alive = processes.processes()
+        for name, running in list(self._running.items()):
+            own = tuple(p for p in pictures.values() if p.mark == running.mark)
+            leader = running.process.pid
+            found.append(
+                hangs.Sight(
+                    role=name,
+                    pictures=own,
+                    stopped=tuple(processes.stopped({leader, *(p.pid for p in own)})),
+                    processor_s=processes.processor_s(p.pid for p in processes.members(leader, alive)),
+                )
+            )
+        seen = {p.role for sight in found for p in sight.pictures}
+        return found, [p for p in pictures.values() if p.role not in seen and status.is_alive(p) is not False]
 
     async def _sample_memory(self) -> None:
         """Write ``memory/<role>_mb`` of each role, summed over its processes.  Waits for: nothing but the clock."""

@@ -1,0 +1,347 @@
+"""Who is stuck, and who waits for whom because of it.  Pure: pictures, process facts and the time come in.
+
+A role is *stuck* when something in it stands still that nobody but the role itself could move:
+
+- it is stopped by a signal;
+- it gives no sign of life: not even its status thread, which needs the interpreter only;
+- its event loop does not tick;
+- it waits for a part of its own (``waits.OWN_PARTS``): its torch thread, its engine, its environment;
+- it cannot come to its end, or has not given its first picture.
+
+A role that waits for another one is never stuck, however long it waits; neither is one that works.  Work shows as
+progress, and progress sets the clock back: a counter of ``waits.progress`` (turns, tokens, micro-batches, batches, …),
+a change of phase, coming back to life, and while a role is starting (loading, compiling, warming up) any use of the
+processor by its processes worth mentioning.  A wait with a limit of its own is left to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from atpo_async.status import ENDING, Picture, Wait, duration
+from atpo_async.waits import OWN_PARTS
+
+SILENT_S = 5.0
+"""A picture that has not been renewed for so long: the status thread, which writes one a second, does not run."""
+
+LIMIT_SLACK_S = 5.0
+"""What ends by itself after its limit has this much longer to do so."""
+
+BUSY_SHARE = 0.05
+"""Of one core: a starting role that uses as much is at work.  Beats and pictures alone use less than a hundredth."""
+
+ACTORS = "actors"
+"""All actors, as what a wait is for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """One role that should run, as it is seen from outside."""
+
+    role: str
+    pictures: tuple[Picture, ...]
+    """Of this attempt's processes: one, or one for each rank; none yet."""
+    stopped: tuple[int, ...] = ()
+    """Those of its own processes (its first one, and those that give pictures) that a signal has stopped.  What an
+    environment does with its children is its business."""
+    processor_s: float = 0.0
+    """Used by all its processes so far."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stuck:
+    """A role that cannot go on."""
+
+    role: str
+    for_s: float
+    why: str
+    """Goes on after "learner, which …"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What is to be done about what was seen."""
+
+    line: str
+    """For the user: who waits for whom, to the end."""
+    ends: str | None = None
+    """The role to be started again; None: to be told only."""
+    why: str = ""
+
+
+# --- looking on -------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Memory:
+    """What is remembered of a role between two looks."""
+
+    attempt: str
+    moved_at: float
+    done: object = None
+    sequences: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Process -> (number of its last picture, when that was first seen)."""
+    stopped_at: float | None = None
+    processor: tuple[float, float] | None = None
+    """(seconds used, when)."""
+    was_silent: bool = False
+    told_s: float = 0.0
+
+
+class Watch:
+    """Looks at a run again and again.
+
+    Args:
+        deadline_s: a role stuck for longer, or a run in which nothing moves, is told.
+        hang_s: a role stuck for longer is to be started again.
+        every_s: between two looks; where far more time has passed, the watcher itself stood still (a machine that
+            slept, a stopped supervisor) and every clock starts anew.
+    """
+
+    def __init__(self, *, deadline_s: float, hang_s: float, every_s: float) -> None:
+        self._deadline_s = deadline_s
+        self._hang_s = hang_s
+        self._gap_s = max(5.0, 5 * every_s)
+        self._looked_at: float | None = None
+        self._roles: dict[str, _Memory] = {}
+        self._still_told_s = 0.0
+
+    def look(self, sights: Sequence[Sight], now: float, *, others: Iterable[Picture] = ()) -> list[Verdict]:
+        """What has to be told or done now.
+
+        Args:
+            sights: the roles that are looked after.
+            now: seconds, monotonic.
+            others: pictures of roles that somebody else looks after (actors that joined by hand).
+        """
+        if self._looked_at is None or now - self._looked_at > self._gap_s:
+            self._roles.clear()
+        self._looked_at = now
+        for gone in self._roles.keys() - {sight.role for sight in sights}:
+            del self._roles[gone]
+        stuck = {s.role: s for sight in sights if (s := self._look_at(sight, now)) is not None}
+        pictures = by_role([p for sight in sights for p in sight.pictures] + list(others))
+        verdicts = []
+        for found in stuck.values():
+            memory = self._roles[found.role]
+            line = "; ".join(explain(pictures, stuck, only=found.role))
+            if found.for_s >= self._hang_s:
+                memory.moved_at = now  # it is being ended; should it outlive that, it is told again
+                verdicts.append(Verdict(line=line, ends=found.role, why=found.why))
+            elif found.for_s >= self._deadline_s and found.for_s >= 2 * memory.told_s:
+                memory.told_s = found.for_s
+                verdicts.append(Verdict(line=line))
+        if not stuck and pictures and self._roles:
+            still_s = now - max(memory.moved_at for memory in self._roles.values())
+            if still_s < self._deadline_s:
+                self._still_told_s = 0.0
+            elif still_s >= 2 * self._still_told_s and (told := explain(pictures, {})):
+                self._still_told_s = still_s
+                line = f"nothing has moved for {duration(still_s)}, though no role is stuck: {'; '.join(told)}"
+                verdicts.append(Verdict(line=line))
+        return verdicts
+
+    def _look_at(self, sight: Sight, now: float) -> Stuck | None:
+        attempt = sight.pictures[0].mark if sight.pictures else ""
+        memory = self._roles.get(sight.role)
+        if memory is None or (attempt and memory.attempt and attempt != memory.attempt):
+            memory = self._roles[sight.role] = _Memory(attempt, now)
+        memory.attempt = memory.attempt or attempt
+        silent_s = self._renewed(memory, sight, now)
+        done = [(p.progress, p.phase, p.starting) for p in sight.pictures]
+        if done != memory.done:
+            memory.done, memory.moved_at = done, now
+        self._use_of_processor(memory, sight, now)
+        if not sight.stopped:
+            memory.stopped_at = None
+        elif memory.stopped_at is None:
+            memory.stopped_at = now
+        still_s = now - memory.moved_at
+        found = list(_causes(sight, still_s=still_s, silent_s=silent_s))
+        if memory.stopped_at is not None:
+            found = [(now - memory.stopped_at, _stopped(sight.stopped))]
+        # What was silent or stopped could not make progress: when it is back its time begins anew.
+        silent = bool(found) and (memory.stopped_at is not None or silent_s > SILENT_S)
+        if memory.was_silent and not silent:
+            memory.moved_at = now
+            found = []
+        memory.was_silent = silent
+        if not found:
+            memory.told_s = 0.0
+            return None
+        for_s, why = max(found)
+        return Stuck(role=sight.role, for_s=for_s, why=why)
+
+    @staticmethod
+    def _renewed(memory: _Memory, sight: Sight, now: float) -> float:
+        """For how long the longest silent of the role's processes has given no new picture."""
+        for picture in sight.pictures:
+            known = memory.sequences.get(picture.role)
+            if known is None or known[0] != picture.sequence:
+                memory.sequences[picture.role] = (picture.sequence, now)
+        return max((now - memory.sequences[p.role][1] for p in sight.pictures), default=0.0)
+
+    @staticmethod
+    def _use_of_processor(memory: _Memory, sight: Sight, now: float) -> None:
+        """While a role is starting, computing is progress."""
+        if memory.processor is None:
+            memory.processor = (sight.processor_s, now)
+            return
+        used_before, before = memory.processor
+        if now - before < 1.0:
+            return
+        memory.processor = (sight.processor_s, now)
+        starting = not sight.pictures or any(picture.starting for picture in sight.pictures)
+        if starting and sight.processor_s - used_before > BUSY_SHARE * (now - before):
+            memory.moved_at = now
+
+
+def _causes(sight: Sight, *, still_s: float, silent_s: float) -> Iterator[tuple[float, str]]:
+    """(seconds, why) of all that stands still in a role."""
+    if not sight.pictures:
+        yield still_s, f"has not begun to work for {duration(still_s)} and does not use the processor"
+    elif silent_s > SILENT_S:
+        for_s = min(silent_s, still_s)
+        yield for_s, f"has given no sign of life for {duration(silent_s)}: nothing of its interpreter runs"
+        return
+    for picture in sight.pictures:
+        if picture.held_up:
+            age_s = picture.loop_age_s or 0.0
+            where = f", in {picture.stack[-1]}" if picture.stack else ""
+            yield min(age_s, still_s), f"stands still: its loop last ran {duration(age_s)} ago{where}"
+        if picture.phase == ENDING:
+            yield min(picture.phase_s, still_s), f"has not come to its end for {duration(picture.phase_s)}"
+        for wait in picture.waits:
+            if wait.on in OWN_PARTS and (wait.limit_s is None or wait.since_s > wait.limit_s + LIMIT_SLACK_S):
+                yield min(wait.since_s, still_s), _own_part(wait)
+
+
+def stuck_now(picture: Picture, *, stopped: bool, silent_s: float) -> Stuck | None:
+    """Of one picture alone, without a history: what ``atpo status`` has."""
+    if stopped:
+        return Stuck(role=picture.role, for_s=silent_s, why=_stopped((picture.pid,)))
+    sight = Sight(role=picture.role, pictures=(picture,))
+    found = [
+        cause
+        for cause in _causes(sight, still_s=picture.still_s + silent_s, silent_s=silent_s)
+        if cause[0] > SILENT_S  # shorter ones are work
+    ]
+    if not found:
+        return None
+    for_s, why = max(found)
+    return Stuck(role=picture.role, for_s=for_s, why=why)
+
+
+def _stopped(pids: Sequence[int]) -> str:
+    named = " ".join(map(str, pids))
+    return f"is stopped by a signal (kill -CONT {named} lets it go on)"
+
+
+def _own_part(wait: Wait) -> str:
+    return f"has been at {wait.what} for {duration(wait.since_s)} ({wait.who}, its {wait.on})"
+
+
+# --- who waits for whom -----------------------------------------------------------------------------------------
+
+
+def by_role(pictures: Iterable[Picture]) -> dict[str, Picture]:
+    """The newest picture of each name."""
+    found: dict[str, Picture] = {}
+    for picture in pictures:
+        known = found.get(picture.role)
+        if known is None or known.at < picture.at:
+            found[picture.role] = picture
+    return found
+
+
+def waits_of(picture: Picture) -> list[Wait]:
+    """Its waits and those of its links, for roles and parts, the longest first."""
+    found = list(picture.waits)
+    for facts in picture.links.values():
+        peer = facts.get("peer")
+        for wait in facts.get("waits") or ():
+            if isinstance(peer, str) and isinstance(wait, Mapping):
+                try:
+                    since_s = float(wait["since_s"])
+                    what = str(wait["what"])
+                except (KeyError, TypeError, ValueError):
+                    continue
+                found.append(Wait(who=picture.role, what=what, on=peer, since_s=since_s))
+    return sorted((wait for wait in found if wait.on), key=lambda wait: -wait.since_s)
+
+
+def explain(pictures: Mapping[str, Picture], stuck: Mapping[str, Stuck], *, only: str | None = None) -> list[str]:
+    """Sentences "X waits for Y, which waits for Z, which …", one for each end that waiting comes to.
+
+    Args:
+        pictures: role -> picture.
+        stuck: role -> why it is stuck, of those that are.
+        only: the chains that end with this role; at least one sentence, for the role alone if nobody waits for it.
+    """
+    chains = [_chain(role, pictures, stuck) for role in pictures if waits_of(pictures[role])]
+    best: dict[str, list[str]] = {}
+    for names, words in chains:
+        end = names[-1]
+        if len(names) > 1 and (only is None or end == only) and len(words) > len(best.get(end, ())):
+            best[end] = words
+    said = [", ".join(words) for words in best.values()]
+    said += [f"{role} {found.why}" for role, found in stuck.items() if role not in best and only in (None, role)]
+    return said
+
+
+def _chain(start: str, pictures: Mapping[str, Picture], stuck: Mapping[str, Stuck]) -> tuple[list[str], list[str]]:
+    """The roles from ``start`` on along their waits, and the parts of the sentence."""
+    names, words = [start], []
+    while True:
+        here = names[-1]
+        subject = here if len(names) == 1 else "which"
+        if here in stuck:
+            words.append(f"{subject} {stuck[here].why}")
+            return names, words
+        picture = pictures.get(here)
+        if picture is None:
+            words.append("of which nothing is known here")
+            return names, words
+        found = _next(picture, names, pictures, stuck)
+        if found is None:
+            words.append(f"{subject} waits for nobody ({picture.phase})")
+            return names, words
+        wait, target = found
+        if target is None:  # a part of its own
+            words.append(f"{subject} works on {wait.what} ({wait.on}, {duration(wait.since_s)})")
+            return names, words
+        words.append(f"{subject} waits {duration(wait.since_s)} for {wait.what} from {target}")
+        if target == ACTORS:
+            words.append("of which none is there")
+            return [*names, target], words
+        if target in names:
+            words.append("which closes the circle")
+            return [*names, target], words
+        names.append(target)
+
+
+def _next(
+    picture: Picture, names: Sequence[str], pictures: Mapping[str, Picture], stuck: Mapping[str, Stuck]
+) -> tuple[Wait, str | None] | None:
+    """The wait that leads on, and to whom: rather to somebody stuck, and rather not back to where we came from.
+
+    Work of its own comes before waiting for others: a role that works is not held up by them.
+    """
+    found = waits_of(picture)
+    own = [wait for wait in found if wait.on in OWN_PARTS]
+    if own:
+        return own[0], None
+    ways: list[tuple[tuple[bool, bool, float], Wait, str]] = []
+    for wait in found:
+        if wait.on == ACTORS:
+            targets = [role for role in pictures if role.startswith("actor")] or [ACTORS]
+        else:
+            targets = [wait.on]
+        for target in targets:
+            if target != names[-1]:
+                ways.append(((target in stuck, target not in names, wait.since_s), wait, target))
+    if not ways:
+        return None
+    _, wait, target = max(ways, key=lambda way: way[0])
+    return wait, target

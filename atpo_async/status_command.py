@@ -1,0 +1,216 @@
+"""``atpo status RUN``: who waits for whom, since when; one screen, from the pictures that the roles keep."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from atpo_async import processes, status
+from atpo_async.errors import SetupError
+from atpo_async.hangs import SILENT_S, Stuck, explain, stuck_now, waits_of
+from atpo_async.rundir import RunDir, host_id
+from atpo_async.status import Picture, duration
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+OTHER_MACHINE_S = 30.0
+"""Clocks of two machines may differ by so much; a picture from another machine that is older is called stale."""
+SHOWN_WAITS = 3
+"""Of each role."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleView:
+    """One role, as far as it can be seen from here."""
+
+    picture: Picture
+    state: str
+    """runs, stopped, silent, ended, gone, or stale (another machine's, which has not written for long)."""
+    age_s: float
+    stuck: Stuck | None
+
+    @property
+    def alive(self) -> bool:
+        return self.state in ("runs", "stopped", "silent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunView:
+    """A run, as far as it can be seen from here."""
+
+    rundir: RunDir
+    supervisor: int | None
+    """Process id of what holds the run; None if nothing does, as far as can be told."""
+    roles: dict[str, RoleView]
+    damaged: dict[str, str]
+
+    @property
+    def running(self) -> bool:
+        return self.supervisor is not None or any(view.alive for view in self.roles.values())
+
+    @property
+    def sentences(self) -> list[str]:
+        """Who waits for whom, to the end."""
+        alive = {name: view.picture for name, view in self.roles.items() if view.alive}
+        return explain(alive, {n: v.stuck for n, v in self.roles.items() if v.stuck is not None and v.alive})
+
+
+def look(path: Path | str) -> RunView:
+    """Raises SetupError for a folder that is no run, ConfigError for a damaged one."""
+    try:
+        rundir = RunDir.open(path)
+    except SetupError as exc:
+        known = _runs_near(Path(path))
+        raise SetupError(f"{exc}; {known}") from None
+    pictures, damaged = status.read(rundir.path / status.FOLDER)
+    now, wall = time.monotonic(), time.time()
+    roles = {name: _view(pictures[name], now=now, wall=wall) for name in sorted(pictures, key=_order)}
+    return RunView(rundir=rundir, supervisor=_holder(rundir.path / "lock"), roles=roles, damaged=damaged)
+
+
+def _order(role: str) -> tuple[int, str]:
+    """As the way of a turn goes, actors by number."""
+    first = [i for i, name in enumerate(("buffer", "learner", "actor")) if role.startswith(name)]
+    stem, _, number = role.rpartition("-")
+    return (first[0] if first else len("bla"), f"{stem}-{int(number):06d}" if number.isdecimal() else role)
+
+
+def _view(picture: Picture, *, now: float, wall: float) -> RoleView:
+    age_s = status.age_s(picture, now=now, wall=wall)
+    alive = status.is_alive(picture)
+    stopped = bool(alive and processes.stopped([picture.pid]))
+    if picture.phase == status.ENDED:
+        state = "ended"
+    elif alive is None:
+        state = "runs" if age_s < OTHER_MACHINE_S else "stale"
+    elif not alive:
+        state = "gone"
+    elif stopped:
+        state = "stopped"
+    else:
+        state = "silent" if age_s > SILENT_S else "runs"
+    stuck = None
+    if state in ("runs", "stopped", "silent"):
+        # Another machine's clock says nothing about a few seconds.
+        stuck = stuck_now(picture, stopped=stopped, silent_s=0.0 if alive is None else age_s)
+    return RoleView(picture=picture, state=state, age_s=age_s, stuck=stuck)
+
+
+def _holder(lock: Path) -> int | None:
+    """The process that holds the run's lock, found without touching the lock: to try it could refuse a starting run."""
+    try:
+        file = lock.stat()
+        pid = int(lock.read_text(encoding="ascii").strip() or 0)
+    except (OSError, ValueError):
+        return None
+    try:
+        held = [line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines()]
+    except OSError:
+        return pid if pid and processes.started(pid) is not None else None
+    # N: FLOCK ADVISORY WRITE pid device:inode …; the device is not compared, as layered file systems name another one.
+    # The process has no number here where it runs in another container.
+    by_inode = [words[4] for words in held if words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(file.st_ino)]
+    return pid if {str(pid), "0", "-1"} & set(by_inode) else None
+
+
+def _runs_near(path: Path) -> str:
+    """The way out for a path that is no run."""
+    for folder in (path, path.parent, Path("runs")):
+        found = sorted(p.parent for p in folder.glob("*/run.json") if not p.parent.is_symlink())[:5]
+        if found:
+            return f"runs are {', '.join(map(str, found))}"
+    return "name the folder of a run: runs/<run.name>"
+
+
+def as_json(view: RunView) -> str:
+    """For programs: what the screen says and all the pictures."""
+    found: dict[str, Any] = {
+        "run": str(view.rundir.path),
+        "run_id": view.rundir.run_id,
+        "running": view.running,
+        "supervisor": view.supervisor,
+        "waits": view.sentences,
+        "roles": {
+            name: {
+                "state": role.state,
+                "age_s": role.age_s,
+                "stuck": None if role.stuck is None else role.stuck.why,
+                **msgspec.to_builtins(role.picture),
+            }
+            for name, role in view.roles.items()
+        },
+        "damaged": view.damaged,
+    }
+    return json.dumps(found, indent=2, default=str)
+
+
+def show(view: RunView, console: Console) -> None:
+    """One screen."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console.print(Text(_headline(view)))
+    if view.roles:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for name in ("role", "state", "process", "at", "loop", "waits for"):
+            table.add_column(name, no_wrap=name != "waits for", overflow="fold")
+        for name, role in view.roles.items():
+            picture = role.picture
+            loop = "–" if picture.loop_age_s is None or not role.alive else duration(picture.loop_age_s)
+            where = f"{picture.pid}" if picture.host == host_id() else f"{picture.pid} on {picture.hostname}"
+            state = role.state if role.alive else f"{role.state} {duration(role.age_s)} ago"
+            at = f"{picture.phase} {duration(picture.phase_s)}" if role.alive else "–"
+            colour = "red" if role.stuck is not None or role.state == "gone" else "green" if role.alive else "dim"
+            table.add_row(name, Text(state, style=colour), where, at, loop, Text(_waits(role)))
+        console.print(table)
+        links = [
+            f"  {name}: {status.flat({k: v for k, v in facts.items() if k != 'waits'})}"
+            for role in view.roles.values()
+            if role.alive
+            for name, facts in role.picture.links.items()
+        ]
+        for line in ["links:", *links] if links else []:
+            console.print(Text(line))
+        for role in view.roles.values():
+            for name, facts in role.picture.facts.items() if role.alive else ():
+                console.print(Text(f"{role.picture.role}, {name}: {status.flat(facts)}"))
+    for file, fault in view.damaged.items():
+        console.print(Text(f"{status.FOLDER}/{file} is damaged and says nothing: {fault}"))
+    for sentence in view.sentences:
+        console.print(Text(f"→ {sentence}"))
+    for role in view.roles.values():
+        if role.alive and role.picture.stack:
+            console.print(Text(f"{role.picture.role} stands still in:"))
+            for line in role.picture.stack[-5:]:
+                console.print(Text(f"    {line}"))
+
+
+def _headline(view: RunView) -> str:
+    run = f"run {view.rundir.path} ({view.rundir.run_id})"
+    if view.supervisor is not None:
+        return f"{run}: running, looked after by process {view.supervisor}"
+    if view.running:
+        return f"{run}: roles run, and nobody looks after them"
+    if not view.roles:
+        return f"{run}: not running; no role has left a picture"
+    newest = min(role.age_s for role in view.roles.values())
+    return f"{run}: not running; the last sign of a role is {duration(newest)} old"
+
+
+def _waits(role: RoleView) -> str:
+    if not role.alive:
+        return "–"
+    if role.stuck is not None:
+        return role.stuck.why
+    shown = [
+        f"{wait.what} from {wait.on} {duration(wait.since_s)}{f' (x{wait.count})' if wait.count > 1 else ''}"
+        for wait in waits_of(role.picture)
+    ]
+    more = f"; and {len(shown) - SHOWN_WAITS} more" if len(shown) > SHOWN_WAITS else ""
+    return "; ".join(shown[:SHOWN_WAITS]) + more or "nobody"
