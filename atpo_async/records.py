@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, overload
+from typing import overload
 
 from atpo_async.errors import BadMessage
 from atpo_async.tree import Turn
@@ -51,7 +51,10 @@ def pack(frames: Sequence[Buffer]) -> bytes:
 def unpack(record: Buffer) -> tuple[memoryview, memoryview]:
     """Header and payload of one record, as read-only views.  Raises BadMessage if it is none."""
     view = _read_only(record)
-    ((start, middle, payload_bytes, header_bytes),) = _layout(view, 1)
+    found = _layout(view, 1)
+    if not found:
+        raise BadMessage("a record of no bytes; expected the frames of one message")
+    start, middle, payload_bytes, header_bytes = found[0]
     return view[start : start + header_bytes], view[middle : middle + payload_bytes]
 
 
@@ -69,7 +72,9 @@ def _layout(part: memoryview, most: int) -> list[tuple[int, int, int, int]]:
         if len(found) == most:
             raise BadMessage(f"{size - at} bytes follow the last of {most} records; expected none")
         if size - at < MIN_RECORD_BYTES:
-            raise BadMessage(f"record at byte {at} is cut off: {size - at} bytes are left of at least {MIN_RECORD_BYTES}")
+            raise BadMessage(
+                f"record at byte {at} is cut off: {size - at} bytes are left of at least {MIN_RECORD_BYTES}"
+            )
         header_bytes, payload_bytes = sizes_of(part, at)
         start = at + sizes_bytes
         middle = start + header_bytes + -header_bytes % _ALIGN
@@ -80,6 +85,32 @@ def _layout(part: memoryview, most: int) -> list[tuple[int, int, int, int]]:
             )
         found.append((start, middle, payload_bytes, header_bytes))
     return found
+
+
+class _Codec:
+    """How turns become frames and come back.  ``atpo_async.wire`` knows, and it imports this module."""
+
+    def __init__(self) -> None:
+        self._encode: Callable[[Turn], Sequence[Buffer]] | None = None
+        self.decode: Callable[[memoryview, memoryview], Turn] = self._missing
+
+    def set(self, encode: Callable[[Turn], Sequence[Buffer]], decode: Callable[[memoryview, memoryview], Turn]) -> None:
+        self._encode, self.decode = encode, decode
+
+    def encode(self, turn: Turn) -> Sequence[Buffer]:
+        if self._encode is None:
+            raise self._no_wire()
+        return self._encode(turn)
+
+    def _missing(self, header: memoryview, payload: memoryview) -> Turn:
+        raise self._no_wire()
+
+    @staticmethod
+    def _no_wire() -> RuntimeError:
+        return RuntimeError("turns can be packed and looked at only once atpo_async.wire has been imported")
+
+
+codec = _Codec()
 
 
 class TurnRecords(Sequence[Turn]):
@@ -107,8 +138,7 @@ class TurnRecords(Sequence[Turn]):
         """Encode ``turns``; what is encoded already is taken as it is.  Raises BadMessage for what cannot be sent."""
         if isinstance(turns, TurnRecords):
             return turns
-        encode, _ = _codec()
-        parts = [pack(encode(turn)) for turn in turns]
+        parts = [pack(codec.encode(turn)) for turn in turns]
         return cls(parts, len(parts))
 
     @classmethod
@@ -145,8 +175,7 @@ class TurnRecords(Sequence[Turn]):
         turn = self._turns[at]
         if turn is None:
             part, start, middle, payload_bytes, header_bytes = index[at]
-            _, decode = _codec()
-            turn = decode(part[start : start + header_bytes], part[middle : middle + payload_bytes])
+            turn = codec.decode(part[start : start + header_bytes], part[middle : middle + payload_bytes])
             self._turns[at] = turn
         return turn
 
@@ -160,16 +189,3 @@ class TurnRecords(Sequence[Turn]):
         self._turns = [None] * self._count
         self._index = index
         return index
-
-
-_Codec = tuple[Callable[[Turn], list[Any]], Callable[[memoryview, memoryview], Turn]]
-_found: list[_Codec] = []
-
-
-def _codec() -> _Codec:
-    # The vocabulary names this class and the wire knows the vocabulary: the wire can only be had when it is needed.
-    if not _found:
-        from atpo_async import wire
-
-        _found.append((wire.encode, wire.decode_turn))
-    return _found[0]

@@ -1,48 +1,70 @@
 """Messages <-> frames: a msgpack header and one frame with all arrays, raw.
 
-Frame 0 is the message as a msgpack map; in it an array is a descriptor ``[dtype code, offset, length]``.  Frame 1
-holds the arrays one after another, little-endian, each on an 8-byte boundary, nothing else; it is empty when there
-are none.  All arrays of the vocabulary have one dimension.
+Frame 0 is the message as a msgpack map; in it an array is a descriptor ``[dtype code, offset, length]``, and turns
+that are passed on as records (``atpo_async.records``) are one array of bytes with their number, ``[dtype code,
+offset, length, count]``.  Frame 1 holds the arrays one after another, little-endian, each on an 8-byte boundary,
+nothing else; it is empty when there are none.  All arrays of the vocabulary have one dimension.
 
-What comes in is not trusted: sizes are checked before anything is parsed, the header is parsed under limits, then
-held against the schema, descriptors against the payload, and contents against what the message promises.  Every
-violation is a ``BadMessage`` that states the fact and whose message it was.  Decoded arrays are read-only views of
-the payload frame; nothing is copied.
+What comes in is not trusted.  Sizes are checked before anything is parsed.  The header is parsed straight into the
+types of the message: what is of another type, extension types included, ends the parse where it stands, no room is
+made for lengths that are only announced, nothing nests deeper than the vocabulary does, and lists and maps are
+limited.  Then descriptors are held against the payload, and contents against what the message promises
+(``atpo_async.checks``).  Every violation is a ``BadMessage`` that states the fact and whose message it was.  Decoded
+arrays are read-only views of the payload frame; nothing is copied.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
-import msgpack
 import msgspec
 import numpy as np
 
 from atpo_async import messages as m
+from atpo_async.checks import (
+    DTYPES,
+    FLOAT32,
+    INT32,
+    LOGPROB_SLACK,
+    MAX_ID,
+    MAX_NAME_BYTES,
+    MAX_NUMBER,
+    MAX_SECONDS,
+    check,
+    checker,
+)
 from atpo_async.errors import BadMessage
+from atpo_async.records import MIN_RECORD_BYTES, TurnRecords, codec
 from atpo_async.tree import Turn, VersionSpan
+
+__all__ = [
+    "DEFAULT_LIMITS",
+    "LOGPROB_SLACK",
+    "NUM_FRAMES",
+    "Buffer",
+    "Limits",
+    "check",
+    "decode",
+    "decode_turn",
+    "encode",
+]
 
 Buffer = bytes | memoryview
 
 NUM_FRAMES = 2
-LOGPROB_SLACK = 2.0**-10
-"""Log-probs may exceed 0 by this much: a softmax in reduced precision can round a sure token's to just above 0."""
+MAX_ITEMS = 1 << 16
+"""Of any one list or map in the header."""
 
 _ALIGN = 8
 _PADDING = tuple(bytes(n) for n in range(_ALIGN))
-_DTYPES = (np.dtype("<i4"), np.dtype("<f4"), np.dtype("u1"))
-_INT32, _FLOAT32, _UINT8 = _DTYPES
-_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
-_SHORT = 64
+_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+_INT32_CODE, _FLOAT32_CODE, _UINT8_CODE = range(len(DTYPES))
 _LITTLE = sys.byteorder == "little"
-_MAX_INT = 2**63 - 1
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +72,6 @@ class Limits:
     """What a receiver takes.  ``message_bytes`` counts header and payload together."""
 
     message_bytes: int = 64 << 20
-    items: int = 1 << 16
-    """Of any one list or map in the header."""
-    string_bytes: int = 1 << 16
 
     @property
     def header_bytes(self) -> int:
@@ -72,7 +91,7 @@ class _Payload:
     __slots__ = ("parts", "size")
 
     def __init__(self) -> None:
-        self.parts: list[bytes] = []
+        self.parts: list[Any] = []
         self.size = 0
 
     def describe(self, value: Any) -> Any:
@@ -83,27 +102,52 @@ class _Payload:
                     f"an array of {value.dtype}{list(value.shape)} cannot be sent; "
                     "arrays have one dimension and are int32, float32 or uint8"
                 )
-            padding = -self.size % _ALIGN
-            if padding:
-                self.parts.append(_PADDING[padding])
-            offset = self.size + padding
-            data = value.tobytes() if _LITTLE else value.astype(_DTYPES[code]).tobytes()
-            self.parts.append(data)
-            self.size = offset + len(data)
-            return code, offset, len(value)
+            data = value.tobytes() if _LITTLE else value.astype(DTYPES[code]).tobytes()
+            return code, self._add((data,), len(data)), len(value)
+        if isinstance(value, TurnRecords):
+            return _UINT8_CODE, self._add(value.parts, value.nbytes), value.nbytes, len(value)
         if isinstance(value, np.generic):
             return value.item()
         raise BadMessage(f"a {type(value).__name__} cannot be sent")
 
+    def _add(self, parts: Sequence[Any], nbytes: int) -> int:
+        offset = self.size
+        padding = -offset % _ALIGN
+        if padding:
+            self.parts.append(_PADDING[padding])
+            offset += padding
+        self.parts += parts
+        self.size = offset + nbytes
+        return offset
+
 
 def encode(message: msgspec.Struct) -> list[Buffer]:
-    """The two frames of ``message``.  Raises BadMessage for an array of another dtype or number of dimensions."""
+    """The two frames of ``message``.  Raises BadMessage for an array of another dtype or number of dimensions.
+
+    Where the vocabulary has records of turns, any sequence of turns is taken.
+    """
     payload = _Payload()
     try:
+        if type(message) in _RECORDS_WITHIN:
+            message = _with_records(message)
         header = msgspec.msgpack.encode(message, enc_hook=payload.describe)
     except (TypeError, ValueError, OverflowError) as exc:
         raise BadMessage(f"{type(message).__name__} cannot be encoded: {exc}") from exc
     return [header, b"".join(payload.parts)]
+
+
+_RECORDS_WITHIN: dict[type, tuple[str, str]] = {m.Batch: ("trees", "turns"), m.Leases: ("leases", "committed")}
+"""Which field of the items of which field holds records of turns."""
+
+
+def _with_records(message: Any) -> Any:
+    outer, inner = _RECORDS_WITHIN[type(message)]
+    items = getattr(message, outer)
+    if all(type(getattr(item, inner)) is TurnRecords for item in items):
+        return message
+    replace = msgspec.structs.replace
+    packed = tuple(replace(item, **{inner: TurnRecords.of(getattr(item, inner))}) for item in items)
+    return replace(message, **{outer: packed})
 
 
 # --- in --------------------------------------------------------------------------------------------------------
@@ -119,24 +163,32 @@ class _Arrays:
         self.size = len(payload)
         self.taken: list[tuple[int, int]] = []
 
-    def view(self, kind: type, value: Any) -> Any:
-        if kind is not np.ndarray:
-            raise BadMessage(f"the wire knows no {kind.__name__}")
-        code, offset, length = value if type(value) is list and len(value) == 3 else (None, None, None)
-        if type(code) is not int or type(offset) is not int or type(length) is not int:
-            raise BadMessage(f"{value!r:.80} is no array descriptor [dtype code, offset, length]")
-        if not 0 <= code < len(_DTYPES):
-            raise BadMessage(f"array dtype code {code} is unknown; codes are 0 to {len(_DTYPES) - 1}")
-        dtype = _DTYPES[code]
+    def view(self, descriptor: tuple[int, int, int]) -> np.ndarray:
+        code, offset, length = descriptor
+        self._take(code, offset, length)
+        if not length:
+            return _EMPTY[code]
+        return np.frombuffer(self.payload, DTYPES[code], length, offset)
+
+    def records(self, descriptor: tuple[int, int, int, int]) -> TurnRecords:
+        code, offset, length, count = descriptor
+        self._take(code, offset, length)
+        if code != _UINT8_CODE:
+            raise BadMessage(f"records are {DTYPES[code]}; expected uint8")
+        if not 0 <= count <= length // MIN_RECORD_BYTES or (length and not count):
+            raise BadMessage(f"{count} turns cannot be in {length} bytes of records")
+        return TurnRecords.raw((memoryview(self.payload)[offset : offset + length],) if length else (), count)
+
+    def _take(self, code: int, offset: int, length: int) -> None:
+        if not 0 <= code < len(DTYPES):
+            raise BadMessage(f"array dtype code {code} is unknown; codes are 0 to {len(DTYPES) - 1}")
+        dtype = DTYPES[code]
         end = offset + length * dtype.itemsize
         if offset < 0 or length < 0 or offset % _ALIGN or end > self.size:
             raise BadMessage(
                 f"array at offset {offset} with {length} {dtype} items is not in {self.size} payload bytes"
             )
         self.taken.append((offset, end))
-        if not length:
-            return _EMPTY[code]
-        return np.frombuffer(self.payload, dtype, length, offset)
 
     def check_layout(self) -> None:
         """The arrays lie side by side from 0 to the end: none overlap, no byte is unaccounted for."""
@@ -149,11 +201,11 @@ class _Arrays:
             raise BadMessage(f"arrays end at byte {end} of {self.size} payload bytes")
 
 
-_EMPTY = tuple(np.frombuffer(bytes(dtype.itemsize), dtype)[:0] for dtype in _DTYPES)
+_EMPTY = tuple(np.frombuffer(bytes(dtype.itemsize), dtype)[:0] for dtype in DTYPES)
 
 
 def decode(frames: Sequence[Buffer], union_type: Any, *, limits: Limits = DEFAULT_LIMITS) -> Any:
-    """The message in ``frames``, checked in full.
+    """The message in ``frames``, checked in full; records of turns are checked when they are looked at.
 
     Args:
         frames: header and payload.
@@ -170,239 +222,232 @@ def decode(frames: Sequence[Buffer], union_type: Any, *, limits: Limits = DEFAUL
         raise BadMessage(f"header of {len(header)} bytes exceeds {limits.header_bytes}")
     if len(header) + len(payload) > limits.message_bytes:
         raise BadMessage(f"message of {len(header) + len(payload)} bytes exceeds {limits.message_bytes}")
-    tree = _parse(header, limits)
-    members = _members(union_type)
-    tag = tree.get("type")
-    kind = members.get(tag) if isinstance(tag, str) else None
-    if kind is None:
-        raise BadMessage(f"message type {tag!r:.80} is unknown here; expected one of {', '.join(members)}")
-    arrays = _Arrays(payload if isinstance(payload, bytes) else payload.toreadonly().cast("B"))
+    if type(payload) is not bytes:
+        payload = memoryview(payload).toreadonly().cast("B")
+    known = _receivers.get(id(union_type))
+    return _decode(header, payload, known[1] if known else _receiver(union_type))
+
+
+def decode_turn(header: Buffer, payload: Buffer) -> Turn:
+    """One turn, checked in full.  Raises BadMessage.
+
+    The frames are of a size that somebody has looked at; a payload that is no ``bytes`` is a read-only view of bytes.
+    """
+    turn: Turn = _decode(header, payload, _TURN_RECEIVER)
+    return turn
+
+
+def _decode(header: Buffer, payload: Buffer, receiver: _Receiver) -> Any:
     try:
-        message = msgspec.convert(tree, kind, dec_hook=arrays.view)
+        value = receiver.parse(header)
+    # Text that is no UTF-8 is a ValueError, nesting without end in a field to be skipped a RecursionError.
+    except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
+        raise receiver.explain(header, exc) from None
+    if type(value) is _WireTurn:
+        turn = _plain_turn(value, payload)
+        if turn is not None:
+            return turn
+    form = receiver.forms.get(type(value))
+    if form is None:
+        raise receiver.unknown("")
+    arrays = _Arrays(payload)
+    try:
+        message = form.message(value, arrays)
+        arrays.check_layout()
     except BadMessage as exc:
-        raise BadMessage(f"{tag}: {exc}") from None
-    except (msgspec.ValidationError, ValueError, TypeError, OverflowError, RecursionError) as exc:
-        raise BadMessage(f"{tag}: {exc}") from None
-    arrays.check_layout()
-    _checker(kind)(message)
+        raise BadMessage(f"{form.kind.__struct_config__.tag}: {exc}") from None
+    checker(form.kind)(message)
     return message
 
 
-def check(message: msgspec.Struct) -> None:
-    """Hold ``message`` against what its type promises, as a receiver does.  Raises BadMessage."""
-    _checker(type(message))(message)
+# --- the types that the header is parsed into ------------------------------------------------------------------
 
 
-def _parse(header: Buffer, limits: Limits) -> dict[str, Any]:
-    # Nesting needs no limit of ours: the parser's stack is fixed, and the schema is finite.
-    try:
-        tree = msgpack.unpackb(
-            header,
-            raw=False,
-            strict_map_key=True,
-            ext_hook=_refuse_extension,
-            max_str_len=limits.string_bytes,
-            max_bin_len=0,
-            max_array_len=limits.items,
-            max_map_len=limits.items,
-            max_ext_len=0,
+class _Nothing(msgspec.Struct, tag="", frozen=True):
+    """A type alone is parsed without its tag, too; with a second one the tag must be there."""
+
+
+class _Tag(msgspec.Struct, frozen=True):
+    """What a header that could not be parsed says it is."""
+
+    type: str = ""
+
+
+class _Form:
+    """A struct as the header has it: arrays are descriptors, lists and maps have an end."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+        self._raised: list[tuple[str, Callable[[Any, _Arrays], Any]]] = []
+        hints, fields = typing.get_type_hints(kind), []
+        for field in msgspec.structs.fields(kind):
+            hint, raised = _lowered(hints[field.name])
+            if raised is not None:
+                self._raised.append((field.name, raised))
+            fields.append((field.name, hint) if field.required else (field.name, hint, field.default))
+        config = kind.__struct_config__
+        self.wire = msgspec.defstruct(
+            kind.__name__, fields, tag=config.tag, kw_only=True, frozen=True, forbid_unknown_fields=True, eq=False
         )
-    except BadMessage:
-        raise
-    # msgpack raises its own exceptions, ValueError for limits and text, TypeError for keys.
-    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.exceptions.UnpackException) as exc:
-        raise BadMessage(f"header is no msgpack within the limits: {type(exc).__name__} {exc!s:.200}") from None
-    if type(tree) is not dict:
-        raise BadMessage(f"header is a {type(tree).__name__}; expected a map")
-    return tree
+
+    def message(self, value: Any, arrays: _Arrays) -> Any:
+        fields = msgspec.structs.asdict(value)
+        for name, raised in self._raised:
+            fields[name] = raised(fields[name], arrays)
+        return self.kind(**fields)
 
 
-def _refuse_extension(code: int, data: bytes) -> Any:
-    raise BadMessage(f"header holds msgpack extension type {code}; none is taken")
-
-
-@lru_cache(maxsize=64)
-def _members(union_type: Any) -> dict[str, Any]:
-    return {t.__struct_config__.tag: t for t in typing.get_args(union_type) or (union_type,)}
-
-
-# --- what each message promises --------------------------------------------------------------------------------
-
-Check = Callable[[Any], None]
-
-_TOKENS = frozenset({"observation", "action", "prompt", "probe_token_ids"})
-_LOGPROBS = frozenset({"logprobs", "probe_logprobs"})
-_BYTES = frozenset({"data"})
-
-_LEAST_INT: dict[tuple[type, str], int] = {
-    # An actor that has no weights yet reports version -1; a lease may ask for none.
-    (m.LeaseRequest, "version"): -1,
-    (m.ActorReport, "version"): -1,
-    (m.Lease, "min_version"): -1,
-    (m.VersionGone, "newest"): -1,
-}
-_UNBOUNDED = frozenset({"seed", "shape"})
-_NOT_NEGATIVE = frozenset({"probability", "weight", "probe_tolerance", "priorities", "success"})
-# One bad number in a report must not cost an actor its leases: the metrics file drops what is not finite.
-_MAY_BE_NOT_FINITE = frozenset({"metrics"})
-
-
-def _identity(message: Any) -> str:
-    names = ("run", "actor", "tree_id", "turn_id", "batch_id", "step", "version", "index", "name")
-    known = ", ".join(f"{n} {getattr(message, n)!r:.60}" for n in names if hasattr(message, n))
-    return f"{type(message).__name__} ({known})"
-
-
-def _bad(message: Any, fact: str) -> BadMessage:
-    return BadMessage(f"{_identity(message)}: {fact}")
-
-
-def _check_tokens(message: Any, name: str, tokens: np.ndarray) -> None:
-    if tokens.dtype != _INT32:
-        raise _bad(message, f"{name} is {tokens.dtype}; expected int32")
-    # Most arrays are short, and for those Python's own min is several times faster than numpy's.
-    if len(tokens) and (min(tokens.tolist()) if len(tokens) <= _SHORT else tokens.min()) < 0:
-        raise _bad(message, f"{name} has the negative token id {tokens.min()}")
-
-
-def _check_logprobs(message: Any, name: str, logprobs: np.ndarray) -> None:
-    if logprobs.dtype != _FLOAT32:
-        raise _bad(message, f"{name} is {logprobs.dtype}; expected float32")
-    if not len(logprobs):
-        return
-    if len(logprobs) <= _SHORT:
-        # In double precision no sum of floats overflows, so it is finite exactly if each of them is.
-        values = logprobs.tolist()
-        good = math.isfinite(sum(values)) and max(values) <= LOGPROB_SLACK
-    else:
-        good = bool(np.isfinite(logprobs).all() and logprobs.max() <= LOGPROB_SLACK)
-    if not good:
-        at = int(np.flatnonzero(~(np.isfinite(logprobs) & (logprobs <= LOGPROB_SLACK)))[0])
-        raise _bad(message, f"{name}[{at}] is {logprobs[at]}; expected finite and at most {LOGPROB_SLACK}")
-
-
-def _check_bytes(message: Any, name: str, data: np.ndarray) -> None:
-    if data.dtype != _UINT8:
-        raise _bad(message, f"{name} is {data.dtype}; expected uint8")
-
-
-def _check_int(message: Any, name: str, value: int, least: int) -> None:
-    if not least <= value <= _MAX_INT:
-        raise _bad(message, f"{name} is {value}; expected {least} to 2**63 - 1")
-
-
-def _check_float(message: Any, name: str, value: float | None) -> None:
-    if value is None:
-        return
-    if not math.isfinite(value):
-        raise _bad(message, f"{name} is {value}; expected a finite number")
-    if value < 0 and (name.endswith("_s") or name in _NOT_NEGATIVE):
-        raise _bad(message, f"{name} is {value}; expected at least 0")
-
-
-def _check_turn(turn: Turn) -> None:
-    # Written out and not composed as the others are: this runs for every turn of a run.
-    if not 1 <= turn.turn_id <= _MAX_INT:
-        raise _bad(turn, f"turn_id is {turn.turn_id}; turns are numbered from 1")
-    if not 0 <= turn.parent_id < turn.turn_id:
-        raise _bad(turn, f"parent_id is {turn.parent_id}; a parent's id is at least 0 and below its child's")
-    if not 0 <= turn.lease_epoch <= _MAX_INT or not 0 <= turn.expansion_round <= _MAX_INT:
-        raise _bad(turn, f"lease_epoch {turn.lease_epoch} or expansion_round {turn.expansion_round} is out of range")
-    length = len(turn.action)
-    if not length:
-        raise _bad(turn, "action is empty; expected at least one token")
-    _check_tokens(turn, "observation", turn.observation)
-    _check_tokens(turn, "action", turn.action)
-    if len(turn.logprobs) != length:
-        raise _bad(turn, f"{len(turn.logprobs)} logprobs for {length} action tokens")
-    _check_logprobs(turn, "logprobs", turn.logprobs)
-    end = 0
-    for span in turn.spans:
-        if span.start != end or not end < span.end <= length or not 0 <= span.version <= _MAX_INT:
-            raise _bad(
-                turn, f"span (version {span.version}, {span.start}:{span.end}) does not follow {end} of {length} tokens"
-            )
-        end = span.end
-    if end != length:
-        raise _bad(turn, f"spans cover {end} of {length} action tokens")
-    if (turn.reward is None) is turn.is_leaf:
-        raise _bad(turn, f"reward is {turn.reward} with end {turn.end!r}; a reward is set on leaves and only there")
-    if turn.success is not None and not turn.is_leaf:
-        raise _bad(turn, "success is set on a turn that is no leaf")
-    _check_float(turn, "reward", turn.reward)
-    _check_float(turn, "generate_s", turn.generate_s)
-    _check_float(turn, "environment_s", turn.environment_s)
-
-
-def _check_manifest(manifest: m.WeightsManifest) -> None:
-    expected = max(0, len(manifest.probe_token_ids) - 1)
-    if len(manifest.probe_logprobs) != expected:
-        raise _bad(manifest, f"{len(manifest.probe_logprobs)} probe_logprobs; expected {expected}")
-    end = 0
-    for spec in sorted(manifest.tensors, key=lambda s: s.offset):
-        if any(n < 0 for n in spec.shape) or math.prod(spec.shape) * _ITEM_BYTES[spec.dtype] != spec.nbytes:
-            raise _bad(manifest, f"tensor {spec.name!r:.80} of {spec.dtype}{list(spec.shape)} has {spec.nbytes} bytes")
-        if spec.offset < end or spec.offset + spec.nbytes > manifest.total_bytes:
-            raise _bad(manifest, f"tensor {spec.name!r:.80} overlaps another or ends past {manifest.total_bytes} bytes")
-        end = spec.offset + spec.nbytes
-
-
-_WRITTEN_OUT: dict[type, Check] = {Turn: _check_turn}
-_BEYOND_FIELDS: dict[type, Check] = {m.WeightsManifest: _check_manifest}
-
-
-@lru_cache(maxsize=64)
-def _checker(kind: type) -> Check:
-    """All checks of a message type, from its fields' types and names."""
-    if kind in _WRITTEN_OUT:
-        return _WRITTEN_OUT[kind]
-    hints = typing.get_type_hints(kind)
-    checks = [c for name in kind.__struct_fields__ if (c := _field_check(kind, name, hints[name]))]  # type: ignore[attr-defined]
-    if kind in _BEYOND_FIELDS:
-        checks.append(_BEYOND_FIELDS[kind])
-
-    def run(message: Any) -> None:
-        for one in checks:
-            one(message)
-
-    return run
-
-
-def _field_check(kind: type, name: str, hint: Any) -> Check | None:
-    args = typing.get_args(hint)
+def _lowered(hint: Any) -> tuple[Any, Callable[[Any, _Arrays], Any] | None]:
+    """The type that stands for ``hint`` in the header, and how to get from its value to the one of ``hint``."""
     if hint is np.ndarray:
-        array_check = next((c for names, c in _ARRAY_CHECKS if name in names), None)
-        if array_check is None:
-            raise TypeError(f"the wire has no dtype for {kind.__name__}.{name}")
-        return lambda message: array_check(message, name, getattr(message, name))
-    if hint is int and name not in _UNBOUNDED:
-        least = _LEAST_INT.get((kind, name), 0)
-        return lambda message: _check_int(message, name, getattr(message, name), least)
-    if hint is float or hint == (float | None):
-        return lambda message: _check_float(message, name, getattr(message, name))
-    if typing.get_origin(hint) is dict and name not in _MAY_BE_NOT_FINITE:
-        return lambda message: _check_mapping(message, name, getattr(message, name))
-    if typing.get_origin(hint) is tuple and isinstance(args[0], type) and issubclass(args[0], msgspec.Struct):
-        if args[0] is VersionSpan:
-            raise TypeError(f"{kind.__name__}.{name}: spans are checked with their turn")
-        item = _checker(args[0])
-
-        def each(message: Any) -> None:
-            for value in getattr(message, name):
-                item(value)
-
-        return each
-    return None
+        return tuple[int, int, int], lambda value, arrays: arrays.view(value)
+    if hint is TurnRecords:
+        return tuple[int, int, int, int], lambda value, arrays: arrays.records(value)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is dict:
+        return Annotated[hint, msgspec.Meta(max_length=MAX_ITEMS)], None
+    if origin is not tuple:
+        return hint, None
+    if not isinstance(args[0], type) or not issubclass(args[0], msgspec.Struct) or args[0] is VersionSpan:
+        return Annotated[hint, msgspec.Meta(max_length=MAX_ITEMS)], None
+    item = _Form(args[0])
+    of_items = tuple[item.wire, ...]  # type: ignore[name-defined]
+    return (
+        Annotated[of_items, msgspec.Meta(max_length=MAX_ITEMS)],
+        lambda value, arrays: tuple([item.message(v, arrays) for v in value]),
+    )
 
 
-def _check_mapping(message: Any, name: str, values: dict[str, float]) -> None:
-    for key, value in values.items():
-        if not math.isfinite(value) or value < 0:
-            raise _bad(message, f"{name}[{key!r:.60}] is {value}; expected a finite number of at least 0")
+@lru_cache(maxsize=64)
+def _form(kind: Any) -> _Form:
+    return _Form(kind)
 
 
-_ARRAY_CHECKS: tuple[tuple[frozenset[str], Callable[[Any, str, np.ndarray], None]], ...] = (
-    (_TOKENS, _check_tokens),
-    (_LOGPROBS, _check_logprobs),
-    (_BYTES, _check_bytes),
-)
+class _Receiver:
+    """The parser for one union of message types."""
+
+    def __init__(self, union_type: Any) -> None:
+        kinds = typing.get_args(union_type) or (union_type,)
+        forms = [_form(kind) for kind in kinds]
+        self.forms = {form.wire: form for form in forms}
+        self.tags = tuple(str(kind.__struct_config__.tag) for kind in kinds)
+        self.parse = msgspec.msgpack.Decoder(typing.Union[(_Nothing, *self.forms)]).decode
+
+    def explain(self, header: Buffer, exc: Exception) -> BadMessage:
+        if not isinstance(exc, msgspec.ValidationError):
+            return BadMessage(f"header is no msgpack within the limits: {type(exc).__name__} {exc!s:.200}")
+        try:
+            tag = _PARSE_TAG(header).type
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return BadMessage(f"header is no message: {exc!s:.200}")
+        if tag in self.tags:
+            return BadMessage(f"{tag}: {exc!s:.200}")
+        return self.unknown(tag)
+
+    def unknown(self, tag: str) -> BadMessage:
+        return BadMessage(f"message type {tag!r:.80} is unknown here; expected one of {', '.join(self.tags)}")
+
+
+_PARSE_TAG = msgspec.msgpack.Decoder(_Tag).decode
+
+_receivers: dict[int, tuple[Any, _Receiver]] = {}
+"""By the union's id: its hash takes longer than all of the parse.  The union is kept, so that the id stays its own."""
+
+
+def _receiver(union_type: Any) -> _Receiver:
+    receiver = _receiver_of(union_type)
+    # Unions that are made anew for every call must not pile up.
+    if len(_receivers) < 64:
+        _receivers[id(union_type)] = (union_type, receiver)
+    return receiver
+
+
+@lru_cache(maxsize=64)
+def _receiver_of(union_type: Any) -> _Receiver:
+    return _Receiver(union_type)
+
+
+# --- turns, which are nearly all there is ----------------------------------------------------------------------
+
+_WireTurn = _form(Turn).wire
+_TURN_RECEIVER = _receiver(Turn)
+
+# The first byte of a float32, the sign and seven bits of the exponent.  With these it is negative and finite, or from
+# 0 to under half of the slack; 0xff may be infinite, 0x3a above the slack: those are looked at more closely.
+_PLAIN_LOGPROB = bytes([*range(0x3A), *range(0x80, 0xFF)])
+assert LOGPROB_SLACK == 2.0**-10
+
+
+def _plain_turn(value: Any, payload: Buffer) -> Turn | None:
+    """The turn, if it is one that needs no closer look: laid out as ``encode`` does it, and plainly within all bounds.
+
+    None does not mean that it is bad.  This is what runs for every turn of a run, so it is written for speed: arrays
+    are held against their bounds by their highest bytes alone.
+    """
+    observation_code, observation_at, observation_len = value.observation
+    action_code, action_at, length = value.action
+    logprobs_code, logprobs_at, logprobs_len = value.logprobs
+    action_end = action_at + 4 * length
+    logprobs_end = logprobs_at + 4 * length
+    if not (
+        observation_code == action_code == _INT32_CODE
+        and logprobs_code == _FLOAT32_CODE
+        and observation_at == 0
+        and 0 <= observation_len <= MAX_ID
+        and 0 < length == logprobs_len <= MAX_ID
+        and action_at == (4 * observation_len + 7) & -8
+        and logprobs_at == (action_end + 7) & -8
+        and logprobs_end == len(payload)
+    ):
+        return None
+    turn_id, end, reward = value.turn_id, value.end, value.reward
+    run, tree_id = value.run, value.tree_id
+    if not (
+        0 <= value.parent_id < turn_id <= MAX_ID
+        and 0 <= value.lease_epoch <= MAX_ID
+        and 0 <= value.expansion_round <= MAX_ID
+        and 0.0 <= value.generate_s <= MAX_SECONDS
+        and 0.0 <= value.environment_s <= MAX_SECONDS
+        and len(run) <= MAX_NAME_BYTES >= len(tree_id)
+        and run.isascii()
+        and tree_id.isascii()
+        and run.isprintable()
+        and tree_id.isprintable()
+    ):
+        return None
+    if end == "continue":
+        if reward is not None or value.success is not None:
+            return None
+    elif reward is None or not -MAX_NUMBER <= reward <= MAX_NUMBER:
+        return None
+    covered = 0
+    for span in value.spans:
+        if span.start != covered or not covered < span.end <= length or not 0 <= span.version <= MAX_ID:
+            return None
+        covered = span.end
+    if covered != length:
+        return None
+    raw = payload if type(payload) is bytes else bytes(payload)
+    # The sign of every token id at once; the zeros between the two arrays do not matter.
+    if not raw[3:action_end:4].isascii() or raw[logprobs_at + 3 :: 4].translate(None, _PLAIN_LOGPROB):
+        return None
+    return Turn(
+        run=run,
+        tree_id=tree_id,
+        turn_id=turn_id,
+        parent_id=value.parent_id,
+        lease_epoch=value.lease_epoch,
+        expansion_round=value.expansion_round,
+        observation=np.frombuffer(payload, INT32, observation_len) if observation_len else _EMPTY[_INT32_CODE],
+        action=np.frombuffer(payload, INT32, length, action_at),
+        logprobs=np.frombuffer(payload, FLOAT32, length, logprobs_at),
+        spans=value.spans,
+        end=end,
+        reward=reward,
+        success=value.success,
+        generate_s=value.generate_s,
+        environment_s=value.environment_s,
+    )
+
+
+codec.set(encode, decode_turn)

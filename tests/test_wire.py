@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
+import tracemalloc
 import typing
 from typing import Any, Literal
 
@@ -16,7 +18,9 @@ from hypothesis import strategies as st
 
 from atpo_async import messages as m
 from atpo_async import wire
+from atpo_async.checks import MAX_NUMBER, checker
 from atpo_async.errors import BadMessage
+from atpo_async.records import TurnRecords
 from atpo_async.tree import Turn, VersionSpan
 
 UNIONS = (
@@ -30,9 +34,10 @@ UNIONS = (
 KINDS = tuple(dict.fromkeys(kind for union in UNIONS for kind in typing.get_args(union)))
 EVERYTHING = typing.Union[KINDS]  # noqa: UP007
 
-COUNTS = st.integers(0, 2**63 - 1)
-TEXT = st.text(max_size=12)
-FINITE = st.floats(allow_nan=False, allow_infinity=False)
+COUNTS = st.integers(0, 2**31 - 1)
+TEXT = st.text(max_size=12).filter(str.isprintable)
+FINITE = st.floats(-MAX_NUMBER, MAX_NUMBER)
+SECONDS = st.floats(0, 1e9)
 
 
 def int32s(min_size: int = 0, max_size: int = 100) -> st.SearchStrategy[np.ndarray]:
@@ -52,7 +57,7 @@ def turns(draw: st.DrawFn) -> Turn:
     action = draw(int32s(1, 90))
     cuts = sorted(draw(st.sets(st.integers(1, len(action)), max_size=4)) | {len(action)})
     spans = [VersionSpan(draw(COUNTS), start, end) for start, end in zip([0, *cuts[:-1]], cuts, strict=True)]
-    turn_id = draw(st.integers(1, 2**63 - 1))
+    turn_id = draw(st.integers(1, 2**31 - 1))
     leaf = draw(st.booleans())
     return Turn(
         run=draw(TEXT),
@@ -68,8 +73,8 @@ def turns(draw: st.DrawFn) -> Turn:
         end=draw(st.sampled_from(["done", "turn_limit", "length_limit"])) if leaf else "continue",
         reward=draw(FINITE) if leaf else None,
         success=draw(st.none() | st.booleans()) if leaf else None,
-        generate_s=draw(FINITE.map(abs)),
-        environment_s=draw(FINITE.map(abs)),
+        generate_s=draw(SECONDS),
+        environment_s=draw(SECONDS),
     )
 
 
@@ -104,10 +109,13 @@ def of_type(hint: Any, name: str) -> st.SearchStrategy[Any]:
         return of_kind(hint)
     if hint is np.ndarray:
         return st.binary(max_size=300).map(lambda b: np.frombuffer(b, np.uint8)) if name == "data" else int32s()
+    if hint is TurnRecords:
+        several = st.lists(turns(), max_size=3)
+        return several.map(TurnRecords.of) | several.map(tuple)
     if hint is int:
         return COUNTS
     if hint is float:
-        return FINITE.map(abs)
+        return SECONDS if name.endswith("_s") else FINITE.map(abs)
     if hint is str:
         return TEXT
     if hint is bool:
@@ -141,7 +149,7 @@ def contents(value: Any) -> Any:
         return (value.dtype.str, value.tolist())
     if isinstance(value, msgspec.Struct):
         return (type(value), [contents(getattr(value, f)) for f in value.__struct_fields__])
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | TurnRecords):
         return [contents(v) for v in value]
     return value
 
@@ -171,14 +179,46 @@ def frames_of(tree: Any, payload: bytes = b"") -> list[bytes]:
     return [msgpack.packb(tree), payload]
 
 
-def decode_or_refuse(frames: list[Any]) -> None:
-    """The promise: a valid message, or BadMessage, and nothing else."""
+def decode_or_refuse(frames: list[bytes]) -> None:
+    """Whatever comes in, it is a message that keeps all its promises, or a BadMessage, and nothing else."""
     try:
         message = wire.decode(frames, EVERYTHING)
     except BadMessage:
         return
-    wire.check(message)
+    # Records of turns are checked when they are looked at; everything else has been.
+    with contextlib.suppress(BadMessage):
+        for _ in _records_of(message):
+            pass
+        wire.check(message)
     wire.encode(message)
+
+
+def _records_of(message: Any) -> Any:
+    for item in getattr(message, "trees", None) or getattr(message, "leases", ()):
+        yield from getattr(item, "turns", None) or getattr(item, "committed", ())
+
+
+def batch_of(turns: Any) -> m.Batch:
+    tree = m.BatchTree(
+        tree_id="t",
+        task_index=0,
+        prompt=np.array([1, 2, 3], np.int32),
+        turns=turns,
+        failed_branches=0,
+        probability=0.5,
+        weight=1.0,
+        uses=1,
+    )
+    return m.Batch(
+        batch_id=1,
+        step=1,
+        num_trees=1,
+        num_leaves=1,
+        num_action_tokens=3,
+        num_turn_tokens=3,
+        trees=(tree,),
+        metrics={},
+    )
 
 
 # --- round trip ------------------------------------------------------------------------------------------------
@@ -229,7 +269,7 @@ def test_an_array_the_wire_does_not_carry_is_refused_at_the_sender(array: np.nda
 
 def test_every_message_type_has_its_checks() -> None:
     for kind in KINDS:
-        wire._checker(kind)
+        checker(kind)
 
 
 # --- hostile input ---------------------------------------------------------------------------------------------
@@ -304,7 +344,7 @@ def test_oversize_is_refused_before_anything_is_parsed(monkeypatch: pytest.Monke
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("parsed")
 
-    monkeypatch.setattr(msgpack, "unpackb", never)
+    monkeypatch.setattr(wire, "_decode", never)
     limits = wire.Limits(message_bytes=800)
     with pytest.raises(BadMessage, match="header of 101 bytes exceeds 100"):
         wire.decode([bytes(101), b""], m.ActorToBuffer, limits=limits)
@@ -326,9 +366,73 @@ def test_nesting_without_end_is_refused() -> None:
             wire.decode([b"\x81\xa4type" + b"\x91" * depth + b"\x00", b""], m.ActorToBuffer)
 
 
-def test_a_list_that_announces_more_than_the_limit_is_refused_without_room_made_for_it() -> None:
-    with pytest.raises(BadMessage, match="limits"):
-        wire.decode([b"\x81\xa4type\xdd\xff\xff\xff\xff", b""], m.ActorToBuffer)
+LONG = b"\xff\xff\xff\xff"
+DEEP = b"\x91" * 1_000_000 + b"\x00"
+HUGE_LENGTHS = {
+    "list": b"\xdd" + LONG,
+    "list of a few": b"\xdd" + LONG + bytes(1000),
+    "map": b"\xdf" + LONG,
+    "string": b"\xdb" + LONG,
+    "bytes": b"\xc6" + LONG,
+    "extension": b"\xc9" + LONG + b"\x05",
+    "nested lists": DEEP,
+    "nested maps": b"\x81\xa1x" * 1_000_000 + b"\x00",
+}
+HEADS = {
+    "the type": b"\x81\xa4type",
+    "a field before the type": b"\x82\xa1x",
+    "a list of strings": b"\x82\xa4type\xaflease_returned\xa8tree_ids",
+    "a map": b"\x82\xa4type\xa7trained\xaapriorities",
+    "a string": b"\x82\xa4type\xacrun_finished\xa3run",
+    "a number": b"\x82\xa4type\xa7trained\xa8batch_id",
+    "a list of structs": b"\x82\xa4type\xa5batch\xa5trees",
+    "a descriptor": b"\x82\xa4type\xa4turn\xa6action",
+    "spans": b"\x82\xa4type\xa4turn\xa5spans",
+    "an unknown field": b"\x82\xa4type\xa4turn\xa1x",
+    "a key": b"\x82\xa4type\xa4turn",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("length", HUGE_LENGTHS)
+@pytest.mark.parametrize("head", HEADS)
+def test_what_announces_more_than_it_brings_is_refused_without_room_made_for_it(head: str, length: str) -> None:
+    frames = [HEADS[head] + HUGE_LENGTHS[length], b""]
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadMessage):
+            wire.decode(frames, EVERYTHING)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # Nothing near what is announced, 4 GB and more.  The parser's way into a million lists ends early too.
+    assert peak_bytes < 1_000_000
+
+
+def test_lists_and_maps_over_the_limit_are_refused_before_their_items_are_read() -> None:
+    too_many = wire.MAX_ITEMS + 1
+    for tree in (
+        {"type": "lease_returned", "run": "r", "actor": "a", "tree_ids": ["t"] * too_many},
+        {
+            "type": "trained",
+            "run": "r",
+            "batch_id": 1,
+            "version": 1,
+            "priorities": {f"{i}": 1.0 for i in range(too_many)},
+        },
+        {**msgpack.unpackb(wire.encode(turn())[0]), "spans": [[0, 0, 3]] * too_many},
+    ):
+        with pytest.raises(BadMessage, match=f"of length <= {wire.MAX_ITEMS}"):
+            wire.decode(frames_of(tree), EVERYTHING)
+
+
+def test_a_message_must_say_what_it_is() -> None:
+    for tag, said in (("", "message type '' is unknown"), (7, "no message"), (None, "no message")):
+        for union in (m.ActorToBuffer, m.ManifestRequest):
+            with pytest.raises(BadMessage, match=said):
+                wire.decode(frames_of({"type": tag, "run": "r", "version": 1}), union)
+    with pytest.raises(BadMessage, match="message type '' is unknown"):
+        wire.decode(frames_of({"run": "r", "version": 1}), m.ManifestRequest)
 
 
 def test_a_type_of_another_receiver_is_refused_with_those_that_are_taken() -> None:
@@ -396,7 +500,10 @@ def test_an_array_of_another_dtype_than_its_field_is_refused() -> None:
         ({"turn_id": 0, "parent_id": 0}, "numbered from 1"),
         ({"parent_id": 3}, "below its child's"),
         ({"parent_id": -1}, "below its child's"),
+        ({"turn_id": 2**31}, "numbered from 1"),
         ({"lease_epoch": -1}, "out of range"),
+        ({"expansion_round": 2**31}, "out of range"),
+        ({"run": "r\x07"}, "is no name"),
         ({"action": np.zeros(0, np.int32), "logprobs": np.zeros(0, np.float32), "spans": ()}, "action is empty"),
         ({"action": np.array([1, -1, 2], np.int32)}, "negative token id -1"),
         ({"observation": np.full(100, -5, np.int32)}, "negative token id -5"),
@@ -417,6 +524,9 @@ def test_an_array_of_another_dtype_than_its_field_is_refused() -> None:
         ({"reward": math.nan}, "reward is nan"),
         ({"generate_s": -1.0}, "generate_s is -1.0"),
         ({"environment_s": math.inf}, "environment_s is inf"),
+        ({"environment_s": 2e9}, "environment_s is 2000000000.0"),
+        ({"reward": -1e39}, "fits float32"),
+        ({"spans": (VersionSpan(2**31, 0, 3),)}, "does not follow"),
     ],
 )
 def test_a_turn_that_breaks_its_promises_is_refused_by_name(changes: dict[str, Any], fact: str) -> None:
@@ -441,7 +551,7 @@ def test_long_log_probs_are_held_to_the_same_rule_as_short_ones() -> None:
             wire.decode(wire.encode(long), m.ActorToBuffer)
 
 
-def test_a_turn_inside_another_message_is_held_to_the_same_promises() -> None:
+def test_a_turn_inside_another_message_is_held_to_the_same_promises_when_it_is_looked_at() -> None:
     lease = m.Lease(
         tree_id="t",
         task_index=0,
@@ -450,11 +560,169 @@ def test_a_turn_inside_another_message_is_held_to_the_same_promises() -> None:
         lifetime_s=1,
         min_version=0,
         seed=1,
-        committed=(turn(reward=None),),
+        committed=TurnRecords.of([turn(), turn(reward=None)]),
     )
     leases = m.Leases(leases=(lease,), closed_because=None, retry_after_s=0, finished=False)
-    with pytest.raises(BadMessage, match="reward is None"):
-        wire.decode(wire.encode(leases), m.BufferToActor)
+    decoded = wire.decode(wire.encode(leases), m.BufferToActor)
+    committed = decoded.leases[0].committed
+    assert contents(committed[0]) == contents(turn())
+    for look in (lambda: committed[1], lambda: list(committed), lambda: wire.check(decoded)):
+        with pytest.raises(BadMessage, match="reward is None"):
+            look()
+
+
+def test_records_travel_as_they_are() -> None:
+    records = TurnRecords.of([turn(turn_id=i, parent_id=i - 1) for i in (1, 2, 3)])
+    batch = batch_of(records)
+    header, payload = wire.encode(batch)
+    assert b"".join(records.parts) in payload
+    assert msgpack.unpackb(header)["trees"][0]["turns"] == [2, 16, records.nbytes, 3]
+    received = wire.decode([header, payload], m.BufferToLearner).trees[0].turns
+    assert [bytes(part) for part in received.parts] == [b"".join(records.parts)]
+    # And on, by whoever received them.
+    assert wire.encode(batch_of(received)) == [header, payload]
+
+
+def test_arrays_of_records_are_views_of_the_payload_on_8_byte_boundaries() -> None:
+    _, payload = frames = wire.encode(batch_of((turn(), turn(turn_id=4))))
+    for one in wire.decode(frames, m.BufferToLearner).trees[0].turns:
+        for array in (one.observation, one.action, one.logprobs):
+            assert np.shares_memory(array, np.frombuffer(payload, np.uint8))
+            assert not array.flags.writeable
+            assert array.ctypes.data % 8 == 0
+
+
+def test_plain_turns_are_sent_as_records() -> None:
+    turns = (turn(turn_id=1, parent_id=0), turn(turn_id=2))
+    assert wire.encode(batch_of(turns)) == wire.encode(batch_of(TurnRecords.of(turns)))
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        (lambda d: [d[0], d[1], d[2], -1], "-1 turns cannot be in"),
+        (lambda d: [d[0], d[1], d[2], 2**40], "turns cannot be in"),
+        (lambda d: [d[0], d[1], d[2], 0], "0 turns cannot be in"),
+        (lambda d: [0, d[1], d[2] // 4, d[3]], "records are int32"),
+        (lambda d: [d[0], d[1], d[2] * 2, d[3]], "is not in"),
+        (lambda d: d[:3], "length 4"),
+    ],
+)
+def test_a_descriptor_of_records_that_cannot_be_is_refused(change: Any, fact: str) -> None:
+    header, payload = wire.encode(batch_of((turn(), turn())))
+    tree = msgpack.unpackb(header)
+    tree["trees"][0]["turns"] = change(tree["trees"][0]["turns"])
+    with pytest.raises(BadMessage, match=fact):
+        wire.decode(frames_of(tree, bytes(payload)), m.BufferToLearner)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_another_number_of_turns_than_announced_is_refused_when_they_are_looked_at(count: int) -> None:
+    header, payload = wire.encode(batch_of((turn(), turn())))
+    tree = msgpack.unpackb(header)
+    tree["trees"][0]["turns"][3] = count
+    turns = wire.decode(frames_of(tree, bytes(payload)), m.BufferToLearner).trees[0].turns
+    with pytest.raises(BadMessage, match=r"3 turns were announced|the last of 1 records"):
+        turns[0]
+
+
+# --- the short way for turns -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(turns(), st.data())
+def test_the_short_way_for_turns_takes_nothing_that_the_long_one_refuses_and_gives_the_same(
+    message: Turn, data: st.DataObject
+) -> None:
+    header, payload = (bytes(f) for f in wire.encode(message))
+    if data.draw(st.booleans()):
+        name, value = data.draw(st.sampled_from(sorted(UNUSUAL.items())))
+        tree = msgpack.unpackb(header)
+        tree[name] = data.draw(st.sampled_from(value))
+        header = msgpack.packb(tree)
+    for _ in range(data.draw(st.integers(0, 3)) if payload else 0):
+        at = data.draw(st.integers(0, len(payload) - 1))
+        payload = payload[:at] + bytes([data.draw(st.integers(0, 255))]) + payload[at + 1 :]
+    assert both_ways([header, payload]) in ("same", "refused")
+
+
+UNUSUAL = {
+    "run": ["x" * 200, "x" * 201, "é", "é" * 101, "\n", ""],
+    "turn_id": [0, 1, 2**31 - 1, 2**31, 2**63, -1],
+    "parent_id": [0, -1, 2**31],
+    "lease_epoch": [-1, 2**31 - 1, 2**31],
+    "expansion_round": [-1, 2**31],
+    "reward": [None, math.nan, math.inf, 1e39, -3e38, 0],
+    "success": [None, True],
+    "end": ["continue", "done"],
+    "generate_s": [-0.0, -1, 1e9, 1e10, math.nan, math.inf],
+    "environment_s": [math.nan],
+    "spans": [[], [[0, 0, 2**31]], [[0, 0, 1]], [[2**31, 0, 1]], [[0, 1, 2]]],
+}
+
+
+def both_ways(frames: list[bytes]) -> str:
+    long: Any = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire, "_plain_turn", lambda value, payload: None)
+        with contextlib.suppress(BadMessage):
+            long = wire.decode(frames, m.ActorToBuffer)
+    try:
+        short = wire.decode(frames, m.ActorToBuffer)
+    except BadMessage:
+        assert long is None
+        return "refused"
+    assert long is not None
+    np.testing.assert_array_equal(short.action, long.action)
+    return "same" if contents(short) == contents(long) else "different"
+
+
+def test_every_float_that_may_be_a_log_prob_and_no_other_is_taken_either_way() -> None:
+    edges = [0x00000000, 0x00000001, 0x39FFFFFF, 0x3A000000, 0x3A7FFFFF, 0x3A800000, 0x3A800001, 0x3F800000]
+    edges += [0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xFEFFFFFF, 0xFF000000]
+    edges += [0xFF7FFFFF, 0xFF800000, 0xFF800001, 0xFFC00000, 0xFFFFFFFF]
+    for bits in edges + [high << 24 | low for high in range(256) for low in (0, 0x7FFFFF, 0x800000, 0xFFFFFF)]:
+        value = np.array([bits], np.uint32).view(np.float32)
+        one = turn(action=np.ones(1, np.int32), logprobs=value, spans=(VersionSpan(0, 0, 1),))
+        fits = bool(np.isfinite(value[0]) and value[0] <= wire.LOGPROB_SLACK)
+        assert both_ways(wire.encode(one)) == ("same" if fits else "refused"), hex(bits)
+
+
+def test_arrays_in_another_order_are_taken_the_long_way() -> None:
+    header, payload = wire.encode(turn())
+    tree = msgpack.unpackb(header)
+    tree["action"], tree["observation"] = [0, 0, 3], [0, 16, 2]
+    moved = bytes(payload[8:24]) + bytes(payload[:8]) + bytes(payload[24:])
+    assert contents(wire.decode(frames_of(tree, moved), m.ActorToBuffer)) == contents(turn())
+
+
+# --- ranges ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "fact"),
+    [
+        (m.LeaseRequest(run="r", actor="a", count=2**31, version=0), "count is 2147483648"),
+        (m.LeaseRequest(run="r", actor="a", count=1, version=2**31), "version is 2147483648"),
+        (m.LeaseRequest(run="r", actor="a", count=1, version=-2), "version is -2"),
+        (m.LeaseRequest(run="r\n", actor="a", count=1, version=1), r"run 'r\\n' is no name"),
+        (m.LeaseRequest(run="r", actor="a" * 201, count=1, version=1), "actor 'aaa.* is no name"),
+        (m.LeaseReturned(run="r", actor="a", tree_ids=("t", "\0")), "tree_ids .* is no name"),
+        (m.LeaseReturned(run="r", actor="a", tree_ids=("é" * 101,)), "tree_ids .* is no name"),
+        (m.ActorReport(run="r", actor="a", version=1, tree_ids=(), metrics={"\x1b[2J": 1.0}), "printable"),
+        (m.Trained(run="r", batch_id=1, version=1, priorities={"t": math.inf}), "is inf"),
+        (m.Trained(run="r", batch_id=1, version=1, priorities={"t": -1.0}), "is -1.0"),
+        (m.Trained(run="r", batch_id=1, version=1, priorities={"t": 1e39}), "fits float32"),
+        (m.Trained(run="r", batch_id=-1, version=1, priorities={}), "batch_id is -1"),
+        (m.VersionPublished(run="r", version=1, weights_endpoint="x" * 65537, announce_endpoint=""), "65537 bytes"),
+        (m.VersionPublished(run="r", version=1, weights_endpoint="é" * 32769, announce_endpoint=""), "65538 bytes"),
+        (m.EvalQuery(run="r", step=1, wait_s=1e10), "at most 1e"),
+        (m.EvalQuery(run="r", step=1, wait_s=math.nan), "finite"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_by_name(message: Any, fact: str) -> None:
+    with pytest.raises(BadMessage, match=fact):
+        wire.decode(wire.encode(message), EVERYTHING)
 
 
 def test_counts_are_not_negative_and_floats_are_finite() -> None:
@@ -495,6 +763,7 @@ def test_a_manifest_whose_tensors_do_not_fit_is_refused() -> None:
         manifest(spec((4,), -16, 16)),
         manifest(spec((16,), 0, 64), spec((16,), 60, 64)),
         manifest(spec((-4, -1), 0, 16)),
+        manifest(spec((2**62,) * 33 + (0,), 0, 0)),
         manifest(num_logprobs=2),
     ):
         with pytest.raises(BadMessage):
