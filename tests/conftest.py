@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,15 @@ SESSION_TAG = "ATPO_TEST_SESSION"
 os.environ.setdefault(SESSION_TAG, uuid.uuid4().hex)
 GRACE_S = 10.0
 left_behind = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def spawner() -> Iterator[Any]:
+    """Forks roles that a test can kill (``tests.fault_support``)."""
+    from tests.fault_support import Spawner
+
+    with Spawner() as made:
+        yield made
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import importlib
 import json
@@ -31,6 +32,9 @@ PATIENCE_S = 60.0
 """For one wait; far beyond what it takes.  It ends a test that would hang, it does not time one."""
 RECORD = "ATPO_FAULTS_RECORD"
 """Environment variable: the file to which measured recoveries are appended, one JSON object a line."""
+
+CLOCK = "ATPO_TEST_CLOCK"
+"""Environment variable for a role: the file that says by how many seconds its wall clock is off."""
 
 WARM = ("buffer.service", "tests.oracle_support")
 """What the warm process imports.  Nothing that makes a thread: a fork copies only one."""
@@ -167,12 +171,64 @@ class Spawner:
         return Role(name, answer["pid"], log, self)
 
 
-def buffer_role(run_dir: str, *options: str) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Tricks:
+    """What is done to a buffer inside its own process; the program itself has no hooks for it."""
+
+    silent_s: float | None = None
+    """An actor that is silent for so long has lost its leases; otherwise seconds, for engines that start slowly."""
+    stop_before_commit: str = ""
+    """A file: when it is there, the next commit stands still before its first byte, as does the process."""
+    stop_after_commit: str = ""
+    """The same, behind the commit: what it holds is on disk and nobody was told."""
+    fail_commits: str = ""
+    """A file: while it is there, the journal's device has I/O errors."""
+
+    def play(self) -> None:
+        from buffer import state
+        from buffer.journal import Journal
+
+        if self.silent_s is not None:
+            state.SILENT_LEAST_S = self.silent_s
+        commit = Journal._commit
+
+        def tricked(self: Any, group: Any) -> None:
+            if self.fail_commits and os.path.exists(self.fail_commits):
+                raise OSError(errno.EIO, "Input/output error")
+            _stop_if(self.stop_before_commit)
+            commit(self, group)
+            _stop_if(self.stop_after_commit)
+
+        Journal._commit = tricked  # type: ignore[method-assign]
+
+
+def _stop_if(file: str) -> None:
+    if file and os.path.exists(file):
+        os.unlink(file)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def buffer_role(run_dir: str, tricks: Mapping[str, Any]) -> None:
     """The real buffer, as ``python -m buffer RUN_DIR`` runs it."""
     from atpo_async import role
     from buffer.service import serve
 
-    role.run("buffer", serve, [run_dir, *options])
+    Tricks(**tricks).play()
+    role.run("buffer", serve, [run_dir])
+
+
+def _shift_clock(file: str) -> None:
+    """The wall clock, for this process: moved by as many seconds as ``file`` says."""
+    real = time.time
+
+    def shifted() -> float:
+        try:
+            with open(file) as said:
+                return real() + float(said.read() or 0)
+        except OSError:
+            return real()
+
+    time.time = shifted
 
 
 def _serve_forks() -> None:
@@ -218,6 +274,8 @@ def _fork(asked: Mapping[str, Any]) -> int:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         os.environ.update(asked["env"])
+        if CLOCK in asked["env"]:
+            _shift_clock(asked["env"][CLOCK])
         module, _, function = asked["target"].partition(":")
         getattr(importlib.import_module(module), function)(*asked["args"])
         code = 0

@@ -21,12 +21,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 import numpy as np
 
 from atpo_async import config as configuration
-from atpo_async import messages
+from atpo_async import messages, processes
 from atpo_async.errors import PeerLost
 from atpo_async.links import Client, LinkSettings
 from atpo_async.messages import (
@@ -38,6 +39,7 @@ from atpo_async.messages import (
     BufferToLearner,
     Lease,
     LeaseRequest,
+    LeaseReturned,
     Leases,
     NotYet,
     RunFinished,
@@ -51,7 +53,7 @@ from atpo_async.messages import (
 from atpo_async.rundir import Endpoints, RunDir, write_atomic
 from atpo_async.supervisor import pick_endpoints
 from atpo_async.tree import ROOT, Turn, TurnTree, VersionSpan
-from tests.fault_support import Role, Spawner, until
+from tests.fault_support import PATIENCE_S, Proxy, Recovery, Role, Spawner, Tricks, until, until_async
 
 Kind = Literal["plain", "dull", "barren"]
 """A tree to learn from; one whose leaves all earn the same; a task that cannot be started."""
@@ -155,6 +157,29 @@ def turn_of(part: Part, *, run: str, tree_id: str, epoch: int, version: int) -> 
         generate_s=0.0,
         environment_s=0.0,
     )
+
+
+def messages_of(lease: Lease, plan: Planned, *, run: str, version: int) -> list[TreeOpened | Turn | TreeClosed]:
+    """All that an actor sends for a lease, in order, less the turns that were committed before it."""
+    keys: dict[str, Any] = {"run": run, "tree_id": lease.tree_id}
+    there = {turn.turn_id for turn in lease.committed}
+    found: list[TreeOpened | Turn | TreeClosed] = []
+    if plan.kind != "barren":
+        found.append(TreeOpened(**keys, lease_epoch=lease.epoch, prompt=plan.prompt))
+    found += [
+        turn_of(part, **keys, epoch=lease.epoch, version=version) for part in plan.parts if part.turn_id not in there
+    ]
+    failures = {"environment_failed": plan.failed_branches} if plan.failed_branches else {}
+    found.append(
+        TreeClosed(
+            **keys,
+            lease_epoch=lease.epoch,
+            num_turns=len(plan.parts),
+            failed_branches=plan.failed_branches,
+            failures=failures,
+        )
+    )
+    return found
 
 
 def hash_of(turn: Turn | Part) -> str:
@@ -359,22 +384,10 @@ class _Actor:
         while published(self._folder) < lease.min_version:  # noqa: ASYNC110  (another process writes the file)
             await asyncio.sleep(0.002)
         version = published(self._folder)
-        keys: dict[str, Any] = {"run": self._run, "tree_id": lease.tree_id}
-        if plan.kind != "barren":
-            await self._buffer.send(TreeOpened(**keys, lease_epoch=lease.epoch, prompt=plan.prompt))
-        for part in plan.parts:
-            if part.turn_id not in there:
+        for message in messages_of(lease, plan, run=self._run, version=version):
+            if isinstance(message, Turn):
                 await asyncio.sleep(self._turn_s * 2 * self._rng.random())
-                await self._buffer.send(turn_of(part, **keys, epoch=lease.epoch, version=version))
-        await self._buffer.send(
-            TreeClosed(
-                **keys,
-                lease_epoch=lease.epoch,
-                num_turns=len(plan.parts),
-                failed_branches=plan.failed_branches,
-                failures={"environment_failed": plan.failed_branches} if plan.failed_branches else {},
-            )
-        )
+            await self._buffer.send(message)
 
     def _on_refused(self, message: object, reason: str) -> None:
         task = self._growing.get(getattr(message, "tree_id", ""))
@@ -656,6 +669,10 @@ class Roles:
         seed: of the script.
         actors: how many.
         checkpoint_every: batches.
+        turn_s, step_s: an action and a batch take up to twice as long.
+        endpoints: where actors and learner look for the buffer, if not where it binds.
+        tricks: played on the buffer.
+        env: for all of them.
     """
 
     def __init__(
@@ -669,14 +686,17 @@ class Roles:
         turn_s: float = 0.001,
         step_s: float = 0.002,
         endpoints: Endpoints | None = None,
+        tricks: Tricks | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.rundir = rundir
         self.checkpoint_every = checkpoint_every
         self._spawner = spawner
+        self._env = dict(env or {})
         there = endpoints or rundir.read_endpoints()
         folder = str(rundir.path)
         self._how: dict[str, tuple[str, tuple[Any, ...]]] = {
-            "buffer": ("tests.fault_support:buffer_role", (folder,)),
+            "buffer": ("tests.fault_support:buffer_role", (folder, asdict(tricks or Tricks()))),
             "learner": (
                 "tests.oracle_support:run_learner",
                 (folder, {"checkpoint_every": checkpoint_every, "step_s": step_s, "endpoint": there.learner}),
@@ -695,7 +715,7 @@ class Roles:
         for name in names or self._how:
             target, args = self._how[name]
             log = self.rundir.log_path(name, self.rundir.next_attempt(name))
-            self.alive[name] = self._spawner.start(name, target, *args, log=log)
+            self.alive[name] = self._spawner.start(name, target, *args, log=log, **self._env)
 
     def kill(self, *names: str) -> None:
         """All at once: a signal to each first, then the waiting."""
@@ -741,7 +761,7 @@ def run_oracle(folder: Path, spawner: Spawner, *, seed: int, num_kills: int = NU
         driver.run(plan_kills(seed, num_kills))
     finally:
         roles.kill()
-    return judge(rundir, seed=seed, driver=driver)
+    return judge(rundir, seed=seed, problems=driver.problems, kills=driver.kills, began=driver.began)
 
 
 class _Driver:
@@ -842,10 +862,12 @@ class _Driver:
         self._start(*victims)
 
 
-def judge(rundir: RunDir, *, seed: int, driver: _Driver) -> Verdict:
+def judge(
+    rundir: RunDir, *, seed: int, problems: Sequence[str], kills: Counter[str] | None = None, began: float = 0.0
+) -> Verdict:
     """Every task exactly as often as intended, every byte as the script has it, no version twice."""
     config, folder = rundir.config, rundir.path
-    problems = driver.problems + lines(folder, PROBLEMS)
+    problems = [*problems, *lines(folder, PROBLEMS)]
     exceptions: list[str] = []
     lineage = Lineage.load(folder)
     uses: Counter[int] = Counter()
@@ -880,8 +902,208 @@ def judge(rundir: RunDir, *, seed: int, driver: _Driver) -> Verdict:
     return Verdict(
         problems=problems,
         exceptions=exceptions,
-        kills=driver.kills,
+        kills=kills or Counter(),
         steps=len(lineage.traces),
         lost_steps=len([s for s in lines(folder, STEPS) if s.isdecimal()]) - len(lineage.traces),
-        seconds=time.monotonic() - driver.began,
+        seconds=time.monotonic() - began,
     )
+
+
+# --- faults ----------------------------------------------------------------------------------------------------
+
+
+class Scene:
+    """A scripted run into which a test brings one fault; the test is its supervisor.  Use as an async context.
+
+    The learner trains ``allowed`` steps and then waits, until ``ended_well`` lets it go.
+
+    Args:
+        folder: for the run.
+        spawner: forks the roles.
+        proxied: actors and learner reach the buffer through ``actors_proxy`` and ``learner_proxy``.
+        allowed: steps before the learner waits.
+        how: as of ``Roles``.
+        sections: of the configuration.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        spawner: Spawner,
+        *,
+        seed: int = 0,
+        num_tasks: int = 48,
+        proxied: bool = False,
+        allowed: int = 2,
+        how: Mapping[str, Any] | None = None,
+        sections: Mapping[str, dict[str, Any]] | None = None,
+    ) -> None:
+        self.seed = seed
+        given = {name: dict(section) for name, section in (sections or {}).items()}
+        given["run"] = {"seed": seed, "max_tasks": num_tasks} | given.get("run", {})
+        self.rundir = make_run(folder, **given)
+        self._spawner = spawner
+        self._how = dict(how or {})
+        self._proxied = proxied
+        there = self.rundir.read_endpoints()
+        self.actors_proxy, self.learner_proxy = Proxy(there.actors), Proxy(there.learner)
+        self._open = contextlib.AsyncExitStack()
+        self.allow(allowed)
+
+    async def __aenter__(self) -> Self:
+        endpoints = None
+        if self._proxied:
+            for proxy in (self.actors_proxy, self.learner_proxy):
+                await self._open.enter_async_context(proxy)
+            endpoints = Endpoints(actors=self.actors_proxy.endpoint, learner=self.learner_proxy.endpoint)
+        self.roles = Roles(self.rundir, self._spawner, seed=self.seed, endpoints=endpoints, **self._how)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.roles.kill()
+        await self._open.aclose()
+
+    def __getitem__(self, name: str) -> Role:
+        return self.roles.alive[name]
+
+    @property
+    def steps(self) -> int:
+        return self.roles.steps
+
+    def allow(self, steps: int) -> None:
+        """The learner may have trained so many steps in all."""
+        write_atomic(self.rundir.path / ALLOWED, str(steps))
+
+    async def until(self, condition: Callable[[], Any], what: str) -> Any:
+        """Waits for what the roles bring about; a role that ends meanwhile, not killed by the test, fails it."""
+
+        def look() -> Any:
+            for role in self.roles.alive.values():
+                assert role.poll() in (None, 0), f"{role.name} ended with {role.poll()} by itself\n{self.roles.story()}"
+            return condition()
+
+        return await until_async(look, what, story=self.roles.story)
+
+    def resident_mb(self, name: str) -> float:
+        return processes.memory_mb([self[name].pid])
+
+    async def stepped(self, count: int = 1) -> None:
+        """``count`` further batches are trained."""
+        goal = self.steps + count
+        self.allow(goal)
+        await self.until(lambda: self.steps >= goal, f"step {goal}")
+
+    def move_buffer(self) -> Endpoints:
+        """The next buffer binds other ports."""
+        moved = pick_endpoints(self.rundir.config.links)
+        self.rundir.write_endpoints(moved)
+        return moved
+
+    async def recovered(self, recovery: Recovery) -> None:
+        """The next batch is trained: the measured end of a fault."""
+        await self.stepped()
+        recovery.recovered()
+
+    async def ended_well(self) -> Verdict:
+        """The run goes to its end, and every task was trained on as often as intended."""
+        (self.rundir.path / ALLOWED).unlink(missing_ok=True)
+        await self.until(lambda: all(r.poll() == 0 for r in self.roles.alive.values()), "the run's end")
+        verdict = judge(self.rundir, seed=self.seed, problems=())
+        assert not verdict.problems, "\n".join([*verdict.problems, self.roles.story()])
+        return verdict
+
+
+class Hand:
+    """An actor whose every message the test sends itself.  Use as an async context.
+
+    Args:
+        scene: the run.
+        name: of this actor.
+        endpoint: of the buffer, if not where it binds.
+    """
+
+    def __init__(self, scene: Scene, name: str = "by-hand", *, endpoint: str = "") -> None:
+        self._scene = scene
+        self._rundir = scene.rundir
+        self.name = name
+        self.run = self._rundir.run_id
+        self.refusals: list[str] = []
+        self._held: set[str] = set()
+        self.link = Client(
+            endpoint or self._rundir.read_endpoints().actors,
+            peer="buffer",
+            identity=name,
+            receives=BufferToActor,
+            settings=LinkSettings.from_config(self._rundir.config.links),
+            on_refused=lambda message, reason: self.refusals.append(reason),
+        )
+
+    async def __aenter__(self) -> Self:
+        await self.link.__aenter__()
+        config = self._rundir.config
+        hello = ActorHello(
+            protocol=PROTOCOL,
+            run=self.run,
+            actor=self.name,
+            environment=config.environment.name,
+            search_leaves=config.search.max_leaves,
+        )
+        while True:
+            with contextlib.suppress(PeerLost):
+                answer = await self.link.request(hello, timeout_s=5.0)
+                assert isinstance(answer, Welcome), answer
+                if answer.weights_endpoint:
+                    return self
+            await asyncio.sleep(0.01)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._held:
+            with contextlib.suppress(PeerLost):
+                await self.return_all()
+        await self.link.close()
+
+    async def return_all(self) -> None:
+        """Hands back what it holds: nobody has to wait until its leases lapse."""
+        await self.send(LeaseReturned(run=self.run, actor=self.name, tree_ids=tuple(self._held)))
+        self.forget()
+
+    def forget(self) -> None:
+        """Leave its leases to lapse, or to its successor."""
+        self._held.clear()
+
+    async def leases(self, count: int = 1) -> tuple[Lease, ...]:
+        """One answer; maybe none."""
+        request = LeaseRequest(run=self.run, actor=self.name, count=count, version=published(self._rundir.path))
+        answer = await self.link.request(request, timeout_s=PATIENCE_S)
+        assert isinstance(answer, Leases), answer
+        self._held |= {lease.tree_id for lease in answer.leases}
+        return answer.leases
+
+    async def lease(self, *, of: Callable[[Planned], bool] = lambda plan: plan.kind == "plain") -> Lease:
+        """A lease of a task that ``of`` takes; the others are grown on the way."""
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                for lease in await self.leases():
+                    if of(self.plan(lease)):
+                        return lease
+                    await self.grow(lease)
+
+    def plan(self, lease: Lease) -> Planned:
+        return planned(self._scene.seed, lease.task_index)
+
+    def messages(self, lease: Lease) -> list[TreeOpened | Turn | TreeClosed]:
+        """All that an actor sends for a lease, in order."""
+        return messages_of(lease, self.plan(lease), run=self.run, version=published(self._rundir.path))
+
+    async def grow(self, lease: Lease) -> None:
+        await self.send(*self.messages(lease))
+
+    async def send(self, *messages: object) -> None:
+        """Sent, and acknowledged or refused."""
+        for message in messages:
+            await self.link.send(message)
+        await self.link.drain(timeout_s=PATIENCE_S)
