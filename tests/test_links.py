@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atpo_async import links, wire
+from atpo_async import link_server, wire
 from atpo_async import messages as m
 from atpo_async.config import LinksConfig
 from atpo_async.errors import BadMessage, PeerLost, SetupError
-from atpo_async.links import Announcer, Client, LinkSettings, Listener, Server, make_keys
+from atpo_async.keys import load_public, make_keys
+from atpo_async.links import Announcer, Client, LinkSettings, Listener, Server
 from tests.links_support import (
     ANY_PORT,
     FAST,
@@ -98,7 +99,7 @@ async def test_a_server_that_closes_acknowledges_nothing_its_handler_has_not_tak
         for i in range(3):
             await c.send(closed(i))
         await until(lambda: s.peers.get("actor-0") is not None and s.peers["actor-0"].queued == 3)
-        session = s._sessions[b"actor-0"]
+        session = s._by_name["actor-0"]
         await s.close()
         assert (session.handled, len(session.queue)) == (0, 3)
         assert c.stats.acked == 0
@@ -300,7 +301,7 @@ async def test_a_send_that_breaks_its_promises_is_refused_and_counted() -> None:
 async def test_a_handler_that_fails_once_is_run_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(links, "_RETRY_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(link_server, "RETRY_PAUSES_S", (0.0, 0.0))
     attempts: list[int] = []
 
     async def handler(peer: str, message: Any) -> None:
@@ -318,7 +319,7 @@ async def test_a_handler_that_fails_once_is_run_again(
 
 
 async def test_a_handler_that_keeps_failing_refuses_that_message_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(links, "_RETRY_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(link_server, "RETRY_PAUSES_S", (0.0, 0.0))
     refused: list[str] = []
 
     async def handler(peer: str, message: Any) -> None:
@@ -685,7 +686,7 @@ async def test_an_unknown_key_is_refused_and_told_why(
         with pytest.raises(PeerLost, match="it refused our key"):
             await c.request(LEASE_REQUEST, timeout_s=0.02)
         assert not s.peers
-        public = links._load_public(theirs / "client.key").decode()
+        public = load_public(theirs / "client.key").decode()
         assert public in caplog.text
     assert buffer.got == []
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from atpo_async import links, wire
+from atpo_async import link_server, wire
 from atpo_async import messages as m
 from atpo_async.errors import BadMessage
 from tests.links_support import (
@@ -102,7 +102,7 @@ async def test_what_a_stranger_sends_past_the_window_is_dropped_while_nothing_se
 async def test_a_settling_that_fails_is_tried_again_and_acknowledges_nothing_until_it_works(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(links, "_RETRY_PAUSES_S", (0.0,))
+    monkeypatch.setattr(link_server, "RETRY_PAUSES_S", (0.0,))
     buffer = Buffer()
     disk = Disk(buffer)
     disk.failures = 5

@@ -1,0 +1,106 @@
+"""Announcements: one tells, whoever listens now may hear."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from typing import Any
+
+import zmq
+
+from atpo_async import wire
+from atpo_async.errors import BadMessage
+from atpo_async.link_common import LinkSettings, encode_within, worth_a_line
+from atpo_async.link_sockets import BindingLink, ConnectingLink, Context, Pump, Socket
+
+log = logging.getLogger("atpo.links")
+
+
+class Announcer(BindingLink):
+    """PUB: tells whoever listens now.  Nothing may depend on an announcement being heard."""
+
+    def __init__(self, endpoint: str, *, settings: LinkSettings) -> None:
+        super().__init__(endpoint, settings)
+        self._pub: Socket | None = None
+
+    def _open(self, context: Context) -> None:
+        self._pub = self._socket(context, zmq.PUB)
+        self._bind(self._pub, context)
+
+    def _close_sockets(self) -> None:
+        super()._close_sockets()
+        if self._pub is not None:
+            self._pub.close(0)
+
+    def link_status(self) -> dict[str, Any]:
+        """This end for people and for JSON."""
+        return {
+            "kind": "announcer",
+            "name": "announcements",
+            "endpoint": self.endpoint,
+            "keys": self._keys is not None,
+            "refused_connections": dict(self._refusals.counts),
+        }
+
+    async def publish(self, message: Any) -> None:
+        """Tell those who are connected now.  Raises BadMessage if the message is none or too large."""
+        if self._pub is not None and not self._pub.closed:
+            self._pub.send_multipart(encode_within(message, self._limits), zmq.NOBLOCK)
+
+
+class Listener(ConnectingLink):
+    """SUB: announcements, oldest first; past 256 unread ones the oldest are dropped."""
+
+    def __init__(self, endpoint: str, *, receives: Any, settings: LinkSettings) -> None:
+        super().__init__(endpoint, settings)
+        self.bad_messages = 0
+        self._receives = receives
+        self._pump: Pump | None = None
+        self._unread: deque[Any] = deque(maxlen=256)
+        self._arrived = asyncio.Event()
+
+    def _open(self, context: Context) -> None:
+        socket = self._socket(context, zmq.SUB)
+        socket.setsockopt(zmq.SUBSCRIBE, b"")
+        self._connect(socket)
+        self._pump = Pump(socket, self._on_frames)
+
+    def _close_sockets(self) -> None:
+        super()._close_sockets()
+        if self._pump is not None:
+            self._pump.close()
+
+    def link_status(self) -> dict[str, Any]:
+        """This end for people and for JSON."""
+        return {
+            "kind": "listener",
+            "name": "announcements",
+            "endpoint": self.endpoint,
+            "keys": self.settings.keys_dir is not None,
+            "connected": self._connected,
+            "trouble": self._trouble,
+            "unread": len(self._unread),
+            "bad": self.bad_messages,
+        }
+
+    def _on_frames(self, frames: list[wire.Buffer], _: str) -> None:
+        try:
+            message = wire.decode(frames, self._receives, limits=self._limits)
+        except BadMessage as exc:
+            self.bad_messages += 1
+            if worth_a_line(self.bad_messages):
+                log.warning("bad announcement %d from %s: %s", self.bad_messages, self.endpoint, exc)
+            return
+        self._unread.append(message)
+        self._arrived.set()
+
+    async def next(self, *, timeout_s: float) -> Any:
+        """The next announcement, or None if there is none within ``timeout_s``."""
+        if not self._unread:
+            self._arrived.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._arrived.wait()
+        return self._unread.popleft() if self._unread else None

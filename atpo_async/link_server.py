@@ -1,0 +1,624 @@
+"""The server of a link, many clients' other end; see ``atpo_async.links``."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import struct
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from atpo_async import wire
+from atpo_async.errors import BadMessage
+from atpo_async.link_common import (
+    ACK,
+    DENIED,
+    ID_SEPARATOR,
+    LINK,
+    MAGIC,
+    MAX_REASON,
+    PING,
+    PONG,
+    REFUSE,
+    REPLACED,
+    REPLY,
+    REQUEST,
+    SEND,
+    LinkSettings,
+    PeerInfo,
+    encode_within,
+    worth_a_line,
+)
+from atpo_async.link_sockets import BURST, BindingLink, Context, Pump
+from atpo_async.messages import Refused
+
+log = logging.getLogger("atpo.links")
+
+Handler = Callable[..., Any]
+"""``handler(peer, message)``, with ``with_frames`` ``handler(peer, message, frames)``; a coroutine function or not."""
+
+RETRY_PAUSES_S = (0.05, 0.5, 2.0)
+"""A handler that fails on a send is run again after these; then the message is refused."""
+_MAX_PEERS = 4096
+_MAX_PEERS_OF_A_KEY = 1024
+"""So that one host cannot fill the table for all."""
+_QUEUED_MESSAGES = 4
+"""Times ``max_message_bytes``: what the sends of one peer that wait for the handler may hold."""
+
+
+@dataclass(slots=True, eq=False)
+class _Working:
+    """A handler at work: for the log."""
+
+    what: str
+    since: float
+    reported_s: float = 0.0
+    task: asyncio.Task[None] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Session:
+    """One life of one client."""
+
+    routing_id: bytes
+    owner: str
+    """The name of its key; empty without keys."""
+    name: str
+    """What handlers and logs call it."""
+    nonce: int
+    heard_at: float
+    # Sends: base <= settled <= handled <= expected.  None until the client has said where it stands.
+    expected: int | None = None
+    handled: int = 0
+    settled: int = 0
+    base: int = 0
+    queue: deque[tuple[Any, list[wire.Buffer]]] = field(default_factory=deque)
+    queued_bytes: int = 0
+    begun: Any = None
+    """What the handler's first attempt on the queue's first message came to: an awaitable, or its exception."""
+    refusals: dict[int, str] = field(default_factory=dict)
+    worker: asyncio.Task[None] | None = None
+    working: _Working | None = None
+    due: bool = False
+    # Requests.
+    requests: dict[int, _Working] = field(default_factory=dict)
+    replies: OrderedDict[int, list[wire.Buffer]] = field(default_factory=OrderedDict)
+    reply_bytes: int = 0
+
+
+class Server(BindingLink):
+    """The end that many clients connect to.
+
+    Args:
+        endpoint: ``tcp://host:port`` to bind; port 0 takes a free one, ``server.endpoint`` then has it.
+        name: what this server is called in logs and errors.
+        receives: the message types it takes.
+        handler: called with the client's name and the message.  For a send, returning acknowledges it; raising
+            BadMessage refuses it for good; any other exception is logged, the handler is run again after a pause,
+            and after the last attempt the message is refused, so that one message cannot hold up those behind it.
+            For a request, what it returns is the reply; any exception becomes ``Refused``.  Sends of one peer are
+            handled one after another in order; requests run beside them as tasks of their own.  Where it returns
+            an awaitable that is awaited; a plain function, or one that returns an awaitable only where it has to
+            wait, is faster: no task is needed for what it does at once.
+        settings: window, heartbeats, deadlines, keys.
+        settled: if given, what the handlers of sends have taken is acknowledged, or refused, only once a call of this
+            that began after they returned has returned too: where they only note, this makes durable.  Handlers of
+            further sends run meanwhile, and one call serves all that was handled before it began.  While it hangs
+            nothing is acknowledged; if it raises, neither, and it is called again after a pause.
+        with_frames: the handler gets a third argument, the two frames of the message as they came.
+        learners_only: with keys, let in only those that may be the learner.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        name: str,
+        receives: Any,
+        handler: Handler,
+        settings: LinkSettings,
+        settled: Callable[[], Awaitable[None]] | None = None,
+        with_frames: bool = False,
+        learners_only: bool = False,
+    ) -> None:
+        super().__init__(endpoint, settings, learners_only=learners_only)
+        self.name = name
+        self.bad_messages = 0
+        self._receives = receives
+        self._handler = handler
+        self._always_waits = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
+            getattr(handler, "__call__", None)  # noqa: B004  (objects may be handlers; theirs is a method)
+        )
+        self._with_frames = with_frames
+        self._settled = settled
+        self._unsettled: set[_Session] = set()
+        self._settler: asyncio.Task[None] | None = None
+        self._settling: _Working | None = None
+        self._pump: Pump | None = None
+        self._max_ahead = 4 * settings.window
+        self._max_queued_bytes = _QUEUED_MESSAGES * settings.max_message_bytes
+        self._sessions: dict[bytes, _Session] = {}
+        self._by_name: dict[str, _Session] = {}
+        self._replaced: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._due: list[_Session] = []
+        self._flush_scheduled = False
+
+    @property
+    def peers(self) -> dict[str, PeerInfo]:
+        """Clients heard of within ``give_up_s``, by name."""
+        now = self._now()
+        return {
+            s.name: PeerInfo(
+                identity=s.name,
+                silent_s=now - s.heard_at,
+                queued=len(s.queue),
+                unsettled=s.handled - s.settled,
+                requests=len(s.requests),
+            )
+            for s in list(self._sessions.values())
+        }
+
+    def link_status(self) -> dict[str, Any]:
+        """This end for people and for JSON; seconds are as of now.  From any thread."""
+        now = self._now()
+        settling = self._settling
+        return {
+            "kind": "server",
+            "name": self.name,
+            "endpoint": self.endpoint,
+            "keys": self._keys is not None,
+            "window": self.settings.window,
+            "peers": [self._peer_status(session, now) for session in list(self._sessions.values())],
+            "settling_s": None if settling is None else now - settling.since,
+            "bad": self.bad_messages,
+            "refused_connections": dict(self._refusals.counts),
+        }
+
+    def _peer_status(self, session: _Session, now: float) -> dict[str, Any]:
+        working = session.working
+        return {
+            "peer": session.name,
+            "silent_s": now - session.heard_at,
+            "queued": len(session.queue),
+            "queued_bytes": session.queued_bytes,
+            "unsettled": session.handled - session.settled,
+            "handled": session.handled,
+            "handling": None if working is None else {"what": working.what, "since_s": now - working.since},
+            "requests": [{"what": w.what, "since_s": now - w.since} for w in list(session.requests.values())],
+        }
+
+    # --- opening and closing
+
+    def _open(self, context: Context) -> None:
+        socket = self._socket(context, zmq.ROUTER)
+        # An answer to somebody who is gone is an error, not silence; a client that connects again takes over from the
+        # connection that it lost, perhaps without our noticing.  Nobody else knows its routing id.
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        # A peer that does not read gets nothing more, and asks again when it does.
+        socket.setsockopt(zmq.SNDHWM, 8 * self.settings.window)
+        socket.setsockopt(zmq.RCVHWM, 4 * self.settings.window)
+        self._bind(socket, context)
+        self._pump = Pump(socket, self._on_frames, users=self._keys is not None)
+        self._spawn(self._watch(), f"{self.name} watch")
+
+    def _close_sockets(self) -> None:
+        super()._close_sockets()
+        if self._pump is not None:
+            self._pump.close()
+
+    async def close(self) -> None:
+        try:
+            await super().close()
+        finally:
+            for session in self._sessions.values():
+                # A worker that never came to run has not awaited it.
+                if inspect.iscoroutine(session.begun):
+                    session.begun.close()
+
+    # --- what comes in
+
+    def _answer(self, session: _Session, kind: int, a: int, b: int, *frames: wire.Buffer) -> bool:
+        """False if the peer is gone, or does not read: it will ask again."""
+        if self._pump is None or self._pump.closed:
+            return False
+        return self._pump.send((session.routing_id, LINK.pack(MAGIC, kind, session.nonce, a, b), *frames))
+
+    def _bad(self, peer: str, fact: object) -> None:
+        self.bad_messages += 1
+        # All of the first ones, then every hundredth: a broken peer must not fill the disk.
+        if self.bad_messages <= 20 or self.bad_messages % 100 == 0:
+            log.warning("%s: bad message %d, from %s: %s", self.name, self.bad_messages, peer, fact)
+
+    def _on_frames(self, frames: list[wire.Buffer], user: str) -> None:
+        routing_id, *rest = frames
+        assert isinstance(routing_id, bytes)
+        owner = ""
+        if self._keys is not None:
+            known = self._keys.names.get(user)
+            if known is None:
+                return self._deny(routing_id, user, rest)
+            owner = known
+        try:
+            magic, kind, nonce, a, b = LINK.unpack(rest[0])
+        except (struct.error, IndexError):
+            return self._bad(_name(owner, routing_id), "no link frame")
+        if magic != MAGIC or kind not in (SEND, REQUEST, PING):
+            return self._bad(_name(owner, routing_id), f"link frame with magic {magic!r} and kind {kind}")
+        session = self._sessions.get(routing_id)
+        if session is None or session.nonce != nonce or session.owner != owner:
+            session = self._session_of(routing_id, owner, nonce)
+            if session is None:
+                return None
+        session.heard_at = self._now()
+        if kind == SEND:
+            return self._on_send(session, a, b, rest[1:])
+        if kind == REQUEST:
+            return self._on_request(session, a, b, rest[1:])
+        return self._on_ping(session, a, b, rest[1] if len(rest) > 1 else b"")
+
+    # --- who is who
+
+    def _session_of(self, routing_id: bytes, owner: str, nonce: int) -> _Session | None:
+        """A new session for this life of a client, in place of its last one; None if it may have none."""
+        name = _name(owner, routing_id)
+        session = _Session(routing_id, owner, name, nonce, self._now())
+        if (owner, nonce) in self._replaced:
+            # Its successor is there already: two live clients of one name would throw each other out for ever.
+            self._answer(session, REPLACED, 0, 0)
+            return None
+        if (other := self._sessions.get(routing_id)) is not None and other.name != name:
+            # libzmq has cut the other one's connection; it will come back, and its session waits for it.
+            self._bad(name, f"claims the routing id of {other.name}")
+            return None
+        old = self._by_name.get(name)
+        if old is None:
+            same = sum(other.owner == owner for other in self._sessions.values()) if owner else 0
+            if len(self._sessions) >= _MAX_PEERS or same >= _MAX_PEERS_OF_A_KEY:
+                self._bad(name, f"more than {_MAX_PEERS} peers, or {_MAX_PEERS_OF_A_KEY} of one key")
+                return None
+        else:
+            # What it sent and we took is still handled; its replies have nobody to go to.
+            self._forget(old)
+            self._replaced[old.owner, old.nonce] = None
+            if len(self._replaced) > _MAX_PEERS:
+                self._replaced.popitem(last=False)
+            if old.routing_id != routing_id:
+                self._answer(old, REPLACED, 0, 0)
+        self._sessions[routing_id] = self._by_name[name] = session
+        return session
+
+    def _forget(self, session: _Session) -> None:
+        for working in session.requests.values():
+            if working.task is not None:
+                working.task.cancel()
+        if self._sessions.get(session.routing_id) is session:
+            del self._sessions[session.routing_id]
+        if self._by_name.get(session.name) is session:
+            del self._by_name[session.name]
+
+    def _deny(self, routing_id: bytes, user: str, rest: list[wire.Buffer]) -> None:
+        """Somebody whose key was taken away since it connected."""
+        peer = _name("", routing_id)
+        self._refusals.note(self.endpoint, peer, "its key was taken away", f", public key {user}")
+        if rest and len(rest[0]) == LINK.size and self._pump is not None:
+            nonce = LINK.unpack(rest[0])[2]
+            self._pump.send((routing_id, LINK.pack(MAGIC, DENIED, nonce, 0, 0)))
+
+    # --- sends
+
+    def _place(self, session: _Session, base: int) -> bool:
+        """Take note of what the client knows to be handled.  False if that cannot be."""
+        if session.expected is None:
+            session.expected = session.handled = session.settled = session.base = base
+        if base > session.settled:
+            return False
+        if base > session.base:
+            session.base = base
+            if session.refusals:
+                session.refusals = {s: r for s, r in session.refusals.items() if s >= base}
+        return True
+
+    def _on_send(self, session: _Session, seq: int, base: int, frames: list[wire.Buffer]) -> None:
+        if base > seq or not self._place(session, base):
+            return self._bad(session.name, f"send {seq} with base {base}, {session.settled} acknowledged")
+        if seq != session.expected:
+            # Below: a repeat of what we have, its acknowledgement may be lost.  Above: something before it is lost.
+            if seq < session.settled:
+                self._answer_soon(session)
+            return None
+        if seq - session.settled >= self._max_ahead or session.queued_bytes > self._max_queued_bytes:
+            # Clients of our settings hardly come here; whoever does sends it again after its next heartbeat.
+            return None
+        item: Any
+        try:
+            item = wire.decode(frames, self._receives, limits=self._limits)
+        except BadMessage as exc:
+            self._bad(session.name, exc)
+            item = exc
+        session.expected = seq + 1
+        if session.worker is None and self._handled_at_once(session, item, frames):
+            return None
+        session.queue.append((item, frames))
+        session.queued_bytes += sum(map(len, frames))
+        if session.worker is None:
+            session.worker = self._spawn(self._work(session), f"{self.name} sends of {session.name}")
+        return None
+
+    def _call(self, session: _Session, message: Any, frames: list[wire.Buffer]) -> Any:
+        if self._with_frames:
+            return self._handler(session.name, message, frames)
+        return self._handler(session.name, message)
+
+    def _handled_at_once(self, session: _Session, item: Any, frames: list[wire.Buffer]) -> bool:
+        """Handle a send to which nothing has to wait; False if it does, or if the handler failed."""
+        if isinstance(item, BadMessage):
+            self._handled(session, str(item))
+            return True
+        if self._always_waits:
+            return False
+        try:
+            result = self._call(session, item, frames)
+        except BadMessage as exc:
+            self._handled(session, str(exc))
+            return True
+        except Exception as exc:
+            session.begun = exc
+            return False
+        if result is not None and inspect.isawaitable(result):
+            session.begun = result
+            return False
+        self._handled(session, None)
+        return True
+
+    async def _work(self, session: _Session) -> None:
+        """Handle the sends of one client in order until there are none.  Waits for: the handler."""
+        try:
+            burst = 0
+            while session.queue:
+                item, frames = session.queue[0]
+                reason = str(item) if isinstance(item, BadMessage) else await self._handle(session, item, frames)
+                # Ack after the handler: an ack before it loses the message if we crash here.  Out of the queue
+                # only now: a handler that was cancelled has not taken its message.
+                session.queue.popleft()
+                session.queued_bytes -= sum(map(len, frames))
+                self._handled(session, reason)
+                burst += 1
+                if burst % BURST == 0:
+                    await asyncio.sleep(0)
+        finally:
+            session.worker = None
+
+    async def _handle(self, session: _Session, message: Any, frames: list[wire.Buffer]) -> str | None:
+        """Why the message is refused, or None."""
+        working = session.working = _Working(type(message).__name__, self._now())
+        try:
+            for pause_s in (*RETRY_PAUSES_S, None):
+                begun, session.begun = session.begun, None
+                try:
+                    if isinstance(begun, Exception):
+                        raise begun
+                    result = self._call(session, message, frames) if begun is None else begun
+                    if result is not None and inspect.isawaitable(result):
+                        await result
+                    return None
+                except BadMessage as exc:
+                    return str(exc)
+                except Exception as exc:
+                    log.exception("%s failed on %s from %s", self.name, working.what, session.name)
+                    if pause_s is None:
+                        return f"{self.name} failed on it {len(RETRY_PAUSES_S) + 1} times: {_told(exc)}"
+                    await asyncio.sleep(pause_s)
+        finally:
+            session.working = None
+        return None
+
+    # --- acknowledgements
+
+    def _handled(self, session: _Session, reason: str | None) -> None:
+        if reason is not None:
+            session.refusals[session.handled] = reason[:MAX_REASON]
+        session.handled += 1
+        if not session.due:
+            self._answer_soon(session)
+
+    def _answer_soon(self, session: _Session) -> None:
+        """One acknowledgement for all that is handled in this turn of the loop."""
+        if session.due:
+            return
+        session.due = True
+        self._due.append(session)
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        """Acknowledge what is handled, or have it settled first."""
+        self._flush_scheduled = False
+        sessions, self._due = self._due, []
+        for session in sessions:
+            session.due = False
+            if self._settled is None:
+                session.settled = session.handled
+            elif session.handled > session.settled:
+                self._unsettled.add(session)
+                continue
+            self._ack(session)
+        if self._unsettled and self._settled is not None and self._settler is None and not self._closed:
+            self._settler = self._spawn(self._settle(self._settled), f"{self.name} settles")
+
+    @property
+    def _closed(self) -> bool:
+        return self._pump is None or self._pump.closed
+
+    async def _settle(self, settled: Callable[[], Awaitable[None]]) -> None:
+        """Acknowledge what was handled before each call.  Waits for: ``settled``.  Ended by: nothing left to settle."""
+        failures = 0
+        try:
+            while self._unsettled:
+                marks = [(session, session.handled) for session in self._unsettled]
+                self._unsettled.clear()
+                if self._settling is None:
+                    # Goes on counting over failures: nothing was acknowledged since.
+                    self._settling = _Working(f"settling sends of {len(marks)} peers", self._now())
+                try:
+                    await settled()
+                except Exception:
+                    failures += 1
+                    self._unsettled.update(session for session, _ in marks)
+                    if worth_a_line(failures):
+                        log.exception(
+                            "%s could not settle what %d peers sent (%d times); nothing is acknowledged",
+                            self.name,
+                            len(marks),
+                            failures,
+                        )
+                    await asyncio.sleep(RETRY_PAUSES_S[min(failures, len(RETRY_PAUSES_S)) - 1])
+                    continue
+                if failures:
+                    log.warning("%s settles again, after %d failures", self.name, failures)
+                failures = 0
+                self._settling = None
+                for session, handled in marks:
+                    session.settled = handled
+                    self._ack(session)
+        finally:
+            self._settling = None
+            self._settler = None
+
+    def _ack(self, session: _Session) -> None:
+        # Refusals go first and again until the client moves past them: it must not take a refusal for an ack.
+        for seq, reason in session.refusals.items():
+            if seq < session.settled and not self._answer(session, REFUSE, seq, 0, reason.encode(errors="replace")):
+                return
+        self._answer(session, ACK, session.settled, 0)
+
+    def _on_ping(self, session: _Session, cursor: int, base: int, ids: wire.Buffer) -> None:
+        if cursor < base or len(ids) % 8 or not self._place(session, base):
+            return self._bad(session.name, f"ping with base {base}, cursor {cursor}, {session.settled} acknowledged")
+        self._ack(session)
+        again = [i for (i,) in struct.iter_unpack("<Q", ids) if i not in session.requests]
+        self._answer(session, PONG, cursor, session.expected or 0, struct.pack(f"<{len(again)}Q", *again))
+        return None
+
+    # --- requests
+
+    def _on_request(self, session: _Session, request_id: int, floor: int, frames: list[wire.Buffer]) -> None:
+        # The client has the replies below floor.
+        while session.replies and next(iter(session.replies)) < floor:
+            session.reply_bytes -= sum(map(len, session.replies.popitem(last=False)[1]))
+        if request_id in session.requests:
+            return
+        if (reply := session.replies.get(request_id)) is not None:
+            self._answer(session, REPLY, request_id, 0, *reply)
+            return
+        if len(session.requests) >= self.settings.window:
+            # Clients of our settings never come here; the others ask again after their next heartbeat.
+            return
+        try:
+            message = wire.decode(frames, self._receives, limits=self._limits)
+        except BadMessage as exc:
+            self._bad(session.name, exc)
+            self._reply(session, request_id, Refused(reason=str(exc)[:MAX_REASON]))
+            return
+        working = session.requests[request_id] = _Working(type(message).__name__, self._now())
+        working.task = self._spawn(
+            self._serve(session, request_id, message, frames), f"{self.name} {working.what} of {session.name}"
+        )
+
+    async def _serve(self, session: _Session, request_id: int, message: Any, frames: list[wire.Buffer]) -> None:
+        """Answer one request.  Waits for: the handler, at most ``give_up_s``."""
+        what = type(message).__name__
+        try:
+            async with asyncio.timeout(self.settings.give_up_s):
+                reply = self._call(session, message, frames)
+                if inspect.isawaitable(reply):
+                    reply = await reply
+            if reply is None:
+                reply = Refused(reason=f"{self.name} has no answer to {what}")
+            self._reply(session, request_id, reply)
+        except BadMessage as exc:
+            self._reply(session, request_id, Refused(reason=str(exc)[:MAX_REASON]))
+        except Exception as exc:
+            log.exception("%s failed on %s from %s", self.name, what, session.name)
+            self._reply(session, request_id, Refused(reason=f"{self.name} failed on {what}: {_told(exc)}"[:MAX_REASON]))
+        finally:
+            session.requests.pop(request_id, None)
+
+    def _reply(self, session: _Session, request_id: int, message: Any) -> None:
+        frames = encode_within(message, self._limits)
+        session.replies[request_id] = frames
+        session.reply_bytes += sum(map(len, frames))
+        while len(session.replies) > self.settings.window or (
+            len(session.replies) > 1 and session.reply_bytes > self.settings.max_message_bytes
+        ):
+            session.reply_bytes -= sum(map(len, session.replies.popitem(last=False)[1]))
+        self._answer(session, REPLY, request_id, 0, *frames)
+
+    # --- the clock
+
+    async def _watch(self) -> None:
+        """Report handlers that take long, forget clients that are gone, shut out those whose key was taken away.
+
+        Waits for: the clock.  Ended by: close().
+        """
+        while True:
+            await asyncio.sleep(self.settings.heartbeat_s)
+            now = self._now()
+            if self._keys is not None and self._keys.look():
+                self._shut_out(set(self._keys.names.values()))
+            self._report(now)
+            for session in list(self._sessions.values()):
+                idle = session.worker is None and session.settled == session.handled and not session.requests
+                if idle and now - session.heard_at > self.settings.give_up_s:
+                    log.info("%s forgets %s, silent for %.0f s", self.name, session.name, now - session.heard_at)
+                    self._forget(session)
+
+    def _shut_out(self, owners: set[str]) -> None:
+        for session in list(self._sessions.values()):
+            if session.owner not in owners:
+                log.warning("%s shuts out %s: its key was taken away", self.name, session.name)
+                self._answer(session, DENIED, 0, 0)
+                self._forget(session)
+
+    def _report(self, now: float) -> None:
+        deadline_s = self.settings.deadline_s
+        settling = self._settling
+        if settling is not None and now - settling.since - settling.reported_s > deadline_s:
+            settling.reported_s = now - settling.since
+            log.warning(
+                "%s has been %s for %.1f s; nothing is acknowledged", self.name, settling.what, settling.reported_s
+            )
+        for session in self._sessions.values():
+            for working in (session.working, *session.requests.values()):
+                if working is None or now - working.since - working.reported_s <= deadline_s:
+                    continue
+                working.reported_s = now - working.since
+                log.warning(
+                    "%s has worked for %.1f s on %s of %s, which waits for it",
+                    self.name,
+                    working.reported_s,
+                    working.what,
+                    session.name,
+                )
+
+
+def _name(owner: str, routing_id: bytes) -> str:
+    """What a client is called: what it says, after the name of its key if there are keys."""
+    said = routing_id.partition(ID_SEPARATOR)[0]
+    try:
+        name = said.decode()
+    except UnicodeDecodeError:
+        name = ""
+    if not name or not name.isprintable():
+        name = routing_id.hex()
+    return f"{owner}/{name}" if owner else name
+
+
+def _told(exc: Exception) -> str:
+    return f"{type(exc).__name__}: {exc}"

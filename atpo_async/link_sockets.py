@@ -1,0 +1,452 @@
+"""ZeroMQ sockets on the event loop, their options and keys: what clients, servers and announcements have in common."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from atpo_async import wire
+from atpo_async.errors import SetupError
+from atpo_async.keys import CLIENT_KEY, SERVER_KEY, KeyFolder, load_pair, load_public
+from atpo_async.link_common import LinkSettings, worth_a_line
+
+log = logging.getLogger("atpo.links")
+
+Socket = zmq.Socket[bytes]
+Context = zmq.Context[Socket]
+
+# As plain integers: these are used for every frame.
+_NOBLOCK = int(zmq.NOBLOCK)
+_NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+_ZERO_COPY_BYTES = 1 << 16
+
+BURST = 128
+"""Messages taken from a socket, or handled, before others on the loop get their turn."""
+_MAX_FRAMES = 16
+"""Of a message; what more a hostile peer puts into one is read and thrown away."""
+_RECONNECT_MS = 50
+_RECONNECT_MAX_MS = 1000
+_MAX_ADDRESSES = 1024
+
+# What a connection that came to nothing was, by the protocol error that libzmq reports of it.
+_NO_KEY, _WRONG_SERVER_KEY, _NO_HANDSHAKE = "speaks without a key", "has another server's key", "no handshake"
+_HANDSHAKE_FAILURES = {
+    int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH): _NO_KEY,
+    int(zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC): _WRONG_SERVER_KEY,
+}
+
+
+def is_loopback(endpoint: str) -> bool:
+    transport, _, address = endpoint.partition("://")
+    if transport != "tcp":
+        return transport in ("ipc", "inproc")
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _require_valid(endpoint: str) -> None:
+    """libzmq itself takes port 99999 and means 34463."""
+    transport, separator, address = endpoint.partition("://")
+    if transport in ("ipc", "inproc") and address:
+        return
+    host, _, port = address.rpartition(":")
+    if transport != "tcp" or not separator or not host or not port.isdecimal() or int(port) > 65535:
+        raise SetupError(f"endpoint {endpoint!r} is none; expected tcp://host:port with a port up to 65535")
+
+
+def _require_keys_off_loopback(endpoint: str, settings: LinkSettings, verb: str) -> None:
+    _require_valid(endpoint)
+    if settings.keys_dir is None and not is_loopback(endpoint):
+        raise SetupError(
+            f"will not {verb} {endpoint} without keys: it is not a loopback address; "
+            "set links.keys_dir to a folder with CURVE keys (`atpo keys new` makes one), or use links.host 127.0.0.1"
+        )
+
+
+class Pump:
+    """A zmq socket on the event loop.
+
+    zmq's descriptor is edge-triggered and shared by both directions: a send can swallow the edge that told of
+    input.  So after every send, and after a burst that may have left input behind, the socket is looked at again.
+
+    Args:
+        socket: non-blocking use only.
+        on_message: called with the frames of a message and with the sender's user id, which the allow-list gave it.
+        on_turn: called after each burst.
+        users: whether there is an allow-list; else the user id is empty.
+    """
+
+    def __init__(
+        self,
+        socket: Socket,
+        on_message: Callable[[list[wire.Buffer], str], None],
+        on_turn: Callable[[], None] | None = None,
+        *,
+        users: bool = False,
+    ) -> None:
+        self._socket = socket
+        self._on_message = on_message
+        self._on_turn = on_turn
+        self._users = users
+        self._loop = asyncio.get_running_loop()
+        self._scheduled = False
+        self._fd = int(socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._fd, self._turn)
+        self.look_again()
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._socket.closed)
+
+    def send(self, frames: Sequence[wire.Buffer]) -> bool:
+        """Whether the socket took them; it does not when nobody is connected, or when they do not read."""
+        send, last = self._socket.send, len(frames) - 1
+        try:
+            for i, frame in enumerate(frames):
+                # Large frames go out without a copy; for small ones the copy is cheaper.
+                send(frame, _NOBLOCK if i == last else _NOBLOCK_MORE, len(frame) < _ZERO_COPY_BYTES)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as exc:
+            if exc.errno == zmq.EHOSTUNREACH:
+                return False
+            raise
+        if not self._scheduled:
+            self.look_again()
+        return True
+
+    def look_again(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._turn)
+
+    def close(self) -> None:
+        if not self._socket.closed:
+            self._loop.remove_reader(self._fd)
+            self._socket.close(0)
+
+    def _turn(self) -> None:
+        self._scheduled = False
+        receive, on_message, users = self._socket.recv, self._on_message, self._users
+        for _ in range(BURST):
+            if self._socket.closed:
+                return
+            try:
+                # As frame objects: those know whether more follow, asking the socket costs as much as a frame.
+                frame = receive(_NOBLOCK, False)
+                first = frame
+                frames: list[wire.Buffer] = [frame.bytes]
+                while frame.more:
+                    frame = receive(_NOBLOCK, False)
+                    if len(frames) < _MAX_FRAMES:
+                        frames.append(frame.bytes if len(frame) < _ZERO_COPY_BYTES else frame.buffer)
+            except zmq.Again:
+                break
+            try:
+                on_message(frames, str(first.get("User-Id")) if users else "")
+            # Whatever one message did, the ones behind it must still be read: no further edge would tell of them.
+            except Exception:
+                log.exception("a frame could not be handled")
+        else:
+            self.look_again()
+        if self._on_turn is not None:
+            self._on_turn()
+
+
+# --- who is let in ---------------------------------------------------------------------------------------------
+
+
+class Refusals:
+    """Counts who was not let in, and logs it: the first ones of an address, then ever more sparsely."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        """Reason -> how often."""
+        self._lines: OrderedDict[tuple[str, str], int] = OrderedDict()
+
+    def note(self, endpoint: str, address: str, reason: str, fact: str = "") -> None:
+        """One more.  ``fact`` is the rest of the sentence."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        count = self._lines.pop((address, reason), 0) + 1
+        self._lines[address, reason] = count
+        if len(self._lines) > _MAX_ADDRESSES:
+            self._lines.popitem(last=False)
+        if count == 1 or (count > 3 and worth_a_line(count)):
+            log.warning("%s refused %s (%d times): %s%s", endpoint, address, count, reason, fact)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+
+class Doorkeeper:
+    """Answers libzmq's question (ZAP, RFC 27) who may connect: those whose public key lies in the folder.
+
+    The key becomes the connection's user id, which libzmq attaches to every message of it.
+    """
+
+    def __init__(self, context: Context, keys: KeyFolder, refusals: Refusals, endpoint: str) -> None:
+        self._keys = keys
+        self._refusals = refusals
+        self._endpoint = endpoint
+        socket = context.socket(zmq.REP)
+        socket.linger = 0
+        socket.bind("inproc://zeromq.zap.01")
+        self._pump = Pump(socket, self._on_question)
+
+    def close(self) -> None:
+        self._pump.close()
+
+    def _on_question(self, frames: list[wire.Buffer], _: str) -> None:
+        version, request_id, _domain, address, _identity, mechanism, *credentials = map(bytes, frames)
+        key = zmq.utils.z85.encode(credentials[0]).decode() if mechanism == b"CURVE" and credentials else ""
+        # At every connection, so that a key can be added or taken away while the run goes on.
+        self._keys.look()
+        allowed = key in self._keys.names
+        if not allowed:
+            reason = "is no learner's key" if key in self._everybody() else "unknown key"
+            where = f", its public key {key} is not in {self._keys.folder}"
+            self._refusals.note(self._endpoint, address.decode(errors="replace"), reason, where)
+        status = [b"200", b"OK", key.encode()] if allowed else [b"400", b"unknown key", b""]
+        self._pump.send([version, request_id, *status, b""])
+
+    def _everybody(self) -> frozenset[str]:
+        if not self._keys.learners_only:
+            return frozenset()
+        everybody = KeyFolder(self._keys.folder)
+        everybody.look()
+        return frozenset(everybody.names)
+
+
+# --- links -----------------------------------------------------------------------------------------------------
+
+
+class Link:
+    """What all ends share: a context of its own, options, keys, owned tasks, the way in and out."""
+
+    def __init__(self, endpoint: str, settings: LinkSettings) -> None:
+        self.endpoint = endpoint
+        self.settings = settings
+        self._limits = settings.limits
+        self._context: Context | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        # One context each: CURVE's allow-list belongs to a context.
+        self._context = zmq.Context()
+        try:
+            self._open(self._context)
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancel what is under way and close the socket at once; what is unacknowledged is lost.  Idempotent."""
+        # First the sockets: what arrived while tasks end would start new ones.
+        self._close_sockets()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        try:
+            if tasks:
+                await asyncio.wait(tasks)
+        finally:
+            self._close_context()
+
+    def _close_context(self) -> None:
+        if self._context is not None:
+            self._context.destroy(linger=0)
+            self._context = None
+
+    def _open(self, context: Context) -> None:
+        raise NotImplementedError
+
+    def _close_sockets(self) -> None:
+        raise NotImplementedError
+
+    def _now(self) -> float:
+        """Seconds, monotonic, as the event loop's; from any thread."""
+        return time.monotonic()
+
+    def _spawn(self, coro: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(coro, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.error("task %s failed", task.get_name(), exc_info=exc)
+
+    def _socket(self, context: Context, kind: int) -> Socket:
+        socket = context.socket(kind)
+        beat_ms = max(1, int(self.settings.heartbeat_s * 1000))
+        socket.linger = 0
+        # Room for the link frame and the routing id; the exact limit is the wire's, before it parses.
+        socket.setsockopt(zmq.MAXMSGSIZE, self.settings.max_message_bytes + 4096)
+        if "[" in self.endpoint:
+            socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
+        # These find connections that died without a word, also while a busy loop leaves our own pings unanswered.
+        socket.setsockopt(zmq.HEARTBEAT_IVL, beat_ms)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(3 * beat_ms, 1000))
+        return socket
+
+
+class BindingLink(Link):
+    """A link that binds: with keys if there are any, and it counts whom it does not let in.
+
+    Args:
+        learners_only: with keys, let in only those that may be the learner.
+    """
+
+    def __init__(self, endpoint: str, settings: LinkSettings, *, learners_only: bool = False) -> None:
+        super().__init__(endpoint, settings)
+        self._refusals = Refusals()
+        self._keys = None if settings.keys_dir is None else KeyFolder(settings.keys_dir, learners_only=learners_only)
+        self._doorkeeper: Doorkeeper | None = None
+        self._monitor: Pump | None = None
+
+    @property
+    def refused_connections(self) -> int:
+        """Connections not let in, since the start."""
+        return self._refusals.total
+
+    def _bind(self, socket: Socket, context: Context) -> None:
+        """Bind, and learn the real endpoint."""
+        _require_keys_off_loopback(self.endpoint, self.settings, "bind")
+        if self._keys is not None:
+            public, secret = load_pair(self._keys.folder, SERVER_KEY)
+            self._keys.look()
+            # Before the bind: without an allow-list libzmq lets everybody in.
+            self._doorkeeper = Doorkeeper(context, self._keys, self._refusals, self.endpoint)
+            socket.curve_server = True
+            socket.curve_publickey, socket.curve_secretkey = public, secret
+            socket.setsockopt(zmq.ZAP_DOMAIN, b"atpo")
+        failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        self._monitor = Pump(socket.get_monitor_socket(failures), self._on_failure)
+        try:
+            socket.bind(self.endpoint)
+        except zmq.ZMQError as exc:
+            if exc.errno == zmq.EADDRINUSE:
+                raise SetupError(
+                    f"cannot bind {self.endpoint}: the port is in use; stop what listens there, "
+                    "or set another port in [links] (0 takes any free one)"
+                ) from None
+            raise SetupError(f"cannot bind {self.endpoint}: {exc.strerror}; check links.host and the port") from None
+        bound = socket.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(bound, bytes)
+        self.endpoint = bound.rstrip(b"\0").decode()
+
+    def _close_sockets(self) -> None:
+        for pump in (self._monitor, self._doorkeeper):
+            if pump is not None:
+                pump.close()
+
+    def _on_failure(self, frames: list[wire.Buffer], _: str) -> None:
+        event = parse_monitor_message([bytes(frame) for frame in frames])
+        reason = _NO_HANDSHAKE
+        if event["event"] == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            reason = _HANDSHAKE_FAILURES.get(event["value"], reason)
+        # libzmq tells no address of these: the connection is gone by the time it reports them.
+        self._refusals.note(self.endpoint, "a connection", reason)
+
+
+class ConnectingLink(Link):
+    """A link that connects: it watches its connection and tries again where libzmq would not."""
+
+    def __init__(self, endpoint: str, settings: LinkSettings) -> None:
+        super().__init__(endpoint, settings)
+        self._monitor: Pump | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self._connected = False
+        self._trouble = ""
+
+    @property
+    def connected(self) -> bool:
+        return self._connected
+
+    def _on_connected(self) -> None:
+        """A connection is up; the one before may have swallowed anything."""
+
+    def _on_lost(self) -> None:
+        """The connection broke; libzmq goes on trying."""
+
+    def _connect(self, socket: Socket) -> None:
+        folder = self.settings.keys_dir
+        _require_keys_off_loopback(self.endpoint, self.settings, "connect to")
+        if folder is not None:
+            socket.curve_publickey, socket.curve_secretkey = load_pair(folder, CLIENT_KEY)
+            socket.curve_serverkey = load_public(folder / f"{SERVER_KEY}.key")
+        events = (
+            zmq.EVENT_HANDSHAKE_SUCCEEDED
+            | zmq.EVENT_DISCONNECTED
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        )
+        monitor = socket.get_monitor_socket(events)
+        self._monitor = Pump(monitor, lambda frames, _: self._on_event(socket, frames))
+        try:
+            socket.connect(self.endpoint)
+        except zmq.ZMQError as exc:
+            raise SetupError(f"cannot connect to {self.endpoint}: {exc.strerror}; expected tcp://host:port") from None
+
+    def _close_sockets(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+        if self._monitor is not None:
+            self._monitor.close()
+
+    def _on_event(self, socket: Socket, frames: list[wire.Buffer]) -> None:
+        kind = parse_monitor_message([bytes(frame) for frame in frames])["event"]
+        if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._connected = True
+            self._trouble = ""
+            self._on_connected()
+            return
+        if kind == zmq.EVENT_DISCONNECTED:
+            if self._connected:
+                self._connected = False
+                self._on_lost()
+            return
+        if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self._trouble = "it refused our key: our public key must lie in its links.keys_dir"
+        else:
+            self._trouble = "the handshake failed: both ends need keys, or neither"
+        # libzmq takes a refusal as final.  It is not: the key may be added, the server may be another one by then.
+        self._try_later(socket)
+
+    def _try_later(self, socket: Socket) -> None:
+        if self._retry is None:
+            self._retry = asyncio.get_running_loop().call_later(self.settings.heartbeat_s, self._reconnect, socket)
+
+    def _reconnect(self, socket: Socket) -> None:
+        self._retry = None
+        if not socket.closed and not self._connected:
+            with contextlib.suppress(zmq.ZMQError):
+                socket.disconnect(self.endpoint)
+            socket.connect(self.endpoint)
