@@ -140,7 +140,8 @@ def ingest(args: argparse.Namespace) -> dict[str, Any]:
         data = arrays(args.bytes)
 
         def all_of(items: int) -> tuple[float, list[float]]:
-            go, into = threading.Event(), []
+            go = threading.Event()
+            into: list[Any] = []
             threads = [
                 threading.Thread(
                     target=write,
@@ -171,7 +172,8 @@ def ingest(args: argparse.Namespace) -> dict[str, Any]:
 
 def lost(args: argparse.Namespace) -> dict[str, Any]:
     with ServerProcess() as server:
-        go, into = threading.Event(), []
+        go = threading.Event()
+        into: list[Any] = []
         go.set()
         write(server.address, arrays(args.bytes), args.items, 256, go, into)
         confirmed = len(into[0])
@@ -217,7 +219,7 @@ def read_plain(address: str, batch: int, turns: int, seconds: float) -> float:
 
 def read_dataset(address: str, batch: int, turns: int, words: int, seconds: float, *, workers: int) -> float:
     """Turns/s over ``TrajectoryDataset`` with prefetching workers, whole trees, in batches."""
-    import tensorflow as tf  # type: ignore[import-not-found]
+    import tensorflow as tf  # type: ignore
 
     made = reverb.TrajectoryDataset(
         server_address=address, table=TABLE, dtypes=[tf.int32], shapes=[tf.TensorShape([turns, words])],
