@@ -13,7 +13,7 @@ from actors.engine import Engine
 from actors.environments.base import Environment
 from actors.factory import check_eval_tasks, engine_name, make_engine, make_environment
 from actors.weights import WeightsFetcher
-from atpo_async import role
+from atpo_async import role, waits
 from atpo_async.errors import PeerLost, SetupError
 from atpo_async.links import Client, LinkSettings, Listener
 from atpo_async.messages import PROTOCOL, ActorHello, BufferToActor, LearnerToActor, Refused, Welcome
@@ -43,18 +43,25 @@ async def act(ctx: RoleContext) -> None:
             if welcome is not None:
                 await _work(ctx, welcome, buffer, settings, engine, environment)
         finally:
-            await engine.close()
+            with waits.waiting(f"actor {ctx.name}", "the engine's end", on=waits.ENGINE):
+                await engine.close()
 
 
 async def _start(ctx: RoleContext, buffer: Client, engine: Engine) -> Welcome:
     """Start the engine and join the run, side by side.  Waits for: both."""
     try:
         async with asyncio.TaskGroup() as starting:
-            starting.create_task(engine.start(), name="engine")
+            starting.create_task(_start_engine(ctx, engine), name="engine")
             joining = starting.create_task(_join(ctx, buffer), name="join")
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from failures
     return joining.result()
+
+
+async def _start_engine(ctx: RoleContext, engine: Engine) -> None:
+    """Waits for: the model to be loaded and warmed up, which has no limit while it uses the processor."""
+    with waits.waiting(f"actor {ctx.name}", "the engine's start", on=waits.ENGINE):
+        await engine.start()
 
 
 async def _work(
@@ -101,18 +108,22 @@ async def _join(ctx: RoleContext, buffer: Client) -> Welcome:
         environment=ctx.config.environment.name,
         search_leaves=ctx.config.search.max_leaves,
     )
-    patience = Patience(f"actor {ctx.name}", "its place in the run", ctx.config.links, time.monotonic, log=ctx.log)
+    patience = Patience(
+        f"actor {ctx.name}", "its place in the run", ctx.config.links, time.monotonic, log=ctx.log, on="buffer"
+    )
     said = ""
     while True:
         try:
             answer = await buffer.request(hello, timeout_s=HELLO_TIMEOUT_S)
         except PeerLost:
+            patience.on = "buffer"
             missing = f"the buffer at {ctx.endpoints.actors} does not answer"
         else:
             if isinstance(answer, Refused):
                 raise SetupError(f"the buffer at {ctx.endpoints.actors} refuses actor {ctx.name}: {answer.reason}")
             if isinstance(answer, Welcome) and answer.weights_endpoint:
                 return reachable(answer, ctx.endpoints.actors)
+            patience.on = "learner"
             missing = "the learner has not published its first weights"
         if missing != said:
             ctx.log.info("actor %s waits: %s", ctx.name, missing)

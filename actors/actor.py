@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 
 from actors.engine import Engine
 from actors.environments.base import Environment
-from actors.search import TreeSearch
+from actors.search import GENERATE_TIMEOUT, TreeSearch
 from actors.weights import WeightsFetcher
+from atpo_async import status, waits
 from atpo_async.config import Config
-from atpo_async.errors import AtpoError, EnvironmentBroken, PeerLost, WeightsRejected
+from atpo_async.errors import AtpoError, EngineDead, EnvironmentBroken, PeerLost, WeightsRejected
 from atpo_async.links import Client
 from atpo_async.messages import (
     ActorReport,
@@ -111,6 +112,7 @@ class Actor:
         """Trees whose turns the buffer refused: their leases go back with the next report."""
         self._idle_at = clock()
         buffer.on_refused = self._on_refused
+        status.publish("actor", self._facts)
 
     async def work(self) -> None:
         """Run until the buffer says the run is over, or ``stopping`` is set.
@@ -140,6 +142,15 @@ class Actor:
             self._count_idle()
             await self._give_back(held)
 
+    def _facts(self) -> dict[str, object]:
+        """For the actor's picture."""
+        return {
+            "version": self.version,
+            "trees": len(self._growing),
+            "slots": self._config.actor.trees_in_flight,
+            "requests": self._engine.stats().in_flight,
+        }
+
     # --- leases ------------------------------------------------------------------------------------------------
 
     async def _take_leases(self, tasks: asyncio.TaskGroup) -> None:
@@ -151,7 +162,8 @@ class Actor:
             free = self._config.actor.trees_in_flight - len(self._growing)
             if free <= 0:
                 self._slot_freed.clear()
-                await self._slot_freed.wait()
+                with waits.waiting(f"actor {self._name}", "a slot without a tree"):
+                    await self._slot_freed.wait()
                 continue
             answer = await self._ask(free)
             for lease in answer.leases:
@@ -168,7 +180,8 @@ class Actor:
         while True:
             request = LeaseRequest(run=self._run, actor=self._name, count=count, version=self.version)
             try:
-                answer = await self._buffer.request(request, timeout_s=self._config.links.deadline_s)
+                with waits.waiting(f"actor {self._name}", f"an answer about {count} leases", on="buffer"):
+                    answer = await self._buffer.request(request, timeout_s=self._config.links.deadline_s)
             except PeerLost as exc:
                 if self._clock() - began > self._config.links.give_up_s:
                     raise
@@ -186,7 +199,7 @@ class Actor:
             self._no_lease = None
         else:
             self._no_lease = self._no_lease or Patience(
-                f"actor {self._name}", "a lease", self._config.links, self._clock, log=log
+                f"actor {self._name}", "a lease", self._config.links, self._clock, log=log, on="buffer"
             )
             if answer.closed_because != self._closed_because:
                 self._no_lease.moved()  # the buffer waits for something else than before: the run goes on
@@ -214,7 +227,11 @@ class Actor:
 
     async def _reached(self, version: int, tree_id: str) -> None:
         """Waits for: the engine to have ``version``.  Unblocked by: a swap; given up after ``links.give_up_s``."""
-        patience = Patience(f"tree {tree_id}", f"weights version {version}", self._config.links, self._clock, log=log)
+        if self.version >= version:
+            return
+        patience = Patience(
+            f"tree {tree_id}", f"weights version {version}", self._config.links, self._clock, log=log, on="learner"
+        )
         while self.version < version:
             try:
                 async with asyncio.timeout(self._config.links.deadline_s), self._version_changed:
@@ -252,11 +269,17 @@ class Actor:
             self._barren_trees = 0
             return
         self._barren_trees += 1
-        if self._barren_trees >= max(4, self._config.actor.trees_in_flight):
-            raise EnvironmentBroken(
-                f"environment {self._config.environment.name!r}: {self._barren_trees} trees in a row ended without one "
-                f"finished chain; the latest failure: {search.growth.last_detail}"
+        if self._barren_trees < max(4, self._config.actor.trees_in_flight):
+            return
+        if set(failed) == {GENERATE_TIMEOUT}:
+            raise EngineDead(
+                f"actor {self._name}: {self._barren_trees} trees in a row ended without one finished chain, as the "
+                f"engine does not answer; the latest: {search.growth.last_detail}"
             )
+        raise EnvironmentBroken(
+            f"environment {self._config.environment.name!r}: {self._barren_trees} trees in a row ended without one "
+            f"finished chain; the latest failure: {search.growth.last_detail}"
+        )
 
     def _on_refused(self, message: object, reason: str) -> None:
         """The buffer does not know this tree (any more): growing on would be work for nobody."""
@@ -285,7 +308,7 @@ class Actor:
         Waits for: the learner's first publication.  Unblocked by: the publisher; given up after ``links.give_up_s``.
         """
         patience = Patience(
-            f"actor {self._name}", "the learner's first weights", self._config.links, self._clock, log=log
+            f"actor {self._name}", "the run's first weights", self._config.links, self._clock, log=log, on="learner"
         )
         while self.version < 0:
             announced = await self._weights.next()
@@ -308,7 +331,13 @@ class Actor:
     async def _take(self, announced: WeightsAnnounced) -> None:
         began = self._clock()
         try:
-            weights = await self._weights.fetch(announced)
+            with waits.waiting(
+                f"actor {self._name}",
+                f"the bytes of version {announced.version}",
+                on="learner",
+                limit_s=2 * self._config.weights.fetch_timeout_s,  # of the manifest, and of the bytes
+            ):
+                weights = await self._weights.fetch(announced)
         except (WeightsRejected, PeerLost) as exc:
             # Nothing was applied: the engine goes on with what it has, and the next poll tries again.
             log.error("weights version %d were not taken: %s", announced.version, exc)
@@ -318,13 +347,15 @@ class Actor:
             return
         fetched = self._clock()
         try:
-            report = await self._engine.swap(weights)
+            with waits.waiting(f"actor {self._name}", f"the swap to version {announced.version}", on=waits.ENGINE):
+                report = await self._engine.swap(weights)
         finally:
             self._weights.release(weights)
         self._metrics.mean("weights/fetch_s", fetched - began)
         self.version = weights.manifest.version
         self._metrics.mean("weights/swap_s", report.pause_s)
         self._metrics.add("weights/swaps", 1)
+        waits.progress("swaps")
         self._metrics.mean("weights/in_flight_at_swap", report.in_flight)
         self._metrics.observe("engine/probe_error", [report.probe_error])
         log.info(
@@ -350,6 +381,8 @@ class Actor:
             for_room_s = min((waited - waited_before) / self._config.actor.trees_in_flight, now - began)
             waited_before = waited
             self._metrics.add("time/actor_wait_s", for_room_s)
+            if stats.generated_tokens > before.generated_tokens:
+                waits.progress("tokens", stats.generated_tokens - before.generated_tokens)
             self._count_idle()
             metrics = self._metrics.flush()
             # One number per swap is what a reader looks for; mean and p95 of one value add nothing.

@@ -7,9 +7,10 @@ A tree that an earlier actor left unfinished goes on from the turns it had commi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from actors.engine import Engine, Generation, Sampling
 from actors.environments.base import Environment, Episode, Split, StepResult
 from actors.expansion import select, sibling_parent
+from atpo_async import waits
 from atpo_async.config import SearchConfig
 from atpo_async.errors import EngineDead, GenerationFailed
 from atpo_async.messages import Lease, TreeClosed, TreeOpened
@@ -28,6 +30,9 @@ TRUNCATED_REWARD = 0.0
 """Reward of a chain that ran out of context: the policy wrote too much, which is an outcome and no failure."""
 
 NOTHING = np.zeros(0, dtype=np.int32)
+
+GENERATE_TIMEOUT = "generate_timeout"
+"""Why a branch failed that the engine did not answer in time."""
 
 
 class BranchFailed(Exception):
@@ -113,6 +118,7 @@ class TreeSearch:
         self._clock = clock
         self._rng = np.random.default_rng(lease.seed)
         self._requests = 0
+        self._who = f"tree {lease.tree_id}"
         self.growth = Growth(turns=list(lease.committed))
 
     async def grow(self) -> TurnTree:
@@ -234,6 +240,7 @@ class TreeSearch:
                 turn, result = await self._turn(episode, context, observation, parent_id, number)
                 self.growth.turns.append(turn)
                 await self._emit(turn)
+                waits.progress("turns")
                 if turn.is_leaf:
                     return
                 context = np.concatenate([context, turn.action])
@@ -289,12 +296,17 @@ class TreeSearch:
             )
         self._requests += 1
         request_id = f"{self._lease.tree_id}.{self._lease.epoch}/{self._requests}"
+        limit_s = self._search.generate_timeout_s
         try:
-            async with asyncio.timeout(self._search.generate_timeout_s):
-                return await self._engine.generate(context, sampling, request_id=request_id)
+            with waits.waiting(self._who, "an action", on=waits.ENGINE, limit_s=limit_s):
+                async with asyncio.timeout(limit_s):
+                    generation = await self._engine.generate(context, sampling, request_id=request_id)
+            # Only now: what an engine compiles for its first request takes longer than any later one.
+            waits.phase("growing trees")
+            return generation
         except TimeoutError:
             raise BranchFailed(
-                "generate_timeout", f"request {request_id} took over {self._search.generate_timeout_s} s"
+                GENERATE_TIMEOUT, f"request {request_id} took over {self._search.generate_timeout_s} s"
             ) from None
         except EngineDead:
             raise
@@ -303,9 +315,17 @@ class TreeSearch:
 
     # --- the environment: whatever it raises ends one branch ---------------------------------------------------
 
+    @contextlib.asynccontextmanager
+    async def _environment_time(self, what: str) -> AsyncIterator[None]:
+        """A named wait of at most ``search.step_timeout_s``."""
+        limit_s = self._search.step_timeout_s
+        with waits.waiting(self._who, f"the environment's {what}", on=waits.ENVIRONMENT, limit_s=limit_s):
+            async with asyncio.timeout(limit_s):
+                yield
+
     async def _start(self) -> Episode:
         try:
-            async with asyncio.timeout(self._search.step_timeout_s):
+            async with self._environment_time("start"):
                 return await self._environment.start(self._lease.kind, self._task)
         except TimeoutError:
             raise BranchFailed("environment_timeout", f"start took over {self._search.step_timeout_s} s") from None
@@ -314,7 +334,7 @@ class TreeSearch:
 
     async def _step(self, episode: Episode, action: np.ndarray) -> StepResult:
         try:
-            async with asyncio.timeout(self._search.step_timeout_s):
+            async with self._environment_time("step"):
                 return await episode.step(action)
         except TimeoutError:
             raise BranchFailed("environment_timeout", f"step took over {self._search.step_timeout_s} s") from None
@@ -327,7 +347,7 @@ class TreeSearch:
             return await self._start(), NOTHING
         *before, last = path
         try:
-            async with asyncio.timeout(self._search.step_timeout_s):
+            async with self._environment_time("replay"):
                 episode = await self._environment.replay(self._lease.kind, self._task, tuple(t.action for t in before))
         except TimeoutError:
             raise BranchFailed("environment_timeout", f"replay took over {self._search.step_timeout_s} s") from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from actors.engine_common import (
     pick_device,
     probe_error,
 )
+from atpo_async import waits
 from atpo_async.errors import EngineDead, GenerationFailed, SetupError, WaitTimeout, WeightsRejected
 from atpo_async.tree import VersionSpan
 
@@ -38,6 +40,9 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 PREFILL_TOKENS = 8192
 """Most tokens of prompts in one forward pass, padding included."""
+
+CLOSE_S = 5.0
+"""How long close() waits for the worker thread."""
 
 R = TypeVar("R")
 
@@ -266,13 +271,18 @@ class TransformersEngine:
             await asyncio.wait([self._stepper])
             self._stepper = None
         self._fail("the engine was closed")
-        self._thread.shutdown(wait=not self._stuck)
+        if not self._stuck:
+            # In a thread: a step that does not come back must hold up neither the loop nor the actor's end.
+            ending = threading.Thread(target=self._thread.shutdown, name="engine-end", daemon=True)
+            ending.start()
+            await asyncio.to_thread(ending.join, CLOSE_S)
         self._model = None
 
     # --- on the event loop -----------------------------------------------------------------------------------------
 
     async def _in_thread(self, work: Callable[[], R]) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        with waits.waiting("the engine's thread", "a step, a load or a score", on=waits.ENGINE):
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     async def _step_forever(self) -> None:
         """Waits for: a request.  Unblocked by: generate(); held up by: swap() and score(), one step at most."""

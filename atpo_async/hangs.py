@@ -256,15 +256,21 @@ def by_role(pictures: Iterable[Picture]) -> dict[str, Picture]:
 
 
 def waits_of(picture: Picture) -> list[Wait]:
-    """Its waits and those of its links, for roles and parts, the longest first."""
+    """Its waits for roles and for parts of its own, the longest first.
+
+    What a link waits for counts where nobody has said why: of a peer that no wait names.
+    """
     found = list(picture.waits)
+    named = {wait.on for wait in found}
     for facts in picture.links.values():
         peer = facts.get("peer")
+        if peer in named:
+            continue
         for wait in facts.get("waits") or ():
             if isinstance(peer, str) and isinstance(wait, Mapping):
                 try:
                     since_s = float(wait["since_s"])
-                    what = str(wait["what"])
+                    what = str(wait["what"]).replace(" waits for ", ": ")
                 except (KeyError, TypeError, ValueError):
                     continue
                 found.append(Wait(who=picture.role, what=what, on=peer, since_s=since_s))

@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 import torch
 
-from atpo_async import wire
+from atpo_async import status, waits, wire
 from atpo_async.config import Config
 from atpo_async.errors import PeerLost, SetupError, WaitTimeout
 from atpo_async.links import Client, LinkSettings
@@ -68,6 +68,12 @@ MAX_WARNINGS = 5
 FINISH_S = 10.0
 """For the last messages of a run to be acknowledged."""
 
+WAITED_FOR = {
+    **dict.fromkeys(("least", "wait_for_everyone"), "learner"),
+    **dict.fromkeys(("save", "export", "resume"), waits.DISK),
+}
+"""What some calls in the torch thread wait for, other than torch: the other ranks, the disk."""
+
 
 class TorchThread:
     """The one thread in which torch runs, in order.  ``await thread(function, …)``."""
@@ -80,7 +86,9 @@ class TorchThread:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="torch", initializer=begin)
 
     async def __call__(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: function(*args, **kwargs))
+        name = getattr(function, "__name__", "a call").strip("_")
+        with waits.waiting("the learner", name.replace("_", " "), on=WAITED_FOR.get(name, waits.TORCH)):
+            return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: function(*args, **kwargs))
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -158,6 +166,12 @@ class Learner:
         self._probe = probe_token_ids(
             int(trainer.policy.hf.config.vocab_size), probe_length(config), seed=config.run.seed
         )
+
+        status.publish("learner", self._facts)
+
+    def _facts(self) -> dict[str, object]:
+        """For the learner's picture."""
+        return {"step": self.step, "of": self.config.run.steps, "version": self.version, "published": self.published}
 
     @property
     def _now(self) -> float:
@@ -281,6 +295,9 @@ class Learner:
             return False
         self.step += 1
         self.version = learned.version
+        # From the second batch on: what is compiled for the first one takes longer than any later one.
+        waits.phase("training")
+        waits.progress("batches")
         try:
             await self._tell(batch, learned, waited_s=waited_s)
         except PeerLost as exc:
@@ -333,7 +350,12 @@ class Learner:
         """
         wanted = self.config.staleness.trees_per_batch
         patience = Patience(
-            "the learner", f"batch {self.step} of {wanted} trees", self._links, lambda: self._now, log=self.log
+            "the learner",
+            f"batch {self.step} of {wanted} trees",
+            self._links,
+            lambda: self._now,
+            log=self.log,
+            on="buffer",
         )
         told_at = self._now
         progress: int | None = None
@@ -539,7 +561,7 @@ class Learner:
         Waits for: actors to finish the held-out tasks.  Unblocked by: the buffer's result.
         """
         patience = Patience(
-            "the learner", f"the evaluation of step {step}", self._links, lambda: self._now, log=self.log
+            "the learner", f"the evaluation of step {step}", self._links, lambda: self._now, log=self.log, on="buffer"
         )
         # A request may overtake the sends before it: let the buffer know of the evaluation first.
         await self._unless_stopping(self.buffer.drain(timeout_s=self._links.give_up_s))

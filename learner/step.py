@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from atpo_async import waits
 from atpo_async.config import Config
 from atpo_async.errors import SetupError
 from atpo_async.messages import Batch
@@ -330,6 +331,7 @@ class Trainer:
             for part in parts:
                 for item in part.passes:
                     item.prox = item.spread(self.model(**item.inputs)).detach()
+                    waits.progress("micro-batches")
 
     def _recredit(self, part: _Part) -> None:
         """Credit again, with each turn's ratio.  Turns without a token in the loss count as ratio 1."""
@@ -422,6 +424,7 @@ class Trainer:
             kl += result.kl.double()
             entropy += result.entropy.double()
             log_ratios.append(ratios)
+            waits.progress("micro-batches")
             if sums is not None:
                 diagnostics += sums
         return _Attempt(loss=loss, kl=kl, entropy=entropy, diagnostics=diagnostics, log_ratios=log_ratios)

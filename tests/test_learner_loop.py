@@ -331,7 +331,7 @@ class Impatient(Patience):
     def again(self, reason: str) -> None:
         self.fruitless += 1
         if self.fruitless > 1:
-            raise WaitTimeout(f"nothing came for {self._what}: {reason}")
+            raise WaitTimeout(f"nothing came for {self.what}: {reason}")
 
     def moved(self) -> None:
         self.fruitless = 0
