@@ -155,8 +155,16 @@ def test_roles_never_import_one_another() -> None:
     assert not broken(i for i in between if room_of(i.importer) != room_of(i.target))
 
 
-def test_only_links_imports_zmq() -> None:
-    assert not broken(i for i in imports() if room_of(i.target) == "zmq" and i.importer != "atpo_async.links")
+def test_only_links_and_keys_import_zmq() -> None:
+    allowed = re.compile(r"atpo_async\.(keys|link_\w+)")
+    assert not broken(i for i in imports() if room_of(i.target) == "zmq" and not allowed.fullmatch(i.importer))
+
+
+def test_a_links_parts_are_used_through_links() -> None:
+    """What is in which part may change; `keys` is for those who make them."""
+    part = re.compile(r"atpo_async\.link_\w+")
+    inside = re.compile(r"atpo_async\.link(s|_\w+)")
+    assert not broken(i for i in imports() if part.fullmatch(i.target) and not inside.fullmatch(i.importer))
 
 
 def test_torch_lives_in_the_learner_and_in_the_engines() -> None:
