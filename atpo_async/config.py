@@ -64,6 +64,9 @@ class RunConfig(Section):
     dir: Path = Field(Path("runs"), description="where run folders are made")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of tasks, sampling, model and search")
     steps: int = Field(100, ge=1, description="learner batches to train")
+    max_tasks: int | None = Field(
+        None, ge=1, description="training tasks 0 to max_tasks - 1, then the run ends; none for no end but run.steps"
+    )
 
 
 class ModelConfig(Section):
@@ -168,7 +171,13 @@ class BufferConfig(Section):
     )
     priority_max_share: float = Field(0.9, ge=0, le=1, description="eta: share of max|A| in the priority")
     freshness: float = Field(1.0, gt=0, le=1, description="priority factor per version of lag")
-    max_bytes: int = Field(256 * 1024 * 1024, ge=1024 * 1024)
+    max_bytes: int = Field(
+        1 << 30, ge=1024 * 1024, description="turns kept in the journal on disk; past it the oldest ready trees go"
+    )
+    max_trees: int | None = Field(None, ge=1, description="ready trees kept; past it the oldest go; none for no limit")
+    journal_dir: Path | None = Field(None, description="folder for the journals of runs; none: in the run's folder")
+    journal_sync: bool = Field(True, description="commits reach the disk; false: they survive kill -9, not a power cut")
+    commit_ms: float = Field(2.0, ge=0, le=1000, description="how long a commit gathers messages before it is written")
     lease_lifetime_s: float = Field(120.0, gt=0)
     max_reissues: int = Field(3, ge=0, description="a task given up after that many lost leases")
 
@@ -345,6 +354,9 @@ class SupervisorConfig(Section):
     max_backoff_s: float = Field(30.0, ge=0)
     sample_every_s: float = Field(2.0, gt=0, description="between two measurements of the roles' memory")
     stop_grace_s: float = Field(6.0, gt=0, description="between asking a role to stop and killing its process group")
+    hang_s: float | None = Field(
+        None, gt=0, description="a role stuck without progress for so long is restarted; none: 3/4 of links.give_up_s"
+    )
 
 
 class Config(Section):

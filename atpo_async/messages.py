@@ -11,9 +11,10 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from atpo_async.records import TurnRecords
 from atpo_async.tree import Turn
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Peers of another protocol number are refused by name."""
 
 TaskKind = Literal["train", "eval"]
@@ -106,7 +107,7 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     min_version: int
     """Do not start before the engine has at least this version."""
     seed: int
-    committed: tuple[Turn, ...]
+    committed: TurnRecords
     """Turns already committed by an earlier holder: go on from them."""
 
 
@@ -170,6 +171,18 @@ class Trained(Message, frozen=True, tag="trained"):
     rank: int = 0
 
 
+class Checkpointed(Message, frozen=True, tag="checkpointed"):
+    """Learner has a checkpoint on disk that holds every batch below ``step``; rank 0 says so.
+
+    Only now may the buffer forget the trees that were used up in them: a learner that falls back to an earlier
+    checkpoint trains on them again.
+    """
+
+    run: str
+    step: int
+    version: int
+
+
 class VersionPublished(Message, frozen=True, tag="version_published"):
     """Learner tells the buffer which version the actors can get, and where."""
 
@@ -204,7 +217,7 @@ class RunFinished(Message, frozen=True, tag="run_finished"):
     run: str
 
 
-LearnerToBuffer = SampleRequest | Trained | VersionPublished | EvalRequest | EvalQuery | RunFinished
+LearnerToBuffer = SampleRequest | Trained | Checkpointed | VersionPublished | EvalRequest | EvalQuery | RunFinished
 
 
 # --- buffer -> learner -----------------------------------------------------------------------------------------
@@ -217,7 +230,7 @@ class BatchTree(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     task_index: int
     prompt: np.ndarray
     """int32[P]."""
-    turns: tuple[Turn, ...]
+    turns: TurnRecords
     """Fresh and stale ones; the learner masks those over ``max_lag``."""
     failed_branches: int
     probability: float
@@ -244,6 +257,8 @@ class Batch(Message, frozen=True, tag="batch"):
     trees: tuple[BatchTree, ...]
     metrics: dict[str, float]
     """The buffer's side of this step: train/reward, train/success, buffer/*, counted since the batch before."""
+    checkpoint_wanted: bool = False
+    """The buffer's room is taken by trees that it keeps for a learner that might fall back: save a checkpoint."""
 
 
 class NotYet(Message, frozen=True, tag="not_yet"):
@@ -252,6 +267,14 @@ class NotYet(Message, frozen=True, tag="not_yet"):
     waiting_for: str
     progress: int = 0
     """Turns and ends of trees so far, whatever became of them: while it changes, the wait is not in vain."""
+    checkpoint_wanted: bool = False
+    """As in ``Batch``."""
+
+
+class Exhausted(Message, frozen=True, tag="exhausted"):
+    """Every task below ``run.max_tasks`` has been trained on or is accounted for: there is no further batch."""
+
+    reason: str
 
 
 class EvalResult(Message, frozen=True, tag="eval_result"):
@@ -264,7 +287,7 @@ class EvalResult(Message, frozen=True, tag="eval_result"):
     num_tasks: int
 
 
-BufferToLearner = Batch | NotYet | EvalResult | Refused
+BufferToLearner = Batch | NotYet | Exhausted | EvalResult | Refused
 
 
 # --- learner -> actors (weights) -------------------------------------------------------------------------------

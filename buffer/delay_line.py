@@ -27,6 +27,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from buffer.kept import KeptLine, KeptSet
+
 Fate = Literal["kept", "inexact", "no_signal", "no_room", "surplus"]
 """What becomes of a tree: a batch will have it; or another version had a part in it, there is nothing to learn from
 it, memory is full, nobody waits for it."""
@@ -256,6 +258,28 @@ class DelayLine:
                 kept.append(each)
         self._whole = kept
         return Asked(anew, tuple(stale), tuple(unfinished))
+
+    # --- keeping -----------------------------------------------------------------------------------------------
+
+    def kept(self) -> KeptLine:
+        """What ``restore`` needs."""
+        growing = self._growing
+        return KeptLine(
+            whole=tuple(KeptSet(version=each.version, tree_ids=each.tree_ids) for each in self._whole),
+            growing=None
+            if growing is None
+            else (growing.version, growing.num_sets, tuple(growing.tree_ids), growing.produced),
+            version=self.version,
+            served=self._served,
+        )
+
+    def restore(self, kept: KeptLine) -> None:
+        """The line as an earlier process left it."""
+        self._whole = deque(TreeSet(each.version, each.tree_ids) for each in kept.whole)
+        if kept.growing is not None:
+            version, num_sets, tree_ids, produced = kept.growing
+            self._growing = _Growing(version, num_sets, list(tree_ids), produced)
+        self.version, self._served = kept.version, kept.served
 
     def describe(self) -> str:
         """What the line waits for."""

@@ -1,96 +1,481 @@
-"""What the buffer keeps beyond its own memory: the journal of acknowledged messages, and the data cursor.
+"""What the buffer keeps: turns, trees, leases, cursor, priorities, uses, versions, in LMDB, committed in groups.
 
-A message is committed before it is acknowledged: an acknowledgement before the commit loses the turn if we crash in
-between, for its actor forgets it.
+Three tables.  ``chunks``: number -> records, one after another; a chunk holds what one group of messages brought, up to
+``CHUNK_BYTES``.  ``rows``: the same number -> the entries of those records (``buffer.index.ROW``), so that a recovery
+reads numbers and no payload.  ``state``: key -> whatever the owner keeps beside (``buffer.kept``).
+
+The event loop only hands over; a thread writes and syncs.  All that was handed over before a commit begins is in it,
+whole or not at all: the answers and acknowledgements that follow from it leave after ``settle``, so nothing anybody was
+told is lost, and nobody was told of what is.  While the disk refuses (full, an error), nothing settles; the same group
+is tried again until it is taken.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import asyncio
+import bisect
+import contextlib
+import fcntl
+import logging
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import Any, Self
 
-from atpo_async.errors import SetupError
-from atpo_async.messages import TreeClosed, TreeOpened
-from atpo_async.rundir import write_atomic
-from atpo_async.tree import Turn
+import lmdb
+import numpy as np
 
-TreeMessage = TreeOpened | Turn | TreeClosed
+from atpo_async.errors import AtpoError, SetupError
+from buffer.index import ROW, Place, Rows, TurnEntry, pack_entry
 
+log = logging.getLogger("atpo.buffer.journal")
 
-class Journal(Protocol):
-    """Where acknowledged messages are kept."""
+FORMAT = 1
+CHUNK_BYTES = 1 << 18
+"""A chunk is closed once it has as many; it is freed as a whole, so a large one would be kept long by a few trees."""
+MAP_FACTOR = 16
+MAP_LEAST_BYTES = 16 << 30
+"""Address space of the map, not bytes on disk: room for the free pages between records."""
+GROUP_MESSAGES = 512
+"""A commit waits no longer for more messages than these."""
+RETRY_S = 0.5
+RETRY_MAX_S = 5.0
+REPEAT_S = 30.0
+"""How often a failure that lasts is logged."""
+SPARE_BYTES = 64 << 20
+"""Dead bytes in living chunks that are not worth moving the others for."""
 
-    async def commit(self, messages: Sequence[TreeMessage]) -> None:
-        """Returns once ``messages`` survive what this journal promises to survive; then they may be acknowledged."""
-
-    def recover(self) -> Iterator[TreeMessage]:
-        """What an earlier process had committed and not let go, in order."""
-
-    async def close(self) -> None: ...
-
-
-class MemoryJournal:
-    """Survives nothing: the trees in memory are all there is.  The order of commit and acknowledgement is kept."""
-
-    async def commit(self, messages: Sequence[TreeMessage]) -> None:
-        return
-
-    def recover(self) -> Iterator[TreeMessage]:
-        return iter(())
-
-    async def close(self) -> None:
-        return
+_U64 = struct.Struct(">Q")
+_META = b"meta"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cursor:
-    """Where the data stands.
-
-    A run stopped in good order and resumed skips no task.  After a kill the tasks of the batch that was with the
-    learner are taken to be trained on, and are skipped if the learner died too: trees are not kept on disk.
-    """
-
-    incarnation: int = 0
-    """How often the buffer of this run was started; part of tree ids, so that none is ever given twice."""
-    next_task: int = 0
-    """The first training task never leased."""
-    next_batch: int = 1
-    unfinished: tuple[int, ...] = ()
-    """Tasks below ``next_task`` whose trees were never served, or served in a batch that was given up."""
+class JournalBroken(AtpoError):
+    """LMDB will take nothing more in this process; another one recovers what was committed."""
 
 
-class CursorFile:
-    """The cursor in the run folder, replaced atomically.
+@dataclass(slots=True)
+class _Chunk:
+    """Records not committed yet, or being committed."""
+
+    number: int
+    records: list[bytes] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    rows: list[bytes] = field(default_factory=list)
+    nbytes: int = 0
+
+
+@dataclass(slots=True)
+class _Live:
+    """A chunk on disk: how much of it is still needed."""
+
+    records: int
+    nbytes: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """One commit."""
+
+    chunks: Sequence[_Chunk]
+    freed: Sequence[int]
+    writes: Mapping[bytes, bytes | None]
+
+    def __bool__(self) -> bool:
+        return bool(self.chunks or self.freed or self.writes)
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What an earlier process had committed and not let go."""
+
+    rows: Rows
+    """ROW[R], by tree, then by turn."""
+    state: Mapping[bytes, bytes]
+
+
+class Journal:
+    """One run's journal.  Use as an async context.
 
     Args:
-        path: the file; None keeps nothing (a buffer without a run folder).
+        folder: made if it is not there.
+        max_bytes: of records the owner means to keep; the map is made for several times that.
+        sync: whether a commit waits until the disk has it.  Without, it survives ``kill -9`` but no power cut.
+        gather_s: how long a commit waits for more to come.
+        collect: called on the loop right before a commit: hands over (``put``) what has changed.
+
+    Raises:
+        SetupError: the folder cannot be used, or holds something else.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_bytes: int,
+        sync: bool = True,
+        gather_s: float = 0.002,
+        collect: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder = folder
+        self.collect = collect
+        self.gather_s = gather_s
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(folder)
+            self._env = lmdb.open(
+                str(folder),
+                map_size=max(MAP_FACTOR * max_bytes, MAP_LEAST_BYTES),
+                max_dbs=4,
+                sync=sync,
+                metasync=sync,
+                # The payload is read at random; what the kernel would read ahead is not needed.
+                readahead=False,
+                meminit=False,
+                max_readers=64,
+            )
+            self._chunks = self._env.open_db(b"chunks")
+            self._rows = self._env.open_db(b"rows")
+            self._state = self._env.open_db(b"state")
+        except (OSError, lmdb.Error) as exc:
+            raise SetupError(
+                f"the journal in {folder} cannot be opened: {exc}; if it is damaged, move the folder away: the run "
+                "then goes on from the learner's checkpoint with new trees"
+            ) from exc
+        self._open = _Chunk(1)
+        self._closed: list[_Chunk] = []
+        self._in_flight: list[_Chunk] = []
+        self._uncommitted: dict[int, _Chunk] = {1: self._open}
+        self._writes: dict[bytes, bytes | None] = {}
+        self._freed: list[int] = []
+        self._live: dict[int, _Live] = {}
+        self._messages = 0
+        self.nbytes = 0
+        """Bytes of the records that are needed."""
+        self.chunk_bytes = 0
+        """Bytes of the chunks that hold them, what is dead in them too."""
+        self.commits = 0
+        self.failing: str | None = None
+        """Why nothing is committed at the moment; None if something is."""
+        self.broken: asyncio.Future[None] | None = None
+        self._asked = asyncio.Event()
+        self._wanted = 0
+        self._done = 0
+        self._settled = asyncio.Condition()
+        self._full = asyncio.Event()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="journal-read")
+        self._committing: asyncio.Task[None] | None = None
+        self._closing = threading.Event()
 
-    def begin(self) -> Cursor:
-        """The cursor of a buffer that starts now: the stored one, as the next incarnation.
+    async def __aenter__(self) -> Self:
+        self.broken = asyncio.get_running_loop().create_future()
+        self._committing = asyncio.create_task(self._commit_when_asked(), name="journal commits")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self, *, timeout_s: float = 5.0) -> None:
+        """Commit what is left, if the disk takes it in time, and close."""
+        if self._committing is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            await self.settle(timeout_s=timeout_s)
+        self._closing.set()
+        self._committing.cancel()
+        await asyncio.gather(self._committing, return_exceptions=True)
+        self._committing = None
+        await asyncio.get_running_loop().run_in_executor(self._writer, lambda: None)
+        self._writer.shutdown(wait=True)
+        self._reader.shutdown(wait=True)
+        self._env.close()
+        os.close(self._lock)
+
+    # --- handing over ------------------------------------------------------------------------------------------
+
+    def add(self, record: bytes) -> Place:
+        """Keep a record.  Its entry has to follow (``note``) before the loop turns to anything else."""
+        chunk = self._open
+        place = Place(chunk.number, chunk.nbytes, len(record))
+        chunk.records.append(record)
+        chunk.offsets.append(chunk.nbytes)
+        chunk.nbytes += len(record)
+        self.nbytes += len(record)
+        self._messages += 1
+        return place
+
+    def note(self, entry: TurnEntry) -> None:
+        """The entry of a record just added."""
+        chunk = self._open
+        chunk.rows.append(pack_entry(entry))
+        if chunk.nbytes >= CHUNK_BYTES:
+            self._close_chunk()
+        if self._messages >= GROUP_MESSAGES:
+            self._full.set()
+
+    def _close_chunk(self) -> None:
+        chunk = self._open
+        if chunk.records:
+            self._closed.append(chunk)
+            self._live[chunk.number] = _Live(len(chunk.records), chunk.nbytes, chunk.nbytes)
+            self.chunk_bytes += chunk.nbytes
+            self._open = _Chunk(chunk.number + 1)
+            self._uncommitted[self._open.number] = self._open
+
+    def put(self, key: bytes, value: bytes | None) -> None:
+        """Keep ``value`` under ``key``; None removes it."""
+        self._writes[key] = value
+
+    def release(self, rows: Rows) -> None:
+        """These records are needed no more; their chunk goes with the last of them."""
+        if not len(rows):
+            return
+        chunks, at, counts = np.unique(rows["chunk"], return_inverse=True, return_counts=True)
+        sizes = np.bincount(at, weights=rows["nbytes"].astype(np.float64))
+        for chunk, count, nbytes in zip(chunks.tolist(), counts.tolist(), sizes.tolist(), strict=True):
+            if chunk == self._open.number:
+                self._close_chunk()
+            live = self._live[chunk]
+            live.records -= count
+            live.nbytes -= int(nbytes)
+            self.nbytes -= int(nbytes)
+            if live.records <= 0:
+                del self._live[chunk]
+                self.chunk_bytes -= live.size
+                self._freed.append(chunk)
+
+    async def settle(self, *, timeout_s: float | None = None) -> None:
+        """Returns once all that was handed over, or can be collected, before this call is committed.
+
+        Waits for: the disk.  Unblocked by: the commit.
 
         Raises:
-            SetupError: the file is damaged.
+            TimeoutError: not within ``timeout_s``.
         """
-        cursor = Cursor()
-        if self._path is not None and self._path.exists():
-            try:
-                data = json.loads(self._path.read_text(encoding="utf-8"))
-                cursor = Cursor(**{**data, "unfinished": tuple(int(t) for t in data["unfinished"])})
-            except (ValueError, TypeError, KeyError) as exc:
-                raise SetupError(
-                    f"{self._path} is damaged ({exc}); remove it to start the data from its first task"
-                ) from exc
-        cursor = replace(cursor, incarnation=cursor.incarnation + 1)
-        self.save(cursor)
-        return cursor
+        self._wanted += 1
+        ticket = self._wanted
+        self._asked.set()
+        async with asyncio.timeout(timeout_s), self._settled:
+            await self._settled.wait_for(lambda: self._done >= ticket)
 
-    def save(self, cursor: Cursor) -> None:
-        if self._path is not None:
-            write_atomic(self._path, json.dumps(asdict(cursor)) + "\n")
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    def read(self, place: Place) -> bytes:
+        """One record, in the caller's thread."""
+        chunk = self._uncommitted.get(place.chunk)
+        if chunk is not None:
+            return chunk.records[bisect.bisect_left(chunk.offsets, place.offset)]
+        with self._env.begin(db=self._chunks, buffers=True) as txn:
+            return bytes(_cut(txn.get(_U64.pack(place.chunk)), place))
+
+    async def load(self, places: Sequence[Place]) -> list[bytes]:
+        """Records, read in a thread: the disk may have to be waited for."""
+        found: list[bytes | None] = []
+        pending = self._uncommitted
+        for place in places:
+            chunk = pending.get(place.chunk)
+            found.append(None if chunk is None else chunk.records[bisect.bisect_left(chunk.offsets, place.offset)])
+        # Begun here: a commit after this cannot take away what it sees.
+        txn = self._env.begin(buffers=True)
+
+        def fetch() -> list[bytes]:
+            seen: dict[int, Any] = {}
+            out: list[bytes] = []
+            try:
+                for place, there in zip(places, found, strict=True):
+                    if there is None:
+                        if place.chunk not in seen:
+                            seen[place.chunk] = txn.get(_U64.pack(place.chunk), db=self._chunks)
+                        there = bytes(_cut(seen[place.chunk], place))
+                    out.append(there)
+            finally:
+                seen.clear()
+                txn.abort()
+            return out
+
+        return await asyncio.get_running_loop().run_in_executor(self._reader, fetch)
+
+    def recover(self) -> Recovered:
+        """All that is committed.  Before anything is handed over.
+
+        Raises:
+            SetupError: another program's journal, or a damaged one.
+        """
+        try:
+            with self._env.begin() as txn:
+                state = {bytes(key): bytes(value) for key, value in txn.cursor(db=self._state)}
+                rows = b"".join(value for _, value in txn.cursor(db=self._rows))
+                sizes: dict[int, int] = {}
+                with txn.cursor(db=self._chunks) as cursor:
+                    last = _U64.unpack(cursor.key())[0] if cursor.last() else 0
+                    for key in cursor.iternext(keys=True, values=False) if cursor.first() else ():
+                        sizes[_U64.unpack(key)[0]] = 0
+        except (lmdb.Error, struct.error, ValueError) as exc:
+            raise SetupError(f"the journal in {self.folder} cannot be read ({exc}); move the folder away") from exc
+        known = state.pop(_META, None)
+        if known is not None and known != str(FORMAT).encode():
+            raise SetupError(
+                f"the journal in {self.folder} has format {known.decode(errors='replace')}, this program reads "
+                f"{FORMAT}: finish the run with the program that began it, or move the folder away"
+            )
+        if known is None:
+            self.put(_META, str(FORMAT).encode())
+        if len(rows) % ROW.itemsize:
+            raise SetupError(f"the journal in {self.folder} is damaged: its rows end amid one; move the folder away")
+        found = np.frombuffer(rows, dtype=ROW)
+        missing = set(np.unique(found["chunk"]).tolist()) - sizes.keys()
+        if missing:
+            raise SetupError(f"the journal in {self.folder} is damaged: chunk {min(missing)} is missing; move it away")
+        for chunk, size in zip(found["chunk"].tolist(), found["nbytes"].tolist(), strict=True):
+            sizes[chunk] += size
+        counts = np.unique(found["chunk"], return_counts=True)
+        for chunk, count in zip(counts[0].tolist(), counts[1].tolist(), strict=True):
+            self._live[chunk] = _Live(count, sizes[chunk], sizes[chunk])
+        self.nbytes = self.chunk_bytes = sum(sizes.values())
+        self._open = _Chunk(last + 1)
+        self._uncommitted = {self._open.number: self._open}
+        return Recovered(found[np.lexsort((found["turn_id"], found["tree"]))], state)
+
+    # --- moving what is left of mostly dead chunks --------------------------------------------------------------
+
+    def sparse_chunks(self, limit: int) -> list[int]:
+        """Up to ``limit`` chunks to empty, oldest first; none while little is dead."""
+        if self.chunk_bytes - self.nbytes < max(SPARE_BYTES, self.nbytes):
+            return []
+        sparse = (c for c, live in self._live.items() if 2 * live.nbytes < live.size and c not in self._uncommitted)
+        return sorted(sparse)[:limit]
+
+    async def rows_in(self, chunks: Iterable[int]) -> Rows:
+        """ROW[R]: entries of all records ever put into these chunks, the dead ones too."""
+        keys = [_U64.pack(chunk) for chunk in chunks]
+        txn = self._env.begin()
+
+        def fetch() -> bytes:
+            try:
+                return b"".join(txn.get(key, b"", db=self._rows) for key in keys)
+            finally:
+                txn.abort()
+
+        return np.frombuffer(await asyncio.get_running_loop().run_in_executor(self._reader, fetch), dtype=ROW)
+
+    # --- committing --------------------------------------------------------------------------------------------
+
+    def _seal(self) -> _Group:
+        self._close_chunk()
+        group = _Group(self._closed, self._freed, self._writes)
+        self._in_flight = self._closed
+        self._closed, self._freed, self._writes = [], [], {}
+        self._messages = 0
+        self._full.clear()
+        return group
+
+    async def _commit_when_asked(self) -> None:
+        """Waits for: somebody who wants something settled.  Ended by: close()."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._asked.wait()
+            self._asked.clear()
+            if self.gather_s and self._messages < GROUP_MESSAGES:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self.gather_s):
+                        await self._full.wait()
+            upto = self._wanted
+            self.collect()
+            group = self._seal()
+            if group and not await self._write(loop, group):
+                return
+            for chunk in self._in_flight:
+                self._uncommitted.pop(chunk.number, None)
+            self._in_flight = []
+            self._done = upto
+            async with self._settled:
+                self._settled.notify_all()
+
+    async def _write(self, loop: asyncio.AbstractEventLoop, group: _Group) -> bool:
+        """Until the disk takes it.  False if it never will in this process."""
+        pause_s, began, told = RETRY_S, loop.time(), -REPEAT_S
+        while True:
+            try:
+                await loop.run_in_executor(self._writer, self._commit, group)
+            except (lmdb.Error, OSError) as exc:
+                if isinstance(exc, lmdb.PanicError | lmdb.CorruptedError | lmdb.InvalidError):
+                    self._break(f"the journal in {self.folder} can take nothing more: {exc}")
+                    return False
+                self.failing = str(exc)
+                now = loop.time()
+                if now - told >= REPEAT_S:
+                    told = now
+                    log.error(
+                        "the journal in %s cannot be written (%s): nothing is acknowledged until it can; for %.0f s "
+                        "now, tried again every few seconds; make room on that disk",
+                        self.folder, exc, now - began,
+                    )  # fmt: skip
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, RETRY_MAX_S)
+                continue
+            if self.failing is not None:
+                self.failing = None
+                log.warning("the journal in %s is written again after %.1f s", self.folder, loop.time() - began)
+            return True
+
+    def _break(self, why: str) -> None:
+        self.failing = why
+        log.error("%s", why)
+        if self.broken is not None and not self.broken.done():
+            self.broken.set_exception(JournalBroken(why))
+
+    def _commit(self, group: _Group) -> None:
+        """In the writer's thread: all of the group, or nothing."""
+        with self._env.begin(write=True) as txn:
+            for chunk in group.chunks:
+                key = _U64.pack(chunk.number)
+                txn.put(key, b"".join(chunk.records), db=self._chunks, append=True)
+                txn.put(key, b"".join(chunk.rows), db=self._rows, append=True)
+            for number in group.freed:
+                key = _U64.pack(number)
+                txn.delete(key, db=self._chunks)
+                txn.delete(key, db=self._rows)
+            for name, value in group.writes.items():
+                if value is None:
+                    txn.delete(name, db=self._state)
+                else:
+                    txn.put(name, value, db=self._state)
+        self.commits += 1
+
+    @property
+    def picture(self) -> dict[str, Any]:
+        """For the status: what is there, what waits."""
+        return {
+            "bytes": self.nbytes,
+            "chunk_bytes": self.chunk_bytes,
+            "chunks": len(self._live),
+            "commits": self.commits,
+            "uncommitted_records": sum(len(chunk.records) for chunk in self._uncommitted.values()),
+            "waiting": self._wanted - self._done,
+            "failing": self.failing,
+        }
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor that holds the folder for this process.  Raises SetupError if another one has it."""
+    lock = os.open(folder / "owner", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise SetupError(f"the journal in {folder} is in use by another buffer; stop that one first") from None
+    return lock
+
+
+def _cut(value: Any, place: Place) -> memoryview:
+    if value is None:
+        raise JournalBroken(f"chunk {place.chunk} is not in the journal: a record of it was still needed")
+    return memoryview(value)[place.offset : place.offset + place.nbytes]

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,8 @@ class Held:
     """One lease."""
 
     tree_id: str
+    number: int
+    """Of its tree: given once in a run."""
     task_index: int
     kind: TaskKind
     seed: int
@@ -42,6 +45,14 @@ class Held:
     waiting: bool = False
     """Lapsed or returned, waits for another holder; its last one may still come back before that."""
     eval_step: int = -1
+
+
+class Again(NamedTuple):
+    """A training task to lease anew: no batch has had its tree."""
+
+    task_index: int
+    attempts: int
+    """Trees grown of it in vain."""
 
 
 @dataclass(slots=True)
@@ -94,8 +105,7 @@ class Ledger:
         max_reissues: a task is given up after that many lost holders.
         seed: the run's.
         prefix: begins every tree id; never used by an earlier buffer of the run.
-        next_task: the first training task never leased.
-        unfinished: earlier training tasks to lease first.
+        max_tasks: no training task from this one on; None for no end.
     """
 
     def __init__(
@@ -107,17 +117,25 @@ class Ledger:
         max_reissues: int,
         seed: int,
         prefix: str,
-        next_task: int = 0,
-        unfinished: Iterable[int] = (),
+        max_tasks: int | None = None,
     ) -> None:
         self._staleness = staleness
         self._lifetime_s = lifetime_s
         self._silent_s = silent_s
         self._max_reissues = max_reissues
         self._seed = seed
-        self._prefix = prefix
-        self.next_task = next_task
-        self._again: deque[int] = deque(sorted(set(unfinished)))
+        self.prefix = prefix
+        self._max_tasks = max_tasks
+        self.next_task = 0
+        """The first training task never leased."""
+        self.next_number = 1
+        """Of the next tree."""
+        self.again: deque[Again] = deque()
+        """Training tasks to lease first."""
+        self.changed: set[str] = set()
+        """Trees whose leases changed; whoever keeps them takes the names away."""
+        self._attempts: dict[int, int] = {}
+        """Training task under lease -> trees grown of it in vain, where there were any."""
         self._held: dict[str, Held] = {}
         self._waiting: deque[str] = deque()
         self._heard: dict[str, float] = {}
@@ -127,7 +145,7 @@ class Ledger:
         self.next_version = 0
         """The learner's version when it takes its next batch, as far as known."""
         self.given_up = 0
-        """Tasks that lost too many holders."""
+        """Tasks that lost too many holders, or whose trees came too late too often."""
 
     # --- the learner's progress --------------------------------------------------------------------------------
 
@@ -189,6 +207,7 @@ class Ledger:
                 held = self._begin(self._least_version(ready) if exact is None else exact.version)
                 begun += 1
             held.holder, held.expires_at, held.waiting = actor, now + self._lifetime_s, False
+            self.changed.add(held.tree_id)
             leases.append(held)
         return Granted(tuple(leases), reason)
 
@@ -200,6 +219,7 @@ class Ledger:
             for tree_id in self._waiting:
                 held = self._held[tree_id]
                 if held.kind == kind:
+                    self.changed.add(tree_id)
                     self._waiting.remove(tree_id)
                     held.epoch += 1
                     return held
@@ -211,19 +231,26 @@ class Ledger:
                 continue
             task = evaluation.next_task
             evaluation.next_task += 1
-            tree_id = f"{self._prefix}-e{evaluation.step}v{evaluation.version}-{task:06d}"
+            tree_id = f"{self.prefix}-e{evaluation.step}v{evaluation.version}-{task:06d}"
             return self._hold(tree_id, task, "eval", evaluation.version, evaluation.step)
         return None
 
     def _begin(self, min_version: int) -> Held:
-        task = self._again.popleft() if self._again else self.next_task
-        self.next_task = max(self.next_task, task + 1)
-        return self._hold(f"{self._prefix}-{task:08d}", task, "train", max(min_version, 0), -1)
+        version = max(min_version, 0)
+        if not self.again:
+            task, self.next_task = self.next_task, self.next_task + 1
+            return self._hold(f"{self.prefix}-{task:08d}", task, "train", version, -1)
+        task, attempts = self.again.popleft()
+        self.restore_attempts(task, attempts)
+        # Another id than before: an old holder may still send turns of the tree that was given up.
+        return self._hold(f"{self.prefix}-{task:08d}.{self.next_number}", task, "train", version, -1)
 
     def _hold(self, tree_id: str, task: int, kind: TaskKind, min_version: int, eval_step: int) -> Held:
         seed = int(np.random.SeedSequence([self._seed, int(kind == "eval"), task]).generate_state(1)[0])
-        self._held[tree_id] = Held(tree_id, task, kind, seed, 0, "", 0.0, min_version, eval_step=eval_step)
-        return self._held[tree_id]
+        held = Held(tree_id, self.next_number, task, kind, seed, 0, "", 0.0, min_version, eval_step=eval_step)
+        self.next_number += 1
+        self._held[tree_id] = held
+        return held
 
     def _least_version(self, ready: int) -> int:
         """The oldest version with which a tree begun now is still fresh at its first use.
@@ -239,8 +266,10 @@ class Ledger:
         pending = self.num_training + ready
         if self.published is None:
             return "the learner has not published its first version"
+        if self.all_leased:
+            return f"all run.max_tasks = {self._max_tasks} tasks are leased or done"
         if memory_full:
-            return "buffer.max_bytes is reached: the learner must take trees first"
+            return "buffer.max_bytes or buffer.max_trees is reached: the learner must take trees first"
         if pending >= s.max_trees_pending:
             return f"{pending} trees are pending, staleness.max_lag = {s.max_lag} allows {s.max_trees_pending}"
         if s.max_lag == 0 and produced + self.num_training >= s.max_oversampling * s.trees_per_batch:
@@ -286,6 +315,7 @@ class Ledger:
             held.expires_at = now + self._lifetime_s
             if held.waiting:
                 held.waiting = False
+                self.changed.add(tree_id)
                 self._waiting.remove(tree_id)
 
     def lapsed(self, now: float) -> list[Held]:
@@ -312,10 +342,11 @@ class Ledger:
             lost: whether the holder was lost; a lease handed back in good order counts for nothing.
         """
         held = self._held[tree_id]
+        self.changed.add(tree_id)
         held.lost += lost
         if held.lost > self._max_reissues:
             self.given_up += 1
-            del self._held[tree_id]
+            self.end(tree_id)
             return False
         held.waiting = True
         self._waiting.append(tree_id)
@@ -324,17 +355,61 @@ class Ledger:
     def end(self, tree_id: str) -> Held | None:
         """The tree is done; its lease goes."""
         held = self._held.pop(tree_id, None)
-        if held is not None and held.waiting:
-            self._waiting.remove(tree_id)
+        if held is not None:
+            self.changed.add(tree_id)
+            if held.waiting:
+                self._waiting.remove(tree_id)
         return held
 
+    def attempts(self, task: int) -> int:
+        """Trees of a training task that were grown in vain."""
+        return self._attempts.get(task, 0)
+
+    def settled(self, task: int) -> None:
+        """A training task has come to its end: trained on, or without anything to learn from."""
+        self._attempts.pop(task, None)
+
+    def lease_again(self, task: int, *, in_vain: bool = True) -> bool:
+        """A training task whose tree is gone before any batch had it is leased anew; False if it is given up instead.
+
+        Args:
+            task: its index.
+            in_vain: whether the tree came too late, which counts against the task; a learner that starts over does
+                not.
+        """
+        attempts = self._attempts.pop(task, 0) + in_vain
+        if attempts > self._max_reissues:
+            self.given_up += 1
+            return False
+        self.again.append(Again(task, attempts))
+        return True
+
     def revoke_training(self) -> list[Held]:
-        """End every training lease: what is grown under them can no longer be used.  Their tasks are not leased again:
-        a tree's id names its task, and the old holder may still send turns of it."""
+        """End every training lease: what is grown under them can no longer be used.  Their tasks are leased again."""
         revoked = [held for held in self._held.values() if held.kind == "train"]
         for held in revoked:
             self.end(held.tree_id)
+            self.lease_again(held.task_index, in_vain=False)
         return revoked
+
+    def restore_attempts(self, task: int, attempts: int) -> None:
+        """Trees of a training task that an earlier process saw grown in vain."""
+        if attempts:
+            self._attempts[task] = attempts
+
+    def restore(self, held: Held, *, now: float) -> None:
+        """A lease as an earlier process left it: its holder has its whole lifetime to be heard of again."""
+        held.expires_at = now + self._lifetime_s
+        self._held[held.tree_id] = held
+        if held.waiting:
+            self._waiting.append(held.tree_id)
+        elif held.holder:
+            self._heard[held.holder] = now
+
+    @property
+    def all_leased(self) -> bool:
+        """Whether no training task is left to begin."""
+        return self._max_tasks is not None and not self.again and self.next_task >= self._max_tasks
 
     # --- evaluation --------------------------------------------------------------------------------------------
 
@@ -374,9 +449,13 @@ class Ledger:
         """Training trees under lease, those that wait for another holder too."""
         return sum(held.kind == "train" for held in self._held.values())
 
-    def training_tasks(self) -> list[int]:
-        """Tasks of the training trees under lease, and those still to be leased again."""
-        return [held.task_index for held in self._held.values() if held.kind == "train"] + list(self._again)
+    def training_trees(self) -> list[str]:
+        """Training trees under lease."""
+        return [held.tree_id for held in self._held.values() if held.kind == "train"]
+
+    def held(self, tree_id: str) -> Held | None:
+        """The lease of a tree, if it has one."""
+        return self._held.get(tree_id)
 
     def kind(self, tree_id: str) -> TaskKind | None:
         held = self._held.get(tree_id)

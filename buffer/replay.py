@@ -7,7 +7,7 @@ ARCHITECTURE.md that next to nothing is discarded at steady state).
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from atpo_async.tree import Turn, TurnTree
+from buffer.index import TreeEntry
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -24,20 +24,7 @@ WeightsOver = Literal["max", "mean", "none"]
 PRIORITY_FLOOR = 0.01
 """Added to every priority, so that a tree whose advantage came out small can still be drawn."""
 
-TURN_OVERHEAD_BYTES = 900
-"""What the objects around a turn's arrays take in CPython, measured and rounded up."""
-
 _FREE, _READY, _OUT = 0, 1, 2
-
-
-def turn_nbytes(turn: Turn) -> int:
-    """Bytes that keeping a turn in memory takes."""
-    return TURN_OVERHEAD_BYTES + turn.observation.nbytes + turn.action.nbytes + turn.logprobs.nbytes
-
-
-def tree_nbytes(tree: TurnTree) -> int:
-    """Bytes that keeping a tree in memory takes."""
-    return tree.prompt.nbytes + sum(turn_nbytes(turn) for turn in tree)
 
 
 def tree_priority(advantages: F64, *, max_share: float) -> float:
@@ -103,13 +90,34 @@ class SumTree:
 
     def set(self, indices: I64, values: F64) -> None:
         """Put ``values`` at ``indices`` (without duplicates)."""
+        tree = self._nodes
+        if len(indices) == 1:
+            # One by one plain Python is faster than arrays of length 1.
+            at = self._size + int(indices[0])
+            tree[at] = values[0]
+            while at > 1:
+                at >>= 1
+                tree[at] = tree[2 * at] + tree[2 * at + 1]
+            return
         if not len(indices):
             return
-        self._nodes[self._size + indices] = values
-        nodes = np.unique((self._size + indices) // 2)
-        while nodes[0] >= 1:
-            self._nodes[nodes] = self._nodes[2 * nodes] + self._nodes[2 * nodes + 1]
-            nodes = np.unique(nodes // 2)
+        nodes = self._size + indices
+        tree[nodes] = values
+        nodes = np.sort(nodes)
+        while nodes[0] > 1:
+            nodes = nodes >> 1
+            # Sorted, so that equal ones are neighbours: the higher up, the fewer are left.
+            keep = np.empty(len(nodes), dtype=bool)
+            keep[0] = True
+            np.not_equal(nodes[1:], nodes[:-1], out=keep[1:])
+            nodes = nodes[keep]
+            left = nodes << 1
+            tree[nodes] = tree[left] + tree[left + 1]
+
+    def get(self, indices: I64) -> F64:
+        """float64[n]."""
+        found: F64 = self._nodes[self._size + indices]
+        return found
 
     def grow(self, capacity: int) -> None:
         """Make room for at least ``capacity`` numbers."""
@@ -139,7 +147,7 @@ class SumTree:
 class Drawn:
     """One tree of a batch, with how it was drawn."""
 
-    tree: TurnTree
+    tree: TreeEntry
     probability: float
     """P_i among the trees that were ready; 1/N where all of them were taken."""
     weight: float
@@ -148,8 +156,24 @@ class Drawn:
     """How often it was served, this time included."""
 
 
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A tree that left the pool."""
+
+    tree: TreeEntry
+    cause: str
+    """``used`` up, ``bytes``, ``trees`` (over a limit), ``stale`` before any batch had it, ``retired`` stale after
+    one, ``inexact`` of a version that no batch is to have."""
+    uses: int
+    """Confirmed ones."""
+    priority: float
+
+
 class ReplayPool:
     """Trees that are ready, and those that are out with the learner.
+
+    Adding, drawing and confirming cost O(log N) in the number of trees.  Where ``freshness`` is below 1 every new
+    version costs O(N), and so does a draw whose weights are taken over the mean of all.
 
     Args:
         max_uses: a tree leaves after that many confirmed batches.
@@ -174,7 +198,7 @@ class ReplayPool:
         self._freshness = freshness
         self._weights_over: WeightsOver = weights_over
         self._sums = SumTree()
-        self._trees: list[TurnTree | None] = []
+        self._trees: list[TreeEntry | None] = []
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
         self._state = np.zeros(0, dtype=np.int8)
@@ -190,29 +214,51 @@ class ReplayPool:
         self._clock = 0
         self._version = 0
         self._highest = 1.0
+        self._num_ready = 0
+        self._unserved: dict[int, set[int]] = {}
+        """Oldest version -> slots of ready trees that no batch has had."""
+        self._by_newest: dict[int, set[int]] = {}
+        """Newest version -> slots, of trees in whatever state."""
+        self._order: deque[tuple[int, int]] = deque()
+        """(entered, slot), oldest first; what has left is skipped when it is come upon."""
+        self._with_learner: set[int] = set()
         self.nbytes = 0
         """Bytes of all trees, those with the learner too."""
         self.left: Counter[str] = Counter()
-        """Why trees left: ``used`` up, ``bytes``, ``stale`` before any batch had them, ``retired`` stale after one,
-        ``inexact`` of a version that no batch is to have."""
+        """How many trees left, by ``Gone.cause``."""
+        self.gone: list[Gone] = []
+        """Trees that left; whoever keeps their records takes them away."""
+        self.changed: set[str] = set()
+        """Trees that came, left or have another priority or number of uses; to be taken away likewise."""
 
     # --- what is there -----------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """Trees that can be drawn."""
-        return int(np.count_nonzero(self._state == _READY))
+        return self._num_ready
 
     def __contains__(self, tree_id: object) -> bool:
         """Whether a tree is here, ready or with the learner."""
         return tree_id in self._slots
 
+    def find(self, tree_id: str) -> TreeEntry | None:
+        """A tree that is here, ready or with the learner."""
+        slot = self._slots.get(tree_id)
+        return None if slot is None else self._trees[slot]
+
     @property
     def num_returning(self) -> int:
         """Trees with the learner that come back: this use is not their last."""
-        return int(np.count_nonzero((self._state == _OUT) & (self._uses + 1 < self._limit)))
+        return sum(int(self._uses[slot]) + 1 < int(self._limit[slot]) for slot in self._with_learner)
+
+    @property
+    def num_out(self) -> int:
+        """Trees with the learner."""
+        return len(self._with_learner)
 
     @property
     def mean_priority(self) -> float:
+        """Over the trees that can be drawn; O(N)."""
         ready = np.flatnonzero(self._state == _READY)
         return float(self._priorities(ready).mean()) if len(ready) else 0.0
 
@@ -221,16 +267,29 @@ class ReplayPool:
         slot = self._slots.get(tree_id)
         return slot is not None and bool(self._state[slot] == _OUT)
 
-    def unserved_tasks(self) -> list[int]:
-        """Task of every ready tree that no batch has had."""
-        return [self._tree(int(s)).task_index for s in np.flatnonzero((self._state == _READY) & (self._uses == 0))]
+    def kept(self, tree_id: str) -> tuple[float, int, int, int]:
+        """(own priority, uses, limit of uses, when it came) of a tree that is here."""
+        slot = self._slots[tree_id]
+        return float(self._own[slot]), int(self._uses[slot]), int(self._limit[slot]), int(self._entered[slot])
 
-    def ready_ids(self) -> list[str]:
-        return [tree_id for tree_id, slot in self._slots.items() if self._state[slot] == _READY]
+    @property
+    def highest(self) -> float:
+        """What a tree counts as that no batch has had: the highest priority confirmed so far."""
+        return self._highest
+
+    @highest.setter
+    def highest(self, priority: float) -> None:
+        self._raise_highest(priority)
+
+    def replace(self, tree: TreeEntry) -> None:
+        """The same tree with its records in other places."""
+        self._trees[self._slots[tree.tree_id]] = tree
 
     # --- in and out --------------------------------------------------------------------------------------------
 
-    def add(self, tree: TurnTree, *, priority: float, uses: int = 0) -> None:
+    def add(
+        self, tree: TreeEntry, *, priority: float, uses: int = 0, limit: int | None = None, entered: int | None = None
+    ) -> None:
         """Take in a tree, or a later state of one that is here.
 
         A tree never served counts as the highest priority confirmed so far: it is seen before its own is believed.
@@ -239,47 +298,88 @@ class ReplayPool:
             tree: pruned, with at least one turn.
             priority: from its own advantages, above zero.
             uses: how often it was served before it came back with later turns; it may be served once more at least.
+            limit: of uses; by ``max_uses`` where None.
+            entered: when it came, of one that an earlier process had; ascending over such calls.
         """
+        self.changed.add(tree.tree_id)
         slot = self._slots.get(tree.tree_id)
+        versions = tree.oldest_versions
+        oldest, newest = int(versions.min()), int(versions.max())
         if slot is None:
             slot = self._free.pop() if self._free else self._new_slot()
             self._slots[tree.tree_id] = slot
-            self._state[slot] = _READY
             self._uses[slot] = uses
-            self._limit[slot] = max(self._max_uses, uses + 1)
-            self._entered[slot] = self._clock
-            self._clock += 1
-        versions = sorted(turn.oldest_version for turn in tree)
-        size = tree_nbytes(tree)
+            self._limit[slot] = max(self._max_uses, uses + 1) if limit is None else limit
+            self._entered[slot] = self._clock if entered is None else entered
+            self._clock = max(self._clock, int(self._entered[slot]) + 1)
+            self._order.append((int(self._entered[slot]), slot))
+            if len(self._order) > 2 * len(self._slots) + 64:
+                alive = ((int(self._entered[s]), s) for s in self._slots.values())
+                self._order = deque(sorted(alive))
+            self._oldest[slot] = oldest
+            self._become_ready(slot)
+        else:
+            self._by_newest[int(self._newest[slot])].discard(slot)
+            if self._state[slot] == _READY and self._uses[slot] == 0:
+                self._forget_unserved(slot)
+                self._unserved.setdefault(oldest, set()).add(slot)
+        size = tree.nbytes
         self.nbytes += size - int(self._nbytes[slot])
         self._trees[slot] = tree
         self._nbytes[slot] = size
         self._own[slot] = priority
-        self._oldest[slot], self._newest[slot] = versions[0], versions[-1]
+        self._oldest[slot], self._newest[slot] = oldest, newest
+        self._by_newest.setdefault(newest, set()).add(slot)
         if self._freshness < 1:
-            self._versions[slot] = np.array(versions)
-        self._update(np.array([slot]))
+            self._versions[slot] = np.sort(versions)
+        slots = np.array([slot])
+        if self._state[slot] == _READY and self._version - newest > self._max_lag:
+            self._drop(slots, "retired" if self._uses[slot] else "stale")
+        else:
+            self._update(slots)
 
     def advance(self, version: int) -> int:
         """The learner is at ``version``: drop ready trees without any fresh turn.  Returns how many."""
-        if version > self._version:
-            self._version = version
-            if self._freshness < 1:
-                self._update(np.flatnonzero(self._state == _READY))
-        stale = np.flatnonzero((self._state == _READY) & (self._version - self._newest > self._max_lag))
-        served = self._uses[stale] > 0
-        self._drop(stale[~served], "stale")
-        self._drop(stale[served], "retired")
+        if version <= self._version:
+            return 0
+        self._version = version
+        stale: list[int] = []
+        for newest in sorted(self._by_newest):
+            if version - newest <= self._max_lag:
+                break
+            slots = self._by_newest[newest]
+            stale += [slot for slot in slots if self._state[slot] == _READY]
+            # Those with the learner are looked at when they come back.
+            if not slots:
+                del self._by_newest[newest]
+        self._drop_stale(np.array(stale, dtype=np.int64))
+        if self._freshness < 1:
+            self._update(np.flatnonzero(self._state == _READY))
         return len(stale)
 
-    def shrink(self, max_bytes: int) -> int:
-        """Drop ready trees, oldest first, until all together take at most ``max_bytes``.  Returns how many."""
-        ready = np.flatnonzero(self._state == _READY)
-        ready = ready[np.argsort(self._entered[ready])]
+    def _drop_stale(self, slots: I64) -> None:
+        served = self._uses[slots] > 0
+        self._drop(slots[~served], "stale")
+        self._drop(slots[served], "retired")
+
+    def shrink(self, max_bytes: int, max_trees: int | None = None) -> int:
+        """Drop ready trees, oldest first, until all take at most ``max_bytes`` and ``max_trees`` are ready at most.
+
+        Returns how many.
+        """
         dropped = 0
-        while self.nbytes > max_bytes and dropped < len(ready):
-            self._drop(ready[dropped : dropped + 1], "bytes")
+        skipped: list[tuple[int, int]] = []
+        while self._order and (self.nbytes > max_bytes or (max_trees is not None and self._num_ready > max_trees)):
+            cause = "bytes" if self.nbytes > max_bytes else "trees"
+            entered, slot = self._order.popleft()
+            if self._state[slot] == _FREE or self._entered[slot] != entered:
+                continue
+            if self._state[slot] == _OUT:
+                skipped.append((entered, slot))
+                continue
+            self._drop(np.array([slot]), cause)
             dropped += 1
+        self._order.extendleft(reversed(skipped))
         return dropped
 
     def draw(self, count: int, *, rng: np.random.Generator, beta: float) -> list[Drawn]:
@@ -288,22 +388,25 @@ class ReplayPool:
         Trees that were never served and cannot wait come first (``_urgent``); the others in proportion to priority,
         stratified.  When every ready tree is taken nothing was left to chance: P is 1/N and the weights are 1.
         """
-        ready = np.flatnonzero(self._state == _READY)
-        if not len(ready) or count <= 0:
+        num_ready = self._num_ready
+        if not num_ready or count <= 0:
             return []
-        if len(ready) <= count:
-            chosen, probability = ready, np.full(len(ready), 1.0 / len(ready))
-            of_all = probability
+        of_all: F64 | None = None
+        if num_ready <= count:
+            chosen = np.flatnonzero(self._state == _READY)
+            probability = np.full(num_ready, 1.0 / num_ready)
         else:
-            scaled = self._sums.values()
             total = self._sums.total
-            of_all = scaled[ready] / total
-            parts = self._urgent(ready, count, rng)
+            if self._weights_over == "mean":
+                of_all = self._sums.get(np.flatnonzero(self._state == _READY)) / total
+            parts = self._urgent(count, rng)
             parts.append(self._stratified(count - sum(map(len, parts)), rng))
             chosen = np.concatenate(parts)
             self._update(chosen)  # their sums were set to zero while drawing; P needs them once more
-            probability = scaled[chosen] / total
-        weight = importance_weights(probability, num_trees=len(ready), beta=beta, over=self._weights_over, ready=of_all)
+            probability = self._sums.get(chosen) / total
+        weight = importance_weights(
+            probability, num_trees=num_ready, beta=beta, over=self._weights_over, ready=of_all
+        )  # fmt: skip
         return self._hand_out(chosen, probability, weight)
 
     def take(self, tree_ids: Iterable[str]) -> list[Drawn]:
@@ -319,57 +422,104 @@ class ReplayPool:
 
     def confirm(self, tree_ids: Iterable[str], priorities: Mapping[str, float]) -> None:
         """The learner has trained on these trees: count the use, believe the new priorities, let go what is used up."""
-        slots = self._out(tree_ids)
-        for slot in slots:
-            priority = priorities.get(self._tree(int(slot)).tree_id)
-            if priority is not None:
-                self._own[slot] = priority
-                self._raise_highest(priority)
+        names = [t for t in tree_ids if t in self._slots]
+        slots = np.fromiter((self._slots[t] for t in names), dtype=np.int64, count=len(names))
+        out = self._state[slots] == _OUT
+        if not out.all():
+            slots, names = slots[out], [t for t, is_out in zip(names, out.tolist(), strict=True) if is_out]
+        if not len(slots):
+            return
+        self.changed.update(names)
+        new = np.fromiter((priorities.get(t, np.nan) for t in names), dtype=np.float64, count=len(names))
+        self._own[slots] = np.where(np.isnan(new), self._own[slots], new)
         self._uses[slots] += 1
+        self._with_learner.difference_update(slots.tolist())
         done = self._uses[slots] >= self._limit[slots]
         self._drop(slots[done], "used")
-        self._state[slots[~done]] = _READY
-        self._update(slots[~done])
-        self.advance(self._version)
+        back = slots[~done]
+        self._state[back] = _READY
+        self._num_ready += len(back)
+        self._update(back)
+        if not np.isnan(new).all():
+            self._raise_highest(float(np.nanmax(new)))
+        self._drop_stale(back[self._version - self._newest[back] > self._max_lag])
 
     def give_back(self, tree_ids: Iterable[str]) -> None:
         """The batch was never trained on: its trees are ready again, the use not counted."""
         slots = self._out(tree_ids)
-        self._state[slots] = _READY
+        for slot in slots.tolist():
+            self._become_ready(slot)
         self._update(slots)
-        self.advance(self._version)
+        self._drop_stale(slots[self._version - self._newest[slots] > self._max_lag])
+
+    def undo_use(self, tree_id: str, uses: int) -> None:
+        """A batch that was confirmed is undone: a ready tree here has had ``uses`` again."""
+        slot = self._slots[tree_id]
+        if self._state[slot] != _READY:
+            raise ValueError(f"tree {tree_id} is with the learner; give its batch back first")
+        self.changed.add(tree_id)
+        if self._uses[slot] == 0:
+            self._forget_unserved(slot)
+        self._uses[slot] = uses
+        if uses == 0:
+            self._unserved.setdefault(int(self._oldest[slot]), set()).add(slot)
+        self._update(np.array([slot]))
 
     # --- inside ------------------------------------------------------------------------------------------------
 
+    def _become_ready(self, slot: int) -> None:
+        self._state[slot] = _READY
+        self._num_ready += 1
+        self._with_learner.discard(slot)
+        if self._uses[slot] == 0:
+            self._unserved.setdefault(int(self._oldest[slot]), set()).add(slot)
+
+    def _forget_unserved(self, slot: int) -> None:
+        oldest = int(self._oldest[slot])
+        slots = self._unserved.get(oldest)
+        if slots is not None:
+            slots.discard(slot)
+            if not slots:
+                del self._unserved[oldest]
+
     def _hand_out(self, chosen: I64, probability: F64, weight: F64) -> list[Drawn]:
         self._state[chosen] = _OUT
+        self._num_ready -= len(chosen)
         self._update(chosen)
-        return [
-            Drawn(self._tree(int(slot)), float(p), float(w), int(self._uses[slot]) + 1)
-            for slot, p, w in zip(chosen, probability, weight, strict=True)
-        ]
+        drawn = []
+        for slot, p, w in zip(chosen.tolist(), probability.tolist(), weight.tolist(), strict=True):
+            if self._uses[slot] == 0:
+                self._forget_unserved(slot)
+            self._with_learner.add(slot)
+            drawn.append(Drawn(self._tree(slot), p, w, int(self._uses[slot]) + 1))
+        return drawn
 
-    def _urgent(self, ready: I64, count: int, rng: np.random.Generator) -> list[I64]:
+    def _urgent(self, count: int, rng: np.random.Generator) -> list[I64]:
         """Never-served trees that must go now for none to be lost.
 
         With ``count`` trees a version, those that expire within k versions must be at most k·count after this batch;
         what is above that goes now, the nearest expiry first, by priority within the same.
         """
-        fresh = ready[self._uses[ready] == 0]
-        left = np.maximum(self._oldest[fresh] + self._max_lag - self._version, 0)
         parts: list[I64] = []
-        taken = 0
-        for k in np.unique(left):
-            group = fresh[left <= k]
-            # Zero in the sum tree: drawn for an earlier expiry already.
-            waiting = group[self._sums.values()[group] > 0]
-            need = min(len(group) - count * int(k) - (len(group) - len(waiting)), count - taken)
+        taken = seen = 0
+        by_left: dict[int, list[int]] = {}
+        for oldest in sorted(self._unserved):
+            by_left.setdefault(max(oldest + self._max_lag - self._version, 0), []).append(oldest)
+        group: list[int] = []
+        for k, versions in by_left.items():
+            seen += sum(len(self._unserved[v]) for v in versions)
+            group += versions
+            need = min(seen - count * k - taken, count - taken)
             if need <= 0:
                 continue
-            order = np.argsort(-(rng.random(len(waiting)) ** (1.0 / self._sums.values()[waiting])))
+            slots = np.array(sorted(slot for v in group for slot in self._unserved[v]), dtype=np.int64)
+            # Zero in the sum tree: drawn for an earlier expiry already.
+            sums = self._sums.get(slots)
+            waiting, sums = slots[sums > 0], sums[sums > 0]
+            order = np.argsort(-(rng.random(len(waiting)) ** (1.0 / sums)))
             parts.append(waiting[order[:need]])
-            self._sums.set(parts[-1], np.zeros(need))
-            taken += need
+            self._sums.set(parts[-1], np.zeros(len(parts[-1])))
+            taken += len(parts[-1])
         return parts
 
     def _stratified(self, count: int, rng: np.random.Generator) -> I64:
@@ -403,7 +553,8 @@ class ReplayPool:
     def _raise_highest(self, priority: float) -> None:
         if priority > self._highest:
             self._highest = priority
-            self._update(np.flatnonzero((self._state == _READY) & (self._uses == 0)))
+            slots = [slot for group in self._unserved.values() for slot in group]
+            self._update(np.array(slots, dtype=np.int64))
 
     def _out(self, tree_ids: Iterable[str]) -> I64:
         slots = [self._slots[t] for t in tree_ids if t in self._slots]
@@ -413,14 +564,29 @@ class ReplayPool:
         slots = [self._slots[t] for t in tree_ids if t in self._slots]
         return np.array([s for s in slots if self._state[s] == _READY], dtype=np.int64)
 
-    def _tree(self, slot: int) -> TurnTree:
+    def _tree(self, slot: int) -> TreeEntry:
         tree = self._trees[slot]
         assert tree is not None
         return tree
 
     def _drop(self, slots: I64, cause: str) -> None:
+        if not len(slots):
+            return
         for slot in slots.tolist():
-            del self._slots[self._tree(slot).tree_id]
+            tree = self._tree(slot)
+            uses = int(self._uses[slot])
+            self.gone.append(Gone(tree, cause, uses, float(self._own[slot])))
+            self.changed.add(tree.tree_id)
+            if self._state[slot] == _READY:
+                self._num_ready -= 1
+                if uses == 0:
+                    self._forget_unserved(slot)
+            self._with_learner.discard(slot)
+            newest = int(self._newest[slot])
+            self._by_newest[newest].discard(slot)
+            if not self._by_newest[newest]:
+                del self._by_newest[newest]
+            del self._slots[tree.tree_id]
             self.nbytes -= int(self._nbytes[slot])
             self._trees[slot] = None
             self._versions.pop(slot, None)

@@ -3,6 +3,9 @@
 Who waits for whom: an actor's request for leases waits for admission (unblocked by the learner taking a batch or
 publishing); the learner's request for a batch waits for ready trees (unblocked by actors closing trees); its query for
 an evaluation waits for the evaluation's last tree.  All of them answer within a bounded time, with what is missing.
+
+Everything is decided in memory at once, and every acknowledgement and answer leaves after the commit that holds it
+(``Journal.settle``).  While the journal cannot be written nothing is acknowledged and no lease is granted.
 """
 
 from __future__ import annotations
@@ -10,12 +13,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import msgspec
 import numpy as np
 
 from atpo_async.config import Config
@@ -26,9 +32,11 @@ from atpo_async.messages import (
     ActorHello,
     ActorReport,
     ActorToBuffer,
+    Checkpointed,
     EvalQuery,
     EvalRequest,
     EvalResult,
+    Exhausted,
     LearnerToBuffer,
     LeaseRequest,
     LeaseReturned,
@@ -45,11 +53,14 @@ from atpo_async.messages import (
     Welcome,
 )
 from atpo_async.metrics import MetricsWriter
+from atpo_async.records import TurnRecords
 from atpo_async.role import RoleContext
 from atpo_async.rundir import Endpoints, RunDir
 from atpo_async.tree import Turn
-from buffer.journal import CursorFile, Journal, MemoryJournal
-from buffer.state import BufferState
+from buffer.assembly import Frames
+from buffer.index import StoredTurns, places_of
+from buffer.journal import Journal
+from buffer.state import BufferState, Share
 
 log = logging.getLogger("atpo.buffer")
 
@@ -63,7 +74,17 @@ FAREWELL_S = 5.0
 """After the run's end: how long actors have to hear of it."""
 SETTLE_S = 0.2
 """After the last answer: how long the sockets stay open, for acknowledgements and repeats."""
-CURSOR_FILE = "buffer.json"
+JOURNAL_DIR = "journal"
+SETTLE_WAIT_S = 5.0
+"""An answer waits no longer for the disk; it then says that the disk is what is waited for."""
+MOVE_CHUNKS = 8
+"""Mostly dead chunks that are emptied at a time."""
+
+
+def journal_folder(config: Config, rundir: RunDir) -> Path:
+    """Where the journal of a run lies."""
+    folder = config.buffer.journal_dir
+    return rundir.path / JOURNAL_DIR if folder is None else folder / rundir.run_id
 
 
 class BufferService:
@@ -74,10 +95,14 @@ class BufferService:
         run: run id.
         endpoints: where to bind: ``actors`` and ``learner``; port 0 takes a free one.  ``weights`` and ``announce`` are
             passed on to actors when the learner published before this buffer was restarted.
-        rundir: for the cursor and the actors' metrics; None keeps neither.
+        rundir: for the journal and the actors' metrics; None writes no metrics.
         stopping: set to end early.
-        journal: where acknowledged messages are kept.
+        journal: folder of the journal; in the run's folder, or where ``buffer.journal_dir`` says, if None.  Without a
+            run's folder one that goes with this object.
         clock: seconds, monotonic.
+
+    Raises:
+        SetupError: the journal cannot be used.
     """
 
     def __init__(
@@ -88,61 +113,97 @@ class BufferService:
         endpoints: Endpoints,
         rundir: RunDir | None,
         stopping: asyncio.Event,
-        journal: Journal | None = None,
+        journal: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._run = run
         self._rundir = rundir
         self._stopping = stopping
-        self._journal: Journal = journal if journal is not None else MemoryJournal()
         self._clock = clock
-        self._cursor_file = CursorFile(None if rundir is None else rundir.path / CURSOR_FILE)
-        cursor = self._cursor_file.begin()
-        rng = np.random.default_rng([config.run.seed, cursor.incarnation])
-        self.state = BufferState(config, run=run, cursor=cursor, rng=rng, now=clock())
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        buffer = config.buffer
+        if journal is None and rundir is not None:
+            journal = journal_folder(config, rundir)
+        if journal is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="atpo-journal-")
+            journal = Path(self._scratch.name)
+        self.journal = Journal(
+            journal, max_bytes=buffer.max_bytes, sync=buffer.journal_sync, gather_s=buffer.commit_ms / 1000
+        )
+        recovered = self.journal.recover()
+        self.state = BufferState(
+            config, run=run, rng=np.random.default_rng(config.run.seed), now=clock(), store=self.journal
+        )
+        found = self.state.restore(recovered.rows, recovered.state, clock())
+        if found:
+            log.info("recovered from %s: %s", journal, ", ".join(f"{n} {what}" for what, n in found.items()))
+        self.state.rng = np.random.default_rng([config.run.seed, self.state.incarnation])
+        self.journal.collect = lambda: self.state.collect(self.journal.put)
         self._changed = asyncio.Event()
         self._writers: dict[str, MetricsWriter] = {}
         self._farewells: set[str] = set()
         self._links_bad = 0
-        self._leased_training = False
+        self._leased_training = self.state.ledger.next_task > 0
         self._endpoints = endpoints
         settings = LinkSettings.from_config(config.links)
         self.actors = Server(
-            endpoints.actors, name="buffer", receives=ActorToBuffer, handler=self._from_actor, settings=settings
+            endpoints.actors,
+            name="buffer",
+            receives=ActorToBuffer,
+            handler=self._from_actor,
+            settings=settings,
+            settled=self.journal.settle,
+            with_frames=True,
         )
         self.learner = Server(
-            endpoints.learner, name="buffer", receives=LearnerToBuffer, handler=self._from_learner, settings=settings
+            endpoints.learner,
+            name="buffer",
+            receives=LearnerToBuffer,
+            handler=self._from_learner,
+            settings=settings,
+            settled=self.journal.settle,
         )
 
     async def __aenter__(self) -> Self:
-        await self.actors.__aenter__()
-        try:
-            await self.learner.__aenter__()
-        except BaseException:
-            await self.actors.close()
-            raise
+        async with contextlib.AsyncExitStack() as stack:
+            if self._scratch is not None:
+                stack.callback(self._scratch.cleanup)
+            await stack.enter_async_context(self.journal)
+            # The number of this incarnation before anybody is told a name that has it.
+            await self.journal.settle(timeout_s=self._config.links.give_up_s)
+            await stack.enter_async_context(self.actors)
+            await stack.enter_async_context(self.learner)
+            self._opened = stack.pop_all()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.gather(self.actors.close(), self.learner.close())
-        self._cursor_file.save(self.state.cursor(leaving=True))
         self._write_records()
-        await self._journal.close()
+        await self._opened.aclose()
         for writer in self._writers.values():
             writer.close()
 
     async def serve(self) -> None:
-        """Waits for: the run's end.  Unblocked by: ``RunFinished``, once the actors know of it, or ``stopping``."""
+        """Waits for: the run's end.  Unblocked by: ``RunFinished``, once the actors know of it, or ``stopping``.
+
+        Raises:
+            JournalBroken: another process must take over.
+        """
+        assert self.journal.broken is not None
         async with asyncio.TaskGroup() as tasks:
             ticking = tasks.create_task(self._look_after_leases(), name="leases")
             stop = tasks.create_task(self._stopping.wait(), name="stopping")
             over = tasks.create_task(self._say_farewell(), name="farewell")
-            await asyncio.wait({stop, over}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (ticking, stop, over):
+            moving = tasks.create_task(self._move_records(), name="move records")
+            ends: set[asyncio.Future[Any]] = {stop, over, self.journal.broken}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for task in (ticking, stop, over, moving):
                 task.cancel()
+            if self.journal.broken.done():
+                self.journal.broken.result()
         log.info("buffer ends: %s", "the run is over" if self.state.finished else "asked to stop")
 
     # --- loops -------------------------------------------------------------------------------------------------
@@ -159,6 +220,19 @@ class BufferService:
             if self.state.tick(now) or self.state.finished:
                 self._notify()
             self._write_records()
+
+    async def _move_records(self) -> None:
+        """Empty chunks of which little is needed, so that they can go.  Waits for: the clock, then the disk."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            chunks = [] if self.journal.failing else self.journal.sparse_chunks(MOVE_CHUNKS)
+            if not chunks:
+                continue
+            rows = self.state.live(await self.journal.rows_in(chunks))
+            records = await self.journal.load(places_of(rows))
+            moved = self.state.relocate(rows, records)
+            await self.journal.settle()
+            log.debug("moved %d records out of %d chunks", moved, len(chunks))
 
     async def _say_farewell(self) -> None:
         """Waits for: every actor alive to be told that the run is over.  Unblocked by: their next request for leases;
@@ -195,26 +269,28 @@ class BufferService:
 
     # --- actors ------------------------------------------------------------------------------------------------
 
-    async def _from_actor(self, peer: str, message: Any) -> Message | None:
+    async def _from_actor(self, peer: str, message: Any, frames: Frames) -> Message | None:
         """One message from an actor: the reply to a request, None for a send.  Raises BadMessage to refuse it."""
         now = self._clock()
         match message:
             case ActorHello():
-                return self._welcome(message, now)
+                welcome = self._welcome(peer, message, now)
+                await self.journal.settle()
+                return welcome
             case LeaseRequest():
                 self._check_run(message)
-                return await self._lease(message)
+                return await self._lease(peer, message)
         try:
             self._check_run(message)
             self.state.ledger.heard(peer, now)
-            await self._take(message, now)
+            self._take(peer, message, now, frames)
         except BadMessage as exc:
             self.state.count_bad_message()
             log.warning("refused %s of %s: %s", type(message).__name__, peer, exc)
             raise
         return None
 
-    def _welcome(self, hello: ActorHello, now: float) -> Welcome | Refused:
+    def _welcome(self, peer: str, hello: ActorHello, now: float) -> Welcome | Refused:
         if hello.protocol != PROTOCOL:
             return Refused(reason=f"actor {hello.actor} speaks protocol {hello.protocol}, this buffer {PROTOCOL}")
         if hello.run not in ("", self._run):
@@ -225,7 +301,7 @@ class BufferService:
                 reason=f"actor {hello.actor} grows {hello.environment!r} trees of up to {hello.search_leaves} leaves, "
                 f"this run {mine[0]!r} trees of {mine[1]}; start it with the run's configuration"
             )
-        self.state.hello(hello.actor, now)
+        self.state.hello(peer, now)
         self._notify()
         return Welcome(
             run=self._run,
@@ -233,39 +309,64 @@ class BufferService:
             announce_endpoint=self.state.announce_endpoint,
         )
 
-    async def _lease(self, request: LeaseRequest) -> Leases:
+    async def _lease(self, peer: str, request: LeaseRequest) -> Leases:
         """Waits for: admission.  Unblocked by: a batch taken, a version published, an evaluation, a lost lease."""
 
         def ask() -> Leases:
-            return self.state.lease(request.actor, request.count, self._clock(), engine_version=request.version)
+            if self.journal.failing is not None:
+                why = f"the buffer's journal cannot be written: {self.journal.failing}"
+                return Leases(leases=(), closed_because=why, retry_after_s=SETTLE_WAIT_S, finished=False)
+            return self.state.lease(peer, request.count, self._clock(), engine_version=request.version)
 
         def some() -> Leases | None:
             leases = ask()
             return leases if leases.leases or leases.finished else None
 
         leases = await self._until(some, timeout_s=LEASE_WAIT_S) or ask()
+        if leases.leases:
+            leases = await self._with_turns(leases)
+            try:
+                # Before the lease is out: a buffer started after a kill must know of it.
+                await self.journal.settle(timeout_s=SETTLE_WAIT_S)
+            except TimeoutError:
+                self.state.returned(peer, [lease.tree_id for lease in leases.leases])
+                return ask()
         if not self._leased_training and any(lease.kind == "train" for lease in leases.leases):
             self._leased_training = True
             self._write("buffer", self.state.step, self.state.version, {"time/first_lease": time.time()})
         if leases.finished:
-            self._farewells.add(request.actor)
+            self._farewells.add(peer)
             self._notify()
         return leases
 
-    async def _take(self, message: TreeOpened | Turn | TreeClosed | LeaseReturned | ActorReport, now: float) -> None:
+    async def _with_turns(self, leases: Leases) -> Leases:
+        """The turns that are there already, read from the journal."""
+        found = []
+        for lease in leases.leases:
+            committed = lease.committed
+            if isinstance(committed, StoredTurns):
+                records = await self.journal.load(committed.places)
+                lease = msgspec.structs.replace(lease, committed=TurnRecords.raw(records, len(records)))
+            found.append(lease)
+        return msgspec.structs.replace(leases, leases=tuple(found))
+
+    def _take(
+        self,
+        peer: str,
+        message: TreeOpened | Turn | TreeClosed | LeaseReturned | ActorReport,
+        now: float,
+        frames: Frames,
+    ) -> None:
         match message:
             case ActorReport():
-                self.state.report(message.actor, message.tree_ids, now)
-                self._write(message.actor, self.state.step, message.version, message.metrics)
+                self.state.report(peer, message.tree_ids, now)
+                self._write(peer, self.state.step, message.version, message.metrics)
             case LeaseReturned():
-                if self.state.returned(message.actor, message.tree_ids):
+                if self.state.returned(peer, message.tree_ids):
                     self._notify()
             case _:
-                if self.state.is_new(message):
-                    # Ack after commit: an ack before it loses the turn if we crash here.
-                    await self._journal.commit((message,))
-                    if self.state.take(message, now):
-                        self._notify()
+                if self.state.take(message, now, frames):
+                    self._notify()
 
     # --- the learner -------------------------------------------------------------------------------------------
 
@@ -287,6 +388,8 @@ class BufferService:
                 return await self._eval_result(message)
             case Trained():
                 self.state.trained(message)
+            case Checkpointed():
+                self.state.checkpointed(message)
             case VersionPublished():
                 self.state.publish(message)
             case EvalRequest():
@@ -301,18 +404,31 @@ class BufferService:
         if not 0 <= request.rank < request.num_ranks:
             raise BadMessage(f"rank {request.rank} of {request.num_ranks} does not exist")
 
-        def made() -> Message | None:
+        def made() -> Share | Exhausted | None:
             self._count_bad_frames()
             before = self.state.next_batch
-            batch = self.state.sample(request, self._clock())
+            share = self.state.draw(request, self._clock())
             if self.state.next_batch != before:
-                # Before the batch is out: a buffer started after a kill must not lease its tasks again.
-                self._cursor_file.save(self.state.cursor())
                 self._notify()
-            return batch
+            return share
 
-        batch: Message | None = await self._until(made, timeout_s=request.wait_s)
-        return batch or NotYet(waiting_for=self.state.waiting_for(request, self._clock()), progress=self.state.progress)
+        share: Share | Exhausted | None = await self._until(made, timeout_s=request.wait_s)
+        if share is None:
+            return NotYet(
+                waiting_for=self.state.waiting_for(request, self._clock()),
+                progress=self.state.progress,
+                checkpoint_wanted=self.state.checkpoint_wanted,
+            )
+        batch = share if isinstance(share, Exhausted) else share.batch(await self.journal.load(share.places))
+        try:
+            # Before the batch is out: whoever serves after a kill must give every rank its share of the same one.
+            await self.journal.settle(timeout_s=SETTLE_WAIT_S)
+        except TimeoutError:
+            return NotYet(
+                waiting_for=f"the buffer's journal cannot be written: {self.journal.failing or 'its disk is slow'}",
+                progress=self.state.progress,
+            )
+        return batch
 
     async def _eval_result(self, query: EvalQuery) -> EvalResult:
         """Waits for: the evaluation's last tree.  Unblocked by: actors closing trees, lost leases being given up.
@@ -341,7 +457,10 @@ class BufferService:
                 )
             )
             self._notify()
-        return result or self.state.eval_result(query.step)
+        result = result or self.state.eval_result(query.step)
+        if result.done:
+            await self.journal.settle()
+        return result
 
     # --- files -------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from atpo_async.errors import BadMessage, Conflict
 from atpo_async.messages import TreeClosed, TreeOpened
-from atpo_async.tree import Turn, TurnTree, VersionSpan
-from buffer.assembly import Assembly, TreeMessage, fingerprint, same_turn
+from atpo_async.tree import Turn, VersionSpan
+from buffer.assembly import Assembly, TreeMessage
+from buffer.index import MemoryStore, TreeEntry, places_of
 
 PROMPT = np.array([7, 8], dtype=np.int32)
 
@@ -52,15 +53,21 @@ def closed(num_turns: int, tree_id: str = "t", *, epoch: int = 0, failed: int = 
     )
 
 
-def assembly(*tree_ids: str) -> Assembly:
-    made = Assembly()
+def assembly(*tree_ids: str, store: MemoryStore | None = None) -> Assembly:
+    made = Assembly(store or MemoryStore())
     for index, tree_id in enumerate(tree_ids or ("t",)):
-        made.expect(tree_id, task_index=index, kind="train", epoch=0)
+        made.expect(tree_id, number=index + 1, task_index=index, kind="train", epoch=0)
     return made
 
 
-def describe(tree: TurnTree) -> tuple[Any, ...]:
-    return tree.tree_id, tree.task_index, tree.prompt.tolist(), [fingerprint(t) for t in tree], tree.failed_branches
+def describe(tree: TreeEntry, store: MemoryStore) -> tuple[Any, ...]:
+    records = [bytes(store.read(place)) for place in (*places_of(tree.prompt), *places_of(tree.rows))]
+    numbers = [row.tolist()[:-3] for row in (*tree.prompt, *tree.rows)]
+    return tree.tree_id, tree.task_index, numbers, records, tree.failed_branches
+
+
+def ids(tree: TreeEntry) -> list[int]:
+    return [int(i) for i in tree.rows["turn_id"]]
 
 
 @st.composite
@@ -92,12 +99,13 @@ def test_any_order_and_any_duplication_gives_the_same_trees(
     tree_ids = sorted({m.tree_id for m in messages})
 
     def assemble(sequence: Sequence[TreeMessage]) -> list[tuple[Any, ...]]:
-        made = assembly(*tree_ids)
+        store = MemoryStore()
+        made = assembly(*tree_ids, store=store)
         for message in sequence:
             made.add(message)
         assert all(made.is_complete(tree_id) for tree_id in tree_ids)
         assert made.num_parked() == 0
-        found = [describe(made.finish(tree_id)) for tree_id in tree_ids]
+        found = [describe(made.finish(tree_id), store) for tree_id in tree_ids]
         assert made.nbytes == 0
         # What is done is done: everything once more changes nothing.
         assert not any(made.add(message) for message in sequence)
@@ -159,12 +167,15 @@ def test_the_same_turn_again_changes_nothing() -> None:
 )
 @pytest.mark.parametrize("finished", [False, True])
 def test_other_bytes_under_the_same_key_are_a_conflict(change: dict[str, Any], finished: bool) -> None:
-    made = assembly()
+    kept: dict[str, TreeEntry] = {}
+    made = Assembly(MemoryStore(), find=kept.get)
+    made.expect("t", number=1, task_index=0, kind="train", epoch=0)
+    made.add(opened())
     made.add(turn(1))
     if finished:
-        made.finish("t")
+        kept["t"] = made.finish("t")
+        assert not made.add(turn(1))
     other = turn(1, **change)
-    assert not same_turn(turn(1), other)
     with pytest.raises(Conflict, match=r"turn 1 of .*tree t"):
         made.add(other)
 
@@ -190,8 +201,8 @@ def test_a_reissue_keeps_what_is_attached_and_fences_the_older_holder() -> None:
     made.add(turn(1))
     made.add(turn(4, 3, reward=1.0))
     made.add(closed(4))
-    made.expect("t", task_index=0, kind="train", epoch=1)
-    assert [t.turn_id for t in made.tree("t")] == [1]
+    made.expect("t", number=1, task_index=0, kind="train", epoch=1)
+    assert ids(made.tree("t")) == [1]
     assert not made.add(turn(1))
     with pytest.raises(BadMessage, match="epoch 1, this comes from epoch 0"):
         made.add(turn(3, 1))
@@ -223,7 +234,7 @@ def test_what_no_tree_can_hold_is_refused(bad: TreeMessage, complaint: str) -> N
         made.add(message)
     with pytest.raises(BadMessage, match=complaint):
         made.add(bad)
-    assert [t.turn_id for t in made.tree("t")] == [1, 2]
+    assert ids(made.tree("t")) == [1, 2]
 
 
 def test_more_turns_than_the_closing_counted_are_refused() -> None:
@@ -244,9 +255,9 @@ def test_a_turn_that_comes_after_its_tree_was_finished_without_it_is_refused() -
 
 
 def test_the_memory_of_finished_trees_is_bounded() -> None:
-    made = Assembly(remembered_trees=2)
+    made = Assembly(MemoryStore(), remembered_trees=2)
     for tree_id in ("a", "b", "c"):
-        made.expect(tree_id, task_index=0, kind="train", epoch=0)
+        made.expect(tree_id, number=1, task_index=0, kind="train", epoch=0)
         made.add(turn(1, tree_id=tree_id))
         made.finish(tree_id)
     assert not made.add(turn(1, tree_id="c"))

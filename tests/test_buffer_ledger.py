@@ -21,7 +21,6 @@ from atpo_async.messages import (
     VersionPublished,
 )
 from atpo_async.tree import Turn, VersionSpan, is_fresh
-from buffer.journal import Cursor
 from buffer.ledger import Ledger
 from buffer.state import BufferState
 
@@ -79,15 +78,47 @@ def test_leases_go_through_the_tasks_in_order_with_seeds_of_their_own() -> None:
     assert len({h.tree_id for h in held} | {h.seed for h in held}) == 6
 
 
-def test_a_resumed_ledger_leases_unfinished_tasks_first_and_never_an_old_tree_id() -> None:
-    before = ledger()
-    before.publish(0)
-    old = granted(before, 4)
-    made = ledger(prefix="b2", next_task=before.next_task, unfinished=(3, 1))
-    made.publish(5)
+def test_tasks_whose_trees_are_gone_are_leased_first_under_other_ids() -> None:
+    made = ledger(staleness={"max_lag": 4})
+    made.publish(0)
+    old = granted(made, 4)
+    for tree_id in old:
+        made.end(tree_id)
+    assert made.lease_again(3)
+    assert made.lease_again(1)
     held = made.grant("a", 3, now=0.0, ready=0).leases
-    assert [h.task_index for h in held] == [1, 3, 4]
+    assert [h.task_index for h in held] == [3, 1, 4]
     assert not {h.tree_id for h in held} & set(old)
+
+
+def test_a_task_whose_trees_come_too_late_too_often_is_given_up() -> None:
+    made = ledger(max_reissues=1)
+    made.publish(0)
+    assert made.lease_again(0)
+    made.grant("a", 1, now=0.0, ready=0)
+    assert not made.lease_again(0)
+    assert (made.given_up, list(made.again)) == (1, [])
+
+
+def test_a_learner_that_starts_over_does_not_count_against_a_task() -> None:
+    made = ledger(max_reissues=1)
+    made.publish(0)
+    for _ in range(5):
+        assert made.lease_again(0, in_vain=False)
+        (held,) = made.grant("a", 1, now=0.0, ready=0).leases
+        made.end(held.tree_id)
+
+
+def test_no_task_from_max_tasks_on_is_leased() -> None:
+    made = ledger(max_tasks=3)
+    made.publish(0)
+    answer = made.grant("a", 8, now=0.0, ready=0)
+    assert [h.task_index for h in answer.leases] == [0, 1, 2]
+    assert answer.closed_because is not None
+    assert "run.max_tasks = 3" in answer.closed_because
+    assert made.all_leased
+    made.lease_again(1)
+    assert not made.all_leased
 
 
 @pytest.mark.parametrize(("max_lag", "pending", "least"), [(0, 0, 3), (1, 0, 2), (1, 4, 3), (4, 9, 1)])
@@ -235,7 +266,7 @@ class Loop:
     def __init__(self, config: Config, *, no_signal: float = 0.2, actors: int = 3, slots: int = 4) -> None:
         self.config = config
         self.rng = np.random.default_rng(1)
-        self.state = BufferState(config, run="r", cursor=Cursor(), rng=np.random.default_rng(2), now=0.0)
+        self.state = BufferState(config, run="r", rng=np.random.default_rng(2), now=0.0)
         self.no_signal = no_signal
         self.now = 0.0
         self.published = -1
