@@ -148,9 +148,15 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--retry-failed", action="store_true", help="run cells that failed again")
     study.add_argument("--report", action="store_true", help="run nothing: tables and figures of what has ended")
     study.add_argument("--fill", metavar="FILE", help="write the results into a Markdown file, between its markers")
-    keys = add("keys", "make the keys without which a run listens on loopback only")
-    keys.add_argument("folder", metavar="DIR", help="the run's links.keys_dir; what it has is kept")
-    keys.add_argument("name", metavar="NAME", nargs="?", help="another host: a folder DIR/NAME for it is made")
+    keys = add("keys", "the keys without which a run listens on loopback only: make them, list them (docs/keys.md)")
+    doings = keys.add_subparsers(dest="doing", metavar="new|list", required=True)
+    text = "make this host's keys where they are missing and, with NAME, the folder of another host that is to join"
+    new = doings.add_parser("new", help=text, description=text, allow_abbrev=False)
+    new.add_argument("name", metavar="NAME", nargs="?", help="another host: a folder DIR/NAME for it is made")
+    new.add_argument("--learner", action="store_true", help="that host may be the learner, not only run actors")
+    text = "who is let in"
+    for doing in (new, doings.add_parser("list", help=text, description=text, allow_abbrev=False)):
+        doing.add_argument("--dir", metavar="DIR", default="keys", help="the run's links.keys_dir; ./keys if left out")
     add("version", "print the version")
     return parser
 
@@ -658,39 +664,14 @@ def command_study(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
 
 def command_keys(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
     """Key pairs for this host, or for another one that is to connect to it."""
-    import re
-    import shutil
+    from atpo_async import keys_command
 
-    from atpo_async.links import CLIENT_KEY, SERVER_KEY, make_keys
-
-    folder = Path(args.folder)
-    made: list[Path] = []
-    try:
-        for name in (SERVER_KEY, CLIENT_KEY):
-            if not ((folder / f"{name}.key").exists() and (folder / f"{name}.key_secret").exists()):
-                made += make_keys(folder, name)
-    except OSError as exc:
-        raise SetupError(f"keys cannot be made in {folder}: {exc.strerror}; name a folder that can be written") from exc
-    if made:
-        print(f"made {', '.join(path.name for path in made)} in {folder}, for this host: --links.keys_dir {folder}")
-    elif not args.name:
-        print(f"{folder} has its keys already: --links.keys_dir {folder}")
-    if not args.name:
-        print(f"for another host that is to join:  atpo keys {folder} NAME")
-        return EXIT_DONE
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", args.name) or args.name in (SERVER_KEY, CLIENT_KEY):
-        raise SetupError(f"{args.name!r} is no name for a host's keys; use letters, digits, - and _")
-    theirs, known = folder / args.name, folder / f"{args.name}.key"
-    if known.exists():
-        raise SetupError(f"{known} exists: that host has its keys; remove the file first if it shall lose access")
-    public, _ = make_keys(theirs, CLIENT_KEY)
-    shutil.copyfile(folder / f"{SERVER_KEY}.key", theirs / f"{SERVER_KEY}.key")
-    shutil.copyfile(public, known)
-    print(f"{known} lets {args.name} in; it stays here")
-    print(
-        f"{theirs} ({CLIENT_KEY}.key, {CLIENT_KEY}.key_secret, {SERVER_KEY}.key) goes to {args.name}, over a safe way "
-        "(scp -rp), and away from here: there --links.keys_dir names it"
-    )
+    folder = Path(args.dir)
+    if args.doing == "new":
+        said = keys_command.new(folder, args.name, learner=args.learner)
+    else:
+        said = keys_command.listed(folder)
+    print("\n".join(said))
     return EXIT_DONE
 
 

@@ -199,19 +199,21 @@ def check_links(config: Config) -> None:
     if keys is None:
         if not _is_loopback(links.host):
             raise SetupError(
-                f"links.host = {links.host!r} is no loopback address and needs keys: `atpo keys DIR` makes them; then "
-                "--links.keys_dir DIR"
+                f"links.host = {links.host!r} is no loopback address and needs keys: `atpo keys new --dir DIR` makes "
+                "them; then --links.keys_dir DIR"
             )
     elif not keys.is_dir():
         raise SetupError(
-            f"links.keys_dir = '{keys}' is no folder; `atpo keys {keys}` makes it, or leave links.keys_dir out on "
-            "loopback"
+            f"links.keys_dir = '{keys}' is no folder; `atpo keys new --dir {keys}` makes it, or leave "
+            "links.keys_dir out on loopback"
         )
     else:
         # The actors and the learner of this machine are clients of the buffer: they need a pair of their own.
         for file in ("server.key_secret", "server.key", "client.key_secret", "client.key"):
             if not (keys / file).is_file():
-                raise SetupError(f"links.keys_dir = '{keys}' has no {file}; `atpo keys {keys}` makes what is missing")
+                raise SetupError(
+                    f"links.keys_dir = '{keys}' has no {file}; `atpo keys new --dir {keys}` makes what is missing"
+                )
     check_ports(links)
 
 

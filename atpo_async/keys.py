@@ -118,7 +118,8 @@ class KeyFolder:
         self.names: Mapping[str, str] = {}
         """Public key (Z85) -> the name of its file, of those that are let in."""
         self._files: dict[Path, _File] = {}
-        self._trouble: frozenset[str] = frozenset()
+        self.trouble: tuple[str, ...] = ()
+        """What is wrong in the folder, a line each."""
 
     def look(self) -> bool:
         """Read what was added, removed or written since.  Whether ``names`` is another now.
@@ -136,9 +137,9 @@ class KeyFolder:
         self._files = files
         names = self._name(files, trouble)
         # Said once, and again only when it changes: this is asked at every connection.
-        for line in sorted(set(trouble) - self._trouble):
+        for line in sorted(set(trouble).difference(self.trouble)):
             log.error("keys in %s: %s", self.folder, line)
-        self._trouble = frozenset(trouble)
+        self.trouble = tuple(sorted(set(trouble)))
         changed, self.names = names != self.names, names
         return changed
 

@@ -170,19 +170,24 @@ def test_an_address_off_loopback_needs_keys_before_anything_is_made(
 ) -> None:
     path = config_file(folder, TRANSFORMERS)
     assert cli.main(["train", path, "--links.host", "0.0.0.0"]) == 2
-    assert said(capsys).startswith("links.host = '0.0.0.0' is no loopback address and needs keys: `atpo keys DIR`")
+    assert said(capsys).startswith(
+        "links.host = '0.0.0.0' is no loopback address and needs keys: `atpo keys new --dir DIR`"
+    )
     assert cli.main(["train", path, "--links.host", "*", "--links.keys_dir", "keys"]) == 2
     assert said(capsys).startswith("links.host = '*': say 0.0.0.0")
     assert cli.main(["train", path, "--links.keys_dir", "keys"]) == 2
-    assert said(capsys).startswith("links.keys_dir = 'keys' is no folder; `atpo keys keys` makes it")
+    assert said(capsys).startswith("links.keys_dir = 'keys' is no folder; `atpo keys new --dir keys` makes it")
     (folder / "keys").mkdir()
     assert cli.main(["train", path, "--links.keys_dir", "keys"]) == 2
-    assert said(capsys) == "links.keys_dir = 'keys' has no server.key_secret; `atpo keys keys` makes what is missing"
+    assert said(capsys) == (
+        "links.keys_dir = 'keys' has no server.key_secret; `atpo keys new --dir keys` makes what is missing"
+    )
     assert files(folder) == {"keys"}
 
 
 def test_keys_are_made_for_this_host_and_for_another(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["keys", "keys"]) == 0
+    assert cli.main(["keys", "new"]) == 0
+    assert "for this host: --links.keys_dir keys" in capsys.readouterr().out
     keys = folder / "keys"
     pairs = {"server.key", "server.key_secret", "client.key", "client.key_secret"}
     assert {p.name for p in keys.iterdir()} == pairs
@@ -190,8 +195,9 @@ def test_keys_are_made_for_this_host_and_for_another(folder: Path, capsys: pytes
     doctor.check_links(build({"links": {"host": "0.0.0.0", "keys_dir": "keys"}}))
     before = {p: p.read_bytes() for p in keys.iterdir()}
 
-    assert cli.main(["keys", "keys", "host-b"]) == 0
+    assert cli.main(["keys", "new", "host-b", "--dir", "keys"]) == 0
     out = capsys.readouterr().out
+    assert "keys/host-b.key lets host-b in, as actors; it stays here" in out
     assert "keys/host-b (client.key, client.key_secret, server.key) goes to host-b" in out
     theirs = keys / "host-b"
     assert {p.name for p in theirs.iterdir()} == {"client.key", "client.key_secret", "server.key"}
@@ -200,10 +206,52 @@ def test_keys_are_made_for_this_host_and_for_another(folder: Path, capsys: pytes
     assert (theirs / "client.key_secret").stat().st_mode & 0o777 == 0o600
     assert {p: p.read_bytes() for p in before} == before
 
-    assert cli.main(["keys", "keys", "host-b"]) == 2
-    assert said(capsys).startswith("keys/host-b.key exists: that host has its keys")
-    assert cli.main(["keys", "keys", "server"]) == 2
-    assert said(capsys).startswith("'server' is no name for a host's keys")
+    assert cli.main(["keys", "new", "host-c", "--learner"]) == 0
+    assert "lets host-c in, as actors and as the learner" in capsys.readouterr().out
+    assert (keys / "learners" / "host-c.key").read_bytes() == (keys / "host-c" / "client.key").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["new", "host-b"], "keys/host-b.key exists: that host has its keys"),
+        (["new", "host-b", "--learner"], "keys/host-b.key exists: that host has its keys"),
+        (["new", "server"], "'server' is no name for a host's keys"),
+        (["new", "learners"], "'learners' is no name for a host's keys"),
+        (["new", "../up"], "'../up' is no name for a host's keys"),
+        (["new", "--learner"], "--learner is for another host's key: atpo keys new NAME --learner"),
+        (["new", "host-d", "--dir", "file"], "keys cannot be made in file:"),
+        (["list", "--dir", "none"], "none is no folder; `atpo keys new --dir none` makes it"),
+    ],
+)
+def test_keys_that_cannot_be_made_or_listed_are_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], error: str
+) -> None:
+    (folder / "file").touch()
+    assert cli.main(["keys", "new", "host-b"]) == 0
+    capsys.readouterr()
+    assert cli.main(["keys", *words]) == 2
+    assert said(capsys).startswith(error)
+
+
+def test_keys_list_says_who_is_let_in_and_what_lies_where_it_should_not(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["keys", "new", "host-b"])
+    cli.main(["keys", "new", "host-c", "--learner"])
+    (folder / "keys" / "host-c" / "client.key_secret").unlink()
+    capsys.readouterr()
+    assert cli.main(["keys", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("  ")[2] for line in lines if "  " in line] == [
+        "server: what this host is known by",
+        "client: this host's own roles",
+        "host-b: actors",
+        "host-c: actors and the learner",
+    ]
+    assert [line for line in lines if "  " not in line] == [
+        "keys/host-b/client.key_secret still lies here: it belongs on host-b, and nowhere else"
+    ]
 
 
 def test_a_port_in_use_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
