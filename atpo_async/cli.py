@@ -630,7 +630,8 @@ def command_status(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
     if args.json:
         print(status_command.as_json(view))
     else:
-        status_command.show(view, Console(highlight=False, soft_wrap=False))
+        # Into a pipe without breaking lines: somebody looks for words in them.
+        status_command.show(view, Console(highlight=False, width=None if sys.stdout.isatty() else 1000))
     return EXIT_DONE
 
 

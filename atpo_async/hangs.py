@@ -266,7 +266,8 @@ def waits_of(picture: Picture) -> list[Wait]:
         peer = facts.get("peer")
         if peer in named:
             continue
-        for wait in facts.get("waits") or ():
+        said = facts.get("waits")
+        for wait in said if isinstance(said, Sequence) else ():
             if isinstance(peer, str) and isinstance(wait, Mapping):
                 try:
                     since_s = float(wait["since_s"])

@@ -167,7 +167,9 @@ def show(view: RunView, console: Console) -> None:
             state = role.state if role.alive else f"{role.state} {duration(role.age_s)} ago"
             at = f"{picture.phase} {duration(picture.phase_s)}" if role.alive else "–"
             colour = "red" if role.stuck is not None or role.state == "gone" else "green" if role.alive else "dim"
-            table.add_row(name, Text(state, style=colour), where, at, loop, Text(_waits(role)))
+            # As text: what others call themselves is no markup.
+            cells = (Text(word) for word in (where, at, loop, _waits(role)))
+            table.add_row(Text(name), Text(state, style=colour), *cells)
         console.print(table)
         links = [
             f"  {name}: {status.flat({k: v for k, v in facts.items() if k != 'waits'})}"

@@ -1,0 +1,343 @@
+"""Pictures of roles: who makes them, who reads them, and what ``atpo status`` and SIGUSR1 say."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from atpo_async import cli, processes, status, waits
+from atpo_async.rundir import RunDir
+from atpo_async.status import Reporter, grouped
+from atpo_async.waits import waiting
+from tests.hang_support import SERVES, make_run, picture, picture_of, started, until, until_async
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+LOG = logging.getLogger("test-status")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return make_run(tmp_path)
+
+
+# --- the picture ------------------------------------------------------------------------------------------------
+
+
+def test_waits_for_the_same_thing_are_one_line_with_their_number_and_the_longest() -> None:
+    alike = [
+        {"who": f"tree {n}", "what": "an action", "on": "engine", "since_s": float(n), "limit_s": 120.0}
+        for n in range(5)
+    ]
+    other = {"who": "actor", "what": "a lease", "on": "buffer", "since_s": 2.0, "limit_s": None}
+    found = grouped([*alike, other])
+    assert [(w.who, w.what, w.since_s, w.count) for w in found] == [
+        ("tree 4", "an action", 4.0, 5),
+        ("actor", "a lease", 2.0, 1),
+    ]
+
+
+async def test_a_role_writes_its_waits_its_progress_and_what_its_parts_publish(run: RunDir) -> None:
+    status.publish("mine", lambda: {"step": 3})
+    status.publish(f"{status.LINKS}here -> there", lambda: {"unacked": 7})
+    try:
+        with waiting("the test", "a picture", on="nobody"), Reporter("r1", folder=run.path, log=LOG, every_s=0.02) as r:
+            r.attach()
+            waits.progress("pictures")
+            await until_async(lambda: (p := made(run)) is not None and p.loop_age_s is not None and p.facts)
+            found = made(run)
+    finally:
+        status.unpublish("mine")
+        status.unpublish(f"{status.LINKS}here -> there")
+    assert found is not None
+    assert "a picture" in {w.what for w in found.waits}
+    assert found.progress["pictures"] >= 1
+    assert found.facts["mine"] == {"step": 3}
+    assert found.links == {"here -> there": {"unacked": 7}}
+    assert found.pid == os.getpid()
+
+
+def made(run: RunDir) -> status.Picture | None:
+    return status.read(run.path)[0].get("r1")
+
+
+async def test_the_last_picture_says_that_the_role_has_ended(run: RunDir) -> None:
+    with Reporter("r1", folder=run.path, log=LOG, every_s=0.02) as reporter:
+        reporter.attach()
+    found = made(run)
+    assert found is not None
+    assert found.phase == status.ENDED
+    assert not [p for p in run.path.iterdir() if p.name.startswith(".r1")], "a part of a picture was left"
+
+
+async def test_a_part_that_cannot_say_what_it_is_at_does_not_take_the_picture_away() -> None:
+    def broken() -> dict[str, object]:
+        raise RuntimeError("half closed")
+
+    status.publish("broken", broken)
+    try:
+        assert status.published()["broken"] == {"error": "RuntimeError: half closed"}
+    finally:
+        status.unpublish("broken")
+
+
+def test_what_is_published_by_an_object_goes_with_it() -> None:
+    class Part:
+        def facts(self) -> dict[str, object]:
+            return {"here": True}
+
+    part = Part()
+    status.publish("part", part.facts)
+    assert status.published()["part"] == {"here": True}
+    del part
+    assert "part" not in status.published()
+
+
+async def test_facts_are_asked_in_the_loop_and_never_in_the_status_thread(run: RunDir) -> None:
+    asked: set[int] = set()
+
+    def facts() -> dict[str, object]:
+        asked.add(threading.get_ident())
+        return {"times": len(asked)}
+
+    status.publish("asked", facts)
+    try:
+        with Reporter("r1", folder=run.path, log=LOG, every_s=0.01) as reporter:
+            reporter.attach()
+            await until_async(lambda: (p := made(run)) is not None and p.sequence > 5 and asked)
+    finally:
+        status.unpublish("asked")
+    assert asked == {threading.get_ident()}
+
+
+async def test_a_folder_that_cannot_be_written_is_said_once_and_the_role_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    with Reporter("r1", folder=tmp_path / "file" / "status", log=LOG, every_s=0.01) as reporter:
+        reporter.attach()
+        await until_async(lambda: reporter.picture().sequence > 10)
+    assert len([r for r in caplog.records if "cannot be written" in r.message]) == 1
+
+
+def test_a_name_that_is_no_file_name_gets_a_file_all_the_same() -> None:
+    assert status.file_stem("actor/../../x") == "actor_.._.._x"
+
+
+# --- SIGUSR1 ----------------------------------------------------------------------------------------------------
+
+BUSY = """
+    waits.phase("working")
+    await asyncio.sleep(0)
+    while True:
+        pass
+"""
+ASLEEP = """
+    waits.phase("working")
+    await asyncio.sleep(0)
+    time.sleep(1000)
+"""
+IDLE = """
+    waits.phase("working")
+    with waits.waiting("the role", "a message", on="buffer"):
+        await context.stopping.wait()
+"""
+
+
+@linux
+@pytest.mark.parametrize("body", [IDLE, BUSY, ASLEEP], ids=["waits", "computes", "sleeps"])
+def test_sigusr1_puts_the_picture_into_the_log_whatever_the_loop_is_in(run: RunDir, body: str) -> None:
+    with started(run, "learner", body) as (process, said):
+        until(lambda: (p := picture_of(run, "learner")) is not None and p.phase == "working", said)
+        if body is not IDLE:
+            until(lambda: (p := picture_of(run, "learner")) is not None and p.held_up, said)
+            found = picture_of(run, "learner")
+            assert found is not None
+            assert found.stack
+        process.send_signal(signal.SIGUSR1)
+        until(lambda: f"learner (process {process.pid}): working" in said(), said)
+        until(lambda: "thread MainThread:" in said(), said)
+        assert ("the role for a message from buffer" in said()) == (body is IDLE)
+        assert ("the loop stands still in:" in said()) == (body is not IDLE)
+        assert process.poll() is None
+        if body is IDLE:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            until(lambda: (p := picture_of(run, "learner")) is not None and p.phase == status.ENDED, said)
+
+
+@linux
+def test_programs_that_a_role_starts_inherit_nothing_of_sigusr1(run: RunDir) -> None:
+    body = """
+        import subprocess
+        print(subprocess.run(["cat", "/proc/self/status"], capture_output=True, text=True).stdout, flush=True)
+        await context.stopping.wait()
+    """
+    with started(run, "actor-0", body) as (_, said):
+        until(lambda: "SigIgn" in said() and "SigCgt" in said(), said)
+        masks = {
+            name: int(value, 16)
+            for name, _, value in (line.partition(":") for line in said().splitlines())
+            if name in ("SigBlk", "SigIgn", "SigCgt")
+        }
+    assert all(not mask & 1 << signal.SIGUSR1 - 1 for mask in masks.values()), masks
+
+
+# --- atpo status ------------------------------------------------------------------------------------------------
+
+
+def told(capsys: pytest.CaptureFixture[str], run: RunDir, *words: str) -> str:
+    assert cli.main(["status", str(run.path), *words]) == 0
+    # A narrow screen breaks lines in the middle of what is looked for.
+    return " ".join(capsys.readouterr().out.split())
+
+
+def put(run: RunDir, *pictures: status.Picture) -> None:
+    folder = run.path / status.FOLDER
+    folder.mkdir(exist_ok=True)
+    for made_up in pictures:
+        (folder / f"{made_up.role}.json").write_bytes(msgspec.json.encode(made_up))
+
+
+@linux
+def test_status_of_a_running_run_names_its_roles_and_who_waits_for_whom(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learner = IDLE.replace("a message", "batch 3")
+    with started(run, "buffer", SERVES) as (buffer, _), started(run, "learner", learner) as (_, said):
+        until(lambda: (p := picture_of(run, "learner")) is not None and p.waits, said)
+        until(lambda: (p := picture_of(run, "buffer")) is not None and p.phase == "serving", said)
+        text = told(capsys, run)
+        assert "roles run, and nobody looks after them" in text
+        assert f"buffer runs {buffer.pid}" in text
+        assert "→ learner waits" in text
+        assert "for batch 3 from buffer, which waits for nobody (serving)" in text
+        found = json.loads("".join(told(capsys, run, "--json")))
+        assert found["running"]
+        assert found["roles"]["learner"]["waits"][0]["what"] == "batch 3"
+        assert found["roles"]["buffer"]["state"] == "runs"
+        os.kill(buffer.pid, signal.SIGSTOP)
+        until(lambda: processes.stopped([buffer.pid]))
+        text = told(capsys, run)
+        assert f"from buffer, which is stopped by a signal (kill -CONT {buffer.pid} lets it go on)" in text
+
+
+@linux
+def test_status_of_a_run_that_was_stopped_says_so(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    with started(run, "buffer", SERVES) as (process, said):
+        until(lambda: (p := picture_of(run, "buffer")) is not None and p.phase == "serving", said)
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+    text = told(capsys, run)
+    assert "not running; the last sign of a role is" in text
+    assert "buffer ended" in text
+    assert "→" not in text
+
+
+@linux
+def test_status_of_a_run_whose_roles_were_killed_says_that_they_have_gone(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with started(run, "buffer", SERVES) as (_, said):
+        until(lambda: (p := picture_of(run, "buffer")) is not None and p.phase == "serving", said)
+    text = told(capsys, run)
+    assert "not running" in text
+    assert "buffer gone" in text
+
+
+@linux
+def test_a_process_that_took_over_the_id_of_a_role_is_not_taken_for_it(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(run, picture("buffer", started=1))
+    assert "buffer gone" in told(capsys, run)
+
+
+def test_status_of_a_run_that_never_ran(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "not running; no role has left a picture" in told(capsys, run)
+
+
+def test_a_picture_of_another_machine_is_stale_when_it_is_old_and_alive_when_it_is_not(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(run, picture("actor-1", host="elsewhere", hostname="gpu7"))
+    put(run, picture("actor-2", host="elsewhere", hostname="gpu8", at=1.0))
+    text = told(capsys, run)
+    assert "actor-1 runs" in text
+    assert "on gpu7" in text
+    assert "actor-2 stale" in text
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"", b"{", b"\xff\xfe\x00", b"[]", b'{"role": 3}', b'{"role": "learner"}', b"[" * 100_000]
+)
+def test_garbage_in_a_status_file_is_named_and_the_others_are_shown(
+    run: RunDir, capsys: pytest.CaptureFixture[str], garbage: bytes
+) -> None:
+    put(run, picture("buffer"))
+    (run.path / status.FOLDER / "learner.json").write_bytes(garbage)
+    text = told(capsys, run)
+    assert "status/learner.json is damaged and says nothing" in text
+    assert "buffer runs" in text
+    assert list(json.loads(told(capsys, run, "--json"))["damaged"]) == ["learner.json"]
+
+
+def test_what_a_link_says_is_shown_and_counts_as_waiting_for_its_peer(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = {
+        "peer": "buffer",
+        "window": 256,
+        "unacked": 256,
+        "waits": [{"what": "Turn waits for room in a window of 256", "since_s": 41.0}],
+    }
+    put(run, picture("actor-0", links={"actor-0 -> buffer": link}), picture("buffer", phase="serving"))
+    text = told(capsys, run)
+    assert "actor-0 -> buffer: peer buffer, window 256, unacked 256" in text
+    assert "→ actor-0 waits 41 s for Turn: room in a window of 256 from buffer" in text
+
+
+def test_a_link_that_says_nonsense_does_not_take_the_screen_away(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = {"peer": "buffer", "waits": [7, {"what": 1}, {"since_s": "x", "what": ""}, None]}
+    put(run, picture("actor-0", links={"l": link, "m": {"peer": 5, "waits": 3}}))
+    assert "actor-0 runs" in told(capsys, run)
+
+
+def test_markup_in_names_is_shown_as_it_is(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    put(run, picture("actor-0", phase="[red]x[/y]", facts={"[bold]": {"a": "[/b]"}}))
+    assert "[red]x[/y]" in told(capsys, run)
+
+
+@pytest.mark.parametrize("word", ["nowhere", "file", "folder"])
+def test_what_is_no_run_is_one_line_with_the_way_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    make_run(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    assert cli.main(["status", str(tmp_path / word)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"{tmp_path / word} is no run folder" in err
+    assert f"runs are {tmp_path / 'r'}" in err
+
+
+def test_status_takes_no_options_of_the_configuration(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", str(run.path), "--run.steps", "3"]) == 2
+    assert "`atpo status` takes no options of the configuration" in capsys.readouterr().err
+
+
+async def test_pictures_of_the_dead_are_forgotten_and_those_of_others_kept(run: RunDir) -> None:
+    put(run, picture("actor-0", started=1), picture("actor-1"), picture("actor-2", host="elsewhere"))
+    await asyncio.to_thread(status.forget_the_dead, run.path / status.FOLDER)
+    assert set(status.read(run.path / status.FOLDER)[0]) == {"actor-1", "actor-2"}
