@@ -163,6 +163,7 @@ class BufferService:
             handler=self._from_learner,
             settings=settings,
             settled=self.journal.settle,
+            learners_only=True,
         )
 
     async def __aenter__(self) -> Self:
