@@ -170,7 +170,11 @@ class Usage:
     def cores_since(self, before: Usage) -> dict[str, float]:
         """Processor seconds a second, by thread."""
         seconds = max(self.at_s - before.at_s, 1e-9)
-        return {name: round((spent - before.cpu_s[name]) / seconds, 3) for name, spent in self.cpu_s.items()}
+        return {name: round(spent / seconds, 3) for name, spent in self.cpu_since(before).items()}
+
+    def cpu_since(self, before: Usage) -> dict[str, float]:
+        """Processor seconds, by thread."""
+        return {name: spent - before.cpu_s[name] for name, spent in self.cpu_s.items()}
 
 
 class BufferProcess:
@@ -327,6 +331,8 @@ class Sent:
     """float64[N]: from the call of ``send`` to the acknowledgement, of every message in the timed part."""
     waited_s: float
     """Summed over actors: for room in the window."""
+    cpu_s: float
+    """Of the senders' processes."""
     refused: int = 0
 
 
@@ -487,7 +493,7 @@ def send_in_process(plan: Plan, pipe: Connection) -> None:
             waited = sum(actor.link.stats.waited_s for actor in actors)
             for actor in actors:
                 actor.timed, actor.turns_sent = True, 0
-            began = time.monotonic()
+            cpu, began = time.process_time(), time.monotonic()
             await asyncio.gather(*(actor.grow_trees(plan.trees) for actor in actors))
             pipe.send(
                 Sent(
@@ -496,6 +502,7 @@ def send_in_process(plan: Plan, pipe: Connection) -> None:
                     turns=sum(actor.turns_sent for actor in actors),
                     ack_s=np.concatenate([np.frombuffer(actor.ack_s, dtype=np.float64) for actor in actors]),
                     waited_s=sum(actor.link.stats.waited_s for actor in actors) - waited,
+                    cpu_s=time.process_time() - cpu,
                     refused=sum(len(actor.refused) for actor in actors),
                 )
             )
@@ -547,6 +554,7 @@ class Senders:
             turns=sum(p.turns for p in parts),
             ack_s=np.concatenate([p.ack_s for p in parts]),
             waited_s=sum(p.waited_s for p in parts),
+            cpu_s=sum(p.cpu_s for p in parts),
             refused=sum(p.refused for p in parts),
         )
 

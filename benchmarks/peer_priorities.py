@@ -3,9 +3,9 @@
 Run by the Python of their own environment; imports nothing of ours.  Indices are drawn by priority outside the timed
 part and are then given new priorities in one call, which is what a learner's confirmation does.
 
-    python -I peer_priorities.py --sizes 1000 10000 --batch 256 --seconds 2
+    python -I peer_priorities.py cpprb --sizes 1000 10000 --batch 256 --seconds 2
 
-Prints one JSON object: per library and size, updates/s, and microseconds for one insert, one draw of 64, one update.
+Prints one JSON object: by size, updates/s, and microseconds for one insert, one draw of 64, one update.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ def with_torchrl(size: int, batch: int, seconds: float, rng: np.random.Generator
     sampler = PrioritizedSampler(size, alpha=0.6, beta=0.4)
     pool = ReplayBuffer(storage=LazyTensorStorage(size), sampler=sampler, batch_size=batch)
     pool.extend(torch.arange(size))
-    pool.update_priority(torch.arange(size), torch.from_numpy(rng.random(size) + 0.01))
+    pool.update_priority(torch.arange(size), torch.from_numpy((rng.random(size) + 0.01).astype(np.float32)))
     one = torch.tensor(0)
     return figures(
         lambda: pool.add(one),
         lambda count: pool.sample(count, return_info=True)[1]["index"],
-        lambda index, priority: pool.update_priority(index, torch.from_numpy(priority)),
+        lambda index, priority: pool.update_priority(index, torch.from_numpy(priority.astype(np.float32))),
         batch=batch,
         seconds=seconds,
         rng=rng,
@@ -93,20 +93,16 @@ def with_torchrl(size: int, batch: int, seconds: float, rng: np.random.Generator
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", choices=["cpprb", "torchrl"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000])
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=1.0)
     args = parser.parse_args()
-    found: dict[str, Any] = {}
-    for name, measure in (("cpprb", with_cpprb), ("torchrl", with_torchrl)):
-        try:
-            found[name] = {
-                str(size): measure(size, args.batch, args.seconds, np.random.default_rng(0)) for size in args.sizes
-            }
-        # One library that cannot be imported or has changed must not take the other one's figures along.
-        except Exception as exc:
-            found[name] = {"error": f"{type(exc).__name__}: {exc}"}
-    print(json.dumps(found), flush=True)
+    measure = {"cpprb": with_cpprb, "torchrl": with_torchrl}[args.library]
+    print(
+        json.dumps({str(n): measure(n, args.batch, args.seconds, np.random.default_rng(0)) for n in args.sizes}),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

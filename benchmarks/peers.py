@@ -35,9 +35,15 @@ REVERB = PeerSet(
     packages=("dm-reverb==0.14.0", "tensorflow==2.15.1", "numpy==1.26.4"),
     script=HERE / "peer_reverb.py",
 )
-PRIORITIES = PeerSet(
-    name="priorities",
-    packages=("cpprb==11.0.0", "torch==2.13.0+cpu", "torchrl==0.14.1", "numpy==2.3.5"),
+CPPRB = PeerSet(
+    name="cpprb",
+    packages=("cpprb==11.0.0", "numpy==2.3.5"),
+    script=HERE / "peer_priorities.py",
+)
+# With the torch it was built against: beside another its native part does not load.  With CUDA's parts it takes 5.5 GB.
+TORCHRL = PeerSet(
+    name="torchrl",
+    packages=("torch==2.14.1", "torchrl==0.14.1", "numpy==2.3.5"),
     script=HERE / "peer_priorities.py",
 )
 

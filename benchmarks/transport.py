@@ -76,7 +76,7 @@ def ingest(
     """Send about ``turns`` turns in whole trees, and say how fast they were acknowledged."""
     trees = max(1, turns // turns_per_tree // senders)
     with BufferProcess(config, profile=profile) as buffer:
-        sent, cores, size = asyncio.run(
+        sent, used, size = asyncio.run(
             _send(buffer, senders, processes, trees, turn_bytes, one_at_a_time, turns_per_tree)
         )
     return {
@@ -85,7 +85,8 @@ def ingest(
         "senders": senders,
         "mode": "one" if one_at_a_time else "flat out",
         **summary(sent),
-        "buffer_cores": cores,
+        "buffer_us_per_turn": {name: round(1e6 * spent / sent.turns, 1) for name, spent in used.items()},
+        "senders_us_per_turn": round(1e6 * sent.cpu_s / sent.turns, 1),
         "journal_bytes": size,
     }
 
@@ -103,7 +104,7 @@ async def _send(
             await asyncio.to_thread(group.wait_ready)
             before = buffer.usage()
             sent = await asyncio.to_thread(group.go)
-            return sent, buffer.usage().cores_since(before), buffer.journal_bytes
+            return sent, buffer.usage().cpu_since(before), buffer.journal_bytes
 
 
 def summary(sent: Sent) -> Record:
@@ -329,11 +330,22 @@ def markdown(records: list[Record]) -> str:
     rows = [
         (
             r["side"], r["bytes"], r["senders"], r["mode"], r["turns_per_s"], r["ack_p50_ms"], r["ack_p99_ms"],
-            ", ".join(f"{name} {cores:.2f}" for name, cores in r.get("buffer_cores", {}).items()),
+            ", ".join(f"{name} {us:.0f}" for name, us in r.get("buffer_us_per_turn", {}).items()),
+            r.get("senders_us_per_turn", ""),
         )
         for r in timed
     ]  # fmt: skip
-    header = ("side", "bytes", "senders", "mode", "turns/s", "ack p50, ms", "ack p99, ms", "the buffer's cores")
+    header = (
+        "side",
+        "bytes",
+        "senders",
+        "mode",
+        "turns/s",
+        "ack p50, ms",
+        "ack p99, ms",
+        "us a turn: the buffer",
+        "senders",
+    )
     kept = [(r["side"], r["acknowledged"], r["present"]) for r in records if "present" in r]
     return table(header, rows) + "\n\n" + table(("side", "acknowledged before kill -9", "there after it"), kept)
 
