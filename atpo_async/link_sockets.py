@@ -303,7 +303,6 @@ class Link:
 
     def _socket(self, context: Context, kind: int) -> Socket:
         socket = context.socket(kind)
-        beat_ms = max(1, int(self.settings.heartbeat_s * 1000))
         socket.linger = 0
         # Room for the link frame and the routing id; the exact limit is the wire's, before it parses.
         socket.setsockopt(zmq.MAXMSGSIZE, self.settings.max_message_bytes + 4096)
@@ -311,9 +310,18 @@ class Link:
             socket.setsockopt(zmq.IPV6, 1)
         socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
-        # These find connections that died without a word, also while a busy loop leaves our own pings unanswered.
-        socket.setsockopt(zmq.HEARTBEAT_IVL, beat_ms)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(3 * beat_ms, 1000))
+        # The kernel finds connections that died without a word: pings keep something unacknowledged under way, and
+        # keep-alives do where nobody pings.  Not libzmq's own heartbeats: with a full receive queue they abort the
+        # process when the peer goes away (known, and open in libzmq 4.3.5).
+        beat_s = max(1, round(self.settings.heartbeat_s))
+        socket.setsockopt(zmq.TCP_MAXRT, 5000 * beat_s)
+        for option, value in (
+            (zmq.TCP_KEEPALIVE, 1),
+            (zmq.TCP_KEEPALIVE_IDLE, beat_s),
+            (zmq.TCP_KEEPALIVE_INTVL, beat_s),
+            (zmq.TCP_KEEPALIVE_CNT, 5),
+        ):
+            socket.setsockopt(option, value)
         return socket
 
 
