@@ -16,6 +16,7 @@ from atpo_async.config import Config, load
 from atpo_async.errors import AtpoError, ConfigError, EnvironmentBroken
 from atpo_async.messages import Lease, TreeClosed, TreeOpened
 from atpo_async.models import model_folder
+from atpo_async.records import TurnRecords
 from atpo_async.tree import Turn, TurnTree
 
 
@@ -42,7 +43,7 @@ async def success(config: Config, *, engine: Engine, environment: Environment, n
             lifetime_s=0.0,
             min_version=0,
             seed=index,
-            committed=(),
+            committed=TurnRecords.of(()),
         )
         search = TreeSearch(
             run="eval",

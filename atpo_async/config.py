@@ -285,6 +285,9 @@ class LearnerConfig(Section):
         30.0, gt=1, description="guard: an update whose gradient norm is this many running medians is skipped"
     )
     max_skipped_updates: int = Field(5, ge=1, description="updates skipped in a row before the run stops")
+    lineage: bool = Field(
+        False, description="write lineage.jsonl: what each batch was trained on, with a hash of every tree"
+    )
     tensorboard: bool = Field(False, description="also log through Accelerate's TensorBoard tracker")
 
 
@@ -416,6 +419,11 @@ class Config(Section):
             )
         self._check_correction()
         self._check_exact_lag()
+        if self.buffer.max_trees is not None and self.buffer.max_trees < s.trees_per_batch:
+            raise ValueError(
+                f"buffer.max_trees = {self.buffer.max_trees} is below staleness.trees_per_batch = {s.trees_per_batch}: "
+                "no batch would ever be complete"
+            )
         if self.buffer.ready == "partial" and self.buffer.partial_min_leaves > self.search.max_leaves:
             raise ValueError(
                 f"buffer.partial_min_leaves = {self.buffer.partial_min_leaves} exceeds the {self.search.max_leaves} "
@@ -501,6 +509,11 @@ class Config(Section):
             raise ValueError(
                 f"staleness.exact_lag = {s.exact_lag} needs staleness.max_uses = 1, staleness.publish_every = 1 and "
                 f"buffer.ready = 'complete', got {s.max_uses}, {s.publish_every} and {self.buffer.ready!r}"
+            )
+        if self.run.max_tasks is not None:
+            raise ValueError(
+                f"staleness.exact_lag = {s.exact_lag} ends with run.steps, not with run.max_tasks = "
+                f"{self.run.max_tasks}: leave one of them out"
             )
 
     def _check_gpus(self) -> None:

@@ -46,6 +46,12 @@ MAY_CHANGE: tuple[str, ...] = (
     "actor.*",
     "learner.checkpoint_every",
     "learner.keep_checkpoints",
+    "learner.lineage",
+    "buffer.max_bytes",
+    "buffer.max_trees",
+    "buffer.lease_lifetime_s",
+    "buffer.commit_ms",
+    "buffer.journal_sync",
 )
 """Fields that a resumed run may have otherwise than when it was made: none bears on what is being learned."""
 

@@ -276,7 +276,8 @@ class BufferService:
         match message:
             case ActorHello():
                 welcome = self._welcome(peer, message, now)
-                await self.journal.settle()
+                if isinstance(welcome, Welcome):
+                    await self.journal.settle()
                 return welcome
             case LeaseRequest():
                 self._check_run(message)

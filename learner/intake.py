@@ -28,11 +28,13 @@ from typing import Any, Literal, get_args
 import msgspec
 import numpy as np
 
+from atpo_async.errors import BadMessage
 from atpo_async.messages import Batch, BatchTree
 from atpo_async.tree import ROOT, Turn, is_fresh, lag_versions
 from atpo_async.wire import LOGPROB_SLACK
 
 Reason = Literal[
+    "bad_record",
     "bad_structure",
     "no_leaf",
     "empty_prompt",
@@ -58,7 +60,7 @@ class Sifted:
     """What is left of a batch, and what is not."""
 
     batch: Batch
-    """The trees that are fit, the same objects in the same order; all else as it was."""
+    """The trees that are fit, in the same order, their turns decoded; all else as it was."""
     dropped: dict[Reason, tuple[str, ...]]
     """Ids of the trees left out; reasons that no tree gave are not in it."""
     messages: tuple[str, ...]
@@ -94,23 +96,44 @@ def sift(batch: Batch, *, version: int, vocab_size: int, max_lag: int) -> Sifted
         vocab_size: rows of the model's embeddings.
         max_lag: a tree with no turn within it, on the way to a finished leaf, has nothing to train on.
     """
-    found = [_fault(tree, version=version, vocab_size=vocab_size, max_lag=max_lag) for tree in batch.trees]
-    miscounted = _counts(batch, [tree for tree, fault in zip(batch.trees, found, strict=True) if fault is None])
+    trees: list[BatchTree] = []
+    found: list[_Fault | None] = []
+    for tree in batch.trees:
+        decoded = _decoded(tree)
+        if isinstance(decoded, _Fault):
+            trees.append(tree)
+            found.append(decoded)
+        else:
+            trees.append(decoded)
+            found.append(_fault(decoded, version=version, vocab_size=vocab_size, max_lag=max_lag))
+    miscounted = _counts(batch, [tree for tree, fault in zip(trees, found, strict=True) if fault is None])
     kept: list[BatchTree] = []
     dropped: dict[Reason, tuple[str, ...]] = {}
     messages: list[str] = []
-    for tree, own in zip(batch.trees, found, strict=True):
+    for tree, own in zip(trees, found, strict=True):
         fault = own or miscounted
         if fault is None:
             kept.append(tree)
             continue
         dropped[fault.reason] = (*dropped.get(fault.reason, ()), tree.tree_id)
         messages.append(f"tree {tree.tree_id} is left out ({fault.reason}): {fault.fact}; {fault.hint}")
+    all_as_they_were = len(kept) == len(batch.trees) and all(map(operator.is_, kept, batch.trees))
     return Sifted(
-        batch=msgspec.structs.replace(batch, trees=tuple(kept)) if messages else batch,
+        batch=batch if all_as_they_were else msgspec.structs.replace(batch, trees=tuple(kept)),
         dropped=dropped,
         messages=tuple(messages),
     )
+
+
+def _decoded(tree: BatchTree) -> BatchTree | _Fault:
+    """The tree with its turns as such; they came as records that nobody has looked at since the buffer took them."""
+    if isinstance(tree.turns, tuple):
+        return tree
+    try:
+        turns = tuple(tree.turns)
+    except BadMessage as exc:
+        return _Fault("bad_record", str(exc), "the buffer's journal or its disk has damaged it: look there")
+    return msgspec.structs.replace(tree, turns=turns)
 
 
 def _fault(tree: BatchTree, *, version: int, vocab_size: int, max_lag: int) -> _Fault | None:

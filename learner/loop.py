@@ -4,6 +4,9 @@ One batch is one version, also when nothing was learned from it (no trees, or th
 its meaning, batches since the tokens were sampled.  Rank 0 counts versions, publishes and evaluates; every rank asks
 for its own share of a batch and confirms it.
 
+The buffer keeps what was trained on until a checkpoint holds it (``Checkpointed``): a learner that starts again asks
+for the batch after its checkpoint, and the trees of those it has lost come again.
+
 Two threads: torch runs in one, the event loop in the other, so that heartbeats and weights flow during a step.
 """
 
@@ -11,13 +14,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import logging
+import os
 import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,10 +38,13 @@ from atpo_async.errors import PeerLost, SetupError, WaitTimeout
 from atpo_async.links import Client, LinkSettings
 from atpo_async.messages import (
     Batch,
+    BatchTree,
     BufferToLearner,
+    Checkpointed,
     EvalQuery,
     EvalRequest,
     EvalResult,
+    Exhausted,
     NotYet,
     Refused,
     RunFinished,
@@ -45,6 +55,7 @@ from atpo_async.messages import (
 )
 from atpo_async.metrics import MetricsWriter, read_metrics
 from atpo_async.models import model_folder
+from atpo_async.records import TurnRecords
 from atpo_async.role import RoleContext
 from atpo_async.rundir import RunDir, write_atomic
 from atpo_async.waits import Patience
@@ -65,6 +76,7 @@ KEPT_BATCHES = 5
 """Batches of skipped updates that are kept for a look."""
 MAX_WARNINGS = 5
 """Lines about trees left out that one batch may write to the log."""
+LINEAGE_FILE = "lineage.jsonl"
 FINISH_S = 10.0
 """For the last messages of a run to be acknowledged."""
 
@@ -99,6 +111,19 @@ def probe_length(config: Config) -> int:
     return min(config.weights.probe_tokens, config.model.max_context_tokens - 1)
 
 
+class _Wanted(IntEnum):
+    """What a rank has when it has stopped waiting; all ranks do what the one with the least says."""
+
+    STOP = 0
+    """Nothing: it is asked to, or has failed."""
+    END = 1
+    """The buffer has no further batch."""
+    CHECKPOINT = 2
+    """The buffer wants one before it can go on."""
+    TRAIN = 3
+    """A batch."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Learned:
     """What the torch thread hands back after a batch."""
@@ -108,6 +133,7 @@ class _Learned:
     step_s: float
     publish_s: float
     announcement: WeightsAnnounced | None
+    checkpoint_wanted: bool
 
 
 class Learner:
@@ -161,6 +187,10 @@ class Learner:
         self._evaluations: set[asyncio.Task[None]] = set()
         self._checkpointed: int | None = None
         self._stepped_at = 0.0
+        self._in_hand: Batch | None = None
+        """A batch that has to wait until all ranks have saved a checkpoint."""
+        self._exhausted = False
+        """There is no further batch, whatever run.steps says."""
         self._failure: WaitTimeout | PeerLost | None = None
         """Why this rank goes no further; the others learn of it at the next batch."""
         self._probe = probe_token_ids(
@@ -191,7 +221,7 @@ class Learner:
             await self._begin()
             while self.step < self.config.run.steps and await self._one_batch():
                 pass
-            if self.step >= self.config.run.steps and not self.stopping.is_set():
+            if (self._exhausted or self.step >= self.config.run.steps) and not self.stopping.is_set():
                 await self._finish()
             else:
                 await self._checkpoint()
@@ -219,6 +249,7 @@ class Learner:
             # Before the version is known: no training lease may slip in ahead of the evaluation.
             await self._request_evaluation(blocking=True)
         await self._announce(announcement)
+        await self._tell_checkpoint()
         if self.metrics is not None:
             self.metrics.write(step=self.step, version=self.version, metrics={"weights/publish_s": self._now - began})
         if evaluate:
@@ -280,14 +311,23 @@ class Learner:
         Waits for: ``next_batch``, then the torch thread.  Ranks stay in step: if one has no batch, none trains.
         """
         asked_at = self._now
-        batch = None
+        found: Batch | _Wanted | None = self._in_hand
         try:
-            batch = await self.next_batch() if self._failure is None else None
+            if found is None and self._failure is None:
+                found = await self.next_batch()
         except (WaitTimeout, PeerLost) as exc:
             self._failure = exc
-        everyone = await self.torch_thread(self.trainer.least, 0.0 if batch is None else 1.0)
+        batch = found if isinstance(found, Batch) else None
+        own = _Wanted.TRAIN if batch is not None else found or _Wanted.STOP
+        wanted = await self.torch_thread(self._agree, own, 0 if batch is None else batch.batch_id)
         waited_s = self._now - asked_at
-        if batch is None or not everyone:
+        if wanted == _Wanted.CHECKPOINT:
+            self._in_hand = batch
+            await self._checkpoint()
+            return True
+        self._in_hand = None
+        self._exhausted = wanted == _Wanted.END
+        if wanted != _Wanted.TRAIN or batch is None:
             return False
         try:
             learned = await self.torch_thread(self._learn, batch)
@@ -305,9 +345,26 @@ class Learner:
             self._failure = exc
         if learned.report.fault is not None:
             self._keep(batch, learned.report.fault)
-        if self.step % self.config.learner.checkpoint_every == 0:
+        if self.step % self.config.learner.checkpoint_every == 0 or learned.checkpoint_wanted:
             await self._checkpoint()
         return True
+
+    def _agree(self, own: _Wanted, batch_id: int) -> _Wanted:
+        """In the torch thread: what all ranks do.
+
+        Raises:
+            SetupError: they were given shares of different batches.
+        """
+        wanted = _Wanted(int(self.trainer.least(float(own))))
+        if wanted == _Wanted.TRAIN and self._num_ranks > 1:
+            first, last = self.trainer.least(float(batch_id)), -self.trainer.least(-float(batch_id))
+            if first != last:
+                raise SetupError(
+                    f"step {self.step}: the ranks were given shares of batches {first:.0f} to {last:.0f}; the buffer "
+                    "has lost its journal since the first rank was served: start the run again, it goes on from its "
+                    "checkpoint"
+                )
+        return wanted
 
     async def _tell(self, batch: Batch, learned: _Learned, *, waited_s: float) -> None:
         """What follows from a batch: the version announced, the batch confirmed, numbers written, evaluation asked for.
@@ -339,8 +396,8 @@ class Learner:
             asyncio.create_task(self._evaluate_aside(self.step, self.published), name=f"evaluation {self.step}")
         )
 
-    async def next_batch(self) -> Batch | None:
-        """This rank's share of the next batch; None when the role has to stop first.
+    async def next_batch(self) -> Batch | _Wanted | None:
+        """This rank's share of the next batch, or what is wanted instead; None when the role has to stop first.
 
         Waits for: enough fresh trees.  Unblocked by: the buffer's answer.
 
@@ -372,6 +429,11 @@ class Learner:
             reply = await self._ask(request)
             if isinstance(reply, Batch):
                 return reply
+            if isinstance(reply, Exhausted):
+                self.log.info("no further batch: %s", reply.reason)
+                return _Wanted.END
+            if isinstance(reply, NotYet) and reply.checkpoint_wanted and self._checkpointed != self.step and self.step:
+                return _Wanted.CHECKPOINT
             if isinstance(reply, NotYet) and reply.progress != progress:
                 progress = reply.progress
                 patience.moved()
@@ -410,6 +472,8 @@ class Learner:
         clock = time.monotonic
         began = clock()
         report = self.trainer.train(batch, version=self.version, should_stop=self._stop_torch.is_set)
+        if self.config.learner.lineage:
+            write_lineage(self.rundir.path / LINEAGE_FILE, batch, version=self.version, rank=self._rank)
         for line in report.warnings[:MAX_WARNINGS]:
             self.log.warning("batch %d: %s", batch.step, line)
         if len(report.warnings) > MAX_WARNINGS:
@@ -417,7 +481,7 @@ class Learner:
         if report.fault is not None:
             self.log.warning("batch %d: update skipped, %s", batch.step, report.fault)
         trained = clock()
-        version = self._next_version()
+        version, checkpoint_wanted = self._next_version(), self._first_says(batch.checkpoint_wanted)
         done = self.step + 1
         due = done % self.config.staleness.publish_every == 0 or done == self.config.run.steps
         announcement = self._store(version) if due else None
@@ -427,7 +491,12 @@ class Learner:
             step_s=trained - began,
             publish_s=clock() - trained,
             announcement=announcement,
+            checkpoint_wanted=checkpoint_wanted,
         )
+
+    def _first_says(self, flag: bool) -> bool:
+        """Rank 0's word, on every rank."""
+        return bool(self.trainer.same_everywhere([float(flag)])[0])
 
     def _next_version(self) -> int:
         """Counted by rank 0, told to all."""
@@ -534,6 +603,13 @@ class Learner:
         )
         if self._rank == 0:
             self.log.info("checkpoint %s", path)
+        await self._tell_checkpoint()
+
+    async def _tell_checkpoint(self) -> None:
+        """The buffer may let go what was used up before: no batch below this step is asked for again."""
+        if self._rank == 0 and self._checkpointed is not None:
+            with contextlib.suppress(PeerLost):  # said again when the learner starts again
+                await self.buffer.send(Checkpointed(run=self.run_id, step=self._checkpointed, version=self.version))
 
     # --- evaluation
 
@@ -595,6 +671,37 @@ class Learner:
                     )
                 )
                 await self._unless_stopping(asyncio.sleep(0.5))
+
+
+def write_lineage(path: Path, batch: Batch, *, version: int, rank: int) -> None:
+    """Append what a rank has trained on: one JSON object a line.
+
+    A learner that falls back to a checkpoint writes the steps after it once more, with higher versions: of a step and
+    rank the line with the highest version counts.
+    """
+    line = {
+        "step": batch.step,
+        "rank": rank,
+        "version": version,
+        "batch_id": batch.batch_id,
+        "trees": [
+            {"tree_id": t.tree_id, "task_index": t.task_index, "uses": t.uses, "turns": len(t.turns), "hash": _hash(t)}
+            for t in batch.trees
+        ],
+    }
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(fd, json.dumps(line, separators=(",", ":")).encode() + b"\n")
+    finally:
+        os.close(fd)
+
+
+def _hash(tree: BatchTree) -> str:
+    """Of the turns as they were recorded, 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in TurnRecords.of(tree.turns).parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def save_batch(path: Path, batch: Batch) -> None:

@@ -54,7 +54,7 @@ class CreditedTree:
     def of(cls, sampled: BatchTree, settings: CreditConfig) -> CreditedTree:
         """With every turn ratio at 1, where ``credit.value_mode`` asks for ratios: ``recredited`` puts in real ones."""
         tree = TurnTree(
-            sampled.tree_id, sampled.task_index, sampled.prompt, sampled.turns, sampled.failed_branches
+            sampled.tree_id, sampled.task_index, sampled.prompt, tuple(sampled.turns), sampled.failed_branches
         ).pruned()
         arrays = TreeArrays.of(tree)
         return cls(tree, sampled.weight, credit_as(arrays, settings).advantages, has_signal(arrays))

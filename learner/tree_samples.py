@@ -51,7 +51,7 @@ def write_sample(
 
 
 def _turns(chosen: BatchTree, settings: CreditConfig, decode: Callable[[np.ndarray], str]) -> list[TreeTurn]:
-    tree = TurnTree(chosen.tree_id, chosen.task_index, chosen.prompt, chosen.turns).pruned()
+    tree = TurnTree(chosen.tree_id, chosen.task_index, chosen.prompt, tuple(chosen.turns)).pruned()
     worth = credit_as(tree, settings)
     return [
         TreeTurn(

@@ -28,7 +28,6 @@ from atpo_async.messages import (
 from atpo_async.tree import Turn, VersionSpan
 from buffer.assembly import TreeMessage
 from buffer.delay_line import Asked, DelayLine, TreeSet
-from buffer.journal import Cursor
 from buffer.state import BufferState
 
 PROMPT = np.array([1, 2], dtype=np.int32)
@@ -80,7 +79,7 @@ def closed(lease: Lease, num_turns: int) -> TreeClosed:
 
 
 def stateful(config: Config, version: int = 1) -> BufferState:
-    made = BufferState(config, run="r", cursor=Cursor(), rng=np.random.default_rng(0), now=0.0)
+    made = BufferState(config, run="r", rng=np.random.default_rng(0), now=0.0)
     made.publish(published(version))
     return made
 
@@ -573,7 +572,7 @@ class World:
         self.chance = random.Random(seed)
         self.now = 0.0
         self.counter = 1
-        self.state = BufferState(config, run="r", cursor=Cursor(), rng=np.random.default_rng(0), now=0.0)
+        self.state = BufferState(config, run="r", rng=np.random.default_rng(0), now=0.0)
         self.players = [Player(f"a{i}", -1) for i in range(actors)]
         self.ranks = ranks
         self.step, self.version, self.published = 0, 1, 1

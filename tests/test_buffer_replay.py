@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atpo_async.tree import Turn, TurnTree, VersionSpan
+from atpo_async.tree import Turn, VersionSpan
+from buffer.index import MemoryStore, TreeEntry, entry_from_turns
 from buffer.replay import (
     PRIORITY_FLOOR,
     ReplayPool,
@@ -22,7 +23,6 @@ from buffer.replay import (
     probabilities,
     split_by_tokens,
     stratified,
-    tree_nbytes,
     tree_priority,
 )
 
@@ -35,7 +35,7 @@ def exponents(name: str) -> tuple[float, float]:
     return float(alpha), float(beta)
 
 
-def tree(tree_id: str, *versions: int, tokens: int = 2) -> TurnTree:
+def tree(tree_id: str, *versions: int, tokens: int = 2) -> TreeEntry:
     """One first turn per version, each a leaf."""
     turns = tuple(
         Turn(
@@ -46,7 +46,7 @@ def tree(tree_id: str, *versions: int, tokens: int = 2) -> TurnTree:
         )
         for i, version in enumerate(versions or (0,), start=1)
     )  # fmt: skip
-    return TurnTree(tree_id, 0, np.zeros(1, dtype=np.int32), turns)
+    return entry_from_turns(tree_id, 0, np.zeros(1, dtype=np.int32), turns, MemoryStore())
 
 
 def pool(**settings: Any) -> ReplayPool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from atpo_async.messages import (
     Batch,
     BufferToActor,
     BufferToLearner,
+    Checkpointed,
     EvalQuery,
     EvalRequest,
     EvalResult,
+    Exhausted,
     Lease,
     LeaseRequest,
     LeaseReturned,
@@ -42,7 +45,8 @@ from atpo_async.messages import (
 )
 from atpo_async.rundir import Endpoints, RunDir
 from atpo_async.tree import Turn, VersionSpan
-from buffer.journal import Cursor, CursorFile, MemoryJournal, TreeMessage
+from buffer.assembly import TreeMessage
+from buffer.journal import Journal
 from buffer.service import BufferService
 from buffer.state import BufferState
 
@@ -184,7 +188,7 @@ def state() -> BufferState:
 
 
 def stateful(config: Config) -> BufferState:
-    made = BufferState(config, run="r", cursor=Cursor(), rng=np.random.default_rng(0), now=0.0)
+    made = BufferState(config, run="r", rng=np.random.default_rng(0), now=0.0)
     made.publish(published())
     return made
 
@@ -250,7 +254,10 @@ async def test_leases_go_out_trees_come_in_and_a_batch_is_served_and_confirmed(p
     assert batch.metrics["train/success"] == 0.5
     assert batch.metrics["buffer/trees"] == 2
     await peers.tell(Trained(run="r", batch_id=batch.batch_id, version=1, priorities={}))
-    assert peers.service.state.nbytes == 0
+    # A learner that falls back wants them once more, until a checkpoint holds what it learned.
+    assert peers.service.state.nbytes > 0
+    await peers.tell(Checkpointed(run="r", step=1, version=1))
+    assert peers.service.state.nbytes == peers.service.journal.nbytes == 0
 
 
 async def test_a_request_for_leases_waits_for_the_first_version(peers: Peers) -> None:
@@ -372,23 +379,26 @@ async def test_a_turn_of_a_lease_that_was_never_granted_here_is_refused(peers: P
     assert "b0-00000000" in peers.refusals[0]
 
 
-async def test_nothing_is_acknowledged_before_it_is_committed() -> None:
-    class SlowJournal(MemoryJournal):
-        def __init__(self) -> None:
-            self.asked, self.release = asyncio.Event(), asyncio.Event()
+async def test_nothing_is_acknowledged_before_it_is_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, release = threading.Event(), threading.Event()
+    commit = Journal._commit
 
-        async def commit(self, messages: Sequence[TreeMessage]) -> None:
-            self.asked.set()
-            await self.release.wait()
+    def slowly(self: Journal, group: Any) -> None:
+        asked.set()
+        assert release.wait(SOON_S)
+        commit(self, group)
 
-    journal = SlowJournal()
-    async with running(journal=journal) as peers:
+    async with running() as peers:
         await peers.tell(published())
         (lease,) = await peers.leases(1)
+        monkeypatch.setattr(Journal, "_commit", slowly)
         await peers.actor.send(opened(lease))
-        await asyncio.wait_for(journal.asked.wait(), SOON_S)
-        assert peers.actor.stats.unacked == 1
-        journal.release.set()
+        assert await asyncio.to_thread(asked.wait, SOON_S)
+        # What is sent meanwhile is taken, and not acknowledged either.
+        await peers.actor.send(leaf(lease, 1, 1.0))
+        await peers.actor.request(hello(peers.config, protocol=99), timeout_s=SOON_S)
+        assert peers.actor.stats.unacked == 2
+        release.set()
         await peers.actor.drain(timeout_s=SOON_S)
 
 
@@ -647,56 +657,147 @@ async def test_the_metrics_of_an_actor_go_to_the_runs_file_under_its_name(tmp_pa
     assert (record["source"], record["version"], record["metrics"]) == ("a", 3, {"x": 1.5})
 
 
-async def test_a_run_stopped_in_good_order_goes_on_with_the_tasks_it_has_not_trained_on(tmp_path: Path) -> None:
+async def test_what_was_kept_is_there_after_a_restart_and_leases_go_on_under_their_epoch(tmp_path: Path) -> None:
     rundir = RunDir.create(configured(run={"dir": tmp_path, "name": "r"}))
     async with running(rundir=rundir) as peers:
         await peers.tell(published())
         leases = await peers.leases(4)
         for lease in leases[:2]:
             await peers.send(*grown(lease))
-        batch = await peers.batch(ask())
-        assert batch.batch_id == 1
-        await peers.tell(Trained(run="r", batch_id=batch.batch_id, version=1, priorities={}))
-        kept = json.loads((rundir.path / "buffer.json").read_text())
-    assert (kept["next_task"], kept["unfinished"], kept["next_batch"]) == (4, [2, 3], 2)
+        await peers.send(opened(leases[2]), leaf(leases[2], 1, 1.0))
     async with running(rundir=rundir) as peers:
-        await peers.tell(published(1))
-        again = await peers.leases(3)
-        assert [lease.task_index for lease in again] == [2, 3, 4]
-        assert not {lease.tree_id for lease in again} & {lease.tree_id for lease in leases}
+        # The actor knows nothing of the restart.
+        await peers.send(leaf(leases[2], 1, 1.0), leaf(leases[2], 2, 0.0), closed(leases[2], 2), *grown(leases[3]))
+        assert peers.refusals == []
+        batch = await peers.batch(ask())
+        later = await peers.batch(ask(step=1, version=1))
+        assert sorted(t.task_index for t in (*batch.trees, *later.trees)) == [0, 1, 2, 3]
+        await peers.tell(published(2))
+        assert [lease.task_index for lease in await peers.leases(1)] == [4]
 
 
-async def test_the_tasks_of_a_batch_given_up_at_a_stop_are_leased_again(tmp_path: Path) -> None:
+async def test_a_batch_is_the_same_after_a_restart_for_the_ranks_that_had_not_asked(tmp_path: Path) -> None:
     rundir = RunDir.create(configured(run={"dir": tmp_path, "name": "r"}))
     async with running(rundir=rundir) as peers:
         await peers.tell(published())
-        leases = await peers.leases(3)
-        for lease in leases[:2]:
+        for lease in await peers.leases(2):
             await peers.send(*grown(lease))
-        await peers.batch(ask())
-        # A buffer killed now would take the batch to be trained on: the learner goes on with it.
-        assert json.loads((rundir.path / "buffer.json").read_text())["unfinished"] == [2]
+        first = await peers.batch(ask(num_ranks=2))
     async with running(rundir=rundir) as peers:
-        await peers.tell(published(1))
-        assert [lease.task_index for lease in await peers.leases(4)] == [0, 1, 2, 3]
+        again = await peers.batch(ask(num_ranks=2))
+        second = await peers.batch(ask(num_ranks=2, rank=1))
+    assert (again.batch_id, second.batch_id) == (first.batch_id, first.batch_id)
+    assert [t.tree_id for t in again.trees] == [t.tree_id for t in first.trees]
+    assert {t.tree_id for t in first.trees} | {t.tree_id for t in second.trees} == {
+        f"b1-{task:08d}" for task in range(2)
+    }
+    assert again.metrics == first.metrics
 
 
-def test_a_tree_trained_on_before_is_not_unfinished_when_a_later_use_is_given_up() -> None:
-    state = stateful(configured(staleness={"trees_per_batch": 1, "max_lag": 4, "max_uses": 2}))
+async def test_a_learner_that_falls_back_gets_the_trees_of_its_lost_steps_again(tmp_path: Path) -> None:
+    config = configured(run={"dir": tmp_path, "name": "r"}, staleness={"trees_per_batch": 1, "max_lag": 8})
+    rundir = RunDir.create(config)
+    seen: list[int] = []
+    async with running(config, rundir=rundir) as peers:
+        await peers.tell(published())
+        for lease in await peers.leases(3):
+            await peers.send(*grown(lease))
+        for step in range(3):
+            batch = await peers.batch(ask(step=step, version=step, num_trees=1))
+            seen.append(batch.trees[0].task_index)
+            await peers.tell(Trained(run="r", batch_id=batch.batch_id, version=step + 1, priorities={}))
+        await peers.tell(Checkpointed(run="r", step=1, version=1))
+    async with running(config, rundir=rundir) as peers:
+        again = []
+        for step in range(1, 3):
+            batch = await peers.batch(ask(step=step, version=3 + step, num_trees=1))
+            (tree,) = batch.trees
+            assert tree.uses == 1
+            again.append(tree.task_index)
+            await peers.tell(Trained(run="r", batch_id=batch.batch_id, version=4 + step, priorities={}))
+    assert sorted(again) == sorted(seen[1:])
+
+
+def test_trees_too_old_for_a_learner_that_falls_back_are_grown_anew() -> None:
+    state = stateful(configured(staleness={"trees_per_batch": 1, "max_lag": 2}))
     take(state, grown(state.lease("a", 1, 0.0).leases[0]))
-    first = state.sample(ask(num_trees=1), 0.0)
-    assert first is not None
-    assert state.cursor(leaving=True).unfinished == (0,)
+    batch = state.sample(ask(num_trees=1), 0.0)
+    assert isinstance(batch, Batch)
+    state.trained(Trained(run="r", batch_id=batch.batch_id, version=1, priorities={}))
+    state.publish(published(9))
+    assert state.sample(ask(step=0, version=9, num_trees=1), 0.0) is None
+    (lease,) = state.lease("a", 1, 0.0).leases
+    assert (lease.task_index, lease.tree_id == batch.trees[0].tree_id) == (0, False)
+
+
+def test_a_batch_is_taken_to_be_trained_on_once_a_later_one_is_asked_for() -> None:
+    state = stateful(configured(staleness={"trees_per_batch": 1, "max_lag": 8}))
+    for lease in state.lease("a", 3, 0.0).leases:
+        take(state, grown(lease))
+    for step in range(3):
+        assert isinstance(state.sample(ask(step=step, version=step, num_trees=1), 0.0), Batch)
+    # Of the first, word was lost with the learner that sent it; it is not served again.
+    assert state.pool.num_out == 2
+    assert len(state.pool) == 0
+
+
+def test_a_run_of_so_many_tasks_ends_when_each_was_trained_on() -> None:
+    state = stateful(configured(run={"max_tasks": 3}, staleness={"trees_per_batch": 2, "max_lag": 8}))
+    leases = state.lease("a", 9, 0.0).leases
+    assert [lease.task_index for lease in leases] == [0, 1, 2]
+    for lease in leases:
+        take(state, grown(lease))
+    first = state.sample(ask(), 0.0)
+    assert isinstance(first, Batch)
+    assert first.num_trees == 2
+    # The last tree could still be joined by one that comes back.
+    assert state.sample(ask(step=1, version=1), 0.0) is None
     state.trained(Trained(run="r", batch_id=first.batch_id, version=1, priorities={}))
-    assert state.sample(ask(step=1, version=1, num_trees=1), 0.0) is not None
-    assert state.cursor(leaving=True).unfinished == ()
+    second = state.sample(ask(step=1, version=1), 0.0)
+    assert isinstance(second, Batch)
+    assert second.num_trees == 1
+    state.trained(Trained(run="r", batch_id=second.batch_id, version=2, priorities={}))
+    last = state.sample(ask(step=2, version=2), 0.0)
+    assert isinstance(last, Exhausted)
+    assert "run.max_tasks = 3" in last.reason
 
 
-def test_a_damaged_cursor_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "buffer.json"
-    file.write_text("{")
-    with pytest.raises(SetupError, match=r"buffer\.json is damaged"):
-        CursorFile(file).begin()
+def test_a_task_whose_tree_went_stale_before_any_batch_had_it_is_leased_again() -> None:
+    state = stateful(configured(run={"max_tasks": 1}, staleness={"trees_per_batch": 1, "max_lag": 1}))
+    take(state, grown(state.lease("a", 1, 0.0).leases[0]))
+    state.publish(published(5))
+    assert state.sample(ask(version=5, num_trees=1), 0.0) is None
+    (again,) = state.lease("a", 1, 0.0).leases
+    assert again.task_index == 0
+    assert state.nbytes == 0
+
+
+def test_trees_kept_for_a_checkpoint_ask_for_one_when_they_take_the_room() -> None:
+    config = configured(buffer={"max_bytes": 1 << 20}, staleness={"trees_per_batch": 1, "max_lag": 50})
+    state = stateful(config)
+    step, batch = 0, None
+    while batch is None or not batch.checkpoint_wanted:
+        for lease in state.lease("a", 1, 0.0).leases:
+            take(state, grown(lease, tokens=4000, version=step))
+        batch = state.sample(ask(step=step, version=step, num_trees=1), 0.0)
+        assert isinstance(batch, Batch)
+        step += 1
+        state.publish(published(step))
+        state.trained(Trained(run="r", batch_id=batch.batch_id, version=step, priorities={}))
+        assert step < 50
+    assert state.nbytes <= 1 << 20
+    state.checkpointed(Checkpointed(run="r", step=step, version=step))
+    assert not state.checkpoint_wanted
+    assert state.nbytes == 0
+
+
+async def test_a_second_buffer_on_the_same_journal_is_refused(tmp_path: Path) -> None:
+    rundir = RunDir.create(configured(run={"dir": tmp_path, "name": "r"}))
+    async with running(rundir=rundir) as peers:
+        with pytest.raises(SetupError, match="in use by another buffer"):
+            BufferService(
+                peers.config, run="r", endpoints=LOOPBACK, rundir=rundir, stopping=asyncio.Event()
+            )  # fmt: skip
 
 
 async def test_an_unknown_evaluation_is_refused_so_that_the_learner_asks_for_it_again(peers: Peers) -> None:

@@ -16,6 +16,7 @@ from atpo_async import wire
 from atpo_async.config import Config
 from atpo_async.errors import BadMessage
 from atpo_async.messages import Batch, BatchTree, BufferToLearner
+from atpo_async.records import TurnRecords
 from atpo_async.tree import Turn, VersionSpan
 from learner.intake import REASONS, Sifted, sift
 from learner.packing import CreditedTree, Normaliser, Staleness, leaf_rows
@@ -71,7 +72,7 @@ def test_a_bad_tree_is_left_out_under_its_name_and_the_good_ones_stay_as_they_ar
 
 
 def test_every_reason_has_a_bad_tree_here() -> None:
-    assert {reason for _, reason, _ in BAD.values()} | {"bad_counts"} == set(REASONS)
+    assert {reason for _, reason, _ in BAD.values()} | {"bad_counts", "bad_record"} == set(REASONS)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -118,10 +119,27 @@ def test_what_is_left_weighs_what_it_would_have_weighed() -> None:
 def test_a_tree_with_several_faults_is_counted_once_under_the_first_of_the_list() -> None:
     changes = {reason: change for change, reason, _ in BAD.values()}
     for first, second in itertools.pairwise(REASONS):
-        if second == "bad_counts" or {first, second} & {"no_leaf", "all_stale"}:
+        if second == "bad_counts" or {first, second} & {"bad_record", "no_leaf", "all_stale"}:
             continue  # these cannot be had together with any other fault
         batch = with_tree(with_tree(good_batch(), 0, changes[second]), 0, changes[first])
         assert sifted(batch).dropped == {first: ("tree-0",)}
+
+
+def test_a_record_that_is_none_costs_its_tree_alone() -> None:
+    batch = good_batch()
+    damaged = TurnRecords.raw([bytes(64)], 1)
+    trees = (msgspec.structs.replace(batch.trees[0], turns=damaged), *batch.trees[1:])
+    result = sifted(msgspec.structs.replace(batch, trees=trees))
+    assert result.dropped == {"bad_record": ("tree-0",)}
+    assert "journal" in result.messages[0]
+    assert [tree.tree_id for tree in result.batch.trees] == ["tree-1", "tree-2"]
+
+
+def test_turns_that_came_as_records_are_decoded_once_for_all() -> None:
+    batch: Batch = wire.decode(wire.encode(good_batch()), BufferToLearner)
+    kept = sifted(batch).batch
+    assert all(isinstance(tree.turns, tuple) for tree in kept.trees)
+    assert [len(t.turns) for t in kept.trees] == [len(t.turns) for t in batch.trees]
 
 
 def test_a_log_prob_above_zero_by_rounding_is_fine() -> None:
@@ -198,12 +216,14 @@ def test_what_the_wire_lets_through_is_told_apart_from_what_it_refuses() -> None
             again: Batch = wire.decode(wire.encode(with_tree(good_batch(), 0, change)), BufferToLearner)
         except BadMessage:
             continue
-        assert sifted(again).dropped == {reason: ("tree-0",)}
+        (found,) = sifted(again).dropped.items()
+        if found == ("bad_record", ("tree-0",)):
+            continue  # refused as well, once somebody looks at the turn
+        assert found == (reason, ("tree-0",))
         through.add(name)
     assert through == {
         "no turns",
         "no leaves",
-        "a reward beyond float32",
         "a version from the future",
         "an action token beyond the vocabulary",
         "an observation token beyond the vocabulary",
