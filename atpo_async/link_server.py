@@ -332,7 +332,8 @@ class Server(BindingLink):
             if seq < session.settled:
                 self._answer_soon(session)
             return None
-        if seq - session.settled >= self._max_ahead or session.queued_bytes > self._max_queued_bytes:
+        # Counted from what the client says it has got: refusals are kept until then.
+        if seq - session.base >= self._max_ahead or session.queued_bytes > self._max_queued_bytes:
             # Clients of our settings hardly come here; whoever does sends it again after its next heartbeat.
             return None
         item: Any
