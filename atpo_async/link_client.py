@@ -37,6 +37,9 @@ from atpo_async.messages import Refused
 
 log = logging.getLogger("atpo.links")
 
+_SILENT_BEATS = 5
+"""Pings without an answer after which a connection that seems to be up is made anew."""
+
 
 @dataclass(slots=True, eq=False)
 class _Wait:
@@ -93,6 +96,7 @@ class Client(ConnectingLink):
         self._dealer: Socket | None = None
         self._pump: Pump | None = None
         self._heard_at = self._now()
+        self._unanswered = 0
         self._owed_since = 0.0
         self._failure: AtpoError | None = None
         self._waits: set[_Wait] = set()
@@ -309,6 +313,7 @@ class Client(ConnectingLink):
         return pending.transmitted
 
     def _on_connected(self) -> None:
+        self._unanswered = 0
         self._start_over()
 
     def _on_lost(self) -> None:
@@ -323,6 +328,7 @@ class Client(ConnectingLink):
 
     def _ping(self) -> None:
         if self._pump is not None and not self._pump.closed:
+            self._unanswered += 1
             ids = [i for i, pending in self._pending.items() if pending.transmitted]
             self._pump.send((self._link(PING, self._cursor, self._base), struct.pack(f"<{len(ids)}Q", *ids)))
 
@@ -332,6 +338,15 @@ class Client(ConnectingLink):
             await asyncio.sleep(self.settings.heartbeat_s)
             self._ping()
             self._report_waits()
+            self._renew()
+
+    def _renew(self) -> None:
+        """Make a connection anew that is up and leads nowhere: libzmq can keep one like that open for ever."""
+        # Counted and not timed: our own loop may have stood still, with the answers waiting in the socket.
+        if self._dealer is not None and self._connected and self._unanswered > _SILENT_BEATS:
+            log.info("%s connects to %s anew: %d pings unanswered", self.identity, self._peer(), self._unanswered)
+            self._connected = False
+            self._reconnect(self._dealer)
 
     def _report_waits(self) -> None:
         now, settings = self._now(), self.settings
@@ -361,6 +376,7 @@ class Client(ConnectingLink):
             log.warning("%s got a frame from %s that is no link frame; dropped", self.identity, self._peer())
             return
         self._heard_at = self._now()
+        self._unanswered = 0
         if session != self._session:
             return
         if kind == ACK:

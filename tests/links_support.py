@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import zmq
 import zmq.asyncio
 
 from atpo_async import messages as m
+from atpo_async.keys import load_pair, load_public
 from atpo_async.links import Client, LinkSettings, Server
 
 ANY_PORT = "tcp://127.0.0.1:0"
@@ -62,11 +64,19 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def raw_dealer(endpoint: str, identity: bytes = b"stranger") -> AsyncIterator[zmq.asyncio.Socket]:
+async def raw_dealer(
+    endpoint: str, identity: bytes = b"stranger", *, keys: Path | None = None, **options: Any
+) -> AsyncIterator[zmq.asyncio.Socket]:
+    """A socket that says what the test says, and as whom the test says; ``options`` are of libzmq."""
     context = zmq.asyncio.Context()
     try:
         socket = context.socket(zmq.DEALER)
         socket.setsockopt(zmq.ROUTING_ID, identity)
+        if keys is not None:
+            socket.curve_publickey, socket.curve_secretkey = load_pair(keys, "client")
+            socket.curve_serverkey = load_public(keys / "server.key")
+        for name, value in options.items():
+            setattr(socket, name, value)
         socket.connect(endpoint)
         yield socket
     finally:
