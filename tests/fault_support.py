@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import faulthandler
 import gc
 import importlib
 import json
@@ -192,14 +193,14 @@ class Tricks:
             state.SILENT_LEAST_S = self.silent_s
         commit = Journal._commit
 
-        def tricked(self: Any, group: Any) -> None:
+        def tricked(journal: Any, group: Any) -> None:
             if self.fail_commits and os.path.exists(self.fail_commits):
                 raise OSError(errno.EIO, "Input/output error")
             _stop_if(self.stop_before_commit)
-            commit(self, group)
+            commit(journal, group)
             _stop_if(self.stop_after_commit)
 
-        Journal._commit = tricked  # type: ignore[method-assign]
+        Journal._commit = tricked  # type: ignore[assignment,method-assign]
 
 
 def _stop_if(file: str) -> None:
@@ -273,6 +274,7 @@ def _fork(asked: Mapping[str, Any]) -> int:
             os.dup2(nothing.fileno(), 0)
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+        faulthandler.register(signal.SIGUSR2, all_threads=True)  # for whoever looks for a hang
         os.environ.update(asked["env"])
         if CLOCK in asked["env"]:
             _shift_clock(asked["env"][CLOCK])

@@ -235,6 +235,8 @@ class Trace:
     trees: list[str]
     tasks: list[int]
     hashes: list[list[str]]
+    fresh_from: list[int]
+    """Of each tree: the oldest version of its youngest turn, from which its age counts."""
 
 
 @dataclass(kw_only=True)
@@ -519,6 +521,7 @@ class _Learner:
                 trees=[tree.tree_id for tree in batch.trees],
                 tasks=[tree.task_index for tree in batch.trees],
                 hashes=hashes,
+                fresh_from=[max(turn.oldest_version for turn in tree.turns) for tree in batch.trees],
             )
         )
         lineage.step += 1
@@ -739,6 +742,8 @@ class Roles:
         return "\n".join(parts)
 
 
+GRACE_S = 1.0
+"""After the buffer's end, for the others."""
 NUM_KILLS = 5
 NUM_STEPS = 40
 """Of a run that nobody disturbs: more than its kills let it have before they have struck."""
@@ -750,10 +755,12 @@ def run_oracle(folder: Path, spawner: Spawner, *, seed: int, num_kills: int = NU
     max_uses = 1 + seed % 2
     num_tasks = NUM_STEPS * BASE["staleness"]["trees_per_batch"] // max_uses
     publish_every = 1 + (seed // 2) % 2
+    # Where every tree is used twice, most seeds let none grow too old: then there is no excuse.
+    max_lag = rng.choice((2, 4, 8)) if max_uses == 1 or seed % 8 == 7 else 500
     rundir = make_run(
         folder,
         run={"seed": seed, "max_tasks": num_tasks},
-        staleness={"max_uses": max_uses, "publish_every": publish_every, "max_lag": rng.choice((2, 4, 8))},
+        staleness={"max_uses": max_uses, "publish_every": publish_every, "max_lag": max_lag},
     )
     roles = Roles(rundir, spawner, seed=seed, actors=rng.randint(1, 3), checkpoint_every=rng.randint(1, 3))
     driver = _Driver(roles, rng)
@@ -775,6 +782,7 @@ class _Driver:
         self.began = time.monotonic()
         self._folder = roles.rundir.path
         self._ended: set[str] = set()
+        self._buffer_ended_at: float | None = None
 
     def run(self, kills: Sequence[Kill]) -> None:
         self._allow(0)
@@ -801,9 +809,7 @@ class _Driver:
                     if len(self.problems) > 3:
                         raise AssertionError(f"the roles do not stay up\n{self.roles.story()}")
                     self._start(name)
-            if "learner" not in self._ended and self._ended:
-                # As a user would who finds the run not done.
-                self._start(*self._ended)
+            self._look_after_the_end()
             return bool(condition()) or self._ended >= set(self.roles.names)
 
         try:
@@ -813,8 +819,23 @@ class _Driver:
             return False
         return bool(condition())
 
+    def _look_after_the_end(self) -> None:
+        """What a supervisor and its user do when not everybody learnt that the run is over."""
+        if "buffer" not in self._ended:
+            self._buffer_ended_at = None
+            return
+        now = time.monotonic()
+        self._buffer_ended_at = self._buffer_ended_at or now
+        if now - self._buffer_ended_at < GRACE_S:
+            return
+        if "learner" in self._ended:
+            left = list(self.roles.alive)
+            self.roles.kill(*left)
+            self._ended |= set(left)
+        else:
+            self._start(*self._ended)
+
     def _start(self, *names: str) -> None:
-        names = tuple(names)
         self._ended -= set(names)
         self.roles.start(*names)
 
@@ -871,12 +892,14 @@ def judge(
     exceptions: list[str] = []
     lineage = Lineage.load(folder)
     uses: Counter[int] = Counter()
+    fresh_from: dict[int, int] = {}
     for expected, trace in enumerate(lineage.traces):
         if trace.step != expected:
             problems.append(f"batch {trace.step} stands in the lineage where {expected} should")
         if len(set(trace.trees)) != len(trace.trees) or len(set(trace.tasks)) != len(trace.tasks):
             problems.append(f"batch {trace.step} holds a tree twice: {trace.trees}")
         uses.update(trace.tasks)
+        fresh_from.update(zip(trace.tasks, trace.fresh_from, strict=True))
         for tree_id, task, hashes in zip(trace.trees, trace.tasks, trace.hashes, strict=True):
             lacking = possible_trees(seed, task).get(tuple(hashes))
             if lacking is None:
@@ -886,13 +909,17 @@ def judge(
     versions = [trace.version for trace in lineage.traces]
     if sorted(set(versions)) != versions:
         problems.append(f"versions of the lineage do not rise: {versions}")
+    latest = max(versions, default=0)
     taken = [int(line) for line in lines(folder, TAKEN)]
     if len(set(taken)) != len(taken):
         problems.append(f"version numbers were used twice: {[v for v, n in Counter(taken).items() if n > 1]}")
     for task in range(config.run.max_tasks or 0):
         kind = planned(seed, task).kind
         wanted = config.staleness.max_uses if kind == "plain" else 0
-        if uses[task] != wanted:
+        too_old = latest - fresh_from.get(task, latest) > config.staleness.max_lag
+        if 0 < uses[task] < wanted and too_old:
+            exceptions.append(f"task {task} was trained on {uses[task]} times, then its tree was too old")
+        elif uses[task] != wanted:
             problems.append(f"task {task} ({kind}) was trained on {uses[task]} times, not {wanted}")
         elif kind != "plain":
             exceptions.append(f"task {task} has nothing to learn from: {kind}")

@@ -1,0 +1,50 @@
+"""Exactly once: twenty scripted runs whose roles are killed at chosen and at random moments, each judged at its end."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.fault_support import Spawner
+from tests.oracle_support import NUM_KILLS, STATIONS, plan_kills, planned, possible_trees, run_oracle
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds out through /proc who stands still"),
+    pytest.mark.slow,
+]
+
+SEEDS = range(20)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_task_is_trained_on_as_often_as_intended_whoever_is_killed(
+    seed: int, spawner: Spawner, tmp_path: Path
+) -> None:
+    verdict = run_oracle(tmp_path / "run", spawner, seed=seed)
+    assert not verdict.problems, "\n".join(verdict.problems)
+    assert sum(verdict.kills[victims] for victims in ("buffer", "learner", "actor", "all")) == NUM_KILLS
+
+
+def test_the_kills_of_all_seeds_hit_everybody_at_every_station_and_in_between() -> None:
+    kills = [kill for seed in SEEDS for kill in plan_kills(seed, NUM_KILLS)]
+    victims = Counter(kill.victims for kill in kills)
+    assert all(victims[name] >= 10 for name in ("buffer", "learner", "actor", "all")), victims
+    # The first one is only passed by a learner that starts: the others' kills make it start often enough.
+    assert {kill.station for kill in kills} == {"", *STATIONS[1:]}
+    assert {kill.victims for kill in kills if kill.station == "finishing"} == {"buffer", "learner", "all"}
+
+
+def test_the_script_holds_trees_with_failed_chains_branches_and_nothing_to_learn() -> None:
+    plans = [planned(0, task) for task in range(100)]
+    assert {plan.kind for plan in plans} == {"plain", "dull", "barren"}
+    assert any(plan.failed_branches and plan.kind == "plain" for plan in plans)
+    assert any(part.expansion_round for plan in plans for part in plan.parts)
+    for task, plan in enumerate(plans):
+        whole = [lacking for lacking in possible_trees(0, task).values() if lacking == 0]
+        assert len(whole) == (plan.kind != "barren")
+        if plan.kind == "plain":
+            rewards = [part.reward for part in plan.parts if part.is_leaf]
+            assert len(set(rewards[:2])) == 2
