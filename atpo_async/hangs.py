@@ -10,8 +10,8 @@ A role is *stuck* when something in it stands still that nobody but the role its
 
 A role that waits for another one is never stuck, however long it waits; neither is one that works.  Work shows as
 progress, and progress sets the clock back: a counter of ``waits.progress`` (turns, tokens, micro-batches, batches, …),
-a change of phase, coming back to life, and while a role is starting (loading, compiling, warming up) any use of the
-processor by its processes worth mentioning.  A wait with a limit of its own is left to it.
+a change of phase, coming back to life, and while a role is starting (loading, compiling, warming up) computing and
+reading worth mentioning.  A wait with a limit of its own is left to it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ SILENT_S = 5.0
 LIMIT_SLACK_S = 5.0
 """What ends by itself after its limit has this much longer to do so."""
 
-BUSY_SHARE = 0.05
-"""Of one core: a starting role that uses as much is at work.  Beats and pictures alone use less than a hundredth."""
+BUSY_SHARE, BUSY_MB_S = 0.05, 0.5
+"""Of one core, or read and written: a starting role that does as much is at work.  Beats and pictures alone take less
+than a hundredth of it."""
+
+CLOSED = "which closes the circle"
 
 ACTORS = "actors"
 """All actors, as what a wait is for."""
@@ -46,7 +49,8 @@ class Sight:
     """Those of its own processes (its first one, and those that give pictures) that a signal has stopped.  What an
     environment does with its children is its business."""
     processor_s: float = 0.0
-    """Used by all its processes so far."""
+    moved_mb: float = 0.0
+    """Used, and read and written, by all its processes so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +87,8 @@ class _Memory:
     sequences: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Process -> (number of its last picture, when that was first seen)."""
     stopped_at: float | None = None
-    processor: tuple[float, float] | None = None
-    """(seconds used, when)."""
+    work: tuple[float, float, float] | None = None
+    """(processor seconds used, megabytes moved, when)."""
     was_silent: bool = False
     told_s: float = 0.0
 
@@ -103,6 +107,7 @@ class Watch:
         self._deadline_s = deadline_s
         self._hang_s = hang_s
         self._gap_s = max(5.0, 5 * every_s)
+        self._window_s = min(1.0, hang_s / 4)
         self._looked_at: float | None = None
         self._roles: dict[str, _Memory] = {}
         self._still_told_s = 0.0
@@ -152,7 +157,7 @@ class Watch:
         done = [(p.progress, p.phase, p.starting) for p in sight.pictures]
         if done != memory.done:
             memory.done, memory.moved_at = done, now
-        self._use_of_processor(memory, sight, now)
+        self._work_at_start(memory, sight, now)
         if not sight.stopped:
             memory.stopped_at = None
         elif memory.stopped_at is None:
@@ -182,25 +187,27 @@ class Watch:
                 memory.sequences[picture.role] = (picture.sequence, now)
         return max((now - memory.sequences[p.role][1] for p in sight.pictures), default=0.0)
 
-    @staticmethod
-    def _use_of_processor(memory: _Memory, sight: Sight, now: float) -> None:
-        """While a role is starting, computing is progress."""
-        if memory.processor is None:
-            memory.processor = (sight.processor_s, now)
+    def _work_at_start(self, memory: _Memory, sight: Sight, now: float) -> None:
+        """While a role is starting, computing is progress, and so is reading."""
+        if memory.work is None:
+            memory.work = (sight.processor_s, sight.moved_mb, now)
             return
-        used_before, before = memory.processor
-        if now - before < 1.0:
+        processor_s, moved_mb, before = memory.work
+        passed_s = now - before
+        if passed_s < self._window_s:
             return
-        memory.processor = (sight.processor_s, now)
-        starting = not sight.pictures or any(picture.starting for picture in sight.pictures)
-        if starting and sight.processor_s - used_before > BUSY_SHARE * (now - before):
+        memory.work = (sight.processor_s, sight.moved_mb, now)
+        busy = (
+            sight.processor_s - processor_s > BUSY_SHARE * passed_s or sight.moved_mb - moved_mb > BUSY_MB_S * passed_s
+        )
+        if busy and (not sight.pictures or any(picture.starting for picture in sight.pictures)):
             memory.moved_at = now
 
 
 def _causes(sight: Sight, *, still_s: float, silent_s: float) -> Iterator[tuple[float, str]]:
     """(seconds, why) of all that stands still in a role."""
     if not sight.pictures:
-        yield still_s, f"has not begun to work for {duration(still_s)} and does not use the processor"
+        yield still_s, f"has not begun to work for {duration(still_s)}, and neither computes nor reads"
     elif silent_s > SILENT_S:
         for_s = min(silent_s, still_s)
         yield for_s, f"has given no sign of life for {duration(silent_s)}: nothing of its interpreter runs"
@@ -297,58 +304,49 @@ def explain(pictures: Mapping[str, Picture], stuck: Mapping[str, Stuck], *, only
     return said
 
 
-def _chain(start: str, pictures: Mapping[str, Picture], stuck: Mapping[str, Stuck]) -> tuple[list[str], list[str]]:
-    """The roles from ``start`` on along their waits, and the parts of the sentence."""
-    names, words = [start], []
-    while True:
-        here = names[-1]
-        subject = here if len(names) == 1 else "which"
-        if here in stuck:
-            words.append(f"{subject} {stuck[here].why}")
-            return names, words
-        picture = pictures.get(here)
-        if picture is None:
-            words.append("of which nothing is known here")
-            return names, words
-        found = _next(picture, names, pictures, stuck)
-        if found is None:
-            words.append(f"{subject} waits for nobody ({picture.phase})")
-            return names, words
-        wait, target = found
-        if target is None:  # a part of its own
-            words.append(f"{subject} works on {wait.what} ({wait.on}, {duration(wait.since_s)})")
-            return names, words
-        words.append(f"{subject} waits {duration(wait.since_s)} for {wait.what} from {target}")
-        if target == ACTORS:
-            words.append("of which none is there")
-            return [*names, target], words
-        if target in names:
-            words.append("which closes the circle")
-            return [*names, target], words
-        names.append(target)
+def _chain(
+    start: str, pictures: Mapping[str, Picture], stuck: Mapping[str, Stuck], before: tuple[str, ...] = ()
+) -> tuple[list[str], list[str]]:
+    """The roles from ``start`` on along their waits, and the parts of the sentence.
 
-
-def _next(
-    picture: Picture, names: Sequence[str], pictures: Mapping[str, Picture], stuck: Mapping[str, Stuck]
-) -> tuple[Wait, str | None] | None:
-    """The wait that leads on, and to whom: rather to somebody stuck, and rather not back to where we came from.
-
-    Work of its own comes before waiting for others: a role that works is not held up by them.
+    Of several ways on, one that does not come back to where it has been: a circle that has a way out holds up nobody.
     """
+    subject = "which" if before else start
+    if start in stuck:
+        return [start], [f"{subject} {stuck[start].why}"]
+    picture = pictures.get(start)
+    if picture is None:
+        return [start], ["of which nothing is known here"]
     found = waits_of(picture)
     own = [wait for wait in found if wait.on in OWN_PARTS]
-    if own:
-        return own[0], None
-    ways: list[tuple[tuple[bool, bool, float], Wait, str]] = []
+    if own:  # a role that works is not held up by others
+        return [start], [f"{subject} works on {own[0].what} ({own[0].on}, {duration(own[0].since_s)})"]
+    circle: tuple[list[str], list[str]] | None = None
+    path = (*before, start)
+    for wait, target in _ways(found, pictures, stuck):
+        if target == start:
+            continue
+        words = f"{subject} waits {duration(wait.since_s)} for {wait.what} from {target}"
+        if target == ACTORS:
+            return [start, target], [words, "of which none is there"]
+        if target in path:
+            circle = circle or ([start, target], [words, CLOSED])
+            continue
+        names, more = _chain(target, pictures, stuck, path)
+        on = ([start, *names], [words, *more])
+        if more[-1] != CLOSED:
+            return on
+        circle = circle or on
+    return circle or ([start], [f"{subject} waits for nobody ({picture.phase})"])
+
+
+def _ways(found: Sequence[Wait], pictures: Mapping[str, Picture], stuck: Mapping[str, Stuck]) -> list[tuple[Wait, str]]:
+    """Each wait with each role that could end it; the stuck first, then as long as they have lasted."""
+    ways = []
     for wait in found:
         if wait.on == ACTORS:
             targets = [role for role in pictures if role.startswith("actor")] or [ACTORS]
         else:
             targets = [wait.on]
-        for target in targets:
-            if target != names[-1]:
-                ways.append(((target in stuck, target not in names, wait.since_s), wait, target))
-    if not ways:
-        return None
-    _, wait, target = max(ways, key=lambda way: way[0])
-    return wait, target
+        ways += [(wait, target) for target in targets]
+    return sorted(ways, key=lambda way: (way[1] not in stuck, -way[0].since_s))

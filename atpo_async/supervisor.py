@@ -430,12 +430,14 @@ class Supervisor:
         for name, running in list(self._running.items()):
             own = tuple(p for p in pictures.values() if p.mark == running.mark)
             leader = running.process.pid
+            family = [p.pid for p in processes.members(leader, alive)]
             found.append(
                 hangs.Sight(
                     role=name,
                     pictures=own,
                     stopped=tuple(processes.stopped({leader, *(p.pid for p in own)})),
-                    processor_s=processes.processor_s(p.pid for p in processes.members(leader, alive)),
+                    processor_s=processes.processor_s(family),
+                    moved_mb=processes.moved_mb(family),
                 )
             )
         seen = {p.role for sight in found for p in sight.pictures}

@@ -68,7 +68,7 @@ BLOCKS_ITS_LOOP = """
 
 def make_run(folder: Path, **sections: Any) -> RunDir:
     """A run whose deadlines are short."""
-    links = {"deadline_s": 0.5, "give_up_s": 1000.0, **sections.pop("links", {})}
+    links = {"deadline_s": 1.0, "give_up_s": 1000.0, **sections.pop("links", {})}
     rundir = RunDir.create(build({"run": {"dir": str(folder), "name": "r"}, "links": links, **sections}))
     rundir.write_endpoints(Endpoints("tcp://127.0.0.1:1", "tcp://127.0.0.1:2", "tcp://127.0.0.1:3", ""))
     return rundir

@@ -1,0 +1,424 @@
+"""A role that is stuck is told, with who waits for it, and started again; one that works or waits for others never is.
+
+First the judgement on pictures made up, then every role blocked in turn under the real supervisor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from atpo_async import processes, status
+from atpo_async.config import SupervisorConfig
+from atpo_async.errors import RoleCrashed
+from atpo_async.hangs import Sight, Stuck, Verdict, Watch, by_role, explain
+from atpo_async.rundir import RunDir
+from atpo_async.status import ENDING, Picture
+from atpo_async.supervisor import Outcome, RoleSpec, Supervisor
+from tests.hang_support import (
+    BLOCKS_ITS_LOOP,
+    DEADLINE_S,
+    SERVES,
+    WAITS_FOR_THE_BUFFER,
+    make_run,
+    picture,
+    picture_of,
+    sight,
+    spec_of,
+    until_async,
+    wait,
+)
+
+TORCH = wait("learn", "torch", 500.0)
+
+
+class Looks:
+    """A watch that looks once a second at roles whose status threads live."""
+
+    def __init__(self, *, deadline_s: float = 10.0, hang_s: float = 100.0) -> None:
+        self.watch = Watch(deadline_s=deadline_s, hang_s=hang_s, every_s=1.0)
+        self.now = 1000.0
+        self.sequence = 0
+
+    def look(self, *sights: Sight, living: bool = True, others: tuple[Picture, ...] = ()) -> list[Verdict]:
+        self.now += 1.0
+        self.sequence += living
+        renewed = [
+            Sight(
+                role=s.role,
+                pictures=tuple(_numbered(p, self.sequence) for p in s.pictures),
+                stopped=s.stopped,
+                processor_s=s.processor_s,
+            )
+            for s in sights
+        ]
+        return self.watch.look(renewed, self.now, others=others)
+
+    def often(self, times: int, *sights: Sight, living: bool = True) -> list[Verdict]:
+        return [verdict for _ in range(times) for verdict in self.look(*sights, living=living)]
+
+
+def _numbered(made: Picture, sequence: int) -> Picture:
+    return picture(**{f: getattr(made, f) for f in made.__struct_fields__} | {"sequence": sequence})
+
+
+def ended(verdicts: list[Verdict]) -> list[str]:
+    return [verdict.ends for verdict in verdicts if verdict.ends is not None]
+
+
+# --- who is stuck -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (
+            {"loop_age_s": 500.0, "stack": ("loop.py:7 spin: x()",)},
+            "stands still: its loop last ran 8 min ago, in loop",
+        ),
+        ({"waits": (TORCH,)}, "has been at learn for 8 min"),
+        ({"phase": ENDING, "phase_s": 500.0}, "has not come to its end for 8 min"),
+        ({"stopped": (4711,)}, "is stopped by a signal (kill -CONT 4711 lets it go on)"),
+    ],
+)
+def test_a_stuck_role_is_told_past_the_deadline_and_ended_past_the_second(changes: dict[str, object], why: str) -> None:
+    looks = Looks()
+    assert looks.often(10, sight(**changes)) == []  # type: ignore[arg-type]
+    told = looks.often(20, sight(**changes))  # type: ignore[arg-type]
+    assert ended(told) == []
+    assert len(told) == 2, "told at the deadline, and again when it has lasted twice as long"
+    assert why in told[0].line
+    assert ended(looks.often(75, sight(**changes)))[:1] == ["learner"]  # type: ignore[arg-type]
+
+
+def test_a_process_without_a_sign_of_life_is_stuck() -> None:
+    looks = Looks()
+    looks.look(sight())
+    told = looks.often(120, sight(), living=False)
+    assert "has given no sign of life" in told[0].line
+    assert ended(told)[:1] == ["learner"]
+
+
+def test_a_role_that_never_gives_a_picture_and_does_nothing_is_stuck_and_one_that_loads_is_not() -> None:
+    looks = Looks()
+    assert ended(looks.often(120, Sight(role="learner", pictures=())))[:1] == ["learner"]
+    looks = Looks()
+    for second in range(300):
+        assert looks.look(Sight(role="learner", pictures=(), processor_s=0.5 * second)) == []
+
+
+def test_who_waits_for_another_role_is_never_stuck_however_long() -> None:
+    looks = Looks()
+    waiting = sight(waits=(wait("batch 3", "buffer", 900.0), wait("a full disk", "disk", 900.0), wait("a slot", "")))
+    assert ended(looks.often(500, waiting, sight("buffer"))) == []
+
+
+def test_progress_sets_the_clock_back() -> None:
+    looks = Looks()
+    for step in range(50):
+        assert looks.often(9, sight(waits=(TORCH,), progress={"micro-batches": step})) == []
+
+
+def test_a_change_of_phase_is_progress() -> None:
+    looks = Looks()
+    for step in range(50):
+        assert looks.often(9, sight(waits=(TORCH,), phase=f"loading part {step}")) == []
+
+
+def test_computing_is_progress_while_a_role_starts_and_only_then() -> None:
+    looks, used = Looks(), 0.0
+    for _ in range(300):
+        used += 0.5
+        assert looks.look(sight(waits=(TORCH,), starting=True, processor_s=used)) == []
+    # A busy loop computes too: after the start it is no progress.
+    told: list[Verdict] = []
+    for _ in range(120):
+        used += 0.5
+        told += looks.look(sight(waits=(TORCH,), processor_s=used))
+    assert ended(told)[:1] == ["learner"]
+
+
+def test_the_beats_of_an_idle_role_do_not_count_as_computing() -> None:
+    looks, told = Looks(), []
+    for second in range(120):
+        told += looks.look(sight(waits=(TORCH,), starting=True, processor_s=0.01 * second))
+    assert ended(told)[:1] == ["learner"]
+
+
+def test_what_ends_by_itself_is_left_to_that() -> None:
+    looks = Looks()
+    assert looks.often(300, sight("actor-0", waits=(wait("an action", "engine", 250.0, limit_s=600.0),))) == []
+    overdue = sight("actor-0", waits=(wait("an action", "engine", 620.0, limit_s=600.0),))
+    assert ended(looks.often(120, overdue))[:1] == ["actor-0"]
+
+
+def test_a_role_that_was_stopped_and_goes_on_has_all_its_time_again() -> None:
+    looks = Looks()
+    looks.look(sight())
+    looks.often(90, sight(stopped=(1,)), living=False)
+    # Its waits are older than any deadline: it slept all the while.
+    assert looks.often(9, sight(waits=(TORCH,))) == []
+    assert ended(looks.often(80, sight(waits=(TORCH,)))) == []
+
+
+def test_a_watcher_that_slept_itself_blames_nobody() -> None:
+    looks = Looks()
+    looks.often(5, sight(waits=(TORCH,)))
+    looks.now += 10_000.0
+    assert looks.often(9, sight(waits=(TORCH,))) == []
+
+
+def test_a_new_attempt_of_a_role_has_all_its_time() -> None:
+    looks = Looks()
+    looks.often(95, sight(waits=(TORCH,)))
+    assert looks.often(9, sight(waits=(TORCH,), mark="r/learner/1")) == []
+
+
+def test_one_rank_that_is_stuck_ends_the_role() -> None:
+    looks = Looks()
+    both = Sight(role="learner", pictures=(picture(), picture("learner-1", loop_age_s=500.0)))
+    assert ended(looks.often(120, both))[:1] == ["learner"]
+
+
+def test_a_run_in_which_nothing_moves_is_told_though_nobody_is_stuck() -> None:
+    looks = Looks()
+    learner = sight(waits=(wait("batch 3", "buffer", 900.0),))
+    buffer = sight("buffer", waits=(wait("trees", "actors", 900.0),))
+    told = looks.often(50, learner, buffer)
+    assert ended(told) == []
+    assert len(told) == 3, "at the deadline, and whenever it has lasted twice as long"
+    assert "nothing has moved for 10 s, though no role is stuck: learner waits" in told[0].line
+    assert "for trees from actors, of which none is there" in told[0].line
+
+
+# --- who waits for whom -----------------------------------------------------------------------------------------
+
+
+def said(*pictures: Picture, **stuck: str) -> list[str]:
+    return explain(by_role(pictures), {role: Stuck(role=role, for_s=60.0, why=why) for role, why in stuck.items()})
+
+
+def test_a_chain_is_followed_to_the_one_that_holds_it_up() -> None:
+    actor = picture("actor-0", waits=(wait("a lease", "buffer", 12.0),))
+    buffer = picture("buffer", waits=(wait("room", "learner", 3.0),))
+    learner = picture("learner", waits=(wait("learn", "torch", 2.0),))
+    chain = "actor-0 waits 12 s for a lease from buffer, which waits 3.0 s for room from learner, which "
+    assert said(actor, buffer, learner) == [f"{chain}works on learn (torch, 2.0 s)"]
+    assert said(actor, buffer, learner, learner="is stopped") == [f"{chain}is stopped"]
+
+
+def test_a_chain_that_closes_says_so() -> None:
+    a = picture("buffer", waits=(wait("x", "learner"),))
+    b = picture("learner", waits=(wait("y", "buffer"),))
+    assert all(sentence.endswith("which closes the circle") for sentence in said(a, b))
+
+
+def test_of_several_actors_the_stuck_one_is_the_reason() -> None:
+    buffer = picture("buffer", waits=(wait("trees", "actors"),))
+    assert said(buffer, picture("actor-0"), picture("actor-1"), **{"actor-1": "stands still"}) == [
+        "buffer waits 1.0 s for trees from actor-1, which stands still"
+    ]
+
+
+def test_a_wait_does_not_lead_back_where_another_one_leads_on() -> None:
+    learner = picture("learner", waits=(wait("batch 3", "buffer", 60.0),))
+    buffer = picture("buffer", waits=(wait("room", "learner", 90.0), wait("trees", "actors", 5.0)))
+    actor = picture("actor-0", waits=(wait("an action", "engine", 4.0),))
+    assert said(learner, buffer, actor) == [
+        "learner waits 60 s for batch 3 from buffer, which waits 5.0 s for trees from actor-0, which works on an "
+        "action (engine, 4.0 s)"
+    ]
+
+
+def test_of_a_role_without_a_picture_nothing_is_known() -> None:
+    (sentence,) = said(picture("learner", waits=(wait("batch 3", "buffer"),)))
+    assert sentence.endswith("for batch 3 from buffer, of which nothing is known here")
+
+
+def test_a_stuck_role_for_which_nobody_waits_is_told_all_the_same() -> None:
+    assert said(picture("actor-0"), **{"actor-0": "stands still"}) == ["actor-0 stands still"]
+
+
+# --- every role blocked in turn, under the supervisor -----------------------------------------------------------
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+QUICK = SupervisorConfig(max_restarts=2, backoff_s=0.0, stop_grace_s=5.0, hang_s=2.0)
+
+TORCH_HANGS = """
+    waits.phase("training")
+    def learn():
+        time.sleep(1000)
+    with waits.waiting(WHO, "learn", on=waits.TORCH):
+        if first_time():
+            await asyncio.get_running_loop().run_in_executor(None, learn)
+    print("second attempt", flush=True)
+    await context.stopping.wait()
+"""
+ENGINE_HANGS = """
+    waits.phase("growing trees")
+    if first_time():
+        with waits.waiting("tree t1", "an action", on=waits.ENGINE):
+            await asyncio.Event().wait()
+    print("second attempt", flush=True)
+    await context.stopping.wait()
+"""
+ENVIRONMENT_HANGS = ENGINE_HANGS.replace("an action", "the environment's step").replace("ENGINE", "ENVIRONMENT")
+WORKS = """
+    waits.phase("training")
+    with waits.waiting(WHO, "a long step", on=waits.TORCH):
+        while not context.stopping.is_set():
+            waits.progress("micro-batches")
+            await asyncio.sleep(0.1)
+"""
+SECOND_SERVES = """
+    waits.phase("serving")
+    if not first_time():
+        print("second attempt", flush=True)
+    await context.stopping.wait()
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return make_run(tmp_path)
+
+
+class Supervised:
+    """A supervisor at work on scripted roles."""
+
+    def __init__(self, run: RunDir, specs: list[RoleSpec], settings: SupervisorConfig = QUICK) -> None:
+        self.said: list[str] = []
+        self.run = run
+        self.supervisor = Supervisor(run, specs, settings=settings, say=self.said.append)
+        self.task = asyncio.create_task(self.supervisor.run())
+
+    def story(self) -> str:
+        logs = [f"--- {p.name}\n{p.read_text()[-2000:]}" for p in sorted((self.run.path / "logs").glob("*"))]
+        return "\n".join([*self.said, *logs])
+
+    def log(self, role: str, attempt: int) -> str:
+        path = self.run.log_path(role, attempt)
+        return path.read_text() if path.exists() else ""
+
+    def said_of_working_roles(self) -> list[str]:
+        """Without what is said of a role that a busy machine lets begin late."""
+        return [line for line in self.said if "has not begun" not in line]
+
+    async def until_again(self, role: str) -> None:
+        await until_async(lambda: "second attempt" in self.log(role, 1), self.story)
+
+    def line(self, beginning: str) -> str:
+        return next((line for line in self.said if line.startswith(beginning)), "")
+
+
+@contextlib.asynccontextmanager
+async def supervised(run: RunDir, *specs: RoleSpec, settings: SupervisorConfig = QUICK) -> AsyncIterator[Supervised]:
+    job = Supervised(run, list(specs), settings)
+    try:
+        yield job
+    finally:
+        job.supervisor.interrupt()
+        job.supervisor.interrupt()
+        with contextlib.suppress(RoleCrashed):
+            assert await asyncio.wait_for(job.task, DEADLINE_S) is Outcome.INTERRUPTED
+        assert not processes.marked(*(f"{run.run_id}/{spec.name}/{n}" for spec in specs for n in range(4)))
+
+
+@linux
+@pytest.mark.parametrize(
+    "blocked",
+    [
+        dict.fromkeys(("buffer", "learner", "actor-0"), (BLOCKS_ITS_LOOP, "stands still: its loop last ran")),
+        {
+            "learner": (TORCH_HANGS, "has been at learn for"),
+            "actor-0": (ENGINE_HANGS, "has been at an action for"),
+            "actor-1": (ENVIRONMENT_HANGS, "has been at the environment's step for"),
+        },
+    ],
+    ids=["loops", "parts"],
+)
+async def test_every_role_that_is_stuck_is_started_again_and_one_that_waits_for_it_is_not(
+    run: RunDir, blocked: dict[str, tuple[str, str]]
+) -> None:
+    specs = [spec_of(run, role, body) for role, (body, _) in blocked.items()]
+    waiting = spec_of(run, "actor-7", WAITS_FOR_THE_BUFFER.replace("buffer", "learner"))
+    async with supervised(run, *specs, waiting) as job:
+        for role, (_, why) in blocked.items():
+            await job.until_again(role)
+            again = job.line(f"{role} ended: stuck for more than 2 s (supervisor.hang_s): ")
+            assert why in again, job.story()
+            assert "starting it again in 0 s" in again, job.story()
+            assert why in run.log_path(role, 0).with_suffix(".stuck.txt").read_text()
+        assert "for a batch from learner, which " in job.line("learner ended"), job.story()
+        assert not run.log_path("actor-7", 1).exists(), job.story()
+
+
+@linux
+async def test_every_role_that_a_signal_has_stopped_is_started_again(run: RunDir) -> None:
+    roles = ("buffer", "learner", "actor-0")
+    async with supervised(run, *(spec_of(run, role, SECOND_SERVES) for role in roles)) as job:
+        for role in roles:
+            await until_async(lambda role=role: picture_of(run, role) is not None, job.story)  # type: ignore[misc]
+            os.kill(job.supervisor.pids[role], signal.SIGSTOP)
+        for role in roles:
+            await job.until_again(role)
+            assert "is stopped by a signal" in job.line(f"{role} ended: stuck"), job.story()
+
+
+@linux
+async def test_a_role_that_is_stopped_for_a_short_while_goes_on(run: RunDir) -> None:
+    settings = QUICK.model_copy(update={"hang_s": 1000.0})
+    async with supervised(run, spec_of(run, "buffer", SECOND_SERVES), settings=settings) as job:
+        await until_async(lambda: picture_of(run, "buffer") is not None, job.story)
+        pid = job.supervisor.pids["buffer"]
+        os.kill(pid, signal.SIGSTOP)
+        await until_async(lambda: job.line("buffer is stopped by a signal"), job.story)
+        os.kill(pid, signal.SIGCONT)
+        before = picture_of(run, "buffer")
+        await until_async(lambda: picture_of(run, "buffer") != before, job.story)
+        assert job.supervisor.pids["buffer"] == pid
+
+
+@linux
+async def test_a_role_that_hangs_again_and_again_stops_the_run_with_the_picture(run: RunDir) -> None:
+    always = ENGINE_HANGS.replace("first_time()", "True")
+    settings = QUICK.model_copy(update={"max_restarts": 1})
+    actor = spec_of(run, "actor-0", always)
+    job = Supervised(run, [actor, spec_of(run, "learner", WAITS_FOR_THE_BUFFER.replace("buffer", "actors"))], settings)
+    with pytest.raises(RoleCrashed) as caught:
+        await asyncio.wait_for(job.task, DEADLINE_S)
+    assert "actor-0 crashed 2 times" in str(caught.value)
+    assert "learner waits" in str(caught.value)
+    assert "from actor-0, which has been at an action for" in str(caught.value)
+    assert "tree t1 for an action from engine" in run.log_path("actor-0", 1).with_suffix(".stuck.txt").read_text()
+
+
+@linux
+async def test_a_long_step_that_gets_on_and_whoever_waits_for_it_are_left_alone(run: RunDir) -> None:
+    waiting = WAITS_FOR_THE_BUFFER.replace("buffer", "learner")
+    async with supervised(run, spec_of(run, "learner", WORKS), spec_of(run, "actor-0", waiting)) as job:
+
+        def pictures(role: str) -> int:
+            found = picture_of(run, role)
+            return 0 if found is None else found.sequence
+
+        await until_async(lambda: pictures("learner") > 6 and pictures("actor-0") > 6, job.story)
+        assert job.said_of_working_roles() == []
+        assert set(job.supervisor.pids) == {"learner", "actor-0"}
+
+
+@linux
+async def test_a_damaged_status_file_does_not_keep_the_supervisor_from_looking(run: RunDir) -> None:
+    folder = run.path / status.FOLDER
+    folder.mkdir()
+    (folder / "garbage.json").write_text("{")
+    async with supervised(run, spec_of(run, "buffer", SERVES)) as job:
+        await until_async(lambda: (p := picture_of(run, "buffer")) is not None and p.sequence > 2, job.story)
+        assert job.said_of_working_roles() == []
