@@ -34,8 +34,11 @@ class Announcer(BindingLink):
         if self._pub is not None:
             self._pub.close(0)
 
+    @property
+    def title(self) -> str:
+        return f"announcements at {self.endpoint}"
+
     def link_status(self) -> dict[str, Any]:
-        """This end for people and for JSON."""
         return {
             "kind": "announcer",
             "name": "announcements",
@@ -72,8 +75,11 @@ class Listener(ConnectingLink):
         if self._pump is not None:
             self._pump.close()
 
+    @property
+    def title(self) -> str:
+        return f"announcements from {self.endpoint}"
+
     def link_status(self) -> dict[str, Any]:
-        """This end for people and for JSON."""
         return {
             "kind": "listener",
             "name": "announcements",

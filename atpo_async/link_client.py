@@ -132,8 +132,11 @@ class Client(ConnectingLink):
         """Since the server's last sign of life."""
         return self._now() - self._heard_at
 
+    @property
+    def title(self) -> str:
+        return f"{self.identity} to {self.peer}"
+
     def link_status(self) -> dict[str, Any]:
-        """This end for people and for JSON; seconds are as of now.  From any thread."""
         now = self._now()
         stats = self.stats
         return {

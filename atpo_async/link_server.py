@@ -163,8 +163,11 @@ class Server(BindingLink):
             for s in list(self._sessions.values())
         }
 
+    @property
+    def title(self) -> str:
+        return f"{self.name} at {self.endpoint}"
+
     def link_status(self) -> dict[str, Any]:
-        """This end for people and for JSON; seconds are as of now.  From any thread."""
         now = self._now()
         settling = self._settling
         return {

@@ -15,7 +15,7 @@ from typing import Any, Self
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from atpo_async import wire
+from atpo_async import status, wire
 from atpo_async.errors import SetupError
 from atpo_async.keys import CLIENT_KEY, SERVER_KEY, KeyFolder, load_pair, load_public
 from atpo_async.link_common import LinkSettings, worth_a_line
@@ -245,6 +245,7 @@ class Link:
         self.settings = settings
         self._limits = settings.limits
         self._context: Context | None = None
+        self._published = ""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -255,6 +256,8 @@ class Link:
         except BaseException:
             await self.close()
             raise
+        self._published = f"{status.LINKS}{self.title}"
+        status.publish(self._published, self.link_status)
         return self
 
     async def __aexit__(
@@ -264,6 +267,9 @@ class Link:
 
     async def close(self) -> None:
         """Cancel what is under way and close the socket at once; what is unacknowledged is lost.  Idempotent."""
+        if self._published:
+            status.unpublish(self._published)
+            self._published = ""
         # First the sockets: what arrived while tasks end would start new ones.
         self._close_sockets()
         tasks = list(self._tasks)
@@ -274,6 +280,15 @@ class Link:
                 await asyncio.wait(tasks)
         finally:
             self._close_context()
+
+    @property
+    def title(self) -> str:
+        """Tells this link from the others of its process."""
+        raise NotImplementedError
+
+    def link_status(self) -> dict[str, Any]:
+        """This end for people and for JSON; seconds are as of now."""
+        raise NotImplementedError
 
     def _close_context(self) -> None:
         if self._context is not None:

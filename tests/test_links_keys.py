@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from atpo_async import link_server, wire
+from atpo_async import link_server, status, wire
 from atpo_async import messages as m
 from atpo_async.errors import PeerLost, SetupError
 from atpo_async.keys import LEARNERS, load_public, make_keys
@@ -438,5 +438,9 @@ async def test_the_status_of_both_ends_is_json_and_names_the_key(tmp_path: Path,
         assert (here["peer"], here["connected"], here["unacked"], here["trouble"]) == ("buffer", True, 1, "")
         assert [request["what"] for request in here["requests"]] == ["LeaseRequest"]
         assert [wait["what"] for wait in here["waits"]] == ["LeaseRequest waits for its reply"]
+        # A role's picture of itself has them.
+        ends = {f"{status.LINKS}{end.title}": end for end in (s, c)}
+        assert {status.published()[name]["kind"] for name in ends} == {"server", "client"}
         buffer.open.set()
         await within(asking)
+    assert not ends.keys() & status.published().keys()
