@@ -396,9 +396,9 @@ class Actor:
             self._reporting.cancel()
         await self.link.close()
 
-    async def lease(self, count: int) -> list[Lease]:
-        """At least one lease.  Waits for: admission."""
-        while True:
+    async def lease(self, count: int, *, stopping: asyncio.Event | None = None) -> list[Lease]:
+        """At least one lease; none once ``stopping`` is set.  Waits for: admission."""
+        while stopping is None or not stopping.is_set():
             answer = await self.link.request(
                 LeaseRequest(run=self.plan.run, actor=self.name, count=count, version=0), timeout_s=REPLY_S
             )
@@ -407,6 +407,7 @@ class Actor:
             if answer.leases:
                 return list(answer.leases)
             await asyncio.sleep(answer.retry_after_s)
+        return []
 
     async def grow_trees(self, count: int) -> None:
         """``count`` whole trees, and everything acknowledged.  Leases are asked for while trees are sent."""
