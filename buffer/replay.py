@@ -246,6 +246,10 @@ class ReplayPool:
         slot = self._slots.get(tree_id)
         return None if slot is None else self._trees[slot]
 
+    def ready_ids(self) -> list[str]:
+        """Trees that can be drawn; O(N)."""
+        return [tree_id for tree_id, slot in self._slots.items() if self._state[slot] == _READY]
+
     @property
     def num_returning(self) -> int:
         """Trees with the learner that come back: this use is not their last."""

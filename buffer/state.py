@@ -62,6 +62,8 @@ SILENT_LEAST_S = 5.0
 """… but not sooner: an engine's start or a swap may hold it up that long."""
 NEARLY_FULL = 0.9
 """Share of buffer.max_bytes from which no new tree is admitted while a batch is ready."""
+SPENT_SHARE = 0.5
+"""Of buffer.max_bytes, on top of it: trees that are only kept until a checkpoint of the learner holds them."""
 RETRY_S = 0.02
 """When to ask again for leases; the answer itself waits, so this need not be long."""
 
@@ -422,7 +424,7 @@ class BufferState:
             self._changed.add(tree.tree_id)
             return
         uses, leaves = self._partial_uses.pop(tree.tree_id, (0, 0))
-        if uses and tree.num_leaves <= leaves:
+        if uses and tree.num_leaves <= leaves and tree.tree_id not in self.pool:
             self._spend(tree, kept.KeptPlace(priority=priority, uses=uses, limit=uses, entered=0))
             return
         self.pool.add(tree, priority=priority, uses=uses)
@@ -430,9 +432,7 @@ class BufferState:
 
     def _make_room(self) -> None:
         self.pool.advance(self.version)
-        most = self._config.buffer.max_bytes
-        # Trees that only a checkpoint sets free must not push out those that lead to one.
-        rest = most - self.assembly.nbytes - min(self._spent_nbytes, most // 2)
+        rest = self._config.buffer.max_bytes - self.assembly.nbytes - self._spent_over
         self.pool.shrink(max(rest, 0), self._config.buffer.max_trees)
         self._see_off()
 
@@ -479,7 +479,8 @@ class BufferState:
         """Into the sets under way, if the version that grows them sampled every token."""
         priority = self._priority(tree)
         versions = tree.versions
-        room = self.nbytes + tree.nbytes <= self._config.buffer.max_bytes
+        taken = self.pool.nbytes + self.assembly.nbytes + self._spent_over
+        room = taken + tree.nbytes <= self._config.buffer.max_bytes
         fate = line.place(tree.tree_id, versions, signal=priority > 0, room=room)
         if fate == "kept":
             self._count_tree(tree)
@@ -664,7 +665,15 @@ class BufferState:
     @property
     def checkpoint_wanted(self) -> bool:
         """Whether trees that only a checkpoint of the learner sets free take much of the room."""
-        return self._spent_nbytes > self._config.buffer.max_bytes // 2
+        return self._spent_nbytes > self._config.buffer.max_bytes * SPENT_SHARE
+
+    @property
+    def _spent_over(self) -> int:
+        """Bytes by which trees kept for a checkpoint cut into the room of the others.
+
+        Up to ``SPENT_SHARE`` they come on top: they must not push out those that lead to the checkpoint.
+        """
+        return max(self._spent_nbytes - int(self._config.buffer.max_bytes * SPENT_SHARE), 0)
 
     def _ask_line(self, request: SampleRequest, line: DelayLine) -> None:
         """Tell the line where the learner stands; what a learner that starts again makes of no use goes."""
@@ -991,8 +1000,9 @@ class BufferState:
             tree = kept.read(state, key, kept.KeptTree)
             assert tree is not None
             at = slice(*np.searchsorted(rows["tree"], [tree.number, tree.number + 1]).tolist())
-            owned[at] = True
             entry = self._restore_tree(key.removeprefix(kept.TREE).decode(), tree, rows[at], now)
+            # Turns of failed branches went when their tree was done, their chunk may have stayed.
+            owned[at] = entry is None or np.isin(rows["turn_id"][at], [ROOT, *entry.rows["turn_id"].tolist()])
             if entry is not None:
                 pooled.append((tree, entry))
         for tree, entry in sorted(pooled, key=lambda each: 0 if each[0].pool is None else each[0].pool.entered):
@@ -1073,7 +1083,7 @@ class BufferState:
             if tree.pool is None:
                 return None
             return self.assembly.tree(tree_id).pruned()
-        entry = TreeEntry(tree_id, tree.number, tree.task_index, prompt, turns, tree.failed_branches)
+        entry = TreeEntry(tree_id, tree.number, tree.task_index, prompt, turns, tree.failed_branches).pruned()
         if not len(turns) or not len(prompt):
             raise SetupError(f"the journal is damaged: tree {tree_id} is there without its turns; move it away")
         if tree.late:
@@ -1169,7 +1179,8 @@ class BufferState:
     def _memory_full(self) -> bool:
         """Near the limit, with enough for a batch: new trees would only push out older ones, or find no room."""
         most = self._config.buffer.max_trees
-        near = self.nbytes >= NEARLY_FULL * self._config.buffer.max_bytes
+        taken = self.pool.nbytes + self.assembly.nbytes + self._spent_over
+        near = taken >= NEARLY_FULL * self._config.buffer.max_bytes
         near = near or (most is not None and len(self.pool) >= most)
         if self._line is not None:
             return near

@@ -317,7 +317,7 @@ def test_a_tree_is_stale_only_when_all_its_turns_are() -> None:
 
 def test_bytes_push_out_the_oldest_ready_trees() -> None:
     replay = pool()
-    size = tree_nbytes(tree("x"))
+    size = tree("x").nbytes
     for name in ("a", "b", "c"):
         replay.add(tree(name), priority=1.0)
     assert replay.nbytes == 3 * size
@@ -331,7 +331,7 @@ def test_a_later_state_of_a_tree_replaces_the_earlier_one() -> None:
     replay.add(tree("t", 0), priority=1.0)
     later = tree("t", 0, 1)
     replay.add(later, priority=1.0)
-    assert (len(replay), replay.nbytes) == (1, tree_nbytes(later))
+    assert (len(replay), replay.nbytes) == (1, later.nbytes)
     (one,) = replay.draw(1, rng=rng(), beta=0.4)
     assert len(one.tree) == 2
     replay.confirm(["t"], {})

@@ -1,0 +1,43 @@
+"""A disk for the buffer's state, without a disk: what it kept is there for the next one."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from atpo_async.config import Config
+from buffer.index import ROW, MemoryStore, Place, Rows, TurnEntry, rows_of
+from buffer.state import BufferState
+
+
+class Disk(MemoryStore):
+    """Records, rows and state, as the journal has them after a commit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: dict[bytes, bytes] = {}
+        self._rows: dict[Place, TurnEntry] = {}
+
+    def note(self, entry: TurnEntry) -> None:
+        self._rows[entry.place] = entry
+
+    def release(self, rows: Rows) -> None:
+        super().release(rows)
+        for row in rows:
+            del self._rows[Place(int(row["chunk"]), int(row["offset"]), int(row["nbytes"]))]
+
+    def put(self, key: bytes, value: bytes | None) -> None:
+        if value is None:
+            self.state.pop(key, None)
+        else:
+            self.state[key] = value
+
+    def rows(self) -> Rows:
+        rows = rows_of(list(self._rows.values())) if self._rows else np.zeros(0, dtype=ROW)
+        return rows[np.lexsort((rows["turn_id"], rows["tree"]))]
+
+    def open(self, config: Config, *, now: float = 0.0, seed: int = 0) -> BufferState:
+        """A buffer that finds what the one before it kept."""
+        made = BufferState(config, run="r", rng=np.random.default_rng(seed), now=now, store=self)
+        made.restore(self.rows(), dict(self.state), now)
+        made.collect(self.put)
+        return made
