@@ -597,7 +597,7 @@ BASE: dict[str, dict[str, Any]] = {
     "run": {"steps": 100_000},
     "search": {"initial_rollouts": 4, "rounds": 1, "branches": 2},
     "staleness": {"trees_per_batch": 4, "max_lag": 4, "max_uses": 1},
-    "buffer": {"max_reissues": 1000, "lease_lifetime_s": 20.0, "max_bytes": 4 << 20},
+    "buffer": {"max_reissues": 1000, "lease_lifetime_s": 2.0, "max_bytes": 4 << 20},
     "actor": {"trees_in_flight": 3, "report_every_s": 0.1},
     "links": {"heartbeat_s": 0.1, "deadline_s": 10.0, "give_up_s": 60.0, "window": 32},
     "eval": {"at_start": False, "at_end": False, "every_steps": 0},
