@@ -92,18 +92,19 @@ def serve(args: argparse.Namespace, folder: Path) -> list[Record]:
 async def _serve(args: argparse.Namespace, buffer: BufferProcess) -> list[Record]:
     async with learner_link(buffer) as link:
         filled = await _fill(args, buffer)
+        buffer.end_part()
         learner = Learner(link, buffer.run)
         records: list[Record] = [filled]
         for batch in args.batches:
             for mode in ("plain", "ahead"):
                 await learner.read(WARM_BATCHES, batch, ahead=mode == "ahead")
-                before, began = buffer.usage(), time.perf_counter()
+                before, began, cpu = buffer.usage(), time.perf_counter(), time.process_time()
                 turns = 0
                 waits: list[float] = []
                 while time.perf_counter() - began < args.seconds:
                     more, took = await learner.read(10, batch, ahead=mode == "ahead")
                     turns, waits = turns + more, waits + took
-                seconds = time.perf_counter() - began
+                seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
                 usage = buffer.usage()
                 records.append(
                     {
@@ -115,7 +116,10 @@ async def _serve(args: argparse.Namespace, buffer: BufferProcess) -> list[Record
                         "turns_per_s": turns / seconds,
                         "batch_p50_ms": 1e3 * float(np.percentile(waits, 50)),
                         "batch_p99_ms": 1e3 * float(np.percentile(waits, 99)),
-                        "buffer_cores": usage.cores_since(before),
+                        "buffer_us_per_turn": {
+                            name: round(1e6 * spent / turns, 1) for name, spent in usage.cpu_since(before).items()
+                        },
+                        "learner_us_per_turn": round(1e6 * cpu / turns, 1),
                         "buffer_private_bytes": usage.private_bytes,
                     }
                 )
@@ -480,11 +484,18 @@ def markdown(records: list[Record]) -> str:
     parts = []
     served = [r for r in records if r["part"] == "serve"]
     if served:
-        header = ("side", "mode", "trees a batch", "turns/s", "batch p50, ms", "p99, ms")
+        header = (
+            "side", "mode", "trees a batch", "turns/s", "batch p50, ms", "p99, ms", "us a turn: the buffer", "learner",
+        )  # fmt: skip
         rows = [
-            (r["side"], r["mode"], r["batch"], r["turns_per_s"], r.get("batch_p50_ms", ""), r.get("batch_p99_ms", ""))
+            (
+                r["side"], r["mode"], r["batch"], r["turns_per_s"], r.get("batch_p50_ms", ""),
+                r.get("batch_p99_ms", ""),
+                ", ".join(f"{name} {us:.0f}" for name, us in r.get("buffer_us_per_turn", {}).items()),
+                r.get("learner_us_per_turn", ""),
+            )
             for r in served
-        ]
+        ]  # fmt: skip
         parts.append(table(header, rows))
     for part in ("updates", "growth"):
         names = ("updates_per_s", "insert_us", "draw64_us", "update_us", "evict_us")

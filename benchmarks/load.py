@@ -136,8 +136,6 @@ def configuration(folder: Path, *, name: str, **sections: dict[str, Any]) -> Con
 class Usage:
     """Of a process, as the kernel counts."""
 
-    at_s: float
-    """Monotonic."""
     cpu_s: dict[str, float]
     """By thread: ``loop`` (the main one), ``sockets`` (libzmq's), ``others`` (the journal's, status)."""
     private_bytes: int
@@ -161,16 +159,10 @@ class Usage:
             if line.startswith("Rss")
         }
         return cls(
-            at_s=time.monotonic(),
             cpu_s=cpu,
             private_bytes=sizes["RssAnon"],
             mapped_bytes=sizes["RssFile"] + sizes["RssShmem"],
         )
-
-    def cores_since(self, before: Usage) -> dict[str, float]:
-        """Processor seconds a second, by thread."""
-        seconds = max(self.at_s - before.at_s, 1e-9)
-        return {name: round(spent / seconds, 3) for name, spent in self.cpu_since(before).items()}
 
     def cpu_since(self, before: Usage) -> dict[str, float]:
         """Processor seconds, by thread."""
@@ -232,6 +224,11 @@ class BufferProcess:
 
     def usage(self) -> Usage:
         return Usage.of(self.pid)
+
+    def end_part(self) -> None:
+        """What is profiled from now on is another part (``benchmarks/profiled.py``)."""
+        if self.profile is not None:
+            os.kill(self.pid, signal.SIGUSR2)
 
     def kill(self) -> None:
         assert self.process is not None

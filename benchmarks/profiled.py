@@ -6,6 +6,8 @@ Every few milliseconds of processor time that the process uses, a signal notes w
 in which functions and lines it was (``own``, ``lines``) and through which it went (``all``), as shares of the samples:
 time in a C function counts for the line that called it, waiting does not count at all.  A thread that samples would
 see the main one only where that lets go of the interpreter, and blame those places; cProfile slows small functions.
+
+SIGUSR2 ends a part: what was seen so far goes to OUT.txt.1, OUT.txt.2, … and it begins anew.
 """
 
 from __future__ import annotations
@@ -31,12 +33,17 @@ class Sampler:
 
     def __init__(self, into: Path) -> None:
         self._into = into
+        self._parts = 0
+        self._begin()
+
+    def _begin(self) -> None:
         self.samples = 0
         self._own: Counter[str] = Counter()
         self._lines: Counter[str] = Counter()
         self._all: Counter[str] = Counter()
 
     def start(self) -> None:
+        signal.signal(signal.SIGUSR2, self._next_part)
         signal.signal(signal.SIGPROF, self._note)
         signal.siginterrupt(signal.SIGPROF, False)
         signal.setitimer(signal.ITIMER_PROF, EVERY_S, EVERY_S)
@@ -44,6 +51,11 @@ class Sampler:
     def stop(self) -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
         self._into.write_text(self.text(), encoding="utf-8")
+
+    def _next_part(self, signum: int, frame: FrameType | None) -> None:
+        self._parts += 1
+        self._into.with_name(f"{self._into.name}.{self._parts}").write_text(self.text(), encoding="utf-8")
+        self._begin()
 
     def text(self) -> str:
         lines = [f"{self.samples} samples, one every {1e3 * EVERY_S:g} ms of processor time"]
