@@ -144,6 +144,7 @@ class BufferService:
         self._writers: dict[str, MetricsWriter] = {}
         self._farewells: set[str] = set()
         self._links_bad = 0
+        self._num_refused = 0
         self._leased_training = self.state.ledger.next_task > 0
         self._endpoints = endpoints
         settings = LinkSettings.from_config(config.links)
@@ -287,8 +288,7 @@ class BufferService:
             self.state.ledger.heard(peer, now)
             self._take(peer, message, now, frames)
         except BadMessage as exc:
-            self.state.count_bad_message()
-            log.warning("refused %s of %s: %s", type(message).__name__, peer, exc)
+            self._note_refusal(peer, message, exc)
             raise
         return None
 
@@ -378,8 +378,7 @@ class BufferService:
             self._check_run(message)
             return await self._for_learner(message)
         except BadMessage as exc:
-            self.state.count_bad_message()
-            log.warning("refused %s of %s: %s", type(message).__name__, peer, exc)
+            self._note_refusal(peer, message, exc)
             raise
 
     async def _for_learner(self, message: Any) -> Message | None:
@@ -465,6 +464,13 @@ class BufferService:
         return result
 
     # --- files -------------------------------------------------------------------------------------------------
+
+    def _note_refusal(self, peer: str, message: Any, exc: BadMessage) -> None:
+        self.state.count_bad_message()
+        self._num_refused += 1
+        # All of the first ones, then every thousandth: a broken peer must not fill the disk.
+        if self._num_refused <= 50 or self._num_refused % 1000 == 0:
+            log.warning("refused %s of %s (%d by now): %s", type(message).__name__, peer, self._num_refused, exc)
 
     def _check_run(self, message: Any) -> None:
         if message.run != self._run:
