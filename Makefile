@@ -30,7 +30,7 @@ check: setup ## ruff and mypy (strict)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: setup ## benchmarks/$(BENCH).py (BENCH=actor_overhead, ARGS="…")
+bench: setup ## benchmarks/$(BENCH).py (BENCH=actor_overhead, learner, buffer, transport, soak; ARGS="…")
 	@$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 
 clean: ## remove caches and build leftovers; .venv, models/ and runs/ stay
