@@ -285,6 +285,8 @@ async def test_another_key_cannot_have_a_peers_session_replaced(tmp_path: Path, 
             for session in (nonce, nonce ^ 1, nonce):
                 await thief.send_multipart([link_frame(PING, session), b""])
             await until(lambda: ("host-c", nonce) in s._replaced)
+        # As after a long silence: the victim has to be taken up anew.
+        s._forget(s._by_name["host-b/actor-0"])
         await victim.send(closed(1))
         await victim.drain(timeout_s=PATIENCE_S)
         # The handler has no reply to it; that it is told so will do.

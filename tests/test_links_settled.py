@@ -12,6 +12,7 @@ import pytest
 from atpo_async import link_server, wire
 from atpo_async import messages as m
 from atpo_async.errors import BadMessage
+from atpo_async.link_common import ACK, PING, PONG, REFUSE, SEND
 from tests.links_support import (
     FAST,
     LEASE_REQUEST,
@@ -89,12 +90,12 @@ async def test_what_a_stranger_sends_past_the_window_is_dropped_while_nothing_se
     buffer = Buffer()
     async with server(buffer, settled=Disk(buffer)) as s, raw_dealer(s.endpoint) as stranger:
         for seq in range(20 * FAST.window):
-            await stranger.send_multipart([link_frame(1, a=seq), *wire.encode(closed(seq))])
-        await stranger.send_multipart([link_frame(3, a=20 * FAST.window), b""])
+            await stranger.send_multipart([link_frame(SEND, a=seq), *wire.encode(closed(seq))])
+        await stranger.send_multipart([link_frame(PING, a=20 * FAST.window), b""])
         reply = await within(stranger.recv_multipart())
-        while reply[0][2] != 7:
+        while reply[0][2] != PONG:
             reply = await within(stranger.recv_multipart())
-        assert reply[0] == link_frame(7, a=20 * FAST.window, b=4 * FAST.window)
+        assert reply[0] == link_frame(PONG, a=20 * FAST.window, b=4 * FAST.window)
         await until(lambda: len(buffer.got) == 4 * FAST.window)
         assert s.peers["stranger"].unsettled == 4 * FAST.window
 
@@ -153,6 +154,25 @@ async def test_refusals_too_wait_until_they_are_settled() -> None:
         await c.drain(timeout_s=PATIENCE_S)
         assert refused == [1]
         assert (c.stats.acked, c.stats.refused) == (2, 1)
+
+
+async def test_not_even_a_ping_gets_a_refusal_out_that_is_not_settled() -> None:
+    buffer = Buffer()
+    disk = Disk(buffer)
+    async with server(buffer, settled=disk) as s, raw_dealer(s.endpoint) as stranger:
+
+        async def kinds_up_to(last: int) -> list[int]:
+            seen: list[int] = []
+            while not seen or seen[-1] != last:
+                seen.append((await within(stranger.recv_multipart()))[0][2])
+            return seen
+
+        await stranger.send_multipart([link_frame(SEND), *wire.encode(closed(-1))])
+        await until(lambda: len(disk.began) == 1)
+        await stranger.send_multipart([link_frame(PING, a=1), b""])
+        assert await kinds_up_to(PONG) == [ACK, PONG]
+        disk.let()
+        assert await kinds_up_to(ACK) == [REFUSE, ACK]
 
 
 async def test_requests_do_not_wait_for_what_is_not_settled() -> None:

@@ -1,0 +1,249 @@
+"""Handlers with and without a task of their own, and what a slow or hostile end can cost the other."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import warnings
+from collections.abc import Awaitable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+import zmq.asyncio
+
+from atpo_async import link_server, wire
+from atpo_async import messages as m
+from atpo_async.errors import BadMessage, PeerLost
+from atpo_async.link_common import LINK, PING, REPLY, REQUEST, SEND, worth_a_line
+from atpo_async.links import Client, Server
+from tests.links_support import (
+    ANY_PORT,
+    FAST,
+    LEASE_REQUEST,
+    NO_LEASES,
+    PATIENCE_S,
+    Buffer,
+    client,
+    closed,
+    link_frame,
+    raw_dealer,
+    server,
+    until,
+    within,
+)
+
+# --- handlers that need no task ---------------------------------------------------------------------------------
+
+
+async def test_a_plain_function_handles_in_order_and_refuses_what_it_does_not_take() -> None:
+    got: list[int] = []
+    refused: list[int] = []
+
+    def handler(peer: str, message: Any) -> Any:
+        if isinstance(message, m.LeaseRequest):
+            return NO_LEASES
+        got.append(message.num_turns)
+        if message.num_turns % 10 == 3:
+            raise BadMessage("a three")
+        return None
+
+    def note(message: Any, reason: str) -> None:
+        assert reason == "a three"
+        refused.append(message.num_turns)
+
+    async with server(handler) as s, client(s.endpoint, on_refused=note) as c:
+        for i in range(100):
+            await within(c.send(closed(i)))
+        await c.drain(timeout_s=PATIENCE_S)
+        assert isinstance(await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S), m.Leases)
+        assert s.link_status()["peers"][0]["handled"] == 100
+    assert got == list(range(100))
+    assert refused == list(range(3, 100, 10))
+
+
+async def test_a_function_that_waits_only_now_and_then_keeps_the_order() -> None:
+    got: list[int] = []
+    gate = asyncio.Event()
+
+    async def later(number: int) -> None:
+        await gate.wait()
+        got.append(number)
+
+    def handler(peer: str, message: Any) -> Awaitable[None] | None:
+        if message.num_turns % 7 == 2:
+            return later(message.num_turns)
+        got.append(message.num_turns)
+        return None
+
+    async with server(handler) as s, client(s.endpoint) as c:
+        for i in range(5):
+            await within(c.send(closed(i)))
+        await until(lambda: s.link_status()["peers"] and s.link_status()["peers"][0]["queued"] == 3)
+        assert got == [0, 1]
+        gate.set()
+        for i in range(5, 40):
+            await within(c.send(closed(i)))
+        await c.drain(timeout_s=PATIENCE_S)
+    assert got == list(range(40))
+
+
+async def test_a_plain_function_that_fails_is_run_again_and_what_comes_after_waits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(link_server, "RETRY_PAUSES_S", (0.0, 0.0))
+    attempts: list[int] = []
+    refused: list[str] = []
+
+    def handler(peer: str, message: Any) -> None:
+        attempts.append(message.num_turns)
+        if message.num_turns == 1 and attempts.count(1) == 1:
+            raise OSError("disk full")
+        if message.num_turns == 3:
+            raise KeyError("tree")
+
+    async with server(handler) as s, client(s.endpoint, on_refused=lambda _, reason: refused.append(reason)) as c:
+        for i in range(5):
+            await c.send(closed(i))
+        await c.drain(timeout_s=PATIENCE_S)
+        assert (c.stats.acked, c.stats.refused) == (4, 1)
+    assert attempts == [0, 1, 1, 2, 3, 3, 3, 4]
+    assert refused == ["buffer failed on it 3 times: KeyError: 'tree'"]
+    assert "disk full" in caplog.text
+
+
+async def test_closing_a_server_leaves_no_handler_half_begun() -> None:
+    begun = asyncio.Event()
+
+    async def later() -> None:
+        raise AssertionError("the server was closed before this could run")
+
+    def handler(peer: str, message: Any) -> Awaitable[None]:
+        begun.set()
+        return later()
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        async with server(handler) as s, client(s.endpoint) as c:
+            await c.send(closed(1))
+            # Woken in the very turn of the loop in which the handler was called: its task has not run yet.
+            async with asyncio.timeout(PATIENCE_S):
+                await begun.wait()
+            session = s._by_name["actor-0"]
+            await s.close()
+            assert (session.handled, len(session.queue)) == (0, 1)
+        del session, s
+        gc.collect()
+    assert not [warning for warning in warned if "never awaited" in str(warning.message)]
+
+
+# --- what the other end can cost --------------------------------------------------------------------------------
+
+
+def chunk(nbytes: int) -> m.Chunk:
+    return m.Chunk(version=0, index=0, data=np.zeros(nbytes, np.uint8))
+
+
+async def test_what_waits_for_a_slow_handler_is_bounded_in_bytes_too() -> None:
+    gate = asyncio.Event()
+    taken: list[int] = []
+
+    async def handler(peer: str, message: Any) -> None:
+        await gate.wait()
+        taken.append(message.data.nbytes)
+
+    small = replace(FAST, window=64, max_message_bytes=1 << 16)
+    async with (
+        Server(ANY_PORT, name="sink", receives=m.LearnerToActor, handler=handler, settings=small) as s,
+        Client(s.endpoint, peer="sink", identity="a", receives=m.Refused, settings=small) as c,
+    ):
+        for _ in range(64):
+            await within(c.send(chunk(50_000)))
+        await until(lambda: s.peers.get("a") is not None and s.peers["a"].queued >= 6)
+        # Repeats, too: each heartbeat the client sends again what was not taken.
+        resent = c.stats.resent
+        await until(lambda: c.stats.resent > resent)
+        status = s.link_status()["peers"][0]
+        assert status["queued"] == 6
+        assert 4 * small.max_message_bytes < status["queued_bytes"] <= 5 * small.max_message_bytes
+        gate.set()
+        await c.drain(timeout_s=PATIENCE_S)
+        assert s.link_status()["peers"][0]["queued_bytes"] == 0
+    assert taken == [50_000] * 64
+
+
+async def test_a_peer_that_asks_and_does_not_read_gets_no_more_than_a_queue_of_replies() -> None:
+    asked = 1000
+    answered = 0
+
+    async def handler(peer: str, message: Any) -> Any:
+        return chunk(900_000)
+
+    settings = replace(FAST, heartbeat_s=60.0)
+    async with (
+        Server(ANY_PORT, name="learner", receives=m.ActorToLearner, handler=handler, settings=settings) as s,
+        raw_dealer(s.endpoint, rcvhwm=1) as stranger,
+        Client(s.endpoint, peer="learner", identity="good", receives=m.LearnerToActor, settings=settings) as c,
+    ):
+        frames = wire.encode(m.ChunkRequest(run="r", version=0, index=0))
+        for _ in range(asked):
+            await stranger.send_multipart([link_frame(REQUEST), *frames])
+        await stranger.send_multipart([link_frame(SEND, a=9), *frames])
+        # Others are served meanwhile, and by then all of it has been read.
+        reply = await c.request(m.ChunkRequest(run="r", version=0, index=0), timeout_s=PATIENCE_S)
+        assert reply.data.nbytes == 900_000
+        await until(lambda: "stranger" in s.peers and s._by_name["stranger"].expected == 0)
+        while await stranger.poll(500):
+            got = await stranger.recv_multipart()
+            assert LINK.unpack(got[0])[1] == REPLY
+            answered += 1
+    # Its queue here, and what two ends' TCP buffers hold.
+    assert 1 <= answered <= 8 * FAST.window + 100
+
+
+async def test_a_message_of_very_many_frames_is_one_bad_message_of_which_little_is_kept(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    buffer = Buffer()
+    async with server(buffer) as s, client(s.endpoint) as c, raw_dealer(s.endpoint) as stranger:
+        await stranger.send_multipart([link_frame(SEND), *[b"x"] * 5000])
+        await until(lambda: s.bad_messages == 1)
+        await c.send(closed(1))
+        await c.drain(timeout_s=PATIENCE_S)
+        assert s.bad_messages == 1
+        assert "from stranger: a message of 14 frames" in caplog.text
+    assert buffer.got == [1]
+
+
+async def test_a_server_that_never_acknowledges_makes_the_sender_wait_and_then_give_up() -> None:
+    context = zmq.asyncio.Context()
+    try:
+        silent = context.socket(zmq.ROUTER)
+        silent.bind("tcp://127.0.0.1:0")
+        endpoint = silent.last_endpoint.decode()
+        async with client(endpoint, replace(FAST, heartbeat_s=0.02, give_up_s=1.0)) as c:
+            for i in range(FAST.window):
+                await within(c.send(closed(i)))
+            with pytest.raises(PeerLost, match="actor-0"):
+                await within(c.send(closed(99)))
+            assert c.stats.unacked == FAST.window
+            # A connection that is up and leads nowhere was made anew meanwhile.
+            assert c.stats.resent >= FAST.window
+    finally:
+        context.destroy(linger=0)
+
+
+async def test_a_peer_that_says_nothing_of_use_costs_a_session_and_no_more() -> None:
+    buffer = Buffer()
+    async with server(buffer) as s, raw_dealer(s.endpoint) as stranger:
+        for _ in range(100):
+            await stranger.send_multipart([link_frame(PING), b""])
+        await until(lambda: s.link_status()["peers"] and s._by_name["stranger"].expected == 0)
+        (peer,) = s.link_status()["peers"]
+        assert (peer["queued"], peer["queued_bytes"], peer["unsettled"], peer["requests"]) == (0, 0, 0, [])
+
+
+def test_of_many_alike_ever_fewer_are_worth_a_line() -> None:
+    assert [n for n in range(1, 20_001) if worth_a_line(n)] == [1, 2, 3, 10, 100, 1000, 10_000]
