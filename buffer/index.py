@@ -142,8 +142,13 @@ class Store(Protocol):
     def read(self, place: Place) -> bytes | memoryview:
         """A record that is kept."""
 
-    def release(self, rows: Rows) -> None:
-        """These records are needed no more."""
+    def release(self, rows: Rows, *, gone: bool = False) -> None:
+        """These records are needed no more.
+
+        Args:
+            rows: ROW[R].
+            gone: whether their trees are, so that nobody will ask what is kept of them.
+        """
 
     @property
     def nbytes(self) -> int:
@@ -171,7 +176,7 @@ class MemoryStore:
     def read(self, place: Place) -> bytes | memoryview:
         return self._records[place.chunk]
 
-    def release(self, rows: Rows) -> None:
+    def release(self, rows: Rows, *, gone: bool = False) -> None:
         for chunk in rows["chunk"].tolist():
             self.nbytes -= len(self._records.pop(chunk))
 

@@ -84,10 +84,12 @@ class _Group:
 
     chunks: Sequence[_Chunk]
     freed: Sequence[int]
+    cut_out: Mapping[int, set[int]]
+    """Chunk -> offsets of the rows to be taken out."""
     writes: Mapping[bytes, bytes | None]
 
     def __bool__(self) -> bool:
-        return bool(self.chunks or self.freed or self.writes)
+        return bool(self.chunks or self.freed or self.cut_out or self.writes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,7 @@ class Journal:
         self._uncommitted: dict[int, _Chunk] = {1: self._open}
         self._writes: dict[bytes, bytes | None] = {}
         self._freed: list[int] = []
+        self._cut_out: dict[int, set[int]] = {}
         self._live: dict[int, _Live] = {}
         self._messages = 0
         self.nbytes = 0
@@ -234,10 +237,18 @@ class Journal:
         """Keep ``value`` under ``key``; None removes it."""
         self._writes[key] = value
 
-    def release(self, rows: Rows) -> None:
-        """These records are needed no more; their chunk goes with the last of them."""
+    def release(self, rows: Rows, *, gone: bool = False) -> None:
+        """These records are needed no more; their chunk goes with the last of them.
+
+        Args:
+            rows: ROW[R].
+            gone: whether their trees are: a recovery tells by that.  Otherwise their rows are cut out.
+        """
         if not len(rows):
             return
+        if not gone:
+            for chunk, offset in zip(rows["chunk"].tolist(), rows["offset"].tolist(), strict=True):
+                self._cut_out.setdefault(chunk, set()).add(offset)
         chunks, at, counts = np.unique(rows["chunk"], return_inverse=True, return_counts=True)
         sizes = np.bincount(at, weights=rows["nbytes"].astype(np.float64))
         for chunk, count, nbytes in zip(chunks.tolist(), counts.tolist(), sizes.tolist(), strict=True):
@@ -370,9 +381,9 @@ class Journal:
 
     def _seal(self) -> _Group:
         self._close_chunk()
-        group = _Group(self._closed, self._freed, self._writes)
+        group = _Group(self._closed, self._freed, self._cut_out, self._writes)
         self._in_flight = self._closed
-        self._closed, self._freed, self._writes = [], [], {}
+        self._closed, self._freed, self._cut_out, self._writes = [], [], {}, {}
         self._messages = 0
         self._full.clear()
         return group
@@ -443,6 +454,12 @@ class Journal:
                 key = _U64.pack(number)
                 txn.delete(key, db=self._chunks)
                 txn.delete(key, db=self._rows)
+            for number, offsets in group.cut_out.items():
+                key = _U64.pack(number)
+                rows = txn.get(key, db=self._rows)
+                if rows is not None:
+                    found = np.frombuffer(rows, dtype=ROW)
+                    txn.put(key, found[~np.isin(found["offset"], list(offsets))].tobytes(), db=self._rows)
             for name, value in group.writes.items():
                 if value is None:
                     txn.delete(name, db=self._state)

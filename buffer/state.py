@@ -397,8 +397,8 @@ class BufferState:
             return
         self._changed.add(tree_id)
         self._names.pop(tree.number, None)
-        self._store.release(tree.prompt)
-        self._store.release(tree.rows)
+        self._store.release(tree.prompt, gone=True)
+        self._store.release(tree.rows, gone=True)
 
     def _count_tree(self, tree: TreeEntry) -> None:
         """The policy's own sampled reward and success: under branch probabilities, trees without signal too."""
@@ -989,7 +989,7 @@ class BufferState:
         if rest is None:
             self.incarnation += 1
             self.ledger.prefix = f"b{self.incarnation}"
-            self._store.release(rows)
+            self._store.release(rows, gone=True)
             return {}
         self._restore_rest(rest, state)
         owned = np.zeros(len(rows), dtype=bool)
@@ -1018,8 +1018,8 @@ class BufferState:
             self._restore_batch(batch)
         # After the batches: what a learner has is not dropped for its age.
         self._advance()
-        # Records of trees that were let go in the same commit as others of their chunk were kept.
-        self._store.release(rows[~owned])
+        # Records of trees that are gone, in chunks that others keep.
+        self._store.release(rows[~owned], gone=True)
         return {
             "turns": int(np.count_nonzero(owned)),
             "growing trees": len(self.assembly),

@@ -20,10 +20,13 @@ class Disk(MemoryStore):
     def note(self, entry: TurnEntry) -> None:
         self._rows[entry.place] = entry
 
-    def release(self, rows: Rows) -> None:
-        super().release(rows)
+    def release(self, rows: Rows, *, gone: bool = False) -> None:
         for row in rows:
-            del self._rows[Place(int(row["chunk"]), int(row["offset"]), int(row["nbytes"]))]
+            place = Place(int(row["chunk"]), int(row["offset"]), int(row["nbytes"]))
+            if place.chunk in self._records:
+                super().release(rows[rows["chunk"] == place.chunk])
+            if not gone:
+                del self._rows[place]  # of a tree that is gone they stay, as in a chunk that others keep
 
     def put(self, key: bytes, value: bytes | None) -> None:
         if value is None:

@@ -1,0 +1,384 @@
+"""What the journal said it has is there, whatever happens to the process or the disk."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import pytest
+
+from atpo_async.errors import SetupError
+from buffer import journal as journals
+from buffer.index import Place, TurnEntry, places_of, rows_of
+from buffer.journal import Journal, JournalBroken
+
+SOON_S = 20.0
+
+
+def record(number: int, nbytes: int = 256) -> bytes:
+    return number.to_bytes(8, "little") * (nbytes // 8)
+
+
+def keep(journal: Journal, number: int, *, tree: int = 1, nbytes: int = 256) -> TurnEntry:
+    place = journal.add(record(number, nbytes))
+    entry = TurnEntry(tree, number, 0, 1, 2, 3, 0.5, 0.25, 7, 8, *place)
+    journal.note(entry)
+    return entry
+
+
+def opened(folder: Path, **options: Any) -> Journal:
+    return Journal(folder, **({"max_bytes": 1 << 24, "gather_s": 0.0} | options))
+
+
+@pytest.fixture
+async def journal(tmp_path: Path) -> AsyncIterator[Journal]:
+    async with opened(tmp_path / "j") as made:
+        made.recover()
+        yield made
+
+
+async def kept_in(folder: Path) -> tuple[list[int], dict[bytes, bytes], list[bytes]]:
+    """Turn ids, state and records of a journal that nobody has open."""
+    async with opened(folder) as made:
+        found = made.recover()
+        records = await made.load(places_of(found.rows))
+        return found.rows["turn_id"].tolist(), dict(found.state), records
+
+
+async def test_what_is_settled_is_there_for_the_next_process(tmp_path: Path) -> None:
+    async with opened(tmp_path) as journal:
+        journal.recover()
+        for number in range(1, 6):
+            keep(journal, number)
+        journal.put(b"name", b"value")
+        await journal.settle()
+    ids, state, records = await kept_in(tmp_path)
+    assert ids == [1, 2, 3, 4, 5]
+    assert state == {b"name": b"value"}
+    assert records == [record(number) for number in ids]
+
+
+async def test_a_record_can_be_read_before_during_and_after_its_commit(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = keep(journal, 1)
+    assert journal.read(first.place) == record(1)
+    holding, commit = asyncio.Event(), Journal._commit
+    loop = asyncio.get_running_loop()
+
+    def held(self: Journal, group: Any) -> None:
+        asyncio.run_coroutine_threadsafe(holding.wait(), loop).result(SOON_S)
+        commit(self, group)
+
+    monkeypatch.setattr(Journal, "_commit", held)
+    settling = asyncio.create_task(journal.settle())
+    await asyncio.sleep(0)
+    second = keep(journal, 2)
+    assert [journal.read(e.place) for e in (first, second)] == [record(1), record(2)]
+    assert await journal.load([second.place, first.place]) == [record(2), record(1)]
+    holding.set()
+    await settling
+    assert [journal.read(e.place) for e in (first, second)] == [record(1), record(2)]
+
+
+async def test_a_load_under_way_sees_what_a_commit_takes_away(journal: Journal) -> None:
+    entries = [keep(journal, number) for number in range(1, 4)]
+    await journal.settle()
+    loading = asyncio.create_task(journal.load([entry.place for entry in entries]))
+    await asyncio.sleep(0)
+    journal.release(rows_of(entries))
+    await journal.settle()
+    assert await loading == [record(1), record(2), record(3)]
+
+
+async def test_the_last_record_of_a_chunk_frees_it(tmp_path: Path) -> None:
+    async with opened(tmp_path) as journal:
+        journal.recover()
+        first = [keep(journal, number) for number in range(1, 4)]
+        await journal.settle()
+        second = keep(journal, 4)
+        await journal.settle()
+        journal.release(rows_of(first[:2]))
+        await journal.settle()
+        assert journal.picture["chunks"] == 2
+        journal.release(rows_of(first[2:]))
+        await journal.settle()
+        assert journal.picture["chunks"] == 1
+        assert journal.nbytes == journal.chunk_bytes == second.nbytes
+    ids, _, _ = await kept_in(tmp_path)
+    assert ids == [4]
+
+
+async def test_what_is_let_go_before_it_was_ever_committed_leaves_nothing(tmp_path: Path) -> None:
+    async with opened(tmp_path) as journal:
+        journal.recover()
+        journal.release(rows_of([keep(journal, 1)]))
+        await journal.settle()
+        assert (journal.nbytes, journal.chunk_bytes) == (0, 0)
+    assert (await kept_in(tmp_path))[0] == []
+
+
+async def test_pages_of_what_was_freed_are_used_again(journal: Journal) -> None:
+    sizes = []
+    for generation in range(40):
+        entries = [keep(journal, 1 + generation, nbytes=4096) for _ in range(100)]
+        await journal.settle()
+        journal.release(rows_of(entries))
+        await journal.settle()
+        sizes.append((journal.folder / "data.mdb").stat().st_size)
+    assert sizes[-1] <= sizes[9]
+
+
+async def test_large_groups_are_cut_into_chunks(journal: Journal) -> None:
+    entries = [keep(journal, number, nbytes=64 << 10) for number in range(1, 13)]
+    await journal.settle()
+    assert journal.picture["chunks"] == 3
+    assert await journal.load([e.place for e in entries]) == [record(e.turn_id, 64 << 10) for e in entries]
+
+
+async def test_one_settling_serves_all_that_was_handed_over_before_it(journal: Journal) -> None:
+    before = journal.commits
+    for number in range(1, 101):
+        keep(journal, number)
+    await asyncio.gather(*(journal.settle() for _ in range(100)))
+    assert journal.commits - before <= 2
+
+
+async def test_what_changes_is_collected_right_before_the_commit(tmp_path: Path) -> None:
+    async with opened(tmp_path) as journal:
+        journal.recover()
+        journal.collect = lambda: journal.put(b"k", b"collected")
+        await journal.settle()
+        journal.collect = lambda: journal.put(b"k", None)
+        await journal.settle()
+        journal.collect = lambda: None
+    assert b"k" not in (await kept_in(tmp_path))[1]
+
+
+# --- the disk says no ----------------------------------------------------------------------------------------------
+
+
+class Disk:
+    """Lets a journal's commits fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.error: Exception | None = None
+        self.tried = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        commit = Journal._commit
+
+        def guarded(journal: Journal, group: Any) -> None:
+            self._loop.call_soon_threadsafe(self.tried.set)
+            if self.error is not None:
+                raise self.error
+            commit(journal, group)
+
+        monkeypatch.setattr(Journal, "_commit", guarded)
+        monkeypatch.setattr(journals, "RETRY_S", 0.01)
+
+    async def fail(self, journal: Journal, error: Exception) -> asyncio.Task[None]:
+        """Returns somebody who waits for a commit that does not come."""
+        self.error = error
+        self.tried.clear()
+        waiting = asyncio.create_task(journal.settle())
+        await asyncio.wait_for(self.tried.wait(), SOON_S)
+        self.tried.clear()
+        await asyncio.wait_for(self.tried.wait(), SOON_S)  # … and was tried again
+        return waiting
+
+
+@pytest.mark.parametrize(
+    "error", [lmdb.DiskError("No space left on device"), OSError(5, "Input/output error"), lmdb.MapFullError("full")]
+)
+async def test_while_the_disk_refuses_nothing_settles_and_it_goes_on_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    async with opened(tmp_path) as journal:
+        journal.recover()
+        disk = Disk(monkeypatch)
+        first = keep(journal, 1)
+        waiting = await disk.fail(journal, error)
+        assert not waiting.done()
+        assert journal.failing == str(error)
+        assert "nothing is acknowledged until it can" in caplog.text
+        second = keep(journal, 2)
+        assert await journal.load([first.place, second.place]) == [record(1), record(2)]
+        disk.error = None
+        await asyncio.wait_for(waiting, SOON_S)
+        assert journal.failing is None
+        assert "is written again" in caplog.text
+        await journal.settle()
+    assert (await kept_in(tmp_path))[0] == [1, 2]
+
+
+async def test_a_journal_that_takes_nothing_more_tells_its_owner(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+    disk.error = lmdb.PanicError("mdb_txn_commit")
+    keep(journal, 1)
+    waiting = asyncio.create_task(journal.settle())
+    assert journal.broken is not None
+    with pytest.raises(JournalBroken, match="can take nothing more"):
+        await asyncio.wait_for(journal.broken, SOON_S)
+    assert not waiting.done()
+    waiting.cancel()
+    monkeypatch.undo()
+
+
+async def test_settling_gives_up_after_the_time_it_was_given(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    waiting = await disk.fail(journal, lmdb.DiskError("No space left on device")) if keep(journal, 1) else None
+    with pytest.raises(TimeoutError):
+        await journal.settle(timeout_s=0.01)
+    disk.error = None
+    assert waiting is not None
+    await asyncio.wait_for(waiting, SOON_S)
+
+
+# --- killed --------------------------------------------------------------------------------------------------------
+
+WRITER = textwrap.dedent("""
+    import asyncio, sys
+    from pathlib import Path
+    from buffer.index import TurnEntry
+    from buffer.journal import Journal
+
+    async def main():
+        async with Journal(Path(sys.argv[1]), max_bytes=1 << 24, gather_s=0.0) as journal:
+            journal.recover()
+            number = 0
+            while True:
+                for _ in range(50):
+                    number += 1
+                    place = journal.add(number.to_bytes(8, "little") * 512)
+                    journal.note(TurnEntry(1, number, 0, 1, 2, 3, 0.5, 0.25, 7, 8, *place))
+                    journal.put(b"last", str(number).encode())
+                await journal.settle()
+                print(number, flush=True)
+
+    asyncio.run(main())
+""")
+
+
+def begin_writing(folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 7, 30])
+async def test_a_process_killed_in_mid_commit_leaves_whole_groups_and_all_that_it_told(
+    tmp_path: Path, groups: int
+) -> None:
+    writer = begin_writing(tmp_path)
+    try:
+        assert writer.stdout is not None
+        told = [int(writer.stdout.readline()) for _ in range(groups)]
+        writer.send_signal(signal.SIGKILL)
+        told += [int(line) for line in writer.stdout]
+    finally:
+        writer.kill()
+        writer.wait()
+    ids, state, records = await kept_in(tmp_path)
+    assert len(ids) >= told[-1]
+    assert len(ids) % 50 == 0
+    assert ids == list(range(1, len(ids) + 1))
+    assert state[b"last"] == str(len(ids)).encode()
+    assert records == [record(number, 4096) for number in ids]
+
+
+# --- what is found --------------------------------------------------------------------------------------------------
+
+
+async def test_a_journal_in_use_is_refused(journal: Journal) -> None:
+    with pytest.raises(SetupError, match="in use by another buffer; stop that one"):
+        opened(journal.folder)
+
+
+async def test_a_journal_of_another_format_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    async with opened(tmp_path) as journal:
+        journal.recover()
+        journal.put(journals._META, b"999")
+        await journal.settle()
+    async with opened(tmp_path) as journal:
+        with pytest.raises(SetupError, match="has format 999, this program reads 1: finish the run with the program"):
+            journal.recover()
+
+
+def test_a_file_that_is_no_journal_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "data.mdb").write_bytes(os.urandom(64 << 10))
+    with pytest.raises(SetupError, match=r"cannot be opened.*move the folder away"):
+        opened(tmp_path)
+
+
+async def test_a_chunk_that_is_missing_is_named(tmp_path: Path) -> None:
+    async with opened(tmp_path) as journal:
+        journal.recover()
+        entry = keep(journal, 1)
+        await journal.settle()
+        with journal._env.begin(write=True) as txn:
+            txn.delete(journals._U64.pack(entry.chunk), db=journal._chunks)
+    async with opened(tmp_path) as journal:
+        with pytest.raises(SetupError, match=f"chunk {entry.chunk} is missing"):
+            journal.recover()
+
+
+# --- moving what is left --------------------------------------------------------------------------------------------
+
+
+async def test_chunks_of_which_little_is_needed_are_named_and_can_be_emptied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journals, "SPARE_BYTES", 1000)
+    async with opened(tmp_path) as journal:
+        journal.recover()
+        chunks: list[Sequence[TurnEntry]] = []
+        for group in range(4):
+            chunks.append([keep(journal, 10 * group + i) for i in range(1, 9)])
+            await journal.settle()
+        assert journal.sparse_chunks(9) == []
+        for entries in chunks:
+            journal.release(rows_of(entries[1:]))
+        assert journal.sparse_chunks(2) == [chunks[0][0].chunk, chunks[1][0].chunk]
+        rows = await journal.rows_in([chunks[0][0].chunk])
+        assert rows["turn_id"].tolist() == list(range(1, 9))
+        (moved,) = await journal.load([chunks[0][0].place])
+        place = journal.add(moved)
+        journal.note(chunks[0][0]._replace(chunk=place.chunk, offset=place.offset))
+        journal.release(rows_of(chunks[0][:1]))
+        await journal.settle()
+    ids, _, records = await kept_in(tmp_path)
+    # The rows of what else was in the chunks that are left are there until these go; their owner lets them go again.
+    assert ids.count(1) == 1
+    assert records[ids.index(1)] == record(1)
+
+
+def test_a_place_is_three_numbers() -> None:
+    assert Place(1, 2, 3) == (1, 2, 3)
+    assert np.dtype(journals.ROW).itemsize == len(
+        journals.pack_entry(TurnEntry(1, 2, 0, 0, 0, 0, 0.0, 0.0, 0, 0, 1, 0, 8))
+    )
+
+
+@pytest.mark.parametrize(("gone", "left"), [(False, [2, 3]), (True, [1, 2, 3])])
+async def test_rows_are_cut_out_of_a_chunk_that_others_keep_unless_their_tree_is_gone(
+    tmp_path: Path, gone: bool, left: list[int]
+) -> None:
+    async with opened(tmp_path) as journal:
+        journal.recover()
+        entries = [keep(journal, number) for number in (1, 2, 3)]
+        await journal.settle()
+        journal.release(rows_of(entries[:1]), gone=gone)
+        await journal.settle()
+        assert journal.nbytes == entries[1].nbytes + entries[2].nbytes
+    assert (await kept_in(tmp_path))[0] == left
