@@ -1,7 +1,7 @@
 """Waits that have a name and a deadline, and how far this process has come.
 
-Whoever waits says so in a registry of the process (``waiting``, ``Patience``); whatever gets on says that too
-(``progress``, ``phase``).  ``atpo_async.status`` makes a picture of both, from a thread of its own, and
+Whoever waits says so in a registry of the process (``waiting``, ``Patience``, ``Standing``); whatever gets on says that
+too (``progress``, ``phase``).  ``atpo_async.status`` makes a picture of both, from a thread of its own, and
 ``atpo_async.hangs`` judges it: a wait without progress is a hang, a long one with progress is work.
 """
 
@@ -121,8 +121,43 @@ class Patience:
         self._moved = self._clock()
 
 
+class Standing:
+    """A wait of somebody who only answers: it lasts from the first answer that had to put a question off to the first
+    that did not, or until nobody has asked for ``FORGET_S``.
+
+    Args:
+        who: for whom, for people: ``the requests for leases``.
+    """
+
+    limit_s = None
+
+    def __init__(self, who: str) -> None:
+        self.who = who
+        self.what = self.on = ""
+        self.since = 0.0
+        self._asked_at: float | None = None
+
+    def goes_on(self, what: str, *, on: str) -> None:
+        """A question was put off, because of ``what``, which ``on`` can end."""
+        now = time.monotonic()
+        if not self.lasts(now):
+            self.since = now
+            _standing.add(self)
+        self.what, self.on, self._asked_at = what, on, now
+
+    def over(self) -> None:
+        """A question was answered."""
+        self._asked_at = None
+
+    def lasts(self, now: float) -> bool:
+        return self._asked_at is not None and now - self._asked_at < FORGET_S
+
+
+FORGET_S = 5.0
+
 _open: dict[int, waiting] = {}
 _patient: weakref.WeakSet[Patience] = weakref.WeakSet()
+_standing: weakref.WeakSet[Standing] = weakref.WeakSet()
 
 
 def snapshot(now: float | None = None) -> list[dict[str, Any]]:
@@ -134,15 +169,15 @@ def snapshot(now: float | None = None) -> list[dict[str, Any]]:
     now = time.monotonic() if now is None else now
     found = [
         {"who": w.who, "what": w.what, "on": w.on, "since_s": max(0.0, now - w.since), "limit_s": w.limit_s}
-        for w in _registered()
+        for w in _registered(time.monotonic())
     ]
     return sorted(found, key=lambda wait: -wait["since_s"])
 
 
-def _registered() -> list[waiting | Patience]:
+def _registered(now: float) -> list[waiting | Patience | Standing]:
     for _ in range(100):
         try:
-            return [*_open.values(), *_patient]
+            return [*_open.values(), *_patient, *(standing for standing in _standing if standing.lasts(now))]
         except RuntimeError:  # another thread began or ended a wait meanwhile
             continue
     return []

@@ -30,6 +30,7 @@ from typing import Any, Self
 import lmdb
 import numpy as np
 
+from atpo_async import waits
 from atpo_async.errors import AtpoError, SetupError
 from buffer.index import ROW, Place, Rows, TurnEntry, pack_entry
 
@@ -274,8 +275,9 @@ class Journal:
         self._wanted += 1
         ticket = self._wanted
         self._asked.set()
-        async with asyncio.timeout(timeout_s), self._settled:
-            await self._settled.wait_for(lambda: self._done >= ticket)
+        with waits.waiting("the buffer", "a commit", on=waits.DISK, limit_s=timeout_s):
+            async with asyncio.timeout(timeout_s), self._settled:
+                await self._settled.wait_for(lambda: self._done >= ticket)
 
     # --- reading -----------------------------------------------------------------------------------------------
 

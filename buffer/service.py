@@ -24,6 +24,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 import numpy as np
 
+from atpo_async import status, waits
 from atpo_async.config import Config
 from atpo_async.errors import BadMessage, SetupError
 from atpo_async.links import LinkSettings, Server
@@ -143,6 +144,10 @@ class BufferService:
         self._changed = asyncio.Event()
         self._writers: dict[str, MetricsWriter] = {}
         self._farewells: set[str] = set()
+        # For the buffer's picture: why those who ask are put off.
+        self._admission = waits.Standing("requests for leases")
+        self._trees = waits.Standing("the request for a batch")
+        self._evaluated = waits.Standing("the question for an evaluation")
         self._links_bad = 0
         self._num_refused = 0
         self._leased_training = self.state.ledger.next_task > 0
@@ -207,6 +212,19 @@ class BufferService:
             if self.journal.broken.done():
                 self.journal.broken.result()
         log.info("buffer ends: %s", "the run is over" if self.state.finished else "asked to stop")
+
+    def facts(self) -> dict[str, object]:
+        """For the buffer's picture."""
+        ledger = self.state.ledger
+        return {
+            "step": self.state.step,
+            "version": self.state.version,
+            "published": ledger.published,
+            "ready trees": len(self.state.pool),
+            "leased trees": ledger.num_training,
+            "actors alive": ledger.actors_alive(self._clock()),
+            "journal failing": self.journal.failing or "no",
+        }
 
     # --- loops -------------------------------------------------------------------------------------------------
 
@@ -325,6 +343,10 @@ class BufferService:
             return leases if leases.leases or leases.finished else None
 
         leases = await self._until(some, timeout_s=LEASE_WAIT_S) or ask()
+        if leases.leases or leases.finished:
+            self._admission.over()
+        else:
+            self._admission.goes_on(leases.closed_because or "admission", on=self._admits())
         if leases.leases:
             leases = await self._with_turns(leases)
             try:
@@ -340,6 +362,13 @@ class BufferService:
             self._farewells.add(peer)
             self._notify()
         return leases
+
+    def _admits(self) -> str:
+        """Who can end it that no lease is granted: for the buffer's picture."""
+        if self.journal.failing is not None:
+            return waits.DISK
+        evaluating = any(e.blocking and not e.done for e in self.state.ledger.evaluations.values())
+        return "actors" if evaluating and self.state.ledger.published is not None else "learner"
 
     async def _with_turns(self, leases: Leases) -> Leases:
         """The turns that are there already, read from the journal."""
@@ -367,6 +396,7 @@ class BufferService:
                 if self.state.returned(peer, message.tree_ids):
                     self._notify()
             case _:
+                waits.progress("messages")
                 if self.state.take(message, now, frames):
                     self._notify()
 
@@ -415,11 +445,15 @@ class BufferService:
 
         share: Share | Exhausted | None = await self._until(made, timeout_s=request.wait_s)
         if share is None:
+            waiting_for = self.state.waiting_for(request, self._clock())
+            self._trees.goes_on(waiting_for, on="actors")
             return NotYet(
-                waiting_for=self.state.waiting_for(request, self._clock()),
+                waiting_for=waiting_for,
                 progress=self.state.progress,
                 checkpoint_wanted=self.state.checkpoint_wanted,
             )
+        self._trees.over()
+        waits.progress("batches")
         batch = share if isinstance(share, Exhausted) else share.batch(await self.journal.load(share.places))
         try:
             # Before the batch is out: whoever serves after a kill must give every rank its share of the same one.
@@ -459,6 +493,10 @@ class BufferService:
             )
             self._notify()
         result = result or self.state.eval_result(query.step)
+        if result.done:
+            self._evaluated.over()
+        else:
+            self._evaluated.goes_on(f"{result.num_done} of {result.num_tasks} tasks of an evaluation", on="actors")
         if result.done:
             await self.journal.settle()
         return result
@@ -510,4 +548,6 @@ async def serve(ctx: RoleContext) -> None:
         if bound != asked and ctx.rundir is not None:
             ctx.rundir.write_endpoints(bound)
         ctx.log.info("buffer of run %s: actors at %s, learner at %s", ctx.run_id, bound.actors, bound.learner)
+        status.publish("buffer", service.facts)
+        waits.phase("serving")
         await service.serve()

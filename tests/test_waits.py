@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from atpo_async import waits
-from atpo_async.waits import Patience, waiting
+from atpo_async.waits import Patience, Standing, waiting
 
 
 def of(who: str) -> list[dict[str, object]]:
@@ -70,6 +70,22 @@ def test_a_patience_is_registered_as_long_as_somebody_holds_it() -> None:
     assert of("t5")[0]["on"] == "learner"
     del patience
     assert of("t5") == []
+
+
+def test_a_standing_wait_lasts_over_repeated_questions_until_one_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    standing = Standing("t9")
+    assert of("t9") == []
+    standing.goes_on("trees: 0 of 4", on="actors")
+    (first,) = of("t9")
+    standing.goes_on("trees: 3 of 4", on="actors")
+    (second,) = of("t9")
+    assert second["what"] == "trees: 3 of 4"
+    assert second["since_s"] >= first["since_s"]  # type: ignore[operator]
+    standing.over()
+    assert of("t9") == []
+    standing.goes_on("trees", on="actors")
+    monkeypatch.setattr(waits, "FORGET_S", 0.0)  # nobody asks any more
+    assert of("t9") == []
 
 
 def test_the_registry_can_be_read_while_other_threads_wait() -> None:

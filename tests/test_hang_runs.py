@@ -1,0 +1,109 @@
+"""A whole run of real processes in which every role is blocked in turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors import transformers_engine
+from actors.environments.base import Split
+from actors.environments.hopqa import HopQAEpisode
+from atpo_async import cli
+from learner.warm_start import Recipe, make_policy
+from tests.e2e_support import STEPS, WORLD, GatedHopQA, Job, Process, job
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc"),
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
+]
+
+
+class HangingHopQA(GatedHopQA):
+    """In the first attempt of an actor a step of its engine never returns, in the second one of its environment's."""
+
+    def __init__(self, tokenizer: Path | str, *, gate: str, **options: Any) -> None:
+        super().__init__(tokenizer, gate=gate, **options)
+        attempts = Path(gate).with_name("attempts")
+        with attempts.open("a") as file:
+            file.write("x")
+        self._attempt = len(attempts.read_text())
+        if self._attempt == 1:
+            transformers_engine.TransformersEngine._step = lambda engine, batch: time.sleep(1000)  # type: ignore[method-assign]
+
+    async def start(self, split: Split, task_index: int) -> HopQAEpisode:
+        if self._attempt == 2:
+            time.sleep(1000)  # noqa: ASYNC251 - what an environment must not do
+        return await super().start(split, task_index)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = Recipe(
+        steps=20,
+        min_hops=WORLD["hops"],
+        max_hops=WORLD["hops"],
+        num_names=WORLD["num_names"],
+        num_relations=WORLD["num_relations"],
+        mixed_up=0,
+        layers=2,
+        width=64,
+    )
+    path = tmp_path_factory.mktemp("policy") / "policy"
+    make_policy(path, recipe, device="cpu", num_threads=1)
+    return path
+
+
+def ended(train: Process, role: str, why: str) -> list[str]:
+    """What the supervisor said when it ended a role that was stuck."""
+    return [line for line in train.said().splitlines() if line.startswith(f"{role} ended: stuck") and why in line]
+
+
+def pictures(run: Job, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert cli.main(["status", str(run.path), "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_a_run_survives_every_role_being_blocked_in_turn(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {
+        "environment.name": "tests.test_hang_runs:HangingHopQA",
+        "links.deadline_s": 2.0,
+        "supervisor.hang_s": 5.0,
+        "supervisor.backoff_s": 0.1,
+        "eval.at_start": False,
+        "eval.at_end": False,
+    }
+    with job(tmp_path, policy, **options) as run:
+        train = run.train()
+        run.until(
+            lambda: ended(train, "actor-0", "(the engine's thread, its engine)"), "the end of the engine", of=train
+        )
+        run.until(lambda: ended(train, "actor-0", "start: time.sleep(1000)"), "the end of the loop", of=train)
+        run.until(run.steps, "a step of the third actor", of=train)
+        found = pictures(run, capsys)
+        assert found["running"]
+        assert {name: role["state"] for name, role in found["roles"].items()} == {
+            "buffer": "runs",
+            "learner": "runs",
+            "actor-0": "runs",
+        }
+        assert found["roles"]["actor-0"]["progress"]["turns"] > 0
+        assert found["roles"]["learner"]["progress"]["batches"] > 0
+        for role in ("buffer", "learner"):
+            os.kill(run.pid(role), signal.SIGSTOP)
+            run.until(lambda role=role: ended(train, role, "is stopped by a signal"), f"the end of {role}", of=train)
+        run.open_gate()
+        assert run.exit_code(train) == 0, run.story()
+        assert run.living() == []
+        assert {record.step for record in run.steps()} == set(range(1, STEPS + 1))
+        assert not pictures(run, capsys)["running"]
