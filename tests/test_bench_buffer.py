@@ -190,6 +190,7 @@ def test_a_cost_that_doubles_from_a_thousand_trees_to_a_million_is_logarithmic()
         [record(1000, insert_us=10.0, update_us=10.0), record(10**6, insert_us=20.0, update_us=10_000.0)]
     )
     over = {f["operation"]: f["over_log"] for f in found}
+    assert {f["operation"]: f["power"] for f in found}["update"] == pytest.approx(1.0)
     assert over["insert"] == pytest.approx(1.0)
     assert over["update"] == pytest.approx(1000 / (math.log2(10**6) / math.log2(1000)))
 
