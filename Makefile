@@ -8,7 +8,7 @@ BENCH ?= actor_overhead
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench fuzz clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
@@ -32,6 +32,9 @@ check: setup ## ruff and mypy (strict)
 
 bench: setup ## benchmarks/$(BENCH).py (BENCH=actor_overhead, learner, buffer, transport, soak; ARGS="…")
 	@$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
+
+fuzz: setup ## mutated messages at the sockets of a running buffer, honest peers beside them (ARGS="--seconds 60 --seed 7")
+	@$(BIN)/python scripts/fuzz_sockets.py $(ARGS)
 
 clean: ## remove caches and build leftovers; .venv, models/ and runs/ stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -31,15 +31,16 @@ from atpo_async.config import Config  # noqa: E402
 from atpo_async.processes import die_with_parent  # noqa: E402
 from atpo_async.rundir import RunDir  # noqa: E402
 from atpo_async.supervisor import pick_endpoints  # noqa: E402
-from tests.fuzz_support import HABITS, Corpus, Door, HonestReport, Rude, honest_process  # noqa: E402
+from tests.fuzz_support import HABITS, Corpus, Door, HonestReport, Rude, honest_process, knock  # noqa: E402
 
 LIMIT_BYTES = 4 << 20
 HEARTBEAT_S = 1.0
 TREES_PER_BATCH = 4
 START_S = 60.0
 END_S = 60.0
-GROWTH_BYTES = 24 << 20
-"""The most that the second half may use beyond the first, which begins after a quarter as warm-up."""
+GROWTH_BYTES = 64 << 20
+"""The most that the last three eighths may use beyond the three before; the first quarter is the warm-up.  Queues are
+full by then, but what the allocator keeps in fragments grows on for a while: a trim gives half of all that back."""
 LOG_BYTES_PER_MESSAGE = 8.0
 LOG_BYTES = 1 << 20
 
@@ -124,7 +125,7 @@ def fuzz(folder: Path, *, num_messages: int, seconds: float | None, seed: int) -
         watched, counts = Watched(buffer.pid, log), Counter[str]()
         rude = rude_peers(context, doors, run.run_id, seed, counts)
         begun = time.monotonic()
-        sent = shoot(rude, watched, buffer, num_messages=num_messages, seconds=seconds, stop=ours.poll)
+        sent = shoot(rude, doors, watched, buffer, num_messages=num_messages, seconds=seconds, stop=ours.poll)
         took_s = time.monotonic() - begun
         for peer in rude:
             peer.close()
@@ -175,6 +176,7 @@ def rude_peers(
 
 def shoot(
     rude: list[Rude],
+    doors: dict[Door, str],
     watched: Watched,
     buffer: subprocess.Popen[bytes],
     *,
@@ -185,6 +187,7 @@ def shoot(
     """Send until there is enough; the number of messages sent."""
     begun = sampled = said = time.monotonic()
     watched.sample(0.0)
+    knocks = 0
     while True:
         fired = 0
         for peer in rude:
@@ -199,6 +202,9 @@ def shoot(
         share = (now - begun) / seconds if seconds else sent / num_messages
         if now - sampled > 0.5:
             sampled = now
+            knocks += 1
+            for door in doors.values():
+                knock(door, knocks)
             if buffer.poll() is not None or (callable(stop) and stop()):
                 return sent
             watched.sample(min(share, 1.0))

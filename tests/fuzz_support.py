@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import socket
 import struct
 import time
 import traceback
@@ -493,6 +494,30 @@ def _flipped(data: bytes, bit: int) -> bytes:
     changed = bytearray(data)
     changed[bit // 8 % len(data)] ^= 1 << bit % 8
     return bytes(changed)
+
+
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+READY = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
+KNOCKS = (
+    b"",
+    b"GET / HTTP/1.1\r\nHost: buffer\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)),
+    GREETING[:12],
+    GREETING,
+    GREETING[:32] + b"CURVE" + GREETING[37:],
+    GREETING + b"\x04\x05NOPE!",
+    GREETING + b"\x04" + bytes([len(READY)]) + READY + b"\x02" + b"\xff" * 8,
+    GREETING + b"\x04" + bytes([len(READY)]) + READY + b"\x01\x01x",
+    GREETING + b"\x04" + bytes([len(READY)]) + READY + b"\x02" + struct.pack(">Q", 1 << 20) + bytes(1000),
+)
+"""What others say to an open port: nothing, HTTP, TLS, and ZMTP (ZeroMQ's own protocol) that stops or goes wrong."""
+
+
+def knock(endpoint: str, number: int) -> None:
+    """Connect, say the ``number``-th of ``KNOCKS`` and go."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(KNOCKS[number % len(KNOCKS)])
 
 
 # --- peers with manners ----------------------------------------------------------------------------------------
