@@ -6,9 +6,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from urllib.parse import urlsplit
 
-from actors.actor import Actor, until_stopped
+from actors.actor import Actor, LearnerMoved, seen_from, until_stopped
 from actors.engine import Engine
 from actors.environments.base import Environment
 from actors.factory import check_eval_tasks, engine_name, make_engine, make_environment
@@ -40,8 +39,8 @@ async def act(ctx: RoleContext) -> None:
     ) as buffer:
         try:
             welcome = await until_stopped(ctx.stopping, _start(ctx, buffer, engine))
-            if welcome is not None:
-                await _work(ctx, welcome, buffer, settings, engine, environment)
+            while welcome is not None:
+                welcome = await _work(ctx, welcome, buffer, settings, engine, environment)
         finally:
             with waits.waiting(f"actor {ctx.name}", "the engine's end", on=waits.ENGINE):
                 await engine.close()
@@ -71,7 +70,8 @@ async def _work(
     settings: LinkSettings,
     engine: Engine,
     environment: Environment,
-) -> None:
+) -> Welcome | None:
+    """Work until the end, or until the learner is found elsewhere: then where."""
     async with (
         Client(
             welcome.weights_endpoint, peer="learner", identity=ctx.name, receives=LearnerToActor, settings=settings
@@ -91,8 +91,14 @@ async def _work(
         )
         try:
             await actor.work()
+        except LearnerMoved as moved:
+            ctx.log.warning("actor %s starts over, its engine goes on: %s", ctx.name, moved)
+            return Welcome(
+                run=welcome.run, weights_endpoint=moved.weights_endpoint, announce_endpoint=moved.announce_endpoint
+            )
         finally:
             weights.close()
+    return None
 
 
 async def _join(ctx: RoleContext, buffer: Client) -> Welcome:
@@ -133,16 +139,11 @@ async def _join(ctx: RoleContext, buffer: Client) -> Welcome:
 
 
 def reachable(welcome: Welcome, buffer_endpoint: str) -> Welcome:
-    """A learner that binds every address is reached where the buffer was: they share a host."""
-    host = urlsplit(buffer_endpoint).hostname or "127.0.0.1"
-
-    def seen_from_here(endpoint: str) -> str:
-        return endpoint.replace("//0.0.0.0:", f"//{host}:").replace("//*:", f"//{host}:")
-
+    """With addresses as they are seen from here."""
     return Welcome(
         run=welcome.run,
-        weights_endpoint=seen_from_here(welcome.weights_endpoint),
-        announce_endpoint=seen_from_here(welcome.announce_endpoint),
+        weights_endpoint=seen_from(buffer_endpoint, welcome.weights_endpoint),
+        announce_endpoint=seen_from(buffer_endpoint, welcome.announce_endpoint),
     )
 
 

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from actors.engine import Engine
 from actors.environments.base import Environment
@@ -60,6 +61,21 @@ async def until_stopped(stopping: asyncio.Event, work: Coroutine[Any, Any, T]) -
 
 RETURN_TIMEOUT_S = 2.0
 """How long a stopping actor waits for the buffer to take its leases back."""
+
+
+class LearnerMoved(AtpoError):
+    """The learner has come back at another address."""
+
+    def __init__(self, text: str, *, weights_endpoint: str, announce_endpoint: str) -> None:
+        super().__init__(text)
+        self.weights_endpoint = weights_endpoint
+        self.announce_endpoint = announce_endpoint
+
+
+def seen_from(buffer_endpoint: str, endpoint: str) -> str:
+    """A learner that binds every address is reached where the buffer was: they share a host."""
+    host = urlsplit(buffer_endpoint).hostname or "127.0.0.1"
+    return endpoint.replace("//0.0.0.0:", f"//{host}:").replace("//*:", f"//{host}:")
 
 
 class Actor:
@@ -166,6 +182,7 @@ class Actor:
                     await self._slot_freed.wait()
                 continue
             answer = await self._ask(free)
+            self._look_where_the_learner_is(answer)
             for lease in answer.leases:
                 self._begin(tasks, lease)
             if answer.finished:
@@ -173,6 +190,18 @@ class Actor:
                 return
             if len(answer.leases) < free:
                 await self._wait_for_room(answer)
+
+    def _look_where_the_learner_is(self, answer: Leases) -> None:
+        """Raises LearnerMoved if it is elsewhere than this actor looks for it."""
+        if not answer.weights_endpoint or answer.finished:
+            return
+        said = seen_from(self._buffer.endpoint, answer.weights_endpoint)
+        if said != self._weights.endpoint:
+            raise LearnerMoved(
+                f"the learner is at {said} now, no longer at {self._weights.endpoint}",
+                weights_endpoint=said,
+                announce_endpoint=seen_from(self._buffer.endpoint, answer.announce_endpoint),
+            )
 
     async def _ask(self, count: int) -> Leases:
         """One answer from the buffer, however long it is away, up to ``links.give_up_s``."""
@@ -327,6 +356,9 @@ class Actor:
             announced = await self._weights.next()
             if announced is not None:
                 await self._take(announced)
+            elif self._weights.silent:
+                # The buffer may know where it has gone; with every slot waiting for weights nobody else asks.
+                self._look_where_the_learner_is(await self._ask(0))
 
     async def _take(self, announced: WeightsAnnounced) -> None:
         began = self._clock()

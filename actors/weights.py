@@ -77,6 +77,13 @@ class WeightsFetcher:
         self._scratch: Scratch | None = None
         self.version = -1
         """Newest version handed out."""
+        self.silent = False
+        """The learner did not answer when last asked."""
+
+    @property
+    def endpoint(self) -> str:
+        """Of the learner, as far as known here."""
+        return self._client.endpoint
 
     async def newest(self, *, timeout_s: float) -> WeightsAnnounced | None:
         """What the learner has now, or None if it has nothing or does not answer in time."""
@@ -84,7 +91,9 @@ class WeightsFetcher:
             answer = await self._client.request(AnnouncementRequest(run=self._run), timeout_s=timeout_s)
         except PeerLost as exc:
             log.warning("the learner does not say which weights it has: %s", exc)
+            self.silent = True
             return None
+        self.silent = False
         if isinstance(answer, WeightsAnnounced):
             return answer
         if isinstance(answer, Refused):

@@ -179,19 +179,23 @@ def traced(arrays: TreeArrays, weight: F64, baseline: float) -> tuple[F64, float
 
 def _weighted_children(arrays: TreeArrays, weight: F64) -> tuple[F64, float]:
     """V(n) = sum of weight_c V(c) over sum of weight_c; the plain mean where no child has weight."""
-    # One slot more for the root: index -1 is the last one.
-    weighted, total = np.zeros(len(arrays) + 1), np.zeros(len(arrays) + 1)
-    plain, count = np.zeros(len(arrays) + 1), np.zeros(len(arrays) + 1)
-    value = np.zeros(len(arrays))
-    for i in range(len(arrays) - 1, -1, -1):
-        parent = arrays.parent[i]
-        mean = weighted[i] / total[i] if total[i] > 0 else plain[i] / max(count[i], 1)
-        value[i] = arrays.reward[i] if arrays.is_leaf[i] else mean
-        weighted[parent] += weight[i] * value[i]
-        total[parent] += weight[i]
-        plain[parent] += value[i]
+    # The buffer does this for every tree that ends, and one number at a time lists are several times faster than
+    # arrays.  One slot more for the root: index -1 is the last one.
+    length = len(arrays)
+    weighted, total, plain, count = ([0.0] * (length + 1) for _ in range(4))
+    parents, leaf, reward = arrays.parent.tolist(), arrays.is_leaf.tolist(), arrays.reward.tolist()
+    own = weight.tolist()
+    value = [0.0] * length
+    for i in range(length - 1, -1, -1):
+        parent = parents[i]
+        mean = weighted[i] / total[i] if total[i] > 0 else plain[i] / max(count[i], 1.0)
+        worth = reward[i] if leaf[i] else mean
+        value[i] = worth
+        weighted[parent] += own[i] * worth
+        total[parent] += own[i]
+        plain[parent] += worth
         count[parent] += 1
-    return value, float(weighted[-1] / total[-1] if total[-1] > 0 else plain[-1] / max(count[-1], 1))
+    return np.array(value), weighted[-1] / total[-1] if total[-1] > 0 else plain[-1] / max(count[-1], 1.0)
 
 
 def _child_weights(arrays: TreeArrays, mode: ValueMode) -> F64:
@@ -297,9 +301,10 @@ def branch_prob(arrays: TreeArrays) -> F64:
     They sum to 1; the mean of leaf rewards under them is the ``child_mean`` value of the root.
     """
     families = np.bincount(arrays.parent + 1, minlength=len(arrays) + 1)
-    reach = np.ones(len(arrays) + 1)
-    for i in range(len(arrays)):
-        reach[i] = reach[arrays.parent[i]] / families[arrays.parent[i] + 1]
+    share = (1.0 / np.maximum(families, 1)).tolist()
+    reach = [1.0] * (len(arrays) + 1)
+    for i, parent in enumerate(arrays.parent.tolist()):
+        reach[i] = reach[parent] * share[parent + 1]
     return np.where(arrays.is_leaf, reach[:-1], 0.0)
 
 

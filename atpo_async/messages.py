@@ -128,6 +128,9 @@ class Leases(Message, frozen=True, tag="leases"):
     retry_after_s: float
     finished: bool
     """The run is over: the actor ends."""
+    weights_endpoint: str = ""
+    """Where the weights are now, as in ``Welcome``: a learner may come back at another address."""
+    announce_endpoint: str = ""
 
 
 class Refused(Message, frozen=True, tag="refused"):

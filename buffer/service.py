@@ -139,6 +139,9 @@ class BufferService:
         found = self.state.restore(recovered.rows, recovered.state, clock())
         if found:
             log.info("recovered from %s: %s", journal, ", ".join(f"{n} {what}" for what, n in found.items()))
+        if self.state.weights_endpoint and endpoints.weights:
+            # Where the learner is now; the run may have been started anew since it last said so.
+            self.state.weights_endpoint, self.state.announce_endpoint = endpoints.weights, endpoints.announce
         self.state.rng = np.random.default_rng([config.run.seed, self.state.incarnation])
         self.journal.collect = lambda: self.state.collect(self.journal.put)
         self._changed = asyncio.Event()

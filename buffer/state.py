@@ -18,7 +18,7 @@ import numpy as np
 
 from atpo_async import wire
 from atpo_async.config import Config
-from atpo_async.credit import credit_as, leaf_tokens, values
+from atpo_async.credit import TreeArrays, branch_prob, credit_as, leaf_tokens
 from atpo_async.errors import BadMessage, SetupError
 from atpo_async.messages import (
     Batch,
@@ -276,7 +276,12 @@ class BufferState:
             )
             leases.append(self._lease_message(held))
         return Leases(
-            leases=tuple(leases), closed_because=granted.closed_because, retry_after_s=RETRY_S, finished=False
+            leases=tuple(leases),
+            closed_because=granted.closed_because,
+            retry_after_s=RETRY_S,
+            finished=False,
+            weights_endpoint=self.weights_endpoint,
+            announce_endpoint=self.announce_endpoint,
         )
 
     def _admission(self, engine_version: int | None) -> Admission | None:
@@ -383,12 +388,14 @@ class BufferState:
             self.ledger.settled(tree.task_index)
             self._forget(whole)
             return
-        self._store.release(whole.rows[~np.isin(whole.rows["turn_id"], tree.rows["turn_id"])])
+        if len(tree) < len(whole):
+            self._store.release(whole.rows[~np.isin(whole.rows["turn_id"], tree.rows["turn_id"])])
+        arrays = tree.arrays()
         if self._line is None:
-            self._count_tree(tree)
-            self._admit(tree)
+            self._count_tree(tree, arrays)
+            self._admit(tree, self._priority(arrays))
         else:
-            self._admit_exact(tree, self._line)
+            self._admit_exact(tree, arrays, self._line)
 
     def _forget(self, tree: TreeEntry) -> None:
         """Its records are needed no more, unless somebody else has the tree still."""
@@ -400,19 +407,18 @@ class BufferState:
         self._store.release(tree.prompt, gone=True)
         self._store.release(tree.rows, gone=True)
 
-    def _count_tree(self, tree: TreeEntry) -> None:
+    def _count_tree(self, tree: TreeEntry, arrays: TreeArrays) -> None:
         """The policy's own sampled reward and success: under branch probabilities, trees without signal too."""
         since = self._since
         since.produced += 1
-        arrays = tree.arrays()
-        since.mean("train/reward", values(arrays)[1])
-        since.mean("train/success", values(arrays.with_reward(tree.success))[1])
+        share = branch_prob(arrays)
+        since.mean("train/reward", float(share @ arrays.reward))
+        since.mean("train/success", float(share @ tree.success))
         since.mean("train/leaves_mean", float(tree.num_leaves))
         since.mean("train/turns_mean", float(len(tree)))
 
-    def _admit(self, tree: TreeEntry) -> None:
+    def _admit(self, tree: TreeEntry, priority: float) -> None:
         """Into the pool, unless nothing can be learnt from it."""
-        priority = self._priority(tree)
         if priority == 0:
             self._since.counts["no_signal_trees"] += 1
             self._partial_uses.pop(tree.tree_id, None)
@@ -475,15 +481,15 @@ class BufferState:
         self._spent_nbytes += tree.nbytes
         self._changed.add(tree.tree_id)
 
-    def _admit_exact(self, tree: TreeEntry, line: DelayLine) -> None:
+    def _admit_exact(self, tree: TreeEntry, arrays: TreeArrays, line: DelayLine) -> None:
         """Into the sets under way, if the version that grows them sampled every token."""
-        priority = self._priority(tree)
+        priority = self._priority(arrays)
         versions = tree.versions
         taken = self.pool.nbytes + self.assembly.nbytes + self._spent_over
         room = taken + tree.nbytes <= self._config.buffer.max_bytes
         fate = line.place(tree.tree_id, versions, signal=priority > 0, room=room)
         if fate == "kept":
-            self._count_tree(tree)
+            self._count_tree(tree, arrays)
             self.pool.add(tree, priority=priority)
             self._see_off()
             return
@@ -493,7 +499,7 @@ class BufferState:
                 "tree %s is dropped, versions %s sampled it: %s", tree.tree_id, sorted(versions), line.describe()
             )  # fmt: skip
         else:
-            self._count_tree(tree)
+            self._count_tree(tree, arrays)
         match fate:
             case "no_room":
                 # This one and not the oldest, as otherwise: the oldest is of a batch that is whole.
@@ -508,9 +514,9 @@ class BufferState:
             self._lease_again(tree.task_index, in_vain=fate == "inexact")
         self._forget(tree)
 
-    def _priority(self, tree: TreeEntry) -> float:
+    def _priority(self, arrays: TreeArrays) -> float:
         # Without turn ratios, which the learner alone has: a tree trace counts as child_mean here.
-        advantages = credit_as(tree.arrays(), self._config.credit).advantages
+        advantages = credit_as(arrays, self._config.credit).advantages
         return tree_priority(advantages, max_share=self._config.buffer.priority_max_share)
 
     def _offer_partial(self, tree_id: str) -> bool:
@@ -524,7 +530,7 @@ class BufferState:
         tree = self.assembly.tree(tree_id).pruned()
         if tree.num_leaves < least:
             return False
-        priority = self._priority(tree)
+        priority = self._priority(tree.arrays())
         if priority == 0:
             return False
         self.pool.add(tree, priority=priority, uses=uses)
@@ -814,7 +820,7 @@ class BufferState:
             late = self._late.pop(tree_id, None)
             if late is not None:
                 self._changed.add(tree_id)
-                self._admit(late)
+                self._admit(late, self._priority(late.arrays()))
             elif tree_id in self.assembly and self.ledger.kind(tree_id) == "train":
                 self._offer_partial(tree_id)
             else:

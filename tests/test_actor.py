@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from actors.actor import Actor
+from actors.actor import Actor, LearnerMoved
 from actors.engine import WeightsFile
 from atpo_async.config import Config, build
 from atpo_async.errors import EngineDead, EnvironmentBroken, PeerLost, WaitTimeout, WeightsRejected
@@ -56,6 +56,12 @@ class FakeBuffer:
         self.on_refused: Callable[[object, str], None] = lambda message, reason: None
         self.open: set[str] = set()
         self.arrived = asyncio.Event()
+        self.endpoint = "tcp://127.0.0.1:1"
+        self.weights_endpoint = ""
+
+    async def until_asked(self, count: int) -> None:
+        while len(self.asked) < count:
+            await asyncio.sleep(0)
 
     async def request(self, message: object, *, timeout_s: float) -> Leases:
         assert isinstance(message, LeaseRequest)
@@ -65,7 +71,14 @@ class FakeBuffer:
         self.open |= {g.tree_id for g in granted}
         self.most_at_once = max(self.most_at_once, len(self.open))
         done = self.ends and not self.queue and not granted and not self.open
-        return Leases(leases=granted, closed_because="nothing queued", retry_after_s=0.0, finished=done)
+        return Leases(
+            leases=granted,
+            closed_because="nothing queued",
+            retry_after_s=0.0,
+            finished=done,
+            weights_endpoint=self.weights_endpoint,
+            announce_endpoint="tcp://0.0.0.0:8",
+        )
 
     async def send(self, message: object) -> None:
         self.sent.append(message)
@@ -86,6 +99,9 @@ class FakeBuffer:
 
 
 class FakeWeights:
+    endpoint = ""
+    silent = False
+
     """Announces versions in order, then nothing more; versions in ``rejected`` fail to arrive whole."""
 
     def __init__(self, *versions: int, rejected: tuple[int, ...] = ()) -> None:
@@ -234,6 +250,17 @@ async def test_an_environment_that_always_raises_ends_the_actor_with_its_name_an
         await actor_of(buffer, environment=environment).work()
 
 
+async def test_an_engine_that_answers_nobody_is_not_taken_for_a_broken_environment() -> None:
+    engine = ScriptedEngine()
+    engine.hold = asyncio.Event()
+    buffer = FakeBuffer(*leases(20))
+    config = config_of().model_copy(
+        update={"search": config_of().search.model_copy(update={"generate_timeout_s": 0.001})}
+    )
+    with pytest.raises(EngineDead, match=r"4 trees in a row .* as the engine does not answer"):
+        await actor_of(buffer, engine=engine, config=config).work()
+
+
 async def test_a_dead_engine_ends_the_actor() -> None:
     engine = ScriptedEngine(lambda c, n: EngineDead("engine core is gone"))
     with pytest.raises(EngineDead, match="engine core is gone"):
@@ -317,3 +344,19 @@ async def test_a_refused_tree_goes_back_to_the_buffer() -> None:
     buffer.open.discard("t0")
     engine.hold.set()
     await work
+
+
+@pytest.mark.parametrize("slots_taken", [False, True])
+async def test_an_actor_that_hears_of_a_learner_elsewhere_stops_to_look_there(slots_taken: bool) -> None:
+    """Also where every slot waits for weights and nobody asks for leases: then because the learner is silent."""
+    buffer = FakeBuffer(*(leases(2, min_version=99) if slots_taken else ()), ends=False)
+    buffer.endpoint = "tcp://10.1.2.3:5"
+    weights = FakeWeights(1)
+    weights.endpoint, weights.silent = "tcp://10.1.2.3:7", slots_taken
+    work = asyncio.create_task(actor_of(buffer, weights=weights).work())
+    await buffer.until_asked(2)
+    assert not work.done()
+    buffer.weights_endpoint = "tcp://*:9"
+    with pytest.raises(LearnerMoved, match=r"is at tcp://10\.1\.2\.3:9 now, no longer at tcp://10\.1\.2\.3:7") as moved:
+        await asyncio.wait_for(work, 30)
+    assert moved.value.announce_endpoint == "tcp://10.1.2.3:8"
