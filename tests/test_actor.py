@@ -60,12 +60,12 @@ class FakeBuffer:
         self.weights_endpoint = ""
 
     async def until_asked(self, count: int) -> None:
-        while len(self.asked) < count:
-            await asyncio.sleep(0)
+        await self.until(lambda: len(self.asked) >= count)
 
     async def request(self, message: object, *, timeout_s: float) -> Leases:
         assert isinstance(message, LeaseRequest)
         self.asked.append(message)
+        self.arrived.set()
         await asyncio.sleep(0)
         granted = tuple(self.queue.popleft() for _ in range(min(message.count, len(self.queue))))
         self.open |= {g.tree_id for g in granted}
