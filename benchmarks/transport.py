@@ -102,6 +102,7 @@ async def _send(
         )  # fmt: skip
         with Senders(made) as group:
             await asyncio.to_thread(group.wait_ready)
+            buffer.end_part()
             before = buffer.usage()
             sent = await asyncio.to_thread(group.go)
             return sent, buffer.usage().cpu_since(before), buffer.journal_bytes
