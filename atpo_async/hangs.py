@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from atpo_async.status import ENDING, Picture, Wait, duration
+from atpo_async.status import ENDED, ENDING, Picture, Wait, duration
 from atpo_async.waits import OWN_PARTS
 
 SILENT_S = 5.0
@@ -253,9 +253,11 @@ def _own_part(wait: Wait) -> str:
 
 
 def by_role(pictures: Iterable[Picture]) -> dict[str, Picture]:
-    """The newest picture of each name."""
+    """The newest picture of each name; those of roles that have ended are left out."""
     found: dict[str, Picture] = {}
     for picture in pictures:
+        if picture.phase == ENDED:
+            continue
         known = found.get(picture.role)
         if known is None or known.at < picture.at:
             found[picture.role] = picture

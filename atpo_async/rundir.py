@@ -8,7 +8,8 @@ runs/<name>/
   version           the next version number
   metrics.jsonl     one record a line
   trees.jsonl       a few trees for the report
-  logs/<role>.<attempt>.log
+  logs/<role>.<attempt>.log, and <role>.<attempt>.stuck.txt where one had to be ended
+  status/<role>.json                what a role waits for now
   checkpoints/      of the learner
   scratch/          files that mean nothing once the run stands still
 runs/latest         link to the run started last
