@@ -15,7 +15,7 @@ import contextlib
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -292,26 +292,33 @@ class BufferService:
 
     # --- actors ------------------------------------------------------------------------------------------------
 
-    async def _from_actor(self, peer: str, message: Any, frames: Frames) -> Message | None:
-        """One message from an actor: the reply to a request, None for a send.  Raises BadMessage to refuse it."""
+    def _from_actor(self, peer: str, message: Any, frames: Frames) -> Awaitable[Message] | None:
+        """One message from an actor: the reply to a request, None for a send, which never waits here.
+
+        Raises:
+            BadMessage: the message is refused.
+        """
+        if isinstance(message, ActorHello | LeaseRequest):
+            return self._answer_actor(peer, message)
         now = self._clock()
-        match message:
-            case ActorHello():
-                welcome = self._welcome(peer, message, now)
-                if isinstance(welcome, Welcome):
-                    await self.journal.settle()
-                return welcome
-            case LeaseRequest():
-                self._check_run(message)
-                return await self._lease(peer, message)
         try:
             self._check_run(message)
             self.state.ledger.heard(peer, now)
             self._take(peer, message, now, frames)
         except BadMessage as exc:
-            self._note_refusal(peer, message, exc)
+            self.state.count_bad_message()
+            log.warning("refused %s of %s: %s", type(message).__name__, peer, exc)
             raise
         return None
+
+    async def _answer_actor(self, peer: str, message: ActorHello | LeaseRequest) -> Message:
+        if isinstance(message, LeaseRequest):
+            self._check_run(message)
+            return await self._lease(peer, message)
+        welcome = self._welcome(peer, message, self._clock())
+        if isinstance(welcome, Welcome):
+            await self.journal.settle()
+        return welcome
 
     def _welcome(self, peer: str, hello: ActorHello, now: float) -> Welcome | Refused:
         if hello.protocol != PROTOCOL:
@@ -392,6 +399,9 @@ class BufferService:
         frames: Frames,
     ) -> None:
         match message:
+            case Turn() | TreeOpened() | TreeClosed():
+                if self.state.take(message, now, frames):
+                    self._notify()
             case ActorReport():
                 self.state.report(peer, message.tree_ids, now)
                 self._write(peer, self.state.step, message.version, message.metrics)
