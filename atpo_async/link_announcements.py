@@ -18,6 +18,10 @@ from atpo_async.link_sockets import BindingLink, ConnectingLink, Context, Pump, 
 log = logging.getLogger("atpo.links")
 
 
+_BEAT = [b""]
+"""Says nothing but that the announcer lives and can be heard."""
+
+
 class Announcer(BindingLink):
     """PUB: tells whoever listens now.  Nothing may depend on an announcement being heard."""
 
@@ -28,6 +32,14 @@ class Announcer(BindingLink):
     def _open(self, context: Context) -> None:
         self._pub = self._socket(context, zmq.PUB)
         self._bind(self._pub, context)
+        self._spawn(self._beat(), "announcer heartbeat")
+
+    async def _beat(self) -> None:
+        """Waits for: the clock.  Ended by: close()."""
+        while True:
+            await asyncio.sleep(self.settings.heartbeat_s)
+            if self._pub is not None and not self._pub.closed:
+                self._pub.send_multipart(_BEAT, zmq.NOBLOCK)
 
     def _close_sockets(self) -> None:
         super()._close_sockets()
@@ -69,6 +81,13 @@ class Listener(ConnectingLink):
         socket.setsockopt(zmq.SUBSCRIBE, b"")
         self._connect(socket)
         self._pump = Pump(socket, self._on_frames)
+        self._spawn(self._watch(), "listener heartbeat")
+
+    async def _watch(self) -> None:
+        """Waits for: the clock.  Ended by: close()."""
+        while True:
+            await asyncio.sleep(self.settings.heartbeat_s)
+            self._renew("a listener's")
 
     def _close_sockets(self) -> None:
         super()._close_sockets()
@@ -92,6 +111,9 @@ class Listener(ConnectingLink):
         }
 
     def _on_frames(self, frames: list[wire.Buffer], _: str) -> None:
+        self._silent_beats = 0
+        if frames == _BEAT:
+            return
         try:
             message = wire.decode(frames, self._receives, limits=self._limits)
         except BadMessage as exc:

@@ -32,13 +32,10 @@ from atpo_async.link_common import (
     LinkStats,
     encode_within,
 )
-from atpo_async.link_sockets import ConnectingLink, Context, Pump, Socket
+from atpo_async.link_sockets import ConnectingLink, Context, Pump
 from atpo_async.messages import Refused
 
 log = logging.getLogger("atpo.links")
-
-_SILENT_BEATS = 5
-"""Pings without an answer after which a connection that seems to be up is made anew."""
 
 
 @dataclass(slots=True, eq=False)
@@ -93,10 +90,8 @@ class Client(ConnectingLink):
         """Called with how many sends are done with, acknowledged or refused, whenever there are more."""
         self._receives = receives | Refused
         self._session = secrets.randbits(64)
-        self._dealer: Socket | None = None
         self._pump: Pump | None = None
         self._heard_at = self._now()
-        self._unanswered = 0
         self._owed_since = 0.0
         self._failure: AtpoError | None = None
         self._waits: set[_Wait] = set()
@@ -216,7 +211,7 @@ class Client(ConnectingLink):
     # --- internals
 
     def _open(self, context: Context) -> None:
-        socket = self._dealer = self._socket(context, zmq.DEALER)
+        socket = self._socket(context, zmq.DEALER)
         # Whoever connects with a routing id gets what is for it.  So it cannot be guessed, and stays for reconnections.
         socket.setsockopt(zmq.ROUTING_ID, self.identity.encode() + ID_SEPARATOR + secrets.token_bytes(16))
         # Only onto a live connection: libzmq would keep messages for the next one, behind our back and out of order.
@@ -316,7 +311,6 @@ class Client(ConnectingLink):
         return pending.transmitted
 
     def _on_connected(self) -> None:
-        self._unanswered = 0
         self._start_over()
 
     def _on_lost(self) -> None:
@@ -331,7 +325,6 @@ class Client(ConnectingLink):
 
     def _ping(self) -> None:
         if self._pump is not None and not self._pump.closed:
-            self._unanswered += 1
             ids = [i for i, pending in self._pending.items() if pending.transmitted]
             self._pump.send((self._link(PING, self._cursor, self._base), struct.pack(f"<{len(ids)}Q", *ids)))
 
@@ -341,15 +334,7 @@ class Client(ConnectingLink):
             await asyncio.sleep(self.settings.heartbeat_s)
             self._ping()
             self._report_waits()
-            self._renew()
-
-    def _renew(self) -> None:
-        """Make a connection anew that is up and leads nowhere: libzmq can keep one like that open for ever."""
-        # Counted and not timed: our own loop may have stood still, with the answers waiting in the socket.
-        if self._dealer is not None and self._connected and self._unanswered > _SILENT_BEATS:
-            log.info("%s connects to %s anew: %d pings unanswered", self.identity, self._peer(), self._unanswered)
-            self._connected = False
-            self._reconnect(self._dealer)
+            self._renew(f"{self.identity}'s to {self._peer()}")
 
     def _report_waits(self) -> None:
         now, settings = self._now(), self.settings
@@ -379,7 +364,7 @@ class Client(ConnectingLink):
             log.warning("%s got a frame from %s that is no link frame; dropped", self.identity, self._peer())
             return
         self._heard_at = self._now()
-        self._unanswered = 0
+        self._silent_beats = 0
         if session != self._session:
             return
         if kind == ACK:
@@ -402,11 +387,11 @@ class Client(ConnectingLink):
 
     def _on_denied(self) -> None:
         """Our key was taken away while we were connected: come back as a stranger, now and then."""
-        if self._dealer is not None and self._connected:
+        if self._connected:
             self._connected = False
             self._trouble = "it let our key in once and no longer does: it was taken out of its links.keys_dir"
             log.warning("%s: %s: %s", self.identity, self._peer(), self._trouble)
-            self._try_later(self._dealer)
+            self._try_later()
 
     def _on_ack(self, handled: int) -> None:
         """Everything below ``handled`` has been handled."""

@@ -38,6 +38,8 @@ _MAX_FRAMES = 16
 _RECONNECT_MS = 50
 _RECONNECT_MAX_MS = 1000
 _MAX_ADDRESSES = 1024
+_SILENT_BEATS = 5
+"""Heartbeats without a sign of life after which a connection that seems to be up is made anew."""
 
 # What a connection that came to nothing was, by the protocol error that libzmq reports of it.
 _NO_KEY, _WRONG_SERVER_KEY, _NO_HANDSHAKE = "speaks without a key", "has another server's key", "no handshake"
@@ -406,7 +408,9 @@ class ConnectingLink(Link):
         super().__init__(endpoint, settings)
         self._monitor: Pump | None = None
         self._retry: asyncio.TimerHandle | None = None
+        self._end: Socket | None = None
         self._connected = False
+        self._silent_beats = 0
         self._trouble = ""
 
     @property
@@ -432,8 +436,8 @@ class ConnectingLink(Link):
             | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
             | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         )
-        monitor = socket.get_monitor_socket(events)
-        self._monitor = Pump(monitor, lambda frames, _: self._on_event(socket, frames))
+        self._end = socket
+        self._monitor = Pump(socket.get_monitor_socket(events), self._on_event)
         try:
             socket.connect(self.endpoint)
         except zmq.ZMQError as exc:
@@ -445,10 +449,11 @@ class ConnectingLink(Link):
         if self._monitor is not None:
             self._monitor.close()
 
-    def _on_event(self, socket: Socket, frames: list[wire.Buffer]) -> None:
+    def _on_event(self, frames: list[wire.Buffer], _: str) -> None:
         kind = parse_monitor_message([bytes(frame) for frame in frames])["event"]
         if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._connected = True
+            self._silent_beats = 0
             self._trouble = ""
             self._on_connected()
             return
@@ -462,15 +467,26 @@ class ConnectingLink(Link):
         else:
             self._trouble = "the handshake failed: both ends need keys, or neither"
         # libzmq takes a refusal as final.  It is not: the key may be added, the server may be another one by then.
-        self._try_later(socket)
+        self._try_later()
 
-    def _try_later(self, socket: Socket) -> None:
+    def _try_later(self) -> None:
         if self._retry is None:
-            self._retry = asyncio.get_running_loop().call_later(self.settings.heartbeat_s, self._reconnect, socket)
+            self._retry = asyncio.get_running_loop().call_later(self.settings.heartbeat_s, self._reconnect)
 
-    def _reconnect(self, socket: Socket) -> None:
+    def _reconnect(self) -> None:
         self._retry = None
-        if not socket.closed and not self._connected:
+        socket = self._end
+        if socket is not None and not socket.closed and not self._connected:
             with contextlib.suppress(zmq.ZMQError):
                 socket.disconnect(self.endpoint)
             socket.connect(self.endpoint)
+
+    def _renew(self, whose: str) -> None:
+        """Once a heartbeat: make a connection anew that is up and leads nowhere, which libzmq may never notice, nor the
+        kernel where something stands in between."""
+        # Counted and not timed: our own loop may have stood still, with what came waiting in the socket.
+        self._silent_beats += 1
+        if self._connected and self._silent_beats > _SILENT_BEATS:
+            log.info("%s connection is made anew: nothing came over it for %d heartbeats", whose, _SILENT_BEATS)
+            self._connected = False
+            self._reconnect()

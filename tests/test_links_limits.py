@@ -18,7 +18,7 @@ from atpo_async import link_server, wire
 from atpo_async import messages as m
 from atpo_async.errors import BadMessage, PeerLost
 from atpo_async.link_common import LINK, PING, REPLY, REQUEST, SEND, worth_a_line
-from atpo_async.links import Client, Server
+from atpo_async.links import Announcer, Client, Listener, Server
 from tests.links_support import (
     ANY_PORT,
     FAST,
@@ -233,6 +233,43 @@ async def test_a_server_that_never_acknowledges_makes_the_sender_wait_and_then_g
             assert c.stats.resent >= FAST.window
     finally:
         context.destroy(linger=0)
+
+
+async def test_a_listener_that_hears_nothing_not_even_heartbeats_connects_anew() -> None:
+    context = zmq.asyncio.Context()
+    try:
+        mute = context.socket(zmq.XPUB)
+        mute.xpub_verbose = True
+        mute.bind("tcp://127.0.0.1:0")
+        endpoint = mute.last_endpoint.decode()
+        async with Listener(endpoint, receives=m.WeightsAnnounced, settings=FAST) as listener:
+            subscribed = 0
+            while subscribed < 3:
+                subscribed += await within(mute.recv()) == b"\1"
+            assert await listener.next(timeout_s=0.0) is None
+    finally:
+        context.destroy(linger=0)
+
+
+async def test_announcers_heartbeats_keep_a_listeners_connection_and_are_no_announcements() -> None:
+    async with (
+        Announcer(ANY_PORT, settings=FAST) as announcer,
+        Listener(announcer.endpoint, receives=m.WeightsAnnounced, settings=FAST) as listener,
+    ):
+        beats = 0
+        heard = listener._on_frames
+
+        def note(frames: list[wire.Buffer], user: str) -> None:
+            nonlocal beats
+            beats += 1
+            assert listener.connected
+            heard(frames, user)
+
+        assert listener._pump is not None
+        listener._pump._on_message = note
+        await until(lambda: beats >= 20)
+        assert await listener.next(timeout_s=0.0) is None
+        assert listener.bad_messages == 0
 
 
 async def test_a_peer_that_says_nothing_of_use_costs_a_session_and_no_more() -> None:
