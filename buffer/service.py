@@ -306,8 +306,7 @@ class BufferService:
             self.state.ledger.heard(peer, now)
             self._take(peer, message, now, frames)
         except BadMessage as exc:
-            self.state.count_bad_message()
-            log.warning("refused %s of %s: %s", type(message).__name__, peer, exc)
+            self._note_refusal(peer, message, exc)
             raise
         return None
 
