@@ -428,7 +428,8 @@ class Supervisor:
         found = []
         alive = processes.processes()
         for name, running in list(self._running.items()):
-            own = tuple(p for p in pictures.values() if p.mark == running.mark)
+            # Of several ranks one may have ended before the others.
+            own = tuple(p for p in pictures.values() if p.mark == running.mark and p.phase != status.ENDED)
             leader = running.process.pid
             family = [p.pid for p in processes.members(leader, alive)]
             found.append(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,10 @@ from typing import Any
 import pytest
 
 from actors import transformers_engine
-from actors.environments.base import Split
-from actors.environments.hopqa import HopQAEpisode
-from atpo_async import cli
+from atpo_async import cli, waits
+from learner.loop import TorchThread
 from learner.warm_start import Recipe, make_policy
-from tests.e2e_support import STEPS, WORLD, GatedHopQA, Job, Process, job
+from tests.e2e_support import DEADLINE_S, STEPS, WORLD, GatedHopQA, Job, Process, job
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc"),
@@ -27,21 +28,14 @@ pytestmark = [
 
 
 class HangingHopQA(GatedHopQA):
-    """In the first attempt of an actor a step of its engine never returns, in the second one of its environment's."""
+    """In the first attempt of an actor no step of its engine returns."""
 
     def __init__(self, tokenizer: Path | str, *, gate: str, **options: Any) -> None:
         super().__init__(tokenizer, gate=gate, **options)
-        attempts = Path(gate).with_name("attempts")
-        with attempts.open("a") as file:
-            file.write("x")
-        self._attempt = len(attempts.read_text())
-        if self._attempt == 1:
+        begun = Path(gate).with_name("begun")
+        if not begun.exists():
+            begun.touch()
             transformers_engine.TransformersEngine._step = lambda engine, batch: time.sleep(1000)  # type: ignore[method-assign]
-
-    async def start(self, split: Split, task_index: int) -> HopQAEpisode:
-        if self._attempt == 2:
-            time.sleep(1000)  # noqa: ASYNC251 - what an environment must not do
-        return await super().start(split, task_index)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +71,28 @@ def pictures(run: Job, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize(("name", "on"), [("_learn", "torch"), ("least", "learner"), ("save", "disk")])
+async def test_a_call_in_the_torch_thread_is_a_wait_for_whom_it_depends_on(name: str, on: str) -> None:
+    """Ranks wait for one another, and a checkpoint for the disk: starting the learner again would mend neither."""
+    release = threading.Event()
+
+    def call() -> bool:
+        return release.wait(DEADLINE_S)
+
+    call.__name__ = name
+    thread = TorchThread(1)
+    try:
+        task = asyncio.create_task(thread(call))
+        await asyncio.sleep(0)
+        (found,) = (wait for wait in waits.snapshot() if wait["what"] == name.strip("_"))
+        assert found["on"] == on
+        release.set()
+        assert await task
+    finally:
+        release.set()
+        thread.close()
+
+
 def test_a_run_survives_every_role_being_blocked_in_turn(
     policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,13 +109,12 @@ def test_a_run_survives_every_role_being_blocked_in_turn(
         run.until(
             lambda: ended(train, "actor-0", "(the engine's thread, its engine)"), "the end of the engine", of=train
         )
-        run.until(lambda: ended(train, "actor-0", "start: time.sleep(1000)"), "the end of the loop", of=train)
 
         def done(role: str) -> dict[str, int]:
             made: dict[str, int] = pictures(run, capsys)["roles"][role]["progress"]
             return made
 
-        run.until(lambda: done("learner").get("batches"), "a batch of the third actor in the picture", of=train)
+        run.until(lambda: done("learner").get("batches"), "a batch of the second actor in the picture", of=train)
         run.until(lambda: done("actor-0").get("turns"), "its turns in the picture", of=train)
         found = pictures(run, capsys)
         assert found["running"]
@@ -109,6 +124,12 @@ def test_a_run_survives_every_role_being_blocked_in_turn(
             "actor-0": "runs",
         }
         assert any(link["peer"] == "buffer" for link in found["roles"]["actor-0"]["links"].values())
+        os.kill(train.popen.pid, signal.SIGUSR1)
+        run.until(
+            lambda: all(f"\n{role} (process {run.pid(role)}): " in train.said() for role in ("buffer", "learner")),
+            "the picture of the whole run",
+            of=train,
+        )
         for role in ("buffer", "learner"):
             os.kill(run.pid(role), signal.SIGSTOP)
             run.until(lambda role=role: ended(train, role, "is stopped by a signal"), f"the end of {role}", of=train)
