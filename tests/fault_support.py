@@ -386,8 +386,8 @@ class Proxy:
             async with asyncio.TaskGroup() as pumps:
                 pumps.create_task(self._pump(reader, back, self.up), name="up")
                 pumps.create_task(self._pump(there, writer, self.down), name="down")
-        except OSError:
-            pass  # refused by the target, or broken: the client finds out by its own end
+        except (OSError, asyncio.CancelledError):
+            pass  # refused by the target, or broken: the client finds out by its own end; or the test is over
         finally:
             for end in ends:
                 self._live.discard(end)

@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -1049,21 +1049,27 @@ class Hand:
         scene: the run.
         name: of this actor.
         endpoint: of the buffer, if not where it binds.
+        max_message_bytes: what this sender takes for the limit.
     """
 
-    def __init__(self, scene: Scene, name: str = "by-hand", *, endpoint: str = "") -> None:
+    def __init__(
+        self, scene: Scene, name: str = "by-hand", *, endpoint: str = "", max_message_bytes: int | None = None
+    ) -> None:
         self._scene = scene
         self._rundir = scene.rundir
         self.name = name
         self.run = self._rundir.run_id
         self.refusals: list[str] = []
         self._held: set[str] = set()
+        settings = LinkSettings.from_config(self._rundir.config.links)
+        if max_message_bytes is not None:
+            settings = replace(settings, max_message_bytes=max_message_bytes)
         self.link = Client(
             endpoint or self._rundir.read_endpoints().actors,
             peer="buffer",
             identity=name,
             receives=BufferToActor,
-            settings=LinkSettings.from_config(self._rundir.config.links),
+            settings=settings,
             on_refused=lambda message, reason: self.refusals.append(reason),
         )
 
