@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from atpo_async import role
 from buffer.service import serve
 
 if __name__ == "__main__":
+    # Turns and trees are many small objects without cycles: looking for some costs a sixth of the time at full load.
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
     role.run("buffer", serve, sys.argv[1:])
