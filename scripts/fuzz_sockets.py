@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +42,7 @@ END_S = 60.0
 GROWTH_BYTES = 64 << 20
 """The most that the last three eighths may use beyond the three before; the first quarter is the warm-up.  Queues are
 full by then, but what the allocator keeps in fragments grows on for a while: a trim gives half of all that back."""
-LOG_BYTES_PER_MESSAGE = 8.0
+LOG_BYTES_PER_MESSAGE = 4.0
 LOG_BYTES = 1 << 20
 
 
@@ -129,9 +130,7 @@ def fuzz(folder: Path, *, num_messages: int, seconds: float | None, seed: int) -
         took_s = time.monotonic() - begun
         for peer in rude:
             peer.close()
-        if not ours.poll():
-            ours.send("stop")
-        report = ours.recv() if ours.poll(2 * START_S) else None
+        report = await_report(ours)
         if buffer.poll() is None:
             watched.sample(1.0)
         faults += judge(buffer, watched, report, sent)
@@ -152,6 +151,19 @@ def fuzz(folder: Path, *, num_messages: int, seconds: float | None, seed: int) -
         return 1
     print("\nall well: the buffer stayed up, and the honest peers noticed nothing")
     return 0
+
+
+def await_report(pipe: Connection) -> HonestReport | None:
+    """What the honest peers have to say, once asked to stop; None if they are gone or do not come to an end."""
+    try:
+        if not pipe.poll():
+            pipe.send("stop")
+        if pipe.poll(END_S):
+            report: HonestReport = pipe.recv()
+            return report
+    except (EOFError, OSError):
+        pass
+    return None
 
 
 def wait_for_line(log: Path, what: str, buffer: subprocess.Popen[bytes]) -> None:
