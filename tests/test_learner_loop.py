@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import pytest_asyncio
 import torch
@@ -18,9 +20,11 @@ from atpo_async.errors import PeerLost, SetupError, WaitTimeout
 from atpo_async.links import Client, LinkSettings, Server
 from atpo_async.messages import (
     Batch,
+    Checkpointed,
     EvalQuery,
     EvalRequest,
     EvalResult,
+    Exhausted,
     LearnerToBuffer,
     NotYet,
     Refused,
@@ -452,3 +456,78 @@ def test_a_kept_batch_reads_back(tmp_path: Path) -> None:
     again = load_batch(tmp_path / "b")
     assert again.num_leaves == batch.num_leaves
     assert again.trees[1].turns[0].action.tolist() == batch.trees[1].turns[0].action.tolist()
+
+
+async def test_the_buffer_is_told_what_a_checkpoint_holds_also_after_a_new_start(
+    served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path
+) -> None:
+    buffer, endpoint = served
+    rundir = RunDir.create(make_config(tmp_path, model, eval={"every_steps": 0, "at_start": False, "at_end": False}))
+    await asyncio.wait_for(learn(context(rundir, endpoint)), WAIT_S)
+    assert [(m.step, m.version) for m in buffer.of(Checkpointed)] == [(2, 2), (3, 3)]
+    # On disk before it is said, and said before the next batch is asked for.
+    assert buffer.kinds().index(Checkpointed) < [
+        isinstance(e, SampleRequest) and e.step == 2 for e in buffer.events
+    ].index(True)
+    buffer.events.clear()
+    await asyncio.wait_for(learn(context(RunDir.open(rundir.path), endpoint)), WAIT_S)
+    assert [m.step for m in buffer.of(Checkpointed)] == [3]
+
+
+async def test_a_buffer_that_needs_room_gets_a_checkpoint_and_is_asked_again(
+    served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path
+) -> None:
+    buffer, endpoint = served
+    config = make_config(
+        tmp_path, model, learner={"checkpoint_every": 100}, eval={"every_steps": 0, "at_start": False, "at_end": False}
+    )
+    rundir = RunDir.create(config)
+
+    def crowded(request: SampleRequest) -> NotYet | Batch | None:
+        saved = [m.step for m in buffer.of(Checkpointed)]
+        if request.step == 1 and 1 not in saved:
+            return NotYet(waiting_for="room", checkpoint_wanted=True)
+        if request.step == 1:
+            batch = make_batch(seed=1, step=1, version=request.version)
+            return msgspec.structs.replace(batch, checkpoint_wanted=True)
+        return None
+
+    buffer.on_sample = crowded
+    await asyncio.wait_for(learn(context(rundir, endpoint)), WAIT_S)
+    assert [m.step for m in buffer.of(Checkpointed)] == [1, 2, 3]
+    assert [m.batch_id for m in buffer.of(Trained)] == [0, 1, 2]
+
+
+async def test_when_no_task_is_left_the_run_is_over_before_its_last_step(
+    served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    buffer, endpoint = served
+    rundir = RunDir.create(make_config(tmp_path, model, eval={"every_steps": 0, "at_start": False}))
+    buffer.on_sample = lambda request: Exhausted(reason="all tasks are done") if request.step == 2 else None
+    with caplog.at_level(logging.INFO):
+        await asyncio.wait_for(learn(context(rundir, endpoint)), WAIT_S)
+    assert "no further batch: all tasks are done" in caplog.text
+    assert [m.step for m in buffer.of(EvalRequest)] == [2]
+    assert buffer.kinds()[-1] is RunFinished
+    assert (rundir.path / "model" / "model.safetensors").is_file()
+    assert [m.step for m in buffer.of(Checkpointed)][-1] == 2
+
+
+async def test_the_lineage_says_what_each_batch_was_trained_on_and_only_if_asked_for(
+    served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path
+) -> None:
+    _, endpoint = served
+    evaluation = {"every_steps": 0, "at_start": False, "at_end": False}
+    quiet = RunDir.create(make_config(tmp_path / "quiet", model, eval=evaluation))
+    await asyncio.wait_for(learn(context(quiet, endpoint)), WAIT_S)
+    assert not (quiet.path / loop.LINEAGE_FILE).exists()
+    rundir = RunDir.create(make_config(tmp_path, model, eval=evaluation, learner={"lineage": True}))
+    await asyncio.wait_for(learn(context(rundir, endpoint)), WAIT_S)
+    lines = [json.loads(line) for line in (rundir.path / loop.LINEAGE_FILE).read_text().splitlines()]
+    assert [(line["step"], line["rank"], line["version"], line["batch_id"]) for line in lines] == [
+        (i, 0, i, i) for i in range(3)
+    ]
+    assert [tree["tree_id"] for tree in lines[0]["trees"]] == [f"tree-{i}" for i in range(4)]
+    hashes = {tree["hash"] for line in lines for tree in line["trees"]}
+    assert len(hashes) == 12
+    assert all(len(each) == 16 for each in hashes)
