@@ -458,7 +458,8 @@ class BufferService:
         share: Share | Exhausted | None = await self._until(made, timeout_s=request.wait_s)
         if share is None:
             waiting_for = self.state.waiting_for(request, self._clock())
-            self._trees.goes_on(waiting_for, on="actors")
+            ready = f"{len(self.state.pool)} of {request.num_trees} ready"
+            self._trees.goes_on(f"trees for batch {request.step} ({ready})", on="actors")
             return NotYet(
                 waiting_for=waiting_for,
                 progress=self.state.progress,
