@@ -214,6 +214,11 @@ def check_links(config: Config) -> None:
                 raise SetupError(
                     f"links.keys_dir = '{keys}' has no {file}; `atpo keys new --dir {keys}` makes what is missing"
                 )
+        from atpo_async.keys import load_pair
+
+        # Now and not in each role: a secret that others can read is the user's to mend.
+        for name in ("server", "client"):
+            load_pair(keys, name)
     check_ports(links)
 
 

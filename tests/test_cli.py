@@ -193,6 +193,10 @@ def test_keys_are_made_for_this_host_and_for_another(folder: Path, capsys: pytes
     assert {p.name for p in keys.iterdir()} == pairs
     assert (keys / "server.key_secret").stat().st_mode & 0o777 == 0o600
     doctor.check_links(build({"links": {"host": "0.0.0.0", "keys_dir": "keys"}}))
+    (keys / "client.key_secret").chmod(0o644)
+    with pytest.raises(SetupError, match=r"client\.key_secret has mode 0644; others must not read it: chmod 600"):
+        doctor.check_links(build({"links": {"keys_dir": "keys"}}))
+    (keys / "client.key_secret").chmod(0o600)
     before = {p: p.read_bytes() for p in keys.iterdir()}
 
     assert cli.main(["keys", "new", "host-b", "--dir", "keys"]) == 0
