@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import lmdb
 import numpy as np
 
 from atpo_async import config as configuration
@@ -53,6 +54,7 @@ from atpo_async.messages import (
 from atpo_async.rundir import Endpoints, RunDir, write_atomic
 from atpo_async.supervisor import pick_endpoints
 from atpo_async.tree import ROOT, Turn, TurnTree, VersionSpan
+from buffer import kept
 from tests.fault_support import PATIENCE_S, Proxy, Recovery, Role, Spawner, Tricks, until, until_async
 
 Kind = Literal["plain", "dull", "barren"]
@@ -458,6 +460,8 @@ class _Learner:
         async with self._buffer:
             self._version = self._next_version()
             await self._publish()
+            if self._lineage.step:
+                await self._say_checkpointed()  # the last attempt may not have come to it
             await self._station("begun")
             while (batch := await self._next_batch()) is not None:
                 await self._train(batch)
@@ -557,10 +561,12 @@ class _Learner:
         os.close(fd)
         self._checkpointed = self._lineage.step
         await self._station("renamed")
-        await self._buffer.send(
-            messages.Checkpointed(run=self._run, step=self._lineage.step, version=self._lineage.version)
-        )
+        await self._say_checkpointed()
         await self._station("checkpointed")
+
+    async def _say_checkpointed(self) -> None:
+        step, version = self._lineage.step, self._lineage.version
+        await self._buffer.send(messages.Checkpointed(run=self._run, step=step, version=version))
 
     def _next_version(self) -> int:
         version = self._rundir.next_version()
@@ -926,6 +932,7 @@ def judge(
     strangers = {task for task in uses if task >= (config.run.max_tasks or 0)}
     if strangers:
         problems.append(f"tasks that the run does not have: {sorted(strangers)}")
+    problems += _contradictions(rundir, steps=len(lineage.traces))
     return Verdict(
         problems=problems,
         exceptions=exceptions,
@@ -934,6 +941,26 @@ def judge(
         lost_steps=len([s for s in lines(folder, STEPS) if s.isdecimal()]) - len(lineage.traces),
         seconds=time.monotonic() - began,
     )
+
+
+def _contradictions(rundir: RunDir, *, steps: int) -> list[str]:
+    """What the buffer's journal says after the run and the lineage does not."""
+    with lmdb.open(str(rundir.path / "journal"), readonly=True, lock=False, max_dbs=4) as env:
+        table = env.open_db(b"state", create=False)
+        with env.begin() as txn:
+            state = {bytes(key): bytes(value) for key, value in txn.cursor(db=table)}
+    rest = kept.read(state, kept.REST, kept.KeptRest)
+    assert rest is not None
+    found = [
+        f"the journal still has {key.decode()} after a run that used it up and has a checkpoint of it"
+        for key in state
+        if key.startswith((kept.TREE, kept.BATCH))
+    ]
+    if (rest.step, rest.finished, rest.again) != (steps - 1, True, ()) and (rest.step, rest.finished) != (steps, True):
+        found.append(f"the journal ends at step {rest.step} ({rest.finished=}, {rest.again=}), the lineage at {steps}")
+    if rest.next_task != rundir.config.run.max_tasks or rest.given_up:
+        found.append(f"the journal has leased tasks below {rest.next_task} and given up {rest.given_up} trees")
+    return found
 
 
 # --- faults ----------------------------------------------------------------------------------------------------
