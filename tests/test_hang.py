@@ -56,6 +56,7 @@ class Looks:
                 pictures=tuple(_numbered(p, self.sequence) for p in s.pictures),
                 stopped=s.stopped,
                 processor_s=s.processor_s,
+                moved_mb=s.moved_mb,
             )
             for s in sights
         ]
@@ -109,9 +110,11 @@ def test_a_process_without_a_sign_of_life_is_stuck() -> None:
 def test_a_role_that_never_gives_a_picture_and_does_nothing_is_stuck_and_one_that_loads_is_not() -> None:
     looks = Looks()
     assert ended(looks.often(120, Sight(role="learner", pictures=())))[:1] == ["learner"]
-    looks = Looks()
-    for second in range(300):
-        assert looks.look(Sight(role="learner", pictures=(), processor_s=0.5 * second)) == []
+    for work in ({"processor_s": 0.5}, {"moved_mb": 5.0}):
+        looks = Looks()
+        for second in range(300):
+            done = {name: each_s * second for name, each_s in work.items()}
+            assert looks.look(Sight(role="learner", pictures=(), **done)) == []  # type: ignore[arg-type]
 
 
 def test_who_waits_for_another_role_is_never_stuck_however_long() -> None:
@@ -244,6 +247,21 @@ def test_of_a_role_without_a_picture_nothing_is_known() -> None:
 
 def test_a_stuck_role_for_which_nobody_waits_is_told_all_the_same() -> None:
     assert said(picture("actor-0"), **{"actor-0": "stands still"}) == ["actor-0 stands still"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_what_a_process_does_is_read_from_the_system() -> None:
+    me = os.getpid()
+    sum(range(2_000_000))
+    Path("/proc/self/stat").read_bytes()
+    assert processes.processor_s([me]) > 0
+    assert processes.moved_mb([me]) > 0
+    assert processes.stopped([me]) == []
+    assert processes.started(me) is not None
+    gone = 2**22 + 1  # above the largest id that a kernel gives
+    assert (processes.processor_s([gone]), processes.moved_mb([gone])) == (0.0, 0.0)
+    assert processes.stopped([gone]) == []
+    assert processes.started(gone) is None
 
 
 # --- every role blocked in turn, under the supervisor -----------------------------------------------------------
