@@ -59,9 +59,11 @@ from atpo_async.role import RoleContext
 from atpo_async.rundir import Endpoints, RunDir
 from atpo_async.tree import Turn
 from buffer.assembly import Frames
+from buffer.batches import Share
 from buffer.index import StoredTurns, places_of
 from buffer.journal import Journal
-from buffer.state import BufferState, Share
+from buffer.keeping import Keeping
+from buffer.state import BufferState
 
 log = logging.getLogger("atpo.buffer")
 
@@ -136,14 +138,16 @@ class BufferService:
         self.state = BufferState(
             config, run=run, rng=np.random.default_rng(config.run.seed), now=clock(), store=self.journal
         )
-        found = self.state.restore(recovered.rows, recovered.state, clock())
+        keeping = Keeping(self.state)
+        found = keeping.restore(recovered.rows, recovered.state, clock())
         if found:
             log.info("recovered from %s: %s", journal, ", ".join(f"{n} {what}" for what, n in found.items()))
         if self.state.weights_endpoint and endpoints.weights:
             # Where the learner is now; the run may have been started anew since it last said so.
             self.state.weights_endpoint, self.state.announce_endpoint = endpoints.weights, endpoints.announce
         self.state.rng = np.random.default_rng([config.run.seed, self.state.incarnation])
-        self.journal.collect = lambda: self.state.collect(self.journal.put)
+        self.journal.collect = lambda: keeping.collect(self.journal.put)
+        self._keeping = keeping
         self._changed = asyncio.Event()
         self._writers: dict[str, MetricsWriter] = {}
         self._farewells: set[str] = set()
@@ -251,9 +255,9 @@ class BufferService:
             chunks = [] if self.journal.failing else self.journal.sparse_chunks(MOVE_CHUNKS)
             if not chunks:
                 continue
-            rows = self.state.live(await self.journal.rows_in(chunks))
+            rows = self._keeping.live(await self.journal.rows_in(chunks))
             records = await self.journal.load(places_of(rows))
-            moved = self.state.relocate(rows, records)
+            moved = self._keeping.relocate(rows, records)
             await self.journal.settle()
             log.debug("moved %d records out of %d chunks", moved, len(chunks))
 

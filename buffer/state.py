@@ -2,27 +2,24 @@
 
 The service brings messages and carries answers; this says what they are.  Seconds are monotonic.
 
-Decisions are taken in memory at once and kept by whoever calls ``collect``: what they lead to may leave the process
-only after that.  ``restore`` puts a state back as it was at its last ``collect``.
+Decisions are taken in memory at once and kept by ``buffer.keeping``: what they lead to may leave the process only after
+that.  What has no underscore here is also read and written there.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import replace
 
-import msgspec
 import numpy as np
 
-from atpo_async import wire
 from atpo_async.config import Config
 from atpo_async.credit import TreeArrays, branch_prob, credit_as, leaf_tokens
-from atpo_async.errors import BadMessage, SetupError
+from atpo_async.errors import BadMessage
 from atpo_async.messages import (
     Batch,
-    BatchTree,
     Checkpointed,
     EvalRequest,
     EvalResult,
@@ -31,27 +28,20 @@ from atpo_async.messages import (
     Leases,
     SampleRequest,
     Trained,
-    TreeClosed,
-    TreeOpened,
     VersionPublished,
 )
-from atpo_async.records import TurnRecords, unpack
-from atpo_async.tree import ROOT, Turn
+from atpo_async.tree import Turn
 from buffer import kept
-from buffer.assembly import Assembly, Frames, Growing, TreeMessage
-from buffer.delay_line import Admission, DelayLine, TreeSet
+from buffer.assembly import Assembly, Frames, TreeMessage
+from buffer.batches import Served, ServedTree, Share, Since
+from buffer.delay_line import Admission, DelayLine
 from buffer.index import (
     MemoryStore,
-    Place,
-    Rows,
     Store,
     StoredTurns,
     TreeEntry,
-    TurnEntry,
-    entry_of,
-    places_of,
 )
-from buffer.ledger import Again, Evaluation, Held, Ledger
+from buffer.ledger import Evaluation, Held, Ledger
 from buffer.replay import Drawn, Gone, ReplayPool, annealed_beta, split_by_tokens, tree_priority
 
 log = logging.getLogger("atpo.buffer")
@@ -68,97 +58,6 @@ RETRY_S = 0.02
 """When to ask again for leases; the answer itself waits, so this need not be long."""
 
 
-@dataclass(slots=True)
-class _Drawn:
-    """One tree of a batch that was given to the learner."""
-
-    tree_id: str
-    task_index: int
-    probability: float
-    weight: float
-    uses: int
-    """This time included."""
-    turn_ids: tuple[int, ...] | None
-    """Those served, of a tree that still grew; None for all."""
-
-
-@dataclass(slots=True)
-class _Served:
-    """One batch that was given to the learner, kept until a checkpoint of the learner holds it."""
-
-    batch_id: int
-    step: int
-    version: int
-    drawn: tuple[_Drawn, ...]
-    metrics: dict[str, float]
-    num_ranks: int
-    exact: TreeSet | None = None
-    """The set it was made of, with ``staleness.exact_lag``."""
-    trained: set[int] = field(default_factory=set)
-    """Ranks that have confirmed their share."""
-    priorities: dict[str, float] = field(default_factory=dict)
-    """New ones, of those ranks' trees."""
-    confirmed: bool = False
-    """All ranks have."""
-
-    @property
-    def tree_ids(self) -> list[str]:
-        return [each.tree_id for each in self.drawn]
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """One rank's part of a batch: what it says, and where its records lie."""
-
-    head: Batch
-    """Without trees."""
-    drawn: tuple[_Drawn, ...]
-    trees: tuple[TreeEntry, ...]
-
-    @property
-    def places(self) -> list[Place]:
-        """Of each tree its prompt, then its turns."""
-        return [place for tree in self.trees for place in (*places_of(tree.prompt), *places_of(tree.rows))]
-
-    def batch(self, records: Sequence[bytes | memoryview]) -> Batch:
-        """The message, with the records that lie at ``places``."""
-        trees, at = [], 0
-        for drawn, tree in zip(self.drawn, self.trees, strict=True):
-            opened: TreeOpened = wire.decode(unpack(records[at]), TreeOpened)
-            turns = records[at + 1 : at + 1 + len(tree)]
-            at += 1 + len(tree)
-            trees.append(
-                BatchTree(
-                    tree_id=drawn.tree_id,
-                    task_index=drawn.task_index,
-                    prompt=opened.prompt,
-                    turns=TurnRecords.raw(turns, len(tree)),
-                    failed_branches=tree.failed_branches,
-                    probability=drawn.probability,
-                    weight=drawn.weight,
-                    uses=drawn.uses,
-                )
-            )
-        return msgspec.structs.replace(self.head, trees=tuple(trees))
-
-
-@dataclass(slots=True)
-class _Since:
-    """Counted since the last batch."""
-
-    began_s: float
-    produced: int = 0
-    """Training trees that came to their end with a usable tree."""
-    turns: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    means: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Name -> (sum, number)."""
-
-    def mean(self, name: str, value: float) -> None:
-        total, number = self.means.get(name, (0.0, 0.0))
-        self.means[name] = (total + value, number + 1.0)
-
-
 class BufferState:
     """Leases, assembly and replay of one run.
 
@@ -166,7 +65,7 @@ class BufferState:
         config: the run's.
         run: run id.
         store: where records go; memory where None.
-        incarnation: how often this run's buffer was started; ``restore`` counts on from what is kept.
+        incarnation: how often this run's buffer was started; counted on from what is kept.
         rng: draws the batches.
         now: seconds.
     """
@@ -183,11 +82,12 @@ class BufferState:
     ) -> None:
         buffer, staleness = config.buffer, config.staleness
         self._config = config
-        self._run = run
+        self.run = run
         self.rng = rng
-        self._store: Store = store if store is not None else MemoryStore()
+        self.store: Store = store if store is not None else MemoryStore()
         self.incarnation = incarnation
-        self._next_batch = 1
+        self.next_batch = 1
+        """Number of the next batch to be made."""
         self._beta_steps = buffer.weight_exponent_steps or config.run.steps
         interval_s = max(config.actor.report_every_s, config.links.heartbeat_s)
         self.ledger = Ledger(
@@ -199,7 +99,7 @@ class BufferState:
             prefix=f"b{incarnation}",
             max_tasks=config.run.max_tasks,
         )
-        self.assembly = Assembly(self._store, find=self._find)
+        self.assembly = Assembly(self.store, find=self.find)
         self.pool = ReplayPool(
             max_uses=staleness.max_uses,
             max_lag=staleness.max_lag,
@@ -207,34 +107,32 @@ class BufferState:
             freshness=buffer.freshness,
             weights_over=buffer.weights_over,
         )
-        self._line: DelayLine | None = None
+        self.line: DelayLine | None = None
         """Decides what is grown and served where the lag is to be exact."""
         if staleness.exact_lag is not None:
-            self._line = DelayLine(
+            self.line = DelayLine(
                 lag=staleness.exact_lag,
                 max_lag=staleness.max_lag,
                 trees_per_set=staleness.trees_per_batch,
                 max_oversampling=staleness.max_oversampling,
                 num_steps=config.run.steps,
             )
-        self._batches: dict[int, _Served] = {}
+        self.batches: dict[int, Served] = {}
         """Step -> batch; those that no checkpoint holds yet."""
-        self._spent: dict[str, tuple[TreeEntry, kept.KeptPlace, int]] = {}
+        self.spent: dict[str, tuple[TreeEntry, kept.KeptPlace, int]] = {}
         """Trees used up since the learner's last checkpoint, as the pool had them, and the step that used them up."""
-        self._spent_nbytes = 0
-        self._since = _Since(now)
+        self.spent_nbytes = 0
+        self.since = Since(now)
         self._last_turn_s = now
         self._left_before: Counter[str] = Counter()
-        self._given_up_before = 0
-        self._partial_uses: dict[str, tuple[int, int]] = {}
-        self._late: dict[str, TreeEntry] = {}
-        self._eval_turns: Counter[int] = Counter()
-        self._names: dict[int, str] = {}
+        self.given_up_before = 0
+        self.partial_uses: dict[str, tuple[int, int]] = {}
+        self.late: dict[str, TreeEntry] = {}
+        self.eval_turns: Counter[int] = Counter()
+        self.names: dict[int, str] = {}
         """Number -> id of every tree that has a lease or records."""
-        self._changed: set[str] = set()
-        self._changed_batches: set[int] = set()
-        self._kept: dict[bytes, bytes] = {}
-        """Of the keys that are written whole: what was written last."""
+        self.changed: set[str] = set()
+        self.changed_batches: set[int] = set()
         self.progress = 0
         """Turns that came and trees that ended, for whoever waits: it stands still only when nothing comes."""
         self.step = 0
@@ -264,13 +162,13 @@ class BufferState:
             count,
             now=now,
             ready=self._num_waiting(),
-            produced=self._since.produced,
+            produced=self.since.produced,
             memory_full=self._memory_full(),
             exact=self._admission(engine_version),
         )
         leases = []
         for held in granted.leases:
-            self._names[held.number] = held.tree_id
+            self.names[held.number] = held.tree_id
             self.assembly.expect(
                 held.tree_id, number=held.number, task_index=held.task_index, kind=held.kind, epoch=held.epoch
             )
@@ -285,9 +183,9 @@ class BufferState:
         )
 
     def _admission(self, engine_version: int | None) -> Admission | None:
-        if self._line is None:
+        if self.line is None:
             return None
-        return self._line.admit(
+        return self.line.admit(
             under_lease=self.ledger.num_training,
             published=self.ledger.published,
             engine_version=engine_version,
@@ -304,7 +202,7 @@ class BufferState:
             min_version=held.min_version,
             seed=held.seed,
             # Read when they are sent.
-            committed=StoredTurns(self.assembly.tree(held.tree_id).rows, self._store),  # type: ignore[arg-type]
+            committed=StoredTurns(self.assembly.tree(held.tree_id).rows, self.store),  # type: ignore[arg-type]
         )
 
     def take(self, message: TreeMessage, now: float, frames: Frames | None = None) -> bool:
@@ -323,7 +221,7 @@ class BufferState:
             return False
         if isinstance(message, Turn):
             self.progress += 1
-            self._since.turns += 1
+            self.since.turns += 1
             self._last_turn_s = now
             if not self.assembly.is_closed(message.tree_id) and self._config.buffer.ready == "complete":
                 return False
@@ -381,35 +279,35 @@ class BufferState:
                 self._record_evaluation(held, tree)
             return
         # Here and not when the closing comes: a tree may be closed under more than one lease, but ends once.
-        self._since.counts["failed_branches"] += whole.failed_branches
+        self.since.counts["failed_branches"] += whole.failed_branches
         reason = unusable(tree)
         if reason is not None:
-            self._since.counts[f"dropped_{reason}"] += 1
+            self.since.counts[f"dropped_{reason}"] += 1
             self.ledger.settled(tree.task_index)
             self._forget(whole)
             return
         if len(tree) < len(whole):
-            self._store.release(whole.rows[~np.isin(whole.rows["turn_id"], tree.rows["turn_id"])])
+            self.store.release(whole.rows[~np.isin(whole.rows["turn_id"], tree.rows["turn_id"])])
         arrays = tree.arrays()
-        if self._line is None:
+        if self.line is None:
             self._count_tree(tree, arrays)
             self._admit(tree, self._priority(arrays))
         else:
-            self._admit_exact(tree, arrays, self._line)
+            self._admit_exact(tree, arrays, self.line)
 
     def _forget(self, tree: TreeEntry) -> None:
         """Its records are needed no more, unless somebody else has the tree still."""
         tree_id = tree.tree_id
-        if tree_id in self.assembly or tree_id in self._late or tree_id in self.pool or tree_id in self._spent:
+        if tree_id in self.assembly or tree_id in self.late or tree_id in self.pool or tree_id in self.spent:
             return
-        self._changed.add(tree_id)
-        self._names.pop(tree.number, None)
-        self._store.release(tree.prompt, gone=True)
-        self._store.release(tree.rows, gone=True)
+        self.changed.add(tree_id)
+        self.names.pop(tree.number, None)
+        self.store.release(tree.prompt, gone=True)
+        self.store.release(tree.rows, gone=True)
 
     def _count_tree(self, tree: TreeEntry, arrays: TreeArrays) -> None:
         """The policy's own sampled reward and success: under branch probabilities, trees without signal too."""
-        since = self._since
+        since = self.since
         since.produced += 1
         share = branch_prob(arrays)
         since.mean("train/reward", float(share @ arrays.reward))
@@ -420,16 +318,16 @@ class BufferState:
     def _admit(self, tree: TreeEntry, priority: float) -> None:
         """Into the pool, unless nothing can be learnt from it."""
         if priority == 0:
-            self._since.counts["no_signal_trees"] += 1
-            self._partial_uses.pop(tree.tree_id, None)
+            self.since.counts["no_signal_trees"] += 1
+            self.partial_uses.pop(tree.tree_id, None)
             self.ledger.settled(tree.task_index)
             self._forget(tree)
             return
         if self.pool.is_out(tree.tree_id):
-            self._late[tree.tree_id] = tree
-            self._changed.add(tree.tree_id)
+            self.late[tree.tree_id] = tree
+            self.changed.add(tree.tree_id)
             return
-        uses, leaves = self._partial_uses.pop(tree.tree_id, (0, 0))
+        uses, leaves = self.partial_uses.pop(tree.tree_id, (0, 0))
         if uses and tree.num_leaves <= leaves and tree.tree_id not in self.pool:
             self._spend(tree, kept.KeptPlace(priority=priority, uses=uses, limit=uses, entered=0))
             return
@@ -452,7 +350,7 @@ class BufferState:
     def _left_the_pool(self, gone: Gone) -> None:
         tree = gone.tree
         tree_id = tree.tree_id
-        if tree_id in self.assembly or tree_id in self._late:
+        if tree_id in self.assembly or tree_id in self.late:
             return  # it still grows, or comes back with what grew meanwhile
         if gone.cause == "used":
             self.ledger.settled(tree.task_index)
@@ -464,7 +362,7 @@ class BufferState:
             self._lease_again(tree.task_index)
         else:
             self.ledger.settled(tree.task_index)
-        self._partial_uses.pop(tree_id, None)
+        self.partial_uses.pop(tree_id, None)
         self._forget(tree)
 
     def _lease_again(self, task: int, *, in_vain: bool = True) -> None:
@@ -473,13 +371,13 @@ class BufferState:
 
     def _spend(self, tree: TreeEntry, place: kept.KeptPlace) -> None:
         """Used up; but a learner that falls back behind its last batch trains on it again."""
-        steps = [step for step, served in self._batches.items() if tree.tree_id in served.tree_ids]
+        steps = [step for step, served in self.batches.items() if tree.tree_id in served.tree_ids]
         if not steps:
             self._forget(tree)
             return
-        self._spent[tree.tree_id] = (tree, place, max(steps))
-        self._spent_nbytes += tree.nbytes
-        self._changed.add(tree.tree_id)
+        self.spent[tree.tree_id] = (tree, place, max(steps))
+        self.spent_nbytes += tree.nbytes
+        self.changed.add(tree.tree_id)
 
     def _admit_exact(self, tree: TreeEntry, arrays: TreeArrays, line: DelayLine) -> None:
         """Into the sets under way, if the version that grows them sampled every token."""
@@ -494,7 +392,7 @@ class BufferState:
             self._see_off()
             return
         if fate == "inexact":
-            self._since.counts["dropped_inexact"] += 1
+            self.since.counts["dropped_inexact"] += 1
             log.warning(
                 "tree %s is dropped, versions %s sampled it: %s", tree.tree_id, sorted(versions), line.describe()
             )  # fmt: skip
@@ -505,9 +403,9 @@ class BufferState:
                 # This one and not the oldest, as otherwise: the oldest is of a batch that is whole.
                 self.pool.left["bytes"] += 1
             case "no_signal":
-                self._since.counts["no_signal_trees"] += 1
+                self.since.counts["no_signal_trees"] += 1
             case "surplus":
-                self._since.counts["dropped_surplus"] += 1
+                self.since.counts["dropped_surplus"] += 1
         if fate == "no_signal":
             self.ledger.settled(tree.task_index)
         else:
@@ -523,7 +421,7 @@ class BufferState:
         """Serve a tree that still grows: with enough leaves, and again with as many new ones after it was served."""
         if self.pool.is_out(tree_id):
             return False
-        uses, leaves = self._partial_uses.get(tree_id, (0, 0))
+        uses, leaves = self.partial_uses.get(tree_id, (0, 0))
         least = leaves + self._config.buffer.partial_min_leaves
         if self.assembly.num_leaves(tree_id) < least:
             return False
@@ -538,13 +436,13 @@ class BufferState:
         self._see_off()
         return True
 
-    def _find(self, tree_id: str) -> TreeEntry | None:
+    def find(self, tree_id: str) -> TreeEntry | None:
         """A tree that is still kept after its end."""
-        late = self._late.get(tree_id)
+        late = self.late.get(tree_id)
         if late is not None:
             return late
-        if tree_id in self._spent:
-            return self._spent[tree_id][0]
+        if tree_id in self.spent:
+            return self.spent[tree_id][0]
         return self.pool.find(tree_id)
 
     # --- evaluation --------------------------------------------------------------------------------------------
@@ -557,7 +455,7 @@ class BufferState:
         ):
             self._forget(self.assembly.finish(tree_id))
         if self.ledger.evaluations[request.step] is not before:
-            self._eval_turns.pop(request.step, None)
+            self.eval_turns.pop(request.step, None)
 
     def eval_result(self, step: int) -> EvalResult:
         evaluation = self.ledger.evaluations.get(step)
@@ -575,14 +473,14 @@ class BufferState:
         success = None
         if tree is not None and tree.num_leaves:
             success = float(np.mean(tree.success[tree.is_leaf]))
-            self._eval_turns[held.eval_step] += len(tree)
+            self.eval_turns[held.eval_step] += len(tree)
         done = self.ledger.record(held, success)
         if done is not None:
             self._report_evaluation(done)
 
     def _report_evaluation(self, done: Evaluation) -> None:
         metrics = {"eval/failed": float(done.num_failed)}
-        turns, finished = self._eval_turns.pop(done.step, 0), done.num_tasks - done.num_failed
+        turns, finished = self.eval_turns.pop(done.step, 0), done.num_tasks - done.num_failed
         if finished:
             metrics["eval/turns_mean"] = turns / finished
         self.records.append((done.step, done.version, metrics))
@@ -594,9 +492,9 @@ class BufferState:
         self.ledger.publish(message.version)
         self.version = max(self.version, message.version)
         self.weights_endpoint, self.announce_endpoint = message.weights_endpoint, message.announce_endpoint
-        self._advance()
+        self.advance()
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
         self.pool.advance(self.version)
         self._see_off()
 
@@ -605,7 +503,7 @@ class BufferState:
         share = self.draw(request, now)
         if not isinstance(share, Share):
             return share
-        return share.batch([self._store.read(place) for place in share.places])
+        return share.batch([self.store.read(place) for place in share.places])
 
     def draw(self, request: SampleRequest, now: float) -> Share | Exhausted | None:
         """This rank's share of the batch of ``request.step``; None while there is not enough for one.
@@ -615,17 +513,17 @@ class BufferState:
         Raises:
             BadMessage: with ``staleness.exact_lag``, a batch of another size than the run's.
         """
-        served = self._batches.get(request.step)
+        served = self.batches.get(request.step)
         if served is not None and served.version == request.version:
             return self._share(served, request)
-        if self._line is not None:
-            return self._sample_exact(request, now, self._line)
+        if self.line is not None:
+            return self._sample_exact(request, now, self.line)
         self._look_after_batches(request.step)
         self.step, self.version = request.step, max(self.version, request.version)
         self.ledger.learner_at(request.version)
-        self._advance()
+        self.advance()
         enough = self._config.staleness.max_oversampling * request.num_trees
-        if len(self.pool) < request.num_trees and self._since.produced < enough:
+        if len(self.pool) < request.num_trees and self.since.produced < enough:
             if not self._is_drained():
                 return None
             if not len(self.pool):
@@ -671,7 +569,7 @@ class BufferState:
     @property
     def checkpoint_wanted(self) -> bool:
         """Whether trees that only a checkpoint of the learner sets free take much of the room."""
-        return self._spent_nbytes > self._config.buffer.max_bytes * SPENT_SHARE
+        return self.spent_nbytes > self._config.buffer.max_bytes * SPENT_SHARE
 
     @property
     def _spent_over(self) -> int:
@@ -679,7 +577,7 @@ class BufferState:
 
         Up to ``SPENT_SHARE`` they come on top: they must not push out those that lead to the checkpoint.
         """
-        return max(self._spent_nbytes - int(self._config.buffer.max_bytes * SPENT_SHARE), 0)
+        return max(self.spent_nbytes - int(self._config.buffer.max_bytes * SPENT_SHARE), 0)
 
     def _ask_line(self, request: SampleRequest, line: DelayLine) -> None:
         """Tell the line where the learner stands; what a learner that starts again makes of no use goes."""
@@ -699,7 +597,7 @@ class BufferState:
         self.pool.discard(asked.unfinished, "inexact")
         self._see_off()
         unfinished = len(asked.unfinished) + len(revoked)
-        self._since.counts["dropped_inexact"] += unfinished
+        self.since.counts["dropped_inexact"] += unfinished
         if before is None:
             if request.step > 0 and line.lag > 0:
                 log.warning(
@@ -716,12 +614,12 @@ class BufferState:
 
     def waiting_for(self, request: SampleRequest, now: float) -> str:
         """What keeps a batch from being served, for the log."""
-        counts, left = self._since.counts, self.pool.left - self._left_before
+        counts, left = self.since.counts, self.pool.left - self._left_before
         dropped = {name: count for name, count in counts.items() if count and name.startswith("dropped_")}
         dropped |= {f"dropped_{name}": count for name, count in left.items() if name in ("stale", "bytes")}
         ready = f"trees: {len(self.pool)} of {request.num_trees} ready"
-        if self._line is not None:
-            ready = self._line.describe()
+        if self.line is not None:
+            ready = self.line.describe()
         return (
             f"{ready}, {self.ledger.num_training} under lease, "
             f"{counts['no_signal_trees']} without signal"
@@ -734,32 +632,32 @@ class BufferState:
         """A rank has trained on its share of a batch; with the last rank's word the batch is confirmed."""
         self.version = max(self.version, message.version)
         self.ledger.trained(message.version)
-        for served in self._batches.values():
+        for served in self.batches.values():
             if served.batch_id == message.batch_id and not served.confirmed:
-                self._changed_batches.add(served.step)
+                self.changed_batches.add(served.step)
                 served.trained.add(message.rank)
                 served.priorities |= message.priorities
                 if len(served.trained) == served.num_ranks:
                     self._confirm(served)
-        self._advance()
+        self.advance()
 
-    def _confirm(self, served: _Served) -> None:
+    def _confirm(self, served: Served) -> None:
         if not served.confirmed:
             served.confirmed = True
-            self._changed_batches.add(served.step)
+            self.changed_batches.add(served.step)
             self.pool.confirm(served.tree_ids, served.priorities)
             self._see_off()
             self._offer_late(served.tree_ids)
 
     def checkpointed(self, message: Checkpointed) -> None:
         """The learner never falls back behind ``message.step`` any more: what was used up in batches below goes."""
-        for step in [step for step in self._batches if step < message.step]:
-            self._confirm(self._batches[step])
-            del self._batches[step]
-            self._changed_batches.add(step)
-        for tree_id in [tree_id for tree_id, (_, _, step) in self._spent.items() if step < message.step]:
-            tree, _, _ = self._spent.pop(tree_id)
-            self._spent_nbytes -= tree.nbytes
+        for step in [step for step in self.batches if step < message.step]:
+            self._confirm(self.batches[step])
+            del self.batches[step]
+            self.changed_batches.add(step)
+        for tree_id in [tree_id for tree_id, (_, _, step) in self.spent.items() if step < message.step]:
+            tree, _, _ = self.spent.pop(tree_id)
+            self.spent_nbytes -= tree.nbytes
             self._forget(tree)
 
     def finish(self) -> None:
@@ -771,23 +669,23 @@ class BufferState:
 
         A learner that starts again asks at the step of its checkpoint: what it learned after that is lost with it.
         """
-        later = sorted((s for s in self._batches if s >= step), reverse=True)
+        later = sorted((s for s in self.batches if s >= step), reverse=True)
         if later:
             log.info("the learner starts again at step %d; the %d batches from there on go back", step, len(later))
-            served = [self._batches[s] for s in later]
+            served = [self.batches[s] for s in later]
             for each in served:
                 self._undo(each)
-            if self._line is not None:
-                self._line.give_back([each.exact for each in reversed(served) if each.exact is not None])
+            if self.line is not None:
+                self.line.give_back([each.exact for each in reversed(served) if each.exact is not None])
         # Of the one just before, word may still be on its way.
-        last = step if self._line is not None else step - 1
-        for before in [s for s in self._batches if s < last]:
-            self._confirm(self._batches[before])
+        last = step if self.line is not None else step - 1
+        for before in [s for s in self.batches if s < last]:
+            self._confirm(self.batches[before])
 
-    def _undo(self, served: _Served) -> None:
+    def _undo(self, served: Served) -> None:
         """The learner has not trained on this batch, or has lost what it learned from it."""
-        del self._batches[served.step]
-        self._changed_batches.add(served.step)
+        del self.batches[served.step]
+        self.changed_batches.add(served.step)
         if not served.confirmed:
             self.pool.give_back(served.tree_ids)
             self._see_off()
@@ -796,14 +694,14 @@ class BufferState:
         for each in served.drawn:
             before = each.uses - 1
             tree_id = each.tree_id
-            if tree_id in self._spent:
-                tree, place, _ = self._spent.pop(tree_id)
-                self._spent_nbytes -= tree.nbytes
+            if tree_id in self.spent:
+                tree, place, _ = self.spent.pop(tree_id)
+                self.spent_nbytes -= tree.nbytes
                 self.pool.add(tree, priority=place.priority, uses=before, limit=max(place.limit, each.uses))
                 self.pool.left["used"] -= 1
             elif tree_id in self.assembly:
-                self._partial_uses[tree_id] = (before, 0)
-                self._changed.add(tree_id)
+                self.partial_uses[tree_id] = (before, 0)
+                self.changed.add(tree_id)
                 if tree_id in self.pool:
                     self.pool.undo_use(tree_id, before)
                 else:
@@ -817,27 +715,27 @@ class BufferState:
     def _offer_late(self, tree_ids: Iterable[str]) -> None:
         """Partial trees that grew while the learner had them."""
         for tree_id in tree_ids:
-            late = self._late.pop(tree_id, None)
+            late = self.late.pop(tree_id, None)
             if late is not None:
-                self._changed.add(tree_id)
+                self.changed.add(tree_id)
                 self._admit(late, self._priority(late.arrays()))
             elif tree_id in self.assembly and self.ledger.kind(tree_id) == "train":
                 self._offer_partial(tree_id)
             else:
-                self._partial_uses.pop(tree_id, None)
+                self.partial_uses.pop(tree_id, None)
 
-    def _serve(self, request: SampleRequest, drawn: list[Drawn], metrics: dict[str, float]) -> _Served:
+    def _serve(self, request: SampleRequest, drawn: list[Drawn], metrics: dict[str, float]) -> Served:
         partial = self._config.buffer.ready == "partial"
         if partial:
             for each in drawn:
-                self._partial_uses[each.tree.tree_id] = (each.uses, each.tree.num_leaves)
-                self._changed.add(each.tree.tree_id)
-        served = _Served(
-            batch_id=self._next_batch,
+                self.partial_uses[each.tree.tree_id] = (each.uses, each.tree.num_leaves)
+                self.changed.add(each.tree.tree_id)
+        served = Served(
+            batch_id=self.next_batch,
             step=request.step,
             version=request.version,
             drawn=tuple(
-                _Drawn(
+                ServedTree(
                     each.tree.tree_id,
                     each.tree.task_index,
                     each.probability,
@@ -850,24 +748,24 @@ class BufferState:
             metrics=metrics,
             num_ranks=request.num_ranks,
         )
-        self._next_batch += 1
-        self._batches[request.step] = served
-        self._changed_batches.add(request.step)
+        self.next_batch += 1
+        self.batches[request.step] = served
+        self.changed_batches.add(request.step)
         self.ledger.consumed(request.version)
         return served
 
-    def _tree_of(self, drawn: _Drawn) -> TreeEntry:
+    def _tree_of(self, drawn: ServedTree) -> TreeEntry:
         """A tree of a batch, as it was served."""
         tree = self.pool.find(drawn.tree_id)
-        if tree is None and drawn.tree_id in self._spent:
-            tree = self._spent[drawn.tree_id][0]
+        if tree is None and drawn.tree_id in self.spent:
+            tree = self.spent[drawn.tree_id][0]
         if tree is None:
             raise BadMessage(f"tree {drawn.tree_id} of that batch is gone: it was trained on, ask for the next step")
         if drawn.turn_ids is None or len(drawn.turn_ids) == len(tree):
             return tree
         return replace(tree, rows=tree.rows[np.isin(tree.rows["turn_id"], drawn.turn_ids)])
 
-    def _share(self, served: _Served, request: SampleRequest) -> Share:
+    def _share(self, served: Served, request: SampleRequest) -> Share:
         trees = [self._tree_of(each) for each in served.drawn]
         arrays = [tree.arrays() for tree in trees]
         if request.num_ranks != served.num_ranks:
@@ -889,298 +787,15 @@ class BufferState:
         )
         return Share(head, tuple(served.drawn[i] for i in own), tuple(trees[i] for i in own))
 
-    # --- keeping -----------------------------------------------------------------------------------------------
-
-    def collect(self, put: Callable[[bytes, bytes | None], None]) -> None:
-        """Hand over what has changed since the last time: (key, value), None where there is nothing any more."""
-        changed = self._changed | self.ledger.changed | self.assembly.changed | self.pool.changed
-        for names in (self._changed, self.ledger.changed, self.assembly.changed, self.pool.changed):
-            names.clear()
-        for tree_id in changed:
-            tree = self._kept_tree(tree_id)
-            put(kept.TREE + tree_id.encode(), None if tree is None else kept.dump(tree))
-        for step in self._changed_batches:
-            served = self._batches.get(step)
-            put(kept.BATCH + b"%020d" % step, None if served is None else kept.dump(_kept_batch(served)))
-        self._changed_batches.clear()
-        for key, value in self._kept_whole().items():
-            data = kept.dump(value)
-            if self._kept.get(key) != data:
-                self._kept[key] = data
-                put(key, data)
-
-    def _kept_tree(self, tree_id: str) -> kept.KeptTree | None:
-        held, growing = self.ledger.held(tree_id), self.assembly.growing(tree_id)
-        tree = self._find(tree_id)
-        if held is None and growing is None and tree is None:
-            return None
-        place = spent_at = None
-        if tree_id in self.pool:
-            priority, uses, limit, entered = self.pool.kept(tree_id)
-            place = kept.KeptPlace(priority=priority, uses=uses, limit=limit, entered=entered)
-        elif tree_id in self._spent:
-            _, place, spent_at = self._spent[tree_id]
-        owner = growing or tree or held
-        assert owner is not None
-        return kept.KeptTree(
-            number=owner.number,
-            task_index=owner.task_index,
-            kind="train" if held is None else held.kind,
-            failed_branches=0 if tree is None else tree.failed_branches,
-            attempts=self.ledger.attempts(owner.task_index),
-            lease=None if held is None else _kept_lease(held),
-            growing=growing is not None,
-            epoch=0 if growing is None else growing.epoch,
-            closed=None if growing is None or growing.closed is None else _kept_closed(growing.closed),
-            partial=self._partial_uses.get(tree_id),
-            late=tree_id in self._late,
-            pool=place,
-            spent_at=spent_at,
-        )
-
-    def _kept_whole(self) -> dict[bytes, object]:
-        ledger, since, line = self.ledger, self._since, self._line
-        found: dict[bytes, object] = {
-            kept.REST: kept.KeptRest(
-                incarnation=self.incarnation,
-                next_task=ledger.next_task,
-                next_number=ledger.next_number,
-                next_batch=self._next_batch,
-                again=tuple(kept.KeptAgain(task_index=t, attempts=n) for t, n in ledger.again),
-                given_up=ledger.given_up,
-                published=ledger.published,
-                next_version=ledger.next_version,
-                step=self.step,
-                version=self.version,
-                weights_endpoint=self.weights_endpoint,
-                announce_endpoint=self.announce_endpoint,
-                finished=self.finished,
-                highest_priority=self.pool.highest,
-            ),
-            kept.SINCE: kept.KeptSince(
-                produced=since.produced, turns=since.turns, counts=dict(since.counts), means=since.means
-            ),
-            kept.EVALUATIONS: tuple(
-                kept.KeptEvaluation(
-                    step=e.step,
-                    version=e.version,
-                    num_tasks=e.num_tasks,
-                    blocking=e.blocking,
-                    next_task=e.next_task,
-                    results=e.results,
-                    turns=self._eval_turns[e.step],
-                )
-                for e in ledger.evaluations.values()
-            ),
-        }
-        if line is not None:
-            found[kept.LINE] = line.kept()
-        return found
-
-    def restore(self, rows: Rows, state: Mapping[bytes, bytes], now: float) -> dict[str, int]:
-        """Put back what an earlier buffer of this run kept, as the next incarnation.  Before anything else.
-
-        Args:
-            rows: ROW[R], by tree, then by turn.
-            state: what ``collect`` handed over.
-            now: seconds.
-
-        Returns:
-            Name -> number, of what is there.
-
-        Raises:
-            SetupError: the journal contradicts itself.
-        """
-        rest = kept.read(state, kept.REST, kept.KeptRest)
-        if rest is None:
-            self.incarnation += 1
-            self.ledger.prefix = f"b{self.incarnation}"
-            self._store.release(rows, gone=True)
-            return {}
-        self._restore_rest(rest, state)
-        owned = np.zeros(len(rows), dtype=bool)
-        pooled: list[tuple[kept.KeptTree, TreeEntry]] = []
-        for key in state:
-            if not key.startswith(kept.TREE):
-                continue
-            tree = kept.read(state, key, kept.KeptTree)
-            assert tree is not None
-            at = slice(*np.searchsorted(rows["tree"], [tree.number, tree.number + 1]).tolist())
-            entry = self._restore_tree(key.removeprefix(kept.TREE).decode(), tree, rows[at], now)
-            # Turns of failed branches went when their tree was done, their chunk may have stayed.
-            owned[at] = entry is None or np.isin(rows["turn_id"][at], [ROOT, *entry.rows["turn_id"].tolist()])
-            if entry is not None:
-                pooled.append((tree, entry))
-        for tree, entry in sorted(pooled, key=lambda each: 0 if each[0].pool is None else each[0].pool.entered):
-            place = tree.pool
-            assert place is not None
-            self.pool.add(
-                entry, priority=place.priority, uses=place.uses, limit=place.limit, entered=place.entered
-            )  # fmt: skip
-        self.pool.highest = rest.highest_priority
-        for key in sorted(key for key in state if key.startswith(kept.BATCH)):
-            batch = kept.read(state, key, kept.KeptBatch)
-            assert batch is not None
-            self._restore_batch(batch)
-        # After the batches: what a learner has is not dropped for its age.
-        self._advance()
-        # Records of trees that are gone, in chunks that others keep.
-        self._store.release(rows[~owned], gone=True)
-        return {
-            "turns": int(np.count_nonzero(owned)),
-            "growing trees": len(self.assembly),
-            "ready trees": len(self.pool),
-            "trees with the learner": self.pool.num_out,
-            "trees kept for a checkpoint": len(self._spent),
-            "leases": len(self.ledger),
-            "batches": len(self._batches),
-            "tasks to lease again": len(self.ledger.again),
-        }
-
-    def _restore_rest(self, rest: kept.KeptRest, state: Mapping[bytes, bytes]) -> None:
-        ledger = self.ledger
-        self.incarnation = rest.incarnation + 1
-        ledger.prefix = f"b{self.incarnation}"
-        ledger.next_task, ledger.next_number = rest.next_task, rest.next_number
-        ledger.again.extend(Again(each.task_index, each.attempts) for each in rest.again)
-        ledger.given_up = self._given_up_before = rest.given_up
-        ledger.published, ledger.next_version = rest.published, rest.next_version
-        self._next_batch, self.step, self.version = rest.next_batch, rest.step, rest.version
-        self.weights_endpoint, self.announce_endpoint = rest.weights_endpoint, rest.announce_endpoint
-        # A run that had ended and is started again goes on: its learner says anew when it is over.
-        self.finished = False
-        since = kept.read(state, kept.SINCE, kept.KeptSince)
-        if since is not None:
-            self._since.produced, self._since.turns = since.produced, since.turns
-            self._since.counts, self._since.means = Counter(since.counts), dict(since.means)
-        for each in kept.read(state, kept.EVALUATIONS, tuple[kept.KeptEvaluation, ...]) or ():
-            ledger.evaluations[each.step] = Evaluation(
-                each.step, each.version, each.num_tasks, each.blocking, each.next_task, dict(each.results)
-            )
-            self._eval_turns[each.step] = each.turns
-        line = kept.read(state, kept.LINE, kept.KeptLine)
-        if self._line is not None and line is not None:
-            self._line.restore(line)
-
-    def _restore_tree(self, tree_id: str, tree: kept.KeptTree, rows: Rows, now: float) -> TreeEntry | None:
-        """One tree; what of it belongs into the pool."""
-        self._names[tree.number] = tree_id
-        self.ledger.restore_attempts(tree.task_index, tree.attempts)
-        if tree.lease is not None:
-            lease = tree.lease
-            held = Held(
-                tree_id, tree.number, tree.task_index, tree.kind, lease.seed, lease.epoch, lease.holder, 0.0,
-                lease.min_version, lost=lease.lost, waiting=lease.waiting, eval_step=lease.eval_step,
-            )  # fmt: skip
-            self.ledger.restore(held, now=now)
-        if tree.partial is not None:
-            self._partial_uses[tree_id] = tree.partial
-        prompt, turns = rows[rows["turn_id"] == ROOT], rows[rows["turn_id"] != ROOT]
-        if tree.growing:
-            growing = Growing(tree_id, tree.number, tree.task_index, tree.kind, tree.epoch)
-            growing.prompt = entry_of(prompt[0]) if len(prompt) else None
-            growing.turns = {int(row["turn_id"]): entry_of(row) for row in turns}
-            if (closed := tree.closed) is not None:
-                growing.closed = TreeClosed(
-                    run=self._run, tree_id=tree_id, lease_epoch=closed.lease_epoch, num_turns=closed.num_turns,
-                    failed_branches=closed.failed_branches, failures=closed.failures,
-                )  # fmt: skip
-            self.assembly.restore(growing)
-            if tree.pool is None:
-                return None
-            return self.assembly.tree(tree_id).pruned()
-        entry = TreeEntry(tree_id, tree.number, tree.task_index, prompt, turns, tree.failed_branches).pruned()
-        if not len(turns) or not len(prompt):
-            raise SetupError(f"the journal is damaged: tree {tree_id} is there without its turns; move it away")
-        if tree.late:
-            self._late[tree_id] = entry
-        if tree.spent_at is not None and tree.pool is not None:
-            self._spent[tree_id] = (entry, tree.pool, tree.spent_at)
-            self._spent_nbytes += entry.nbytes
-            return None
-        return entry if tree.pool is not None else None
-
-    def _restore_batch(self, batch: kept.KeptBatch) -> None:
-        self._batches[batch.step] = _Served(
-            batch_id=batch.batch_id,
-            step=batch.step,
-            version=batch.version,
-            drawn=tuple(
-                _Drawn(d.tree_id, d.task_index, d.probability, d.weight, d.uses, d.turn_ids) for d in batch.drawn
-            ),
-            metrics=batch.metrics,
-            num_ranks=batch.num_ranks,
-            exact=None if batch.exact is None else TreeSet(batch.exact.version, batch.exact.tree_ids),
-            trained=set(batch.trained),
-            priorities=dict(batch.priorities),
-            confirmed=batch.confirmed,
-        )
-        if not batch.confirmed:
-            self.pool.take([each.tree_id for each in batch.drawn])
-
-    # --- moving records ----------------------------------------------------------------------------------------
-
-    def live(self, rows: Rows) -> Rows:
-        """Those of ROW[R] whose record is still there and needed."""
-        return rows[[self._is_current(row) for row in rows]] if len(rows) else rows
-
-    def relocate(self, rows: Rows, records: Sequence[bytes]) -> int:
-        """Put these records into the store once more and let the old ones go; those that are not needed any more are
-        left out.  Returns how many were moved."""
-        moved: dict[int, dict[int, TurnEntry]] = {}
-        current = [self._is_current(row) for row in rows]
-        for row, record, is_current in zip(rows, records, current, strict=True):
-            if is_current:
-                there = self._store.add(record)
-                entry = entry_of(row)._replace(chunk=there.chunk, offset=there.offset)
-                self._store.note(entry)
-                moved.setdefault(entry.tree, {})[entry.turn_id] = entry
-        for number, entries in moved.items():
-            tree_id = self._names[number]
-            growing = self.assembly.growing(tree_id)
-            if growing is not None:
-                growing.prompt = entries.get(ROOT, growing.prompt)
-                growing.turns |= {turn_id: entry for turn_id, entry in entries.items() if turn_id != ROOT}
-            if (ready := self.pool.find(tree_id)) is not None:
-                self.pool.replace(ready.moved(entries))
-            if tree_id in self._late:
-                self._late[tree_id] = self._late[tree_id].moved(entries)
-            if tree_id in self._spent:
-                tree, place, step = self._spent[tree_id]
-                self._spent[tree_id] = (tree.moved(entries), place, step)
-        self._store.release(rows[current])
-        return sum(current)
-
-    def _is_current(self, row: np.void) -> bool:
-        """Whether a tree still has this record where the row says."""
-        tree_id = self._names.get(int(row["tree"]))
-        if tree_id is None:
-            return False
-        turn_id, place = int(row["turn_id"]), (int(row["chunk"]), int(row["offset"]))
-        growing = self.assembly.growing(tree_id)
-        if growing is not None:
-            entry = growing.prompt if turn_id == ROOT else growing.turns.get(turn_id)
-            return entry is not None and (entry.chunk, entry.offset) == place
-        tree = self._find(tree_id)
-        if tree is None:
-            return False
-        rows = tree.prompt if turn_id == ROOT else tree.rows[tree.rows["turn_id"] == turn_id]
-        return bool(len(rows)) and (int(rows[0]["chunk"]), int(rows[0]["offset"])) == place
-
     # --- numbers -----------------------------------------------------------------------------------------------
 
     @property
     def nbytes(self) -> int:
         """Bytes of all turns kept."""
-        return self.pool.nbytes + self.assembly.nbytes + self._spent_nbytes
-
-    @property
-    def next_batch(self) -> int:
-        """Number of the next batch to be made."""
-        return self._next_batch
+        return self.pool.nbytes + self.assembly.nbytes + self.spent_nbytes
 
     def count_bad_message(self) -> None:
-        self._since.counts["bad_messages"] += 1
+        self.since.counts["bad_messages"] += 1
 
     def _memory_full(self) -> bool:
         """Near the limit, with enough for a batch: new trees would only push out older ones, or find no room."""
@@ -1188,7 +803,7 @@ class BufferState:
         taken = self.pool.nbytes + self.assembly.nbytes + self._spent_over
         near = taken >= NEARLY_FULL * self._config.buffer.max_bytes
         near = near or (most is not None and len(self.pool) >= most)
-        if self._line is not None:
+        if self.line is not None:
             return near
         return near and len(self.pool) >= self._config.staleness.trees_per_batch
 
@@ -1201,7 +816,7 @@ class BufferState:
 
     def _flush(self, now: float) -> dict[str, float]:
         """The buffer's side of a step's metrics, counted since the batch before."""
-        since, counts = self._since, self._since.counts
+        since, counts = self.since, self.since.counts
         left = self.pool.left - self._left_before
         metrics = {name: total / number for name, (total, number) in since.means.items()}
         metrics |= {
@@ -1218,15 +833,15 @@ class BufferState:
             "buffer/dropped_surplus": counts["dropped_surplus"],
             "buffer/no_signal_trees": counts["no_signal_trees"],
             "buffer/failed_branches": counts["failed_branches"],
-            "buffer/given_up": self.ledger.given_up - self._given_up_before,
+            "buffer/given_up": self.ledger.given_up - self.given_up_before,
             "buffer/parked_turns": self.assembly.num_parked(),
             "buffer/priority_mean": self.pool.mean_priority,
             "buffer/bad_messages": counts["bad_messages"],
             "buffer/turns_per_s": since.turns / max(now - since.began_s, 1e-9),
         }
         self._left_before = Counter(self.pool.left)
-        self._given_up_before = self.ledger.given_up
-        self._since = _Since(now)
+        self.given_up_before = self.ledger.given_up
+        self.since = Since(now)
         return {name: float(value) for name, value in metrics.items()}
 
 
@@ -1234,39 +849,3 @@ def unusable(tree: TreeEntry) -> str | None:
     """Why a pruned tree cannot be trained on; None if it can.  One leaf has nothing to be compared with."""
     leaves = tree.num_leaves
     return None if leaves >= 2 else ("one_leaf" if leaves else "no_leaf")
-
-
-def _kept_lease(held: Held) -> kept.KeptLease:
-    return kept.KeptLease(
-        holder=held.holder, seed=held.seed, epoch=held.epoch, min_version=held.min_version, lost=held.lost,
-        waiting=held.waiting, eval_step=held.eval_step,
-    )  # fmt: skip
-
-
-def _kept_closed(closed: TreeClosed) -> kept.KeptClosed:
-    return kept.KeptClosed(
-        lease_epoch=closed.lease_epoch, num_turns=closed.num_turns, failed_branches=closed.failed_branches,
-        failures=closed.failures,
-    )  # fmt: skip
-
-
-def _kept_batch(served: _Served) -> kept.KeptBatch:
-    exact = served.exact
-    return kept.KeptBatch(
-        batch_id=served.batch_id,
-        step=served.step,
-        version=served.version,
-        num_ranks=served.num_ranks,
-        metrics=served.metrics,
-        drawn=tuple(
-            kept.KeptDrawn(
-                tree_id=d.tree_id, task_index=d.task_index, probability=d.probability, weight=d.weight, uses=d.uses,
-                turn_ids=d.turn_ids,
-            )
-            for d in served.drawn
-        ),
-        trained=tuple(sorted(served.trained)),
-        priorities=served.priorities,
-        confirmed=served.confirmed,
-        exact=None if exact is None else kept.KeptSet(version=exact.version, tree_ids=exact.tree_ids),
-    )  # fmt: skip

@@ -6,6 +6,7 @@ import numpy as np
 
 from atpo_async.config import Config
 from buffer.index import ROW, MemoryStore, Place, Rows, TurnEntry, rows_of
+from buffer.keeping import Keeping
 from buffer.state import BufferState
 
 
@@ -41,6 +42,11 @@ class Disk(MemoryStore):
     def open(self, config: Config, *, now: float = 0.0, seed: int = 0) -> BufferState:
         """A buffer that finds what the one before it kept."""
         made = BufferState(config, run="r", rng=np.random.default_rng(seed), now=now, store=self)
-        made.restore(self.rows(), dict(self.state), now)
-        made.collect(self.put)
+        self._keeping = Keeping(made)
+        self._keeping.restore(self.rows(), dict(self.state), now)
+        self.keep()
         return made
+
+    def keep(self) -> None:
+        """Commit what the buffer opened last has changed."""
+        self._keeping.collect(self.put)

@@ -607,7 +607,7 @@ class World:
                 if not player.silent:
                     self.state.report(player.name, [each.lease.tree_id for each in player.trees], self.now)
             self.chance.choice(self.possible())()
-            self.state.collect(self.disk.put)
+            self.disk.keep()
         raise AssertionError(
             f"step {self.step} is never reached: {self.state.waiting_for(self.request(0), self.now)}; "
             f"{[(p.name, p.version, len(p.trees), p.silent) for p in self.players]}"

@@ -73,7 +73,7 @@ class Life:
             self.now += 0.05
             event = self.chance.choices([e for e, _ in possible], [w for _, w in possible])[0]
             event()
-            self.state.collect(self.disk.put)
+            self.disk.keep()
         return self
 
     def finish(self) -> Life:
@@ -84,7 +84,7 @@ class Life:
             for event in (self.lease, *[self.grow] * 12, self.learn):
                 self.now += 0.01
                 event()
-                self.state.collect(self.disk.put)
+                self.disk.keep()
         raise AssertionError(f"the run does not end: {self.state.waiting_for(self.request(), self.now)}")
 
     # --- actors

@@ -1,0 +1,346 @@
+"""Between state and journal: what changed is handed over, and put back when a buffer starts again.  Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from atpo_async.errors import SetupError
+from atpo_async.messages import TreeClosed
+from atpo_async.tree import ROOT
+from buffer import kept
+from buffer.assembly import Growing
+from buffer.batches import Served, ServedTree
+from buffer.delay_line import TreeSet
+from buffer.index import Rows, TreeEntry, TurnEntry, entry_of
+from buffer.ledger import Again, Evaluation, Held
+from buffer.state import BufferState
+
+
+class Keeping:
+    """Keeps one state.
+
+    Args:
+        state: whose changes are handed over, or that is restored.
+    """
+
+    def __init__(self, state: BufferState) -> None:
+        self._state = state
+        self._kept: dict[bytes, bytes] = {}
+        """Of the keys that are written whole: what was written last."""
+
+    def collect(self, put: Callable[[bytes, bytes | None], None]) -> None:
+        """Hand over what has changed since the last time: (key, value), None where there is nothing any more."""
+        state = self._state
+        changed: set[str] = set()
+        for names in (state.changed, state.ledger.changed, state.assembly.changed, state.pool.changed):
+            changed |= names
+            names.clear()
+        for tree_id in changed:
+            tree = self._kept_tree(tree_id)
+            put(kept.TREE + tree_id.encode(), None if tree is None else kept.dump(tree))
+        for step in self._state.changed_batches:
+            served = self._state.batches.get(step)
+            put(kept.BATCH + b"%020d" % step, None if served is None else kept.dump(_kept_batch(served)))
+        self._state.changed_batches.clear()
+        for key, value in self._kept_whole().items():
+            data = kept.dump(value)
+            if self._kept.get(key) != data:
+                self._kept[key] = data
+                put(key, data)
+
+    def _kept_tree(self, tree_id: str) -> kept.KeptTree | None:
+        held, growing = self._state.ledger.held(tree_id), self._state.assembly.growing(tree_id)
+        tree = self._state.find(tree_id)
+        if held is None and growing is None and tree is None:
+            return None
+        place = spent_at = None
+        if tree_id in self._state.pool:
+            priority, uses, limit, entered = self._state.pool.kept(tree_id)
+            place = kept.KeptPlace(priority=priority, uses=uses, limit=limit, entered=entered)
+        elif tree_id in self._state.spent:
+            _, place, spent_at = self._state.spent[tree_id]
+        owner = growing or tree or held
+        assert owner is not None
+        return kept.KeptTree(
+            number=owner.number,
+            task_index=owner.task_index,
+            kind="train" if held is None else held.kind,
+            failed_branches=0 if tree is None else tree.failed_branches,
+            attempts=self._state.ledger.attempts(owner.task_index),
+            lease=None if held is None else _kept_lease(held),
+            growing=growing is not None,
+            epoch=0 if growing is None else growing.epoch,
+            closed=None if growing is None or growing.closed is None else _kept_closed(growing.closed),
+            partial=self._state.partial_uses.get(tree_id),
+            late=tree_id in self._state.late,
+            pool=place,
+            spent_at=spent_at,
+        )
+
+    def _kept_whole(self) -> dict[bytes, object]:
+        ledger, since, line = self._state.ledger, self._state.since, self._state.line
+        found: dict[bytes, object] = {
+            kept.REST: kept.KeptRest(
+                incarnation=self._state.incarnation,
+                next_task=ledger.next_task,
+                next_number=ledger.next_number,
+                next_batch=self._state.next_batch,
+                again=tuple(kept.KeptAgain(task_index=t, attempts=n) for t, n in ledger.again),
+                given_up=ledger.given_up,
+                published=ledger.published,
+                next_version=ledger.next_version,
+                step=self._state.step,
+                version=self._state.version,
+                weights_endpoint=self._state.weights_endpoint,
+                announce_endpoint=self._state.announce_endpoint,
+                finished=self._state.finished,
+                highest_priority=self._state.pool.highest,
+            ),
+            kept.SINCE: kept.KeptSince(
+                produced=since.produced, turns=since.turns, counts=dict(since.counts), means=since.means
+            ),
+            kept.EVALUATIONS: tuple(
+                kept.KeptEvaluation(
+                    step=e.step,
+                    version=e.version,
+                    num_tasks=e.num_tasks,
+                    blocking=e.blocking,
+                    next_task=e.next_task,
+                    results=e.results,
+                    turns=self._state.eval_turns[e.step],
+                )
+                for e in ledger.evaluations.values()
+            ),
+        }
+        if line is not None:
+            found[kept.LINE] = line.kept()
+        return found
+
+    def restore(self, rows: Rows, state: Mapping[bytes, bytes], now: float) -> dict[str, int]:
+        """Put back what an earlier buffer of this run kept, as the next incarnation.  Before anything else.
+
+        Args:
+            rows: ROW[R], by tree, then by turn.
+            state: what ``collect`` handed over.
+            now: seconds.
+
+        Returns:
+            Name -> number, of what is there.
+
+        Raises:
+            SetupError: the journal contradicts itself._state.
+        """
+        rest = kept.read(state, kept.REST, kept.KeptRest)
+        if rest is None:
+            self._state.incarnation += 1
+            self._state.ledger.prefix = f"b{self._state.incarnation}"
+            self._state.store.release(rows, gone=True)
+            return {}
+        self._restore_rest(rest, state)
+        owned = np.zeros(len(rows), dtype=bool)
+        pooled: list[tuple[kept.KeptTree, TreeEntry]] = []
+        for key in state:
+            if not key.startswith(kept.TREE):
+                continue
+            tree = kept.read(state, key, kept.KeptTree)
+            assert tree is not None
+            at = slice(*np.searchsorted(rows["tree"], [tree.number, tree.number + 1]).tolist())
+            entry = self._restore_tree(key.removeprefix(kept.TREE).decode(), tree, rows[at], now)
+            # Turns of failed branches went when their tree was done, their chunk may have stayed.
+            owned[at] = entry is None or np.isin(rows["turn_id"][at], [ROOT, *entry.rows["turn_id"].tolist()])
+            if entry is not None:
+                pooled.append((tree, entry))
+        for tree, entry in sorted(pooled, key=lambda each: 0 if each[0].pool is None else each[0].pool.entered):
+            place = tree.pool
+            assert place is not None
+            self._state.pool.add(
+                entry, priority=place.priority, uses=place.uses, limit=place.limit, entered=place.entered
+            )  # fmt: skip
+        self._state.pool.highest = rest.highest_priority
+        for key in sorted(key for key in state if key.startswith(kept.BATCH)):
+            batch = kept.read(state, key, kept.KeptBatch)
+            assert batch is not None
+            self._restore_batch(batch)
+        # After the batches: what a learner has is not dropped for its age.
+        self._state.advance()
+        # Records of trees that are gone, in chunks that others keep.
+        self._state.store.release(rows[~owned], gone=True)
+        return {
+            "turns": int(np.count_nonzero(owned)),
+            "growing trees": len(self._state.assembly),
+            "ready trees": len(self._state.pool),
+            "trees with the learner": self._state.pool.num_out,
+            "trees kept for a checkpoint": len(self._state.spent),
+            "leases": len(self._state.ledger),
+            "batches": len(self._state.batches),
+            "tasks to lease again": len(self._state.ledger.again),
+        }
+
+    def _restore_rest(self, rest: kept.KeptRest, state: Mapping[bytes, bytes]) -> None:
+        ledger = self._state.ledger
+        self._state.incarnation = rest.incarnation + 1
+        ledger.prefix = f"b{self._state.incarnation}"
+        ledger.next_task, ledger.next_number = rest.next_task, rest.next_number
+        ledger.again.extend(Again(each.task_index, each.attempts) for each in rest.again)
+        ledger.given_up = self._state.given_up_before = rest.given_up
+        ledger.published, ledger.next_version = rest.published, rest.next_version
+        self._state.next_batch, self._state.step, self._state.version = rest.next_batch, rest.step, rest.version
+        self._state.weights_endpoint, self._state.announce_endpoint = rest.weights_endpoint, rest.announce_endpoint
+        # A run that had ended and is started again goes on: its learner says anew when it is over.
+        self._state.finished = False
+        since = kept.read(state, kept.SINCE, kept.KeptSince)
+        if since is not None:
+            self._state.since.produced, self._state.since.turns = since.produced, since.turns
+            self._state.since.counts, self._state.since.means = Counter(since.counts), dict(since.means)
+        for each in kept.read(state, kept.EVALUATIONS, tuple[kept.KeptEvaluation, ...]) or ():
+            ledger.evaluations[each.step] = Evaluation(
+                each.step, each.version, each.num_tasks, each.blocking, each.next_task, dict(each.results)
+            )
+            self._state.eval_turns[each.step] = each.turns
+        line = kept.read(state, kept.LINE, kept.KeptLine)
+        if self._state.line is not None and line is not None:
+            self._state.line.restore(line)
+
+    def _restore_tree(self, tree_id: str, tree: kept.KeptTree, rows: Rows, now: float) -> TreeEntry | None:
+        """One tree; what of it belongs into the pool."""
+        self._state.names[tree.number] = tree_id
+        self._state.ledger.restore_attempts(tree.task_index, tree.attempts)
+        if tree.lease is not None:
+            lease = tree.lease
+            held = Held(
+                tree_id, tree.number, tree.task_index, tree.kind, lease.seed, lease.epoch, lease.holder, 0.0,
+                lease.min_version, lost=lease.lost, waiting=lease.waiting, eval_step=lease.eval_step,
+            )  # fmt: skip
+            self._state.ledger.restore(held, now=now)
+        if tree.partial is not None:
+            self._state.partial_uses[tree_id] = tree.partial
+        prompt, turns = rows[rows["turn_id"] == ROOT], rows[rows["turn_id"] != ROOT]
+        if tree.growing:
+            growing = Growing(tree_id, tree.number, tree.task_index, tree.kind, tree.epoch)
+            growing.prompt = entry_of(prompt[0]) if len(prompt) else None
+            growing.turns = {int(row["turn_id"]): entry_of(row) for row in turns}
+            if (closed := tree.closed) is not None:
+                growing.closed = TreeClosed(
+                    run=self._state.run, tree_id=tree_id, lease_epoch=closed.lease_epoch, num_turns=closed.num_turns,
+                    failed_branches=closed.failed_branches, failures=closed.failures,
+                )  # fmt: skip
+            self._state.assembly.restore(growing)
+            if tree.pool is None:
+                return None
+            return self._state.assembly.tree(tree_id).pruned()
+        entry = TreeEntry(tree_id, tree.number, tree.task_index, prompt, turns, tree.failed_branches).pruned()
+        if not len(turns) or not len(prompt):
+            raise SetupError(f"the journal is damaged: tree {tree_id} is there without its turns; move it away")
+        if tree.late:
+            self._state.late[tree_id] = entry
+        if tree.spent_at is not None and tree.pool is not None:
+            self._state.spent[tree_id] = (entry, tree.pool, tree.spent_at)
+            self._state.spent_nbytes += entry.nbytes
+            return None
+        return entry if tree.pool is not None else None
+
+    def _restore_batch(self, batch: kept.KeptBatch) -> None:
+        self._state.batches[batch.step] = Served(
+            batch_id=batch.batch_id,
+            step=batch.step,
+            version=batch.version,
+            drawn=tuple(
+                ServedTree(d.tree_id, d.task_index, d.probability, d.weight, d.uses, d.turn_ids) for d in batch.drawn
+            ),
+            metrics=batch.metrics,
+            num_ranks=batch.num_ranks,
+            exact=None if batch.exact is None else TreeSet(batch.exact.version, batch.exact.tree_ids),
+            trained=set(batch.trained),
+            priorities=dict(batch.priorities),
+            confirmed=batch.confirmed,
+        )
+        if not batch.confirmed:
+            self._state.pool.take([each.tree_id for each in batch.drawn])
+
+    # --- moving records ----------------------------------------------------------------------------------------
+
+    def live(self, rows: Rows) -> Rows:
+        """Those of ROW[R] whose record is still there and needed."""
+        return rows[[self._is_current(row) for row in rows]] if len(rows) else rows
+
+    def relocate(self, rows: Rows, records: Sequence[bytes]) -> int:
+        """Put these records into the store once more and let the old ones go; those that are not needed any more are
+        left out.  Returns how many were moved."""
+        moved: dict[int, dict[int, TurnEntry]] = {}
+        current = [self._is_current(row) for row in rows]
+        for row, record, is_current in zip(rows, records, current, strict=True):
+            if is_current:
+                there = self._state.store.add(record)
+                entry = entry_of(row)._replace(chunk=there.chunk, offset=there.offset)
+                self._state.store.note(entry)
+                moved.setdefault(entry.tree, {})[entry.turn_id] = entry
+        for number, entries in moved.items():
+            tree_id = self._state.names[number]
+            growing = self._state.assembly.growing(tree_id)
+            if growing is not None:
+                growing.prompt = entries.get(ROOT, growing.prompt)
+                growing.turns |= {turn_id: entry for turn_id, entry in entries.items() if turn_id != ROOT}
+            if (ready := self._state.pool.find(tree_id)) is not None:
+                self._state.pool.replace(ready.moved(entries))
+            if tree_id in self._state.late:
+                self._state.late[tree_id] = self._state.late[tree_id].moved(entries)
+            if tree_id in self._state.spent:
+                tree, place, step = self._state.spent[tree_id]
+                self._state.spent[tree_id] = (tree.moved(entries), place, step)
+        self._state.store.release(rows[current])
+        return sum(current)
+
+    def _is_current(self, row: np.void) -> bool:
+        """Whether a tree still has this record where the row says."""
+        tree_id = self._state.names.get(int(row["tree"]))
+        if tree_id is None:
+            return False
+        turn_id, place = int(row["turn_id"]), (int(row["chunk"]), int(row["offset"]))
+        growing = self._state.assembly.growing(tree_id)
+        if growing is not None:
+            entry = growing.prompt if turn_id == ROOT else growing.turns.get(turn_id)
+            return entry is not None and (entry.chunk, entry.offset) == place
+        tree = self._state.find(tree_id)
+        if tree is None:
+            return False
+        rows = tree.prompt if turn_id == ROOT else tree.rows[tree.rows["turn_id"] == turn_id]
+        return bool(len(rows)) and (int(rows[0]["chunk"]), int(rows[0]["offset"])) == place
+
+
+def _kept_lease(held: Held) -> kept.KeptLease:
+    return kept.KeptLease(
+        holder=held.holder, seed=held.seed, epoch=held.epoch, min_version=held.min_version, lost=held.lost,
+        waiting=held.waiting, eval_step=held.eval_step,
+    )  # fmt: skip
+
+
+def _kept_closed(closed: TreeClosed) -> kept.KeptClosed:
+    return kept.KeptClosed(
+        lease_epoch=closed.lease_epoch, num_turns=closed.num_turns, failed_branches=closed.failed_branches,
+        failures=closed.failures,
+    )  # fmt: skip
+
+
+def _kept_batch(served: Served) -> kept.KeptBatch:
+    exact = served.exact
+    return kept.KeptBatch(
+        batch_id=served.batch_id,
+        step=served.step,
+        version=served.version,
+        num_ranks=served.num_ranks,
+        metrics=served.metrics,
+        drawn=tuple(
+            kept.KeptDrawn(
+                tree_id=d.tree_id, task_index=d.task_index, probability=d.probability, weight=d.weight, uses=d.uses,
+                turn_ids=d.turn_ids,
+            )
+            for d in served.drawn
+        ),
+        trained=tuple(sorted(served.trained)),
+        priorities=served.priorities,
+        confirmed=served.confirmed,
+        exact=None if exact is None else kept.KeptSet(version=exact.version, tree_ids=exact.tree_ids),
+    )  # fmt: skip
