@@ -25,6 +25,9 @@ from atpo_async.waits import OWN_PARTS
 SILENT_S = 5.0
 """A picture that has not been renewed for so long: the status thread, which writes one a second, does not run."""
 
+WORK_S = 3.0
+"""What has lasted for less is called work by who has one picture only; a whole ``Watch`` knows better."""
+
 LIMIT_SLACK_S = 5.0
 """What ends by itself after its limit has this much longer to do so."""
 
@@ -230,9 +233,7 @@ def stuck_now(picture: Picture, *, stopped: bool, silent_s: float) -> Stuck | No
         return Stuck(role=picture.role, for_s=silent_s, why=_stopped((picture.pid,)))
     sight = Sight(role=picture.role, pictures=(picture,))
     found = [
-        cause
-        for cause in _causes(sight, still_s=picture.still_s + silent_s, silent_s=silent_s)
-        if cause[0] > SILENT_S  # shorter ones are work
+        cause for cause in _causes(sight, still_s=picture.still_s + silent_s, silent_s=silent_s) if cause[0] > WORK_S
     ]
     if not found:
         return None

@@ -18,7 +18,7 @@ from atpo_async import cli, processes, status, waits
 from atpo_async.rundir import RunDir
 from atpo_async.status import Reporter, grouped
 from atpo_async.waits import waiting
-from tests.hang_support import SERVES, make_run, picture, picture_of, started, until, until_async
+from tests.hang_support import SERVES, make_run, picture, picture_of, started, until, until_async, wait
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 LOG = logging.getLogger("test-status")
@@ -228,6 +228,23 @@ def test_status_of_a_running_run_names_its_roles_and_who_waits_for_whom(
         until(lambda: processes.stopped([buffer.pid]))
         text = told(capsys, run)
         assert f"from buffer, which is stopped by a signal (kill -CONT {buffer.pid} lets it go on)" in text
+
+
+def test_status_of_a_run_names_the_role_whose_loop_stands_still_and_where(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_up = {"loop_age_s": 4.2, "still_s": 4.2, "stack": ("loop.py:7 spin: x()",)}
+    put(run, picture("buffer", **held_up), picture("learner", waits=(wait("batch 3", "buffer", 4.0),)))
+    text = told(capsys, run)
+    assert "→ learner waits 4.0 s for batch 3 from buffer, which stands still: its loop last ran 4.2 s ago" in text
+    assert "buffer stands still in: loop.py:7 spin: x()" in text
+
+
+def test_work_of_a_second_is_not_called_a_hang(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    put(run, picture("learner", waits=(wait("learn", "torch", 1.0),)))
+    text = told(capsys, run)
+    assert "learn from torch 1.0 s" in text
+    assert "has been at" not in text
 
 
 @linux
