@@ -344,7 +344,8 @@ class Server(BindingLink):
             item = wire.decode(frames, self._receives, limits=self._limits)
         except BadMessage as exc:
             self._bad(session.name, exc)
-            item = exc
+            # Without its frames, of which this is one: a ring that only the garbage collector would find.
+            item = exc.with_traceback(None)
         session.expected = seq + 1
         if session.worker is None and self._handled_at_once(session, item, frames):
             return None
