@@ -3,6 +3,7 @@ another address: what it acknowledged is there, and the run goes on."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -20,6 +21,13 @@ def starts_slowly(plan: Planned) -> bool:
     """Three turns come before its second leaf: cut off there, the tree goes to another actor."""
     leaves = [part.turn_id for part in plan.parts if part.is_leaf]
     return plan.kind == "plain" and len(leaves) > 1 and leaves[1] > 3
+
+
+def failing(scene: Scene) -> bool:
+    """Whether the buffer's own picture says that its journal takes nothing."""
+    file = scene.rundir.path / "status" / "buffer.json"
+    facts = json.loads(file.read_text())["facts"] if file.exists() else {}
+    return facts.get("buffer", {}).get("journal failing", "no") != "no"
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -96,9 +104,10 @@ async def test_a_full_disk_stops_acknowledgements_loudly_and_room_brings_them_ba
             for message in (*turns[1:], closed):
                 await hand.link.send(message)
             await scene.until(lambda: "cannot be written" in scene["buffer"].said(), "the log to say it")
+            await scene.until(lambda: failing(scene), "the buffer's picture to say it")
+            assert hand.link.stats.acked == acked
             with pytest.raises(PeerLost):
                 await hand.link.drain(timeout_s=0.5)
-            assert hand.link.stats.acked == acked
             scene["buffer"].free_disk()
             fault.over()
             await hand.link.drain(timeout_s=30.0)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.fault_support import Spawner
+from tests.fault_support import ROOT, Spawner
 from tests.oracle_support import NUM_KILLS, STATIONS, plan_kills, planned, possible_trees, run_oracle
 
 pytestmark = [
@@ -48,3 +50,19 @@ def test_the_script_holds_trees_with_failed_chains_branches_and_nothing_to_learn
         if plan.kind == "plain":
             rewards = [part.reward for part in plan.parts if part.is_leaf]
             assert len(set(rewards[:2])) == 2
+
+
+@pytest.mark.timeout(400)
+def test_a_whole_run_of_the_real_roles_is_exact_though_everything_is_killed_twice(tmp_path: Path) -> None:
+    words = ["--seeds", "1", "--kills", "2", "--tasks", "16", "--dir", str(tmp_path / "runs")]
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "oracle.py"), *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "1 of 1 runs exact" in run.stdout
+    assert "killed: all 2x; 3 calls of `atpo train`" in run.stdout
