@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,9 @@ WeightsOver = Literal["max", "mean", "none"]
 
 PRIORITY_FLOOR = 0.01
 """Added to every priority, so that a tree whose advantage came out small can still be drawn."""
+
+FANOUT = 16
+"""Of the sum tree: two lines of memory."""
 
 _FREE, _READY, _OUT = 0, 1, 2
 
@@ -69,64 +73,65 @@ def annealed_beta(step: int, *, start: float, num_steps: int) -> float:
 class SumTree:
     """Prefix sums over a growing array of non-negative numbers; every operation takes many indices at once.
 
-    Inner sums are computed again from their two halves, never adjusted by differences, so they cannot drift.
+    A node has ``FANOUT`` children, side by side: few levels, and of each one or two lines of memory are looked at.
+    Inner sums are computed again from their children, never adjusted by differences, so they cannot drift.
     """
 
     def __init__(self, capacity: int = 16) -> None:
-        self._size = 1 << max(capacity - 1, 1).bit_length()
-        self._nodes = np.zeros(2 * self._size)
+        self._levels: list[F64] = []
+        """The numbers themselves, then the sums of ever larger groups of them; the last has at most ``FANOUT``."""
+        self.grow(capacity)
 
     @property
     def capacity(self) -> int:
-        return self._size
+        return len(self._levels[0])
 
     @property
     def total(self) -> float:
-        return float(self._nodes[1])
+        return float(self._levels[-1].sum())
 
     def values(self) -> F64:
         """float64[capacity]: a view."""
-        return self._nodes[self._size :]
+        return self._levels[0]
+
+    def get(self, indices: I64) -> F64:
+        """float64[n]."""
+        found: F64 = self._levels[0][indices]
+        return found
 
     def set(self, indices: I64, values: F64) -> None:
         """Put ``values`` at ``indices`` (without duplicates)."""
-        tree = self._nodes
-        if len(indices) == 1:
-            # One by one plain Python is faster than arrays of length 1.
-            at = self._size + int(indices[0])
-            tree[at] = values[0]
-            while at > 1:
-                at >>= 1
-                tree[at] = tree[2 * at] + tree[2 * at + 1]
-            return
         if not len(indices):
             return
-        nodes = self._size + indices
-        tree[nodes] = values
-        nodes = np.sort(nodes)
-        while nodes[0] > 1:
-            nodes = nodes >> 1
+        self._levels[0][indices] = values
+        if len(indices) == 1:
+            at = int(indices[0])
+            for below, above in pairwise(self._levels):
+                at //= FANOUT
+                above[at] = below[at * FANOUT : (at + 1) * FANOUT].sum()
+            return
+        nodes = np.sort(indices)
+        for below, above in pairwise(self._levels):
+            nodes = nodes // FANOUT
             # Sorted, so that equal ones are neighbours: the higher up, the fewer are left.
             keep = np.empty(len(nodes), dtype=bool)
             keep[0] = True
             np.not_equal(nodes[1:], nodes[:-1], out=keep[1:])
             nodes = nodes[keep]
-            left = nodes << 1
-            tree[nodes] = tree[left] + tree[left + 1]
-
-    def get(self, indices: I64) -> F64:
-        """float64[n]."""
-        found: F64 = self._nodes[self._size + indices]
-        return found
+            above[nodes] = below.reshape(-1, FANOUT)[nodes].sum(axis=1)
 
     def grow(self, capacity: int) -> None:
         """Make room for at least ``capacity`` numbers."""
-        if capacity <= self._size:
+        old = self._levels[0] if self._levels else np.zeros(0)
+        if self._levels and capacity <= len(old):
             return
-        old = self.values()
-        self._size = 1 << (capacity - 1).bit_length()
-        self._nodes = np.zeros(2 * self._size)
-        self.set(np.arange(len(old)), old)
+        length = _whole_groups(capacity)
+        self._levels = [np.zeros(length)]
+        while length > FANOUT:
+            length = _whole_groups(length // FANOUT)
+            self._levels.append(np.zeros(length))
+        if len(old):
+            self.set(np.arange(len(old)), old)
 
     def find(self, targets: F64) -> I64:
         """int64[n]: for each target in [0, total) the index whose interval of the prefix sums it falls into.
@@ -134,13 +139,20 @@ class SumTree:
         Never an index that holds zero while there are others, whatever the rounding.
         """
         target = targets.astype(np.float64, copy=True)
-        node = np.ones(len(target), dtype=np.int64)
-        for _ in range(self._size.bit_length() - 1):
-            left = self._nodes[2 * node]
-            right = (target >= left) & (self._nodes[2 * node + 1] > 0)
-            target = np.where(right, target - left, target)
-            node = 2 * node + right
-        return node - self._size
+        node = np.zeros(len(target), dtype=np.int64)
+        every = np.arange(len(target))
+        for level in reversed(self._levels):
+            children = level.reshape(-1, FANOUT)[node]
+            ends = np.cumsum(children, axis=1)
+            last = FANOUT - 1 - np.argmax(children[:, ::-1] > 0, axis=1)
+            child = np.minimum((target[:, None] >= ends).sum(axis=1), last)
+            target -= np.where(child > 0, ends[every, child - 1], 0.0)
+            node = node * FANOUT + child
+        return node
+
+
+def _whole_groups(count: int) -> int:
+    return -(-max(count, 1) // FANOUT) * FANOUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,16 +438,22 @@ class ReplayPool:
 
     def confirm(self, tree_ids: Iterable[str], priorities: Mapping[str, float]) -> None:
         """The learner has trained on these trees: count the use, believe the new priorities, let go what is used up."""
-        names = [t for t in tree_ids if t in self._slots]
-        slots = np.fromiter((self._slots[t] for t in names), dtype=np.int64, count=len(names))
+        names = list(tree_ids)
+        found = list(map(self._slots.get, names))
+        if None in found:
+            names = [name for name, slot in zip(names, found, strict=True) if slot is not None]
+            found = [slot for slot in found if slot is not None]
+        slots = np.array(found, dtype=np.int64)
         out = self._state[slots] == _OUT
         if not out.all():
             slots, names = slots[out], [t for t, is_out in zip(names, out.tolist(), strict=True) if is_out]
         if not len(slots):
             return
         self.changed.update(names)
-        new = np.fromiter((priorities.get(t, np.nan) for t in names), dtype=np.float64, count=len(names))
-        self._own[slots] = np.where(np.isnan(new), self._own[slots], new)
+        # What has no new priority comes out as nan.
+        new = np.array(list(map(priorities.get, names)), dtype=np.float64)
+        known = ~np.isnan(new)
+        self._own[slots[known]] = new[known]
         self._uses[slots] += 1
         self._with_learner.difference_update(slots.tolist())
         done = self._uses[slots] >= self._limit[slots]
@@ -444,8 +462,8 @@ class ReplayPool:
         self._state[back] = _READY
         self._num_ready += len(back)
         self._update(back)
-        if not np.isnan(new).all():
-            self._raise_highest(float(np.nanmax(new)))
+        if known.any():
+            self._raise_highest(float(new[known].max()))
         self._drop_stale(back[self._version - self._newest[back] > self._max_lag])
 
     def give_back(self, tree_ids: Iterable[str]) -> None:
