@@ -14,6 +14,7 @@ and from the last checkpoint, which says how many of its steps count.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -41,10 +42,12 @@ from atpo_async.rundir import RunDir
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 300.0
 """For one wait; an engine's start on a busy machine is the longest."""
-SPREAD_S = 0.6
+SPREAD_S = 0.4
 """A kill comes up to this long after the step it waits for."""
 
 WORLD: dict[str, object] = {"hops": 1, "num_names": 16, "num_relations": 4}
+PAUSE_S = 0.05
+"""Of each step of the environment: a run must not be over before its kills."""
 OPTIONS: dict[str, object] = {
     "environment.name": "scripts.oracle:make",
     "model.max_context_tokens": 64,
@@ -85,8 +88,9 @@ OPTIONS: dict[str, object] = {
 class _Episode:
     """An episode of hopqa whose reward is a number made of the whole chain."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, pause_s: float) -> None:
         self._inner = inner
+        self._pause_s = pause_s
         self._digest = hashlib.blake2b(digest_size=4)
 
     @property
@@ -95,6 +99,7 @@ class _Episode:
         return prompt
 
     async def step(self, action: np.ndarray) -> StepResult:
+        await asyncio.sleep(self._pause_s)
         result: StepResult = await self._inner.step(action)
         self._digest.update(np.ascontiguousarray(action, dtype=np.int32).tobytes() + b"|")
         if not result.done:
@@ -109,7 +114,8 @@ class _Episode:
 class Told(ReplayFork):
     """hopqa under the reward of ``_Episode``."""
 
-    def __init__(self, tokenizer: Path | str, **options: Any) -> None:
+    def __init__(self, tokenizer: Path | str, *, pause_s: float = 0.0, **options: Any) -> None:
+        self._pause_s = pause_s
         self._hopqa = HopQA(tokenizer, **options)
         self.stop_token_ids = self._hopqa.stop_token_ids
 
@@ -117,7 +123,7 @@ class Told(ReplayFork):
         return self._hopqa.num_tasks(split)
 
     async def start(self, split: Split, task_index: int) -> Any:
-        return _Episode(await self._hopqa.start(split, task_index))
+        return _Episode(await self._hopqa.start(split, task_index), self._pause_s)
 
 
 def make(tokenizer: Path | str, **options: Any) -> Told:
@@ -164,6 +170,7 @@ class Run:
         fields = {
             **OPTIONS,
             **{f"environment.options.{name}": value for name, value in WORLD.items()},
+            "environment.options.pause_s": PAUSE_S,
             "run.name": "run",
             "run.dir": str(folder / "runs"),
             "run.seed": seed,

@@ -54,7 +54,7 @@ def test_the_script_holds_trees_with_failed_chains_branches_and_nothing_to_learn
 
 @pytest.mark.timeout(400)
 def test_a_whole_run_of_the_real_roles_is_exact_though_everything_is_killed_twice(tmp_path: Path) -> None:
-    words = ["--seeds", "1", "--kills", "2", "--tasks", "16", "--dir", str(tmp_path / "runs")]
+    words = ["--seeds", "1", "--kills", "2", "--tasks", "32", "--dir", str(tmp_path / "runs")]
     run = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "oracle.py"), *words],
         cwd=ROOT,
