@@ -20,6 +20,7 @@ import logging
 import os
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -159,6 +160,7 @@ class Journal:
         self._cut_out: dict[int, set[int]] = {}
         self._live: dict[int, _Live] = {}
         self._messages = 0
+        self._commit_s: deque[float] = deque(maxlen=4096)
         self.nbytes = 0
         """Bytes of the records that are needed."""
         self.chunk_bytes = 0
@@ -392,7 +394,14 @@ class Journal:
 
     async def _commit_when_asked(self) -> None:
         """Waits for: somebody who wants something settled.  Ended by: close()."""
-        loop = asyncio.get_running_loop()
+        try:
+            await self._commit_forever(asyncio.get_running_loop())
+        # Whatever it was, nothing would ever settle again: the process has to end and another to take over.
+        except Exception as exc:
+            log.exception("a commit failed")
+            self._break(f"the journal in {self.folder} failed: {type(exc).__name__}: {exc}")
+
+    async def _commit_forever(self, loop: asyncio.AbstractEventLoop) -> None:
         while True:
             await self._asked.wait()
             self._asked.clear()
@@ -402,9 +411,11 @@ class Journal:
                         await self._full.wait()
             upto = self._wanted
             self.collect()
-            group = self._seal()
+            group, began = self._seal(), loop.time()
             if group and not await self._write(loop, group):
                 return
+            if group:
+                self._commit_s.append(loop.time() - began)
             for chunk in self._in_flight:
                 self._uncommitted.pop(chunk.number, None)
             self._in_flight = []
@@ -468,6 +479,15 @@ class Journal:
                 else:
                     txn.put(name, value, db=self._state)
         self.commits += 1
+
+    def gauges(self) -> dict[str, float]:
+        """Metrics since the last call: bytes on disk, and how long commits took."""
+        taken = list(self._commit_s)
+        self._commit_s.clear()
+        found = {"buffer/journal_bytes": float(self.chunk_bytes)}
+        if taken:
+            found |= {"buffer/commit_s/mean": sum(taken) / len(taken), "buffer/commit_s/max": max(taken)}
+        return found
 
     @property
     def picture(self) -> dict[str, Any]:

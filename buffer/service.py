@@ -148,6 +148,7 @@ class BufferService:
         self.state.rng = np.random.default_rng([config.run.seed, self.state.incarnation])
         self.journal.collect = lambda: keeping.collect(self.journal.put)
         self._keeping = keeping
+        self.state.gauges = self.journal.gauges
         self._changed = asyncio.Event()
         self._writers: dict[str, MetricsWriter] = {}
         self._farewells: set[str] = set()

@@ -142,6 +142,8 @@ class BufferState:
         self.weights_endpoint = ""
         self.announce_endpoint = ""
         self.finished = False
+        self.gauges: Callable[[], dict[str, float]] = dict
+        """More of the buffer's side of a step's metrics; of the journal, where there is one."""
         self.records: list[tuple[int, int, dict[str, float]]] = []
         """(step, version, metrics) for the run's metrics file; the service takes them away."""
 
@@ -838,6 +840,7 @@ class BufferState:
             "buffer/priority_mean": self.pool.mean_priority,
             "buffer/bad_messages": counts["bad_messages"],
             "buffer/turns_per_s": since.turns / max(now - since.began_s, 1e-9),
+            **self.gauges(),
         }
         self._left_before = Counter(self.pool.left)
         self.given_up_before = self.ledger.given_up

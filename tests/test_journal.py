@@ -235,6 +235,18 @@ async def test_a_journal_that_takes_nothing_more_tells_its_owner(
     monkeypatch.undo()
 
 
+async def test_a_fault_of_ours_while_collecting_ends_in_the_open(journal: Journal) -> None:
+    def faulty() -> None:
+        raise KeyError("tree")
+
+    journal.collect = faulty
+    waiting = asyncio.create_task(journal.settle())
+    assert journal.broken is not None
+    with pytest.raises(JournalBroken, match="failed: KeyError: 'tree'"):
+        await asyncio.wait_for(journal.broken, SOON_S)
+    waiting.cancel()
+
+
 async def test_settling_gives_up_after_the_time_it_was_given(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch)
     waiting = await disk.fail(journal, lmdb.DiskError("No space left on device")) if keep(journal, 1) else None
