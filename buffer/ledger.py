@@ -26,6 +26,12 @@ from atpo_async.messages import TaskKind
 from buffer.delay_line import Admission
 
 
+REMEMBERED_EVALUATIONS = 8
+"""Done ones, for a learner that asks for a result once more."""
+FORGOTTEN_S = 3600.0
+"""An actor that holds nothing and was silent for so long is forgotten."""
+
+
 @dataclass(slots=True)
 class Held:
     """One lease."""
@@ -320,6 +326,9 @@ class Ledger:
 
     def lapsed(self, now: float) -> list[Held]:
         """Leases whose time is over or whose holder is silent; each wants ``reissue`` or ``end``."""
+        gone = [actor for actor, heard in self._heard.items() if now - heard > FORGOTTEN_S]
+        for actor in set(gone) - {held.holder for held in self._held.values()}:
+            del self._heard[actor]
         return [
             held
             for held in self._held.values()
@@ -426,6 +435,9 @@ class Ledger:
         for tree_id in replaced:
             self.end(tree_id)
         self.evaluations[step] = Evaluation(step, version, num_tasks, blocking)
+        done = sorted(each.step for each in self.evaluations.values() if each.done)
+        for old in done[:-REMEMBERED_EVALUATIONS]:
+            del self.evaluations[old]
         return replaced
 
     def record(self, held: Held, success: float | None) -> Evaluation | None:

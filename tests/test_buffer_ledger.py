@@ -78,6 +78,21 @@ def test_leases_go_through_the_tasks_in_order_with_seeds_of_their_own() -> None:
     assert len({h.tree_id for h in held} | {h.seed for h in held}) == 6
 
 
+def test_old_results_and_actors_long_gone_are_forgotten() -> None:
+    made = ledger()
+    made.publish(0)
+    for step in range(30):
+        made.evaluate(step=step, version=0, num_tasks=1, blocking=False)
+        (held,) = made.grant(f"a{step}", 1, now=float(step), ready=99).leases
+        made.end(held.tree_id)
+        made.record(held, 1.0)
+    assert len(made.evaluations) <= 9
+    assert max(made.evaluations) == 29
+    assert made.actors_alive(30.0) > 0
+    made.lapsed(1e6)
+    assert made._heard == {}
+
+
 def test_tasks_whose_trees_are_gone_are_leased_first_under_other_ids() -> None:
     made = ledger(staleness={"max_lag": 4})
     made.publish(0)
