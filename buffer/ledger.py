@@ -25,7 +25,6 @@ from atpo_async.config import StalenessConfig
 from atpo_async.messages import TaskKind
 from buffer.delay_line import Admission
 
-
 REMEMBERED_EVALUATIONS = 8
 """Done ones, for a learner that asks for a result once more."""
 FORGOTTEN_S = 3600.0
