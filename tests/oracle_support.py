@@ -17,7 +17,7 @@ import random
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -272,6 +272,11 @@ def lines(folder: Path, name: str) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def acked_file(actor: str) -> str:
+    """Where an actor notes how many turns of it were acknowledged at a time."""
+    return f"acked.{actor}"
+
+
 def published(folder: Path) -> int:
     """The newest version that the scripted learner has given out; stands for the weights link."""
     with contextlib.suppress(FileNotFoundError, ValueError):
@@ -315,6 +320,11 @@ class _Actor:
         self._endpoint = endpoint or self._rundir.read_endpoints().actors
         self._rng = random.Random(f"{seed}/{name}/{os.getpid()}")
         self._growing: dict[str, asyncio.Task[None]] = {}
+        self._turns_sent: deque[bool] = deque()
+        """Of each send that is not done with: whether it is a turn."""
+        self._in_order = asyncio.Lock()
+        self._done_with = 0
+        self._refused_now = 0
 
     async def work(self) -> None:
         """Waits for: leases.  Unblocked by: the buffer; ends when it says that the run is over."""
@@ -327,6 +337,7 @@ class _Actor:
             settings=settings,
             on_refused=self._on_refused,
         )
+        self._buffer.on_acked = self._on_acked
         async with self._buffer:
             await self._join()
             async with asyncio.TaskGroup() as tasks:
@@ -391,9 +402,27 @@ class _Actor:
         for message in messages_of(lease, plan, run=self._run, version=version):
             if isinstance(message, Turn):
                 await asyncio.sleep(self._turn_s * 2 * self._rng.random())
-            await self._buffer.send(message)
+            await self._send(message)
+
+    async def _send(self, message: object) -> None:
+        # Noted first: the send may wait for room, and others' sends do not overtake it.
+        async with self._in_order:
+            self._turns_sent.append(isinstance(message, Turn))
+            try:
+                await self._buffer.send(message)
+            except BaseException:
+                self._turns_sent.pop()
+                raise
+
+    def _on_acked(self, done_with: int) -> None:
+        new, self._done_with = done_with - self._done_with, done_with
+        turns = sum(self._turns_sent.popleft() for _ in range(new)) - self._refused_now
+        self._refused_now = 0
+        if turns > 0:
+            note(self._folder, acked_file(self._name), turns)
 
     def _on_refused(self, message: object, reason: str) -> None:
+        self._refused_now += isinstance(message, Turn)
         task = self._growing.get(getattr(message, "tree_id", ""))
         if task is not None:
             task.cancel()
@@ -401,7 +430,7 @@ class _Actor:
     async def _report(self) -> None:
         while True:
             await asyncio.sleep(self._config.actor.report_every_s)
-            await self._buffer.send(
+            await self._send(
                 ActorReport(
                     run=self._run,
                     actor=self._name,
@@ -1055,10 +1084,27 @@ class Scene:
         self.rundir.write_endpoints(moved)
         return moved
 
-    async def recovered(self, recovery: Recovery) -> None:
-        """The next batch is trained: the measured end of a fault."""
-        await self.stepped()
-        recovery.recovered()
+    async def recovered(self, recovery: Recovery, *actors: str) -> None:
+        """The next batch is trained, and of each of ``actors`` (all that run, where none is named) a further turn is
+        acknowledged: the measured end of a fault."""
+        names = actors or tuple(name for name in self.roles.alive if name.startswith("actor"))
+        before = {name: self.acked(name) for name in names}
+        allowed = goal = self.steps + 1
+
+        def works() -> bool:
+            return self.steps >= goal and all(self.acked(name) > before[name] for name in names)
+
+        while True:
+            self.allow(allowed)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await self.until(works, "work to go on")
+                    return recovery.recovered()
+            allowed += 1  # they were waiting for room: the next batch makes some
+
+    def acked(self, actor: str) -> int:
+        """Turns of an actor that were acknowledged, over all its attempts."""
+        return sum(int(line) for line in lines(self.rundir.path, acked_file(actor)))
 
     async def ended_well(self) -> Verdict:
         """The run goes to its end, and every task was trained on as often as intended."""

@@ -30,7 +30,7 @@ async def test_the_tree_of_an_actor_killed_in_mid_turn_goes_on_from_its_last_tur
         scene.roles.kill("actor-0")
         fault.over()
         scene.roles.start("actor-0")
-        await scene.recovered(fault)
+        await scene.recovered(fault, "actor-0")
         await scene.ended_well()
 
 
@@ -45,7 +45,8 @@ async def test_nobody_starts_the_killed_actor_again_and_its_trees_are_finished_a
         await scene.stepped()
         scene.roles.kill("actor-0")
         fault.over()
-        await scene.recovered(fault)
+        await scene.until(lambda: "lapsed" in scene["buffer"].said(), "its leases to lapse")
+        await scene.recovered(fault, "actor-1")
         await scene.ended_well()
 
 
@@ -62,7 +63,7 @@ async def test_an_actor_that_was_frozen_gives_up_what_others_have_taken_over(spa
         await scene.until(lambda: "lapsed" in scene["buffer"].said(), "its leases to lapse")
         scene["actor-0"].thaw()
         fault.over()
-        await scene.recovered(fault)
+        await scene.recovered(fault, "actor-0")
         await scene.ended_well()
 
 

@@ -55,8 +55,7 @@ async def test_a_cut_link_to_the_buffer_comes_back_and_nothing_is_lost(
             await until_async(functools.partial(has_accepted, proxy, goal), "the link to be tried again")
             proxy.restore()
             fault.over()
-            await scene.stepped()
-        fault.recovered()
+            await scene.recovered(fault)
         await scene.ended_well()
 
 
