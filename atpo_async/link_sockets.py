@@ -42,6 +42,8 @@ _SILENT_BEATS = 5
 """Heartbeats without a sign of life after which a connection that seems to be up is made anew."""
 
 # What a connection that came to nothing was, by the protocol error that libzmq reports of it.
+_HANDSHAKE_S = 10.0
+"""At the least: several round trips of a slow link."""
 _NO_KEY, _WRONG_SERVER_KEY, _NO_HANDSHAKE = "speaks without a key", "has another server's key", "no handshake"
 _HANDSHAKE_FAILURES = {
     int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH): _NO_KEY,
@@ -323,6 +325,8 @@ class Link:
         socket.linger = 0
         # Room for the link frame and the routing id; the exact limit is the wire's, before it parses.
         socket.setsockopt(zmq.MAXMSGSIZE, self.settings.max_message_bytes + 4096)
+        # A greeting that was cut short is waited for no longer; with libzmq's 30 s it would be.
+        socket.setsockopt(zmq.HANDSHAKE_IVL, int(1000 * max(_HANDSHAKE_S, 5 * self.settings.heartbeat_s)))
         if "[" in self.endpoint:
             socket.setsockopt(zmq.IPV6, 1)
         socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)

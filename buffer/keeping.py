@@ -231,7 +231,11 @@ class Keeping:
             if tree.pool is None:
                 return None
             return self._state.assembly.tree(tree_id).pruned()
-        entry = TreeEntry(tree_id, tree.number, tree.task_index, prompt, turns, tree.failed_branches).pruned()
+        whole = TreeEntry(tree_id, tree.number, tree.task_index, prompt, turns, tree.failed_branches)
+        entry = whole.pruned()
+        if len(entry) < len(whole):
+            cut = ~np.isin(whole.rows["turn_id"], entry.rows["turn_id"])
+            self._state.store.release(whole.rows[cut])
         if not len(turns) or not len(prompt):
             raise SetupError(f"the journal is damaged: tree {tree_id} is there without its turns; move it away")
         if tree.late:

@@ -25,6 +25,8 @@ from atpo_async.config import StalenessConfig
 from atpo_async.messages import TaskKind
 from buffer.delay_line import Admission
 
+UNSEEN_REPORTS = 3
+"""An actor whose reports leave a lease out so often does not know of it; one or two may be older than the lease."""
 REMEMBERED_EVALUATIONS = 8
 """Done ones, for a learner that asks for a result once more."""
 FORGOTTEN_S = 3600.0
@@ -47,6 +49,8 @@ class Held:
     min_version: int
     lost: int = 0
     """How many holders were lost."""
+    unseen: int = 0
+    """Reports in a row in which its holder did not name it."""
     waiting: bool = False
     """Lapsed or returned, waits for another holder; its last one may still come back before that."""
     eval_step: int = -1
@@ -212,6 +216,7 @@ class Ledger:
                 held = self._begin(self._least_version(ready) if exact is None else exact.version)
                 begun += 1
             held.holder, held.expires_at, held.waiting = actor, now + self._lifetime_s, False
+            held.unseen = 0
             self.changed.add(held.tree_id)
             leases.append(held)
         return Granted(tuple(leases), reason)
@@ -310,18 +315,32 @@ class Ledger:
         """``actor`` gave a sign of life at ``now``; word of an earlier one changes nothing."""
         self._heard[actor] = max(now, self._heard.get(actor, now))
 
-    def renew(self, actor: str, tree_ids: Iterable[str], now: float) -> None:
-        """``actor`` still works on these.  One that lapsed and nobody else has taken yet is its again."""
+    def renew(self, actor: str, tree_ids: Iterable[str], now: float) -> list[Held]:
+        """``actor`` still works on these.  One that lapsed and nobody else has taken yet is its again.
+
+        Returns:
+            Leases it does not know of: granted, and the answer never reached it.  Each wants ``reissue``.
+        """
         self.heard(actor, now)
-        for tree_id in tree_ids:
+        named = set(tree_ids)
+        for tree_id in named:
             held = self._held.get(tree_id)
             if held is None or held.holder != actor:
                 continue
+            held.unseen = 0
             held.expires_at = now + self._lifetime_s
             if held.waiting:
                 held.waiting = False
                 self.changed.add(tree_id)
                 self._waiting.remove(tree_id)
+
+        unknown = []
+        for held in self.held_by(actor):
+            if held.tree_id not in named:
+                held.unseen += 1
+                if held.unseen >= UNSEEN_REPORTS:
+                    unknown.append(held)
+        return unknown
 
     def lapsed(self, now: float) -> list[Held]:
         """Leases whose time is over or whose holder is silent; each wants ``reissue`` or ``end``."""

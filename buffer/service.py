@@ -407,7 +407,8 @@ class BufferService:
                 if self.state.take(message, now, frames):
                     self._notify()
             case ActorReport():
-                self.state.report(peer, message.tree_ids, now)
+                if self.state.report(peer, message.tree_ids, now):
+                    self._notify()
                 self._write(peer, self.state.step, message.version, message.metrics)
             case LeaseReturned():
                 if self.state.returned(peer, message.tree_ids):

@@ -235,9 +235,13 @@ class BufferState:
             return self._offer_partial(tree_id)
         return False
 
-    def report(self, actor: str, tree_ids: Iterable[str], now: float) -> None:
-        """Heartbeat: ``actor`` works on these."""
-        self.ledger.renew(actor, tree_ids, now)
+    def report(self, actor: str, tree_ids: Iterable[str], now: float) -> bool:
+        """Heartbeat: ``actor`` works on these.  True if it holds others that it does not know of: they are free."""
+        unknown = self.ledger.renew(actor, tree_ids, now)
+        for held in unknown:
+            log.info("actor %s does not know of its lease of tree %s; another may have it", actor, held.tree_id)
+            self.ledger.reissue(held.tree_id, lost=False)
+        return bool(unknown)
 
     def returned(self, actor: str, tree_ids: Iterable[str]) -> bool:
         """``actor`` hands leases back in good order; others go on from the turns that are there."""

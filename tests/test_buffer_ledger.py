@@ -78,6 +78,20 @@ def test_leases_go_through_the_tasks_in_order_with_seeds_of_their_own() -> None:
     assert len({h.tree_id for h in held} | {h.seed for h in held}) == 6
 
 
+def test_a_lease_whose_answer_was_lost_goes_to_another_after_a_few_reports_without_it() -> None:
+    made = ledger()
+    made.publish(0)
+    known, lost = granted(made, 2)
+    for report in range(2):
+        assert made.renew("a", [known], float(report)) == []
+    made.renew("a", [known, lost], 2.0)  # a report from before the lease had been under way
+    for report in range(2):
+        assert made.renew("a", [known], 3.0 + report) == []
+    assert [held.tree_id for held in made.renew("a", [known], 5.0)] == [lost]
+    made.reissue(lost, lost=False)
+    assert [h.tree_id for h in made.grant("b", 1, now=5.0, ready=0).leases] == [lost]
+
+
 def test_old_results_and_actors_long_gone_are_forgotten() -> None:
     made = ledger()
     made.publish(0)
