@@ -132,6 +132,7 @@ class KeptRest(_Kept):
     announce_endpoint: str = ""
     finished: bool = False
     highest_priority: float = 1.0
+    saved_step: int = 0
 
 
 class KeptSince(_Kept):

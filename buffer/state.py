@@ -142,6 +142,10 @@ class BufferState:
         self.weights_endpoint = ""
         self.announce_endpoint = ""
         self.finished = False
+        self.saved_step = 0
+        """Batches below are in a checkpoint of the learner, by its own word."""
+        self.anew = True
+        """Nothing was found that an earlier buffer of this run kept."""
         self.gauges: Callable[[], dict[str, float]] = dict
         """More of the buffer's side of a step's metrics; of the journal, where there is one."""
         self.records: list[tuple[int, int, dict[str, float]]] = []
@@ -657,6 +661,7 @@ class BufferState:
 
     def checkpointed(self, message: Checkpointed) -> None:
         """The learner never falls back behind ``message.step`` any more: what was used up in batches below goes."""
+        self.saved_step = message.step
         for step in [step for step in self.batches if step < message.step]:
             self._confirm(self.batches[step])
             del self.batches[step]
@@ -675,6 +680,18 @@ class BufferState:
 
         A learner that starts again asks at the step of its checkpoint: what it learned after that is lost with it.
         """
+        if self.anew and step > 0 and not self.batches:
+            log.warning(
+                "the learner is at step %d and the journal is empty: what was kept of this run is gone, its tasks begin "
+                "at 0 again", step,
+            )  # fmt: skip
+        elif step < self.saved_step:
+            log.warning(
+                "the learner starts again at step %d, though it had reported a checkpoint of step %d: the trees of the "
+                "steps between are gone, their tasks are not trained on again", step, self.saved_step,
+            )  # fmt: skip
+            self.saved_step = step
+        self.anew = False
         later = sorted((s for s in self.batches if s >= step), reverse=True)
         if later:
             log.info("the learner starts again at step %d; the %d batches from there on go back", step, len(later))

@@ -718,6 +718,25 @@ async def test_a_learner_that_falls_back_gets_the_trees_of_its_lost_steps_again(
     assert sorted(again) == sorted(seen[1:])
 
 
+def test_a_learner_in_mid_run_and_an_empty_journal_do_not_go_together_in_silence(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    state = stateful(configured())
+    state.sample(ask(step=3, version=3), 0.0)
+    state.sample(ask(step=3, version=3), 0.0)
+    assert caplog.text.count("the learner is at step 3 and the journal is empty") == 1
+
+
+def test_a_learner_behind_the_checkpoint_that_it_reported_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    state = stateful(configured(staleness={"trees_per_batch": 1, "max_lag": 8}))
+    for step, lease in enumerate(state.lease("a", 2, 0.0).leases):
+        take(state, grown(lease))
+        assert isinstance(state.sample(ask(step=step, version=step, num_trees=1), 0.0), Batch)
+    state.checkpointed(Checkpointed(run="r", step=2, version=2))
+    assert state.sample(ask(step=1, version=5, num_trees=1), 0.0) is None
+    assert "starts again at step 1, though it had reported a checkpoint of step 2" in caplog.text
+
+
 def test_trees_too_old_for_a_learner_that_falls_back_are_grown_anew() -> None:
     state = stateful(configured(staleness={"trees_per_batch": 1, "max_lag": 2}))
     take(state, grown(state.lease("a", 1, 0.0).leases[0]))
