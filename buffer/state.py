@@ -682,8 +682,8 @@ class BufferState:
         """
         if self.anew and step > 0 and not self.batches:
             log.warning(
-                "the learner is at step %d and the journal is empty: what was kept of this run is gone, its tasks begin "
-                "at 0 again", step,
+                "the learner is at step %d and the journal is empty: what was kept of this run is gone, its tasks "
+                "begin at 0 again", step,
             )  # fmt: skip
         elif step < self.saved_step:
             log.warning(
