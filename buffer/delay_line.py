@@ -15,8 +15,8 @@ the first set holds neither the shortest trees nor all there are.
 
 A learner that starts again asks at a version that is not the next one.  Whole sets are served first, older than k
 versions then; one that would be over ``staleness.max_lag`` when its turn came is dropped, and so is what had been
-grown of an unfinished set, for nobody has its version any more.  A buffer that starts again has an empty line: the lag
-counts from 0 again.
+grown of an unfinished set, for nobody has its version any more.  A buffer that starts again finds the line as it
+was; batches that a learner has lost come back to its front.
 """
 
 from __future__ import annotations
