@@ -19,7 +19,6 @@ import fcntl
 import logging
 import os
 import struct
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -177,7 +176,6 @@ class Journal:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="journal-read")
         self._committing: asyncio.Task[None] | None = None
-        self._closing = threading.Event()
 
     async def __aenter__(self) -> Self:
         self.broken = asyncio.get_running_loop().create_future()
@@ -193,9 +191,9 @@ class Journal:
         """Commit what is left, if the disk takes it in time, and close."""
         if self._committing is None:
             return
-        with contextlib.suppress(TimeoutError):
-            await self.settle(timeout_s=timeout_s)
-        self._closing.set()
+        if self.broken is not None and not self.broken.done():
+            with contextlib.suppress(TimeoutError):
+                await self.settle(timeout_s=timeout_s)
         self._committing.cancel()
         await asyncio.gather(self._committing, return_exceptions=True)
         self._committing = None
