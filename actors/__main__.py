@@ -124,6 +124,8 @@ async def _join(ctx: RoleContext, buffer: Client) -> Welcome:
         except PeerLost:
             patience.on = "buffer"
             missing = f"the buffer at {ctx.endpoints.actors} does not answer"
+            if not buffer.connected:
+                missing += " (not connected: nothing listens there, or it does not know our key: docs/keys.md)"
         else:
             if isinstance(answer, Refused):
                 raise SetupError(f"the buffer at {ctx.endpoints.actors} refuses actor {ctx.name}: {answer.reason}")

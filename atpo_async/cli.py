@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -245,7 +246,15 @@ def train(config: Config, *, again: str) -> int:
         endpoints = pick_endpoints(config.links)
         rundir.write_endpoints(endpoints)
         console.print(f"run {rundir.path}  ({'goes on' if resumed else 'new'}; {config.run.steps} steps)")
-        console.print(f"engine {engine}: {why}; {config.actor.count} actor(s), join with --join {endpoints.actors[6:]}")
+        address = endpoints.actors.removeprefix("tcp://")
+        if config.links.host in ("0.0.0.0", "::"):
+            address = f"{socket.gethostname()}:{address.rpartition(':')[2]}"
+        console.print(f"engine {engine}: {why}; {config.actor.count} actor(s), join with --join {address}")
+        if resumed and steps_trained(rundir) and not rundir.journal.is_dir():
+            console.print(
+                f"warning: {rundir.journal} is gone, and what the buffer kept with it: the learner goes on from its "
+                "checkpoint, tasks begin at 0 once more"
+            )
         specs = role_specs(config, rundir.path, has_cuda=doctor.has_cuda)
         with Progress(console, title=f"atpo {config.run.name}", total_steps=config.run.steps) as progress:
             supervisor = Supervisor(

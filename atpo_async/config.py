@@ -419,6 +419,7 @@ class Config(Section):
             )
         self._check_correction()
         self._check_exact_lag()
+        self._check_max_tasks()
         if self.buffer.max_trees is not None and self.buffer.max_trees < s.trees_per_batch:
             raise ValueError(
                 f"buffer.max_trees = {self.buffer.max_trees} is below staleness.trees_per_batch = {s.trees_per_batch}: "
@@ -494,6 +495,18 @@ class Config(Section):
             raise ValueError(
                 f"correction.prox = 'interpolate' has no log-probs before the first step, and {needs} needs them: use "
                 "recompute"
+            )
+
+    def _check_max_tasks(self) -> None:
+        run, s = self.run, self.staleness
+        if run.max_tasks is None:
+            return
+        least = -(-run.max_tasks * s.max_uses // s.trees_per_batch)
+        if run.steps < least:
+            raise ValueError(
+                f"run.max_tasks = {run.max_tasks} with staleness.max_uses = {s.max_uses} may take {least} batches of "
+                f"staleness.trees_per_batch = {s.trees_per_batch} trees, run.steps = {run.steps} would end before: set "
+                f"--run.steps {least} or more"
             )
 
     def _check_exact_lag(self) -> None:

@@ -135,6 +135,17 @@ def check_machine(config: Config) -> None:
         raise SetupError(f"learner.accelerate_config = {launch!r} is no file; `accelerate config` makes one")
     check_environment(config)
     check_links(config)
+    _check_journal_dir(config)
+
+
+def _check_journal_dir(config: Config) -> None:
+    folder = config.buffer.journal_dir
+    if folder is None:
+        return
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    why_not = "is no folder" if not there.is_dir() else "cannot be written" if not os.access(there, os.W_OK) else None
+    if why_not is not None:
+        raise SetupError(f"buffer.journal_dir = {str(folder)!r}: {there} {why_not}; name a folder you can write")
 
 
 def _check_gpus(config: Config, engine: str) -> None:

@@ -173,6 +173,12 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def journal(self) -> Path:
+        """Folder of the buffer's journal."""
+        elsewhere = self.config.buffer.journal_dir
+        return self.path / "journal" if elsewhere is None else elsewhere / self.run_id
+
+    @property
     def trees_path(self) -> Path:
         """A few trees for the report, one JSON object a line (``atpo_async.report_trees``)."""
         return self.path / "trees.jsonl"

@@ -18,6 +18,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import shutil
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,7 +53,12 @@ SPARE_BYTES = 64 << 20
 """Dead bytes in living chunks that are not worth moving the others for."""
 
 _U64 = struct.Struct(">Q")
-_META = b"meta"
+_META, _OWNER = b"meta", b"run"
+LEAST_FREE_BYTES = 4 << 20
+MOVE_AWAY = (
+    "if it cannot be mended move the folder away: the run then goes on from the learner's checkpoint, what was kept is "
+    "gone and its tasks begin at 0 once more"
+)
 
 
 class JournalBroken(AtpoError):
@@ -107,6 +113,7 @@ class Journal:
 
     Args:
         folder: made if it is not there.
+        run: id of the run that it belongs to; empty for none in particular.
         max_bytes: of records the owner means to keep; the map is made for several times that.
         sync: whether a commit waits until the disk has it.  Without, it survives ``kill -9`` but no power cut.
         gather_s: how long a commit waits for more to come.
@@ -120,17 +127,33 @@ class Journal:
         self,
         folder: Path,
         *,
+        run: str = "",
         max_bytes: int,
         sync: bool = True,
         gather_s: float = 0.002,
         collect: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
+        self._run = run
         self.collect = collect
         self.gather_s = gather_s
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
             self._lock = _lock(folder)
+        except OSError as exc:
+            raise SetupError(
+                f"the journal's folder {folder} cannot be used: {exc.strerror or exc}; set buffer.journal_dir to a "
+                "folder that this user can write"
+            ) from exc
+        if free < LEAST_FREE_BYTES:
+            # LMDB maps its files: where the disk cannot hold their first pages the process would die without a word.
+            os.close(self._lock)
+            raise SetupError(
+                f"the disk of {folder} has {free} bytes left, the journal needs {LEAST_FREE_BYTES} to begin with; make "
+                "room there, or set buffer.journal_dir to another disk"
+            )
+        try:
             self._env = lmdb.open(
                 str(folder),
                 map_size=max(MAP_FACTOR * max_bytes, MAP_LEAST_BYTES),
@@ -142,14 +165,18 @@ class Journal:
                 meminit=False,
                 max_readers=64,
             )
-            self._chunks = self._env.open_db(b"chunks")
-            self._rows = self._env.open_db(b"rows")
-            self._state = self._env.open_db(b"state")
+            missing = _missing_bytes(self._env, folder / "data.mdb")
+            if missing <= 0:
+                self._chunks = self._env.open_db(b"chunks")
+                self._rows = self._env.open_db(b"rows")
+                self._state = self._env.open_db(b"state")
         except (OSError, lmdb.Error) as exc:
-            raise SetupError(
-                f"the journal in {folder} cannot be opened: {exc}; if it is damaged, move the folder away: the run "
-                "then goes on from the learner's checkpoint with new trees"
-            ) from exc
+            os.close(self._lock)
+            raise SetupError(f"the journal in {folder} cannot be opened: {exc}; {MOVE_AWAY}") from exc
+        if missing > 0:
+            self._env.close()
+            os.close(self._lock)
+            raise SetupError(f"the journal in {folder} is damaged: {missing} bytes are cut off its end; {MOVE_AWAY}")
         self._open = _Chunk(1)
         self._closed: list[_Chunk] = []
         self._in_flight: list[_Chunk] = []
@@ -332,21 +359,29 @@ class Journal:
                     for key in cursor.iternext(keys=True, values=False) if cursor.first() else ():
                         sizes[_U64.unpack(key)[0]] = 0
         except (lmdb.Error, struct.error, ValueError) as exc:
-            raise SetupError(f"the journal in {self.folder} cannot be read ({exc}); move the folder away") from exc
+            raise SetupError(f"the journal in {self.folder} cannot be read ({exc}); {MOVE_AWAY}") from exc
         known = state.pop(_META, None)
         if known is not None and known != str(FORMAT).encode():
             raise SetupError(
                 f"the journal in {self.folder} has format {known.decode(errors='replace')}, this program reads "
                 f"{FORMAT}: finish the run with the program that began it, or move the folder away"
             )
+        owner = state.pop(_OWNER, b"").decode(errors="replace")
+        if self._run and owner not in ("", self._run):
+            raise SetupError(
+                f"the journal in {self.folder} belongs to run {owner!r}, this is run {self._run!r}; put each run's "
+                "journal back into its own folder"
+            )
+        if self._run and not owner:
+            self.put(_OWNER, self._run.encode())
         if known is None:
             self.put(_META, str(FORMAT).encode())
         if len(rows) % ROW.itemsize:
-            raise SetupError(f"the journal in {self.folder} is damaged: its rows end amid one; move the folder away")
+            raise SetupError(f"the journal in {self.folder} is damaged: its rows end amid one; {MOVE_AWAY}")
         found = np.frombuffer(rows, dtype=ROW)
         missing = set(np.unique(found["chunk"]).tolist()) - sizes.keys()
         if missing:
-            raise SetupError(f"the journal in {self.folder} is damaged: chunk {min(missing)} is missing; move it away")
+            raise SetupError(f"the journal in {self.folder} is damaged: chunk {min(missing)} is missing; {MOVE_AWAY}")
         for chunk, size in zip(found["chunk"].tolist(), found["nbytes"].tolist(), strict=True):
             sizes[chunk] += size
         counts = np.unique(found["chunk"], return_counts=True)
@@ -510,6 +545,13 @@ def _lock(folder: Path) -> int:
         os.close(lock)
         raise SetupError(f"the journal in {folder} is in use by another buffer; stop that one first") from None
     return lock
+
+
+def _missing_bytes(env: lmdb.Environment, file: Path) -> int:
+    """How much shorter the file is than its pages: one beyond the end of a mapped file ends the process when it is
+    looked at."""
+    pages: int = env.info()["last_pgno"] + 1
+    return pages * int(env.stat()["psize"]) - file.stat().st_size
 
 
 def _cut(value: Any, place: Place) -> memoryview:

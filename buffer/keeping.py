@@ -99,6 +99,7 @@ class Keeping:
                 finished=self._state.finished,
                 highest_priority=self._state.pool.highest,
                 saved_step=self._state.saved_step,
+                tasks=dict(self._state.tasks),
             ),
             kept.SINCE: kept.KeptSince(
                 produced=since.produced, turns=since.turns, counts=dict(since.counts), means=since.means
@@ -185,6 +186,7 @@ class Keeping:
         self._state.incarnation = rest.incarnation + 1
         ledger.prefix = f"b{self._state.incarnation}"
         self._state.saved_step, self._state.anew = rest.saved_step, False
+        self._state.tasks.update(rest.tasks)
         ledger.next_task, ledger.next_number = rest.next_task, rest.next_number
         ledger.again.extend(Again(each.task_index, each.attempts) for each in rest.again)
         ledger.given_up = self._state.given_up_before = rest.given_up

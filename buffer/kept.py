@@ -133,6 +133,7 @@ class KeptRest(_Kept):
     finished: bool = False
     highest_priority: float = 1.0
     saved_step: int = 0
+    tasks: dict[str, int] = {}
 
 
 class KeptSince(_Kept):

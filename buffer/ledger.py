@@ -342,6 +342,13 @@ class Ledger:
                     unknown.append(held)
         return unknown
 
+    def forgive(self, away_s: float, now: float) -> None:
+        """The buffer stood still for so long: nobody was silent or late in that time."""
+        for actor in self._heard:
+            self._heard[actor] = now
+        for held in self._held.values():
+            held.expires_at += away_s
+
     def lapsed(self, now: float) -> list[Held]:
         """Leases whose time is over or whose holder is silent; each wants ``reissue`` or ``end``."""
         gone = [actor for actor, heard in self._heard.items() if now - heard > FORGOTTEN_S]

@@ -72,22 +72,17 @@ Found = TypeVar("Found")
 LEASE_WAIT_S = 0.5
 """A request for leases waits this long for admission before it is answered with none."""
 TICK_S = 0.5
+AWAY_S = 2.0
+"""A look at the leases that is late by more was not merely busy."""
 """How often leases are looked after."""
 FAREWELL_S = 5.0
 """After the run's end: how long actors have to hear of it."""
 SETTLE_S = 0.2
 """After the last answer: how long the sockets stay open, for acknowledgements and repeats."""
-JOURNAL_DIR = "journal"
 SETTLE_WAIT_S = 5.0
 """An answer waits no longer for the disk; it then says that the disk is what is waited for."""
 MOVE_CHUNKS = 8
 """Mostly dead chunks that are emptied at a time."""
-
-
-def journal_folder(config: Config, rundir: RunDir) -> Path:
-    """Where the journal of a run lies."""
-    folder = config.buffer.journal_dir
-    return rundir.path / JOURNAL_DIR if folder is None else folder / rundir.run_id
 
 
 class BufferService:
@@ -127,12 +122,12 @@ class BufferService:
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         buffer = config.buffer
         if journal is None and rundir is not None:
-            journal = journal_folder(config, rundir)
+            journal = rundir.journal
         if journal is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="atpo-journal-")
             journal = Path(self._scratch.name)
         self.journal = Journal(
-            journal, max_bytes=buffer.max_bytes, sync=buffer.journal_sync, gather_s=buffer.commit_ms / 1000
+            journal, run=run, max_bytes=buffer.max_bytes, sync=buffer.journal_sync, gather_s=buffer.commit_ms / 1000
         )
         recovered = self.journal.recover()
         self.state = BufferState(
@@ -238,9 +233,16 @@ class BufferService:
 
     async def _look_after_leases(self) -> None:
         """Expire leases of the silent and the late.  Waits for: the clock."""
+        looked = self._clock()
         while True:
             await asyncio.sleep(TICK_S)
-            now = self._clock()
+            looked, away_s, now = self._clock(), self._clock() - looked - TICK_S, self._clock()
+            if away_s > AWAY_S:
+                # Stopped, or its machine slept: nobody could reach it, so nobody was late.
+                log.warning("the buffer itself stood still for %.1f s; every lease gets that time again", away_s)
+                self.state.ledger.forgive(away_s, now)
+                await asyncio.sleep(TICK_S)
+                now = self._clock()
             # The link's own heartbeats count: an actor that waits for its engine reports late but lives.
             for name, peer in self.actors.peers.items():
                 self.state.ledger.heard(name, now - peer.silent_s)

@@ -144,6 +144,9 @@ class BufferState:
         self.finished = False
         self.saved_step = 0
         """Batches below are in a checkpoint of the learner, by its own word."""
+        self.tasks: Counter[str] = Counter()
+        """What became of training tasks: ``trained`` on at least once, ``no_signal``, ``failed`` (too few leaves),
+        ``retired`` (too old before their last use)."""
         self.anew = True
         """Nothing was found that an earlier buffer of this run kept."""
         self.gauges: Callable[[], dict[str, float]] = dict
@@ -293,6 +296,7 @@ class BufferState:
         reason = unusable(tree)
         if reason is not None:
             self.since.counts[f"dropped_{reason}"] += 1
+            self.tasks["failed"] += 1
             self.ledger.settled(tree.task_index)
             self._forget(whole)
             return
@@ -329,6 +333,7 @@ class BufferState:
         """Into the pool, unless nothing can be learnt from it."""
         if priority == 0:
             self.since.counts["no_signal_trees"] += 1
+            self.tasks["no_signal"] += 1
             self.partial_uses.pop(tree.tree_id, None)
             self.ledger.settled(tree.task_index)
             self._forget(tree)
@@ -371,6 +376,7 @@ class BufferState:
         if gone.uses == 0:
             self._lease_again(tree.task_index)
         else:
+            self.tasks["retired"] += gone.cause == "retired"
             self.ledger.settled(tree.task_index)
         self.partial_uses.pop(tree_id, None)
         self._forget(tree)
@@ -417,6 +423,7 @@ class BufferState:
             case "surplus":
                 self.since.counts["dropped_surplus"] += 1
         if fate == "no_signal":
+            self.tasks["no_signal"] += 1
             self.ledger.settled(tree.task_index)
         else:
             self._lease_again(tree.task_index, in_vain=fate == "inexact")
@@ -538,13 +545,21 @@ class BufferState:
                 return None
             if not len(self.pool):
                 return Exhausted(
-                    reason=f"all run.max_tasks = {self._config.run.max_tasks} tasks are done, "
-                    f"{self.ledger.given_up} of them given up"
+                    reason=f"all run.max_tasks = {self._config.run.max_tasks} tasks are done: {self._account()}"
                 )
         beta = annealed_beta(request.step, start=self._config.buffer.weight_exponent, num_steps=self._beta_steps)
         metrics = self._flush(now)
         served = self._serve(request, self.pool.draw(request.num_trees, rng=self.rng, beta=beta), metrics)
         return self._share(served, request)
+
+    def _account(self) -> str:
+        """What became of the tasks so far."""
+        tasks = self.tasks
+        retired = f" ({tasks['retired']} of them fewer times than meant, too old by then)" if tasks["retired"] else ""
+        return (
+            f"{tasks['trained']} trained on{retired}, {tasks['no_signal']} without signal, {tasks['failed']} failed, "
+            f"{self.ledger.given_up} given up"
+        )
 
     def _is_drained(self) -> bool:
         """Whether no further tree will come: ``run.max_tasks`` are leased, none is under way or with the learner."""
@@ -654,6 +669,7 @@ class BufferState:
     def _confirm(self, served: Served) -> None:
         if not served.confirmed:
             served.confirmed = True
+            self.tasks["trained"] += sum(each.uses == 1 for each in served.drawn)
             self.changed_batches.add(served.step)
             self.pool.confirm(served.tree_ids, served.priorities)
             self._see_off()
@@ -717,6 +733,7 @@ class BufferState:
         for each in served.drawn:
             before = each.uses - 1
             tree_id = each.tree_id
+            self.tasks["trained"] -= before == 0
             if tree_id in self.spent:
                 tree, place, _ = self.spent.pop(tree_id)
                 self.spent_nbytes -= tree.nbytes
@@ -861,6 +878,8 @@ class BufferState:
             "buffer/priority_mean": self.pool.mean_priority,
             "buffer/bad_messages": counts["bad_messages"],
             "buffer/turns_per_s": since.turns / max(now - since.began_s, 1e-9),
+            **{f"tasks/{name}": self.tasks[name] for name in ("trained", "no_signal", "failed", "retired")},
+            "tasks/given_up": self.ledger.given_up,
             **self.gauges(),
         }
         self._left_before = Counter(self.pool.left)

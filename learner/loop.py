@@ -242,6 +242,8 @@ class Learner:
         """Resume, publish the first weights, and evaluate them before anything is learned."""
         resumed = await self.torch_thread(self._resume)
         self.version = await self.torch_thread(self._next_version)
+        if self.config.learner.lineage:
+            write_start(self.rundir.path / LINEAGE_FILE, step=self.step, version=self.version, rank=self._rank)
         began = self._now
         announcement = await self.torch_thread(self._store)
         evaluate = self.config.eval.at_start and not resumed and self._rank == 0
@@ -562,9 +564,8 @@ class Learner:
             )
         await self._write(self.step, self.version, found)
         self.log.info(
-            "step %d: reward %.3f, lag %.2f, waited %.2f s, step %.2f s",
-            self.step, found.get("train/reward", float("nan")), found.get("lag/mean", float("nan")), waited_s,
-            learned.step_s,
+            "step %d: reward %s, lag %s, waited %.2f s, step %.2f s",
+            self.step, _told(found.get("train/reward"), 3), _told(found.get("lag/mean"), 2), waited_s, learned.step_s,
         )  # fmt: skip
 
     async def _write(self, step: int, version: int, found: Mapping[str, float]) -> None:
@@ -673,12 +674,18 @@ class Learner:
                 await self._unless_stopping(asyncio.sleep(0.5))
 
 
-def write_lineage(path: Path, batch: Batch, *, version: int, rank: int) -> None:
-    """Append what a rank has trained on: one JSON object a line.
+def _told(value: float | None, digits: int) -> str:
+    """For the log: a step may have nothing new."""
+    return "–" if value is None else f"{value:.{digits}f}"
 
-    A learner that falls back to a checkpoint writes the steps after it once more, with higher versions: of a step and
-    rank the line with the highest version counts.
-    """
+
+def write_start(path: Path, *, step: int, version: int, rank: int) -> None:
+    """Append that a learner starts at ``step``: lines before this one of that step and later count no more."""
+    _append(path, {"starts_at": step, "rank": rank, "version": version})
+
+
+def write_lineage(path: Path, batch: Batch, *, version: int, rank: int) -> None:
+    """Append what a rank has trained on, one JSON object a line; those that ``write_start`` leaves made the weights."""
     line = {
         "step": batch.step,
         "rank": rank,
@@ -689,6 +696,10 @@ def write_lineage(path: Path, batch: Batch, *, version: int, rank: int) -> None:
             for t in batch.trees
         ],
     }
+    _append(path, line)
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(fd, json.dumps(line, separators=(",", ":")).encode() + b"\n")

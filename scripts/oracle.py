@@ -213,7 +213,7 @@ class Run:
         for line in lines:
             with contextlib.suppress(ValueError):
                 found.append(json.loads(line))
-        return found
+        return [line for line in found if "starts_at" not in line]
 
     def processes_of(self, role: str) -> list[int]:
         """Those of a role and what they started; all of the run, the supervisor last, where ``role`` is "all"."""

@@ -78,6 +78,16 @@ def test_leases_go_through_the_tasks_in_order_with_seeds_of_their_own() -> None:
     assert len({h.tree_id for h in held} | {h.seed for h in held}) == 6
 
 
+def test_time_in_which_the_buffer_stood_still_counts_for_nobody() -> None:
+    made = ledger()
+    made.publish(0)
+    (tree_id,) = granted(made, 1)
+    made.forgive(30.0, 31.0)
+    assert made.lapsed(31.0) == []
+    assert made.lapsed(36.0) == []
+    assert [held.tree_id for held in made.lapsed(41.5)] == [tree_id]
+
+
 def test_a_lease_whose_answer_was_lost_goes_to_another_after_a_few_reports_without_it() -> None:
     made = ledger()
     made.publish(0)

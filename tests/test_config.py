@@ -354,3 +354,11 @@ def test_sampling_from_a_cut_distribution_needs_the_bias_accepted() -> None:
 def test_an_optimizer_constant_out_of_range_is_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match=r"learner\.betas\.1 must be < 1, got 2"):
         build({"learner": {"betas": [0.9, 2]}})
+
+
+def test_tasks_that_the_steps_would_leave_out_are_refused_with_the_steps_they_need() -> None:
+    with pytest.raises(
+        ConfigError, match=r"may take 13 batches .*run\.steps = 12 would end before: set --run\.steps 13"
+    ):
+        build({"run": {"max_tasks": 50, "steps": 12}, "staleness": {"trees_per_batch": 8, "max_uses": 2}})
+    assert build({"run": {"max_tasks": 50, "steps": 13}, "staleness": {"trees_per_batch": 8, "max_uses": 2}})

@@ -327,6 +327,41 @@ async def test_a_journal_of_another_format_is_refused_with_the_way_out(tmp_path:
             journal.recover()
 
 
+async def test_another_runs_journal_is_refused_with_both_named(tmp_path: Path) -> None:
+    async with opened(tmp_path, run="one") as journal:
+        journal.recover()
+        await journal.settle()
+    async with opened(tmp_path, run="other") as journal:
+        with pytest.raises(SetupError, match="belongs to run 'one', this is run 'other'"):
+            journal.recover()
+    async with opened(tmp_path, run="one") as journal:
+        assert journal.recover().state == {}
+
+
+async def test_a_journal_whose_end_is_cut_off_is_refused_before_anybody_looks_there(tmp_path: Path) -> None:
+    async with opened(tmp_path) as journal:
+        journal.recover()
+        for number in range(1, 200):
+            keep(journal, number, nbytes=8192)
+        await journal.settle()
+    file = tmp_path / "data.mdb"
+    os.truncate(file, file.stat().st_size - (1 << 20))
+    with pytest.raises(SetupError, match=r"is damaged: \d+ bytes are cut off its end"):
+        opened(tmp_path)
+
+
+def test_a_full_disk_is_named_before_anything_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journals, "LEAST_FREE_BYTES", 1 << 60)
+    with pytest.raises(SetupError, match=r"bytes left, the journal needs .*set buffer\.journal_dir to another disk"):
+        opened(tmp_path)
+
+
+def test_a_folder_that_cannot_be_is_named_with_the_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SetupError, match=r"file/j cannot be used: .*set buffer\.journal_dir"):
+        opened(tmp_path / "file" / "j")
+
+
 def test_a_file_that_is_no_journal_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "data.mdb").write_bytes(os.urandom(64 << 10))
     with pytest.raises(SetupError, match=r"cannot be opened.*move the folder away"):

@@ -523,7 +523,8 @@ async def test_the_lineage_says_what_each_batch_was_trained_on_and_only_if_asked
     assert not (quiet.path / loop.LINEAGE_FILE).exists()
     rundir = RunDir.create(make_config(tmp_path, model, eval=evaluation, learner={"lineage": True}))
     await asyncio.wait_for(learn(context(rundir, endpoint)), WAIT_S)
-    lines = [json.loads(line) for line in (rundir.path / loop.LINEAGE_FILE).read_text().splitlines()]
+    start, *lines = [json.loads(line) for line in (rundir.path / loop.LINEAGE_FILE).read_text().splitlines()]
+    assert start == {"starts_at": 0, "rank": 0, "version": 0}
     assert [(line["step"], line["rank"], line["version"], line["batch_id"]) for line in lines] == [
         (i, 0, i, i) for i in range(3)
     ]
