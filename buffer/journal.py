@@ -55,6 +55,7 @@ SPARE_BYTES = 64 << 20
 _U64 = struct.Struct(">Q")
 _META, _OWNER = b"meta", b"run"
 LEAST_FREE_BYTES = 4 << 20
+MAX_READERS = 8192
 MOVE_AWAY = (
     "if it cannot be mended move the folder away: the run then goes on from the learner's checkpoint, what was kept is "
     "gone and its tasks begin at 0 once more"
@@ -163,7 +164,8 @@ class Journal:
                 # The payload is read at random; what the kernel would read ahead is not needed.
                 readahead=False,
                 meminit=False,
-                max_readers=64,
+                # Of every load that waits for its turn; as many as there may be peers, and more.
+                max_readers=MAX_READERS,
             )
             missing = _missing_bytes(self._env, folder / "data.mdb")
             if missing <= 0:
@@ -318,6 +320,8 @@ class Journal:
 
     async def load(self, places: Sequence[Place]) -> list[bytes]:
         """Records, read in a thread: the disk may have to be waited for."""
+        if not places:
+            return []
         found: list[bytes | None] = []
         pending = self._uncommitted
         for place in places:

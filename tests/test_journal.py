@@ -100,6 +100,13 @@ async def test_a_load_under_way_sees_what_a_commit_takes_away(journal: Journal) 
     assert await loading == [record(1), record(2), record(3)]
 
 
+async def test_as_many_may_load_at_once_as_there_are_peers(journal: Journal) -> None:
+    entry = keep(journal, 1)
+    await journal.settle()
+    found = await asyncio.gather(*(journal.load([entry.place]) for _ in range(5000)))
+    assert all(each == [record(1)] for each in found)
+
+
 async def test_the_last_record_of_a_chunk_frees_it(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
         journal.recover()
