@@ -79,6 +79,8 @@ FAREWELL_S = 5.0
 """After the run's end: how long actors have to hear of it."""
 SETTLE_S = 0.2
 """After the last answer: how long the sockets stay open, for acknowledgements and repeats."""
+LEASES_SHARE = 0.5
+"""Of links.max_message_bytes: what turns already committed may take of an answer with leases."""
 SETTLE_WAIT_S = 5.0
 """An answer waits no longer for the disk; it then says that the disk is what is waited for."""
 MOVE_CHUNKS = 8
@@ -364,7 +366,7 @@ class BufferService:
         else:
             self._admission.goes_on(leases.closed_because or "admission", on=self._admits())
         if leases.leases:
-            leases = await self._with_turns(leases)
+            leases = await self._with_turns(self._as_many_as_fit(peer, leases))
             try:
                 # Before the lease is out: a buffer started after a kill must know of it.
                 await self.journal.settle(timeout_s=SETTLE_WAIT_S)
@@ -385,6 +387,20 @@ class BufferService:
             return waits.DISK
         evaluating = any(e.blocking and not e.done for e in self.state.ledger.evaluations.values())
         return "actors" if evaluating and self.state.ledger.published is not None else "learner"
+
+    def _as_many_as_fit(self, peer: str, leases: Leases) -> Leases:
+        """Leases whose turns fit into one answer, one at least; the others go back, to be asked for again."""
+        room, fitting = self._config.links.max_message_bytes * LEASES_SHARE, 0
+        for lease in leases.leases:
+            committed = lease.committed
+            room -= int(committed.rows["nbytes"].sum()) if isinstance(committed, StoredTurns) else 0
+            if room < 0 and fitting:
+                break
+            fitting += 1
+        if fitting == len(leases.leases):
+            return leases
+        self.state.returned(peer, [lease.tree_id for lease in leases.leases[fitting:]])
+        return msgspec.structs.replace(leases, leases=leases.leases[:fitting])
 
     async def _with_turns(self, leases: Leases) -> Leases:
         """The turns that are there already, read from the journal."""

@@ -103,8 +103,8 @@ def leaf(lease: Lease, turn_id: int, reward: float, *, tokens: int = 3, version:
     )  # fmt: skip
 
 
-def inner(lease: Lease, turn_id: int) -> Turn:
-    return msgspec.structs.replace(leaf(lease, turn_id, 0.0), end="continue", reward=None, success=None)
+def inner(lease: Lease, turn_id: int, *, tokens: int = 3) -> Turn:
+    return msgspec.structs.replace(leaf(lease, turn_id, 0.0, tokens=tokens), end="continue", reward=None, success=None)
 
 
 def opened(lease: Lease) -> TreeOpened:
@@ -808,6 +808,23 @@ def test_trees_kept_for_a_checkpoint_ask_for_one_when_they_take_the_room() -> No
     state.checkpointed(Checkpointed(run="r", step=step, version=step))
     assert not state.checkpoint_wanted
     assert state.nbytes == 0
+
+
+async def test_leases_with_more_turns_than_an_answer_holds_come_in_several() -> None:
+    config = configured(links={"max_message_bytes": 1 << 16})
+    async with running(config) as peers:
+        await peers.tell(published())
+        leases = await peers.leases(4)
+        for lease in leases:
+            await peers.send(opened(lease), *(inner(lease, i, tokens=1000) for i in range(1, 4)))
+        await peers.actor.request(hello(config), timeout_s=SOON_S)
+        again: list[Lease] = []
+        while len(again) < 4:
+            found = await peers.leases(4)
+            assert 1 <= len(found) < 4
+            again += found
+        assert sorted(lease.tree_id for lease in again) == sorted(lease.tree_id for lease in leases)
+        assert all(len(list(lease.committed)) == 3 for lease in again)
 
 
 async def test_a_second_buffer_on_the_same_journal_is_refused(tmp_path: Path) -> None:
