@@ -293,16 +293,22 @@ class Journal:
                 self.chunk_bytes -= live.size
                 self._freed.append(chunk)
 
-    async def settle(self, *, timeout_s: float | None = None) -> None:
+    async def settle(self, *, timeout_s: float | None = None, at_once: bool = False) -> None:
         """Returns once all that was handed over, or can be collected, before this call is committed.
 
         Waits for: the disk.  Unblocked by: the commit.
+
+        Args:
+            timeout_s: None for no end.
+            at_once: the commit does not wait for more to come; for somebody who has nothing else to do.
 
         Raises:
             TimeoutError: not within ``timeout_s``.
         """
         self._wanted += 1
         ticket = self._wanted
+        if at_once:
+            self._full.set()
         self._asked.set()
         with waits.waiting("the buffer", "a commit", on=waits.DISK, limit_s=timeout_s):
             async with asyncio.timeout(timeout_s), self._settled:
@@ -442,7 +448,7 @@ class Journal:
         while True:
             await self._asked.wait()
             self._asked.clear()
-            if self.gather_s and self._messages < GROUP_MESSAGES:
+            if self.gather_s and not self._full.is_set():
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self.gather_s):
                         await self._full.wait()

@@ -491,10 +491,14 @@ class BufferService:
             )
         self._trees.over()
         waits.progress("batches")
-        batch = share if isinstance(share, Exhausted) else share.batch(await self.journal.load(share.places))
         try:
             # Before the batch is out: whoever serves after a kill must give every rank its share of the same one.
-            await self.journal.settle(timeout_s=SETTLE_WAIT_S)
+            settling = asyncio.ensure_future(self.journal.settle(timeout_s=SETTLE_WAIT_S, at_once=True))
+            try:
+                batch = share if isinstance(share, Exhausted) else share.batch(await self.journal.load(share.places))
+                await settling
+            finally:
+                settling.cancel()
         except TimeoutError:
             return NotYet(
                 waiting_for=f"the buffer's journal cannot be written: {self.journal.failing or 'its disk is slow'}",
