@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from atpo_async.status import ENDED, ENDING, Picture, Wait, duration
-from atpo_async.waits import OWN_PARTS
+from atpo_async.waits import DISK, OWN_PARTS
 
 SILENT_S = 5.0
 """A picture that has not been renewed for so long: the status thread, which writes one a second, does not run."""
@@ -332,6 +332,8 @@ def _chain(
         words = f"{subject} waits {duration(wait.since_s)} for {wait.what} from {target}"
         if target == ACTORS:
             return [start, target], [words, "of which none is there"]
+        if target == DISK:
+            return [start, target], [words]
         if target in path:
             circle = circle or ([start, target], [words, CLOSED])
             continue

@@ -240,6 +240,14 @@ def test_a_wait_does_not_lead_back_where_another_one_leads_on() -> None:
     ]
 
 
+def test_the_disk_is_an_end_of_its_own() -> None:
+    learner = picture("learner", waits=(wait("batch 3", "buffer", 60.0),))
+    buffer = picture("buffer", waits=(wait("a commit", "disk", 50.0),))
+    assert said(learner, buffer) == [
+        "learner waits 60 s for batch 3 from buffer, which waits 50 s for a commit from disk"
+    ]
+
+
 def test_of_a_role_without_a_picture_nothing_is_known() -> None:
     (sentence,) = said(picture("learner", waits=(wait("batch 3", "buffer"),)))
     assert sentence.endswith("for batch 3 from buffer, of which nothing is known here")
