@@ -45,8 +45,11 @@ from atpo_async.messages import (
 )
 from atpo_async.rundir import Endpoints, RunDir
 from atpo_async.tree import Turn, VersionSpan
+from buffer import journal as journals
+from buffer import service as services
 from buffer.assembly import TreeMessage
 from buffer.journal import Journal
+from buffer.keeping import Keeping
 from buffer.service import BufferService
 from buffer.state import BufferState
 
@@ -808,6 +811,48 @@ def test_trees_kept_for_a_checkpoint_ask_for_one_when_they_take_the_room() -> No
     state.checkpointed(Checkpointed(run="r", step=step, version=step))
     assert not state.checkpoint_wanted
     assert state.nbytes == 0
+
+
+async def test_what_is_left_of_a_mostly_dead_chunk_is_moved_and_still_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journals, "SPARE_BYTES", 1)
+    monkeypatch.setattr(services, "TICK_S", 0.01)
+    moved, relocate = asyncio.Event(), Keeping.relocate
+
+    def watched(self: Keeping, *args: Any) -> int:
+        number = relocate(self, *args)
+        if number:
+            moved.set()
+        return number
+
+    monkeypatch.setattr(Keeping, "relocate", watched)
+    config = configured(
+        run={"dir": tmp_path, "name": "r"}, staleness={"trees_per_batch": 2, "max_lag": 50}, buffer={"commit_ms": 50}
+    )
+    rundir = RunDir.create(config)
+    async with running(config, rundir=rundir) as peers:
+        await peers.tell(published())
+        leases = await peers.leases(12)
+        # All in one group, so in one chunk; ten of the trees have no signal and go, one grows on, one is ready.
+        for lease in leases:
+            for message in [opened(lease), leaf(lease, 1, 1.0, tokens=50)]:
+                await peers.actor.send(message)
+        await peers.actor.drain(timeout_s=SOON_S)
+        for lease in leases[:10]:
+            await peers.send(leaf(lease, 2, 1.0), closed(lease, 2))
+        await peers.send(leaf(leases[10], 2, 0.0, tokens=40), closed(leases[10], 2))
+        await asyncio.wait_for(moved.wait(), SOON_S)
+        await peers.send(leaf(leases[11], 2, 0.0, tokens=30), closed(leases[11], 2))
+        batch = await peers.batch(ask())
+        kept = {t.tree_id: [turn.action.tolist() for turn in t.turns] for t in batch.trees}
+        assert kept == {
+            leases[10].tree_id: [list(range(50)), list(range(40))],
+            leases[11].tree_id: [list(range(50)), list(range(30))],
+        }
+    async with running(config, rundir=rundir) as peers:
+        again = await peers.batch(ask())
+        assert {t.tree_id: [turn.action.tolist() for turn in t.turns] for t in again.trees} == kept
 
 
 async def test_leases_with_more_turns_than_an_answer_holds_come_in_several() -> None:
