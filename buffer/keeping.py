@@ -96,7 +96,6 @@ class Keeping:
                 version=self._state.version,
                 weights_endpoint=self._state.weights_endpoint,
                 announce_endpoint=self._state.announce_endpoint,
-                finished=self._state.finished,
                 highest_priority=self._state.pool.highest,
                 saved_step=self._state.saved_step,
                 tasks=dict(self._state.tasks),
@@ -193,8 +192,6 @@ class Keeping:
         ledger.published, ledger.next_version = rest.published, rest.next_version
         self._state.next_batch, self._state.step, self._state.version = rest.next_batch, rest.step, rest.version
         self._state.weights_endpoint, self._state.announce_endpoint = rest.weights_endpoint, rest.announce_endpoint
-        # A run that had ended and is started again goes on: its learner says anew when it is over.
-        self._state.finished = False
         since = kept.read(state, kept.SINCE, kept.KeptSince)
         if since is not None:
             self._state.since.produced, self._state.since.turns = since.produced, since.turns

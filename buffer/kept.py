@@ -130,7 +130,6 @@ class KeptRest(_Kept):
     version: int = 0
     weights_endpoint: str = ""
     announce_endpoint: str = ""
-    finished: bool = False
     highest_priority: float = 1.0
     saved_step: int = 0
     tasks: dict[str, int] = {}

@@ -344,7 +344,12 @@ class BufferState:
             return
         uses, leaves = self.partial_uses.pop(tree.tree_id, (0, 0))
         if uses and tree.num_leaves <= leaves and tree.tree_id not in self.pool:
-            self._spend(tree, kept.KeptPlace(priority=priority, uses=uses, limit=uses, entered=0))
+            place = kept.KeptPlace(priority=priority, uses=uses, limit=uses, entered=0)
+            had_it = [step for step, served in self.batches.items() if tree.tree_id in served.tree_ids]
+            if had_it:
+                self._spend(tree, place, max(had_it))
+            else:
+                self._forget(tree)
             return
         self.pool.add(tree, priority=priority, uses=uses)
         self._make_room()
@@ -355,23 +360,26 @@ class BufferState:
         self.pool.shrink(max(rest, 0), self._config.buffer.max_trees)
         self._see_off()
 
-    def _see_off(self) -> None:
-        """Trees that left the pool: kept for a learner that falls back, leased again, or forgotten."""
+    def _see_off(self, *, confirmed: int = -1) -> None:
+        """Trees that left the pool: kept for a learner that falls back, leased again, or forgotten.
+
+        Args:
+            confirmed: step of the batch whose confirmation used some of them up.
+        """
         while self.pool.gone:
             gone, self.pool.gone = self.pool.gone, []
             for each in gone:
-                self._left_the_pool(each)
+                self._left_the_pool(each, confirmed)
 
-    def _left_the_pool(self, gone: Gone) -> None:
+    def _left_the_pool(self, gone: Gone, confirmed: int) -> None:
         tree = gone.tree
         tree_id = tree.tree_id
         if tree_id in self.assembly or tree_id in self.late:
             return  # it still grows, or comes back with what grew meanwhile
         if gone.cause == "used":
             self.ledger.settled(tree.task_index)
-            self._spend(
-                tree, kept.KeptPlace(priority=gone.priority, uses=gone.uses, limit=gone.uses, entered=0)
-            )  # fmt: skip
+            place = kept.KeptPlace(priority=gone.priority, uses=gone.uses, limit=gone.uses, entered=0)
+            self._spend(tree, place, confirmed)
             return
         if gone.uses == 0:
             self._lease_again(tree.task_index)
@@ -385,13 +393,9 @@ class BufferState:
         if not self.ledger.lease_again(task, in_vain=in_vain):
             log.warning("task %d given up: its trees came too late, or found no room, too often", task)
 
-    def _spend(self, tree: TreeEntry, place: kept.KeptPlace) -> None:
-        """Used up; but a learner that falls back behind its last batch trains on it again."""
-        steps = [step for step, served in self.batches.items() if tree.tree_id in served.tree_ids]
-        if not steps:
-            self._forget(tree)
-            return
-        self.spent[tree.tree_id] = (tree, place, max(steps))
+    def _spend(self, tree: TreeEntry, place: kept.KeptPlace, step: int) -> None:
+        """Used up by the batch of ``step``; but a learner that falls back behind it trains on it again."""
+        self.spent[tree.tree_id] = (tree, place, step)
         self.spent_nbytes += tree.nbytes
         self.changed.add(tree.tree_id)
 
@@ -672,7 +676,7 @@ class BufferState:
             self.tasks["trained"] += sum(each.uses == 1 for each in served.drawn)
             self.changed_batches.add(served.step)
             self.pool.confirm(served.tree_ids, served.priorities)
-            self._see_off()
+            self._see_off(confirmed=served.step)
             self._offer_late(served.tree_ids)
 
     def checkpointed(self, message: Checkpointed) -> None:
