@@ -15,6 +15,8 @@ from atpo_async.config import Config, build
 from atpo_async.messages import Batch, BatchTree
 from atpo_async.tree import Turn, spans_of
 from learner.model import Policy
+from learner.warm_start import Recipe, make_policy
+from tests.e2e_support import WORLD
 
 VOCAB = 31
 
@@ -100,3 +102,19 @@ def batch_of(trees: tuple[BatchTree, ...], whole: tuple[BatchTree, ...], *, step
         num_turn_tokens=sum(t.num_turn_tokens for t in credited), trees=trees,
         metrics={"train/reward": 0.25, "train/success": 0.5},
     )  # fmt: skip
+
+
+def small_policy(folder: Path, *, steps: int) -> Path:
+    """Two layers of width 64, warm-started on one-hop questions; 60 steps let it answer a third of them."""
+    recipe = Recipe(
+        steps=steps,
+        min_hops=WORLD["hops"],
+        max_hops=WORLD["hops"],
+        num_names=WORLD["num_names"],
+        num_relations=WORLD["num_relations"],
+        mixed_up=0,
+        layers=2,
+        width=64,
+    )
+    make_policy(folder, recipe, device="cpu", num_threads=1)
+    return folder

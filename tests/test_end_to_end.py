@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from learner.warm_start import Recipe, make_policy
-from tests.e2e_support import STEPS, WORLD, Job, job, running
+from tests.e2e_support import STEPS, Job, job, running
+from tests.learner_support import small_policy
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc"),
@@ -55,19 +55,7 @@ ALL_STEPS = list(range(1, STEPS + 1))
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two layers of width 64 that answer a third of their one-hop questions."""
-    recipe = Recipe(
-        steps=60,
-        min_hops=WORLD["hops"],
-        max_hops=WORLD["hops"],
-        num_names=WORLD["num_names"],
-        num_relations=WORLD["num_relations"],
-        mixed_up=0,
-        layers=2,
-        width=64,
-    )
-    path = tmp_path_factory.mktemp("policy") / "policy"
-    make_policy(path, recipe, device="cpu", num_threads=1)
-    return path
+    return small_policy(tmp_path_factory.mktemp("policy") / "policy", steps=60)
 
 
 def ended_well(run: Job, code: int) -> None:

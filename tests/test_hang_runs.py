@@ -17,8 +17,8 @@ import pytest
 from actors import transformers_engine
 from atpo_async import cli, waits
 from learner.loop import TorchThread
-from learner.warm_start import Recipe, make_policy
-from tests.e2e_support import DEADLINE_S, STEPS, WORLD, GatedHopQA, Job, Process, job
+from tests.e2e_support import DEADLINE_S, STEPS, GatedHopQA, Job, Process, job
+from tests.learner_support import small_policy
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc"),
@@ -40,19 +40,7 @@ class HangingHopQA(GatedHopQA):
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    recipe = Recipe(
-        steps=20,
-        min_hops=WORLD["hops"],
-        max_hops=WORLD["hops"],
-        num_names=WORLD["num_names"],
-        num_relations=WORLD["num_relations"],
-        mixed_up=0,
-        layers=2,
-        width=64,
-    )
-    path = tmp_path_factory.mktemp("policy") / "policy"
-    make_policy(path, recipe, device="cpu", num_threads=1)
-    return path
+    return small_policy(tmp_path_factory.mktemp("policy") / "policy", steps=20)
 
 
 def ended(train: Process, role: str, why: str) -> list[str]:
