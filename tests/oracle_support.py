@@ -985,8 +985,8 @@ def _contradictions(rundir: RunDir, *, steps: int) -> list[str]:
         for key in state
         if key.startswith((kept.TREE, kept.BATCH))
     ]
-    if (rest.step, rest.finished, rest.again) != (steps - 1, True, ()) and (rest.step, rest.finished) != (steps, True):
-        found.append(f"the journal ends at step {rest.step} ({rest.finished=}, {rest.again=}), the lineage at {steps}")
+    if (rest.step, rest.again) != (steps - 1, ()) and rest.step != steps:
+        found.append(f"the journal ends at step {rest.step} ({rest.again=}), the lineage at {steps}")
     if rest.next_task != rundir.config.run.max_tasks or rest.given_up:
         found.append(f"the journal has leased tasks below {rest.next_task} and given up {rest.given_up} trees")
     return found
