@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 import struct
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -110,7 +111,8 @@ class Recovered:
 
 
 class Journal:
-    """One run's journal.  Use as an async context.
+    """One run's journal.  Use as an async context; one that is never entered lets its folder go when it is closed, or
+    collected as garbage.
 
     Args:
         folder: made if it is not there.
@@ -141,44 +143,18 @@ class Journal:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(folder).free
-            self._lock = _lock(folder)
+            lock = _lock(folder)
         except OSError as exc:
             raise SetupError(
                 f"the journal's folder {folder} cannot be used: {exc.strerror or exc}; set buffer.journal_dir to a "
                 "folder that this user can write"
             ) from exc
-        if free < LEAST_FREE_BYTES:
-            # LMDB maps its files: where the disk cannot hold their first pages the process would die without a word.
-            os.close(self._lock)
-            raise SetupError(
-                f"the disk of {folder} has {free} bytes left, the journal needs {LEAST_FREE_BYTES} to begin with; make "
-                "room there, or set buffer.journal_dir to another disk"
-            )
-        try:
-            self._env = lmdb.open(
-                str(folder),
-                map_size=max(MAP_FACTOR * max_bytes, MAP_LEAST_BYTES),
-                max_dbs=4,
-                sync=sync,
-                metasync=sync,
-                # The payload is read at random; what the kernel would read ahead is not needed.
-                readahead=False,
-                meminit=False,
-                # Of every load that waits for its turn; as many as there may be peers, and more.
-                max_readers=MAX_READERS,
-            )
-            missing = _missing_bytes(self._env, folder / "data.mdb")
-            if missing <= 0:
-                self._chunks = self._env.open_db(b"chunks")
-                self._rows = self._env.open_db(b"rows")
-                self._state = self._env.open_db(b"state")
-        except (OSError, lmdb.Error) as exc:
-            os.close(self._lock)
-            raise SetupError(f"the journal in {folder} cannot be opened: {exc}; {MOVE_AWAY}") from exc
-        if missing > 0:
-            self._env.close()
-            os.close(self._lock)
-            raise SetupError(f"the journal in {folder} is damaged: {missing} bytes are cut off its end; {MOVE_AWAY}")
+        with contextlib.ExitStack() as held:
+            held.callback(os.close, lock)
+            self._env = held.enter_context(self._mapped(free=free, max_bytes=max_bytes, sync=sync))
+            # Whoever forgets to close must not keep the folder from the next one in this process.
+            self._let_go = weakref.finalize(self, held.pop_all().close)
+        self._let_go.atexit = False  # the end of a process lets go by itself
         self._open = _Chunk(1)
         self._closed: list[_Chunk] = []
         self._in_flight: list[_Chunk] = []
@@ -206,6 +182,45 @@ class Journal:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="journal-read")
         self._committing: asyncio.Task[None] | None = None
 
+    def _mapped(self, *, free: int, max_bytes: int, sync: bool) -> lmdb.Environment:
+        """The tables, opened.  Raises SetupError."""
+        folder = self.folder
+        if free < LEAST_FREE_BYTES:
+            # LMDB maps its files: where the disk cannot hold their first pages the process would die without a word.
+            raise SetupError(
+                f"the disk of {folder} has {free} bytes left, the journal needs {LEAST_FREE_BYTES} to begin with; make "
+                "room there, or set buffer.journal_dir to another disk"
+            )
+        with contextlib.ExitStack() as held:
+            try:
+                env = held.enter_context(
+                    lmdb.open(
+                        str(folder),
+                        map_size=max(MAP_FACTOR * max_bytes, MAP_LEAST_BYTES),
+                        max_dbs=4,
+                        sync=sync,
+                        metasync=sync,
+                        # The payload is read at random; what the kernel would read ahead is not needed.
+                        readahead=False,
+                        meminit=False,
+                        # Of every load that waits for its turn; as many as there may be peers, and more.
+                        max_readers=MAX_READERS,
+                    )
+                )
+                missing = _missing_bytes(env, folder / "data.mdb")
+                if missing <= 0:
+                    self._chunks = env.open_db(b"chunks")
+                    self._rows = env.open_db(b"rows")
+                    self._state = env.open_db(b"state")
+            except (OSError, lmdb.Error) as exc:
+                raise SetupError(f"the journal in {folder} cannot be opened: {exc}; {MOVE_AWAY}") from exc
+            if missing > 0:
+                raise SetupError(
+                    f"the journal in {folder} is damaged: {missing} bytes are cut off its end; {MOVE_AWAY}"
+                )
+            held.pop_all()
+        return env
+
     async def __aenter__(self) -> Self:
         self.broken = asyncio.get_running_loop().create_future()
         self._committing = asyncio.create_task(self._commit_when_asked(), name="journal commits")
@@ -217,20 +232,18 @@ class Journal:
         await self.close()
 
     async def close(self, *, timeout_s: float = 5.0) -> None:
-        """Commit what is left, if the disk takes it in time, and close."""
-        if self._committing is None:
-            return
-        if self.broken is not None and not self.broken.done():
-            with contextlib.suppress(TimeoutError):
-                await self.settle(timeout_s=timeout_s)
-        self._committing.cancel()
-        await asyncio.gather(self._committing, return_exceptions=True)
-        self._committing = None
-        await asyncio.get_running_loop().run_in_executor(self._writer, lambda: None)
+        """Commit what is left, if the disk takes it in time, and close.  Of one never entered, only close."""
+        if self._committing is not None:
+            if self.broken is not None and not self.broken.done():
+                with contextlib.suppress(TimeoutError):
+                    await self.settle(timeout_s=timeout_s)
+            self._committing.cancel()
+            await asyncio.gather(self._committing, return_exceptions=True)
+            self._committing = None
+            await asyncio.get_running_loop().run_in_executor(self._writer, lambda: None)
         self._writer.shutdown(wait=True)
         self._reader.shutdown(wait=True)
-        self._env.close()
-        os.close(self._lock)
+        self._let_go()
 
     # --- handing over ------------------------------------------------------------------------------------------
 

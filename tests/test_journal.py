@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -322,6 +323,27 @@ async def test_a_process_killed_in_mid_commit_leaves_whole_groups_and_all_that_i
 async def test_a_journal_in_use_is_refused(journal: Journal) -> None:
     with pytest.raises(SetupError, match="in use by another buffer; stop that one"):
         opened(journal.folder)
+
+
+async def test_a_journal_that_was_never_entered_does_not_keep_its_folder(tmp_path: Path) -> None:
+    forgotten = opened(tmp_path)
+    del forgotten
+    gc.collect()
+    closed = opened(tmp_path)
+    await closed.close()
+    await closed.close()
+    async with opened(tmp_path) as journal:
+        journal.recover()
+
+
+def test_a_journal_that_could_not_be_opened_does_not_keep_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(journals, "_missing_bytes", lambda env, file: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            opened(tmp_path)
+    opened(tmp_path)
 
 
 async def test_a_journal_of_another_format_is_refused_with_the_way_out(tmp_path: Path) -> None:
