@@ -21,6 +21,7 @@ from atpo_async.link_common import (
     LINK,
     MAGIC,
     MAX_NAME_BYTES,
+    MAX_SENDS,
     PING,
     PONG,
     REFUSE,
@@ -28,12 +29,15 @@ from atpo_async.link_common import (
     REPLY,
     REQUEST,
     SEND,
+    SENDS,
+    SENDS_BYTES,
     LinkSettings,
     LinkStats,
     encode_within,
 )
 from atpo_async.link_sockets import ConnectingLink, Context, Pump
 from atpo_async.messages import Refused
+from atpo_async.records import pack
 
 log = logging.getLogger("atpo.links")
 
@@ -99,6 +103,8 @@ class Client(ConnectingLink):
         self._kept: dict[int, tuple[Any, list[wire.Buffer]]] = {}
         self._base = self._cursor = self._next = 0
         self._furthest = 0
+        self._transmitting = False
+        """Whether that is about to happen."""
         self._refusals: dict[int, str] = {}
         self._room = asyncio.Semaphore(settings.window)
         self._all_acked = asyncio.Event()
@@ -182,7 +188,8 @@ class Client(ConnectingLink):
         self._kept[self._next] = (message, frames)
         self._next += 1
         self._all_acked.clear()
-        self._transmit()
+        # Not at once: what else is sent before the loop goes round travels with it.
+        self._transmit_soon()
 
     async def request(self, message: Any, *, timeout_s: float) -> Any:
         """The server's reply, which may be ``Refused``.  Waits for: its handler.  Unblocked by: the reply.
@@ -286,22 +293,40 @@ class Client(ConnectingLink):
     def _link(self, kind: int, a: int = 0, b: int = 0) -> bytes:
         return LINK.pack(MAGIC, kind, self._session, a, b)
 
+    def _transmit_soon(self) -> None:
+        if not self._transmitting:
+            self._transmitting = True
+            asyncio.get_running_loop().call_soon(self._transmit)
+
     def _transmit(self) -> None:
         """Put on the wire, in order, what is not there; stops when the socket takes no more (no connection)."""
+        self._transmitting = False
         pump = self._pump
         if pump is None or pump.closed:
             return
         while self._cursor < self._next:
-            if not pump.send((self._link(SEND, self._cursor, self._base), *self._kept[self._cursor][1])):
+            together = self._next_together()
+            kind, frames = (SEND, together[0]) if len(together) == 1 else (SENDS, [pack(*together)])
+            if not pump.send((self._link(kind, self._cursor, self._base), *frames)):
                 return
-            self._cursor += 1
-            if self._cursor > self._furthest:
-                self._furthest = self._cursor
-            else:
-                self._resent += 1
+            self._cursor += len(together)
+            self._resent += min(len(together), max(0, self._furthest - self._cursor + len(together)))
+            self._furthest = max(self._furthest, self._cursor)
         for request_id, pending in self._pending.items():
             if not pending.transmitted and not self._transmit_request(request_id, pending):
                 return
+
+    def _next_together(self) -> list[list[wire.Buffer]]:
+        """Frames of the messages from the cursor on that go into one."""
+        found: list[list[wire.Buffer]] = []
+        room = SENDS_BYTES
+        for seq in range(self._cursor, min(self._next, self._cursor + MAX_SENDS)):
+            frames = self._kept[seq][1]
+            room -= len(frames[0]) + len(frames[1])
+            if room < 0 and found:
+                break
+            found.append(frames)
+        return found
 
     def _transmit_request(self, request_id: int, pending: _Pending) -> bool:
         floor = next(iter(self._pending))

@@ -7,7 +7,7 @@ import inspect
 import logging
 import struct
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from atpo_async.link_common import (
     LINK,
     MAGIC,
     MAX_REASON,
+    MAX_SENDS,
     PING,
     PONG,
     REFUSE,
@@ -29,6 +30,7 @@ from atpo_async.link_common import (
     REPLY,
     REQUEST,
     SEND,
+    SENDS,
     LinkSettings,
     PeerInfo,
     encode_within,
@@ -36,11 +38,15 @@ from atpo_async.link_common import (
 )
 from atpo_async.link_sockets import BURST, BindingLink, Context, Pump
 from atpo_async.messages import Refused
+from atpo_async.records import frames_in
 
 log = logging.getLogger("atpo.links")
 
 Handler = Callable[..., Any]
 """``handler(peer, message)``, with ``with_frames`` ``handler(peer, message, frames)``; a coroutine function or not."""
+
+Frames = Sequence[wire.Buffer]
+"""Of one message."""
 
 RETRY_PAUSES_S = (0.05, 0.5, 2.0)
 """A handler that fails on a send is run again after these; then the message is refused."""
@@ -77,7 +83,7 @@ class _Session:
     handled: int = 0
     settled: int = 0
     base: int = 0
-    queue: deque[tuple[Any, list[wire.Buffer]]] = field(default_factory=deque)
+    queue: deque[tuple[Any, Frames]] = field(default_factory=deque)
     queued_bytes: int = 0
     begun: Any = None
     """What the handler's first attempt on the queue's first message came to: an awaitable, or its exception."""
@@ -238,32 +244,40 @@ class Server(BindingLink):
         if self.bad_messages <= 20 or self.bad_messages % 100 == 0:
             log.warning("%s: bad message %d, from %s: %s", self.name, self.bad_messages, peer, fact)
 
-    def _on_frames(self, frames: list[wire.Buffer], user: str) -> None:
+    def _on_frames(self, frames: list[wire.Buffer], user: str) -> int | None:
+        """How many messages those were, where it is not one."""
         routing_id, *rest = frames
         assert isinstance(routing_id, bytes)
         owner = ""
         if self._keys is not None:
             known = self._keys.names.get(user)
             if known is None:
-                return self._deny(routing_id, user, rest)
+                self._deny(routing_id, user, rest)
+                return None
             owner = known
         try:
             magic, kind, nonce, a, b = LINK.unpack(rest[0])
         except (struct.error, IndexError):
-            return self._bad(_name(owner, routing_id), "no link frame")
-        if magic != MAGIC or kind not in (SEND, REQUEST, PING):
-            return self._bad(_name(owner, routing_id), f"link frame with magic {magic!r} and kind {kind}")
+            self._bad(_name(owner, routing_id), "no link frame")
+            return None
+        if magic != MAGIC or kind not in (SEND, SENDS, REQUEST, PING):
+            self._bad(_name(owner, routing_id), f"link frame with magic {magic!r} and kind {kind}")
+            return None
         session = self._sessions.get(routing_id)
         if session is None or session.nonce != nonce or session.owner != owner:
             session = self._session_of(routing_id, owner, nonce)
             if session is None:
                 return None
         session.heard_at = self._now()
+        if kind == SENDS:
+            return self._on_sends(session, a, b, rest[1:])
         if kind == SEND:
-            return self._on_send(session, a, b, rest[1:])
-        if kind == REQUEST:
-            return self._on_request(session, a, b, rest[1:])
-        return self._on_ping(session, a, b, rest[1] if len(rest) > 1 else b"")
+            self._on_send(session, a, b, [rest[1:]])
+        elif kind == REQUEST:
+            self._on_request(session, a, b, rest[1:])
+        else:
+            self._on_ping(session, a, b, rest[1] if len(rest) > 1 else b"")
+        return None
 
     # --- who is who
 
@@ -327,40 +341,54 @@ class Server(BindingLink):
                 session.refusals = {s: r for s, r in session.refusals.items() if s >= base}
         return True
 
-    def _on_send(self, session: _Session, seq: int, base: int, frames: list[wire.Buffer]) -> None:
-        if base > seq or not self._place(session, base):
-            return self._bad(session.name, f"send {seq} with base {base}, {session.settled} acknowledged")
-        if seq != session.expected:
-            # Below: a repeat of what we have, its acknowledgement may be lost.  Above: something before it is lost.
-            if seq < session.settled:
-                self._answer_soon(session)
-            return None
-        # Counted from what the client says it has got: refusals are kept until then.
-        if seq - session.base >= self._max_ahead or session.queued_bytes > self._max_queued_bytes:
-            # Clients of our settings hardly come here; whoever does sends it again after its next heartbeat.
-            return None
-        item: Any
+    def _on_sends(self, session: _Session, seq: int, base: int, frames: Frames) -> int:
         try:
-            item = wire.decode(frames, self._receives, limits=self._limits)
+            if len(frames) != 1:
+                raise BadMessage(f"sends in {len(frames)} frames; expected 1")
+            found = frames_in(frames[0], MAX_SENDS)
         except BadMessage as exc:
-            self._bad(session.name, exc)
-            # Without its frames, of which this is one: a ring that only the garbage collector would find.
-            item = exc.with_traceback(None)
-        session.expected = seq + 1
-        if session.worker is None and self._handled_at_once(session, item, frames):
-            return None
-        session.queue.append((item, frames))
-        session.queued_bytes += sum(map(len, frames))
-        if session.worker is None:
-            session.worker = self._spawn(self._work(session), f"{self.name} sends of {session.name}")
-        return None
+            # Dropped, not refused: who can tell which message is damaged?  A sound client sends all of them again.
+            self._bad(session.name, f"sends from {seq} on: {exc}")
+            return 1
+        self._on_send(session, seq, base, found)
+        return len(found)
 
-    def _call(self, session: _Session, message: Any, frames: list[wire.Buffer]) -> Any:
+    def _on_send(self, session: _Session, seq: int, base: int, messages: Sequence[Frames]) -> None:
+        """One send or several in a row, each given as its frames."""
+        if base > seq or not self._place(session, base):
+            self._bad(session.name, f"send {seq} with base {base}, {session.settled} acknowledged")
+            return
+        for number, frames in enumerate(messages, seq):
+            if number != session.expected:
+                # Below: a repeat of what we have, its acknowledgement may be lost.  Above: something before it is lost.
+                if number < session.settled:
+                    self._answer_soon(session)
+                continue
+            # Counted from what the client says it has got: refusals are kept until then.
+            if number - session.base >= self._max_ahead or session.queued_bytes > self._max_queued_bytes:
+                # Clients of our settings hardly come here; whoever does sends it again after its next heartbeat.
+                return
+            item: Any
+            try:
+                item = wire.decode(frames, self._receives, limits=self._limits)
+            except BadMessage as exc:
+                self._bad(session.name, exc)
+                # Without its frames, of which this is one: a ring that only the garbage collector would find.
+                item = exc.with_traceback(None)
+            session.expected = number + 1
+            if session.worker is None and self._handled_at_once(session, item, frames):
+                continue
+            session.queue.append((item, frames))
+            session.queued_bytes += sum(map(len, frames))
+            if session.worker is None:
+                session.worker = self._spawn(self._work(session), f"{self.name} sends of {session.name}")
+
+    def _call(self, session: _Session, message: Any, frames: Frames) -> Any:
         if self._with_frames:
             return self._handler(session.name, message, frames)
         return self._handler(session.name, message)
 
-    def _handled_at_once(self, session: _Session, item: Any, frames: list[wire.Buffer]) -> bool:
+    def _handled_at_once(self, session: _Session, item: Any, frames: Frames) -> bool:
         """Handle a send to which nothing has to wait; False if it does, or if the handler failed."""
         if isinstance(item, BadMessage):
             self._handled(session, str(item))
@@ -399,7 +427,7 @@ class Server(BindingLink):
         finally:
             session.worker = None
 
-    async def _handle(self, session: _Session, message: Any, frames: list[wire.Buffer]) -> str | None:
+    async def _handle(self, session: _Session, message: Any, frames: Frames) -> str | None:
         """Why the message is refused, or None."""
         working = session.working = _Working(type(message).__name__, self._now())
         try:
@@ -505,11 +533,11 @@ class Server(BindingLink):
 
     def _on_ping(self, session: _Session, cursor: int, base: int, ids: wire.Buffer) -> None:
         if cursor < base or len(ids) % 8 or not self._place(session, base):
-            return self._bad(session.name, f"ping with base {base}, cursor {cursor}, {session.settled} acknowledged")
+            self._bad(session.name, f"ping with base {base}, cursor {cursor}, {session.settled} acknowledged")
+            return
         self._ack(session)
         again = [i for (i,) in struct.iter_unpack("<Q", ids) if i not in session.requests]
         self._answer(session, PONG, cursor, session.expected or 0, struct.pack(f"<{len(again)}Q", *again))
-        return None
 
     # --- requests
 

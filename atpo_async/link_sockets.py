@@ -91,7 +91,8 @@ class Pump:
 
     Args:
         socket: non-blocking use only.
-        on_message: called with the frames of a message and with the sender's user id, which the allow-list gave it.
+        on_message: called with the frames of a message and with the sender's user id, which the allow-list gave it;
+            returns how many messages were in it, where that is not one.
         on_turn: called after each burst.
         users: whether there is an allow-list; else the user id is empty.
     """
@@ -99,7 +100,7 @@ class Pump:
     def __init__(
         self,
         socket: Socket,
-        on_message: Callable[[list[wire.Buffer], str], None],
+        on_message: Callable[[list[wire.Buffer], str], int | None],
         on_turn: Callable[[], None] | None = None,
         *,
         users: bool = False,
@@ -148,7 +149,8 @@ class Pump:
     def _turn(self) -> None:
         self._scheduled = False
         receive, on_message, users = self._socket.recv, self._on_message, self._users
-        for _ in range(BURST):
+        taken = 0
+        while taken < BURST:
             if self._socket.closed:
                 return
             try:
@@ -162,8 +164,9 @@ class Pump:
                         frames.append(frame.bytes if len(frame) < _ZERO_COPY_BYTES else frame.buffer)
             except zmq.Again:
                 break
+            taken += 1
             try:
-                on_message(frames, str(first.get("User-Id")) if users else "")
+                taken += (on_message(frames, str(first.get("User-Id")) if users else "") or 1) - 1
             # Whatever one message did, the ones behind it must still be read: no further edge would tell of them.
             except Exception:
                 log.exception("a frame could not be handled")

@@ -14,7 +14,7 @@ import numpy as np
 from atpo_async.records import TurnRecords
 from atpo_async.tree import Turn
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Peers of another protocol number are refused by name."""
 
 TaskKind = Literal["train", "eval"]

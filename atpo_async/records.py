@@ -29,23 +29,29 @@ MIN_RECORD_BYTES = _SIZES.size + _ALIGN
 """A message has a header of at least one byte."""
 
 
-def pack(frames: Sequence[Buffer]) -> bytes:
-    """The record of one message's two wire frames.  Raises BadMessage for another number of frames, or over 4 GB."""
-    if len(frames) != 2:
-        raise BadMessage(f"a record holds the 2 frames of one message, got {len(frames)}")
-    header, payload = frames
-    header_bytes, payload_bytes = len(header), len(payload)
-    if not 0 < header_bytes <= _MAX_FRAME_BYTES or payload_bytes > _MAX_FRAME_BYTES:
-        raise BadMessage(f"frames of {header_bytes} and {payload_bytes} bytes are no record; expected 1 to 2**32 - 1")
-    return b"".join(
-        (
+def pack(*messages: Sequence[Buffer]) -> bytes:
+    """The records of messages, each given as its two wire frames, one after another.
+
+    Raises BadMessage for another number of frames, or over 4 GB.
+    """
+    parts: list[Buffer] = []
+    for frames in messages:
+        if len(frames) != 2:
+            raise BadMessage(f"a record holds the 2 frames of one message, got {len(frames)}")
+        header, payload = frames
+        header_bytes, payload_bytes = len(header), len(payload)
+        if not 0 < header_bytes <= _MAX_FRAME_BYTES or payload_bytes > _MAX_FRAME_BYTES:
+            raise BadMessage(
+                f"frames of {header_bytes} and {payload_bytes} bytes are no record; expected 1 to 2**32 - 1"
+            )
+        parts += (
             _SIZES.pack(header_bytes, payload_bytes),
             header,
             _PADDING[-header_bytes % _ALIGN],
             payload,
             _PADDING[-payload_bytes % _ALIGN],
         )
-    )
+    return b"".join(parts)
 
 
 def unpack(record: Buffer) -> tuple[memoryview, memoryview]:
@@ -56,6 +62,15 @@ def unpack(record: Buffer) -> tuple[memoryview, memoryview]:
         raise BadMessage("a record of no bytes; expected the frames of one message")
     start, middle, payload_bytes, header_bytes = found[0]
     return view[start : start + header_bytes], view[middle : middle + payload_bytes]
+
+
+def frames_in(records: Buffer, most: int) -> list[tuple[memoryview, memoryview]]:
+    """Header and payload of each of up to ``most`` records, as read-only views.  Raises BadMessage if they are none."""
+    view = _read_only(records)
+    return [
+        (view[start : start + header_bytes], view[middle : middle + payload_bytes])
+        for start, middle, payload_bytes, header_bytes in _layout(view, most)
+    ]
 
 
 def _read_only(buffer: Buffer) -> memoryview:

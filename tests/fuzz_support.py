@@ -29,7 +29,7 @@ import zmq
 from atpo_async import messages as m
 from atpo_async import wire
 from atpo_async.links import Client, LinkSettings
-from atpo_async.records import TurnRecords
+from atpo_async.records import TurnRecords, pack
 from atpo_async.tree import Turn, VersionSpan
 
 Door = Literal["actors", "learner"]
@@ -37,7 +37,8 @@ Door = Literal["actors", "learner"]
 LINK = struct.Struct("<2sBQQQ")
 MAGIC = b"a1"
 SEND, REQUEST, PING, ACK, REFUSE, REPLY, PONG, REPLACED = range(1, 9)
-OTHER_KINDS = (0, *range(ACK, 16), 127, 255)
+SENDS = 10
+OTHER_KINDS = (0, *range(ACK, SENDS), *range(SENDS + 1, 16), 127, 255)
 
 U64 = 2**64 - 1
 BOMBS = (
@@ -395,6 +396,8 @@ class Rude:
         """The messages for the socket, in order, and what is wrong with them."""
         pick = self.corpus.below(100)
         body = list(shot.frames)
+        if pick < 15:
+            return self._together(shot)
         if pick < 70:
             return shot.mutation, [[self._sending(), *body]]
         if pick < 84:
@@ -433,6 +436,23 @@ class Rude:
         gap = [[self._link(SEND, self._seq + 3, self._base), *body]]
         self._seq -= 1
         return "link: with a gap before it", gap
+
+    def _together(self, first: Shot) -> tuple[str, list[list[bytes]]]:
+        """Several sends in one frame, which may be damaged itself."""
+        shots = [first, *(self.corpus.next() for _ in range(self.corpus.below(6)))]
+        records = [pack(shot.frames) for shot in shots if len(shot.frames) == 2 and shot.frames[0]]
+        link = self._link(SENDS, self._seq, self._base if self.habits.moves_on else 0)
+        together, pick = b"".join(records), self.corpus.below(10)
+        if pick == 0:
+            return "sends: cut off", [[link, together[: self.corpus.below(len(together) + 1)]]]
+        if pick == 1 and together:
+            return "sends: flipped bits", [[link, _flipped(together, self.corpus.below(8 * len(together)))]]
+        if pick == 2:
+            return "sends: more than fit", [[link, bytes(16) * self.corpus.below(2000)]]
+        if pick == 3:
+            return "sends: in several frames", [[link, *records]]
+        self._seq += len(records)
+        return first.mutation, [[link, together]]
 
     def _sending(self) -> bytes:
         link = self._link(SEND, self._seq, self._base if self.habits.moves_on else 0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from atpo_async import wire
 from atpo_async.errors import BadMessage
 from atpo_async.messages import RunFinished
-from atpo_async.records import MIN_RECORD_BYTES, TurnRecords, pack, unpack
+from atpo_async.records import MIN_RECORD_BYTES, TurnRecords, frames_in, pack, unpack
 from atpo_async.tree import Turn, VersionSpan
 
 
@@ -46,6 +46,10 @@ def test_frames_come_back_from_their_records(messages: list[tuple[bytes, bytes]]
         assert len(record) % 8 == 0
         assert tuple(map(bytes, unpack(record))) == frames
         assert all(view.readonly for view in unpack(bytearray(record)))
+    assert pack(*messages) == b"".join(records)
+    assert [tuple(map(bytes, frames)) for frames in frames_in(pack(*messages), len(messages))] == messages
+    with pytest.raises(BadMessage):
+        frames_in(pack(*messages), len(messages) - 1)
 
 
 def test_a_record_is_two_sizes_and_two_padded_frames() -> None:
@@ -76,6 +80,13 @@ def test_what_is_not_one_message_is_not_packed(frames: list[bytes]) -> None:
 def test_what_is_no_record_is_refused(record: bytes) -> None:
     with pytest.raises(BadMessage):
         unpack(record)
+
+
+def test_one_record_cut_off_among_several_is_told_and_none_is_taken() -> None:
+    records = pack([b"one", b"1"], [b"two", b"2"])
+    assert frames_in(b"", 9) == []
+    with pytest.raises(BadMessage, match="record at byte 24 is cut off: 8 bytes are left"):
+        frames_in(records[:32], 9)
 
 
 def test_turns_come_back_by_index_slice_and_iteration() -> None:
