@@ -214,6 +214,7 @@ def train(config: Config, *, again: str) -> int:
     from rich.console import Console
 
     from atpo_async import doctor
+    from atpo_async.idle_settings import idle_settings
     from atpo_async.policy import steps_trained
     from atpo_async.progress import Progress, duration
     from atpo_async.rundir import RunDir, joining
@@ -246,6 +247,8 @@ def train(config: Config, *, again: str) -> int:
         endpoints = pick_endpoints(config.links)
         rundir.write_endpoints(endpoints)
         console.print(f"run {rundir.path}  ({'goes on' if resumed else 'new'}; {config.run.steps} steps)")
+        for line in idle_settings(config):
+            console.print(f"note: {line}", markup=False)
         address = endpoints.actors.removeprefix("tcp://")
         if config.links.host in ("0.0.0.0", "::"):
             address = f"{socket.gethostname()}:{address.rpartition(':')[2]}"

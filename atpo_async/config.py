@@ -812,10 +812,21 @@ def _fault(error: Any, source: str, holders: Mapping[str, str]) -> str:
     }
     if kind in bounds:
         key, sign = bounds[kind]
-        return f"{path} must be {sign} {error['ctx'][key]:g}, got {value!r}{where}"
+        return f"{path} must be {sign} {_number(error['ctx'][key])}, got {_shown(value)}{where}"
+    if kind in ("bool_parsing", "bool_type"):
+        return f"{path} must be true or false, got {value!r}{where}"
     if kind == "literal_error":
         return f"{path} must be one of {error['ctx']['expected']}, got {value!r}{where}"
     return f"{path}: {error['msg']}, got {value!r}{where}"
+
+
+def _number(value: float) -> str:
+    """Whole numbers whole, in groups that people read and a configuration takes: 1_048_576."""
+    return f"{int(value):_}" if math.isfinite(value) and value == int(value) else f"{value:g}"
+
+
+def _shown(value: Any) -> str:
+    return _number(value) if type(value) is int else repr(value)
 
 
 def _holder(path: str, holders: Mapping[str, str]) -> str | None:
@@ -874,7 +885,8 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Take dotted options (``--a.b value``, ``--a.b=value``) out of a command line.
 
     Returns what is left, in order, and dotted path -> text.  A truth value may be left out: then it is true.  Raises
-    ConfigError for an option that is no field, or lacks its value.
+    ConfigError for an option that is no field, or lacks its value; and where a truth value is followed by a word that
+    can neither be one nor a file.
     """
     rest: list[str] = []
     options: dict[str, str] = {}
@@ -894,7 +906,13 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             annotation = _annotation(name)
             given = i < len(argv) and not argv[i].startswith("--")
             if annotation is bool:
-                given = given and argv[i].lower() in _TRUTHS  # the next word may be the configuration file
+                # The next word may be the configuration file; the command comes before all options but by chance.
+                if given and rest and argv[i].lower() not in _TRUTHS and not _may_be_a_path(argv[i]):
+                    raise ConfigError(
+                        f"--{name} {argv[i]}: {argv[i]!r} is neither true nor false, nor a file here; --{name} alone "
+                        f"is true, --{name} false is not"
+                    )
+                given = given and argv[i].lower() in _TRUTHS
             if given:
                 value = argv[i]
                 i += 1
@@ -904,6 +922,10 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
                 raise ConfigError(f"--{name} needs a value")
         options[name] = value
     return rest, options
+
+
+def _may_be_a_path(word: str) -> bool:
+    return any(sign in word for sign in "./\\") or Path(word).exists()
 
 
 def fields(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:

@@ -634,6 +634,18 @@ def test_a_run_goes_to_its_end_and_names_its_report(
     assert "goes on" in capsys.readouterr().out
 
 
+def test_a_setting_without_effect_is_told_at_the_start_of_a_run(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, SCRIPTED)
+    path = config_file(folder, f"{TRANSFORMERS}[run]\nsteps = 5\n")
+    assert cli.main(["train", path, "--objective.tv_limit", "0.3"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: objective.tv_limit = 0.3 has no effect with objective.surrogate = 'clip' (it has with 'tv')"
+    ]
+
+
 def test_a_role_that_crashes_too_often_ends_the_run_with_exit_code_one(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,22 @@ def test_a_value_out_of_range_is_refused_with_its_path_bound_and_value(tmp_path:
         load(write(tmp_path, "[staleness]\nmax_lag = -1\n"))
 
 
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"buffer": {"max_bytes": 1000000}}, "buffer.max_bytes must be >= 1_048_576, got 1_000_000"),
+        ({"run": {"seed": 2**31}}, "run.seed must be < 2_147_483_648, got 2_147_483_648"),
+        ({"search": {"top_p": 1.5}}, "search.top_p must be <= 1, got 1.5"),
+        ({"learner": {"max_grad_spike": 0.1}}, "learner.max_grad_spike must be > 1, got 0.1"),
+    ],
+)
+def test_a_bound_is_a_number_that_can_be_read_and_typed(tmp_path: Path, data: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(data)
+    assert str(caught.value) == words
+    assert load(write(tmp_path, "[buffer]\nmax_bytes = 1_048_576\n")).buffer.max_bytes == parse_value("1_048_576")
+
+
 def test_every_fault_is_said_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         build({"learner": {"lr": 0}, "search": {"strategy": "best"}})
@@ -237,6 +253,25 @@ def test_a_truth_value_that_was_left_out_does_not_take_the_next_word() -> None:
         {"model.warm_start": "true"},
     )
     assert split_options(["--model.warm_start", "False", "c.toml"]) == (["c.toml"], {"model.warm_start": "False"})
+
+
+def test_a_word_that_is_neither_a_truth_value_nor_a_file_is_refused_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "c.toml", "--learner.lineage", "maybe"]
+    with pytest.raises(ConfigError, match=r"^--learner\.lineage maybe: 'maybe' is neither true nor false, nor a file"):
+        split_options(words)
+    (tmp_path / "maybe").mkdir()
+    assert split_options(words) == (["train", "c.toml", "maybe"], {"learner.lineage": "true"})
+    assert split_options(["--learner.lineage", "train"]) == (["train"], {"learner.lineage": "true"})
+
+
+def test_a_value_that_is_no_truth_value_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^learner\.lineage must be true or false, got 'maybe'$"):
+        load(write(tmp_path, ""), split_options(["--learner.lineage=maybe"])[1])
+    with pytest.raises(ConfigError, match=r"^learner\.lineage must be true or false, got 'lineage\.jsonl'$"):
+        load(write(tmp_path, "[learner]\nlineage = 'lineage.jsonl'\n"))
 
 
 @pytest.mark.parametrize("text", ["7", "2026-11-20", "1e5", "true", "none"])

@@ -1,0 +1,84 @@
+"""Settings that were changed and decide nothing, as another one switches off what they are for.
+
+They are told and never refused: recipes are laid over one another, and what one sets another may switch off.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from atpo_async import config as configuration
+from atpo_async.config import Config
+
+NONZERO = "anything but 0"
+"""In ``WORKS_WITH``: whatever number the other setting has, 0 excepted."""
+
+_CORRECTS = ("correction.action", ("truncate", "mask", "icepop", "topr", "m2po"))
+_BRANCHES = (("search.strategy", ("entropy", "random")), ("search.rounds", NONZERO))
+_PRIORITIES = (("buffer.priority_exponent", NONZERO),)
+_VLLM = (("actor.engine", ("auto", "vllm")),)
+
+WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
+    "search.rounds": (("search.strategy", ("entropy", "random")),),
+    "search.branches": _BRANCHES,
+    "search.include_root": _BRANCHES,
+    "search.sibling_penalty": (("search.strategy", ("entropy",)), ("search.rounds", NONZERO)),
+    "credit.leaf_weights": (("credit.normalise_leaves", (True,)),),
+    "credit.trace_cap": (("credit.value_mode", ("tree_trace", "tree_trace_selfnorm")),),
+    "buffer.partial_min_leaves": (("buffer.ready", ("partial",)),),
+    "buffer.priority_max_share": _PRIORITIES,
+    "buffer.freshness": _PRIORITIES,
+    "correction.level": (_CORRECTS,),
+    "correction.cap": (_CORRECTS,),
+    "correction.floor": (_CORRECTS,),
+    "correction.exponent": (_CORRECTS,),
+    "correction.exponent_value": (_CORRECTS, ("correction.exponent", ("fixed",))),
+    "correction.ess_target": (_CORRECTS, ("correction.exponent", ("ess",))),
+    "correction.ess_floor": (
+        ("correction.action", ("truncate", "mask", "icepop", "topr")),
+        ("correction.exponent", ("fixed", "geometric")),
+    ),
+    "correction.m2_limit": (("correction.action", ("m2po",)),),
+    "correction.numerator": (_CORRECTS,),
+    "objective.ratio_level": (("objective.surrogate", ("clip", "cispo", "tv")),),
+    "objective.clip_low": (("objective.surrogate", ("clip", "cispo")),),
+    "objective.clip_high": (("objective.surrogate", ("clip", "cispo")),),
+    "objective.dual_clip": (("objective.surrogate", ("clip",)),),
+    "objective.tv_limit": (("objective.surrogate", ("tv",)),),
+    "objective.kl_estimator": (("objective.kl_coef", NONZERO),),
+    "learner.pack_tokens": (("learner.packing", ("auto", "tree")),),
+    "actor.kv_cache_gb": (*_VLLM, ("actor.device", ("auto", "cpu"))),
+    "actor.gpu_memory_utilization": (*_VLLM, ("actor.device", ("auto", "cuda"))),
+    "actor.clear_cache_on_swap": _VLLM,
+    "model.warm_start_steps": (("model.warm_start", (True,)),),
+}
+"""Setting -> what others have to be, all of them, for it to decide anything."""
+
+
+def idle_settings(config: Config) -> list[str]:
+    """One line for each setting that is not at its default and decides nothing, with what it would need."""
+    known = configuration.fields()
+    found = []
+    for name, needs in WORKS_WITH.items():
+        value = configuration.get(config, name)
+        if not _was_set(config, name) or value == known[name].default:
+            continue
+        for other, working in needs:
+            is_now = configuration.get(config, other)
+            if (not is_now) if working == NONZERO else is_now not in working:
+                found.append(
+                    f"{name} = {_shown(value)} has no effect with {other} = {_shown(is_now)} (it has with "
+                    f"{working if isinstance(working, str) else ', '.join(map(_shown, working))})"
+                )
+                break
+    return found
+
+
+def _was_set(config: Config, name: str) -> bool:
+    section, _, leaf = name.partition(".")
+    return leaf in getattr(config, section).model_fields_set
+
+
+def _shown(value: object) -> str:
+    """As one writes it into a file."""
+    return str(value).lower() if isinstance(value, bool) else "none" if value is None else repr(value)

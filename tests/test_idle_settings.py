@@ -1,0 +1,80 @@
+"""Settings that decide nothing are told, and only those."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from atpo_async import config as configuration
+from atpo_async.config import build, load
+from atpo_async.idle_settings import NONZERO, WORKS_WITH, idle_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+NONE = {"action": "none", "accept_bias": True}
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        (
+            {"objective": {"tv_limit": 0.3}},
+            ["objective.tv_limit = 0.3 has no effect with objective.surrogate = 'clip'"],
+        ),
+        ({"objective": {"tv_limit": 0.3, "surrogate": "tv"}}, []),
+        ({"objective": {"tv_limit": 0.2}}, []),  # the default
+        (
+            {"correction": {**NONE, "cap": 5.0, "level": "token"}},
+            [
+                "correction.level = 'token' has no effect with correction.action = 'none'",
+                "correction.cap = 5.0 has no effect with correction.action = 'none'",
+            ],
+        ),
+        ({"correction": NONE}, []),
+        (
+            {"correction": {"exponent": "ess", "ess_floor": 0.2}},
+            ["correction.ess_floor = 0.2 has no effect with correction.exponent = 'ess'"],
+        ),
+        (
+            {"objective": {"surrogate": "policy-gradient", "dual_clip": None}},
+            ["objective.dual_clip = none has no effect with objective.surrogate = 'policy-gradient'"],
+        ),
+        (
+            {"search": {"strategy": "none", "branches": 3}},
+            ["search.branches = 3 has no effect with search.strategy = 'none'"],
+        ),
+        ({"search": {"rounds": 0, "branches": 3}}, ["search.branches = 3 has no effect with search.rounds = 0"]),
+        (
+            {"credit": {"normalise_leaves": False, "leaf_weights": "branch-prob"}},
+            ["credit.leaf_weights = 'branch-prob' has no effect with credit.normalise_leaves = false"],
+        ),
+        ({"objective": {"kl_estimator": "k2"}}, ["objective.kl_estimator = 'k2' has no effect with objective.kl_coef"]),
+        ({"objective": {"kl_estimator": "k2", "kl_coef": 0.1}}, []),
+    ],
+)
+def test_a_setting_that_decides_nothing_is_named_with_what_switches_it_off(
+    data: dict[str, object], lines: list[str]
+) -> None:
+    found = idle_settings(build(data))
+    assert [line for line, start in zip(found, lines, strict=True) if not line.startswith(start)] == []
+
+
+def test_a_line_names_what_the_setting_works_with() -> None:
+    (line,) = idle_settings(build({"objective": {"clip_low": 0.1, "clip_high": 0.004, "surrogate": "tv"}}))
+    assert line.endswith("(it has with 'clip', 'cispo')")
+    (line,) = idle_settings(build({"objective": {"kl_estimator": "k2"}}))
+    assert line.endswith(f"(it has with {NONZERO})")
+
+
+def test_the_table_names_fields_and_values_that_there_are() -> None:
+    known = configuration.fields()
+    assert {name for needs in WORKS_WITH.values() for name, _ in needs} | set(WORKS_WITH) <= set(known)
+    for name, working in (need for needs in WORKS_WITH.values() for need in needs):
+        if not isinstance(working, str):
+            assert set(working) <= set(get_args(known[name].annotation) or (True, False)), name
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda file: file.name)
+def test_the_configurations_that_come_with_the_project_set_nothing_in_vain(file: Path) -> None:
+    assert idle_settings(load(file)) == []
