@@ -285,7 +285,8 @@ class Client(ConnectingLink):
             self._next_request += 1
             self._pending[request_id] = pending
             try:
-                self._transmit_request(request_id, pending)
+                # With the sends before it, which it must not overtake.
+                self._transmit()
                 return await pending.answer
             finally:
                 del self._pending[request_id]

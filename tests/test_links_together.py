@@ -10,12 +10,13 @@ import pytest
 
 from atpo_async import messages as m
 from atpo_async import wire
-from atpo_async.link_common import ACK, LINK, MAX_SENDS, PING, PONG, SEND, SENDS, SENDS_BYTES
+from atpo_async.link_common import ACK, LINK, MAX_SENDS, PING, PONG, REQUEST, SEND, SENDS, SENDS_BYTES
 from atpo_async.links import Server
 from atpo_async.records import pack
 from tests.links_support import (
     ANY_PORT,
     FAST,
+    LEASE_REQUEST,
     PATIENCE_S,
     Buffer,
     client,
@@ -38,7 +39,7 @@ def watched(s: Server) -> list[tuple[int, int, int]]:
 
     def on_message(frames: list[wire.Buffer], user: str) -> int | None:
         _, kind, _, a, _ = LINK.unpack(frames[1])
-        if kind in (SEND, SENDS):
+        if kind in (SEND, SENDS, REQUEST):
             seen.append((kind, a, sum(map(len, frames[2:]))))
         return handle(frames, user)
 
@@ -91,6 +92,18 @@ async def test_what_travels_together_is_limited_in_number_and_bytes_and_what_is_
         (SEND, MAX_SENDS + 7),
     ]
     assert got == sizes
+
+
+async def test_a_request_does_not_overtake_the_sends_before_it() -> None:
+    buffer = Buffer()
+    async with server(buffer) as s, client(s.endpoint) as c:
+        await until(lambda: c.connected)
+        seen = watched(s)
+        await c.send(closed(0))
+        await c.send(closed(1))
+        await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S)
+        await c.drain(timeout_s=PATIENCE_S)
+        assert [kind for kind, *_ in seen] == [SENDS, REQUEST]
 
 
 async def test_of_a_message_in_several_lives_only_what_is_new_is_handled() -> None:
