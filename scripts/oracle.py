@@ -4,11 +4,17 @@ trained on as often as intended, and no version number used twice?
     .venv/bin/python scripts/oracle.py                              # three seeds, transformers engine, five kills each
     .venv/bin/python scripts/oracle.py --engine vllm --seeds 1
     .venv/bin/python scripts/oracle.py --seeds 20 --kills 8 --tasks 64
+    .venv/bin/python scripts/oracle.py --seeds 2 --at all           # the learner killed at every named station instead
+    .venv/bin/python scripts/oracle.py --seeds 1 --engine vllm --hang engine
 
 Most kills end everything at once, supervisor included, as a power cut does; the others one role, which its supervisor
-starts again.  The task is hopqa under a reward that tells any two different chains apart, so that every tree has
-something to learn from and none has an excuse.  What was trained on is read from ``lineage.jsonl`` (learner.lineage)
-and from the last checkpoint, which says how many of its steps count.
+starts again.  With ``--at`` the learner is killed (every second time: everything) where tests/station_support.py has it
+stand still: in mid-step, in mid-checkpoint and in between.  With ``--hang`` nobody is killed, but an engine hangs, and
+the supervisor has to find out.
+
+The task is hopqa under a reward that tells any two different chains apart, so that every tree has something to learn
+from and none has an excuse.  What was trained on is read from ``lineage.jsonl`` (learner.lineage) and from the last
+checkpoint, which says how many of its steps count.
 """
 
 from __future__ import annotations
@@ -26,20 +32,30 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from actors.environments.base import ReplayFork, Split, StepResult
-from actors.environments.hopqa import HopQA
-from atpo_async import processes
-from atpo_async.policy import list_checkpoints
-from atpo_async.rundir import RunDir
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from actors.environments.base import ReplayFork, Split, StepResult  # noqa: E402
+from actors.environments.hopqa import HopQA  # noqa: E402
+from atpo_async import processes  # noqa: E402
+from atpo_async.policy import list_checkpoints  # noqa: E402
+from atpo_async.rundir import RunDir  # noqa: E402
+from tests.station_support import (  # noqa: E402
+    AT_THE_END,
+    ENGINE_STEP,
+    ON_THE_WAY,
+    STATIONS,
+    ask_for,
+    stopped_at,
+)
+
 PATIENCE_S = 300.0
 """For one wait; an engine's start on a busy machine is the longest."""
 SPREAD_S = 0.4
@@ -156,14 +172,27 @@ class Outcome:
     attempts: int
     """How often ``atpo train`` was called."""
     seconds: float
-    exceptions: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+    """What the supervisor said about a hung role."""
 
 
 class Run:
     """One run folder, and the ``atpo train`` that works on it."""
 
-    def __init__(self, folder: Path, policy: Path, *, seed: int, engine: str, num_tasks: int, max_uses: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        policy: Path,
+        *,
+        seed: int,
+        engine: str,
+        num_tasks: int,
+        max_uses: int,
+        stations: bool = False,
+        options: Mapping[str, object] | None = None,
+    ) -> None:
         self.folder = folder
+        self._module = "tests.station_support" if stations else "atpo_async.cli"
         self.path = folder / "runs" / "run"
         self.attempts = 0
         self._popen: subprocess.Popen[bytes] | None = None
@@ -180,17 +209,18 @@ class Run:
             "staleness.max_lag": 4 if max_uses == 1 else 1000,
             "model.path": str(policy),
             "actor.engine": engine,
+            **(options or {}),
         }
         folder.mkdir(parents=True)
         self._config = folder / "run.toml"
-        self._config.write_text("".join(f"{name} = {_toml(value)}\n" for name, value in fields.items()))
+        self._config.write_text("".join(f"{name} = {toml(value)}\n" for name, value in fields.items()))
 
     def start(self) -> None:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
         env.setdefault("HF_HUB_OFFLINE", "1")
         with (self.folder / f"output-{self.attempts}.txt").open("ab") as output:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", "atpo_async.cli", "train", str(self._config)],
+                [sys.executable, "-m", self._module, "train", str(self._config)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -206,14 +236,18 @@ class Run:
         return self._popen.poll()
 
     def lineage(self) -> list[dict[str, Any]]:
-        """Whole lines; the last one may be under way."""
-        path = self.path / "lineage.jsonl"
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        found = []
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return [line for line in found if "starts_at" not in line]
+        return lineage(self.path)
+
+    def leader(self, role: str) -> int | None:
+        """The process of a role itself, not what it started; None while it does not run."""
+        assert self._popen is not None
+        below = set(self.processes_of(role))
+        found = [p.pid for p in processes.processes() if p.pid in below and p.pid == p.session]
+        return found[0] if found else None
+
+    def said(self) -> str:
+        """All that ``atpo train`` has said, over all its calls."""
+        return "\n".join(file.read_text(errors="replace") for file in sorted(self.folder.glob("output-*.txt")))
 
     def processes_of(self, role: str) -> list[int]:
         """Those of a role and what they started; all of the run, the supervisor last, where ``role`` is "all"."""
@@ -271,41 +305,150 @@ def run_one(folder: Path, policy: Path, *, seed: int, engine: str, num_tasks: in
         AssertionError: it came to no end.
     """
     rng = random.Random(seed)
-    began = time.monotonic()
-    run = Run(folder, policy, seed=seed, engine=engine, num_tasks=num_tasks, max_uses=1 + seed % 2)
-    kills: Counter[str] = Counter()
-    problems: list[str] = []
-    try:
-        run.start()
+
+    def kills(run: Run) -> Iterator[str]:
         for number in range(num_kills):
             # The first ones always are of everything; later ones may be of one role.
             role = "all" if number % 3 != 2 else rng.choice(("buffer", "learner", "actor-0"))
             goal = len(run.lineage()) + rng.randint(0, 2)
             if not run.until(lambda goal=goal: len(run.lineage()) >= goal, f"line {goal} of the lineage"):  # type: ignore[misc]
-                break
+                return
             time.sleep(rng.uniform(0.0, SPREAD_S))
             if run.code is not None:
-                break
-            kills[role] += run.kill(role)
+                return
+            if run.kill(role):
+                yield role
             if role == "all":
                 run.start()
+
+    run = Run(folder, policy, seed=seed, engine=engine, num_tasks=num_tasks, max_uses=1 + seed % 2)
+    return _to_the_end(run, kills, num_tasks=num_tasks, max_uses=1 + seed % 2)
+
+
+def run_at_stations(
+    folder: Path, policy: Path, *, seed: int, engine: str, num_tasks: int, stations: Sequence[str]
+) -> Outcome:
+    """A run to its end whose learner is killed at each of ``stations``, those of the end last.
+
+    Every second time it is not alone: everything is killed, and started again from here.
+
+    Raises:
+        AssertionError: it came to no end.
+    """
+    rng = random.Random(seed)
+    order = [name for name in stations if name in ON_THE_WAY]
+    rng.shuffle(order)
+    order += [name for name in AT_THE_END if name in stations]
+
+    def kills(run: Run) -> Iterator[str]:
+        for number, station in enumerate(order):
+            role = "learner" if (number + seed) % 2 == 0 else "all"
+            if not run.until(run.path.is_dir, "the run's folder"):
+                return
+            ask_for(run.path, station)
+            if not run.until(lambda station=station: stopped_at(run.path) == station, f"the learner {station!r}"):  # type: ignore[misc]
+                return
+            yield f"{role} at {station}" if run.kill(role) else f"nobody at {station}"
+            if role == "all":
+                run.start()
+
+    run = Run(folder, policy, seed=seed, engine=engine, num_tasks=num_tasks, max_uses=1 + seed % 2, stations=True)
+    outcome = _to_the_end(run, kills, num_tasks=num_tasks, max_uses=1 + seed % 2)
+    killed = {who.rpartition(" ")[2] for who in outcome.kills if not who.startswith("nobody")}
+    outcome.problems += [f"nobody was killed at {name!r}: the run ended before" for name in order if name not in killed]
+    return outcome
+
+
+HANGS = {
+    "engine": "the step of the engine does not return, the actor's event loop goes on",
+    "core": "vLLM's engine core is stopped by a signal (SIGSTOP), the actor goes on",
+    "actor": "the actor is stopped by a signal (SIGSTOP)",
+}
+HANG_OPTIONS: dict[str, object] = {"links.deadline_s": 3.0, "supervisor.hang_s": 15.0}
+"""Said after 3 s, ended after 15."""
+
+
+def run_with_hang(
+    folder: Path, policy: Path, *, seed: int, engine: str, num_tasks: int, hang: str, options: Mapping[str, object]
+) -> Outcome:
+    """A run to its end in whose middle an engine hangs once; nobody but its supervisor helps it.
+
+    Raises:
+        AssertionError: it came to no end.
+    """
+
+    def hangs(run: Run) -> Iterator[str]:
+        if not run.until(lambda: len(run.lineage()) >= 2, "two batches"):
+            return
+        if hang == "engine":
+            ask_for(run.path, ENGINE_STEP)
+            if not run.until(lambda: stopped_at(run.path), "the engine to hang"):
+                return
+        else:
+            leader = run.leader("actor-0")
+            assert leader is not None
+            os.kill(_core_of(leader) if hang == "core" else leader, signal.SIGSTOP)
+        began = time.monotonic()
+        if run.until(lambda: "actor-0 ended" in run.said(), "the supervisor to start the actor again"):
+            yield f"actor-0, hung ({hang}), by its supervisor after {time.monotonic() - began:.0f} s"
+
+    run = Run(
+        folder, policy, seed=seed, engine=engine, num_tasks=num_tasks, max_uses=1 + seed % 2, stations=True,
+        options={**HANG_OPTIONS, **options},
+    )  # fmt: skip
+    outcome = _to_the_end(run, hangs, num_tasks=num_tasks, max_uses=1 + seed % 2)
+    if not outcome.kills:
+        outcome.problems.append("the run ended before anything hung, or with it")
+    outcome.told = [line for line in run.said().splitlines() if "actor-0" in line and "join with" not in line]
+    return outcome
+
+
+def _core_of(leader: int) -> int:
+    """vLLM's engine core among what an actor has started."""
+    for process in processes.members(leader, processes.processes()):
+        name = Path(f"/proc/{process.pid}/comm").read_bytes() + Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        if process.pid != leader and b"EngineCore" in name:
+            return process.pid
+    raise AssertionError(f"process {leader} has started no engine core; --hang core is for --engine vllm")
+
+
+def _to_the_end(run: Run, kills: Callable[[Run], Iterator[str]], *, num_tasks: int, max_uses: int) -> Outcome:
+    """Start, kill (``kills`` does it, and says whom), wait for the end, judge."""
+    began = time.monotonic()
+    killed: Counter[str] = Counter()
+    problems: list[str] = []
+    try:
+        run.start()
+        killed.update(kills(run))
         run.until(lambda: False, "the run's end")
         if run.code != 0:
             problems.append(f"`atpo train` ended with {run.code}:\n{run.story()}")
     finally:
         run.close()
-    outcome = judge(run, num_tasks=num_tasks, max_uses=1 + seed % 2)
+    outcome = judge(run.path, num_tasks=num_tasks, max_uses=max_uses)
     outcome.problems[:0] = problems
-    outcome.kills = kills
+    outcome.kills = killed
+    outcome.attempts = run.attempts
     outcome.seconds = time.monotonic() - began
     return outcome
 
 
-def judge(run: Run, *, num_tasks: int, max_uses: int) -> Outcome:
-    """Count tasks, uses, hashes and versions over the steps that the last checkpoint holds."""
+def lineage(run: Path) -> list[dict[str, Any]]:
+    """What was trained on, batch by batch: whole lines of the run's file; the last one may be under way."""
+    path = run / "lineage.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if "starts_at" not in line]
+
+
+def judge(run: Path, *, num_tasks: int, max_uses: int) -> Outcome:
+    """Count tasks, uses, hashes and versions over the steps that the last checkpoint of a run holds."""
     problems: list[str] = []
-    everything = run.lineage()
-    checkpoints = list_checkpoints(run.path / "checkpoints")
+    everything = lineage(run)
+    checkpoints = list_checkpoints(run / "checkpoints")
     steps = int(checkpoints[-1].name.split("-")[1]) if checkpoints else 0
     taken = Counter(line["version"] for line in everything)
     problems += [f"version {version} was used {count} times" for version, count in taken.items() if count > 1]
@@ -341,12 +484,12 @@ def judge(run: Run, *, num_tasks: int, max_uses: int) -> Outcome:
         kills=Counter(),
         steps=steps,
         lost_steps=len(everything) - len(valid),
-        attempts=run.attempts,
+        attempts=1,
         seconds=0.0,
     )
 
 
-def _toml(value: object) -> str:
+def toml(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return json.dumps(value) if isinstance(value, str) else repr(value)
@@ -358,29 +501,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--kills", type=int, default=5, help="of each run")
-    parser.add_argument("--tasks", type=int, default=48, help="of each run")
+    parser.add_argument("--tasks", type=int, default=None, help="of each run; 48, with --at all as many as it takes")
     parser.add_argument("--dir", type=Path, default=None, help="for the runs; a temporary one where left out")
+    parser.add_argument("--at", nargs="+", choices=["all", *STATIONS], help="kill the learner there, not at random")
+    parser.add_argument("--hang", choices=HANGS, help="; ".join(f"{name}: {text}" for name, text in HANGS.items()))
+    parser.add_argument(
+        "--set", nargs=2, action="append", default=[], metavar=("FIELD", "NUMBER"), help="of the runs of --hang"
+    )
     args = parser.parse_args(argv)
     folder = args.dir or Path(tempfile.mkdtemp(prefix="oracle-"))
     policy = folder / "policy"
     if not policy.exists():
         make_policy(policy)
+    stations = list(STATIONS) if args.at and "all" in args.at else args.at or []
+    # A kill costs at most two steps of four trees; used twice, tasks make twice as many.
+    num_tasks = args.tasks or max(48, 8 * len(stations) + 16)
     failed = 0
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        outcome = run_one(
-            folder / f"{args.engine}-{seed}", policy, seed=seed, engine=args.engine, num_tasks=args.tasks,
-            num_kills=args.kills,
-        )  # fmt: skip
+        path, how = folder / f"{args.engine}-{seed}", {"seed": seed, "engine": args.engine, "num_tasks": num_tasks}
+        if args.hang:
+            options = {name: float(number) for name, number in args.set}
+            outcome = run_with_hang(path, policy, hang=args.hang, options=options, **how)
+        elif stations:
+            outcome = run_at_stations(path, policy, stations=stations, **how)
+        else:
+            outcome = run_one(path, policy, num_kills=args.kills, **how)
         killed = ", ".join(f"{role} {count}x" for role, count in sorted(outcome.kills.items())) or "nobody"
         verdict = "WRONG" if outcome.problems else "exact"
         print(
-            f"seed {seed}: {verdict}; {args.tasks} tasks, {1 + seed % 2} uses each, {outcome.steps} steps, "
+            f"seed {seed}: {verdict}; {num_tasks} tasks, {1 + seed % 2} uses each, {outcome.steps} steps, "
             f"{outcome.lost_steps} lost and made up for; killed: {killed}; {outcome.attempts} calls of `atpo train`; "
             f"{outcome.seconds:.0f} s",
             flush=True,
         )
-        for problem in outcome.problems:
-            print(f"  {problem}", flush=True)
+        for line in [*outcome.told, *outcome.problems]:
+            print(f"  {line}", flush=True)
         failed += bool(outcome.problems)
     print(f"{args.seeds - failed} of {args.seeds} runs exact (engine {args.engine}); runs in {folder}")
     return 1 if failed else 0

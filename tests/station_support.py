@@ -1,0 +1,240 @@
+"""Whole runs of ``atpo train`` whose real learner, or real engine, stands still at a named place.
+
+    python -m tests.station_support train CONFIG …      as ``atpo train``, with roles that come by the stations below
+    python -m tests.station_support learner RUN_DIR     what that starts as the learner, and for an actor likewise
+
+A driver writes the name of a station into ``<run>/stop-at`` (``ask_for``); the role that comes by takes the file away,
+writes ``<run>/stopped-at`` and stops, all threads of it, as a machine that loses its power does.  The product knows
+nothing of this: its functions are wrapped here, in the role's process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from atpo_async import role, supervisor
+from atpo_async.rundir import RunDir, write_atomic
+
+STOP_AT = "stop-at"
+STOPPED_AT = "stopped-at"
+RUN_DIR = "ATPO_STATIONS_OF"
+"""Environment variable: the run's folder, for the engine's own processes."""
+
+ON_THE_WAY = {
+    "batch": "a batch in hand",
+    "gradients": "in mid-step: gradients there, weights not changed yet",
+    "numbered": "the step taken and its version number with it, no weights written",
+    "unannounced": "weights written, nobody told",
+    "confirmed": "the batch confirmed (`Trained`)",
+    "half": "in mid-checkpoint: the model written, the optimizer not",
+    "written": "in mid-checkpoint: all files written, not renamed",
+    "renamed": "the checkpoint in place, the buffer not told",
+    "told": "the buffer told (`Checkpointed`), the next version not published",
+}
+"""Stations of the learner that each batch comes by, or each checkpoint; in this order."""
+
+AT_THE_END = {
+    "exported": "the last checkpoint told, the trained policy exported, nobody told that the run is over",
+    "finished": "the buffer told that the run is over (`RunFinished`)",
+}
+"""Stations of the learner that a run comes by once, unless it is killed there."""
+
+STATIONS = {**ON_THE_WAY, **AT_THE_END}
+
+ENGINE_STEP = "engine-step"
+"""Station of an engine: its next step does not return.  Only its thread, or its process, stands still."""
+
+
+# --- the driver's side -----------------------------------------------------------------------------------------
+
+
+def ask_for(run: Path, station: str) -> None:
+    (run / STOPPED_AT).unlink(missing_ok=True)
+    write_atomic(run / STOP_AT, station)
+
+
+def stopped_at(run: Path) -> str:
+    """The station that a role stands at; empty while none does."""
+    with contextlib.suppress(FileNotFoundError):
+        return (run / STOPPED_AT).read_text()
+    return ""
+
+
+# --- the roles' side -------------------------------------------------------------------------------------------
+
+
+def _is_wanted(run: Path, station: str) -> bool:
+    """Whether the driver wants this one; takes the wish away."""
+    path = run / STOP_AT
+    try:
+        if path.read_text() != station:
+            return False
+    except FileNotFoundError:
+        return False
+    path.unlink()
+    return True
+
+
+def _passes(run: Path, station: str) -> None:
+    """Stop this process here if the driver wants it."""
+    if not _is_wanted(run, station):
+        return
+    write_atomic(run / STOPPED_AT, station)
+    while True:  # the signal may reach another thread first: this one must not go on meanwhile
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(0.1)
+
+
+def _before(owner: Any, name: str, act: Callable[[], None]) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        act()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def _after(owner: Any, name: str, act: Callable[[], None]) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        act()
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def _put_stations_into_the_learner(run: Path) -> None:
+    """Wrap what it calls on its way.  What it does at its start has the same names, and is passed by."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    from atpo_async.links import Client
+    from atpo_async.messages import Checkpointed, RunFinished, Trained
+    from learner import checkpoint
+    from learner.loop import Learner
+    from learner.step import Trainer
+
+    trained = False
+
+    def train_begins() -> None:
+        nonlocal trained
+        trained = True
+        _passes(run, "batch")
+
+    def station(name: str) -> Callable[[], None]:
+        return lambda: _passes(run, name) if trained else None
+
+    _before(Trainer, "train", train_begins)
+    _before(AcceleratedOptimizer, "step", station("gradients"))
+    _after(Learner, "_next_version", station("numbered"))
+    _before(Learner, "_announce", station("unannounced"))
+    _before(checkpoint, "_optimizer_tensors", station("half"))
+    _before(checkpoint, "publish", station("written"))
+    _before(Learner, "_tell_checkpoint", station("renamed"))
+    _after(Learner, "_export", lambda: _passes(run, "exported"))
+    send = Client.send
+    told: dict[Any, str] = {Trained: "confirmed", Checkpointed: "told", RunFinished: "finished"}
+
+    async def send_and_stop(self: Client, message: object) -> None:
+        await send(self, message)
+        name = told.get(type(message))
+        if name is not None and (trained or name == "finished"):
+            path = run / STOP_AT
+            if path.exists() and path.read_text() == name:
+                await self.drain(timeout_s=60.0)  # it is on the buffer's disk, or this station would be the one before
+            _passes(run, name)
+
+    Client.send = send_and_stop  # type: ignore[method-assign]
+
+
+def _block_engine_step(owner: Any, name: str, run: Path) -> None:
+    """From the driver's word on this method does not return; nothing else stands still, and nothing is computed."""
+
+    def block() -> None:
+        if _is_wanted(run, ENGINE_STEP):
+            write_atomic(run / STOPPED_AT, ENGINE_STEP)
+            time.sleep(10_000)
+
+    _before(owner, name, block)
+
+
+def _put_station_into_the_engine_core() -> None:
+    """In vLLM's engine core, which imports this module again: once the plugin has loaded, its scheduler's step."""
+    from actors import vllm_plugin
+
+    def patch() -> None:
+        from actors import vllm_inside
+
+        _block_engine_step(vllm_inside.ProbeScheduler, "schedule", Path(os.environ[RUN_DIR]))
+
+    _after(vllm_plugin, "register", patch)
+
+
+def _with_stations() -> None:
+    """From now on a supervisor of this process starts learner and actors by way of this module."""
+    specs_of = supervisor.role_specs
+
+    def role_specs(*args: Any, **kwargs: Any) -> list[supervisor.RoleSpec]:
+        return [_by_way_of_here(spec) for spec in specs_of(*args, **kwargs)]
+
+    supervisor.role_specs = role_specs
+
+
+def _by_way_of_here(spec: supervisor.RoleSpec) -> supervisor.RoleSpec:
+    words = list(spec.argv)
+    at = words.index("-m") + 1
+    if words[at] not in ("learner", "actors"):
+        return spec
+    words[at : at + 1] = ["tests.station_support", words[at]]
+    return replace(spec, argv=tuple(words))
+
+
+def main(argv: Sequence[str]) -> None:
+    command, *words = argv
+    if command == "train":
+        from atpo_async import cli
+
+        _with_stations()
+        sys.exit(cli.main(["train", *words]))
+    rundir = RunDir.open(words[0])
+    run = rundir.path
+    if command == "learner":
+        from learner.__main__ import main as learn
+
+        begin = role.run
+
+        def with_stations(*args: Any) -> NoReturn:
+            # Only now: the learner sets up its environment before it loads torch.
+            _put_stations_into_the_learner(run)
+            begin(*args)
+
+        role.run = with_stations  # type: ignore[assignment]
+        learn(words)
+    else:
+        from actors.__main__ import main as act
+
+        os.environ[RUN_DIR] = str(run)
+        if rundir.config.actor.engine == "transformers":
+            from actors.transformers_engine import TransformersEngine
+
+            _block_engine_step(TransformersEngine, "_step", run)
+        act(words)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+elif __name__ == "__mp_main__" and RUN_DIR in os.environ:
+    _put_station_into_the_engine_core()
