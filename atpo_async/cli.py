@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from atpo_async.config import Config
     from atpo_async.rundir import RunDir
+    from atpo_async.study import Plan
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -64,7 +65,7 @@ def _dispatch(words: list[str], *, debug: bool) -> int:
     rest, texts = _split(words)
     args, more = parser.parse_known_args(rest)
     files = getattr(args, "config", None)
-    if files and not any(word.startswith("-") for word in more):
+    if files is not None and not any(word.startswith("-") for word in more):
         files += more  # `atpo actor A.toml --join WHERE B.toml`: argparse takes the first run of words only
     elif more:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
@@ -147,7 +148,11 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--seeds", metavar="N", type=int, help="from run.seed on; 2 where left out")
     study.add_argument("--jobs", metavar="N", type=int, help="cells at once; as cores and memory allow where left out")
     study.add_argument("--retry-failed", action="store_true", help="run cells that failed again")
-    study.add_argument("--report", action="store_true", help="run nothing: tables and figures of what has ended")
+    study.add_argument(
+        "--report",
+        action="store_true",
+        help="run nothing: tables and figures of what has ended; the grid's options name a part of it",
+    )
     study.add_argument("--fill", metavar="FILE", help="write the results into a Markdown file, between its markers")
     keys = add("keys", "the keys without which a run listens on loopback only: make them, list them (docs/keys.md)")
     doings = keys.add_subparsers(dest="doing", metavar="new|list", required=True)
@@ -648,31 +653,47 @@ def command_status(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
 
 
 def command_study(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
-    from atpo_async import study
-    from atpo_async.config import load
     from atpo_async.study_command import DEFAULT_OUT, Request, reproducing
     from atpo_async.study_command import study as run_study
 
-    files = args.config or [demo_config(), demo_config().with_name("staleness.toml")]
-    plan = study.Plan.of(
-        load(files, texts),
-        lags=study.DEFAULT_LAGS if args.lags is None else args.lags,
-        corrections=study.DEFAULT_CORRECTIONS if args.corrections is None else args.corrections,
-        seeds=study.DEFAULT_SEEDS if args.seeds is None else args.seeds,
-        options=list(texts),
-    )
+    out = Path(args.out) if args.out else DEFAULT_OUT
+    plan = _study_plan(args, texts, out)
     request = Request(
         plan=plan,
-        out=Path(args.out) if args.out else DEFAULT_OUT,
+        out=out,
         jobs=args.jobs,
         retry_failed=args.retry_failed,
         report_only=args.report,
         fill=Path(args.fill) if args.fill else None,
-        command=reproducing(plan, args.config, [f"--{key}={text}" for key, text in texts.items()]),
+        command=reproducing(plan),
         again=_again(args.words),
     )
     found = run_study(request, ensure_policy=ensure_policy)
     return EXIT_INTERRUPTED if found is None else EXIT_DONE if found else EXIT_FAILED
+
+
+def _study_plan(args: argparse.Namespace, texts: Mapping[str, str], out: Path) -> Plan:
+    """What is asked for.  For a report it is in the study's folder, and the options name a part of it."""
+    from atpo_async import study
+    from atpo_async.config import load
+    from atpo_async.study_command import words_of
+
+    grid = {"lags": args.lags, "corrections": args.corrections, "seeds": args.seeds}
+    if args.report:
+        found = study.StudyFolder(out).plan(**grid)
+        if not args.config and not texts:
+            return found
+        grid = {
+            "lags": ",".join(map(str, found.lags)),
+            "corrections": ",".join(found.corrections),
+            "seeds": len(found.seeds),
+        }
+    return study.Plan.of(
+        load(args.config or [demo_config(), demo_config().with_name("staleness.toml")], texts),
+        options=list(texts),
+        words=words_of(args.config, texts),
+        **{name: value for name, value in grid.items() if value is not None},
+    )
 
 
 def command_keys(args: argparse.Namespace, texts: Mapping[str, str]) -> int:

@@ -1,7 +1,8 @@
 """A study: one configuration trained over a grid of lags, corrections and seeds, each cell a run of its own.
 
 A study's folder:
-  study.json        the grid and the configuration it started from; its presence makes the folder a study
+  study.json        the grid, the configuration it started from and the words of the command line that named it; its
+                    presence makes the folder a study
   cells/<cell>.json     how a cell ended, and with what settings: a cell with this file is not run again
   configs/<cell>.json   the cell's whole configuration
   runs/<cell>/      its run folder, as of any run         logs/<cell>.log   what its `atpo train` said
@@ -136,6 +137,8 @@ class Plan:
     lags: tuple[int, ...]
     corrections: tuple[str, ...]
     seeds: tuple[int, ...]
+    words: tuple[str, ...] = ()
+    """Files and options that make ``base`` on a command line; none for what a study takes where none are given."""
 
     @classmethod
     def of(
@@ -146,8 +149,9 @@ class Plan:
         corrections: str = DEFAULT_CORRECTIONS,
         seeds: int = DEFAULT_SEEDS,
         options: Sequence[str] = (),
+        words: Sequence[str] = (),
     ) -> Plan:
-        """From what the command line says; ``options`` are the dotted fields that the user set.
+        """From what the command line says; ``options`` are the dotted fields that the user set, ``words`` as the field.
 
         The seeds are ``base.run.seed`` and those that follow.  Raises ConfigError for anything that does not make a
         grid, and for a cell that no run could have.
@@ -183,6 +187,7 @@ class Plan:
             lags=parse_lags(lags),
             corrections=parse_corrections(corrections),
             seeds=tuple(range(base.run.seed, base.run.seed + seeds)),
+            words=tuple(words),
         )
         for cell in plan.cells():
             plan.config(cell, runs=Path("runs"))
@@ -269,6 +274,42 @@ class StudyFolder:
     def log(self, cell: Cell) -> Path:
         return self.path / "logs" / f"{cell.name}.log"
 
+    def plan(self, *, lags: str | None = None, corrections: str | None = None, seeds: int | None = None) -> Plan:
+        """What the study was made for, or the part of its grid that is named as on the command line.
+
+        Raises SetupError where there is no study or a damaged one, ConfigError for what is not in its grid.
+        """
+        file = self.path / "study.json"
+        if not file.is_file():
+            raise SetupError(f"{self.path} is no study (it has no study.json); run it first, without --report")
+        was = self._known(file)
+        if seeds is not None and not 1 <= seeds <= len(was["seeds"]):
+            raise ConfigError(
+                f"--seeds {seeds}: study {self.path} has {len(was['seeds'])} seeds ({_joined(was['seeds'])}); use 1 to "
+                f"{len(was['seeds'])}"
+            )
+        kept_lags = tuple(was["lags"]) if lags is None else parse_lags(lags)
+        names = tuple(was["corrections"]) if corrections is None else parse_corrections(corrections)
+        for option, some, every in (
+            ("--lags", kept_lags, was["lags"]),
+            ("--corrections", names, was["corrections"]),
+        ):
+            if not set(some) <= set(every):
+                raise ConfigError(
+                    f"{option} {_joined(some)}: study {self.path} has {_joined(every)}; name some of those"
+                )
+        data: dict[str, dict[str, Any]] = {"run": {"seed": was["seeds"][0]}, "staleness": {"max_lag": max(was["lags"])}}
+        for path, value in was["base"].items():
+            section, _, name = path.partition(".")
+            data.setdefault(section, {})[name] = value
+        return Plan(
+            base=configuration.build(data, source=str(file)),
+            lags=kept_lags,
+            corrections=names,
+            seeds=tuple(was["seeds"][:seeds]),
+            words=tuple(was["words"]),
+        )
+
     def results(self, plan: Plan) -> dict[Cell, CellResult]:
         """Of the plan's cells that have ended.  Raises RunMismatch for one that was run with other settings."""
         found = {}
@@ -321,8 +362,12 @@ class StudyFolder:
             write_atomic(self.path / "study.json", json.dumps(self._facts(plan), indent=1) + "\n")
             yield
 
-    def check(self, plan: Plan) -> None:
-        """Raises as ``held``, and changes nothing."""
+    def check(self, plan: Plan, *, part: bool = False) -> None:
+        """Raises as ``held``, and changes nothing.
+
+        Args:
+            part: the plan's grid may be a part of the folder's, and no more; else it is to hold all of it.
+        """
         file = self.path / "study.json"
         if not file.is_file():
             ours = {"cells", "configs", "runs", "logs", "lock"}
@@ -336,8 +381,8 @@ class StudyFolder:
         if was["kind"] != now["kind"]:
             differing.append(f"kind was {was['kind']!r}, is {now['kind']!r}")
         for name, option in (("lags", "--lags"), ("corrections", "--corrections"), ("seeds", "--seeds")):
-            lost = [value for value in was[name] if value not in now[name]]
-            if lost:
+            whole, some = (was, now) if part else (now, was)
+            if any(value not in whole[name] for value in some[name]):
                 differing.append(f"{option} had {_joined(was[name])}, has {_joined(now[name])}")
         listed = _listed_differences(was["base"], now["base"])
         if listed:
@@ -346,15 +391,16 @@ class StudyFolder:
             raise RunMismatch(
                 f"study {self.path} was made with other settings: {'; '.join(differing)}.  Use another --out, or the "
                 "old settings; a study goes on with more lags, corrections and seeds, not with fewer or with another "
-                "configuration"
+                "configuration (--report tells of a part of it)"
             )
 
     def _known(self, file: Path) -> dict[str, Any]:
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
             kept = {name: data[name] for name in ("kind", "lags", "corrections", "seeds", "base")}
-            if not all(isinstance(kept[name], list) for name in ("lags", "corrections", "seeds")):
+            if not all(isinstance(kept[name], list) and kept[name] for name in ("lags", "corrections", "seeds")):
                 raise ValueError("no grid")
+            kept["words"] = [str(word) for word in data.get("words", ())]
             kept["base"] = dict(kept["base"])
             return kept
         except (OSError, ValueError, KeyError, TypeError) as exc:
@@ -370,6 +416,7 @@ class StudyFolder:
             "lags": list(plan.lags),
             "corrections": list(plan.corrections),
             "seeds": list(plan.seeds),
+            "words": list(plan.words),
             "base": base,
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from atpo_async import doctor, study_report
 from atpo_async.config import Config
-from atpo_async.errors import ConfigError, SetupError
+from atpo_async.errors import ConfigError
 from atpo_async.progress import duration
 from atpo_async.study import Plan, StudyFolder
 from atpo_async.study_progress import StudyProgress
@@ -65,9 +65,12 @@ def study(
     if request.jobs is not None and request.jobs < 1:
         raise ConfigError(f"--jobs must be >= 1, got {request.jobs}")
     if request.report_only:
-        if not (folder.path / "study.json").is_file():
-            raise SetupError(f"{folder.path} is no study (it has no study.json); run it first, without --report")
-        folder.check(plan)
+        whole = folder.plan()
+        folder.check(plan, part=True)
+        for name in ("lags", "corrections", "seeds"):
+            some, every = getattr(plan, name), getattr(whole, name)
+            if len(some) < len(every):
+                console.print(f"of the {name} {_joined(every)} only {_joined(some)}", markup=False)
         return _report(request, folder, console)
     if request.fill is not None:
         study_report.check_fillable(request.fill)  # now, not when every cell has run
@@ -170,8 +173,16 @@ def jobs_here(engine: str, console: Console) -> int:
     return max(1, min(cores, int(memory[1] / each)))
 
 
-def reproducing(plan: Plan, files: Sequence[str], options: Sequence[str]) -> str:
-    """The command that makes the same study anywhere: its grid spelt out, without this machine's folders."""
-    words = ["atpo", "study", "staleness", *(study_report.relative(Path(file)) for file in files)]
-    words += ["--lags", ",".join(str(lag) for lag in plan.lags), "--corrections", ",".join(plan.corrections)]
-    return shlex.join([*words, "--seeds", str(len(plan.seeds)), *options])
+def words_of(files: Sequence[str], options: Mapping[str, str]) -> list[str]:
+    """A plan's ``words``: without this machine's folders."""
+    return [*(study_report.relative(Path(file)) for file in files), *(f"--{k}={text}" for k, text in options.items())]
+
+
+def reproducing(plan: Plan) -> str:
+    """The command that makes the same study anywhere, its grid spelt out."""
+    grid = ["--lags", _joined(plan.lags), "--corrections", _joined(plan.corrections), "--seeds", str(len(plan.seeds))]
+    return shlex.join(["atpo", "study", "staleness", *plan.words, *grid])
+
+
+def _joined(values: Sequence[object]) -> str:
+    return ",".join(map(str, values))

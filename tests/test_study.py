@@ -694,6 +694,57 @@ def test_tables_of_what_has_ended_can_be_had_without_running_anything(bench: Ben
     assert "Not run to the end yet: 7 of 8 cells." in (bench.out / "staleness.md").read_text()
 
 
+def test_a_report_takes_grid_and_configuration_from_the_folder(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = Plan.of(
+        base(run__steps=6, run__seed=7, learner__lr=0.25, correction__cap=3.0),
+        lags="0,4",
+        corrections="none,turn+ess",
+        words=["mine.toml", "--learner.lr=0.25"],
+    )
+    bench.run(plan, FakeRunner())
+    monkeypatch.chdir(bench.out.parent)
+    assert StudyFolder(bench.out).plan().cells() == plan.cells()
+    assert cli.main(["study", "staleness", "--report", "--out", "study"]) == 0
+    assert "Not run to the end yet" not in (bench.out / "staleness.md").read_text()
+    reproduces = "atpo study staleness mine.toml --learner.lr=0.25 --lags 0,4 --corrections none,turn+ess --seeds 2"
+    assert reproduces in (bench.out / "staleness.md").read_text()
+    assert cli.main(["study", "staleness", "--report", "--out", "study", *map(str, FILES), "--learner.lr", "0.5"]) == 2
+    assert "learner.lr was 0.25, is 0.5" in capsys.readouterr().err
+
+
+def test_a_report_is_of_the_part_of_the_grid_that_is_named(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.run(plan_of(lags="0,2,4"), FakeRunner())
+    monkeypatch.chdir(bench.out.parent)
+    report = ["study", "staleness", "--report", "--out", "study"]
+    assert cli.main([*report, "--lags", "0,4", "--seeds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "of the lags 0,2,4 only 0,4" in out
+    assert "of the seeds 1,2 only 1" in out
+    lines = (bench.out / "staleness.csv").read_text().splitlines()[1:]
+    assert len(lines) == 4
+    assert StudyFolder(bench.out).plan().lags == (0, 2, 4)  # nothing of the study itself has gone
+    for words, line in (
+        (["--lags", "0,3"], "--lags 0,3: study study has 0,2,4; name some of those"),
+        (["--corrections", "token"], "--corrections token: study study has none,turn; name some of those"),
+        (["--seeds", "3"], "--seeds 3: study study has 2 seeds (1,2); use 1 to 2"),
+    ):
+        assert cli.main([*report, *words]) == 2
+        assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_a_folder_of_before_names_were_kept_is_reported_on(bench: Bench) -> None:
+    bench.run(plan_of(), FakeRunner())
+    file = bench.out / "study.json"
+    data = json.loads(file.read_text())
+    del data["words"]
+    file.write_text(json.dumps(data))
+    assert bench.run(StudyFolder(bench.out).plan(), FakeRunner(), report_only=True) is True
+
+
 def test_a_document_is_filled_only_by_a_study_that_is_whole(bench: Bench, tmp_path: Path) -> None:
     plan = plan_of()
     document = tmp_path / "doc.md"
