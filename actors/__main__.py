@@ -22,6 +22,9 @@ from atpo_async.waits import Patience
 
 HELLO_TIMEOUT_S = 5.0
 HELLO_PAUSE_S = 0.1
+KNOCK_S, KNOCK_EVERY_S = 2.0, 0.5
+"""For a buffer to answer before the engine is loaded, and between two looks at why it does not; one that is there
+answers within a few round trips."""
 
 
 async def act(ctx: RoleContext) -> None:
@@ -29,14 +32,16 @@ async def act(ctx: RoleContext) -> None:
     config = ctx.config
     model = model_folder(config.model.path)
     settings = LinkSettings.from_config(config.links)
+    if not ctx.supervised:  # who was started by the run itself is let in
+        await until_stopped(ctx.stopping, _knock(ctx, settings))
+        if ctx.stopping.is_set():
+            return
     environment = make_environment(config, model)
     if config.eval.at_start or config.eval.at_end or config.eval.every_steps:
         check_eval_tasks(config, environment, config.eval.num_tasks)
     engine = make_engine(config, model)
     ctx.log.info("actor %s: engine %s, environment %s", ctx.name, engine_name(config), config.environment.name)
-    async with Client(
-        ctx.endpoints.actors, peer="buffer", identity=ctx.name, receives=BufferToActor, settings=settings
-    ) as buffer:
+    async with _to_buffer(ctx, settings) as buffer:
         try:
             welcome = await until_stopped(ctx.stopping, _start(ctx, buffer, engine))
             while welcome is not None:
@@ -44,6 +49,33 @@ async def act(ctx: RoleContext) -> None:
         finally:
             with waits.waiting(f"actor {ctx.name}", "the engine's end", on=waits.ENGINE):
                 await engine.close()
+
+
+def _to_buffer(ctx: RoleContext, settings: LinkSettings) -> Client:
+    return Client(ctx.endpoints.actors, peer="buffer", identity=ctx.name, receives=BufferToActor, settings=settings)
+
+
+async def _knock(ctx: RoleContext, settings: LinkSettings) -> None:
+    """Learn whether the buffer lets this actor in, before an engine is loaded in vain.
+
+    Waits for: its answer.  Unblocked by: that; ``KNOCK_S`` without a sign of it, as it may be started later; where it
+    refuses the key, being let in after all, given up after ``links.give_up_s``.
+    """
+    patience = Patience(f"actor {ctx.name}", "being let in", ctx.config.links, time.monotonic, log=ctx.log, on="buffer")
+    said, last = "", time.monotonic() + KNOCK_S
+    # A link of its own: loading an engine may hold up this loop for longer than a peer is let be silent.
+    async with _to_buffer(ctx, settings) as buffer:
+        while isinstance(missing := await _hello(ctx, buffer, timeout_s=KNOCK_EVERY_S), str):
+            if trouble := _trouble(buffer):
+                last = time.monotonic() + KNOCK_S
+            elif time.monotonic() > last:
+                ctx.log.info("actor %s loads its engine meanwhile: %s", ctx.name, missing)
+                return
+            if trouble and trouble != said:
+                said = trouble
+                ctx.log.error("actor %s loads no engine before it is let in, and tries on: %s", ctx.name, missing)
+            patience.again(missing)
+            await asyncio.sleep(HELLO_PAUSE_S)  # a link that has failed for good answers at once
 
 
 async def _start(ctx: RoleContext, buffer: Client, engine: Engine) -> Welcome:
@@ -107,6 +139,27 @@ async def _join(ctx: RoleContext, buffer: Client) -> Welcome:
     Waits for: the buffer, then the learner's first publication.  Unblocked by: both being up; given up after
     ``links.give_up_s``.
     """
+    patience = Patience(
+        f"actor {ctx.name}", "its place in the run", ctx.config.links, time.monotonic, log=ctx.log, on="buffer"
+    )
+    said = ""
+    while True:
+        answer = await _hello(ctx, buffer, timeout_s=HELLO_TIMEOUT_S)
+        if isinstance(answer, str):
+            patience.on, missing = "buffer", answer
+        elif answer.weights_endpoint:
+            return reachable(answer, ctx.endpoints.actors)
+        else:
+            patience.on, missing = "learner", "the learner has not published its first weights"
+        if missing != said:
+            ctx.log.info("actor %s waits: %s", ctx.name, missing)
+            said = missing
+        patience.again(missing)
+        await asyncio.sleep(HELLO_PAUSE_S)
+
+
+async def _hello(ctx: RoleContext, buffer: Client, *, timeout_s: float) -> Welcome | str:
+    """The buffer's welcome, or why there is none yet.  Raises SetupError where it refuses this actor for good."""
     hello = ActorHello(
         protocol=PROTOCOL,
         run=ctx.run_id,
@@ -114,30 +167,23 @@ async def _join(ctx: RoleContext, buffer: Client) -> Welcome:
         environment=ctx.config.environment.name,
         search_leaves=ctx.config.search.max_leaves,
     )
-    patience = Patience(
-        f"actor {ctx.name}", "its place in the run", ctx.config.links, time.monotonic, log=ctx.log, on="buffer"
-    )
-    said = ""
-    while True:
-        try:
-            answer = await buffer.request(hello, timeout_s=HELLO_TIMEOUT_S)
-        except PeerLost:
-            patience.on = "buffer"
-            missing = f"the buffer at {ctx.endpoints.actors} does not answer"
-            if not buffer.connected:
-                missing += " (not connected: nothing listens there, or it does not know our key: docs/keys.md)"
-        else:
-            if isinstance(answer, Refused):
-                raise SetupError(f"the buffer at {ctx.endpoints.actors} refuses actor {ctx.name}: {answer.reason}")
-            if isinstance(answer, Welcome) and answer.weights_endpoint:
-                return reachable(answer, ctx.endpoints.actors)
-            patience.on = "learner"
-            missing = "the learner has not published its first weights"
-        if missing != said:
-            ctx.log.info("actor %s waits: %s", ctx.name, missing)
-            said = missing
-        patience.again(missing)
-        await asyncio.sleep(HELLO_PAUSE_S)
+    where = f"the buffer at {ctx.endpoints.actors}"
+    try:
+        answer = await buffer.request(hello, timeout_s=timeout_s)
+    except PeerLost:
+        if trouble := _trouble(buffer):
+            return f"{where} does not let it in: {trouble} (docs/keys.md)"
+        return f"{where} does not answer" + ("" if buffer.connected else " (not connected: nothing listens there)")
+    if isinstance(answer, Refused):
+        raise SetupError(f"{where} refuses actor {ctx.name}: {answer.reason}")
+    if not isinstance(answer, Welcome):
+        return f"{where} answers with {type(answer).__name__}"
+    return answer
+
+
+def _trouble(buffer: Client) -> str:
+    """Why the last connection came to nothing, as far as it is known here."""
+    return str(buffer.link_status()["trouble"])
 
 
 def reachable(welcome: Welcome, buffer_endpoint: str) -> Welcome:
