@@ -55,6 +55,7 @@ from actors.expansion import select, sibling_parent
 from atpo_async.config import Config, load, split_options
 from atpo_async.errors import AtpoError, ConfigError, SetupError
 from atpo_async.messages import Batch, BatchTree
+from atpo_async.records import TurnRecords
 from atpo_async.tree import ROOT as PROMPT
 from atpo_async.tree import Turn, TurnTree, spans_of
 from learner.model import Policy, make_accelerator
@@ -173,8 +174,8 @@ def grow(shape: Shape, *, tree_id: str, vocab_size: int, rng: np.random.Generato
             observation = nothing if turn_id == PROMPT else tree[turn_id].observation
             chain(sibling_parent(tree, turn_id), level, observation, round_number)
     return BatchTree(
-        tree_id=tree_id, task_index=0, prompt=prompt, turns=tuple(turns), failed_branches=0, probability=1.0,
-        weight=1.0, uses=1,
+        tree_id=tree_id, task_index=0, prompt=prompt, turns=TurnRecords.of(turns), failed_branches=0,
+        probability=1.0, weight=1.0, uses=1,
     )  # fmt: skip
 
 
@@ -296,7 +297,7 @@ def expected(prompt: float, suffix: float, *, chains: int, branches: int) -> tup
 
 def flat_work(tree: BatchTree) -> Work:
     """Each leaf's path as a row of its own."""
-    whole = TurnTree(tree.tree_id, tree.task_index, tree.prompt, tree.turns)
+    whole = TurnTree(tree.tree_id, tree.task_index, tree.prompt, tuple(tree.turns))
     total = Work(0, 0)
     for leaf in whole.leaves():
         path = whole.path(leaf.turn_id)
@@ -307,7 +308,7 @@ def flat_work(tree: BatchTree) -> Work:
 
 def tree_work(tree: BatchTree) -> Work:
     """Each token of the tree once; siblings share equal observations."""
-    whole = TurnTree(tree.tree_id, tree.task_index, tree.prompt, tree.turns)
+    whole = TurnTree(tree.tree_id, tree.task_index, tree.prompt, tuple(tree.turns))
     end = {PROMPT: len(tree.prompt)}
     total = run_of(0, len(tree.prompt))
     shared: set[tuple[int, bytes]] = set()

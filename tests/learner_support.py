@@ -11,8 +11,10 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+import atpo_async.wire  # noqa: F401  TurnRecords.of encodes with it
 from atpo_async.config import Config, build
 from atpo_async.messages import Batch, BatchTree
+from atpo_async.records import TurnRecords
 from atpo_async.tree import Turn, spans_of
 from learner.model import Policy
 from learner.warm_start import Recipe, make_policy
@@ -41,13 +43,23 @@ def in_double(policy: Policy) -> Policy:
 
     def forward(module: Any, hidden: torch.Tensor) -> torch.Tensor:
         scale = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + module.variance_epsilon)
-        return module.weight * (hidden * scale)
+        scaled: torch.Tensor = module.weight * (hidden * scale)
+        return scaled
 
     doubled: Policy = policy.double()
     for module in doubled.modules():
         if isinstance(module, Qwen3RMSNorm):
             module.forward = MethodType(forward, module)
     return doubled
+
+
+def flat_gradient(module: torch.nn.Module) -> torch.Tensor:
+    """The gradients of all parameters, one after another; every parameter must have one."""
+    parts = []
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        parts.append(parameter.grad.reshape(-1))
+    return torch.cat(parts)
 
 
 def make_config(model: Path, **sections: dict[str, object]) -> Config:
@@ -80,8 +92,8 @@ def make_tree(tree_id: str, rng: np.random.Generator, *, version: int = 0, leave
     for i in range(leaves):
         turns.append(turn(3 + i, 2 if i % 2 else 1, float(i % 3 == 0)))
     return BatchTree(
-        tree_id=tree_id, task_index=0, prompt=rng.integers(0, VOCAB, 4).astype(np.int32), turns=tuple(turns),
-        failed_branches=0, probability=0.1, weight=float(rng.uniform(0.3, 1.0)), uses=1,
+        tree_id=tree_id, task_index=0, prompt=rng.integers(0, VOCAB, 4).astype(np.int32),
+        turns=TurnRecords.of(turns), failed_branches=0, probability=0.1, weight=float(rng.uniform(0.3, 1.0)), uses=1,
     )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ EXAMPLES = {
 
 
 def whole(tree: BatchTree) -> TurnTree:
-    return TurnTree(tree.tree_id, tree.task_index, tree.prompt, tree.turns)
+    return TurnTree(tree.tree_id, tree.task_index, tree.prompt, tuple(tree.turns))
 
 
 def rows_of(tree: BatchTree) -> list[Row]:

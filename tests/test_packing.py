@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import atpo_async.wire  # noqa: F401  TurnRecords.of encodes with it
 from atpo_async.config import CreditConfig
 from atpo_async.messages import BatchTree
+from atpo_async.records import TurnRecords
 from atpo_async.tree import Turn, VersionSpan
 from learner.packing import (
     CreditedTree,
@@ -53,8 +55,8 @@ def reference_tree(*, versions: dict[int, int] | None = None, weight: float = 1.
         for n in nodes
     )
     return BatchTree(
-        tree_id="t", task_index=0, prompt=np.arange(1, 5, dtype=np.int32), turns=turns, failed_branches=0,
-        probability=1.0, weight=weight, uses=1,
+        tree_id="t", task_index=0, prompt=np.arange(1, 5, dtype=np.int32), turns=TurnRecords.of(turns),
+        failed_branches=0, probability=1.0, weight=weight, uses=1,
     )  # fmt: skip
 
 
@@ -116,7 +118,7 @@ def test_rows_without_anything_to_learn_are_left_out() -> None:
     flat = reference_tree()
     equal = BatchTree(
         tree_id="e", task_index=0, prompt=flat.prompt, failed_branches=0, probability=1.0, weight=1.0, uses=1,
-        turns=tuple(turn(i, 0, 0, 2, 1.0, [(5, 0, 2)]) for i in (1, 2)),
+        turns=TurnRecords.of(turn(i, 0, 0, 2, 1.0, [(5, 0, 2)]) for i in (1, 2)),
     )  # fmt: skip
     assert rows_of(equal) == []
     assert len(rows_of(flat, equal)) == 6
@@ -145,7 +147,7 @@ def test_unfinished_chains_are_pruned() -> None:
     whole = reference_tree()
     cut = BatchTree(
         tree_id="t", task_index=0, prompt=whole.prompt, failed_branches=2, probability=1.0, weight=1.0, uses=1,
-        turns=tuple(t for t in whole.turns if t.turn_id not in (8, 9)),
+        turns=TurnRecords.of(t for t in whole.turns if t.turn_id not in (8, 9)),
     )  # fmt: skip
     assert len(rows_of(cut)) == 4
     assert CreditedTree.of(cut, CREDIT).num_leaves == 4
@@ -212,7 +214,7 @@ def test_staleness_is_counted_by_turn_and_adds_up_over_ranks() -> None:
     mixed = turn(4, 1, 2, 3, 1.0, [(4, 0, 1), (6, 1, 3)])
     sampled = BatchTree(
         tree_id="t", task_index=0, prompt=sampled.prompt, failed_branches=0, probability=1.0, weight=1.0, uses=1,
-        turns=tuple(mixed if t.turn_id == 4 else t for t in sampled.turns),
+        turns=TurnRecords.of(mixed if t.turn_id == 4 else t for t in sampled.turns),
     )  # fmt: skip
     one = Staleness.of([CreditedTree.of(sampled, CREDIT)], version=6, max_lag=3)
     assert (one.by_lag.tolist(), one.stale, one.multi_version, one.stale_tokens) == ([1, 6, 1, 0], 1, 1, 3)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atpo_async.messages import BatchTree
+from atpo_async.records import TurnRecords
 from learner.packing import MicroBatch, micro_batches
 from learner.tree_packing import attention_pairs, flops, lay_out, tree_micro_batches
 from tests.learner_support import make_batch
@@ -164,8 +165,8 @@ def test_an_observation_that_begins_as_anothers_is_not_shared() -> None:
     longer = np.append(tree.turns[1].observation, np.int32(5))
     turns = (*tree.turns[:2], msgspec.structs.replace(tree.turns[2], observation=longer))
     (packed,) = pack([BatchTree(
-        tree_id="t", task_index=0, prompt=tree.prompt, turns=turns, failed_branches=0, probability=1.0, weight=1.0,
-        uses=1,
+        tree_id="t", task_index=0, prompt=tree.prompt, turns=TurnRecords.of(turns), failed_branches=0, probability=1.0,
+        weight=1.0, uses=1,
     )])  # fmt: skip
     assert packed.layout is not None
     assert packed.layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 5, 6]]

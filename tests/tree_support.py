@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from atpo_async.config import CreditConfig
 from atpo_async.messages import BatchTree
+from atpo_async.records import TurnRecords
 from atpo_async.tree import Turn, spans_of
 from learner.packing import Aggregation, CreditedTree, MicroBatch, Normaliser, Row, leaf_rows
 from tests.learner_support import VOCAB
@@ -67,8 +68,8 @@ def grow(tree_id: str, prompt: int, sketches: Sequence[Sketch], *, seed: int = 0
             )
         )  # fmt: skip
     return BatchTree(
-        tree_id=tree_id, task_index=0, prompt=rng.integers(0, VOCAB, prompt).astype(np.int32), turns=tuple(turns),
-        failed_branches=0, probability=0.1, weight=float(rng.uniform(0.3, 1.0)), uses=1,
+        tree_id=tree_id, task_index=0, prompt=rng.integers(0, VOCAB, prompt).astype(np.int32),
+        turns=TurnRecords.of(turns), failed_branches=0, probability=0.1, weight=float(rng.uniform(0.3, 1.0)), uses=1,
     )  # fmt: skip
 
 
