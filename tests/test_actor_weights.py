@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +48,7 @@ class FakeLearner:
             version=self.version,
             total_bytes=len(self.payload),
             chunk_bytes=4096,
-            sha256=hashlib.sha256(self.payload).hexdigest(),
+            sha256=hashlib.sha256(self.payload.data).hexdigest(),
             tensors=(
                 TensorSpec(name="a", dtype="float32", shape=(half // 4,), offset=0, nbytes=half),
                 TensorSpec(name="b", dtype="float32", shape=(half // 4,), offset=half, nbytes=half),
@@ -95,7 +97,7 @@ def learner() -> FakeLearner:
 
 
 @pytest.fixture
-def fetcher(learner: FakeLearner) -> WeightsFetcher:
+def fetcher(learner: FakeLearner) -> Iterator[WeightsFetcher]:
     made = WeightsFetcher(run="r", client=learner, listener=FakeListener(), settings=SETTINGS)  # type: ignore[arg-type]
     yield made
     made.close()
@@ -169,7 +171,12 @@ async def test_the_payload_is_hashed_once(
 ) -> None:
     hashed = []
     plain = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda *args: hashed.append(args) or plain(*args))
+
+    def counted(*args: Any) -> Any:
+        hashed.append(args)
+        return plain(*args)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
     weights = await fetcher.fetch(learner.announcement)
     assert weights is not None
     shapes = {spec.name: tuple(spec.shape) for spec in weights.manifest.tensors}

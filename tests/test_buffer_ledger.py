@@ -367,6 +367,7 @@ class Loop:
         batch = self.state.sample(request, self.now)
         if batch is None:
             return False
+        assert isinstance(batch, Batch)
         self.batches.append(batch)
         max_lag = self.config.staleness.max_lag
         for tree in batch.trees:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
@@ -270,7 +271,7 @@ def unsafe(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, f"uses {node.attr}"
 
 
-def _names_pickle(node: ast.AST) -> bool:
+def _names_pickle(node: ast.AST) -> TypeGuard[ast.Constant]:
     return isinstance(node, ast.Constant) and room_of(str(node.value)) in PICKLES
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from atpo_async import wire
 from atpo_async.errors import BadMessage
 from atpo_async.messages import RunFinished
-from atpo_async.records import MIN_RECORD_BYTES, TurnRecords, frames_in, pack, unpack
+from atpo_async.records import MIN_RECORD_BYTES, Buffer, TurnRecords, frames_in, pack, unpack
 from atpo_async.tree import Turn, VersionSpan
 
 
@@ -110,12 +110,13 @@ def test_no_turns_are_no_bytes() -> None:
 def test_where_one_part_ends_and_the_next_begins_means_nothing() -> None:
     one, two, three = (pack(wire.encode(turn(i))) for i in (1, 2, 3))
     whole = len(one) + len(two) + len(three)
-    for parts in (
+    ways: list[list[Buffer]] = [
         [one, two, three],
         [one + two + three],
         [one + two, three],
         [memoryview(one), b"", bytearray(two + three)],
-    ):
+    ]
+    for parts in ways:
         records = TurnRecords.raw(parts, 3)
         assert records.nbytes == whole
         assert [t.turn_id for t in records] == [1, 2, 3]
