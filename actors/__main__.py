@@ -175,7 +175,7 @@ async def _hello(ctx: RoleContext, buffer: Client, *, timeout_s: float) -> Welco
             return f"{where} does not let it in: {trouble} (docs/keys.md)"
         return f"{where} does not answer" + ("" if buffer.connected else " (not connected: nothing listens there)")
     if isinstance(answer, Refused):
-        raise SetupError(f"{where} refuses actor {ctx.name}: {answer.reason}")
+        raise SetupError(f"{where} refuses {ctx.name}: {answer.reason}")
     if not isinstance(answer, Welcome):
         return f"{where} answers with {type(answer).__name__}"
     return answer

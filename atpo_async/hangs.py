@@ -168,7 +168,7 @@ class Watch:
         still_s = now - memory.moved_at
         found = list(_causes(sight, still_s=still_s, silent_s=silent_s))
         if memory.stopped_at is not None:
-            found = [(now - memory.stopped_at, _stopped(sight.stopped))]
+            found = [(now - memory.stopped_at, stopped_words(sight.stopped))]
         # What was silent or stopped could not make progress: when it is back its time begins anew.
         silent = bool(found) and (memory.stopped_at is not None or silent_s > SILENT_S)
         if memory.was_silent and not silent:
@@ -230,7 +230,7 @@ def _causes(sight: Sight, *, still_s: float, silent_s: float) -> Iterator[tuple[
 def stuck_now(picture: Picture, *, stopped: bool, silent_s: float) -> Stuck | None:
     """Of one picture alone, without a history: what ``atpo status`` has."""
     if stopped:
-        return Stuck(role=picture.role, for_s=silent_s, why=_stopped((picture.pid,)))
+        return Stuck(role=picture.role, for_s=silent_s, why=stopped_words((picture.pid,)))
     sight = Sight(role=picture.role, pictures=(picture,))
     found = [
         cause for cause in _causes(sight, still_s=picture.still_s + silent_s, silent_s=silent_s) if cause[0] > WORK_S
@@ -241,7 +241,8 @@ def stuck_now(picture: Picture, *, stopped: bool, silent_s: float) -> Stuck | No
     return Stuck(role=picture.role, for_s=for_s, why=why)
 
 
-def _stopped(pids: Sequence[int]) -> str:
+def stopped_words(pids: Sequence[int]) -> str:
+    """What is said of processes that a signal has stopped, with the way out."""
     named = " ".join(map(str, pids))
     return f"is stopped by a signal (kill -CONT {named} lets it go on)"
 

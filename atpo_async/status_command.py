@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ import msgspec
 
 from atpo_async import processes, status
 from atpo_async.errors import SetupError
-from atpo_async.hangs import SILENT_S, Stuck, explain, stuck_now, waits_of
+from atpo_async.hangs import SILENT_S, Stuck, explain, stopped_words, stuck_now, waits_of
+from atpo_async.policy import steps_trained
 from atpo_async.rundir import RunDir, host_id
 from atpo_async.status import Picture, duration
 
@@ -23,6 +25,8 @@ OTHER_MACHINE_S = 30.0
 """Clocks of two machines may differ by so much; a picture from another machine that is older is called stale."""
 SHOWN_WAITS = 3
 """Of each role."""
+UNSAID = frozenset({"kind", "name", "endpoint", "waits"})
+"""Of what a link says: its title has the first, the roles' waits the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +51,29 @@ class RunView:
     rundir: RunDir
     supervisor: int | None
     """Process id of what holds the run; None if nothing does, as far as can be told."""
+    supervisor_stopped: bool
+    """Whether a signal has stopped it: its roles go on, and nobody looks after them."""
+    steps: int
+    """Of the last checkpoint."""
     roles: dict[str, RoleView]
     damaged: dict[str, str]
 
     @property
     def running(self) -> bool:
-        return self.supervisor is not None or any(view.alive for view in self.roles.values())
+        return self.supervisor is not None or bool(self.running_roles)
+
+    @property
+    def running_roles(self) -> list[str]:
+        return [name for name, view in self.roles.items() if view.alive]
 
     @property
     def sentences(self) -> list[str]:
         """Who waits for whom, to the end."""
         alive = {name: view.picture for name, view in self.roles.items() if view.alive}
-        return explain(alive, {n: v.stuck for n, v in self.roles.items() if v.stuck is not None and v.alive})
+        said = explain(alive, {n: v.stuck for n, v in self.roles.items() if v.stuck is not None and v.alive})
+        if self.supervisor is not None and self.supervisor_stopped:
+            said.append(f"supervisor {stopped_words([self.supervisor])}")
+        return said
 
 
 def look(path: Path | str) -> RunView:
@@ -71,7 +86,15 @@ def look(path: Path | str) -> RunView:
     pictures, damaged = status.read(rundir.path / status.FOLDER)
     now, wall = time.monotonic(), time.time()
     roles = {name: _view(pictures[name], now=now, wall=wall) for name in sorted(pictures, key=_order)}
-    return RunView(rundir=rundir, supervisor=_holder(rundir.path / "lock"), roles=roles, damaged=damaged)
+    supervisor = _holder(rundir.path / "lock")
+    return RunView(
+        rundir=rundir,
+        supervisor=supervisor,
+        supervisor_stopped=supervisor is not None and bool(processes.stopped([supervisor])),
+        steps=steps_trained(rundir),
+        roles=roles,
+        damaged=damaged,
+    )
 
 
 def _order(role: str) -> tuple[int, str]:
@@ -135,6 +158,8 @@ def as_json(view: RunView) -> str:
         "run_id": view.rundir.run_id,
         "running": view.running,
         "supervisor": view.supervisor,
+        "supervisor_state": None if view.supervisor is None else "stopped" if view.supervisor_stopped else "runs",
+        "steps": {"checkpoint": view.steps, "of": view.rundir.config.run.steps},
         "waits": view.sentences,
         "roles": {
             name: {
@@ -158,21 +183,23 @@ def show(view: RunView, console: Console) -> None:
     console.print(Text(_headline(view)))
     if view.roles:
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for name in ("role", "state", "process", "at", "loop", "waits for"):
+        for name in ("role", "state", "process", "at", "loop ran", "waits for"):
             table.add_column(name, no_wrap=name != "waits for", overflow="fold")
         for name, role in view.roles.items():
             picture = role.picture
-            loop = "–" if picture.loop_age_s is None or not role.alive else duration(picture.loop_age_s)
+            loop = "–" if picture.loop_age_s is None or not role.alive else f"{duration(picture.loop_age_s)} ago"
             where = f"{picture.pid}" if picture.host == host_id() else f"{picture.pid} on {picture.hostname}"
-            state = role.state if role.alive else f"{role.state} {duration(role.age_s)} ago"
-            at = f"{picture.phase} {duration(picture.phase_s)}" if role.alive else "–"
+            # The id of a process that has gone may be another's by now.
+            where = "–" if role.state in ("ended", "gone") else where
+            state = role.state if role.alive else f"{role.state}, last seen {duration(role.age_s)} ago"
+            at = f"{picture.phase} for {duration(picture.phase_s)}" if role.alive else "–"
             colour = "red" if role.stuck is not None or role.state == "gone" else "green" if role.alive else "dim"
             # As text: what others call themselves is no markup.
             cells = (Text(word) for word in (where, at, loop, _waits(role)))
             table.add_row(Text(name), Text(state, style=colour), *cells)
         console.print(table)
         links = [
-            f"  {name}: {status.flat({k: v for k, v in facts.items() if k != 'waits'})}"
+            f"  {name}: {status.flat(_worth_saying(facts))}"
             for role in view.roles.values()
             if role.alive
             for name, facts in role.picture.links.items()
@@ -181,7 +208,8 @@ def show(view: RunView, console: Console) -> None:
             console.print(Text(line))
         for role in view.roles.values():
             for name, facts in role.picture.facts.items() if role.alive else ():
-                console.print(Text(f"{role.picture.role}, {name}: {status.flat(facts)}"))
+                whose = role.picture.role if role.picture.role.startswith(name) else f"{role.picture.role}, {name}"
+                console.print(Text(f"{whose}: {status.flat(facts)}"))
     for file, fault in view.damaged.items():
         console.print(Text(f"{status.FOLDER}/{file} is damaged and says nothing: {fault}"))
     for sentence in view.sentences:
@@ -195,14 +223,35 @@ def show(view: RunView, console: Console) -> None:
 
 def _headline(view: RunView) -> str:
     run = f"run {view.rundir.path} ({view.rundir.run_id})"
+    if view.supervisor is not None and view.supervisor_stopped:
+        goes_on = "its roles go on, and nobody starts them again" if view.running_roles else "no role runs"
+        return f"{run}: its supervisor, process {view.supervisor}, {stopped_words([view.supervisor])}; {goes_on}"
     if view.supervisor is not None:
         return f"{run}: running, looked after by process {view.supervisor}"
-    if view.running:
-        return f"{run}: roles run, and nobody looks after them"
+    if view.running_roles:
+        return f"{run}: roles run, and nobody looks after them: {', '.join(view.running_roles)}"
+    steps = view.rundir.config.run.steps
+    if view.steps >= steps:
+        done = f"its {steps} steps are done"
+    else:
+        done = f"its last checkpoint is of step {view.steps} of {steps}" if view.steps else "it has no checkpoint"
     if not view.roles:
-        return f"{run}: not running; no role has left a picture"
+        return f"{run}: not running; no role has left a picture; {done}"
     newest = min(role.age_s for role in view.roles.values())
-    return f"{run}: not running; the last sign of a role is {duration(newest)} old"
+    gone = [name for name, role in view.roles.items() if role.state == "gone"]
+    lost = f"; killed or crashed: {', '.join(gone)} (logs: {view.rundir.path / 'logs'})" if gone else ""
+    return f"{run}: not running; the last sign of a role is {duration(newest)} old; {done}{lost}"
+
+
+def _worth_saying(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a link: without what is empty."""
+    kept = {name: value for name, value in facts.items() if name not in UNSAID and value not in ("", None, [], {})}
+    return {
+        name: [_worth_saying(part) if isinstance(part, Mapping) else part for part in value]
+        if isinstance(value, list)
+        else value
+        for name, value in kept.items()
+    }
 
 
 def _waits(role: RoleView) -> str:

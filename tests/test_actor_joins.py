@@ -98,7 +98,7 @@ async def test_an_actor_that_waits_to_be_let_in_can_be_stopped(tmp_path: Path) -
 
 async def test_what_the_buffer_has_against_an_actor_is_told_before_an_engine_is_loaded() -> None:
     async with server(Buffer(m.Refused(reason="it grows other trees"))) as s:
-        with pytest.raises(SetupError, match=r"refuses actor actor-by-hand: it grows other trees$"):
+        with pytest.raises(SetupError, match=r"refuses actor-by-hand: it grows other trees$"):
             await within(joining.act(actor(s.endpoint)))
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -18,7 +21,7 @@ from atpo_async import cli, processes, status, waits
 from atpo_async.rundir import RunDir
 from atpo_async.status import Reporter, grouped
 from atpo_async.waits import waiting
-from tests.hang_support import SERVES, make_run, picture, picture_of, started, until, until_async, wait
+from tests.hang_support import ROOT, SERVES, make_run, picture, picture_of, started, until, until_async, wait
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 LOG = logging.getLogger("test-status")
@@ -230,6 +233,51 @@ def test_status_of_a_running_run_names_its_roles_and_who_waits_for_whom(
         assert f"from buffer, which is stopped by a signal (kill -CONT {buffer.pid} lets it go on)" in text
 
 
+@contextlib.contextmanager
+def held(run: RunDir) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that holds the run, as a supervisor does."""
+    code = f"""
+import time
+from atpo_async.rundir import RunDir
+with RunDir.open({str(run.path)!r}).locked():
+    print("held", flush=True)
+    time.sleep(1000)
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@linux
+def test_a_stopped_supervisor_is_shown_as_stopped_with_the_way_out(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(run, picture("buffer"))
+    with held(run) as supervisor:
+        assert f"running, looked after by process {supervisor.pid}" in told(capsys, run)
+        assert json.loads(told(capsys, run, "--json"))["supervisor_state"] == "runs"
+        supervisor.send_signal(signal.SIGSTOP)
+        until(lambda: processes.stopped([supervisor.pid]))
+        way_out = f"is stopped by a signal (kill -CONT {supervisor.pid} lets it go on)"
+        text = told(capsys, run)
+        assert f"its supervisor, process {supervisor.pid}, {way_out}; its roles go on" in text
+        assert "running, looked after" not in text
+        assert f"→ supervisor {way_out}" in text
+        found = json.loads(told(capsys, run, "--json"))
+        assert (found["supervisor"], found["supervisor_state"]) == (supervisor.pid, "stopped")
+        assert found["waits"] == [f"supervisor {way_out}"]
+        supervisor.send_signal(signal.SIGCONT)
+        until(lambda: not processes.stopped([supervisor.pid]))
+        assert f"running, looked after by process {supervisor.pid}" in told(capsys, run)
+    assert json.loads(told(capsys, run, "--json"))["supervisor_state"] is None
+
+
 def test_status_of_a_run_names_the_role_whose_loop_stands_still_and_where(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,7 +303,9 @@ def test_status_of_a_run_that_was_stopped_says_so(run: RunDir, capsys: pytest.Ca
         process.wait()
     text = told(capsys, run)
     assert "not running; the last sign of a role is" in text
-    assert "buffer ended" in text
+    assert "buffer ended, last seen" in text
+    assert "it has no checkpoint" in text
+    assert "killed or crashed" not in text
     assert "→" not in text
 
 
@@ -267,7 +317,16 @@ def test_status_of_a_run_whose_roles_were_killed_says_that_they_have_gone(
         until(lambda: (p := picture_of(run, "buffer")) is not None and p.phase == "serving", said)
     text = told(capsys, run)
     assert "not running" in text
-    assert "buffer gone" in text
+    assert f"killed or crashed: buffer (logs: {run.path / 'logs'})" in text
+    assert "buffer gone, last seen" in text
+
+
+def test_status_of_a_run_that_has_done_its_steps_says_so(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    (run.checkpoints / "step-000040-v000040").mkdir(parents=True)
+    put(run, picture("learner", phase=status.ENDED))
+    assert "its last checkpoint is of step 40 of 100" in told(capsys, run)
+    (run.checkpoints / "step-000100-v000100").mkdir()
+    assert "its 100 steps are done" in told(capsys, run)
 
 
 @linux
@@ -314,11 +373,13 @@ def test_what_a_link_says_is_shown_and_counts_as_waiting_for_its_peer(
         "peer": "buffer",
         "window": 256,
         "unacked": 256,
+        "trouble": "",
         "waits": [{"what": "Turn waits for room in a window of 256", "since_s": 41.0}],
     }
     put(run, picture("actor-0", links={"actor-0 -> buffer": link}), picture("buffer", phase="serving"))
     text = told(capsys, run)
     assert "actor-0 -> buffer: peer buffer, window 256, unacked 256" in text
+    assert "trouble" not in text
     assert "→ actor-0 waits 41 s for Turn: room in a window of 256 from buffer" in text
 
 
