@@ -37,7 +37,8 @@ class Disk(MemoryStore):
 
     def rows(self) -> Rows:
         rows = rows_of(list(self._rows.values())) if self._rows else np.zeros(0, dtype=ROW)
-        return rows[np.lexsort((rows["turn_id"], rows["tree"]))]
+        ordered: Rows = rows[np.lexsort((rows["turn_id"], rows["tree"]))]
+        return ordered
 
     def open(self, config: Config, *, now: float = 0.0, seed: int = 0) -> BufferState:
         """A buffer that finds what the one before it kept."""

@@ -19,6 +19,7 @@ from atpo_async.messages import (
     Batch,
     Checkpointed,
     EvalRequest,
+    Exhausted,
     Lease,
     SampleRequest,
     Trained,
@@ -96,9 +97,9 @@ def grow(
         state.take(message, 0.0)
 
 
-def lags(batch: Batch | None, version: int) -> list[int]:
+def lags(batch: Batch | Exhausted | None, version: int) -> list[int]:
     """Of every token span of a batch consumed at ``version``."""
-    assert batch is not None
+    assert isinstance(batch, Batch)
     return [version - span.version for tree in batch.trees for turn in tree.turns for span in turn.spans]
 
 
@@ -110,7 +111,7 @@ def step(state: BufferState, number: int, version: int, *, leased: int) -> Batch
     for lease in leases:
         grow(state, lease)
     batch = first or state.sample(ask(number, version), 0.0)
-    assert batch is not None
+    assert isinstance(batch, Batch)
     state.publish(published(version + 1))
     state.trained(Trained(run="r", batch_id=batch.batch_id, version=version + 1, priorities={}))
     return batch
@@ -325,7 +326,7 @@ def test_a_tree_with_a_token_of_another_version_is_dropped_and_grown_again(caplo
     grow(state, again)
     batch = state.sample(ask(0, 1), 0.0)
     assert lags(batch, 1) == [0] * 4
-    assert batch is not None
+    assert isinstance(batch, Batch)
     assert batch.metrics["buffer/dropped_inexact"] == 1
     assert batch.metrics["train/trees"] == 2
 
@@ -337,7 +338,7 @@ def test_an_actor_whose_trees_are_never_exact_makes_batches_short_but_does_not_s
         (lease,) = state.lease("a", 1, 0.0, engine_version=1).leases
         grow(state, lease, 9)
     batch = state.sample(ask(0, 1), 0.0)
-    assert batch is not None
+    assert isinstance(batch, Batch)
     assert (batch.trees, batch.num_trees, batch.metrics["buffer/dropped_inexact"]) == ((), 0, 4)
 
 
@@ -426,7 +427,7 @@ def test_two_ranks_get_shares_of_one_set_and_the_same_share_again() -> None:
     for lease in state.lease("a", 9, 0.0, engine_version=1).leases:
         grow(state, lease)
     shares = [state.sample(ask(0, 1, rank=rank, num_ranks=2), 0.0) for rank in (0, 1, 1)]
-    found = [[tree.tree_id for tree in share.trees] for share in shares if share is not None]
+    found = [[tree.tree_id for tree in share.trees] for share in shares if isinstance(share, Batch)]
     assert [len(ids) for ids in found] == [1, 1, 1]
     assert found[0] != found[1] == found[2]
 
@@ -468,7 +469,7 @@ def test_a_learner_that_starts_again_trains_on_what_is_whole_and_goes_on(caplog:
     for lease in state.lease("a", 9, 0.0, engine_version=3).leases:
         grow(state, lease)
     given_up = state.sample(ask(2, 3), 0.0)
-    assert given_up is not None
+    assert isinstance(given_up, Batch)
     state.publish(published(5))
     seen = [step(state, 1 + i, 5 + i, leased=leased) for i, leased in enumerate((0, 0, 2, 2))]
     assert [set(lags(batch, 5 + i)) for i, batch in enumerate(seen)] == [{4}, {4}, {4}, {1}]
@@ -495,7 +496,7 @@ def test_trees_under_way_when_the_learner_starts_again_are_revoked() -> None:
         grow(state, lease)
     batch = state.sample(ask(0, 2), 0.0)
     assert lags(batch, 2) == [0] * 4
-    assert batch is not None
+    assert isinstance(batch, Batch)
     assert batch.metrics["buffer/dropped_inexact"] == 2
 
 
@@ -518,6 +519,7 @@ def test_a_memory_too_small_for_the_line_makes_batches_short_and_says_so(caplog:
                 grow(state, lease, tokens=14_000)
                 assert state.nbytes <= 1.5 * (1 << 20)
             batch = state.sample(ask(number, version), 0.0)
+        assert isinstance(batch, Batch)
         assert set(lags(batch, version)) <= {min(number, 2)}
         sizes.append(len(batch.trees))
         state.publish(published(version + 1))
@@ -707,6 +709,7 @@ class World:
         share = self.state.sample(self.request(rank), self.now)
         if share is None:
             return
+        assert isinstance(share, Batch)
         if not self.shares:
             self.asked_at = self.since, self.learner_died
         before = self.shares.setdefault(rank, share)

@@ -43,6 +43,7 @@ from atpo_async.messages import (
     VersionPublished,
     Welcome,
 )
+from atpo_async.records import TurnRecords
 from atpo_async.rundir import Endpoints, RunDir
 from atpo_async.tree import Turn, VersionSpan
 from buffer import journal as journals
@@ -332,7 +333,7 @@ def test_a_batch_is_confirmed_when_every_rank_has_confirmed_its_share() -> None:
     shares = [state.sample(ask(rank=rank, num_ranks=2), 0.0) for rank in (0, 1)]
     own: list[dict[str, float]] = []
     for share, priority in zip(shares, (0.25, 0.75), strict=True):
-        assert share is not None
+        assert isinstance(share, Batch)
         own.append({tree.tree_id: priority for tree in share.trees})
     said = [Trained(run="r", rank=i, batch_id=1, version=1, priorities=p) for i, p in enumerate(own)]
     state.trained(said[1])
@@ -375,8 +376,9 @@ async def test_a_turn_of_a_lease_that_was_never_granted_here_is_refused(peers: P
     await peers.tell(published())
     (lease,) = await peers.leases(1)
     stranger = Lease(
-        tree_id="b0-00000000", task_index=0, kind="train", epoch=0, lifetime_s=1.0, min_version=0, seed=0, committed=()
-    )
+        tree_id="b0-00000000", task_index=0, kind="train", epoch=0, lifetime_s=1.0, min_version=0, seed=0,
+        committed=TurnRecords.of(()),
+    )  # fmt: skip
     await peers.send(opened(stranger), opened(lease))
     assert len(peers.refusals) == 1
     assert "b0-00000000" in peers.refusals[0]
@@ -500,7 +502,7 @@ def test_a_lapsed_tree_with_two_finished_leaves_is_ready_without_its_open_chains
     take(state, [opened(lease), leaf(lease, 1, 1.0), leaf(lease, 2, 0.0), growing])
     assert state.tick(10.0)
     batch = state.sample(ask(num_trees=1), 10.0)
-    assert batch is not None
+    assert isinstance(batch, Batch)
     assert [t.turn_id for t in batch.trees[0].turns] == [1, 2]
 
 
@@ -512,7 +514,7 @@ def test_a_tree_whose_task_cannot_be_started_ends_without_an_opening(state: Buff
     for usable in state.lease("a", 2, 0.0).leases:
         take(state, grown(usable))
     batch = state.sample(ask(), 0.0)
-    assert batch is not None
+    assert isinstance(batch, Batch)
     assert batch.metrics["buffer/dropped_no_leaf"] == 1
     assert batch.metrics["buffer/failed_branches"] == 1
 
@@ -525,7 +527,7 @@ def test_the_failed_branches_of_a_tree_closed_under_two_leases_count_once(state:
     turns = [leaf(again, i, float(i % 2)) for i in (1, 2)]
     take(state, [*turns, closed(again, 2, failed=1)])
     batch = state.sample(ask(num_trees=1), 10.0)
-    assert batch is not None
+    assert isinstance(batch, Batch)
     assert batch.metrics["buffer/failed_branches"] == 1
 
 
@@ -556,7 +558,7 @@ def test_trees_without_signal_or_comparison_are_counted_and_never_served(state: 
         messages[-1] = closed(lease, len(rewards), failed)
         take(state, messages)
     batch = state.sample(ask(num_trees=1), 0.0)
-    assert batch is not None
+    assert isinstance(batch, Batch)
     assert len(batch.trees) == 1
     expected = {
         "buffer/no_signal_trees": 1,
@@ -576,7 +578,7 @@ def test_rewards_are_reported_under_the_branch_probabilities(state: BufferState)
     below = [leaf(lease, i, 1.0, parent_id=1) for i in (3, 4, 5)]
     take(state, [opened(lease), first, leaf(lease, 2, 0.0), *below, closed(lease, 5)])
     batch = state.sample(ask(num_trees=1), 0.0)
-    assert batch is not None
+    assert isinstance(batch, Batch)
     assert batch.metrics["train/reward"] == 0.5
     assert batch.num_action_tokens == 3 + 3 * 6
     assert batch.num_turn_tokens == 3 * 5
@@ -589,7 +591,7 @@ def test_enough_trees_without_signal_make_a_short_batch() -> None:
         assert state.sample(ask(), 0.0) is None
     take(state, grown(state.lease("a", 1, 0.0).leases[0], (1.0, 1.0)))
     batch = state.sample(ask(), 0.0)
-    assert batch is not None
+    assert isinstance(batch, Batch)
     assert (batch.num_trees, batch.metrics["train/trees"]) == (1, 4)
 
 
@@ -597,9 +599,9 @@ def test_a_learner_that_starts_over_gets_back_what_it_never_confirmed(state: Buf
     for lease in state.lease("a", 2, 0.0).leases:
         take(state, grown(lease))
     first = state.sample(ask(step=7, version=0), 0.0)
-    assert first is not None
+    assert isinstance(first, Batch)
     again = state.sample(ask(step=7, version=1), 0.0)
-    assert again is not None
+    assert isinstance(again, Batch)
     assert again.batch_id != first.batch_id
     assert sorted(t.tree_id for t in again.trees) == sorted(t.tree_id for t in first.trees)
     assert [t.uses for t in again.trees] == [1, 1]
@@ -632,19 +634,19 @@ def test_a_partial_tree_is_served_early_and_returns_with_its_later_leaves() -> N
     assert state.sample(ask(num_trees=1), 0.0) is None
     take(state, [leaf(lease, 2, 0.0)])
     first = state.sample(ask(num_trees=1), 0.0)
-    assert first is not None
+    assert isinstance(first, Batch)
     assert len(first.trees[0].turns) == 2
     take(state, [leaf(lease, 3, 0.0)])
     state.trained(Trained(run="r", batch_id=first.batch_id, version=1, priorities={}))
     assert state.sample(ask(step=1, version=1, num_trees=1), 0.0) is None
     take(state, [leaf(lease, 4, 0.0)])
     second = state.sample(ask(step=1, version=1, num_trees=1), 0.0)
-    assert second is not None
+    assert isinstance(second, Batch)
     assert [(len(t.turns), t.uses) for t in second.trees] == [(4, 2)]
     take(state, [leaf(lease, 5, 1.0), closed(lease, 5)])
     state.trained(Trained(run="r", batch_id=second.batch_id, version=2, priorities={}))
     third = state.sample(ask(step=2, version=2, num_trees=1), 0.0)
-    assert third is not None
+    assert isinstance(third, Batch)
     assert [(len(t.turns), t.uses) for t in third.trees] == [(5, 3)]
     assert third.metrics["train/trees"] == 1
 
@@ -797,12 +799,13 @@ def test_a_task_whose_tree_went_stale_before_any_batch_had_it_is_leased_again() 
 def test_trees_kept_for_a_checkpoint_ask_for_one_when_they_take_the_room() -> None:
     config = configured(buffer={"max_bytes": 1 << 20}, staleness={"trees_per_batch": 1, "max_lag": 50})
     state = stateful(config)
-    step, batch = 0, None
-    while batch is None or not batch.checkpoint_wanted:
+    step, wanted = 0, False
+    while not wanted:
         for lease in state.lease("a", 1, 0.0).leases:
             take(state, grown(lease, tokens=4000, version=step))
         batch = state.sample(ask(step=step, version=step, num_trees=1), 0.0)
         assert isinstance(batch, Batch)
+        wanted = batch.checkpoint_wanted
         step += 1
         state.publish(published(step))
         state.trained(Trained(run="r", batch_id=batch.batch_id, version=step, priorities={}))

@@ -19,7 +19,7 @@ import pytest
 
 from atpo_async.errors import SetupError
 from buffer import journal as journals
-from buffer.index import Place, TurnEntry, places_of, rows_of
+from buffer.index import ROW, Place, TurnEntry, pack_entry, places_of, rows_of
 from buffer.journal import Journal, JournalBroken
 
 SOON_S = 20.0
@@ -441,9 +441,7 @@ async def test_chunks_of_which_little_is_needed_are_named_and_can_be_emptied(
 
 def test_a_place_is_three_numbers() -> None:
     assert Place(1, 2, 3) == (1, 2, 3)
-    assert np.dtype(journals.ROW).itemsize == len(
-        journals.pack_entry(TurnEntry(1, 2, 0, 0, 0, 0, 0.0, 0.0, 0, 0, 1, 0, 8))
-    )
+    assert np.dtype(ROW).itemsize == len(pack_entry(TurnEntry(1, 2, 0, 0, 0, 0, 0.0, 0.0, 0, 0, 1, 0, 8)))
 
 
 @pytest.mark.parametrize(("gone", "left"), [(False, [2, 3]), (True, [1, 2, 3])])
