@@ -84,7 +84,7 @@ def _is_wanted(run: Path, station: str) -> bool:
     return True
 
 
-def _passes(run: Path, station: str) -> None:
+def passes(run: Path, station: str) -> None:
     """Stop this process here if the driver wants it."""
     if not _is_wanted(run, station):
         return
@@ -132,10 +132,10 @@ def _put_stations_into_the_learner(run: Path) -> None:
     def train_begins() -> None:
         nonlocal trained
         trained = True
-        _passes(run, "batch")
+        passes(run, "batch")
 
     def station(name: str) -> Callable[[], None]:
-        return lambda: _passes(run, name) if trained else None
+        return lambda: passes(run, name) if trained else None
 
     _before(Trainer, "train", train_begins)
     _before(AcceleratedOptimizer, "step", station("gradients"))
@@ -144,7 +144,7 @@ def _put_stations_into_the_learner(run: Path) -> None:
     _before(checkpoint, "_optimizer_tensors", station("half"))
     _before(checkpoint, "publish", station("written"))
     _before(Learner, "_tell_checkpoint", station("renamed"))
-    _after(Learner, "_export", lambda: _passes(run, "exported"))
+    _after(Learner, "_export", lambda: passes(run, "exported"))
     send = Client.send
     told: dict[Any, str] = {Trained: "confirmed", Checkpointed: "told", RunFinished: "finished"}
 
@@ -155,7 +155,7 @@ def _put_stations_into_the_learner(run: Path) -> None:
             path = run / STOP_AT
             if path.exists() and path.read_text() == name:
                 await self.drain(timeout_s=60.0)  # it is on the buffer's disk, or this station would be the one before
-            _passes(run, name)
+            passes(run, name)
 
     Client.send = send_and_stop  # type: ignore[method-assign]
 

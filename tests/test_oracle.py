@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_support import ROOT, Spawner
+from tests.fault_support import ROOT, Spawner, state_of, until
 from tests.oracle_support import NUM_KILLS, STATIONS, plan_kills, planned, possible_trees, run_oracle
+from tests.station_support import ask_for, stopped_at
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds out through /proc who stands still"),
@@ -53,8 +54,8 @@ def test_the_script_holds_trees_with_failed_chains_branches_and_nothing_to_learn
 
 
 @pytest.mark.timeout(400)
-def test_a_whole_run_of_the_real_roles_is_exact_though_everything_is_killed_twice(tmp_path: Path) -> None:
-    words = ["--seeds", "1", "--kills", "2", "--tasks", "32", "--dir", str(tmp_path / "runs")]
+def test_a_whole_run_of_the_real_roles_is_exact_though_killed_in_mid_step_and_in_mid_checkpoint(tmp_path: Path) -> None:
+    words = ["--seeds", "1", "--at", "gradients", "written", "--tasks", "24", "--dir", str(tmp_path / "runs")]
     run = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "oracle.py"), *words],
         cwd=ROOT,
@@ -65,4 +66,22 @@ def test_a_whole_run_of_the_real_roles_is_exact_though_everything_is_killed_twic
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "1 of 1 runs exact" in run.stdout
-    assert "killed: all 2x; 3 calls of `atpo train`" in run.stdout
+    assert "killed: all at written 1x, learner at gradients 1x; 2 calls of `atpo train`" in run.stdout
+
+
+def test_a_driver_stops_a_role_at_the_station_that_it_asked_for_and_at_no_other(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from tests.station_support import passes
+for station in ("batch", "gradients", "written"):
+    print(station, flush=True)
+    passes(Path({str(tmp_path)!r}), station)
+"""
+    ask_for(tmp_path, "gradients")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) as role:
+        until(lambda: stopped_at(tmp_path) and state_of(role.pid) == "T", "the role to stand still")
+        role.kill()
+        said, _ = role.communicate()
+    assert said.split() == ["batch", "gradients"]
+    assert stopped_at(tmp_path) == "gradients"
