@@ -7,10 +7,11 @@ ARCHITECTURE.md that next to nothing is discarded at steady state).
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 from typing import Literal
 
 import numpy as np
@@ -28,7 +29,12 @@ PRIORITY_FLOOR = 0.01
 FANOUT = 16
 """Of the sum tree: two lines of memory."""
 
+WHOLE_LEVEL = 8192
+"""A level of the sum tree with at most so many numbers is summed whole: sooner done than its groups are picked out."""
+
 _FREE, _READY, _OUT = 0, 1, 2
+_COLUMNS = ("_state", "_own", "_uses", "_limit", "_oldest", "_newest", "_ages_from", "_nbytes", "_entered")
+"""What a pool knows of each slot, an array a piece."""
 
 
 def tree_priority(advantages: F64, *, max_share: float) -> float:
@@ -110,15 +116,15 @@ class SumTree:
                 at //= FANOUT
                 above[at] = below[at * FANOUT : (at + 1) * FANOUT].sum()
             return
-        nodes = np.sort(indices)
+        nodes = indices
         for below, above in pairwise(self._levels):
             nodes = nodes // FANOUT
-            # Sorted, so that equal ones are neighbours: the higher up, the fewer are left.
-            keep = np.empty(len(nodes), dtype=bool)
-            keep[0] = True
-            np.not_equal(nodes[1:], nodes[:-1], out=keep[1:])
-            nodes = nodes[keep]
-            above[nodes] = below.reshape(-1, FANOUT)[nodes].sum(axis=1)
+            groups = below.reshape(-1, FANOUT)
+            if len(below) <= max(WHOLE_LEVEL, FANOUT * len(nodes)):
+                np.einsum("ij->i", groups, out=above[: len(groups)])
+            else:
+                # A group that is there twice is the same sum twice; to find such ones would cost more.
+                above[nodes] = np.einsum("ij->i", groups.take(nodes, axis=0))
 
     def grow(self, capacity: int) -> None:
         """Make room for at least ``capacity`` numbers."""
@@ -142,7 +148,7 @@ class SumTree:
         node = np.zeros(len(target), dtype=np.int64)
         every = np.arange(len(target))
         for level in reversed(self._levels):
-            children = level.reshape(-1, FANOUT)[node]
+            children = level.reshape(-1, FANOUT).take(node, axis=0)
             ends = np.cumsum(children, axis=1)
             last = FANOUT - 1 - np.argmax(children[:, ::-1] > 0, axis=1)
             child = np.minimum((target[:, None] >= ends).sum(axis=1), last)
@@ -184,8 +190,12 @@ class Gone:
 class ReplayPool:
     """Trees that are ready, and those that are out with the learner.
 
-    Adding, drawing and confirming cost O(log N) in the number of trees.  Where ``freshness`` is below 1 every new
-    version costs O(N), and so does a draw whose weights are taken over the mean of all.
+    Adding, drawing and confirming cost O(log N) in the number of trees, with two exceptions: a draw whose weights are
+    taken over the mean of all costs O(N), and a priority above all confirmed before weighs anew what no batch has had.
+
+    Where ``freshness`` is below 1, the first draw at a version weighs all ready trees anew: the floor does not age, so
+    no factor common to all can stand for a version.  As a tree is ready at ``max_lag + 1`` versions at most, it is
+    weighed that often at most, however many there are.
 
     Args:
         max_uses: a tree leaves after that many confirmed batches.
@@ -219,12 +229,16 @@ class ReplayPool:
         self._limit = np.zeros(0, dtype=np.int64)
         self._oldest = np.zeros(0, dtype=np.int64)
         self._newest = np.zeros(0, dtype=np.int64)
+        self._ages_from = np.zeros(0, dtype=np.int64)
+        """Version of the oldest turn that is trained on, when last looked at; kept only where freshness counts."""
         self._versions: dict[int, I64] = {}
-        """Slot -> oldest version of each turn, ascending; kept only where freshness counts."""
+        """Slot -> oldest versions of its turns, ascending; kept only where freshness counts."""
         self._nbytes = np.zeros(0, dtype=np.int64)
         self._entered = np.zeros(0, dtype=np.int64)
         self._clock = 0
         self._version = 0
+        self._weighed_at = 0
+        """Version at which the sums were right for all ready trees."""
         self._highest = 1.0
         self._num_ready = 0
         self._unserved: dict[int, set[int]] = {}
@@ -233,7 +247,8 @@ class ReplayPool:
         """Newest version -> slots, of trees in whatever state."""
         self._order: deque[tuple[int, int]] = deque()
         """(entered, slot), oldest first; what has left is skipped when it is come upon."""
-        self._with_learner: set[int] = set()
+        self._with_learner: dict[str, int] = {}
+        """Tree -> slot.  Small, so what is confirmed is found in the caches, however many trees there are."""
         self.nbytes = 0
         """Bytes of all trees, those with the learner too."""
         self.left: Counter[str] = Counter()
@@ -265,7 +280,7 @@ class ReplayPool:
     @property
     def num_returning(self) -> int:
         """Trees with the learner that come back: this use is not their last."""
-        return sum(int(self._uses[slot]) + 1 < int(self._limit[slot]) for slot in self._with_learner)
+        return sum(int(self._uses[slot]) + 1 < int(self._limit[slot]) for slot in self._with_learner.values())
 
     @property
     def num_out(self) -> int:
@@ -280,8 +295,7 @@ class ReplayPool:
 
     def is_out(self, tree_id: str) -> bool:
         """Whether the tree is with the learner."""
-        slot = self._slots.get(tree_id)
-        return slot is not None and bool(self._state[slot] == _OUT)
+        return tree_id in self._with_learner
 
     def kept(self, tree_id: str) -> tuple[float, int, int, int]:
         """(own priority, uses, limit of uses, when it came) of a tree that is here."""
@@ -347,9 +361,12 @@ class ReplayPool:
         self._oldest[slot], self._newest[slot] = oldest, newest
         self._by_newest.setdefault(newest, set()).add(slot)
         if self._freshness < 1:
-            self._versions[slot] = np.sort(versions)
+            self._versions[slot] = np.unique(versions)
+            self._ages_from[slot] = oldest
+        if self._state[slot] != _READY:
+            return
         slots = np.array([slot])
-        if self._state[slot] == _READY and self._version - newest > self._max_lag:
+        if self._version - newest > self._max_lag:
             self._drop(slots, "retired" if self._uses[slot] else "stale")
         else:
             self._update(slots)
@@ -369,8 +386,6 @@ class ReplayPool:
             if not slots:
                 del self._by_newest[newest]
         self._drop_stale(np.array(stale, dtype=np.int64))
-        if self._freshness < 1:
-            self._update(np.flatnonzero(self._state == _READY))
         return len(stale)
 
     def _drop_stale(self, slots: I64) -> None:
@@ -411,15 +426,16 @@ class ReplayPool:
         if num_ready <= count:
             chosen = np.flatnonzero(self._state == _READY)
             probability = np.full(num_ready, 1.0 / num_ready)
+            self._sums.set(chosen, np.zeros(num_ready))
         else:
+            self._weigh_all()
             total = self._sums.total
             if self._weights_over == "mean":
                 of_all = self._sums.get(np.flatnonzero(self._state == _READY)) / total
             parts = self._urgent(count, rng)
             parts.append(self._stratified(count - sum(map(len, parts)), rng))
             chosen = np.concatenate(parts)
-            self._update(chosen)  # their sums were set to zero while drawing; P needs them once more
-            probability = self._sums.get(chosen) / total
+            probability = self._weights(chosen) / total
         weight = importance_weights(
             probability, num_trees=num_ready, beta=beta, over=self._weights_over, ready=of_all
         )  # fmt: skip
@@ -428,6 +444,7 @@ class ReplayPool:
     def take(self, tree_ids: Iterable[str]) -> list[Drawn]:
         """Take these trees, as ``draw`` does, those of them that are ready.  Nothing is left to chance: P is 1/N."""
         chosen = self._ready(tree_ids)
+        self._sums.set(chosen, np.zeros(len(chosen)))
         return self._hand_out(chosen, np.full(len(chosen), 1.0 / max(len(chosen), 1)), np.ones(len(chosen)))
 
     def discard(self, tree_ids: Iterable[str], cause: str) -> int:
@@ -438,24 +455,17 @@ class ReplayPool:
 
     def confirm(self, tree_ids: Iterable[str], priorities: Mapping[str, float]) -> None:
         """The learner has trained on these trees: count the use, believe the new priorities, let go what is used up."""
-        names = list(tree_ids)
-        found = list(map(self._slots.get, names))
-        if None in found:
-            names = [name for name, slot in zip(names, found, strict=True) if slot is not None]
-            found = [slot for slot in found if slot is not None]
-        slots = np.array(found, dtype=np.int64)
-        out = self._state[slots] == _OUT
-        if not out.all():
-            slots, names = slots[out], [t for t, is_out in zip(names, out.tolist(), strict=True) if is_out]
-        if not len(slots):
+        out = self._with_learner
+        found = {tree_id: out.pop(tree_id) for tree_id in tree_ids if tree_id in out}
+        if not found:
             return
-        self.changed.update(names)
+        slots = np.fromiter(found.values(), np.int64, len(found))
+        self.changed.update(found)
         # What has no new priority comes out as nan.
-        new = np.array(list(map(priorities.get, names)), dtype=np.float64)
+        new = np.fromiter(map(priorities.get, found, repeat(math.nan)), np.float64, len(found))
         known = ~np.isnan(new)
         self._own[slots[known]] = new[known]
         self._uses[slots] += 1
-        self._with_learner.difference_update(slots.tolist())
         done = self._uses[slots] >= self._limit[slots]
         self._drop(slots[done], "used")
         back = slots[~done]
@@ -468,7 +478,8 @@ class ReplayPool:
 
     def give_back(self, tree_ids: Iterable[str]) -> None:
         """The batch was never trained on: its trees are ready again, the use not counted."""
-        slots = self._out(tree_ids)
+        out = self._with_learner
+        slots = np.array([out.pop(tree_id) for tree_id in tree_ids if tree_id in out], dtype=np.int64)
         for slot in slots.tolist():
             self._become_ready(slot)
         self._update(slots)
@@ -492,7 +503,6 @@ class ReplayPool:
     def _become_ready(self, slot: int) -> None:
         self._state[slot] = _READY
         self._num_ready += 1
-        self._with_learner.discard(slot)
         if self._uses[slot] == 0:
             self._unserved.setdefault(int(self._oldest[slot]), set()).add(slot)
 
@@ -505,15 +515,16 @@ class ReplayPool:
                 del self._unserved[oldest]
 
     def _hand_out(self, chosen: I64, probability: F64, weight: F64) -> list[Drawn]:
+        """Trees whose sums are zero already."""
         self._state[chosen] = _OUT
         self._num_ready -= len(chosen)
-        self._update(chosen)
         drawn = []
         for slot, p, w in zip(chosen.tolist(), probability.tolist(), weight.tolist(), strict=True):
             if self._uses[slot] == 0:
                 self._forget_unserved(slot)
-            self._with_learner.add(slot)
-            drawn.append(Drawn(self._tree(slot), p, w, int(self._uses[slot]) + 1))
+            tree = self._tree(slot)
+            self._with_learner[tree.tree_id] = slot
+            drawn.append(Drawn(tree, p, w, int(self._uses[slot]) + 1))
         return drawn
 
     def _urgent(self, count: int, rng: np.random.Generator) -> list[I64]:
@@ -534,7 +545,7 @@ class ReplayPool:
             need = min(seen - count * k - taken, count - taken)
             if need <= 0:
                 continue
-            slots = np.array(sorted(slot for v in group for slot in self._unserved[v]), dtype=np.int64)
+            slots = np.sort(np.fromiter(chain.from_iterable(self._unserved[v] for v in group), np.int64))
             # Zero in the sum tree: drawn for an earlier expiry already.
             sums = self._sums.get(slots)
             waiting, sums = slots[sums > 0], sums[sums > 0]
@@ -558,29 +569,40 @@ class ReplayPool:
         own = np.where(self._uses[slots] == 0, self._highest, self._own[slots])
         if self._freshness == 1:
             return own
-        lag = np.array([self._lag(int(slot)) if self._state[slot] != _FREE else 0 for slot in slots])
-        priority: F64 = own * self._freshness**lag
+        priority: F64 = own * self._freshness ** self._lags(slots)
         return priority
 
-    def _lag(self, slot: int) -> int:
-        """The greatest lag that would be trained on: that of the oldest turn that is not over ``max_lag``."""
-        versions = self._versions[slot]
-        fresh = versions[np.searchsorted(versions, self._version - self._max_lag) :]
-        return max(self._version - int(fresh[0] if len(fresh) else versions[-1]), 0)
+    def _lags(self, slots: I64) -> I64:
+        """int64[n]: the greatest lag that would be trained on, that of the oldest turn that is not over ``max_lag``."""
+        since = self._version - self._max_lag
+        # Each turn comes to its end once, and with it the version that its tree's age counts from.
+        for slot in slots[self._ages_from[slots] < since].tolist():
+            versions = self._versions[slot]
+            fresh = int(np.searchsorted(versions, since))
+            self._ages_from[slot] = versions[min(fresh, len(versions) - 1)]
+        lags: I64 = np.maximum(self._version - self._ages_from[slots], 0)
+        return lags
+
+    def _weights(self, slots: I64) -> F64:
+        """float64[n]: what each is drawn in proportion to, at the present version."""
+        weights: F64 = (self._priorities(slots) + PRIORITY_FLOOR) ** self._exponent
+        return weights
+
+    def _weigh_all(self) -> None:
+        """Priorities have aged since the last draw: let the sums say so."""
+        if self._freshness < 1 and self._weighed_at < self._version:
+            self._update(np.flatnonzero(self._state == _READY))
+        self._weighed_at = self._version
 
     def _update(self, slots: I64) -> None:
-        scaled = (self._priorities(slots) + PRIORITY_FLOOR) ** self._exponent
-        self._sums.set(slots, np.where(self._state[slots] == _READY, scaled, 0.0))
+        """Trees that are ready have another priority."""
+        self._sums.set(slots, self._weights(slots))
 
     def _raise_highest(self, priority: float) -> None:
         if priority > self._highest:
             self._highest = priority
             slots = [slot for group in self._unserved.values() for slot in group]
             self._update(np.array(slots, dtype=np.int64))
-
-    def _out(self, tree_ids: Iterable[str]) -> I64:
-        slots = [self._slots[t] for t in tree_ids if t in self._slots]
-        return np.array([s for s in slots if self._state[s] == _OUT], dtype=np.int64)
 
     def _ready(self, tree_ids: Iterable[str]) -> I64:
         slots = [self._slots[t] for t in tree_ids if t in self._slots]
@@ -603,7 +625,6 @@ class ReplayPool:
                 self._num_ready -= 1
                 if uses == 0:
                     self._forget_unserved(slot)
-            self._with_learner.discard(slot)
             newest = int(self._newest[slot])
             self._by_newest[newest].discard(slot)
             if not self._by_newest[newest]:
@@ -616,14 +637,14 @@ class ReplayPool:
             self.left[cause] += 1
         self._state[slots] = _FREE
         self._nbytes[slots] = 0
-        self._update(slots)
+        self._sums.set(slots, np.zeros(len(slots)))
 
     def _new_slot(self) -> int:
         slot = len(self._trees)
         self._trees.append(None)
         if slot >= len(self._state):
             room = max(16, 2 * len(self._state))
-            for name in ("_state", "_own", "_uses", "_limit", "_oldest", "_newest", "_nbytes", "_entered"):
+            for name in _COLUMNS:
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros(room - len(old), dtype=old.dtype)]))
             self._sums.grow(room)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from atpo_async.tree import Turn, VersionSpan
 from buffer.index import MemoryStore, TreeEntry, entry_from_turns
 from buffer.replay import (
     PRIORITY_FLOOR,
+    WHOLE_LEVEL,
     ReplayPool,
     SumTree,
     WeightsOver,
@@ -165,6 +167,23 @@ def test_the_sum_tree_agrees_with_a_naive_one(writes: list[dict[int, float]], un
         assert naive[index] > 0
 
 
+def test_a_sum_tree_of_many_numbers_agrees_with_a_naive_one() -> None:
+    """Large enough that of its lowest level only the groups that changed are summed."""
+    generator, size = rng(), 10 * WHOLE_LEVEL
+    sums, naive = SumTree(size), np.zeros(size)
+    for count in (1, 2, 300, size, 300):
+        # Neighbours too, so that a group is written more than once.
+        indices = np.unique(np.append(generator.integers(0, size, count), np.arange(min(count, 5))))
+        values = generator.random(len(indices)) * (generator.random(len(indices)) < 0.8)
+        sums.set(generator.permutation(indices), np.zeros(len(indices)))
+        sums.set(indices, values)
+        naive[indices] = values
+        assert sums.total == pytest.approx(naive.sum(), rel=1e-12)
+        targets = np.sort(generator.random(200)) * sums.total
+        expected = np.searchsorted(np.cumsum(naive), targets, side="right")
+        np.testing.assert_array_equal(sums.find(targets), expected)
+
+
 def test_a_target_at_the_very_end_does_not_fall_on_an_empty_place() -> None:
     sums = SumTree(8)
     sums.set(np.array([0, 1]), np.array([0.1, 0.2]))
@@ -182,6 +201,22 @@ def test_a_batch_never_holds_a_tree_twice() -> None:
     assert len(set(ids(drawn))) == 15
     assert len(replay) == 5
     assert not set(ids(drawn)) & set(replay.ready_ids())
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_trees_with_the_learner_take_no_part_in_a_draw(by_name: bool) -> None:
+    replay = pool()
+    for i in range(4):
+        replay.add(tree(f"out{i}"), priority=1.0)
+    if by_name:
+        replay.take([f"out{i}" for i in range(4)])
+    else:
+        replay.draw(4, rng=rng(), beta=0.4)
+    for i in range(3):
+        replay.add(tree(f"in{i}"), priority=1.0)
+    drawn = replay.draw(2, rng=rng(), beta=0.4)
+    assert {each.tree.tree_id[:2] for each in drawn} == {"in"}
+    assert [each.probability for each in drawn] == pytest.approx([1 / 3] * 2)
 
 
 def test_trees_are_drawn_in_proportion_to_priority_to_the_exponent() -> None:
@@ -245,6 +280,108 @@ def test_the_lag_of_a_tree_is_that_of_its_oldest_turn_that_is_trained_on() -> No
     assert replay.mean_priority == 1.0
 
 
+@dataclass
+class Plain:
+    """A tree as the formula sees it."""
+
+    versions: list[int]
+    own: float
+    uses: int = 0
+
+
+def plain_probabilities(
+    trees: list[Plain], *, version: int, max_lag: int, freshness: float, exponent: float, highest: float
+) -> Any:
+    """float64[N]: P as docs/ALGORITHM.md, section 4, has it."""
+    found = []
+    for each in trees:
+        fresh = [v for v in each.versions if version - v <= max_lag]
+        lag = max(version - (min(fresh) if fresh else max(each.versions)), 0)
+        found.append((each.own if each.uses else highest) * freshness**lag)
+    return probabilities(np.array(found), exponent=exponent)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    max_lag=st.integers(0, 5),
+    freshness=st.sampled_from([0.5, 0.9, 0.999, 1.0]),
+    exponent=st.sampled_from([0.6, 1.0, 2.0]),
+    first=st.sampled_from([0, 10**6]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_pool_draws_with_the_probabilities_of_the_plain_formula(
+    max_lag: int, freshness: float, exponent: float, first: int, seed: int
+) -> None:
+    replay = pool(max_uses=4, max_lag=max_lag, freshness=freshness, exponent=exponent)
+    generator, plain, version, highest = np.random.default_rng(seed), dict[str, Plain](), first, 1.0
+    replay.advance(version)
+    for i in range(40):
+        name = f"t{generator.integers(0, i + 1)}"
+        # Also ahead of the learner, and so old that only the newest turn is trained on.
+        versions = version + generator.integers(-max_lag - 2, 2, generator.integers(1, 5))
+        before, own = plain.get(name, Plain([], 0.0)), float(generator.random()) + 0.01
+        replay.add(tree(name, *versions.tolist()), priority=own, uses=before.uses)
+        plain[name] = Plain(versions.tolist(), own, before.uses)
+        if generator.random() < 0.5:
+            version += int(generator.integers(1, 3))
+            replay.advance(version)
+        plain = {name: plain[name] for name in replay.ready_ids()}
+        if len(plain) < 2:
+            continue
+        expected = plain_probabilities(
+            list(plain.values()), version=version, max_lag=max_lag, freshness=freshness, exponent=exponent,
+            highest=highest,
+        )  # fmt: skip
+        expected = dict(zip(plain, expected, strict=True))
+        drawn = replay.draw(int(generator.integers(1, len(plain))), rng=generator, beta=0.4)
+        assert {each.tree.tree_id: each.probability for each in drawn} == pytest.approx(
+            {each.tree.tree_id: expected[each.tree.tree_id] for each in drawn}, rel=1e-9
+        )
+        if generator.random() < 0.5:
+            replay.give_back(ids(drawn))
+            continue
+        new = {name: float(generator.random() * 2) for name in ids(drawn)}
+        replay.confirm(ids(drawn), new)
+        highest = max(highest, *new.values())
+        for name, priority in new.items():
+            plain[name] = Plain(plain[name].versions, priority, plain[name].uses + 1)
+
+
+def test_probabilities_are_those_of_the_formula_after_a_million_versions() -> None:
+    """One tree and another that comes later are in the pool at any time."""
+    replay = pool(max_uses=10**9, max_lag=2, freshness=0.9, exponent=1.0)
+    aged = np.array([0.81, 0.9, 1.0]) + PRIORITY_FLOOR
+    for version in (*range(20), *range(10**6 - 20, 10**6)):
+        replay.advance(version)
+        replay.add(tree(f"t{version}", version), priority=1.0)
+        if len(replay) < 3:
+            continue
+        (one,) = replay.draw(1, rng=rng(), beta=0.4)
+        assert one.probability == pytest.approx(aged[2 - (version - int(one.tree.tree_id[1:]))] / aged.sum(), rel=1e-12)
+        replay.give_back([one.tree.tree_id])
+
+
+def test_versions_between_draws_weigh_no_tree_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    replay = pool(max_lag=10**6, freshness=0.999)
+    for i in range(50):
+        replay.add(tree(f"t{i}", 0), priority=1.0)
+    written: list[int] = []
+    put = SumTree.set
+
+    def counted(self: SumTree, indices: Any, values: Any) -> None:
+        written.append(len(indices))
+        put(self, indices, values)
+
+    monkeypatch.setattr(SumTree, "set", counted)
+    for version in range(1, 1000):
+        replay.advance(version)
+    assert not written
+    replay.give_back(ids(replay.draw(2, rng=rng(), beta=0.4)))
+    assert written.count(50) == 1
+    replay.give_back(ids(replay.draw(2, rng=rng(), beta=0.4)))
+    assert written.count(50) == 1
+
+
 def test_what_would_expire_unserved_is_served_first() -> None:
     replay = pool(max_lag=1)
     for i in range(4):
@@ -300,9 +437,19 @@ def test_confirming_twice_counts_once() -> None:
     replay = pool(max_uses=3)
     replay.add(tree("t"), priority=1.0)
     replay.draw(1, rng=rng(), beta=0.4)
-    replay.confirm(["t", "unknown"], {})
+    replay.confirm(["t", "unknown", "t"], {})
     replay.confirm(["t"], {})
+    assert len(replay) == 1
     assert [d.uses for d in replay.draw(1, rng=rng(), beta=0.4)] == [2]
+
+
+def test_a_tree_given_back_twice_is_there_once() -> None:
+    replay = pool()
+    replay.add(tree("t"), priority=1.0)
+    replay.draw(1, rng=rng(), beta=0.4)
+    replay.give_back(["t", "t", "unknown"])
+    replay.give_back(["t"])
+    assert (len(replay), replay.num_out, replay.is_out("t")) == (1, 0, False)
 
 
 def test_a_tree_is_stale_only_when_all_its_turns_are() -> None:
