@@ -25,7 +25,7 @@ demo: setup ## make the small policy, warm-start it, train it with real vLLM on 
 test: setup ## the whole suite; tests that need a GPU are skipped without one (ARGS="-k tree")
 	@ATPO_TEST_SESSION=make-$$$$ $(BIN)/python -m pytest -q --durations=10 --durations-min=5 $(ARGS)
 
-check: setup ## ruff and mypy (strict)
+check: setup ## ruff and mypy (strict) over the packages, tests, scripts and benchmarks
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy

@@ -31,6 +31,7 @@ from actors.factory import engine_name, make_engine, make_environment
 from atpo_async.config import Config, load
 from atpo_async.links import Client, LinkSettings, Server
 from atpo_async.messages import ActorToBuffer, BufferToActor, Lease, LeaseRequest, Leases, Message, TreeClosed
+from atpo_async.records import TurnRecords
 
 
 def serve(pipe: Connection, settings: LinkSettings, num_trees: int) -> None:
@@ -76,7 +77,7 @@ def _lease(index: int) -> Lease:
         lifetime_s=600.0,
         min_version=0,
         seed=index,
-        committed=(),
+        committed=TurnRecords.of(()),
     )
 
 

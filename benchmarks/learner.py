@@ -502,7 +502,7 @@ class Bare:
         for rows in self.passes:
             with self._precision():
                 loss = self.loss(rows, every=every) * (len(rows) * rows.shape[1] / self.num_tokens)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(self.hf.parameters(), self.config.learner.max_grad_norm)
         self.optimizer.step()

@@ -53,7 +53,7 @@ def figures(
 
 
 def with_cpprb(size: int, batch: int, seconds: float, rng: np.random.Generator) -> dict[str, float]:
-    import cpprb  # type: ignore[import-not-found]
+    import cpprb
 
     pool = cpprb.PrioritizedReplayBuffer(size, {"tree": {"dtype": np.int64}}, alpha=0.6)
     pool.add(tree=np.arange(size), priorities=rng.random(size) + 0.01)
@@ -69,11 +69,7 @@ def with_cpprb(size: int, batch: int, seconds: float, rng: np.random.Generator) 
 
 def with_torchrl(size: int, batch: int, seconds: float, rng: np.random.Generator) -> dict[str, float]:
     import torch
-    from torchrl.data import (  # type: ignore[import-not-found]
-        LazyTensorStorage,
-        PrioritizedSampler,
-        ReplayBuffer,
-    )
+    from torchrl.data import LazyTensorStorage, PrioritizedSampler, ReplayBuffer
 
     torch.set_num_threads(1)
     sampler = PrioritizedSampler(size, alpha=0.6, beta=0.4)

@@ -26,7 +26,7 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
-import reverb  # type: ignore[import-not-found]
+import reverb
 
 TABLE = "turns"
 VOCABULARY = 150_000
@@ -219,7 +219,7 @@ def read_plain(address: str, batch: int, turns: int, seconds: float) -> float:
 
 def read_dataset(address: str, batch: int, turns: int, words: int, seconds: float, *, workers: int) -> float:
     """Turns/s over ``TrajectoryDataset`` with prefetching workers, whole trees, in batches."""
-    import tensorflow as tf  # type: ignore
+    import tensorflow as tf
 
     made = reverb.TrajectoryDataset(
         server_address=address, table=TABLE, dtypes=[tf.int32], shapes=[tf.TensorShape([turns, words])],

@@ -141,7 +141,7 @@ class Peer:
             loss = -torch.minimum(ratio * worth, clipped * worth) * mask[:, 1:]
             loss = (loss.sum(1) / mask[:, 1:].sum(1)).mean()
             self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.learner.max_grad_norm)
             self.optimizer.step()
 

@@ -179,7 +179,8 @@ def rude_peers(
 ) -> list[Rude]:
     """Three quarters of them at the actors' door."""
     peers = []
-    for number, door in enumerate(("actors", "actors", "actors", "learner")):
+    places: tuple[Door, ...] = ("actors", "actors", "actors", "learner")
+    for number, door in enumerate(places):
         for index, habits in enumerate(HABITS):
             corpus = Corpus(run, door, seed=seed * 1000 + number * 100 + index, limit_bytes=LIMIT_BYTES)
             peers.append(Rude(context, doors[door], f"rude-{number}-{index}", corpus, habits, counts))

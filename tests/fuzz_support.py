@@ -17,10 +17,10 @@ import time
 import traceback
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgpack
 import numpy as np
@@ -33,6 +33,7 @@ from atpo_async.records import TurnRecords, pack
 from atpo_async.tree import Turn, VersionSpan
 
 Door = Literal["actors", "learner"]
+Item = TypeVar("Item")
 
 LINK = struct.Struct("<2sBQQQ")
 MAGIC = b"a1"
@@ -58,7 +59,7 @@ EXTENSIONS = (
     b"\xd8\x01" + bytes(16),
 )
 NESTS = tuple(code * depth + b"\x00" for code in (b"\x91", b"\x81\xa1x") for depth in (5, 500, 20_000))
-STRANGE = (
+STRANGE: tuple[object, ...] = (
     None, True, False, 0, 1, -1, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, U64, -(2**31), -(2**63), 0.0, -0.0, -1.0,
     1e39, -1e300, float("nan"), float("inf"), float("-inf"), "", "x", "x" * 201, "x" * 70_000, "\x00", "\x1b[2J",
     "é" * 150, b"", b"bytes", [], {}, [0, 0, 0], [2, 0, 8], [0, 0, 2**62], [1, 8, -1], [0] * 50, ["x"] * 3, {"x": 1.0},
@@ -189,7 +190,7 @@ class Corpus:
         # Many times faster than randrange; that low numbers come up a trifle more often does not matter.
         return self._rng.getrandbits(32) % n
 
-    def _pick(self, items: Any) -> Any:
+    def _pick(self, items: Sequence[Item]) -> Item:
         return items[self._rng.getrandbits(32) % len(items)]
 
     def _flip(self, data: bytes) -> bytes:

@@ -379,7 +379,12 @@ def test_every_command_lays_several_configurations_over_one_another(
     assert "\nlr = 0.2\n" in out
     assert "\nweight_decay = 0.5\n" in out
     found: list[Config] = []
-    monkeypatch.setattr("atpo_async.doctor.findings", lambda config: found.append(config) or [])
+
+    def nothing_found(config: Config) -> list[object]:
+        found.append(config)
+        return []
+
+    monkeypatch.setattr("atpo_async.doctor.findings", nothing_found)
     cli.main(["doctor", base, "top.toml"])
     cli.main(["doctor"])
     assert found == [load([base, "top.toml"]), Config()]

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -194,7 +195,8 @@ def test_a_killed_learner_resumes_and_a_killed_buffer_begins_anew(policy: Path, 
 def test_without_lag_an_actor_killed_that_joined_by_hand_is_replaced_by_another(policy: Path, tmp_path: Path) -> None:
     """Without lag a batch's trees are all that is under way: the run can go on only if what the killed actor held is
     given to the other."""
-    with job(tmp_path, policy, **{"actor.count": 0, "staleness.max_lag": 0}) as run:
+    options: dict[str, Any] = {"actor.count": 0, "staleness.max_lag": 0}
+    with job(tmp_path, policy, **options) as run:
         train = run.train()
         run.until(lambda: (run.path / "endpoints.json").is_file(), "the endpoints", of=train)
         address = run.rundir.read_endpoints().actors.removeprefix("tcp://")
@@ -226,7 +228,8 @@ def test_without_lag_an_actor_killed_that_joined_by_hand_is_replaced_by_another(
 @pytest.mark.vllm
 def test_with_vllm_a_killed_actor_takes_its_engine_along_and_the_run_finishes(policy: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
-    with job(tmp_path, policy, **{"actor.engine": "vllm"}) as run:
+    options: dict[str, Any] = {"actor.engine": "vllm"}
+    with job(tmp_path, policy, **options) as run:
         train = run.train()
         run.until(
             lambda: run.steps() and names(run, "actor-0") >= OF_ACTORS, "a report of the actor with all names", of=train

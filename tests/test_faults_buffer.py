@@ -26,7 +26,7 @@ def starts_slowly(plan: Planned) -> bool:
 def failing(scene: Scene) -> bool:
     """Whether the buffer's own picture says that its journal takes nothing."""
     file = scene.rundir.path / "status" / "buffer.json"
-    facts = json.loads(file.read_text())["facts"] if file.exists() else {}
+    facts: dict[str, dict[str, str]] = json.loads(file.read_text())["facts"] if file.exists() else {}
     return facts.get("buffer", {}).get("journal failing", "no") != "no"
 
 

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ pytestmark = [
 ]
 
 
+def hang(self: transformers_engine.TransformersEngine, batch: list[Any]) -> None:
+    time.sleep(1000)
+
+
 class HangingHopQA(GatedHopQA):
     """In the first attempt of an actor no step of its engine returns."""
 
@@ -35,7 +40,7 @@ class HangingHopQA(GatedHopQA):
         begun = Path(gate).with_name("begun")
         if not begun.exists():
             begun.touch()
-            transformers_engine.TransformersEngine._step = lambda engine, batch: time.sleep(1000)  # type: ignore[method-assign]
+            transformers_engine.TransformersEngine._step = hang  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +89,7 @@ async def test_a_call_in_the_torch_thread_is_a_wait_for_whom_it_depends_on(name:
 def test_a_run_survives_every_role_being_blocked_in_turn(
     policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {
+    options: dict[str, Any] = {
         "environment.name": "tests.test_hang_runs:HangingHopQA",
         "links.deadline_s": 2.0,
         "supervisor.hang_s": 5.0,
@@ -120,7 +125,7 @@ def test_a_run_survives_every_role_being_blocked_in_turn(
         )
         for role in ("buffer", "learner"):
             os.kill(run.pid(role), signal.SIGSTOP)
-            run.until(lambda role=role: ended(train, role, "is stopped by a signal"), f"the end of {role}", of=train)
+            run.until(partial(ended, train, role, "is stopped by a signal"), f"the end of {role}", of=train)
         run.open_gate()
         assert run.exit_code(train) == 0, run.story()
         assert run.living() == []

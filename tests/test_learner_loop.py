@@ -517,7 +517,7 @@ async def test_the_lineage_says_what_each_batch_was_trained_on_and_only_if_asked
     served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path
 ) -> None:
     _, endpoint = served
-    evaluation = {"every_steps": 0, "at_start": False, "at_end": False}
+    evaluation: dict[str, object] = {"every_steps": 0, "at_start": False, "at_end": False}
     quiet = RunDir.create(make_config(tmp_path / "quiet", model, eval=evaluation))
     await asyncio.wait_for(learn(context(quiet, endpoint)), WAIT_S)
     assert not (quiet.path / loop.LINEAGE_FILE).exists()

@@ -46,7 +46,9 @@ def train_share(model: Path, shares: list[list[int]], variant: dict[str, dict[st
     original = trainer.optimizer.step
 
     def step(*args: Any) -> None:
-        gradients.extend(float(p.grad.norm()) for p in trainer.policy.parameters())
+        for parameter in trainer.policy.parameters():
+            assert parameter.grad is not None
+            gradients.append(float(parameter.grad.norm()))
         original(*args)
 
     trainer.optimizer.step = step

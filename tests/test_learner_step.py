@@ -15,7 +15,7 @@ from learner import guards
 from learner.model import learning_rate, load_policy, make_accelerator
 from learner.packing import CreditedTree
 from learner.step import Abandoned, StepReport, Trainer
-from tests.learner_support import VOCAB, batch_of, in_double, make_batch, make_config, make_model
+from tests.learner_support import VOCAB, batch_of, flat_gradient, in_double, make_batch, make_config, make_model
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def gradient_step(
     monkeypatch.setattr(
         trainer.optimizer,
         "step",
-        lambda: seen.append(torch.cat([p.grad.reshape(-1) for p in trainer.policy.parameters()])),
+        lambda: seen.append(flat_gradient(trainer.policy)),
     )
     report = trainer.train(make_batch(num_trees=num_trees), version=3)
     return report, seen[0]
@@ -85,7 +85,7 @@ def test_loss_and_gradient_are_those_of_a_plain_mean_over_leaves(folder: Path, m
             loss = loss + tree.weight * total / count / batch.num_leaves
     loss.backward()
     assert report.metrics["train/loss"] == pytest.approx(loss.item(), abs=1e-12)
-    plain = torch.cat([p.grad.reshape(-1) for p in policy.parameters()])
+    plain = flat_gradient(policy)
     torch.testing.assert_close(gradient, plain, atol=1e-12, rtol=1e-9)
 
 
@@ -99,7 +99,7 @@ def test_log_probs_are_those_of_the_whole_model_in_chunks_too(folder: Path, monk
     def gradient(logp: torch.Tensor) -> torch.Tensor:
         policy.zero_grad()
         logp.sum().backward()
-        return torch.cat([p.grad.reshape(-1) for p in policy.parameters()])
+        return flat_gradient(policy)
 
     once = policy(tokens, predictor, tokens[:, 1:].reshape(-1))
     torch.testing.assert_close(once, expected)

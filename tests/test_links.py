@@ -7,6 +7,7 @@ import contextlib
 import logging
 import struct
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,12 @@ async def test_many_restarts_under_fire_lose_nothing_and_keep_the_order() -> Non
         endpoint = s.endpoint
         async with client(endpoint) as c:
             feeding = asyncio.create_task(feed(c))
+
+            def reached(goal: int) -> bool:
+                return len(got) >= goal or feeding.done()
+
             for goal in (50, 150, 300):
-                await until(lambda goal=goal: len(got) >= goal or feeding.done())
+                await until(partial(reached, goal))
                 await s.close()
                 s = server(handler, endpoint)
                 await s.__aenter__()
@@ -182,8 +187,12 @@ async def test_cut_connections_lose_nothing_and_repeat_nothing_to_the_handler() 
             await c.drain(timeout_s=PATIENCE_S)
 
         feeding = asyncio.create_task(feed())
+
+        def reached(goal: int) -> bool:
+            return len(buffer.got) >= goal or feeding.done()
+
         for goal in range(50, total, 150):
-            await until(lambda goal=goal: len(buffer.got) >= goal or feeding.done())
+            await until(partial(reached, goal))
             wire_.cut()
         await within(feeding)
         assert wire_.cuts > 0
@@ -441,7 +450,7 @@ async def test_a_lost_reply_is_repeated_from_memory() -> None:
         lost: list[int] = []
         deliver = c._on_reply
 
-        def lose_the_first(request_id: int, frames: list[bytes]) -> None:
+        def lose_the_first(request_id: int, frames: list[bytes | memoryview]) -> None:
             if lost:
                 deliver(request_id, frames)
             lost.append(request_id)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,9 @@ async def test_a_plain_peer_is_refused_and_counted(server_keys: Path, caplog: py
 
 
 async def test_a_peer_with_a_password_is_refused_and_counted(server_keys: Path) -> None:
-    password = {"plain_username": b"admin", "plain_password": b"admin"}
     async with (
         server(Buffer(), settings=keyed(server_keys)) as s,
-        raw_dealer(s.endpoint, **password) as stranger,
+        raw_dealer(s.endpoint, plain_username=b"admin", plain_password=b"admin") as stranger,
     ):
         await stranger.send_multipart([link_frame(SEND), *wire.encode(closed(1))])
         await until(lambda: s.refused_connections >= 1)
@@ -301,10 +301,14 @@ async def test_one_key_cannot_use_up_the_table_of_peers(
     b, c = (client_keys(tmp_path, server_keys, name, allowed_as=name) for name in ("host-b", "host-c"))
     buffer = Buffer()
     async with server(buffer, settings=keyed(server_keys)) as s, client(s.endpoint, keyed(b)) as good:
+
+        def heard(count: int) -> bool:
+            return len(s.peers) + s.bad_messages >= count
+
         for i in range(5):
             async with raw_dealer(s.endpoint, b"name-%d" % i, keys=c) as stranger:
                 await stranger.send_multipart([link_frame(PING), b""])
-                await until(lambda i=i: len(s.peers) + s.bad_messages >= i + 1)
+                await until(partial(heard, i + 1))
         assert {name for name in s.peers if name.startswith("host-c/")} == {f"host-c/name-{i}" for i in range(3)}
         await good.send(closed(1))
         await good.drain(timeout_s=PATIENCE_S)

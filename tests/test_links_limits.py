@@ -222,7 +222,7 @@ async def test_a_server_that_never_acknowledges_makes_the_sender_wait_and_then_g
     try:
         silent = context.socket(zmq.ROUTER)
         silent.bind("tcp://127.0.0.1:0")
-        endpoint = silent.last_endpoint.decode()
+        endpoint = silent.get_string(zmq.LAST_ENDPOINT)
         async with client(endpoint, replace(FAST, heartbeat_s=0.02, give_up_s=1.0)) as c:
             for i in range(FAST.window):
                 await within(c.send(closed(i)))
@@ -241,7 +241,7 @@ async def test_a_listener_that_hears_nothing_not_even_heartbeats_connects_anew()
         mute = context.socket(zmq.XPUB)
         mute.xpub_verbose = True
         mute.bind("tcp://127.0.0.1:0")
-        endpoint = mute.last_endpoint.decode()
+        endpoint = mute.get_string(zmq.LAST_ENDPOINT)
         async with Listener(endpoint, receives=m.WeightsAnnounced, settings=FAST) as listener:
             subscribed = 0
             while subscribed < 3:

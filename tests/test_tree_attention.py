@@ -40,7 +40,8 @@ class Layer(nn.Module):
     num_key_value_groups = 1
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, layout: DeviceLayout | None, **kwargs: Any) -> Tensor:
+def attend(tensors: Sequence[Tensor], layout: DeviceLayout | None, **kwargs: Any) -> Tensor:
+    query, key, value = tensors
     return tree_attention_forward(Layer(), query, key, value, None, tree_layout=layout, **kwargs)[0]
 
 
@@ -56,7 +57,7 @@ def results(layout: DeviceLayout | None, size: tuple[int, int], *, heads: int = 
     tensors = [
         torch.randn(rows, n, length, 8, dtype=torch.float64, requires_grad=True) for n in (heads * groups, heads, heads)
     ]
-    out = attend(*tensors, layout, scaling=0.3)
+    out = attend(tensors, layout, scaling=0.3)
     out.backward(torch.randn_like(out))
     grads = [t.grad for t in tensors]
     assert all(g is not None for g in grads)
@@ -191,9 +192,11 @@ def test_the_block_mask_of_flex_attention_is_the_dense_mask(length: int) -> None
                     k = place[j * size : (j + 1) * size]
                     assert not dense[b, i * size, j * size]
                     inside = squares.mask_mod(torch.tensor(b), torch.tensor(0), q[:, None], k[None, :])
+                    assert isinstance(inside, Tensor)
                     assert inside.all() or not full
                     dense[b, i * size : i * size + len(q), j * size : j * size + len(k)] = inside
     assert torch.equal(dense[:, :length, :length], layout.mask()[:, 0])
+    assert squares.full_kv_num_blocks is not None
     assert (squares.full_kv_num_blocks > 0).any()
 
 
@@ -223,7 +226,7 @@ def test_flex_attention_gives_what_the_dense_mask_gives() -> None:
     query, key, value = torch.randn(2, 4, 150, 16), torch.randn(2, 2, 150, 16), torch.randn(2, 2, 150, 16)
     with torch.no_grad():
         flex = flex_attention(query, key, value, block_mask=layout.block_mask(), scale=0.2, enable_gqa=True)
-        dense = attend(query, key, value, layout, scaling=0.2)
+        dense = attend((query, key, value), layout, scaling=0.2)
     assert isinstance(flex, Tensor)
     assert float((flex.transpose(1, 2) - dense).abs().max()) < 1e-5
 
@@ -251,7 +254,7 @@ def test_without_a_layout_it_is_causal_attention_without_a_mask(monkeypatch: pyt
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 3, 9, 8) for _ in range(3))
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watched)
-    out = attend(query, key, value, None, scaling=0.3)
+    out = attend((query, key, value), None, scaling=0.3)
     assert [(call["attn_mask"], call["is_causal"]) for call in asked] == [(None, True)]
     expected = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3)
     assert torch.equal(out, expected.transpose(1, 2))
@@ -270,13 +273,13 @@ def test_what_a_packed_tree_cannot_have_is_refused(kwargs: dict[str, Any], named
     layout = to_device(layout_of([[5] * 5], [[0, 1, 2, 3, 4]]), CPU)
     tensors = [torch.randn(1, 3, 5, 8) for _ in range(3)]
     with pytest.raises(NotImplementedError, match=named):
-        attend(*tensors, layout, **kwargs)
+        attend(tensors, layout, **kwargs)
 
 
 def test_a_sliding_window_longer_than_the_tree_changes_nothing() -> None:
     layout = to_device(layout_of([[5] * 5], [[0, 1, 2, 3, 4]]), CPU)
     tensors = [torch.randn(1, 3, 5, 8) for _ in range(3)]
-    assert torch.equal(attend(*tensors, layout, sliding_window=5), attend(*tensors, layout))
+    assert torch.equal(attend(tensors, layout, sliding_window=5), attend(tensors, layout))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -289,9 +292,9 @@ def test_half_precision_is_as_near_as_it_can_be(way: Way, small_parts: None) -> 
     layout = to_device(packed.layout, CPU, way=way)
     torch.manual_seed(0)
     tensors = [torch.randn(1, 2, packed.tokens.size, 8) for _ in range(3)]
-    exact = attend(*tensors, layout)
+    exact = attend(tensors, layout)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = attend(*tensors, layout)
+        half = attend(tensors, layout)
     assert half.dtype == torch.bfloat16
     assert float((half.float() - exact).abs().max()) < 0.03
 
@@ -319,7 +322,8 @@ def passes(rows: Sequence[Row], kind: str, **limits: Any) -> list[MicroBatch]:
     limits = {"max_tokens": 4000} | limits
     if kind == "flat":
         return micro_batches(rows, version=VERSION, **limits)
-    return tree_micro_batches(rows, version=VERSION, **({"pack_tokens": None} | limits))
+    limits.setdefault("pack_tokens", None)
+    return tree_micro_batches(rows, version=VERSION, **limits)
 
 
 def scored(policy: Policy, batch: MicroBatch, way: Way | None = None) -> Tensor:
@@ -452,7 +456,12 @@ def test_gradient_checkpointing_computes_each_layer_again_with_the_layout(
     policy = float64_policy(tmp_path, gradient_checkpointing=True)
     (packed,) = passes(rows_of(MIXED), "tree")
     kernel, calls = tree_attention._kernel, []
-    monkeypatch.setattr(tree_attention, "_kernel", lambda *args: (calls.append(1), kernel(*args))[1])
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return kernel(*args)
+
+    monkeypatch.setattr(tree_attention, "_kernel", counted)
     logp = scored(policy, packed)
     forward = len(calls)
     logp.sum().backward()
