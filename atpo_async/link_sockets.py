@@ -472,7 +472,7 @@ class ConnectingLink(Link):
         if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             self._trouble = "it refused our key: our public key must lie in its links.keys_dir"
         else:
-            self._trouble = "the handshake failed: both ends need keys, or neither"
+            self._trouble = "the handshake failed: both ends need keys or neither, and server.key must be that server's"
         # libzmq takes a refusal as final.  It is not: the key may be added, the server may be another one by then.
         self._try_later()
 

@@ -122,7 +122,7 @@ async def test_a_plain_peer_is_refused_and_counted(server_keys: Path, caplog: py
     buffer = Buffer()
     async with server(buffer, settings=keyed(server_keys)) as s, client(s.endpoint) as c:
         await until(lambda: bool(c._trouble))
-        with pytest.raises(PeerLost, match="both ends need keys, or neither"):
+        with pytest.raises(PeerLost, match="both ends need keys or neither"):
             await c.request(LEASE_REQUEST, timeout_s=0.02)
         await until(lambda: s.link_status()["refused_connections"].get("speaks without a key", 0) >= 1)
         assert not s.peers
