@@ -1,8 +1,7 @@
-"""Batches given to the learner, and what is counted between them.  Pure."""
+"""Batches given to the learner.  Pure."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -53,6 +52,29 @@ class Served:
         return [each.tree_id for each in self.drawn]
 
 
+class Batches:
+    """Those that no checkpoint of the learner holds yet."""
+
+    def __init__(self) -> None:
+        self.by_step: dict[int, Served] = {}
+        self.next_id = 1
+        """Number of the next batch to be made."""
+        self.changed: set[int] = set()
+        """Steps whose batch came, went or changed; whoever keeps them takes the steps away."""
+
+    def put(self, served: Served) -> None:
+        self.by_step[served.step] = served
+        self.changed.add(served.step)
+
+    def remove(self, step: int) -> None:
+        del self.by_step[step]
+        self.changed.add(step)
+
+    def last_with(self, tree_id: str) -> int | None:
+        """The last step whose batch had this tree."""
+        return max((step for step, served in self.by_step.items() if tree_id in served.tree_ids), default=None)
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """One rank's part of a batch: what it says, and where its records lie."""
@@ -87,20 +109,3 @@ class Share:
                 )
             )
         return msgspec.structs.replace(self.head, trees=tuple(trees))
-
-
-@dataclass(slots=True)
-class Since:
-    """Counted since the last batch."""
-
-    began_s: float
-    produced: int = 0
-    """Training trees that came to their end with a usable tree."""
-    turns: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    means: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Name -> (sum, number)."""
-
-    def mean(self, name: str, value: float) -> None:
-        total, number = self.means.get(name, (0.0, 0.0))
-        self.means[name] = (total + value, number + 1.0)

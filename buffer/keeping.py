@@ -35,16 +35,16 @@ class Keeping:
         """Hand over what has changed since the last time: (key, value), None where there is nothing any more."""
         state = self._state
         changed: set[str] = set()
-        for names in (state.changed, state.ledger.changed, state.assembly.changed, state.pool.changed):
+        for names in (state.holdings.changed, state.ledger.changed, state.assembly.changed, state.pool.changed):
             changed |= names
             names.clear()
         for tree_id in changed:
             tree = self._kept_tree(tree_id)
             put(kept.TREE + tree_id.encode(), None if tree is None else kept.dump(tree))
-        for step in self._state.changed_batches:
-            served = self._state.batches.get(step)
+        for step in self._state.batches.changed:
+            served = self._state.batches.by_step.get(step)
             put(kept.BATCH + b"%020d" % step, None if served is None else kept.dump(_kept_batch(served)))
-        self._state.changed_batches.clear()
+        self._state.batches.changed.clear()
         for key, value in self._kept_whole().items():
             data = kept.dump(value)
             if self._kept.get(key) != data:
@@ -53,15 +53,15 @@ class Keeping:
 
     def _kept_tree(self, tree_id: str) -> kept.KeptTree | None:
         held, growing = self._state.ledger.held(tree_id), self._state.assembly.growing(tree_id)
-        tree = self._state.find(tree_id)
+        tree = self._state.holdings.find(tree_id)
         if held is None and growing is None and tree is None:
             return None
         place = spent_at = None
         if tree_id in self._state.pool:
             priority, uses, limit, entered = self._state.pool.kept(tree_id)
             place = kept.KeptPlace(priority=priority, uses=uses, limit=limit, entered=entered)
-        elif tree_id in self._state.spent:
-            _, place, spent_at = self._state.spent[tree_id]
+        elif tree_id in self._state.holdings.spent:
+            _, place, spent_at = self._state.holdings.spent[tree_id]
         owner = growing or tree or held
         assert owner is not None
         return kept.KeptTree(
@@ -74,20 +74,20 @@ class Keeping:
             growing=growing is not None,
             epoch=0 if growing is None else growing.epoch,
             closed=None if growing is None or growing.closed is None else _kept_closed(growing.closed),
-            partial=self._state.partial_uses.get(tree_id),
-            late=tree_id in self._state.late,
+            partial=self._state.holdings.partial_uses.get(tree_id),
+            late=tree_id in self._state.holdings.late,
             pool=place,
             spent_at=spent_at,
         )
 
     def _kept_whole(self) -> dict[bytes, object]:
-        ledger, since, line = self._state.ledger, self._state.since, self._state.line
+        ledger, since, line = self._state.ledger, self._state.account.since, self._state.line
         found: dict[bytes, object] = {
             kept.REST: kept.KeptRest(
                 incarnation=self._state.incarnation,
                 next_task=ledger.next_task,
                 next_number=ledger.next_number,
-                next_batch=self._state.next_batch,
+                next_batch=self._state.batches.next_id,
                 again=tuple(kept.KeptAgain(task_index=t, attempts=n) for t, n in ledger.again),
                 given_up=ledger.given_up,
                 published=ledger.published,
@@ -97,8 +97,8 @@ class Keeping:
                 weights_endpoint=self._state.weights_endpoint,
                 announce_endpoint=self._state.announce_endpoint,
                 highest_priority=self._state.pool.highest,
-                saved_step=self._state.saved_step,
-                tasks=dict(self._state.tasks),
+                saved_step=self._state.serving.saved_step,
+                tasks=dict(self._state.account.tasks),
             ),
             kept.SINCE: kept.KeptSince(
                 produced=since.produced, turns=since.turns, counts=dict(since.counts), means=since.means
@@ -111,7 +111,7 @@ class Keeping:
                     blocking=e.blocking,
                     next_task=e.next_task,
                     results=e.results,
-                    turns=self._state.eval_turns[e.step],
+                    turns=self._state.evaluations.turns[e.step],
                 )
                 for e in ledger.evaluations.values()
             ),
@@ -132,7 +132,7 @@ class Keeping:
             Name -> number, of what is there.
 
         Raises:
-            SetupError: the journal contradicts itself._state.
+            SetupError: the journal contradicts itself.
         """
         rest = kept.read(state, kept.REST, kept.KeptRest)
         if rest is None:
@@ -166,7 +166,7 @@ class Keeping:
             assert batch is not None
             self._restore_batch(batch)
         # After the batches: what a learner has is not dropped for its age.
-        self._state.advance()
+        self._state.holdings.advance()
         # Records of trees that are gone, in chunks that others keep.
         self._state.store.release(rows[~owned], gone=True)
         return {
@@ -174,9 +174,9 @@ class Keeping:
             "growing trees": len(self._state.assembly),
             "ready trees": len(self._state.pool),
             "trees with the learner": self._state.pool.num_out,
-            "trees kept for a checkpoint": len(self._state.spent),
+            "trees kept for a checkpoint": len(self._state.holdings.spent),
             "leases": len(self._state.ledger),
-            "batches": len(self._state.batches),
+            "batches": len(self._state.batches.by_step),
             "tasks to lease again": len(self._state.ledger.again),
         }
 
@@ -184,30 +184,32 @@ class Keeping:
         ledger = self._state.ledger
         self._state.incarnation = rest.incarnation + 1
         ledger.prefix = f"b{self._state.incarnation}"
-        self._state.saved_step, self._state.anew = rest.saved_step, False
-        self._state.tasks.update(rest.tasks)
+        self._state.serving.saved_step, self._state.serving.anew = rest.saved_step, False
+        self._state.account.tasks.update(rest.tasks)
         ledger.next_task, ledger.next_number = rest.next_task, rest.next_number
         ledger.again.extend(Again(each.task_index, each.attempts) for each in rest.again)
-        ledger.given_up = self._state.given_up_before = rest.given_up
+        ledger.given_up = self._state.account.given_up_before = rest.given_up
         ledger.published, ledger.next_version = rest.published, rest.next_version
-        self._state.next_batch, self._state.step, self._state.version = rest.next_batch, rest.step, rest.version
+        self._state.batches.next_id, self._state.serving.step = rest.next_batch, rest.step
+        self._state.holdings.version = rest.version
         self._state.weights_endpoint, self._state.announce_endpoint = rest.weights_endpoint, rest.announce_endpoint
         since = kept.read(state, kept.SINCE, kept.KeptSince)
         if since is not None:
-            self._state.since.produced, self._state.since.turns = since.produced, since.turns
-            self._state.since.counts, self._state.since.means = Counter(since.counts), dict(since.means)
+            counted = self._state.account.since
+            counted.produced, counted.turns = since.produced, since.turns
+            counted.counts, counted.means = Counter(since.counts), dict(since.means)
         for each in kept.read(state, kept.EVALUATIONS, tuple[kept.KeptEvaluation, ...]) or ():
             ledger.evaluations[each.step] = Evaluation(
                 each.step, each.version, each.num_tasks, each.blocking, each.next_task, dict(each.results)
             )
-            self._state.eval_turns[each.step] = each.turns
+            self._state.evaluations.turns[each.step] = each.turns
         line = kept.read(state, kept.LINE, kept.KeptLine)
         if self._state.line is not None and line is not None:
             self._state.line.restore(line)
 
     def _restore_tree(self, tree_id: str, tree: kept.KeptTree, rows: Rows, now: float) -> TreeEntry | None:
         """One tree; what of it belongs into the pool."""
-        self._state.names[tree.number] = tree_id
+        self._state.holdings.names[tree.number] = tree_id
         self._state.ledger.restore_attempts(tree.task_index, tree.attempts)
         if tree.lease is not None:
             lease = tree.lease
@@ -217,7 +219,7 @@ class Keeping:
             )  # fmt: skip
             self._state.ledger.restore(held, now=now)
         if tree.partial is not None:
-            self._state.partial_uses[tree_id] = tree.partial
+            self._state.holdings.partial_uses[tree_id] = tree.partial
         prompt, turns = rows[rows["turn_id"] == ROOT], rows[rows["turn_id"] != ROOT]
         if tree.growing:
             growing = Growing(tree_id, tree.number, tree.task_index, tree.kind, tree.epoch)
@@ -240,15 +242,15 @@ class Keeping:
         if not len(turns) or not len(prompt):
             raise SetupError(f"the journal is damaged: tree {tree_id} is there without its turns; move it away")
         if tree.late:
-            self._state.late[tree_id] = entry
+            self._state.holdings.late[tree_id] = entry
         if tree.spent_at is not None and tree.pool is not None:
-            self._state.spent[tree_id] = (entry, tree.pool, tree.spent_at)
-            self._state.spent_nbytes += entry.nbytes
+            self._state.holdings.spent[tree_id] = (entry, tree.pool, tree.spent_at)
+            self._state.holdings.spent_nbytes += entry.nbytes
             return None
         return entry if tree.pool is not None else None
 
     def _restore_batch(self, batch: kept.KeptBatch) -> None:
-        self._state.batches[batch.step] = Served(
+        self._state.batches.by_step[batch.step] = Served(
             batch_id=batch.batch_id,
             step=batch.step,
             version=batch.version,
@@ -283,24 +285,24 @@ class Keeping:
                 self._state.store.note(entry)
                 moved.setdefault(entry.tree, {})[entry.turn_id] = entry
         for number, entries in moved.items():
-            tree_id = self._state.names[number]
+            tree_id = self._state.holdings.names[number]
             growing = self._state.assembly.growing(tree_id)
             if growing is not None:
                 growing.prompt = entries.get(ROOT, growing.prompt)
                 growing.turns |= {turn_id: entry for turn_id, entry in entries.items() if turn_id != ROOT}
             if (ready := self._state.pool.find(tree_id)) is not None:
                 self._state.pool.replace(ready.moved(entries))
-            if tree_id in self._state.late:
-                self._state.late[tree_id] = self._state.late[tree_id].moved(entries)
-            if tree_id in self._state.spent:
-                tree, place, step = self._state.spent[tree_id]
-                self._state.spent[tree_id] = (tree.moved(entries), place, step)
+            if tree_id in self._state.holdings.late:
+                self._state.holdings.late[tree_id] = self._state.holdings.late[tree_id].moved(entries)
+            if tree_id in self._state.holdings.spent:
+                tree, place, step = self._state.holdings.spent[tree_id]
+                self._state.holdings.spent[tree_id] = (tree.moved(entries), place, step)
         self._state.store.release(rows[current])
         return sum(current)
 
     def _is_current(self, row: np.void) -> bool:
         """Whether a tree still has this record where the row says."""
-        tree_id = self._state.names.get(int(row["tree"]))
+        tree_id = self._state.holdings.names.get(int(row["tree"]))
         if tree_id is None:
             return False
         turn_id, place = int(row["turn_id"]), (int(row["chunk"]), int(row["offset"]))
@@ -308,7 +310,7 @@ class Keeping:
         if growing is not None:
             entry = growing.prompt if turn_id == ROOT else growing.turns.get(turn_id)
             return entry is not None and (entry.chunk, entry.offset) == place
-        tree = self._state.find(tree_id)
+        tree = self._state.holdings.find(tree_id)
         if tree is None:
             return False
         rows = tree.prompt if turn_id == ROOT else tree.rows[tree.rows["turn_id"] == turn_id]
