@@ -128,10 +128,22 @@ class _Episode:
 
 
 class Told(ReplayFork):
-    """hopqa under the reward of ``_Episode``."""
+    """hopqa under the reward of ``_Episode``.
 
-    def __init__(self, tokenizer: Path | str, *, pause_s: float = 0.0, **options: Any) -> None:
+    Args:
+        tokenizer: of the policy.
+        pause_s: of each step.
+        gate: training tasks from ``open_tasks`` on begin only when this file is there; none where empty.
+        open_tasks: as said.
+        options: of ``HopQA``.
+    """
+
+    def __init__(
+        self, tokenizer: Path | str, *, pause_s: float = 0.0, gate: str = "", open_tasks: int = 0, **options: Any
+    ) -> None:
         self._pause_s = pause_s
+        self._gate = Path(gate) if gate else None
+        self._open_tasks = open_tasks
         self._hopqa = HopQA(tokenizer, **options)
         self.stop_token_ids = self._hopqa.stop_token_ids
 
@@ -139,6 +151,8 @@ class Told(ReplayFork):
         return self._hopqa.num_tasks(split)
 
     async def start(self, split: Split, task_index: int) -> Any:
+        while self._gate is not None and task_index >= self._open_tasks and not self._gate.exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)  # another process makes the file
         return _Episode(await self._hopqa.start(split, task_index), self._pause_s)
 
 

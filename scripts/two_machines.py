@@ -36,6 +36,9 @@ PATIENCE_S = 120.0
 CABLE_OUT_S = 6.0
 """Longer than a silent connection is kept (five heartbeats)."""
 NUM_TASKS = 96
+OPEN_TASKS = 48
+"""The others begin when all that is to happen on the way has happened."""
+GATE = "gate"
 HEAD, GPU = "10.77.0.1", "10.77.0.2"
 ATPO = (sys.executable, "-m", "atpo_async.cli")
 
@@ -162,6 +165,8 @@ def write_config(folder: Path, policy: Path) -> None:
         **OPTIONS,
         **{f"environment.options.{name}": value for name, value in WORLD.items()},
         "environment.options.pause_s": 0.05,
+        "environment.options.gate": GATE,
+        "environment.options.open_tasks": OPEN_TASKS,
         "run.name": "run",
         "run.dir": "runs",
         "run.max_tasks": NUM_TASKS,
@@ -255,11 +260,13 @@ def the_run(head: Machine, gpu: Machine, story: Story, host: str) -> None:
             time.sleep(CABLE_OUT_S)
         story.until(lambda: len(lineage(path)) >= steps + 4, f"{CABLE_OUT_S:g} s without the cable, then on", tell=tell)
         shutil.copyfile(gpu.folder / "own" / "client.key", head.folder / "keys" / "gpu-8.key")
-        story.until(lambda: grown_by("gpu-8"), "its key in the folder, the stranger works as gpu-8", tell=tell)
+        story.until(lambda: " in use: " in stranger.said(), "its key there, the stranger is let in", tell=tell)
         (head.folder / "keys" / "gpu-7.key").unlink()
         story.until(
             lambda: "was taken out" in first.said(), "its key taken away, gpu-7's actor says so", tell=first.said
         )
+        before = grown_by("gpu-7"), grown_by("gpu-8")
+        (gpu.folder / GATE).touch()
         with contextlib.suppress(subprocess.TimeoutExpired):
             trains.popen.wait(timeout=PATIENCE_S)
         story.check(trains.popen.poll() == 0, "atpo train ends with 0", tell())
@@ -267,6 +274,9 @@ def the_run(head: Machine, gpu: Machine, story: Story, host: str) -> None:
             stranger.popen.wait(timeout=30.0)
         story.check(stranger.popen.poll() == 0, "so does the actor that was let in", stranger.said())
         story.check(first.popen.poll() != 0, "the one whose key is gone does not")
+        after = grown_by("gpu-7"), grown_by("gpu-8")
+        story.check(after[0] == before[0], "nothing more was taken from gpu-7")
+        story.check(after[1] > before[1], "gpu-8 did the rest")
     outcome = judge(path, num_tasks=NUM_TASKS, max_uses=1)
     what = (
         f"{NUM_TASKS} tasks trained on exactly once in {outcome.steps} steps, {outcome.lost_steps} lost and made up for"
