@@ -6,12 +6,15 @@
   updates   priorities a second, in batches: what the confirmation of a batch does to the pool (``ReplayPool.confirm``,
             trees by name), and what of it is the sum tree alone.
   growth    one insert, draw of 64, update of 256 and eviction with 1,000 to 1,000,000 trees in the pool.
+  ageing    with ``buffer.freshness`` below 1: the first draw of 64 at a version, when all trees are weighed anew, and
+            one after it.
 
 Peers, each in an environment of its own (``--peers DIR`` installs them there): Reverb for serving, cpprb and torchrl
 for priorities.  References that this file carries: for serving a process that writes trees out of a mapped numpy file
 into a TCP connection, for priorities a sum tree in numpy.  Neither knows of acknowledgement, versions or uses.
 
-    .venv/bin/python benchmarks/buffer.py [--part serve updates growth] [--trees 10000] [--peers DIR] [--markdown]
+    .venv/bin/python benchmarks/buffer.py [--part serve updates growth ageing] [--trees 10000] [--peers DIR]
+        [--markdown]
 
 Prints one JSON object a line.
 """
@@ -56,7 +59,7 @@ from benchmarks.peers import CPPRB, REVERB, TORCHRL, found_or_told, measured
 from buffer.index import MemoryStore, TreeEntry, entry_from_turns
 from buffer.replay import ReplayPool, SumTree
 
-PARTS = ("serve", "updates", "growth")
+PARTS = ("serve", "updates", "growth", "ageing")
 PEER_TIMEOUT_S = 900.0
 USES = 1000
 """Far more than a run of this benchmark makes: no tree is ever used up."""
@@ -333,8 +336,8 @@ def rate(prepare: Callable[[], Any], work: Callable[[Any], object], seconds: flo
 class Pool:
     """A real ``ReplayPool`` with so many trees of so many turns; their entries share one array, which no cost sees."""
 
-    def __init__(self, size: int, *, turns: int = 80) -> None:
-        self.pool = ReplayPool(max_uses=10**9, max_lag=10**9, exponent=EXPONENT)
+    def __init__(self, size: int, *, turns: int = 80, freshness: float = 1.0) -> None:
+        self.pool = ReplayPool(max_uses=10**9, max_lag=10**9, exponent=EXPONENT, freshness=freshness)
         self._rng = np.random.default_rng(0)
         made, store = Turns(64), MemoryStore()
         lease = Lease(
@@ -408,6 +411,30 @@ def ours_by_size(size: int, batch: int, seconds: float) -> Record:
         "insert_us": 1e6 / inserts,
         "evict_us": 1e6 / evictions,
     }
+
+
+def ageing_by_size(size: int, seconds: float) -> Record:
+    """Microseconds of a draw of 64 from trees whose priorities age: the first at a version, and a later one."""
+    pool = Pool(size, freshness=0.999)
+    drawn: list[list[str]] = []
+    version = 0
+
+    def back() -> None:
+        if drawn:
+            pool.give_back(drawn.pop())
+
+    def one_on() -> None:
+        nonlocal version
+        back()
+        version += 1
+        pool.pool.advance(version)
+
+    def draw(_: None) -> None:
+        drawn.append(pool.draw(64))
+
+    first = rate(one_on, draw, seconds)
+    later = rate(back, draw, seconds)
+    return {"part": "ageing", "side": "ours", "trees": size, "first_draw64_us": 1e6 / first, "draw64_us": 1e6 / later}
 
 
 def sums_by_size(size: int, batch: int, seconds: float) -> Record:
@@ -507,6 +534,9 @@ def markdown(records: list[Record]) -> str:
             parts.append(
                 table(("side", "trees", "updates/s", "insert, us", "draw 64, us", "update, us", "evict, us"), rows_)
             )
+    ages = [(r["trees"], r["first_draw64_us"], r["draw64_us"]) for r in records if r["part"] == "ageing"]
+    if ages:
+        parts.append(table(("trees", "first draw of 64 at a version, us", "a later one, us"), ages))
     verdicts = [
         (r["side"], r["operation"], r["ratio"], r["log_ratio"], r["over_log"], r["power"])
         for r in records
@@ -552,6 +582,10 @@ def main() -> None:
     if "growth" in args.part:
         records += priorities(args, args.sizes, "growth")
         records += verdict(records)
+    if "ageing" in args.part:
+        for size in args.sizes:
+            records.append(ageing_by_size(size, args.seconds))
+            say(records[-1])
     if args.markdown:
         print(markdown(records))
 

@@ -207,6 +207,12 @@ def test_a_real_pool_keeps_its_size_while_it_is_measured() -> None:
     assert "b1-00000000" not in pool.pool
 
 
+def test_a_draw_from_a_pool_that_ages_is_measured() -> None:
+    record = serving.ageing_by_size(100, 0.01)
+    assert record["first_draw64_us"] > 0
+    assert record["draw64_us"] > 0
+
+
 # --- peers -----------------------------------------------------------------------------------------------------
 
 
