@@ -173,10 +173,12 @@ def grow(shape: Shape, *, tree_id: str, vocab_size: int, rng: np.random.Generato
             level = max(0, len(tree.path(turn_id)) - 1)
             observation = nothing if turn_id == PROMPT else tree[turn_id].observation
             chain(sibling_parent(tree, turn_id), level, observation, round_number)
-    return BatchTree(
-        tree_id=tree_id, task_index=0, prompt=prompt, turns=TurnRecords.of(turns), failed_branches=0,
+    made = BatchTree(
+        tree_id=tree_id, task_index=0, prompt=prompt, turns=TurnRecords.of(()), failed_branches=0,
         probability=1.0, weight=1.0, uses=1,
     )  # fmt: skip
+    # Decoded, as the learner's intake hands trees on, so that no decoding is timed.
+    return msgspec.structs.replace(made, turns=tuple(turns))
 
 
 def grow_batch(shape: Shape, *, num_trees: int, vocab_size: int, seed: int, config: Config) -> Batch:

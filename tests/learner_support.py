@@ -6,12 +6,12 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-import atpo_async.wire  # noqa: F401  TurnRecords.of encodes with it
 from atpo_async.config import Config, build
 from atpo_async.messages import Batch, BatchTree
 from atpo_async.records import TurnRecords
@@ -91,10 +91,12 @@ def make_tree(tree_id: str, rng: np.random.Generator, *, version: int = 0, leave
     turns = [turn(1, 0, None), turn(2, 1, None)]
     for i in range(leaves):
         turns.append(turn(3 + i, 2 if i % 2 else 1, float(i % 3 == 0)))
-    return BatchTree(
+    tree = BatchTree(
         tree_id=tree_id, task_index=0, prompt=rng.integers(0, VOCAB, 4).astype(np.int32),
-        turns=TurnRecords.of(turns), failed_branches=0, probability=0.1, weight=float(rng.uniform(0.3, 1.0)), uses=1,
+        turns=TurnRecords.of(()), failed_branches=0, probability=0.1, weight=float(rng.uniform(0.3, 1.0)), uses=1,
     )  # fmt: skip
+    # Decoded, as intake hands trees on: it takes the very same objects for a batch without a fault.
+    return msgspec.structs.replace(tree, turns=tuple(turns))
 
 
 def make_batch(*, seed: int = 0, step: int = 0, num_trees: int = 4, version: int = 3) -> Batch:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
+import atpo_async.wire  # noqa: F401  TurnRecords.of encodes with it
 from atpo_async.config import CreditConfig
 from atpo_async.messages import BatchTree
 from atpo_async.records import TurnRecords
