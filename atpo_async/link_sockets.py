@@ -30,9 +30,10 @@ _NOBLOCK = int(zmq.NOBLOCK)
 _NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _ZERO_COPY_BYTES = 1 << 16
 
-BURST = 32
-"""Messages taken from a socket, or handled, before others on the loop get their turn: a part of a window, so that the
-sender hears of the first while the others are handled (measured: 64 costs a fifth of the throughput, 128 a half)."""
+BURST = 8
+"""Messages taken from a socket, or handled, before others on the loop get their turn (what travelled together is not
+parted).  From a commit's end to the next one's beginning the loop goes round several times, so a round has to be short
+(measured: 32 costs an eighth of the throughput)."""
 _MAX_FRAMES = 16
 """Of a message; what more a hostile peer puts into one is read and thrown away."""
 _RECONNECT_MS = 50

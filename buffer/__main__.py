@@ -12,4 +12,7 @@ if __name__ == "__main__":
     # Turns and trees are many small objects without cycles: looking for some costs a sixth of the time at full load.
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
+    # The thread that commits calls LMDB some thirty times for a group, and after each call has to wait until the loop
+    # lets go of the interpreter, up to 5 ms otherwise.
+    sys.setswitchinterval(0.0001)
     role.run("buffer", serve, sys.argv[1:])

@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 import struct
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -119,7 +120,7 @@ class Journal:
         run: id of the run that it belongs to; empty for none in particular.
         max_bytes: of records the owner means to keep; the map is made for several times that.
         sync: whether a commit waits until the disk has it.  Without, it survives ``kill -9`` but no power cut.
-        gather_s: how long a commit waits for more to come.
+        gather_s: how long a commit waits for more to come, from the first thing on that it will hold.
         collect: called on the loop right before a commit: hands over (``put``) what has changed.
 
     Raises:
@@ -164,6 +165,8 @@ class Journal:
         self._cut_out: dict[int, set[int]] = {}
         self._live: dict[int, _Live] = {}
         self._messages = 0
+        self._first_at = 0.0
+        """When the first of them came."""
         self._commit_s: deque[float] = deque(maxlen=4096)
         self.nbytes = 0
         """Bytes of the records that are needed."""
@@ -176,7 +179,8 @@ class Journal:
         self._asked = asyncio.Event()
         self._wanted = 0
         self._done = 0
-        self._settled = asyncio.Condition()
+        self._settling: deque[tuple[int, asyncio.Future[None]]] = deque()
+        """Who waits for which commit, in order."""
         self._full = asyncio.Event()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="journal-read")
@@ -255,6 +259,8 @@ class Journal:
         chunk.offsets.append(chunk.nbytes)
         chunk.nbytes += len(record)
         self.nbytes += len(record)
+        if not self._messages:
+            self._first_at = time.monotonic()
         self._messages += 1
         return place
 
@@ -324,8 +330,10 @@ class Journal:
             self._full.set()
         self._asked.set()
         with waits.waiting("the buffer", "a commit", on=waits.DISK, limit_s=timeout_s):
-            async with asyncio.timeout(timeout_s), self._settled:
-                await self._settled.wait_for(lambda: self._done >= ticket)
+            done = asyncio.get_running_loop().create_future()
+            self._settling.append((ticket, done))
+            async with asyncio.timeout(timeout_s):
+                await done
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -461,9 +469,11 @@ class Journal:
         while True:
             await self._asked.wait()
             self._asked.clear()
-            if self.gather_s and not self._full.is_set():
+            # What came while the last commit was written has waited long enough.
+            gather_s = self.gather_s - (time.monotonic() - self._first_at if self._messages else 0.0)
+            if gather_s > 0 and not self._full.is_set():
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self.gather_s):
+                    async with asyncio.timeout(gather_s):
                         await self._full.wait()
             upto = self._wanted
             self.collect()
@@ -476,8 +486,11 @@ class Journal:
                 self._uncommitted.pop(chunk.number, None)
             self._in_flight = []
             self._done = upto
-            async with self._settled:
-                self._settled.notify_all()
+            # One after another and at once: at full load every further round of the loop handles a burst of messages.
+            while self._settling and self._settling[0][0] <= upto:
+                done = self._settling.popleft()[1]
+                if not done.done():
+                    done.set_result(None)
 
     async def _write(self, loop: asyncio.AbstractEventLoop, group: _Group) -> bool:
         """Until the disk takes it.  False if it never will in this process."""
