@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -197,6 +197,11 @@ class Assembly:
             len(entry.turns) - (0 if entry.prompt is None else len(entry.attached()))
             for entry in self._growing.values()
         )
+
+    def failures(self, tree_id: str) -> Mapping[str, int]:
+        """Why chains of a tree failed, as it was closed -> how many; empty while it grows."""
+        closed = self._growing[tree_id].closed
+        return {} if closed is None else closed.failures
 
     def finish(self, tree_id: str) -> TreeEntry:
         """Hand the tree over, its records with it; from now on its turns are only recognised."""

@@ -32,6 +32,8 @@ NEARLY_FULL = 0.9
 """Share of buffer.max_bytes from which no new tree is admitted while a batch is ready."""
 SPENT_SHARE = 0.5
 """Of buffer.max_bytes, on top of it: trees that are only kept until a checkpoint of the learner holds them."""
+ENGINE_FAILED = frozenset({"generate_timeout", "generate_failed"})
+"""Why branches failed (``TreeClosed.failures``) that says nothing about their task."""
 
 
 class Holdings:
@@ -159,6 +161,7 @@ class Holdings:
         """Nothing more will come of this tree."""
         self._account.progress += 1
         held = self._ledger.end(tree_id)
+        no_answer = not ENGINE_FAILED.isdisjoint(self.assembly.failures(tree_id))
         whole = self.assembly.finish(tree_id)
         tree = whole.pruned()
         if held is None or held.kind == "eval":
@@ -171,8 +174,12 @@ class Holdings:
         reason = unusable(tree)
         if reason is not None:
             self._account.since.counts[f"dropped_{reason}"] += 1
-            self._account.tasks["failed"] += 1
-            self._ledger.settled(tree.task_index)
+            if no_answer:
+                # Not for want of anything in the task: a hung engine would eat every task that it is given.
+                self._lease_again(tree.task_index)
+            else:
+                self._account.tasks["failed"] += 1
+                self._ledger.settled(tree.task_index)
             self.forget(whole)
             return
         if len(tree) < len(whole):
@@ -330,7 +337,7 @@ class Holdings:
     def _lease_again(self, task: int, *, in_vain: bool = True) -> None:
         """Its trees were lost before any batch had one: the task's turn comes again."""
         if not self._ledger.lease_again(task, in_vain=in_vain):
-            log.warning("task %d given up: its trees came too late, or found no room, too often", task)
+            log.warning("task %d given up: its trees came too late, or found no room or no engine, too often", task)
 
     def _spend(self, tree: TreeEntry, place: kept.KeptPlace, step: int) -> None:
         """Used up by the batch of ``step``; but a learner that falls back behind it trains on it again."""

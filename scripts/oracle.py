@@ -344,7 +344,8 @@ def run_at_stations(
 ) -> Outcome:
     """A run to its end whose learner is killed at each of ``stations``, those of the end last.
 
-    Every second time it is not alone: everything is killed, and started again from here.
+    At every second of them it is not alone: everything is killed, and started again from here; with the next seed at the
+    others.
 
     Raises:
         AssertionError: it came to no end.
@@ -355,8 +356,8 @@ def run_at_stations(
     order += [name for name in AT_THE_END if name in stations]
 
     def kills(run: Run) -> Iterator[str]:
-        for number, station in enumerate(order):
-            role = "learner" if (number + seed) % 2 == 0 else "all"
+        for station in order:
+            role = "learner" if (stations.index(station) + seed) % 2 == 0 else "all"
             if not run.until(run.path.is_dir, "the run's folder"):
                 return
             ask_for(run.path, station)

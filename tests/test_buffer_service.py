@@ -115,8 +115,8 @@ def opened(lease: Lease) -> TreeOpened:
     return TreeOpened(run="r", tree_id=lease.tree_id, lease_epoch=lease.epoch, prompt=PROMPT)
 
 
-def closed(lease: Lease, num_turns: int, failed: int = 0) -> TreeClosed:
-    failures = {"timeout": failed} if failed else {}
+def closed(lease: Lease, num_turns: int, failed: int = 0, why: str = "environment_failed") -> TreeClosed:
+    failures = {why: failed} if failed else {}
     return TreeClosed(
         run="r", tree_id=lease.tree_id, lease_epoch=lease.epoch, num_turns=num_turns, failed_branches=failed,
         failures=failures,
@@ -794,6 +794,56 @@ def test_a_task_whose_tree_went_stale_before_any_batch_had_it_is_leased_again() 
     (again,) = state.lease("a", 1, 0.0).leases
     assert again.task_index == 0
     assert state.nbytes == 0
+
+
+def limited(max_reissues: int) -> BufferState:
+    """One task and no more."""
+    return stateful(
+        configured(
+            run={"max_tasks": 1},
+            staleness={"trees_per_batch": 1, "max_lag": 8},
+            buffer={"max_reissues": max_reissues},
+        )
+    )
+
+
+@pytest.mark.parametrize("why", ["generate_timeout", "generate_failed"])
+def test_a_task_for_which_no_engine_answered_is_leased_again_and_given_up_when_that_goes_on(why: str) -> None:
+    state = limited(2)
+    seen = set()
+    for _ in range(3):
+        (lease,) = state.lease("a", 9, 0.0).leases
+        assert (lease.task_index, len(lease.committed)) == (0, 0)
+        seen.add(lease.tree_id)
+        # One chain came through, which alone teaches nothing.
+        take(state, [opened(lease), leaf(lease, 1, 1.0), closed(lease, 1, failed=3, why=why)])
+        assert state.nbytes == 0
+    assert (len(seen), state.lease("a", 9, 0.0).leases) == (3, ())
+    over = state.sample(ask(num_trees=1), 0.0)
+    assert isinstance(over, Exhausted)
+    assert over.reason.endswith("0 trained on, 0 without signal, 0 failed, 1 given up")
+
+
+def test_a_task_for_which_no_engine_answered_at_first_is_trained_on() -> None:
+    state = limited(2)
+    (lease,) = state.lease("a", 9, 0.0).leases
+    take(state, [closed(lease, 0, failed=4, why="generate_timeout")])
+    (again,) = state.lease("a", 9, 0.0).leases
+    take(state, grown(again))
+    batch = state.sample(ask(num_trees=1), 0.0)
+    assert isinstance(batch, Batch)
+    assert [tree.task_index for tree in batch.trees] == [0]
+    assert batch.metrics["buffer/dropped_no_leaf"] == 1
+
+
+def test_a_task_whose_environment_fails_is_not_tried_again() -> None:
+    state = limited(2)
+    (lease,) = state.lease("a", 9, 0.0).leases
+    take(state, [closed(lease, 0, failed=4)])
+    assert state.lease("a", 9, 0.0).leases == ()
+    over = state.sample(ask(num_trees=1), 0.0)
+    assert isinstance(over, Exhausted)
+    assert over.reason.endswith("0 trained on, 0 without signal, 1 failed, 0 given up")
 
 
 def test_trees_kept_for_a_checkpoint_ask_for_one_when_they_take_the_room() -> None:
