@@ -344,8 +344,8 @@ def run_at_stations(
 ) -> Outcome:
     """A run to its end whose learner is killed at each of ``stations``, those of the end last.
 
-    At every second of them it is not alone: everything is killed, and started again from here; with the next seed at the
-    others.
+    At every second of them it is not alone: everything is killed, and started again from here.  With the next seed that
+    is so at the others.
 
     Raises:
         AssertionError: it came to no end.
