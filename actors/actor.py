@@ -334,7 +334,8 @@ class Actor:
     async def _first_weights(self) -> None:
         """Nothing is generated with the model folder's weights: the run's own come first.
 
-        Waits for: the learner's first publication.  Unblocked by: the publisher; given up after ``links.give_up_s``.
+        Waits for: the learner's first publication.  Unblocked by: the publisher, or the run's end; given up after
+        ``links.give_up_s``.
         """
         patience = Patience(
             f"actor {self._name}", "the run's first weights", self._config.links, self._clock, log=log, on="learner"
@@ -343,8 +344,15 @@ class Actor:
             announced = await self._weights.next()
             if announced is not None:
                 await self._take(announced)
-            else:
-                patience.again("none is announced, and the learner names none when asked")
+                continue
+            if self._weights.silent:
+                # The buffer may know that it has gone elsewhere, or that it is done.
+                answer = await self._ask(0)
+                if answer.finished:
+                    log.info("the run was over before this actor had any weights")
+                    return
+                self._look_where_the_learner_is(answer)
+            patience.again("none is announced, and the learner names none when asked")
         self._idle_at = self._clock()
 
     async def _take_weights(self) -> None:

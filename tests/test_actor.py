@@ -303,6 +303,27 @@ async def test_stopping_ends_an_actor_that_still_waits_for_its_first_weights() -
     assert not buffer.asked
 
 
+async def test_an_actor_whose_run_ends_before_it_has_weights_ends_with_it() -> None:
+    weights = FakeWeights()
+    weights.silent = True
+    buffer = FakeBuffer(ends=False)
+    work = asyncio.create_task(actor_of(buffer, weights=weights).work())
+    await buffer.until_asked(2)
+    assert not work.done()
+    buffer.ends = True
+    await asyncio.wait_for(work, 30)
+    assert {asked.count for asked in buffer.asked} == {0}
+
+
+async def test_an_actor_without_weights_looks_for_the_learner_where_the_buffer_says_it_is() -> None:
+    weights = FakeWeights()
+    weights.silent, weights.endpoint = True, "tcp://127.0.0.1:7"
+    buffer = FakeBuffer(ends=False)
+    buffer.weights_endpoint = "tcp://127.0.0.1:9"
+    with pytest.raises(LearnerMoved, match=r"is at tcp://127\.0\.0\.1:9 now"):
+        await asyncio.wait_for(actor_of(buffer, weights=weights).work(), 30)
+
+
 async def test_every_second_of_a_slot_without_a_tree_counts_as_waiting_whoever_held_the_answer() -> None:
     now = 0.0
 
