@@ -37,6 +37,9 @@ LOG_LINES = 20
 LAST_GRACE_S = 1.5
 """For the buffer, which is asked to stop after those that still talk to it."""
 
+COMEBACK_S = 5.0
+"""So long the learner may take to end after the others have, where it may not be the one that told them to."""
+
 HANG_SHARE = 0.75
 """Of ``links.give_up_s``: who is stuck is ended before those who wait for it give up."""
 
@@ -220,6 +223,10 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._at_once = asyncio.Event()
         self._restarts = 0
+        self._comebacks = 0
+        """How often the role that ends the run was started again."""
+        self._comeback = asyncio.Event()
+        """Set by the next time."""
         self._step = 0
         self._version = 0
         self._tail = MetricsTail(rundir.metrics_path)
@@ -284,7 +291,7 @@ class Supervisor:
         """Keep one role going.  Waits for: its process.  Unblocked by: its end, then the back-off or a stop."""
         crashes: collections.deque[float] = collections.deque()
         while not self._stopping.is_set():
-            running = await self._start(spec)
+            running, comebacks = await self._start(spec), self._comebacks
             code = await running.process.wait()
             await asyncio.to_thread(processes.kill_all, running.process.pid, running.mark)
             self._running.pop(spec.name, None)
@@ -293,7 +300,11 @@ class Supervisor:
             if code == EXIT_DONE:
                 if spec.ends_run:
                     self._done.set()
-                return
+                    return
+                if not await self._is_needed_again(comebacks):
+                    return
+                self._say(f"{spec.name} had ended with the run, whose learner died before it did; starting it again")
+                continue
             code, reason = (code, running.hung) if running.hung else _failure(running, code)
             if code == EXIT_USER:
                 raise SetupError(f"{spec.name}: {reason}  (log: {running.log})")
@@ -306,8 +317,34 @@ class Supervisor:
             pause_s = backoff_s(len(crashes), self._settings)
             self._say(f"{spec.name} ended: {reason}; starting it again in {pause_s:g} s  (log: {running.log})")
             self._restarts += 1
+            if spec.ends_run:
+                self._comebacks += 1
+                self._comeback.set()
+                self._comeback = asyncio.Event()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), timeout=pause_s)
+
+    async def _is_needed_again(self, comebacks: int) -> bool:
+        """Whether a role that was told that the run is over is needed once more: by a learner that died after it had
+        said so, and that will ask, and say so, again.
+
+        Waits for: the run's end.  Unblocked by: the learner, which ends or comes back.
+
+        Args:
+            comebacks: ``_comebacks`` when the role was started.
+        """
+        if not any(spec.ends_run for spec in self._specs):
+            return False
+        # One that has come back since may wait for this role already, or be about to end.
+        limit_s = None if comebacks == self._comebacks else COMEBACK_S
+        events = (self._done, self._stopping, self._comeback)
+        waits = [asyncio.create_task(event.wait(), name="needed again?") for event in events]
+        try:
+            await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return not (self._done.is_set() or self._stopping.is_set())
 
     async def _start(self, spec: RoleSpec) -> _Running:
         attempt = self._rundir.next_attempt(spec.name)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from atpo_async import processes
+from atpo_async import supervisor as supervisor_module
 from atpo_async.config import Config, LinksConfig, SupervisorConfig, build
 from atpo_async.errors import RoleCrashed, SetupError
 from atpo_async.metrics import MetricsWriter, Record, read_metrics
@@ -138,6 +139,39 @@ async def test_repeated_crashes_stop_the_run_with_the_reason_and_the_last_lines(
     assert "  | line 29" in message
     assert "  | line 10" not in message  # twenty lines, no more
     assert not run.log_path("buffer", 3).exists()
+
+
+@pytest.mark.parametrize("learner_first", [False, True])
+async def test_who_ended_with_the_run_comes_back_for_a_learner_that_did_not_live_to_end(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, learner_first: bool
+) -> None:
+    """Killed after it had said that the run is over: the others end, before or after it has come back."""
+    monkeypatch.setattr(supervisor_module, "COMEBACK_S", 0.1)
+    ended, back = run.path / "ended", run.path / "back"
+    buffer = f"""
+        import os, time
+        if os.path.exists({str(ended)!r}):
+            open({str(run.path / "answered")!r}, "w").close()
+            time.sleep(1000)
+        while {learner_first} and not os.path.exists({str(back)!r}):
+            time.sleep(0.01)
+        open({str(ended)!r}, "w").close()
+    """
+    learner = f"""
+        import os, sys, time
+        if not os.path.exists({str(run.path / "told")!r}):
+            open({str(run.path / "told")!r}, "w").close()
+            while not {learner_first} and not os.path.exists({str(ended)!r}):
+                time.sleep(0.01)
+            os.kill(os.getpid(), 9)
+        open({str(back)!r}, "w").close()
+        while not os.path.exists({str(run.path / "answered")!r}):
+            time.sleep(0.01)
+    """
+    said: list[str] = []
+    specs = [script("buffer", buffer, stops_last=True), script("learner", learner, ends_run=True)]
+    assert await finished(Supervisor(run, specs, settings=QUICK, say=said.append)) is Outcome.DONE
+    assert "buffer had ended with the run, whose learner died before it did; starting it again" in said
 
 
 async def test_crashes_outside_the_window_are_forgotten(run: RunDir) -> None:
