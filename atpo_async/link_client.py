@@ -103,6 +103,8 @@ class Client(ConnectingLink):
         self._kept: dict[int, tuple[Any, list[wire.Buffer]]] = {}
         self._base = self._cursor = self._next = 0
         self._furthest = 0
+        self._fresh_bytes = 0
+        """Of messages sent since some were put on the wire."""
         self._transmitting = False
         """Whether that is about to happen."""
         self._refusals: dict[int, str] = {}
@@ -188,8 +190,12 @@ class Client(ConnectingLink):
         self._kept[self._next] = (message, frames)
         self._next += 1
         self._all_acked.clear()
-        # Not at once: what else is sent before the loop goes round travels with it.
-        self._transmit_soon()
+        # What is sent before the loop goes round travels together, unless that is as much as travels together.
+        self._fresh_bytes += len(frames[0]) + len(frames[1])
+        if self._fresh_bytes >= SENDS_BYTES or self._next - self._cursor >= MAX_SENDS:
+            self._transmit()
+        else:
+            self._transmit_soon()
 
     async def request(self, message: Any, *, timeout_s: float) -> Any:
         """The server's reply, which may be ``Refused``.  Waits for: its handler.  Unblocked by: the reply.
@@ -302,6 +308,7 @@ class Client(ConnectingLink):
     def _transmit(self) -> None:
         """Put on the wire, in order, what is not there; stops when the socket takes no more (no connection)."""
         self._transmitting = False
+        self._fresh_bytes = 0
         pump = self._pump
         if pump is None or pump.closed:
             return
