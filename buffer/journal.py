@@ -179,8 +179,8 @@ class Journal:
         self._asked = asyncio.Event()
         self._wanted = 0
         self._done = 0
-        self._settling: deque[tuple[int, asyncio.Future[None]]] = deque()
-        """Who waits for which commit, in order."""
+        self._settling: dict[int, asyncio.Future[None]] = {}
+        """Ticket -> who waits for its commit, in order."""
         self._full = asyncio.Event()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="journal-read")
@@ -330,10 +330,13 @@ class Journal:
             self._full.set()
         self._asked.set()
         with waits.waiting("the buffer", "a commit", on=waits.DISK, limit_s=timeout_s):
-            done = asyncio.get_running_loop().create_future()
-            self._settling.append((ticket, done))
-            async with asyncio.timeout(timeout_s):
-                await done
+            done = self._settling[ticket] = asyncio.get_running_loop().create_future()
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await done
+            finally:
+                # While the disk refuses, many come and give up.
+                del self._settling[ticket]
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -487,8 +490,9 @@ class Journal:
             self._in_flight = []
             self._done = upto
             # One after another and at once: at full load every further round of the loop handles a burst of messages.
-            while self._settling and self._settling[0][0] <= upto:
-                done = self._settling.popleft()[1]
+            for ticket, done in self._settling.items():
+                if ticket > upto:
+                    break
                 if not done.done():
                     done.set_result(None)
 

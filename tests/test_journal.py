@@ -258,11 +258,33 @@ async def test_a_fault_of_ours_while_collecting_ends_in_the_open(journal: Journa
 async def test_settling_gives_up_after_the_time_it_was_given(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch)
     waiting = await disk.fail(journal, lmdb.DiskError("No space left on device")) if keep(journal, 1) else None
-    with pytest.raises(TimeoutError):
-        await journal.settle(timeout_s=0.01)
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            await journal.settle(timeout_s=0.01)
+    # For hours, perhaps: who has given up is not remembered.
+    assert len(journal._settling) == 1
     disk.error = None
     assert waiting is not None
     await asyncio.wait_for(waiting, SOON_S)
+    assert not journal._settling
+
+
+async def test_a_commit_gathers_from_the_first_thing_on_that_it_will_hold(tmp_path: Path) -> None:
+    hour_s = 3600.0
+    async with Journal(tmp_path / "journal", max_bytes=1 << 24, gather_s=hour_s) as journal:
+        journal.recover()
+        keep(journal, 1)
+        # As if it had come that long ago, while the commit before was written.
+        journal._first_at -= hour_s
+        await asyncio.wait_for(journal.settle(), SOON_S)
+        keep(journal, 2)
+        gathering = asyncio.create_task(journal.settle())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert (journal.commits, gathering.done()) == (1, False)
+        await asyncio.wait_for(journal.settle(at_once=True), SOON_S)
+        await asyncio.wait_for(gathering, SOON_S)
+        assert journal.commits == 2
 
 
 # --- killed --------------------------------------------------------------------------------------------------------
