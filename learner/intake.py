@@ -5,8 +5,8 @@ token id outside the vocabulary reads beyond the embeddings (on a GPU that ends 
 parents has no row.
 
 Where such trees come from.  ``atpo_async.wire`` has held each message, from the socket and from a file alike
-(``learner.loop.load_batch``), against what one turn promises: array types, lengths, spans that cover the action, finite
-log-probs and rewards, ids from 0.  ``buffer.assembly`` has held turns against each other.  Neither knows
+(``learner.kept_batches.load_batch``), against what one turn promises: array types, lengths, spans that cover the
+action, finite log-probs and rewards, ids from 0.  ``buffer.assembly`` has held turns against each other.  Neither knows
 
 - the model: a token id may be below 2**31 and beyond the vocabulary (an actor with another tokenizer, or an
   environment with a tokenizer of its own);

@@ -124,7 +124,9 @@ def _put_stations_into_the_learner(run: Path) -> None:
     from atpo_async.links import Client
     from atpo_async.messages import Checkpointed, RunFinished, Trained
     from learner import checkpoint
-    from learner.loop import Learner
+    from learner.publication import Publication
+    from learner.ranks import Ranks
+    from learner.saving import Saving
     from learner.step import Trainer
 
     trained = False
@@ -139,12 +141,12 @@ def _put_stations_into_the_learner(run: Path) -> None:
 
     _before(Trainer, "train", train_begins)
     _before(AcceleratedOptimizer, "step", station("gradients"))
-    _after(Learner, "_next_version", station("numbered"))
-    _before(Learner, "_announce", station("unannounced"))
+    _after(Ranks, "next_version", station("numbered"))
+    _before(Publication, "announce", station("unannounced"))
     _before(checkpoint, "_optimizer_tensors", station("half"))
     _before(checkpoint, "publish", station("written"))
-    _before(Learner, "_tell_checkpoint", station("renamed"))
-    _after(Learner, "_export", lambda: passes(run, "exported"))
+    _before(Saving, "tell_buffer", station("renamed"))
+    _after(Saving, "export", lambda: passes(run, "exported"))
     send = Client.send
     told: dict[Any, str] = {Trained: "confirmed", Checkpointed: "told", RunFinished: "finished"}
 

@@ -26,8 +26,10 @@ from atpo_async.role import RoleContext
 from atpo_async.rundir import Endpoints, RunDir
 from learner.guards import GradNorms, SkipCount
 from learner.intake import REASONS
-from learner.loop import MAX_WARNINGS, learn, load_batch, save_batch
+from learner.kept_batches import load_batch, save_batch
+from learner.loop import learn
 from learner.model import load_policy, make_accelerator
+from learner.recording import MAX_WARNINGS
 from learner.step import StepReport, Trainer
 from tests.bad_batch_support import BAD, MAX_LAG, TREES, VERSION, good_batch, item, span, turn_with, with_tree
 from tests.learner_support import batch_of, make_batch, make_config, make_model

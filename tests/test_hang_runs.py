@@ -17,7 +17,7 @@ import pytest
 
 from actors import transformers_engine
 from atpo_async import cli, waits
-from learner.loop import TorchThread
+from learner.torch_thread import TorchThread
 from tests.e2e_support import DEADLINE_S, STEPS, GatedHopQA, Job, Process, job
 from tests.learner_support import small_policy
 

@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 import torch
 
+from atpo_async import status
 from atpo_async.config import Config, LinksConfig, build
 from atpo_async.errors import PeerLost, SetupError, WaitTimeout
 from atpo_async.links import Client, LinkSettings, Server
@@ -37,8 +38,11 @@ from atpo_async.metrics import read_metrics
 from atpo_async.role import RoleContext
 from atpo_async.rundir import Endpoints, RunDir
 from atpo_async.waits import Patience
-from learner import checkpoint, guards, loop
-from learner.loop import learn, load_batch, probe_length, save_batch
+from learner import buffer_peer, checkpoint, guards, kept_batches
+from learner.kept_batches import load_batch, save_batch
+from learner.lineage import LINEAGE_FILE
+from learner.loop import learn
+from learner.publication import probe_length
 from learner.step import Trainer
 from tests.learner_support import batch_of, make_batch, make_model
 
@@ -190,6 +194,25 @@ async def test_a_stopped_run_goes_on_where_it_was(
     assert buffer.kinds()[-1] is RunFinished
 
 
+async def test_the_picture_says_how_far_the_learner_is(
+    served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path
+) -> None:
+    buffer, endpoint = served
+    said: list[str] = []
+
+    def look(request: SampleRequest) -> None:
+        said.append(status.flat(status.published()["learner"]))
+
+    buffer.on_sample = look
+    config = make_config(tmp_path, model, staleness={"publish_every": 2}, eval={"at_start": False, "at_end": False})
+    await asyncio.wait_for(learn(context(RunDir.create(config), endpoint)), WAIT_S)
+    assert said == [
+        "step 0 of 3, version 0, published 0",
+        "step 1 of 3, version 1, published 0",
+        "step 2 of 3, version 2, published 2",
+    ]
+
+
 async def test_publishing_every_other_version_still_counts_each(
     served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path
 ) -> None:
@@ -250,7 +273,7 @@ async def test_skipped_updates_are_kept_and_too_many_stop_the_run(
         tmp_path, model, run={"steps": 9}, learner={"max_skipped_updates": 3}, eval={"at_start": False}
     )
     rundir = RunDir.create(config)
-    monkeypatch.setattr(loop, "KEPT_BATCHES", 2)
+    monkeypatch.setattr(kept_batches, "KEPT_BATCHES", 2)
     monkeypatch.setattr("learner.step.guards.fault", lambda **numbers: "loss is nan")
     with pytest.raises(guards.UpdatesRefused, match="3 updates in a row"):
         await asyncio.wait_for(learn(context(rundir, endpoint)), WAIT_S)
@@ -345,7 +368,7 @@ async def test_progress_in_the_buffer_keeps_the_wait_alive_and_giving_up_leaves_
     served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     buffer, endpoint = served
-    monkeypatch.setattr(loop, "Patience", Impatient)
+    monkeypatch.setattr(buffer_peer, "Patience", Impatient)
     asked: Counter[int] = Counter()
 
     def slow(request: SampleRequest) -> NotYet | None:
@@ -520,10 +543,10 @@ async def test_the_lineage_says_what_each_batch_was_trained_on_and_only_if_asked
     evaluation: dict[str, object] = {"every_steps": 0, "at_start": False, "at_end": False}
     quiet = RunDir.create(make_config(tmp_path / "quiet", model, eval=evaluation))
     await asyncio.wait_for(learn(context(quiet, endpoint)), WAIT_S)
-    assert not (quiet.path / loop.LINEAGE_FILE).exists()
+    assert not (quiet.path / LINEAGE_FILE).exists()
     rundir = RunDir.create(make_config(tmp_path, model, eval=evaluation, learner={"lineage": True}))
     await asyncio.wait_for(learn(context(rundir, endpoint)), WAIT_S)
-    start, *lines = [json.loads(line) for line in (rundir.path / loop.LINEAGE_FILE).read_text().splitlines()]
+    start, *lines = [json.loads(line) for line in (rundir.path / LINEAGE_FILE).read_text().splitlines()]
     assert start == {"starts_at": 0, "rank": 0, "version": 0}
     assert [(line["step"], line["rank"], line["version"], line["batch_id"]) for line in lines] == [
         (i, 0, i, i) for i in range(3)

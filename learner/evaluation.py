@@ -1,0 +1,134 @@
+"""When the policy is evaluated, what is asked of the buffer for it, and how long a result is waited for.
+
+Rank 0 alone evaluates.  Actors do the held-out tasks; the buffer counts them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+
+from atpo_async.config import Config
+from atpo_async.errors import PeerLost, WaitTimeout
+from atpo_async.messages import EvalQuery, EvalRequest, EvalResult, Refused
+from atpo_async.metrics import read_metrics
+from atpo_async.rundir import RunDir
+from learner.buffer_peer import REQUEST_WAIT_S, BufferPeer
+
+RETRY_S = 0.5
+"""Before a buffer that has forgotten an evaluation is asked about it again."""
+
+
+class Evaluations:
+    """Evaluations of a run; each has the number of the step it was asked at.
+
+    Args:
+        config, rundir: of the run.
+        buffer: gives the results.
+        write: takes a result: step, version, metrics.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        rundir: RunDir,
+        *,
+        buffer: BufferPeer,
+        write: Callable[[int, int, Mapping[str, float]], Awaitable[None]],
+        log: logging.Logger,
+    ) -> None:
+        self.under_way: set[asyncio.Task[None]] = set()
+        """Waits for results while training goes on; whoever ends the role cancels them."""
+        self._settings = config.eval
+        self._num_steps = config.run.steps
+        self._rundir = rundir
+        self._buffer = buffer
+        self._write = write
+        self._log = log
+
+    def is_due(self, step: int) -> bool:
+        """Whether training is evaluated at ``step``; its start and its end are no part of this."""
+        every = self._settings.every_steps
+        return bool(every) and step % every == 0 and step < self._num_steps
+
+    def is_missing(self, step: int) -> bool:
+        """Whether the latest evaluation due by ``step`` was lost when the run stopped.  Reads the run's metrics.
+
+        It is made up for under this step's number: the weights of the step it was due at may be gone.
+        """
+        every = self._settings.every_steps
+        due = step // every * every if every else 0
+        if due == 0 or step >= self._num_steps:
+            return False
+        records = read_metrics(self._rundir.metrics_path)
+        return not any("eval/success" in r.metrics and due <= r.step <= step for r in records)
+
+    async def request(self, step: int, version: int, *, blocking: bool) -> None:
+        """Ask for the evaluation of ``version``; no training lease is granted during a blocking one.
+
+        Raises:
+            PeerLost: the buffer takes nothing any more.
+        """
+        await self._buffer.send(
+            EvalRequest(
+                run=self._buffer.run_id,
+                step=step,
+                version=version,
+                num_tasks=self._settings.num_tasks,
+                blocking=blocking,
+            )
+        )
+
+    async def begin(self, step: int, version: int) -> None:
+        """Ask for an evaluation beside training; its result is waited for aside.  Raises PeerLost as ``request``."""
+        await self.request(step, version, blocking=False)
+        self.under_way.add(asyncio.create_task(self._finish_aside(step, version), name=f"evaluation {step}"))
+
+    async def _finish_aside(self, step: int, version: int) -> None:
+        try:
+            await self.finish(step, version, blocking=False)
+        except (WaitTimeout, PeerLost) as exc:
+            self._log.error("evaluation of step %d is given up: %s", step, exc)
+
+    async def finish(self, step: int, version: int, *, blocking: bool) -> None:
+        """Wait for a requested evaluation and write its result with the step it was asked at.
+
+        Waits for: actors to finish the held-out tasks.  Unblocked by: the buffer's result.
+
+        Raises:
+            WaitTimeout: no task was finished for ``links.give_up_s``.
+            PeerLost: the buffer takes nothing any more.
+        """
+        patience = self._buffer.patience(f"the evaluation of step {step}")
+        # A request may overtake the sends before it: let the buffer know of the evaluation first.
+        await self._buffer.unless_stopping(self._buffer.link.drain(timeout_s=self._buffer.settings.give_up_s))
+        done = -1
+        while not self._buffer.stopping.is_set():
+            reply = await self._buffer.ask(EvalQuery(run=self._buffer.run_id, step=step, wait_s=REQUEST_WAIT_S))
+            if isinstance(reply, EvalResult) and reply.done:
+                await self._take(reply, step, version)
+                return
+            if isinstance(reply, EvalResult):
+                if reply.num_done != done:
+                    done = reply.num_done
+                    patience.moved()
+                patience.again(f"{reply.num_done} of {reply.num_tasks} tasks are done")
+                continue
+            patience.again(reply.reason if isinstance(reply, Refused) else self._buffer.no_answer)
+            if isinstance(reply, Refused):
+                # The buffer started anew and has forgotten it.
+                await self.request(step, version, blocking=blocking)
+                await self._buffer.unless_stopping(asyncio.sleep(RETRY_S))
+
+    async def _take(self, result: EvalResult, step: int, version: int) -> None:
+        if result.success is None:
+            self._log.error("evaluation of step %d has no result: none of its tasks could be done", step)
+            return
+        await self._write(step, version, {"eval/success": result.success, "eval/tasks": float(result.num_tasks)})
+        self._log.info("step %d: greedy success %.3f", step, result.success)
+
+    async def wait_for_those_under_way(self) -> None:
+        """Waits for: results of evaluations beside training, for ``links.give_up_s`` at most."""
+        if self.under_way:
+            await asyncio.wait(self.under_way, timeout=self._buffer.settings.give_up_s)

@@ -1,0 +1,82 @@
+"""Which versions are published, and in which order: written for the engines, announced to actors, told to the buffer.
+
+``learner.publisher`` keeps the written versions and serves them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from atpo_async.config import Config
+from atpo_async.messages import VersionPublished, WeightsAnnounced
+from learner.buffer_peer import BufferPeer
+from learner.publisher import Publisher, probe_token_ids
+from learner.step import Trainer
+
+
+def probe_length(config: Config) -> int:
+    """Tokens of the probe: an engine scores a prompt only if there is room for one token more."""
+    return min(config.weights.probe_tokens, config.model.max_context_tokens - 1)
+
+
+class Publication:
+    """What actors can get of the learner's weights.
+
+    Args:
+        config: of the run.
+        trainer: whose weights; touched in the torch thread only.
+        publisher: rank 0's; None on the others, which only take part in gathering the weights.
+        buffer: is told of each version.
+    """
+
+    def __init__(self, config: Config, *, trainer: Trainer, publisher: Publisher | None, buffer: BufferPeer) -> None:
+        self.published = 0
+        """The newest version that actors can get."""
+        self._config = config
+        self._trainer = trainer
+        self._publisher = publisher
+        self._buffer = buffer
+        self._probe = probe_token_ids(
+            int(trainer.policy.hf.config.vocab_size), probe_length(config), seed=config.run.seed
+        )
+
+    def is_due(self, step: int) -> bool:
+        """Whether the weights after ``step`` batches are published: the last ones always are."""
+        return step % self._config.staleness.publish_every == 0 or step == self._config.run.steps
+
+    def store(self, version: int) -> WeightsAnnounced | None:
+        """In the torch thread, on every rank: write the weights as they are where actors can get them, as ``version``.
+
+        What is to be announced; None on ranks other than 0.
+        """
+        tensors = self._trainer.tensors()
+        logprobs = self._trainer.probe(self._probe)
+        if self._publisher is None:
+            return None
+        return self._publisher.store.add(
+            version,
+            tensors,
+            probe_token_ids=self._probe,
+            probe_logprobs=np.nan_to_num(logprobs, nan=0.0, posinf=0.0, neginf=-1e4),
+        )
+
+    async def announce(self, announcement: WeightsAnnounced | None) -> None:
+        """Tell actors and the buffer of what ``store`` has written.  Raises PeerLost as ``BufferPeer.send``."""
+        if announcement is None or self._publisher is None:
+            return
+        self.published = announcement.version
+        await self._publisher.announce(announcement)
+        await self.tell_buffer()
+
+    async def tell_buffer(self) -> None:
+        """Which version there is and where; nothing on ranks other than 0.  Raises PeerLost as ``BufferPeer.send``."""
+        if self._publisher is None:
+            return
+        await self._buffer.send(
+            VersionPublished(
+                run=self._buffer.run_id,
+                version=self.published,
+                weights_endpoint=self._publisher.weights_endpoint,
+                announce_endpoint=self._publisher.announce_endpoint,
+            )
+        )

@@ -1,0 +1,71 @@
+"""What all ranks do together: train, save, end or stop next, and which number the weights get.
+
+Every method that asks the other ranks runs in the torch thread, and every rank calls it, in the same order.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from atpo_async.errors import SetupError
+from atpo_async.rundir import RunDir
+from learner.step import Trainer
+
+
+class Wanted(IntEnum):
+    """What a rank has when it has stopped waiting; all ranks do what the one with the least says."""
+
+    STOP = 0
+    """Nothing: it is asked to, or has failed."""
+    END = 1
+    """The buffer has no further batch."""
+    CHECKPOINT = 2
+    """The buffer wants one before it can go on."""
+    TRAIN = 3
+    """A batch."""
+
+
+class Ranks:
+    """This rank among all of them.
+
+    Args:
+        trainer: the way to the others.
+        rundir: where rank 0 counts versions.
+    """
+
+    def __init__(self, trainer: Trainer, rundir: RunDir) -> None:
+        self.rank: int = trainer.accelerator.process_index
+        self.num_ranks: int = trainer.accelerator.num_processes
+        self._trainer = trainer
+        self._rundir = rundir
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 counts versions, publishes, evaluates and writes."""
+        return self.rank == 0
+
+    def agree(self, own: Wanted, batch_id: int, *, step: int) -> Wanted:
+        """What all ranks do, once each has something for ``step`` or gives it up.
+
+        Raises:
+            SetupError: they were given shares of different batches.
+        """
+        wanted = Wanted(int(self._trainer.least(float(own))))
+        if wanted == Wanted.TRAIN and self.num_ranks > 1:
+            first, last = self._trainer.least(float(batch_id)), -self._trainer.least(-float(batch_id))
+            if first != last:
+                raise SetupError(
+                    f"step {step}: the ranks were given shares of batches {first:.0f} to {last:.0f}; the buffer "
+                    "has lost its journal since the first rank was served: start the run again, it goes on from its "
+                    "checkpoint"
+                )
+        return wanted
+
+    def first_says(self, flag: bool) -> bool:
+        """Rank 0's word, on every rank."""
+        return bool(self._trainer.same_everywhere([float(flag)])[0])
+
+    def next_version(self) -> int:
+        """Counted by rank 0, told to all."""
+        own = self._rundir.next_version() if self.is_first else 0
+        return int(self._trainer.same_everywhere([own])[0])
