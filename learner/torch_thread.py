@@ -14,7 +14,7 @@ from atpo_async import waits
 T = TypeVar("T")
 
 WAITED_FOR = {
-    **dict.fromkeys(("least", "wait_for_everyone"), "learner"),
+    **dict.fromkeys(("agree", "wait_for_everyone"), "learner"),
     **dict.fromkeys(("save", "export", "resume"), waits.DISK),
 }
 """What some calls in the torch thread wait for, other than torch: the other ranks, the disk.  By a function's name."""

@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 
 from actors import transformers_engine
 from atpo_async import cli, waits
-from learner.torch_thread import TorchThread
+from learner import checkpoint
+from learner.ranks import Ranks
+from learner.saving import Saving
+from learner.torch_thread import WAITED_FOR, TorchThread
 from tests.e2e_support import DEADLINE_S, STEPS, GatedHopQA, Job, Process, job
 from tests.learner_support import small_policy
 
@@ -64,7 +68,12 @@ def pictures(run: Job, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("name", "on"), [("_learn", "torch"), ("least", "learner"), ("save", "disk")])
+def test_whoever_a_call_in_the_torch_thread_waits_for_is_told_by_the_names_of_calls_that_are_made() -> None:
+    made = (Ranks.agree, Accelerator.wait_for_everyone, checkpoint.save, Saving.export, Saving.resume)
+    assert set(WAITED_FOR) == {call.__name__ for call in made}
+
+
+@pytest.mark.parametrize(("name", "on"), [("_learn", "torch"), ("agree", "learner"), ("save", "disk")])
 async def test_a_call_in_the_torch_thread_is_a_wait_for_whom_it_depends_on(name: str, on: str) -> None:
     """Ranks wait for one another, and a checkpoint for the disk: starting the learner again would mend neither."""
     release = threading.Event()
