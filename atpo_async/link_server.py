@@ -48,6 +48,8 @@ Handler = Callable[..., Any]
 Frames = Sequence[wire.Buffer]
 """Of one message."""
 
+MAX_SEQ = 2**63 - 1
+"""Of a send: no client gets that far, and whatever follows from it still fits into a link frame."""
 RETRY_PAUSES_S = (0.05, 0.5, 2.0)
 """A handler that fails on a send is run again after these; then the message is refused."""
 _MAX_PEERS = 4096
@@ -331,6 +333,8 @@ class Server(BindingLink):
 
     def _place(self, session: _Session, base: int) -> bool:
         """Take note of what the client knows to be handled.  False if that cannot be."""
+        if base > MAX_SEQ:
+            return False
         if session.expected is None:
             session.expected = session.handled = session.settled = session.base = base
         if base > session.settled:
@@ -373,8 +377,9 @@ class Server(BindingLink):
                 item = wire.decode(frames, self._receives, limits=self._limits)
             except BadMessage as exc:
                 self._bad(session.name, exc)
-                # Without its frames, of which this is one: a ring that only the garbage collector would find.
-                item = exc.with_traceback(None)
+                # Another one, which has never been raised: the first one's traceback, or that of its cause, leads here,
+                # to a ring that only the garbage collector would find, with all that came in this message.
+                item = BadMessage(str(exc))
             session.expected = number + 1
             if session.worker is None and self._handled_at_once(session, item, frames):
                 continue
@@ -474,16 +479,19 @@ class Server(BindingLink):
         """Acknowledge what is handled, or have it settled first."""
         self._flush_scheduled = False
         sessions, self._due = self._due, []
+        at_once = []
         for session in sessions:
             session.due = False
-            if self._settled is None:
-                session.settled = session.handled
-            elif session.handled > session.settled:
+            if self._settled is not None and session.handled > session.settled:
                 self._unsettled.add(session)
                 continue
-            self._ack(session)
+            session.settled = session.handled
+            at_once.append(session)
         if self._unsettled and self._settled is not None and self._settler is None and not self._closed:
             self._settler = self._spawn(self._settle(self._settled), f"{self.name} settles")
+        # Last: should one of these fail, nobody waits for ever.
+        for session in at_once:
+            self._ack(session)
 
     @property
     def _closed(self) -> bool:

@@ -17,8 +17,9 @@ import zmq.asyncio
 from atpo_async import link_server, wire
 from atpo_async import messages as m
 from atpo_async.errors import BadMessage, PeerLost
-from atpo_async.link_common import LINK, PING, REPLY, REQUEST, SEND, worth_a_line
+from atpo_async.link_common import ACK, LINK, PING, PONG, REPLY, REQUEST, SEND, SENDS, worth_a_line
 from atpo_async.links import Announcer, Client, Listener, Server
+from atpo_async.records import pack
 from tests.links_support import (
     ANY_PORT,
     FAST,
@@ -280,6 +281,32 @@ async def test_a_peer_that_says_nothing_of_use_costs_a_session_and_no_more() -> 
         await until(lambda: s.link_status()["peers"] and s._by_name["stranger"].expected == 0)
         (peer,) = s.link_status()["peers"]
         assert (peer["queued"], peer["queued_bytes"], peer["unsettled"], peer["requests"]) == (0, 0, 0, [])
+
+
+@pytest.mark.parametrize("kind", [SEND, SENDS, PING])
+async def test_numbers_at_the_end_of_their_range_are_bad_and_hold_nobody_up(kind: int) -> None:
+    """One more would not fit into the frame that acknowledges it."""
+    buffer = Buffer()
+    end = 2**64 - 1
+    bodies: dict[int, list[wire.Buffer]] = {
+        SEND: wire.encode(closed(7)),
+        SENDS: [pack(*[wire.encode(closed(7))] * 3)],
+        PING: [],
+    }
+    async with server(buffer) as s, client(s.endpoint) as c, raw_dealer(s.endpoint) as stranger:
+        for number, sent in enumerate((end, end - 1, 2**63)):
+            await stranger.send_multipart([link_frame(kind, a=sent, b=sent), *bodies[kind]])
+            await c.send(closed(number))
+            await c.drain(timeout_s=PATIENCE_S)
+        await until(lambda: s.bad_messages == 3)
+        # The last that is none too many.
+        last = 2**63 - 1
+        await stranger.send_multipart([link_frame(SEND, a=last, b=last), *wire.encode(closed(9))])
+        await stranger.send_multipart([link_frame(PING, a=last + 1, b=last)])
+        while (told := LINK.unpack((await within(stranger.recv_multipart()))[0]))[1] != PONG:
+            assert told[1] == ACK
+        assert told[3:] == (last + 1, last + 1)
+    assert buffer.got == [0, 1, 2, 9]
 
 
 def test_of_many_alike_ever_fewer_are_worth_a_line() -> None:
