@@ -258,11 +258,8 @@ def train(config: Config, *, again: str) -> int:
         if config.links.host in ("0.0.0.0", "::"):
             address = f"{socket.gethostname()}:{address.rpartition(':')[2]}"
         console.print(f"engine {engine}: {why}; {config.actor.count} actor(s), join with --join {address}")
-        if resumed and steps_trained(rundir) and not rundir.journal.is_dir():
-            console.print(
-                f"warning: {rundir.journal} is gone, and what the buffer kept with it: the learner goes on from its "
-                "checkpoint, tasks begin at 0 once more"
-            )
+        for line in _missing(rundir) if resumed else ():
+            console.print(f"warning: {line}", markup=False)
         specs = role_specs(config, rundir.path, has_cuda=doctor.has_cuda)
         with Progress(console, title=f"atpo {config.run.name}", total_steps=config.run.steps) as progress:
             supervisor = Supervisor(
@@ -276,6 +273,25 @@ def train(config: Config, *, again: str) -> int:
     console.print(f"done in {took}.")
     _summarise(rundir, console)
     return EXIT_DONE
+
+
+def _missing(rundir: RunDir) -> list[str]:
+    """What a run that goes on should find and does not, and what becomes of it."""
+    from atpo_async.policy import steps_trained
+
+    if steps_trained(rundir):
+        if rundir.journal.is_dir():
+            return []
+        return [
+            f"{rundir.journal} is gone, and what the buffer kept with it: the learner goes on from its checkpoint, "
+            "tasks begin at 0 once more"
+        ]
+    if not rundir.is_trained:
+        return []
+    return [
+        f"steps were done in this run, and {rundir.checkpoints} holds no checkpoint: the learner begins at step 0 once "
+        "more; tasks that the buffer was told are in a checkpoint are not trained on again"
+    ]
 
 
 async def _supervised(supervisor: Any, *, say: Any) -> Any:

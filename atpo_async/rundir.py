@@ -50,6 +50,7 @@ MAY_CHANGE: tuple[str, ...] = (
     "learner.lineage",
     "buffer.max_bytes",
     "buffer.max_trees",
+    "buffer.journal_dir",
     "buffer.lease_lifetime_s",
     "buffer.commit_ms",
     "buffer.journal_sync",
@@ -221,6 +222,16 @@ class RunDir:
             raise SetupError(f"{file} is damaged: {file.read_bytes()[:40]!r} is no version number") from None
         write_atomic(file, f"{version + 1}\n")
         return version
+
+    def skip_versions(self, upto: int) -> int:
+        """Let ``next_version`` give none up to ``upto``.  Returns how many it would have given twice."""
+        file = self.path / "version"
+        following = self.next_version()
+        if following > upto:
+            write_atomic(file, f"{following}\n")
+            return 0
+        write_atomic(file, f"{upto + 1}\n")
+        return upto + 1 - following
 
     def read_endpoints(self) -> Endpoints:
         """Raises SetupError where no role was started in this folder yet."""

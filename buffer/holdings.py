@@ -83,6 +83,8 @@ class Holdings:
         self.spent_nbytes = 0
         self.late: dict[str, TreeEntry] = {}
         """Trees that came to their end while the learner had an earlier state of them."""
+        self.retired: set[str] = set()
+        """Trees that grew too old between two uses, neither of which a checkpoint of the learner holds for sure."""
         self.partial_uses: dict[str, tuple[int, int]] = {}
         """Tree -> (uses, leaves) when it was last served, of trees that may be served before their end."""
         self.names: dict[int, str] = {}
@@ -329,7 +331,9 @@ class Holdings:
         if gone.uses == 0:
             self._lease_again(tree.task_index)
         else:
-            self._account.tasks["retired"] += gone.cause == "retired"
+            if gone.cause == "retired":
+                self._account.tasks["retired"] += 1
+                self.retired.add(tree_id)
             self._ledger.settled(tree.task_index)
         self.partial_uses.pop(tree_id, None)
         self.forget(tree)
@@ -386,6 +390,10 @@ class Holdings:
         elif tree_id in self.pool:
             self.pool.undo_use(tree_id, before)
         elif before == 0:
+            if tree_id in self.retired:
+                # Its task begins anew, with all its uses.
+                self.retired.remove(tree_id)
+                self._account.tasks["retired"] -= 1
             self._lease_again(drawn.task_index, in_vain=False)
 
     def _offer_late(self, tree_ids: Iterable[str]) -> None:
@@ -406,6 +414,8 @@ class Holdings:
             tree, _, _ = self.spent.pop(tree_id)
             self.spent_nbytes -= tree.nbytes
             self.forget(tree)
+        if self.retired:
+            self.retired &= {tree_id for served in self._batches.by_step.values() for tree_id in served.tree_ids}
 
 
 def unusable(tree: TreeEntry) -> str | None:

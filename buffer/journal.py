@@ -189,7 +189,11 @@ class Journal:
     def _mapped(self, *, free: int, max_bytes: int, sync: bool) -> lmdb.Environment:
         """The tables, opened.  Raises SetupError."""
         folder = self.folder
-        if free < LEAST_FREE_BYTES:
+        data = folder / "data.mdb"
+        there = data.exists()
+        if there and not data.stat().st_size:
+            raise SetupError(f"the journal in {folder} is damaged: {data.name} is empty; {MOVE_AWAY}")
+        if free < LEAST_FREE_BYTES and not there:
             # LMDB maps its files: where the disk cannot hold their first pages the process would die without a word.
             raise SetupError(
                 f"the disk of {folder} has {free} bytes left, the journal needs {LEAST_FREE_BYTES} to begin with; make "
@@ -217,6 +221,9 @@ class Journal:
                     self._rows = env.open_db(b"rows")
                     self._state = env.open_db(b"state")
             except (OSError, lmdb.Error) as exc:
+                if not there and data.exists() and not data.stat().st_size:
+                    # Just made, for want of room: not to be taken for a damaged one next time.
+                    data.unlink()
                 raise SetupError(f"the journal in {folder} cannot be opened: {exc}; {MOVE_AWAY}") from exc
             if missing > 0:
                 raise SetupError(

@@ -99,6 +99,7 @@ class Keeping:
                 highest_priority=self._state.pool.highest,
                 saved_step=self._state.serving.saved_step,
                 tasks=dict(self._state.account.tasks),
+                retired=tuple(sorted(self._state.holdings.retired)),
             ),
             kept.SINCE: kept.KeptSince(
                 produced=since.produced, turns=since.turns, counts=dict(since.counts), means=since.means
@@ -192,6 +193,7 @@ class Keeping:
         ledger.published, ledger.next_version = rest.published, rest.next_version
         self._state.batches.next_id, self._state.serving.step = rest.next_batch, rest.step
         self._state.holdings.version = rest.version
+        self._state.holdings.retired = set(rest.retired)
         self._state.weights_endpoint, self._state.announce_endpoint = rest.weights_endpoint, rest.announce_endpoint
         since = kept.read(state, kept.SINCE, kept.KeptSince)
         if since is not None:

@@ -133,6 +133,7 @@ class KeptRest(_Kept):
     highest_priority: float = 1.0
     saved_step: int = 0
     tasks: dict[str, int] = {}
+    retired: tuple[str, ...] = ()
 
 
 class KeptSince(_Kept):

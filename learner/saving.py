@@ -74,6 +74,12 @@ class Saving:
             return None
         progress = checkpoint.load(path, self._trainer)
         self._saved_step = progress.step
+        if self._ranks.is_first and (twice := self._rundir.skip_versions(progress.version)):
+            self._log.warning(
+                "the run's count of versions stood %d behind its checkpoint's; it goes on above version %d",
+                twice,
+                progress.version,
+            )
         self._log.info(
             "resumed from %s: %d batches trained, weights of version %d", path, progress.step, progress.version
         )

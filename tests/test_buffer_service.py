@@ -796,6 +796,36 @@ def test_a_task_whose_tree_went_stale_before_any_batch_had_it_is_leased_again() 
     assert state.nbytes == 0
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_tree_too_old_for_its_second_use_counts_as_such_unless_the_first_is_lost_too(checkpointed: bool) -> None:
+    state = stateful(configured(run={"max_tasks": 1}, staleness={"trees_per_batch": 1, "max_lag": 1, "max_uses": 2}))
+
+    def train(step: int, version: int) -> None:
+        batch = state.sample(ask(step=step, version=version, num_trees=1), 0.0)
+        assert isinstance(batch, Batch)
+        state.trained(Trained(run="r", batch_id=batch.batch_id, version=version + 1, priorities={}))
+
+    take(state, grown(state.lease("a", 1, 0.0).leases[0]))
+    train(0, 0)
+    state.publish(published(5))
+    assert state.account.tasks["retired"] == 1
+    said = "1 trained on (1 of them fewer times than meant, too old by then)"
+    if checkpointed:
+        state.checkpointed(Checkpointed(run="r", step=1, version=5))
+    else:
+        # The learner starts again where it began: the task is done once more, as often as meant.
+        assert state.sample(ask(step=0, version=6, num_trees=1), 0.0) is None
+        state.publish(published(6))
+        take(state, grown(state.lease("a", 1, 0.0).leases[0], version=6))
+        train(0, 6)
+        train(1, 7)
+        said = "1 trained on"
+    assert state.holdings.retired == set()
+    over = state.sample(ask(step=2, version=8, num_trees=1), 0.0)
+    assert isinstance(over, Exhausted)
+    assert f": {said}, 0 without signal" in over.reason
+
+
 def limited(max_reissues: int) -> BufferState:
     """One task and no more."""
     return stateful(

@@ -22,6 +22,7 @@ from actors.environments import registry
 from atpo_async import cli, doctor, processes
 from atpo_async.config import BUILT_IN_ENVIRONMENTS, Config, build, load
 from atpo_async.errors import SetupError
+from atpo_async.metrics import MetricsWriter
 from atpo_async.models import model_folder
 from atpo_async.policy import assemble, warm_start_command
 from atpo_async.role import EXIT_FAILURE, EXIT_USER, parse_address
@@ -778,3 +779,18 @@ def test_a_role_in_a_run_folder_takes_its_configuration_from_there(folder: Path)
     other = run_role(body, [str(run.path), "--learner.lr", "0.5"])
     assert other.returncode == 2
     assert "learner.lr was 1e-06, is 0.5" in other.stderr
+
+
+def test_a_run_that_goes_on_is_told_what_it_should_find_and_does_not(tmp_path: Path) -> None:
+    run = RunDir.create(build({"run": {"dir": str(tmp_path), "name": "r"}}))
+    assert cli._missing(run) == []  # nothing was done yet
+    checkpoint = run.checkpoints / "step-000004-v000007"
+    checkpoint.mkdir(parents=True)
+    (line,) = cli._missing(run)
+    assert line.startswith(f"{run.journal} is gone")
+    run.journal.mkdir()
+    assert cli._missing(run) == []
+    checkpoint.rmdir()
+    MetricsWriter(run.metrics_path, source="learner").write(step=4, version=7, metrics={"loss": 0.5})
+    (line,) = cli._missing(run)
+    assert f"{run.checkpoints} holds no checkpoint" in line

@@ -407,6 +407,39 @@ def test_a_full_disk_is_named_before_anything_is_mapped(tmp_path: Path, monkeypa
         opened(tmp_path)
 
 
+async def test_a_journal_that_is_there_is_opened_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its buffer died while the disk was full: the next one waits for room as that one did."""
+    async with Journal(tmp_path, max_bytes=1 << 24) as journal:
+        journal.recover()
+        keep(journal, 1)
+        await journal.settle()
+    monkeypatch.setattr(journals, "LEAST_FREE_BYTES", 1 << 60)
+    async with Journal(tmp_path, max_bytes=1 << 24) as journal:
+        assert len(journal.recover().rows) == 1
+
+
+def test_an_emptied_file_is_not_taken_for_a_new_journal(tmp_path: Path) -> None:
+    (tmp_path / "data.mdb").touch()
+    with pytest.raises(SetupError, match=r"is damaged: data\.mdb is empty; .*move the folder away"):
+        opened(tmp_path)
+
+
+def test_a_file_made_without_room_for_anything_is_taken_away_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_room(path: str, **options: Any) -> Any:
+        (Path(path) / "data.mdb").touch()
+        raise lmdb.DiskError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lmdb, "open", without_room)
+        with pytest.raises(SetupError, match="cannot be opened: No space left"):
+            opened(tmp_path)
+    opened(tmp_path)
+
+
 def test_a_folder_that_cannot_be_is_named_with_the_setting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SetupError, match=r"file/j cannot be used: .*set buffer\.journal_dir"):

@@ -107,6 +107,16 @@ def test_versions_count_from_zero_and_go_on_in_another_process(tmp_path: Path) -
     assert RunDir.open(run.path).next_version() == 4
 
 
+@pytest.mark.parametrize(("counted", "twice"), [(2, 5), (6, 1), (7, 0), (9, 0)])
+def test_no_version_of_a_checkpoint_is_given_again_though_the_count_was_set_back(
+    tmp_path: Path, counted: int, twice: int
+) -> None:
+    run = RunDir.create(config_in(tmp_path))
+    (run.path / "version").write_text(f"{counted}\n")
+    assert run.skip_versions(6) == twice
+    assert run.next_version() == max(counted, 7)
+
+
 def test_a_version_is_on_disk_before_it_is_handed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir.create(config_in(tmp_path))
 
