@@ -536,7 +536,11 @@ class _Learner:
     def _may_go_on(self) -> bool:
         """Whether the driver, if there is one, lets this run have a further step: it must not end before its kills."""
         path = self._folder / ALLOWED
-        return not path.exists() or len(lines(self._folder, STEPS)) < int(path.read_text())
+        try:
+            allowed = int(path.read_text())
+        except FileNotFoundError:  # or it goes just now
+            return True
+        return len(lines(self._folder, STEPS)) < allowed
 
     async def _train(self, batch: Batch) -> None:
         await self._station("batch")
@@ -617,8 +621,11 @@ class _Learner:
     async def _station(self, name: str) -> None:
         """Stand still here if the driver wants it, as a machine that loses its power does."""
         path = self._folder / STOP_AT
-        if path.exists() and path.read_text() == name:
-            path.unlink()
+        wanted = ""
+        with contextlib.suppress(FileNotFoundError):  # the driver may take it back at any time
+            wanted = path.read_text()
+        if wanted == name:
+            path.unlink(missing_ok=True)
             if name in ("told", "checkpointed"):
                 with contextlib.suppress(PeerLost):
                     await self._buffer.drain(timeout_s=5.0)
