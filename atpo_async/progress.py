@@ -19,6 +19,8 @@ from atpo_async.metrics import Record
 PLAIN_EVERY_S = 5.0
 WINDOW = 8
 """Records of one source over which waits are averaged."""
+BARREN_STEPS = 5
+"""Steps in a row without a tree to learn from after which that is said; again whenever they have doubled."""
 
 
 @dataclass
@@ -35,6 +37,8 @@ class RunState:
     evals: list[tuple[int, float]] = field(default_factory=list)
     """(step, greedy success)."""
     failed_branches: int = 0
+    barren_steps: int = 0
+    """In a row, up to the latest, without a tree to learn from."""
     _waits: dict[str, deque[tuple[float, float]]] = field(default_factory=dict)
     _pace: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=40))
 
@@ -50,6 +54,8 @@ class RunState:
                 self.step = max(self.step, record.step)
             if record.time < self.since:
                 continue
+            if "batch/trees" in record.metrics:
+                self.barren_steps = 0 if record.metrics["batch/trees"] else self.barren_steps + 1
             if "train/loss" in record.metrics:
                 self._pace.append((record.time, record.step))
             for name in ("time/learner_wait_s", "time/actor_wait_s"):
@@ -107,6 +113,7 @@ class Progress:
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._said_at = clock()
         self._said = (0, 0)
+        self._barren_said = 0
 
     def __enter__(self) -> Progress:
         if self._live is not None:
@@ -129,6 +136,7 @@ class Progress:
     def feed(self, records: Sequence[Record]) -> None:
         """Take in records and show what changed: the panel at every call, a plain line every few seconds and evals."""
         self.state.feed(records)
+        self._say_if_barren()
         now = self._clock()
         if self._live is not None:
             self._live.update(panel(self.state, title=self._title, elapsed_s=self.elapsed_s), refresh=True)
@@ -139,6 +147,19 @@ class Progress:
             self._said_at = now
             self._said = at
             self.say(plain(self.state))
+
+    def _say_if_barren(self) -> None:
+        steps = self.state.barren_steps
+        if not steps:
+            self._barren_said = 0
+        elif steps >= max(BARREN_STEPS, 2 * self._barren_said):
+            self._barren_said = steps
+            success = _number(self.state.latest.get("train/success"), "{:.2f}")
+            self.say(
+                f"{steps} batches in a row had no tree to learn from: in each tree all chains earned the same (success "
+                f"{success}), and the weights stand still; near 0 the policy may have collapsed: a lower learner.lr or "
+                "staleness.max_lag makes that less likely"
+            )
 
 
 def plain(state: RunState) -> str:

@@ -224,6 +224,25 @@ def test_plain_lines_come_every_few_seconds_and_at_every_eval() -> None:
     assert steps == ["3", "4"]
 
 
+def test_batches_without_a_tree_to_learn_from_are_told_after_some_and_ever_more_seldom() -> None:
+    console = Console(file=(out := io.StringIO()), force_terminal=False, width=400)
+
+    def fed(trees: float, steps: int) -> list[str]:
+        out.seek(0)
+        out.truncate()
+        for _ in range(steps):
+            progress.feed([record(1.0, step=1, batch__trees=trees, train__success=0.0)])
+        return re.findall(r"^(\d+) batches in a row had no tree to learn from", out.getvalue(), re.MULTILINE)
+
+    with Progress(console, title="t", total_steps=9, clock=lambda: T0) as progress:
+        assert fed(0.0, 4) == []
+        assert fed(0.0, 1) == ["5"]
+        assert "(success 0.00)" in out.getvalue()
+        assert fed(0.0, 20) == ["10", "20"]
+        assert fed(3.0, 1) == []
+        assert fed(0.0, 5) == ["5"]
+
+
 def test_on_a_terminal_the_panel_fits_in_eighty_columns() -> None:
     state = RunState(total_steps=10)
     console = Console(file=(out := io.StringIO()), force_terminal=True, width=80, color_system=None)
