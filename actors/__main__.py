@@ -66,7 +66,7 @@ async def _knock(ctx: RoleContext, settings: LinkSettings) -> None:
     # A link of its own: loading an engine may hold up this loop for longer than a peer is let be silent.
     async with _to_buffer(ctx, settings) as buffer:
         while isinstance(missing := await _hello(ctx, buffer, timeout_s=KNOCK_EVERY_S), str):
-            if trouble := _trouble(buffer):
+            if trouble := buffer.trouble:
                 last = time.monotonic() + KNOCK_S
             elif time.monotonic() > last:
                 ctx.log.info("actor %s loads its engine meanwhile: %s", ctx.name, missing)
@@ -171,7 +171,7 @@ async def _hello(ctx: RoleContext, buffer: Client, *, timeout_s: float) -> Welco
     try:
         answer = await buffer.request(hello, timeout_s=timeout_s)
     except PeerLost:
-        if trouble := _trouble(buffer):
+        if trouble := buffer.trouble:
             return f"{where} does not let it in: {trouble} (docs/keys.md)"
         return f"{where} does not answer" + ("" if buffer.connected else " (not connected: nothing listens there)")
     if isinstance(answer, Refused):
@@ -179,11 +179,6 @@ async def _hello(ctx: RoleContext, buffer: Client, *, timeout_s: float) -> Welco
     if not isinstance(answer, Welcome):
         return f"{where} answers with {type(answer).__name__}"
     return answer
-
-
-def _trouble(buffer: Client) -> str:
-    """Why the last connection came to nothing, as far as it is known here."""
-    return str(buffer.link_status()["trouble"])
 
 
 def reachable(welcome: Welcome, buffer_endpoint: str) -> Welcome:

@@ -425,6 +425,11 @@ class ConnectingLink(Link):
     def connected(self) -> bool:
         return self._connected
 
+    @property
+    def trouble(self) -> str:
+        """Why the last connection came to nothing, as far as it is known here."""
+        return self._trouble
+
     def _on_connected(self) -> None:
         """A connection is up; the one before may have swallowed anything."""
 

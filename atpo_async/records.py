@@ -56,12 +56,10 @@ def pack(*messages: Sequence[Buffer]) -> bytes:
 
 def unpack(record: Buffer) -> tuple[memoryview, memoryview]:
     """Header and payload of one record, as read-only views.  Raises BadMessage if it is none."""
-    view = _read_only(record)
-    found = _layout(view, 1)
+    found = frames_in(record, 1)
     if not found:
         raise BadMessage("a record of no bytes; expected the frames of one message")
-    start, middle, payload_bytes, header_bytes = found[0]
-    return view[start : start + header_bytes], view[middle : middle + payload_bytes]
+    return found[0]
 
 
 def frames_in(records: Buffer, most: int) -> list[tuple[memoryview, memoryview]]:

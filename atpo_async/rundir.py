@@ -213,25 +213,25 @@ class RunDir:
 
         On disk before it is returned.  One at a time rather than in blocks: a gap left by a crash would count as lag.
         """
-        file = self.path / "version"
-        try:
-            version = int(file.read_text(encoding="ascii"))
-        except FileNotFoundError:
-            version = 0
-        except ValueError:
-            raise SetupError(f"{file} is damaged: {file.read_bytes()[:40]!r} is no version number") from None
-        write_atomic(file, f"{version + 1}\n")
+        version = self._following_version()
+        write_atomic(self.path / "version", f"{version + 1}\n")
         return version
 
     def skip_versions(self, upto: int) -> int:
         """Let ``next_version`` give none up to ``upto``.  Returns how many it would have given twice."""
+        twice = max(upto + 1 - self._following_version(), 0)
+        if twice:
+            write_atomic(self.path / "version", f"{upto + 1}\n")
+        return twice
+
+    def _following_version(self) -> int:
         file = self.path / "version"
-        following = self.next_version()
-        if following > upto:
-            write_atomic(file, f"{following}\n")
+        try:
+            return int(file.read_text(encoding="ascii"))
+        except FileNotFoundError:
             return 0
-        write_atomic(file, f"{upto + 1}\n")
-        return upto + 1 - following
+        except ValueError:
+            raise SetupError(f"{file} is damaged: {file.read_bytes()[:40]!r} is no version number") from None
 
     def read_endpoints(self) -> Endpoints:
         """Raises SetupError where no role was started in this folder yet."""

@@ -178,7 +178,6 @@ class Journal:
         self.broken: asyncio.Future[None] | None = None
         self._asked = asyncio.Event()
         self._wanted = 0
-        self._done = 0
         self._settling: dict[int, asyncio.Future[None]] = {}
         """Ticket -> who waits for its commit, in order."""
         self._full = asyncio.Event()
@@ -215,7 +214,7 @@ class Journal:
                         max_readers=MAX_READERS,
                     )
                 )
-                missing = _missing_bytes(env, folder / "data.mdb")
+                missing = _missing_bytes(env, data)
                 if missing <= 0:
                     self._chunks = env.open_db(b"chunks")
                     self._rows = env.open_db(b"rows")
@@ -495,7 +494,6 @@ class Journal:
             for chunk in self._in_flight:
                 self._uncommitted.pop(chunk.number, None)
             self._in_flight = []
-            self._done = upto
             # One after another and at once: at full load every further round of the loop handles a burst of messages.
             for ticket, done in self._settling.items():
                 if ticket > upto:
@@ -578,7 +576,7 @@ class Journal:
             "chunks": len(self._live),
             "commits": self.commits,
             "uncommitted_records": sum(len(chunk.records) for chunk in self._uncommitted.values()),
-            "waiting": self._wanted - self._done,
+            "waiting": len(self._settling),
             "failing": self.failing,
         }
 

@@ -72,9 +72,9 @@ Found = TypeVar("Found")
 LEASE_WAIT_S = 0.5
 """A request for leases waits this long for admission before it is answered with none."""
 TICK_S = 0.5
+"""How often leases are looked after."""
 AWAY_S = 2.0
 """A look at the leases that is late by more was not merely busy."""
-"""How often leases are looked after."""
 FAREWELL_S = 5.0
 """After the run's end: how long actors have to hear of it."""
 SETTLE_S = 0.2
