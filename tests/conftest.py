@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -78,8 +79,16 @@ def _survivors() -> Iterator[tuple[int, str]]:
             yield int(folder.name), command
 
 
+def _end_compile_workers() -> None:
+    """torch keeps a pool of compilers from its first compilation to this process's exit: no leftover of a test."""
+    compiler = sys.modules.get("torch._inductor.async_compile")
+    if compiler is not None:
+        compiler.shutdown_compile_workers()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail a run that leaves processes behind, and end them: an engine's leftovers hold gigabytes."""
+    _end_compile_workers()
     deadline_s = time.monotonic() + GRACE_S
     while (survivors := list(_survivors())) and time.monotonic() < deadline_s:
         time.sleep(0.1)

@@ -233,20 +233,41 @@ def test_leaves_an_orphan():
 """
 
 
-def test_a_run_that_leaves_an_orphan_behind_fails_and_ends_it(tmp_path: Path) -> None:
-    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "conftest.py")
-    conftest = tmp_path / "conftest.py"
-    conftest.write_text(conftest.read_text().replace("GRACE_S = 10.0", "GRACE_S = 0.1"))
-    (tmp_path / "test_orphan.py").write_text(LEAVES_AN_ORPHAN)
-    tag = f"nested-{os.getpid()}"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, str(tmp_path)],
-        cwd=tmp_path,
-        env={**os.environ, "ATPO_TEST_SESSION": tag},
+STARTS_COMPILE_WORKERS = """
+import torch._inductor.config
+
+def test_starts_compile_workers():
+    torch._inductor.config.compile_threads = 2
+    from torch._inductor.async_compile import AsyncCompile
+    AsyncCompile.warm_pool()
+    AsyncCompile.wait_pool_ready()
+"""
+
+
+def nested_suite(folder: Path, test: str, *, grace_s: float = 10.0) -> subprocess.CompletedProcess[str]:
+    """A run of pytest over ``test`` alone, under this suite's rule about what outlives it."""
+    conftest = (ROOT / "tests" / "conftest.py").read_text()
+    (folder / "conftest.py").write_text(conftest.replace("GRACE_S = 10.0", f"GRACE_S = {grace_s}"))
+    (folder / "test_alone.py").write_text(test)
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, str(folder)],
+        cwd=folder,
+        env={**os.environ, "ATPO_TEST_SESSION": f"nested-{os.getpid()}"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
     )
+
+
+def test_the_workers_in_which_torch_compiles_are_no_leftovers(tmp_path: Path) -> None:
+    run = nested_suite(tmp_path, STARTS_COMPILE_WORKERS)
+    assert "1 passed" in run.stdout, run.stdout + run.stderr
+    assert run.returncode == 0, run.stdout
+    assert "outlived" not in run.stdout
+
+
+def test_a_run_that_leaves_an_orphan_behind_fails_and_ends_it(tmp_path: Path) -> None:
+    run = nested_suite(tmp_path, LEAVES_AN_ORPHAN, grace_s=0.1)
     assert "1 passed" in run.stdout, run.stdout + run.stderr
     assert run.returncode == 1
     outlived = re.search(r"outlived the tests and was killed: (\d+): .*time\.sleep\(600\)", run.stdout)
