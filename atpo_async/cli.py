@@ -220,6 +220,7 @@ def train(config: Config, *, again: str) -> int:
 
     from atpo_async import doctor
     from atpo_async.idle_settings import idle_settings
+    from atpo_async.orphans import end_orphans
     from atpo_async.policy import steps_trained
     from atpo_async.progress import Progress, duration
     from atpo_async.rundir import RunDir, joining
@@ -232,8 +233,8 @@ def train(config: Config, *, again: str) -> int:
     if resumed:
         known = RunDir.open(path)
         config = joining(known, config)
-        with known.locked():
-            pass  # refuses a run in use, before a policy is made for it
+        with known.locked():  # refuses a run in use, before a policy is made for it
+            end_orphans(known, say=lambda line: console.print(f"note: {line}", markup=False))
         trained = steps_trained(known)
         if trained >= config.run.steps and (path / "model").is_dir():
             console.print(
@@ -515,6 +516,8 @@ def _role_by_hand(role: str, args: argparse.Namespace, texts: Mapping[str, str])
         else:
             rundir = RunDir.open(folder)
             config = joining(rundir, config)
+        if role != "actor":
+            _clear_the_way(rundir)
         if role == "buffer":
             _listen_by_hand(rundir, config)
         if role == "actor":
@@ -531,6 +534,18 @@ def _role_by_hand(role: str, args: argparse.Namespace, texts: Mapping[str, str])
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(argv[0], argv, env)
+
+
+def _clear_the_way(rundir: RunDir) -> None:
+    """End what a killed supervisor left of this run; where one lives, its roles are its business."""
+    from atpo_async.orphans import end_orphans
+
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(rundir.locked())
+        except SetupError:
+            return
+        end_orphans(rundir, say=lambda line: print(f"note: {line}", file=sys.stderr, flush=True))
 
 
 def _listen_by_hand(rundir: RunDir, config: Config) -> None:
@@ -551,23 +566,16 @@ def _listen_by_hand(rundir: RunDir, config: Config) -> None:
 
 def command_eval(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
     from atpo_async import doctor
-    from atpo_async.config import load
-    from atpo_async.policy import is_there, latest_policy
-    from atpo_async.rundir import LATEST, RunDir
+    from atpo_async.eval_command import evaluation, without_effect
 
-    target = Path(args.target)
-    with contextlib.ExitStack() as stack:
-        if (target / "run.json").is_file() or target.name == LATEST:
-            rundir = RunDir.open(target)
-            config = load(args.config or [rundir.path / "config.json"], texts)
-            model, name = stack.enter_context(latest_policy(rundir))
-        elif is_there(target):
-            config, model, name = load(args.config or [demo_config()], texts), target, str(target)
-        else:
-            raise SetupError(f"{target} is neither a run folder (run.json) nor a model folder (config.json)")
-        doctor.engine_of(config)
-        result = _evaluate(config, model, name)
-    print(f"{name}: success {result['success']:.3f} on {int(result['num_tasks'])} held-out tasks, greedy")
+    with evaluation(args.target, args.config, texts, default=demo_config) as asked:
+        engine, _ = doctor.engine_of(asked.config)
+        for name in without_effect(texts):
+            print(f"note: --{name} has no effect on an evaluation", file=sys.stderr)
+        tasks = asked.config.eval.num_tasks
+        print(f"evaluating {asked.name} on {tasks} held-out tasks with {engine} …", file=sys.stderr, flush=True)
+        result = _evaluate(asked.config, asked.model, asked.name)
+    print(f"{asked.name}: success {result['success']:.3f} on {int(result['num_tasks'])} held-out tasks, greedy")
     return EXIT_DONE
 
 

@@ -170,6 +170,40 @@ def marked(*marks: str) -> list[Process]:
     return found
 
 
+def environment(pid: int) -> dict[str, str]:
+    """What a process was started with; empty where it has gone or is another user's."""
+    try:
+        text = (_PROC / str(pid) / "environ").read_bytes().decode(errors="replace")
+    except OSError:
+        return {}
+    return {name: value for name, equals, value in (word.partition("=") for word in text.split("\0")) if equals}
+
+
+def owner(pid: int) -> str:
+    """The user a process runs as: the name, the number where it has none here."""
+    try:
+        uid = (_PROC / str(pid)).stat().st_uid
+    except OSError:
+        return "unknown"
+    try:
+        import pwd
+
+        return pwd.getpwuid(uid).pw_name
+    except (ImportError, KeyError):
+        return str(uid)
+
+
+def is_ours(pid: int) -> bool:
+    """Whether we may send signals to a process; true of one that has gone."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return False
+    except ProcessLookupError:
+        pass
+    return True
+
+
 def kill_all(leader: int, mark: str, *, timeout_s: float = 2.0) -> int:
     """SIGKILL everything that belongs to a role, by id, until nothing of it is left.  Returns how many were met.
 

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from atpo_async import config as configuration
+from atpo_async import processes
 from atpo_async.config import Config
 from atpo_async.errors import ConfigError, RunMismatch, SetupError
 from atpo_async.metrics import read_metrics
@@ -266,8 +267,11 @@ class RunDir:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
+                stopped = holder.isdecimal() and processes.stopped([int(holder)])
+                how = f", which a signal has stopped (kill -CONT {holder} lets it go on)" if stopped else ""
                 raise SetupError(
-                    f"run {self.path} is in use by process {holder or '?'}; stop that one, or use another --run.name"
+                    f"run {self.path} is in use by process {holder or '?'}{how}; stop that one, or use another "
+                    "--run.name"
                 ) from None
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)

@@ -21,6 +21,7 @@ from atpo_async import processes, scratch
 from atpo_async.config import Config
 from atpo_async.errors import AtpoError, ConfigError, SetupError
 from atpo_async.metrics import MetricsTail, Record, read_metrics
+from atpo_async.orphans import end_orphans
 from atpo_async.role import ERROR_PREFIX, EXIT_USER
 from atpo_async.rundir import RunDir, write_atomic
 from atpo_async.study import StudyFolder
@@ -251,7 +252,9 @@ async def clear_run(run: Path) -> None:
     deadline = time.monotonic() + RELEASE_S
     while True:
         try:
-            with RunDir.open(run).locked():
+            rundir = RunDir.open(run)
+            with rundir.locked():
+                await asyncio.to_thread(end_orphans, rundir)
                 break
         except ConfigError:
             break  # damaged, by other fields say: nobody can hold it as a run

@@ -19,6 +19,7 @@ import fcntl
 import logging
 import os
 import shutil
+import socket
 import struct
 import time
 import weakref
@@ -33,7 +34,7 @@ from typing import Any, Self
 import lmdb
 import numpy as np
 
-from atpo_async import waits
+from atpo_async import processes, waits
 from atpo_async.errors import AtpoError, SetupError
 from buffer.index import ROW, Place, Rows, TurnEntry, pack_entry
 
@@ -582,14 +583,32 @@ class Journal:
 
 
 def _lock(folder: Path) -> int:
-    """A descriptor that holds the folder for this process.  Raises SetupError if another one has it."""
+    """A descriptor that holds the folder for this process.  Raises SetupError naming the one that has it."""
     lock = os.open(folder / "owner", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        owner = os.pread(lock, 256, 0).decode(errors="replace")
         os.close(lock)
-        raise SetupError(f"the journal in {folder} is in use by another buffer; stop that one first") from None
+        raise SetupError(
+            f"the journal in {folder} is in use by another buffer{_named(owner)}; stop that one first"
+        ) from None
+    with contextlib.suppress(OSError):  # a full disk: then whoever finds it held hears no name
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
     return lock
+
+
+def _named(owner: str) -> str:
+    """The process that holds a journal, of the words that it left there."""
+    pid, _, host = owner.strip().partition(" ")
+    if not pid.isdecimal():
+        return ""
+    if host != socket.gethostname():
+        return f" (process {pid} on {host})"
+    if processes.stopped([int(pid)]):
+        return f" (process {pid}, which a signal has stopped: kill -CONT {pid} lets it go on, kill -9 {pid} ends it)"
+    return f" (process {pid})"
 
 
 def _missing_bytes(env: lmdb.Environment, file: Path) -> int:

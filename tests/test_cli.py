@@ -467,6 +467,47 @@ def test_evaluating_what_is_neither_run_nor_model_is_said(folder: Path, capsys: 
     assert said(capsys) == "nothing is neither a run folder (run.json) nor a model folder (config.json)"
 
 
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, str]]:
+    """What was asked to be evaluated; every evaluation succeeds."""
+    asked: list[tuple[Config, str]] = []
+
+    def fake(config: Config, model: Path, name: str) -> dict[str, float]:
+        asked.append((config, str(model)))
+        return {"success": 0.5, "num_tasks": float(config.eval.num_tasks)}
+
+    monkeypatch.setattr(cli, "_evaluate", fake)
+    return asked
+
+
+def test_an_evaluation_of_a_run_takes_the_options_of_the_configuration_another_model_among_them(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = evaluated(monkeypatch)
+    run = RunDir.create(load(config_file(folder, f"{TRANSFORMERS}[eval]\nnum_tasks = 7\n")))
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text("{}")
+    options = ["--model.path", "other", "--search.max_action_tokens=5", "--learner.lr", "1"]
+    assert cli.main(["eval", str(run.path), *options]) == 0
+    [(config, model)] = asked
+    assert (model, config.search.max_action_tokens, config.eval.num_tasks) == ("other", 5, 7)
+    out, err = capsys.readouterr()
+    assert out == "other: success 0.500 on 7 held-out tasks, greedy\n"
+    assert err.splitlines() == [
+        "note: --learner.lr has no effect on an evaluation",
+        "evaluating other on 7 held-out tasks with transformers …",
+    ]
+
+
+def test_an_evaluation_is_of_one_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["eval", "model", config_file(folder), "--model.path", "other"]) == 2
+    assert said(capsys) == "model and --model.path other: an evaluation is of one model; name one of them"
+    run = RunDir.create(load(config_file(folder)))
+    assert cli.main(["eval", str(run.path), "--model.path", "./none"]) == 2
+    assert said(capsys).startswith("model.path = './none': no model folder (no config.json) there")
+    assert cli.main(["eval", "c.toml"]) == 2
+    assert said(capsys).startswith("c.toml is a file; name a run folder or a model folder")
+
+
 def test_a_run_without_metrics_has_no_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir.create(load(config_file(folder)))
     assert cli.main(["report", str(run.path)]) == 2

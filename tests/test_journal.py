@@ -343,7 +343,7 @@ async def test_a_process_killed_in_mid_commit_leaves_whole_groups_and_all_that_i
 
 
 async def test_a_journal_in_use_is_refused(journal: Journal) -> None:
-    with pytest.raises(SetupError, match="in use by another buffer; stop that one"):
+    with pytest.raises(SetupError, match=rf"in use by another buffer \(process {os.getpid()}\); stop that one first"):
         opened(journal.folder)
 
 
