@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from actors.engine import WeightsFile
-from atpo_async.errors import ProbeMismatch, SetupError, WeightsRejected
+from atpo_async.errors import GenerationFailed, ProbeMismatch, SetupError, WeightsRejected
 from atpo_async.messages import WeightsManifest
 from atpo_async.tensor_files import read_header
 
@@ -39,6 +39,16 @@ def pick_device(asked: str) -> str:
     if asked == "auto":
         return "cpu"
     raise SetupError(f"device {asked!r} was asked for, but torch sees no GPU here; use --actor.device cpu")
+
+
+def check_token_ids(tokens: Sequence[int], *, vocab_size: int, request_id: str) -> None:
+    """Raises GenerationFailed for an id that the model has no embedding for: it would fail its whole step."""
+    low, high = min(tokens, default=0), max(tokens, default=0)
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise GenerationFailed(
+            f"request {request_id}: token id {bad} at {tokens.index(bad)}; this model has 0 to {vocab_size - 1}"
+        )
 
 
 def checkpoint_shapes(model_path: Path) -> dict[str, tuple[int, ...]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 from pathlib import Path
 
 from actors.engine import Engine
 from actors.environments.base import Environment
 from actors.environments.registry import BUILT_IN, make
+from actors.environments.values import CheckedEnvironment, Limits
 from atpo_async.config import Config
 from atpo_async.errors import ConfigError
 
@@ -55,13 +57,30 @@ def make_engine(config: Config, model: Path) -> Engine:
     )
 
 
-def make_environment(config: Config, model: Path) -> Environment:
-    """Built-in ones are seeded by the run unless their options say otherwise.
+def make_environment(config: Config, model: Path) -> CheckedEnvironment:
+    """What it hands over is checked.  Built-in ones are seeded by the run unless their options say otherwise.
 
     Raises ConfigError or SetupError naming the environment.
     """
-    seeded = {"seed": config.run.seed} if config.environment.name in BUILT_IN else {}
-    return make(config.environment.name, model, **(seeded | config.environment.options))
+    name = config.environment.name
+    seeded = {"seed": config.run.seed} if name in BUILT_IN else {}
+    plain = make(name, model, **(seeded | config.environment.options))
+    limits = Limits(
+        vocab_size=vocab_size(model),
+        max_context_tokens=config.model.max_context_tokens,
+        max_observation_tokens=config.search.max_observation_tokens,
+    )
+    return CheckedEnvironment(plain, name=name, limits=limits)
+
+
+def vocab_size(model: Path) -> int | None:
+    """How many tokens the model has embeddings for, as its config.json says; None where that does not say."""
+    try:
+        said = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        found = said.get("vocab_size", said.get("text_config", {}).get("vocab_size"))
+    except (OSError, ValueError, AttributeError):
+        return None  # the engine says what is wrong with the folder
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def check_eval_tasks(config: Config, environment: Environment, num_tasks: int) -> None:

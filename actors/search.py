@@ -17,17 +17,20 @@ import numpy as np
 
 from actors.engine import Engine, Generation, Sampling
 from actors.environments.base import Environment, Episode, Split, StepResult
+from actors.environments.values import TOO_LONG, ValueRefused
 from actors.expansion import select, sibling_parent
 from atpo_async import waits
 from atpo_async.config import SearchConfig
 from atpo_async.errors import EngineDead, GenerationFailed
 from atpo_async.messages import Lease, TreeClosed, TreeOpened
+from atpo_async.texts import of_error, shortened
 from atpo_async.tree import ROOT, EndReason, Turn, TurnTree
 
 Emit = Callable[[TreeOpened | Turn | TreeClosed], Awaitable[None]]
 
 TRUNCATED_REWARD = 0.0
-"""Reward of a chain that ran out of context: the policy wrote too much, which is an outcome and no failure."""
+"""Reward of a chain that ran out of context over its turns: the policy wrote too much, an outcome and no failure.  One
+whose last observation takes more than half of the context by itself has failed: that is the tool's doing."""
 
 NOTHING = np.zeros(0, dtype=np.int32)
 
@@ -36,11 +39,17 @@ GENERATE_TIMEOUT = "generate_timeout"
 
 
 class BranchFailed(Exception):
-    """A generation or a tool failed; ``reason`` is what it is counted under."""
+    """A generation or a tool failed.
 
-    def __init__(self, reason: str, detail: str) -> None:
+    Attributes:
+        reason: what it is counted under.
+        kind: what faults with the same cause have in common; finer than ``reason``.
+    """
+
+    def __init__(self, reason: str, detail: str, *, kind: str = "") -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
+        self.kind = kind or reason
 
 
 @dataclass(slots=True)
@@ -260,6 +269,8 @@ class TreeSearch:
         reward, success = result.reward, result.success
         used = len(context) + len(generation.token_ids) + len(result.observation)
         if end == "continue" and used >= self._max_context:
+            if 2 * len(result.observation) > self._max_context:
+                raise self._tool_said_too_much(len(result.observation))
             end, reward, success = "length_limit", TRUNCATED_REWARD, False
         turn = Turn(
             run=self._run,
@@ -280,6 +291,15 @@ class TreeSearch:
             environment_s=stepped - generated,
         )
         return turn, result
+
+    def _tool_said_too_much(self, tokens: int) -> BranchFailed:
+        """A tool that fills most of the context by itself ended this chain, not the policy: no reward for it."""
+        return BranchFailed(
+            TOO_LONG,
+            f"task {self._task} ({self._lease.kind}): an observation of {tokens} tokens leaves no room for an action "
+            f"in model.max_context_tokens = {self._max_context}; cut it in the environment, or raise that",
+            kind=f"value of observation: {TOO_LONG}",
+        )
 
     async def _generate(self, context: np.ndarray) -> Generation:
         sampling = self._budget.sampling
@@ -311,7 +331,7 @@ class TreeSearch:
         except EngineDead:
             raise
         except GenerationFailed as exc:
-            raise BranchFailed("generate_failed", str(exc)) from exc
+            raise BranchFailed("generate_failed", shortened(str(exc))) from exc
 
     # --- the environment: whatever it raises ends one branch ---------------------------------------------------
 
@@ -323,23 +343,40 @@ class TreeSearch:
             async with asyncio.timeout(limit_s):
                 yield
 
+    def _environment_fault(self, what: str, exc: Exception) -> BranchFailed:
+        """``exc`` came out of the environment's ``what``: as the branch's failure, its text cut."""
+        if isinstance(exc, ValueRefused):
+            return BranchFailed(exc.reason, str(exc), kind=f"value of {exc.field}")
+        task = f"task {self._task} ({self._lease.kind})"
+        return BranchFailed(
+            "environment_failed", f"{task}, {what}: {of_error(exc)}", kind=f"{type(exc).__name__} in {what}"
+        )
+
+    def _environment_late(self, what: str) -> BranchFailed:
+        task = f"task {self._task} ({self._lease.kind})"
+        return BranchFailed(
+            "environment_timeout",
+            f"{task}, {what} took over {self._search.step_timeout_s:g} s (search.step_timeout_s)",
+            kind=f"timeout of {what}",
+        )
+
     async def _start(self) -> Episode:
         try:
             async with self._environment_time("start"):
                 return await self._environment.start(self._lease.kind, self._task)
         except TimeoutError:
-            raise BranchFailed("environment_timeout", f"start took over {self._search.step_timeout_s} s") from None
+            raise self._environment_late("start") from None
         except Exception as exc:
-            raise BranchFailed("environment_failed", f"start: {type(exc).__name__}: {exc}") from exc
+            raise self._environment_fault("start", exc) from exc
 
     async def _step(self, episode: Episode, action: np.ndarray) -> StepResult:
         try:
             async with self._environment_time("step"):
                 return await episode.step(action)
         except TimeoutError:
-            raise BranchFailed("environment_timeout", f"step took over {self._search.step_timeout_s} s") from None
+            raise self._environment_late("step") from None
         except Exception as exc:
-            raise BranchFailed("environment_failed", f"step: {type(exc).__name__}: {exc}") from exc
+            raise self._environment_fault("step", exc) from exc
 
     async def _fork(self, path: tuple[Turn, ...]) -> tuple[Episode, np.ndarray]:
         """An episode brought to the end of ``path``, and the observation that follows it."""
@@ -350,9 +387,9 @@ class TreeSearch:
             async with self._environment_time("replay"):
                 episode = await self._environment.replay(self._lease.kind, self._task, tuple(t.action for t in before))
         except TimeoutError:
-            raise BranchFailed("environment_timeout", f"replay took over {self._search.step_timeout_s} s") from None
+            raise self._environment_late("replay") from None
         except Exception as exc:
-            raise BranchFailed("environment_failed", f"replay: {type(exc).__name__}: {exc}") from exc
+            raise self._environment_fault("replay", exc) from exc
         try:
             result = await self._step(episode, last.action)
             if result.done:

@@ -27,6 +27,7 @@ from actors.engine_common import (
     TIED_HEAD,
     check_model_folder,
     check_probe_fits,
+    check_token_ids,
     check_weights,
     checkpoint_shapes,
     pick_device,
@@ -178,6 +179,11 @@ class TransformersEngine:
                 f"request {request_id}: a prompt of {len(tokens)} tokens; this engine takes 1 to "
                 f"{self._max_model_len - 1}"
             )
+        try:
+            check_token_ids(tokens, vocab_size=self._model.config.get_text_config().vocab_size, request_id=request_id)
+        except GenerationFailed:
+            self._failed += 1
+            raise
         generator = None
         if sampling.seed is not None:
             generator = torch.Generator(self._device).manual_seed(sampling.seed)

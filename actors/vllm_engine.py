@@ -27,6 +27,7 @@ from actors.engine import EngineStats, Generation, Sampling, SwapReport, Weights
 from actors.engine_common import (
     check_model_folder,
     check_probe_fits,
+    check_token_ids,
     check_weights,
     checkpoint_shapes,
     pick_device,
@@ -137,6 +138,7 @@ class VllmEngine:
         key = f"{request_id}/{next(self._numbers)}"
         self._in_flight.add(key)
         try:
+            check_token_ids(tokens, vocab_size=self._llm.model_config.get_vocab_size(), request_id=request_id)
             output = await self._run(tokens, self._sampling_params(sampling), request_id, key)
             completion = output.outputs[0]
             if completion.finish_reason not in ("stop", "length") or not completion.token_ids:

@@ -96,6 +96,11 @@ class SearchConfig(Section):
     sibling_penalty: float = Field(0.05, ge=0, description="alpha in H(n) - alpha * siblings")
     include_root: bool = Field(False, description="the prompt is a candidate too (the published code)")
     max_action_tokens: int = Field(64, ge=1)
+    max_observation_tokens: int = Field(
+        0,
+        ge=0,
+        description="a longer observation fails its branch; 0: one over half the context that leaves no room to act",
+    )
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0 for no limit")

@@ -283,3 +283,18 @@ async def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
 async def test_a_gpu_that_is_not_there_is_an_error(folder: Path) -> None:
     with pytest.raises(SetupError, match="no GPU here"):
         await TransformersEngine(folder, device="cuda", max_model_len=64).start()
+
+
+@pytest.mark.parametrize("unknown", [-1, 256, 1_000_000])
+async def test_a_token_id_beyond_the_model_fails_its_own_request_and_none_beside_it(
+    engine: TransformersEngine, unknown: int
+) -> None:
+    found = await asyncio.gather(
+        engine.generate(PROMPT, to_length(5), request_id="good"),
+        engine.generate([*PROMPT, unknown], to_length(5), request_id="bad"),
+        return_exceptions=True,
+    )
+    assert isinstance(found[1], GenerationFailed)
+    assert f"request bad: token id {unknown} at 6; this model has 0 to 255" in str(found[1])
+    assert len(found[0].token_ids) == 5  # type: ignore[union-attr]
+    assert engine.stats().failed_requests == 1

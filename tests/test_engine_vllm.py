@@ -97,6 +97,16 @@ class TestOneEngine:
         assert found.stop_reason == "stop"
         assert found.token_ids.tolist() == greedy.token_ids[: first + 1].tolist()
 
+    async def test_a_token_id_beyond_the_model_fails_its_own_request_alone(self, engine: VllmEngine) -> None:
+        found = await asyncio.gather(
+            engine.generate(PROMPT, to_length(5), request_id="good"),
+            engine.generate([*PROMPT, 1_000_000], to_length(5), request_id="bad"),
+            return_exceptions=True,
+        )
+        assert isinstance(found[1], GenerationFailed)
+        assert "request bad: token id 1000000 at 6; this model has 0 to 255" in str(found[1])
+        assert len(found[0].token_ids) == 5  # type: ignore[union-attr]
+
     async def test_prompt_tokens_from_the_prefix_cache_are_counted(self, engine: VllmEngine) -> None:
         prompt = [(3 * i) % 250 + 3 for i in range(100)]
         before = engine.stats()

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from actors.environments.base import Split, StepResult
+from actors.environments.values import CheckedEnvironment, Limits
 from actors.search import TreeSearch
 from atpo_async.config import SearchConfig
 from atpo_async.errors import EngineDead, GenerationFailed
 from atpo_async.messages import TreeClosed, TreeOpened
 from atpo_async.tree import ROOT, Turn, TurnTree
-from tests.actor_support import STOP, CountingEnvironment, ScriptedEngine, ints, leaf, lease, turn
+from tests.actor_support import STOP, CountingEnvironment, CountingEpisode, ScriptedEngine, ints, leaf, lease, turn
 
 SEARCH = SearchConfig(initial_rollouts=3, rounds=2, branches=2, max_action_tokens=8)
 
@@ -133,6 +136,61 @@ async def test_a_chain_without_room_for_another_action_ends_with_length_limit_an
     ends = {t.end for t in sink.turns}
     assert ends == {"length_limit"}
     assert {t.reward for t in sink.turns} == {0.0}
+
+
+async def test_a_tool_that_fills_the_context_by_itself_fails_the_branch_and_is_no_reward_of_the_policy() -> None:
+    class Verbose(CountingEpisode):
+        async def step(self, action: np.ndarray) -> StepResult:
+            said = await super().step(action)
+            return said if said.done else replace(said, observation=np.full(40, 20, dtype=np.int32))
+
+    class Library(CountingEnvironment):
+        async def start(self, split: Split, task_index: int) -> CountingEpisode:
+            return Verbose(self, task_index)
+
+    sink = Sink()
+    search = search_of(environment=Library(turns=9), emit=sink, max_context_tokens=44)
+    await search.grow()
+    assert sink.closed.failures == {"observation_too_long": 3 + 2 * 2}
+    assert not sink.turns
+    assert "an observation of 40 tokens leaves no room for an action in model.max_context_tokens = 44" in (
+        search.growth.last_detail
+    )
+
+
+@pytest.mark.parametrize("where", ["start", "step"])
+async def test_the_text_of_an_error_is_cut_to_a_line(where: str) -> None:
+    class Wordy(CountingEnvironment):
+        async def start(self, split: Split, task_index: int) -> CountingEpisode:
+            if where == "start":
+                raise ValueError("a page\n" * 1_000_000)
+            return await super().start(split, task_index)
+
+    environment = Wordy(fault=lambda number, action: ValueError("a page\n" * 1_000_000))
+    search = search_of(environment=environment)
+    await search.grow()
+    assert f"task 0 (train), {where}: ValueError: a page a page" in search.growth.last_detail
+    assert len(search.growth.last_detail) < 500
+    assert "\n" not in search.growth.last_detail
+
+
+async def test_a_value_that_is_refused_fails_its_branch_under_the_name_of_its_field() -> None:
+    class Odd(CountingEpisode):
+        async def step(self, action: np.ndarray) -> StepResult:
+            said = await super().step(action)
+            return replace(said, reward=float("nan")) if said.done else said
+
+    class World(CountingEnvironment):
+        async def start(self, split: Split, task_index: int) -> CountingEpisode:
+            return Odd(self, task_index)
+
+    sink = Sink()
+    environment = CheckedEnvironment(World(), name="odd_world:make", limits=Limits(vocab_size=1000))
+    search = search_of(environment=environment, emit=sink)  # type: ignore[arg-type]
+    await search.grow()
+    assert set(sink.closed.failures) == {"environment_failed"}
+    assert {t.reward for t in sink.turns} == {None}
+    assert "environment 'odd_world:make', task 0 (train), step 2: reward is nan (float)" in search.growth.last_detail
 
 
 async def test_an_action_never_outgrows_the_context() -> None:

@@ -13,15 +13,17 @@ Split = Literal["train", "eval"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What the environment said to one action."""
+    """What the environment said to one action.  Checked, and converted where nothing is lost (``values.py``)."""
 
     observation: np.ndarray
-    """int32[O]; empty when done."""
+    """int32[O], token ids of the policy's tokenizer; empty when done."""
     done: bool
     reward: float | None
-    """Set when done."""
+    """Set when done: finite.  A chain that cannot be judged raises instead: it is left out, and counted."""
     success: bool | None
+    """None where nobody can say; it is not guessed from the reward."""
     end: Literal["continue", "done", "turn_limit"]
+    """``continue`` exactly while not done."""
 
 
 class Episode(Protocol):

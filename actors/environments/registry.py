@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 from actors.environments.base import Environment
 from atpo_async.errors import AtpoError, ConfigError, SetupError
+from atpo_async.texts import of_error
 
 Option = bool | int | float | str
 Factory = Callable[..., Environment]
@@ -35,21 +37,51 @@ def make(name: str, tokenizer: Path | str, **options: Option) -> Environment:
     """
     target = BUILT_IN.get(name, name)
     factory = _factory(name, target)
+    _check_call(name, target, factory, options)
     try:
         made = factory(tokenizer, **options)
     except AtpoError:
         raise
-    except TypeError as exc:
-        raise ConfigError(f"environment.options {options!r} do not fit environment {name!r}: {exc}") from exc
     except Exception as exc:
-        raise SetupError(f"environment {name!r} could not be made: {type(exc).__name__}: {exc}") from exc
-    missing = [part for part in ("stop_token_ids", "num_tasks", "start", "replay") if not hasattr(made, part)]
+        raise SetupError(f"environment {name!r} could not be made: {of_error(exc)}") from exc
+    if inspect.isawaitable(made):
+        if inspect.iscoroutine(made):
+            made.close()
+        raise ConfigError(
+            f"environment.name = {name!r}: its factory is async; make it a plain function, and do what must be awaited "
+            "in the environment's start()"
+        )
+    if made is None:
+        raise ConfigError(f"environment.name = {name!r}: its factory returned None; it must return the environment")
+    missing = [part for part in ("stop_token_ids", "num_tasks", "start", "replay") if not _has(made, part)]
     if missing:
+        fork = "; class MyEnvironment(ReplayFork) brings replay" if "replay" in missing else ""
         raise ConfigError(
             f"environment.name = {name!r}: its factory returned {type(made).__name__}, which is no environment: "
-            f"it lacks {', '.join(missing)} (actors/environments/base.py has the protocol)"
+            f"it lacks {', '.join(missing)} (actors/environments/base.py has the protocol{fork})"
         )
     return made
+
+
+def _has(made: object, part: str) -> bool:
+    """Also where it is a property that fails: whoever reads it says so."""
+    return part in dir(made) or hasattr(made, part)
+
+
+def _check_call(name: str, target: str, factory: Factory, options: dict[str, Option]) -> None:
+    """Raises ConfigError where ``factory(tokenizer, **options)`` cannot be called like that."""
+    try:
+        signature = inspect.signature(factory)
+    except (ValueError, TypeError):
+        return  # built-ins have none; the call itself says what is wrong
+    try:
+        signature.bind("", **options)
+    except TypeError as exc:
+        known = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        raise ConfigError(
+            f"environment.options {options!r} do not fit environment {name!r}: {exc}; it is called as "
+            f"factory(tokenizer, **options), {target} takes ({', '.join(known)})"
+        ) from None
 
 
 def _factory(name: str, target: str) -> Factory:
@@ -63,7 +95,7 @@ def _factory(name: str, target: str) -> Factory:
         module = importlib.import_module(module_name)
     except Exception as exc:  # a user's module may fail in any way while it is imported
         raise SetupError(
-            f"environment.name = {name!r}: module {module_name!r} cannot be imported: {type(exc).__name__}: {exc}"
+            f"environment.name = {name!r}: module {module_name!r} cannot be imported: {of_error(exc)}"
         ) from exc
     factory = getattr(module, attribute, None)
     if not callable(factory):

@@ -1,0 +1,42 @@
+"""Texts that others wrote, an error's or a value's, cut to what fits a line of a log.
+
+A tool's exception may carry the whole page that it failed on.  Nothing here raises, whatever the object's own
+``__str__`` or ``__repr__`` does.
+"""
+
+from __future__ import annotations
+
+import reprlib
+
+MOST = 300
+"""Characters of an error's own text."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 60, 80
+
+
+def shortened(text: str, most: int = MOST) -> str:
+    """One line of at most ``most`` characters and a note of how many there were."""
+    flat = " ".join(text[: 4 * most].split())
+    if len(flat) <= most and len(text) <= 4 * most:
+        return flat
+    return f"{flat[:most]}… ({len(text)} characters)"
+
+
+def of_error(error: BaseException, most: int = MOST) -> str:
+    """``TypeError: its text``, on one line."""
+    name = type(error).__name__
+    try:
+        text = str(error)
+    except Exception as exc:
+        text = f"(its text cannot be had: {type(exc).__name__})"
+    said = shortened(text, most)
+    return f"{name}: {said}" if said else name
+
+
+def of_value(value: object, most: int = 80) -> str:
+    """A value as Python writes it, on one line."""
+    try:
+        return shortened(_SHORT.repr(value), most)
+    except Exception as exc:
+        return f"(it cannot be shown: {type(exc).__name__})"
