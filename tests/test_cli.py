@@ -409,13 +409,40 @@ def test_a_role_by_hand_gets_what_further_files_set_as_options(folder: Path, mon
     assert run_role(body, argv).stdout == "3 None 9 transformers\n"
 
 
-def test_a_word_that_is_no_file_where_none_is_taken_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["version", "more"])
-    assert caught.value.code == 2
-    with pytest.raises(SystemExit):
-        cli.main(["train", DEMO, "--nonsense", "x"])
-    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["version", "more"], "more: `atpo version` takes no such word"),
+        (["trian", "c.toml"], "trian is no command; did you mean `atpo train`?  There are train, demo, "),
+        (["c.toml"], "c.toml is no command; did you mean `atpo train c.toml`?"),
+        (["model"], "model is no command; did you mean `atpo status model`, or `atpo report model`?"),
+        (["train"], "the following arguments are required: CONFIG  (`atpo train --help` shows what it takes)"),
+        (["eval"], "the following arguments are required: RUN|MODEL  (`atpo eval --help` shows"),
+        (["study", "freshness"], "argument staleness: invalid choice: 'freshness'"),
+        (["report", "x", "--figure"], "argument --figure: expected one argument"),
+        (["train", "c.toml", "--learner.lr"], "--learner.lr needs a value"),
+        (["train", "c.toml", "--learner.lr", "--run.steps", "3"], "--learner.lr needs a value"),
+        (["train", "c.toml", "--run.name", "../x"], "run.name is the name of a folder in run.dir: letters, digits, "),
+        (["train", "model"], "configuration model is a folder; name a TOML file"),
+        (["train", "c.toml", "--join", "x"], "--join: unknown option; `atpo config CONFIG` lists every field"),
+    ],
+)
+def test_a_slip_on_the_command_line_is_one_line_and_nothing_is_made(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], line: str
+) -> None:
+    config_file(folder)
+    assert cli.main(words) == 2
+    assert said(capsys).startswith(line)
+    assert files(folder) == set()
+
+
+def test_an_option_that_is_given_twice_is_told_and_the_last_one_holds(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["config", config_file(folder), "--learner.lr", "1", "--run.seed=3", "--learner.lr=2"]) == 0
+    out, err = capsys.readouterr()
+    assert "\nlr = 2.0\n" in out
+    assert err == "note: --learner.lr is given 2 times; the last one holds: 2\n"
 
 
 def test_a_run_of_another_configuration_is_refused_and_left_as_it_was(

@@ -33,12 +33,17 @@ def test_the_configurations_that_come_with_the_project_load() -> None:
 
 
 def test_an_unknown_key_is_refused_with_its_path_and_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"learner\.lrr: unknown key \(value 0\.1\).*known in \[learner\]: lr, "):
+    with pytest.raises(
+        ConfigError,
+        match=r"learner\.lrr: unknown key \(value 0\.1\).*did you mean learner\.lr\?  Known in \[learner\]: lr, ",
+    ):
         load(write(tmp_path, "[learner]\nlrr = 0.1\n"))
 
 
 def test_an_unknown_section_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"lerner: unknown key.*known in the file: run, model"):
+    with pytest.raises(
+        ConfigError, match=r"lerner: unknown key.*did you mean learner\?  Known in the file: run, model"
+    ):
         load(write(tmp_path, "[lerner]\nlr = 0.1\n"))
 
 
@@ -169,8 +174,12 @@ def test_of_several_files_an_error_names_the_one_that_holds_the_value(tmp_path: 
     with pytest.raises(ConfigError) as caught:
         load([c, d])
     first, second = sorted(str(caught.value).splitlines())
-    assert first.startswith(f"learner.lrr: unknown key (value 1) in {c}; known in [learner]: lr, ")
-    assert second.startswith(f"lerner: unknown key (value {{'lr': 1}}) in {c}; known in the file: run, ")
+    assert first.startswith(
+        f"learner.lrr: unknown key (value 1) in {c}; did you mean learner.lr?  Known in [learner]: lr, "
+    )
+    assert second.startswith(
+        f"lerner: unknown key (value {{'lr': 1}}) in {c}; did you mean learner?  Known in the file: run, "
+    )
 
 
 def test_of_several_files_a_contradiction_names_who_holds_each_side(tmp_path: Path) -> None:
