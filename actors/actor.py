@@ -124,8 +124,8 @@ class Actor:
         self._barren_trees = 0
         self._no_lease: Patience | None = None
         self._closed_because: str | None = None
-        self._given_up: list[str] = []
-        """Trees whose turns the buffer refused: their leases go back with the next report."""
+        self._given_up: dict[str, str] = {}
+        """Trees of which the buffer refused something -> why: their leases go back with the next report."""
         self._idle_at = clock()
         buffer.on_refused = self._on_refused
         status.publish("actor", self._facts)
@@ -238,6 +238,7 @@ class Actor:
 
     def _begin(self, tasks: asyncio.TaskGroup, lease: Lease) -> None:
         self._count_idle()
+        self._given_up.pop(lease.tree_id, None)  # that was an earlier lease
         task = tasks.create_task(self._grow(lease), name=lease.tree_id)
         self._growing[lease.tree_id] = task
         task.add_done_callback(lambda _: self._ended(lease.tree_id))
@@ -313,11 +314,14 @@ class Actor:
     def _on_refused(self, message: object, reason: str) -> None:
         """The buffer does not know this tree (any more): growing on would be work for nobody."""
         tree_id = getattr(message, "tree_id", None)
-        task = self._growing.get(tree_id) if isinstance(tree_id, str) else None
+        if not isinstance(tree_id, str):
+            return
+        # Also of a tree that has been closed meanwhile: it can never be whole.
+        self._given_up.setdefault(tree_id, reason)
+        task = self._growing.get(tree_id)
         if task is not None:
             log.warning("tree %s is given up: %s", tree_id, reason)
             self._metrics.add("actor/abandoned_trees", 1)
-            self._given_up.append(task.get_name())
             task.cancel()
 
     async def _give_back(self, held: tuple[str, ...]) -> None:
@@ -438,8 +442,11 @@ class Actor:
             metrics["actor/trees_in_flight"] = float(len(self._growing))
             before, began = stats, now
             if self._given_up:
-                refused, self._given_up = tuple(self._given_up), []
-                await self._buffer.send(LeaseReturned(run=self._run, actor=self._name, tree_ids=refused))
+                refused, self._given_up = self._given_up, {}
+                for tree_id, reason in refused.items():
+                    await self._buffer.send(
+                        LeaseReturned(run=self._run, actor=self._name, tree_ids=(tree_id,), reason=reason)
+                    )
             await self._buffer.send(
                 ActorReport(
                     run=self._run,

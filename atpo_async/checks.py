@@ -52,6 +52,9 @@ _LEAST_INT: dict[tuple[type, str], int] = {
     (m.ActorReport, "version"): -1,
     (m.Lease, "min_version"): -1,
     (m.VersionGone, "newest"): -1,
+    # Of an evaluation that has no turn yet.
+    (m.EvalResult, "version_min"): -1,
+    (m.EvalResult, "version_max"): -1,
 }
 _UNBOUNDED = frozenset({"seed", "shape"})
 _NOT_NEGATIVE = frozenset({"probability", "weight", "probe_tolerance", "priorities", "success"})

@@ -71,11 +71,13 @@ class TreeClosed(Message, frozen=True, tag="tree_closed"):
 
 
 class LeaseReturned(Message, frozen=True, tag="lease_returned"):
-    """Actor gives leases back unfinished (it is shutting down)."""
+    """Actor gives leases back unfinished: it is shutting down, or the buffer refused what it sent of them."""
 
     run: str
     actor: str
     tree_ids: tuple[str, ...]
+    reason: str = ""
+    """Why the buffer refused it: counts as a lost holder; empty where the actor shuts down."""
 
 
 class ActorReport(Message, frozen=True, tag="actor_report"):
@@ -281,13 +283,19 @@ class Exhausted(Message, frozen=True, tag="exhausted"):
 
 
 class EvalResult(Message, frozen=True, tag="eval_result"):
-    """State of an evaluation; ``success`` is None until it is done, and where every one of its tasks failed."""
+    """State of an evaluation; ``success`` is None until it is done, and where all tasks failed or are unknown."""
 
     step: int
     done: bool
     success: float | None
+    """Mean over the tasks that are not unknown; a failed one counts as no success."""
     num_done: int
     num_tasks: int
+    num_unknown: int = 0
+    """Tasks done of which the environment did not say whether they succeeded."""
+    version_min: int = -1
+    version_max: int = -1
+    """Oldest and newest version that sampled any of its turns so far; -1 while there is none."""
 
 
 BufferToLearner = Batch | NotYet | Exhausted | EvalResult | Refused

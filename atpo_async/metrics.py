@@ -29,6 +29,17 @@ class Record:
     metrics: Mapping[str, float]
 
 
+def eval_versions(record: Record) -> tuple[int, int] | None:
+    """Oldest and newest version that sampled an evaluation; None where the record does not say."""
+    found = record.metrics.get("eval/version_min"), record.metrics.get("eval/version_max")
+    return None if found[0] is None or found[1] is None else (int(found[0]), int(found[1]))
+
+
+def versions_said(oldest: int, newest: int) -> str:
+    """``version 4``, or ``versions 4 to 6``."""
+    return f"version {oldest}" if oldest == newest else f"versions {oldest} to {newest}"
+
+
 class MetricsWriter:
     """Appends records to a metrics file.  Numbers that are not finite are left out and counted."""
 

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from atpo_async.metrics import Record
+from atpo_async.metrics import Record, eval_versions, versions_said
 
 PLAIN_EVERY_S = 5.0
 WINDOW = 8
@@ -36,6 +36,8 @@ class RunState:
     by_source: dict[str, dict[str, float]] = field(default_factory=dict)
     evals: list[tuple[int, float]] = field(default_factory=list)
     """(step, greedy success)."""
+    eval_mixed: str = ""
+    """Which versions sampled the latest of them, where that was more than one."""
     failed_branches: int = 0
     barren_steps: int = 0
     """In a row, up to the latest, without a tree to learn from."""
@@ -50,6 +52,8 @@ class RunState:
             self.by_source.setdefault(record.source, {}).update(record.metrics)
             if "eval/success" in record.metrics:
                 self.evals.append((record.step, record.metrics["eval/success"]))
+                oldest, newest = eval_versions(record) or (0, 0)
+                self.eval_mixed = versions_said(oldest, newest) if oldest != newest else ""
             if "train/loss" in record.metrics or "train/success" in record.metrics:
                 self.step = max(self.step, record.step)
             if record.time < self.since:
@@ -174,7 +178,8 @@ def plain(state: RunState) -> str:
             parts.append(f"{label} {form.format(state.latest[name])}")
     if state.evals:
         step, success = state.evals[-1]
-        parts.append(f"eval {success:.3f} (step {step})")
+        mixed = f", {state.eval_mixed}" if state.eval_mixed else ""
+        parts.append(f"eval {success:.3f} (step {step}{mixed})")
     if "lag/mean" in state.latest:
         parts.append(f"lag {state.latest['lag/mean']:.1f}")
     if "is/ess_frac" in state.latest:

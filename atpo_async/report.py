@@ -12,7 +12,7 @@ from pathlib import Path
 from atpo_async import charts
 from atpo_async.charts import BLUE, GREEN, GREY, ORANGE, PALETTE, PURPLE, RED, TEAL, Axes, Line, Marker
 from atpo_async.errors import SetupError
-from atpo_async.metrics import Record, read_metrics
+from atpo_async.metrics import Record, eval_versions, read_metrics, versions_said
 from atpo_async.progress import duration
 from atpo_async.report_trees import choose, draw_tree, read_tree_samples
 from atpo_async.rundir import RunDir, write_atomic
@@ -51,6 +51,8 @@ class Facts:
     smooth: list[Sample]
     """Mean of three steps."""
     evals: list[Sample]
+    eval_versions: dict[int, tuple[int, int]]
+    """Step -> oldest and newest version that sampled its evaluation."""
     goal: Sample | None
     lag_mean: float | None
     lag_max: float | None
@@ -68,7 +70,7 @@ class Facts:
         if self.smooth:
             found.append(f"sampled success in training: {self.success[0].value:.2f} → {self.smooth[-1].value:.2f}")
         if self.evals:
-            listed = ", ".join(f"{e.value:.3f} (step {e.step})" for e in self.evals)
+            listed = ", ".join(f"{e.value:.3f} (step {e.step}{self._mixed(e.step)})" for e in self.evals)
             found.append(f"greedy success on held-out tasks: {listed}")
         if self.goal is not None:
             since = "first lease" if self.origin_is_lease else "first record"
@@ -80,6 +82,10 @@ class Facts:
         waits = _figure(self.learner_wait_share, "{:.0%}"), _figure(self.actor_wait_share, "{:.0%}")
         found.append(f"lag {lag[0]} versions (max {lag[1]}); learner waited {waits[0]} of the time, actors {waits[1]}")
         return found + self.notes
+
+    def _mixed(self, step: int) -> str:
+        oldest, newest = self.eval_versions.get(step, (0, 0))
+        return f", {versions_said(oldest, newest)}" if oldest != newest else ""
 
 
 def series(records: Iterable[Record], name: str) -> list[Sample]:
@@ -120,6 +126,8 @@ def facts(rundir: RunDir, records: Sequence[Record] | None = None) -> Facts:
     lag_max = [s.value for s in series(records, "lag/max")]
     failed = sum(s.value for s in series(records, "actor/failed_branches"))
     untested = sum(s.value for s in series(records, "eval/failed"))
+    unknown = sum(s.value for s in series(records, "eval/unknown"))
+    unjudged = _mean(s.value for s in series(records, "train/success_unknown"))
     probe = [s.value for s in series(records, "engine/probe_error")]
     memory: dict[str, float] = {}
     for record in records:
@@ -139,6 +147,7 @@ def facts(rundir: RunDir, records: Sequence[Record] | None = None) -> Facts:
         success=success,
         smooth=smooth,
         evals=by_step(series(records, "eval/success")),
+        eval_versions={r.step: found for r in records if (found := eval_versions(r)) is not None},
         goal=next((s for s in smooth if s.value >= GOAL), None),
         lag_mean=_mean(s.value for s in series(records, "lag/mean")),
         lag_max=max(lag_max, default=None),
@@ -147,7 +156,7 @@ def facts(rundir: RunDir, records: Sequence[Record] | None = None) -> Facts:
         actor_wait_share=wait_share(records, "time/actor_wait_s", "time/actor_interval_s"),
         probe_error=max(probe, default=None),
         memory_mb=memory,
-        notes=failures(failed, untested),
+        notes=[*failures(failed, untested), *unknowns(unknown, unjudged or 0.0)],
     )
 
 
@@ -158,6 +167,22 @@ def failures(branches: float, eval_tasks: float) -> list[str]:
         found.append(f"{branches:.0f} branches failed and were left out; the actors' logs say why")
     if eval_tasks:
         found.append(f"{eval_tasks:.0f} held-out tasks failed in the evaluations and count as wrong")
+    return found
+
+
+def unknowns(eval_tasks: float, train_share: float) -> list[str]:
+    """Where the environment left success open, for a reader who would take it for failure; empty if it did not."""
+    found = []
+    if eval_tasks:
+        found.append(
+            f"{eval_tasks:.0f} held-out tasks ended without a word on success (StepResult.success is None): greedy "
+            "success is that of the others"
+        )
+    if train_share:
+        found.append(
+            f"{max(train_share, 0.001):.1%} of what was sampled in training ended without a word on success: sampled "
+            "success is that of the rest"
+        )
     return found
 
 

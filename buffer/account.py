@@ -49,12 +49,18 @@ class Account:
         """Tasks given up by the last batch."""
 
     def count_tree(self, tree: TreeEntry, arrays: TreeArrays) -> None:
-        """The policy's own sampled reward and success: under branch probabilities, trees without signal too."""
+        """The policy's own sampled reward and success: under branch probabilities, trees without signal too.
+
+        Success is that of the leaves of which the environment said it; what share of them is not known stands apart.
+        """
         since = self.since
         since.produced += 1
         share = branch_prob(arrays)
         since.mean("train/reward", float(share @ arrays.reward))
-        since.mean("train/success", float(share @ tree.success))
+        unknown = float(share @ (tree.is_leaf & ~tree.judged))
+        if tree.judged.any():
+            since.mean("train/success", float(share @ tree.success) / (1.0 - unknown))
+        since.mean("train/success_unknown", unknown)
         since.mean("train/leaves_mean", float(tree.num_leaves))
         since.mean("train/turns_mean", float(len(tree)))
 
@@ -110,6 +116,7 @@ class Account:
             "buffer/parked_turns": num_parked,
             "buffer/priority_mean": pool.mean_priority,
             "buffer/bad_messages": counts["bad_messages"],
+            "buffer/refused_trees": counts["refused_trees"],
             "buffer/turns_per_s": since.turns / max(now - since.began_s, 1e-9),
             **{f"tasks/{name}": self.tasks[name] for name in ("trained", "no_signal", "failed", "retired")},
             "tasks/given_up": ledger.given_up,

@@ -272,13 +272,22 @@ class TreeEntry:
         return {*self.rows["oldest_version"].tolist(), *self.rows["newest_version"].tolist()}
 
     @property
+    def judged(self) -> NDArray[np.bool_]:
+        """bool[N]: leaves of which the environment said whether they succeeded."""
+        judged: NDArray[np.bool_] = (self.rows["flags"] & _JUDGED) > 0
+        return judged & self.is_leaf
+
+    @property
     def success(self) -> NDArray[np.float64]:
-        """float64[N]: 1 on successful leaves; where the environment does not say, a reward above 0 counts."""
-        flags = self.rows["flags"]
-        judged = (flags & _JUDGED) > 0
-        good = np.where(judged, (flags & _SUCCESS) > 0, ((flags & _REWARD) > 0) & (self.rows["reward"] > 0))
-        success: NDArray[np.float64] = (good & self.is_leaf).astype(np.float64)
+        """float64[N]: 1 on successful leaves, 0 on the others and on those that are not ``judged``."""
+        success: NDArray[np.float64] = (((self.rows["flags"] & _SUCCESS) > 0) & self.judged).astype(np.float64)
         return success
+
+    @property
+    def mean_success(self) -> float | None:
+        """Share of successful leaves among those that are ``judged``; None where none is."""
+        num_judged = int(np.count_nonzero(self.judged))
+        return float(self.success.sum()) / num_judged if num_judged else None
 
     def pruned(self) -> TreeEntry:
         """Without turns that lead to no finished leaf (failed branches, chains still growing)."""

@@ -30,6 +30,8 @@ class Keeping:
         self._state = state
         self._kept: dict[bytes, bytes] = {}
         """Of the keys that are written whole: what was written last."""
+        self._all_in_one = False
+        """An earlier program's evaluations are under one key: it goes with the first commit."""
 
     def collect(self, put: Callable[[bytes, bytes | None], None]) -> None:
         """Hand over what has changed since the last time: (key, value), None where there is nothing any more."""
@@ -45,6 +47,16 @@ class Keeping:
             served = self._state.batches.by_step.get(step)
             put(kept.BATCH + b"%020d" % step, None if served is None else kept.dump(_kept_batch(served)))
         self._state.batches.changed.clear()
+        for step in self._state.ledger.changed_evaluations:
+            evaluation = self._state.ledger.evaluations.get(step)
+            put(
+                kept.EVALUATION + b"%020d" % step,
+                None if evaluation is None else kept.dump(_kept_evaluation(evaluation)),
+            )
+        self._state.ledger.changed_evaluations.clear()
+        if self._all_in_one:
+            self._all_in_one = False
+            put(kept.ALL_EVALUATIONS, None)
         for key, value in self._kept_whole().items():
             data = kept.dump(value)
             if self._kept.get(key) != data:
@@ -103,18 +115,6 @@ class Keeping:
             ),
             kept.SINCE: kept.KeptSince(
                 produced=since.produced, turns=since.turns, counts=dict(since.counts), means=since.means
-            ),
-            kept.EVALUATIONS: tuple(
-                kept.KeptEvaluation(
-                    step=e.step,
-                    version=e.version,
-                    num_tasks=e.num_tasks,
-                    blocking=e.blocking,
-                    next_task=e.next_task,
-                    results=e.results,
-                    turns=self._state.evaluations.turns[e.step],
-                )
-                for e in ledger.evaluations.values()
             ),
         }
         if line is not None:
@@ -200,11 +200,14 @@ class Keeping:
             counted = self._state.account.since
             counted.produced, counted.turns = since.produced, since.turns
             counted.counts, counted.means = Counter(since.counts), dict(since.means)
-        for each in kept.read(state, kept.EVALUATIONS, tuple[kept.KeptEvaluation, ...]) or ():
+        for each in _kept_evaluations(state):
             ledger.evaluations[each.step] = Evaluation(
-                each.step, each.version, each.num_tasks, each.blocking, each.next_task, dict(each.results)
-            )
-            self._state.evaluations.turns[each.step] = each.turns
+                each.step, each.version, each.num_tasks, each.blocking, each.next_task, dict(each.results),
+                set(each.unknown), each.turns, each.versions,
+            )  # fmt: skip
+        self._all_in_one = kept.ALL_EVALUATIONS in state
+        if self._all_in_one:
+            ledger.changed_evaluations.update(ledger.evaluations)
         line = kept.read(state, kept.LINE, kept.KeptLine)
         if self._state.line is not None and line is not None:
             self._state.line.restore(line)
@@ -317,6 +320,28 @@ class Keeping:
             return False
         rows = tree.prompt if turn_id == ROOT else tree.rows[tree.rows["turn_id"] == turn_id]
         return bool(len(rows)) and (int(rows[0]["chunk"]), int(rows[0]["offset"])) == place
+
+
+def _kept_evaluations(state: Mapping[bytes, bytes]) -> list[kept.KeptEvaluation]:
+    """By step.  Raises SetupError for what is none."""
+    keys = sorted(key for key in state if key.startswith(kept.EVALUATION))
+    found = [kept.read(state, key, kept.KeptEvaluation) for key in keys]
+    earlier = kept.read(state, kept.ALL_EVALUATIONS, tuple[kept.KeptEvaluation, ...])
+    return [*(earlier or ()), *(each for each in found if each is not None)]
+
+
+def _kept_evaluation(evaluation: Evaluation) -> kept.KeptEvaluation:
+    return kept.KeptEvaluation(
+        step=evaluation.step,
+        version=evaluation.version,
+        num_tasks=evaluation.num_tasks,
+        blocking=evaluation.blocking,
+        next_task=evaluation.next_task,
+        results=evaluation.results,
+        turns=evaluation.turns,
+        unknown=tuple(sorted(evaluation.unknown)),
+        versions=evaluation.versions,
+    )
 
 
 def _kept_lease(held: Held) -> kept.KeptLease:

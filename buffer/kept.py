@@ -16,8 +16,10 @@ from atpo_async.messages import TaskKind
 
 T = TypeVar("T")
 
-TREE, BATCH = b"tree/", b"batch/"
-REST, SINCE, EVALUATIONS, LINE = b"rest", b"since", b"evaluations", b"line"
+TREE, BATCH, EVALUATION = b"tree/", b"batch/", b"evaluation/"
+REST, SINCE, LINE = b"rest", b"since", b"line"
+ALL_EVALUATIONS = b"evaluations"
+"""Where earlier programs kept all of them in one value."""
 
 
 class _Kept(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -153,6 +155,8 @@ class KeptEvaluation(_Kept):
     next_task: int
     results: dict[int, float | None]
     turns: int
+    unknown: tuple[int, ...] = ()
+    versions: tuple[int, int] | None = None
 
 
 class KeptLine(_Kept):

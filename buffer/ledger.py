@@ -14,7 +14,7 @@ as max_lag >= (publish_every - 1) + (max_uses - 1): the configuration refuses an
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -54,6 +54,8 @@ class Held:
     waiting: bool = False
     """Lapsed or returned, waits for another holder; its last one may still come back before that."""
     eval_step: int = -1
+    refused: str = ""
+    """Why something that its holder sent of the tree was refused for its content; empty where nothing was."""
 
 
 class Again(NamedTuple):
@@ -62,6 +64,16 @@ class Again(NamedTuple):
     task_index: int
     attempts: int
     """Trees grown of it in vain."""
+
+
+class Outcome(NamedTuple):
+    """What came of one task of an evaluation that did not fail."""
+
+    success: float | None
+    """In [0, 1]; None where the environment did not say."""
+    num_turns: int
+    versions: tuple[int, int]
+    """Oldest and newest of those that sampled its turns."""
 
 
 @dataclass(slots=True)
@@ -74,7 +86,13 @@ class Evaluation:
     blocking: bool
     next_task: int = 0
     results: dict[int, float | None] = field(default_factory=dict)
-    """Task -> success in [0, 1]; None where its tree failed."""
+    """Task -> success in [0, 1]; None where its tree failed, and of those that are ``unknown``."""
+    unknown: set[int] = field(default_factory=set)
+    """Tasks that were done and of which the environment did not say whether they succeeded."""
+    turns: int = 0
+    """Of the trees that are done."""
+    versions: tuple[int, int] | None = None
+    """Oldest and newest of those that sampled these turns: beside training, weights change under an evaluation."""
 
     @property
     def done(self) -> bool:
@@ -82,17 +100,29 @@ class Evaluation:
 
     @property
     def num_failed(self) -> int:
-        return sum(result is None for result in self.results.values())
+        return sum(result is None for result in self.results.values()) - len(self.unknown)
 
     @property
     def success(self) -> float | None:
-        """Share of successful tasks, a failed tree counted as no success; None until all are done.
+        """Share of successful tasks among those that are known, a failed tree counted as no success; None until all
+        are done.
 
-        None too where every tree failed: that says something about the environment and nothing about the policy.
+        None too where nothing but failed and unknown ones is there: that says nothing about the policy.
         """
-        if not self.done or self.num_failed == len(self.results):
+        if not self.done or all(result is None for result in self.results.values()):
             return None
-        return sum(result or 0.0 for result in self.results.values()) / max(self.num_tasks, 1)
+        return sum(result or 0.0 for result in self.results.values()) / (len(self.results) - len(self.unknown))
+
+    def add(self, task: int, outcome: Outcome | None) -> None:
+        """One task is done; None: its tree failed."""
+        self.results[task] = None if outcome is None else outcome.success
+        if outcome is None:
+            return
+        if outcome.success is None:
+            self.unknown.add(task)
+        self.turns += outcome.num_turns
+        oldest, newest = self.versions or outcome.versions
+        self.versions = min(oldest, outcome.versions[0]), max(newest, outcome.versions[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +176,13 @@ class Ledger:
         self._attempts: dict[int, int] = {}
         """Training task under lease -> trees grown of it in vain, where there were any."""
         self._held: dict[str, Held] = {}
-        self._waiting: deque[str] = deque()
+        self._num_held: Counter[TaskKind] = Counter()
+        self._waiting: dict[TaskKind, dict[str, None]] = {"eval": {}, "train": {}}
+        """Leases that wait for another holder, in the order in which they came to."""
         self._heard: dict[str, float] = {}
         self.evaluations: dict[int, Evaluation] = {}
+        self.changed_evaluations: set[int] = set()
+        """Steps whose evaluation came, went or got on; whoever keeps them takes the steps away."""
         self.published: int | None = None
         """The newest version that actors can get; None before the learner's first."""
         self.next_version = 0
@@ -216,23 +250,22 @@ class Ledger:
                 held = self._begin(self._least_version(ready) if exact is None else exact.version)
                 begun += 1
             held.holder, held.expires_at, held.waiting = actor, now + self._lifetime_s, False
-            held.unseen = 0
+            held.unseen, held.refused = 0, ""
             self.changed.add(held.tree_id)
             leases.append(held)
         return Granted(tuple(leases), reason)
 
     def _reissue(self, blocked: bool) -> Held | None:
         """A lost lease, evaluation first; training ones wait while they are ``blocked``."""
-        for kind in ("eval", "train"):
-            if self.published is None or (kind == "train" and blocked):
+        for kind, waiting in self._waiting.items():
+            if self.published is None or not waiting or (kind == "train" and blocked):
                 continue
-            for tree_id in self._waiting:
-                held = self._held[tree_id]
-                if held.kind == kind:
-                    self.changed.add(tree_id)
-                    self._waiting.remove(tree_id)
-                    held.epoch += 1
-                    return held
+            tree_id = next(iter(waiting))
+            del waiting[tree_id]
+            self.changed.add(tree_id)
+            held = self._held[tree_id]
+            held.epoch += 1
+            return held
         return None
 
     def _evaluate(self) -> Held | None:
@@ -241,6 +274,7 @@ class Ledger:
                 continue
             task = evaluation.next_task
             evaluation.next_task += 1
+            self.changed_evaluations.add(evaluation.step)
             tree_id = f"{self.prefix}-e{evaluation.step}v{evaluation.version}-{task:06d}"
             return self._hold(tree_id, task, "eval", evaluation.version, evaluation.step)
         return None
@@ -259,8 +293,12 @@ class Ledger:
         seed = int(np.random.SeedSequence([self._seed, int(kind == "eval"), task]).generate_state(1)[0])
         held = Held(tree_id, self.next_number, task, kind, seed, 0, "", 0.0, min_version, eval_step=eval_step)
         self.next_number += 1
-        self._held[tree_id] = held
+        self._keep(held)
         return held
+
+    def _keep(self, held: Held) -> None:
+        self._held[held.tree_id] = held
+        self._num_held[held.kind] += 1
 
     def _least_version(self, ready: int) -> int:
         """The oldest version with which a tree begun now is still fresh at its first use.
@@ -332,7 +370,7 @@ class Ledger:
             if held.waiting:
                 held.waiting = False
                 self.changed.add(tree_id)
-                self._waiting.remove(tree_id)
+                del self._waiting[held.kind][tree_id]
 
         unknown = []
         for held in self.held_by(actor):
@@ -362,11 +400,11 @@ class Ledger:
 
     def held_by(self, actor: str, tree_ids: Sequence[str] | None = None) -> list[Held]:
         """What ``actor`` holds, of ``tree_ids`` only if given."""
-        return [
-            held
-            for held in self._held.values()
-            if held.holder == actor and not held.waiting and (tree_ids is None or held.tree_id in tree_ids)
-        ]
+        if tree_ids is None:
+            asked = iter(self._held.values())
+        else:
+            asked = (self._held[tree_id] for tree_id in dict.fromkeys(tree_ids) if tree_id in self._held)
+        return [held for held in asked if held.holder == actor and not held.waiting]
 
     def reissue(self, tree_id: str, *, lost: bool) -> bool:
         """Put a lease up for another holder; False if its task is given up instead.
@@ -383,7 +421,7 @@ class Ledger:
             self.end(tree_id)
             return False
         held.waiting = True
-        self._waiting.append(tree_id)
+        self._waiting[held.kind][tree_id] = None
         return True
 
     def end(self, tree_id: str) -> Held | None:
@@ -391,8 +429,9 @@ class Ledger:
         held = self._held.pop(tree_id, None)
         if held is not None:
             self.changed.add(tree_id)
+            self._num_held[held.kind] -= 1
             if held.waiting:
-                self._waiting.remove(tree_id)
+                del self._waiting[held.kind][tree_id]
         return held
 
     def attempts(self, task: int) -> int:
@@ -434,9 +473,9 @@ class Ledger:
     def restore(self, held: Held, *, now: float) -> None:
         """A lease as an earlier process left it: its holder has its whole lifetime to be heard of again."""
         held.expires_at = now + self._lifetime_s
-        self._held[held.tree_id] = held
+        self._keep(held)
         if held.waiting:
-            self._waiting.append(held.tree_id)
+            self._waiting[held.kind][held.tree_id] = None
         elif held.holder:
             self._heard[held.holder] = now
 
@@ -460,17 +499,20 @@ class Ledger:
         for tree_id in replaced:
             self.end(tree_id)
         self.evaluations[step] = Evaluation(step, version, num_tasks, blocking)
+        self.changed_evaluations.add(step)
         done = sorted(each.step for each in self.evaluations.values() if each.done)
         for old in done[:-REMEMBERED_EVALUATIONS]:
             del self.evaluations[old]
+            self.changed_evaluations.add(old)
         return replaced
 
-    def record(self, held: Held, success: float | None) -> Evaluation | None:
+    def record(self, held: Held, outcome: Outcome | None) -> Evaluation | None:
         """The result of one evaluation tree (None: it failed).  Returns the evaluation if that was its last."""
         evaluation = self.evaluations.get(held.eval_step)
         if evaluation is None or evaluation.done:
             return None
-        evaluation.results[held.task_index] = success
+        evaluation.add(held.task_index, outcome)
+        self.changed_evaluations.add(held.eval_step)
         return evaluation if evaluation.done else None
 
     # --- what is there -----------------------------------------------------------------------------------------
@@ -484,7 +526,7 @@ class Ledger:
     @property
     def num_training(self) -> int:
         """Training trees under lease, those that wait for another holder too."""
-        return sum(held.kind == "train" for held in self._held.values())
+        return self._num_held["train"]
 
     def training_trees(self) -> list[str]:
         """Training trees under lease."""

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -63,7 +64,8 @@ from buffer.batches import Share
 from buffer.index import StoredTurns, places_of
 from buffer.journal import Journal
 from buffer.keeping import Keeping
-from buffer.state import BufferState
+from buffer.owed import Owed
+from buffer.state import RETRY_S, BufferState
 
 log = logging.getLogger("atpo.buffer")
 
@@ -149,6 +151,10 @@ class BufferService:
         self._changed = asyncio.Event()
         self._writers: dict[str, MetricsWriter] = {}
         self._farewells: set[str] = set()
+        self._owed_leases: dict[str, Owed[Leases]] = {}
+        """Actor -> what was granted to it and is not committed yet."""
+        self._owed_batch: Owed[int] | None = None
+        """Number of the batch that was made last, until it is committed and after."""
         # For the buffer's picture: why those who ask are put off.
         self._admission = waits.Standing("requests for leases")
         self._trees = waits.Standing("the request for a batch")
@@ -194,6 +200,10 @@ class BufferService:
     ) -> None:
         await asyncio.gather(self.actors.close(), self.learner.close())
         self._write_records()
+        for peer in list(self._owed_leases):
+            self._let_go(peer)
+        if self._owed_batch is not None:
+            self._owed_batch.drop()
         await self._opened.aclose()
         for writer in self._writers.values():
             writer.close()
@@ -339,6 +349,7 @@ class BufferService:
                 reason=f"actor {hello.actor} grows {hello.environment!r} trees of up to {hello.search_leaves} leaves, "
                 f"this run {mine[0]!r} trees of {mine[1]}; start it with the run's configuration"
             )
+        self._let_go(peer)
         self.state.hello(peer, now)
         self._notify()
         return Welcome(
@@ -348,12 +359,42 @@ class BufferService:
         )
 
     async def _lease(self, peer: str, request: LeaseRequest) -> Leases:
-        """Waits for: admission.  Unblocked by: a batch taken, a version published, an evaluation, a lost lease."""
+        """Waits for: admission, then the commit.  Unblocked by: a batch taken, a version published, an evaluation, a
+        lost lease; the disk.
+
+        What is granted leaves after the commit that holds it and not before, however slow the disk is: a buffer
+        started after a kill must know of it.  Until then it is owed, and nothing more is granted to this actor.
+        """
+        owed = self._owed_leases.get(peer)
+        if owed is None:
+            leases = await self._admitted(peer, request)
+            owed = self._owed_leases.get(peer)  # to a request that came in the meantime
+            if owed is not None:
+                self.state.returned(peer, [lease.tree_id for lease in leases.leases])
+            elif not leases.leases:
+                if leases.finished:
+                    self._farewells.add(peer)
+                    self._notify()
+                return leases
+            else:
+                leases = self._as_many_as_fit(peer, leases)
+                owed = self._owed_leases[peer] = Owed(leases, self.journal.settle())
+        asked = owed.ask()
+        if not await owed.committed(SETTLE_WAIT_S) or not owed.is_latest(asked):
+            why = self._disk_trouble()
+            self._admission.goes_on(why, on=waits.DISK)
+            return Leases(leases=(), closed_because=why, retry_after_s=RETRY_S, finished=False)
+        self._let_go(peer)
+        return await self._granted(peer, owed.answer)
+
+    async def _admitted(self, peer: str, request: LeaseRequest) -> Leases:
+        """What can be granted; none, with the reason, after ``LEASE_WAIT_S``."""
 
         def ask() -> Leases:
             if self.journal.failing is not None:
-                why = f"the buffer's journal cannot be written: {self.journal.failing}"
-                return Leases(leases=(), closed_because=why, retry_after_s=SETTLE_WAIT_S, finished=False)
+                return Leases(
+                    leases=(), closed_because=self._disk_trouble(), retry_after_s=SETTLE_WAIT_S, finished=False
+                )
             return self.state.lease(peer, request.count, self._clock(), engine_version=request.version)
 
         def some() -> Leases | None:
@@ -365,21 +406,23 @@ class BufferService:
             self._admission.over()
         else:
             self._admission.goes_on(leases.closed_because or "admission", on=self._admits())
-        if leases.leases:
-            leases = await self._with_turns(self._as_many_as_fit(peer, leases))
-            try:
-                # Before the lease is out: a buffer started after a kill must know of it.
-                await self.journal.settle(timeout_s=SETTLE_WAIT_S)
-            except TimeoutError:
-                self.state.returned(peer, [lease.tree_id for lease in leases.leases])
-                return ask()
-        if not self._leased_training and any(lease.kind == "train" for lease in leases.leases):
+        return leases
+
+    async def _granted(self, peer: str, leases: Leases) -> Leases:
+        """The answer with those leases that are still this actor's, and the turns that they have already."""
+        there = tuple(lease for lease in leases.leases if self.state.has(peer, lease))
+        if not self._leased_training and any(lease.kind == "train" for lease in there):
             self._leased_training = True
             self._write("buffer", self.state.step, self.state.version, {"time/first_lease": time.time()})
-        if leases.finished:
-            self._farewells.add(peer)
-            self._notify()
-        return leases
+        return await self._with_turns(msgspec.structs.replace(leases, leases=there))
+
+    def _let_go(self, peer: str) -> None:
+        """What is owed to this actor has left, or is not its any more."""
+        if (owed := self._owed_leases.pop(peer, None)) is not None:
+            owed.drop()
+
+    def _disk_trouble(self) -> str:
+        return f"the buffer's journal cannot be written: {self.journal.failing or 'its disk is slow'}"
 
     def _admits(self) -> str:
         """Who can end it that no lease is granted: for the buffer's picture."""
@@ -403,14 +446,13 @@ class BufferService:
         return msgspec.structs.replace(leases, leases=leases.leases[:fitting])
 
     async def _with_turns(self, leases: Leases) -> Leases:
-        """The turns that are there already, read from the journal."""
-        found = []
-        for lease in leases.leases:
-            committed = lease.committed
-            if isinstance(committed, StoredTurns):
-                records = await self.journal.load(committed.places)
-                lease = msgspec.structs.replace(lease, committed=TurnRecords.raw(records, len(records)))
-            found.append(lease)
+        """The turns that are there already, read from the journal in one go: what it sees at once it sees whole."""
+        stored = [each.committed.places if isinstance(each.committed, StoredTurns) else [] for each in leases.leases]
+        records = iter(await self.journal.load([place for places in stored for place in places]))
+        found = [
+            msgspec.structs.replace(lease, committed=TurnRecords.raw(list(islice(records, len(places))), len(places)))
+            for lease, places in zip(leases.leases, stored, strict=True)
+        ]
         return msgspec.structs.replace(leases, leases=tuple(found))
 
     def _take(
@@ -422,18 +464,23 @@ class BufferService:
     ) -> None:
         match message:
             case Turn() | TreeOpened() | TreeClosed():
-                if self.state.take(message, now, frames):
+                try:
+                    came_to_an_end = self.state.take(message, now, frames)
+                except BadMessage as exc:
+                    self.state.refused(peer, message, str(exc))
+                    raise
+                waits.progress("messages")
+                if came_to_an_end:
                     self._notify()
             case ActorReport():
-                if self.state.report(peer, message.tree_ids, now):
+                owed = self._owed_leases.get(peer)
+                # Of these it cannot know yet.
+                not_out = [] if owed is None else [lease.tree_id for lease in owed.answer.leases]
+                if self.state.report(peer, [*message.tree_ids, *not_out], now):
                     self._notify()
                 self._write(peer, self.state.step, message.version, message.metrics)
             case LeaseReturned():
-                if self.state.returned(peer, message.tree_ids):
-                    self._notify()
-            case _:
-                waits.progress("messages")
-                if self.state.take(message, now, frames):
+                if self.state.returned(peer, message.tree_ids, message.reason):
                     self._notify()
 
     # --- the learner -------------------------------------------------------------------------------------------
@@ -491,20 +538,23 @@ class BufferService:
             )
         self._trees.over()
         waits.progress("batches")
-        try:
-            # Before the batch is out: whoever serves after a kill must give every rank its share of the same one.
-            settling = asyncio.ensure_future(self.journal.settle(timeout_s=SETTLE_WAIT_S, at_once=True))
-            try:
-                batch = share if isinstance(share, Exhausted) else share.batch(await self.journal.load(share.places))
-                await settling
-            finally:
-                settling.cancel()
-        except TimeoutError:
-            return NotYet(
-                waiting_for=f"the buffer's journal cannot be written: {self.journal.failing or 'its disk is slow'}",
-                progress=self.state.progress,
-            )
-        return batch
+        return await self._given(share)
+
+    async def _given(self, share: Share | Exhausted) -> Message:
+        """The answer, once it is committed: whoever serves after a kill must give every rank its share of the same."""
+        number = -1 if isinstance(share, Exhausted) else share.head.batch_id
+        owed = self._owed_batch
+        if owed is None or owed.answer != number:
+            if owed is not None:
+                owed.drop()
+            owed = self._owed_batch = Owed(number, self.journal.settle(at_once=True))
+        records = [] if isinstance(share, Exhausted) else await self.journal.load(share.places)
+        if not await owed.committed(SETTLE_WAIT_S):
+            return NotYet(waiting_for=self._disk_trouble(), progress=self.state.progress)
+        if isinstance(share, Exhausted):
+            self._owed_batch = None  # said again it may rest on something newer
+            return share
+        return share.batch(records)
 
     async def _eval_result(self, query: EvalQuery) -> EvalResult:
         """Waits for: the evaluation's last tree.  Unblocked by: actors closing trees, lost leases being given up.

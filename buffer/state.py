@@ -267,15 +267,46 @@ class BufferState:
         unknown = self.ledger.renew(actor, tree_ids, now)
         for held in unknown:
             log.info("actor %s does not know of its lease of tree %s; another may have it", actor, held.tree_id)
-            self.ledger.reissue(held.tree_id, lost=False)
+            growing = self.assembly.growing(held.tree_id)
+            if not held.refused and growing is not None and growing.closed is not None:
+                held.refused = "it was closed, and not all of its turns came"
+            self._free(held)
         return bool(unknown)
 
-    def returned(self, actor: str, tree_ids: Iterable[str]) -> bool:
-        """``actor`` hands leases back in good order; others go on from the turns that are there."""
+    def returned(self, actor: str, tree_ids: Iterable[str], reason: str = "") -> bool:
+        """``actor`` hands leases back; others go on from the turns that are there.
+
+        Args:
+            actor: who held them.
+            tree_ids: whose leases.
+            reason: why what it sent of them was refused; empty where it hands them back in good order.
+        """
         held = self.ledger.held_by(actor, tuple(tree_ids))
         for each in held:
-            self.ledger.reissue(each.tree_id, lost=False)
+            each.refused = reason or each.refused
+            self._free(each)
         return bool(held)
+
+    def has(self, actor: str, lease: Lease) -> bool:
+        """Whether ``actor`` still has this lease."""
+        held = self.ledger.held(lease.tree_id)
+        return held is not None and (held.holder, held.waiting, held.epoch) == (actor, False, lease.epoch)
+
+    def refused(self, actor: str, message: TreeMessage, reason: str) -> None:
+        """Something of a tree was refused for its content: under the lease that ``actor`` has it cannot be finished."""
+        held = self.ledger.held(message.tree_id)
+        if held is not None and (held.holder, held.waiting, held.epoch) == (actor, False, message.lease_epoch):
+            held.refused = reason
+
+    def _free(self, held: Held) -> None:
+        """A lease that its holder does not have any more.  What is refused for its content is as good as lost, and
+        counts like it: with the same task it would be refused once more, for ever."""
+        if not held.refused:
+            self.ledger.reissue(held.tree_id, lost=False)
+            return
+        self.account.since.counts["refused_trees"] += 1
+        log.warning("tree %s, task %d, was refused: %s", held.tree_id, held.task_index, held.refused)
+        self._lost(held)
 
     def tick(self, now: float) -> bool:
         """Look after the leases.  True if any was lost."""
@@ -291,7 +322,8 @@ class BufferState:
         if leaves >= (1 if held.kind == "eval" else 2):
             self.holdings.end(held.tree_id)
         elif not self.ledger.reissue(held.tree_id, lost=True):
-            log.warning("task %d given up: tree %s lost %d holders", held.task_index, held.tree_id, held.lost)
+            why = f", the last as it was refused: {held.refused}" if held.refused else ""
+            log.warning("task %d given up: tree %s lost %d holders%s", held.task_index, held.tree_id, held.lost, why)
             self.holdings.forget_growing(held.tree_id)
             if held.kind == "eval":
                 self.evaluations.record(held, None)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from atpo_async.config import Config
 from atpo_async.errors import PeerLost, WaitTimeout
 from atpo_async.messages import EvalQuery, EvalRequest, EvalResult, Refused
-from atpo_async.metrics import read_metrics
+from atpo_async.metrics import read_metrics, versions_said
 from atpo_async.rundir import RunDir
 from learner.buffer_peer import REQUEST_WAIT_S, BufferPeer
 
@@ -90,6 +90,9 @@ class Evaluations:
             await self.finish(step, version, blocking=False)
         except (WaitTimeout, PeerLost) as exc:
             self._log.error("evaluation of step %d is given up: %s", step, exc)
+        # Nobody looks at what this task comes to: training goes on without this result, but not without a word.
+        except Exception as exc:
+            self._log.exception("evaluation of step %d is given up: %s: %s", step, type(exc).__name__, exc)
 
     async def finish(self, step: int, version: int, *, blocking: bool) -> None:
         """Wait for a requested evaluation and write its result with the step it was asked at.
@@ -123,12 +126,29 @@ class Evaluations:
 
     async def _take(self, result: EvalResult, step: int, version: int) -> None:
         if result.success is None:
-            self._log.error("evaluation of step %d has no result: none of its tasks could be done", step)
+            why = "none of its tasks could be done"
+            if result.num_unknown:
+                why = (
+                    f"of {result.num_unknown} of its {result.num_tasks} tasks the environment did not say whether they "
+                    "succeeded (StepResult.success is None), the others failed"
+                )
+            self._log.error("evaluation of step %d has no result: %s", step, why)
             return
-        await self._write(step, version, {"eval/success": result.success, "eval/tasks": float(result.num_tasks)})
-        self._log.info("step %d: greedy success %.3f", step, result.success)
+        metrics = {"eval/success": result.success, "eval/tasks": float(result.num_tasks)}
+        sampled_by = ""
+        if result.version_min >= 0:
+            # Of more than one where training went on meanwhile: this result is no single version's.
+            metrics |= {"eval/version_min": float(result.version_min), "eval/version_max": float(result.version_max)}
+            sampled_by = f", sampled by {versions_said(result.version_min, result.version_max)}"
+        await self._write(step, version, metrics)
+        self._log.info("step %d: greedy success %.3f%s", step, result.success, sampled_by)
 
     async def wait_for_those_under_way(self) -> None:
         """Waits for: results of evaluations beside training, for ``links.give_up_s`` at most."""
         if self.under_way:
-            await asyncio.wait(self.under_way, timeout=self._buffer.settings.give_up_s)
+            give_up_s = self._buffer.settings.give_up_s
+            _, late = await asyncio.wait(self.under_way, timeout=give_up_s)
+            for task in late:
+                self._log.error(
+                    "%s has no result %.0f s after the last step (links.give_up_s)", task.get_name(), give_up_s
+                )

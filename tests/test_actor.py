@@ -362,6 +362,7 @@ async def test_a_refused_tree_goes_back_to_the_buffer() -> None:
     await buffer.until(lambda: {getattr(m, "tree_id", "") for m in buffer.sent} >= {"t0", "t1"})
     buffer.on_refused(next(m for m in buffer.sent if getattr(m, "tree_id", "") == "t0"), "other bytes")
     await buffer.until(lambda: any(m.tree_ids == ("t0",) for m in buffer.of(LeaseReturned)))
+    assert [m.reason for m in buffer.of(LeaseReturned)] == ["other bytes"]
     buffer.open.discard("t0")
     engine.hold.set()
     await work

@@ -21,7 +21,7 @@ from atpo_async.messages import (
     VersionPublished,
 )
 from atpo_async.tree import Turn, VersionSpan, is_fresh
-from buffer.ledger import Ledger
+from buffer.ledger import Held, Ledger, Outcome
 from buffer.state import BufferState
 
 PROMPT = np.array([1], dtype=np.int32)
@@ -109,7 +109,7 @@ def test_old_results_and_actors_long_gone_are_forgotten() -> None:
         made.evaluate(step=step, version=0, num_tasks=1, blocking=False)
         (held,) = made.grant(f"a{step}", 1, now=float(step), ready=99).leases
         made.end(held.tree_id)
-        made.record(held, 1.0)
+        made.record(held, Outcome(1.0, 1, (0, 0)))
     assert len(made.evaluations) <= 9
     assert max(made.evaluations) == 29
     assert made.actors_alive(30.0) > 0
@@ -186,6 +186,34 @@ def test_a_full_memory_closes_admission() -> None:
     assert "max_bytes" in str(made.grant("a", 1, now=0.0, ready=0, memory_full=True).closed_because)
 
 
+class Counted(dict[str, Held]):
+    """Leases; counts how often all of them are gone through."""
+
+    walks = 0
+
+    def values(self) -> Any:
+        self.walks += 1
+        return super().values()
+
+    def __iter__(self) -> Any:
+        self.walks += 1
+        return super().__iter__()
+
+
+def test_what_a_grant_costs_does_not_depend_on_how_many_leases_there_are() -> None:
+    made = ledger(staleness={"trees_per_batch": 4000, "max_lag": 4})
+    made.publish(0)
+    made._held = held = Counted()
+    trees = granted(made, 4000)
+    for tree_id in trees:
+        made.reissue(tree_id, lost=False)
+    assert granted(made, 5000)[:4000] == trees
+    assert (len(made), made.num_training, held.walks) == (5000, 5000, 0)
+    for tree_id in trees:
+        made.end(tree_id)
+    assert (len(made), made.num_training, held.walks) == (1000, 1000, 0)
+
+
 # --- keeping and losing --------------------------------------------------------------------------------------------
 
 
@@ -249,7 +277,7 @@ def test_evaluation_comes_before_training_and_a_blocking_one_keeps_it_back() -> 
     assert "evaluation of step 0 comes first: 0 of 3" in str(answer.closed_because)
     for held, success in zip(answer.leases, (1.0, 0.0, None), strict=True):
         made.end(held.tree_id)
-        made.record(held, success)
+        made.record(held, None if success is None else Outcome(success, 1, (0, 0)))
     assert made.evaluations[0].success == pytest.approx(1 / 3)
     assert made.evaluations[0].num_failed == 1
     assert made.grant("a", 1, now=0.0, ready=0).leases[0].kind == "train"

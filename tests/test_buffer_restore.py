@@ -220,6 +220,7 @@ def picture(state: BufferState, disk: Disk, *, partial: bool) -> dict[str, Any]:
         "bytes": (state.assembly.nbytes, disk.nbytes, *(() if partial else (state.pool.nbytes, state.nbytes))),
         "parked": state.assembly.num_parked(),
         "pending": state.ledger.num_training,
+        "evaluations": [str(state.ledger.evaluations[step]) for step in sorted(state.ledger.evaluations)],
     }
 
 

@@ -479,7 +479,7 @@ def test_an_evaluation_in_which_everything_failed_has_no_success_at_all(state: B
         take(state, [opened(lease), closed(lease, 0, failed=1)])
     result = state.eval_result(0)
     assert (result.done, result.success, result.num_done) == (True, None, 2)
-    assert state.records == [(0, 0, {"eval/failed": 2.0})]
+    assert state.records == [(0, 0, {"eval/failed": 2.0, "eval/unknown": 0.0})]
 
 
 def test_the_turns_of_an_evaluation_that_was_replaced_do_not_count(state: BufferState) -> None:
@@ -490,7 +490,7 @@ def test_the_turns_of_an_evaluation_that_was_replaced_do_not_count(state: Buffer
     state.evaluate(EvalRequest(run="r", step=0, version=1, num_tasks=2, blocking=True))
     for lease in state.lease("a", 2, 0.0).leases:
         take(state, grown(lease, (1.0,)))
-    assert state.records == [(0, 1, {"eval/failed": 0.0, "eval/turns_mean": 1.0})]
+    assert state.records == [(0, 1, {"eval/failed": 0.0, "eval/unknown": 0.0, "eval/turns_mean": 1.0})]
 
 
 # --- what becomes of lost holders ----------------------------------------------------------------------------------
