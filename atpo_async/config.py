@@ -265,6 +265,9 @@ class LearnerConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule_steps: int | None = Field(
+        None, ge=1, description="learner batches until the schedule's end; none: run.steps, and the curve follows it"
+    )
     max_grad_norm: float = Field(1.0, gt=0)
     minibatches: int = Field(1, ge=1, description="parts of a batch, each an optimizer step")
     epochs: int = Field(1, ge=1, description="passes over a batch, each with its optimizer steps")
@@ -277,6 +280,9 @@ class LearnerConfig(Section):
     micro_batch_tokens: int = Field(16384, ge=64, description="padded tokens of one forward pass")
     checkpoint_every: int = Field(50, ge=1, description="batches between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
+    export_dtype: Literal["source", "float32", "bfloat16", "float16"] = Field(
+        "source", description="precision of the trained policy in model/; source: as the folder that the run began with"
+    )
     num_processes: int = Field(1, ge=1, description="ranks that the supervisor starts through accelerate launch")
     accelerate_config: str | None = Field(None, description="accelerate configuration file (FSDP, DeepSpeed, …)")
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"

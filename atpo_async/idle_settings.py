@@ -46,6 +46,7 @@ WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
     "objective.dual_clip": (("objective.surrogate", ("clip",)),),
     "objective.tv_limit": (("objective.surrogate", ("tv",)),),
     "objective.kl_estimator": (("objective.kl_coef", NONZERO),),
+    "learner.schedule_steps": (("learner.schedule", ("linear", "cosine")),),
     "learner.pack_tokens": (("learner.packing", ("auto", "tree")),),
     "actor.kv_cache_gb": (*_VLLM, ("actor.device", ("auto", "cpu"))),
     "actor.gpu_memory_utilization": (*_VLLM, ("actor.device", ("auto", "cuda"))),

@@ -6,14 +6,22 @@ may append to the same file: a line is one ``write`` to a file opened for append
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("atpo.metrics")
+
+MAX_HELD = 10_000
+"""Records that a writer keeps while the disk is full."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,18 +49,25 @@ def versions_said(oldest: int, newest: int) -> str:
 
 
 class MetricsWriter:
-    """Appends records to a metrics file.  Numbers that are not finite are left out and counted."""
+    """Appends records to a metrics file.  Numbers that are not finite are left out and counted.
+
+    A full disk is waited for: records are kept in memory, ``MAX_HELD`` of them, and written when there is room.
+    """
 
     def __init__(self, path: Path, *, source: str) -> None:
         self.source = source
         self.dropped = 0
         """Non-finite values left out so far; also written as ``metrics/dropped`` once there is one."""
+        self._path = path
+        self._held: deque[bytes] = deque(maxlen=MAX_HELD)
+        """Lines that the disk has not taken yet, oldest first."""
+        self._broken = False
+        """The file ends in mid-line: a new one begins with a line break."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd: int | None = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         size = os.fstat(self._fd).st_size
-        if size and os.pread(self._fd, 1, size - 1) != b"\n":
-            # A writer died in mid-line: end its line, or the next record is lost with it.
-            os.write(self._fd, b"\n")
+        # A writer died in mid-line: end its line, or the next record is lost with it.
+        self._broken = bool(size) and os.pread(self._fd, 1, size - 1) != b"\n"
 
     def write(self, *, step: int, version: int, metrics: Mapping[str, float], time_s: float | None = None) -> None:
         """Append one record.  ``time_s`` is Unix seconds; now where None."""
@@ -77,13 +92,32 @@ class MetricsWriter:
         )
         if self._fd is None:
             raise ValueError("metrics writer is closed")
-        data = line.encode() + b"\n"
-        while data:
-            data = data[os.write(self._fd, data) :]
+        failing = bool(self._held)
+        self._held.append(line.encode() + b"\n")
+        try:
+            self._write_held(self._fd)
+        except OSError as exc:
+            if not failing:
+                log.warning(
+                    "%s cannot be written: %s; its records wait in memory, the last %d of them", self._path,
+                    exc.strerror, MAX_HELD,
+                )  # fmt: skip
+
+    def _write_held(self, fd: int) -> None:
+        """Raises OSError where the disk refuses; what it has not taken whole stays held."""
+        while self._held:
+            line = self._held[0]
+            data = b"\n" + line if self._broken else line
+            written = os.write(fd, data)
+            self._broken = written < len(data) if written else self._broken
+            if written == len(data):
+                self._held.popleft()
 
     def close(self) -> None:
         """Idempotent."""
         if self._fd is not None:
+            with contextlib.suppress(OSError):
+                self._write_held(self._fd)
             os.close(self._fd)
             self._fd = None
 

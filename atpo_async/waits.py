@@ -25,6 +25,10 @@ DISK = "disk"
 """Waited for inside a role's own process too, but no new process makes a disk answer."""
 
 
+SAVING = "saving"
+"""Phase of a role that was asked to end and first brings what it has done to disk: it is given the time."""
+
+
 class Deadlines(Protocol):
     """``links.deadline_s`` and ``links.give_up_s``, wherever they are kept."""
 

@@ -46,6 +46,8 @@ class BufferPeer:
         self.run_id = run
         self.settings = settings
         self.stopping = stopping
+        self.exhausted_because = ""
+        """Why there is no further batch, once the buffer has said so."""
         self._ranks = ranks
         self._log = log
 
@@ -88,6 +90,7 @@ class BufferPeer:
             if isinstance(reply, Batch):
                 return reply
             if isinstance(reply, Exhausted):
+                self.exhausted_because = reply.reason
                 self._log.info("no further batch: %s", reply.reason)
                 return Wanted.END
             if isinstance(reply, NotYet) and reply.checkpoint_wanted and not is_saved:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from atpo_async import disk
 from atpo_async.errors import SetupError
 from atpo_async.policy import list_checkpoints as list_checkpoints
 from learner.guards import GradNorms, SkipCount
@@ -33,6 +34,8 @@ from learner.step import Trainer
 
 _ASIDE = ".writing-"
 FORMAT = 1
+_NO_NUMBER = 1 << 20
+"""Stands for an error that no file system gave, among error numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,41 +53,31 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> Path:
-    """Write a checkpoint and remove all but the newest ``keep``.  Every rank calls it."""
+    """Write a checkpoint and remove all but the newest ``keep``.  Every rank calls it.
+
+    Raises:
+        OSError: a file system refused, that of any rank: with the same number on all of them.  Nothing is left of it.
+    """
     accelerator = trainer.accelerator
     target = folder / f"step-{progress.step:06d}-v{progress.version:06d}"
     aside = folder / f"{_ASIDE}{target.name}"
     if target.is_dir():  # versions are never used twice: the same name is the same state
         return target
+    for part in (_make_room, _write_tensors, _complete):
+        fault: Exception | None = None
+        try:
+            part(aside, target, trainer, progress)
+        # Whatever it is: the other ranks wait to hear of it.
+        except Exception as exc:
+            fault = exc
+        try:
+            _agree(fault, trainer)
+        except Exception:
+            if accelerator.is_main_process:
+                # Also for the room that it takes: the next try, or somebody else, needs it.
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
     if accelerator.is_main_process:
-        for leftover in _entries(folder):
-            if leftover.name.startswith(_ASIDE):
-                shutil.rmtree(leftover, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    save_file(_torch_rng(), aside / f"rng-{accelerator.process_index}.safetensors")
-    if trainer.sharded:
-        accelerator.save_state(str(aside / "sharded"), safe_serialization=True)
-    elif accelerator.is_main_process:
-        save_file(_parameters(trainer), aside / "model.safetensors")
-        save_file(_optimizer_tensors(trainer), aside / "optimizer.safetensors")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        state = {
-            "format": FORMAT,
-            "step": progress.step,
-            "version": progress.version,
-            "updates": trainer.updates,
-            "skips": [trainer.skips.in_a_row, trainer.skips.total],
-            "grad_norms": list(trainer.grad_norms.norms),
-            "param_groups": [
-                {k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups
-            ],
-            "python_rng": _jsonable(random.getstate()),
-            "numpy_rng": _jsonable(np.random.get_state()),
-        }
-        (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        publish(aside, target)
         for old in list_checkpoints(folder)[:-keep]:
             # Renamed first: a folder that is half removed must not look like a checkpoint.
             gone = folder / f"{_ASIDE}removed-{old.name}"
@@ -92,6 +85,56 @@ def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> Pa
             shutil.rmtree(gone, ignore_errors=True)
     accelerator.wait_for_everyone()
     return target
+
+
+def _agree(fault: Exception | None, trainer: Trainer) -> None:
+    """Raise on every rank what any rank's file system refused.  Waits for: all ranks."""
+    number = 0 if fault is None else (disk.error_number(fault) or _NO_NUMBER)
+    worst = -int(trainer.least(-float(number)))
+    if worst == _NO_NUMBER and fault is not None:
+        raise fault
+    if worst == number and isinstance(fault, OSError):
+        raise fault
+    if worst == _NO_NUMBER:
+        raise RuntimeError("another rank could not write its part of the checkpoint: its log says why")
+    if worst:
+        raise OSError(worst, os.strerror(worst)) from fault
+
+
+def _make_room(aside: Path, target: Path, trainer: Trainer, progress: Progress) -> None:
+    if trainer.accelerator.is_main_process:
+        for leftover in _entries(aside.parent):
+            if leftover.name.startswith(_ASIDE):
+                shutil.rmtree(leftover, ignore_errors=True)
+        aside.mkdir(parents=True)
+
+
+def _write_tensors(aside: Path, target: Path, trainer: Trainer, progress: Progress) -> None:
+    accelerator = trainer.accelerator
+    save_file(_torch_rng(), aside / f"rng-{accelerator.process_index}.safetensors")
+    if trainer.sharded:
+        accelerator.save_state(str(aside / "sharded"), safe_serialization=True)
+    elif accelerator.is_main_process:
+        save_file(_parameters(trainer), aside / "model.safetensors")
+        save_file(_optimizer_tensors(trainer), aside / "optimizer.safetensors")
+
+
+def _complete(aside: Path, target: Path, trainer: Trainer, progress: Progress) -> None:
+    if not trainer.accelerator.is_main_process:
+        return
+    state = {
+        "format": FORMAT,
+        "step": progress.step,
+        "version": progress.version,
+        "updates": trainer.updates,
+        "skips": [trainer.skips.in_a_row, trainer.skips.total],
+        "grad_norms": list(trainer.grad_norms.norms),
+        "param_groups": _settings(trainer),
+        "python_rng": _jsonable(random.getstate()),
+        "numpy_rng": _jsonable(np.random.get_state()),
+    }
+    (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    publish(aside, target)
 
 
 def publish(aside: Path, target: Path) -> None:
@@ -114,11 +157,15 @@ def load(path: Path, trainer: Trainer) -> Progress:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             raise SetupError(f"checkpoint {path} has format {state['format']}, this program reads {FORMAT}")
+        _check_kind(path, trainer)
         if trainer.sharded:
+            settings = _settings(trainer)
             accelerator.load_state(str(path / "sharded"))
+            for group, kept in zip(trainer.optimizer.param_groups, settings, strict=True):
+                group.update(kept)
         else:
             _load_parameters(trainer, load_file(path / "model.safetensors"))
-            _load_optimizer(trainer, load_file(path / "optimizer.safetensors"), state["param_groups"])
+            _load_optimizer(trainer, load_file(path / "optimizer.safetensors"))
         own = path / f"rng-{accelerator.process_index}.safetensors"
         if own.is_file():  # with more ranks than before the new ones start afresh
             _set_torch_rng(load_file(own))
@@ -160,17 +207,33 @@ def _optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
     }
 
 
-def _load_optimizer(trainer: Trainer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
+def _load_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+    """Moments and step counts from ``tensors``; rates, betas and decay are the configuration's, which may be new."""
     own = trainer.optimizer.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = tensor
-    merged = [
-        {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()} | {"params": group["params"]}
-        for saved, group in zip(groups, own["param_groups"], strict=True)
-    ]
-    trainer.optimizer.load_state_dict({"state": state, "param_groups": merged})
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+
+
+def _settings(trainer: Trainer) -> list[dict[str, Any]]:
+    """What the optimizer was made with, group by group: rates, betas, decay."""
+    return [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
+
+
+def _check_kind(path: Path, trainer: Trainer) -> None:
+    """Raises SetupError for a checkpoint of whole tensors where they are sharded now, or the other way about."""
+    was_sharded = (path / "sharded").is_dir()
+    if was_sharded == trainer.sharded:
+        return
+    was, now = ("shards", "whole tensors") if was_sharded else ("whole tensors", "shards")
+    raise SetupError(
+        f"checkpoint {path} holds {was}, and with learner.accelerate_config = "
+        f"{trainer.config.learner.accelerate_config!r} this learner keeps {now}: go on with the former "
+        "learner.accelerate_config (the number of ranks may change), or start another run from the policy alone with "
+        "`atpo train CONFIG --from RUN`"
+    )
 
 
 def _torch_rng() -> dict[str, Tensor]:

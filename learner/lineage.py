@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from atpo_async.disk import until_written
 from atpo_async.messages import Batch, BatchTree
 from atpo_async.records import TurnRecords
+
+log = logging.getLogger("atpo.learner")
 
 LINEAGE_FILE = "lineage.jsonl"
 
@@ -36,11 +40,19 @@ def write_lineage(path: Path, batch: Batch, *, version: int, rank: int) -> None:
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(fd, json.dumps(line, separators=(",", ":")).encode() + b"\n")
-    finally:
-        os.close(fd)
+    """Waits for: room on the disk, where it is full."""
+    rest = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+
+    def write() -> None:
+        nonlocal rest
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+        finally:
+            os.close(fd)
+
+    until_written(str(path), write, log=log)
 
 
 def _hash(tree: BatchTree) -> str:

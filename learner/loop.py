@@ -32,6 +32,7 @@ from atpo_async.role import RoleContext
 from atpo_async.rundir import RunDir
 from learner.buffer_peer import BufferPeer, now_s
 from learner.evaluation import Evaluations
+from learner.fruitless import Fruitless, NothingToTrainOn
 from learner.kept_batches import keep_skipped
 from learner.lineage import LINEAGE_FILE, write_lineage, write_start
 from learner.model import load_policy, make_accelerator
@@ -111,7 +112,8 @@ class Learner:
         """A batch that has to wait until all ranks have saved a checkpoint."""
         self._exhausted = False
         """There is no further batch, whatever run.steps says."""
-        self._failure: WaitTimeout | PeerLost | None = None
+        self._fruitless = Fruitless(config.learner.max_skipped_updates)
+        self._failure: WaitTimeout | PeerLost | NothingToTrainOn | None = None
         """Why this rank goes no further; the others learn of it at the next batch."""
 
         status.publish("learner", self._facts)
@@ -132,6 +134,7 @@ class Learner:
         Raises:
             WaitTimeout: nothing came within ``links.give_up_s``.
             PeerLost: the buffer did not take a message in that time.
+            NothingToTrainOn: batch after batch held no tree that can be trained on, or none of the run's did.
         """
         watcher = asyncio.create_task(self._tell_torch_to_stop(), name="stop torch")
         try:
@@ -141,7 +144,9 @@ class Learner:
             if (self._exhausted or self.step >= self.config.run.steps) and not self.stopping.is_set():
                 await self._finish()
             else:
-                await self._save()
+                # Without an update there is nothing to keep: the run begins once more at its first step.
+                if self.trainer.updates:
+                    await self._save()
                 if self._failure is not None:
                     raise self._failure
         finally:
@@ -153,6 +158,8 @@ class Learner:
     async def _tell_torch_to_stop(self) -> None:
         await self.stopping.wait()
         self._stop_torch.set()
+        # Who asked for the end gives a role of this phase the time that it needs (``supervisor``).
+        waits.phase(waits.SAVING)
 
     # --- the beginning and the end
 
@@ -161,6 +168,7 @@ class Learner:
         resumed = await self.torch_thread(self.saving.resume)
         if resumed is not None:
             self.step = resumed.step
+        await self.torch_thread(self.saving.try_export)
         self.version = await self.torch_thread(self.ranks.next_version)
         if self.config.learner.lineage:
             write_start(self.rundir.path / LINEAGE_FILE, step=self.step, version=self.version, rank=self.ranks.rank)
@@ -186,6 +194,8 @@ class Learner:
 
     async def _finish(self) -> None:
         """Evaluate what was learned, save it, and tell everybody that the run is over."""
+        if not self.trainer.updates:
+            raise self._fruitless.at_the_end(step=self.step, because=self.buffer.exhausted_because)
         await self._save()
         await self.torch_thread(self.saving.export)
         if self.ranks.is_first:
@@ -228,17 +238,23 @@ class Learner:
             return False
         self.step += 1
         self.version = learned.version
-        # From the second batch on: what is compiled for the first one takes longer than any later one.
-        waits.phase("training")
+        if not self.stopping.is_set():
+            # From the second batch on: what is compiled for the first one takes longer than any later one.
+            waits.phase("training")
         waits.progress("batches")
         try:
             await self._tell(batch, learned, waited_s=waited_s)
         except PeerLost as exc:
             # The other ranks are on their way to the next batch: there they learn that this one has failed.
             self._failure = exc
+        fruitless = self._fruitless.after(batch, learned.report)
+        if fruitless is not None:
+            self._failure = fruitless
+            return False
         if learned.report.fault is not None:
             self._keep(batch, learned.report.fault)
-        if self.step % self.config.learner.checkpoint_every == 0 or learned.checkpoint_wanted:
+        due = self.step % self.config.learner.checkpoint_every == 0 and self.trainer.updates
+        if due or learned.checkpoint_wanted:
             await self._save()
         return True
 
@@ -315,7 +331,10 @@ class Learner:
     def _keep(self, batch: Batch, reason: str) -> None:
         """Put a batch aside whose update was skipped; stop the run after too many."""
         folder = self.rundir.path / "skipped"
-        keep_skipped(folder, batch, step=self.step, rank=self.ranks.rank)
+        try:
+            keep_skipped(folder, batch, step=self.step, rank=self.ranks.rank)
+        except OSError as exc:
+            self.log.warning("the batch of step %d is not kept in %s: %s", self.step, folder, exc)
         newest = self.saving.newest
         self.trainer.skips.check(
             reason,

@@ -5,8 +5,6 @@ Shapes: B rows, T tokens, N action tokens, V vocabulary.
 
 from __future__ import annotations
 
-import math
-import shutil
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -320,42 +318,3 @@ def make_optimizer(policy: nn.Module, settings: LearnerConfig, *, sharded: bool 
         weight_decay=settings.weight_decay,
         fused=not sharded,
     )
-
-
-def learning_rate(
-    update: int,
-    *,
-    peak: float,
-    warmup: int,
-    total: int,
-    schedule: Literal["constant", "linear", "cosine"],
-) -> float:
-    """Rate of the ``update``-th optimizer step, from 0: a function of the count alone, so a resume needs no more."""
-    if update < warmup:
-        return peak * (update + 1) / warmup
-    done = min(1.0, (update - warmup) / max(1, total - warmup))
-    if schedule == "linear":
-        return peak * (1.0 - done)
-    if schedule == "cosine":
-        return peak * 0.5 * (1.0 + math.cos(math.pi * done))
-    return peak
-
-
-def export_model(policy: Policy, tensors: dict[str, Tensor], source: Path, target: Path) -> None:
-    """Write an ordinary Hugging Face folder: weights and config, and what ``source`` has besides (tokenizer, …).
-
-    ``target`` has its old content or the new one, but for the moment between two renames.
-    """
-    aside = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    policy.hf.save_pretrained(aside, state_dict=tensors)
-    for file in source.iterdir():
-        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack") or ".index." in file.name
-        if file.is_file() and not weights and not file.name.startswith(".") and not (aside / file.name).exists():
-            shutil.copyfile(file, aside / file.name)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    aside.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -5,13 +5,19 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import numpy as np
 
 from atpo_async.config import Config
+from atpo_async.disk import until_written
 from atpo_async.messages import VersionPublished, WeightsAnnounced
 from learner.buffer_peer import BufferPeer
 from learner.publisher import Publisher, probe_token_ids
 from learner.step import Trainer
+
+log = logging.getLogger("atpo.learner")
 
 
 def probe_length(config: Config) -> int:
@@ -36,6 +42,8 @@ class Publication:
         self._trainer = trainer
         self._publisher = publisher
         self._buffer = buffer
+        # As of the count of versions (``ranks``): torch's own limit comes after it.
+        self._give_up_s = config.links.give_up_s if trainer.accelerator.num_processes > 1 else None
         self._probe = probe_token_ids(
             int(trainer.policy.hf.config.vocab_size), probe_length(config), seed=config.run.seed
         )
@@ -53,12 +61,14 @@ class Publication:
         logprobs = self._trainer.probe(self._probe)
         if self._publisher is None:
             return None
-        return self._publisher.store.add(
+        add = functools.partial(
+            self._publisher.store.add,
             version,
             tensors,
             probe_token_ids=self._probe,
             probe_logprobs=np.nan_to_num(logprobs, nan=0.0, posinf=0.0, neginf=-1e4),
         )
+        return until_written(f"version {version} of the weights", add, log=log, give_up_s=self._give_up_s)
 
     async def announce(self, announcement: WeightsAnnounced | None) -> None:
         """Tell actors and the buffer of what ``store`` has written.  Raises PeerLost as ``BufferPeer.send``."""

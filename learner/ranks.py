@@ -5,11 +5,15 @@ Every method that asks the other ranks runs in the torch thread, and every rank 
 
 from __future__ import annotations
 
+import logging
 from enum import IntEnum
 
+from atpo_async.disk import until_written
 from atpo_async.errors import SetupError
 from atpo_async.rundir import RunDir
 from learner.step import Trainer
+
+log = logging.getLogger("atpo.learner")
 
 
 class Wanted(IntEnum):
@@ -38,6 +42,8 @@ class Ranks:
         self.num_ranks: int = trainer.accelerator.num_processes
         self._trainer = trainer
         self._rundir = rundir
+        # Other ranks would be waiting in torch, which gives up a little later and says nothing of a disk.
+        self._give_up_s = rundir.config.links.give_up_s if self.num_ranks > 1 else None
 
     @property
     def is_first(self) -> bool:
@@ -67,5 +73,12 @@ class Ranks:
 
     def next_version(self) -> int:
         """Counted by rank 0, told to all."""
-        own = self._rundir.next_version() if self.is_first else 0
+        own = 0
+        if self.is_first:
+            own = until_written(
+                f"the count of versions in {self._rundir.path}",
+                self._rundir.next_version,
+                log=log,
+                give_up_s=self._give_up_s,
+            )
         return int(self._trainer.same_everywhere([own])[0])

@@ -13,6 +13,7 @@ from atpo_async.metrics import MetricsWriter
 from atpo_async.models import model_folder
 from atpo_async.rundir import RunDir
 from learner.buffer_peer import now_s
+from learner.fruitless import num_trained
 from learner.step import StepReport, Trainer
 from learner.torch_thread import TorchThread
 from learner.tree_samples import decoder, is_sampled, write_sample
@@ -97,9 +98,19 @@ class Recording:
         found["tokens/trained_per_s"] = found.get("tokens/trained", 0.0) / max(between_s, 1e-9)
         found["batch/trees"] = batch.num_trees
         found["batch/leaves"] = batch.num_leaves
+        found["batch/trained"] = num_trained(batch, report)
         if publish_s is not None:
             found["weights/publish_s"] = publish_s
         if is_sampled(step, num_steps=self._config.run.steps):
+            self._write_sample(batch, report, step=step, version=version)
+        await self.write(step, version, found)
+        self._log.info(
+            "step %d: reward %s, lag %s, waited %.2f s, step %.2f s",
+            step, _told(found.get("train/reward"), 3), _told(found.get("lag/mean"), 2), waited_s, step_s,
+        )  # fmt: skip
+
+    def _write_sample(self, batch: Batch, report: StepReport, *, step: int, version: int) -> None:
+        try:
             write_sample(
                 self._rundir.trees_path,
                 # Only what was trained on: credit is not defined on a tree that was refused.
@@ -109,11 +120,9 @@ class Recording:
                 settings=self._config.credit,
                 decode=self._decode,
             )
-        await self.write(step, version, found)
-        self._log.info(
-            "step %d: reward %s, lag %s, waited %.2f s, step %.2f s",
-            step, _told(found.get("train/reward"), 3), _told(found.get("lag/mean"), 2), waited_s, step_s,
-        )  # fmt: skip
+        # For the report alone: nothing is lost with it but a picture.
+        except OSError as exc:
+            self._log.warning("step %d: no tree is kept for the report: %s", step, exc)
 
     async def write(self, step: int, version: int, found: Mapping[str, float]) -> None:
         """One line of metrics, and the same for the trackers; nothing on ranks other than 0."""

@@ -26,11 +26,12 @@ from atpo_async import waits
 from atpo_async.config import Config
 from atpo_async.errors import SetupError
 from atpo_async.messages import Batch
+from atpo_async.schedule import learning_rate
 from atpo_async.tree import lag_versions
 from learner import correction, guards
 from learner.correction import Tempering
 from learner.intake import REASONS, Sifted, sift
-from learner.model import Policy, is_sharded, is_tied, layout_for, learning_rate, make_optimizer
+from learner.model import Policy, is_sharded, is_tied, layout_for, make_optimizer
 from learner.objective import MAX_LOG_RATIO, Surrogate, atpo_loss
 from learner.packing import (
     CreditedTree,
@@ -163,7 +164,8 @@ class Trainer:
 
     @property
     def total_updates(self) -> int:
-        return self.config.run.steps * self.updates_per_batch
+        settings = self.config
+        return (settings.learner.schedule_steps or settings.run.steps) * self.updates_per_batch
 
     @property
     def _measures_first(self) -> bool:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 WAITED_FOR = {
     **dict.fromkeys(("agree", "wait_for_everyone"), "learner"),
-    **dict.fromkeys(("save", "export", "resume"), waits.DISK),
+    **dict.fromkeys(("save_checkpoint", "export", "try_export", "resume"), waits.DISK),
 }
 """What some calls in the torch thread wait for, other than torch: the other ranks, the disk.  By a function's name."""
 

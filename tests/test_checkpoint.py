@@ -15,8 +15,9 @@ from atpo_async import policy
 from atpo_async.errors import SetupError
 from learner import checkpoint
 from learner.checkpoint import Progress
+from learner.export import export_model, precision
 from learner.guards import GradNorms, SkipCount
-from learner.model import export_model, load_policy, make_accelerator
+from learner.model import load_policy, make_accelerator
 from learner.step import Trainer
 from tests.learner_support import make_batch, make_config, make_model
 
@@ -161,7 +162,7 @@ def test_the_exported_model_is_an_ordinary_folder_with_the_tokenizer(folder: Pat
     trainer.train(make_batch(), version=3)
     target = tmp_path / "model"
     for _ in range(2):  # a second time over the first
-        export_model(trainer.policy, trainer.tensors(), folder, target)
+        export_model(trainer.policy, trainer.tensors(), folder, target, precision(folder, "source"))
     assert (target / "tokenizer_config.json").is_file()
     again = AutoModelForCausalLM.from_pretrained(target)
     tokens = torch.arange(6)[None]

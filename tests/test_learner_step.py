@@ -11,8 +11,9 @@ import torch
 
 from atpo_async.config import Config
 from atpo_async.errors import SetupError
+from atpo_async.schedule import learning_rate
 from learner import guards
-from learner.model import learning_rate, load_policy, make_accelerator
+from learner.model import load_policy, make_accelerator
 from learner.packing import CreditedTree
 from learner.step import Abandoned, StepReport, Trainer
 from tests.learner_support import VOCAB, batch_of, flat_gradient, in_double, make_batch, make_config, make_model
