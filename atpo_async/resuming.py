@@ -6,12 +6,25 @@ often it is used.  What bears on that stays as it was made; everything else may 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from atpo_async import config as configuration
 from atpo_async.config import Config
 from atpo_async.schedule import learning_rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The policy that a run begins with, where another run made it (``atpo_async.starting``)."""
+
+    folder: Path
+    """An ordinary model folder on the run's file system; it is moved into the run."""
+    record: Mapping[str, Any]
+    """What ``run.json`` says of it."""
+
 
 MUST_STAY: tuple[str, ...] = (
     "run.seed",

@@ -241,7 +241,12 @@ async def _serve(
             if not received:
                 on_signal(signal.SIGTERM)
 
-        _tie_to_supervisor(loop, supervisor_gone, grace_s=context.config.supervisor.stop_grace_s)
+        _tie_to_supervisor(
+            loop,
+            supervisor_gone,
+            grace_s=context.config.supervisor.stop_grace_s,
+            saving_s=context.config.links.give_up_s,
+        )
     reporter.attach()
     try:
         await main(context)
@@ -254,12 +259,14 @@ async def _serve(
     return 128 + received[0] if received else EXIT_DONE
 
 
-def _tie_to_supervisor(loop: asyncio.AbstractEventLoop, stop: Callable[[], None], *, grace_s: float) -> None:
+def _tie_to_supervisor(
+    loop: asyncio.AbstractEventLoop, stop: Callable[[], None], *, grace_s: float, saving_s: float
+) -> None:
     """End this role when its supervisor ends.
 
     The death signal comes at once, but to a parent's child only (a rank's parent is the launcher) and not on every
     system; a thread looks after the supervisor itself, and ends the whole process group when a clean end takes too
-    long or the loop is stuck.
+    long or the loop is stuck; a role that saves what it has done has ``saving_s`` for it.
     """
     supervisor = int(os.environ[SUPERVISOR_PID])
     die_with_parent()  # off Linux the thread below does it, later
@@ -270,6 +277,9 @@ def _tie_to_supervisor(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]
         with contextlib.suppress(RuntimeError):  # the loop may be closed already
             loop.call_soon_threadsafe(stop)
         time.sleep(grace_s)
+        deadline = time.monotonic() + saving_s
+        while waits.current_phase().what == waits.SAVING and time.monotonic() < deadline:
+            time.sleep(0.5)
         kill_own_group()
 
     threading.Thread(target=watch, name="supervisor-watch", daemon=True).start()

@@ -1,7 +1,7 @@
 """The folder of a run: its layout, atomic writes, the durable version counter, the link to the latest run.
 
 runs/<name>/
-  run.json          run_id, name, when it was made; its presence makes the folder a run
+  run.json          run_id, name, when it was made, whose policy it began with; its presence makes the folder a run
   config.json       the resolved configuration
   versions.json     Python, platform, packages (older ones as versions.<n>.json after an upgrade)
   endpoints.json    where the roles listen
@@ -11,6 +11,7 @@ runs/<name>/
   logs/<role>.<attempt>.log, and <role>.<attempt>.stuck.txt where one had to be ended
   status/<role>.json                what a role waits for now
   checkpoints/      of the learner
+  start/            the policy that it began with, where that is another run's
   scratch/          files that mean nothing once the run stands still
 runs/latest         link to the run started last
 """
@@ -28,37 +29,21 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from atpo_async import config as configuration
-from atpo_async import processes
+from atpo_async import processes, resuming, scratch
 from atpo_async.config import Config
 from atpo_async.errors import ConfigError, RunMismatch, SetupError
 from atpo_async.metrics import read_metrics
-
-MAY_CHANGE: tuple[str, ...] = (
-    "run.steps",
-    "run.dir",
-    "supervisor.*",
-    "eval.*",
-    "links.*",
-    "actor.*",
-    "learner.checkpoint_every",
-    "learner.keep_checkpoints",
-    "learner.lineage",
-    "buffer.max_bytes",
-    "buffer.max_trees",
-    "buffer.journal_dir",
-    "buffer.lease_lifetime_s",
-    "buffer.commit_ms",
-    "buffer.journal_sync",
-)
-"""Fields that a resumed run may have otherwise than when it was made: none bears on what is being learned."""
+from atpo_async.resuming import Start
 
 LATEST = "latest"
+START = "start"
+"""Folder in a run: the policy that it began with, where that is another run's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +79,14 @@ class RunDir:
 
     @classmethod
     @contextlib.contextmanager
-    def held(cls, config: Config, *, resume: bool = True) -> Iterator[RunDir]:
+    def held(cls, config: Config, *, resume: bool = True, start: Start | None = None) -> Iterator[RunDir]:
         """``create``, and hold the run's lock inside the block.  Of a run that another holds nothing is changed.
+
+        Args:
+            config: of the run.  In a folder in which nothing was trained it may be another one than the folder was made
+                with: the run then begins anew.
+            resume: whether the folder may be there.
+            start: the policy that a new run begins with, ``config.model.path``; it is moved there.
 
         Raises:
             RunMismatch: the folder was made by another configuration (names each differing field), or exists and
@@ -109,28 +100,55 @@ class RunDir:
             if not resume:
                 raise RunMismatch(f"run folder {path} exists already; use another --run.name, or resume it")
             run = cls.open(path)
-            config = joining(run, config)
+            going_on(run, config)
         else:
-            run = cls._make(path, config)
+            run = cls._make(path, config, start)
+            start = None
         with run.locked():
             # Only now: a run that goes on must not find its files changed by one that is refused.
-            run._take(config)
+            run._take(config, start)
             _point_latest(config.run.dir, config.run.name)
             yield run
 
-    def _take(self, config: Config) -> None:
+    def _take(self, config: Config, start: Start | None) -> None:
         """Go on with ``config``.  What is on disk is read again: its last holder may have changed it."""
-        on_disk = RunDir.open(self.path).config
-        self.config = joining(RunDir(self.path, run_id=self.run_id, config=on_disk), config)
-        if on_disk != self.config:
-            write_atomic(self.path / "config.json", _dump(self.config.model_dump(mode="json")))
+        on_disk = RunDir.open(self.path)
+        if start is None:
+            config, anew = going_on(on_disk, config)
+        else:
+            anew = True
+        self.run_id = on_disk.run_id
+        if anew:
+            on_disk._forget()
+            self.run_id = _new_id(config.run.name)
+            if start is not None:
+                start.folder.rename(self.path / START)
+        self.config = config
+        if on_disk.config != config:
+            write_atomic(self.path / "config.json", _dump(config.model_dump(mode="json")))
+        if anew:
+            write_atomic(self.path / "run.json", _facts(self.run_id, config, start))
         self._note_versions()
 
+    def _forget(self) -> None:
+        """Take away what belongs to the configuration so far; nothing was trained with it.  Logs and numbers stay.
+
+        Whenever this is broken off the folder is still a run in which nothing was trained.
+        """
+        scratch.clear(self.run_id)
+        for folder in (self.journal, *(self.path / name for name in ("status", "scratch", "model", "skipped", START))):
+            shutil.rmtree(folder, ignore_errors=True)
+        for name in ("endpoints.json", "trees.jsonl", "lineage.jsonl", "report.html", "version"):
+            (self.path / name).unlink(missing_ok=True)
+        if self.metrics_path.exists():
+            number = sum(1 for _ in self.path.glob("metrics.*.jsonl"))
+            self.metrics_path.rename(self.path / f"metrics.{number}.jsonl")
+
     @classmethod
-    def _make(cls, path: Path, config: Config) -> RunDir:
+    def _make(cls, path: Path, config: Config, start: Start | None = None) -> RunDir:
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise SetupError(f"{path} exists and is no run folder (it has no run.json); use another --run.name")
-        run_id = f"{config.run.name}-{secrets.token_hex(4)}"
+        run_id = _new_id(config.run.name)
         aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             aside.mkdir(parents=True)
@@ -138,9 +156,9 @@ class RunDir:
                 (aside / folder).mkdir()
             write_atomic(aside / "config.json", _dump(config.model_dump(mode="json")))
             write_atomic(aside / "versions.json", _dump(versions()))
-            write_atomic(
-                aside / "run.json", _dump({"run_id": run_id, "name": config.run.name, "created": round(time.time(), 3)})
-            )
+            if start is not None:
+                start.folder.rename(aside / START)
+            write_atomic(aside / "run.json", _facts(run_id, config, start))
             aside.rename(path)
             _sync_folder(path.parent)
         except OSError as exc:
@@ -169,6 +187,12 @@ class RunDir:
     def created(self) -> float:
         """Unix seconds."""
         return float(json.loads((self.path / "run.json").read_text(encoding="utf-8"))["created"])
+
+    @property
+    def started_from(self) -> Mapping[str, Any] | None:
+        """Where the policy that this run began with is from, if it is another run's (``atpo_async.starting``)."""
+        found = json.loads((self.path / "run.json").read_text(encoding="utf-8")).get("from")
+        return found if isinstance(found, dict) else None
 
     @property
     def metrics_path(self) -> Path:
@@ -281,12 +305,12 @@ class RunDir:
 
     @property
     def is_trained(self) -> bool:
-        """Whether a learner has done a step here.  Publishing the first weights is none: a run whose actors could not
-        start has got as far."""
+        """Whether a learner has learned something here.  Publishing the first weights is none: a run whose actors could
+        not start has got as far; nor is a batch without a tree to train on."""
         if next(self.checkpoints.glob("step-*"), None) is not None:
             return True
         return self.metrics_path.exists() and any(
-            record.source == "learner" and record.step > 0 for record in read_metrics(self.metrics_path)
+            record.source == "learner" and "train/loss" in record.metrics for record in read_metrics(self.metrics_path)
         )
 
     def _note_versions(self) -> None:
@@ -301,35 +325,44 @@ class RunDir:
         write_atomic(file, now)
 
 
-def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-    """(dotted path, old value, new value) of the fields that differ and may not on a resume."""
-    found: list[tuple[str, Any, Any]] = []
-    for path in configuration.fields():
-        if any(path == allowed or path.startswith(allowed.removesuffix("*")) for allowed in MAY_CHANGE):
-            continue
-        before, after = configuration.get(old, path), configuration.get(new, path)
-        if before != after:
-            found.append((path, before, after))
-    return found
-
-
 def joining(run: RunDir, config: Config) -> Config:
-    """``config`` for a process that takes part in ``run``: the warm-started policy is the run's.
+    """``config`` for a process that takes part in ``run``, whose policy is the run's: a warm-started one, or another's.
 
     Raises RunMismatch naming each field that differs and may not, with both values.
     """
-    if config.model.warm_start and not config.model.path:
-        model = config.model.model_copy(update={"path": run.config.model.path})
-        config = config.model_copy(update={"model": model})
-    differing = differences(run.config, config)
+    config = _with_policy_of(run, config)
+    differing = resuming.refused(run.config, config)
     if differing:
         listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, old, new in differing)
-        untrained = "" if run.is_trained else ", or delete that folder (nothing was trained in it)"
         raise RunMismatch(
-            f"run folder {run.path} was made by another configuration: {listed}.  Use another --run.name, or the old "
-            f"values{untrained}; a resumed run may change only {', '.join(MAY_CHANGE)}"
+            f"run folder {run.path} was made by another configuration: {listed}.  Use the old values, or another "
+            f"--run.name (with --from {run.path} it starts from this run's policy); whatever bears on tasks and on how "
+            "they are sampled stays in a run"
         )
     return config
+
+
+def going_on(run: RunDir, config: Config) -> tuple[Config, bool]:
+    """``config`` for going on with ``run``, and whether the run begins anew with it: nothing was trained in it.
+
+    Raises RunMismatch as ``joining`` where something was.
+    """
+    fitting = _with_policy_of(run, config)
+    if not resuming.refused(run.config, fitting):
+        return fitting, False
+    if run.is_trained:
+        return joining(run, config), False
+    return config, True
+
+
+def _with_policy_of(run: RunDir, config: Config) -> Config:
+    if run.started_from is not None:
+        update = {"path": run.config.model.path, "warm_start": False}
+    elif config.model.warm_start and not config.model.path:
+        update = {"path": run.config.model.path}
+    else:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update=update)})
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -391,6 +424,18 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _new_id(name: str) -> str:
+    return f"{name}-{secrets.token_hex(4)}"
+
+
+def _facts(run_id: str, config: Config, start: Start | None) -> str:
+    """``run.json``."""
+    found: dict[str, Any] = {"run_id": run_id, "name": config.run.name, "created": round(time.time(), 3)}
+    if start is not None:
+        found["from"] = dict(start.record)
+    return _dump(found)
 
 
 def _dump(data: Any) -> str:

@@ -24,7 +24,7 @@ from enum import Enum
 from pathlib import Path
 from typing import IO, Any
 
-from atpo_async import hangs, processes, scratch, status
+from atpo_async import hangs, processes, scratch, status, stopping
 from atpo_async.config import Config, LinksConfig, SupervisorConfig
 from atpo_async.errors import RoleCrashed, SetupError
 from atpo_async.metrics import MetricsTail, MetricsWriter, Record
@@ -233,6 +233,10 @@ class Supervisor:
         self._pictures = rundir.path / status.FOLDER
 
     @property
+    def _hang_s(self) -> float:
+        return self._settings.hang_s or HANG_SHARE * self._rundir.config.links.give_up_s
+
+    @property
     def pids(self) -> dict[str, int]:
         """Role -> process id, of those that run."""
         return {name: running.process.pid for name, running in self._running.items()}
@@ -372,24 +376,53 @@ class Supervisor:
     async def _stop(self, keepers: Sequence[asyncio.Task[None]]) -> None:
         """Ask, wait, kill.  Waits for: the roles' ends.  Unblocked by: the grace, a second interrupt.
 
-        The buffer is asked after the others, which bring their last turns to it.
+        The buffer is asked after the others, which bring their last turns to it.  A role that saves is waited for.
         """
         last = {spec.name for spec in self._specs if spec.stops_last}
         for grace_s, names in (
             (self._settings.stop_grace_s, {spec.name for spec in self._specs} - last),
             (LAST_GRACE_S, last),
         ):
+            ranks = await asyncio.to_thread(self._ranks)
             for name in names:
                 if name in self._running:
                     # To the role alone: it ends its engine itself, or the killing below does.
-                    with contextlib.suppress(ProcessLookupError):
-                        self._running[name].process.send_signal(signal.SIGTERM)
-            await self._wait_ended(grace_s, names)
+                    for pid in ranks.get(name, [self._running[name].process.pid]):
+                        with contextlib.suppress(ProcessLookupError, PermissionError):
+                            os.kill(pid, signal.SIGTERM)
+            await self._wait_saved(grace_s, names)
         # All at once: one after the other, many roles that will not go would keep the user waiting.
         marks = {running.process.pid: running.mark for running in self._running.values()}
         await asyncio.to_thread(processes.kill_roles, marks)
         if keepers:
             await asyncio.wait(keepers, timeout=5.0)
+
+    def _ranks(self) -> dict[str, list[int]]:
+        """Role -> its ranks, of those that a launcher has started: a launcher that is asked gives them 30 s to save."""
+        found: dict[str, list[int]] = {}
+        for sight in self._sights()[0]:
+            pids = [picture.pid for picture in sight.pictures if status.is_alive(picture)]
+            running = self._running.get(sight.role)
+            if pids and running is not None and running.process.pid not in pids:
+                found[sight.role] = pids
+        return found
+
+    async def _wait_saved(self, grace_s: float, names: set[str]) -> None:
+        """Waits for: the ends of ``names``.  Unblocked by: those, ``grace_s`` in which none of them saved, a second
+        interrupt."""
+        watch = stopping.Watch(self._hang_s)
+        deadline = self._clock() + grace_s
+        while names & self._running.keys() and not self._at_once.is_set():
+            sights, _ = await asyncio.to_thread(self._sights)
+            look = watch.look([sight for sight in sights if sight.role in names], time.monotonic())
+            for line in look.lines:
+                self._say(line)
+            if look.waited_for:
+                deadline = self._clock() + grace_s
+            left = deadline - self._clock()
+            if left <= 0:
+                return
+            await self._wait_ended(min(left, 0.25), names)
 
     async def _wait_ended(
         self, timeout_s: float, names: set[str] | None = None, *, cut: asyncio.Event | None = None
@@ -422,7 +455,7 @@ class Supervisor:
         Waits for: nothing but the clock.
         """
         links = self._rundir.config.links
-        hang_s = self._settings.hang_s or HANG_SHARE * links.give_up_s
+        hang_s = self._hang_s
         every_s = min(status.EVERY_S, links.deadline_s / 4, hang_s / 4)
         watch = hangs.Watch(deadline_s=links.deadline_s, hang_s=hang_s, every_s=every_s)
         failed = False

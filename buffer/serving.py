@@ -84,15 +84,22 @@ class Serving:
         self._holdings.advance()
         enough = self._config.staleness.max_oversampling * request.num_trees
         if len(self._holdings.pool) < request.num_trees and self._account.since.produced < enough:
-            if not self._is_drained():
+            if not self._is_drained() and not self._is_in_vain(enough):
                 return None
-            if not len(self._holdings.pool):
+            if self._is_drained() and not len(self._holdings.pool):
                 done = self._account.describe_tasks(self._ledger.given_up)
                 return Exhausted(reason=f"all run.max_tasks = {self._config.run.max_tasks} tasks are done: {done}")
         beta = annealed_beta(request.step, start=self._config.buffer.weight_exponent, num_steps=self._beta_steps)
         metrics = self._flush(now)
         served = self._serve(request, self._holdings.pool.draw(request.num_trees, rng=rng, beta=beta), metrics)
         return self._share(served, request)
+
+    def _is_in_vain(self, enough: float) -> bool:
+        """Whether ``enough`` trees came to nothing, most of them failed: the learner, which would wait for as long as
+        any come, gets an empty batch that counts them, and stops the run after some of those."""
+        counts = self._account.since.counts
+        failed = counts["dropped_no_leaf"] + counts["dropped_one_leaf"]
+        return not len(self._holdings.pool) and self._account.since.produced + failed >= enough
 
     def _is_drained(self) -> bool:
         """Whether no further tree will come: ``run.max_tasks`` are leased, none is under way or with the learner."""

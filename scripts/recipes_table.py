@@ -33,10 +33,18 @@ from atpo_async.errors import AtpoError, ConfigError, SetupError
 from atpo_async.metrics import read_metrics
 from atpo_async.policy import steps_trained, warm_start_command
 from atpo_async.report import GOAL, by_step, facts, series
-from atpo_async.rundir import RunDir, differences, write_atomic
+from atpo_async.resuming import changes
+from atpo_async.rundir import RunDir, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = Path("configs/demo.toml")
+INCIDENTAL = (
+    *("run.steps", "supervisor.", "eval.", "links.", "actor.", "weights."),
+    *("learner.checkpoint_every", "learner.keep_checkpoints", "learner.lineage", "learner.export_dtype"),
+    *("buffer.max_bytes", "buffer.max_trees", "buffer.journal_dir", "buffer.lease_lifetime_s", "buffer.commit_ms"),
+    "buffer.journal_sync",
+)
+"""Fields, and sections of fields, that bear on no figure of the table."""
 RECIPES = Path("configs/recipes")
 DOCS = Path("docs/recipes.md")
 BEGIN, END = "<!-- table of scripts/recipes_table.py: begin -->", "<!-- table of scripts/recipes_table.py: end -->"
@@ -127,7 +135,7 @@ def is_done(run: Run) -> bool:
     if expected.model.warm_start and not expected.model.path:
         model = expected.model.model_copy(update={"path": found.config.model.path})
         expected = expected.model_copy(update={"model": model})
-    changed = differences(found.config, expected)
+    changed = [change for change in changes(found.config, expected) if not change[0].startswith(INCIDENTAL)]
     if changed:
         listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, old, new in changed)
         raise SetupError(f"{run.path} was made with other settings ({listed}): remove it, or name another --dir")
