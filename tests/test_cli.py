@@ -360,7 +360,7 @@ def test_every_command_lays_several_configurations_over_one_another(
 ) -> None:
     seen: list[Config] = []
 
-    def train(config: Config, *, again: str) -> int:
+    def train(config: Config, *, again: str, begin_from: str | None = None) -> int:
         seen.append(config)
         said_again.append(again)
         return 0
@@ -450,9 +450,10 @@ def test_a_run_of_another_configuration_is_refused_and_left_as_it_was(
 ) -> None:
     path = config_file(folder, '[actor]\nengine = "transformers"\n')
     run = RunDir.create(load(path))
+    (run.checkpoints / "step-000001-v000001").mkdir()
     before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
-    assert cli.main(["train", path, "--learner.lr", "0.5"]) == 2
-    assert "learner.lr was 1e-06, is 0.5" in said(capsys)
+    assert cli.main(["train", path, "--search.temperature", "0.5"]) == 2
+    assert "search.temperature was 1.0, is 0.5" in said(capsys)
     assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before
 
 
@@ -844,9 +845,10 @@ def test_a_role_in_a_run_folder_takes_its_configuration_from_there(folder: Path)
     body = "print(context.name, context.index, context.run_id, context.config.actor.count)"
     result = run_role(body, [str(run.path), "--index", "3", "--actor.count", "7"])
     assert result.stdout == f"actor-3 3 {run.run_id} 7\n"
-    other = run_role(body, [str(run.path), "--learner.lr", "0.5"])
+    # Also where nothing was trained: a role that joins makes no other run of it.
+    other = run_role(body, [str(run.path), "--search.temperature", "0.5"])
     assert other.returncode == 2
-    assert "learner.lr was 1e-06, is 0.5" in other.stderr
+    assert "search.temperature was 1.0, is 0.5" in other.stderr
 
 
 def test_a_run_that_goes_on_is_told_what_it_should_find_and_does_not(tmp_path: Path) -> None:
@@ -859,6 +861,6 @@ def test_a_run_that_goes_on_is_told_what_it_should_find_and_does_not(tmp_path: P
     run.journal.mkdir()
     assert cli._missing(run) == []
     checkpoint.rmdir()
-    MetricsWriter(run.metrics_path, source="learner").write(step=4, version=7, metrics={"loss": 0.5})
+    MetricsWriter(run.metrics_path, source="learner").write(step=4, version=7, metrics={"train/loss": 0.5})
     (line,) = cli._missing(run)
     assert f"{run.checkpoints} holds no checkpoint" in line

@@ -20,6 +20,12 @@ def config_in(folder: Path, **sections: dict[str, object]) -> Config:
     return build({"run": run, **sections})
 
 
+def learn(run: RunDir) -> None:
+    """Something was trained in it."""
+    with MetricsWriter(run.metrics_path, source="learner") as writer:
+        writer.write(step=1, version=1, metrics={"train/loss": 1.0})
+
+
 def test_a_new_run_has_its_parts_and_an_id(tmp_path: Path) -> None:
     run = RunDir.create(config_in(tmp_path))
     assert run.run_id.startswith("r-")
@@ -56,12 +62,17 @@ def test_opening_again_keeps_the_id_and_takes_what_may_change(tmp_path: Path) ->
 
 def test_another_configuration_is_refused_naming_each_field_both_values_and_the_way_out(tmp_path: Path) -> None:
     first = RunDir.create(config_in(tmp_path))
+    learn(first)
     with pytest.raises(RunMismatch) as caught:
-        RunDir.create(config_in(tmp_path, run={"seed": 2}, learner={"lr": 0.5}, actor={"count": 2}))
+        RunDir.create(
+            config_in(tmp_path, run={"seed": 2}, search={"temperature": 0.5}, learner={"lr": 0.5}, actor={"count": 2})
+        )
     said = str(caught.value)
-    assert "run.seed was 0, is 2; learner.lr was 1e-06, is 0.5." in said
-    assert "--run.name" in said
+    assert "run.seed was 0, is 2; search.temperature was 1.0, is 0.5." in said
+    assert "another --run.name" in said
+    assert f"--from {first.path}" in said
     assert "actor.count" not in said
+    assert "learner.lr" not in said
     assert RunDir.open(first.path).config == first.config
 
 
@@ -182,19 +193,40 @@ def test_a_run_in_use_is_not_changed_by_whoever_is_refused(tmp_path: Path) -> No
         assert RunDir.open(tmp_path / "latest").run_id == later.run_id
 
 
-def test_a_run_in_which_nothing_was_trained_may_be_deleted_and_the_refusal_says_so(tmp_path: Path) -> None:
+def test_a_folder_in_which_nothing_was_trained_takes_a_new_configuration(tmp_path: Path) -> None:
     run = RunDir.create(config_in(tmp_path, environment={"name": "my.env:mke"}))
     run.next_version()  # the first weights were published before the actors failed
     with MetricsWriter(run.metrics_path, source="learner") as writer:
         writer.write(step=0, version=0, metrics={"weights/publish_s": 1.0})
-    fixed = config_in(tmp_path, environment={"name": "my.env:make"})
-    with pytest.raises(RunMismatch, match=r"or delete that folder \(nothing was trained in it\)"):
-        RunDir.create(fixed)
-    with MetricsWriter(run.metrics_path, source="learner") as writer:
-        writer.write(step=1, version=1, metrics={"train/loss": 1.0})
-    with pytest.raises(RunMismatch) as caught:
-        RunDir.create(fixed)
-    assert "delete that folder" not in str(caught.value)
+        writer.write(step=1, version=1, metrics={"batch/trees": 0})
+    run.log_path("actor-0", 0).write_text("no module my.env")
+    for folder in (run.journal, run.path / "status"):
+        folder.mkdir()
+        (folder / "data").write_text("of the old tasks")
+    again = RunDir.create(config_in(tmp_path, environment={"name": "my.env:make"}))
+    assert RunDir.open(run.path).config.environment.name == "my.env:make"
+    # Another run by its name on the wire and in shared memory: nobody of the old one can take part in it.
+    assert again.run_id == RunDir.open(run.path).run_id != run.run_id
+    assert again.next_version() == 0
+    assert sorted(p.name for p in run.path.iterdir()) == [
+        "checkpoints", "config.json", "lock", "logs", "metrics.0.jsonl", "run.json", "version", "versions.json",
+    ]  # fmt: skip
+    assert run.log_path("actor-0", 0).read_text() == "no module my.env"
+
+
+def test_what_may_change_needs_no_new_beginning(tmp_path: Path) -> None:
+    run = RunDir.create(config_in(tmp_path))
+    run.journal.mkdir()
+    again = RunDir.create(config_in(tmp_path, learner={"lr": 0.5}))
+    assert again.run_id == run.run_id
+    assert run.journal.is_dir()
+
+
+def test_a_run_in_which_something_was_trained_takes_no_new_configuration(tmp_path: Path) -> None:
+    run = RunDir.create(config_in(tmp_path, environment={"name": "my.env:mke"}))
+    learn(run)
+    with pytest.raises(RunMismatch, match=r"environment.name was 'my.env:mke', is 'my.env:make'"):
+        RunDir.create(config_in(tmp_path, environment={"name": "my.env:make"}))
 
 
 def test_the_name_of_the_link_is_no_name_for_a_run(tmp_path: Path) -> None:
