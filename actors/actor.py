@@ -12,16 +12,18 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from actors.engine import Engine
 from actors.environments.base import Environment
-from actors.search import GENERATE_TIMEOUT, TreeSearch
+from actors.faults import CutActions, Faults
+from actors.search import TreeSearch
 from actors.weights import WeightsFetcher
 from atpo_async import status, waits
 from atpo_async.config import Config
-from atpo_async.errors import AtpoError, EngineDead, EnvironmentBroken, PeerLost, WeightsRejected
+from atpo_async.errors import AtpoError, PeerLost, WeightsRejected
 from atpo_async.links import Client
 from atpo_async.messages import (
     ActorReport,
@@ -33,6 +35,7 @@ from atpo_async.messages import (
     WeightsAnnounced,
 )
 from atpo_async.metrics import Aggregator
+from atpo_async.texts import shortened
 from atpo_async.tree import TurnTree
 from atpo_async.waits import Patience
 
@@ -121,7 +124,8 @@ class Actor:
         self._growing: dict[str, asyncio.Task[None]] = {}
         self._slot_freed = asyncio.Event()
         self._version_changed = asyncio.Condition()
-        self._barren_trees = 0
+        self._faults = Faults(config.environment.name, at_once=config.actor.trees_in_flight, clock=clock)
+        self._cut_actions = CutActions(config.search.max_action_tokens)
         self._no_lease: Patience | None = None
         self._closed_because: str | None = None
         self._given_up: dict[str, str] = {}
@@ -279,9 +283,11 @@ class Actor:
             search=self._config.search,
             max_context_tokens=self._config.model.max_context_tokens,
             emit=self._buffer.send,
+            chain_ended=partial(self._faults.chain_ended, lease.tree_id),
             clock=self._clock,
         )
-        tree = await search.grow()
+        with self._faults.growing(lease):
+            tree = await search.grow()
         self._count(lease, tree, search)
 
     def _count(self, lease: Lease, tree: TurnTree, search: TreeSearch) -> None:
@@ -295,21 +301,10 @@ class Actor:
             log.warning(
                 "tree %s lost %d branches; the latest: %s", tree.tree_id, failed.total(), search.growth.last_detail
             )
-        if tree.leaves():
-            self._barren_trees = 0
-            return
-        self._barren_trees += 1
-        if self._barren_trees < max(4, self._config.actor.trees_in_flight):
-            return
-        if set(failed) == {GENERATE_TIMEOUT}:
-            raise EngineDead(
-                f"actor {self._name}: {self._barren_trees} trees in a row ended without one finished chain, as the "
-                f"engine does not answer; the latest: {search.growth.last_detail}"
-            )
-        raise EnvironmentBroken(
-            f"environment {self._config.environment.name!r}: {self._barren_trees} trees in a row ended without one "
-            f"finished chain; the latest failure: {search.growth.last_detail}"
-        )
+        growth = search.growth
+        self._metrics.mean("actions/cut_share", growth.cut_actions / max(growth.actions, 1), weight=growth.actions)
+        if lease.kind == "train":
+            self._cut_actions.count(growth.actions, growth.cut_actions)
 
     def _on_refused(self, message: object, reason: str) -> None:
         """The buffer does not know this tree (any more): growing on would be work for nobody."""
@@ -320,7 +315,8 @@ class Actor:
         self._given_up.setdefault(tree_id, reason)
         task = self._growing.get(tree_id)
         if task is not None:
-            log.warning("tree %s is given up: %s", tree_id, reason)
+            log.warning("tree %s is given up: %s", tree_id, shortened(reason))
+            self._faults.refused(task.get_name(), message, reason)
             self._metrics.add("actor/abandoned_trees", 1)
             task.cancel()
 

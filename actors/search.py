@@ -19,6 +19,7 @@ from actors.engine import Engine, Generation, Sampling
 from actors.environments.base import Environment, Episode, Split, StepResult
 from actors.environments.values import TOO_LONG, ValueRefused
 from actors.expansion import select, sibling_parent
+from actors.faults import Fault, Place
 from atpo_async import waits
 from atpo_async.config import SearchConfig
 from atpo_async.errors import EngineDead, GenerationFailed
@@ -27,6 +28,7 @@ from atpo_async.texts import of_error, shortened
 from atpo_async.tree import ROOT, EndReason, Turn, TurnTree
 
 Emit = Callable[[TreeOpened | Turn | TreeClosed], Awaitable[None]]
+ChainEnded = Callable[[Place, Fault | None], None]
 
 TRUNCATED_REWARD = 0.0
 """Reward of a chain that ran out of context over its turns: the policy wrote too much, an outcome and no failure.  One
@@ -50,6 +52,7 @@ class BranchFailed(Exception):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.kind = kind or reason
+        self.detail = detail
 
 
 @dataclass(slots=True)
@@ -60,6 +63,9 @@ class Growth:
     failures: Counter[str] = field(default_factory=Counter)
     last_detail: str = ""
     """The text of the latest failure, for the log."""
+    actions: int = 0
+    cut_actions: int = 0
+    """Of those, the ones that no stop token ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,7 @@ class TreeSearch:
         search: the search settings.
         max_context_tokens: a path that leaves no room for another action ends with ``length_limit``.
         emit: takes every message for the buffer; may wait for room.
+        chain_ended: told of every chain that came to its end, and of the fault where it was lost; may raise to end all.
         clock: seconds, monotonic.
     """
 
@@ -111,6 +118,7 @@ class TreeSearch:
         search: SearchConfig,
         max_context_tokens: int,
         emit: Emit,
+        chain_ended: ChainEnded = lambda place, fault: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run = run
@@ -124,6 +132,7 @@ class TreeSearch:
         self._task = lease.task_index if known is None or lease.kind == "eval" else lease.task_index % known
         self._max_context = max_context_tokens
         self._emit = emit
+        self._chain_ended = chain_ended
         self._clock = clock
         self._rng = np.random.default_rng(lease.seed)
         self._requests = 0
@@ -139,7 +148,7 @@ class TreeSearch:
         try:
             first = await self._start()
         except BranchFailed as failure:
-            self._count(failure)
+            self._count(failure, "chain")
             prompt = NOTHING
         else:
             prompt = first.prompt
@@ -228,14 +237,18 @@ class TreeSearch:
 
     async def _chain(self, prompt: np.ndarray, parent_id: int, number: int, episode: Episode | None) -> None:
         """From ``parent_id`` on to an end.  A failure ends this chain only and is counted by its reason."""
+        place: Place = "branch" if number else "chain"
         try:
             await self._walk(prompt, parent_id, number, episode)
         except BranchFailed as failure:
-            self._count(failure)
+            self._count(failure, place)
+        else:
+            self._chain_ended(place, None)
 
-    def _count(self, failure: BranchFailed) -> None:
+    def _count(self, failure: BranchFailed, place: Place) -> None:
         self.growth.failures[failure.reason] += 1
         self.growth.last_detail = str(failure)
+        self._chain_ended(place, Fault(failure.reason, failure.kind, failure.detail))
 
     async def _walk(self, prompt: np.ndarray, parent_id: int, number: int, episode: Episode | None) -> None:
         path = self._tree(prompt, self.growth.turns).path(parent_id)
@@ -263,6 +276,8 @@ class TreeSearch:
         began = self._clock()
         generation = await self._generate(context)
         generated = self._clock()
+        self.growth.actions += 1
+        self.growth.cut_actions += generation.stop_reason == "length"
         result = await self._step(episode, generation.token_ids)
         stepped = self._clock()
         end: EndReason = result.end

@@ -24,7 +24,7 @@ from enum import Enum
 from pathlib import Path
 from typing import IO, Any
 
-from atpo_async import hangs, processes, scratch, status, stopping
+from atpo_async import hangs, notices, processes, scratch, status, stopping
 from atpo_async.config import Config, LinksConfig, SupervisorConfig
 from atpo_async.errors import RoleCrashed, SetupError
 from atpo_async.metrics import MetricsTail, MetricsWriter, Record
@@ -42,6 +42,9 @@ COMEBACK_S = 5.0
 
 HANG_SHARE = 0.75
 """Of ``links.give_up_s``: who is stuck is ended before those who wait for it give up."""
+
+NOTICES = "notices.jsonl"
+"""In the run's scratch folder: what roles have for the terminal."""
 
 TAIL_S = 0.25
 """Between two looks at the metrics file."""
@@ -230,6 +233,7 @@ class Supervisor:
         self._step = 0
         self._version = 0
         self._tail = MetricsTail(rundir.metrics_path)
+        self._notices = notices.Tail(rundir.scratch / NOTICES)
         self._pictures = rundir.path / status.FOLDER
 
     @property
@@ -285,6 +289,7 @@ class Supervisor:
             for task in (*signs, *helpers, *keepers):
                 task.cancel()
             await asyncio.gather(*signs, *helpers, *keepers, return_exceptions=True)
+            self._pass_on_notices()
             self._on_records(self._tail.new())
             # A learner that was killed rather than asked had no chance to.
             await asyncio.to_thread(scratch.clear, self._rundir.run_id)
@@ -363,6 +368,7 @@ class Supervisor:
             SUPERVISOR_PID: str(os.getpid()),
             processes.ROLE_MARK: mark,
             ERROR_FILE: str(error_file),
+            notices.FILE: str(self._rundir.scratch / NOTICES),
         }
         error_file.unlink(missing_ok=True)
         with log.open("xb") as output:
@@ -446,8 +452,13 @@ class Supervisor:
             for record in records:
                 self._step = max(self._step, record.step)
                 self._version = max(self._version, record.version)
+            self._pass_on_notices()
             self._on_records(records)
             await asyncio.sleep(TAIL_S)
+
+    def _pass_on_notices(self) -> None:
+        for line in self._notices.new():
+            self._say(line)
 
     async def _look_for_hangs(self) -> None:
         """Say who waits for whom when that takes long, and end a role that is stuck, which ``_keep`` starts again.
