@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from actors.engine import WeightsFile
+from atpo_async import causal_lm
 from atpo_async.errors import GenerationFailed, ProbeMismatch, SetupError, WeightsRejected
 from atpo_async.messages import WeightsManifest
-from atpo_async.tensor_files import read_header
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -52,17 +52,11 @@ def check_token_ids(tokens: Sequence[int], *, vocab_size: int, request_id: str) 
 
 
 def checkpoint_shapes(model_path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in the folder's safetensors files, from their headers alone.
+    """Name -> shape of every tensor that a published version must bring, from the folder's headers alone.
 
-    Raises SetupError if there is no such file or one is damaged.
+    Raises SetupError as ``causal_lm.examine``, naming what is missing, damaged or cannot be published.
     """
-    files = sorted(model_path.glob("*.safetensors"))
-    if not files:
-        raise SetupError(f"model folder {model_path} has no *.safetensors file; save the model in that format")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        shapes |= {name: tuple(entry["shape"]) for name, entry in read_header(file).items()}
-    return shapes
+    return dict(causal_lm.examine(model_path).shapes)
 
 
 def check_weights(weights: WeightsFile, shapes: Mapping[str, tuple[int, ...]], *, current: int) -> None:

@@ -36,6 +36,7 @@ from actors.engine_common import (
 )
 from actors.vllm_plugin import BACKEND, CPU_NORMS, FRONT_END_VARIABLE, PROBE_PREFIX
 from atpo_async.errors import EngineDead, GenerationFailed, SetupError, WaitTimeout
+from atpo_async.tensor_files import counting_files
 from atpo_async.tree import VersionSpan
 from atpo_async.versions import version_of, vllm_unfit
 
@@ -110,7 +111,7 @@ class VllmEngine:
     async def start(self) -> None:
         """Load the model and warm up; seconds to minutes, the event loop stays free.  Raises SetupError."""
         check_model_folder(self._model_path)
-        self._shapes = checkpoint_shapes(self._model_path)
+        self._shapes = await asyncio.to_thread(checkpoint_shapes, self._model_path)
         if importlib.util.find_spec("vllm") is None:
             raise SetupError(
                 "the package vllm is not installed; pip install 'atpo-async[vllm]' for CUDA, "
@@ -121,7 +122,9 @@ class VllmEngine:
             log.warning("%s", unfit)
         before = set(multiprocessing.active_children())
         try:
-            await asyncio.get_running_loop().run_in_executor(self._starter, self._build)
+            # vLLM takes a consolidated file beside an index for a model in Mistral's own format.
+            with counting_files(self._model_path) as folder:
+                await asyncio.get_running_loop().run_in_executor(self._starter, self._build, folder)
         except asyncio.CancelledError:
             self._abandoned = True
             self._interrupt_starter()
@@ -256,7 +259,7 @@ class VllmEngine:
         for thread in self._starter._threads:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
 
-    def _build(self) -> None:
+    def _build(self, folder: Path) -> None:
         """Runs in the starter thread: everything that blocks, vLLM's import included."""
         device = pick_device(self._device)
         with _environment(self._variables(device)):
@@ -287,7 +290,7 @@ class VllmEngine:
             try:
                 self._llm = AsyncLLM.from_engine_args(
                     AsyncEngineArgs(
-                        model=str(self._model_path),
+                        model=str(folder),
                         dtype=self._dtype,
                         seed=self._seed,
                         max_model_len=self._max_model_len,

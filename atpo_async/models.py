@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from pathlib import Path
 
 from atpo_async.errors import SetupError
+from atpo_async.tensor_files import weight_files
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -61,10 +61,8 @@ def _is_whole(folder: Path) -> bool:
     """Whether a cached snapshot has its configuration and all its weights; a broken fetch leaves some."""
     if not (folder / "config.json").is_file():
         return False
-    for index in folder.glob("*.index.json"):
-        try:
-            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError):
-            return False
-        return all((folder / file).is_file() for file in files)
-    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    try:
+        weight_files(folder)
+    except SetupError:
+        return False
+    return True

@@ -15,7 +15,7 @@ from typing import Any
 from atpo_async.config import Config
 from atpo_async.errors import ConfigError, SetupError
 from atpo_async.rundir import RunDir
-from atpo_async.tensor_files import read_header
+from atpo_async.tensor_files import WEIGHTS, read_header, read_headers
 
 MODELS = Path("models")
 """Where warm-started policies are kept, to be used by later runs too."""
@@ -110,8 +110,24 @@ def assemble(source: Path, checkpoint: Path, target: Path) -> Path:
         weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth") or ".index." in file.name
         if file.is_file() and not weights:
             shutil.copyfile(file, target / file.name)
-    _rename_tensors(checkpoint / "model.safetensors", target / "model.safetensors")
+    trained = checkpoint / WEIGHTS
+    names = {name.removeprefix(_PREFIX) for name in read_header(trained)}
+    if names <= set(read_headers(source)):
+        _rename_tensors(trained, target / WEIGHTS)
+    else:
+        _convert_tensors(trained, target / WEIGHTS, source=source)
     return target
+
+
+def _convert_tensors(trained: Path, target: Path, *, source: Path) -> None:
+    """A safetensors file by the names, and in the shapes, of the model folder that the run started from."""
+    from safetensors.torch import load_file, save_file
+
+    from atpo_async import causal_lm
+
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(trained).items()}
+    converted = causal_lm.published(causal_lm.examine(source).skeleton, tensors)
+    save_file({name: tensor.contiguous() for name, tensor in converted.items()}, target, metadata={"format": "pt"})
 
 
 def _rename_tensors(source: Path, target: Path) -> None:

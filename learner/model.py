@@ -14,15 +14,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM
 
+from atpo_async import causal_lm
 from atpo_async.config import Config, LearnerConfig
 from atpo_async.errors import SetupError
 from atpo_async.models import model_folder
-from atpo_async.tensor_files import check_files
 from learner import tree_attention
 from learner.packing import MicroBatch, Row, micro_batches
 from learner.tree_attention import DeviceLayout
@@ -125,16 +123,12 @@ def load_policy(config: Config) -> Policy:
 
 
 def open_policy(folder: Path, config: Config) -> Policy:
-    """The policy in ``folder``, which a checkpoint may be.  Raises SetupError naming it, or the damaged file in it."""
-    check_files(folder)
-    try:
-        # Attention is transformers' choice: SDPA wherever the model has it.
-        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as exc:
-        reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
-        raise SetupError(
-            f"model.path = {str(folder)!r} holds no causal language model that transformers can load: {reason}"
-        ) from exc
+    """The policy in ``folder``, which a checkpoint may be.  Raises SetupError as ``causal_lm.load`` does."""
+    # Attention is transformers' choice: SDPA wherever the model has it.
+    hf, _ = causal_lm.load(folder, dtype=torch.float32)
+    if getattr(hf.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        # SDPA has no cap on attention logits, and transformers leaves it out there without a word.
+        hf.set_attn_implementation("eager")
     _switch_off_dropout(hf)
     if config.learner.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -164,7 +158,13 @@ def _check_head(policy: Policy, folder: Path) -> None:
     with torch.no_grad():
         whole = policy.hf(input_ids=tokens, use_cache=False).logits[0].float().log_softmax(-1)
         target = whole.argmax(-1)
-        ours = policy.logprobs(tokens, torch.arange(4), target, temperature=1.0).float()
+        try:
+            ours = policy.logprobs(tokens, torch.arange(4), target, temperature=1.0).float()
+        except Exception as exc:
+            raise SetupError(
+                f"model.path = {str(folder)!r}: {type(policy.hf).__name__} does not let its body and its output head "
+                f"be run one after the other ({type(exc).__name__}: {exc}); this learner needs that"
+            ) from exc
     error = float((ours - whole.gather(-1, target[:, None])[:, 0]).abs().max())
     if not error < 1e-3:
         raise SetupError(

@@ -57,7 +57,7 @@ class Publication:
 
         What is to be announced; None on ranks other than 0.
         """
-        tensors = self._trainer.tensors()
+        tensors = self._trainer.published()
         logprobs = self._trainer.probe(self._probe)
         if self._publisher is None:
             return None

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from atpo_async import waits
+from atpo_async import causal_lm, waits
 from atpo_async.config import Config
 from atpo_async.errors import SetupError
 from atpo_async.messages import Batch
@@ -564,6 +564,14 @@ class Trainer:
             if not self.accelerator.is_main_process:
                 return found
         return {name: found[name] if name in found else found[self._alias[name]] for name in self.names}
+
+    def published(self) -> dict[str, Tensor]:
+        """``tensors`` under the names, and in the shapes, of the files in ``model.path``, on rank 0.
+
+        Collective when sharded.
+        """
+        tensors = self.tensors()
+        return causal_lm.published(self.policy.hf, tensors) if self.accelerator.is_main_process else tensors
 
     def probe(self, token_ids: np.ndarray) -> np.ndarray:
         """float32[L - 1]: log-prob of each token given those before it, under the weights now, at temperature 1."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -71,10 +71,11 @@ def weights_file(
     version: int,
     drop: str | None = None,
     tolerance: float = 1e-4,
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> WeightsFile:
-    """Every tensor of ``state_dict()`` (the tied head too) one after another, but ``drop``."""
+    """Every tensor of ``state_dict()`` (the tied head too), or ``tensors``, one after another, but ``drop``."""
     specs, payload = [], bytearray()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (model.state_dict() if tensors is None else tensors).items():
         if name == drop:
             continue
         data = tensor.detach().contiguous().numpy().tobytes()

@@ -663,10 +663,10 @@ def test_a_checkpoint_becomes_a_model_folder_with_the_names_that_engines_know(tm
         path.mkdir()
     (source / "config.json").write_text("{}")
     (source / "tokenizer.json").write_text("{}")
-    (source / "model.safetensors").write_text("the old weights")
-    header = json.dumps({"hf.model.w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
-    data = struct.pack("<2f", 1.0, 2.0)
-    (checkpoint / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+    for path, name, values in ((source, "model.w", (7.0, 7.0)), (checkpoint, "hf.model.w", (1.0, 2.0))):
+        header = json.dumps({name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+        data = struct.pack("<2f", *values)
+        (path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
     assemble(source, checkpoint, target)
     load_file = pytest.importorskip("safetensors.numpy").load_file
     tensors = load_file(target / "model.safetensors")

@@ -75,6 +75,6 @@ async def test_what_only_safetensors_finds_wrong_is_an_error_of_setup_too(tmp_pa
     with pytest.raises(SetupError, match=f"model.path = '{folder}' holds no causal language model"):
         load_policy(make_config(folder))
     engine = TransformersEngine(folder, device="cpu", max_model_len=64)
-    with pytest.raises(SetupError, match=f"cannot load the model folder {folder}"):
+    with pytest.raises(SetupError, match=f"model.path = '{folder}' holds no causal language model"):
         await engine.start()
     await engine.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from atpo_async.config import Config
 from atpo_async.errors import SetupError
@@ -222,6 +223,9 @@ def test_a_missing_model_folder_is_named_with_the_way_out(tmp_path: Path) -> Non
     with pytest.raises(SetupError, match=r"nowhere.*no config.json"):
         load_policy(make_config(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SetupError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json"):
+        load_policy(make_config(tmp_path))
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(SetupError, match="no causal language model"):
         load_policy(make_config(tmp_path))
 
