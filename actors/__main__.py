@@ -39,7 +39,7 @@ async def act(ctx: RoleContext) -> None:
     environment = make_environment(config, model)
     if config.eval.at_start or config.eval.at_end or config.eval.every_steps:
         check_eval_tasks(config, environment, config.eval.num_tasks)
-    engine = make_engine(config, model)
+    engine = make_engine(config, model, actor=ctx.name)
     ctx.log.info("actor %s: engine %s, environment %s", ctx.name, engine_name(config), config.environment.name)
     async with _to_buffer(ctx, settings) as buffer:
         try:

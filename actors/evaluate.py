@@ -73,7 +73,7 @@ async def success(config: Config, *, engine: Engine, environment: Environment, n
 
 async def run(config: Config, model: Path, num_tasks: int) -> dict[str, float]:
     environment = make_environment(config, model)
-    engine = make_engine(config, model)
+    engine = make_engine(config, model, actor="eval")
     try:
         await engine.start()
         return await success(config, engine=engine, environment=environment, num_tasks=num_tasks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -24,10 +25,21 @@ def engine_name(config: Config) -> str:
     return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
 
 
-def make_engine(config: Config, model: Path) -> Engine:
-    """Not started yet.  Engines are imported only when used.  Raises SetupError when started without its parts."""
-    name = engine_name(config)
-    if name == "vllm":
+def engine_seed(run_seed: int, actor: str) -> int:
+    """31 bits, from the run's seed and the actor's name: actors draw other numbers, each the same in every run."""
+    return int.from_bytes(hashlib.sha256(f"{run_seed}/{actor}".encode()).digest()[:4], "big") >> 1
+
+
+def make_engine(config: Config, model: Path, *, actor: str) -> Engine:
+    """Not started yet.  Engines are imported only when used.  Raises SetupError when started without its parts.
+
+    Args:
+        config: of the run.
+        model: folder of the policy.
+        actor: name of the actor, by which its sampling is seeded.
+    """
+    seed = engine_seed(config.run.seed, actor)
+    if engine_name(config) == "vllm":
         from actors.vllm_engine import VllmEngine
 
         return VllmEngine(
@@ -41,7 +53,7 @@ def make_engine(config: Config, model: Path) -> Engine:
             tensor_parallel_size=config.actor.tensor_parallel_size,
             clear_cache_on_swap=config.actor.clear_cache_on_swap,
             num_threads=config.actor.num_threads,
-            seed=config.run.seed,
+            seed=seed,
         )
     if config.actor.engine == "auto":
         log.warning("vLLM is not installed: generating with the transformers engine, which is slower")
@@ -54,6 +66,7 @@ def make_engine(config: Config, model: Path) -> Engine:
         max_batch=config.actor.max_num_seqs,
         max_model_len=config.model.max_context_tokens,
         num_threads=config.actor.num_threads,
+        seed=seed,
     )
 
 

@@ -10,6 +10,7 @@ Shapes: B requests of a step, T tokens fed to each, L longest context, V vocabul
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 import time
@@ -29,13 +30,14 @@ from actors.engine_common import (
     check_probe_fits,
     check_token_ids,
     check_weights,
-    checkpoint_shapes,
     pick_device,
     probe_error,
 )
-from atpo_async import waits
+from atpo_async import causal_lm, waits
 from atpo_async.errors import EngineDead, GenerationFailed, SetupError, WaitTimeout, WeightsRejected
 from atpo_async.tree import VersionSpan
+
+log = logging.getLogger("atpo.actor")
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -164,10 +166,9 @@ class TransformersEngine:
     async def start(self) -> None:
         """Load the model.  Raises SetupError if the folder or the device is not there."""
         check_model_folder(self._model_path)
-        checkpoint_shapes(self._model_path)
         await self._in_thread(self._build)
         self._dead = None
-        self._stepper = asyncio.create_task(self._step_forever(), name="transformers-engine-steps")
+        self._stepper = asyncio.create_task(self._step_to_the_end(), name="transformers-engine-steps")
 
     async def generate(self, prompt: Sequence[int] | np.ndarray, sampling: Sampling, *, request_id: str) -> Generation:
         """Sample one action after ``prompt``.  Raises GenerationFailed; cancelling it frees the request's slot."""
@@ -267,16 +268,16 @@ class TransformersEngine:
 
     @property
     def is_dead(self) -> bool:
-        """True before start(), after close() and after a failed swap."""
+        """True before start(), after close(), after a failed swap and once its steps have ended."""
         return self._dead is not None
 
     async def close(self) -> None:
         """End the worker thread.  Idempotent; requests in flight fail."""
+        self._fail("the engine was closed")
         if self._stepper is not None:
             self._stepper.cancel()
             await asyncio.wait([self._stepper])
             self._stepper = None
-        self._fail("the engine was closed")
         if not self._stuck:
             # In a thread: a step that does not come back must hold up neither the loop nor the actor's end.
             ending = threading.Thread(target=self._thread.shutdown, name="engine-end", daemon=True)
@@ -289,6 +290,19 @@ class TransformersEngine:
     async def _in_thread(self, work: Callable[[], R]) -> R:
         with waits.waiting("the engine's thread", "a step, a load or a score", on=waits.ENGINE):
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def _step_to_the_end(self) -> None:
+        """Whatever ends the steps ends the engine: its requests fail at once, and it says that it is dead."""
+        try:
+            await self._step_forever()
+        except asyncio.CancelledError:
+            self._fail("its steps were cancelled, and not by close()")
+            raise
+        except BaseException as exc:
+            log.exception("the engine's steps ended")
+            self._fail(f"its steps ended: {type(exc).__name__}: {exc}")
+            if not isinstance(exc, Exception):
+                raise
 
     async def _step_forever(self) -> None:
         """Waits for: a request.  Unblocked by: generate(); held up by: swap() and score(), one step at most."""
@@ -381,29 +395,32 @@ class TransformersEngine:
     # --- in the worker thread --------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM
+        from actors import engine_attention, engine_check
 
         device = pick_device(self._asked_device)
         if device == "cpu":
             torch.set_num_threads(self._num_threads)
-        try:
-            # SDPA takes a boolean mask of any shape; the flash kernels do not.
-            model = AutoModelForCausalLM.from_pretrained(
-                self._model_path, dtype=_DTYPES[self._dtype], attn_implementation="sdpa", local_files_only=True
-            )
-        except (OSError, ValueError, KeyError, SafetensorError) as exc:
-            raise SetupError(f"transformers cannot load the model folder {self._model_path}: {exc}") from exc
+        # SDPA takes a boolean mask of any shape; the flash kernels do not.
+        model, checkpoint = causal_lm.load(self._model_path, dtype=_DTYPES[self._dtype], attn_implementation="sdpa")
+        self._published = dict(checkpoint.shapes)
+        if model._can_set_attn_implementation():
+            model.set_attn_implementation(engine_attention.NAME)
         self._device = torch.device(device)
         self._model = model.to(self._device).eval().requires_grad_(False)
         self._generator = torch.Generator(self._device).manual_seed(self._seed)
+        rows = min(2, self._max_batch)
+        fault = engine_check.fault(
+            self._model, self._next_logits, dtype=self._dtype, max_tokens=self._max_model_len, rows=rows
+        )
+        if fault is not None:
+            raise SetupError(
+                f"model.path = {str(self._model_path)!r}: the transformers engine cannot generate with "
+                f"{type(model).__name__} as it is: {fault}; use --actor.engine vllm"
+            )
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """What a stream must bring: every tensor but a head that is tied to the embeddings."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
-        if self._is_tied():
-            shapes.pop(TIED_HEAD, None)
-        return shapes
+        """What a published version must bring: every tensor of the model's files."""
+        return self._published
 
     def _is_tied(self) -> bool:
         head = self._model.get_output_embeddings()
@@ -419,6 +436,10 @@ class TransformersEngine:
             # A copy, because a tensor may begin anywhere in the file and views need alignment.
             raw = payload[spec.offset : spec.offset + spec.nbytes].clone()
             incoming[spec.name] = raw.view(_DTYPES[spec.dtype]).view(spec.shape)
+        try:
+            incoming = causal_lm.taken_up(self._model, incoming)
+        except ValueError as exc:
+            raise WeightsRejected(f"weights version {manifest.version}: {exc}") from exc
         held = self._model.state_dict()
         if self._is_tied() and TIED_HEAD in incoming:
             embeddings = next(n for n, t in held.items() if n != TIED_HEAD and _same(t, held[TIED_HEAD]))
@@ -455,8 +476,25 @@ class TransformersEngine:
             self._forward(decoding, [pending[request] for request in decoding])
 
     def _forward(self, group: list[_Request], fed: list[list[int]]) -> None:
-        longest = max(map(len, fed))
         begins = [len(self._held[request.slot]) for request in group]
+        logits_BV = self._next_logits([request.slot for request in group], begins, fed)
+        tokens, logprobs = self._sample(group, logits_BV.float())
+        for request, token, logprob, read in zip(group, tokens, logprobs, fed, strict=True):
+            self._held[request.slot].extend(read)
+            if not request.starts or request.starts[-1][0] != self._version:
+                request.starts.append((self._version, len(request.action)))
+            request.action.append(token)
+            request.logprobs.append(logprob)
+
+    def _next_logits(self, slots: list[int], begins: list[int], fed: list[list[int]]) -> torch.Tensor:
+        """float[B, V] after the last token fed to each slot; their keys and values are in the slots afterwards.
+
+        Args:
+            slots: of the batch.
+            begins: how many tokens each slot holds before these.
+            fed: what comes next in each, one token at least.
+        """
+        longest = max(map(len, fed))
         length = max(begin + len(tokens) for begin, tokens in zip(begins, fed, strict=True))
         if length > self._cache.width:
             # By doubling, so that a long chain does not copy the table at every step.
@@ -473,10 +511,10 @@ class TransformersEngine:
         def tensor(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(self._device)
 
-        self._cache.rows = tensor(np.array([request.slot for request in group]))
+        self._cache.rows = tensor(np.array(slots))
         self._cache.columns = tensor(np.where(is_token_BT, positions_BT, self._cache.width))
         self._cache.length = length
-        logits_BV = self._model(
+        logits_BV: torch.Tensor = self._model(
             input_ids=tensor(ids),
             attention_mask=tensor(mask_BTL)[:, None],
             position_ids=tensor(positions_BT),
@@ -484,13 +522,7 @@ class TransformersEngine:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        tokens, logprobs = self._sample(group, logits_BV.float())
-        for request, token, logprob, read in zip(group, tokens, logprobs, fed, strict=True):
-            self._held[request.slot].extend(read)
-            if not request.starts or request.starts[-1][0] != self._version:
-                request.starts.append((self._version, len(request.action)))
-            request.action.append(token)
-            request.logprobs.append(logprob)
+        return logits_BV
 
     def _sample(self, group: list[_Request], logits_BV: torch.Tensor) -> tuple[list[int], list[float]]:
         """Tokens and their log-probs under the distribution that sampled them (greedy: at temperature 1)."""

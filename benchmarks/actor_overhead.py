@@ -167,7 +167,7 @@ async def measure(config: Config, model: Path, num_trees: int, rounds: int) -> d
     server = multiprocessing.get_context("spawn").Process(target=serve, args=(child, settings, num_trees), daemon=True)
     server.start()
     endpoint = parent.recv()
-    engine = make_engine(config, model)
+    engine = make_engine(config, model, actor="actor-0")
     actor_rates, straight_rates = [], []
     in_flight = 0
     try:

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from actors.engine import Sampling
+from actors.factory import make_engine
 from actors.transformers_engine import TransformersEngine
+from atpo_async.config import build
 from atpo_async.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WaitTimeout, WeightsRejected
 from tests.engine_support import (
     END,
@@ -298,3 +300,51 @@ async def test_a_token_id_beyond_the_model_fails_its_own_request_and_none_beside
     assert f"request bad: token id {unknown} at 6; this model has 0 to 255" in str(found[1])
     assert len(found[0].token_ids) == 5  # type: ignore[union-attr]
     assert engine.stats().failed_requests == 1
+
+
+@pytest.mark.parametrize("where", ["_admit", "_stop_reason", "_drop_cancelled"])
+async def test_an_error_between_two_steps_fails_every_request_at_once_with_its_cause(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def breaks(*_: object) -> None:
+        raise ZeroDivisionError("a slip of ours")
+
+    monkeypatch.setattr(engine, where, breaks)
+    requests = [asyncio.create_task(engine.generate(PROMPT, to_length(5), request_id=str(i))) for i in range(3)]
+    for request in requests:
+        with pytest.raises(EngineDead, match="its steps ended: ZeroDivisionError: a slip of ours"):
+            await request
+    assert engine.is_dead
+    with pytest.raises(EngineDead, match="a slip of ours"):
+        await engine.generate(PROMPT, to_length(5), request_id="late")
+
+
+async def test_steps_that_somebody_cancels_end_the_engine_by_name(engine: TransformersEngine) -> None:
+    request = asyncio.create_task(engine.generate(PROMPT, to_length(200), request_id="long"))
+    await asyncio.sleep(0)
+    assert engine._stepper is not None
+    engine._stepper.cancel()
+    with pytest.raises(EngineDead, match="its steps were cancelled"):
+        await request
+    assert engine.is_dead
+
+
+async def test_each_actor_draws_its_own_numbers_and_the_same_ones_in_every_run(folder: Path) -> None:
+    async def drawn(seed: int, actor: str) -> list[int]:
+        config = build(
+            {
+                "run": {"seed": seed}, "model": {"path": str(folder), "max_context_tokens": 128},
+                "actor": {"engine": "transformers", "device": "cpu"},
+            }
+        )  # fmt: skip
+        engine = make_engine(config, folder, actor=actor)
+        await engine.start()
+        try:
+            return list((await engine.generate(PROMPT, to_length(20), request_id="a")).token_ids)
+        finally:
+            await engine.close()
+
+    one = await drawn(5, "actor-0")
+    assert await drawn(5, "actor-0") == one
+    assert await drawn(5, "actor-1") != one
+    assert await drawn(6, "actor-0") != one
