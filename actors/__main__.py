@@ -7,12 +7,13 @@ import asyncio
 import sys
 import time
 
-from actors.actor import Actor, LearnerMoved, seen_from, until_stopped
+from actors.actor import Actor, LearnerMoved, until_stopped
 from actors.engine import Engine
 from actors.environments.base import Environment
 from actors.factory import check_eval_tasks, engine_name, make_engine, make_environment
 from actors.weights import WeightsFetcher
 from atpo_async import role, waits
+from atpo_async.addresses import seen_from
 from atpo_async.errors import PeerLost, SetupError
 from atpo_async.links import Client, LinkSettings, Listener
 from atpo_async.messages import PROTOCOL, ActorHello, BufferToActor, LearnerToActor, Refused, Welcome
@@ -52,7 +53,14 @@ async def act(ctx: RoleContext) -> None:
 
 
 def _to_buffer(ctx: RoleContext, settings: LinkSettings) -> Client:
-    return Client(ctx.endpoints.actors, peer="buffer", identity=ctx.name, receives=BufferToActor, settings=settings)
+    return Client(
+        ctx.endpoints.actors,
+        peer="buffer",
+        identity=ctx.name,
+        receives=BufferToActor,
+        settings=settings,
+        locate=ctx.locate("actors"),
+    )
 
 
 async def _knock(ctx: RoleContext, settings: LinkSettings) -> None:
@@ -148,7 +156,7 @@ async def _join(ctx: RoleContext, buffer: Client) -> Welcome:
         if isinstance(answer, str):
             patience.on, missing = "buffer", answer
         elif answer.weights_endpoint:
-            return reachable(answer, ctx.endpoints.actors)
+            return reachable(answer, buffer.endpoint)
         else:
             patience.on, missing = "learner", "the learner has not published its first weights"
         if missing != said:
@@ -167,13 +175,16 @@ async def _hello(ctx: RoleContext, buffer: Client, *, timeout_s: float) -> Welco
         environment=ctx.config.environment.name,
         search_leaves=ctx.config.search.max_leaves,
     )
-    where = f"the buffer at {ctx.endpoints.actors}"
     try:
         answer = await buffer.request(hello, timeout_s=timeout_s)
     except PeerLost:
+        if not buffer.endpoint:
+            return "the buffer has not said yet where it listens"
+        where = f"the buffer at {buffer.endpoint}"
         if trouble := buffer.trouble:
             return f"{where} does not let it in: {trouble} (docs/keys.md)"
         return f"{where} does not answer" + ("" if buffer.connected else " (not connected: nothing listens there)")
+    where = f"the buffer at {buffer.endpoint}"
     if isinstance(answer, Refused):
         raise SetupError(f"{where} refuses {ctx.name}: {answer.reason}")
     if not isinstance(answer, Welcome):

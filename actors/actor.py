@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from actors.engine import Engine
 from actors.environments.base import Environment
@@ -22,6 +21,7 @@ from actors.faults import CutActions, Faults
 from actors.search import TreeSearch
 from actors.weights import WeightsFetcher
 from atpo_async import status, waits
+from atpo_async.addresses import seen_from
 from atpo_async.config import Config
 from atpo_async.errors import AtpoError, PeerLost, WeightsRejected
 from atpo_async.links import Client
@@ -73,12 +73,6 @@ class LearnerMoved(AtpoError):
         super().__init__(text)
         self.weights_endpoint = weights_endpoint
         self.announce_endpoint = announce_endpoint
-
-
-def seen_from(buffer_endpoint: str, endpoint: str) -> str:
-    """A learner that binds every address is reached where the buffer was: they share a host."""
-    host = urlsplit(buffer_endpoint).hostname or "127.0.0.1"
-    return endpoint.replace("//0.0.0.0:", f"//{host}:").replace("//*:", f"//{host}:")
 
 
 class Actor:

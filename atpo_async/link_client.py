@@ -66,12 +66,13 @@ class Client(ConnectingLink):
     """One peer's end of a link to a server.
 
     Args:
-        endpoint: ``tcp://host:port`` of the server.
+        endpoint: ``tcp://host:port`` of the server; empty where only ``locate`` will know.
         peer: what the server is called in logs and errors.
         identity: this client's name, unique among the server's clients; a newer client of the same name replaces it.
         receives: the message types that replies may have; ``Refused`` is always one of them.
         settings: window, heartbeats, deadlines, keys.
         on_refused: called with a sent message that the server refused for good, and its reason.
+        locate: where the server is now, as of ``ConnectingLink``.
     """
 
     def __init__(
@@ -83,8 +84,9 @@ class Client(ConnectingLink):
         receives: Any,
         settings: LinkSettings,
         on_refused: Callable[[Any, str], None] | None = None,
+        locate: Callable[[], str] | None = None,
     ) -> None:
-        super().__init__(endpoint, settings)
+        super().__init__(endpoint, settings, locate=locate)
         if not identity or len(identity.encode()) > MAX_NAME_BYTES or "\0" in identity:
             raise SetupError(f"a link's identity must have 1 to {MAX_NAME_BYTES} bytes, got {identity!r}")
         self.peer = peer
@@ -246,7 +248,7 @@ class Client(ConnectingLink):
         self._fail(PeerLost(f"the link of {self.identity} to {self._peer()} is closed"))
 
     def _peer(self) -> str:
-        return f"{self.peer} at {self.endpoint}"
+        return f"{self.peer} at {self.endpoint}" if self.endpoint else f"{self.peer}, which has not said where it is"
 
     async def _wait(self, awaitable: Awaitable[Any], *, what: str, timeout_s: float, for_room: bool = False) -> Any:
         wait = _Wait(what, self._now(), asyncio.timeout(timeout_s), for_room)

@@ -119,7 +119,7 @@ class Server(BindingLink):
             further sends run meanwhile, and one call serves all that was handled before it began.  While it hangs
             nothing is acknowledged; if it raises, neither, and it is called again after a pause.
         with_frames: the handler gets a third argument, the two frames of the message as they came.
-        learners_only: with keys, let in only those that may be the learner.
+        learners_only, former_port, setting: as of ``BindingLink``.
     """
 
     def __init__(
@@ -133,8 +133,10 @@ class Server(BindingLink):
         settled: Callable[[], Awaitable[None]] | None = None,
         with_frames: bool = False,
         learners_only: bool = False,
+        former_port: int = 0,
+        setting: str = "the port in [links]",
     ) -> None:
-        super().__init__(endpoint, settings, learners_only=learners_only)
+        super().__init__(endpoint, settings, learners_only=learners_only, former_port=former_port, setting=setting)
         self.name = name
         self.bad_messages = 0
         self._receives = receives

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import time
 from collections import OrderedDict
@@ -15,7 +14,7 @@ from typing import Any, Self
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from atpo_async import status, wire
+from atpo_async import addresses, ports, status, wire
 from atpo_async.errors import SetupError
 from atpo_async.keys import CLIENT_KEY, SERVER_KEY, KeyFolder, load_pair, load_public
 from atpo_async.link_common import LinkSettings, worth_a_line
@@ -36,9 +35,11 @@ parted).  From a commit's end to the next one's beginning the loop goes round se
 (measured: 32 costs an eighth of the throughput)."""
 _MAX_FRAMES = 16
 """Of a message; what more a hostile peer puts into one is read and thrown away."""
+_FIND_EVERY_S = 0.1
 _RECONNECT_MS = 50
 _RECONNECT_MAX_MS = 1000
 _MAX_ADDRESSES = 1024
+_LOCAL = ("ipc://", "inproc://")
 _SILENT_BEATS = 5
 """Heartbeats without a sign of life after which a connection that seems to be up is made anew."""
 
@@ -53,26 +54,22 @@ _HANDSHAKE_FAILURES = {
 
 
 def is_loopback(endpoint: str) -> bool:
-    transport, _, address = endpoint.partition("://")
-    if transport != "tcp":
-        return transport in ("ipc", "inproc")
-    host = address.rpartition(":")[0].strip("[]")
-    if host == "localhost":
+    """Whether only this machine can take part."""
+    if endpoint.startswith(_LOCAL):
         return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return endpoint.startswith("tcp://") and addresses.is_loopback(addresses.host_of(endpoint))
 
 
 def _require_valid(endpoint: str) -> None:
     """libzmq itself takes port 99999 and means 34463."""
-    transport, separator, address = endpoint.partition("://")
-    if transport in ("ipc", "inproc") and address:
+    if endpoint.startswith(_LOCAL):
         return
-    host, _, port = address.rpartition(":")
-    if transport != "tcp" or not separator or not host or not port.isdecimal() or int(port) > 65535:
-        raise SetupError(f"endpoint {endpoint!r} is none; expected tcp://host:port with a port up to 65535")
+    try:
+        if not endpoint.startswith("tcp://"):
+            raise ValueError("expected tcp://HOST:PORT")
+        addresses.split(endpoint)
+    except ValueError as exc:
+        raise SetupError(f"endpoint {endpoint!r} is none; {exc}") from None
 
 
 def _require_keys_off_loopback(endpoint: str, settings: LinkSettings, verb: str) -> None:
@@ -331,8 +328,6 @@ class Link:
         socket.setsockopt(zmq.MAXMSGSIZE, self.settings.max_message_bytes + 4096)
         # A greeting that was cut short is waited for no longer; with libzmq's 30 s it would be.
         socket.setsockopt(zmq.HANDSHAKE_IVL, int(1000 * max(_HANDSHAKE_S, 5 * self.settings.heartbeat_s)))
-        if "[" in self.endpoint:
-            socket.setsockopt(zmq.IPV6, 1)
         socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
         # The kernel finds connections that died without a word: pings keep something unacknowledged under way, and
@@ -354,11 +349,24 @@ class BindingLink(Link):
     """A link that binds: with keys if there are any, and it counts whom it does not let in.
 
     Args:
+        endpoint: with port 0 any free one is taken, ``former_port`` where that is free.
+        former_port: where it listened before, and peers may look for it still; 0 for none.
+        setting: what decides about the port, for errors: ``links.actors_port``.
         learners_only: with keys, let in only those that may be the learner.
     """
 
-    def __init__(self, endpoint: str, settings: LinkSettings, *, learners_only: bool = False) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        settings: LinkSettings,
+        *,
+        former_port: int = 0,
+        setting: str = "the port in [links]",
+        learners_only: bool = False,
+    ) -> None:
         super().__init__(endpoint, settings)
+        self._former_port = former_port
+        self._setting = setting
         self._refusals = Refusals()
         self._keys = None if settings.keys_dir is None else KeyFolder(settings.keys_dir, learners_only=learners_only)
         self._doorkeeper: Doorkeeper | None = None
@@ -382,18 +390,29 @@ class BindingLink(Link):
             socket.setsockopt(zmq.ZAP_DOMAIN, b"atpo")
         failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         self._monitor = Pump(socket.get_monitor_socket(failures), self._on_failure)
-        try:
-            socket.bind(self.endpoint)
-        except zmq.ZMQError as exc:
-            if exc.errno == zmq.EADDRINUSE:
-                raise SetupError(
-                    f"cannot bind {self.endpoint}: the port is in use; stop what listens there, "
-                    "or set another port in [links] (0 takes any free one)"
-                ) from None
-            raise SetupError(f"cannot bind {self.endpoint}: {exc.strerror}; check links.host and the port") from None
+        host = addresses.bindable(addresses.host_of(self.endpoint))
+        socket.setsockopt(zmq.IPV6, int(addresses.is_ipv6(host)))
+        self._bind_port(socket, host, addresses.port_of(self.endpoint))
         bound = socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(bound, bytes)
         self.endpoint = bound.rstrip(b"\0").decode()
+
+    def _bind_port(self, socket: Socket, host: str, port: int) -> None:
+        former = self._former_port
+        if port == 0 and former:
+            try:
+                socket.bind(addresses.endpoint_of(host, former))
+                return
+            except zmq.ZMQError as exc:
+                why = f"is in use by {ports.holder(former)}" if exc.errno == zmq.EADDRINUSE else f": {exc.strerror}"
+                log.warning(
+                    "port %d, where %s was until now, %s; taking another: who was given that address needs the new one",
+                    former, self.title.partition(" at ")[0], why,
+                )  # fmt: skip
+        try:
+            socket.bind(addresses.endpoint_of(host, port))
+        except zmq.ZMQError as exc:
+            raise ports.refused(exc.errno, host=host, port=port, setting=self._setting) from None
 
     def _close_sockets(self) -> None:
         for pump in (self._monitor, self._doorkeeper):
@@ -410,10 +429,17 @@ class BindingLink(Link):
 
 
 class ConnectingLink(Link):
-    """A link that connects: it watches its connection and tries again where libzmq would not."""
+    """A link that connects: it watches its connection and tries again where libzmq would not.
 
-    def __init__(self, endpoint: str, settings: LinkSettings) -> None:
+    Args:
+        endpoint: empty where it is not known yet; then ``locate`` has to be there.
+        locate: where the other end is now, or nothing while that is not known: asked once a heartbeat while there is no
+            connection, so that an end that came back elsewhere is found.
+    """
+
+    def __init__(self, endpoint: str, settings: LinkSettings, *, locate: Callable[[], str] | None = None) -> None:
         super().__init__(endpoint, settings)
+        self._locate = locate
         self._monitor: Pump | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._end: Socket | None = None
@@ -438,7 +464,6 @@ class ConnectingLink(Link):
 
     def _connect(self, socket: Socket) -> None:
         folder = self.settings.keys_dir
-        _require_keys_off_loopback(self.endpoint, self.settings, "connect to")
         if folder is not None:
             socket.curve_publickey, socket.curve_secretkey = load_pair(folder, CLIENT_KEY)
             socket.curve_serverkey = load_public(folder / f"{SERVER_KEY}.key")
@@ -451,10 +476,43 @@ class ConnectingLink(Link):
         )
         self._end = socket
         self._monitor = Pump(socket.get_monitor_socket(events), self._on_event)
+        if self._locate is not None:
+            self.endpoint = self._locate() or self.endpoint
+        if self.endpoint:
+            self._dial(socket)
+        elif self._locate is not None:
+            self._spawn(self._find(), f"{self.title} finds the other end")
+
+    async def _find(self) -> None:
+        """Waits for: the other end to say where it listens.  Ended by: that, or close()."""
+        while not self.endpoint:
+            await asyncio.sleep(min(_FIND_EVERY_S, self.settings.heartbeat_s))
+            self._follow()
+
+    def _dial(self, socket: Socket) -> None:
+        _require_keys_off_loopback(self.endpoint, self.settings, "connect to")
+        socket.setsockopt(zmq.IPV6, int(addresses.is_ipv6(addresses.host_of(self.endpoint))))
         try:
             socket.connect(self.endpoint)
         except zmq.ZMQError as exc:
             raise SetupError(f"cannot connect to {self.endpoint}: {exc.strerror}; expected tcp://host:port") from None
+
+    def _follow(self) -> None:
+        """Once a heartbeat while there is no connection: go where the other end is now."""
+        found = "" if self._locate is None else self._locate()
+        socket = self._end
+        if not found or found == self.endpoint or socket is None or socket.closed:
+            return
+        log.info("%s: the other end is at %s now (before: %s)", self.title, found, self.endpoint or "unknown")
+        if self.endpoint:
+            with contextlib.suppress(zmq.ZMQError):
+                socket.disconnect(self.endpoint)
+        self.endpoint = found
+        try:
+            self._dial(socket)
+        except SetupError as exc:
+            self._trouble = str(exc)
+            log.error("%s: %s", self.title, exc)
 
     def _close_sockets(self) -> None:
         if self._retry is not None:
@@ -492,11 +550,14 @@ class ConnectingLink(Link):
         if socket is not None and not socket.closed and not self._connected:
             with contextlib.suppress(zmq.ZMQError):
                 socket.disconnect(self.endpoint)
-            socket.connect(self.endpoint)
+            if self.endpoint:
+                socket.connect(self.endpoint)
 
     def _renew(self, whose: str) -> None:
         """Once a heartbeat: make a connection anew that is up and leads nowhere, which libzmq may never notice, nor the
         kernel where something stands in between."""
+        if not self._connected:
+            self._follow()
         # Counted and not timed: our own loop may have stood still, with what came waiting in the socket.
         self._silent_beats += 1
         if self._connected and self._silent_beats > _SILENT_BEATS:

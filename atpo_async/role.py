@@ -23,12 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from atpo_async import addresses, status, waits
 from atpo_async import config as configuration
-from atpo_async import status, waits
 from atpo_async.config import Config
+from atpo_async.endpoints import Endpoints
 from atpo_async.errors import AtpoError, ConfigError, EnvironmentBroken, RunMismatch, SetupError
 from atpo_async.processes import die_with_parent
-from atpo_async.rundir import Endpoints, RunDir, joining, write_atomic
+from atpo_async.rundir import RunDir, joining, write_atomic
 
 EXIT_DONE, EXIT_CRASH, EXIT_USER, EXIT_FAILURE = 0, 1, 2, 3
 
@@ -62,6 +63,22 @@ class RoleContext:
     """Set by SIGTERM, SIGINT, or the supervisor's end: finish what must be finished and return."""
     log: logging.Logger
     supervised: bool = False
+
+    def locate(self, name: str) -> Callable[[], str] | None:
+        """Where a role listens, by a field of ``Endpoints``, as of when it is called: roles come back elsewhere.  None
+        where no folder would tell."""
+        if self.rundir is None:
+            return None
+        listening = self.rundir.listening
+
+        def look() -> str:
+            found = ""
+            with contextlib.suppress(SetupError, OSError):
+                found = getattr(listening.now(), name)
+            found = found or getattr(self.endpoints, name)
+            return addresses.reached_from_here(found) if found else ""
+
+        return look
 
     @property
     def rank(self) -> int:
@@ -142,10 +159,13 @@ def exit_code(error: BaseException) -> int:
 
 def parse_address(text: str) -> str:
     """``HOST:PORT`` or ``tcp://HOST:PORT`` as an endpoint.  Raises ConfigError."""
-    host, colon, port = text.removeprefix("tcp://").rpartition(":")
-    if not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
-        raise ConfigError(f"--join {text}: neither a run folder nor HOST:PORT")
-    return f"tcp://{host}:{port}"
+    try:
+        host, port = addresses.split(text)
+        if port == 0:
+            raise ValueError("port 0 is none to connect to")
+    except ValueError as exc:
+        raise ConfigError(f"--join {text}: neither a run folder nor an address: {exc}") from None
+    return addresses.endpoint_of(host, port)
 
 
 def is_supervised() -> bool:
@@ -174,7 +194,10 @@ def _context(name: str, argv: list[str]) -> RoleContext:
         if args.config or options:
             source = args.config or rundir.path / "config.json"
             config = joining(rundir, configuration.load(source, options))
-        run_id, endpoints = rundir.run_id, rundir.read_endpoints()
+        run_id = rundir.run_id
+        # Roles that were started together wait for one another; by hand, what was never started is waited for in vain.
+        waits_for_others = is_supervised() or rundir.listening.there or name == "buffer"
+        endpoints = rundir.listening.now() if waits_for_others else rundir.read_endpoints()
         default = f"{name}-{index}" if name == "actor" else name
     elif args.config and args.join:
         if name != "actor":

@@ -4,7 +4,7 @@ runs/<name>/
   run.json          run_id, name, when it was made, whose policy it began with; its presence makes the folder a run
   config.json       the resolved configuration
   versions.json     Python, platform, packages (older ones as versions.<n>.json after an upgrade)
-  endpoints.json    where the roles listen
+  endpoints.json    where the roles listen (endpoints.former.json: in an earlier life of the run)
   version           the next version number
   metrics.jsonl     one record a line
   trees.jsonl       a few trees for the report
@@ -30,13 +30,13 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from atpo_async import config as configuration
 from atpo_async import processes, resuming, scratch
 from atpo_async.config import Config
+from atpo_async.endpoints import Endpoints, EndpointsFile
 from atpo_async.errors import ConfigError, RunMismatch, SetupError
 from atpo_async.metrics import read_metrics
 from atpo_async.resuming import Start
@@ -44,20 +44,6 @@ from atpo_async.resuming import Start
 LATEST = "latest"
 START = "start"
 """Folder in a run: the policy that it began with, where that is another run's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoints:
-    """Where the roles of a run listen: ``tcp://host:port``, empty where not known (an actor that joined by address)."""
-
-    actors: str = ""
-    """The buffer, for actors."""
-    learner: str = ""
-    """The buffer, for the learner."""
-    weights: str = ""
-    """The learner, for weights."""
-    announce: str = ""
-    """The learner, for announcements of versions."""
 
 
 class RunDir:
@@ -258,21 +244,22 @@ class RunDir:
         except ValueError:
             raise SetupError(f"{file} is damaged: {file.read_bytes()[:40]!r} is no version number") from None
 
+    @property
+    def listening(self) -> EndpointsFile:
+        """Where the roles listen."""
+        return EndpointsFile(self.path, write_atomic)
+
     def read_endpoints(self) -> Endpoints:
         """Raises SetupError where no role was started in this folder yet."""
-        file = self.path / "endpoints.json"
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            return Endpoints(**data)
-        except FileNotFoundError:
+        listening = self.listening
+        if not listening.path.exists():
             raise SetupError(
-                f"{file} does not exist: nothing has been started in this run; start the buffer first"
-            ) from None
-        except (ValueError, TypeError) as exc:
-            raise SetupError(f"{file} is damaged: {exc}; start the run again with `atpo train`") from None
+                f"{listening.path} does not exist: nothing has been started in this run; start the buffer first"
+            )
+        return listening.now()
 
     def write_endpoints(self, endpoints: Endpoints) -> None:
-        write_atomic(self.path / "endpoints.json", _dump(asdict(endpoints)))
+        self.listening.replace(endpoints)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

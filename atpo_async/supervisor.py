@@ -10,12 +10,10 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import errno
 import functools
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +22,12 @@ from enum import Enum
 from pathlib import Path
 from typing import IO, Any
 
-from atpo_async import hangs, notices, processes, scratch, status, stopping
-from atpo_async.config import Config, LinksConfig, SupervisorConfig
+from atpo_async import addresses, hangs, notices, processes, scratch, status, stopping
+from atpo_async.config import Config, SupervisorConfig
 from atpo_async.errors import RoleCrashed, SetupError
 from atpo_async.metrics import MetricsTail, MetricsWriter, Record
 from atpo_async.role import ERROR_FILE, ERROR_PREFIX, EXIT_DONE, EXIT_USER, SUPERVISOR_PID
-from atpo_async.rundir import Endpoints, RunDir
+from atpo_async.rundir import RunDir
 
 LOG_LINES = 20
 """Lines of a crashed role's log in the error."""
@@ -149,56 +147,11 @@ def _hidden() -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def check_ports(links: LinksConfig) -> None:
-    """Raises SetupError naming a port that is taken, or an address that this machine does not have."""
-    for name in ("actors_port", "learner_port", "weights_port", "announce_port"):
-        port: int = getattr(links, name)
-        _bind(links.host, port, f"links.{name}").close()
-
-
-def pick_endpoints(links: LinksConfig) -> Endpoints:
-    """One endpoint each; port 0 becomes a free one.  Raises SetupError as ``check_ports``."""
-    # All are held until all are chosen, so that no two are the same.
-    with contextlib.ExitStack() as held:
-        chosen = [
-            held.enter_context(_bind(links.host, getattr(links, f"{name}_port"), f"links.{name}_port")).getsockname()[1]
-            for name in ("actors", "learner", "weights", "announce")
-        ]
-    host = f"[{links.host}]" if ":" in links.host else links.host
-    return Endpoints(*(f"tcp://{host}:{port}" for port in chosen))
-
-
-def _bind(host: str, port: int, field_name: str) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    except socket.gaierror as exc:
-        raise SetupError(f"links.host = {host!r} is no address: {exc.strerror}") from None
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        # As the sockets to come: a port in TIME_WAIT after the last run is free.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(1)
-    except OSError as exc:
-        listener.close()
-        if exc.errno == errno.EADDRINUSE:
-            raise SetupError(
-                f"{field_name} = {port} is in use on {host}; stop what listens there, choose another port, or 0 to "
-                "have a free one picked"
-            ) from None
-        if exc.errno == errno.EADDRNOTAVAIL:
-            raise SetupError(f"links.host = {host!r} is no address of this machine") from None
-        if exc.errno == errno.EACCES:
-            raise SetupError(f"{field_name} = {port} needs privileges; choose one above 1023, or 0") from None
-        raise SetupError(f"{field_name} = {port} cannot be bound on {host}: {exc.strerror}") from None
-    return listener
-
-
 class Supervisor:
     """Runs roles to the end of the run.
 
     Args:
-        rundir: the run; its endpoints are written before this starts.
+        rundir: the run; its roles say there where they listen.
         specs: the roles, in the order of starting.
         settings: restarts, back-off, grace.
         say: one line to the user about an event (a restart, a stop).
@@ -270,6 +223,7 @@ class Supervisor:
             asyncio.create_task(self._follow_metrics(), name="follow metrics"),
             asyncio.create_task(self._sample_memory(), name="sample memory"),
             asyncio.create_task(self._look_for_hangs(), name="look for hangs"),
+            asyncio.create_task(self._tell_the_address(), name="tell the address"),
         ]
         try:
             waiting: set[asyncio.Task[Any]] = {*keepers}
@@ -459,6 +413,19 @@ class Supervisor:
     def _pass_on_notices(self) -> None:
         for line in self._notices.new():
             self._say(line)
+
+    async def _tell_the_address(self) -> None:
+        """Say where further actors can join, once the buffer listens and whenever it has moved.  Waits for: nothing but
+        the clock."""
+        told = ""
+        while True:
+            with contextlib.suppress(SetupError, OSError):
+                found = self._rundir.listening.now().actors
+                if found and found != told:
+                    moved = ": the buffer is no longer where it was" if told else ""
+                    self._say(f"actors join with --join {addresses.to_join(found)}{moved}")
+                    told = found
+            await asyncio.sleep(TAIL_S)
 
     async def _look_for_hangs(self) -> None:
         """Say who waits for whom when that takes long, and end a role that is stuck, which ``_keep`` starts again.

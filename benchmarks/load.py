@@ -33,6 +33,7 @@ from typing import Any, Self
 import numpy as np
 
 from atpo_async.config import Config, build
+from atpo_async.endpoints import Endpoints
 from atpo_async.links import Client, LinkSettings
 from atpo_async.messages import (
     PROTOCOL,
@@ -48,7 +49,7 @@ from atpo_async.messages import (
     VersionPublished,
     Welcome,
 )
-from atpo_async.rundir import Endpoints, RunDir
+from atpo_async.rundir import RunDir
 from atpo_async.tree import Turn, VersionSpan
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,8 +25,10 @@ from typing import Any, Self, TypeVar
 import msgspec
 import numpy as np
 
-from atpo_async import status, waits
+from atpo_async import ports, status, waits
+from atpo_async.addresses import port_of
 from atpo_async.config import Config
+from atpo_async.endpoints import Endpoints
 from atpo_async.errors import BadMessage, SetupError
 from atpo_async.links import LinkSettings, Server
 from atpo_async.messages import (
@@ -57,7 +59,7 @@ from atpo_async.messages import (
 from atpo_async.metrics import MetricsWriter
 from atpo_async.records import TurnRecords
 from atpo_async.role import RoleContext
-from atpo_async.rundir import Endpoints, RunDir
+from atpo_async.rundir import RunDir
 from atpo_async.tree import Turn
 from buffer.assembly import Frames
 from buffer.batches import Share
@@ -97,6 +99,7 @@ class BufferService:
         run: run id.
         endpoints: where to bind: ``actors`` and ``learner``; port 0 takes a free one.  ``weights`` and ``announce`` are
             passed on to actors when the learner published before this buffer was restarted.
+        former: where they were bound before; tried first where the port is 0.
         rundir: for the journal and the actors' metrics; None writes no metrics.
         stopping: set to end early.
         journal: folder of the journal; in the run's folder, or where ``buffer.journal_dir`` says, if None.  Without a
@@ -115,6 +118,7 @@ class BufferService:
         endpoints: Endpoints,
         rundir: RunDir | None,
         stopping: asyncio.Event,
+        former: Endpoints | None = None,
         journal: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -164,6 +168,7 @@ class BufferService:
         self._leased_training = self.state.ledger.next_task > 0
         self._endpoints = endpoints
         settings = LinkSettings.from_config(config.links)
+        former = former or Endpoints()
         self.actors = Server(
             endpoints.actors,
             name="buffer",
@@ -172,6 +177,8 @@ class BufferService:
             settings=settings,
             settled=self.journal.settle,
             with_frames=True,
+            former_port=port_of(former.actors),
+            setting="links.actors_port",
         )
         self.learner = Server(
             endpoints.learner,
@@ -181,6 +188,8 @@ class BufferService:
             settings=settings,
             settled=self.journal.settle,
             learners_only=True,
+            former_port=port_of(former.learner),
+            setting="links.learner_port",
         )
 
     async def __aenter__(self) -> Self:
@@ -628,16 +637,27 @@ async def serve(ctx: RoleContext) -> None:
     """The buffer's role: bind, say where, serve until the end.
 
     Raises:
-        SetupError: no endpoint to bind, or the port is taken.
+        SetupError: the port is taken, or there is no run folder.
     """
-    asked = ctx.endpoints
-    if not asked.actors or not asked.learner:
-        raise SetupError("the buffer needs two endpoints to bind; start it through `atpo train` or on a run folder")
-    service = BufferService(ctx.config, run=ctx.run_id, endpoints=asked, rundir=ctx.rundir, stopping=ctx.stopping)
+    if ctx.rundir is None:
+        raise SetupError("the buffer needs the run's folder; start it through `atpo train` or on a run folder")
+    listening, links = ctx.rundir.listening, ctx.config.links
+    now = listening.now()
+    asked = replace(now, actors=ports.to_bind(links, "actors"), learner=ports.to_bind(links, "learner"))
+    service = BufferService(
+        ctx.config,
+        run=ctx.run_id,
+        endpoints=asked,
+        rundir=ctx.rundir,
+        stopping=ctx.stopping,
+        former=listening.former(),
+    )
+    if not now.weights:
+        # Where the journal has it the learner was in an earlier life of the run; it says itself where it is now.
+        service.state.weights_endpoint = service.state.announce_endpoint = ""
     async with service:
         bound = replace(asked, actors=service.actors.endpoint, learner=service.learner.endpoint)
-        if bound != asked and ctx.rundir is not None:
-            ctx.rundir.write_endpoints(bound)
+        listening.note(actors=bound.actors, learner=bound.learner)
         ctx.log.info("buffer of run %s: actors at %s, learner at %s", ctx.run_id, bound.actors, bound.learner)
         status.publish("buffer", service.facts)
         waits.phase("serving")

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from atpo_async import status, waits
+from atpo_async import ports, status, waits
 from atpo_async.config import Config
 from atpo_async.errors import PeerLost, SetupError, WaitTimeout
 from atpo_async.links import Client, LinkSettings
@@ -362,11 +362,13 @@ async def _opened(ctx: RoleContext, thread: TorchThread) -> AsyncIterator[Learne
             publisher = await stack.enter_async_context(
                 Publisher(
                     store,
-                    weights_endpoint=ctx.endpoints.weights,
-                    announce_endpoint=ctx.endpoints.announce,
+                    weights_endpoint=ports.to_bind(config.links, "weights"),
+                    announce_endpoint=ports.to_bind(config.links, "announce"),
                     settings=links,
+                    former=rundir.listening.former(),
                 )
             )
+            rundir.listening.note(weights=publisher.weights_endpoint, announce=publisher.announce_endpoint)
             metrics = stack.enter_context(MetricsWriter(rundir.metrics_path, source="learner"))
         buffer = await stack.enter_async_context(
             Client(
@@ -375,6 +377,7 @@ async def _opened(ctx: RoleContext, thread: TorchThread) -> AsyncIterator[Learne
                 identity="learner" if rank == 0 else f"learner-{rank}",
                 receives=BufferToLearner,
                 settings=links,
+                locate=ctx.locate("learner"),
             )
         )
         yield Learner(

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atpo_async.addresses import port_of
 from atpo_async.config import WeightsConfig
+from atpo_async.endpoints import Endpoints
 from atpo_async.errors import SetupError
 from atpo_async.links import Announcer, LinkSettings, Server
 from atpo_async.messages import (
@@ -244,16 +246,37 @@ class Publisher:
     """The store behind its two sockets.  ``async with``: listening from the start, files removed at the end.
 
     Serving runs on the event loop while training runs in a thread of its own, so neither waits for the other.
+
+    Args:
+        weights_endpoint, announce_endpoint: to bind; port 0 takes a free one, the one of ``former`` where that is free.
     """
 
     def __init__(
-        self, store: WeightsStore, *, weights_endpoint: str, announce_endpoint: str, settings: LinkSettings
+        self,
+        store: WeightsStore,
+        *,
+        weights_endpoint: str,
+        announce_endpoint: str,
+        settings: LinkSettings,
+        former: Endpoints | None = None,
     ) -> None:
         self.store = store
+        former = former or Endpoints()
         self._server = Server(
-            weights_endpoint, name="learner", receives=ActorToLearner, handler=self._handle, settings=settings
+            weights_endpoint,
+            name="learner",
+            receives=ActorToLearner,
+            handler=self._handle,
+            settings=settings,
+            former_port=port_of(former.weights),
+            setting="links.weights_port",
         )
-        self._announcer = Announcer(announce_endpoint, settings=settings)
+        self._announcer = Announcer(
+            announce_endpoint,
+            settings=settings,
+            former_port=port_of(former.announce),
+            setting="links.announce_port",
+        )
         self._stack = contextlib.AsyncExitStack()
 
     @property

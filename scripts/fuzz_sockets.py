@@ -31,7 +31,6 @@ from atpo_async import messages as m  # noqa: E402
 from atpo_async.config import Config  # noqa: E402
 from atpo_async.processes import die_with_parent  # noqa: E402
 from atpo_async.rundir import RunDir  # noqa: E402
-from atpo_async.supervisor import pick_endpoints  # noqa: E402
 from tests.fuzz_support import HABITS, Corpus, Door, HonestReport, Rude, honest_process, knock  # noqa: E402
 
 LIMIT_BYTES = 4 << 20
@@ -92,9 +91,6 @@ def configured(folder: Path) -> Config:
 def fuzz(folder: Path, *, num_messages: int, seconds: float | None, seed: int) -> int:
     config = configured(folder)
     run = RunDir.create(config)
-    endpoints = pick_endpoints(config.links)
-    run.write_endpoints(endpoints)
-    doors: dict[Door, str] = {"actors": endpoints.actors, "learner": endpoints.learner}
     log = run.path / "logs" / "buffer.0.log"
     with log.open("wb") as file:
         buffer = subprocess.Popen(
@@ -118,6 +114,8 @@ def fuzz(folder: Path, *, num_messages: int, seconds: float | None, seed: int) -
             search_leaves=config.search.max_leaves,
         )
         wait_for_line(log, "buffer of run", buffer)
+        endpoints = run.read_endpoints()
+        doors: dict[Door, str] = {"actors": endpoints.actors, "learner": endpoints.learner}
         honest = multiprocessing.get_context("spawn").Process(
             target=honest_process, args=(run.run_id, doors, hello, TREES_PER_BATCH, HEARTBEAT_S, theirs), daemon=True
         )

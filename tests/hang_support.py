@@ -16,8 +16,9 @@ from typing import Any
 
 from atpo_async import processes, status
 from atpo_async.config import build
+from atpo_async.endpoints import Endpoints
 from atpo_async.hangs import Sight
-from atpo_async.rundir import Endpoints, RunDir, host_id
+from atpo_async.rundir import RunDir, host_id
 from atpo_async.status import Picture, Wait
 from atpo_async.supervisor import RoleSpec
 

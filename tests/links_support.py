@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import zmq
 import zmq.asyncio
 
 from atpo_async import messages as m
+from atpo_async.endpoints import Endpoints
 from atpo_async.keys import load_pair, load_public
 from atpo_async.links import Client, LinkSettings, Server
 
@@ -20,6 +22,13 @@ ANY_PORT = "tcp://127.0.0.1:0"
 FAST = LinkSettings(window=8, heartbeat_s=0.05, deadline_s=10.0, give_up_s=20.0, max_message_bytes=1 << 20)
 PATIENCE_S = 15.0
 """Far more than any test needs: it ends a test that would hang, it does not time one."""
+
+
+def free_endpoints() -> Endpoints:
+    """Four free ports, all different, for a test that has to know them before anybody listens."""
+    with contextlib.ExitStack() as held:
+        ports = [held.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(4)]
+    return Endpoints(*(f"tcp://127.0.0.1:{port}" for port in ports))
 
 
 def closed(number: int, tree_id: str = "t") -> m.TreeClosed:

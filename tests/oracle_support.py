@@ -29,6 +29,7 @@ import numpy as np
 
 from atpo_async import config as configuration
 from atpo_async import messages, processes
+from atpo_async.endpoints import Endpoints
 from atpo_async.errors import PeerLost
 from atpo_async.links import Client, LinkSettings
 from atpo_async.messages import (
@@ -51,11 +52,11 @@ from atpo_async.messages import (
     VersionPublished,
     Welcome,
 )
-from atpo_async.rundir import Endpoints, RunDir, write_atomic
-from atpo_async.supervisor import pick_endpoints
+from atpo_async.rundir import RunDir, write_atomic
 from atpo_async.tree import ROOT, Turn, TurnTree, VersionSpan
 from buffer import kept
 from tests.fault_support import PATIENCE_S, Proxy, Recovery, Role, Spawner, Tricks, until, until_async
+from tests.links_support import free_endpoints
 
 Kind = Literal["plain", "dull", "barren"]
 """A tree to learn from; one whose leaves all earn the same; a task that cannot be started."""
@@ -658,7 +659,7 @@ def make_run(folder: Path, **sections: dict[str, Any]) -> RunDir:
         folder / "run.json", json.dumps({"run_id": f"{folder.name}-0", "name": folder.name, "created": time.time()})
     )
     rundir = RunDir.open(folder)
-    rundir.write_endpoints(pick_endpoints(config.links))
+    rundir.write_endpoints(free_endpoints())
     return rundir
 
 
@@ -1087,7 +1088,7 @@ class Scene:
 
     def move_buffer(self) -> Endpoints:
         """The next buffer binds other ports."""
-        moved = pick_endpoints(self.rundir.config.links)
+        moved = free_endpoints()
         self.rundir.write_endpoints(moved)
         return moved
 

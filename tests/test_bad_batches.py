@@ -18,12 +18,13 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from atpo_async import wire
+from atpo_async.endpoints import Endpoints
 from atpo_async.errors import BadMessage
 from atpo_async.links import LinkSettings, Server
 from atpo_async.messages import Batch, BatchTree, BufferToLearner, LearnerToBuffer, SampleRequest, Trained
 from atpo_async.metrics import read_metrics
 from atpo_async.role import RoleContext
-from atpo_async.rundir import Endpoints, RunDir
+from atpo_async.rundir import RunDir
 from learner.guards import GradNorms, SkipCount
 from learner.intake import REASONS
 from learner.kept_batches import load_batch, save_batch

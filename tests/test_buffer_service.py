@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from atpo_async.config import Config, build
+from atpo_async.endpoints import Endpoints
 from atpo_async.errors import SetupError
 from atpo_async.links import Client, LinkSettings
 from atpo_async.messages import (
@@ -44,7 +46,7 @@ from atpo_async.messages import (
     Welcome,
 )
 from atpo_async.records import TurnRecords
-from atpo_async.rundir import Endpoints, RunDir
+from atpo_async.rundir import RunDir
 from atpo_async.tree import Turn, VersionSpan
 from buffer import journal as journals
 from buffer import service as services
@@ -1009,6 +1011,7 @@ async def test_a_taken_port_is_an_error_that_names_it(peers: Peers) -> None:
     service = BufferService(
         configured(), run="r", endpoints=taken, rundir=None, stopping=asyncio.Event()
     )  # fmt: skip
-    with pytest.raises(SetupError, match="the port is in use"):
+    port = taken.learner.rpartition(":")[2]
+    with pytest.raises(SetupError, match=rf"links\.learner_port = {port} is in use .* by process {os.getpid()} "):
         async with service:
             pass

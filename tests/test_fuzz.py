@@ -16,9 +16,10 @@ import zmq
 from atpo_async import messages as m
 from atpo_async import wire
 from atpo_async.config import build
+from atpo_async.endpoints import Endpoints
 from atpo_async.errors import BadMessage
 from atpo_async.links import LinkSettings
-from atpo_async.rundir import Endpoints, RunDir
+from atpo_async.rundir import RunDir
 from buffer.service import BufferService
 from tests.fuzz_support import HABITS, KNOCKS, Corpus, Door, Honest, Rude, Shot, knock
 

@@ -334,8 +334,8 @@ class Supervised:
         return path.read_text() if path.exists() else ""
 
     def said_of_working_roles(self) -> list[str]:
-        """Without what is said of a role that a busy machine lets begin late."""
-        return [line for line in self.said if "has not begun" not in line]
+        """Without what is said of a role that a busy machine lets begin late, and of where further actors join."""
+        return [line for line in self.said if "has not begun" not in line and "join with" not in line]
 
     async def until_again(self, role: str) -> None:
         await until_async(lambda: "second attempt" in self.log(role, 1), self.story)

@@ -17,6 +17,7 @@ import torch
 
 from atpo_async import status
 from atpo_async.config import Config, LinksConfig, build
+from atpo_async.endpoints import Endpoints
 from atpo_async.errors import PeerLost, SetupError, WaitTimeout
 from atpo_async.links import Client, LinkSettings, Server
 from atpo_async.messages import (
@@ -36,7 +37,7 @@ from atpo_async.messages import (
 )
 from atpo_async.metrics import read_metrics
 from atpo_async.role import RoleContext
-from atpo_async.rundir import Endpoints, RunDir
+from atpo_async.rundir import RunDir
 from atpo_async.waits import Patience
 from learner import buffer_peer, checkpoint, guards, kept_batches
 from learner.kept_batches import load_batch, save_batch

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from atpo_async.config import Config, build
+from atpo_async.endpoints import Endpoints
 from atpo_async.errors import ConfigError, RunMismatch, SetupError
 from atpo_async.metrics import MetricsWriter
-from atpo_async.rundir import Endpoints, RunDir, host_id, write_atomic
+from atpo_async.rundir import RunDir, host_id, write_atomic
 
 
 def config_in(folder: Path, **sections: dict[str, object]) -> Config:

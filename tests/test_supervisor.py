@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -16,7 +15,7 @@ import pytest
 
 from atpo_async import processes
 from atpo_async import supervisor as supervisor_module
-from atpo_async.config import Config, LinksConfig, SupervisorConfig, build
+from atpo_async.config import Config, SupervisorConfig, build
 from atpo_async.errors import RoleCrashed, SetupError
 from atpo_async.metrics import MetricsWriter, Record, read_metrics
 from atpo_async.rundir import RunDir
@@ -26,9 +25,7 @@ from atpo_async.supervisor import (
     RoleSpec,
     Supervisor,
     backoff_s,
-    check_ports,
     last_lines,
-    pick_endpoints,
     role_specs,
 )
 
@@ -139,6 +136,33 @@ async def test_repeated_crashes_stop_the_run_with_the_reason_and_the_last_lines(
     assert "  | line 29" in message
     assert "  | line 10" not in message  # twenty lines, no more
     assert not run.log_path("buffer", 3).exists()
+
+
+async def test_where_to_join_is_told_once_the_buffer_says_it_and_again_when_it_has_moved(run: RunDir) -> None:
+    moves = run.path / "moves"
+    code = f"""
+        import os, time
+        from pathlib import Path
+        from atpo_async.rundir import RunDir
+        listening = RunDir.open({str(run.path)!r}).listening
+        listening.note(actors="tcp://[fd00::5]:7000")
+        while not os.path.exists({str(moves)!r}): time.sleep(0.01)
+        listening.note(actors="tcp://[fd00::5]:7001")
+        time.sleep(1000)
+    """
+    said: list[str] = []
+    supervisor = Supervisor(run, [script("buffer", code), script("learner", FOREVER)], settings=QUICK, say=said.append)
+    task = asyncio.create_task(finished(supervisor))
+    await until(lambda: said)
+    moves.touch()
+    await until(lambda: len(said) == 2)
+    supervisor.interrupt()
+    supervisor.interrupt()
+    assert await task is Outcome.INTERRUPTED
+    assert said == [
+        "actors join with --join [fd00::5]:7000",
+        "actors join with --join [fd00::5]:7001: the buffer is no longer where it was",
+    ]
 
 
 @pytest.mark.parametrize("learner_first", [False, True])
@@ -315,7 +339,8 @@ async def test_roles_end_when_their_supervisor_is_killed(run: RunDir, tmp_path: 
 import asyncio, sys
 from pathlib import Path
 from atpo_async.config import SupervisorConfig
-from atpo_async.rundir import Endpoints, RunDir
+from atpo_async.endpoints import Endpoints
+from atpo_async.rundir import RunDir
 from atpo_async.supervisor import RoleSpec, Supervisor
 run = RunDir.open({str(run.path)!r})
 run.write_endpoints(Endpoints("a", "b", "c", "d"))
@@ -355,25 +380,6 @@ async def test_records_of_all_roles_reach_whoever_shows_them(run: RunDir) -> Non
 def test_the_back_off_doubles_up_to_its_limit() -> None:
     settings = SupervisorConfig(backoff_s=0.5, max_backoff_s=3.0)
     assert [backoff_s(n, settings) for n in (1, 2, 3, 4, 5)] == [0.5, 1.0, 2.0, 3.0, 3.0]
-
-
-def test_free_ports_are_picked_all_different_and_given_ones_kept() -> None:
-    port = _free_port()
-    endpoints = pick_endpoints(LinksConfig(weights_port=port))
-    assert endpoints.weights == f"tcp://127.0.0.1:{port}"
-    assert len({endpoints.actors, endpoints.learner, endpoints.weights, endpoints.announce}) == 4
-
-
-def test_a_port_in_use_is_named_with_its_field() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(SetupError, match=rf"^links\.learner_port = {port} is in use on 127\.0\.0\.1"):
-            check_ports(LinksConfig(learner_port=port))
-
-
-def test_an_address_of_another_machine_is_refused() -> None:
-    with pytest.raises(SetupError, match=r"links\.host = '192\.0\.2\.1' is no address of this machine"):
-        check_ports(LinksConfig(host="192.0.2.1"))
 
 
 def specs_of(**sections: dict[str, object]) -> dict[str, RoleSpec]:
@@ -443,12 +449,6 @@ def test_the_last_lines_of_a_long_log_are_read_from_its_end(tmp_path: Path) -> N
     path.write_text("".join(f"{i}\n" for i in range(100_000)))
     assert last_lines(path, 3) == ["99997", "99998", "99999"]
     assert last_lines(tmp_path / "none", 3) == []
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def _runs(pid: int) -> bool:
