@@ -37,6 +37,7 @@ than a hundredth of it."""
 
 CLOSED = "which closes the circle"
 
+BUFFER, LEARNER = "buffer", "learner"
 ACTORS = "actors"
 """All actors, as what a wait is for."""
 
@@ -115,13 +116,21 @@ class Watch:
         self._roles: dict[str, _Memory] = {}
         self._still_told_s = 0.0
 
-    def look(self, sights: Sequence[Sight], now: float, *, others: Iterable[Picture] = ()) -> list[Verdict]:
+    def look(
+        self,
+        sights: Sequence[Sight],
+        now: float,
+        *,
+        others: Iterable[Picture] = (),
+        restarts: Mapping[str, float] | None = None,
+    ) -> list[Verdict]:
         """What has to be told or done now.
 
         Args:
             sights: the roles that are looked after.
             now: seconds, monotonic.
             others: pictures of roles that somebody else looks after (actors that joined by hand).
+            restarts: roles that have ended and are to be started again -> seconds until then.
         """
         if self._looked_at is None or now - self._looked_at > self._gap_s:
             self._roles.clear()
@@ -130,10 +139,11 @@ class Watch:
             del self._roles[gone]
         stuck = {s.role: s for sight in sights if (s := self._look_at(sight, now)) is not None}
         pictures = by_role([p for sight in sights for p in sight.pictures] + list(others))
+        known = _known(pictures, restarts or {})
         verdicts = []
         for found in stuck.values():
             memory = self._roles[found.role]
-            line = "; ".join(explain(pictures, stuck, only=found.role))
+            line = "; ".join(explain(pictures, stuck, only=found.role, known=known))
             if found.for_s >= self._hang_s:
                 memory.moved_at = now  # it is being ended; should it outlive that, it is told again
                 verdicts.append(Verdict(line=line, ends=found.role, why=found.why))
@@ -144,10 +154,9 @@ class Watch:
             still_s = now - max(memory.moved_at for memory in self._roles.values())
             if still_s < self._deadline_s:
                 self._still_told_s = 0.0
-            elif still_s >= 2 * self._still_told_s and (told := explain(pictures, {})):
+            elif still_s >= 2 * self._still_told_s and (told := explain(pictures, {}, known=known)):
                 self._still_told_s = still_s
-                line = f"nothing has moved for {duration(still_s)}, though no role is stuck: {'; '.join(told)}"
-                verdicts.append(Verdict(line=line))
+                verdicts.append(Verdict(line=f"{_still(still_s, restarts or {})}: {'; '.join(told)}"))
         return verdicts
 
     def _look_at(self, sight: Sight, now: float) -> Stuck | None:
@@ -205,6 +214,22 @@ class Watch:
         )
         if busy and (not sight.pictures or any(picture.starting for picture in sight.pictures)):
             memory.moved_at = now
+
+
+def _known(pictures: Mapping[str, Picture], restarts: Mapping[str, float]) -> dict[str, str]:
+    """What is known of roles without a picture."""
+    joined = joined_by_address(pictures.values())
+    known = {name: f"joined by address (heard {duration(silent_s)} ago)" for name, silent_s in joined.items()}
+    known |= {role: f"is started again in {duration(left_s)}" for role, left_s in restarts.items()}
+    return {role: words for role, words in known.items() if role not in pictures}
+
+
+def _still(still_s: float, restarts: Mapping[str, float]) -> str:
+    """The beginning of the line about a run that stands still while nobody in it is stuck."""
+    if not restarts:
+        return f"nothing has moved for {duration(still_s)}, though no role is stuck"
+    ended = " and ".join(f"{role} again in {duration(left_s)}" for role, left_s in restarts.items())
+    return f"nothing has moved for {duration(still_s)}; the supervisor starts {ended}"
 
 
 def _causes(sight: Sight, *, still_s: float, silent_s: float) -> Iterator[tuple[float, str]]:
@@ -289,70 +314,128 @@ def waits_of(picture: Picture) -> list[Wait]:
     return sorted((wait for wait in found if wait.on), key=lambda wait: -wait.since_s)
 
 
-def explain(pictures: Mapping[str, Picture], stuck: Mapping[str, Stuck], *, only: str | None = None) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    """Roles along their waits, the words about each, and how long each wait has lasted."""
+
+    names: tuple[str, ...]
+    words: tuple[str, ...]
+    ages_s: tuple[float, ...] = ()
+
+    @property
+    def closes(self) -> bool:
+        return self.words[-1] == CLOSED
+
+    @property
+    def end(self) -> str | frozenset[str]:
+        """What all chains that come to the same end have in common: its last role, or the members of its circle."""
+        return frozenset(self.names[self.names.index(self.names[-1]) :]) if self.closes else self.names[-1]
+
+    def after(self, name: str, words: str, age_s: float) -> _Chain:
+        """This chain with one more wait at its beginning."""
+        return _Chain((name, *self.names), (words, *self.words), (age_s, *self.ages_s))
+
+
+def explain(
+    pictures: Mapping[str, Picture],
+    stuck: Mapping[str, Stuck],
+    *,
+    only: str | None = None,
+    known: Mapping[str, str] | None = None,
+    circle_s: float = 0.0,
+) -> list[str]:
     """Sentences "X waits for Y, which waits for Z, which …", one for each end that waiting comes to.
 
     Args:
         pictures: role -> picture.
         stuck: role -> why it is stuck, of those that are.
         only: the chains that end with this role; at least one sentence, for the role alone if nobody waits for it.
+        known: role -> what is known of one without a picture; goes on after "X, which …".
+        circle_s: a circle one of whose waits is younger is no deadlock yet: it is left out.
     """
-    chains = [_chain(role, pictures, stuck) for role in pictures if waits_of(pictures[role])]
-    best: dict[str, list[str]] = {}
-    for names, words in chains:
-        end = names[-1]
-        if len(names) > 1 and (only is None or end == only) and len(words) > len(best.get(end, ())):
-            best[end] = words
-    said = [", ".join(words) for words in best.values()]
+    chains = [_chain(role, pictures, stuck, known or {}) for role in pictures if waits_of(pictures[role])]
+    best: dict[str | frozenset[str], _Chain] = {}
+    for chain in chains:
+        end = chain.end
+        if len(chain.names) < 2 or (only is not None and end != only):
+            continue
+        if chain.closes and min(chain.ages_s) < circle_s:
+            continue
+        if end not in best or len(chain.words) > len(best[end].words):
+            best[end] = chain
+    said = [", ".join(chain.words) for chain in best.values()]
     said += [f"{role} {found.why}" for role, found in stuck.items() if role not in best and only in (None, role)]
     return said
 
 
 def _chain(
-    start: str, pictures: Mapping[str, Picture], stuck: Mapping[str, Stuck], before: tuple[str, ...] = ()
-) -> tuple[list[str], list[str]]:
-    """The roles from ``start`` on along their waits, and the parts of the sentence.
-
-    Of several ways on, one that does not come back to where it has been: a circle that has a way out holds up nobody.
-    """
+    start: str,
+    pictures: Mapping[str, Picture],
+    stuck: Mapping[str, Stuck],
+    known: Mapping[str, str],
+    before: tuple[str, ...] = (),
+) -> _Chain:
+    """From ``start`` on.  Of several ways on, one that does not come back to where it has been: a circle that has a way
+    out holds up nobody."""
     subject = "which" if before else start
     if start in stuck:
-        return [start], [f"{subject} {stuck[start].why}"]
+        return _Chain((start,), (f"{subject} {stuck[start].why}",))
     picture = pictures.get(start)
     if picture is None:
-        return [start], ["of which nothing is known here"]
+        words = f"{subject} {known[start]}" if start in known else "of which nothing is known here"
+        return _Chain((start,), (words,))
     found = waits_of(picture)
     own = [wait for wait in found if wait.on in OWN_PARTS]
     if own:  # a role that works is not held up by others
-        return [start], [f"{subject} works on {own[0].what} ({own[0].on}, {duration(own[0].since_s)})"]
-    circle: tuple[list[str], list[str]] | None = None
+        at = f"{own[0].what} ({own[0].on}, {duration(own[0].since_s)})"
+        return _Chain((start,), (f"{subject} is at work: {at}",))
+    circle: _Chain | None = None
     path = (*before, start)
-    for wait, target in _ways(found, pictures, stuck):
+    for wait, target in _ways(found, pictures, stuck, known):
         if target == start:
             continue
         words = f"{subject} waits {duration(wait.since_s)} for {wait.what} from {target}"
         if target == ACTORS:
-            return [start, target], [words, "of which none is there"]
-        if target == DISK:
-            return [start, target], [words]
-        if target in path:
-            circle = circle or ([start, target], [words, CLOSED])
-            continue
-        names, more = _chain(target, pictures, stuck, path)
-        on = ([start, *names], [words, *more])
-        if more[-1] != CLOSED:
-            return on
-        circle = circle or on
-    return circle or ([start], [f"{subject} waits for nobody ({picture.phase})"])
+            rest = _Chain((target,), ("of which none is there",))
+        elif target == DISK:
+            return _Chain((start, target), (words,), (wait.since_s,))
+        elif target in path:
+            rest = _Chain((target,), (CLOSED,))
+        else:
+            rest = _chain(target, pictures, stuck, known, path)
+        chain = rest.after(start, words, wait.since_s)
+        if not chain.closes:
+            return chain
+        circle = circle or chain
+    return circle or _Chain((start,), (f"{subject} is {picture.phase}, and waits for no other role",))
 
 
-def _ways(found: Sequence[Wait], pictures: Mapping[str, Picture], stuck: Mapping[str, Stuck]) -> list[tuple[Wait, str]]:
+def _ways(
+    found: Sequence[Wait], pictures: Mapping[str, Picture], stuck: Mapping[str, Stuck], known: Mapping[str, str]
+) -> list[tuple[Wait, str]]:
     """Each wait with each role that could end it; the stuck first, then as long as they have lasted."""
     ways = []
     for wait in found:
         if wait.on == ACTORS:
-            targets = [role for role in pictures if role.startswith("actor")] or [ACTORS]
+            targets = [role for role in (*pictures, *known) if role.startswith("actor")] or [ACTORS]
         else:
             targets = [wait.on]
         ways += [(wait, target) for target in targets]
     return sorted(ways, key=lambda way: (way[1] not in stuck, -way[0].since_s))
+
+
+def joined_by_address(pictures: Iterable[Picture]) -> dict[str, float]:
+    """Actors without a status file here, which joined by address: name -> seconds since the buffer heard of them."""
+    pictures = list(pictures)
+    found: dict[str, float] = {}
+    for picture in pictures:
+        for facts in picture.links.values() if picture.role == BUFFER else ():
+            peers = facts.get("peers")
+            for peer in peers if isinstance(peers, Sequence) else ():
+                try:
+                    name, silent_s = str(peer["peer"]), float(peer["silent_s"])
+                except (KeyError, TypeError, ValueError):
+                    continue
+                if name.partition("-")[0] != LEARNER:
+                    found[name] = silent_s
+    return {name: silent_s for name, silent_s in found.items() if name not in {p.role for p in pictures}}

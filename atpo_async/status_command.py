@@ -13,7 +13,7 @@ import msgspec
 
 from atpo_async import processes, status
 from atpo_async.errors import SetupError
-from atpo_async.hangs import SILENT_S, Stuck, explain, stopped_words, stuck_now, waits_of
+from atpo_async.hangs import SILENT_S, WORK_S, Stuck, explain, joined_by_address, stopped_words, stuck_now, waits_of
 from atpo_async.policy import steps_trained
 from atpo_async.rundir import RunDir, host_id
 from atpo_async.status import Picture, duration
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 OTHER_MACHINE_S = 30.0
 """Clocks of two machines may differ by so much; a picture from another machine that is older is called stale."""
+JOINED = "joined by address"
 SHOWN_WAITS = 3
 """Of each role."""
 UNSAID = frozenset({"kind", "name", "endpoint", "waits"})
@@ -70,10 +71,25 @@ class RunView:
     def sentences(self) -> list[str]:
         """Who waits for whom, to the end."""
         alive = {name: view.picture for name, view in self.roles.items() if view.alive}
-        said = explain(alive, {n: v.stuck for n, v in self.roles.items() if v.stuck is not None and v.alive})
+        stuck = {n: v.stuck for n, v in self.roles.items() if v.stuck is not None and v.alive}
+        said = explain(alive, stuck, known=self._known, circle_s=WORK_S)
         if self.supervisor is not None and self.supervisor_stopped:
             said.append(f"supervisor {stopped_words([self.supervisor])}")
         return said
+
+    @property
+    def joined(self) -> dict[str, float]:
+        """Actors that joined by address, without a status file here: name -> seconds since the buffer heard of them."""
+        return joined_by_address(view.picture for view in self.roles.values() if view.alive)
+
+    @property
+    def _known(self) -> dict[str, str]:
+        """What is known of roles that others may wait for, and that do not run here."""
+        again = ", and the supervisor is to start it again" if self.supervisor is not None else ""
+        gone = {
+            name: f"has {view.state}{again}" for name, view in self.roles.items() if view.state in ("ended", "gone")
+        }
+        return gone | {name: f"{JOINED} (heard {duration(silent_s)} ago)" for name, silent_s in self.joined.items()}
 
 
 def look(path: Path | str) -> RunView:
@@ -170,6 +186,7 @@ def as_json(view: RunView) -> str:
             }
             for name, role in view.roles.items()
         },
+        "joined": {name: {"silent_s": silent_s} for name, silent_s in view.joined.items()},
         "damaged": view.damaged,
     }
     return json.dumps(found, indent=2, default=str)
@@ -197,6 +214,9 @@ def show(view: RunView, console: Console) -> None:
             # As text: what others call themselves is no markup.
             cells = (Text(word) for word in (where, at, loop, _waits(role)))
             table.add_row(Text(name), Text(state, style=colour), *cells)
+        for name, silent_s in view.joined.items():
+            state = f"heard {duration(silent_s)} ago"
+            table.add_row(Text(name), Text(state, style="green"), "–", JOINED, "–", "says so where it runs only")
         console.print(table)
         links = [
             f"  {name}: {status.flat(_worth_saying(facts))}"

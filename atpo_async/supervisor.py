@@ -183,6 +183,8 @@ class Supervisor:
         """How often the role that ends the run was started again."""
         self._comeback = asyncio.Event()
         """Set by the next time."""
+        self._starts_at: dict[str, float] = {}
+        """Roles that have ended -> when they are started again, seconds of ``time.monotonic()``."""
         self._step = 0
         self._version = 0
         self._tail = MetricsTail(rundir.metrics_path)
@@ -284,8 +286,10 @@ class Supervisor:
                 self._comebacks += 1
                 self._comeback.set()
                 self._comeback = asyncio.Event()
+            self._starts_at[spec.name] = time.monotonic() + pause_s
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), timeout=pause_s)
+            del self._starts_at[spec.name]
 
     async def _is_needed_again(self, comebacks: int) -> bool:
         """Whether a role that was told that the run is over is needed once more: by a learner that died after it had
@@ -441,7 +445,9 @@ class Supervisor:
             await asyncio.sleep(every_s)
             try:
                 sights, others = await asyncio.to_thread(self._sights)
-                verdicts = watch.look(sights, time.monotonic(), others=others)
+                now = time.monotonic()
+                restarts = {role: max(0.0, at - now) for role, at in self._starts_at.items()}
+                verdicts = watch.look(sights, now, others=others, restarts=restarts)
             # The run is worth more than what looks after it.
             except Exception as exc:
                 if not failed:

@@ -533,15 +533,15 @@ class BufferService:
             share = self.state.draw(request, self._clock())
             if self.state.next_batch != before:
                 self._notify()
+            if share is None:
+                ready = f"{len(self.state.pool)} of {request.num_trees} are ready"
+                self._trees.goes_on(f"trees for batch {request.step} ({ready})", on="actors")
             return share
 
         share: Share | Exhausted | None = await self._until(made, timeout_s=request.wait_s)
         if share is None:
-            waiting_for = self.state.waiting_for(request, self._clock())
-            ready = f"{len(self.state.pool)} of {request.num_trees} ready"
-            self._trees.goes_on(f"trees for batch {request.step} ({ready})", on="actors")
             return NotYet(
-                waiting_for=waiting_for,
+                waiting_for=self.state.waiting_for(request, self._clock()),
                 progress=self.state.progress,
                 checkpoint_wanted=self.state.checkpoint_wanted,
             )
@@ -577,7 +577,12 @@ class BufferService:
 
         def done() -> EvalResult | None:
             result = self.state.eval_result(query.step)
-            return result if result.done else None
+            if result.done:
+                self._evaluated.over()
+                return result
+            so_far = f"the {result.num_tasks} tasks of an evaluation ({result.num_done} done)"
+            self._evaluated.goes_on(so_far, on="actors")
+            return None
 
         result: EvalResult | None = await self._until(done, timeout_s=query.wait_s)
         if result is None and self.state.ledger.published is None:
@@ -593,10 +598,6 @@ class BufferService:
             )
             self._notify()
         result = result or self.state.eval_result(query.step)
-        if result.done:
-            self._evaluated.over()
-        else:
-            self._evaluated.goes_on(f"{result.num_done} of {result.num_tasks} tasks of an evaluation", on="actors")
         if result.done:
             await self.journal.settle()
         return result

@@ -118,7 +118,7 @@ class BufferState:
             line=self.line,
             flush=self._flush,
         )
-        self._last_turn_s = now
+        self._last_turn_s: float | None = None
         self.weights_endpoint = ""
         self.announce_endpoint = ""
         self.finished = False
@@ -381,10 +381,11 @@ class BufferState:
         ready = f"trees: {len(self.pool)} of {request.num_trees} ready"
         if self.line is not None:
             ready = self.line.describe()
+        last = "no turn yet" if self._last_turn_s is None else f"last turn {now - self._last_turn_s:.1f} s ago"
         return (
             f"{ready}, {self.ledger.num_training} under lease, "
             f"{self.account.describe_drops(self.pool)}; "
-            f"{self.ledger.actors_alive(now)} actors alive; last turn {now - self._last_turn_s:.1f} s ago; "
+            f"{self.ledger.actors_alive(now)} actors alive; {last}; "
             f"published version {self.ledger.published}, asked for at {request.version}"
         )
 

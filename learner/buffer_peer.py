@@ -73,7 +73,7 @@ class BufferPeer:
             WaitTimeout: no batch, and nothing towards one for ``links.give_up_s``; names what is missing.
             SetupError: the buffer refuses this learner.
         """
-        patience = self.patience(f"batch {step} of {num_trees} trees")
+        patience = self.patience(f"batch {step} ({num_trees} trees)")
         told_at = now_s()
         progress: int | None = None
         while not self.stopping.is_set():

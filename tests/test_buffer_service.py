@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from atpo_async import waits
 from atpo_async.config import Config, build
 from atpo_async.endpoints import Endpoints
 from atpo_async.errors import SetupError
@@ -344,6 +345,29 @@ def test_a_batch_is_confirmed_when_every_rank_has_confirmed_its_share() -> None:
     state.trained(said[0])
     assert len(state.pool) == 2
     assert state.pool.mean_priority == pytest.approx(0.5)
+
+
+def test_the_last_turn_is_told_from_the_first_one_on() -> None:
+    state = stateful(configured(staleness={"trees_per_batch": 2}))
+    assert "; no turn yet; " in state.waiting_for(ask(), 72.0)
+    (lease,) = state.lease("a", 1, 72.0).leases
+    take(state, grown(lease))
+    said = state.waiting_for(ask(), 75.0)
+    assert "no turn yet" not in said
+    assert "; last turn " in said
+
+
+async def test_a_buffer_that_is_asked_for_a_batch_says_at_once_that_it_waits_for_the_actors() -> None:
+    async with running() as peers:
+        await peers.tell(published())
+        asking = asyncio.ensure_future(peers.learner.request(ask(wait_s=SOON_S), timeout_s=SOON_S))
+        try:
+            async with asyncio.timeout(SOON_S):
+                while not (found := [w for w in waits.snapshot() if w["who"] == "the request for a batch"]):
+                    await asyncio.sleep(0.01)
+        finally:
+            asking.cancel()
+        assert (found[0]["on"], found[0]["what"]) == ("actors", "trees for batch 0 (0 of 2 are ready)")
 
 
 async def test_with_an_exact_lag_the_engines_version_decides_about_leases_and_the_size_about_batches() -> None:

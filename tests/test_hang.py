@@ -213,14 +213,64 @@ def test_a_chain_is_followed_to_the_one_that_holds_it_up() -> None:
     buffer = picture("buffer", waits=(wait("room", "learner", 3.0),))
     learner = picture("learner", waits=(wait("learn", "torch", 2.0),))
     chain = "actor-0 waits 12 s for a lease from buffer, which waits 3.0 s for room from learner, which "
-    assert said(actor, buffer, learner) == [f"{chain}works on learn (torch, 2.0 s)"]
+    assert said(actor, buffer, learner) == [f"{chain}is at work: learn (torch, 2.0 s)"]
     assert said(actor, buffer, learner, learner="is stopped") == [f"{chain}is stopped"]
 
 
 def test_a_chain_that_closes_says_so() -> None:
     a = picture("buffer", waits=(wait("x", "learner"),))
     b = picture("learner", waits=(wait("y", "buffer"),))
-    assert all(sentence.endswith("which closes the circle") for sentence in said(a, b))
+    assert said(a, b) == [
+        "buffer waits 1.0 s for x from learner, which waits 1.0 s for y from buffer, which closes the circle"
+    ]
+
+
+def test_a_circle_is_told_once_however_many_wait_in_it_or_for_it() -> None:
+    buffer = picture("buffer", waits=(wait("trees", "actor-0", 5.0),))
+    actor = picture("actor-0", waits=(wait("weights", "learner", 6.0),))
+    learner = picture("learner", waits=(wait("batch 3", "buffer", 7.0),))
+    other = picture("actor-1", waits=(wait("a lease", "buffer", 8.0),))
+    assert len(said(buffer, actor, learner)) == 1
+    (sentence,) = said(buffer, actor, learner, other)
+    assert sentence.startswith("actor-1 waits 8.0 s for a lease from buffer, which waits 5.0 s for trees from actor-0")
+    assert sentence.endswith("for batch 3 from buffer, which closes the circle")
+
+
+def test_a_circle_is_no_deadlock_while_one_of_its_waits_is_young() -> None:
+    pictures = by_role(
+        [picture("buffer", waits=(wait("x", "learner", 9.0),)), picture("learner", waits=(wait("y", "buffer", 0.5),))]
+    )
+    assert explain(pictures, {}, circle_s=3.0) == []
+    assert len(explain(pictures, {}, circle_s=0.5)) == 1
+
+
+def test_who_is_waited_for_and_waits_for_no_other_is_said_to_be_at_what_it_is_at() -> None:
+    learner = picture("learner", waits=(wait("batch 6 (8 trees)", "buffer", 2.0),))
+    assert said(learner, picture("buffer", phase="serving")) == [
+        "learner waits 2.0 s for batch 6 (8 trees) from buffer, which is serving, and waits for no other role"
+    ]
+
+
+def test_an_actor_that_joined_by_address_is_one_of_the_actors_that_are_waited_for() -> None:
+    peers = [{"peer": "actor-far-7", "silent_s": 0.4}, {"peer": "learner", "silent_s": 0.1}, {"garbage": 1}, 7]
+    buffer = picture("buffer", waits=(wait("trees", "actors", 20.0),), links={"buffer at a": {"peers": peers}})
+    looks = Looks()
+    told = looks.often(12, sight("buffer", waits=buffer.waits, links=buffer.links))
+    assert told[0].line.endswith("waits 20 s for trees from actor-far-7, which joined by address (heard 0.4 s ago)")
+
+
+def test_a_run_that_stands_still_for_a_restart_says_when_that_comes() -> None:
+    watch = Watch(deadline_s=10.0, hang_s=100.0, every_s=1.0)
+    actor = sight("actor-0", waits=(wait("a lease", "buffer", 20.0),))
+    told = []
+    for second in range(20):
+        (picture_of_it,) = actor.pictures
+        seen = Sight(role="actor-0", pictures=(_numbered(picture_of_it, second),))
+        told += watch.look([seen], 100.0 + second, restarts={"buffer": 30.0 - second})
+    assert [verdict.line for verdict in told] == [
+        "nothing has moved for 10 s; the supervisor starts buffer again in 20 s: actor-0 waits 20 s for a lease from "
+        "buffer, which is started again in 20 s"
+    ]
 
 
 def test_of_several_actors_the_stuck_one_is_the_reason() -> None:
@@ -235,8 +285,8 @@ def test_a_wait_does_not_lead_back_where_another_one_leads_on() -> None:
     buffer = picture("buffer", waits=(wait("room", "learner", 90.0), wait("trees", "actors", 5.0)))
     actor = picture("actor-0", waits=(wait("an action", "engine", 4.0),))
     assert said(learner, buffer, actor) == [
-        "learner waits 60 s for batch 3 from buffer, which waits 5.0 s for trees from actor-0, which works on an "
-        "action (engine, 4.0 s)"
+        "learner waits 60 s for batch 3 from buffer, which waits 5.0 s for trees from actor-0, which is at work: "
+        "an action (engine, 4.0 s)"
     ]
 
 

@@ -222,7 +222,7 @@ def test_status_of_a_running_run_names_its_roles_and_who_waits_for_whom(
         assert "roles run, and nobody looks after them" in text
         assert f"buffer runs {buffer.pid}" in text
         assert "→ learner waits" in text
-        assert "for batch 3 from buffer, which waits for nobody (serving)" in text
+        assert "for batch 3 from buffer, which is serving, and waits for no other role" in text
         found = json.loads("".join(told(capsys, run, "--json")))
         assert found["running"]
         assert found["roles"]["learner"]["waits"][0]["what"] == "batch 3"
@@ -381,6 +381,23 @@ def test_what_a_link_says_is_shown_and_counts_as_waiting_for_its_peer(
     assert "actor-0 -> buffer: peer buffer, window 256, unacked 256" in text
     assert "trouble" not in text
     assert "→ actor-0 waits 41 s for Turn: room in a window of 256 from buffer" in text
+
+
+def test_an_actor_that_joined_by_address_is_in_the_table(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    peers = [{"peer": "actor-0", "silent_s": 0.1}, {"peer": "actor-far-7", "silent_s": 0.4}]
+    links = {
+        "buffer at tcp://127.0.0.1:1": {"peers": peers},
+        "buffer at tcp://127.0.0.1:2": {"peers": [{"peer": "learner", "silent_s": 0.2}]},
+    }
+    put(run, picture("buffer", links=links), picture("actor-0"))
+    text = told(capsys, run)
+    assert "actor-far-7 heard 0.4 s ago – joined by address" in text
+    assert json.loads(told(capsys, run, "--json"))["joined"] == {"actor-far-7": {"silent_s": 0.4}}
+
+
+def test_a_role_that_has_gone_is_named_as_what_is_waited_for(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    put(run, picture("learner", waits=(wait("batch 3", "buffer", 4.0),)), picture("buffer", pid=1, started=7))
+    assert "→ learner waits 4.0 s for batch 3 from buffer, which has gone" in told(capsys, run)
 
 
 def test_a_link_that_says_nonsense_does_not_take_the_screen_away(
