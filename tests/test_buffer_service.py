@@ -56,6 +56,7 @@ from buffer.journal import Journal
 from buffer.keeping import Keeping
 from buffer.service import BufferService
 from buffer.state import BufferState
+from tests.hang_support import until_async
 
 LOOPBACK = Endpoints(actors="tcp://127.0.0.1:0", learner="tcp://127.0.0.1:0")
 PROMPT = np.array([1, 2], dtype=np.int32)
@@ -361,13 +362,11 @@ async def test_a_buffer_that_is_asked_for_a_batch_says_at_once_that_it_waits_for
     async with running() as peers:
         await peers.tell(published())
         asking = asyncio.ensure_future(peers.learner.request(ask(wait_s=SOON_S), timeout_s=SOON_S))
+        sign = {"who": "the request for a batch", "on": "actors", "what": "trees for batch 0 (0 of 2 are ready)"}
         try:
-            async with asyncio.timeout(SOON_S):
-                while not (found := [w for w in waits.snapshot() if w["who"] == "the request for a batch"]):
-                    await asyncio.sleep(0.01)
+            await until_async(lambda: any(sign.items() <= wait.items() for wait in waits.snapshot()))
         finally:
             asking.cancel()
-        assert (found[0]["on"], found[0]["what"]) == ("actors", "trees for batch 0 (0 of 2 are ready)")
 
 
 async def test_with_an_exact_lag_the_engines_version_decides_about_leases_and_the_size_about_batches() -> None:
