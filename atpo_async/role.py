@@ -17,13 +17,12 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from atpo_async import addresses, status, waits
+from atpo_async import addresses, status, texts, waits
 from atpo_async import config as configuration
 from atpo_async.config import Config
 from atpo_async.endpoints import Endpoints
@@ -119,10 +118,10 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
         if causes and all(isinstance(cause, AtpoError) for cause in causes):
             code = _say(causes[0], supervised=supervised, debug=debug)
         else:
-            traceback.print_exc()
+            print(texts.trace_of(group), file=sys.stderr)
             code = _say(next(c for c in causes if not isinstance(c, AtpoError)), supervised=supervised, debug=False)
     except BaseException as exc:
-        traceback.print_exc()
+        print(texts.trace_of(exc), file=sys.stderr)
         code = _say(exc, supervised=supervised, debug=False)
     _exit_within(EXIT_DEADLINE_S, code)
     sys.exit(code)
@@ -131,8 +130,8 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
 def _say(error: BaseException, *, supervised: bool, debug: bool) -> int:
     """One line on stderr, and for the supervisor the same in a file of its own; the exit code."""
     if debug:
-        traceback.print_exception(error)
-    text = str(error) if isinstance(error, AtpoError) else f"{type(error).__name__}: {error}"
+        print(texts.trace_of(error), file=sys.stderr)
+    text = texts.middle_cut(str(error)) if isinstance(error, AtpoError) else texts.of_error(error, most=1000)
     print(f"{ERROR_PREFIX}{text}", file=sys.stderr, flush=True)
     code = exit_code(error) if supervised or not isinstance(error, AtpoError) else EXIT_USER
     if supervised and ERROR_FILE in os.environ:
@@ -228,9 +227,9 @@ def hand_name(role: str) -> str:
 
 
 def _logger(name: str) -> logging.Logger:
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(texts.BoundedFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for noisy in ("httpx", "urllib3", "filelock", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return logging.getLogger(name)

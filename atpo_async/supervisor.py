@@ -32,6 +32,9 @@ from atpo_async.rundir import RunDir
 LOG_LINES = 20
 """Lines of a crashed role's log in the error."""
 
+LINE_CHARACTERS = 1000
+"""Of each of them."""
+
 LAST_GRACE_S = 1.5
 """For the buffer, which is asked to stop after those that still talk to it."""
 
@@ -575,4 +578,6 @@ def last_lines(path: Path, count: int) -> list[str]:
             text = file.read().decode(errors="replace")
     except OSError:
         return []
-    return text.splitlines()[-count:]
+    return [
+        line if len(line) <= LINE_CHARACTERS else f"{line[:LINE_CHARACTERS]}…" for line in text.splitlines()[-count:]
+    ]

@@ -6,10 +6,15 @@ A tool's exception may carry the whole page that it failed on.  Nothing here rai
 
 from __future__ import annotations
 
+import logging
 import reprlib
+import traceback
 
 MOST = 300
 """Characters of an error's own text."""
+
+MOST_OF_A_RECORD = 16_000
+"""Characters of one record of a log, a traceback included; of a line that a role ends with."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 60, 80
@@ -40,3 +45,27 @@ def of_value(value: object, most: int = 80) -> str:
         return shortened(_SHORT.repr(value), most)
     except Exception as exc:
         return f"(it cannot be shown: {type(exc).__name__})"
+
+
+def middle_cut(text: str, most: int = MOST_OF_A_RECORD) -> str:
+    """Beginning and end of a text that is too long; lines stay lines."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]} … {len(text) - 2 * half} characters left out … {text[-half:]}"
+
+
+def trace_of(error: BaseException) -> str:
+    """Its traceback, cut."""
+    try:
+        return middle_cut("".join(traceback.format_exception(error)))
+    except Exception as exc:
+        return f"{type(error).__name__}, whose traceback cannot be had: {type(exc).__name__}\n"
+
+
+class BoundedFormatter(logging.Formatter):
+    """Of a log whose records others write into: none takes more than its share."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As logging's own, cut in the middle."""
+        return middle_cut(super().format(record))

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from atpo_async.errors import WaitTimeout
+from atpo_async.texts import shortened
 
 TORCH, ENGINE, ENVIRONMENT = "torch", "engine", "environment"
 OWN_PARTS = frozenset({TORCH, ENGINE, ENVIRONMENT})
@@ -111,7 +112,7 @@ class Patience:
 
     def again(self, reason: str) -> None:
         """Called at every fruitless turn.  Raises WaitTimeout once nothing has ``moved`` for ``give_up_s``."""
-        now = self._clock()
+        now, reason = self._clock(), shortened(reason, 500)
         if now - self._moved > self._deadlines.give_up_s:
             raise WaitTimeout(
                 f"{self.who} waited {now - self._moved:.0f} s for {self.what} (links.give_up_s): {reason}"
