@@ -4,13 +4,16 @@ evaluation of a model folder."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
+from pathlib import Path
 
 from actors.actor import Actor, LearnerMoved, until_stopped
 from actors.engine import Engine
 from actors.environments.base import Environment
-from actors.factory import check_eval_tasks, engine_name, make_engine, make_environment
+from actors.environments.host import HostedEnvironment
+from actors.factory import check_eval_tasks, engine_name, host_environment, make_engine
 from actors.weights import WeightsFetcher
 from atpo_async import role, waits
 from atpo_async.addresses import seen_from
@@ -37,7 +40,14 @@ async def act(ctx: RoleContext) -> None:
         await until_stopped(ctx.stopping, _knock(ctx, settings))
         if ctx.stopping.is_set():
             return
-    environment = make_environment(config, model)
+    async with contextlib.AsyncExitStack() as stack:
+        environment = await until_stopped(ctx.stopping, stack.enter_async_context(host_environment(config, model)))
+        if environment is not None:
+            await _act(ctx, settings, model, environment)
+
+
+async def _act(ctx: RoleContext, settings: LinkSettings, model: Path, environment: HostedEnvironment) -> None:
+    config = ctx.config
     if config.eval.at_start or config.eval.at_end or config.eval.every_steps:
         check_eval_tasks(config, environment, config.eval.num_tasks)
     engine = make_engine(config, model, actor=ctx.name)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from actors.engine import Engine
 from actors.environments.base import Environment
-from actors.factory import check_eval_tasks, make_engine, make_environment
+from actors.factory import check_eval_tasks, host_environment, make_engine
 from actors.search import TreeSearch
 from atpo_async.config import Config, load
 from atpo_async.errors import AtpoError, ConfigError, EnvironmentBroken
@@ -72,13 +72,13 @@ async def success(config: Config, *, engine: Engine, environment: Environment, n
 
 
 async def run(config: Config, model: Path, num_tasks: int) -> dict[str, float]:
-    environment = make_environment(config, model)
-    engine = make_engine(config, model, actor="eval")
-    try:
-        await engine.start()
-        return await success(config, engine=engine, environment=environment, num_tasks=num_tasks)
-    finally:
-        await engine.close()
+    async with host_environment(config, model) as environment:
+        engine = make_engine(config, model, actor="eval")
+        try:
+            await engine.start()
+            return await success(config, engine=engine, environment=environment, num_tasks=num_tasks)
+        finally:
+            await engine.close()
 
 
 def main(argv: list[str]) -> int:

@@ -6,14 +6,17 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 from pathlib import Path
 
 from actors.engine import Engine
 from actors.environments.base import Environment
+from actors.environments.host import HostedEnvironment
 from actors.environments.registry import BUILT_IN, make
 from actors.environments.values import CheckedEnvironment, Limits
 from atpo_async.config import Config
 from atpo_async.errors import ConfigError
+from atpo_async.role import DOING, ERROR_FILE
 
 log = logging.getLogger("atpo.actor")
 
@@ -94,6 +97,17 @@ def vocab_size(model: Path) -> int | None:
     except (OSError, ValueError, AttributeError):
         return None  # the engine says what is wrong with the folder
     return found if isinstance(found, int) and found > 0 else None
+
+
+def host_environment(config: Config, model: Path) -> HostedEnvironment:
+    """The same on a loop of its own, not opened yet."""
+    error_file = os.environ.get(ERROR_FILE)
+    return HostedEnvironment(
+        lambda: make_environment(config, model),
+        name=config.environment.name,
+        step_timeout_s=config.search.step_timeout_s,
+        doing=Path(error_file).with_suffix(DOING) if error_file else None,
+    )
 
 
 def check_eval_tasks(config: Config, environment: Environment, num_tasks: int) -> None:

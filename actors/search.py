@@ -7,25 +7,29 @@ A tree that an earlier actor left unfinished goes on from the turns it had commi
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from actors.engine import Engine, Generation, Sampling
 from actors.environments.base import Environment, Episode, Split, StepResult
+from actors.environments.host import EnvironmentTimeout
+from actors.environments.loop_thread import EnvironmentFault
 from actors.environments.values import TOO_LONG, ValueRefused
 from actors.expansion import select, sibling_parent
 from actors.faults import Fault, Place
 from atpo_async import waits
 from atpo_async.config import SearchConfig
-from atpo_async.errors import EngineDead, GenerationFailed
+from atpo_async.errors import EngineDead, EnvironmentBroken, GenerationFailed
 from atpo_async.messages import Lease, TreeClosed, TreeOpened
 from atpo_async.texts import of_error, shortened
 from atpo_async.tree import ROOT, EndReason, Turn, TurnTree
+
+T = TypeVar("T")
 
 Emit = Callable[[TreeOpened | Turn | TreeClosed], Awaitable[None]]
 ChainEnded = Callable[[Place, Fault | None], None]
@@ -350,15 +354,22 @@ class TreeSearch:
 
     # --- the environment: whatever it raises ends one branch ---------------------------------------------------
 
-    @contextlib.asynccontextmanager
-    async def _environment_time(self, what: str) -> AsyncIterator[None]:
-        """A named wait of at most ``search.step_timeout_s``."""
-        limit_s = self._search.step_timeout_s
-        with waits.waiting(self._who, f"the environment's {what}", on=waits.ENVIRONMENT, limit_s=limit_s):
-            async with asyncio.timeout(limit_s):
-                yield
+    async def _call(self, what: str, call: Awaitable[T], *, steps: int = 1) -> T:
+        """A named wait for the environment, which has ``search.step_timeout_s`` for each of ``steps``."""
+        limit_s = steps * self._search.step_timeout_s
+        try:
+            with waits.waiting(self._who, f"the environment's {what}", on=waits.ENVIRONMENT, limit_s=limit_s):
+                return await call
+        except EnvironmentBroken:
+            raise
+        except EnvironmentTimeout as exc:
+            raise BranchFailed("environment_timeout", str(exc), kind=f"timeout of {what}") from None
+        except EnvironmentFault as exc:
+            raise self._environment_fault(what, exc.error) from exc
+        except Exception as exc:
+            raise self._environment_fault(what, exc) from exc
 
-    def _environment_fault(self, what: str, exc: Exception) -> BranchFailed:
+    def _environment_fault(self, what: str, exc: BaseException) -> BranchFailed:
         """``exc`` came out of the environment's ``what``: as the branch's failure, its text cut."""
         if isinstance(exc, ValueRefused):
             return BranchFailed(exc.reason, str(exc), kind=f"value of {exc.field}")
@@ -367,44 +378,21 @@ class TreeSearch:
             "environment_failed", f"{task}, {what}: {of_error(exc)}", kind=f"{type(exc).__name__} in {what}"
         )
 
-    def _environment_late(self, what: str) -> BranchFailed:
-        task = f"task {self._task} ({self._lease.kind})"
-        return BranchFailed(
-            "environment_timeout",
-            f"{task}, {what} took over {self._search.step_timeout_s:g} s (search.step_timeout_s)",
-            kind=f"timeout of {what}",
-        )
-
     async def _start(self) -> Episode:
-        try:
-            async with self._environment_time("start"):
-                return await self._environment.start(self._lease.kind, self._task)
-        except TimeoutError:
-            raise self._environment_late("start") from None
-        except Exception as exc:
-            raise self._environment_fault("start", exc) from exc
+        return await self._call("start", self._environment.start(self._lease.kind, self._task))
 
     async def _step(self, episode: Episode, action: np.ndarray) -> StepResult:
-        try:
-            async with self._environment_time("step"):
-                return await episode.step(action)
-        except TimeoutError:
-            raise self._environment_late("step") from None
-        except Exception as exc:
-            raise self._environment_fault("step", exc) from exc
+        return await self._call("step", episode.step(action))
 
     async def _fork(self, path: tuple[Turn, ...]) -> tuple[Episode, np.ndarray]:
         """An episode brought to the end of ``path``, and the observation that follows it."""
         if not path:
             return await self._start(), NOTHING
         *before, last = path
-        try:
-            async with self._environment_time("replay"):
-                episode = await self._environment.replay(self._lease.kind, self._task, tuple(t.action for t in before))
-        except TimeoutError:
-            raise self._environment_late("replay") from None
-        except Exception as exc:
-            raise self._environment_fault("replay", exc) from exc
+        actions = tuple(t.action for t in before)
+        episode = await self._call(
+            "replay", self._environment.replay(self._lease.kind, self._task, actions), steps=len(path)
+        )
         try:
             result = await self._step(episode, last.action)
             if result.done:

@@ -38,6 +38,10 @@ SUPERVISOR_PID = "ATPO_SUPERVISOR_PID"
 ERROR_FILE = "ATPO_ERROR_FILE"
 """Environment variable: where a supervised role writes ``{"code", "error"}`` when it fails."""
 
+DOING = ".doing"
+"""Suffix, in place of the error file's own, of a file that always says what runs in a role that others' code may end
+without a word: its environment's call."""
+
 ERROR_PREFIX = "error: "
 """Begins the one line in which a role or the command line says what went wrong."""
 

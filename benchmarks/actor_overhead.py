@@ -27,7 +27,7 @@ import numpy as np
 
 from actors.actor import Actor
 from actors.engine import Engine, EngineStats, Generation, Sampling, SwapReport, WeightsFile
-from actors.factory import engine_name, make_engine, make_environment
+from actors.factory import engine_name, host_environment, make_engine
 from atpo_async.config import Config, load
 from atpo_async.links import Client, LinkSettings, Server
 from atpo_async.messages import ActorToBuffer, BufferToActor, Lease, LeaseRequest, Leases, Message, TreeClosed
@@ -124,13 +124,16 @@ async def over_actor(config: Config, engine: Engine, model: Path, endpoint: str,
     """Seconds for the trees of one round."""
     recorder = Recorder(engine)
     settings = LinkSettings.from_config(config.links)
-    async with Client(endpoint, peer="buffer", identity=name, receives=BufferToActor, settings=settings) as buffer:
+    async with (
+        host_environment(config, model) as environment,
+        Client(endpoint, peer="buffer", identity=name, receives=BufferToActor, settings=settings) as buffer,
+    ):
         actor = Actor(
             run="bench",
             name=name,
             config=config,
             engine=recorder,
-            environment=make_environment(config, model),
+            environment=environment,
             buffer=buffer,
             weights=NoWeights(),  # type: ignore[arg-type]
             stopping=asyncio.Event(),

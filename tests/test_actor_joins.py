@@ -32,7 +32,7 @@ def loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise LoadedError
 
     monkeypatch.setattr(joining, "model_folder", lambda path: tmp_path)
-    monkeypatch.setattr(joining, "make_environment", load)
+    monkeypatch.setattr(joining, "host_environment", load)
     monkeypatch.setattr(joining, "KNOCK_S", PATIENCE_S)
 
 

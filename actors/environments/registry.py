@@ -42,7 +42,7 @@ def make(name: str, tokenizer: Path | str, **options: Option) -> Environment:
         made = factory(tokenizer, **options)
     except AtpoError:
         raise
-    except Exception as exc:
+    except BaseException as exc:  # exit() too
         raise SetupError(f"environment {name!r} could not be made: {of_error(exc)}") from exc
     if inspect.isawaitable(made):
         if inspect.iscoroutine(made):
@@ -93,7 +93,7 @@ def _factory(name: str, target: str) -> Factory:
         )
     try:
         module = importlib.import_module(module_name)
-    except Exception as exc:  # a user's module may fail in any way while it is imported
+    except BaseException as exc:  # a user's module may fail in any way while it is imported, and exit() too
         raise SetupError(
             f"environment.name = {name!r}: module {module_name!r} cannot be imported: {of_error(exc)}"
         ) from exc

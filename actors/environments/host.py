@@ -1,0 +1,404 @@
+"""Runs the code of an environment where it can harm neither the actor nor, for long, the environment's other calls.
+
+All calls of one environment run on one event loop in a thread of its own, with threads of its own for
+``asyncio.to_thread``; the actor awaits their answers under ``search.step_timeout_s``.  What a call raises, exit() and a
+leaked cancellation included, is that call's answer.  A call past its limit is cancelled, or interrupted where it holds
+the loop, and its branch goes on without it; where it does not come back, its loop is left to it, the environment is
+made anew on another one, and the other episodes are brought there by replay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self, TypeVar
+
+import numpy as np
+
+from actors.environments.base import Environment, Episode, Split, StepResult
+from actors.environments.loop_thread import MAX_POOL_THREADS, Call, EnvironmentFault, LoopLost, LoopThread, next_name
+from atpo_async import status, waits
+from atpo_async.errors import EnvironmentBroken, SetupError
+from atpo_async.texts import of_error
+
+log = logging.getLogger("atpo.actor.environment")
+
+T = TypeVar("T")
+
+GRACE_S = 1.0
+"""For a call past its limit to end once it has been told to, before its loop counts as lost."""
+
+INTERRUPTS = 5
+"""Within the grace."""
+
+MAX_LOST_LOOPS = 32
+"""Threads held up for good at the same time, each with an environment of its own."""
+
+CLOSE_S = 2.0
+"""For episodes to be closed when the actor ends."""
+
+
+class EnvironmentTimeout(Exception):
+    """A call took longer than it may."""
+
+
+class HostedEnvironment:
+    """An environment whose code runs on a loop of its own.  As ``Environment``, for the actor's loop.
+
+    Args:
+        make: makes the environment; called on the loop that will run it, again for every loop that was lost.
+        name: ``environment.name``, for errors.
+        step_timeout_s: of ``start``, ``step`` and ``close``; a replay of n actions may take n + 1 times as long.
+        doing: a file that always says what runs here, for whoever finds the process dead.
+        grace_s: as ``GRACE_S``.
+        max_lost_loops: as ``MAX_LOST_LOOPS``.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Environment],
+        *,
+        name: str,
+        step_timeout_s: float,
+        doing: Path | None = None,
+        grace_s: float = GRACE_S,
+        max_lost_loops: int = MAX_LOST_LOOPS,
+    ) -> None:
+        self._make = make
+        self.name = name
+        self.step_timeout_s = step_timeout_s
+        self._grace_s = grace_s
+        self._max_lost_loops = max_lost_loops
+        self._trace = os.open(doing, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600) if doing is not None else -1
+        self._made: tuple[LoopThread, Environment] | None = None
+        self._making = asyncio.Lock()
+        self._lost: list[LoopThread] = []
+        self._broken: EnvironmentBroken | None = None
+        self._pester: asyncio.Task[None] | None = None
+        self._background: set[asyncio.Task[None]] = set()
+        self._num_tasks: dict[Split, int | Exception | None] = {}
+        self.stop_token_ids: tuple[int, ...] = ()
+        self.given_up = 0
+        """Calls past their limit."""
+        self.lost_loops = 0
+        self.failed_closes = 0
+
+    async def open(self) -> Self:
+        """Make the environment.  Raises what ``make`` raises: ConfigError, SetupError."""
+        with waits.waiting(f"environment {self.name!r}", "its being made", on=waits.ENVIRONMENT):
+            await self._current()
+        status.publish("environment", self._facts)
+        return self
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Let episodes that are being closed come to their end, for ``CLOSE_S`` at most."""
+        for task in (*self._background, *([self._pester] if self._pester else [])):
+            task.cancel()
+        if self._made is not None:
+            thread = self._made[0]
+            if closing := [call.ended for call in thread.open_calls if call.closes]:
+                await asyncio.wait(closing, timeout=CLOSE_S)
+            thread.stop()
+        if self._trace >= 0:
+            os.close(self._trace)
+            self._trace = -1
+        self._broken = EnvironmentBroken(f"environment {self.name!r} is closed")
+
+    def num_tasks(self, split: Split) -> int | None:
+        """As it was when the environment was made.  Raises what the environment raises."""
+        found = self._num_tasks[split]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def start(self, split: Split, task_index: int) -> HostedEpisode:
+        """Raises EnvironmentTimeout; EnvironmentBroken; whatever the environment raises, as an ``Exception``."""
+        return await HostedEpisode(self, split, task_index).begin(())
+
+    async def replay(self, split: Split, task_index: int, actions: tuple[np.ndarray, ...]) -> HostedEpisode:
+        """As ``start``; start and each action may take ``step_timeout_s``."""
+        return await HostedEpisode(self, split, task_index).begin(actions)
+
+    def _facts(self) -> dict[str, object]:
+        """For the actor's status."""
+        facts: dict[str, object] = {"given_up": self.given_up, "lost_loops": self.lost_loops}
+        if self._made is not None:
+            thread = self._made[0]
+            facts |= {"calls": len(thread.open_calls), "busy_threads": thread.pool.busy_over(0.0)}
+            if (held := thread.holder()) is not None and held[1] > self._grace_s:
+                facts["held_up_by"] = f"{held[0].what} for {status.duration(held[1])}, in {thread.stack()}"
+        return facts
+
+    # --- the loop ----------------------------------------------------------------------------------------------
+
+    async def _current(self) -> tuple[LoopThread, Environment]:
+        """The loop in use and what was made on it.  Waits for: the environment, where it is made anew."""
+        if self._made is not None and self._broken is None:
+            return self._made
+        async with self._making:
+            if self._broken is not None:
+                raise self._broken
+            if self._made is None:
+                self._made = await self._make_on_a_new_loop()
+            return self._made
+
+    async def _make_on_a_new_loop(self) -> tuple[LoopThread, Environment]:
+        thread = LoopThread(next_name(f"environment {self.name!r}"), self._note)
+
+        async def work() -> tuple[Environment, tuple[int, ...], dict[Split, int | Exception | None]]:
+            made = self._make()
+            # Properties are code as well: nothing of an environment is read anywhere else.
+            return made, made.stop_token_ids, {"train": _asked(made, "train"), "eval": _asked(made, "eval")}
+
+        try:
+            made, stop_token_ids, num_tasks = await self.answer(thread, "make", work, limit_s=None)
+        except EnvironmentFault as exc:
+            thread.stop()
+            raise SetupError(f"environment {self.name!r} could not be made: {exc}") from exc
+        except BaseException as exc:
+            thread.stop()
+            if self.lost_loops and isinstance(exc, Exception):
+                self._broken = EnvironmentBroken(f"environment {self.name!r} could not be made anew: {exc}")
+                raise self._broken from exc
+            raise
+        if not self._num_tasks:
+            self.stop_token_ids, self._num_tasks = stop_token_ids, num_tasks
+        return thread, made
+
+    def _note(self, what: str) -> None:
+        if self._trace >= 0:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._trace, what.encode()[:255].ljust(256), 0)
+
+    # --- one call ----------------------------------------------------------------------------------------------
+
+    async def call(
+        self,
+        what: str,
+        work: Callable[[Environment], Awaitable[T]],
+        *,
+        limit_s: float,
+        discard: Callable[[T], Awaitable[None]] | None = None,
+    ) -> tuple[LoopThread, T]:
+        """A call that may begin anew: on the loop in use, and on the next one where that is lost meanwhile."""
+        while True:
+            thread, made = await self._current()
+            with contextlib.suppress(LoopLost):
+                answer = await self.answer(
+                    thread, what, functools.partial(work, made), limit_s=limit_s, discard=discard
+                )
+                return thread, answer
+
+    async def answer(
+        self,
+        thread: LoopThread,
+        what: str,
+        work: Callable[[], Awaitable[T]],
+        *,
+        limit_s: float | None,
+        discard: Callable[[T], Awaitable[None]] | None = None,
+        closes: bool = False,
+    ) -> T:
+        """On this loop and no other.
+
+        Waits for: the call.  Unblocked by: its answer; its limit, for which the time that others hold the loop up does
+        not count; the loss of its loop (LoopLost).
+        """
+        call = thread.submit(what, work, discard, closes=closes)
+        try:
+            while not call.answer.done():
+                left_s = None if limit_s is None else limit_s - thread.used_s(call)
+                if left_s is not None and left_s <= 0:
+                    self._past_its_limit(thread, call)
+                    raise EnvironmentTimeout(f"{what} took over {limit_s:g} s (search.step_timeout_s)")
+                await asyncio.wait((call.answer,), timeout=None if left_s is None else max(left_s, 0.05))
+                self._look_at_holder(thread)
+            return call.answer.result()
+        finally:
+            waits.progress("environment calls")
+            if not call.ended.done() and not closes:
+                thread.drop(call)
+
+    def _look_at_holder(self, thread: LoopThread) -> None:
+        """What nobody waits for, a task that a call has left running too, may hold the loop up as well."""
+        if thread.abandoned or (held := thread.holder()) is None or (since := held[0].unattended_since) is None:
+            return
+        call, held_s = held
+        if min(held_s, time.monotonic() - since) > self.step_timeout_s + self._grace_s:
+            self._leave_behind(thread, call)
+
+    def _past_its_limit(self, thread: LoopThread, call: Call[T]) -> None:
+        """Raises LoopLost for a call that never began."""
+        if call.task is None:
+            self._leave_behind(thread, call)
+            raise LoopLost(f"{thread.name} does not turn")
+        self.given_up += 1
+        thread.drop(call)
+        task = asyncio.create_task(self._see_it_end(thread, call), name=f"end of {call.what}")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        hanging = thread.pool.busy_over(self.step_timeout_s)
+        if hanging >= MAX_POOL_THREADS:
+            self._broken = EnvironmentBroken(
+                f"environment {self.name!r}: {hanging} threads that it started with asyncio.to_thread have been at it "
+                f"for more than {self.step_timeout_s:g} s (search.step_timeout_s), the latest in {call.what}: give the "
+                "tool a time limit of its own"
+            )
+
+    async def _see_it_end(self, thread: LoopThread, call: Call[T]) -> None:
+        """Waits for: a call that was told to end.  Unblocked by: its end; after the grace its loop is left to it if it
+        holds that up; one that merely ignores its cancellation harms nobody."""
+        for _ in range(INTERRUPTS):  # a tool may catch the first
+            thread.interrupt(call)
+            await asyncio.wait((call.ended,), timeout=self._grace_s / INTERRUPTS)
+            if call.ended.done():
+                break
+        if call.ended.done() or thread.abandoned:
+            return
+        held = thread.holder()
+        if held is None:
+            if await thread.responds(self._grace_s) or thread.holder() is not None:
+                return
+        elif held[0] is not call:
+            return
+        self._leave_behind(thread, call)
+
+    def _leave_behind(self, thread: LoopThread, call: Call[T]) -> None:
+        if thread.abandoned:
+            return
+        where = thread.stack()
+        self.lost_loops += 1
+        self._lost = [lost for lost in self._lost if lost.alive] + [thread]
+        if self._made is not None and self._made[0] is thread:
+            self._made = None
+        said = (
+            f"environment {self.name!r}: {call.what} blocks its thread for more than {self.step_timeout_s:g} s "
+            f"(search.step_timeout_s) and cannot be ended{f', in {where}' if where else ''}"
+        )
+        log.warning("%s; it is left behind, and the environment is made anew", said)
+        if len(self._lost) >= self._max_lost_loops:
+            self._broken = EnvironmentBroken(
+                f"{said}; {len(self._lost)} threads hang like this: give the tool a time limit of its own, or await it"
+            )
+        thread.abandon()
+        if self._pester is None or self._pester.done():
+            self._pester = asyncio.create_task(self._interrupt_lost_loops(), name="interrupt lost loops")
+
+    async def _interrupt_lost_loops(self) -> None:
+        """A loop in Python that catches everything takes processor time from the actor for ever.
+
+        Waits for: the clock.  Unblocked by: the ends of all threads that were left behind.
+        """
+        while any(thread.alive for thread in self._lost):
+            for thread in self._lost:
+                thread.interrupt()
+            await asyncio.sleep(self._grace_s)
+
+    def count_failed_close(self, what: str, error: Exception) -> None:
+        """One more; of many not all are logged."""
+        self.failed_closes += 1
+        if self.failed_closes & (self.failed_closes - 1) == 0:
+            log.warning(
+                "environment %r: %s failed, the branch counts all the same (%d so far): %s",
+                self.name, what, self.failed_closes, of_error(error),
+            )  # fmt: skip
+
+
+def _asked(environment: Environment, split: Split) -> int | Exception | None:
+    try:
+        return environment.num_tasks(split)
+    except Exception as exc:  # the other split is not everybody's: raised to whoever asks for it
+        return exc
+
+
+class _Begun(NamedTuple):
+    episode: Episode
+    prompt: np.ndarray
+
+
+class HostedEpisode:
+    """One task under way on its environment's loop.  As ``Episode``, for the actor's loop."""
+
+    def __init__(self, host: HostedEnvironment, split: Split, task_index: int) -> None:
+        self._host = host
+        self._split: Split = split
+        self._task = task_index
+        self._actions: list[np.ndarray] = []
+        self._plain: Episode | None = None
+        self._thread: LoopThread | None = None
+        self.prompt = np.zeros(0, dtype=np.int32)
+
+    async def begin(self, actions: tuple[np.ndarray, ...]) -> Self:
+        """Start, or replay, on the loop in use."""
+        self._actions = list(actions)
+        split, task = self._split, self._task
+
+        async def work(environment: Environment) -> _Begun:
+            if actions:
+                episode = await environment.replay(split, task, actions)
+            else:
+                episode = await environment.start(split, task)
+            try:
+                return _Begun(episode, episode.prompt)
+            except BaseException:
+                await episode.close()
+                raise
+
+        async def discard(late: _Begun) -> None:
+            await late.episode.close()
+
+        what = f"replay of {len(actions)} steps" if actions else "start"
+        self._thread, begun = await self._host.call(
+            f"{what} of task {task} ({split})",
+            work,
+            limit_s=(len(actions) + 1) * self._host.step_timeout_s,
+            discard=discard,
+        )
+        self._plain, self.prompt = begun.episode, begun.prompt
+        return self
+
+    async def step(self, action: np.ndarray) -> StepResult:
+        """Raises as ``HostedEnvironment.start``.  After the loss of its loop the episode is made anew first."""
+        while True:
+            if self._thread is None or self._thread.abandoned:
+                await self.begin(tuple(self._actions))
+            assert self._thread is not None
+            assert self._plain is not None
+            work = functools.partial(self._plain.step, action)
+            what = f"step {len(self._actions) + 1} of task {self._task} ({self._split})"
+            with contextlib.suppress(LoopLost):
+                said = await self._host.answer(self._thread, what, work, limit_s=self._host.step_timeout_s)
+                self._actions.append(action)
+                return said
+
+    async def close(self) -> None:
+        """Never raises: what a chain has come to does not depend on it.  Whoever is being cancelled does not wait."""
+        thread, plain, self._plain = self._thread, self._plain, None
+        if thread is None or plain is None or thread.abandoned:
+            return
+        what = f"close of task {self._task} ({self._split})"
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            thread.submit(what, plain.close, closes=True).leave_alone()
+            return
+        try:
+            await self._host.answer(thread, what, plain.close, limit_s=self._host.step_timeout_s, closes=True)
+        except LoopLost:
+            pass
+        except Exception as exc:
+            self._host.count_failed_close(what, exc)
