@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from actors.engine import Engine
 from actors.environments.base import Environment
-from actors.faults import CutActions, Faults
+from actors.faults import CutActions, Faults, first_of
 from actors.search import TreeSearch
 from actors.weights import WeightsFetcher
 from atpo_async import status, waits
@@ -151,7 +151,7 @@ class Actor:
                 for task in (*loops, stop, leases, *self._growing.values()):
                     task.cancel()
         except ExceptionGroup as failures:
-            raise _first(failures) from failures
+            raise first_of(failures) from failures
         finally:
             self._count_idle()
             await self._give_back(held)
@@ -446,18 +446,3 @@ class Actor:
                     metrics=metrics,
                 )
             )
-
-
-def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What a user should read: the first error of ours, else the first at all."""
-    flat: list[BaseException] = []
-
-    def walk(group: BaseExceptionGroup[BaseException]) -> None:
-        for exc in group.exceptions:
-            if isinstance(exc, BaseExceptionGroup):
-                walk(exc)
-            else:
-                flat.append(exc)
-
-    walk(failures)
-    return next((exc for exc in flat if isinstance(exc, AtpoError)), flat[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -80,8 +80,18 @@ class Engine(Protocol):
     async def start(self) -> None:
         """Load the model and warm up.  Raises SetupError if the model or the device is not there."""
 
-    async def generate(self, prompt: Sequence[int] | np.ndarray, sampling: Sampling, *, request_id: str) -> Generation:
-        """Sample one action after ``prompt``.  Raises GenerationFailed; cancelling it aborts the request."""
+    async def generate(
+        self,
+        prompt: Sequence[int] | np.ndarray,
+        sampling: Sampling,
+        *,
+        request_id: str,
+        on_running: Callable[[], None] = lambda: None,
+    ) -> Generation:
+        """Sample one action after ``prompt``.  Raises GenerationFailed; cancelling it aborts the request.
+
+        ``on_running`` is called once, when the request has left the queue: a limit on an action begins then.
+        """
 
     async def swap(self, weights: WeightsFile) -> SwapReport:
         """Take up other weights while requests are in flight, then reproduce the manifest's probe.

@@ -6,11 +6,13 @@ import argparse
 import asyncio
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from actors.engine import Engine
 from actors.environments.base import Environment
 from actors.factory import check_eval_tasks, host_environment, make_engine
+from actors.faults import Faults, first_of
 from actors.search import TreeSearch
 from atpo_async.config import Config, load
 from atpo_async.errors import AtpoError, ConfigError, EnvironmentBroken
@@ -20,14 +22,18 @@ from atpo_async.records import TurnRecords
 from atpo_async.tree import Turn, TurnTree
 
 
-async def success(config: Config, *, engine: Engine, environment: Environment, num_tasks: int) -> dict[str, float]:
+async def success(
+    config: Config, *, engine: Engine, environment: Environment, num_tasks: int
+) -> dict[str, float | None]:
     """Grow one greedy chain for each of the first ``num_tasks`` held-out tasks.
 
-    Returns success (share of right answers; a failed chain counts as wrong), mean turns and the number failed.
+    Returns success (share of right answers; a failed chain counts as wrong, one of which the environment does not say
+    is left out; None where it says of none), how many are unknown and failed, and the means of turns and rewards.
     Raises ConfigError when the environment has fewer tasks, EnvironmentBroken when every chain failed.
     """
     check_eval_tasks(config, environment, num_tasks)
     at_once = asyncio.Semaphore(config.actor.max_num_seqs)
+    faults = Faults(config.environment.name, at_once=config.actor.max_num_seqs)
     latest_failure = ""
 
     async def drop(message: TreeOpened | Turn | TreeClosed) -> None:
@@ -53,9 +59,14 @@ async def success(config: Config, *, engine: Engine, environment: Environment, n
             search=config.search,
             max_context_tokens=config.model.max_context_tokens,
             emit=drop,
+            chain_ended=partial(faults.chain_ended, lease.tree_id),
         )
         async with at_once:
-            tree = await search.grow()
+            try:
+                with faults.growing(lease):
+                    tree = await search.grow()
+            except ExceptionGroup as failures:
+                raise first_of(failures) from failures
         latest_failure = search.growth.last_detail or latest_failure
         return tree
 
@@ -63,15 +74,19 @@ async def success(config: Config, *, engine: Engine, environment: Environment, n
     leaves = [leaf for tree in trees for leaf in tree.leaves()]
     if not leaves:
         raise EnvironmentBroken(f"all {num_tasks} evaluation chains failed; the latest: {latest_failure}")
+    unknown = sum(leaf.success is None for leaf in leaves)
+    right = sum(leaf.success is True for leaf in leaves)
     return {
-        "success": sum(bool(leaf.success) for leaf in leaves) / num_tasks,
+        "success": right / (num_tasks - unknown) if unknown < len(leaves) else None,
         "num_tasks": float(num_tasks),
+        "unknown": float(unknown),
         "failed": float(num_tasks - len(leaves)),
+        "reward_mean": sum(leaf.reward or 0.0 for leaf in leaves) / len(leaves),
         "turns_mean": sum(len(tree) for tree in trees) / num_tasks,
     }
 
 
-async def run(config: Config, model: Path, num_tasks: int) -> dict[str, float]:
+async def run(config: Config, model: Path, num_tasks: int) -> dict[str, float | None]:
     async with host_environment(config, model) as environment:
         engine = make_engine(config, model, actor="eval")
         try:

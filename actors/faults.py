@@ -331,6 +331,21 @@ MOST_KINDS = 50
 """Kinds of faults that are told one by one; what comes after them is in the metrics and in the log."""
 
 
+def first_of(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What a user should read: the first error of ours, else the first at all."""
+    flat: list[BaseException] = []
+
+    def walk(group: BaseExceptionGroup[BaseException]) -> None:
+        for exc in group.exceptions:
+            if isinstance(exc, BaseExceptionGroup):
+                walk(exc)
+            else:
+                flat.append(exc)
+
+    walk(failures)
+    return next((exc for exc in flat if isinstance(exc, AtpoError)), flat[0])
+
+
 @dataclass(slots=True)
 class _Told:
     again_at: float

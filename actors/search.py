@@ -43,6 +43,10 @@ NOTHING = np.zeros(0, dtype=np.int32)
 GENERATE_TIMEOUT = "generate_timeout"
 """Why a branch failed that the engine did not answer in time."""
 
+QUEUE_LIMITS = 10
+"""So many times ``search.generate_timeout_s`` a request may wait for its turn in the engine: behind those that each
+have that long, and never for ever."""
+
 
 class BranchFailed(Exception):
     """A generation or a tool failed.
@@ -335,18 +339,34 @@ class TreeSearch:
             )
         self._requests += 1
         request_id = f"{self._lease.tree_id}.{self._lease.epoch}/{self._requests}"
-        limit_s = self._search.generate_timeout_s
+        generation = await self._answered(context, sampling, request_id)
+        # Only now: what an engine compiles for its first request takes longer than any later one.
+        waits.phase("growing trees")
+        return generation
+
+    async def _answered(self, context: np.ndarray, sampling: Sampling, request_id: str) -> Generation:
+        """Waits for: the engine.  Unblocked by: its answer; ``search.generate_timeout_s`` from when the request runs,
+        ``QUEUE_LIMITS`` times that if it never does."""
+        limit_s, running = self._search.generate_timeout_s, False
         try:
-            with waits.waiting(self._who, "an action", on=waits.ENGINE, limit_s=limit_s):
-                async with asyncio.timeout(limit_s):
-                    generation = await self._engine.generate(context, sampling, request_id=request_id)
-            # Only now: what an engine compiles for its first request takes longer than any later one.
-            waits.phase("growing trees")
-            return generation
+            with waits.waiting(self._who, "an action", on=waits.ENGINE, limit_s=QUEUE_LIMITS * limit_s) as wait:
+                async with asyncio.timeout(QUEUE_LIMITS * limit_s) as limit:
+
+                    def on_running() -> None:
+                        nonlocal running
+                        running = True
+                        wait.limit_s = time.monotonic() - wait.since + limit_s
+                        if not limit.expired():
+                            limit.reschedule(asyncio.get_running_loop().time() + limit_s)
+
+                    return await self._engine.generate(
+                        context, sampling, request_id=request_id, on_running=on_running
+                    )  # fmt: skip
         except TimeoutError:
-            raise BranchFailed(
-                GENERATE_TIMEOUT, f"request {request_id} took over {self._search.generate_timeout_s} s"
-            ) from None
+            took = f"took over {limit_s:g} s (search.generate_timeout_s)" if running else (
+                f"waited over {QUEUE_LIMITS * limit_s:g} s in the engine's queue"
+            )  # fmt: skip
+            raise BranchFailed(GENERATE_TIMEOUT, f"request {request_id} {took}") from None
         except EngineDead:
             raise
         except GenerationFailed as exc:

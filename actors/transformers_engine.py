@@ -26,6 +26,7 @@ import torch
 from actors.engine import EngineStats, Generation, Sampling, SwapReport, WeightsFile
 from actors.engine_common import (
     TIED_HEAD,
+    Queue,
     check_model_folder,
     check_probe_fits,
     check_token_ids,
@@ -152,6 +153,7 @@ class TransformersEngine:
         self._held: list[list[int]] = [[] for _ in range(max_batch)]
         """The tokens whose keys and values each slot holds."""
         self._dead: str | None = "the engine was not started"
+        self._queue = Queue(max_batch)
         self._waiting: list[_Request] = []
         self._active: list[_Request] = []
         self._work = asyncio.Event()
@@ -170,7 +172,14 @@ class TransformersEngine:
         self._dead = None
         self._stepper = asyncio.create_task(self._step_to_the_end(), name="transformers-engine-steps")
 
-    async def generate(self, prompt: Sequence[int] | np.ndarray, sampling: Sampling, *, request_id: str) -> Generation:
+    async def generate(
+        self,
+        prompt: Sequence[int] | np.ndarray,
+        sampling: Sampling,
+        *,
+        request_id: str,
+        on_running: Callable[[], None] = lambda: None,
+    ) -> Generation:
         """Sample one action after ``prompt``.  Raises GenerationFailed; cancelling it frees the request's slot."""
         self._check_alive(request_id)
         tokens = np.asarray(prompt).tolist()
@@ -192,7 +201,8 @@ class TransformersEngine:
         self._waiting.append(request)
         self._work.set()
         try:
-            return await request.done
+            with self._queue.entered(on_running):
+                return await request.done
         except GenerationFailed:
             self._failed += 1
             raise

@@ -16,7 +16,7 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 
 from actors.engine import EngineStats, Generation, Sampling, SwapReport, WeightsFile
 from actors.engine_common import (
+    Queue,
     check_model_folder,
     check_probe_fits,
     check_token_ids,
@@ -102,6 +103,7 @@ class VllmEngine:
         self._swap_lock = asyncio.Lock()
         # The kernel ends the engine's processes when the thread that started them ends, so it is kept until close().
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="vllm-starter")
+        self._queue = Queue(max_num_seqs)
         self._in_flight: set[str] = set()
         self._numbers = itertools.count()
         self._params: dict[Sampling, Any] = {}
@@ -141,7 +143,14 @@ class VllmEngine:
             await self.close()
             raise SetupError(f"vLLM does not generate with {self._model_path}: {exc}") from exc
 
-    async def generate(self, prompt: Sequence[int] | np.ndarray, sampling: Sampling, *, request_id: str) -> Generation:
+    async def generate(
+        self,
+        prompt: Sequence[int] | np.ndarray,
+        sampling: Sampling,
+        *,
+        request_id: str,
+        on_running: Callable[[], None] = lambda: None,
+    ) -> Generation:
         """Sample one action after ``prompt``.  Raises GenerationFailed; cancelling it aborts the request."""
         self._check_alive(request_id)
         tokens = prompt.tolist() if isinstance(prompt, np.ndarray) else list(prompt)
@@ -149,7 +158,8 @@ class VllmEngine:
         self._in_flight.add(key)
         try:
             check_token_ids(tokens, vocab_size=self._llm.model_config.get_vocab_size(), request_id=request_id)
-            output = await self._run(tokens, self._sampling_params(sampling), request_id, key)
+            with self._queue.entered(on_running):
+                output = await self._run(tokens, self._sampling_params(sampling), request_id, key)
             completion = output.outputs[0]
             if completion.finish_reason not in ("stop", "length") or not completion.token_ids:
                 raise GenerationFailed(

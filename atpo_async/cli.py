@@ -625,12 +625,24 @@ def command_eval(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
         tasks = asked.config.eval.num_tasks
         print(f"evaluating {asked.name} on {tasks} held-out tasks with {engine} …", file=sys.stderr, flush=True)
         result = _evaluate(asked.config, asked.model, asked.name)
-    print(f"{asked.name}: success {result['success']:.3f} on {int(result['num_tasks'])} held-out tasks, greedy")
+    print(_evaluation_said(asked.name, result))
     return EXIT_DONE
 
 
-def _evaluate(config: Config, model: Path, name: str) -> dict[str, float]:
-    """Raises SetupError for what the user can mend, RoleCrashed for the rest."""
+def _evaluation_said(name: str, result: Mapping[str, float | None]) -> str:
+    """The line about what ``actors.evaluate.success`` returned."""
+    tasks, unknown, success = int(result["num_tasks"] or 0), int(result.get("unknown") or 0), result["success"]
+    if success is None:
+        return (
+            f"{name}: success unknown on {tasks} held-out tasks, greedy: the environment says of none whether it "
+            f"succeeded (StepResult.success is None); mean reward {result.get('reward_mean') or 0.0:.3f}"
+        )
+    left_out = f" ({unknown} more are unknown: success is None)" if unknown else ""
+    return f"{name}: success {success:.3f} on {tasks - unknown} held-out tasks, greedy{left_out}"
+
+
+def _evaluate(config: Config, model: Path, name: str) -> dict[str, float | None]:
+    """What ``actors.evaluate.success`` said.  Raises SetupError for what the user can mend, else RoleCrashed."""
     import json
 
     from atpo_async.processes import signal_name
@@ -649,7 +661,8 @@ def _evaluate(config: Config, model: Path, name: str) -> dict[str, float]:
         raise RoleCrashed(f"the evaluation of {name} failed: {how}")
     try:
         result = json.loads(said.strip().splitlines()[-1])
-        return {"success": float(result["success"]), "num_tasks": float(result["num_tasks"])}
+        parts = ("success", "num_tasks", "unknown", "reward_mean")
+        return {part: None if result[part] is None else float(result[part]) for part in parts}
     except (ValueError, KeyError, IndexError, TypeError) as exc:
         raise RoleCrashed(f"the evaluation of {name} ended without a result: {said[-200:]!r}") from exc
 

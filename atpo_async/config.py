@@ -104,7 +104,9 @@ class SearchConfig(Section):
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0 for no limit")
-    generate_timeout_s: float = Field(120.0, gt=0, description="one action; past it the branch fails")
+    generate_timeout_s: float = Field(
+        120.0, gt=0, description="one action, from when the engine has begun it; past it the branch fails"
+    )
     step_timeout_s: float = Field(60.0, gt=0, description="one environment step; past it the branch fails")
 
     @property
@@ -770,11 +772,28 @@ def _option_value(dotted: str, text: str) -> Any:
         return None
     if _is_text(annotation):
         return text  # --run.name 7 is a name; "none" is a word of search.strategy
+    if dotted == "environment.options":
+        raise ConfigError(_one_by_one(text))
     if annotation is None:  # an option of the environment: whatever TOML has for those
         return value if isinstance(value, bool | int | float | str) else text
     if not text:
         raise ConfigError(f"--{dotted} needs a value")
     return text if value is None else value
+
+
+def _one_by_one(text: str) -> str:
+    """Why ``--environment.options TEXT`` is none, and what was meant where it can be told."""
+    try:
+        said = json.loads(text)
+    except ValueError:
+        said = parse_value(text)
+    meant = "--environment.options.NAME VALUE"
+    if isinstance(said, dict) and said:
+        meant = " ".join(
+            f"--environment.options.{name} {json.dumps(value) if isinstance(value, bool | int | float) else value}"
+            for name, value in list(said.items())[:8]
+        )
+    return f"--environment.options {text[:80]}: options of the environment are given one by one: {meant}"
 
 
 def _annotation(dotted: str) -> Any:

@@ -18,7 +18,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -89,9 +89,16 @@ class Recorder:
         self.requests: list[tuple[np.ndarray, Sampling]] = []
         self.in_flight_s = 0.0
 
-    async def generate(self, prompt: Sequence[int] | np.ndarray, sampling: Sampling, *, request_id: str) -> Generation:
+    async def generate(
+        self,
+        prompt: Sequence[int] | np.ndarray,
+        sampling: Sampling,
+        *,
+        request_id: str,
+        on_running: Callable[[], None] = lambda: None,
+    ) -> Generation:
         began = time.perf_counter()
-        made = await self._engine.generate(prompt, sampling, request_id=request_id)
+        made = await self._engine.generate(prompt, sampling, request_id=request_id, on_running=on_running)
         self.in_flight_s += time.perf_counter() - began
         exact = Sampling(temperature=sampling.temperature, max_tokens=len(made.token_ids), stop_token_ids=())
         self.requests.append((np.asarray(prompt), exact))

@@ -73,7 +73,15 @@ class ScriptedEngine:
 
     async def start(self) -> None: ...
 
-    async def generate(self, prompt: Sequence[int] | np.ndarray, sampling: Sampling, *, request_id: str) -> Generation:
+    async def generate(
+        self,
+        prompt: Sequence[int] | np.ndarray,
+        sampling: Sampling,
+        *,
+        request_id: str,
+        on_running: Callable[[], None] = lambda: None,
+    ) -> Generation:
+        on_running()
         number = len(self.contexts)
         self.contexts.append(np.asarray(prompt))
         self.samplings.append(sampling)

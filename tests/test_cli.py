@@ -502,7 +502,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, str]]:
     """What was asked to be evaluated; every evaluation succeeds."""
     asked: list[tuple[Config, str]] = []
 
-    def fake(config: Config, model: Path, name: str) -> dict[str, float]:
+    def fake(config: Config, model: Path, name: str) -> dict[str, float | None]:
         asked.append((config, str(model)))
         return {"success": 0.5, "num_tasks": float(config.eval.num_tasks)}
 

@@ -326,6 +326,23 @@ def test_options_of_an_environment_are_free() -> None:
     assert split_options(["--environment.options.hops", "2"])[1] == {"environment.options.hops": "2"}
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ('{"hops": 3, "loud": true}', "--environment.options.hops 3 --environment.options.loud true"),
+        ("{hops = 3}", "--environment.options.hops 3"),
+        ("hops=3", "--environment.options.NAME VALUE"),
+        ("none", "--environment.options.NAME VALUE"),
+    ],
+)
+def test_options_of_an_environment_given_in_one_piece_are_refused_with_the_form_that_is_meant(
+    tmp_path: Path, text: str, meant: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(write(tmp_path, ""), {"environment.options": text})
+    assert str(refused.value).endswith(f"options of the environment are given one by one: {meant}")
+
+
 def test_an_unknown_option_is_refused_with_near_ones() -> None:
     with pytest.raises(ConfigError, match=r"--learner\.lerning_rate: unknown option"):
         split_options(["--learner.lerning_rate", "1"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from actors.engine import Sampling
+from actors.engine_common import Queue
 from actors.factory import make_engine
 from actors.transformers_engine import TransformersEngine
 from atpo_async.config import build
@@ -348,3 +349,35 @@ async def test_each_actor_draws_its_own_numbers_and_the_same_ones_in_every_run(f
     assert await drawn(5, "actor-0") == one
     assert await drawn(5, "actor-1") != one
     assert await drawn(6, "actor-0") != one
+
+
+async def test_a_request_says_when_it_has_left_the_queue(folder: Path) -> None:
+    engine = TransformersEngine(folder, device="cpu", max_batch=1, max_model_len=256)
+    await engine.start()
+    said: list[str] = []
+
+    async def generate(name: str) -> None:
+        await engine.generate(PROMPT, to_length(5), request_id=name, on_running=lambda: said.append(f"{name} runs"))
+        said.append(f"{name} is done")
+
+    try:
+        await asyncio.gather(*(generate(name) for name in "abc"))
+    finally:
+        await engine.close()
+    assert [line for line in said if line.endswith("runs")] == ["a runs", "b runs", "c runs"]
+    assert said.index("a runs") < said.index("a is done") < said.index("c runs")
+
+
+async def test_a_queue_lets_the_next_in_when_one_ends_or_gives_up_waiting() -> None:
+    queue, runs = Queue(2), []
+    with queue.entered(lambda: runs.append("a")):
+        with queue.entered(lambda: runs.append("b")):
+            third = queue.entered(lambda: runs.append("c"))
+            third.__enter__()
+            with queue.entered(lambda: runs.append("d")):
+                assert runs == ["a", "b"]
+            assert runs == ["a", "b"]
+        assert runs == ["a", "b", "c"]
+        third.__exit__(None, None, None)
+        with queue.entered(lambda: runs.append("e")):
+            assert runs == ["a", "b", "c", "e"]

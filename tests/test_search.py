@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from actors.engine import Generation, Sampling
 from actors.environments.base import Split, StepResult
 from actors.environments.values import CheckedEnvironment, Limits
 from actors.search import TreeSearch
@@ -121,6 +123,44 @@ async def test_a_generation_past_its_time_limit_is_counted_as_such() -> None:
     sink = Sink()
     await search_of(engine, emit=sink, config=config).grow()
     assert sink.closed.failures == {"generate_timeout": 2}
+
+
+class Queued(ScriptedEngine):
+    """Its requests wait ``queue_s`` for their turn, for ever where None, and are answered at once after that."""
+
+    def __init__(self, queue_s: float | None) -> None:
+        super().__init__()
+        self.queue_s = queue_s
+
+    async def generate(
+        self,
+        prompt: Sequence[int] | np.ndarray,
+        sampling: Sampling,
+        *,
+        request_id: str,
+        on_running: Callable[[], None] = lambda: None,
+    ) -> Generation:
+        if self.queue_s is None:
+            await asyncio.Event().wait()
+        await asyncio.sleep(self.queue_s or 0.0)
+        return await super().generate(prompt, sampling, request_id=request_id, on_running=on_running)
+
+
+async def test_the_time_in_the_engines_queue_does_not_count_against_an_action() -> None:
+    config = SearchConfig(initial_rollouts=2, strategy="none", max_action_tokens=8, generate_timeout_s=0.2)
+    sink = Sink()
+    tree = await search_of(Queued(0.3), emit=sink, config=config).grow()
+    assert sink.closed.failures == {}
+    assert len(tree.leaves()) == 2
+
+
+async def test_a_queue_that_never_moves_is_given_up_and_named() -> None:
+    config = SearchConfig(initial_rollouts=2, strategy="none", max_action_tokens=8, generate_timeout_s=0.01)
+    sink = Sink()
+    search = search_of(Queued(None), emit=sink, config=config)
+    await search.grow()
+    assert sink.closed.failures == {"generate_timeout": 2}
+    assert "waited over 0.1 s in the engine's queue" in search.growth.last_detail
 
 
 async def test_a_dead_engine_ends_the_search_and_not_just_branches() -> None:
