@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from atpo_async import launch
 from atpo_async.errors import AtpoError, ConfigError, RoleCrashed, SetupError
 
 if TYPE_CHECKING:
@@ -561,7 +562,7 @@ def _role_by_hand(role: str, args: argparse.Namespace, texts: Mapping[str, str])
     # A role's process takes one file: what the others set goes as options.
     first, *others = args.config
     options = [f"--{key}={text}" for key, text in {**as_options(others), **texts}.items()]
-    argv, env = [sys.executable, "-m", "actors"], dict(os.environ)
+    argv, env = [*launch.command("actors")], dict(os.environ)
     name = args.name or (hand_name(role) if role == "actor" else None)
     folder = Path(args.join) if args.join else config.run.dir / config.run.name
     if args.join and not folder.is_dir() and not folder.is_file():
@@ -650,7 +651,7 @@ def _evaluate(config: Config, model: Path, name: str) -> dict[str, float | None]
     with resolved_file(config) as file:
         code, said = _run_to_end(
             [
-                *(sys.executable, "-m", "actors", "eval", "--config", str(file), "--model", str(model)),
+                *launch.command("actors", "eval", "--config", str(file), "--model", str(model)),
                 *("--num-tasks", str(config.eval.num_tasks)),
             ]
         )

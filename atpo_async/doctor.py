@@ -82,7 +82,7 @@ def cuda_devices() -> int:
     question = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
     try:
         answer = subprocess.run(
-            [sys.executable, "-c", question], capture_output=True, text=True, timeout=120, check=True
+            [sys.executable, "-P", "-c", question], capture_output=True, text=True, timeout=120, check=True
         ).stdout
         return int(answer.split()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
@@ -183,7 +183,7 @@ def check_environment(config: Config) -> None:
             "'package.module:factory' for your own"
         )
     top = module.partition(".")[0]
-    # Roles are started with -m: they see the working folder, which an installed `atpo` does not.
+    # Roles see the working folder (launch.py), which an installed `atpo` does not.
     if config.actor.count and not has_module(top) and PathFinder.find_spec(top, [str(Path.cwd())]) is None:
         raise SetupError(
             f"environment.name = {name!r}: there is no package {top!r} here; install it, or set PYTHONPATH to where "

@@ -6,12 +6,12 @@ import contextlib
 import json
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from atpo_async import launch
 from atpo_async.config import Config
 from atpo_async.errors import ConfigError, SetupError
 from atpo_async.rundir import RunDir
@@ -49,7 +49,7 @@ def warm_start_command(config: Config) -> list[str]:
         options = {"min_hops": hops, "max_hops": hops, **options}
     words = {"seed": config.run.seed, "steps": config.model.warm_start_steps}
     words |= {key: options[key] for key in WORLD if key in options}  # type: ignore[misc]
-    command = [sys.executable, "-m", "learner.warm_start", "--root", str(MODELS), "--device", config.learner.device]
+    command = [*launch.command("learner.warm_start", "--root", str(MODELS), "--device", config.learner.device)]
     for key, value in words.items():
         command += [f"--{key.replace('_', '-')}", str(value)]
     return command

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from atpo_async import processes, scratch
+from atpo_async import launch, processes, scratch
 from atpo_async.config import Config
 from atpo_async.errors import AtpoError, ConfigError, SetupError
 from atpo_async.metrics import MetricsTail, Record, read_metrics
@@ -141,7 +141,7 @@ async def until_interrupted(work: Awaitable[None], *, hurry: asyncio.Event, say:
 
 
 def train_command(job: Job) -> list[str]:
-    return [sys.executable, "-m", "atpo_async.cli", "train", str(job.folder.config(job.cell))]
+    return [*launch.command("atpo_async.cli", "train", str(job.folder.config(job.cell)))]
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ from enum import Enum
 from pathlib import Path
 from typing import IO, Any
 
-from atpo_async import addresses, hangs, notices, processes, scratch, status, stopping
+from atpo_async import addresses, hangs, launch, notices, processes, scratch, status, stopping
 from atpo_async.config import Config, SupervisorConfig
 from atpo_async.errors import RoleCrashed, SetupError
 from atpo_async.metrics import MetricsTail, MetricsWriter, Record
@@ -92,16 +92,22 @@ def role_specs(
     Raises SetupError for a GPU that ``environ`` does not allot.
     """
     folder = str(rundir)
-    launcher: tuple[str, ...] = (python,)
+    learner = launch.command("learner", folder, python=python)
     env = _threads(config.learner.num_threads) | _visible(config.learner.gpus, environ)
     if config.learner.num_processes > 1 or config.learner.accelerate_config:
-        launcher = _accelerate(config, python)
+        # A launcher takes a program of Python and its arguments.
+        learner = (*_accelerate(config, python), *learner[2:])
         device = config.learner.device
         if config.learner.accelerate_config is None and (device == "cpu" or (device == "auto" and not has_cuda())):
             env["ACCELERATE_USE_CPU"] = "true"
     specs = [
-        RoleSpec(name="buffer", argv=(python, "-m", "buffer", folder), env=_threads(1) | _hidden(), stops_last=True),
-        RoleSpec(name="learner", argv=(*launcher, "-m", "learner", folder), env=env, ends_run=True),
+        RoleSpec(
+            name="buffer",
+            argv=launch.command("buffer", folder, python=python),
+            env=_threads(1) | _hidden(),
+            stops_last=True,
+        ),
+        RoleSpec(name="learner", argv=learner, env=env, ends_run=True),
     ]
     each = config.actor.tensor_parallel_size
     for index in range(config.actor.count):
@@ -109,7 +115,7 @@ def role_specs(
         specs.append(
             RoleSpec(
                 name=f"actor-{index}",
-                argv=(python, "-m", "actors", folder, "--index", str(index)),
+                argv=launch.command("actors", folder, "--index", str(index), python=python),
                 env=_threads(config.actor.num_threads) | _visible(gpus, environ),
             )
         )
@@ -118,7 +124,7 @@ def role_specs(
 
 def _accelerate(config: Config, python: str) -> tuple[str, ...]:
     learner = config.learner
-    words = [python, "-m", "accelerate.commands.launch", "--num_processes", str(learner.num_processes)]
+    words = [python, "-P", "-m", "accelerate.commands.launch", "--num_processes", str(learner.num_processes)]
     if learner.accelerate_config:
         words += ["--config_file", learner.accelerate_config]
     else:

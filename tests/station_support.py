@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from atpo_async import role, supervisor
+from atpo_async import launch, role, supervisor
 from atpo_async.rundir import RunDir, write_atomic
 
 STOP_AT = "stop-at"
@@ -197,10 +197,11 @@ def _with_stations() -> None:
 
 def _by_way_of_here(spec: supervisor.RoleSpec) -> supervisor.RoleSpec:
     words = list(spec.argv)
-    at = words.index("-m") + 1
-    if words[at] not in ("learner", "actors"):
+    at = words.index(launch.HERE)
+    role = words[at + 1]
+    if role not in ("learner", "actors"):
         return spec
-    words[at : at + 1] = ["tests.station_support", words[at]]
+    words[at : at + 2] = ["-m", "tests.station_support", role]
     return replace(spec, argv=tuple(words))
 
 

@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from actors.environments import registry
-from atpo_async import cli, doctor, processes
+from atpo_async import cli, doctor, launch, processes
 from atpo_async.config import BUILT_IN_ENVIRONMENTS, Config, build, load
 from atpo_async.endpoints import Endpoints
 from atpo_async.errors import SetupError
@@ -348,7 +348,7 @@ def test_a_learner_by_hand_is_started_as_the_supervisor_would(folder: Path, monk
     run = RunDir.create(load(path))
     cli.main(["learner", path, "--name", "me"])
     ((argv, env),) = started
-    assert argv[1:3] == ["-m", "accelerate.commands.launch"]
+    assert argv[1:4] == ["-P", "-m", "accelerate.commands.launch"]
     assert argv[argv.index("--num_processes") + 1] == "2"
     learner = argv[argv.index("learner") :]
     assert learner[1] == str(run.path.resolve())
@@ -404,8 +404,8 @@ def test_a_role_by_hand_gets_what_further_files_set_as_options(folder: Path, mon
     base = config_file(folder, TRANSFORMERS)
     (folder / "top.toml").write_text('[actor]\ntrees_in_flight = 3\n[objective]\ndual_clip = "none"\n')
     cli.main(["actor", base, "--join", "localhost:5000", "top.toml", "--actor.max_num_seqs", "9"])
-    ((_, module, role, *argv),) = started
-    assert (module, role) == ("-m", "actors")
+    ((_, _, program, role, *argv),) = started
+    assert (program, role) == (launch.HERE, "actors")
     body = "c = context.config; a = c.actor; print(a.trees_in_flight, c.objective.dual_clip, a.max_num_seqs, a.engine)"
     assert run_role(body, argv).stdout == "3 None 9 transformers\n"
 
@@ -589,8 +589,8 @@ def test_the_demo_takes_a_new_run_each_time(folder: Path) -> None:
 
 def test_the_warm_start_is_asked_for_what_the_environment_needs() -> None:
     command = warm_start_command(load(DEMO, {"run.seed": "3", "environment.options.num_names": "16"}))
-    assert command[1:3] == ["-m", "learner.warm_start"]
-    asked = dict(zip(command[3::2], command[4::2], strict=True))
+    assert command[2:4] == [launch.HERE, "learner.warm_start"]
+    asked = dict(zip(command[4::2], command[5::2], strict=True))
     assert asked["--seed"] == "3"
     assert (asked["--min-hops"], asked["--max-hops"], asked["--num-names"]) == ("3", "3", "16")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async import processes
+from atpo_async import launch, processes
 from atpo_async import supervisor as supervisor_module
 from atpo_async.config import Config, SupervisorConfig, build
 from atpo_async.errors import RoleCrashed, SetupError
@@ -390,8 +390,8 @@ def specs_of(**sections: dict[str, object]) -> dict[str, RoleSpec]:
 def test_one_process_each_is_started_plainly() -> None:
     specs = specs_of(actor={"count": 2, "num_threads": 1}, learner={"num_threads": 3})
     assert list(specs) == ["buffer", "learner", "actor-0", "actor-1"]
-    assert specs["learner"].argv == ("python", "-m", "learner", "runs/r")
-    assert specs["actor-1"].argv == ("python", "-m", "actors", "runs/r", "--index", "1")
+    assert specs["learner"].argv == ("python", "-P", launch.HERE, "learner", "runs/r")
+    assert specs["actor-1"].argv == ("python", "-P", launch.HERE, "actors", "runs/r", "--index", "1")
     assert specs["learner"].env["OMP_NUM_THREADS"] == "3"
     assert specs["actor-0"].env == {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     assert specs["learner"].ends_run
@@ -400,8 +400,8 @@ def test_one_process_each_is_started_plainly() -> None:
 
 def test_several_ranks_are_started_through_accelerate() -> None:
     learner = specs_of(learner={"num_processes": 2, "device": "cpu"})["learner"]
-    assert learner.argv[:3] == ("python", "-m", "accelerate.commands.launch")
-    assert learner.argv[-3:] == ("-m", "learner", "runs/r")
+    assert learner.argv[:4] == ("python", "-P", "-m", "accelerate.commands.launch")
+    assert learner.argv[-3:] == (launch.HERE, "learner", "runs/r")
     assert learner.argv[learner.argv.index("--num_processes") + 1] == "2"
     assert learner.env["ACCELERATE_USE_CPU"] == "true"
 

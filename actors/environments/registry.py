@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -84,6 +85,21 @@ def _check_call(name: str, target: str, factory: Factory, options: dict[str, Opt
         ) from None
 
 
+def shadowed() -> str:
+    """Names the user's modules in the working folder in whose place others of the same name were imported."""
+    try:
+        folder = Path.cwd()
+        mine = {p.stem: p for p in folder.glob("*.py")} | {p.parent.name: p for p in folder.glob("*/__init__.py")}
+    except OSError:
+        return ""
+    found = []
+    for name, path in mine.items():
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if name not in ("__main__", "__init__") and file is not None and not path.samefile(file):
+            found.append(f"{path}, in whose place {file} is imported")
+    return f"; give another name to {'; '.join(sorted(found)[:4])}" if found else ""
+
+
 def _factory(name: str, target: str) -> Factory:
     module_name, colon, attribute = target.partition(":")
     if not (colon and module_name and attribute):
@@ -95,9 +111,12 @@ def _factory(name: str, target: str) -> Factory:
         module = importlib.import_module(module_name)
     except BaseException as exc:  # a user's module may fail in any way while it is imported, and exit() too
         raise SetupError(
-            f"environment.name = {name!r}: module {module_name!r} cannot be imported: {of_error(exc)}"
+            f"environment.name = {name!r}: module {module_name!r} cannot be imported: {of_error(exc)}{shadowed()}"
         ) from exc
     factory = getattr(module, attribute, None)
     if not callable(factory):
-        raise ConfigError(f"environment.name = {name!r}: module {module_name!r} has no factory {attribute!r}")
+        where = getattr(module, "__file__", None) or "no file"
+        raise ConfigError(
+            f"environment.name = {name!r}: module {module_name!r} ({where}) has no factory {attribute!r}{shadowed()}"
+        )
     return cast(Factory, factory)
