@@ -109,8 +109,10 @@ async def _start(ctx: RoleContext, buffer: Client, engine: Engine) -> Welcome:
 
 async def _start_engine(ctx: RoleContext, engine: Engine) -> None:
     """Waits for: the model to be loaded and warmed up, which has no limit while it uses the processor."""
+    waits.phase("loading its engine", starting=True)
     with waits.waiting(f"actor {ctx.name}", "the engine's start", on=waits.ENGINE):
         await engine.start()
+    waits.phase("waiting for its first task", starting=True)
 
 
 async def _work(

@@ -325,7 +325,12 @@ def _train(begun: Beginning, console: Console, *, again: str) -> int:
         specs = role_specs(config, rundir.path, has_cuda=doctor.has_cuda)
         with Progress(console, title=f"atpo {config.run.name}", total_steps=config.run.steps) as progress:
             supervisor = Supervisor(
-                rundir, specs, settings=config.supervisor, say=progress.say, on_records=progress.feed
+                rundir,
+                specs,
+                settings=config.supervisor,
+                say=progress.say,
+                on_records=progress.feed,
+                on_starts=progress.starting,
             )
             try:
                 outcome = asyncio.run(_supervised(supervisor, say=progress.say))

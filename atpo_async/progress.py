@@ -14,9 +14,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from atpo_async.loading import RoleStart
+from atpo_async.loading import line as starting_line
 from atpo_async.metrics import Record, eval_versions, versions_said
 
 PLAIN_EVERY_S = 5.0
+STARTING_EVERY_S = 10.0
+"""Between two lines about roles that are starting."""
 WINDOW = 8
 """Records of one source over which waits are averaged."""
 BARREN_STEPS = 5
@@ -118,6 +122,8 @@ class Progress:
         self._said_at = clock()
         self._said = (0, 0)
         self._barren_said = 0
+        self._starting = ""
+        self._starting_said_at = clock()
 
     def __enter__(self) -> Progress:
         if self._live is not None:
@@ -143,7 +149,7 @@ class Progress:
         self._say_if_barren()
         now = self._clock()
         if self._live is not None:
-            self._live.update(panel(self.state, title=self._title, elapsed_s=self.elapsed_s), refresh=True)
+            self._refresh()
             return
         at = (self.state.step, len(self.state.evals))
         new_eval = at[1] > self._said[1]
@@ -151,6 +157,23 @@ class Progress:
             self._said_at = now
             self._said = at
             self.say(plain(self.state))
+
+    def starting(self, found: Sequence[RoleStart]) -> None:
+        """Show who is still starting: in the panel, or as a line every ``STARTING_EVERY_S``, later less often."""
+        self._starting = starting_line(found)
+        if self._live is not None:
+            self._refresh()
+            return
+        now = self._clock()
+        longest_s = max((start.for_s for start in found), default=0.0)
+        if self._starting and now - self._starting_said_at >= max(STARTING_EVERY_S, longest_s / 6):
+            self._starting_said_at = now
+            self.say(f"starting: {self._starting}")
+
+    def _refresh(self) -> None:
+        assert self._live is not None
+        view = panel(self.state, title=self._title, elapsed_s=self.elapsed_s, starting=self._starting)
+        self._live.update(view, refresh=True)
 
     def _say_if_barren(self) -> None:
         steps = self.state.barren_steps
@@ -199,8 +222,12 @@ def plain(state: RunState) -> str:
     return "  ".join(parts)
 
 
-def panel(state: RunState, *, title: str, elapsed_s: float) -> RenderableType:
-    """A few rows that fit in 80 columns."""
+def panel(state: RunState, *, title: str, elapsed_s: float, starting: str = "") -> RenderableType:
+    """A few rows that fit in 80 columns.
+
+    Args:
+        starting: which roles are still starting, in words.
+    """
     head = Table.grid(padding=(0, 1))
     bar = ProgressBar(total=state.total_steps, completed=state.step, width=28)
     left = state.left_s()
@@ -225,7 +252,9 @@ def panel(state: RunState, *, title: str, elapsed_s: float) -> RenderableType:
     for name, value, other, figure in rows:
         body.add_row(Text(name, style="dim"), Text(value, style="bold"), Text(other, style="dim"), Text(figure))
     parts: list[RenderableType] = [head, body]
-    if not state.step:
+    if starting:
+        parts.append(Text(f"starting: {starting}", style="dim italic"))
+    elif not state.step:
         parts.append(Text("starting: the engine loads and the first trees grow", style="dim italic"))
     memory = state.memory()
     if memory:

@@ -27,6 +27,7 @@ from atpo_async import config as configuration
 from atpo_async.config import Config
 from atpo_async.endpoints import Endpoints
 from atpo_async.errors import AtpoError, ConfigError, EnvironmentBroken, RunMismatch, SetupError
+from atpo_async.loading import Loads
 from atpo_async.processes import die_with_parent
 from atpo_async.rundir import RunDir, joining, write_atomic
 
@@ -109,6 +110,8 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
     try:
         context = _context(name, list(argv))
         folder = None if context.rundir is None else context.rundir.path / status.FOLDER
+        if folder is not None:
+            waits.excuse_by(Loads(folder, context.process_name))
         with status.Reporter(context.process_name, folder=folder, log=context.log, on_signal=True) as reporter:
             code = asyncio.run(_serve(main, context, reporter))
     except AtpoError as exc:

@@ -25,15 +25,17 @@ from typing import IO, Any
 from atpo_async import addresses, hangs, launch, notices, processes, scratch, status, stopping
 from atpo_async.config import Config, SupervisorConfig
 from atpo_async.errors import RoleCrashed, SetupError
+from atpo_async.loading import RoleStart, starts
 from atpo_async.metrics import MetricsTail, MetricsWriter, Record
 from atpo_async.role import ERROR_FILE, ERROR_PREFIX, EXIT_DONE, EXIT_USER, SUPERVISOR_PID
 from atpo_async.rundir import RunDir
+from atpo_async.texts import middle_cut
 
 LOG_LINES = 20
 """Lines of a crashed role's log in the error."""
 
-LINE_CHARACTERS = 1000
-"""Of each of them."""
+LINE_CHARACTERS, REASON_CHARACTERS = 1000, 2000
+"""Of each of them, and of the reason for which a role ended; its log has the rest."""
 
 LAST_GRACE_S = 1.5
 """For the buffer, which is asked to stop after those that still talk to it."""
@@ -165,6 +167,7 @@ class Supervisor:
         settings: restarts, back-off, grace.
         say: one line to the user about an event (a restart, a stop).
         on_records: new records of the metrics file, as they come.
+        on_starts: the roles that are starting, about once a second.
     """
 
     def __init__(
@@ -175,6 +178,7 @@ class Supervisor:
         settings: SupervisorConfig,
         say: Callable[[str], None] = lambda line: None,
         on_records: Callable[[Sequence[Record]], None] = lambda records: None,
+        on_starts: Callable[[Sequence[RoleStart]], None] = lambda starts: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rundir = rundir
@@ -182,6 +186,7 @@ class Supervisor:
         self._settings = settings
         self._say = say
         self._on_records = on_records
+        self._on_starts = on_starts
         self._clock = clock
         self._running: dict[str, _Running] = {}
         self._done = asyncio.Event()
@@ -234,6 +239,7 @@ class Supervisor:
             asyncio.create_task(self._follow_metrics(), name="follow metrics"),
             asyncio.create_task(self._sample_memory(), name="sample memory"),
             asyncio.create_task(self._look_for_hangs(), name="look for hangs"),
+            asyncio.create_task(self._follow_starts(), name="follow starts"),
             asyncio.create_task(self._tell_the_address(), name="tell the address"),
         ]
         try:
@@ -280,6 +286,7 @@ class Supervisor:
                 self._say(f"{spec.name} had ended with the run, whose learner died before it did; starting it again")
                 continue
             code, reason = (code, running.hung) if running.hung else _failure(running, code)
+            reason = middle_cut(reason, REASON_CHARACTERS)
             if code == EXIT_USER:
                 raise SetupError(f"{spec.name}: {reason}  (log: {running.log})")
             now = self._clock()
@@ -440,6 +447,15 @@ class Supervisor:
                     told = found
             await asyncio.sleep(TAIL_S)
 
+    async def _follow_starts(self) -> None:
+        """Pass on who is still starting.  Waits for: nothing but the clock."""
+        while not (self._done.is_set() or self._stopping.is_set()):
+            pictures, _ = await asyncio.to_thread(status.read, self._pictures)
+            marks = {running.mark for running in self._running.values()}
+            own = [picture for picture in pictures.values() if picture.mark in marks]
+            self._on_starts(starts(own, now=time.monotonic(), wall=time.time()))
+            await asyncio.sleep(status.EVERY_S)
+
     async def _look_for_hangs(self) -> None:
         """Say who waits for whom when that takes long, and end a role that is stuck, which ``_keep`` starts again.
 
@@ -576,7 +592,7 @@ def _given_up(name: str, crashes: int, settings: SupervisorConfig, reason: str, 
 
 
 def last_lines(path: Path, count: int) -> list[str]:
-    """The last ``count`` lines of a text file; of a huge one no more than its end is read."""
+    """The last ``count`` lines of a text file, each cut; of a huge one no more than its end is read."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

@@ -111,9 +111,17 @@ class Patience:
         return self._deadlines.give_up_s
 
     def again(self, reason: str) -> None:
-        """Called at every fruitless turn.  Raises WaitTimeout once nothing has ``moved`` for ``give_up_s``."""
+        """Called at every fruitless turn.  Raises WaitTimeout once nothing has ``moved`` for ``give_up_s``, unless
+        somebody is loading meanwhile (``excuse_by``)."""
         now, reason = self._clock(), shortened(reason, 500)
         if now - self._moved > self._deadlines.give_up_s:
+            excuse = _excuse() if now - self._began < LOADS_AT_MOST_S else None
+            if excuse is not None:
+                self._log.warning(
+                    "%s has waited %.0f s for %s and waits on, as %s", self.who, now - self._began, self.what, excuse
+                )
+                self._moved = now
+                return
             raise WaitTimeout(
                 f"{self.who} waited {now - self._moved:.0f} s for {self.what} (links.give_up_s): {reason}"
             )  # fmt: skip
@@ -124,6 +132,23 @@ class Patience:
     def moved(self) -> None:
         """Something came: it may take as long again.  The log goes on counting from the beginning."""
         self._moved = self._clock()
+
+
+LOADS_AT_MOST_S = 3600.0
+"""Nobody is waited for longer than this because something loads: it may stand still where no supervisor sees it."""
+
+
+def _no_excuse() -> str | None:
+    return None
+
+
+_excuse: Callable[[], str | None] = _no_excuse
+
+
+def excuse_by(excuse: Callable[[], str | None] | None) -> None:
+    """Have ``excuse`` say, when a ``Patience`` has come to its end, what loads meanwhile; None: nothing ever does."""
+    global _excuse
+    _excuse = excuse or _no_excuse
 
 
 class Standing:

@@ -182,10 +182,12 @@ class Learner:
         await self.saving.tell_buffer(version=self.version)
         self.recording.first_weights(step=self.step, version=self.version, publish_s=now_s() - began_s)
         if evaluate:
+            waits.phase("waiting for the first evaluation", starting=True)
             await self.evaluations.finish(self.step, self.version, blocking=True)
         elif resumed is not None and self.ranks.is_first:
             await self._make_up_for_a_lost_evaluation()
         self.recording.training_begins()
+        waits.phase("waiting for its first batch", starting=True)
 
     async def _make_up_for_a_lost_evaluation(self) -> None:
         if await asyncio.to_thread(self.evaluations.is_missing, self.step):
@@ -350,6 +352,7 @@ async def _opened(ctx: RoleContext, thread: TorchThread) -> AsyncIterator[Learne
     config, rundir = ctx.config, ctx.rundir
     if rundir is None:
         raise SetupError("the learner needs the run's folder")
+    waits.phase("loading its model", starting=True)
     trainer: Trainer = await thread(_load, config, rundir)
     rank = trainer.accelerator.process_index
     links = LinkSettings.from_config(config.links)

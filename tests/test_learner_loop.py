@@ -382,7 +382,7 @@ async def test_progress_in_the_buffer_keeps_the_wait_alive_and_giving_up_leaves_
     buffer.on_sample = slow
     config = make_config(tmp_path, model, learner={"checkpoint_every": 100}, eval={"at_start": False, "every_steps": 0})
     rundir = RunDir.create(config)
-    with pytest.raises(WaitTimeout, match="nothing came for batch 2 of 16 trees: 2 more trees"):
+    with pytest.raises(WaitTimeout, match=r"nothing came for batch 2 \(16 trees\): 2 more trees"):
         await asyncio.wait_for(learn(context(rundir, endpoint)), WAIT_S)
     assert asked == {0: 1, 1: 6, 2: 2}
     assert [p.name for p in checkpoint.list_checkpoints(rundir.checkpoints)] == ["step-000002-v000002"]

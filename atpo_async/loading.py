@@ -1,0 +1,92 @@
+"""Roles that are still starting, by their status files: what the screen says of them, and who need not be given up.
+
+An engine may take minutes to load.  Whoever waits for it meanwhile goes on waiting, whatever ``links.give_up_s`` says;
+one that stands still while it loads is the supervisor's business (``supervisor.hang_s``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from atpo_async import status
+from atpo_async.hangs import BUFFER, joined_by_address
+from atpo_async.status import Picture, duration
+from atpo_async.waits import OWN_PARTS
+
+SEEN_S = 30.0
+"""A status file that is older says nothing about now."""
+
+SAID_FROM_S = 5.0
+"""Roles that have been at a stage for less are not worth a line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleStart:
+    """A role that is still starting."""
+
+    role: str
+    stage: str
+    """Goes on after "actor-0 is …"."""
+    for_s: float
+    """In this stage."""
+    loads: bool
+    """It is at work for itself, rather than waiting for another role."""
+
+
+def starts(pictures: Iterable[Picture], *, now: float, wall: float) -> list[RoleStart]:
+    """Those of roles that run and are starting.
+
+    Args:
+        now, wall: ``time.monotonic()`` and ``time.time()``.
+    """
+    found = []
+    for picture in pictures:
+        age_s = status.age_s(picture, now=now, wall=wall)
+        if not picture.starting or age_s > SEEN_S or status.is_alive(picture) is False:
+            continue
+        loads = picture.loop_age_s is None or picture.held_up or any(wait.on in OWN_PARTS for wait in picture.waits)
+        found.append(RoleStart(role=picture.role, stage=picture.phase, for_s=picture.phase_s + age_s, loads=loads))
+    return found
+
+
+def line(found: Sequence[RoleStart], *, from_s: float = SAID_FROM_S) -> str:
+    """``actor-0 is loading its engine: 20 s; learner is …``; empty if nobody has been at it for long."""
+    long = sorted((start for start in found if start.for_s >= from_s), key=lambda start: not start.loads)
+    return "; ".join(f"{start.role} is {start.stage}: {duration(start.for_s)}" for start in long)
+
+
+def _asks_for_nothing(pictures: Mapping[str, Picture]) -> str | None:
+    """An actor that joined by address and has done nothing yet: it loads its engine."""
+    joined = joined_by_address(pictures.values())
+    for facts in pictures[BUFFER].links.values() if BUFFER in pictures else ():
+        peers = facts.get("peers")
+        for peer in peers if isinstance(peers, Sequence) else ():
+            name = str(peer.get("peer")) if isinstance(peer, Mapping) else ""
+            if isinstance(peer, Mapping) and peer.get("handled") == 0 and joined.get(name, SEEN_S) < SEEN_S:
+                return f"{name} has joined and asked for nothing yet"
+    return None
+
+
+class Loads:
+    """Whether another role of the run is loading; for ``waits.excuse_by``.
+
+    Args:
+        folder: of the run's status files.
+        own: name of this role.
+    """
+
+    def __init__(self, folder: Path, own: str) -> None:
+        self._folder = folder
+        self._own = own
+
+    def __call__(self) -> str | None:
+        """What one of them is at; None if none is.  Reads files."""
+        pictures, _ = status.read(self._folder)
+        others = {name: picture for name, picture in pictures.items() if name != self._own}
+        for start in starts(others.values(), now=time.monotonic(), wall=time.time()):
+            if start.loads:
+                return f"{start.role} is {start.stage} for {duration(start.for_s)}"
+        return _asks_for_nothing(pictures)

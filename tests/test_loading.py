@@ -1,0 +1,156 @@
+"""A role that loads is told with its seconds, and nobody gives it up meanwhile."""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from atpo_async import status, waits
+from atpo_async.config import LinksConfig
+from atpo_async.errors import WaitTimeout
+from atpo_async.loading import Loads, RoleStart, line, starts
+from atpo_async.progress import Progress, panel
+from atpo_async.waits import Patience
+from tests.hang_support import picture, wait
+
+ENGINE = wait("the engine's start", "engine", 20.0)
+WEIGHTS = wait("the run's first weights", "learner", 20.0)
+
+
+def loading(role: str = "actor-0", **changes: Any) -> status.Picture:
+    fields: dict[str, Any] = {"phase": "loading its engine", "phase_s": 20.0, "starting": True, "waits": (ENGINE,)}
+    return picture(role, **(fields | changes))
+
+
+def found(*pictures: status.Picture) -> list[RoleStart]:
+    return starts(pictures, now=time.monotonic(), wall=time.time())
+
+
+def put(folder: Path, *pictures: status.Picture) -> None:
+    for made in pictures:
+        (folder / f"{made.role}.json").write_bytes(msgspec.json.encode(made))
+
+
+# --- who starts ---------------------------------------------------------------------------------------------------
+
+
+def test_roles_that_start_are_named_with_stage_and_seconds_those_first_that_are_at_work() -> None:
+    learner = loading("learner", phase="waiting for the first evaluation", waits=(wait("it", "buffer", 9.0),))
+    said = line(found(learner, loading(), picture("buffer", phase="serving"), loading("actor-1", phase_s=1.0)))
+    assert said == "actor-0 is loading its engine: 20 s; learner is waiting for the first evaluation: 20 s"
+
+
+def test_who_has_gone_or_was_last_seen_long_ago_does_not_start() -> None:
+    gone = loading(pid=1, started=7)
+    old = loading("actor-1", host="another", at=time.time() - 1000.0)
+    assert found(gone, old) == []
+
+
+# --- nobody gives it up -------------------------------------------------------------------------------------------
+
+
+class Time:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def patience(tmp_path: Path) -> Iterator[tuple[Patience, Time]]:
+    """The learner's, which gives up after 10 s."""
+    clock = Time()
+    waits.excuse_by(Loads(tmp_path, "learner"))
+    deadlines = LinksConfig(deadline_s=5.0, give_up_s=10.0)
+    yield Patience("the learner", "batch 3", deadlines, clock, log=logging.getLogger("loads"), on="buffer"), clock
+    waits.excuse_by(None)
+
+
+def test_a_wait_past_its_end_goes_on_while_an_engine_loads_and_says_why(
+    patience: tuple[Patience, Time], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wait_for_it, clock = patience
+    put(tmp_path, loading())
+    for clock.now in range(0, 60, 6):
+        wait_for_it.again("no tree")
+    assert "and waits on, as actor-0 is loading its engine for 20 s" in caplog.text
+    put(tmp_path, loading(phase="growing trees", starting=False))
+    began = clock.now
+    wait_for_it.again("no tree")
+    clock.now = began + 20.0
+    with pytest.raises(WaitTimeout, match=r"the learner waited \d+ s for batch 3 \(links.give_up_s\): no tree"):
+        wait_for_it.again("no tree")
+
+
+def test_a_role_that_starts_by_waiting_for_others_is_no_excuse(patience: tuple[Patience, Time], tmp_path: Path) -> None:
+    wait_for_it, clock = patience
+    put(tmp_path, loading(waits=(WEIGHTS,)), loading("learner"))  # the learner's own loading neither
+    clock.now = 11.0
+    with pytest.raises(WaitTimeout):
+        wait_for_it.again("no tree")
+
+
+def test_an_actor_that_joined_by_address_and_has_asked_for_nothing_yet_is_waited_for(
+    patience: tuple[Patience, Time], tmp_path: Path
+) -> None:
+    wait_for_it, clock = patience
+    peers = [{"peer": "learner", "silent_s": 0.1, "handled": 0}, {"peer": "actor-far-7", "silent_s": 0.1, "handled": 0}]
+    put(tmp_path, picture("buffer", links={"buffer at a": {"peers": peers}}))
+    clock.now = 11.0
+    wait_for_it.again("no tree")
+    peers[1]["handled"] = 5
+    put(tmp_path, picture("buffer", links={"buffer at a": {"peers": peers}}))
+    clock.now = 22.0
+    with pytest.raises(WaitTimeout):
+        wait_for_it.again("no tree")
+
+
+def test_no_excuse_lasts_for_ever(patience: tuple[Patience, Time], tmp_path: Path) -> None:
+    wait_for_it, clock = patience
+    put(tmp_path, loading())
+    clock.now = waits.LOADS_AT_MOST_S + 1.0
+    with pytest.raises(WaitTimeout):
+        wait_for_it.again("no tree")
+
+
+# --- the screen ---------------------------------------------------------------------------------------------------
+
+
+def of(for_s: float) -> list[RoleStart]:
+    return [RoleStart(role="actor-0", stage="loading its engine", for_s=for_s, loads=True)]
+
+
+def test_outside_a_terminal_a_line_comes_every_ten_seconds_and_later_less_often() -> None:
+    out, clock = io.StringIO(), Time()
+    with Progress(Console(file=out, width=200), title="t", total_steps=3, clock=clock) as progress:
+        for clock.now in range(121):
+            progress.starting(of(float(clock.now)))
+        progress.starting([])
+    said = out.getvalue().splitlines()
+    assert said[:3] == [f"starting: actor-0 is loading its engine: {n} s" for n in (10, 20, 30)]
+    assert 6 < len(said) < 12
+
+
+def test_nothing_is_said_of_what_starts_quickly() -> None:
+    out, clock = io.StringIO(), Time()
+    with Progress(Console(file=out), title="t", total_steps=3, clock=clock) as progress:
+        for clock.now in range(30):
+            progress.starting(of(1.0))
+    assert out.getvalue() == ""
+
+
+def test_on_a_terminal_the_panel_shows_it() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100)
+    with Progress(console, title="t", total_steps=3, clock=Time()) as progress:
+        progress.starting(of(20.0))
+    assert "starting: actor-0 is loading its engine: 20 s" in out.getvalue()
+    console.print(panel(progress.state, title="t", elapsed_s=1.0))
