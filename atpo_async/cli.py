@@ -746,11 +746,15 @@ def command_status(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
 
 
 def command_study(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
-    from atpo_async.study_command import DEFAULT_OUT, Request, reproducing
+    from atpo_async.study_command import DEFAULT_OUT, Request, left_out, reproducing
     from atpo_async.study_command import study as run_study
 
     out = Path(args.out) if args.out else DEFAULT_OUT
     plan = _study_plan(args, texts, out)
+    if args.config and not args.report:
+        with contextlib.suppress(ConfigError):  # outside a checkout there are no settings of ours
+            for line in left_out(plan.base, args.config, demo_config().with_name("staleness.toml")):
+                print(f"note: {line}", file=sys.stderr, flush=True)
     request = Request(
         plan=plan,
         out=out,

@@ -76,11 +76,13 @@ class Loads:
     Args:
         folder: of the run's status files.
         own: name of this role.
+        supervised: roles that a supervisor starts, and starts again: one that is not there yet is on its way.
     """
 
-    def __init__(self, folder: Path, own: str) -> None:
+    def __init__(self, folder: Path, own: str, supervised: Sequence[str] = ()) -> None:
         self._folder = folder
         self._own = own
+        self._supervised = [role for role in supervised if role != own]
 
     def __call__(self) -> str | None:
         """What one of them is at; None if none is.  Reads files."""
@@ -89,4 +91,8 @@ class Loads:
         for start in starts(others.values(), now=time.monotonic(), wall=time.time()):
             if start.loads:
                 return f"{start.role} is {start.stage} for {duration(start.for_s)}"
+        for role in self._supervised:
+            picture = pictures.get(role)
+            if picture is None or (picture.phase != status.ENDED and status.is_alive(picture) is False):
+                return f"{role} is being started"
         return _asks_for_nothing(pictures)

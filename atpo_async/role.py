@@ -111,7 +111,9 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
         context = _context(name, list(argv))
         folder = None if context.rundir is None else context.rundir.path / status.FOLDER
         if folder is not None:
-            waits.excuse_by(Loads(folder, context.process_name))
+            actors = [f"actor-{index}" for index in range(context.config.actor.count)]
+            others = ("buffer", "learner", *actors) if supervised else ()
+            waits.excuse_by(Loads(folder, context.process_name, others))
         with status.Reporter(context.process_name, folder=folder, log=context.log, on_signal=True) as reporter:
             code = asyncio.run(_serve(main, context, reporter))
     except AtpoError as exc:

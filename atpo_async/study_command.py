@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atpo_async import doctor, study_report
-from atpo_async.config import Config
+from atpo_async.config import Config, as_options, get, load
 from atpo_async.errors import ConfigError
 from atpo_async.progress import duration
 from atpo_async.study import Plan, StudyFolder
@@ -176,6 +176,26 @@ def jobs_here(engine: str, console: Console) -> int:
 def words_of(files: Sequence[str], options: Mapping[str, str]) -> list[str]:
     """A plan's ``words``: without this machine's folders."""
     return [*(study_report.relative(Path(file)) for file in files), *(f"--{k}={text}" for k, text in options.items())]
+
+
+def left_out(base: Config, files: Sequence[str], own: Path) -> list[str]:
+    """What to say of the study's own settings, which a user's files stand in for: a line, or none where none differs.
+
+    Args:
+        base: of ``files`` and options.
+        own: the file of those settings; it need not exist.
+    """
+    if not own.is_file() or any(Path(file).name == own.name for file in files):
+        return []
+    texts = as_options(own)
+    studys = load(own)
+    differing = [f"{name} = {text}" for name, text in texts.items() if get(base, name) != get(studys, name)]
+    if not differing:
+        return []
+    return [
+        f"{', '.join(files)} stands in for {own}, and its settings are not used: {', '.join(differing)}; name it last "
+        "to lay them over yours"
+    ]
 
 
 def reproducing(plan: Plan) -> str:

@@ -414,7 +414,8 @@ class BufferService:
         if leases.leases or leases.finished:
             self._admission.over()
         else:
-            self._admission.goes_on(leases.closed_because or "admission", on=self._admits())
+            why = leases.closed_because or "all tasks of an evaluation are under way"
+            self._admission.goes_on(f"another lease to become possible ({why})", on=self._admits())
         return leases
 
     async def _granted(self, peer: str, leases: Leases) -> Leases:

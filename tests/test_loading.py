@@ -113,6 +113,19 @@ def test_an_actor_that_joined_by_address_and_has_asked_for_nothing_yet_is_waited
         wait_for_it.again("no tree")
 
 
+def test_a_role_that_its_supervisor_starts_or_starts_again_is_waited_for(tmp_path: Path) -> None:
+    loads = Loads(tmp_path, "actor-0", ("buffer", "learner", "actor-0"))
+    put(tmp_path, picture("buffer", phase="serving"))
+    assert loads() == "learner is being started"
+    put(tmp_path, loading("learner", pid=1, started=7))
+    assert loads() == "learner is being started"
+    for phase in ("training", status.ENDED):
+        put(tmp_path, picture("learner", phase=phase))
+        assert loads() is None
+    (tmp_path / "learner.json").unlink()
+    assert Loads(tmp_path, "actor-0")() is None, "nobody starts it"
+
+
 def test_no_excuse_lasts_for_ever(patience: tuple[Patience, Time], tmp_path: Path) -> None:
     wait_for_it, clock = patience
     put(tmp_path, loading())

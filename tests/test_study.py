@@ -30,7 +30,7 @@ from atpo_async.errors import ConfigError, RunMismatch, SetupError
 from atpo_async.metrics import MetricsWriter, Record
 from atpo_async.rundir import RunDir
 from atpo_async.study import CORRECTIONS, DEFAULT_CORRECTIONS, Plan, StudyFolder
-from atpo_async.study_command import Request, jobs_here, study
+from atpo_async.study_command import Request, jobs_here, left_out, study
 from atpo_async.study_progress import StudyProgress, outcome
 from atpo_async.study_results import (
     COLUMNS,
@@ -805,6 +805,17 @@ def test_bad_words_are_one_line_and_leave_nothing(
     assert err.startswith(line)
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_studys_own_settings_that_a_users_file_stands_in_for_are_told() -> None:
+    own, users = ROOT / "configs" / "staleness.toml", str(ROOT / "configs" / "demo.toml")
+    (line,) = left_out(load(users), [users], own)
+    assert line.startswith(f"{users} stands in for {own}, and its settings are not used: learner.schedule = constant, ")
+    assert line.endswith("; name it last to lay them over yours")
+    assert "run.steps" not in line, "the demo has as many"
+    assert left_out(load([users, own]), [users, str(own)], own) == []
+    assert left_out(load([users, own]), ["mine.toml"], own) == [], "nothing differs"
+    assert left_out(load(users), [users], own.with_name("nowhere.toml")) == []
 
 
 def test_another_kind_of_study_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
