@@ -27,6 +27,8 @@ from atpo_async.errors import AtpoError, BadMessage, EngineDead, EnvironmentBrok
 from atpo_async.messages import Lease, TaskKind
 from atpo_async.texts import shortened
 
+Tell = Callable[[str, str], None]
+
 Place = Literal["chain", "branch"]
 """Whether a chain began at the prompt, or forks off another: a replay that always fails leaves the first ones alone."""
 
@@ -100,7 +102,7 @@ class FaultWatch:
     Args:
         environment: ``environment.name``, for the texts.
         least: trees that must be hit in a row before any went well.
-        tell: takes a line for the user's terminal.
+        tell: takes a line for the user's terminal, and what lines of other processes say the same.
         clock: seconds, monotonic.
     """
 
@@ -109,7 +111,7 @@ class FaultWatch:
         environment: str,
         *,
         least: int,
-        tell: Callable[[str], None] = notices.tell,
+        tell: Tell = notices.tell,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._environment = environment
@@ -207,6 +209,10 @@ class FaultWatch:
 
     # --- what the user hears ---------------------------------------------------------------------------------------
 
+    def _named(self, fault: Fault) -> str:
+        mine = fault.reason not in ENGINE_FAILED and self._environment not in fault.detail
+        return f"environment {self._environment!r}, {fault.detail}" if mine else fault.detail
+
     def _say(self, fault: Fault) -> None:
         """The first of a kind at once, then how many there were, ever more rarely."""
         now = self._clock()
@@ -215,13 +221,13 @@ class FaultWatch:
             if len(self._told) >= MOST_KINDS:
                 return
             self._told[fault.kind] = _Told(now + SAY_AGAIN_S, chains=self._chains)
-            self._tell(f"a branch failed and is left out, the run goes on: {fault.detail}")
+            self._tell(f"a branch failed and is left out, the run goes on: {self._named(fault)}", fault.kind)
             return
         told.count += 1
         if now < told.again_at:
             return
         of = self._chains - told.chains
-        self._tell(f"{told.count} more of {of} branches failed like that: {fault.detail}")
+        self._tell(f"{told.count} more of {of} branches failed like that: {self._named(fault)}", fault.kind)
         told.wait_s *= 2
         told.again_at = now + told.wait_s
         told.count, told.chains = 0, self._chains
@@ -233,7 +239,7 @@ class Faults:
     Args:
         environment: ``environment.name``, for the texts.
         at_once: trees that are grown at once.
-        tell: takes a line for the user's terminal.
+        tell: takes a line for the user's terminal, and what lines of other processes say the same.
         clock: seconds, monotonic.
     """
 
@@ -242,7 +248,7 @@ class Faults:
         environment: str,
         *,
         at_once: int,
-        tell: Callable[[str], None] = notices.tell,
+        tell: Tell = notices.tell,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         least = min(MOST_AT_FIRST, max(LEAST_AT_FIRST, at_once))
@@ -297,10 +303,10 @@ class CutActions:
 
     Args:
         max_action_tokens: ``search.max_action_tokens``, for the text.
-        tell: takes a line for the user's terminal.
+        tell: takes a line for the user's terminal, and what lines of other processes say the same.
     """
 
-    def __init__(self, max_action_tokens: int, *, tell: Callable[[str], None] = notices.tell) -> None:
+    def __init__(self, max_action_tokens: int, *, tell: Tell = notices.tell) -> None:
         self._max_tokens = max_action_tokens
         self._tell = tell
         self._actions = self._cut = 0
@@ -317,7 +323,8 @@ class CutActions:
             self._tell(
                 f"{share:.0%} of {self._actions} actions were cut off at their longest (actions/cut_share; "
                 f"search.max_action_tokens = {self._max_tokens}) and not ended by a stop token: are the environment's "
-                "stop_token_ids those that the policy ends its turns with?"
+                "stop_token_ids those that the policy ends its turns with?",
+                "actions/cut_share",
             )
         self._told = share > CUT_SHARE
         self._actions = self._cut = 0

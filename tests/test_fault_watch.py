@@ -37,7 +37,12 @@ class World:
     error: AtpoError | None = None
 
     def run(self, trees: int) -> World:
-        watch = FaultWatch("w:make", least=min(8, max(4, self.at_once)), tell=self.told.append, clock=lambda: self.now)
+        watch = FaultWatch(
+            "w:make",
+            least=min(8, max(4, self.at_once)),
+            tell=lambda line, key: self.told.append(line),
+            clock=lambda: self.now,
+        )
         events: list[tuple[float, int, int, Place, Fault | None, bool]] = []
         order = 0
 
@@ -166,7 +171,7 @@ def test_of_endless_kinds_of_faults_only_so_many_are_told() -> None:
 
 def test_a_turn_that_the_buffer_refuses_for_what_it_holds_is_told_and_in_every_tree_it_ends_the_run() -> None:
     told: list[str] = []
-    faults = Faults("w:make", at_once=4, tell=told.append, clock=lambda: 0.0)
+    faults = Faults("w:make", at_once=4, tell=lambda line, key: told.append(line), clock=lambda: 0.0)
     bad = msgspec.structs.replace(leaf(1, 0), reward=float("nan"))
 
     def grow(number: int) -> None:
@@ -184,7 +189,7 @@ def test_a_turn_that_the_buffer_refuses_for_what_it_holds_is_told_and_in_every_t
 
 def test_turns_that_come_too_late_are_nobodys_fault() -> None:
     told: list[str] = []
-    faults = Faults("w:make", at_once=4, tell=told.append, clock=lambda: 0.0)
+    faults = Faults("w:make", at_once=4, tell=lambda line, key: told.append(line), clock=lambda: 0.0)
     for number in range(100):
         with faults.growing(lease(tree_id=f"t{number}")):
             faults.refused(f"t{number}", leaf(1, 0), "tree t0 is leased under epoch 2")
@@ -193,7 +198,7 @@ def test_turns_that_come_too_late_are_nobodys_fault() -> None:
 
 
 def test_a_fault_of_the_held_out_tasks_is_no_fault_of_the_training_ones() -> None:
-    faults = Faults("w:make", at_once=4, tell=lambda line: None, clock=lambda: 0.0)
+    faults = Faults("w:make", at_once=4, tell=lambda line, key: None, clock=lambda: 0.0)
 
     def grow(number: int) -> None:
         with faults.growing(lease(tree_id=f"e{number}", kind="eval")):
@@ -209,7 +214,7 @@ def test_a_fault_of_the_held_out_tasks_is_no_fault_of_the_training_ones() -> Non
 
 def test_actions_that_no_stop_token_ends_are_told_once_with_the_settings_that_decide() -> None:
     told: list[str] = []
-    cut = CutActions(64, tell=told.append)
+    cut = CutActions(64, tell=lambda line, key: told.append(line))
     for _ in range(20):
         cut.count(50, 10)
     assert told == []
@@ -224,6 +229,7 @@ def test_actions_that_no_stop_token_ends_are_told_once_with_the_settings_that_de
 def test_what_a_role_tells_reaches_who_reads_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "notices.jsonl"
     monkeypatch.setenv(notices.FILE, str(path))
+    monkeypatch.setattr(notices, "_told", 0)
     notices.tell("before")
     tail = notices.Tail(path)
     assert tail.new() == []
@@ -233,11 +239,31 @@ def test_what_a_role_tells_reaches_who_reads_from_then_on(tmp_path: Path, monkey
     assert first == "two lines"
     assert len(second) < 1000
     with path.open("ab") as file:
-        file.write(b'{"no": "text"}\nno json\n"half')
+        file.write(b'{"no": "text"}\nno json\n[1, 2]\n7\n["", "half')
     assert tail.new() == []
     with path.open("ab") as file:
-        file.write(b' a line"\n')
+        file.write(b' a line"]\n')
     assert tail.new() == ["half a line"]
+
+
+def test_what_several_roles_tell_alike_is_heard_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    path = tmp_path / "notices.jsonl"
+    monkeypatch.setenv(notices.FILE, str(path))
+    monkeypatch.setattr(notices, "_told", 0)
+    tail = notices.Tail(path, clock=lambda: now)
+    for actor in range(3):
+        notices.tell(f"actor {actor}: KeyError", "KeyError in step")
+    notices.tell("another", "another")
+    assert tail.new() == ["actor 0: KeyError", "another"]
+    now = 60.0
+    notices.tell("3 more", "KeyError in step")
+    assert tail.new() == ["3 more"]
+
+
+def test_a_fault_that_does_not_name_the_environment_is_told_with_its_name() -> None:
+    world = World(8, lambda number: chains([RAISES, None, None, None])).run(10)
+    assert world.told[0].endswith("the run goes on: environment 'w:make', task 3 (train), step: KeyError: 'page'")
 
 
 def test_a_role_that_cannot_tell_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
