@@ -36,6 +36,7 @@ import numpy as np
 
 from atpo_async import processes, waits
 from atpo_async.errors import AtpoError, SetupError
+from buffer import journal_check
 from buffer.index import ROW, Place, Rows, TurnEntry, pack_entry
 
 log = logging.getLogger("atpo.buffer.journal")
@@ -59,10 +60,6 @@ _U64 = struct.Struct(">Q")
 _META, _OWNER = b"meta", b"run"
 LEAST_FREE_BYTES = 4 << 20
 MAX_READERS = 8192
-MOVE_AWAY = (
-    "if it cannot be mended move the folder away: the run then goes on from the learner's checkpoint, what was kept is "
-    "gone and its tasks begin at 0 once more"
-)
 
 
 class JournalBroken(AtpoError):
@@ -123,6 +120,7 @@ class Journal:
         sync: whether a commit waits until the disk has it.  Without, it survives ``kill -9`` but no power cut.
         gather_s: how long a commit waits for more to come, from the first thing on that it will hold.
         collect: called on the loop right before a commit: hands over (``put``) what has changed.
+        leased: whether anything of this run may have left an earlier buffer; a file without a byte is damage then.
 
     Raises:
         SetupError: the folder cannot be used, or holds something else.
@@ -137,6 +135,7 @@ class Journal:
         sync: bool = True,
         gather_s: float = 0.002,
         collect: Callable[[], None] = lambda: None,
+        leased: Callable[[], bool] = lambda: True,
     ) -> None:
         self.folder = folder
         self._run = run
@@ -153,7 +152,7 @@ class Journal:
             ) from exc
         with contextlib.ExitStack() as held:
             held.callback(os.close, lock)
-            self._env = held.enter_context(self._mapped(free=free, max_bytes=max_bytes, sync=sync))
+            self._env = held.enter_context(self._mapped(free=free, max_bytes=max_bytes, sync=sync, leased=leased))
             # Whoever forgets to close must not keep the folder from the next one in this process.
             self._let_go = weakref.finalize(self, held.pop_all().close)
         self._let_go.atexit = False  # the end of a process lets go by itself
@@ -186,21 +185,33 @@ class Journal:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="journal-read")
         self._committing: asyncio.Task[None] | None = None
 
-    def _mapped(self, *, free: int, max_bytes: int, sync: bool) -> lmdb.Environment:
-        """The tables, opened.  Raises SetupError."""
+    def _mapped(self, *, free: int, max_bytes: int, sync: bool, leased: Callable[[], bool]) -> lmdb.Environment:
+        """The tables, opened, after all that they reach was read.  Raises SetupError."""
         folder = self.folder
-        data = folder / "data.mdb"
+        data = folder / journal_check.DATA
         there = data.exists()
         if there and not data.stat().st_size:
-            raise SetupError(f"the journal in {folder} is damaged: {data.name} is empty; {MOVE_AWAY}")
+            if leased():
+                raise SetupError(
+                    f"the journal in {folder} is damaged: {data.name} is empty, and leases were given before; "
+                    f"{journal_check.KEEP}"
+                )
+            # Left by an earlier program that was killed while it made the journal, or by a disk that was full then.
+            log.warning("the journal in %s is empty and nothing was ever leased: it is made anew", folder)
+            data.unlink()
+            there = False
         if free < LEAST_FREE_BYTES and not there:
             # LMDB maps its files: where the disk cannot hold their first pages the process would die without a word.
             raise SetupError(
                 f"the disk of {folder} has {free} bytes left, the journal needs {LEAST_FREE_BYTES} to begin with; make "
                 "room there, or set buffer.journal_dir to another disk"
             )
-        with contextlib.ExitStack() as held:
-            try:
+        if there:
+            journal_check.check(folder)
+        try:
+            if not there:
+                journal_check.create(folder)
+            with contextlib.ExitStack() as held:
                 env = held.enter_context(
                     lmdb.open(
                         str(folder),
@@ -215,22 +226,13 @@ class Journal:
                         max_readers=MAX_READERS,
                     )
                 )
-                missing = _missing_bytes(env, data)
-                if missing <= 0:
-                    self._chunks = env.open_db(b"chunks")
-                    self._rows = env.open_db(b"rows")
-                    self._state = env.open_db(b"state")
-            except (OSError, lmdb.Error) as exc:
-                if not there and data.exists() and not data.stat().st_size:
-                    # Just made, for want of room: not to be taken for a damaged one next time.
-                    data.unlink()
-                raise SetupError(f"the journal in {folder} cannot be opened: {exc}; {MOVE_AWAY}") from exc
-            if missing > 0:
-                raise SetupError(
-                    f"the journal in {folder} is damaged: {missing} bytes are cut off its end; {MOVE_AWAY}"
-                )
-            held.pop_all()
-        return env
+                self._chunks = env.open_db(journal_check.CHUNKS.encode())
+                self._rows = env.open_db(b"rows")
+                self._state = env.open_db(b"state")
+                held.pop_all()
+                return env
+        except (OSError, lmdb.Error) as exc:
+            raise SetupError(f"the journal in {folder} cannot be opened: {exc}; {journal_check.KEEP}") from exc
 
     async def __aenter__(self) -> Self:
         self.broken = asyncio.get_running_loop().create_future()
@@ -400,12 +402,12 @@ class Journal:
                     for key in cursor.iternext(keys=True, values=False) if cursor.first() else ():
                         sizes[_U64.unpack(key)[0]] = 0
         except (lmdb.Error, struct.error, ValueError) as exc:
-            raise SetupError(f"the journal in {self.folder} cannot be read ({exc}); {MOVE_AWAY}") from exc
+            raise SetupError(f"the journal in {self.folder} cannot be read ({exc}); {journal_check.KEEP}") from exc
         known = state.pop(_META, None)
         if known is not None and known != str(FORMAT).encode():
             raise SetupError(
                 f"the journal in {self.folder} has format {known.decode(errors='replace')}, this program reads "
-                f"{FORMAT}: finish the run with the program that began it, or move the folder away"
+                f"{FORMAT}: finish the run with the program that began it"
             )
         owner = state.pop(_OWNER, b"").decode(errors="replace")
         if self._run and owner not in ("", self._run):
@@ -418,11 +420,13 @@ class Journal:
         if known is None:
             self.put(_META, str(FORMAT).encode())
         if len(rows) % ROW.itemsize:
-            raise SetupError(f"the journal in {self.folder} is damaged: its rows end amid one; {MOVE_AWAY}")
+            raise SetupError(f"the journal in {self.folder} is damaged: its rows end amid one; {journal_check.KEEP}")
         found = np.frombuffer(rows, dtype=ROW)
         missing = set(np.unique(found["chunk"]).tolist()) - sizes.keys()
         if missing:
-            raise SetupError(f"the journal in {self.folder} is damaged: chunk {min(missing)} is missing; {MOVE_AWAY}")
+            raise SetupError(
+                f"the journal in {self.folder} is damaged: chunk {min(missing)} is missing; {journal_check.KEEP}"
+            )
         for chunk, size in zip(found["chunk"].tolist(), found["nbytes"].tolist(), strict=True):
             sizes[chunk] += size
         counts = np.unique(found["chunk"], return_counts=True)
@@ -537,12 +541,18 @@ class Journal:
 
     def _commit(self, group: _Group) -> None:
         """In the writer's thread: all of the group, or nothing."""
+        # What came and went between two commits is left out: LMDB would count its pages and might never write them.
+        passed = {chunk.number for chunk in group.chunks} & set(group.freed)
         with self._env.begin(write=True) as txn:
             for chunk in group.chunks:
+                if chunk.number in passed:
+                    continue
                 key = _U64.pack(chunk.number)
-                txn.put(key, b"".join(chunk.records), db=self._chunks, append=True)
+                txn.put(key, journal_check.with_sum(chunk.records), db=self._chunks, append=True)
                 txn.put(key, b"".join(chunk.rows), db=self._rows, append=True)
             for number in group.freed:
+                if number in passed:
+                    continue
                 key = _U64.pack(number)
                 txn.delete(key, db=self._chunks)
                 txn.delete(key, db=self._rows)
@@ -609,13 +619,6 @@ def _named(owner: str) -> str:
     if processes.stopped([int(pid)]):
         return f" (process {pid}, which a signal has stopped: kill -CONT {pid} lets it go on, kill -9 {pid} ends it)"
     return f" (process {pid})"
-
-
-def _missing_bytes(env: lmdb.Environment, file: Path) -> int:
-    """How much shorter the file is than its pages: one beyond the end of a mapped file ends the process when it is
-    looked at."""
-    pages: int = env.info()["last_pgno"] + 1
-    return pages * int(env.stat()["psize"]) - file.stat().st_size
 
 
 def _cut(value: Any, place: Place) -> memoryview:

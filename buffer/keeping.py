@@ -245,7 +245,7 @@ class Keeping:
             cut = ~np.isin(whole.rows["turn_id"], entry.rows["turn_id"])
             self._state.store.release(whole.rows[cut])
         if not len(turns) or not len(prompt):
-            raise SetupError(f"the journal is damaged: tree {tree_id} is there without its turns; move it away")
+            raise SetupError(f"the journal is damaged: tree {tree_id} is there without its turns; {kept.KEEP}")
         if tree.late:
             self._state.holdings.late[tree_id] = entry
         if tree.spent_at is not None and tree.pool is not None:

@@ -21,6 +21,8 @@ REST, SINCE, LINE = b"rest", b"since", b"line"
 ALL_EVALUATIONS = b"evaluations"
 """Where earlier programs kept all of them in one value."""
 
+KEEP = "keep its folder, turns that were acknowledged are in it, and put a copy of it that is whole in its place"
+
 
 class _Kept(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     pass
@@ -182,5 +184,5 @@ def read(state: Mapping[bytes, bytes], key: bytes, kind: type[T]) -> T | None:
         return msgspec.msgpack.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise SetupError(
-            f"the journal is damaged: {key.decode(errors='replace')!r} is no {kind.__name__} ({exc}); move it away"
+            f"the journal is damaged: {key.decode(errors='replace')!r} is no {kind.__name__} ({exc}); {KEEP}"
         ) from exc

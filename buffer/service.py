@@ -56,7 +56,7 @@ from atpo_async.messages import (
     VersionPublished,
     Welcome,
 )
-from atpo_async.metrics import MetricsWriter
+from atpo_async.metrics import MetricsWriter, read_metrics
 from atpo_async.records import TurnRecords
 from atpo_async.role import RoleContext
 from atpo_async.rundir import RunDir
@@ -87,6 +87,8 @@ LEASES_SHARE = 0.5
 """Of links.max_message_bytes: what turns already committed may take of an answer with leases."""
 SETTLE_WAIT_S = 5.0
 """An answer waits no longer for the disk; it then says that the disk is what is waited for."""
+FIRST_GRANT = "time/first_grant"
+"""Metric: when the first lease of all was given, of whichever kind."""
 MOVE_CHUNKS = 8
 """Mostly dead chunks that are emptied at a time."""
 
@@ -135,8 +137,9 @@ class BufferService:
             self._scratch = tempfile.TemporaryDirectory(prefix="atpo-journal-")
             journal = Path(self._scratch.name)
         self.journal = Journal(
-            journal, run=run, max_bytes=buffer.max_bytes, sync=buffer.journal_sync, gather_s=buffer.commit_ms / 1000
-        )
+            journal, run=run, max_bytes=buffer.max_bytes, sync=buffer.journal_sync, gather_s=buffer.commit_ms / 1000,
+            leased=lambda: rundir is None or was_leased(rundir),
+        )  # fmt: skip
         recovered = self.journal.recover()
         self.state = BufferState(
             config, run=run, rng=np.random.default_rng(config.run.seed), now=clock(), store=self.journal
@@ -165,6 +168,7 @@ class BufferService:
         self._evaluated = waits.Standing("the question for an evaluation")
         self._links_bad = 0
         self._num_refused = 0
+        self._leased = self.state.ledger.next_number > 1
         self._leased_training = self.state.ledger.next_task > 0
         self._endpoints = endpoints
         settings = LinkSettings.from_config(config.links)
@@ -421,6 +425,10 @@ class BufferService:
     async def _granted(self, peer: str, leases: Leases) -> Leases:
         """The answer with those leases that are still this actor's, and the turns that they have already."""
         there = tuple(lease for lease in leases.leases if self.state.has(peer, lease))
+        if not self._leased:
+            # Before the first of them is out: an empty journal is no new one from here on.
+            self._leased = True
+            self._write("buffer", self.state.step, self.state.version, {FIRST_GRANT: time.time()})
         if not self._leased_training and any(lease.kind == "train" for lease in there):
             self._leased_training = True
             self._write("buffer", self.state.step, self.state.version, {"time/first_lease": time.time()})
@@ -633,6 +641,15 @@ class BufferService:
         if source not in self._writers:
             self._writers[source] = MetricsWriter(self._rundir.metrics_path, source=source)
         self._writers[source].write(step=step, version=version, metrics=metrics)
+
+
+def was_leased(rundir: RunDir) -> bool:
+    """Whether a buffer of this run ever gave a lease, by what the run's metrics say."""
+    signs = {FIRST_GRANT, "time/first_lease", "eval/failed"}
+    return rundir.is_trained or (
+        rundir.metrics_path.exists()
+        and any(not signs.isdisjoint(record.metrics) for record in read_metrics(rundir.metrics_path))
+    )
 
 
 async def serve(ctx: RoleContext) -> None:
