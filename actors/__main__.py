@@ -11,6 +11,7 @@ from pathlib import Path
 
 from actors.actor import Actor, LearnerMoved, until_stopped
 from actors.engine import Engine
+from actors.environments import guard
 from actors.environments.base import Environment
 from actors.environments.host import HostedEnvironment
 from actors.factory import check_eval_tasks, engine_name, host_environment, make_engine
@@ -41,6 +42,7 @@ async def act(ctx: RoleContext) -> None:
         if ctx.stopping.is_set():
             return
     async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(guard.stray_signals_end_nothing())
         environment = await until_stopped(ctx.stopping, stack.enter_async_context(host_environment(config, model)))
         if environment is not None:
             await _act(ctx, settings, model, environment)

@@ -10,9 +10,10 @@ import os
 from pathlib import Path
 
 from actors.engine import Engine
+from actors.environments import guard
 from actors.environments.base import Environment
 from actors.environments.host import HostedEnvironment
-from actors.environments.registry import BUILT_IN, make
+from actors.environments.registry import BUILT_IN, factory_of, make
 from actors.environments.values import CheckedEnvironment, Limits
 from atpo_async.config import Config
 from atpo_async.errors import ConfigError
@@ -100,7 +101,10 @@ def vocab_size(model: Path) -> int | None:
 
 
 def host_environment(config: Config, model: Path) -> HostedEnvironment:
-    """The same on a loop of its own, not opened yet."""
+    """The same on a loop of its own, not opened yet.  Raises ConfigError or SetupError where it cannot be imported."""
+    # In the main thread: some libraries can be imported nowhere else.
+    with guard.put_back():
+        factory_of(config.environment.name)
     error_file = os.environ.get(ERROR_FILE)
     return HostedEnvironment(
         lambda: make_environment(config, model),

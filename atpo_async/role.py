@@ -20,7 +20,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from atpo_async import addresses, status, texts, waits
 from atpo_async import config as configuration
@@ -127,10 +127,10 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
         if causes and all(isinstance(cause, AtpoError) for cause in causes):
             code = _say(causes[0], supervised=supervised, debug=debug)
         else:
-            print(texts.trace_of(group), file=sys.stderr)
+            _print(texts.trace_of(group))
             code = _say(next(c for c in causes if not isinstance(c, AtpoError)), supervised=supervised, debug=False)
     except BaseException as exc:
-        print(texts.trace_of(exc), file=sys.stderr)
+        _print(texts.trace_of(exc))
         code = _say(exc, supervised=supervised, debug=False)
     _exit_within(EXIT_DEADLINE_S, code)
     sys.exit(code)
@@ -139,9 +139,9 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
 def _say(error: BaseException, *, supervised: bool, debug: bool) -> int:
     """One line on stderr, and for the supervisor the same in a file of its own; the exit code."""
     if debug:
-        print(texts.trace_of(error), file=sys.stderr)
+        _print(texts.trace_of(error))
     text = texts.middle_cut(str(error)) if isinstance(error, AtpoError) else texts.of_error(error, most=1000)
-    print(f"{ERROR_PREFIX}{text}", file=sys.stderr, flush=True)
+    _print(f"{ERROR_PREFIX}{text}")
     code = exit_code(error) if supervised or not isinstance(error, AtpoError) else EXIT_USER
     if supervised and ERROR_FILE in os.environ:
         # A launcher between us and the supervisor changes the exit code, and an engine may write to the log after us.
@@ -235,8 +235,22 @@ def hand_name(role: str) -> str:
     return f"{role}-{socket.gethostname()}-{os.getpid()}"
 
 
+def _own_stderr() -> TextIO:
+    """The standard error under a number of its own: code that is not ours may close or replace the other."""
+    try:
+        return os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1, errors="backslashreplace")
+    except (OSError, ValueError, AttributeError):
+        return sys.stderr
+
+
+def _print(text: str) -> None:
+    """To the standard error, if it still is one."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def _logger(name: str) -> logging.Logger:
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, force=True)
+    logging.basicConfig(stream=_own_stderr(), level=logging.INFO, force=True)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(texts.BoundedFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for noisy in ("httpx", "urllib3", "filelock", "matplotlib"):

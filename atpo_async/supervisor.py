@@ -27,7 +27,7 @@ from atpo_async.config import Config, SupervisorConfig
 from atpo_async.errors import RoleCrashed, SetupError
 from atpo_async.loading import RoleStart, starts
 from atpo_async.metrics import MetricsTail, MetricsWriter, Record
-from atpo_async.role import ERROR_FILE, ERROR_PREFIX, EXIT_DONE, EXIT_USER, SUPERVISOR_PID
+from atpo_async.role import DOING, ERROR_FILE, ERROR_PREFIX, EXIT_CRASH, EXIT_DONE, EXIT_USER, SUPERVISOR_PID
 from atpo_async.rundir import RunDir
 from atpo_async.texts import middle_cut
 
@@ -77,6 +77,8 @@ class _Running:
     mark: str
     log: Path
     error_file: Path
+    silent_end: bool = False
+    """Its process ended in the middle of its environment's code, with no error said."""
     hung: str = ""
     """Why it was ended from here."""
 
@@ -272,7 +274,7 @@ class Supervisor:
         crashes: collections.deque[float] = collections.deque()
         while not self._stopping.is_set():
             running, comebacks = await self._start(spec), self._comebacks
-            code = await running.process.wait()
+            code = _code_of(running, await running.process.wait())
             await asyncio.to_thread(processes.kill_all, running.process.pid, running.mark)
             self._running.pop(spec.name, None)
             if self._stopping.is_set() or self._done.is_set():
@@ -573,7 +575,9 @@ def _failure(running: _Running, code: int) -> tuple[int, str]:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     if code < 0:
-        return code, f"killed by {processes.signal_name(-code)}"
+        return code, f"killed by {processes.signal_name(-code)}{_was_doing(running)}"
+    if running.silent_end:
+        return code, f"it ended without a word, as by os._exit(){_was_doing(running)}"
     lines = last_lines(running.log, LOG_LINES)
     said_last = next((line for line in reversed(lines) if line.startswith(ERROR_PREFIX)), None)
     if said_last is not None:
@@ -581,6 +585,21 @@ def _failure(running: _Running, code: int) -> tuple[int, str]:
     if code == EXIT_USER and lines:
         return code, lines[-1]
     return code, f"exit code {code}"
+
+
+def _code_of(running: _Running, code: int) -> int:
+    """The exit code, a crash's where a role ended amid its environment's code without having said why."""
+    running.silent_end = code >= 0 and bool(_was_doing(running)) and not running.error_file.exists()
+    return EXIT_CRASH if running.silent_end else code
+
+
+def _was_doing(running: _Running) -> str:
+    """What others' code was at when the role died, for the end of a sentence; empty where nothing is known."""
+    try:
+        said = running.error_file.with_suffix(DOING).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return ""
+    return f"; its environment was at {said}" if said else ""
 
 
 def _given_up(name: str, crashes: int, settings: SupervisorConfig, reason: str, log: Path) -> str:

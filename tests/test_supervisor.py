@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,6 +112,38 @@ async def test_a_crashed_role_is_started_again_with_a_log_of_its_own(run: RunDir
     assert "second attempt" in log(run, "learner", 1)
     assert len(said) == 1
     assert said[0].startswith("learner ended: exit code 1; starting it again in 0 s")
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ("os._exit(0)", r"it ended without a word, as by os\._exit\(\)"),
+        ("os._exit(2)", r"it ended without a word, as by os\._exit\(\)"),
+        ("os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
+    ],
+)
+async def test_a_role_whose_environment_ends_the_process_is_started_again_and_the_step_is_told(
+    run: RunDir, end: str, reason: str
+) -> None:
+    flag = run.path / "flag"
+    code = f"""
+        import os, pathlib, time
+        doing = pathlib.Path(os.environ["ATPO_ERROR_FILE"]).with_suffix(".doing")
+        if not os.path.exists({str(flag)!r}):
+            open({str(flag)!r}, "w").close()
+            doing.write_text("step 2 of task 7 (train)   ")
+            {end}
+        doing.write_text("")
+    """
+    waits = f"import os, time\nwhile not os.path.exists({str(run.path / 'go')!r}): time.sleep(0.01)"
+    said: list[str] = []
+    specs = [script("actor-0", code), script("learner", waits, ends_run=True)]
+    supervisor = Supervisor(run, specs, settings=QUICK, say=said.append)
+    task = asyncio.create_task(finished(supervisor))
+    await until(lambda: said)
+    (run.path / "go").touch()
+    assert await task is Outcome.DONE
+    assert re.match(rf"actor-0 ended: {reason}; its environment was at step 2 of task 7 \(train\); starting", said[0])
 
 
 async def test_a_role_killed_from_outside_loses_its_children_before_it_is_started_again(run: RunDir) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import logging
 import os
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 
+from actors.environments import guard
 from actors.environments.base import Environment, Episode, Split, StepResult
 from actors.environments.loop_thread import MAX_POOL_THREADS, Call, EnvironmentFault, LoopLost, LoopThread, next_name
 from atpo_async import status, waits
@@ -77,6 +79,8 @@ class HostedEnvironment:
         self._grace_s = grace_s
         self._max_lost_loops = max_lost_loops
         self._trace = os.open(doing, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600) if doing is not None else -1
+        self._noting = threading.Lock()
+        self._closed = False
         self._made: tuple[LoopThread, Environment] | None = None
         self._making = asyncio.Lock()
         self._lost: list[LoopThread] = []
@@ -92,7 +96,8 @@ class HostedEnvironment:
 
     async def open(self) -> Self:
         """Make the environment.  Raises what ``make`` raises: ConfigError, SetupError."""
-        with waits.waiting(f"environment {self.name!r}", "its being made", on=waits.ENVIRONMENT):
+        being_made = waits.waiting(f"environment {self.name!r}", "its being made", on=waits.ENVIRONMENT)
+        with being_made, guard.put_back():
             await self._current()
         status.publish("environment", self._facts)
         return self
@@ -114,9 +119,11 @@ class HostedEnvironment:
             if closing := [call.ended for call in thread.open_calls if call.closes]:
                 await asyncio.wait(closing, timeout=CLOSE_S)
             thread.stop()
-        if self._trace >= 0:
-            os.close(self._trace)
-            self._trace = -1
+        with self._noting:
+            self._closed = True
+            if self._trace >= 0:
+                os.ftruncate(self._trace, 0)
+                os.close(self._trace)
         self._broken = EnvironmentBroken(f"environment {self.name!r} is closed")
 
     def num_tasks(self, split: Split) -> int | None:
@@ -181,8 +188,9 @@ class HostedEnvironment:
         return thread, made
 
     def _note(self, what: str) -> None:
-        if self._trace >= 0:
-            with contextlib.suppress(OSError):
+        """In the environment's thread, which may go on after ``close``."""
+        with self._noting, contextlib.suppress(OSError):
+            if self._trace >= 0 and not self._closed:
                 os.pwrite(self._trace, what.encode()[:255].ljust(256), 0)
 
     # --- one call ----------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def make(name: str, tokenizer: Path | str, **options: Option) -> Environment:
         SetupError: the user's module cannot be imported, or its factory fails.
     """
     target = BUILT_IN.get(name, name)
-    factory = _factory(name, target)
+    factory = factory_of(name)
     _check_call(name, target, factory, options)
     try:
         made = factory(tokenizer, **options)
@@ -100,7 +100,10 @@ def shadowed() -> str:
     return f"; give another name to {'; '.join(sorted(found)[:4])}" if found else ""
 
 
-def _factory(name: str, target: str) -> Factory:
+def factory_of(name: str) -> Factory:
+    """Imports what makes an environment.  Raises ConfigError where there is none of that name, SetupError where its
+    module cannot be imported."""
+    target = BUILT_IN.get(name, name)
     module_name, colon, attribute = target.partition(":")
     if not (colon and module_name and attribute):
         raise ConfigError(
