@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from actors.engine import Engine
 from actors.environments.base import Environment
+from actors.environments.host import HostedEnvironment
 from actors.faults import CutActions, Faults, first_of
 from actors.search import TreeSearch
 from actors.weights import WeightsFetcher
@@ -430,6 +431,8 @@ class Actor:
                 metrics["engine/prefix_hit_share"] = (stats.cached_prompt_tokens - before.cached_prompt_tokens) / prompt
             metrics["engine/in_flight"] = float(stats.in_flight)
             metrics["actor/trees_in_flight"] = float(len(self._growing))
+            if isinstance(self._environment, HostedEnvironment):
+                metrics |= self._environment.take_counts()
             before, began = stats, now
             if self._given_up:
                 refused, self._given_up = self._given_up, {}

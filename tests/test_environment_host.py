@@ -418,6 +418,8 @@ async def test_a_close_that_fails_is_counted_and_costs_nothing(caplog: pytest.Lo
         for task in range(3):
             await (await host.start("train", task)).close()
         assert host.failed_closes == 3
+        assert host.take_counts() == {"environment/closes_failed": 3.0}
+        assert host.take_counts() == {}
     assert caplog.text.count("the sandbox is gone") == 2
 
 

@@ -1,4 +1,19 @@
-"""The Environment protocol.  Tokens in, tokens out: an action is never decoded and encoded again for the policy."""
+"""The Environment protocol.  Tokens in, tokens out: an action is never decoded and encoded again for the policy.
+
+Where an environment's code runs (``host.py``):
+
+- All of it, from the factory on, runs on one event loop in one thread, which is not the actor's: what is bound to a
+  loop or a thread (an aiohttp session, a connection to SQLite) may be made in the factory and used ever after.
+- All chains share that loop.  What blocks (``requests``, ``time.sleep``, much computing) holds the others up, though it
+  takes nothing from their time limits: put it into ``await asyncio.to_thread(…)``, which has threads enough.
+- ``start``, ``step`` and ``close`` may take ``search.step_timeout_s`` each, a replay of n actions n + 1 times as long.
+  Past that the call is cancelled and its branch is left out; a call that blocks is interrupted, and where it does not
+  come back, its thread is left to it and the factory is called again, on a new loop.  Threads that never come back add
+  up, and too many end the run: give every request a time limit of its own.
+- Whatever a call raises, exit() and a cancellation included, ends its branch alone.  Signal handlers can be set in a
+  process's main thread only: time limits by ``signal.alarm`` do not work in tools.  ``os._exit`` and a crash of the
+  interpreter end the actor; it is started again, and the step is told.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +52,8 @@ class Episode(Protocol):
         """int32[T] in.  Whatever the action says, a malformed one included, gets an answer; an exception means the
         tool itself failed and ends this branch."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Called once, whatever came of the episode.  An exception is counted and costs nothing."""
 
 
 class Environment(Protocol):

@@ -81,6 +81,7 @@ class HostedEnvironment:
         self._trace = os.open(doing, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600) if doing is not None else -1
         self._noting = threading.Lock()
         self._closed = False
+        self._taken: dict[str, int] = {}
         self._made: tuple[LoopThread, Environment] | None = None
         self._making = asyncio.Lock()
         self._lost: list[LoopThread] = []
@@ -140,6 +141,17 @@ class HostedEnvironment:
     async def replay(self, split: Split, task_index: int, actions: tuple[np.ndarray, ...]) -> HostedEpisode:
         """As ``start``; start and each action may take ``step_timeout_s``."""
         return await HostedEpisode(self, split, task_index).begin(actions)
+
+    def take_counts(self) -> dict[str, float]:
+        """Metrics: what has happened since they were last taken."""
+        now = {
+            "environment/calls_given_up": self.given_up,
+            "environment/threads_lost": self.lost_loops,
+            "environment/closes_failed": self.failed_closes,
+        }
+        since = {name: float(count - self._taken.get(name, 0)) for name, count in now.items()}
+        self._taken = now
+        return {name: count for name, count in since.items() if count}
 
     def _facts(self) -> dict[str, object]:
         """For the actor's status."""
