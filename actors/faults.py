@@ -185,7 +185,7 @@ class FaultWatch:
         enough = self._enough(before, slow=now - min(t.began + t.first[kind] for t in hit) > SLOW_S)
         lost = sum(tree.lost[place, kind] for tree in hit)
         if len(hit) >= enough + 2 * against and (lost >= LEAST_CHAINS or enough < self._least):
-            raise self._verdict(len(hit), kind, lost, sum(tree.ended[place] for tree in hit), fault)
+            raise self._verdict(place, len(hit), lost, sum(tree.ended[place] for tree in hit), fault)
 
     def _enough(self, before: tuple[int, int], *, slow: bool) -> int:
         """How many trees in a row: ``before`` are those before them that were hit, and that were not."""
@@ -195,17 +195,20 @@ class FaultWatch:
         chance = (hit + 1) / (hit + spared + 2)
         return max(self._least, min(MOST_IN_A_ROW, math.ceil(math.log(BY_ACCIDENT) / math.log(chance))))
 
-    def _verdict(self, trees: int, kind: str, lost: int, chains: int, fault: Fault) -> AtpoError:
+    def _verdict(self, place: Place, trees: int, lost: int, chains: int, fault: Fault) -> AtpoError:
+        """``trees`` in a row lost ``lost`` of their ``chains`` in ``place``, the last one to ``fault``."""
         latest = f"the latest: {shortened(fault.detail, 500)}"
-        row = f"{trees} trees in a row"
-        if kind != ANY and lost < chains:
-            return EnvironmentBroken(
-                f"environment {self._environment!r}: {row} lost chains to the same fault, {lost} of {chains}; {latest}"
-            )
+        if lost < chains:
+            what = f"lost chains to the same fault, {lost} of {chains}"
+        elif place == "branch":
+            what = f"lost every chain that forked off another, {lost} of them"
+        else:
+            what = "ended without one finished chain"
+        row = f"{trees} trees in a row {what}"
         if fault.reason in ENGINE_FAILED:
             why = "does not answer" if fault.reason == "generate_timeout" else "fails every request"
-            return EngineDead(f"{row} ended without one finished chain, as the engine {why}; {latest}")
-        return EnvironmentBroken(f"environment {self._environment!r}: {row} ended without one finished chain; {latest}")
+            return EngineDead(f"{row}, as the engine {why}; {latest}")
+        return EnvironmentBroken(f"environment {self._environment!r}: {row}; {latest}")
 
     # --- what the user hears ---------------------------------------------------------------------------------------
 

@@ -130,6 +130,7 @@ def test_forks_that_always_fail_end_the_run_though_the_first_chains_of_every_tre
 
     world = World(8, plan).run(1000)
     assert isinstance(world.error, EnvironmentBroken)
+    assert "trees in a row lost every chain that forked off another" in str(world.error)
     assert world.now < 30
 
 
