@@ -55,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    except PermissionError as exc:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {exc.filename or exc}: this user may not read or write it", file=sys.stderr, flush=True)
+        return EXIT_USER
     except Exception as exc:
         if debug:
             traceback.print_exc()
@@ -129,7 +134,8 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as everything here does."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}  (`{self.prog} --help` shows what it takes)")
+        hint = f"name a TOML file: `{self.prog} configs/demo.toml`; " if message.endswith("required: CONFIG") else ""
+        raise ConfigError(f"{message}  ({hint}`{self.prog} --help` shows what it takes)")
 
 
 def _parser() -> tuple[argparse.ArgumentParser, list[str]]:

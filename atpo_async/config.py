@@ -854,7 +854,20 @@ def _fault(error: Any, source: str, holders: Mapping[str, str]) -> str:
         )
     if kind == "literal_error":
         return f"{path} must be one of {error['ctx']['expected']}, got {value!r}{where}"
-    return f"{path}: {error['msg']}, got {value!r}{where}"
+    wanted = next((words for kinds, words in WANTED if kind in kinds), None)
+    if wanted is not None:
+        return f"{path} must be {wanted.format(section=path)}, got {_cut(value)}{where}"
+    return f"{path}: {error['msg']}, got {_cut(value)}{where}"
+
+
+WANTED: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("int_parsing", "int_type", "int_from_float"), "a whole number"),
+    (("float_parsing", "float_type", "finite_number"), "a number"),
+    (("string_type",), "text"),
+    (("tuple_type", "list_type"), "a list, as in [0, 1]"),
+    (("model_type", "model_attributes_type", "dict_type"), "a section, [{section}]"),
+)
+"""Kinds of pydantic's errors -> what it wanted, in a user's words."""
 
 
 def _cut(value: Any) -> str:

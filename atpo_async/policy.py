@@ -44,6 +44,9 @@ def warm_start_command(config: Config) -> list[str]:
             "name a model with --model.path and set --model.warm_start false"
         )
     options = dict(config.environment.options)
+    for key in ("hops", *WORLD):
+        if isinstance(options.get(key, 0), bool) or not isinstance(options.get(key, 0), int):
+            raise ConfigError(f"environment.options.{key} must be a whole number, got {options[key]!r}")
     hops = options.pop("hops", None)
     if hops is not None:
         options = {"min_hops": hops, "max_hops": hops, **options}

@@ -165,6 +165,8 @@ class RunDir:
             run_id = str(facts["run_id"])
         except (FileNotFoundError, NotADirectoryError):
             raise SetupError(f"{path} is no run folder: it has no run.json and config.json") from None
+        except OSError as exc:
+            raise SetupError(f"run folder {path} cannot be read: {exc.strerror or exc}") from None
         except (ValueError, KeyError, TypeError) as exc:
             raise ConfigError(f"run folder {path} is damaged: {exc}") from None
         return cls(folder, run_id=run_id, config=configuration.build(data, source=str(folder / "config.json")))

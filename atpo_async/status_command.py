@@ -256,7 +256,7 @@ def _headline(view: RunView) -> str:
     else:
         done = f"its last checkpoint is of step {view.steps} of {steps}" if view.steps else "it has no checkpoint"
     if not view.roles:
-        return f"{run}: not running; no role has left a picture; {done}"
+        return f"{run}: not running; none of its roles was ever started; {done}"
     newest = min(role.age_s for role in view.roles.values())
     gone = [name for name, role in view.roles.items() if role.state == "gone"]
     lost = f"; killed or crashed: {', '.join(gone)} (logs: {view.rundir.path / 'logs'})" if gone else ""

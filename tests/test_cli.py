@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -417,7 +418,10 @@ def test_a_role_by_hand_gets_what_further_files_set_as_options(folder: Path, mon
         (["trian", "c.toml"], "trian is no command; did you mean `atpo train`?  There are train, demo, "),
         (["c.toml"], "c.toml is no command; did you mean `atpo train c.toml`?"),
         (["model"], "model is no command; did you mean `atpo status model`, or `atpo report model`?"),
-        (["train"], "the following arguments are required: CONFIG  (`atpo train --help` shows what it takes)"),
+        (
+            ["train"],
+            "the following arguments are required: CONFIG  (name a TOML file: `atpo train configs/demo.toml`; ",
+        ),
         (["eval"], "the following arguments are required: RUN|MODEL  (`atpo eval --help` shows"),
         (["study", "freshness"], "argument staleness: invalid choice: 'freshness'"),
         (["report", "x", "--figure"], "argument --figure: expected one argument"),
@@ -434,6 +438,46 @@ def test_a_slip_on_the_command_line_is_one_line_and_nothing_is_made(
     config_file(folder)
     assert cli.main(words) == 2
     assert said(capsys).startswith(line)
+    assert files(folder) == set()
+
+
+def test_a_folder_that_may_not_be_read_is_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir.create(load(config_file(folder)))
+
+    def denied(path: Path, *_: object, **__: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    for command in ("status", "report", "eval"):
+        assert cli.main([command, str(run.path)]) == 2
+        assert said(capsys).startswith(f"run folder {run.path} cannot be read: Permission denied")
+    assert cli.main(["config", "c.toml"]) == 2
+    assert said(capsys) == "configuration c.toml cannot be read: Permission denied"
+    monkeypatch.setattr("atpo_async.config.load", denied)
+    assert cli.main(["config", "c.toml"]) == 2
+    assert said(capsys) == "['c.toml']: this user may not read or write it"
+
+
+def test_an_interruption_before_anything_runs_is_one_word(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "check_machine", interrupted)
+    assert cli.main(["train", config_file(folder)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert files(folder) == set()
+
+
+def test_an_option_of_the_look_up_task_that_is_no_number_is_told_before_a_policy_is_made(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", config_file(folder, TRANSFORMERS), "--model.warm_start", "--environment.options.hops"]
+    assert cli.main(words) == 2
+    assert said(capsys) == "environment.options.hops must be a whole number, got True"
     assert files(folder) == set()
 
 

@@ -225,7 +225,7 @@ def test_a_file_says_none_as_an_option_does(tmp_path: Path) -> None:
     config = load(write(tmp_path, '[objective]\ndual_clip = "none"\n[learner]\naccelerate_config = "none"\n'))
     assert config.objective.dual_clip is None
     assert config.learner.accelerate_config is None
-    with pytest.raises(ConfigError, match=r"^learner\.lr: .*, got 'none'$"):
+    with pytest.raises(ConfigError, match=r"^learner\.lr must be a number, got 'none'$"):
         load(write(tmp_path, '[learner]\nlr = "none"\n'))
 
 
@@ -316,6 +316,31 @@ def test_a_truth_value_is_taken_where_one_is_meant() -> None:
     config = build({"model": {"warm_start": True}, "environment": {"options": {"loud": True}}})
     assert config.model.warm_start
     assert config.environment.options == {"loud": True}
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "said"),
+    [
+        ("run.steps", "x", "run.steps must be a whole number, got 'x'"),
+        ("run.steps", "1.5", "run.steps must be a whole number, got 1.5"),
+        ("learner.lr", "fast", "learner.lr must be a number, got 'fast'"),
+        ("learner.betas", "0.9,0.99", "learner.betas must be a list, as in [0, 1], got '0.9,0.99'"),
+        ("learner.gpus", "0", "learner.gpus must be a list, as in [0, 1], got 0"),
+        ("run.name", "../x", "run.name is the name of a folder in run.dir: letters, digits, "),
+    ],
+)
+def test_a_value_of_another_kind_is_told_in_a_users_words(option: str, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load([], {option: text})
+    assert str(caught.value).startswith(said)
+
+
+def test_a_value_where_a_section_belongs_is_told_and_a_long_one_is_cut() -> None:
+    with pytest.raises(ConfigError, match=r"^run must be a section, \[run\], got 1$"):
+        build({"run": 1})
+    with pytest.raises(ConfigError) as caught:
+        build({"learner": {"lr": "9" * 1000 + "x"}})
+    assert len(str(caught.value)) < 200
 
 
 def test_a_negative_number_is_a_value_and_not_an_option() -> None:

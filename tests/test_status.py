@@ -338,7 +338,7 @@ def test_a_process_that_took_over_the_id_of_a_role_is_not_taken_for_it(
 
 
 def test_status_of_a_run_that_never_ran(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "not running; no role has left a picture" in told(capsys, run)
+    assert "not running; none of its roles was ever started" in told(capsys, run)
 
 
 def test_a_picture_of_another_machine_is_stale_when_it_is_old_and_alive_when_it_is_not(
