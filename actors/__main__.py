@@ -219,7 +219,9 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["eval"]:
         from actors.evaluate import main as evaluate
 
-        sys.exit(evaluate(argv[1:]))
+        code = evaluate(argv[1:])
+        role.exit_within(role.EXIT_DEADLINE_S, code)  # threads of a tool may hang
+        sys.exit(code)
     role.run("actor", act, argv)
 
 

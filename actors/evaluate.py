@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from actors.engine import Engine
+from actors.environments import guard
 from actors.environments.base import Environment
 from actors.factory import check_eval_tasks, host_environment, make_engine
 from actors.faults import Faults, first_of
@@ -87,6 +88,11 @@ async def success(
 
 
 async def run(config: Config, model: Path, num_tasks: int) -> dict[str, float | None]:
+    with guard.stray_signals_end_nothing():
+        return await _run(config, model, num_tasks)
+
+
+async def _run(config: Config, model: Path, num_tasks: int) -> dict[str, float | None]:
     async with host_environment(config, model) as environment:
         engine = make_engine(config, model, actor="eval")
         try:
@@ -115,5 +121,5 @@ def main(argv: list[str]) -> int:
             raise
         print(f"error: {exc}", file=sys.stderr)
         return 2
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
     return 0

@@ -132,7 +132,7 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
     except BaseException as exc:
         _print(texts.trace_of(exc))
         code = _say(exc, supervised=supervised, debug=False)
-    _exit_within(EXIT_DEADLINE_S, code)
+    exit_within(EXIT_DEADLINE_S, code)
     sys.exit(code)
 
 
@@ -360,7 +360,7 @@ def _alive(pid: int) -> bool:
         return not os.path.isdir("/proc/self")
 
 
-def _exit_within(seconds: float, code: int) -> None:
+def exit_within(seconds: float, code: int) -> None:
     """A library's thread or exit hook must not keep a finished role alive."""
 
     def end() -> None:
