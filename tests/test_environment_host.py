@@ -79,7 +79,12 @@ def released() -> Iterator[threading.Event]:
 
 @asynccontextmanager
 async def hosting(
-    tool: Tool = World.nothing, closing: Tool | None = None, *, limit_s: float = LIMIT_S, max_lost_loops: int = 32
+    tool: Tool = World.nothing,
+    closing: Tool | None = None,
+    *,
+    limit_s: float = LIMIT_S,
+    max_lost_loops: int = 32,
+    held_up_s: float = 1.0,
 ) -> AsyncIterator[tuple[HostedEnvironment, list[World]]]:
     """A hosted World, and all that were made, the one in use last."""
     worlds: list[World] = []
@@ -88,7 +93,14 @@ async def hosting(
         worlds.append(World(tool, closing))
         return worlds[-1]
 
-    host = HostedEnvironment(make, name="world", step_timeout_s=limit_s, grace_s=GRACE_S, max_lost_loops=max_lost_loops)
+    host = HostedEnvironment(
+        make,
+        name="world",
+        step_timeout_s=limit_s,
+        grace_s=GRACE_S,
+        max_lost_loops=max_lost_loops,
+        held_up_s=held_up_s,
+    )
     async with host:
         yield host, worlds
 
@@ -319,6 +331,35 @@ async def test_a_tool_that_blocks_for_ever_costs_its_step_and_the_others_are_bro
         await hangs.close()
         await well.close()
         assert worlds[1].closed == [1]
+
+
+async def test_where_a_loop_was_lost_before_nobody_waits_behind_a_tool_that_blocks(released: threading.Event) -> None:
+    """An environment that never lost one is not made twice: it may be large."""
+    entered: list[int] = []
+
+    async def tool(task: int) -> None:
+        if task < 2:
+            entered.append(task)
+            released.wait(PATIENCE_S)
+
+    async with hosting(tool, held_up_s=0.1) as (host, worlds):
+        with pytest.raises(EnvironmentTimeout):
+            await (await host.start("train", 0)).step(ints(5))
+        await until(lambda: host.lost_loops == 1)
+        host.step_timeout_s = PATIENCE_S
+        blocks, well = await host.start("train", 1), await host.start("train", 2)
+        await well.step(ints(6))
+        blocking = asyncio.create_task(blocks.step(ints(5)))
+        await until(lambda: entered == [0, 1])
+        assert (await well.step(ints(7))).observation.tolist() == [2]
+        assert not blocking.done()
+        assert len(worlds) == 3
+        assert worlds[2].steps == [(2, 6), (2, 7)]
+        released.set()
+        await blocking
+        await until(lambda: worlds[1].closed == [2])
+        await well.close()
+        assert worlds[2].closed == [2]
 
 
 async def _in_a_task(work: Callable[[], object]) -> None:

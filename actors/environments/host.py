@@ -19,13 +19,22 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self, TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 
 from actors.environments import guard
-from actors.environments.base import Environment, Episode, Split, StepResult
-from actors.environments.loop_thread import MAX_POOL_THREADS, Call, EnvironmentFault, LoopLost, LoopThread, next_name
+from actors.environments.base import Environment, Split
+from actors.environments.hosted_episode import HostedEpisode
+from actors.environments.loop_thread import (
+    HELD_UP_S,
+    MAX_POOL_THREADS,
+    Call,
+    EnvironmentFault,
+    LoopLost,
+    LoopThread,
+    next_name,
+)
 from atpo_async import status, waits
 from atpo_async.errors import EnvironmentBroken, SetupError
 from atpo_async.texts import of_error
@@ -42,6 +51,9 @@ INTERRUPTS = 5
 
 MAX_LOST_LOOPS = 32
 """Threads held up for good at the same time, each with an environment of its own."""
+
+MAX_LOOPS = 8
+"""At the same time, of an environment that has lost loops: while one is held up its other calls go elsewhere."""
 
 CLOSE_S = 2.0
 """For episodes to be closed when the actor ends."""
@@ -60,6 +72,7 @@ class HostedEnvironment:
         step_timeout_s: of ``start``, ``step`` and ``close``; a replay of n actions may take n + 1 times as long.
         doing: a file that always says what runs here, for whoever finds the process dead.
         grace_s: as ``GRACE_S``.
+        held_up_s: a loop that one call holds for longer is held up.
         max_lost_loops: as ``MAX_LOST_LOOPS``.
     """
 
@@ -71,18 +84,21 @@ class HostedEnvironment:
         step_timeout_s: float,
         doing: Path | None = None,
         grace_s: float = GRACE_S,
+        held_up_s: float = HELD_UP_S,
         max_lost_loops: int = MAX_LOST_LOOPS,
     ) -> None:
         self._make = make
         self.name = name
         self.step_timeout_s = step_timeout_s
         self._grace_s = grace_s
+        self._held_up_s = held_up_s
         self._max_lost_loops = max_lost_loops
         self._trace = os.open(doing, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600) if doing is not None else -1
         self._noting = threading.Lock()
         self._closed = False
         self._taken: dict[str, int] = {}
-        self._made: tuple[LoopThread, Environment] | None = None
+        self._made: list[tuple[LoopThread, Environment]] = []
+        """One, but for environments that have lost loops."""
         self._making = asyncio.Lock()
         self._lost: list[LoopThread] = []
         self._broken: EnvironmentBroken | None = None
@@ -115,10 +131,9 @@ class HostedEnvironment:
         """Let episodes that are being closed come to their end, for ``CLOSE_S`` at most."""
         for task in (*self._background, *([self._pester] if self._pester else [])):
             task.cancel()
-        if self._made is not None:
-            thread = self._made[0]
-            if closing := [call.ended for call in thread.open_calls if call.closes]:
-                await asyncio.wait(closing, timeout=CLOSE_S)
+        if closing := [call.ended for thread, _ in self._made for call in thread.open_calls if call.closes]:
+            await asyncio.wait(closing, timeout=CLOSE_S)
+        for thread, _ in self._made:
             thread.stop()
         with self._noting:
             self._closed = True
@@ -156,10 +171,10 @@ class HostedEnvironment:
     def _facts(self) -> dict[str, object]:
         """For the actor's status."""
         facts: dict[str, object] = {"given_up": self.given_up, "lost_loops": self.lost_loops}
-        if self._made is not None:
-            thread = self._made[0]
-            facts |= {"calls": len(thread.open_calls), "busy_threads": thread.pool.busy_over(0.0)}
-            if (held := thread.holder()) is not None and held[1] > self._grace_s:
+        facts["calls"] = sum(len(thread.open_calls) for thread, _ in self._made)
+        facts["busy_threads"] = sum(thread.pool.busy_over(0.0) for thread, _ in self._made)
+        for thread, _ in self._made:
+            if (held := thread.holder()) is not None and held[1] > self._held_up_s:
                 facts["held_up_by"] = f"{held[0].what} for {status.duration(held[1])}, in {thread.stack()}"
         return facts
 
@@ -167,14 +182,34 @@ class HostedEnvironment:
 
     async def _current(self) -> tuple[LoopThread, Environment]:
         """The loop in use and what was made on it.  Waits for: the environment, where it is made anew."""
-        if self._made is not None and self._broken is None:
-            return self._made
+        if self._broken is None and (found := self._free()) is not None:
+            return found
         async with self._making:
             if self._broken is not None:
                 raise self._broken
-            if self._made is None:
-                self._made = await self._make_on_a_new_loop()
-            return self._made
+            if (found := self._free()) is None:
+                found = await self._make_on_a_new_loop()
+                self._made.append(found)
+            return found
+
+    def _free(self) -> tuple[LoopThread, Environment] | None:
+        """A loop that turns; else any, or None where another one is to be made."""
+        free = (made for made in self._made if not made[0].held_up(self._held_up_s))
+        found = next(free, None)
+        if found is not None or not self._made or self._may_grow:
+            return found
+        return min(self._made, key=lambda made: len(made[0].open_calls))
+
+    @property
+    def _may_grow(self) -> bool:
+        """An environment that never lost a loop may be large: there is one of it, and its calls wait."""
+        return self.lost_loops > 0 and len(self._made) < MAX_LOOPS
+
+    def _moves(self, thread: LoopThread, call: Call[T]) -> bool:
+        """Whether a call that has not begun had better begin elsewhere."""
+        if call.task is not None or not self.lost_loops or not thread.held_up(self._held_up_s):
+            return False
+        return self._may_grow or any(not made[0].held_up(self._held_up_s) for made in self._made)
 
     async def _make_on_a_new_loop(self) -> tuple[LoopThread, Environment]:
         thread = LoopThread(next_name(f"environment {self.name!r}"), self._note)
@@ -242,10 +277,14 @@ class HostedEnvironment:
         call = thread.submit(what, work, discard, closes=closes)
         try:
             while not call.answer.done():
+                if self._moves(thread, call) and not closes:
+                    raise LoopLost(f"{thread.name} is held up")
                 left_s = None if limit_s is None else limit_s - thread.used_s(call)
                 if left_s is not None and left_s <= 0:
                     self._past_its_limit(thread, call)
                     raise EnvironmentTimeout(f"{what} took over {limit_s:g} s (search.step_timeout_s)")
+                if left_s is not None and self.lost_loops:
+                    left_s = min(left_s, self._held_up_s)
                 await asyncio.wait((call.answer,), timeout=None if left_s is None else max(left_s, 0.05))
                 self._look_at_holder(thread)
             return call.answer.result()
@@ -304,8 +343,7 @@ class HostedEnvironment:
         where = thread.stack()
         self.lost_loops += 1
         self._lost = [lost for lost in self._lost if lost.alive] + [thread]
-        if self._made is not None and self._made[0] is thread:
-            self._made = None
+        self._made = [made for made in self._made if made[0] is not thread]
         said = (
             f"environment {self.name!r}: {call.what} blocks its thread for more than {self.step_timeout_s:g} s "
             f"(search.step_timeout_s) and cannot be ended{f', in {where}' if where else ''}"
@@ -344,81 +382,3 @@ def _asked(environment: Environment, split: Split) -> int | Exception | None:
         return environment.num_tasks(split)
     except Exception as exc:  # the other split is not everybody's: raised to whoever asks for it
         return exc
-
-
-class _Begun(NamedTuple):
-    episode: Episode
-    prompt: np.ndarray
-
-
-class HostedEpisode:
-    """One task under way on its environment's loop.  As ``Episode``, for the actor's loop."""
-
-    def __init__(self, host: HostedEnvironment, split: Split, task_index: int) -> None:
-        self._host = host
-        self._split: Split = split
-        self._task = task_index
-        self._actions: list[np.ndarray] = []
-        self._plain: Episode | None = None
-        self._thread: LoopThread | None = None
-        self.prompt = np.zeros(0, dtype=np.int32)
-
-    async def begin(self, actions: tuple[np.ndarray, ...]) -> Self:
-        """Start, or replay, on the loop in use."""
-        self._actions = list(actions)
-        split, task = self._split, self._task
-
-        async def work(environment: Environment) -> _Begun:
-            if actions:
-                episode = await environment.replay(split, task, actions)
-            else:
-                episode = await environment.start(split, task)
-            try:
-                return _Begun(episode, episode.prompt)
-            except BaseException:
-                await episode.close()
-                raise
-
-        async def discard(late: _Begun) -> None:
-            await late.episode.close()
-
-        what = f"replay of {len(actions)} steps" if actions else "start"
-        self._thread, begun = await self._host.call(
-            f"{what} of task {task} ({split})",
-            work,
-            limit_s=(len(actions) + 1) * self._host.step_timeout_s,
-            discard=discard,
-        )
-        self._plain, self.prompt = begun.episode, begun.prompt
-        return self
-
-    async def step(self, action: np.ndarray) -> StepResult:
-        """Raises as ``HostedEnvironment.start``.  After the loss of its loop the episode is made anew first."""
-        while True:
-            if self._thread is None or self._thread.abandoned:
-                await self.begin(tuple(self._actions))
-            assert self._thread is not None
-            assert self._plain is not None
-            work = functools.partial(self._plain.step, action)
-            what = f"step {len(self._actions) + 1} of task {self._task} ({self._split})"
-            with contextlib.suppress(LoopLost):
-                said = await self._host.answer(self._thread, what, work, limit_s=self._host.step_timeout_s)
-                self._actions.append(action)
-                return said
-
-    async def close(self) -> None:
-        """Never raises: what a chain has come to does not depend on it.  Whoever is being cancelled does not wait."""
-        thread, plain, self._plain = self._thread, self._plain, None
-        if thread is None or plain is None or thread.abandoned:
-            return
-        what = f"close of task {self._task} ({self._split})"
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            thread.submit(what, plain.close, closes=True).leave_alone()
-            return
-        try:
-            await self._host.answer(thread, what, plain.close, limit_s=self._host.step_timeout_s, closes=True)
-        except LoopLost:
-            pass
-        except Exception as exc:
-            self._host.count_failed_close(what, exc)

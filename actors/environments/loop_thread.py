@@ -228,6 +228,11 @@ class LoopThread:
         held = self._slice
         return None if held is None else (held[0], time.monotonic() - held[1])
 
+    def held_up(self, for_s: float) -> bool:
+        """Whether one call has held the loop for longer."""
+        held = self._slice
+        return held is not None and time.monotonic() - held[1] > for_s
+
     def drop(self, call: Call[Any]) -> None:
         """Nobody waits for it any more: it is cancelled, or interrupted where it holds the loop."""
         call.dropped = True
