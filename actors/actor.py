@@ -20,11 +20,11 @@ from actors.environments.base import Environment
 from actors.environments.host import HostedEnvironment
 from actors.faults import CutActions, Faults, first_of
 from actors.search import TreeSearch
-from actors.weights import WeightsFetcher
+from actors.weights import NoRoom, Refusals, WeightsFetcher
 from atpo_async import status, waits
 from atpo_async.addresses import seen_from
 from atpo_async.config import Config
-from atpo_async.errors import AtpoError, PeerLost, WeightsRejected
+from atpo_async.errors import AtpoError, PeerLost, ProbeMismatch, WeightsRejected
 from atpo_async.links import Client
 from atpo_async.messages import (
     ActorReport,
@@ -115,6 +115,9 @@ class Actor:
         self._clock = clock
         self.version = -1
         """What the engine generates with; -1 before the first weights."""
+        self._refusals = Refusals()
+        self._refused = "", 0.0
+        """What was last said of weights that were not taken, and when."""
         self._metrics = Aggregator()
         self._growing: dict[str, asyncio.Task[None]] = {}
         self._slot_freed = asyncio.Event()
@@ -339,6 +342,8 @@ class Actor:
             announced = await self._weights.next()
             if announced is not None:
                 await self._take(announced)
+                if self.version < 0:
+                    patience.again(f"version {announced.version} was not taken up")
                 continue
             if self._weights.silent:
                 # The buffer may know that it has gone elsewhere, or that it is done.
@@ -373,10 +378,8 @@ class Actor:
                 limit_s=2 * self._config.weights.fetch_timeout_s,  # of the manifest, and of the bytes
             ):
                 weights = await self._weights.fetch(announced)
-        except (WeightsRejected, PeerLost) as exc:
-            # Nothing was applied: the engine goes on with what it has, and the next poll tries again.
-            log.error("weights version %d were not taken: %s", announced.version, exc)
-            self._metrics.add("weights/rejected", 1)
+        except (WeightsRejected, NoRoom, PeerLost) as exc:
+            self._not_taken(announced.version, exc)
             return
         if weights is None:
             return
@@ -384,8 +387,13 @@ class Actor:
         try:
             with waits.waiting(f"actor {self._name}", f"the swap to version {announced.version}", on=waits.ENGINE):
                 report = await self._engine.swap(weights)
+        except (WeightsRejected, ProbeMismatch) as exc:
+            self._weights.forget(announced.version)
+            self._not_taken(announced.version, exc)
+            return
         finally:
             self._weights.release(weights)
+        self._refusals.over()
         self._metrics.mean("weights/fetch_s", fetched - began)
         self.version = weights.manifest.version
         self._metrics.mean("weights/swap_s", report.pause_s)
@@ -400,6 +408,17 @@ class Actor:
         )  # fmt: skip
         async with self._version_changed:
             self._version_changed.notify_all()
+
+    def _not_taken(self, version: int, error: AtpoError) -> None:
+        """What was refused is fetched again at the next poll, and the engine goes on with what it has (after
+        ProbeMismatch it stands still meanwhile).  Raises ``error`` once it has come too often."""
+        self._metrics.add("weights/rejected", 1)
+        now, text = self._clock(), str(error)
+        if text != self._refused[0] or now - self._refused[1] > self._config.links.deadline_s:
+            self._refused = text, now
+            log.error("weights version %d were not taken, they are fetched again: %s", version, text)
+        if isinstance(error, WeightsRejected | ProbeMismatch):
+            self._refusals.add(error)
 
     # --- reports -----------------------------------------------------------------------------------------------
 

@@ -48,7 +48,8 @@ class SwapReport:
     """From pause to resume: how long generation stood still."""
     load_s: float
     probe_error: float
-    """Largest absolute difference, nats, between the engine's and the learner's log-probs of the probe."""
+    """Nats: how far the engine's log-probs of the probe are off the learner's, as noise on the logits
+    (``actors.probe``)."""
     in_flight: int
     """Requests that were running when the swap began; they go on with the new weights."""
 
@@ -101,11 +102,13 @@ class Engine(Protocol):
         Raises:
             WeightsRejected: a tensor is missing or has another shape, or the version is older.  Nothing was touched:
                 the engine goes on with the weights it has.
-            ProbeMismatch: naming the version and the difference.
+            ProbeMismatch: naming the version, and the tensor that was not taken up or what the probe is off by.  The
+                old weights are gone and the new ones not to be trusted: requests wait, those in flight too, until
+                another ``swap``, which may be to the same version, has been reproduced.
             WaitTimeout: it took longer than the engine allows.
             EngineDead: the new weights were not taken up whole.
 
-        After any but the first, and after being cancelled, every request fails with EngineDead.
+        After the last two, and after being cancelled, every request fails with EngineDead.
         """
 
     async def score(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the engines share: checks of the model folder, the device and the weights, and the probe's verdict."""
+"""What the engines share: checks of the model folder, the device and the weights."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from actors.engine import WeightsFile
 from atpo_async import causal_lm
-from atpo_async.errors import GenerationFailed, ProbeMismatch, SetupError, WeightsRejected
-from atpo_async.messages import WeightsManifest
+from atpo_async.errors import GenerationFailed, SetupError, WeightsRejected
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -119,25 +116,3 @@ def check_weights(weights: WeightsFile, shapes: Mapping[str, tuple[int, ...]], *
         raise WeightsRejected(f"{label}: cannot read {weights.path}: {exc.strerror}") from exc
     if size != manifest.total_bytes:
         raise WeightsRejected(f"{label}: {weights.path} has {size} bytes, expected {manifest.total_bytes}")
-
-
-def check_probe_fits(manifest: WeightsManifest, *, max_model_len: int) -> None:
-    """Raises WeightsRejected if the probe cannot be scored by this engine."""
-    length = len(manifest.probe_token_ids)
-    if not 2 <= length < max_model_len or len(manifest.probe_logprobs) != length - 1:
-        raise WeightsRejected(
-            f"weights version {manifest.version}: a probe of {length} tokens and {len(manifest.probe_logprobs)} "
-            f"log-probs; it needs 2 to {max_model_len - 1} tokens and one log-prob less"
-        )
-
-
-def probe_error(manifest: WeightsManifest, logprobs: np.ndarray) -> float:
-    """Largest absolute difference, nats, from the learner's log-probs.  Raises ProbeMismatch over the tolerance."""
-    error = float(np.max(np.abs(logprobs.astype(np.float64) - manifest.probe_logprobs.astype(np.float64))))
-    # Written so that a NaN fails too.
-    if not error <= manifest.probe_tolerance:
-        raise ProbeMismatch(
-            f"weights version {manifest.version}: the engine is {error:.3g} nats off the learner's probe, "
-            f"tolerance {manifest.probe_tolerance:.3g}; it did not take up all weights, or computes otherwise"
-        )
-    return error

@@ -58,6 +58,7 @@ def make_engine(config: Config, model: Path, *, actor: str) -> Engine:
             clear_cache_on_swap=config.actor.clear_cache_on_swap,
             num_threads=config.actor.num_threads,
             seed=seed,
+            swap_deadline_s=config.swap_timeout_s,
         )
     if config.actor.engine == "auto":
         log.warning("vLLM is not installed: generating with the transformers engine, which is slower")
@@ -71,6 +72,7 @@ def make_engine(config: Config, model: Path, *, actor: str) -> Engine:
         max_model_len=config.model.max_context_tokens,
         num_threads=config.actor.num_threads,
         seed=seed,
+        swap_deadline_s=config.swap_timeout_s,
     )
 
 

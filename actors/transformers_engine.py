@@ -28,14 +28,13 @@ from actors.engine_common import (
     TIED_HEAD,
     Queue,
     check_model_folder,
-    check_probe_fits,
     check_token_ids,
     check_weights,
     pick_device,
-    probe_error,
 )
+from actors.probe import Probe, check_probe_fits, sequences_of
 from atpo_async import causal_lm, waits
-from atpo_async.errors import EngineDead, GenerationFailed, SetupError, WaitTimeout, WeightsRejected
+from atpo_async.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WaitTimeout, WeightsRejected
 from atpo_async.tree import VersionSpan
 
 log = logging.getLogger("atpo.actor")
@@ -154,6 +153,8 @@ class TransformersEngine:
         """The tokens whose keys and values each slot holds."""
         self._dead: str | None = "the engine was not started"
         self._queue = Queue(max_batch)
+        self._unproven = False
+        """The weights in the model failed the probe: nothing is generated until others have passed it."""
         self._waiting: list[_Request] = []
         self._active: list[_Request] = []
         self._work = asyncio.Event()
@@ -211,7 +212,8 @@ class TransformersEngine:
         """Take up other weights between two steps, and reproduce the manifest's probe before the next one.
 
         Requests in flight keep their tokens; their keys and values are computed anew.  WeightsRejected changes nothing:
-        the engine goes on.  ProbeMismatch and WaitTimeout fail every request with EngineDead.
+        the engine goes on.  After ProbeMismatch requests wait for a swap that succeeds.  WaitTimeout fails every
+        request with EngineDead.
         """
         self._check_alive("swap")
         manifest = weights.manifest
@@ -240,8 +242,11 @@ class TransformersEngine:
                 load_began = time.perf_counter()
                 await self._in_thread(lambda: self._load(weights))
                 load_s = time.perf_counter() - load_began
-                error = probe_error(manifest, await self._in_thread(lambda: self._score(manifest.probe_token_ids)))
+                error = self._probe.judge(manifest, await self._in_thread(lambda: self._score(sequences_of(manifest))))
             except WeightsRejected:
+                raise
+            except ProbeMismatch:
+                self._unproven = True
                 raise
             except BaseException as exc:
                 # Cancelled in the middle counts too: nobody knows which weights these are.
@@ -251,6 +256,8 @@ class TransformersEngine:
                 raise
             self._held = [[] for _ in self._held]
             self._version = manifest.version
+            self._unproven = False
+            self._work.set()
         return SwapReport(
             version=manifest.version,
             pause_s=time.perf_counter() - began,
@@ -263,7 +270,7 @@ class TransformersEngine:
         """float32[len - 1]: log-prob of each token given the ones before it, at temperature 1."""
         self._check_alive("score")
         async with self._between_steps:
-            return await self._in_thread(lambda: self._score(np.asarray(token_ids)))
+            return await self._in_thread(lambda: self._score(np.asarray(token_ids)[None]))
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -321,7 +328,7 @@ class TransformersEngine:
             async with self._between_steps:
                 self._drop_cancelled()
                 self._admit()
-                if not self._active:
+                if not self._active or self._unproven:
                     self._work.clear()
                     continue
                 batch = list(self._active)
@@ -427,6 +434,7 @@ class TransformersEngine:
                 f"model.path = {str(self._model_path)!r}: the transformers engine cannot generate with "
                 f"{type(model).__name__} as it is: {fault}; use --actor.engine vllm"
             )
+        self._probe = Probe(device=device, dtype=self._dtype)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """What a published version must bring: every tensor of the model's files."""
@@ -438,14 +446,9 @@ class TransformersEngine:
 
     @torch.no_grad()
     def _load(self, weights: WeightsFile) -> None:
-        """Raises WeightsRejected before any tensor is changed."""
+        """Raises WeightsRejected before any tensor is changed, ProbeMismatch if one is not what it should be after."""
         manifest = weights.manifest
-        payload = torch.from_file(str(weights.path), shared=False, size=manifest.total_bytes, dtype=torch.uint8)
-        incoming: dict[str, torch.Tensor] = {}
-        for spec in manifest.tensors:
-            # A copy, because a tensor may begin anywhere in the file and views need alignment.
-            raw = payload[spec.offset : spec.offset + spec.nbytes].clone()
-            incoming[spec.name] = raw.view(_DTYPES[spec.dtype]).view(spec.shape)
+        incoming = _read(weights)
         try:
             incoming = causal_lm.taken_up(self._model, incoming)
         except ValueError as exc:
@@ -459,14 +462,24 @@ class TransformersEngine:
                     f"but the model {self._model_path} ties them"
                 )
         for name, tensor in incoming.items():
-            held[name].copy_(tensor)
+            self._copy(held[name], tensor, name)
+        held = self._model.state_dict()
+        if wrong := [name for name, tensor in incoming.items() if not _same_bits(held[name], tensor)]:
+            raise ProbeMismatch(
+                f"weights version {manifest.version}: after the load {wrong[0]} is not what the learner published "
+                f"({len(wrong)} of {len(incoming)} tensors are not)"
+            )
+
+    def _copy(self, held: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
+        held.copy_(tensor)
 
     @torch.no_grad()
-    def _score(self, token_ids: np.ndarray) -> np.ndarray:
+    def _score(self, tokens_ST: np.ndarray) -> np.ndarray:
+        """float32[S * (T - 1)]."""
         # A copy: arrays from the wire are read-only, which torch warns about.
-        tokens = torch.tensor(np.array(token_ids, dtype=np.int64), device=self._device)[None]
-        logits = self._model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
-        found: np.ndarray = torch.log_softmax(logits, dim=-1).gather(1, tokens[0, 1:, None])[:, 0].cpu().numpy()
+        tokens = torch.tensor(np.array(tokens_ST, dtype=np.int64), device=self._device)
+        logits = self._model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+        found: np.ndarray = torch.log_softmax(logits, dim=-1).gather(2, tokens[:, 1:, None]).reshape(-1).cpu().numpy()
         return found
 
     @torch.no_grad()
@@ -577,5 +590,26 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
     return min(len(a), len(b))
 
 
+def _same_bits(held: torch.Tensor, given: torch.Tensor) -> bool:
+    """Whether every number is the same, NaN too."""
+    bits = {4: torch.int32, 2: torch.int16}[held.element_size()]
+    return torch.equal(held.contiguous().view(bits), given.to(held.device, held.dtype).view(bits))
+
+
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape
+
+
+def _read(weights: WeightsFile) -> dict[str, torch.Tensor]:
+    """Every tensor of the file.  Raises WeightsRejected if it cannot be read."""
+    manifest = weights.manifest
+    try:
+        payload = torch.from_file(str(weights.path), shared=False, size=manifest.total_bytes, dtype=torch.uint8)
+    except (OSError, RuntimeError) as exc:
+        raise WeightsRejected(f"weights version {manifest.version}: cannot read {weights.path}: {exc}") from exc
+    found: dict[str, torch.Tensor] = {}
+    for spec in manifest.tensors:
+        # A copy, because a tensor may begin anywhere in the file and views need alignment.
+        raw = payload[spec.offset : spec.offset + spec.nbytes].clone()
+        found[spec.name] = raw.view(_DTYPES[spec.dtype]).view(spec.shape)
+    return found

@@ -1,8 +1,8 @@
 """The engine on vLLM's AsyncLLM: the front end in this process, the engine core in one of its own.
 
 A swap goes pause -> load -> probe -> resume.  The probe runs strictly before any other request sees the new weights:
-our scheduler (``actors.vllm_inside``) runs requests with the probe's id while everything else is paused.  If it fails,
-generation is never resumed and every request in flight fails, so nothing made under a failed version leaves the engine.
+our scheduler (``actors.vllm_inside``) runs requests with the probe's ids while everything else is paused.  If it fails,
+generation is resumed only by a later swap that succeeds, so nothing made under a failed version leaves the engine.
 """
 
 from __future__ import annotations
@@ -28,15 +28,23 @@ from actors.engine import EngineStats, Generation, Sampling, SwapReport, Weights
 from actors.engine_common import (
     Queue,
     check_model_folder,
-    check_probe_fits,
     check_token_ids,
     check_weights,
     checkpoint_shapes,
     pick_device,
-    probe_error,
 )
-from actors.vllm_plugin import BACKEND, CPU_NORMS, FRONT_END_VARIABLE, PROBE_PREFIX
-from atpo_async.errors import EngineDead, GenerationFailed, SetupError, WaitTimeout
+from actors.probe import Probe, check_probe_fits, sequences_of
+from actors.vllm_plugin import (
+    BACKEND,
+    CPU_NORMS,
+    FRONT_END_VARIABLE,
+    INCOMPLETE,
+    PROBE_PLACES,
+    PROBE_PREFIX,
+    UNTOUCHED,
+)
+from atpo_async.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WaitTimeout, WeightsRejected
+from atpo_async.messages import WeightsManifest
 from atpo_async.tensor_files import counting_files
 from atpo_async.tree import VersionSpan
 from atpo_async.versions import version_of, vllm_unfit
@@ -99,6 +107,8 @@ class VllmEngine:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._llm: Any = None
         self._dead: str | None = "the engine was not started"
+        self._unproven = False
+        """The workers hold weights that failed the probe: generation is paused until others have passed it."""
         self._abandoned = False
         self._swap_lock = asyncio.Lock()
         # The kernel ends the engine's processes when the thread that started them ends, so it is kept until close().
@@ -188,9 +198,9 @@ class VllmEngine:
     async def swap(self, weights: WeightsFile) -> SwapReport:
         """Take up other weights while requests are in flight, and reproduce the manifest's probe before going on.
 
-        A file that fails the checks made beforehand raises WeightsRejected and changes nothing: the engine goes on.
-        After anything that fails later (EngineDead if a worker rejects it, ProbeMismatch, WaitTimeout) generation is
-        not resumed and every request fails with EngineDead.
+        A file that fails the checks raises WeightsRejected and changes nothing: the engine goes on.  After
+        ProbeMismatch requests wait for a swap that succeeds.  After anything else that fails (EngineDead if a worker
+        fails in the middle, WaitTimeout) generation is not resumed and every request fails with EngineDead.
         """
         self._check_alive("swap")
         async with self._swap_lock:
@@ -202,20 +212,16 @@ class VllmEngine:
             began = time.perf_counter()
             try:
                 async with asyncio.timeout(self._swap_deadline_s):
-                    await self._llm.pause_generation(mode="keep", clear_cache=self._clear_cache)
-                    load_began = time.perf_counter()
-                    await self._load(weights)
-                    load_s = time.perf_counter() - load_began
-                    logprobs = await self._score(manifest.probe_token_ids.tolist(), f"{PROBE_PREFIX}{manifest.version}")
-                    error = probe_error(manifest, logprobs)
-                    await self._llm.resume_generation()
+                    load_s, error = await self._take_up(weights)
+            except (WeightsRejected, ProbeMismatch):
+                raise
             except BaseException as exc:
                 # Cancelled in the middle counts too: nobody knows what the workers hold now.
                 await self._fail(f"the swap to version {manifest.version} failed: {exc or type(exc).__name__}")
                 if isinstance(exc, TimeoutError):
                     raise WaitTimeout(
                         f"the engine waited over {self._swap_deadline_s:g} s for vLLM to take up weights version "
-                        f"{manifest.version}"
+                        f"{manifest.version} (weights.swap_timeout_s)"
                     ) from exc
                 raise
             self._version = manifest.version
@@ -226,6 +232,34 @@ class VllmEngine:
                 probe_error=error,
                 in_flight=in_flight,
             )
+
+    async def _take_up(self, weights: WeightsFile) -> tuple[float, float]:
+        """Seconds that the load took, and what the probe is off by.  Generation is paused meanwhile."""
+        manifest = weights.manifest
+        await self._llm.pause_generation(mode="keep", clear_cache=self._clear_cache)
+        began = time.perf_counter()
+        try:
+            await self._load(weights)
+            load_s = time.perf_counter() - began
+            error = self._probe.judge(manifest, await self._score_probe(manifest))
+        except WeightsRejected:
+            if not self._unproven:
+                await self._llm.resume_generation()
+            raise
+        except ProbeMismatch:
+            self._unproven = True
+            raise
+        await self._llm.resume_generation()
+        self._unproven = False
+        return load_s, error
+
+    async def _score_probe(self, manifest: WeightsManifest) -> np.ndarray:
+        """float32[S * (T - 1)]."""
+        scores = (
+            self._score(tokens.tolist(), f"{PROBE_PREFIX}{manifest.version}-{number}")
+            for number, tokens in enumerate(sequences_of(manifest))
+        )
+        return np.concatenate(await asyncio.gather(*scores))
 
     async def score(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """float32[len - 1]: log-prob of each token given the ones before it, at temperature 1."""
@@ -272,6 +306,7 @@ class VllmEngine:
     def _build(self, folder: Path) -> None:
         """Runs in the starter thread: everything that blocks, vLLM's import included."""
         device = pick_device(self._device)
+        self._probe = Probe(device=device, dtype=self._dtype)
         with _environment(self._variables(device)):
             from vllm.config import WeightTransferConfig
             from vllm.engine.arg_utils import AsyncEngineArgs
@@ -304,8 +339,8 @@ class VllmEngine:
                         dtype=self._dtype,
                         seed=self._seed,
                         max_model_len=self._max_model_len,
-                        # One place more than may be active: the probe's.
-                        max_num_seqs=self._max_num_seqs + 1,
+                        # More places than may be active: the probe's.
+                        max_num_seqs=self._max_num_seqs + PROBE_PLACES,
                         max_num_active_seqs=self._max_num_seqs,
                         tensor_parallel_size=self._tensor_parallel_size,
                         enable_prefix_caching=True,
@@ -435,7 +470,12 @@ class VllmEngine:
         except TimeoutError:
             raise
         except Exception as exc:
-            raise EngineDead(f"weights version {manifest.version}: vLLM did not load them: {exc}") from exc
+            label, text = f"weights version {manifest.version}", str(exc)
+            if UNTOUCHED in text and self._tensor_parallel_size == 1:
+                raise WeightsRejected(f"{label}: {_after(text, UNTOUCHED)}") from exc
+            if UNTOUCHED in text or INCOMPLETE in text:
+                raise ProbeMismatch(f"{label}: vLLM did not take up {_after(text, INCOMPLETE, UNTOUCHED)}") from exc
+            raise EngineDead(f"{label}: vLLM did not load them: {text}") from exc
 
     def _check_alive(self, what: str) -> None:
         if self._dead is None and (self._llm is None or self._llm.errored):
@@ -448,6 +488,12 @@ class VllmEngine:
         self._dead = self._dead or reason
         if self._in_flight and self._llm is not None and not self._llm.errored:
             await self._llm.abort(list(self._in_flight))
+
+
+def _after(text: str, *marks: str) -> str:
+    """What follows the first of ``marks`` that is in ``text``, to the end of its line."""
+    mark = next(mark for mark in marks if mark in text)
+    return text.partition(mark)[2].strip().splitlines()[0]
 
 
 def _sampled_logprobs(completion: Any) -> np.ndarray:

@@ -20,6 +20,12 @@ BACKEND = "atpo_file"
 PROBE_PREFIX = "atpo-probe-"
 """Requests whose id begins so are run while all others are paused."""
 
+PROBE_PLACES = 8
+"""How many of them run at once; further ones wait for those."""
+
+UNTOUCHED, INCOMPLETE = "nothing was loaded:", "not all was taken up:"
+"""In what a worker raises: before the first layer was touched, and after the load."""
+
 CPU_NORMS = "atpo_cpu"
 """Name of our choice of norm kernels on a CPU."""
 

@@ -2,20 +2,26 @@
 
 On the learner's own host its file is linked and checked; elsewhere chunks are pulled with bounded requests in flight.
 Either way the bytes are complete and hashed before anything sees them, and an older version is never taken.
+
+They lie in shared memory, beside the learner's, on the disk where that is full; whoever removes the folder makes this
+actor fetch once more, into a new one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import hashlib
 import logging
 import os
+import re
 import tempfile
 from pathlib import Path
 
 from actors.engine import WeightsFile
 from atpo_async.config import WeightsConfig
-from atpo_async.errors import PeerLost, WeightsRejected
+from atpo_async.errors import AtpoError, PeerLost, ProbeMismatch, WeightsRejected
 from atpo_async.links import Client, Listener
 from atpo_async.messages import (
     AnnouncementRequest,
@@ -28,7 +34,7 @@ from atpo_async.messages import (
     WeightsManifest,
 )
 from atpo_async.rundir import host_id
-from atpo_async.scratch import SHARED_MEMORY, Scratch, sweep, weights_folder
+from atpo_async.scratch import SHARED_MEMORY, Scratch, sweep, sweep_dead, weights_folder
 
 log = logging.getLogger("atpo.actor.weights")
 
@@ -36,20 +42,62 @@ CHUNKS_IN_FLIGHT = 4
 """Enough to hide a round trip, few enough that heartbeats are never stuck behind megabytes."""
 
 
-def scratch_for(run: str, shm_path: str | None) -> Scratch:
+MAX_REFUSALS = 3
+"""The same refusal so often in a row is no accident."""
+
+
+NUMBERS = r"(?<![\w.])([-+]?\d[\d.]*(e[-+]?\d+)?|nan|inf)\b"
+"""Not those in the names of tensors."""
+
+
+class NoRoom(AtpoError):
+    """Neither shared memory nor the disk takes a version; both may later."""
+
+
+class Refusals:
+    """How often in a row weights were not taken up for the same reason."""
+
+    def __init__(self) -> None:
+        self._reason = ""
+        self._count = 0
+
+    def add(self, error: AtpoError) -> None:
+        """Raises ``error``, with the way out, at the ``MAX_REFUSALS``-th time."""
+        # What is off by other nats, or at another version, is off for the same reason.
+        numbers = NUMBERS if isinstance(error, ProbeMismatch) else r"version -?\d+"
+        reason = re.sub(numbers, "", str(error))
+        self._count = self._count + 1 if reason == self._reason else 1
+        self._reason = reason
+        if self._count >= MAX_REFUSALS:
+            raise type(error)(
+                f"{error} ({self._count} times in a row; is model.path of this actor the learner's model, and the "
+                "memory of this machine sound?)"
+            ) from error
+
+    def over(self) -> None:
+        """Weights were taken up."""
+        self._reason, self._count = "", 0
+
+
+def scratch_for(run: str, shm_path: str | None, *, on_disk: bool = False) -> Scratch:
     """A private folder for this actor's copies: beside the learner's file, so that it can be hard-linked.
 
-    What killed actors of this run left there goes.
+    What killed actors of this run left there goes, and what killed runs left in shared memory.
+
+    Args:
+        run: identity of the run.
+        shm_path: the learner's file, where this host can see it.
+        on_disk: in the folder for temporary files instead.
     """
     beside = Path(shm_path).parent.parent if shm_path else None
     prefix = f"{weights_folder(run).name}."
-    for parent in (beside, SHARED_MEMORY if SHARED_MEMORY.is_dir() else None):
+    for parent in () if on_disk else (beside, SHARED_MEMORY):
         if parent is not None and parent.is_dir() and os.access(parent, os.W_OK):
             break
     else:
         parent = Path(tempfile.gettempdir())
-    if swept := sweep(parent, prefix):
-        log.info("removed what killed actors left: %s", ", ".join(map(str, swept)))
+    if swept := [*sweep(parent, prefix), *sweep_dead()]:
+        log.info("removed what killed processes left: %s", ", ".join(map(str, swept)))
     return Scratch(parent, prefix)
 
 
@@ -75,6 +123,8 @@ class WeightsFetcher:
         self._listener = listener
         self._settings = settings
         self._scratch: Scratch | None = None
+        self._on_disk = False
+        """Shared memory was full the last time."""
         self.version = -1
         """Newest version handed out."""
         self.silent = False
@@ -118,6 +168,7 @@ class WeightsFetcher:
 
         Raises:
             WeightsRejected: bytes and hash differ, or it is an older version.
+            NoRoom: there is no place for it here.
             PeerLost: the learner did not answer in time.
         """
         if announced.version <= self.version:
@@ -133,9 +184,14 @@ class WeightsFetcher:
         self.version = announced.version
         return WeightsFile(path=path, manifest=manifest)
 
+    def forget(self, version: int) -> None:
+        """The engine has not taken ``version`` up: it may be fetched again."""
+        self.version = min(self.version, version - 1)
+
     def release(self, weights: WeightsFile) -> None:
         """The engine has read it: remove this actor's link or copy."""
-        weights.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            weights.path.unlink(missing_ok=True)
 
     def close(self) -> None:
         if self._scratch is not None:
@@ -155,14 +211,42 @@ class WeightsFetcher:
         return answer
 
     async def _bring(self, announced: WeightsAnnounced, manifest: WeightsManifest) -> Path | None:
+        """Where the verified bytes are; None if the version is gone.  Raises NoRoom if they fit nowhere."""
+        problem: OSError | None = None
+        if self._on_disk:  # there may be room in memory again, and then they need not even be copied
+            self.close()
+            self._on_disk = False
+        # Once more in a new folder where somebody has removed it, and once on the disk.
+        for _ in range(3):
+            try:
+                return await self._bring_once(announced, manifest)
+            except FileNotFoundError as exc:
+                problem = exc
+                log.warning("version %d: the folder for it was removed (%s); fetching again", manifest.version, exc)
+            except OSError as exc:
+                problem = exc
+                if exc.errno not in (errno.ENOSPC, errno.EDQUOT) or self._on_disk:
+                    break
+                self._on_disk = True
+                log.warning("version %d does not fit into shared memory (%s); taking it to disk", manifest.version, exc)
+            self.close()
+        where = "" if self._scratch is None else f" in {self._scratch.path}"
+        self.close()
+        raise NoRoom(
+            f"version {manifest.version}: its {manifest.total_bytes} bytes cannot be written{where}: {problem}; free "
+            "some space"
+        ) from problem
+
+    async def _bring_once(self, announced: WeightsAnnounced, manifest: WeightsManifest) -> Path | None:
+        """Raises OSError where this actor's folder cannot take it."""
         same_host = self._settings.shared_memory and announced.host_id == host_id()
-        if self._scratch is None:
-            self._scratch = scratch_for(self._run, announced.shm_path if same_host else None)
+        shared = announced.shm_path if same_host else None
+        if self._scratch is None or not self._scratch.exists:
+            self.close()
+            self._scratch = scratch_for(self._run, shared, on_disk=self._on_disk)
         target = self._scratch.path / f"v{manifest.version}.bin"
         target.unlink(missing_ok=True)
-        if same_host and announced.shm_path is not None and self._link(Path(announced.shm_path), target):
-            pass
-        elif not await self._pull(manifest, target):
+        if (shared is None or not self._link(Path(shared), target)) and not await self._pull(manifest, target):
             return None
         await asyncio.to_thread(self._verify, manifest, target)
         return target

@@ -198,9 +198,11 @@ def _check_turn(turn: Turn) -> None:
 
 
 def _check_manifest(manifest: m.WeightsManifest) -> None:
-    expected = max(0, len(manifest.probe_token_ids) - 1)
-    if len(manifest.probe_logprobs) != expected:
-        raise _bad(manifest, f"{len(manifest.probe_logprobs)} probe_logprobs; expected {expected}")
+    tokens, sequences = len(manifest.probe_token_ids), manifest.probe_sequences
+    if sequences == 0 or tokens % sequences:
+        raise _bad(manifest, f"{tokens} probe_token_ids are no {sequences} sequences of one length")
+    if len(manifest.probe_logprobs) != max(0, tokens - sequences):
+        raise _bad(manifest, f"{len(manifest.probe_logprobs)} probe_logprobs; expected {max(0, tokens - sequences)}")
     end = 0
     for spec in sorted(manifest.tensors, key=lambda s: s.offset):
         # Without the bound on their number, the product of many large factors would take its time.

@@ -331,9 +331,16 @@ class WeightsConfig(Section):
         2.0, gt=0, description="actors ask for the newest version this often, besides the announcement"
     )
     shared_memory: bool = Field(True, description="actors on the learner's host map its file")
-    probe_tokens: int = Field(32, ge=2)
-    probe_tolerance: float | None = Field(None, gt=0, description="nats; none: by precision")
+    probe_tokens: int = Field(512, ge=2, description="that an engine must reproduce the log-probs of after each swap")
+    probe_tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="nats of noise on the logits; none: by device, precision and the engine's earlier readings",
+    )
     fetch_timeout_s: float = Field(120.0, gt=0)
+    swap_timeout_s: float | None = Field(
+        None, gt=0, description="for an engine to take up weights; none: 60, or half of links.give_up_s if that is less"
+    )
 
 
 class LinksConfig(Section):
@@ -394,6 +401,11 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     supervisor: SupervisorConfig = SupervisorConfig()
 
+    @property
+    def swap_timeout_s(self) -> float:
+        """Seconds in which an engine must have taken up a version."""
+        return self.weights.swap_timeout_s or min(60.0, self.links.give_up_s / 2)
+
     @model_validator(mode="after")
     def _no_contradictions(self) -> Config:
         s = self.staleness
@@ -429,6 +441,11 @@ class Config(Section):
             raise ValueError(
                 f"search.max_action_tokens = {self.search.max_action_tokens} must be below model.max_context_tokens = "
                 f"{self.model.max_context_tokens}"
+            )
+        if self.swap_timeout_s >= self.links.give_up_s:
+            raise ValueError(
+                f"weights.swap_timeout_s = {self.swap_timeout_s:g} must be below links.give_up_s = "
+                f"{self.links.give_up_s:g}: who waits for the new weights would give up before the swap does"
             )
         self._check_correction()
         self._check_exact_lag()

@@ -40,7 +40,8 @@ class WeightsRejected(AtpoError):
 
 
 class ProbeMismatch(AtpoError):
-    """After a swap the engine does not reproduce the published log-probs; names the version and the difference."""
+    """After a swap the engine does not hold, or does not compute, what the learner published; names the version, and
+    the tensor or the difference."""
 
 
 class GenerationFailed(AtpoError):

@@ -326,11 +326,13 @@ class WeightsManifest(Message, frozen=True, tag="weights_manifest"):
     tensors: tuple[TensorSpec, ...]
     """Every tensor the engine holds, the tied output head too."""
     probe_token_ids: np.ndarray
-    """int32[L]."""
+    """int32[S * T]: S sequences that the policy sampled, all of one length, one after another."""
     probe_logprobs: np.ndarray
-    """float32[L - 1]: the learner's log-prob of each probe token given those before it."""
-    probe_tolerance: float
-    """Nats: what the engine's and the learner's precision allow."""
+    """float32[S * (T - 1)]: the learner's log-prob of each token but the first of its sequence, given those before."""
+    probe_tolerance: float | None = None
+    """Nats of noise on the logits; None: the engine's own measure."""
+    probe_sequences: int = 1
+    """S."""
 
 
 class WeightsAnnounced(Message, frozen=True, tag="weights_announced"):

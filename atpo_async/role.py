@@ -26,7 +26,15 @@ from atpo_async import addresses, status, texts, waits
 from atpo_async import config as configuration
 from atpo_async.config import Config
 from atpo_async.endpoints import Endpoints
-from atpo_async.errors import AtpoError, ConfigError, EnvironmentBroken, RunMismatch, SetupError
+from atpo_async.errors import (
+    AtpoError,
+    ConfigError,
+    EnvironmentBroken,
+    ProbeMismatch,
+    RunMismatch,
+    SetupError,
+    WeightsRejected,
+)
 from atpo_async.loading import Loads
 from atpo_async.processes import die_with_parent
 from atpo_async.rundir import RunDir, joining, write_atomic
@@ -162,7 +170,9 @@ def exit_code(error: BaseException) -> int:
     """2 where only the user can mend it, 3 for a named failure that another attempt may mend, 1 for a crash."""
     if not isinstance(error, AtpoError):
         return EXIT_CRASH
-    return EXIT_USER if isinstance(error, ConfigError | SetupError | RunMismatch | EnvironmentBroken) else EXIT_FAILURE
+    # Weights end an actor only after the same refusal time and again.
+    for_users = ConfigError | SetupError | RunMismatch | EnvironmentBroken | WeightsRejected | ProbeMismatch
+    return EXIT_USER if isinstance(error, for_users) else EXIT_FAILURE
 
 
 def parse_address(text: str) -> str:

@@ -135,9 +135,12 @@ class RunDir:
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise SetupError(f"{path} exists and is no run folder (it has no run.json); use another --run.name")
         run_id = _new_id(config.run.name)
+        scratch.sweep_unheld(path.parent, _is_unmade)
         aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        lock: int | None = None
         try:
             aside.mkdir(parents=True)
+            lock = scratch.hold(aside)
             for folder in ("logs", "checkpoints"):
                 (aside / folder).mkdir()
             write_atomic(aside / "config.json", _dump(config.model_dump(mode="json")))
@@ -150,6 +153,9 @@ class RunDir:
         except OSError as exc:
             shutil.rmtree(aside, ignore_errors=True)
             raise SetupError(f"run folder {path} cannot be made: {exc.strerror or exc}; see run.dir") from exc
+        finally:
+            if lock is not None:
+                os.close(lock)
         return cls(path, run_id=run_id, config=config)
 
     @classmethod
@@ -352,6 +358,14 @@ def _with_policy_of(run: RunDir, config: Config) -> Config:
     else:
         return config
     return config.model_copy(update={"model": config.model.model_copy(update=update)})
+
+
+def _is_unmade(folder: Path) -> bool:
+    """Whether ``folder`` is what ``RunDir._make`` leaves when it is killed."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}", folder.name) is not None and all(
+        entry.name in ("logs", "checkpoints") or re.fullmatch(r"\.?(config|versions|run)\.json.*", entry.name)
+        for entry in folder.iterdir()
+    )
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

@@ -1,8 +1,9 @@
 """Folders for files that mean nothing without the process that made them: they outlive it only until somebody looks.
 
-In shared memory what a killed process leaves behind is memory that nobody gives back: an actor killed while its engine
-reads new weights would leave a whole model there.  So each such folder is locked by its owner; the lock goes with the
-process, however that ends, and a folder without one may be removed by whoever comes by.
+In shared memory what a killed process leaves behind is memory that nobody gives back: a learner that is killed with its
+run leaves two versions of the weights there, an actor killed while its engine reads new ones a whole model.  So each
+such folder is locked by its owner; the lock goes with the process, however that ends, and the next run on the machine
+removes what bears our mark and is held by nobody.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 try:
@@ -34,29 +36,48 @@ def clear(run: str, parent: Path = SHARED_MEMORY) -> None:
     sweep(parent, f"{folder.name}.")
 
 
+MARK = ".atpo-scratch"
+"""An empty file: who made the folder it lies in has locked that, and as long as it lives."""
+
+PREFIX = "atpo-"
+
+
 class Scratch:
-    """A new folder ``parent/prefix…`` of this process.
+    """A new folder of this process: ``parent/prefix…``, or ``parent/prefix`` itself with ``exactly``, in place of
+    whatever lies there.
 
     Raises OSError where none can be made.
     """
 
-    def __init__(self, parent: Path, prefix: str) -> None:
+    def __init__(self, parent: Path, prefix: str, *, exactly: bool = False) -> None:
         self._lock: int | None = None
         while True:
-            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            if fcntl is None:
-                return
+            if exactly:
+                self.path = parent / prefix
+                shutil.rmtree(self.path, ignore_errors=True)
+                self.path.mkdir(mode=0o700, parents=True)
+            else:
+                self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            # Swept between its making and its marking: make another.
             with contextlib.suppress(FileNotFoundError):
-                self._lock = os.open(self.path, os.O_RDONLY)
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
-                if self.path.is_dir():
-                    return
-            # Swept between its making and its locking: make another.
+                self._lock = hold(self.path)
+                (self.path / MARK).touch()
+                return
             self._unlock()
+
+    @property
+    def exists(self) -> bool:
+        """False once somebody has removed it, or put another in its place."""
+        if self._lock is None:
+            return self.path.is_dir()
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.fstat(self._lock), self.path.stat())
+        return False
 
     def remove(self) -> None:
         """Idempotent."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        if self.exists:
+            shutil.rmtree(self.path, ignore_errors=True)
         self._unlock()
 
     def _unlock(self) -> None:
@@ -65,20 +86,72 @@ class Scratch:
             self._lock = None
 
 
+def hold(folder: Path) -> int | None:
+    """Lock a folder for as long as the descriptor is open and this process lives; None where there are no locks.
+
+    Raises FileNotFoundError if the folder is gone by then.
+    """
+    if fcntl is None:
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.samestat(os.fstat(lock), folder.stat()):
+            raise FileNotFoundError(folder)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
 def sweep(parent: Path, prefix: str) -> list[Path]:
     """Remove the folders ``parent/prefix…`` whose owners are dead.  Returns them."""
+    return sweep_unheld(parent, lambda folder: folder.name.startswith(prefix))
+
+
+def sweep_dead(*parents: Path) -> list[Path]:
+    """Remove what killed processes of any run of this user left in ``parents`` (by default shared memory and the folder
+    for temporary files).  Returns the folders.
+
+    Only what bears our mark and is locked by nobody: never anything of a process that lives.
+    """
     swept: list[Path] = []
-    if fcntl is None or not parent.is_dir():
-        return swept
-    for folder in parent.iterdir():
-        if not folder.name.startswith(prefix) or not folder.is_dir():
-            continue
-        with contextlib.suppress(OSError):  # locked, gone, or another user's
-            lock = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
-                swept.append(folder)
-            finally:
-                os.close(lock)
+    for parent in parents or (SHARED_MEMORY, Path(tempfile.gettempdir())):
+        swept += sweep_unheld(parent, lambda folder: folder.name.startswith(PREFIX) and (folder / MARK).is_file())
     return swept
+
+
+def sweep_unheld(parent: Path, is_ours: Callable[[Path], bool]) -> list[Path]:
+    """Remove this user's folders in ``parent`` that ``is_ours`` knows, and that nobody holds.  Returns them."""
+    swept: list[Path] = []
+    for folder in _own_folders(parent):
+        with contextlib.suppress(OSError):  # gone, or not to be read
+            if is_ours(folder) and _remove_unheld(folder):
+                swept.append(folder)
+    return swept
+
+
+def _own_folders(parent: Path) -> Iterator[Path]:
+    """Real folders of this user in ``parent``."""
+    if fcntl is None or not parent.is_dir():
+        return
+    with contextlib.suppress(OSError), os.scandir(parent) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if entry.is_dir(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_uid == os.getuid():
+                    yield Path(entry.path)
+
+
+def _remove_unheld(folder: Path) -> bool:
+    """False if a process holds it, or if another folder has taken its place meanwhile.  Raises OSError."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), folder.stat()):
+            return False
+        shutil.rmtree(folder)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)

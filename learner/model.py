@@ -52,10 +52,11 @@ class Policy(nn.Module):
         self,
         tokens: Tensor,
         predictor: Tensor,
-        target: Tensor,
+        target: Tensor | None = None,
         layout: DeviceLayout | None = None,
         temperature: float | None = None,
         with_entropy: bool = False,
+        waiting_times: Tensor | None = None,
     ) -> Tensor:
         """float32[N] (float64 in a float64 model): log-prob of each target; float[2, N] with entropies.
 
@@ -66,7 +67,11 @@ class Policy(nn.Module):
             layout: of packed trees (``tree_attention.to_device``); None for plain causal rows.
             temperature: None for the policy's own.
             with_entropy: also the entropy, nats, of the whole tempered distribution each target was scored under.
+            waiting_times: sample instead, as ``sampled`` does.
         """
+        if waiting_times is not None:
+            return self.sampled(tokens, predictor, waiting_times)
+        assert target is not None
         return self.logprobs(tokens, predictor, target, layout, temperature, with_entropy)
 
     def logprobs(
@@ -94,6 +99,19 @@ class Policy(nn.Module):
             for h, t in zip(torch.split(chosen, size), torch.split(target, size), strict=True)
         ]
         return torch.cat(parts, dim=-1)
+
+    def sampled(self, tokens: Tensor, predictor: Tensor, waiting_times: Tensor) -> Tensor:
+        """int64[N]: a token that follows each place, sampled at temperature 1.
+
+        Args:
+            tokens, predictor: as ``forward``'s.
+            waiting_times: float[N, V], exponential numbers: of p's tokens, each with its own rate, the first to come
+                is a sample of p.
+        """
+        hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        chosen = hidden.reshape(-1, hidden.shape[-1])[predictor]
+        logits = _logits(self.hf.get_output_embeddings(), 1.0, chosen)[:, : waiting_times.shape[-1]]
+        return (logits - waiting_times.log()).argmax(-1)
 
 
 def _head_logprobs(head: Callable[[Tensor], Tensor], scale: float, hidden: Tensor, target: Tensor) -> Tensor:

@@ -14,15 +14,11 @@ from atpo_async.config import Config
 from atpo_async.disk import until_written
 from atpo_async.messages import VersionPublished, WeightsAnnounced
 from learner.buffer_peer import BufferPeer
-from learner.publisher import Publisher, probe_token_ids
+from learner.probe import draw_probe, is_drawn_at, probe_shape
+from learner.publisher import Publisher
 from learner.step import Trainer
 
 log = logging.getLogger("atpo.learner")
-
-
-def probe_length(config: Config) -> int:
-    """Tokens of the probe: an engine scores a prompt only if there is room for one token more."""
-    return min(config.weights.probe_tokens, config.model.max_context_tokens - 1)
 
 
 class Publication:
@@ -44,9 +40,10 @@ class Publication:
         self._buffer = buffer
         # As of the count of versions (``ranks``): torch's own limit comes after it.
         self._give_up_s = config.links.give_up_s if trainer.accelerator.num_processes > 1 else None
-        self._probe = probe_token_ids(
-            int(trainer.policy.hf.config.vocab_size), probe_length(config), seed=config.run.seed
-        )
+        self._probe = np.zeros(probe_shape(config), dtype=np.int32)
+        """int32[S, T]."""
+        self._count = 0
+        """Of publications since this learner began."""
 
     def is_due(self, step: int) -> bool:
         """Whether the weights after ``step`` batches are published: the last ones always are."""
@@ -57,6 +54,12 @@ class Publication:
 
         What is to be announced; None on ranks other than 0.
         """
+        self._count += 1
+        if self._publisher is None and not self._trainer.sharded:
+            return None
+        if is_drawn_at(self._count):
+            seed = (self._config.run.seed, version)
+            self._probe = draw_probe(self._trainer, self._probe.shape, seed=seed)
         tensors = self._trainer.published()
         logprobs = self._trainer.probe(self._probe)
         if self._publisher is None:
@@ -65,7 +68,7 @@ class Publication:
             self._publisher.store.add,
             version,
             tensors,
-            probe_token_ids=self._probe,
+            probe_tokens=self._probe,
             probe_logprobs=np.nan_to_num(logprobs, nan=0.0, posinf=0.0, neginf=-1e4),
         )
         return until_written(f"version {version} of the weights", add, log=log, give_up_s=self._give_up_s)

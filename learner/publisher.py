@@ -1,7 +1,8 @@
 """Weights out: one file per version, a manifest with a probe, chunks for whoever asks, an announcement for all.
 
 A version's payload is the raw concatenation of its tensors at 64-byte boundaries.  It lies in shared memory, where an
-actor on the same host maps it; others pull it in chunks.  The newest version and the one before are kept.
+actor on the same host maps it; others pull it in chunks.  The newest version and the one before are kept, open: who
+removes their files takes no version from anybody.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import shutil
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +42,7 @@ from atpo_async.messages import (
     WeightsManifest,
 )
 from atpo_async.rundir import host_id
-from atpo_async.scratch import SHARED_MEMORY, sweep, weights_folder
+from atpo_async.scratch import SHARED_MEMORY, Scratch, sweep, sweep_dead, weights_folder
 
 log = logging.getLogger("atpo.learner.publisher")
 
@@ -48,27 +51,12 @@ Precision = Literal["float32", "bfloat16", "float16"]
 ALIGNMENT = 64
 KEPT_VERSIONS = 2
 
-PROBE_TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.15}
-"""Nats, by the engine's precision.  float32: the engine was seen to differ by 1e-6, a dropped tensor by 0.6 and more.
-The others allow for 11 and 8 bits of mantissa over some dozen layers."""
-
 _DTYPES: dict[torch.dtype, Precision] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
 _TORCH: dict[str, torch.dtype] = {name: dtype for dtype, name in _DTYPES.items()}
-
-
-def probe_token_ids(vocab_size: int, length: int, *, seed: int) -> np.ndarray:
-    """int32[length]: the fixed sequence whose log-probs tell whether an engine holds the published weights."""
-    # Every id in turn would leave most of a small vocabulary's head untouched; a draw reaches all of it alike.
-    return np.random.default_rng((seed, vocab_size)).integers(0, vocab_size, length).astype(np.int32)
-
-
-def probe_tolerance(settings: WeightsConfig, precision: str) -> float:
-    """Nats; the configuration's own, or by the engine's precision."""
-    return PROBE_TOLERANCE[precision] if settings.probe_tolerance is None else settings.probe_tolerance
 
 
 def layout(tensors: Mapping[str, Tensor], precision: Precision) -> tuple[tuple[TensorSpec, ...], int]:
@@ -91,10 +79,23 @@ def raw_bytes(tensor: Tensor, precision: Precision) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
+class _Payload:
+    """An open file: its bytes stay as long as this does, whoever removes its name."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._fd)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """uint8[length]."""
+        return np.frombuffer(os.pread(self._fd, length, start), dtype=np.uint8)
+
+
 @dataclass(frozen=True, slots=True)
 class _Version:
     manifest: WeightsManifest
     path: Path
+    payload: _Payload
 
 
 class WeightsStore:
@@ -113,20 +114,36 @@ class WeightsStore:
         self._precision = precision
         self._fallback = fallback / "weights"
         self._memory = weights_folder(run, SHARED_MEMORY)
+        self._scratch: Scratch | None = None
+        """The folder in shared memory, from the first version on."""
+        self._said = -1
+        """The last version that was said not to fit there."""
         # Replaced as a whole, never changed: one thread adds versions while another answers requests.
         self._versions: Mapping[int, _Version] = {}
-        # What an earlier process of this run left when it was killed.
+        # What an earlier process of this run left when it was killed, and those of runs that nobody goes on with.
         for folder in (self._memory, self._fallback):
             shutil.rmtree(folder, ignore_errors=True)
+        if swept := sweep_dead(SHARED_MEMORY):
+            log.info("removed what killed runs left in shared memory: %s", ", ".join(map(str, swept)))
 
     @property
     def newest(self) -> int | None:
         return max(self._versions, default=None)
 
     def add(
-        self, version: int, tensors: Mapping[str, Tensor], *, probe_token_ids: np.ndarray, probe_logprobs: np.ndarray
+        self, version: int, tensors: Mapping[str, Tensor], *, probe_tokens: np.ndarray, probe_logprobs: np.ndarray
     ) -> WeightsAnnounced:
-        """Write a version, drop all but the newest two, and return what to announce."""
+        """Write a version, drop all but the newest two, and return what to announce.
+
+        Args:
+            version: number of it.
+            tensors: whole.
+            probe_tokens: int32[S, T].
+            probe_logprobs: float[S * (T - 1)].
+
+        Raises:
+            SetupError: it cannot be written.
+        """
         specs, total = layout(tensors, self._precision)
         path, sha256 = self._write(version, specs, total, tensors)
         manifest = WeightsManifest(
@@ -136,11 +153,12 @@ class WeightsStore:
             chunk_bytes=self._settings.chunk_bytes,
             sha256=sha256,
             tensors=specs,
-            probe_token_ids=probe_token_ids.astype(np.int32),
+            probe_token_ids=probe_tokens.astype(np.int32).reshape(-1),
             probe_logprobs=probe_logprobs.astype(np.float32),
-            probe_tolerance=probe_tolerance(self._settings, self._precision),
+            probe_tolerance=self._settings.probe_tolerance,
+            probe_sequences=len(probe_tokens),
         )
-        every = {**self._versions, version: _Version(manifest, path)}
+        every = {**self._versions, version: _Version(manifest, path, _Payload(path))}
         kept = sorted(every)[-KEPT_VERSIONS:]
         self._versions = {number: every[number] for number in kept}
         for number, old in every.items():
@@ -185,35 +203,65 @@ class WeightsStore:
             )
         start = request.index * size
         length = min(size, total - start)
-        try:
-            data = np.fromfile(kept.path, dtype=np.uint8, count=length, offset=start)
-        except FileNotFoundError:  # dropped since this request was looked up
-            return VersionGone(version=request.version, newest=self.newest or request.version)
-        return Chunk(version=request.version, index=request.index, data=data)
+        return Chunk(version=request.version, index=request.index, data=kept.payload.read(start, length))
 
     def _write(
         self, version: int, specs: tuple[TensorSpec, ...], total: int, tensors: Mapping[str, Tensor]
     ) -> tuple[Path, str]:
-        folders = [self._memory, self._fallback] if SHARED_MEMORY.is_dir() else [self._fallback]
-        problem: OSError | None = None
-        for folder in folders:
-            aside = folder / f".v{version}.writing"
+        """Where it is, and its hash: in shared memory, or in the run's folder where there is none, or not enough.
+
+        Raises SetupError.
+        """
+        if SHARED_MEMORY.is_dir():
             try:
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                return self._write_to(self._in_memory, version, specs, total, tensors)
+            except OSError as exc:  # full, or not ours to write
+                if version != self._said:
+                    self._said = version
+                    log.warning(
+                        "version %d does not go into %s (%s); using %s", version, self._memory, exc, self._fallback
+                    )
+        try:
+            return self._write_to(self._on_disk, version, specs, total, tensors)
+        except OSError as exc:
+            raise SetupError(
+                f"weights of version {version} ({total} bytes) cannot be written to {self._fallback}: {exc}; free some "
+                "space"
+            ) from exc
+
+    def _in_memory(self) -> Path:
+        """The run's folder in shared memory, made anew if somebody has removed it.  Raises OSError."""
+        if self._scratch is None or not self._scratch.exists:
+            self._scratch = Scratch(self._memory.parent, self._memory.name, exactly=True)
+        return self._memory
+
+    def _on_disk(self) -> Path:
+        self._fallback.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return self._fallback
+
+    def _write_to(
+        self,
+        where: Callable[[], Path],
+        version: int,
+        specs: tuple[TensorSpec, ...],
+        total: int,
+        tensors: Mapping[str, Tensor],
+    ) -> tuple[Path, str]:
+        """Raises OSError, with nothing left of the file."""
+        for last_try in (False, True):
+            folder = where()
+            aside, path = folder / f".v{version}.writing", folder / f"v{version}.bin"
+            try:
                 sha256 = self._write_payload(aside, specs, total, tensors)
-                path = folder / f"v{version}.bin"
                 aside.replace(path)
                 return path, sha256
-            except OSError as exc:  # full, or not ours to write
+            except BaseException as exc:
                 with contextlib.suppress(OSError):
                     aside.unlink(missing_ok=True)
-                if problem is None and len(folders) > 1:
-                    log.warning("version %d does not go into %s (%s); using %s", version, folder, exc, self._fallback)
-                problem = exc
-        raise SetupError(
-            f"weights of version {version} ({total} bytes) cannot be written to {folders[-1]}: {problem}; "
-            "free some space"
-        ) from problem
+                # Somebody has removed the folder under our hands: once more, in a new one.
+                if last_try or not isinstance(exc, FileNotFoundError):
+                    raise
+        raise AssertionError("unreachable")
 
     def _write_payload(
         self, path: Path, specs: tuple[TensorSpec, ...], total: int, tensors: Mapping[str, Tensor]
@@ -235,6 +283,8 @@ class WeightsStore:
     def close(self) -> None:
         """Remove every file.  Idempotent."""
         self._versions = {}
+        if self._scratch is not None:
+            self._scratch.remove()
         for folder in (self._memory, self._fallback):
             shutil.rmtree(folder, ignore_errors=True)
         # Actors that were killed while they took up a version left a link to it beside ours.

@@ -573,18 +573,34 @@ class Trainer:
         tensors = self.tensors()
         return causal_lm.published(self.policy.hf, tensors) if self.accelerator.is_main_process else tensors
 
-    def probe(self, token_ids: np.ndarray) -> np.ndarray:
-        """float32[L - 1]: log-prob of each token given those before it, under the weights now, at temperature 1."""
-        tokens = torch.from_numpy(token_ids.astype(np.int64))
-        inputs = send_to_device(
-            {"tokens": tokens[None, :-1], "predictor": torch.arange(len(tokens) - 1), "target": tokens[1:]},
-            self.accelerator.device,
-        )
+    def probe(self, tokens_ST: np.ndarray) -> np.ndarray:
+        """float32[S * (T - 1)]: log-prob of each token but the first of its sequence, under the weights now, at
+        temperature 1.  Collective when sharded."""
+        tokens = torch.from_numpy(tokens_ST.astype(np.int64))
+        target = tokens[:, 1:].reshape(-1)
+        inputs = {"tokens": tokens[:, :-1], "predictor": torch.arange(len(target)), "target": target}
+        scored = self._whole(self.policy.logprobs, inputs | {"temperature": 1.0})
+        result: np.ndarray = scored.float().cpu().numpy()
+        return result
+
+    def next_tokens(self, tokens_ST: Tensor, waiting_times_SV: Tensor) -> Tensor:
+        """int64[S]: a token to follow each sequence, at temperature 1.  Collective when sharded.
+
+        Args:
+            tokens_ST: int64, the sequences so far.
+            waiting_times_SV: exponential numbers for each token of the vocabulary.
+        """
+        last = torch.arange(1, len(tokens_ST) + 1) * tokens_ST.shape[1] - 1
+        inputs = {"tokens": tokens_ST, "predictor": last, "waiting_times": waiting_times_SV}
+        return self._whole(self.policy.sampled, inputs).cpu()
+
+    def _whole(self, method: Callable[..., Tensor], inputs: dict[str, Any]) -> Tensor:
+        """The policy's answer without gradient."""
         with torch.no_grad():
             # Sharded parameters are whole only inside the wrapper's forward; elsewhere leave autocast out.
-            score = self.model if self.sharded else self.policy.logprobs
-            result: np.ndarray = score(**inputs, temperature=1.0).float().cpu().numpy()
-        return result
+            score = self.model if self.sharded else method
+            answer: Tensor = score(**send_to_device(inputs, self.accelerator.device))
+        return answer
 
     def same_everywhere(self, values: Sequence[float]) -> list[float]:
         """Rank 0's numbers, on every rank."""

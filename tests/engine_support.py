@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -64,23 +65,43 @@ def reference_logprobs(model: Qwen3ForCausalLM, token_ids: Sequence[int] | np.nd
     return logprobs.gather(1, tokens[0, 1:, None])[:, 0].numpy()
 
 
+def reference_rows(model: Qwen3ForCausalLM, sequences: np.ndarray) -> np.ndarray:
+    """float32[S * (T - 1)] of int32[S, T], as a probe has them."""
+    return np.concatenate([reference_logprobs(model, tokens) for tokens in sequences])
+
+
+@torch.no_grad()
+def sampled(model: Qwen3ForCausalLM, *, sequences: int, length: int) -> np.ndarray:
+    """int32[sequences, length] by the model, each after another token."""
+    source = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, VOCABULARY, (sequences, 1), generator=source)
+    for _ in range(length - 1):
+        p = torch.softmax(model(tokens).logits[:, -1].float(), dim=-1)
+        tokens = torch.cat([tokens, torch.multinomial(p, 1, generator=source)], dim=1)
+    return tokens.numpy().astype(np.int32)
+
+
 def weights_file(
     model: Qwen3ForCausalLM,
     path: Path,
     *,
     version: int,
     drop: str | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | None = 1e-4,
     tensors: Mapping[str, torch.Tensor] | None = None,
+    probe: np.ndarray = PROBE,
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> WeightsFile:
-    """Every tensor of ``state_dict()`` (the tied head too), or ``tensors``, one after another, but ``drop``."""
+    """Every tensor of ``state_dict()`` (the tied head too), or ``tensors``, but ``drop``; ``probe``: int32[(S,) T]."""
     specs, payload = [], bytearray()
+    sequences = np.atleast_2d(probe)
     for name, tensor in (model.state_dict() if tensors is None else tensors).items():
         if name == drop:
             continue
-        data = tensor.detach().contiguous().numpy().tobytes()
+        bits = tensor.detach().to(getattr(torch, dtype)).contiguous().view(torch.uint8)
+        data = bits.numpy().tobytes()
         specs.append(
-            TensorSpec(name=name, dtype="float32", shape=tuple(tensor.shape), offset=len(payload), nbytes=len(data))
+            TensorSpec(name=name, dtype=dtype, shape=tuple(tensor.shape), offset=len(payload), nbytes=len(data))
         )
         payload += data
     path.write_bytes(payload)
@@ -93,9 +114,10 @@ def weights_file(
             chunk_bytes=1 << 20,
             sha256=hashlib.sha256(payload).hexdigest(),
             tensors=tuple(specs),
-            probe_token_ids=PROBE,
-            probe_logprobs=reference_logprobs(model, PROBE),
+            probe_token_ids=sequences.reshape(-1),
+            probe_logprobs=reference_rows(model, sequences),
             probe_tolerance=tolerance,
+            probe_sequences=len(sequences),
         ),
     )
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -11,9 +12,18 @@ import numpy as np
 import pytest
 
 from actors.actor import Actor, LearnerMoved
-from actors.engine import WeightsFile
+from actors.engine import SwapReport, WeightsFile
+from actors.weights import NoRoom
 from atpo_async.config import Config, build
-from atpo_async.errors import EngineDead, EnvironmentBroken, PeerLost, WaitTimeout, WeightsRejected
+from atpo_async.errors import (
+    AtpoError,
+    EngineDead,
+    EnvironmentBroken,
+    PeerLost,
+    ProbeMismatch,
+    WaitTimeout,
+    WeightsRejected,
+)
 from atpo_async.messages import (
     ActorReport,
     Lease,
@@ -25,6 +35,7 @@ from atpo_async.messages import (
     WeightsAnnounced,
     WeightsManifest,
 )
+from atpo_async.role import EXIT_USER, exit_code
 from atpo_async.tree import Turn
 from tests.actor_support import STOP, CountingEnvironment, ScriptedEngine, ints, lease
 
@@ -122,6 +133,10 @@ class FakeWeights:
             run="r", version=self.versions.popleft(), total_bytes=0, sha256="", host_id="", shm_path=None
         )  # fmt: skip
 
+    def forget(self, version: int) -> None:
+        """As the learner is asked again at the next poll."""
+        self.versions.appendleft(version)
+
     async def fetch(self, announced: WeightsAnnounced) -> WeightsFile:
         if announced.version in self.rejected:
             raise WeightsRejected(f"version {announced.version}: altered")
@@ -214,6 +229,68 @@ async def test_weights_that_arrive_altered_are_skipped_and_the_next_are_taken() 
     buffer = FakeBuffer(*leases(1, min_version=2))
     await actor_of(buffer, engine=engine, weights=FakeWeights(0, 1, 2, rejected=(1,))).work()
     assert engine.swapped == [0, 2]
+
+
+class RefusingEngine(ScriptedEngine):
+    """Its swaps raise what is listed first, each once."""
+
+    def __init__(self, *errors: AtpoError) -> None:
+        super().__init__()
+        self.errors = list(errors)
+
+    async def swap(self, weights: WeightsFile) -> SwapReport:
+        if self.errors and weights.manifest.version:
+            raise self.errors.pop(0)
+        return await super().swap(weights)
+
+
+MISSING = WeightsRejected("weights version 1: tensor model.norm.weight is missing (1 of 11 are)")
+OFF = ProbeMismatch("weights version 1: the engine (float32 on cpu) is 0.3 nats off the learner's probe, tolerance 0.1")
+
+
+@pytest.mark.parametrize("errors", [(MISSING, MISSING), (OFF, OFF), (OFF, MISSING, OFF, MISSING, OFF)])
+async def test_a_refused_swap_ends_no_actor_and_the_same_version_is_fetched_again(
+    errors: tuple[AtpoError, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = RefusingEngine(*errors)
+    buffer = FakeBuffer(*leases(1, min_version=1))
+    await actor_of(buffer, engine=engine, weights=FakeWeights(0, 1)).work()
+    assert engine.swapped == [0, 1]
+    assert len(buffer.of(TreeClosed)) == 1
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert str(errors[0]) in said[0]
+    assert len(said) <= len(errors)
+
+
+@pytest.mark.parametrize("error", [MISSING, OFF])
+async def test_the_same_refusal_three_times_in_a_row_ends_the_run_in_one_line(error: AtpoError) -> None:
+    engine = RefusingEngine(error, error, error)
+    buffer = FakeBuffer(*leases(1, min_version=1))
+    with pytest.raises(type(error)) as raised:
+        await actor_of(buffer, engine=engine, weights=FakeWeights(0, 1)).work()
+    assert str(raised.value).startswith(f"{error} (3 times in a row; ")
+    assert len(str(raised.value).splitlines()) == 1
+    assert exit_code(raised.value) == EXIT_USER
+    assert engine.swapped == [0]
+
+
+async def test_weights_for_which_there_is_no_room_are_waited_for_and_that_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Full(FakeWeights):
+        tries = 0
+
+        async def fetch(self, announced: WeightsAnnounced) -> WeightsFile:
+            self.tries += 1
+            if self.tries in range(2, 9):
+                self.forget(announced.version)
+                raise NoRoom("version 1: its 10000 bytes cannot be written")
+            return await super().fetch(announced)
+
+    engine = ScriptedEngine()
+    await actor_of(FakeBuffer(*leases(1, min_version=1)), engine=engine, weights=Full(0, 1)).work()
+    assert engine.swapped == [0, 1]
+    assert len([record for record in caplog.records if "cannot be written" in record.getMessage()]) == 1
 
 
 async def test_a_refused_tree_is_given_up_and_its_slot_goes_on() -> None:

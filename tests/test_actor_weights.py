@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors import weights as fetching
 from actors.engine_common import check_weights
-from actors.weights import WeightsFetcher
+from actors.weights import NoRoom, Refusals, WeightsFetcher
 from atpo_async.config import WeightsConfig
-from atpo_async.errors import PeerLost, WeightsRejected
+from atpo_async.errors import PeerLost, ProbeMismatch, WeightsRejected
 from atpo_async.messages import (
     AnnouncementRequest,
     Chunk,
@@ -217,3 +221,131 @@ async def test_a_lost_announcement_is_made_up_for_by_the_poll(fetcher: WeightsFe
 async def test_a_silent_learner_is_no_error(fetcher: WeightsFetcher, learner: FakeLearner) -> None:
     learner.silent = True
     assert await fetcher.next() is None
+
+
+# --- folders that go, disks that are full
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_a_folder_that_is_removed_between_two_versions_is_made_anew(
+    fetcher: WeightsFetcher, learner: FakeLearner, tmp_path: Path, shared: bool
+) -> None:
+    if shared:
+        (tmp_path / "weights").mkdir()
+        (tmp_path / "weights" / "v.bin").write_bytes(PAYLOAD.tobytes())
+        learner.shm_path = str(tmp_path / "weights" / "v.bin")
+    first = await fetcher.fetch(learner.announcement)
+    assert first is not None
+    shutil.rmtree(first.path.parent)
+    fetcher.release(first)
+    learner.version = 2
+    second = await fetcher.fetch(learner.announcement)
+    assert second is not None
+    assert second.path.read_bytes() == PAYLOAD.tobytes()
+
+
+async def test_a_folder_that_is_removed_while_chunks_come_makes_the_actor_fetch_once_more(
+    fetcher: WeightsFetcher, learner: FakeLearner
+) -> None:
+    plain = learner.request
+    removed: list[Path] = []
+
+    async def request(message: object, *, timeout_s: float) -> object:
+        if isinstance(message, ChunkRequest) and message.index == 1 and not removed:
+            assert fetcher._scratch is not None
+            removed.append(fetcher._scratch.path)
+            shutil.rmtree(fetcher._scratch.path)
+        return await plain(message, timeout_s=timeout_s)
+
+    learner.request = request  # type: ignore[method-assign]
+    weights = await fetcher.fetch(learner.announcement)
+    assert weights is not None
+    assert weights.path.parent != removed[0]
+    assert weights.path.read_bytes() == PAYLOAD.tobytes()
+
+
+def full(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
+    """No byte more fits into ``folders``."""
+    plain = os.pwrite
+
+    def pwrite(file: int, data: Any, at: int) -> int:
+        if any(Path(os.readlink(f"/proc/self/fd/{file}")).is_relative_to(folder) for folder in folders):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plain(file, data, at)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Shared memory and the folder for temporary files."""
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    memory.mkdir()
+    disk.mkdir()
+    monkeypatch.setattr(fetching, "SHARED_MEMORY", memory)
+    monkeypatch.setattr("tempfile.tempdir", str(disk))
+    return memory, disk
+
+
+async def test_with_shared_memory_full_the_disk_takes_the_bytes_and_memory_is_tried_again(
+    fetcher: WeightsFetcher, learner: FakeLearner, places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, disk = places
+    with monkeypatch.context() as patched:
+        full(patched, memory)
+        first = await fetcher.fetch(learner.announcement)
+    assert first is not None
+    assert first.path.is_relative_to(disk)
+    assert first.path.read_bytes() == PAYLOAD.tobytes()
+    assert list(memory.iterdir()) == []
+    learner.version = 2
+    second = await fetcher.fetch(learner.announcement)
+    assert second is not None
+    assert second.path.is_relative_to(memory)
+    assert list(disk.iterdir()) == []
+
+
+async def test_bytes_that_fit_nowhere_are_said_to_and_fit_later(
+    fetcher: WeightsFetcher, learner: FakeLearner, places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        full(patched, *places)
+        for _ in range(5):
+            with pytest.raises(NoRoom, match=r"version 1: its 10000 bytes cannot be written in .*No space left"):
+                await fetcher.fetch(learner.announcement)
+    assert [list(place.iterdir()) for place in places] == [[], []]
+    assert await fetcher.fetch(learner.announcement) is not None
+
+
+async def test_what_the_engine_has_not_taken_up_is_fetched_again(fetcher: WeightsFetcher, learner: FakeLearner) -> None:
+    assert await fetcher.fetch(learner.announcement) is not None
+    assert await fetcher.next() is None
+    fetcher.forget(1)
+    heard = await fetcher.next()
+    assert heard is not None
+    assert await fetcher.fetch(heard) is not None
+
+
+def test_only_the_same_refusal_three_times_in_a_row_is_raised() -> None:
+    refusals = Refusals()
+    same = [WeightsRejected(f"weights version {n}: tensor a.1 is missing (1 of 7 are)") for n in (4, 4, 5)]
+    other = WeightsRejected("weights version 4: tensor a.2 is missing (1 of 7 are)")
+    for error in (same[0], same[1], other, same[0], same[1]):
+        refusals.add(error)
+    refusals.over()
+    refusals.add(same[0])
+    refusals.add(same[1])
+    with pytest.raises(WeightsRejected, match=r"version 5: tensor a.1 is missing .* \(3 times in a row; is model.path"):
+        refusals.add(same[2])
+
+
+def test_what_is_off_by_other_nats_is_off_for_the_same_reason() -> None:
+    refusals = Refusals()
+    errors = [
+        ProbeMismatch(f"weights version {n}: the engine is {error} nats off, tolerance {error}, {error} before: it")
+        for n, error in ((3, "0.1"), (3, "1.2e-05"), (4, "nan"))
+    ]
+    refusals.add(errors[0])
+    refusals.add(errors[1])
+    with pytest.raises(ProbeMismatch, match="3 times in a row"):
+        refusals.add(errors[2])

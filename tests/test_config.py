@@ -103,6 +103,7 @@ def test_every_fault_is_said_at_once() -> None:
         ({"correction": {"prox": "first-step"}, "learner": {"minibatches": 2}}, "use --correction.prox auto"),
         ({"correction": {"exponent": "ess", "ess_target": 0.05}}, "lower the floor or raise the target"),
         ({"staleness": {"exact_lag": 9}}, "raise max_lag to 9"),
+        ({"weights": {"swap_timeout_s": 600}}, "weights.swap_timeout_s = 600 must be below links.give_up_s = 600"),
         ({"staleness": {"exact_lag": 2, "max_uses": 2}}, "needs staleness.max_uses = 1"),
     ],
 )
@@ -110,6 +111,12 @@ def test_a_contradiction_is_refused_naming_both_sides(data: dict[str, object], w
     with pytest.raises(ConfigError) as caught:
         build(data)
     assert words in str(caught.value)
+
+
+def test_a_swap_may_take_a_minute_or_half_of_what_others_wait_for_it() -> None:
+    assert build({}).swap_timeout_s == 60
+    assert build({"links": {"give_up_s": 40}}).swap_timeout_s == 20
+    assert build({"weights": {"swap_timeout_s": 300}}).swap_timeout_s == 300
 
 
 def test_a_missing_file_a_folder_and_bad_toml_are_each_said(tmp_path: Path) -> None:

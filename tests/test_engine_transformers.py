@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
-from actors.engine import Sampling
+from actors.engine import Sampling, WeightsFile
 from actors.engine_common import Queue
 from actors.factory import make_engine
 from actors.transformers_engine import TransformersEngine
@@ -23,6 +25,8 @@ from tests.engine_support import (
     altered,
     largest_error,
     reference_logprobs,
+    reference_rows,
+    sampled,
     save_model,
     tiny_model,
     weights_file,
@@ -167,25 +171,96 @@ async def test_a_head_of_its_own_must_be_in_the_stream(tmp_path: Path) -> None:
         await engine.close()
 
 
-async def test_a_failed_probe_ends_the_engine_and_all_its_requests(engine: TransformersEngine, tmp_path: Path) -> None:
+async def test_after_a_failed_probe_requests_wait_until_other_weights_have_passed_it(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
     wrong = altered(weights_file(MODELS[1], tmp_path / "1", version=1), "other probe")
     long = asyncio.create_task(engine.generate(PROMPT, to_length(200), request_id="long"))
     await engine.generate(PROMPT, to_length(3), request_id="short")
-    with pytest.raises(ProbeMismatch, match=r"version 1: the engine is \d.* nats off .*tolerance 0.0001"):
-        await engine.swap(wrong)
-    with pytest.raises(EngineDead):
-        await long
-    with pytest.raises(EngineDead, match="version 1 failed"):
-        await engine.generate(PROMPT, to_length(3), request_id="after")
+    for _ in range(2):
+        with pytest.raises(ProbeMismatch, match=r"version 1: the engine .* is \d.* nats off .*tolerance 0.0001"):
+            await engine.swap(wrong)
+    after = asyncio.create_task(engine.generate(PROMPT, to_length(3), request_id="after"))
+    with pytest.raises(WeightsRejected, match="nonsense"):
+        await engine.swap(altered(weights_file(MODELS[1], tmp_path / "1", version=1), "unknown tensor"))
+    assert np.abs(await engine.score(PROBE) - reference_logprobs(MODELS[1], PROBE)).max() < 1e-5
+    assert not long.done()
+    assert not after.done()
+    assert (engine.is_dead, engine.stats().version) == (False, 0)
+    await engine.swap(weights_file(MODELS[1], tmp_path / "1", version=1))
+    assert [span.version for span in (await long).spans] == [0, 1]
+    assert largest_error(await long, PROMPT, MODELS) < 1e-5
+    assert [span.version for span in (await after).spans] == [1]
 
 
 async def test_bytes_altered_after_the_fetch_are_caught_by_the_probe(
     engine: TransformersEngine, tmp_path: Path
 ) -> None:
     wrong = altered(weights_file(MODELS[1], tmp_path / "1", version=1), "altered file")
-    with pytest.raises(ProbeMismatch, match=r"version 1: the engine is \d"):
+    with pytest.raises(ProbeMismatch, match=r"version 1: the engine .* is \d"):
         await engine.swap(wrong)
-    assert engine.is_dead
+
+
+@pytest.mark.parametrize("name", list(MODELS[0].state_dict()))
+async def test_every_tensor_that_is_left_as_it_was_is_named_however_small_the_step(
+    engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    stepped = copy.deepcopy(MODELS[0])
+    with torch.no_grad():
+        for parameter in stepped.parameters():
+            parameter.mul_(1.000001)
+    weights = weights_file(stepped, tmp_path / "1", version=1, tolerance=None)
+    plain = engine._copy
+    # Tied tensors are one: it is left out under both names.
+    head = {"lm_head.weight", "model.embed_tokens.weight"}
+    stale = head if name in head else {name}
+
+    def copy_most(held: torch.Tensor, tensor: torch.Tensor, of: str) -> None:
+        if of not in stale:
+            plain(held, tensor, of)
+
+    monkeypatch.setattr(engine, "_copy", copy_most)
+    with pytest.raises(ProbeMismatch, match=rf"version 1: after the load ({'|'.join(stale)}) is not what the learner"):
+        await engine.swap(weights)
+    monkeypatch.undo()
+    await engine.swap(weights)
+    assert engine.stats().version == 1
+
+
+async def test_a_file_that_vanishes_before_the_load_changes_nothing(
+    engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = weights_file(MODELS[1], tmp_path / "1", version=1)
+    monkeypatch.setattr("actors.transformers_engine.check_weights", lambda *args, **kwargs: weights.path.unlink())
+    with pytest.raises(WeightsRejected, match="version 1: cannot read"):
+        await engine.swap(weights)
+    assert (await engine.generate(PROMPT, to_length(3), request_id="after")).spans[0].version == 0
+
+
+async def test_in_bfloat16_honest_swaps_pass_by_the_engines_own_measure_and_other_weights_do_not(
+    folder: Path, tmp_path: Path
+) -> None:
+    engine = TransformersEngine(folder, device="cpu", dtype="bfloat16", max_batch=2, max_model_len=256)
+    await engine.start()
+    stepped, source = copy.deepcopy(MODELS[0]), torch.Generator().manual_seed(0)
+    probe = sampled(MODELS[0], sequences=8, length=33)
+    try:
+        for version in range(1, 6):
+            with torch.no_grad():
+                for parameter in stepped.parameters():
+                    parameter.add_(torch.randn(parameter.shape, generator=source), alpha=1e-3)
+            report = await engine.swap(
+                weights_file(
+                    stepped, tmp_path / "w", version=version, tolerance=None, probe=probe, dtype="bfloat16"
+                )
+            )  # fmt: skip
+            assert 1e-4 < report.probe_error < 0.2
+        other = weights_file(MODELS[1], tmp_path / "w", version=9, tolerance=None, probe=probe, dtype="bfloat16")
+        wrong = msgspec.structs.replace(other.manifest, probe_logprobs=reference_rows(stepped, probe))
+        with pytest.raises(ProbeMismatch, match=r"version 9: the engine \(bfloat16 on cpu\) is .* before"):
+            await engine.swap(WeightsFile(path=other.path, manifest=wrong))
+    finally:
+        await engine.close()
 
 
 @pytest.mark.parametrize("stuck", ["_load", "_step"])

@@ -43,7 +43,6 @@ from learner import buffer_peer, checkpoint, guards, kept_batches
 from learner.kept_batches import load_batch, save_batch
 from learner.lineage import LINEAGE_FILE
 from learner.loop import learn
-from learner.publication import probe_length
 from learner.step import Trainer
 from tests.learner_support import batch_of, make_batch, make_model
 
@@ -465,13 +464,6 @@ async def test_an_evaluation_without_a_result_is_said_loudly_and_written_nowhere
     await asyncio.wait_for(learn(context(rundir, endpoint)), WAIT_S)
     assert "evaluation of step 0 has no result: none of its tasks could be done" in caplog.messages
     assert not any("eval/success" in r.metrics for r in read_metrics(rundir.metrics_path))
-
-
-def test_the_probe_leaves_room_in_the_context_for_one_token() -> None:
-    """An engine asked for the log-probs of a prompt also generates one token."""
-    assert probe_length(build({"model": {"max_context_tokens": 100}})) == 32
-    short = build({"model": {"max_context_tokens": 8}, "search": {"max_action_tokens": 4}})
-    assert probe_length(short) == 7
 
 
 def test_a_kept_batch_reads_back(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from atpo_async import scratch
 from atpo_async.config import Config, build
 from atpo_async.endpoints import Endpoints
 from atpo_async.errors import ConfigError, RunMismatch, SetupError
@@ -99,6 +100,23 @@ def test_nothing_is_left_when_a_folder_cannot_be_made(tmp_path: Path, monkeypatc
     with pytest.raises(SetupError, match="No space left on device"):
         RunDir.create(config_in(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_left_by_who_was_killed_while_making_a_run_goes_with_the_next_one(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    left = runs / ".x.0123abcd"
+    (left / "logs").mkdir(parents=True)
+    (left / ".config.json.17.89abcdef").touch()
+    being_made = runs / ".y.4567abcd"
+    (being_made / "logs").mkdir(parents=True)
+    lock = scratch.hold(being_made)
+    (runs / ".own.01234567").mkdir()
+    (runs / ".own.01234567" / "mine").touch()
+    (runs / ".git").mkdir()
+    RunDir.create(config_in(runs, run={"name": "z"}))
+    assert {p.name for p in runs.iterdir()} == {"z", "latest", ".y.4567abcd", ".own.01234567", ".git"}
+    assert lock is not None
+    os.close(lock)
 
 
 def test_opening_what_is_no_run_says_so(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def manifests(draw: st.DrawFn) -> m.WeightsManifest:
         tensors=tuple(tensors),
         probe_token_ids=probe,
         probe_logprobs=draw(logprobs(len(probe) - 1)),
-        probe_tolerance=draw(FINITE.map(abs)),
+        probe_tolerance=draw(st.none() | FINITE.map(abs)),
     )
 
 
@@ -768,6 +768,10 @@ def test_a_manifest_whose_tensors_do_not_fit_is_refused() -> None:
         manifest(spec((-4, -1), 0, 16)),
         manifest(spec((2**62,) * 33 + (0,), 0, 0)),
         manifest(num_logprobs=2),
+        msgspec.structs.replace(fits, probe_sequences=0),
+        msgspec.structs.replace(fits, probe_sequences=2),
+        msgspec.structs.replace(fits, probe_sequences=3, probe_logprobs=np.zeros(0, np.float32)),
+        msgspec.structs.replace(fits, probe_tolerance=-1.0),
     ):
         with pytest.raises(BadMessage):
             wire.decode(wire.encode(bad), m.LearnerToActor)
