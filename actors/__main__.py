@@ -25,6 +25,8 @@ from atpo_async.models import model_folder
 from atpo_async.role import RoleContext
 from atpo_async.waits import Patience
 
+SWITCH_S = 0.0005
+
 HELLO_TIMEOUT_S = 5.0
 HELLO_PAUSE_S = 0.1
 KNOCK_S, KNOCK_EVERY_S = 2.0, 0.5
@@ -41,6 +43,8 @@ async def act(ctx: RoleContext) -> None:
         await until_stopped(ctx.stopping, _knock(ctx, settings))
         if ctx.stopping.is_set():
             return
+    # A tool that computes in Python lets go of the interpreter only after so long, each time that another thread asks.
+    sys.setswitchinterval(SWITCH_S)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(guard.stray_signals_end_nothing())
         environment = await until_stopped(ctx.stopping, stack.enter_async_context(host_environment(config, model)))

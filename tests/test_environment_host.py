@@ -18,6 +18,7 @@ from actors.environments.base import ReplayFork, Split, StepResult
 from actors.environments.host import EnvironmentTimeout, HostedEnvironment
 from actors.environments.loop_thread import DaemonThreads
 from actors.search import TreeSearch
+from atpo_async import processes
 from atpo_async.config import SearchConfig
 from atpo_async.errors import EnvironmentBroken, SetupError
 from tests.actor_support import STOP, CountingEnvironment, CountingEpisode, ScriptedEngine, ints, lease
@@ -415,6 +416,22 @@ async def test_too_many_threads_that_never_come_back_name_the_tool(released: thr
             await until(lambda lost=lost: host.lost_loops > lost)  # type: ignore[misc]
         with pytest.raises(EnvironmentBroken, match=r"step 1 of task 0 \(train\) blocks its thread .*blocks_for_ever"):
             await host.start("train", 1)
+
+
+async def test_environments_that_take_much_memory_are_left_behind_less_often(
+    released: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = iter([1000.0, 4000.0, 4000.0, 4500.0])
+    monkeypatch.setattr(processes, "memory_mb", lambda pids: next(sizes))
+    async with hosting(only(lambda: released.wait(PATIENCE_S))) as (host, worlds):
+        for _ in range(2):
+            with pytest.raises(EnvironmentTimeout):
+                await (await host.start("train", 0)).step(ints(5))
+            lost = host.lost_loops
+            await until(lambda lost=lost: host.lost_loops > lost)  # type: ignore[misc]
+        with pytest.raises(EnvironmentBroken, match="2 threads hang like this"):
+            await host.start("train", 1)
+        assert len(worlds) == 2
 
 
 async def test_hanging_threads_take_nobody_elses_thread(released: threading.Event) -> None:

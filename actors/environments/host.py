@@ -35,7 +35,7 @@ from actors.environments.loop_thread import (
     LoopThread,
     next_name,
 )
-from atpo_async import status, waits
+from atpo_async import processes, status, waits
 from atpo_async.errors import EnvironmentBroken, SetupError
 from atpo_async.texts import of_error
 
@@ -49,11 +49,14 @@ GRACE_S = 1.0
 INTERRUPTS = 5
 """Within the grace."""
 
-MAX_LOST_LOOPS = 32
-"""Threads held up for good at the same time, each with an environment of its own."""
+MAX_LOST_LOOPS = 128
+"""Threads held up for good at the same time, each with an environment and three open files of its own."""
+
+MAX_LOST_MB = 4096.0
+"""Taken by the environments of such threads, as far as it can be told."""
 
 MAX_LOOPS = 8
-"""At the same time, of an environment that has lost loops: while one is held up its other calls go elsewhere."""
+"""At the same time, of an environment that blocks past its limit: while one is held up its other calls go elsewhere."""
 
 CLOSE_S = 2.0
 """For episodes to be closed when the actor ends."""
@@ -96,9 +99,13 @@ class HostedEnvironment:
         self._trace = os.open(doing, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600) if doing is not None else -1
         self._noting = threading.Lock()
         self._closed = False
+        self._size_mb = 0.0
+        """What making it once has added to the process at most."""
+        self._blocked = 0
+        """Calls that held their loop past their limit."""
         self._taken: dict[str, int] = {}
         self._made: list[tuple[LoopThread, Environment]] = []
-        """One, but for environments that have lost loops."""
+        """One, but for environments that block past their limit."""
         self._making = asyncio.Lock()
         self._lost: list[LoopThread] = []
         self._broken: EnvironmentBroken | None = None
@@ -202,12 +209,12 @@ class HostedEnvironment:
 
     @property
     def _may_grow(self) -> bool:
-        """An environment that never lost a loop may be large: there is one of it, and its calls wait."""
-        return self.lost_loops > 0 and len(self._made) < MAX_LOOPS
+        """An environment that never blocked past its limit may be large: there is one of it, and its calls wait."""
+        return self._blocked > 0 and len(self._made) < MAX_LOOPS
 
     def _moves(self, thread: LoopThread, call: Call[T]) -> bool:
         """Whether a call that has not begun had better begin elsewhere."""
-        if call.task is not None or not self.lost_loops or not thread.held_up(self._held_up_s):
+        if call.task is not None or not self._blocked or not thread.held_up(self._held_up_s):
             return False
         return self._may_grow or any(not made[0].held_up(self._held_up_s) for made in self._made)
 
@@ -219,6 +226,7 @@ class HostedEnvironment:
             # Properties are code as well: nothing of an environment is read anywhere else.
             return made, made.stop_token_ids, {"train": _asked(made, "train"), "eval": _asked(made, "eval")}
 
+        before_mb = processes.memory_mb((os.getpid(),))
         try:
             made, stop_token_ids, num_tasks = await self.answer(thread, "make", work, limit_s=None)
         except EnvironmentFault as exc:
@@ -230,6 +238,7 @@ class HostedEnvironment:
                 self._broken = EnvironmentBroken(f"environment {self.name!r} could not be made anew: {exc}")
                 raise self._broken from exc
             raise
+        self._size_mb = max(self._size_mb, processes.memory_mb((os.getpid(),)) - before_mb)
         if not self._num_tasks:
             self.stop_token_ids, self._num_tasks = stop_token_ids, num_tasks
         return thread, made
@@ -283,7 +292,7 @@ class HostedEnvironment:
                 if left_s is not None and left_s <= 0:
                     self._past_its_limit(thread, call)
                     raise EnvironmentTimeout(f"{what} took over {limit_s:g} s (search.step_timeout_s)")
-                if left_s is not None and self.lost_loops:
+                if left_s is not None and self._blocked:
                     left_s = min(left_s, self._held_up_s)
                 await asyncio.wait((call.answer,), timeout=None if left_s is None else max(left_s, 0.05))
                 self._look_at_holder(thread)
@@ -307,6 +316,8 @@ class HostedEnvironment:
             self._leave_behind(thread, call)
             raise LoopLost(f"{thread.name} does not turn")
         self.given_up += 1
+        if (held := thread.holder()) is not None and held[0] is call:
+            self._blocked += 1
         thread.drop(call)
         task = asyncio.create_task(self._see_it_end(thread, call), name=f"end of {call.what}")
         self._background.add(task)
@@ -349,7 +360,7 @@ class HostedEnvironment:
             f"(search.step_timeout_s) and cannot be ended{f', in {where}' if where else ''}"
         )
         log.warning("%s; it is left behind, and the environment is made anew", said)
-        if len(self._lost) >= self._max_lost_loops:
+        if len(self._lost) >= self._max_lost_loops or len(self._lost) * self._size_mb > MAX_LOST_MB:
             self._broken = EnvironmentBroken(
                 f"{said}; {len(self._lost)} threads hang like this: give the tool a time limit of its own, or await it"
             )
