@@ -200,7 +200,7 @@ async def _hello(ctx: RoleContext, buffer: Client, *, timeout_s: float) -> Welco
             return "the buffer has not said yet where it listens"
         where = f"the buffer at {buffer.endpoint}"
         if trouble := buffer.trouble:
-            return f"{where} does not let it in: {trouble} (docs/keys.md)"
+            return f"{where} does not let it in: {trouble}" + (" (docs/keys.md)" if "key" in trouble else "")
         return f"{where} does not answer" + ("" if buffer.connected else " (not connected: nothing listens there)")
     where = f"the buffer at {buffer.endpoint}"
     if isinstance(answer, Refused):

@@ -18,6 +18,8 @@ from atpo_async.link_sockets import BindingLink, ConnectingLink, Context, Pump, 
 log = logging.getLogger("atpo.links")
 
 
+_UNREAD = 256
+"""Announcements that are kept for who does not read them, at either end."""
 _BEAT = [b""]
 """Says nothing but that the announcer lives and can be heard."""
 
@@ -38,6 +40,7 @@ class Announcer(BindingLink):
 
     def _open(self, context: Context) -> None:
         self._pub = self._socket(context, zmq.PUB)
+        self._pub.setsockopt(zmq.SNDHWM, _UNREAD)
         self._bind(self._pub, context)
         self._spawn(self._beat(), "announcer heartbeat")
 
@@ -80,7 +83,7 @@ class Listener(ConnectingLink):
         self.bad_messages = 0
         self._receives = receives
         self._pump: Pump | None = None
-        self._unread: deque[Any] = deque(maxlen=256)
+        self._unread: deque[Any] = deque(maxlen=_UNREAD)
         self._arrived = asyncio.Event()
 
     def _open(self, context: Context) -> None:

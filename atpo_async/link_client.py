@@ -17,6 +17,7 @@ from atpo_async.errors import AtpoError, BadMessage, PeerLost, SetupError
 from atpo_async.link_common import (
     ACK,
     DENIED,
+    FULL,
     ID_SEPARATOR,
     LINK,
     MAGIC,
@@ -34,12 +35,16 @@ from atpo_async.link_common import (
     LinkSettings,
     LinkStats,
     encode_within,
+    worth_a_line,
 )
 from atpo_async.link_sockets import ConnectingLink, Context, Pump
 from atpo_async.messages import Refused
 from atpo_async.records import pack
 
 log = logging.getLogger("atpo.links")
+
+_OURS = (SEND, SENDS, REQUEST, PING)
+"""Kinds of frames that no server sends."""
 
 
 @dataclass(slots=True, eq=False)
@@ -119,6 +124,9 @@ class Client(ConnectingLink):
         self._request_room = asyncio.Semaphore(settings.window)
         self._waited_s = 0.0
         self._acked = self._resent = self._refused = self._bad = 0
+        self._is_full = False
+        """The server has no room for us."""
+        self._full_count = 0
 
     @property
     def stats(self) -> LinkStats:
@@ -394,14 +402,21 @@ class Client(ConnectingLink):
             magic, kind, session, a, b = LINK.unpack(frames[0])
         except struct.error:
             magic = b""
-        if magic != MAGIC:
+        if magic != MAGIC or kind in _OURS:
+            # What only clients say comes back where a connection leads to itself, as TCP lets it when nobody listens.
             self._bad += 1
-            log.warning("%s got a frame from %s that is no link frame; dropped", self.identity, self._peer())
+            if worth_a_line(self._bad):
+                log.warning("%s got a frame from %s that is no server's; dropped", self.identity, self._peer())
+            return
+        self._silent_beats = 0
+        if kind == FULL and session == self._session:
+            self._on_full(bytes(frames[1]).decode(errors="replace") if len(frames) > 1 else "")
             return
         self._heard_at = self._now()
-        self._silent_beats = 0
         if session != self._session:
             return
+        if self._is_full:
+            self._is_full, self._trouble = False, ""
         if kind == ACK:
             self._on_ack(a)
         elif kind == REPLY:
@@ -419,6 +434,13 @@ class Client(ConnectingLink):
             )
             # Connected on, we would throw our successor out with every reconnection, and it us.
             self._close_sockets()
+
+    def _on_full(self, reason: str) -> None:
+        """The server has no room for us: no sign of life, and we go on asking with every heartbeat."""
+        self._is_full, self._trouble = True, f"it takes no further clients: {reason}"
+        self._full_count += 1
+        if worth_a_line(self._full_count):
+            log.warning("%s: %s: %s", self.identity, self._peer(), self._trouble)
 
     def _on_denied(self) -> None:
         """Our key was taken away while we were connected: come back as a stranger, now and then."""

@@ -15,9 +15,10 @@ from atpo_async.errors import BadMessage
 LINK = struct.Struct("<2sBQQQ")
 """A link frame: magic, kind, the client's session, two numbers whose meaning depends on the kind."""
 MAGIC = b"a1"
-SEND, REQUEST, PING, ACK, REFUSE, REPLY, PONG, REPLACED, DENIED, SENDS = range(1, 11)
+SEND, REQUEST, PING, ACK, REFUSE, REPLY, PONG, REPLACED, DENIED, SENDS, FULL = range(1, 12)
 """SENDS is several in a row in one frame, as records (``atpo_async.records``): most of what a small message costs on
-its way is what each frame costs at both ends, whatever is in it."""
+its way is what each frame costs at both ends, whatever is in it.  FULL is a server's that has no room for a further
+client; the reason is in its second frame."""
 MAX_SENDS = 64
 SENDS_BYTES = 1 << 16
 """What a client puts into one SENDS at the most; a message that is larger goes alone, and without a copy."""

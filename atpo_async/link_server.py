@@ -6,9 +6,8 @@ import asyncio
 import inspect
 import logging
 import struct
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
@@ -18,6 +17,7 @@ from atpo_async.errors import BadMessage
 from atpo_async.link_common import (
     ACK,
     DENIED,
+    FULL,
     ID_SEPARATOR,
     LINK,
     MAGIC,
@@ -27,7 +27,6 @@ from atpo_async.link_common import (
     PONG,
     REFUSE,
     REPLACED,
-    REPLY,
     REQUEST,
     SEND,
     SENDS,
@@ -36,6 +35,8 @@ from atpo_async.link_common import (
     encode_within,
     worth_a_line,
 )
+from atpo_async.link_replies import Replies
+from atpo_async.link_sessions import MAX_PEERS, Frames, Session, Working, find_room
 from atpo_async.link_sockets import BURST, BindingLink, Context, Pump
 from atpo_async.messages import Refused
 from atpo_async.records import frames_in
@@ -45,58 +46,16 @@ log = logging.getLogger("atpo.links")
 Handler = Callable[..., Any]
 """``handler(peer, message)``, with ``with_frames`` ``handler(peer, message, frames)``; a coroutine function or not."""
 
-Frames = Sequence[wire.Buffer]
-"""Of one message."""
-
 MAX_SEQ = 2**63 - 1
 """Of a send: no client gets that far, and whatever follows from it still fits into a link frame."""
 RETRY_PAUSES_S = (0.05, 0.5, 2.0)
 """A handler that fails on a send is run again after these; then the message is refused."""
-_MAX_PEERS = 4096
-_MAX_PEERS_OF_A_KEY = 1024
-"""So that one host cannot fill the table for all."""
+_MAX_PING_BYTES = 8 << 12
+"""Of the ids of open requests in a ping."""
+_MAX_RUNNING = 16
+"""Requests of one peer that are worked on at a time; the others wait for their turn."""
 _QUEUED_MESSAGES = 4
 """Times ``max_message_bytes``: what the sends of one peer that wait for the handler may hold."""
-
-
-@dataclass(slots=True, eq=False)
-class _Working:
-    """A handler at work: for the log."""
-
-    what: str
-    since: float
-    reported_s: float = 0.0
-    task: asyncio.Task[None] | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Session:
-    """One life of one client."""
-
-    routing_id: bytes
-    owner: str
-    """The name of its key; empty without keys."""
-    name: str
-    """What handlers and logs call it."""
-    nonce: int
-    heard_at: float
-    # Sends: base <= settled <= handled <= expected.  None until the client has said where it stands.
-    expected: int | None = None
-    handled: int = 0
-    settled: int = 0
-    base: int = 0
-    queue: deque[tuple[Any, Frames]] = field(default_factory=deque)
-    queued_bytes: int = 0
-    begun: Any = None
-    """What the handler's first attempt on the queue's first message came to: an awaitable, or its exception."""
-    refusals: dict[int, str] = field(default_factory=dict)
-    worker: asyncio.Task[None] | None = None
-    working: _Working | None = None
-    due: bool = False
-    # Requests.
-    requests: dict[int, _Working] = field(default_factory=dict)
-    replies: OrderedDict[int, list[wire.Buffer]] = field(default_factory=OrderedDict)
-    reply_bytes: int = 0
 
 
 class Server(BindingLink):
@@ -146,17 +105,31 @@ class Server(BindingLink):
         )
         self._with_frames = with_frames
         self._settled = settled
-        self._unsettled: set[_Session] = set()
+        self._unsettled: set[Session] = set()
         self._settler: asyncio.Task[None] | None = None
-        self._settling: _Working | None = None
+        self._settling: Working | None = None
         self._pump: Pump | None = None
         self._max_ahead = 4 * settings.window
         self._max_queued_bytes = _QUEUED_MESSAGES * settings.max_message_bytes
-        self._sessions: dict[bytes, _Session] = {}
-        self._by_name: dict[str, _Session] = {}
+        self._sessions: dict[bytes, Session] = {}
+        self._by_name: dict[str, Session] = {}
         self._replaced: OrderedDict[tuple[str, int], None] = OrderedDict()
-        self._due: list[_Session] = []
+        self._replies = Replies(settings, send=self._send_tracked, on_room=self._serve_next)
+        self.refused_peers = 0
+        """Clients that the table had no room for, and those that had to make way."""
+        self._due: list[Session] = []
         self._flush_scheduled = False
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """What leaves, for metrics: names without the server's."""
+        return {
+            "unsent_bytes": self._replies.outbox.look(),
+            "most_unsent_bytes": self._replies.outbox.most_unsent_bytes,
+            "kept_reply_bytes": self._replies.kept_bytes,
+            "held_back": self._replies.held_back,
+            "refused_peers": self.refused_peers,
+        }
 
     @property
     def peers(self) -> dict[str, PeerInfo]:
@@ -190,9 +163,10 @@ class Server(BindingLink):
             "settling_s": None if settling is None else now - settling.since,
             "bad": self.bad_messages,
             "refused_connections": dict(self._refusals.counts),
+            **self.counters,
         }
 
-    def _peer_status(self, session: _Session, now: float) -> dict[str, Any]:
+    def _peer_status(self, session: Session, now: float) -> dict[str, Any]:
         working = session.working
         return {
             "peer": session.name,
@@ -201,6 +175,7 @@ class Server(BindingLink):
             "queued_bytes": session.queued_bytes,
             "unsettled": session.handled - session.settled,
             "handled": session.handled,
+            "unsent_bytes": self._replies.outbox.unsent(session.routing_id),
             "handling": None if working is None else {"what": working.what, "since_s": now - working.since},
             "requests": [{"what": w.what, "since_s": now - w.since} for w in list(session.requests.values())],
         }
@@ -222,6 +197,7 @@ class Server(BindingLink):
 
     def _close_sockets(self) -> None:
         super()._close_sockets()
+        self._replies.close()
         if self._pump is not None:
             self._pump.close()
 
@@ -236,7 +212,7 @@ class Server(BindingLink):
 
     # --- what comes in
 
-    def _answer(self, session: _Session, kind: int, a: int, b: int, *frames: wire.Buffer) -> bool:
+    def _answer(self, session: Session, kind: int, a: int, b: int, *frames: wire.Buffer) -> bool:
         """False if the peer is gone, or does not read: it will ask again."""
         if self._pump is None or self._pump.closed:
             return False
@@ -285,10 +261,10 @@ class Server(BindingLink):
 
     # --- who is who
 
-    def _session_of(self, routing_id: bytes, owner: str, nonce: int) -> _Session | None:
+    def _session_of(self, routing_id: bytes, owner: str, nonce: int) -> Session | None:
         """A new session for this life of a client, in place of its last one; None if it may have none."""
         name = _name(owner, routing_id)
-        session = _Session(routing_id, owner, name, nonce, self._now())
+        session = Session(routing_id, owner, name, nonce, self._now())
         if (owner, nonce) in self._replaced:
             # Its successor is there already: two live clients of one name would throw each other out for ever.
             self._answer(session, REPLACED, 0, 0)
@@ -299,25 +275,40 @@ class Server(BindingLink):
             return None
         old = self._by_name.get(name)
         if old is None:
-            same = sum(other.owner == owner for other in self._sessions.values()) if owner else 0
-            if len(self._sessions) >= _MAX_PEERS or same >= _MAX_PEERS_OF_A_KEY:
-                self._bad(name, f"more than {_MAX_PEERS} peers, or {_MAX_PEERS_OF_A_KEY} of one key")
+            if not self._make_room(session):
                 return None
         else:
             # What it sent and we took is still handled; its replies have nobody to go to.
             self._forget(old)
             self._replaced[old.owner, old.nonce] = None
-            if len(self._replaced) > _MAX_PEERS:
+            if len(self._replaced) > MAX_PEERS:
                 self._replaced.popitem(last=False)
             if old.routing_id != routing_id:
                 self._answer(old, REPLACED, 0, 0)
         self._sessions[routing_id] = self._by_name[name] = session
         return session
 
-    def _forget(self, session: _Session) -> None:
+    def _make_room(self, newcomer: Session) -> bool:
+        """Whether there is room for one more client, perhaps because another made way; who is refused hears why."""
+        victim, full = find_room(self._sessions.values(), newcomer.owner, newcomer.heard_at, self.settings.heartbeat_s)
+        if victim is None and not full:
+            return True
+        self.refused_peers += 1
+        if worth_a_line(self.refused_peers):
+            what = f"refuses {newcomer.name}: {full}" if victim is None else f"drops {victim.name} for {newcomer.name}"
+            log.warning("%s %s (%d refused or dropped by now)", self.name, what, self.refused_peers)
+        gone = newcomer if victim is None else victim
+        self._answer(gone, FULL, 0, 0, (full or "the table of peers is full, and nothing of use came").encode())
+        if victim is not None:
+            self._forget(victim)
+        return victim is not None
+
+    def _forget(self, session: Session) -> None:
         for working in session.requests.values():
             if working.task is not None:
                 working.task.cancel()
+        session.waiting.clear()
+        self._replies.forget(session)
         if self._sessions.get(session.routing_id) is session:
             del self._sessions[session.routing_id]
         if self._by_name.get(session.name) is session:
@@ -333,7 +324,7 @@ class Server(BindingLink):
 
     # --- sends
 
-    def _place(self, session: _Session, base: int) -> bool:
+    def _place(self, session: Session, base: int) -> bool:
         """Take note of what the client knows to be handled.  False if that cannot be."""
         if base > MAX_SEQ:
             return False
@@ -347,7 +338,7 @@ class Server(BindingLink):
                 session.refusals = {s: r for s, r in session.refusals.items() if s >= base}
         return True
 
-    def _on_sends(self, session: _Session, seq: int, base: int, frames: Frames) -> int:
+    def _on_sends(self, session: Session, seq: int, base: int, frames: Frames) -> int:
         try:
             if len(frames) != 1:
                 raise BadMessage(f"sends in {len(frames)} frames; expected 1")
@@ -359,7 +350,7 @@ class Server(BindingLink):
         self._on_send(session, seq, base, found)
         return len(found)
 
-    def _on_send(self, session: _Session, seq: int, base: int, messages: Sequence[Frames]) -> None:
+    def _on_send(self, session: Session, seq: int, base: int, messages: Sequence[Frames]) -> None:
         """One send or several in a row, each given as its frames."""
         if base > seq or not self._place(session, base):
             self._bad(session.name, f"send {seq} with base {base}, {session.settled} acknowledged")
@@ -390,12 +381,12 @@ class Server(BindingLink):
             if session.worker is None:
                 session.worker = self._spawn(self._work(session), f"{self.name} sends of {session.name}")
 
-    def _call(self, session: _Session, message: Any, frames: Frames) -> Any:
+    def _call(self, session: Session, message: Any, frames: Frames) -> Any:
         if self._with_frames:
             return self._handler(session.name, message, frames)
         return self._handler(session.name, message)
 
-    def _handled_at_once(self, session: _Session, item: Any, frames: Frames) -> bool:
+    def _handled_at_once(self, session: Session, item: Any, frames: Frames) -> bool:
         """Handle a send to which nothing has to wait; False if it does, or if the handler failed."""
         if isinstance(item, BadMessage):
             self._handled(session, str(item))
@@ -416,7 +407,7 @@ class Server(BindingLink):
         self._handled(session, None)
         return True
 
-    async def _work(self, session: _Session) -> None:
+    async def _work(self, session: Session) -> None:
         """Handle the sends of one client in order until there are none.  Waits for: the handler."""
         try:
             burst = 0
@@ -434,9 +425,9 @@ class Server(BindingLink):
         finally:
             session.worker = None
 
-    async def _handle(self, session: _Session, message: Any, frames: Frames) -> str | None:
+    async def _handle(self, session: Session, message: Any, frames: Frames) -> str | None:
         """Why the message is refused, or None."""
-        working = session.working = _Working(type(message).__name__, self._now())
+        working = session.working = Working(type(message).__name__, self._now())
         try:
             for pause_s in (*RETRY_PAUSES_S, None):
                 begun, session.begun = session.begun, None
@@ -460,14 +451,16 @@ class Server(BindingLink):
 
     # --- acknowledgements
 
-    def _handled(self, session: _Session, reason: str | None) -> None:
+    def _handled(self, session: Session, reason: str | None) -> None:
         if reason is not None:
             session.refusals[session.handled] = reason[:MAX_REASON]
+        else:
+            session.useful = True
         session.handled += 1
         if not session.due:
             self._answer_soon(session)
 
-    def _answer_soon(self, session: _Session) -> None:
+    def _answer_soon(self, session: Session) -> None:
         """One acknowledgement for all that is handled in this turn of the loop."""
         if session.due:
             return
@@ -508,7 +501,7 @@ class Server(BindingLink):
                 self._unsettled.clear()
                 if self._settling is None:
                     # Goes on counting over failures: nothing was acknowledged since.
-                    self._settling = _Working(f"settling sends of {len(marks)} peers", self._now())
+                    self._settling = Working(f"settling sends of {len(marks)} peers", self._now())
                 try:
                     await settled()
                 except Exception:
@@ -534,47 +527,66 @@ class Server(BindingLink):
             self._settling = None
             self._settler = None
 
-    def _ack(self, session: _Session) -> None:
+    def _ack(self, session: Session) -> None:
         # Refusals go first and again until the client moves past them: it must not take a refusal for an ack.
         for seq, reason in session.refusals.items():
             if seq < session.settled and not self._answer(session, REFUSE, seq, 0, reason.encode(errors="replace")):
                 return
         self._answer(session, ACK, session.settled, 0)
 
-    def _on_ping(self, session: _Session, cursor: int, base: int, ids: wire.Buffer) -> None:
-        if cursor < base or len(ids) % 8 or not self._place(session, base):
+    def _on_ping(self, session: Session, cursor: int, base: int, ids: wire.Buffer) -> None:
+        # No client has more requests open than its window; the answer to what claims so would be as long.
+        if cursor < base or len(ids) % 8 or len(ids) > _MAX_PING_BYTES or not self._place(session, base):
             self._bad(session.name, f"ping with base {base}, cursor {cursor}, {session.settled} acknowledged")
             return
         self._ack(session)
-        again = [i for (i,) in struct.iter_unpack("<Q", ids) if i not in session.requests]
+        under_way = session.requests.keys() | set(session.held)
+        again = [i for (i,) in struct.iter_unpack("<Q", ids) if i not in under_way]
         self._answer(session, PONG, cursor, session.expected or 0, struct.pack(f"<{len(again)}Q", *again))
 
     # --- requests
 
-    def _on_request(self, session: _Session, request_id: int, floor: int, frames: list[wire.Buffer]) -> None:
-        # The client has the replies below floor.
-        while session.replies and next(iter(session.replies)) < floor:
-            session.reply_bytes -= sum(map(len, session.replies.popitem(last=False)[1]))
-        if request_id in session.requests:
+    def _on_request(self, session: Session, request_id: int, floor: int, frames: list[wire.Buffer]) -> None:
+        self._replies.drop_below(session, floor)
+        if request_id in session.requests or request_id in session.held:
             return
-        if (reply := session.replies.get(request_id)) is not None:
-            self._answer(session, REPLY, request_id, 0, *reply)
+        if request_id in session.replies:
+            self._replies.hand_over(session, request_id)
             return
-        if len(session.requests) >= self.settings.window:
+        if len(session.requests) >= self.settings.window or session.waiting_bytes > self._max_queued_bytes:
             # Clients of our settings never come here; the others ask again after their next heartbeat.
             return
         try:
             message = wire.decode(frames, self._receives, limits=self._limits)
         except BadMessage as exc:
             self._bad(session.name, exc)
-            self._reply(session, request_id, Refused(reason=str(exc)[:MAX_REASON]))
+            self._replies.add(session, request_id, self._refusal(str(exc)))
             return
-        working = session.requests[request_id] = _Working(type(message).__name__, self._now())
-        working.task = self._spawn(
-            self._serve(session, request_id, message, frames), f"{self.name} {working.what} of {session.name}"
-        )
+        session.requests[request_id] = Working(type(message).__name__, self._now())
+        session.waiting.append((request_id, message, frames))
+        session.waiting_bytes += sum(map(len, frames))
+        self._serve_next(session)
 
-    async def _serve(self, session: _Session, request_id: int, message: Any, frames: list[wire.Buffer]) -> None:
+    def _serve_next(self, session: Session) -> None:
+        """Begin with the requests whose replies there will be room for.
+
+        No request is worked on for somebody who does not take the replies: what is not made needs no memory.
+        """
+        while session.waiting and self._may_serve(session):
+            request_id, message, frames = session.waiting.popleft()
+            session.waiting_bytes -= sum(map(len, frames))
+            working = session.requests[request_id]
+            working.task = self._spawn(
+                self._serve(session, request_id, message, frames), f"{self.name} {working.what} of {session.name}"
+            )
+        if session.waiting:
+            self._replies.call_again(session)
+
+    def _may_serve(self, session: Session) -> bool:
+        running = len(session.requests) - len(session.waiting)
+        return running < _MAX_RUNNING and self._replies.fits(session, running)
+
+    async def _serve(self, session: Session, request_id: int, message: Any, frames: Frames) -> None:
         """Answer one request.  Waits for: the handler, at most ``give_up_s``."""
         what = type(message).__name__
         try:
@@ -584,24 +596,24 @@ class Server(BindingLink):
                     reply = await reply
             if reply is None:
                 reply = Refused(reason=f"{self.name} has no answer to {what}")
-            self._reply(session, request_id, reply)
+            answer = encode_within(reply, self._limits)
+            session.useful = session.useful or not isinstance(reply, Refused)
         except BadMessage as exc:
-            self._reply(session, request_id, Refused(reason=str(exc)[:MAX_REASON]))
+            answer = self._refusal(str(exc))
         except Exception as exc:
             log.exception("%s failed on %s from %s", self.name, what, session.name)
-            self._reply(session, request_id, Refused(reason=f"{self.name} failed on {what}: {_told(exc)}"[:MAX_REASON]))
+            answer = self._refusal(f"{self.name} failed on {what}: {_told(exc)}")
         finally:
+            # Cancelled, too: the session is forgotten, and has neither replies nor requests left.
             session.requests.pop(request_id, None)
+        self._replies.add(session, request_id, answer)
+        self._serve_next(session)
 
-    def _reply(self, session: _Session, request_id: int, message: Any) -> None:
-        frames = encode_within(message, self._limits)
-        session.replies[request_id] = frames
-        session.reply_bytes += sum(map(len, frames))
-        while len(session.replies) > self.settings.window or (
-            len(session.replies) > 1 and session.reply_bytes > self.settings.max_message_bytes
-        ):
-            session.reply_bytes -= sum(map(len, session.replies.popitem(last=False)[1]))
-        self._answer(session, REPLY, request_id, 0, *frames)
+    def _refusal(self, reason: str) -> list[wire.Buffer]:
+        return encode_within(Refused(reason=reason[:MAX_REASON]), self._limits)
+
+    def _send_tracked(self, frames: Sequence[wire.Buffer]) -> Sequence[zmq.MessageTracker] | None:
+        return None if self._pump is None or self._pump.closed else self._pump.send_tracked(frames)
 
     # --- the clock
 
@@ -617,8 +629,7 @@ class Server(BindingLink):
                 self._shut_out(set(self._keys.names.values()))
             self._report(now)
             for session in list(self._sessions.values()):
-                idle = session.worker is None and session.settled == session.handled and not session.requests
-                if idle and now - session.heard_at > self.settings.give_up_s:
+                if session.idle and now - session.heard_at > self.settings.give_up_s:
                     log.info("%s forgets %s, silent for %.0f s", self.name, session.name, now - session.heard_at)
                     self._forget(session)
 

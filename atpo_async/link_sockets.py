@@ -28,6 +28,8 @@ Context = zmq.Context[Socket]
 _NOBLOCK = int(zmq.NOBLOCK)
 _NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _ZERO_COPY_BYTES = 1 << 16
+_TRACKED_BYTES = 1 << 12
+"""Frames of replies that are smaller are not counted: their number is bounded."""
 
 BURST = 8
 """Messages taken from a socket, or handled, before others on the loop get their turn (what travelled together is not
@@ -133,6 +135,29 @@ class Pump:
         if not self._scheduled:
             self.look_again()
         return True
+
+    def send_tracked(self, frames: Sequence[wire.Buffer]) -> list[zmq.MessageTracker] | None:
+        """``send``, and who tells when libzmq has let go of each frame of some size; None where it was not taken."""
+        trackers = []
+        try:
+            for i, frame in enumerate(frames):
+                flags = _NOBLOCK if i == len(frames) - 1 else _NOBLOCK_MORE
+                if len(frame) < _TRACKED_BYTES:
+                    self._socket.send(frame, flags, True)
+                    continue
+                tracker = self._socket.send(
+                    zmq.Frame(frame, track=True, copy=False, copy_threshold=0), flags, False, True
+                )
+                assert isinstance(tracker, zmq.MessageTracker)
+                trackers.append(tracker)
+        except zmq.Again:
+            return None
+        except zmq.ZMQError as exc:
+            if exc.errno == zmq.EHOSTUNREACH:
+                return None
+            raise
+        self.look_again()
+        return trackers
 
     def look_again(self) -> None:
         if not self._scheduled:

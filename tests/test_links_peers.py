@@ -1,0 +1,288 @@
+"""What one peer can cost a server: bytes that it does not read, names that it makes up."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+import zmq.asyncio
+
+from atpo_async import link_sessions, wire
+from atpo_async import messages as m
+from atpo_async.errors import PeerLost
+from atpo_async.link_common import LINK, PING, REPLY, REQUEST
+from atpo_async.link_outbox import ALL_PEERS, Outbox
+from atpo_async.link_sessions import Session, find_room
+from atpo_async.links import Client, Server
+from tests.links_support import (
+    ANY_PORT,
+    FAST,
+    LEASE_REQUEST,
+    PATIENCE_S,
+    Buffer,
+    client,
+    closed,
+    link_frame,
+    raw_dealer,
+    server,
+    until,
+)
+
+# --- bytes on their way -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tracker:
+    done: bool = False
+
+
+def test_one_peer_has_no_more_on_its_way_than_its_bound_but_for_a_single_message() -> None:
+    outbox = Outbox(100)
+    assert outbox.has_room(b"a", 250)
+    first = Tracker()
+    outbox.add(b"a", [first], 250)
+    assert not outbox.has_room(b"a", 1)
+    assert outbox.has_room(b"b", 60)
+    outbox.add(b"b", [Tracker()], 60)
+    assert outbox.has_room(b"b", 40)
+    assert not outbox.has_room(b"b", 41)
+    first.done = True
+    assert outbox.has_room(b"a", 100)
+    assert (outbox.unsent(b"a"), outbox.unsent(b"b"), outbox.unsent_bytes, outbox.most_unsent_bytes) == (0, 60, 60, 310)
+
+
+def test_all_peers_together_are_bounded_and_who_has_nothing_on_its_way_is_the_last_to_wait() -> None:
+    outbox = Outbox(100)
+    trackers = [Tracker() for _ in range(2 * ALL_PEERS)]
+    for i in range(ALL_PEERS):
+        outbox.add(b"%d" % i, [trackers[i]], 90)
+    assert outbox.has_room(b"0", 10)
+    outbox.add(b"more", [trackers[ALL_PEERS]], 40)
+    assert outbox.unsent_bytes == ALL_PEERS * 100
+    assert not outbox.has_room(b"1", 5)
+    for i in range(ALL_PEERS + 1, 2 * ALL_PEERS):
+        assert outbox.has_room(b"%d" % i, 100)
+        outbox.add(b"%d" % i, [trackers[i]], 100)
+    assert outbox.has_room(b"new", 100)
+    assert not outbox.has_room(b"new", 101)
+    for tracker in trackers:
+        tracker.done = True
+    assert outbox.has_room(b"1", 100)
+    assert outbox.look() == 0
+
+
+def test_what_is_sent_is_counted_off_in_the_order_in_which_it_left() -> None:
+    outbox = Outbox(100)
+    first, second = Tracker(), Tracker()
+    outbox.add(b"a", [first, second], 30)
+    outbox.add(b"a", [Tracker(done=True)], 20)
+    first.done = True
+    assert outbox.unsent(b"a") == 50
+    second.done = True
+    assert outbox.look() == 0
+
+
+CHUNK = m.ChunkRequest(run="r", version=0, index=0)
+
+
+class Weights:
+    """Answers with a chunk, and counts how often it was asked."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.asked = 0
+        self._chunk = m.Chunk(version=0, index=0, data=np.zeros(nbytes, np.uint8))
+
+    async def __call__(self, peer: str, message: Any) -> Any:
+        self.asked += 1
+        return self._chunk
+
+
+def weights_server(handler: Any, **changes: Any) -> Server:
+    settings = replace(FAST, heartbeat_s=60.0, **changes)
+    return Server(ANY_PORT, name="learner", receives=m.ActorToLearner, handler=handler, settings=settings)
+
+
+def actor(endpoint: str, name: str = "good", **changes: Any) -> Client:
+    settings = replace(FAST, heartbeat_s=60.0, **changes)
+    return Client(endpoint, peer="learner", identity=name, receives=m.LearnerToActor, settings=settings)
+
+
+async def test_peers_that_ask_for_chunks_and_never_read_cost_a_bounded_number_of_bytes() -> None:
+    """Each asks for 900 MB, under a new name for its life with every request."""
+    weights = Weights(900_000)
+    async with weights_server(weights, window=64) as s, AsyncExitStack() as stack:
+        strangers = [await stack.enter_async_context(raw_dealer(s.endpoint, b"s%d" % i, rcvhwm=1)) for i in range(3)]
+        frames = wire.encode(CHUNK)
+        for number in range(1000):
+            for stranger in strangers:
+                await stranger.send_multipart([link_frame(REQUEST, session=number // 10, a=number), *frames])
+        c = await stack.enter_async_context(actor(s.endpoint))
+        for _ in range(20):
+            reply = await c.request(CHUNK, timeout_s=PATIENCE_S)
+            assert reply.data.nbytes == 900_000
+        limit = s.settings.max_message_bytes
+        counters = s.counters
+        assert counters["most_unsent_bytes"] <= 2 * ALL_PEERS * limit
+        assert all(peer["unsent_bytes"] <= limit for peer in s.link_status()["peers"])
+        assert counters["kept_reply_bytes"] <= ALL_PEERS * limit
+        # What would only have waited was never made.
+        assert weights.asked < 400
+
+
+async def test_who_reads_late_gets_all_its_replies_without_asking_again() -> None:
+    weights = Weights(200_000)
+    async with weights_server(weights, window=64) as s, raw_dealer(s.endpoint, rcvhwm=1) as stranger:
+        for number in range(60):
+            await stranger.send_multipart([link_frame(REQUEST, a=number), *wire.encode(CHUNK)])
+        await until(lambda: s.peers.get("stranger") is not None and s.counters["unsent_bytes"] > 0)
+        found = []
+        while len(found) < 60:
+            reply = await asyncio.wait_for(stranger.recv_multipart(), PATIENCE_S)
+            _, kind, _, number, _ = LINK.unpack(reply[0])
+            assert kind == REPLY
+            found.append(number)
+        assert found == list(range(60))
+        await until(lambda: s.counters["unsent_bytes"] == 0)
+    assert weights.asked == 60
+
+
+async def test_an_honest_actor_with_chunks_in_flight_is_served_beside_one_that_never_reads() -> None:
+    weights = Weights(200_000)
+    async with (
+        weights_server(weights, window=64) as s,
+        raw_dealer(s.endpoint, rcvhwm=1) as stranger,
+        actor(s.endpoint) as c,
+    ):
+        for number in range(64):
+            await stranger.send_multipart([link_frame(REQUEST, a=number), *wire.encode(CHUNK)])
+        for _ in range(25):
+            replies = await asyncio.gather(*(c.request(CHUNK, timeout_s=PATIENCE_S) for _ in range(4)))
+            assert [reply.data.nbytes for reply in replies] == [200_000] * 4
+        held = {p["peer"]: len(p["requests"]) for p in s.link_status()["peers"]}
+        assert held["good"] == 0
+
+
+async def test_replies_that_had_to_wait_are_counted() -> None:
+    release = asyncio.Event()
+
+    async def handler(peer: str, message: Any) -> Any:
+        await release.wait()
+        return m.Chunk(version=0, index=0, data=np.zeros(900_000, np.uint8))
+
+    async with weights_server(handler, window=64) as s, raw_dealer(s.endpoint, rcvhwm=1) as stranger:
+        for number in range(16):  # all at once, before it is known how large a reply is
+            await stranger.send_multipart([link_frame(REQUEST, a=number), *wire.encode(CHUNK)])
+        await until(lambda: s.peers.get("stranger") is not None and s.peers["stranger"].requests == 16)
+        release.set()
+        await until(lambda: s.counters["held_back"] > 0)
+        assert s.counters["most_unsent_bytes"] <= s.settings.max_message_bytes
+
+
+async def test_a_ping_that_claims_more_open_requests_than_there_can_be_is_not_answered_at_length() -> None:
+    async with server(Buffer()) as s, raw_dealer(s.endpoint) as stranger:
+        await stranger.send_multipart([link_frame(PING), bytes(8 << 15)])
+        await until(lambda: s.bad_messages == 1)
+
+
+async def test_a_connection_that_leads_to_itself_is_no_server_and_is_made_anew(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """TCP connects a port to itself where both are the same and nobody listens."""
+    context = zmq.asyncio.Context()
+    try:
+        mirror = context.socket(zmq.DEALER)
+        mirror.bind("tcp://127.0.0.1:0")
+        async with client(mirror.get_string(zmq.LAST_ENDPOINT), replace(FAST, heartbeat_s=0.02)) as c:
+            await c.send(closed(1))
+            while c.stats.resent < 2:
+                await mirror.send_multipart(await asyncio.wait_for(mirror.recv_multipart(), PATIENCE_S))
+            assert c.stats.acked == 0
+        assert "that is no server's; dropped" in caplog.text
+    finally:
+        context.destroy(linger=0)
+
+
+# --- names ------------------------------------------------------------------------------------------------------
+
+
+def session(number: int, *, owner: str = "", silent_s: float = 0.0, useful: bool = False) -> Session:
+    name = f"{owner}/{number}" if owner else str(number)
+    return Session(b"%d" % number, owner, name, number, 100.0 - silent_s, useful=useful)
+
+
+@pytest.fixture
+def small_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_sessions, "MAX_PEERS", 4)
+    monkeypatch.setattr(link_sessions, "MAX_PEERS_OF_A_KEY", 2)
+
+
+@pytest.mark.usefixtures("small_table")
+def test_who_never_sent_anything_of_use_makes_way_first_then_who_is_gone_the_longest() -> None:
+    alive = [session(i, useful=True) for i in range(3)]
+
+    def victim(*others: Session, owner: str = "") -> tuple[str | None, str]:
+        found, full = find_room([*alive, *others], owner, 100.0, heartbeat_s=2.0)
+        return (None if found is None else found.name), full
+
+    assert victim() == (None, "")
+    assert victim(session(8), session(9)) == ("8", "")
+    assert victim(session(8, useful=True, silent_s=9.0)) == (None, "the table of peers is full: 4, all of them alive")
+    assert victim(session(8, useful=True, silent_s=11.0), session(9, useful=True, silent_s=30.0)) == ("9", "")
+    busy = session(8, silent_s=30.0)
+    busy.handled = 1  # and not settled
+    assert victim(busy)[0] is None
+
+
+@pytest.mark.usefixtures("small_table")
+def test_with_keys_a_key_makes_way_for_itself_alone() -> None:
+    greedy = [session(i, owner="b") for i in range(2)]
+    assert find_room([*greedy, session(7, owner="c")], "b", 100.0, 2.0) == (greedy[0], "")
+    assert find_room([*greedy, session(7, owner="c")], "c", 100.0, 2.0) == (None, "")
+    alive = [session(i, owner="b", useful=True) for i in range(2)]
+    assert find_room(alive, "b", 100.0, 2.0) == (
+        None,
+        "the table of peers is full: 2 of the key 'b', all of them alive",
+    )
+
+
+@pytest.mark.usefixtures("small_table")
+async def test_invented_names_do_not_keep_a_newcomer_out() -> None:
+    buffer = Buffer()
+    async with server(buffer) as s, AsyncExitStack() as stack:
+        for i in range(4):
+            stranger = await stack.enter_async_context(raw_dealer(s.endpoint, b"name-%d" % i))
+            await stranger.send_multipart([link_frame(PING), b""])
+        await until(lambda: len(s.peers) == 4)
+        async with client(s.endpoint) as c:
+            assert isinstance(await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S), m.Leases)
+            assert "actor-0" in s.peers
+        assert len(s.peers) == 4
+        assert s.counters["refused_peers"] == 1
+
+
+@pytest.mark.usefixtures("small_table")
+async def test_who_is_refused_hears_why_and_is_let_in_when_there_is_room(caplog: pytest.LogCaptureFixture) -> None:
+    buffer = Buffer()
+    async with server(buffer) as s, AsyncExitStack() as stack:
+        others = [await stack.enter_async_context(client(s.endpoint, identity=f"other-{i}")) for i in range(4)]
+        for other in others:
+            await other.request(LEASE_REQUEST, timeout_s=PATIENCE_S)
+        async with client(s.endpoint, identity="late") as late:
+            await late.send(closed(1))
+            waiting = asyncio.create_task(late.request(LEASE_REQUEST, timeout_s=PATIENCE_S))
+            await until(lambda: "full" in late.trouble)
+            with pytest.raises(PeerLost, match=r"it takes no further clients: the table of peers is full: 4, all of"):
+                await late.request(LEASE_REQUEST, timeout_s=0.0)
+            assert "late" not in s.peers
+            await others[0].close()
+            assert isinstance(await waiting, m.Leases)
+            await late.drain(timeout_s=PATIENCE_S)
+            assert late.trouble == ""
+            assert {"late", "other-1", "other-2", "other-3"} == set(s.peers)
+    assert buffer.got == [1]
+    assert "buffer refuses late: the table of peers is full: 4" in caplog.text
