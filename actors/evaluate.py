@@ -20,6 +20,7 @@ from atpo_async.errors import AtpoError, ConfigError, EnvironmentBroken
 from atpo_async.messages import Lease, TreeClosed, TreeOpened
 from atpo_async.models import model_folder
 from atpo_async.records import TurnRecords
+from atpo_async.temporary import make_temporary_folder_fit
 from atpo_async.tree import Turn, TurnTree
 
 
@@ -111,6 +112,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args(argv)
     try:
+        make_temporary_folder_fit(lambda line: print(f"note: {line}", file=sys.stderr, flush=True))
         config = load(args.config)
         num_tasks = config.eval.num_tasks if args.num_tasks is None else args.num_tasks
         if num_tasks < 1:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from actors.engine import WeightsFile
 from atpo_async.config import WeightsConfig
-from atpo_async.errors import AtpoError, PeerLost, ProbeMismatch, WeightsRejected
+from atpo_async.errors import AtpoError, PeerLost, ProbeMismatch, SetupError, WeightsRejected
 from atpo_async.links import Client, Listener
 from atpo_async.messages import (
     AnnouncementRequest,
@@ -88,17 +88,23 @@ def scratch_for(run: str, shm_path: str | None, *, on_disk: bool = False) -> Scr
         run: identity of the run.
         shm_path: the learner's file, where this host can see it.
         on_disk: in the folder for temporary files instead.
+
+    Raises SetupError where no folder can be written.
     """
     beside = Path(shm_path).parent.parent if shm_path else None
     prefix = f"{weights_folder(run).name}."
-    for parent in () if on_disk else (beside, SHARED_MEMORY):
-        if parent is not None and parent.is_dir() and os.access(parent, os.W_OK):
-            break
-    else:
-        parent = Path(tempfile.gettempdir())
-    if swept := [*sweep(parent, prefix), *sweep_dead()]:
-        log.info("removed what killed processes left: %s", ", ".join(map(str, swept)))
-    return Scratch(parent, prefix)
+    places = [] if on_disk else [beside, SHARED_MEMORY]
+    problems = []
+    for parent in [place for place in places if place is not None] + [Path(tempfile.gettempdir())]:
+        if not parent.is_dir():
+            continue
+        if swept := [*sweep(parent, prefix), *sweep_dead()]:
+            log.info("removed what killed processes left: %s", ", ".join(map(str, swept)))
+        try:
+            return Scratch(parent, prefix)
+        except OSError as exc:  # not ours to write, or full
+            problems.append(f"{parent}: {exc.strerror or exc}")
+    raise SetupError(f"no folder for the weights that are fetched can be made ({'; '.join(problems)}); set TMPDIR")
 
 
 def sha256_of(path: Path) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from atpo_async import launch
 from atpo_async.errors import AtpoError, ConfigError, RoleCrashed, SetupError
+from atpo_async.temporary import make_temporary_folder_fit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,6 +87,8 @@ def _dispatch(words: list[str], *, debug: bool) -> int:
         raise ConfigError(f"--{next(iter(texts))}: `atpo {args.command}` takes no options of the configuration")
     args.debug = debug
     args.words = words
+    if args.command not in ("version", "report", "keys", "status", "config"):
+        make_temporary_folder_fit(lambda line: print(f"note: {line}", file=sys.stderr, flush=True))
     result = globals()[f"command_{args.command}"](args, texts)
     assert isinstance(result, int)
     return result

@@ -38,6 +38,7 @@ from atpo_async.errors import (
 from atpo_async.loading import Loads
 from atpo_async.processes import die_with_parent
 from atpo_async.rundir import RunDir, joining, write_atomic
+from atpo_async.temporary import make_temporary_folder_fit
 
 EXIT_DONE, EXIT_CRASH, EXIT_USER, EXIT_FAILURE = 0, 1, 2, 3
 
@@ -116,6 +117,7 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
     code = EXIT_CRASH
     supervised = SUPERVISOR_PID in os.environ
     try:
+        make_temporary_folder_fit(lambda line: print(f"note: {line}", file=sys.stderr, flush=True))
         context = _context(name, list(argv))
         folder = None if context.rundir is None else context.rundir.path / status.FOLDER
         if folder is not None:

@@ -213,9 +213,15 @@ class RunDir:
 
     @property
     def scratch(self) -> Path:
-        """For files that mean nothing once the run stands still; made when first asked for."""
+        """For files that mean nothing once the run stands still; made when first asked for.
+
+        Raises SetupError where it cannot be made.
+        """
         folder = self.path / "scratch"
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as exc:
+            raise SetupError(f"{folder} cannot be made: {exc.strerror or exc}; the run needs its folder") from exc
         return folder
 
     def log_path(self, role: str, attempt: int) -> Path:

@@ -56,7 +56,7 @@ from atpo_async.messages import (
     VersionPublished,
     Welcome,
 )
-from atpo_async.metrics import MetricsWriter, read_metrics
+from atpo_async.metrics import read_metrics
 from atpo_async.records import TurnRecords
 from atpo_async.role import RoleContext
 from atpo_async.rundir import RunDir
@@ -66,6 +66,7 @@ from buffer.batches import Share
 from buffer.index import StoredTurns, places_of
 from buffer.journal import Journal
 from buffer.keeping import Keeping
+from buffer.metrics_file import MetricsFile, may_be_called
 from buffer.owed import Owed
 from buffer.state import RETRY_S, BufferState
 
@@ -154,9 +155,9 @@ class BufferService:
         self.state.rng = np.random.default_rng([config.run.seed, self.state.incarnation])
         self.journal.collect = lambda: keeping.collect(self.journal.put)
         self._keeping = keeping
-        self.state.gauges = self.journal.gauges
+        self.state.gauges = self._gauges
         self._changed = asyncio.Event()
-        self._writers: dict[str, MetricsWriter] = {}
+        self._metrics = MetricsFile(None if rundir is None else rundir.metrics_path)
         self._farewells: set[str] = set()
         self._owed_leases: dict[str, Owed[Leases]] = {}
         """Actor -> what was granted to it and is not committed yet."""
@@ -218,8 +219,7 @@ class BufferService:
         if self._owed_batch is not None:
             self._owed_batch.drop()
         await self._opened.aclose()
-        for writer in self._writers.values():
-            writer.close()
+        self._metrics.close()
 
     async def serve(self) -> None:
         """Waits for: the run's end.  Unblocked by: ``RunFinished``, once the actors know of it, or ``stopping``.
@@ -240,6 +240,12 @@ class BufferService:
             if self.journal.broken.done():
                 self.journal.broken.result()
         log.info("buffer ends: %s", "the run is over" if self.state.finished else "asked to stop")
+
+    def _gauges(self) -> dict[str, float]:
+        """What the parts around the state count, for the metrics of a batch."""
+        actors, learner = self.actors.counters, self.learner.counters
+        sent = {f"buffer/{name}": actors[name] + learner[name] for name in actors}
+        return {**self.journal.gauges(), **sent, "buffer/refused_metrics": float(self._metrics.num_refused)}
 
     def facts(self) -> dict[str, object]:
         """For the buffer's picture."""
@@ -356,6 +362,8 @@ class BufferService:
             return Refused(reason=f"actor {hello.actor} speaks protocol {hello.protocol}, this buffer {PROTOCOL}")
         if hello.run not in ("", self._run):
             return Refused(reason=f"actor {hello.actor} belongs to run {hello.run!r}, this buffer to {self._run!r}")
+        if not may_be_called(peer):
+            return Refused(reason=f"{peer!r} is another role's name; give this actor one of its own (--name)")
         mine = self._config.environment.name, self._config.search.max_leaves
         if (hello.environment, hello.search_leaves) != mine:
             return Refused(
@@ -428,10 +436,10 @@ class BufferService:
         if not self._leased:
             # Before the first of them is out: an empty journal is no new one from here on.
             self._leased = True
-            self._write("buffer", self.state.step, self.state.version, {FIRST_GRANT: time.time()})
+            self._metrics.write(self.state.step, self.state.version, {FIRST_GRANT: time.time()})
         if not self._leased_training and any(lease.kind == "train" for lease in there):
             self._leased_training = True
-            self._write("buffer", self.state.step, self.state.version, {"time/first_lease": time.time()})
+            self._metrics.write(self.state.step, self.state.version, {"time/first_lease": time.time()})
         return await self._with_turns(msgspec.structs.replace(leases, leases=there))
 
     def _let_go(self, peer: str) -> None:
@@ -496,7 +504,7 @@ class BufferService:
                 not_out = [] if owed is None else [lease.tree_id for lease in owed.answer.leases]
                 if self.state.report(peer, [*message.tree_ids, *not_out], now):
                     self._notify()
-                self._write(peer, self.state.step, message.version, message.metrics)
+                self._metrics.report(peer, self.state.step, message.version, message.metrics)
             case LeaseReturned():
                 if self.state.returned(peer, message.tree_ids, message.reason):
                     self._notify()
@@ -633,14 +641,7 @@ class BufferService:
     def _write_records(self) -> None:
         records, self.state.records = self.state.records, []
         for step, version, metrics in records:
-            self._write("buffer", step, version, metrics)
-
-    def _write(self, source: str, step: int, version: int, metrics: dict[str, float]) -> None:
-        if self._rundir is None or not metrics:
-            return
-        if source not in self._writers:
-            self._writers[source] = MetricsWriter(self._rundir.metrics_path, source=source)
-        self._writers[source].write(step=step, version=version, metrics=metrics)
+            self._metrics.write(step, version, metrics)
 
 
 def was_leased(rundir: RunDir) -> bool:

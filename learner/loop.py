@@ -326,6 +326,7 @@ class Learner:
             waited_s=waited_s,
             step_s=learned.step_s,
             publish_s=publish_s,
+            sent=self.publication.counters,
         )
         if self.ranks.is_first and self.evaluations.is_due(self.step):
             await self.evaluations.begin(self.step, self.publication.published)

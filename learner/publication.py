@@ -73,6 +73,13 @@ class Publication:
         )
         return until_written(f"version {version} of the weights", add, log=log, give_up_s=self._give_up_s)
 
+    @property
+    def counters(self) -> dict[str, float]:
+        """Of what leaves for actors; empty on ranks other than 0."""
+        if self._publisher is None:
+            return {}
+        return {f"weights/{name}": value for name, value in self._publisher.counters.items()}
+
     async def announce(self, announcement: WeightsAnnounced | None) -> None:
         """Tell actors and the buffer of what ``store`` has written.  Raises PeerLost as ``BufferPeer.send``."""
         if announcement is None or self._publisher is None:

@@ -334,6 +334,11 @@ class Publisher:
         return self._server.endpoint
 
     @property
+    def counters(self) -> dict[str, float]:
+        """Of what leaves (``Server.counters``)."""
+        return self._server.counters
+
+    @property
     def announce_endpoint(self) -> str:
         return self._announcer.endpoint
 

@@ -78,6 +78,7 @@ class Recording:
         waited_s: float,
         step_s: float,
         publish_s: float | None,
+        sent: Mapping[str, float],
     ) -> None:
         """Write what came of a batch.
 
@@ -86,12 +87,13 @@ class Recording:
             waited_s: for the batch.
             step_s: in the trainer.
             publish_s: until its version was announced; None if it was not due.
+            sent: counters of what leaves for actors.
         """
         now = now_s()
         between_s, self._stepped_at_s = now - self._stepped_at_s, now
         if self._metrics is None:
             return
-        found: dict[str, float] = {**batch.metrics, **report.metrics}
+        found: dict[str, float] = {**batch.metrics, **report.metrics, **sent}
         found["time/learner_wait_s"] = waited_s
         found["time/step_s"] = step_s
         found["time/between_steps_s"] = between_s

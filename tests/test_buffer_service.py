@@ -682,9 +682,9 @@ def test_a_partial_tree_is_served_early_and_returns_with_its_later_leaves() -> N
 async def test_the_metrics_of_an_actor_go_to_the_runs_file_under_its_name(tmp_path: Path) -> None:
     rundir = RunDir.create(configured(run={"dir": tmp_path, "name": "r"}))
     async with running(rundir=rundir) as peers:
-        await peers.send(ActorReport(run="r", actor="a", version=3, tree_ids=(), metrics={"x": 1.5}))
+        await peers.send(ActorReport(run="r", actor="a", version=3, tree_ids=(), metrics={"actor/turns": 1.5}))
     (record,) = [json.loads(line) for line in rundir.metrics_path.read_text().splitlines()]
-    assert (record["source"], record["version"], record["metrics"]) == ("a", 3, {"x": 1.5})
+    assert (record["source"], record["version"], record["metrics"]) == ("a", 3, {"actor/turns": 1.5})
 
 
 async def test_what_was_kept_is_there_after_a_restart_and_leases_go_on_under_their_epoch(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ async def test_who_reads_late_gets_all_its_replies_without_asking_again() -> Non
         for number in range(60):
             await stranger.send_multipart([link_frame(REQUEST, a=number), *wire.encode(CHUNK)])
         await until(lambda: s.peers.get("stranger") is not None and s.counters["unsent_bytes"] > 0)
-        found = []
+        found: list[int] = []
         while len(found) < 60:
             reply = await asyncio.wait_for(stranger.recv_multipart(), PATIENCE_S)
             _, kind, _, number, _ = LINK.unpack(reply[0])

@@ -1,0 +1,88 @@
+"""The buffer's part of a run's metrics: its own records, and those that actors report, each under its own name.
+
+An actor says of itself what it likes.  So a report counts as its sender's, whatever it names, and only with names of
+numbers that actors have: nobody's ``train/success`` but the buffer's own gets into the file.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+
+from atpo_async.link_common import worth_a_line
+from atpo_async.metrics import MetricsWriter
+
+log = logging.getLogger("atpo.buffer")
+
+OWN = "buffer"
+_RESERVED = re.compile(r"buffer|supervisor|learner(-\d+)?")
+"""Sources that are no actors."""
+_NAMESPACES = ("actor/", "actions/", "engine/", "environment/", "weights/", "tokens/generated", "time/actor_")
+"""Of the numbers that an actor measures."""
+_LEARNERS = re.compile(r"weights/(publish_s|unsent_bytes|most_unsent_bytes|kept_reply_bytes|held_back|refused_peers)")
+"""In one of the namespaces, and the learner's."""
+MAX_NAMES = 256
+"""Of a report."""
+_MAX_NAME = 120
+_MAX_WRITERS = 64
+"""Each has the file open."""
+
+
+def may_be_called(name: str) -> bool:
+    """Whether an actor may have a name: those of the other roles would make its numbers pass for theirs."""
+    return _RESERVED.fullmatch(name) is None
+
+
+class MetricsFile:
+    """Writes to ``metrics.jsonl``.
+
+    Args:
+        path: None writes nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.num_refused = 0
+        """Numbers of reports that were not taken."""
+        self._path = path
+        self._writers: OrderedDict[str, MetricsWriter] = OrderedDict()
+
+    def write(self, step: int, version: int, metrics: Mapping[str, float]) -> None:
+        """The buffer's own."""
+        self._write(OWN, step, version, metrics)
+
+    def report(self, peer: str, step: int, version: int, metrics: Mapping[str, float]) -> None:
+        """What the actor ``peer`` has measured, as far as it is an actor's to say; the rest is counted."""
+        taken = {}
+        if may_be_called(peer):
+            taken = {name: value for name, value in list(metrics.items())[:MAX_NAMES] if _is_an_actors(name)}
+        if refused := len(metrics) - len(taken):
+            before, self.num_refused = self.num_refused, self.num_refused + refused
+            if before == 0 or worth_a_line(self.num_refused):
+                example = next(name for name in metrics if name not in taken)
+                log.warning(
+                    "%d numbers reported by %s are not taken (%d by now), as %r: not an actor's to say",
+                    refused, peer, self.num_refused, example[:_MAX_NAME],
+                )  # fmt: skip
+        self._write(peer, step, version, taken)
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
+
+    def _write(self, source: str, step: int, version: int, metrics: Mapping[str, float]) -> None:
+        if self._path is None or not metrics:
+            return
+        writer = self._writers.pop(source, None) or MetricsWriter(self._path, source=source)
+        self._writers[source] = writer
+        if len(self._writers) > _MAX_WRITERS:
+            self._writers.popitem(last=False)[1].close()
+        writer.write(step=step, version=version, metrics=metrics)
+
+
+def _is_an_actors(name: str) -> bool:
+    known = name.startswith(_NAMESPACES) and _LEARNERS.fullmatch(name) is None
+    return known and len(name) <= _MAX_NAME and name.isprintable()
