@@ -89,7 +89,9 @@ def scratch_for(run: str, shm_path: str | None, *, on_disk: bool = False) -> Scr
         shm_path: the learner's file, where this host can see it.
         on_disk: in the folder for temporary files instead.
 
-    Raises SetupError where no folder can be written.
+    Raises:
+        SetupError: no folder is ours to write.
+        OSError: there is no space left.
     """
     beside = Path(shm_path).parent.parent if shm_path else None
     prefix = f"{weights_folder(run).name}."
@@ -102,7 +104,9 @@ def scratch_for(run: str, shm_path: str | None, *, on_disk: bool = False) -> Scr
             log.info("removed what killed processes left: %s", ", ".join(map(str, swept)))
         try:
             return Scratch(parent, prefix)
-        except OSError as exc:  # not ours to write, or full
+        except OSError as exc:
+            if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # there may be room later
             problems.append(f"{parent}: {exc.strerror or exc}")
     raise SetupError(f"no folder for the weights that are fetched can be made ({'; '.join(problems)}); set TMPDIR")
 
