@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
-from atpo_async.link_common import worth_a_line
 from atpo_async.metrics import MetricsWriter
 
 log = logging.getLogger("atpo.buffer")
@@ -46,6 +45,7 @@ class MetricsFile:
     def __init__(self, path: Path | None) -> None:
         self.num_refused = 0
         """Numbers of reports that were not taken."""
+        self._refused_reports = 0
         self._path = path
         self._writers: OrderedDict[str, MetricsWriter] = OrderedDict()
 
@@ -59,8 +59,10 @@ class MetricsFile:
         if may_be_called(peer):
             taken = {name: value for name, value in list(metrics.items())[:MAX_NAMES] if _is_an_actors(name)}
         if refused := len(metrics) - len(taken):
-            before, self.num_refused = self.num_refused, self.num_refused + refused
-            if before == 0 or worth_a_line(self.num_refused):
+            self.num_refused += refused
+            self._refused_reports += 1
+            # The first, then every thousandth: a broken peer must not fill the disk.
+            if self._refused_reports % 1000 == 1:
                 example = next(name for name in metrics if name not in taken)
                 log.warning(
                     "%d numbers reported by %s are not taken (%d by now), as %r: not an actor's to say",
