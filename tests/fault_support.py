@@ -184,18 +184,26 @@ class Tricks:
     """The same, behind the commit: what it holds is on disk and nobody was told."""
     fail_commits: str = ""
     """A file: while it is there, the journal's device has I/O errors."""
+    slow_commits: str = ""
+    """A file: a commit takes as long as it is there, far longer than an answer waits."""
+    settle_wait_s: float | None = None
+    """An answer waits no longer for a commit; otherwise seconds."""
 
     def play(self) -> None:
-        from buffer import state
+        from buffer import service, state
         from buffer.journal import Journal
 
         if self.silent_s is not None:
             state.SILENT_LEAST_S = self.silent_s
+        if self.settle_wait_s is not None:
+            service.SETTLE_WAIT_S = self.settle_wait_s
         commit = Journal._commit
 
         def tricked(journal: Any, group: Any) -> None:
             if self.fail_commits and os.path.exists(self.fail_commits):
                 raise OSError(errno.EIO, "Input/output error")
+            while self.slow_commits and os.path.exists(self.slow_commits):
+                time.sleep(0.01)
             _stop_if(self.stop_before_commit)
             commit(journal, group)
             _stop_if(self.stop_after_commit)

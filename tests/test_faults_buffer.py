@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from atpo_async.errors import PeerLost
+from atpo_async.messages import Lease
 from atpo_async.tree import Turn
 from tests.fault_support import CLOCK, Recovery, Spawner, Tricks, until_async
 from tests.oracle_support import Hand, Planned, Scene, hash_of
@@ -143,6 +144,43 @@ async def test_io_errors_of_the_journal_stop_acknowledgements_until_they_are_gon
             await hand.send(*turns[2:], closed)
             fault.recovered()
             assert not hand.refusals
+        scene.roles.start("actor-0")
+        await scene.ended_well()
+
+
+async def test_a_slow_disk_delays_leases_and_acknowledgements_and_none_leaves_before_its_commit(
+    spawner: Spawner, tmp_path: Path
+) -> None:
+    slow = tmp_path / "slow"
+    fault = Recovery(
+        "a commit to the journal's disk takes longer than a request waits",
+        "no lease, batch or acknowledgement leaves before it; killed meanwhile, the buffer gave nothing that it forgot",
+    )
+    tricks = Tricks(slow_commits=str(slow), settle_wait_s=0.05)
+    async with Scene(tmp_path / "run", spawner, how={"actors": 1, "tricks": tricks}) as scene:
+        scene.roles.start("buffer", "learner")
+        async with Hand(scene) as hand:
+            lease = await hand.lease(of=starts_slowly)
+            opened, *turns, _ = hand.messages(lease)
+            await hand.send(opened, *turns[:1])
+            acked = hand.link.stats.acked
+            slow.touch()
+            await hand.link.send(turns[1])
+            for _ in range(5):
+                assert await hand.leases(3) == ()
+            assert hand.link.stats.acked == acked
+            scene.roles.kill("buffer")
+            slow.unlink()
+            fault.over()
+            scene.roles.start("buffer")
+            await hand.link.drain(timeout_s=30.0)
+            fault.recovered()
+            assert not hand.refusals
+            # Nothing of what was granted meanwhile was ever out: given now, it is given for the first time.
+            granted: tuple[Lease, ...] = ()
+            while not granted:
+                granted = await hand.leases(3)
+            assert {each.epoch for each in granted if each.tree_id != lease.tree_id} <= {0}
         scene.roles.start("actor-0")
         await scene.ended_well()
 
