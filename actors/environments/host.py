@@ -27,7 +27,6 @@ from actors.environments import guard
 from actors.environments.base import Environment, Split
 from actors.environments.hosted_episode import HostedEpisode
 from actors.environments.loop_thread import (
-    HELD_UP_S,
     MAX_POOL_THREADS,
     Call,
     EnvironmentFault,
@@ -52,6 +51,9 @@ INTERRUPTS = 5
 MAX_LOST_LOOPS = 128
 """Threads held up for good at the same time, each with an environment and three open files of its own."""
 
+MOVE_S = 0.25
+"""A loop that one call holds for longer is held up; then the others begin elsewhere, if there is or may be another."""
+
 MAX_LOST_MB = 4096.0
 """Taken by the environments of such threads, as far as it can be told."""
 
@@ -75,7 +77,7 @@ class HostedEnvironment:
         step_timeout_s: of ``start``, ``step`` and ``close``; a replay of n actions may take n + 1 times as long.
         doing: a file that always says what runs here, for whoever finds the process dead.
         grace_s: as ``GRACE_S``.
-        held_up_s: a loop that one call holds for longer is held up.
+        held_up_s: as ``MOVE_S``.
         max_lost_loops: as ``MAX_LOST_LOOPS``.
     """
 
@@ -87,7 +89,7 @@ class HostedEnvironment:
         step_timeout_s: float,
         doing: Path | None = None,
         grace_s: float = GRACE_S,
-        held_up_s: float = HELD_UP_S,
+        held_up_s: float = MOVE_S,
         max_lost_loops: int = MAX_LOST_LOOPS,
     ) -> None:
         self._make = make

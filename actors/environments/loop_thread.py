@@ -166,6 +166,7 @@ class LoopThread:
         self._guard = threading.Lock()
         self._slice: tuple[Call[Any], float] | None = None
         self._busy_s = 0.0
+        self._held_up = 0
         self._open: dict[Call[Any], None] = {}
         """Submitted and not settled; of the waiting loop."""
         self._begun: dict[Call[Any], None] = {}
@@ -365,7 +366,10 @@ class LoopThread:
             took_s = time.monotonic() - since
             call.busy_s += took_s
             self._busy_s += took_s
-        if took_s > HELD_UP_S and not self.abandoned:
+        if took_s <= HELD_UP_S or self.abandoned:
+            return
+        self._held_up += 1
+        if self._held_up & (self._held_up - 1) == 0:  # of many not all are told
             log.warning(
                 "%s: %s held up its event loop for %.1f s, and the environment's other calls with it; "
                 "use asyncio.to_thread for what blocks",
