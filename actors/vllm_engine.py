@@ -124,6 +124,13 @@ class VllmEngine:
         """Load the model and warm up; seconds to minutes, the event loop stays free.  Raises SetupError."""
         check_model_folder(self._model_path)
         self._shapes = await asyncio.to_thread(checkpoint_shapes, self._model_path)
+        expert = next((name for name in self._shapes if ".experts." in name), None)
+        if expert is not None and pick_device(self._device) == "cpu":
+            # Seen with 0.32: its reload does not pack experts anew for the CPU's kernel, and ends in the first swap.
+            raise SetupError(
+                f"model.path = {str(self._model_path)!r} has experts ({expert}), whose weights vLLM cannot change on a "
+                "CPU; use --actor.engine transformers"
+            )
         if importlib.util.find_spec("vllm") is None:
             raise SetupError(
                 "the package vllm is not installed; pip install 'atpo-async[vllm]' for CUDA, "

@@ -22,7 +22,17 @@ from enum import Enum
 from pathlib import Path
 from typing import IO, Any
 
-from atpo_async import addresses, hangs, launch, notices, processes, scratch, status, stopping
+from atpo_async import (
+    accelerate_environment,
+    addresses,
+    hangs,
+    launch,
+    notices,
+    processes,
+    scratch,
+    status,
+    stopping,
+)
 from atpo_async.config import Config, SupervisorConfig
 from atpo_async.errors import RoleCrashed, SetupError
 from atpo_async.loading import RoleStart, starts
@@ -133,7 +143,8 @@ def _accelerate(config: Config, python: str) -> tuple[str, ...]:
         words += ["--config_file", learner.accelerate_config]
     else:
         # The name notwithstanding this is "one process per rank": on a CPU, ACCELERATE_USE_CPU makes them gloo ranks.
-        words += ["--multi_gpu", "--num_machines", "1", "--dynamo_backend", "no"]
+        # What is given here is not taken from the user's own default file for accelerate.
+        words += ["--multi_gpu", "--num_machines", "1", "--dynamo_backend", "no", "--gpu_ids", "all"]
     return (*words, "--mixed_precision", learner.mixed_precision, "--main_process_port", "0")
 
 
@@ -336,8 +347,10 @@ class Supervisor:
         log = self._rundir.log_path(spec.name, attempt)
         mark = f"{self._rundir.run_id}/{spec.name}/{attempt}"
         error_file = self._rundir.scratch / f"{spec.name}.{attempt}.error"
+        if (strays := accelerate_environment.settings(os.environ)) and spec.ends_run:
+            self._say(accelerate_environment.not_heeded(strays))
         env = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name not in strays},
             "PYTHONUNBUFFERED": "1",
             "TOKENIZERS_PARALLELISM": "false",
             **spec.env,

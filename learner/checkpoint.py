@@ -4,7 +4,8 @@
       model.safetensors       the policy's parameters, each once
       optimizer.safetensors   "<parameter>.<state>": exp_avg, exp_avg_sq, step
       rng-<rank>.safetensors  torch's generators
-      state.json              counters, version, gradient norms, optimizer settings, Python's and numpy's generators
+      state.json              counters, version, gradient norms, fp16's loss scale, optimizer settings, Python's and
+                              numpy's generators
       sharded/                instead of the first two where no rank holds whole parameters (Accelerate's own format)
 
 Tensors are safetensors, the rest is JSON: nothing is unpickled.
@@ -129,6 +130,8 @@ def _complete(aside: Path, target: Path, trainer: Trainer, progress: Progress) -
         "updates": trainer.updates,
         "skips": [trainer.skips.in_a_row, trainer.skips.total],
         "grad_norms": list(trainer.grad_norms.norms),
+        "overflows": trainer.overflows,
+        "scaler": None if trainer.accelerator.scaler is None else trainer.accelerator.scaler.state_dict(),
         "param_groups": _settings(trainer),
         "python_rng": _jsonable(random.getstate()),
         "numpy_rng": _jsonable(np.random.get_state()),
@@ -177,6 +180,9 @@ def load(path: Path, trainer: Trainer) -> Progress:
         trainer.skips = SkipCount(*state["skips"])
         # Checkpoints from before there was such a guard have none: it starts as in a new run.
         trainer.grad_norms = GradNorms.of(state.get("grad_norms", ()))
+        trainer.overflows = int(state.get("overflows", 0))
+        if accelerator.scaler is not None and state.get("scaler"):
+            accelerator.scaler.load_state_dict(state["scaler"])
         return Progress(step=int(state["step"]), version=int(state["version"]))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as exc:
         raise SetupError(

@@ -87,6 +87,17 @@ def fault(*, loss: float, grad_norm: float, history: GradNorms, max_spike: float
     return history.spike(grad_norm, max_spike)
 
 
+def overflowed(*, loss: float, grad_norm: float, scale: float | None) -> bool:
+    """Whether a gradient is not finite because of fp16's loss scale: the scale falls, and the batch is not at fault.
+
+    Args:
+        loss: of the whole batch, unscaled.
+        grad_norm: of the whole gradient.
+        scale: of the loss in the backward passes; None without fp16.  Once it is 1 or less, it is not to blame.
+    """
+    return scale is not None and scale > 1 and math.isfinite(loss) and not math.isfinite(grad_norm)
+
+
 @dataclass(frozen=True, slots=True)
 class SkipCount:
     """How many updates were skipped."""

@@ -13,7 +13,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +26,7 @@ from atpo_async import causal_lm
 from atpo_async.config import Config, LearnerConfig
 from atpo_async.errors import SetupError
 from atpo_async.models import model_folder
-from learner import tree_attention
+from learner import precision, tree_attention
 from learner.packing import MicroBatch, Row, micro_batches
 from learner.tree_attention import DeviceLayout
 from learner.tree_packing import tree_micro_batches
@@ -291,9 +296,11 @@ def make_accelerator(config: Config, *, project: Path | None = None) -> Accelera
     ``learner.device = "auto"`` takes CUDA where it is, else the CPU.
 
     Raises:
-        SetupError: CUDA is asked for and absent, or TensorBoard is asked for and not installed.
+        SetupError: CUDA is asked for and absent, or TensorBoard is asked for and not installed; fp16 on a CPU;
+            gradients would be divided.
     """
     settings = config.learner
+    precision.leave_out_environment(settings)
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise SetupError("learner.device = 'cuda', but torch sees no CUDA device here; use --learner.device cpu")
     if settings.tensorboard:
@@ -304,9 +311,11 @@ def make_accelerator(config: Config, *, project: Path | None = None) -> Accelera
                 "learner.tensorboard = true, but tensorboard is not installed; pip install 'atpo-async[tensorboard]'"
             ) from None
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
-    return Accelerator(
+    precision.check_half_precision(settings.mixed_precision, on_cpu=on_cpu)
+    accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision=None if settings.accelerate_config else settings.mixed_precision,
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with="tensorboard" if settings.tensorboard else None,
         project_dir=None if project is None else str(project),
         kwargs_handlers=[
@@ -314,6 +323,8 @@ def make_accelerator(config: Config, *, project: Path | None = None) -> Accelera
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.links.give_up_s + 60)),
         ],
     )
+    precision.check_accumulation(accelerator)
+    return accelerator
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

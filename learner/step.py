@@ -28,7 +28,7 @@ from atpo_async.errors import SetupError
 from atpo_async.messages import Batch
 from atpo_async.schedule import learning_rate
 from atpo_async.tree import lag_versions
-from learner import correction, guards
+from learner import correction, guards, precision
 from learner.correction import Tempering
 from learner.intake import REASONS, Sifted, sift
 from learner.model import Policy, is_sharded, is_tied, layout_for, make_optimizer
@@ -139,6 +139,8 @@ class Trainer:
         self.updates = 0
         """Optimizer steps taken."""
         self.skips = guards.SkipCount()
+        self.overflows = 0
+        """Updates left out because a gradient did not fit fp16 under the loss scale of that moment."""
         self.grad_norms = guards.GradNorms()
         self.names = tuple(policy.hf.state_dict())
         """Every tensor an engine needs, aliases of tied ones too."""
@@ -148,6 +150,7 @@ class Trainer:
         self.sharded = is_sharded(accelerator)
         optimizer = make_optimizer(policy, config.learner, sharded=self.sharded)
         tied = is_tied(policy)
+        precision.keep_outputs(accelerator)
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
         # On the device, and through the wrappers where only those can run the model: what is tried is what trains.
         self.layout, self.layout_reason = layout_for(policy, config, self.model if self.sharded else None)
@@ -194,6 +197,7 @@ class Trainer:
         places = torch.arange(rows * length, device=self.accelerator.device)
         tokens = torch.zeros((rows, length), dtype=torch.int64, device=self.accelerator.device)
         logp = self.model(tokens=tokens, predictor=places, target=torch.zeros_like(places))
+        precision.check_outputs(logp)
         self.accelerator.backward(logp.sum() * 0.0)
         self.optimizer.zero_grad()
 
@@ -390,6 +394,11 @@ class Trainer:
         totals.losses.append(loss)
         totals.kl.append(kl)
         totals.entropy.append(entropy)
+        scaler = self.accelerator.scaler
+        if guards.overflowed(loss=loss, grad_norm=grad_norm, scale=None if scaler is None else scaler.get_scale()):
+            self.overflows += 1
+            self._leave_out()
+            return attempt.diagnostics
         totals.grad_norms.append(grad_norm)
         self._apply(
             guards.fault(
@@ -505,12 +514,18 @@ class Trainer:
                 group["lr"] = totals.lr
             self.optimizer.step()
             self.updates += 1
+            self.optimizer.zero_grad()
         else:
             totals.fault = fault
-            if self.accelerator.scaler is not None:
-                # The scaler leaves the weights alone on a non-finite gradient, and must see it to lower its scale.
-                self.optimizer.step()
+            self._leave_out()
         self.skips = self.skips.after(fault)
+
+    def _leave_out(self) -> None:
+        """No step with the gradients as they are."""
+        if self.accelerator.scaler is not None:
+            # It has looked at the gradients (clipping unscales them) and sets its scale by what it saw; a step would
+            # apply whatever is finite.
+            self.accelerator.scaler.update()
         self.optimizer.zero_grad()
 
     def _metrics(
@@ -534,9 +549,13 @@ class Trainer:
             out["pack/token_ratio"] = forward / (rows * self.config.learner.epochs)
         out["train/updates"] = self.updates
         out["guard/skipped_updates"] = self.skips.total
+        if self.accelerator.scaler is not None:
+            out["guard/fp16_overflows"] = self.overflows
+            out["guard/fp16_scale"] = self.accelerator.scaler.get_scale()
+        if totals.grad_norms:
+            out["grad_norm"] = float(np.mean(totals.grad_norms))
         if totals.losses:
             out["train/loss"] = float(np.mean(totals.losses))
-            out["grad_norm"] = float(np.mean(totals.grad_norms))
             out["lr"] = totals.lr
             out["is/exponent_scale"] = min(t.scale for t in totals.tempering)
             exponent = self.config.correction.exponent

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from actors.engine_common import checkpoint_shapes
 from actors.transformers_engine import TransformersEngine
+from actors.vllm_engine import VllmEngine
 from atpo_async import causal_lm
 from atpo_async.errors import SetupError
 from atpo_async.policy import assemble
@@ -232,6 +233,13 @@ async def test_fused_experts_are_published_as_the_files_have_them_and_taken_up_a
     after = await engine.score(np.arange(2, 20))
     assert np.abs(after - reference_logprobs(model, np.arange(2, 20))).max() < 1e-5
     assert np.abs(after - before).max() > 0.05
+    await engine.close()
+
+
+async def test_experts_are_refused_where_vllm_cannot_change_them(tmp_path: Path) -> None:
+    engine = VllmEngine(made(experts, tmp_path), device="cpu", max_model_len=64, max_num_seqs=2)
+    with pytest.raises(SetupError, match=r"has experts \(model\.layers\.0\.mlp\.experts\.0\..*use --actor.engine tran"):
+        await engine.start()
     await engine.close()
 
 

@@ -231,6 +231,20 @@ async def test_who_ended_with_the_run_comes_back_for_a_learner_that_did_not_live
     assert "buffer had ended with the run, whose learner died before it did; starting it again" in said
 
 
+async def test_settings_for_accelerate_in_the_shell_reach_no_role_and_are_told(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    said: list[str] = []
+    code = "import os; print({k: v for k, v in os.environ.items() if k.startswith('ACCELERATE_')})"
+    plain = script("learner", code, ends_run=True)
+    spec = RoleSpec(name="learner", argv=plain.argv, env={"ACCELERATE_USE_CPU": "true"}, ends_run=True)
+    assert await finished(Supervisor(run, [spec], settings=QUICK, say=said.append)) is Outcome.DONE
+    assert log(run, "learner").strip() == "{'ACCELERATE_USE_CPU': 'true'}"
+    assert any("not heeded" in line and "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4" in line for line in said), said
+
+
 async def test_crashes_outside_the_window_are_forgotten(run: RunDir) -> None:
     now = 0.0
 

@@ -1,0 +1,32 @@
+"""Variables by which a shell can change what Accelerate does to the learner, without a word in the configuration.
+
+Accelerate reads them when it starts: ``ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4`` quarters every gradient, others
+change the precision, compile the model or shard it.  What a run does is the configuration's to say: ``learner.*``, or
+the file that ``learner.accelerate_config`` names, which ``accelerate launch`` hands on in the same variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
+HARMLESS = ("ACCELERATE_LOG_LEVEL", "ACCELERATE_DISABLE_RICH")
+
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "ACCELERATE_DYNAMO_", "ACCELERATE_CPU_AFFINITY")
+"""What ``accelerate launch`` sets for plain ranks; said by nobody, so not told of."""
+
+
+def settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """Those of ``environ`` that Accelerate would obey."""
+    return {
+        name: value for name, value in sorted(environ.items()) if name.startswith(PREFIXES) and name not in HARMLESS
+    }
+
+
+def not_heeded(names: Mapping[str, str]) -> str:
+    """What is said of variables that are left out, on one line."""
+    told = ", ".join(f"{name}={value}" for name, value in names.items())
+    return (
+        f"not heeded, though set in the environment: {told}; the configuration says what the learner does (learner.*, "
+        "or a file for accelerate named by learner.accelerate_config)"
+    )
