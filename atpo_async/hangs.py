@@ -256,6 +256,9 @@ def stuck_now(picture: Picture, *, stopped: bool, silent_s: float) -> Stuck | No
     """Of one picture alone, without a history: what ``atpo status`` has."""
     if stopped:
         return Stuck(role=picture.role, for_s=silent_s, why=stopped_words((picture.pid,)))
+    if picture.starting and silent_s <= SILENT_S:
+        # Whether what it loads or compiles gets on shows in what it computes and reads: only a ``Watch`` sees that.
+        return None
     sight = Sight(role=picture.role, pictures=(picture,))
     found = [
         cause for cause in _causes(sight, still_s=picture.still_s + silent_s, silent_s=silent_s) if cause[0] > WORK_S
@@ -273,7 +276,9 @@ def stopped_words(pids: Sequence[int]) -> str:
 
 
 def _own_part(wait: Wait) -> str:
-    return f"has been at {wait.what} for {duration(wait.since_s)} ({wait.who}, its {wait.on})"
+    # The role itself need not be named again; a part of it is.
+    whose = "" if wait.who.startswith(("actor ", "the learner", "the buffer")) else f"{wait.who}, "
+    return f"has been at {wait.what} for {duration(wait.since_s)} ({whose}its {wait.on})"
 
 
 # --- who waits for whom -----------------------------------------------------------------------------------------

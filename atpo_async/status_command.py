@@ -216,7 +216,7 @@ def show(view: RunView, console: Console) -> None:
             table.add_row(Text(name), Text(state, style=colour), *cells)
         for name, silent_s in view.joined.items():
             state = f"heard {duration(silent_s)} ago"
-            table.add_row(Text(name), Text(state, style="green"), "–", JOINED, "–", "says so where it runs only")
+            table.add_row(Text(name), Text(state, style="green"), "–", JOINED, "–", "known only where it runs")
         console.print(table)
         links = [
             f"  {name}: {status.flat(_worth_saying(facts))}"

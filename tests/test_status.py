@@ -295,6 +295,15 @@ def test_work_of_a_second_is_not_called_a_hang(run: RunDir, capsys: pytest.Captu
     assert "has been at" not in text
 
 
+def test_an_engine_that_loads_is_not_called_a_hang(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    loading = {"phase": "loading its engine", "phase_s": 20.0, "starting": True, "still_s": 20.0}
+    put(run, picture("actor-0", waits=(wait("the engine's start", "engine", 20.0),), **loading))
+    text = told(capsys, run)
+    assert "loading its engine for 20 s" in text
+    assert "the engine's start from engine 20 s" in text
+    assert "has been at" not in text
+
+
 @linux
 def test_status_of_a_run_that_was_stopped_says_so(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     with started(run, "buffer", SERVES) as (process, said):
