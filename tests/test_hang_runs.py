@@ -18,7 +18,6 @@ from accelerate import Accelerator
 
 from actors import transformers_engine
 from atpo_async import cli, waits
-from learner import checkpoint
 from learner.ranks import Ranks
 from learner.saving import Saving
 from learner.torch_thread import WAITED_FOR, TorchThread
@@ -69,11 +68,12 @@ def pictures(run: Job, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def test_whoever_a_call_in_the_torch_thread_waits_for_is_told_by_the_names_of_calls_that_are_made() -> None:
-    made = (Ranks.agree, Accelerator.wait_for_everyone, checkpoint.save, Saving.export, Saving.resume)
-    assert set(WAITED_FOR) == {call.__name__ for call in made}
+    saving = (Saving._save_checkpoint, Saving.export, Saving.try_export, Saving.resume)
+    made = (Ranks.agree, Accelerator.wait_for_everyone, *saving)
+    assert set(WAITED_FOR) == {call.__name__.strip("_") for call in made}
 
 
-@pytest.mark.parametrize(("name", "on"), [("_learn", "torch"), ("agree", "learner"), ("save", "disk")])
+@pytest.mark.parametrize(("name", "on"), [("_learn", "torch"), ("agree", "learner"), ("save_checkpoint", "disk")])
 async def test_a_call_in_the_torch_thread_is_a_wait_for_whom_it_depends_on(name: str, on: str) -> None:
     """Ranks wait for one another, and a checkpoint for the disk: starting the learner again would mend neither."""
     release = threading.Event()
@@ -86,7 +86,7 @@ async def test_a_call_in_the_torch_thread_is_a_wait_for_whom_it_depends_on(name:
     try:
         task = asyncio.create_task(thread(call))
         await asyncio.sleep(0)
-        (found,) = (wait for wait in waits.snapshot() if wait["what"] == name.strip("_"))
+        (found,) = (wait for wait in waits.snapshot() if wait["what"] == name.strip("_").replace("_", " "))
         assert found["on"] == on
         release.set()
         assert await task
