@@ -331,7 +331,7 @@ class WeightsConfig(Section):
         2.0, gt=0, description="actors ask for the newest version this often, besides the announcement"
     )
     shared_memory: bool = Field(True, description="actors on the learner's host map its file")
-    probe_tokens: int = Field(512, ge=2, description="that an engine must reproduce the log-probs of after each swap")
+    probe_tokens: int = Field(1024, ge=2, description="that an engine must reproduce the log-probs of after each swap")
     probe_tolerance: float | None = Field(
         None,
         gt=0,

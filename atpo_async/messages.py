@@ -14,7 +14,7 @@ import numpy as np
 from atpo_async.records import TurnRecords
 from atpo_async.tree import Turn
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Peers of another protocol number are refused by name."""
 
 TaskKind = Literal["train", "eval"]

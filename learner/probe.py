@@ -12,7 +12,7 @@ import torch
 from atpo_async.config import Config
 from learner.step import Trainer
 
-NUM_SEQUENCES = 16
+NUM_SEQUENCES = 32
 """Of the probe: enough that one which repeats itself does not decide, few enough to be scored together."""
 
 REDRAWN_EVERY = 8

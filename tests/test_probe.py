@@ -86,10 +86,10 @@ def test_the_log_probs_of_the_probe_are_what_the_whole_model_says(trainer: Train
 
 def test_the_probe_leaves_room_in_the_context_for_one_token() -> None:
     """An engine asked for the log-probs of a prompt also generates one token."""
-    assert probe_shape(build({"model": {"max_context_tokens": 100}})) == (16, 33)
+    assert probe_shape(build({"model": {"max_context_tokens": 100}})) == (32, 33)
     short = build({"model": {"max_context_tokens": 8}, "search": {"max_action_tokens": 4}})
-    assert probe_shape(short) == (16, 7)
-    assert probe_shape(build({"weights": {"probe_tokens": 32}})) == (16, 3)
+    assert probe_shape(short) == (32, 7)
+    assert probe_shape(build({"weights": {"probe_tokens": 32}})) == (32, 2)
     assert probe_shape(build({"weights": {"probe_tokens": 3}})) == (3, 2)
 
 
