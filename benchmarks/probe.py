@@ -151,14 +151,16 @@ class Spread:
 
 def spread_of(readings: Sequence[float]) -> Spread:
     """How far honest readings are from ``MULTIPLE`` medians."""
+    # An engine that runs the learner's own code is off by nothing at all.
+    readings = [max(reading, 1e-9) for reading in readings]
     logs = [
         math.log(readings[i] / statistics.median(readings[max(0, i - NUM_READINGS) : i]))
         for i in range(1, len(readings))
     ]
-    mean, deviation = statistics.fmean(logs), statistics.stdev(logs)
+    mean, deviation = statistics.fmean(logs), max(statistics.stdev(logs), 1e-9)
     limit = math.log(MULTIPLE)
     border = float(np.quantile(logs, 0.9))
-    excess = statistics.fmean([x - border for x in logs if x > border])
+    excess = max(statistics.fmean([x - border for x in logs if x > border] or [0.0]), 1e-9)
     return Spread(
         mean=mean,
         deviation=deviation,

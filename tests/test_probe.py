@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from actors.probe import BOUNDS, MULTIPLE, Probe, check_probe_fits, noise, scale_of, sequences_of
 from atpo_async.config import build
@@ -82,6 +86,27 @@ def test_the_log_probs_of_the_probe_are_what_the_whole_model_says(trainer: Train
     found = trainer.probe(drawn)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_sharded_policy_samples_and_scores_inside_its_wrapper_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 on one rank of gloo: elsewhere than in the wrapper's forward a parameter is a shard."""
+    config = make_config(make_model(tmp_path))
+    trainer = Trainer(config, accelerator=make_accelerator(config), policy=load_policy(config))
+    drawn = draw_probe(trainer, (3, 6), seed=(0,))
+    expected = trainer.probe(drawn)
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in trainer.policy.hf.model.layers:
+            fully_shard(layer, mesh=mesh)
+        trainer.model = fully_shard(trainer.policy, mesh=mesh)
+        monkeypatch.setattr(trainer, "sharded", True)
+        assert (draw_probe(trainer, (3, 6), seed=(0,)) == drawn).all()
+        np.testing.assert_allclose(trainer.probe(drawn), expected, atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_the_probe_leaves_room_in_the_context_for_one_token() -> None:
