@@ -344,11 +344,11 @@ def _train(begun: Beginning, console: Console, *, again: str) -> int:
             try:
                 outcome = asyncio.run(_supervised(supervisor, say=progress.say))
             except AtpoError:
-                progress.say(f"stopped.  {train_notes.saved(rundir, seen=progress.state.step)}")
+                progress.say(f"stopped.  {train_notes.saved(rundir)}")
                 raise
         took = duration(progress.elapsed_s)
     if outcome is Outcome.INTERRUPTED:
-        saved = train_notes.saved(rundir, seen=progress.state.step)
+        saved = train_notes.saved(rundir)
         console.print(f"stopped after {took}; no process is left.  {saved}  The run goes on with:  {again}")
         return EXIT_INTERRUPTED
     trained = train_notes.trained(read_metrics(rundir.metrics_path))

@@ -17,7 +17,7 @@ from typing import Any
 from atpo_async.config import Config
 from atpo_async.disk import error_number
 from atpo_async.errors import RunMismatch, SetupError
-from atpo_async.models import model_folder
+from atpo_async.models import looks_like_hub_name, model_folder
 from atpo_async.policy import assemble, checkpoint_step, is_there, list_checkpoints, steps_trained
 from atpo_async.resuming import Start
 from atpo_async.rundir import LATEST, START, RunDir
@@ -69,7 +69,9 @@ def is_same(source: Source, known: RunDir) -> bool:
         and source.step in (None, recorded.get("step"))
     )
     if not same and known.is_trained:
-        began = "with model.path" if recorded is None else f"from {recorded.get('run')}, step {recorded.get('step')}"
+        began = f"with model.path = {known.config.model.path!r}"
+        if recorded is not None:
+            began = f"from {recorded.get('run')}, step {recorded.get('step')}"
         raise RunMismatch(
             f"run folder {known.path} began {began}, not from {source.name}: use another --run.name, or leave --from "
             "out to go on with that run"
@@ -100,7 +102,8 @@ def assembled(source: Source, config: Config) -> Iterator[tuple[Config, Start]]:
 def described(record: Mapping[str, Any]) -> str:
     """For people: what ``run.json`` says of where a run's policy is from."""
     step = "" if record.get("step") is None else f", step {record['step']}"
-    return f"its policy is that of {record.get('run')}{step} ({record.get('policy')}); the optimizer began afresh"
+    run, policy = record.get("run"), record.get("policy")
+    return f"the run began with the policy of {run}{step} ({policy}), and with an optimizer of its own"
 
 
 def _write(source: Source, folder: Path) -> dict[str, Any]:
@@ -158,4 +161,20 @@ def _copy(source: Source, origin: Path, folder: Path) -> None:
     if origin.name == "model":
         shutil.copytree(origin, folder, dirs_exist_ok=True)
         return
-    assemble(model_folder(source.run.config.model.path), origin, folder)
+    assemble(_origin_of(source), origin, folder)
+
+
+def _origin_of(source: Source) -> Path:
+    """The model folder that the run began with, for configuration and tokenizer; a relative path is from where it was
+    started, which may not be here."""
+    path = source.run.config.model.path
+    for candidate in (Path(path), source.run.path.parent.parent / path):
+        if is_there(candidate):
+            return candidate
+    if looks_like_hub_name(path):
+        with contextlib.suppress(SetupError):
+            return model_folder(path)
+    raise SetupError(
+        f"--from {source.name}: the model folder that run {source.run.path} began with, model.path = {path!r}, is "
+        "needed for its configuration and tokenizer, and is not here; start from the folder where that run was started"
+    )

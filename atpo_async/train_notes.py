@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from atpo_async import resuming, starting
 from atpo_async.config import Config
-from atpo_async.metrics import Record
+from atpo_async.metrics import Record, read_metrics
 from atpo_async.policy import list_checkpoints, steps_trained, with_path
 from atpo_async.resuming import Start
 from atpo_async.rundir import RunDir, going_on
@@ -82,13 +82,10 @@ def _updates(rundir: RunDir, steps: int) -> int:
     return steps * learner.minibatches * learner.epochs
 
 
-def saved(rundir: RunDir, *, seen: int) -> str:
-    """How far a run that was stopped is kept.
-
-    Args:
-        seen: the last step that was done, as far as was heard.
-    """
+def saved(rundir: RunDir) -> str:
+    """How far a run that was stopped is kept, and what of it is not."""
     steps, wanted = steps_trained(rundir), rundir.config.run.steps
+    seen = max((r.step for r in read_metrics(rundir.metrics_path) if "train/loss" in r.metrics), default=0)
     if not steps:
         lost = f"  Steps 1 to {seen} were not saved and are done again." if seen else ""
         return f"Nothing is saved: the run begins with step 1 of {wanted}.{lost}"

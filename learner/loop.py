@@ -47,6 +47,9 @@ from learner.torch_thread import TorchThread
 FINISH_S = 10.0
 """For the last messages of a run to be acknowledged."""
 
+FAREWELL_S = 2.0
+"""For those of a learner that is stopped."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Learned:
@@ -147,6 +150,8 @@ class Learner:
                 # Without an update there is nothing to keep: the run begins once more at its first step.
                 if self.trainer.updates:
                     await self._save()
+                    with contextlib.suppress(PeerLost):  # said again at the next start
+                        await self.buffer.link.drain(timeout_s=FAREWELL_S)
                 if self._failure is not None:
                     raise self._failure
         finally:

@@ -57,6 +57,30 @@ def test_a_resumed_run_takes_the_very_next_step(folder: Path, tmp_path: Path) ->
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed).items())
 
 
+def test_rates_betas_and_decay_are_those_of_the_configuration_now(folder: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(folder, lr=1e-3, weight_decay=0.0)
+    trainer.train(make_batch(), version=3)
+    path = checkpoint.save(tmp_path, trainer, Progress(step=1, version=1), keep=1)
+    resumed = make_trainer(folder, lr=5e-4, weight_decay=0.1, betas=(0.8, 0.9))
+    checkpoint.load(path, resumed)
+    (group,) = resumed.optimizer.param_groups
+    assert (group["weight_decay"], group["betas"]) == (0.1, (0.8, 0.9))
+    # The moments are the run's.
+    (was, now) = (each.optimizer.state_dict()["state"] for each in (trainer, resumed))
+    assert all(torch.equal(was[i]["exp_avg"], now[i]["exp_avg"]) for i in was)
+    rate = resumed.train(make_batch(seed=1, step=1), version=3).metrics["lr"]
+    assert rate == pytest.approx(5e-4)
+
+
+def test_a_checkpoint_in_shards_is_refused_where_tensors_are_whole_with_the_way_out(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = checkpoint.save(tmp_path, make_trainer(folder), Progress(step=1, version=1), keep=1)
+    (path / "sharded").mkdir()
+    with pytest.raises(SetupError, match=r"holds shards, and with learner.accelerate_config = None .* --from RUN"):
+        checkpoint.load(path, make_trainer(folder))
+
+
 def test_a_crash_before_the_rename_leaves_the_last_good_one(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,7 +148,9 @@ def test_the_trained_policy_is_an_ordinary_model_folder(finished: Job, policy: P
 
 
 def test_an_interrupted_run_goes_on_from_where_it_stood(policy: Path, tmp_path: Path) -> None:
-    with job(tmp_path, policy) as run:
+    # No checkpoint is due before the end: what there is was saved because of the stop.
+    options: dict[str, Any] = {"learner.checkpoint_every": 100}
+    with job(tmp_path, policy, **options) as run:
         train = run.train()
         run.until(run.steps, "a first step", of=train)
         train.interrupt()
@@ -158,10 +160,13 @@ def test_an_interrupted_run_goes_on_from_where_it_stood(policy: Path, tmp_path: 
         assert "The run goes on with:" in train.said()
         done = [record.step for record in run.steps()]
         assert 0 < len(done) < STEPS
+        assert f"Saved: step {done[-1]} of {STEPS}." in train.said()
 
         run.open_gate()
-        again = run.train()
+        again = run.start("train", run.config, "--learner.lr", "2e-4")
         ended_well(run, run.exit_code(again))
+        assert "note: learner.lr: 0.0004 -> 0.0002" in again.said()
+        assert f"trees in {STEPS} of {STEPS} steps" in again.said()
         # Nothing is done twice: what was trained before the stop was saved before the end.
         assert [record.step for record in run.steps()] == ALL_STEPS
         assert [record.step for record in run.steps()][: len(done)] == done

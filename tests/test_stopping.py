@@ -1,0 +1,138 @@
+"""A role that saves what it has done is waited for, told, and ended only where it stands still or the user says so."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+from atpo_async.hangs import Sight
+from atpo_async.metrics import MetricsWriter
+from atpo_async.rundir import RunDir
+from atpo_async.stopping import Watch
+from atpo_async.supervisor import Outcome, Supervisor
+from atpo_async.train_notes import saved
+from atpo_async.waits import DISK, SAVING, TORCH
+from tests.hang_support import DEADLINE_S, make_run, picture, picture_of, spec_of, until_async, wait
+
+SAVES = """
+    waits.phase("working")
+    await context.stopping.wait()
+    waits.phase(waits.SAVING)
+    with waits.waiting("the learner", "save checkpoint", on=waits.DISK):
+        while not {over}:
+            sum(range(100_000))
+            waits.progress("parts")
+            await asyncio.sleep(0.01)
+    print("saved", flush=True)
+"""
+STANDS_STILL = """
+    waits.phase("working")
+    await context.stopping.wait()
+    waits.phase(waits.SAVING)
+    await asyncio.sleep(1000)
+"""
+
+
+def saving(*, processor_s: float = 0.0, moved_mb: float = 0.0, **changes: object) -> Sight:
+    made = picture("learner", phase=SAVING, waits=(wait("save checkpoint", DISK, 7.0),), **changes)
+    return Sight(role="learner", pictures=(made,), processor_s=processor_s, moved_mb=moved_mb)
+
+
+def test_a_role_that_saves_is_waited_for_and_told_again_whenever_it_has_lasted_twice_as_long() -> None:
+    watch = Watch(hang_s=60.0)
+    told: dict[int, str] = {}
+    for second in range(40):
+        look = watch.look([saving(moved_mb=second * 10.0)], 1000.0 + second)
+        assert look.waited_for == ("learner",)
+        told |= dict.fromkeys([second] if look.lines else [], "".join(look.lines))
+    assert list(told) == [2, 4, 8, 16, 32]
+    assert told[8] == (
+        "waiting for learner to save what was trained: save checkpoint, 8.0 s so far; Ctrl-C again ends everything at "
+        "once and loses what no checkpoint holds"
+    )
+
+
+@pytest.mark.parametrize("sign", ["progress", "processor", "written"])
+def test_whatever_shows_that_it_gets_on_keeps_it_waited_for(sign: str) -> None:
+    watch = Watch(hang_s=10.0)
+    for second in range(100):
+        sight = saving(
+            progress={"micro-batches": second if sign == "progress" else 1},
+            processor_s=second * 0.5 if sign == "processor" else 0.0,
+            moved_mb=second * 5.0 if sign == "written" else 0.0,
+        )
+        assert watch.look([sight], 1000.0 + second).waited_for == ("learner",)
+
+
+def test_one_that_stands_still_is_waited_for_no_more_and_the_loss_is_told() -> None:
+    watch = Watch(hang_s=10.0)
+    room = wait("room for the checkpoint of step 6 in c (No space left on device)", DISK, 9.0)
+    sight = Sight(role="learner", pictures=(picture("learner", phase=SAVING, waits=(wait("learn", TORCH), room)),))
+    looks = [watch.look([sight], 1000.0 + second) for second in range(12)]
+    assert looks[9].waited_for == ("learner",)
+    assert looks[11].waited_for == ()
+    assert looks[11].lines == (
+        "learner has stood still for 11 s while it saved (room for the checkpoint of step 6 in c (No space left on "
+        "device)) and is ended; what no checkpoint holds is trained on again",
+    )
+
+
+def test_a_role_that_has_nothing_to_save_is_not_waited_for() -> None:
+    assert Watch(hang_s=10.0).look([Sight(role="actor-0", pictures=(picture("actor-0"),))], 0.0).waited_for == ()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+async def test_saving_outlasts_the_grace_of_a_stop(tmp_path: Path) -> None:
+    run = make_run(tmp_path, supervisor={"stop_grace_s": 3.0})
+    over = run.path / "over"
+    said: list[str] = []
+    spec = spec_of(run, "learner", SAVES.format(over=f"Path({str(over)!r}).exists()"), ends_run=True)
+    supervisor = Supervisor(run, [spec], settings=run.config.supervisor, say=said.append)
+    task = asyncio.create_task(supervisor.run())
+    log = run.log_path("learner", 0)
+    await until_async(lambda: (p := picture_of(run, "learner")) is not None and p.phase == "working")
+    supervisor.interrupt()
+    # Told for the second time after four seconds: past the grace.
+    await until_async(lambda: len([line for line in said if line.startswith("waiting for learner to save")]) >= 2)
+    assert "saved" not in log.read_text()
+    over.touch()
+    assert await asyncio.wait_for(task, DEADLINE_S) is Outcome.INTERRUPTED
+    assert "saved" in log.read_text()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("again", [True, False])
+async def test_a_second_interrupt_and_a_saving_that_stands_still_end_the_wait(again: bool, tmp_path: Path) -> None:
+    run = make_run(tmp_path, supervisor={"stop_grace_s": 3.0, "hang_s": 1000.0 if again else 4.0})
+    said: list[str] = []
+    spec = spec_of(run, "learner", STANDS_STILL, ends_run=True)
+    supervisor = Supervisor(run, [spec], settings=run.config.supervisor, say=said.append)
+    task = asyncio.create_task(supervisor.run())
+    await until_async(lambda: (p := picture_of(run, "learner")) is not None and p.phase == "working")
+    supervisor.interrupt()
+    await until_async(lambda: any(line.startswith("waiting for learner to save") for line in said))
+    if again:
+        supervisor.interrupt()
+    assert await asyncio.wait_for(task, DEADLINE_S) is Outcome.INTERRUPTED
+    assert again or any("has stood still for" in line for line in said)
+
+
+def test_the_closing_line_says_where_the_run_goes_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path, run={"dir": str(tmp_path), "name": "r", "steps": 60})
+    assert saved(run) == "Nothing is saved: the run begins with step 1 of 60."
+    _trained(run, 2)
+    assert saved(run) == (
+        "Nothing is saved: the run begins with step 1 of 60.  Steps 1 to 2 were not saved and are done again."
+    )
+    (run.checkpoints / "step-000002-v000002").mkdir()
+    assert saved(run) == "Saved: step 2 of 60."
+    _trained(run, 3)
+    assert saved(run) == ("Saved: step 2 of 60.  What was done after it, to step 3, was not saved and is done again.")
+
+
+def _trained(run: RunDir, step: int) -> None:
+    with MetricsWriter(run.metrics_path, source="learner") as writer:
+        writer.write(step=step, version=step, metrics={"train/loss": 1.0})
