@@ -12,9 +12,10 @@ from pathlib import Path
 from actors.engine import Engine
 from actors.environments import guard
 from actors.environments.base import Environment
+from actors.environments.checked import CheckedEnvironment
 from actors.environments.host import HostedEnvironment
 from actors.environments.registry import BUILT_IN, factory_of, make
-from actors.environments.values import CheckedEnvironment, Limits
+from actors.environments.values import Limits
 from atpo_async.config import Config
 from atpo_async.errors import ConfigError
 from atpo_async.role import DOING, ERROR_FILE

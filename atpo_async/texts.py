@@ -16,7 +16,15 @@ MOST = 300
 MOST_OF_A_RECORD = 16_000
 """Characters of one record of a log, a traceback included; of a line that a role ends with."""
 
-_SHORT = reprlib.Repr()
+
+class _Short(reprlib.Repr):
+    def repr_bytes(self, value: bytes, level: int) -> str:
+        return repr(value[: self.maxstring]) + ("..." if len(value) > self.maxstring else "")
+
+    repr_bytearray = repr_bytes
+
+
+_SHORT = _Short()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 60, 80
 
 
@@ -30,7 +38,7 @@ def shortened(text: str, most: int = MOST) -> str:
 
 def of_error(error: BaseException, most: int = MOST) -> str:
     """``TypeError: its text``, on one line."""
-    name = type(error).__name__
+    name = of_type(error)
     try:
         text = str(error)
     except Exception as exc:
@@ -47,6 +55,14 @@ def of_value(value: object, most: int = 80) -> str:
         return f"(it cannot be shown: {type(exc).__name__})"
 
 
+def of_type(value: object, most: int = 80) -> str:
+    """The name of a value's type, on one line."""
+    try:
+        return shortened(type(value).__name__, most)
+    except Exception as exc:  # a metaclass has its own
+        return f"(its type cannot be named: {type(exc).__name__})"
+
+
 def middle_cut(text: str, most: int = MOST_OF_A_RECORD) -> str:
     """Beginning and end of a text that is too long; lines stay lines."""
     if len(text) <= most:
@@ -60,7 +76,7 @@ def trace_of(error: BaseException) -> str:
     try:
         return middle_cut("".join(traceback.format_exception(error)))
     except Exception as exc:
-        return f"{type(error).__name__}, whose traceback cannot be had: {type(exc).__name__}\n"
+        return f"{of_type(error)}, whose traceback cannot be had: {type(exc).__name__}\n"
 
 
 class BoundedFormatter(logging.Formatter):

@@ -9,7 +9,8 @@ import pytest
 
 from actors.engine import Generation, Sampling
 from actors.environments.base import Split, StepResult
-from actors.environments.values import CheckedEnvironment, Limits
+from actors.environments.checked import CheckedEnvironment
+from actors.environments.values import Limits
 from actors.search import TreeSearch
 from atpo_async.config import SearchConfig
 from atpo_async.errors import EngineDead, GenerationFailed

@@ -14,7 +14,8 @@ import torch
 
 from actors.environments import registry
 from actors.environments.base import Split, StepResult
-from actors.environments.values import CheckedEnvironment, Limits, ValueRefused
+from actors.environments.checked import CheckedEnvironment
+from actors.environments.values import Limits, ValueRefused
 from actors.factory import make_environment, vocab_size
 from atpo_async.config import build
 from atpo_async.errors import ConfigError, SetupError
