@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import enum
+import itertools
 import json
+from collections import deque
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +27,10 @@ from tests.actor_support import NOTHING, STOP, CountingEnvironment, CountingEpis
 LIMITS = Limits(vocab_size=100, max_context_tokens=64)
 GOING_ON = StepResult(observation=ints(5), done=False, reward=None, success=None, end="continue")
 ENDED = StepResult(observation=NOTHING, done=True, reward=1.0, success=True, end="done")
+
+
+class Id(enum.IntEnum):
+    FIVE = 5
 
 
 class Saying(CountingEnvironment):
@@ -281,6 +288,8 @@ def with_stops(stops: Any) -> CheckedEnvironment:
         (np.array([1, 2, 1]), (1, 2)),
         (torch.tensor([1]), (1,)),
         (iter([3, 4]), (3, 4)),
+        (deque([3, 4]), (3, 4)),
+        (Id.FIVE, (5,)),
     ],
 )
 def test_stop_ids_of_any_integer_type_become_a_tuple(stops: Any, ids: tuple[int, ...]) -> None:
@@ -289,7 +298,7 @@ def test_stop_ids_of_any_integer_type_become_a_tuple(stops: Any, ids: tuple[int,
     assert {type(i) for i in found} == {int}
 
 
-@pytest.mark.parametrize("stops", [[], None, -1, [100], 1.0, "1", [True], [[1]], {"eos": 1}])
+@pytest.mark.parametrize("stops", [[], None, -1, [100], 1.0, "1", [True], [[1]], {"eos": 1}, itertools.count(), b"1"])
 def test_stop_ids_that_are_none_of_the_model_are_refused_before_anything_starts(stops: Any) -> None:
     with pytest.raises(ConfigError, match=r"^environment 'odd_world:make': stop_token_ids"):
         with_stops(stops)
@@ -308,7 +317,7 @@ def test_a_number_of_tasks_of_any_integer_type_is_taken(number: Any) -> None:
     assert found == 5
 
 
-@pytest.mark.parametrize("number", [0, -1, 5.0, True, "5", [5]])
+@pytest.mark.parametrize("number", [0, -1, 5.0, True, "5", [5], 2**70])
 def test_a_number_of_tasks_that_is_none_is_refused_before_anything_starts(number: Any) -> None:
     with pytest.raises(ConfigError, match=r"^environment 'odd_world:make': num_tasks\('train'\) is .* at least 1"):
         with_tasks(number)

@@ -86,7 +86,7 @@ def reading(where: str, field: str, value: object) -> Iterator[None]:
         raise
     except Exception as exc:
         raise ValueRefused(
-            field, f"{where}: {field} ({of_type(value)}) cannot be read: {of_error(exc)}; return plain numbers"
+            field, f"{where}: {field} ({of_type(value)}) cannot be read, its own code raises {of_error(exc)}"
         ) from exc
 
 
@@ -147,10 +147,11 @@ def truth_of(value: Any, field: str, where: str, *, expected: str = "True or Fal
 
 def end_of(value: Any, where: str) -> End:
     """One of the known ones as a plain str, whatever ``str()`` of an Enum makes of it.  Raises ValueRefused."""
-    for known in ENDS:
-        if isinstance(value, str) and str.__eq__(value, known) is True:
-            return known
-    raise refuse(where, "end", value, f"one of {', '.join(ENDS)}")
+    with reading(where, "end", value):
+        for known in ENDS:
+            if isinstance(value, str) and str.__eq__(value, known) is True:
+                return known
+        raise refuse(where, "end", value, f"one of {', '.join(ENDS)}")
 
 
 # --- token ids ---------------------------------------------------------------------------------------------------
