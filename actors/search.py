@@ -264,6 +264,7 @@ class TreeSearch:
         if episode is None:
             episode, observation = await self._fork(path)
         try:
+            self._check_same(prompt, episode.prompt, parent_id, observation)
             context = np.concatenate([prompt, *(part for t in path for part in (t.observation, t.action))])
             while True:
                 context = np.concatenate([context, observation])
@@ -314,6 +315,25 @@ class TreeSearch:
             environment_s=stepped - generated,
         )
         return turn, result
+
+    def _check_same(self, prompt: np.ndarray, shown: np.ndarray, parent_id: int, observation: np.ndarray) -> None:
+        """Siblings are compared as answers to the same context: a chain that was shown another one is left out.
+
+        Raises BranchFailed; for another prompt, a slip that is always the same, with the kind of a wrong value.
+        """
+        sibling = next((t for t in self.growth.turns if t.parent_id == parent_id), None)
+        if not np.array_equal(prompt, shown):
+            what, kind = "prompt", "value of prompt: it differs"
+        elif sibling is not None and not np.array_equal(sibling.observation, observation):
+            what, kind = f"observation after the actions of turn {parent_id}", "replay_diverged"
+        else:
+            return
+        raise BranchFailed(
+            "replay_diverged",
+            f"task {self._task} ({self._lease.kind}): another {what} than in the tree's first chain; the same split, "
+            "index and actions must give the same: seed what is random by them, and keep what a tool answered",
+            kind=kind,
+        )
 
     def _tool_said_too_much(self, tokens: int) -> BranchFailed:
         """A tool that fills most of the context by itself ended this chain, not the policy: no reward for it."""

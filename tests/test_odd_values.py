@@ -145,7 +145,8 @@ async def test_token_ids_in_any_sequence_become_int32(observation: Any) -> None:
     ],
 )
 async def test_one_wrong_token_far_behind_is_found_and_named(last: Any, says: str) -> None:
-    assert says in str(await refusal(replace(GOING_ON, observation=[5] * 20 + [last])))
+    far: Any = [5] * 20 + [last]
+    assert says in str(await refusal(replace(GOING_ON, observation=far)))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ async def test_a_part_that_is_a_plain_function_is_refused_with_what_to_write(nam
     plain = CountingEnvironment()
     episode = await plain.start("train", 0)
     if name == "step":
-        plain.start = lambda *args: _just(episode)  # type: ignore[method-assign,assignment]
+        plain.start = lambda *args: _just(episode)  # type: ignore[method-assign]
     setattr(episode if name == "step" else plain, name, lambda *args: None)
 
     async def all_parts() -> None:

@@ -11,7 +11,8 @@ from actors.engine import Generation, Sampling
 from actors.environments.base import Split, StepResult
 from actors.environments.checked import CheckedEnvironment
 from actors.environments.values import Limits
-from actors.search import TreeSearch
+from actors.faults import Fault
+from actors.search import ChainEnded, TreeSearch
 from atpo_async.config import SearchConfig
 from atpo_async.errors import EngineDead, GenerationFailed
 from atpo_async.messages import TreeClosed, TreeOpened
@@ -42,6 +43,7 @@ def search_of(
     emit: Sink | None = None,
     config: SearchConfig = SEARCH,
     max_context_tokens: int = 64,
+    chain_ended: ChainEnded = lambda place, fault: None,
     **changes: object,
 ) -> TreeSearch:
     return TreeSearch(
@@ -52,6 +54,7 @@ def search_of(
         search=config,
         max_context_tokens=max_context_tokens,
         emit=emit if emit is not None else Sink(),
+        chain_ended=chain_ended,
         clock=lambda: 0.0,
     )
 
@@ -295,3 +298,51 @@ async def test_a_replay_that_ends_where_the_tree_went_on_is_a_failed_branch() ->
     config = SearchConfig(initial_rollouts=3, strategy="none", max_action_tokens=8)
     await search_of(environment=CountingEnvironment(turns=1), emit=sink, config=config, committed=first).grow()
     assert sink.closed.failures == {"replay_diverged": 1}
+
+
+class Wavering(CountingEnvironment):
+    """Shows something else each time that a task is started: in the prompt, or in the observations."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(turns=3)
+        self.what = what
+
+    async def start(self, split: Split, task_index: int) -> CountingEpisode:
+        episode = await super().start(split, task_index)
+        number, plain = self.started, episode.step
+        if self.what == "prompt":
+            episode.prompt = ints(10, number)
+
+        async def step(action: np.ndarray) -> StepResult:
+            said = await plain(action)
+            return said if said.done or self.what == "prompt" else replace(said, observation=ints(number))
+
+        episode.step = step  # type: ignore[method-assign]
+        return episode
+
+
+async def test_a_fork_that_is_shown_another_observation_than_its_siblings_is_left_out() -> None:
+    sink = Sink()
+    faults: list[Fault] = []
+    search = search_of(environment=Wavering("observation"), emit=sink, chain_ended=keep_in(faults))
+    tree = await search.grow()
+    assert sink.closed.failures == {"replay_diverged": len(faults)}
+    for parent in tree:
+        assert len({tuple(t.observation) for t in tree if t.parent_id == parent.turn_id}) <= 1
+    assert "another observation after the actions of turn" in faults[0].detail
+
+
+async def test_a_chain_that_is_shown_another_prompt_than_its_tree_has_is_left_out_as_a_wrong_value() -> None:
+    sink = Sink()
+    faults: list[Fault] = []
+    environment = Wavering("prompt")
+    tree = await search_of(environment=environment, emit=sink, chain_ended=keep_in(faults)).grow()
+    assert len(tree.leaves()) == 1
+    assert {fault.reason for fault in faults} == {"replay_diverged"}
+    assert {fault.share for fault in faults} == {0.25}
+    assert "another prompt than in the tree's first chain" in faults[0].detail
+    assert environment.closed == environment.started
+
+
+def keep_in(faults: list[Fault]) -> ChainEnded:
+    return lambda place, fault: faults.append(fault) if fault is not None else None

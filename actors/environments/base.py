@@ -57,7 +57,8 @@ class Episode(Protocol):
 
 
 class Environment(Protocol):
-    """Tasks by index.  Deterministic: the same split, index and actions give the same observations."""
+    """Tasks by index.  Deterministic: the same split, index and actions give the same prompt and observations; a chain
+    that was shown others is left out, and counted (``replay_diverged``)."""
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
