@@ -25,13 +25,14 @@ log = logging.getLogger("atpo.buffer.journal")
 
 DATA = "data.mdb"
 CHUNKS = "chunks"
+TABLES = frozenset({CHUNKS, "rows", "state"})
 RECORDS_S = 20.0
 """So long are records read at the start; the pages that lead to all of them are always read."""
 _SUM = struct.Struct("<8sII")
 _SUM_NAME = b"atpo-sum"
 _MOST_RECORDS = 1 << 31
 _ZEROS = bytes(2048)
-"""No entry of another table has as many in a row: each of their numbers is written with what it is, or is above 0."""
+"""No entry of rows or state has as many in a row: each of their numbers is written with what it is, or is above 0."""
 
 KEEP = (
     "keep the folder, turns that were acknowledged are in it: put a copy of it that is whole (from a snapshot of the "
@@ -73,6 +74,8 @@ class _Records:
         self._ends_at = time.monotonic() + RECORDS_S
 
     def look(self, value: Value) -> str | None:
+        if value.table not in TABLES:
+            return None
         is_chunk = value.table == CHUNKS
         self.chunks += is_chunk
         if is_chunk and time.monotonic() > self._ends_at:

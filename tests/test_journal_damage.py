@@ -173,6 +173,14 @@ def test_damage_on_pages_that_nothing_reaches_is_none(folder: Path) -> None:
     assert refusal(folder) == ""
 
 
+def test_what_another_table_holds_is_nobodys_business(folder: Path) -> None:
+    with lmdb.open(str(folder), max_dbs=4, map_size=1 << 30) as env, env.begin(write=True) as txn:
+        other = env.open_db(b"somebody else's", txn=txn)
+        for number in range(300):
+            txn.put(b"%d" % number, bytes(9000), db=other)
+    assert refusal(folder) == ""
+
+
 def test_records_are_read_for_so_long_and_no_longer(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
