@@ -18,7 +18,7 @@ from actors.environments.base import ReplayFork, Split, StepResult
 from actors.environments.host import EnvironmentTimeout, HostedEnvironment
 from actors.environments.loop_thread import DaemonThreads
 from actors.search import TreeSearch
-from atpo_async import processes
+from atpo_async import notices, processes
 from atpo_async.config import SearchConfig
 from atpo_async.errors import EnvironmentBroken, SetupError
 from tests.actor_support import STOP, CountingEnvironment, CountingEpisode, ScriptedEngine, ints, lease
@@ -479,6 +479,23 @@ async def test_a_close_that_fails_is_counted_and_costs_nothing(caplog: pytest.Lo
         assert host.take_counts() == {"environment/closes_failed": 3.0}
         assert host.take_counts() == {}
     assert caplog.text.count("the sandbox is gone") == 2
+
+
+async def test_a_close_that_fails_is_told_once_on_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "notices.jsonl"
+    monkeypatch.setenv(notices.FILE, str(path))
+    monkeypatch.setattr(notices, "_told", 0)
+    tail = notices.Tail(path)
+
+    async def closing(task: int) -> None:
+        raise ConnectionError("the sandbox is gone")
+
+    async with hosting(closing=closing) as (host, _):
+        for task in range(3):
+            await (await host.start("train", task)).close()
+    (line,) = tail.new()
+    assert "close of task 0 (train) failed, the branch counts all the same" in line
+    assert "ConnectionError: the sandbox is gone" in line
 
 
 @pytest.mark.parametrize("how", ["awaits", "blocks"])

@@ -34,7 +34,7 @@ from actors.environments.loop_thread import (
     LoopThread,
     next_name,
 )
-from atpo_async import processes, status, waits
+from atpo_async import notices, processes, status, waits
 from atpo_async.errors import EnvironmentBroken, SetupError
 from atpo_async.texts import of_error
 
@@ -381,13 +381,13 @@ class HostedEnvironment:
             await asyncio.sleep(self._grace_s)
 
     def count_failed_close(self, what: str, error: Exception) -> None:
-        """One more; of many not all are logged."""
+        """One more: the first for the user's terminal, of many others not all are logged."""
         self.failed_closes += 1
-        if self.failed_closes & (self.failed_closes - 1) == 0:
-            log.warning(
-                "environment %r: %s failed, the branch counts all the same (%d so far): %s",
-                self.name, what, self.failed_closes, of_error(error),
-            )  # fmt: skip
+        said = f"environment {self.name!r}: {what} failed, the branch counts all the same"
+        if self.failed_closes == 1:
+            notices.tell(f"{said} (environment/closes_failed): {of_error(error)}", f"{self.name} close")
+        elif self.failed_closes & (self.failed_closes - 1) == 0:
+            log.warning("%s (%d so far): %s", said, self.failed_closes, of_error(error))
 
 
 def _asked(environment: Environment, split: Split) -> int | Exception | None:
