@@ -35,6 +35,15 @@ def test_every_test_of_the_matrix_is_a_line_of_the_table_and_every_line_a_test()
     assert named_in_the_table() == written
 
 
+def test_every_test_that_the_page_names_exists() -> None:
+    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    there = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        there |= {path.stem, *re.findall(r"def (test_\w+)\(", path.read_text(encoding="utf-8"))}
+    named = set(re.findall(r"`(test_\w+)[^`]*`", text))
+    assert named - there == set()
+
+
 def test_the_table_holds_the_last_measurement_of_each_line(tmp_path: Path) -> None:
     record = tmp_path / "record.jsonl"
     line = {"fault": "a cut", "happens": "it heals", "test": "tests/test_faults_links.py::test_a[x]"}
