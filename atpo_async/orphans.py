@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from atpo_async import processes, status
+from atpo_async import processes, status, waits
 from atpo_async.errors import SetupError
 from atpo_async.role import ERROR_FILE, SUPERVISOR_PID
 from atpo_async.rundir import RunDir, host_id
 
 LOOK_S = 0.1
 """Between two looks at processes that are about to end by themselves."""
+
+EXTRA_S = 2.0
+"""For what looks after a lost supervisor once a second and then ends itself."""
 
 OTHER_HOST_S = 30.0
 """A status file of another machine that is older says nothing; clocks may differ by so much."""
@@ -82,8 +85,8 @@ def end_orphans(
 ) -> list[str]:
     """End the roles of ``rundir`` that have lost their supervisor.  For whoever holds the run's lock.
 
-    What is ending by itself gets the time that it has for that (``supervisor.stop_grace_s``): a learner may be saving.
-    What a signal has stopped is killed at once.
+    What is ending by itself gets the time that it has for that: ``supervisor.stop_grace_s``, or ``links.give_up_s``
+    while it saves what was trained.  What a signal has stopped is killed at once.
 
     Returns the roles that were ended.  Raises SetupError naming the process where one may not be ended from here: its
     supervisor lives, it is another user's, it runs on another machine, or it does not end.
@@ -98,13 +101,15 @@ def end_orphans(
     for role, pid, stopped in _by_role(orphans):
         how = "a signal had stopped it, it is ended now" if stopped else "it is given time to end, then it is ended"
         say(f"{role} of an earlier start of this run is still there without its supervisor (process {pid}): {how}")
-    deadline = clock() + rundir.config.supervisor.stop_grace_s + 2.0
+    began = clock()
     while True:
         orphans = [marked for marked in marked_processes(rundir.run_id) if marked.supervisor is None]
-        late = clock() > deadline
-        doomed = {marked.mark for marked in orphans if late or _is_stopped(marked)}
+        waited_s = clock() - began
+        patient = _saving(rundir) if waited_s <= rundir.config.links.give_up_s + EXTRA_S else set()
+        late = waited_s > rundir.config.supervisor.stop_grace_s + EXTRA_S
+        doomed = {m.mark for m in orphans if (late and m.mark not in patient) or _is_stopped(m)}
         processes.kill_roles({m.process.session: m.mark for m in orphans if m.mark in doomed}, timeout_s=5.0)
-        if late or not orphans:
+        if {m.mark for m in orphans} <= doomed and (late or not orphans):
             break
         pause(LOOK_S)
     left = [marked for marked in marked_processes(rundir.run_id) if marked.supervisor is None]
@@ -114,6 +119,11 @@ def end_orphans(
             "not even by kill -9: the system waits for a disk or a device; start again when it has gone"
         )
     return sorted({marked.role for marked in found if marked.supervisor is None})
+
+
+def _saving(rundir: RunDir) -> set[str]:
+    """Marks of the roles that say they are saving."""
+    return {picture.mark for picture in _pictures(rundir).values() if picture.phase == waits.SAVING}
 
 
 def _is_stopped(marked: Marked) -> bool:

@@ -29,7 +29,7 @@ from atpo_async import ports, status, waits
 from atpo_async.addresses import port_of
 from atpo_async.config import Config
 from atpo_async.endpoints import Endpoints
-from atpo_async.errors import BadMessage, SetupError
+from atpo_async.errors import BadMessage, SetupError, WaitTimeout
 from atpo_async.links import LinkSettings, Server
 from atpo_async.messages import (
     PROTOCOL,
@@ -203,7 +203,14 @@ class BufferService:
                 stack.callback(self._scratch.cleanup)
             await stack.enter_async_context(self.journal)
             # The number of this incarnation before anybody is told a name that has it.
-            await self.journal.settle(timeout_s=self._config.links.give_up_s)
+            limit_s = self._config.links.give_up_s
+            try:
+                await self.journal.settle(timeout_s=limit_s)
+            except TimeoutError:
+                raise WaitTimeout(
+                    f"the first commit to the journal in {self.journal.folder} took over {limit_s:g} s "
+                    "(links.give_up_s): its disk is too slow or stands still; name another with --buffer.journal_dir"
+                ) from None
             await stack.enter_async_context(self.actors)
             await stack.enter_async_context(self.learner)
             self._opened = stack.pop_all()

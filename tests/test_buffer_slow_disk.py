@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from atpo_async.errors import WaitTimeout
 from atpo_async.messages import ActorReport, Batch, EvalQuery, EvalRequest, EvalResult, Leases, NotYet
 from buffer import service as services
 from buffer.journal import Journal
-from tests.test_buffer_service import SOON_S, Peers, ask, grown, hello, published, running, wants
+from tests.test_buffer_service import SOON_S, Peers, ask, configured, grown, hello, published, running, wants
 
 
 class SlowDisk:
@@ -177,3 +178,13 @@ async def test_no_result_of_an_evaluation_and_no_welcome_leave_before_their_comm
         result, _ = await asyncio.gather(*asked)
         assert isinstance(result, EvalResult)
         assert result.success == 1.0
+
+
+async def test_a_disk_on_which_the_first_commit_does_not_end_is_named(disk: SlowDisk) -> None:
+    disk.slow = True
+    config = configured(links={"deadline_s": 0.1, "give_up_s": 0.3})
+    # Closing the journal waits for the commit that is under way.
+    asyncio.get_running_loop().call_later(2.0, disk.recover)
+    with pytest.raises(WaitTimeout, match=r"first commit to the journal in .* took over 0\.3 s \(links\.give_up_s\)"):
+        async with running(config):
+            raise AssertionError("a buffer whose number is not on disk serves nobody")

@@ -27,6 +27,7 @@ from actors.engine import Sampling, WeightsFile
 from actors.vllm_engine import VllmEngine
 from actors.vllm_plugin import register
 from atpo_async.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WeightsRejected
+from atpo_async.versions import VLLM_PRIVATE
 from tests.engine_support import (
     PROBE,
     altered,
@@ -422,3 +423,20 @@ def test_the_plugin_leaves_other_users_of_vllm_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("actors.vllm_plugin.die_with_parent", lambda *_: pytest.fail("tied a stranger's process"))
     register()
     assert "actors.vllm_inside" not in sys.modules
+
+
+@needs_vllm
+def test_a_scheduler_that_lacks_a_field_which_ours_sets_is_named_with_the_range() -> None:
+    from actors.vllm_inside import _ProbesWhilePaused
+
+    class Another:
+        def __init__(self) -> None:
+            for name in VLLM_PRIVATE:
+                if name != "_pause_state":
+                    setattr(self, name, None)
+
+    class Ours(_ProbesWhilePaused, Another):
+        pass
+
+    with pytest.raises(SetupError, match=r"another scheduler .* it lacks _pause_state; install vllm>=0\.32,<0\.33"):
+        Ours()

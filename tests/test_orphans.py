@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from atpo_async import orphans, processes, status
+from atpo_async import orphans, processes, status, waits
 from atpo_async.config import build
 from atpo_async.errors import SetupError
 from atpo_async.orphans import end_orphans
@@ -119,6 +119,39 @@ def test_an_orphan_that_hangs_has_its_time_to_end_and_is_then_ended(
 
     assert end_orphans(run, clock=lambda: now[0], pause=pause) == ["buffer"]
     assert len(waited) == 3  # stop_grace_s of 0.1 and two seconds more
+    assert group(orphan.pid) == set()
+
+
+def test_an_orphan_that_saves_what_was_trained_has_the_time_for_it(
+    run: RunDir, started: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    orphan = started(run, supervisor=gone())
+    seen(run, phase=waits.SAVING)
+    now = [0.0]
+
+    def pause(seconds: float) -> None:
+        assert group(orphan.pid), "ended while it saved"
+        now[0] += 10.0
+        if now[0] >= 100.0:
+            seen(run, phase="ending")
+
+    assert end_orphans(run, clock=lambda: now[0], pause=pause) == ["buffer"]
+    assert now[0] == 100.0
+    assert group(orphan.pid) == set()
+
+
+def test_an_orphan_that_never_ends_its_saving_is_ended_at_last(
+    run: RunDir, started: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    orphan = started(run, supervisor=gone())
+    seen(run, phase=waits.SAVING)
+    now = [0.0]
+
+    def pause(seconds: float) -> None:
+        now[0] += run.config.links.give_up_s / 2
+
+    assert end_orphans(run, clock=lambda: now[0], pause=pause) == ["buffer"]
+    assert now[0] > run.config.links.give_up_s
     assert group(orphan.pid) == set()
 
 
