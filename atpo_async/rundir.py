@@ -166,15 +166,12 @@ class RunDir:
             folder = folder.parent / folder.read_text(encoding="utf-8").strip()
         folder = folder.resolve()
         try:
-            facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            run_id = str(facts["run_id"])
+            run_id = str(_read(folder / "run.json", "run_id")["run_id"])
+            data = _read(folder / "config.json", "run")
         except (FileNotFoundError, NotADirectoryError):
             raise SetupError(f"{path} is no run folder: it has no run.json and config.json") from None
         except OSError as exc:
             raise SetupError(f"run folder {path} cannot be read: {exc.strerror or exc}") from None
-        except (ValueError, KeyError, TypeError) as exc:
-            raise ConfigError(f"run folder {path} is damaged: {exc}") from None
         return cls(folder, run_id=run_id, config=configuration.build(data, source=str(folder / "config.json")))
 
     @property
@@ -364,6 +361,17 @@ def _with_policy_of(run: RunDir, config: Config) -> Config:
     else:
         return config
     return config.model_copy(update={"model": config.model.model_copy(update=update)})
+
+
+def _read(file: Path, part: str) -> dict[str, Any]:
+    """A JSON object that has ``part``.  Raises OSError, or ConfigError where it is none."""
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(said, dict) or part not in said:
+            raise ValueError(f"it has no {part!r}")
+    except ValueError as exc:
+        raise ConfigError(f"{file} is damaged: {exc}; put it back from a copy, or use another --run.name") from None
+    return said
 
 
 def _is_unmade(folder: Path) -> bool:

@@ -139,7 +139,8 @@ def _choose(source: Source) -> tuple[Path, int | None]:
         steps = ", ".join(map(str, sorted(whole))) or "none"
         raise SetupError(
             f"--from {source.name}: run {run.path} keeps no checkpoint of step {source.step}; of steps: {steps} "
-            f"(learner.keep_checkpoints = {run.config.learner.keep_checkpoints})"
+            f"(it saves every {run.config.learner.checkpoint_every} steps, learner.checkpoint_every, and keeps the "
+            f"last {run.config.learner.keep_checkpoints}, learner.keep_checkpoints)"
         )
     newest = max(whole, default=None)
     if is_there(exported):

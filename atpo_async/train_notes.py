@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from atpo_async import resuming, starting
 from atpo_async.config import Config
+from atpo_async.idle_settings import idle_settings
 from atpo_async.metrics import Record, read_metrics
 from atpo_async.policy import list_checkpoints, steps_trained, with_path
 from atpo_async.resuming import Start
@@ -71,6 +72,14 @@ def at_the_start(begun: Beginning, rundir: RunDir) -> list[str]:
         lines.append("nothing was trained in this folder yet: it begins anew with this configuration")
     steps = 0 if begun.anew else steps_trained(known)
     return lines + resuming.told(known.config, rundir.config, updates=_updates(known, steps), steps=steps)
+
+
+def idle(config: Config, rundir: RunDir) -> list[str]:
+    """Settings without effect; not those that a run which began with another one's policy cannot have."""
+    lines = idle_settings(config)
+    if rundir.started_from is None:
+        return lines
+    return [line for line in lines if not line.startswith("model.warm_start")]
 
 
 def _updates(rundir: RunDir, steps: int) -> int:

@@ -455,3 +455,10 @@ def test_tasks_that_the_steps_would_leave_out_are_refused_with_the_steps_they_ne
     ):
         build({"run": {"max_tasks": 50, "steps": 12}, "staleness": {"trees_per_batch": 8, "max_uses": 2}})
     assert build({"run": {"max_tasks": 50, "steps": 13}, "staleness": {"trees_per_batch": 8, "max_uses": 2}})
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
+def test_an_option_of_the_environment_that_is_no_finite_number_is_refused_and_as_a_word_it_is_taken(text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"environment\.options.*mode = {text} is no finite number.*quote it"):
+        build({"environment": {"options": {"mode": float(text)}}})
+    assert build({"environment": {"options": {"mode": text}}}).environment.options == {"mode": text}

@@ -123,9 +123,11 @@ def test_opening_what_is_no_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="is no run folder"):
         RunDir.open(tmp_path)
     run = RunDir.create(config_in(tmp_path))
-    (run.path / "run.json").write_text("{")
-    with pytest.raises(ConfigError, match="is damaged"):
-        RunDir.open(run.path)
+    for name in ("config.json", "run.json"):
+        for text in ("{", "[]", "{}"):
+            (run.path / name).write_text(text)
+            with pytest.raises(ConfigError, match=rf"{name} is damaged: .*; put it back from a copy, or use another"):
+                RunDir.open(run.path)
 
 
 def test_versions_count_from_zero_and_go_on_in_another_process(tmp_path: Path) -> None:
