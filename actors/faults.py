@@ -197,7 +197,11 @@ class FaultWatch:
 
     def _verdict(self, place: Place, trees: int, lost: int, chains: int, fault: Fault) -> AtpoError:
         """``trees`` in a row lost ``lost`` of their ``chains`` in ``place``, the last one to ``fault``."""
-        latest = f"the latest: {shortened(fault.detail, 500)}"
+        name = f"environment {self._environment!r}"
+        detail = fault.detail
+        if fault.reason not in ENGINE_FAILED:  # what comes of its values names it too
+            detail = detail.removeprefix(f"{name}, ").removeprefix(f"{name}: ")
+        latest = f"the latest: {shortened(detail, 500)}"
         if lost < chains:
             what = f"lost chains to the same fault, {lost} of {chains}"
         elif place == "branch":
@@ -208,7 +212,7 @@ class FaultWatch:
         if fault.reason in ENGINE_FAILED:
             why = "does not answer" if fault.reason == "generate_timeout" else "fails every request"
             return EngineDead(f"{row}, as the engine {why}; {latest}")
-        return EnvironmentBroken(f"environment {self._environment!r}: {row}; {latest}")
+        return EnvironmentBroken(f"{name}: {row}; {latest}")
 
     # --- what the user hears ---------------------------------------------------------------------------------------
 

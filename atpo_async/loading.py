@@ -14,10 +14,14 @@ from pathlib import Path
 from atpo_async import status
 from atpo_async.hangs import BUFFER, joined_by_address
 from atpo_async.status import Picture, duration
+from atpo_async.texts import shortened
 from atpo_async.waits import OWN_PARTS
 
 SEEN_S = 30.0
 """A status file that is older says nothing about now."""
+
+MOST_DETAIL = 120
+"""Characters of it in a line."""
 
 SAID_FROM_S = 5.0
 """Roles that have been at a stage for less are not worth a line."""
@@ -34,6 +38,8 @@ class RoleStart:
     """In this stage."""
     loads: bool
     """It is at work for itself, rather than waiting for another role."""
+    detail: str = ""
+    """How far what it waits for is, as far as it has been told."""
 
 
 def starts(pictures: Iterable[Picture], *, now: float, wall: float) -> list[RoleStart]:
@@ -48,14 +54,29 @@ def starts(pictures: Iterable[Picture], *, now: float, wall: float) -> list[Role
         if not picture.starting or age_s > SEEN_S or status.is_alive(picture) is False:
             continue
         loads = picture.loop_age_s is None or picture.held_up or any(wait.on in OWN_PARTS for wait in picture.waits)
-        found.append(RoleStart(role=picture.role, stage=picture.phase, for_s=picture.phase_s + age_s, loads=loads))
+        detail = "" if loads else _how_far(picture)
+        for_s = picture.phase_s + age_s
+        found.append(RoleStart(role=picture.role, stage=picture.phase, for_s=for_s, loads=loads, detail=detail))
     return found
 
 
+def _how_far(picture: Picture) -> str:
+    """What the buffer said last to the longest wait for it; the counts come first, so what follows them is left out."""
+    said = next((wait.detail for wait in picture.waits if wait.on == BUFFER and wait.detail), "")
+    return shortened(said.partition("; ")[0], MOST_DETAIL)
+
+
 def line(found: Sequence[RoleStart], *, from_s: float = SAID_FROM_S) -> str:
-    """``actor-0 is loading its engine: 20 s; learner is …``; empty if nobody has been at it for long."""
+    """``actor-0 is loading its engine: 20 s; learner is waiting for its first batch (trees: 3 of 8 ready): 41 s``.
+
+    Empty if nobody has been at it for long.
+    """
     long = sorted((start for start in found if start.for_s >= from_s), key=lambda start: not start.loads)
-    return "; ".join(f"{start.role} is {start.stage}: {duration(start.for_s)}" for start in long)
+    return "; ".join(f"{start.role} is {_at(start)}: {duration(start.for_s)}" for start in long)
+
+
+def _at(start: RoleStart) -> str:
+    return f"{start.stage} ({start.detail})" if start.detail else start.stage
 
 
 def _asks_for_nothing(pictures: Mapping[str, Picture]) -> str | None:

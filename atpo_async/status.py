@@ -62,6 +62,8 @@ class Wait(msgspec.Struct, frozen=True, kw_only=True):
     since_s: float
     limit_s: float | None = None
     count: int = 1
+    detail: str = ""
+    """How far what it waits for is, or what keeps it; empty where that is not known."""
 
 
 class Picture(msgspec.Struct, frozen=True, kw_only=True):

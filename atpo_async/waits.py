@@ -56,6 +56,8 @@ class waiting:
 
     __slots__ = ("limit_s", "on", "since", "what", "who")
 
+    detail = ""
+
     def __init__(self, who: str, what: str, *, on: str = "", limit_s: float | None = None) -> None:
         self.who = who
         self.what = what
@@ -99,6 +101,8 @@ class Patience:
         self.who = who
         self.what = what
         self.on = on
+        self.detail = ""
+        """How far what it waits for is, or what keeps it: the latest reason."""
         self.since = time.monotonic()  # as every wait in the registry, whatever ``clock`` is
         self._deadlines = deadlines
         self._clock = clock
@@ -114,6 +118,7 @@ class Patience:
         """Called at every fruitless turn.  Raises WaitTimeout once nothing has ``moved`` for ``give_up_s``, unless
         somebody is loading meanwhile (``excuse_by``)."""
         now, reason = self._clock(), shortened(reason, 500)
+        self.detail = reason
         if now - self._moved > self._deadlines.give_up_s:
             excuse = _excuse() if now - self._began < LOADS_AT_MOST_S else None
             if excuse is not None:
@@ -160,6 +165,7 @@ class Standing:
     """
 
     limit_s = None
+    detail = ""
 
     def __init__(self, who: str) -> None:
         self.who = who
@@ -191,14 +197,22 @@ _standing: weakref.WeakSet[Standing] = weakref.WeakSet()
 
 
 def snapshot(now: float | None = None) -> list[dict[str, Any]]:
-    """The waits of this process, longest first: ``{who, what, on, since_s, limit_s}``.  From any thread.
+    """The waits of this process, longest first: ``{who, what, on, since_s, limit_s, detail}``.
+    From any thread.
 
     Args:
         now: ``time.monotonic()`` where left out.
     """
     now = time.monotonic() if now is None else now
     found = [
-        {"who": w.who, "what": w.what, "on": w.on, "since_s": max(0.0, now - w.since), "limit_s": w.limit_s}
+        {
+            "who": w.who,
+            "what": w.what,
+            "on": w.on,
+            "since_s": max(0.0, now - w.since),
+            "limit_s": w.limit_s,
+            "detail": w.detail,
+        }
         for w in _registered(time.monotonic())
     ]
     return sorted(found, key=lambda wait: -wait["since_s"])

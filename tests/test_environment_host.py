@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from actors.environments import loop_thread
 from actors.environments.base import ReplayFork, Split, StepResult
 from actors.environments.host import EnvironmentTimeout, HostedEnvironment
 from actors.environments.loop_thread import DaemonThreads
@@ -496,6 +497,25 @@ async def test_a_close_that_fails_is_told_once_on_the_terminal(tmp_path: Path, m
     (line,) = tail.new()
     assert "close of task 0 (train) failed, the branch counts all the same" in line
     assert "ConnectionError: the sandbox is gone" in line
+
+
+async def test_a_tool_that_blocks_below_its_limit_is_told_once_on_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "notices.jsonl"
+    monkeypatch.setenv(notices.FILE, str(path))
+    monkeypatch.setattr(notices, "_told", 0)
+    monkeypatch.setattr(loop_thread, "HELD_UP_S", 0.0)  # every slice holds the loop up for long
+    tail = notices.Tail(path)
+    caplog.set_level(logging.WARNING)
+    async with hosting(limit_s=PATIENCE_S) as (host, _):
+        assert tail.new() == [], "making an environment may take its time"
+        for task in range(3):
+            await (await host.start("train", task)).step(ints(5))
+    (line,) = tail.new()
+    assert line.startswith("environment 'world': start of task 0 (train) held up its event loop for 0.0 s")
+    assert "asyncio.to_thread" in line
+    assert caplog.text.count("held up its event loop") > 2, "the log has more of them"
 
 
 @pytest.mark.parametrize("how", ["awaits", "blocks"])

@@ -81,8 +81,20 @@ def test_a_fault_in_every_chain_of_every_task_ends_the_run_within_the_first_tree
     world = World(at_once, lambda number: chains([fault] * 6)).run(1000)
     assert isinstance(world.error, EnvironmentBroken)
     assert str(world.error).startswith("environment 'w:make': ")
-    assert fault.detail in str(world.error)
+    assert fault.detail.removeprefix("environment 'w:make', ") in str(world.error)
     assert world.begun <= max(at_once, 8) + at_once
+
+
+@pytest.mark.parametrize(
+    "detail",
+    ["task 3 (train): no", "environment 'w:make', task 3 (train): no", "environment 'w:make': task 3 (train): no"],
+)
+def test_the_error_that_ends_the_run_names_the_environment_once(detail: str) -> None:
+    fault = Fault("environment_failed", "value of reward", detail)
+    error = str(World(4, lambda number: chains([fault] * 6)).run(1000).error)
+    assert error.startswith("environment 'w:make': ")
+    assert error.endswith("; the latest: task 3 (train): no")
+    assert error.count("w:make") == 1
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 16])

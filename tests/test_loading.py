@@ -48,6 +48,34 @@ def test_roles_that_start_are_named_with_stage_and_seconds_those_first_that_are_
     assert said == "actor-0 is loading its engine: 20 s; learner is waiting for the first evaluation: 20 s"
 
 
+@pytest.mark.parametrize(
+    ("stage", "reason", "said"),
+    [
+        (
+            "waiting for its first batch",
+            "trees: 3 of 12 ready, 4 under lease, 0 without signal; 1 actors alive; no turn yet",
+            "waiting for its first batch (trees: 3 of 12 ready, 4 under lease, 0 without signal)",
+        ),
+        (
+            "waiting for the first evaluation",
+            "4 of 8 tasks are done",
+            "waiting for the first evaluation (4 of 8 tasks are done)",
+        ),
+        ("waiting for its first batch", "x" * 500, f"waiting for its first batch ({'x' * 20}"),
+    ],
+)
+def test_a_role_that_waits_for_the_buffer_says_how_far_that_is(stage: str, reason: str, said: str) -> None:
+    patience = Patience("the learner", "it", LinksConfig(), Time(), log=logging.getLogger("far"), on="buffer")
+    patience.again(reason)
+    own = status.grouped([known for known in waits.snapshot() if known["who"] == "the learner"])
+    told = line(found(loading("learner", phase=stage, waits=own)))
+    assert told.startswith(f"learner is {said}")
+    assert told.endswith("): 20 s")
+    assert len(told) < 250
+    still = line(found(loading("learner", phase=stage, waits=(*own, ENGINE))))
+    assert still == f"learner is {stage}: 20 s", "while it loads itself, that is what it waits for"
+
+
 def test_who_has_gone_or_was_last_seen_long_ago_does_not_start() -> None:
     gone = loading(pid=1, started=7)
     old = loading("actor-1", host="another", at=time.time() - 1000.0)

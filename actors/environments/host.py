@@ -60,6 +60,9 @@ MAX_LOST_MB = 4096.0
 MAX_LOOPS = 8
 """At the same time, of an environment that blocks past its limit: while one is held up its other calls go elsewhere."""
 
+MAKE = "make"
+"""What making the environment is called: it may load for long, and holds up no other call."""
+
 CLOSE_S = 2.0
 """For episodes to be closed when the actor ends."""
 
@@ -115,6 +118,7 @@ class HostedEnvironment:
         self._background: set[asyncio.Task[None]] = set()
         self._num_tasks: dict[Split, int | Exception | None] = {}
         self.stop_token_ids: tuple[int, ...] = ()
+        self._held_up_told = False
         self.given_up = 0
         """Calls past their limit."""
         self.lost_loops = 0
@@ -221,7 +225,7 @@ class HostedEnvironment:
         return self._may_grow or any(not made[0].held_up(self._held_up_s) for made in self._made)
 
     async def _make_on_a_new_loop(self) -> tuple[LoopThread, Environment]:
-        thread = LoopThread(next_name(f"environment {self.name!r}"), self._note)
+        thread = LoopThread(next_name(f"environment {self.name!r}"), self._note, self._count_held_up)
 
         async def work() -> tuple[Environment, tuple[int, ...], dict[Split, int | Exception | None]]:
             made = self._make()
@@ -230,7 +234,7 @@ class HostedEnvironment:
 
         before_mb = processes.memory_mb((os.getpid(),))
         try:
-            made, stop_token_ids, num_tasks = await self.answer(thread, "make", work, limit_s=None)
+            made, stop_token_ids, num_tasks = await self.answer(thread, MAKE, work, limit_s=None)
         except EnvironmentFault as exc:
             thread.stop()
             raise SetupError(f"environment {self.name!r} could not be made: {exc}") from exc
@@ -379,6 +383,19 @@ class HostedEnvironment:
             for thread in self._lost:
                 thread.interrupt()
             await asyncio.sleep(self._grace_s)
+
+    def _count_held_up(self, what: str, took_s: float) -> None:
+        """In the environment's thread.  The first call that blocks is for the user's terminal, the others for the log:
+        no limit is passed, so that nothing else would say why the run is slow."""
+        said = (
+            f"environment {self.name!r}: {what} held up its event loop for {took_s:.1f} s, and the environment's other "
+            "calls with it; use await asyncio.to_thread(...) for what blocks"
+        )
+        if what == MAKE or self._held_up_told:
+            log.warning("%s", said)
+            return
+        self._held_up_told = True
+        notices.tell(said, f"{self.name} held up")
 
     def count_failed_close(self, what: str, error: Exception) -> None:
         """One more: the first for the user's terminal, of many others not all are logged."""

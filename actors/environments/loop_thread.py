@@ -31,7 +31,7 @@ MAX_POOL_THREADS = 1024
 """Of one loop's ``asyncio.to_thread``.  Calls beyond them wait; idle ones are used again."""
 
 HELD_UP_S = 1.0
-"""A loop that one slice holds up for longer is worth a line in the log."""
+"""A loop that one slice holds up for longer is worth a line."""
 
 FAREWELL_S = 1.0
 """For what still runs on a loop to end once it is cancelled."""
@@ -158,11 +158,19 @@ class LoopThread:
     Args:
         name: of the thread, for stacks.
         note: told in this thread what begins here and, with an empty text, that nothing is under way.
+        held_up: told in this thread which call held the loop up for over ``HELD_UP_S``, and for how many seconds; of
+            many not all.
     """
 
-    def __init__(self, name: str, note: Callable[[str], None] = lambda what: None) -> None:
+    def __init__(
+        self,
+        name: str,
+        note: Callable[[str], None] = lambda what: None,
+        held_up: Callable[[str, float], None] = lambda what, took_s: None,
+    ) -> None:
         self.name = name
         self._note = note
+        self._tell_held_up = held_up
         self._guard = threading.Lock()
         self._slice: tuple[Call[Any], float] | None = None
         self._busy_s = 0.0
@@ -370,11 +378,7 @@ class LoopThread:
             return
         self._held_up += 1
         if self._held_up & (self._held_up - 1) == 0:  # of many not all are told
-            log.warning(
-                "%s: %s held up its event loop for %.1f s, and the environment's other calls with it; "
-                "use asyncio.to_thread for what blocks",
-                self.name, call.what, took_s,
-            )  # fmt: skip
+            self._tell_held_up(call.what, took_s)
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if self._ending:
