@@ -719,7 +719,10 @@ def command_doctor(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
 
     if texts and not args.config:
         args.config = [demo_config()]
-    found = doctor.findings(load(args.config, texts))
+    config = load(args.config, texts)
+    found = doctor.findings(config)
+    if args.config:
+        found += doctor.findings_of_run(config)
     table = Table(box=None, show_header=False, pad_edge=False)
     signs = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "missing": "[red]missing[/]"}
     for finding in found:

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -17,8 +18,8 @@ from typing import Literal
 from atpo_async import addresses, ports
 from atpo_async.config import BUILT_IN_ENVIRONMENTS, Config
 from atpo_async.errors import ConfigError, SetupError
-from atpo_async.models import check_positions, model_folder
-from atpo_async.policy import warm_start_command
+from atpo_async.models import check_positions, looks_like_hub_name, model_folder
+from atpo_async.policy import MODELS, is_there, warm_start_command
 from atpo_async.versions import version_of, vllm_range, vllm_unfit
 
 MIN_PYTHON = (3, 11)
@@ -120,12 +121,16 @@ def check_machine(config: Config) -> None:
             if why_not is not None:
                 raise SetupError(f"{field} = 'cuda', but {why_not}; set --{field} cpu, or run where a GPU is")
     _check_gpus(config, engine)
-    launch = config.learner.accelerate_config
-    if launch is not None and not Path(launch).is_file():
-        raise SetupError(f"learner.accelerate_config = {launch!r} is no file; `accelerate config` makes one")
+    _check_launch(config)
     check_environment(config)
     check_links(config)
     _check_journal_dir(config)
+
+
+def _check_launch(config: Config) -> None:
+    launch = config.learner.accelerate_config
+    if launch is not None and not Path(launch).is_file():
+        raise SetupError(f"learner.accelerate_config = {launch!r} is no file; `accelerate config` makes one")
 
 
 def _check_journal_dir(config: Config) -> None:
@@ -165,8 +170,15 @@ def _check_gpus(config: Config, engine: str) -> None:
 def check_model(config: Config) -> None:
     """Raises SetupError where there is no model and no warm start would make it.  One on the Hub is fetched: once, and
     before any role needs it."""
+    path = Path(config.model.path)
     if config.model.warm_start:
         warm_start_command(config)  # refuses an environment that has no such policy
+        if config.model.path and not is_there(path) and path.parent != MODELS:
+            raise SetupError(
+                f"model.path = {config.model.path!r} is not there, and the warm start makes its policies in {MODELS}/; "
+                "name a model folder and set --model.warm_start false, leave model.path out to use the warm-started "
+                "one, or, where a run began with that folder, use another --run.name"
+            )
     else:
         check_positions(model_folder(config.model.path), config.model.max_context_tokens)
 
@@ -255,6 +267,31 @@ def findings(config: Config | None = None) -> list[Finding]:
             found.append(Finding("ok", f"{role} device", used))
     found += _hardware()
     return found
+
+
+def findings_of_run(config: Config) -> list[Finding]:
+    """What a run of ``config`` would be refused for at its start, beside what ``findings`` says of the machine.
+
+    By the checks of that start, but for a model on the Hub, which is not fetched.
+    """
+    path, fetched = config.model.path, not config.model.warm_start and looks_like_hub_name(config.model.path)
+    found = [Finding("note", "model", f"{path}, on the Hub", "fetched at a run's start unless the cache holds it")]
+    if not fetched:
+        name = "made by the warm start" if config.model.warm_start and not path else path
+        found = [_checked("model", name, check_model, config)]
+    found.append(_checked("environment", config.environment.name, check_environment, config))
+    others = (("launcher", _check_launch), ("links", check_links), ("journal", _check_journal_dir))
+    return found + [said for what, check in others if (said := _checked(what, "", check, config)).level == "missing"]
+
+
+def _checked(what: str, name: str, check: Callable[[Config], None], config: Config) -> Finding:
+    try:
+        check(config)
+    except (ConfigError, SetupError) as exc:
+        return Finding("missing", what, str(exc))
+    except ImportError as exc:  # said of the package already
+        return Finding("note", what, f"cannot be looked at: {exc}")
+    return Finding("ok", what, name)
 
 
 def _python() -> Finding:

@@ -11,19 +11,23 @@ torch is imported only when there is something to make: to see that nothing chan
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
+from atpo_async import processes, scratch
 from atpo_async.errors import AtpoError, ConfigError, SetupError
 from atpo_async.hopqa_world import END, PAD, Habits, World, demonstrate, save_tokenizer
 
@@ -34,6 +38,9 @@ RECIPE_VERSION = 1
 """Raised whenever the same settings would give another model: architecture, demonstrations, optimizer."""
 
 RECORD = "warm_start.json"
+
+_ASIDE = re.compile(r"\.hopqa-[0-9a-f]{8}\.([0-9]+)\.tmp")
+"""Where a policy is made before it gets its name; the number is its maker's process."""
 
 Progress = Callable[[int, int, float], None]
 """Called with (steps done, steps in all, mean loss of late)."""
@@ -147,13 +154,17 @@ def make_policy(
     Raises:
         SetupError: ``path`` holds something else, or cannot be written.
     """
+    scratch.sweep_unheld(path.parent, _is_left_behind)
     if (there := _already_made(path, recipe)) is not None:
         return there
+    lock: int | None = None
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
+        with contextlib.suppress(OSError):  # a file system without locks: its maker's number tells
+            lock = scratch.hold(aside)
         record = _make(aside, recipe, device=device, num_threads=num_threads, progress=progress)
         (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         try:
@@ -167,7 +178,15 @@ def make_policy(
         raise SetupError(f"model folder {path} cannot be written: {exc}; set model.path to a folder that can") from exc
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
     return _report(path, record, reused=False)
+
+
+def _is_left_behind(folder: Path) -> bool:
+    """Whether its maker is gone from this machine; one on another machine holds its lock."""
+    found = _ASIDE.fullmatch(folder.name)
+    return found is not None and processes.started(int(found[1])) is None
 
 
 def _already_made(path: Path, recipe: Recipe) -> WarmStartReport | None:
@@ -341,6 +360,33 @@ def _token_ids(world: World) -> dict[str, int]:
     return {word: i for i, word in enumerate(world.words)}
 
 
+class _Ended(BaseException):
+    """SIGTERM or SIGINT."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def _tidied_before_the_end() -> Iterator[None]:
+    """A signal that ends this process ends it after the block's clean-ups, and as without them: by that signal."""
+
+    def end(signum: int, frame: object) -> None:
+        raise _Ended(signum)
+
+    before = {signum: signal.signal(signum, end) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except _Ended as ended:
+        signal.signal(ended.signum, signal.SIG_DFL)
+        os.kill(os.getpid(), ended.signum)
+        raise
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Make a policy by hand; prints its folder.  Exit code 2 with one line for what the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m learner.warm_start", description=main.__doc__)
@@ -361,7 +407,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe = Recipe(**given)
         path = policy_folder(root, recipe)
-        report = make_policy(path, recipe, device=device, num_threads=num_threads, progress=tell)
+        with _tidied_before_the_end():
+            report = make_policy(path, recipe, device=device, num_threads=num_threads, progress=tell)
     except AtpoError as exc:
         print(f"warm start: {exc}", file=sys.stderr)
         return 2

@@ -613,6 +613,42 @@ def test_the_doctor_names_what_is_missing_and_how_to_get_it(
     assert "missing: pyzmq" in out
 
 
+@pytest.mark.parametrize(
+    ("options", "what", "says"),
+    [
+        (["--environment.name", "nope:x"], "environment", r"environment\.name = 'nope:x': there is no package 'nope'"),
+        (["--environment.name", "nope"], "environment", r"environment\.name = 'nope' is unknown"),
+        (["--model.path", "/nope"], "model", r"model\.path = '/nope': no model folder"),
+        (["--model.path", ""], "model", r"model\.path is empty"),
+        (["--model.path", "/nope", "--model.warm_start"], "model", r"model\.path = '/nope' is not there, and the warm"),
+        (["--learner.accelerate_config", "no.yaml"], "launcher", r"learner\.accelerate_config = 'no\.yaml' is no file"),
+        (["--links.keys_dir", "no"], "links", r"links\.keys_dir = 'no' is no folder"),
+        (["--buffer.journal_dir", "model/config.json"], "journal", r"buffer\.journal_dir = 'model/config\.json'"),
+    ],
+)
+def test_the_doctor_refuses_what_the_start_of_training_refuses(
+    options: list[str], what: str, says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config_file(folder, TRANSFORMERS)
+    assert cli.main(["doctor", path, *options]) == 1
+    out = capsys.readouterr().out
+    assert re.search(rf"missing\s+{what}\s+{says}", " ".join(out.split()))
+    assert out.splitlines()[-1] == f"missing: {what}"
+    assert cli.main(["train", path, *options]) == 2
+    assert re.match(says, said(capsys))
+    assert files(folder) == set()
+
+
+def test_the_doctor_names_the_model_and_the_environment_and_fetches_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config_file(folder, TRANSFORMERS)
+    assert cli.main(["doctor", path]) == 0
+    assert re.search(r"ok\s+model\s+model\nok\s+environment\s+hopqa\n", re.sub(r" +\n", "\n", capsys.readouterr().out))
+    assert cli.main(["doctor", path, "--model.path", "somebody/something"]) == 0
+    assert re.search(r"note\s+model\s+somebody/something, on the Hub", capsys.readouterr().out)
+
+
 def test_help_and_version_load_nothing_heavy() -> None:
     code = textwrap.dedent("""
         import sys

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from atpo_async import scratch
 from atpo_async.errors import ConfigError, SetupError
 from atpo_async.hopqa_world import World
 from learner import warm_start
@@ -205,3 +209,52 @@ def test_seeing_that_nothing_changed_does_not_load_torch(made: Path) -> None:
         "sys.exit(not r.reused or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_warm_start_that_a_signal_ends_leaves_no_folder_behind(number: signal.Signals, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "learner.warm_start", "--root", str(tmp_path), "--steps", "100000", "--device", "cpu"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        assert "step 10 of 100000" in process.stderr.readline()
+        assert [folder.name.rpartition(".")[2] for folder in tmp_path.iterdir()] == ["tmp"]
+        process.send_signal(number)
+        rest = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == -number
+    assert "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_warm_start_left_goes_at_the_next_one_and_nothing_else_does(
+    made: Path,
+) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    root = made.parent
+    dead, alive, held, other = (
+        root / name
+        for name in (
+            f".hopqa-01234567.{gone.pid}.tmp",
+            f".hopqa-01234567.{os.getppid()}.tmp",
+            f".hopqa-89abcdef.{gone.pid}.tmp",
+            f".thesis.{gone.pid}.tmp",
+        )
+    )
+    for folder in (dead, alive, held, other):
+        folder.mkdir()
+        (folder / "file").write_text("")
+    lock = scratch.hold(held)
+    try:
+        assert make_policy(made, TINY).reused
+    finally:
+        assert lock is not None
+        os.close(lock)
+    assert {folder for folder in (dead, alive, held, other) if folder.exists()} == {alive, held, other}
+    for folder in (alive, held, other):
+        shutil.rmtree(folder)
