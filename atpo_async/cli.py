@@ -284,13 +284,15 @@ def train(config: Config, *, again: str, begin_from: str | None = None) -> int:
         again: the command that goes on with the run.
         begin_from: ``RUN[:STEP]`` whose policy a new run begins with.
     """
-    from rich.console import Console
+    import shlex
 
     from atpo_async.orphans import end_orphans
     from atpo_async.policy import steps_trained
+    from atpo_async.terminal import LastingConsole
     from atpo_async.train_notes import beginning
 
-    console = Console(highlight=False, soft_wrap=True)
+    shown = shlex.join(["atpo", "status", str(config.run.dir / config.run.name)])
+    console = LastingConsole(when_closed=f"the run goes on, `{shown}` shows it", highlight=False, soft_wrap=True)
     # Everything that can be told without writing anything comes first.
     with beginning(config, begin_from) as begun:
         known = begun.known

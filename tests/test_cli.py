@@ -853,6 +853,42 @@ def test_ctrl_c_leaves_no_process_and_says_how_to_go_on(folder: Path) -> None:
     assert processes.marked(f"{run_id}/learner/0") == []
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_run_whose_reader_has_gone_goes_on_to_its_end_and_says_so(merged: bool, folder: Path) -> None:
+    path = config_file(folder, f"{TRANSFORMERS}[run]\nsteps = 5\n")
+    code = textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        from atpo_async import cli, supervisor
+        def specs(config, rundir, **_):
+            text = {SCRIPTED!r}.format(run=str(rundir))
+            return [supervisor.RoleSpec(name="learner", argv=(sys.executable, "-c", text), ends_run=True)]
+        supervisor.role_specs = specs
+        code = cli.main(["train", {path!r}])
+        Path("ended").write_text(str(code))
+        sys.exit(code)
+    """)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=writer,
+        stderr=writer if merged else subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        timeout=120,
+        check=False,
+    )
+    os.close(writer)
+    assert (folder / "ended").read_text() == "0"
+    assert done.returncode == 0
+    assert (folder / "runs" / "run" / "report.html").is_file()
+    if not merged:
+        assert done.stderr == (
+            "note: the terminal's output is closed; the run goes on, `atpo status runs/run` shows it\n"
+        )
+
+
 def with_deadline(process: subprocess.Popen[str]) -> None:
     try:
         process.wait(timeout=0.05)
