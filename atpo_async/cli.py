@@ -570,6 +570,7 @@ def _role_by_hand(role: str, args: argparse.Namespace, texts: Mapping[str, str])
 
     from atpo_async import doctor
     from atpo_async.config import as_options, load
+    from atpo_async.policy import is_there
     from atpo_async.role import hand_name, parse_address
     from atpo_async.rundir import RunDir, joining
     from atpo_async.supervisor import role_specs
@@ -587,6 +588,8 @@ def _role_by_hand(role: str, args: argparse.Namespace, texts: Mapping[str, str])
         if role != "actor":
             raise SetupError(f"--join {args.join} is no run folder here; a {role} shares files with the run")
         address = parse_address(args.join).removeprefix("tcp://")
+        if config.model.warm_start and not is_there(Path(config.model.path)):
+            _say_if_nobody_listens(address)
         config = ensure_policy(config, Console(stderr=True))
         argv += ["--config", first, "--join", address, f"--model.path={config.model.path}", *options]
     else:
@@ -616,6 +619,24 @@ def _role_by_hand(role: str, args: argparse.Namespace, texts: Mapping[str, str])
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(argv[0], argv, env)
+
+
+def _say_if_nobody_listens(address: str) -> None:
+    """Before a policy is made for a run that may not be there.  An actor may be started before its buffer."""
+    import socket
+
+    from atpo_async import addresses
+
+    try:
+        socket.create_connection(addresses.split(address), timeout=2.0).close()
+    except (OSError, UnicodeError) as exc:
+        why = getattr(exc, "strerror", None) or exc
+        print(
+            f"note: nothing listens at {address} yet ({why}); this actor goes on all the same, and makes the policy "
+            "ready first; Ctrl-C ends it if the address is wrong",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _clear_the_way(rundir: RunDir) -> None:

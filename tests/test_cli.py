@@ -533,6 +533,29 @@ def test_a_wrong_address_to_join_is_said(folder: Path, capsys: pytest.CaptureFix
     assert "a learner shares files with the run" in said(capsys)
 
 
+@pytest.mark.parametrize("listens", [False, True])
+def test_an_actor_says_that_nothing_listens_where_it_joins_before_a_policy_is_made(
+    listens: bool, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+
+    def makes(config: Config, console: Console) -> Config:
+        heard.append(capsys.readouterr().err)
+        return config
+
+    monkeypatch.setattr(cli, "ensure_policy", makes)
+    monkeypatch.setattr(os, "execve", lambda file, argv, env: None)
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        if listens:
+            bound.listen()
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        cli.main(["actor", config_file(folder, TRANSFORMERS), "--join", address, "--model.path=", "--model.warm_start"])
+    (before,) = heard
+    assert before.startswith("" if listens else f"note: nothing listens at {address} yet (Connection refused); ")
+    assert bool(before) is not listens
+
+
 def test_addresses_are_read_with_and_without_their_scheme() -> None:
     assert parse_address("tcp://h:1") == parse_address("h:1") == "tcp://h:1"
 
