@@ -270,6 +270,41 @@ def _logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
+class Signals:
+    """What signals and the supervisor's end ask of a role: at first to stop, then to be cancelled.
+
+    The supervisor's end is told twice, by the kernel's death signal and by the thread that looks after it, in either
+    order: together they ask once, or the second would cut a clean end short.
+    """
+
+    def __init__(self, stopping: asyncio.Event, *, cancel: Callable[[], object], log: logging.Logger) -> None:
+        self._stopping = stopping
+        self._cancel = cancel
+        self._log = log
+        self._death_signal_due = False
+        self.first: int | None = None
+        """The signal that came first; None before any has."""
+
+    def received(self, signum: int) -> None:
+        if self._death_signal_due and signum == signal.SIGTERM:
+            self._death_signal_due = False
+            return
+        name = signal.Signals(signum).name
+        if self.first is None:
+            self.first = signum
+            self._log.info("%s: stopping", name)
+            self._stopping.set()
+        else:
+            self._log.warning("%s again: cancelling", name)
+            self._cancel()
+
+    def supervisor_gone(self) -> None:
+        """The supervisor has ended, as the thread that looks after it sees."""
+        if self.first is None:
+            self.received(signal.SIGTERM)
+            self._death_signal_due = True
+
+
 async def _serve(
     main: Callable[[RoleContext], Awaitable[None]], context: RoleContext, reporter: status.Reporter
 ) -> int:
@@ -277,30 +312,14 @@ async def _serve(
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
-    received: list[int] = []
-
-    def on_signal(signum: int) -> None:
-        received.append(signum)
-        if len(received) == 1:
-            context.log.info("%s: stopping", signal.Signals(signum).name)
-            context.stopping.set()
-        else:
-            context.log.warning("%s again: cancelling", signal.Signals(signum).name)
-            task.cancel()
-
+    signals = Signals(context.stopping, cancel=task.cancel, log=context.log)
     for signum in (signal.SIGTERM, signal.SIGINT):
         with contextlib.suppress(NotImplementedError):  # not on Windows
-            loop.add_signal_handler(signum, on_signal, signum)
+            loop.add_signal_handler(signum, signals.received, signum)
     if context.supervised:
-
-        def supervisor_gone() -> None:
-            # The death signal may have said so already: a second one would cut the clean end short.
-            if not received:
-                on_signal(signal.SIGTERM)
-
         _tie_to_supervisor(
             loop,
-            supervisor_gone,
+            signals.supervisor_gone,
             grace_s=context.config.supervisor.stop_grace_s,
             saving_s=context.config.links.give_up_s,
         )
@@ -308,12 +327,12 @@ async def _serve(
     try:
         await main(context)
     except asyncio.CancelledError:
-        if not received:
+        if signals.first is None:
             raise
     finally:
         # What follows, the loop's clean-up, can hang as well: on a thread that does not come back.
         waits.phase(status.ENDING)
-    return 128 + received[0] if received else EXIT_DONE
+    return EXIT_DONE if signals.first is None else 128 + signals.first
 
 
 def _tie_to_supervisor(
