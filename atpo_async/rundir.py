@@ -19,6 +19,7 @@ runs/latest         link to the run started last
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -408,18 +409,24 @@ def host_id() -> str:
 
 def versions() -> dict[str, Any]:
     """Python, platform and every installed package."""
-    packages: dict[str, str] = {}
-    for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name:
-            packages.setdefault(name.lower(), distribution.version)
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
-        "packages": dict(sorted(packages.items())),
+        "packages": dict(_packages()),
     }
+
+
+@functools.cache
+def _packages() -> tuple[tuple[str, str], ...]:
+    """(name, version) of what is installed, by name.  Once a process: hundreds of files are read for it."""
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        about = distribution.metadata
+        if about["Name"]:
+            found.setdefault(about["Name"].lower(), about["Version"])
+    return tuple(sorted(found.items()))
 
 
 def _point_latest(folder: Path, name: str) -> None:
