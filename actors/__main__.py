@@ -10,20 +10,23 @@ import time
 from pathlib import Path
 
 from actors.actor import Actor, LearnerMoved, until_stopped
-from actors.engine import Engine
-from actors.environments import guard
-from actors.environments.base import Environment
-from actors.environments.host import HostedEnvironment
+from actors.engines.base import Engine
 from actors.factory import check_eval_tasks, engine_name, host_environment, make_engine
+from actors.hosting import guard
+from actors.hosting.host import HostedEnvironment
 from actors.weights import WeightsFetcher
-from atpo_async import role, waits
-from atpo_async.addresses import seen_from
-from atpo_async.errors import PeerLost, SetupError
-from atpo_async.links import Client, LinkSettings, Listener
-from atpo_async.messages import PROTOCOL, ActorHello, BufferToActor, LearnerToActor, Refused, Welcome
-from atpo_async.models import model_folder
-from atpo_async.role import RoleContext
-from atpo_async.waits import Patience
+from atpo_async.core.errors import PeerLost, SetupError
+from atpo_async.environments.base import Environment
+from atpo_async.links.addresses import seen_from
+from atpo_async.links.announcements import Listener
+from atpo_async.links.client import Client
+from atpo_async.links.common import LinkSettings
+from atpo_async.models.sources import model_folder
+from atpo_async.ops import role
+from atpo_async.ops.role import RoleContext
+from atpo_async.status import waits
+from atpo_async.status.waits import BoundedWait
+from atpo_async.wire.messages import PROTOCOL, ActorHello, BufferToActor, LearnerToActor, Refused, Welcome
 
 SWITCH_S = 0.0005
 
@@ -85,7 +88,9 @@ async def _knock(ctx: RoleContext, settings: LinkSettings) -> None:
     Waits for: its answer.  Unblocked by: that; ``KNOCK_S`` without a sign of it, as it may be started later; where it
     refuses the key, being let in after all, given up after ``links.give_up_s``.
     """
-    patience = Patience(f"actor {ctx.name}", "being let in", ctx.config.links, time.monotonic, log=ctx.log, on="buffer")
+    patience = BoundedWait(
+        f"actor {ctx.name}", "being let in", ctx.config.links, time.monotonic, log=ctx.log, on="buffer"
+    )
     said, last = "", time.monotonic() + KNOCK_S
     # A link of its own: loading an engine may hold up this loop for longer than a peer is let be silent.
     async with _to_buffer(ctx, settings) as buffer:
@@ -165,7 +170,7 @@ async def _join(ctx: RoleContext, buffer: Client) -> Welcome:
     Waits for: the buffer, then the learner's first publication.  Unblocked by: both being up; given up after
     ``links.give_up_s``.
     """
-    patience = Patience(
+    patience = BoundedWait(
         f"actor {ctx.name}", "its place in the run", ctx.config.links, time.monotonic, log=ctx.log, on="buffer"
     )
     said = ""

@@ -15,18 +15,22 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
-from actors.engine import Engine
-from actors.environments.base import Environment
-from actors.environments.host import HostedEnvironment
+from actors.engines.base import Engine
 from actors.faults import CutActions, Faults, first_of
+from actors.hosting.host import HostedEnvironment
 from actors.search import TreeSearch
 from actors.weights import NoRoom, Refusals, WeightsFetcher
-from atpo_async import status, waits
-from atpo_async.addresses import seen_from
 from atpo_async.config import Config
-from atpo_async.errors import AtpoError, PeerLost, ProbeMismatch, WeightsRejected
-from atpo_async.links import Client
-from atpo_async.messages import (
+from atpo_async.core.errors import AtpoError, PeerLost, ProbeMismatch, WeightsRejected
+from atpo_async.core.texts import shortened
+from atpo_async.core.tree import TurnTree
+from atpo_async.environments.base import Environment
+from atpo_async.links.addresses import seen_from
+from atpo_async.links.client import Client
+from atpo_async.run.metrics import Aggregator
+from atpo_async.status import snapshot, waits
+from atpo_async.status.waits import BoundedWait
+from atpo_async.wire.messages import (
     ActorReport,
     Lease,
     LeaseRequest,
@@ -35,10 +39,6 @@ from atpo_async.messages import (
     Refused,
     WeightsAnnounced,
 )
-from atpo_async.metrics import Aggregator
-from atpo_async.texts import shortened
-from atpo_async.tree import TurnTree
-from atpo_async.waits import Patience
 
 log = logging.getLogger("atpo.actor")
 
@@ -124,13 +124,13 @@ class Actor:
         self._version_changed = asyncio.Condition()
         self._faults = Faults(config.environment.name, at_once=config.actor.trees_in_flight, clock=clock)
         self._cut_actions = CutActions(config.search.max_action_tokens)
-        self._no_lease: Patience | None = None
+        self._no_lease: BoundedWait | None = None
         self._closed_because: str | None = None
         self._given_up: dict[str, str] = {}
         """Trees of which the buffer refused something -> why: their leases go back with the next report."""
         self._idle_at = clock()
         buffer.on_refused = self._on_refused
-        status.publish("actor", self._facts)
+        snapshot.publish("actor", self._facts)
 
     async def work(self) -> None:
         """Run until the buffer says the run is over, or ``stopping`` is set.
@@ -229,7 +229,7 @@ class Actor:
         if answer.leases or self._growing:
             self._no_lease = None
         else:
-            self._no_lease = self._no_lease or Patience(
+            self._no_lease = self._no_lease or BoundedWait(
                 f"actor {self._name}", "a lease", self._config.links, self._clock, log=log, on="buffer"
             )
             if answer.closed_because != self._closed_because:
@@ -261,7 +261,7 @@ class Actor:
         """Waits for: the engine to have ``version``.  Unblocked by: a swap; given up after ``links.give_up_s``."""
         if self.version >= version:
             return
-        patience = Patience(
+        patience = BoundedWait(
             f"tree {tree_id}", f"weights version {version}", self._config.links, self._clock, log=log, on="learner"
         )
         while self.version < version:
@@ -335,7 +335,7 @@ class Actor:
         Waits for: the learner's first publication.  Unblocked by: the publisher, or the run's end; given up after
         ``links.give_up_s``.
         """
-        patience = Patience(
+        patience = BoundedWait(
             f"actor {self._name}", "the run's first weights", self._config.links, self._clock, log=log, on="learner"
         )
         while self.version < 0:

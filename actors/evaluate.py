@@ -9,19 +9,19 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from actors.engine import Engine
-from actors.environments import guard
-from actors.environments.base import Environment
+from actors.engines.base import Engine
 from actors.factory import check_eval_tasks, host_environment, make_engine
 from actors.faults import Faults, first_of
+from actors.hosting import guard
 from actors.search import TreeSearch
 from atpo_async.config import Config, load
-from atpo_async.errors import AtpoError, ConfigError, EnvironmentBroken
-from atpo_async.messages import Lease, TreeClosed, TreeOpened
-from atpo_async.models import model_folder
-from atpo_async.records import TurnRecords
-from atpo_async.temporary import make_temporary_folder_fit
-from atpo_async.tree import Turn, TurnTree
+from atpo_async.core.errors import AtpoError, ConfigError, EnvironmentBroken
+from atpo_async.core.tree import Turn, TurnTree
+from atpo_async.environments.base import Environment
+from atpo_async.models.sources import model_folder
+from atpo_async.run.temporary import make_temporary_folder_fit
+from atpo_async.wire.messages import Lease, TreeClosed, TreeOpened
+from atpo_async.wire.records import TurnRecords
 
 
 async def success(

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from atpo_async.tree import ROOT, TurnTree
+from atpo_async.core.tree import ROOT, TurnTree
 
 Strategy = Literal["entropy", "random", "none"]
 

@@ -9,16 +9,16 @@ import logging
 import os
 from pathlib import Path
 
-from actors.engine import Engine
-from actors.environments import guard
-from actors.environments.base import Environment
-from actors.environments.checked import CheckedEnvironment
-from actors.environments.host import HostedEnvironment
-from actors.environments.registry import BUILT_IN, factory_of, make
-from actors.environments.values import Limits
+from actors.engines.base import Engine
+from actors.hosting import guard
+from actors.hosting.host import HostedEnvironment
 from atpo_async.config import Config
-from atpo_async.errors import ConfigError
-from atpo_async.role import DOING, ERROR_FILE
+from atpo_async.core.errors import ConfigError
+from atpo_async.environments.base import Environment
+from atpo_async.environments.checked import CheckedEnvironment
+from atpo_async.environments.registry import BUILT_IN, factory_of, make
+from atpo_async.environments.values import Limits
+from atpo_async.ops.role import DOING, ERROR_FILE
 
 log = logging.getLogger("atpo.actor")
 
@@ -45,7 +45,7 @@ def make_engine(config: Config, model: Path, *, actor: str) -> Engine:
     """
     seed = engine_seed(config.run.seed, actor)
     if engine_name(config) == "vllm":
-        from actors.vllm_engine import VllmEngine
+        from actors.engines.vllm.engine import VllmEngine
 
         return VllmEngine(
             model,
@@ -63,7 +63,7 @@ def make_engine(config: Config, model: Path, *, actor: str) -> Engine:
         )
     if config.actor.engine == "auto":
         log.warning("vLLM is not installed: generating with the transformers engine, which is slower")
-    from actors.transformers_engine import TransformersEngine
+    from actors.engines.transformers.engine import TransformersEngine
 
     return TransformersEngine(
         model,

@@ -21,11 +21,11 @@ from typing import Literal, get_args
 
 import msgspec
 
-from atpo_async import notices
-from atpo_async.checks import check
-from atpo_async.errors import AtpoError, BadMessage, EngineDead, EnvironmentBroken
-from atpo_async.messages import Lease, TaskKind
-from atpo_async.texts import shortened
+from atpo_async.core.errors import AtpoError, BadMessage, EngineDead, EnvironmentBroken
+from atpo_async.core.texts import shortened
+from atpo_async.ops import notices
+from atpo_async.wire.checks import check
+from atpo_async.wire.messages import Lease, TaskKind
 
 Tell = Callable[[str, str], None]
 

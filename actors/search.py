@@ -15,19 +15,19 @@ from typing import TypeVar
 
 import numpy as np
 
-from actors.engine import Engine, Generation, Sampling
-from actors.environments.base import Environment, Episode, Split, StepResult
-from actors.environments.host import EnvironmentTimeout
-from actors.environments.loop_thread import EnvironmentFault
-from actors.environments.values import TOO_LONG, ValueRefused
+from actors.engines.base import Engine, Generation, Sampling
 from actors.expansion import select, sibling_parent
 from actors.faults import Fault, Place
-from atpo_async import waits
+from actors.hosting.host import EnvironmentTimeout
+from actors.hosting.loop_thread import EnvironmentFault
 from atpo_async.config import SearchConfig
-from atpo_async.errors import EngineDead, EnvironmentBroken, GenerationFailed
-from atpo_async.messages import Lease, TreeClosed, TreeOpened
-from atpo_async.texts import of_error, shortened
-from atpo_async.tree import ROOT, EndReason, Turn, TurnTree
+from atpo_async.core.errors import EngineDead, EnvironmentBroken, GenerationFailed
+from atpo_async.core.texts import of_error, shortened
+from atpo_async.core.tree import ROOT, EndReason, Turn, TurnTree
+from atpo_async.environments.base import Environment, Episode, Split, StepResult
+from atpo_async.environments.values import TOO_LONG, ValueRefused
+from atpo_async.status import waits
+from atpo_async.wire.messages import Lease, TreeClosed, TreeOpened
 
 T = TypeVar("T")
 

@@ -19,11 +19,14 @@ import re
 import tempfile
 from pathlib import Path
 
-from actors.engine import WeightsFile
+from actors.engines.base import WeightsFile
 from atpo_async.config import WeightsConfig
-from atpo_async.errors import AtpoError, PeerLost, ProbeMismatch, SetupError, WeightsRejected
-from atpo_async.links import Client, Listener
-from atpo_async.messages import (
+from atpo_async.core.errors import AtpoError, PeerLost, ProbeMismatch, SetupError, WeightsRejected
+from atpo_async.links.announcements import Listener
+from atpo_async.links.client import Client
+from atpo_async.run.rundir import host_id
+from atpo_async.run.scratch import SHARED_MEMORY, Scratch, sweep, sweep_dead, weights_folder
+from atpo_async.wire.messages import (
     AnnouncementRequest,
     Chunk,
     ChunkRequest,
@@ -33,8 +36,6 @@ from atpo_async.messages import (
     WeightsAnnounced,
     WeightsManifest,
 )
-from atpo_async.rundir import host_id
-from atpo_async.scratch import SHARED_MEMORY, Scratch, sweep, sweep_dead, weights_folder
 
 log = logging.getLogger("atpo.actor.weights")
 

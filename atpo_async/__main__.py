@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from atpo_async.cli import main
+from atpo_async.cli.main import main
 
 sys.exit(main())

@@ -26,12 +26,14 @@ from pathlib import Path
 import numpy as np
 
 from actors.actor import Actor
-from actors.engine import Engine, EngineStats, Generation, Sampling, SwapReport, WeightsFile
+from actors.engines.base import Engine, EngineStats, Generation, Sampling, SwapReport, WeightsFile
 from actors.factory import engine_name, host_environment, make_engine
 from atpo_async.config import Config, load
-from atpo_async.links import Client, LinkSettings, Server
-from atpo_async.messages import ActorToBuffer, BufferToActor, Lease, LeaseRequest, Leases, Message, TreeClosed
-from atpo_async.records import TurnRecords
+from atpo_async.links.client import Client
+from atpo_async.links.common import LinkSettings
+from atpo_async.links.server import Server
+from atpo_async.wire.messages import ActorToBuffer, BufferToActor, Lease, LeaseRequest, Leases, Message, TreeClosed
+from atpo_async.wire.records import TurnRecords
 
 
 def serve(pipe: Connection, settings: LinkSettings, num_trees: int) -> None:

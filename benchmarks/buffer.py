@@ -38,10 +38,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from numpy.typing import NDArray
 
-from atpo_async.links import Client
-from atpo_async.messages import Batch, Lease, SampleRequest, Trained
-from atpo_async.records import TurnRecords
-from atpo_async.tree import Turn
+from atpo_async.core.tree import Turn
+from atpo_async.links.client import Client
+from atpo_async.wire.messages import Batch, Lease, SampleRequest, Trained
+from atpo_async.wire.records import TurnRecords
 from benchmarks.load import (
     REPLY_S,
     BufferProcess,
@@ -56,8 +56,8 @@ from benchmarks.load import (
     table,
 )
 from benchmarks.peers import CPPRB, REVERB, TORCHRL, found_or_told, measured
-from buffer.index import MemoryStore, TreeEntry, entry_from_turns
-from buffer.replay import ReplayPool, SumTree
+from buffer.trees.index import MemoryStore, TreeEntry, entry_from_turns
+from buffer.trees.pool import ReplayPool, SumTree
 
 PARTS = ("serve", "updates", "growth", "ageing")
 PEER_TIMEOUT_S = 900.0

@@ -53,16 +53,16 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from actors.expansion import select, sibling_parent
 from atpo_async.config import Config, load, split_options
-from atpo_async.errors import AtpoError, ConfigError, SetupError
-from atpo_async.messages import Batch, BatchTree
-from atpo_async.records import TurnRecords
-from atpo_async.tree import ROOT as PROMPT
-from atpo_async.tree import Turn, TurnTree, spans_of
-from learner.model import Policy, make_accelerator
-from learner.packing import CreditedTree, MicroBatch, Normaliser, leaf_rows, micro_batches
+from atpo_async.core.errors import AtpoError, ConfigError, SetupError
+from atpo_async.core.tree import ROOT as PROMPT
+from atpo_async.core.tree import Turn, TurnTree, spans_of
+from atpo_async.wire.messages import Batch, BatchTree
+from atpo_async.wire.records import TurnRecords
+from learner.packing.attention import Way, to_device, ways
+from learner.packing.rows import CreditedTree, MicroBatch, Normaliser, leaf_rows, micro_batches
+from learner.packing.tree import tree_micro_batches
+from learner.policy.model import Policy, make_accelerator
 from learner.step import Trainer
-from learner.tree_attention import Way, to_device, ways
-from learner.tree_packing import tree_micro_batches
 
 PARTS = ("packing", "bare", "attention", "memory", "gpu")
 CHILD_TIMEOUT_S = 600.0

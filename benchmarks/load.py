@@ -33,9 +33,12 @@ from typing import Any, Self
 import numpy as np
 
 from atpo_async.config import Config, build
-from atpo_async.endpoints import Endpoints
-from atpo_async.links import Client, LinkSettings
-from atpo_async.messages import (
+from atpo_async.core.tree import Turn, VersionSpan
+from atpo_async.links.client import Client
+from atpo_async.links.common import LinkSettings
+from atpo_async.run.endpoints import Endpoints
+from atpo_async.run.rundir import RunDir
+from atpo_async.wire.messages import (
     PROTOCOL,
     ActorHello,
     ActorReport,
@@ -49,8 +52,6 @@ from atpo_async.messages import (
     VersionPublished,
     Welcome,
 )
-from atpo_async.rundir import RunDir
-from atpo_async.tree import Turn, VersionSpan
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 150_000

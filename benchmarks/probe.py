@@ -2,7 +2,8 @@
 
   honest  N swaps of weights that change by a small step each (every weight by a normal number times ``--step``),
           through the learner's publisher and the engine's own ``swap``; the probe is drawn anew every 8 swaps, more
-          often than a run does.  Shown: the readings (nats of noise on the logits, ``actors.probe``), how the logarithm
+          often than a run does.  Shown: the readings (nats of noise on the logits, ``engines.probe``), how the
+          logarithm
           of a reading over the median of those before it is spread, and the alarms to expect in 10,000 swaps: by a
           normal fit, and by an exponential fit to the upper tenth, which is heavier.
   faults  each tensor of the model in turn: dropped (it holds other random values of the same size), or stale by one
@@ -37,16 +38,16 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from actors.engine import Engine, WeightsFile
-from actors.probe import MULTIPLE, NUM_READINGS, Probe
-from actors.transformers_engine import TransformersEngine
+from actors.engines.base import Engine, WeightsFile
+from actors.engines.probe import MULTIPLE, NUM_READINGS, Probe
+from actors.engines.transformers.engine import TransformersEngine
 from atpo_async.config import Config, build
-from atpo_async.errors import AtpoError, ProbeMismatch, SetupError
-from atpo_async.messages import ManifestRequest, WeightsManifest
-from learner.model import load_policy, make_accelerator
-from learner.probe import draw_probe, probe_shape
-from learner.publisher import WeightsStore
+from atpo_async.core.errors import AtpoError, ProbeMismatch, SetupError
+from atpo_async.wire.messages import ManifestRequest, WeightsManifest
+from learner.policy.model import load_policy, make_accelerator
 from learner.step import Trainer
+from learner.weights.probe import draw_probe, probe_shape
+from learner.weights.publisher import WeightsStore
 
 REDRAW_EVERY = 8
 ANY = 1e9
@@ -84,7 +85,7 @@ def make_engine(model: Path, args: argparse.Namespace, config: Config) -> Engine
         return ForgetfulEngine(
             model, dtype=args.dtype, device=args.device, max_model_len=length, max_batch=8, num_threads=args.threads
         )
-    from actors.vllm_engine import VllmEngine
+    from actors.engines.vllm.engine import VllmEngine
 
     return VllmEngine(
         model, dtype=args.dtype, device=args.device, max_model_len=length, max_num_seqs=8, num_threads=args.threads

@@ -37,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from atpo_async.config import Config
-from atpo_async.links import Client
-from atpo_async.messages import Batch, Checkpointed, Lease, SampleRequest, Trained
+from atpo_async.links.client import Client
+from atpo_async.wire.messages import Batch, Checkpointed, Lease, SampleRequest, Trained
 from benchmarks.load import (
     REPLY_S,
     Actor,

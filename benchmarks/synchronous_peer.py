@@ -28,11 +28,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from actors.environments.base import Episode
 from actors.factory import make_environment
 from atpo_async.config import Config, load
-from atpo_async.metrics import Record, read_metrics
-from atpo_async.rundir import RunDir
+from atpo_async.environments.base import Episode
+from atpo_async.run.metrics import Record, read_metrics
+from atpo_async.run.rundir import RunDir
 
 GOAL = 0.9
 WINDOW = 3
@@ -160,7 +160,7 @@ async def peer(config: Config, model: Path, args: argparse.Namespace) -> dict[st
 
 def system(config_file: str, seed: int, folder: Path) -> tuple[dict[str, float], Path, Config]:
     """Train with the command line; the figures come from the run's own metrics."""
-    command = [sys.executable, "-m", "atpo_async.cli", "train", config_file, "--run.dir", str(folder)]
+    command = [sys.executable, "-m", "atpo_async", "train", config_file, "--run.dir", str(folder)]
     subprocess.run([*command, "--run.seed", str(seed), "--run.name", f"seed-{seed}"], check=True, stdout=sys.stderr)
     rundir = RunDir.open(folder / f"seed-{seed}")
     return _to_goal(list(read_metrics(rundir.metrics_path))), Path(rundir.config.model.path), rundir.config

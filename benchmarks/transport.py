@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from atpo_async.config import Config
-from atpo_async.messages import Lease, TreeOpened
+from atpo_async.wire.messages import Lease, TreeOpened
 from benchmarks.load import (
     REPLY_S,
     Actor,

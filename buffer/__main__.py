@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 
-from atpo_async import role
+from atpo_async.ops import role
 from buffer.service import serve
 
 if __name__ == "__main__":

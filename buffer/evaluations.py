@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from atpo_async.messages import EvalRequest, EvalResult
-from buffer.index import TreeEntry
+from atpo_async.wire.messages import EvalRequest, EvalResult
 from buffer.ledger import Held, Ledger, Outcome
+from buffer.trees.index import TreeEntry
 
 
 class Evaluations:

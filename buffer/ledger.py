@@ -4,7 +4,7 @@
 where ``next`` is the learner's version at the next batch.  It will be within ``max_lag`` then exactly if it is begun
 with weights of at least that version minus ``max_lag``.  This is a lease's ``min_version``; while the learner has not
 published it, no lease is granted.  With ``max_lag`` 0 trees are so grown under the very version that consumes them.
-With ``staleness.exact_lag`` none of this counts, ``buffer.delay_line`` decides.
+With ``staleness.exact_lag`` none of this counts, ``buffer.trees.delay_line`` decides.
 
 It cannot block for ever: when the learner waits at version v for a batch and nothing is under lease any more, at most
 batch - 1 trees are pending, each counted with all its uses, so ``min_version`` is at most
@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 
 from atpo_async.config import StalenessConfig
-from atpo_async.messages import TaskKind
-from buffer.delay_line import Admission
+from atpo_async.wire.messages import TaskKind
+from buffer.trees.delay_line import Admission
 
 UNSEEN_REPORTS = 3
 """An actor whose reports leave a lease out so often does not know of it; one or two may be older than the lease."""

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
-from atpo_async.metrics import MetricsWriter
+from atpo_async.run.metrics import MetricsWriter
 
 log = logging.getLogger("atpo.buffer")
 

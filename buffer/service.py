@@ -25,13 +25,19 @@ from typing import Any, Self, TypeVar
 import msgspec
 import numpy as np
 
-from atpo_async import ports, status, waits
-from atpo_async.addresses import port_of
 from atpo_async.config import Config
-from atpo_async.endpoints import Endpoints
-from atpo_async.errors import BadMessage, SetupError, WaitTimeout
-from atpo_async.links import LinkSettings, Server
-from atpo_async.messages import (
+from atpo_async.core.errors import BadMessage, SetupError, WaitTimeout
+from atpo_async.core.tree import Turn
+from atpo_async.links import ports
+from atpo_async.links.addresses import port_of
+from atpo_async.links.common import LinkSettings
+from atpo_async.links.server import Server
+from atpo_async.ops.role import RoleContext
+from atpo_async.run.endpoints import Endpoints
+from atpo_async.run.metrics import read_metrics
+from atpo_async.run.rundir import RunDir
+from atpo_async.status import snapshot, waits
+from atpo_async.wire.messages import (
     PROTOCOL,
     ActorHello,
     ActorReport,
@@ -56,19 +62,15 @@ from atpo_async.messages import (
     VersionPublished,
     Welcome,
 )
-from atpo_async.metrics import read_metrics
-from atpo_async.records import TurnRecords
-from atpo_async.role import RoleContext
-from atpo_async.rundir import RunDir
-from atpo_async.tree import Turn
-from buffer.assembly import Frames
-from buffer.batches import Share
-from buffer.index import StoredTurns, places_of
-from buffer.journal import Journal
-from buffer.keeping import Keeping
+from atpo_async.wire.records import TurnRecords
+from buffer.journal.journal import Journal
+from buffer.journal.persistence import StatePersistence
 from buffer.metrics_file import MetricsFile, may_be_called
-from buffer.owed import Owed
+from buffer.pending_answers import PendingAnswer
 from buffer.state import RETRY_S, BufferState
+from buffer.trees.assembly import Frames
+from buffer.trees.batches import Share
+from buffer.trees.index import StoredTurns, places_of
 
 log = logging.getLogger("atpo.buffer")
 
@@ -145,7 +147,7 @@ class BufferService:
         self.state = BufferState(
             config, run=run, rng=np.random.default_rng(config.run.seed), now=clock(), store=self.journal
         )
-        keeping = Keeping(self.state)
+        keeping = StatePersistence(self.state)
         found = keeping.restore(recovered.rows, recovered.state, clock())
         if found:
             log.info("recovered from %s: %s", journal, ", ".join(f"{n} {what}" for what, n in found.items()))
@@ -159,14 +161,14 @@ class BufferService:
         self._changed = asyncio.Event()
         self._metrics = MetricsFile(None if rundir is None else rundir.metrics_path)
         self._farewells: set[str] = set()
-        self._owed_leases: dict[str, Owed[Leases]] = {}
+        self._owed_leases: dict[str, PendingAnswer[Leases]] = {}
         """Actor -> what was granted to it and is not committed yet."""
-        self._owed_batch: Owed[int] | None = None
+        self._owed_batch: PendingAnswer[int] | None = None
         """Number of the batch that was made last, until it is committed and after."""
         # For the buffer's picture: why those who ask are put off.
-        self._admission = waits.Standing("requests for leases")
-        self._trees = waits.Standing("the request for a batch")
-        self._evaluated = waits.Standing("the question for an evaluation")
+        self._admission = waits.DeferredAnswers("requests for leases")
+        self._trees = waits.DeferredAnswers("the request for a batch")
+        self._evaluated = waits.DeferredAnswers("the question for an evaluation")
         self._links_bad = 0
         self._num_refused = 0
         self._leased = self.state.ledger.next_number > 1
@@ -406,7 +408,7 @@ class BufferService:
                 return leases
             else:
                 leases = self._as_many_as_fit(peer, leases)
-                owed = self._owed_leases[peer] = Owed(leases, self.journal.settle())
+                owed = self._owed_leases[peer] = PendingAnswer(leases, self.journal.settle())
         asked = owed.ask()
         if not await owed.committed(SETTLE_WAIT_S) or not owed.is_latest(asked):
             why = self._disk_trouble()
@@ -580,7 +582,7 @@ class BufferService:
         if owed is None or owed.answer != number:
             if owed is not None:
                 owed.drop()
-            owed = self._owed_batch = Owed(number, self.journal.settle(at_once=True))
+            owed = self._owed_batch = PendingAnswer(number, self.journal.settle(at_once=True))
         records = [] if isinstance(share, Exhausted) else await self.journal.load(share.places)
         if not await owed.committed(SETTLE_WAIT_S):
             return NotYet(waiting_for=self._disk_trouble(), progress=self.state.progress)
@@ -686,6 +688,6 @@ async def serve(ctx: RoleContext) -> None:
         bound = replace(asked, actors=service.actors.endpoint, learner=service.learner.endpoint)
         listening.note(actors=bound.actors, learner=bound.learner)
         ctx.log.info("buffer of run %s: actors at %s, learner at %s", ctx.run_id, bound.actors, bound.learner)
-        status.publish("buffer", service.facts)
+        snapshot.publish("buffer", service.facts)
         waits.phase("serving")
         await service.serve()

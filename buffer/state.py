@@ -1,10 +1,10 @@
 """The buffer's decisions in one place: every message has a method, none waits.  Pure: clock and randomness come in.
 
 The service brings messages and carries answers; this says what they are.  Seconds are monotonic.  What becomes of a
-tree is decided in ``buffer.holdings``, what the learner gets in ``buffer.serving``; here are the leases of the actors.
+tree is decided in ``trees.lifecycle``, what the learner gets in ``batch_server``; here are the leases of the actors.
 
-Decisions are taken in memory at once and kept by ``buffer.keeping``: what they lead to may leave the process only after
-that.  What has no underscore here is also read and written there.
+Decisions are taken in memory at once and kept by ``journal.persistence``: what they lead to may leave the process only
+after that.  What has no underscore here is also read and written there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from atpo_async.config import Config
-from atpo_async.messages import (
+from atpo_async.core.tree import Turn
+from atpo_async.wire.messages import (
     Batch,
     Checkpointed,
     EvalRequest,
@@ -27,17 +28,16 @@ from atpo_async.messages import (
     Trained,
     VersionPublished,
 )
-from atpo_async.tree import Turn
-from buffer.account import Account
-from buffer.assembly import Assembly, Frames, TreeMessage
-from buffer.batches import Batches, Share
-from buffer.delay_line import Admission, DelayLine
+from buffer.batch_server import BatchServer
+from buffer.counters import RunCounters
 from buffer.evaluations import Evaluations
-from buffer.holdings import Holdings
-from buffer.index import MemoryStore, Store, StoredTurns
 from buffer.ledger import Held, Ledger
-from buffer.replay import ReplayPool
-from buffer.serving import Serving
+from buffer.trees.assembly import Assembly, Frames, TreeMessage
+from buffer.trees.batches import Batches, Share
+from buffer.trees.delay_line import Admission, DelayLine
+from buffer.trees.index import MemoryStore, Store, StoredTurns
+from buffer.trees.lifecycle import TreeLifecycle
+from buffer.trees.pool import ReplayPool
 
 log = logging.getLogger("atpo.buffer")
 
@@ -97,10 +97,10 @@ class BufferState:
                 max_oversampling=staleness.max_oversampling,
                 num_steps=config.run.steps,
             )
-        self.account = Account(now)
+        self.account = RunCounters(now)
         self.batches = Batches()
         self.evaluations = Evaluations(self.ledger)
-        self.holdings = Holdings(
+        self.holdings = TreeLifecycle(
             config,
             store=self.store,
             ledger=self.ledger,
@@ -109,7 +109,7 @@ class BufferState:
             batches=self.batches,
             line=self.line,
         )
-        self.serving = Serving(
+        self.serving = BatchServer(
             config,
             ledger=self.ledger,
             holdings=self.holdings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from atpo_async import role
+from atpo_async.ops import role
 
 
 def main(argv: list[str]) -> None:

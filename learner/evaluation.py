@@ -10,11 +10,11 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 
 from atpo_async.config import Config
-from atpo_async.errors import PeerLost, WaitTimeout
-from atpo_async.messages import EvalQuery, EvalRequest, EvalResult, Refused
-from atpo_async.metrics import read_metrics, versions_said
-from atpo_async.rundir import RunDir
-from learner.buffer_peer import REQUEST_WAIT_S, BufferPeer
+from atpo_async.core.errors import PeerLost, WaitTimeout
+from atpo_async.run.metrics import read_metrics, versions_said
+from atpo_async.run.rundir import RunDir
+from atpo_async.wire.messages import EvalQuery, EvalRequest, EvalResult, Refused
+from learner.batches.buffer_peer import REQUEST_WAIT_S, BufferPeer
 
 RETRY_S = 0.5
 """Before a buffer that has forgotten an evaluation is asked about it again."""

@@ -22,27 +22,29 @@ from dataclasses import dataclass
 
 import torch
 
-from atpo_async import ports, status, waits
 from atpo_async.config import Config
-from atpo_async.errors import PeerLost, SetupError, WaitTimeout
-from atpo_async.links import Client, LinkSettings
-from atpo_async.messages import Batch, BufferToLearner, RunFinished, Trained, WeightsAnnounced
-from atpo_async.metrics import MetricsWriter
-from atpo_async.role import RoleContext
-from atpo_async.rundir import RunDir
-from learner.buffer_peer import BufferPeer, now_s
+from atpo_async.core.errors import PeerLost, SetupError, WaitTimeout
+from atpo_async.links import ports
+from atpo_async.links.client import Client
+from atpo_async.links.common import LinkSettings
+from atpo_async.ops.role import RoleContext
+from atpo_async.run.metrics import MetricsWriter
+from atpo_async.run.rundir import RunDir
+from atpo_async.status import snapshot, waits
+from atpo_async.wire.messages import Batch, BufferToLearner, RunFinished, Trained, WeightsAnnounced
+from learner.batches.buffer_peer import BufferPeer, now_s
+from learner.batches.fruitless import Fruitless, NothingToTrainOn
+from learner.batches.lineage import LINEAGE_FILE, write_lineage, write_start
+from learner.batches.recording import Recording
+from learner.batches.skipped import keep_skipped
+from learner.checkpoints.saving import Saving
 from learner.evaluation import Evaluations
-from learner.fruitless import Fruitless, NothingToTrainOn
-from learner.kept_batches import keep_skipped
-from learner.lineage import LINEAGE_FILE, write_lineage, write_start
-from learner.model import load_policy, make_accelerator
-from learner.publication import Publication
-from learner.publisher import Publisher, WeightsStore
+from learner.policy.model import load_policy, make_accelerator
 from learner.ranks import Ranks, Wanted
-from learner.recording import Recording
-from learner.saving import Saving
 from learner.step import Abandoned, StepReport, Trainer
 from learner.torch_thread import TorchThread
+from learner.weights.publication import Publication
+from learner.weights.publisher import Publisher, WeightsStore
 
 FINISH_S = 10.0
 """For the last messages of a run to be acknowledged."""
@@ -119,7 +121,7 @@ class Learner:
         self._failure: WaitTimeout | PeerLost | NothingToTrainOn | None = None
         """Why this rank goes no further; the others learn of it at the next batch."""
 
-        status.publish("learner", self._facts)
+        snapshot.publish("learner", self._facts)
 
     def _facts(self) -> dict[str, object]:
         """For the learner's picture."""

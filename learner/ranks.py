@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 from enum import IntEnum
 
-from atpo_async.disk import until_written
-from atpo_async.errors import SetupError
-from atpo_async.rundir import RunDir
+from atpo_async.core.errors import SetupError
+from atpo_async.ops.disk import until_written
+from atpo_async.run.rundir import RunDir
 from learner.step import Trainer
 
 log = logging.getLogger("atpo.learner")

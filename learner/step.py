@@ -22,18 +22,19 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from atpo_async import causal_lm, waits
 from atpo_async.config import Config
-from atpo_async.errors import SetupError
-from atpo_async.messages import Batch
-from atpo_async.schedule import learning_rate
-from atpo_async.tree import lag_versions
-from learner import correction, guards, precision
-from learner.correction import Tempering
-from learner.intake import REASONS, Sifted, sift
-from learner.model import Policy, is_sharded, is_tied, layout_for, make_optimizer
-from learner.objective import MAX_LOG_RATIO, Surrogate, atpo_loss
-from learner.packing import (
+from atpo_async.core.errors import SetupError
+from atpo_async.core.schedule import learning_rate
+from atpo_async.core.tree import lag_versions
+from atpo_async.models import causal_lm
+from atpo_async.status import waits
+from atpo_async.wire.messages import Batch
+from learner.batches.intake import REASONS, Sifted, sift
+from learner.loss import correction, guards
+from learner.loss.correction import Tempering
+from learner.loss.objective import MAX_LOG_RATIO, Surrogate, atpo_loss
+from learner.packing.attention import to_device
+from learner.packing.rows import (
     CreditedTree,
     MicroBatch,
     Normaliser,
@@ -43,8 +44,9 @@ from learner.packing import (
     micro_batches,
     priority,
 )
-from learner.tree_attention import to_device
-from learner.tree_packing import tree_micro_batches
+from learner.packing.tree import tree_micro_batches
+from learner.policy import precision
+from learner.policy.model import Policy, is_sharded, is_tied, layout_for, make_optimizer
 
 
 class Abandoned(Exception):

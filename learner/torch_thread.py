@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from atpo_async import waits
+from atpo_async.status import waits
 
 T = TypeVar("T")
 

@@ -27,10 +27,10 @@ sys.path.insert(0, str(ROOT))
 import zmq  # noqa: E402
 
 from atpo_async import config as configuration  # noqa: E402
-from atpo_async import messages as m  # noqa: E402
 from atpo_async.config import Config  # noqa: E402
-from atpo_async.processes import die_with_parent  # noqa: E402
-from atpo_async.rundir import RunDir  # noqa: E402
+from atpo_async.run.processes import die_with_parent  # noqa: E402
+from atpo_async.run.rundir import RunDir  # noqa: E402
+from atpo_async.wire import messages as m  # noqa: E402
 from tests.fuzz_support import HABITS, Corpus, Door, HonestReport, Rude, honest_process, knock  # noqa: E402
 
 LIMIT_BYTES = 4 << 20

@@ -42,11 +42,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from actors.environments.base import ReplayFork, Split, StepResult  # noqa: E402
-from actors.environments.hopqa import HopQA  # noqa: E402
-from atpo_async import processes  # noqa: E402
-from atpo_async.policy import list_checkpoints  # noqa: E402
-from atpo_async.rundir import RunDir  # noqa: E402
+from atpo_async.environments.base import ReplayFork, Split, StepResult  # noqa: E402
+from atpo_async.environments.hopqa.environment import HopQA  # noqa: E402
+from atpo_async.models.policy import list_checkpoints  # noqa: E402
+from atpo_async.run import processes  # noqa: E402
+from atpo_async.run.rundir import RunDir  # noqa: E402
 from tests.station_support import (  # noqa: E402
     AT_THE_END,
     ENGINE_STEP,
@@ -163,8 +163,8 @@ def make(tokenizer: Path | str, **options: Any) -> Told:
 
 def make_policy(folder: Path) -> None:
     """Two layers of width 64; what it has learnt is of no matter."""
-    from learner.warm_start import Recipe
-    from learner.warm_start import make_policy as warm_start
+    from atpo_async.environments.hopqa.warm_start import Recipe
+    from atpo_async.environments.hopqa.warm_start import make_policy as warm_start
 
     recipe = Recipe(
         steps=20, min_hops=1, max_hops=1, num_names=16, num_relations=4, mixed_up=0, layers=2, width=64
@@ -206,7 +206,7 @@ class Run:
         options: Mapping[str, object] | None = None,
     ) -> None:
         self.folder = folder
-        self._module = "tests.station_support" if stations else "atpo_async.cli"
+        self._module = "tests.station_support" if stations else "atpo_async"
         self.path = folder / "runs" / "run"
         self.attempts = 0
         self._popen: subprocess.Popen[bytes] | None = None

@@ -27,14 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from atpo_async import processes
 from atpo_async.config import Config, as_options, load, split_options
-from atpo_async.errors import AtpoError, ConfigError, SetupError
-from atpo_async.metrics import read_metrics
-from atpo_async.policy import steps_trained, warm_start_command
-from atpo_async.report import GOAL, by_step, facts, series
-from atpo_async.resuming import changes
-from atpo_async.rundir import RunDir, write_atomic
+from atpo_async.config.resuming import changes
+from atpo_async.core.errors import AtpoError, ConfigError, SetupError
+from atpo_async.models.policy import steps_trained, warm_start_command
+from atpo_async.report.page import GOAL, by_step, facts, series
+from atpo_async.run import processes
+from atpo_async.run.metrics import read_metrics
+from atpo_async.run.rundir import RunDir, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = Path("configs/demo.toml")
@@ -153,7 +153,7 @@ def start(run: Run, log: IO[bytes]) -> subprocess.Popen[bytes]:
     # Tied to us, the run ends with us, however we end; in a session of its own, it gets Ctrl-C from us alone.
     tie = functools.partial(processes.die_with_parent, parent_pid=os.getpid())
     return subprocess.Popen(
-        [sys.executable, "-m", "atpo_async.cli", "train", *run.words],
+        [sys.executable, "-m", "atpo_async", "train", *run.words],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,

@@ -40,7 +40,7 @@ OPEN_TASKS = 48
 """The others begin when all that is to happen on the way has happened."""
 GATE = "gate"
 HEAD, GPU = "10.77.0.1", "10.77.0.2"
-ATPO = (sys.executable, "-m", "atpo_async.cli")
+ATPO = (sys.executable, "-m", "atpo_async")
 
 
 class Machine:

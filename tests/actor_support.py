@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from actors.engine import EngineStats, Generation, Sampling, SwapReport, WeightsFile
-from actors.environments.base import ReplayFork, Split, StepResult
-from atpo_async.messages import Lease
-from atpo_async.tree import Turn, VersionSpan
+from actors.engines.base import EngineStats, Generation, Sampling, SwapReport, WeightsFile
+from atpo_async.core.tree import Turn, VersionSpan
+from atpo_async.environments.base import ReplayFork, Split, StepResult
+from atpo_async.wire.messages import Lease
 
 STOP = 1
 NOTHING = np.zeros(0, dtype=np.int32)

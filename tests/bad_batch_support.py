@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from atpo_async.messages import Batch, BatchTree
-from atpo_async.tree import Turn, VersionSpan
-from learner.intake import Reason
+from atpo_async.core.tree import Turn, VersionSpan
+from atpo_async.wire.messages import Batch, BatchTree
+from learner.batches.intake import Reason
 from tests.learner_support import VOCAB, make_batch
 
 VERSION, MAX_LAG = 20, 8

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from atpo_async.config import Config
-from buffer.index import ROW, MemoryStore, Place, Rows, TurnEntry, rows_of
-from buffer.keeping import Keeping
+from buffer.journal.persistence import StatePersistence
 from buffer.state import BufferState
+from buffer.trees.index import ROW, MemoryStore, Place, Rows, TurnEntry, rows_of
 
 
 class Disk(MemoryStore):
@@ -43,7 +43,7 @@ class Disk(MemoryStore):
     def open(self, config: Config, *, now: float = 0.0, seed: int = 0) -> BufferState:
         """A buffer that finds what the one before it kept."""
         made = BufferState(config, run="r", rng=np.random.default_rng(seed), now=now, store=self)
-        self._keeping = Keeping(made)
+        self._keeping = StatePersistence(made)
         self._keeping.restore(self.rows(), dict(self.state), now)
         self.keep()
         return made

@@ -19,11 +19,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from actors.environments.base import Split
-from actors.environments.hopqa import HopQA, HopQAEpisode
-from atpo_async import processes
-from atpo_async.metrics import Record, read_metrics
-from atpo_async.rundir import RunDir
+from atpo_async.environments.base import Split
+from atpo_async.environments.hopqa.environment import HopQA, HopQAEpisode
+from atpo_async.run import processes
+from atpo_async.run.metrics import Record, read_metrics
+from atpo_async.run.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 150.0
@@ -92,7 +92,7 @@ class Process:
         }
         with output.open("ab") as file:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", "atpo_async.cli", *map(str, words)],
+                [sys.executable, "-m", "atpo_async", *map(str, words)],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

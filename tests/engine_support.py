@@ -15,8 +15,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from actors.engine import Generation, WeightsFile
-from atpo_async.messages import TensorSpec, WeightsManifest
+from actors.engines.base import Generation, WeightsFile
+from atpo_async.wire.messages import TensorSpec, WeightsManifest
 
 VOCABULARY = 256
 END = 1

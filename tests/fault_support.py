@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from atpo_async.processes import die_with_parent
+from atpo_async.run.processes import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 60.0
@@ -191,7 +191,7 @@ class Tricks:
 
     def play(self) -> None:
         from buffer import service, state
-        from buffer.journal import Journal
+        from buffer.journal.journal import Journal
 
         if self.silent_s is not None:
             state.SILENT_LEAST_S = self.silent_s
@@ -219,7 +219,7 @@ def _stop_if(file: str) -> None:
 
 def buffer_role(run_dir: str, tricks: Mapping[str, Any]) -> None:
     """The real buffer, as ``python -m buffer RUN_DIR`` runs it."""
-    from atpo_async import role
+    from atpo_async.ops import role
     from buffer.service import serve
 
     Tricks(**tricks).play()

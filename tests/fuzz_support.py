@@ -26,11 +26,12 @@ import msgpack
 import numpy as np
 import zmq
 
-from atpo_async import messages as m
-from atpo_async import wire
-from atpo_async.links import Client, LinkSettings
-from atpo_async.records import TurnRecords, pack
-from atpo_async.tree import Turn, VersionSpan
+from atpo_async.core.tree import Turn, VersionSpan
+from atpo_async.links.client import Client
+from atpo_async.links.common import LinkSettings
+from atpo_async.wire import codec
+from atpo_async.wire import messages as m
+from atpo_async.wire.records import TurnRecords, pack
 
 Door = Literal["actors", "learner"]
 Item = TypeVar("Item")
@@ -274,7 +275,7 @@ class Corpus:
 
 
 def _frames(message: Any) -> tuple[bytes, bytes]:
-    header, payload = wire.encode(message)
+    header, payload = codec.encode(message)
     return bytes(header), bytes(payload)
 
 

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from atpo_async import processes, status
 from atpo_async.config import build
-from atpo_async.endpoints import Endpoints
-from atpo_async.hangs import Sight
-from atpo_async.rundir import RunDir, host_id
-from atpo_async.status import Picture, Wait
-from atpo_async.supervisor import RoleSpec
+from atpo_async.ops.supervisor import RoleSpec
+from atpo_async.run import processes
+from atpo_async.run.endpoints import Endpoints
+from atpo_async.run.rundir import RunDir, host_id
+from atpo_async.status import snapshot
+from atpo_async.status.hangs import ObservedRole
+from atpo_async.status.snapshot import StatusSnapshot, Wait
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 60.0
@@ -29,7 +30,8 @@ DEADLINE_S = 60.0
 FRAME = """
 import asyncio, os, sys, threading, time
 from pathlib import Path
-from atpo_async import role, waits
+from atpo_async.ops import role
+from atpo_async.status import waits
 
 WHO = {role!r}
 FLAG = Path(sys.argv[1]) / f"{{WHO}}.flag"
@@ -120,11 +122,11 @@ async def until_async(condition: Callable[[], object], story: Callable[[], str] 
         await asyncio.sleep(0.02)
 
 
-def picture_of(rundir: RunDir, role: str) -> Picture | None:
-    return status.read(rundir.path / status.FOLDER)[0].get(role)
+def picture_of(rundir: RunDir, role: str) -> StatusSnapshot | None:
+    return snapshot.read(rundir.path / snapshot.FOLDER)[0].get(role)
 
 
-def picture(role: str = "learner", **changes: Any) -> Picture:
+def picture(role: str = "learner", **changes: Any) -> StatusSnapshot:
     """One of a role that works well, but for ``changes``."""
     fields: dict[str, Any] = {
         "role": role,
@@ -142,13 +144,15 @@ def picture(role: str = "learner", **changes: Any) -> Picture:
         "still_s": 0.0,
         "loop_age_s": 0.1,
     }
-    return Picture(**(fields | changes))
+    return StatusSnapshot(**(fields | changes))
 
 
 def wait(what: str, on: str, since_s: float = 1.0, **more: Any) -> Wait:
     return Wait(who="somebody", what=what, on=on, since_s=since_s, **more)
 
 
-def sight(role: str = "learner", *, processor_s: float = 0.0, stopped: tuple[int, ...] = (), **changes: Any) -> Sight:
+def sight(
+    role: str = "learner", *, processor_s: float = 0.0, stopped: tuple[int, ...] = (), **changes: Any
+) -> ObservedRole:
     """A role with one picture; ``sequence`` has to rise for it to be a living one."""
-    return Sight(role=role, pictures=(picture(role, **changes),), processor_s=processor_s, stopped=stopped)
+    return ObservedRole(role=role, pictures=(picture(role, **changes),), processor_s=processor_s, stopped=stopped)

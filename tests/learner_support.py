@@ -13,11 +13,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from atpo_async.config import Config, build
-from atpo_async.messages import Batch, BatchTree
-from atpo_async.records import TurnRecords
-from atpo_async.tree import Turn, spans_of
-from learner.model import Policy
-from learner.warm_start import Recipe, make_policy
+from atpo_async.core.tree import Turn, spans_of
+from atpo_async.environments.hopqa.warm_start import Recipe, make_policy
+from atpo_async.wire.messages import Batch, BatchTree
+from atpo_async.wire.records import TurnRecords
+from learner.policy.model import Policy
 from tests.e2e_support import WORLD
 
 VOCAB = 31
@@ -107,7 +107,7 @@ def make_batch(*, seed: int = 0, step: int = 0, num_trees: int = 4, version: int
 
 def batch_of(trees: tuple[BatchTree, ...], whole: tuple[BatchTree, ...], *, step: int = 0) -> Batch:
     """A share ``trees`` of the batch ``whole``."""
-    from learner.packing import CreditedTree
+    from learner.packing.rows import CreditedTree
 
     credited = [CreditedTree.of(tree, Config().credit) for tree in whole]
     return Batch(

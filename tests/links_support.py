@@ -13,10 +13,12 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from atpo_async import messages as m
-from atpo_async.endpoints import Endpoints
-from atpo_async.keys import load_pair, load_public
-from atpo_async.links import Client, LinkSettings, Server
+from atpo_async.links.client import Client
+from atpo_async.links.common import LinkSettings
+from atpo_async.links.keys import load_pair, load_public
+from atpo_async.links.server import Server
+from atpo_async.run.endpoints import Endpoints
+from atpo_async.wire import messages as m
 
 ANY_PORT = "tcp://127.0.0.1:0"
 FAST = LinkSettings(window=8, heartbeat_s=0.05, deadline_s=10.0, give_up_s=20.0, max_message_bytes=1 << 20)

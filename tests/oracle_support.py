@@ -28,11 +28,15 @@ import lmdb
 import numpy as np
 
 from atpo_async import config as configuration
-from atpo_async import messages, processes
-from atpo_async.endpoints import Endpoints
-from atpo_async.errors import PeerLost
-from atpo_async.links import Client, LinkSettings
-from atpo_async.messages import (
+from atpo_async.core.errors import PeerLost
+from atpo_async.core.tree import ROOT, Turn, TurnTree, VersionSpan
+from atpo_async.links.client import Client
+from atpo_async.links.common import LinkSettings
+from atpo_async.run import processes
+from atpo_async.run.endpoints import Endpoints
+from atpo_async.run.rundir import RunDir, write_atomic
+from atpo_async.wire import messages
+from atpo_async.wire.messages import (
     PROTOCOL,
     ActorHello,
     ActorReport,
@@ -52,9 +56,7 @@ from atpo_async.messages import (
     VersionPublished,
     Welcome,
 )
-from atpo_async.rundir import RunDir, write_atomic
-from atpo_async.tree import ROOT, Turn, TurnTree, VersionSpan
-from buffer import kept
+from buffer.journal import entries
 from tests.fault_support import PATIENCE_S, Proxy, Recovery, Role, Spawner, Tricks, until, until_async
 from tests.links_support import free_endpoints
 
@@ -986,12 +988,12 @@ def _contradictions(rundir: RunDir, *, steps: int) -> list[str]:
         table = env.open_db(b"state", create=False)
         with env.begin() as txn:
             state = {bytes(key): bytes(value) for key, value in txn.cursor(db=table)}
-    rest = kept.read(state, kept.REST, kept.KeptRest)
+    rest = entries.read(state, entries.REST, entries.KeptRest)
     assert rest is not None
     found = [
         f"the journal still has {key.decode()} after a run that used it up and has a checkpoint of it"
         for key in state
-        if key.startswith((kept.TREE, kept.BATCH))
+        if key.startswith((entries.TREE, entries.BATCH))
     ]
     if (rest.step, rest.again) != (steps - 1, ()) and rest.step != steps:
         found.append(f"the journal ends at step {rest.step} ({rest.again=}), the lineage at {steps}")

@@ -21,8 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from atpo_async import launch, role, supervisor
-from atpo_async.rundir import RunDir, write_atomic
+from atpo_async.ops import role, supervisor
+from atpo_async.run import launch
+from atpo_async.run.rundir import RunDir, write_atomic
 
 STOP_AT = "stop-at"
 STOPPED_AT = "stopped-at"
@@ -121,13 +122,13 @@ def _put_stations_into_the_learner(run: Path) -> None:
     """Wrap what it calls on its way.  What it does at its start has the same names, and is passed by."""
     from accelerate.optimizer import AcceleratedOptimizer
 
-    from atpo_async.links import Client
-    from atpo_async.messages import Checkpointed, RunFinished, Trained
-    from learner import checkpoint
-    from learner.publication import Publication
+    from atpo_async.links.client import Client
+    from atpo_async.wire.messages import Checkpointed, RunFinished, Trained
+    from learner.checkpoints import checkpoint
+    from learner.checkpoints.saving import Saving
     from learner.ranks import Ranks
-    from learner.saving import Saving
     from learner.step import Trainer
+    from learner.weights.publication import Publication
 
     trained = False
 
@@ -175,14 +176,15 @@ def _block_engine_step(owner: Any, name: str, run: Path) -> None:
 
 def _put_station_into_the_engine_core() -> None:
     """In vLLM's engine core, which imports this module again: once the plugin has loaded, its scheduler's step."""
-    from actors import vllm_plugin
 
     def patch() -> None:
-        from actors import vllm_inside
+        from actors.engines.vllm import inside
 
-        _block_engine_step(vllm_inside.ProbeScheduler, "schedule", Path(os.environ[RUN_DIR]))
+        _block_engine_step(inside.ProbeScheduler, "schedule", Path(os.environ[RUN_DIR]))
 
-    _after(vllm_plugin, "register", patch)
+    from actors.engines.vllm import plugin
+
+    _after(plugin, "register", patch)
 
 
 def _with_stations() -> None:
@@ -208,10 +210,10 @@ def _by_way_of_here(spec: supervisor.RoleSpec) -> supervisor.RoleSpec:
 def main(argv: Sequence[str]) -> None:
     command, *words = argv
     if command == "train":
-        from atpo_async import cli
+        from atpo_async.cli import main
 
         _with_stations()
-        sys.exit(cli.main(["train", *words]))
+        sys.exit(main.main(["train", *words]))
     rundir = RunDir.open(words[0])
     run = rundir.path
     if command == "learner":
@@ -231,7 +233,7 @@ def main(argv: Sequence[str]) -> None:
 
         os.environ[RUN_DIR] = str(run)
         if rundir.config.actor.engine == "transformers":
-            from actors.transformers_engine import TransformersEngine
+            from actors.engines.transformers.engine import TransformersEngine
 
             _block_engine_step(TransformersEngine, "_step", run)
         act(words)

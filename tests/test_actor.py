@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from actors.actor import Actor, LearnerMoved
-from actors.engine import SwapReport, WeightsFile
+from actors.engines.base import SwapReport, WeightsFile
 from actors.weights import NoRoom
 from atpo_async.config import Config, build
-from atpo_async.errors import (
+from atpo_async.core.errors import (
     AtpoError,
     EngineDead,
     EnvironmentBroken,
@@ -24,7 +24,9 @@ from atpo_async.errors import (
     WaitTimeout,
     WeightsRejected,
 )
-from atpo_async.messages import (
+from atpo_async.core.tree import Turn
+from atpo_async.ops.role import EXIT_USER, exit_code
+from atpo_async.wire.messages import (
     ActorReport,
     Lease,
     LeaseRequest,
@@ -35,8 +37,6 @@ from atpo_async.messages import (
     WeightsAnnounced,
     WeightsManifest,
 )
-from atpo_async.role import EXIT_USER, exit_code
-from atpo_async.tree import Turn
 from tests.actor_support import STOP, CountingEnvironment, ScriptedEngine, ints, lease
 
 M = TypeVar("M")

@@ -10,13 +10,13 @@ from typing import NoReturn
 import pytest
 
 from actors import __main__ as joining
-from atpo_async import messages as m
 from atpo_async.config import build
-from atpo_async.endpoints import Endpoints
-from atpo_async.errors import SetupError
-from atpo_async.keys import make_keys
-from atpo_async.links import LinkSettings
-from atpo_async.role import RoleContext
+from atpo_async.core.errors import SetupError
+from atpo_async.links.common import LinkSettings
+from atpo_async.links.keys import make_keys
+from atpo_async.ops.role import RoleContext
+from atpo_async.run.endpoints import Endpoints
+from atpo_async.wire import messages as m
 from tests.links_support import PATIENCE_S, server, until, within
 
 NOTHING_LISTENS = "tcp://127.0.0.1:1"

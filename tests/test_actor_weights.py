@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from actors import weights as fetching
-from actors.engine_common import check_weights
+from actors.engines.common import check_weights
 from actors.weights import NoRoom, Refusals, WeightsFetcher
 from atpo_async.config import WeightsConfig
-from atpo_async.errors import PeerLost, ProbeMismatch, WeightsRejected
-from atpo_async.messages import (
+from atpo_async.core.errors import PeerLost, ProbeMismatch, WeightsRejected
+from atpo_async.run.rundir import host_id
+from atpo_async.wire.messages import (
     AnnouncementRequest,
     Chunk,
     ChunkRequest,
@@ -26,7 +27,6 @@ from atpo_async.messages import (
     WeightsAnnounced,
     WeightsManifest,
 )
-from atpo_async.rundir import host_id
 
 PAYLOAD = np.arange(10_000, dtype=np.uint8)
 SETTINGS = WeightsConfig(chunk_bytes=4096, poll_s=0.01, fetch_timeout_s=5.0)

@@ -11,16 +11,25 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async import addresses, ports
-from atpo_async import messages as m
-from atpo_async.addresses import endpoint_of, from_here, is_ipv6, is_loopback, is_wildcard, seen_from, split, to_join
 from atpo_async.config import LinksConfig, build
-from atpo_async.endpoints import Endpoints
-from atpo_async.errors import ConfigError, SetupError
-from atpo_async.keys import make_keys
-from atpo_async.links import Announcer, Listener
-from atpo_async.role import parse_address
-from atpo_async.rundir import RunDir
+from atpo_async.core.errors import ConfigError, SetupError
+from atpo_async.links import addresses, ports
+from atpo_async.links.addresses import (
+    endpoint_of,
+    from_here,
+    is_ipv6,
+    is_loopback,
+    is_wildcard,
+    seen_from,
+    split,
+    to_join,
+)
+from atpo_async.links.announcements import Announcer, Listener
+from atpo_async.links.keys import make_keys
+from atpo_async.ops.role import parse_address
+from atpo_async.run.endpoints import Endpoints
+from atpo_async.run.rundir import RunDir
+from atpo_async.wire import messages as m
 from buffer.service import BufferService
 from tests.links_support import FAST, LEASE_REQUEST, PATIENCE_S, Buffer, client, server, until
 

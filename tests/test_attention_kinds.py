@@ -11,11 +11,11 @@ import pytest
 import torch
 import transformers
 
-from actors.engine import Sampling
-from actors.engine_attention import windows_of
-from actors.transformers_engine import TransformersEngine
-from atpo_async.errors import SetupError
-from learner.model import layout_for, load_policy
+from actors.engines.base import Sampling
+from actors.engines.transformers.attention import windows_of
+from actors.engines.transformers.engine import TransformersEngine
+from atpo_async.core.errors import SetupError
+from learner.policy.model import layout_for, load_policy
 from tests.learner_support import make_config
 
 WINDOW, CONTEXT, VOCABULARY = 8, 64, 64

@@ -17,20 +17,21 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from atpo_async import wire
-from atpo_async.endpoints import Endpoints
-from atpo_async.errors import BadMessage
-from atpo_async.links import LinkSettings, Server
-from atpo_async.messages import Batch, BatchTree, BufferToLearner, LearnerToBuffer, SampleRequest, Trained
-from atpo_async.metrics import read_metrics
-from atpo_async.role import RoleContext
-from atpo_async.rundir import RunDir
-from learner.guards import GradNorms, SkipCount
-from learner.intake import REASONS
-from learner.kept_batches import load_batch, save_batch
+from atpo_async.core.errors import BadMessage
+from atpo_async.links.common import LinkSettings
+from atpo_async.links.server import Server
+from atpo_async.ops.role import RoleContext
+from atpo_async.run.endpoints import Endpoints
+from atpo_async.run.metrics import read_metrics
+from atpo_async.run.rundir import RunDir
+from atpo_async.wire import codec
+from atpo_async.wire.messages import Batch, BatchTree, BufferToLearner, LearnerToBuffer, SampleRequest, Trained
+from learner.batches.intake import REASONS
+from learner.batches.recording import MAX_WARNINGS
+from learner.batches.skipped import load_batch, save_batch
 from learner.loop import learn
-from learner.model import load_policy, make_accelerator
-from learner.recording import MAX_WARNINGS
+from learner.loss.guards import GradNorms, SkipCount
+from learner.policy.model import load_policy, make_accelerator
 from learner.step import StepReport, Trainer
 from tests.bad_batch_support import BAD, MAX_LAG, TREES, VERSION, good_batch, item, span, turn_with, with_tree
 from tests.learner_support import batch_of, make_batch, make_config, make_model
@@ -382,7 +383,7 @@ def main(model: Path, out: Path) -> None:
 
 def passes_the_wire(batch: Batch) -> bool:
     try:
-        wire.decode(wire.encode(batch), BufferToLearner)
+        codec.decode(codec.encode(batch), BufferToLearner)
     except BadMessage:
         return False
     return True

@@ -13,13 +13,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from atpo_async import wire
-from atpo_async.messages import ActorToBuffer, Lease
-from atpo_async.records import TurnRecords
-from atpo_async.tree import Turn, TurnTree
+from atpo_async.core.tree import Turn, TurnTree
+from atpo_async.wire import codec
+from atpo_async.wire.messages import ActorToBuffer, Lease
+from atpo_async.wire.records import TurnRecords
 from benchmarks import buffer as serving
 from benchmarks import load, peers, soak, transport
-from buffer.replay import SumTree
+from buffer.trees.pool import SumTree
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,7 +43,7 @@ def made(num_turns: int = 20, num_bytes: int = 4096, **changes: object) -> list[
 def test_the_arrays_of_a_made_up_turn_have_the_bytes_asked_for_and_the_wire_takes_them(num_bytes: int) -> None:
     for turn in made(num_bytes=num_bytes):
         assert turn.observation.nbytes + turn.action.nbytes + turn.logprobs.nbytes == num_bytes
-        there = wire.decode([bytes(frame) for frame in wire.encode(turn)], ActorToBuffer)
+        there = codec.decode([bytes(frame) for frame in codec.encode(turn)], ActorToBuffer)
         assert load.content(there) == load.content(turn)
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from atpo_async.config import Config, load
-from atpo_async.errors import ConfigError, SetupError
-from atpo_async.messages import BatchTree
-from atpo_async.tree import TurnTree
+from atpo_async.core.errors import ConfigError, SetupError
+from atpo_async.core.tree import TurnTree
+from atpo_async.wire.messages import BatchTree
 from benchmarks.learner import (
     QWEN3_4B,
     SHAPES,
@@ -36,9 +36,9 @@ from benchmarks.learner import (
     sampled_by,
     tree_work,
 )
-from learner.model import Policy
-from learner.packing import CreditedTree, Normaliser, Row, leaf_rows, micro_batches
-from learner.tree_packing import attention_pairs, tree_micro_batches
+from learner.packing.rows import CreditedTree, Normaliser, Row, leaf_rows, micro_batches
+from learner.packing.tree import attention_pairs, tree_micro_batches
+from learner.policy.model import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
 VECTORS = json.loads((ROOT / "tests" / "vectors" / "at2po_vectors.json").read_text())

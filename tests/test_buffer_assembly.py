@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atpo_async.errors import BadMessage, Conflict
-from atpo_async.messages import TreeClosed, TreeOpened
-from atpo_async.tree import Turn, VersionSpan
-from buffer.assembly import Assembly, TreeMessage
-from buffer.index import MemoryStore, TreeEntry, places_of
+from atpo_async.core.errors import BadMessage, Conflict
+from atpo_async.core.tree import Turn, VersionSpan
+from atpo_async.wire.messages import TreeClosed, TreeOpened
+from buffer.trees.assembly import Assembly, TreeMessage
+from buffer.trees.index import MemoryStore, TreeEntry, places_of
 
 PROMPT = np.array([7, 8], dtype=np.int32)
 

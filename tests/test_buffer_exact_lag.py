@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atpo_async.config import Config, build
-from atpo_async.errors import BadMessage
-from atpo_async.messages import (
+from atpo_async.core.errors import BadMessage
+from atpo_async.core.tree import Turn, VersionSpan
+from atpo_async.wire.messages import (
     Batch,
     Checkpointed,
     EvalRequest,
@@ -27,10 +28,9 @@ from atpo_async.messages import (
     TreeOpened,
     VersionPublished,
 )
-from atpo_async.tree import Turn, VersionSpan
-from buffer.assembly import TreeMessage
-from buffer.delay_line import Asked, DelayLine, TreeSet
 from buffer.state import BufferState
+from buffer.trees.assembly import TreeMessage
+from buffer.trees.delay_line import Asked, DelayLine, TreeSet
 from tests.buffer_support import Disk
 
 PROMPT = np.array([1, 2], dtype=np.int32)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from atpo_async.config import Config, build
-from atpo_async.errors import ConfigError
-from atpo_async.messages import (
+from atpo_async.core.errors import ConfigError
+from atpo_async.core.tree import Turn, VersionSpan, is_fresh
+from atpo_async.wire.messages import (
     Batch,
     EvalRequest,
     Lease,
@@ -20,7 +21,6 @@ from atpo_async.messages import (
     TreeOpened,
     VersionPublished,
 )
-from atpo_async.tree import Turn, VersionSpan, is_fresh
 from buffer.ledger import Held, Ledger, Outcome
 from buffer.state import BufferState
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atpo_async.tree import Turn, VersionSpan
-from buffer.index import MemoryStore, TreeEntry, entry_from_turns
-from buffer.replay import (
+from atpo_async.core.tree import Turn, VersionSpan
+from buffer.trees.index import MemoryStore, TreeEntry, entry_from_turns
+from buffer.trees.pool import (
     PRIORITY_FLOOR,
     WHOLE_LEVEL,
     ReplayPool,

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atpo_async.config import Config, build
-from atpo_async.errors import BadMessage
-from atpo_async.messages import (
+from atpo_async.core.errors import BadMessage
+from atpo_async.core.tree import Turn, VersionSpan
+from atpo_async.wire.messages import (
     Batch,
     Checkpointed,
     EvalRequest,
@@ -26,8 +27,7 @@ from atpo_async.messages import (
     TreeOpened,
     VersionPublished,
 )
-from atpo_async.tree import Turn, VersionSpan
-from buffer import kept
+from buffer.journal import entries
 from buffer.state import BufferState
 from tests.buffer_support import Disk
 
@@ -210,9 +210,9 @@ class Life:
 
 def picture(state: BufferState, disk: Disk, *, partial: bool) -> dict[str, Any]:
     """Everything that is to be the same after a restart."""
-    rest = msgspec.msgpack.decode(disk.state[kept.REST])
+    rest = msgspec.msgpack.decode(disk.state[entries.REST])
     return {
-        "state": {key: msgspec.msgpack.decode(value) for key, value in disk.state.items() if key != kept.REST},
+        "state": {key: msgspec.msgpack.decode(value) for key, value in disk.state.items() if key != entries.REST},
         "rest": {name: value for name, value in rest.items() if name != "incarnation"},
         "ready": sorted(state.pool.ready_ids()),
         "out": state.pool.num_out,

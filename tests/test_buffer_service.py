@@ -15,12 +15,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from atpo_async import waits
 from atpo_async.config import Config, build
-from atpo_async.endpoints import Endpoints
-from atpo_async.errors import SetupError
-from atpo_async.links import Client, LinkSettings
-from atpo_async.messages import (
+from atpo_async.core.errors import SetupError
+from atpo_async.core.tree import Turn, VersionSpan
+from atpo_async.links.client import Client
+from atpo_async.links.common import LinkSettings
+from atpo_async.run.endpoints import Endpoints
+from atpo_async.run.rundir import RunDir
+from atpo_async.status import waits
+from atpo_async.wire.messages import (
     PROTOCOL,
     ActorHello,
     ActorReport,
@@ -46,16 +49,14 @@ from atpo_async.messages import (
     VersionPublished,
     Welcome,
 )
-from atpo_async.records import TurnRecords
-from atpo_async.rundir import RunDir
-from atpo_async.tree import Turn, VersionSpan
-from buffer import journal as journals
+from atpo_async.wire.records import TurnRecords
 from buffer import service as services
-from buffer.assembly import TreeMessage
-from buffer.journal import Journal
-from buffer.keeping import Keeping
+from buffer.journal import journal as journals
+from buffer.journal.journal import Journal
+from buffer.journal.persistence import StatePersistence
 from buffer.service import BufferService
 from buffer.state import BufferState
+from buffer.trees.assembly import TreeMessage
 from tests.hang_support import until_async
 
 LOOPBACK = Endpoints(actors="tcp://127.0.0.1:0", learner="tcp://127.0.0.1:0")
@@ -926,15 +927,15 @@ async def test_what_is_left_of_a_mostly_dead_chunk_is_moved_and_still_whole(
 ) -> None:
     monkeypatch.setattr(journals, "SPARE_BYTES", 1)
     monkeypatch.setattr(services, "TICK_S", 0.01)
-    moved, relocate = asyncio.Event(), Keeping.relocate
+    moved, relocate = asyncio.Event(), StatePersistence.relocate
 
-    def watched(self: Keeping, *args: Any) -> int:
+    def watched(self: StatePersistence, *args: Any) -> int:
         number = relocate(self, *args)
         if number:
             moved.set()
         return number
 
-    monkeypatch.setattr(Keeping, "relocate", watched)
+    monkeypatch.setattr(StatePersistence, "relocate", watched)
     config = configured(
         run={"dir": tmp_path, "name": "r"}, staleness={"trees_per_batch": 2, "max_lag": 50}, buffer={"commit_ms": 50}
     )

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from atpo_async.errors import WaitTimeout
-from atpo_async.messages import ActorReport, Batch, EvalQuery, EvalRequest, EvalResult, Leases, NotYet
+from atpo_async.core.errors import WaitTimeout
+from atpo_async.wire.messages import ActorReport, Batch, EvalQuery, EvalRequest, EvalResult, Leases, NotYet
 from buffer import service as services
-from buffer.journal import Journal
+from buffer.journal.journal import Journal
 from tests.test_buffer_service import SOON_S, Peers, ask, configured, grown, hello, published, running, wants
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from atpo_async import policy
-from atpo_async.errors import SetupError
-from learner import checkpoint
-from learner.checkpoint import Progress
-from learner.export import export_model, precision
-from learner.guards import GradNorms, SkipCount
-from learner.model import load_policy, make_accelerator
+from atpo_async.core.errors import SetupError
+from atpo_async.models import policy
+from learner.checkpoints import checkpoint
+from learner.checkpoints.checkpoint import Progress
+from learner.loss.guards import GradNorms, SkipCount
+from learner.policy.export import export_model, precision
+from learner.policy.model import load_policy, make_accelerator
 from learner.step import Trainer
 from tests.learner_support import make_batch, make_config, make_model
 

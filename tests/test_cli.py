@@ -19,17 +19,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from actors.environments import registry
-from atpo_async import cli, doctor, launch, processes
+from atpo_async.cli import doctor, main
 from atpo_async.config import BUILT_IN_ENVIRONMENTS, Config, build, load
-from atpo_async.endpoints import Endpoints
-from atpo_async.errors import SetupError
-from atpo_async.metrics import MetricsWriter
-from atpo_async.models import model_folder
-from atpo_async.policy import assemble, warm_start_command
-from atpo_async.role import EXIT_FAILURE, EXIT_USER, parse_address
-from atpo_async.rundir import RunDir
-from atpo_async.supervisor import RoleSpec
+from atpo_async.core.errors import SetupError
+from atpo_async.environments import registry
+from atpo_async.models.policy import assemble, warm_start_command
+from atpo_async.models.sources import model_folder
+from atpo_async.ops.role import EXIT_FAILURE, EXIT_USER, parse_address
+from atpo_async.ops.supervisor import RoleSpec
+from atpo_async.run import launch, processes
+from atpo_async.run.endpoints import Endpoints
+from atpo_async.run.metrics import MetricsWriter
+from atpo_async.run.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = str(ROOT / "configs" / "demo.toml")
@@ -70,30 +71,30 @@ def files(folder: Path) -> set[str]:
 
 
 def test_an_unknown_option_is_named_with_near_ones(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", config_file(folder), "--learner.learning_rate", "1"]) == 2
+    assert main.main(["train", config_file(folder), "--learner.learning_rate", "1"]) == 2
     assert said(capsys).startswith("--learner.learning_rate: unknown option; did you mean --learner.")
     assert files(folder) == set()
 
 
 def test_an_unknown_key_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", config_file(folder, "[learner]\nlrr = 1\n")]) == 2
+    assert main.main(["train", config_file(folder, "[learner]\nlrr = 1\n")]) == 2
     assert said(capsys).startswith("learner.lrr: unknown key (value 1)")
 
 
 def test_a_contradiction_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", config_file(folder), "--correction.action", "none"]) == 2
+    assert main.main(["train", config_file(folder), "--correction.action", "none"]) == 2
     assert "--correction.accept_bias true" in said(capsys)
     assert files(folder) == set()
 
 
 def test_a_missing_configuration_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "nowhere.toml"]) == 2
+    assert main.main(["train", "nowhere.toml"]) == 2
     assert said(capsys).startswith("configuration nowhere.toml does not exist")
 
 
 @pytest.mark.parametrize("path", ["", "no/such/folder", "./none", "~/none"])
 def test_a_missing_model_folder_is_named(folder: Path, capsys: pytest.CaptureFixture[str], path: str) -> None:
-    assert cli.main(["train", config_file(folder), f"--model.path={path}", "--actor.engine", "transformers"]) == 2
+    assert main.main(["train", config_file(folder), f"--model.path={path}", "--actor.engine", "transformers"]) == 2
     line = said(capsys)
     assert (path or "model.path is empty") in line
     assert "--model.warm_start true" in line
@@ -105,7 +106,7 @@ def test_a_mistyped_local_model_folder_is_no_name_on_the_hub(
 ) -> None:
     (folder / "models").mkdir()
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
-    assert cli.main(["train", config_file(folder, TRANSFORMERS), "--model.path", "models/hopqa-typo"]) == 2
+    assert main.main(["train", config_file(folder, TRANSFORMERS), "--model.path", "models/hopqa-typo"]) == 2
     assert said(capsys).startswith("model.path = 'models/hopqa-typo': no model folder (no config.json) there")
     assert files(folder) == {"models"}
 
@@ -120,7 +121,7 @@ def test_a_model_that_the_hub_does_not_give_is_said_in_one_line_and_nothing_is_m
         raise ValueError("404 Client Error.\n\nRepository Not Found\nIf you are trying to access a private one …")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    assert cli.main(["train", config_file(folder, TRANSFORMERS), "--model.path", "nobody/nothing"]) == 2
+    assert main.main(["train", config_file(folder, TRANSFORMERS), "--model.path", "nobody/nothing"]) == 2
     line = said(capsys)
     assert "could not be fetched: 404 Client Error.  Name a model folder" in line
     assert "Repository Not Found" not in line
@@ -151,9 +152,9 @@ def test_an_unknown_environment_is_named_before_anything_is_made(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command in ("train", "buffer"):
-        assert cli.main([command, config_file(folder, TRANSFORMERS), "--environment.name", "hopqaa"]) == 2
+        assert main.main([command, config_file(folder, TRANSFORMERS), "--environment.name", "hopqaa"]) == 2
         assert said(capsys).startswith("environment.name = 'hopqaa' is unknown; known: hopqa, or 'package.module:fac")
-    assert cli.main(["train", config_file(folder, TRANSFORMERS), "--environment.name", "mine.env:make"]) == 2
+    assert main.main(["train", config_file(folder, TRANSFORMERS), "--environment.name", "mine.env:make"]) == 2
     assert said(capsys).startswith("environment.name = 'mine.env:make': there is no package 'mine' here")
     assert files(folder) == set()
 
@@ -172,16 +173,16 @@ def test_an_address_off_loopback_needs_keys_before_anything_is_made(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = config_file(folder, TRANSFORMERS)
-    assert cli.main(["train", path, "--links.host", "0.0.0.0"]) == 2
+    assert main.main(["train", path, "--links.host", "0.0.0.0"]) == 2
     assert said(capsys).startswith(
         "links.host = '0.0.0.0' is no loopback address and needs keys: `atpo keys new --dir DIR`"
     )
-    assert cli.main(["train", path, "--links.host", "*", "--links.keys_dir", "keys"]) == 2
+    assert main.main(["train", path, "--links.host", "*", "--links.keys_dir", "keys"]) == 2
     assert said(capsys).startswith("links.host = '*': say 0.0.0.0")
-    assert cli.main(["train", path, "--links.keys_dir", "keys"]) == 2
+    assert main.main(["train", path, "--links.keys_dir", "keys"]) == 2
     assert said(capsys).startswith("links.keys_dir = 'keys' is no folder; `atpo keys new --dir keys` makes it")
     (folder / "keys").mkdir()
-    assert cli.main(["train", path, "--links.keys_dir", "keys"]) == 2
+    assert main.main(["train", path, "--links.keys_dir", "keys"]) == 2
     assert said(capsys) == (
         "links.keys_dir = 'keys' has no server.key_secret; `atpo keys new --dir keys` makes what is missing"
     )
@@ -189,7 +190,7 @@ def test_an_address_off_loopback_needs_keys_before_anything_is_made(
 
 
 def test_keys_are_made_for_this_host_and_for_another(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["keys", "new"]) == 0
+    assert main.main(["keys", "new"]) == 0
     assert "for this host: --links.keys_dir keys" in capsys.readouterr().out
     keys = folder / "keys"
     pairs = {"server.key", "server.key_secret", "client.key", "client.key_secret"}
@@ -202,7 +203,7 @@ def test_keys_are_made_for_this_host_and_for_another(folder: Path, capsys: pytes
     (keys / "client.key_secret").chmod(0o600)
     before = {p: p.read_bytes() for p in keys.iterdir()}
 
-    assert cli.main(["keys", "new", "host-b", "--dir", "keys"]) == 0
+    assert main.main(["keys", "new", "host-b", "--dir", "keys"]) == 0
     out = capsys.readouterr().out
     assert "keys/host-b.key lets host-b in, as actors; it stays here" in out
     assert "keys/host-b (client.key, client.key_secret, server.key) goes to host-b" in out
@@ -213,7 +214,7 @@ def test_keys_are_made_for_this_host_and_for_another(folder: Path, capsys: pytes
     assert (theirs / "client.key_secret").stat().st_mode & 0o777 == 0o600
     assert {p: p.read_bytes() for p in before} == before
 
-    assert cli.main(["keys", "new", "host-c", "--learner"]) == 0
+    assert main.main(["keys", "new", "host-c", "--learner"]) == 0
     assert "lets host-c in, as actors and as the learner" in capsys.readouterr().out
     assert (keys / "learners" / "host-c.key").read_bytes() == (keys / "host-c" / "client.key").read_bytes()
 
@@ -235,20 +236,20 @@ def test_keys_that_cannot_be_made_or_listed_are_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], error: str
 ) -> None:
     (folder / "file").touch()
-    assert cli.main(["keys", "new", "host-b"]) == 0
+    assert main.main(["keys", "new", "host-b"]) == 0
     capsys.readouterr()
-    assert cli.main(["keys", *words]) == 2
+    assert main.main(["keys", *words]) == 2
     assert said(capsys).startswith(error)
 
 
 def test_keys_list_says_who_is_let_in_and_what_lies_where_it_should_not(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli.main(["keys", "new", "host-b"])
-    cli.main(["keys", "new", "host-c", "--learner"])
+    main.main(["keys", "new", "host-b"])
+    main.main(["keys", "new", "host-c", "--learner"])
     (folder / "keys" / "host-c" / "client.key_secret").unlink()
     capsys.readouterr()
-    assert cli.main(["keys", "list"]) == 0
+    assert main.main(["keys", "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition("  ")[2] for line in lines if "  " in line] == [
         "server: what this host is known by",
@@ -264,7 +265,7 @@ def test_keys_list_says_who_is_let_in_and_what_lies_where_it_should_not(
 def test_a_port_in_use_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert cli.main(["train", config_file(folder), f"--links.actors_port={port}"]) == 2
+        assert main.main(["train", config_file(folder), f"--links.actors_port={port}"]) == 2
     assert said(capsys).startswith(f"links.actors_port = {port} is in use")
     assert files(folder) == set()
 
@@ -286,7 +287,7 @@ def test_vllm_asked_for_and_missing_is_said(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without(monkeypatch, "vllm")
-    assert cli.main(["train", config_file(folder), "--actor.engine", "vllm"]) == 2
+    assert main.main(["train", config_file(folder), "--actor.engine", "vllm"]) == 2
     line = said(capsys)
     assert line.startswith("actor.engine = 'vllm', but vLLM is not installed here")
     assert "--actor.engine transformers" in line
@@ -306,7 +307,7 @@ def test_a_gpu_asked_for_and_absent_is_said(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, role: str
 ) -> None:
     monkeypatch.setattr(doctor, "no_cuda_because", lambda: "no NVIDIA driver is here")
-    assert cli.main(["train", config_file(folder), f"--{role}.device", "cuda", "--actor.engine", "transformers"]) == 2
+    assert main.main(["train", config_file(folder), f"--{role}.device", "cuda", "--actor.engine", "transformers"]) == 2
     assert said(capsys).startswith(f"{role}.device = 'cuda', but no NVIDIA driver is here; set --{role}.device cpu")
     assert files(folder) == set()
 
@@ -347,7 +348,7 @@ def test_a_learner_by_hand_is_started_as_the_supervisor_would(folder: Path, monk
     monkeypatch.setattr(os, "execve", lambda file, argv, env: started.append((argv, env)))
     path = config_file(folder, '[learner]\nnum_processes = 2\nnum_threads = 3\ndevice = "cpu"\n')
     run = RunDir.create(load(path))
-    cli.main(["learner", path, "--name", "me"])
+    main.main(["learner", path, "--name", "me"])
     ((argv, env),) = started
     assert argv[1:4] == ["-P", "-m", "accelerate.commands.launch"]
     assert argv[argv.index("--num_processes") + 1] == "2"
@@ -368,16 +369,16 @@ def test_every_command_lays_several_configurations_over_one_another(
         return 0
 
     said_again: list[str] = []
-    monkeypatch.setattr(cli, "train", train)
+    monkeypatch.setattr(main, "train", train)
     base = config_file(folder, "[learner]\nlr = 0.1\nweight_decay = 0.5\n")
     (folder / "top.toml").write_text("[learner]\nlr = 0.2\n")
-    assert cli.main(["train", base, "top.toml"]) == 0
-    assert cli.main(["train", base, "--learner.weight_decay", "0.25", "top.toml"]) == 0
-    assert cli.main(["demo", base, "top.toml"]) == 0
+    assert main.main(["train", base, "top.toml"]) == 0
+    assert main.main(["train", base, "--learner.weight_decay", "0.25", "top.toml"]) == 0
+    assert main.main(["demo", base, "top.toml"]) == 0
     assert [(c.learner.lr, c.learner.weight_decay) for c in seen] == [(0.2, 0.5), (0.2, 0.25), (0.2, 0.5)]
     assert said_again[-1] == f"atpo train {base} top.toml --run.name demo-0-1"
 
-    assert cli.main(["config", base, "top.toml"]) == 0
+    assert main.main(["config", base, "top.toml"]) == 0
     out = capsys.readouterr().out
     assert "\nlr = 0.2\n" in out
     assert "\nweight_decay = 0.5\n" in out
@@ -387,15 +388,15 @@ def test_every_command_lays_several_configurations_over_one_another(
         found.append(config)
         return []
 
-    monkeypatch.setattr("atpo_async.doctor.findings", nothing_found)
-    cli.main(["doctor", base, "top.toml"])
-    cli.main(["doctor"])
+    monkeypatch.setattr("atpo_async.cli.doctor.findings", nothing_found)
+    main.main(["doctor", base, "top.toml"])
+    main.main(["doctor"])
     assert found == [load([base, "top.toml"]), Config()]
 
     (folder / "bad.toml").write_text("[learner]\nlr = 0\n")
     for command in ("train", "config", "doctor", "buffer", "learner", "actor", "demo"):
         capsys.readouterr()
-        assert cli.main([command, base, "bad.toml"]) == 2
+        assert main.main([command, base, "bad.toml"]) == 2
         assert said(capsys) == "learner.lr must be > 0, got 0 in bad.toml"
 
 
@@ -404,7 +405,7 @@ def test_a_role_by_hand_gets_what_further_files_set_as_options(folder: Path, mon
     monkeypatch.setattr(os, "execve", lambda file, argv, env: started.append(argv))
     base = config_file(folder, TRANSFORMERS)
     (folder / "top.toml").write_text('[actor]\ntrees_in_flight = 3\n[objective]\ndual_clip = "none"\n')
-    cli.main(["actor", base, "--join", "localhost:5000", "top.toml", "--actor.max_num_seqs", "9"])
+    main.main(["actor", base, "--join", "localhost:5000", "top.toml", "--actor.max_num_seqs", "9"])
     ((_, _, program, role, *argv),) = started
     assert (program, role) == (launch.HERE, "actors")
     body = "c = context.config; a = c.actor; print(a.trees_in_flight, c.objective.dual_clip, a.max_num_seqs, a.engine)"
@@ -436,7 +437,7 @@ def test_a_slip_on_the_command_line_is_one_line_and_nothing_is_made(
     folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], line: str
 ) -> None:
     config_file(folder)
-    assert cli.main(words) == 2
+    assert main.main(words) == 2
     assert said(capsys).startswith(line)
     assert files(folder) == set()
 
@@ -451,12 +452,12 @@ def test_a_folder_that_may_not_be_read_is_one_line(
 
     monkeypatch.setattr(Path, "read_text", denied)
     for command in ("status", "report", "eval"):
-        assert cli.main([command, str(run.path)]) == 2
+        assert main.main([command, str(run.path)]) == 2
         assert said(capsys).startswith(f"run folder {run.path} cannot be read: Permission denied")
-    assert cli.main(["config", "c.toml"]) == 2
+    assert main.main(["config", "c.toml"]) == 2
     assert said(capsys) == "configuration c.toml cannot be read: Permission denied"
     monkeypatch.setattr("atpo_async.config.load", denied)
-    assert cli.main(["config", "c.toml"]) == 2
+    assert main.main(["config", "c.toml"]) == 2
     assert said(capsys) == "['c.toml']: this user may not read or write it"
 
 
@@ -467,7 +468,7 @@ def test_an_interruption_before_anything_runs_is_one_word(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(doctor, "check_machine", interrupted)
-    assert cli.main(["train", config_file(folder)]) == 130
+    assert main.main(["train", config_file(folder)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert files(folder) == set()
 
@@ -476,7 +477,7 @@ def test_an_option_of_the_look_up_task_that_is_no_number_is_told_before_a_policy
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", config_file(folder, TRANSFORMERS), "--model.warm_start", "--environment.options.hops"]
-    assert cli.main(words) == 2
+    assert main.main(words) == 2
     assert said(capsys) == "environment.options.hops must be a whole number, got True"
     assert files(folder) == set()
 
@@ -484,7 +485,7 @@ def test_an_option_of_the_look_up_task_that_is_no_number_is_told_before_a_policy
 def test_an_option_that_is_given_twice_is_told_and_the_last_one_holds(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["config", config_file(folder), "--learner.lr", "1", "--run.seed=3", "--learner.lr=2"]) == 0
+    assert main.main(["config", config_file(folder), "--learner.lr", "1", "--run.seed=3", "--learner.lr=2"]) == 0
     out, err = capsys.readouterr()
     assert "\nlr = 2.0\n" in out
     assert err == "note: --learner.lr is given 2 times; the last one holds: 2\n"
@@ -497,7 +498,7 @@ def test_a_run_of_another_configuration_is_refused_and_left_as_it_was(
     run = RunDir.create(load(path))
     (run.checkpoints / "step-000001-v000001").mkdir()
     before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
-    assert cli.main(["train", path, "--search.temperature", "0.5"]) == 2
+    assert main.main(["train", path, "--search.temperature", "0.5"]) == 2
     assert "search.temperature was 1.0, is 0.5" in said(capsys)
     assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before
 
@@ -506,30 +507,30 @@ def test_a_run_in_use_is_refused_and_left_as_it_was(folder: Path, capsys: pytest
     path = config_file(folder, '[actor]\nengine = "transformers"\n')
     with RunDir.held(load(path)) as run:
         before = (run.path / "config.json").read_bytes()
-        assert cli.main(["train", path, "--run.steps", "7"]) == 2
+        assert main.main(["train", path, "--run.steps", "7"]) == 2
         assert (run.path / "config.json").read_bytes() == before
     assert f"is in use by process {os.getpid()}" in said(capsys)
 
 
 def test_a_missing_accelerate_configuration_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", config_file(folder), "--learner.accelerate_config", "none.yaml", "--actor.engine", "transformers"]
-    assert cli.main(words) == 2
+    assert main.main(words) == 2
     assert said(capsys).startswith("learner.accelerate_config = 'none.yaml' is no file")
 
 
 def test_a_traceback_comes_only_with_debug(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "nowhere.toml", "--debug"]) == 2
+    assert main.main(["train", "nowhere.toml", "--debug"]) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert err.strip().splitlines()[-1].startswith("error: configuration nowhere.toml does not exist")
 
 
 def test_a_wrong_address_to_join_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["actor", config_file(folder), "--join", "host", "--actor.engine", "transformers"]) == 2
+    assert main.main(["actor", config_file(folder), "--join", "host", "--actor.engine", "transformers"]) == 2
     assert (
         said(capsys) == "--join host: neither a run folder nor an address: expected HOST:PORT with a port up to 65535"
     )
-    assert cli.main(["learner", config_file(folder), "--join", "host:5000"]) == 2
+    assert main.main(["learner", config_file(folder), "--join", "host:5000"]) == 2
     assert "a learner shares files with the run" in said(capsys)
 
 
@@ -543,14 +544,16 @@ def test_an_actor_says_that_nothing_listens_where_it_joins_before_a_policy_is_ma
         heard.append(capsys.readouterr().err)
         return config
 
-    monkeypatch.setattr(cli, "ensure_policy", makes)
+    monkeypatch.setattr(main, "ensure_policy", makes)
     monkeypatch.setattr(os, "execve", lambda file, argv, env: None)
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         if listens:
             bound.listen()
         address = f"127.0.0.1:{bound.getsockname()[1]}"
-        cli.main(["actor", config_file(folder, TRANSFORMERS), "--join", address, "--model.path=", "--model.warm_start"])
+        main.main(
+            ["actor", config_file(folder, TRANSFORMERS), "--join", address, "--model.path=", "--model.warm_start"]
+        )
     (before,) = heard
     assert before.startswith("" if listens else f"note: nothing listens at {address} yet (Connection refused); ")
     assert bool(before) is not listens
@@ -561,7 +564,7 @@ def test_addresses_are_read_with_and_without_their_scheme() -> None:
 
 
 def test_evaluating_what_is_neither_run_nor_model_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["eval", "nothing"]) == 2
+    assert main.main(["eval", "nothing"]) == 2
     assert said(capsys) == "nothing is neither a run folder (run.json) nor a model folder (config.json)"
 
 
@@ -573,7 +576,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, str]]:
         asked.append((config, str(model)))
         return {"success": 0.5, "num_tasks": float(config.eval.num_tasks)}
 
-    monkeypatch.setattr(cli, "_evaluate", fake)
+    monkeypatch.setattr(main, "_evaluate", fake)
     return asked
 
 
@@ -585,7 +588,7 @@ def test_an_evaluation_of_a_run_takes_the_options_of_the_configuration_another_m
     (folder / "other").mkdir()
     (folder / "other" / "config.json").write_text("{}")
     options = ["--model.path", "other", "--search.max_action_tokens=5", "--learner.lr", "1"]
-    assert cli.main(["eval", str(run.path), *options]) == 0
+    assert main.main(["eval", str(run.path), *options]) == 0
     [(config, model)] = asked
     assert (model, config.search.max_action_tokens, config.eval.num_tasks) == ("other", 5, 7)
     out, err = capsys.readouterr()
@@ -597,18 +600,18 @@ def test_an_evaluation_of_a_run_takes_the_options_of_the_configuration_another_m
 
 
 def test_an_evaluation_is_of_one_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["eval", "model", config_file(folder), "--model.path", "other"]) == 2
+    assert main.main(["eval", "model", config_file(folder), "--model.path", "other"]) == 2
     assert said(capsys) == "model and --model.path other: an evaluation is of one model; name one of them"
     run = RunDir.create(load(config_file(folder)))
-    assert cli.main(["eval", str(run.path), "--model.path", "./none"]) == 2
+    assert main.main(["eval", str(run.path), "--model.path", "./none"]) == 2
     assert said(capsys).startswith("model.path = './none': no model folder (no config.json) there")
-    assert cli.main(["eval", "c.toml"]) == 2
+    assert main.main(["eval", "c.toml"]) == 2
     assert said(capsys).startswith("c.toml is a file; name a run folder or a model folder")
 
 
 def test_a_run_without_metrics_has_no_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir.create(load(config_file(folder)))
-    assert cli.main(["report", str(run.path)]) == 2
+    assert main.main(["report", str(run.path)]) == 2
     assert "has no metrics yet" in said(capsys)
 
 
@@ -618,7 +621,7 @@ def test_a_run_without_metrics_has_no_report(folder: Path, capsys: pytest.Captur
 def test_the_resolved_configuration_and_the_table_of_knobs_are_printed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert cli.main(["config", DEMO, "--staleness.max_lag=3"]) == 0
+    assert main.main(["config", DEMO, "--staleness.max_lag=3"]) == 0
     out = capsys.readouterr().out
     assert "max_lag = 3  # " in out
     for words in ("staleness.max_lag", "correction.cap", "trees pending", "asynchronous"):
@@ -630,7 +633,7 @@ def test_the_doctor_names_what_is_missing_and_how_to_get_it(
 ) -> None:
     monkeypatch.setattr(doctor, "no_cuda_because", lambda: "no NVIDIA driver is here")
     without(monkeypatch, "zmq")
-    assert cli.main(["doctor"]) == 1
+    assert main.main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert re.search(r"missing\s+pyzmq\s+not installed", out)
     assert "missing: pyzmq" in out
@@ -653,11 +656,11 @@ def test_the_doctor_refuses_what_the_start_of_training_refuses(
     options: list[str], what: str, says: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = config_file(folder, TRANSFORMERS)
-    assert cli.main(["doctor", path, *options]) == 1
+    assert main.main(["doctor", path, *options]) == 1
     out = capsys.readouterr().out
     assert re.search(rf"missing\s+{what}\s+{says}", " ".join(out.split()))
     assert out.splitlines()[-1] == f"missing: {what}"
-    assert cli.main(["train", path, *options]) == 2
+    assert main.main(["train", path, *options]) == 2
     assert re.match(says, said(capsys))
     assert files(folder) == set()
 
@@ -666,16 +669,16 @@ def test_the_doctor_names_the_model_and_the_environment_and_fetches_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = config_file(folder, TRANSFORMERS)
-    assert cli.main(["doctor", path]) == 0
+    assert main.main(["doctor", path]) == 0
     assert re.search(r"ok\s+model\s+model\nok\s+environment\s+hopqa\n", re.sub(r" +\n", "\n", capsys.readouterr().out))
-    assert cli.main(["doctor", path, "--model.path", "somebody/something"]) == 0
+    assert main.main(["doctor", path, "--model.path", "somebody/something"]) == 0
     assert re.search(r"note\s+model\s+somebody/something, on the Hub", capsys.readouterr().out)
 
 
 def test_help_and_version_load_nothing_heavy() -> None:
     code = textwrap.dedent("""
         import sys
-        from atpo_async.cli import main
+        from atpo_async.cli.main import main
         assert main(["version"]) == 0
         heavy = {"torch", "zmq", "vllm", "transformers", "pydantic", "rich", "numpy"} & set(sys.modules)
         assert not heavy, heavy
@@ -685,14 +688,14 @@ def test_help_and_version_load_nothing_heavy() -> None:
 
 
 def test_the_demo_takes_a_new_run_each_time(folder: Path) -> None:
-    assert cli.free_name(folder / "runs", "demo-1") == "demo-1-1"
+    assert main.free_name(folder / "runs", "demo-1") == "demo-1-1"
     (folder / "runs" / "demo-1-1").mkdir(parents=True)
-    assert cli.free_name(folder / "runs", "demo-1") == "demo-1-2"
+    assert main.free_name(folder / "runs", "demo-1") == "demo-1-2"
 
 
 def test_the_warm_start_is_asked_for_what_the_environment_needs() -> None:
     command = warm_start_command(load(DEMO, {"run.seed": "3", "environment.options.num_names": "16"}))
-    assert command[2:4] == [launch.HERE, "learner.warm_start"]
+    assert command[2:4] == [launch.HERE, "atpo_async.environments.hopqa.warm_start"]
     asked = dict(zip(command[4::2], command[5::2], strict=True))
     assert asked["--seed"] == "3"
     assert (asked["--min-hops"], asked["--max-hops"], asked["--num-names"]) == ("3", "3", "16")
@@ -701,13 +704,13 @@ def test_the_warm_start_is_asked_for_what_the_environment_needs() -> None:
 def test_a_warm_start_for_another_environment_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "my.py").touch()
     words = ["train", config_file(folder), "--model.warm_start", "true", "--environment.name", "my.env:make"]
-    assert cli.main([*words, "--actor.engine", "transformers"]) == 2
+    assert main.main([*words, "--actor.engine", "transformers"]) == 2
     assert said(capsys).startswith("model.warm_start makes a policy for hopqa only, not for environment.name = 'my.env")
 
 
 def fake_warm_start(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    monkeypatch.setattr("atpo_async.policy.warm_start_command", lambda config: command)
+    monkeypatch.setattr("atpo_async.models.policy.warm_start_command", lambda config: command)
 
 
 def test_the_run_takes_the_policy_that_the_warm_start_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -719,18 +722,18 @@ def test_the_run_takes_the_policy_that_the_warm_start_made(folder: Path, monkeyp
     """
     fake_warm_start(monkeypatch, code)
     out = io.StringIO()
-    config = cli.ensure_policy(build({"model": {"warm_start": True}}), Console(file=out))
+    config = main.ensure_policy(build({"model": {"warm_start": True}}), Console(file=out))
     assert config.model.path == "models/p"
     assert out.getvalue().splitlines()[-1] == "the policy is in models/p"
     fake_warm_start(monkeypatch, "raise SystemExit('not again')")
-    assert cli.ensure_policy(config, Console(file=out)) == config
+    assert main.ensure_policy(config, Console(file=out)) == config
 
 
 def test_a_warm_start_that_fails_is_said_in_its_own_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys; print('warm start: steps must be >= 0', file=sys.stderr); sys.exit(2)"
     fake_warm_start(monkeypatch, code)
     with pytest.raises(SetupError, match=r"^the warm start failed: steps must be >= 0$"):
-        cli.ensure_policy(build({"model": {"warm_start": True}}), Console(file=io.StringIO()))
+        main.ensure_policy(build({"model": {"warm_start": True}}), Console(file=io.StringIO()))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
@@ -738,7 +741,7 @@ def test_a_warm_start_that_was_killed_is_said(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     fake_warm_start(monkeypatch, f"import os; os.kill(os.getpid(), {int(number)})")
-    assert cli.main(["train", config_file(folder, TRANSFORMERS), "--model.path=", "--model.warm_start"]) == 2
+    assert main.main(["train", config_file(folder, TRANSFORMERS), "--model.path=", "--model.warm_start"]) == 2
     hint = " (out of memory?)" if number == signal.SIGKILL else ""
     assert said(capsys) == f"the warm start was killed by {number.name}{hint}"
     assert files(folder) == set()
@@ -746,7 +749,7 @@ def test_a_warm_start_that_was_killed_is_said(
 
 def test_an_interrupted_warm_start_is_an_interruption(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_warm_start(monkeypatch, f"import os; os.kill(os.getpid(), {int(signal.SIGTERM)})")
-    assert cli.main(["train", config_file(folder, TRANSFORMERS), "--model.path=", "--model.warm_start"]) == 130
+    assert main.main(["train", config_file(folder, TRANSFORMERS), "--model.path=", "--model.warm_start"]) == 130
 
 
 def test_the_demo_names_a_command_that_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -756,10 +759,10 @@ def test_the_demo_names_a_command_that_goes_on(folder: Path, monkeypatch: pytest
         told.append(again)
         return 0
 
-    monkeypatch.setattr(cli, "train", train)
+    monkeypatch.setattr(main, "train", train)
     path = config_file(folder)
-    assert cli.main(["demo", path, "--run.seed", "3"]) == 0
-    assert cli.main(["demo", "--run.name=x", path]) == 0
+    assert main.main(["demo", path, "--run.seed", "3"]) == 0
+    assert main.main(["demo", "--run.name=x", path]) == 0
     assert told == [f"atpo train {path} --run.seed=3 --run.name demo-3-1", f"atpo train {path} --run.name x"]
 
 
@@ -783,7 +786,7 @@ def test_a_checkpoint_becomes_a_model_folder_with_the_names_that_engines_know(tm
 SCRIPTED = """
 import json, os, sys, time
 from pathlib import Path
-from atpo_async.metrics import MetricsWriter
+from atpo_async.run.metrics import MetricsWriter
 run = Path({run!r})
 with MetricsWriter(run / "metrics.jsonl", source="learner") as writer:
     for step in range(1, 6):
@@ -796,7 +799,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, learner: str) -> None:
         code = learner.format(run=str(rundir))
         return [RoleSpec(name="learner", argv=(sys.executable, "-c", code), ends_run=True)]
 
-    monkeypatch.setattr("atpo_async.supervisor.role_specs", specs)
+    monkeypatch.setattr("atpo_async.ops.supervisor.role_specs", specs)
 
 
 def test_a_run_goes_to_its_end_and_names_its_report(
@@ -804,14 +807,14 @@ def test_a_run_goes_to_its_end_and_names_its_report(
 ) -> None:
     scripted(monkeypatch, SCRIPTED)
     path = config_file(folder, '[actor]\nengine = "transformers"\n[run]\nsteps = 5\n')
-    assert cli.main(["train", path]) == 0
+    assert main.main(["train", path]) == 0
     out = capsys.readouterr().out
     assert "engine transformers: actor.engine = 'transformers'" in out
     assert "step 5/5" in out
     assert out.strip().splitlines()[-1] == "report: runs/run/report.html"
     assert (folder / "runs" / "run" / "report.html").is_file()
     assert "join" not in out  # no role of this script listens anywhere
-    assert cli.main(["train", path]) == 0
+    assert main.main(["train", path]) == 0
     assert "goes on" in capsys.readouterr().out
 
 
@@ -820,7 +823,7 @@ def test_a_setting_without_effect_is_told_at_the_start_of_a_run(
 ) -> None:
     scripted(monkeypatch, SCRIPTED)
     path = config_file(folder, f"{TRANSFORMERS}[run]\nsteps = 5\n")
-    assert cli.main(["train", path, "--objective.tv_limit", "0.3"]) == 0
+    assert main.main(["train", path, "--objective.tv_limit", "0.3"]) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert notes == [
         "note: objective.tv_limit = 0.3 has no effect with objective.surrogate = 'clip' (it has with 'tv')"
@@ -832,7 +835,7 @@ def test_a_role_that_crashes_too_often_ends_the_run_with_exit_code_one(
 ) -> None:
     scripted(monkeypatch, "print('out of paper'); raise SystemExit(1)")
     path = config_file(folder, '[actor]\nengine = "transformers"\n[supervisor]\nmax_restarts = 0\n')
-    assert cli.main(["train", path]) == 1
+    assert main.main(["train", path]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: learner crashed 1 times within 300 s")
     assert "  | out of paper" in err
@@ -843,7 +846,7 @@ def test_an_error_that_only_the_user_can_mend_ends_the_run_with_exit_code_two(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted(monkeypatch, "print('error: tokenizer lacks <end>'); raise SystemExit(2)")
-    assert cli.main(["train", config_file(folder, '[actor]\nengine = "transformers"\n')]) == 2
+    assert main.main(["train", config_file(folder, '[actor]\nengine = "transformers"\n')]) == 2
     assert said(capsys).startswith("learner: tokenizer lacks <end>")
 
 
@@ -852,12 +855,13 @@ def test_ctrl_c_leaves_no_process_and_says_how_to_go_on(folder: Path) -> None:
     path = config_file(folder, '[actor]\nengine = "transformers"\n')
     code = textwrap.dedent(f"""
         import sys
-        from atpo_async import cli, supervisor
+        from atpo_async.cli import main
+        from atpo_async.ops import supervisor
         sleeper = supervisor.RoleSpec(
             name="learner",
             argv=(sys.executable, "-c", "print('ready', flush=True); import time; time.sleep(1000)"), ends_run=True)
         supervisor.role_specs = lambda *a, **k: [sleeper]
-        sys.exit(cli.main(["train", {path!r}]))
+        sys.exit(main.main(["train", {path!r}]))
     """)
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
@@ -882,12 +886,13 @@ def test_a_run_whose_reader_has_gone_goes_on_to_its_end_and_says_so(merged: bool
     code = textwrap.dedent(f"""
         import sys
         from pathlib import Path
-        from atpo_async import cli, supervisor
+        from atpo_async.cli import main
+        from atpo_async.ops import supervisor
         def specs(config, rundir, **_):
             text = {SCRIPTED!r}.format(run=str(rundir))
             return [supervisor.RoleSpec(name="learner", argv=(sys.executable, "-c", text), ends_run=True)]
         supervisor.role_specs = specs
-        code = cli.main(["train", {path!r}])
+        code = main.main(["train", {path!r}])
         Path("ended").write_text(str(code))
         sys.exit(code)
     """)
@@ -923,7 +928,8 @@ def with_deadline(process: subprocess.Popen[str]) -> None:
 
 ROLE = """
 import sys
-from atpo_async import errors, role
+from atpo_async.core import errors
+from atpo_async.ops import role
 
 async def main(context):
     {body}
@@ -995,14 +1001,14 @@ def test_a_role_in_a_run_folder_takes_its_configuration_from_there(folder: Path)
 
 def test_a_run_that_goes_on_is_told_what_it_should_find_and_does_not(tmp_path: Path) -> None:
     run = RunDir.create(build({"run": {"dir": str(tmp_path), "name": "r"}}))
-    assert cli._missing(run) == []  # nothing was done yet
+    assert main._missing(run) == []  # nothing was done yet
     checkpoint = run.checkpoints / "step-000004-v000007"
     checkpoint.mkdir(parents=True)
-    (line,) = cli._missing(run)
+    (line,) = main._missing(run)
     assert line.startswith(f"{run.journal} is gone")
     run.journal.mkdir()
-    assert cli._missing(run) == []
+    assert main._missing(run) == []
     checkpoint.rmdir()
     MetricsWriter(run.metrics_path, source="learner").write(step=4, version=7, metrics={"train/loss": 0.5})
-    (line,) = cli._missing(run)
+    (line,) = main._missing(run)
     assert f"{run.checkpoints} holds no checkpoint" in line

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from atpo_async import config as configuration
 from atpo_async.config import Config, as_options, build, load, parse_value, split_options, to_toml
-from atpo_async.errors import ConfigError
+from atpo_async.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atpo_async.config import CorrectionConfig
-from learner import correction
-from learner.correction import Tempering
+from learner.loss import correction
+from learner.loss.correction import Tempering
 
 ACTIONS = get_args(CorrectionConfig.model_fields["action"].annotation)
 LEVELS = get_args(CorrectionConfig.model_fields["level"].annotation)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atpo_async.config import CreditConfig
-from atpo_async.credit import (
+from atpo_async.core.credit import (
     AdvantageMode,
     Aggregation,
     LeafWeights,
@@ -26,7 +26,7 @@ from atpo_async.credit import (
     turn_weights,
     values,
 )
-from atpo_async.tree import Turn, TurnTree, VersionSpan
+from atpo_async.core.tree import Turn, TurnTree, VersionSpan
 
 
 def tree_of(parents: list[int], rewards: list[float], *, seed: int = 0) -> TreeArrays:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from actors.transformers_engine import TransformersEngine
-from actors.vllm_engine import VllmEngine
-from atpo_async.errors import SetupError
-from atpo_async.tensor_files import read_header
-from learner.model import load_policy
+from actors.engines.transformers.engine import TransformersEngine
+from actors.engines.vllm.engine import VllmEngine
+from atpo_async.core.errors import SetupError
+from atpo_async.models.tensor_files import read_header
+from learner.policy.model import load_policy
 from tests.learner_support import make_config, make_model
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"

@@ -13,15 +13,19 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from atpo_async import disk, rundir, waits
-from atpo_async.disk import error_number, until_written
-from atpo_async.errors import SetupError
-from atpo_async.messages import RunFinished
-from atpo_async.metrics import MetricsWriter, read_metrics
-from atpo_async.rundir import RunDir
-from learner import checkpoint, export, publisher
-from learner.checkpoint import Progress
+from atpo_async.core.errors import SetupError
+from atpo_async.ops import disk
+from atpo_async.ops.disk import error_number, until_written
+from atpo_async.run import rundir
+from atpo_async.run.metrics import MetricsWriter, read_metrics
+from atpo_async.run.rundir import RunDir
+from atpo_async.status import waits
+from atpo_async.wire.messages import RunFinished
+from learner.checkpoints import checkpoint
+from learner.checkpoints.checkpoint import Progress
 from learner.loop import learn
+from learner.policy import export
+from learner.weights import publisher
 from tests.learner_support import make_model
 from tests.test_checkpoint import make_trainer
 from tests.test_learner_loop import WAIT_S, ScriptedBuffer, context, make_config
@@ -189,7 +193,7 @@ async def test_what_cannot_be_saved_at_the_end_stops_the_run_before_its_first_st
 ) -> None:
     buffer, endpoint = served
     run = RunDir.create(make_config(tmp_path, model))
-    monkeypatch.setattr("learner.saving.write_model", Refusing(str, 1, error))
+    monkeypatch.setattr("learner.checkpoints.saving.write_model", Refusing(str, 1, error))
     with pytest.raises(SetupError) as caught:
         await asyncio.wait_for(learn(context(run, endpoint)), WAIT_S)
     (line,) = str(caught.value).splitlines()
@@ -230,7 +234,7 @@ def test_figures_wait_in_memory_for_room_and_are_written_in_order(
 
     with MetricsWriter(path, source="learner") as writer:
         writer.write(step=0, version=0, metrics={"a": 0})
-        monkeypatch.setattr("atpo_async.metrics.os.write", write)
+        monkeypatch.setattr("atpo_async.run.metrics.os.write", write)
         room[0] = 20  # the next line is cut short
         for step in (1, 2, 3):
             writer.write(step=step, version=0, metrics={"a": step})
@@ -243,6 +247,6 @@ def test_figures_wait_in_memory_for_room_and_are_written_in_order(
 
 def test_a_disk_that_stays_full_costs_figures_and_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with MetricsWriter(tmp_path / "metrics.jsonl", source="learner") as writer:
-        monkeypatch.setattr("atpo_async.metrics.os.write", Refusing(os.write, 10**6))
+        monkeypatch.setattr("atpo_async.run.metrics.os.write", Refusing(os.write, 10**6))
         for step in range(3):
             writer.write(step=step, version=0, metrics={})

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from actors.engine import Sampling, WeightsFile
-from actors.engine_common import Queue
+from actors.engines.base import Sampling, WeightsFile
+from actors.engines.common import Queue
+from actors.engines.transformers.engine import TransformersEngine
 from actors.factory import make_engine
-from actors.transformers_engine import TransformersEngine
 from atpo_async.config import build
-from atpo_async.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WaitTimeout, WeightsRejected
+from atpo_async.core.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WaitTimeout, WeightsRejected
 from tests.engine_support import (
     END,
     PROBE,
@@ -231,7 +231,9 @@ async def test_a_file_that_vanishes_before_the_load_changes_nothing(
     engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = weights_file(MODELS[1], tmp_path / "1", version=1)
-    monkeypatch.setattr("actors.transformers_engine.check_weights", lambda *args, **kwargs: weights.path.unlink())
+    monkeypatch.setattr(
+        "actors.engines.transformers.engine.check_weights", lambda *args, **kwargs: weights.path.unlink()
+    )
     with pytest.raises(WeightsRejected, match="version 1: cannot read"):
         await engine.swap(weights)
     assert (await engine.generate(PROMPT, to_length(3), request_id="after")).spans[0].version == 0

@@ -23,11 +23,11 @@ import pytest
 import pytest_asyncio
 import torch
 
-from actors.engine import Sampling, WeightsFile
-from actors.vllm_engine import VllmEngine
-from actors.vllm_plugin import register
-from atpo_async.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WeightsRejected
-from atpo_async.versions import VLLM_PRIVATE
+from actors.engines.base import Sampling, WeightsFile
+from actors.engines.vllm.engine import VllmEngine
+from actors.engines.vllm.plugin import register
+from atpo_async.core.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WeightsRejected
+from atpo_async.run.installed import VLLM_PRIVATE
 from tests.engine_support import (
     PROBE,
     altered,
@@ -270,7 +270,7 @@ class TestOneEngine:
         good = weights_file(MODELS[version], tmp_path / "weights", version=version)
         long = asyncio.create_task(engine.generate(PROMPT, to_length(200), request_id="long"))
         # As if the file were cut, or removed, between the check and the load.
-        monkeypatch.setattr("actors.vllm_engine.check_weights", lambda *args, **kwargs: None)
+        monkeypatch.setattr("actors.engines.vllm.engine.check_weights", lambda *args, **kwargs: None)
         with pytest.raises(WeightsRejected, match=f"version {version}: .*has 100 bytes"):
             await engine.swap(altered(good, "short file"))
         with pytest.raises(WeightsRejected, match=f"version {version}: .*No such file"):
@@ -297,7 +297,7 @@ class TestOneEngine:
         whole = weights_file(MODELS[version], tmp_path / "weights", version=version)
         parts = [name.replace("qkv", part) for part in "qkv"] if "qkv" in name else [name]
         kept = tuple(spec for spec in whole.manifest.tensors if spec.name not in parts)
-        monkeypatch.setattr("actors.vllm_engine.check_weights", lambda *args, **kwargs: None)
+        monkeypatch.setattr("actors.engines.vllm.engine.check_weights", lambda *args, **kwargs: None)
         with pytest.raises(ProbeMismatch, match=f"version {version}: vLLM did not take up {re.escape(name)}"):
             await engine.swap(
                 WeightsFile(path=whole.path, manifest=msgspec.structs.replace(whole.manifest, tensors=kept))
@@ -366,7 +366,7 @@ def test_the_engines_processes_end_with_a_killed_actor(tmp_path: Path) -> None:
             f"""
             import asyncio, sys
             from pathlib import Path
-            from actors.vllm_engine import VllmEngine
+            from actors.engines.vllm.engine import VllmEngine
 
             async def main():
                 engine = VllmEngine(
@@ -400,7 +400,7 @@ def test_the_engines_processes_end_with_a_killed_actor(tmp_path: Path) -> None:
 
 async def test_without_vllm_the_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_model(SEEDS[0], tmp_path / "model")
-    monkeypatch.setattr("actors.vllm_engine.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("actors.engines.vllm.engine.importlib.util.find_spec", lambda name: None)
     with pytest.raises(SetupError, match="package vllm is not installed; pip install"):
         await VllmEngine(folder, max_model_len=64, max_num_seqs=2).start()
 
@@ -420,14 +420,16 @@ async def test_a_gpu_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 def test_the_plugin_leaves_other_users_of_vllm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ATPO_VLLM_FRONT_END", raising=False)
-    monkeypatch.setattr("actors.vllm_plugin.die_with_parent", lambda *_: pytest.fail("tied a stranger's process"))
+    monkeypatch.setattr(
+        "actors.engines.vllm.plugin.die_with_parent", lambda *_: pytest.fail("tied a stranger's process")
+    )
     register()
-    assert "actors.vllm_inside" not in sys.modules
+    assert "actors.engines.vllm.inside" not in sys.modules
 
 
 @needs_vllm
 def test_a_scheduler_that_lacks_a_field_which_ours_sets_is_named_with_the_range() -> None:
-    from actors.vllm_inside import _ProbesWhilePaused
+    from actors.engines.vllm.inside import _ProbesWhilePaused
 
     class Another:
         def __init__(self) -> None:

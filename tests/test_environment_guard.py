@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from actors.environments import guard, registry
-from actors.environments.host import HostedEnvironment
-from atpo_async import role
-from atpo_async.errors import SetupError
+from actors.hosting import guard
+from actors.hosting.host import HostedEnvironment
+from atpo_async.core.errors import SetupError
+from atpo_async.environments import registry
+from atpo_async.ops import role
 from tests.actor_support import CountingEnvironment
 
 ROOT = Path(__file__).resolve().parent.parent

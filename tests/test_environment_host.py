@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.environments import loop_thread
-from actors.environments.base import ReplayFork, Split, StepResult
-from actors.environments.host import EnvironmentTimeout, HostedEnvironment
-from actors.environments.loop_thread import DaemonThreads
+from actors.hosting import loop_thread
+from actors.hosting.host import EnvironmentTimeout, HostedEnvironment
+from actors.hosting.loop_thread import DaemonThreads
 from actors.search import TreeSearch
-from atpo_async import notices, processes
 from atpo_async.config import SearchConfig
-from atpo_async.errors import EnvironmentBroken, SetupError
+from atpo_async.core.errors import EnvironmentBroken, SetupError
+from atpo_async.environments.base import ReplayFork, Split, StepResult
+from atpo_async.ops import notices
+from atpo_async.run import processes
 from tests.actor_support import STOP, CountingEnvironment, CountingEpisode, ScriptedEngine, ints, lease
 
 PATIENCE_S = 60.0

@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from actors.environments.base import Split, StepResult
 from actors.evaluate import success
-from atpo_async.cli import _evaluation_said
+from atpo_async.cli.main import _evaluation_said
 from atpo_async.config import build
-from atpo_async.errors import EngineDead, EnvironmentBroken
+from atpo_async.core.errors import EngineDead, EnvironmentBroken
+from atpo_async.environments.base import Split, StepResult
 from tests.actor_support import CountingEnvironment, CountingEpisode, ScriptedEngine
 
 CONFIG = build({"search": {"max_action_tokens": 8}, "model": {"max_context_tokens": 64}})

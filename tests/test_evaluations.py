@@ -12,17 +12,17 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from atpo_async import waits
 from atpo_async.config import build
-from atpo_async.errors import AtpoError
-from atpo_async.messages import EvalQuery, EvalRequest, EvalResult, Lease
-from atpo_async.metrics import Record
-from atpo_async.progress import RunState, plain
-from atpo_async.report import facts
-from atpo_async.rundir import RunDir
-from buffer import kept
+from atpo_async.core.errors import AtpoError
+from atpo_async.report.page import facts
+from atpo_async.report.progress import RunState, plain
+from atpo_async.run.metrics import Record
+from atpo_async.run.rundir import RunDir
+from atpo_async.status import waits
+from atpo_async.wire.messages import EvalQuery, EvalRequest, EvalResult, Lease
+from buffer.journal import entries
 from buffer.state import BufferState
-from learner.buffer_peer import BufferPeer
+from learner.batches.buffer_peer import BufferPeer
 from learner.evaluation import Evaluations
 from tests.buffer_support import Disk
 from tests.test_buffer_service import configured, grown, published, running, state, take
@@ -140,7 +140,7 @@ def test_only_evaluations_that_got_on_are_written_again() -> None:
     disk.put = watched  # type: ignore[method-assign]
     take(state, grown(leases[-1], (1.0,)))
     disk.keep()
-    assert [key for key in written if key.startswith(kept.EVALUATION)] == [kept.EVALUATION + b"%020d" % 2]
+    assert [key for key in written if key.startswith(entries.EVALUATION)] == [entries.EVALUATION + b"%020d" % 2]
     written.clear()
     disk.keep()
     assert written == []
@@ -152,10 +152,10 @@ def test_evaluations_that_an_earlier_program_kept_in_one_value_go_on() -> None:
     state.publish(published())
     disk.keep()
     old = {"step": 4, "version": 0, "num_tasks": 2, "blocking": True, "next_task": 1, "results": {0: 1.0}, "turns": 3}
-    disk.put(kept.ALL_EVALUATIONS, msgspec.msgpack.encode([old]))
+    disk.put(entries.ALL_EVALUATIONS, msgspec.msgpack.encode([old]))
     state = disk.open(configured())
-    assert kept.ALL_EVALUATIONS not in disk.state
-    assert kept.EVALUATION + b"%020d" % 4 in disk.state
+    assert entries.ALL_EVALUATIONS not in disk.state
+    assert entries.EVALUATION + b"%020d" % 4 in disk.state
     (lease,) = eval_leases(state, 1)
     assert lease.task_index == 1
     take(state, grown(lease, (0.0,)))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from actors.expansion import candidates, score, select, sibling_parent, take
-from atpo_async.tree import ROOT, Turn, TurnTree
+from atpo_async.core.tree import ROOT, Turn, TurnTree
 from tests.actor_support import leaf, turn
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "at2po_vectors.json").read_text())["tree"]

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from learner.export import GENERATION, export_model, precision
-from learner.model import Policy, load_policy
+from learner.policy.export import GENERATION, export_model, precision
+from learner.policy.model import Policy, load_policy
 from tests.learner_support import make_config, make_model
 
 
@@ -112,7 +112,7 @@ def test_a_write_that_fails_leaves_the_old_folder_and_nothing_else(
     def refuse(source: Any, target: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("learner.export.shutil.copyfile", refuse)
+    monkeypatch.setattr("learner.policy.export.shutil.copyfile", refuse)
     tensors = {name: tensor.detach() + 1 for name, tensor in policy.hf.state_dict().items()}
     with pytest.raises(OSError, match="No space"):
         export_model(policy, tensors, model, target, precision(model, "source"))

@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 from actors.faults import CutActions, Fault, Faults, FaultWatch, Place
-from atpo_async import notices
-from atpo_async.errors import AtpoError, EngineDead, EnvironmentBroken
+from atpo_async.core.errors import AtpoError, EngineDead, EnvironmentBroken
+from atpo_async.ops import notices
 from tests.actor_support import leaf, lease
 
 REWARD = Fault("environment_failed", "value of reward", "environment 'w:make', task 3 (train), step 2: reward is 'x'")

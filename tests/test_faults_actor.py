@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from atpo_async.tree import Turn
+from atpo_async.core.tree import Turn
 from tests.fault_support import Recovery, Spawner, Tricks
 from tests.oracle_support import Hand, Scene, hash_of
 from tests.test_faults_buffer import starts_slowly

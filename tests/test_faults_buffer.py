@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async.errors import PeerLost
-from atpo_async.messages import Lease
-from atpo_async.tree import Turn
+from atpo_async.core.errors import PeerLost
+from atpo_async.core.tree import Turn
+from atpo_async.wire.messages import Lease
 from tests.fault_support import CLOCK, Recovery, Spawner, Tricks, until_async
 from tests.oracle_support import Hand, Planned, Scene, hash_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async.metrics import read_metrics
+from atpo_async.run.metrics import read_metrics
 from tests.fault_support import Recovery, Spawner
 from tests.oracle_support import STOP_AT, STOPPED_AT, Scene
 

@@ -15,9 +15,12 @@ import pytest
 
 from actors.weights import WeightsFetcher
 from atpo_async.config import WeightsConfig
-from atpo_async.errors import PeerLost
-from atpo_async.links import Announcer, Client, LinkSettings, Listener, Server
-from atpo_async.messages import ActorToLearner, LearnerToActor
+from atpo_async.core.errors import PeerLost
+from atpo_async.links.announcements import Announcer, Listener
+from atpo_async.links.client import Client
+from atpo_async.links.common import LinkSettings
+from atpo_async.links.server import Server
+from atpo_async.wire.messages import ActorToLearner, LearnerToActor
 from tests.fault_support import PATIENCE_S, Flow, Proxy, Recovery, Spawner, until_async
 from tests.oracle_support import Scene
 from tests.test_actor_weights import PAYLOAD, FakeLearner

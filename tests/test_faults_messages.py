@@ -15,10 +15,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from atpo_async.errors import PeerLost
-from atpo_async.links import Client, LinkSettings
-from atpo_async.messages import BufferToLearner, Trained
-from atpo_async.tree import Turn
+from atpo_async.core.errors import PeerLost
+from atpo_async.core.tree import Turn
+from atpo_async.links.client import Client
+from atpo_async.links.common import LinkSettings
+from atpo_async.wire.messages import BufferToLearner, Trained
 from tests.fault_support import PATIENCE_S, Recovery, Spawner
 from tests.oracle_support import Hand, Planned, Scene
 from tests.test_faults_buffer import starts_slowly

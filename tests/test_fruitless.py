@@ -10,15 +10,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from atpo_async.errors import SetupError
-from atpo_async.messages import Batch, Exhausted, RunFinished, Trained
-from atpo_async.metrics import Record
-from atpo_async.role import EXIT_USER, exit_code
-from atpo_async.rundir import RunDir
-from atpo_async.train_notes import trained
+from atpo_async.cli.train_notes import trained
+from atpo_async.core.errors import SetupError
+from atpo_async.ops.role import EXIT_USER, exit_code
+from atpo_async.run.metrics import Record
+from atpo_async.run.rundir import RunDir
+from atpo_async.wire.messages import Batch, Exhausted, RunFinished, Trained
 from buffer.state import BufferState
-from learner import checkpoint
-from learner.fruitless import Fruitless, NothingToTrainOn, num_trained
+from learner.batches.fruitless import Fruitless, NothingToTrainOn, num_trained
+from learner.checkpoints import checkpoint
 from learner.loop import learn
 from learner.step import StepReport
 from tests.learner_support import batch_of, make_batch, make_model

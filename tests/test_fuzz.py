@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import zmq
 
-from atpo_async import messages as m
-from atpo_async import wire
 from atpo_async.config import build
-from atpo_async.endpoints import Endpoints
-from atpo_async.errors import BadMessage
-from atpo_async.links import LinkSettings
-from atpo_async.rundir import RunDir
+from atpo_async.core.errors import BadMessage
+from atpo_async.links.common import LinkSettings
+from atpo_async.run.endpoints import Endpoints
+from atpo_async.run.rundir import RunDir
+from atpo_async.wire import codec
+from atpo_async.wire import messages as m
 from buffer.service import BufferService
 from tests.fuzz_support import HABITS, KNOCKS, Corpus, Door, Honest, Rude, Shot, knock
 
@@ -46,7 +46,7 @@ def test_what_is_sent_is_no_message_or_one_that_changes_nothing(door: Door) -> N
     outcomes: Counter[str] = Counter()
     for shot in shots(door, 1, 6000):
         try:
-            message = wire.decode(shot.frames, RECEIVES[door], limits=wire.Limits(message_bytes=LIMIT_BYTES))
+            message = codec.decode(shot.frames, RECEIVES[door], limits=codec.Limits(message_bytes=LIMIT_BYTES))
         except BadMessage:
             outcomes["refused by the wire"] += 1
             continue

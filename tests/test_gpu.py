@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from actors.engine import Sampling
-from actors.transformers_engine import TransformersEngine
-from learner.model import layout_for, load_policy, make_accelerator
-from learner.packing import TreeLayout
+from actors.engines.base import Sampling
+from actors.engines.transformers.engine import TransformersEngine
+from learner.packing.attention import to_device, tree_attention_forward, ways
+from learner.packing.rows import TreeLayout
+from learner.policy.model import layout_for, load_policy, make_accelerator
 from learner.step import Trainer
-from learner.tree_attention import to_device, tree_attention_forward, ways
 from tests.engine_support import largest_error, save_model, tiny_model, weights_file
 from tests.learner_support import VOCAB, make_batch, make_config, make_model
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atpo_async.errors import AtpoError
-from learner.guards import WARM, WINDOW, GradNorms, SkipCount, UpdatesRefused, fault
+from atpo_async.core.errors import AtpoError
+from learner.loss.guards import WARM, WINDOW, GradNorms, SkipCount, UpdatesRefused, fault
 
 ANY_NORM = st.floats(allow_nan=True, allow_infinity=True)
 

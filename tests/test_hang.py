@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async import processes, status
 from atpo_async.config import SupervisorConfig
-from atpo_async.errors import RoleCrashed
-from atpo_async.hangs import Sight, Stuck, Verdict, Watch, by_role, explain
-from atpo_async.rundir import RunDir
-from atpo_async.status import ENDING, Picture
-from atpo_async.supervisor import Outcome, RoleSpec, Supervisor
+from atpo_async.core.errors import RoleCrashed
+from atpo_async.ops.supervisor import Outcome, RoleSpec, Supervisor
+from atpo_async.run import processes
+from atpo_async.run.rundir import RunDir
+from atpo_async.status import snapshot
+from atpo_async.status.hangs import ObservedRole, Stuck, Verdict, Watch, by_role, explain
+from atpo_async.status.snapshot import ENDING, StatusSnapshot
 from tests.hang_support import (
     BLOCKS_ITS_LOOP,
     DEADLINE_S,
@@ -47,11 +48,13 @@ class Looks:
         self.now = 1000.0
         self.sequence = 0
 
-    def look(self, *sights: Sight, living: bool = True, others: tuple[Picture, ...] = ()) -> list[Verdict]:
+    def look(
+        self, *sights: ObservedRole, living: bool = True, others: tuple[StatusSnapshot, ...] = ()
+    ) -> list[Verdict]:
         self.now += 1.0
         self.sequence += living
         renewed = [
-            Sight(
+            ObservedRole(
                 role=s.role,
                 pictures=tuple(_numbered(p, self.sequence) for p in s.pictures),
                 stopped=s.stopped,
@@ -62,11 +65,11 @@ class Looks:
         ]
         return self.watch.look(renewed, self.now, others=others)
 
-    def often(self, times: int, *sights: Sight, living: bool = True) -> list[Verdict]:
+    def often(self, times: int, *sights: ObservedRole, living: bool = True) -> list[Verdict]:
         return [verdict for _ in range(times) for verdict in self.look(*sights, living=living)]
 
 
-def _numbered(made: Picture, sequence: int) -> Picture:
+def _numbered(made: StatusSnapshot, sequence: int) -> StatusSnapshot:
     return picture(**{f: getattr(made, f) for f in made.__struct_fields__} | {"sequence": sequence})
 
 
@@ -109,12 +112,12 @@ def test_a_process_without_a_sign_of_life_is_stuck() -> None:
 
 def test_a_role_that_never_gives_a_picture_and_does_nothing_is_stuck_and_one_that_loads_is_not() -> None:
     looks = Looks()
-    assert ended(looks.often(120, Sight(role="learner", pictures=())))[:1] == ["learner"]
+    assert ended(looks.often(120, ObservedRole(role="learner", pictures=())))[:1] == ["learner"]
     for work in ({"processor_s": 0.5}, {"moved_mb": 5.0}):
         looks = Looks()
         for second in range(300):
             done = {name: each_s * second for name, each_s in work.items()}
-            assert looks.look(Sight(role="learner", pictures=(), **done)) == []  # type: ignore[arg-type]
+            assert looks.look(ObservedRole(role="learner", pictures=(), **done)) == []  # type: ignore[arg-type]
 
 
 def test_who_waits_for_another_role_is_never_stuck_however_long() -> None:
@@ -186,7 +189,7 @@ def test_a_new_attempt_of_a_role_has_all_its_time() -> None:
 
 def test_one_rank_that_is_stuck_ends_the_role() -> None:
     looks = Looks()
-    both = Sight(role="learner", pictures=(picture(), picture("learner-1", loop_age_s=500.0)))
+    both = ObservedRole(role="learner", pictures=(picture(), picture("learner-1", loop_age_s=500.0)))
     assert ended(looks.often(120, both))[:1] == ["learner"]
 
 
@@ -204,7 +207,7 @@ def test_a_run_in_which_nothing_moves_is_told_though_nobody_is_stuck() -> None:
 # --- who waits for whom -----------------------------------------------------------------------------------------
 
 
-def said(*pictures: Picture, **stuck: str) -> list[str]:
+def said(*pictures: StatusSnapshot, **stuck: str) -> list[str]:
     return explain(by_role(pictures), {role: Stuck(role=role, for_s=60.0, why=why) for role, why in stuck.items()})
 
 
@@ -265,7 +268,7 @@ def test_a_run_that_stands_still_for_a_restart_says_when_that_comes() -> None:
     told = []
     for second in range(20):
         (picture_of_it,) = actor.pictures
-        seen = Sight(role="actor-0", pictures=(_numbered(picture_of_it, second),))
+        seen = ObservedRole(role="actor-0", pictures=(_numbered(picture_of_it, second),))
         told += watch.look([seen], 100.0 + second, restarts={"buffer": 30.0 - second})
     assert [verdict.line for verdict in told] == [
         "nothing has moved for 10 s; the supervisor starts buffer again in 20 s: actor-0 waits 20 s for a lease from "
@@ -492,7 +495,7 @@ async def test_a_long_step_that_gets_on_and_whoever_waits_for_it_are_left_alone(
 
 @linux
 async def test_a_damaged_status_file_does_not_keep_the_supervisor_from_looking(run: RunDir) -> None:
-    folder = run.path / status.FOLDER
+    folder = run.path / snapshot.FOLDER
     folder.mkdir()
     (folder / "garbage.json").write_text("{")
     async with supervised(run, spec_of(run, "buffer", SERVES)) as job:

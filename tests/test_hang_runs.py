@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from actors import transformers_engine
-from atpo_async import cli, waits
+from actors.engines.transformers import engine
+from atpo_async.cli import main
+from atpo_async.status import waits
+from learner.checkpoints.saving import Saving
 from learner.ranks import Ranks
-from learner.saving import Saving
 from learner.torch_thread import WAITED_FOR, TorchThread
 from tests.e2e_support import DEADLINE_S, STEPS, GatedHopQA, Job, Process, job
 from tests.learner_support import small_policy
@@ -31,7 +32,7 @@ pytestmark = [
 ]
 
 
-def hang(self: transformers_engine.TransformersEngine, batch: list[Any]) -> None:
+def hang(self: engine.TransformersEngine, batch: list[Any]) -> None:
     time.sleep(1000)
 
 
@@ -43,7 +44,7 @@ class HangingHopQA(GatedHopQA):
         begun = Path(gate).with_name("begun")
         if not begun.exists():
             begun.touch()
-            transformers_engine.TransformersEngine._step = hang  # type: ignore[method-assign]
+            engine.TransformersEngine._step = hang  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def batches(run: Job) -> set[int]:
 
 
 def pictures(run: Job, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    assert cli.main(["status", str(run.path), "--json"]) == 0
+    assert main.main(["status", str(run.path), "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 

@@ -11,10 +11,10 @@ from random import Random
 import numpy as np
 import pytest
 
-from actors.environments import registry
-from actors.environments.hopqa import HopQA
-from atpo_async.errors import ConfigError, SetupError
-from atpo_async.hopqa_world import (
+from atpo_async.core.errors import ConfigError, SetupError
+from atpo_async.environments import registry
+from atpo_async.environments.hopqa.environment import HopQA
+from atpo_async.environments.hopqa.world import (
     Answer,
     Habits,
     Look,
@@ -351,7 +351,7 @@ def test_a_users_own_environment_is_named_by_module_and_factory(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_world.py").write_text(
-        "from actors.environments.hopqa import HopQA\n"
+        "from atpo_async.environments.hopqa.environment import HopQA\n"
         "def make(tokenizer, **options):\n    return HopQA(tokenizer, **options)\n"
         "def broken(tokenizer):\n    raise OSError('no such corpus')\n"
     )
@@ -369,7 +369,7 @@ def test_a_users_own_environment_is_named_by_module_and_factory(
 
 def test_the_environment_loads_neither_torch_nor_transformers(folder: Path) -> None:
     code = (
-        "import sys; from actors.environments import registry; "
+        "import sys; from atpo_async.environments import registry; "
         f"registry.make('hopqa', {str(folder)!r}); "
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'vllm', 'zmq')))"
     )

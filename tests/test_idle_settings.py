@@ -9,7 +9,7 @@ import pytest
 
 from atpo_async import config as configuration
 from atpo_async.config import build, load
-from atpo_async.idle_settings import NONZERO, WORKS_WITH, idle_settings
+from atpo_async.config.idle_settings import NONZERO, WORKS_WITH, idle_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 NONE = {"action": "none", "accept_bias": True}

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atpo_async import wire
 from atpo_async.config import Config
-from atpo_async.errors import BadMessage
-from atpo_async.messages import Batch, BatchTree, BufferToLearner
-from atpo_async.records import TurnRecords
-from atpo_async.tree import Turn, VersionSpan
-from learner.intake import REASONS, Sifted, sift
-from learner.packing import CreditedTree, Normaliser, Staleness, leaf_rows
+from atpo_async.core.errors import BadMessage
+from atpo_async.core.tree import Turn, VersionSpan
+from atpo_async.wire import codec
+from atpo_async.wire.messages import Batch, BatchTree, BufferToLearner
+from atpo_async.wire.records import TurnRecords
+from learner.batches.intake import REASONS, Sifted, sift
+from learner.packing.rows import CreditedTree, Normaliser, Staleness, leaf_rows
 from tests.bad_batch_support import (
     BAD,
     MAX_LAG,
@@ -136,14 +136,14 @@ def test_a_record_that_is_none_costs_its_tree_alone() -> None:
 
 
 def test_turns_that_came_as_records_are_decoded_once_for_all() -> None:
-    batch: Batch = wire.decode(wire.encode(good_batch()), BufferToLearner)
+    batch: Batch = codec.decode(codec.encode(good_batch()), BufferToLearner)
     kept = sifted(batch).batch
     assert all(isinstance(tree.turns, tuple) for tree in kept.trees)
     assert [len(t.turns) for t in kept.trees] == [len(t.turns) for t in batch.trees]
 
 
 def test_a_log_prob_above_zero_by_rounding_is_fine() -> None:
-    slack = np.float32(wire.LOGPROB_SLACK)
+    slack = np.float32(codec.LOGPROB_SLACK)
     at = with_tree(good_batch(), 0, turn_with(1, logprobs=item("logprobs", slack)))
     assert sifted(at).dropped == {}
     beyond = with_tree(good_batch(), 0, turn_with(1, logprobs=item("logprobs", np.nextafter(slack, np.float32(1)))))
@@ -213,7 +213,7 @@ def test_what_the_wire_lets_through_is_told_apart_from_what_it_refuses() -> None
     through = set()
     for name, (change, reason, _) in BAD.items():
         try:
-            again: Batch = wire.decode(wire.encode(with_tree(good_batch(), 0, change)), BufferToLearner)
+            again: Batch = codec.decode(codec.encode(with_tree(good_batch(), 0, change)), BufferToLearner)
         except BadMessage:
             continue
         (found,) = sifted(again).dropped.items()

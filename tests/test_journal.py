@@ -17,11 +17,11 @@ import lmdb
 import numpy as np
 import pytest
 
-from atpo_async.errors import SetupError
-from buffer import journal as journals
-from buffer import journal_check
-from buffer.index import ROW, Place, TurnEntry, pack_entry, places_of, rows_of
-from buffer.journal import Journal, JournalBroken
+from atpo_async.core.errors import SetupError
+from buffer.journal import check
+from buffer.journal import journal as journals
+from buffer.journal.journal import Journal, JournalBroken
+from buffer.trees.index import ROW, Place, TurnEntry, pack_entry, places_of, rows_of
 
 SOON_S = 20.0
 
@@ -297,8 +297,8 @@ async def test_a_commit_gathers_from_the_first_thing_on_that_it_will_hold(tmp_pa
 WRITER = textwrap.dedent("""
     import asyncio, sys
     from pathlib import Path
-    from buffer.index import TurnEntry
-    from buffer.journal import Journal
+    from buffer.trees.index import TurnEntry
+    from buffer.journal.journal import Journal
 
     async def main():
         async with Journal(Path(sys.argv[1]), max_bytes=1 << 24, gather_s=0.0) as journal:
@@ -367,7 +367,7 @@ def test_a_journal_that_could_not_be_opened_does_not_keep_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(journal_check, "create", lambda folder: 1 // 0)
+        patch.setattr(check, "create", lambda folder: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             opened(tmp_path)
     opened(tmp_path)
@@ -437,7 +437,7 @@ def test_a_buffer_killed_while_it_makes_its_journal_leaves_none_or_a_whole_one(
 
     with monkeypatch.context() as patched:
         patched.setattr(lmdb, "open", killed_first)
-        patched.setattr(journal_check, "_remove", lambda aside: None)  # nobody cleans up behind a kill
+        patched.setattr(check, "_remove", lambda aside: None)  # nobody cleans up behind a kill
         with pytest.raises(KeyboardInterrupt):
             opened(tmp_path)
     assert not (tmp_path / "data.mdb").exists()

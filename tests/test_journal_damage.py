@@ -13,12 +13,12 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from atpo_async.errors import SetupError
-from atpo_async.records import pack
-from buffer import journal_check, pages
-from buffer.index import TurnEntry, places_of, rows_of
-from buffer.journal import Journal
-from buffer.pages import Value, walk
+from atpo_async.core.errors import SetupError
+from atpo_async.wire.records import pack
+from buffer.journal import check, pages
+from buffer.journal.journal import Journal
+from buffer.journal.pages import Value, walk
+from buffer.trees.index import TurnEntry, places_of, rows_of
 
 SIZES = (200, 3000, 5000, 40_000, 9000)
 
@@ -185,18 +185,18 @@ def test_records_are_read_for_so_long_and_no_longer(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(journal_check, "RECORDS_S", -1.0)
+    monkeypatch.setattr(check, "RECORDS_S", -1.0)
     assert refusal(folder) == ""
     assert any("entries read, 0 of " in line for line in caplog.messages)
 
 
 def test_chunks_of_earlier_programs_have_no_checksum_and_are_held_to_their_records() -> None:
     chunk = pack((b"head", b"payload " * 100)) + pack((b"head", b"other"))
-    assert journal_check.fault_of(chunk) is None
-    assert journal_check.fault_of(journal_check.with_sum([chunk])) is None
-    assert "in it" not in str(journal_check.fault_of(chunk[:-8]))
-    assert journal_check.fault_of(chunk[:-8]) is not None
-    assert journal_check.fault_of(chunk[:8] + bytes(len(chunk) - 8)) is not None
+    assert check.fault_of(chunk) is None
+    assert check.fault_of(check.with_sum([chunk])) is None
+    assert "in it" not in str(check.fault_of(chunk[:-8]))
+    assert check.fault_of(chunk[:-8]) is not None
+    assert check.fault_of(chunk[:8] + bytes(len(chunk) - 8)) is not None
 
 
 # --- damaged -------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async.errors import SetupError
-from atpo_async.keys import KeyFolder, is_name, load_pair, load_public, make_keys
+from atpo_async.core.errors import SetupError
+from atpo_async.links.keys import KeyFolder, is_name, load_pair, load_public, make_keys
 
 
 def lay(folder: Path, name: str, key_of: str = "") -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from actors.environments.registry import make
-from atpo_async import launch
-from atpo_async.errors import ConfigError, SetupError
+from atpo_async.core.errors import ConfigError, SetupError
+from atpo_async.environments.registry import make
+from atpo_async.run import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 

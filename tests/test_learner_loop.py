@@ -15,12 +15,18 @@ import pytest
 import pytest_asyncio
 import torch
 
-from atpo_async import status
 from atpo_async.config import Config, LinksConfig, build
-from atpo_async.endpoints import Endpoints
-from atpo_async.errors import PeerLost, SetupError, WaitTimeout
-from atpo_async.links import Client, LinkSettings, Server
-from atpo_async.messages import (
+from atpo_async.core.errors import PeerLost, SetupError, WaitTimeout
+from atpo_async.links.client import Client
+from atpo_async.links.common import LinkSettings
+from atpo_async.links.server import Server
+from atpo_async.ops.role import RoleContext
+from atpo_async.run.endpoints import Endpoints
+from atpo_async.run.metrics import read_metrics
+from atpo_async.run.rundir import RunDir
+from atpo_async.status import snapshot
+from atpo_async.status.waits import BoundedWait
+from atpo_async.wire.messages import (
     Batch,
     Checkpointed,
     EvalQuery,
@@ -35,14 +41,12 @@ from atpo_async.messages import (
     Trained,
     VersionPublished,
 )
-from atpo_async.metrics import read_metrics
-from atpo_async.role import RoleContext
-from atpo_async.rundir import RunDir
-from atpo_async.waits import Patience
-from learner import buffer_peer, checkpoint, guards, kept_batches
-from learner.kept_batches import load_batch, save_batch
-from learner.lineage import LINEAGE_FILE
+from learner.batches import buffer_peer, skipped
+from learner.batches.lineage import LINEAGE_FILE
+from learner.batches.skipped import load_batch, save_batch
+from learner.checkpoints import checkpoint
 from learner.loop import learn
+from learner.loss import guards
 from learner.step import Trainer
 from tests.learner_support import batch_of, make_batch, make_model
 
@@ -201,7 +205,7 @@ async def test_the_picture_says_how_far_the_learner_is(
     said: list[str] = []
 
     def look(request: SampleRequest) -> None:
-        said.append(status.flat(status.published()["learner"]))
+        said.append(snapshot.flat(snapshot.published()["learner"]))
 
     buffer.on_sample = look
     config = make_config(tmp_path, model, staleness={"publish_every": 2}, eval={"at_start": False, "at_end": False})
@@ -273,7 +277,7 @@ async def test_skipped_updates_are_kept_and_too_many_stop_the_run(
         tmp_path, model, run={"steps": 9}, learner={"max_skipped_updates": 3}, eval={"at_start": False}
     )
     rundir = RunDir.create(config)
-    monkeypatch.setattr(kept_batches, "KEPT_BATCHES", 2)
+    monkeypatch.setattr(skipped, "KEPT_BATCHES", 2)
     monkeypatch.setattr("learner.step.guards.fault", lambda **numbers: "loss is nan")
     with pytest.raises(guards.UpdatesRefused, match="3 updates in a row"):
         await asyncio.wait_for(learn(context(rundir, endpoint)), WAIT_S)
@@ -324,7 +328,9 @@ async def test_a_stop_in_mid_step_gives_the_batch_up(
 def test_a_long_wait_is_logged_with_its_reason_and_then_ends_loudly(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
     settings = LinkSettings.from_config(LinksConfig(deadline_s=60, give_up_s=600))
-    patience = Patience("the learner", "batch 7 of 16 trees", settings, lambda: now, log=logging.getLogger("learner"))
+    patience = BoundedWait(
+        "the learner", "batch 7 of 16 trees", settings, lambda: now, log=logging.getLogger("learner")
+    )
     patience.again("3 trees of 16 are ready")
     assert caplog.records == []
     now = 61.0
@@ -342,7 +348,9 @@ def test_a_long_wait_is_logged_with_its_reason_and_then_ends_loudly(caplog: pyte
 def test_a_wait_in_which_something_comes_is_not_given_up_but_still_logged(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
     settings = LinkSettings.from_config(LinksConfig(deadline_s=60, give_up_s=600))
-    patience = Patience("the learner", "batch 7 of 16 trees", settings, lambda: now, log=logging.getLogger("learner"))
+    patience = BoundedWait(
+        "the learner", "batch 7 of 16 trees", settings, lambda: now, log=logging.getLogger("learner")
+    )
     for minutes in (9, 18, 27):
         now = 60.0 * minutes
         patience.moved()
@@ -350,7 +358,7 @@ def test_a_wait_in_which_something_comes_is_not_given_up_but_still_logged(caplog
     assert caplog.messages[-1] == "the learner has waited 1620 s for batch 7 of 16 trees: few with signal"
 
 
-class Impatient(Patience):
+class Impatient(BoundedWait):
     """Gives up at the second turn in a row in which nothing came."""
 
     fruitless = 0
@@ -368,7 +376,7 @@ async def test_progress_in_the_buffer_keeps_the_wait_alive_and_giving_up_leaves_
     served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     buffer, endpoint = served
-    monkeypatch.setattr(buffer_peer, "Patience", Impatient)
+    monkeypatch.setattr(buffer_peer, "BoundedWait", Impatient)
     asked: Counter[int] = Counter()
 
     def slow(request: SampleRequest) -> NotYet | None:

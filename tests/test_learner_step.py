@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from atpo_async.config import Config
-from atpo_async.errors import SetupError
-from atpo_async.schedule import learning_rate
-from learner import guards
-from learner.model import load_policy, make_accelerator
-from learner.packing import CreditedTree
+from atpo_async.core.errors import SetupError
+from atpo_async.core.schedule import learning_rate
+from learner.loss import guards
+from learner.packing.rows import CreditedTree
+from learner.policy.model import load_policy, make_accelerator
 from learner.step import Abandoned, StepReport, Trainer
 from tests.learner_support import VOCAB, batch_of, flat_gradient, in_double, make_batch, make_config, make_model
 
@@ -105,7 +105,7 @@ def test_log_probs_are_those_of_the_whole_model_in_chunks_too(folder: Path, monk
 
     once = policy(tokens, predictor, tokens[:, 1:].reshape(-1))
     torch.testing.assert_close(once, expected)
-    monkeypatch.setattr("learner.model.MAX_LOGITS", VOCAB * 5)
+    monkeypatch.setattr("learner.policy.model.MAX_LOGITS", VOCAB * 5)
     chunked = policy(tokens, predictor, tokens[:, 1:].reshape(-1))
     torch.testing.assert_close(chunked, once)
     torch.testing.assert_close(gradient(chunked), gradient(once))

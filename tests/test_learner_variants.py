@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from atpo_async.config import Config
-from atpo_async.messages import Batch, BatchTree
-from atpo_async.tree import Turn
-from learner.model import load_policy, make_accelerator
-from learner.packing import CreditedTree
+from atpo_async.core.tree import Turn
+from atpo_async.wire.messages import Batch, BatchTree
+from learner.packing.rows import CreditedTree
+from learner.policy.model import load_policy, make_accelerator
 from learner.step import StepReport, Trainer
 from tests.learner_support import batch_of, in_double, make_batch, make_config, make_model
 

@@ -14,11 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atpo_async import link_server, wire
-from atpo_async import messages as m
 from atpo_async.config import LinksConfig
-from atpo_async.errors import BadMessage, PeerLost, SetupError
-from atpo_async.links import Announcer, Client, LinkSettings, Listener, Server
+from atpo_async.core.errors import BadMessage, PeerLost, SetupError
+from atpo_async.links import server as link_server
+from atpo_async.links.announcements import Announcer, Listener
+from atpo_async.links.client import Client
+from atpo_async.links.common import LinkSettings
+from atpo_async.links.server import Server
+from atpo_async.wire import codec
+from atpo_async.wire import messages as m
 from tests.links_support import (
     ANY_PORT,
     FAST,
@@ -563,7 +567,7 @@ async def test_bad_frames_are_counted_and_logged_with_their_sender_and_the_servi
 ) -> None:
     caplog.set_level(logging.WARNING, "atpo.links")
     buffer = Buffer()
-    good = wire.encode(closed(7))
+    good = codec.encode(closed(7))
     bad: list[list[Any]] = [
         [b""],
         [b"garbage"],
@@ -603,7 +607,7 @@ async def test_a_flood_past_the_window_is_dropped_and_not_kept() -> None:
     buffer = Buffer()
     buffer.open.clear()
     async with server(buffer) as s, raw_dealer(s.endpoint) as stranger:
-        frames = wire.encode(closed(7))
+        frames = codec.encode(closed(7))
         for seq in range(20 * FAST.window):
             await stranger.send_multipart([link_frame(1, a=seq), *frames])
         await stranger.send_multipart([link_frame(3, a=20 * FAST.window), b""])

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from atpo_async import link_sessions, status, wire
-from atpo_async import messages as m
-from atpo_async.errors import PeerLost, SetupError
-from atpo_async.keys import LEARNERS, load_public, make_keys
-from atpo_async.link_common import PING, SEND
-from atpo_async.links import Announcer, LinkSettings, Listener
+from atpo_async.core.errors import PeerLost, SetupError
+from atpo_async.links import sessions
+from atpo_async.links.announcements import Announcer, Listener
+from atpo_async.links.common import PING, SEND, LinkSettings
+from atpo_async.links.keys import LEARNERS, load_public, make_keys
+from atpo_async.status import snapshot
+from atpo_async.wire import codec
+from atpo_async.wire import messages as m
 from tests.links_support import (
     ANY_PORT,
     FAST,
@@ -135,7 +137,7 @@ async def test_a_peer_with_a_password_is_refused_and_counted(server_keys: Path) 
         server(Buffer(), settings=keyed(server_keys)) as s,
         raw_dealer(s.endpoint, plain_username=b"admin", plain_password=b"admin") as stranger,
     ):
-        await stranger.send_multipart([link_frame(SEND), *wire.encode(closed(1))])
+        await stranger.send_multipart([link_frame(SEND), *codec.encode(closed(1))])
         await until(lambda: s.refused_connections >= 1)
         assert not s.peers
 
@@ -262,7 +264,7 @@ async def test_another_key_that_claims_a_peers_very_routing_id_and_session_gets_
         session = s._by_name["host-b/actor-0"]
         async with raw_dealer(s.endpoint, session.routing_id, keys=c, reconnect_ivl=-1) as thief:
             next_one = link_frame(SEND, session.nonce, 3, 3)
-            await thief.send_multipart([next_one, *wire.encode(closed(666))])
+            await thief.send_multipart([next_one, *codec.encode(closed(666))])
             await until(lambda: s.bad_messages > 0)
         assert "from host-c/actor-0: claims the routing id of host-b/actor-0" in caplog.text
         for i in range(3, 20):
@@ -297,7 +299,7 @@ async def test_another_key_cannot_have_a_peers_session_replaced(tmp_path: Path, 
 async def test_one_key_cannot_use_up_the_table_of_peers(
     tmp_path: Path, server_keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link_sessions, "MAX_PEERS_OF_A_KEY", 3)
+    monkeypatch.setattr(sessions, "MAX_PEERS_OF_A_KEY", 3)
     b, c = (client_keys(tmp_path, server_keys, name, allowed_as=name) for name in ("host-b", "host-c"))
     buffer = Buffer()
     async with server(buffer, settings=keyed(server_keys)) as s, client(s.endpoint, keyed(b)) as good:
@@ -350,12 +352,12 @@ async def test_what_comes_over_a_connection_whose_key_was_taken_away_is_dropped_
         server(notes, settings=keyed(server_keys)) as s,
         raw_dealer(s.endpoint, b"actor-0", keys=theirs) as stubborn,
     ):
-        await stubborn.send_multipart([link_frame(SEND, 7, 0, 0), *wire.encode(closed(0))])
+        await stubborn.send_multipart([link_frame(SEND, 7, 0, 0), *codec.encode(closed(0))])
         await until(lambda: notes.got == {"host-b/actor-0": [0]})
         (server_keys / "host-b.key").unlink()
         await until(lambda: not s.peers)
         for seq in (1, 2):
-            await stubborn.send_multipart([link_frame(SEND, 7, seq, 0), *wire.encode(closed(seq))])
+            await stubborn.send_multipart([link_frame(SEND, 7, seq, 0), *codec.encode(closed(seq))])
         await stubborn.send_multipart([b"rubbish"])
         await until(lambda: s.link_status()["refused_connections"].get("its key was taken away") == 3)
         assert not s.peers
@@ -447,8 +449,8 @@ async def test_the_status_of_both_ends_is_json_and_names_the_key(tmp_path: Path,
         assert [request["what"] for request in here["requests"]] == ["LeaseRequest"]
         assert [wait["what"] for wait in here["waits"]] == ["LeaseRequest waits for its reply"]
         # A role's picture of itself has them.
-        ends = {f"{status.LINKS}{end.title}": end for end in (s, c)}
-        assert {status.published()[name]["kind"] for name in ends} == {"server", "client"}
+        ends = {f"{snapshot.LINKS}{end.title}": end for end in (s, c)}
+        assert {snapshot.published()[name]["kind"] for name in ends} == {"server", "client"}
         buffer.open.set()
         await within(asking)
-    assert not ends.keys() & status.published().keys()
+    assert not ends.keys() & snapshot.published().keys()

@@ -14,12 +14,15 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from atpo_async import link_server, wire
-from atpo_async import messages as m
-from atpo_async.errors import BadMessage, PeerLost
-from atpo_async.link_common import ACK, LINK, PING, PONG, REPLY, REQUEST, SEND, SENDS, worth_a_line
-from atpo_async.links import Announcer, Client, Listener, Server
-from atpo_async.records import pack
+from atpo_async.core.errors import BadMessage, PeerLost
+from atpo_async.links import server as link_server
+from atpo_async.links.announcements import Announcer, Listener
+from atpo_async.links.client import Client
+from atpo_async.links.common import ACK, LINK, PING, PONG, REPLY, REQUEST, SEND, SENDS, worth_a_line
+from atpo_async.links.server import Server
+from atpo_async.wire import codec
+from atpo_async.wire import messages as m
+from atpo_async.wire.records import pack
 from tests.links_support import (
     ANY_PORT,
     FAST,
@@ -188,7 +191,7 @@ async def test_a_peer_that_asks_and_does_not_read_gets_no_more_than_a_queue_of_r
         raw_dealer(s.endpoint, rcvhwm=1) as stranger,
         Client(s.endpoint, peer="learner", identity="good", receives=m.LearnerToActor, settings=settings) as c,
     ):
-        frames = wire.encode(m.ChunkRequest(run="r", version=0, index=0))
+        frames = codec.encode(m.ChunkRequest(run="r", version=0, index=0))
         for _ in range(asked):
             await stranger.send_multipart([link_frame(REQUEST), *frames])
         await stranger.send_multipart([link_frame(SEND, a=9), *frames])
@@ -260,7 +263,7 @@ async def test_announcers_heartbeats_keep_a_listeners_connection_and_are_no_anno
         beats = 0
         heard = listener._on_frames
 
-        def note(frames: list[wire.Buffer], user: str) -> None:
+        def note(frames: list[codec.Buffer], user: str) -> None:
             nonlocal beats
             beats += 1
             assert listener.connected
@@ -288,9 +291,9 @@ async def test_numbers_at_the_end_of_their_range_are_bad_and_hold_nobody_up(kind
     """One more would not fit into the frame that acknowledges it."""
     buffer = Buffer()
     end = 2**64 - 1
-    bodies: dict[int, list[wire.Buffer]] = {
-        SEND: wire.encode(closed(7)),
-        SENDS: [pack(*[wire.encode(closed(7))] * 3)],
+    bodies: dict[int, list[codec.Buffer]] = {
+        SEND: codec.encode(closed(7)),
+        SENDS: [pack(*[codec.encode(closed(7))] * 3)],
         PING: [],
     }
     async with server(buffer) as s, client(s.endpoint) as c, raw_dealer(s.endpoint) as stranger:
@@ -301,7 +304,7 @@ async def test_numbers_at_the_end_of_their_range_are_bad_and_hold_nobody_up(kind
         await until(lambda: s.bad_messages == 3)
         # The last that is none too many.
         last = 2**63 - 1
-        await stranger.send_multipart([link_frame(SEND, a=last, b=last), *wire.encode(closed(9))])
+        await stranger.send_multipart([link_frame(SEND, a=last, b=last), *codec.encode(closed(9))])
         await stranger.send_multipart([link_frame(PING, a=last + 1, b=last)])
         while (told := LINK.unpack((await within(stranger.recv_multipart()))[0]))[1] != PONG:
             assert told[1] == ACK

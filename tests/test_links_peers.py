@@ -12,13 +12,15 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from atpo_async import link_sessions, wire
-from atpo_async import messages as m
-from atpo_async.errors import PeerLost
-from atpo_async.link_common import LINK, PING, REPLY, REQUEST
-from atpo_async.link_outbox import ALL_PEERS, Outbox
-from atpo_async.link_sessions import Session, find_room
-from atpo_async.links import Client, Server
+from atpo_async.core.errors import PeerLost
+from atpo_async.links import sessions
+from atpo_async.links.client import Client
+from atpo_async.links.common import LINK, PING, REPLY, REQUEST
+from atpo_async.links.outbox import ALL_PEERS, Outbox
+from atpo_async.links.server import Server
+from atpo_async.links.sessions import Session, find_room
+from atpo_async.wire import codec
+from atpo_async.wire import messages as m
 from tests.links_support import (
     ANY_PORT,
     FAST,
@@ -117,7 +119,7 @@ async def test_peers_that_ask_for_chunks_and_never_read_cost_a_bounded_number_of
     weights = Weights(900_000)
     async with weights_server(weights, window=64) as s, AsyncExitStack() as stack:
         strangers = [await stack.enter_async_context(raw_dealer(s.endpoint, b"s%d" % i, rcvhwm=1)) for i in range(3)]
-        frames = wire.encode(CHUNK)
+        frames = codec.encode(CHUNK)
         for number in range(1000):
             for stranger in strangers:
                 await stranger.send_multipart([link_frame(REQUEST, session=number // 10, a=number), *frames])
@@ -139,11 +141,11 @@ async def test_who_reads_late_gets_all_its_replies_without_asking_again() -> Non
     weights = Weights(200_000)
     async with weights_server(weights, window=64) as s, raw_dealer(s.endpoint, rcvhwm=1) as stranger:
         # The first reply tells how large they are: no more are made at once than there is room for.
-        await stranger.send_multipart([link_frame(REQUEST, a=0), *wire.encode(CHUNK)])
+        await stranger.send_multipart([link_frame(REQUEST, a=0), *codec.encode(CHUNK)])
         first = await asyncio.wait_for(stranger.recv_multipart(), PATIENCE_S)
         found = [LINK.unpack(first[0])[3]]
         for number in range(1, 60):
-            await stranger.send_multipart([link_frame(REQUEST, a=number), *wire.encode(CHUNK)])
+            await stranger.send_multipart([link_frame(REQUEST, a=number), *codec.encode(CHUNK)])
         await until(lambda: s.counters["unsent_bytes"] > 0 or weights.asked == 60)
         while len(found) < 60:
             reply = await asyncio.wait_for(stranger.recv_multipart(), PATIENCE_S)
@@ -163,7 +165,7 @@ async def test_an_honest_actor_with_chunks_in_flight_is_served_beside_one_that_n
         actor(s.endpoint) as c,
     ):
         for number in range(64):
-            await stranger.send_multipart([link_frame(REQUEST, a=number), *wire.encode(CHUNK)])
+            await stranger.send_multipart([link_frame(REQUEST, a=number), *codec.encode(CHUNK)])
         for _ in range(25):
             replies = await asyncio.gather(*(c.request(CHUNK, timeout_s=PATIENCE_S) for _ in range(4)))
             assert [reply.data.nbytes for reply in replies] == [200_000] * 4
@@ -180,7 +182,7 @@ async def test_replies_that_had_to_wait_are_counted() -> None:
 
     async with weights_server(handler, window=64) as s, raw_dealer(s.endpoint, rcvhwm=1) as stranger:
         for number in range(16):  # all at once, before it is known how large a reply is
-            await stranger.send_multipart([link_frame(REQUEST, a=number), *wire.encode(CHUNK)])
+            await stranger.send_multipart([link_frame(REQUEST, a=number), *codec.encode(CHUNK)])
         await until(lambda: s.peers.get("stranger") is not None and s.peers["stranger"].requests == 16)
         release.set()
         await until(lambda: s.counters["held_back"] > 0)
@@ -221,8 +223,8 @@ def session(number: int, *, owner: str = "", silent_s: float = 0.0, useful: bool
 
 @pytest.fixture
 def small_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_sessions, "MAX_PEERS", 4)
-    monkeypatch.setattr(link_sessions, "MAX_PEERS_OF_A_KEY", 2)
+    monkeypatch.setattr(sessions, "MAX_PEERS", 4)
+    monkeypatch.setattr(sessions, "MAX_PEERS_OF_A_KEY", 2)
 
 
 @pytest.mark.usefixtures("small_table")

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from atpo_async import link_server, wire
-from atpo_async import messages as m
-from atpo_async.errors import BadMessage
-from atpo_async.link_common import ACK, PING, PONG, REFUSE, SEND
+from atpo_async.core.errors import BadMessage
+from atpo_async.links import server as link_server
+from atpo_async.links.common import ACK, PING, PONG, REFUSE, SEND
+from atpo_async.wire import codec
+from atpo_async.wire import messages as m
 from tests.links_support import (
     FAST,
     LEASE_REQUEST,
@@ -90,7 +91,7 @@ async def test_what_a_stranger_sends_past_the_window_is_dropped_while_nothing_se
     buffer = Buffer()
     async with server(buffer, settled=Disk(buffer)) as s, raw_dealer(s.endpoint) as stranger:
         for seq in range(20 * FAST.window):
-            await stranger.send_multipart([link_frame(SEND, a=seq), *wire.encode(closed(seq))])
+            await stranger.send_multipart([link_frame(SEND, a=seq), *codec.encode(closed(seq))])
         await stranger.send_multipart([link_frame(PING, a=20 * FAST.window), b""])
         reply = await within(stranger.recv_multipart())
         while reply[0][2] != PONG:
@@ -167,7 +168,7 @@ async def test_not_even_a_ping_gets_a_refusal_out_that_is_not_settled() -> None:
                 seen.append((await within(stranger.recv_multipart()))[0][2])
             return seen
 
-        await stranger.send_multipart([link_frame(SEND), *wire.encode(closed(-1))])
+        await stranger.send_multipart([link_frame(SEND), *codec.encode(closed(-1))])
         await until(lambda: len(disk.began) == 1)
         await stranger.send_multipart([link_frame(PING, a=1), b""])
         assert await kinds_up_to(PONG) == [ACK, PONG]
@@ -206,4 +207,4 @@ async def test_a_handler_may_see_the_frames_of_sends_and_requests() -> None:
         await c.send(closed(5))
         await c.drain(timeout_s=PATIENCE_S)
         await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S)
-    assert seen == [("actor-0", wire.encode(closed(5))), ("actor-0", wire.encode(LEASE_REQUEST))]
+    assert seen == [("actor-0", codec.encode(closed(5))), ("actor-0", codec.encode(LEASE_REQUEST))]

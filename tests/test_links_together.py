@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from atpo_async import messages as m
-from atpo_async import wire
-from atpo_async.link_common import ACK, LINK, MAX_SENDS, PING, PONG, REQUEST, SEND, SENDS, SENDS_BYTES
-from atpo_async.links import Server
-from atpo_async.records import pack
+from atpo_async.links.common import ACK, LINK, MAX_SENDS, PING, PONG, REQUEST, SEND, SENDS, SENDS_BYTES
+from atpo_async.links.server import Server
+from atpo_async.wire import codec
+from atpo_async.wire import messages as m
+from atpo_async.wire.records import pack
 from tests.links_support import (
     ANY_PORT,
     FAST,
@@ -37,7 +37,7 @@ def watched(s: Server) -> list[tuple[int, int, int]]:
     assert pump is not None
     handle = pump._on_message
 
-    def on_message(frames: list[wire.Buffer], user: str) -> int | None:
+    def on_message(frames: list[codec.Buffer], user: str) -> int | None:
         _, kind, _, a, _ = LINK.unpack(frames[1])
         if kind in (SEND, SENDS, REQUEST):
             seen.append((kind, a, sum(map(len, frames[2:]))))
@@ -48,7 +48,7 @@ def watched(s: Server) -> list[tuple[int, int, int]]:
 
 
 def together(*messages: Any) -> bytes:
-    return pack(*map(wire.encode, messages))
+    return pack(*map(codec.encode, messages))
 
 
 async def test_what_is_sent_before_the_loop_goes_round_travels_together() -> None:

@@ -13,28 +13,28 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from atpo_async import status, waits
 from atpo_async.config import LinksConfig
-from atpo_async.errors import WaitTimeout
-from atpo_async.loading import Loads, RoleStart, line, starts
-from atpo_async.progress import Progress, panel
-from atpo_async.waits import Patience
+from atpo_async.core.errors import WaitTimeout
+from atpo_async.report.progress import Progress, panel
+from atpo_async.status import snapshot, waits
+from atpo_async.status.loading import Loads, RoleStart, line, starts
+from atpo_async.status.waits import BoundedWait
 from tests.hang_support import picture, wait
 
 ENGINE = wait("the engine's start", "engine", 20.0)
 WEIGHTS = wait("the run's first weights", "learner", 20.0)
 
 
-def loading(role: str = "actor-0", **changes: Any) -> status.Picture:
+def loading(role: str = "actor-0", **changes: Any) -> snapshot.StatusSnapshot:
     fields: dict[str, Any] = {"phase": "loading its engine", "phase_s": 20.0, "starting": True, "waits": (ENGINE,)}
     return picture(role, **(fields | changes))
 
 
-def found(*pictures: status.Picture) -> list[RoleStart]:
+def found(*pictures: snapshot.StatusSnapshot) -> list[RoleStart]:
     return starts(pictures, now=time.monotonic(), wall=time.time())
 
 
-def put(folder: Path, *pictures: status.Picture) -> None:
+def put(folder: Path, *pictures: snapshot.StatusSnapshot) -> None:
     for made in pictures:
         (folder / f"{made.role}.json").write_bytes(msgspec.json.encode(made))
 
@@ -65,9 +65,9 @@ def test_roles_that_start_are_named_with_stage_and_seconds_those_first_that_are_
     ],
 )
 def test_a_role_that_waits_for_the_buffer_says_how_far_that_is(stage: str, reason: str, said: str) -> None:
-    patience = Patience("the learner", "it", LinksConfig(), Time(), log=logging.getLogger("far"), on="buffer")
+    patience = BoundedWait("the learner", "it", LinksConfig(), Time(), log=logging.getLogger("far"), on="buffer")
     patience.again(reason)
-    own = status.grouped([known for known in waits.snapshot() if known["who"] == "the learner"])
+    own = snapshot.grouped([known for known in waits.snapshot() if known["who"] == "the learner"])
     told = line(found(loading("learner", phase=stage, waits=own)))
     assert told.startswith(f"learner is {said}")
     assert told.endswith("): 20 s")
@@ -93,17 +93,17 @@ class Time:
 
 
 @pytest.fixture
-def patience(tmp_path: Path) -> Iterator[tuple[Patience, Time]]:
+def patience(tmp_path: Path) -> Iterator[tuple[BoundedWait, Time]]:
     """The learner's, which gives up after 10 s."""
     clock = Time()
     waits.excuse_by(Loads(tmp_path, "learner"))
     deadlines = LinksConfig(deadline_s=5.0, give_up_s=10.0)
-    yield Patience("the learner", "batch 3", deadlines, clock, log=logging.getLogger("loads"), on="buffer"), clock
+    yield BoundedWait("the learner", "batch 3", deadlines, clock, log=logging.getLogger("loads"), on="buffer"), clock
     waits.excuse_by(None)
 
 
 def test_a_wait_past_its_end_goes_on_while_an_engine_loads_and_says_why(
-    patience: tuple[Patience, Time], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    patience: tuple[BoundedWait, Time], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     wait_for_it, clock = patience
     put(tmp_path, loading())
@@ -118,7 +118,9 @@ def test_a_wait_past_its_end_goes_on_while_an_engine_loads_and_says_why(
         wait_for_it.again("no tree")
 
 
-def test_a_role_that_starts_by_waiting_for_others_is_no_excuse(patience: tuple[Patience, Time], tmp_path: Path) -> None:
+def test_a_role_that_starts_by_waiting_for_others_is_no_excuse(
+    patience: tuple[BoundedWait, Time], tmp_path: Path
+) -> None:
     wait_for_it, clock = patience
     put(tmp_path, loading(waits=(WEIGHTS,)), loading("learner"))  # the learner's own loading neither
     clock.now = 11.0
@@ -127,7 +129,7 @@ def test_a_role_that_starts_by_waiting_for_others_is_no_excuse(patience: tuple[P
 
 
 def test_an_actor_that_joined_by_address_and_has_asked_for_nothing_yet_is_waited_for(
-    patience: tuple[Patience, Time], tmp_path: Path
+    patience: tuple[BoundedWait, Time], tmp_path: Path
 ) -> None:
     wait_for_it, clock = patience
     peers = [{"peer": "learner", "silent_s": 0.1, "handled": 0}, {"peer": "actor-far-7", "silent_s": 0.1, "handled": 0}]
@@ -147,14 +149,14 @@ def test_a_role_that_its_supervisor_starts_or_starts_again_is_waited_for(tmp_pat
     assert loads() == "learner is being started"
     put(tmp_path, loading("learner", pid=1, started=7))
     assert loads() == "learner is being started"
-    for phase in ("training", status.ENDED):
+    for phase in ("training", snapshot.ENDED):
         put(tmp_path, picture("learner", phase=phase))
         assert loads() is None
     (tmp_path / "learner.json").unlink()
     assert Loads(tmp_path, "actor-0")() is None, "nobody starts it"
 
 
-def test_no_excuse_lasts_for_ever(patience: tuple[Patience, Time], tmp_path: Path) -> None:
+def test_no_excuse_lasts_for_ever(patience: tuple[BoundedWait, Time], tmp_path: Path) -> None:
     wait_for_it, clock = patience
     put(tmp_path, loading())
     clock.now = waits.LOADS_AT_MOST_S + 1.0

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atpo_async.metrics import Aggregator, MetricsTail, MetricsWriter, quantile, read_metrics
+from atpo_async.run.metrics import Aggregator, MetricsTail, MetricsWriter, quantile, read_metrics
 
 
 def test_a_record_is_one_line_with_the_agreed_fields(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async.links import Client, LinkSettings
-from atpo_async.messages import ActorReport, Refused
-from atpo_async.metrics import read_metrics
-from atpo_async.rundir import RunDir
+from atpo_async.links.client import Client
+from atpo_async.links.common import LinkSettings
+from atpo_async.run.metrics import read_metrics
+from atpo_async.run.rundir import RunDir
+from atpo_async.wire.messages import ActorReport, Refused
 from buffer import metrics_file
 from buffer.metrics_file import MAX_NAMES, MetricsFile, may_be_called
 from tests.test_buffer_service import SOON_S, configured, hello, running

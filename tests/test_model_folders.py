@@ -14,14 +14,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from actors.engine_common import checkpoint_shapes
-from actors.transformers_engine import TransformersEngine
-from actors.vllm_engine import VllmEngine
-from atpo_async import causal_lm
-from atpo_async.errors import SetupError
-from atpo_async.policy import assemble
-from atpo_async.tensor_files import INDEX, WEIGHTS, counting_files, weight_files
-from learner.model import load_policy, make_accelerator
+from actors.engines.common import checkpoint_shapes
+from actors.engines.transformers.engine import TransformersEngine
+from actors.engines.vllm.engine import VllmEngine
+from atpo_async.core.errors import SetupError
+from atpo_async.models import causal_lm
+from atpo_async.models.policy import assemble
+from atpo_async.models.tensor_files import INDEX, WEIGHTS, counting_files, weight_files
+from learner.policy.model import load_policy, make_accelerator
 from learner.step import Trainer
 from tests.engine_support import reference_logprobs, weights_file
 from tests.learner_support import make_config, make_model

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from atpo_async.errors import ConfigError
-from atpo_async.models import check_positions
+from atpo_async.core.errors import ConfigError
+from atpo_async.models.sources import check_positions
 
 
 def folder_with(folder: Path, **config: Any) -> Path:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atpo_async.config import ObjectiveConfig
-from learner import objective
+from learner.loss import objective
 
 SURROGATES = get_args(ObjectiveConfig.model_fields["surrogate"].annotation)
 LEVELS = get_args(ObjectiveConfig.model_fields["ratio_level"].annotation)

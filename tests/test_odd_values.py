@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors.environments.base import StepResult
-from actors.environments.values import ValueRefused
-from atpo_async.errors import ConfigError
+from atpo_async.core.errors import ConfigError
+from atpo_async.environments.base import StepResult
+from atpo_async.environments.values import ValueRefused
 from tests.actor_support import STOP, CountingEnvironment, CountingEpisode, ints
 from tests.test_values import ENDED, GOING_ON, Id, checked, refusal, said, with_stops, with_tasks
 

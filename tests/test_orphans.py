@@ -15,12 +15,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from atpo_async import orphans, processes, status, waits
 from atpo_async.config import build
-from atpo_async.errors import SetupError
-from atpo_async.orphans import end_orphans
-from atpo_async.role import ERROR_FILE, SUPERVISOR_PID
-from atpo_async.rundir import RunDir, host_id
+from atpo_async.core.errors import SetupError
+from atpo_async.ops import orphans
+from atpo_async.ops.orphans import end_orphans
+from atpo_async.ops.role import ERROR_FILE, SUPERVISOR_PID
+from atpo_async.run import processes
+from atpo_async.run.rundir import RunDir, host_id
+from atpo_async.status import snapshot, waits
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -177,9 +179,9 @@ def test_processes_of_other_runs_and_of_a_copy_of_the_folder_are_left_alone(
     assert copied.poll() is None
 
 
-def seen(run: RunDir, **changes: object) -> status.Picture:
+def seen(run: RunDir, **changes: object) -> snapshot.StatusSnapshot:
     """A status file in the run's folder."""
-    picture = status.Picture(
+    picture = snapshot.StatusSnapshot(
         role="buffer",
         mark=f"{run.run_id}/buffer/0",
         pid=os.getpid(),
@@ -196,8 +198,8 @@ def seen(run: RunDir, **changes: object) -> status.Picture:
         loop_age_s=0.1,
     )
     picture = msgspec.structs.replace(picture, **changes)
-    (run.path / status.FOLDER).mkdir(exist_ok=True)
-    (run.path / status.FOLDER / "buffer.json").write_bytes(msgspec.json.encode(picture))
+    (run.path / snapshot.FOLDER).mkdir(exist_ok=True)
+    (run.path / snapshot.FOLDER / "buffer.json").write_bytes(msgspec.json.encode(picture))
     return picture
 
 
@@ -222,7 +224,8 @@ def test_a_role_that_lives_on_another_machine_is_named_and_one_that_gives_no_sig
 
 COMMAND = """
 import sys
-from atpo_async import cli, supervisor
+from atpo_async.cli import main
+from atpo_async.ops import supervisor
 
 real = supervisor.role_specs
 
@@ -232,7 +235,7 @@ def specs(config, rundir, **more):
     return [buffer, supervisor.RoleSpec(name="learner", argv=argv, ends_run=True)]
 
 supervisor.role_specs = specs
-sys.exit(cli.main(["train", "c.toml"]))
+sys.exit(main.main(["train", "c.toml"]))
 """
 
 
@@ -247,10 +250,10 @@ def test_the_same_command_goes_on_after_its_supervisor_was_killed_and_its_buffer
         return [sys.executable, "-c", textwrap.dedent(COMMAND.format(seconds=seconds))]
 
     first = subprocess.Popen(command(1000), cwd=tmp_path, stdout=subprocess.DEVNULL)
-    state = tmp_path / "runs" / "run" / status.FOLDER
-    until(lambda: getattr(status.read(state)[0].get("buffer"), "phase", "") == "serving" or first.poll() is not None)
+    state = tmp_path / "runs" / "run" / snapshot.FOLDER
+    until(lambda: getattr(snapshot.read(state)[0].get("buffer"), "phase", "") == "serving" or first.poll() is not None)
     assert first.poll() is None
-    stopped = status.read(state)[0]["buffer"].pid
+    stopped = snapshot.read(state)[0]["buffer"].pid
     os.kill(stopped, signal.SIGSTOP)
     first.kill()
     first.wait()

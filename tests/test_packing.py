@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import atpo_async.wire  # noqa: F401  TurnRecords.of encodes with it
+import atpo_async.wire.codec  # noqa: F401  TurnRecords.of encodes with it
 from atpo_async.config import CreditConfig
-from atpo_async.messages import BatchTree
-from atpo_async.records import TurnRecords
-from atpo_async.tree import Turn, VersionSpan
-from learner.packing import (
+from atpo_async.core.tree import Turn, VersionSpan
+from atpo_async.wire.messages import BatchTree
+from atpo_async.wire.records import TurnRecords
+from learner.packing.rows import (
     CreditedTree,
     MicroBatch,
     Normaliser,

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async import messages as m
-from atpo_async import ports
-from atpo_async.addresses import port_of
 from atpo_async.config import LinksConfig
-from atpo_async.endpoints import Endpoints, EndpointsFile
-from atpo_async.errors import SetupError
-from atpo_async.links import Announcer
-from atpo_async.rundir import write_atomic
+from atpo_async.core.errors import SetupError
+from atpo_async.links import ports
+from atpo_async.links.addresses import port_of
+from atpo_async.links.announcements import Announcer
+from atpo_async.run.endpoints import Endpoints, EndpointsFile
+from atpo_async.run.rundir import write_atomic
+from atpo_async.wire import messages as m
 from tests.links_support import FAST, LEASE_REQUEST, PATIENCE_S, Buffer, client, closed, server, until
 
 SOMEWHERE = Endpoints("tcp://a:1", "tcp://a:2", "tcp://a:3", "tcp://a:4")

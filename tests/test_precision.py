@@ -15,13 +15,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from atpo_async import accelerate_environment
-from atpo_async.errors import SetupError
-from atpo_async.messages import Batch, BatchTree
-from learner import checkpoint, precision
-from learner.checkpoint import Progress
-from learner.guards import overflowed
-from learner.model import Policy, load_policy, make_accelerator
+from atpo_async.core.errors import SetupError
+from atpo_async.ops import accelerate_environment
+from atpo_async.wire.messages import Batch, BatchTree
+from learner.checkpoints import checkpoint
+from learner.checkpoints.checkpoint import Progress
+from learner.loss.guards import overflowed
+from learner.policy import precision
+from learner.policy.model import Policy, load_policy, make_accelerator
 from learner.step import Trainer
 from tests.learner_support import batch_of, make_batch, make_config, make_model
 

@@ -13,13 +13,13 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from actors.probe import BOUNDS, MULTIPLE, Probe, check_probe_fits, noise, scale_of, sequences_of
+from actors.engines.probe import BOUNDS, MULTIPLE, Probe, check_probe_fits, noise, scale_of, sequences_of
 from atpo_async.config import build
-from atpo_async.errors import ProbeMismatch, WeightsRejected
-from atpo_async.messages import WeightsManifest
-from learner.model import load_policy, make_accelerator
-from learner.probe import draw_probe, is_drawn_at, probe_shape
+from atpo_async.core.errors import ProbeMismatch, WeightsRejected
+from atpo_async.wire.messages import WeightsManifest
+from learner.policy.model import load_policy, make_accelerator
 from learner.step import Trainer
+from learner.weights.probe import draw_probe, is_drawn_at, probe_shape
 from tests.learner_support import VOCAB, make_config, make_model
 
 LOGPROBS = -np.random.default_rng(0).exponential(1.0, 256).astype(np.float32)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async import processes
+from atpo_async.run import processes
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 

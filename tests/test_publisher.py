@@ -15,10 +15,13 @@ import pytest
 import torch
 
 from atpo_async.config import LinksConfig, WeightsConfig
-from atpo_async.disk import until_written
-from atpo_async.errors import SetupError
-from atpo_async.links import Client, LinkSettings, Listener
-from atpo_async.messages import (
+from atpo_async.core.errors import SetupError
+from atpo_async.links.announcements import Listener
+from atpo_async.links.client import Client
+from atpo_async.links.common import LinkSettings
+from atpo_async.ops.disk import until_written
+from atpo_async.run.scratch import MARK, Scratch
+from atpo_async.wire.messages import (
     AnnouncementRequest,
     Chunk,
     ChunkRequest,
@@ -29,12 +32,11 @@ from atpo_async.messages import (
     WeightsAnnounced,
     WeightsManifest,
 )
-from atpo_async.scratch import MARK, Scratch
-from learner import publisher as publishing
-from learner.model import load_policy, make_accelerator
-from learner.probe import draw_probe
-from learner.publisher import Publisher, WeightsStore
+from learner.policy.model import load_policy, make_accelerator
 from learner.step import Trainer
+from learner.weights import publisher as publishing
+from learner.weights.probe import draw_probe
+from learner.weights.publisher import Publisher, WeightsStore
 from tests.learner_support import make_config, make_model
 
 LINKS = LinkSettings.from_config(LinksConfig())

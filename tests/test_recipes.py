@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atpo_async import cli, credit
 from atpo_async import config as configuration
+from atpo_async.cli import main
 from atpo_async.config import Config, as_options, load
-from atpo_async.errors import ConfigError, SetupError
-from atpo_async.metrics import MetricsWriter
-from atpo_async.rundir import RunDir
+from atpo_async.core import credit
+from atpo_async.core.errors import ConfigError, SetupError
+from atpo_async.run.metrics import MetricsWriter
+from atpo_async.run.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "configs" / "demo.toml"
@@ -59,7 +60,7 @@ def test_a_recipe_goes_over_the_demo_and_over_a_large_model(path: Path, capsys: 
         }
         assert changed <= set(as_options(files[1:]))
         capsys.readouterr()
-        assert cli.main(["config", *map(str, files)]) == 0
+        assert main.main(["config", *map(str, files)]) == 0
         assert capsys.readouterr().out.startswith(configuration.to_toml(merged))
 
 

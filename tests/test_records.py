@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atpo_async import wire
-from atpo_async.errors import BadMessage
-from atpo_async.messages import RunFinished
-from atpo_async.records import MIN_RECORD_BYTES, Buffer, TurnRecords, frames_in, pack, unpack
-from atpo_async.tree import Turn, VersionSpan
+from atpo_async.core.errors import BadMessage
+from atpo_async.core.tree import Turn, VersionSpan
+from atpo_async.wire import codec
+from atpo_async.wire.messages import RunFinished
+from atpo_async.wire.records import MIN_RECORD_BYTES, Buffer, TurnRecords, frames_in, pack, unpack
 
 
 def turn(turn_id: int, *, tokens: int = 3, **changes: Any) -> Turn:
@@ -108,7 +108,7 @@ def test_no_turns_are_no_bytes() -> None:
 
 
 def test_where_one_part_ends_and_the_next_begins_means_nothing() -> None:
-    one, two, three = (pack(wire.encode(turn(i))) for i in (1, 2, 3))
+    one, two, three = (pack(codec.encode(turn(i))) for i in (1, 2, 3))
     whole = len(one) + len(two) + len(three)
     ways: list[list[Buffer]] = [
         [one, two, three],
@@ -125,13 +125,13 @@ def test_where_one_part_ends_and_the_next_begins_means_nothing() -> None:
 def test_a_turn_is_decoded_once_and_only_when_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     records = TurnRecords.of([turn(1), turn(2), turn(3)])
     decoded: list[int] = []
-    plain = wire._plain_turn
+    plain = codec._plain_turn
 
     def counted(value: Any, payload: Any) -> Any:
         decoded.append(value.turn_id)
         return plain(value, payload)
 
-    monkeypatch.setattr(wire, "_plain_turn", counted)
+    monkeypatch.setattr(codec, "_plain_turn", counted)
     assert (len(records), records.nbytes > 0, decoded) == (3, True, [])
     assert records[1] is records[1]
     assert decoded == [2]
@@ -161,14 +161,14 @@ def test_a_bad_turn_among_good_ones_is_refused_and_the_others_are_not() -> None:
 
 
 def test_another_message_among_turns_is_refused() -> None:
-    records = TurnRecords.raw([pack(wire.encode(RunFinished(run="r")))], 1)
+    records = TurnRecords.raw([pack(codec.encode(RunFinished(run="r")))], 1)
     with pytest.raises(BadMessage, match="'run_finished' is unknown here; expected one of turn"):
         records[0]
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 2**31 - 1])
 def test_another_number_of_records_than_announced_is_refused(count: int) -> None:
-    records = TurnRecords.raw([pack(wire.encode(turn(i))) for i in (1, 2)], count)
+    records = TurnRecords.raw([pack(codec.encode(turn(i))) for i in (1, 2)], count)
     if not count:
         # Nothing to look at: whoever made it has to know that bytes without turns are none.
         assert list(records) == []
@@ -180,7 +180,7 @@ def test_another_number_of_records_than_announced_is_refused(count: int) -> None
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.integers(1, 3), st.data())
 def test_damaged_records_give_turns_or_bad_message(count: int, data: st.DataObject) -> None:
-    raw = bytearray(b"".join(pack(wire.encode(turn(i))) for i in range(1, count + 1)))
+    raw = bytearray(b"".join(pack(codec.encode(turn(i))) for i in range(1, count + 1)))
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(raw) - 1))
         if data.draw(st.booleans()):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from atpo_async.messages import ActorReport, Exhausted, Lease, LeaseReturned
-from atpo_async.tree import Turn
+from atpo_async.core.tree import Turn
+from atpo_async.wire.messages import ActorReport, Exhausted, Lease, LeaseReturned
 from tests.test_buffer_service import (
     SOON_S,
     Peers,

@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from atpo_async import charts
-from atpo_async.charts import Axes, Line, ticks
 from atpo_async.config import build
-from atpo_async.errors import SetupError
-from atpo_async.metrics import MetricsWriter, Record
-from atpo_async.progress import Progress, RunState, duration, panel, plain
-from atpo_async.report import facts, failures, series, wait_share, write_figure, write_report
-from atpo_async.report_trees import TreeTurn, append_tree_sample, choose, draw_tree, read_tree_samples
-from atpo_async.rundir import RunDir
+from atpo_async.core.errors import SetupError
+from atpo_async.report import charts
+from atpo_async.report.charts import Axes, Line, ticks
+from atpo_async.report.page import facts, failures, series, wait_share, write_figure, write_report
+from atpo_async.report.progress import Progress, RunState, duration, panel, plain
+from atpo_async.report.trees import TreeTurn, append_tree_sample, choose, draw_tree, read_tree_samples
+from atpo_async.run.metrics import MetricsWriter, Record
+from atpo_async.run.rundir import RunDir
 
 T0 = 1_700_000_000.0
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from atpo_async.config import Config, build
-from atpo_async.resuming import MUST_STAY, WITH_EXACT_LAG, rate_of, refused, told
+from atpo_async.config.resuming import MUST_STAY, WITH_EXACT_LAG, rate_of, refused, told
 
 LINEAR = {"lr": 6e-4, "schedule": "linear", "warmup_steps": 2}
 

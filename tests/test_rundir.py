@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async import scratch
 from atpo_async.config import Config, build
-from atpo_async.endpoints import Endpoints
-from atpo_async.errors import ConfigError, RunMismatch, SetupError
-from atpo_async.metrics import MetricsWriter
-from atpo_async.rundir import RunDir, host_id, write_atomic
+from atpo_async.core.errors import ConfigError, RunMismatch, SetupError
+from atpo_async.run import scratch
+from atpo_async.run.endpoints import Endpoints
+from atpo_async.run.metrics import MetricsWriter
+from atpo_async.run.rundir import RunDir, host_id, write_atomic
 
 
 def config_in(folder: Path, **sections: dict[str, object]) -> Config:
@@ -133,7 +133,7 @@ def test_opening_what_is_no_run_says_so(tmp_path: Path) -> None:
 def test_versions_count_from_zero_and_go_on_in_another_process(tmp_path: Path) -> None:
     run = RunDir.create(config_in(tmp_path))
     assert [run.next_version() for _ in range(3)] == [0, 1, 2]
-    code = f"from atpo_async.rundir import RunDir; print(RunDir.open({str(run.path)!r}).next_version())"
+    code = f"from atpo_async.run.rundir import RunDir; print(RunDir.open({str(run.path)!r}).next_version())"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "3"
     assert RunDir.open(run.path).next_version() == 4
@@ -156,7 +156,7 @@ def test_a_version_is_on_disk_before_it_is_handed_out(tmp_path: Path, monkeypatc
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("atpo_async.rundir.write_atomic", crash)
+        patch.setattr("atpo_async.run.rundir.write_atomic", crash)
         with pytest.raises(OSError, match="full"):
             run.next_version()
     assert run.next_version() == 0
@@ -256,6 +256,6 @@ def test_the_name_of_the_link_is_no_name_for_a_run(tmp_path: Path) -> None:
 
 
 def test_two_processes_of_one_machine_agree_on_its_identity() -> None:
-    code = "from atpo_async.rundir import host_id; print(host_id())"
+    code = "from atpo_async.run.rundir import host_id; print(host_id())"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == host_id()

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async.scratch import MARK, Scratch, sweep, sweep_dead
+from atpo_async.run.scratch import MARK, Scratch, sweep, sweep_dead
 
 fcntl = pytest.importorskip("fcntl")
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from atpo_async.scratch import Scratch
+from atpo_async.run.scratch import Scratch
 scratch = Scratch(Path(sys.argv[1]), "run.")
 (scratch.path / "weights").write_bytes(b"w")
 print(scratch.path, flush=True)

@@ -7,16 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from actors.engine import Generation, Sampling
-from actors.environments.base import Split, StepResult
-from actors.environments.checked import CheckedEnvironment
-from actors.environments.values import Limits
+from actors.engines.base import Generation, Sampling
 from actors.faults import Fault
 from actors.search import ChainEnded, TreeSearch
 from atpo_async.config import SearchConfig
-from atpo_async.errors import EngineDead, GenerationFailed
-from atpo_async.messages import TreeClosed, TreeOpened
-from atpo_async.tree import ROOT, Turn, TurnTree
+from atpo_async.core.errors import EngineDead, GenerationFailed
+from atpo_async.core.tree import ROOT, Turn, TurnTree
+from atpo_async.environments.base import Split, StepResult
+from atpo_async.environments.checked import CheckedEnvironment
+from atpo_async.environments.values import Limits
+from atpo_async.wire.messages import TreeClosed, TreeOpened
 from tests.actor_support import STOP, CountingEnvironment, CountingEpisode, ScriptedEngine, ints, leaf, lease, turn
 
 SEARCH = SearchConfig(initial_rollouts=3, rounds=2, branches=2, max_action_tokens=8)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from atpo_async import starting
+from atpo_async.cli.train_notes import at_the_start, beginning
 from atpo_async.config import Config, build
-from atpo_async.errors import RunMismatch, SetupError
-from atpo_async.rundir import RunDir
-from atpo_async.starting import assembled, described, find, is_same
-from atpo_async.train_notes import at_the_start, beginning
+from atpo_async.core.errors import RunMismatch, SetupError
+from atpo_async.ops import starting
+from atpo_async.ops.starting import assembled, described, find, is_same
+from atpo_async.run.rundir import RunDir
 from tests.learner_support import make_model
 
 

@@ -17,10 +17,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from atpo_async import cli, processes, status, waits
-from atpo_async.rundir import RunDir
-from atpo_async.status import Reporter, grouped
-from atpo_async.waits import waiting
+from atpo_async.cli import main
+from atpo_async.run import processes
+from atpo_async.run.rundir import RunDir
+from atpo_async.status import snapshot, waits
+from atpo_async.status.snapshot import Reporter, grouped
+from atpo_async.status.waits import waiting
 from tests.hang_support import ROOT, SERVES, make_run, picture, picture_of, started, until, until_async, wait
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -49,8 +51,8 @@ def test_waits_for_the_same_thing_are_one_line_with_their_number_and_the_longest
 
 
 async def test_a_role_writes_its_waits_its_progress_and_what_its_parts_publish(run: RunDir) -> None:
-    status.publish("mine", lambda: {"step": 3})
-    status.publish(f"{status.LINKS}here -> there", lambda: {"unacked": 7})
+    snapshot.publish("mine", lambda: {"step": 3})
+    snapshot.publish(f"{snapshot.LINKS}here -> there", lambda: {"unacked": 7})
     try:
         with waiting("the test", "a picture", on="nobody"), Reporter("r1", folder=run.path, log=LOG, every_s=0.02) as r:
             r.attach()
@@ -58,8 +60,8 @@ async def test_a_role_writes_its_waits_its_progress_and_what_its_parts_publish(r
             await until_async(lambda: (p := made(run)) is not None and p.loop_age_s is not None and p.facts)
             found = made(run)
     finally:
-        status.unpublish("mine")
-        status.unpublish(f"{status.LINKS}here -> there")
+        snapshot.unpublish("mine")
+        snapshot.unpublish(f"{snapshot.LINKS}here -> there")
     assert found is not None
     assert "a picture" in {w.what for w in found.waits}
     assert found.progress["pictures"] >= 1
@@ -68,8 +70,8 @@ async def test_a_role_writes_its_waits_its_progress_and_what_its_parts_publish(r
     assert found.pid == os.getpid()
 
 
-def made(run: RunDir) -> status.Picture | None:
-    return status.read(run.path)[0].get("r1")
+def made(run: RunDir) -> snapshot.StatusSnapshot | None:
+    return snapshot.read(run.path)[0].get("r1")
 
 
 async def test_the_last_picture_says_that_the_role_has_ended(run: RunDir) -> None:
@@ -77,7 +79,7 @@ async def test_the_last_picture_says_that_the_role_has_ended(run: RunDir) -> Non
         reporter.attach()
     found = made(run)
     assert found is not None
-    assert found.phase == status.ENDED
+    assert found.phase == snapshot.ENDED
     assert not [p for p in run.path.iterdir() if p.name.startswith(".r1")], "a part of a picture was left"
 
 
@@ -85,11 +87,11 @@ async def test_a_part_that_cannot_say_what_it_is_at_does_not_take_the_picture_aw
     def broken() -> dict[str, object]:
         raise RuntimeError("half closed")
 
-    status.publish("broken", broken)
+    snapshot.publish("broken", broken)
     try:
-        assert status.published()["broken"] == {"error": "RuntimeError: half closed"}
+        assert snapshot.published()["broken"] == {"error": "RuntimeError: half closed"}
     finally:
-        status.unpublish("broken")
+        snapshot.unpublish("broken")
 
 
 def test_what_is_published_by_an_object_goes_with_it() -> None:
@@ -98,10 +100,10 @@ def test_what_is_published_by_an_object_goes_with_it() -> None:
             return {"here": True}
 
     part = Part()
-    status.publish("part", part.facts)
-    assert status.published()["part"] == {"here": True}
+    snapshot.publish("part", part.facts)
+    assert snapshot.published()["part"] == {"here": True}
     del part
-    assert "part" not in status.published()
+    assert "part" not in snapshot.published()
 
 
 async def test_facts_are_asked_in_the_loop_and_never_in_the_status_thread(run: RunDir) -> None:
@@ -111,13 +113,13 @@ async def test_facts_are_asked_in_the_loop_and_never_in_the_status_thread(run: R
         asked.add(threading.get_ident())
         return {"times": len(asked)}
 
-    status.publish("asked", facts)
+    snapshot.publish("asked", facts)
     try:
         with Reporter("r1", folder=run.path, log=LOG, every_s=0.01) as reporter:
             reporter.attach()
             await until_async(lambda: (p := made(run)) is not None and p.sequence > 5 and asked)
     finally:
-        status.unpublish("asked")
+        snapshot.unpublish("asked")
     assert asked == {threading.get_ident()}
 
 
@@ -132,7 +134,7 @@ async def test_a_folder_that_cannot_be_written_is_said_once_and_the_role_goes_on
 
 
 def test_a_name_that_is_no_file_name_gets_a_file_all_the_same() -> None:
-    assert status.file_stem("actor/../../x") == "actor_.._.._x"
+    assert snapshot.file_stem("actor/../../x") == "actor_.._.._x"
 
 
 # --- SIGUSR1 ----------------------------------------------------------------------------------------------------
@@ -174,7 +176,7 @@ def test_sigusr1_puts_the_picture_into_the_log_whatever_the_loop_is_in(run: RunD
         if body is IDLE:
             process.send_signal(signal.SIGTERM)
             process.wait()
-            until(lambda: (p := picture_of(run, "learner")) is not None and p.phase == status.ENDED, said)
+            until(lambda: (p := picture_of(run, "learner")) is not None and p.phase == snapshot.ENDED, said)
 
 
 @linux
@@ -198,13 +200,13 @@ def test_programs_that_a_role_starts_inherit_nothing_of_sigusr1(run: RunDir) -> 
 
 
 def told(capsys: pytest.CaptureFixture[str], run: RunDir, *words: str) -> str:
-    assert cli.main(["status", str(run.path), *words]) == 0
+    assert main.main(["status", str(run.path), *words]) == 0
     # A narrow screen breaks lines in the middle of what is looked for.
     return " ".join(capsys.readouterr().out.split())
 
 
-def put(run: RunDir, *pictures: status.Picture) -> None:
-    folder = run.path / status.FOLDER
+def put(run: RunDir, *pictures: snapshot.StatusSnapshot) -> None:
+    folder = run.path / snapshot.FOLDER
     folder.mkdir(exist_ok=True)
     for made_up in pictures:
         (folder / f"{made_up.role}.json").write_bytes(msgspec.json.encode(made_up))
@@ -238,7 +240,7 @@ def held(run: RunDir) -> Iterator[subprocess.Popen[bytes]]:
     """A process that holds the run, as a supervisor does."""
     code = f"""
 import time
-from atpo_async.rundir import RunDir
+from atpo_async.run.rundir import RunDir
 with RunDir.open({str(run.path)!r}).locked():
     print("held", flush=True)
     time.sleep(1000)
@@ -332,7 +334,7 @@ def test_status_of_a_run_whose_roles_were_killed_says_that_they_have_gone(
 
 def test_status_of_a_run_that_has_done_its_steps_says_so(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     (run.checkpoints / "step-000040-v000040").mkdir(parents=True)
-    put(run, picture("learner", phase=status.ENDED))
+    put(run, picture("learner", phase=snapshot.ENDED))
     assert "its last checkpoint is of step 40 of 100" in told(capsys, run)
     (run.checkpoints / "step-000100-v000100").mkdir()
     assert "its 100 steps are done" in told(capsys, run)
@@ -368,7 +370,7 @@ def test_garbage_in_a_status_file_is_named_and_the_others_are_shown(
     run: RunDir, capsys: pytest.CaptureFixture[str], garbage: bytes
 ) -> None:
     put(run, picture("buffer"))
-    (run.path / status.FOLDER / "learner.json").write_bytes(garbage)
+    (run.path / snapshot.FOLDER / "learner.json").write_bytes(garbage)
     text = told(capsys, run)
     assert "status/learner.json is damaged and says nothing" in text
     assert "buffer runs" in text
@@ -429,7 +431,7 @@ def test_what_is_no_run_is_one_line_with_the_way_out(
     make_run(tmp_path)
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
-    assert cli.main(["status", str(tmp_path / word)]) == 2
+    assert main.main(["status", str(tmp_path / word)]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert f"{tmp_path / word} is no run folder" in err
@@ -437,11 +439,11 @@ def test_what_is_no_run_is_one_line_with_the_way_out(
 
 
 def test_status_takes_no_options_of_the_configuration(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["status", str(run.path), "--run.steps", "3"]) == 2
+    assert main.main(["status", str(run.path), "--run.steps", "3"]) == 2
     assert "`atpo status` takes no options of the configuration" in capsys.readouterr().err
 
 
 async def test_pictures_of_the_dead_are_forgotten_and_those_of_others_kept(run: RunDir) -> None:
     put(run, picture("actor-0", started=1), picture("actor-1"), picture("actor-2", host="elsewhere"))
-    await asyncio.to_thread(status.forget_the_dead, run.path / status.FOLDER)
-    assert set(status.read(run.path / status.FOLDER)[0]) == {"actor-1", "actor-2"}
+    await asyncio.to_thread(snapshot.forget_the_dead, run.path / snapshot.FOLDER)
+    assert set(snapshot.read(run.path / snapshot.FOLDER)[0]) == {"actor-1", "actor-2"}

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async.hangs import Sight
-from atpo_async.metrics import MetricsWriter
-from atpo_async.rundir import RunDir
-from atpo_async.stopping import Watch
-from atpo_async.supervisor import Outcome, Supervisor
-from atpo_async.train_notes import saved
-from atpo_async.waits import DISK, SAVING, TORCH
+from atpo_async.cli.train_notes import saved
+from atpo_async.ops.stopping import Watch
+from atpo_async.ops.supervisor import Outcome, Supervisor
+from atpo_async.run.metrics import MetricsWriter
+from atpo_async.run.rundir import RunDir
+from atpo_async.status.hangs import ObservedRole
+from atpo_async.status.waits import DISK, SAVING, TORCH
 from tests.hang_support import DEADLINE_S, make_run, picture, picture_of, spec_of, until_async, wait
 
 SAVES = """
@@ -36,9 +36,9 @@ STANDS_STILL = """
 """
 
 
-def saving(*, processor_s: float = 0.0, moved_mb: float = 0.0, **changes: object) -> Sight:
+def saving(*, processor_s: float = 0.0, moved_mb: float = 0.0, **changes: object) -> ObservedRole:
     made = picture("learner", phase=SAVING, waits=(wait("save checkpoint", DISK, 7.0),), **changes)
-    return Sight(role="learner", pictures=(made,), processor_s=processor_s, moved_mb=moved_mb)
+    return ObservedRole(role="learner", pictures=(made,), processor_s=processor_s, moved_mb=moved_mb)
 
 
 def test_a_role_that_saves_is_waited_for_and_told_again_whenever_it_has_lasted_twice_as_long() -> None:
@@ -70,7 +70,9 @@ def test_whatever_shows_that_it_gets_on_keeps_it_waited_for(sign: str) -> None:
 def test_one_that_stands_still_is_waited_for_no_more_and_the_loss_is_told() -> None:
     watch = Watch(hang_s=10.0)
     room = wait("room for the checkpoint of step 6 in c (No space left on device)", DISK, 9.0)
-    sight = Sight(role="learner", pictures=(picture("learner", phase=SAVING, waits=(wait("learn", TORCH), room)),))
+    sight = ObservedRole(
+        role="learner", pictures=(picture("learner", phase=SAVING, waits=(wait("learn", TORCH), room)),)
+    )
     looks = [watch.look([sight], 1000.0 + second) for second in range(12)]
     assert looks[9].waited_for == ("learner",)
     assert looks[11].waited_for == ()
@@ -81,7 +83,7 @@ def test_one_that_stands_still_is_waited_for_no_more_and_the_loss_is_told() -> N
 
 
 def test_a_role_that_has_nothing_to_save_is_not_waited_for() -> None:
-    assert Watch(hang_s=10.0).look([Sight(role="actor-0", pictures=(picture("actor-0"),))], 0.0).waited_for == ()
+    assert Watch(hang_s=10.0).look([ObservedRole(role="actor-0", pictures=(picture("actor-0"),))], 0.0).waited_for == ()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

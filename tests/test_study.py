@@ -24,15 +24,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from atpo_async import cli, processes, study_report
+from atpo_async.cli import main
+from atpo_async.cli.study import Request, jobs_here, left_out, study
 from atpo_async.config import Config, build, load
-from atpo_async.errors import ConfigError, RunMismatch, SetupError
-from atpo_async.metrics import MetricsWriter, Record
-from atpo_async.rundir import RunDir
-from atpo_async.study import CORRECTIONS, DEFAULT_CORRECTIONS, Plan, StudyFolder
-from atpo_async.study_command import Request, jobs_here, left_out, study
-from atpo_async.study_progress import StudyProgress, outcome
-from atpo_async.study_results import (
+from atpo_async.core.errors import ConfigError, RunMismatch, SetupError
+from atpo_async.run import processes
+from atpo_async.run.metrics import MetricsWriter, Record
+from atpo_async.run.rundir import RunDir
+from atpo_async.study import outputs
+from atpo_async.study.plan import CORRECTIONS, DEFAULT_CORRECTIONS, Plan, StudyFolder
+from atpo_async.study.progress import StudyProgress, outcome
+from atpo_async.study.results import (
     COLUMNS,
     RESOLUTION,
     Cell,
@@ -46,7 +48,7 @@ from atpo_async.study_results import (
     to_json,
     unfinished,
 )
-from atpo_async.study_run import Job, OnStep, TrainProcess, clear_run, read_result, run_cells, until_interrupted
+from atpo_async.study.runner import Job, OnStep, TrainProcess, clear_run, read_result, run_cells, until_interrupted
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [ROOT / "configs" / "demo.toml", ROOT / "configs" / "staleness.toml"]
@@ -407,7 +409,7 @@ def test_no_difference_is_claimed_that_is_smaller_than_the_spread_over_seeds(
 
 # --- tables, picture, page ----------------------------------------------------------------------------------------
 
-ORIGIN = study_report.Origin(
+ORIGIN = outputs.Origin(
     command="atpo study staleness --lags 0,8", settings=(("task", "hopqa <3>"),), machine="2 cores", made="2026-01-02",
     cell_seconds=3661.0,
 )  # fmt: skip
@@ -415,7 +417,7 @@ MIXED = dict(EXPECTED) | {(16, "none"): (FAILED, 0.02), (2, "turn"): (0.95, None
 
 
 def test_the_csv_has_a_line_for_every_cell_those_too_that_failed_or_lack() -> None:
-    rows = list(csv.DictReader(io.StringIO(study_report.to_csv(summary_of(MIXED)))))
+    rows = list(csv.DictReader(io.StringIO(outputs.to_csv(summary_of(MIXED)))))
     assert len(rows) == 16
     by_cell = {(row["lag"], row["correction"], row["seed"]): row for row in rows}
     assert by_cell["8", "turn", "2"]["sampled"] == "0.97"
@@ -425,7 +427,7 @@ def test_the_csv_has_a_line_for_every_cell_those_too_that_failed_or_lack() -> No
 
 
 def test_the_markdown_has_every_group_and_no_figure_for_one_that_has_none() -> None:
-    text = study_report.markdown(summary_of(MIXED), ORIGIN, picture="p.png")
+    text = outputs.markdown(summary_of(MIXED), ORIGIN, picture="p.png")
     assert "| 8 | 0.03 (0.02–0.04) | 0.95 (0.93–0.97) |" in text
     assert "| 16 | 0.02, 1 of 2 failed | 0.73 (0.70–0.76) |" in text
     assert "| 2 | 0.95 (0.93–0.97) | 0.95, 1 of 2 not run |" in text
@@ -437,18 +439,18 @@ def test_the_markdown_has_every_group_and_no_figure_for_one_that_has_none() -> N
 
 
 def test_a_section_is_filled_between_its_markers_again_and_again() -> None:
-    text = f"# A\n\nabove\n\n{study_report.BEGIN}\nold\n{study_report.END}\n\nbelow\n"
-    once = study_report.fill(text, "new\n", where="x.md")
-    assert once == f"# A\n\nabove\n\n{study_report.BEGIN}\n\nnew\n\n{study_report.END}\n\nbelow\n"
-    assert study_report.fill(once, "new\n", where="x.md") == once
-    for broken in ("no markers", study_report.END + study_report.BEGIN, text + text):
+    text = f"# A\n\nabove\n\n{outputs.BEGIN}\nold\n{outputs.END}\n\nbelow\n"
+    once = outputs.fill(text, "new\n", where="x.md")
+    assert once == f"# A\n\nabove\n\n{outputs.BEGIN}\n\nnew\n\n{outputs.END}\n\nbelow\n"
+    assert outputs.fill(once, "new\n", where="x.md") == once
+    for broken in ("no markers", outputs.END + outputs.BEGIN, text + text):
         with pytest.raises(SetupError, match=r"x\.md needs one line <!-- study:staleness:begin -->"):
-            study_report.fill(broken, "new", where="x.md")
+            outputs.fill(broken, "new", where="x.md")
 
 
 def test_the_document_of_this_repository_has_the_markers() -> None:
     text = (ROOT / "docs" / "staleness.md").read_text(encoding="utf-8")
-    assert study_report.fill(text, "new", where="docs/staleness.md") != text
+    assert outputs.fill(text, "new", where="docs/staleness.md") != text
 
 
 class Checker(HTMLParser):
@@ -465,7 +467,7 @@ class Checker(HTMLParser):
 
 
 def test_the_page_is_one_file_that_fetches_nothing_and_has_a_light_and_a_dark_dress() -> None:
-    text = study_report.page(summary_of(MIXED, greedy=0.5), ORIGIN)
+    text = outputs.page(summary_of(MIXED, greedy=0.5), ORIGIN)
     checker = Checker()
     checker.feed(text)
     assert checker.fetched == []
@@ -475,33 +477,33 @@ def test_the_page_is_one_file_that_fetches_nothing_and_has_a_light_and_a_dark_dr
     assert "hopqa &lt;3&gt;" in text
     assert "lag 16, none, seed 1" in text
     drawings = re.findall(r"<svg .*?</svg>", text, re.S)
-    assert len(drawings) == 2 + len(study_report.PANELS) + 4  # the key, the panels, a lag's curves each
+    assert len(drawings) == 2 + len(outputs.PANELS) + 4  # the key, the panels, a lag's curves each
     for drawing in drawings:
         ET.fromstring(drawing)
         # Words and lines take the page's colours; only the corrections have colours of their own.
-        assert set(re.findall(r'(?:fill|stroke)="(#\w+)"', drawing)) <= set(study_report.COLORS.values())
+        assert set(re.findall(r'(?:fill|stroke)="(#\w+)"', drawing)) <= set(outputs.COLORS.values())
 
 
 def test_every_correction_has_a_colour_and_a_mark_of_its_own() -> None:
-    assert len(set(study_report.COLORS.values())) == len(set(study_report.MARKERS.values())) == len(CORRECTIONS)
+    assert len(set(outputs.COLORS.values())) == len(set(outputs.MARKERS.values())) == len(CORRECTIONS)
     for name in CORRECTIONS:
-        ET.fromstring(study_report._mark(1, 2, name))
+        ET.fromstring(outputs._mark(1, 2, name))
 
 
 @pytest.mark.parametrize("grid", [MIXED, {(8, "turn"): (0.5,)}])
 def test_the_picture_is_drawn_of_whole_and_of_small_grids(
     tmp_path: Path, grid: Mapping[tuple[int, str], Sequence[Value]]
 ) -> None:
-    (path,) = study_report.write_picture(summary_of(grid), tmp_path / "p.png")
+    (path,) = outputs.write_picture(summary_of(grid), tmp_path / "p.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
 
 
 def test_nothing_is_drawn_where_no_cell_gave_a_result(tmp_path: Path) -> None:
     empty = summary_of({(8, "turn"): (FAILED, None)})
-    assert study_report.write_picture(empty, tmp_path / "p.png") == []
-    assert "nothing recorded" in study_report.page(empty, ORIGIN)
-    assert "failed" in study_report.markdown(empty, ORIGIN, picture="p.png")
+    assert outputs.write_picture(empty, tmp_path / "p.png") == []
+    assert "nothing recorded" in outputs.page(empty, ORIGIN)
+    assert "failed" in outputs.markdown(empty, ORIGIN, picture="p.png")
 
 
 def test_a_result_is_read_as_it_was_written() -> None:
@@ -569,7 +571,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
         path.touch()
         return [path]
 
-    monkeypatch.setattr(study_report, "write_picture", no_picture)
+    monkeypatch.setattr(outputs, "write_picture", no_picture)
     return Bench(tmp_path / "study")
 
 
@@ -706,11 +708,11 @@ def test_a_report_takes_grid_and_configuration_from_the_folder(
     bench.run(plan, FakeRunner())
     monkeypatch.chdir(bench.out.parent)
     assert StudyFolder(bench.out).plan().cells() == plan.cells()
-    assert cli.main(["study", "staleness", "--report", "--out", "study"]) == 0
+    assert main.main(["study", "staleness", "--report", "--out", "study"]) == 0
     assert "Not run to the end yet" not in (bench.out / "staleness.md").read_text()
     reproduces = "atpo study staleness mine.toml --learner.lr=0.25 --lags 0,4 --corrections none,turn+ess --seeds 2"
     assert reproduces in (bench.out / "staleness.md").read_text()
-    assert cli.main(["study", "staleness", "--report", "--out", "study", *map(str, FILES), "--learner.lr", "0.5"]) == 2
+    assert main.main(["study", "staleness", "--report", "--out", "study", *map(str, FILES), "--learner.lr", "0.5"]) == 2
     assert "learner.lr was 0.25, is 0.5" in capsys.readouterr().err
 
 
@@ -720,7 +722,7 @@ def test_a_report_is_of_the_part_of_the_grid_that_is_named(
     bench.run(plan_of(lags="0,2,4"), FakeRunner())
     monkeypatch.chdir(bench.out.parent)
     report = ["study", "staleness", "--report", "--out", "study"]
-    assert cli.main([*report, "--lags", "0,4", "--seeds", "1"]) == 0
+    assert main.main([*report, "--lags", "0,4", "--seeds", "1"]) == 0
     out = capsys.readouterr().out
     assert "of the lags 0,2,4 only 0,4" in out
     assert "of the seeds 1,2 only 1" in out
@@ -732,7 +734,7 @@ def test_a_report_is_of_the_part_of_the_grid_that_is_named(
         (["--corrections", "token"], "--corrections token: study study has none,turn; name some of those"),
         (["--seeds", "3"], "--seeds 3: study study has 2 seeds (1,2); use 1 to 2"),
     ):
-        assert cli.main([*report, *words]) == 2
+        assert main.main([*report, *words]) == 2
         assert capsys.readouterr().err == f"error: {line}\n"
 
 
@@ -748,7 +750,7 @@ def test_a_folder_of_before_names_were_kept_is_reported_on(bench: Bench) -> None
 def test_a_document_is_filled_only_by_a_study_that_is_whole(bench: Bench, tmp_path: Path) -> None:
     plan = plan_of()
     document = tmp_path / "doc.md"
-    document.write_text(f"# D\n{study_report.BEGIN}\n{study_report.END}\n")
+    document.write_text(f"# D\n{outputs.BEGIN}\n{outputs.END}\n")
     with StudyFolder(bench.out).held(plan):
         StudyFolder(bench.out).write_result(plan, done(plan.cells()[0]))
     with pytest.raises(SetupError, match=r"7 cells of study .* have not ended; run them first"):
@@ -770,7 +772,7 @@ def test_as_many_cells_run_at_once_as_there_are_cores_and_memory_for(
     monkeypatch: pytest.MonkeyPatch, free_gb: float, engine: str, jobs: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
-    monkeypatch.setattr("atpo_async.doctor.memory_gb", lambda: (64.0, free_gb))
+    monkeypatch.setattr("atpo_async.cli.doctor.memory_gb", lambda: (64.0, free_gb))
     screen = io.StringIO()
     assert jobs_here(engine, Console(file=screen, width=200)) == jobs
     assert ("only 1.0 GB of memory are free" in screen.getvalue()) == (free_gb == 1.0)
@@ -800,7 +802,7 @@ def test_bad_words_are_one_line_and_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], line: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["study", "staleness", *words]) == 2
+    assert main.main(["study", "staleness", *words]) == 2
     err = capsys.readouterr().err
     assert err.startswith(line)
     assert err.count("\n") == 1
@@ -819,7 +821,7 @@ def test_the_studys_own_settings_that_a_users_file_stands_in_for_are_told() -> N
 
 
 def test_another_kind_of_study_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["study", "freshness"]) == 2
+    assert main.main(["study", "freshness"]) == 2
     assert "choose from" in capsys.readouterr().err
 
 
@@ -1001,7 +1003,7 @@ async def test_what_an_interrupted_cell_left_in_shared_memory_goes_with_its_fold
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cleared: list[str] = []
-    monkeypatch.setattr("atpo_async.scratch.clear", cleared.append)
+    monkeypatch.setattr("atpo_async.run.scratch.clear", cleared.append)
     run = RunDir.create(build({"run": {"dir": str(tmp_path), "name": "r"}}))
     await clear_run(run.path)
     assert cleared == [run.run_id]
@@ -1028,7 +1030,7 @@ async def test_a_run_folder_that_a_process_still_holds_is_waited_for(
     await asyncio.wait_for(clearing, DEADLINE_S)
     assert not run.path.exists()
     run = RunDir.create(build({"run": {"dir": str(tmp_path), "name": "r"}}))
-    monkeypatch.setattr("atpo_async.study_run.RELEASE_S", -1.0)
+    monkeypatch.setattr("atpo_async.study.runner.RELEASE_S", -1.0)
     with run.locked(), pytest.raises(SetupError, match=r"an interrupted cell still runs: .* is in use by process"):
         await clear_run(run.path)
 

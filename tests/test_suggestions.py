@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from atpo_async import cli
+from atpo_async.cli import main
 from atpo_async.config import fields
-from atpo_async.suggestions import MEANT_BY, MOST, near
+from atpo_async.config.suggestions import MEANT_BY, MOST, near
 
 KNOWN = fields()
 
@@ -86,5 +86,5 @@ def test_every_suggestion_is_a_field_and_there_are_never_many() -> None:
     ],
 )
 def test_the_command_line_says_it_in_one_line(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "c.toml", option, "1"]) == 2
+    assert main.main(["train", "c.toml", option, "1"]) == 2
     assert capsys.readouterr() == ("", f"error: {option}: {said}\n")

@@ -14,14 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async import launch, processes
-from atpo_async import supervisor as supervisor_module
 from atpo_async.config import Config, SupervisorConfig, build
-from atpo_async.errors import RoleCrashed, SetupError
-from atpo_async.metrics import MetricsWriter, Record, read_metrics
-from atpo_async.rundir import RunDir
-from atpo_async.scratch import weights_folder
-from atpo_async.supervisor import (
+from atpo_async.core.errors import RoleCrashed, SetupError
+from atpo_async.ops import supervisor as supervisor_module
+from atpo_async.ops.supervisor import (
     Outcome,
     RoleSpec,
     Supervisor,
@@ -29,6 +25,10 @@ from atpo_async.supervisor import (
     last_lines,
     role_specs,
 )
+from atpo_async.run import launch, processes
+from atpo_async.run.metrics import MetricsWriter, Record, read_metrics
+from atpo_async.run.rundir import RunDir
+from atpo_async.run.scratch import weights_folder
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -176,7 +176,7 @@ async def test_where_to_join_is_told_once_the_buffer_says_it_and_again_when_it_h
     code = f"""
         import os, time
         from pathlib import Path
-        from atpo_async.rundir import RunDir
+        from atpo_async.run.rundir import RunDir
         listening = RunDir.open({str(run.path)!r}).listening
         listening.note(actors="tcp://[fd00::5]:7000")
         while not os.path.exists({str(moves)!r}): time.sleep(0.01)
@@ -372,7 +372,7 @@ async def test_roles_end_when_their_supervisor_is_killed(run: RunDir, tmp_path: 
     role.write_text(
         textwrap.dedent("""
             import sys
-            from atpo_async import role
+            from atpo_async.ops import role
 
             async def main(context):
                 print("ready", flush=True)
@@ -386,9 +386,9 @@ async def test_roles_end_when_their_supervisor_is_killed(run: RunDir, tmp_path: 
 import asyncio, sys
 from pathlib import Path
 from atpo_async.config import SupervisorConfig
-from atpo_async.endpoints import Endpoints
-from atpo_async.rundir import RunDir
-from atpo_async.supervisor import RoleSpec, Supervisor
+from atpo_async.run.endpoints import Endpoints
+from atpo_async.run.rundir import RunDir
+from atpo_async.ops.supervisor import RoleSpec, Supervisor
 run = RunDir.open({str(run.path)!r})
 run.write_endpoints(Endpoints("a", "b", "c", "d"))
 spec = RoleSpec(name="buffer", argv=(sys.executable, {str(role)!r}, str(run.path)))
@@ -511,5 +511,5 @@ def test_a_process_that_has_ended_is_not_counted_as_running() -> None:
 
 @pytest.mark.parametrize(("parent", "code"), [("os.getppid()", 0), ("1 + os.getppid()", 1)])
 def test_a_process_whose_parent_died_before_the_tie_was_made_ends_at_once(parent: str, code: int) -> None:
-    words = f"import os; from atpo_async.processes import die_with_parent as tie; assert tie(9, {parent})"
+    words = f"import os; from atpo_async.run.processes import die_with_parent as tie; assert tie(9, {parent})"
     assert subprocess.run([sys.executable, "-c", words], check=False, timeout=DEADLINE_S).returncode == code

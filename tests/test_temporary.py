@@ -15,9 +15,9 @@ import zmq
 
 from actors import weights
 from atpo_async.config import build
-from atpo_async.errors import SetupError
-from atpo_async.rundir import RunDir
-from atpo_async.temporary import MAX_FOLDER, MAX_SOCKET_PATH, make_temporary_folder_fit
+from atpo_async.core.errors import SetupError
+from atpo_async.run.rundir import RunDir
+from atpo_async.run.temporary import MAX_FOLDER, MAX_SOCKET_PATH, make_temporary_folder_fit
 
 DEADLINE_S = 60.0
 
@@ -114,7 +114,7 @@ def test_where_no_folder_can_be_written_it_is_one_line(monkeypatch: pytest.Monke
 def test_a_role_uses_the_short_name_and_hands_it_on(long: Path) -> None:
     code = """
 import os, sys, tempfile
-from atpo_async import role
+from atpo_async.ops import role
 
 async def main(context):
     print("uses", tempfile.gettempdir() == os.environ["TMPDIR"], len(tempfile.gettempdir()) < 48, flush=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async import texts
-from atpo_async.supervisor import last_lines
+from atpo_async.core import texts
+from atpo_async.ops.supervisor import last_lines
 
 
 class Mute(Exception):
@@ -59,7 +59,7 @@ def test_a_traceback_is_cut_and_had_in_any_case() -> None:
 def test_a_role_that_ends_with_a_huge_text_says_it_short_and_so_does_its_error_file(tmp_path: Path) -> None:
     code = """
 import sys
-from atpo_async import role
+from atpo_async.ops import role
 
 async def main(ctx):
     raise ValueError("page " * 10_000_000)

@@ -8,8 +8,8 @@ import pytest
 import yaml  # type: ignore[import-untyped,unused-ignore]
 from torch import nn
 
-from atpo_async.errors import SetupError
-from learner.model import Policy, load_policy, make_accelerator
+from atpo_async.core.errors import SetupError
+from learner.policy.model import Policy, load_policy, make_accelerator
 from learner.step import Trainer
 from tests.learner_support import make_config, make_model
 

@@ -18,14 +18,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from atpo_async.config import CorrectionConfig, ObjectiveConfig
-from atpo_async.errors import SetupError
-from learner import correction, tree_attention
-from learner import model as learner_model
-from learner.model import Policy, layout_for, load_policy
-from learner.objective import atpo_loss
-from learner.packing import Aggregation, MicroBatch, Row, TreeLayout, micro_batches
-from learner.tree_attention import DeviceLayout, Parts, Way, block_mask, to_device, tree_attention_forward
-from learner.tree_packing import tree_micro_batches
+from atpo_async.core.errors import SetupError
+from learner.loss import correction
+from learner.loss.objective import atpo_loss
+from learner.packing import attention
+from learner.packing.attention import DeviceLayout, Parts, Way, block_mask, to_device, tree_attention_forward
+from learner.packing.rows import Aggregation, MicroBatch, Row, TreeLayout, micro_batches
+from learner.packing.tree import tree_micro_batches
+from learner.policy import model as learner_model
+from learner.policy.model import Policy, layout_for, load_policy
 from tests.learner_support import VOCAB, make_config, make_model
 from tests.tree_support import FORESTS, VERSION, Sketch, forest, grow, rows_of
 
@@ -75,17 +76,17 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cheap_calls(put: Callable[[Any, str, Any], None]) -> None:
-    put(tree_attention, "CALL_COST", 0)
-    put(tree_attention, "JOIN_COST", 0)
-    put(tree_attention, "LONGEST_BLOCK", 3)
-    put(tree_attention, "_half", lambda size: -(-size // 2))
-    tree_attention._chain_cost.cache_clear()
+    put(attention, "CALL_COST", 0)
+    put(attention, "JOIN_COST", 0)
+    put(attention, "LONGEST_BLOCK", 3)
+    put(attention, "_half", lambda size: -(-size // 2))
+    attention._chain_cost.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def forget_costs() -> Any:
     yield
-    tree_attention._chain_cost.cache_clear()
+    attention._chain_cost.cache_clear()
 
 
 @settings(deadline=None, max_examples=60)
@@ -104,7 +105,7 @@ def test_parts_are_the_dense_mask_with_its_gradients(
             size = (one.tokens.shape[0], one.tokens.shape[1])
             by_parts, by_mask = (results(to_device(one.layout, CPU, way=way), size, groups=groups) for way in WAYS)
             assert largest_difference(by_parts, by_mask) < 1e-13
-    tree_attention._chain_cost.cache_clear()
+    attention._chain_cost.cache_clear()
 
 
 def test_parts_leave_out_what_the_mask_hides(small_parts: None) -> None:
@@ -143,7 +144,7 @@ def test_a_long_prompt_with_many_leaves_holds_no_mask_of_its_square() -> None:
     layout = to_device(layout_of([exits]), CPU)
     assert layout.parts is not None
     held = sum(bucket.hidden.numel() for bucket in layout.parts.buckets)
-    assert held <= len(exits) * tree_attention.LONGEST_BLOCK
+    assert held <= len(exits) * attention.LONGEST_BLOCK
     assert held < len(exits) ** 2 / 10
     # Pairs that are computed: half a square for each block along the diagonal, no more.
     pairs = held + sum((b - a) * (d - c) for a, b, c, d in layout.parts.rectangles)
@@ -238,10 +239,10 @@ def test_what_flex_attention_has_no_kernel_for_takes_the_dense_mask() -> None:
 
 
 def test_each_device_has_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tree_attention.ways(CPU)[0] == "parts"
+    assert attention.ways(CPU)[0] == "parts"
     for triton, way in ((True, "flex"), (False, "dense")):
-        monkeypatch.setattr(tree_attention, "has_triton", lambda triton=triton: triton)
-        assert tree_attention.ways(torch.device("cuda"))[0] == way
+        monkeypatch.setattr(attention, "has_triton", lambda triton=triton: triton)
+        assert attention.ways(torch.device("cuda"))[0] == way
 
 
 def test_without_a_layout_it_is_causal_attention_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,13 +456,13 @@ def test_gradient_checkpointing_computes_each_layer_again_with_the_layout(
 ) -> None:
     policy = float64_policy(tmp_path, gradient_checkpointing=True)
     (packed,) = passes(rows_of(MIXED), "tree")
-    kernel, calls = tree_attention._kernel, []
+    kernel, calls = attention._kernel, []
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return kernel(*args)
 
-    monkeypatch.setattr(tree_attention, "_kernel", counted)
+    monkeypatch.setattr(attention, "_kernel", counted)
     logp = scored(policy, packed)
     forward = len(calls)
     logp.sum().backward()
@@ -638,7 +639,7 @@ def test_a_model_that_raises_on_a_layout_is_found_out(tmp_path: Path, monkeypatc
 
 def test_a_model_is_saved_without_a_word_of_its_attention(tmp_path: Path) -> None:
     policy = load_policy(make_config(make_model(tmp_path / "one")))
-    assert policy.hf.config._attn_implementation == tree_attention.NAME
+    assert policy.hf.config._attn_implementation == attention.NAME
     policy.hf.save_pretrained(tmp_path / "two")
     for name in ("one", "two"):
         assert "attn" not in (tmp_path / name / "config.json").read_text()

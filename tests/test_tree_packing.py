@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atpo_async.messages import BatchTree
-from atpo_async.records import TurnRecords
-from learner.packing import MicroBatch, micro_batches
-from learner.tree_packing import attention_pairs, flops, lay_out, tree_micro_batches
+from atpo_async.wire.messages import BatchTree
+from atpo_async.wire.records import TurnRecords
+from learner.packing.rows import MicroBatch, micro_batches
+from learner.packing.tree import attention_pairs, flops, lay_out, tree_micro_batches
 from tests.learner_support import make_batch
 from tests.tree_support import (
     FORESTS,

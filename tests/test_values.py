@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from actors.environments import registry
-from actors.environments.base import Split, StepResult
-from actors.environments.checked import CheckedEnvironment
-from actors.environments.values import Limits, ValueRefused
 from actors.factory import make_environment, vocab_size
 from atpo_async.config import build
-from atpo_async.errors import ConfigError, SetupError
+from atpo_async.core.errors import ConfigError, SetupError
+from atpo_async.environments import registry
+from atpo_async.environments.base import Split, StepResult
+from atpo_async.environments.checked import CheckedEnvironment
+from atpo_async.environments.values import Limits, ValueRefused
 from tests.actor_support import NOTHING, STOP, CountingEnvironment, CountingEpisode, ints
 
 LIMITS = Limits(vocab_size=100, max_context_tokens=64)

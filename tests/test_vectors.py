@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from atpo_async.config import CorrectionConfig, CreditConfig, ObjectiveConfig
-from atpo_async.credit import (
+from atpo_async.core.credit import (
     AdvantageMode,
     Aggregation,
     TreeArrays,
@@ -30,9 +30,9 @@ from atpo_async.credit import (
     turn_weights,
     values,
 )
-from atpo_async.tree import Turn, TurnTree, VersionSpan
-from learner import correction, objective
-from learner.packing import CreditedTree, Normaliser, leaf_rows
+from atpo_async.core.tree import Turn, TurnTree, VersionSpan
+from learner.loss import correction, objective
+from learner.packing.rows import CreditedTree, Normaliser, leaf_rows
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / "at2po_vectors.json").read_text())
 SECTIONS = ("tree", "atpo_loss", "adjacent_turns", "decoupled", "weight_zoo", "ess_tempering", "tree_trace")

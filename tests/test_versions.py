@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async import cli, doctor, versions
-from atpo_async.versions import version_line, vllm_range, vllm_unfit
+from atpo_async.cli import doctor, main
+from atpo_async.run import installed
+from atpo_async.run.installed import version_line, vllm_range, vllm_unfit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,7 +48,7 @@ def test_the_doctor_names_a_vllm_outside_the_range(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_version_line_names_what_it_runs_on_and_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "version_of", lambda *names: "9.1" if "torch" in names else None)
+    monkeypatch.setattr(installed, "version_of", lambda *names: "9.1" if "torch" in names else None)
     line = version_line()
     assert line.startswith("atpo-async ")
     assert line.endswith("torch 9.1, no transformers, no accelerate, no vllm)")
@@ -55,7 +56,7 @@ def test_the_version_line_names_what_it_runs_on_and_what_is_not_there(monkeypatc
 
 @pytest.mark.parametrize("words", [["--version"], ["version"]])
 def test_the_version_is_an_option_and_a_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     assert capsys.readouterr().out == f"{version_line()}\n"
 
 

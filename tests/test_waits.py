@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from atpo_async import waits
-from atpo_async.waits import Patience, Standing, waiting
+from atpo_async.status import waits
+from atpo_async.status.waits import BoundedWait, DeferredAnswers, waiting
 
 
 def of(who: str) -> list[dict[str, object]]:
@@ -63,7 +63,7 @@ def test_the_longest_wait_comes_first_and_is_never_negative() -> None:
 
 
 def test_a_patience_is_registered_as_long_as_somebody_holds_it() -> None:
-    patience = Patience("t5", "batch 3", Soon(), lambda: 0.0, log=logging.getLogger("t5"), on="buffer")
+    patience = BoundedWait("t5", "batch 3", Soon(), lambda: 0.0, log=logging.getLogger("t5"), on="buffer")
     (found,) = of("t5")
     assert (found["what"], found["on"], found["limit_s"]) == ("batch 3", "buffer", 2.0)
     patience.on = "learner"
@@ -73,7 +73,7 @@ def test_a_patience_is_registered_as_long_as_somebody_holds_it() -> None:
 
 
 def test_a_standing_wait_lasts_over_repeated_questions_until_one_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    standing = Standing("t9")
+    standing = DeferredAnswers("t9")
     assert of("t9") == []
     standing.goes_on("trees: 0 of 4", on="actors")
     (first,) = of("t9")
@@ -94,7 +94,7 @@ def test_the_registry_can_be_read_while_other_threads_wait() -> None:
     def churn(number: int) -> None:
         while not stop.is_set():
             with waiting(f"t6-{number}", "churn"):
-                held = Patience(f"t6-{number}", "patience", Soon(), lambda: 0.0, log=logging.getLogger("t6"))
+                held = BoundedWait(f"t6-{number}", "patience", Soon(), lambda: 0.0, log=logging.getLogger("t6"))
                 waits.progress(f"t6-{number}")
                 del held
 

@@ -15,11 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from atpo_async import scratch
-from atpo_async.errors import ConfigError, SetupError
-from atpo_async.hopqa_world import World
-from learner import warm_start
-from learner.warm_start import (
+from atpo_async.core.errors import ConfigError, SetupError
+from atpo_async.environments.hopqa import warm_start
+from atpo_async.environments.hopqa.warm_start import (
     Recipe,
     demonstration_batch,
     lr_factor,
@@ -29,6 +27,8 @@ from learner.warm_start import (
     policy_folder,
     recipe_for,
 )
+from atpo_async.environments.hopqa.world import World
+from atpo_async.run import scratch
 
 TINY = Recipe(seed=1, steps=3, batch_size=4, width=32, layers=1)
 
@@ -204,7 +204,8 @@ def test_by_hand_it_prints_the_folder_and_faults_end_with_code_2(
 
 def test_seeing_that_nothing_changed_does_not_load_torch(made: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from learner.warm_start import Recipe, make_policy; "
+        "import sys; from pathlib import Path; "
+        "from atpo_async.environments.hopqa.warm_start import Recipe, make_policy; "
         f"r = make_policy(Path({str(made)!r}), Recipe(seed=1, steps=3, batch_size=4, width=32, layers=1)); "
         "sys.exit(not r.reused or 'torch' in sys.modules)"
     )
@@ -214,7 +215,17 @@ def test_seeing_that_nothing_changed_does_not_load_torch(made: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_warm_start_that_a_signal_ends_leaves_no_folder_behind(number: signal.Signals, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "learner.warm_start", "--root", str(tmp_path), "--steps", "100000", "--device", "cpu"],
+        [
+            sys.executable,
+            "-m",
+            "atpo_async.environments.hopqa.warm_start",
+            "--root",
+            str(tmp_path),
+            "--steps",
+            "100000",
+            "--device",
+            "cpu",
+        ],
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -19,12 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atpo_async import messages as m
-from atpo_async import wire
-from atpo_async.checks import MAX_NUMBER, checker
-from atpo_async.errors import BadMessage
-from atpo_async.records import TurnRecords
-from atpo_async.tree import Turn, VersionSpan
+from atpo_async.core.errors import BadMessage
+from atpo_async.core.tree import Turn, VersionSpan
+from atpo_async.wire import codec
+from atpo_async.wire import messages as m
+from atpo_async.wire.checks import MAX_NUMBER, checker
+from atpo_async.wire.records import TurnRecords
 
 UNIONS = (
     m.ActorToBuffer,
@@ -185,15 +185,15 @@ def frames_of(tree: Any, payload: bytes = b"") -> list[bytes]:
 def decode_or_refuse(frames: list[bytes]) -> None:
     """Whatever comes in, it is a message that keeps all its promises, or a BadMessage, and nothing else."""
     try:
-        message = wire.decode(frames, EVERYTHING)
+        message = codec.decode(frames, EVERYTHING)
     except BadMessage:
         return
     # Records of turns are checked when they are looked at; everything else has been.
     with contextlib.suppress(BadMessage):
         for _ in _records_of(message):
             pass
-        wire.check(message)
-    wire.encode(message)
+        codec.check(message)
+    codec.encode(message)
 
 
 def _records_of(message: Any) -> Any:
@@ -232,16 +232,16 @@ def test_every_message_comes_back_as_it_was(kind: Any) -> None:
     @settings(max_examples=25, deadline=None, derandomize=True)
     @given(of_kind(kind))
     def round_trip(message: Any) -> None:
-        frames = wire.encode(message)
-        assert contents(wire.decode(frames, EVERYTHING)) == contents(message)
+        frames = codec.encode(message)
+        assert contents(codec.decode(frames, EVERYTHING)) == contents(message)
 
     round_trip()
 
 
 def test_decoded_arrays_are_read_only_views_of_the_payload_on_8_byte_boundaries() -> None:
-    frames = wire.encode(turn())
+    frames = codec.encode(turn())
     payload = bytearray(frames[1])
-    decoded = wire.decode([frames[0], memoryview(payload)], m.ActorToBuffer)
+    decoded = codec.decode([frames[0], memoryview(payload)], m.ActorToBuffer)
     for array in (decoded.observation, decoded.action, decoded.logprobs):
         assert not array.flags.writeable
         assert array.ctypes.data % 8 == 0
@@ -250,7 +250,7 @@ def test_decoded_arrays_are_read_only_views_of_the_payload_on_8_byte_boundaries(
 
 
 def test_arrays_are_little_endian_in_one_frame_in_the_order_of_the_fields() -> None:
-    header, payload = wire.encode(turn())
+    header, payload = codec.encode(turn())
     assert len(payload) == 8 + 16 + 12
     assert payload[:8] == struct.pack("<2i", 4, 5)
     assert payload[8:20] == struct.pack("<3i", 1, 2, 3)
@@ -260,14 +260,14 @@ def test_arrays_are_little_endian_in_one_frame_in_the_order_of_the_fields() -> N
 
 def test_strided_arrays_and_numpy_scalars_are_sent_by_value() -> None:
     message = turn(action=np.arange(6, dtype=np.int32)[::2], reward=np.float64(0.5), turn_id=np.int64(3))
-    decoded = wire.decode(wire.encode(message), m.ActorToBuffer)
+    decoded = codec.decode(codec.encode(message), m.ActorToBuffer)
     assert (decoded.action.tolist(), decoded.reward, decoded.turn_id) == ([0, 2, 4], 0.5, 3)
 
 
 @pytest.mark.parametrize("array", [np.zeros(2, np.int64), np.zeros(2, np.float64), np.zeros((2, 2), np.int32)])
 def test_an_array_the_wire_does_not_carry_is_refused_at_the_sender(array: np.ndarray) -> None:
     with pytest.raises(BadMessage, match="cannot be sent"):
-        wire.encode(turn(observation=array))
+        codec.encode(turn(observation=array))
 
 
 def test_every_message_type_has_its_checks() -> None:
@@ -281,7 +281,7 @@ def test_every_message_type_has_its_checks() -> None:
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(ANY_MESSAGE, st.data())
 def test_mutated_bytes_give_a_valid_message_or_bad_message(message: Any, data: st.DataObject) -> None:
-    frames = [bytearray(f) for f in wire.encode(message)]
+    frames = [bytearray(f) for f in codec.encode(message)]
     for _ in range(data.draw(st.integers(1, 3))):
         frame = data.draw(st.sampled_from(frames))
         at = data.draw(st.integers(0, len(frame)))
@@ -315,7 +315,7 @@ ANY_VALUE = st.recursive(
 def test_a_foreign_value_anywhere_in_the_header_gives_a_valid_message_or_bad_message(
     message: Any, value: Any, data: st.DataObject
 ) -> None:
-    header, payload = wire.encode(message)
+    header, payload = codec.encode(message)
     tree = msgpack.unpackb(header)
     places: list[tuple[Any, Any]] = []
 
@@ -340,33 +340,33 @@ def test_garbage_is_a_bad_message(frames: list[bytes]) -> None:
 @pytest.mark.parametrize("num_frames", [0, 1, 3])
 def test_another_number_of_frames_is_refused(num_frames: int) -> None:
     with pytest.raises(BadMessage, match=f"{num_frames} frames; expected 2"):
-        wire.decode((wire.encode(turn()) * 2)[:num_frames], m.ActorToBuffer)
+        codec.decode((codec.encode(turn()) * 2)[:num_frames], m.ActorToBuffer)
 
 
 def test_oversize_is_refused_before_anything_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("parsed")
 
-    monkeypatch.setattr(wire, "_decode", never)
-    limits = wire.Limits(message_bytes=800)
+    monkeypatch.setattr(codec, "_decode", never)
+    limits = codec.Limits(message_bytes=800)
     with pytest.raises(BadMessage, match="header of 101 bytes exceeds 100"):
-        wire.decode([bytes(101), b""], m.ActorToBuffer, limits=limits)
+        codec.decode([bytes(101), b""], m.ActorToBuffer, limits=limits)
     with pytest.raises(BadMessage, match="message of 801 bytes exceeds 800"):
-        wire.decode([bytes(1), bytes(800)], m.ActorToBuffer, limits=limits)
+        codec.decode([bytes(1), bytes(800)], m.ActorToBuffer, limits=limits)
 
 
 def test_extension_types_are_refused() -> None:
     for data in (b"", b"x" * 4):
         with pytest.raises(BadMessage):
-            wire.decode(frames_of({"type": "run_finished", "run": msgpack.ExtType(4, data)}), m.LearnerToBuffer)
+            codec.decode(frames_of({"type": "run_finished", "run": msgpack.ExtType(4, data)}), m.LearnerToBuffer)
     with pytest.raises(BadMessage):
-        wire.decode(frames_of({"type": "run_finished", "run": msgpack.Timestamp(1, 2)}), m.LearnerToBuffer)
+        codec.decode(frames_of({"type": "run_finished", "run": msgpack.Timestamp(1, 2)}), m.LearnerToBuffer)
 
 
 def test_nesting_without_end_is_refused() -> None:
     for depth in (500, 5000, 1_000_000):
         with pytest.raises(BadMessage):
-            wire.decode([b"\x81\xa4type" + b"\x91" * depth + b"\x00", b""], m.ActorToBuffer)
+            codec.decode([b"\x81\xa4type" + b"\x91" * depth + b"\x00", b""], m.ActorToBuffer)
 
 
 LONG = b"\xff\xff\xff\xff"
@@ -404,7 +404,7 @@ def test_what_announces_more_than_it_brings_is_refused_without_room_made_for_it(
     tracemalloc.start()
     try:
         with pytest.raises(BadMessage):
-            wire.decode(frames, EVERYTHING)
+            codec.decode(frames, EVERYTHING)
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -413,7 +413,7 @@ def test_what_announces_more_than_it_brings_is_refused_without_room_made_for_it(
 
 
 def test_lists_and_maps_over_the_limit_are_refused_before_their_items_are_read() -> None:
-    too_many = wire.MAX_ITEMS + 1
+    too_many = codec.MAX_ITEMS + 1
     for tree in (
         {"type": "lease_returned", "run": "r", "actor": "a", "tree_ids": ["t"] * too_many},
         {
@@ -423,31 +423,31 @@ def test_lists_and_maps_over_the_limit_are_refused_before_their_items_are_read()
             "version": 1,
             "priorities": {f"{i}": 1.0 for i in range(too_many)},
         },
-        {**msgpack.unpackb(wire.encode(turn())[0]), "spans": [[0, 0, 3]] * too_many},
+        {**msgpack.unpackb(codec.encode(turn())[0]), "spans": [[0, 0, 3]] * too_many},
     ):
-        with pytest.raises(BadMessage, match=f"of length <= {wire.MAX_ITEMS}"):
-            wire.decode(frames_of(tree), EVERYTHING)
+        with pytest.raises(BadMessage, match=f"of length <= {codec.MAX_ITEMS}"):
+            codec.decode(frames_of(tree), EVERYTHING)
 
 
 def test_a_message_must_say_what_it_is() -> None:
     for tag, said in (("", "message type '' is unknown"), (7, "no message"), (None, "no message")):
         for union in (m.ActorToBuffer, m.ManifestRequest):
             with pytest.raises(BadMessage, match=said):
-                wire.decode(frames_of({"type": tag, "run": "r", "version": 1}), union)
+                codec.decode(frames_of({"type": tag, "run": "r", "version": 1}), union)
     with pytest.raises(BadMessage, match="message type '' is unknown"):
-        wire.decode(frames_of({"run": "r", "version": 1}), m.ManifestRequest)
+        codec.decode(frames_of({"run": "r", "version": 1}), m.ManifestRequest)
 
 
 def test_a_type_of_another_receiver_is_refused_with_those_that_are_taken() -> None:
     with pytest.raises(BadMessage, match=r"'run_finished' is unknown here; expected one of actor_hello"):
-        wire.decode(wire.encode(m.RunFinished(run="r")), m.ActorToBuffer)
+        codec.decode(codec.encode(m.RunFinished(run="r")), m.ActorToBuffer)
 
 
 def test_unknown_and_missing_fields_are_refused() -> None:
     with pytest.raises(BadMessage, match="unknown field `more`"):
-        wire.decode(frames_of({"type": "run_finished", "run": "r", "more": 1}), m.LearnerToBuffer)
+        codec.decode(frames_of({"type": "run_finished", "run": "r", "more": 1}), m.LearnerToBuffer)
     with pytest.raises(BadMessage, match="missing required field `run`"):
-        wire.decode(frames_of({"type": "run_finished"}), m.LearnerToBuffer)
+        codec.decode(frames_of({"type": "run_finished"}), m.LearnerToBuffer)
 
 
 @pytest.mark.parametrize(
@@ -473,15 +473,15 @@ def test_unknown_and_missing_fields_are_refused() -> None:
 def test_a_descriptor_that_does_not_fit_the_payload_is_refused(descriptor: Any, size: int) -> None:
     tree = {"type": "chunk", "version": 0, "index": 0, "data": descriptor}
     with pytest.raises(BadMessage):
-        wire.decode(frames_of(tree, bytes(size)), m.LearnerToActor)
+        codec.decode(frames_of(tree, bytes(size)), m.LearnerToActor)
 
 
 def test_arrays_that_overlap_are_refused() -> None:
-    header, payload = wire.encode(turn())
+    header, payload = codec.encode(turn())
     tree = msgpack.unpackb(header)
     tree["action"][1] = 0
     with pytest.raises(BadMessage, match="overlaps"):
-        wire.decode(frames_of(tree, bytes(payload)), m.ActorToBuffer)
+        codec.decode(frames_of(tree, bytes(payload)), m.ActorToBuffer)
 
 
 def test_an_array_of_another_dtype_than_its_field_is_refused() -> None:
@@ -491,10 +491,10 @@ def test_an_array_of_another_dtype_than_its_field_is_refused() -> None:
         ("logprobs", np.zeros(3, np.int32), "float32"),
     ):
         with pytest.raises(BadMessage, match=f"{field} is .* expected {expected}"):
-            wire.decode(wire.encode(turn(**{field: array})), m.ActorToBuffer)
+            codec.decode(codec.encode(turn(**{field: array})), m.ActorToBuffer)
     chunk = m.Chunk(version=0, index=0, data=np.zeros(2, np.int32))
     with pytest.raises(BadMessage, match="expected uint8"):
-        wire.decode(wire.encode(chunk), m.LearnerToActor)
+        codec.decode(codec.encode(chunk), m.LearnerToActor)
 
 
 @pytest.mark.parametrize(
@@ -534,15 +534,15 @@ def test_an_array_of_another_dtype_than_its_field_is_refused() -> None:
 )
 def test_a_turn_that_breaks_its_promises_is_refused_by_name(changes: dict[str, Any], fact: str) -> None:
     with pytest.raises(BadMessage, match=fact) as caught:
-        wire.decode(wire.encode(turn(**changes)), m.ActorToBuffer)
+        codec.decode(codec.encode(turn(**changes)), m.ActorToBuffer)
     assert "tree_id 't7'" in str(caught.value)
 
 
 def test_a_log_prob_rounded_to_just_above_zero_is_taken() -> None:
     for size in (3, 500):
-        values = np.full(size, wire.LOGPROB_SLACK, np.float32)
+        values = np.full(size, codec.LOGPROB_SLACK, np.float32)
         fine = turn(action=np.ones(size, np.int32), logprobs=values, spans=(VersionSpan(0, 0, size),))
-        assert wire.decode(wire.encode(fine), m.ActorToBuffer).logprobs.tolist() == values.tolist()
+        assert codec.decode(codec.encode(fine), m.ActorToBuffer).logprobs.tolist() == values.tolist()
 
 
 def test_long_log_probs_are_held_to_the_same_rule_as_short_ones() -> None:
@@ -551,7 +551,7 @@ def test_long_log_probs_are_held_to_the_same_rule_as_short_ones() -> None:
         values[321] = bad
         long = turn(action=np.ones(500, np.int32), logprobs=values, spans=(VersionSpan(0, 0, 500),))
         with pytest.raises(BadMessage, match=r"logprobs\[321\]"):
-            wire.decode(wire.encode(long), m.ActorToBuffer)
+            codec.decode(codec.encode(long), m.ActorToBuffer)
 
 
 def test_a_turn_inside_another_message_is_held_to_the_same_promises_when_it_is_looked_at() -> None:
@@ -566,10 +566,10 @@ def test_a_turn_inside_another_message_is_held_to_the_same_promises_when_it_is_l
         committed=TurnRecords.of([turn(), turn(reward=None)]),
     )
     leases = m.Leases(leases=(lease,), closed_because=None, retry_after_s=0, finished=False)
-    decoded = wire.decode(wire.encode(leases), m.BufferToActor)
+    decoded = codec.decode(codec.encode(leases), m.BufferToActor)
     committed = decoded.leases[0].committed
     assert contents(committed[0]) == contents(turn())
-    for look in (lambda: committed[1], lambda: list(committed), lambda: wire.check(decoded)):
+    for look in (lambda: committed[1], lambda: list(committed), lambda: codec.check(decoded)):
         with pytest.raises(BadMessage, match="reward is None"):
             look()
 
@@ -577,18 +577,18 @@ def test_a_turn_inside_another_message_is_held_to_the_same_promises_when_it_is_l
 def test_records_travel_as_they_are() -> None:
     records = TurnRecords.of([turn(turn_id=i, parent_id=i - 1) for i in (1, 2, 3)])
     batch = batch_of(records)
-    header, payload = wire.encode(batch)
+    header, payload = codec.encode(batch)
     assert b"".join(records.parts) in payload
     assert msgpack.unpackb(header)["trees"][0]["turns"] == [2, 16, records.nbytes, 3]
-    received = wire.decode([header, payload], m.BufferToLearner).trees[0].turns
+    received = codec.decode([header, payload], m.BufferToLearner).trees[0].turns
     assert [bytes(part) for part in received.parts] == [b"".join(records.parts)]
     # And on, by whoever received them.
-    assert wire.encode(batch_of(received)) == [header, payload]
+    assert codec.encode(batch_of(received)) == [header, payload]
 
 
 def test_arrays_of_records_are_views_of_the_payload_on_8_byte_boundaries() -> None:
-    _, payload = frames = wire.encode(batch_of((turn(), turn(turn_id=4))))
-    for one in wire.decode(frames, m.BufferToLearner).trees[0].turns:
+    _, payload = frames = codec.encode(batch_of((turn(), turn(turn_id=4))))
+    for one in codec.decode(frames, m.BufferToLearner).trees[0].turns:
         for array in (one.observation, one.action, one.logprobs):
             assert np.shares_memory(array, np.frombuffer(payload, np.uint8))
             assert not array.flags.writeable
@@ -597,7 +597,7 @@ def test_arrays_of_records_are_views_of_the_payload_on_8_byte_boundaries() -> No
 
 def test_plain_turns_are_sent_as_records() -> None:
     turns = (turn(turn_id=1, parent_id=0), turn(turn_id=2))
-    assert wire.encode(batch_of(turns)) == wire.encode(batch_of(TurnRecords.of(turns)))
+    assert codec.encode(batch_of(turns)) == codec.encode(batch_of(TurnRecords.of(turns)))
 
 
 @pytest.mark.parametrize(
@@ -612,19 +612,19 @@ def test_plain_turns_are_sent_as_records() -> None:
     ],
 )
 def test_a_descriptor_of_records_that_cannot_be_is_refused(change: Any, fact: str) -> None:
-    header, payload = wire.encode(batch_of((turn(), turn())))
+    header, payload = codec.encode(batch_of((turn(), turn())))
     tree = msgpack.unpackb(header)
     tree["trees"][0]["turns"] = change(tree["trees"][0]["turns"])
     with pytest.raises(BadMessage, match=fact):
-        wire.decode(frames_of(tree, bytes(payload)), m.BufferToLearner)
+        codec.decode(frames_of(tree, bytes(payload)), m.BufferToLearner)
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_another_number_of_turns_than_announced_is_refused_when_they_are_looked_at(count: int) -> None:
-    header, payload = wire.encode(batch_of((turn(), turn())))
+    header, payload = codec.encode(batch_of((turn(), turn())))
     tree = msgpack.unpackb(header)
     tree["trees"][0]["turns"][3] = count
-    turns = wire.decode(frames_of(tree, bytes(payload)), m.BufferToLearner).trees[0].turns
+    turns = codec.decode(frames_of(tree, bytes(payload)), m.BufferToLearner).trees[0].turns
     with pytest.raises(BadMessage, match=r"3 turns were announced|the last of 1 records"):
         turns[0]
 
@@ -637,7 +637,7 @@ def test_another_number_of_turns_than_announced_is_refused_when_they_are_looked_
 def test_the_short_way_for_turns_takes_nothing_that_the_long_one_refuses_and_gives_the_same(
     message: Turn, data: st.DataObject
 ) -> None:
-    header, payload = (bytes(f) for f in wire.encode(message))
+    header, payload = (bytes(f) for f in codec.encode(message))
     if data.draw(st.booleans()):
         name, value = data.draw(st.sampled_from(sorted(UNUSUAL.items())))
         tree = msgpack.unpackb(header)
@@ -667,11 +667,11 @@ UNUSUAL: dict[str, list[Any]] = {
 def both_ways(frames: Sequence[bytes | memoryview]) -> str:
     long: Any = None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wire, "_plain_turn", lambda value, payload: None)
+        patch.setattr(codec, "_plain_turn", lambda value, payload: None)
         with contextlib.suppress(BadMessage):
-            long = wire.decode(frames, m.ActorToBuffer)
+            long = codec.decode(frames, m.ActorToBuffer)
     try:
-        short = wire.decode(frames, m.ActorToBuffer)
+        short = codec.decode(frames, m.ActorToBuffer)
     except BadMessage:
         assert long is None
         return "refused"
@@ -687,16 +687,16 @@ def test_every_float_that_may_be_a_log_prob_and_no_other_is_taken_either_way() -
     for bits in edges + [high << 24 | low for high in range(256) for low in (0, 0x7FFFFF, 0x800000, 0xFFFFFF)]:
         value = np.array([bits], np.uint32).view(np.float32)
         one = turn(action=np.ones(1, np.int32), logprobs=value, spans=(VersionSpan(0, 0, 1),))
-        fits = bool(np.isfinite(value[0]) and value[0] <= wire.LOGPROB_SLACK)
-        assert both_ways(wire.encode(one)) == ("same" if fits else "refused"), hex(bits)
+        fits = bool(np.isfinite(value[0]) and value[0] <= codec.LOGPROB_SLACK)
+        assert both_ways(codec.encode(one)) == ("same" if fits else "refused"), hex(bits)
 
 
 def test_arrays_in_another_order_are_taken_the_long_way() -> None:
-    header, payload = wire.encode(turn())
+    header, payload = codec.encode(turn())
     tree = msgpack.unpackb(header)
     tree["action"], tree["observation"] = [0, 0, 3], [0, 16, 2]
     moved = bytes(payload[8:24]) + bytes(payload[:8]) + bytes(payload[24:])
-    assert contents(wire.decode(frames_of(tree, moved), m.ActorToBuffer)) == contents(turn())
+    assert contents(codec.decode(frames_of(tree, moved), m.ActorToBuffer)) == contents(turn())
 
 
 # --- ranges ----------------------------------------------------------------------------------------------------
@@ -725,20 +725,20 @@ def test_arrays_in_another_order_are_taken_the_long_way() -> None:
 )
 def test_what_is_out_of_range_is_refused_by_name(message: Any, fact: str) -> None:
     with pytest.raises(BadMessage, match=fact):
-        wire.decode(wire.encode(message), EVERYTHING)
+        codec.decode(codec.encode(message), EVERYTHING)
 
 
 def test_counts_are_not_negative_and_floats_are_finite() -> None:
     with pytest.raises(BadMessage, match="count is -1"):
-        wire.decode(wire.encode(m.LeaseRequest(run="r", actor="a", count=-1, version=0)), m.ActorToBuffer)
+        codec.decode(codec.encode(m.LeaseRequest(run="r", actor="a", count=-1, version=0)), m.ActorToBuffer)
     trained = m.Trained(run="r", batch_id=1, version=2, priorities={"t": math.nan})
     with pytest.raises(BadMessage, match=r"priorities\['t'\] is nan"):
-        wire.decode(wire.encode(trained), m.LearnerToBuffer)
+        codec.decode(codec.encode(trained), m.LearnerToBuffer)
 
 
 def test_one_metric_that_is_not_finite_does_not_cost_an_actor_its_report() -> None:
     report = m.ActorReport(run="r", actor="a", version=-1, tree_ids=(), metrics={"x": math.nan})
-    assert math.isnan(wire.decode(wire.encode(report), m.ActorToBuffer).metrics["x"])
+    assert math.isnan(codec.decode(codec.encode(report), m.ActorToBuffer).metrics["x"])
 
 
 def test_a_manifest_whose_tensors_do_not_fit_is_refused() -> None:
@@ -759,7 +759,7 @@ def test_a_manifest_whose_tensors_do_not_fit_is_refused() -> None:
         return m.TensorSpec(name="w", dtype="float32", shape=shape, offset=offset, nbytes=nbytes)
 
     fits = manifest(spec((4, 4), 64, 64), spec((4,), 0, 16))
-    assert wire.decode(wire.encode(fits), m.LearnerToActor).tensors == fits.tensors
+    assert codec.decode(codec.encode(fits), m.LearnerToActor).tensors == fits.tensors
     for bad in (
         manifest(spec((4,), 0, 15)),
         manifest(spec((4,), 120, 16)),
@@ -774,4 +774,4 @@ def test_a_manifest_whose_tensors_do_not_fit_is_refused() -> None:
         msgspec.structs.replace(fits, probe_tolerance=-1.0),
     ):
         with pytest.raises(BadMessage):
-            wire.decode(wire.encode(bad), m.LearnerToActor)
+            codec.decode(codec.encode(bad), m.LearnerToActor)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
-import atpo_async.wire  # noqa: F401  TurnRecords.of encodes with it
+import atpo_async.wire.codec  # noqa: F401  TurnRecords.of encodes with it
 from atpo_async.config import CreditConfig
-from atpo_async.messages import BatchTree
-from atpo_async.records import TurnRecords
-from atpo_async.tree import Turn, spans_of
-from learner.packing import Aggregation, CreditedTree, MicroBatch, Normaliser, Row, leaf_rows
+from atpo_async.core.tree import Turn, spans_of
+from atpo_async.wire.messages import BatchTree
+from atpo_async.wire.records import TurnRecords
+from learner.packing.rows import Aggregation, CreditedTree, MicroBatch, Normaliser, Row, leaf_rows
 from tests.learner_support import VOCAB
 
 VERSION = 9

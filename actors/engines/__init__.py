@@ -1,0 +1,1 @@
+"""Engines: the protocol, transformers and vLLM."""

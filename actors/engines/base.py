@@ -1,0 +1,120 @@
+"""The Engine protocol: tokens in, tokens out, versions per token, weights swapped while requests are in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from atpo_async.core.tree import VersionSpan
+from atpo_async.wire.messages import WeightsManifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to sample one action.  ``temperature`` 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 for no limit."""
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    """The token that ends the action; it is part of the action."""
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One finished request."""
+
+    token_ids: np.ndarray
+    """int32[T], T >= 1, stop token included."""
+    logprobs: np.ndarray
+    """float32[T], nats: under the distribution that sampled (after temperature, top-p, top-k)."""
+    spans: tuple[VersionSpan, ...]
+    stop_reason: Literal["stop", "length"]
+    cached_prompt_tokens: int
+    """Prompt tokens served from the prefix cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapReport:
+    version: int
+    pause_s: float
+    """From pause to resume: how long generation stood still."""
+    load_s: float
+    probe_error: float
+    """Nats: how far the engine's log-probs of the probe are off the learner's, as noise on the logits
+    (``actors.engines.probe``)."""
+    in_flight: int
+    """Requests that were running when the swap began; they go on with the new weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Counters since the engine started."""
+
+    version: int
+    in_flight: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    generated_tokens: int
+    finished_requests: int
+    failed_requests: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsFile:
+    """Verified weights on local storage: the payload at ``path`` is laid out as ``manifest.tensors`` says."""
+
+    path: Path
+    manifest: WeightsManifest
+
+
+class Engine(Protocol):
+    """A policy that generates.  All methods belong to one event loop."""
+
+    async def start(self) -> None:
+        """Load the model and warm up.  Raises SetupError if the model or the device is not there."""
+
+    async def generate(
+        self,
+        prompt: Sequence[int] | np.ndarray,
+        sampling: Sampling,
+        *,
+        request_id: str,
+        on_running: Callable[[], None] = lambda: None,
+    ) -> Generation:
+        """Sample one action after ``prompt``.  Raises GenerationFailed; cancelling it aborts the request.
+
+        ``on_running`` is called once, when the request has left the queue: a limit on an action begins then.
+        """
+
+    async def swap(self, weights: WeightsFile) -> SwapReport:
+        """Take up other weights while requests are in flight, then reproduce the manifest's probe.
+
+        Requests in flight keep their tokens and go on under the new weights.
+
+        Raises:
+            WeightsRejected: a tensor is missing or has another shape, or the version is older.  Nothing was touched:
+                the engine goes on with the weights it has.
+            ProbeMismatch: naming the version, and the tensor that was not taken up or what the probe is off by.  The
+                old weights are gone and the new ones not to be trusted: requests wait, those in flight too, until
+                another ``swap``, which may be to the same version, has been reproduced.
+            WaitTimeout: it took longer than the engine allows.
+            EngineDead: the new weights were not taken up whole.
+
+        After the last two, and after being cancelled, every request fails with EngineDead.
+        """
+
+    async def score(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float32[len - 1]: log-prob of each token given the ones before it, at temperature 1."""
+
+    def stats(self) -> EngineStats: ...
+
+    async def close(self) -> None:
+        """End every process the engine started.  Idempotent."""

@@ -1,1 +1,0 @@
-"""Environments: the protocol and the built-in ones, by name."""

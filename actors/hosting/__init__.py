@@ -1,0 +1,1 @@
+"""Runs the code of an environment where it can harm neither the actor nor other tasks."""

@@ -1,0 +1,440 @@
+"""An event loop in a thread of its own for code that may hold it up, and whose fault it is when it does.
+
+Everything that a call does, in the tasks that it starts as well, is timed slice by slice: while one call holds the loop
+up, the others' time stands still.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import ctypes
+import itertools
+import logging
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+from atpo_async.core.texts import of_error
+
+log = logging.getLogger("atpo.actor.environment")
+
+T = TypeVar("T")
+
+MAX_POOL_THREADS = 1024
+"""Of one loop's ``asyncio.to_thread``.  Calls beyond them wait; idle ones are used again."""
+
+HELD_UP_S = 1.0
+"""A loop that one slice holds up for longer is worth a line."""
+
+FAREWELL_S = 1.0
+"""For what still runs on a loop to end once it is cancelled."""
+
+
+class Interrupted(BaseException):
+    """Raised inside a call that has held its loop up for longer than it may."""
+
+
+class LoopLost(Exception):
+    """The loop is held up for good by another call: this one has to be made again on another loop."""
+
+
+class EnvironmentFault(Exception):
+    """What an environment raised that must not be raised elsewhere: exit(), a cancellation, an interrupt."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(of_error(error))
+        self.error = error
+
+
+class DaemonThreads(ThreadPoolExecutor):
+    """A thread more whenever all are busy, up to a limit; none keeps the process alive.
+
+    A ``ThreadPoolExecutor`` by name only: a loop accepts no other, and its own threads are joined at exit, so that one
+    hanging tool would keep a finished role from ending.
+    """
+
+    def __init__(self, max_threads: int, name: str) -> None:
+        super().__init__(max_workers=1)
+        self._max_threads = max_threads
+        self._name = name
+        self._todo: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._guard = threading.Lock()
+        self._started = self._pending = 0
+        self._since: dict[int, float] = {}
+        """Busy thread -> since when."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+        with self._guard:
+            if self._started < min(self._pending + 1, self._max_threads):
+                threading.Thread(target=self._work, name=f"{self._name}-{self._started}", daemon=True).start()
+                self._started += 1
+            self._pending += 1
+        self._todo.put((future, lambda: fn(*args, **kwargs)))
+        return future
+
+    def _work(self) -> None:
+        me = threading.get_ident()
+        while True:
+            future, work = self._todo.get()
+            if future.set_running_or_notify_cancel():
+                self._since[me] = time.monotonic()
+                try:
+                    result = work()
+                except BaseException as exc:  # exit() in a thread ends nothing
+                    future.set_exception(exc)
+                else:
+                    future.set_result(result)
+                self._since.pop(me, None)
+            del future, work
+            with self._guard:
+                self._pending -= 1
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Nothing is waited for: the threads end with the process."""
+
+    def busy_over(self, seconds: float) -> int:
+        """How many threads have been at the same work for longer."""
+        now = time.monotonic()
+        return sum(now - since > seconds for since in list(self._since.values()))
+
+
+class Call(Generic[T]):
+    """One call into an environment.  Made by, and answered in, the loop that waits for it."""
+
+    def __init__(
+        self, what: str, work: Callable[[], Awaitable[T]], discard: Callable[[T], Awaitable[None]] | None
+    ) -> None:
+        self.what = what
+        self.work = work
+        self.discard = discard
+        """Ends a result that comes after nobody waits for it any more."""
+        self.waiting_loop = asyncio.get_running_loop()
+        self.answer: asyncio.Future[T] = self.waiting_loop.create_future()
+        self.ended: asyncio.Future[None] = self.waiting_loop.create_future()
+        """Done once nothing of it runs any more."""
+        self.closes = False
+        """It ends an episode: it goes on when nobody waits for it."""
+        self.dropped = False
+        """Nobody waits for its answer."""
+        self.unattended_since: float | None = None
+        """Since it was answered or dropped; tasks of it may go on."""
+        self.task: asyncio.Task[None] | None = None
+        self.submitted = time.monotonic()
+        self.busy_s = 0.0
+        """For how long it has held the loop, in finished slices."""
+        self.loop_busy_before_s = 0.0
+
+    def leave_alone(self) -> None:
+        """Nobody waits for it any more."""
+        if self.unattended_since is None:
+            self.unattended_since = time.monotonic()
+
+    def settle(self, result: T | None, error: BaseException | None) -> None:
+        """In the waiting loop."""
+        self.leave_alone()
+        if not self.ended.done():
+            self.ended.set_result(None)
+        if self.answer.done():
+            return
+        if error is None:
+            self.answer.set_result(result)  # type: ignore[arg-type]
+        elif isinstance(error, Exception):
+            self.answer.set_exception(error)
+        else:
+            self.answer.set_exception(EnvironmentFault(error))
+
+
+class LoopThread:
+    """One event loop in a daemon thread.
+
+    Args:
+        name: of the thread, for stacks.
+        note: told in this thread what begins here and, with an empty text, that nothing is under way.
+        held_up: told in this thread which call held the loop up for over ``HELD_UP_S``, and for how many seconds; of
+            many not all.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        note: Callable[[str], None] = lambda what: None,
+        held_up: Callable[[str, float], None] = lambda what, took_s: None,
+    ) -> None:
+        self.name = name
+        self._note = note
+        self._tell_held_up = held_up
+        self._guard = threading.Lock()
+        self._slice: tuple[Call[Any], float] | None = None
+        self._busy_s = 0.0
+        self._held_up = 0
+        self._open: dict[Call[Any], None] = {}
+        """Submitted and not settled; of the waiting loop."""
+        self._begun: dict[Call[Any], None] = {}
+        """Of this thread."""
+        self._ending = False
+        self.abandoned = False
+        self.pool = DaemonThreads(MAX_POOL_THREADS, f"{name}-pool")
+        # Not by the policy, which an environment may have changed.
+        self.loop = asyncio.SelectorEventLoop()
+        self.loop.set_default_executor(self.pool)
+        self.loop.set_exception_handler(self._on_loop_error)
+        self.loop.set_task_factory(self._task)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    # --- for whoever waits -------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def open_calls(self) -> list[Call[Any]]:
+        return list(self._open)
+
+    def submit(
+        self,
+        what: str,
+        work: Callable[[], Awaitable[T]],
+        discard: Callable[[T], Awaitable[None]] | None = None,
+        *,
+        closes: bool = False,
+    ) -> Call[T]:
+        """Begin a call as soon as the loop is free.  Raises LoopLost where it will never be."""
+        if self.abandoned:
+            raise LoopLost(f"{self.name} is held up for good")
+        call = Call(what, work, discard)
+        call.closes = closes
+        call.loop_busy_before_s = self.busy_s()
+        self._open[call] = None
+        call.answer.add_done_callback(_retrieved)
+        call.ended.add_done_callback(lambda _: self._open.pop(call, None))
+        self._soon(self._begin, call)
+        return call
+
+    def busy_s(self) -> float:
+        """For how long calls have held the loop so far."""
+        held = self._slice
+        return self._busy_s + (0.0 if held is None else time.monotonic() - held[1])
+
+    def used_s(self, call: Call[Any]) -> float:
+        """Since it was submitted, less what other calls have held the loop up for meanwhile."""
+        held = self._slice
+        own_s = call.busy_s + (time.monotonic() - held[1] if held is not None and held[0] is call else 0.0)
+        others_s = self.busy_s() - call.loop_busy_before_s - own_s
+        return time.monotonic() - call.submitted - max(0.0, others_s)
+
+    def holder(self) -> tuple[Call[Any], float] | None:
+        """(the call that holds the loop now, for how many seconds)."""
+        held = self._slice
+        return None if held is None else (held[0], time.monotonic() - held[1])
+
+    def held_up(self, for_s: float) -> bool:
+        """Whether one call has held the loop for longer."""
+        held = self._slice
+        return held is not None and time.monotonic() - held[1] > for_s
+
+    def drop(self, call: Call[Any]) -> None:
+        """Nobody waits for it any more: it is cancelled, or interrupted where it holds the loop."""
+        call.dropped = True
+        call.leave_alone()
+        call.answer.cancel()
+        self._soon(self._cancel, call)
+
+    def interrupt(self, call: Call[Any] | None = None) -> None:
+        """Raise ``Interrupted`` in a call, in any where None, if it holds the loop now.
+
+        What waits inside C does not notice before it comes back.
+        """
+        with self._guard:  # so that it cannot end meanwhile
+            held = self._slice
+            if held is not None and call in (None, held[0]) and self._thread.ident is not None:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(self._thread.ident), ctypes.py_object(Interrupted)
+                )
+
+    async def responds(self, within_s: float) -> bool:
+        """Whether the loop still turns.  Waits for: its next turn, at most ``within_s``."""
+        waiting_loop = asyncio.get_running_loop()
+        turned = asyncio.Event()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):
+                waiting_loop.call_soon_threadsafe(turned.set)
+
+        self._soon(tell)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(turned.wait(), timeout=within_s)
+        return turned.is_set()
+
+    def stack(self) -> str:
+        """Where the thread is now, the innermost call first."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        found = traceback.extract_stack(frame) if frame is not None else []
+        own = [f for f in found if f.filename != __file__ and "/asyncio/" not in f.filename]
+        return " < ".join(f"{f.filename}:{f.lineno} {f.name}" for f in reversed(own[-3:]))
+
+    def abandon(self) -> None:
+        """Give it up: whoever waits for a call hears ``LoopLost``; the thread ends when it comes back."""
+        self.abandoned = True
+        for call in list(self._open):
+            call.dropped = True
+            if not call.answer.done():
+                call.answer.set_exception(LoopLost(f"{self.name} is held up for good"))
+            if not call.ended.done():
+                call.ended.set_result(None)
+        self.stop()
+
+    def stop(self) -> None:
+        """End the thread as soon as its loop turns."""
+        self._ending = True
+        self._soon(self.loop.stop)
+
+    def _soon(self, call: Callable[..., object], *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # closed meanwhile: nobody is left to hear it
+            self.loop.call_soon_threadsafe(call, *args)
+
+    # --- in the thread -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Waits for: ``stop``.  exit() in a task that the environment started ends neither thread nor actor."""
+        with contextlib.suppress(Exception):
+            asyncio.set_event_loop(self.loop)
+        while not self._ending and not self.loop.is_closed():
+            try:
+                self.loop.run_forever()
+            except BaseException as exc:
+                if not self._ending:
+                    log.warning("%s: %s left the event loop, which goes on", self.name, of_error(exc))
+        with contextlib.suppress(BaseException):
+            if left := asyncio.all_tasks(self.loop):
+                for task in left:
+                    task.cancel()
+                self.loop.run_until_complete(asyncio.wait(left, timeout=FAREWELL_S))
+            self.loop.close()
+
+    def _begin(self, call: Call[Any]) -> None:
+        if not call.dropped:
+            _calling.set(call)
+            call.task = self.loop.create_task(self._drive(call), name=call.what)
+            _calling.set(None)
+
+    def _cancel(self, call: Call[Any]) -> None:
+        if call.task is not None:
+            call.task.cancel()
+        else:
+            self._answer(call, None, None)
+
+    async def _drive(self, call: Call[T]) -> None:
+        self._begun[call] = None
+        self._note(call.what)
+        result: T | None = None
+        error: BaseException | None = None
+        try:
+            result = await _made(call.work)
+            if call.dropped and call.discard is not None:
+                await call.discard(result)
+        # Whatever it is, exit() and a cancellation that leaked from a tool included, belongs to this call alone.
+        except BaseException as exc:
+            error = exc
+        del self._begun[call]
+        self._note(next(reversed(self._begun)).what if self._begun else "")
+        self._answer(call, result, error)
+
+    def _answer(self, call: Call[T], result: T | None, error: BaseException | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the waiting loop has been closed
+            call.waiting_loop.call_soon_threadsafe(call.settle, result, error)
+
+    def _task(
+        self, loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T] | Generator[Any, None, T], **more: Any
+    ) -> asyncio.Future[T]:
+        """A loop's task factory: whatever a call starts is timed as a part of it."""
+        call = _calling.get()
+        if call is None or not asyncio.iscoroutine(coro):
+            return asyncio.Task(coro, loop=loop, **more)
+        return asyncio.Task(_awaited(_Timed(coro, self, call)), loop=loop, **more)
+
+    def _enter(self, call: Call[Any]) -> None:
+        self._slice = (call, time.monotonic())
+
+    def _leave(self) -> None:
+        with self._guard:
+            held, self._slice = self._slice, None
+            if held is None:
+                return
+            call, since = held
+            took_s = time.monotonic() - since
+            call.busy_s += took_s
+            self._busy_s += took_s
+        if took_s <= HELD_UP_S or self.abandoned:
+            return
+        self._held_up += 1
+        if self._held_up & (self._held_up - 1) == 0:  # of many not all are told
+            self._tell_held_up(call.what, took_s)
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if self._ending:
+            return
+        error = context.get("exception")
+        text = "" if error is None else f": {of_error(error)}"
+        log.warning("%s: %s%s", self.name, context.get("message", "an error in its event loop"), text)
+
+
+def _retrieved(answer: asyncio.Future[Any]) -> None:
+    """Who was to hear it may have gone: asyncio shall not complain of an error that nobody took."""
+    if not answer.cancelled():
+        answer.exception()
+
+
+_calling: contextvars.ContextVar[Call[Any] | None] = contextvars.ContextVar("atpo_environment_call", default=None)
+
+
+async def _made(work: Callable[[], Awaitable[T]]) -> T:
+    return await work()
+
+
+async def _awaited(awaitable: Awaitable[T]) -> T:
+    return await awaitable
+
+
+class _Timed(Generic[T]):
+    """Awaits a coroutine and tells its loop's thread when it runs."""
+
+    def __init__(self, coro: Coroutine[Any, Any, T], thread: LoopThread, call: Call[Any]) -> None:
+        self._coro = coro
+        self._thread = thread
+        self._call = call
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        go_on: Callable[[Any], Any] = self._coro.send
+        value: Any = None
+        while True:
+            self._thread._enter(self._call)
+            try:
+                waited_for = go_on(value)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+            finally:
+                self._thread._leave()
+            try:
+                value = yield waited_for
+                go_on = self._coro.send
+            except BaseException as exc:
+                value, go_on = exc, self._coro.throw
+
+
+_counter = itertools.count()
+
+
+def next_name(label: str) -> str:
+    """A thread's name that no other has."""
+    return f"{label}-{next(_counter)}"

@@ -1,0 +1,135 @@
+"""What `atpo train` begins with, and what it says of that and at its end: what goes on, what is new, what is saved."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from atpo_async.config import Config, resuming
+from atpo_async.config.idle_settings import idle_settings
+from atpo_async.config.resuming import Start
+from atpo_async.models.policy import list_checkpoints, steps_trained, with_path
+from atpo_async.ops import starting
+from atpo_async.run.metrics import Record, read_metrics
+from atpo_async.run.rundir import RunDir, going_on
+
+REFUSED = "dropped/"
+"""Begins the learner's metrics of trees that it left out, by reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beginning:
+    """A run before anything is started."""
+
+    config: Config
+    known: RunDir | None
+    """As it was found; None for a new one."""
+    anew: bool = False
+    """It is there, nothing was trained in it, and it begins again with another configuration."""
+    start: Start | None = None
+    """The policy of another run, to be moved into this one."""
+
+    @property
+    def checked(self) -> Config:
+        """``config`` with its policy where that lies now."""
+        return self.config if self.start is None else with_path(self.config, self.start.folder)
+
+
+@contextlib.contextmanager
+def beginning(config: Config, begin_from: str | None) -> Iterator[Beginning]:
+    """What ``config`` and ``--from`` come to; a policy put together for it goes after the block unless the run took it.
+
+    Raises:
+        RunMismatch: the run is there and may not go on with that.
+        SetupError: there is no such policy.
+    """
+    path = config.run.dir / config.run.name
+    known = RunDir.open(path) if (path / "run.json").is_file() else None
+    with contextlib.ExitStack() as stack:
+        if begin_from is not None:
+            source = starting.find(begin_from, config.run.dir)
+            if known is None or not starting.is_same(source, known):
+                config, start = stack.enter_context(starting.assembled(source, config))
+                yield Beginning(config=config, known=known, anew=known is not None, start=start)
+                return
+        anew = False
+        if known is not None:
+            config, anew = going_on(known, config)
+        yield Beginning(config=config, known=known, anew=anew)
+
+
+def at_the_start(begun: Beginning, rundir: RunDir) -> list[str]:
+    """Lines about a run that begins or goes on: whose policy, what was changed, which curve jumps."""
+    lines = []
+    if rundir.started_from is not None:
+        lines.append(starting.described(rundir.started_from))
+    known = begun.known
+    if known is None:
+        return lines
+    if begun.anew:
+        lines.append("nothing was trained in this folder yet: it begins anew with this configuration")
+    steps = 0 if begun.anew else steps_trained(known)
+    return lines + resuming.told(known.config, rundir.config, updates=_updates(known, steps), steps=steps)
+
+
+def idle(config: Config, rundir: RunDir) -> list[str]:
+    """Settings without effect; not those that a run which began with another one's policy cannot have."""
+    lines = idle_settings(config)
+    if rundir.started_from is None:
+        return lines
+    return [line for line in lines if not line.startswith("model.warm_start")]
+
+
+def _updates(rundir: RunDir, steps: int) -> int:
+    """Optimizer steps that its newest checkpoint holds."""
+    learner = rundir.config.learner
+    checkpoints = list_checkpoints(rundir.checkpoints)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        return int(json.loads((checkpoints[-1] / "state.json").read_text(encoding="utf-8"))["updates"])
+    return steps * learner.minibatches * learner.epochs
+
+
+def saved(rundir: RunDir) -> str:
+    """How far a run that was stopped is kept, and what of it is not."""
+    steps, wanted = steps_trained(rundir), rundir.config.run.steps
+    seen = max((r.step for r in read_metrics(rundir.metrics_path) if "train/loss" in r.metrics), default=0)
+    if not steps:
+        lost = f"  Steps 1 to {seen} were not saved and are done again." if seen else ""
+        return f"Nothing is saved: the run begins with step 1 of {wanted}.{lost}"
+    lost = "" if seen <= steps else f"  What was done after it, to step {seen}, was not saved and is done again."
+    return f"Saved: step {steps} of {wanted}.{lost}"
+
+
+def trained(records: Iterable[Record]) -> str:
+    """How much a run was trained on, for its last line; empty where nothing is known of that.
+
+    A step that was done again counts as it was done last.
+    """
+    by_step: dict[int, dict[str, float]] = {}
+    for record in records:
+        if record.source == "learner" and "batch/trees" in record.metrics:
+            by_step[record.step] = dict(record.metrics)
+    if not by_step:
+        return ""
+    trees = {step: int(metrics.get("batch/trained", metrics["batch/trees"])) for step, metrics in by_step.items()}
+    empty = sum(not count for count in trees.values())
+    line = f"trained on {sum(trees.values())} trees in {len(trees) - empty} of {len(trees)} steps"
+    if empty:
+        line += f"; {_steps(empty)} had none to learn from"
+    without = int(sum(metrics.get("buffer/no_signal_trees", 0) for metrics in by_step.values()))
+    refused = int(sum(v for metrics in by_step.values() for k, v in metrics.items() if k.startswith(REFUSED)))
+    failed = int(
+        sum(
+            metrics.get("buffer/dropped_no_leaf", 0) + metrics.get("buffer/dropped_one_leaf", 0)
+            for metrics in by_step.values()
+        )
+    )
+    said = [(without, "without a signal"), (failed, "failed"), (refused, "refused or too old")]
+    more = ", ".join(f"{count} {what}" for count, what in said if count)
+    return f"{line}.  Other trees: {more}" if more else line
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"

@@ -1,0 +1,1 @@
+"""Vocabulary and pure rules that every other package builds on."""

@@ -1,0 +1,142 @@
+"""An environment as the search sees it: whatever it hands over has been checked (``values.py``)."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+import numpy as np
+
+from atpo_async.core.errors import ConfigError
+from atpo_async.core.texts import of_error
+from atpo_async.environments.base import Environment, Episode, Split, StepResult
+from atpo_async.environments.values import (
+    PROMPT_TOO_LONG,
+    Limits,
+    ValueRefused,
+    number_of_tasks,
+    reading,
+    refuse,
+    step_result,
+    stop_ids,
+    token_ids,
+)
+
+log = logging.getLogger("atpo.actor.environment")
+
+T = TypeVar("T")
+
+EPISODE_PARTS = ("prompt", "step", "close")
+
+
+class CheckedEnvironment:
+    """An environment that hands over only what the protocol promises.
+
+    Args:
+        plain: the user's.
+        name: ``environment.name``, for the errors.
+        limits: of the model and the search.
+
+    Raises:
+        ConfigError: stop ids or a number of tasks that cannot be; the environment is not used then.
+    """
+
+    def __init__(self, plain: Environment, *, name: str, limits: Limits) -> None:
+        self.plain = plain
+        self.limits = limits
+        self._label = f"environment {name!r}"
+        self.stop_token_ids = stop_ids(_read(plain, "stop_token_ids", self._label), self._label, limits)
+        self._num_tasks: dict[Split, int | None] = {}
+        self.num_tasks("train")  # the other split is not everybody's
+
+    def num_tasks(self, split: Split) -> int | None:
+        """Asked for once.  Raises ConfigError."""
+        if split not in self._num_tasks:
+            try:
+                value = self.plain.num_tasks(split)
+            except Exception as exc:
+                raise ConfigError(f"{self._label}: num_tasks({split!r}) failed: {of_error(exc)}") from exc
+            self._num_tasks[split] = number_of_tasks(value, split, self._label)
+        return self._num_tasks[split]
+
+    async def start(self, split: Split, task_index: int) -> CheckedEpisode:
+        """Raises ValueRefused for an episode or a prompt that is none; whatever else the environment raises."""
+        where = f"{self._label}, task {task_index} ({split})"
+        plain = await _awaited(self.plain.start(split, task_index), "start", where)
+        return await self._episode(plain, where, "start", steps=0)
+
+    async def replay(self, split: Split, task_index: int, actions: tuple[np.ndarray, ...]) -> CheckedEpisode:
+        """As ``start``."""
+        where = f"{self._label}, task {task_index} ({split})"
+        plain = await _awaited(self.plain.replay(split, task_index, actions), "replay", where)
+        return await self._episode(plain, where, "replay", steps=len(actions))
+
+    async def _episode(self, plain: Any, where: str, what: str, *, steps: int) -> CheckedEpisode:
+        limits = self.limits
+        try:
+            with reading(where, "prompt", plain):
+                _check_parts(plain, where, what)
+                prompt = token_ids(
+                    plain.prompt, "prompt", where, limits, most=limits.max_context_tokens - 1, reason=PROMPT_TOO_LONG
+                )
+            if not len(prompt):
+                raise ValueRefused("prompt", f"{where}: prompt is empty; expected at least one token")
+        except BaseException:
+            await _close(plain, where)
+            raise
+        return CheckedEpisode(plain, prompt, where, limits, steps)
+
+
+class CheckedEpisode:
+    """One task under way, of a ``CheckedEnvironment``."""
+
+    def __init__(self, plain: Episode, prompt: np.ndarray, where: str, limits: Limits, steps: int) -> None:
+        self.prompt = prompt
+        """int32[P], P >= 1."""
+        self._plain = plain
+        self._where = where
+        self._limits = limits
+        self._steps = steps
+
+    async def step(self, action: np.ndarray) -> StepResult:
+        """Raises ValueRefused; whatever else the environment raises."""
+        self._steps += 1
+        where = f"{self._where}, step {self._steps}"
+        said = await _awaited(self._plain.step(action), "step", where)
+        return step_result(said, where, self._limits)
+
+    async def close(self) -> None:
+        await _awaited(self._plain.close(), "close", self._where)
+
+
+async def _awaited(said: Awaitable[T], what: str, where: str) -> T:
+    """Raises ValueRefused where ``what`` is a plain function, the likeliest slip in a first environment."""
+    if not inspect.isawaitable(said):
+        raise ValueRefused(what, f"{where}: {what}() is no coroutine: write async def {what}(…)")
+    return await said
+
+
+def _check_parts(plain: Any, where: str, what: str) -> None:
+    """Raises ValueRefused where an episode lacks a part; a property that fails is there all the same."""
+    missing = [part for part in EPISODE_PARTS if not (hasattr(type(plain), part) or hasattr(plain, part))]
+    missing += [part for part in EPISODE_PARTS[1:] if part not in missing and not callable(getattr(plain, part))]
+    if missing:
+        raise refuse(where, f"what {what}() returned", plain, f"an Episode: it lacks {', '.join(missing)}")
+
+
+async def _close(plain: Any, where: str) -> None:
+    """Of an episode that is refused: what its close() raises beside that is in the log."""
+    try:
+        if callable(getattr(plain, "close", None)):
+            await _awaited(plain.close(), "close", where)
+    except Exception as exc:
+        log.warning("%s: close() of a refused episode failed: %s", where, of_error(exc))
+
+
+def _read(plain: object, name: str, label: str) -> Any:
+    try:
+        return getattr(plain, name)
+    except Exception as exc:
+        raise ConfigError(f"{label}: {name} cannot be read: {of_error(exc)}") from exc

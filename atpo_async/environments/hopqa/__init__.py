@@ -1,0 +1,1 @@
+"""hopqa: multi-hop questions over a world of random facts, answered through a look-up tool."""

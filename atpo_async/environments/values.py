@@ -1,0 +1,338 @@
+"""What a task hands over, checked where it enters: converted where nothing is lost, else refused in one line.
+
+An environment is somebody else's code, and what it returns travels far: into the engine, over the wire, into the
+journal, into the loss.  Here every value becomes exactly what ``base.py`` promises, or raises ``ValueRefused``, which
+names the environment, the task, the field, the value, its type and the way out.
+
+Arrays of numpy, torch and jax are understood without importing any of them but numpy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import numbers
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+
+from atpo_async.core.errors import ConfigError
+from atpo_async.core.texts import of_error, of_type, of_value
+from atpo_async.environments.base import Split, StepResult
+from atpo_async.wire.checks import MAX_NUMBER, MAX_SIZE
+
+NOTHING = np.zeros(0, dtype=np.int32)
+
+MAX_TOKEN_ID = 2**31 - 1
+"""Where the model's own number of tokens is not known."""
+
+Reason = Literal["environment_failed", "observation_too_long", "prompt_too_long"]
+"""What a branch is counted under that failed for a value."""
+
+TOO_LONG: Final = "observation_too_long"
+PROMPT_TOO_LONG: Final = "prompt_too_long"
+
+End = Literal["continue", "done", "turn_limit"]
+ENDS: tuple[End, ...] = get_args(End)
+_A_RESULT = "return StepResult(observation=…, done=…, reward=…, success=…, end=…) of atpo_async.environments.base"
+
+
+class ValueRefused(Exception):
+    """A value that a task handed over is none that its field can have.
+
+    Attributes:
+        field: ``reward``, ``observation``, …: what faults of one kind have in common.
+        reason: what the branch is counted under.
+    """
+
+    def __init__(self, field: str, text: str, *, reason: Reason = "environment_failed") -> None:
+        super().__init__(text)
+        self.field = field
+        self.reason: Reason = reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the model and the search allow."""
+
+    vocab_size: int | None = None
+    """Token ids are below it; None where the model does not say."""
+    max_context_tokens: int = MAX_TOKEN_ID
+    max_observation_tokens: int = 0
+    """``search.max_observation_tokens``; 0 for as many as the context has."""
+
+    @property
+    def observation_tokens(self) -> int:
+        return self.max_observation_tokens or self.max_context_tokens
+
+
+def refuse(where: str, field: str, value: object, expected: str, *, shown: str | None = None) -> ValueRefused:
+    """What to raise: the value, its type, and what was expected instead."""
+    seen = of_value(value) if shown is None else shown
+    return ValueRefused(field, f"{where}: {field} is {seen} ({of_type(value)}); expected {expected}")
+
+
+@contextlib.contextmanager
+def reading(where: str, field: str, value: object) -> Iterator[None]:
+    """Whatever the value's own code raises (``__float__``, ``__array__``, ``__len__``, ``__eq__``) refuses it."""
+    try:
+        yield
+    except ValueRefused:
+        raise
+    except Exception as exc:
+        raise ValueRefused(
+            field, f"{where}: {field} ({of_type(value)}) cannot be read, its own code raises {of_error(exc)}"
+        ) from exc
+
+
+# --- single values -----------------------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    """A number that an array of one element holds, of any library; else ``value`` itself."""
+    if isinstance(value, type):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if hasattr(value, "detach") and hasattr(value, "numel"):  # torch: numpy lacks some of its dtypes
+        return value.item() if value.numel() == 1 else value
+    array = _as_array(value)
+    return array.item() if array is not None and array.size == 1 else value
+
+
+def _as_array(value: Any) -> np.ndarray | None:
+    """A numpy array of what any library's array holds; None for what is no array."""
+    if isinstance(value, type) or not hasattr(value, "__array__") or isinstance(value, np.generic):
+        return None
+    if hasattr(value, "detach"):  # torch: it may need gradients, or lie on a GPU
+        value = value.detach().cpu()
+    if np.ma.is_masked(value):
+        raise ValueError("elements of it are masked")
+    return np.asarray(value)
+
+
+def reward_of(value: Any, where: str) -> float:
+    """The reward of a chain that ended: finite, within float32.  Raises ValueRefused."""
+    expected = "a finite number that fits float32; a chain that cannot be judged must raise instead"
+    if value is None:
+        raise refuse(where, "reward", value, f"a number, since done is True: {expected}")
+    with reading(where, "reward", value):
+        plain = _plain(value)
+        if not isinstance(plain, numbers.Real | Decimal):
+            raise refuse(where, "reward", value, expected)
+        try:
+            number = float(plain)
+        except (OverflowError, ValueError):
+            number = math.inf
+        if not math.isfinite(number) or abs(number) > MAX_NUMBER:
+            raise refuse(where, "reward", value, expected)
+        return number
+
+
+def truth_of(value: Any, field: str, where: str, *, expected: str = "True or False") -> bool:
+    """A truth value, also as 0 or 1 of any library.  Raises ValueRefused."""
+    with reading(where, field, value):
+        plain = _plain(value)
+        if isinstance(plain, bool):
+            return plain
+        if isinstance(plain, numbers.Real) and plain in (0, 1):
+            return bool(plain)
+        raise refuse(where, field, value, expected)
+
+
+def end_of(value: Any, where: str) -> End:
+    """One of the known ones as a plain str, whatever ``str()`` of an Enum makes of it.  Raises ValueRefused."""
+    with reading(where, "end", value):
+        for known in ENDS:
+            if isinstance(value, str) and str.__eq__(value, known) is True:
+                return known
+        raise refuse(where, "end", value, f"one of {', '.join(ENDS)}")
+
+
+# --- token ids ---------------------------------------------------------------------------------------------------
+
+
+def token_ids(value: Any, field: str, where: str, limits: Limits, *, most: int, reason: Reason) -> np.ndarray:
+    """int32[N], a copy: token ids of the model.
+
+    Args:
+        value: an array of one dimension of any library, a list or another sequence, of whole numbers.
+        most: longer ones are refused, before they are looked at.
+        reason: what a longer one is counted under.
+
+    Raises:
+        ValueRefused: anything else, an id that the model has no embedding for, or more than ``most``.
+    """
+    with reading(where, field, value):
+        array = _as_array(value)
+        if array is None and (isinstance(value, _NO_IDS) or not isinstance(value, Sequence)):
+            raise refuse(where, field, value, "int32[N], token ids (an array, a list or a tuple)" + _hint(value))
+        if array is not None and array.ndim != 1:
+            raise refuse(
+                where, field, value, "one dimension: ids[0] of a batch of one", shown=f"of shape {array.shape}"
+            )  # fmt: skip
+        length = len(value if array is None else array)
+        if length > most:
+            raise ValueRefused(field, f"{where}: {field} has {length} tokens; {_way_out(field, most)}", reason=reason)
+        if not length:
+            return NOTHING
+        if array is None or array.dtype.kind == "O":
+            array = _whole_numbers(list(value) if array is None else array.tolist(), value, field, where)
+        elif array.dtype.kind not in "iu":
+            shown = f"{of_value(array[:4].tolist())} of dtype {array.dtype}"
+            raise refuse(where, field, value, _WHOLE, shown=shown)
+        _check_known(array, value, field, where, limits)
+        # A copy: an environment may fill the same array again at its next step.
+        return np.array(array, dtype=np.int32)
+
+
+_NO_IDS = (str, bytes, bytearray, memoryview)
+_WHOLE = "whole numbers, token ids of the policy's tokenizer"
+
+
+def _whole_numbers(items: list[Any], value: object, field: str, where: str) -> np.ndarray:
+    """int64[N], or objects where one is larger, which the model cannot know.  Raises ValueRefused."""
+    ids = (
+        items
+        if set(map(type, items)) == {int}
+        else [_whole(items, at, value, field, where) for at in range(len(items))]
+    )
+    return np.array(ids, dtype=np.int64 if max(map(abs, ids)) <= MAX_SIZE else object)
+
+
+def _whole(items: list[Any], at: int, value: object, field: str, where: str) -> int:
+    """``items[at]``, of any library's integer type.  Raises ValueRefused."""
+    item = items[at]
+    is_truth = "bool" in str(getattr(item, "dtype", type(item).__name__))
+    if not is_truth and not getattr(item, "ndim", 0) and hasattr(item, "__index__"):
+        with contextlib.suppress(TypeError):  # every tensor has that, also one of fractions
+            return operator.index(item)
+    expected = f"a flat list of {_WHOLE}" if isinstance(item, Sequence) and not isinstance(item, str) else _WHOLE
+    seen = f"{of_value(item)} ({of_type(item)} in {of_type(value)})"
+    raise ValueRefused(field, f"{where}: {field}[{at}] is {seen}; expected {expected}")
+
+
+def _check_known(array: np.ndarray, value: object, field: str, where: str, limits: Limits) -> None:
+    """Raises ValueRefused for an id that the model has no embedding for."""
+    top = limits.vocab_size or MAX_TOKEN_ID
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= top:
+        bad = low if low < 0 else high
+        at = int(np.flatnonzero(array == bad)[0])
+        raise ValueRefused(
+            field,
+            f"{where}: {field}[{at}] is {of_value(bad)} ({of_type(value)}); expected token ids of 0 to {top - 1}, as "
+            "many as the policy's model has; encode with the tokenizer of the policy's own folder",
+        )
+
+
+def _way_out(field: str, most: int) -> str:
+    if field == "prompt":
+        return f"expected below {most + 1}: raise model.max_context_tokens, or shorten the task"
+    if field == _STOPS:
+        return f"expected at most {most}"
+    return (
+        f"expected at most {most} (search.max_observation_tokens, or what model.max_context_tokens leaves): cut it in "
+        "the environment"
+    )
+
+
+def _hint(value: object) -> str:
+    """What a value that is no sequence of ids most likely was to be."""
+    if isinstance(value, str):
+        return "; encode the text first: tokenizer.encode(text)"
+    if isinstance(value, dict) or hasattr(value, "input_ids"):
+        return "; take its input_ids"
+    return "; list(…) of it" if isinstance(value, Iterator) else ""
+
+
+_STOPS = "stop_token_ids"
+MOST_STOPS = 1 << 16
+"""Stop tokens of an environment; what never ends is not read to its end."""
+
+
+def stop_ids(value: Any, where: str, limits: Limits) -> tuple[int, ...]:
+    """Tokens that end an action, each once, in the order given; one number is one of them.  Raises ConfigError."""
+    try:
+        with reading(where, _STOPS, value):
+            found = _plain(value)
+            if isinstance(found, numbers.Integral) and not isinstance(found, bool):
+                found = [found]
+            elif isinstance(value, set | frozenset):
+                found = sorted(value, key=repr)
+            elif isinstance(value, Iterable) and not isinstance(value, (*_NO_IDS, dict, Sequence)):
+                found = value if _as_array(value) is not None else list(itertools.islice(value, MOST_STOPS + 1))
+            else:
+                found = value
+        ids = token_ids(found, _STOPS, where, limits, most=MOST_STOPS, reason="environment_failed")
+    except ValueRefused as refused:
+        raise ConfigError(str(refused)) from None
+    if not ids.size:
+        raise ConfigError(
+            f"{where}: {_STOPS} is {of_value(value)}; expected at least one token that ends an action, for "
+            "instance the tokenizer's end of a turn: without one every action runs to search.max_action_tokens"
+        )
+    return tuple(dict.fromkeys(ids.tolist()))
+
+
+def number_of_tasks(value: Any, split: Split, where: str) -> int | None:
+    """How many tasks a split has.  Raises ConfigError unless it is a whole number of at least 1, or None."""
+    if value is None:
+        return None
+    field = f"num_tasks({split!r})"
+    try:
+        with reading(where, field, value):
+            plain = _plain(value)
+            if isinstance(plain, numbers.Integral) and not isinstance(plain, bool):
+                found = operator.index(plain)
+                if 1 <= found <= MAX_SIZE:
+                    return found
+            raise refuse(
+                where, field, value, "a whole number of at least 1, or None for a split without end"
+            )  # fmt: skip
+    except ValueRefused as refused:
+        raise ConfigError(str(refused)) from None
+
+
+# --- what a step says --------------------------------------------------------------------------------------------
+
+
+def step_result(said: Any, where: str, limits: Limits) -> StepResult:
+    """As ``StepResult`` promises.  Raises ValueRefused.
+
+    What carries nothing is taken for nothing: on a chain that goes on a reward of 0 and ``success=False``, on one that
+    ended an observation, which nobody would see.
+    """
+    with reading(where, "what step() returned", said):
+        if not isinstance(said, StepResult):
+            raise refuse(where, "what step() returned", said, f"a StepResult: {_A_RESULT}")
+        done, end, observation = truth_of(said.done, "done", where), end_of(said.end, where), said.observation
+        reward, success = said.reward, said.success
+    if done:
+        if end == "continue":
+            raise refuse(where, "end", end, f"one of {', '.join(ENDS[1:])}, since done is True")
+        if success is not None:
+            success = truth_of(success, "success", where, expected="True, False, or None where nobody can say")
+        return StepResult(
+            observation=NOTHING, done=True, reward=reward_of(reward, where), success=success, end=end
+        )  # fmt: skip
+    if end != "continue":
+        raise refuse(where, "end", end, "continue, since done is False; or done=True with a reward")
+    sums = "None, since done is False: a chain has one reward, with its last step; sum those of its steps in the"
+    _nothing_yet(reward, "reward", where, f"{sums} environment")
+    _nothing_yet(success, "success", where, "None, since done is False")
+    ids = token_ids(observation, "observation", where, limits, most=limits.observation_tokens, reason=TOO_LONG)
+    return StepResult(observation=ids, done=False, reward=None, success=None, end="continue")
+
+
+def _nothing_yet(value: Any, field: str, where: str, expected: str) -> None:
+    """A chain that goes on has neither reward nor success: None, or 0 of any library."""
+    with reading(where, field, value):
+        plain = _plain(value)
+        if plain is not None and not (isinstance(plain, numbers.Real) and plain == 0):
+            raise refuse(where, field, value, expected)

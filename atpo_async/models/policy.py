@@ -1,0 +1,146 @@
+"""Where a run's policy lies: the warm-started one before it, the trained one in its checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from atpo_async.run import launch
+from atpo_async.config import Config
+from atpo_async.core.errors import ConfigError, SetupError
+from atpo_async.run.rundir import RunDir
+from atpo_async.models.tensor_files import WEIGHTS, read_header, read_headers
+
+MODELS = Path("models")
+"""Where warm-started policies are kept, to be used by later runs too."""
+
+WORLD = ("seed", "min_hops", "max_hops", "num_names", "num_relations")
+"""Options of the environment that the policy must fit."""
+
+_CHECKPOINT = re.compile(r"step-(\d+)-v(\d+)")
+_PREFIX = "hf."
+"""A checkpoint names parameters as the learner's module does, a model folder without this."""
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a model folder is complete."""
+    return (folder / "config.json").is_file()
+
+
+def warm_start_command(config: Config) -> list[str]:
+    """Makes the small policy that fits the configuration where there is none, and prints its folder last.  Pure.
+
+    Quick when there is nothing to make.  Raises ConfigError for an environment that has no such policy.
+    """
+    if config.environment.name != "hopqa":
+        raise ConfigError(
+            f"model.warm_start makes a policy for hopqa only, not for environment.name = {config.environment.name!r}: "
+            "name a model with --model.path and set --model.warm_start false"
+        )
+    options = dict(config.environment.options)
+    for key in ("hops", *WORLD):
+        if isinstance(options.get(key, 0), bool) or not isinstance(options.get(key, 0), int):
+            raise ConfigError(f"environment.options.{key} must be a whole number, got {options[key]!r}")
+    hops = options.pop("hops", None)
+    if hops is not None:
+        options = {"min_hops": hops, "max_hops": hops, **options}
+    words = {"seed": config.run.seed, "steps": config.model.warm_start_steps}
+    words |= {key: options[key] for key in WORLD if key in options}  # type: ignore[misc]
+    command = [*launch.command("atpo_async.environments.hopqa.warm_start", "--root", str(MODELS), "--device", config.learner.device)]
+    for key, value in words.items():
+        command += [f"--{key.replace('_', '-')}", str(value)]
+    return command
+
+
+def with_path(config: Config, path: Path | str) -> Config:
+    """``config`` with another ``model.path``."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(path)})})
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in a folder of checkpoints, oldest first."""
+    found = [(tuple(int(n) for n in m.groups()), p) for p in folder.glob("step-*") if (m := _match(p))]
+    return [path for _, path in sorted(found)]
+
+
+def checkpoint_step(path: Path) -> int:
+    """Of a complete checkpoint, by its name."""
+    found = _match(path)
+    if found is None:
+        raise ValueError(f"{path} is no checkpoint")
+    return int(found.group(1))
+
+
+def steps_trained(rundir: RunDir) -> int:
+    """Step of the newest checkpoint; 0 without one."""
+    found = [int(m.group(1)) for path in list_checkpoints(rundir.checkpoints) if (m := _match(path))]
+    return max(found, default=0)
+
+
+def _match(path: Path) -> re.Match[str] | None:
+    return _CHECKPOINT.fullmatch(path.name)
+
+
+@contextlib.contextmanager
+def latest_policy(rundir: RunDir) -> Iterator[tuple[Path, str]]:
+    """The run's newest policy as an ordinary model folder, and what to call it; a folder made for it goes afterwards.
+
+    Raises SetupError where the run has neither a checkpoint nor an exported model.
+    """
+    exported = rundir.path / "model"
+    whole = [path for path in list_checkpoints(rundir.checkpoints) if (path / "model.safetensors").is_file()]
+    newest = whole[-1].stat().st_mtime if whole else 0.0
+    if is_there(exported) and (exported / "config.json").stat().st_mtime >= newest:
+        yield exported, str(exported)
+        return
+    if not whole:
+        raise SetupError(f"run {rundir.path} has no checkpoint yet (learner.checkpoint_every); train it first")
+    with tempfile.TemporaryDirectory(prefix="atpo-policy-") as folder:
+        yield assemble(Path(rundir.config.model.path), whole[-1], Path(folder)), str(whole[-1])
+
+
+def assemble(source: Path, checkpoint: Path, target: Path) -> Path:
+    """Put the checkpoint's weights beside the configuration and tokenizer of ``source``.  Returns ``target``."""
+    if not is_there(source):
+        raise SetupError(f"model.path = '{source}', from which this run started, is gone: its tokenizer is needed")
+    for file in source.iterdir():
+        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth") or ".index." in file.name
+        if file.is_file() and not weights:
+            shutil.copyfile(file, target / file.name)
+    trained = checkpoint / WEIGHTS
+    names = {name.removeprefix(_PREFIX) for name in read_header(trained)}
+    if names <= set(read_headers(source)):
+        _rename_tensors(trained, target / WEIGHTS)
+    else:
+        _convert_tensors(trained, target / WEIGHTS, source=source)
+    return target
+
+
+def _convert_tensors(trained: Path, target: Path, *, source: Path) -> None:
+    """A safetensors file by the names, and in the shapes, of the model folder that the run started from."""
+    from safetensors.torch import load_file, save_file
+
+    from atpo_async.models import causal_lm
+
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(trained).items()}
+    converted = causal_lm.published(causal_lm.examine(source).skeleton, tensors)
+    save_file({name: tensor.contiguous() for name, tensor in converted.items()}, target, metadata={"format": "pt"})
+
+
+def _rename_tensors(source: Path, target: Path) -> None:
+    """Copy a safetensors file, taking the prefix off the names; the tensors' bytes stay as they are."""
+    renamed: dict[str, Any] = {name.removeprefix(_PREFIX): entry for name, entry in read_header(source).items()}
+    renamed["__metadata__"] = {"format": "pt"}
+    with source.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        text = json.dumps(renamed, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # data stays aligned
+        with target.open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(file, out, 1 << 20)

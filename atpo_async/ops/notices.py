@@ -1,0 +1,98 @@
+"""Lines that a role has for the user's terminal: rare ones, which nobody would look for in a log.
+
+A role appends them to a file of the run's scratch folder; the supervisor, which started it, reads them there.  Roles
+without a supervisor, joined by hand, have a terminal of their own: their log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from atpo_async.core.texts import shortened
+
+FILE = "ATPO_NOTICES"
+"""Environment variable: where a supervised role writes them, [key, text] as JSON a line."""
+
+MOST_CHARACTERS = 700
+MOST_LINES = 200
+"""Of one process: whatever goes wrong, a terminal and a disk are spared."""
+
+SAME_S = 50.0
+
+log = logging.getLogger("atpo.notice")
+
+_told = 0
+
+
+def tell(line: str, key: str = "") -> None:
+    """One line for the user, also in this role's log.  Never raises.
+
+    Args:
+        line: what happened.
+        key: what lines of other roles say the same: of several actors one is enough.
+    """
+    global _told
+    text = shortened(line, MOST_CHARACTERS)
+    log.warning("%s", text)
+    _told += 1
+    path = os.environ.get(FILE)
+    if path is None or _told > MOST_LINES:
+        return
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, json.dumps([key[:MOST_CHARACTERS], text]).encode() + b"\n")
+        finally:
+            os.close(file)
+    except OSError as exc:
+        log.warning("that line could not be passed on to %s: %s", path, exc.strerror)
+
+
+class Tail:
+    """Reads what roles tell, from now on.
+
+    Args:
+        path: their file; it may come later, or be gone.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._clock = clock
+        self._heard: dict[str, float] = {}
+        self._offset = path.stat().st_size if path.exists() else 0
+
+    def new(self) -> list[str]:
+        """Told since the last call, and not in the last ``SAME_S`` by another role."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except OSError:
+            return []
+        end = data.rfind(b"\n") + 1
+        self._offset += end
+        return [text for raw in data[:end].splitlines() for key, text in _said(raw) if self._is_new(key)]
+
+    def _is_new(self, key: str) -> bool:
+        now = self._clock()
+        if key and now - self._heard.get(key, -math.inf) < SAME_S:
+            return False
+        self._heard[key] = now
+        return True
+
+
+def _said(raw: bytes) -> list[tuple[str, str]]:
+    """Key and text of one line of the file; nothing where it is none."""
+    with contextlib.suppress(ValueError, TypeError):
+        key, text = json.loads(raw)
+        if isinstance(key, str) and isinstance(text, str):
+            return [(key, text)]
+    return []

@@ -1,0 +1,198 @@
+"""Ends what an earlier start of a run has left running: roles whose supervisor was killed and that did not end by
+themselves, because a signal had stopped them (SIGSTOP) or because they hang.
+
+They hold the journal and the ports, so the same command could not go on.  Each is known by its environment: which run,
+role and attempt it is (``processes.ROLE_MARK``) and whose it is (``role.SUPERVISOR_PID``).  One whose supervisor lives
+is never touched.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from atpo_async.core.errors import SetupError
+from atpo_async.ops.role import ERROR_FILE, SUPERVISOR_PID
+from atpo_async.run import processes
+from atpo_async.run.rundir import RunDir, host_id
+from atpo_async.status import snapshot, waits
+
+LOOK_S = 0.1
+"""Between two looks at processes that are about to end by themselves."""
+
+EXTRA_S = 2.0
+"""For what looks after a lost supervisor once a second and then ends itself."""
+
+OTHER_HOST_S = 30.0
+"""A status file of another machine that is older says nothing; clocks may differ by so much."""
+
+RENEWED_S = 3.0
+"""A role that runs renews its status file in this time, thrice."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marked:
+    """A process of this machine that says of itself that it belongs to the run."""
+
+    process: processes.Process
+    mark: str
+    supervisor: int | None
+    """Process id of the supervisor that started it, where that one still runs."""
+    folder: Path | None
+    """The run's folder, as its supervisor named it."""
+
+    @property
+    def role(self) -> str:
+        return self.mark.split("/")[1]
+
+
+def marked_processes(run_id: str) -> list[Marked]:
+    """All of them that this user may look at, their descendants included; empty off Linux."""
+    found = []
+    for process in processes.processes():
+        environment = processes.environment(process.pid)
+        mark = environment.get(processes.ROLE_MARK, "")
+        if process.pid == os.getpid() or mark.rpartition("/")[0].rpartition("/")[0] != run_id:
+            continue
+        file = environment.get(ERROR_FILE)
+        found.append(
+            Marked(
+                process=process,
+                mark=mark,
+                supervisor=_living(environment.get(SUPERVISOR_PID, ""), process),
+                folder=None if not file else Path(file).parent.parent,
+            )
+        )
+    return found
+
+
+def _living(pid: str, child: processes.Process) -> int | None:
+    """The supervisor of ``child``, unless it has gone; a later process may have got its id."""
+    if not pid.isdecimal():
+        return None
+    began = processes.started(int(pid))
+    return int(pid) if began is not None and began <= child.started else None
+
+
+def end_orphans(
+    rundir: RunDir,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    clock: Callable[[], float] = time.monotonic,
+    pause: Callable[[float], None] = time.sleep,
+) -> list[str]:
+    """End the roles of ``rundir`` that have lost their supervisor.  For whoever holds the run's lock.
+
+    What is ending by itself gets the time that it has for that: ``supervisor.stop_grace_s``, or ``links.give_up_s``
+    while it saves what was trained.  What a signal has stopped is killed at once.
+
+    Returns the roles that were ended.  Raises SetupError naming the process where one may not be ended from here: its
+    supervisor lives, it is another user's, it runs on another machine, or it does not end.
+    """
+    _refuse_other_hosts(rundir, pause)
+    found = marked_processes(rundir.run_id)
+    _refuse_supervised(rundir, found)
+    _refuse_other_users(rundir, found)
+    orphans = [marked for marked in found if marked.supervisor is None]
+    if not orphans:
+        return []
+    for role, pid, stopped in _by_role(orphans):
+        how = "a signal had stopped it, it is ended now" if stopped else "it is given time to end, then it is ended"
+        say(f"{role} of an earlier start of this run is still there without its supervisor (process {pid}): {how}")
+    began = clock()
+    while True:
+        orphans = [marked for marked in marked_processes(rundir.run_id) if marked.supervisor is None]
+        waited_s = clock() - began
+        patient = _saving(rundir) if waited_s <= rundir.config.links.give_up_s + EXTRA_S else set()
+        late = waited_s > rundir.config.supervisor.stop_grace_s + EXTRA_S
+        doomed = {m.mark for m in orphans if (late and m.mark not in patient) or _is_stopped(m)}
+        processes.kill_roles({m.process.session: m.mark for m in orphans if m.mark in doomed}, timeout_s=5.0)
+        if {m.mark for m in orphans} <= doomed and (late or not orphans):
+            break
+        pause(LOOK_S)
+    left = [marked for marked in marked_processes(rundir.run_id) if marked.supervisor is None]
+    if left:
+        raise SetupError(
+            f"{left[0].role} of an earlier start of run {rundir.path} (process {left[0].process.pid}) does not end, "
+            "not even by kill -9: the system waits for a disk or a device; start again when it has gone"
+        )
+    return sorted({marked.role for marked in found if marked.supervisor is None})
+
+
+def _saving(rundir: RunDir) -> set[str]:
+    """Marks of the roles that say they are saving."""
+    return {picture.mark for picture in _pictures(rundir).values() if picture.phase == waits.SAVING}
+
+
+def _is_stopped(marked: Marked) -> bool:
+    return bool(processes.stopped([marked.process.pid]))
+
+
+def _by_role(orphans: Iterable[Marked]) -> list[tuple[str, int, bool]]:
+    """(role, its first process, whether any of it is stopped) of each."""
+    by_mark: dict[str, list[Marked]] = {}
+    for marked in orphans:
+        by_mark.setdefault(marked.mark, []).append(marked)
+    return [
+        (
+            alike[0].role,
+            min(alike, key=lambda m: (m.process.started, m.process.pid)).process.pid,
+            any(map(_is_stopped, alike)),
+        )
+        for alike in by_mark.values()
+    ]
+
+
+def _refuse_supervised(rundir: RunDir, found: Iterable[Marked]) -> None:
+    """A supervisor that lives though we hold the run's lock: somebody removed the lock file.  A copy of the folder has
+    the same run_id, and its supervisor has nothing to do with us."""
+    for marked in found:
+        if marked.supervisor is not None and marked.folder == rundir.path:
+            raise SetupError(
+                f"run {rundir.path} is in use: its {marked.role} (process {marked.process.pid}) belongs to supervisor "
+                f"process {marked.supervisor}; stop that one (kill {marked.supervisor}), or use another --run.name"
+            )
+
+
+def _refuse_other_users(rundir: RunDir, found: Iterable[Marked]) -> None:
+    known = {marked.process.pid for marked in found}
+    for picture in _pictures(rundir).values():
+        if picture.pid not in known and snapshot.is_alive(picture) and not processes.is_ours(picture.pid):
+            raise SetupError(
+                f"{picture.role} of run {rundir.path} runs as process {picture.pid} of another user, "
+                f"{processes.owner(picture.pid)}: it has to be ended first (kill -9 {picture.pid}, as that user or as "
+                "root), or use another --run.name"
+            )
+
+
+def _refuse_other_hosts(rundir: RunDir, pause: Callable[[float], None]) -> None:
+    """A role elsewhere that goes on renewing its status file in a folder that both machines see."""
+    here = host_id()
+
+    def elsewhere() -> Mapping[str, snapshot.StatusSnapshot]:
+        now, wall = time.monotonic(), time.time()
+        return {
+            name: picture
+            for name, picture in _pictures(rundir).items()
+            if picture.host != here and snapshot.age_s(picture, now=now, wall=wall) < OTHER_HOST_S
+        }
+
+    before = elsewhere()
+    if not before:
+        return
+    pause(RENEWED_S)
+    for name, picture in elsewhere().items():
+        if name in before and picture.sequence != before[name].sequence:
+            raise SetupError(
+                f"{name} of run {rundir.path} runs on {picture.hostname} (process {picture.pid} there): stop the run "
+                "there first, or use another --run.name"
+            )
+
+
+def _pictures(rundir: RunDir) -> dict[str, snapshot.StatusSnapshot]:
+    """What roles that a supervisor has started say; not what joined by hand, which looks after itself."""
+    pictures, _ = snapshot.read(rundir.path / snapshot.FOLDER)
+    return {name: picture for name, picture in pictures.items() if picture.mark and picture.phase != snapshot.ENDED}

@@ -1,0 +1,403 @@
+"""The frame of a role's process: arguments, logging, signals, exit codes, and the tie to the supervisor's life.
+
+Exit codes: 0 the role's work is done; 1 a crash; 2 something only the user can mend (the supervisor does not try
+again); 3 a failure with a name that another attempt may mend; 128 + n ended by signal n.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+from atpo_async import config as configuration
+from atpo_async.config import Config
+from atpo_async.core import texts
+from atpo_async.core.errors import (
+    AtpoError,
+    ConfigError,
+    EnvironmentBroken,
+    ProbeMismatch,
+    RunMismatch,
+    SetupError,
+    WeightsRejected,
+)
+from atpo_async.links import addresses
+from atpo_async.run.endpoints import Endpoints
+from atpo_async.run.processes import die_with_parent
+from atpo_async.run.rundir import RunDir, joining, write_atomic
+from atpo_async.run.temporary import make_temporary_folder_fit
+from atpo_async.status import snapshot, waits
+from atpo_async.status.loading import Loads
+
+EXIT_DONE, EXIT_CRASH, EXIT_USER, EXIT_FAILURE = 0, 1, 2, 3
+
+SUPERVISOR_PID = "ATPO_SUPERVISOR_PID"
+"""Environment variable by which a role knows that it is supervised, and by whom."""
+
+ERROR_FILE = "ATPO_ERROR_FILE"
+"""Environment variable: where a supervised role writes ``{"code", "error"}`` when it fails."""
+
+DOING = ".doing"
+"""Suffix, in place of the error file's own, of a file that always says what runs in a role that others' code may end
+without a word: its environment's call."""
+
+ERROR_PREFIX = "error: "
+"""Begins the one line in which a role or the command line says what went wrong."""
+
+EXIT_DEADLINE_S = 5.0
+"""After its work a process may take this long for its clean-up; then it ends."""
+
+
+@dataclass(kw_only=True)
+class RoleContext:
+    """What a role's main gets."""
+
+    config: Config
+    run_id: str
+    """Empty for an actor that joined by address: whatever runs there."""
+    rundir: RunDir | None
+    """None for an actor that joined by address."""
+    endpoints: Endpoints
+    name: str
+    """``actor-0``, ``buffer``, ``learner``, or as given by --name."""
+    index: int
+    stopping: asyncio.Event
+    """Set by SIGTERM, SIGINT, or the supervisor's end: finish what must be finished and return."""
+    log: logging.Logger
+    supervised: bool = False
+
+    def locate(self, name: str) -> Callable[[], str] | None:
+        """Where a role listens, by a field of ``Endpoints``, as of when it is called: roles come back elsewhere.  None
+        where no folder would tell."""
+        if self.rundir is None:
+            return None
+        listening = self.rundir.listening
+
+        def look() -> str:
+            found = ""
+            with contextlib.suppress(SetupError, OSError):
+                found = getattr(listening.now(), name)
+            found = found or getattr(self.endpoints, name)
+            return addresses.reached_from_here(found) if found else ""
+
+        return look
+
+    @property
+    def rank(self) -> int:
+        return self.index
+
+    @property
+    def process_name(self) -> str:
+        """``name``, and for the ranks of a role after the first their number too: each process has its own."""
+        return self.name if self.index == 0 or self.name.endswith(f"-{self.index}") else f"{self.name}-{self.index}"
+
+
+def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequence[str]) -> NoReturn:
+    """Run a role to its end and exit with its code.
+
+    Arguments: ``RUN_DIR [--index N] [--name X] [--debug]``, with ``--config FILE`` or dotted options where this role
+    differs in what a run lets differ; or for an actor without the run's folder ``--config FILE --join HOST:PORT``.
+
+    A first SIGTERM or SIGINT sets ``stopping``; a second one cancels ``main``.  Supervised (``ATPO_SUPERVISOR_PID``
+    is set), the role ends when its supervisor does.  A thread keeps the role's picture (``status.snapshot``) and
+    answers SIGUSR1 with it.
+    """
+    debug = "--debug" in argv
+    code = EXIT_CRASH
+    supervised = SUPERVISOR_PID in os.environ
+    try:
+        make_temporary_folder_fit(lambda line: print(f"note: {line}", file=sys.stderr, flush=True))
+        context = _context(name, list(argv))
+        folder = None if context.rundir is None else context.rundir.path / snapshot.FOLDER
+        if folder is not None:
+            actors = [f"actor-{index}" for index in range(context.config.actor.count)]
+            others = ("buffer", "learner", *actors) if supervised else ()
+            waits.excuse_by(Loads(folder, context.process_name, others))
+        with snapshot.Reporter(context.process_name, folder=folder, log=context.log, on_signal=True) as reporter:
+            code = asyncio.run(_serve(main, context, reporter))
+    except AtpoError as exc:
+        code = _say(exc, supervised=supervised, debug=debug)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        code = 128 + signal.SIGINT
+    except SystemExit as exc:
+        code = exc.code if isinstance(exc.code, int) else EXIT_CRASH
+    except BaseExceptionGroup as group:
+        causes = list(_leaves(group))
+        if causes and all(isinstance(cause, AtpoError) for cause in causes):
+            code = _say(causes[0], supervised=supervised, debug=debug)
+        else:
+            _print(texts.trace_of(group))
+            code = _say(next(c for c in causes if not isinstance(c, AtpoError)), supervised=supervised, debug=False)
+    except BaseException as exc:
+        _print(texts.trace_of(exc))
+        code = _say(exc, supervised=supervised, debug=False)
+    exit_within(EXIT_DEADLINE_S, code)
+    sys.exit(code)
+
+
+def _say(error: BaseException, *, supervised: bool, debug: bool) -> int:
+    """One line on stderr, and for the supervisor the same in a file of its own; the exit code."""
+    if debug:
+        _print(texts.trace_of(error))
+    text = texts.middle_cut(str(error)) if isinstance(error, AtpoError) else texts.of_error(error, most=1000)
+    _print(f"{ERROR_PREFIX}{text}")
+    code = exit_code(error) if supervised or not isinstance(error, AtpoError) else EXIT_USER
+    if supervised and ERROR_FILE in os.environ:
+        # A launcher between us and the supervisor changes the exit code, and an engine may write to the log after us.
+        with contextlib.suppress(OSError):
+            write_atomic(Path(os.environ[ERROR_FILE]), json.dumps({"code": code, "error": text}))
+    return code
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+def exit_code(error: BaseException) -> int:
+    """2 where only the user can mend it, 3 for a named failure that another attempt may mend, 1 for a crash."""
+    if not isinstance(error, AtpoError):
+        return EXIT_CRASH
+    # Weights end an actor only after the same refusal time and again.
+    for_users = ConfigError | SetupError | RunMismatch | EnvironmentBroken | WeightsRejected | ProbeMismatch
+    return EXIT_USER if isinstance(error, for_users) else EXIT_FAILURE
+
+
+def parse_address(text: str) -> str:
+    """``HOST:PORT`` or ``tcp://HOST:PORT`` as an endpoint.  Raises ConfigError."""
+    try:
+        host, port = addresses.split(text)
+        if port == 0:
+            raise ValueError("port 0 is none to connect to")
+    except ValueError as exc:
+        raise ConfigError(f"--join {text}: neither a run folder nor an address: {exc}") from None
+    return addresses.endpoint_of(host, port)
+
+
+def is_supervised() -> bool:
+    return SUPERVISOR_PID in os.environ
+
+
+def _context(name: str, argv: list[str]) -> RoleContext:
+    rest, options = configuration.split_options(argv)
+    parser = argparse.ArgumentParser(prog=f"python -m {name}s" if name == "actor" else f"python -m {name}")
+    parser.add_argument("run_dir", nargs="?", help="folder of the run")
+    parser.add_argument("--config", help="configuration, to join without the run's folder")
+    parser.add_argument("--join", help="HOST:PORT of the buffer, to join without the run's folder")
+    parser.add_argument("--index", type=int, default=None)
+    parser.add_argument("--name", default=None)
+    parser.add_argument("--debug", action="store_true")
+    args = parser.parse_args(rest)
+
+    index = args.index if args.index is not None else int(os.environ.get("RANK", "0"))
+    given = args.name
+    if args.run_dir is not None:
+        if args.join:
+            raise ConfigError(f"{args.run_dir} and --join {args.join}: give the run's folder or the address, not both")
+        rundir: RunDir | None = RunDir.open(args.run_dir)
+        assert rundir is not None
+        config = rundir.config
+        if args.config or options:
+            source = args.config or rundir.path / "config.json"
+            config = joining(rundir, configuration.load(source, options))
+        run_id = rundir.run_id
+        # Roles that were started together wait for one another; by hand, what was never started is waited for in vain.
+        waits_for_others = is_supervised() or rundir.listening.there or name == "buffer"
+        endpoints = rundir.listening.now() if waits_for_others else rundir.read_endpoints()
+        default = f"{name}-{index}" if name == "actor" else name
+    elif args.config and args.join:
+        if name != "actor":
+            raise ConfigError(f"a {name} joins by the run's folder, not by address: it shares files with the run")
+        rundir, run_id = None, ""
+        config = configuration.load(args.config, options)
+        endpoints = Endpoints(actors=parse_address(args.join))
+        default = hand_name(name)
+    else:
+        raise ConfigError(f"{parser.prog} needs RUN_DIR, or --config FILE --join HOST:PORT")
+    role_name = given or default
+    return RoleContext(
+        config=config,
+        run_id=run_id,
+        rundir=rundir,
+        endpoints=endpoints,
+        name=role_name,
+        index=index,
+        stopping=asyncio.Event(),
+        log=_logger(role_name),
+        supervised=is_supervised(),
+    )
+
+
+def hand_name(role: str) -> str:
+    """A name that no other process of the run has: ``actor-myhost-4711``."""
+    return f"{role}-{socket.gethostname()}-{os.getpid()}"
+
+
+def _own_stderr() -> TextIO:
+    """The standard error under a number of its own: code that is not ours may close or replace the other."""
+    try:
+        return os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1, errors="backslashreplace")
+    except (OSError, ValueError, AttributeError):
+        return sys.stderr
+
+
+def _print(text: str) -> None:
+    """To the standard error, if it still is one."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _logger(name: str) -> logging.Logger:
+    logging.basicConfig(stream=_own_stderr(), level=logging.INFO, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(texts.BoundedFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for noisy in ("httpx", "urllib3", "filelock", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return logging.getLogger(name)
+
+
+class Signals:
+    """What signals and the supervisor's end ask of a role: at first to stop, then to be cancelled.
+
+    The supervisor's end is told twice, by the kernel's death signal and by the thread that looks after it, in either
+    order: together they ask once, or the second would cut a clean end short.
+    """
+
+    def __init__(self, stopping: asyncio.Event, *, cancel: Callable[[], object], log: logging.Logger) -> None:
+        self._stopping = stopping
+        self._cancel = cancel
+        self._log = log
+        self._death_signal_due = False
+        self.first: int | None = None
+        """The signal that came first; None before any has."""
+
+    def received(self, signum: int) -> None:
+        if self._death_signal_due and signum == signal.SIGTERM:
+            self._death_signal_due = False
+            return
+        name = signal.Signals(signum).name
+        if self.first is None:
+            self.first = signum
+            self._log.info("%s: stopping", name)
+            self._stopping.set()
+        else:
+            self._log.warning("%s again: cancelling", name)
+            self._cancel()
+
+    def supervisor_gone(self) -> None:
+        """The supervisor has ended, as the thread that looks after it sees."""
+        if self.first is None:
+            self.received(signal.SIGTERM)
+            self._death_signal_due = True
+
+
+async def _serve(
+    main: Callable[[RoleContext], Awaitable[None]], context: RoleContext, reporter: snapshot.Reporter
+) -> int:
+    """Run ``main`` under signals.  Waits for: main.  Unblocked by: its return, a second signal cancelling it."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+    signals = Signals(context.stopping, cancel=task.cancel, log=context.log)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(NotImplementedError):  # not on Windows
+            loop.add_signal_handler(signum, signals.received, signum)
+    if context.supervised:
+        _tie_to_supervisor(
+            loop,
+            signals.supervisor_gone,
+            grace_s=context.config.supervisor.stop_grace_s,
+            saving_s=context.config.links.give_up_s,
+        )
+    reporter.attach()
+    try:
+        await main(context)
+    except asyncio.CancelledError:
+        if signals.first is None:
+            raise
+    finally:
+        # What follows, the loop's clean-up, can hang as well: on a thread that does not come back.
+        waits.phase(snapshot.ENDING)
+    return EXIT_DONE if signals.first is None else 128 + signals.first
+
+
+def _tie_to_supervisor(
+    loop: asyncio.AbstractEventLoop, stop: Callable[[], None], *, grace_s: float, saving_s: float
+) -> None:
+    """End this role when its supervisor ends.
+
+    The death signal comes at once, but to a parent's child only (a rank's parent is the launcher) and not on every
+    system; a thread looks after the supervisor itself, and ends the whole process group when a clean end takes too
+    long or the loop is stuck; a role that saves what it has done has ``saving_s`` for it.
+    """
+    supervisor = int(os.environ[SUPERVISOR_PID])
+    die_with_parent()  # off Linux the thread below does it, later
+
+    def watch() -> None:
+        while _alive(supervisor):
+            time.sleep(1.0)
+        with contextlib.suppress(RuntimeError):  # the loop may be closed already
+            loop.call_soon_threadsafe(stop)
+        time.sleep(grace_s)
+        deadline = time.monotonic() + saving_s
+        while waits.current_phase().what == waits.SAVING and time.monotonic() < deadline:
+            time.sleep(0.5)
+        kill_own_group()
+
+    threading.Thread(target=watch, name="supervisor-watch", daemon=True).start()
+
+
+def kill_own_group() -> None:
+    """End this process and all that it started, if the supervisor gave it a group of its own; else itself alone."""
+    group = os.getpgid(0)
+    if is_supervised() and group != _group_of(int(os.environ[SUPERVISOR_PID])):
+        os.killpg(group, signal.SIGKILL)
+    os._exit(EXIT_CRASH)
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return None
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process runs; a dead one that nobody has waited for does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except (OSError, IndexError):
+        return not os.path.isdir("/proc/self")
+
+
+def exit_within(seconds: float, code: int) -> None:
+    """A library's thread or exit hook must not keep a finished role alive."""
+
+    def end() -> None:
+        time.sleep(seconds)
+        os._exit(code)
+
+    threading.Thread(target=end, name="exit-deadline", daemon=True).start()

@@ -1,0 +1,100 @@
+"""How long a role that was asked to end is waited for: for as long as it brings what it has done to disk.  Pure.
+
+A learner that is asked to end finishes its step where that cannot be given up, and saves a checkpoint; of a large model
+that takes minutes.  It says so by its phase (``waits.SAVING``), and is ended only if it stands still in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from atpo_async.status.hangs import BUSY_MB_S, BUSY_SHARE, ObservedRole
+from atpo_async.status.snapshot import duration
+from atpo_async.status.waits import DISK, SAVING, TORCH
+
+SAY_S = 2.0
+"""Saving that lasts for longer is told; again whenever it has lasted twice as long."""
+
+WINDOW_S = 1.0
+"""Over which computing and writing are measured."""
+
+
+@dataclass(slots=True)
+class _Memory:
+    began: float
+    moved_at: float
+    done: object
+    work: tuple[float, float, float]
+    """(processor seconds used, megabytes moved, when)."""
+    told_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What is to be done about roles that were asked to end."""
+
+    waited_for: tuple[str, ...]
+    """Roles that save and get on with it."""
+    lines: tuple[str, ...]
+    """For the user."""
+
+
+@dataclass(slots=True)
+class Watch:
+    """Looks at roles that were asked to end, again and again.
+
+    Args:
+        hang_s: a role that saves, and neither computes nor writes for so long, is waited for no more.
+    """
+
+    hang_s: float
+    _roles: dict[str, _Memory] = field(default_factory=dict)
+
+    def look(self, sights: Sequence[ObservedRole], now: float) -> Look:
+        """``now``: seconds, monotonic."""
+        waited_for: list[str] = []
+        lines: list[str] = []
+        for sight in sights:
+            if not any(picture.phase == SAVING for picture in sight.pictures):
+                continue
+            memory = self._remember(sight, now)
+            lasts_s, still_s = now - memory.began, now - memory.moved_at
+            if still_s > self.hang_s:
+                lines.append(
+                    f"{sight.role} has stood still for {duration(still_s)} while it saved ({_what(sight)}) and is "
+                    "ended; what no checkpoint holds is trained on again"
+                )
+                continue
+            waited_for.append(sight.role)
+            if lasts_s >= max(SAY_S, 2 * memory.told_s):
+                memory.told_s = lasts_s
+                lines.append(
+                    f"waiting for {sight.role} to save what was trained: {_what(sight)}, {duration(lasts_s)} so far; "
+                    "Ctrl-C again ends everything at once and loses what no checkpoint holds"
+                )
+        return Look(tuple(waited_for), tuple(lines))
+
+    def _remember(self, sight: ObservedRole, now: float) -> _Memory:
+        done = [(picture.progress, picture.phase) for picture in sight.pictures]
+        work = (sight.processor_s, sight.moved_mb, now)
+        memory = self._roles.get(sight.role)
+        if memory is None:
+            memory = self._roles[sight.role] = _Memory(now, now, done, work)
+        if done != memory.done:
+            memory.done, memory.moved_at = done, now
+        processor_s, moved_mb, before = memory.work
+        passed_s = now - before
+        if passed_s >= WINDOW_S:
+            memory.work = work
+            computed, moved = sight.processor_s - processor_s, sight.moved_mb - moved_mb
+            if computed > BUSY_SHARE * passed_s or moved > BUSY_MB_S * passed_s:
+                memory.moved_at = now
+        return memory
+
+
+def _what(sight: ObservedRole) -> str:
+    """What the role is at, by its longest wait for the disk, or else for torch."""
+    waits = [wait for picture in sight.pictures for wait in picture.waits if wait.on in (DISK, TORCH)]
+    waits.sort(key=lambda wait: (not wait.what.startswith("room"), wait.on != DISK, -wait.since_s))
+    return waits[0].what if waits else "its last words"

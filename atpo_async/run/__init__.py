@@ -1,0 +1,1 @@
+"""One run on disk and its processes: folder, metrics, endpoints, scratch files."""

@@ -1,0 +1,109 @@
+"""Where the roles of a run listen: said by those that listen, in a file of the run's folder, followed by the others.
+
+A role binds its sockets itself and notes what it got.  What it had in an earlier life is kept beside it: it tries that
+port first, since actors joined by hand know no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from atpo_async.core.errors import SetupError
+
+ENDPOINTS, FORMER_ENDPOINTS = "endpoints.json", "endpoints.former.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where the roles of a run listen: ``tcp://host:port``, empty where not known (an actor that joined by address)."""
+
+    actors: str = ""
+    """The buffer, for actors."""
+    learner: str = ""
+    """The buffer, for the learner."""
+    weights: str = ""
+    """The learner, for weights."""
+    announce: str = ""
+    """The learner, for announcements of versions."""
+
+
+class EndpointsFile:
+    """The file in one run's folder.
+
+    Args:
+        folder: the run's.
+        write: writes a file as a whole or not at all.
+    """
+
+    def __init__(self, folder: Path, write: Callable[[Path, str], None]) -> None:
+        self.path = folder / ENDPOINTS
+        self._former = folder / FORMER_ENDPOINTS
+        self._lock = folder / "endpoints.lock"
+        self._write = write
+
+    @property
+    def there(self) -> bool:
+        """Whether any role has listened in this run, now or in an earlier life."""
+        return self.path.exists() or self._former.exists()
+
+    def now(self) -> Endpoints:
+        """Empty where no role has said yet where it listens.  Raises SetupError if the file is damaged."""
+        return _read(self.path) or Endpoints()
+
+    def former(self) -> Endpoints:
+        """Where the roles listened last, in this life of the run or in an earlier one."""
+        return _over(_read(self._former) or Endpoints(), self.now())
+
+    def replace(self, endpoints: Endpoints) -> None:
+        """All of it anew."""
+        self._write(self.path, _dump(endpoints))
+
+    def note(self, **bound: str) -> None:
+        """Where a role listens now, by the names of ``Endpoints``; several roles may say so at a time."""
+        with self._alone():
+            self.replace(replace(self.now(), **bound))
+
+    def forget(self) -> None:
+        """A new life of the run: nobody listens, and who looks for a role waits until it has said where it is."""
+        with self._alone():
+            former = self.former()
+            if former != Endpoints():
+                self._write(self._former, _dump(former))
+            self.path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Waits for: another role that writes, for moments.  Off POSIX nothing keeps two apart."""
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        fd = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+
+def _over(old: Endpoints, new: Endpoints) -> Endpoints:
+    return replace(old, **{name: text for name, text in asdict(new).items() if text})
+
+
+def _read(file: Path) -> Endpoints | None:
+    try:
+        return Endpoints(**json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as exc:
+        raise SetupError(f"{file} is damaged: {exc}; start the run again with `atpo train`") from None
+
+
+def _dump(endpoints: Endpoints) -> str:
+    return json.dumps(asdict(endpoints), indent=2) + "\n"

@@ -1,0 +1,1 @@
+"""What a role says of itself, and what follows from it: waits, progress, hangs."""

@@ -1,0 +1,119 @@
+"""Roles that are still starting, by their status files: what the screen says of them, and who need not be given up.
+
+An engine may take minutes to load.  Whoever waits for it meanwhile goes on waiting, whatever ``links.give_up_s`` says;
+one that stands still while it loads is the supervisor's business (``supervisor.hang_s``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from atpo_async.core.texts import shortened
+from atpo_async.status import snapshot
+from atpo_async.status.hangs import BUFFER, joined_by_address
+from atpo_async.status.snapshot import StatusSnapshot, duration
+from atpo_async.status.waits import OWN_PARTS
+
+SEEN_S = 30.0
+"""A status file that is older says nothing about now."""
+
+MOST_DETAIL = 120
+"""Characters of it in a line."""
+
+SAID_FROM_S = 5.0
+"""Roles that have been at a stage for less are not worth a line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleStart:
+    """A role that is still starting."""
+
+    role: str
+    stage: str
+    """Goes on after "actor-0 is …"."""
+    for_s: float
+    """In this stage."""
+    loads: bool
+    """It is at work for itself, rather than waiting for another role."""
+    detail: str = ""
+    """How far what it waits for is, as far as it has been told."""
+
+
+def starts(pictures: Iterable[StatusSnapshot], *, now: float, wall: float) -> list[RoleStart]:
+    """Those of roles that run and are starting.
+
+    Args:
+        now, wall: ``time.monotonic()`` and ``time.time()``.
+    """
+    found = []
+    for picture in pictures:
+        age_s = snapshot.age_s(picture, now=now, wall=wall)
+        if not picture.starting or age_s > SEEN_S or snapshot.is_alive(picture) is False:
+            continue
+        loads = picture.loop_age_s is None or picture.held_up or any(wait.on in OWN_PARTS for wait in picture.waits)
+        detail = "" if loads else _how_far(picture)
+        for_s = picture.phase_s + age_s
+        found.append(RoleStart(role=picture.role, stage=picture.phase, for_s=for_s, loads=loads, detail=detail))
+    return found
+
+
+def _how_far(picture: StatusSnapshot) -> str:
+    """What the buffer said last to the longest wait for it; the counts come first, so what follows them is left out."""
+    said = next((wait.detail for wait in picture.waits if wait.on == BUFFER and wait.detail), "")
+    return shortened(said.partition("; ")[0], MOST_DETAIL)
+
+
+def line(found: Sequence[RoleStart], *, from_s: float = SAID_FROM_S) -> str:
+    """``actor-0 is loading its engine: 20 s; learner is waiting for its first batch (trees: 3 of 8 ready): 41 s``.
+
+    Empty if nobody has been at it for long.
+    """
+    long = sorted((start for start in found if start.for_s >= from_s), key=lambda start: not start.loads)
+    return "; ".join(f"{start.role} is {_at(start)}: {duration(start.for_s)}" for start in long)
+
+
+def _at(start: RoleStart) -> str:
+    return f"{start.stage} ({start.detail})" if start.detail else start.stage
+
+
+def _asks_for_nothing(pictures: Mapping[str, StatusSnapshot]) -> str | None:
+    """An actor that joined by address and has done nothing yet: it loads its engine."""
+    joined = joined_by_address(pictures.values())
+    for facts in pictures[BUFFER].links.values() if BUFFER in pictures else ():
+        peers = facts.get("peers")
+        for peer in peers if isinstance(peers, Sequence) else ():
+            name = str(peer.get("peer")) if isinstance(peer, Mapping) else ""
+            if isinstance(peer, Mapping) and peer.get("handled") == 0 and joined.get(name, SEEN_S) < SEEN_S:
+                return f"{name} has joined and asked for nothing yet"
+    return None
+
+
+class Loads:
+    """Whether another role of the run is loading; for ``waits.excuse_by``.
+
+    Args:
+        folder: of the run's status files.
+        own: name of this role.
+        supervised: roles that a supervisor starts, and starts again: one that is not there yet is on its way.
+    """
+
+    def __init__(self, folder: Path, own: str, supervised: Sequence[str] = ()) -> None:
+        self._folder = folder
+        self._own = own
+        self._supervised = [role for role in supervised if role != own]
+
+    def __call__(self) -> str | None:
+        """What one of them is at; None if none is.  Reads files."""
+        pictures, _ = snapshot.read(self._folder)
+        others = {name: picture for name, picture in pictures.items() if name != self._own}
+        for start in starts(others.values(), now=time.monotonic(), wall=time.time()):
+            if start.loads:
+                return f"{start.role} is {start.stage} for {duration(start.for_s)}"
+        for role in self._supervised:
+            picture = pictures.get(role)
+            if picture is None or (picture.phase != snapshot.ENDED and snapshot.is_alive(picture) is False):
+                return f"{role} is being started"
+        return _asks_for_nothing(pictures)

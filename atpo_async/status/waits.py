@@ -1,0 +1,271 @@
+"""Waits that have a name and a deadline, and how far this process has come.
+
+Whoever waits says so in a registry of the process (``waiting``, ``BoundedWait``, ``DeferredAnswers``);
+whatever gets on says that
+too (``progress``, ``phase``).  ``atpo_async.status.snapshot`` makes a picture of both, from a thread of its own, and
+``atpo_async.status.hangs`` judges it: a wait without progress is a hang, a long one with progress is work.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from atpo_async.core.errors import WaitTimeout
+from atpo_async.core.texts import shortened
+
+TORCH, ENGINE, ENVIRONMENT = "torch", "engine", "environment"
+OWN_PARTS = frozenset({TORCH, ENGINE, ENVIRONMENT})
+"""What a role may wait for inside its own process, and what starting it again mends."""
+
+DISK = "disk"
+"""Waited for inside a role's own process too, but no new process makes a disk answer."""
+
+
+SAVING = "saving"
+"""Phase of a role that was asked to end and first brings what it has done to disk: it is given the time."""
+
+
+class Deadlines(Protocol):
+    """``links.deadline_s`` and ``links.give_up_s``, wherever they are kept."""
+
+    @property
+    def deadline_s(self) -> float: ...
+
+    @property
+    def give_up_s(self) -> float: ...
+
+
+# --- who waits ----------------------------------------------------------------------------------------------------
+
+
+class waiting:
+    """A named wait, in the registry while the block runs; in a coroutine as well as in a thread, nested or not.
+
+    Args:
+        who: who waits, for people: ``tree t7``, ``the learner``.
+        what: for what: ``batch 12``, ``room in the window``.
+        on: who can end it: a role (``buffer``, ``learner``, ``actors``, ``actor-0``), a part of this process
+            (``OWN_PARTS``, ``DISK``), or nothing where nobody in the run can.
+        limit_s: seconds after which it ends by itself; None where something else sees to that.
+    """
+
+    __slots__ = ("limit_s", "on", "since", "what", "who")
+
+    detail = ""
+
+    def __init__(self, who: str, what: str, *, on: str = "", limit_s: float | None = None) -> None:
+        self.who = who
+        self.what = what
+        self.on = on
+        self.limit_s = limit_s
+        self.since = 0.0
+
+    def __enter__(self) -> Self:
+        self.since = time.monotonic()
+        _open[id(self)] = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _open.pop(id(self), None)
+
+
+class BoundedWait:
+    """One wait: past ``deadline_s`` it is logged who waits for what and since when; past ``give_up_s`` without anything
+    having moved it ends loudly.  In the registry as long as the object lives.
+
+    Args:
+        who, what: for the log and the error.
+        deadlines: seconds.
+        clock: seconds, monotonic.
+        log: where the warnings go.
+        on: as of ``waiting``; may be set anew when it turns out to be somebody else.
+    """
+
+    def __init__(
+        self,
+        who: str,
+        what: str,
+        deadlines: Deadlines,
+        clock: Callable[[], float],
+        *,
+        log: logging.Logger,
+        on: str = "",
+    ) -> None:
+        self.who = who
+        self.what = what
+        self.on = on
+        self.detail = ""
+        """How far what it waits for is, or what keeps it: the latest reason."""
+        self.since = time.monotonic()  # as every wait in the registry, whatever ``clock`` is
+        self._deadlines = deadlines
+        self._clock = clock
+        self._log = log
+        self._began = self._warned = self._moved = clock()
+        _patient.add(self)
+
+    @property
+    def limit_s(self) -> float:
+        return self._deadlines.give_up_s
+
+    def again(self, reason: str) -> None:
+        """Called at every fruitless turn.  Raises WaitTimeout once nothing has ``moved`` for ``give_up_s``, unless
+        somebody is loading meanwhile (``excuse_by``)."""
+        now, reason = self._clock(), shortened(reason, 500)
+        self.detail = reason
+        if now - self._moved > self._deadlines.give_up_s:
+            excuse = _excuse() if now - self._began < LOADS_AT_MOST_S else None
+            if excuse is not None:
+                self._log.warning(
+                    "%s has waited %.0f s for %s and waits on, as %s", self.who, now - self._began, self.what, excuse
+                )
+                self._moved = now
+                return
+            raise WaitTimeout(
+                f"{self.who} waited {now - self._moved:.0f} s for {self.what} (links.give_up_s): {reason}"
+            )  # fmt: skip
+        if now - self._warned > self._deadlines.deadline_s:
+            self._warned = now
+            self._log.warning("%s has waited %.0f s for %s: %s", self.who, now - self._began, self.what, reason)
+
+    def moved(self) -> None:
+        """Something came: it may take as long again.  The log goes on counting from the beginning."""
+        self._moved = self._clock()
+
+
+LOADS_AT_MOST_S = 3600.0
+"""Nobody is waited for longer than this because something loads: it may stand still where no supervisor sees it."""
+
+
+def _no_excuse() -> str | None:
+    return None
+
+
+_excuse: Callable[[], str | None] = _no_excuse
+
+
+def excuse_by(excuse: Callable[[], str | None] | None) -> None:
+    """Have ``excuse`` say, when a ``BoundedWait`` is over, what loads meanwhile; None: nothing ever does."""
+    global _excuse
+    _excuse = excuse or _no_excuse
+
+
+class DeferredAnswers:
+    """A wait of somebody who only answers: it lasts from the first answer that had to put a question off to the first
+    that did not, or until nobody has asked for ``FORGET_S``.
+
+    Args:
+        who: for whom, for people: ``the requests for leases``.
+    """
+
+    limit_s = None
+    detail = ""
+
+    def __init__(self, who: str) -> None:
+        self.who = who
+        self.what = self.on = ""
+        self.since = 0.0
+        self._asked_at: float | None = None
+
+    def goes_on(self, what: str, *, on: str) -> None:
+        """A question was put off, because of ``what``, which ``on`` can end."""
+        now = time.monotonic()
+        if not self.lasts(now):
+            self.since = now
+            _standing.add(self)
+        self.what, self.on, self._asked_at = what, on, now
+
+    def over(self) -> None:
+        """A question was answered."""
+        self._asked_at = None
+
+    def lasts(self, now: float) -> bool:
+        return self._asked_at is not None and now - self._asked_at < FORGET_S
+
+
+FORGET_S = 5.0
+
+_open: dict[int, waiting] = {}
+_patient: weakref.WeakSet[BoundedWait] = weakref.WeakSet()
+_standing: weakref.WeakSet[DeferredAnswers] = weakref.WeakSet()
+
+
+def snapshot(now: float | None = None) -> list[dict[str, Any]]:
+    """The waits of this process, longest first: ``{who, what, on, since_s, limit_s, detail}``.
+    From any thread.
+
+    Args:
+        now: ``time.monotonic()`` where left out.
+    """
+    now = time.monotonic() if now is None else now
+    found = [
+        {
+            "who": w.who,
+            "what": w.what,
+            "on": w.on,
+            "since_s": max(0.0, now - w.since),
+            "limit_s": w.limit_s,
+            "detail": w.detail,
+        }
+        for w in _registered(time.monotonic())
+    ]
+    return sorted(found, key=lambda wait: -wait["since_s"])
+
+
+def _registered(now: float) -> list[waiting | BoundedWait | DeferredAnswers]:
+    for _ in range(100):
+        try:
+            return [*_open.values(), *_patient, *(standing for standing in _standing if standing.lasts(now))]
+        except RuntimeError:  # another thread began or ended a wait meanwhile
+            continue
+    return []
+
+
+# --- how far it is ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What a role is at, since ``time.monotonic()`` = ``since``."""
+
+    what: str
+    since: float
+    starting: bool
+    """It loads, compiles, warms up: here using the processor counts as progress too."""
+
+
+_progress: dict[str, int] = {}
+_phase = Phase("starting", time.monotonic(), starting=True)
+
+
+def progress(name: str, count: int = 1) -> None:
+    """Something was done: ``count`` more of ``name`` (turns, tokens, micro-batches).  Each name from one thread."""
+    _progress[name] = _progress.get(name, 0) + count
+
+
+def phase(what: str, *, starting: bool = False) -> None:
+    """The role is at something else now; counts as progress where it changes."""
+    global _phase
+    if (what, starting) != (_phase.what, _phase.starting):
+        _phase = Phase(what, time.monotonic(), starting)
+
+
+def progress_made() -> dict[str, int]:
+    """Name -> how many so far."""
+    for _ in range(100):
+        try:
+            return dict(_progress)
+        except RuntimeError:
+            continue
+    return {}
+
+
+def current_phase() -> Phase:
+    return _phase

@@ -1,0 +1,1 @@
+"""A staleness study: its grid, its runs, its results and its report."""

@@ -1,0 +1,141 @@
+"""What a person sees while a study goes on: bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from atpo_async.report.progress import duration
+from atpo_async.study.results import Cell, CellResult
+
+PLAIN_EVERY_S = 20.0
+
+
+@dataclass
+class _Running:
+    began: float
+    steps: int
+    step: int = 0
+    success: float | None = None
+    bar: TaskID | None = None
+
+
+class StudyProgress:
+    """A ``study.Watcher``.  Use as a context.
+
+    Args:
+        total: cells of the study; ``done`` of them ended before.
+        at_once: cells side by side.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        total: int,
+        done: int,
+        at_once: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console
+        self._total, self._done, self._at_once = total, done, at_once
+        self._clock = clock
+        self._began = clock()
+        self._said_at = clock()
+        self._running: dict[Cell, _Running] = {}
+        self._took: list[float] = []
+        self._bars: Progress | None = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=28),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("{task.fields[note]}", style="dim"),
+            )
+            self._bars = Progress(*columns, console=console, transient=True)
+            self._all = self._bars.add_task("[bold]cells", total=total, completed=done, note="")
+
+    def __enter__(self) -> StudyProgress:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._clock() - self._began
+
+    def say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def began(self, cell: Cell, *, steps: int) -> None:
+        running = self._running[cell] = _Running(self._clock(), steps)
+        if self._bars is not None:
+            running.bar = self._bars.add_task(cell.words, total=steps, note="starting")
+
+    def moved(self, cell: Cell, step: int, success: float | None) -> None:
+        running = self._running[cell]
+        running.step, running.success = step, success
+        if self._bars is not None and running.bar is not None:
+            note = "starting" if not step else "" if success is None else f"success {success:.2f}"
+            self._bars.update(running.bar, completed=step, note=note)
+            self._bars.update(self._all, completed=self._done, note=self._left())
+        elif self._clock() - self._said_at >= PLAIN_EVERY_S:
+            self._said_at = self._clock()
+            self.say(self.line())
+
+    def ended(self, result: CellResult) -> None:
+        running = self._running.pop(result.cell)
+        self._done += 1
+        self._took.append(self._clock() - running.began)
+        if self._bars is not None and running.bar is not None:
+            self._bars.remove_task(running.bar)
+            self._bars.update(self._all, completed=self._done, note=self._left())
+        left = self._left()
+        self.say(f"[{self._done}/{self._total}] {outcome(result)}{f'  {left}' if left else ''}")
+        self._said_at = self._clock()
+
+    def line(self) -> str:
+        """Where it stands."""
+        parts = [f"{self._done}/{self._total} cells"]
+        for cell, running in self._running.items():
+            at = f"step {running.step}/{running.steps}" if running.step else "starting"
+            success = "" if running.success is None else f", success {running.success:.2f}"
+            parts.append(f"{cell.words}: {at}{success}")
+        left = self._left()
+        return "; ".join([*parts, left] if left else parts)
+
+    def left_s(self) -> float | None:
+        """Seconds to the end at the pace so far; None while no cell has come far enough to tell."""
+        now = self._clock()
+        each = self._took or [
+            (now - r.began) * r.steps / r.step for r in self._running.values() if r.step >= r.steps / 4
+        ]
+        if not each:
+            return None
+        mean = sum(each) / len(each)
+        open_s = sum(max(0.0, mean - (now - r.began)) for r in self._running.values())
+        waiting = self._total - self._done - len(self._running)
+        lanes = max(1, min(self._at_once, waiting + len(self._running)))
+        return (open_s + waiting * mean) / lanes
+
+    def _left(self) -> str:
+        left = self.left_s()
+        return "" if not left else f"about {duration(left)} left"
+
+
+def outcome(result: CellResult) -> str:
+    """One line."""
+    seconds = result.figures.get("seconds")
+    took = "" if seconds is None else f"  ({seconds:.0f} s)"
+    if result.status == "failed":
+        return f"{result.cell.words}: FAILED, {result.reason}{took}"
+    shown = [f"{key} {result.figures[key]:.2f}" for key in ("sampled", "greedy") if key in result.figures]
+    return f"{result.cell.words}: {', '.join(shown) or 'no figures'}{took}"

@@ -1,0 +1,1 @@
+"""Messages between roles: their types, their checks, and how they are encoded."""

@@ -1,0 +1,380 @@
+"""Every message that crosses a socket: frozen, tagged, keyword-only.  Unions are named after their receiver.
+
+A message says who produces and who consumes it.  Arrays travel as raw little-endian bytes (``atpo_async.wire.codec``).
+Durations are seconds, sizes bytes, versions learner versions.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from atpo_async.core.tree import Turn
+from atpo_async.wire.records import TurnRecords
+
+PROTOCOL = 4
+"""Peers of another protocol number are refused by name."""
+
+TaskKind = Literal["train", "eval"]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, eq=False):
+    """Base of all messages."""
+
+
+# --- actor -> buffer -------------------------------------------------------------------------------------------
+
+
+class ActorHello(Message, frozen=True, tag="actor_hello"):
+    """Actor introduces itself.  Answered by ``Welcome``, or ``Refused`` for another protocol or run."""
+
+    protocol: int
+    run: str
+    """The run it expects; empty to join whatever runs there."""
+    actor: str
+    environment: str
+    search_leaves: int
+
+
+class LeaseRequest(Message, frozen=True, tag="lease_request"):
+    """Actor asks for up to ``count`` trees to grow.  Answered by ``Leases``."""
+
+    run: str
+    actor: str
+    count: int
+    version: int
+    """The version the actor's engine generates with now."""
+
+
+class TreeOpened(Message, frozen=True, tag="tree_opened"):
+    """Actor has built the prompt.  Sent before the tree's first turn; order of arrival does not matter."""
+
+    run: str
+    tree_id: str
+    lease_epoch: int
+    prompt: np.ndarray
+    """int32[P]."""
+
+
+class TreeClosed(Message, frozen=True, tag="tree_closed"):
+    """Actor will send no further turn of this tree.  Complete once ``num_turns`` turns are there."""
+
+    run: str
+    tree_id: str
+    lease_epoch: int
+    num_turns: int
+    failed_branches: int
+    failures: dict[str, int]
+    """Reason -> count, of the failed branches."""
+
+
+class LeaseReturned(Message, frozen=True, tag="lease_returned"):
+    """Actor gives leases back unfinished: it is shutting down, or the buffer refused what it sent of them."""
+
+    run: str
+    actor: str
+    tree_ids: tuple[str, ...]
+    reason: str = ""
+    """Why the buffer refused it: counts as a lost holder; empty where the actor shuts down."""
+
+
+class ActorReport(Message, frozen=True, tag="actor_report"):
+    """Actor's heartbeat, every few seconds: renews its leases and carries its metrics for the run's metrics file."""
+
+    run: str
+    actor: str
+    version: int
+    tree_ids: tuple[str, ...]
+    """Leases still being worked on; renewed by this message."""
+    metrics: dict[str, float]
+
+
+ActorToBuffer = ActorHello | LeaseRequest | TreeOpened | Turn | TreeClosed | LeaseReturned | ActorReport
+
+
+# --- buffer -> actor -------------------------------------------------------------------------------------------
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, eq=False):
+    """The right to grow one tree until ``lifetime_s`` from now, unless renewed."""
+
+    tree_id: str
+    task_index: int
+    kind: TaskKind
+    epoch: int
+    """Rises with every reissue; turns under an older epoch are refused."""
+    lifetime_s: float
+    min_version: int
+    """Do not start before the engine has at least this version."""
+    seed: int
+    committed: TurnRecords
+    """Turns already committed by an earlier holder: go on from them."""
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """Buffer's answer to ``ActorHello``: the run, and where the weights are (empty until the learner has said so)."""
+
+    run: str
+    weights_endpoint: str
+    announce_endpoint: str
+
+
+class Leases(Message, frozen=True, tag="leases"):
+    """Buffer's answer to ``LeaseRequest``; fewer than asked, or none, when admission is closed."""
+
+    leases: tuple[Lease, ...]
+    closed_because: str | None
+    """Why there are not more; None when all were granted."""
+    retry_after_s: float
+    finished: bool
+    """The run is over: the actor ends."""
+    weights_endpoint: str = ""
+    """Where the weights are now, as in ``Welcome``: a learner may come back at another address."""
+    announce_endpoint: str = ""
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    """The receiver did not take a message, for good: sending it again will not help."""
+
+    reason: str
+
+
+BufferToActor = Welcome | Leases | Refused
+
+
+# --- learner -> buffer -----------------------------------------------------------------------------------------
+
+
+class SampleRequest(Message, frozen=True, tag="sample_request"):
+    """Learner asks for a batch of trees.  Answered by ``Batch`` when there is one, at the latest after ``wait_s``."""
+
+    run: str
+    rank: int
+    num_ranks: int
+    step: int
+    version: int
+    """The learner's version: lag is measured against it."""
+    num_trees: int
+    """Of the whole batch over all ranks."""
+    wait_s: float
+
+
+class Trained(Message, frozen=True, tag="trained"):
+    """One rank confirms its share of a batch after the optimizer step; carries new priorities by tree.
+
+    The batch is confirmed when every rank has said so.
+    """
+
+    run: str
+    batch_id: int
+    version: int
+    """The learner's version after the step."""
+    priorities: dict[str, float]
+    """Of the trees of this rank's share."""
+    rank: int = 0
+
+
+class Checkpointed(Message, frozen=True, tag="checkpointed"):
+    """Learner has a checkpoint on disk that holds every batch below ``step``; rank 0 says so.
+
+    Only now may the buffer forget the trees that were used up in them: a learner that falls back to an earlier
+    checkpoint trains on them again.
+    """
+
+    run: str
+    step: int
+    version: int
+
+
+class VersionPublished(Message, frozen=True, tag="version_published"):
+    """Learner tells the buffer which version the actors can get, and where."""
+
+    run: str
+    version: int
+    weights_endpoint: str
+    announce_endpoint: str
+
+
+class EvalRequest(Message, frozen=True, tag="eval_request"):
+    """Learner asks for a greedy evaluation on the held-out tasks with weights of at least ``version``."""
+
+    run: str
+    step: int
+    version: int
+    num_tasks: int
+    blocking: bool
+    """True: no training lease is granted until it is done."""
+
+
+class EvalQuery(Message, frozen=True, tag="eval_query"):
+    """Learner asks whether the evaluation requested for ``step`` is done.  Answered by ``EvalResult``."""
+
+    run: str
+    step: int
+    wait_s: float
+
+
+class RunFinished(Message, frozen=True, tag="run_finished"):
+    """Learner has done its steps: no more leases."""
+
+    run: str
+
+
+LearnerToBuffer = SampleRequest | Trained | Checkpointed | VersionPublished | EvalRequest | EvalQuery | RunFinished
+
+
+# --- buffer -> learner -----------------------------------------------------------------------------------------
+
+
+class BatchTree(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, eq=False):
+    """One tree of a batch, with how it was drawn."""
+
+    tree_id: str
+    task_index: int
+    prompt: np.ndarray
+    """int32[P]."""
+    turns: TurnRecords
+    """Fresh and stale ones; the learner masks those over ``max_lag``."""
+    failed_branches: int
+    probability: float
+    """P_i at sampling (ALGORITHM, section 4)."""
+    weight: float
+    """w_PER, as the buffer's settings have it."""
+    uses: int
+    """How often it was served, this time included."""
+
+
+class Batch(Message, frozen=True, tag="batch"):
+    """One rank's share of a batch.  May be empty (``trees == ()``): nothing had a signal, the step counts anyway."""
+
+    batch_id: int
+    step: int
+    num_trees: int
+    """Trees of the whole batch over all ranks."""
+    num_leaves: int
+    """Leaves of the whole batch over all ranks: the global normaliser of seq-mean aggregation."""
+    num_action_tokens: int
+    """Action tokens over all leaf rows of the whole batch: the global normaliser of token-mean aggregation."""
+    num_turn_tokens: int
+    """Action tokens of the whole batch over all ranks, each turn once: the normaliser of unique-token-mean."""
+    trees: tuple[BatchTree, ...]
+    metrics: dict[str, float]
+    """The buffer's side of this step: train/reward, train/success, buffer/*, counted since the batch before."""
+    checkpoint_wanted: bool = False
+    """The buffer's room is taken by trees that it keeps for a learner that might fall back: save a checkpoint."""
+
+
+class NotYet(Message, frozen=True, tag="not_yet"):
+    """No batch within ``wait_s``: what is missing, for the log."""
+
+    waiting_for: str
+    progress: int = 0
+    """Turns and ends of trees so far, whatever became of them: while it changes, the wait is not in vain."""
+    checkpoint_wanted: bool = False
+    """As in ``Batch``."""
+
+
+class Exhausted(Message, frozen=True, tag="exhausted"):
+    """Every task below ``run.max_tasks`` has been trained on or is accounted for: there is no further batch."""
+
+    reason: str
+
+
+class EvalResult(Message, frozen=True, tag="eval_result"):
+    """State of an evaluation; ``success`` is None until it is done, and where all tasks failed or are unknown."""
+
+    step: int
+    done: bool
+    success: float | None
+    """Mean over the tasks that are not unknown; a failed one counts as no success."""
+    num_done: int
+    num_tasks: int
+    num_unknown: int = 0
+    """Tasks done of which the environment did not say whether they succeeded."""
+    version_min: int = -1
+    version_max: int = -1
+    """Oldest and newest version that sampled any of its turns so far; -1 while there is none."""
+
+
+BufferToLearner = Batch | NotYet | Exhausted | EvalResult | Refused
+
+
+# --- learner -> actors (weights) -------------------------------------------------------------------------------
+
+
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where one tensor lies in the payload."""
+
+    name: str
+    dtype: Literal["float32", "float16", "bfloat16"]
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class WeightsManifest(Message, frozen=True, tag="weights_manifest"):
+    """Everything about one version except its bytes.  Learner -> actor, answer to ``ManifestRequest``."""
+
+    run: str
+    version: int
+    total_bytes: int
+    chunk_bytes: int
+    sha256: str
+    """Of the whole payload, hex."""
+    tensors: tuple[TensorSpec, ...]
+    """Every tensor the engine holds, the tied output head too."""
+    probe_token_ids: np.ndarray
+    """int32[S * T]: S sequences that the policy sampled, all of one length, one after another."""
+    probe_logprobs: np.ndarray
+    """float32[S * (T - 1)]: the learner's log-prob of each token but the first of its sequence, given those before."""
+    probe_tolerance: float | None = None
+    """Nats of noise on the logits; None: the engine's own measure."""
+    probe_sequences: int = 1
+    """S."""
+
+
+class WeightsAnnounced(Message, frozen=True, tag="weights_announced"):
+    """PUB, and the answer to ``AnnouncementRequest``."""
+
+    run: str
+    version: int
+    total_bytes: int
+    sha256: str
+    host_id: str
+    """Identity of the learner's machine and boot: only an actor on the same one may use ``shm_path``."""
+    shm_path: str | None
+
+
+class AnnouncementRequest(Message, frozen=True, tag="announcement_request"):
+    run: str
+
+
+class ManifestRequest(Message, frozen=True, tag="manifest_request"):
+    run: str
+    version: int
+
+
+class ChunkRequest(Message, frozen=True, tag="chunk_request"):
+    run: str
+    version: int
+    index: int
+
+
+class Chunk(Message, frozen=True, tag="chunk"):
+    version: int
+    index: int
+    data: np.ndarray
+    """uint8[N]."""
+
+
+class VersionGone(Message, frozen=True, tag="version_gone"):
+    """The version asked for is no longer kept; ``newest`` is."""
+
+    version: int
+    newest: int
+
+
+ActorToLearner = AnnouncementRequest | ManifestRequest | ChunkRequest
+LearnerToActor = WeightsAnnounced | WeightsManifest | Chunk | VersionGone | Refused

@@ -1,0 +1,288 @@
+"""Batches: when there is one, which trees are in it, and what the learner made of it.
+
+The learner asks by step.  The same question gets the same answer until a checkpoint of the learner holds the batch;
+a learner that falls back asks at an earlier step, and what it has lost goes back.  Pure: clock and randomness come in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+
+from atpo_async.config import Config
+from atpo_async.core.credit import leaf_tokens
+from atpo_async.core.errors import BadMessage
+from atpo_async.wire.messages import Batch, Checkpointed, Exhausted, SampleRequest, Trained
+from buffer.counters import RunCounters
+from buffer.ledger import Ledger
+from buffer.trees.batches import Batches, Served, ServedTree, Share
+from buffer.trees.delay_line import DelayLine
+from buffer.trees.lifecycle import TreeLifecycle
+from buffer.trees.pool import Drawn, annealed_beta, split_by_tokens
+
+log = logging.getLogger("atpo.buffer")
+
+
+class BatchServer:
+    """What the learner of one run is given.
+
+    Args:
+        config: the run's.
+        ledger: told where the learner stands.
+        holdings: the trees.
+        batches: those that no checkpoint holds yet; changed here alone.
+        account: what is counted.
+        line: decides what is served where the lag is to be exact.
+        flush: the buffer's side of a step's metrics, at so many seconds; counting begins anew.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        ledger: Ledger,
+        holdings: TreeLifecycle,
+        batches: Batches,
+        account: RunCounters,
+        line: DelayLine | None,
+        flush: Callable[[float], dict[str, float]],
+    ) -> None:
+        self._config = config
+        self._ledger = ledger
+        self._holdings = holdings
+        self._batches = batches
+        self._account = account
+        self._line = line
+        self._flush = flush
+        self._beta_steps = config.buffer.weight_exponent_steps or config.run.steps
+        self.step = 0
+        """The step last asked for."""
+        self.saved_step = 0
+        """Batches below are in a checkpoint of the learner, by its own word."""
+        self.anew = True
+        """Nothing was found that an earlier buffer of this run kept."""
+
+    # --- asking ------------------------------------------------------------------------------------------------
+
+    def draw(self, request: SampleRequest, now: float, rng: np.random.Generator) -> Share | Exhausted | None:
+        """This rank's share of the batch of ``request.step``; None while there is not enough for one.
+
+        The first rank to find enough makes the batch; the same question again gets the same answer.
+
+        Raises:
+            BadMessage: with ``staleness.exact_lag``, a batch of another size than the run's.
+        """
+        served = self._batches.by_step.get(request.step)
+        if served is not None and served.version == request.version:
+            return self._share(served, request)
+        if self._line is not None:
+            return self._sample_exact(request, now, self._line)
+        self._look_after_batches(request.step)
+        self._heard(request)
+        self._holdings.advance()
+        enough = self._config.staleness.max_oversampling * request.num_trees
+        if len(self._holdings.pool) < request.num_trees and self._account.since.produced < enough:
+            if not self._is_drained() and not self._is_in_vain(enough):
+                return None
+            if self._is_drained() and not len(self._holdings.pool):
+                done = self._account.describe_tasks(self._ledger.given_up)
+                return Exhausted(reason=f"all run.max_tasks = {self._config.run.max_tasks} tasks are done: {done}")
+        beta = annealed_beta(request.step, start=self._config.buffer.weight_exponent, num_steps=self._beta_steps)
+        metrics = self._flush(now)
+        served = self._serve(request, self._holdings.pool.draw(request.num_trees, rng=rng, beta=beta), metrics)
+        return self._share(served, request)
+
+    def _is_in_vain(self, enough: float) -> bool:
+        """Whether ``enough`` trees came to nothing, most of them failed: the learner, which would wait for as long as
+        any come, gets an empty batch that counts them, and stops the run after some of those."""
+        counts = self._account.since.counts
+        failed = counts["dropped_no_leaf"] + counts["dropped_one_leaf"]
+        return not len(self._holdings.pool) and self._account.since.produced + failed >= enough
+
+    def _is_drained(self) -> bool:
+        """Whether no further tree will come: ``run.max_tasks`` are leased, none is under way or with the learner."""
+        return self._ledger.all_leased and not self._ledger.num_training and not self._holdings.pool.num_out
+
+    def _sample_exact(self, request: SampleRequest, now: float, line: DelayLine) -> Share | None:
+        """The same where the line decides: the set whose turn it is, once all that is due is grown."""
+        wanted = self._config.staleness.trees_per_batch
+        if request.num_trees != wanted:
+            raise BadMessage(
+                f"the learner asks for {request.num_trees} trees, with staleness.exact_lag every batch has "
+                f"staleness.trees_per_batch = {wanted}: start both on the same configuration"
+            )
+        if line.version is not None and request.version < line.version:
+            return None  # asked by a learner that has been replaced since
+        self._look_after_batches(request.step)
+        self._heard(request)
+        self._ask_line(request, line)
+        if not line.ready:
+            return None
+        front, metrics = line.pop(), self._flush(now)
+        if len(front.tree_ids) < wanted:
+            log.warning(
+                "batch %d has %d of %d trees: too few had a signal (staleness.max_oversampling), or memory had no room",
+                request.step, len(front.tree_ids), wanted,
+            )  # fmt: skip
+        served = self._serve(request, self._holdings.pool.take(front.tree_ids), metrics)
+        served.exact = front
+        return self._share(served, request)
+
+    def _heard(self, request: SampleRequest) -> None:
+        self.step = request.step
+        self._holdings.heard(request.version)
+        self._ledger.learner_at(request.version)
+
+    def _ask_line(self, request: SampleRequest, line: DelayLine) -> None:
+        """Tell the line where the learner stands; what a learner that starts again makes of no use goes."""
+        before = line.version
+        moved = request.version != before
+        # In an undisturbed run there are none: the learner trained only when nothing was under lease.
+        revoked = self._ledger.revoke_training() if moved else []
+        for held in revoked:
+            self._holdings.forget_growing(held.tree_id)
+        asked = line.ask(
+            step=request.step,
+            version=request.version,
+            under_lease=self._ledger.num_training,
+            memory_full=self._holdings.memory_full,
+        )
+        self._holdings.pool.discard(asked.stale, "stale")
+        self._holdings.pool.discard(asked.unfinished, "inexact")
+        self._holdings.see_off()
+        unfinished = len(asked.unfinished) + len(revoked)
+        self._account.since.counts["dropped_inexact"] += unfinished
+        if before is None:
+            if request.step > 0 and line.lag > 0:
+                log.warning(
+                    "staleness.exact_lag = %d: this buffer starts at step %d without trees; the lag rises from 0 again",
+                    line.lag, request.step,
+                )  # fmt: skip
+        elif asked.anew and (asked.stale or unfinished or line.greatest_lag > line.lag):
+            log.warning(
+                "staleness.exact_lag = %d: the learner starts again at step %d, version %d after %d; %d whole batches "
+                "come first, up to %d versions old; dropped: %d trees over staleness.max_lag, %d of unfinished batches",
+                line.lag, request.step, request.version, before, len(line), line.greatest_lag, len(asked.stale),
+                unfinished,
+            )  # fmt: skip
+
+    def _serve(self, request: SampleRequest, drawn: list[Drawn], metrics: dict[str, float]) -> Served:
+        partial = self._config.buffer.ready == "partial"
+        self._holdings.served(drawn)
+        served = Served(
+            batch_id=self._batches.next_id,
+            step=request.step,
+            version=request.version,
+            drawn=tuple(
+                ServedTree(
+                    each.tree.tree_id,
+                    each.tree.task_index,
+                    each.probability,
+                    each.weight,
+                    each.uses,
+                    tuple(each.tree.rows["turn_id"].tolist()) if partial else None,
+                )
+                for each in drawn
+            ),
+            metrics=metrics,
+            num_ranks=request.num_ranks,
+        )
+        self._batches.next_id += 1
+        self._batches.put(served)
+        self._ledger.consumed(request.version)
+        return served
+
+    def _share(self, served: Served, request: SampleRequest) -> Share:
+        trees = [self._holdings.tree_of(each) for each in served.drawn]
+        arrays = [tree.arrays() for tree in trees]
+        if request.num_ranks != served.num_ranks:
+            raise BadMessage(
+                f"batch {served.batch_id} was shared among {served.num_ranks} ranks, rank {request.rank} counts "
+                f"{request.num_ranks}; all ranks must be of one start"
+            )
+        own = split_by_tokens([tree.num_tokens for tree in trees], served.num_ranks)[request.rank]
+        head = Batch(
+            batch_id=served.batch_id,
+            step=served.step,
+            num_trees=len(trees),
+            num_leaves=sum(tree.num_leaves for tree in trees),
+            num_action_tokens=sum(int(leaf_tokens(a).sum()) for a in arrays),
+            num_turn_tokens=sum(int(a.num_action_tokens.sum()) for a in arrays),
+            trees=(),
+            metrics=served.metrics,
+            checkpoint_wanted=self._holdings.checkpoint_wanted,
+        )
+        return Share(head, tuple(served.drawn[i] for i in own), tuple(trees[i] for i in own))
+
+    # --- what became of it -------------------------------------------------------------------------------------
+
+    def trained(self, message: Trained) -> None:
+        """A rank has trained on its share of a batch; with the last rank's word the batch is confirmed."""
+        self._holdings.heard(message.version)
+        self._ledger.trained(message.version)
+        for served in self._batches.by_step.values():
+            if served.batch_id == message.batch_id and not served.confirmed:
+                self._batches.changed.add(served.step)
+                served.trained.add(message.rank)
+                served.priorities |= message.priorities
+                if len(served.trained) == served.num_ranks:
+                    self._confirm(served)
+        self._holdings.advance()
+
+    def _confirm(self, served: Served) -> None:
+        if not served.confirmed:
+            served.confirmed = True
+            self._account.tasks["trained"] += sum(each.uses == 1 for each in served.drawn)
+            self._batches.changed.add(served.step)
+            self._holdings.confirm(served.tree_ids, served.priorities, step=served.step)
+
+    def checkpointed(self, message: Checkpointed) -> None:
+        """The learner never falls back behind ``message.step`` any more: what was used up in batches below goes."""
+        self.saved_step = message.step
+        for step in [step for step in self._batches.by_step if step < message.step]:
+            self._confirm(self._batches.by_step[step])
+            self._batches.remove(step)
+        self._holdings.checkpointed(message.step)
+
+    def _look_after_batches(self, step: int) -> None:
+        """The batch of ``step`` is asked for: those before it were trained on, those from it on were not, or no longer.
+
+        A learner that starts again asks at the step of its checkpoint: what it learned after that is lost with it.
+        """
+        if self.anew and step > 0 and not self._batches.by_step:
+            log.warning(
+                "the learner is at step %d and the journal is empty: what was kept of this run is gone, its tasks "
+                "begin at 0 again", step,
+            )  # fmt: skip
+        elif step < self.saved_step:
+            log.warning(
+                "the learner starts again at step %d, though it had reported a checkpoint of step %d: the trees of the "
+                "steps between are gone, their tasks are not trained on again", step, self.saved_step,
+            )  # fmt: skip
+            self.saved_step = step
+        self.anew = False
+        later = sorted((s for s in self._batches.by_step if s >= step), reverse=True)
+        if later:
+            log.info("the learner starts again at step %d; the %d batches from there on go back", step, len(later))
+            served = [self._batches.by_step[s] for s in later]
+            for each in served:
+                self._undo(each)
+            if self._line is not None:
+                self._line.give_back([each.exact for each in reversed(served) if each.exact is not None])
+        # Of the one just before, word may still be on its way.
+        last = step if self._line is not None else step - 1
+        for before in [s for s in self._batches.by_step if s < last]:
+            self._confirm(self._batches.by_step[before])
+
+    def _undo(self, served: Served) -> None:
+        """The learner has not trained on this batch, or has lost what it learned from it."""
+        self._batches.remove(served.step)
+        if not served.confirmed:
+            self._holdings.give_back(served.tree_ids)
+            return
+        for each in served.drawn:
+            self._account.tasks["trained"] -= each.uses == 1
+            self._holdings.undo_use(each)
+        self._holdings.see_off()

@@ -1,0 +1,128 @@
+"""What is counted: the tasks of a run, and what happened between one batch and the next.  Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from atpo_async.core.credit import TreeArrays, branch_prob
+from buffer.ledger import Ledger
+from buffer.trees.index import TreeEntry
+from buffer.trees.pool import ReplayPool
+
+
+@dataclass(slots=True)
+class Since:
+    """Counted since the last batch."""
+
+    began_s: float
+    produced: int = 0
+    """Training trees that came to their end with a usable tree."""
+    turns: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    means: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Name -> (sum, number)."""
+
+    def mean(self, name: str, value: float) -> None:
+        total, number = self.means.get(name, (0.0, 0.0))
+        self.means[name] = (total + value, number + 1.0)
+
+
+class RunCounters:
+    """Counters of one run.
+
+    Args:
+        now: seconds.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.since = Since(now)
+        self.tasks: Counter[str] = Counter()
+        """What became of training tasks: ``trained`` on at least once, ``no_signal``, ``failed`` (too few leaves),
+        ``retired`` (too old before their last use)."""
+        self.progress = 0
+        """Turns that came and trees that ended, for whoever waits: it stands still only when nothing comes."""
+        self.left_before: Counter[str] = Counter()
+        """Trees that had left the pool by the last batch, by ``Gone.cause``."""
+        self.given_up_before = 0
+        """Tasks given up by the last batch."""
+
+    def count_tree(self, tree: TreeEntry, arrays: TreeArrays) -> None:
+        """The policy's own sampled reward and success: under branch probabilities, trees without signal too.
+
+        Success is that of the leaves of which the environment said it; what share of them is not known stands apart.
+        """
+        since = self.since
+        since.produced += 1
+        share = branch_prob(arrays)
+        since.mean("train/reward", float(share @ arrays.reward))
+        unknown = float(share @ (tree.is_leaf & ~tree.judged))
+        if tree.judged.any():
+            since.mean("train/success", float(share @ tree.success) / (1.0 - unknown))
+        since.mean("train/success_unknown", unknown)
+        since.mean("train/leaves_mean", float(tree.num_leaves))
+        since.mean("train/turns_mean", float(len(tree)))
+
+    def describe_tasks(self, given_up: int) -> str:
+        """What became of the tasks so far."""
+        tasks = self.tasks
+        retired = f" ({tasks['retired']} of them fewer times than meant, too old by then)" if tasks["retired"] else ""
+        return (
+            f"{tasks['trained']} trained on{retired}, {tasks['no_signal']} without signal, {tasks['failed']} failed, "
+            f"{given_up} given up"
+        )
+
+    def describe_drops(self, pool: ReplayPool) -> str:
+        """Trees without signal and those dropped since the last batch, by cause."""
+        counts, left = self.since.counts, pool.left - self.left_before
+        dropped = {name: count for name, count in counts.items() if count and name.startswith("dropped_")}
+        dropped |= {f"dropped_{name}": count for name, count in left.items() if name in ("stale", "bytes")}
+        return f"{counts['no_signal_trees']} without signal" + "".join(
+            f", {count} {name.replace('_', ' ')}" for name, count in dropped.items()
+        )
+
+    def flush(
+        self, now: float, *, ledger: Ledger, pool: ReplayPool, nbytes: int, num_parked: int, more: Mapping[str, float]
+    ) -> dict[str, float]:
+        """The buffer's side of a step's metrics, counted since the batch before; counting begins anew.
+
+        Args:
+            now: seconds.
+            ledger: of the run.
+            pool: of the run.
+            nbytes: of all turns kept.
+            num_parked: turns that came before their parents.
+            more: added as they are.
+        """
+        since, counts = self.since, self.since.counts
+        left = pool.left - self.left_before
+        metrics = {name: total / number for name, (total, number) in since.means.items()}
+        metrics |= {
+            "train/trees": since.produced,
+            "buffer/trees": len(pool),
+            "buffer/outstanding": ledger.num_training,
+            "buffer/bytes": nbytes,
+            "buffer/dropped_stale": left["stale"],
+            "buffer/retired_stale": left["retired"],
+            "buffer/dropped_bytes": left["bytes"],
+            "buffer/dropped_no_leaf": counts["dropped_no_leaf"],
+            "buffer/dropped_one_leaf": counts["dropped_one_leaf"],
+            "buffer/dropped_inexact": counts["dropped_inexact"],
+            "buffer/dropped_surplus": counts["dropped_surplus"],
+            "buffer/no_signal_trees": counts["no_signal_trees"],
+            "buffer/failed_branches": counts["failed_branches"],
+            "buffer/given_up": ledger.given_up - self.given_up_before,
+            "buffer/parked_turns": num_parked,
+            "buffer/priority_mean": pool.mean_priority,
+            "buffer/bad_messages": counts["bad_messages"],
+            "buffer/refused_trees": counts["refused_trees"],
+            "buffer/turns_per_s": since.turns / max(now - since.began_s, 1e-9),
+            **{f"tasks/{name}": self.tasks[name] for name in ("trained", "no_signal", "failed", "retired")},
+            "tasks/given_up": ledger.given_up,
+            **more,
+        }
+        self.left_before = Counter(pool.left)
+        self.given_up_before = ledger.given_up
+        self.since = Since(now)
+        return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,1 @@
+"""What the buffer keeps on disk."""

@@ -1,0 +1,188 @@
+"""What the journal keeps beside records: trees, batches, the cursor and what stands around them.  Pure.
+
+Every value is msgpack of one of these structs, under a key that says what it is.  Nothing here is a moment in time:
+monotonic clocks mean nothing to the process that reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import msgspec
+
+from atpo_async.core.errors import SetupError
+from atpo_async.wire.messages import TaskKind
+
+T = TypeVar("T")
+
+TREE, BATCH, EVALUATION = b"tree/", b"batch/", b"evaluation/"
+REST, SINCE, LINE = b"rest", b"since", b"line"
+ALL_EVALUATIONS = b"evaluations"
+"""Where earlier programs kept all of them in one value."""
+
+KEEP = "keep its folder, turns that were acknowledged are in it, and put a copy of it that is whole in its place"
+
+
+class _Kept(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class KeptLease(_Kept):
+    """Who grows a tree."""
+
+    holder: str
+    seed: int
+    epoch: int
+    min_version: int
+    lost: int
+    waiting: bool
+    eval_step: int
+
+
+class KeptClosed(_Kept):
+    """What the closing of a tree said, while turns are still to come."""
+
+    lease_epoch: int
+    num_turns: int
+    failed_branches: int
+    failures: dict[str, int]
+
+
+class KeptPlace(_Kept):
+    """What the pool knows of a tree beside its turns."""
+
+    priority: float
+    uses: int
+    limit: int
+    entered: int
+
+
+class KeptTree(_Kept):
+    """One tree.  At most one of ``growing``, ``late`` and ``spent_at`` is set."""
+
+    number: int
+    task_index: int
+    kind: TaskKind
+    failed_branches: int = 0
+    attempts: int = 0
+    lease: KeptLease | None = None
+    growing: bool = False
+    epoch: int = 0
+    """Turns of this lease epoch are taken."""
+    closed: KeptClosed | None = None
+    partial: tuple[int, int] | None = None
+    """(uses, leaves) when it was last served before it had ended."""
+    late: bool = False
+    """It came to its end while the learner had an earlier state of it."""
+    pool: KeptPlace | None = None
+    """Ready, or with the learner."""
+    spent_at: int | None = None
+    """Step of the batch that used it up; kept for a learner that falls back, with ``pool`` as it was."""
+
+
+class KeptDrawn(_Kept):
+    """One tree of a batch."""
+
+    tree_id: str
+    task_index: int
+    probability: float
+    weight: float
+    uses: int
+    turn_ids: tuple[int, ...] | None = None
+    """Those served, of a tree that still grew; None for all."""
+
+
+class KeptSet(_Kept):
+    version: int
+    tree_ids: tuple[str, ...]
+
+
+class KeptBatch(_Kept):
+    """One batch that was given to the learner."""
+
+    batch_id: int
+    step: int
+    version: int
+    num_ranks: int
+    metrics: dict[str, float]
+    drawn: tuple[KeptDrawn, ...]
+    trained: tuple[int, ...]
+    priorities: dict[str, float]
+    confirmed: bool
+    exact: KeptSet | None = None
+
+
+class KeptAgain(_Kept):
+    task_index: int
+    attempts: int
+
+
+class KeptRest(_Kept):
+    """Cursor, counters, versions."""
+
+    incarnation: int = 0
+    """How often the buffer of this run was started; part of tree ids, so that none is ever given twice."""
+    next_task: int = 0
+    next_number: int = 1
+    next_batch: int = 1
+    again: tuple[KeptAgain, ...] = ()
+    given_up: int = 0
+    published: int | None = None
+    next_version: int = 0
+    step: int = 0
+    version: int = 0
+    weights_endpoint: str = ""
+    announce_endpoint: str = ""
+    highest_priority: float = 1.0
+    saved_step: int = 0
+    tasks: dict[str, int] = {}
+    retired: tuple[str, ...] = ()
+
+
+class KeptSince(_Kept):
+    """Counted since the last batch."""
+
+    produced: int = 0
+    turns: int = 0
+    counts: dict[str, int] = {}
+    means: dict[str, tuple[float, float]] = {}
+
+
+class KeptEvaluation(_Kept):
+    step: int
+    version: int
+    num_tasks: int
+    blocking: bool
+    next_task: int
+    results: dict[int, float | None]
+    turns: int
+    unknown: tuple[int, ...] = ()
+    versions: tuple[int, int] | None = None
+
+
+class KeptLine(_Kept):
+    """The delay line of ``staleness.exact_lag``."""
+
+    whole: tuple[KeptSet, ...]
+    growing: tuple[int, int, tuple[str, ...], int] | None
+    """(version, sets, trees, produced)."""
+    version: int | None
+    served: bool
+
+
+def dump(value: object) -> bytes:
+    return msgspec.msgpack.encode(value)
+
+
+def read(state: Mapping[bytes, bytes], key: bytes, kind: type[T]) -> T | None:
+    """The value under ``key``; None if there is none.  Raises SetupError if it is no ``kind``."""
+    data = state.get(key)
+    if data is None:
+        return None
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise SetupError(
+            f"the journal is damaged: {key.decode(errors='replace')!r} is no {kind.__name__} ({exc}); {KEEP}"
+        ) from exc

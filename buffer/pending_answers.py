@@ -1,0 +1,47 @@
+"""Answers that are decided and may not leave yet: the commit that holds them is still on its way.
+
+A request waits only so long for the disk.  Its answer stays here then, with the commit that it waits for: asked again,
+the same answer waits on for the same commit.  So nothing leaves uncommitted however slow the disk is, and a disk that
+takes longer than any request waits still gets its answers out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Generic, TypeVar
+
+Answer = TypeVar("Answer")
+
+
+class PendingAnswer(Generic[Answer]):
+    """One answer.
+
+    Args:
+        answer: as it will leave.
+        settling: returns once all that was decided by now is committed; begun at once.
+    """
+
+    def __init__(self, answer: Answer, settling: Awaitable[None]) -> None:
+        self.answer = answer
+        self._settling = asyncio.ensure_future(settling)
+        self._asked = 0
+
+    def ask(self) -> int:
+        """A number for who asks now; ``is_latest`` tells whether somebody has asked since."""
+        self._asked += 1
+        return self._asked
+
+    def is_latest(self, asked: int) -> bool:
+        return asked == self._asked
+
+    async def committed(self, timeout_s: float) -> bool:
+        """Whether it may leave now.  Waits for: the commit, up to ``timeout_s``.  Unblocked by: the disk."""
+        done, _ = await asyncio.wait((self._settling,), timeout=timeout_s)
+        if done:
+            self._settling.result()
+        return bool(done)
+
+    def drop(self) -> None:
+        """Nobody wants it any more."""
+        self._settling.cancel()

@@ -1,0 +1,1 @@
+"""Turns, trees and batches in memory."""

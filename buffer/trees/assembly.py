@@ -1,0 +1,301 @@
+"""Turns -> trees: idempotent, in any order, orphans parked.  Pure.
+
+A tree is known from the moment its lease is granted.  Messages about it may come in any order and any number of
+times; what comes out depends only on which came.  The key of a turn is ``(run, tree_id, turn_id)``: the same bytes
+again change nothing, other bytes are a conflict.  A newer lease fences the older one's turns off.  What stays here are
+entries; the records themselves go into the store.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from atpo_async.core.errors import BadMessage, Conflict
+from atpo_async.core.tree import ROOT, Turn
+from atpo_async.wire import codec
+from atpo_async.wire.messages import TaskKind, TreeClosed, TreeOpened
+from atpo_async.wire.records import pack, unpack
+from buffer.trees.index import ROW, Rows, Store, TreeEntry, TurnEntry, entry_of, rows_of
+
+REMEMBERED_TREES = 2048
+"""Finished trees whose turns are still recognised when an actor sends them again after a reconnect."""
+
+TreeMessage = TreeOpened | Turn | TreeClosed
+Frames = Sequence[bytes | memoryview]
+
+_NONE = np.zeros(0, dtype=ROW)
+
+
+@dataclass(slots=True)
+class Growing:
+    """What has come of one tree."""
+
+    tree_id: str
+    number: int
+    task_index: int
+    kind: TaskKind
+    epoch: int
+    prompt: TurnEntry | None = None
+    turns: dict[int, TurnEntry] = field(default_factory=dict)
+    closed: TreeClosed | None = None
+    parents: set[int] = field(default_factory=set)
+    """Ids that turns name as their parent."""
+
+    def attached(self) -> list[TurnEntry]:
+        """Turns whose whole path is there, by id; the others are parked."""
+        reached = {ROOT}
+        found = []
+        for turn_id in sorted(self.turns):
+            turn = self.turns[turn_id]
+            if turn.parent_id in reached:
+                reached.add(turn_id)
+                found.append(turn)
+        return found
+
+
+class Assembly:
+    """The trees under lease, and a memory of those that are done.
+
+    Args:
+        store: where records go.
+        find: a finished tree that is still kept, by id; None if it is not.
+        remembered_trees: finished trees whose turn ids are remembered.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        find: Callable[[str], TreeEntry | None] = lambda tree_id: None,
+        remembered_trees: int = REMEMBERED_TREES,
+    ) -> None:
+        self._store = store
+        self._find = find
+        self._growing: dict[str, Growing] = {}
+        self._done: OrderedDict[str, frozenset[int]] = OrderedDict()
+        self._remembered = remembered_trees
+        self.nbytes = 0
+        """Bytes of the records of unfinished trees."""
+        self.changed: set[str] = set()
+        """Trees of which something changed beside their turns; whoever keeps them takes the names away."""
+
+    def __contains__(self, tree_id: object) -> bool:
+        return tree_id in self._growing
+
+    def __len__(self) -> int:
+        return len(self._growing)
+
+    def growing(self, tree_id: str) -> Growing | None:
+        """What has come of a tree under lease."""
+        return self._growing.get(tree_id)
+
+    def expect(self, tree_id: str, *, number: int, task_index: int, kind: TaskKind, epoch: int) -> None:
+        """A lease was granted: take this tree's turns under ``epoch`` from now on.
+
+        On a reissue the turns that are attached stay; parked ones go, for their ids may come again.
+        """
+        self.changed.add(tree_id)
+        entry = self._growing.get(tree_id)
+        if entry is None:
+            self._growing[tree_id] = Growing(tree_id, number, task_index, kind, epoch)
+            return
+        if epoch <= entry.epoch:
+            raise ValueError(f"tree {tree_id} is at lease epoch {entry.epoch}, cannot go to {epoch}")
+        kept = {turn.turn_id: turn for turn in entry.attached()}
+        self._let_go(turn for i, turn in entry.turns.items() if i not in kept)
+        entry.turns, entry.closed, entry.epoch = kept, None, epoch
+        entry.parents = {turn.parent_id for turn in kept.values()}
+
+    def restore(self, growing: Growing) -> None:
+        """A tree under lease as an earlier process left it."""
+        growing.parents = {turn.parent_id for turn in growing.turns.values()}
+        self._growing[growing.tree_id] = growing
+        self.nbytes += sum(turn.nbytes for turn in growing.turns.values())
+        self.nbytes += 0 if growing.prompt is None else growing.prompt.nbytes
+
+    def check(self, message: TreeMessage, frames: Frames | None = None) -> bool:
+        """Whether ``message`` says anything new.
+
+        Args:
+            message: decoded.
+            frames: as it came; encoded again where None.
+
+        Raises:
+            Conflict: its key is there with other bytes.
+            BadMessage: no such lease here, an older one, or something no tree can hold.
+        """
+        entry = self._growing.get(message.tree_id)
+        if entry is None:
+            return self._check_done(message, frames)
+        if isinstance(message, Turn):
+            return self._check_turn(entry, message, frames)
+        if isinstance(message, TreeOpened):
+            if entry.prompt is not None:
+                if not np.array_equal(self._prompt(entry.prompt), message.prompt):
+                    raise Conflict(f"tree {entry.tree_id} was opened with another prompt")
+                return False
+            _check_epoch(entry, message.lease_epoch)
+            return True
+        return _check_closed(entry, message)
+
+    def add(self, message: TreeMessage, frames: Frames | None = None) -> bool:
+        """Take in a message; False if it was known.  Raises what ``check`` raises, and changes nothing then."""
+        if not self.check(message, frames):
+            return False
+        entry = self._growing[message.tree_id]
+        if isinstance(message, TreeClosed):
+            entry.closed = message
+            self.changed.add(message.tree_id)
+            return True
+        store = self._store
+        place = store.add(pack(frames if frames is not None else codec.encode(message)))
+        if isinstance(message, Turn):
+            kept = TurnEntry.of(message, tree=entry.number, place=place)
+            entry.turns[message.turn_id] = kept
+            entry.parents.add(message.parent_id)
+        else:
+            kept = entry.prompt = TurnEntry.of_prompt(len(message.prompt), tree=entry.number, place=place)
+        store.note(kept)
+        self.nbytes += place.nbytes
+        return True
+
+    def is_closed(self, tree_id: str) -> bool:
+        return self._growing[tree_id].closed is not None
+
+    def is_complete(self, tree_id: str) -> bool:
+        """Whether the tree was opened and closed and every turn that the closing counted is there.
+
+        A tree closed without a turn needs no prompt: its task could not be started.
+        """
+        entry = self._growing[tree_id]
+        closed = entry.closed
+        if closed is None or len(entry.turns) != closed.num_turns:
+            return False
+        return entry.prompt is not None or closed.num_turns == 0
+
+    def tree(self, tree_id: str) -> TreeEntry:
+        """As far as it has grown: what is attached; empty before it was opened."""
+        entry = self._growing[tree_id]
+        turns = [] if entry.prompt is None else entry.attached()
+        # Without turns there is no prompt either: a closing may come before the opening, and ends a tree without any.
+        prompt = rows_of([entry.prompt]) if entry.prompt is not None and turns else _NONE
+        failed = 0 if entry.closed is None else entry.closed.failed_branches
+        return TreeEntry(tree_id, entry.number, entry.task_index, prompt, rows_of(turns), failed)
+
+    def num_leaves(self, tree_id: str) -> int:
+        """Finished leaves so far; of a tree without parked turns, as ``tree`` has them."""
+        return sum(turn.is_leaf for turn in self._growing[tree_id].turns.values())
+
+    def num_parked(self) -> int:
+        """Turns that wait for their parent or for their tree's prompt."""
+        return sum(
+            len(entry.turns) - (0 if entry.prompt is None else len(entry.attached()))
+            for entry in self._growing.values()
+        )
+
+    def failures(self, tree_id: str) -> Mapping[str, int]:
+        """Why chains of a tree failed, as it was closed -> how many; empty while it grows."""
+        closed = self._growing[tree_id].closed
+        return {} if closed is None else closed.failures
+
+    def finish(self, tree_id: str) -> TreeEntry:
+        """Hand the tree over, its records with it; from now on its turns are only recognised."""
+        tree = self.tree(tree_id)
+        entry = self._growing.pop(tree_id)
+        self.changed.add(tree_id)
+        kept = {*tree.rows["turn_id"].tolist(), *tree.prompt["turn_id"].tolist()}
+        rest = [turn for turn in entry.turns.values() if turn.turn_id not in kept]
+        if entry.prompt is not None and ROOT not in kept:
+            rest.append(entry.prompt)
+        self._let_go(rest)
+        self.nbytes -= tree.nbytes
+        self._done[tree_id] = frozenset(entry.turns)
+        while len(self._done) > self._remembered:
+            self._done.popitem(last=False)
+        return tree
+
+    def _let_go(self, entries: Iterable[TurnEntry]) -> None:
+        rows = rows_of(list(entries))
+        self.nbytes -= int(rows["nbytes"].sum(dtype=np.int64))
+        self._store.release(rows)
+
+    def _prompt(self, entry: TurnEntry) -> np.ndarray:
+        opened: TreeOpened = codec.decode(unpack(self._store.read(entry.place)), TreeOpened)
+        return opened.prompt
+
+    def _is_known(self, row: TurnEntry, turn: Turn, frames: Frames | None) -> bool:
+        return bytes(self._store.read(row.place)) == pack(frames if frames is not None else codec.encode(turn))
+
+    def _check_done(self, message: TreeMessage, frames: Frames | None) -> bool:
+        known, kept = self._done.get(message.tree_id), self._find(message.tree_id)
+        if known is None and kept is None:
+            raise BadMessage(
+                f"no lease of tree {message.tree_id} is known here (it is done, or another run's); ask for others"
+            )
+        if isinstance(message, Turn):
+            row = None if kept is None else _row(kept.rows, message.turn_id)
+            if row is None and (known is None or message.turn_id not in known):
+                raise BadMessage(f"tree {message.tree_id} is finished; turn {message.turn_id} comes too late")
+            if row is not None and not self._is_known(row, message, frames):
+                raise Conflict(f"turn {message.turn_id} of finished tree {message.tree_id} came again with other bytes")
+        return False
+
+    def _check_turn(self, entry: Growing, turn: Turn, frames: Frames | None) -> bool:
+        there = entry.turns.get(turn.turn_id)
+        if there is not None:
+            if not self._is_known(there, turn, frames):
+                raise Conflict(f"turn {turn.turn_id} of tree {entry.tree_id} came again with other bytes")
+            return False
+        _check_epoch(entry, turn.lease_epoch)
+        parent = entry.turns.get(turn.parent_id)
+        fault: str | None = None
+        if not 0 <= turn.parent_id < turn.turn_id:
+            fault = f"has parent {turn.parent_id}: a parent's id is below its children's"
+        elif turn.is_leaf == (turn.reward is None):
+            fault = f"ends with {turn.end!r} and has reward {turn.reward}: leaves have one, others none"
+        elif turn.reward is not None and not math.isfinite(turn.reward):
+            fault = f"has reward {turn.reward}"
+        elif parent is not None and parent.is_leaf:
+            fault = f"follows turn {parent.turn_id}, which ended its chain"
+        elif turn.is_leaf and turn.turn_id in entry.parents:
+            fault = "ends its chain but has children"
+        elif entry.closed is not None and len(entry.turns) >= entry.closed.num_turns:
+            fault = f"is one more than the {entry.closed.num_turns} it was closed with"
+        if fault is not None:
+            raise BadMessage(f"turn {turn.turn_id} of tree {entry.tree_id} {fault}")
+        return True
+
+
+def _row(rows: Rows, turn_id: int) -> TurnEntry | None:
+    at = np.flatnonzero(rows["turn_id"] == turn_id)
+    return entry_of(rows[at[0]]) if len(at) else None
+
+
+def _check_epoch(entry: Growing, epoch: int) -> None:
+    if epoch != entry.epoch:
+        raise BadMessage(
+            f"tree {entry.tree_id} is leased under epoch {entry.epoch}, this comes from epoch {epoch}: abandon the tree"
+        )
+
+
+def _check_closed(entry: Growing, closed: TreeClosed) -> bool:
+    if entry.closed is not None and entry.closed.lease_epoch == closed.lease_epoch:
+        same = (entry.closed.num_turns, entry.closed.failed_branches, entry.closed.failures) == (
+            closed.num_turns,
+            closed.failed_branches,
+            closed.failures,
+        )
+        if not same:
+            raise Conflict(
+                f"tree {entry.tree_id} was closed with {entry.closed.num_turns} turns, now {closed.num_turns}"
+            )
+        return False
+    _check_epoch(entry, closed.lease_epoch)
+    if closed.num_turns < len(entry.turns):
+        raise BadMessage(f"tree {entry.tree_id} is closed with {closed.num_turns} turns, {len(entry.turns)} came")
+    return True

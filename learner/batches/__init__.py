@@ -1,0 +1,1 @@
+"""Batches in: asking the buffer, checking trees, recording what came of them."""

@@ -1,0 +1,149 @@
+"""What a rank asks of the buffer, how long it waits for an answer, and what each answer means."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from atpo_async.core.errors import PeerLost, SetupError
+from atpo_async.links.client import Client
+from atpo_async.links.common import LinkSettings
+from atpo_async.status.waits import BoundedWait
+from atpo_async.wire.messages import Batch, EvalQuery, Exhausted, LearnerToBuffer, NotYet, Refused, SampleRequest
+from learner.ranks import Ranks, Wanted
+
+T = TypeVar("T")
+
+REQUEST_WAIT_S = 2.0
+"""How long the buffer may hold a request before it answers "not yet"."""
+REPEAT_S = 5.0
+"""While waiting, the buffer is told again which version there is: it may have started anew."""
+
+
+class BufferPeer:
+    """The buffer, as one rank of the learner sees it.
+
+    Args:
+        link: to the buffer.
+        run: identity of the run.
+        ranks: which share of a batch is asked for.
+        settings: deadlines.
+        stopping: set when the role has to end; no wait outlasts it.
+    """
+
+    def __init__(
+        self,
+        link: Client,
+        *,
+        run: str,
+        ranks: Ranks,
+        settings: LinkSettings,
+        stopping: asyncio.Event,
+        log: logging.Logger,
+    ) -> None:
+        self.link = link
+        self.run_id = run
+        self.settings = settings
+        self.stopping = stopping
+        self.exhausted_because = ""
+        """Why there is no further batch, once the buffer has said so."""
+        self._ranks = ranks
+        self._log = log
+
+    async def send(self, message: LearnerToBuffer) -> None:
+        """Raises PeerLost when the buffer takes nothing any more."""
+        await self.link.send(message)
+
+    async def next_batch(
+        self, *, step: int, version: int, num_trees: int, is_saved: bool, repeat: Callable[[], Awaitable[None]]
+    ) -> Batch | Wanted | None:
+        """This rank's share of the next batch, or what is wanted instead; None when the role has to stop first.
+
+        Waits for: enough fresh trees.  Unblocked by: the buffer's answer.
+
+        Args:
+            step: batches trained so far.
+            version: of the weights now.
+            num_trees: of a whole batch.
+            is_saved: there is nothing that a checkpoint now would add.
+            repeat: says again what a buffer that started anew does not know.
+
+        Raises:
+            WaitTimeout: no batch, and nothing towards one for ``links.give_up_s``; names what is missing.
+            SetupError: the buffer refuses this learner.
+        """
+        patience = self.patience(f"batch {step} ({num_trees} trees)")
+        told_at = now_s()
+        progress: int | None = None
+        while not self.stopping.is_set():
+            request = SampleRequest(
+                run=self.run_id,
+                rank=self._ranks.rank,
+                num_ranks=self._ranks.num_ranks,
+                step=step,
+                version=version,
+                num_trees=num_trees,
+                wait_s=REQUEST_WAIT_S,
+            )
+            reply = await self.ask(request)
+            if isinstance(reply, Batch):
+                return reply
+            if isinstance(reply, Exhausted):
+                self.exhausted_because = reply.reason
+                self._log.info("no further batch: %s", reply.reason)
+                return Wanted.END
+            if isinstance(reply, NotYet) and reply.checkpoint_wanted and not is_saved:
+                return Wanted.CHECKPOINT
+            if isinstance(reply, NotYet) and reply.progress != progress:
+                progress = reply.progress
+                patience.moved()
+            patience.again(reply.waiting_for if isinstance(reply, NotYet) else self.no_answer)
+            if now_s() - told_at > REPEAT_S:
+                told_at = now_s()
+                await repeat()
+        return None
+
+    async def ask(self, request: SampleRequest | EvalQuery) -> Any:
+        """The buffer's reply; None if it gave none in time, or the role has to stop.
+
+        Raises:
+            SetupError: the buffer refuses this learner; a refused ``EvalQuery`` is a reply.
+        """
+        try:
+            reply = await self.unless_stopping(
+                self.link.request(request, timeout_s=REQUEST_WAIT_S + self.settings.deadline_s)
+            )
+        except PeerLost as exc:
+            self._log.warning("%s", exc)
+            return None
+        if isinstance(reply, Refused) and isinstance(request, SampleRequest):
+            raise SetupError(f"the buffer at {self.link.endpoint} refuses the learner: {reply.reason}")
+        return reply
+
+    @property
+    def no_answer(self) -> str:
+        """The reason of a wait in which the buffer is silent."""
+        return f"no answer from {self.link.endpoint}"
+
+    def patience(self, what: str) -> BoundedWait:
+        """A wait for something that the buffer gives."""
+        return BoundedWait("the learner", what, self.settings, now_s, log=self._log, on="buffer")
+
+    async def unless_stopping(self, awaitable: Awaitable[T]) -> T | None:
+        """What ``awaitable`` gives; None, and it is cancelled, when the role has to stop first."""
+        work = asyncio.ensure_future(awaitable)
+        stop = asyncio.ensure_future(self.stopping.wait())
+        try:
+            await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+            return await work if work.done() else None
+        finally:
+            for task in (work, stop):
+                task.cancel()
+            await asyncio.gather(work, stop, return_exceptions=True)
+
+
+def now_s() -> float:
+    """The running loop's clock, seconds, monotonic."""
+    return asyncio.get_running_loop().time()

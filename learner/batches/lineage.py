@@ -1,0 +1,63 @@
+"""What is told of where the weights come from: a line for each batch of each rank, if ``learner.lineage`` is set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from atpo_async.ops.disk import until_written
+from atpo_async.wire.messages import Batch, BatchTree
+from atpo_async.wire.records import TurnRecords
+
+log = logging.getLogger("atpo.learner")
+
+LINEAGE_FILE = "lineage.jsonl"
+
+
+def write_start(path: Path, *, step: int, version: int, rank: int) -> None:
+    """Append that a learner starts at ``step``: lines before this one of that step and later count no more."""
+    _append(path, {"starts_at": step, "rank": rank, "version": version})
+
+
+def write_lineage(path: Path, batch: Batch, *, version: int, rank: int) -> None:
+    """Append what a rank has trained on, one JSON object a line; those that ``write_start`` leaves made the weights."""
+    line = {
+        "step": batch.step,
+        "rank": rank,
+        "version": version,
+        "batch_id": batch.batch_id,
+        "trees": [
+            {"tree_id": t.tree_id, "task_index": t.task_index, "uses": t.uses, "turns": len(t.turns), "hash": _hash(t)}
+            for t in batch.trees
+        ],
+    }
+    _append(path, line)
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    """Waits for: room on the disk, where it is full."""
+    rest = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+
+    def write() -> None:
+        nonlocal rest
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+        finally:
+            os.close(fd)
+
+    until_written(str(path), write, log=log)
+
+
+def _hash(tree: BatchTree) -> str:
+    """Of the turns as they were recorded, 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in TurnRecords.of(tree.turns).parts:
+        digest.update(part)
+    return digest.hexdigest()

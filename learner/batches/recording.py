@@ -1,0 +1,140 @@
+"""What is written and logged of a batch: its numbers, now and then a tree, the trees that were left out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import msgspec
+
+from atpo_async.config import Config
+from atpo_async.models.sources import model_folder
+from atpo_async.run.metrics import MetricsWriter
+from atpo_async.run.rundir import RunDir
+from atpo_async.wire.messages import Batch
+from learner.batches.buffer_peer import now_s
+from learner.batches.fruitless import num_trained
+from learner.batches.tree_samples import decoder, is_sampled, write_sample
+from learner.step import StepReport, Trainer
+from learner.torch_thread import TorchThread
+
+MAX_WARNINGS = 5
+"""Lines about trees left out that one batch may write to the log."""
+
+
+class Recording:
+    """What the run's folder and the log hear of training.
+
+    Args:
+        config, rundir: of the run.
+        metrics: rank 0's; None on the others, which only log what they leave out.
+        trainer, torch_thread: for its trackers.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        rundir: RunDir,
+        *,
+        metrics: MetricsWriter | None,
+        trainer: Trainer,
+        torch_thread: TorchThread,
+        log: logging.Logger,
+    ) -> None:
+        self._config = config
+        self._rundir = rundir
+        self._metrics = metrics
+        self._trainer = trainer
+        self._torch_thread = torch_thread
+        self._log = log
+        self._decode = decoder(model_folder(config.model.path)) if metrics is not None else str
+        self._stepped_at_s = 0.0
+
+    def first_weights(self, *, step: int, version: int, publish_s: float) -> None:
+        """Write how long the first publication took, seconds."""
+        if self._metrics is not None:
+            self._metrics.write(step=step, version=version, metrics={"weights/publish_s": publish_s})
+
+    def training_begins(self) -> None:
+        """From now on the time between two steps counts."""
+        self._stepped_at_s = now_s()
+
+    def say_what_went_wrong(self, batch: Batch, report: StepReport) -> None:
+        """To the log: trees that were left out, a skipped update."""
+        for line in report.warnings[:MAX_WARNINGS]:
+            self._log.warning("batch %d: %s", batch.step, line)
+        if len(report.warnings) > MAX_WARNINGS:
+            self._log.warning("batch %d: and %d more trees left out", batch.step, len(report.warnings) - MAX_WARNINGS)
+        if report.fault is not None:
+            self._log.warning("batch %d: update skipped, %s", batch.step, report.fault)
+
+    async def step(
+        self,
+        batch: Batch,
+        report: StepReport,
+        *,
+        step: int,
+        version: int,
+        waited_s: float,
+        step_s: float,
+        publish_s: float | None,
+        sent: Mapping[str, float],
+    ) -> None:
+        """Write what came of a batch.
+
+        Args:
+            step, version: after it.
+            waited_s: for the batch.
+            step_s: in the trainer.
+            publish_s: until its version was announced; None if it was not due.
+            sent: counters of what leaves for actors.
+        """
+        now = now_s()
+        between_s, self._stepped_at_s = now - self._stepped_at_s, now
+        if self._metrics is None:
+            return
+        found: dict[str, float] = {**batch.metrics, **report.metrics, **sent}
+        found["time/learner_wait_s"] = waited_s
+        found["time/step_s"] = step_s
+        found["time/between_steps_s"] = between_s
+        found["tokens/trained_per_s"] = found.get("tokens/trained", 0.0) / max(between_s, 1e-9)
+        found["batch/trees"] = batch.num_trees
+        found["batch/leaves"] = batch.num_leaves
+        found["batch/trained"] = num_trained(batch, report)
+        if publish_s is not None:
+            found["weights/publish_s"] = publish_s
+        if is_sampled(step, num_steps=self._config.run.steps):
+            self._write_sample(batch, report, step=step, version=version)
+        await self.write(step, version, found)
+        self._log.info(
+            "step %d: reward %s, lag %s, waited %.2f s, step %.2f s",
+            step, _told(found.get("train/reward"), 3), _told(found.get("lag/mean"), 2), waited_s, step_s,
+        )  # fmt: skip
+
+    def _write_sample(self, batch: Batch, report: StepReport, *, step: int, version: int) -> None:
+        try:
+            write_sample(
+                self._rundir.trees_path,
+                # Only what was trained on: credit is not defined on a tree that was refused.
+                msgspec.structs.replace(batch, trees=tuple(t for t in batch.trees if t.tree_id in report.trained)),
+                step=step,
+                version=version,
+                settings=self._config.credit,
+                decode=self._decode,
+            )
+        # For the report alone: nothing is lost with it but a picture.
+        except OSError as exc:
+            self._log.warning("step %d: no tree is kept for the report: %s", step, exc)
+
+    async def write(self, step: int, version: int, found: Mapping[str, float]) -> None:
+        """One line of metrics, and the same for the trackers; nothing on ranks other than 0."""
+        if self._metrics is None:
+            return
+        self._metrics.write(step=step, version=version, metrics=found)
+        if self._config.learner.tensorboard:
+            await self._torch_thread(self._trainer.accelerator.log, dict(found), step=step)
+
+
+def _told(value: float | None, digits: int) -> str:
+    """For the log: a step may have nothing new."""
+    return "–" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,38 @@
+"""Batches on disk: which of those whose update was skipped are kept for a look, and in what form."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+from atpo_async.run.rundir import write_atomic
+from atpo_async.wire import codec
+from atpo_async.wire.messages import Batch, BufferToLearner
+
+KEPT_BATCHES = 5
+"""Batches of skipped updates that each rank keeps."""
+
+
+def keep_skipped(folder: Path, batch: Batch, *, step: int, rank: int) -> None:
+    """Put a batch aside whose update was skipped; of each rank the newest ones stay."""
+    folder.mkdir(exist_ok=True)
+    save_batch(folder / f"step-{step:06d}-rank-{rank}.batch", batch)
+    for old in sorted(folder.glob(f"step-*-rank-{rank}.batch"))[:-KEPT_BATCHES]:
+        old.unlink()
+
+
+def save_batch(path: Path, batch: Batch) -> None:
+    """Write a batch as the wire carries it: length and bytes of each frame."""
+    frames = [bytes(frame) for frame in codec.encode(batch)]
+    write_atomic(path, b"".join(struct.pack("<Q", len(frame)) + frame for frame in frames))
+
+
+def load_batch(path: Path) -> Batch:
+    """Read what ``save_batch`` wrote.  Raises BadMessage if it is none."""
+    data, frames, at = path.read_bytes(), [], 0
+    while at + 8 <= len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        frames.append(data[at + 8 : at + 8 + length])
+        at += 8 + length
+    batch: Batch = codec.decode(frames, BufferToLearner)
+    return batch

@@ -1,0 +1,271 @@
+"""Checkpoints: written aside, synced, renamed.  The last good one always exists.
+
+    checkpoints/step-000050-v000051/
+      model.safetensors       the policy's parameters, each once
+      optimizer.safetensors   "<parameter>.<state>": exp_avg, exp_avg_sq, step
+      rng-<rank>.safetensors  torch's generators
+      state.json              counters, version, gradient norms, fp16's loss scale, optimizer settings, Python's and
+                              numpy's generators
+      sharded/                instead of the first two where no rank holds whole parameters (Accelerate's own format)
+
+Tensors are safetensors, the rest is JSON: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from atpo_async.core.errors import SetupError
+from atpo_async.models.policy import list_checkpoints as list_checkpoints
+from atpo_async.ops import disk
+from learner.loss.guards import GradNorms, SkipCount
+from learner.step import Trainer
+
+_ASIDE = ".writing-"
+FORMAT = 1
+_NO_NUMBER = 1 << 20
+"""Stands for an error that no file system gave, among error numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far the run is."""
+
+    step: int
+    """Batches trained."""
+    version: int
+    """Of the weights in the checkpoint."""
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> Path:
+    """Write a checkpoint and remove all but the newest ``keep``.  Every rank calls it.
+
+    Raises:
+        OSError: a file system refused, that of any rank: with the same number on all of them.  Nothing is left of it.
+    """
+    accelerator = trainer.accelerator
+    target = folder / f"step-{progress.step:06d}-v{progress.version:06d}"
+    aside = folder / f"{_ASIDE}{target.name}"
+    if target.is_dir():  # versions are never used twice: the same name is the same state
+        return target
+    for part in (_make_room, _write_tensors, _complete):
+        fault: Exception | None = None
+        try:
+            part(aside, target, trainer, progress)
+        # Whatever it is: the other ranks wait to hear of it.
+        except Exception as exc:
+            fault = exc
+        try:
+            _agree(fault, trainer)
+        except Exception:
+            if accelerator.is_main_process:
+                # Also for the room that it takes: the next try, or somebody else, needs it.
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+    if accelerator.is_main_process:
+        for old in list_checkpoints(folder)[:-keep]:
+            # Renamed first: a folder that is half removed must not look like a checkpoint.
+            gone = folder / f"{_ASIDE}removed-{old.name}"
+            old.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return target
+
+
+def _agree(fault: Exception | None, trainer: Trainer) -> None:
+    """Raise on every rank what any rank's file system refused.  Waits for: all ranks."""
+    number = 0 if fault is None else (disk.error_number(fault) or _NO_NUMBER)
+    worst = -int(trainer.least(-float(number)))
+    if worst == _NO_NUMBER and fault is not None:
+        raise fault
+    if worst == number and isinstance(fault, OSError):
+        raise fault
+    if worst == _NO_NUMBER:
+        raise RuntimeError("another rank could not write its part of the checkpoint: its log says why")
+    if worst:
+        raise OSError(worst, os.strerror(worst)) from fault
+
+
+def _make_room(aside: Path, target: Path, trainer: Trainer, progress: Progress) -> None:
+    if trainer.accelerator.is_main_process:
+        for leftover in _entries(aside.parent):
+            if leftover.name.startswith(_ASIDE):
+                shutil.rmtree(leftover, ignore_errors=True)
+        aside.mkdir(parents=True)
+
+
+def _write_tensors(aside: Path, target: Path, trainer: Trainer, progress: Progress) -> None:
+    accelerator = trainer.accelerator
+    save_file(_torch_rng(), aside / f"rng-{accelerator.process_index}.safetensors")
+    if trainer.sharded:
+        accelerator.save_state(str(aside / "sharded"), safe_serialization=True)
+    elif accelerator.is_main_process:
+        save_file(_parameters(trainer), aside / "model.safetensors")
+        save_file(_optimizer_tensors(trainer), aside / "optimizer.safetensors")
+
+
+def _complete(aside: Path, target: Path, trainer: Trainer, progress: Progress) -> None:
+    if not trainer.accelerator.is_main_process:
+        return
+    state = {
+        "format": FORMAT,
+        "step": progress.step,
+        "version": progress.version,
+        "updates": trainer.updates,
+        "skips": [trainer.skips.in_a_row, trainer.skips.total],
+        "grad_norms": list(trainer.grad_norms.norms),
+        "overflows": trainer.overflows,
+        "scaler": None if trainer.accelerator.scaler is None else trainer.accelerator.scaler.state_dict(),
+        "param_groups": _settings(trainer),
+        "python_rng": _jsonable(random.getstate()),
+        "numpy_rng": _jsonable(np.random.get_state()),
+    }
+    (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    publish(aside, target)
+
+
+def publish(aside: Path, target: Path) -> None:
+    """Sync every file of ``aside`` to disk, then let it appear as ``target``."""
+    for path in sorted(aside.rglob("*")):
+        _sync(path)
+    _sync(aside)
+    aside.rename(target)
+    _sync(target.parent)
+
+
+def load(path: Path, trainer: Trainer) -> Progress:
+    """Put a checkpoint's state into ``trainer``.  Every rank calls it.
+
+    Raises:
+        SetupError: the checkpoint is damaged or of another model.
+    """
+    accelerator = trainer.accelerator
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise SetupError(f"checkpoint {path} has format {state['format']}, this program reads {FORMAT}")
+        _check_kind(path, trainer)
+        if trainer.sharded:
+            settings = _settings(trainer)
+            accelerator.load_state(str(path / "sharded"))
+            for group, kept in zip(trainer.optimizer.param_groups, settings, strict=True):
+                group.update(kept)
+        else:
+            _load_parameters(trainer, load_file(path / "model.safetensors"))
+            _load_optimizer(trainer, load_file(path / "optimizer.safetensors"))
+        own = path / f"rng-{accelerator.process_index}.safetensors"
+        if own.is_file():  # with more ranks than before the new ones start afresh
+            _set_torch_rng(load_file(own))
+        version, internal, gauss = state["python_rng"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, keys, *rest = state["numpy_rng"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        trainer.updates = int(state["updates"])
+        trainer.skips = SkipCount(*state["skips"])
+        # Checkpoints from before there was such a guard have none: it starts as in a new run.
+        trainer.grad_norms = GradNorms.of(state.get("grad_norms", ()))
+        trainer.overflows = int(state.get("overflows", 0))
+        if accelerator.scaler is not None and state.get("scaler"):
+            accelerator.scaler.load_state_dict(state["scaler"])
+        return Progress(step=int(state["step"]), version=int(state["version"]))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as exc:
+        raise SetupError(
+            f"checkpoint {path} cannot be loaded: {exc}; remove that folder to go on from the one before"
+        ) from exc
+
+
+def _parameters(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: p.detach().contiguous() for name, p in trainer.policy.named_parameters()}
+
+
+def _load_parameters(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+    own = dict(trainer.policy.named_parameters())
+    if own.keys() != tensors.keys():
+        raise ValueError(f"its parameters are not the model's: {sorted(own.keys() ^ tensors.keys())[:4]}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def _optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """Flattened state: ``<index of the parameter>.<name>``."""
+    state: dict[Any, dict[str, Any]] = trainer.optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": torch.as_tensor(value).detach().contiguous()
+        for index, entry in state.items()
+        for name, value in entry.items()
+    }
+
+
+def _load_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+    """Moments and step counts from ``tensors``; rates, betas and decay are the configuration's, which may be new."""
+    own = trainer.optimizer.state_dict()
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+
+
+def _settings(trainer: Trainer) -> list[dict[str, Any]]:
+    """What the optimizer was made with, group by group: rates, betas, decay."""
+    return [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
+
+
+def _check_kind(path: Path, trainer: Trainer) -> None:
+    """Raises SetupError for a checkpoint of whole tensors where they are sharded now, or the other way about."""
+    was_sharded = (path / "sharded").is_dir()
+    if was_sharded == trainer.sharded:
+        return
+    was, now = ("shards", "whole tensors") if was_sharded else ("whole tensors", "shards")
+    raise SetupError(
+        f"checkpoint {path} holds {was}, and with learner.accelerate_config = "
+        f"{trainer.config.learner.accelerate_config!r} this learner keeps {now}: go on with the former "
+        "learner.accelerate_config (the number of ranks may change), or start another run from the policy alone with "
+        "`atpo train CONFIG --from RUN`"
+    )
+
+
+def _torch_rng() -> dict[str, Tensor]:
+    found = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def _set_torch_rng(found: dict[str, Tensor]) -> None:
+    torch.set_rng_state(found["cpu"])
+    if "cuda" in found and torch.cuda.is_available():
+        torch.cuda.set_rng_state(found["cuda"])
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_jsonable(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""The loss: surrogate, correction for stale data, guards."""

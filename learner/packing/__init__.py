@@ -1,0 +1,1 @@
+"""Trees to token batches, and attention over packed trees."""

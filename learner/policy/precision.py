@@ -1,0 +1,87 @@
+"""What Accelerate may not change unseen: how gradients add up, the precision asked for, that of the log-probs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from atpo_async.config import LearnerConfig
+from atpo_async.core.errors import SetupError
+from atpo_async.ops import accelerate_environment
+
+log = logging.getLogger("atpo.learner")
+
+
+def leave_out_environment(config: LearnerConfig) -> None:
+    """Take Accelerate's variables out of this process, unless ``accelerate launch`` set them from the run's own file.
+
+    What is left out is said in a warning, but for what the launcher of plain ranks sets.
+    """
+    if config.accelerate_config is not None:
+        other = os.environ.get("ACCELERATE_MIXED_PRECISION", config.mixed_precision)
+        if other != config.mixed_precision:
+            log.warning(
+                "accelerate was launched with mixed precision %r; learner.mixed_precision = %r is what counts",
+                other,
+                config.mixed_precision,
+            )
+        return
+    found = accelerate_environment.settings(os.environ)
+    for name in found:
+        del os.environ[name]
+    launched = "LOCAL_RANK" in os.environ
+    told = {k: v for k, v in found.items() if not (launched and k.startswith(accelerate_environment.LAUNCHED))}
+    if told:
+        log.warning("%s", accelerate_environment.not_heeded(told))
+
+
+def check_half_precision(mixed_precision: str, *, on_cpu: bool) -> None:
+    """Raises SetupError for fp16 on a CPU, where Accelerate leaves it out without a word."""
+    if mixed_precision == "fp16" and on_cpu:
+        raise SetupError(
+            "learner.mixed_precision = 'fp16' is for a GPU, and the learner is on a CPU; use --learner.mixed_precision "
+            "bf16, or no"
+        )
+
+
+def check_accumulation(accelerator: Accelerator) -> None:
+    """Raises SetupError if Accelerate would divide gradients: micro-batches are added up by the learner itself."""
+    if (steps := accelerator.gradient_accumulation_steps) != 1:
+        raise SetupError(
+            f"accelerate would divide every gradient by {steps} (gradient_accumulation_steps, from "
+            "learner.accelerate_config or the environment); set it to 1: learner.micro_batch_tokens sizes the passes"
+        )
+
+
+def keep_outputs(accelerator: Accelerator) -> None:
+    """Let sharding compute in half precision, and leave alone what the policy returns and what gradients add up in.
+
+    Accelerate's policy for FSDP2 casts the outputs of the outermost module as well: log-probs in bfloat16 move in steps
+    of 0.03 nats and more, wider than any clip.
+    """
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = None if plugin is None else plugin.mixed_precision_policy
+    if policy is None:
+        return
+    changes: dict[str, Any] = {"reduce_dtype": torch.float32}
+    fields = {field.name for field in dataclasses.fields(policy)}
+    if "output_dtype" in fields:  # FSDP2
+        changes["output_dtype"] = None
+    if "buffer_dtype" in fields:  # FSDP1: frequencies of rotary positions are buffers
+        changes["buffer_dtype"] = torch.float32
+    plugin.mixed_precision_policy = dataclasses.replace(policy, **changes)
+
+
+def check_outputs(logprobs: Tensor) -> None:
+    """Raises SetupError if what wraps the policy has cast its log-probs."""
+    if logprobs.dtype not in (torch.float32, torch.float64):
+        raise SetupError(
+            f"log-probs come back as {str(logprobs.dtype).removeprefix('torch.')} through what accelerate wraps the "
+            "policy in (learner.accelerate_config); they must be float32: no clip is wider than their steps"
+        )

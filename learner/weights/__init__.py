@@ -1,0 +1,1 @@
+"""Weights out: publication, transport, probe."""
