@@ -1,0 +1,172 @@
+"""Doors: what users and papers vary, by name.  A built-in one comes in the same way as ``package.module:name``.
+
+A door names the field of the configuration that chooses, what is asked of whoever comes in, and where the built-in ones
+lie: one module each in ``package`` (``mine.py`` there *is* the built-in ``mine``; its object is called ``attribute``),
+or ``built_in``, name -> ``module:object``.  Nothing is imported before it is asked for: the command line checks names
+without loading what they stand for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
+
+from atpo_async.core.errors import AtpoError, ConfigError, SetupError
+from atpo_async.core.texts import of_error
+
+T = TypeVar("T")
+Option = bool | int | float | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Door(Generic[T]):
+    """One kind of thing that a configuration names; ``load`` (a function) or ``make`` (an object) gives a ``T``."""
+
+    field: str
+    """Dotted path of the configuration's field, for messages: ``objective.surrogate``."""
+    what: str
+    """For messages, with its article: ``a surrogate``."""
+    protocol: str
+    """Where what is asked of it is written down: ``docs/extending.md, "Surrogate"``."""
+    package: str = ""
+    attribute: str = ""
+    hyphens: bool = False
+    """Names of built-in ones are written with ``-`` where their modules have ``_``."""
+    built_in: Mapping[str, str] = MappingProxyType({})
+    call: tuple[str, ...] = ()
+    """What it is called with, by position; ``**options`` come on top."""
+    parts: tuple[str, ...] = ()
+    """Attributes of what ``make`` returns."""
+
+    def names(self) -> tuple[str, ...]:
+        """Of the built-in ones, in order of the alphabet."""
+        return tuple(sorted({*self.built_in, *self._modules()}))
+
+    def _modules(self) -> tuple[str, ...]:
+        spec = importlib.util.find_spec(self.package) if self.package else None
+        folders = spec.submodule_search_locations if spec is not None else None
+        stems = (file.stem for folder in folders or () for file in Path(folder).glob("[a-z]*.py"))
+        return tuple(stem.replace("_", "-") if self.hyphens else stem for stem in stems)
+
+    def target(self, name: str) -> str:
+        """``module:object`` of a name.  Raises ConfigError where it is neither a built-in one's nor of that form."""
+        if name in self.built_in:
+            return self.built_in[name]
+        if name in self._modules():
+            return f"{self.package}.{name.replace('-', '_') if self.hyphens else name}:{self.attribute}"
+        module, colon, attribute = name.partition(":")
+        if not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+            raise ConfigError(
+                f"{self.field} = {name!r} is unknown; known: {', '.join(self.names())}, "
+                f"or 'package.module:name' for {self.what} of your own"
+            )
+        return name
+
+    def load(self, name: str, options: Mapping[str, Option] | None = None) -> T:
+        """The function of that name, with ``options`` bound to it by keyword.
+
+        Raises:
+            ConfigError: there is none of that name, or it cannot be called as this door calls it.
+            SetupError: its module cannot be imported.
+        """
+        found = self._imported(name)
+        self._check_call(name, found, options or {})
+        return functools.partial(found, **options) if options else found  # type: ignore[return-value]
+
+    def make(self, name: str, *args: Any, options: Mapping[str, Option] | None = None) -> T:
+        """What the class or factory of that name makes of ``args`` and ``options``.
+
+        Raises:
+            ConfigError: there is none of that name, it does not take these, or what it returns lacks a part.
+            SetupError: its module cannot be imported, or it fails.
+        """
+        factory = self._imported(name)
+        self._check_call(name, factory, options or {})
+        try:
+            made = factory(*args, **(options or {}))
+        except AtpoError:
+            raise
+        except BaseException as exc:  # exit() too
+            raise SetupError(f"{self.field} = {name!r} could not be made: {of_error(exc)}") from exc
+        self._check_made(name, made)
+        return made  # type: ignore[no-any-return]
+
+    def _imported(self, name: str) -> Callable[..., Any]:
+        target = self.target(name)
+        module_name, _, attribute = target.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except BaseException as exc:  # a user's module may fail in any way while it is imported, and exit() too
+            raise SetupError(
+                f"{self.field} = {name!r}: module {module_name!r} cannot be imported: {of_error(exc)}{shadowed()}"
+            ) from exc
+        found = getattr(module, attribute, None)
+        if not callable(found):
+            where = getattr(module, "__file__", None) or "no file"
+            state = "has no" if found is None else f"is not callable ({type(found).__name__}):"
+            raise ConfigError(
+                f"{self.field} = {name!r}: module {module_name!r} ({where}) {state} {attribute!r}{shadowed()}"
+            )
+        return found  # type: ignore[no-any-return]
+
+    def _check_call(self, name: str, found: Callable[..., Any], options: Mapping[str, Option]) -> None:
+        """Raises ConfigError where ``found(*call, **options)`` cannot be called like that."""
+        try:
+            signature = inspect.signature(found)
+        except (ValueError, TypeError):
+            return  # built-ins have none; the call itself says what is wrong
+        try:
+            signature.bind(*self.call, **options)
+        except TypeError as exc:
+            takes = ", ".join(
+                p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            )
+            called = ", ".join((*self.call, "**options"))
+            raise ConfigError(
+                f"{self.field} = {name!r} with options {dict(options)!r}: {exc}; {self.what} is called as ({called}), "
+                f"{self.target(name)} takes ({takes}); see {self.protocol}"
+            ) from None
+
+    def _check_made(self, name: str, made: object) -> None:
+        if inspect.isawaitable(made):
+            if inspect.iscoroutine(made):
+                made.close()
+            raise ConfigError(
+                f"{self.field} = {name!r}: its factory is async; make it a plain function, and await later what must be"
+            )
+        if made is None:
+            raise ConfigError(f"{self.field} = {name!r}: its factory returned None; it must return {self.what}")
+        missing = [part for part in self.parts if not _has(made, part)]
+        if missing:
+            raise ConfigError(
+                f"{self.field} = {name!r}: {type(made).__name__} is not {self.what}: it lacks {', '.join(missing)}; "
+                f"see {self.protocol}"
+            )
+
+
+def _has(made: object, part: str) -> bool:
+    """Also where it is a property that fails: whoever reads it says so."""
+    return part in dir(made) or hasattr(made, part)
+
+
+def shadowed() -> str:
+    """Names the user's modules in the working folder in whose place others of the same name were imported."""
+    try:
+        folder = Path.cwd()
+        mine = {p.stem: p for p in folder.glob("*.py")} | {p.parent.name: p for p in folder.glob("*/__init__.py")}
+    except OSError:
+        return ""
+    found = []
+    for name, path in mine.items():
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if name not in ("__main__", "__init__") and file is not None and not path.samefile(file):
+            found.append(f"{path}, in whose place {file} is imported")
+    return f"; give another name to {'; '.join(sorted(found)[:4])}" if found else ""

@@ -1,0 +1,130 @@
+"""Doors: built-in and user's own things by name, checked when they are loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atpo_async.core.doors import Door
+from atpo_async.core.errors import ConfigError, SetupError
+
+PACKAGE = "doors_of_this_test"
+
+
+@pytest.fixture
+def door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door[Any]]:
+    """A door with the built-in ones `plain` and `two-words`, and a module `mine` of a user."""
+    folder = tmp_path / PACKAGE
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "_shared.py").write_text("")
+    (folder / "plain.py").write_text("def shape(x): return x + 1\n")
+    (folder / "two_words.py").write_text("def shape(x, *, by=2): return x * by\n")
+    (tmp_path / "mine_of_this_test.py").write_text(
+        "def tripled(x): return 3 * x\n"
+        "def greedy(): pass\n"
+        "number = 7\n"
+        "class Thing:\n"
+        "    part = 1\n"
+        "    def __init__(self, x, size=0): self.size = size + x\n"
+        "class Half:\n"
+        "    def __init__(self, x): pass\n"
+        "def nothing(x): pass\n"
+        "def fails(x): raise ValueError('no such size')\n"
+        "async def later(x): pass\n"
+    )
+    (tmp_path / "broken_of_this_test.py").write_text("import a_module_that_nobody_has\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield Door(
+        field="figure.shape",
+        what="a shape",
+        protocol="docs/shapes.md",
+        package=PACKAGE,
+        attribute="shape",
+        hyphens=True,
+        call=("x",),
+        parts=("part",),
+    )
+    for name in [n for n in sys.modules if n.endswith("of_this_test") or n.startswith(PACKAGE)]:
+        del sys.modules[name]
+
+
+def test_a_module_in_the_doors_package_is_a_built_in_one(door: Door[Any]) -> None:
+    assert door.names() == ("plain", "two-words")
+    assert (door.load("plain")(4), door.load("two-words")(4)) == (5, 8)
+
+
+def test_names_are_known_without_loading_what_they_stand_for(door: Door[Any]) -> None:
+    assert door.target("two-words") == f"{PACKAGE}.two_words:shape"
+    assert door.target("mine_of_this_test:tripled") == "mine_of_this_test:tripled"
+    assert not any(
+        name.startswith(f"{PACKAGE}.") or name.endswith("of_this_test") for name in sys.modules if name != PACKAGE
+    )
+
+
+def test_a_users_own_comes_in_by_its_module_and_name(door: Door[Any]) -> None:
+    assert door.load("mine_of_this_test:tripled")(5) == 15
+    assert door.make("mine_of_this_test:Thing", 5, options={"size": 2}).size == 7
+
+
+def test_options_are_bound_by_name(door: Door[Any]) -> None:
+    assert door.load("two-words", {"by": 10})(4) == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        (
+            "plane",
+            {},
+            "figure.shape = 'plane' is unknown; known: plain, two-words, or 'package.module:name' for a shape",
+        ),
+        ("two_words", {}, "is unknown"),
+        ("_shared", {}, "is unknown"),
+        ("mine:", {}, "is unknown"),
+        ("a b:c", {}, "is unknown"),
+        ("mine_of_this_test:absent", {}, "has no 'absent'"),
+        ("mine_of_this_test:number", {}, r"is not callable \(int\): 'number'"),
+        (
+            "mine_of_this_test:greedy",
+            {},
+            r"a shape is called as \(x, \*\*options\), mine_of_this_test:greedy takes \(\)",
+        ),
+        ("plain", {"by": 3}, "unexpected keyword argument 'by'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name_with_what_would(
+    door: Door[Any], name: str, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        door.load(name, options)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mine_of_this_test:Half", "Half is not a shape: it lacks part; see docs/shapes.md"),
+        ("mine_of_this_test:nothing", "its factory returned None; it must return a shape"),
+        ("mine_of_this_test:later", "its factory is async"),
+    ],
+)
+def test_what_a_factory_returns_is_held_to_the_protocol(door: Door[Any], name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        door.make(name, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("broken_of_this_test:x", "'broken_of_this_test' cannot be imported: .*a_module_that_nobody_has"),
+        ("no_module_of_this_test:x", "'no_module_of_this_test' cannot be imported"),
+        ("mine_of_this_test:fails", "could not be made: .*no such size"),
+    ],
+)
+def test_what_fails_on_its_way_in_is_a_fault_of_the_set_up(door: Door[Any], name: str, said: str) -> None:
+    with pytest.raises(SetupError, match=said):
+        door.make(name, 1)
