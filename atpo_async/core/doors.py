@@ -8,6 +8,7 @@ without loading what they stand for.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -16,7 +17,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from atpo_async.core.errors import AtpoError, ConfigError, SetupError
@@ -40,7 +40,7 @@ class Door(Generic[T]):
     attribute: str = ""
     hyphens: bool = False
     """Names of built-in ones are written with ``-`` where their modules have ``_``."""
-    built_in: Mapping[str, str] = MappingProxyType({})
+    built_in: Mapping[str, str] = dataclasses.field(default_factory=dict)
     call: tuple[str, ...] = ()
     """What it is called with, by position; ``**options`` come on top."""
     parts: tuple[str, ...] = ()
