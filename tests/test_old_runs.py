@@ -1,8 +1,9 @@
 """A run folder of an earlier program: its journal is read as that program read it, and the run goes on to its end.
 
-``old_run.tar.xz`` is a real run that was killed with kill -9, every process of it, after half of its tasks
-(transformers engine, a policy of two layers; program of commit 87957ff): with trees half grown under leases, a tree ready for a batch, a batch that the learner had and
-the buffer did not know to be trained on, another behind the last checkpoint, and a checkpoint not yet in its place.
+``old_run.tar.xz`` is a real run (transformers engine, a policy of two layers; program of commit 87957ff) that was
+killed with kill -9, every process of it, after half of its tasks: with trees half grown under leases, a tree ready for
+a batch, a batch that the learner had and the buffer did not know to be trained on, another behind the last checkpoint,
+and a checkpoint not yet in its place.
 """
 
 from __future__ import annotations
