@@ -1,29 +1,17 @@
 """Configuration of a run: its schema, its rules, its files and its options."""
 
-from atpo_async.config.schema import (
-    BUILT_IN_ENVIRONMENTS,
-    STALENESS_KNOBS,
-    Config,
-    CorrectionConfig,
-    CreditConfig,
-    LearnerConfig,
-    LinksConfig,
-    ObjectiveConfig,
-    SearchConfig,
-    StalenessConfig,
-    SupervisorConfig,
-    WeightsConfig,
-    as_options,
-    build,
-    derived_bounds,
-    fields,
-    get,
-    load,
-    parse_value,
-    split_options,
-    to_toml,
-    unknown_option,
-)
+from atpo_async.config.files import as_options, build, load, to_toml
+from atpo_async.config.options import get, parse_value, split_options, unknown_option
+from atpo_async.config.schema import Config, fields
+from atpo_async.config.sections.data import StalenessConfig
+from atpo_async.config.sections.generation import SearchConfig
+from atpo_async.config.sections.learning import CorrectionConfig, CreditConfig, LearnerConfig, ObjectiveConfig
+from atpo_async.config.sections.run import SupervisorConfig
+from atpo_async.config.sections.transport import LinksConfig, WeightsConfig
+from atpo_async.config.staleness import STALENESS_KNOBS, derived_bounds
+
+BUILT_IN_ENVIRONMENTS = ("hopqa",)
+"""Names that environment.name may have besides 'package.module:factory'."""
 
 __all__ = [
     "BUILT_IN_ENVIRONMENTS",

@@ -1,0 +1,111 @@
+"""The wording of configuration errors: one line a fault, with its dotted path, value, holder and the way out."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from atpo_async.config import suggestions
+from atpo_async.config.schema import Config, fields
+
+
+def line(error: Any, source: str, holders: Mapping[str, str]) -> str:
+    """One line for one of pydantic's errors.
+
+    Args:
+        error: as in ``ValidationError.errors()``.
+        source: where the whole configuration comes from.
+        holders: dotted path -> where its value comes from, if there are several.
+    """
+    path = ".".join(str(p) for p in error["loc"])
+    value = error.get("input")
+    kind = error["type"]
+    holder = _holder(path, holders)
+    where = f" in {holder}" if holder else ""
+    if kind == "extra_forbidden":
+        near = suggestions.near(path, fields()) if "." in path else suggestions.sections(path, Config.model_fields)
+        meant = f"did you mean {', '.join(near)}?  K" if near else "k"
+        known = f"{meant}nown in {_section_of(path)}: {_known(path)}"
+        return f"{path}: unknown key (value {_cut(value)}) in {holder or source}; {known}"
+    if kind == "value_error" and not path:
+        return f"{error['ctx']['error']}{_sides(str(error['ctx']['error']), holders)}"
+    bounds = {
+        "greater_than_equal": ("ge", ">="),
+        "greater_than": ("gt", ">"),
+        "less_than_equal": ("le", "<="),
+        "less_than": ("lt", "<"),
+    }
+    if kind in bounds:
+        key, sign = bounds[kind]
+        return f"{path} must be {sign} {_number(error['ctx'][key])}, got {_shown(value)}{where}"
+    if kind in ("bool_parsing", "bool_type"):
+        return f"{path} must be true or false, got {value!r}{where}"
+    if kind == "string_pattern_mismatch" and path == "run.name":
+        return (
+            f"run.name is the name of a folder in run.dir: letters, digits, '.', '_' and '-', the first one a letter "
+            f"or a digit; got {value!r}{where}"
+        )
+    if kind == "literal_error":
+        return f"{path} must be one of {error['ctx']['expected']}, got {value!r}{where}"
+    wanted = next((words for kinds, words in WANTED if kind in kinds), None)
+    if wanted is not None:
+        return f"{path} must be {wanted.format(section=path)}, got {_cut(value)}{where}"
+    return f"{path}: {error['msg']}, got {_cut(value)}{where}"
+
+
+WANTED: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("int_parsing", "int_type", "int_from_float"), "a whole number"),
+    (("float_parsing", "float_type", "finite_number"), "a number"),
+    (("string_type",), "text"),
+    (("tuple_type", "list_type"), "a list, as in [0, 1]"),
+    (("model_type", "model_attributes_type", "dict_type"), "a section, [{section}]"),
+)
+"""Kinds of pydantic's errors -> what it wanted, in a user's words."""
+
+
+def _cut(value: Any) -> str:
+    """A value in a few words: a whole section may be unknown."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _number(value: float) -> str:
+    """Whole numbers whole, in groups that people read and a configuration takes: 1_048_576."""
+    return f"{int(value):_}" if math.isfinite(value) and value == int(value) else f"{value:g}"
+
+
+def _shown(value: Any) -> str:
+    return _number(value) if type(value) is int else repr(value)
+
+
+def _holder(path: str, holders: Mapping[str, str]) -> str | None:
+    """Who holds a dotted path, or what it is a part of."""
+    while path and path not in holders:
+        path = path.rpartition(".")[0]
+    return holders.get(path)
+
+
+def _sides(message: str, holders: Mapping[str, str]) -> str:
+    """Who holds the fields that a contradiction names."""
+    named = dict.fromkeys(re.findall(r"(?<![\w.-])[a-z]+\.[a-z_]+", message))
+    known = [f"{name}: {holders[name]}" for name in named if name in holders]
+    return f"  ({'; '.join(known)})" if known else ""
+
+
+def _section_of(path: str) -> str:
+    section = path.rpartition(".")[0]
+    return f"[{section}]" if section else "the file"
+
+
+def _known(path: str) -> str:
+    model: type[BaseModel] = Config
+    for part in path.split(".")[:-1]:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return ", ".join(model.model_fields)

@@ -1,0 +1,146 @@
+"""Configuration files: TOML or a run's config.json, laid over one another, and the resolved result written back.
+
+A later file's value goes over an earlier one's, key by key; "none" stands for no value, which TOML lacks.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from atpo_async.config import faults, options
+from atpo_async.config.schema import Config, fields
+from atpo_async.core.errors import ConfigError
+
+
+def load(files: Path | str | Sequence[Path | str], overrides: Mapping[str, str] | None = None) -> Config:
+    """Read TOML files (or the config.json of a run folder), later ones over earlier ones, and put overrides on top.
+
+    Args:
+        files: one file or several; tables are merged key by key.  None of them: the defaults.
+        overrides: dotted path -> text: as it is for a field of text; else parsed as a TOML value where it is one.
+
+    Raises:
+        ConfigError: a file is missing or no TOML; a key is unknown; a value is out of range; values contradict.  Of
+            several files it names the one that holds the value.
+    """
+    data, holders = _layered(files)
+    for key, text in (overrides or {}).items():
+        options.put(data, key, text)
+        holders[key] = f"--{key}"
+    names = _paths(files)
+    return build(data, source=str(names[-1]) if names else "configuration", holders=holders if len(names) > 1 else {})
+
+
+def as_options(files: Path | str | Sequence[Path | str]) -> dict[str, str]:
+    """What ``files`` set, as dotted path -> text: overrides with which ``load`` makes the same of another file."""
+    known = fields()
+    return {
+        key: value if isinstance(value, str) and key in known else _toml_value(value)
+        for key, value in _leaves(_layered(files)[0])
+    }
+
+
+def _paths(files: Path | str | Sequence[Path | str]) -> list[Path]:
+    return [Path(files)] if isinstance(files, str | Path) else [Path(file) for file in files]
+
+
+def _layered(files: Path | str | Sequence[Path | str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The files' content, later ones over earlier ones; and dotted path -> the file that holds it."""
+    data: dict[str, Any] = {}
+    holders: dict[str, str] = {}
+    for file in _paths(files):
+        _lay(data, _read(file), str(file), holders)
+    return data, holders
+
+
+def _lay(onto: dict[str, Any], table: Mapping[str, Any], file: str, holders: dict[str, str], prefix: str = "") -> None:
+    """Put ``table`` over ``onto``, key by key, and note in ``holders`` whose each key is now."""
+    for key, value in table.items():
+        dotted = f"{prefix}{key}"
+        is_table = isinstance(value, Mapping)
+        if key in onto and isinstance(onto[key], dict) != is_table:
+            kinds = ("a section", "a value") if is_table else ("a value", "a section")
+            raise ConfigError(f"{dotted} is {kinds[0]} in {file}, but {kinds[1]} in {holders[dotted]}: make them agree")
+        holders[dotted] = file
+        if is_table:
+            _lay(onto.setdefault(key, {}), value, file, holders, f"{dotted}.")
+        else:
+            onto[key] = value
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of everything in a nested mapping that is no table."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """One file as it is.  Raises ConfigError."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except FileNotFoundError:
+        raise ConfigError(f"configuration {file} does not exist; configs/demo.toml is one to start from") from None
+    except IsADirectoryError:
+        raise ConfigError(f"configuration {file} is a folder; name a TOML file") from None
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(
+            f"configuration {file} is no valid {'JSON' if file.suffix == '.json' else 'TOML'}: {exc}"
+        ) from None
+    except OSError as exc:
+        raise ConfigError(f"configuration {file} cannot be read: {exc.strerror}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"configuration {file} holds a {type(data).__name__}, no sections; name a run's config.json")
+    return data
+
+
+def build(
+    data: Mapping[str, Any], *, source: str = "configuration", holders: Mapping[str, str] | None = None
+) -> Config:
+    """Validate a nested mapping.  Raises ConfigError with one line per fault, each with its dotted path.
+
+    Args:
+        data: sections and their fields.
+        source: where all of it comes from.
+        holders: dotted path -> where this one comes from, for the error to name; needed if there are several.
+    """
+    try:
+        return Config.model_validate(data)
+    except ValidationError as exc:
+        raise ConfigError("\n".join(faults.line(e, source, holders or {}) for e in exc.errors())) from None
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML, each field with what it means."""
+    lines: list[str] = []
+    for name in Config.model_fields:
+        section = getattr(config, name)
+        lines.append(f"[{name}]")
+        for field, about in type(section).model_fields.items():
+            text = f"{field} = {_toml_value(getattr(section, field))}"
+            lines.append(f"{text}  # {about.description}" if about.description else text)
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
+    return json.dumps(str(value), ensure_ascii=False)

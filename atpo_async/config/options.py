@@ -1,0 +1,158 @@
+"""Dotted options of the command line: which words of it they are, and what their texts mean for their fields."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+
+from atpo_async.config import suggestions
+from atpo_async.config.schema import Config, fields
+from atpo_async.core.errors import ConfigError
+
+_TRUTHS = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0"})
+
+
+def split_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Take dotted options (``--a.b value``, ``--a.b=value``) out of a command line.
+
+    Returns what is left, in order, and dotted path -> text.  A truth value may be left out: then it is true.  Raises
+    ConfigError for an option that is no field, or lacks its value; and where a truth value is followed by a word that
+    can neither be one nor a file.
+    """
+    rest: list[str] = []
+    options: dict[str, str] = {}
+    known = fields()
+    i = 0
+    while i < len(argv):
+        word = argv[i]
+        i += 1
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in name:
+            rest.append(word)
+            continue
+        name = name.replace("-", "_")
+        if name not in known and not name.startswith("environment.options."):
+            raise ConfigError(unknown_option(name))
+        if not equals:
+            annotation = _annotation(name)
+            given = i < len(argv) and not argv[i].startswith("--")
+            if annotation is bool:
+                # The next word may be the configuration file; the command comes before all options but by chance.
+                if given and rest and argv[i].lower() not in _TRUTHS and not _may_be_a_path(argv[i]):
+                    raise ConfigError(
+                        f"--{name} {argv[i]}: {argv[i]!r} is neither true nor false, nor a file here; --{name} alone "
+                        f"is true, --{name} false is not"
+                    )
+                given = given and argv[i].lower() in _TRUTHS
+            if given:
+                value = argv[i]
+                i += 1
+            elif annotation is bool or annotation is None:
+                value = "true"
+            else:
+                raise ConfigError(f"--{name} needs a value")
+        options[name] = value
+    return rest, options
+
+
+def _may_be_a_path(word: str) -> bool:
+    return any(sign in word for sign in "./\\") or Path(word).exists()
+
+
+def put(data: dict[str, Any], dotted: str, text: str) -> None:
+    """Put the value of one option into a nested mapping.  Raises ConfigError."""
+    *parents, leaf = dotted.split(".")
+    if not parents:
+        raise ConfigError(f"option --{dotted} names no field; use --section.field, for instance --learner.lr 1e-5")
+    here: Any = data
+    for part in parents:
+        here = here.setdefault(part, {})
+        if not isinstance(here, dict):
+            raise ConfigError(f"option --{dotted}: {part} is a value, not a section")
+    here[leaf] = _option_value(dotted, text)
+
+
+def _option_value(dotted: str, text: str) -> Any:
+    """What the text of an option means for its field.  Raises ConfigError where there is none."""
+    annotation = _annotation(dotted)
+    value = parse_value(text)
+    if value is None and type(None) in get_args(annotation):
+        return None
+    if _is_text(annotation):
+        return text  # --run.name 7 is a name; "none" is a word of search.strategy
+    if dotted == "environment.options":
+        raise ConfigError(_one_by_one(text))
+    if annotation is None:  # an option of the environment: whatever TOML has for those
+        return value if isinstance(value, bool | int | float | str) else text
+    if not text:
+        raise ConfigError(f"--{dotted} needs a value")
+    return text if value is None else value
+
+
+def _one_by_one(text: str) -> str:
+    """Why ``--environment.options TEXT`` is none, and what was meant where it can be told."""
+    try:
+        said = json.loads(text)
+    except ValueError:
+        said = parse_value(text)
+    meant = "--environment.options.NAME VALUE"
+    if isinstance(said, dict) and said:
+        meant = " ".join(
+            f"--environment.options.{name} {json.dumps(value) if isinstance(value, bool | int | float) else value}"
+            for name, value in list(said.items())[:8]
+        )
+    return f"--environment.options {text[:80]}: options of the environment are given one by one: {meant}"
+
+
+def _annotation(dotted: str) -> Any:
+    """Of a field; None for an option of the environment, and for what is no field."""
+    info = fields().get(dotted)
+    return None if info is None else info.annotation
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a field takes words: str, Path, or some words of its own; or none."""
+    if get_origin(annotation) is Literal:
+        return True
+    if isinstance(annotation, UnionType):
+        return all(part is type(None) or _is_text(part) for part in get_args(annotation))
+    return annotation is str or annotation is Path
+
+
+def parse_value(text: str) -> Any:
+    """A TOML value, ``none`` for None, or the text itself."""
+    if text.lower() in ("none", "null"):
+        return None
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def get(config: Config, dotted: str) -> Any:
+    """The value of a dotted field.  Raises ConfigError naming near matches where there is none."""
+    here: Any = config
+    for part in dotted.split("."):
+        if not isinstance(here, BaseModel) or part not in type(here).model_fields:
+            raise ConfigError(unknown_option(dotted))
+        here = getattr(here, part)
+    return here
+
+
+def unknown_option(name: str) -> str:
+    """One line that names an option that is no field, and the ones the user may have meant."""
+    if name in Config.model_fields:
+        first = next(field for field in fields() if field.startswith(f"{name}."))
+        return f"--{name}: is a section and takes no value; name a field of it, for instance --{first}"
+    near = suggestions.near(name, fields())
+    if near:
+        return f"--{name}: unknown option; did you mean {', '.join('--' + field for field in near)}?"
+    return f"--{name}: unknown option; `atpo config CONFIG` lists every field"

@@ -1,0 +1,229 @@
+"""The rules of a configuration: which settings contradict one another, and what would mend it.
+
+``idle_settings`` tells of settings that decide nothing; these here are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from atpo_async.config.schema import Config
+
+
+def check(config: Config) -> None:
+    """Raises ValueError with the first contradiction: the settings, their values and the way out."""
+    for rule in RULES:
+        rule(config)
+
+
+def _lag_leaves_room(config: Config) -> None:
+    s = config.staleness
+    if s.max_lag < s.least_max_lag:
+        raise ValueError(
+            f"staleness.max_lag = {s.max_lag} cannot hold with staleness.publish_every = {s.publish_every} and "
+            f"staleness.max_uses = {s.max_uses}: a tree begins up to {s.publish_every - 1} versions behind and is "
+            f"used for the last time {s.max_uses - 1} versions after the first; raise max_lag to at least "
+            f"{s.least_max_lag}, or lower publish_every or max_uses"
+        )
+
+
+def _off_policy_is_corrected(config: Config) -> None:
+    s = config.staleness
+    if s.max_lag > 0 and s.exact_lag != 0 and config.correction.action == "none" and not config.correction.accept_bias:
+        raise ValueError(
+            f"correction.action = 'none' with staleness.max_lag = {s.max_lag} trains off-policy uncorrected: "
+            "set --correction.action truncate, or --correction.accept_bias true if the bias is what you study"
+        )
+    if (config.search.top_p < 1 or config.search.top_k > 0) and not config.correction.accept_bias:
+        raise ValueError(
+            f"search.top_p = {config.search.top_p} with search.top_k = {config.search.top_k} samples from a cut "
+            "distribution that the learner's log-probs are not of: every importance weight would be off; use "
+            "top_p 1 and top_k 0, or --correction.accept_bias true"
+        )
+
+
+def _batches_and_trees(config: Config) -> None:
+    s = config.staleness
+    if config.learner.minibatches > s.trees_per_batch:
+        raise ValueError(
+            f"learner.minibatches = {config.learner.minibatches} exceeds staleness.trees_per_batch = "
+            f"{s.trees_per_batch}: a mini-batch holds at least one tree"
+        )
+    if config.search.max_leaves < 2:
+        raise ValueError(
+            f"search.initial_rollouts = {config.search.initial_rollouts} without branches gives trees of one leaf, "
+            "which never have a signal; use at least 2"
+        )
+    if config.search.max_action_tokens >= config.model.max_context_tokens:
+        raise ValueError(
+            f"search.max_action_tokens = {config.search.max_action_tokens} must be below model.max_context_tokens = "
+            f"{config.model.max_context_tokens}"
+        )
+
+
+def _swap_before_give_up(config: Config) -> None:
+    if config.swap_timeout_s >= config.links.give_up_s:
+        raise ValueError(
+            f"weights.swap_timeout_s = {config.swap_timeout_s:g} must be below links.give_up_s = "
+            f"{config.links.give_up_s:g}: who waits for the new weights would give up before the swap does"
+        )
+
+
+def _correction(config: Config) -> None:
+    c = config.correction
+    if c.action != "none" and c.floor >= c.cap:
+        raise ValueError(f"correction.floor = {c.floor} must be below correction.cap = {c.cap}")
+    if c.action in ("mask", "icepop") and not c.floor < 1 < c.cap:
+        raise ValueError(
+            f"correction.action = {c.action!r} with correction.floor = {c.floor} and correction.cap = {c.cap} "
+            "would mask data that is not off-policy at all: ratios of 1 must lie between them"
+        )
+    if c.prox == "first-step" and config.learner.minibatches > 1:
+        raise ValueError(
+            f"correction.prox = 'first-step' with learner.minibatches = {config.learner.minibatches}: all but the "
+            "first part would take updated weights for the batch's start; use --correction.prox auto or recompute"
+        )
+    if c.exponent == "ess" and c.ess_floor > c.ess_target:
+        raise ValueError(
+            f"correction.ess_floor = {c.ess_floor} is above correction.ess_target = {c.ess_target}, which decides "
+            "with exponent = 'ess': lower the floor or raise the target"
+        )
+    if c.action in ("icepop", "m2po") and c.level != "token":
+        raise ValueError(
+            f"correction.action = {c.action!r} works by token, but correction.level = {c.level!r}: set "
+            "--correction.level token"
+        )
+    if c.action == "m2po" and c.exponent == "ess":
+        raise ValueError(
+            "correction.action = 'm2po' bounds the batch by its own measure, correction.exponent = 'ess' by "
+            "another: use --correction.exponent fixed"
+        )
+    idle = "exponent = 'ess'" if c.exponent == "ess" else f"gate = {c.gate}"
+    if c.action == "none" and (c.exponent == "ess" or c.gate is not None):
+        raise ValueError(
+            f"correction.{idle} does nothing with correction.action = 'none': leave it out, or name another action"
+        )
+    if c.numerator == "policy" and config.objective.surrogate != "policy-gradient":
+        raise ValueError(
+            f"correction.numerator = 'policy' with objective.surrogate = {config.objective.surrogate!r} would count "
+            "the policy's drift from prox twice: use --correction.numerator prox, or --objective.surrogate "
+            "policy-gradient"
+        )
+    of_the_batch = "m2po" if c.action == "m2po" else "ess" if c.exponent == "ess" else None
+    if of_the_batch and c.numerator == "policy":
+        raise ValueError(
+            f"{of_the_batch} is measured over the whole batch before its first step: correction.numerator = "
+            "'policy' has no such number; use prox"
+        )
+    if c.prox == "interpolate" and (of_the_batch or config.credit.value_mode.startswith("tree_trace")):
+        needs = of_the_batch or f"credit.value_mode = {config.credit.value_mode!r}"
+        raise ValueError(
+            f"correction.prox = 'interpolate' has no log-probs before the first step, and {needs} needs them: use "
+            "recompute"
+        )
+
+
+def _exact_lag(config: Config) -> None:
+    s = config.staleness
+    if s.exact_lag is None:
+        return
+    if s.max_lag < s.exact_lag:
+        raise ValueError(
+            f"staleness.exact_lag = {s.exact_lag} would be masked by staleness.max_lag = {s.max_lag}: raise max_lag"
+            f" to {s.exact_lag}"
+        )
+    if s.max_uses != 1 or s.publish_every != 1 or config.buffer.ready != "complete":
+        raise ValueError(
+            f"staleness.exact_lag = {s.exact_lag} needs staleness.max_uses = 1, staleness.publish_every = 1 and "
+            f"buffer.ready = 'complete', got {s.max_uses}, {s.publish_every} and {config.buffer.ready!r}"
+        )
+    if config.run.max_tasks is not None:
+        raise ValueError(
+            f"staleness.exact_lag = {s.exact_lag} ends with run.steps, not with run.max_tasks = "
+            f"{config.run.max_tasks}: leave one of them out"
+        )
+
+
+def _max_tasks(config: Config) -> None:
+    run, s = config.run, config.staleness
+    if run.max_tasks is None:
+        return
+    least = -(-run.max_tasks * s.max_uses // s.trees_per_batch)
+    if run.steps < least:
+        raise ValueError(
+            f"run.max_tasks = {run.max_tasks} with staleness.max_uses = {s.max_uses} may take {least} batches of "
+            f"staleness.trees_per_batch = {s.trees_per_batch} trees, run.steps = {run.steps} would end before: set "
+            f"--run.steps {least} or more"
+        )
+
+
+def _buffer(config: Config) -> None:
+    s = config.staleness
+    if config.buffer.max_trees is not None and config.buffer.max_trees < s.trees_per_batch:
+        raise ValueError(
+            f"buffer.max_trees = {config.buffer.max_trees} is below staleness.trees_per_batch = {s.trees_per_batch}: "
+            "no batch would ever be complete"
+        )
+    if config.buffer.ready == "partial" and config.buffer.partial_min_leaves > config.search.max_leaves:
+        raise ValueError(
+            f"buffer.partial_min_leaves = {config.buffer.partial_min_leaves} exceeds the {config.search.max_leaves} "
+            "leaves that search grows"
+        )
+
+
+def _gpus(config: Config) -> None:
+    learner, actor = config.learner, config.actor
+    if learner.gpus and len(learner.gpus) != learner.num_processes:
+        raise ValueError(
+            f"learner.gpus names {len(learner.gpus)} GPUs for learner.num_processes = {learner.num_processes}: "
+            "each rank needs one"
+        )
+    needed = actor.count * actor.tensor_parallel_size
+    if actor.gpus and len(actor.gpus) != needed:
+        raise ValueError(
+            f"actor.gpus names {len(actor.gpus)} GPUs, but actor.count = {actor.count} actors with "
+            f"actor.tensor_parallel_size = {actor.tensor_parallel_size} need {needed}"
+        )
+    for path, gpus in (("learner.gpus", learner.gpus), ("actor.gpus", actor.gpus)):
+        if len(set(gpus)) != len(gpus) or any(gpu < 0 for gpu in gpus):
+            raise ValueError(f"{path} = {list(gpus)} must be different numbers from 0")
+    shared = sorted(set(learner.gpus) & set(actor.gpus))
+    if shared:
+        raise ValueError(f"learner.gpus and actor.gpus both name GPU {shared[0]}: a GPU belongs to one role")
+    for path, device, gpus in (
+        ("learner", learner.device, learner.gpus),
+        ("actor", actor.device, actor.gpus),
+    ):
+        if device == "cpu" and gpus:
+            raise ValueError(f"{path}.device = 'cpu' contradicts {path}.gpus = {list(gpus)}")
+
+
+def _ports(config: Config) -> None:
+    ports = {
+        f"links.{name}": port
+        for name in ("actors_port", "learner_port", "weights_port", "announce_port")
+        if (port := getattr(config.links, name))
+    }
+    for name, port in ports.items():
+        twin = next((other for other in ports if other != name and ports[other] == port), None)
+        if twin:
+            raise ValueError(
+                f"{name} and {twin} are both {port}: each needs a port of its own, or 0 to have one picked"
+            )
+
+
+RULES: tuple[Callable[[Config], None], ...] = (
+    _lag_leaves_room,
+    _off_policy_is_corrected,
+    _batches_and_trees,
+    _swap_before_give_up,
+    _correction,
+    _exact_lag,
+    _max_tasks,
+    _buffer,
+    _gpus,
+    _ports,
+)
+"""In the order in which they are asked."""

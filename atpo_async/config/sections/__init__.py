@@ -1,0 +1,1 @@
+"""The sections of a configuration: their fields with types, bounds, defaults and what each means."""

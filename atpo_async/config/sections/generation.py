@@ -1,0 +1,86 @@
+"""How data are generated: the policy, the task, the search of a tree, actors and their engines."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from atpo_async.config.sections.base import Section
+
+
+class ModelConfig(Section):
+    """The policy: an ordinary Hugging Face model folder."""
+
+    path: str = Field("", description="model folder, or the name of one in the local Hugging Face cache")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="the engine's precision")
+    max_context_tokens: int = Field(512, ge=8, description="prompt, observations and actions of one path")
+    warm_start: bool = Field(False, description="make and warm-start the environment's small policy if there is none")
+    warm_start_steps: int = Field(300, ge=0, description="supervised steps of the warm start")
+
+
+class EnvironmentConfig(Section):
+    """The task."""
+
+    name: str = Field("hopqa", description="a built-in environment, or 'package.module:factory'")
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict, description="passed to the environment")
+
+    @field_validator("options")
+    @classmethod
+    def _finite(cls, options: dict[str, bool | int | float | str]) -> dict[str, bool | int | float | str]:
+        # NaN is not itself: the run's own options would be another run's when it goes on.
+        for name, value in options.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(
+                    f"{name} = {value} is no finite number; where a word is meant, quote it: '\"{value}\"'"
+                )
+        return options
+
+
+class SearchConfig(Section):
+    """One tree (ALGORITHM, section 1): M chains, then L rounds of K entropy-guided branches."""
+
+    strategy: Literal["entropy", "random", "none"] = "entropy"
+    initial_rollouts: int = Field(10, ge=1, description="M")
+    rounds: int = Field(2, ge=0, description="L")
+    branches: int = Field(6, ge=1, description="K, per round")
+    sibling_penalty: float = Field(0.05, ge=0, description="alpha in H(n) - alpha * siblings")
+    include_root: bool = Field(False, description="the prompt is a candidate too (the published code)")
+    max_action_tokens: int = Field(64, ge=1)
+    max_observation_tokens: int = Field(
+        0,
+        ge=0,
+        description="a longer observation fails its branch; 0: one over half the context that leaves no room to act",
+    )
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0 for no limit")
+    generate_timeout_s: float = Field(
+        120.0, gt=0, description="one action, from when the engine has begun it; past it the branch fails"
+    )
+    step_timeout_s: float = Field(60.0, gt=0, description="one environment step; past it the branch fails")
+
+    @property
+    def max_leaves(self) -> int:
+        """M + L*K (M without branching)."""
+        return self.initial_rollouts + (0 if self.strategy == "none" else self.rounds * self.branches)
+
+
+class ActorConfig(Section):
+    """Actors and their engines."""
+
+    count: int = Field(1, ge=0, description="actors that the supervisor starts; 0: they join by hand")
+    trees_in_flight: int = Field(8, ge=1)
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_num_seqs: int = Field(128, ge=1, description="requests the engine runs at once")
+    kv_cache_gb: float = Field(1.0, gt=0, description="on a CPU")
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    tensor_parallel_size: int = Field(1, ge=1)
+    num_threads: int | None = Field(None, ge=1, description="engine threads on a CPU; none for the engine's choice")
+    clear_cache_on_swap: bool = Field(True, description="recompute keys and values under the new weights")
+    report_every_s: float = Field(2.0, gt=0)
+    gpus: tuple[int, ...] = Field(
+        (), description="tensor_parallel_size for each of count actors, in order; empty: all are seen"
+    )

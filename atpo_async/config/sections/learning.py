@@ -1,0 +1,143 @@
+"""How a batch is learned from: credit, off-policy correction, objective, optimizer and checkpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from atpo_async.config.sections.base import Section
+
+
+class CreditConfig(Section):
+    """Leaf rewards to advantages (ALGORITHM, section 2; the tree traces: section 4)."""
+
+    value_mode: Literal[
+        "child_mean",
+        "leaf_mean",
+        "child_softmax",
+        "child_entropy_linear",
+        "tree_trace",
+        "tree_trace_selfnorm",
+    ] = Field("child_mean", description="the traces weigh siblings of different versions by their turn ratios")
+    advantage_mode: Literal["node_value", "diff_parent", "diff_global", "diff_localglobal"] = "node_value"
+    normalise_leaves: bool = True
+    leaf_weights: Literal["uniform", "branch-prob"] = Field(
+        "uniform", description="weights under which leaf rewards are normalised"
+    )
+    trace_cap: float = Field(1.0, gt=0, description="c-bar of the tree traces: the largest turn ratio that counts")
+
+
+class CorrectionConfig(Section):
+    """Off-policy correction (ALGORITHM, section 4): a weight without gradient for each token, turn, prefix or sequence.
+
+    ``truncate``: min(exp(lambda S), cap), and not below ``floor`` (truncated importance sampling).  ``mask``: 0 outside
+    [floor, cap] (masked importance sampling).  ``icepop``: ``mask`` by token (IcePop, arXiv 2510.18855; published with
+    floor 0.5, cap 5).  ``topr``: 1 where A >= 0, ``truncate`` where A < 0 (TOPR, arXiv 2503.14286; published with cap 1
+    by sequence).  ``m2po``: by token, the largest log-ratios are masked until the mean of their squares over the batch
+    is at most ``m2_limit``; the others are truncated as ever (M2PO, arXiv 2510.01161, without a cap: set a
+    large one; all tokens count here, whatever the sign of A).
+    """
+
+    action: Literal["truncate", "mask", "icepop", "topr", "m2po", "none"] = "truncate"
+    level: Literal["token", "turn", "prefix", "sequence"] = Field(
+        "turn", description="prefix: the product over the path down to the turn, the turn included"
+    )
+    cap: float = Field(2.0, gt=0, description="C")
+    floor: float = Field(0.0, ge=0, description="weights below are raised to it (truncate) or masked (mask)")
+    exponent: Literal["fixed", "geometric", "ess"] = Field(
+        "fixed",
+        description="lambda: exponent_value, 1/T_n, or the largest <= 1 with ESS/N >= ess_target over the batch",
+    )
+    exponent_value: float = Field(1.0, gt=0, le=1, description="lambda of exponent = fixed; 1: the exact ratio")
+    ess_target: float = Field(0.5, gt=0, le=1, description="tau of exponent = ess")
+    ess_floor: float = Field(
+        0.1, ge=0, lt=1, description="guard: a batch below this ESS/N has its exponent lowered to it; 0: off"
+    )
+    gate: float | None = Field(
+        None, gt=0, description="nats: turns whose mean log-ratio is larger are masked, besides the action"
+    )
+    m2_limit: float = Field(0.04, gt=0, description="tau of m2po, nats squared")
+    numerator: Literal["prox", "policy"] = Field(
+        "prox", description="whose log-probs stand above mu's: the batch's start, or the weights being trained"
+    )
+    prox: Literal["auto", "recompute", "first-step", "interpolate"] = Field(
+        "auto",
+        description="proximal log-probs: a pass of their own, the first training pass, or between mu and the policy by "
+        "version; auto: first-step where a batch is one optimizer step, else recompute",
+    )
+    accept_bias: bool = Field(False, description="allow an off-policy run without the correction")
+
+
+class ObjectiveConfig(Section):
+    """ATPO and its kin (ALGORITHM, section 3).
+
+    ``clip``: PPO's clipped surrogate at ``ratio_level`` (token: GRPO, DAPO; turn: AT2PO; sequence: GSPO, arXiv
+    2507.18071).  ``cispo``: the clipped ratio as a weight without gradient on log pi (CISPO, arXiv 2506.13585).
+    ``policy-gradient``: log pi alone (TOPR).  ``tv``: no clip; tokens are masked that move away from mu and are
+    further than ``tv_limit`` in probability already (DPPO, arXiv 2602.04879).
+    """
+
+    ratio_level: Literal["token", "turn", "sequence"] = "turn"
+    surrogate: Literal["clip", "cispo", "policy-gradient", "tv"] = "clip"
+    clip_low: float = Field(3e-3, gt=0, le=1)
+    clip_high: float = Field(4e-3, gt=0)
+    dual_clip: float | None = Field(3.0, gt=1, description="bound for A < 0; none to switch it off")
+    tv_limit: float = Field(0.2, gt=0, lt=1, description="probability, for surrogate = tv")
+    aggregation: Literal[
+        "seq-mean-token-mean",
+        "seq-mean-token-sum",
+        "token-mean",
+        "unique-token-mean",
+        "branch-prob",
+        "branch-prob-token-sum",
+    ] = "seq-mean-token-mean"
+    kl_coef: float = Field(0.0, ge=0, description="of KL(policy || the weights of model.path); 0: no reference kept")
+    kl_estimator: Literal["k2", "k3"] = Field("k3", description="both have a gradient that pulls to the reference")
+    entropy_coef: float = Field(0.0, ge=0, description="of the entropy bonus over the whole vocabulary")
+
+
+class LearnerConfig(Section):
+    """Optimizer, batches, checkpoints."""
+
+    lr: float = Field(1e-6, gt=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule_steps: int | None = Field(
+        None, ge=1, description="learner batches until the schedule's end; none: run.steps, and the curve follows it"
+    )
+    max_grad_norm: float = Field(1.0, gt=0)
+    minibatches: int = Field(1, ge=1, description="parts of a batch, each an optimizer step")
+    epochs: int = Field(1, ge=1, description="passes over a batch, each with its optimizer steps")
+    packing: Literal["auto", "tree", "flat"] = Field(
+        "auto", description="a tree in one pass, or each leaf its own row; auto: tree where the model's layers allow it"
+    )
+    pack_tokens: int | None = Field(
+        None, ge=16, description="tokens that trees may fill of one row; none: the device's own measure"
+    )
+    micro_batch_tokens: int = Field(16384, ge=64, description="padded tokens of one forward pass")
+    checkpoint_every: int = Field(50, ge=1, description="batches between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1)
+    export_dtype: Literal["source", "float32", "bfloat16", "float16"] = Field(
+        "source", description="precision of the trained policy in model/; source: as the folder that the run began with"
+    )
+    num_processes: int = Field(1, ge=1, description="ranks that the supervisor starts through accelerate launch")
+    accelerate_config: str | None = Field(None, description="accelerate configuration file (FSDP, DeepSpeed, …)")
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: int | None = Field(None, ge=1, description="torch threads of each rank; none for torch's choice")
+    gpus: tuple[int, ...] = Field(
+        (), description="one for each rank, as nvidia-smi or CUDA_VISIBLE_DEVICES counts; empty: all"
+    )
+    max_grad_spike: float | None = Field(
+        30.0, gt=1, description="guard: an update whose gradient norm is this many running medians is skipped"
+    )
+    max_skipped_updates: int = Field(5, ge=1, description="updates skipped in a row before the run stops")
+    lineage: bool = Field(
+        False, description="write lineage.jsonl: what each batch was trained on, with a hash of every tree"
+    )
+    tensorboard: bool = Field(False, description="also log through Accelerate's TensorBoard tracker")
