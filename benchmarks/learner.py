@@ -62,7 +62,7 @@ from learner.packing.attention import Way, to_device, ways
 from learner.packing.rows import CreditedTree, MicroBatch, Normaliser, leaf_rows, micro_batches
 from learner.packing.tree import tree_micro_batches
 from learner.policy.model import Policy, make_accelerator
-from learner.step import Trainer
+from learner.training.trainer import Trainer
 
 PARTS = ("packing", "bare", "attention", "memory", "gpu")
 CHILD_TIMEOUT_S = 600.0

@@ -45,7 +45,7 @@ from atpo_async.config import Config, build
 from atpo_async.core.errors import AtpoError, ProbeMismatch, SetupError
 from atpo_async.wire.messages import ManifestRequest, WeightsManifest
 from learner.policy.model import load_policy, make_accelerator
-from learner.step import Trainer
+from learner.training.trainer import Trainer
 from learner.weights.probe import draw_probe, probe_shape
 from learner.weights.publisher import WeightsStore
 

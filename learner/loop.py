@@ -41,8 +41,9 @@ from learner.checkpoints.saving import Saving
 from learner.evaluation import Evaluations
 from learner.policy.model import load_policy, make_accelerator
 from learner.ranks import Ranks, Wanted
-from learner.step import Abandoned, StepReport, Trainer
 from learner.torch_thread import TorchThread
+from learner.training.report import Abandoned, StepReport
+from learner.training.trainer import Trainer
 from learner.weights.publication import Publication
 from learner.weights.publisher import Publisher, WeightsStore
 

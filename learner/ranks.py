@@ -11,7 +11,7 @@ from enum import IntEnum
 from atpo_async.core.errors import SetupError
 from atpo_async.ops.disk import until_written
 from atpo_async.run.rundir import RunDir
-from learner.step import Trainer
+from learner.training.trainer import Trainer
 
 log = logging.getLogger("atpo.learner")
 

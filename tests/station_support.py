@@ -127,7 +127,7 @@ def _put_stations_into_the_learner(run: Path) -> None:
     from learner.checkpoints import checkpoint
     from learner.checkpoints.saving import Saving
     from learner.ranks import Ranks
-    from learner.step import Trainer
+    from learner.training.trainer import Trainer
     from learner.weights.publication import Publication
 
     trained = False

@@ -32,7 +32,8 @@ from learner.batches.skipped import load_batch, save_batch
 from learner.loop import learn
 from learner.loss.guards import GradNorms, SkipCount
 from learner.policy.model import load_policy, make_accelerator
-from learner.step import StepReport, Trainer
+from learner.training.report import StepReport
+from learner.training.trainer import Trainer
 from tests.bad_batch_support import BAD, MAX_LAG, TREES, VERSION, good_batch, item, span, turn_with, with_tree
 from tests.learner_support import batch_of, make_batch, make_config, make_model
 

@@ -18,7 +18,7 @@ from learner.checkpoints.checkpoint import Progress
 from learner.loss.guards import GradNorms, SkipCount
 from learner.policy.export import export_model, precision
 from learner.policy.model import load_policy, make_accelerator
-from learner.step import Trainer
+from learner.training.trainer import Trainer
 from tests.learner_support import make_batch, make_config, make_model
 
 

@@ -20,7 +20,7 @@ from buffer.state import BufferState
 from learner.batches.fruitless import Fruitless, NothingToTrainOn, num_trained
 from learner.checkpoints import checkpoint
 from learner.loop import learn
-from learner.step import StepReport
+from learner.training.report import StepReport
 from tests.learner_support import batch_of, make_batch, make_model
 from tests.test_buffer_service import ask, closed, configured, grown, opened, published
 from tests.test_learner_loop import WAIT_S, ScriptedBuffer, context, make_config

@@ -47,7 +47,7 @@ from learner.batches.skipped import load_batch, save_batch
 from learner.checkpoints import checkpoint
 from learner.loop import learn
 from learner.loss import guards
-from learner.step import Trainer
+from learner.training.trainer import Trainer
 from tests.learner_support import batch_of, make_batch, make_model
 
 LINKS = LinkSettings.from_config(LinksConfig())
@@ -278,7 +278,7 @@ async def test_skipped_updates_are_kept_and_too_many_stop_the_run(
     )
     rundir = RunDir.create(config)
     monkeypatch.setattr(skipped, "KEPT_BATCHES", 2)
-    monkeypatch.setattr("learner.step.guards.fault", lambda **numbers: "loss is nan")
+    monkeypatch.setattr("learner.training.trainer.guards.fault", lambda **numbers: "loss is nan")
     with pytest.raises(guards.UpdatesRefused, match="3 updates in a row"):
         await asyncio.wait_for(learn(context(rundir, endpoint)), WAIT_S)
     kept = sorted((rundir.path / "skipped").iterdir())

@@ -31,7 +31,7 @@ VARIANTS: list[dict[str, dict[str, object]]] = [
 def train_share(model: Path, shares: list[list[int]], variant: dict[str, dict[str, object]]) -> dict[str, Any]:
     """Take this rank's share of one batch, a float64 step; what came of it."""
     from learner.policy.model import load_policy, make_accelerator
-    from learner.step import Trainer
+    from learner.training.trainer import Trainer
     from tests.learner_support import batch_of, in_double, make_batch, make_config
 
     sections: dict[str, dict[str, object]] = {"learner": {"micro_batch_tokens": 100, "max_grad_norm": 1e9, "lr": 1e-2}}

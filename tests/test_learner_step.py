@@ -16,7 +16,8 @@ from atpo_async.core.schedule import learning_rate
 from learner.loss import guards
 from learner.packing.rows import CreditedTree
 from learner.policy.model import load_policy, make_accelerator
-from learner.step import Abandoned, StepReport, Trainer
+from learner.training.report import Abandoned, StepReport
+from learner.training.trainer import Trainer
 from tests.learner_support import VOCAB, batch_of, flat_gradient, in_double, make_batch, make_config, make_model
 
 

@@ -23,7 +23,7 @@ from learner.checkpoints.checkpoint import Progress
 from learner.loss.guards import overflowed
 from learner.policy import precision
 from learner.policy.model import Policy, load_policy, make_accelerator
-from learner.step import Trainer
+from learner.training.trainer import Trainer
 from tests.learner_support import batch_of, make_batch, make_config, make_model
 
 ROOT = Path(__file__).resolve().parent.parent

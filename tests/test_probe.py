@@ -18,7 +18,7 @@ from atpo_async.config import build
 from atpo_async.core.errors import ProbeMismatch, WeightsRejected
 from atpo_async.wire.messages import WeightsManifest
 from learner.policy.model import load_policy, make_accelerator
-from learner.step import Trainer
+from learner.training.trainer import Trainer
 from learner.weights.probe import draw_probe, is_drawn_at, probe_shape
 from tests.learner_support import VOCAB, make_config, make_model
 

@@ -33,7 +33,7 @@ from atpo_async.wire.messages import (
     WeightsManifest,
 )
 from learner.policy.model import load_policy, make_accelerator
-from learner.step import Trainer
+from learner.training.trainer import Trainer
 from learner.weights import publisher as publishing
 from learner.weights.probe import draw_probe
 from learner.weights.publisher import Publisher, WeightsStore

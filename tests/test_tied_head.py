@@ -10,7 +10,7 @@ from torch import nn
 
 from atpo_async.core.errors import SetupError
 from learner.policy.model import Policy, load_policy, make_accelerator
-from learner.step import Trainer
+from learner.training.trainer import Trainer
 from tests.learner_support import make_config, make_model
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

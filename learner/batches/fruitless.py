@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from atpo_async.core.errors import SetupError
 from atpo_async.wire.messages import Batch
 from learner.batches.intake import REASONS
-from learner.step import StepReport
+from learner.training.report import StepReport
 
 NO_SIGNAL = "buffer/no_signal_trees"
 FAULTS: Mapping[str, str] = {

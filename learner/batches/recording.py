@@ -15,8 +15,9 @@ from atpo_async.wire.messages import Batch
 from learner.batches.buffer_peer import now_s
 from learner.batches.fruitless import num_trained
 from learner.batches.tree_samples import decoder, is_sampled, write_sample
-from learner.step import StepReport, Trainer
 from learner.torch_thread import TorchThread
+from learner.training.report import StepReport
+from learner.training.trainer import Trainer
 
 MAX_WARNINGS = 5
 """Lines about trees left out that one batch may write to the log."""

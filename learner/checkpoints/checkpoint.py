@@ -31,7 +31,7 @@ from atpo_async.core.errors import SetupError
 from atpo_async.models.policy import list_checkpoints as list_checkpoints
 from atpo_async.ops import disk
 from learner.loss.guards import GradNorms, SkipCount
-from learner.step import Trainer
+from learner.training.trainer import Trainer
 
 _ASIDE = ".writing-"
 FORMAT = 1

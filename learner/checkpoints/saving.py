@@ -23,8 +23,8 @@ from learner.checkpoints import checkpoint
 from learner.checkpoints.checkpoint import Progress
 from learner.policy.export import export_model, precision, write_model
 from learner.ranks import Ranks
-from learner.step import Trainer
 from learner.torch_thread import TorchThread
+from learner.training.trainer import Trainer
 
 
 class Saving:

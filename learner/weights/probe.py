@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from atpo_async.config import Config
-from learner.step import Trainer
+from learner.training.trainer import Trainer
 
 NUM_SEQUENCES = 32
 """Of the probe: enough that one which repeats itself does not decide, few enough to be scored together."""

@@ -14,7 +14,7 @@ from atpo_async.config import Config
 from atpo_async.ops.disk import until_written
 from atpo_async.wire.messages import VersionPublished, WeightsAnnounced
 from learner.batches.buffer_peer import BufferPeer
-from learner.step import Trainer
+from learner.training.trainer import Trainer
 from learner.weights.probe import draw_probe, is_drawn_at, probe_shape
 from learner.weights.publisher import Publisher
 

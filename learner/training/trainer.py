@@ -47,26 +47,7 @@ from learner.packing.rows import (
 from learner.packing.tree import tree_micro_batches
 from learner.policy import precision
 from learner.policy.model import Policy, is_sharded, is_tied, layout_for, make_optimizer
-
-
-class Abandoned(Exception):
-    """The batch was given up between two forward passes because the role is stopping; no weight has changed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReport:
-    """What one batch did."""
-
-    metrics: dict[str, float]
-    """Global, the same on every rank."""
-    priorities: dict[str, float]
-    """Of this rank's trees."""
-    trained: frozenset[str]
-    """Ids of this rank's trees that were fit to train on."""
-    fault: str | None
-    """Why an update of this batch was skipped."""
-    warnings: tuple[str, ...] = ()
-    """One line for each tree of this rank that was left out."""
+from learner.training.report import Abandoned, StepReport
 
 
 @dataclass(slots=True)

@@ -1,0 +1,25 @@
+"""What one batch did to the policy, or that it was given up before it did anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class Abandoned(Exception):
+    """The batch was given up between two forward passes because the role is stopping; no weight has changed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What one batch did."""
+
+    metrics: dict[str, float]
+    """Global, the same on every rank."""
+    priorities: dict[str, float]
+    """Of this rank's trees."""
+    trained: frozenset[str]
+    """Ids of this rank's trees that were fit to train on."""
+    fault: str | None
+    """Why an update of this batch was skipped."""
+    warnings: tuple[str, ...] = ()
+    """One line for each tree of this rank that was left out."""
