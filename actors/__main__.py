@@ -14,7 +14,7 @@ from actors.engines.base import Engine
 from actors.factory import check_eval_tasks, engine_name, host_environment, make_engine
 from actors.hosting import guard
 from actors.hosting.host import HostedEnvironment
-from actors.weights import WeightsFetcher
+from actors.weights.fetcher import WeightsFetcher
 from atpo_async.core.errors import PeerLost, SetupError
 from atpo_async.environments.base import Environment
 from atpo_async.links.addresses import seen_from

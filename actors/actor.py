@@ -19,7 +19,8 @@ from actors.engines.base import Engine
 from actors.faults import CutActions, Faults, first_of
 from actors.hosting.host import HostedEnvironment
 from actors.search import TreeSearch
-from actors.weights import NoRoom, Refusals, WeightsFetcher
+from actors.weights.fetcher import NoRoom, WeightsFetcher
+from actors.weights.refusals import Refusals
 from atpo_async.config import Config
 from atpo_async.core.errors import AtpoError, PeerLost, ProbeMismatch, WeightsRejected
 from atpo_async.core.texts import shortened

@@ -47,7 +47,7 @@ from atpo_async.wire.messages import ManifestRequest, WeightsManifest
 from learner.policy.model import load_policy, make_accelerator
 from learner.training.trainer import Trainer
 from learner.weights.probe import draw_probe, probe_shape
-from learner.weights.publisher import WeightsStore
+from learner.weights.store import WeightsStore
 
 REDRAW_EVERY = 8
 ANY = 1e9

@@ -45,7 +45,8 @@ from learner.torch_thread import TorchThread
 from learner.training.report import Abandoned, StepReport
 from learner.training.trainer import Trainer
 from learner.weights.publication import Publication
-from learner.weights.publisher import Publisher, WeightsStore
+from learner.weights.publisher import Publisher
+from learner.weights.store import WeightsStore
 
 FINISH_S = 10.0
 """For the last messages of a run to be acknowledged."""

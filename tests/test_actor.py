@@ -13,7 +13,7 @@ import pytest
 
 from actors.actor import Actor, LearnerMoved
 from actors.engines.base import SwapReport, WeightsFile
-from actors.weights import NoRoom
+from actors.weights.fetcher import NoRoom
 from atpo_async.config import Config, build
 from atpo_async.core.errors import (
     AtpoError,

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors import weights as fetching
-from actors.engines.common import check_weights
-from actors.weights import NoRoom, Refusals, WeightsFetcher
+from actors.engines.common.checks import check_weights
+from actors.weights import fetcher as fetching
+from actors.weights.fetcher import NoRoom, WeightsFetcher
+from actors.weights.refusals import Refusals
 from atpo_async.config import WeightsConfig
 from atpo_async.core.errors import PeerLost, ProbeMismatch, WeightsRejected
 from atpo_async.run.rundir import host_id

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from actors.engines.base import Sampling, WeightsFile
-from actors.engines.common import Queue
+from actors.engines.common.admission import Queue
 from actors.engines.transformers.engine import TransformersEngine
 from actors.factory import make_engine
 from atpo_async.config import build

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from actors.weights import WeightsFetcher
+from actors.weights.fetcher import WeightsFetcher
 from atpo_async.config import WeightsConfig
 from atpo_async.core.errors import PeerLost
 from atpo_async.links.announcements import Announcer, Listener

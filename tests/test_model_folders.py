@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from actors.engines.common import checkpoint_shapes
+from actors.engines.common.checks import checkpoint_shapes
 from actors.engines.transformers.engine import TransformersEngine
 from actors.engines.vllm.engine import VllmEngine
 from atpo_async.core.errors import SetupError

@@ -34,9 +34,10 @@ from atpo_async.wire.messages import (
 )
 from learner.policy.model import load_policy, make_accelerator
 from learner.training.trainer import Trainer
-from learner.weights import publisher as publishing
+from learner.weights import store as storing
 from learner.weights.probe import draw_probe
-from learner.weights.publisher import Publisher, WeightsStore
+from learner.weights.publisher import Publisher
+from learner.weights.store import WeightsStore
 from tests.learner_support import make_config, make_model
 
 LINKS = LinkSettings.from_config(LinksConfig())
@@ -52,13 +53,13 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WeightsStore]:
     (tmp_path / "memory").mkdir()
-    monkeypatch.setattr(publishing, "SHARED_MEMORY", tmp_path / "memory")
+    monkeypatch.setattr(storing, "SHARED_MEMORY", tmp_path / "memory")
     made = make_store(tmp_path)
     yield made
     made.close()
 
 
-def make_store(folder: Path, precision: publishing.Precision = "float32", **settings: object) -> WeightsStore:
+def make_store(folder: Path, precision: storing.Precision = "float32", **settings: object) -> WeightsStore:
     return WeightsStore(
         run="run", fallback=folder / "scratch", precision=precision,
         settings=WeightsConfig.model_validate({"chunk_bytes": 4096, **settings}),
@@ -171,7 +172,7 @@ def test_an_engine_in_lower_precision_gets_its_own_bytes_and_tolerance(tmp_path:
 def test_without_shared_memory_the_run_folder_serves(
     tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publishing, "SHARED_MEMORY", tmp_path / "nowhere")
+    monkeypatch.setattr(storing, "SHARED_MEMORY", tmp_path / "nowhere")
     store = make_store(tmp_path, probe_tolerance=0.5)
     announced = add(store, trainer, 0)
     assert announced.shm_path is not None
@@ -184,16 +185,16 @@ def test_without_shared_memory_the_run_folder_serves(
 
 def fill(monkeypatch: pytest.MonkeyPatch, times: int, error: int = errno.ENOSPC) -> None:
     """The next ``times`` tries to write fail."""
-    plain, left = publishing.raw_bytes, times
+    plain, left = storing.raw_bytes, times
 
-    def full(tensor: torch.Tensor, precision: publishing.Precision) -> memoryview:
+    def full(tensor: torch.Tensor, precision: storing.Precision) -> memoryview:
         nonlocal left
         if left > 0:
             left -= 1
             raise OSError(error, os.strerror(error))
         return plain(tensor, precision)
 
-    monkeypatch.setattr(publishing, "raw_bytes", full)
+    monkeypatch.setattr(storing, "raw_bytes", full)
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES])
@@ -253,17 +254,17 @@ def test_versions_are_served_though_their_files_are_removed_and_the_next_one_mak
 def test_a_folder_that_is_removed_while_a_version_is_written_is_made_anew(
     tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch, store: WeightsStore
 ) -> None:
-    plain = publishing.raw_bytes
+    plain = storing.raw_bytes
     folder = tmp_path / "memory" / "atpo-run"
     removed: list[Path] = []
 
-    def removing(tensor: torch.Tensor, precision: publishing.Precision) -> memoryview:
+    def removing(tensor: torch.Tensor, precision: storing.Precision) -> memoryview:
         if not removed:
             removed.append(folder)
             shutil.rmtree(folder)
         return plain(tensor, precision)
 
-    monkeypatch.setattr(publishing, "raw_bytes", removing)
+    monkeypatch.setattr(storing, "raw_bytes", removing)
     announced = add(store, trainer, 0)
     assert removed
     assert Path(announced.shm_path or "").parent == folder.resolve()

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from actors.engines.base import EngineStats, Generation, Sampling, SwapReport, WeightsFile
-from actors.engines.common import (
+from actors.engines.common.admission import Queue
+from actors.engines.common.checks import (
     TIED_HEAD,
-    Queue,
     check_model_folder,
     check_token_ids,
     check_weights,

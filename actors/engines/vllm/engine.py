@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from actors.engines.base import EngineStats, Generation, Sampling, SwapReport, WeightsFile
-from actors.engines.common import (
-    Queue,
+from actors.engines.common.admission import Queue
+from actors.engines.common.checks import (
     check_model_folder,
     check_token_ids,
     check_weights,

@@ -1,11 +1,9 @@
-"""What the engines share: checks of the model folder, the device and the weights."""
+"""What every engine checks: the model folder, the device, the tokens of a prompt and the weights of a new version."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from actors.engines.base import WeightsFile
@@ -16,33 +14,6 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 TIED_HEAD = "lm_head.weight"
 """Saved checkpoints leave it out when it is tied to the embeddings; streams bring it, for engines keep a copy."""
-
-
-class Queue:
-    """Which requests run: the first ``at_once`` in order of arrival, as the engines admit them.  The others wait."""
-
-    def __init__(self, at_once: int) -> None:
-        self._free = at_once
-        self._waiting: OrderedDict[object, Callable[[], None]] = OrderedDict()
-
-    @contextlib.contextmanager
-    def entered(self, on_running: Callable[[], None]) -> Iterator[None]:
-        """While a request is in the engine; ``on_running`` is called once it runs."""
-        key = object()
-        self._waiting[key] = on_running
-        self._admit()
-        try:
-            yield
-        finally:
-            if self._waiting.pop(key, None) is None:
-                self._free += 1
-                self._admit()
-
-    def _admit(self) -> None:
-        while self._free and self._waiting:
-            self._free -= 1
-            _, on_running = self._waiting.popitem(last=False)
-            on_running()
 
 
 def check_model_folder(path: Path) -> None:

@@ -15,13 +15,12 @@ import errno
 import hashlib
 import logging
 import os
-import re
 import tempfile
 from pathlib import Path
 
 from actors.engines.base import WeightsFile
 from atpo_async.config import WeightsConfig
-from atpo_async.core.errors import AtpoError, PeerLost, ProbeMismatch, SetupError, WeightsRejected
+from atpo_async.core.errors import AtpoError, PeerLost, SetupError, WeightsRejected
 from atpo_async.links.announcements import Listener
 from atpo_async.links.client import Client
 from atpo_async.run.rundir import host_id
@@ -43,41 +42,8 @@ CHUNKS_IN_FLIGHT = 4
 """Enough to hide a round trip, few enough that heartbeats are never stuck behind megabytes."""
 
 
-MAX_REFUSALS = 3
-"""The same refusal so often in a row is no accident."""
-
-
-NUMBERS = r"(?<![\w.])([-+]?\d[\d.]*(e[-+]?\d+)?|nan|inf)\b"
-"""Not those in the names of tensors."""
-
-
 class NoRoom(AtpoError):
     """Neither shared memory nor the disk takes a version; both may later."""
-
-
-class Refusals:
-    """How often in a row weights were not taken up for the same reason."""
-
-    def __init__(self) -> None:
-        self._reason = ""
-        self._count = 0
-
-    def add(self, error: AtpoError) -> None:
-        """Raises ``error``, with the way out, at the ``MAX_REFUSALS``-th time."""
-        # What is off by other nats, or at another version, is off for the same reason.
-        numbers = NUMBERS if isinstance(error, ProbeMismatch) else r"version -?\d+"
-        reason = re.sub(numbers, "", str(error))
-        self._count = self._count + 1 if reason == self._reason else 1
-        self._reason = reason
-        if self._count >= MAX_REFUSALS:
-            raise type(error)(
-                f"{error} ({self._count} times in a row; is model.path of this actor the learner's model, and the "
-                "memory of this machine sound?)"
-            ) from error
-
-    def over(self) -> None:
-        """Weights were taken up."""
-        self._reason, self._count = "", 0
 
 
 def scratch_for(run: str, shm_path: str | None, *, on_disk: bool = False) -> Scratch:

@@ -1,0 +1,1 @@
+"""What the engines share: checks, admission, counters."""

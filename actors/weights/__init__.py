@@ -1,0 +1,1 @@
+"""Weights in: fetched, verified, and taken up by the engine."""

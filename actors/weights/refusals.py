@@ -1,0 +1,39 @@
+"""When weights that keep being refused end the run: the same refusal, several times in a row."""
+
+from __future__ import annotations
+
+import re
+
+from atpo_async.core.errors import AtpoError, ProbeMismatch
+
+MAX_REFUSALS = 3
+"""The same refusal so often in a row is no accident."""
+
+
+NUMBERS = r"(?<![\w.])([-+]?\d[\d.]*(e[-+]?\d+)?|nan|inf)\b"
+"""Not those in the names of tensors."""
+
+
+class Refusals:
+    """How often in a row weights were not taken up for the same reason."""
+
+    def __init__(self) -> None:
+        self._reason = ""
+        self._count = 0
+
+    def add(self, error: AtpoError) -> None:
+        """Raises ``error``, with the way out, at the ``MAX_REFUSALS``-th time."""
+        # What is off by other nats, or at another version, is off for the same reason.
+        numbers = NUMBERS if isinstance(error, ProbeMismatch) else r"version -?\d+"
+        reason = re.sub(numbers, "", str(error))
+        self._count = self._count + 1 if reason == self._reason else 1
+        self._reason = reason
+        if self._count >= MAX_REFUSALS:
+            raise type(error)(
+                f"{error} ({self._count} times in a row; is model.path of this actor the learner's model, and the "
+                "memory of this machine sound?)"
+            ) from error
+
+    def over(self) -> None:
+        """Weights were taken up."""
+        self._reason, self._count = "", 0
