@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from actors import weights
+from actors.weights import fetcher as weights
 from atpo_async.config import build
 from atpo_async.core.errors import SetupError
 from atpo_async.run.rundir import RunDir
