@@ -29,7 +29,8 @@ from atpo_async.environments.base import Environment
 from atpo_async.links.addresses import seen_from
 from atpo_async.links.client import Client
 from atpo_async.run.metrics import Aggregator
-from atpo_async.status import snapshot, waits
+from atpo_async.status import waits
+from atpo_async.status.facts import publish_facts
 from atpo_async.status.waits import BoundedWait
 from atpo_async.wire.messages import (
     ActorReport,
@@ -131,7 +132,7 @@ class Actor:
         """Trees of which the buffer refused something -> why: their leases go back with the next report."""
         self._idle_at = clock()
         buffer.on_refused = self._on_refused
-        snapshot.publish("actor", self._facts)
+        publish_facts("actor", self._facts)
 
     async def work(self) -> None:
         """Run until the buffer says the run is over, or ``stopping`` is set.
@@ -162,7 +163,7 @@ class Actor:
             await self._give_back(held)
 
     def _facts(self) -> dict[str, object]:
-        """For the actor's picture."""
+        """For the actor's status."""
         return {
             "version": self.version,
             "trees": len(self._growing),

@@ -183,15 +183,15 @@ class Seen:
         return sum(len(tree.turns) for tree in batch.trees)
 
 
-def queues_of(picture: Any, path: str = "") -> dict[str, float]:
-    """Every number in a role's picture that counts things that wait, summed over a link's peers."""
+def queues_of(status: Any, path: str = "") -> dict[str, float]:
+    """Every number in a role's status that counts things that wait, summed over a link's peers."""
     found: dict[str, float] = {}
 
     def add(name: str, value: float) -> None:
         found[name] = found.get(name, 0.0) + value
 
-    if isinstance(picture, dict):
-        for name, value in picture.items():
+    if isinstance(status, dict):
+        for name, value in status.items():
             here = f"{path}.{name}" if path else name
             if any(queue in name for queue in QUEUES):
                 if isinstance(value, list):
@@ -201,19 +201,19 @@ def queues_of(picture: Any, path: str = "") -> dict[str, float]:
             if isinstance(value, (dict, list)):
                 for inner, count in queues_of(value, here).items():
                     add(inner, count)
-    elif isinstance(picture, list):
-        for value in picture:
+    elif isinstance(status, list):
+        for value in status:
             for inner, count in queues_of(value, path).items():
                 add(inner, count)
     return found
 
 
-def picture_of(buffer: BufferProcess) -> dict[str, float]:
-    """The buffer's queues, from the picture that it gives of itself; empty while there is none."""
+def queues_in_status(buffer: BufferProcess) -> dict[str, float]:
+    """The buffer's queues, from its status file; empty while there is none."""
     path = buffer.rundir.path / "status" / "buffer.json"
     with contextlib.suppress(OSError, ValueError):
-        picture = json.loads(path.read_text(encoding="utf-8"))
-        return queues_of({name: picture.get(name, {}) for name in ("links", "facts")})
+        status = json.loads(path.read_text(encoding="utf-8"))
+        return queues_of({name: status.get(name, {}) for name in ("links", "facts")})
     return {}
 
 
@@ -355,7 +355,7 @@ async def soak(args: argparse.Namespace, buffer: BufferProcess, seen: Seen) -> N
                             "memory_mapped.bytes": usage.mapped_bytes,
                             "disk.journal_bytes": buffer.journal_bytes,
                             "queue.actors.unacked": sum(seen.unacked.values()),
-                            **{f"queue.{name}": value for name, value in picture_of(buffer).items()},
+                            **{f"queue.{name}": value for name, value in queues_in_status(buffer).items()},
                             "count.trees_acknowledged": len(seen.closed),
                             "count.trees_served": len(seen.served),
                         }
@@ -431,7 +431,7 @@ def main() -> None:
         print(f"refused: {reason}", file=sys.stderr)
     broken = [j["series"] for j in judged if not j["kept"]] + ([] if trees["kept"] else ["trees"])
     if not any(j["series"].startswith("queue.links") for j in judged):
-        broken.append("the buffer gave no picture of its links' queues")
+        broken.append("the buffer gave no status of its links' queues")
     say({"verdict": "kept" if not broken else "NOT KEPT", "broken": broken, "series": judged, "trees": trees})
     sys.exit(1 if broken or not judged else 0)
 

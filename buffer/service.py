@@ -36,7 +36,8 @@ from atpo_async.ops.role import RoleContext
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.metrics import read_metrics
 from atpo_async.run.rundir import RunDir
-from atpo_async.status import snapshot, waits
+from atpo_async.status import waits
+from atpo_async.status.facts import publish_facts
 from atpo_async.wire.messages import (
     PROTOCOL,
     ActorHello,
@@ -165,7 +166,7 @@ class BufferService:
         """Actor -> what was granted to it and is not committed yet."""
         self._owed_batch: PendingAnswer[int] | None = None
         """Number of the batch that was made last, until it is committed and after."""
-        # For the buffer's picture: why those who ask are put off.
+        # For the buffer's status: why those who ask are put off.
         self._admission = waits.DeferredAnswers("requests for leases")
         self._trees = waits.DeferredAnswers("the request for a batch")
         self._evaluated = waits.DeferredAnswers("the question for an evaluation")
@@ -257,7 +258,7 @@ class BufferService:
         return {**self.journal.gauges(), **sent, "buffer/refused_metrics": float(self._metrics.num_refused)}
 
     def facts(self) -> dict[str, object]:
-        """For the buffer's picture."""
+        """For the buffer's status."""
         ledger = self.state.ledger
         return {
             "step": self.state.step,
@@ -688,6 +689,6 @@ async def serve(ctx: RoleContext) -> None:
         bound = replace(asked, actors=service.actors.endpoint, learner=service.learner.endpoint)
         listening.note(actors=bound.actors, learner=bound.learner)
         ctx.log.info("buffer of run %s: actors at %s, learner at %s", ctx.run_id, bound.actors, bound.learner)
-        snapshot.publish("buffer", service.facts)
+        publish_facts("buffer", service.facts)
         waits.phase("serving")
         await service.serve()

@@ -30,7 +30,8 @@ from atpo_async.links.common import LinkSettings
 from atpo_async.ops.role import RoleContext
 from atpo_async.run.metrics import MetricsWriter
 from atpo_async.run.rundir import RunDir
-from atpo_async.status import snapshot, waits
+from atpo_async.status import waits
+from atpo_async.status.facts import publish_facts
 from atpo_async.wire.messages import Batch, BufferToLearner, RunFinished, Trained, WeightsAnnounced
 from learner.batches.buffer_peer import BufferPeer, now_s
 from learner.batches.fruitless import Fruitless, NothingToTrainOn
@@ -123,10 +124,10 @@ class Learner:
         self._failure: WaitTimeout | PeerLost | NothingToTrainOn | None = None
         """Why this rank goes no further; the others learn of it at the next batch."""
 
-        snapshot.publish("learner", self._facts)
+        publish_facts("learner", self._facts)
 
     def _facts(self) -> dict[str, object]:
-        """For the learner's picture."""
+        """For the learner's status."""
         return {
             "step": f"{self.step} of {self.config.run.steps}",
             "version": self.version,

@@ -1,4 +1,4 @@
-"""Scripted roles that keep a picture as real ones do, and pictures made up."""
+"""Scripted roles that keep a snapshot as real ones do, and snapshots made up."""
 
 from __future__ import annotations
 
@@ -122,11 +122,11 @@ async def until_async(condition: Callable[[], object], story: Callable[[], str] 
         await asyncio.sleep(0.02)
 
 
-def picture_of(rundir: RunDir, role: str) -> StatusSnapshot | None:
+def status_of(rundir: RunDir, role: str) -> StatusSnapshot | None:
     return snapshot.read(rundir.path / snapshot.FOLDER)[0].get(role)
 
 
-def picture(role: str = "learner", **changes: Any) -> StatusSnapshot:
+def status(role: str = "learner", **changes: Any) -> StatusSnapshot:
     """One of a role that works well, but for ``changes``."""
     fields: dict[str, Any] = {
         "role": role,
@@ -151,8 +151,8 @@ def wait(what: str, on: str, since_s: float = 1.0, **more: Any) -> Wait:
     return Wait(who="somebody", what=what, on=on, since_s=since_s, **more)
 
 
-def sight(
+def observed(
     role: str = "learner", *, processor_s: float = 0.0, stopped: tuple[int, ...] = (), **changes: Any
 ) -> ObservedRole:
-    """A role with one picture; ``sequence`` has to rise for it to be a living one."""
-    return ObservedRole(role=role, pictures=(picture(role, **changes),), processor_s=processor_s, stopped=stopped)
+    """A role with one snapshot; ``sequence`` has to rise for it to be a living one."""
+    return ObservedRole(role=role, statuses=(status(role, **changes),), processor_s=processor_s, stopped=stopped)

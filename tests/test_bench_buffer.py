@@ -124,13 +124,13 @@ def test_counts_may_grow() -> None:
     assert kept(count_trees_served=[100.0 * i for i in range(121)])
 
 
-def test_queues_are_found_anywhere_in_a_picture_and_summed_over_peers() -> None:
+def test_queues_are_found_anywhere_in_a_status_and_summed_over_peers() -> None:
     peer = {"peer": "a", "queued": 2, "silent_s": 9.0, "requests": [{"what": "x"}], "handled": 50}
-    picture = {
+    status = {
         "links": {"buffer": {"window": 256, "peers": [peer, {**peer, "queued": 5}], "keys": False}},
         "facts": {"journal": {"waiting": 3, "bytes": 10}},
     }
-    assert soak.queues_of(picture) == {
+    assert soak.queues_of(status) == {
         "links.buffer.peers.queued": 7,
         "links.buffer.peers.requests": 2,
         "facts.journal.waiting": 3,

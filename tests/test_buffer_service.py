@@ -365,7 +365,7 @@ async def test_a_buffer_that_is_asked_for_a_batch_says_at_once_that_it_waits_for
         asking = asyncio.ensure_future(peers.learner.request(ask(wait_s=SOON_S), timeout_s=SOON_S))
         sign = {"who": "the request for a batch", "on": "actors", "what": "trees for batch 0 (0 of 2 are ready)"}
         try:
-            await until_async(lambda: any(sign.items() <= wait.items() for wait in waits.snapshot()))
+            await until_async(lambda: any(sign.items() <= wait.items() for wait in waits.open_waits()))
         finally:
             asking.cancel()
 

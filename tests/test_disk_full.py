@@ -74,7 +74,7 @@ def test_a_full_disk_is_waited_for_with_a_name_and_the_write_goes_on(
     with caplog.at_level(logging.INFO):
         done = until_written(
             "the checkpoint of step 6", Refusing(lambda: "done", 3, error), log=LOG,
-            sleep=lambda seconds: seen.extend(waits.snapshot()),
+            sleep=lambda seconds: seen.extend(waits.open_waits()),
         )  # fmt: skip
     assert done == "done"
     assert len(seen) == 3

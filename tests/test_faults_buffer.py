@@ -25,7 +25,7 @@ def starts_slowly(plan: Planned) -> bool:
 
 
 def failing(scene: Scene) -> bool:
-    """Whether the buffer's own picture says that its journal takes nothing."""
+    """Whether the buffer's own status says that its journal takes nothing."""
     file = scene.rundir.path / "status" / "buffer.json"
     facts: dict[str, dict[str, str]] = json.loads(file.read_text())["facts"] if file.exists() else {}
     return facts.get("buffer", {}).get("journal failing", "no") != "no"
@@ -105,7 +105,7 @@ async def test_a_full_disk_stops_acknowledgements_loudly_and_room_brings_them_ba
             for message in (*turns[1:], closed):
                 await hand.link.send(message)
             await scene.until(lambda: "cannot be written" in scene["buffer"].said(), "the log to say it")
-            await scene.until(lambda: failing(scene), "the buffer's picture to say it")
+            await scene.until(lambda: failing(scene), "the buffer's status to say it")
             assert hand.link.stats.acked == acked
             with pytest.raises(PeerLost):
                 await hand.link.drain(timeout_s=0.5)

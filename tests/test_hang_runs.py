@@ -62,7 +62,7 @@ def batches(run: Job) -> set[int]:
     return {record.step for record in run.with_metric("batch/trees") if record.source == "learner"}
 
 
-def pictures(run: Job, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+def statuses(run: Job, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     assert main.main(["status", str(run.path), "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
@@ -87,7 +87,7 @@ async def test_a_call_in_the_torch_thread_is_a_wait_for_whom_it_depends_on(name:
     try:
         task = asyncio.create_task(thread(call))
         await asyncio.sleep(0)
-        (found,) = (wait for wait in waits.snapshot() if wait["what"] == name.strip("_").replace("_", " "))
+        (found,) = (wait for wait in waits.open_waits() if wait["what"] == name.strip("_").replace("_", " "))
         assert found["on"] == on
         release.set()
         assert await task
@@ -114,12 +114,12 @@ def test_a_run_survives_every_role_being_blocked_in_turn(
         )
 
         def done(role: str) -> dict[str, int]:
-            made: dict[str, int] = pictures(run, capsys)["roles"][role]["progress"]
+            made: dict[str, int] = statuses(run, capsys)["roles"][role]["progress"]
             return made
 
-        run.until(lambda: done("learner").get("batches"), "a batch of the second actor in the picture", of=train)
-        run.until(lambda: done("actor-0").get("turns"), "its turns in the picture", of=train)
-        found = pictures(run, capsys)
+        run.until(lambda: done("learner").get("batches"), "a batch of the second actor in the snapshot", of=train)
+        run.until(lambda: done("actor-0").get("turns"), "its turns in the snapshot", of=train)
+        found = statuses(run, capsys)
         assert found["running"]
         assert {name: role["state"] for name, role in found["roles"].items()} == {
             "buffer": "runs",
@@ -130,7 +130,7 @@ def test_a_run_survives_every_role_being_blocked_in_turn(
         os.kill(train.popen.pid, signal.SIGUSR1)
         run.until(
             lambda: all(f"\n{role} (process {run.pid(role)}): " in train.said() for role in ("buffer", "learner")),
-            "the picture of the whole run",
+            "the snapshot of the whole run",
             of=train,
         )
         for role in ("buffer", "learner"):
@@ -140,4 +140,4 @@ def test_a_run_survives_every_role_being_blocked_in_turn(
         assert run.exit_code(train) == 0, run.story()
         assert run.living() == []
         assert batches(run) == set(range(1, STEPS + 1))
-        assert not pictures(run, capsys)["running"]
+        assert not statuses(run, capsys)["running"]

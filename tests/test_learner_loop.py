@@ -24,8 +24,9 @@ from atpo_async.ops.role import RoleContext
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.metrics import read_metrics
 from atpo_async.run.rundir import RunDir
-from atpo_async.status import snapshot
+from atpo_async.status.facts import published_facts
 from atpo_async.status.waits import BoundedWait
+from atpo_async.status.wording import flat
 from atpo_async.wire.messages import (
     Batch,
     Checkpointed,
@@ -198,14 +199,14 @@ async def test_a_stopped_run_goes_on_where_it_was(
     assert buffer.kinds()[-1] is RunFinished
 
 
-async def test_the_picture_says_how_far_the_learner_is(
+async def test_the_status_says_how_far_the_learner_is(
     served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path
 ) -> None:
     buffer, endpoint = served
     said: list[str] = []
 
     def look(request: SampleRequest) -> None:
-        said.append(snapshot.flat(snapshot.published()["learner"]))
+        said.append(flat(published_facts()["learner"]))
 
     buffer.on_sample = look
     config = make_config(tmp_path, model, staleness={"publish_every": 2}, eval={"at_start": False, "at_end": False})

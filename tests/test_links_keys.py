@@ -18,7 +18,7 @@ from atpo_async.links import sessions
 from atpo_async.links.announcements import Announcer, Listener
 from atpo_async.links.common import PING, SEND, LinkSettings
 from atpo_async.links.keys import LEARNERS, load_public, make_keys
-from atpo_async.status import snapshot
+from atpo_async.status.facts import LINKS, published_facts
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
 from tests.links_support import (
@@ -448,9 +448,9 @@ async def test_the_status_of_both_ends_is_json_and_names_the_key(tmp_path: Path,
         assert (here["peer"], here["connected"], here["unacked"], here["trouble"]) == ("buffer", True, 1, "")
         assert [request["what"] for request in here["requests"]] == ["LeaseRequest"]
         assert [wait["what"] for wait in here["waits"]] == ["LeaseRequest waits for its reply"]
-        # A role's picture of itself has them.
-        ends = {f"{snapshot.LINKS}{end.title}": end for end in (s, c)}
-        assert {snapshot.published()[name]["kind"] for name in ends} == {"server", "client"}
+        # A role's own status has them.
+        ends = {f"{LINKS}{end.title}": end for end in (s, c)}
+        assert {published_facts()[name]["kind"] for name in ends} == {"server", "client"}
         buffer.open.set()
         await within(asking)
-    assert not ends.keys() & snapshot.published().keys()
+    assert not ends.keys() & published_facts().keys()

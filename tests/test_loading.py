@@ -18,8 +18,9 @@ from atpo_async.core.errors import WaitTimeout
 from atpo_async.report.progress import Progress, panel
 from atpo_async.status import snapshot, waits
 from atpo_async.status.loading import Loads, RoleStart, line, starts
+from atpo_async.status.reporter import grouped
 from atpo_async.status.waits import BoundedWait
-from tests.hang_support import picture, wait
+from tests.hang_support import status, wait
 
 ENGINE = wait("the engine's start", "engine", 20.0)
 WEIGHTS = wait("the run's first weights", "learner", 20.0)
@@ -27,15 +28,15 @@ WEIGHTS = wait("the run's first weights", "learner", 20.0)
 
 def loading(role: str = "actor-0", **changes: Any) -> snapshot.StatusSnapshot:
     fields: dict[str, Any] = {"phase": "loading its engine", "phase_s": 20.0, "starting": True, "waits": (ENGINE,)}
-    return picture(role, **(fields | changes))
+    return status(role, **(fields | changes))
 
 
-def found(*pictures: snapshot.StatusSnapshot) -> list[RoleStart]:
-    return starts(pictures, now=time.monotonic(), wall=time.time())
+def found(*statuses: snapshot.StatusSnapshot) -> list[RoleStart]:
+    return starts(statuses, now=time.monotonic(), wall=time.time())
 
 
-def put(folder: Path, *pictures: snapshot.StatusSnapshot) -> None:
-    for made in pictures:
+def put(folder: Path, *statuses: snapshot.StatusSnapshot) -> None:
+    for made in statuses:
         (folder / f"{made.role}.json").write_bytes(msgspec.json.encode(made))
 
 
@@ -44,7 +45,7 @@ def put(folder: Path, *pictures: snapshot.StatusSnapshot) -> None:
 
 def test_roles_that_start_are_named_with_stage_and_seconds_those_first_that_are_at_work() -> None:
     learner = loading("learner", phase="waiting for the first evaluation", waits=(wait("it", "buffer", 9.0),))
-    said = line(found(learner, loading(), picture("buffer", phase="serving"), loading("actor-1", phase_s=1.0)))
+    said = line(found(learner, loading(), status("buffer", phase="serving"), loading("actor-1", phase_s=1.0)))
     assert said == "actor-0 is loading its engine: 20 s; learner is waiting for the first evaluation: 20 s"
 
 
@@ -65,9 +66,9 @@ def test_roles_that_start_are_named_with_stage_and_seconds_those_first_that_are_
     ],
 )
 def test_a_role_that_waits_for_the_buffer_says_how_far_that_is(stage: str, reason: str, said: str) -> None:
-    patience = BoundedWait("the learner", "it", LinksConfig(), Time(), log=logging.getLogger("far"), on="buffer")
-    patience.again(reason)
-    own = snapshot.grouped([known for known in waits.snapshot() if known["who"] == "the learner"])
+    own_wait = BoundedWait("the learner", "it", LinksConfig(), Time(), log=logging.getLogger("far"), on="buffer")
+    own_wait.again(reason)
+    own = grouped([known for known in waits.open_waits() if known["who"] == "the learner"])
     told = line(found(loading("learner", phase=stage, waits=own)))
     assert told.startswith(f"learner is {said}")
     assert told.endswith("): 20 s")
@@ -93,19 +94,19 @@ class Time:
 
 
 @pytest.fixture
-def patience(tmp_path: Path) -> Iterator[tuple[BoundedWait, Time]]:
+def bounded(tmp_path: Path) -> Iterator[tuple[BoundedWait, Time]]:
     """The learner's, which gives up after 10 s."""
     clock = Time()
-    waits.excuse_by(Loads(tmp_path, "learner"))
+    waits.extend_while(Loads(tmp_path, "learner"))
     deadlines = LinksConfig(deadline_s=5.0, give_up_s=10.0)
     yield BoundedWait("the learner", "batch 3", deadlines, clock, log=logging.getLogger("loads"), on="buffer"), clock
-    waits.excuse_by(None)
+    waits.extend_while(None)
 
 
 def test_a_wait_past_its_end_goes_on_while_an_engine_loads_and_says_why(
-    patience: tuple[BoundedWait, Time], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    bounded: tuple[BoundedWait, Time], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wait_for_it, clock = patience
+    wait_for_it, clock = bounded
     put(tmp_path, loading())
     for clock.now in range(0, 60, 6):
         wait_for_it.again("no tree")
@@ -118,10 +119,10 @@ def test_a_wait_past_its_end_goes_on_while_an_engine_loads_and_says_why(
         wait_for_it.again("no tree")
 
 
-def test_a_role_that_starts_by_waiting_for_others_is_no_excuse(
-    patience: tuple[BoundedWait, Time], tmp_path: Path
+def test_a_role_that_starts_by_waiting_for_others_extends_no_wait(
+    bounded: tuple[BoundedWait, Time], tmp_path: Path
 ) -> None:
-    wait_for_it, clock = patience
+    wait_for_it, clock = bounded
     put(tmp_path, loading(waits=(WEIGHTS,)), loading("learner"))  # the learner's own loading neither
     clock.now = 11.0
     with pytest.raises(WaitTimeout):
@@ -129,15 +130,15 @@ def test_a_role_that_starts_by_waiting_for_others_is_no_excuse(
 
 
 def test_an_actor_that_joined_by_address_and_has_asked_for_nothing_yet_is_waited_for(
-    patience: tuple[BoundedWait, Time], tmp_path: Path
+    bounded: tuple[BoundedWait, Time], tmp_path: Path
 ) -> None:
-    wait_for_it, clock = patience
+    wait_for_it, clock = bounded
     peers = [{"peer": "learner", "silent_s": 0.1, "handled": 0}, {"peer": "actor-far-7", "silent_s": 0.1, "handled": 0}]
-    put(tmp_path, picture("buffer", links={"buffer at a": {"peers": peers}}))
+    put(tmp_path, status("buffer", links={"buffer at a": {"peers": peers}}))
     clock.now = 11.0
     wait_for_it.again("no tree")
     peers[1]["handled"] = 5
-    put(tmp_path, picture("buffer", links={"buffer at a": {"peers": peers}}))
+    put(tmp_path, status("buffer", links={"buffer at a": {"peers": peers}}))
     clock.now = 22.0
     with pytest.raises(WaitTimeout):
         wait_for_it.again("no tree")
@@ -145,19 +146,19 @@ def test_an_actor_that_joined_by_address_and_has_asked_for_nothing_yet_is_waited
 
 def test_a_role_that_its_supervisor_starts_or_starts_again_is_waited_for(tmp_path: Path) -> None:
     loads = Loads(tmp_path, "actor-0", ("buffer", "learner", "actor-0"))
-    put(tmp_path, picture("buffer", phase="serving"))
+    put(tmp_path, status("buffer", phase="serving"))
     assert loads() == "learner is being started"
     put(tmp_path, loading("learner", pid=1, started=7))
     assert loads() == "learner is being started"
     for phase in ("training", snapshot.ENDED):
-        put(tmp_path, picture("learner", phase=phase))
+        put(tmp_path, status("learner", phase=phase))
         assert loads() is None
     (tmp_path / "learner.json").unlink()
     assert Loads(tmp_path, "actor-0")() is None, "nobody starts it"
 
 
-def test_no_excuse_lasts_for_ever(patience: tuple[BoundedWait, Time], tmp_path: Path) -> None:
-    wait_for_it, clock = patience
+def test_no_wait_is_extended_for_ever(bounded: tuple[BoundedWait, Time], tmp_path: Path) -> None:
+    wait_for_it, clock = bounded
     put(tmp_path, loading())
     clock.now = waits.LOADS_AT_MOST_S + 1.0
     with pytest.raises(WaitTimeout):

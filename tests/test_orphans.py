@@ -181,7 +181,7 @@ def test_processes_of_other_runs_and_of_a_copy_of_the_folder_are_left_alone(
 
 def seen(run: RunDir, **changes: object) -> snapshot.StatusSnapshot:
     """A status file in the run's folder."""
-    picture = snapshot.StatusSnapshot(
+    status = snapshot.StatusSnapshot(
         role="buffer",
         mark=f"{run.run_id}/buffer/0",
         pid=os.getpid(),
@@ -197,16 +197,16 @@ def seen(run: RunDir, **changes: object) -> snapshot.StatusSnapshot:
         still_s=0.0,
         loop_age_s=0.1,
     )
-    picture = msgspec.structs.replace(picture, **changes)
+    status = msgspec.structs.replace(status, **changes)
     (run.path / snapshot.FOLDER).mkdir(exist_ok=True)
-    (run.path / snapshot.FOLDER / "buffer.json").write_bytes(msgspec.json.encode(picture))
-    return picture
+    (run.path / snapshot.FOLDER / "buffer.json").write_bytes(msgspec.json.encode(status))
+    return status
 
 
 def test_a_role_of_another_user_is_named_with_its_process(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture = seen(run)
+    status = seen(run)
     monkeypatch.setattr(processes, "is_ours", lambda pid: False)
-    with pytest.raises(SetupError, match=rf"runs as process {picture.pid} of another user, .*kill -9 {picture.pid}"):
+    with pytest.raises(SetupError, match=rf"runs as process {status.pid} of another user, .*kill -9 {status.pid}"):
         end_orphans(run, pause=never)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of roles: who makes them, who reads them, and what ``atpo status`` and SIGUSR1 say."""
+"""Snapshots of roles: who makes them, who reads them, and what ``atpo status`` and SIGUSR1 say."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from atpo_async.cli import main
 from atpo_async.run import processes
 from atpo_async.run.rundir import RunDir
 from atpo_async.status import snapshot, waits
-from atpo_async.status.snapshot import Reporter, grouped
+from atpo_async.status.facts import LINKS, publish_facts, published_facts, withdraw_facts
+from atpo_async.status.reporter import Reporter, grouped
+from atpo_async.status.snapshot import file_stem
 from atpo_async.status.waits import waiting
-from tests.hang_support import ROOT, SERVES, make_run, picture, picture_of, started, until, until_async, wait
+from tests.hang_support import ROOT, SERVES, make_run, started, status, status_of, until, until_async, wait
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 LOG = logging.getLogger("test-status")
@@ -34,7 +36,7 @@ def run(tmp_path: Path) -> RunDir:
     return make_run(tmp_path)
 
 
-# --- the picture ------------------------------------------------------------------------------------------------
+# --- the snapshot ------------------------------------------------------------------------------------------------
 
 
 def test_waits_for_the_same_thing_are_one_line_with_their_number_and_the_longest() -> None:
@@ -51,20 +53,23 @@ def test_waits_for_the_same_thing_are_one_line_with_their_number_and_the_longest
 
 
 async def test_a_role_writes_its_waits_its_progress_and_what_its_parts_publish(run: RunDir) -> None:
-    snapshot.publish("mine", lambda: {"step": 3})
-    snapshot.publish(f"{snapshot.LINKS}here -> there", lambda: {"unacked": 7})
+    publish_facts("mine", lambda: {"step": 3})
+    publish_facts(f"{LINKS}here -> there", lambda: {"unacked": 7})
     try:
-        with waiting("the test", "a picture", on="nobody"), Reporter("r1", folder=run.path, log=LOG, every_s=0.02) as r:
+        with (
+            waiting("the test", "a snapshot", on="nobody"),
+            Reporter("r1", folder=run.path, log=LOG, every_s=0.02) as r,
+        ):
             r.attach()
-            waits.progress("pictures")
+            waits.progress("snapshots")
             await until_async(lambda: (p := made(run)) is not None and p.loop_age_s is not None and p.facts)
             found = made(run)
     finally:
-        snapshot.unpublish("mine")
-        snapshot.unpublish(f"{snapshot.LINKS}here -> there")
+        withdraw_facts("mine")
+        withdraw_facts(f"{LINKS}here -> there")
     assert found is not None
-    assert "a picture" in {w.what for w in found.waits}
-    assert found.progress["pictures"] >= 1
+    assert "a snapshot" in {w.what for w in found.waits}
+    assert found.progress["snapshots"] >= 1
     assert found.facts["mine"] == {"step": 3}
     assert found.links == {"here -> there": {"unacked": 7}}
     assert found.pid == os.getpid()
@@ -74,24 +79,24 @@ def made(run: RunDir) -> snapshot.StatusSnapshot | None:
     return snapshot.read(run.path)[0].get("r1")
 
 
-async def test_the_last_picture_says_that_the_role_has_ended(run: RunDir) -> None:
+async def test_the_last_snapshot_says_that_the_role_has_ended(run: RunDir) -> None:
     with Reporter("r1", folder=run.path, log=LOG, every_s=0.02) as reporter:
         reporter.attach()
     found = made(run)
     assert found is not None
     assert found.phase == snapshot.ENDED
-    assert not [p for p in run.path.iterdir() if p.name.startswith(".r1")], "a part of a picture was left"
+    assert not [p for p in run.path.iterdir() if p.name.startswith(".r1")], "a part of a snapshot was left"
 
 
-async def test_a_part_that_cannot_say_what_it_is_at_does_not_take_the_picture_away() -> None:
+async def test_a_part_that_cannot_say_what_it_is_at_does_not_take_the_snapshot_away() -> None:
     def broken() -> dict[str, object]:
         raise RuntimeError("half closed")
 
-    snapshot.publish("broken", broken)
+    publish_facts("broken", broken)
     try:
-        assert snapshot.published()["broken"] == {"error": "RuntimeError: half closed"}
+        assert published_facts()["broken"] == {"error": "RuntimeError: half closed"}
     finally:
-        snapshot.unpublish("broken")
+        withdraw_facts("broken")
 
 
 def test_what_is_published_by_an_object_goes_with_it() -> None:
@@ -100,10 +105,10 @@ def test_what_is_published_by_an_object_goes_with_it() -> None:
             return {"here": True}
 
     part = Part()
-    snapshot.publish("part", part.facts)
-    assert snapshot.published()["part"] == {"here": True}
+    publish_facts("part", part.facts)
+    assert published_facts()["part"] == {"here": True}
     del part
-    assert "part" not in snapshot.published()
+    assert "part" not in published_facts()
 
 
 async def test_facts_are_asked_in_the_loop_and_never_in_the_status_thread(run: RunDir) -> None:
@@ -113,13 +118,13 @@ async def test_facts_are_asked_in_the_loop_and_never_in_the_status_thread(run: R
         asked.add(threading.get_ident())
         return {"times": len(asked)}
 
-    snapshot.publish("asked", facts)
+    publish_facts("asked", facts)
     try:
         with Reporter("r1", folder=run.path, log=LOG, every_s=0.01) as reporter:
             reporter.attach()
             await until_async(lambda: (p := made(run)) is not None and p.sequence > 5 and asked)
     finally:
-        snapshot.unpublish("asked")
+        withdraw_facts("asked")
     assert asked == {threading.get_ident()}
 
 
@@ -129,12 +134,12 @@ async def test_a_folder_that_cannot_be_written_is_said_once_and_the_role_goes_on
     (tmp_path / "file").write_text("")
     with Reporter("r1", folder=tmp_path / "file" / "status", log=LOG, every_s=0.01) as reporter:
         reporter.attach()
-        await until_async(lambda: reporter.picture().sequence > 10)
+        await until_async(lambda: reporter.status().sequence > 10)
     assert len([r for r in caplog.records if "cannot be written" in r.message]) == 1
 
 
 def test_a_name_that_is_no_file_name_gets_a_file_all_the_same() -> None:
-    assert snapshot.file_stem("actor/../../x") == "actor_.._.._x"
+    assert file_stem("actor/../../x") == "actor_.._.._x"
 
 
 # --- SIGUSR1 ----------------------------------------------------------------------------------------------------
@@ -159,12 +164,12 @@ IDLE = """
 
 @linux
 @pytest.mark.parametrize("body", [IDLE, BUSY, ASLEEP], ids=["waits", "computes", "sleeps"])
-def test_sigusr1_puts_the_picture_into_the_log_whatever_the_loop_is_in(run: RunDir, body: str) -> None:
+def test_sigusr1_puts_the_status_into_the_log_whatever_the_loop_is_in(run: RunDir, body: str) -> None:
     with started(run, "learner", body) as (process, said):
-        until(lambda: (p := picture_of(run, "learner")) is not None and p.phase == "working", said)
+        until(lambda: (p := status_of(run, "learner")) is not None and p.phase == "working", said)
         if body is not IDLE:
-            until(lambda: (p := picture_of(run, "learner")) is not None and p.held_up, said)
-            found = picture_of(run, "learner")
+            until(lambda: (p := status_of(run, "learner")) is not None and p.held_up, said)
+            found = status_of(run, "learner")
             assert found is not None
             assert found.stack
         process.send_signal(signal.SIGUSR1)
@@ -176,7 +181,7 @@ def test_sigusr1_puts_the_picture_into_the_log_whatever_the_loop_is_in(run: RunD
         if body is IDLE:
             process.send_signal(signal.SIGTERM)
             process.wait()
-            until(lambda: (p := picture_of(run, "learner")) is not None and p.phase == snapshot.ENDED, said)
+            until(lambda: (p := status_of(run, "learner")) is not None and p.phase == snapshot.ENDED, said)
 
 
 @linux
@@ -205,10 +210,10 @@ def told(capsys: pytest.CaptureFixture[str], run: RunDir, *words: str) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-def put(run: RunDir, *pictures: snapshot.StatusSnapshot) -> None:
+def put(run: RunDir, *statuses: snapshot.StatusSnapshot) -> None:
     folder = run.path / snapshot.FOLDER
     folder.mkdir(exist_ok=True)
-    for made_up in pictures:
+    for made_up in statuses:
         (folder / f"{made_up.role}.json").write_bytes(msgspec.json.encode(made_up))
 
 
@@ -218,8 +223,8 @@ def test_status_of_a_running_run_names_its_roles_and_who_waits_for_whom(
 ) -> None:
     learner = IDLE.replace("a message", "batch 3")
     with started(run, "buffer", SERVES) as (buffer, _), started(run, "learner", learner) as (_, said):
-        until(lambda: (p := picture_of(run, "learner")) is not None and p.waits, said)
-        until(lambda: (p := picture_of(run, "buffer")) is not None and p.phase == "serving", said)
+        until(lambda: (p := status_of(run, "learner")) is not None and p.waits, said)
+        until(lambda: (p := status_of(run, "buffer")) is not None and p.phase == "serving", said)
         text = told(capsys, run)
         assert "roles run, and nobody looks after them" in text
         assert f"buffer runs {buffer.pid}" in text
@@ -260,7 +265,7 @@ with RunDir.open({str(run.path)!r}).locked():
 def test_a_stopped_supervisor_is_shown_as_stopped_with_the_way_out(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put(run, picture("buffer"))
+    put(run, status("buffer"))
     with held(run) as supervisor:
         assert f"running, looked after by process {supervisor.pid}" in told(capsys, run)
         assert json.loads(told(capsys, run, "--json"))["supervisor_state"] == "runs"
@@ -284,14 +289,14 @@ def test_status_of_a_run_names_the_role_whose_loop_stands_still_and_where(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held_up = {"loop_age_s": 4.2, "still_s": 4.2, "stack": ("loop.py:7 spin: x()",)}
-    put(run, picture("buffer", **held_up), picture("learner", waits=(wait("batch 3", "buffer", 4.0),)))
+    put(run, status("buffer", **held_up), status("learner", waits=(wait("batch 3", "buffer", 4.0),)))
     text = told(capsys, run)
     assert "→ learner waits 4.0 s for batch 3 from buffer, which stands still: its loop last ran 4.2 s ago" in text
     assert "buffer stands still in: loop.py:7 spin: x()" in text
 
 
 def test_work_of_a_second_is_not_called_a_hang(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    put(run, picture("learner", waits=(wait("learn", "torch", 1.0),)))
+    put(run, status("learner", waits=(wait("learn", "torch", 1.0),)))
     text = told(capsys, run)
     assert "learn from torch 1.0 s" in text
     assert "has been at" not in text
@@ -299,7 +304,7 @@ def test_work_of_a_second_is_not_called_a_hang(run: RunDir, capsys: pytest.Captu
 
 def test_an_engine_that_loads_is_not_called_a_hang(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     loading = {"phase": "loading its engine", "phase_s": 20.0, "starting": True, "still_s": 20.0}
-    put(run, picture("actor-0", waits=(wait("the engine's start", "engine", 20.0),), **loading))
+    put(run, status("actor-0", waits=(wait("the engine's start", "engine", 20.0),), **loading))
     text = told(capsys, run)
     assert "loading its engine for 20 s" in text
     assert "the engine's start from engine 20 s" in text
@@ -309,7 +314,7 @@ def test_an_engine_that_loads_is_not_called_a_hang(run: RunDir, capsys: pytest.C
 @linux
 def test_status_of_a_run_that_was_stopped_says_so(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     with started(run, "buffer", SERVES) as (process, said):
-        until(lambda: (p := picture_of(run, "buffer")) is not None and p.phase == "serving", said)
+        until(lambda: (p := status_of(run, "buffer")) is not None and p.phase == "serving", said)
         process.send_signal(signal.SIGTERM)
         process.wait()
     text = told(capsys, run)
@@ -325,7 +330,7 @@ def test_status_of_a_run_whose_roles_were_killed_says_that_they_have_gone(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with started(run, "buffer", SERVES) as (_, said):
-        until(lambda: (p := picture_of(run, "buffer")) is not None and p.phase == "serving", said)
+        until(lambda: (p := status_of(run, "buffer")) is not None and p.phase == "serving", said)
     text = told(capsys, run)
     assert "not running" in text
     assert f"killed or crashed: buffer (logs: {run.path / 'logs'})" in text
@@ -334,7 +339,7 @@ def test_status_of_a_run_whose_roles_were_killed_says_that_they_have_gone(
 
 def test_status_of_a_run_that_has_done_its_steps_says_so(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     (run.checkpoints / "step-000040-v000040").mkdir(parents=True)
-    put(run, picture("learner", phase=snapshot.ENDED))
+    put(run, status("learner", phase=snapshot.ENDED))
     assert "its last checkpoint is of step 40 of 100" in told(capsys, run)
     (run.checkpoints / "step-000100-v000100").mkdir()
     assert "its 100 steps are done" in told(capsys, run)
@@ -344,7 +349,7 @@ def test_status_of_a_run_that_has_done_its_steps_says_so(run: RunDir, capsys: py
 def test_a_process_that_took_over_the_id_of_a_role_is_not_taken_for_it(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put(run, picture("buffer", started=1))
+    put(run, status("buffer", started=1))
     assert "buffer gone" in told(capsys, run)
 
 
@@ -352,11 +357,11 @@ def test_status_of_a_run_that_never_ran(run: RunDir, capsys: pytest.CaptureFixtu
     assert "not running; none of its roles was ever started" in told(capsys, run)
 
 
-def test_a_picture_of_another_machine_is_stale_when_it_is_old_and_alive_when_it_is_not(
+def test_a_status_of_another_machine_is_stale_when_it_is_old_and_alive_when_it_is_not(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put(run, picture("actor-1", host="elsewhere", hostname="gpu7"))
-    put(run, picture("actor-2", host="elsewhere", hostname="gpu8", at=1.0))
+    put(run, status("actor-1", host="elsewhere", hostname="gpu7"))
+    put(run, status("actor-2", host="elsewhere", hostname="gpu8", at=1.0))
     text = told(capsys, run)
     assert "actor-1 runs" in text
     assert "on gpu7" in text
@@ -369,7 +374,7 @@ def test_a_picture_of_another_machine_is_stale_when_it_is_old_and_alive_when_it_
 def test_garbage_in_a_status_file_is_named_and_the_others_are_shown(
     run: RunDir, capsys: pytest.CaptureFixture[str], garbage: bytes
 ) -> None:
-    put(run, picture("buffer"))
+    put(run, status("buffer"))
     (run.path / snapshot.FOLDER / "learner.json").write_bytes(garbage)
     text = told(capsys, run)
     assert "status/learner.json is damaged and says nothing" in text
@@ -387,7 +392,7 @@ def test_what_a_link_says_is_shown_and_counts_as_waiting_for_its_peer(
         "trouble": "",
         "waits": [{"what": "Turn waits for room in a window of 256", "since_s": 41.0}],
     }
-    put(run, picture("actor-0", links={"actor-0 -> buffer": link}), picture("buffer", phase="serving"))
+    put(run, status("actor-0", links={"actor-0 -> buffer": link}), status("buffer", phase="serving"))
     text = told(capsys, run)
     assert "actor-0 -> buffer: peer buffer, window 256, unacked 256" in text
     assert "trouble" not in text
@@ -400,14 +405,14 @@ def test_an_actor_that_joined_by_address_is_in_the_table(run: RunDir, capsys: py
         "buffer at tcp://127.0.0.1:1": {"peers": peers},
         "buffer at tcp://127.0.0.1:2": {"peers": [{"peer": "learner", "silent_s": 0.2}]},
     }
-    put(run, picture("buffer", links=links), picture("actor-0"))
+    put(run, status("buffer", links=links), status("actor-0"))
     text = told(capsys, run)
     assert "actor-far-7 heard 0.4 s ago – joined by address" in text
     assert json.loads(told(capsys, run, "--json"))["joined"] == {"actor-far-7": {"silent_s": 0.4}}
 
 
 def test_a_role_that_has_gone_is_named_as_what_is_waited_for(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    put(run, picture("learner", waits=(wait("batch 3", "buffer", 4.0),)), picture("buffer", pid=1, started=7))
+    put(run, status("learner", waits=(wait("batch 3", "buffer", 4.0),)), status("buffer", pid=1, started=7))
     assert "→ learner waits 4.0 s for batch 3 from buffer, which has gone" in told(capsys, run)
 
 
@@ -415,12 +420,12 @@ def test_a_link_that_says_nonsense_does_not_take_the_screen_away(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     link = {"peer": "buffer", "waits": [7, {"what": 1}, {"since_s": "x", "what": ""}, None]}
-    put(run, picture("actor-0", links={"l": link, "m": {"peer": 5, "waits": 3}}))
+    put(run, status("actor-0", links={"l": link, "m": {"peer": 5, "waits": 3}}))
     assert "actor-0 runs" in told(capsys, run)
 
 
 def test_markup_in_names_is_shown_as_it_is(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    put(run, picture("actor-0", phase="[red]x[/y]", facts={"[bold]": {"a": "[/b]"}}))
+    put(run, status("actor-0", phase="[red]x[/y]", facts={"[bold]": {"a": "[/b]"}}))
     assert "[red]x[/y]" in told(capsys, run)
 
 
@@ -443,7 +448,7 @@ def test_status_takes_no_options_of_the_configuration(run: RunDir, capsys: pytes
     assert "`atpo status` takes no options of the configuration" in capsys.readouterr().err
 
 
-async def test_pictures_of_the_dead_are_forgotten_and_those_of_others_kept(run: RunDir) -> None:
-    put(run, picture("actor-0", started=1), picture("actor-1"), picture("actor-2", host="elsewhere"))
+async def test_status_files_of_the_dead_are_forgotten_and_those_of_others_kept(run: RunDir) -> None:
+    put(run, status("actor-0", started=1), status("actor-1"), status("actor-2", host="elsewhere"))
     await asyncio.to_thread(snapshot.forget_the_dead, run.path / snapshot.FOLDER)
     assert set(snapshot.read(run.path / snapshot.FOLDER)[0]) == {"actor-1", "actor-2"}

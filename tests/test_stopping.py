@@ -15,7 +15,7 @@ from atpo_async.run.metrics import MetricsWriter
 from atpo_async.run.rundir import RunDir
 from atpo_async.status.hangs import ObservedRole
 from atpo_async.status.waits import DISK, SAVING, TORCH
-from tests.hang_support import DEADLINE_S, make_run, picture, picture_of, spec_of, until_async, wait
+from tests.hang_support import DEADLINE_S, make_run, spec_of, status, status_of, until_async, wait
 
 SAVES = """
     waits.phase("working")
@@ -37,8 +37,8 @@ STANDS_STILL = """
 
 
 def saving(*, processor_s: float = 0.0, moved_mb: float = 0.0, **changes: object) -> ObservedRole:
-    made = picture("learner", phase=SAVING, waits=(wait("save checkpoint", DISK, 7.0),), **changes)
-    return ObservedRole(role="learner", pictures=(made,), processor_s=processor_s, moved_mb=moved_mb)
+    made = status("learner", phase=SAVING, waits=(wait("save checkpoint", DISK, 7.0),), **changes)
+    return ObservedRole(role="learner", statuses=(made,), processor_s=processor_s, moved_mb=moved_mb)
 
 
 def test_a_role_that_saves_is_waited_for_and_told_again_whenever_it_has_lasted_twice_as_long() -> None:
@@ -59,21 +59,21 @@ def test_a_role_that_saves_is_waited_for_and_told_again_whenever_it_has_lasted_t
 def test_whatever_shows_that_it_gets_on_keeps_it_waited_for(sign: str) -> None:
     watch = Watch(hang_s=10.0)
     for second in range(100):
-        sight = saving(
+        observed = saving(
             progress={"micro-batches": second if sign == "progress" else 1},
             processor_s=second * 0.5 if sign == "processor" else 0.0,
             moved_mb=second * 5.0 if sign == "written" else 0.0,
         )
-        assert watch.look([sight], 1000.0 + second).waited_for == ("learner",)
+        assert watch.look([observed], 1000.0 + second).waited_for == ("learner",)
 
 
 def test_one_that_stands_still_is_waited_for_no_more_and_the_loss_is_told() -> None:
     watch = Watch(hang_s=10.0)
     room = wait("room for the checkpoint of step 6 in c (No space left on device)", DISK, 9.0)
-    sight = ObservedRole(
-        role="learner", pictures=(picture("learner", phase=SAVING, waits=(wait("learn", TORCH), room)),)
+    observed = ObservedRole(
+        role="learner", statuses=(status("learner", phase=SAVING, waits=(wait("learn", TORCH), room)),)
     )
-    looks = [watch.look([sight], 1000.0 + second) for second in range(12)]
+    looks = [watch.look([observed], 1000.0 + second) for second in range(12)]
     assert looks[9].waited_for == ("learner",)
     assert looks[11].waited_for == ()
     assert looks[11].lines == (
@@ -83,7 +83,7 @@ def test_one_that_stands_still_is_waited_for_no_more_and_the_loss_is_told() -> N
 
 
 def test_a_role_that_has_nothing_to_save_is_not_waited_for() -> None:
-    assert Watch(hang_s=10.0).look([ObservedRole(role="actor-0", pictures=(picture("actor-0"),))], 0.0).waited_for == ()
+    assert Watch(hang_s=10.0).look([ObservedRole(role="actor-0", statuses=(status("actor-0"),))], 0.0).waited_for == ()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -95,7 +95,7 @@ async def test_saving_outlasts_the_grace_of_a_stop(tmp_path: Path) -> None:
     supervisor = Supervisor(run, [spec], settings=run.config.supervisor, say=said.append)
     task = asyncio.create_task(supervisor.run())
     log = run.log_path("learner", 0)
-    await until_async(lambda: (p := picture_of(run, "learner")) is not None and p.phase == "working")
+    await until_async(lambda: (p := status_of(run, "learner")) is not None and p.phase == "working")
     supervisor.interrupt()
     # Told for the second time after four seconds: past the grace.
     await until_async(lambda: len([line for line in said if line.startswith("waiting for learner to save")]) >= 2)
@@ -113,7 +113,7 @@ async def test_a_second_interrupt_and_a_saving_that_stands_still_end_the_wait(ag
     spec = spec_of(run, "learner", STANDS_STILL, ends_run=True)
     supervisor = Supervisor(run, [spec], settings=run.config.supervisor, say=said.append)
     task = asyncio.create_task(supervisor.run())
-    await until_async(lambda: (p := picture_of(run, "learner")) is not None and p.phase == "working")
+    await until_async(lambda: (p := status_of(run, "learner")) is not None and p.phase == "working")
     supervisor.interrupt()
     await until_async(lambda: any(line.startswith("waiting for learner to save") for line in said))
     if again:

@@ -38,7 +38,9 @@ from atpo_async.core.texts import of_error
 from atpo_async.environments.base import Environment, Split
 from atpo_async.ops import notices
 from atpo_async.run import processes
-from atpo_async.status import snapshot, waits
+from atpo_async.status import waits
+from atpo_async.status.facts import publish_facts
+from atpo_async.status.wording import duration
 
 log = logging.getLogger("atpo.actor.environment")
 
@@ -131,7 +133,7 @@ class HostedEnvironment:
         being_made = waits.waiting(f"environment {self.name!r}", "its being made", on=waits.ENVIRONMENT)
         with being_made, guard.put_back():
             await self._current()
-        snapshot.publish("environment", self._facts)
+        publish_facts("environment", self._facts)
         return self
 
     async def __aenter__(self) -> Self:
@@ -190,7 +192,7 @@ class HostedEnvironment:
         facts["busy_threads"] = sum(thread.pool.busy_over(0.0) for thread, _ in self._made)
         for thread, _ in self._made:
             if (held := thread.holder()) is not None and held[1] > self._held_up_s:
-                facts["held_up_by"] = f"{held[0].what} for {snapshot.duration(held[1])}, in {thread.stack()}"
+                facts["held_up_by"] = f"{held[0].what} for {duration(held[1])}, in {thread.stack()}"
         return facts
 
     # --- the loop ----------------------------------------------------------------------------------------------

@@ -402,7 +402,7 @@ async def _supervised(supervisor: Any, *, say: Any) -> Any:
             loop.add_signal_handler(signum, interrupt)
     if hasattr(signal, "SIGUSR1"):
         with contextlib.suppress(NotImplementedError):
-            loop.add_signal_handler(signal.SIGUSR1, lambda: [say(line) for line in supervisor.picture()])
+            loop.add_signal_handler(signal.SIGUSR1, lambda: [say(line) for line in supervisor.status_of_all()])
     return await supervisor.run()
 
 

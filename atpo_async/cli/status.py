@@ -1,4 +1,4 @@
-"""``atpo status RUN``: who waits for whom, since when; one screen, from the pictures that the roles keep."""
+"""``atpo status RUN``: who waits for whom, since when; one screen, from the snapshots that the roles keep."""
 
 from __future__ import annotations
 
@@ -16,23 +16,16 @@ from atpo_async.models.policy import steps_trained
 from atpo_async.run import processes
 from atpo_async.run.rundir import RunDir, host_id
 from atpo_async.status import snapshot
-from atpo_async.status.hangs import (
-    SILENT_S,
-    WORK_S,
-    Stuck,
-    explain,
-    joined_by_address,
-    stopped_words,
-    stuck_now,
-    waits_of,
-)
-from atpo_async.status.snapshot import StatusSnapshot, duration
+from atpo_async.status.chains import Stuck, explain, joined_by_address, waits_of
+from atpo_async.status.hangs import SILENT_S, WORK_S, stopped_words, stuck_now
+from atpo_async.status.snapshot import StatusSnapshot
+from atpo_async.status.wording import duration, flat
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 OTHER_MACHINE_S = 30.0
-"""Clocks of two machines may differ by so much; a picture from another machine that is older is called stale."""
+"""Clocks of two machines may differ by so much; a snapshot from another machine that is older is called stale."""
 JOINED = "joined by address"
 SHOWN_WAITS = 3
 """Of each role."""
@@ -44,7 +37,7 @@ UNSAID = frozenset({"kind", "name", "endpoint", "waits"})
 class RoleView:
     """One role, as far as it can be seen from here."""
 
-    picture: StatusSnapshot
+    status: StatusSnapshot
     state: str
     """runs, stopped, silent, ended, gone, or stale (another machine's, which has not written for long)."""
     age_s: float
@@ -80,7 +73,7 @@ class RunView:
     @property
     def sentences(self) -> list[str]:
         """Who waits for whom, to the end."""
-        alive = {name: view.picture for name, view in self.roles.items() if view.alive}
+        alive = {name: view.status for name, view in self.roles.items() if view.alive}
         stuck = {n: v.stuck for n, v in self.roles.items() if v.stuck is not None and v.alive}
         said = explain(alive, stuck, known=self._known, circle_s=WORK_S)
         if self.supervisor is not None and self.supervisor_stopped:
@@ -90,7 +83,7 @@ class RunView:
     @property
     def joined(self) -> dict[str, float]:
         """Actors that joined by address, without a status file here: name -> seconds since the buffer heard of them."""
-        return joined_by_address(view.picture for view in self.roles.values() if view.alive)
+        return joined_by_address(view.status for view in self.roles.values() if view.alive)
 
     @property
     def _known(self) -> dict[str, str]:
@@ -109,9 +102,9 @@ def look(path: Path | str) -> RunView:
     except SetupError as exc:
         known = _runs_near(Path(path))
         raise SetupError(f"{exc}; {known}") from None
-    pictures, damaged = snapshot.read(rundir.path / snapshot.FOLDER)
+    statuses, damaged = snapshot.read(rundir.path / snapshot.FOLDER)
     now, wall = time.monotonic(), time.time()
-    roles = {name: _view(pictures[name], now=now, wall=wall) for name in sorted(pictures, key=_order)}
+    roles = {name: _view(statuses[name], now=now, wall=wall) for name in sorted(statuses, key=_order)}
     supervisor = _holder(rundir.path / "lock")
     return RunView(
         rundir=rundir,
@@ -130,11 +123,11 @@ def _order(role: str) -> tuple[int, str]:
     return (first[0] if first else len("bla"), f"{stem}-{int(number):06d}" if number.isdecimal() else role)
 
 
-def _view(picture: StatusSnapshot, *, now: float, wall: float) -> RoleView:
-    age_s = snapshot.age_s(picture, now=now, wall=wall)
-    alive = snapshot.is_alive(picture)
-    stopped = bool(alive and processes.stopped([picture.pid]))
-    if picture.phase == snapshot.ENDED:
+def _view(status: StatusSnapshot, *, now: float, wall: float) -> RoleView:
+    age_s = snapshot.age_s(status, now=now, wall=wall)
+    alive = snapshot.is_alive(status)
+    stopped = bool(alive and processes.stopped([status.pid]))
+    if status.phase == snapshot.ENDED:
         state = "ended"
     elif alive is None:
         state = "runs" if age_s < OTHER_MACHINE_S else "stale"
@@ -147,8 +140,8 @@ def _view(picture: StatusSnapshot, *, now: float, wall: float) -> RoleView:
     stuck = None
     if state in ("runs", "stopped", "silent"):
         # Another machine's clock says nothing about a few seconds.
-        stuck = stuck_now(picture, stopped=stopped, silent_s=0.0 if alive is None else age_s)
-    return RoleView(picture=picture, state=state, age_s=age_s, stuck=stuck)
+        stuck = stuck_now(status, stopped=stopped, silent_s=0.0 if alive is None else age_s)
+    return RoleView(status=status, state=state, age_s=age_s, stuck=stuck)
 
 
 def _holder(lock: Path) -> int | None:
@@ -178,7 +171,7 @@ def _runs_near(path: Path) -> str:
 
 
 def as_json(view: RunView) -> str:
-    """For programs: what the screen says and all the pictures."""
+    """For programs: what the screen says and all the snapshots."""
     found: dict[str, Any] = {
         "run": str(view.rundir.path),
         "run_id": view.rundir.run_id,
@@ -192,7 +185,7 @@ def as_json(view: RunView) -> str:
                 "state": role.state,
                 "age_s": role.age_s,
                 "stuck": None if role.stuck is None else role.stuck.why,
-                **msgspec.to_builtins(role.picture),
+                **msgspec.to_builtins(role.status),
             }
             for name, role in view.roles.items()
         },
@@ -213,13 +206,13 @@ def show(view: RunView, console: Console) -> None:
         for name in ("role", "state", "process", "at", "loop ran", "waits for"):
             table.add_column(name, no_wrap=name != "waits for", overflow="fold")
         for name, role in view.roles.items():
-            picture = role.picture
-            loop = "–" if picture.loop_age_s is None or not role.alive else f"{duration(picture.loop_age_s)} ago"
-            where = f"{picture.pid}" if picture.host == host_id() else f"{picture.pid} on {picture.hostname}"
+            status = role.status
+            loop = "–" if status.loop_age_s is None or not role.alive else f"{duration(status.loop_age_s)} ago"
+            where = f"{status.pid}" if status.host == host_id() else f"{status.pid} on {status.hostname}"
             # The id of a process that has gone may be another's by now.
             where = "–" if role.state in ("ended", "gone") else where
             state = role.state if role.alive else f"{role.state}, last seen {duration(role.age_s)} ago"
-            at = f"{picture.phase} for {duration(picture.phase_s)}" if role.alive else "–"
+            at = f"{status.phase} for {duration(status.phase_s)}" if role.alive else "–"
             colour = "red" if role.stuck is not None or role.state == "gone" else "green" if role.alive else "dim"
             # As text: what others call themselves is no markup.
             cells = (Text(word) for word in (where, at, loop, _waits(role)))
@@ -229,25 +222,25 @@ def show(view: RunView, console: Console) -> None:
             table.add_row(Text(name), Text(state, style="green"), "–", JOINED, "–", "known only where it runs")
         console.print(table)
         links = [
-            f"  {name}: {snapshot.flat(_worth_saying(facts))}"
+            f"  {name}: {flat(_worth_saying(facts))}"
             for role in view.roles.values()
             if role.alive
-            for name, facts in role.picture.links.items()
+            for name, facts in role.status.links.items()
         ]
         for line in ["links:", *links] if links else []:
             console.print(Text(line))
         for role in view.roles.values():
-            for name, facts in role.picture.facts.items() if role.alive else ():
-                whose = role.picture.role if role.picture.role.startswith(name) else f"{role.picture.role}, {name}"
-                console.print(Text(f"{whose}: {snapshot.flat(facts)}"))
+            for name, facts in role.status.facts.items() if role.alive else ():
+                whose = role.status.role if role.status.role.startswith(name) else f"{role.status.role}, {name}"
+                console.print(Text(f"{whose}: {flat(facts)}"))
     for file, fault in view.damaged.items():
         console.print(Text(f"{snapshot.FOLDER}/{file} is damaged and says nothing: {fault}"))
     for sentence in view.sentences:
         console.print(Text(f"→ {sentence}"))
     for role in view.roles.values():
-        if role.alive and role.picture.stack:
-            console.print(Text(f"{role.picture.role} stands still in:"))
-            for line in role.picture.stack[-5:]:
+        if role.alive and role.status.stack:
+            console.print(Text(f"{role.status.role} stands still in:"))
+            for line in role.status.stack[-5:]:
                 console.print(Text(f"    {line}"))
 
 
@@ -291,7 +284,7 @@ def _waits(role: RoleView) -> str:
         return role.stuck.why
     shown = [
         f"{wait.what} from {wait.on} {duration(wait.since_s)}{f' (x{wait.count})' if wait.count > 1 else ''}"
-        for wait in waits_of(role.picture)
+        for wait in waits_of(role.status)
     ]
     more = f"; and {len(shown) - SHOWN_WAITS} more" if len(shown) > SHOWN_WAITS else ""
     return "; ".join(shown[:SHOWN_WAITS]) + more or "nobody"

@@ -18,7 +18,7 @@ from atpo_async.core.errors import SetupError
 from atpo_async.links import addresses, ports
 from atpo_async.links.common import LinkSettings, worth_a_line
 from atpo_async.links.keys import CLIENT_KEY, SERVER_KEY, KeyFolder, load_pair, load_public
-from atpo_async.status import snapshot
+from atpo_async.status.facts import LINKS, publish_facts, withdraw_facts
 from atpo_async.wire import codec
 
 log = logging.getLogger("atpo.links")
@@ -288,8 +288,8 @@ class Link:
         except BaseException:
             await self.close()
             raise
-        self._published = f"{snapshot.LINKS}{self.title}"
-        snapshot.publish(self._published, self.link_status)
+        self._published = f"{LINKS}{self.title}"
+        publish_facts(self._published, self.link_status)
         return self
 
     async def __aexit__(
@@ -300,7 +300,7 @@ class Link:
     async def close(self) -> None:
         """Cancel what is under way and close the socket at once; what is unacknowledged is lost.  Idempotent."""
         if self._published:
-            snapshot.unpublish(self._published)
+            withdraw_facts(self._published)
             self._published = ""
         # First the sockets: what arrived while tasks end would start new ones.
         self._close_sockets()

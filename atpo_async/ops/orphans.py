@@ -106,9 +106,9 @@ def end_orphans(
     while True:
         orphans = [marked for marked in marked_processes(rundir.run_id) if marked.supervisor is None]
         waited_s = clock() - began
-        patient = _saving(rundir) if waited_s <= rundir.config.links.give_up_s + EXTRA_S else set()
+        saving = _saving(rundir) if waited_s <= rundir.config.links.give_up_s + EXTRA_S else set()
         late = waited_s > rundir.config.supervisor.stop_grace_s + EXTRA_S
-        doomed = {m.mark for m in orphans if (late and m.mark not in patient) or _is_stopped(m)}
+        doomed = {m.mark for m in orphans if (late and m.mark not in saving) or _is_stopped(m)}
         processes.kill_roles({m.process.session: m.mark for m in orphans if m.mark in doomed}, timeout_s=5.0)
         if {m.mark for m in orphans} <= doomed and (late or not orphans):
             break
@@ -124,7 +124,7 @@ def end_orphans(
 
 def _saving(rundir: RunDir) -> set[str]:
     """Marks of the roles that say they are saving."""
-    return {picture.mark for picture in _pictures(rundir).values() if picture.phase == waits.SAVING}
+    return {status.mark for status in _statuses(rundir).values() if status.phase == waits.SAVING}
 
 
 def _is_stopped(marked: Marked) -> bool:
@@ -159,11 +159,11 @@ def _refuse_supervised(rundir: RunDir, found: Iterable[Marked]) -> None:
 
 def _refuse_other_users(rundir: RunDir, found: Iterable[Marked]) -> None:
     known = {marked.process.pid for marked in found}
-    for picture in _pictures(rundir).values():
-        if picture.pid not in known and snapshot.is_alive(picture) and not processes.is_ours(picture.pid):
+    for status in _statuses(rundir).values():
+        if status.pid not in known and snapshot.is_alive(status) and not processes.is_ours(status.pid):
             raise SetupError(
-                f"{picture.role} of run {rundir.path} runs as process {picture.pid} of another user, "
-                f"{processes.owner(picture.pid)}: it has to be ended first (kill -9 {picture.pid}, as that user or as "
+                f"{status.role} of run {rundir.path} runs as process {status.pid} of another user, "
+                f"{processes.owner(status.pid)}: it has to be ended first (kill -9 {status.pid}, as that user or as "
                 "root), or use another --run.name"
             )
 
@@ -175,24 +175,24 @@ def _refuse_other_hosts(rundir: RunDir, pause: Callable[[float], None]) -> None:
     def elsewhere() -> Mapping[str, snapshot.StatusSnapshot]:
         now, wall = time.monotonic(), time.time()
         return {
-            name: picture
-            for name, picture in _pictures(rundir).items()
-            if picture.host != here and snapshot.age_s(picture, now=now, wall=wall) < OTHER_HOST_S
+            name: status
+            for name, status in _statuses(rundir).items()
+            if status.host != here and snapshot.age_s(status, now=now, wall=wall) < OTHER_HOST_S
         }
 
     before = elsewhere()
     if not before:
         return
     pause(RENEWED_S)
-    for name, picture in elsewhere().items():
-        if name in before and picture.sequence != before[name].sequence:
+    for name, status in elsewhere().items():
+        if name in before and status.sequence != before[name].sequence:
             raise SetupError(
-                f"{name} of run {rundir.path} runs on {picture.hostname} (process {picture.pid} there): stop the run "
+                f"{name} of run {rundir.path} runs on {status.hostname} (process {status.pid} there): stop the run "
                 "there first, or use another --run.name"
             )
 
 
-def _pictures(rundir: RunDir) -> dict[str, snapshot.StatusSnapshot]:
+def _statuses(rundir: RunDir) -> dict[str, snapshot.StatusSnapshot]:
     """What roles that a supervisor has started say; not what joined by hand, which looks after itself."""
-    pictures, _ = snapshot.read(rundir.path / snapshot.FOLDER)
-    return {name: picture for name, picture in pictures.items() if picture.mark and picture.phase != snapshot.ENDED}
+    statuses, _ = snapshot.read(rundir.path / snapshot.FOLDER)
+    return {name: status for name, status in statuses.items() if status.mark and status.phase != snapshot.ENDED}

@@ -41,6 +41,7 @@ from atpo_async.run.rundir import RunDir, joining, write_atomic
 from atpo_async.run.temporary import make_temporary_folder_fit
 from atpo_async.status import snapshot, waits
 from atpo_async.status.loading import Loads
+from atpo_async.status.reporter import Reporter
 
 EXIT_DONE, EXIT_CRASH, EXIT_USER, EXIT_FAILURE = 0, 1, 2, 3
 
@@ -112,7 +113,7 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
     differs in what a run lets differ; or for an actor without the run's folder ``--config FILE --join HOST:PORT``.
 
     A first SIGTERM or SIGINT sets ``stopping``; a second one cancels ``main``.  Supervised (``ATPO_SUPERVISOR_PID``
-    is set), the role ends when its supervisor does.  A thread keeps the role's picture (``status.snapshot``) and
+    is set), the role ends when its supervisor does.  A thread writes the role's status (``status.reporter``) and
     answers SIGUSR1 with it.
     """
     debug = "--debug" in argv
@@ -125,8 +126,8 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
         if folder is not None:
             actors = [f"actor-{index}" for index in range(context.config.actor.count)]
             others = ("buffer", "learner", *actors) if supervised else ()
-            waits.excuse_by(Loads(folder, context.process_name, others))
-        with snapshot.Reporter(context.process_name, folder=folder, log=context.log, on_signal=True) as reporter:
+            waits.extend_while(Loads(folder, context.process_name, others))
+        with Reporter(context.process_name, folder=folder, log=context.log, on_signal=True) as reporter:
             code = asyncio.run(_serve(main, context, reporter))
     except AtpoError as exc:
         code = _say(exc, supervised=supervised, debug=debug)
@@ -307,9 +308,7 @@ class Signals:
             self._death_signal_due = True
 
 
-async def _serve(
-    main: Callable[[RoleContext], Awaitable[None]], context: RoleContext, reporter: snapshot.Reporter
-) -> int:
+async def _serve(main: Callable[[RoleContext], Awaitable[None]], context: RoleContext, reporter: Reporter) -> int:
     """Run ``main`` under signals.  Waits for: main.  Unblocked by: its return, a second signal cancelling it."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()

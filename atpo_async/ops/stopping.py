@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from atpo_async.status.hangs import BUSY_MB_S, BUSY_SHARE, ObservedRole
-from atpo_async.status.snapshot import duration
 from atpo_async.status.waits import DISK, SAVING, TORCH
+from atpo_async.status.wording import duration
 
 SAY_S = 2.0
 """Saving that lasts for longer is told; again whenever it has lasted twice as long."""
@@ -51,50 +51,50 @@ class Watch:
     hang_s: float
     _roles: dict[str, _Memory] = field(default_factory=dict)
 
-    def look(self, sights: Sequence[ObservedRole], now: float) -> Look:
+    def look(self, observed_roles: Sequence[ObservedRole], now: float) -> Look:
         """``now``: seconds, monotonic."""
         waited_for: list[str] = []
         lines: list[str] = []
-        for sight in sights:
-            if not any(picture.phase == SAVING for picture in sight.pictures):
+        for observed in observed_roles:
+            if not any(status.phase == SAVING for status in observed.statuses):
                 continue
-            memory = self._remember(sight, now)
+            memory = self._remember(observed, now)
             lasts_s, still_s = now - memory.began, now - memory.moved_at
             if still_s > self.hang_s:
                 lines.append(
-                    f"{sight.role} has stood still for {duration(still_s)} while it saved ({_what(sight)}) and is "
-                    "ended; what no checkpoint holds is trained on again"
+                    f"{observed.role} has stood still for {duration(still_s)} while it saved ({_what(observed)}) and "
+                    "is ended; what no checkpoint holds is trained on again"
                 )
                 continue
-            waited_for.append(sight.role)
+            waited_for.append(observed.role)
             if lasts_s >= max(SAY_S, 2 * memory.told_s):
                 memory.told_s = lasts_s
                 lines.append(
-                    f"waiting for {sight.role} to save what was trained: {_what(sight)}, {duration(lasts_s)} so far; "
-                    "Ctrl-C again ends everything at once and loses what no checkpoint holds"
+                    f"waiting for {observed.role} to save what was trained: {_what(observed)}, {duration(lasts_s)} so "
+                    "far; Ctrl-C again ends everything at once and loses what no checkpoint holds"
                 )
         return Look(tuple(waited_for), tuple(lines))
 
-    def _remember(self, sight: ObservedRole, now: float) -> _Memory:
-        done = [(picture.progress, picture.phase) for picture in sight.pictures]
-        work = (sight.processor_s, sight.moved_mb, now)
-        memory = self._roles.get(sight.role)
+    def _remember(self, observed: ObservedRole, now: float) -> _Memory:
+        done = [(status.progress, status.phase) for status in observed.statuses]
+        work = (observed.processor_s, observed.moved_mb, now)
+        memory = self._roles.get(observed.role)
         if memory is None:
-            memory = self._roles[sight.role] = _Memory(now, now, done, work)
+            memory = self._roles[observed.role] = _Memory(now, now, done, work)
         if done != memory.done:
             memory.done, memory.moved_at = done, now
         processor_s, moved_mb, before = memory.work
         passed_s = now - before
         if passed_s >= WINDOW_S:
             memory.work = work
-            computed, moved = sight.processor_s - processor_s, sight.moved_mb - moved_mb
+            computed, moved = observed.processor_s - processor_s, observed.moved_mb - moved_mb
             if computed > BUSY_SHARE * passed_s or moved > BUSY_MB_S * passed_s:
                 memory.moved_at = now
         return memory
 
 
-def _what(sight: ObservedRole) -> str:
+def _what(observed: ObservedRole) -> str:
     """What the role is at, by its longest wait for the disk, or else for torch."""
-    waits = [wait for picture in sight.pictures for wait in picture.waits if wait.on in (DISK, TORCH)]
+    waits = [wait for status in observed.statuses for wait in status.waits if wait.on in (DISK, TORCH)]
     waits.sort(key=lambda wait: (not wait.what.startswith("room"), wait.on != DISK, -wait.since_s))
     return waits[0].what if waits else "its last words"

@@ -33,6 +33,8 @@ from atpo_async.run.metrics import MetricsTail, MetricsWriter, Record
 from atpo_async.run.rundir import RunDir
 from atpo_async.status import hangs, snapshot
 from atpo_async.status.loading import RoleStart, starts
+from atpo_async.status.reporter import EVERY_S
+from atpo_async.status.wording import status_lines
 
 LOG_LINES = 20
 """Lines of a crashed role's log in the error."""
@@ -209,7 +211,7 @@ class Supervisor:
         self._version = 0
         self._tail = MetricsTail(rundir.metrics_path)
         self._notices = notices.Tail(rundir.scratch / NOTICES)
-        self._pictures = rundir.path / snapshot.FOLDER
+        self._status_folder = rundir.path / snapshot.FOLDER
 
     @property
     def _hang_s(self) -> float:
@@ -235,7 +237,7 @@ class Supervisor:
             SetupError: a role ended with something that only the user can mend.
             RoleCrashed: a role crashed too often; the message ends with the last lines of its log.
         """
-        await asyncio.to_thread(snapshot.forget_the_dead, self._pictures)
+        await asyncio.to_thread(snapshot.forget_the_dead, self._status_folder)
         keepers = [asyncio.create_task(self._keep(spec), name=f"keep {spec.name}") for spec in self._specs]
         signs: list[asyncio.Task[Any]] = [
             asyncio.create_task(self._done.wait(), name="run done"),
@@ -388,11 +390,11 @@ class Supervisor:
     def _ranks(self) -> dict[str, list[int]]:
         """Role -> its ranks, of those that a launcher has started: a launcher that is asked gives them 30 s to save."""
         found: dict[str, list[int]] = {}
-        for sight in self._sights()[0]:
-            pids = [picture.pid for picture in sight.pictures if snapshot.is_alive(picture)]
-            running = self._running.get(sight.role)
+        for observed in self._observe()[0]:
+            pids = [status.pid for status in observed.statuses if snapshot.is_alive(status)]
+            running = self._running.get(observed.role)
             if pids and running is not None and running.process.pid not in pids:
-                found[sight.role] = pids
+                found[observed.role] = pids
         return found
 
     async def _wait_saved(self, grace_s: float, names: set[str]) -> None:
@@ -401,8 +403,8 @@ class Supervisor:
         watch = stopping.Watch(self._hang_s)
         deadline = self._clock() + grace_s
         while names & self._running.keys() and not self._at_once.is_set():
-            sights, _ = await asyncio.to_thread(self._sights)
-            look = watch.look([sight for sight in sights if sight.role in names], time.monotonic())
+            observed_roles, _ = await asyncio.to_thread(self._observe)
+            look = watch.look([observed for observed in observed_roles if observed.role in names], time.monotonic())
             for line in look.lines:
                 self._say(line)
             if look.waited_for:
@@ -458,11 +460,11 @@ class Supervisor:
     async def _follow_starts(self) -> None:
         """Pass on who is still starting.  Waits for: nothing but the clock."""
         while not (self._done.is_set() or self._stopping.is_set()):
-            pictures, _ = await asyncio.to_thread(snapshot.read, self._pictures)
+            statuses, _ = await asyncio.to_thread(snapshot.read, self._status_folder)
             marks = {running.mark for running in self._running.values()}
-            own = [picture for picture in pictures.values() if picture.mark in marks]
+            own = [status for status in statuses.values() if status.mark in marks]
             self._on_starts(starts(own, now=time.monotonic(), wall=time.time()))
-            await asyncio.sleep(snapshot.EVERY_S)
+            await asyncio.sleep(EVERY_S)
 
     async def _look_for_hangs(self) -> None:
         """Say who waits for whom when that takes long, and end a role that is stuck, which ``_keep`` starts again.
@@ -471,16 +473,16 @@ class Supervisor:
         """
         links = self._rundir.config.links
         hang_s = self._hang_s
-        every_s = min(snapshot.EVERY_S, links.deadline_s / 4, hang_s / 4)
+        every_s = min(EVERY_S, links.deadline_s / 4, hang_s / 4)
         watch = hangs.Watch(deadline_s=links.deadline_s, hang_s=hang_s, every_s=every_s)
         failed = False
         while not (self._done.is_set() or self._stopping.is_set()):
             await asyncio.sleep(every_s)
             try:
-                sights, others = await asyncio.to_thread(self._sights)
+                observed_roles, others = await asyncio.to_thread(self._observe)
                 now = time.monotonic()
                 restarts = {role: max(0.0, at - now) for role, at in self._starts_at.items()}
-                verdicts = watch.look(sights, now, others=others, restarts=restarts)
+                verdicts = watch.look(observed_roles, now, others=others, restarts=restarts)
             # The run is worth more than what looks after it.
             except Exception as exc:
                 if not failed:
@@ -495,41 +497,41 @@ class Supervisor:
                     await self._end_hung(running, verdict, hang_s)
 
     async def _end_hung(self, running: _Running, verdict: hangs.Verdict, hang_s: float) -> None:
-        picture = running.log.with_suffix(".stuck.txt")
+        status = running.log.with_suffix(".stuck.txt")
         with contextlib.suppress(OSError):
-            picture.write_text("\n".join([verdict.line, *self.picture()]) + "\n", encoding="utf-8")
+            status.write_text("\n".join([verdict.line, *self.status_of_all()]) + "\n", encoding="utf-8")
         running.hung = (
-            f"stuck for more than {hang_s:g} s (supervisor.hang_s): {verdict.line}  (the run as it stood: {picture})"
+            f"stuck for more than {hang_s:g} s (supervisor.hang_s): {verdict.line}  (the run as it stood: {status})"
         )
         await asyncio.to_thread(processes.kill_all, running.process.pid, running.mark)
 
-    def picture(self) -> list[str]:
+    def status_of_all(self) -> list[str]:
         """What every role says of itself, in lines."""
-        pictures, damaged = snapshot.read(self._pictures)
-        told = [line for name in sorted(pictures) for line in snapshot.lines(pictures[name])]
+        statuses, damaged = snapshot.read(self._status_folder)
+        told = [line for name in sorted(statuses) for line in status_lines(statuses[name])]
         return told + [f"{name}: {fault}" for name, fault in damaged.items()]
 
-    def _sights(self) -> tuple[list[hangs.ObservedRole], list[snapshot.StatusSnapshot]]:
-        """The roles as they are seen from here; and pictures of others that take part in the run."""
-        pictures, _ = snapshot.read(self._pictures)
+    def _observe(self) -> tuple[list[hangs.ObservedRole], list[snapshot.StatusSnapshot]]:
+        """The roles as they are seen from here; and snapshots of others that take part in the run."""
+        statuses, _ = snapshot.read(self._status_folder)
         found = []
         alive = processes.processes()
         for name, running in list(self._running.items()):
             # Of several ranks one may have ended before the others.
-            own = tuple(p for p in pictures.values() if p.mark == running.mark and p.phase != snapshot.ENDED)
+            own = tuple(p for p in statuses.values() if p.mark == running.mark and p.phase != snapshot.ENDED)
             leader = running.process.pid
             family = [p.pid for p in processes.members(leader, alive)]
             found.append(
                 hangs.ObservedRole(
                     role=name,
-                    pictures=own,
+                    statuses=own,
                     stopped=tuple(processes.stopped({leader, *(p.pid for p in own)})),
                     processor_s=processes.processor_s(family),
                     moved_mb=processes.moved_mb(family),
                 )
             )
-        seen = {p.role for sight in found for p in sight.pictures}
-        return found, [p for p in pictures.values() if p.role not in seen and snapshot.is_alive(p) is not False]
+        seen = {p.role for observed in found for p in observed.statuses}
+        return found, [p for p in statuses.values() if p.role not in seen and snapshot.is_alive(p) is not False]
 
     async def _sample_memory(self) -> None:
         """Write ``memory/<role>_mb`` of each role, summed over its processes.  Waits for: nothing but the clock."""

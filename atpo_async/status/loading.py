@@ -13,9 +13,10 @@ from pathlib import Path
 
 from atpo_async.core.texts import shortened
 from atpo_async.status import snapshot
-from atpo_async.status.hangs import BUFFER, joined_by_address
-from atpo_async.status.snapshot import StatusSnapshot, duration
+from atpo_async.status.chains import BUFFER, joined_by_address
+from atpo_async.status.snapshot import StatusSnapshot
 from atpo_async.status.waits import OWN_PARTS
+from atpo_async.status.wording import duration
 
 SEEN_S = 30.0
 """A status file that is older says nothing about now."""
@@ -42,27 +43,27 @@ class RoleStart:
     """How far what it waits for is, as far as it has been told."""
 
 
-def starts(pictures: Iterable[StatusSnapshot], *, now: float, wall: float) -> list[RoleStart]:
+def starts(statuses: Iterable[StatusSnapshot], *, now: float, wall: float) -> list[RoleStart]:
     """Those of roles that run and are starting.
 
     Args:
         now, wall: ``time.monotonic()`` and ``time.time()``.
     """
     found = []
-    for picture in pictures:
-        age_s = snapshot.age_s(picture, now=now, wall=wall)
-        if not picture.starting or age_s > SEEN_S or snapshot.is_alive(picture) is False:
+    for status in statuses:
+        age_s = snapshot.age_s(status, now=now, wall=wall)
+        if not status.starting or age_s > SEEN_S or snapshot.is_alive(status) is False:
             continue
-        loads = picture.loop_age_s is None or picture.held_up or any(wait.on in OWN_PARTS for wait in picture.waits)
-        detail = "" if loads else _how_far(picture)
-        for_s = picture.phase_s + age_s
-        found.append(RoleStart(role=picture.role, stage=picture.phase, for_s=for_s, loads=loads, detail=detail))
+        loads = status.loop_age_s is None or status.held_up or any(wait.on in OWN_PARTS for wait in status.waits)
+        detail = "" if loads else _how_far(status)
+        for_s = status.phase_s + age_s
+        found.append(RoleStart(role=status.role, stage=status.phase, for_s=for_s, loads=loads, detail=detail))
     return found
 
 
-def _how_far(picture: StatusSnapshot) -> str:
+def _how_far(status: StatusSnapshot) -> str:
     """What the buffer said last to the longest wait for it; the counts come first, so what follows them is left out."""
-    said = next((wait.detail for wait in picture.waits if wait.on == BUFFER and wait.detail), "")
+    said = next((wait.detail for wait in status.waits if wait.on == BUFFER and wait.detail), "")
     return shortened(said.partition("; ")[0], MOST_DETAIL)
 
 
@@ -79,10 +80,10 @@ def _at(start: RoleStart) -> str:
     return f"{start.stage} ({start.detail})" if start.detail else start.stage
 
 
-def _asks_for_nothing(pictures: Mapping[str, StatusSnapshot]) -> str | None:
+def _asks_for_nothing(statuses: Mapping[str, StatusSnapshot]) -> str | None:
     """An actor that joined by address and has done nothing yet: it loads its engine."""
-    joined = joined_by_address(pictures.values())
-    for facts in pictures[BUFFER].links.values() if BUFFER in pictures else ():
+    joined = joined_by_address(statuses.values())
+    for facts in statuses[BUFFER].links.values() if BUFFER in statuses else ():
         peers = facts.get("peers")
         for peer in peers if isinstance(peers, Sequence) else ():
             name = str(peer.get("peer")) if isinstance(peer, Mapping) else ""
@@ -92,7 +93,7 @@ def _asks_for_nothing(pictures: Mapping[str, StatusSnapshot]) -> str | None:
 
 
 class Loads:
-    """Whether another role of the run is loading; for ``waits.excuse_by``.
+    """Whether another role of the run is loading; for ``waits.extend_while``.
 
     Args:
         folder: of the run's status files.
@@ -107,13 +108,13 @@ class Loads:
 
     def __call__(self) -> str | None:
         """What one of them is at; None if none is.  Reads files."""
-        pictures, _ = snapshot.read(self._folder)
-        others = {name: picture for name, picture in pictures.items() if name != self._own}
+        statuses, _ = snapshot.read(self._folder)
+        others = {name: status for name, status in statuses.items() if name != self._own}
         for start in starts(others.values(), now=time.monotonic(), wall=time.time()):
             if start.loads:
                 return f"{start.role} is {start.stage} for {duration(start.for_s)}"
         for role in self._supervised:
-            picture = pictures.get(role)
-            if picture is None or (picture.phase != snapshot.ENDED and snapshot.is_alive(picture) is False):
+            status = statuses.get(role)
+            if status is None or (status.phase != snapshot.ENDED and snapshot.is_alive(status) is False):
                 return f"{role} is being started"
-        return _asks_for_nothing(pictures)
+        return _asks_for_nothing(statuses)

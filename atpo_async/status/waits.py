@@ -1,9 +1,9 @@
 """Waits that have a name and a deadline, and how far this process has come.
 
-Whoever waits says so in a registry of the process (``waiting``, ``BoundedWait``, ``DeferredAnswers``);
-whatever gets on says that
-too (``progress``, ``phase``).  ``atpo_async.status.snapshot`` makes a picture of both, from a thread of its own, and
-``atpo_async.status.hangs`` judges it: a wait without progress is a hang, a long one with progress is work.
+Code that waits enters its wait in a registry of the process (``waiting``, ``BoundedWait``, ``DeferredAnswers``); code
+that gets on with its work counts what it has done (``progress``, ``phase``).  ``status.reporter`` makes a status
+snapshot of both, from a thread of its own, and ``status.hangs`` judges it: a wait without progress is a hang, a long
+one with progress is work.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class BoundedWait:
         self._clock = clock
         self._log = log
         self._began = self._warned = self._moved = clock()
-        _patient.add(self)
+        _bounded.add(self)
 
     @property
     def limit_s(self) -> float:
@@ -117,14 +117,14 @@ class BoundedWait:
 
     def again(self, reason: str) -> None:
         """Called at every fruitless turn.  Raises WaitTimeout once nothing has ``moved`` for ``give_up_s``, unless
-        somebody is loading meanwhile (``excuse_by``)."""
+        somebody is loading meanwhile (``extend_while``)."""
         now, reason = self._clock(), shortened(reason, 500)
         self.detail = reason
         if now - self._moved > self._deadlines.give_up_s:
-            excuse = _excuse() if now - self._began < LOADS_AT_MOST_S else None
-            if excuse is not None:
+            loads = _what_loads() if now - self._began < LOADS_AT_MOST_S else None
+            if loads is not None:
                 self._log.warning(
-                    "%s has waited %.0f s for %s and waits on, as %s", self.who, now - self._began, self.what, excuse
+                    "%s has waited %.0f s for %s and waits on, as %s", self.who, now - self._began, self.what, loads
                 )
                 self._moved = now
                 return
@@ -141,25 +141,28 @@ class BoundedWait:
 
 
 LOADS_AT_MOST_S = 3600.0
-"""Nobody is waited for longer than this because something loads: it may stand still where no supervisor sees it."""
+"""No wait is extended beyond this because something loads: it may stand still where no supervisor sees it."""
 
 
-def _no_excuse() -> str | None:
+def _nothing_loads() -> str | None:
     return None
 
 
-_excuse: Callable[[], str | None] = _no_excuse
+_what_loads: Callable[[], str | None] = _nothing_loads
 
 
-def excuse_by(excuse: Callable[[], str | None] | None) -> None:
-    """Have ``excuse`` say, when a ``BoundedWait`` is over, what loads meanwhile; None: nothing ever does."""
-    global _excuse
-    _excuse = excuse or _no_excuse
+def extend_while(what_loads: Callable[[], str | None] | None) -> None:
+    """A ``BoundedWait`` whose time is up goes on as long as ``what_loads()`` names something that still loads.
+
+    None: nothing ever does.
+    """
+    global _what_loads
+    _what_loads = what_loads or _nothing_loads
 
 
 class DeferredAnswers:
-    """A wait of somebody who only answers: it lasts from the first answer that had to put a question off to the first
-    that did not, or until nobody has asked for ``FORGET_S``.
+    """The wait of a server that answers "not yet": it lasts from the first answer that puts a question off to the first
+    that does not, or until no question has come for ``FORGET_S``.
 
     Args:
         who: for whom, for people: ``the requests for leases``.
@@ -179,7 +182,7 @@ class DeferredAnswers:
         now = time.monotonic()
         if not self.lasts(now):
             self.since = now
-            _standing.add(self)
+            _deferred.add(self)
         self.what, self.on, self._asked_at = what, on, now
 
     def over(self) -> None:
@@ -193,11 +196,11 @@ class DeferredAnswers:
 FORGET_S = 5.0
 
 _open: dict[int, waiting] = {}
-_patient: weakref.WeakSet[BoundedWait] = weakref.WeakSet()
-_standing: weakref.WeakSet[DeferredAnswers] = weakref.WeakSet()
+_bounded: weakref.WeakSet[BoundedWait] = weakref.WeakSet()
+_deferred: weakref.WeakSet[DeferredAnswers] = weakref.WeakSet()
 
 
-def snapshot(now: float | None = None) -> list[dict[str, Any]]:
+def open_waits(now: float | None = None) -> list[dict[str, Any]]:
     """The waits of this process, longest first: ``{who, what, on, since_s, limit_s, detail}``.
     From any thread.
 
@@ -222,7 +225,7 @@ def snapshot(now: float | None = None) -> list[dict[str, Any]]:
 def _registered(now: float) -> list[waiting | BoundedWait | DeferredAnswers]:
     for _ in range(100):
         try:
-            return [*_open.values(), *_patient, *(standing for standing in _standing if standing.lasts(now))]
+            return [*_open.values(), *_bounded, *(answers for answers in _deferred if answers.lasts(now))]
         except RuntimeError:  # another thread began or ended a wait meanwhile
             continue
     return []
