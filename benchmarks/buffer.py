@@ -56,8 +56,8 @@ from benchmarks.load import (
     table,
 )
 from benchmarks.peers import CPPRB, REVERB, TORCHRL, found_or_told, measured
+from buffer.pool.pool import ReplayPool, SumTree
 from buffer.trees.index import MemoryStore, TreeEntry, entry_from_turns
-from buffer.trees.pool import ReplayPool, SumTree
 
 PARTS = ("serve", "updates", "growth", "ageing")
 PEER_TIMEOUT_S = 900.0

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from atpo_async.core.credit import TreeArrays, branch_prob
-from buffer.ledger import Ledger
+from buffer.leases.ledger import Ledger
+from buffer.pool.pool import ReplayPool
 from buffer.trees.index import TreeEntry
-from buffer.trees.pool import ReplayPool
 
 
 @dataclass(slots=True)
-class Since:
+class CountsSinceBatch:
     """Counted since the last batch."""
 
     began_s: float
@@ -37,14 +37,14 @@ class RunCounters:
     """
 
     def __init__(self, now: float) -> None:
-        self.since = Since(now)
+        self.since = CountsSinceBatch(now)
         self.tasks: Counter[str] = Counter()
         """What became of training tasks: ``trained`` on at least once, ``no_signal``, ``failed`` (too few leaves),
         ``retired`` (too old before their last use)."""
         self.progress = 0
         """Turns that came and trees that ended, for whoever waits: it stands still only when nothing comes."""
         self.left_before: Counter[str] = Counter()
-        """Trees that had left the pool by the last batch, by ``Gone.cause``."""
+        """Trees that had left the pool by the last batch, by ``Departure.cause``."""
         self.given_up_before = 0
         """Tasks given up by the last batch."""
 
@@ -124,5 +124,5 @@ class RunCounters:
         }
         self.left_before = Counter(pool.left)
         self.given_up_before = ledger.given_up
-        self.since = Since(now)
+        self.since = CountsSinceBatch(now)
         return {name: float(value) for name, value in metrics.items()}

@@ -64,13 +64,13 @@ from atpo_async.wire.messages import (
     Welcome,
 )
 from atpo_async.wire.records import TurnRecords
+from buffer.batches.served import Share
+from buffer.handlers.pending_answers import PendingAnswer
 from buffer.journal.journal import Journal
 from buffer.journal.persistence import StatePersistence
 from buffer.metrics_file import MetricsFile, may_be_called
-from buffer.pending_answers import PendingAnswer
 from buffer.state import RETRY_S, BufferState
 from buffer.trees.assembly import Frames
-from buffer.trees.batches import Share
 from buffer.trees.index import StoredTurns, places_of
 
 log = logging.getLogger("atpo.buffer")
@@ -148,16 +148,16 @@ class BufferService:
         self.state = BufferState(
             config, run=run, rng=np.random.default_rng(config.run.seed), now=clock(), store=self.journal
         )
-        keeping = StatePersistence(self.state)
-        found = keeping.restore(recovered.rows, recovered.state, clock())
+        persistence = StatePersistence(self.state)
+        found = persistence.restore(recovered.rows, recovered.state, clock())
         if found:
             log.info("recovered from %s: %s", journal, ", ".join(f"{n} {what}" for what, n in found.items()))
         if self.state.weights_endpoint and endpoints.weights:
             # Where the learner is now; the run may have been started anew since it last said so.
             self.state.weights_endpoint, self.state.announce_endpoint = endpoints.weights, endpoints.announce
         self.state.rng = np.random.default_rng([config.run.seed, self.state.incarnation])
-        self.journal.collect = lambda: keeping.collect(self.journal.put)
-        self._keeping = keeping
+        self.journal.collect = lambda: persistence.collect(self.journal.put)
+        self._persistence = persistence
         self.state.gauges = self._gauges
         self._changed = asyncio.Event()
         self._metrics = MetricsFile(None if rundir is None else rundir.metrics_path)
@@ -299,9 +299,9 @@ class BufferService:
             chunks = [] if self.journal.failing else self.journal.sparse_chunks(MOVE_CHUNKS)
             if not chunks:
                 continue
-            rows = self._keeping.live(await self.journal.rows_in(chunks))
+            rows = self._persistence.live(await self.journal.rows_in(chunks))
             records = await self.journal.load(places_of(rows))
-            moved = self._keeping.relocate(rows, records)
+            moved = self._persistence.relocate(rows, records)
             await self.journal.settle()
             log.debug("moved %d records out of %d chunks", moved, len(chunks))
 

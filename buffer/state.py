@@ -28,16 +28,16 @@ from atpo_async.wire.messages import (
     Trained,
     VersionPublished,
 )
-from buffer.batch_server import BatchServer
+from buffer.batches.delay_line import Admission, DelayLine
+from buffer.batches.served import Batches, Share
+from buffer.batches.server import BatchServer
 from buffer.counters import RunCounters
-from buffer.evaluations import Evaluations
-from buffer.ledger import Held, Ledger
+from buffer.leases.evaluations import Evaluations
+from buffer.leases.ledger import HeldLease, Ledger
+from buffer.pool.pool import ReplayPool
 from buffer.trees.assembly import Assembly, Frames, TreeMessage
-from buffer.trees.batches import Batches, Share
-from buffer.trees.delay_line import Admission, DelayLine
 from buffer.trees.index import MemoryStore, Store, StoredTurns
 from buffer.trees.lifecycle import TreeLifecycle
-from buffer.trees.pool import ReplayPool
 
 log = logging.getLogger("atpo.buffer")
 
@@ -87,35 +87,35 @@ class BufferState:
             prefix=f"b{incarnation}",
             max_tasks=config.run.max_tasks,
         )
-        self.line: DelayLine | None = None
+        self.delay_line: DelayLine | None = None
         """Decides what is grown and served where the lag is to be exact."""
         if staleness.exact_lag is not None:
-            self.line = DelayLine(
+            self.delay_line = DelayLine(
                 lag=staleness.exact_lag,
                 max_lag=staleness.max_lag,
                 trees_per_set=staleness.trees_per_batch,
                 max_oversampling=staleness.max_oversampling,
                 num_steps=config.run.steps,
             )
-        self.account = RunCounters(now)
+        self.counters = RunCounters(now)
         self.batches = Batches()
         self.evaluations = Evaluations(self.ledger)
-        self.holdings = TreeLifecycle(
+        self.trees = TreeLifecycle(
             config,
             store=self.store,
             ledger=self.ledger,
             evaluations=self.evaluations,
-            account=self.account,
+            counters=self.counters,
             batches=self.batches,
-            line=self.line,
+            delay_line=self.delay_line,
         )
-        self.serving = BatchServer(
+        self.batch_server = BatchServer(
             config,
             ledger=self.ledger,
-            holdings=self.holdings,
+            trees=self.trees,
             batches=self.batches,
-            account=self.account,
-            line=self.line,
+            counters=self.counters,
+            delay_line=self.delay_line,
             flush=self._flush,
         )
         self._last_turn_s: float | None = None
@@ -129,21 +129,21 @@ class BufferState:
 
     @property
     def assembly(self) -> Assembly:
-        return self.holdings.assembly
+        return self.trees.assembly
 
     @property
     def pool(self) -> ReplayPool:
-        return self.holdings.pool
+        return self.trees.pool
 
     @property
     def step(self) -> int:
         """The step last asked for."""
-        return self.serving.step
+        return self.batch_server.step
 
     @property
     def version(self) -> int:
         """The learner's version, as last heard."""
-        return self.holdings.version
+        return self.trees.version
 
     @property
     def next_batch(self) -> int:
@@ -153,17 +153,17 @@ class BufferState:
     @property
     def progress(self) -> int:
         """Turns that came and trees that ended, for whoever waits: it stands still only when nothing comes."""
-        return self.account.progress
+        return self.counters.progress
 
     @property
     def nbytes(self) -> int:
         """Bytes of all turns kept."""
-        return self.holdings.nbytes
+        return self.trees.nbytes
 
     @property
     def checkpoint_wanted(self) -> bool:
         """Whether trees that only a checkpoint of the learner sets free take much of the room."""
-        return self.holdings.checkpoint_wanted
+        return self.trees.checkpoint_wanted
 
     @property
     def records(self) -> list[tuple[int, int, dict[str, float]]]:
@@ -190,14 +190,14 @@ class BufferState:
             actor,
             count,
             now=now,
-            ready=self.holdings.num_waiting,
-            produced=self.account.since.produced,
-            memory_full=self.holdings.memory_full,
+            ready=self.trees.num_waiting,
+            produced=self.counters.since.produced,
+            memory_full=self.trees.memory_full,
             exact=self._admission(engine_version),
         )
         leases = []
         for held in granted.leases:
-            self.holdings.names[held.number] = held.tree_id
+            self.trees.names[held.number] = held.tree_id
             self.assembly.expect(
                 held.tree_id, number=held.number, task_index=held.task_index, kind=held.kind, epoch=held.epoch
             )
@@ -212,16 +212,16 @@ class BufferState:
         )
 
     def _admission(self, engine_version: int | None) -> Admission | None:
-        if self.line is None:
+        if self.delay_line is None:
             return None
-        return self.line.admit(
+        return self.delay_line.admit(
             under_lease=self.ledger.num_training,
             published=self.ledger.published,
             engine_version=engine_version,
-            memory_full=self.holdings.memory_full,
+            memory_full=self.trees.memory_full,
         )
 
-    def _lease_message(self, held: Held) -> Lease:
+    def _lease_message(self, held: HeldLease) -> Lease:
         return Lease(
             tree_id=held.tree_id,
             task_index=held.task_index,
@@ -249,17 +249,17 @@ class BufferState:
         if not self.assembly.add(message, frames):
             return False
         if isinstance(message, Turn):
-            self.account.progress += 1
-            self.account.since.turns += 1
+            self.counters.progress += 1
+            self.counters.since.turns += 1
             self._last_turn_s = now
             if not self.assembly.is_closed(message.tree_id) and self._config.buffer.ready == "complete":
                 return False
         tree_id = message.tree_id
         if self.assembly.is_complete(tree_id):
-            self.holdings.end(tree_id)
+            self.trees.end(tree_id)
             return True
         if self._config.buffer.ready == "partial" and self.ledger.kind(tree_id) == "train":
-            return self.holdings.offer_partial(tree_id)
+            return self.trees.offer_partial(tree_id)
         return False
 
     def report(self, actor: str, tree_ids: Iterable[str], now: float) -> bool:
@@ -298,13 +298,13 @@ class BufferState:
         if held is not None and (held.holder, held.waiting, held.epoch) == (actor, False, message.lease_epoch):
             held.refused = reason
 
-    def _free(self, held: Held) -> None:
+    def _free(self, held: HeldLease) -> None:
         """A lease that its holder does not have any more.  What is refused for its content is as good as lost, and
         counts like it: with the same task it would be refused once more, for ever."""
         if not held.refused:
             self.ledger.reissue(held.tree_id, lost=False)
             return
-        self.account.since.counts["refused_trees"] += 1
+        self.counters.since.counts["refused_trees"] += 1
         log.warning("tree %s, task %d, was refused: %s", held.tree_id, held.task_index, held.refused)
         self._lost(held)
 
@@ -316,15 +316,15 @@ class BufferState:
             self._lost(held)
         return bool(lapsed)
 
-    def _lost(self, held: Held) -> None:
+    def _lost(self, held: HeldLease) -> None:
         """A holder is gone: what is finished is used, what is not goes to another, up to a limit."""
         leaves = self.assembly.tree(held.tree_id).num_leaves
         if leaves >= (1 if held.kind == "eval" else 2):
-            self.holdings.end(held.tree_id)
+            self.trees.end(held.tree_id)
         elif not self.ledger.reissue(held.tree_id, lost=True):
             why = f", the last as it was refused: {held.refused}" if held.refused else ""
             log.warning("task %d given up: tree %s lost %d holders%s", held.task_index, held.tree_id, held.lost, why)
-            self.holdings.forget_growing(held.tree_id)
+            self.trees.forget_growing(held.tree_id)
             if held.kind == "eval":
                 self.evaluations.record(held, None)
             else:
@@ -335,7 +335,7 @@ class BufferState:
     def evaluate(self, request: EvalRequest) -> None:
         """Begin an evaluation, unless it is the one under way."""
         for tree_id in self.evaluations.begin(request):
-            self.holdings.forget_growing(tree_id)
+            self.trees.forget_growing(tree_id)
 
     def eval_result(self, step: int) -> EvalResult:
         return self.evaluations.result(step)
@@ -346,8 +346,8 @@ class BufferState:
         """Actors can get a version, and where."""
         self.ledger.publish(message.version)
         self.weights_endpoint, self.announce_endpoint = message.weights_endpoint, message.announce_endpoint
-        self.holdings.heard(message.version)
-        self.holdings.advance()
+        self.trees.heard(message.version)
+        self.trees.advance()
 
     def sample(self, request: SampleRequest, now: float) -> Batch | Exhausted | None:
         """``draw``, read at once."""
@@ -362,15 +362,15 @@ class BufferState:
         Raises:
             BadMessage: with ``staleness.exact_lag``, a batch of another size than the run's.
         """
-        return self.serving.draw(request, now, self.rng)
+        return self.batch_server.draw(request, now, self.rng)
 
     def trained(self, message: Trained) -> None:
         """A rank has trained on its share of a batch."""
-        self.serving.trained(message)
+        self.batch_server.trained(message)
 
     def checkpointed(self, message: Checkpointed) -> None:
         """The learner never falls back behind ``message.step`` any more."""
-        self.serving.checkpointed(message)
+        self.batch_server.checkpointed(message)
 
     def finish(self) -> None:
         """The learner has done its steps."""
@@ -379,12 +379,12 @@ class BufferState:
     def waiting_for(self, request: SampleRequest, now: float) -> str:
         """What keeps a batch from being served, for the log."""
         ready = f"trees: {len(self.pool)} of {request.num_trees} ready"
-        if self.line is not None:
-            ready = self.line.describe()
+        if self.delay_line is not None:
+            ready = self.delay_line.describe()
         last = "no turn yet" if self._last_turn_s is None else f"last turn {now - self._last_turn_s:.1f} s ago"
         return (
             f"{ready}, {self.ledger.num_training} under lease, "
-            f"{self.account.describe_drops(self.pool)}; "
+            f"{self.counters.describe_drops(self.pool)}; "
             f"{self.ledger.actors_alive(now)} actors alive; {last}; "
             f"published version {self.ledger.published}, asked for at {request.version}"
         )
@@ -392,10 +392,10 @@ class BufferState:
     # --- numbers -----------------------------------------------------------------------------------------------
 
     def count_bad_message(self) -> None:
-        self.account.since.counts["bad_messages"] += 1
+        self.counters.since.counts["bad_messages"] += 1
 
     def _flush(self, now: float) -> dict[str, float]:
-        return self.account.flush(
+        return self.counters.flush(
             now,
             ledger=self.ledger,
             pool=self.pool,

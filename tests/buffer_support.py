@@ -43,11 +43,11 @@ class Disk(MemoryStore):
     def open(self, config: Config, *, now: float = 0.0, seed: int = 0) -> BufferState:
         """A buffer that finds what the one before it kept."""
         made = BufferState(config, run="r", rng=np.random.default_rng(seed), now=now, store=self)
-        self._keeping = StatePersistence(made)
-        self._keeping.restore(self.rows(), dict(self.state), now)
+        self._persistence = StatePersistence(made)
+        self._persistence.restore(self.rows(), dict(self.state), now)
         self.keep()
         return made
 
     def keep(self) -> None:
         """Commit what the buffer opened last has changed."""
-        self._keeping.collect(self.put)
+        self._persistence.collect(self.put)

@@ -19,7 +19,7 @@ from atpo_async.wire.messages import ActorToBuffer, Lease
 from atpo_async.wire.records import TurnRecords
 from benchmarks import buffer as serving
 from benchmarks import load, peers, soak, transport
-from buffer.trees.pool import SumTree
+from buffer.pool.pool import SumTree
 
 ROOT = Path(__file__).resolve().parent.parent
 

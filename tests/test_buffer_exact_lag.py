@@ -28,9 +28,9 @@ from atpo_async.wire.messages import (
     TreeOpened,
     VersionPublished,
 )
+from buffer.batches.delay_line import Asked, DelayLine, TreeSet
 from buffer.state import BufferState
 from buffer.trees.assembly import TreeMessage
-from buffer.trees.delay_line import Asked, DelayLine, TreeSet
 from tests.buffer_support import Disk
 
 PROMPT = np.array([1, 2], dtype=np.int32)

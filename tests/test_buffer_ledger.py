@@ -21,7 +21,7 @@ from atpo_async.wire.messages import (
     TreeOpened,
     VersionPublished,
 )
-from buffer.ledger import Held, Ledger, Outcome
+from buffer.leases.ledger import HeldLease, Ledger, Outcome
 from buffer.state import BufferState
 
 PROMPT = np.array([1], dtype=np.int32)
@@ -186,7 +186,7 @@ def test_a_full_memory_closes_admission() -> None:
     assert "max_bytes" in str(made.grant("a", 1, now=0.0, ready=0, memory_full=True).closed_because)
 
 
-class Counted(dict[str, Held]):
+class Counted(dict[str, HeldLease]):
     """Leases; counts how often all of them are gone through."""
 
     walks = 0
@@ -214,7 +214,7 @@ def test_what_a_grant_costs_does_not_depend_on_how_many_leases_there_are() -> No
     assert (len(made), made.num_training, held.walks) == (1000, 1000, 0)
 
 
-# --- keeping and losing --------------------------------------------------------------------------------------------
+# --- renewing and losing -------------------------------------------------------------------------------------------
 
 
 def test_a_lease_lapses_when_it_is_not_renewed() -> None:

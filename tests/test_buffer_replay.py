@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atpo_async.core.tree import Turn, VersionSpan
-from buffer.trees.index import MemoryStore, TreeEntry, entry_from_turns
-from buffer.trees.pool import (
+from buffer.pool.pool import (
     PRIORITY_FLOOR,
     WHOLE_LEVEL,
     ReplayPool,
@@ -27,6 +26,7 @@ from buffer.trees.pool import (
     stratified,
     tree_priority,
 )
+from buffer.trees.index import MemoryStore, TreeEntry, entry_from_turns
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / "at2po_vectors.json").read_text())["per"]
 CASES = VECTORS["cases"].items()

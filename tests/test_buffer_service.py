@@ -834,7 +834,7 @@ def test_a_tree_too_old_for_its_second_use_counts_as_such_unless_the_first_is_lo
     take(state, grown(state.lease("a", 1, 0.0).leases[0]))
     train(0, 0)
     state.publish(published(5))
-    assert state.account.tasks["retired"] == 1
+    assert state.counters.tasks["retired"] == 1
     said = "1 trained on (1 of them fewer times than meant, too old by then)"
     if checkpointed:
         state.checkpointed(Checkpointed(run="r", step=1, version=5))
@@ -846,7 +846,7 @@ def test_a_tree_too_old_for_its_second_use_counts_as_such_unless_the_first_is_lo
         train(0, 6)
         train(1, 7)
         said = "1 trained on"
-    assert state.holdings.retired == set()
+    assert state.trees.retired == set()
     over = state.sample(ask(step=2, version=8, num_trees=1), 0.0)
     assert isinstance(over, Exhausted)
     assert f": {said}, 0 without signal" in over.reason

@@ -113,7 +113,7 @@ def test_in_training_too_a_reward_is_no_success_and_what_is_unknown_is_counted_a
     take(state, [grown(second, (1.0, 0.0))[0], known])
     take(state, [msgspec.structs.replace(cast(Any, each), success=None) for each in rest])
     take(state, [grown(second, (1.0, 0.0))[-1]])
-    since = state.account.since
+    since = state.counters.since
     assert since.means["train/reward"] == (1.0, 2.0)
     assert since.means["train/success"] == (1.0, 1.0)
     assert since.means["train/success_unknown"] == (1.5, 2.0)

@@ -137,12 +137,12 @@ def test_the_journal_of_an_earlier_program_holds_what_that_program_found_in_it(o
             "given up": state.ledger.given_up,
             "published": state.ledger.published,
             "step": state.step,
-            "saved step": state.serving.saved_step,
+            "saved step": state.batch_server.saved_step,
             "version": state.version,
             "bytes of records": journal.nbytes,
             "batches not confirmed": sum(not batch.confirmed for batch in state.batches.by_step.values()),
         } == CURSOR
-        assert dict(state.account.tasks) == TASKS
+        assert dict(state.counters.tasks) == TASKS
         leases = {}
         for tree_id in state.ledger.training_trees():
             held, growing = state.ledger.held(tree_id), state.assembly.growing(tree_id)
@@ -161,7 +161,7 @@ def test_the_turns_in_the_journal_of_an_earlier_program_are_those_that_its_learn
         hashes = {}
         for batch in state.batches.by_step.values():
             for drawn in batch.drawn:
-                turns = turns_of(state.holdings.tree_of(drawn), journal)
+                turns = turns_of(state.trees.tree_of(drawn), journal)
                 assert all(turn.run == state.run and len(turn.action) == len(turn.logprobs) for turn in turns)
                 hashes[drawn.tree_id] = hashlib.blake2b(b"".join(turns.parts), digest_size=8).hexdigest()
         trained = {tree["tree_id"]: tree["hash"] for batch in batches(old) for tree in batch["trees"]}
@@ -217,7 +217,7 @@ def test_a_run_of_an_earlier_program_goes_on_and_trains_on_every_task_once(old: 
     with buffer_of(old) as (state, _, found):
         assert {name: count for name, count in found.items() if count} == {}
         assert state.ledger.next_task == MAX_TASKS
-        tasks = state.account.tasks
+        tasks = state.counters.tasks
         assert tasks["trained"] == len(used)
         assert tasks["trained"] + tasks["no_signal"] + tasks["failed"] + state.ledger.given_up == MAX_TASKS
 

@@ -24,11 +24,11 @@ ALL_EVALUATIONS = b"evaluations"
 KEEP = "keep its folder, turns that were acknowledged are in it, and put a copy of it that is whole in its place"
 
 
-class _Kept(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class _Entry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     pass
 
 
-class KeptLease(_Kept):
+class LeaseEntry(_Entry):
     """Who grows a tree."""
 
     holder: str
@@ -40,7 +40,7 @@ class KeptLease(_Kept):
     eval_step: int
 
 
-class KeptClosed(_Kept):
+class ClosingEntry(_Entry):
     """What the closing of a tree said, while turns are still to come."""
 
     lease_epoch: int
@@ -49,7 +49,7 @@ class KeptClosed(_Kept):
     failures: dict[str, int]
 
 
-class KeptPlace(_Kept):
+class PoolEntry(_Entry):
     """What the pool knows of a tree beside its turns."""
 
     priority: float
@@ -58,7 +58,7 @@ class KeptPlace(_Kept):
     entered: int
 
 
-class KeptTree(_Kept):
+class TreeStateEntry(_Entry):
     """One tree.  At most one of ``growing``, ``late`` and ``spent_at`` is set."""
 
     number: int
@@ -66,22 +66,22 @@ class KeptTree(_Kept):
     kind: TaskKind
     failed_branches: int = 0
     attempts: int = 0
-    lease: KeptLease | None = None
+    lease: LeaseEntry | None = None
     growing: bool = False
     epoch: int = 0
     """Turns of this lease epoch are taken."""
-    closed: KeptClosed | None = None
+    closed: ClosingEntry | None = None
     partial: tuple[int, int] | None = None
     """(uses, leaves) when it was last served before it had ended."""
     late: bool = False
     """It came to its end while the learner had an earlier state of it."""
-    pool: KeptPlace | None = None
+    pool: PoolEntry | None = None
     """Ready, or with the learner."""
     spent_at: int | None = None
     """Step of the batch that used it up; kept for a learner that falls back, with ``pool`` as it was."""
 
 
-class KeptDrawn(_Kept):
+class DrawnEntry(_Entry):
     """One tree of a batch."""
 
     tree_id: str
@@ -93,12 +93,12 @@ class KeptDrawn(_Kept):
     """Those served, of a tree that still grew; None for all."""
 
 
-class KeptSet(_Kept):
+class TreeSetEntry(_Entry):
     version: int
     tree_ids: tuple[str, ...]
 
 
-class KeptBatch(_Kept):
+class BatchEntry(_Entry):
     """One batch that was given to the learner."""
 
     batch_id: int
@@ -106,19 +106,19 @@ class KeptBatch(_Kept):
     version: int
     num_ranks: int
     metrics: dict[str, float]
-    drawn: tuple[KeptDrawn, ...]
+    drawn: tuple[DrawnEntry, ...]
     trained: tuple[int, ...]
     priorities: dict[str, float]
     confirmed: bool
-    exact: KeptSet | None = None
+    exact: TreeSetEntry | None = None
 
 
-class KeptAgain(_Kept):
+class RetryEntry(_Entry):
     task_index: int
     attempts: int
 
 
-class KeptRest(_Kept):
+class RunEntry(_Entry):
     """Cursor, counters, versions."""
 
     incarnation: int = 0
@@ -126,7 +126,7 @@ class KeptRest(_Kept):
     next_task: int = 0
     next_number: int = 1
     next_batch: int = 1
-    again: tuple[KeptAgain, ...] = ()
+    again: tuple[RetryEntry, ...] = ()
     given_up: int = 0
     published: int | None = None
     next_version: int = 0
@@ -140,7 +140,7 @@ class KeptRest(_Kept):
     retired: tuple[str, ...] = ()
 
 
-class KeptSince(_Kept):
+class CountsEntry(_Entry):
     """Counted since the last batch."""
 
     produced: int = 0
@@ -149,7 +149,7 @@ class KeptSince(_Kept):
     means: dict[str, tuple[float, float]] = {}
 
 
-class KeptEvaluation(_Kept):
+class EvaluationEntry(_Entry):
     step: int
     version: int
     num_tasks: int
@@ -161,10 +161,10 @@ class KeptEvaluation(_Kept):
     versions: tuple[int, int] | None = None
 
 
-class KeptLine(_Kept):
+class DelayLineEntry(_Entry):
     """The delay line of ``staleness.exact_lag``."""
 
-    whole: tuple[KeptSet, ...]
+    whole: tuple[TreeSetEntry, ...]
     growing: tuple[int, int, tuple[str, ...], int] | None
     """(version, sets, trees, produced)."""
     version: int | None

@@ -10,12 +10,12 @@ import numpy as np
 from atpo_async.core.errors import SetupError
 from atpo_async.core.tree import ROOT
 from atpo_async.wire.messages import TreeClosed
+from buffer.batches.delay_line import TreeSet
+from buffer.batches.served import Served, ServedTree
 from buffer.journal import entries
-from buffer.ledger import Again, Evaluation, Held
+from buffer.leases.ledger import Evaluation, HeldLease, RetriedTask
 from buffer.state import BufferState
 from buffer.trees.assembly import Growing
-from buffer.trees.batches import Served, ServedTree
-from buffer.trees.delay_line import TreeSet
 from buffer.trees.index import Rows, TreeEntry, TurnEntry, entry_of
 
 
@@ -37,7 +37,7 @@ class StatePersistence:
         """Hand over what has changed since the last time: (key, value), None where there is nothing any more."""
         state = self._state
         changed: set[str] = set()
-        for names in (state.holdings.changed, state.ledger.changed, state.assembly.changed, state.pool.changed):
+        for names in (state.trees.changed, state.ledger.changed, state.assembly.changed, state.pool.changed):
             changed |= names
             names.clear()
         for tree_id in changed:
@@ -63,20 +63,20 @@ class StatePersistence:
                 self._kept[key] = data
                 put(key, data)
 
-    def _kept_tree(self, tree_id: str) -> entries.KeptTree | None:
+    def _kept_tree(self, tree_id: str) -> entries.TreeStateEntry | None:
         held, growing = self._state.ledger.held(tree_id), self._state.assembly.growing(tree_id)
-        tree = self._state.holdings.find(tree_id)
+        tree = self._state.trees.find(tree_id)
         if held is None and growing is None and tree is None:
             return None
         place = spent_at = None
         if tree_id in self._state.pool:
             priority, uses, limit, entered = self._state.pool.kept(tree_id)
-            place = entries.KeptPlace(priority=priority, uses=uses, limit=limit, entered=entered)
-        elif tree_id in self._state.holdings.spent:
-            _, place, spent_at = self._state.holdings.spent[tree_id]
+            place = entries.PoolEntry(priority=priority, uses=uses, limit=limit, entered=entered)
+        elif tree_id in self._state.trees.spent:
+            _, place, spent_at = self._state.trees.spent[tree_id]
         owner = growing or tree or held
         assert owner is not None
-        return entries.KeptTree(
+        return entries.TreeStateEntry(
             number=owner.number,
             task_index=owner.task_index,
             kind="train" if held is None else held.kind,
@@ -86,21 +86,21 @@ class StatePersistence:
             growing=growing is not None,
             epoch=0 if growing is None else growing.epoch,
             closed=None if growing is None or growing.closed is None else _kept_closed(growing.closed),
-            partial=self._state.holdings.partial_uses.get(tree_id),
-            late=tree_id in self._state.holdings.late,
+            partial=self._state.trees.partial_uses.get(tree_id),
+            late=tree_id in self._state.trees.late,
             pool=place,
             spent_at=spent_at,
         )
 
     def _kept_whole(self) -> dict[bytes, object]:
-        ledger, since, line = self._state.ledger, self._state.account.since, self._state.line
+        ledger, since, line = self._state.ledger, self._state.counters.since, self._state.delay_line
         found: dict[bytes, object] = {
-            entries.REST: entries.KeptRest(
+            entries.REST: entries.RunEntry(
                 incarnation=self._state.incarnation,
                 next_task=ledger.next_task,
                 next_number=ledger.next_number,
                 next_batch=self._state.batches.next_id,
-                again=tuple(entries.KeptAgain(task_index=t, attempts=n) for t, n in ledger.again),
+                again=tuple(entries.RetryEntry(task_index=t, attempts=n) for t, n in ledger.again),
                 given_up=ledger.given_up,
                 published=ledger.published,
                 next_version=ledger.next_version,
@@ -109,11 +109,11 @@ class StatePersistence:
                 weights_endpoint=self._state.weights_endpoint,
                 announce_endpoint=self._state.announce_endpoint,
                 highest_priority=self._state.pool.highest,
-                saved_step=self._state.serving.saved_step,
-                tasks=dict(self._state.account.tasks),
-                retired=tuple(sorted(self._state.holdings.retired)),
+                saved_step=self._state.batch_server.saved_step,
+                tasks=dict(self._state.counters.tasks),
+                retired=tuple(sorted(self._state.trees.retired)),
             ),
-            entries.SINCE: entries.KeptSince(
+            entries.SINCE: entries.CountsEntry(
                 produced=since.produced, turns=since.turns, counts=dict(since.counts), means=since.means
             ),
         }
@@ -135,7 +135,7 @@ class StatePersistence:
         Raises:
             SetupError: the journal contradicts itself.
         """
-        rest = entries.read(state, entries.REST, entries.KeptRest)
+        rest = entries.read(state, entries.REST, entries.RunEntry)
         if rest is None:
             self._state.incarnation += 1
             self._state.ledger.prefix = f"b{self._state.incarnation}"
@@ -143,11 +143,11 @@ class StatePersistence:
             return {}
         self._restore_rest(rest, state)
         owned = np.zeros(len(rows), dtype=bool)
-        pooled: list[tuple[entries.KeptTree, TreeEntry]] = []
+        pooled: list[tuple[entries.TreeStateEntry, TreeEntry]] = []
         for key in state:
             if not key.startswith(entries.TREE):
                 continue
-            tree = entries.read(state, key, entries.KeptTree)
+            tree = entries.read(state, key, entries.TreeStateEntry)
             assert tree is not None
             at = slice(*np.searchsorted(rows["tree"], [tree.number, tree.number + 1]).tolist())
             entry = self._restore_tree(key.removeprefix(entries.TREE).decode(), tree, rows[at], now)
@@ -163,11 +163,11 @@ class StatePersistence:
             )  # fmt: skip
         self._state.pool.highest = rest.highest_priority
         for key in sorted(key for key in state if key.startswith(entries.BATCH)):
-            batch = entries.read(state, key, entries.KeptBatch)
+            batch = entries.read(state, key, entries.BatchEntry)
             assert batch is not None
             self._restore_batch(batch)
         # After the batches: what a learner has is not dropped for its age.
-        self._state.holdings.advance()
+        self._state.trees.advance()
         # Records of trees that are gone, in chunks that others keep.
         self._state.store.release(rows[~owned], gone=True)
         return {
@@ -175,29 +175,29 @@ class StatePersistence:
             "growing trees": len(self._state.assembly),
             "ready trees": len(self._state.pool),
             "trees with the learner": self._state.pool.num_out,
-            "trees kept for a checkpoint": len(self._state.holdings.spent),
+            "trees kept for a checkpoint": len(self._state.trees.spent),
             "leases": len(self._state.ledger),
             "batches": len(self._state.batches.by_step),
             "tasks to lease again": len(self._state.ledger.again),
         }
 
-    def _restore_rest(self, rest: entries.KeptRest, state: Mapping[bytes, bytes]) -> None:
+    def _restore_rest(self, rest: entries.RunEntry, state: Mapping[bytes, bytes]) -> None:
         ledger = self._state.ledger
         self._state.incarnation = rest.incarnation + 1
         ledger.prefix = f"b{self._state.incarnation}"
-        self._state.serving.saved_step, self._state.serving.anew = rest.saved_step, False
-        self._state.account.tasks.update(rest.tasks)
+        self._state.batch_server.saved_step, self._state.batch_server.anew = rest.saved_step, False
+        self._state.counters.tasks.update(rest.tasks)
         ledger.next_task, ledger.next_number = rest.next_task, rest.next_number
-        ledger.again.extend(Again(each.task_index, each.attempts) for each in rest.again)
-        ledger.given_up = self._state.account.given_up_before = rest.given_up
+        ledger.again.extend(RetriedTask(each.task_index, each.attempts) for each in rest.again)
+        ledger.given_up = self._state.counters.given_up_before = rest.given_up
         ledger.published, ledger.next_version = rest.published, rest.next_version
-        self._state.batches.next_id, self._state.serving.step = rest.next_batch, rest.step
-        self._state.holdings.version = rest.version
-        self._state.holdings.retired = set(rest.retired)
+        self._state.batches.next_id, self._state.batch_server.step = rest.next_batch, rest.step
+        self._state.trees.version = rest.version
+        self._state.trees.retired = set(rest.retired)
         self._state.weights_endpoint, self._state.announce_endpoint = rest.weights_endpoint, rest.announce_endpoint
-        since = entries.read(state, entries.SINCE, entries.KeptSince)
+        since = entries.read(state, entries.SINCE, entries.CountsEntry)
         if since is not None:
-            counted = self._state.account.since
+            counted = self._state.counters.since
             counted.produced, counted.turns = since.produced, since.turns
             counted.counts, counted.means = Counter(since.counts), dict(since.means)
         for each in _kept_evaluations(state):
@@ -208,23 +208,23 @@ class StatePersistence:
         self._all_in_one = entries.ALL_EVALUATIONS in state
         if self._all_in_one:
             ledger.changed_evaluations.update(ledger.evaluations)
-        line = entries.read(state, entries.LINE, entries.KeptLine)
-        if self._state.line is not None and line is not None:
-            self._state.line.restore(line)
+        line = entries.read(state, entries.LINE, entries.DelayLineEntry)
+        if self._state.delay_line is not None and line is not None:
+            self._state.delay_line.restore(line)
 
-    def _restore_tree(self, tree_id: str, tree: entries.KeptTree, rows: Rows, now: float) -> TreeEntry | None:
+    def _restore_tree(self, tree_id: str, tree: entries.TreeStateEntry, rows: Rows, now: float) -> TreeEntry | None:
         """One tree; what of it belongs into the pool."""
-        self._state.holdings.names[tree.number] = tree_id
+        self._state.trees.names[tree.number] = tree_id
         self._state.ledger.restore_attempts(tree.task_index, tree.attempts)
         if tree.lease is not None:
             lease = tree.lease
-            held = Held(
+            held = HeldLease(
                 tree_id, tree.number, tree.task_index, tree.kind, lease.seed, lease.epoch, lease.holder, 0.0,
                 lease.min_version, lost=lease.lost, waiting=lease.waiting, eval_step=lease.eval_step,
             )  # fmt: skip
             self._state.ledger.restore(held, now=now)
         if tree.partial is not None:
-            self._state.holdings.partial_uses[tree_id] = tree.partial
+            self._state.trees.partial_uses[tree_id] = tree.partial
         prompt, turns = rows[rows["turn_id"] == ROOT], rows[rows["turn_id"] != ROOT]
         if tree.growing:
             growing = Growing(tree_id, tree.number, tree.task_index, tree.kind, tree.epoch)
@@ -247,14 +247,14 @@ class StatePersistence:
         if not len(turns) or not len(prompt):
             raise SetupError(f"the journal is damaged: tree {tree_id} is there without its turns; {entries.KEEP}")
         if tree.late:
-            self._state.holdings.late[tree_id] = entry
+            self._state.trees.late[tree_id] = entry
         if tree.spent_at is not None and tree.pool is not None:
-            self._state.holdings.spent[tree_id] = (entry, tree.pool, tree.spent_at)
-            self._state.holdings.spent_nbytes += entry.nbytes
+            self._state.trees.spent[tree_id] = (entry, tree.pool, tree.spent_at)
+            self._state.trees.spent_nbytes += entry.nbytes
             return None
         return entry if tree.pool is not None else None
 
-    def _restore_batch(self, batch: entries.KeptBatch) -> None:
+    def _restore_batch(self, batch: entries.BatchEntry) -> None:
         self._state.batches.by_step[batch.step] = Served(
             batch_id=batch.batch_id,
             step=batch.step,
@@ -290,24 +290,24 @@ class StatePersistence:
                 self._state.store.note(entry)
                 moved.setdefault(entry.tree, {})[entry.turn_id] = entry
         for number, moved_entries in moved.items():
-            tree_id = self._state.holdings.names[number]
+            tree_id = self._state.trees.names[number]
             growing = self._state.assembly.growing(tree_id)
             if growing is not None:
                 growing.prompt = moved_entries.get(ROOT, growing.prompt)
                 growing.turns |= {turn_id: entry for turn_id, entry in moved_entries.items() if turn_id != ROOT}
             if (ready := self._state.pool.find(tree_id)) is not None:
                 self._state.pool.replace(ready.moved(moved_entries))
-            if tree_id in self._state.holdings.late:
-                self._state.holdings.late[tree_id] = self._state.holdings.late[tree_id].moved(moved_entries)
-            if tree_id in self._state.holdings.spent:
-                tree, place, step = self._state.holdings.spent[tree_id]
-                self._state.holdings.spent[tree_id] = (tree.moved(moved_entries), place, step)
+            if tree_id in self._state.trees.late:
+                self._state.trees.late[tree_id] = self._state.trees.late[tree_id].moved(moved_entries)
+            if tree_id in self._state.trees.spent:
+                tree, place, step = self._state.trees.spent[tree_id]
+                self._state.trees.spent[tree_id] = (tree.moved(moved_entries), place, step)
         self._state.store.release(rows[current])
         return sum(current)
 
     def _is_current(self, row: np.void) -> bool:
         """Whether a tree still has this record where the row says."""
-        tree_id = self._state.holdings.names.get(int(row["tree"]))
+        tree_id = self._state.trees.names.get(int(row["tree"]))
         if tree_id is None:
             return False
         turn_id, place = int(row["turn_id"]), (int(row["chunk"]), int(row["offset"]))
@@ -315,23 +315,23 @@ class StatePersistence:
         if growing is not None:
             entry = growing.prompt if turn_id == ROOT else growing.turns.get(turn_id)
             return entry is not None and (entry.chunk, entry.offset) == place
-        tree = self._state.holdings.find(tree_id)
+        tree = self._state.trees.find(tree_id)
         if tree is None:
             return False
         rows = tree.prompt if turn_id == ROOT else tree.rows[tree.rows["turn_id"] == turn_id]
         return bool(len(rows)) and (int(rows[0]["chunk"]), int(rows[0]["offset"])) == place
 
 
-def _kept_evaluations(state: Mapping[bytes, bytes]) -> list[entries.KeptEvaluation]:
+def _kept_evaluations(state: Mapping[bytes, bytes]) -> list[entries.EvaluationEntry]:
     """By step.  Raises SetupError for what is none."""
     keys = sorted(key for key in state if key.startswith(entries.EVALUATION))
-    found = [entries.read(state, key, entries.KeptEvaluation) for key in keys]
-    earlier = entries.read(state, entries.ALL_EVALUATIONS, tuple[entries.KeptEvaluation, ...])
+    found = [entries.read(state, key, entries.EvaluationEntry) for key in keys]
+    earlier = entries.read(state, entries.ALL_EVALUATIONS, tuple[entries.EvaluationEntry, ...])
     return [*(earlier or ()), *(each for each in found if each is not None)]
 
 
-def _kept_evaluation(evaluation: Evaluation) -> entries.KeptEvaluation:
-    return entries.KeptEvaluation(
+def _kept_evaluation(evaluation: Evaluation) -> entries.EvaluationEntry:
+    return entries.EvaluationEntry(
         step=evaluation.step,
         version=evaluation.version,
         num_tasks=evaluation.num_tasks,
@@ -344,30 +344,30 @@ def _kept_evaluation(evaluation: Evaluation) -> entries.KeptEvaluation:
     )
 
 
-def _kept_lease(held: Held) -> entries.KeptLease:
-    return entries.KeptLease(
+def _kept_lease(held: HeldLease) -> entries.LeaseEntry:
+    return entries.LeaseEntry(
         holder=held.holder, seed=held.seed, epoch=held.epoch, min_version=held.min_version, lost=held.lost,
         waiting=held.waiting, eval_step=held.eval_step,
     )  # fmt: skip
 
 
-def _kept_closed(closed: TreeClosed) -> entries.KeptClosed:
-    return entries.KeptClosed(
+def _kept_closed(closed: TreeClosed) -> entries.ClosingEntry:
+    return entries.ClosingEntry(
         lease_epoch=closed.lease_epoch, num_turns=closed.num_turns, failed_branches=closed.failed_branches,
         failures=closed.failures,
     )  # fmt: skip
 
 
-def _kept_batch(served: Served) -> entries.KeptBatch:
+def _kept_batch(served: Served) -> entries.BatchEntry:
     exact = served.exact
-    return entries.KeptBatch(
+    return entries.BatchEntry(
         batch_id=served.batch_id,
         step=served.step,
         version=served.version,
         num_ranks=served.num_ranks,
         metrics=served.metrics,
         drawn=tuple(
-            entries.KeptDrawn(
+            entries.DrawnEntry(
                 tree_id=d.tree_id, task_index=d.task_index, probability=d.probability, weight=d.weight, uses=d.uses,
                 turn_ids=d.turn_ids,
             )
@@ -376,5 +376,5 @@ def _kept_batch(served: Served) -> entries.KeptBatch:
         trained=tuple(sorted(served.trained)),
         priorities=served.priorities,
         confirmed=served.confirmed,
-        exact=None if exact is None else entries.KeptSet(version=exact.version, tree_ids=exact.tree_ids),
+        exact=None if exact is None else entries.TreeSetEntry(version=exact.version, tree_ids=exact.tree_ids),
     )  # fmt: skip

@@ -16,15 +16,15 @@ import numpy as np
 from atpo_async.config import Config
 from atpo_async.core.credit import TreeArrays, credit_as
 from atpo_async.core.errors import BadMessage
+from buffer.batches.delay_line import DelayLine
+from buffer.batches.served import Batches, ServedTree
 from buffer.counters import RunCounters
-from buffer.evaluations import Evaluations
 from buffer.journal import entries
-from buffer.ledger import Ledger
+from buffer.leases.evaluations import Evaluations
+from buffer.leases.ledger import Ledger
+from buffer.pool.pool import Departure, Drawn, ReplayPool, tree_priority
 from buffer.trees.assembly import Assembly
-from buffer.trees.batches import Batches, ServedTree
-from buffer.trees.delay_line import DelayLine
 from buffer.trees.index import Store, TreeEntry
-from buffer.trees.pool import Drawn, Gone, ReplayPool, tree_priority
 
 log = logging.getLogger("atpo.buffer")
 
@@ -44,9 +44,9 @@ class TreeLifecycle:
         store: where their records are.
         ledger: told what becomes of their tasks.
         evaluations: told of trees that are grown for one.
-        account: counts them.
+        counters: counts them.
         batches: looked into for who had a tree last.
-        line: decides what is kept where the lag is to be exact.
+        delay_line: decides what is kept where the lag is to be exact.
     """
 
     def __init__(
@@ -56,18 +56,18 @@ class TreeLifecycle:
         store: Store,
         ledger: Ledger,
         evaluations: Evaluations,
-        account: RunCounters,
+        counters: RunCounters,
         batches: Batches,
-        line: DelayLine | None,
+        delay_line: DelayLine | None,
     ) -> None:
         buffer, staleness = config.buffer, config.staleness
         self._config = config
         self._store = store
         self._ledger = ledger
         self._evaluations = evaluations
-        self._account = account
+        self._counters = counters
         self._batches = batches
-        self._line = line
+        self._delay_line = delay_line
         self.assembly = Assembly(store, find=self.find)
         """Trees that grow."""
         self.pool = ReplayPool(
@@ -78,7 +78,7 @@ class TreeLifecycle:
             weights_over=buffer.weights_over,
         )
         """Trees that are ready, and those with the learner."""
-        self.spent: dict[str, tuple[TreeEntry, entries.KeptPlace, int]] = {}
+        self.spent: dict[str, tuple[TreeEntry, entries.PoolEntry, int]] = {}
         """Trees used up since the learner's last checkpoint, as the pool had them, and the step that used them up."""
         self.spent_nbytes = 0
         self.late: dict[str, TreeEntry] = {}
@@ -145,7 +145,7 @@ class TreeLifecycle:
         taken = self.pool.nbytes + self.assembly.nbytes + self._spent_over
         near = taken >= NEARLY_FULL * self._config.buffer.max_bytes
         near = near or (most is not None and len(self.pool) >= most)
-        if self._line is not None:
+        if self._delay_line is not None:
             return near
         return near and len(self.pool) >= self._config.staleness.trees_per_batch
 
@@ -161,7 +161,7 @@ class TreeLifecycle:
 
     def end(self, tree_id: str) -> None:
         """Nothing more will come of this tree."""
-        self._account.progress += 1
+        self._counters.progress += 1
         held = self._ledger.end(tree_id)
         no_answer = not ENGINE_FAILED.isdisjoint(self.assembly.failures(tree_id))
         whole = self.assembly.finish(tree_id)
@@ -172,26 +172,26 @@ class TreeLifecycle:
                 self._evaluations.record(held, tree)
             return
         # Here and not when the closing comes: a tree may be closed under more than one lease, but ends once.
-        self._account.since.counts["failed_branches"] += whole.failed_branches
+        self._counters.since.counts["failed_branches"] += whole.failed_branches
         reason = unusable(tree)
         if reason is not None:
-            self._account.since.counts[f"dropped_{reason}"] += 1
+            self._counters.since.counts[f"dropped_{reason}"] += 1
             if no_answer:
                 # Not for want of anything in the task: a hung engine would eat every task that it is given.
                 self._lease_again(tree.task_index)
             else:
-                self._account.tasks["failed"] += 1
+                self._counters.tasks["failed"] += 1
                 self._ledger.settled(tree.task_index)
             self.forget(whole)
             return
         if len(tree) < len(whole):
             self._store.release(whole.rows[~np.isin(whole.rows["turn_id"], tree.rows["turn_id"])])
         arrays = tree.arrays()
-        if self._line is None:
-            self._account.count_tree(tree, arrays)
+        if self._delay_line is None:
+            self._counters.count_tree(tree, arrays)
             self._admit(tree, self._priority(arrays))
         else:
-            self._admit_exact(tree, arrays, self._line)
+            self._admit_exact(tree, arrays, self._delay_line)
 
     def forget(self, tree: TreeEntry) -> None:
         """Its records are needed no more, unless somebody else has the tree still."""
@@ -210,8 +210,8 @@ class TreeLifecycle:
     def _admit(self, tree: TreeEntry, priority: float) -> None:
         """Into the pool, unless nothing can be learnt from it."""
         if priority == 0:
-            self._account.since.counts["no_signal_trees"] += 1
-            self._account.tasks["no_signal"] += 1
+            self._counters.since.counts["no_signal_trees"] += 1
+            self._counters.tasks["no_signal"] += 1
             self.partial_uses.pop(tree.tree_id, None)
             self._ledger.settled(tree.task_index)
             self.forget(tree)
@@ -222,7 +222,7 @@ class TreeLifecycle:
             return
         uses, leaves = self.partial_uses.pop(tree.tree_id, (0, 0))
         if uses and tree.num_leaves <= leaves and tree.tree_id not in self.pool:
-            place = entries.KeptPlace(priority=priority, uses=uses, limit=uses, entered=0)
+            place = entries.PoolEntry(priority=priority, uses=uses, limit=uses, entered=0)
             used_up_at = self._batches.last_with(tree.tree_id)
             if used_up_at is None:
                 self.forget(tree)
@@ -232,35 +232,35 @@ class TreeLifecycle:
         self.pool.add(tree, priority=priority, uses=uses)
         self._make_room()
 
-    def _admit_exact(self, tree: TreeEntry, arrays: TreeArrays, line: DelayLine) -> None:
+    def _admit_exact(self, tree: TreeEntry, arrays: TreeArrays, delay_line: DelayLine) -> None:
         """Into the sets under way, if the version that grows them sampled every token."""
         priority = self._priority(arrays)
         versions = tree.versions
         taken = self.pool.nbytes + self.assembly.nbytes + self._spent_over
         room = taken + tree.nbytes <= self._config.buffer.max_bytes
-        fate = line.place(tree.tree_id, versions, signal=priority > 0, room=room)
+        fate = delay_line.place(tree.tree_id, versions, signal=priority > 0, room=room)
         if fate == "kept":
-            self._account.count_tree(tree, arrays)
+            self._counters.count_tree(tree, arrays)
             self.pool.add(tree, priority=priority)
             self.see_off()
             return
         if fate == "inexact":
-            self._account.since.counts["dropped_inexact"] += 1
+            self._counters.since.counts["dropped_inexact"] += 1
             log.warning(
-                "tree %s is dropped, versions %s sampled it: %s", tree.tree_id, sorted(versions), line.describe()
+                "tree %s is dropped, versions %s sampled it: %s", tree.tree_id, sorted(versions), delay_line.describe()
             )  # fmt: skip
         else:
-            self._account.count_tree(tree, arrays)
+            self._counters.count_tree(tree, arrays)
         match fate:
             case "no_room":
                 # This one and not the oldest, as otherwise: the oldest is of a batch that is whole.
                 self.pool.left["bytes"] += 1
             case "no_signal":
-                self._account.since.counts["no_signal_trees"] += 1
+                self._counters.since.counts["no_signal_trees"] += 1
             case "surplus":
-                self._account.since.counts["dropped_surplus"] += 1
+                self._counters.since.counts["dropped_surplus"] += 1
         if fate == "no_signal":
-            self._account.tasks["no_signal"] += 1
+            self._counters.tasks["no_signal"] += 1
             self._ledger.settled(tree.task_index)
         else:
             self._lease_again(tree.task_index, in_vain=fate == "inexact")
@@ -318,21 +318,21 @@ class TreeLifecycle:
             for each in gone:
                 self._left_the_pool(each, confirmed)
 
-    def _left_the_pool(self, gone: Gone, confirmed: int) -> None:
+    def _left_the_pool(self, gone: Departure, confirmed: int) -> None:
         tree = gone.tree
         tree_id = tree.tree_id
         if tree_id in self.assembly or tree_id in self.late:
             return  # it still grows, or comes back with what grew meanwhile
         if gone.cause == "used":
             self._ledger.settled(tree.task_index)
-            place = entries.KeptPlace(priority=gone.priority, uses=gone.uses, limit=gone.uses, entered=0)
+            place = entries.PoolEntry(priority=gone.priority, uses=gone.uses, limit=gone.uses, entered=0)
             self._spend(tree, place, confirmed)
             return
         if gone.uses == 0:
             self._lease_again(tree.task_index)
         else:
             if gone.cause == "retired":
-                self._account.tasks["retired"] += 1
+                self._counters.tasks["retired"] += 1
                 self.retired.add(tree_id)
             self._ledger.settled(tree.task_index)
         self.partial_uses.pop(tree_id, None)
@@ -343,7 +343,7 @@ class TreeLifecycle:
         if not self._ledger.lease_again(task, in_vain=in_vain):
             log.warning("task %d given up: its trees came too late, or found no room or no engine, too often", task)
 
-    def _spend(self, tree: TreeEntry, place: entries.KeptPlace, step: int) -> None:
+    def _spend(self, tree: TreeEntry, place: entries.PoolEntry, step: int) -> None:
         """Used up by the batch of ``step``; but a learner that falls back behind it trains on it again."""
         self.spent[tree.tree_id] = (tree, place, step)
         self.spent_nbytes += tree.nbytes
@@ -393,7 +393,7 @@ class TreeLifecycle:
             if tree_id in self.retired:
                 # Its task begins anew, with all its uses.
                 self.retired.remove(tree_id)
-                self._account.tasks["retired"] -= 1
+                self._counters.tasks["retired"] -= 1
             self._lease_again(drawn.task_index, in_vain=False)
 
     def _offer_late(self, tree_ids: Iterable[str]) -> None:

@@ -15,12 +15,12 @@ from atpo_async.config import Config
 from atpo_async.core.credit import leaf_tokens
 from atpo_async.core.errors import BadMessage
 from atpo_async.wire.messages import Batch, Checkpointed, Exhausted, SampleRequest, Trained
+from buffer.batches.delay_line import DelayLine
+from buffer.batches.served import Batches, Served, ServedTree, Share
 from buffer.counters import RunCounters
-from buffer.ledger import Ledger
-from buffer.trees.batches import Batches, Served, ServedTree, Share
-from buffer.trees.delay_line import DelayLine
+from buffer.leases.ledger import Ledger
+from buffer.pool.pool import Drawn, annealed_beta, split_by_tokens
 from buffer.trees.lifecycle import TreeLifecycle
-from buffer.trees.pool import Drawn, annealed_beta, split_by_tokens
 
 log = logging.getLogger("atpo.buffer")
 
@@ -31,10 +31,10 @@ class BatchServer:
     Args:
         config: the run's.
         ledger: told where the learner stands.
-        holdings: the trees.
+        trees: the trees.
         batches: those that no checkpoint holds yet; changed here alone.
-        account: what is counted.
-        line: decides what is served where the lag is to be exact.
+        counters: what is counted.
+        delay_line: decides what is served where the lag is to be exact.
         flush: the buffer's side of a step's metrics, at so many seconds; counting begins anew.
     """
 
@@ -43,18 +43,18 @@ class BatchServer:
         config: Config,
         *,
         ledger: Ledger,
-        holdings: TreeLifecycle,
+        trees: TreeLifecycle,
         batches: Batches,
-        account: RunCounters,
-        line: DelayLine | None,
+        counters: RunCounters,
+        delay_line: DelayLine | None,
         flush: Callable[[float], dict[str, float]],
     ) -> None:
         self._config = config
         self._ledger = ledger
-        self._holdings = holdings
+        self._trees = trees
         self._batches = batches
-        self._account = account
-        self._line = line
+        self._counters = counters
+        self._delay_line = delay_line
         self._flush = flush
         self._beta_steps = config.buffer.weight_exponent_steps or config.run.steps
         self.step = 0
@@ -77,100 +77,100 @@ class BatchServer:
         served = self._batches.by_step.get(request.step)
         if served is not None and served.version == request.version:
             return self._share(served, request)
-        if self._line is not None:
-            return self._sample_exact(request, now, self._line)
+        if self._delay_line is not None:
+            return self._sample_exact(request, now, self._delay_line)
         self._look_after_batches(request.step)
         self._heard(request)
-        self._holdings.advance()
+        self._trees.advance()
         enough = self._config.staleness.max_oversampling * request.num_trees
-        if len(self._holdings.pool) < request.num_trees and self._account.since.produced < enough:
+        if len(self._trees.pool) < request.num_trees and self._counters.since.produced < enough:
             if not self._is_drained() and not self._is_in_vain(enough):
                 return None
-            if self._is_drained() and not len(self._holdings.pool):
-                done = self._account.describe_tasks(self._ledger.given_up)
+            if self._is_drained() and not len(self._trees.pool):
+                done = self._counters.describe_tasks(self._ledger.given_up)
                 return Exhausted(reason=f"all run.max_tasks = {self._config.run.max_tasks} tasks are done: {done}")
         beta = annealed_beta(request.step, start=self._config.buffer.weight_exponent, num_steps=self._beta_steps)
         metrics = self._flush(now)
-        served = self._serve(request, self._holdings.pool.draw(request.num_trees, rng=rng, beta=beta), metrics)
+        served = self._serve(request, self._trees.pool.draw(request.num_trees, rng=rng, beta=beta), metrics)
         return self._share(served, request)
 
     def _is_in_vain(self, enough: float) -> bool:
         """Whether ``enough`` trees came to nothing, most of them failed: the learner, which would wait for as long as
         any come, gets an empty batch that counts them, and stops the run after some of those."""
-        counts = self._account.since.counts
+        counts = self._counters.since.counts
         failed = counts["dropped_no_leaf"] + counts["dropped_one_leaf"]
-        return not len(self._holdings.pool) and self._account.since.produced + failed >= enough
+        return not len(self._trees.pool) and self._counters.since.produced + failed >= enough
 
     def _is_drained(self) -> bool:
         """Whether no further tree will come: ``run.max_tasks`` are leased, none is under way or with the learner."""
-        return self._ledger.all_leased and not self._ledger.num_training and not self._holdings.pool.num_out
+        return self._ledger.all_leased and not self._ledger.num_training and not self._trees.pool.num_out
 
-    def _sample_exact(self, request: SampleRequest, now: float, line: DelayLine) -> Share | None:
-        """The same where the line decides: the set whose turn it is, once all that is due is grown."""
+    def _sample_exact(self, request: SampleRequest, now: float, delay_line: DelayLine) -> Share | None:
+        """The same where the delay line decides: the set whose turn it is, once all that is due is grown."""
         wanted = self._config.staleness.trees_per_batch
         if request.num_trees != wanted:
             raise BadMessage(
                 f"the learner asks for {request.num_trees} trees, with staleness.exact_lag every batch has "
                 f"staleness.trees_per_batch = {wanted}: start both on the same configuration"
             )
-        if line.version is not None and request.version < line.version:
+        if delay_line.version is not None and request.version < delay_line.version:
             return None  # asked by a learner that has been replaced since
         self._look_after_batches(request.step)
         self._heard(request)
-        self._ask_line(request, line)
-        if not line.ready:
+        self._ask_line(request, delay_line)
+        if not delay_line.ready:
             return None
-        front, metrics = line.pop(), self._flush(now)
+        front, metrics = delay_line.pop(), self._flush(now)
         if len(front.tree_ids) < wanted:
             log.warning(
                 "batch %d has %d of %d trees: too few had a signal (staleness.max_oversampling), or memory had no room",
                 request.step, len(front.tree_ids), wanted,
             )  # fmt: skip
-        served = self._serve(request, self._holdings.pool.take(front.tree_ids), metrics)
+        served = self._serve(request, self._trees.pool.take(front.tree_ids), metrics)
         served.exact = front
         return self._share(served, request)
 
     def _heard(self, request: SampleRequest) -> None:
         self.step = request.step
-        self._holdings.heard(request.version)
+        self._trees.heard(request.version)
         self._ledger.learner_at(request.version)
 
-    def _ask_line(self, request: SampleRequest, line: DelayLine) -> None:
-        """Tell the line where the learner stands; what a learner that starts again makes of no use goes."""
-        before = line.version
+    def _ask_line(self, request: SampleRequest, delay_line: DelayLine) -> None:
+        """Tell the delay line where the learner stands; what a learner that starts again makes of no use goes."""
+        before = delay_line.version
         moved = request.version != before
         # In an undisturbed run there are none: the learner trained only when nothing was under lease.
         revoked = self._ledger.revoke_training() if moved else []
         for held in revoked:
-            self._holdings.forget_growing(held.tree_id)
-        asked = line.ask(
+            self._trees.forget_growing(held.tree_id)
+        asked = delay_line.ask(
             step=request.step,
             version=request.version,
             under_lease=self._ledger.num_training,
-            memory_full=self._holdings.memory_full,
+            memory_full=self._trees.memory_full,
         )
-        self._holdings.pool.discard(asked.stale, "stale")
-        self._holdings.pool.discard(asked.unfinished, "inexact")
-        self._holdings.see_off()
+        self._trees.pool.discard(asked.stale, "stale")
+        self._trees.pool.discard(asked.unfinished, "inexact")
+        self._trees.see_off()
         unfinished = len(asked.unfinished) + len(revoked)
-        self._account.since.counts["dropped_inexact"] += unfinished
+        self._counters.since.counts["dropped_inexact"] += unfinished
         if before is None:
-            if request.step > 0 and line.lag > 0:
+            if request.step > 0 and delay_line.lag > 0:
                 log.warning(
                     "staleness.exact_lag = %d: this buffer starts at step %d without trees; the lag rises from 0 again",
-                    line.lag, request.step,
+                    delay_line.lag, request.step,
                 )  # fmt: skip
-        elif asked.anew and (asked.stale or unfinished or line.greatest_lag > line.lag):
+        elif asked.anew and (asked.stale or unfinished or delay_line.greatest_lag > delay_line.lag):
             log.warning(
                 "staleness.exact_lag = %d: the learner starts again at step %d, version %d after %d; %d whole batches "
                 "come first, up to %d versions old; dropped: %d trees over staleness.max_lag, %d of unfinished batches",
-                line.lag, request.step, request.version, before, len(line), line.greatest_lag, len(asked.stale),
-                unfinished,
+                delay_line.lag, request.step, request.version, before, len(delay_line), delay_line.greatest_lag,
+                len(asked.stale), unfinished,
             )  # fmt: skip
 
     def _serve(self, request: SampleRequest, drawn: list[Drawn], metrics: dict[str, float]) -> Served:
         partial = self._config.buffer.ready == "partial"
-        self._holdings.served(drawn)
+        self._trees.served(drawn)
         served = Served(
             batch_id=self._batches.next_id,
             step=request.step,
@@ -195,7 +195,7 @@ class BatchServer:
         return served
 
     def _share(self, served: Served, request: SampleRequest) -> Share:
-        trees = [self._holdings.tree_of(each) for each in served.drawn]
+        trees = [self._trees.tree_of(each) for each in served.drawn]
         arrays = [tree.arrays() for tree in trees]
         if request.num_ranks != served.num_ranks:
             raise BadMessage(
@@ -212,7 +212,7 @@ class BatchServer:
             num_turn_tokens=sum(int(a.num_action_tokens.sum()) for a in arrays),
             trees=(),
             metrics=served.metrics,
-            checkpoint_wanted=self._holdings.checkpoint_wanted,
+            checkpoint_wanted=self._trees.checkpoint_wanted,
         )
         return Share(head, tuple(served.drawn[i] for i in own), tuple(trees[i] for i in own))
 
@@ -220,7 +220,7 @@ class BatchServer:
 
     def trained(self, message: Trained) -> None:
         """A rank has trained on its share of a batch; with the last rank's word the batch is confirmed."""
-        self._holdings.heard(message.version)
+        self._trees.heard(message.version)
         self._ledger.trained(message.version)
         for served in self._batches.by_step.values():
             if served.batch_id == message.batch_id and not served.confirmed:
@@ -229,14 +229,14 @@ class BatchServer:
                 served.priorities |= message.priorities
                 if len(served.trained) == served.num_ranks:
                     self._confirm(served)
-        self._holdings.advance()
+        self._trees.advance()
 
     def _confirm(self, served: Served) -> None:
         if not served.confirmed:
             served.confirmed = True
-            self._account.tasks["trained"] += sum(each.uses == 1 for each in served.drawn)
+            self._counters.tasks["trained"] += sum(each.uses == 1 for each in served.drawn)
             self._batches.changed.add(served.step)
-            self._holdings.confirm(served.tree_ids, served.priorities, step=served.step)
+            self._trees.confirm(served.tree_ids, served.priorities, step=served.step)
 
     def checkpointed(self, message: Checkpointed) -> None:
         """The learner never falls back behind ``message.step`` any more: what was used up in batches below goes."""
@@ -244,7 +244,7 @@ class BatchServer:
         for step in [step for step in self._batches.by_step if step < message.step]:
             self._confirm(self._batches.by_step[step])
             self._batches.remove(step)
-        self._holdings.checkpointed(message.step)
+        self._trees.checkpointed(message.step)
 
     def _look_after_batches(self, step: int) -> None:
         """The batch of ``step`` is asked for: those before it were trained on, those from it on were not, or no longer.
@@ -269,10 +269,10 @@ class BatchServer:
             served = [self._batches.by_step[s] for s in later]
             for each in served:
                 self._undo(each)
-            if self._line is not None:
-                self._line.give_back([each.exact for each in reversed(served) if each.exact is not None])
+            if self._delay_line is not None:
+                self._delay_line.give_back([each.exact for each in reversed(served) if each.exact is not None])
         # Of the one just before, word may still be on its way.
-        last = step if self._line is not None else step - 1
+        last = step if self._delay_line is not None else step - 1
         for before in [s for s in self._batches.by_step if s < last]:
             self._confirm(self._batches.by_step[before])
 
@@ -280,9 +280,9 @@ class BatchServer:
         """The learner has not trained on this batch, or has lost what it learned from it."""
         self._batches.remove(served.step)
         if not served.confirmed:
-            self._holdings.give_back(served.tree_ids)
+            self._trees.give_back(served.tree_ids)
             return
         for each in served.drawn:
-            self._account.tasks["trained"] -= each.uses == 1
-            self._holdings.undo_use(each)
-        self._holdings.see_off()
+            self._counters.tasks["trained"] -= each.uses == 1
+            self._trees.undo_use(each)
+        self._trees.see_off()

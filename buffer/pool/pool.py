@@ -175,7 +175,7 @@ class Drawn:
 
 
 @dataclass(frozen=True, slots=True)
-class Gone:
+class Departure:
     """A tree that left the pool."""
 
     tree: TreeEntry
@@ -252,8 +252,8 @@ class ReplayPool:
         self.nbytes = 0
         """Bytes of all trees, those with the learner too."""
         self.left: Counter[str] = Counter()
-        """How many trees left, by ``Gone.cause``."""
-        self.gone: list[Gone] = []
+        """How many trees left, by ``Departure.cause``."""
+        self.gone: list[Departure] = []
         """Trees that left; whoever keeps their records takes them away."""
         self.changed: set[str] = set()
         """Trees that came, left or have another priority or number of uses; to be taken away likewise."""
@@ -619,7 +619,7 @@ class ReplayPool:
         for slot in slots.tolist():
             tree = self._tree(slot)
             uses = int(self._uses[slot])
-            self.gone.append(Gone(tree, cause, uses, float(self._own[slot])))
+            self.gone.append(Departure(tree, cause, uses, float(self._own[slot])))
             self.changed.add(tree.tree_id)
             if self._state[slot] == _READY:
                 self._num_ready -= 1

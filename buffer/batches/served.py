@@ -10,7 +10,7 @@ import msgspec
 from atpo_async.wire import codec
 from atpo_async.wire.messages import Batch, BatchTree, TreeOpened
 from atpo_async.wire.records import TurnRecords, unpack
-from buffer.trees.delay_line import TreeSet
+from buffer.batches.delay_line import TreeSet
 from buffer.trees.index import Place, TreeEntry, places_of
 
 

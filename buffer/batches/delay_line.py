@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from buffer.journal.entries import KeptLine, KeptSet
+from buffer.journal.entries import DelayLineEntry, TreeSetEntry
 
 Fate = Literal["kept", "inexact", "no_signal", "no_room", "surplus"]
 """What becomes of a tree: a batch will have it; or another version had a part in it, there is nothing to learn from
@@ -259,13 +259,13 @@ class DelayLine:
         self._whole = kept
         return Asked(anew, tuple(stale), tuple(unfinished))
 
-    # --- keeping -----------------------------------------------------------------------------------------------
+    # --- snapshot ------------------------------------------------------------------------------------------------
 
-    def kept(self) -> KeptLine:
+    def kept(self) -> DelayLineEntry:
         """What ``restore`` needs."""
         growing = self._growing
-        return KeptLine(
-            whole=tuple(KeptSet(version=each.version, tree_ids=each.tree_ids) for each in self._whole),
+        return DelayLineEntry(
+            whole=tuple(TreeSetEntry(version=each.version, tree_ids=each.tree_ids) for each in self._whole),
             growing=None
             if growing is None
             else (growing.version, growing.num_sets, tuple(growing.tree_ids), growing.produced),
@@ -273,7 +273,7 @@ class DelayLine:
             served=self._served,
         )
 
-    def restore(self, kept: KeptLine) -> None:
+    def restore(self, kept: DelayLineEntry) -> None:
         """The line as an earlier process left it."""
         self._whole = deque(TreeSet(each.version, each.tree_ids) for each in kept.whole)
         if kept.growing is not None:

@@ -4,7 +4,7 @@
 where ``next`` is the learner's version at the next batch.  It will be within ``max_lag`` then exactly if it is begun
 with weights of at least that version minus ``max_lag``.  This is a lease's ``min_version``; while the learner has not
 published it, no lease is granted.  With ``max_lag`` 0 trees are so grown under the very version that consumes them.
-With ``staleness.exact_lag`` none of this counts, ``buffer.trees.delay_line`` decides.
+With ``staleness.exact_lag`` none of this counts, ``buffer.batches.delay_line`` decides.
 
 It cannot block for ever: when the learner waits at version v for a batch and nothing is under lease any more, at most
 batch - 1 trees are pending, each counted with all its uses, so ``min_version`` is at most
@@ -23,7 +23,7 @@ import numpy as np
 
 from atpo_async.config import StalenessConfig
 from atpo_async.wire.messages import TaskKind
-from buffer.trees.delay_line import Admission
+from buffer.batches.delay_line import Admission
 
 UNSEEN_REPORTS = 3
 """An actor whose reports leave a lease out so often does not know of it; one or two may be older than the lease."""
@@ -34,7 +34,7 @@ FORGOTTEN_S = 3600.0
 
 
 @dataclass(slots=True)
-class Held:
+class HeldLease:
     """One lease."""
 
     tree_id: str
@@ -58,7 +58,7 @@ class Held:
     """Why something that its holder sent of the tree was refused for its content; empty where nothing was."""
 
 
-class Again(NamedTuple):
+class RetriedTask(NamedTuple):
     """A training task to lease anew: no batch has had its tree."""
 
     task_index: int
@@ -129,7 +129,7 @@ class Evaluation:
 class Granted:
     """Answer to a request for leases."""
 
-    leases: tuple[Held, ...]
+    leases: tuple[HeldLease, ...]
     closed_because: str | None
     """Why there are not more."""
 
@@ -169,13 +169,13 @@ class Ledger:
         """The first training task never leased."""
         self.next_number = 1
         """Of the next tree."""
-        self.again: deque[Again] = deque()
+        self.again: deque[RetriedTask] = deque()
         """Training tasks to lease first."""
         self.changed: set[str] = set()
         """Trees whose leases changed; whoever keeps them takes the names away."""
         self._attempts: dict[int, int] = {}
         """Training task under lease -> trees grown of it in vain, where there were any."""
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, HeldLease] = {}
         self._num_held: Counter[TaskKind] = Counter()
         self._waiting: dict[TaskKind, dict[str, None]] = {"eval": {}, "train": {}}
         """Leases that wait for another holder, in the order in which they came to."""
@@ -234,7 +234,7 @@ class Ledger:
             exact: with ``staleness.exact_lag``, what decides about training trees instead of the three above.
         """
         self.heard(actor, now)
-        leases: list[Held] = []
+        leases: list[HeldLease] = []
         reason: str | None = None
         begun = 0
         while len(leases) < count:
@@ -255,7 +255,7 @@ class Ledger:
             leases.append(held)
         return Granted(tuple(leases), reason)
 
-    def _reissue(self, blocked: bool) -> Held | None:
+    def _reissue(self, blocked: bool) -> HeldLease | None:
         """A lost lease, evaluation first; training ones wait while they are ``blocked``."""
         for kind, waiting in self._waiting.items():
             if self.published is None or not waiting or (kind == "train" and blocked):
@@ -268,7 +268,7 @@ class Ledger:
             return held
         return None
 
-    def _evaluate(self) -> Held | None:
+    def _evaluate(self) -> HeldLease | None:
         for evaluation in self.evaluations.values():
             if not self._runnable(evaluation) or evaluation.next_task >= evaluation.num_tasks:
                 continue
@@ -279,7 +279,7 @@ class Ledger:
             return self._hold(tree_id, task, "eval", evaluation.version, evaluation.step)
         return None
 
-    def _begin(self, min_version: int) -> Held:
+    def _begin(self, min_version: int) -> HeldLease:
         version = max(min_version, 0)
         if not self.again:
             task, self.next_task = self.next_task, self.next_task + 1
@@ -289,14 +289,14 @@ class Ledger:
         # Another id than before: an old holder may still send turns of the tree that was given up.
         return self._hold(f"{self.prefix}-{task:08d}.{self.next_number}", task, "train", version, -1)
 
-    def _hold(self, tree_id: str, task: int, kind: TaskKind, min_version: int, eval_step: int) -> Held:
+    def _hold(self, tree_id: str, task: int, kind: TaskKind, min_version: int, eval_step: int) -> HeldLease:
         seed = int(np.random.SeedSequence([self._seed, int(kind == "eval"), task]).generate_state(1)[0])
-        held = Held(tree_id, self.next_number, task, kind, seed, 0, "", 0.0, min_version, eval_step=eval_step)
+        held = HeldLease(tree_id, self.next_number, task, kind, seed, 0, "", 0.0, min_version, eval_step=eval_step)
         self.next_number += 1
         self._keep(held)
         return held
 
-    def _keep(self, held: Held) -> None:
+    def _keep(self, held: HeldLease) -> None:
         self._held[held.tree_id] = held
         self._num_held[held.kind] += 1
 
@@ -347,13 +347,13 @@ class Ledger:
         done = f"{len(evaluation.results)} of {evaluation.num_tasks} done"
         return f"the evaluation of step {evaluation.step} comes first: {done}"
 
-    # --- keeping and losing ------------------------------------------------------------------------------------
+    # --- renewing and losing -------------------------------------------------------------------------------------
 
     def heard(self, actor: str, now: float) -> None:
         """``actor`` gave a sign of life at ``now``; word of an earlier one changes nothing."""
         self._heard[actor] = max(now, self._heard.get(actor, now))
 
-    def renew(self, actor: str, tree_ids: Iterable[str], now: float) -> list[Held]:
+    def renew(self, actor: str, tree_ids: Iterable[str], now: float) -> list[HeldLease]:
         """``actor`` still works on these.  One that lapsed and nobody else has taken yet is its again.
 
         Returns:
@@ -387,7 +387,7 @@ class Ledger:
         for held in self._held.values():
             held.expires_at += away_s
 
-    def lapsed(self, now: float) -> list[Held]:
+    def lapsed(self, now: float) -> list[HeldLease]:
         """Leases whose time is over or whose holder is silent; each wants ``reissue`` or ``end``."""
         gone = [actor for actor, heard in self._heard.items() if now - heard > FORGOTTEN_S]
         for actor in set(gone) - {held.holder for held in self._held.values()}:
@@ -398,7 +398,7 @@ class Ledger:
             if not held.waiting and (held.expires_at <= now or now - self._heard.get(held.holder, now) > self._silent_s)
         ]
 
-    def held_by(self, actor: str, tree_ids: Sequence[str] | None = None) -> list[Held]:
+    def held_by(self, actor: str, tree_ids: Sequence[str] | None = None) -> list[HeldLease]:
         """What ``actor`` holds, of ``tree_ids`` only if given."""
         if tree_ids is None:
             asked = iter(self._held.values())
@@ -424,7 +424,7 @@ class Ledger:
         self._waiting[held.kind][tree_id] = None
         return True
 
-    def end(self, tree_id: str) -> Held | None:
+    def end(self, tree_id: str) -> HeldLease | None:
         """The tree is done; its lease goes."""
         held = self._held.pop(tree_id, None)
         if held is not None:
@@ -454,10 +454,10 @@ class Ledger:
         if attempts > self._max_reissues:
             self.given_up += 1
             return False
-        self.again.append(Again(task, attempts))
+        self.again.append(RetriedTask(task, attempts))
         return True
 
-    def revoke_training(self) -> list[Held]:
+    def revoke_training(self) -> list[HeldLease]:
         """End every training lease: what is grown under them can no longer be used.  Their tasks are leased again."""
         revoked = [held for held in self._held.values() if held.kind == "train"]
         for held in revoked:
@@ -470,7 +470,7 @@ class Ledger:
         if attempts:
             self._attempts[task] = attempts
 
-    def restore(self, held: Held, *, now: float) -> None:
+    def restore(self, held: HeldLease, *, now: float) -> None:
         """A lease as an earlier process left it: its holder has its whole lifetime to be heard of again."""
         held.expires_at = now + self._lifetime_s
         self._keep(held)
@@ -506,7 +506,7 @@ class Ledger:
             self.changed_evaluations.add(old)
         return replaced
 
-    def record(self, held: Held, outcome: Outcome | None) -> Evaluation | None:
+    def record(self, held: HeldLease, outcome: Outcome | None) -> Evaluation | None:
         """The result of one evaluation tree (None: it failed).  Returns the evaluation if that was its last."""
         evaluation = self.evaluations.get(held.eval_step)
         if evaluation is None or evaluation.done:
@@ -532,7 +532,7 @@ class Ledger:
         """Training trees under lease."""
         return [held.tree_id for held in self._held.values() if held.kind == "train"]
 
-    def held(self, tree_id: str) -> Held | None:
+    def held(self, tree_id: str) -> HeldLease | None:
         """The lease of a tree, if it has one."""
         return self._held.get(tree_id)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from atpo_async.wire.messages import EvalRequest, EvalResult
-from buffer.ledger import Held, Ledger, Outcome
+from buffer.leases.ledger import HeldLease, Ledger, Outcome
 from buffer.trees.index import TreeEntry
 
 
@@ -41,7 +41,7 @@ class Evaluations:
             version_max=newest,
         )
 
-    def record(self, held: Held, tree: TreeEntry | None) -> None:
+    def record(self, held: HeldLease, tree: TreeEntry | None) -> None:
         """A task of an evaluation is done, with this pruned tree; None where it failed."""
         outcome = None
         if tree is not None and tree.num_leaves:

@@ -1,0 +1,1 @@
+"""Requests of actors and of the learner: what each waits for, and when its answer may leave."""

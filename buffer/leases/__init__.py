@@ -1,0 +1,1 @@
+"""Who grows which tree: leases, admission of new trees, evaluations."""
