@@ -31,7 +31,7 @@ from atpo_async.config import Config, as_options, load, split_options
 from atpo_async.config.resuming import changes
 from atpo_async.core.errors import AtpoError, ConfigError, SetupError
 from atpo_async.models.policy import steps_trained, warm_start_command
-from atpo_async.report.page import GOAL, by_step, facts, series
+from atpo_async.report.facts import GOAL, by_step, facts, series
 from atpo_async.run import processes
 from atpo_async.run.metrics import read_metrics
 from atpo_async.run.rundir import RunDir, write_atomic

@@ -14,7 +14,7 @@ import pytest
 
 from atpo_async.config import build
 from atpo_async.core.errors import AtpoError
-from atpo_async.report.page import facts
+from atpo_async.report.facts import facts
 from atpo_async.report.progress import RunState, plain
 from atpo_async.run.metrics import Record
 from atpo_async.run.rundir import RunDir

@@ -17,9 +17,12 @@ from atpo_async.config import build
 from atpo_async.core.errors import SetupError
 from atpo_async.report import charts
 from atpo_async.report.charts import Axes, Line, ticks
-from atpo_async.report.page import facts, failures, series, wait_share, write_figure, write_report
+from atpo_async.report.facts import facts, failures, series, wait_share
+from atpo_async.report.learning_curve import write_figure
+from atpo_async.report.page import write_report
 from atpo_async.report.progress import Progress, RunState, duration, panel, plain
-from atpo_async.report.trees import TreeTurn, append_tree_sample, choose, draw_tree, read_tree_samples
+from atpo_async.report.tree_drawing import draw_tree
+from atpo_async.report.tree_samples import TreeTurn, append_tree_sample, choose, read_tree_samples
 from atpo_async.run.metrics import MetricsWriter, Record
 from atpo_async.run.rundir import RunDir
 

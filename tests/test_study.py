@@ -32,23 +32,18 @@ from atpo_async.run import processes
 from atpo_async.run.metrics import MetricsWriter, Record
 from atpo_async.run.rundir import RunDir
 from atpo_async.study import outputs
-from atpo_async.study.plan import CORRECTIONS, DEFAULT_CORRECTIONS, Plan, StudyFolder
+from atpo_async.study.cells import COLUMNS, Cell, CellResult, figures_of, from_json, to_json, unfinished
+from atpo_async.study.conclusions import conclusions
+from atpo_async.study.figure import COLORS, MARKERS, PANELS, write_figure
+from atpo_async.study.folder import StudyFolder
+from atpo_async.study.origin import Origin
+from atpo_async.study.page import page
+from atpo_async.study.plan import CORRECTIONS, DEFAULT_CORRECTIONS, Plan
+from atpo_async.study.plots import mark
 from atpo_async.study.progress import StudyProgress, outcome
-from atpo_async.study.results import (
-    COLUMNS,
-    RESOLUTION,
-    Cell,
-    CellResult,
-    Summary,
-    Yardstick,
-    compare,
-    conclusions,
-    figures_of,
-    from_json,
-    to_json,
-    unfinished,
-)
 from atpo_async.study.runner import Job, OnStep, TrainProcess, clear_run, read_result, run_cells, until_interrupted
+from atpo_async.study.summary import RESOLUTION, Summary, Yardstick, compare
+from atpo_async.study.tables import to_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [ROOT / "configs" / "demo.toml", ROOT / "configs" / "staleness.toml"]
@@ -407,9 +402,9 @@ def test_no_difference_is_claimed_that_is_smaller_than_the_spread_over_seeds(
     assert conclusions(summary)  # every grid has words
 
 
-# --- tables, picture, page ----------------------------------------------------------------------------------------
+# --- tables, figure, page ----------------------------------------------------------------------------------------
 
-ORIGIN = outputs.Origin(
+ORIGIN = Origin(
     command="atpo study staleness --lags 0,8", settings=(("task", "hopqa <3>"),), machine="2 cores", made="2026-01-02",
     cell_seconds=3661.0,
 )  # fmt: skip
@@ -417,7 +412,7 @@ MIXED = dict(EXPECTED) | {(16, "none"): (FAILED, 0.02), (2, "turn"): (0.95, None
 
 
 def test_the_csv_has_a_line_for_every_cell_those_too_that_failed_or_lack() -> None:
-    rows = list(csv.DictReader(io.StringIO(outputs.to_csv(summary_of(MIXED)))))
+    rows = list(csv.DictReader(io.StringIO(to_csv(summary_of(MIXED)))))
     assert len(rows) == 16
     by_cell = {(row["lag"], row["correction"], row["seed"]): row for row in rows}
     assert by_cell["8", "turn", "2"]["sampled"] == "0.97"
@@ -427,7 +422,7 @@ def test_the_csv_has_a_line_for_every_cell_those_too_that_failed_or_lack() -> No
 
 
 def test_the_markdown_has_every_group_and_no_figure_for_one_that_has_none() -> None:
-    text = outputs.markdown(summary_of(MIXED), ORIGIN, picture="p.png")
+    text = outputs.markdown(summary_of(MIXED), ORIGIN, figure="p.png")
     assert "| 8 | 0.03 (0.02–0.04) | 0.95 (0.93–0.97) |" in text
     assert "| 16 | 0.02, 1 of 2 failed | 0.73 (0.70–0.76) |" in text
     assert "| 2 | 0.95 (0.93–0.97) | 0.95, 1 of 2 not run |" in text
@@ -467,7 +462,7 @@ class Checker(HTMLParser):
 
 
 def test_the_page_is_one_file_that_fetches_nothing_and_has_a_light_and_a_dark_dress() -> None:
-    text = outputs.page(summary_of(MIXED, greedy=0.5), ORIGIN)
+    text = page(summary_of(MIXED, greedy=0.5), ORIGIN)
     checker = Checker()
     checker.feed(text)
     assert checker.fetched == []
@@ -477,33 +472,33 @@ def test_the_page_is_one_file_that_fetches_nothing_and_has_a_light_and_a_dark_dr
     assert "hopqa &lt;3&gt;" in text
     assert "lag 16, none, seed 1" in text
     drawings = re.findall(r"<svg .*?</svg>", text, re.S)
-    assert len(drawings) == 2 + len(outputs.PANELS) + 4  # the key, the panels, a lag's curves each
+    assert len(drawings) == 2 + len(PANELS) + 4  # the key, the panels, a lag's curves each
     for drawing in drawings:
         ET.fromstring(drawing)
         # Words and lines take the page's colours; only the corrections have colours of their own.
-        assert set(re.findall(r'(?:fill|stroke)="(#\w+)"', drawing)) <= set(outputs.COLORS.values())
+        assert set(re.findall(r'(?:fill|stroke)="(#\w+)"', drawing)) <= set(COLORS.values())
 
 
 def test_every_correction_has_a_colour_and_a_mark_of_its_own() -> None:
-    assert len(set(outputs.COLORS.values())) == len(set(outputs.MARKERS.values())) == len(CORRECTIONS)
+    assert len(set(COLORS.values())) == len(set(MARKERS.values())) == len(CORRECTIONS)
     for name in CORRECTIONS:
-        ET.fromstring(outputs._mark(1, 2, name))
+        ET.fromstring(mark(1, 2, name))
 
 
 @pytest.mark.parametrize("grid", [MIXED, {(8, "turn"): (0.5,)}])
-def test_the_picture_is_drawn_of_whole_and_of_small_grids(
+def test_the_figure_is_drawn_of_whole_and_of_small_grids(
     tmp_path: Path, grid: Mapping[tuple[int, str], Sequence[Value]]
 ) -> None:
-    (path,) = outputs.write_picture(summary_of(grid), tmp_path / "p.png")
+    (path,) = write_figure(summary_of(grid), tmp_path / "p.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
 
 
 def test_nothing_is_drawn_where_no_cell_gave_a_result(tmp_path: Path) -> None:
     empty = summary_of({(8, "turn"): (FAILED, None)})
-    assert outputs.write_picture(empty, tmp_path / "p.png") == []
-    assert "nothing recorded" in outputs.page(empty, ORIGIN)
-    assert "failed" in outputs.markdown(empty, ORIGIN, picture="p.png")
+    assert write_figure(empty, tmp_path / "p.png") == []
+    assert "nothing recorded" in page(empty, ORIGIN)
+    assert "failed" in outputs.markdown(empty, ORIGIN, figure="p.png")
 
 
 def test_a_result_is_read_as_it_was_written() -> None:
@@ -565,13 +560,13 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """Without its pictures, which take longer than all the rest."""
+    """Without its figures, which take longer than all the rest."""
 
-    def no_picture(summary: Summary, path: Path) -> list[Path]:
+    def no_figure(summary: Summary, path: Path) -> list[Path]:
         path.touch()
         return [path]
 
-    monkeypatch.setattr(outputs, "write_picture", no_picture)
+    monkeypatch.setattr(outputs, "write_figure", no_figure)
     return Bench(tmp_path / "study")
 
 

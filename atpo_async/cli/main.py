@@ -408,7 +408,8 @@ async def _supervised(supervisor: Any, *, say: Any) -> Any:
 
 def _summarise(rundir: RunDir, console: Console) -> None:
     """The report, and the figures a user asks for first.  A failure to draw does not fail the run."""
-    from atpo_async.report.page import facts, write_report
+    from atpo_async.report.facts import facts
+    from atpo_async.report.page import write_report
 
     try:
         found = facts(rundir)
@@ -758,7 +759,8 @@ def command_doctor(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
 
 
 def command_report(args: argparse.Namespace, texts: Mapping[str, str]) -> int:
-    from atpo_async.report.page import write_figure, write_report
+    from atpo_async.report.learning_curve import write_figure
+    from atpo_async.report.page import write_report
     from atpo_async.run.rundir import RunDir
 
     rundir = RunDir.open(args.run)
@@ -810,11 +812,12 @@ def _study_plan(args: argparse.Namespace, texts: Mapping[str, str], out: Path) -
     """What is asked for.  For a report it is in the study's folder, and the options name a part of it."""
     from atpo_async.cli.study import words_of
     from atpo_async.config import load
-    from atpo_async.study import plan
+    from atpo_async.study.folder import StudyFolder
+    from atpo_async.study.plan import Plan
 
     grid = {"lags": args.lags, "corrections": args.corrections, "seeds": args.seeds}
     if args.report:
-        found = plan.StudyFolder(out).plan(**grid)
+        found = StudyFolder(out).plan(**grid)
         if not args.config and not texts:
             return found
         grid = {
@@ -822,7 +825,7 @@ def _study_plan(args: argparse.Namespace, texts: Mapping[str, str], out: Path) -
             "corrections": ",".join(found.corrections),
             "seeds": len(found.seeds),
         }
-    return plan.Plan.of(
+    return Plan.of(
         load(args.config or [demo_config(), demo_config().with_name("staleness.toml")], texts),
         options=list(texts),
         words=words_of(args.config, texts),

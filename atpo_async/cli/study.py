@@ -17,10 +17,13 @@ from atpo_async.config import Config, as_options, get, load
 from atpo_async.core.errors import ConfigError
 from atpo_async.report.progress import duration
 from atpo_async.study import outputs
-from atpo_async.study.plan import Plan, StudyFolder
+from atpo_async.study.cells import FINAL, CellResult
+from atpo_async.study.conclusions import sentences
+from atpo_async.study.folder import StudyFolder
+from atpo_async.study.plan import Plan
 from atpo_async.study.progress import StudyProgress
-from atpo_async.study.results import FINAL, CellResult
 from atpo_async.study.runner import Job, Runner, TrainProcess, run_cells, until_interrupted
+from atpo_async.study.tables import matrix
 
 DEFAULT_OUT = Path("runs") / "study-staleness"
 
@@ -144,14 +147,14 @@ def _report(request: Request, folder: StudyFolder, console: Console) -> bool:
     if request.fill is not None:
         written += outputs.fill_file(folder, plan, request.fill, command=request.command)
     summary = outputs.summary_of(folder, plan)
-    head, *rows = outputs.matrix(summary, FINAL)
+    head, *rows = matrix(summary, FINAL)
     table = Table(title="sampled success at the end: mean (lowest–highest) over seeds", title_justify="left")
     for i, column in enumerate(head):
         table.add_column(column, no_wrap=i == 0)
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    for line in outputs.sentences(summary):
+    for line in sentences(summary):
         console.print(line, markup=False)
     for path in written:
         console.print(f"wrote {path}", markup=False)

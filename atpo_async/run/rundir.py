@@ -198,7 +198,7 @@ class RunDir:
 
     @property
     def trees_path(self) -> Path:
-        """A few trees for the report, one JSON object a line (``atpo_async.report.trees``)."""
+        """A few trees for the report, one JSON object a line (``atpo_async.report.tree_samples``)."""
         return self.path / "trees.jsonl"
 
     @property

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from atpo_async.report.progress import duration
-from atpo_async.study.results import Cell, CellResult
+from atpo_async.study.cells import Cell, CellResult
 
 PLAIN_EVERY_S = 20.0
 

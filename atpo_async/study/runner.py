@@ -25,8 +25,8 @@ from atpo_async.ops.supervisor import last_lines
 from atpo_async.run import launch, processes, scratch
 from atpo_async.run.metrics import MetricsTail, Record, read_metrics
 from atpo_async.run.rundir import RunDir, write_atomic
-from atpo_async.study.plan import StudyFolder
-from atpo_async.study.results import Cell, CellResult, curve_of, figures_of, unfinished
+from atpo_async.study.cells import Cell, CellResult, curve_of, figures_of, unfinished
+from atpo_async.study.folder import StudyFolder
 
 EXIT_INTERRUPTED = 130
 """Of `atpo train`, when a signal stopped it."""

@@ -10,7 +10,7 @@ import numpy as np
 from atpo_async.config import CreditConfig
 from atpo_async.core.credit import credit_as
 from atpo_async.core.tree import TurnTree
-from atpo_async.report.trees import TreeTurn, append_tree_sample
+from atpo_async.report.tree_samples import TreeTurn, append_tree_sample
 from atpo_async.wire.messages import Batch, BatchTree
 
 SAMPLES = 12
