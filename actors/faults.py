@@ -23,9 +23,10 @@ import msgspec
 
 from atpo_async.core.errors import AtpoError, BadMessage, EngineDead, EnvironmentBroken
 from atpo_async.core.texts import shortened
+from atpo_async.core.vocabulary import Split
 from atpo_async.ops import notices
 from atpo_async.wire.checks import check
-from atpo_async.wire.messages import Lease, TaskKind
+from atpo_async.wire.messages import Lease
 
 Tell = Callable[[str, str], None]
 
@@ -259,10 +260,10 @@ class Faults:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         least = min(MOST_AT_FIRST, max(LEAST_AT_FIRST, at_once))
-        self._of: dict[TaskKind, FaultWatch] = {
-            kind: FaultWatch(environment, least=least, tell=tell, clock=clock) for kind in get_args(TaskKind)
+        self._of: dict[Split, FaultWatch] = {
+            kind: FaultWatch(environment, least=least, tell=tell, clock=clock) for kind in get_args(Split)
         }
-        self._kinds: dict[str, TaskKind] = {}
+        self._kinds: dict[str, Split] = {}
         self._verdict: AtpoError | None = None
         """Found where nobody could be stopped: raised at the next chance."""
 

@@ -23,8 +23,9 @@ from actors.hosting.loop_thread import EnvironmentFault
 from atpo_async.config import SearchConfig
 from atpo_async.core.errors import EngineDead, EnvironmentBroken, GenerationFailed
 from atpo_async.core.texts import of_error, shortened
-from atpo_async.core.tree import ROOT, EndReason, Turn, TurnTree
-from atpo_async.environments.base import Environment, Episode, Split, StepResult
+from atpo_async.core.tree import ROOT, Turn, TurnTree
+from atpo_async.core.vocabulary import EndReason, Split
+from atpo_async.environments.base import Environment, Episode, StepResult
 from atpo_async.environments.values import TOO_LONG, ValueRefused
 from atpo_async.status import waits
 from atpo_async.wire.messages import Lease, TreeClosed, TreeOpened

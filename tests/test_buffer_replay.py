@@ -12,19 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from atpo_async.core.priorities import tree_priority
 from atpo_async.core.tree import Turn, VersionSpan
+from atpo_async.core.vocabulary import WeightsOver
 from buffer.pool.pool import (
     PRIORITY_FLOOR,
     WHOLE_LEVEL,
     ReplayPool,
     SumTree,
-    WeightsOver,
     annealed_beta,
     importance_weights,
     probabilities,
     split_by_tokens,
     stratified,
-    tree_priority,
 )
 from buffer.trees.index import MemoryStore, TreeEntry, entry_from_turns
 
@@ -134,6 +134,7 @@ def test_tree_priority_is_that_of_the_reference() -> None:
     case = VECTORS["r2d2_tree_priority"]
     found = tree_priority(-np.array(case["abs_adv"]), max_share=case["eta"])
     assert found == pytest.approx(case["priority"], abs=1e-9)
+    assert tree_priority(np.zeros(0), max_share=0.9) == 0
 
 
 def test_beta_goes_to_one_in_a_straight_line() -> None:

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from atpo_async.config import CreditConfig
 from atpo_async.core.credit import (
     AdvantageMode,
-    Aggregation,
-    LeafWeights,
     TreeArrays,
     ValueMode,
     branch_prob,
@@ -27,6 +25,7 @@ from atpo_async.core.credit import (
     values,
 )
 from atpo_async.core.tree import Turn, TurnTree, VersionSpan
+from atpo_async.core.vocabulary import Aggregation, LeafWeights
 
 
 def tree_of(parents: list[int], rewards: list[float], *, seed: int = 0) -> TreeArrays:

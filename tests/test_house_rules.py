@@ -27,7 +27,10 @@ LOOPS = {"actors.actor", "buffer.service", "learner.loop"}
 
 PURE = {
     "atpo_async.core.credit",
+    "atpo_async.core.dtypes",
     "atpo_async.core.errors",
+    "atpo_async.core.priorities",
+    "atpo_async.core.vocabulary",
     "atpo_async.environments.hopqa.world",
     "atpo_async.wire.messages",
     "atpo_async.core.tree",

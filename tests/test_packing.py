@@ -23,7 +23,6 @@ from learner.packing.rows import (
     idle_micro_batch,
     leaf_rows,
     micro_batches,
-    priority,
 )
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / "at2po_vectors.json").read_text())
@@ -201,12 +200,6 @@ def test_a_row_longer_than_the_budget_goes_alone() -> None:
 
 def test_an_idle_micro_batch_has_no_targets() -> None:
     assert idle_micro_batch().num_targets == 0
-
-
-def test_priority_is_the_mix_of_the_largest_and_the_mean_advantage() -> None:
-    case = VECTORS["per"]["r2d2_tree_priority"]
-    assert priority(np.array(case["abs_adv"]) * -1, max_share=case["eta"]) == pytest.approx(case["priority"])
-    assert priority(np.zeros(0), max_share=0.9) == 0
 
 
 def test_staleness_is_counted_by_turn_and_adds_up_over_ranks() -> None:

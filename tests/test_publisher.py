@@ -16,6 +16,7 @@ import torch
 
 from atpo_async.config import LinksConfig, WeightsConfig
 from atpo_async.core.errors import SetupError
+from atpo_async.core.vocabulary import Precision
 from atpo_async.links.announcements import Listener
 from atpo_async.links.client import Client
 from atpo_async.links.common import LinkSettings
@@ -59,7 +60,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WeightsSt
     made.close()
 
 
-def make_store(folder: Path, precision: storing.Precision = "float32", **settings: object) -> WeightsStore:
+def make_store(folder: Path, precision: Precision = "float32", **settings: object) -> WeightsStore:
     return WeightsStore(
         run="run", fallback=folder / "scratch", precision=precision,
         settings=WeightsConfig.model_validate({"chunk_bytes": 4096, **settings}),
@@ -187,7 +188,7 @@ def fill(monkeypatch: pytest.MonkeyPatch, times: int, error: int = errno.ENOSPC)
     """The next ``times`` tries to write fail."""
     plain, left = storing.raw_bytes, times
 
-    def full(tensor: torch.Tensor, precision: storing.Precision) -> memoryview:
+    def full(tensor: torch.Tensor, precision: Precision) -> memoryview:
         nonlocal left
         if left > 0:
             left -= 1
@@ -258,7 +259,7 @@ def test_a_folder_that_is_removed_while_a_version_is_written_is_made_anew(
     folder = tmp_path / "memory" / "atpo-run"
     removed: list[Path] = []
 
-    def removing(tensor: torch.Tensor, precision: storing.Precision) -> memoryview:
+    def removing(tensor: torch.Tensor, precision: Precision) -> memoryview:
         if not removed:
             removed.append(folder)
             shutil.rmtree(folder)

@@ -19,11 +19,12 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from atpo_async.config import CorrectionConfig, ObjectiveConfig
 from atpo_async.core.errors import SetupError
+from atpo_async.core.vocabulary import Aggregation
 from learner.loss import correction
 from learner.loss.objective import atpo_loss
 from learner.packing import attention
 from learner.packing.attention import DeviceLayout, Parts, Way, block_mask, to_device, tree_attention_forward
-from learner.packing.rows import Aggregation, MicroBatch, Row, TreeLayout, micro_batches
+from learner.packing.rows import MicroBatch, Row, TreeLayout, micro_batches
 from learner.packing.tree import tree_micro_batches
 from learner.policy import model as learner_model
 from learner.policy.model import Policy, layout_for, load_policy

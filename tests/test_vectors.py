@@ -19,7 +19,6 @@ import torch
 from atpo_async.config import CorrectionConfig, CreditConfig, ObjectiveConfig
 from atpo_async.core.credit import (
     AdvantageMode,
-    Aggregation,
     TreeArrays,
     branch_prob,
     credit_as,
@@ -31,6 +30,7 @@ from atpo_async.core.credit import (
     values,
 )
 from atpo_async.core.tree import Turn, TurnTree, VersionSpan
+from atpo_async.core.vocabulary import Aggregation
 from learner.loss import correction, objective
 from learner.packing.rows import CreditedTree, Normaliser, leaf_rows
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 import atpo_async.wire.codec  # noqa: F401  TurnRecords.of encodes with it
 from atpo_async.config import CreditConfig
 from atpo_async.core.tree import Turn, spans_of
+from atpo_async.core.vocabulary import Aggregation
 from atpo_async.wire.messages import BatchTree
 from atpo_async.wire.records import TurnRecords
-from learner.packing.rows import Aggregation, CreditedTree, MicroBatch, Normaliser, Row, leaf_rows
+from learner.packing.rows import CreditedTree, MicroBatch, Normaliser, Row, leaf_rows
 from tests.learner_support import VOCAB
 
 VERSION = 9

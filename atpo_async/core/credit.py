@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atpo_async.core.tree import ROOT, TurnTree
+from atpo_async.core.vocabulary import Aggregation, LeafWeights
 
 if TYPE_CHECKING:
     from atpo_async.config import CreditConfig
@@ -26,15 +27,6 @@ ValueMode = Literal[
     "child_mean", "leaf_mean", "child_softmax", "child_entropy_linear", "tree_trace", "tree_trace_selfnorm"
 ]
 AdvantageMode = Literal["node_value", "diff_parent", "diff_global", "diff_localglobal"]
-LeafWeights = Literal["uniform", "branch-prob"]
-Aggregation = Literal[
-    "seq-mean-token-mean",
-    "seq-mean-token-sum",
-    "token-mean",
-    "unique-token-mean",
-    "branch-prob",
-    "branch-prob-token-sum",
-]
 
 STD_FLOOR = 1e-6
 """Added to the standard deviation of leaf rewards (published code)."""

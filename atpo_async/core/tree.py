@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import msgspec
 import numpy as np
 
+from atpo_async.core.vocabulary import EndReason
+
 ROOT = 0
 """The turn id that stands for the prompt.  Turns of a tree are numbered from 1 in the order they finished."""
-
-EndReason = Literal["continue", "done", "turn_limit", "length_limit"]
-"""Why the chain went on or ended after this turn.  All but ``continue`` make the turn a leaf."""
 
 
 class VersionSpan(msgspec.Struct, frozen=True, array_like=True):

@@ -18,12 +18,13 @@ Where an environment's code runs (``host.py``):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
-Split = Literal["train", "eval"]
-"""``eval`` holds the held-out tasks; the two never share a task."""
+from atpo_async.core.vocabulary import EpisodeEnd, Split
+
+__all__ = ["Environment", "Episode", "ReplayFork", "Split", "StepResult"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,7 @@ class StepResult:
     """Set when done: finite.  A chain that cannot be judged raises instead: it is left out, and counted."""
     success: bool | None
     """None where nobody can say; it is not guessed from the reward."""
-    end: Literal["continue", "done", "turn_limit"]
+    end: EpisodeEnd
     """``continue`` exactly while not done."""
 
 

@@ -23,7 +23,8 @@ import numpy as np
 
 from atpo_async.core.errors import ConfigError
 from atpo_async.core.texts import of_error, of_type, of_value
-from atpo_async.environments.base import Split, StepResult
+from atpo_async.core.vocabulary import EpisodeEnd, Split
+from atpo_async.environments.base import StepResult
 from atpo_async.wire.checks import MAX_NUMBER, MAX_SIZE
 
 NOTHING = np.zeros(0, dtype=np.int32)
@@ -37,8 +38,7 @@ Reason = Literal["environment_failed", "observation_too_long", "prompt_too_long"
 TOO_LONG: Final = "observation_too_long"
 PROMPT_TOO_LONG: Final = "prompt_too_long"
 
-End = Literal["continue", "done", "turn_limit"]
-ENDS: tuple[End, ...] = get_args(End)
+ENDS: tuple[EpisodeEnd, ...] = get_args(EpisodeEnd)
 _A_RESULT = "return StepResult(observation=…, done=…, reward=…, success=…, end=…) of atpo_async.environments.base"
 
 
@@ -145,7 +145,7 @@ def truth_of(value: Any, field: str, where: str, *, expected: str = "True or Fal
         raise refuse(where, field, value, expected)
 
 
-def end_of(value: Any, where: str) -> End:
+def end_of(value: Any, where: str) -> EpisodeEnd:
     """One of the known ones as a plain str, whatever ``str()`` of an Enum makes of it.  Raises ValueRefused."""
     with reading(where, "end", value):
         for known in ENDS:

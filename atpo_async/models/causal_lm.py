@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atpo_async.core.dtypes import FILE_DTYPES
 from atpo_async.core.errors import SetupError
 from atpo_async.models.tensor_files import counting_files, read_headers
 
@@ -52,7 +53,7 @@ def examine(folder: Path) -> Checkpoint:
     headers = read_headers(folder)
     empty = _skeleton(folder)
     tensors = {
-        name: torch.empty(entry["shape"], dtype=_dtype(entry["dtype"]), device="meta")
+        name: torch.empty(entry["shape"], dtype=torch_dtype(FILE_DTYPES.get(entry["dtype"], "float32")), device="meta")
         for name, entry in headers.items()
     }
     kind = type(empty).__name__
@@ -192,16 +193,11 @@ def taken_up(model: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def _dtype(name: str) -> Any:
-    """Of a safetensors header."""
+def torch_dtype(name: str) -> Any:
+    """torch's object of a number format: of ``bfloat16``, ``torch.bfloat16``."""
     import torch
 
-    known = {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-        "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    }  # fmt: skip
-    return known.get(name, torch.float32)
+    return getattr(torch, name)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from atpo_async.core.dtypes import FLOAT32, INT32, PRECISION_BYTES, UINT8
 from atpo_async.core.errors import BadMessage
 from atpo_async.core.tree import Turn, VersionSpan
 from atpo_async.wire import messages as m
@@ -32,10 +33,6 @@ MAX_NAME_BYTES = 200
 MAX_TEXT_BYTES = 1 << 16
 LOGPROB_SLACK = 2.0**-10
 """Log-probs may exceed 0 by this much: a softmax in reduced precision can round a sure token's to just above 0."""
-
-DTYPES = (np.dtype("<i4"), np.dtype("<f4"), np.dtype("u1"))
-"""By their code on the wire."""
-INT32, FLOAT32, UINT8 = DTYPES
 
 Check = Callable[[Any], None]
 
@@ -60,7 +57,6 @@ _UNBOUNDED = frozenset({"seed", "shape"})
 _NOT_NEGATIVE = frozenset({"probability", "weight", "probe_tolerance", "priorities", "success"})
 # One bad number in a report must not cost an actor its leases: the metrics file drops what is not finite.
 _MAY_BE_NOT_FINITE = frozenset({"metrics"})
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def check(message: msgspec.Struct) -> None:
@@ -208,7 +204,7 @@ def _check_manifest(manifest: m.WeightsManifest) -> None:
         # Without the bound on their number, the product of many large factors would take its time.
         if len(spec.shape) > 32 or any(not 0 <= n <= MAX_SIZE for n in spec.shape):
             raise _bad(manifest, f"tensor {spec.name!r:.80} has the shape {list(spec.shape)!r:.200}")
-        if math.prod(spec.shape) * _ITEM_BYTES[spec.dtype] != spec.nbytes:
+        if math.prod(spec.shape) * PRECISION_BYTES[spec.dtype] != spec.nbytes:
             raise _bad(manifest, f"tensor {spec.name!r:.80} of {spec.dtype}{list(spec.shape)} has {spec.nbytes} bytes")
         if spec.offset < end or spec.offset + spec.nbytes > manifest.total_bytes:
             raise _bad(manifest, f"tensor {spec.name!r:.80} overlaps another or ends past {manifest.total_bytes} bytes")

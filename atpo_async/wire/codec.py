@@ -25,13 +25,11 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
+from atpo_async.core.dtypes import FLOAT32, INT32, WIRE_DTYPES
 from atpo_async.core.errors import BadMessage
 from atpo_async.core.tree import Turn, VersionSpan
 from atpo_async.wire import messages as m
 from atpo_async.wire.checks import (
-    DTYPES,
-    FLOAT32,
-    INT32,
     LOGPROB_SLACK,
     MAX_ID,
     MAX_NAME_BYTES,
@@ -62,8 +60,8 @@ MAX_ITEMS = 1 << 16
 
 _ALIGN = 8
 _PADDING = tuple(bytes(n) for n in range(_ALIGN))
-_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
-_INT32_CODE, _FLOAT32_CODE, _UINT8_CODE = range(len(DTYPES))
+_CODES = {dtype: code for code, dtype in enumerate(WIRE_DTYPES)}
+_INT32_CODE, _FLOAT32_CODE, _UINT8_CODE = range(len(WIRE_DTYPES))
 _LITTLE = sys.byteorder == "little"
 
 
@@ -102,7 +100,7 @@ class _Payload:
                     f"an array of {value.dtype}{list(value.shape)} cannot be sent; "
                     "arrays have one dimension and are int32, float32 or uint8"
                 )
-            data = value.tobytes() if _LITTLE else value.astype(DTYPES[code]).tobytes()
+            data = value.tobytes() if _LITTLE else value.astype(WIRE_DTYPES[code]).tobytes()
             return code, self._add((data,), len(data)), len(value)
         if isinstance(value, TurnRecords):
             return _UINT8_CODE, self._add(value.parts, value.nbytes), value.nbytes, len(value)
@@ -168,21 +166,21 @@ class _Arrays:
         self._take(code, offset, length)
         if not length:
             return _EMPTY[code]
-        return np.frombuffer(self.payload, DTYPES[code], length, offset)
+        return np.frombuffer(self.payload, WIRE_DTYPES[code], length, offset)
 
     def records(self, descriptor: tuple[int, int, int, int]) -> TurnRecords:
         code, offset, length, count = descriptor
         self._take(code, offset, length)
         if code != _UINT8_CODE:
-            raise BadMessage(f"records are {DTYPES[code]}; expected uint8")
+            raise BadMessage(f"records are {WIRE_DTYPES[code]}; expected uint8")
         if not 0 <= count <= length // MIN_RECORD_BYTES or (length and not count):
             raise BadMessage(f"{count} turns cannot be in {length} bytes of records")
         return TurnRecords.raw((memoryview(self.payload)[offset : offset + length],) if length else (), count)
 
     def _take(self, code: int, offset: int, length: int) -> None:
-        if not 0 <= code < len(DTYPES):
-            raise BadMessage(f"array dtype code {code} is unknown; codes are 0 to {len(DTYPES) - 1}")
-        dtype = DTYPES[code]
+        if not 0 <= code < len(WIRE_DTYPES):
+            raise BadMessage(f"array dtype code {code} is unknown; codes are 0 to {len(WIRE_DTYPES) - 1}")
+        dtype = WIRE_DTYPES[code]
         end = offset + length * dtype.itemsize
         if offset < 0 or length < 0 or offset % _ALIGN or end > self.size:
             raise BadMessage(
@@ -201,7 +199,7 @@ class _Arrays:
             raise BadMessage(f"arrays end at byte {end} of {self.size} payload bytes")
 
 
-_EMPTY = tuple(np.frombuffer(bytes(dtype.itemsize), dtype)[:0] for dtype in DTYPES)
+_EMPTY = tuple(np.frombuffer(bytes(dtype.itemsize), dtype)[:0] for dtype in WIRE_DTYPES)
 
 
 def decode(frames: Sequence[Buffer], union_type: Any, *, limits: Limits = DEFAULT_LIMITS) -> Any:

@@ -6,18 +6,15 @@ Durations are seconds, sizes bytes, versions learner versions.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 import numpy as np
 
 from atpo_async.core.tree import Turn
+from atpo_async.core.vocabulary import Precision, Split
 from atpo_async.wire.records import TurnRecords
 
 PROTOCOL = 4
 """Peers of another protocol number are refused by name."""
-
-TaskKind = Literal["train", "eval"]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, eq=False):
@@ -102,7 +99,7 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     tree_id: str
     task_index: int
-    kind: TaskKind
+    kind: Split
     epoch: int
     """Rises with every reissue; turns under an older epoch are refused."""
     lifetime_s: float
@@ -308,7 +305,7 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Where one tensor lies in the payload."""
 
     name: str
-    dtype: Literal["float32", "float16", "bfloat16"]
+    dtype: Precision
     shape: tuple[int, ...]
     offset: int
     nbytes: int

@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from atpo_async.core.errors import SetupError
-from atpo_async.wire.messages import TaskKind
+from atpo_async.core.vocabulary import Split
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class TreeStateEntry(_Entry):
 
     number: int
     task_index: int
-    kind: TaskKind
+    kind: Split
     failed_branches: int = 0
     attempts: int = 0
     lease: LeaseEntry | None = None

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from atpo_async.config import StalenessConfig
-from atpo_async.wire.messages import TaskKind
+from atpo_async.core.vocabulary import Split
 from buffer.batches.delay_line import Admission
 
 UNSEEN_REPORTS = 3
@@ -41,7 +41,7 @@ class HeldLease:
     number: int
     """Of its tree: given once in a run."""
     task_index: int
-    kind: TaskKind
+    kind: Split
     seed: int
     epoch: int
     holder: str
@@ -176,8 +176,8 @@ class Ledger:
         self._attempts: dict[int, int] = {}
         """Training task under lease -> trees grown of it in vain, where there were any."""
         self._held: dict[str, HeldLease] = {}
-        self._num_held: Counter[TaskKind] = Counter()
-        self._waiting: dict[TaskKind, dict[str, None]] = {"eval": {}, "train": {}}
+        self._num_held: Counter[Split] = Counter()
+        self._waiting: dict[Split, dict[str, None]] = {"eval": {}, "train": {}}
         """Leases that wait for another holder, in the order in which they came to."""
         self._heard: dict[str, float] = {}
         self.evaluations: dict[int, Evaluation] = {}
@@ -289,7 +289,7 @@ class Ledger:
         # Another id than before: an old holder may still send turns of the tree that was given up.
         return self._hold(f"{self.prefix}-{task:08d}.{self.next_number}", task, "train", version, -1)
 
-    def _hold(self, tree_id: str, task: int, kind: TaskKind, min_version: int, eval_step: int) -> HeldLease:
+    def _hold(self, tree_id: str, task: int, kind: Split, min_version: int, eval_step: int) -> HeldLease:
         seed = int(np.random.SeedSequence([self._seed, int(kind == "eval"), task]).generate_state(1)[0])
         held = HeldLease(tree_id, self.next_number, task, kind, seed, 0, "", 0.0, min_version, eval_step=eval_step)
         self.next_number += 1
@@ -536,7 +536,7 @@ class Ledger:
         """The lease of a tree, if it has one."""
         return self._held.get(tree_id)
 
-    def kind(self, tree_id: str) -> TaskKind | None:
+    def kind(self, tree_id: str) -> Split | None:
         held = self._held.get(tree_id)
         return None if held is None else held.kind
 

@@ -12,16 +12,15 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise, repeat
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from atpo_async.core.vocabulary import WeightsOver
 from buffer.trees.index import TreeEntry
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
-WeightsOver = Literal["max", "mean", "none"]
 
 PRIORITY_FLOOR = 0.01
 """Added to every priority, so that a tree whose advantage came out small can still be drawn."""
@@ -35,12 +34,6 @@ WHOLE_LEVEL = 8192
 _FREE, _READY, _OUT = 0, 1, 2
 _COLUMNS = ("_state", "_own", "_uses", "_limit", "_oldest", "_newest", "_ages_from", "_nbytes", "_entered")
 """What a pool knows of each slot, an array a piece."""
-
-
-def tree_priority(advantages: F64, *, max_share: float) -> float:
-    """``η·max|A| + (1-η)·mean|A|`` over the tree's turns (ALGORITHM, section 4)."""
-    size = np.abs(advantages)
-    return float(max_share * size.max() + (1 - max_share) * size.mean()) if len(size) else 0.0
 
 
 def probabilities(priorities: F64, *, exponent: float, floor: float = PRIORITY_FLOOR) -> F64:

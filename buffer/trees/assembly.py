@@ -17,8 +17,9 @@ import numpy as np
 
 from atpo_async.core.errors import BadMessage, Conflict
 from atpo_async.core.tree import ROOT, Turn
+from atpo_async.core.vocabulary import Split
 from atpo_async.wire import codec
-from atpo_async.wire.messages import TaskKind, TreeClosed, TreeOpened
+from atpo_async.wire.messages import TreeClosed, TreeOpened
 from atpo_async.wire.records import pack, unpack
 from buffer.trees.index import ROW, Rows, Store, TreeEntry, TurnEntry, entry_of, rows_of
 
@@ -38,7 +39,7 @@ class Growing:
     tree_id: str
     number: int
     task_index: int
-    kind: TaskKind
+    kind: Split
     epoch: int
     prompt: TurnEntry | None = None
     turns: dict[int, TurnEntry] = field(default_factory=dict)
@@ -94,7 +95,7 @@ class Assembly:
         """What has come of a tree under lease."""
         return self._growing.get(tree_id)
 
-    def expect(self, tree_id: str, *, number: int, task_index: int, kind: TaskKind, epoch: int) -> None:
+    def expect(self, tree_id: str, *, number: int, task_index: int, kind: Split, epoch: int) -> None:
         """A lease was granted: take this tree's turns under ``epoch`` from now on.
 
         On a reissue the turns that are attached stay; parked ones go, for their ids may come again.

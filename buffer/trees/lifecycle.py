@@ -16,13 +16,14 @@ import numpy as np
 from atpo_async.config import Config
 from atpo_async.core.credit import TreeArrays, credit_as
 from atpo_async.core.errors import BadMessage
+from atpo_async.core.priorities import tree_priority
 from buffer.batches.delay_line import DelayLine
 from buffer.batches.served import Batches, ServedTree
 from buffer.counters import RunCounters
 from buffer.journal import entries
 from buffer.leases.evaluations import Evaluations
 from buffer.leases.ledger import Ledger
-from buffer.pool.pool import Departure, Drawn, ReplayPool, tree_priority
+from buffer.pool.pool import Departure, Drawn, ReplayPool
 from buffer.trees.assembly import Assembly
 from buffer.trees.index import Store, TreeEntry
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from atpo_async.config import CorrectionConfig
-from learner.loss.objective import Level, num_units, prefix_sum, spread, unit_mean, unit_sum, units
+from atpo_async.core.vocabulary import Level
+from learner.loss.objective import num_units, prefix_sum, spread, unit_mean, unit_sum, units
 
 MAX_TOKEN_LOG_RATIO = 1e3
 """Of a token, nats: keeps sums over units finite; beyond anything that two real policies differ by."""

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from atpo_async.config import ObjectiveConfig
-
-Level = Literal["token", "turn", "prefix", "sequence"]
+from atpo_async.core.vocabulary import Level
 
 MAX_LOG_RATIO = 10.0
 """Keeps exp() of the log-ratio finite; far outside any clip range."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,16 +23,9 @@ from numpy.typing import NDArray
 from atpo_async.config import CreditConfig
 from atpo_async.core.credit import TreeArrays, branch_prob, credit_as, has_signal, leaves_below
 from atpo_async.core.tree import Turn, TurnTree, is_fresh, lag_versions
+from atpo_async.core.vocabulary import Aggregation
 from atpo_async.wire.messages import BatchTree
 
-Aggregation = Literal[
-    "seq-mean-token-mean",
-    "seq-mean-token-sum",
-    "token-mean",
-    "unique-token-mean",
-    "branch-prob",
-    "branch-prob-token-sum",
-]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -76,14 +69,6 @@ class CreditedTree:
     def num_turn_tokens(self) -> int:
         """Action tokens, each turn once."""
         return sum(len(turn.action) for turn in self.tree)
-
-
-def priority(advantages: F64, *, max_share: float) -> float:
-    """p = eta max|A| + (1 - eta) mean|A| over the tree's turns (ALGORITHM, section 4, Priorities)."""
-    if not len(advantages):
-        return 0.0
-    size = np.abs(advantages)
-    return float(max_share * size.max() + (1 - max_share) * size.mean())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

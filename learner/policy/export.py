@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from atpo_async.core.dtypes import PRECISION_BYTES, PRECISION_IN_FILES
+from atpo_async.models.causal_lm import torch_dtype
 from atpo_async.models.tensor_files import read_header
 from learner.policy.model import Policy
 
 GENERATION = "generation_config.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack")
 """Files of the source that are not taken over: the trained ones stand for them."""
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_IN_FILES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +55,13 @@ def precision(source: Path, wanted: str) -> Precision:
         wanted: ``learner.export_dtype``: ``source``, or the name of a precision.
     """
     if wanted != "source":
-        return Precision(_DTYPES[wanted], {}, f"learner.export_dtype = {wanted!r}")
+        return Precision(torch_dtype(wanted), {}, f"learner.export_dtype = {wanted!r}")
     found: dict[str, torch.dtype] = {}
     weight: Counter[torch.dtype] = Counter()
     for file in sorted(source.glob("*.safetensors")):
         for name, entry in read_header(file).items():
-            dtype = _IN_FILES.get(str(entry["dtype"]))
-            if dtype is not None:
+            if entry["dtype"] in PRECISION_IN_FILES:
+                dtype = torch_dtype(PRECISION_IN_FILES[entry["dtype"]])
                 found[name] = dtype
                 weight[dtype] += entry["data_offsets"][1] - entry["data_offsets"][0]
     declared = _declared(source)
@@ -81,7 +80,8 @@ def precision(source: Path, wanted: str) -> Precision:
 def _declared(source: Path) -> torch.dtype | None:
     try:
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        return _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))
+        said = str(config.get("dtype") or config.get("torch_dtype"))
+        return torch_dtype(said) if said in PRECISION_BYTES else None
     except (OSError, ValueError, AttributeError):
         return None
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from atpo_async.config import Config
 from atpo_async.core.errors import SetupError
+from atpo_async.core.priorities import tree_priority
 from atpo_async.core.schedule import learning_rate
 from atpo_async.core.tree import lag_versions
 from atpo_async.models import causal_lm
@@ -42,7 +43,6 @@ from learner.packing.rows import (
     idle_micro_batch,
     leaf_rows,
     micro_batches,
-    priority,
 )
 from learner.packing.tree import tree_micro_batches
 from learner.policy import precision
@@ -221,7 +221,7 @@ class Trainer:
         return StepReport(
             metrics=metrics | self._dropped(sifted.metrics()),
             priorities={
-                tree.tree.tree_id: priority(tree.advantages, max_share=settings.buffer.priority_max_share)
+                tree.tree.tree_id: tree_priority(tree.advantages, max_share=settings.buffer.priority_max_share)
                 for tree in trees
             }
             | dict.fromkeys((tree_id for ids in sifted.dropped.values() for tree_id in ids), 0.0),

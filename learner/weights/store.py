@@ -16,14 +16,16 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from atpo_async.config import WeightsConfig
+from atpo_async.core.dtypes import PRECISION_BYTES
 from atpo_async.core.errors import SetupError
+from atpo_async.core.vocabulary import Precision
+from atpo_async.models.causal_lm import torch_dtype
 from atpo_async.run.rundir import host_id
 from atpo_async.run.scratch import SHARED_MEMORY, Scratch, sweep, sweep_dead, weights_folder
 from atpo_async.wire.messages import (
@@ -42,17 +44,8 @@ from atpo_async.wire.messages import (
 
 log = logging.getLogger("atpo.learner.publisher")
 
-Precision = Literal["float32", "bfloat16", "float16"]
-
 ALIGNMENT = 64
 KEPT_VERSIONS = 2
-
-_DTYPES: dict[torch.dtype, Precision] = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-_TORCH: dict[str, torch.dtype] = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 def layout(tensors: Mapping[str, Tensor], precision: Precision) -> tuple[tuple[TensorSpec, ...], int]:
@@ -63,7 +56,7 @@ def layout(tensors: Mapping[str, Tensor], precision: Precision) -> tuple[tuple[T
         if not tensor.is_floating_point():
             continue
         offset = -(-end // ALIGNMENT) * ALIGNMENT
-        nbytes = tensor.numel() * _TORCH[precision].itemsize
+        nbytes = tensor.numel() * PRECISION_BYTES[precision]
         specs.append(TensorSpec(name=name, dtype=precision, shape=tuple(tensor.shape), offset=offset, nbytes=nbytes))
         end = offset + nbytes
     return tuple(specs), end
@@ -71,7 +64,7 @@ def layout(tensors: Mapping[str, Tensor], precision: Precision) -> tuple[tuple[T
 
 def raw_bytes(tensor: Tensor, precision: Precision) -> memoryview:
     """The tensor's bytes at ``precision``, little-endian, row-major."""
-    flat = tensor.detach().to(device="cpu", dtype=_TORCH[precision]).contiguous().reshape(-1)
+    flat = tensor.detach().to(device="cpu", dtype=torch_dtype(precision)).contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 

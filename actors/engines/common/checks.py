@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from actors.engines.base import WeightsFile
+from atpo_async.core.dtypes import PRECISION_BYTES
 from atpo_async.core.errors import GenerationFailed, SetupError, WeightsRejected
 from atpo_async.models import causal_lm
-
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 TIED_HEAD = "lm_head.weight"
 """Saved checkpoints leave it out when it is tied to the embeddings; streams bring it, for engines keep a copy."""
@@ -77,7 +76,7 @@ def check_weights(weights: WeightsFile, shapes: Mapping[str, tuple[int, ...]], *
             raise WeightsRejected(f"{label}: tensor {name} is not part of the model")
         if expected is not None and tuple(spec.shape) != expected:
             raise WeightsRejected(f"{label}: tensor {name} has shape {tuple(spec.shape)}, the model {expected}")
-        if spec.nbytes != math.prod(spec.shape) * ITEM_BYTES[spec.dtype]:
+        if spec.nbytes != math.prod(spec.shape) * PRECISION_BYTES[spec.dtype]:
             raise WeightsRejected(f"{label}: tensor {name} has {spec.nbytes} bytes for {spec.dtype}{spec.shape}")
         if spec.offset < 0 or spec.offset + spec.nbytes > manifest.total_bytes:
             raise WeightsRejected(f"{label}: tensor {name} ends past the payload of {manifest.total_bytes} bytes")

@@ -40,7 +40,6 @@ from atpo_async.status import waits
 
 log = logging.getLogger("atpo.actor")
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 PREFILL_TOKENS = 8192
 """Most tokens of prompts in one forward pass, padding included."""
@@ -419,7 +418,9 @@ class TransformersEngine:
         if device == "cpu":
             torch.set_num_threads(self._num_threads)
         # SDPA takes a boolean mask of any shape; the flash kernels do not.
-        model, checkpoint = causal_lm.load(self._model_path, dtype=_DTYPES[self._dtype], attn_implementation="sdpa")
+        model, checkpoint = causal_lm.load(
+            self._model_path, dtype=causal_lm.torch_dtype(self._dtype), attn_implementation="sdpa"
+        )
         self._published = dict(checkpoint.shapes)
         if model._can_set_attn_implementation():
             model.set_attn_implementation(attention.NAME)
@@ -612,5 +613,5 @@ def _read(weights: WeightsFile) -> dict[str, torch.Tensor]:
     for spec in manifest.tensors:
         # A copy, because a tensor may begin anywhere in the file and views need alignment.
         raw = payload[spec.offset : spec.offset + spec.nbytes].clone()
-        found[spec.name] = raw.view(_DTYPES[spec.dtype]).view(spec.shape)
+        found[spec.name] = raw.view(causal_lm.torch_dtype(spec.dtype)).view(spec.shape)
     return found

@@ -30,12 +30,11 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from actors.engines.vllm.plugin import INCOMPLETE, PROBE_PLACES, PROBE_PREFIX, UNTOUCHED
 from atpo_async.core.errors import SetupError
+from atpo_async.models.causal_lm import torch_dtype
 from atpo_async.run.installed import VLLM_PRIVATE, version_of, vllm_range
 
 COMPARED_ELEMENTS = 1 << 24
 """Of one part that is compared at a time."""
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -119,7 +118,7 @@ def _read_tensors(info: FileUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
     for name, dtype_name, shape, offset, nbytes in zip(
         info.names, info.dtypes, info.shapes, info.offsets, info.nbytes, strict=True
     ):
-        dtype = _DTYPES[dtype_name]
+        dtype = torch_dtype(dtype_name)
         if nbytes != math.prod(shape) * dtype.itemsize or offset < 0 or offset + nbytes > size:
             raise ValueError(f"{name}: {nbytes} bytes at {offset} do not hold {dtype_name}{shape} in {size} bytes")
         raw = payload[offset : offset + nbytes]

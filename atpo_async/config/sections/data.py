@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from atpo_async.config.sections.base import Section
+from atpo_async.core.vocabulary import WeightsOver
 
 
 class StalenessConfig(Section):
@@ -50,7 +51,7 @@ class BufferConfig(Section):
     priority_exponent: float = Field(0.6, ge=0, description="a in P_i ~ p_i^a")
     weight_exponent: float = Field(0.4, ge=0, le=1, description="beta at the first step, annealed to 1")
     weight_exponent_steps: int = Field(0, ge=0, description="steps of the annealing; 0 for all of run.steps")
-    weights_over: Literal["max", "mean", "none"] = Field(
+    weights_over: WeightsOver = Field(
         "max", description="w_PER divided by the batch maximum, by its mean under P, or by nothing"
     )
     priority_max_share: float = Field(0.9, ge=0, le=1, description="eta: share of max|A| in the priority")

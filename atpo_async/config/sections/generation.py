@@ -8,13 +8,14 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from atpo_async.config.sections.base import Section
+from atpo_async.core.vocabulary import Precision
 
 
 class ModelConfig(Section):
     """The policy: an ordinary Hugging Face model folder."""
 
     path: str = Field("", description="model folder, or the name of one in the local Hugging Face cache")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="the engine's precision")
+    dtype: Precision = Field("float32", description="the engine's precision")
     max_context_tokens: int = Field(512, ge=8, description="prompt, observations and actions of one path")
     warm_start: bool = Field(False, description="make and warm-start the environment's small policy if there is none")
     warm_start_steps: int = Field(300, ge=0, description="supervised steps of the warm start")

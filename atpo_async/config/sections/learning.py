@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from atpo_async.config.sections.base import Section
+from atpo_async.core.vocabulary import Aggregation, LeafWeights, Level, Precision, RatioLevel
 
 
 class CreditConfig(Section):
@@ -22,9 +23,7 @@ class CreditConfig(Section):
     ] = Field("child_mean", description="the traces weigh siblings of different versions by their turn ratios")
     advantage_mode: Literal["node_value", "diff_parent", "diff_global", "diff_localglobal"] = "node_value"
     normalise_leaves: bool = True
-    leaf_weights: Literal["uniform", "branch-prob"] = Field(
-        "uniform", description="weights under which leaf rewards are normalised"
-    )
+    leaf_weights: LeafWeights = Field("uniform", description="weights under which leaf rewards are normalised")
     trace_cap: float = Field(1.0, gt=0, description="c-bar of the tree traces: the largest turn ratio that counts")
 
 
@@ -40,9 +39,7 @@ class CorrectionConfig(Section):
     """
 
     action: Literal["truncate", "mask", "icepop", "topr", "m2po", "none"] = "truncate"
-    level: Literal["token", "turn", "prefix", "sequence"] = Field(
-        "turn", description="prefix: the product over the path down to the turn, the turn included"
-    )
+    level: Level = Field("turn", description="prefix: the product over the path down to the turn, the turn included")
     cap: float = Field(2.0, gt=0, description="C")
     floor: float = Field(0.0, ge=0, description="weights below are raised to it (truncate) or masked (mask)")
     exponent: Literal["fixed", "geometric", "ess"] = Field(
@@ -78,20 +75,13 @@ class ObjectiveConfig(Section):
     further than ``tv_limit`` in probability already (DPPO, arXiv 2602.04879).
     """
 
-    ratio_level: Literal["token", "turn", "sequence"] = "turn"
+    ratio_level: RatioLevel = "turn"
     surrogate: Literal["clip", "cispo", "policy-gradient", "tv"] = "clip"
     clip_low: float = Field(3e-3, gt=0, le=1)
     clip_high: float = Field(4e-3, gt=0)
     dual_clip: float | None = Field(3.0, gt=1, description="bound for A < 0; none to switch it off")
     tv_limit: float = Field(0.2, gt=0, lt=1, description="probability, for surrogate = tv")
-    aggregation: Literal[
-        "seq-mean-token-mean",
-        "seq-mean-token-sum",
-        "token-mean",
-        "unique-token-mean",
-        "branch-prob",
-        "branch-prob-token-sum",
-    ] = "seq-mean-token-mean"
+    aggregation: Aggregation = "seq-mean-token-mean"
     kl_coef: float = Field(0.0, ge=0, description="of KL(policy || the weights of model.path); 0: no reference kept")
     kl_estimator: Literal["k2", "k3"] = Field("k3", description="both have a gradient that pulls to the reference")
     entropy_coef: float = Field(0.0, ge=0, description="of the entropy bonus over the whole vocabulary")
@@ -121,7 +111,7 @@ class LearnerConfig(Section):
     micro_batch_tokens: int = Field(16384, ge=64, description="padded tokens of one forward pass")
     checkpoint_every: int = Field(50, ge=1, description="batches between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
-    export_dtype: Literal["source", "float32", "bfloat16", "float16"] = Field(
+    export_dtype: Precision | Literal["source"] = Field(
         "source", description="precision of the trained policy in model/; source: as the folder that the run began with"
     )
     num_processes: int = Field(1, ge=1, description="ranks that the supervisor starts through accelerate launch")
