@@ -21,9 +21,10 @@ setup: ## .venv with the pinned CPU set and the project; nothing is done twice
 demo: setup ## make the small policy, warm-start it, train it with real vLLM on the CPU (SEED=2, ARGS="…")
 	@$(BIN)/atpo demo $(if $(SEED),--run.seed $(SEED)) $(ARGS)
 
-# The name lets the suite find every process it has started, orphans too (tests/conftest.py).
+# The name lets the suite find every process it has started, orphans too (tests/conftest.py).  Two files run side by
+# side: many tests wait for processes.  ARGS="-n 0" runs one after another.
 test: setup ## the whole suite; tests that need a GPU are skipped without one (ARGS="-k tree")
-	@ATPO_TEST_SESSION=make-$$$$ $(BIN)/python -m pytest -q --durations=10 --durations-min=5 $(ARGS)
+	@ATPO_TEST_SESSION=make-$$$$ $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10 --durations-min=5 $(ARGS)
 
 check: setup ## ruff and mypy (strict) over the packages, tests, scripts and benchmarks
 	@$(BIN)/ruff check .

@@ -27,6 +27,9 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 SESSION_TAG = "ATPO_TEST_SESSION"
 # Inherited by whatever the tests start, and readable from outside after its parents are gone.
 os.environ.setdefault(SESSION_TAG, uuid.uuid4().hex)
+if WORKER := os.environ.get("PYTEST_XDIST_WORKER", ""):
+    # Each worker of pytest-xdist looks for what its own tests have left, and lets the other workers' processes be.
+    os.environ[SESSION_TAG] += f"-{WORKER}"
 GRACE_S = 10.0
 left_behind = pytest.StashKey[list[str]]()
 
@@ -88,16 +91,32 @@ def _end_compile_workers() -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail a run that leaves processes behind, and end them: an engine's leftovers hold gigabytes."""
-    _end_compile_workers()
+    found = session.config.stash.setdefault(left_behind, [])
+    if not session.config.pluginmanager.hasplugin("dsession"):  # else the workers have looked (pytest_testnodedown)
+        _end_compile_workers()
+        found += _end_survivors()
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["left_behind"] = found
+    if found:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _end_survivors() -> list[str]:
+    """Ends what is still there once it has had time to end by itself; says what that was."""
     deadline_s = time.monotonic() + GRACE_S
     while (survivors := list(_survivors())) and time.monotonic() < deadline_s:
         time.sleep(0.1)
-    if survivors:
-        session.config.stash[left_behind] = [f"{pid}: {command[:200]}" for pid, command in survivors]
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     for pid, _ in survivors:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    return [f"{pid}: {command[:200]}" for pid, command in survivors]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist has ended: what it found counts for the whole run."""
+    found = getattr(node, "workeroutput", {}).get("left_behind", [])
+    node.config.stash.setdefault(left_behind, []).extend(found)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

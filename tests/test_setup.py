@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -244,15 +245,20 @@ def test_starts_compile_workers():
 """
 
 
-def nested_suite(folder: Path, test: str, *, grace_s: float = 10.0) -> subprocess.CompletedProcess[str]:
+def nested_suite(
+    folder: Path, test: str, *, grace_s: float = 10.0, options: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """A run of pytest over ``test`` alone, under this suite's rule about what outlives it."""
     conftest = (ROOT / "tests" / "conftest.py").read_text()
     (folder / "conftest.py").write_text(conftest.replace("GRACE_S = 10.0", f"GRACE_S = {grace_s}"))
     (folder / "test_alone.py").write_text(test)
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, str(folder)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, *options, str(folder)],
         cwd=folder,
-        env={**os.environ, "ATPO_TEST_SESSION": f"nested-{os.getpid()}"},
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+            "ATPO_TEST_SESSION": f"nested-{os.getpid()}",
+        },
         capture_output=True,
         text=True,
         timeout=150,
@@ -266,8 +272,9 @@ def test_the_workers_in_which_torch_compiles_are_no_leftovers(tmp_path: Path) ->
     assert "outlived" not in run.stdout
 
 
-def test_a_run_that_leaves_an_orphan_behind_fails_and_ends_it(tmp_path: Path) -> None:
-    run = nested_suite(tmp_path, LEAVES_AN_ORPHAN, grace_s=0.1)
+@pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["alone", "with a worker"])
+def test_a_run_that_leaves_an_orphan_behind_fails_and_ends_it(tmp_path: Path, options: Sequence[str]) -> None:
+    run = nested_suite(tmp_path, LEAVES_AN_ORPHAN, grace_s=0.1, options=options)
     assert "1 passed" in run.stdout, run.stdout + run.stderr
     assert run.returncode == 1
     outlived = re.search(r"outlived the tests and was killed: (\d+): .*time\.sleep\(600\)", run.stdout)
