@@ -15,12 +15,12 @@ from actors.factory import check_eval_tasks, engine_name, host_environment, make
 from actors.hosting import guard
 from actors.hosting.host import HostedEnvironment
 from actors.weights.fetcher import WeightsFetcher
+from atpo_async.config import LinksConfig
 from atpo_async.core.errors import PeerLost, SetupError
 from atpo_async.environments.base import Environment
 from atpo_async.links.addresses import seen_from
 from atpo_async.links.announcements import Listener
 from atpo_async.links.client import Client
-from atpo_async.links.common import LinkSettings
 from atpo_async.models.sources import model_folder
 from atpo_async.ops import role
 from atpo_async.ops.role import RoleContext
@@ -41,7 +41,7 @@ async def act(ctx: RoleContext) -> None:
     """Join the run, start the engine, and work until it is over."""
     config = ctx.config
     model = model_folder(config.model.path)
-    settings = LinkSettings.from_config(config.links)
+    settings = config.links
     if not ctx.supervised:  # who was started by the run itself is let in
         await until_stopped(ctx.stopping, _knock(ctx, settings))
         if ctx.stopping.is_set():
@@ -55,7 +55,7 @@ async def act(ctx: RoleContext) -> None:
             await _act(ctx, settings, model, environment)
 
 
-async def _act(ctx: RoleContext, settings: LinkSettings, model: Path, environment: HostedEnvironment) -> None:
+async def _act(ctx: RoleContext, settings: LinksConfig, model: Path, environment: HostedEnvironment) -> None:
     config = ctx.config
     if config.eval.at_start or config.eval.at_end or config.eval.every_steps:
         check_eval_tasks(config, environment, config.eval.num_tasks)
@@ -71,7 +71,7 @@ async def _act(ctx: RoleContext, settings: LinkSettings, model: Path, environmen
                 await engine.close()
 
 
-def _to_buffer(ctx: RoleContext, settings: LinkSettings) -> Client:
+def _to_buffer(ctx: RoleContext, settings: LinksConfig) -> Client:
     return Client(
         ctx.endpoints.actors,
         peer="buffer",
@@ -82,7 +82,7 @@ def _to_buffer(ctx: RoleContext, settings: LinkSettings) -> Client:
     )
 
 
-async def _knock(ctx: RoleContext, settings: LinkSettings) -> None:
+async def _knock(ctx: RoleContext, settings: LinksConfig) -> None:
     """Learn whether the buffer lets this actor in, before an engine is loaded in vain.
 
     Waits for: its answer.  Unblocked by: that; ``KNOCK_S`` without a sign of it, as it may be started later; where it
@@ -130,7 +130,7 @@ async def _work(
     ctx: RoleContext,
     welcome: Welcome,
     buffer: Client,
-    settings: LinkSettings,
+    settings: LinksConfig,
     engine: Engine,
     environment: Environment,
 ) -> Welcome | None:

@@ -28,15 +28,14 @@ import numpy as np
 from actors.actor import Actor
 from actors.engines.base import Engine, EngineStats, Generation, Sampling, SwapReport, WeightsFile
 from actors.factory import engine_name, host_environment, make_engine
-from atpo_async.config import Config, load
+from atpo_async.config import Config, LinksConfig, load
 from atpo_async.links.client import Client
-from atpo_async.links.common import LinkSettings
 from atpo_async.links.server import Server
 from atpo_async.wire.messages import ActorToBuffer, BufferToActor, Lease, LeaseRequest, Leases, Message, TreeClosed
 from atpo_async.wire.records import TurnRecords
 
 
-def serve(pipe: Connection, settings: LinkSettings, num_trees: int) -> None:
+def serve(pipe: Connection, settings: LinksConfig, num_trees: int) -> None:
     """A process that grants ``num_trees`` leases a round and acknowledges every turn."""
 
     async def main() -> None:
@@ -132,7 +131,7 @@ class NoWeights:
 async def over_actor(config: Config, engine: Engine, model: Path, endpoint: str, name: str) -> tuple[float, Recorder]:
     """Seconds for the trees of one round."""
     recorder = Recorder(engine)
-    settings = LinkSettings.from_config(config.links)
+    settings = config.links
     async with (
         host_environment(config, model) as environment,
         Client(endpoint, peer="buffer", identity=name, receives=BufferToActor, settings=settings) as buffer,
@@ -175,7 +174,7 @@ async def forget_prefixes(engine: Engine) -> None:
 
 async def measure(config: Config, model: Path, num_trees: int, rounds: int) -> dict[str, object]:
     parent, child = multiprocessing.get_context("spawn").Pipe()
-    settings = LinkSettings.from_config(config.links)
+    settings = config.links
     server = multiprocessing.get_context("spawn").Process(target=serve, args=(child, settings, num_trees), daemon=True)
     server.start()
     endpoint = parent.recv()

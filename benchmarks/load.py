@@ -32,10 +32,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from atpo_async.config import Config, build
+from atpo_async.config import Config, LinksConfig, build
 from atpo_async.core.tree import Turn, VersionSpan
 from atpo_async.links.client import Client
-from atpo_async.links.common import LinkSettings
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.rundir import RunDir
 from atpo_async.wire.messages import (
@@ -266,8 +265,8 @@ def scratch(parent: Path | None) -> Iterator[Path]:
         yield Path(name)
 
 
-def settings_of(config: Config) -> LinkSettings:
-    return LinkSettings.from_config(config.links)
+def settings_of(config: Config) -> LinksConfig:
+    return config.links
 
 
 @contextlib.asynccontextmanager

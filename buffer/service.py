@@ -30,7 +30,6 @@ from atpo_async.core.errors import BadMessage, SetupError, WaitTimeout
 from atpo_async.core.tree import Turn
 from atpo_async.links import ports
 from atpo_async.links.addresses import port_of
-from atpo_async.links.common import LinkSettings
 from atpo_async.links.server import Server
 from atpo_async.ops.role import RoleContext
 from atpo_async.run.endpoints import Endpoints
@@ -175,7 +174,7 @@ class BufferService:
         self._leased = self.state.ledger.next_number > 1
         self._leased_training = self.state.ledger.next_task > 0
         self._endpoints = endpoints
-        settings = LinkSettings.from_config(config.links)
+        settings = config.links
         former = former or Endpoints()
         self.actors = Server(
             endpoints.actors,

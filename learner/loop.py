@@ -26,7 +26,6 @@ from atpo_async.config import Config
 from atpo_async.core.errors import PeerLost, SetupError, WaitTimeout
 from atpo_async.links import ports
 from atpo_async.links.client import Client
-from atpo_async.links.common import LinkSettings
 from atpo_async.ops.role import RoleContext
 from atpo_async.run.metrics import MetricsWriter
 from atpo_async.run.rundir import RunDir
@@ -107,7 +106,7 @@ class Learner:
         self.version = 0
         """Of the weights now."""
         self.ranks = Ranks(trainer, rundir)
-        links = LinkSettings.from_config(config.links)
+        links = config.links
         self.buffer = BufferPeer(buffer, run=run, ranks=self.ranks, settings=links, stopping=stopping, log=log)
         self.recording = Recording(config, rundir, metrics=metrics, trainer=trainer, torch_thread=torch_thread, log=log)
         self.publication = Publication(config, trainer=trainer, publisher=publisher, buffer=self.buffer)
@@ -366,7 +365,7 @@ async def _opened(ctx: RoleContext, thread: TorchThread) -> AsyncIterator[Learne
     waits.phase("loading its model", starting=True)
     trainer: Trainer = await thread(_load, config, rundir)
     rank = trainer.accelerator.process_index
-    links = LinkSettings.from_config(config.links)
+    links = config.links
     async with contextlib.AsyncExitStack() as stack:
         publisher = metrics = None
         if rank == 0:

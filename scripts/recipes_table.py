@@ -33,8 +33,9 @@ from atpo_async.core.errors import AtpoError, ConfigError, SetupError
 from atpo_async.models.policy import steps_trained, warm_start_command
 from atpo_async.report.facts import GOAL, by_step, facts, series
 from atpo_async.run import processes
+from atpo_async.run.files import write_atomic
 from atpo_async.run.metrics import read_metrics
-from atpo_async.run.rundir import RunDir, write_atomic
+from atpo_async.run.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = Path("configs/demo.toml")

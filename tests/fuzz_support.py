@@ -26,9 +26,9 @@ import msgpack
 import numpy as np
 import zmq
 
+from atpo_async.config import LinksConfig
 from atpo_async.core.tree import Turn, VersionSpan
 from atpo_async.links.client import Client
-from atpo_async.links.common import LinkSettings
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
 from atpo_async.wire.records import TurnRecords, pack
@@ -582,7 +582,7 @@ class Honest:
         *,
         hello: m.ActorHello,
         trees_per_batch: int,
-        settings: LinkSettings,
+        settings: LinksConfig,
         pause_s: float = 0.02,
     ) -> None:
         self.report = HonestReport()
@@ -724,7 +724,7 @@ def honest_process(
     """Honest peers in a process of their own: ends on any word from the pipe, and answers with the report."""
 
     async def main() -> HonestReport:
-        settings = LinkSettings(heartbeat_s=heartbeat_s, give_up_s=2 * STALL_S)
+        settings = LinksConfig(heartbeat_s=heartbeat_s, give_up_s=2 * STALL_S)
         honest = Honest(run, doors, hello=hello, trees_per_batch=trees_per_batch, settings=settings)
         asyncio.get_running_loop().add_reader(pipe.fileno(), honest.stop)
         working = asyncio.create_task(honest.work())

@@ -18,7 +18,8 @@ from atpo_async.config import build
 from atpo_async.ops.supervisor import RoleSpec
 from atpo_async.run import processes
 from atpo_async.run.endpoints import Endpoints
-from atpo_async.run.rundir import RunDir, host_id
+from atpo_async.run.host import host_id
+from atpo_async.run.rundir import RunDir
 from atpo_async.status import snapshot
 from atpo_async.status.hangs import ObservedRole
 from atpo_async.status.snapshot import StatusSnapshot, Wait

@@ -13,15 +13,21 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
+from atpo_async.config import LinksConfig
 from atpo_async.links.client import Client
-from atpo_async.links.common import LinkSettings
 from atpo_async.links.keys import load_pair, load_public
 from atpo_async.links.server import Server
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.wire import messages as m
 
 ANY_PORT = "tcp://127.0.0.1:0"
-FAST = LinkSettings(window=8, heartbeat_s=0.05, deadline_s=10.0, give_up_s=20.0, max_message_bytes=1 << 20)
+FAST = LinksConfig(window=8, heartbeat_s=0.05, deadline_s=10.0, give_up_s=20.0, max_message_bytes=1 << 20)
+
+
+def changed(settings: LinksConfig, **changes: Any) -> LinksConfig:
+    return settings.model_copy(update=changes)
+
+
 PATIENCE_S = 15.0
 """Far more than any test needs: it ends a test that would hang, it does not time one."""
 
@@ -60,11 +66,11 @@ class Buffer:
         return None
 
 
-def server(handler: Any, endpoint: str = ANY_PORT, settings: LinkSettings = FAST, **more: Any) -> Server:
+def server(handler: Any, endpoint: str = ANY_PORT, settings: LinksConfig = FAST, **more: Any) -> Server:
     return Server(endpoint, name="buffer", receives=m.ActorToBuffer, handler=handler, settings=settings, **more)
 
 
-def client(endpoint: str, settings: LinkSettings = FAST, identity: str = "actor-0", **more: Any) -> Client:
+def client(endpoint: str, settings: LinksConfig = FAST, identity: str = "actor-0", **more: Any) -> Client:
     return Client(endpoint, peer="buffer", identity=identity, receives=m.BufferToActor, settings=settings, **more)
 
 

@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -31,10 +31,10 @@ from atpo_async import config as configuration
 from atpo_async.core.errors import PeerLost
 from atpo_async.core.tree import ROOT, Turn, TurnTree, VersionSpan
 from atpo_async.links.client import Client
-from atpo_async.links.common import LinkSettings
 from atpo_async.run import processes
 from atpo_async.run.endpoints import Endpoints
-from atpo_async.run.rundir import RunDir, write_atomic
+from atpo_async.run.files import write_atomic
+from atpo_async.run.rundir import RunDir
 from atpo_async.wire import messages
 from atpo_async.wire.messages import (
     PROTOCOL,
@@ -331,7 +331,7 @@ class _Actor:
 
     async def work(self) -> None:
         """Waits for: leases.  Unblocked by: the buffer; ends when it says that the run is over."""
-        settings = LinkSettings.from_config(self._config.links)
+        settings = self._config.links
         self._buffer = Client(
             self._endpoint,
             peer="buffer",
@@ -480,7 +480,7 @@ class _Learner:
 
     async def work(self) -> None:
         """Waits for: batches.  Unblocked by: the buffer; ends when there are no more."""
-        settings = LinkSettings.from_config(self._config.links)
+        settings = self._config.links
         self._buffer = Client(
             self._endpoint,
             peer="buffer",
@@ -1144,9 +1144,9 @@ class Hand:
         self.run = self._rundir.run_id
         self.refusals: list[str] = []
         self._held: set[str] = set()
-        settings = LinkSettings.from_config(self._rundir.config.links)
+        settings = self._rundir.config.links
         if max_message_bytes is not None:
-            settings = replace(settings, max_message_bytes=max_message_bytes)
+            settings = settings.model_copy(update={"max_message_bytes": max_message_bytes})
         self.link = Client(
             endpoint or self._rundir.read_endpoints().actors,
             peer="buffer",

@@ -23,7 +23,8 @@ from typing import Any, NoReturn
 
 from atpo_async.ops import role, supervisor
 from atpo_async.run import launch
-from atpo_async.run.rundir import RunDir, write_atomic
+from atpo_async.run.files import write_atomic
+from atpo_async.run.rundir import RunDir
 
 STOP_AT = "stop-at"
 STOPPED_AT = "stopped-at"

@@ -12,7 +12,6 @@ import pytest
 from actors import __main__ as joining
 from atpo_async.config import build
 from atpo_async.core.errors import SetupError
-from atpo_async.links.common import LinkSettings
 from atpo_async.links.keys import make_keys
 from atpo_async.ops.role import RoleContext
 from atpo_async.run.endpoints import Endpoints
@@ -74,7 +73,7 @@ async def test_an_unknown_key_is_told_before_an_engine_is_loaded_and_let_in_once
     make_keys(ours, "server")
     make_keys(theirs, "client")
     (theirs / "server.key").write_bytes((ours / "server.key").read_bytes())
-    settings = LinkSettings.from_config(build({"links": {"heartbeat_s": 0.05, "keys_dir": str(ours)}}).links)
+    settings = build({"links": {"heartbeat_s": 0.05, "keys_dir": str(ours)}}).links
     async with server(Buffer(WELCOME), settings=settings) as s:
         acting = asyncio.create_task(joining.act(actor(s.endpoint, keys=theirs)))
         await until(lambda: "loads no engine before it is let in" in caplog.text or acting.done())
@@ -87,7 +86,7 @@ async def test_an_unknown_key_is_told_before_an_engine_is_loaded_and_let_in_once
 
 async def test_an_actor_that_waits_to_be_let_in_can_be_stopped(tmp_path: Path) -> None:
     make_keys(tmp_path, "server")
-    settings = LinkSettings.from_config(build({"links": {"heartbeat_s": 0.05, "keys_dir": str(tmp_path)}}).links)
+    settings = build({"links": {"heartbeat_s": 0.05, "keys_dir": str(tmp_path)}}).links
     async with server(Buffer(WELCOME), settings=settings) as s:
         context = actor(s.endpoint)
         acting = asyncio.create_task(joining.act(context))

@@ -17,7 +17,7 @@ from actors.weights.fetcher import NoRoom, WeightsFetcher
 from actors.weights.refusals import Refusals
 from atpo_async.config import WeightsConfig
 from atpo_async.core.errors import PeerLost, ProbeMismatch, WeightsRejected
-from atpo_async.run.rundir import host_id
+from atpo_async.run.host import host_id
 from atpo_async.wire.messages import (
     AnnouncementRequest,
     Chunk,

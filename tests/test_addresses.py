@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import socket
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.rundir import RunDir
 from atpo_async.wire import messages as m
 from buffer.service import BufferService
-from tests.links_support import FAST, LEASE_REQUEST, PATIENCE_S, Buffer, client, server, until
+from tests.links_support import FAST, LEASE_REQUEST, PATIENCE_S, Buffer, changed, client, server, until
 
 
 def has_ipv6() -> bool:
@@ -164,7 +163,7 @@ async def test_sends_requests_and_announcements_go_over_ipv6() -> None:
 async def test_who_listens_at_every_ipv6_address_is_reached_by_both_kinds(tmp_path: Path) -> None:
     for name in ("server", "client"):
         make_keys(tmp_path / "keys", name)
-    settings = replace(FAST, keys_dir=tmp_path / "keys")
+    settings = changed(FAST, keys_dir=tmp_path / "keys")
     buffer = Buffer()
     async with server(buffer, "tcp://[::]:0", settings) as s:
         port = s.endpoint.rpartition(":")[2]

@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from atpo_async.core.errors import BadMessage
-from atpo_async.links.common import LinkSettings
 from atpo_async.links.server import Server
 from atpo_async.ops.role import RoleContext
 from atpo_async.run.endpoints import Endpoints
@@ -430,7 +429,7 @@ async def test_a_run_that_is_served_bad_trees_says_so_and_goes_on_to_its_end(
         eval={"at_start": False, "at_end": False, "every_steps": 0},
     )
     rundir = RunDir.create(config)
-    settings = LinkSettings.from_config(config.links)
+    settings = config.links
     async with Server(
         "tcp://127.0.0.1:0", name="buffer", receives=LearnerToBuffer, handler=buffer, settings=settings
     ) as server:

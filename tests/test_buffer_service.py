@@ -19,7 +19,6 @@ from atpo_async.config import Config, build
 from atpo_async.core.errors import SetupError
 from atpo_async.core.tree import Turn, VersionSpan
 from atpo_async.links.client import Client
-from atpo_async.links.common import LinkSettings
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.rundir import RunDir
 from atpo_async.status import waits
@@ -168,7 +167,7 @@ class Peers:
 @contextlib.asynccontextmanager
 async def running(config: Config | None = None, **options: Any) -> AsyncIterator[Peers]:
     config = config or configured()
-    settings = LinkSettings.from_config(config.links)
+    settings = config.links
     options = {"endpoints": LOOPBACK, "rundir": None, "stopping": asyncio.Event()} | options
     service = BufferService(config, run="r", **options)
     async with service:

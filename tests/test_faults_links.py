@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 
 from actors.weights.fetcher import WeightsFetcher
-from atpo_async.config import WeightsConfig
+from atpo_async.config import LinksConfig, WeightsConfig
 from atpo_async.core.errors import PeerLost
 from atpo_async.links.announcements import Announcer, Listener
 from atpo_async.links.client import Client
-from atpo_async.links.common import LinkSettings
 from atpo_async.links.server import Server
 from atpo_async.wire.messages import ActorToLearner, LearnerToActor
 from tests.fault_support import PATIENCE_S, Flow, Proxy, Recovery, Spawner, until_async
@@ -141,7 +140,7 @@ class Weights:
 @pytest.fixture(params=[0.1])
 async def weights(request: pytest.FixtureRequest) -> AsyncIterator[Weights]:
     learner = FakeLearner(1)
-    links = LinkSettings(heartbeat_s=request.param, deadline_s=10.0, give_up_s=60.0)
+    links = LinksConfig(heartbeat_s=request.param, deadline_s=10.0, give_up_s=60.0)
     settings = WeightsConfig(chunk_bytes=4096, poll_s=0.5, fetch_timeout_s=30.0)
 
     async def answer(peer: str, message: Any) -> Any:

@@ -18,7 +18,6 @@ import pytest
 from atpo_async.core.errors import PeerLost
 from atpo_async.core.tree import Turn
 from atpo_async.links.client import Client
-from atpo_async.links.common import LinkSettings
 from atpo_async.wire.messages import BufferToLearner, Trained
 from tests.fault_support import PATIENCE_S, Recovery, Spawner
 from tests.oracle_support import Hand, Planned, Scene
@@ -229,7 +228,7 @@ async def test_a_priority_that_is_none_is_refused_and_sampling_goes_on(scene: Sc
         peer="buffer",
         identity="learner-1",
         receives=BufferToLearner,
-        settings=LinkSettings.from_config(scene.rundir.config.links),
+        settings=scene.rundir.config.links,
         on_refused=lambda message, reason: refusals.append(reason),
     ) as link:
         run = scene.rundir.run_id

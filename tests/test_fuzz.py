@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import zmq
 
-from atpo_async.config import build
+from atpo_async.config import LinksConfig, build
 from atpo_async.core.errors import BadMessage
-from atpo_async.links.common import LinkSettings
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.rundir import RunDir
 from atpo_async.wire import codec
@@ -92,7 +91,7 @@ async def test_honest_peers_notice_nothing_of_rude_ones_beside_them(tmp_path: Pa
             environment=config.environment.name,
             search_leaves=config.search.max_leaves,
         )
-        settings = LinkSettings(heartbeat_s=0.2)
+        settings = LinksConfig(heartbeat_s=0.2)
         honest = Honest(run.run_id, doors, hello=hello, trees_per_batch=2, settings=settings, pause_s=0.0)
         serving = asyncio.create_task(service.serve())
         working = asyncio.create_task(honest.work())

@@ -18,7 +18,6 @@ import torch
 from atpo_async.config import Config, LinksConfig, build
 from atpo_async.core.errors import PeerLost, SetupError, WaitTimeout
 from atpo_async.links.client import Client
-from atpo_async.links.common import LinkSettings
 from atpo_async.links.server import Server
 from atpo_async.ops.role import RoleContext
 from atpo_async.run.endpoints import Endpoints
@@ -51,7 +50,7 @@ from learner.loss import guards
 from learner.training.trainer import Trainer
 from tests.learner_support import batch_of, make_batch, make_model
 
-LINKS = LinkSettings.from_config(LinksConfig())
+LINKS = LinksConfig()
 WAIT_S = 60
 
 
@@ -328,7 +327,7 @@ async def test_a_stop_in_mid_step_gives_the_batch_up(
 
 def test_a_long_wait_is_logged_with_its_reason_and_then_ends_loudly(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
-    settings = LinkSettings.from_config(LinksConfig(deadline_s=60, give_up_s=600))
+    settings = LinksConfig(deadline_s=60, give_up_s=600)
     patience = BoundedWait(
         "the learner", "batch 7 of 16 trees", settings, lambda: now, log=logging.getLogger("learner")
     )
@@ -348,7 +347,7 @@ def test_a_long_wait_is_logged_with_its_reason_and_then_ends_loudly(caplog: pyte
 
 def test_a_wait_in_which_something_comes_is_not_given_up_but_still_logged(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
-    settings = LinkSettings.from_config(LinksConfig(deadline_s=60, give_up_s=600))
+    settings = LinksConfig(deadline_s=60, give_up_s=600)
     patience = BoundedWait(
         "the learner", "batch 7 of 16 trees", settings, lambda: now, log=logging.getLogger("learner")
     )

@@ -6,21 +6,17 @@ import asyncio
 import contextlib
 import logging
 import struct
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from atpo_async.config import LinksConfig
 from atpo_async.core.errors import BadMessage, PeerLost, SetupError
-from atpo_async.links import server as link_server
 from atpo_async.links.announcements import Announcer, Listener
 from atpo_async.links.client import Client
-from atpo_async.links.common import LinkSettings
 from atpo_async.links.server import Server
+from atpo_async.links.server import server as link_server
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
 from tests.links_support import (
@@ -30,6 +26,7 @@ from tests.links_support import (
     NO_LEASES,
     PATIENCE_S,
     Buffer,
+    changed,
     client,
     closed,
     link_frame,
@@ -516,7 +513,7 @@ async def test_a_wait_past_the_deadline_is_logged_with_who_waits_on_whom(caplog:
     caplog.set_level(logging.WARNING, "atpo.links")
     buffer = Buffer()
     buffer.open.clear()
-    impatient = replace(FAST, window=1, heartbeat_s=0.01, deadline_s=0.02)
+    impatient = changed(FAST, window=1, heartbeat_s=0.01, deadline_s=0.02)
     async with server(buffer, settings=impatient) as s, client(s.endpoint, impatient) as c:
         await c.send(closed(1))
         waiting = asyncio.create_task(c.send(closed(2)))
@@ -530,7 +527,7 @@ async def test_a_wait_past_the_deadline_is_logged_with_who_waits_on_whom(caplog:
 async def test_past_give_up_a_silent_peer_is_lost_loudly() -> None:
     async with server(Buffer()) as s:
         endpoint = s.endpoint
-    hasty = replace(FAST, heartbeat_s=0.01, give_up_s=0.05)
+    hasty = changed(FAST, heartbeat_s=0.01, give_up_s=0.05)
     async with client(endpoint, hasty) as c:
         await c.send(closed(1))
         with pytest.raises(PeerLost, match=r"gives up on buffer at .*: no sign of life .* 1 messages unacknowledged"):
@@ -550,7 +547,7 @@ async def test_heartbeats_tell_both_sides_that_the_other_lives() -> None:
 
 
 async def test_a_silent_client_is_forgotten() -> None:
-    hasty = replace(FAST, heartbeat_s=0.01, give_up_s=0.05)
+    hasty = changed(FAST, heartbeat_s=0.01, give_up_s=0.05)
     async with server(Buffer(), settings=hasty) as s:
         async with client(s.endpoint, hasty) as c:
             await c.send(closed(1))
@@ -651,11 +648,6 @@ async def test_an_endpoint_that_is_none_is_a_setup_error(endpoint: str) -> None:
     for end in (server(Buffer(), endpoint), client(endpoint)):
         with pytest.raises(SetupError):
             await end.__aenter__()
-
-
-def test_settings_come_from_the_configuration() -> None:
-    given = LinkSettings.from_config(LinksConfig(window=3, keys_dir=Path("keys")))
-    assert given == LinkSettings(window=3, keys_dir=Path("keys"))
 
 
 # --- announcements ---------------------------------------------------------------------------------------------

@@ -6,18 +6,18 @@ import asyncio
 import contextlib
 import json
 import logging
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from atpo_async.config import LinksConfig
 from atpo_async.core.errors import PeerLost, SetupError
-from atpo_async.links import sessions
 from atpo_async.links.announcements import Announcer, Listener
-from atpo_async.links.common import PING, SEND, LinkSettings
+from atpo_async.links.frames import PING, SEND
 from atpo_async.links.keys import LEARNERS, load_public, make_keys
+from atpo_async.links.server import sessions
 from atpo_async.status.facts import LINKS, published_facts
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
@@ -27,6 +27,7 @@ from tests.links_support import (
     LEASE_REQUEST,
     PATIENCE_S,
     Buffer,
+    changed,
     client,
     closed,
     link_frame,
@@ -37,8 +38,8 @@ from tests.links_support import (
 )
 
 
-def keyed(folder: Path) -> LinkSettings:
-    return replace(FAST, keys_dir=folder)
+def keyed(folder: Path) -> LinksConfig:
+    return changed(FAST, keys_dir=folder)
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ async def test_who_is_refused_again_and_again_is_logged_ever_more_sparsely(
 ) -> None:
     caplog.set_level(logging.WARNING, "atpo.links")
     theirs = client_keys(tmp_path, server_keys)
-    eager = replace(keyed(theirs), heartbeat_s=0.002)
+    eager = changed(keyed(theirs), heartbeat_s=0.002)
     async with server(Buffer(), settings=keyed(server_keys)) as s, client(s.endpoint, eager):
         await until(lambda: s.refused_connections >= 30)
     lines = [record.message for record in caplog.records if "unknown key" in record.message]

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import warnings
 from collections.abc import Awaitable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,11 @@ import zmq
 import zmq.asyncio
 
 from atpo_async.core.errors import BadMessage, PeerLost
-from atpo_async.links import server as link_server
 from atpo_async.links.announcements import Announcer, Listener
 from atpo_async.links.client import Client
-from atpo_async.links.common import ACK, LINK, PING, PONG, REPLY, REQUEST, SEND, SENDS, worth_a_line
+from atpo_async.links.frames import ACK, LINK, PING, PONG, REPLY, REQUEST, SEND, SENDS, worth_a_line
 from atpo_async.links.server import Server
+from atpo_async.links.server import server as link_server
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
 from atpo_async.wire.records import pack
@@ -30,6 +29,7 @@ from tests.links_support import (
     NO_LEASES,
     PATIENCE_S,
     Buffer,
+    changed,
     client,
     closed,
     link_frame,
@@ -158,7 +158,7 @@ async def test_what_waits_for_a_slow_handler_is_bounded_in_bytes_too() -> None:
         await gate.wait()
         taken.append(message.data.nbytes)
 
-    small = replace(FAST, window=64, max_message_bytes=1 << 16)
+    small = changed(FAST, window=64, max_message_bytes=1 << 16)
     async with (
         Server(ANY_PORT, name="sink", receives=m.LearnerToActor, handler=handler, settings=small) as s,
         Client(s.endpoint, peer="sink", identity="a", receives=m.Refused, settings=small) as c,
@@ -185,7 +185,7 @@ async def test_a_peer_that_asks_and_does_not_read_gets_no_more_than_a_queue_of_r
     async def handler(peer: str, message: Any) -> Any:
         return chunk(900_000)
 
-    settings = replace(FAST, heartbeat_s=60.0)
+    settings = changed(FAST, heartbeat_s=60.0)
     async with (
         Server(ANY_PORT, name="learner", receives=m.ActorToLearner, handler=handler, settings=settings) as s,
         raw_dealer(s.endpoint, rcvhwm=1) as stranger,
@@ -227,7 +227,7 @@ async def test_a_server_that_never_acknowledges_makes_the_sender_wait_and_then_g
         silent = context.socket(zmq.ROUTER)
         silent.bind("tcp://127.0.0.1:0")
         endpoint = silent.get_string(zmq.LAST_ENDPOINT)
-        async with client(endpoint, replace(FAST, heartbeat_s=0.02, give_up_s=1.0)) as c:
+        async with client(endpoint, changed(FAST, heartbeat_s=0.02, give_up_s=1.0)) as c:
             for i in range(FAST.window):
                 await within(c.send(closed(i)))
             with pytest.raises(PeerLost, match="actor-0"):

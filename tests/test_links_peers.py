@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,11 @@ import zmq
 import zmq.asyncio
 
 from atpo_async.core.errors import PeerLost
-from atpo_async.links import sessions
 from atpo_async.links.client import Client
-from atpo_async.links.common import LINK, PING, REPLY, REQUEST
-from atpo_async.links.outbox import ALL_PEERS, Outbox
-from atpo_async.links.server import Server
-from atpo_async.links.sessions import Session, find_room
+from atpo_async.links.frames import LINK, PING, REPLY, REQUEST
+from atpo_async.links.server import Server, sessions
+from atpo_async.links.server.outbox import ALL_PEERS, Outbox
+from atpo_async.links.server.sessions import Session, find_room
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
 from tests.links_support import (
@@ -27,6 +26,7 @@ from tests.links_support import (
     LEASE_REQUEST,
     PATIENCE_S,
     Buffer,
+    changed,
     client,
     closed,
     link_frame,
@@ -105,12 +105,12 @@ class Weights:
 
 
 def weights_server(handler: Any, **changes: Any) -> Server:
-    settings = replace(FAST, heartbeat_s=60.0, **changes)
+    settings = changed(FAST, heartbeat_s=60.0, **changes)
     return Server(ANY_PORT, name="learner", receives=m.ActorToLearner, handler=handler, settings=settings)
 
 
 def actor(endpoint: str, name: str = "good", **changes: Any) -> Client:
-    settings = replace(FAST, heartbeat_s=60.0, **changes)
+    settings = changed(FAST, heartbeat_s=60.0, **changes)
     return Client(endpoint, peer="learner", identity=name, receives=m.LearnerToActor, settings=settings)
 
 
@@ -203,7 +203,7 @@ async def test_a_connection_that_leads_to_itself_is_no_server_and_is_made_anew(
     try:
         mirror = context.socket(zmq.DEALER)
         mirror.bind("tcp://127.0.0.1:0")
-        async with client(mirror.get_string(zmq.LAST_ENDPOINT), replace(FAST, heartbeat_s=0.02)) as c:
+        async with client(mirror.get_string(zmq.LAST_ENDPOINT), changed(FAST, heartbeat_s=0.02)) as c:
             await c.send(closed(1))
             while c.stats.resent < 2:
                 await mirror.send_multipart(await asyncio.wait_for(mirror.recv_multipart(), PATIENCE_S))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from atpo_async.core.errors import BadMessage
-from atpo_async.links import server as link_server
-from atpo_async.links.common import ACK, PING, PONG, REFUSE, SEND
+from atpo_async.links.frames import ACK, PING, PONG, REFUSE, SEND
+from atpo_async.links.server import server as link_server
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
 from tests.links_support import (
@@ -20,6 +19,7 @@ from tests.links_support import (
     NO_LEASES,
     PATIENCE_S,
     Buffer,
+    changed,
     client,
     closed,
     link_frame,
@@ -122,7 +122,7 @@ async def test_a_settling_that_fails_is_tried_again_and_acknowledges_nothing_unt
 async def test_a_settling_that_hangs_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "atpo.links")
     buffer = Buffer()
-    impatient = replace(FAST, heartbeat_s=0.01, deadline_s=0.02)
+    impatient = changed(FAST, heartbeat_s=0.01, deadline_s=0.02)
     async with server(buffer, settings=impatient, settled=Disk(buffer)) as s, client(s.endpoint) as c:
         await within(c.send(closed(0)))
         await until(lambda: "settling sends of 1 peers" in caplog.text)

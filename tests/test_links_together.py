@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from atpo_async.links.common import ACK, LINK, MAX_SENDS, PING, PONG, REQUEST, SEND, SENDS, SENDS_BYTES
+from atpo_async.links.frames import ACK, LINK, MAX_SENDS, PING, PONG, REQUEST, SEND, SENDS, SENDS_BYTES
 from atpo_async.links.server import Server
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
@@ -19,6 +18,7 @@ from tests.links_support import (
     LEASE_REQUEST,
     PATIENCE_S,
     Buffer,
+    changed,
     client,
     closed,
     link_frame,
@@ -68,7 +68,7 @@ async def test_what_is_sent_before_the_loop_goes_round_travels_together() -> Non
 
 async def test_what_travels_together_is_limited_in_number_and_bytes_and_what_is_large_goes_alone() -> None:
     got: list[int] = []
-    wide = replace(FAST, window=2 * MAX_SENDS)
+    wide = changed(FAST, window=2 * MAX_SENDS)
     sizes = [*[8] * (MAX_SENDS + 3), SENDS_BYTES + 8, *[SENDS_BYTES // 4] * 4]
 
     def take(peer: str, message: m.Chunk) -> None:

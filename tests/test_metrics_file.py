@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from atpo_async.links.client import Client
-from atpo_async.links.common import LinkSettings
 from atpo_async.run.metrics import read_metrics
 from atpo_async.run.rundir import RunDir
 from atpo_async.wire.messages import ActorReport, Refused
@@ -82,7 +81,7 @@ async def test_over_the_socket_a_peer_reports_under_the_name_of_its_link_alone(t
         metrics = {"train/success": 1.0, "actor/turns": 2.0}
         await peers.send(ActorReport(run="r", actor="buffer", version=0, tree_ids=(), metrics=metrics))
         assert peers.service._gauges()["buffer/refused_metrics"] == 1
-        settings = LinkSettings.from_config(peers.config.links)
+        settings = peers.config.links
         impostor = Client(
             peers.service.actors.endpoint, peer="buffer", identity="learner", receives=Refused, settings=settings
         )

@@ -21,7 +21,8 @@ from atpo_async.ops import orphans
 from atpo_async.ops.orphans import end_orphans
 from atpo_async.ops.role import ERROR_FILE, SUPERVISOR_PID
 from atpo_async.run import processes
-from atpo_async.run.rundir import RunDir, host_id
+from atpo_async.run.host import host_id
+from atpo_async.run.rundir import RunDir
 from atpo_async.status import snapshot, waits
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

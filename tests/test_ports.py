@@ -16,7 +16,7 @@ from atpo_async.links import ports
 from atpo_async.links.addresses import port_of
 from atpo_async.links.announcements import Announcer
 from atpo_async.run.endpoints import Endpoints, EndpointsFile
-from atpo_async.run.rundir import write_atomic
+from atpo_async.run.files import write_atomic
 from atpo_async.wire import messages as m
 from tests.links_support import FAST, LEASE_REQUEST, PATIENCE_S, Buffer, client, closed, server, until
 

@@ -19,7 +19,6 @@ from atpo_async.core.errors import SetupError
 from atpo_async.core.vocabulary import Precision
 from atpo_async.links.announcements import Listener
 from atpo_async.links.client import Client
-from atpo_async.links.common import LinkSettings
 from atpo_async.ops.disk import until_written
 from atpo_async.run.scratch import MARK, Scratch
 from atpo_async.wire.messages import (
@@ -41,7 +40,7 @@ from learner.weights.publisher import Publisher
 from learner.weights.store import WeightsStore
 from tests.learner_support import make_config, make_model
 
-LINKS = LinkSettings.from_config(LinksConfig())
+LINKS = LinksConfig()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

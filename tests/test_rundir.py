@@ -13,8 +13,10 @@ from atpo_async.config import Config, build
 from atpo_async.core.errors import ConfigError, RunMismatch, SetupError
 from atpo_async.run import scratch
 from atpo_async.run.endpoints import Endpoints
+from atpo_async.run.files import write_atomic
+from atpo_async.run.host import host_id
 from atpo_async.run.metrics import MetricsWriter
-from atpo_async.run.rundir import RunDir, host_id, write_atomic
+from atpo_async.run.rundir import RunDir
 
 
 def config_in(folder: Path, **sections: dict[str, object]) -> Config:
@@ -256,6 +258,6 @@ def test_the_name_of_the_link_is_no_name_for_a_run(tmp_path: Path) -> None:
 
 
 def test_two_processes_of_one_machine_agree_on_its_identity() -> None:
-    code = "from atpo_async.run.rundir import host_id; print(host_id())"
+    code = "from atpo_async.run.host import host_id; print(host_id())"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == host_id()

@@ -23,7 +23,7 @@ from atpo_async.config import WeightsConfig
 from atpo_async.core.errors import AtpoError, PeerLost, SetupError, WeightsRejected
 from atpo_async.links.announcements import Listener
 from atpo_async.links.client import Client
-from atpo_async.run.rundir import host_id
+from atpo_async.run.host import host_id
 from atpo_async.run.scratch import SHARED_MEMORY, Scratch, sweep, sweep_dead, weights_folder
 from atpo_async.wire.messages import (
     AnnouncementRequest,

@@ -14,7 +14,8 @@ import msgspec
 from atpo_async.core.errors import SetupError
 from atpo_async.models.policy import steps_trained
 from atpo_async.run import processes
-from atpo_async.run.rundir import RunDir, host_id
+from atpo_async.run.host import host_id
+from atpo_async.run.rundir import RunDir
 from atpo_async.status import snapshot
 from atpo_async.status.chains import Stuck, explain, joined_by_address, waits_of
 from atpo_async.status.hangs import SILENT_S, WORK_S, stopped_words, stuck_now

@@ -10,8 +10,9 @@ from typing import Any
 
 import zmq
 
+from atpo_async.config import LinksConfig
 from atpo_async.core.errors import BadMessage
-from atpo_async.links.common import LinkSettings, encode_within, worth_a_line
+from atpo_async.links.frames import encode_within, worth_a_line
 from atpo_async.links.sockets import BindingLink, ConnectingLink, Context, Pump, Socket
 from atpo_async.wire import codec
 
@@ -31,7 +32,7 @@ class Announcer(BindingLink):
         self,
         endpoint: str,
         *,
-        settings: LinkSettings,
+        settings: LinksConfig,
         former_port: int = 0,
         setting: str = "the port in [links]",
     ) -> None:
@@ -78,7 +79,7 @@ class Announcer(BindingLink):
 class Listener(ConnectingLink):
     """SUB: announcements, oldest first; past 256 unread ones the oldest are dropped."""
 
-    def __init__(self, endpoint: str, *, receives: Any, settings: LinkSettings) -> None:
+    def __init__(self, endpoint: str, *, receives: Any, settings: LinksConfig) -> None:
         super().__init__(endpoint, settings)
         self.bad_messages = 0
         self._receives = receives

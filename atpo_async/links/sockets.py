@@ -14,9 +14,10 @@ from typing import Any, Self
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from atpo_async.config import LinksConfig
 from atpo_async.core.errors import SetupError
 from atpo_async.links import addresses, ports
-from atpo_async.links.common import LinkSettings, worth_a_line
+from atpo_async.links.frames import limits_of, worth_a_line
 from atpo_async.links.keys import CLIENT_KEY, SERVER_KEY, KeyFolder, load_pair, load_public
 from atpo_async.status.facts import LINKS, publish_facts, withdraw_facts
 from atpo_async.wire import codec
@@ -76,7 +77,7 @@ def _require_valid(endpoint: str) -> None:
         raise SetupError(f"endpoint {endpoint!r} is none; {exc}") from None
 
 
-def _require_keys_off_loopback(endpoint: str, settings: LinkSettings, verb: str) -> None:
+def _require_keys_off_loopback(endpoint: str, settings: LinksConfig, verb: str) -> None:
     _require_valid(endpoint)
     if settings.keys_dir is None and not is_loopback(endpoint):
         raise SetupError(
@@ -272,10 +273,10 @@ class Doorkeeper:
 class Link:
     """What all ends share: a context of its own, options, keys, owned tasks, the way in and out."""
 
-    def __init__(self, endpoint: str, settings: LinkSettings) -> None:
+    def __init__(self, endpoint: str, settings: LinksConfig) -> None:
         self.endpoint = endpoint
         self.settings = settings
-        self._limits = settings.limits
+        self._limits = limits_of(settings)
         self._context: Context | None = None
         self._published = ""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -385,7 +386,7 @@ class BindingLink(Link):
     def __init__(
         self,
         endpoint: str,
-        settings: LinkSettings,
+        settings: LinksConfig,
         *,
         former_port: int = 0,
         setting: str = "the port in [links]",
@@ -464,7 +465,7 @@ class ConnectingLink(Link):
             connection, so that an end that came back elsewhere is found.
     """
 
-    def __init__(self, endpoint: str, settings: LinkSettings, *, locate: Callable[[], str] | None = None) -> None:
+    def __init__(self, endpoint: str, settings: LinksConfig, *, locate: Callable[[], str] | None = None) -> None:
         super().__init__(endpoint, settings)
         self._locate = locate
         self._monitor: Pump | None = None

@@ -17,7 +17,8 @@ from pathlib import Path
 from atpo_async.core.errors import SetupError
 from atpo_async.ops.role import ERROR_FILE, SUPERVISOR_PID
 from atpo_async.run import processes
-from atpo_async.run.rundir import RunDir, host_id
+from atpo_async.run.host import host_id
+from atpo_async.run.rundir import RunDir
 from atpo_async.status import snapshot, waits
 
 LOOK_S = 0.1

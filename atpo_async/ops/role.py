@@ -36,8 +36,9 @@ from atpo_async.core.errors import (
 )
 from atpo_async.links import addresses
 from atpo_async.run.endpoints import Endpoints
+from atpo_async.run.files import write_atomic
 from atpo_async.run.processes import die_with_parent
-from atpo_async.run.rundir import RunDir, joining, write_atomic
+from atpo_async.run.rundir import RunDir, joining
 from atpo_async.run.temporary import make_temporary_folder_fit
 from atpo_async.status import snapshot, waits
 from atpo_async.status.loading import Loads

@@ -9,7 +9,8 @@ from atpo_async.report import charts
 from atpo_async.report.charts import GREEN
 from atpo_async.report.facts import GOAL, facts
 from atpo_async.report.figures import learning_by_time, learning_lines
-from atpo_async.run.rundir import RunDir, write_atomic
+from atpo_async.run.files import write_atomic
+from atpo_async.run.rundir import RunDir
 
 
 def write_figure(rundir: RunDir, path: Path) -> Path:

@@ -14,8 +14,9 @@ from atpo_async.report.facts import GOAL, Facts, facts, shown
 from atpo_async.report.progress import duration
 from atpo_async.report.tree_drawing import draw_tree
 from atpo_async.report.tree_samples import choose, read_tree_samples
+from atpo_async.run.files import write_atomic
 from atpo_async.run.metrics import Record, read_metrics
-from atpo_async.run.rundir import RunDir, write_atomic
+from atpo_async.run.rundir import RunDir
 
 
 def write_report(rundir: RunDir) -> Path:

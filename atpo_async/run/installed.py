@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import os
 import platform
 import re
+import sys
+from typing import Any
 
 from atpo_async import __version__
 
@@ -53,3 +57,25 @@ def vllm_unfit(version: str | None) -> str | None:
         f"scheduler that may mean something else there; pip install 'vllm{vllm_range()}', or use --actor.engine "
         "transformers"
     )
+
+
+def versions() -> dict[str, Any]:
+    """Python, platform and every installed package."""
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "packages": dict(_packages()),
+    }
+
+
+@functools.cache
+def _packages() -> tuple[tuple[str, str], ...]:
+    """(name, version) of what is installed, by name.  Once a process: hundreds of files are read for it."""
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        about = distribution.metadata
+        if about["Name"]:
+            found.setdefault(about["Name"].lower(), about["Version"])
+    return tuple(sorted(found.items()))

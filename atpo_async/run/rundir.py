@@ -19,16 +19,11 @@ runs/latest         link to the run started last
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import secrets
 import shutil
-import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,6 +35,8 @@ from atpo_async.config.resuming import Start
 from atpo_async.core.errors import ConfigError, RunMismatch, SetupError
 from atpo_async.run import processes, scratch
 from atpo_async.run.endpoints import Endpoints, EndpointsFile
+from atpo_async.run.files import sync_folder, write_atomic
+from atpo_async.run.installed import versions
 from atpo_async.run.metrics import read_metrics
 
 LATEST = "latest"
@@ -150,7 +147,7 @@ class RunDir:
                 start.folder.rename(aside / START)
             write_atomic(aside / "run.json", _facts(run_id, config, start))
             aside.rename(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError as exc:
             shutil.rmtree(aside, ignore_errors=True)
             raise SetupError(f"run folder {path} cannot be made: {exc.strerror or exc}; see run.dir") from exc
@@ -383,52 +380,6 @@ def _is_unmade(folder: Path) -> bool:
     )
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write aside, sync, rename: the file has its old content or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with aside.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def host_id() -> str:
-    """Identity of this machine and boot: equal for two processes exactly if they can share its memory."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        boot = ""
-    return f"{boot}:{socket.gethostname()}"
-
-
-def versions() -> dict[str, Any]:
-    """Python, platform and every installed package."""
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "packages": dict(_packages()),
-    }
-
-
-@functools.cache
-def _packages() -> tuple[tuple[str, str], ...]:
-    """(name, version) of what is installed, by name.  Once a process: hundreds of files are read for it."""
-    found: dict[str, str] = {}
-    for distribution in importlib.metadata.distributions():
-        about = distribution.metadata
-        if about["Name"]:
-            found.setdefault(about["Name"].lower(), about["Version"])
-    return tuple(sorted(found.items()))
-
-
 def _point_latest(folder: Path, name: str) -> None:
     link = folder / LATEST
     aside = folder / f".{LATEST}.{secrets.token_hex(4)}"
@@ -439,15 +390,6 @@ def _point_latest(folder: Path, name: str) -> None:
         aside.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             write_atomic(link, f"{name}\n")
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system lets a folder be synced
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def _new_id(name: str) -> str:

@@ -24,7 +24,7 @@ from typing import Any, Self
 import msgspec
 
 from atpo_async.run import processes
-from atpo_async.run.rundir import host_id
+from atpo_async.run.host import host_id
 from atpo_async.status import waits
 from atpo_async.status.facts import LINKS, published_facts
 from atpo_async.status.snapshot import ENDED, STANDS_STILL_S, StatusSnapshot, Wait, file_stem

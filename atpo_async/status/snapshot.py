@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from atpo_async.run import processes
-from atpo_async.run.rundir import host_id
+from atpo_async.run.host import host_id
 
 FOLDER = "status"
 """In a run's folder."""
@@ -49,7 +49,7 @@ class StatusSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     started: int
     """Of the process, clock ticks since boot: tells it from a later one with this pid."""
     host: str
-    """Machine and boot (``rundir.host_id``)."""
+    """Machine and boot (``run.host.host_id``)."""
     hostname: str
     at: float
     """Unix seconds: for another machine."""

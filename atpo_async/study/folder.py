@@ -23,7 +23,7 @@ from typing import Any
 
 from atpo_async import config as configuration
 from atpo_async.core.errors import ConfigError, RunMismatch, SetupError
-from atpo_async.run.rundir import write_atomic
+from atpo_async.run.files import write_atomic
 from atpo_async.study.cells import Cell, CellResult, from_json, to_json
 from atpo_async.study.plan import (
     FREE,

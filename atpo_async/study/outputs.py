@@ -8,7 +8,7 @@ from pathlib import Path
 from atpo_async.core.errors import SetupError
 from atpo_async.report.facts import GOAL
 from atpo_async.report.progress import duration
-from atpo_async.run.rundir import write_atomic
+from atpo_async.run.files import write_atomic
 from atpo_async.study.cells import FINAL, WINDOW
 from atpo_async.study.conclusions import sentences
 from atpo_async.study.figure import write_figure

@@ -23,8 +23,9 @@ from atpo_async.ops.orphans import end_orphans
 from atpo_async.ops.role import ERROR_PREFIX, EXIT_USER
 from atpo_async.ops.supervisor import last_lines
 from atpo_async.run import launch, processes, scratch
+from atpo_async.run.files import write_atomic
 from atpo_async.run.metrics import MetricsTail, Record, read_metrics
-from atpo_async.run.rundir import RunDir, write_atomic
+from atpo_async.run.rundir import RunDir
 from atpo_async.study.cells import Cell, CellResult, curve_of, figures_of, unfinished
 from atpo_async.study.folder import StudyFolder
 

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+from atpo_async.config import LinksConfig
 from atpo_async.core.errors import PeerLost, SetupError
 from atpo_async.links.client import Client
-from atpo_async.links.common import LinkSettings
 from atpo_async.status.waits import BoundedWait
 from atpo_async.wire.messages import Batch, EvalQuery, Exhausted, LearnerToBuffer, NotYet, Refused, SampleRequest
 from learner.ranks import Ranks, Wanted
@@ -39,7 +39,7 @@ class BufferPeer:
         *,
         run: str,
         ranks: Ranks,
-        settings: LinkSettings,
+        settings: LinksConfig,
         stopping: asyncio.Event,
         log: logging.Logger,
     ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-from atpo_async.run.rundir import write_atomic
+from atpo_async.run.files import write_atomic
 from atpo_async.wire import codec
 from atpo_async.wire.messages import Batch, BufferToLearner
 

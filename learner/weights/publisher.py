@@ -6,9 +6,9 @@ import contextlib
 from types import TracebackType
 from typing import Self
 
+from atpo_async.config import LinksConfig
 from atpo_async.links.addresses import port_of
 from atpo_async.links.announcements import Announcer
-from atpo_async.links.common import LinkSettings
 from atpo_async.links.server import Server
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.wire.messages import ActorToLearner, LearnerToActor, WeightsAnnounced
@@ -30,7 +30,7 @@ class Publisher:
         *,
         weights_endpoint: str,
         announce_endpoint: str,
-        settings: LinkSettings,
+        settings: LinksConfig,
         former: Endpoints | None = None,
     ) -> None:
         self.store = store

@@ -26,7 +26,7 @@ from atpo_async.core.dtypes import PRECISION_BYTES
 from atpo_async.core.errors import SetupError
 from atpo_async.core.vocabulary import Precision
 from atpo_async.models.causal_lm import torch_dtype
-from atpo_async.run.rundir import host_id
+from atpo_async.run.host import host_id
 from atpo_async.run.scratch import SHARED_MEMORY, Scratch, sweep, sweep_dead, weights_folder
 from atpo_async.wire.messages import (
     ActorToLearner,

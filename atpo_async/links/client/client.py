@@ -12,8 +12,9 @@ from typing import Any
 
 import zmq
 
+from atpo_async.config import LinksConfig
 from atpo_async.core.errors import AtpoError, BadMessage, PeerLost, SetupError
-from atpo_async.links.common import (
+from atpo_async.links.frames import (
     ACK,
     DENIED,
     FULL,
@@ -31,8 +32,6 @@ from atpo_async.links.common import (
     SEND,
     SENDS,
     SENDS_BYTES,
-    LinkSettings,
-    LinkStats,
     encode_within,
     worth_a_line,
 )
@@ -45,6 +44,19 @@ log = logging.getLogger("atpo.links")
 
 _OURS = (SEND, SENDS, REQUEST, PING)
 """Kinds of frames that no server sends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkStats:
+    """Counters of a client since it was opened."""
+
+    waited_s: float
+    """Summed over senders: time that send() waited for room in the window."""
+    sent: int
+    acked: int
+    resent: int
+    unacked: int
+    refused: int
 
 
 @dataclass(slots=True, eq=False)
@@ -87,7 +99,7 @@ class Client(ConnectingLink):
         peer: str,
         identity: str,
         receives: Any,
-        settings: LinkSettings,
+        settings: LinksConfig,
         on_refused: Callable[[Any, str], None] | None = None,
         locate: Callable[[], str] | None = None,
     ) -> None:

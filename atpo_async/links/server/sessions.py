@@ -75,6 +75,22 @@ class Session:
         return self.worker is None and self.settled == self.handled and not self.requests
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerInfo:
+    """A client as its server sees it."""
+
+    identity: str
+    """Its name; with keys the name of its key before it, ``gpu-7/actor-0``."""
+    silent_s: float
+    """Since its last sign of life."""
+    queued: int
+    """Sends taken and not handled yet."""
+    unsettled: int
+    """Sends handled and not settled yet; see ``Server``'s ``settled``."""
+    requests: int
+    """Requests being worked on."""
+
+
 def find_room(sessions: Iterable[Session], owner: str, now: float, heartbeat_s: float) -> tuple[Session | None, str]:
     """Who has to make way for a newcomer, and why there is no room, where there is none and nobody has to.
 

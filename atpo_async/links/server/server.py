@@ -12,8 +12,9 @@ from typing import Any
 
 import zmq
 
+from atpo_async.config import LinksConfig
 from atpo_async.core.errors import BadMessage
-from atpo_async.links.common import (
+from atpo_async.links.frames import (
     ACK,
     DENIED,
     FULL,
@@ -29,13 +30,11 @@ from atpo_async.links.common import (
     REQUEST,
     SEND,
     SENDS,
-    LinkSettings,
-    PeerInfo,
     encode_within,
     worth_a_line,
 )
-from atpo_async.links.replies import Replies
-from atpo_async.links.sessions import MAX_PEERS, Frames, Session, Working, find_room
+from atpo_async.links.server.replies import Replies
+from atpo_async.links.server.sessions import MAX_PEERS, Frames, PeerInfo, Session, Working, find_room
 from atpo_async.links.sockets import BURST, BindingLink, Context, Pump
 from atpo_async.wire import codec
 from atpo_async.wire.messages import Refused
@@ -88,7 +87,7 @@ class Server(BindingLink):
         name: str,
         receives: Any,
         handler: Handler,
-        settings: LinkSettings,
+        settings: LinksConfig,
         settled: Callable[[], Awaitable[None]] | None = None,
         with_frames: bool = False,
         learners_only: bool = False,

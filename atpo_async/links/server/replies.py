@@ -6,9 +6,10 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from atpo_async.links.common import LINK, MAGIC, REPLY, LinkSettings
-from atpo_async.links.outbox import Outbox, Sent
-from atpo_async.links.sessions import Session
+from atpo_async.config import LinksConfig
+from atpo_async.links.frames import LINK, MAGIC, REPLY
+from atpo_async.links.server.outbox import Outbox, Sent
+from atpo_async.links.server.sessions import Session
 from atpo_async.wire import codec
 
 _LOOK_EVERY_S = 0.01
@@ -26,7 +27,7 @@ class Replies:
         on_room: called with a client whose replies have left, so that further requests of it can be worked on.
     """
 
-    def __init__(self, settings: LinkSettings, *, send: Send, on_room: Callable[[Session], None]) -> None:
+    def __init__(self, settings: LinksConfig, *, send: Send, on_room: Callable[[Session], None]) -> None:
         self.outbox = Outbox(settings.max_message_bytes)
         self.held_back = 0
         """Replies that had to wait for room on the way out."""

@@ -1,0 +1,5 @@
+"""The client's end of a link: a window of sends that are not lost, and requests with one reply each."""
+
+from atpo_async.links.client.client import Client, LinkStats
+
+__all__ = ["Client", "LinkStats"]
