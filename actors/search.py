@@ -11,12 +11,12 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
 from actors.engines.base import Engine, Generation, Sampling
-from actors.expansion import select, sibling_parent
+from actors.expansion import Strategy, select, sibling_parent
 from actors.faults import Fault, Place
 from actors.hosting.host import EnvironmentTimeout
 from actors.hosting.loop_thread import EnvironmentFault
@@ -202,7 +202,7 @@ class TreeSearch:
         chosen = select(
             before,
             count=self._budget.branches,
-            strategy=self._search.strategy,
+            strategy=cast(Strategy, self._search.strategy),
             sibling_penalty=self._search.sibling_penalty,
             include_root=self._search.include_root,
             rng=self._rng,

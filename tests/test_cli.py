@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 
 from atpo_async.cli import doctor, main
-from atpo_async.config import BUILT_IN_ENVIRONMENTS, Config, build, load
+from atpo_async.config import Config, build, doors, load
 from atpo_async.core.errors import SetupError
 from atpo_async.environments import registry
 from atpo_async.models.policy import assemble, warm_start_command
@@ -151,9 +151,9 @@ def test_a_model_in_the_local_hub_cache_needs_no_network_unless_weights_are_miss
 def test_an_unknown_environment_is_named_before_anything_is_made(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for command in ("train", "buffer"):
+    for command in ("train", "buffer", "doctor"):
         assert main.main([command, config_file(folder, TRANSFORMERS), "--environment.name", "hopqaa"]) == 2
-        assert said(capsys).startswith("environment.name = 'hopqaa' is unknown; known: hopqa, or 'package.module:fac")
+        assert said(capsys).startswith("environment.name = 'hopqaa' is unknown; did you mean hopqa?  Known: hopqa, or")
     assert main.main(["train", config_file(folder, TRANSFORMERS), "--environment.name", "mine.env:make"]) == 2
     assert said(capsys).startswith("environment.name = 'mine.env:make': there is no package 'mine' here")
     assert files(folder) == set()
@@ -166,7 +166,7 @@ def test_an_environment_in_the_working_folder_is_found(folder: Path, monkeypatch
 
 
 def test_the_built_in_environments_are_those_of_the_actors() -> None:
-    assert set(BUILT_IN_ENVIRONMENTS) == set(registry.BUILT_IN)
+    assert set(doors.ENVIRONMENT.names()) == set(registry.BUILT_IN)
 
 
 def test_an_address_off_loopback_needs_keys_before_anything_is_made(
@@ -643,7 +643,6 @@ def test_the_doctor_names_what_is_missing_and_how_to_get_it(
     ("options", "what", "says"),
     [
         (["--environment.name", "nope:x"], "environment", r"environment\.name = 'nope:x': there is no package 'nope'"),
-        (["--environment.name", "nope"], "environment", r"environment\.name = 'nope' is unknown"),
         (["--model.path", "/nope"], "model", r"model\.path = '/nope': no model folder"),
         (["--model.path", ""], "model", r"model\.path is empty"),
         (["--model.path", "/nope", "--model.warm_start"], "model", r"model\.path = '/nope' is not there, and the warm"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 
 from atpo_async import config as configuration
 from atpo_async.config import Config, as_options, build, load, parse_value, split_options, to_toml
+from atpo_async.config.doors import DOORS
+from atpo_async.core.doors import Door
 from atpo_async.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +77,7 @@ def test_every_fault_is_said_at_once() -> None:
         build({"learner": {"lr": 0}, "search": {"strategy": "best"}})
     first, second = sorted(str(caught.value).splitlines())
     assert first == "learner.lr must be > 0, got 0"
-    assert second.startswith("search.strategy must be one of 'entropy', 'random' or 'none', got 'best'")
+    assert second.startswith("search.strategy = 'best' is unknown; known: entropy, random, none, or 'package.module:n")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +179,7 @@ def test_of_several_files_an_error_names_the_one_that_holds_the_value(tmp_path: 
     assert str(caught.value) == f"staleness.max_lag must be >= 0, got -1 in {b}"
     with pytest.raises(ConfigError) as caught:
         load([b, a], {"search.strategy": "best"})
-    assert str(caught.value).endswith("got 'best' in --search.strategy")
+    assert str(caught.value).startswith("search.strategy = 'best' in --search.strategy is unknown; known: entropy, ")
     assert load([b, a]).staleness.max_lag == 2
     c, d = layers(tmp_path, "[learner]\nlrr = 1\n[lerner]\nlr = 1\n", "[learner]\nlr = 1e-3\n")
     with pytest.raises(ConfigError) as caught:
@@ -359,20 +363,119 @@ def test_options_of_an_environment_are_free() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "meant"),
+    ("table", "text", "meant"),
     [
-        ('{"hops": 3, "loud": true}', "--environment.options.hops 3 --environment.options.loud true"),
-        ("{hops = 3}", "--environment.options.hops 3"),
-        ("hops=3", "--environment.options.NAME VALUE"),
-        ("none", "--environment.options.NAME VALUE"),
+        (
+            "environment.options",
+            '{"hops": 3, "loud": true}',
+            "--environment.options.hops 3 --environment.options.loud true",
+        ),
+        ("environment.options", "{hops = 3}", "--environment.options.hops 3"),
+        ("environment.options", "hops=3", "--environment.options.NAME VALUE"),
+        ("environment.options", "none", "--environment.options.NAME VALUE"),
+        ("objective.surrogate_options", "{width = 3}", "--objective.surrogate_options.width 3"),
+        ("metrics.options", "project", "--metrics.options.SINK.NAME VALUE"),
     ],
 )
-def test_options_of_an_environment_given_in_one_piece_are_refused_with_the_form_that_is_meant(
-    tmp_path: Path, text: str, meant: str
+def test_options_by_name_given_in_one_piece_are_refused_with_the_form_that_is_meant(
+    tmp_path: Path, table: str, text: str, meant: str
 ) -> None:
     with pytest.raises(ConfigError) as refused:
-        load(write(tmp_path, ""), {"environment.options": text})
-    assert str(refused.value).endswith(f"options of the environment are given one by one: {meant}")
+        load(write(tmp_path, ""), {table: text})
+    assert str(refused.value).endswith(f"options are given one by one: {meant}")
+
+
+OWN = "my_package.mine:thing"
+
+OPTIONS_BESIDE = {
+    "environment.name": "environment.options",
+    "search.strategy": "search.strategy_options",
+    "credit.value_mode": "credit.value_options",
+    "credit.advantage_mode": "credit.advantage_options",
+    "objective.surrogate": "objective.surrogate_options",
+    "correction.action": "correction.action_options",
+    "buffer.sampling": "buffer.sampling_options",
+    "weights.transport": "weights.transport_options",
+    "actor.engine": "actor.engine_options",
+    "supervisor.launcher": "supervisor.launcher_options",
+    "metrics.sinks": "metrics.options",
+}
+"""Field of each door -> its table of options."""
+
+
+def test_every_door_has_a_field_and_a_table_of_options() -> None:
+    assert {door.field for door in DOORS} == set(OPTIONS_BESIDE)
+    assert set(OPTIONS_BESIDE) | set(OPTIONS_BESIDE.values()) <= set(configuration.fields())
+
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.field)
+def test_a_door_takes_a_name_of_ones_own_and_its_options(tmp_path: Path, door: Door[Any]) -> None:
+    table, sinks = OPTIONS_BESIDE[door.field], door.field == "metrics.sinks"
+    inside = f"{table}.{OWN}" if sinks else table
+    words = [f"--{door.field}", f'["{OWN}"]' if sinks else OWN, f"--{inside}.width", "3", f"--{inside}.deep"]
+    config = load(write(tmp_path, ""), split_options(words)[1])
+    options = {"width": 3, "deep": True}
+    assert configuration.get(config, door.field) == ((OWN,) if sinks else OWN)
+    assert configuration.get(config, table) == ({OWN: options} if sinks else options)
+    assert OWN.partition(".")[0] not in sys.modules
+    assert load(write(tmp_path, to_toml(config))) == config
+
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.field)
+def test_a_name_that_no_door_knows_is_refused_with_those_it_knows(door: Door[Any]) -> None:
+    section, _, leaf = door.field.partition(".")
+    known = door.choices()[0]
+    wrong = f"{known[:-1]}ß{known[-1]}"
+    with pytest.raises(ConfigError) as refused:
+        build({section: {leaf: [wrong] if door.field == "metrics.sinks" else wrong}})
+    assert str(refused.value).startswith(f"{door.field} = {wrong!r} is unknown; did you mean {known}?  Known: {known}")
+    assert str(refused.value).endswith(f"or 'package.module:name' for {door.what} of your own")
+
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.field)
+def test_the_resolved_configuration_shows_the_names_that_a_door_knows(door: Door[Any]) -> None:
+    leaf = door.field.rpartition(".")[2]
+    (line, *_) = (
+        line
+        for line in to_toml(Config()).splitlines()
+        if ", or package.module:name" in line and line.startswith(f"{leaf} =")
+    )
+    assert ", ".join(door.choices()) in line
+
+
+@pytest.mark.parametrize("table", OPTIONS_BESIDE.values())
+def test_options_by_name_are_finite(table: str) -> None:
+    section, _, leaf = table.partition(".")
+    options: dict[str, Any] = {"width": float("nan")}
+    with pytest.raises(ConfigError, match="width = nan is no finite number"):
+        build({section: {leaf: {"jsonl": options} if section == "metrics" else options}})
+
+
+def test_options_of_a_metrics_sink_are_given_by_its_name(tmp_path: Path) -> None:
+    words = ["--metrics.sinks", '["jsonl", "tensorboard"]', "--metrics.options.tensorboard.folder", "logs"]
+    config = load(write(tmp_path, ""), split_options(words)[1])
+    assert config.metrics.options == {"tensorboard": {"folder": "logs"}}
+    assert load([], as_options(write(tmp_path, to_toml(config)))) == config
+    with pytest.raises(
+        ConfigError, match=r"--metrics\.options\.folder names no option of a sink: --metrics\.options\.SINK"
+    ):
+        load([], {"metrics.options.folder": "logs"})
+
+
+@pytest.mark.parametrize(
+    ("data", "sinks"),
+    [
+        ({}, ("jsonl",)),
+        ({"metrics": {"sinks": []}}, ("jsonl",)),
+        ({"metrics": {"sinks": [OWN]}}, ("jsonl", OWN)),
+        ({"learner": {"tensorboard": True}}, ("jsonl", "tensorboard")),
+        ({"learner": {"tensorboard": True}, "metrics": {"sinks": ["tensorboard"]}}, ("jsonl", "tensorboard")),
+    ],
+)
+def test_the_metrics_file_is_always_written_and_each_sink_is_used_once(
+    data: dict[str, Any], sinks: tuple[str, ...]
+) -> None:
+    assert build(data).sinks == sinks
 
 
 def test_an_unknown_option_is_refused_with_near_ones() -> None:

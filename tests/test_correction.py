@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atpo_async.config import CorrectionConfig
+from atpo_async.config import CorrectionConfig, doors
 from learner.loss import correction
 from learner.loss.correction import Tempering
 
-ACTIONS = get_args(CorrectionConfig.model_fields["action"].annotation)
+ACTIONS = doors.CORRECTION.choices()
 LEVELS = get_args(CorrectionConfig.model_fields["level"].annotation)
 
 

@@ -81,7 +81,8 @@ def test_options_are_bound_by_name(door: Door[Any]) -> None:
         (
             "plane",
             {},
-            "figure.shape = 'plane' is unknown; known: plain, two-words, or 'package.module:name' for a shape",
+            r"^figure.shape = 'plane' is unknown; did you mean plain\?  Known: plain, two-words, "
+            "or 'package.module:name' for a shape of your own$",
         ),
         ("two_words", {}, "is unknown"),
         ("_shared", {}, "is unknown"),

@@ -10,6 +10,7 @@ import pytest
 from atpo_async import config as configuration
 from atpo_async.config import build, load
 from atpo_async.config.idle_settings import NONZERO, WORKS_WITH, idle_settings
+from atpo_async.config.sections.base import door_of
 
 ROOT = Path(__file__).resolve().parent.parent
 NONE = {"action": "none", "accept_bias": True}
@@ -72,7 +73,19 @@ def test_the_table_names_fields_and_values_that_there_are() -> None:
     assert {name for needs in WORKS_WITH.values() for name, _ in needs} | set(WORKS_WITH) <= set(known)
     for name, working in (need for needs in WORKS_WITH.values() for need in needs):
         if not isinstance(working, str):
-            assert set(working) <= set(get_args(known[name].annotation) or (True, False)), name
+            door = door_of(known[name])
+            words = door.choices() if door is not None else get_args(known[name].annotation)
+            assert set(working) <= set(words or (True, False)), name
+
+
+def test_a_strategy_surrogate_or_engine_of_ones_own_may_read_any_setting() -> None:
+    own = "mine:thing"
+    data = {
+        "objective": {"surrogate": own, "tv_limit": 0.1, "clip_low": 0.1},
+        "search": {"strategy": own, "sibling_penalty": 0.2},
+        "actor": {"engine": own, "kv_cache_gb": 2.0},
+    }
+    assert idle_settings(build(data)) == []
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda file: file.name)

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atpo_async.config import ObjectiveConfig
+from atpo_async.config import ObjectiveConfig, doors
 from learner.loss import objective
 
-SURROGATES = get_args(ObjectiveConfig.model_fields["surrogate"].annotation)
+SURROGATES = doors.SURROGATE.choices()
 LEVELS = get_args(ObjectiveConfig.model_fields["ratio_level"].annotation)
 
 

@@ -15,7 +15,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Literal
 
-from atpo_async.config import BUILT_IN_ENVIRONMENTS, Config
+from atpo_async.config import Config
+from atpo_async.config.doors import ENVIRONMENT
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.links import addresses, ports
 from atpo_async.models.policy import MODELS, is_there, warm_start_command
@@ -184,17 +185,11 @@ def check_model(config: Config) -> None:
 
 
 def check_environment(config: Config) -> None:
-    """Raises ConfigError for a name that is no built-in environment, SetupError for a package that is not here."""
+    """Raises SetupError where the package of a user's own environment is not here."""
     name = config.environment.name
-    if name in BUILT_IN_ENVIRONMENTS:
+    if name in ENVIRONMENT.names():
         return
-    module, colon, factory = name.partition(":")
-    if not (colon and module and factory):
-        raise ConfigError(
-            f"environment.name = {name!r} is unknown; known: {', '.join(BUILT_IN_ENVIRONMENTS)}, or "
-            "'package.module:factory' for your own"
-        )
-    top = module.partition(".")[0]
+    top = name.partition(":")[0].partition(".")[0]
     # Roles see the working folder (launch.py), which an installed `atpo` does not.
     if config.actor.count and not has_module(top) and PathFinder.find_spec(top, [str(Path.cwd())]) is None:
         raise SetupError(

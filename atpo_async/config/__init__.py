@@ -10,11 +10,7 @@ from atpo_async.config.sections.run import SupervisorConfig
 from atpo_async.config.sections.transport import LinksConfig, WeightsConfig
 from atpo_async.config.staleness import STALENESS_KNOBS, derived_bounds
 
-BUILT_IN_ENVIRONMENTS = ("hopqa",)
-"""Names that environment.name may have besides 'package.module:factory'."""
-
 __all__ = [
-    "BUILT_IN_ENVIRONMENTS",
     "STALENESS_KNOBS",
     "Config",
     "CorrectionConfig",

@@ -18,3 +18,94 @@ ENVIRONMENT: Door[Any] = Door(
     call=("tokenizer",),
     parts=("stop_token_ids", "num_tasks", "start", "replay"),
 )
+
+STRATEGY: Door[Any] = Door(
+    field="search.strategy",
+    what="an expansion strategy",
+    protocol='docs/extending.md, "Expansion strategy"',
+    built_in=dict.fromkeys(("entropy", "random"), ""),
+    words=("none",),
+)
+
+VALUE_MODE: Door[Any] = Door(
+    field="credit.value_mode",
+    what="a value mode",
+    protocol='docs/extending.md, "Credit"',
+    built_in=dict.fromkeys(
+        ("child_mean", "leaf_mean", "child_softmax", "child_entropy_linear", "tree_trace", "tree_trace_selfnorm"), ""
+    ),
+)
+
+ADVANTAGE_MODE: Door[Any] = Door(
+    field="credit.advantage_mode",
+    what="an advantage mode",
+    protocol='docs/extending.md, "Credit"',
+    built_in=dict.fromkeys(("node_value", "diff_parent", "diff_global", "diff_localglobal"), ""),
+)
+
+SURROGATE: Door[Any] = Door(
+    field="objective.surrogate",
+    what="a surrogate",
+    protocol='docs/extending.md, "Surrogate"',
+    built_in=dict.fromkeys(("clip", "cispo", "policy-gradient", "tv"), ""),
+)
+
+CORRECTION: Door[Any] = Door(
+    field="correction.action",
+    what="a correction",
+    protocol='docs/extending.md, "Correction"',
+    built_in=dict.fromkeys(("truncate", "mask", "icepop", "topr", "m2po"), ""),
+    words=("none",),
+)
+
+SAMPLING: Door[Any] = Door(
+    field="buffer.sampling",
+    what="a sampling",
+    protocol='docs/extending.md, "Buffer sampling"',
+    built_in=dict.fromkeys(("prioritized",), ""),
+)
+
+TRANSPORT: Door[Any] = Door(
+    field="weights.transport",
+    what="a weight transport",
+    protocol='docs/extending.md, "Weight transport"',
+    built_in=dict.fromkeys(("file", "chunks"), ""),
+    words=("auto",),
+)
+
+ENGINE: Door[Any] = Door(
+    field="actor.engine",
+    what="an engine",
+    protocol='docs/extending.md, "Engine"',
+    built_in=dict.fromkeys(("vllm", "transformers"), ""),
+    words=("auto",),
+)
+
+LAUNCHER: Door[Any] = Door(
+    field="supervisor.launcher",
+    what="a launcher",
+    protocol='docs/extending.md, "Launcher"',
+    built_in=dict.fromkeys(("processes",), ""),
+)
+
+SINK: Door[Any] = Door(
+    field="metrics.sinks",
+    what="a metrics sink",
+    protocol='docs/extending.md, "Metrics sink"',
+    built_in=dict.fromkeys(("jsonl", "tensorboard"), ""),
+)
+
+DOORS: tuple[Door[Any], ...] = (
+    ENVIRONMENT,
+    STRATEGY,
+    VALUE_MODE,
+    ADVANTAGE_MODE,
+    SURROGATE,
+    CORRECTION,
+    SAMPLING,
+    TRANSPORT,
+    ENGINE,
+    LAUNCHER,
+    SINK,
+)
+"""In the order in which a turn meets them."""

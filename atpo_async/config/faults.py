@@ -49,6 +49,8 @@ def line(error: Any, source: str, holders: Mapping[str, str]) -> str:
             f"run.name is the name of a folder in run.dir: letters, digits, '.', '_' and '-', the first one a letter "
             f"or a digit; got {value!r}{where}"
         )
+    if kind == "door":
+        return str(error["msg"]).replace(" is unknown", f"{where} is unknown", 1)
     if kind == "literal_error":
         return f"{path} must be one of {error['ctx']['expected']}, got {value!r}{where}"
     wanted = next((words for kinds, words in WANTED if kind in kinds), None)

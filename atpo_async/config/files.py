@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from atpo_async.config import faults, options
 from atpo_async.config.schema import Config, fields
+from atpo_async.config.sections.base import door_of
 from atpo_async.core.errors import ConfigError
 
 
@@ -127,9 +129,16 @@ def to_toml(config: Config) -> str:
         lines.append(f"[{name}]")
         for field, about in type(section).model_fields.items():
             text = f"{field} = {_toml_value(getattr(section, field))}"
-            lines.append(f"{text}  # {about.description}" if about.description else text)
+            meaning = "; ".join(filter(None, (about.description, _choices(about))))
+            lines.append(f"{text}  # {meaning}" if meaning else text)
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _choices(field: FieldInfo) -> str:
+    """The names that a field takes, where it takes one's own as well."""
+    door = door_of(field)
+    return f"{', '.join(door.choices())}, or package.module:name" if door is not None else ""
 
 
 def _toml_value(value: Any) -> str:

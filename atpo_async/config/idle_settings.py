@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from atpo_async import config as configuration
 from atpo_async.config import Config
+from atpo_async.config.sections.base import door_of
 
 NONZERO = "anything but 0"
 """In ``WORKS_WITH``: whatever number the other setting has, 0 excepted."""
@@ -66,6 +69,8 @@ def idle_settings(config: Config) -> list[str]:
             continue
         for other, working in needs:
             is_now = configuration.get(config, other)
+            if _is_ones_own(known[other], is_now):
+                continue  # it may read any setting
             if (not is_now) if working == NONZERO else is_now not in working:
                 found.append(
                     f"{name} = {_shown(value)} has no effect with {other} = {_shown(is_now)} (it has with "
@@ -73,6 +78,12 @@ def idle_settings(config: Config) -> list[str]:
                 )
                 break
     return found
+
+
+def _is_ones_own(field: FieldInfo, value: Any) -> bool:
+    """Whether a field names something of the user's own instead of a built-in one."""
+    door = door_of(field)
+    return door is not None and value not in door.choices()
 
 
 def _was_set(config: Config, name: str) -> bool:

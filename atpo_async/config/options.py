@@ -7,12 +7,12 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
 from atpo_async.config import suggestions
-from atpo_async.config.schema import Config, fields
+from atpo_async.config.schema import Config, fields, options_table
 from atpo_async.core.errors import ConfigError
 
 _TRUTHS = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0"})
@@ -37,7 +37,7 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             rest.append(word)
             continue
         name = name.replace("-", "_")
-        if name not in known and not name.startswith("environment.options."):
+        if name not in known and options_table(name) is None:
             raise ConfigError(unknown_option(name))
         if not equals:
             annotation = _annotation(name)
@@ -67,7 +67,7 @@ def _may_be_a_path(word: str) -> bool:
 
 def put(data: dict[str, Any], dotted: str, text: str) -> None:
     """Put the value of one option into a nested mapping.  Raises ConfigError."""
-    *parents, leaf = dotted.split(".")
+    *parents, leaf = _keys(dotted)
     if not parents:
         raise ConfigError(f"option --{dotted} names no field; use --section.field, for instance --learner.lr 1e-5")
     here: Any = data
@@ -78,6 +78,17 @@ def put(data: dict[str, Any], dotted: str, text: str) -> None:
     here[leaf] = _option_value(dotted, text)
 
 
+def _keys(dotted: str) -> list[str]:
+    """Of the nested mapping.  A metrics sink of the user's own has dots in its name: what is between is that name."""
+    table = options_table(dotted)
+    if table != "metrics.options":
+        return dotted.split(".")
+    sink, _, name = dotted.removeprefix(f"{table}.").rpartition(".")
+    if not sink:
+        raise ConfigError(f"option --{dotted} names no option of a sink: --{table}.SINK.NAME VALUE")
+    return [*table.split("."), sink, name]
+
+
 def _option_value(dotted: str, text: str) -> Any:
     """What the text of an option means for its field.  Raises ConfigError where there is none."""
     annotation = _annotation(dotted)
@@ -86,32 +97,32 @@ def _option_value(dotted: str, text: str) -> Any:
         return None
     if _is_text(annotation):
         return text  # --run.name 7 is a name; "none" is a word of search.strategy
-    if dotted == "environment.options":
-        raise ConfigError(_one_by_one(text))
-    if annotation is None:  # an option of the environment: whatever TOML has for those
+    if get_origin(annotation) is dict:
+        raise ConfigError(_one_by_one(dotted, text))
+    if annotation is None:  # an option inside a table of options: whatever TOML has for those
         return value if isinstance(value, bool | int | float | str) else text
     if not text:
         raise ConfigError(f"--{dotted} needs a value")
     return text if value is None else value
 
 
-def _one_by_one(text: str) -> str:
+def _one_by_one(table: str, text: str) -> str:
     """Why ``--environment.options TEXT`` is none, and what was meant where it can be told."""
     try:
         said = json.loads(text)
     except ValueError:
         said = parse_value(text)
-    meant = "--environment.options.NAME VALUE"
+    meant = f"--{table}.{'SINK.' if table == 'metrics.options' else ''}NAME VALUE"
     if isinstance(said, dict) and said:
         meant = " ".join(
-            f"--environment.options.{name} {json.dumps(value) if isinstance(value, bool | int | float) else value}"
+            f"--{table}.{name} {json.dumps(value) if isinstance(value, bool | int | float) else value}"
             for name, value in list(said.items())[:8]
         )
-    return f"--environment.options {text[:80]}: options of the environment are given one by one: {meant}"
+    return f"--{table} {text[:80]}: options are given one by one: {meant}"
 
 
 def _annotation(dotted: str) -> Any:
-    """Of a field; None for an option of the environment, and for what is no field."""
+    """Of a field; None for an option inside a table of options, and for what is no field."""
     info = fields().get(dotted)
     return None if info is None else info.annotation
 
@@ -120,7 +131,7 @@ def _is_text(annotation: Any) -> bool:
     """Whether a field takes words: str, Path, or some words of its own; or none."""
     if get_origin(annotation) is Literal:
         return True
-    if isinstance(annotation, UnionType):
+    if get_origin(annotation) in (Union, UnionType):
         return all(part is type(None) or _is_text(part) for part in get_args(annotation))
     return annotation is str or annotation is Path
 

@@ -31,6 +31,7 @@ MUST_STAY: tuple[str, ...] = (
     "model.path",
     "environment.*",
     "search.strategy",
+    "search.strategy_options",
     "search.initial_rollouts",
     "search.rounds",
     "search.branches",

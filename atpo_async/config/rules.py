@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from atpo_async.config.schema import Config
 
 
+READ_RATIOS = frozenset({"tree_trace", "tree_trace_selfnorm"})
+
+
 def check(config: Config) -> None:
     """Raises ValueError with the first contradiction: the settings, their values and the way out."""
     for rule in RULES:
@@ -105,7 +108,8 @@ def _correction(config: Config) -> None:
         raise ValueError(
             f"correction.{idle} does nothing with correction.action = 'none': leave it out, or name another action"
         )
-    if c.numerator == "policy" and config.objective.surrogate != "policy-gradient":
+    own = ":" in config.objective.surrogate  # it knows itself what it multiplies
+    if c.numerator == "policy" and config.objective.surrogate != "policy-gradient" and not own:
         raise ValueError(
             f"correction.numerator = 'policy' with objective.surrogate = {config.objective.surrogate!r} would count "
             "the policy's drift from prox twice: use --correction.numerator prox, or --objective.surrogate "
@@ -117,7 +121,7 @@ def _correction(config: Config) -> None:
             f"{of_the_batch} is measured over the whole batch before its first step: correction.numerator = "
             "'policy' has no such number; use prox"
         )
-    if c.prox == "interpolate" and (of_the_batch or config.credit.value_mode.startswith("tree_trace")):
+    if c.prox == "interpolate" and (of_the_batch or config.credit.value_mode in READ_RATIOS):
         needs = of_the_batch or f"credit.value_mode = {config.credit.value_mode!r}"
         raise ValueError(
             f"correction.prox = 'interpolate' has no log-probs before the first step, and {needs} needs them: use "

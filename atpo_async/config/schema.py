@@ -6,7 +6,7 @@ Durations are seconds, sizes bytes unless the name says otherwise, staleness is 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel, model_validator
 
@@ -15,7 +15,7 @@ from atpo_async.config.sections.base import Section
 from atpo_async.config.sections.data import BufferConfig, StalenessConfig
 from atpo_async.config.sections.generation import ActorConfig, EnvironmentConfig, ModelConfig, SearchConfig
 from atpo_async.config.sections.learning import CorrectionConfig, CreditConfig, LearnerConfig, ObjectiveConfig
-from atpo_async.config.sections.run import EvalConfig, RunConfig, SupervisorConfig
+from atpo_async.config.sections.run import EvalConfig, MetricsConfig, RunConfig, SupervisorConfig
 from atpo_async.config.sections.transport import LinksConfig, WeightsConfig
 
 
@@ -36,6 +36,7 @@ class Config(Section):
     weights: WeightsConfig = WeightsConfig()
     links: LinksConfig = LinksConfig()
     eval: EvalConfig = EvalConfig()
+    metrics: MetricsConfig = MetricsConfig()
     supervisor: SupervisorConfig = SupervisorConfig()
 
     @property
@@ -43,10 +44,27 @@ class Config(Section):
         """Seconds in which an engine must have taken up a version."""
         return self.weights.swap_timeout_s or min(60.0, self.links.give_up_s / 2)
 
+    @property
+    def sinks(self) -> tuple[str, ...]:
+        """Names of all metrics sinks, each once: ``jsonl`` always, ``tensorboard`` also by ``learner.tensorboard``."""
+        more = ("tensorboard",) if self.learner.tensorboard else ()
+        return tuple(dict.fromkeys(("jsonl", *self.metrics.sinks, *more)))
+
     @model_validator(mode="after")
     def _no_contradictions(self) -> Config:
         rules.check(self)
         return self
+
+
+def options_table(dotted: str) -> str | None:
+    """The field of options by name (``environment.options``) inside which a dotted path lies; None if it is none."""
+    head, _, rest = dotted.rpartition(".")
+    known = fields()
+    while head and rest:
+        if head in known:
+            return head if get_origin(known[head].annotation) is dict else None
+        head, _, rest = head.rpartition(".")
+    return None
 
 
 def fields(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:

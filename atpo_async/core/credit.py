@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -265,8 +265,8 @@ def credit_as(tree: TurnTree | TreeArrays, settings: CreditConfig, *, ratio: F64
     """``credit`` with the settings of a configuration."""
     return credit(
         tree,
-        value_mode=settings.value_mode,
-        advantage_mode=settings.advantage_mode,
+        value_mode=cast(ValueMode, settings.value_mode),
+        advantage_mode=cast(AdvantageMode, settings.advantage_mode),
         normalise=settings.normalise_leaves,
         leaf_weights=settings.leaf_weights,
         ratio=ratio,

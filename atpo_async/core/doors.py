@@ -9,6 +9,7 @@ without loading what they stand for.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import importlib
 import importlib.util
@@ -41,6 +42,8 @@ class Door(Generic[T]):
     hyphens: bool = False
     """Names of built-in ones are written with ``-`` where their modules have ``_``."""
     built_in: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    words: tuple[str, ...] = ()
+    """What may stand in a name's place with nothing behind it: ``none``, ``auto``.  Who asks decides what they mean."""
     call: tuple[str, ...] = ()
     """What it is called with, by position; ``**options`` come on top."""
     parts: tuple[str, ...] = ()
@@ -50,10 +53,24 @@ class Door(Generic[T]):
         """Of the built-in ones, in order of the alphabet."""
         return tuple(sorted({*self.built_in, *self._modules()}))
 
+    def choices(self) -> tuple[str, ...]:
+        """Names of the built-in ones, and the words that may stand in their place."""
+        return (*self.names(), *(word for word in self.words if word not in self.names()))
+
+    def check(self, name: str) -> None:
+        """Raises ConfigError where ``name`` is no choice and does not look like ``package.module:name``; imports
+        nothing."""
+        if name not in self.words:
+            self.target(name)
+
     def _modules(self) -> tuple[str, ...]:
-        spec = importlib.util.find_spec(self.package) if self.package else None
-        folders = spec.submodule_search_locations if spec is not None else None
-        stems = (file.stem for folder in folders or () for file in Path(folder).glob("[a-z]*.py"))
+        if not self.package:
+            return ()
+        # The spec of a package inside another would import the outer one, and the command line imports no role.
+        root, *inner = self.package.split(".")
+        spec = importlib.util.find_spec(root)
+        folders = (spec.submodule_search_locations if spec is not None else None) or ()
+        stems = (file.stem for folder in folders for file in Path(folder, *inner).glob("[a-z]*.py"))
         return tuple(stem.replace("_", "-") if self.hyphens else stem for stem in stems)
 
     def target(self, name: str) -> str:
@@ -64,8 +81,10 @@ class Door(Generic[T]):
             return f"{self.package}.{name.replace('-', '_') if self.hyphens else name}:{self.attribute}"
         module, colon, attribute = name.partition(":")
         if not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+            near = difflib.get_close_matches(name, self.choices(), n=1, cutoff=0.7)
+            meant = f"did you mean {near[0]}?  Known" if near else "known"
             raise ConfigError(
-                f"{self.field} = {name!r} is unknown; known: {', '.join(self.names())}, "
+                f"{self.field} = {name!r} is unknown; {meant}: {', '.join(self.choices())}, "
                 f"or 'package.module:name' for {self.what} of your own"
             )
         return name

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from atpo_async.core.doors import Door, Option
+from atpo_async.core.errors import ConfigError
 
 
 class Section(BaseModel):
@@ -29,3 +35,39 @@ class Section(BaseModel):
 def _takes(annotation: Any, kind: type) -> bool:
     """Whether ``kind`` occurs in a field's annotation."""
     return annotation is kind or any(_takes(part, kind) for part in get_args(annotation))
+
+
+@dataclass(frozen=True)
+class named:
+    """``Annotated[str, named(DOOR)]``: the name of a built-in one, or ``package.module:name``; nothing is imported."""
+
+    door: Door[Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Adds the check of the name to the check of the type."""
+        return core_schema.no_info_after_validator_function(self._known, handler(source))
+
+    def _known(self, name: str) -> str:
+        try:
+            self.door.check(name)
+        except ConfigError as exc:
+            raise PydanticCustomError("door", "{reason}", {"reason": str(exc)}) from None
+        return name
+
+
+def door_of(field: FieldInfo) -> Door[Any] | None:
+    """The door whose names a field takes, or each item of it."""
+    items = (part for item in get_args(field.annotation) for part in getattr(item, "__metadata__", ()))
+    return next((part.door for part in (*field.metadata, *items) if isinstance(part, named)), None)
+
+
+def _finite(options: dict[str, Option]) -> dict[str, Option]:
+    # NaN is not itself: the run's own options would be another run's when it goes on.
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} = {value} is no finite number; where a word is meant, quote it: '\"{value}\"'")
+    return options
+
+
+Options = Annotated[dict[str, Option], AfterValidator(_finite)]
+"""By name; what a door's thing is called with besides what the door gives it."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from atpo_async.config.sections.base import Section
+from atpo_async.config import doors
+from atpo_async.config.sections.base import Options, Section, named
 from atpo_async.core.vocabulary import WeightsOver
 
 
@@ -46,6 +47,8 @@ class StalenessConfig(Section):
 class BufferConfig(Section):
     """Assembly, priorities, eviction, leases."""
 
+    sampling: Annotated[str, named(doors.SAMPLING)] = Field("prioritized", description="how a batch's trees are chosen")
+    sampling_options: Options = Field(default_factory=dict, description="passed to the sampling")
     ready: Literal["complete", "partial"] = "complete"
     partial_min_leaves: int = Field(2, ge=2)
     priority_exponent: float = Field(0.6, ge=0, description="a in P_i ~ p_i^a")

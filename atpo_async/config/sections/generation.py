@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from atpo_async.config.sections.base import Section
+from atpo_async.config import doors
+from atpo_async.config.sections.base import Options, Section, named
 from atpo_async.core.vocabulary import Precision
 
 
@@ -24,25 +24,15 @@ class ModelConfig(Section):
 class EnvironmentConfig(Section):
     """The task."""
 
-    name: str = Field("hopqa", description="a built-in environment, or 'package.module:factory'")
-    options: dict[str, bool | int | float | str] = Field(default_factory=dict, description="passed to the environment")
-
-    @field_validator("options")
-    @classmethod
-    def _finite(cls, options: dict[str, bool | int | float | str]) -> dict[str, bool | int | float | str]:
-        # NaN is not itself: the run's own options would be another run's when it goes on.
-        for name, value in options.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(
-                    f"{name} = {value} is no finite number; where a word is meant, quote it: '\"{value}\"'"
-                )
-        return options
+    name: Annotated[str, named(doors.ENVIRONMENT)] = "hopqa"
+    options: Options = Field(default_factory=dict, description="passed to the environment")
 
 
 class SearchConfig(Section):
     """One tree (ALGORITHM, section 1): M chains, then L rounds of K entropy-guided branches."""
 
-    strategy: Literal["entropy", "random", "none"] = "entropy"
+    strategy: Annotated[str, named(doors.STRATEGY)] = Field("entropy", description="which turns are branched from")
+    strategy_options: Options = Field(default_factory=dict, description="passed to the strategy")
     initial_rollouts: int = Field(10, ge=1, description="M")
     rounds: int = Field(2, ge=0, description="L")
     branches: int = Field(6, ge=1, description="K, per round")
@@ -73,7 +63,8 @@ class ActorConfig(Section):
 
     count: int = Field(1, ge=0, description="actors that the supervisor starts; 0: they join by hand")
     trees_in_flight: int = Field(8, ge=1)
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    engine: Annotated[str, named(doors.ENGINE)] = Field("auto", description="auto: vllm where it is installed")
+    engine_options: Options = Field(default_factory=dict, description="passed to the engine")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_num_seqs: int = Field(128, ge=1, description="requests the engine runs at once")
     kv_cache_gb: float = Field(1.0, gt=0, description="on a CPU")

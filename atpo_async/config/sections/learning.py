@@ -6,22 +6,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from atpo_async.config.sections.base import Section
+from atpo_async.config import doors
+from atpo_async.config.sections.base import Options, Section, named
 from atpo_async.core.vocabulary import Aggregation, LeafWeights, Level, Precision, RatioLevel
 
 
 class CreditConfig(Section):
     """Leaf rewards to advantages (ALGORITHM, section 2; the tree traces: section 4)."""
 
-    value_mode: Literal[
-        "child_mean",
-        "leaf_mean",
-        "child_softmax",
-        "child_entropy_linear",
-        "tree_trace",
-        "tree_trace_selfnorm",
-    ] = Field("child_mean", description="the traces weigh siblings of different versions by their turn ratios")
-    advantage_mode: Literal["node_value", "diff_parent", "diff_global", "diff_localglobal"] = "node_value"
+    value_mode: Annotated[str, named(doors.VALUE_MODE)] = Field(
+        "child_mean", description="the traces weigh siblings of different versions by their turn ratios"
+    )
+    value_options: Options = Field(default_factory=dict, description="passed to the value mode")
+    advantage_mode: Annotated[str, named(doors.ADVANTAGE_MODE)] = "node_value"
+    advantage_options: Options = Field(default_factory=dict, description="passed to the advantage mode")
     normalise_leaves: bool = True
     leaf_weights: LeafWeights = Field("uniform", description="weights under which leaf rewards are normalised")
     trace_cap: float = Field(1.0, gt=0, description="c-bar of the tree traces: the largest turn ratio that counts")
@@ -38,7 +36,8 @@ class CorrectionConfig(Section):
     large one; all tokens count here, whatever the sign of A).
     """
 
-    action: Literal["truncate", "mask", "icepop", "topr", "m2po", "none"] = "truncate"
+    action: Annotated[str, named(doors.CORRECTION)] = "truncate"
+    action_options: Options = Field(default_factory=dict, description="passed to the action")
     level: Level = Field("turn", description="prefix: the product over the path down to the turn, the turn included")
     cap: float = Field(2.0, gt=0, description="C")
     floor: float = Field(0.0, ge=0, description="weights below are raised to it (truncate) or masked (mask)")
@@ -76,7 +75,8 @@ class ObjectiveConfig(Section):
     """
 
     ratio_level: RatioLevel = "turn"
-    surrogate: Literal["clip", "cispo", "policy-gradient", "tv"] = "clip"
+    surrogate: Annotated[str, named(doors.SURROGATE)] = "clip"
+    surrogate_options: Options = Field(default_factory=dict, description="passed to the surrogate")
     clip_low: float = Field(3e-3, gt=0, le=1)
     clip_high: float = Field(4e-3, gt=0)
     dual_clip: float | None = Field(3.0, gt=1, description="bound for A < 0; none to switch it off")
@@ -130,4 +130,4 @@ class LearnerConfig(Section):
     lineage: bool = Field(
         False, description="write lineage.jsonl: what each batch was trained on, with a hash of every tree"
     )
-    tensorboard: bool = Field(False, description="also log through Accelerate's TensorBoard tracker")
+    tensorboard: bool = Field(False, description="the same as a metrics sink 'tensorboard'")

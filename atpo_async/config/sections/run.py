@@ -1,12 +1,14 @@
-"""The run as a whole: its name and length, evaluation, and how its processes are supervised."""
+"""The run as a whole: its name and length, evaluation, where metrics go, and how its processes are supervised."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
-from atpo_async.config.sections.base import Section
+from atpo_async.config import doors
+from atpo_async.config.sections.base import Options, Section, named
 
 
 class RunConfig(Section):
@@ -33,6 +35,8 @@ class EvalConfig(Section):
 class SupervisorConfig(Section):
     """Starting, watching, restarting, stopping."""
 
+    launcher: Annotated[str, named(doors.LAUNCHER)] = Field("processes", description="how roles are started")
+    launcher_options: Options = Field(default_factory=dict, description="passed to the launcher")
     max_restarts: int = Field(3, ge=0, description="of one role within restart_window_s")
     restart_window_s: float = Field(300.0, gt=0)
     backoff_s: float = Field(0.5, ge=0, description="before the first restart; doubles with every further one")
@@ -42,3 +46,10 @@ class SupervisorConfig(Section):
     hang_s: float | None = Field(
         None, gt=0, description="a role stuck without progress for so long is restarted; none: 3/4 of links.give_up_s"
     )
+
+
+class MetricsConfig(Section):
+    """Where metrics go besides ``metrics.jsonl`` in the run folder, which is always written."""
+
+    sinks: tuple[Annotated[str, named(doors.SINK)], ...] = ("jsonl",)
+    options: dict[str, Options] = Field(default_factory=dict, description="a table for each sink, passed to it")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
-from atpo_async.config.sections.base import Section
+from atpo_async.config import doors
+from atpo_async.config.sections.base import Options, Section, named
 
 
 class WeightsConfig(Section):
     """Weights from the learner to the actors."""
 
+    transport: Annotated[str, named(doors.TRANSPORT)] = Field(
+        "auto", description="auto: the learner's file on its own host where shared_memory is true, else chunks"
+    )
+    transport_options: Options = Field(default_factory=dict, description="passed to the transport")
     chunk_bytes: int = Field(1 << 20, ge=4096, le=16 << 20)
     poll_s: float = Field(
         2.0, gt=0, description="actors ask for the newest version this often, besides the announcement"
