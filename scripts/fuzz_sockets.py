@@ -1,7 +1,7 @@
 """Fuzz the sockets of a running buffer: ``python scripts/fuzz_sockets.py [--frames N | --seconds S] [--seed K]``.
 
 A real buffer process on a run folder of its own; peers without manners at the actors' socket and at the learner's
-(``tests/fuzz_support.py`` has what they send); and beside them an honest actor and an honest learner over real links.
+(``scripts/fuzz_corpus.py`` has what they send); and beside them an honest actor and an honest learner over real links.
 It fails (exit code 1, and says why) if the buffer ends, if an honest peer's message is refused or lost or its work
 stalls, if the buffer's memory goes on growing after the warm-up, if its log does, or if it does not end cleanly.
 """
@@ -31,7 +31,9 @@ from atpo_async.config import Config  # noqa: E402
 from atpo_async.run.processes import die_with_parent  # noqa: E402
 from atpo_async.run.rundir import RunDir  # noqa: E402
 from atpo_async.wire import messages as m  # noqa: E402
-from tests.fuzz_support import HABITS, Corpus, Door, HonestReport, Rude, honest_process, knock  # noqa: E402
+from scripts.fuzz_corpus import Corpus, Door  # noqa: E402
+from scripts.fuzz_honest import HonestReport, honest_process  # noqa: E402
+from scripts.fuzz_peers import HABITS, Rude, knock  # noqa: E402
 
 LIMIT_BYTES = 4 << 20
 HEARTBEAT_S = 1.0

@@ -29,10 +29,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.oracle import OPTIONS, WORLD, judge, lineage, make_policy, toml  # noqa: E402
+from scripts.oracle_run import OPTIONS, WORLD, judge, lineage, toml  # noqa: E402
+from scripts.oracle_task import make_policy  # noqa: E402
 
 PORT = 7000
-PATIENCE_S = 120.0
+WAIT_S = 120.0
 CABLE_OUT_S = 6.0
 """Longer than a silent connection is kept (five heartbeats)."""
 NUM_TASKS = 96
@@ -88,7 +89,7 @@ class Machine:
         """A command of ``atpo`` to its end: exit code, and what it said."""
         process = self.start(*words)
         try:
-            return process.popen.wait(timeout=PATIENCE_S), process.said()
+            return process.popen.wait(timeout=WAIT_S), process.said()
         finally:
             process.end()
 
@@ -194,7 +195,7 @@ class Story:
 
     def until(self, condition: Callable[[], object], what: str, *, tell: Callable[[], str]) -> None:
         """Wait for it; it is wrong when it does not come about."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + WAIT_S
         while not (found := condition()) and time.monotonic() < deadline:
             time.sleep(0.05)
         self.check(found, what, tell())
@@ -268,7 +269,7 @@ def the_run(head: Machine, gpu: Machine, story: Story, host: str) -> None:
         before = grown_by("gpu-7"), grown_by("gpu-8")
         (gpu.folder / GATE).touch()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            trains.popen.wait(timeout=PATIENCE_S)
+            trains.popen.wait(timeout=WAIT_S)
         story.check(trains.popen.poll() == 0, "atpo train ends with 0", tell())
         with contextlib.suppress(subprocess.TimeoutExpired):
             stranger.popen.wait(timeout=30.0)

@@ -446,7 +446,7 @@ class _Actor:
 
 # --- the scripted learner --------------------------------------------------------------------------------------
 
-STATIONS = ("begun", "batch", "numbered", "told", "aside", "renamed", "checkpointed", "finishing")
+KILL_POINTS = ("begun", "batch", "numbered", "told", "aside", "renamed", "checkpointed", "finishing")
 """Where the learner can be made to stand still: resumed and published; a batch in hand; its version taken; the batch
 confirmed; a checkpoint written but not in place; in place but the buffer not told; told; its last message sent."""
 
@@ -494,12 +494,12 @@ class _Learner:
             await self._publish()
             if self._lineage.step:
                 await self._say_checkpointed()  # the last attempt may not have come to it
-            await self._station("begun")
+            await self._kill_point("begun")
             while (batch := await self._next_batch()) is not None:
                 await self._train(batch)
             await self._checkpoint()
             await self._buffer.send(RunFinished(run=self._run))
-            await self._station("finishing")
+            await self._kill_point("finishing")
             with contextlib.suppress(PeerLost):
                 await self._buffer.drain(timeout_s=5.0)
 
@@ -546,7 +546,7 @@ class _Learner:
         return len(lines(self._folder, STEPS)) < allowed
 
     async def _train(self, batch: Batch) -> None:
-        await self._station("batch")
+        await self._kill_point("batch")
         lineage = self._lineage
         if batch.step != lineage.step:
             note(self._folder, PROBLEMS, f"asked for batch {lineage.step}, got {batch.step}")
@@ -566,7 +566,7 @@ class _Learner:
         )
         lineage.step += 1
         note(self._folder, STEPS, lineage.step)
-        await self._station("numbered")
+        await self._kill_point("numbered")
         if lineage.step % self._config.staleness.publish_every == 0:
             await self._publish()
         await self._buffer.send(
@@ -577,7 +577,7 @@ class _Learner:
                 priorities={tree.tree_id: 0.1 + random.random() for tree in batch.trees},
             )
         )
-        await self._station("told")
+        await self._kill_point("told")
         if lineage.step % self._every == 0 or batch.checkpoint_wanted:
             await self._checkpoint()
 
@@ -590,15 +590,15 @@ class _Learner:
             json.dump(asdict(self._lineage), file)
             file.flush()
             os.fsync(file.fileno())
-        await self._station("aside")
+        await self._kill_point("aside")
         aside.replace(self._folder / LINEAGE)
         fd = os.open(self._folder, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
         self._checkpointed = self._lineage.step
-        await self._station("renamed")
+        await self._kill_point("renamed")
         await self._say_checkpointed()
-        await self._station("checkpointed")
+        await self._kill_point("checkpointed")
 
     async def _say_checkpointed(self) -> None:
         step, version = self._lineage.step, self._lineage.version
@@ -621,7 +621,7 @@ class _Learner:
             )
         )
 
-    async def _station(self, name: str) -> None:
+    async def _kill_point(self, name: str) -> None:
         """Stand still here if the driver wants it, as a machine that loses its power does."""
         path = self._folder / STOP_AT
         wanted = ""
@@ -670,12 +670,12 @@ class Kill:
     """Whom to kill, and when: where the learner stands still, or some time after it got so far."""
 
     victims: Victims
-    station: str
-    """One of ``STATIONS``; empty: at a moment."""
+    point: str
+    """One of ``KILL_POINTS``; empty: at a moment."""
     after_steps: int
     """Further steps of the learner before this kill is prepared."""
     after_s: float
-    """And then this long, where no station is named."""
+    """And then this long, where no kill point is named."""
 
 
 def plan_kills(seed: int, count: int) -> list[Kill]:
@@ -685,11 +685,11 @@ def plan_kills(seed: int, count: int) -> list[Kill]:
     everyone: tuple[Victims, ...] = ("buffer", "learner", "actor", "all")
     for i in range(count):
         victims = rng.choice(everyone)
-        station = rng.choice(STATIONS[1:-1]) if rng.random() < 0.5 else ""
+        point = rng.choice(KILL_POINTS[1:-1]) if rng.random() < 0.5 else ""
         if i == count - 1 and seed % 3 == 0:
             # Not an actor alone: the others may be done with it by then.
-            victims, station = rng.choice([name for name in everyone if name != "actor"]), "finishing"
-        found.append(Kill(victims, station, rng.randint(0, 2), rng.uniform(0.0, 0.03)))
+            victims, point = rng.choice([name for name in everyone if name != "actor"]), "finishing"
+        found.append(Kill(victims, point, rng.randint(0, 2), rng.uniform(0.0, 0.03)))
     return found
 
 
@@ -701,7 +701,7 @@ class Verdict:
     exceptions: list[str]
     """Tasks that were rightly not trained on as they were meant to be, one by one."""
     kills: Counter[str]
-    """Victim, and victim at station -> how often."""
+    """Victim, and victim at kill point -> how often."""
     steps: int
     lost_steps: int
     """Steps trained and lost with a learner."""
@@ -800,7 +800,7 @@ def run_oracle(folder: Path, spawner: Spawner, *, seed: int, num_kills: int = NU
     max_uses = 1 + seed % 2
     num_tasks = NUM_STEPS * BASE["staleness"]["trees_per_batch"] // max_uses
     publish_every = 1 + (seed // 2) % 2
-    # Where every tree is used twice, most seeds let none grow too old: then there is no excuse.
+    # Where every tree is used twice, most seeds let none grow too old: then none may be left out.
     max_lag = rng.choice((2, 4, 8)) if max_uses == 1 or seed % 8 == 7 else 500
     rundir = make_run(
         folder,
@@ -889,26 +889,26 @@ class _Driver:
 
     def _prepared(self, kill: Kill) -> bool:
         goal = self.roles.steps + kill.after_steps
-        if kill.station == "finishing":
+        if kill.point == "finishing":
             (self._folder / ALLOWED).unlink(missing_ok=True)
         else:
-            # Enough to come by every station once, with a checkpoint; or to be in the middle of something.
+            # Enough to come by every kill point once, with a checkpoint; or to be in the middle of something.
             self._allow(goal + self.roles.checkpoint_every + 1)
             if not self._until(lambda: self.roles.steps >= goal, f"step {goal}"):
                 return False
-        if not kill.station:
+        if not kill.point:
             return True
         (self._folder / STOPPED_AT).unlink(missing_ok=True)
-        (self._folder / STOP_AT).write_text(kill.station)
+        (self._folder / STOP_AT).write_text(kill.point)
         there = self._until(
             lambda: (self._folder / STOPPED_AT).exists() and self.roles.alive["learner"].frozen,
-            f"the learner at {kill.station!r}",
+            f"the learner at {kill.point!r}",
         )
         (self._folder / STOP_AT).unlink(missing_ok=True)
         return there
 
     def _strike(self, kill: Kill) -> None:
-        if not kill.station:
+        if not kill.point:
             time.sleep(kill.after_s)  # a moment of chance: nothing is waited for
         actors = [name for name in self.roles.alive if name.startswith("actor")]
         victims = {
@@ -918,8 +918,8 @@ class _Driver:
         victims = [name for name in victims if name in self.roles.alive]
         self.roles.kill(*victims)
         self.kills[kill.victims] += bool(victims)
-        if kill.station:
-            self.kills[f"{kill.victims} at {kill.station}"] += bool(victims)
+        if kill.point:
+            self.kills[f"{kill.victims} at {kill.point}"] += bool(victims)
             learner = self.roles.alive.get("learner")
             if learner is not None:
                 learner.thaw()

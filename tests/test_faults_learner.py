@@ -22,12 +22,12 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("station", MOMENTS)
+@pytest.mark.parametrize("point", MOMENTS)
 async def test_a_learner_killed_at_any_point_goes_on_from_its_checkpoint(
-    station: str, spawner: Spawner, tmp_path: Path
+    point: str, spawner: Spawner, tmp_path: Path
 ) -> None:
     fault = Recovery(
-        f"kill -9 of the learner {MOMENTS[station]}",
+        f"kill -9 of the learner {MOMENTS[point]}",
         "batches after its checkpoint are undone in the ledger and served again, no version number comes twice",
     )
     # Three batches to a checkpoint: there is always something to be undone.
@@ -35,9 +35,9 @@ async def test_a_learner_killed_at_any_point_goes_on_from_its_checkpoint(
         scene.roles.start()
         await scene.stepped(4)
         folder = scene.rundir.path
-        (folder / STOP_AT).write_text(station)
+        (folder / STOP_AT).write_text(point)
         scene.allow(scene.steps + 4)
-        await scene.until(lambda: (folder / STOPPED_AT).exists() and scene["learner"].frozen, f"station {station}")
+        await scene.until(lambda: (folder / STOPPED_AT).exists() and scene["learner"].frozen, f"kill point {point}")
         scene.roles.kill("learner")
         fault.over()
         scene.roles.start("learner")

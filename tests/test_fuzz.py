@@ -20,7 +20,9 @@ from atpo_async.run.rundir import RunDir
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
 from buffer.service import BufferService
-from tests.fuzz_support import HABITS, KNOCKS, Corpus, Door, Honest, Rude, Shot, knock
+from scripts.fuzz_corpus import Corpus, Door, Shot
+from scripts.fuzz_honest import Honest
+from scripts.fuzz_peers import HABITS, KNOCKS, Rude, knock
 
 LIMIT_BYTES = 1 << 20
 DEADLINE_S = 90.0
@@ -131,5 +133,7 @@ async def test_honest_peers_notice_nothing_of_rude_ones_beside_them(tmp_path: Pa
 
 def test_no_link_has_libzmqs_heartbeats() -> None:
     # With them libzmq 4.3.5 aborts the process when a peer goes away while the receive queue is full of what it sent.
-    for path in (Path(__file__).resolve().parent.parent / "atpo_async").glob("*.py"):
+    modules = list((Path(__file__).resolve().parent.parent / "atpo_async" / "links").rglob("*.py"))
+    assert modules
+    for path in modules:
         assert "HEARTBEAT_IVL" not in path.read_text(encoding="utf-8"), path

@@ -376,6 +376,20 @@ def test_imports_inside_a_room_run_one_way(room: str) -> None:
         descend(module, ())
 
 
+def test_nothing_outside_the_tests_imports_them() -> None:
+    sins = []
+    for path, tree in all_modules().items():
+        for node in ast.walk(tree) if not path.startswith("tests/") else ():
+            if isinstance(node, ast.Import):
+                sins += [f"{path}:{node.lineno} imports {a.name}" for a in node.names if room_of(a.name) == "tests"]
+            elif isinstance(node, ast.ImportFrom) and not node.level and room_of(node.module or "") == "tests":
+                sins.append(f"{path}:{node.lineno} imports from {node.module}")
+            elif isinstance(node, ast.Constant) and re.match(r"'tests\.\w+[:']", repr(node.value)):
+                # For `python -m`, or as an `environment.name`.
+                sins.append(f"{path}:{node.lineno} names {node.value!r}")
+    assert not sins, "\n".join(sins)
+
+
 def test_the_tests_folder_is_flat() -> None:
     """A folder tests/actors would shadow the package actors."""
     nested = [path for path in (ROOT / "tests").rglob("*.py") if path.parent != ROOT / "tests"]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from scripts.kill_points import ask_for, stopped_at
 from tests.fault_support import ROOT, Spawner, state_of, until
-from tests.oracle_support import NUM_KILLS, STATIONS, plan_kills, planned, possible_trees, run_oracle
-from tests.station_support import ask_for, stopped_at
+from tests.oracle_support import KILL_POINTS, NUM_KILLS, plan_kills, planned, possible_trees, run_oracle
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds out through /proc who stands still"),
@@ -31,13 +31,13 @@ def test_every_task_is_trained_on_as_often_as_intended_whoever_is_killed(
     assert sum(verdict.kills[victims] for victims in ("buffer", "learner", "actor", "all")) == NUM_KILLS
 
 
-def test_the_kills_of_all_seeds_hit_everybody_at_every_station_and_in_between() -> None:
+def test_the_kills_of_all_seeds_hit_everybody_at_every_kill_point_and_in_between() -> None:
     kills = [kill for seed in SEEDS for kill in plan_kills(seed, NUM_KILLS)]
     victims = Counter(kill.victims for kill in kills)
     assert all(victims[name] >= 10 for name in ("buffer", "learner", "actor", "all")), victims
     # The first one is only passed by a learner that starts: the others' kills make it start often enough.
-    assert {kill.station for kill in kills} == {"", *STATIONS[1:]}
-    assert {kill.victims for kill in kills if kill.station == "finishing"} == {"buffer", "learner", "all"}
+    assert {kill.point for kill in kills} == {"", *KILL_POINTS[1:]}
+    assert {kill.victims for kill in kills if kill.point == "finishing"} == {"buffer", "learner", "all"}
 
 
 def test_the_script_holds_trees_with_failed_chains_branches_and_nothing_to_learn() -> None:
@@ -69,13 +69,13 @@ def test_a_whole_run_of_the_real_roles_is_exact_though_killed_in_mid_step_and_in
     assert "killed: all at written 1x, learner at gradients 1x; 2 calls of `atpo train`" in run.stdout
 
 
-def test_a_driver_stops_a_role_at_the_station_that_it_asked_for_and_at_no_other(tmp_path: Path) -> None:
+def test_a_driver_stops_a_role_at_the_kill_point_that_it_asked_for_and_at_no_other(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from tests.station_support import passes
-for station in ("batch", "gradients", "written"):
-    print(station, flush=True)
-    passes(Path({str(tmp_path)!r}), station)
+from scripts.kill_points import passes
+for point in ("batch", "gradients", "written"):
+    print(point, flush=True)
+    passes(Path({str(tmp_path)!r}), point)
 """
     ask_for(tmp_path, "gradients")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

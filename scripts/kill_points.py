@@ -1,11 +1,11 @@
-"""Whole runs of ``atpo train`` whose real learner, or real engine, stands still at a named place.
+"""Kill points: whole runs of ``atpo train`` whose real learner, or real engine, stands still at a named place.
 
-    python -m tests.station_support train CONFIG …      as ``atpo train``, with roles that come by the stations below
-    python -m tests.station_support learner RUN_DIR     what that starts as the learner, and for an actor likewise
+    python -m scripts.kill_points train CONFIG …      as ``atpo train``, with roles that come by the kill points below
+    python -m scripts.kill_points learner RUN_DIR     what that starts as the learner, and for an actor likewise
 
-A driver writes the name of a station into ``<run>/stop-at`` (``ask_for``); the role that comes by takes the file away,
-writes ``<run>/stopped-at`` and stops, all threads of it, as a machine that loses its power does.  The product knows
-nothing of this: its functions are wrapped here, in the role's process.
+A driver writes the name of a kill point into ``<run>/stop-at`` (``ask_for``); the role that comes by takes the file
+away, writes ``<run>/stopped-at`` and stops, all threads of it, as a machine that loses its power does.  The product
+knows nothing of this: its functions are wrapped here, in the role's process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from atpo_async.run.rundir import RunDir
 
 STOP_AT = "stop-at"
 STOPPED_AT = "stopped-at"
-RUN_DIR = "ATPO_STATIONS_OF"
+RUN_DIR = "ATPO_KILL_POINTS_OF"
 """Environment variable: the run's folder, for the engine's own processes."""
 
 ON_THE_WAY = {
@@ -42,30 +42,30 @@ ON_THE_WAY = {
     "renamed": "the checkpoint in place, the buffer not told",
     "told": "the buffer told (`Checkpointed`), the next version not published",
 }
-"""Stations of the learner that each batch comes by, or each checkpoint; in this order."""
+"""Kill points of the learner that each batch comes by, or each checkpoint; in this order."""
 
 AT_THE_END = {
     "exported": "the last checkpoint told, the trained policy exported, nobody told that the run is over",
     "finished": "the buffer told that the run is over (`RunFinished`)",
 }
-"""Stations of the learner that a run comes by once, unless it is killed there."""
+"""Kill points of the learner that a run comes by once, unless it is killed there."""
 
-STATIONS = {**ON_THE_WAY, **AT_THE_END}
+KILL_POINTS = {**ON_THE_WAY, **AT_THE_END}
 
 ENGINE_STEP = "engine-step"
-"""Station of an engine: its next step does not return.  Only its thread, or its process, stands still."""
+"""Kill point of an engine: its next step does not return.  Only its thread, or its process, stands still."""
 
 
 # --- the driver's side -----------------------------------------------------------------------------------------
 
 
-def ask_for(run: Path, station: str) -> None:
+def ask_for(run: Path, point: str) -> None:
     (run / STOPPED_AT).unlink(missing_ok=True)
-    write_atomic(run / STOP_AT, station)
+    write_atomic(run / STOP_AT, point)
 
 
 def stopped_at(run: Path) -> str:
-    """The station that a role stands at; empty while none does."""
+    """The kill point that a role stands at; empty while none does."""
     with contextlib.suppress(FileNotFoundError):
         return (run / STOPPED_AT).read_text()
     return ""
@@ -74,11 +74,11 @@ def stopped_at(run: Path) -> str:
 # --- the roles' side -------------------------------------------------------------------------------------------
 
 
-def _is_wanted(run: Path, station: str) -> bool:
+def _is_wanted(run: Path, point: str) -> bool:
     """Whether the driver wants this one; takes the wish away."""
     path = run / STOP_AT
     try:
-        if path.read_text() != station:
+        if path.read_text() != point:
             return False
     except FileNotFoundError:
         return False
@@ -86,11 +86,11 @@ def _is_wanted(run: Path, station: str) -> bool:
     return True
 
 
-def passes(run: Path, station: str) -> None:
+def passes(run: Path, point: str) -> None:
     """Stop this process here if the driver wants it."""
-    if not _is_wanted(run, station):
+    if not _is_wanted(run, point):
         return
-    write_atomic(run / STOPPED_AT, station)
+    write_atomic(run / STOPPED_AT, point)
     while True:  # the signal may reach another thread first: this one must not go on meanwhile
         os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(0.1)
@@ -119,7 +119,7 @@ def _after(owner: Any, name: str, act: Callable[[], None]) -> None:
     setattr(owner, name, wrapped)
 
 
-def _put_stations_into_the_learner(run: Path) -> None:
+def _put_kill_points_into_the_learner(run: Path) -> None:
     """Wrap what it calls on its way.  What it does at its start has the same names, and is passed by."""
     from accelerate.optimizer import AcceleratedOptimizer
 
@@ -138,16 +138,16 @@ def _put_stations_into_the_learner(run: Path) -> None:
         trained = True
         passes(run, "batch")
 
-    def station(name: str) -> Callable[[], None]:
+    def point(name: str) -> Callable[[], None]:
         return lambda: passes(run, name) if trained else None
 
     _before(Trainer, "train", train_begins)
-    _before(AcceleratedOptimizer, "step", station("gradients"))
-    _after(Ranks, "next_version", station("numbered"))
-    _before(Publication, "announce", station("unannounced"))
-    _before(checkpoint, "_optimizer_tensors", station("half"))
-    _before(checkpoint, "publish", station("written"))
-    _before(Saving, "tell_buffer", station("renamed"))
+    _before(AcceleratedOptimizer, "step", point("gradients"))
+    _after(Ranks, "next_version", point("numbered"))
+    _before(Publication, "announce", point("unannounced"))
+    _before(checkpoint, "_optimizer_tensors", point("half"))
+    _before(checkpoint, "publish", point("written"))
+    _before(Saving, "tell_buffer", point("renamed"))
     _after(Saving, "export", lambda: passes(run, "exported"))
     send = Client.send
     told: dict[Any, str] = {Trained: "confirmed", Checkpointed: "told", RunFinished: "finished"}
@@ -158,7 +158,9 @@ def _put_stations_into_the_learner(run: Path) -> None:
         if name is not None and (trained or name == "finished"):
             path = run / STOP_AT
             if path.exists() and path.read_text() == name:
-                await self.drain(timeout_s=60.0)  # it is on the buffer's disk, or this station would be the one before
+                await self.drain(
+                    timeout_s=60.0
+                )  # it is on the buffer's disk, or this kill point would be the one before
             passes(run, name)
 
     Client.send = send_and_stop  # type: ignore[method-assign]
@@ -175,7 +177,7 @@ def _block_engine_step(owner: Any, name: str, run: Path) -> None:
     _before(owner, name, block)
 
 
-def _put_station_into_the_engine_core() -> None:
+def _put_kill_point_into_the_engine_core() -> None:
     """In vLLM's engine core, which imports this module again: once the plugin has loaded, its scheduler's step."""
 
     def patch() -> None:
@@ -188,7 +190,7 @@ def _put_station_into_the_engine_core() -> None:
     _after(plugin, "register", patch)
 
 
-def _with_stations() -> None:
+def _start_roles_with_kill_points() -> None:
     """From now on a supervisor of this process starts learner and actors by way of this module."""
     specs_of = supervisor.role_specs
 
@@ -204,7 +206,7 @@ def _by_way_of_here(spec: supervisor.RoleSpec) -> supervisor.RoleSpec:
     role = words[at + 1]
     if role not in ("learner", "actors"):
         return spec
-    words[at : at + 2] = ["-m", "tests.station_support", role]
+    words[at : at + 2] = ["-m", "scripts.kill_points", role]
     return replace(spec, argv=tuple(words))
 
 
@@ -213,7 +215,7 @@ def main(argv: Sequence[str]) -> None:
     if command == "train":
         from atpo_async.cli import main
 
-        _with_stations()
+        _start_roles_with_kill_points()
         sys.exit(main.main(["train", *words]))
     rundir = RunDir.open(words[0])
     run = rundir.path
@@ -222,12 +224,12 @@ def main(argv: Sequence[str]) -> None:
 
         begin = role.run
 
-        def with_stations(*args: Any) -> NoReturn:
+        def run_with_kill_points(*args: Any) -> NoReturn:
             # Only now: the learner sets up its environment before it loads torch.
-            _put_stations_into_the_learner(run)
+            _put_kill_points_into_the_learner(run)
             begin(*args)
 
-        role.run = with_stations  # type: ignore[assignment]
+        role.run = run_with_kill_points  # type: ignore[assignment]
         learn(words)
     else:
         from actors.__main__ import main as act
@@ -243,4 +245,4 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     main(sys.argv[1:])
 elif __name__ == "__mp_main__" and RUN_DIR in os.environ:
-    _put_station_into_the_engine_core()
+    _put_kill_point_into_the_engine_core()
