@@ -53,6 +53,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from actors.expansion import select, sibling_parent
 from atpo_async.config import Config, load, split_options
+from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.errors import AtpoError, ConfigError, SetupError
 from atpo_async.core.tree import ROOT as PROMPT
 from atpo_async.core.tree import Turn, TurnTree, spans_of
@@ -185,7 +186,7 @@ def grow_batch(shape: Shape, *, num_trees: int, vocab_size: int, seed: int, conf
     """A whole batch for one rank."""
     rng = np.random.default_rng(seed)
     trees = tuple(grow(shape, tree_id=f"tree-{i}", vocab_size=vocab_size, rng=rng) for i in range(num_trees))
-    size = Normaliser.of([CreditedTree.of(tree, config.credit) for tree in trees])
+    size = Normaliser.of([CreditedTree.of(tree, credit_rule(config.credit)) for tree in trees])
     return Batch(
         batch_id=0, step=0, num_trees=size.num_trees, num_leaves=size.num_leaves,
         num_action_tokens=size.num_action_tokens, num_turn_tokens=size.num_turn_tokens, trees=trees, metrics={},
@@ -199,7 +200,7 @@ def sampled_by(model: nn.Module, batch: Batch, config: Config, device: torch.dev
 
     With others the importance weights would mask turns, or the guard would take every step twice.
     """
-    trees = [CreditedTree.of(tree, config.credit) for tree in batch.trees]
+    trees = [CreditedTree.of(tree, credit_rule(config.credit)) for tree in batch.trees]
     rows = leaf_rows(
         trees, version=0, max_lag=0, aggregation="token-mean", normaliser=Normaliser.of(trees), keep_idle=True
     )
@@ -672,7 +673,7 @@ def compare(trainer: TimedTrainer, batch: Batch, rounds: int) -> Compared:
 
 def layout_alone(batch: Batch, config: Config, device: torch.device) -> Times:
     """What the tree layout takes, without the rows, which the flat one needs too."""
-    trees = [CreditedTree.of(tree, config.credit) for tree in batch.trees]
+    trees = [CreditedTree.of(tree, credit_rule(config.credit)) for tree in batch.trees]
     aggregation, size = config.objective.aggregation, Normaliser.of(trees)
     rows = leaf_rows(trees, version=0, max_lag=0, aggregation=aggregation, normaliser=size)
     settings = config.learner

@@ -13,6 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from atpo_async.config import Config, build
+from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.tree import Turn, spans_of
 from atpo_async.environments.hopqa.warm_start import Recipe, make_policy
 from atpo_async.wire.messages import Batch, BatchTree
@@ -109,7 +110,7 @@ def batch_of(trees: tuple[BatchTree, ...], whole: tuple[BatchTree, ...], *, step
     """A share ``trees`` of the batch ``whole``."""
     from learner.packing.rows import CreditedTree
 
-    credited = [CreditedTree.of(tree, Config().credit) for tree in whole]
+    credited = [CreditedTree.of(tree, credit_rule(Config().credit)) for tree in whole]
     return Batch(
         batch_id=step, step=step, num_trees=len(whole), num_leaves=sum(t.num_leaves for t in credited),
         num_action_tokens=sum(t.num_action_tokens for t in credited),

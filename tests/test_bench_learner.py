@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from atpo_async.config import Config, load
+from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.core.tree import TurnTree
 from atpo_async.wire.messages import BatchTree
@@ -57,7 +58,7 @@ def whole(tree: BatchTree) -> TurnTree:
 
 
 def rows_of(tree: BatchTree) -> list[Row]:
-    credited = [CreditedTree.of(tree, Config().credit)]
+    credited = [CreditedTree.of(tree, credit_rule(Config().credit))]
     return leaf_rows(
         credited, version=0, max_lag=0, aggregation="token-mean", normaliser=Normaliser.of(credited), keep_idle=True
     )

@@ -25,8 +25,15 @@ HEAVY = {"torch", "vllm", "transformers", "accelerate"}
 # What a role's `__main__` runs; nothing below it may know it.
 LOOPS = {"actors.actor", "buffer.service", "learner.loop"}
 
+# One module for each built-in one.
+MODES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for kind in ("value_modes", "advantage_modes")
+    for path in (ROOT / "atpo_async" / "core" / "credit" / kind).glob("[a-z]*.py")
+}
 PURE = {
-    "atpo_async.core.credit",
+    *(f"atpo_async.core.credit.{name}" for name in ("backup", "rewards", "rule", "tree_arrays", "weights")),
+    *MODES,
     "atpo_async.core.dtypes",
     "atpo_async.core.errors",
     "atpo_async.core.priorities",

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atpo_async.config import Config
+from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.errors import BadMessage
 from atpo_async.core.tree import Turn, VersionSpan
 from atpo_async.wire import codec
@@ -106,7 +107,7 @@ def test_what_is_left_weighs_what_it_would_have_weighed() -> None:
             num_trees=of.num_trees, num_leaves=of.num_leaves, num_action_tokens=of.num_action_tokens,
             num_turn_tokens=of.num_turn_tokens,
         )  # fmt: skip
-        credited = [CreditedTree.of(tree, Config().credit) for tree in trees]
+        credited = [CreditedTree.of(tree, credit_rule(Config().credit)) for tree in trees]
         found = leaf_rows(
             credited, version=VERSION, max_lag=MAX_LAG, aggregation="seq-mean-token-mean", normaliser=normaliser
         )
@@ -176,7 +177,7 @@ def test_a_fresh_turn_that_leads_to_no_leaf_does_not_keep_a_tree() -> None:
 
     batch = with_tree(good_batch(), 0, with_dead_end)
     assert sifted(batch).dropped == {"all_stale": ("tree-0",)}
-    credited = [CreditedTree.of(batch.trees[0], Config().credit)]
+    credited = [CreditedTree.of(batch.trees[0], credit_rule(Config().credit))]
     assert not Staleness.of(credited, version=VERSION, max_lag=MAX_LAG).by_lag.any()
 
 
@@ -196,7 +197,7 @@ def test_the_order_of_turns_does_not_matter() -> None:
 def test_a_share_larger_than_its_whole_batch_is_left_out(name: str, count: int) -> None:
     """The loss is divided by these numbers: by zero, or by less than it is added up over."""
     batch = good_batch()
-    assert sum(len(CreditedTree.of(tree, Config().credit).tree.leaves()) for tree in batch.trees) == 15
+    assert sum(len(CreditedTree.of(tree, credit_rule(Config().credit)).tree.leaves()) for tree in batch.trees) == 15
     result = sifted(msgspec.structs.replace(batch, **{name: count}))
     assert result.dropped == {"bad_counts": ("tree-0", "tree-1", "tree-2")}
     assert all(f"{name} = {count}" in message for message in result.messages)
@@ -347,7 +348,7 @@ def test_whatever_is_corrupted_the_fit_trees_pass_and_no_others(data: st.DataObj
 
 def assert_ready_for_the_loss(batch: Batch) -> None:
     """What is left has rows, and whatever is in them is finite and within the vocabulary."""
-    credited = [CreditedTree.of(tree, Config().credit) for tree in batch.trees]
+    credited = [CreditedTree.of(tree, credit_rule(Config().credit)) for tree in batch.trees]
     rows = leaf_rows(
         credited,
         version=VERSION,
@@ -373,7 +374,7 @@ def test_no_valid_tree_is_ever_left_out_but_for_its_age(seed: int, leaves: int, 
     result = sifted(batch_of((tree,), (tree,)), version=made_at + age, max_lag=age + 2)
     assert result.messages == ()
     if age:
-        newest = max(turn.oldest_version for turn in CreditedTree.of(tree, Config().credit).tree)
+        newest = max(turn.oldest_version for turn in CreditedTree.of(tree, credit_rule(Config().credit)).tree)
         lag = made_at + age - newest
         assert sifted(batch_of((tree,), (tree,)), version=made_at + age, max_lag=lag).dropped == {}
         assert sifted(batch_of((tree,), (tree,)), version=made_at + age, max_lag=lag - 1).dropped == {

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from atpo_async.config import Config
+from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.errors import SetupError
 from atpo_async.core.schedule import learning_rate
 from learner.loss import guards
@@ -70,7 +71,7 @@ def test_loss_and_gradient_are_those_of_a_plain_mean_over_leaves(folder: Path, m
     policy = in_double(load_policy(config))
     loss = torch.zeros((), dtype=torch.float64)
     for tree in batch.trees:
-        credited = CreditedTree.of(tree, config.credit)
+        credited = CreditedTree.of(tree, credit_rule(config.credit))
         worth = dict(zip([t.turn_id for t in credited.tree], credited.advantages, strict=True))
         for leaf in credited.tree.leaves():
             tokens = torch.from_numpy(credited.tree.context(leaf.turn_id).astype(np.int64))

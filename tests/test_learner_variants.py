@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from atpo_async.config import Config
+from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.tree import Turn
 from atpo_async.wire.messages import Batch, BatchTree
 from learner.packing.rows import CreditedTree
@@ -154,7 +155,7 @@ def on_policy_batch(trainer: Trainer) -> Batch:
     """A batch whose recorded log-probs are the trainer's own."""
 
     def scored(tree: BatchTree) -> BatchTree:
-        whole = CreditedTree.of(tree, trainer.config.credit).tree
+        whole = CreditedTree.of(tree, credit_rule(trainer.config.credit)).tree
         turns = []
         for turn in whole:
             tokens = torch.from_numpy(whole.context(turn.turn_id).astype(np.int64))
@@ -188,7 +189,7 @@ def test_the_tree_trace_credits_by_the_ratio_of_each_turn(folder: Path) -> None:
     report, _ = trained(config, batch)
     policy = in_double(load_policy(config))
     for tree in batch.trees:
-        credited = CreditedTree.of(tree, config.credit)
+        credited = CreditedTree.of(tree, credit_rule(config.credit))
         ratios = []
         for turn in credited.tree:
             tokens = torch.from_numpy(credited.tree.context(turn.turn_id).astype(np.int64))
@@ -197,7 +198,7 @@ def test_the_tree_trace_credits_by_the_ratio_of_each_turn(folder: Path) -> None:
             places = torch.arange(len(tokens) - len(turn.action), len(tokens))
             own = logps[places - 1, tokens[places]].numpy()
             ratios.append(float(np.exp(np.sum(own - turn.logprobs.astype(np.float64)))))
-        worth = np.abs(credited.recredited(np.array(ratios), config.credit).advantages)
+        worth = np.abs(credited.recredited(np.array(ratios), credit_rule(config.credit)).advantages)
         expected = 0.9 * worth.max() + 0.1 * worth.mean()
         assert report.priorities[tree.tree_id] == pytest.approx(expected, rel=1e-9)
 

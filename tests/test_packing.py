@@ -11,6 +11,7 @@ import pytest
 
 import atpo_async.wire.codec  # noqa: F401  TurnRecords.of encodes with it
 from atpo_async.config import CreditConfig
+from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.tree import Turn, VersionSpan
 from atpo_async.wire.messages import BatchTree
 from atpo_async.wire.records import TurnRecords
@@ -59,7 +60,7 @@ def reference_tree(*, versions: dict[int, int] | None = None, weight: float = 1.
     )  # fmt: skip
 
 
-CREDIT = CreditConfig()
+CREDIT = credit_rule(CreditConfig())
 
 
 def rows_of(*sampled: BatchTree, max_lag: int = 8, aggregation: Any = "seq-mean-token-mean") -> list[Row]:

@@ -14,7 +14,9 @@ import pytest
 from atpo_async import config as configuration
 from atpo_async.cli import main
 from atpo_async.config import Config, as_options, load
-from atpo_async.core import credit
+from atpo_async.config.credit_rule import credit_rule
+from atpo_async.core.credit import TreeArrays
+from atpo_async.core.credit.rewards import STD_FLOOR
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.run.metrics import MetricsWriter
 from atpo_async.run.rundir import RunDir
@@ -115,10 +117,10 @@ def test_a_chain_recipe_gives_every_turn_the_groups_normalised_outcome(name: str
     assert settings.search.strategy == "none"
     assert settings.search.max_leaves == settings.search.initial_rollouts == 16
     rewards = [1.0, 0.0, 0.0, 1.0, 0.0]
-    credited = credit.credit_as(chains(rewards), settings.credit)
+    credited = credit_rule(settings.credit).credit(chains(rewards))
     mean, std = 0.4, (0.4 * 0.6) ** 0.5
     for chain, reward in enumerate(rewards):
-        expected = (reward - mean) / (std + credit.STD_FLOOR)
+        expected = (reward - mean) / (std + STD_FLOOR)
         assert credited.advantages[2 * chain : 2 * chain + 2] == pytest.approx([expected] * 2)
 
 
@@ -126,14 +128,14 @@ def test_tree_grpo_adds_the_turns_own_gain_to_its_leaves_group_advantage() -> No
     settings = recipe("tree_grpo").credit
     # Prompt: two chains a-b and c-d, and e, a sibling of b.  Rewards of b, d, e: 1, 0, 0.
     arrays = arrays_of([-1, 0, -1, 2, 0], [0.0, 1.0, 0.0, 0.0, 0.0], [False, True, False, True, True])
-    found = credit.credit_as(arrays, settings).advantages
-    unit = (2 / 9) ** 0.5 + credit.STD_FLOOR
+    found = credit_rule(settings).credit(arrays).advantages
+    unit = (2 / 9) ** 0.5 + STD_FLOOR
     b, d, e = (2 / 3) / unit, (-1 / 3) / unit, (-1 / 3) / unit
     a = (b + e) / 2
     assert found == pytest.approx([2 * a, b + (b - a), 2 * d, d, e + (e - a)])
 
 
-def chains(rewards: list[float]) -> credit.TreeArrays:
+def chains(rewards: list[float]) -> TreeArrays:
     """Chains of two turns from one prompt."""
     parents, values, leaves = [], [], []
     for number, reward in enumerate(rewards):
@@ -143,8 +145,8 @@ def chains(rewards: list[float]) -> credit.TreeArrays:
     return arrays_of(parents, values, leaves)
 
 
-def arrays_of(parents: list[int], rewards: list[float], leaves: list[bool]) -> credit.TreeArrays:
-    return credit.TreeArrays(
+def arrays_of(parents: list[int], rewards: list[float], leaves: list[bool]) -> TreeArrays:
+    return TreeArrays(
         parent=np.array(parents),
         is_leaf=np.array(leaves),
         reward=np.array(rewards),

@@ -17,18 +17,18 @@ import pytest
 import torch
 
 from atpo_async.config import CorrectionConfig, CreditConfig, ObjectiveConfig
+from atpo_async.config.credit_rule import credit_rule
+from atpo_async.config.doors import ADVANTAGE_MODE
 from atpo_async.core.credit import (
-    AdvantageMode,
     TreeArrays,
     branch_prob,
-    credit_as,
     has_signal,
     leaf_tokens,
     normalised_leaves,
-    traced,
     turn_weights,
-    values,
 )
+from atpo_async.core.credit.value_modes import child_mean
+from atpo_async.core.credit.value_modes.tree_trace import traced
 from atpo_async.core.tree import Turn, TurnTree, VersionSpan
 from atpo_async.core.vocabulary import Aggregation
 from learner.loss import correction, objective
@@ -126,13 +126,13 @@ def test_leaf_rewards_weights_and_lengths() -> None:
 
 
 @answers(*(f"tree/{part}{suffix}" for part in "VA" for suffix in ("", "_unnormalised_rewards")))
-@pytest.mark.parametrize("advantage_mode", get_args(AdvantageMode))
+@pytest.mark.parametrize("advantage_mode", ADVANTAGE_MODE.names())
 @pytest.mark.parametrize("value_mode", list(VECTORS["tree"]["V"]))
 @pytest.mark.parametrize("suffix", ["", "_unnormalised_rewards"])
 def test_values_and_advantages(suffix: str, value_mode: Any, advantage_mode: Any) -> None:
-    assert set(at(f"tree/A{suffix}/{value_mode}")) == set(get_args(AdvantageMode))
+    assert set(at(f"tree/A{suffix}/{value_mode}")) == set(ADVANTAGE_MODE.names())
     settings = CreditConfig(value_mode=value_mode, advantage_mode=advantage_mode, normalise_leaves=not suffix)
-    found = credit_as(ARRAYS, settings)
+    found = credit_rule(settings).credit(ARRAYS)
     expected = at(f"tree/V{suffix}/{value_mode}")
     same(found.values, by_turn(expected))
     # The root of leaf_mean is 0 but for rounding.
@@ -145,7 +145,7 @@ def test_values_and_advantages(suffix: str, value_mode: Any, advantage_mode: Any
 
 @answers("tree/V_child_mean_branch_prob_norm")
 def test_values_of_rewards_that_were_normalised_under_the_branch_probabilities() -> None:
-    found = credit_as(ARRAYS, CreditConfig(leaf_weights="branch-prob"))
+    found = credit_rule(CreditConfig(leaf_weights="branch-prob")).credit(ARRAYS)
     expected = at("tree/V_child_mean_branch_prob_norm")
     same(found.values, by_turn(expected))
     same(found.root_value, expected["0"])
@@ -174,7 +174,7 @@ def test_rows_of_a_tree_carry_the_advantage_of_each_turn_on_their_path() -> None
     settings = CreditConfig(value_mode="child_softmax")
     prompt = np.zeros(VECTORS["tree"]["prompt_len"], dtype=np.int32)
     tree = CreditedTree(
-        TurnTree("t", 0, prompt, tuple(turn(n) for n in NODES)), 1.0, credit_as(ARRAYS, settings).advantages,
+        TurnTree("t", 0, prompt, tuple(turn(n) for n in NODES)), 1.0, credit_rule(settings).credit(ARRAYS).advantages,
         has_signal(ARRAYS),
     )  # fmt: skip
     rows = leaf_rows(
@@ -203,15 +203,15 @@ def test_tree_traces(name: str, cap: float) -> None:
     same(moved[~ARRAYS.is_leaf] - 3.0, found[~ARRAYS.is_leaf])
     same(moved_root - 3.0, root)
     # A run takes b from the root's child_mean, and rho with no ratio above 2.4 knows no difference past that cap.
-    baseline = values(leaf_values)[1]
+    baseline = child_mean.values(leaf_values, None)[1]
     settings = CreditConfig(value_mode="tree_trace", trace_cap=min(cap, 2.4))
-    same(credit_as(ARRAYS, settings, ratio=rho).values, traced(leaf_values, np.minimum(rho, cap), baseline)[0])
+    same(credit_rule(settings).credit(ARRAYS, ratio=rho).values, traced(leaf_values, np.minimum(rho, cap), baseline)[0])
 
 
 @answers("tree_trace/selfnorm_cbar2")
 def test_self_normalised_tree_traces() -> None:
     settings = CreditConfig(value_mode="tree_trace_selfnorm", trace_cap=2.0)
-    found = credit_as(ARRAYS, settings, ratio=by_turn(at("tree_trace/rho_turn")))
+    found = credit_rule(settings).credit(ARRAYS, ratio=by_turn(at("tree_trace/rho_turn")))
     expected = at("tree_trace/selfnorm_cbar2")
     same(found.values, by_turn(expected))
     same(found.root_value, expected["0"])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import atpo_async.wire.codec  # noqa: F401  TurnRecords.of encodes with it
 from atpo_async.config import CreditConfig
+from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.tree import Turn, spans_of
 from atpo_async.core.vocabulary import Aggregation
 from atpo_async.wire.messages import BatchTree
@@ -81,7 +82,7 @@ def forest(sketches: Sequence[tuple[int, Sequence[Sketch]]], *, seed: int = 0) -
 
 
 def rows_of(trees: Sequence[BatchTree], *, aggregation: Aggregation = "seq-mean-token-mean") -> list[Row]:
-    credited = [CreditedTree.of(tree, CreditConfig()) for tree in trees]
+    credited = [CreditedTree.of(tree, credit_rule(CreditConfig())) for tree in trees]
     return leaf_rows(
         credited, version=VERSION, max_lag=MAX_LAG, aggregation=aggregation, normaliser=Normaliser.of(credited),
         keep_idle=True,

@@ -31,16 +31,18 @@ VALUE_MODE: Door[Any] = Door(
     field="credit.value_mode",
     what="a value mode",
     protocol='docs/extending.md, "Credit"',
-    built_in=dict.fromkeys(
-        ("child_mean", "leaf_mean", "child_softmax", "child_entropy_linear", "tree_trace", "tree_trace_selfnorm"), ""
-    ),
+    package="atpo_async.core.credit.value_modes",
+    attribute="values",
+    call=("arrays", "ratio"),
 )
 
 ADVANTAGE_MODE: Door[Any] = Door(
     field="credit.advantage_mode",
     what="an advantage mode",
     protocol='docs/extending.md, "Credit"',
-    built_in=dict.fromkeys(("node_value", "diff_parent", "diff_global", "diff_localglobal"), ""),
+    package="atpo_async.core.credit.advantage_modes",
+    attribute="advantages",
+    call=("arrays", "values", "root_value"),
 )
 
 SURROGATE: Door[Any] = Door(

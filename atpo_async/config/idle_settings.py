@@ -11,23 +11,27 @@ from pydantic.fields import FieldInfo
 
 from atpo_async import config as configuration
 from atpo_async.config import Config
+from atpo_async.config.credit_rule import credit_rule
 from atpo_async.config.sections.base import door_of
 
 NONZERO = "anything but 0"
 """In ``WORKS_WITH``: whatever number the other setting has, 0 excepted."""
 
+NOT_NONE = "anything but 'none'"
+READS_RATIO = "a mode that weighs turns by their ratios"
+
 _CORRECTS = ("correction.action", ("truncate", "mask", "icepop", "topr", "m2po"))
-_BRANCHES = (("search.strategy", ("entropy", "random")), ("search.rounds", NONZERO))
+_BRANCHES = (("search.strategy", NOT_NONE), ("search.rounds", NONZERO))
 _PRIORITIES = (("buffer.priority_exponent", NONZERO),)
 _VLLM = (("actor.engine", ("auto", "vllm")),)
 
 WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
-    "search.rounds": (("search.strategy", ("entropy", "random")),),
+    "search.rounds": (("search.strategy", NOT_NONE),),
     "search.branches": _BRANCHES,
     "search.include_root": _BRANCHES,
     "search.sibling_penalty": (("search.strategy", ("entropy",)), ("search.rounds", NONZERO)),
     "credit.leaf_weights": (("credit.normalise_leaves", (True,)),),
-    "credit.trace_cap": (("credit.value_mode", ("tree_trace", "tree_trace_selfnorm")),),
+    "credit.trace_cap": (("credit.value_mode", READS_RATIO),),
     "buffer.partial_min_leaves": (("buffer.ready", ("partial",)),),
     "buffer.priority_max_share": _PRIORITIES,
     "buffer.freshness": _PRIORITIES,
@@ -71,13 +75,22 @@ def idle_settings(config: Config) -> list[str]:
             is_now = configuration.get(config, other)
             if _is_ones_own(known[other], is_now):
                 continue  # it may read any setting
-            if (not is_now) if working == NONZERO else is_now not in working:
+            if not _works(config, is_now, working):
                 found.append(
                     f"{name} = {_shown(value)} has no effect with {other} = {_shown(is_now)} (it has with "
                     f"{working if isinstance(working, str) else ', '.join(map(_shown, working))})"
                 )
                 break
     return found
+
+
+def _works(config: Config, is_now: Any, working: tuple[Any, ...] | str) -> bool:
+    """Whether a value of another setting lets one decide anything."""
+    if working == READS_RATIO:
+        return credit_rule(config.credit).reads_ratio
+    if isinstance(working, str):
+        return bool(is_now) if working == NONZERO else bool(is_now != "none")
+    return is_now in working
 
 
 def _is_ones_own(field: FieldInfo, value: Any) -> bool:

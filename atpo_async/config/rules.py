@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from atpo_async.config import doors
+
 if TYPE_CHECKING:
     from atpo_async.config.schema import Config
-
-
-READ_RATIOS = frozenset({"tree_trace", "tree_trace_selfnorm"})
 
 
 def check(config: Config) -> None:
@@ -121,12 +120,21 @@ def _correction(config: Config) -> None:
             f"{of_the_batch} is measured over the whole batch before its first step: correction.numerator = "
             "'policy' has no such number; use prox"
         )
-    if c.prox == "interpolate" and (of_the_batch or config.credit.value_mode in READ_RATIOS):
-        needs = of_the_batch or f"credit.value_mode = {config.credit.value_mode!r}"
-        raise ValueError(
-            f"correction.prox = 'interpolate' has no log-probs before the first step, and {needs} needs them: use "
-            "recompute"
-        )
+    if c.prox == "interpolate" and of_the_batch:
+        raise ValueError(needs_log_probs(of_the_batch))
+    # A user's own mode is asked by the learner, when it loads it.
+    if c.prox == "interpolate" and config.credit.value_mode in doors.VALUE_MODE.names():
+        from atpo_async.config.credit_rule import credit_rule  # needs numpy, which the command line does without
+
+        if credit_rule(config.credit).reads_ratio:
+            raise ValueError(needs_log_probs(f"credit.value_mode = {config.credit.value_mode!r}"))
+
+
+def needs_log_probs(what: str) -> str:
+    """Why ``what`` cannot be had together with ``correction.prox = "interpolate"``."""
+    return (
+        f"correction.prox = 'interpolate' has no log-probs before the first step, and {what} needs them: use recompute"
+    )
 
 
 def _exact_lag(config: Config) -> None:

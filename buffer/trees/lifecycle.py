@@ -14,7 +14,8 @@ from dataclasses import replace
 import numpy as np
 
 from atpo_async.config import Config
-from atpo_async.core.credit import TreeArrays, credit_as
+from atpo_async.config.credit_rule import credit_rule
+from atpo_async.core.credit import TreeArrays
 from atpo_async.core.errors import BadMessage
 from atpo_async.core.priorities import tree_priority
 from buffer.batches.delay_line import DelayLine
@@ -63,6 +64,7 @@ class TreeLifecycle:
     ) -> None:
         buffer, staleness = config.buffer, config.staleness
         self._config = config
+        self._credit = credit_rule(config.credit)
         self._store = store
         self._ledger = ledger
         self._evaluations = evaluations
@@ -288,7 +290,7 @@ class TreeLifecycle:
 
     def _priority(self, arrays: TreeArrays) -> float:
         # Without turn ratios, which the learner alone has: a tree trace counts as child_mean here.
-        advantages = credit_as(arrays, self._config.credit).advantages
+        advantages = self._credit.credit(arrays).advantages
         return tree_priority(advantages, max_share=self._config.buffer.priority_max_share)
 
     # --- age and room ------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from atpo_async.config import CreditConfig
-from atpo_async.core.credit import credit_as
+from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.tree import TurnTree
 from atpo_async.report.tree_samples import TreeTurn, append_tree_sample
 from atpo_async.wire.messages import Batch, BatchTree
@@ -52,7 +52,7 @@ def write_sample(
 
 def _turns(chosen: BatchTree, settings: CreditConfig, decode: Callable[[np.ndarray], str]) -> list[TreeTurn]:
     tree = TurnTree(chosen.tree_id, chosen.task_index, chosen.prompt, tuple(chosen.turns)).pruned()
-    worth = credit_as(tree, settings)
+    worth = credit_rule(settings).credit(tree)
     return [
         TreeTurn(
             id=turn.turn_id,

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atpo_async.config import CreditConfig
-from atpo_async.core.credit import TreeArrays, branch_prob, credit_as, has_signal, leaves_below
+from atpo_async.core.credit import CreditRule, TreeArrays, branch_prob, has_signal, leaves_below
 from atpo_async.core.tree import Turn, TurnTree, is_fresh, lag_versions
 from atpo_async.core.vocabulary import Aggregation
 from atpo_async.wire.messages import BatchTree
@@ -44,17 +43,17 @@ class CreditedTree:
     """Whether its leaves earned different rewards."""
 
     @classmethod
-    def of(cls, sampled: BatchTree, settings: CreditConfig) -> CreditedTree:
-        """With every turn ratio at 1, where ``credit.value_mode`` asks for ratios: ``recredited`` puts in real ones."""
+    def of(cls, sampled: BatchTree, rule: CreditRule) -> CreditedTree:
+        """Without turn ratios, where the rule's value mode reads them: ``recredited`` brings the real ones."""
         tree = TurnTree(
             sampled.tree_id, sampled.task_index, sampled.prompt, tuple(sampled.turns), sampled.failed_branches
         ).pruned()
         arrays = TreeArrays.of(tree)
-        return cls(tree, sampled.weight, credit_as(arrays, settings).advantages, has_signal(arrays))
+        return cls(tree, sampled.weight, rule.credit(arrays).advantages, has_signal(arrays))
 
-    def recredited(self, ratio: F64, settings: CreditConfig) -> CreditedTree:
+    def recredited(self, ratio: F64, rule: CreditRule) -> CreditedTree:
         """The same tree, credited with ``ratio`` (float64[turns]): rho_n of each turn, prox over mu."""
-        return replace(self, advantages=credit_as(TreeArrays.of(self.tree), settings, ratio=ratio).advantages)
+        return replace(self, advantages=rule.credit(TreeArrays.of(self.tree), ratio=ratio).advantages)
 
     @property
     def num_leaves(self) -> int:

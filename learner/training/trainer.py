@@ -23,7 +23,9 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from atpo_async.config import Config
-from atpo_async.core.errors import SetupError
+from atpo_async.config.credit_rule import credit_rule
+from atpo_async.config.rules import needs_log_probs
+from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.core.priorities import tree_priority
 from atpo_async.core.schedule import learning_rate
 from atpo_async.core.tree import lag_versions
@@ -112,7 +114,8 @@ class _Attempt:
 class Trainer:
     """The policy, its optimizer, and how a batch changes them.
 
-    Raises SetupError if Accelerate unties the policy's output head from its embeddings.
+    Raises SetupError if Accelerate unties the policy's output head from its embeddings; ConfigError or SetupError if a
+    mode of credit that the configuration names cannot be loaded.
     """
 
     def __init__(self, config: Config, *, accelerator: Accelerator, policy: Policy) -> None:
@@ -128,6 +131,9 @@ class Trainer:
         self.names = tuple(policy.hf.state_dict())
         """Every tensor an engine needs, aliases of tied ones too."""
         self._alias = _aliases(policy.hf)
+        self._credit = credit_rule(config.credit)
+        if self._credit.reads_ratio and config.correction.prox == "interpolate":
+            raise ConfigError(needs_log_probs(self._credit.value_setting))
         self._vocab_size = int(policy.hf.config.vocab_size)
         self._reference = _frozen_copy(policy, accelerator) if config.objective.kl_coef else None
         self.sharded = is_sharded(accelerator)
@@ -158,11 +164,7 @@ class Trainer:
         """Whether log-probs of the whole batch must be known before its first optimizer step."""
         prox = self.config.correction.prox
         recompute = prox == "recompute" or (prox == "auto" and self.updates_per_batch > 1)
-        return recompute or self._traces or correction.needs_batch(self.config.correction)
-
-    @property
-    def _traces(self) -> bool:
-        return self.config.credit.value_mode.startswith("tree_trace")
+        return recompute or self._credit.reads_ratio or correction.needs_batch(self.config.correction)
 
     @property
     def _guards_ess(self) -> bool:
@@ -197,13 +199,13 @@ class Trainer:
         """
         settings = self.config
         sifted = sift(batch, version=version, vocab_size=self._vocab_size, max_lag=settings.staleness.max_lag)
-        trees = [CreditedTree.of(tree, settings.credit) for tree in sifted.batch.trees]
+        trees = [CreditedTree.of(tree, self._credit) for tree in sifted.batch.trees]
         order = np.random.default_rng((settings.run.seed, batch.step, self.accelerator.process_index))
         parts = [self._plan(share, batch, version) for share in _split(trees, settings.learner.minibatches, order)]
         tempering = None
         if self._measures_first:
             self._measure(parts)
-            if self._traces:
+            if self._credit.reads_ratio:
                 for part in parts:
                     self._recredit(part)
                 trees = [tree for part in parts for tree in part.trees]
@@ -252,7 +254,7 @@ class Trainer:
             max_lag=settings.staleness.max_lag,
             aggregation=settings.objective.aggregation,
             normaliser=normaliser,
-            keep_idle=self._traces or settings.objective.kl_coef > 0 or settings.objective.entropy_coef > 0,
+            keep_idle=self._credit.reads_ratio or settings.objective.kl_coef > 0 or settings.objective.entropy_coef > 0,
         )
         max_tokens = settings.learner.micro_batch_tokens
         if self.layout == "tree":
@@ -332,7 +334,7 @@ class Trainer:
             total.index_add_(0, item.number, difference)
         ratio = total.clamp(max=MAX_LOG_RATIO).exp().cpu().numpy()
         part.trees = [
-            tree.recredited(own, self.config.credit)
+            tree.recredited(own, self._credit)
             for tree, own in zip(part.trees, _by_tree(ratio, part.trees), strict=True)
         ]
         advantage = np.concatenate([np.zeros(0), *(tree.advantages for tree in part.trees)])

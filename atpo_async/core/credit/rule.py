@@ -1,0 +1,151 @@
+"""Credit of a tree: leaf rewards -> values -> advantages, by the two modes that a configuration names.  Pure, float64.
+
+Source: AT2PO (arXiv 2601.04767), section 3, and its published code where the two differ; ALGORITHM, section 2, the tree
+traces section 4.  Shapes: N turns of a tree in an order that puts parents before children; the root (the prompt) is no
+turn and is kept apart.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from atpo_async.core.credit.rewards import normalised_leaves
+from atpo_async.core.credit.tree_arrays import F64, TreeArrays, has_signal
+from atpo_async.core.credit.weights import branch_prob
+from atpo_async.core.errors import AtpoError, SetupError
+from atpo_async.core.texts import of_error
+from atpo_async.core.tree import TurnTree
+from atpo_async.core.vocabulary import LeafWeights
+
+ValueMode = Callable[[TreeArrays, "F64 | None"], tuple[F64, float]]
+"""``(arrays, ratio) -> (float64[N] V(n), V(root))``: a leaf's value is its reward, others' come from their children.
+
+``ratio``: float64[N], rho_n: the policy's probability of each turn over that of the behaviour policy, at most
+``credit.trace_cap``; None where nothing is known of it, and for a mode without ``reads_ratio``.
+"""
+
+AdvantageMode = Callable[[TreeArrays, F64, float], F64]
+"""``(arrays, values, root_value) -> float64[N] A(n)``."""
+
+M = TypeVar("M", bound=Callable[..., Any])
+
+
+def reads_ratio(mode: M) -> M:
+    """Decorator: this value mode weighs turns by their ratios, so that the learner measures them before each batch."""
+    mode.reads_ratio = True  # type: ignore[attr-defined]
+    return mode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Credit:
+    """What each turn of a tree is credited with."""
+
+    values: F64
+    """float64[N]: V(n)."""
+    root_value: float
+    """V of the prompt: the tree's baseline."""
+    advantages: F64
+    """float64[N]: A(n); all zero for a tree without signal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CreditRule:
+    """How the trees of a run are credited; ``config.credit_rule`` makes it of a configuration."""
+
+    value_mode: ValueMode
+    advantage_mode: AdvantageMode
+    normalise: bool = True
+    """Leaf rewards to mean 0 and standard deviation 1 inside the tree first."""
+    leaf_weights: LeafWeights = "uniform"
+    """Under which weights of the leaves those moments are taken."""
+    trace_cap: float = 1.0
+    """c-bar: the largest ratio that counts; infinity for none."""
+    value_setting: str = "credit.value_mode"
+    advantage_setting: str = "credit.advantage_mode"
+    """The settings that named the modes, for messages."""
+
+    @property
+    def reads_ratio(self) -> bool:
+        """Whether the value mode weighs turns by their ratios."""
+        mode = self.value_mode.func if isinstance(self.value_mode, functools.partial) else self.value_mode
+        return bool(getattr(mode, "reads_ratio", False))
+
+    def credit(self, tree: TurnTree | TreeArrays, *, ratio: F64 | None = None) -> Credit:
+        """Values and advantages of a pruned tree, in the order of its turns.
+
+        Args:
+            tree: without unfinished chains.
+            ratio: float64[N], rho_n; None where nothing is known of it.
+
+        Raises:
+            ValueError: a ratio is missing, negative or not finite; a tree as ``TreeArrays.of`` refuses it.
+            SetupError: a mode failed, or returned something else than finite numbers, one for each turn.
+        """
+        arrays = TreeArrays.of(tree) if isinstance(tree, TurnTree) else tree
+        if ratio is not None:
+            _check_ratio(ratio, [turn.turn_id for turn in tree] if isinstance(tree, TurnTree) else range(len(arrays)))
+            ratio = np.minimum(ratio, self.trace_cap) if self.reads_ratio else None
+        if self.normalise:
+            weights = branch_prob(arrays) if self.leaf_weights == "branch-prob" else None
+            arrays = arrays.with_reward(normalised_leaves(arrays, weights=weights))
+        value, root = self._values(arrays, ratio)
+        if not has_signal(arrays):
+            # Exactly zero: un-normalised equal rewards would otherwise push every action up or down alike.
+            return Credit(values=value, root_value=root, advantages=np.zeros(len(arrays)))
+        found = _result(self.advantage_setting, self.advantage_mode, arrays, value, root)
+        return Credit(values=value, root_value=root, advantages=_numbers(self.advantage_setting, found, len(arrays)))
+
+    def _values(self, arrays: TreeArrays, ratio: F64 | None) -> tuple[F64, float]:
+        found = _result(self.value_setting, self.value_mode, arrays, ratio)
+        try:
+            value, root = found
+            root = float(root)
+        except (TypeError, ValueError):
+            raise SetupError(
+                f"{self.value_setting} returned {type(found).__name__}; expected the values of the turns and the root's"
+            ) from None
+        if not np.isfinite(root):
+            raise SetupError(f"{self.value_setting} returned {root} as the root's value; expected a finite number")
+        return _numbers(self.value_setting, value, len(arrays)), root
+
+
+def _result(setting: str, mode: Callable[..., Any], *args: Any) -> Any:
+    """What ``mode`` says of a tree.  Raises SetupError naming its setting where it fails."""
+    try:
+        return mode(*args)
+    except AtpoError:
+        raise
+    except Exception as exc:
+        raise SetupError(f"{setting} failed on a tree of {len(args[0])} turns: {of_error(exc)}") from exc
+
+
+def _numbers(setting: str, found: Any, count: int) -> F64:
+    """float64[count].  Raises SetupError where ``found`` is no such thing."""
+    try:
+        numbers: F64 = np.asarray(found, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise SetupError(f"{setting} returned {type(found).__name__}; expected {count} numbers, one a turn") from None
+    if numbers.shape != (count,):
+        raise SetupError(f"{setting} returned numbers of shape {numbers.shape}; expected {count}, one a turn")
+    if not np.isfinite(numbers).all():
+        at = int(np.flatnonzero(~np.isfinite(numbers))[0])
+        raise SetupError(f"{setting} returned {numbers[at]} for turn {at} of {count}; expected finite numbers")
+    return numbers
+
+
+def _check_ratio(ratio: F64, names: Sequence[int]) -> None:
+    if len(ratio) != len(names):
+        raise ValueError(
+            f"credit got {len(ratio)} turn ratios for {len(names)} turns; give one for each turn, in order"
+        )
+    bad = np.flatnonzero(~(np.isfinite(ratio) & (ratio >= 0)))
+    if len(bad):
+        raise ValueError(
+            f"turn {names[int(bad[0])]} has the ratio {ratio[bad[0]]}; expected finite and not negative: bound the "
+            "log-ratio before exp()"
+        )

@@ -1,0 +1,78 @@
+"""The shape of a turn tree as arrays, and what credit needs of its turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atpo_async.core.tree import ROOT, TurnTree
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TreeArrays:
+    """The shape of a tree and what credit needs of its turns.  Every chain must end in a leaf (``TurnTree.pruned``)."""
+
+    parent: I64
+    """int64[N]: position of the parent, below the turn's own; -1 for first turns."""
+    is_leaf: NDArray[np.bool_]
+    """bool[N]."""
+    reward: F64
+    """float64[N]; only leaves are read."""
+    entropy: F64
+    """float64[N], nats: H(n)."""
+    num_action_tokens: I64
+    """int64[N]."""
+
+    def __post_init__(self) -> None:
+        count = len(self.parent)
+        if not np.all(self.parent < np.arange(count)):
+            raise ValueError("credit needs parents before their children")
+        has_child = np.zeros(count, dtype=bool)
+        has_child[self.parent[self.parent >= 0]] = True
+        if not np.array_equal(has_child, ~self.is_leaf):
+            odd = np.flatnonzero(has_child == self.is_leaf).tolist()
+            raise ValueError(f"credit needs a pruned tree: turns at {odd} are neither leaves nor lead to one")
+
+    def __len__(self) -> int:
+        return len(self.parent)
+
+    @classmethod
+    def of(cls, tree: TurnTree) -> TreeArrays:
+        """Of a pruned tree, in the order of ``tree.turns``.
+
+        Raises:
+            ValueError: a chain ends without a finished leaf, or a leaf has no reward.
+        """
+        position = {turn.turn_id: i for i, turn in enumerate(tree)}
+        position[ROOT] = -1
+        unrewarded = [turn.turn_id for turn in tree if turn.is_leaf and turn.reward is None]
+        if unrewarded:
+            raise ValueError(f"tree {tree.tree_id}: leaves {unrewarded} have no reward")
+        return cls(
+            parent=np.array([position[t.parent_id] for t in tree], dtype=np.int64),
+            is_leaf=np.array([t.is_leaf for t in tree], dtype=bool),
+            reward=np.array([0.0 if t.reward is None else t.reward for t in tree], dtype=np.float64),
+            entropy=np.array([t.entropy for t in tree], dtype=np.float64),
+            num_action_tokens=np.array([len(t.action) for t in tree], dtype=np.int64),
+        )
+
+    def with_reward(self, reward: F64) -> TreeArrays:
+        """The same tree with other leaf rewards (float64[N])."""
+        return TreeArrays(
+            parent=self.parent,
+            is_leaf=self.is_leaf,
+            reward=reward,
+            entropy=self.entropy,
+            num_action_tokens=self.num_action_tokens,
+        )
+
+
+def has_signal(arrays: TreeArrays) -> bool:
+    """Whether the finished leaves earned different rewards; without that there is nothing to learn from a tree."""
+    rewards = arrays.reward[arrays.is_leaf]
+    return bool(len(rewards) and np.any(rewards != rewards[0]))

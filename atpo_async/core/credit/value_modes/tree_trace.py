@@ -1,0 +1,33 @@
+"""``tree_trace``: siblings of other versions count as far as their turn ratio reaches (ALGORITHM, section 4)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from atpo_async.core.credit.rule import reads_ratio
+from atpo_async.core.credit.tree_arrays import F64, TreeArrays
+from atpo_async.core.credit.value_modes import child_mean
+
+
+@reads_ratio
+def values(arrays: TreeArrays, ratio: F64 | None) -> tuple[F64, float]:
+    """The baseline is the root's ``child_mean``; with every ratio 1, or none known, all is as in ``child_mean``."""
+    plain, baseline = child_mean.values(arrays, None)
+    return (plain, baseline) if ratio is None else traced(arrays, ratio, baseline)
+
+
+def traced(arrays: TreeArrays, weight: F64, baseline: float) -> tuple[F64, float]:
+    """V(n) = b + mean over the children of weight_c (V(c) - b): what a child says counts as far as its ratio reaches.
+
+    Args:
+        arrays: the tree.
+        weight: float64[N], min(rho, c-bar) of each turn.
+        baseline: b, what is believed of a turn whose children say nothing.
+    """
+    gain, count = np.zeros(len(arrays) + 1), np.zeros(len(arrays) + 1)
+    value = np.zeros(len(arrays))
+    for i in range(len(arrays) - 1, -1, -1):
+        value[i] = arrays.reward[i] if arrays.is_leaf[i] else baseline + gain[i] / count[i]
+        gain[arrays.parent[i]] += weight[i] * (value[i] - baseline)
+        count[arrays.parent[i]] += 1
+    return value, float(baseline + gain[-1] / count[-1]) if count[-1] else 0.0
