@@ -122,10 +122,13 @@ class Recorder:
 class NoWeights:
     """The engine's own weights are version 0; no other comes."""
 
-    version = 0
+    endpoint = ""
 
     async def next(self) -> None:
         await asyncio.Event().wait()
+
+    def take_counts(self) -> dict[str, float]:
+        return {}
 
 
 async def over_actor(config: Config, engine: Engine, model: Path, endpoint: str, name: str) -> tuple[float, Recorder]:
@@ -146,7 +149,7 @@ async def over_actor(config: Config, engine: Engine, model: Path, endpoint: str,
             weights=NoWeights(),  # type: ignore[arg-type]
             stopping=asyncio.Event(),
         )
-        actor.version = 0
+        actor.uptake.version = 0
         began = time.perf_counter()
         await actor.work()
         return time.perf_counter() - began, recorder

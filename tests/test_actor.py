@@ -11,9 +11,10 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from actors.actor import Actor, LearnerMoved
+from actors.actor import Actor
 from actors.engines.base import SwapReport, WeightsFile
-from actors.weights.fetcher import NoRoom
+from actors.leases import LearnerMoved
+from actors.weights.copies import NoSpace
 from atpo_async.config import Config, build
 from atpo_async.core.errors import (
     AtpoError,
@@ -110,10 +111,11 @@ class FakeBuffer:
 
 
 class FakeWeights:
+    """Announces versions in order, then nothing more; versions in ``rejected`` fail to arrive whole."""
+
     endpoint = ""
     silent = False
-
-    """Announces versions in order, then nothing more; versions in ``rejected`` fail to arrive whole."""
+    limit_s = 60.0
 
     def __init__(self, *versions: int, rejected: tuple[int, ...] = ()) -> None:
         self.versions = deque(versions)
@@ -156,6 +158,9 @@ class FakeWeights:
 
     def release(self, weights: WeightsFile) -> None:
         self.released += 1
+
+    def take_counts(self) -> dict[str, float]:
+        return {}
 
 
 def actor_of(
@@ -284,7 +289,7 @@ async def test_weights_for_which_there_is_no_room_are_waited_for_and_that_is_sai
             self.tries += 1
             if self.tries in range(2, 9):
                 self.forget(announced.version)
-                raise NoRoom("version 1: its 10000 bytes cannot be written")
+                raise NoSpace("version 1: its 10000 bytes cannot be written")
             return await super().fetch(announced)
 
     engine = ScriptedEngine()

@@ -9,7 +9,8 @@ from typing import NoReturn
 
 import pytest
 
-from actors import __main__ as joining
+from actors import __main__ as entry
+from actors import joining
 from atpo_async.config import build
 from atpo_async.core.errors import SetupError
 from atpo_async.links.keys import make_keys
@@ -30,8 +31,8 @@ def loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object) -> NoReturn:
         raise LoadedError
 
-    monkeypatch.setattr(joining, "model_folder", lambda path: tmp_path)
-    monkeypatch.setattr(joining, "host_environment", load)
+    monkeypatch.setattr(entry, "model_folder", lambda path: tmp_path)
+    monkeypatch.setattr(entry, "host_environment", load)
     monkeypatch.setattr(joining, "KNOCK_S", PATIENCE_S)
 
 
@@ -75,7 +76,7 @@ async def test_an_unknown_key_is_told_before_an_engine_is_loaded_and_let_in_once
     (theirs / "server.key").write_bytes((ours / "server.key").read_bytes())
     settings = build({"links": {"heartbeat_s": 0.05, "keys_dir": str(ours)}}).links
     async with server(Buffer(WELCOME), settings=settings) as s:
-        acting = asyncio.create_task(joining.act(actor(s.endpoint, keys=theirs)))
+        acting = asyncio.create_task(entry.act(actor(s.endpoint, keys=theirs)))
         await until(lambda: "loads no engine before it is let in" in caplog.text or acting.done())
         assert not acting.done()
         assert f"the buffer at {s.endpoint} does not let it in: it refused our key" in caplog.text
@@ -89,7 +90,7 @@ async def test_an_actor_that_waits_to_be_let_in_can_be_stopped(tmp_path: Path) -
     settings = build({"links": {"heartbeat_s": 0.05, "keys_dir": str(tmp_path)}}).links
     async with server(Buffer(WELCOME), settings=settings) as s:
         context = actor(s.endpoint)
-        acting = asyncio.create_task(joining.act(context))
+        acting = asyncio.create_task(entry.act(context))
         await until(lambda: s.refused_connections > 0)
         context.stopping.set()
         await within(acting)
@@ -98,14 +99,14 @@ async def test_an_actor_that_waits_to_be_let_in_can_be_stopped(tmp_path: Path) -
 async def test_what_the_buffer_has_against_an_actor_is_told_before_an_engine_is_loaded() -> None:
     async with server(Buffer(m.Refused(reason="it grows other trees"))) as s:
         with pytest.raises(SetupError, match=r"refuses actor-by-hand: it grows other trees$"):
-            await within(joining.act(actor(s.endpoint)))
+            await within(entry.act(actor(s.endpoint)))
 
 
 async def test_an_actor_that_is_welcome_loads_its_engine_at_once(caplog: pytest.LogCaptureFixture) -> None:
     buffer = Buffer(WELCOME)
     async with server(buffer) as s:
         with pytest.raises(LoadedError):
-            await within(joining.act(actor(s.endpoint)))
+            await within(entry.act(actor(s.endpoint)))
     assert buffer.asked == 1
     assert not [record for record in caplog.records if record.name == "actor-by-hand"]
 
@@ -116,12 +117,12 @@ async def test_a_buffer_that_is_not_there_yet_is_no_reason_to_wait_with_the_engi
     monkeypatch.setattr(joining, "KNOCK_S", 0.1)
     caplog.set_level(logging.INFO)
     with pytest.raises(LoadedError):
-        await within(joining.act(actor(NOTHING_LISTENS)))
+        await within(entry.act(actor(NOTHING_LISTENS)))
     assert "loads its engine meanwhile: the buffer at tcp://127.0.0.1:1 does not answer (not connected" in caplog.text
 
 
 async def test_an_actor_that_its_run_has_started_asks_nobody_before(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with pytest.raises(LoadedError):
-        await within(joining.act(actor(NOTHING_LISTENS, supervised=True)))
+        await within(entry.act(actor(NOTHING_LISTENS, supervised=True)))
     assert "meanwhile" not in caplog.text

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from actors.engines.common.checks import check_weights
-from actors.weights import fetcher as fetching
-from actors.weights.fetcher import NoRoom, WeightsFetcher
+from actors.weights import copies
+from actors.weights.copies import NoSpace
+from actors.weights.fetcher import WeightsFetcher
 from actors.weights.refusals import Refusals
 from atpo_async.config import WeightsConfig
 from atpo_async.core.errors import PeerLost, ProbeMismatch, WeightsRejected
@@ -253,9 +254,9 @@ async def test_a_folder_that_is_removed_while_chunks_come_makes_the_actor_fetch_
 
     async def request(message: object, *, timeout_s: float) -> object:
         if isinstance(message, ChunkRequest) and message.index == 1 and not removed:
-            assert fetcher._scratch is not None
-            removed.append(fetcher._scratch.path)
-            shutil.rmtree(fetcher._scratch.path)
+            assert fetcher._copies._scratch is not None
+            removed.append(fetcher._copies._scratch.path)
+            shutil.rmtree(fetcher._copies._scratch.path)
         return await plain(message, timeout_s=timeout_s)
 
     learner.request = request  # type: ignore[method-assign]
@@ -283,7 +284,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
     memory, disk = tmp_path / "memory", tmp_path / "disk"
     memory.mkdir()
     disk.mkdir()
-    monkeypatch.setattr(fetching, "SHARED_MEMORY", memory)
+    monkeypatch.setattr(copies, "SHARED_MEMORY", memory)
     monkeypatch.setattr("tempfile.tempdir", str(disk))
     return memory, disk
 
@@ -312,7 +313,7 @@ async def test_bytes_that_fit_nowhere_are_said_to_and_fit_later(
     with monkeypatch.context() as patched:
         full(patched, *places)
         for _ in range(5):
-            with pytest.raises(NoRoom, match=r"version 1: its 10000 bytes cannot be written in .*No space left"):
+            with pytest.raises(NoSpace, match=r"version 1: its 10000 bytes cannot be written in .*No space left"):
                 await fetcher.fetch(learner.announcement)
     assert [list(place.iterdir()) for place in places] == [[], []]
     assert await fetcher.fetch(learner.announcement) is not None

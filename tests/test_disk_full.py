@@ -25,7 +25,7 @@ from learner.checkpoints import checkpoint
 from learner.checkpoints.checkpoint import Progress
 from learner.loop import learn
 from learner.policy import export
-from learner.weights import store
+from learner.weights import files
 from tests.learner_support import make_model
 from tests.test_checkpoint import make_trainer
 from tests.test_learner_loop import WAIT_S, ScriptedBuffer, context, make_config
@@ -132,7 +132,7 @@ def test_a_checkpoint_that_found_no_room_leaves_nothing_behind_and_is_written_th
         (checkpoint, "publish", "the checkpoint of step 2 in"),
         (export, "write_model", "the trained policy in"),
         (rundir.RunDir, "next_version", "the count of versions in"),
-        (store.WeightsStore, "_write_payload", "version "),
+        (files.VersionFiles, "_write_payload", "version "),
         (os, "write", "lineage.jsonl cannot be written"),
     ],
 )

@@ -34,7 +34,7 @@ from atpo_async.wire.messages import (
 )
 from learner.policy.model import load_policy, make_accelerator
 from learner.training.trainer import Trainer
-from learner.weights import store as storing
+from learner.weights import files
 from learner.weights.probe import draw_probe
 from learner.weights.publisher import Publisher
 from learner.weights.store import WeightsStore
@@ -53,7 +53,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WeightsStore]:
     (tmp_path / "memory").mkdir()
-    monkeypatch.setattr(storing, "SHARED_MEMORY", tmp_path / "memory")
+    monkeypatch.setattr(files, "SHARED_MEMORY", tmp_path / "memory")
     made = make_store(tmp_path)
     yield made
     made.close()
@@ -172,7 +172,7 @@ def test_an_engine_in_lower_precision_gets_its_own_bytes_and_tolerance(tmp_path:
 def test_without_shared_memory_the_run_folder_serves(
     tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storing, "SHARED_MEMORY", tmp_path / "nowhere")
+    monkeypatch.setattr(files, "SHARED_MEMORY", tmp_path / "nowhere")
     store = make_store(tmp_path, probe_tolerance=0.5)
     announced = add(store, trainer, 0)
     assert announced.shm_path is not None
@@ -185,7 +185,7 @@ def test_without_shared_memory_the_run_folder_serves(
 
 def fill(monkeypatch: pytest.MonkeyPatch, times: int, error: int = errno.ENOSPC) -> None:
     """The next ``times`` tries to write fail."""
-    plain, left = storing.raw_bytes, times
+    plain, left = files.raw_bytes, times
 
     def full(tensor: torch.Tensor, precision: Precision) -> memoryview:
         nonlocal left
@@ -194,7 +194,7 @@ def fill(monkeypatch: pytest.MonkeyPatch, times: int, error: int = errno.ENOSPC)
             raise OSError(error, os.strerror(error))
         return plain(tensor, precision)
 
-    monkeypatch.setattr(storing, "raw_bytes", full)
+    monkeypatch.setattr(files, "raw_bytes", full)
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES])
@@ -254,7 +254,7 @@ def test_versions_are_served_though_their_files_are_removed_and_the_next_one_mak
 def test_a_folder_that_is_removed_while_a_version_is_written_is_made_anew(
     tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch, store: WeightsStore
 ) -> None:
-    plain = storing.raw_bytes
+    plain = files.raw_bytes
     folder = tmp_path / "memory" / "atpo-run"
     removed: list[Path] = []
 
@@ -264,7 +264,7 @@ def test_a_folder_that_is_removed_while_a_version_is_written_is_made_anew(
             shutil.rmtree(folder)
         return plain(tensor, precision)
 
-    monkeypatch.setattr(storing, "raw_bytes", removing)
+    monkeypatch.setattr(files, "raw_bytes", removing)
     announced = add(store, trainer, 0)
     assert removed
     assert Path(announced.shm_path or "").parent == folder.resolve()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from actors.weights import fetcher as weights
+from actors.weights import copies
 from atpo_async.config import build
 from atpo_async.core.errors import SetupError
 from atpo_async.run.rundir import RunDir
@@ -140,15 +140,15 @@ def test_a_scratch_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> Non
 def test_fetched_weights_go_where_they_can_and_it_is_one_line_where_they_cannot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "SHARED_MEMORY", tmp_path / "none")
+    monkeypatch.setattr(copies, "SHARED_MEMORY", tmp_path / "none")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    scratch = weights.scratch_for("run", None)
+    scratch = copies.scratch_for("run", None)
     assert scratch.path.parent == tmp_path
     scratch.remove()
 
     def refuse(parent: Path, prefix: str) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(weights, "Scratch", refuse)
+    monkeypatch.setattr(copies, "Scratch", refuse)
     with pytest.raises(SetupError, match=r"no folder for the weights that are fetched .*: Permission denied"):
-        weights.scratch_for("run", None)
+        copies.scratch_for("run", None)

@@ -71,8 +71,12 @@ TRANSPORT: Door[Any] = Door(
     field="weights.transport",
     what="a weight transport",
     protocol='docs/extending.md, "Weight transport"',
-    built_in=dict.fromkeys(("file", "chunks"), ""),
+    built_in={
+        "file": "atpo_async.transports.file:FileTransport",
+        "chunks": "atpo_async.transports.chunks:ChunkTransport",
+    },
     words=("auto",),
+    parts=("sender", "receiver"),
 )
 
 ENGINE: Door[Any] = Door(

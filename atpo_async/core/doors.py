@@ -48,6 +48,8 @@ class Door(Generic[T]):
     """What it is called with, by position; ``**options`` come on top."""
     parts: tuple[str, ...] = ()
     """Attributes of what ``make`` returns."""
+    coroutines: tuple[str, ...] = ()
+    """Those among ``parts`` that are awaited, and so must be ``async def``."""
 
     def names(self) -> tuple[str, ...]:
         """Of the built-in ones, in order of the alphabet."""
@@ -169,6 +171,20 @@ class Door(Generic[T]):
                 f"{self.field} = {name!r}: {type(made).__name__} is not {self.what}: it lacks {', '.join(missing)}; "
                 f"see {self.protocol}"
             )
+        plain = [part for part in self.coroutines if not is_async(getattr(made, part))]
+        if plain:
+            raise ConfigError(
+                f"{self.field} = {name!r}: {type(made).__name__} is not {self.what}: {', '.join(plain)} must be async "
+                f"(async def); see {self.protocol}"
+            )
+
+
+def is_async(method: object) -> bool:
+    """Whether it is declared with ``async def``, also where it is bound, partly applied, or an object with an async
+    ``__call__``."""
+    while isinstance(method, functools.partial):
+        method = method.func
+    return inspect.iscoroutinefunction(method) or inspect.iscoroutinefunction(getattr(method, "__call__", None))  # noqa: B004
 
 
 def _has(made: object, part: str) -> bool:

@@ -18,7 +18,7 @@ from learner.weights.store import WeightsStore
 class Publisher:
     """The store behind its two sockets.  ``async with``: listening from the start, files removed at the end.
 
-    BatchServer runs on the event loop while training runs in a thread of its own, so neither waits for the other.
+    Requests are answered on the event loop while training runs in a thread of its own, so neither waits for the other.
 
     Args:
         weights_endpoint, announce_endpoint: to bind; port 0 takes a free one, the one of ``former`` where that is free.
@@ -58,8 +58,8 @@ class Publisher:
 
     @property
     def counters(self) -> dict[str, float]:
-        """Of what leaves (``Server.counters``)."""
-        return self._server.counters
+        """Of what leaves: the server's counters and the transport's."""
+        return self._server.counters | self.store.counters
 
     @property
     def announce_endpoint(self) -> str:

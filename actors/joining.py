@@ -1,0 +1,113 @@
+"""How an actor joins a run: it is let in by the buffer, and hears from it where the learner is."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from atpo_async.core.errors import PeerLost, SetupError
+from atpo_async.links.addresses import seen_from
+from atpo_async.links.client import Client
+from atpo_async.ops.role import RoleContext
+from atpo_async.status.waits import BoundedWait
+from atpo_async.wire.messages import PROTOCOL, ActorHello, BufferToActor, Refused, Welcome
+
+HELLO_TIMEOUT_S = 5.0
+HELLO_PAUSE_S = 0.1
+KNOCK_S, KNOCK_EVERY_S = 2.0, 0.5
+"""How long a buffer has to answer before the engine is loaded, and how often its silence is looked into; one that is
+there answers within a few round trips."""
+
+
+def buffer_link(ctx: RoleContext) -> Client:
+    return Client(
+        ctx.endpoints.actors,
+        peer="buffer",
+        identity=ctx.name,
+        receives=BufferToActor,
+        settings=ctx.config.links,
+        locate=ctx.locate("actors"),
+    )
+
+
+async def knock(ctx: RoleContext) -> None:
+    """Learn whether the buffer lets this actor in, before an engine is loaded in vain.
+
+    Waits for: its answer.  Unblocked by: that; ``KNOCK_S`` without a sign of it, as it may be started later; where it
+    refuses the key, being let in after all, given up after ``links.give_up_s``.
+    """
+    wait = BoundedWait(f"actor {ctx.name}", "being let in", ctx.config.links, time.monotonic, log=ctx.log, on="buffer")
+    said, last = "", time.monotonic() + KNOCK_S
+    # A link of its own: loading an engine may hold up this loop for longer than a peer is let be silent.
+    async with buffer_link(ctx) as buffer:
+        while isinstance(missing := await _hello(ctx, buffer, timeout_s=KNOCK_EVERY_S), str):
+            if trouble := buffer.trouble:
+                last = time.monotonic() + KNOCK_S
+            elif time.monotonic() > last:
+                ctx.log.info("actor %s loads its engine meanwhile: %s", ctx.name, missing)
+                return
+            if trouble and trouble != said:
+                said = trouble
+                ctx.log.error("actor %s loads no engine before it is let in, and tries on: %s", ctx.name, missing)
+            wait.again(missing)
+            await asyncio.sleep(HELLO_PAUSE_S)  # a link that has failed for good answers at once
+
+
+async def join(ctx: RoleContext, buffer: Client) -> Welcome:
+    """Introduce this actor until the buffer knows where the weights are.
+
+    Waits for: the buffer, then the learner's first publication.  Unblocked by: both being up; given up after
+    ``links.give_up_s``.
+    """
+    wait = BoundedWait(
+        f"actor {ctx.name}", "its place in the run", ctx.config.links, time.monotonic, log=ctx.log, on="buffer"
+    )
+    said = ""
+    while True:
+        answer = await _hello(ctx, buffer, timeout_s=HELLO_TIMEOUT_S)
+        if isinstance(answer, str):
+            wait.on, missing = "buffer", answer
+        elif answer.weights_endpoint:
+            return reachable(answer, buffer.endpoint)
+        else:
+            wait.on, missing = "learner", "the learner has not published its first weights"
+        if missing != said:
+            ctx.log.info("actor %s waits: %s", ctx.name, missing)
+            said = missing
+        wait.again(missing)
+        await asyncio.sleep(HELLO_PAUSE_S)
+
+
+async def _hello(ctx: RoleContext, buffer: Client, *, timeout_s: float) -> Welcome | str:
+    """The buffer's welcome, or why there is none yet.  Raises SetupError where it refuses this actor for good."""
+    hello = ActorHello(
+        protocol=PROTOCOL,
+        run=ctx.run_id,
+        actor=ctx.name,
+        environment=ctx.config.environment.name,
+        search_leaves=ctx.config.search.max_leaves,
+    )
+    try:
+        answer = await buffer.request(hello, timeout_s=timeout_s)
+    except PeerLost:
+        if not buffer.endpoint:
+            return "the buffer has not said yet where it listens"
+        where = f"the buffer at {buffer.endpoint}"
+        if trouble := buffer.trouble:
+            return f"{where} does not let it in: {trouble}" + (" (docs/keys.md)" if "key" in trouble else "")
+        return f"{where} does not answer" + ("" if buffer.connected else " (not connected: nothing listens there)")
+    where = f"the buffer at {buffer.endpoint}"
+    if isinstance(answer, Refused):
+        raise SetupError(f"{where} refuses {ctx.name}: {answer.reason}")
+    if not isinstance(answer, Welcome):
+        return f"{where} answers with {type(answer).__name__}"
+    return answer
+
+
+def reachable(welcome: Welcome, buffer_endpoint: str) -> Welcome:
+    """With addresses as they are seen from here."""
+    return Welcome(
+        run=welcome.run,
+        weights_endpoint=seen_from(buffer_endpoint, welcome.weights_endpoint),
+        announce_endpoint=seen_from(buffer_endpoint, welcome.announce_endpoint),
+    )

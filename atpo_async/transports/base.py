@@ -1,0 +1,155 @@
+"""The protocol of a weight transport: how the bytes of a version get from the learner to an actor.
+
+A transport has two halves: the learner's publisher drives the ``Sender``, an actor's weights drive the ``Receiver``.
+The rest is the same for every transport and stays outside: announcements and manifests, the choice of the file's
+folder, the SHA-256 of what arrived, retries, the probe, and which versions there are (the newest two).
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from atpo_async.config import WeightsConfig
+from atpo_async.core.errors import AtpoError
+from atpo_async.wire.messages import (
+    ActorToLearner,
+    ChunkRequest,
+    LearnerToActor,
+    WeightsAnnounced,
+    WeightsManifest,
+)
+
+
+class TransportUnavailable(AtpoError):
+    """This transport cannot bring the version to this actor now; the message says why, and the next one is tried."""
+
+
+class VersionWithdrawn(AtpoError):
+    """A newer version has replaced the one that was being fetched."""
+
+
+class Payload:
+    """The bytes of a version as an open file: they stay as long as this object, whoever removes the file's name."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._fd)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """uint8[length]."""
+        return np.frombuffer(os.pread(self._fd, length, start), dtype=np.uint8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfferedVersion:
+    """A version that the learner has written."""
+
+    manifest: WeightsManifest
+    path: Path
+    """The whole payload; it is there until the version is withdrawn, unless somebody removes it."""
+    payload: Payload
+    """The same bytes, which nobody can remove."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WantedVersion:
+    """A version that an actor is about to take up."""
+
+    announced: WeightsAnnounced
+    manifest: WeightsManifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SenderContext:
+    """What a learner knows when it makes its half."""
+
+    run: str
+    settings: WeightsConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceiverContext:
+    """What an actor knows when it makes its half."""
+
+    run: str
+    settings: WeightsConfig
+    ask: Callable[[ActorToLearner], Awaitable[LearnerToActor]]
+    """One request to the learner and its answer.  Raises PeerLost after ``weights.fetch_timeout_s``."""
+
+
+class Sender:
+    """The learner's half.  Subclasses override ``offer``, and of the rest what they need.
+
+    ``offer`` and ``withdraw`` are called in the learner's torch thread, one at a time, and hold training up while they
+    run; ``place`` and ``answer`` are called on its event loop.
+    """
+
+    def offer(self, version: OfferedVersion) -> None:
+        """Make a version available; it is announced when this has returned."""
+        raise NotImplementedError
+
+    def withdraw(self, version: int) -> None:
+        """The learner no longer offers this version."""
+
+    def place(self, version: OfferedVersion) -> str | None:
+        """What the announcement tells receivers (``WeightsAnnounced.shm_path``); None where they need nothing."""
+        return None
+
+    def answer(self, request: ChunkRequest, version: OfferedVersion) -> LearnerToActor | None:
+        """The reply to an actor that asks for a part of a version; None where this transport serves no parts."""
+        return None
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Totals since the start, for metrics: reported as ``weights/<name>``."""
+        return {}
+
+    def close(self) -> None:
+        """The learner ends.  Idempotent."""
+
+
+class Receiver:
+    """An actor's half.  Subclasses override ``fetch``, and of the rest what they need.  All on one event loop."""
+
+    async def fetch(self, wanted: WantedVersion, target: Path) -> None:
+        """Bring the payload of ``wanted`` to the file ``target``, whole; its size and hash are checked afterwards.
+
+        Raises:
+            TransportUnavailable: not this way, not now; the message says why.
+            VersionWithdrawn: a newer version has replaced it.
+            PeerLost: the learner did not answer in time; the version is tried again at the next poll.
+            OSError: the folder of ``target`` cannot take it.
+        """
+        raise NotImplementedError
+
+    def verified(self, wanted: WantedVersion, path: Path) -> None:
+        """What ``fetch`` brought has passed its check.  The file goes when the engine has read it: who needs it later,
+        as a base for differences or to serve others, links it now."""
+
+    def beside(self, wanted: WantedVersion) -> Path | None:
+        """The folder beside which this actor's files are best made, so that they can be linked; None for any."""
+        return None
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Totals since the start, for metrics: reported as ``weights/<name>``."""
+        return {}
+
+    def close(self) -> None:
+        """The actor ends, or looks for its learner elsewhere.  Idempotent."""
+
+
+class Transport(Protocol):
+    """What ``weights.transport`` names: a class or function that takes ``weights.transport_options`` by keyword and
+    returns this.  Learner and actors each make their own from their own configuration."""
+
+    def sender(self, context: SenderContext) -> Sender: ...
+
+    def receiver(self, context: ReceiverContext) -> Receiver: ...

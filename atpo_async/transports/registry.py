@@ -1,0 +1,53 @@
+"""Weight transports by name: ``weights.transport`` of a configuration as the transport it stands for."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from atpo_async.config import WeightsConfig
+from atpo_async.config.doors import TRANSPORT
+from atpo_async.core.doors import is_async
+from atpo_async.core.errors import ConfigError
+from atpo_async.transports.base import Receiver, ReceiverContext, Sender, SenderContext, Transport
+from atpo_async.transports.chain import Chain, auto
+from atpo_async.transports.chunks import ChunkTransport
+
+H = TypeVar("H")
+
+
+def make_transport(settings: WeightsConfig) -> Transport:
+    """The transport that a role uses.  Behind a user's own come chunks, for versions that it cannot bring.
+
+    Raises ConfigError or SetupError naming ``weights.transport``.
+    """
+    if settings.transport == "auto":
+        return auto()
+    made: Transport = TRANSPORT.make(settings.transport, options=settings.transport_options)
+    if settings.transport in TRANSPORT.names():
+        return made
+    return Chain({settings.transport: _Checked(made, settings.transport), "chunks": ChunkTransport()})
+
+
+class _Checked:
+    """A user's transport: what it returns as its halves is checked before it is used."""
+
+    def __init__(self, transport: Transport, name: str) -> None:
+        self._transport = transport
+        self._name = name
+
+    def sender(self, context: SenderContext) -> Sender:
+        return self._half(self._transport.sender(context), Sender)
+
+    def receiver(self, context: ReceiverContext) -> Receiver:
+        made = self._half(self._transport.receiver(context), Receiver)
+        if not is_async(made.fetch):
+            raise ConfigError(f"weights.transport = {self._name!r}: {type(made).__name__}.fetch must be async")
+        return made
+
+    def _half(self, made: H, base: type[H]) -> H:
+        if not isinstance(made, base):
+            raise ConfigError(
+                f"weights.transport = {self._name!r}: {base.__name__.lower()}() returned {type(made).__name__}, which "
+                f"is no subclass of {base.__module__}.{base.__name__}"
+            )
+        return made

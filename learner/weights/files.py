@@ -1,0 +1,155 @@
+"""The file of a version: raw tensors at 64-byte boundaries, in shared memory or, where that is full, on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from atpo_async.core.dtypes import PRECISION_BYTES
+from atpo_async.core.errors import SetupError
+from atpo_async.core.vocabulary import Precision
+from atpo_async.models.causal_lm import torch_dtype
+from atpo_async.run.scratch import SHARED_MEMORY, Scratch, sweep, sweep_dead, weights_folder
+from atpo_async.wire.messages import TensorSpec
+
+log = logging.getLogger("atpo.learner.publisher")
+
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenFile:
+    """A version's whole payload."""
+
+    path: Path
+    sha256: str
+    """Of all its bytes, hex."""
+    total_bytes: int
+    tensors: tuple[TensorSpec, ...]
+    """Where each lies."""
+
+
+def layout(tensors: Mapping[str, Tensor], precision: Precision) -> tuple[tuple[TensorSpec, ...], int]:
+    """Where each floating tensor lies in the payload once it has the engine's precision, and the payload's size."""
+    specs: list[TensorSpec] = []
+    end = 0
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        offset = -(-end // ALIGNMENT) * ALIGNMENT
+        nbytes = tensor.numel() * PRECISION_BYTES[precision]
+        specs.append(TensorSpec(name=name, dtype=precision, shape=tuple(tensor.shape), offset=offset, nbytes=nbytes))
+        end = offset + nbytes
+    return tuple(specs), end
+
+
+def raw_bytes(tensor: Tensor, precision: Precision) -> memoryview:
+    """The tensor's bytes at ``precision``, little-endian, row-major."""
+    flat = tensor.detach().to(device="cpu", dtype=torch_dtype(precision)).contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+class VersionFiles:
+    """The folders of one run's versions, and what is written there.
+
+    Args:
+        run: identity of the run.
+        fallback: folder to use where there is no shared memory, or not enough.
+        precision: that the engine holds the weights in.
+    """
+
+    def __init__(self, *, run: str, fallback: Path, precision: Precision) -> None:
+        self._precision = precision
+        self._fallback = fallback / "weights"
+        self._memory = weights_folder(run, SHARED_MEMORY)
+        self._scratch: Scratch | None = None
+        """The folder in shared memory, from the first version on."""
+        self._warned_of = -1
+        """The last version of which a log line said that it does not fit there."""
+        # What an earlier process of this run left when it was killed, and those of runs that nobody goes on with.
+        for folder in (self._memory, self._fallback):
+            shutil.rmtree(folder, ignore_errors=True)
+        if swept := sweep_dead(SHARED_MEMORY):
+            log.info("removed what killed runs left in shared memory: %s", ", ".join(map(str, swept)))
+
+    def write(self, version: int, tensors: Mapping[str, Tensor]) -> WrittenFile:
+        """In shared memory, or in the run's folder where there is none, or not enough.  Raises SetupError."""
+        if SHARED_MEMORY.is_dir():
+            try:
+                return self._write_to(self._in_memory, version, tensors)
+            except OSError as exc:  # full, or not ours to write
+                if version != self._warned_of:
+                    self._warned_of = version
+                    log.warning(
+                        "version %d does not go into %s (%s); using %s", version, self._memory, exc, self._fallback
+                    )
+        try:
+            return self._write_to(self._on_disk, version, tensors)
+        except OSError as exc:
+            total = layout(tensors, self._precision)[1]
+            raise SetupError(
+                f"weights of version {version} ({total} bytes) cannot be written to {self._fallback}: {exc}; free some "
+                "space"
+            ) from exc
+
+    def close(self) -> None:
+        """Remove every file.  Idempotent."""
+        if self._scratch is not None:
+            self._scratch.remove()
+        for folder in (self._memory, self._fallback):
+            shutil.rmtree(folder, ignore_errors=True)
+        # Actors that were killed while they took up a version left a link to it beside ours.
+        for folder in (self._memory, self._fallback):
+            sweep(folder.parent, f"{self._memory.name}.")
+
+    def _in_memory(self) -> Path:
+        """The run's folder in shared memory, made anew if somebody has removed it.  Raises OSError."""
+        if self._scratch is None or not self._scratch.exists:
+            self._scratch = Scratch(self._memory.parent, self._memory.name, exactly=True)
+        return self._memory
+
+    def _on_disk(self) -> Path:
+        self._fallback.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return self._fallback
+
+    def _write_to(self, where: Callable[[], Path], version: int, tensors: Mapping[str, Tensor]) -> WrittenFile:
+        """Raises OSError, with nothing left of the file."""
+        for last_try in (False, True):
+            folder = where()
+            aside, path = folder / f".v{version}.writing", folder / f"v{version}.bin"
+            try:
+                written = self._write_payload(aside, tensors)
+                aside.replace(path)
+                return dataclasses.replace(written, path=path)
+            except BaseException as exc:
+                with contextlib.suppress(OSError):
+                    aside.unlink(missing_ok=True)
+                # Somebody has removed the folder while it was written to: once more, in a new one.
+                if last_try or not isinstance(exc, FileNotFoundError):
+                    raise
+        raise AssertionError("unreachable")
+
+    def _write_payload(self, path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
+        specs, total = layout(tensors, self._precision)
+        digest = hashlib.sha256()
+        end = 0
+        with path.open("wb") as file:
+            for spec in specs:
+                gap = bytes(spec.offset - end)
+                data = raw_bytes(tensors[spec.name], self._precision)
+                for part in (gap, data):
+                    file.write(part)
+                    digest.update(part)
+                end = spec.offset + spec.nbytes
+        if end != total:
+            raise AssertionError(f"wrote {end} of {total} bytes")
+        return WrittenFile(path=path, sha256=digest.hexdigest(), total_bytes=total, tensors=specs)
