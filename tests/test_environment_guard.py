@@ -83,7 +83,7 @@ def test_a_module_that_cannot_be_imported_is_named_also_where_it_exits(
 async def test_a_tool_may_close_the_standard_error_and_the_log_goes_on(tmp_path: Path) -> None:
     code = (
         "import os, sys\n"
-        "from atpo_async import role\n"
+        "from atpo_async.ops import role\n"
         "log = role._logger('r')\n"
         "sys.stderr.close(); os.closerange(1, 3)\n"
         "log.info('still here')\n"
