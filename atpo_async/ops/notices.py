@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from atpo_async.core.texts import shortened
+from atpo_async.run import tail
 
 FILE = "ATPO_NOTICES"
 """Environment variable: where a supervised role writes them, [key, text] as JSON a line."""
@@ -64,22 +65,13 @@ class Tail:
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._path = path
         self._clock = clock
         self._heard: dict[str, float] = {}
-        self._offset = path.stat().st_size if path.exists() else 0
+        self._tail = tail.Tail(path, offset=path.stat().st_size if path.exists() else 0)
 
     def new(self) -> list[str]:
         """Told since the last call, and not in the last ``SAME_S`` by another role."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-        except OSError:
-            return []
-        end = data.rfind(b"\n") + 1
-        self._offset += end
-        return [text for raw in data[:end].splitlines() for key, text in _said(raw) if self._is_new(key)]
+        return [text for raw in self._tail.new() for key, text in _said(raw) if self._is_new(key)]
 
     def _is_new(self, key: str) -> bool:
         now = self._clock()

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atpo_async.run.tail import Tail
+
 log = logging.getLogger("atpo.metrics")
 
 MAX_HELD = 10_000
@@ -203,18 +205,9 @@ class MetricsTail:
     """Reads what others append to a metrics file."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
+        self._tail = Tail(path)
 
     def new(self) -> list[Record]:
         """Records written since the last call.  A line not ended yet is left for the next call."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        end = data.rfind(b"\n") + 1
-        self._offset += end
-        records = (parse_record(line) for line in data[:end].splitlines())
+        records = (parse_record(line) for line in self._tail.new())
         return [record for record in records if record is not None]
