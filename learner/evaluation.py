@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 
 from atpo_async.config import Config
 from atpo_async.core.errors import PeerLost, WaitTimeout
@@ -35,7 +35,7 @@ class Evaluations:
         rundir: RunDir,
         *,
         buffer: BufferPeer,
-        write: Callable[[int, int, Mapping[str, float]], Awaitable[None]],
+        write: Callable[[int, int, Mapping[str, float]], None],
         log: logging.Logger,
     ) -> None:
         self.under_way: set[asyncio.Task[None]] = set()
@@ -140,7 +140,7 @@ class Evaluations:
             # Of more than one where training went on meanwhile: this result is no single version's.
             metrics |= {"eval/version_min": float(result.version_min), "eval/version_max": float(result.version_max)}
             sampled_by = f", sampled by {versions_said(result.version_min, result.version_max)}"
-        await self._write(step, version, metrics)
+        self._write(step, version, metrics)
         self._log.info("step %d: greedy success %.3f%s", step, result.success, sampled_by)
 
     async def wait_for_those_under_way(self) -> None:

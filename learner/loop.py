@@ -108,7 +108,7 @@ class Learner:
         self.ranks = Ranks(trainer, rundir)
         links = config.links
         self.buffer = BufferPeer(buffer, run=run, ranks=self.ranks, settings=links, stopping=stopping, log=log)
-        self.recording = Recording(config, rundir, metrics=metrics, trainer=trainer, torch_thread=torch_thread, log=log)
+        self.recording = Recording(config, rundir, metrics=metrics, log=log)
         self.publication = Publication(config, trainer=trainer, publisher=publisher, buffer=self.buffer)
         self.saving = Saving(
             config, rundir, trainer=trainer, torch_thread=torch_thread, ranks=self.ranks, buffer=self.buffer, log=log
@@ -327,7 +327,7 @@ class Learner:
                 rank=self.ranks.rank,
             )
         )
-        await self.recording.step(
+        self.recording.step(
             batch,
             learned.report,
             step=self.step,
@@ -409,9 +409,7 @@ async def _opened(ctx: RoleContext, thread: TorchThread) -> AsyncIterator[Learne
 
 def _load(config: Config, rundir: RunDir) -> Trainer:
     torch.manual_seed(config.run.seed)
-    accelerator = make_accelerator(config, project=rundir.path)
-    if config.learner.tensorboard:
-        accelerator.init_trackers("tensorboard")
+    accelerator = make_accelerator(config)
     trainer = Trainer(config, accelerator=accelerator, policy=load_policy(config))
     trainer.warm_up()
     return trainer
@@ -430,8 +428,6 @@ async def learn(ctx: RoleContext) -> None:
             )
             ctx.log.info("learner: %s layout: %s", learner.trainer.layout, learner.trainer.layout_reason)
             await learner.run()
-            if ctx.config.learner.tensorboard:
-                await thread(learner.trainer.accelerator.end_training)
             # A rank that leaves while others still use the group's threads may abort.
             await thread(learner.trainer.accelerator.wait_for_everyone)
     finally:

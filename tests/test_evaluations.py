@@ -213,7 +213,7 @@ def evaluations(
 ) -> Evaluations:
     config = build({"run": {"dir": str(folder), "name": "r"}, "eval": {"num_tasks": 2}})
 
-    async def write(step: int, version: int, metrics: Mapping[str, float]) -> None:
+    def write(step: int, version: int, metrics: Mapping[str, float]) -> None:
         if written is not None:
             written.append((step, version, metrics))
 

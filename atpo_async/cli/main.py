@@ -313,6 +313,7 @@ def train(config: Config, *, again: str, begin_from: str | None = None) -> int:
 def _train(begun: Beginning, console: Console, *, again: str) -> int:
     from atpo_async.cli import doctor, train_notes
     from atpo_async.models.sources import check_positions
+    from atpo_async.ops import metrics_sinks
     from atpo_async.ops.supervisor import Outcome, Supervisor, role_specs
     from atpo_async.report.progress import Progress, duration
     from atpo_async.run.installed import version_of, vllm_unfit
@@ -321,6 +322,7 @@ def _train(begun: Beginning, console: Console, *, again: str) -> int:
 
     doctor.check_machine(begun.checked)
     doctor.check_model(begun.checked)
+    metrics_sinks.check(begun.config)
     engine, why = doctor.engine_of(begun.checked)
     goes_on = begun.known is not None and not begun.anew
     policy = ensure_policy(begun.config, console)
@@ -336,7 +338,10 @@ def _train(begun: Beginning, console: Console, *, again: str) -> int:
         for line in [*([unfit] if unfit else []), *(_missing(rundir) if goes_on else [])]:
             console.print(f"warning: {line}", markup=False)
         specs = role_specs(config, rundir.path, has_cuda=doctor.has_cuda)
-        with Progress(console, title=f"atpo {config.run.name}", total_steps=config.run.steps) as progress:
+        with (
+            Progress(console, title=f"atpo {config.run.name}", total_steps=config.run.steps) as progress,
+            metrics_sinks.fed(rundir, say=progress.say) as feeding,
+        ):
             supervisor = Supervisor(
                 rundir,
                 specs,
@@ -347,6 +352,7 @@ def _train(begun: Beginning, console: Console, *, again: str) -> int:
             )
             try:
                 outcome = asyncio.run(_supervised(supervisor, say=progress.say))
+                feeding.outcome = outcome.value
             except AtpoError:
                 progress.say(f"stopped.  {train_notes.saved(rundir)}")
                 raise

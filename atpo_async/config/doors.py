@@ -98,7 +98,10 @@ SINK: Door[Any] = Door(
     field="metrics.sinks",
     what="a metrics sink",
     protocol='docs/extending.md, "Metrics sink"',
-    built_in=dict.fromkeys(("jsonl", "tensorboard"), ""),
+    package="atpo_async.run.sinks",
+    attribute="open_sink",
+    call=("run",),
+    parts=("write", "close"),
 )
 
 DOORS: tuple[Door[Any], ...] = (

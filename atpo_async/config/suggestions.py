@@ -114,7 +114,8 @@ MEANT_BY: Mapping[str, str] = {
     "learner.accelerate_config": "deepspeed ds_config zero_stage fsdp fsdp_config config_file",
     "learner.mixed_precision": "bf16 fp16 amp",
     "learner.gradient_checkpointing": "activation_checkpointing grad_checkpointing enable_gradient_checkpointing",
-    "learner.tensorboard": "use_tensorboard report_to wandb use_wandb logger log_with",
+    "learner.tensorboard": "use_tensorboard",
+    "metrics.sinks": "report_to wandb use_wandb trackio use_trackio logger loggers log_with trackers",
     "actor.count": (
         "num_actors num_workers num_rollout_workers vllm_num_engines num_engines num_inference_workers dp num_replicas"
     ),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import importlib.util
 import json
 import os
 import queue
@@ -13,10 +15,13 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
+from atpo_async.config import Config
+from atpo_async.config.doors import SINK
 from atpo_async.core import errors
 from atpo_async.ops.role import SUPERVISOR_PID
 from atpo_async.run import launch, processes
 from atpo_async.run.rundir import RunDir
+from atpo_async.run.sink import not_installed
 from atpo_async.run.sinks_main import CLOSE_S, outside
 
 NAME = "sinks"
@@ -29,6 +34,16 @@ END_S = CLOSE_S + 3.0
 """For the process to end once it knows the run's outcome; then it is killed with all that it started."""
 
 
+def check(config: Config) -> None:
+    """Raises SetupError where a built-in sink is named whose library is not installed."""
+    for name in outside(config):
+        if name in SINK.names():
+            module = importlib.import_module(SINK.target(name).partition(":")[0])
+            library = getattr(module, "LIBRARY", None)
+            if library is not None and importlib.util.find_spec(library) is None:
+                raise not_installed(library, sink=name)
+
+
 class Feeding:
     """What the block tells of the run when it ends."""
 
@@ -37,7 +52,9 @@ class Feeding:
 
 
 @contextlib.contextmanager
-def fed(rundir: RunDir, *, say: Callable[[str], None], end_s: float = END_S) -> Iterator[Feeding]:
+def fed(
+    rundir: RunDir, *, say: Callable[[str], None], ready_s: float = READY_S, end_s: float = END_S
+) -> Iterator[Feeding]:
     """Feed the run's sinks while the block runs, where its configuration names any beside ``metrics.jsonl``.
 
     Args:
@@ -53,17 +70,14 @@ def fed(rundir: RunDir, *, say: Callable[[str], None], end_s: float = END_S) -> 
     mark = f"{rundir.run_id}/{NAME}/{attempt}"
     with rundir.log_path(NAME, attempt).open("xb") as log:
         process = _start(rundir, mark, log)
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    ready = threading.Event()
-    listener = threading.Thread(
-        target=_listen, args=(process, lines, ready, say), name="metrics sinks", daemon=True
-    )
+    first: queue.SimpleQueue[str] = queue.SimpleQueue()
+    listener = threading.Thread(target=_listen, args=(process, first, say), name="metrics sinks", daemon=True)
     try:
         listener.start()
-        if ready.wait(READY_S):
-            _check(lines.get(), str(rundir.log_path(NAME, attempt)))
-        else:
-            say(f"metrics sinks were not ready within {READY_S:g} s; the run begins, and they may follow")
+        try:
+            _check(first.get(timeout=ready_s), str(rundir.log_path(NAME, attempt)))
+        except queue.Empty:
+            say(f"metrics sinks were not ready within {ready_s:g} s; the run begins, and they may follow")
         yield feeding
     finally:
         assert process.stdin is not None
@@ -95,16 +109,10 @@ def _start(rundir: RunDir, mark: str, log: IO[bytes]) -> subprocess.Popen[str]:
     )
 
 
-def _listen(
-    process: subprocess.Popen[str],
-    lines: queue.SimpleQueue[str],
-    ready: threading.Event,
-    say: Callable[[str], None],
-) -> None:
+def _listen(process: subprocess.Popen[str], first: queue.SimpleQueue[str], say: Callable[[str], None]) -> None:
     """Pass on what the process says: its first line to whoever started it, the others to the user."""
     assert process.stdout is not None
-    lines.put(process.stdout.readline())
-    ready.set()
+    first.put(process.stdout.readline())
     for line in process.stdout:
         say(line.rstrip("\n"))
 

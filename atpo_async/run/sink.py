@@ -42,12 +42,17 @@ class MetricsSink(Protocol):
         """The process stops: ``done``, ``interrupted`` (the run may go on later) or ``failed``."""
 
 
-def installed(package: str, *, sink: str, extra: str) -> ModuleType:
+def library(package: str, *, sink: str) -> ModuleType:
     """Import a sink's library.  Raises SetupError with the command that installs it."""
     try:
         return importlib.import_module(package)
     except ImportError as exc:
-        raise SetupError(
-            f"metrics sink {sink!r}: {package} cannot be imported ({exc}); pip install 'atpo-async[{extra}]', or leave "
-            f"{sink!r} out of metrics.sinks"
-        ) from None
+        raise not_installed(package, sink=sink) from exc
+
+
+def not_installed(package: str, *, sink: str) -> SetupError:
+    """A built-in sink's extra of ``pip install`` has the sink's name."""
+    return SetupError(
+        f"metrics sink {sink!r} needs {package}, which cannot be imported here: pip install 'atpo-async[{sink}]', or "
+        f"leave {sink!r} out of metrics.sinks"
+    )

@@ -15,9 +15,7 @@ from atpo_async.wire.messages import Batch
 from learner.batches.buffer_peer import now_s
 from learner.batches.fruitless import num_trained
 from learner.batches.tree_samples import decoder, is_sampled, write_sample
-from learner.torch_thread import TorchThread
 from learner.training.report import StepReport
-from learner.training.trainer import Trainer
 
 MAX_WARNINGS = 5
 """Lines about trees left out that one batch may write to the log."""
@@ -29,7 +27,6 @@ class Recording:
     Args:
         config, rundir: of the run.
         metrics: rank 0's; None on the others, which only log what they leave out.
-        trainer, torch_thread: for its trackers.
     """
 
     def __init__(
@@ -38,15 +35,11 @@ class Recording:
         rundir: RunDir,
         *,
         metrics: MetricsWriter | None,
-        trainer: Trainer,
-        torch_thread: TorchThread,
         log: logging.Logger,
     ) -> None:
         self._config = config
         self._rundir = rundir
         self._metrics = metrics
-        self._trainer = trainer
-        self._torch_thread = torch_thread
         self._log = log
         self._decode = decoder(model_folder(config.model.path)) if metrics is not None else str
         self._stepped_at_s = 0.0
@@ -69,7 +62,7 @@ class Recording:
         if report.fault is not None:
             self._log.warning("batch %d: update skipped, %s", batch.step, report.fault)
 
-    async def step(
+    def step(
         self,
         batch: Batch,
         report: StepReport,
@@ -106,7 +99,7 @@ class Recording:
             found["weights/publish_s"] = publish_s
         if is_sampled(step, num_steps=self._config.run.steps):
             self._write_sample(batch, report, step=step, version=version)
-        await self.write(step, version, found)
+        self.write(step, version, found)
         self._log.info(
             "step %d: reward %s, lag %s, waited %.2f s, step %.2f s",
             step, _told(found.get("train/reward"), 3), _told(found.get("lag/mean"), 2), waited_s, step_s,
@@ -123,17 +116,14 @@ class Recording:
                 settings=self._config.credit,
                 decode=self._decode,
             )
-        # For the report alone: nothing is lost with it but a picture.
+        # For the report alone: nothing is lost but one of its drawings.
         except OSError as exc:
             self._log.warning("step %d: no tree is kept for the report: %s", step, exc)
 
-    async def write(self, step: int, version: int, found: Mapping[str, float]) -> None:
-        """One line of metrics, and the same for the trackers; nothing on ranks other than 0."""
-        if self._metrics is None:
-            return
-        self._metrics.write(step=step, version=version, metrics=found)
-        if self._config.learner.tensorboard:
-            await self._torch_thread(self._trainer.accelerator.log, dict(found), step=step)
+    def write(self, step: int, version: int, found: Mapping[str, float]) -> None:
+        """One line of metrics; nothing on ranks other than 0."""
+        if self._metrics is not None:
+            self._metrics.write(step=step, version=version, metrics=found)
 
 
 def _told(value: float | None, digits: int) -> str:

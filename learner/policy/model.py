@@ -291,34 +291,24 @@ def _forked_rows(vocab_size: int) -> list[Row]:
     return rows
 
 
-def make_accelerator(config: Config, *, project: Path | None = None) -> Accelerator:
-    """Accelerate with this run's device, precision and deadlines.  ``project``: folder of the TensorBoard tracker.
+def make_accelerator(config: Config) -> Accelerator:
+    """Accelerate with this run's device, precision and deadlines.
 
     ``learner.device = "auto"`` takes CUDA where it is, else the CPU.
 
     Raises:
-        SetupError: CUDA is asked for and absent, or TensorBoard is asked for and not installed; fp16 on a CPU;
-            gradients would be divided.
+        SetupError: CUDA is asked for and absent; fp16 on a CPU; gradients would be divided.
     """
     settings = config.learner
     precision.leave_out_environment(settings)
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise SetupError("learner.device = 'cuda', but torch sees no CUDA device here; use --learner.device cpu")
-    if settings.tensorboard:
-        try:
-            import tensorboard  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
-        except ImportError:
-            raise SetupError(
-                "learner.tensorboard = true, but tensorboard is not installed; pip install 'atpo-async[tensorboard]'"
-            ) from None
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     precision.check_half_precision(settings.mixed_precision, on_cpu=on_cpu)
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with="tensorboard" if settings.tensorboard else None,
-        project_dir=None if project is None else str(project),
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.links.give_up_s + 60)),

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from atpo_async.run.metrics import Record
-from atpo_async.run.sink import RunFacts, installed
+from atpo_async.run.sink import RunFacts, library
+
+LIBRARY = "tensorboard"
+"""Looked for before a run begins."""
 
 
 class Events:
@@ -26,5 +29,5 @@ class Events:
 
 def open_sink(run: RunFacts, *, folder: str = "") -> Events:
     """``folder``: of the event files; ``tensorboard`` in the run's folder where empty."""
-    writer = installed("tensorboard.summary", sink="tensorboard", extra="tensorboard").Writer
+    writer = library("tensorboard.summary", sink="tensorboard").Writer
     return Events(writer(str(Path(folder) if folder else run.folder / "tensorboard")))

@@ -7,7 +7,10 @@ from typing import Any
 
 from atpo_async.core.doors import Option
 from atpo_async.run.metrics import Record
-from atpo_async.run.sink import RunFacts, installed
+from atpo_async.run.sink import RunFacts, library
+
+LIBRARY = "trackio"
+"""Looked for before a run begins."""
 
 
 class TrackioRun:
@@ -41,4 +44,4 @@ class TrackioRun:
 
 def open_sink(run: RunFacts, **options: Option) -> TrackioRun:
     """``options``: of ``trackio.init``, such as ``project``, ``group``, ``space_id``."""
-    return TrackioRun(installed("trackio", sink="trackio", extra="trackio"), run, options)
+    return TrackioRun(library(LIBRARY, sink="trackio"), run, options)

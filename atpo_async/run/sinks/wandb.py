@@ -7,7 +7,10 @@ from typing import Any
 
 from atpo_async.core.doors import Option
 from atpo_async.run.metrics import Record
-from atpo_async.run.sink import RunFacts, installed
+from atpo_async.run.sink import RunFacts, library
+
+LIBRARY = "wandb"
+"""Looked for before a run begins."""
 
 
 class WandbRun:
@@ -50,4 +53,4 @@ class WandbRun:
 
 def open_sink(run: RunFacts, **options: Option) -> WandbRun:
     """``options``: of ``wandb.init``, such as ``project``, ``entity``, ``group``, ``mode``."""
-    return WandbRun(installed("wandb", sink="wandb", extra="wandb"), run, options)
+    return WandbRun(library(LIBRARY, sink="wandb"), run, options)
