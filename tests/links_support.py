@@ -17,6 +17,7 @@ from atpo_async.config import LinksConfig
 from atpo_async.links.client import Client
 from atpo_async.links.keys import load_pair, load_public
 from atpo_async.links.server import Server
+from atpo_async.links.server.sessions import Session
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.wire import messages as m
 
@@ -72,6 +73,12 @@ def server(handler: Any, endpoint: str = ANY_PORT, settings: LinksConfig = FAST,
 
 def client(endpoint: str, settings: LinksConfig = FAST, identity: str = "actor-0", **more: Any) -> Client:
     return Client(endpoint, peer="buffer", identity=identity, receives=m.BufferToActor, settings=settings, **more)
+
+
+def session_of(s: Server, name: str) -> Session:
+    session = s.sessions.named(name)
+    assert session is not None, f"{s.name} knows no client {name}"
+    return session
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -15,8 +15,7 @@ import pytest
 from atpo_async.core.errors import BadMessage, PeerLost, SetupError
 from atpo_async.links.announcements import Announcer, Listener
 from atpo_async.links.client import Client
-from atpo_async.links.server import Server
-from atpo_async.links.server import server as link_server
+from atpo_async.links.server import Server, sends
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
 from tests.links_support import (
@@ -32,6 +31,7 @@ from tests.links_support import (
     link_frame,
     raw_dealer,
     server,
+    session_of,
     until,
     within,
 )
@@ -100,9 +100,9 @@ async def test_a_server_that_closes_acknowledges_nothing_its_handler_has_not_tak
         for i in range(3):
             await c.send(closed(i))
         await until(lambda: s.peers.get("actor-0") is not None and s.peers["actor-0"].queued == 3)
-        session = s._by_name["actor-0"]
+        sends = session_of(s, "actor-0").sends
         await s.close()
-        assert (session.handled, len(session.queue)) == (0, 3)
+        assert (sends.handled, len(sends.queue)) == (0, 3)
         assert c.stats.acked == 0
 
 
@@ -224,8 +224,8 @@ async def test_repeats_in_one_session_are_acknowledged_again_and_not_handled_aga
         await c.send(closed(3))
         # It leaves with the loop's next round; from then on it is a repeat.
         await asyncio.sleep(0)
-        c._start_over()
-        c._start_over()
+        c._on_connected()
+        c._on_connected()
         buffer.open.set()
         await c.drain(timeout_s=PATIENCE_S)
         await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S)
@@ -241,7 +241,7 @@ async def test_a_lost_message_is_noticed_by_the_heartbeat_and_sent_again() -> No
         # As if the connection had swallowed it: counted as put on the wire, and never there.
         pump, c._pump = c._pump, None
         await c.send(closed(1))
-        c._cursor = c._next
+        c._window.advance(1)
         c._pump = pump
         await c.send(closed(2))
         await c.drain(timeout_s=PATIENCE_S)
@@ -312,7 +312,7 @@ async def test_a_send_that_breaks_its_promises_is_refused_and_counted() -> None:
 async def test_a_handler_that_fails_once_is_run_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(link_server, "RETRY_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(sends, "RETRY_PAUSES_S", (0.0, 0.0))
     attempts: list[int] = []
 
     async def handler(peer: str, message: Any) -> None:
@@ -330,7 +330,7 @@ async def test_a_handler_that_fails_once_is_run_again(
 
 
 async def test_a_handler_that_keeps_failing_refuses_that_message_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_server, "RETRY_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(sends, "RETRY_PAUSES_S", (0.0, 0.0))
     refused: list[str] = []
 
     async def handler(peer: str, message: Any) -> None:
@@ -434,7 +434,7 @@ async def test_a_repeated_request_is_not_run_twice() -> None:
     async with server(buffer) as s, client(s.endpoint) as c:
         asking = asyncio.create_task(c.request(LEASE_REQUEST, timeout_s=PATIENCE_S))
         await until(lambda: buffer.requests == 1)
-        c._start_over()
+        c._on_connected()
         await c.send(closed(1))
         await until(lambda: s.peers["actor-0"].requests == 1)
         buffer.open.set()
@@ -518,7 +518,7 @@ async def test_a_wait_past_the_deadline_is_logged_with_who_waits_on_whom(caplog:
         await c.send(closed(1))
         waiting = asyncio.create_task(c.send(closed(2)))
         await until(lambda: "buffer has worked for" in caplog.text and "actor-0 has waited" in caplog.text)
-        assert "TreeClosed waits for room in a window of 1" in caplog.text
+        assert "TreeClosed waits for space in a window of 1" in caplog.text
         assert "on TreeClosed of actor-0, which waits for it" in caplog.text
         buffer.open.set()
         await within(waiting)

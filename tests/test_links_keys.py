@@ -33,6 +33,7 @@ from tests.links_support import (
     link_frame,
     raw_dealer,
     server,
+    session_of,
     until,
     within,
 )
@@ -84,7 +85,7 @@ async def test_the_right_key_gets_in_and_a_key_can_be_added_while_the_server_run
     buffer = Buffer()
     theirs = client_keys(tmp_path, server_keys)
     async with server(buffer, settings=keyed(server_keys)) as s, client(s.endpoint, keyed(theirs)) as c:
-        await until(lambda: "refused our key" in c._trouble)
+        await until(lambda: "refused our key" in c.trouble)
         allow(server_keys, theirs, "host-b")
         await c.send(closed(1))
         await c.drain(timeout_s=PATIENCE_S)
@@ -99,7 +100,7 @@ async def test_an_unknown_key_is_refused_counted_and_told_why(
     theirs = client_keys(tmp_path, server_keys)
     async with server(buffer, settings=keyed(server_keys)) as s, client(s.endpoint, keyed(theirs)) as c:
         await c.send(closed(1))
-        await until(lambda: bool(c._trouble))
+        await until(lambda: bool(c.trouble))
         with pytest.raises(PeerLost, match="it refused our key"):
             await c.request(LEASE_REQUEST, timeout_s=0.02)
         assert not s.peers
@@ -124,7 +125,7 @@ async def test_who_is_refused_again_and_again_is_logged_ever_more_sparsely(
 async def test_a_plain_peer_is_refused_and_counted(server_keys: Path, caplog: pytest.LogCaptureFixture) -> None:
     buffer = Buffer()
     async with server(buffer, settings=keyed(server_keys)) as s, client(s.endpoint) as c:
-        await until(lambda: bool(c._trouble))
+        await until(lambda: bool(c.trouble))
         with pytest.raises(PeerLost, match="both ends need keys or neither"):
             await c.request(LEASE_REQUEST, timeout_s=0.02)
         await until(lambda: s.link_status()["refused_connections"].get("speaks without a key", 0) >= 1)
@@ -206,7 +207,7 @@ async def test_only_learners_keys_get_to_a_learners_socket(tmp_path: Path, serve
     ):
         await good.send(closed(1))
         await good.drain(timeout_s=PATIENCE_S)
-        await until(lambda: "refused our key" in bad._trouble)
+        await until(lambda: "refused our key" in bad.trouble)
         assert set(s.peers) == {"client/learner" if own else "big/learner"}
         assert set(s.link_status()["refused_connections"]) == {"is no learner's key"}
 
@@ -262,7 +263,7 @@ async def test_another_key_that_claims_a_peers_very_routing_id_and_session_gets_
         for i in range(3):
             await victim.send(closed(i))
         await victim.drain(timeout_s=PATIENCE_S)
-        session = s._by_name["host-b/actor-0"]
+        session = session_of(s, "host-b/actor-0")
         async with raw_dealer(s.endpoint, session.routing_id, keys=c, reconnect_ivl=-1) as thief:
             next_one = link_frame(SEND, session.nonce, 3, 3)
             await thief.send_multipart([next_one, *codec.encode(closed(666))])
@@ -271,7 +272,7 @@ async def test_another_key_that_claims_a_peers_very_routing_id_and_session_gets_
         for i in range(3, 20):
             await within(victim.send(closed(i)))
         await victim.drain(timeout_s=PATIENCE_S)
-        assert s._by_name["host-b/actor-0"] is session
+        assert session_of(s, "host-b/actor-0") is session
         assert victim.stats.acked == 20
     assert notes.got == {"host-b/actor-0": list(range(20))}
 
@@ -282,14 +283,14 @@ async def test_another_key_cannot_have_a_peers_session_replaced(tmp_path: Path, 
     async with server(notes, settings=keyed(server_keys)) as s, client(s.endpoint, keyed(b)) as victim:
         await victim.send(closed(0))
         await victim.drain(timeout_s=PATIENCE_S)
-        nonce = s._by_name["host-b/actor-0"].nonce
+        nonce = session_of(s, "host-b/actor-0").nonce
         async with raw_dealer(s.endpoint, b"actor-0", keys=c) as thief:
             # A life of its own under the victim's number, replaced by its next one.
             for session in (nonce, nonce ^ 1, nonce):
                 await thief.send_multipart([link_frame(PING, session), b""])
-            await until(lambda: ("host-c", nonce) in s._replaced)
+            await until(lambda: s.sessions.was_replaced("host-c", nonce))
         # As after a long silence: the victim has to be taken up anew.
-        s._forget(s._by_name["host-b/actor-0"])
+        s.sessions.forget(session_of(s, "host-b/actor-0"))
         await victim.send(closed(1))
         await victim.drain(timeout_s=PATIENCE_S)
         # The handler has no reply to it; that it is told so will do.
@@ -306,13 +307,13 @@ async def test_one_key_cannot_use_up_the_table_of_peers(
     async with server(buffer, settings=keyed(server_keys)) as s, client(s.endpoint, keyed(b)) as good:
 
         def heard(count: int) -> bool:
-            return len(s.peers) + s.refused_peers >= count
+            return len(s.peers) + s.sessions.refused >= count
 
         for i in range(5):
             async with raw_dealer(s.endpoint, b"name-%d" % i, keys=c) as stranger:
                 await stranger.send_multipart([link_frame(PING), b""])
                 await until(partial(heard, i + 1))
-        await until(lambda: s.refused_peers == 2)
+        await until(lambda: s.sessions.refused == 2)
         # The older ones, of which nothing of use came, made way; those of another key had no part in it.
         assert {name for name in s.peers if name.startswith("host-c/")} == {f"host-c/name-{i}" for i in (2, 3, 4)}
         await good.send(closed(1))
@@ -335,7 +336,7 @@ async def test_a_key_that_is_taken_away_is_out_at_once_and_back_when_it_is_back(
         await until(lambda: not s.peers)
         assert "buffer shuts out host-b/actor-0: its key was taken away" in caplog.text
         await c.send(closed(1))
-        await until(lambda: "refused our key" in c._trouble)
+        await until(lambda: "refused our key" in c.trouble)
         assert not c.connected
         assert buffer.got == [0]
         allow(server_keys, theirs, "host-b")
@@ -400,7 +401,7 @@ async def test_a_new_key_in_a_files_place_is_that_peer_and_the_old_one_is_out(
             await new.send(closed(1))
             await new.drain(timeout_s=PATIENCE_S)
             # By its name or by its key, whichever the server comes to first.
-            await until(lambda: old._failure is not None or "key" in old._trouble)
+            await until(lambda: old._failure is not None or "key" in old.trouble)
             with contextlib.suppress(PeerLost):
                 await old.send(closed(2))
             await new.send(closed(3))

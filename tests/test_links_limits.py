@@ -17,8 +17,7 @@ from atpo_async.core.errors import BadMessage, PeerLost
 from atpo_async.links.announcements import Announcer, Listener
 from atpo_async.links.client import Client
 from atpo_async.links.frames import ACK, LINK, PING, PONG, REPLY, REQUEST, SEND, SENDS, worth_a_line
-from atpo_async.links.server import Server
-from atpo_async.links.server import server as link_server
+from atpo_async.links.server import Server, sends
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
 from atpo_async.wire.records import pack
@@ -35,6 +34,7 @@ from tests.links_support import (
     link_frame,
     raw_dealer,
     server,
+    session_of,
     until,
     within,
 )
@@ -97,7 +97,7 @@ async def test_a_function_that_waits_only_now_and_then_keeps_the_order() -> None
 async def test_a_plain_function_that_fails_is_run_again_and_what_comes_after_waits(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(link_server, "RETRY_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(sends, "RETRY_PAUSES_S", (0.0, 0.0))
     attempts: list[int] = []
     refused: list[str] = []
 
@@ -135,10 +135,10 @@ async def test_closing_a_server_leaves_no_handler_half_begun() -> None:
             # Woken in the very turn of the loop in which the handler was called: its task has not run yet.
             async with asyncio.timeout(PATIENCE_S):
                 await begun.wait()
-            session = s._by_name["actor-0"]
+            sends = session_of(s, "actor-0").sends
             await s.close()
-            assert (session.handled, len(session.queue)) == (0, 1)
-        del session, s
+            assert (sends.handled, len(sends.queue)) == (0, 1)
+        del sends, s
         gc.collect()
     assert not [warning for warning in warned if "never awaited" in str(warning.message)]
 
@@ -198,7 +198,7 @@ async def test_a_peer_that_asks_and_does_not_read_gets_no_more_than_a_queue_of_r
         # Others are served meanwhile, and by then all of it has been read.
         reply = await c.request(m.ChunkRequest(run="r", version=0, index=0), timeout_s=PATIENCE_S)
         assert reply.data.nbytes == 900_000
-        await until(lambda: "stranger" in s.peers and s._by_name["stranger"].expected == 0)
+        await until(lambda: "stranger" in s.peers and session_of(s, "stranger").sends.expected == 0)
         while await stranger.poll(500):
             got = await stranger.recv_multipart()
             assert LINK.unpack(got[0])[1] == REPLY
@@ -281,7 +281,7 @@ async def test_a_peer_that_says_nothing_of_use_costs_a_session_and_no_more() -> 
     async with server(buffer) as s, raw_dealer(s.endpoint) as stranger:
         for _ in range(100):
             await stranger.send_multipart([link_frame(PING), b""])
-        await until(lambda: s.link_status()["peers"] and s._by_name["stranger"].expected == 0)
+        await until(lambda: s.link_status()["peers"] and session_of(s, "stranger").sends.expected == 0)
         (peer,) = s.link_status()["peers"]
         assert (peer["queued"], peer["queued_bytes"], peer["unsettled"], peer["requests"]) == (0, 0, 0, [])
 

@@ -17,7 +17,7 @@ from atpo_async.links.client import Client
 from atpo_async.links.frames import LINK, PING, REPLY, REQUEST
 from atpo_async.links.server import Server, sessions
 from atpo_async.links.server.outbox import ALL_PEERS, Outbox
-from atpo_async.links.server.sessions import Session, find_room
+from atpo_async.links.server.sessions import Session, admission
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
 from tests.links_support import (
@@ -45,16 +45,16 @@ class Tracker:
 
 def test_one_peer_has_no_more_on_its_way_than_its_bound_but_for_a_single_message() -> None:
     outbox = Outbox(100)
-    assert outbox.has_room(b"a", 250)
+    assert outbox.has_space(b"a", 250)
     first = Tracker()
     outbox.add(b"a", [first], 250)
-    assert not outbox.has_room(b"a", 1)
-    assert outbox.has_room(b"b", 60)
+    assert not outbox.has_space(b"a", 1)
+    assert outbox.has_space(b"b", 60)
     outbox.add(b"b", [Tracker()], 60)
-    assert outbox.has_room(b"b", 40)
-    assert not outbox.has_room(b"b", 41)
+    assert outbox.has_space(b"b", 40)
+    assert not outbox.has_space(b"b", 41)
     first.done = True
-    assert outbox.has_room(b"a", 100)
+    assert outbox.has_space(b"a", 100)
     assert (outbox.unsent(b"a"), outbox.unsent(b"b"), outbox.unsent_bytes, outbox.most_unsent_bytes) == (0, 60, 60, 310)
 
 
@@ -63,18 +63,18 @@ def test_all_peers_together_are_bounded_and_who_has_nothing_on_its_way_is_the_la
     trackers = [Tracker() for _ in range(2 * ALL_PEERS)]
     for i in range(ALL_PEERS):
         outbox.add(b"%d" % i, [trackers[i]], 90)
-    assert outbox.has_room(b"0", 10)
+    assert outbox.has_space(b"0", 10)
     outbox.add(b"more", [trackers[ALL_PEERS]], 40)
     assert outbox.unsent_bytes == ALL_PEERS * 100
-    assert not outbox.has_room(b"1", 5)
+    assert not outbox.has_space(b"1", 5)
     for i in range(ALL_PEERS + 1, 2 * ALL_PEERS):
-        assert outbox.has_room(b"%d" % i, 100)
+        assert outbox.has_space(b"%d" % i, 100)
         outbox.add(b"%d" % i, [trackers[i]], 100)
-    assert outbox.has_room(b"new", 100)
-    assert not outbox.has_room(b"new", 101)
+    assert outbox.has_space(b"new", 100)
+    assert not outbox.has_space(b"new", 101)
     for tracker in trackers:
         tracker.done = True
-    assert outbox.has_room(b"1", 100)
+    assert outbox.has_space(b"1", 100)
     assert outbox.look() == 0
 
 
@@ -232,7 +232,7 @@ def test_who_never_sent_anything_of_use_makes_way_first_then_who_is_gone_the_lon
     alive = [session(i, useful=True) for i in range(3)]
 
     def victim(*others: Session, owner: str = "") -> tuple[str | None, str]:
-        found, full = find_room([*alive, *others], owner, 100.0, heartbeat_s=2.0)
+        found, full = admission([*alive, *others], owner, now=100.0, heartbeat_s=2.0)
         return (None if found is None else found.name), full
 
     assert victim() == (None, "")
@@ -240,17 +240,17 @@ def test_who_never_sent_anything_of_use_makes_way_first_then_who_is_gone_the_lon
     assert victim(session(8, useful=True, silent_s=9.0)) == (None, "the table of peers is full: 4, all of them alive")
     assert victim(session(8, useful=True, silent_s=11.0), session(9, useful=True, silent_s=30.0)) == ("9", "")
     busy = session(8, silent_s=30.0)
-    busy.handled = 1  # and not settled
+    busy.sends.handled = 1  # and not settled
     assert victim(busy)[0] is None
 
 
 @pytest.mark.usefixtures("small_table")
 def test_with_keys_a_key_makes_way_for_itself_alone() -> None:
     greedy = [session(i, owner="b") for i in range(2)]
-    assert find_room([*greedy, session(7, owner="c")], "b", 100.0, 2.0) == (greedy[0], "")
-    assert find_room([*greedy, session(7, owner="c")], "c", 100.0, 2.0) == (None, "")
+    assert admission([*greedy, session(7, owner="c")], "b", now=100.0, heartbeat_s=2.0) == (greedy[0], "")
+    assert admission([*greedy, session(7, owner="c")], "c", now=100.0, heartbeat_s=2.0) == (None, "")
     alive = [session(i, owner="b", useful=True) for i in range(2)]
-    assert find_room(alive, "b", 100.0, 2.0) == (
+    assert admission(alive, "b", now=100.0, heartbeat_s=2.0) == (
         None,
         "the table of peers is full: 2 of the key 'b', all of them alive",
     )

@@ -10,7 +10,7 @@ import pytest
 
 from atpo_async.core.errors import BadMessage
 from atpo_async.links.frames import ACK, PING, PONG, REFUSE, SEND
-from atpo_async.links.server import server as link_server
+from atpo_async.links.server import acknowledgements
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
 from tests.links_support import (
@@ -104,7 +104,7 @@ async def test_what_a_stranger_sends_past_the_window_is_dropped_while_nothing_se
 async def test_a_settling_that_fails_is_tried_again_and_acknowledges_nothing_until_it_works(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(link_server, "RETRY_PAUSES_S", (0.0,))
+    monkeypatch.setattr(acknowledgements, "SETTLE_PAUSES_S", (0.0,))
     buffer = Buffer()
     disk = Disk(buffer)
     disk.failures = 5

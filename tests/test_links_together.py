@@ -170,6 +170,6 @@ async def test_several_in_one_are_not_more_than_a_client_may_have_under_way() ->
         await stranger.send_multipart([link_frame(PING, a=10 * MAX_SENDS, b=0)])
         while (told := LINK.unpack((await within(stranger.recv_multipart()))[0]))[1] != PONG:
             assert told[1] == ACK
-        assert told[4] == s._max_ahead
-        assert s.peers["stranger"].queued <= s._max_ahead
+        assert told[4] == s._sends.max_ahead
+        assert s.peers["stranger"].queued <= s._sends.max_ahead
         buffer.open.set()

@@ -390,13 +390,13 @@ def test_what_a_link_says_is_shown_and_counts_as_waiting_for_its_peer(
         "window": 256,
         "unacked": 256,
         "trouble": "",
-        "waits": [{"what": "Turn waits for room in a window of 256", "since_s": 41.0}],
+        "waits": [{"what": "Turn waits for space in a window of 256", "since_s": 41.0}],
     }
     put(run, status("actor-0", links={"actor-0 -> buffer": link}), status("buffer", phase="serving"))
     text = told(capsys, run)
     assert "actor-0 -> buffer: peer buffer, window 256, unacked 256" in text
     assert "trouble" not in text
-    assert "→ actor-0 waits 41 s for Turn: room in a window of 256 from buffer" in text
+    assert "→ actor-0 waits 41 s for Turn: space in a window of 256 from buffer" in text
 
 
 def test_an_actor_that_joined_by_address_is_in_the_table(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

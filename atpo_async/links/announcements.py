@@ -1,4 +1,4 @@
-"""Announcements: one tells, whoever listens now may hear."""
+"""Announcements: what one end publishes reaches whoever listens at that moment, and may be missed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import zmq
 
 from atpo_async.config import LinksConfig
 from atpo_async.core.errors import BadMessage
+from atpo_async.links.binding import BindingLink
+from atpo_async.links.connecting import ConnectingLink
 from atpo_async.links.frames import encode_within, worth_a_line
-from atpo_async.links.sockets import BindingLink, ConnectingLink, Context, Pump, Socket
+from atpo_async.links.pump import Context, Pump, Socket
 from atpo_async.wire import codec
 
 log = logging.getLogger("atpo.links")
@@ -28,16 +30,7 @@ _BEAT = [b""]
 class Announcer(BindingLink):
     """PUB: tells whoever listens now.  Nothing may depend on an announcement being heard."""
 
-    def __init__(
-        self,
-        endpoint: str,
-        *,
-        settings: LinksConfig,
-        former_port: int = 0,
-        setting: str = "the port in [links]",
-    ) -> None:
-        super().__init__(endpoint, settings, former_port=former_port, setting=setting)
-        self._pub: Socket | None = None
+    _pub: Socket | None = None
 
     def _open(self, context: Context) -> None:
         self._pub = self._socket(context, zmq.PUB)
@@ -67,7 +60,7 @@ class Announcer(BindingLink):
             "name": "announcements",
             "endpoint": self.endpoint,
             "keys": self._keys is not None,
-            "refused_connections": dict(self._refusals.counts),
+            "refused_connections": dict(self._refused.counts),
         }
 
     async def publish(self, message: Any) -> None:
@@ -113,12 +106,9 @@ class Listener(ConnectingLink):
         return {
             "kind": "listener",
             "name": "announcements",
-            "endpoint": self.endpoint,
-            "keys": self.settings.keys_dir is not None,
-            "connected": self._connected,
-            "trouble": self._trouble,
             "unread": len(self._unread),
             "bad": self.bad_messages,
+            **self.connection_status(),
         }
 
     def _on_frames(self, frames: list[codec.Buffer], _: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import struct
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,10 @@ import zmq
 
 from atpo_async.config import LinksConfig
 from atpo_async.core.errors import AtpoError, BadMessage, PeerLost, SetupError
+from atpo_async.links.client.requests import PendingRequest, PendingRequests
+from atpo_async.links.client.waits import Wait, Waits
+from atpo_async.links.client.window import SendWindow
+from atpo_async.links.connecting import ConnectingLink
 from atpo_async.links.frames import (
     ACK,
     DENIED,
@@ -22,7 +27,6 @@ from atpo_async.links.frames import (
     LINK,
     MAGIC,
     MAX_NAME_BYTES,
-    MAX_SENDS,
     PING,
     PONG,
     REFUSE,
@@ -31,11 +35,10 @@ from atpo_async.links.frames import (
     REQUEST,
     SEND,
     SENDS,
-    SENDS_BYTES,
     encode_within,
     worth_a_line,
 )
-from atpo_async.links.sockets import ConnectingLink, Context, Pump
+from atpo_async.links.pump import Context, Pump
 from atpo_async.wire import codec
 from atpo_async.wire.messages import Refused
 from atpo_async.wire.records import pack
@@ -51,32 +54,12 @@ class LinkStats:
     """Counters of a client since it was opened."""
 
     waited_s: float
-    """Summed over senders: time that send() waited for room in the window."""
+    """Summed over senders: time that send() waited for the window."""
     sent: int
     acked: int
     resent: int
     unacked: int
     refused: int
-
-
-@dataclass(slots=True, eq=False)
-class _Wait:
-    """Somebody waits: for the log, and so that a loss can end it early."""
-
-    what: str
-    since: float
-    timeout: asyncio.Timeout
-    for_room: bool
-    reported_s: float = 0.0
-
-
-@dataclass(slots=True)
-class _Pending:
-    what: str
-    since: float
-    frames: list[codec.Buffer]
-    answer: asyncio.Future[Any]
-    transmitted: bool = False
 
 
 class Client(ConnectingLink):
@@ -114,64 +97,48 @@ class Client(ConnectingLink):
         self._receives = receives | Refused
         self._session = secrets.randbits(64)
         self._pump: Pump | None = None
-        self._heard_at = self._now()
+        self._window = SendWindow(settings.window)
+        self._requests = PendingRequests(settings.window)
+        self._waits = Waits()
+        self._heard_at = time.monotonic()
         self._owed_since = 0.0
+        """Since when the server owes us a sign of life."""
         self._failure: AtpoError | None = None
-        self._waits: set[_Wait] = set()
-        # Sends.  base <= cursor <= next; those from base on are kept, those from cursor on are not on the wire.
-        self._kept: dict[int, tuple[Any, list[codec.Buffer]]] = {}
-        self._base = self._cursor = self._next = 0
-        self._furthest = 0
-        self._fresh_bytes = 0
-        """Of messages sent since some were put on the wire."""
         self._transmitting = False
-        """Whether that is about to happen."""
-        self._refusals: dict[int, str] = {}
-        self._room = asyncio.Semaphore(settings.window)
-        self._all_acked = asyncio.Event()
-        self._all_acked.set()
-        # Requests.
-        self._pending: dict[int, _Pending] = {}
-        self._next_request = 0
-        self._request_room = asyncio.Semaphore(settings.window)
-        self._waited_s = 0.0
-        self._acked = self._resent = self._refused = self._bad = 0
+        """Whether what is not on the wire is about to be put there."""
+        self._bad = 0
         self._is_full = False
-        """The server has no room for us."""
+        """The server takes no further clients."""
         self._full_count = 0
 
     @property
     def stats(self) -> LinkStats:
-        now = self._now()
+        window = self._window
         return LinkStats(
-            waited_s=self._waited_s + sum(now - w.since for w in self._waits.copy() if w.for_room),
-            sent=self._next,
-            acked=self._acked,
-            resent=self._resent,
-            unacked=len(self._kept),
-            refused=self._refused,
+            waited_s=self._waits.for_window_s,
+            sent=window.end,
+            acked=window.acked,
+            resent=window.resent,
+            unacked=len(window),
+            refused=window.refused,
         )
 
     @property
     def silent_s(self) -> float:
         """Since the server's last sign of life."""
-        return self._now() - self._heard_at
+        return time.monotonic() - self._heard_at
 
     @property
     def title(self) -> str:
         return f"{self.identity} to {self.peer}"
 
     def link_status(self) -> dict[str, Any]:
-        now = self._now()
+        now = time.monotonic()
         stats = self.stats
         return {
             "kind": "client",
             "name": self.identity,
             "peer": self.peer,
-            "endpoint": self.endpoint,
-            "keys": self.settings.keys_dir is not None,
-            "connected": self._connected,
-            "trouble": self._trouble,
             "failure": "" if self._failure is None else str(self._failure),
             "silent_s": now - self._heard_at,
             "window": self.settings.window,
@@ -182,42 +149,43 @@ class Client(ConnectingLink):
             "refused": stats.refused,
             "bad": self._bad,
             "waited_s": stats.waited_s,
-            "requests": [{"what": p.what, "since_s": now - p.since} for p in list(self._pending.values())],
-            "waits": [{"what": w.what, "since_s": now - w.since} for w in self._waits.copy()],
+            "requests": [{"what": p.what, "since_s": now - p.since} for p in self._requests],
+            "waits": [{"what": w.what, "since_s": now - w.since} for w in self._waits],
+            **self.connection_status(),
         }
 
+    # --- for the owner
+
     async def send(self, message: Any) -> None:
-        """Send at least once.  Waits for: room in the window.  Unblocked by: the server's acknowledgements.
+        """Send at least once.  Waits for: a place in the window.  Unblocked by: the server's acknowledgements.
 
         Returns when the message is kept and on its way, not when it is acknowledged; see ``drain``.
 
         Raises:
-            PeerLost: there was no room for ``give_up_s``, or the server is silent for that long.
+            PeerLost: there was no place for ``give_up_s``, or the server is silent for that long.
             BadMessage: the message is none or too large.
         """
         frames = encode_within(message, self._limits)
         if self._failure is not None:
             raise self._failure
-        if self._room.locked():
+        places = self._window.places
+        if places.locked():
             await self._wait(
-                self._room.acquire(),
-                what=f"{type(message).__name__} waits for room in a window of {self.settings.window}",
+                places.acquire(),
+                what=f"{type(message).__name__} waits for space in a window of {self.settings.window}",
                 timeout_s=self.settings.give_up_s,
-                for_room=True,
+                for_window=True,
             )
         else:
             # Does not suspend: the semaphore is free.
-            await self._room.acquire()
-        self._note_owed()
-        self._kept[self._next] = (message, frames)
-        self._next += 1
-        self._all_acked.clear()
+            await places.acquire()
+        self._expect_a_sign()
         # What is sent before the loop goes round travels together, unless that is as much as travels together.
-        self._fresh_bytes += len(frames[0]) + len(frames[1])
-        if self._fresh_bytes >= SENDS_BYTES or self._next - self._cursor >= MAX_SENDS:
+        if self._window.add(message, frames):
             self._transmit()
-        else:
-            self._transmit_soon()
+        elif not self._transmitting:
+            self._transmitting = True
+            asyncio.get_running_loop().call_soon(self._transmit)
 
     async def request(self, message: Any, *, timeout_s: float) -> Any:
         """The server's reply, which may be ``Refused``.  Waits for: its handler.  Unblocked by: the reply.
@@ -229,10 +197,11 @@ class Client(ConnectingLink):
         frames = encode_within(message, self._limits)
         if self._failure is not None:
             raise self._failure
+        what = type(message).__name__
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         return await self._wait(
-            self._exchange(_Pending(type(message).__name__, self._now(), frames, answer)),
-            what=f"{type(message).__name__} waits for its reply",
+            self._exchange(PendingRequest(what, time.monotonic(), frames, answer)),
+            what=f"{what} waits for its reply",
             timeout_s=timeout_s,
         )
 
@@ -240,10 +209,21 @@ class Client(ConnectingLink):
         """Wait until everything sent is acknowledged or refused.  Raises PeerLost after ``timeout_s``."""
         if self._failure is not None:
             raise self._failure
-        if self._kept:
-            await self._wait(self._all_acked.wait(), what="drain waits for acknowledgements", timeout_s=timeout_s)
+        if len(self._window):
+            await self._wait(self._window.all_done.wait(), what="drain waits for acknowledgements", timeout_s=timeout_s)
 
-    # --- internals
+    async def _exchange(self, pending: PendingRequest) -> Any:
+        async with self._requests.places:
+            self._expect_a_sign()
+            request_id = self._requests.add(pending)
+            try:
+                # With the sends before it, which it must not overtake.
+                self._transmit()
+                return await pending.answer
+            finally:
+                self._requests.remove(request_id)
+
+    # --- opening and closing
 
     def _open(self, context: Context) -> None:
         socket = self._socket(context, zmq.DEALER)
@@ -254,14 +234,16 @@ class Client(ConnectingLink):
         # The window bounds what is in flight.
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.RCVHWM, 0)
-        self._heard_at = self._now()
+        self._heard_at = time.monotonic()
         self._connect(socket)
         self._pump = Pump(socket, self._on_frames, self._transmit)
         self._spawn(self._beat(), f"{self.identity}->{self.peer} heartbeat")
 
     def _close_sockets(self) -> None:
-        if self._kept:
-            log.warning("%s closes with %d messages unacknowledged by %s", self.identity, len(self._kept), self._peer())
+        if len(self._window):
+            log.warning(
+                "%s closes with %d messages unacknowledged by %s", self.identity, len(self._window), self._peer()
+            )
         super()._close_sockets()
         if self._pump is not None:
             self._pump.close()
@@ -270,21 +252,17 @@ class Client(ConnectingLink):
     def _peer(self) -> str:
         return f"{self.peer} at {self.endpoint}" if self.endpoint else f"{self.peer}, which has not said where it is"
 
-    async def _wait(self, awaitable: Awaitable[Any], *, what: str, timeout_s: float, for_room: bool = False) -> Any:
-        wait = _Wait(what, self._now(), asyncio.timeout(timeout_s), for_room)
-        self._waits.add(wait)
+    # --- waits, and what ends them
+
+    async def _wait(self, awaitable: Awaitable[Any], *, what: str, timeout_s: float, for_window: bool = False) -> Any:
+        wait = self._waits.begin(what, timeout_s, for_window=for_window)
         try:
-            async with wait.timeout:
-                return await awaitable
+            return await self._waits.run(wait, awaitable)
         except TimeoutError:
             raise self._failure or PeerLost(self._explain(wait)) from None
-        finally:
-            self._waits.discard(wait)
-            if for_room:
-                self._waited_s += self._now() - wait.since
 
-    def _explain(self, wait: _Wait) -> str:
-        now = self._now()
+    def _explain(self, wait: Wait) -> str:
+        now = time.monotonic()
         state = "connected" if self._connected else "not connected"
         trouble = f", {self._trouble}" if self._trouble else ""
         return (
@@ -292,122 +270,78 @@ class Client(ConnectingLink):
             f"({state}, last sign of life {now - self._heard_at:.1f} s ago{trouble})"
         )
 
-    def _note_owed(self) -> None:
+    def _expect_a_sign(self) -> None:
         """From now on the server owes us a sign of life; before, its silence did not matter."""
-        if not self._kept and not self._pending:
-            self._owed_since = self._now()
+        if not len(self._window) and not len(self._requests):
+            self._owed_since = time.monotonic()
 
     def _fail(self, failure: AtpoError) -> None:
         """For good: everybody who waits, and whoever calls from now on, gets ``failure``."""
         self._failure = self._failure or failure
-        self._end_waits()
-
-    def _end_waits(self) -> None:
-        for wait in self._waits:
-            wait.timeout.reschedule(self._now())
-
-    async def _exchange(self, pending: _Pending) -> Any:
-        async with self._request_room:
-            self._note_owed()
-            request_id = self._next_request
-            self._next_request += 1
-            self._pending[request_id] = pending
-            try:
-                # With the sends before it, which it must not overtake.
-                self._transmit()
-                return await pending.answer
-            finally:
-                del self._pending[request_id]
-
-    def _link(self, kind: int, a: int = 0, b: int = 0) -> bytes:
-        return LINK.pack(MAGIC, kind, self._session, a, b)
-
-    def _transmit_soon(self) -> None:
-        if not self._transmitting:
-            self._transmitting = True
-            asyncio.get_running_loop().call_soon(self._transmit)
-
-    def _transmit(self) -> None:
-        """Put on the wire, in order, what is not there; stops when the socket takes no more (no connection)."""
-        self._transmitting = False
-        self._fresh_bytes = 0
-        pump = self._pump
-        if pump is None or pump.closed:
-            return
-        while self._cursor < self._next:
-            together = self._next_together()
-            kind, frames = (SEND, together[0]) if len(together) == 1 else (SENDS, [pack(*together)])
-            if not pump.send((self._link(kind, self._cursor, self._base), *frames)):
-                return
-            self._cursor += len(together)
-            self._resent += min(len(together), max(0, self._furthest - self._cursor + len(together)))
-            self._furthest = max(self._furthest, self._cursor)
-        for request_id, pending in self._pending.items():
-            if not pending.transmitted and not self._transmit_request(request_id, pending):
-                return
-
-    def _next_together(self) -> list[list[codec.Buffer]]:
-        """Frames of the messages from the cursor on that go into one."""
-        found: list[list[codec.Buffer]] = []
-        room = SENDS_BYTES
-        for seq in range(self._cursor, min(self._next, self._cursor + MAX_SENDS)):
-            frames = self._kept[seq][1]
-            room -= len(frames[0]) + len(frames[1])
-            if room < 0 and found:
-                break
-            found.append(frames)
-        return found
-
-    def _transmit_request(self, request_id: int, pending: _Pending) -> bool:
-        floor = next(iter(self._pending))
-        if self._pump is None or self._pump.closed:
-            return False
-        pending.transmitted = self._pump.send((self._link(REQUEST, request_id, floor), *pending.frames))
-        return pending.transmitted
-
-    def _on_connected(self) -> None:
-        self._start_over()
-
-    def _on_lost(self) -> None:
-        log.info("%s lost its connection to %s; it goes on trying", self.identity, self._peer())
-
-    def _start_over(self) -> None:
-        """Everything that is not acknowledged or answered goes out again."""
-        self._cursor = self._base
-        for pending in self._pending.values():
-            pending.transmitted = False
-        self._transmit()
-
-    def _ping(self) -> None:
-        if self._pump is not None and not self._pump.closed:
-            ids = [i for i, pending in self._pending.items() if pending.transmitted]
-            self._pump.send((self._link(PING, self._cursor, self._base), struct.pack(f"<{len(ids)}Q", *ids)))
+        self._waits.end()
 
     async def _beat(self) -> None:
         """Ping, and look at who has waited too long.  Waits for: the clock.  Ended by: close()."""
         while True:
             await asyncio.sleep(self.settings.heartbeat_s)
             self._ping()
-            self._report_waits()
+            for wait in self._waits.overdue(self.settings.deadline_s):
+                log.warning("%s", self._explain(wait))
+            self._give_up_in_time()
             self._renew(f"{self.identity}'s to {self._peer()}")
 
-    def _report_waits(self) -> None:
-        now, settings = self._now(), self.settings
-        for wait in self._waits:
-            waited_s = now - wait.since
-            if waited_s - wait.reported_s > settings.deadline_s:
-                wait.reported_s = waited_s
-                log.warning("%s", self._explain(wait))
-        silent_s = now - max(self._heard_at, self._owed_since)
-        if (self._kept or self._pending) and silent_s > settings.give_up_s and self._failure is None:
-            trouble = f" ({self._trouble})" if self._trouble else ""
-            self._fail(
-                PeerLost(
-                    f"{self.identity} gives up on {self._peer()}: no sign of life for {silent_s:.1f} s with "
-                    f"{len(self._kept)} messages unacknowledged and {len(self._pending)} requests open{trouble}"
-                )
+    def _give_up_in_time(self) -> None:
+        unacked, requests = len(self._window), len(self._requests)
+        silent_s = time.monotonic() - max(self._heard_at, self._owed_since)
+        if not (unacked or requests) or silent_s <= self.settings.give_up_s or self._failure is not None:
+            return
+        trouble = f" ({self._trouble})" if self._trouble else ""
+        self._fail(
+            PeerLost(
+                f"{self.identity} gives up on {self._peer()}: no sign of life for {silent_s:.1f} s with "
+                f"{unacked} messages unacknowledged and {requests} requests open{trouble}"
             )
-            log.error("%s", self._failure)
+        )
+        log.error("%s", self._failure)
+
+    # --- what goes out
+
+    def _link(self, kind: int, a: int = 0, b: int = 0) -> bytes:
+        return LINK.pack(MAGIC, kind, self._session, a, b)
+
+    def _transmit(self) -> None:
+        """Put on the wire, in order, what is not there; stops when the socket takes no more (no connection)."""
+        self._transmitting = False
+        window, pump = self._window, self._pump
+        window.begin_transmission()
+        if pump is None or pump.closed:
+            return
+        while together := window.next_together():
+            kind, frames = (SEND, together[0]) if len(together) == 1 else (SENDS, [pack(*together)])
+            if not pump.send((self._link(kind, window.cursor, window.base), *frames)):
+                return
+            window.advance(len(together))
+        for request_id, pending in self._requests.untransmitted():
+            pending.transmitted = pump.send((self._link(REQUEST, request_id, self._requests.floor), *pending.frames))
+            if not pending.transmitted:
+                return
+
+    def _ping(self) -> None:
+        if self._pump is not None and not self._pump.closed:
+            ids = self._requests.on_the_wire()
+            link = self._link(PING, self._window.cursor, self._window.base)
+            self._pump.send((link, struct.pack(f"<{len(ids)}Q", *ids)))
+
+    def _on_connected(self) -> None:
+        # Everything that is not acknowledged or answered goes out again.
+        self._window.start_over()
+        self._requests.start_over()
+        self._transmit()
+
+    def _on_lost(self) -> None:
+        log.info("%s lost its connection to %s; it goes on trying", self.identity, self._peer())
+
+    # --- what comes in
 
     def _on_frames(self, frames: list[codec.Buffer], _: str) -> None:
         try:
@@ -422,9 +356,9 @@ class Client(ConnectingLink):
             return
         self._silent_beats = 0
         if kind == FULL and session == self._session:
-            self._on_full(bytes(frames[1]).decode(errors="replace") if len(frames) > 1 else "")
+            self._on_full(_text(frames))
             return
-        self._heard_at = self._now()
+        self._heard_at = time.monotonic()
         if session != self._session:
             return
         if self._is_full:
@@ -434,8 +368,8 @@ class Client(ConnectingLink):
         elif kind == REPLY:
             self._on_reply(a, frames[1:])
         elif kind == REFUSE:
-            if self._base <= a < self._next and len(frames) > 1:
-                self._refusals[a] = bytes(frames[1]).decode(errors="replace")
+            if len(frames) > 1:
+                self._window.note_refusal(a, _text(frames))
         elif kind == PONG:
             self._on_pong(a, b, frames[1] if len(frames) > 1 else b"")
         elif kind == DENIED:
@@ -448,7 +382,7 @@ class Client(ConnectingLink):
             self._close_sockets()
 
     def _on_full(self, reason: str) -> None:
-        """The server has no room for us: no sign of life, and we go on asking with every heartbeat."""
+        """The server takes no further clients: that is no sign of life, and we go on asking with every heartbeat."""
         self._is_full, self._trouble = True, f"it takes no further clients: {reason}"
         self._full_count += 1
         if worth_a_line(self._full_count):
@@ -464,15 +398,10 @@ class Client(ConnectingLink):
 
     def _on_ack(self, handled: int) -> None:
         """Everything below ``handled`` has been handled."""
-        if not self._base < handled <= self._next:
-            return
-        for seq in range(self._base, handled):
-            message, _ = self._kept.pop(seq)
-            self._room.release()
-            if (reason := self._refusals.pop(seq, None)) is None:
-                self._acked += 1
+        done = self._window.acknowledge(handled)
+        for message, reason in done:
+            if reason is None:
                 continue
-            self._refused += 1
             log.warning("%s refused %s of %s: %s", self._peer(), type(message).__name__, self.identity, reason)
             if self.on_refused is not None:
                 try:
@@ -480,16 +409,12 @@ class Client(ConnectingLink):
                 # The rest of this acknowledgement must be taken whatever the owner makes of the refusal.
                 except Exception:
                     log.exception("on_refused of %s failed", self.identity)
-        self._base = handled
-        self._cursor = max(self._cursor, handled)
-        if not self._kept:
-            self._all_acked.set()
-        if self.on_acked is not None:
+        if done and self.on_acked is not None:
             self.on_acked(handled)
 
     def _on_reply(self, request_id: int, frames: list[codec.Buffer]) -> None:
-        pending = self._pending.get(request_id)
-        if pending is None or pending.answer.done():
+        pending = self._requests.waiting_for(request_id)
+        if pending is None:
             return
         try:
             pending.answer.set_result(codec.decode(frames, self._receives, limits=self._limits))
@@ -498,15 +423,13 @@ class Client(ConnectingLink):
             pending.answer.set_exception(BadMessage(f"reply of {self._peer()}: {exc}"))
 
     def _on_pong(self, cursor: int, expected: int, again: codec.Buffer) -> None:
-        """When our ping came, the server had taken the sends below ``expected``.
-
-        The ping left after those below ``cursor``, and messages of one connection keep their order, so what is
-        missing was lost.
-        """
-        if self._base <= expected < cursor <= self._cursor:
-            self._cursor = expected
+        """When our ping came, the server had taken the sends below ``expected``, and did not know ``again``."""
+        self._window.go_back(expected, cursor)
         if len(again) % 8 == 0:
-            for (request_id,) in struct.iter_unpack("<Q", again):
-                if (pending := self._pending.get(request_id)) is not None:
-                    pending.transmitted = False
+            self._requests.repeat(request_id for (request_id,) in struct.iter_unpack("<Q", again))
         self._transmit()
+
+
+def _text(frames: list[codec.Buffer]) -> str:
+    """What stands in the second frame."""
+    return bytes(frames[1]).decode(errors="replace") if len(frames) > 1 else ""

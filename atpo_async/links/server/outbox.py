@@ -57,7 +57,7 @@ class Outbox:
             self.unsent(peer)
         return self.unsent_bytes
 
-    def has_room(self, peer: bytes, nbytes: int) -> bool:
+    def has_space(self, peer: bytes, nbytes: int) -> bool:
         """Whether so much more may be sent to a peer now."""
         unsent = self.unsent(peer)
         if unsent and unsent + nbytes > self.peer_bytes:

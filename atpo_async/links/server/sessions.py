@@ -1,17 +1,21 @@
-"""A server's clients: one life of one of them, and who makes way when there are too many."""
+"""A server's clients: one session for each life of one of them, and who makes way when there are too many."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from atpo_async.config import LinksConfig
+from atpo_async.links.frames import FULL, ID_SEPARATOR, REPLACED, worth_a_line
+from atpo_async.links.server.handling import BadMessages, Frames
 from atpo_async.wire import codec
 
-Frames = Sequence[codec.Buffer]
-"""Of one message."""
+log = logging.getLogger("atpo.links")
 
 MAX_PEERS = 4096
 MAX_PEERS_OF_A_KEY = 1024
@@ -21,13 +25,60 @@ GONE_BEATS = 5
 
 
 @dataclass(slots=True, eq=False)
-class Working:
+class Work:
     """A handler at work, or waiting for its turn: for the log."""
 
     what: str
     since: float
     reported_s: float = 0.0
     task: asyncio.Task[None] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class ReceivedSends:
+    """How far the sends of one client have come: base <= settled <= handled <= expected."""
+
+    base: int = 0
+    """The client knows that those below are handled."""
+    settled: int = 0
+    handled: int = 0
+    expected: int | None = None
+    """The next one; None until the client has said where it stands."""
+    queue: deque[tuple[Any, Frames]] = field(default_factory=deque)
+    """Sends that wait for the handler, each with its frames; BadMessage in place of one that could not be read."""
+    queued_bytes: int = 0
+    begun: Any = None
+    """What the handler's first attempt on the queue's first message came to: an awaitable, or its exception."""
+    refusals: dict[int, str] = field(default_factory=dict)
+    """Number -> reason, until the client knows of it."""
+    worker: asyncio.Task[None] | None = None
+    """Handles the queue while there is one."""
+    work: Work | None = None
+    due: bool = False
+    """An acknowledgement is about to be sent."""
+
+
+@dataclass(slots=True, eq=False)
+class OpenRequests:
+    """Requests of one client that are being worked on, or wait for it."""
+
+    work: dict[int, Work] = field(default_factory=dict)
+    """Of all of them."""
+    waiting: deque[tuple[int, Any, Frames]] = field(default_factory=deque)
+    """Those whose turn comes when earlier replies have left."""
+    waiting_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class RecentReplies:
+    """Replies to one client, until it says that it has them."""
+
+    frames: OrderedDict[int, list[codec.Buffer]] = field(default_factory=OrderedDict)
+    nbytes: int = 0
+    unsent: deque[int] = field(default_factory=deque)
+    """Requests whose replies wait until there is space on the way out."""
+    largest: int = 0
+    """Bytes; halves with every smaller one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,36 +94,21 @@ class Session:
     heard_at: float
     useful: bool = False
     """It has sent something that the handler took."""
-    # Sends: base <= settled <= handled <= expected.  None until the client has said where it stands.
-    expected: int | None = None
-    handled: int = 0
-    settled: int = 0
-    base: int = 0
-    queue: deque[tuple[Any, Frames]] = field(default_factory=deque)
-    queued_bytes: int = 0
-    begun: Any = None
-    """What the handler's first attempt on the queue's first message came to: an awaitable, or its exception."""
-    refusals: dict[int, str] = field(default_factory=dict)
-    worker: asyncio.Task[None] | None = None
-    working: Working | None = None
-    due: bool = False
-    # Requests.
-    requests: dict[int, Working] = field(default_factory=dict)
-    """Being worked on, and those that wait for it."""
-    waiting: deque[tuple[int, Any, Frames]] = field(default_factory=deque)
-    """Requests whose turn comes when earlier replies have left."""
-    waiting_bytes: int = 0
-    replies: OrderedDict[int, list[codec.Buffer]] = field(default_factory=OrderedDict)
-    reply_bytes: int = 0
-    held: deque[int] = field(default_factory=deque)
-    """Requests whose replies wait for room on the way out."""
-    largest_reply: int = 0
-    """Bytes; halves with every smaller one."""
+    sends: ReceivedSends = field(default_factory=ReceivedSends)
+    requests: OpenRequests = field(default_factory=OpenRequests)
+    replies: RecentReplies = field(default_factory=RecentReplies)
 
     @property
     def idle(self) -> bool:
         """Nothing of it is being worked on or left to acknowledge."""
-        return self.worker is None and self.settled == self.handled and not self.requests
+        sends = self.sends
+        return sends.worker is None and sends.settled == sends.handled and not self.requests.work
+
+    @property
+    def all_work(self) -> Iterator[Work]:
+        if self.sends.work is not None:
+            yield self.sends.work
+        yield from self.requests.work.values()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +126,28 @@ class PeerInfo:
     requests: int
     """Requests being worked on."""
 
+    @classmethod
+    def of(cls, session: Session, now: float) -> PeerInfo:
+        return cls(
+            identity=session.name,
+            silent_s=now - session.heard_at,
+            queued=len(session.sends.queue),
+            unsettled=session.sends.handled - session.sends.settled,
+            requests=len(session.requests.work),
+        )
 
-def find_room(sessions: Iterable[Session], owner: str, now: float, heartbeat_s: float) -> tuple[Session | None, str]:
-    """Who has to make way for a newcomer, and why there is no room, where there is none and nobody has to.
+
+class Admission(NamedTuple):
+    """Whether a newcomer is taken into the table of clients."""
+
+    evicted: Session | None
+    """Who makes way for it."""
+    refusal: str
+    """Why it is not taken; empty where it is."""
+
+
+def admission(sessions: Iterable[Session], owner: str, *, now: float, heartbeat_s: float) -> Admission:
+    """Whether one more client is taken, and who has to make way for it.  Pure.
 
     Those that never sent anything of use go first, the oldest of them; then those that have been silent for longer than
     any client of ours is, the longest silent first.
@@ -100,6 +155,8 @@ def find_room(sessions: Iterable[Session], owner: str, now: float, heartbeat_s: 
     Args:
         sessions: oldest first.
         owner: the newcomer's key; empty without keys.
+        now: of the clock of ``heard_at``.
+        heartbeat_s: of the link's settings.
     """
     everybody = list(sessions)
     own = [session for session in everybody if session.owner == owner] if owner else []
@@ -108,11 +165,138 @@ def find_room(sessions: Iterable[Session], owner: str, now: float, heartbeat_s: 
     elif len(everybody) >= MAX_PEERS:
         candidates, full = everybody, str(MAX_PEERS)
     else:
-        return None, ""
+        return Admission(None, "")
     useless = next((session for session in candidates if session.idle and not session.useful), None)
     if useless is not None:
-        return useless, ""
+        return Admission(useless, "")
     gone = [s for s in candidates if s.idle and now - s.heard_at > GONE_BEATS * heartbeat_s]
     if gone:
-        return min(gone, key=lambda session: session.heard_at), ""
-    return None, f"the table of peers is full: {full}, all of them alive"
+        return Admission(min(gone, key=lambda session: session.heard_at), "")
+    return Admission(None, f"the table of peers is full: {full}, all of them alive")
+
+
+class SessionTable:
+    """The clients that a server knows.
+
+    Args:
+        title: the server's name, for the log.
+        settings: of the link.
+        answer: sends a client a link frame of a kind, with two numbers and further frames.
+        on_gone: called with a session that has ended.
+        bad: counts messages that make no sense.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        settings: LinksConfig,
+        *,
+        answer: Callable[..., bool],
+        on_gone: Callable[[Session], None],
+        bad: BadMessages,
+    ) -> None:
+        self.refused = 0
+        """Clients for whom the table had no place, and those that had to make way."""
+        self._title = title
+        self._settings = settings
+        self._answer = answer
+        self._on_gone = on_gone
+        self._bad = bad
+        self._by_routing_id: dict[bytes, Session] = {}
+        self._by_name: dict[str, Session] = {}
+        self._replaced: OrderedDict[tuple[str, int], None] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Session]:
+        """Those of this moment, oldest first; the table may change meanwhile."""
+        return iter(list(self._by_routing_id.values()))
+
+    def named(self, name: str) -> Session | None:
+        return self._by_name.get(name)
+
+    def was_replaced(self, owner: str, nonce: int) -> bool:
+        """Whether this life of a client has a successor."""
+        return (owner, nonce) in self._replaced
+
+    def of(self, routing_id: bytes, owner: str, nonce: int) -> Session | None:
+        """The session of a client's life, a new one where this life began just now; None if it may have none."""
+        session = self._by_routing_id.get(routing_id)
+        if session is None or session.nonce != nonce or session.owner != owner:
+            return self._begin(Session(routing_id, owner, client_name(owner, routing_id), nonce, time.monotonic()))
+        return session
+
+    def _begin(self, session: Session) -> Session | None:
+        """Take a new life of a client into the table, in place of its last one."""
+        if self.was_replaced(session.owner, session.nonce):
+            # Its successor is there already: two live clients of one name would throw each other out for ever.
+            self._answer(session, REPLACED)
+            return None
+        other = self._by_routing_id.get(session.routing_id)
+        if other is not None and other.name != session.name:
+            # libzmq has cut the other one's connection; it will come back, and its session waits for it.
+            self._bad.note(session.name, f"claims the routing id of {other.name}")
+            return None
+        old = self._by_name.get(session.name)
+        if old is None:
+            if not self._admit(session):
+                return None
+        else:
+            self._replace(old, session)
+        self._by_routing_id[session.routing_id] = self._by_name[session.name] = session
+        return session
+
+    def _replace(self, old: Session, new: Session) -> None:
+        # What it sent and we took is still handled; its replies have nobody to go to.
+        self.forget(old)
+        self._replaced[old.owner, old.nonce] = None
+        if len(self._replaced) > MAX_PEERS:
+            self._replaced.popitem(last=False)
+        if old.routing_id != new.routing_id:
+            self._answer(old, REPLACED)
+
+    def _admit(self, newcomer: Session) -> bool:
+        """Whether one more client is taken, perhaps because another made way; who is refused hears why."""
+        evicted, refusal = admission(
+            self._by_routing_id.values(),
+            newcomer.owner,
+            now=newcomer.heard_at,
+            heartbeat_s=self._settings.heartbeat_s,
+        )
+        if evicted is None and not refusal:
+            return True
+        self.refused += 1
+        if worth_a_line(self.refused):
+            what = (
+                f"refuses {newcomer.name}: {refusal}"
+                if evicted is None
+                else f"drops {evicted.name} for {newcomer.name}"
+            )
+            log.warning("%s %s (%d refused or dropped by now)", self._title, what, self.refused)
+        gone = newcomer if evicted is None else evicted
+        self._answer(gone, FULL, 0, 0, (refusal or "the table of peers is full, and nothing of use came").encode())
+        if evicted is not None:
+            self.forget(evicted)
+        return evicted is not None
+
+    def forget(self, session: Session) -> None:
+        """End a session: requests are cancelled, replies dropped.  What it sent and we took is still handled."""
+        for work in session.requests.work.values():
+            if work.task is not None:
+                work.task.cancel()
+        session.requests.waiting.clear()
+        self._on_gone(session)
+        if self._by_routing_id.get(session.routing_id) is session:
+            del self._by_routing_id[session.routing_id]
+        if self._by_name.get(session.name) is session:
+            del self._by_name[session.name]
+
+
+def client_name(owner: str, routing_id: bytes) -> str:
+    """What a client is called: what it says, after the name of its key if there are keys."""
+    said = routing_id.partition(ID_SEPARATOR)[0]
+    try:
+        name = said.decode()
+    except UnicodeDecodeError:
+        name = ""
+    if not name or not name.isprintable():
+        name = routing_id.hex()
+    return f"{owner}/{name}" if owner else name
