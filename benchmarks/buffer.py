@@ -56,7 +56,8 @@ from benchmarks.load import (
     table,
 )
 from benchmarks.peers import CPPRB, REVERB, TORCHRL, found_or_told, measured
-from buffer.pool.pool import ReplayPool, SumTree
+from buffer.pool.pool import ReplayPool
+from buffer.pool.sum_tree import SumTree
 from buffer.trees.index import MemoryStore, TreeEntry, entry_from_turns
 
 PARTS = ("serve", "updates", "growth", "ageing")
@@ -353,8 +354,7 @@ class Pool:
 
     def _forget(self) -> None:
         """The pool's owner takes these away after every message."""
-        self.pool.changed.clear()
-        self.pool.gone.clear()
+        self.pool.drain_changes()
 
     def insert(self) -> None:
         """Every second tree has been served before."""

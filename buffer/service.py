@@ -68,6 +68,7 @@ from buffer.handlers.pending_answers import PendingAnswer
 from buffer.journal.journal import Journal
 from buffer.journal.persistence import StatePersistence
 from buffer.metrics_file import MetricsFile, may_be_called
+from buffer.pool.checked import SamplerFault
 from buffer.state import RETRY_S, BufferState
 from buffer.trees.assembly import Frames
 from buffer.trees.index import StoredTurns, places_of
@@ -525,6 +526,9 @@ class BufferService:
         try:
             self._check_run(message)
             return await self._for_learner(message)
+        except SamplerFault as exc:
+            log.error("batch refused: %s", exc)
+            raise BadMessage(str(exc)) from exc
         except BadMessage as exc:
             self._note_refusal(peer, message, exc)
             raise

@@ -19,7 +19,7 @@ from atpo_async.wire.messages import ActorToBuffer, Lease
 from atpo_async.wire.records import TurnRecords
 from benchmarks import buffer as serving
 from benchmarks import load, peers, soak, transport
-from buffer.pool.pool import SumTree
+from buffer.pool.sum_tree import SumTree
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -200,7 +200,9 @@ def test_a_real_pool_keeps_its_size_while_it_is_measured() -> None:
     names, priorities = pool.to_confirm(64)
     pool.confirm((names, priorities))
     assert len(pool.pool) == 300
-    assert [pool.pool.kept(name)[0] for name in names] == [priorities[name] for name in names]
+    assert [entry.priority for name in names if (entry := pool.pool.snapshot(name))] == [
+        priorities[name] for name in names
+    ]
     pool.insert()
     pool.evict()
     assert len(pool.pool) == 300

@@ -15,17 +15,10 @@ from hypothesis import strategies as st
 from atpo_async.core.priorities import tree_priority
 from atpo_async.core.tree import Turn, VersionSpan
 from atpo_async.core.vocabulary import WeightsOver
-from buffer.pool.pool import (
-    PRIORITY_FLOOR,
-    WHOLE_LEVEL,
-    ReplayPool,
-    SumTree,
-    annealed_beta,
-    importance_weights,
-    probabilities,
-    split_by_tokens,
-    stratified,
-)
+from buffer.batches.shares import split_by_tokens
+from buffer.pool.pool import ReplayPool
+from buffer.pool.sum_tree import WHOLE_LEVEL, SumTree, stratified
+from buffer.pool.weights import PRIORITY_FLOOR, annealed_beta, importance_weights, probabilities
 from buffer.trees.index import MemoryStore, TreeEntry, entry_from_turns
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / "at2po_vectors.json").read_text())["per"]
@@ -457,8 +450,8 @@ def test_a_tree_is_stale_only_when_all_its_turns_are() -> None:
     replay = pool(max_lag=2)
     replay.add(tree("mixed", 0, 3), priority=1.0)
     replay.add(tree("old", 0, 0), priority=1.0)
-    assert replay.advance(2) == 0
-    assert replay.advance(3) == 1
+    assert not replay.advance(2)
+    assert [gone.tree.tree_id for gone in replay.advance(3)] == ["old"]
     assert replay.ready_ids() == ["mixed"]
     assert replay.left["stale"] == 1
 
@@ -469,7 +462,7 @@ def test_bytes_push_out_the_oldest_ready_trees() -> None:
     for name in ("a", "b", "c"):
         replay.add(tree(name), priority=1.0)
     assert replay.nbytes == 3 * size
-    assert replay.shrink(2 * size) == 1
+    assert [gone.tree.tree_id for gone in replay.shrink(2 * size)] == ["a"]
     assert replay.ready_ids() == ["b", "c"]
     assert replay.left["bytes"] == 1
 

@@ -13,7 +13,7 @@ from atpo_async.core.errors import WaitTimeout
 from atpo_async.wire.messages import ActorReport, Batch, EvalQuery, EvalRequest, EvalResult, Leases, NotYet
 from buffer import service as services
 from buffer.journal.journal import Journal
-from tests.test_buffer_service import SOON_S, Peers, ask, configured, grown, hello, published, running, wants
+from tests.buffer_peers_support import SOON_S, Peers, ask, configured, grown, hello, published, running, wants
 
 
 class SlowDisk:

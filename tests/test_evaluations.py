@@ -24,8 +24,8 @@ from buffer.journal import entries
 from buffer.state import BufferState
 from learner.batches.buffer_peer import BufferPeer
 from learner.evaluation import Evaluations
+from tests.buffer_peers_support import configured, grown, published, running, state, take
 from tests.buffer_support import Disk
-from tests.test_buffer_service import configured, grown, published, running, state, take
 
 __all__ = ["state"]
 

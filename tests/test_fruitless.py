@@ -21,8 +21,8 @@ from learner.batches.fruitless import Fruitless, NothingToTrainOn, num_trained
 from learner.checkpoints import checkpoint
 from learner.loop import learn
 from learner.training.report import StepReport
+from tests.buffer_peers_support import ask, closed, configured, grown, opened, published
 from tests.learner_support import batch_of, make_batch, make_model
-from tests.test_buffer_service import ask, closed, configured, grown, opened, published
 from tests.test_learner_loop import WAIT_S, ScriptedBuffer, context, make_config
 from tests.test_learner_loop import served as served
 

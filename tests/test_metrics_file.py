@@ -12,7 +12,7 @@ from atpo_async.run.rundir import RunDir
 from atpo_async.wire.messages import ActorReport, Refused
 from buffer import metrics_file
 from buffer.metrics_file import MAX_NAMES, MetricsFile, may_be_called
-from tests.test_buffer_service import SOON_S, configured, hello, running
+from tests.buffer_peers_support import SOON_S, configured, hello, running
 
 ACTORS_OWN = {
     "actor/turns": 3.0,

@@ -9,7 +9,7 @@ import pytest
 
 from atpo_async.core.tree import Turn
 from atpo_async.wire.messages import ActorReport, Exhausted, Lease, LeaseReturned
-from tests.test_buffer_service import (
+from tests.buffer_peers_support import (
     SOON_S,
     Peers,
     ask,

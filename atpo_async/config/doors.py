@@ -64,7 +64,10 @@ SAMPLING: Door[Any] = Door(
     field="buffer.sampling",
     what="a sampling",
     protocol='docs/extending.md, "Buffer sampling"',
-    built_in=dict.fromkeys(("prioritized",), ""),
+    package="buffer.sampling",
+    attribute="make",
+    call=("exponent",),
+    parts=("put", "remove", "probability", "draw"),
 )
 
 TRANSPORT: Door[Any] = Door(

@@ -17,9 +17,11 @@ from atpo_async.core.errors import BadMessage
 from atpo_async.wire.messages import Batch, Checkpointed, Exhausted, SampleRequest, Trained
 from buffer.batches.delay_line import DelayLine
 from buffer.batches.served import Batches, Served, ServedTree, Share
+from buffer.batches.shares import split_by_tokens
 from buffer.counters import RunCounters
 from buffer.leases.ledger import Ledger
-from buffer.pool.pool import Drawn, annealed_beta, split_by_tokens
+from buffer.pool.pool import Drawn
+from buffer.pool.weights import annealed_beta
 from buffer.trees.lifecycle import TreeLifecycle
 
 log = logging.getLogger("atpo.buffer")
@@ -149,9 +151,8 @@ class BatchServer:
             under_lease=self._ledger.num_training,
             memory_full=self._trees.memory_full,
         )
-        self._trees.pool.discard(asked.stale, "stale")
-        self._trees.pool.discard(asked.unfinished, "inexact")
-        self._trees.see_off()
+        self._trees.discard(asked.stale, "stale")
+        self._trees.discard(asked.unfinished, "inexact")
         unfinished = len(asked.unfinished) + len(revoked)
         self._counters.since.counts["dropped_inexact"] += unfinished
         if before is None:
@@ -285,4 +286,3 @@ class BatchServer:
         for each in served.drawn:
             self._counters.tasks["trained"] -= each.uses == 1
             self._trees.undo_use(each)
-        self._trees.see_off()

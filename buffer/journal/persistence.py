@@ -37,9 +37,10 @@ class StatePersistence:
         """Hand over what has changed since the last time: (key, value), None where there is nothing any more."""
         state = self._state
         changed: set[str] = set()
-        for names in (state.trees.changed, state.ledger.changed, state.assembly.changed, state.pool.changed):
+        for names in (state.trees.changed, state.ledger.changed, state.assembly.changed):
             changed |= names
             names.clear()
+        changed |= state.pool.drain_changes()
         for tree_id in changed:
             tree = self._kept_tree(tree_id)
             put(entries.TREE + tree_id.encode(), None if tree is None else entries.dump(tree))
@@ -68,11 +69,8 @@ class StatePersistence:
         tree = self._state.trees.find(tree_id)
         if held is None and growing is None and tree is None:
             return None
-        place = spent_at = None
-        if tree_id in self._state.pool:
-            priority, uses, limit, entered = self._state.pool.kept(tree_id)
-            place = entries.PoolEntry(priority=priority, uses=uses, limit=limit, entered=entered)
-        elif tree_id in self._state.trees.spent:
+        place, spent_at = self._state.pool.snapshot(tree_id), None
+        if place is None and tree_id in self._state.trees.spent:
             _, place, spent_at = self._state.trees.spent[tree_id]
         owner = growing or tree or held
         assert owner is not None
@@ -108,7 +106,7 @@ class StatePersistence:
                 version=self._state.version,
                 weights_endpoint=self._state.weights_endpoint,
                 announce_endpoint=self._state.announce_endpoint,
-                highest_priority=self._state.pool.highest,
+                highest_priority=self._state.pool.highest_priority,
                 saved_step=self._state.batch_server.saved_step,
                 tasks=dict(self._state.counters.tasks),
                 retired=tuple(sorted(self._state.trees.retired)),
@@ -158,10 +156,8 @@ class StatePersistence:
         for tree, entry in sorted(pooled, key=lambda each: 0 if each[0].pool is None else each[0].pool.entered):
             place = tree.pool
             assert place is not None
-            self._state.pool.add(
-                entry, priority=place.priority, uses=place.uses, limit=place.limit, entered=place.entered
-            )  # fmt: skip
-        self._state.pool.highest = rest.highest_priority
+            self._state.pool.restore(entry, place)
+        self._state.pool.restore_highest_priority(rest.highest_priority)
         for key in sorted(key for key in state if key.startswith(entries.BATCH)):
             batch = entries.read(state, key, entries.BatchEntry)
             assert batch is not None

@@ -24,6 +24,7 @@ from buffer.counters import RunCounters
 from buffer.journal import entries
 from buffer.leases.evaluations import Evaluations
 from buffer.leases.ledger import Ledger
+from buffer.pool.checked import sampler_of
 from buffer.pool.pool import Departure, Drawn, ReplayPool
 from buffer.trees.assembly import Assembly
 from buffer.trees.index import Store, TreeEntry
@@ -79,6 +80,7 @@ class TreeLifecycle:
             exponent=buffer.priority_exponent,
             freshness=buffer.freshness,
             weights_over=buffer.weights_over,
+            sampler=sampler_of(buffer),
         )
         """Trees that are ready, and those with the learner."""
         self.spent: dict[str, tuple[TreeEntry, entries.PoolEntry, int]] = {}
@@ -232,8 +234,8 @@ class TreeLifecycle:
             else:
                 self._spend(tree, place, used_up_at)
             return
-        self.pool.add(tree, priority=priority, uses=uses)
-        self._make_room()
+        self._see_off(self.pool.add(tree, priority=priority, uses=uses))
+        self._make_space()
 
     def _admit_exact(self, tree: TreeEntry, arrays: TreeArrays, delay_line: DelayLine) -> None:
         """Into the sets under way, if the version that grows them sampled every token."""
@@ -244,8 +246,7 @@ class TreeLifecycle:
         fate = delay_line.place(tree.tree_id, versions, signal=priority > 0, room=room)
         if fate == "kept":
             self._counters.count_tree(tree, arrays)
-            self.pool.add(tree, priority=priority)
-            self.see_off()
+            self._see_off(self.pool.add(tree, priority=priority))
             return
         if fate == "inexact":
             self._counters.since.counts["dropped_inexact"] += 1
@@ -257,7 +258,7 @@ class TreeLifecycle:
         match fate:
             case "no_room":
                 # This one and not the oldest, as otherwise: the oldest is of a batch that is whole.
-                self.pool.left["bytes"] += 1
+                self.pool.refuse("bytes")
             case "no_signal":
                 self._counters.since.counts["no_signal_trees"] += 1
             case "surplus":
@@ -283,9 +284,8 @@ class TreeLifecycle:
         priority = self._priority(tree.arrays())
         if priority == 0:
             return False
-        self.pool.add(tree, priority=priority, uses=uses)
-        self.pool.advance(self.version)
-        self.see_off()
+        self._see_off(self.pool.add(tree, priority=priority, uses=uses))
+        self.advance()
         return True
 
     def _priority(self, arrays: TreeArrays) -> float:
@@ -301,25 +301,26 @@ class TreeLifecycle:
 
     def advance(self) -> None:
         """The learner is at ``version``: trees without any fresh turn go."""
-        self.pool.advance(self.version)
-        self.see_off()
+        self._see_off(self.pool.advance(self.version))
 
-    def _make_room(self) -> None:
-        self.pool.advance(self.version)
+    def discard(self, tree_ids: Sequence[str], cause: str) -> None:
+        """Those of these trees that are ready leave, for ``cause``."""
+        self._see_off(self.pool.discard(tree_ids, cause))
+
+    def _make_space(self) -> None:
+        self.advance()
         rest = self._config.buffer.max_bytes - self.assembly.nbytes - self._spent_over
-        self.pool.shrink(max(rest, 0), self._config.buffer.max_trees)
-        self.see_off()
+        self._see_off(self.pool.shrink(max(rest, 0), self._config.buffer.max_trees))
 
-    def see_off(self, *, confirmed: int = -1) -> None:
+    def _see_off(self, left: Sequence[Departure], *, confirmed: int = -1) -> None:
         """Trees that left the pool: kept for a learner that falls back, leased again, or forgotten.
 
         Args:
+            left: in their order.
             confirmed: step of the batch whose confirmation used some of them up.
         """
-        while self.pool.gone:
-            gone, self.pool.gone = self.pool.gone, []
-            for each in gone:
-                self._left_the_pool(each, confirmed)
+        for each in left:
+            self._left_the_pool(each, confirmed)
 
     def _left_the_pool(self, gone: Departure, confirmed: int) -> None:
         tree = gone.tree
@@ -364,25 +365,22 @@ class TreeLifecycle:
 
     def confirm(self, tree_ids: Sequence[str], priorities: Mapping[str, float], *, step: int) -> None:
         """The learner has trained on these trees, the batch of ``step``."""
-        self.pool.confirm(tree_ids, priorities)
-        self.see_off(confirmed=step)
+        self._see_off(self.pool.confirm(tree_ids, priorities), confirmed=step)
         self._offer_late(tree_ids)
 
     def give_back(self, tree_ids: Sequence[str]) -> None:
         """The learner has not trained on these trees."""
-        self.pool.give_back(tree_ids)
-        self.see_off()
+        self._see_off(self.pool.give_back(tree_ids))
         self._offer_late(tree_ids)
 
     def undo_use(self, drawn: ServedTree) -> None:
-        """The learner has lost what it learned from this tree; ``see_off`` after the last one of the batch."""
+        """The learner has lost what it learned from this tree."""
         before = drawn.uses - 1
         tree_id = drawn.tree_id
         if tree_id in self.spent:
             tree, place, _ = self.spent.pop(tree_id)
             self.spent_nbytes -= tree.nbytes
-            self.pool.add(tree, priority=place.priority, uses=before, limit=max(place.limit, drawn.uses))
-            self.pool.left["used"] -= 1
+            self._see_off(self.pool.bring_back(tree, place, uses=before))
         elif tree_id in self.assembly:
             self.partial_uses[tree_id] = (before, 0)
             self.changed.add(tree_id)
