@@ -19,7 +19,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from atpo_async.cli import doctor, main
+from atpo_async.api import machine, notes
+from atpo_async.api.evaluation import EvalResult
+from atpo_async.api.policy import ensure_policy
+from atpo_async.cli import main
+from atpo_async.cli.train import _free_name
 from atpo_async.config import Config, build, doors, load
 from atpo_async.core.errors import SetupError
 from atpo_async.environments import registry
@@ -162,7 +166,7 @@ def test_an_unknown_environment_is_named_before_anything_is_made(
 def test_an_environment_in_the_working_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     (folder / "mine.py").touch()
-    doctor.check_environment(build({"environment": {"name": "mine:make"}}))
+    machine.check_environment(build({"environment": {"name": "mine:make"}}))
 
 
 def test_the_built_in_environments_are_those_of_the_actors() -> None:
@@ -196,10 +200,10 @@ def test_keys_are_made_for_this_host_and_for_another(folder: Path, capsys: pytes
     pairs = {"server.key", "server.key_secret", "client.key", "client.key_secret"}
     assert {p.name for p in keys.iterdir()} == pairs
     assert (keys / "server.key_secret").stat().st_mode & 0o777 == 0o600
-    doctor.check_links(build({"links": {"host": "0.0.0.0", "keys_dir": "keys"}}))
+    machine.check_links(build({"links": {"host": "0.0.0.0", "keys_dir": "keys"}}))
     (keys / "client.key_secret").chmod(0o644)
     with pytest.raises(SetupError, match=r"client\.key_secret has mode 0644; others must not read it: chmod 600"):
-        doctor.check_links(build({"links": {"keys_dir": "keys"}}))
+        machine.check_links(build({"links": {"keys_dir": "keys"}}))
     (keys / "client.key_secret").chmod(0o600)
     before = {p: p.read_bytes() for p in keys.iterdir()}
 
@@ -296,7 +300,7 @@ def test_vllm_asked_for_and_missing_is_said(
 
 def test_without_vllm_the_other_engine_is_taken_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "vllm")
-    assert doctor.engine_of(Config()) == (
+    assert machine.engine_of(Config()) == (
         "transformers",
         "actor.engine = 'auto', and vLLM is not installed: slower, the same results",
     )
@@ -306,41 +310,41 @@ def test_without_vllm_the_other_engine_is_taken_and_said(monkeypatch: pytest.Mon
 def test_a_gpu_asked_for_and_absent_is_said(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, role: str
 ) -> None:
-    monkeypatch.setattr(doctor, "no_cuda_because", lambda: "no NVIDIA driver is here")
+    monkeypatch.setattr(machine, "no_cuda_because", lambda: "no NVIDIA driver is here")
     assert main.main(["train", config_file(folder), f"--{role}.device", "cuda", "--actor.engine", "transformers"]) == 2
     assert said(capsys).startswith(f"{role}.device = 'cuda', but no NVIDIA driver is here; set --{role}.device cpu")
     assert files(folder) == set()
 
 
 def test_a_gpu_that_the_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "no_cuda_because", lambda: None)
-    monkeypatch.setattr(doctor, "cuda_devices", lambda: 2)
+    monkeypatch.setattr(machine, "no_cuda_because", lambda: None)
+    monkeypatch.setattr(machine, "cuda_devices", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(SetupError, match=r"^actor\.gpus names GPU 2, but this machine has 2 \(0 to 1\)"):
-        doctor.check_machine(build({"actor": {"gpus": [2], "engine": "transformers"}}))
+        machine.check_machine(build({"actor": {"gpus": [2], "engine": "transformers"}}))
 
 
 def test_gpus_are_counted_within_a_clusters_allotment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "no_cuda_because", lambda: None)
-    monkeypatch.setattr(doctor, "cuda_devices", lambda: 2)
+    monkeypatch.setattr(machine, "no_cuda_because", lambda: None)
+    monkeypatch.setattr(machine, "cuda_devices", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     config = build({"actor": {"gpus": [1], "engine": "transformers"}, "learner": {"gpus": [0]}})
-    doctor.check_machine(config)
+    machine.check_machine(config)
     with pytest.raises(SetupError, match=r"names GPU 4, but CUDA_VISIBLE_DEVICES = '4,6' allots 2 \(0 to 1\)"):
-        doctor.check_machine(build({"actor": {"gpus": [4], "engine": "transformers"}}))
+        machine.check_machine(build({"actor": {"gpus": [4], "engine": "transformers"}}))
 
 
 def test_several_actors_without_numbers_are_refused_where_one_gpu_does_not_hold_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(doctor, "no_cuda_because", lambda: None)
-    monkeypatch.setattr(doctor, "cuda_devices", lambda: 2)
-    monkeypatch.setattr(doctor, "has_module", lambda name: True)
+    monkeypatch.setattr(machine, "no_cuda_because", lambda: None)
+    monkeypatch.setattr(machine, "cuda_devices", lambda: 2)
+    monkeypatch.setattr(machine, "has_module", lambda name: True)
     with pytest.raises(SetupError, match=r"actor\.count = 2 without actor\.gpus .* --actor\.gpus, or lower"):
-        doctor.check_machine(build({"actor": {"count": 2}}))
-    doctor.check_machine(build({"actor": {"count": 2, "gpu_memory_utilization": 0.4}}))
-    doctor.check_machine(build({"actor": {"count": 2, "gpus": [0, 1]}}))
-    doctor.check_machine(build({"actor": {"count": 2, "device": "cpu"}}))
+        machine.check_machine(build({"actor": {"count": 2}}))
+    machine.check_machine(build({"actor": {"count": 2, "gpu_memory_utilization": 0.4}}))
+    machine.check_machine(build({"actor": {"count": 2, "gpus": [0, 1]}}))
+    machine.check_machine(build({"actor": {"count": 2, "device": "cpu"}}))
 
 
 def test_a_learner_by_hand_is_started_as_the_supervisor_would(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +373,7 @@ def test_every_command_lays_several_configurations_over_one_another(
         return 0
 
     said_again: list[str] = []
-    monkeypatch.setattr(main, "train", train)
+    monkeypatch.setattr("atpo_async.cli.train.train", train)
     base = config_file(folder, "[learner]\nlr = 0.1\nweight_decay = 0.5\n")
     (folder / "top.toml").write_text("[learner]\nlr = 0.2\n")
     assert main.main(["train", base, "top.toml"]) == 0
@@ -467,7 +471,7 @@ def test_an_interruption_before_anything_runs_is_one_word(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(doctor, "check_machine", interrupted)
+    monkeypatch.setattr(machine, "check_machine", interrupted)
     assert main.main(["train", config_file(folder)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert files(folder) == set()
@@ -544,7 +548,7 @@ def test_an_actor_says_that_nothing_listens_where_it_joins_before_a_policy_is_ma
         heard.append(capsys.readouterr().err)
         return config
 
-    monkeypatch.setattr(main, "ensure_policy", makes)
+    monkeypatch.setattr("atpo_async.cli.roles.ensure_policy", makes)
     monkeypatch.setattr(os, "execve", lambda file, argv, env: None)
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
@@ -572,11 +576,11 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, str]]:
     """What was asked to be evaluated; every evaluation succeeds."""
     asked: list[tuple[Config, str]] = []
 
-    def fake(config: Config, model: Path, name: str) -> dict[str, float | None]:
+    def fake(config: Config, model: Path, name: str) -> EvalResult:
         asked.append((config, str(model)))
-        return {"success": 0.5, "num_tasks": float(config.eval.num_tasks)}
+        return EvalResult(success=0.5, num_tasks=config.eval.num_tasks, unknown=0, reward_mean=0.5)
 
-    monkeypatch.setattr(main, "_evaluate", fake)
+    monkeypatch.setattr("atpo_async.cli.evaluate.evaluate_policy", fake)
     return asked
 
 
@@ -631,7 +635,7 @@ def test_the_resolved_configuration_and_the_table_of_knobs_are_printed(
 def test_the_doctor_names_what_is_missing_and_how_to_get_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "no_cuda_because", lambda: "no NVIDIA driver is here")
+    monkeypatch.setattr(machine, "no_cuda_because", lambda: "no NVIDIA driver is here")
     without(monkeypatch, "zmq")
     assert main.main(["doctor"]) == 1
     out = capsys.readouterr().out
@@ -687,9 +691,9 @@ def test_help_and_version_load_nothing_heavy() -> None:
 
 
 def test_the_demo_takes_a_new_run_each_time(folder: Path) -> None:
-    assert main.free_name(folder / "runs", "demo-1") == "demo-1-1"
+    assert _free_name(folder / "runs", "demo-1") == "demo-1-1"
     (folder / "runs" / "demo-1-1").mkdir(parents=True)
-    assert main.free_name(folder / "runs", "demo-1") == "demo-1-2"
+    assert _free_name(folder / "runs", "demo-1") == "demo-1-2"
 
 
 def test_the_warm_start_is_asked_for_what_the_environment_needs() -> None:
@@ -709,7 +713,7 @@ def test_a_warm_start_for_another_environment_is_refused(folder: Path, capsys: p
 
 def fake_warm_start(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    monkeypatch.setattr("atpo_async.models.policy.warm_start_command", lambda config: command)
+    monkeypatch.setattr("atpo_async.api.policy.warm_start_command", lambda config: command)
 
 
 def test_the_run_takes_the_policy_that_the_warm_start_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -721,18 +725,18 @@ def test_the_run_takes_the_policy_that_the_warm_start_made(folder: Path, monkeyp
     """
     fake_warm_start(monkeypatch, code)
     out = io.StringIO()
-    config = main.ensure_policy(build({"model": {"warm_start": True}}), Console(file=out))
+    config = ensure_policy(build({"model": {"warm_start": True}}), Console(file=out))
     assert config.model.path == "models/p"
     assert out.getvalue().splitlines()[-1] == "the policy is in models/p"
     fake_warm_start(monkeypatch, "raise SystemExit('not again')")
-    assert main.ensure_policy(config, Console(file=out)) == config
+    assert ensure_policy(config, Console(file=out)) == config
 
 
 def test_a_warm_start_that_fails_is_said_in_its_own_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys; print('warm start: steps must be >= 0', file=sys.stderr); sys.exit(2)"
     fake_warm_start(monkeypatch, code)
     with pytest.raises(SetupError, match=r"^the warm start failed: steps must be >= 0$"):
-        main.ensure_policy(build({"model": {"warm_start": True}}), Console(file=io.StringIO()))
+        ensure_policy(build({"model": {"warm_start": True}}), Console(file=io.StringIO()))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
@@ -758,7 +762,7 @@ def test_the_demo_names_a_command_that_goes_on(folder: Path, monkeypatch: pytest
         told.append(again)
         return 0
 
-    monkeypatch.setattr(main, "train", train)
+    monkeypatch.setattr("atpo_async.cli.train.train", train)
     path = config_file(folder)
     assert main.main(["demo", path, "--run.seed", "3"]) == 0
     assert main.main(["demo", "--run.name=x", path]) == 0
@@ -798,7 +802,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, learner: str) -> None:
         code = learner.format(run=str(rundir))
         return [RoleSpec(name="learner", argv=(sys.executable, "-c", code), ends_run=True)]
 
-    monkeypatch.setattr("atpo_async.ops.supervisor.role_specs", specs)
+    monkeypatch.setattr("atpo_async.api.training.role_specs", specs)
 
 
 def test_a_run_goes_to_its_end_and_names_its_report(
@@ -1000,14 +1004,14 @@ def test_a_role_in_a_run_folder_takes_its_configuration_from_there(folder: Path)
 
 def test_a_run_that_goes_on_is_told_what_it_should_find_and_does_not(tmp_path: Path) -> None:
     run = RunDir.create(build({"run": {"dir": str(tmp_path), "name": "r"}}))
-    assert main._missing(run) == []  # nothing was done yet
+    assert notes.missing(run) == []  # nothing was done yet
     checkpoint = run.checkpoints / "step-000004-v000007"
     checkpoint.mkdir(parents=True)
-    (line,) = main._missing(run)
+    (line,) = notes.missing(run)
     assert line.startswith(f"{run.journal} is gone")
     run.journal.mkdir()
-    assert main._missing(run) == []
+    assert notes.missing(run) == []
     checkpoint.rmdir()
     MetricsWriter(run.metrics_path, source="learner").write(step=4, version=7, metrics={"train/loss": 0.5})
-    (line,) = main._missing(run)
+    (line,) = notes.missing(run)
     assert f"{run.checkpoints} holds no checkpoint" in line

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from actors.evaluate import success
-from atpo_async.cli.main import _evaluation_said
+from atpo_async.api.evaluation import EvalResult
 from atpo_async.config import build
 from atpo_async.core.errors import EngineDead, EnvironmentBroken
 from atpo_async.environments.base import Split, StepResult
@@ -67,10 +67,10 @@ async def test_success_that_the_environment_does_not_tell_is_left_out_and_not_gu
 
 
 def test_the_line_about_an_evaluation_says_what_is_unknown() -> None:
-    result: dict[str, float | None] = {"success": 0.5, "num_tasks": 8.0, "unknown": 0.0, "reward_mean": 0.25}
-    assert _evaluation_said("m", result) == "m: success 0.500 on 8 held-out tasks, greedy"
-    assert "on 6 held-out tasks, greedy (2 more are unknown" in _evaluation_said("m", result | {"unknown": 2.0})
-    none = _evaluation_said("m", result | {"unknown": 8.0, "success": None})
+    result = EvalResult(success=0.5, num_tasks=8, unknown=0, reward_mean=0.25)
+    assert result.line("m") == "m: success 0.500 on 8 held-out tasks, greedy"
+    assert "on 6 held-out tasks, greedy (2 more are unknown" in replace(result, unknown=2).line("m")
+    none = replace(result, unknown=8, success=None).line("m")
     assert "success unknown on 8 held-out tasks" in none
     assert "mean reward 0.250" in none
 

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from atpo_async.cli.train_notes import trained
+from atpo_async.api.notes import trained
 from atpo_async.core.errors import SetupError
 from atpo_async.ops.role import EXIT_USER, exit_code
 from atpo_async.run.metrics import Record

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from atpo_async.cli.train_notes import at_the_start, beginning
+from atpo_async.api.beginning import beginning
+from atpo_async.api.notes import at_the_start
 from atpo_async.config import Config, build
 from atpo_async.core.errors import RunMismatch, SetupError
 from atpo_async.ops import starting

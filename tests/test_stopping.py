@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async.cli.train_notes import saved
+from atpo_async.api.notes import saved
 from atpo_async.ops.stopping import Watch
 from atpo_async.ops.supervisor import Outcome, Supervisor
 from atpo_async.run.metrics import MetricsWriter

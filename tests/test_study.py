@@ -767,7 +767,7 @@ def test_as_many_cells_run_at_once_as_there_are_cores_and_memory_for(
     monkeypatch: pytest.MonkeyPatch, free_gb: float, engine: str, jobs: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
-    monkeypatch.setattr("atpo_async.cli.doctor.memory_gb", lambda: (64.0, free_gb))
+    monkeypatch.setattr("atpo_async.api.machine.memory_gb", lambda: (64.0, free_gb))
     screen = io.StringIO()
     assert jobs_here(engine, Console(file=screen, width=200)) == jobs
     assert ("only 1.0 GB of memory are free" in screen.getvalue()) == (free_gb == 1.0)

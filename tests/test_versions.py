@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from atpo_async.api import machine
 from atpo_async.cli import doctor, main
 from atpo_async.run import installed
 from atpo_async.run.installed import version_line, vllm_range, vllm_unfit
@@ -40,7 +41,7 @@ def test_the_package_asks_for_the_same_range() -> None:
 
 
 def test_the_doctor_names_a_vllm_outside_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "has_module", lambda name: True)
+    monkeypatch.setattr(machine, "has_module", lambda name: True)
     monkeypatch.setattr(doctor, "version_of", lambda *names: "0.34.0" if "vllm" in names else None)
     found = doctor._vllm()
     assert (found.level, found.found) == ("missing", "0.34.0, not one that the engine is made for")

@@ -1,4 +1,4 @@
-"""``python -m atpo_async.cli.main`` is ``atpo``."""
+"""``python -m atpo_async.cli`` is ``atpo``."""
 
 from __future__ import annotations
 

@@ -1,70 +1,31 @@
-"""``atpo eval``: which policy is evaluated under which configuration, from what the user names."""
+"""``atpo eval``: greedy success of a run's newest policy, or of a model folder, on held-out tasks."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import argparse
+import sys
 
-from atpo_async.config import Config, load
-from atpo_async.core.errors import ConfigError, SetupError
-from atpo_async.models.policy import is_there, latest_policy
-from atpo_async.models.sources import model_folder
-from atpo_async.run.rundir import LATEST, RunDir
-
-BEARS = ("run.seed", "model.", "environment.", "search.", "actor.", "eval.")
-"""Fields, and sections of fields, that an evaluation reads."""
+from atpo_async.api.evaluation import evaluate_policy, evaluation, without_effect
+from atpo_async.api.machine import engine_of
+from atpo_async.cli.common import EXIT_DONE, Asked, demo_config, note
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """What is to be evaluated."""
-
-    config: Config
-    model: Path
-    """A model folder."""
-    name: str
-    """For people."""
+def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    """Of the command line."""
+    parser.add_argument("target", metavar="RUN|MODEL")
+    parser.add_argument(
+        "config", metavar="CONFIG", nargs="*", default=[], help="for a model folder; configs/demo.toml without"
+    )
 
 
-@contextlib.contextmanager
-def evaluation(
-    target: str, files: Sequence[str], options: Mapping[str, str], *, default: Callable[[], Path]
-) -> Iterator[Evaluation]:
-    """What ``atpo eval TARGET [CONFIG…] --options`` asks for; a folder made for it goes with the block.
-
-    A run's own configuration and newest policy, unless ``files`` or ``--model.path`` say otherwise; or a model folder
-    under ``files`` (``default`` without any).
-
-    Raises SetupError where ``target`` is neither or there is no policy, ConfigError for two models at once.
-    """
-    folder = Path(target)
-    with contextlib.ExitStack() as held:
-        if (folder / "run.json").is_file() or folder.name == LATEST:
-            rundir = RunDir.open(folder)
-            config = load(files or [rundir.path / "config.json"], options)
-            if "model.path" in options:
-                path = options["model.path"]
-                yield Evaluation(config=config, model=model_folder(path), name=path)
-                return
-            model, name = held.enter_context(latest_policy(rundir))
-            yield Evaluation(config=config, model=model, name=name)
-        elif is_there(folder):
-            if "model.path" in options:
-                raise ConfigError(
-                    f"{target} and --model.path {options['model.path']}: an evaluation is of one model; name one of "
-                    "them"
-                )
-            yield Evaluation(config=load(files or [default()], options), model=folder, name=target)
-        elif folder.is_file():
-            raise SetupError(
-                f"{target} is a file; name a run folder or a model folder: atpo eval RUN, or atpo eval MODEL CONFIG"
-            )
-        else:
-            raise SetupError(f"{target} is neither a run folder (run.json) nor a model folder (config.json)")
-
-
-def without_effect(options: Mapping[str, str]) -> list[str]:
-    """Options that an evaluation does not read."""
-    return [name for name in options if not name.startswith(BEARS)]
+def run(asked: Asked) -> int:
+    """Prints one line."""
+    with evaluation(asked.args.target, asked.args.config, asked.options, default=demo_config) as what:
+        engine, _ = engine_of(what.config)
+        for name in without_effect(asked.options):
+            note(f"--{name} has no effect on an evaluation")
+        tasks = what.config.eval.num_tasks
+        print(f"evaluating {what.name} on {tasks} held-out tasks with {engine} …", file=sys.stderr, flush=True)
+        result = evaluate_policy(what.config, what.model, what.name)
+    print(result.line(what.name))
+    return EXIT_DONE

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 
+from atpo_async.cli.common import EXIT_DONE, Asked
 from atpo_async.core.errors import SetupError
 from atpo_async.links.keys import CLIENT_KEY, LEARNERS, SERVER_KEY, KeyFolder, is_name, load_public, make_keys
+
+
+def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    """Of the command line."""
+    doings = parser.add_subparsers(dest="doing", metavar="new|list", required=True)
+    text = "make this host's keys where they are missing and, with NAME, the folder of another host that is to join"
+    making = doings.add_parser("new", help=text, description=text, allow_abbrev=False)
+    making.add_argument("name", metavar="NAME", nargs="?", help="another host: a folder DIR/NAME for it is made")
+    making.add_argument("--learner", action="store_true", help="that host may be the learner, not only run actors")
+    text = "who is let in"
+    for doing in (making, doings.add_parser("list", help=text, description=text, allow_abbrev=False)):
+        doing.add_argument("--dir", metavar="DIR", default="keys", help="the run's links.keys_dir; ./keys if left out")
+
+
+def run(asked: Asked) -> int:
+    """Prints what was made, or who is let in."""
+    args, folder = asked.args, Path(asked.args.dir)
+    print("\n".join(new(folder, args.name, learner=args.learner) if args.doing == "new" else listed(folder)))
+    return EXIT_DONE
 
 
 def new(folder: Path, name: str | None, *, learner: bool) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import contextlib
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +14,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from atpo_async.cli import doctor
+from atpo_async.api import machine
+from atpo_async.api.policy import ensure_policy
+from atpo_async.cli.common import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, LAYERS, Asked, demo_config, note
 from atpo_async.config import Config, as_options, get, load
 from atpo_async.core.errors import ConfigError
 from atpo_async.report.progress import duration
@@ -29,6 +33,78 @@ DEFAULT_OUT = Path("runs") / "study-staleness"
 
 MEMORY_GB = {"vllm": 3.5, "transformers": 1.5}
 """That a cell of the demo's policy takes on a CPU, by its actor's engine: all its roles and their supervisor."""
+
+
+def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    """Of the command line."""
+    parser.add_argument(
+        "kind", metavar="staleness", choices=["staleness"], help="every batch exactly so many versions old"
+    )
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="*",
+        default=[],
+        help=f"other configurations than configs/demo.toml and configs/staleness.toml; {LAYERS}",
+    )
+    parser.add_argument("--out", metavar="DIR", help="the study's folder; runs/study-staleness where left out")
+    parser.add_argument("--lags", metavar="LIST", help="learner versions; 0,2,8,16 where left out")
+    parser.add_argument(
+        "--corrections", metavar="LIST", help="by name; none,token,turn,turn+ess where left out; a wrong one lists all"
+    )
+    parser.add_argument("--seeds", metavar="N", type=int, help="from run.seed on; 2 where left out")
+    parser.add_argument("--jobs", metavar="N", type=int, help="cells at once; as cores and memory allow where left out")
+    parser.add_argument("--retry-failed", action="store_true", help="run cells that failed again")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="run nothing: tables and figures of what has ended; the grid's options name a part of it",
+    )
+    parser.add_argument("--fill", metavar="FILE", help="write the results into a Markdown file, between its markers")
+
+
+def run(asked: Asked) -> int:
+    """Run the study, or only write what follows from it."""
+    args = asked.args
+    out = Path(args.out) if args.out else DEFAULT_OUT
+    plan = _asked_plan(asked, out)
+    if args.config and not args.report:
+        with contextlib.suppress(ConfigError):  # outside a checkout there are no settings of ours
+            for line in left_out(plan.base, args.config, demo_config().with_name("staleness.toml")):
+                note(line)
+    request = Request(
+        plan=plan,
+        out=out,
+        jobs=args.jobs,
+        retry_failed=args.retry_failed,
+        report_only=args.report,
+        fill=Path(args.fill) if args.fill else None,
+        command=reproducing(plan),
+        again=asked.again,
+    )
+    found = study(request, ensure_policy=ensure_policy)
+    return EXIT_INTERRUPTED if found is None else EXIT_DONE if found else EXIT_FAILED
+
+
+def _asked_plan(asked: Asked, out: Path) -> Plan:
+    """What is asked for.  For a report it is in the study's folder, and the options name a part of it."""
+    args, texts = asked.args, asked.options
+    grid = {"lags": args.lags, "corrections": args.corrections, "seeds": args.seeds}
+    if args.report:
+        found = StudyFolder(out).plan(**grid)
+        if not args.config and not texts:
+            return found
+        grid = {
+            "lags": ",".join(map(str, found.lags)),
+            "corrections": ",".join(found.corrections),
+            "seeds": len(found.seeds),
+        }
+    return Plan.of(
+        load(args.config or [demo_config(), demo_config().with_name("staleness.toml")], texts),
+        options=list(texts),
+        words=words_of(args.config, texts),
+        **{name: value for name, value in grid.items() if value is not None},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +156,15 @@ def study(
         outputs.check_fillable(request.fill)  # now, not when every cell has run
     cells = plan.cells()
     folder.check(plan)
-    doctor.check_machine(plan.config(cells[0], runs=folder.runs))
-    doctor.check_model(plan.base)
+    machine.check_machine(plan.config(cells[0], runs=folder.runs))
+    machine.check_model(plan.base)
     with folder.held(plan):
         known = folder.results(plan)
         if request.retry_failed:
             known = {cell: result for cell, result in known.items() if result.status == "done"}
         open_cells = [cell for cell in cells if cell not in known]
         if open_cells:
-            at_once = min(len(open_cells), request.jobs or jobs_here(doctor.engine_of(plan.base)[0], console))
+            at_once = min(len(open_cells), request.jobs or jobs_here(machine.engine_of(plan.base)[0], console))
             console.print(
                 f"study {folder.path}: {len(plan.lags)} lags × {len(plan.corrections)} corrections × {len(plan.seeds)} "
                 f"seeds = {len(cells)} cells, {len(known)} done; {at_once} at once"
@@ -168,13 +244,11 @@ def _of_seed(base: Config, seed: int) -> Config:
 def jobs_here(engine: str, console: Console) -> int:
     """Cells that this machine takes at once: a core and ``MEMORY_GB`` each, one at least."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = doctor.memory_gb()
-    if memory is None:
-        return cores
-    each = MEMORY_GB[engine]
-    if memory[1] < each:
-        console.print(f"only {memory[1]:.1f} GB of memory are free; a cell with {engine} takes about {each:g}")
-    return max(1, min(cores, int(memory[1] / each)))
+    _, free = machine.memory_gb()
+    each = MEMORY_GB.get(engine, max(MEMORY_GB.values()))
+    if free < each:
+        console.print(f"only {free:.1f} GB of memory are free; a cell with {engine} takes about {each:g}")
+    return max(1, min(cores, int(free / each)))
 
 
 def words_of(files: Sequence[str], options: Mapping[str, str]) -> list[str]:

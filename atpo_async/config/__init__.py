@@ -1,6 +1,6 @@
 """Configuration of a run: its schema, its rules, its files and its options."""
 
-from atpo_async.config.files import as_options, build, load, to_toml
+from atpo_async.config.files import as_options, build, load, resolved, to_toml
 from atpo_async.config.options import get, parse_value, split_options, unknown_option
 from atpo_async.config.schema import Config, fields
 from atpo_async.config.sections.data import StalenessConfig
@@ -29,6 +29,7 @@ __all__ = [
     "get",
     "load",
     "parse_value",
+    "resolved",
     "split_options",
     "to_toml",
     "unknown_option",

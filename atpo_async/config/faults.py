@@ -59,6 +59,19 @@ def line(error: Any, source: str, holders: Mapping[str, str]) -> str:
     return f"{path}: {error['msg']}, got {_cut(value)}{where}"
 
 
+def no_section(name: str, value: Any) -> str:
+    """One line for a value that a program gave by a name that is neither a section nor a dotted path."""
+    if name in Config.model_fields:
+        first = next(field for field in fields() if field.startswith(f"{name}.")).partition(".")[2]
+        return f"{name} = {_cut(value)}: is a section, and takes its fields: {name}={{{first!r}: …}}"
+    near = suggestions.near(name, fields()) or suggestions.sections(name, Config.model_fields)
+    meant = f"; did you mean {', '.join(near)}?" if near else ""
+    return (
+        f"{name} = {_cut(value)}: values are given by section, as in learner={{'lr': 1e-5}}, or by dotted path, as in "
+        f"**{{'learner.lr': 1e-5}}{meant}"
+    )
+
+
 WANTED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("int_parsing", "int_type", "int_from_float"), "a whole number"),
     (("float_parsing", "float_type", "finite_number"), "a number"),

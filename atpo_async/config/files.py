@@ -19,6 +19,9 @@ from atpo_async.config.schema import Config, fields
 from atpo_async.config.sections.base import door_of
 from atpo_async.core.errors import ConfigError
 
+CALL = "the call"
+"""Who holds a value that a program gave."""
+
 
 def load(files: Path | str | Sequence[Path | str], overrides: Mapping[str, str] | None = None) -> Config:
     """Read TOML files (or the config.json of a run folder), later ones over earlier ones, and put overrides on top.
@@ -37,6 +40,35 @@ def load(files: Path | str | Sequence[Path | str], overrides: Mapping[str, str] 
         holders[key] = f"--{key}"
     names = _paths(files)
     return build(data, source=str(names[-1]) if names else "configuration", holders=holders if len(names) > 1 else {})
+
+
+def resolved(config: Config | Path | str | Sequence[Path | str], values: Mapping[str, Any]) -> Config:
+    """A configuration, or the one of some files, with a program's own values on top.
+
+    Args:
+        config: where it begins; files as for ``load``.
+        values: section -> its fields (``{"learner": {"lr": 1e-5}}``), or dotted path -> value.
+
+    Raises:
+        ConfigError: as ``load`` does; or a value is given by a name that is neither.
+    """
+    if isinstance(config, Config):
+        if not values:
+            return config
+        data: dict[str, Any] = config.model_dump(exclude_unset=True)
+        holders: dict[str, str] = {}
+    else:
+        data, holders = _layered(config)
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        if "." in name:
+            _lay(given, options.nested(name, value), CALL, {})
+        elif name in Config.model_fields and isinstance(value, Mapping):
+            _lay(given, {name: value}, CALL, {})
+        else:
+            raise ConfigError(faults.no_section(name, value))
+    _lay(data, given, CALL, holders)
+    return build(data, source=CALL, holders=holders)
 
 
 def as_options(files: Path | str | Sequence[Path | str]) -> dict[str, str]:

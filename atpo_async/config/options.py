@@ -78,6 +78,14 @@ def put(data: dict[str, Any], dotted: str, text: str) -> None:
     here[leaf] = _option_value(dotted, text)
 
 
+def nested(dotted: str, value: Any) -> dict[str, Any]:
+    """The nested mapping that holds one value."""
+    for key in reversed(_keys(dotted)):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
 def _keys(dotted: str) -> list[str]:
     """Of the nested mapping.  A metrics sink of the user's own has dots in its name: what is between is that name."""
     table = options_table(dotted)

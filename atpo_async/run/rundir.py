@@ -199,6 +199,11 @@ class RunDir:
         return self.path / "trees.jsonl"
 
     @property
+    def lineage_path(self) -> Path:
+        """What each batch was trained on, where ``learner.lineage`` is set."""
+        return self.path / "lineage.jsonl"
+
+    @property
     def report_path(self) -> Path:
         return self.path / "report.html"
 

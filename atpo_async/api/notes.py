@@ -1,63 +1,21 @@
-"""What `atpo train` begins with, and what it says of that and at its end: what goes on, what is new, what is saved."""
+"""Lines about a run that begins, goes on or ends: what was changed, has no effect, is missing, is saved."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 
+from atpo_async.api.beginning import Beginning
 from atpo_async.config import Config, resuming
 from atpo_async.config.idle_settings import idle_settings
-from atpo_async.config.resuming import Start
-from atpo_async.models.policy import list_checkpoints, steps_trained, with_path
+from atpo_async.models.policy import list_checkpoints, steps_trained
 from atpo_async.ops import starting
 from atpo_async.run.metrics import Record, read_metrics
-from atpo_async.run.rundir import RunDir, going_on
+from atpo_async.run.rundir import RunDir
 
 REFUSED = "dropped/"
 """Begins the learner's metrics of trees that it left out, by reason."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Beginning:
-    """A run before anything is started."""
-
-    config: Config
-    known: RunDir | None
-    """As it was found; None for a new one."""
-    anew: bool = False
-    """It is there, nothing was trained in it, and it begins again with another configuration."""
-    start: Start | None = None
-    """The policy of another run, to be moved into this one."""
-
-    @property
-    def checked(self) -> Config:
-        """``config`` with its policy where that lies now."""
-        return self.config if self.start is None else with_path(self.config, self.start.folder)
-
-
-@contextlib.contextmanager
-def beginning(config: Config, begin_from: str | None) -> Iterator[Beginning]:
-    """What ``config`` and ``--from`` come to; a policy put together for it goes after the block unless the run took it.
-
-    Raises:
-        RunMismatch: the run is there and may not go on with that.
-        SetupError: there is no such policy.
-    """
-    path = config.run.dir / config.run.name
-    known = RunDir.open(path) if (path / "run.json").is_file() else None
-    with contextlib.ExitStack() as stack:
-        if begin_from is not None:
-            source = starting.find(begin_from, config.run.dir)
-            if known is None or not starting.is_same(source, known):
-                config, start = stack.enter_context(starting.assembled(source, config))
-                yield Beginning(config=config, known=known, anew=known is not None, start=start)
-                return
-        anew = False
-        if known is not None:
-            config, anew = going_on(known, config)
-        yield Beginning(config=config, known=known, anew=anew)
 
 
 def at_the_start(begun: Beginning, rundir: RunDir) -> list[str]:
@@ -89,6 +47,23 @@ def _updates(rundir: RunDir, steps: int) -> int:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
         return int(json.loads((checkpoints[-1] / "state.json").read_text(encoding="utf-8"))["updates"])
     return steps * learner.minibatches * learner.epochs
+
+
+def missing(rundir: RunDir) -> list[str]:
+    """What a run that goes on should find and does not, and what becomes of it."""
+    if steps_trained(rundir):
+        if rundir.journal.is_dir():
+            return []
+        return [
+            f"{rundir.journal} is gone, and what the buffer kept with it: the learner goes on from its checkpoint, "
+            "tasks begin at 0 once more"
+        ]
+    if not rundir.is_trained:
+        return []
+    return [
+        f"steps were done in this run, and {rundir.checkpoints} holds no checkpoint: the learner begins at step 0 once "
+        "more; tasks that the buffer was told are in a checkpoint are not trained on again"
+    ]
 
 
 def saved(rundir: RunDir) -> str:

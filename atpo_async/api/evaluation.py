@@ -1,0 +1,168 @@
+"""Greedy evaluation on held-out tasks: which policy, under which configuration, in a process that is waited for.
+
+``evaluate`` is the Python door; the other functions are what it shares with ``atpo eval``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atpo_async.api import machine
+from atpo_async.api.foreground import resolved_file, run_to_end
+from atpo_async.config import Config, load, resolved
+from atpo_async.core.errors import ConfigError, RoleCrashed, SetupError
+from atpo_async.models.policy import is_there, latest_policy
+from atpo_async.models.sources import model_folder
+from atpo_async.ops.role import EXIT_USER
+from atpo_async.run import launch
+from atpo_async.run.processes import signal_name
+from atpo_async.run.rundir import LATEST, RunDir
+
+if TYPE_CHECKING:
+    from atpo_async.api.run import Run
+
+BEARS = ("run.seed", "model.", "environment.", "search.", "actor.", "eval.")
+"""Fields, and sections of fields, that an evaluation reads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What is to be evaluated."""
+
+    config: Config
+    model: Path
+    """A model folder."""
+    name: str
+    """For people."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult:
+    """Of a greedy evaluation."""
+
+    success: float | None
+    """Share of the known tasks that succeeded; None where the environment says of none whether it did."""
+    num_tasks: int
+    """Tasks evaluated."""
+    unknown: int
+    """Tasks of which the environment does not say whether they succeeded; left out of ``success``."""
+    reward_mean: float | None
+
+    def line(self, name: str) -> str:
+        """In words; ``name`` is the policy's."""
+        if self.success is None:
+            return (
+                f"{name}: success unknown on {self.num_tasks} held-out tasks, greedy: the environment says of none "
+                f"whether it succeeded (StepResult.success is None); mean reward {self.reward_mean or 0.0:.3f}"
+            )
+        left_out = f" ({self.unknown} more are unknown: success is None)" if self.unknown else ""
+        known = self.num_tasks - self.unknown
+        return f"{name}: success {self.success:.3f} on {known} held-out tasks, greedy{left_out}"
+
+
+def evaluate(
+    run_or_policy: Run | Path | str,
+    config: Config | Path | str | Sequence[Path | str] | None = None,
+    **overrides: Any,
+) -> EvalResult:
+    """Greedy success on held-out tasks, of a run's newest policy or of a model folder.
+
+    Args:
+        run_or_policy: a ``Run``, or the path of a run folder or of a model folder.
+        config: under which configuration; None: the run's own, for a model folder the defaults.
+        overrides: values on top, as for ``train``: ``eval={"num_tasks": 50}``, ``actor={"engine": "transformers"}``.
+
+    Raises:
+        ConfigError: a value is refused.
+        SetupError: there is no such run or policy, or something is missing on this machine.
+        RoleCrashed: the evaluation failed.
+    """
+    target = run_or_policy if isinstance(run_or_policy, Path | str) else run_or_policy.path
+    with policy_of(target) as (model, name, own):
+        asked = resolved(config if config is not None else own if own is not None else (), overrides)
+        machine.engine_of(asked)
+        return evaluate_policy(asked, model, name)
+
+
+@contextlib.contextmanager
+def policy_of(target: Path | str) -> Iterator[tuple[Path, str, Config | None]]:
+    """(model folder, what to call it, configuration of its run) of a run folder or a model folder; a folder made for
+    it goes with the block.  Raises SetupError where there is none."""
+    folder = Path(target)
+    if (folder / "run.json").is_file() or folder.name == LATEST:
+        rundir = RunDir.open(folder)
+        with latest_policy(rundir) as (model, name):
+            yield model, name, rundir.config
+    elif is_there(folder):
+        yield folder, str(target), None
+    elif folder.is_file():
+        raise SetupError(
+            f"{target} is a file; name a run folder or a model folder: atpo eval RUN, or atpo eval MODEL CONFIG"
+        )
+    else:
+        raise SetupError(f"{target} is neither a run folder (run.json) nor a model folder (config.json)")
+
+
+@contextlib.contextmanager
+def evaluation(
+    target: str, files: Sequence[str], options: Mapping[str, str], *, default: Callable[[], Path]
+) -> Iterator[Evaluation]:
+    """What ``atpo eval TARGET [CONFIG…] --options`` asks for; a folder made for it goes with the block.
+
+    A run's own configuration and newest policy, unless ``files`` or ``--model.path`` say otherwise; or a model folder
+    under ``files`` (``default`` without any).
+
+    Raises SetupError where ``target`` is neither or there is no policy, ConfigError for two models at once.
+    """
+    folder, path = Path(target), options.get("model.path")
+    if (folder / "run.json").is_file() or folder.name == LATEST:
+        own = [RunDir.open(folder).path / "config.json"]
+        if path is not None:
+            yield Evaluation(config=load(files or own, options), model=model_folder(path), name=path)
+            return
+    else:
+        own = []
+        if path is not None and is_there(folder):
+            raise ConfigError(f"{target} and --model.path {path}: an evaluation is of one model; name one of them")
+    with policy_of(target) as (model, name, _):
+        yield Evaluation(config=load(files or own or [default()], options), model=model, name=name)
+
+
+def without_effect(options: Mapping[str, str]) -> list[str]:
+    """Options that an evaluation does not read."""
+    return [name for name in options if not name.startswith(BEARS)]
+
+
+def evaluate_policy(config: Config, model: Path, name: str) -> EvalResult:
+    """Evaluate a model folder, ``name`` in errors, in a process of its own.
+
+    Raises SetupError for what the user can mend, else RoleCrashed.
+    """
+    with resolved_file(config) as file:
+        code, said = run_to_end(
+            [
+                *launch.command("actors", "eval", "--config", str(file), "--model", str(model)),
+                *("--num-tasks", str(config.eval.num_tasks)),
+            ]
+        )
+    if code == EXIT_USER:
+        raise SetupError(said)
+    if code:
+        how = f"killed by {signal_name(-code)}" if code < 0 else said or f"exit code {code}"
+        raise RoleCrashed(f"the evaluation of {name} failed: {how}")
+    try:
+        found = json.loads(said.strip().splitlines()[-1])
+        success, reward = found["success"], found["reward_mean"]
+        return EvalResult(
+            success=None if success is None else float(success),
+            num_tasks=int(found["num_tasks"]),
+            unknown=int(found["unknown"]),
+            reward_mean=None if reward is None else float(reward),
+        )
+    except (ValueError, KeyError, IndexError, TypeError) as exc:
+        raise RoleCrashed(f"the evaluation of {name} ended without a result: {said[-200:]!r}") from exc

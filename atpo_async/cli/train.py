@@ -1,0 +1,100 @@
+"""``atpo train`` and ``atpo demo``: train a run to its end, on this terminal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from atpo_async.api.training import train_to_the_end
+from atpo_async.cli.common import EXIT_DONE, EXIT_INTERRUPTED, LAYERS, Asked, command_line, demo_config
+from atpo_async.config import Config, load
+
+
+def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    """Of the command line."""
+    if command == "demo":
+        parser.add_argument(
+            "config", metavar="CONFIG", nargs="*", default=[], help="another configuration than configs/demo.toml"
+        )
+        return
+    parser.add_argument(
+        "config", metavar="CONFIG", nargs="+", help=f"TOML file, for instance configs/demo.toml; {LAYERS}"
+    )
+    parser.add_argument(
+        "--from",
+        dest="begin_from",
+        metavar="RUN[:STEP]",
+        help="a new run begins with the policy of another one: its newest, or that of its checkpoint of STEP",
+    )
+
+
+def run(asked: Asked) -> int:
+    """Train; `atpo demo` in a new run each time, unless --run.name names one."""
+    if asked.command == "demo":
+        return _demo(asked)
+    return train(load(asked.args.config, asked.options), again=asked.again, begin_from=asked.args.begin_from)
+
+
+def train(config: Config, *, again: str, begin_from: str | None = None) -> int:
+    """Train to the end or to an interruption; returns the exit code.
+
+    Args:
+        config: resolved.
+        again: the command that goes on with the run.
+        begin_from: ``RUN[:STEP]`` whose policy a new run begins with.
+    """
+    shown = shlex.join(["atpo", "status", str(config.run.dir / config.run.name)])
+    console = LastingConsole(when_closed=f"the run goes on, `{shown}` shows it", highlight=False, soft_wrap=True)
+    trained = train_to_the_end(config, console=console, again=again, begin_from=begin_from)
+    return EXIT_INTERRUPTED if trained.interrupted else EXIT_DONE
+
+
+def _demo(asked: Asked) -> int:
+    files = asked.args.config or [str(demo_config())]
+    config = load(files, asked.options)
+    if "run.name" not in asked.options:
+        name = _free_name(config.run.dir, f"demo-{config.run.seed}")
+        config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    options = [f"--{key}={text}" for key, text in asked.options.items() if key != "run.name"]
+    return train(config, again=command_line(["train", *files, *options, "--run.name", config.run.name]))
+
+
+def _free_name(folder: Path, stem: str) -> str:
+    """``stem-1``, or the first number that no run has."""
+    number = 1
+    while (folder / f"{stem}-{number}").exists():
+        number += 1
+    return f"{stem}-{number}"
+
+
+class LastingConsole(Console):
+    """Once its reader has gone (``atpo train … | head``) it says so on stderr and prints nothing more; the default
+    ends the process."""
+
+    def __init__(self, *, when_closed: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._when_closed = when_closed
+
+    def on_broken_pipe(self) -> None:
+        """Goes on without a reader."""
+        self.quiet = True
+        _discard(sys.stdout)
+        try:
+            print(f"note: the terminal's output is closed; {self._when_closed}", file=sys.stderr, flush=True)
+        except OSError:  # `2>&1 | head`
+            _discard(sys.stderr)
+
+
+def _discard(stream: Any) -> None:
+    """What is still written to it, also at the process's end, goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
