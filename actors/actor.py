@@ -15,10 +15,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from actors.engines.base import Engine
+from actors.expansion.expansion import Expansion
 from actors.faults import CutActions, Faults, first_of
 from actors.leases import LeaseSource
 from actors.reports import Interval
-from actors.search import TreeSearch
+from actors.search.tree_search import TreeSearch
 from actors.weights.fetcher import WeightsFetcher
 from actors.weights.uptake import WeightsUptake
 from atpo_async.config import Config
@@ -67,6 +68,8 @@ class Actor:
         weights: fetcher towards the learner.
         stopping: set to end early; leases are given back.
         clock: seconds, monotonic.
+
+    Raises ConfigError or SetupError where the expansion strategy that the configuration names cannot be loaded.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Actor:
         self._growing: dict[str, asyncio.Task[None]] = {}
         self._slot_freed = asyncio.Event()
         self._faults = Faults(config.environment.name, at_once=config.actor.trees_in_flight, clock=clock)
+        self._expansion = Expansion.of(config.search)
         self._cut_actions = CutActions(config.search.max_action_tokens)
         self._given_up: dict[str, str] = {}
         """Trees of which the buffer refused something -> why: their leases go back with the next report."""
@@ -206,6 +210,7 @@ class Actor:
             engine=self._engine,
             environment=self._environment,
             search=self._config.search,
+            expansion=self._expansion,
             max_context_tokens=self._config.model.max_context_tokens,
             emit=self._buffer.send,
             chain_ended=partial(self._faults.chain_ended, lease.tree_id),

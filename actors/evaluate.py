@@ -13,7 +13,7 @@ from actors.engines.base import Engine
 from actors.factory import check_eval_tasks, host_environment, make_engine
 from actors.faults import Faults, first_of
 from actors.hosting import guard
-from actors.search import TreeSearch
+from actors.search.tree_search import TreeSearch
 from atpo_async.config import Config, load
 from atpo_async.core.errors import AtpoError, ConfigError, EnvironmentBroken
 from atpo_async.core.tree import Turn, TurnTree
@@ -59,6 +59,7 @@ async def success(
             engine=engine,
             environment=environment,
             search=config.search,
+            expansion=None,
             max_context_tokens=config.model.max_context_tokens,
             emit=drop,
             chain_ended=partial(faults.chain_ended, lease.tree_id),

@@ -21,7 +21,7 @@ from typing import Literal, get_args
 
 import msgspec
 
-from atpo_async.core.errors import AtpoError, BadMessage, EngineDead, EnvironmentBroken
+from atpo_async.core.errors import AtpoError, BadMessage, ConfigError, EngineDead, EnvironmentBroken
 from atpo_async.core.texts import shortened
 from atpo_async.core.vocabulary import Split
 from atpo_async.ops import notices
@@ -32,6 +32,9 @@ Tell = Callable[[str, str], None]
 
 Place = Literal["chain", "branch"]
 """Whether a chain began at the prompt, or forks off another: a replay that always fails leaves the first ones alone."""
+
+EXPANSION_FAILED = "expansion_failed"
+"""Why branches are lost that the expansion strategy did not choose."""
 
 ENGINE_FAILED = frozenset({"generate_timeout", "generate_failed"})
 
@@ -68,6 +71,8 @@ class Fault:
     """What faults with one cause have in common."""
     detail: str
     """One line: what, where, and the way out."""
+    source: str = ""
+    """The setting at fault; empty where it is the environment, or the engine."""
 
     @property
     def share(self) -> float:
@@ -143,6 +148,7 @@ class FaultWatch:
 
         Raises:
             EnvironmentBroken: the fault is in every task.
+            ConfigError: so is one of the expansion strategy.
             EngineDead: the engine answers none of the trees' requests.
         """
         tree = self._trees.get(tree_id)
@@ -198,7 +204,7 @@ class FaultWatch:
 
     def _verdict(self, place: Place, trees: int, lost: int, chains: int, fault: Fault) -> AtpoError:
         """``trees`` in a row lost ``lost`` of their ``chains`` in ``place``, the last one to ``fault``."""
-        name = f"environment {self._environment!r}"
+        name = fault.source or f"environment {self._environment!r}"
         detail = fault.detail
         if fault.reason not in ENGINE_FAILED:  # what comes of its values names it too
             detail = detail.removeprefix(f"{name}, ").removeprefix(f"{name}: ")
@@ -213,11 +219,13 @@ class FaultWatch:
         if fault.reason in ENGINE_FAILED:
             why = "does not answer" if fault.reason == "generate_timeout" else "fails every request"
             return EngineDead(f"{row}, as the engine {why}; {latest}")
-        return EnvironmentBroken(f"{name}: {row}; {latest}")
+        return (ConfigError if fault.source else EnvironmentBroken)(f"{name}: {row}; {latest}")
 
     # --- what the user hears ---------------------------------------------------------------------------------------
 
     def _named(self, fault: Fault) -> str:
+        if fault.source:
+            return f"{fault.source}: {fault.detail}"
         mine = fault.reason not in ENGINE_FAILED and self._environment not in fault.detail
         return f"environment {self._environment!r}, {fault.detail}" if mine else fault.detail
 

@@ -51,8 +51,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from actors.expansion import select, sibling_parent
-from atpo_async.config import Config, load, split_options
+from actors.expansion.candidates import sibling_parent
+from actors.expansion.strategies.random import select
+from atpo_async.config import Config, SearchConfig, load, split_options
 from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.errors import AtpoError, ConfigError, SetupError
 from atpo_async.core.tree import ROOT as PROMPT
@@ -169,7 +170,7 @@ def grow(shape: Shape, *, tree_id: str, vocab_size: int, rng: np.random.Generato
         chain(PROMPT, 0, nothing, 0)
     for round_number in range(1, shape.rounds + 1):
         tree = TurnTree(tree_id, 0, prompt, tuple(turns))
-        chosen = select(tree, count=shape.branches, strategy="random", sibling_penalty=0.0, include_root=False, rng=rng)
+        chosen = select(tree, shape.branches, rng, SearchConfig())
         for turn_id in chosen:
             level = max(0, len(tree.path(turn_id)) - 1)
             observation = nothing if turn_id == PROMPT else tree[turn_id].observation

@@ -77,7 +77,7 @@ def test_every_fault_is_said_at_once() -> None:
         build({"learner": {"lr": 0}, "search": {"strategy": "best"}})
     first, second = sorted(str(caught.value).splitlines())
     assert first == "learner.lr must be > 0, got 0"
-    assert second.startswith("search.strategy = 'best' is unknown; known: entropy, random, none, or 'package.module:n")
+    assert second.startswith("search.strategy = 'best' is unknown; known: entropy, none, random, or 'package.module:n")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 from actors.hosting import loop_thread
 from actors.hosting.host import EnvironmentTimeout, HostedEnvironment
 from actors.hosting.loop_thread import DaemonThreads
-from actors.search import TreeSearch
+from actors.search.tree_search import TreeSearch
 from atpo_async.config import SearchConfig
 from atpo_async.core.errors import EnvironmentBroken, SetupError
 from atpo_async.environments.base import ReplayFork, Split, StepResult
@@ -612,6 +612,7 @@ async def test_a_tree_loses_the_branches_of_a_tool_that_exits_and_says_so() -> N
             engine=ScriptedEngine(),
             environment=host,
             search=config,
+            expansion=None,
             max_context_tokens=64,
             emit=emit,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import msgspec
 import pytest
 
 from actors.faults import CutActions, Fault, Faults, FaultWatch, Place
-from atpo_async.core.errors import AtpoError, EngineDead, EnvironmentBroken
+from atpo_async.core.errors import AtpoError, ConfigError, EngineDead, EnvironmentBroken
 from atpo_async.ops import notices
 from tests.actor_support import leaf, lease
 
@@ -144,6 +145,20 @@ def test_forks_that_always_fail_end_the_run_though_the_first_chains_of_every_tre
     assert isinstance(world.error, EnvironmentBroken)
     assert "trees in a row lost every chain that forked off another" in str(world.error)
     assert world.now < 30
+
+
+def test_a_strategy_that_fails_on_every_tree_ends_the_run_with_the_name_of_its_setting() -> None:
+    fault = Fault("expansion_failed", "KeyError in the strategy", "it failed on tree t1", "search.strategy = 'w:pick'")
+    world = World(2, lambda number: iter([*chains([None] * 4), *chains([fault] * 3, seconds=2.0, place="branch")]))
+    world.run(100)
+    assert isinstance(world.error, ConfigError)
+    assert re.match(
+        r"search.strategy = 'w:pick': \d+ trees in a row lost every chain that forked off another, \d+ of them; the "
+        "latest: it failed on tree t1$",
+        str(world.error),
+    )
+    assert world.begun < 12
+    assert world.told[0].endswith("the run goes on: search.strategy = 'w:pick': it failed on tree t1")
 
 
 def test_different_errors_that_leave_no_chain_in_any_tree_end_the_run_too() -> None:

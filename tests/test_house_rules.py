@@ -25,15 +25,19 @@ HEAVY = {"torch", "vllm", "transformers", "accelerate"}
 # What a role's `__main__` runs; nothing below it may know it.
 LOOPS = {"actors.actor", "buffer.service", "learner.loop"}
 
-# One module for each built-in one.
-MODES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for kind in ("value_modes", "advantage_modes")
-    for path in (ROOT / "atpo_async" / "core" / "credit" / kind).glob("[a-z]*.py")
-}
+# Packages of built-in functions, a module for each.
+PURE_PACKAGES = (
+    "atpo_async.core.credit.value_modes",
+    "atpo_async.core.credit.advantage_modes",
+    "actors.expansion.strategies",
+)
 PURE = {
     *(f"atpo_async.core.credit.{name}" for name in ("backup", "rewards", "rule", "tree_arrays", "weights")),
-    *MODES,
+    *(
+        f"{package}.{path.stem}"
+        for package in PURE_PACKAGES
+        for path in (ROOT / package.replace(".", "/")).glob("[a-z]*.py")
+    ),
     "atpo_async.core.dtypes",
     "atpo_async.core.errors",
     "atpo_async.core.priorities",
@@ -42,7 +46,8 @@ PURE = {
     "atpo_async.wire.messages",
     "atpo_async.core.tree",
     "atpo_async.wire.codec",
-    "actors.expansion",
+    "actors.expansion.candidates",
+    "actors.expansion.expansion",
     "atpo_async.wire.records",
     "buffer.counters",
     "buffer.trees.assembly",

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from actors.engines.base import Generation, Sampling
+from actors.expansion.expansion import Expansion
 from actors.faults import Fault
-from actors.search import ChainEnded, TreeSearch
+from actors.search.tree_search import ChainEnded, TreeSearch
 from atpo_async.config import SearchConfig
 from atpo_async.core.errors import EngineDead, GenerationFailed
 from atpo_async.core.tree import ROOT, Turn, TurnTree
@@ -44,6 +45,7 @@ def search_of(
     config: SearchConfig = SEARCH,
     max_context_tokens: int = 64,
     chain_ended: ChainEnded = lambda place, fault: None,
+    expansion: Expansion | None = None,
     **changes: object,
 ) -> TreeSearch:
     return TreeSearch(
@@ -52,6 +54,7 @@ def search_of(
         engine=engine or ScriptedEngine(),
         environment=environment or CountingEnvironment(),
         search=config,
+        expansion=expansion or Expansion.of(config),
         max_context_tokens=max_context_tokens,
         emit=emit if emit is not None else Sink(),
         chain_ended=chain_ended,
@@ -346,3 +349,40 @@ async def test_a_chain_that_is_shown_another_prompt_than_its_tree_has_is_left_ou
 
 def keep_in(faults: list[Fault]) -> ChainEnded:
     return lambda place, fault: faults.append(fault) if fault is not None else None
+
+
+# --- an expansion strategy that fails --------------------------------------------------------------------------
+
+
+def picks(choice: Callable[[TurnTree], Sequence[int]]) -> Expansion:
+    return Expansion(lambda tree, count, rng, settings: choice(tree), SEARCH)
+
+
+async def test_a_strategy_that_fails_costs_its_tree_the_further_branches_and_nothing_else() -> None:
+    calls: list[int] = []
+
+    def fails_in_the_first_round(tree: TurnTree) -> Sequence[int]:
+        calls.append(len(tree))
+        raise LookupError("no turn is good enough")
+
+    sink, ended = Sink(), list[tuple[str, Fault | None]]()
+    search = search_of(
+        emit=sink,
+        expansion=picks(fails_in_the_first_round),
+        chain_ended=lambda place, fault: ended.append((place, fault)),
+    )
+    tree = await search.grow()
+    assert len(tree.leaves()) == SEARCH.initial_rollouts
+    assert sink.closed.failures == {"expansion_failed": SEARCH.branches}
+    assert len(calls) == 1
+    assert "LookupError: no turn is good enough" in search.growth.last_detail
+    faults = [fault for place, fault in ended if place == "branch" and fault is not None]
+    assert {fault.source for fault in faults} == {"search.strategy = 'entropy'"}
+    assert len(faults) == SEARCH.branches
+
+
+async def test_a_strategy_may_choose_fewer_turns_or_one_of_them_twice() -> None:
+    few = await search_of(expansion=picks(lambda tree: [1])).grow()
+    assert len(few.leaves()) == SEARCH.initial_rollouts + SEARCH.rounds
+    twice = await search_of(expansion=picks(lambda tree: [1, 1])).grow()
+    assert len(twice.siblings(1)) == SEARCH.initial_rollouts - 1 + 2 * SEARCH.rounds

@@ -23,8 +23,9 @@ STRATEGY: Door[Any] = Door(
     field="search.strategy",
     what="an expansion strategy",
     protocol='docs/extending.md, "Expansion strategy"',
-    built_in=dict.fromkeys(("entropy", "random"), ""),
-    words=("none",),
+    package="actors.expansion.strategies",
+    attribute="select",
+    call=("tree", "count", "rng", "settings"),
 )
 
 VALUE_MODE: Door[Any] = Door(

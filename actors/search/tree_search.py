@@ -10,27 +10,23 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from actors.engines.base import Engine, Generation, Sampling
-from actors.expansion import Strategy, select, sibling_parent
-from actors.faults import Fault, Place
-from actors.hosting.host import EnvironmentTimeout
-from actors.hosting.loop_thread import EnvironmentFault
+from actors.engines.base import Engine, Generation
+from actors.expansion.candidates import sibling_parent
+from actors.expansion.expansion import Expansion, ExpansionFailed
+from actors.faults import EXPANSION_FAILED, Fault, Place
+from actors.search.budget import budget_of
+from actors.search.calls import NOTHING, BranchCalls, BranchFailed
 from atpo_async.config import SearchConfig
-from atpo_async.core.errors import EngineDead, EnvironmentBroken, GenerationFailed
-from atpo_async.core.texts import of_error, shortened
 from atpo_async.core.tree import ROOT, Turn, TurnTree
-from atpo_async.core.vocabulary import EndReason, Split
+from atpo_async.core.vocabulary import EndReason
 from atpo_async.environments.base import Environment, Episode, StepResult
-from atpo_async.environments.values import TOO_LONG, ValueRefused
+from atpo_async.environments.values import TOO_LONG
 from atpo_async.status import waits
 from atpo_async.wire.messages import Lease, TreeClosed, TreeOpened
-
-T = TypeVar("T")
 
 Emit = Callable[[TreeOpened | Turn | TreeClosed], Awaitable[None]]
 ChainEnded = Callable[[Place, Fault | None], None]
@@ -38,30 +34,6 @@ ChainEnded = Callable[[Place, Fault | None], None]
 TRUNCATED_REWARD = 0.0
 """Reward of a chain that ran out of context over its turns: the policy wrote too much, an outcome and no failure.  One
 whose last observation takes more than half of the context by itself has failed: that is the tool's doing."""
-
-NOTHING = np.zeros(0, dtype=np.int32)
-
-GENERATE_TIMEOUT = "generate_timeout"
-"""Why a branch failed that the engine did not answer in time."""
-
-QUEUE_LIMITS = 10
-"""So many times ``search.generate_timeout_s`` a request may wait for its turn in the engine: behind those that each
-have that long, and never for ever."""
-
-
-class BranchFailed(Exception):
-    """A generation or a tool failed.
-
-    Attributes:
-        reason: what it is counted under.
-        kind: what faults with the same cause have in common; finer than ``reason``.
-    """
-
-    def __init__(self, reason: str, detail: str, *, kind: str = "") -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.kind = kind or reason
-        self.detail = detail
 
 
 @dataclass(slots=True)
@@ -77,32 +49,6 @@ class Growth:
     """Of those, the ones that no stop token ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """How a tree of this kind is grown."""
-
-    initial_rollouts: int
-    rounds: int
-    branches: int
-    sampling: Sampling
-
-
-def budget_of(search: SearchConfig, *, kind: Split, stop_token_ids: tuple[int, ...]) -> Budget:
-    """Training trees as configured; evaluation is one greedy chain."""
-    greedy = kind == "eval"
-    sampling = Sampling(
-        temperature=0.0 if greedy else search.temperature,
-        top_p=1.0 if greedy else search.top_p,
-        top_k=0 if greedy else search.top_k,
-        max_tokens=search.max_action_tokens,
-        stop_token_ids=stop_token_ids,
-    )
-    if greedy:
-        return Budget(1, 0, 0, sampling)
-    rounds = 0 if search.strategy == "none" else search.rounds
-    return Budget(search.initial_rollouts, rounds, search.branches, sampling)
-
-
 class TreeSearch:
     """Grows the tree of one lease.
 
@@ -111,6 +57,7 @@ class TreeSearch:
         lease: what to grow; its ``committed`` turns are not grown again.
         engine, environment: where actions and observations come from.
         search: the search settings.
+        expansion: which turns are branched at; None where none ever is, as in an evaluation.
         max_context_tokens: a path that leaves no room for another action ends with ``length_limit``.
         emit: takes every message for the buffer; may wait for room.
         chain_ended: told of every chain that came to its end, and of the fault where it was lost; may raise to end all.
@@ -125,6 +72,7 @@ class TreeSearch:
         engine: Engine,
         environment: Environment,
         search: SearchConfig,
+        expansion: Expansion | None,
         max_context_tokens: int,
         emit: Emit,
         chain_ended: ChainEnded = lambda place, fault: None,
@@ -132,20 +80,19 @@ class TreeSearch:
     ) -> None:
         self._run = run
         self._lease = lease
-        self._engine = engine
-        self._environment = environment
-        self._search = search
+        self._expansion = expansion
         self._budget = budget_of(search, kind=lease.kind, stop_token_ids=environment.stop_token_ids)
         known = environment.num_tasks(lease.kind)
         # Training goes through a finite set of tasks again and again; the lease counts on.
-        self._task = lease.task_index if known is None or lease.kind == "eval" else lease.task_index % known
+        task = lease.task_index if known is None or lease.kind == "eval" else lease.task_index % known
+        self._calls = BranchCalls(lease=lease, task=task, engine=engine, environment=environment, search=search)
         self._max_context = max_context_tokens
         self._emit = emit
         self._chain_ended = chain_ended
         self._clock = clock
+        self._without_branches = False
+        """The strategy failed on this tree."""
         self._rng = np.random.default_rng(lease.seed)
-        self._requests = 0
-        self._who = f"tree {lease.tree_id}"
         self.growth = Growth(turns=list(lease.committed))
 
     async def grow(self) -> TurnTree:
@@ -155,7 +102,7 @@ class TreeSearch:
         the window towards the buffer.
         """
         try:
-            first = await self._start()
+            first = await self._calls.start()
         except BranchFailed as failure:
             self._count(failure, "chain")
             prompt = NOTHING
@@ -199,14 +146,7 @@ class TreeSearch:
     async def _branch_round(self, prompt: np.ndarray, number: int) -> None:
         """K new siblings, chosen on the tree as it was before this round, less those already begun."""
         before = self._tree(prompt, [t for t in self.growth.turns if t.expansion_round < number])
-        chosen = select(
-            before,
-            count=self._budget.branches,
-            strategy=cast(Strategy, self._search.strategy),
-            sibling_penalty=self._search.sibling_penalty,
-            include_root=self._search.include_root,
-            rng=self._rng,
-        )
+        chosen = self._choose(before, number)
         wanted = Counter(sibling_parent(before, turn_id) for turn_id in chosen)
         wanted -= Counter(t.parent_id for t in self._heads(number))
         begun = self._tails(number)
@@ -216,6 +156,19 @@ class TreeSearch:
             for i, parent in enumerate(wanted.elements()):
                 name = f"{self._lease.tree_id}/round-{number}-{i}"
                 chains.create_task(self._chain(prompt, parent, number, None), name=name)
+
+    def _choose(self, before: TurnTree, number: int) -> tuple[int, ...]:
+        """The turns to branch at.  A strategy that fails costs the tree this round and those after it."""
+        if self._expansion is None or self._without_branches:
+            return ()
+        try:
+            return self._expansion.choose(before, count=self._budget.branches, rng=self._rng)
+        except ExpansionFailed as exc:
+            self._without_branches = True
+            failure = BranchFailed(EXPANSION_FAILED, str(exc), kind=exc.kind)
+            for _ in range(self._budget.branches - len(self._heads(number))):
+                self._count(failure, "branch", source=self._expansion.setting)
+            return ()
 
     def _resume(self, chains: asyncio.TaskGroup, prompt: np.ndarray, tail: Turn) -> None:
         if not tail.is_leaf:
@@ -254,16 +207,16 @@ class TreeSearch:
         else:
             self._chain_ended(place, None)
 
-    def _count(self, failure: BranchFailed, place: Place) -> None:
+    def _count(self, failure: BranchFailed, place: Place, *, source: str = "") -> None:
         self.growth.failures[failure.reason] += 1
-        self.growth.last_detail = str(failure)
-        self._chain_ended(place, Fault(failure.reason, failure.kind, failure.detail))
+        self.growth.last_detail = f"{source}, {failure}" if source else str(failure)
+        self._chain_ended(place, Fault(failure.reason, failure.kind, failure.detail, source))
 
     async def _walk(self, prompt: np.ndarray, parent_id: int, number: int, episode: Episode | None) -> None:
         path = self._tree(prompt, self.growth.turns).path(parent_id)
         observation = NOTHING
         if episode is None:
-            episode, observation = await self._fork(path)
+            episode, observation = await self._calls.fork(path)
         try:
             self._check_same(prompt, episode.prompt, parent_id, observation)
             context = np.concatenate([prompt, *(part for t in path for part in (t.observation, t.action))])
@@ -288,7 +241,7 @@ class TreeSearch:
         generated = self._clock()
         self.growth.actions += 1
         self.growth.cut_actions += generation.stop_reason == "length"
-        result = await self._step(episode, generation.token_ids)
+        result = await self._calls.step(episode, generation.token_ids)
         stepped = self._clock()
         end: EndReason = result.end
         reward, success = result.reward, result.success
@@ -331,7 +284,7 @@ class TreeSearch:
             return
         raise BranchFailed(
             "replay_diverged",
-            f"task {self._task} ({self._lease.kind}): another {what} than in the tree's first chain; the same split, "
+            f"{self._calls.task}: another {what} than in the tree's first chain; the same split, "
             "index and actions must give the same: seed what is random by them, and keep what a tool answered",
             kind=kind,
         )
@@ -340,107 +293,16 @@ class TreeSearch:
         """A tool that fills most of the context by itself ended this chain, not the policy: no reward for it."""
         return BranchFailed(
             TOO_LONG,
-            f"task {self._task} ({self._lease.kind}): an observation of {tokens} tokens leaves no room for an action "
+            f"{self._calls.task}: an observation of {tokens} tokens leaves no room for an action "
             f"in model.max_context_tokens = {self._max_context}; cut it in the environment, or raise that",
             kind=f"value of observation: {TOO_LONG}",
         )
 
     async def _generate(self, context: np.ndarray) -> Generation:
         sampling = self._budget.sampling
-        room = self._max_context - len(context)
-        if room < sampling.max_tokens:
-            if room < 1:
-                raise BranchFailed("no_room", f"prompt of {len(context)} tokens leaves no room for an action")
-            sampling = Sampling(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                max_tokens=room,
-                stop_token_ids=sampling.stop_token_ids,
-            )
-        self._requests += 1
-        request_id = f"{self._lease.tree_id}.{self._lease.epoch}/{self._requests}"
-        generation = await self._answered(context, sampling, request_id)
-        # Only now: what an engine compiles for its first request takes longer than any later one.
-        waits.phase("growing trees")
-        return generation
-
-    async def _answered(self, context: np.ndarray, sampling: Sampling, request_id: str) -> Generation:
-        """Waits for: the engine.  Unblocked by: its answer; ``search.generate_timeout_s`` from when the request runs,
-        ``QUEUE_LIMITS`` times that if it never does."""
-        limit_s, running = self._search.generate_timeout_s, False
-        try:
-            with waits.waiting(self._who, "an action", on=waits.ENGINE, limit_s=QUEUE_LIMITS * limit_s) as wait:
-                async with asyncio.timeout(QUEUE_LIMITS * limit_s) as limit:
-
-                    def on_running() -> None:
-                        nonlocal running
-                        running = True
-                        wait.limit_s = time.monotonic() - wait.since + limit_s
-                        if not limit.expired():
-                            limit.reschedule(asyncio.get_running_loop().time() + limit_s)
-
-                    return await self._engine.generate(
-                        context, sampling, request_id=request_id, on_running=on_running
-                    )  # fmt: skip
-        except TimeoutError:
-            took = f"took over {limit_s:g} s (search.generate_timeout_s)" if running else (
-                f"waited over {QUEUE_LIMITS * limit_s:g} s in the engine's queue"
-            )  # fmt: skip
-            raise BranchFailed(GENERATE_TIMEOUT, f"request {request_id} {took}") from None
-        except EngineDead:
-            raise
-        except GenerationFailed as exc:
-            raise BranchFailed("generate_failed", shortened(str(exc))) from exc
-
-    # --- the environment: whatever it raises ends one branch ---------------------------------------------------
-
-    async def _call(self, what: str, call: Awaitable[T], *, steps: int = 1) -> T:
-        """A named wait for the environment, which has ``search.step_timeout_s`` for each of ``steps``."""
-        limit_s = steps * self._search.step_timeout_s
-        try:
-            with waits.waiting(self._who, f"the environment's {what}", on=waits.ENVIRONMENT, limit_s=limit_s):
-                return await call
-        except EnvironmentBroken:
-            raise
-        except EnvironmentTimeout as exc:
-            raise BranchFailed("environment_timeout", str(exc), kind=f"timeout of {what}") from None
-        except EnvironmentFault as exc:
-            raise self._environment_fault(what, exc.error) from exc
-        except Exception as exc:
-            raise self._environment_fault(what, exc) from exc
-
-    def _environment_fault(self, what: str, exc: BaseException) -> BranchFailed:
-        """``exc`` came out of the environment's ``what``: as the branch's failure, its text cut."""
-        if isinstance(exc, ValueRefused):
-            return BranchFailed(exc.reason, str(exc), kind=f"value of {exc.field}")
-        task = f"task {self._task} ({self._lease.kind})"
-        return BranchFailed(
-            "environment_failed", f"{task}, {what}: {of_error(exc)}", kind=f"{type(exc).__name__} in {what}"
-        )
-
-    async def _start(self) -> Episode:
-        return await self._call("start", self._environment.start(self._lease.kind, self._task))
-
-    async def _step(self, episode: Episode, action: np.ndarray) -> StepResult:
-        return await self._call("step", episode.step(action))
-
-    async def _fork(self, path: tuple[Turn, ...]) -> tuple[Episode, np.ndarray]:
-        """An episode brought to the end of ``path``, and the observation that follows it."""
-        if not path:
-            return await self._start(), NOTHING
-        *before, last = path
-        actions = tuple(t.action for t in before)
-        episode = await self._call(
-            "replay", self._environment.replay(self._lease.kind, self._task, actions), steps=len(path)
-        )
-        try:
-            result = await self._step(episode, last.action)
-            if result.done:
-                raise BranchFailed(
-                    "replay_diverged", f"turn {last.turn_id} of tree {self._lease.tree_id} ended when it was replayed"
-                )
-        except BaseException:
-            await episode.close()
-            raise
-        return episode, result.observation
+        space = self._max_context - len(context)
+        if space < 1:
+            raise BranchFailed("no_room", f"a prompt of {len(context)} tokens leaves no space for an action")
+        if space < sampling.max_tokens:
+            sampling = replace(sampling, max_tokens=space)
+        return await self._calls.generate(context, sampling)

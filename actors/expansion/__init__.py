@@ -1,0 +1,1 @@
+"""Which turns of a tree are branched at: the strategy that ``search.strategy`` names."""

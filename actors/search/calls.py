@@ -1,0 +1,162 @@
+"""What a chain asks of engine and environment: each call has a time limit, and its failure ends one branch."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from typing import TypeVar
+
+import numpy as np
+
+from actors.engines.base import Engine, Generation, Sampling
+from actors.hosting.host import EnvironmentTimeout
+from actors.hosting.loop_thread import EnvironmentFault
+from atpo_async.config import SearchConfig
+from atpo_async.core.errors import EngineDead, EnvironmentBroken, GenerationFailed
+from atpo_async.core.texts import of_error, shortened
+from atpo_async.core.tree import Turn
+from atpo_async.environments.base import Environment, Episode, StepResult
+from atpo_async.environments.values import ValueRefused
+from atpo_async.status import waits
+from atpo_async.wire.messages import Lease
+
+T = TypeVar("T")
+
+NOTHING = np.zeros(0, dtype=np.int32)
+
+GENERATE_TIMEOUT = "generate_timeout"
+"""Why a branch failed that the engine did not answer in time."""
+
+QUEUE_LIMITS = 10
+"""So many times ``search.generate_timeout_s`` a request may wait for its turn in the engine: behind those that each
+have that long, and never for ever."""
+
+
+class BranchFailed(Exception):
+    """A generation or a tool failed.
+
+    Attributes:
+        reason: what it is counted under.
+        kind: what faults with the same cause have in common; finer than ``reason``.
+    """
+
+    def __init__(self, reason: str, detail: str, *, kind: str = "") -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.kind = kind or reason
+        self.detail = detail
+
+
+class BranchCalls:
+    """The calls of one tree.  Each raises BranchFailed; EngineDead and EnvironmentBroken end the actor.
+
+    Args:
+        lease: the tree's.
+        task: index of the task in its split.
+        engine, environment: where actions and observations come from.
+        search: the time limits.
+    """
+
+    def __init__(
+        self, *, lease: Lease, task: int, engine: Engine, environment: Environment, search: SearchConfig
+    ) -> None:
+        self._lease = lease
+        self._task = task
+        self._engine = engine
+        self._environment = environment
+        self._search = search
+        self._requests = 0
+        self._who = f"tree {lease.tree_id}"
+        self.task = f"task {task} ({lease.kind})"
+        """For messages."""
+
+    # --- the engine --------------------------------------------------------------------------------------------
+
+    async def generate(self, context: np.ndarray, sampling: Sampling) -> Generation:
+        """The action that follows ``context``."""
+        self._requests += 1
+        request_id = f"{self._lease.tree_id}.{self._lease.epoch}/{self._requests}"
+        generation = await self._answered(context, sampling, request_id)
+        # Only now: what an engine compiles for its first request takes longer than any later one.
+        waits.phase("growing trees")
+        return generation
+
+    async def _answered(self, context: np.ndarray, sampling: Sampling, request_id: str) -> Generation:
+        """Waits for: the engine.  Unblocked by: its answer; ``search.generate_timeout_s`` from when the request runs,
+        ``QUEUE_LIMITS`` times that if it never does."""
+        limit_s, running = self._search.generate_timeout_s, False
+        try:
+            with waits.waiting(self._who, "an action", on=waits.ENGINE, limit_s=QUEUE_LIMITS * limit_s) as wait:
+                async with asyncio.timeout(QUEUE_LIMITS * limit_s) as limit:
+
+                    def on_running() -> None:
+                        nonlocal running
+                        running = True
+                        wait.limit_s = time.monotonic() - wait.since + limit_s
+                        if not limit.expired():
+                            limit.reschedule(asyncio.get_running_loop().time() + limit_s)
+
+                    return await self._engine.generate(
+                        context, sampling, request_id=request_id, on_running=on_running
+                    )  # fmt: skip
+        except TimeoutError:
+            took = f"took over {limit_s:g} s (search.generate_timeout_s)" if running else (
+                f"waited over {QUEUE_LIMITS * limit_s:g} s in the engine's queue"
+            )  # fmt: skip
+            raise BranchFailed(GENERATE_TIMEOUT, f"request {request_id} {took}") from None
+        except EngineDead:
+            raise
+        except GenerationFailed as exc:
+            raise BranchFailed("generate_failed", shortened(str(exc))) from exc
+
+    # --- the environment: whatever it raises ends one branch ---------------------------------------------------
+
+    async def start(self) -> Episode:
+        return await self._call("start", self._environment.start(self._lease.kind, self._task))
+
+    async def step(self, episode: Episode, action: np.ndarray) -> StepResult:
+        return await self._call("step", episode.step(action))
+
+    async def fork(self, path: tuple[Turn, ...]) -> tuple[Episode, np.ndarray]:
+        """An episode brought to the end of ``path``, and the observation that follows it."""
+        if not path:
+            return await self.start(), NOTHING
+        *before, last = path
+        actions = tuple(t.action for t in before)
+        episode = await self._call(
+            "replay", self._environment.replay(self._lease.kind, self._task, actions), steps=len(path)
+        )
+        try:
+            result = await self.step(episode, last.action)
+            if result.done:
+                raise BranchFailed(
+                    "replay_diverged", f"turn {last.turn_id} of tree {self._lease.tree_id} ended when it was replayed"
+                )
+        except BaseException:
+            await episode.close()
+            raise
+        return episode, result.observation
+
+    async def _call(self, what: str, call: Awaitable[T], *, steps: int = 1) -> T:
+        """A named wait for the environment, which has ``search.step_timeout_s`` for each of ``steps``."""
+        limit_s = steps * self._search.step_timeout_s
+        try:
+            with waits.waiting(self._who, f"the environment's {what}", on=waits.ENVIRONMENT, limit_s=limit_s):
+                return await call
+        except EnvironmentBroken:
+            raise
+        except EnvironmentTimeout as exc:
+            raise BranchFailed("environment_timeout", str(exc), kind=f"timeout of {what}") from None
+        except EnvironmentFault as exc:
+            raise self._environment_fault(what, exc.error) from exc
+        except Exception as exc:
+            raise self._environment_fault(what, exc) from exc
+
+    def _environment_fault(self, what: str, exc: BaseException) -> BranchFailed:
+        """``exc`` came out of the environment's ``what``: as the branch's failure, its text cut."""
+        if isinstance(exc, ValueRefused):
+            return BranchFailed(exc.reason, str(exc), kind=f"value of {exc.field}")
+        return BranchFailed(
+            "environment_failed", f"{self.task}, {what}: {of_error(exc)}", kind=f"{type(exc).__name__} in {what}"
+        )
