@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from atpo_async.run.metrics import read_metrics
 from tests.e2e_support import STEPS, Job, job, running
 from tests.learner_support import small_policy
 
@@ -50,6 +51,7 @@ OF_ACTORS = {
     "weights/swap_s",
     "engine/prefix_hit_share",
 }
+COPY = "copy-of-metrics.jsonl"
 ALL_STEPS = list(range(1, STEPS + 1))
 
 
@@ -77,7 +79,8 @@ def ended_well(run: Job, code: int) -> None:
 @pytest.fixture(scope="module")
 def finished(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
     """A run with the transformers engine, held at the gate until the actor has reported everything once."""
-    with job(tmp_path_factory.mktemp("finished"), policy) as run:
+    folder = tmp_path_factory.mktemp("finished")
+    with job(folder, policy, **{"metrics.options.jsonl.path": str(folder / COPY)}) as run:
         train = run.train()
         run.until(
             lambda: run.steps() and names(run, "actor-0") >= OF_ACTORS, "a report of the actor with all names", of=train
@@ -99,6 +102,11 @@ def test_a_run_takes_every_step_once_and_leaves_no_process_and_no_shared_memory(
 
 def test_metrics_hold_every_promised_name(finished: Job) -> None:
     assert PROMISED - names(finished) == set()
+
+
+def test_every_record_reached_the_metrics_sink_once_and_in_order(finished: Job) -> None:
+    copied = [(record.time, record.source, record.step) for record in read_metrics(finished.folder / COPY)]
+    assert copied == [(record.time, record.source, record.step) for record in finished.records()]
 
 
 def test_the_first_evaluation_comes_before_any_update(finished: Job) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import tomllib
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,6 +27,7 @@ from atpo_async.report.tree_samples import TreeTurn, append_tree_sample, choose,
 from atpo_async.run.metrics import MetricsWriter, Record
 from atpo_async.run.rundir import RunDir
 
+ROOT = Path(__file__).resolve().parent.parent
 T0 = 1_700_000_000.0
 
 
@@ -127,6 +129,16 @@ def test_the_page_is_one_file_that_fetches_nothing_and_whose_drawings_are_well_f
         ET.fromstring(drawing)
     for words in ("Learning", "Staleness", "Where the time went", "Correction", "answer &lt;end&gt;", "t&lt;1&gt;"):
         assert words in text
+
+
+def test_a_wheel_has_every_template() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    templates = sorted((ROOT / "atpo_async").rglob("*.j2"))
+    assert len(templates) >= 4
+    for path in templates:
+        package = path.parent.parent
+        assert (package / "__init__.py").is_file()
+        assert any(path in package.glob(pattern) for pattern in settings["package-data"]["*"]), path
 
 
 def test_a_run_that_has_only_begun_has_a_page_too(tmp_path: Path) -> None:

@@ -54,9 +54,9 @@ def base(**options: object) -> Config:
     return load(FILES, {name.replace("__", "."): str(value) for name, value in options.items()})
 
 
-def plan_of(**grid: object) -> Plan:
+def plan_of(config: Config | None = None, **grid: object) -> Plan:
     options: dict[str, object] = {"lags": "0,4", "corrections": "none,turn", "seeds": 2} | grid
-    return Plan.of(base(run__steps=6), **options)  # type: ignore[arg-type]
+    return Plan.of(config or base(run__steps=6), **options)  # type: ignore[arg-type]
 
 
 # --- the grid -----------------------------------------------------------------------------------------------------
@@ -1004,6 +1004,21 @@ async def test_what_an_interrupted_cell_left_in_shared_memory_goes_with_its_fold
     assert cleared == [run.run_id]
     assert not run.path.exists()
     await clear_run(run.path)  # nothing there, nothing to do
+
+
+def test_a_study_of_an_earlier_program_goes_on_with_fields_that_came_later(tmp_path: Path) -> None:
+    plan, folder = plan_of(), StudyFolder(tmp_path / "s")
+    cell = plan.cells()[0]
+    with folder.held(plan):
+        folder.write_result(plan, done(cell))
+    for file, table in ((folder.path / "study.json", "base"), (folder.marker(cell), "settings")):
+        data = json.loads(file.read_text())
+        assert data[table].pop("credit.trace_cap") == 1.0  # its default
+        file.write_text(json.dumps(data))
+    with folder.held(plan):
+        assert list(folder.results(plan)) == [cell]
+    with pytest.raises(RunMismatch, match=r"credit\.trace_cap was 1\.0, is 2\.0"):
+        folder.check(plan_of(base(run__steps=6, credit__trace_cap=2.0, credit__value_mode="tree_trace")))
 
 
 async def test_a_damaged_run_folder_is_cleared_too(tmp_path: Path) -> None:

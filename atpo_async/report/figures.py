@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from atpo_async.report import charts
 from atpo_async.report.charts import BLUE, GREEN, GREY, ORANGE, PALETTE, PURPLE, RED, TEAL, Axes, Line, Marker
@@ -11,6 +12,14 @@ from atpo_async.run.metrics import Record
 
 LAG_PREFIXES = ("lag/turns_", "lag/hist_")
 MAX_POINTS = 600
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A drawing, as SVG, and the sentence below it."""
+
+    drawing: str
+    caption: str
 
 
 def learning_lines(found: Facts, *, by_time: bool) -> list[Line]:
@@ -26,12 +35,12 @@ def learning_lines(found: Facts, *, by_time: bool) -> list[Line]:
     ]
 
 
-def learning_by_step(found: Facts) -> tuple[str, str]:
+def learning_by_step(found: Facts) -> Figure:
     axes = Axes(x_label="step", y_label="success", y_range=(0.0, 1.0), percent=True, guides=(GOAL,))
-    return charts.line_chart(learning_lines(found, by_time=False), axes), "Success by step."
+    return Figure(charts.line_chart(learning_lines(found, by_time=False), axes), "Success by step.")
 
 
-def learning_by_time(found: Facts) -> tuple[str, str]:
+def learning_by_time(found: Facts) -> Figure:
     since = "first lease" if found.origin_is_lease else "first record"
     markers: tuple[Marker, ...] = ()
     if found.goal is not None:
@@ -45,10 +54,10 @@ def learning_by_time(found: Facts) -> tuple[str, str]:
         guides=(GOAL,),
         markers=markers,
     )
-    return charts.line_chart(learning_lines(found, by_time=True), axes), f"The same by time since the {since}."
+    return Figure(charts.line_chart(learning_lines(found, by_time=True), axes), f"The same by time since the {since}.")
 
 
-def lag(records: Sequence[Record]) -> tuple[str, str]:
+def lag(records: Sequence[Record]) -> Figure:
     """Heat map of the lag histogram by step."""
     counts: dict[int, dict[int, float]] = {}
     for record in records:
@@ -67,10 +76,11 @@ def lag(records: Sequence[Record]) -> tuple[str, str]:
                 cells[column, row] = count / total
     axes = Axes(x_label="step", y_label="lag, versions")
     drawing = charts.heat_map(cells, axes, columns=[float(s) for s in steps], rows=max(rows, 2))
-    return drawing, "Lag of the turns in each batch: the learner's version when consumed minus the turn's oldest."
+    caption = "Lag of the turns in each batch: the learner's version when consumed minus the turn's oldest."
+    return Figure(drawing, caption)
 
 
-def lag_lines(records: Sequence[Record]) -> tuple[str, str]:
+def lag_lines(records: Sequence[Record]) -> Figure:
     lines = [
         Line(name=label, points=_points(by_step(series(records, name))), color=color, dashed=dashed)
         for label, name, color, dashed in (
@@ -83,10 +93,10 @@ def lag_lines(records: Sequence[Record]) -> tuple[str, str]:
     caption = "Lag over the run."
     if multi:
         caption += f"  {mean(s.value for s in multi) or 0:.1%} of turns were sampled by more than one version."
-    return charts.line_chart(lines, Axes(x_label="step", y_label="lag, versions")), caption
+    return Figure(charts.line_chart(lines, Axes(x_label="step", y_label="lag, versions")), caption)
 
 
-def shares(records: Sequence[Record]) -> tuple[str, str]:
+def shares(records: Sequence[Record]) -> Figure:
     """Of each role's time: waiting, and the named parts of its work."""
     rows: list[tuple[str, list[tuple[str, float, str]]]] = []
     sources = sorted({r.source for r in records if r.source == "learner" or "time/actor_wait_s" in r.metrics})
@@ -111,8 +121,8 @@ def shares(records: Sequence[Record]) -> tuple[str, str]:
         shares.append(("training" if learner else "generating", left, BLUE if learner else GREEN))
         rows.append((source, shares))
     if not rows:
-        return charts.nothing(Axes(x_label="", y_label="")), "Where the time went: nothing recorded."
-    return (
+        return Figure(charts.nothing(Axes(x_label="", y_label="")), "Where the time went: nothing recorded.")
+    return Figure(
         charts.bars(rows),
         "Shares of each role's time.  The learner waits for data when generation is the bottleneck, the actors for "
         "room when training is; weights are published by the one and swapped in by the others.",
@@ -128,7 +138,7 @@ def _covered(records: Sequence[Record], interval: str, name: str) -> float:
     return covered
 
 
-def throughput(found: Facts, records: Sequence[Record]) -> tuple[str, str]:
+def throughput(found: Facts, records: Sequence[Record]) -> Figure:
     lines = []
     for color, (label, name) in zip(
         PALETTE, (("generated", "tokens/generated_per_s"), ("trained", "tokens/trained_per_s")), strict=False
@@ -136,7 +146,7 @@ def throughput(found: Facts, records: Sequence[Record]) -> tuple[str, str]:
         samples = series(records, name)
         lines += _by_source(found, samples, label, color)
     drawing = charts.line_chart(lines, Axes(x_label="seconds", y_label="tokens a second"))
-    return drawing, "Tokens generated by the actors and trained on by the learner."
+    return Figure(drawing, "Tokens generated by the actors and trained on by the learner.")
 
 
 def _by_source(found: Facts, samples: Sequence[Sample], label: str, color: str) -> list[Line]:
@@ -149,22 +159,23 @@ def _by_source(found: Facts, samples: Sequence[Sample], label: str, color: str) 
     return lines
 
 
-def correction(records: Sequence[Record]) -> tuple[str, str]:
+def correction(records: Sequence[Record]) -> Figure:
     lines = [
         Line(name="effective sample size", points=_points(by_step(series(records, "is/ess_frac"))), color=PURPLE),
         Line(name="weights truncated", points=_points(by_step(series(records, "is/truncated_share"))), color=RED),
     ]
     axes = Axes(x_label="step", y_label="share", y_range=(0.0, 1.0), percent=True)
-    return charts.line_chart(lines, axes), "Importance weights: effective sample size, and the share cut at the cap."
+    caption = "Importance weights: effective sample size, and the share cut at the cap."
+    return Figure(charts.line_chart(lines, axes), caption)
 
 
-def clipping(records: Sequence[Record]) -> tuple[str, str]:
+def clipping(records: Sequence[Record]) -> Figure:
     lines = [Line(name="ratios clipped", points=_points(by_step(series(records, "clip_share"))), color=ORANGE)]
     axes = Axes(x_label="step", y_label="share", percent=True)
-    return charts.line_chart(lines, axes), "Share of ratios at the clip."
+    return Figure(charts.line_chart(lines, axes), "Share of ratios at the clip.")
 
 
-def weights(found: Facts, records: Sequence[Record]) -> tuple[str, str]:
+def weights(found: Facts, records: Sequence[Record]) -> Figure:
     lines = []
     for color, (label, name) in zip(
         (TEAL, ORANGE, PURPLE),
@@ -176,16 +187,16 @@ def weights(found: Facts, records: Sequence[Record]) -> tuple[str, str]:
     caption = "Milliseconds to publish a version, to fetch it, and to swap it in while generating."
     if found.probe_error is not None:
         caption += f"  Largest probe error after a swap: {found.probe_error:.1e} nats."
-    return charts.line_chart(lines, Axes(x_label="seconds", y_label="milliseconds")), caption
+    return Figure(charts.line_chart(lines, Axes(x_label="seconds", y_label="milliseconds")), caption)
 
 
-def memory(found: Facts, records: Sequence[Record]) -> tuple[str, str]:
+def memory(found: Facts, records: Sequence[Record]) -> Figure:
     lines = []
     for color, role in zip(PALETTE * 4, sorted(found.memory_mb), strict=False):
         samples = series(records, f"memory/{role}_mb")
         lines.append(Line(name=role, points=_timed(found, samples), color=color))
     peaks = ", ".join(f"{role} {size:.0f} MB" for role, size in sorted(found.memory_mb.items()))
-    return (
+    return Figure(
         charts.line_chart(lines, Axes(x_label="seconds", y_label="MB")),
         f"Memory of each role, summed over its processes.  Peaks: {peaks or 'not recorded'}.",
     )

@@ -17,7 +17,7 @@ def write_figure(rundir: RunDir, path: Path) -> Path:
     """The learning curve by time, as ``.svg`` or ``.png``.  Raises SetupError for another ending or without metrics."""
     found = facts(rundir)
     if path.suffix == ".svg":
-        drawing, _ = learning_by_time(found)
+        drawing = learning_by_time(found).drawing
         background = '<rect width="100%" height="100%" fill="#ffffff"/>'
         head, _, rest = drawing.partition(">")
         path.parent.mkdir(parents=True, exist_ok=True)

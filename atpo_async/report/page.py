@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from atpo_async.report import charts, figures
 from atpo_async.report.charts import Axes
 from atpo_async.report.facts import GOAL, Facts, facts, shown
+from atpo_async.report.figures import Figure
+from atpo_async.report.pages import render
 from atpo_async.report.progress import duration
 from atpo_async.report.tree_drawing import draw_tree
 from atpo_async.report.tree_samples import choose, read_tree_samples
@@ -28,55 +29,33 @@ def write_report(rundir: RunDir) -> Path:
 
 def page(rundir: RunDir, found: Facts, records: Sequence[Record]) -> str:
     """The whole document."""
-    sections = [
-        ("Learning", _cards(figures.learning_by_step(found), figures.learning_by_time(found))),
-        ("Staleness", _cards(figures.lag(records), figures.lag_lines(records))),
-        ("Where the time went", _cards(figures.shares(records), figures.throughput(found, records))),
-        ("Correction", _cards(figures.correction(records), figures.clipping(records))),
-        ("Weights and memory", _cards(figures.weights(found, records), figures.memory(found, records))),
-        ("Trees", _trees(rundir)),
-    ]
-    body = "".join(f"<section><h2>{escape(title)}</h2>{content}</section>" for title, content in sections)
-    return (
-        "<!doctype html>\n"
-        f'<html lang="en"><head><meta charset="utf-8"><title>{escape(found.name)} – atpo</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body><main>'
-        f"{_header(rundir, found)}{body}"
-        f"<footer>Made from {escape(rundir.path.name)}/metrics.jsonl and trees.jsonl by atpo-async.  "
-        "Time starts at the first lease; lag is counted in learner versions when a batch is consumed.</footer>"
-        "</main></body></html>\n"
+    config = rundir.config
+    return render(
+        "report.html.j2",
+        title=found.name,
+        environment=config.environment.name,
+        tiles=_tiles(found),
+        essentials=_essentials(rundir, found),
+        config=json.dumps(config.model_dump(mode="json"), indent=2),
+        sections=[
+            ("Learning", [figures.learning_by_step(found), figures.learning_by_time(found)]),
+            ("Staleness", [figures.lag(records), figures.lag_lines(records)]),
+            ("Where the time went", [figures.shares(records), figures.throughput(found, records)]),
+            ("Correction", [figures.correction(records), figures.clipping(records)]),
+            ("Weights and memory", [figures.weights(found, records), figures.memory(found, records)]),
+        ],
+        trees=_trees(rundir),
+        no_trees=Figure(
+            charts.nothing(Axes(x_label="", y_label="", height=80)), "No trees were recorded in trees.jsonl."
+        ),
+        folder=rundir.path.name,
     )
 
 
-STYLE = """
-:root{color-scheme:light}
-*{box-sizing:border-box}
-body{margin:0;background:#f5f7f9;color:#1f2933;
-  font:15px/1.5 ui-sans-serif,system-ui,'Segoe UI',Helvetica,Arial,sans-serif}
-main{max-width:1460px;margin:0 auto;padding:28px 24px 48px}
-h1{font-size:26px;margin:0 0 2px}h2{font-size:17px;margin:30px 0 10px}
-.sub{color:#66727f;margin:0 0 18px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:12px;margin:0 0 14px}
-.tile{background:#fff;border:1px solid #e1e6eb;border-radius:10px;padding:12px 14px}
-.tile b{display:block;font-size:23px;line-height:1.2;font-variant-numeric:tabular-nums}
-.tile span{color:#66727f;font-size:12.5px}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,560px),1fr));gap:14px}
-figure{margin:0;background:#fff;border:1px solid #e1e6eb;border-radius:10px;padding:12px 14px;overflow-x:auto}
-figure svg{max-width:100%;height:auto;display:block}
-figure.wide svg{max-width:none}
-figcaption{color:#66727f;font-size:13px;margin-top:6px}
-details{background:#fff;border:1px solid #e1e6eb;border-radius:10px;padding:10px 14px;margin-top:10px}
-summary{cursor:pointer;color:#3b4a58}
-pre{overflow-x:auto;font-size:12.5px;line-height:1.45;margin:8px 0 0}
-table{border-collapse:collapse;font-size:13px}td{padding:2px 14px 2px 0;vertical-align:top}td:first-child{color:#66727f}
-footer{color:#66727f;font-size:12.5px;margin-top:30px}
-""".strip()
-
-
-def _header(rundir: RunDir, found: Facts) -> str:
-    config = rundir.config
+def _tiles(found: Facts) -> list[tuple[str, str]]:
+    """The figures that a reader looks for first, and what each of them is."""
     since = "first lease" if found.origin_is_lease else "first record"
-    tiles = [
+    return [
         (
             _pair(found.success[0].value, found.smooth[-1].value) if found.smooth else "–",
             "sampled success, start → end",
@@ -92,10 +71,12 @@ def _header(rundir: RunDir, found: Facts) -> str:
         (shown(found.learner_wait_share, "{:.0%}"), "of the learner's time waiting for data"),
         (shown(found.actor_wait_share, "{:.0%}"), "of the actors' time waiting for room"),
     ]
-    tiled = "".join(
-        f'<div class="tile"><b>{escape(value)}</b><span>{escape(text)}</span></div>' for value, text in tiles
-    )
-    essentials = [
+
+
+def _essentials(rundir: RunDir, found: Facts) -> list[tuple[str, str]]:
+    """The settings that say most of what the run was, by name."""
+    config = rundir.config
+    return [
         ("run", f"{found.run_id}, seed {config.run.seed}, made {_when(rundir.created)}"),
         ("policy", f"{config.model.path}, {config.model.dtype}"),
         ("task", f"{config.environment.name} {_options(config.environment.options)}"),
@@ -126,37 +107,13 @@ def _header(rundir: RunDir, found: Facts) -> str:
         ),
         ("made with", _made_with(rundir)),
     ]
-    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in essentials)
-    whole = escape(json.dumps(config.model_dump(mode="json"), indent=2))
-    return (
-        f"<h1>{escape(found.name)}</h1><p class='sub'>Turn-tree policy optimisation, asynchronous and off-policy: "
-        f"{escape(config.environment.name)}</p><div class='tiles'>{tiled}</div>"
-        f"<details open><summary>The run</summary><table>{rows}</table></details>"
-        f"<details><summary>Resolved configuration</summary><pre>{whole}</pre></details>"
-    )
 
 
-def _cards(*drawn: tuple[str, str]) -> str:
-    return "<div class='cards'>" + "".join(_card(drawing, caption) for drawing, caption in drawn) + "</div>"
-
-
-def _card(drawing: str, caption: str, kind: str = "") -> str:
-    return f"<figure class='{kind}'>{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _trees(rundir: RunDir) -> str:
-    chosen = choose(read_tree_samples(rundir.trees_path))
-    if not chosen:
-        return _card(charts.nothing(Axes(x_label="", y_label="", height=80)), "No trees were recorded in trees.jsonl.")
-    legend = (
-        "Boxes are turns: the action's text, H its entropy (nats a token, the violet bar), V its value (red low, green "
-        "high), the versions that sampled it.  Circles are rewards of leaves.  Dashed lines are branches of the search."
-    )
-    drawn = "".join(
-        _card(draw_tree(tree), f"Tree {tree.tree_id}, trained on at step {tree.step} (version {tree.version}).", "wide")
-        for tree in chosen
-    )
-    return f"<p class='sub'>{escape(legend)}</p><div style='display:grid;gap:14px'>{drawn}</div>"
+def _trees(rundir: RunDir) -> list[Figure]:
+    return [
+        Figure(draw_tree(tree), f"Tree {tree.tree_id}, trained on at step {tree.step} (version {tree.version}).")
+        for tree in choose(read_tree_samples(rundir.trees_path))
+    ]
 
 
 def _pair(first: float, last: float, digits: int = 2) -> str:

@@ -112,6 +112,7 @@ class StudyFolder:
                     f"{file} is damaged ({type(exc).__name__}: {exc}); delete it to have the cell run again"
                 ) from None
             now = plan.settings(cell)
+            settings = _with_later_fields(settings, now)
             if result.cell != cell or fingerprint(settings) != fingerprint(now):
                 raise RunMismatch(
                     f"{file} has the result of other settings: {_listed_differences(settings, now)}.  Use another "
@@ -171,7 +172,7 @@ class StudyFolder:
             whole, some = (was, now) if part else (now, was)
             if any(value not in whole[name] for value in some[name]):
                 differing.append(f"{option} had {_joined(was[name])}, has {_joined(now[name])}")
-        listed = _listed_differences(was["base"], now["base"])
+        listed = _listed_differences(_with_later_fields(was["base"], now["base"]), now["base"])
         if listed:
             differing.append(listed)
         if differing:
@@ -206,6 +207,12 @@ class StudyFolder:
             "words": list(plan.words),
             "base": base,
         }
+
+
+def _with_later_fields(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier program, with the fields of ``now`` that it had not: it did what they do by default."""
+    defaults = settings_of(configuration.Config(), leaving=())
+    return {path: defaults[path] for path in now if path in defaults and path not in was} | dict(was)
 
 
 def _listed_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:

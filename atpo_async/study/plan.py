@@ -77,7 +77,7 @@ SET_BY_THE_STUDY: dict[str, str] = {
 }
 """Fields that the grid decides, and the option that does."""
 
-FREE: tuple[str, ...] = ("supervisor.*", "links.*", "run.seed")
+FREE: tuple[str, ...] = ("supervisor.*", "links.*", "metrics.*", "run.seed")
 """Fields that a study may go on with otherwise: none bears on what a cell learns; seeds are compared as a list."""
 
 
