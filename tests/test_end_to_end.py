@@ -80,7 +80,8 @@ def ended_well(run: Job, code: int) -> None:
 def finished(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
     """A run with the transformers engine, held at the gate until the actor has reported everything once."""
     folder = tmp_path_factory.mktemp("finished")
-    with job(folder, policy, **{"metrics.options.jsonl.path": str(folder / COPY)}) as run:
+    copied: dict[str, Any] = {"metrics.options.jsonl.path": str(folder / COPY)}
+    with job(folder, policy, **copied) as run:
         train = run.train()
         run.until(
             lambda: run.steps() and names(run, "actor-0") >= OF_ACTORS, "a report of the actor with all names", of=train

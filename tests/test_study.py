@@ -54,7 +54,7 @@ def base(**options: object) -> Config:
     return load(FILES, {name.replace("__", "."): str(value) for name, value in options.items()})
 
 
-def plan_of(config: Config | None = None, **grid: object) -> Plan:
+def plan_of(config: Config | None = None, /, **grid: object) -> Plan:
     options: dict[str, object] = {"lags": "0,4", "corrections": "none,turn", "seeds": 2} | grid
     return Plan.of(config or base(run__steps=6), **options)  # type: ignore[arg-type]
 
