@@ -244,7 +244,7 @@ def test_outside_the_learner_heavy_libraries_are_imported_lazily_or_by_an_engine
 
 def test_the_vocabulary_and_the_command_line_load_neither_torch_nor_zmq_nor_vllm() -> None:
     names = [name for name in LIGHT if name in modules()]
-    assert loaded_by(names, HEAVY | {"zmq", "tokenizers", "matplotlib", "jinja2"}) == []
+    assert loaded_by(names, HEAVY | {"zmq", "tokenizers", "matplotlib", "jinja2", "psutil", "filelock"}) == []
 
 
 def test_no_module_outside_the_learner_and_the_engines_loads_torch() -> None:

@@ -6,7 +6,8 @@ import contextlib
 import errno
 import os
 import socket
-from pathlib import Path
+
+import psutil
 
 from atpo_async.config import LinksConfig
 from atpo_async.core.errors import SetupError
@@ -16,8 +17,6 @@ from atpo_async.run.endpoints import Endpoints
 NAMES = ("actors", "learner", "weights", "announce")
 """Of sockets: the fields of ``Endpoints``, and with ``_port`` those of ``[links]``."""
 
-_LISTENS = "0A"
-"""State of a socket in /proc/net/tcp."""
 _MAX_COMMAND = 120
 
 
@@ -63,12 +62,12 @@ def refused(number: int | None, *, host: str, port: int, setting: str) -> SetupE
 
 def holder(port: int) -> str:
     """Who listens at a TCP port: its process and command, as far as this user may know."""
-    inodes = set(_listeners(port))
-    for pid in (int(entry) for entry in _entries("/proc") if entry.isdecimal()):
-        for link in _entries(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{pid}/fd/{link}") in inodes:
-                    return f"process {pid} ({_command(pid)})"
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections(kind="tcp"):
+            if connection.status != psutil.CONN_LISTEN or not connection.laddr or connection.laddr.port != port:
+                continue
+            if connection.pid is not None:
+                return f"process {connection.pid} ({_command(connection.pid)})"
     return "another process"
 
 
@@ -88,28 +87,8 @@ def _try(host: str, port: int, setting: str) -> None:
         raise refused(exc.errno, host=host, port=port, setting=setting) from None
 
 
-def _listeners(port: int) -> list[str]:
-    """``socket:[inode]`` of those that listen at a port."""
-    found = []
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError):
-            for line in Path(table).read_text(encoding="ascii").splitlines()[1:]:
-                fields = line.split()
-                if fields[3] == _LISTENS and int(fields[1].rpartition(":")[2], 16) == port:
-                    found.append(f"socket:[{fields[9]}]")
-    return found
-
-
-def _entries(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
-
-
 def _command(pid: int) -> str:
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
+        return " ".join(psutil.Process(pid).cmdline()).strip()[:_MAX_COMMAND] or "?"
+    except (psutil.Error, OSError):
         return "?"
-    return b" ".join(words).decode(errors="replace").strip()[:_MAX_COMMAND] or "?"

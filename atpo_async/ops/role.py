@@ -37,7 +37,7 @@ from atpo_async.core.errors import (
 from atpo_async.links import addresses
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.files import write_atomic
-from atpo_async.run.processes import die_with_parent
+from atpo_async.run.processes import die_with_parent, started
 from atpo_async.run.rundir import RunDir, joining
 from atpo_async.run.temporary import make_temporary_folder_fit
 from atpo_async.status import snapshot, waits
@@ -380,17 +380,7 @@ def _group_of(pid: int) -> int | None:
 
 def _alive(pid: int) -> bool:
     """Whether a process runs; a dead one that nobody has waited for does not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    except (OSError, IndexError):
-        return not os.path.isdir("/proc/self")
+    return started(pid) is not None
 
 
 def exit_within(seconds: float, code: int) -> None:

@@ -1,8 +1,12 @@
-"""Processes of a role on this machine: who belongs to it, how much memory it takes, ending all of it.
+"""Processes of a role on this machine: which belong to it, what they use, and how all of them are ended.
 
 A role's engine has processes of its own; they outlive their parent, and a launcher puts its ranks into other sessions.
-So what belongs to a role is told by three signs: the session that the supervisor made for it, descent, and a mark in
-the environment that every descendant inherits.  Off Linux only the process group is known.
+So three signs tell that a process belongs to a role: the session that the supervisor made for it, descent, and a mark
+in the environment that every descendant inherits.  Off Linux only the process group is known.
+
+psutil says what a process uses and is.  Our own reading of ``/proc`` is left for what psutil has not: the session, and
+the start in clock ticks since boot.  Status files and locks of runs hold those ticks, which no change of the wall clock
+moves; psutil's ``create_time`` is made from them with the time of boot, which moves with it.
 """
 
 from __future__ import annotations
@@ -12,16 +16,18 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+T = TypeVar("T")
 
 ROLE_MARK = "ATPO_ROLE_MARK"
 """Environment variable that says which attempt of which role of which run a process belongs to."""
 
-_PROC = Path("/proc")
-
-_TRACKER = b"multiprocessing.resource_tracker"
+_TRACKER = "multiprocessing.resource_tracker"
 """In the command line of the process that unlinks semaphores and shared memory once those it serves have gone."""
 
 
@@ -77,22 +83,27 @@ def processes() -> list[Process]:
     """All that run (zombies do not); empty off Linux."""
     if not sys.platform.startswith("linux"):
         return []
-    found = []
-    for entry in os.scandir(_PROC):
-        if entry.name.isdecimal() and (process := _read(int(entry.name))) is not None:
-            found.append(process)
-    return found
+    return [process for pid in psutil.pids() if (process := _read(pid)) is not None]
 
 
 def _read(pid: int) -> Process | None:
+    """One that runs, from ``/proc/PID/stat`` (proc(5))."""
     try:
         # The name may hold spaces and brackets: fields are counted from the last bracket.
-        fields = (_PROC / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return None
     if len(fields) < 20 or fields[0] in (b"Z", b"X"):
         return None
     return Process(pid, parent=int(fields[1]), session=int(fields[3]), started=int(fields[19]))
+
+
+def _each(pids: Iterable[int], ask: Callable[[psutil.Process], T]) -> Iterator[tuple[int, T]]:
+    """What each process says of itself; nothing of one that has gone or that this user may not look at."""
+    for pid in pids:
+        with contextlib.suppress(psutil.Error, OSError):
+            yield pid, ask(psutil.Process(pid))
 
 
 def started(pid: int) -> int | None:
@@ -111,33 +122,18 @@ def started(pid: int) -> int | None:
 
 def stopped(pids: Iterable[int]) -> list[int]:
     """Those that a signal has stopped (SIGSTOP, SIGTSTP); not those that a debugger holds."""
-    found = []
-    for pid in pids:
-        with contextlib.suppress(OSError, IndexError):
-            if (_PROC / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()[0] == b"T":
-                found.append(pid)
-    return found
+    return [pid for pid, status in _each(pids, psutil.Process.status) if status == psutil.STATUS_STOPPED]
 
 
 def processor_s(pids: Iterable[int]) -> float:
     """Processor seconds that these processes have used together; those that have gone count nothing."""
-    ticks = 0
-    for pid in pids:
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            fields = (_PROC / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / (os.sysconf("SC_CLK_TCK") if ticks else 100)
+    return sum((used.user + used.system for _, used in _each(pids, psutil.Process.cpu_times)), 0.0)
 
 
 def moved_mb(pids: Iterable[int]) -> float:
     """Megabytes that these processes have read and written together so far, files mapped into memory included."""
-    count = 0
-    for pid in pids:
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            said = (_PROC / str(pid) / "io").read_text().splitlines()
-            counted = {name: int(value) for name, _, value in (line.partition(":") for line in said)}
-            count += sum(counted.get(name, 0) for name in ("rchar", "wchar", "read_bytes"))
-    return count / 1e6
+    counted = _each(pids, psutil.Process.io_counters)
+    return sum(io.read_chars + io.write_chars + io.read_bytes for _, io in counted) / 1e6
 
 
 def members(leader: int, running: Iterable[Process]) -> list[Process]:
@@ -158,39 +154,19 @@ def members(leader: int, running: Iterable[Process]) -> list[Process]:
 
 def marked(*marks: str) -> list[Process]:
     """Processes of this user that carry one of ``marks`` in their environment."""
-    signs = {f"{ROLE_MARK}={mark}".encode() for mark in marks}
-    found = []
-    for process in processes():
-        try:
-            environment = (_PROC / str(process.pid) / "environ").read_bytes()
-        except OSError:
-            continue
-        if not signs.isdisjoint(environment.split(b"\0")):
-            found.append(process)
-    return found
+    running = {process.pid: process for process in processes()}
+    environments = _each(running, psutil.Process.environ)
+    return [running[pid] for pid, found in environments if found.get(ROLE_MARK) in marks]
 
 
 def environment(pid: int) -> dict[str, str]:
     """What a process was started with; empty where it has gone or is another user's."""
-    try:
-        text = (_PROC / str(pid) / "environ").read_bytes().decode(errors="replace")
-    except OSError:
-        return {}
-    return {name: value for name, equals, value in (word.partition("=") for word in text.split("\0")) if equals}
+    return next((found for _, found in _each([pid], psutil.Process.environ)), {})
 
 
 def owner(pid: int) -> str:
     """The user a process runs as: the name, the number where it has none here."""
-    try:
-        uid = (_PROC / str(pid)).stat().st_uid
-    except OSError:
-        return "unknown"
-    try:
-        import pwd
-
-        return pwd.getpwuid(uid).pw_name
-    except (ImportError, KeyError):
-        return str(uid)
+    return next((name for _, name in _each([pid], psutil.Process.username)), "unknown")
 
 
 def is_ours(pid: int) -> bool:
@@ -243,24 +219,16 @@ def kill_roles(marks: Mapping[int, str], *, timeout_s: float = 2.0) -> int:
 
 
 def _is_tracker(pid: int) -> bool:
-    try:
-        return _TRACKER in (_PROC / str(pid) / "cmdline").read_bytes()
-    except OSError:
-        return False
+    return any(_TRACKER in " ".join(words) for _, words in _each([pid], psutil.Process.cmdline))
 
 
 def memory_mb(pids: Iterable[int]) -> float:
     """Sum over processes of their memory in MiB: PSS (pages shared between processes counted once in all) where it can
     be read, else RSS.  Processes that have gone count nothing."""
-    return sum(_pss_kb(pid) for pid in pids) / 1024
+    return sum(nbytes for _, nbytes in _each(pids, _memory_bytes)) / 2**20
 
 
-def _pss_kb(pid: int) -> float:
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in (_PROC / str(pid) / "smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return float(line.split()[1])
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        pages = int((_PROC / str(pid) / "statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 1024
-    return 0.0
+def _memory_bytes(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.AccessDenied, AttributeError):  # another user's; or no PSS on this system
+        return int(process.memory_full_info().pss)
+    return int(process.memory_info().rss)
