@@ -60,10 +60,14 @@ from atpo_async.core.tree import ROOT as PROMPT
 from atpo_async.core.tree import Turn, TurnTree, spans_of
 from atpo_async.wire.messages import Batch, BatchTree
 from atpo_async.wire.records import TurnRecords
+from learner.loss.correction import Tempering
 from learner.packing.attention import Way, to_device, ways
-from learner.packing.rows import CreditedTree, MicroBatch, Normaliser, leaf_rows, micro_batches
+from learner.packing.credited import CreditedTree, Normaliser
+from learner.packing.rows import MicroBatch, leaf_rows, micro_batches
 from learner.packing.tree import tree_micro_batches
 from learner.policy.model import Policy, make_accelerator
+from learner.training.optimizer_steps import Attempt, OptimizerSteps
+from learner.training.passes import Part, Pass, Planner
 from learner.training.trainer import Trainer
 
 PARTS = ("packing", "bare", "attention", "memory", "gpu")
@@ -406,28 +410,40 @@ class TimedTrainer(Trainer):
         self.grad_norms_of: dict[str, float] = {}
         """By layout, of the last step; as the padded tokens of its passes:"""
         self.forward_tokens_of: dict[str, float] = {}
+        self._time_plans(self.planner)
+        self._time_attempts(self.steps)
 
-    def _plan(self, *args: Any) -> Any:
-        began = clock()
-        part = super()._plan(*args)
-        self.plan_s += clock() - began
-        return part
+    def _time_plans(self, planner: Planner) -> None:
+        plan, on_device = planner.plan, planner.on_device
 
-    def _on_device(self, batch: MicroBatch) -> Any:
-        item = super()._on_device(batch)
-        if self.way is not None and batch.layout is not None:
-            item.inputs["layout"] = to_device(batch.layout, self.accelerator.device, way=self.way)
-        return item
+        def timed_plan(trees: Sequence[CreditedTree], batch: Batch, version: int) -> Part:
+            began = clock()
+            part = plan(trees, batch, version)
+            self.plan_s += clock() - began
+            return part
 
-    def _attempt(self, *args: Any) -> Any:
-        began = clock()
-        attempt = super()._attempt(*args)
-        self.passes_s += clock() - began
-        return attempt
+        def placed(batch: MicroBatch) -> Pass:
+            item = on_device(batch)
+            if self.way is not None and batch.layout is not None:
+                item.inputs["layout"] = to_device(batch.layout, self.accelerator.device, way=self.way)
+            return item
+
+        planner.plan, planner.on_device = timed_plan, placed  # type: ignore[method-assign]
+
+    def _time_attempts(self, steps: OptimizerSteps) -> None:
+        attempt = steps.attempt
+
+        def timed_attempt(passes: list[Pass], tempering: Tempering, should_stop: Callable[[], bool]) -> Attempt:
+            began = clock()
+            found = attempt(passes, tempering, should_stop)
+            self.passes_s += clock() - began
+            return found
+
+        steps.attempt = timed_attempt  # type: ignore[method-assign]
 
     def timed(self, batch: Batch, layout: Layout, way: Way | None = None) -> Times:
         """Train on ``batch`` once.  Raises SetupError if the step was skipped: its time would be another thing's."""
-        self.layout, self.way = layout, way
+        self.planner.layout, self.way = layout, way
         self.plan_s = self.passes_s = 0.0
         began = clock()
         report = self.train(batch, version=0)

@@ -125,9 +125,9 @@ class Source:
         self.version += 1
         announced = self.store.add(
             self.version,
-            self.trainer.tensors(),
+            self.trainer.whole.tensors(),
             probe_tokens=self._probe,
-            probe_logprobs=self.trainer.probe(self._probe),
+            probe_logprobs=self.trainer.whole.probe(self._probe),
         )
         manifest = self.store.answer(ManifestRequest(run=announced.run if announced else "", version=self.version))
         if announced is None or announced.shm_path is None or not isinstance(manifest, WeightsManifest):

@@ -152,7 +152,7 @@ class Learner:
                 await self._finish()
             else:
                 # Without an update there is nothing to keep: the run begins once more at its first step.
-                if self.trainer.updates:
+                if self.trainer.history.updates:
                     await self._save()
                     with contextlib.suppress(PeerLost):  # said again at the next start
                         await self.buffer.link.drain(timeout_s=FAREWELL_S)
@@ -205,7 +205,7 @@ class Learner:
 
     async def _finish(self) -> None:
         """Evaluate what was learned, save it, and tell everybody that the run is over."""
-        if not self.trainer.updates:
+        if not self.trainer.history.updates:
             raise self._fruitless.at_the_end(step=self.step, because=self.buffer.exhausted_because)
         await self._save()
         await self.torch_thread(self.saving.export)
@@ -264,7 +264,7 @@ class Learner:
             return False
         if learned.report.fault is not None:
             self._keep(batch, learned.report.fault)
-        due = self.step % self.config.learner.checkpoint_every == 0 and self.trainer.updates
+        due = self.step % self.config.learner.checkpoint_every == 0 and self.trainer.history.updates
         if due or learned.checkpoint_wanted:
             await self._save()
         return True
@@ -348,7 +348,7 @@ class Learner:
         except OSError as exc:
             self.log.warning("the batch of step %d is not kept in %s: %s", self.step, folder, exc)
         newest = self.saving.newest
-        self.trainer.skips.check(
+        self.trainer.history.skips.check(
             reason,
             limit=self.config.learner.max_skipped_updates,
             kept_in=str(folder),

@@ -33,14 +33,15 @@ class Ranks:
     """This rank among all of them.
 
     Args:
-        trainer: the way to the others.
+        trainer: whose process group the ranks are.
         rundir: where rank 0 counts versions.
     """
 
     def __init__(self, trainer: Trainer, rundir: RunDir) -> None:
         self.rank: int = trainer.accelerator.process_index
         self.num_ranks: int = trainer.accelerator.num_processes
-        self._trainer = trainer
+        self._least = trainer.reductions.least
+        self._same_everywhere = trainer.reductions.same_everywhere
         self._rundir = rundir
         # Other ranks would be waiting in torch, which gives up a little later and says nothing of a disk.
         self._give_up_s = rundir.config.links.give_up_s if self.num_ranks > 1 else None
@@ -56,9 +57,12 @@ class Ranks:
         Raises:
             SetupError: they were given shares of different batches.
         """
-        wanted = Wanted(int(self._trainer.least(float(own))))
+        wanted = Wanted(int(self._least(float(own))))
         if wanted == Wanted.TRAIN and self.num_ranks > 1:
-            first, last = self._trainer.least(float(batch_id)), -self._trainer.least(-float(batch_id))
+            first, last = (
+                self._least(float(batch_id)),
+                -self._least(-float(batch_id)),
+            )
             if first != last:
                 raise SetupError(
                     f"step {step}: the ranks were given shares of batches {first:.0f} to {last:.0f}; the buffer "
@@ -69,7 +73,7 @@ class Ranks:
 
     def first_says(self, flag: bool) -> bool:
         """Rank 0's word, on every rank."""
-        return bool(self._trainer.same_everywhere([float(flag)])[0])
+        return bool(self._same_everywhere([float(flag)])[0])
 
     def next_version(self) -> int:
         """Counted by rank 0, told to all."""
@@ -81,4 +85,4 @@ class Ranks:
                 log=log,
                 give_up_s=self._give_up_s,
             )
-        return int(self._trainer.same_everywhere([own])[0])
+        return int(self._same_everywhere([own])[0])

@@ -12,12 +12,15 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from atpo_async.config import Config, build
+from atpo_async.config import Config, CorrectionConfig, build
 from atpo_async.config.credit_rule import credit_rule
+from atpo_async.config.doors import CORRECTION
 from atpo_async.core.tree import Turn, spans_of
 from atpo_async.environments.hopqa.warm_start import Recipe, make_policy
 from atpo_async.wire.messages import Batch, BatchTree
 from atpo_async.wire.records import TurnRecords
+from learner.loss.correction import OffPolicyCorrection
+from learner.loss.loading import correction_of
 from learner.policy.model import Policy
 from tests.e2e_support import WORLD
 
@@ -74,6 +77,11 @@ def make_config(model: Path, **sections: dict[str, object]) -> Config:
     return build(data)
 
 
+def correction_for(settings: CorrectionConfig) -> OffPolicyCorrection:
+    """``[correction]`` with its action loaded, whatever the other sections would say to it."""
+    return correction_of(settings, CORRECTION.load(settings.action, settings.action_options))
+
+
 def make_tree(tree_id: str, rng: np.random.Generator, *, version: int = 0, leaves: int = 5) -> BatchTree:
     """A chain that forks: some leaves at the first turn, the rest under a shared second one, with unequal rewards."""
 
@@ -108,7 +116,7 @@ def make_batch(*, seed: int = 0, step: int = 0, num_trees: int = 4, version: int
 
 def batch_of(trees: tuple[BatchTree, ...], whole: tuple[BatchTree, ...], *, step: int = 0) -> Batch:
     """A share ``trees`` of the batch ``whole``."""
-    from learner.packing.rows import CreditedTree
+    from learner.packing.credited import CreditedTree
 
     credited = [CreditedTree.of(tree, credit_rule(Config().credit)) for tree in whole]
     return Batch(

@@ -63,7 +63,7 @@ def make_trainer(folder: Path, **sections: dict[str, object]) -> Trainer:
 
 
 def weights(trainer: Trainer) -> Weights:
-    return {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    return {name: tensor.clone() for name, tensor in trainer.whole.tensors().items()}
 
 
 def optimizer_state(trainer: Trainer) -> Weights:
@@ -119,7 +119,7 @@ def test_the_good_trees_of_a_batch_are_trained_on_as_if_the_bad_one_were_not_the
     report = trainer.train(with_tree(good_batch(), 1, change), version=VERSION)
 
     assert report.fault is None
-    assert (trainer.updates, trainer.skips) == (1, SkipCount())
+    assert (trainer.history.updates, trainer.history.skips) == (1, SkipCount())
     assert finite(weights(trainer))
     assert not same(weights(trainer), before)
     assert same(weights(trainer), expected_weights)
@@ -144,19 +144,19 @@ def test_a_batch_of_nothing_else_changes_no_bit_and_counts_as_skipped_unless_it_
 ) -> None:
     change, reason, _ = BAD[name]
     trainer = trained_once
-    before, moments, norms = weights(trainer), optimizer_state(trainer), trainer.grad_norms
+    before, moments, norms = weights(trainer), optimizer_state(trainer), trainer.history.grad_norms
     batch = good_batch()
     for index in range(TREES):
         batch = with_tree(batch, index, change)
     report = trainer.train(batch, version=VERSION)
 
-    skips, trainer.skips = trainer.skips, SkipCount()
+    skips, trainer.history.skips = trainer.history.skips, SkipCount()
     unfit = f"trees were all unfit to train on, {TREES} of them; the log names each"
     assert (report.fault, skips) == ((None, SkipCount()) if reason == "all_stale" else (unfit, SkipCount(1, 1)))
     assert same(weights(trainer), before)
     assert moments
     assert same(optimizer_state(trainer), moments)
-    assert (trainer.updates, trainer.grad_norms) == (1, norms)
+    assert (trainer.history.updates, trainer.history.grad_norms) == (1, norms)
     assert dropped(report) == {f"dropped/{reason}": float(TREES)}
     assert finite_numbers(report)
     assert set(report.priorities.values()) == {0.0}
@@ -191,7 +191,7 @@ def test_one_batch_with_every_fault_there_is_trains_its_good_trees_under_any_set
         assert sum(dropped(report).values()) == len(bad)
         assert all_else(report) == expected.metrics
         assert finite_numbers(report)
-    assert trainer.updates == alone.updates == 2 * trainer.updates_per_batch
+    assert trainer.history.updates == alone.history.updates == 2 * trainer.updates_per_batch
     assert finite(weights(trainer))
     assert same(weights(trainer), weights(alone))
 
@@ -241,35 +241,35 @@ def test_a_gradient_spike_is_skipped_named_and_remembered(folder: Path) -> None:
     trainer = make_trainer(folder)
     first = trainer.train(good_batch(), version=VERSION).metrics["grad_norm"]
     before = weights(trainer)
-    trainer.grad_norms = steady(first / 1000)
+    trainer.history.grad_norms = steady(first / 1000)
     report = trainer.train(good_batch(), version=VERSION)
     assert report.fault is not None
     assert "times the median" in report.fault
     assert "learner.max_grad_spike = 30" in report.fault
     assert same(weights(trainer), before)
-    assert (trainer.updates, trainer.skips) == (1, SkipCount(1, 1))
-    assert trainer.grad_norms.norms[-1] == report.metrics["grad_norm"]
+    assert (trainer.history.updates, trainer.history.skips) == (1, SkipCount(1, 1))
+    assert trainer.history.grad_norms.norms[-1] == report.metrics["grad_norm"]
     # The same gradient is applied where such norms are usual.
-    trainer.grad_norms = steady(first)
+    trainer.history.grad_norms = steady(first)
     assert trainer.train(good_batch(), version=VERSION).fault is None
-    assert trainer.skips == SkipCount(0, 1)
+    assert trainer.history.skips == SkipCount(0, 1)
     assert not same(weights(trainer), before)
 
 
 def test_the_spike_guard_can_be_switched_off(folder: Path) -> None:
     trainer = make_trainer(folder, learner={"max_grad_spike": None})
-    trainer.grad_norms = steady(1e-12)
+    trainer.history.grad_norms = steady(1e-12)
     assert trainer.train(good_batch(), version=VERSION).fault is None
-    assert trainer.updates == 1
+    assert trainer.history.updates == 1
 
 
 def test_a_trainer_remembers_the_norm_of_each_update_and_none_of_an_empty_batch(folder: Path) -> None:
     trainer = make_trainer(folder, learner={"minibatches": 2})
     report = trainer.train(good_batch(), version=VERSION)
-    assert len(trainer.grad_norms.norms) == 2
-    assert sum(trainer.grad_norms.norms) / 2 == pytest.approx(report.metrics["grad_norm"])
+    assert len(trainer.history.grad_norms.norms) == 2
+    assert sum(trainer.history.grad_norms.norms) / 2 == pytest.approx(report.metrics["grad_norm"])
     trainer.train(without(good_batch(), 0, 1, 2), version=VERSION)
-    assert len(trainer.grad_norms.norms) == 2
+    assert len(trainer.history.grad_norms.norms) == 2
 
 
 def test_log_probs_far_below_what_the_policy_would_say_leave_every_weight_finite(folder: Path) -> None:
@@ -330,17 +330,17 @@ def train_shares(model: Path, rank: int, num_ranks: int, accelerator: Accelerato
     good = good_batch()
     counts = [train(with_tree(good, 1, BAD["a reward of nan"].change))]  # all that the second of two ranks has
     counts.append(train(with_tree(good, 0, BAD["an unknown parent"].change)))
-    usual, trainer.grad_norms = trainer.grad_norms, steady(1e-9)
+    usual, trainer.history.grad_norms = trainer.history.grad_norms, steady(1e-9)
     counts.append(train(good))
-    trainer.grad_norms = usual
+    trainer.history.grad_norms = usual
     counts.append(train(with_tree(good, 0, turn_with(3, reward=3e38))))
     return {
         "counts": counts,
-        "updates": trainer.updates,
-        "skips": [trainer.skips.in_a_row, trainer.skips.total],
-        "norms": list(trainer.grad_norms.norms),
+        "updates": trainer.history.updates,
+        "skips": [trainer.history.skips.in_a_row, trainer.history.skips.total],
+        "norms": list(trainer.history.grad_norms.norms),
         "faults": [fault and fault.split(" is ")[0] for fault in faults],
-        "weights": {name: tensor.reshape(-1).tolist() for name, tensor in trainer.tensors().items()},
+        "weights": {name: tensor.reshape(-1).tolist() for name, tensor in trainer.whole.tensors().items()},
     }
 
 

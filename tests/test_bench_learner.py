@@ -37,7 +37,8 @@ from benchmarks.learner import (
     sampled_by,
     tree_work,
 )
-from learner.packing.rows import CreditedTree, Normaliser, Row, leaf_rows, micro_batches
+from learner.packing.credited import CreditedTree, Normaliser
+from learner.packing.rows import Row, leaf_rows, micro_batches
 from learner.packing.tree import attention_pairs, tree_micro_batches
 from learner.policy.model import Policy
 

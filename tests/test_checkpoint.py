@@ -34,7 +34,7 @@ def make_trainer(folder: Path, **learner: object) -> Trainer:
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    return {name: tensor.clone() for name, tensor in trainer.whole.tensors().items()}
 
 
 def test_a_resumed_run_takes_the_very_next_step(folder: Path, tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_resumed_run_takes_the_very_next_step(folder: Path, tmp_path: Path) ->
 
     resumed = make_trainer(folder)
     assert checkpoint.load(path, resumed) == Progress(step=2, version=7)
-    assert resumed.updates == 4
+    assert resumed.history.updates == 4
     again = random.random(), np.random.random(), torch.rand(3)
     assert again[:2] == draws[:2]
     assert torch.equal(again[2], draws[2])
@@ -137,15 +137,15 @@ def test_the_guards_go_on_where_they_were(folder: Path, tmp_path: Path) -> None:
     trainer = make_trainer(folder)
     for i in range(5):
         trainer.train(make_batch(seed=i, step=i), version=3)
-    assert len(trainer.grad_norms.norms) == 10  # two a batch: enough for a median
-    trainer.skips = SkipCount(2, 3)
+    assert len(trainer.history.grad_norms.norms) == 10  # two a batch: enough for a median
+    trainer.history.skips = SkipCount(2, 3)
     path = checkpoint.save(tmp_path, trainer, Progress(step=5, version=5), keep=1)
     resumed = make_trainer(folder)
-    assert resumed.grad_norms.spike(1e9, 30.0) is None
+    assert resumed.history.grad_norms.spike(1e9, 30.0) is None
     checkpoint.load(path, resumed)
-    assert resumed.grad_norms == trainer.grad_norms
-    assert resumed.skips == SkipCount(2, 3)
-    assert resumed.grad_norms.spike(1e9, 30.0) is not None
+    assert resumed.history.grad_norms == trainer.history.grad_norms
+    assert resumed.history.skips == SkipCount(2, 3)
+    assert resumed.history.grad_norms.spike(1e9, 30.0) is not None
 
 
 def test_a_checkpoint_from_before_the_guard_loads_and_its_history_starts_anew(folder: Path, tmp_path: Path) -> None:
@@ -158,8 +158,8 @@ def test_a_checkpoint_from_before_the_guard_loads_and_its_history_starts_anew(fo
     resumed = make_trainer(folder)
     resumed.train(make_batch(), version=3)
     assert checkpoint.load(path, resumed) == Progress(step=1, version=1)
-    assert resumed.grad_norms == GradNorms()
-    assert resumed.updates == 2
+    assert resumed.history.grad_norms == GradNorms()
+    assert resumed.history.updates == 2
 
 
 @pytest.mark.parametrize("history", [None, ["much"], [[1.0]], 3.0])
@@ -186,7 +186,7 @@ def test_the_exported_model_is_an_ordinary_folder_with_the_tokenizer(folder: Pat
     trainer.train(make_batch(), version=3)
     target = tmp_path / "model"
     for _ in range(2):  # a second time over the first
-        export_model(trainer.policy, trainer.tensors(), folder, target, precision(folder, "source"))
+        export_model(trainer.policy, trainer.whole.tensors(), folder, target, precision(folder, "source"))
     assert (target / "tokenizer_config.json").is_file()
     again = AutoModelForCausalLM.from_pretrained(target)
     tokens = torch.arange(6)[None]

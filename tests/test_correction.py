@@ -11,8 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atpo_async.config import CorrectionConfig, doors
-from learner.loss import correction
+from learner.loss import correction, diagnostics
 from learner.loss.correction import Tempering
+from learner.loss.diagnostics import Weighed
+from learner.loss.tempering import effective_share
+from learner.loss.tokens import OffPolicyTokens
+from tests.learner_support import correction_for
 
 ACTIONS = doors.CORRECTION.choices()
 LEVELS = get_args(CorrectionConfig.model_fields["level"].annotation)
@@ -36,8 +40,24 @@ ALL = torch.ones(15, dtype=torch.bool)
 def weights(
     config: CorrectionConfig, tempering: Tempering | None = None, **changes: torch.Tensor
 ) -> correction.Weights:
+    return correction_for(config).weights(tokens(**changes), tempering or Tempering())
+
+
+def tokens(**changes: torch.Tensor) -> OffPolicyTokens:
     given = {"numerator": MU + DIFFERENCE, "mu": MU, "advantage": ADVANTAGE, "turn": TURN, "row": ROW} | changes
-    return correction.importance_weights(**given, settings=config, tempering=tempering or Tempering())
+    return OffPolicyTokens(**given)
+
+
+def temper(logs: torch.Tensor, config: CorrectionConfig) -> Tempering:
+    return correction_for(config).temper(logs)
+
+
+def log_weights(config: CorrectionConfig, counted: torch.Tensor, **changes: torch.Tensor) -> torch.Tensor:
+    return correction_for(config).log_weights(tokens(**changes), counted)
+
+
+def summary(config: CorrectionConfig, **changes: Any) -> dict[str, float]:
+    return diagnostics.summary(measured(config, **changes).tolist(), corrects=config.action != "none")
 
 
 def config_of(action: Any, level: Any, **others: Any) -> CorrectionConfig:
@@ -51,11 +71,11 @@ log_ratios = st.lists(st.floats(-40, 40), min_size=15, max_size=15)
 @settings(deadline=None)
 def test_a_weight_is_within_its_bounds_or_nothing(values: list[float], action: Any, level: Any, scale: float) -> None:
     config = config_of(action, level, cap=3.0, floor=0.25, gate=0.7 if action != "none" else None)
-    found = weights(config, Tempering(scale=scale, max_abs=9.0), numerator=MU + tensor(values))
+    found = weights(config, Tempering(scale=scale, measured=9.0), numerator=MU + tensor(values))
     for weight in (found.per_token, found.per_unit):
         assert (((weight >= 0.25) & (weight <= 3.0)) | (weight == 0) | (weight == 1)).all()
     present = found.per_unit[:6] if level in ("turn", "prefix") else found.per_unit
-    assert 0 <= correction.effective_share(present) <= 1 + 1e-12
+    assert 0 <= effective_share(present) <= 1 + 1e-12
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -152,14 +172,11 @@ def test_a_forward_pass_without_tokens_has_no_weights() -> None:
             config = config_of(action, level, gate=None if action == "none" else 1.0)
             found = weights(config, numerator=none, mu=none, advantage=none, turn=index, row=index)
             assert found.per_token.shape == (0,)
-            ratios = correction.batch_log_ratios(none, none, index, index, nowhere, config)
+            empty = {"numerator": none, "mu": none, "advantage": none, "turn": index, "row": index}
+            ratios = log_weights(config, nowhere, **empty)
             assert ratios.shape == (0,)
-            assert correction.temper(ratios, config) == Tempering()
-            total = correction.sums(
-                prox=none, mu=none, advantage=none, turn=index, row=index, counted=nowhere, lag=index, clipped=nowhere,
-                weights=found, settings=config,
-            )  # fmt: skip
-            assert correction.summary(total.tolist(), config) == {}
+            assert temper(ratios, config) == Tempering()
+            assert summary(config, **empty, counted=nowhere, lag=index, clipped=nowhere) == {}
 
 
 # --- the whole batch -------------------------------------------------------------------------------------------------
@@ -168,19 +185,21 @@ def test_a_forward_pass_without_tokens_has_no_weights() -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_batchs_log_ratios_hold_each_unit_once_however_it_is_cut(level: Any) -> None:
     config = config_of("truncate", level, exponent_value=0.5)
-    prox = MU + DIFFERENCE
-    whole = correction.batch_log_ratios(prox, MU, TURN, ROW, ALL, config)
+    whole = log_weights(config, ALL)
     assert whole.dtype == torch.float64
     torch.testing.assert_close(whole, torch.unique(whole)[torch.argsort(torch.argsort(whole))])
     top, bottom = ROW == 0, ROW == 1
     halves = [
-        correction.batch_log_ratios(prox[part], MU[part], TURN[part] - TURN[part][0], ROW[part] * 0, ALL[part], config)
+        log_weights(
+            config, ALL[part], numerator=(MU + DIFFERENCE)[part], mu=MU[part], advantage=ADVANTAGE[part],
+            turn=TURN[part] - TURN[part][0], row=ROW[part] * 0,
+        )
         for part in (top, bottom)
-    ]
+    ]  # fmt: skip
     torch.testing.assert_close(torch.cat(halves), whole)
     # A row whose first turn another row has counted already: its sequence is its own.
     counted = TURN != 3
-    again = correction.batch_log_ratios(prox, MU, TURN, ROW, counted, config)
+    again = log_weights(config, counted)
     assert len(whole) - len(again) == {"token": 2, "turn": 1, "prefix": 1, "sequence": 0}[level]
 
 
@@ -188,11 +207,11 @@ def test_a_batchs_log_ratios_hold_each_unit_once_however_it_is_cut(level: Any) -
 @settings(deadline=None)
 def test_tempering_is_as_mild_as_the_target_allows(logs: list[float], target: float, other: float) -> None:
     def scale(tau: float) -> float:
-        return correction.temper(tensor(logs), CorrectionConfig(exponent="ess", ess_target=tau)).scale
+        return temper(tensor(logs), CorrectionConfig(exponent="ess", ess_target=tau)).scale
 
     def share(by: float) -> float:
         scaled = tensor(logs) * by
-        return correction.effective_share((scaled - scaled.max()).exp())
+        return effective_share((scaled - scaled.max()).exp())
 
     found = scale(target)
     assert 0 <= found <= 1
@@ -203,31 +222,31 @@ def test_tempering_is_as_mild_as_the_target_allows(logs: list[float], target: fl
 
 def test_one_unit_or_equal_units_need_no_tempering() -> None:
     for logs in ([7.0], [-3.0, -3.0, -3.0]):
-        assert correction.temper(tensor(logs), CorrectionConfig(exponent="ess", ess_target=1.0)).scale == 1.0
+        assert temper(tensor(logs), CorrectionConfig(exponent="ess", ess_target=1.0)).scale == 1.0
 
 
 def test_the_guard_lowers_the_exponent_of_a_batch_whose_weights_as_applied_are_few() -> None:
     config = CorrectionConfig(cap=2.0, ess_floor=0.5)
     fine = tensor([0.1, -0.2, 0.3, 0.0])
-    assert correction.temper(fine, config).scale == 1.0
+    assert temper(fine, config).scale == 1.0
     # The bound alone keeps these: one huge ratio among many is no reason to correct less.
-    assert correction.temper(tensor([9.0, *[0.0] * 9]), config).scale == 1.0
+    assert temper(tensor([9.0, *[0.0] * 9]), config).scale == 1.0
     few = tensor([3.0, *[-4.0] * 9])
-    found = correction.temper(few, config).scale
+    found = temper(few, config).scale
     applied = (few * found).exp().clamp(max=2.0)
     assert 0 < found < 1
-    assert correction.effective_share(applied) == pytest.approx(0.5, abs=1e-6)
-    assert correction.temper(few, config.model_copy(update={"ess_floor": 0.0})).scale == 1.0
-    assert correction.temper(few, config.model_copy(update={"action": "none"})) == Tempering()
+    assert effective_share(applied) == pytest.approx(0.5, abs=1e-6)
+    assert temper(few, config.model_copy(update={"ess_floor": 0.0})).scale == 1.0
+    assert temper(few, config.model_copy(update={"action": "none"})) == Tempering()
 
 
 def test_the_guard_brings_masked_weights_back_and_leaves_alone_what_no_exponent_can_help() -> None:
     logs = tensor([3.0, -4.0, 5.0, -6.0])
     mask = CorrectionConfig(action="mask", cap=2.0, floor=0.5, ess_floor=0.5)
-    scale = correction.temper(logs, mask).scale
-    assert correction.effective_share(weights_of(logs * scale, mask)) >= 0.5
+    scale = temper(logs, mask).scale
+    assert effective_share(weights_of(logs * scale, mask)) >= 0.5
     never = mask.model_copy(update={"cap": 0.9})  # Even a ratio of 1 is masked.
-    assert correction.temper(logs, never).scale == 1.0
+    assert temper(logs, never).scale == 1.0
 
 
 def weights_of(log_weights: torch.Tensor, config: CorrectionConfig) -> torch.Tensor:
@@ -241,7 +260,7 @@ def test_m2po_drops_the_fewest_of_the_largest_that_bring_the_second_moment_down(
     logs: list[float], limit: float
 ) -> None:
     config = config_of("m2po", "token", m2_limit=limit)
-    tempering = correction.temper(tensor(logs), config)
+    tempering = temper(tensor(logs), config)
     keep = weights_of_token(tensor(logs), config, tempering) != 0
     kept, dropped = tensor(logs)[keep].abs(), tensor(logs)[~keep].abs()
     assert tempering.scale == 1.0
@@ -260,8 +279,8 @@ def weights_of_token(logs: torch.Tensor, config: CorrectionConfig, tempering: Te
 
 def test_m2po_drops_tokens_that_tie_at_the_border_together() -> None:
     config = config_of("m2po", "token", m2_limit=0.04)
-    assert correction.temper(tensor([0.1, 0.1, 0.3, -0.3, 0.3]), config).max_abs == 0.1
-    everything = correction.temper(tensor([1.0, -1.0, 1.0]), config)
+    assert temper(tensor([0.1, 0.1, 0.3, -0.3, 0.3]), config).measured == 0.1
+    everything = temper(tensor([1.0, -1.0, 1.0]), config)
     assert not weights_of_token(tensor([1.0, -1.0, 1.0]), config, everything).any()
 
 
@@ -269,15 +288,15 @@ def test_numbers_that_are_not_finite_do_not_temper_the_others() -> None:
     logs = [0.5, -1.0, 2.0, 0.1]
     for config in (CorrectionConfig(exponent="ess", ess_target=0.9), config_of("m2po", "token"), CorrectionConfig()):
         noisy = tensor([math.nan, *logs, math.inf, -math.inf])
-        assert correction.temper(noisy, config) == correction.temper(tensor(logs), config)
-        assert correction.temper(tensor([math.nan]), config) == Tempering()
+        assert temper(noisy, config) == temper(tensor(logs), config)
+        assert temper(tensor([math.nan]), config) == Tempering()
 
 
 def test_only_some_corrections_need_the_whole_batch_first() -> None:
-    assert correction.needs_batch(CorrectionConfig(exponent="ess"))
-    assert correction.needs_batch(config_of("m2po", "token"))
-    assert not correction.needs_batch(CorrectionConfig())
-    assert not correction.needs_batch(CorrectionConfig(exponent="geometric"))
+    assert correction_for(CorrectionConfig(exponent="ess")).needs_batch
+    assert correction_for(config_of("m2po", "token")).needs_batch
+    assert not correction_for(CorrectionConfig()).needs_batch
+    assert not correction_for(CorrectionConfig(exponent="geometric")).needs_batch
 
 
 def test_the_interpolated_proximal_policy_has_no_gradient_and_is_mu_at_lag_0() -> None:
@@ -293,26 +312,23 @@ def test_the_interpolated_proximal_policy_has_no_gradient_and_is_mu_at_lag_0() -
 
 
 def measured(config: CorrectionConfig, **changes: Any) -> torch.Tensor:
-    given: dict[str, Any] = {
-        "prox": MU + DIFFERENCE, "mu": MU, "advantage": ADVANTAGE, "turn": TURN, "row": ROW, "counted": ALL,
-        "lag": torch.tensor([0] * 3 + [1] * 6 + [4] * 6), "clipped": TURN == 3,
-    } | changes  # fmt: skip
-    found = correction.importance_weights(
-        given["prox"], given["mu"], given["advantage"], given["turn"], given["row"], config
-    )  # fmt: skip
-    return correction.sums(**given, weights=found, settings=config)
+    beside: dict[str, Any] = {"counted": ALL, "lag": torch.tensor([0] * 3 + [1] * 6 + [4] * 6), "clipped": TURN == 3}
+    beside |= {name: changes.pop(name) for name in list(changes) if name in beside}
+    given = tokens(**changes)
+    found = correction_for(config).weights(given)
+    return diagnostics.sums(Weighed(tokens=given, weights=found, level=config.level, **beside))
 
 
 def test_engine_mismatch_and_staleness_are_told_apart_by_the_tokens_age() -> None:
-    found = correction.summary(measured(CorrectionConfig()).tolist(), CorrectionConfig())
+    found = summary(CorrectionConfig())
     for part, d in (("mismatch", DIFFERENCE[:3]), ("staleness", DIFFERENCE[3:])):
         assert found[f"{part}/kl_k1"] == pytest.approx(float(-d.mean()))
         assert found[f"{part}/kl_k3"] == pytest.approx(float((d.exp() - 1 - d).mean()))
         assert found[f"{part}/mean_abs"] == pytest.approx(float(d.abs().mean()))
         assert found[f"{part}/token_share"] == pytest.approx(len(d) / 15)
-    fresh = correction.summary(measured(CorrectionConfig(), lag=TURN * 0).tolist(), CorrectionConfig())
+    fresh = summary(CorrectionConfig(), lag=TURN * 0)
     assert "staleness/kl_k1" not in fresh
-    stale = correction.summary(measured(CorrectionConfig(), lag=TURN + 1).tolist(), CorrectionConfig())
+    stale = summary(CorrectionConfig(), lag=TURN + 1)
     assert "mismatch/kl_k3" not in stale
 
 
@@ -323,28 +339,28 @@ def test_sums_add_up_over_micro_batches_and_a_shared_turn_counts_once(level: Any
     top, bottom = (torch.where(torch.eq(ROW, row), TURN, -1) for row in (0, 1))
     torch.testing.assert_close(measured(config, turn=top) + measured(config, turn=bottom), whole)
     again = measured(config, turn=bottom, counted=~ALL)
-    found = dict(zip(correction.SUMS, again.tolist(), strict=True))
+    found = dict(zip(diagnostics.SUMS, again.tolist(), strict=True))
     assert [found[f"{name}/n"] for name in ("token", "turn", "prefix", "clip", "mismatch", "staleness")] == [0] * 6
     assert found["sequence/n"] == 1
-    assert sum(found[f"length/{name}"] for name, _ in correction.LENGTHS) == 0
+    assert sum(found[f"length/{name}"] for name, _ in diagnostics.LENGTHS) == 0
 
 
 def test_truncated_shares_are_told_apart_by_the_sign_of_the_advantage() -> None:
-    found = correction.summary(measured(CorrectionConfig(cap=2.0)).tolist(), CorrectionConfig())
+    found = summary(CorrectionConfig(cap=2.0))
     assert found["is/truncated_share"] == pytest.approx(2 / 5)
     assert found["is/truncated_share_pos"] == pytest.approx(1 / 3)
     assert found["is/truncated_share_neg"] == pytest.approx(1 / 2)
     assert found["is/mean_weight"] == pytest.approx(float(S.exp().clamp(max=2.0).mean()))
     assert found["clip_share"] == pytest.approx(2 / 15)
     none = CorrectionConfig(action="none", accept_bias=True)
-    assert correction.summary(measured(none).tolist(), none)["is/truncated_share"] == 0
+    assert summary(none)["is/truncated_share"] == 0
 
 
 def test_ess_of_exact_ratios_is_told_at_every_level() -> None:
-    found = correction.summary(measured(CorrectionConfig()).tolist(), CorrectionConfig())
+    found = summary(CorrectionConfig())
     for level in LEVELS:
         exact = weights(config_of("truncate", level, cap=1e9)).per_unit
-        assert found[f"is/ess_frac_{level}"] == pytest.approx(correction.effective_share(exact))
+        assert found[f"is/ess_frac_{level}"] == pytest.approx(effective_share(exact))
         assert found[f"is/chi2_{level}"] == pytest.approx(float(exact.square().mean()) - 1)
     assert found["is/ess_frac_turn_lognormal"] == pytest.approx(math.exp(-float(S.var(correction=0))))
 
@@ -357,9 +373,9 @@ def test_dropped_turns_are_counted_by_their_length() -> None:
     prox = torch.where(torch.isin(turn, torch.tensor(dropped)), 5.0, 0.0).double()
     config = CorrectionConfig(gate=1.0)
     everywhere = torch.ones_like(turn, dtype=torch.bool)
-    total = measured(
+    found = summary(
         config,
-        prox=prox,
+        numerator=prox,
         mu=mu,
         advantage=mu,
         turn=turn,
@@ -368,8 +384,7 @@ def test_dropped_turns_are_counted_by_their_length() -> None:
         lag=turn,
         clipped=~everywhere,
     )
-    found = correction.summary(total.tolist(), config)
-    assert {name: found[f"dropped/turns_len_{name}"] for name, _ in correction.LENGTHS} == pytest.approx(
+    assert {name: found[f"dropped/turns_len_{name}"] for name, _ in diagnostics.LENGTHS} == pytest.approx(
         {"1-8": 1 / 3, "9-32": 1 / 2, "33-128": 1 / 2, "129-512": 0.0, "over-512": 1.0}
     )
     assert found["dropped/turns_share"] == pytest.approx(0.4)
@@ -379,10 +394,10 @@ def test_dropped_turns_are_counted_by_their_length() -> None:
 
 def test_a_turn_of_which_a_token_is_left_is_not_dropped() -> None:
     config = config_of("mask", "token", floor=0.8, cap=1.3)
-    found = correction.summary(measured(config).tolist(), config)
+    found = summary(config)
     # Of turns 1 and 2 every token is outside, of turn 0 one, of turn 4 all three.
     assert found["dropped/turns_share"] == pytest.approx(3 / 6)
-    plain = correction.summary(measured(CorrectionConfig()).tolist(), CorrectionConfig())
+    plain = summary(CorrectionConfig())
     assert plain["dropped/turns_share"] == 0
     assert "dropped/mean_tokens" not in plain
     assert "dropped/turns_len_9-32" not in plain

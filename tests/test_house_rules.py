@@ -67,11 +67,15 @@ PURE = {
     "buffer.pool.weights",
     "buffer.sampling.prioritized",
     "buffer.sampling.uniform",
-    "learner.loss.correction",
-    "learner.loss.guards",
+    "atpo_async.core.loss_traits",
     "learner.batches.intake",
-    "learner.loss.objective",
-    "learner.packing.rows",
+    *(f"learner.loss.{name}" for name in ("correction", "diagnostics", "guards", "objective", "tempering", "units")),
+    *(
+        f"learner.loss.{folder}.{file.stem}"
+        for folder in ("surrogates", "corrections")
+        for file in (ROOT / "learner" / "loss" / folder).glob("[a-z]*.py")
+    ),
+    *(f"learner.packing.{name}" for name in ("credited", "rows", "staleness", "tree")),
 }
 # A clock, the outside world, or chance that nobody passed in.
 IMPURE_IMPORTS = {

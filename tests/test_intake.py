@@ -20,7 +20,9 @@ from atpo_async.wire import codec
 from atpo_async.wire.messages import Batch, BatchTree, BufferToLearner
 from atpo_async.wire.records import TurnRecords
 from learner.batches.intake import REASONS, Sifted, sift
-from learner.packing.rows import CreditedTree, Normaliser, Staleness, leaf_rows
+from learner.packing.credited import CreditedTree, Normaliser
+from learner.packing.rows import leaf_rows
+from learner.packing.staleness import Staleness
 from tests.bad_batch_support import (
     BAD,
     MAX_LAG,

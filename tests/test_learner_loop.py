@@ -278,7 +278,7 @@ async def test_skipped_updates_are_kept_and_too_many_stop_the_run(
     )
     rundir = RunDir.create(config)
     monkeypatch.setattr(skipped, "KEPT_BATCHES", 2)
-    monkeypatch.setattr("learner.training.trainer.guards.fault", lambda **numbers: "loss is nan")
+    monkeypatch.setattr("learner.training.optimizer_steps.guards.fault", lambda **numbers: "loss is nan")
     with pytest.raises(guards.UpdatesRefused, match="3 updates in a row"):
         await asyncio.wait_for(learn(context(rundir, endpoint)), WAIT_S)
     kept = sorted((rundir.path / "skipped").iterdir())

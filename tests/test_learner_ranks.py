@@ -53,8 +53,8 @@ def train_share(model: Path, shares: list[list[int]], variant: dict[str, dict[st
 
     trainer.optimizer.step = step
     report = trainer.train(batch_of(share, whole), version=3)
-    assert trainer.same_everywhere([accelerator.process_index + 5.0]) == [5.0]
-    assert trainer.least(float(accelerator.process_index)) == 0.0
+    assert trainer.reductions.same_everywhere([accelerator.process_index + 5.0]) == [5.0]
+    assert trainer.reductions.least(float(accelerator.process_index)) == 0.0
     names = (
         "train/loss", "grad_norm", "lag/mean", "is/ess_frac", "is/chi2_turn", "kl/mu_prox_k3", "tokens/trained",
         "is/exponent_scale",
@@ -63,7 +63,7 @@ def train_share(model: Path, shares: list[list[int]], variant: dict[str, dict[st
         "ranks": accelerator.num_processes,
         "metrics": {name: report.metrics[name] for name in names},
         "gradients": gradients,
-        "weights": {k: v.reshape(-1).tolist() for k, v in trainer.tensors().items()},
+        "weights": {k: v.reshape(-1).tolist() for k, v in trainer.whole.tensors().items()},
     }
 
 

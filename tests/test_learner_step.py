@@ -15,7 +15,7 @@ from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.errors import SetupError
 from atpo_async.core.schedule import learning_rate
 from learner.loss import guards
-from learner.packing.rows import CreditedTree
+from learner.packing.credited import CreditedTree
 from learner.policy.model import load_policy, make_accelerator
 from learner.training.report import Abandoned, StepReport
 from learner.training.trainer import Trainer
@@ -164,17 +164,17 @@ def test_minibatches_take_one_optimizer_step_each_against_the_weights_at_the_sta
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_a_batch_without_trees_changes_nothing(folder: Path, minibatches: int) -> None:
     trainer = make_trainer(make_config(folder, learner={"minibatches": minibatches}))
-    before = {k: v.clone() for k, v in trainer.tensors().items()}
+    before = {k: v.clone() for k, v in trainer.whole.tensors().items()}
     report = trainer.train(batch_of((), ()), version=0)
-    assert trainer.updates == 0
+    assert trainer.history.updates == 0
     assert "train/loss" not in report.metrics
-    assert all(torch.equal(v, before[k]) for k, v in trainer.tensors().items())
+    assert all(torch.equal(v, before[k]) for k, v in trainer.whole.tensors().items())
 
 
 def test_a_batch_that_is_stale_throughout_changes_nothing(folder: Path) -> None:
     trainer = make_trainer(make_config(folder, staleness={"max_lag": 1}))
     report = trainer.train(make_batch(), version=50)
-    assert trainer.updates == 0
+    assert trainer.history.updates == 0
     assert report.metrics["dropped/all_stale"] == 4
     assert len(report.warnings) == 4
 
@@ -182,23 +182,23 @@ def test_a_batch_that_is_stale_throughout_changes_nothing(folder: Path) -> None:
 def test_a_non_finite_update_is_skipped_and_leaves_weights_and_optimizer_alone(folder: Path) -> None:
     trainer = make_trainer(make_config(folder))
     trainer.train(make_batch(), version=3)
-    state = {k: v.clone() for k, v in trainer.tensors().items()}
+    state = {k: v.clone() for k, v in trainer.whole.tensors().items()}
     with torch.no_grad():
         next(iter(trainer.policy.parameters()))[0, 0] = float("nan")
-    state = {k: v.clone() for k, v in trainer.tensors().items()}
+    state = {k: v.clone() for k, v in trainer.whole.tensors().items()}
     report = trainer.train(make_batch(), version=3)
     assert report.fault == "loss is nan"
-    assert (trainer.updates, trainer.skips) == (1, guards.SkipCount(1, 1))
-    assert all(torch.equal(v.nan_to_num(7), state[k].nan_to_num(7)) for k, v in trainer.tensors().items())
+    assert (trainer.history.updates, trainer.history.skips) == (1, guards.SkipCount(1, 1))
+    assert all(torch.equal(v.nan_to_num(7), state[k].nan_to_num(7)) for k, v in trainer.whole.tensors().items())
 
 
 def test_a_step_given_up_half_way_changes_no_weight(folder: Path) -> None:
     trainer = make_trainer(make_config(folder, learner={"micro_batch_tokens": 64, "packing": "flat"}))
-    before = {k: v.clone() for k, v in trainer.tensors().items()}
+    before = {k: v.clone() for k, v in trainer.whole.tensors().items()}
     answers = iter([False, False, True])
     with pytest.raises(Abandoned):
         trainer.train(make_batch(), version=3, should_stop=lambda: next(answers))
-    assert all(torch.equal(v, before[k]) for k, v in trainer.tensors().items())
+    assert all(torch.equal(v, before[k]) for k, v in trainer.whole.tensors().items())
     assert all(p.grad is None for p in trainer.policy.parameters())
 
 

@@ -12,7 +12,7 @@ from atpo_async.config import Config
 from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.tree import Turn
 from atpo_async.wire.messages import Batch, BatchTree
-from learner.packing.rows import CreditedTree
+from learner.packing.credited import CreditedTree
 from learner.policy.model import load_policy, make_accelerator
 from learner.training.report import StepReport
 from learner.training.trainer import Trainer
@@ -235,14 +235,14 @@ def test_a_gradient_spike_is_skipped_and_named(folder: Path) -> None:
     trainer = trainer_of(configured(folder, max_grad_spike=3.0, lr=1e-9))
     for _ in range(12):
         assert trainer.train(make_batch(), version=3).fault is None
-    before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    before = {name: tensor.clone() for name, tensor in trainer.whole.tensors().items()}
     heavy = tuple(
         BatchTree(**{**{n: getattr(t, n) for n in t.__struct_fields__}, "weight": 100.0}) for t in make_batch().trees
     )
     report = trainer.train(batch_of(heavy, heavy), version=3)
     assert report.fault is not None
     assert "median" in report.fault
-    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.tensors().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.whole.tensors().items())
     assert trainer.train(make_batch(), version=3).fault is None
 
 

@@ -219,8 +219,8 @@ async def test_fused_experts_are_published_as_the_files_have_them_and_taken_up_a
     old, new = made(make, tmp_path / "old"), made(make, tmp_path / "new", seed=1)
     config = make_config(new)
     trainer = Trainer(config, accelerator=make_accelerator(config), policy=load_policy(config))
-    assert any(name.endswith("experts.gate_up_proj") for name in trainer.tensors())
-    stream, files = trainer.published(), load_file(new / WEIGHTS)
+    assert any(name.endswith("experts.gate_up_proj") for name in trainer.whole.tensors())
+    stream, files = trainer.whole.published(), load_file(new / WEIGHTS)
     assert single in stream
     assert stream.keys() == files.keys()
     assert all(torch.equal(stream[name], tensor) for name, tensor in files.items())

@@ -10,7 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atpo_async.config import ObjectiveConfig, doors
-from learner.loss import objective
+from learner.loss import objective, units
+from learner.loss.loading import load_surrogate
+from learner.loss.objective import Loss
+from learner.loss.surrogates.clip import clipped_loss
+from learner.loss.tokens import ActionTokens
 
 SURROGATES = doors.SURROGATE.choices()
 LEVELS = get_args(ObjectiveConfig.model_fields["ratio_level"].annotation)
@@ -33,7 +37,7 @@ def evaluate(
     correction: Any = None,
     reference: Any = None,
     entropy: Any = None,
-) -> tuple[objective.Surrogate, torch.Tensor]:
+) -> tuple[Loss, torch.Tensor]:
     """The loss and its gradient by token; each token is a turn of its own unless told otherwise."""
     logp = tensor(logp).requires_grad_()
     given: dict[str, Any] = {
@@ -47,7 +51,7 @@ def evaluate(
         "reference": None if reference is None else tensor(reference),
         "entropy": None if entropy is None else tensor(entropy),
     }
-    result = objective.atpo_loss(logp, settings=config, **given)
+    result = objective.atpo_loss(ActionTokens(logp=logp, **given), config, load_surrogate(config))
     (gradient,) = torch.autograd.grad(result.loss, logp)
     return result, gradient
 
@@ -95,10 +99,10 @@ def test_the_gradient_at_token_level_is_the_slope_of_the_loss(
 
 def test_the_dual_clip_bounds_the_loss_of_a_bad_action_that_became_likely() -> None:
     ratio, advantage = tensor([5.0, 5.0, 2.0]), tensor([-1.0, 1.0, -1.0])
-    loss, clipped = objective.clipped_loss(ratio, advantage, clip_low=0.2, clip_high=0.3, dual_clip=3.0)
+    loss, clipped = clipped_loss(ratio, advantage, clip_low=0.2, clip_high=0.3, dual_clip=3.0)
     assert loss.tolist() == pytest.approx([3.0, -1.3, 2.0])
     assert clipped.tolist() == [True, True, False]
-    unbounded, _ = objective.clipped_loss(ratio, advantage, clip_low=0.2, clip_high=0.3, dual_clip=None)
+    unbounded, _ = clipped_loss(ratio, advantage, clip_low=0.2, clip_high=0.3, dual_clip=None)
     assert unbounded.tolist() == pytest.approx([5.0, -1.3, 2.0])
 
 
@@ -133,7 +137,7 @@ def test_the_distance_mask_silences_only_tokens_that_move_away_from_the_behaviou
 def test_a_ratio_level_decides_over_which_tokens_the_log_ratio_is_averaged(level: Any, expected: list[float]) -> None:
     turn, row = torch.tensor([0, 0, 1]), torch.zeros(3, dtype=torch.long)
     logp = tensor([-0.9, -0.7, -1.2]).requires_grad_()
-    logs = objective.log_ratio(logp, tensor([-1.0, -1.0, -1.0]), objective.units(level, turn, row))
+    logs = objective.log_ratio(logp, tensor([-1.0, -1.0, -1.0]), units.units(level, turn, row))
     assert logs.tolist() == pytest.approx(expected)
     (gradient,) = torch.autograd.grad(logs.sum(), logp)
     assert gradient.tolist() == [1.0, 1.0, 1.0]
@@ -169,10 +173,11 @@ def test_the_entropy_bonus_is_weighted_but_not_corrected() -> None:
     config = ObjectiveConfig(entropy_coef=0.1)
     logp = tensor([-1.0, -1.0, -1.0]).requires_grad_()
     turn, none = torch.tensor([0, 1, -1]), torch.zeros(3, dtype=torch.float64)
-    result = objective.atpo_loss(
-        logp, logp.detach(), logp.detach(), none, turn, torch.zeros_like(turn), tensor([0.5, 0.25, 9.0]), none, config,
-        entropy=entropy,
+    tokens = ActionTokens(
+        logp=logp, prox=logp.detach(), mu=logp.detach(), advantage=none, turn=turn, row=torch.zeros_like(turn),
+        weight=tensor([0.5, 0.25, 9.0]), correction=none, entropy=entropy,
     )  # fmt: skip
+    result = objective.atpo_loss(tokens, config, load_surrogate(config))
     assert result.entropy.item() == pytest.approx(1.0)
     assert result.loss.item() == pytest.approx(-0.1)
     (gradient,) = torch.autograd.grad(result.loss, entropy)
@@ -242,8 +247,10 @@ def test_a_nan_of_the_model_shows_in_the_loss() -> None:
         assert torch.isnan(result.loss)
 
 
-def test_every_surrogate_of_the_configuration_is_there() -> None:
-    assert set(objective.SURROGATES) == set(SURROGATES)
+def test_every_module_of_the_package_is_a_surrogate_that_the_configuration_knows() -> None:
+    assert SURROGATES == ("cispo", "clip", "policy-gradient", "tv")
+    for name in SURROGATES:
+        assert load_surrogate(ObjectiveConfig(surrogate=name)).metrics == ()
 
 
 @given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=5), st.integers(0, 60))
@@ -262,12 +269,12 @@ def test_a_prefix_sums_the_turns_of_its_own_row_down_to_its_last(rows: list[list
             number += 1
         number += gap
     turn, row = torch.tensor(turns), torch.tensor(row_of)
-    per_turn = objective.unit_sum(tensor(values), turn, objective.num_units(turn))
-    found = objective.prefix_sum(per_turn, turn, row)
+    per_turn = units.unit_sum(tensor(values), turn, units.num_units(turn))
+    found = units.prefix_sum(per_turn, turn, row)
     assert {n: found[n].item() for n in expected} == pytest.approx(expected)
 
 
 def test_one_rows_infinity_stays_out_of_the_prefixes_before_it() -> None:
     turn, row = torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1])
-    found = objective.prefix_sum(tensor([1.0, 2.0, float("inf")]), turn, row)
+    found = units.prefix_sum(tensor([1.0, 2.0, float("inf")]), turn, row)
     assert found.tolist() == [1.0, 3.0, float("inf")]

@@ -15,16 +15,9 @@ from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.tree import Turn, VersionSpan
 from atpo_async.wire.messages import BatchTree
 from atpo_async.wire.records import TurnRecords
-from learner.packing.rows import (
-    CreditedTree,
-    MicroBatch,
-    Normaliser,
-    Row,
-    Staleness,
-    idle_micro_batch,
-    leaf_rows,
-    micro_batches,
-)
+from learner.packing.credited import CreditedTree, Normaliser
+from learner.packing.rows import MicroBatch, Row, idle_micro_batch, leaf_rows, micro_batches
+from learner.packing.staleness import Staleness
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / "at2po_vectors.json").read_text())
 

@@ -51,11 +51,11 @@ def in_fp16(folder: Path, scaler: torch.amp.GradScaler, **learner: object) -> Tr
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    return {name: tensor.clone() for name, tensor in trainer.whole.tensors().items()}
 
 
 def unchanged(trainer: Trainer, before: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(tensor, before[name]) for name, tensor in trainer.tensors().items())
+    return all(torch.equal(tensor, before[name]) for name, tensor in trainer.whole.tensors().items())
 
 
 def heavy_batch() -> Batch:
@@ -69,12 +69,12 @@ def test_under_fp16_an_update_that_a_guard_refuses_changes_nothing_and_the_next_
     trainer = in_fp16(folder, torch.amp.GradScaler("cpu", init_scale=1024.0), max_grad_spike=3.0, lr=1e-6)
     for _ in range(12):
         assert trainer.train(make_batch(), version=3).fault is None
-    before, steps = weights(trainer), trainer.updates
+    before, steps = weights(trainer), trainer.history.updates
     report = trainer.train(heavy_batch(), version=3)
     assert report.fault is not None
     assert "times the median" in report.fault
     assert unchanged(trainer, before)
-    assert (trainer.updates, trainer.skips.total, trainer.overflows) == (steps, 1, 0)
+    assert (trainer.history.updates, trainer.history.skips.total, trainer.history.overflows) == (steps, 1, 0)
     assert trainer.train(make_batch(), version=3).fault is None
     assert not unchanged(trainer, before)
 
@@ -82,18 +82,18 @@ def test_under_fp16_an_update_that_a_guard_refuses_changes_nothing_and_the_next_
 def test_a_gradient_that_does_not_fit_fp16_lowers_the_scale_and_is_no_fault(folder: Path) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=1e38, backoff_factor=1e-30)
     trainer = in_fp16(folder, scaler)
-    trainer.grad_norms = trainer.grad_norms.of([1.0] * 20)
+    trainer.history.grad_norms = trainer.history.grad_norms.of([1.0] * 20)
     before = weights(trainer)
     report = trainer.train(heavy_batch(), version=3)
     assert report.fault is None
     assert unchanged(trainer, before)
-    assert (trainer.overflows, trainer.skips.total, trainer.updates) == (1, 0, 0)
+    assert (trainer.history.overflows, trainer.history.skips.total, trainer.history.updates) == (1, 0, 0)
     assert report.metrics["guard/fp16_overflows"] == 1
     assert report.metrics["guard/skipped_updates"] == 0
     assert "grad_norm" not in report.metrics
     assert scaler.get_scale() == pytest.approx(1e8)
     assert trainer.train(make_batch(), version=3).fault is None
-    assert trainer.updates == 1
+    assert trainer.history.updates == 1
     assert not unchanged(trainer, before)
 
 
@@ -118,7 +118,7 @@ def test_the_loss_scale_is_in_the_checkpoint(folder: Path, tmp_path: Path) -> No
     trainer = in_fp16(folder, torch.amp.GradScaler("cpu", init_scale=512.0, growth_interval=2))
     for _ in range(3):
         trainer.train(make_batch(), version=3)
-    trainer.overflows = 4
+    trainer.history.overflows = 4
     path = checkpoint.save(tmp_path, trainer, Progress(step=3, version=3), keep=1)
     resumed = in_fp16(folder, torch.amp.GradScaler("cpu", init_scale=512.0, growth_interval=2))
     checkpoint.load(path, resumed)
@@ -127,7 +127,7 @@ def test_the_loss_scale_is_in_the_checkpoint(folder: Path, tmp_path: Path) -> No
     assert old is not None
     assert scaler.state_dict() == old.state_dict()
     assert scaler.get_scale() == 1024.0
-    assert resumed.overflows == 4
+    assert resumed.history.overflows == 4
     state = json.loads((path / "state.json").read_text())
     del state["scaler"], state["overflows"]  # as checkpoints were
     (path / "state.json").write_text(json.dumps(state))
@@ -227,7 +227,7 @@ def one_rank(folder: Path, out: Path) -> None:
         cast = in_bfloat16(load_policy(config))(*inputs)
         ddp = Trainer(config, accelerator=accelerator, policy=load_policy(config))
         through_ddp = ddp.model(*inputs)
-    names = sorted(ddp.published())
+    names = sorted(ddp.whole.published())
     accelerator.free_memory()
     # Accelerate shards on GPUs only; the wrapping itself works on a CPU as well.
     sharded = sharding()
@@ -252,7 +252,7 @@ def one_rank(folder: Path, out: Path) -> None:
             "error": float((through_fsdp - cast).abs().max()),
             "steps_of_bfloat16": float((through_fsdp - through_fsdp.bfloat16().float()).abs().max()),
             "layout": fsdp.layout,
-            "names": sorted(fsdp.published()),
+            "names": sorted(fsdp.whole.published()),
             "reduce": str(sharded.mixed_precision_policy.reduce_dtype),
         },
         "names": names,

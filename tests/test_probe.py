@@ -83,7 +83,7 @@ def test_the_log_probs_of_the_probe_are_what_the_whole_model_says(trainer: Train
     with torch.no_grad():
         whole = trainer.policy.hf(input_ids=tokens).logits.log_softmax(-1)
     expected = whole[:, :-1].gather(-1, tokens[:, 1:, None]).reshape(-1).numpy()
-    found = trainer.probe(drawn)
+    found = trainer.whole.probe(drawn)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -95,16 +95,16 @@ def test_a_sharded_policy_samples_and_scores_inside_its_wrapper_alone(
     config = make_config(make_model(tmp_path))
     trainer = Trainer(config, accelerator=make_accelerator(config), policy=load_policy(config))
     drawn = draw_probe(trainer, (3, 6), seed=(0,))
-    expected = trainer.probe(drawn)
+    expected = trainer.whole.probe(drawn)
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         for layer in trainer.policy.hf.model.layers:
             fully_shard(layer, mesh=mesh)
-        trainer.model = fully_shard(trainer.policy, mesh=mesh)
-        monkeypatch.setattr(trainer, "sharded", True)
+        trainer.whole.model = fully_shard(trainer.policy, mesh=mesh)
+        monkeypatch.setattr(trainer.whole, "sharded", True)
         assert (draw_probe(trainer, (3, 6), seed=(0,)) == drawn).all()
-        np.testing.assert_allclose(trainer.probe(drawn), expected, atol=1e-6)
+        np.testing.assert_allclose(trainer.whole.probe(drawn), expected, atol=1e-6)
     finally:
         torch.distributed.destroy_process_group()
 

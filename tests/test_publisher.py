@@ -68,7 +68,7 @@ def make_store(folder: Path, precision: Precision = "float32", **settings: objec
 
 def add(store: WeightsStore, trainer: Trainer, version: int) -> WeightsAnnounced:
     probe = draw_probe(trainer, (2, 5), seed=(0,))
-    return store.add(version, trainer.tensors(), probe_tokens=probe, probe_logprobs=trainer.probe(probe))
+    return store.add(version, trainer.whole.tensors(), probe_tokens=probe, probe_logprobs=trainer.whole.probe(probe))
 
 
 def content(announced: WeightsAnnounced) -> bytes | None:
@@ -163,7 +163,7 @@ def test_an_engine_in_lower_precision_gets_its_own_bytes_and_tolerance(tmp_path:
         assert isinstance(chunk, Chunk)
         payload += chunk.data.tobytes()
     found = tensors_of(payload, manifest)
-    for name, tensor in trainer.tensors().items():
+    for name, tensor in trainer.whole.tensors().items():
         assert torch.equal(found[name], tensor.to(torch.bfloat16))
     assert all(spec.offset % 64 == 0 for spec in manifest.tensors)
     half.close()

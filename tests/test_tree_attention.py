@@ -20,15 +20,16 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from atpo_async.config import CorrectionConfig, ObjectiveConfig
 from atpo_async.core.errors import SetupError
 from atpo_async.core.vocabulary import Aggregation
-from learner.loss import correction
+from learner.loss.loading import load_surrogate
 from learner.loss.objective import atpo_loss
+from learner.loss.tokens import ActionTokens, OffPolicyTokens
 from learner.packing import attention
 from learner.packing.attention import DeviceLayout, Parts, Way, block_mask, to_device, tree_attention_forward
 from learner.packing.rows import MicroBatch, Row, TreeLayout, micro_batches
 from learner.packing.tree import tree_micro_batches
 from learner.policy import model as learner_model
 from learner.policy.model import Policy, layout_for, load_policy
-from tests.learner_support import VOCAB, make_config, make_model
+from tests.learner_support import VOCAB, correction_for, make_config, make_model
 from tests.tree_support import FORESTS, VERSION, Sketch, forest, grow, rows_of
 
 CPU = torch.device("cpu")
@@ -342,6 +343,7 @@ def loss_of(
     way: Way | None = None,
 ) -> tuple[float, list[Tensor]]:  # fmt: skip
     """The loss over all passes, and its gradient."""
+    surrogate, correction = load_surrogate(objective), correction_for(off_policy)
     policy.zero_grad()
     total = 0.0
     for batch in batches:
@@ -350,8 +352,12 @@ def loss_of(
         turn, row = torch.from_numpy(batch.turn), torch.from_numpy(batch.row)
         # Somewhere near, some of it outside the clip range, and the same token by token in every layout.
         prox = logp.detach() + 0.3 * torch.sin(1e3 * mu)
-        weights = correction.importance_weights(prox, mu, advantage, turn, row, off_policy)
-        result = atpo_loss(logp, prox, mu, advantage, turn, row, weight, weights.per_token, objective)
+        weights = correction.weights(OffPolicyTokens(numerator=prox, mu=mu, advantage=advantage, turn=turn, row=row))
+        tokens = ActionTokens(
+            logp=logp, prox=prox, mu=mu, advantage=advantage, turn=turn, row=row, weight=weight,
+            correction=weights.per_token,
+        )  # fmt: skip
+        result = atpo_loss(tokens, objective, surrogate)
         result.loss.backward()
         total += float(result.loss.detach())
     return total, [p.grad.clone() for p in policy.parameters() if p.grad is not None]

@@ -31,8 +31,15 @@ from atpo_async.core.credit.value_modes import child_mean
 from atpo_async.core.credit.value_modes.tree_trace import traced
 from atpo_async.core.tree import Turn, TurnTree, VersionSpan
 from atpo_async.core.vocabulary import Aggregation
-from learner.loss import correction, objective
-from learner.packing.rows import CreditedTree, Normaliser, leaf_rows
+from learner.loss import correction, objective, units
+from learner.loss.correction import Tempering
+from learner.loss.diagnostics import Weighed, summary, sums
+from learner.loss.loading import load_surrogate
+from learner.loss.tempering import effective_share
+from learner.loss.tokens import ActionTokens, OffPolicyTokens
+from learner.packing.credited import CreditedTree, Normaliser
+from learner.packing.rows import leaf_rows
+from tests.learner_support import correction_for
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "vectors" / "at2po_vectors.json").read_text())
 SECTIONS = ("tree", "atpo_loss", "adjacent_turns", "decoupled", "weight_zoo", "ess_tempering", "tree_trace")
@@ -250,14 +257,20 @@ class Tokens:
         out[self._counts] = found if self._flat else found[self._counts]
         return out
 
+    def against_mu(self) -> OffPolicyTokens:
+        return OffPolicyTokens(
+            numerator=self["prox_logp"], mu=self["mu_logp"], advantage=self["adv"], turn=self.turn, row=self.row
+        )
+
     def loss(
         self, settings: ObjectiveConfig, *, prox: str, mu: str, weights: torch.Tensor | None = None
-    ) -> tuple[objective.Surrogate, torch.Tensor]:
+    ) -> tuple[objective.Loss, torch.Tensor]:
         logp = self["new_logp"].requires_grad_()
-        result = objective.atpo_loss(
-            logp, self[prox], self[mu], self["adv"], self.turn, self.row, self.weight,
-            torch.ones_like(logp) if weights is None else weights, settings,
+        tokens = ActionTokens(
+            logp=logp, prox=self[prox], mu=self[mu], advantage=self["adv"], turn=self.turn, row=self.row,
+            weight=self.weight, correction=torch.ones_like(logp) if weights is None else weights,
         )  # fmt: skip
+        result = objective.atpo_loss(tokens, settings, load_surrogate(settings))
         (gradient,) = torch.autograd.grad(result.loss, logp)
         if not self._flat:
             assert not gradient[~self._counts].any()
@@ -281,12 +294,12 @@ def test_the_loss_of_the_paper(form: str) -> None:
     clipped = tokens.back(result.clipped)[tokens._counts].double().mean()
     same(clipped, case["clipfrac"])
     by_token = objective.log_ratio(
-        tokens["new_logp"], tokens["old_logp"], objective.units("token", tokens.turn, tokens.row)
+        tokens["new_logp"], tokens["old_logp"], units.units("token", tokens.turn, tokens.row)
     )  # fmt: skip
     k1 = -by_token[tokens.turn >= 0].mean()
     same(k1, case["ppo_kl_k1"])
-    count = objective.num_units(tokens.turn)
-    per_turn = objective.unit_mean(tokens["adv"], tokens.turn, count)[torch.unique(tokens.turn[tokens.turn >= 0])]
+    count = units.num_units(tokens.turn)
+    per_turn = units.unit_mean(tokens["adv"], tokens.turn, count)[torch.unique(tokens.turn[tokens.turn >= 0])]
     same(per_turn, np.ravel(case["adv_per_turn"]))
     # The authors' own function works in float32.
     official = case["official"]
@@ -335,9 +348,7 @@ def test_decoupled_weights_loss_gradient_and_ess(name: str, form: str) -> None:
     (settings, dual_clip), expected = CASES[name], DECOUPLED["cases"][name]
     assert settings.cap == DECOUPLED["C"]
     tokens = Tokens(DECOUPLED, DECOUPLED["turn_id"], form)
-    weights = correction.importance_weights(
-        tokens["prox_logp"], tokens["mu_logp"], tokens["adv"], tokens.turn, tokens.row, settings
-    )
+    weights = correction_for(settings).weights(tokens.against_mu())
     result, gradient = tokens.loss(
         PAPER.model_copy(update={"dual_clip": dual_clip}), prox="prox_logp", mu="mu_logp", weights=weights.per_token
     )
@@ -345,19 +356,20 @@ def test_decoupled_weights_loss_gradient_and_ess(name: str, form: str) -> None:
     same(gradient, expected["grad_new_logp"])
     if "weight_per_token" in expected:
         same(tokens.back(weights.per_token), expected["weight_per_token"])
-        found = correction.summary(diagnostics(tokens, settings, weights), settings)["is/ess_frac"]
+        found = summary(diagnostics(tokens, settings, weights), corrects=settings.action != "none")["is/ess_frac"]
         same(found, expected["ess_frac"])
-        unit = objective.units(settings.level, tokens.turn, tokens.row)
+        unit = units.units(settings.level, tokens.turn, tokens.row)
         same(found * len(torch.unique(unit[unit >= 0])), expected["ess"])
 
 
 def diagnostics(tokens: Tokens, settings: CorrectionConfig, weights: correction.Weights) -> list[float]:
     token_version = tokens.place(torch.tensor(DECOUPLED["token_version"]))
-    return correction.sums(
-        prox=tokens["prox_logp"], mu=tokens["mu_logp"], advantage=tokens["adv"], turn=tokens.turn, row=tokens.row,
-        counted=torch.ones_like(tokens.turn, dtype=torch.bool), lag=5 - token_version,
-        clipped=torch.zeros_like(tokens.turn, dtype=torch.bool), weights=weights, settings=settings,
-    ).tolist()  # fmt: skip
+    weighed = Weighed(
+        tokens=tokens.against_mu(), counted=torch.ones_like(tokens.turn, dtype=torch.bool), lag=5 - token_version,
+        clipped=torch.zeros_like(tokens.turn, dtype=torch.bool), weights=weights, level=settings.level,
+    )  # fmt: skip
+    found: list[float] = sums(weighed).tolist()
+    return found
 
 
 @answers("decoupled/diagnostics_token", "decoupled/diagnostics_turn_sum")
@@ -365,10 +377,8 @@ def diagnostics(tokens: Tokens, settings: CorrectionConfig, weights: correction.
 def test_diagnostics(form: str) -> None:
     settings = CorrectionConfig(level="token", cap=1e9)
     tokens = Tokens(DECOUPLED, DECOUPLED["turn_id"], form)
-    weights = correction.importance_weights(
-        tokens["prox_logp"], tokens["mu_logp"], tokens["adv"], tokens.turn, tokens.row, settings
-    )
-    found = correction.summary(diagnostics(tokens, settings, weights), settings)
+    weights = correction_for(settings).weights(tokens.against_mu())
+    found = summary(diagnostics(tokens, settings, weights), corrects=settings.action != "none")
     names = {
         "kl_mu_prox_k1": "kl/mu_prox_k1", "kl_k2": "kl/mu_prox_k2", "kl_k3": "kl/mu_prox_k3",
         "kl_prox_mu_is": "kl/prox_mu_is", "chi2": "is/chi2_token", "mean_ratio": "is/mean_ratio_token",
@@ -393,9 +403,7 @@ def test_diagnostics(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_log_ratios_of_turns(form: str) -> None:
     tokens = Tokens(DECOUPLED, DECOUPLED["turn_id"], form)
-    total, length = correction.unit_log_ratio(
-        tokens["prox_logp"], tokens["mu_logp"], tokens.turn, tokens.row, "turn"
-    )  # fmt: skip
+    total, length = correction.unit_log_ratio(tokens.against_mu(), "turn")
     present = length > 0
     same(total[present], DECOUPLED["turn_sum_logratio"])
     same(length[present], DECOUPLED["turn_ntok"])
@@ -425,13 +433,10 @@ def test_the_exponent_that_keeps_an_effective_sample_size(target: str) -> None:
     expected = VECTORS["ess_tempering"][target]
     settings = CorrectionConfig(exponent="ess", ess_target=float(target), cap=1e9)
     tokens = Tokens(DECOUPLED, DECOUPLED["turn_id"], "flat")
-    given = (tokens["prox_logp"], tokens["mu_logp"])
-    counted = torch.ones_like(tokens.turn, dtype=torch.bool)
-    found = correction.temper(
-        correction.batch_log_ratios(*given, tokens.turn, tokens.row, counted, settings), settings
-    )  # fmt: skip
+    given, tempered = tokens.against_mu(), correction_for(settings)
+    found = tempered.temper(tempered.log_weights(given, torch.ones_like(tokens.turn, dtype=torch.bool)))
     same(found.scale, expected["lambda"])
-    weights = correction.importance_weights(*given, tokens["adv"], tokens.turn, tokens.row, settings, found)
+    weights = tempered.weights(given, found)
     same(weights.per_unit, expected["w"])
 
 
@@ -441,16 +446,20 @@ PI = MU + tensor(ZOO["log_ratio_pi_over_mu"])
 EACH, ONE_ROW = torch.arange(10), torch.zeros(10, dtype=torch.long)
 
 
-def zoo_weights(settings: CorrectionConfig, tempering: correction.Tempering | None = None) -> torch.Tensor:
-    return correction.importance_weights(
-        PI, MU, ADVANTAGE, EACH, ONE_ROW, settings, tempering or correction.Tempering()
-    ).per_token
+SAMPLED = OffPolicyTokens(numerator=PI, mu=MU, advantage=ADVANTAGE, turn=EACH, row=ONE_ROW)
+
+
+def zoo_weights(settings: CorrectionConfig, tempering: Tempering | None = None) -> torch.Tensor:
+    return correction_for(settings).weights(SAMPLED, tempering or Tempering()).per_token
 
 
 def zoo_gradient(settings: ObjectiveConfig, advantage: torch.Tensor) -> torch.Tensor:
     """Of the loss of single tokens whose proximal policy is mu."""
     logp, ones = PI.clone().requires_grad_(), torch.ones_like(PI)
-    result = objective.atpo_loss(logp, MU, MU, advantage, EACH, ONE_ROW, ones, ones, settings)
+    tokens = ActionTokens(
+        logp=logp, prox=MU, mu=MU, advantage=advantage, turn=EACH, row=ONE_ROW, weight=ones, correction=ones
+    )
+    result = objective.atpo_loss(tokens, settings, load_surrogate(settings))
     (gradient,) = torch.autograd.grad(result.loss, logp)
     assert torch.equal(result.clipped, gradient == 0)
     return gradient
@@ -483,9 +492,8 @@ def test_cispo_weighs_the_plain_gradient_with_the_clipped_ratio() -> None:
 def test_m2po_keeps_the_tokens_within_its_second_moment(limit: float) -> None:
     settings = CorrectionConfig(action="m2po", level="token", m2_limit=limit)
     counted = torch.ones_like(EACH, dtype=torch.bool)
-    tempering = correction.temper(
-        correction.batch_log_ratios(PI, MU, EACH, ONE_ROW, counted, settings), settings
-    )  # fmt: skip
+    masked = correction_for(settings)
+    tempering = masked.temper(masked.log_weights(SAMPLED, counted))
     found = zoo_weights(settings, tempering)
     keep = torch.tensor(ZOO[f"m2po_keep_tau{limit}"])
     assert torch.equal(found != 0, keep)
@@ -504,18 +512,17 @@ def test_dppo_masks_tokens_that_move_further_away() -> None:
 @answers(*(f"weight_zoo/kl/{name}" for name in ("k1", "k2", "k3")), "weight_zoo/ess", "weight_zoo/ess_frac")
 def test_divergences_and_ess_of_single_tokens() -> None:
     settings = CorrectionConfig(level="token", cap=1e9)
-    weights = correction.importance_weights(PI, MU, ADVANTAGE, EACH, ONE_ROW, settings)
+    weights = correction_for(settings).weights(SAMPLED)
     everywhere = torch.ones_like(EACH, dtype=torch.bool)
-    total = correction.sums(
-        prox=PI, mu=MU, advantage=ADVANTAGE, turn=EACH, row=ONE_ROW, counted=everywhere, lag=EACH, clipped=everywhere,
-        weights=weights, settings=settings,
-    ).tolist()  # fmt: skip
-    found = correction.summary(total, settings)
+    weighed = Weighed(
+        tokens=SAMPLED, counted=everywhere, lag=EACH, clipped=everywhere, weights=weights, level=settings.level
+    )
+    found = summary(sums(weighed).tolist(), corrects=True)
     for name in ("k1", "k2", "k3"):
         same(found[f"kl/mu_prox_{name}"], ZOO["kl"][name])
     same(found["is/ess_frac"], ZOO["ess_frac"])
     same(found["is/ess_frac_token"], ZOO["ess_frac"])
-    same(10 * correction.effective_share(weights.per_token), ZOO["ess"])
+    same(10 * effective_share(weights.per_token), ZOO["ess"])
 
 
 def test_the_objectives_divergences_are_those_of_the_reference_too() -> None:

@@ -15,7 +15,8 @@ from atpo_async.core.tree import Turn, spans_of
 from atpo_async.core.vocabulary import Aggregation
 from atpo_async.wire.messages import BatchTree
 from atpo_async.wire.records import TurnRecords
-from learner.packing.rows import CreditedTree, MicroBatch, Normaliser, Row, leaf_rows
+from learner.packing.credited import CreditedTree, Normaliser
+from learner.packing.rows import MicroBatch, Row, leaf_rows
 from tests.learner_support import VOCAB
 
 VERSION = 9

@@ -50,15 +50,19 @@ SURROGATE: Door[Any] = Door(
     field="objective.surrogate",
     what="a surrogate",
     protocol='docs/extending.md, "Surrogate"',
-    built_in=dict.fromkeys(("clip", "cispo", "policy-gradient", "tv"), ""),
+    package="learner.loss.surrogates",
+    attribute="surrogate",
+    hyphens=True,
+    call=("tokens", "settings"),
 )
 
 CORRECTION: Door[Any] = Door(
     field="correction.action",
     what="a correction",
     protocol='docs/extending.md, "Correction"',
-    built_in=dict.fromkeys(("truncate", "mask", "icepop", "topr", "m2po"), ""),
-    words=("none",),
+    package="learner.loss.corrections",
+    attribute="correction",
+    call=("ratios", "settings"),
 )
 
 SAMPLING: Door[Any] = Door(

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from atpo_async import config as configuration
-from atpo_async.config import Config
+from atpo_async.config import Config, loss_rules
 from atpo_async.config.credit_rule import credit_rule
 from atpo_async.config.sections.base import door_of
 
@@ -20,7 +20,7 @@ NONZERO = "anything but 0"
 NOT_NONE = "anything but 'none'"
 READS_RATIO = "a mode that weighs turns by their ratios"
 
-_CORRECTS = ("correction.action", ("truncate", "mask", "icepop", "topr", "m2po"))
+_CORRECTS = ("correction.action", loss_rules.corrections_that_correct())
 _BRANCHES = (("search.strategy", NOT_NONE), ("search.rounds", NONZERO))
 _PRIORITIES = (("buffer.priority_exponent", NONZERO),)
 _VLLM = (("actor.engine", ("auto", "vllm")),)
@@ -36,22 +36,16 @@ WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
     "buffer.priority_max_share": _PRIORITIES,
     "buffer.freshness": _PRIORITIES,
     "correction.level": (_CORRECTS,),
-    "correction.cap": (_CORRECTS,),
-    "correction.floor": (_CORRECTS,),
     "correction.exponent": (_CORRECTS,),
     "correction.exponent_value": (_CORRECTS, ("correction.exponent", ("fixed",))),
     "correction.ess_target": (_CORRECTS, ("correction.exponent", ("ess",))),
     "correction.ess_floor": (
-        ("correction.action", ("truncate", "mask", "icepop", "topr")),
+        ("correction.action", loss_rules.corrections_that_correct(measuring=False)),
         ("correction.exponent", ("fixed", "geometric")),
     ),
-    "correction.m2_limit": (("correction.action", ("m2po",)),),
     "correction.numerator": (_CORRECTS,),
-    "objective.ratio_level": (("objective.surrogate", ("clip", "cispo", "tv")),),
-    "objective.clip_low": (("objective.surrogate", ("clip", "cispo")),),
-    "objective.clip_high": (("objective.surrogate", ("clip", "cispo")),),
-    "objective.dual_clip": (("objective.surrogate", ("clip",)),),
-    "objective.tv_limit": (("objective.surrogate", ("tv",)),),
+    **{f"correction.{name}": (("correction.action", by),) for name, by in loss_rules.readers_of_correction().items()},
+    **{f"objective.{name}": (("objective.surrogate", by),) for name, by in loss_rules.readers_of_objective().items()},
     "objective.kl_estimator": (("objective.kl_coef", NONZERO),),
     "learner.schedule_steps": (("learner.schedule", ("linear", "cosine")),),
     "learner.pack_tokens": (("learner.packing", ("auto", "tree")),),

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from atpo_async.config import doors
+from atpo_async.config import doors, loss_rules
+from atpo_async.core.loss_traits import CorrectionTraits
 
 if TYPE_CHECKING:
     from atpo_async.config.schema import Config
@@ -32,12 +33,7 @@ def _lag_leaves_room(config: Config) -> None:
 
 
 def _off_policy_is_corrected(config: Config) -> None:
-    s = config.staleness
-    if s.max_lag > 0 and s.exact_lag != 0 and config.correction.action == "none" and not config.correction.accept_bias:
-        raise ValueError(
-            f"correction.action = 'none' with staleness.max_lag = {s.max_lag} trains off-policy uncorrected: "
-            "set --correction.action truncate, or --correction.accept_bias true if the bias is what you study"
-        )
+    loss_rules.check_bias(config, loss_rules.correction_traits(config.correction.action) or CorrectionTraits())
     if (config.search.top_p < 1 or config.search.top_k > 0) and not config.correction.accept_bias:
         raise ValueError(
             f"search.top_p = {config.search.top_p} with search.top_k = {config.search.top_k} samples from a cut "
@@ -75,13 +71,6 @@ def _swap_before_give_up(config: Config) -> None:
 
 def _correction(config: Config) -> None:
     c = config.correction
-    if c.action != "none" and c.floor >= c.cap:
-        raise ValueError(f"correction.floor = {c.floor} must be below correction.cap = {c.cap}")
-    if c.action in ("mask", "icepop") and not c.floor < 1 < c.cap:
-        raise ValueError(
-            f"correction.action = {c.action!r} with correction.floor = {c.floor} and correction.cap = {c.cap} "
-            "would mask data that is not off-policy at all: ratios of 1 must lie between them"
-        )
     if c.prox == "first-step" and config.learner.minibatches > 1:
         raise ValueError(
             f"correction.prox = 'first-step' with learner.minibatches = {config.learner.minibatches}: all but the "
@@ -92,49 +81,15 @@ def _correction(config: Config) -> None:
             f"correction.ess_floor = {c.ess_floor} is above correction.ess_target = {c.ess_target}, which decides "
             "with exponent = 'ess': lower the floor or raise the target"
         )
-    if c.action in ("icepop", "m2po") and c.level != "token":
-        raise ValueError(
-            f"correction.action = {c.action!r} works by token, but correction.level = {c.level!r}: set "
-            "--correction.level token"
-        )
-    if c.action == "m2po" and c.exponent == "ess":
-        raise ValueError(
-            "correction.action = 'm2po' bounds the batch by its own measure, correction.exponent = 'ess' by "
-            "another: use --correction.exponent fixed"
-        )
-    idle = "exponent = 'ess'" if c.exponent == "ess" else f"gate = {c.gate}"
-    if c.action == "none" and (c.exponent == "ess" or c.gate is not None):
-        raise ValueError(
-            f"correction.{idle} does nothing with correction.action = 'none': leave it out, or name another action"
-        )
-    own = ":" in config.objective.surrogate  # it knows itself what it multiplies
-    if c.numerator == "policy" and config.objective.surrogate != "policy-gradient" and not own:
-        raise ValueError(
-            f"correction.numerator = 'policy' with objective.surrogate = {config.objective.surrogate!r} would count "
-            "the policy's drift from prox twice: use --correction.numerator prox, or --objective.surrogate "
-            "policy-gradient"
-        )
-    of_the_batch = "m2po" if c.action == "m2po" else "ess" if c.exponent == "ess" else None
-    if of_the_batch and c.numerator == "policy":
-        raise ValueError(
-            f"{of_the_batch} is measured over the whole batch before its first step: correction.numerator = "
-            "'policy' has no such number; use prox"
-        )
-    if c.prox == "interpolate" and of_the_batch:
-        raise ValueError(needs_log_probs(of_the_batch))
+    # What a user's own declares is asked by the learner, which imports it.
+    loss_rules.check_correction(c, loss_rules.correction_traits(c.action) or CorrectionTraits())
+    loss_rules.check_surrogate(config)
     # A user's own mode is asked by the learner, when it loads it.
     if c.prox == "interpolate" and config.credit.value_mode in doors.VALUE_MODE.names():
         from atpo_async.config.credit_rule import credit_rule  # needs numpy, which the command line does without
 
         if credit_rule(config.credit).reads_ratio:
-            raise ValueError(needs_log_probs(f"credit.value_mode = {config.credit.value_mode!r}"))
-
-
-def needs_log_probs(what: str) -> str:
-    """Why ``what`` cannot be had together with ``correction.prox = "interpolate"``."""
-    return (
-        f"correction.prox = 'interpolate' has no log-probs before the first step, and {what} needs them: use recompute"
-    )
+            raise ValueError(loss_rules.needs_log_probs(f"credit.value_mode = {config.credit.value_mode!r}"))
 
 
 def _exact_lag(config: Config) -> None:

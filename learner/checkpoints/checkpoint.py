@@ -30,7 +30,6 @@ from torch import Tensor
 from atpo_async.core.errors import SetupError
 from atpo_async.models.policy import list_checkpoints as list_checkpoints
 from atpo_async.ops import disk
-from learner.loss.guards import GradNorms, SkipCount
 from learner.training.trainer import Trainer
 
 _ASIDE = ".writing-"
@@ -91,7 +90,7 @@ def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> Pa
 def _agree(fault: Exception | None, trainer: Trainer) -> None:
     """Raise on every rank what any rank's file system refused.  Waits for: all ranks."""
     number = 0 if fault is None else (disk.error_number(fault) or _NO_NUMBER)
-    worst = -int(trainer.least(-float(number)))
+    worst = -int(trainer.reductions.least(-float(number)))
     if worst == _NO_NUMBER and fault is not None:
         raise fault
     if worst == number and isinstance(fault, OSError):
@@ -113,7 +112,7 @@ def _make_room(aside: Path, target: Path, trainer: Trainer, progress: Progress) 
 def _write_tensors(aside: Path, target: Path, trainer: Trainer, progress: Progress) -> None:
     accelerator = trainer.accelerator
     save_file(_torch_rng(), aside / f"rng-{accelerator.process_index}.safetensors")
-    if trainer.sharded:
+    if trainer.whole.sharded:
         accelerator.save_state(str(aside / "sharded"), safe_serialization=True)
     elif accelerator.is_main_process:
         save_file(_parameters(trainer), aside / "model.safetensors")
@@ -127,10 +126,7 @@ def _complete(aside: Path, target: Path, trainer: Trainer, progress: Progress) -
         "format": FORMAT,
         "step": progress.step,
         "version": progress.version,
-        "updates": trainer.updates,
-        "skips": [trainer.skips.in_a_row, trainer.skips.total],
-        "grad_norms": list(trainer.grad_norms.norms),
-        "overflows": trainer.overflows,
+        **trainer.history.snapshot(),
         "scaler": None if trainer.accelerator.scaler is None else trainer.accelerator.scaler.state_dict(),
         "param_groups": _settings(trainer),
         "python_rng": _jsonable(random.getstate()),
@@ -161,7 +157,7 @@ def load(path: Path, trainer: Trainer) -> Progress:
         if state["format"] != FORMAT:
             raise SetupError(f"checkpoint {path} has format {state['format']}, this program reads {FORMAT}")
         _check_kind(path, trainer)
-        if trainer.sharded:
+        if trainer.whole.sharded:
             settings = _settings(trainer)
             accelerator.load_state(str(path / "sharded"))
             for group, kept in zip(trainer.optimizer.param_groups, settings, strict=True):
@@ -176,11 +172,7 @@ def load(path: Path, trainer: Trainer) -> Progress:
         random.setstate((version, tuple(internal), gauss))
         kind, keys, *rest = state["numpy_rng"]
         np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-        trainer.updates = int(state["updates"])
-        trainer.skips = SkipCount(*state["skips"])
-        # Checkpoints from before there was such a guard have none: it starts as in a new run.
-        trainer.grad_norms = GradNorms.of(state.get("grad_norms", ()))
-        trainer.overflows = int(state.get("overflows", 0))
+        trainer.history.restore(state)
         if accelerator.scaler is not None and state.get("scaler"):
             accelerator.scaler.load_state_dict(state["scaler"])
         return Progress(step=int(state["step"]), version=int(state["version"]))
@@ -231,7 +223,7 @@ def _settings(trainer: Trainer) -> list[dict[str, Any]]:
 def _check_kind(path: Path, trainer: Trainer) -> None:
     """Raises SetupError for a checkpoint of whole tensors where they are sharded now, or the other way about."""
     was_sharded = (path / "sharded").is_dir()
-    if was_sharded == trainer.sharded:
+    if was_sharded == trainer.whole.sharded:
         return
     was, now = ("shards", "whole tensors") if was_sharded else ("whole tensors", "shards")
     raise SetupError(

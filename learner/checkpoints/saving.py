@@ -119,7 +119,7 @@ class Saving:
 
     def export(self) -> None:
         """In the torch thread, on every rank: write the trained policy as a Hugging Face folder."""
-        tensors = self._trainer.tensors()
+        tensors = self._trainer.whole.tensors()
         if not self._trainer.accelerator.is_main_process:
             return
         form = precision(self._source, self._config.learner.export_dtype)
@@ -136,7 +136,7 @@ class Saving:
         Raises:
             SetupError: it cannot be done.
         """
-        tensors = self._trainer.tensors()
+        tensors = self._trainer.whole.tensors()
         if not self._trainer.accelerator.is_main_process:
             return
         aside = self._rundir.scratch / "export-trial"

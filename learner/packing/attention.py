@@ -35,7 +35,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from learner.packing.rows import I64, TreeLayout
+from learner.packing.arrays import I64
+from learner.packing.rows import TreeLayout
 
 NAME = "atpo_tree"
 """Of this attention in transformers' registries."""

@@ -14,60 +14,16 @@ Shapes: B rows of a forward pass, T its longest row, N tokens scored, M occurren
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from atpo_async.core.credit import CreditRule, TreeArrays, branch_prob, has_signal, leaves_below
-from atpo_async.core.tree import Turn, TurnTree, is_fresh, lag_versions
+from atpo_async.core.tree import Turn, is_fresh
 from atpo_async.core.vocabulary import Aggregation
-from atpo_async.wire.messages import BatchTree
-
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
-Mask = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CreditedTree:
-    """A pruned tree with what each of its turns is worth."""
-
-    tree: TurnTree
-    weight: float
-    """w_PER."""
-    advantages: F64
-    """float64[turns], in the order of ``tree.turns``."""
-    signal: bool
-    """Whether its leaves earned different rewards."""
-
-    @classmethod
-    def of(cls, sampled: BatchTree, rule: CreditRule) -> CreditedTree:
-        """Without turn ratios, where the rule's value mode reads them: ``recredited`` brings the real ones."""
-        tree = TurnTree(
-            sampled.tree_id, sampled.task_index, sampled.prompt, tuple(sampled.turns), sampled.failed_branches
-        ).pruned()
-        arrays = TreeArrays.of(tree)
-        return cls(tree, sampled.weight, rule.credit(arrays).advantages, has_signal(arrays))
-
-    def recredited(self, ratio: F64, rule: CreditRule) -> CreditedTree:
-        """The same tree, credited with ``ratio`` (float64[turns]): rho_n of each turn, prox over mu."""
-        return replace(self, advantages=rule.credit(TreeArrays.of(self.tree), ratio=ratio).advantages)
-
-    @property
-    def num_leaves(self) -> int:
-        return sum(turn.is_leaf for turn in self.tree)
-
-    @property
-    def num_action_tokens(self) -> int:
-        """Over all leaf rows: a shared turn counts once for each."""
-        return sum(len(turn.action) for leaf in self.tree.leaves() for turn in self.tree.path(leaf.turn_id))
-
-    @property
-    def num_turn_tokens(self) -> int:
-        """Action tokens, each turn once."""
-        return sum(len(turn.action) for turn in self.tree)
+from learner.packing.arrays import F64, I64, Mask
+from learner.packing.credited import CreditedTree, Normaliser
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -96,65 +52,6 @@ class Row:
     @property
     def has_signal(self) -> bool:
         return bool(np.any(self.weight * self.advantage))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Normaliser:
-    """Size of what the loss is a mean over: the whole batch over all ranks, whatever a rank or micro-batch holds.
-
-    Masked turns stay in the mean: a leaf whose stale half is masked counts half, not double.
-    """
-
-    num_trees: int
-    num_leaves: int
-    num_action_tokens: int
-    """Over all leaf rows."""
-    num_turn_tokens: int
-    """Each turn once."""
-
-    @classmethod
-    def of(cls, trees: Sequence[CreditedTree]) -> Normaliser:
-        """Of these trees alone."""
-        return cls(
-            num_trees=len(trees),
-            num_leaves=sum(t.num_leaves for t in trees),
-            num_action_tokens=sum(t.num_action_tokens for t in trees),
-            num_turn_tokens=sum(t.num_turn_tokens for t in trees),
-        )
-
-    def row_weights(self, tree: TurnTree, aggregation: Aggregation) -> dict[int, dict[int, float]]:
-        """Leaf id -> turn id on its path -> weight of each of that turn's tokens in that leaf's row.
-
-        Added up over the leaves under a turn they are the turn weights of ALGORITHM, section 5
-        (``atpo_async.core.credit.turn_weights``).
-        """
-        arrays = TreeArrays.of(tree)
-        below = dict(zip((t.turn_id for t in tree), leaves_below(arrays).tolist(), strict=True))
-        share = dict(zip((t.turn_id for t in tree), branch_prob(arrays).tolist(), strict=True))
-        weights: dict[int, dict[int, float]] = {}
-        for leaf in tree.leaves():
-            path = tree.path(leaf.turn_id)
-            row_tokens = sum(len(turn.action) for turn in path)
-            weights[leaf.turn_id] = {
-                turn.turn_id: self._weight(aggregation, row_tokens, below[turn.turn_id], share[leaf.turn_id])
-                for turn in path
-            }
-        return weights
-
-    def _weight(self, aggregation: Aggregation, row_tokens: int, leaves: int, share: float) -> float:
-        match aggregation:
-            case "seq-mean-token-mean":
-                return 1.0 / (self.num_leaves * row_tokens)
-            case "seq-mean-token-sum":
-                return 1.0 / self.num_leaves
-            case "token-mean":
-                return 1.0 / self.num_action_tokens
-            case "unique-token-mean":
-                return 1.0 / (self.num_turn_tokens * leaves)
-            case "branch-prob":
-                return share / (self.num_trees * row_tokens)
-            case "branch-prob-token-sum":
-                return share / self.num_trees
 
 
 def leaf_rows(
@@ -346,71 +243,3 @@ def of_rows(rows: Sequence[Row], version: int, seen: set[int]) -> dict[str, Any]
         "counted": np.concatenate(counted),
         "lag": version - np.concatenate([row.version for row in rows]),
     }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Staleness:
-    """Counts over the turns of a batch, additive over ranks."""
-
-    by_lag: I64
-    """int64[max_lag + 1]: turns trained on, by version lag."""
-    stale: int
-    """Turns over ``max_lag``, masked."""
-    multi_version: int
-    zero_advantage: int
-    action_tokens: int
-    """Of turns trained on, each turn once."""
-    stale_tokens: int
-
-    @classmethod
-    def of(cls, trees: Iterable[CreditedTree], *, version: int, max_lag: int) -> Staleness:
-        by_lag = np.zeros(max_lag + 1, dtype=np.int64)
-        stale = multi = zero = tokens = stale_tokens = 0
-        for item in trees:
-            for turn, advantage in zip(item.tree, item.advantages, strict=True):
-                if not is_fresh(turn, current=version, max_lag=max_lag):
-                    stale += 1
-                    stale_tokens += len(turn.action)
-                    continue
-                by_lag[max(0, lag_versions(turn, current=version))] += 1
-                multi += turn.oldest_version != turn.newest_version
-                zero += advantage == 0
-                tokens += len(turn.action)
-        return cls(
-            by_lag=by_lag, stale=stale, multi_version=multi, zero_advantage=zero, action_tokens=tokens,
-            stale_tokens=stale_tokens,
-        )  # fmt: skip
-
-    def to_vector(self) -> F64:
-        """float64[5 + max_lag + 1], to be added over ranks."""
-        head = [self.stale, self.multi_version, self.zero_advantage, self.action_tokens, self.stale_tokens]
-        return np.concatenate([np.array(head, dtype=np.float64), self.by_lag.astype(np.float64)])
-
-    @classmethod
-    def from_vector(cls, vector: F64) -> Staleness:
-        stale, multi, zero, tokens, stale_tokens = (int(v) for v in vector[:5])
-        return cls(
-            by_lag=vector[5:].astype(np.int64), stale=stale, multi_version=multi, zero_advantage=zero,
-            action_tokens=tokens, stale_tokens=stale_tokens,
-        )  # fmt: skip
-
-    def metrics(self) -> dict[str, float]:
-        """``lag/*`` by turn trained on, ``turns/*`` shares; shares of nothing are left out.
-
-        ``lag/turns_<k>`` counts the turns at lag k, for a histogram.
-        """
-        used = int(self.by_lag.sum())
-        out: dict[str, float] = {"turns/count": used, "turns/stale": self.stale, "tokens/stale": self.stale_tokens}
-        if used + self.stale:
-            out["turns/stale_share"] = self.stale / (used + self.stale)
-        if not used:
-            return out
-        lags = np.arange(len(self.by_lag))
-        out["lag/mean"] = float((lags * self.by_lag).sum() / used)
-        out["lag/max"] = float(lags[self.by_lag > 0].max())
-        out["lag/p50"] = float(np.searchsorted(np.cumsum(self.by_lag), 0.5 * used))
-        out["lag/p95"] = float(np.searchsorted(np.cumsum(self.by_lag), 0.95 * used))
-        out["turns/multi_version_share"] = self.multi_version / used
-        out["turns/zero_advantage_share"] = self.zero_advantage / used
-        out.update({f"lag/turns_{k}": float(n) for k, n in enumerate(self.by_lag) if n})
-        return out

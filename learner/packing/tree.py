@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from learner.packing.rows import I64, Mask, MicroBatch, Row, TreeLayout, of_rows
+from learner.packing.arrays import I64, Mask
+from learner.packing.rows import MicroBatch, Row, TreeLayout, of_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -57,5 +57,5 @@ def draw_probe(trainer: Trainer, shape: tuple[int, int], *, seed: tuple[int, ...
     tokens[:, 0] = torch.from_numpy(first)
     for place in range(length - 1):
         waiting_times = torch.empty((sequences, vocab_size)).exponential_(generator=noise)
-        tokens[:, place + 1] = trainer.next_tokens(tokens[:, : place + 1], waiting_times)
+        tokens[:, place + 1] = trainer.whole.next_tokens(tokens[:, : place + 1], waiting_times)
     return tokens.numpy().astype(np.int32)

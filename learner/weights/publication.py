@@ -55,13 +55,13 @@ class Publication:
         What is to be announced; None on ranks other than 0.
         """
         self._count += 1
-        if self._publisher is None and not self._trainer.sharded:
+        if self._publisher is None and not self._trainer.whole.sharded:
             return None
         if is_drawn_at(self._count):
             seed = (self._config.run.seed, version)
             self._probe = draw_probe(self._trainer, self._probe.shape, seed=seed)
-        tensors = self._trainer.published()
-        logprobs = self._trainer.probe(self._probe)
+        tensors = self._trainer.whole.published()
+        logprobs = self._trainer.whole.probe(self._probe)
         if self._publisher is None:
             return None
         add = functools.partial(

@@ -1,0 +1,129 @@
+"""What surrogates and corrections ask of the settings beside them, by what they declare of themselves.
+
+The built-in ones are asked when a configuration is made; a user's own by the learner, which imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from atpo_async.config.doors import CORRECTION, SURROGATE
+from atpo_async.core.doors import Door
+from atpo_async.core.loss_traits import CorrectionTraits, SurrogateTraits, Traits, declared
+
+if TYPE_CHECKING:
+    from atpo_async.config.schema import Config
+    from atpo_async.config.sections.learning import CorrectionConfig
+
+
+def surrogate_traits(name: str) -> SurrogateTraits | None:
+    """Of a built-in one; None for a user's own, whose module is imported by the learner only."""
+    return _built_in_traits(SURROGATE, name, SurrogateTraits())
+
+
+def correction_traits(name: str) -> CorrectionTraits | None:
+    """Of a built-in one; None for a user's own, whose module is imported by the learner only."""
+    return _built_in_traits(CORRECTION, name, CorrectionTraits())
+
+
+def _built_in_traits(door: Door[object], name: str, default: Traits) -> Traits | None:
+    # A built-in one's module loads no torch.
+    return declared(door.load(name), default) if name in door.names() else None  # type: ignore[arg-type]
+
+
+def readers_of_objective() -> dict[str, tuple[str, ...]]:
+    """Field of ``[objective]`` that decides something in some surrogates only -> the built-in ones of these."""
+    return _readers({name: surrogate_traits(name) for name in SURROGATE.names()})
+
+
+def readers_of_correction() -> dict[str, tuple[str, ...]]:
+    """Field of ``[correction]`` that decides something in some corrections only -> the built-in ones of these."""
+    return _readers(dict(_corrections()))
+
+
+def _readers(traits: Mapping[str, SurrogateTraits | CorrectionTraits | None]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for name, own in traits.items():
+        for setting in own.reads if own is not None else ():
+            found[setting] = (*found.get(setting, ()), name)
+    return found
+
+
+def corrections_that_correct(*, measuring: bool = True) -> tuple[str, ...]:
+    """Built-in ones whose weights are not all 1; with ``measuring`` false without those that measure the batch."""
+    return tuple(name for name, traits in _corrections() if traits.corrects and (measuring or traits.measure is None))
+
+
+def _corrections() -> list[tuple[str, CorrectionTraits]]:
+    found = ((name, correction_traits(name)) for name in CORRECTION.names())
+    return [(name, traits) for name, traits in found if traits is not None]
+
+
+def check_surrogate(config: Config) -> None:
+    """Raises ValueError where the ratio to prox would be counted in the surrogate and in the correction."""
+    name = config.objective.surrogate
+    traits = surrogate_traits(name)  # a user's own knows itself what it multiplies
+    if config.correction.numerator == "policy" and traits is not None and "ratio_level" in traits.reads:
+        fit = [other for other in SURROGATE.names() if other not in readers_of_objective()["ratio_level"]]
+        raise ValueError(
+            f"correction.numerator = 'policy' with objective.surrogate = {name!r} would count the policy's drift from "
+            f"prox twice: use --correction.numerator prox, or --objective.surrogate {' or '.join(fit)}"
+        )
+
+
+def check_bias(config: Config, traits: CorrectionTraits) -> None:
+    """Raises ValueError where off-policy data would be trained on uncorrected, and nobody said that this is meant."""
+    s, c = config.staleness, config.correction
+    if s.max_lag > 0 and s.exact_lag != 0 and not traits.corrects and not c.accept_bias:
+        raise ValueError(
+            f"correction.action = {c.action!r} with staleness.max_lag = {s.max_lag} trains off-policy uncorrected: "
+            "set --correction.action truncate, or --correction.accept_bias true if the bias is what you study"
+        )
+
+
+def check_correction(c: CorrectionConfig, traits: CorrectionTraits) -> None:
+    """Raises ValueError where ``[correction]`` contradicts what its action declares."""
+    if traits.corrects and c.floor >= c.cap:
+        raise ValueError(f"correction.floor = {c.floor} must be below correction.cap = {c.cap}")
+    if traits.masks_outside and not c.floor < 1 < c.cap:
+        raise ValueError(
+            f"correction.action = {c.action!r} with correction.floor = {c.floor} and correction.cap = {c.cap} "
+            "would mask data that is not off-policy at all: ratios of 1 must lie between them"
+        )
+    if traits.levels and c.level not in traits.levels:
+        raise ValueError(
+            f"correction.action = {c.action!r} works by {' or '.join(traits.levels)}, but correction.level = "
+            f"{c.level!r}: set --correction.level {traits.levels[0]}"
+        )
+    if traits.measure is not None and c.exponent == "ess":
+        raise ValueError(
+            f"correction.action = {c.action!r} bounds the batch by its own measure, correction.exponent = 'ess' by "
+            "another: use --correction.exponent fixed"
+        )
+    idle = "exponent = 'ess'" if c.exponent == "ess" else f"gate = {c.gate}"
+    if not traits.corrects and (c.exponent == "ess" or c.gate is not None):
+        raise ValueError(
+            f"correction.{idle} does nothing with correction.action = {c.action!r}: leave it out, or name another "
+            "action"
+        )
+    of_the_batch = measured_first(c, traits)
+    if of_the_batch and c.numerator == "policy":
+        raise ValueError(
+            f"{of_the_batch} is measured over the whole batch before its first step: correction.numerator = "
+            "'policy' has no such number; use prox"
+        )
+    if of_the_batch and c.prox == "interpolate":
+        raise ValueError(needs_log_probs(of_the_batch))
+
+
+def measured_first(c: CorrectionConfig, traits: CorrectionTraits) -> str | None:
+    """What of the correction the whole batch decides before its first step; None: nothing."""
+    return c.action if traits.measure is not None else "ess" if c.exponent == "ess" else None
+
+
+def needs_log_probs(what: str) -> str:
+    """Why ``what`` cannot be had together with ``correction.prox = "interpolate"``."""
+    return (
+        f"correction.prox = 'interpolate' has no log-probs before the first step, and {what} needs them: use recompute"
+    )

@@ -1,0 +1,199 @@
+"""Which surrogate and which correction a run trains with: loaded once, and held to what is asked of them.
+
+A built-in one and a user's own (``package.module:name``) come in the same way.  What a user's own returns is checked
+where it comes back; its first numbers are also checked for being finite, so that a faulty formula is told from a model
+that has diverged.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from atpo_async.config import Config, CorrectionConfig, ObjectiveConfig
+from atpo_async.config.doors import CORRECTION, SURROGATE
+from atpo_async.config.loss_rules import check_bias, check_correction
+from atpo_async.core.doors import Door
+from atpo_async.core.errors import AtpoError, ConfigError
+from atpo_async.core.loss_traits import CorrectionTraits, SurrogateTraits, declared
+from atpo_async.core.texts import of_error, of_type
+from learner.loss.correction import OffPolicyCorrection
+from learner.loss.protocols import Correction, Surrogate, SurrogateTerms, SurrogateTokens, UnitRatios, UnitWeights
+
+T = TypeVar("T")
+
+
+def load_surrogate(settings: ObjectiveConfig) -> CheckedSurrogate:
+    """``objective.surrogate``, its options bound.
+
+    Raises:
+        ConfigError, SetupError: there is none of that name, it cannot be imported, or not be called like one.
+    """
+    function: Surrogate = SURROGATE.load(settings.surrogate, settings.surrogate_options)
+    return CheckedSurrogate(settings.surrogate, function)
+
+
+def load_correction(config: Config) -> OffPolicyCorrection:
+    """``[correction]`` with its action, whose options are bound.
+
+    Raises:
+        ConfigError, SetupError: there is none of that name, it cannot be imported, not be called like one, or declares
+            what contradicts the settings.
+    """
+    settings = config.correction
+    function: Correction = CORRECTION.load(settings.action, settings.action_options)
+    traits = declared(function, CorrectionTraits())
+    try:
+        check_correction(settings, traits)
+        check_bias(config, traits)
+    except ValueError as exc:
+        raise ConfigError(str(exc)) from exc
+    return correction_of(settings, function)
+
+
+def correction_of(settings: CorrectionConfig, function: Correction) -> OffPolicyCorrection:
+    """The correction whose action ``function`` is, whatever its settings contradict."""
+    traits = declared(function, CorrectionTraits())
+    measure = None
+    if traits.measure is not None:
+        measure = _CheckedMeasure(settings.action, functools.partial(traits.measure, **settings.action_options))
+    return OffPolicyCorrection(settings, _CheckedCorrection(settings.action, function), traits, measure)
+
+
+class CheckedSurrogate:
+    """A surrogate whose terms are what a surrogate returns.  Raises ConfigError where they are not."""
+
+    def __init__(self, name: str, function: Surrogate) -> None:
+        self.metrics = tuple(sorted(declared(function, SurrogateTraits()).metrics))
+        """Names of its metrics."""
+        self._function = function
+        self._returned = _Returned(SURROGATE, name)
+        self._proven = False
+
+    def __call__(self, tokens: SurrogateTokens, settings: ObjectiveConfig, /) -> SurrogateTerms:
+        """The terms of one forward pass."""
+        returned, shape = self._returned, tokens.logp.shape
+        terms = returned.checked(SurrogateTerms, lambda: self._function(tokens, settings))
+        returned.check_number("loss", terms.loss, shape)
+        if terms.clipped is not None:
+            returned.check_truth("clipped", terms.clipped, shape)
+        if tuple(sorted(terms.metrics)) != self.metrics:
+            raise returned.fault(
+                f"returned the metrics {sorted(terms.metrics)} and declares {list(self.metrics)} "
+                "(SurrogateTraits.metrics): every pass must return those it declares"
+            )
+        for metric, values in terms.metrics.items():
+            returned.check_number(f"metrics[{metric!r}]", values, shape)
+        if tokens.logp.requires_grad and not terms.loss.requires_grad:
+            raise returned.fault("returned a loss without a gradient: compute it from tokens.logp or tokens.log_ratio")
+        if not self._proven and tokens.logp.numel() and bool(tokens.log_ratio.isfinite().all()):
+            inputs = {
+                "logp": tokens.logp,
+                "log_ratio": tokens.log_ratio,
+                "mu": tokens.mu,
+                "advantage": tokens.advantage,
+            }
+            returned.check_finite("loss", terms.loss, inputs)
+            self._proven = True
+        return terms
+
+
+class _CheckedCorrection:
+    """A correction whose weights are what a correction returns.  Raises ConfigError where they are not."""
+
+    def __init__(self, name: str, function: Correction) -> None:
+        self._function = function
+        self._returned = _Returned(CORRECTION, name)
+        self._proven = False
+
+    def __call__(self, ratios: UnitRatios, settings: CorrectionConfig, /) -> UnitWeights:
+        returned, shape = self._returned, ratios.log_weight.shape
+        found = returned.checked(UnitWeights, lambda: self._function(ratios, settings))
+        returned.check_number("weight", found.weight, shape)
+        returned.check_truth("changed", found.changed, shape)
+        if found.exempt is not None:
+            returned.check_truth("exempt", found.exempt, ratios.unit.shape)
+        if found.weight.requires_grad:
+            raise returned.fault("returned weights with a gradient: detach them")
+        if not self._proven and ratios.log_weight.numel():
+            returned.check_finite("weight", found.weight, {"log_weight": ratios.log_weight})
+            lowest = float(found.weight.nan_to_num().min())
+            if lowest < 0:
+                raise returned.fault(f"returned a weight of {lowest:g}: an importance weight is 0 or more")
+            self._proven = True
+        return found
+
+
+class _CheckedMeasure:
+    """What a correction measures of a whole batch is a number.  Raises ConfigError where it is not."""
+
+    def __init__(self, name: str, function: Callable[[Tensor, CorrectionConfig], float]) -> None:
+        self._function = function
+        self._returned = _Returned(CORRECTION, name)
+
+    def __call__(self, log_weights: Tensor, settings: CorrectionConfig) -> float:
+        found = self._returned.checked(object, lambda: self._function(log_weights, settings))
+        if isinstance(found, bool) or not isinstance(found, int | float) or found != found:
+            raise self._returned.fault(f"its measure returned {of_type(found)} {found!r:.40}: it must return a number")
+        return float(found)
+
+
+class _Returned:
+    """Checks of what the function behind a door returned, and the errors that name its field."""
+
+    def __init__(self, door: Door[object], name: str) -> None:
+        self._door = door
+        self._name = name
+
+    def fault(self, what: str) -> ConfigError:
+        return ConfigError(f"{self._door.field} = {self._name!r} {what}; see {self._door.protocol}")
+
+    def checked(self, kind: type[T], call: Callable[[], object]) -> T:
+        """What ``call`` returns, if it is of ``kind``."""
+        try:
+            found = call()
+        except AtpoError:
+            raise
+        except Exception as exc:
+            raise self.fault(f"failed: {of_error(exc)}{_where(exc)}") from exc
+        if not isinstance(found, kind):
+            raise self.fault(f"returned {of_type(found)}: it must return {kind.__name__}")
+        return found
+
+    def check_number(self, what: str, values: object, shape: torch.Size) -> None:
+        if not (isinstance(values, Tensor) and values.is_floating_point() and values.shape == shape):
+            raise self.fault(f"returned for {what} {_described(values)}: it must be float{list(shape)}")
+
+    def check_truth(self, what: str, values: object, shape: torch.Size) -> None:
+        if not (isinstance(values, Tensor) and values.dtype == torch.bool and values.shape == shape):
+            raise self.fault(f"returned for {what} {_described(values)}: it must be bool{list(shape)}")
+
+    def check_finite(self, what: str, values: Tensor, inputs: Mapping[str, Tensor]) -> None:
+        """Where every input is finite, so must be the output."""
+        fine = functools.reduce(torch.logical_and, (given.isfinite() for given in inputs.values()))
+        bad = fine & ~values.isfinite()
+        if bool(bad.any()):
+            at = int(bad.reshape(-1).nonzero()[0])
+            given = ", ".join(f"{name} {float(inputs_.reshape(-1)[at]):g}" for name, inputs_ in inputs.items())
+            raise self.fault(
+                f"returned for {what} {float(values.reshape(-1)[at]):g} at place {at} of {values.numel()} ({given}): "
+                "it must be finite where what it is computed from is"
+            )
+
+
+def _described(values: object) -> str:
+    if not isinstance(values, Tensor):
+        return of_type(values)
+    return f"{str(values.dtype).removeprefix('torch.')}{list(values.shape)}"
+
+
+def _where(error: BaseException) -> str:
+    """The line that raised it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"

@@ -1,0 +1,114 @@
+"""What each turn of a tree is worth, and what each of its tokens weighs in the mean that the loss is.
+
+Source: ALGORITHM, sections 2 and 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from atpo_async.core.credit import CreditRule, TreeArrays, branch_prob, has_signal, leaves_below
+from atpo_async.core.tree import TurnTree
+from atpo_async.core.vocabulary import Aggregation
+from atpo_async.wire.messages import BatchTree
+from learner.packing.arrays import F64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CreditedTree:
+    """A pruned tree with what each of its turns is worth."""
+
+    tree: TurnTree
+    weight: float
+    """w_PER."""
+    advantages: F64
+    """float64[turns], in the order of ``tree.turns``."""
+    signal: bool
+    """Whether its leaves earned different rewards."""
+
+    @classmethod
+    def of(cls, sampled: BatchTree, rule: CreditRule) -> CreditedTree:
+        """Without turn ratios, where the rule's value mode reads them: ``recredited`` brings the real ones."""
+        tree = TurnTree(
+            sampled.tree_id, sampled.task_index, sampled.prompt, tuple(sampled.turns), sampled.failed_branches
+        ).pruned()
+        arrays = TreeArrays.of(tree)
+        return cls(tree, sampled.weight, rule.credit(arrays).advantages, has_signal(arrays))
+
+    def recredited(self, ratio: F64, rule: CreditRule) -> CreditedTree:
+        """The same tree, credited with ``ratio`` (float64[turns]): rho_n of each turn, prox over mu."""
+        return replace(self, advantages=rule.credit(TreeArrays.of(self.tree), ratio=ratio).advantages)
+
+    @property
+    def num_leaves(self) -> int:
+        return sum(turn.is_leaf for turn in self.tree)
+
+    @property
+    def num_action_tokens(self) -> int:
+        """Over all leaf rows: a shared turn counts once for each."""
+        return sum(len(turn.action) for leaf in self.tree.leaves() for turn in self.tree.path(leaf.turn_id))
+
+    @property
+    def num_turn_tokens(self) -> int:
+        """Action tokens, each turn once."""
+        return sum(len(turn.action) for turn in self.tree)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Normaliser:
+    """Size of what the loss is a mean over: the whole batch over all ranks, whatever a rank or micro-batch holds.
+
+    Masked turns stay in the mean: a leaf whose stale half is masked counts half, not double.
+    """
+
+    num_trees: int
+    num_leaves: int
+    num_action_tokens: int
+    """Over all leaf rows."""
+    num_turn_tokens: int
+    """Each turn once."""
+
+    @classmethod
+    def of(cls, trees: Sequence[CreditedTree]) -> Normaliser:
+        """Of these trees alone."""
+        return cls(
+            num_trees=len(trees),
+            num_leaves=sum(t.num_leaves for t in trees),
+            num_action_tokens=sum(t.num_action_tokens for t in trees),
+            num_turn_tokens=sum(t.num_turn_tokens for t in trees),
+        )
+
+    def row_weights(self, tree: TurnTree, aggregation: Aggregation) -> dict[int, dict[int, float]]:
+        """Leaf id -> turn id on its path -> weight of each of that turn's tokens in that leaf's row.
+
+        Added up over the leaves under a turn they are the turn weights of ALGORITHM, section 5
+        (``atpo_async.core.credit.turn_weights``).
+        """
+        arrays = TreeArrays.of(tree)
+        below = dict(zip((t.turn_id for t in tree), leaves_below(arrays).tolist(), strict=True))
+        share = dict(zip((t.turn_id for t in tree), branch_prob(arrays).tolist(), strict=True))
+        weights: dict[int, dict[int, float]] = {}
+        for leaf in tree.leaves():
+            path = tree.path(leaf.turn_id)
+            row_tokens = sum(len(turn.action) for turn in path)
+            weights[leaf.turn_id] = {
+                turn.turn_id: self._weight(aggregation, row_tokens, below[turn.turn_id], share[leaf.turn_id])
+                for turn in path
+            }
+        return weights
+
+    def _weight(self, aggregation: Aggregation, row_tokens: int, leaves: int, share: float) -> float:
+        match aggregation:
+            case "seq-mean-token-mean":
+                return 1.0 / (self.num_leaves * row_tokens)
+            case "seq-mean-token-sum":
+                return 1.0 / self.num_leaves
+            case "token-mean":
+                return 1.0 / self.num_action_tokens
+            case "unique-token-mean":
+                return 1.0 / (self.num_turn_tokens * leaves)
+            case "branch-prob":
+                return share / (self.num_trees * row_tokens)
+            case "branch-prob-token-sum":
+                return share / self.num_trees

@@ -1,0 +1,105 @@
+"""The policy as one: its weights and its answers whole, however ``accelerate`` has wrapped and sharded it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from atpo_async.models import causal_lm
+from learner.policy.model import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class TensorNames:
+    """Of every tensor that an engine needs, from before ``accelerate`` wraps the policy, which may untie some."""
+
+    names: tuple[str, ...]
+    """Aliases of tied ones too."""
+    first: Mapping[str, str]
+    """Of a tied tensor's further names -> the first that it has."""
+
+    @classmethod
+    def of(cls, policy: Policy) -> TensorNames:
+        """Tied tensors are those that lie at the same place."""
+        at: dict[int, str] = {}
+        first: dict[str, str] = {}
+        state = policy.hf.state_dict()
+        for name, tensor in state.items():
+            key = tensor.data_ptr()
+            if key in at:
+                first[name] = at[key]
+            else:
+                at[key] = name
+        return cls(tuple(state), first)
+
+
+class WholePolicy:
+    """Weights and answers of the policy.  Where it is sharded every rank calls each method.
+
+    Args:
+        policy: inside the wrappers.
+        names: of its tensors.
+        model: the policy in the wrappers that ``accelerate`` put around it.
+        sharded: no rank holds all of a parameter.
+    """
+
+    def __init__(
+        self, policy: Policy, names: TensorNames, *, model: Any, accelerator: Accelerator, sharded: bool
+    ) -> None:
+        self.model = model
+        self.sharded = sharded
+        self._policy = policy
+        self._names = names
+        self._accelerator = accelerator
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor an engine needs, whole: tied ones under each of their names."""
+        if not self.sharded:
+            found: dict[str, Tensor] = {k: v.detach() for k, v in self._policy.hf.state_dict().items()}
+        else:
+            gathered = self._accelerator.get_state_dict(self.model)
+            found = {str(k).removeprefix("hf."): v for k, v in gathered.items()}
+            if not self._accelerator.is_main_process:
+                return found
+        return {name: found[name] if name in found else found[self._names.first[name]] for name in self._names.names}
+
+    def published(self) -> dict[str, Tensor]:
+        """``tensors`` under the names, and in the shapes, of the files in ``model.path``, on rank 0."""
+        tensors = self.tensors()
+        return causal_lm.published(self._policy.hf, tensors) if self._accelerator.is_main_process else tensors
+
+    def probe(self, tokens_ST: np.ndarray) -> np.ndarray:
+        """float32[S * (T - 1)]: log-prob of each token but the first of its sequence, under the weights now, at
+        temperature 1."""
+        tokens = torch.from_numpy(tokens_ST.astype(np.int64))
+        target = tokens[:, 1:].reshape(-1)
+        inputs = {"tokens": tokens[:, :-1], "predictor": torch.arange(len(target)), "target": target}
+        scored = self._answer(self._policy.logprobs, inputs | {"temperature": 1.0})
+        result: np.ndarray = scored.float().cpu().numpy()
+        return result
+
+    def next_tokens(self, tokens_ST: Tensor, waiting_times_SV: Tensor) -> Tensor:
+        """int64[S]: a token to follow each sequence, at temperature 1.
+
+        Args:
+            tokens_ST: int64, the sequences so far.
+            waiting_times_SV: exponential numbers for each token of the vocabulary.
+        """
+        last = torch.arange(1, len(tokens_ST) + 1) * tokens_ST.shape[1] - 1
+        inputs = {"tokens": tokens_ST, "predictor": last, "waiting_times": waiting_times_SV}
+        return self._answer(self._policy.sampled, inputs).cpu()
+
+    def _answer(self, method: Callable[..., Tensor], inputs: dict[str, Any]) -> Tensor:
+        """The policy's answer without gradient."""
+        with torch.no_grad():
+            # Sharded parameters are whole only inside the wrapper's forward; elsewhere leave autocast out.
+            score = self.model if self.sharded else method
+            answer: Tensor = score(**send_to_device(inputs, self._accelerator.device))
+        return answer

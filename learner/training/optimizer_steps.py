@@ -1,0 +1,211 @@
+"""The optimizer steps of a batch: backward passes, the guards that may hold a step back, and what the run has taken."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from atpo_async.config import LearnerConfig
+from atpo_async.core.schedule import learning_rate
+from atpo_async.status import waits
+from learner.loss import guards
+from learner.loss.correction import Tempering
+from learner.training.pass_loss import PassLoss
+from learner.training.passes import Pass
+from learner.training.reductions import Reductions
+from learner.training.report import Abandoned
+
+
+@dataclass(slots=True)
+class UpdateHistory:
+    """What the run's updates have come to so far; a checkpoint holds it."""
+
+    updates: int = 0
+    """Optimizer steps taken."""
+    skips: guards.SkipCount = field(default_factory=guards.SkipCount)
+    overflows: int = 0
+    """Updates left out because a gradient did not fit fp16 under the loss scale of that moment."""
+    grad_norms: guards.GradNorms = field(default_factory=guards.GradNorms)
+
+    def snapshot(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "updates": self.updates,
+            "skips": [self.skips.in_a_row, self.skips.total],
+            "grad_norms": list(self.grad_norms.norms),
+            "overflows": self.overflows,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """From a snapshot.  Checkpoints from before there was such a guard lack the last two: they begin anew."""
+        self.updates = int(state["updates"])
+        self.skips = guards.SkipCount(*state["skips"])
+        self.grad_norms = guards.GradNorms.of(state.get("grad_norms", ()))
+        self.overflows = int(state.get("overflows", 0))
+
+
+@dataclass(slots=True)
+class BatchTotals:
+    """What is added up over the optimizer steps of a batch."""
+
+    losses: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    tempering: list[Tempering] = field(default_factory=list)
+    lr: float = 0.0
+    fault: str | None = None
+    forward_tokens: int = 0
+    """Padded, of the passes with a gradient."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """What the backward passes of one optimizer step gave."""
+
+    loss: Tensor
+    kl: Tensor
+    entropy: Tensor
+    sums: Tensor
+    """float64[``PassLoss.num_sums``]: diagnostics of this rank."""
+    log_weights: list[Tensor]
+
+
+class OptimizerSteps:
+    """How an optimizer step is taken.
+
+    Args:
+        settings: ``[learner]``.
+        total_updates: of the whole run, for the schedule of the learning rate.
+        model, optimizer: as ``accelerate`` has prepared them.
+        loss: of a pass.
+    """
+
+    def __init__(
+        self, settings: LearnerConfig, *, total_updates: int, accelerator: Accelerator, model: nn.Module,
+        optimizer: AcceleratedOptimizer, loss: PassLoss, reductions: Reductions,
+    ) -> None:  # fmt: skip
+        self.history = UpdateHistory()
+        self._settings = settings
+        self._total_updates = total_updates
+        self._accelerator = accelerator
+        self._model = model
+        self._optimizer = optimizer
+        self._loss = loss
+        self._reductions = reductions
+
+    def take(
+        self, passes: list[Pass], totals: BatchTotals, tempering: Tempering | None, should_stop: Callable[[], bool]
+    ) -> Tensor:
+        """One optimizer step, or none if it would be a bad one.  Returns the diagnostics' sums of this rank.
+
+        Args:
+            passes: of the step.
+            totals: of the batch; this step is added.
+            tempering: of the batch; None: not measured, the guard looks at this step's own ratios.
+            should_stop: asked between passes.
+
+        Raises:
+            Abandoned: ``should_stop`` said so.
+        """
+        attempt = self.attempt(passes, tempering or Tempering(), should_stop)
+        if tempering is None and self._loss.correction.guards_ess:
+            tempering = self._loss.temper(attempt.log_weights)
+            if tempering.scale < 1:
+                attempt = self.attempt(passes, tempering, should_stop)
+        totals.tempering.append(tempering or Tempering())
+        totals.forward_tokens += sum(item.inputs["tokens"].numel() for item in passes)
+        norm = self._accelerator.clip_grad_norm_(self._model.parameters(), self._settings.max_grad_norm)
+        grad_norm = float(norm) if norm is not None else float("nan")
+        loss, kl, entropy = self._reductions.sum_of(torch.stack([attempt.loss, attempt.kl, attempt.entropy]))
+        totals.losses.append(loss)
+        totals.kl.append(kl)
+        totals.entropy.append(entropy)
+        self._judge(loss, grad_norm, totals)
+        return attempt.sums
+
+    def attempt(self, passes: list[Pass], tempering: Tempering, should_stop: Callable[[], bool]) -> Attempt:
+        """Forward and backward through every pass; the gradient is on the parameters afterwards.
+
+        Raises:
+            Abandoned: ``should_stop`` said so.
+        """
+        accelerator, device = self._accelerator, self._accelerator.device
+        self._optimizer.zero_grad()
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        loss, kl, entropy = zero.clone(), zero.clone(), zero.clone()
+        sums = torch.zeros(self._loss.num_sums, dtype=torch.float64, device=device)
+        log_weights: list[Tensor] = []
+        for i, item in enumerate(passes):
+            if accelerator.num_processes == 1 and should_stop():
+                self._optimizer.zero_grad()
+                raise Abandoned
+            # Only the last backward pass of the step exchanges gradients: ranks then agree on their number.
+            last = i + 1 == len(passes)
+            with contextlib.nullcontext() if last else accelerator.no_sync(self._model):
+                found = self._loss(item, tempering)
+                # Data parallelism averages gradients over ranks; the loss is a sum over them.
+                accelerator.backward(found.loss.loss * accelerator.num_processes)
+            loss += found.loss.loss.detach().double()
+            kl += found.loss.kl.double()
+            entropy += found.loss.entropy.double()
+            log_weights.append(found.log_weights)
+            waits.progress("micro-batches")
+            if found.sums is not None:
+                sums += found.sums
+        return Attempt(loss=loss, kl=kl, entropy=entropy, sums=sums, log_weights=log_weights)
+
+    def count_as_skipped(self, reason: str) -> None:
+        """A batch that came to no step counts as a skipped update."""
+        self.history.skips = self.history.skips.after(reason)
+
+    def _judge(self, loss: float, grad_norm: float, totals: BatchTotals) -> None:
+        """Apply the gradient, or leave it out: it overflowed, or a guard finds fault with it."""
+        history, scaler = self.history, self._accelerator.scaler
+        if guards.overflowed(loss=loss, grad_norm=grad_norm, scale=None if scaler is None else scaler.get_scale()):
+            history.overflows += 1
+            self._leave_out()
+            return
+        totals.grad_norms.append(grad_norm)
+        fault = guards.fault(
+            loss=loss, grad_norm=grad_norm, history=history.grad_norms, max_spike=self._settings.max_grad_spike
+        )
+        if fault is None:
+            totals.lr = self._apply()
+        else:
+            totals.fault = fault
+            self._leave_out()
+        history.skips = history.skips.after(fault)
+        history.grad_norms = history.grad_norms.after(grad_norm)
+
+    def _apply(self) -> float:
+        """The step; returns its learning rate."""
+        settings = self._settings
+        lr = learning_rate(
+            self.history.updates,
+            peak=settings.lr,
+            warmup=settings.warmup_steps,
+            total=self._total_updates,
+            schedule=settings.schedule,
+        )
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self.history.updates += 1
+        self._optimizer.zero_grad()
+        return lr
+
+    def _leave_out(self) -> None:
+        """No step with the gradients as they are."""
+        if self._accelerator.scaler is not None:
+            # It has looked at the gradients (clipping unscales them) and sets its scale by what it saw; a step would
+            # apply whatever is finite.
+            self._accelerator.scaler.update()
+        self._optimizer.zero_grad()

@@ -1,0 +1,166 @@
+"""The loss of one forward pass: log-probs of the policies, the correction's weights, the objective, diagnostics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from atpo_async.config import Config
+from atpo_async.status import waits
+from learner.loss import diagnostics
+from learner.loss.correction import OffPolicyCorrection, Tempering, Weights, interpolated_prox
+from learner.loss.loading import CheckedSurrogate, load_correction, load_surrogate
+from learner.loss.objective import Loss, atpo_loss
+from learner.loss.tokens import ActionTokens
+from learner.policy.model import Policy
+from learner.training.passes import Pass
+from learner.training.reductions import Reductions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassResult:
+    """What one pass gave."""
+
+    loss: Loss
+    log_weights: Tensor
+    """float64[U]: of its units, for the batch's tempering."""
+    sums: Tensor | None
+    """float64[``PassLoss.num_sums``]: diagnostics, to be added over passes and ranks; None without tokens."""
+
+
+class PassLoss:
+    """How a pass's loss is computed; the surrogate and the correction are loaded here, once.
+
+    Args:
+        config: of the run.
+        model: the policy in the wrappers that ``accelerate`` put around it.
+        reference: the policy of ``model.path``, where the objective asks for its log-probs.
+
+    Raises:
+        ConfigError, SetupError: the surrogate or the correction cannot be loaded.
+    """
+
+    def __init__(
+        self, config: Config, *, accelerator: Accelerator, model: Callable[..., Tensor], reference: Policy | None,
+        reductions: Reductions,
+    ) -> None:  # fmt: skip
+        self.correction: OffPolicyCorrection = load_correction(config)
+        self._surrogate: CheckedSurrogate = load_surrogate(config.objective)
+        self._config = config
+        self._accelerator = accelerator
+        self._model = model
+        self._reference = reference
+        self._reductions = reductions
+
+    @property
+    def num_sums(self) -> int:
+        return len(diagnostics.SUMS) + len(self._surrogate.metrics)
+
+    def __call__(self, item: Pass, tempering: Tempering) -> PassResult:
+        """Forward; the result's loss carries the gradient."""
+        settings = self._config
+        with_entropy = settings.objective.entropy_coef > 0
+        scored = item.spread(self._model(**item.inputs, **({"with_entropy": True} if with_entropy else {})))
+        logp, entropy = (scored[0], scored[1]) if with_entropy else (scored, None)
+        own = logp.detach()
+        prox = self._prox(item, own)
+        tokens = item.against_mu(own if settings.correction.numerator == "policy" else prox)
+        weights = self.correction.weights(tokens, tempering)
+        loss = atpo_loss(
+            ActionTokens(
+                logp=logp,
+                prox=prox,
+                mu=item.mu,
+                advantage=item.advantage,
+                turn=item.turn,
+                row=item.row,
+                weight=item.weight,
+                correction=weights.per_token,
+                reference=self._reference_logprobs(item),
+                entropy=entropy,
+            ),
+            settings.objective,
+            self._surrogate,
+        )
+        return PassResult(
+            loss=loss,
+            log_weights=self.correction.log_weights(tokens, item.counted),
+            sums=self._sums(item, prox, weights, loss) if item.turn.numel() else None,
+        )
+
+    def _sums(self, item: Pass, prox: Tensor, weights: Weights, loss: Loss) -> Tensor:
+        found = diagnostics.sums(
+            diagnostics.Weighed(
+                tokens=item.against_mu(prox),
+                counted=item.counted,
+                lag=item.lag,
+                clipped=loss.clipped,
+                weights=weights,
+                level=self._config.correction.level,
+            )
+        )
+        if not self._surrogate.metrics:
+            return found
+        once = item.counted & (item.turn >= 0)
+        own = [torch.where(once, loss.metrics[name], 0.0).double().sum() for name in self._surrogate.metrics]
+        return torch.cat([found, torch.stack(own)])
+
+    def summary(self, total: Sequence[float]) -> dict[str, float]:
+        """Metrics from the sums of all passes and ranks."""
+        own = total[len(diagnostics.SUMS) :]
+        out = diagnostics.summary(total[: len(diagnostics.SUMS)], corrects=self.correction.corrects)
+        tokens = total[diagnostics.SUMS.index("clip/n")]
+        if tokens:
+            out |= {f"surrogate/{name}": sum_ / tokens for name, sum_ in zip(self._surrogate.metrics, own, strict=True)}
+        return out
+
+    # --- what the whole batch decides
+
+    def measure_prox(self, passes: Sequence[Pass]) -> None:
+        """Proximal log-probs of passes, in a forward pass of their own without a gradient."""
+        with torch.no_grad():
+            for item in passes:
+                item.prox = item.spread(self._model(**item.inputs)).detach()
+                waits.progress("micro-batches")
+
+    def temper_by_prox(self, passes: Sequence[Pass]) -> Tempering:
+        """What the batch's ratios ask for; the passes' proximal log-probs have been measured."""
+        return self.temper(
+            [self.correction.log_weights(item.against_mu(_known(item)), item.counted) for item in passes]
+        )
+
+    def temper(self, log_weights: Sequence[Tensor]) -> Tempering:
+        """What the ratios of all ranks ask for."""
+        none = torch.zeros(0, dtype=torch.float64, device=self._accelerator.device)
+        return self.correction.temper(self._reductions.concatenated(torch.cat([none, *log_weights])))
+
+    # --- log-probs of the other policies
+
+    def _prox(self, item: Pass, own: Tensor) -> Tensor:
+        """Proximal log-probs of a pass, given its log-probs under the weights now."""
+        if self._config.correction.prox == "interpolate":
+            return interpolated_prox(own, item.mu, item.lag)
+        if item.prox is None:
+            item.prox = own
+        return item.prox
+
+    def _reference_logprobs(self, item: Pass) -> Tensor | None:
+        """Under the weights of ``model.path``; they never change, so once a batch is enough."""
+        if self._reference is None:
+            return None
+        if item.reference is None:
+            # In the precision of the policy's own pass: their difference is to be the weights' alone.
+            with torch.no_grad(), self._accelerator.autocast():
+                inputs: dict[str, Any] = item.inputs
+                item.reference = item.spread(self._reference(**inputs)).to(item.mu)
+        return item.reference
+
+
+def _known(item: Pass) -> Tensor:
+    assert item.prox is not None
+    return item.prox

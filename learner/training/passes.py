@@ -1,0 +1,160 @@
+"""A batch's trees cut into optimizer steps, and each of these into forward passes on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from atpo_async.config import Config
+from atpo_async.wire.messages import Batch
+from learner.loss.tokens import OffPolicyTokens
+from learner.packing.attention import to_device
+from learner.packing.credited import CreditedTree, Normaliser
+from learner.packing.rows import MicroBatch, idle_micro_batch, leaf_rows, micro_batches
+from learner.packing.tree import tree_micro_batches
+from learner.policy.model import Policy
+from learner.training.reductions import Reductions
+
+
+@dataclass(slots=True, kw_only=True)
+class Pass:
+    """A micro-batch on its device.  Fields that ``MicroBatch`` has too are what they are there."""
+
+    inputs: dict[str, Any]
+    """What the model is called with."""
+    occurrence: Tensor | None
+    mu: Tensor
+    advantage: Tensor
+    weight: Tensor
+    turn: Tensor
+    row: Tensor
+    number: Tensor
+    counted: Tensor
+    lag: Tensor
+    prox: Tensor | None = None
+    """Once it is known; before that the pass's own log-probs are it."""
+    reference: Tensor | None = None
+
+    def spread(self, scored: Tensor) -> Tensor:
+        """A number for each scored token (last dimension) -> for each place of the loss."""
+        return scored if self.occurrence is None else scored[..., self.occurrence]
+
+    def against_mu(self, numerator: Tensor) -> OffPolicyTokens:
+        """The tokens as the correction reads them."""
+        return OffPolicyTokens(numerator=numerator, mu=self.mu, advantage=self.advantage, turn=self.turn, row=self.row)
+
+
+@dataclass(slots=True, kw_only=True)
+class Part:
+    """The trees of one optimizer step."""
+
+    trees: list[CreditedTree]
+    passes: list[Pass]
+    row_tokens: int
+    """Of the flat layout, whatever the layout is."""
+
+
+class Planner:
+    """Which forward passes a rank makes.
+
+    Args:
+        config: of the run.
+        policy: whose precision and device the numbers take.
+        layout: of the trees in a pass.
+        keep_idle: make passes for turns without an advantage too: they bear on other terms, or may yet get one.
+        reductions: over the ranks.
+    """
+
+    def __init__(
+        self, config: Config, *, policy: Policy, layout: str, keep_idle: bool, reductions: Reductions,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.layout = layout
+        self._config = config
+        self._policy = policy
+        self._keep_idle = keep_idle
+        self._reductions = reductions
+        self._device = device
+
+    def plan(self, trees: Sequence[CreditedTree], batch: Batch, version: int) -> Part:
+        """This rank's forward passes for one optimizer step: as many as every other rank, none if nobody has rows."""
+        settings = self._config
+        rows = leaf_rows(
+            trees,
+            version=version,
+            max_lag=settings.staleness.max_lag,
+            aggregation=settings.objective.aggregation,
+            normaliser=self._normaliser(trees, batch),
+            keep_idle=self._keep_idle,
+        )
+        max_tokens = settings.learner.micro_batch_tokens
+        if self.layout == "tree":
+            packed = tree_micro_batches(
+                rows, max_tokens=max_tokens, pack_tokens=settings.learner.pack_tokens, version=version
+            )
+        else:
+            packed = micro_batches(rows, max_tokens=max_tokens, version=version)
+        count = int(max(self._reductions.gather(len(packed))))
+        packed += [idle_micro_batch() for _ in range(count - len(packed))]
+        return Part(
+            trees=list(trees),
+            passes=[self.on_device(item) for item in packed],
+            row_tokens=sum(len(row.tokens) - 1 for row in rows),
+        )
+
+    def _normaliser(self, trees: Sequence[CreditedTree], batch: Batch) -> Normaliser:
+        """What the loss of one optimizer step is a mean over, over all ranks."""
+        if self._config.learner.minibatches == 1:
+            return Normaliser(
+                num_trees=batch.num_trees,
+                num_leaves=batch.num_leaves,
+                num_action_tokens=batch.num_action_tokens,
+                num_turn_tokens=batch.num_turn_tokens,
+            )
+        own = Normaliser.of(trees)
+        counts = [own.num_trees, own.num_leaves, own.num_action_tokens, own.num_turn_tokens]
+        total = [int(v) for v in self._reductions.sum(np.array(counts, dtype=np.float64))]
+        return Normaliser(num_trees=total[0], num_leaves=total[1], num_action_tokens=total[2], num_turn_tokens=total[3])
+
+    def on_device(self, batch: MicroBatch) -> Pass:
+        """In the policy's precision, float32 at the least."""
+        dtype = next(self._policy.parameters()).dtype
+        dtype = dtype if dtype == torch.float64 else torch.float32
+
+        def number(values: Any) -> Tensor:
+            return torch.from_numpy(values).to(dtype)
+
+        inputs: dict[str, Any] = {
+            "tokens": torch.from_numpy(batch.tokens),
+            "predictor": torch.from_numpy(batch.predictor),
+            "target": torch.from_numpy(batch.target),
+        }
+        rest: dict[str, Any] = {
+            "occurrence": None if batch.occurrence is None else torch.from_numpy(batch.occurrence),
+            "mu": number(batch.mu),
+            "advantage": number(batch.advantage),
+            "weight": number(batch.weight),
+            "turn": torch.from_numpy(batch.turn),
+            "row": torch.from_numpy(batch.row),
+            "number": torch.from_numpy(batch.number),
+            "counted": torch.from_numpy(batch.counted),
+            "lag": torch.from_numpy(batch.lag),
+        }
+        inputs = send_to_device(inputs, self._device)
+        if batch.layout is not None:
+            inputs["layout"] = to_device(batch.layout, self._device)
+        return Pass(inputs=inputs, **send_to_device(rest, self._device))
+
+
+def split(trees: Sequence[CreditedTree], parts: int, order: np.random.Generator) -> list[list[CreditedTree]]:
+    """Trees into the parts of a batch, one an optimizer step, as ``order`` falls."""
+    if parts == 1:
+        return [list(trees)]
+    shuffled = [trees[i] for i in order.permutation(len(trees))]
+    return [shuffled[i::parts] for i in range(parts)]

@@ -1,0 +1,86 @@
+"""The metrics of one batch, from what all ranks have added up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from atpo_async.config import Config
+from atpo_async.core.tree import lag_versions
+from learner.batches.intake import REASONS
+from learner.packing.credited import CreditedTree
+from learner.packing.staleness import Staleness
+from learner.training.optimizer_steps import BatchTotals, UpdateHistory
+from learner.training.pass_loss import PassLoss
+from learner.training.reductions import Reductions
+
+
+class StepMetrics:
+    """Which numbers a batch gives; the same on every rank."""
+
+    def __init__(self, config: Config, *, loss: PassLoss, reductions: Reductions) -> None:
+        self._config = config
+        self._loss = loss
+        self._reductions = reductions
+
+    def of_trees(self, trees: Sequence[CreditedTree], version: int) -> dict[str, float]:
+        """How old what was trained on is."""
+        max_lag = self._config.staleness.max_lag
+        staleness = Staleness.of(trees, version=version, max_lag=max_lag).to_vector()
+        counts = Staleness.from_vector(self._reductions.sum(staleness))
+        served = [max(0, lag_versions(turn, current=version)) for tree in trees for turn in tree.tree]
+        served_max = max(self._reductions.gather(max(served, default=-1)))
+        out = counts.metrics()
+        if served_max >= 0:
+            # Over all turns of the batch, those masked too: lag/max is within max_lag by construction.
+            out["lag/served_max"] = served_max
+        out["tokens/trained"] = counts.action_tokens
+        return out
+
+    def of_sums(self, sums: Tensor) -> dict[str, float]:
+        """What the passes' diagnostics come to."""
+        return self._loss.summary(self._reductions.sum_of(sums))
+
+    def of_tokens(self, totals: BatchTotals, row_tokens: int) -> dict[str, float]:
+        """What the forward passes held."""
+        forward, rows = self._reductions.sum(np.array([totals.forward_tokens, row_tokens], dtype=np.float64)).tolist()
+        out = {"tokens/forward": forward}
+        if rows:
+            # Below 1: what the tree layout saves; above: what padding and repeated prefixes cost.
+            out["pack/token_ratio"] = forward / (rows * self._config.learner.epochs)
+        return out
+
+    def of_updates(self, totals: BatchTotals, history: UpdateHistory, *, fp16_scale: float | None) -> dict[str, float]:
+        """What the optimizer steps came to, and the run so far."""
+        out: dict[str, float] = {"train/updates": history.updates, "guard/skipped_updates": history.skips.total}
+        if fp16_scale is not None:
+            out["guard/fp16_overflows"] = history.overflows
+            out["guard/fp16_scale"] = fp16_scale
+        if totals.grad_norms:
+            out["grad_norm"] = float(np.mean(totals.grad_norms))
+        if totals.losses:
+            out["train/loss"] = float(np.mean(totals.losses))
+            out["lr"] = totals.lr
+            out |= self._of_tempering(totals)
+            if self._config.objective.kl_coef:
+                out["loss/kl_reference"] = float(np.mean(totals.kl))
+            if self._config.objective.entropy_coef:
+                out["loss/entropy"] = float(np.mean(totals.entropy))
+        return out
+
+    def _of_tempering(self, totals: BatchTotals) -> dict[str, float]:
+        correction = self._loss.correction
+        scale = min(t.scale for t in totals.tempering)
+        tempered = self._config.correction.exponent != "ess" and correction.guards_ess and scale < 1
+        out = {"is/exponent_scale": scale, "guard/tempered": float(tempered)}
+        measured = [t.measured for t in totals.tempering if t.measured is not None]
+        if measured:
+            out[correction.traits.measured_as] = min(measured)
+        return out
+
+    def of_dropped(self, own: dict[str, float]) -> dict[str, float]:
+        """Trees left out, by reason, over all ranks; reasons that no rank has are left out."""
+        total = self._reductions.sum(np.array([own.get(f"dropped/{reason}", 0.0) for reason in REASONS])).tolist()
+        return {f"dropped/{reason}": count for reason, count in zip(REASONS, total, strict=True) if count}
