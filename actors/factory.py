@@ -13,10 +13,10 @@ from actors.engines.base import Engine
 from actors.hosting import guard
 from actors.hosting.host import HostedEnvironment
 from atpo_async.config import Config
+from atpo_async.config.doors import ENVIRONMENT
 from atpo_async.core.errors import ConfigError
 from atpo_async.environments.base import Environment
 from atpo_async.environments.checked import CheckedEnvironment
-from atpo_async.environments.registry import BUILT_IN, factory_of, make
 from atpo_async.environments.values import Limits
 from atpo_async.ops.role import DOING, ERROR_FILE
 
@@ -83,8 +83,8 @@ def make_environment(config: Config, model: Path) -> CheckedEnvironment:
     Raises ConfigError or SetupError naming the environment.
     """
     name = config.environment.name
-    seeded = {"seed": config.run.seed} if name in BUILT_IN else {}
-    plain = make(name, model, **(seeded | config.environment.options))
+    seeded = {"seed": config.run.seed} if name in ENVIRONMENT.names() else {}
+    plain = ENVIRONMENT.make(name, model, options=seeded | config.environment.options)
     limits = Limits(
         vocab_size=vocab_size(model),
         max_context_tokens=config.model.max_context_tokens,
@@ -107,7 +107,7 @@ def host_environment(config: Config, model: Path) -> HostedEnvironment:
     """The same on a loop of its own, not opened yet.  Raises ConfigError or SetupError where it cannot be imported."""
     # In the main thread: some libraries can be imported nowhere else.
     with guard.put_back():
-        factory_of(config.environment.name)
+        ENVIRONMENT.imported(config.environment.name)
     error_file = os.environ.get(ERROR_FILE)
     return HostedEnvironment(
         lambda: make_environment(config, model),

@@ -24,9 +24,8 @@ from atpo_async.api.evaluation import EvalResult
 from atpo_async.api.policy import ensure_policy
 from atpo_async.cli import main
 from atpo_async.cli.train import _free_name
-from atpo_async.config import Config, build, doors, load
+from atpo_async.config import Config, build, load
 from atpo_async.core.errors import SetupError
-from atpo_async.environments import registry
 from atpo_async.models.policy import assemble, warm_start_command
 from atpo_async.models.sources import model_folder
 from atpo_async.ops.role import EXIT_FAILURE, EXIT_USER, parse_address
@@ -167,10 +166,6 @@ def test_an_environment_in_the_working_folder_is_found(folder: Path, monkeypatch
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     (folder / "mine.py").touch()
     machine.check_environment(build({"environment": {"name": "mine:make"}}))
-
-
-def test_the_built_in_environments_are_those_of_the_actors() -> None:
-    assert set(doors.ENVIRONMENT.names()) == set(registry.BUILT_IN)
 
 
 def test_an_address_off_loopback_needs_keys_before_anything_is_made(

@@ -14,8 +14,8 @@ import pytest
 
 from actors.hosting import guard
 from actors.hosting.host import HostedEnvironment
+from atpo_async.config.doors import ENVIRONMENT
 from atpo_async.core.errors import SetupError
-from atpo_async.environments import registry
 from atpo_async.ops import role
 from tests.actor_support import CountingEnvironment
 
@@ -77,7 +77,7 @@ def test_a_module_that_cannot_be_imported_is_named_also_where_it_exits(
     (tmp_path / "exits_at_import.py").write_text(line + "\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(SetupError, match=r"module 'exits_at_import' cannot be imported: \w+"):
-        registry.make("exits_at_import:make", tmp_path)
+        ENVIRONMENT.make("exits_at_import:make", tmp_path)
 
 
 async def test_a_tool_may_close_the_standard_error_and_the_log_goes_on(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The look-up world, its environment and the registry."""
+"""The look-up world, its environment, and environments by name."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from random import Random
 import numpy as np
 import pytest
 
+from atpo_async.config.doors import ENVIRONMENT
 from atpo_async.core.errors import ConfigError, SetupError
-from atpo_async.environments import registry
 from atpo_async.environments.hopqa.environment import HopQA
 from atpo_async.environments.hopqa.world import (
     Answer,
@@ -322,14 +322,14 @@ def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None
         HopQA(tmp_path)
 
 
-def test_the_registry_makes_built_in_environments_by_name(folder: Path) -> None:
-    env = registry.make("hopqa", folder, seed=5, hops=2, eval_tasks=10)
+def test_built_in_environments_are_made_by_name(folder: Path) -> None:
+    env = ENVIRONMENT.make("hopqa", folder, options={"seed": 5, "hops": 2, "eval_tasks": 10})
     assert env.num_tasks("eval") == 10
 
 
 def test_an_unknown_environment_is_refused_with_the_known_ones(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'hotpotqa' is unknown; known: hopqa"):
-        registry.make("hotpotqa", folder)
+    with pytest.raises(ConfigError, match=r"'hotpotqa' is unknown; .*nown: hopqa, or 'package.module:name'"):
+        ENVIRONMENT.make("hotpotqa", folder)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_an_unknown_environment_is_refused_with_the_known_ones(folder: Path) -> 
 )
 def test_bad_options_are_refused_by_name(folder: Path, options: dict[str, int | str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        registry.make("hopqa", folder, **options)
+        ENVIRONMENT.make("hopqa", folder, options=options)
 
 
 def test_a_users_own_environment_is_named_by_module_and_factory(
@@ -356,21 +356,21 @@ def test_a_users_own_environment_is_named_by_module_and_factory(
         "def broken(tokenizer):\n    raise OSError('no such corpus')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert registry.make("my_world:make", folder, eval_tasks=3).num_tasks("eval") == 3
+    assert ENVIRONMENT.make("my_world:make", folder, options={"eval_tasks": 3}).num_tasks("eval") == 3
     with pytest.raises(SetupError, match="'my_world:broken' could not be made: OSError: no such corpus"):
-        registry.make("my_world:broken", folder)
-    with pytest.raises(ConfigError, match="do not fit environment 'my_world:broken'"):
-        registry.make("my_world:broken", folder, size=3)
-    with pytest.raises(ConfigError, match="has no factory 'absent'"):
-        registry.make("my_world:absent", folder)
+        ENVIRONMENT.make("my_world:broken", folder)
+    with pytest.raises(ConfigError, match=r"'my_world:broken' with options .'size': 3.: .*an environment is called as"):
+        ENVIRONMENT.make("my_world:broken", folder, options={"size": 3})
+    with pytest.raises(ConfigError, match="has no 'absent'"):
+        ENVIRONMENT.make("my_world:absent", folder)
     with pytest.raises(SetupError, match="module 'no_such_world' cannot be imported"):
-        registry.make("no_such_world:make", folder)
+        ENVIRONMENT.make("no_such_world:make", folder)
 
 
 def test_the_environment_loads_neither_torch_nor_transformers(folder: Path) -> None:
     code = (
-        "import sys; from atpo_async.environments import registry; "
-        f"registry.make('hopqa', {str(folder)!r}); "
+        "import sys; from atpo_async.config.doors import ENVIRONMENT; "
+        f"ENVIRONMENT.make('hopqa', {str(folder)!r}); "
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'vllm', 'zmq')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -381,5 +381,7 @@ def test_a_factory_that_returns_no_environment_is_refused_with_what_it_lacks(
 ) -> None:
     (tmp_path / "odd_environment.py").write_text("def make(tokenizer):\n    return 3\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"'odd_environment:make': its factory returned int.*lacks stop_token_ids"):
-        registry.make("odd_environment:make", tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"'odd_environment:make': int is not an environment: it lacks stop_token_ids"
+    ):
+        ENVIRONMENT.make("odd_environment:make", tmp_path)

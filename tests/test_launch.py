@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from atpo_async.config.doors import ENVIRONMENT
 from atpo_async.core.errors import ConfigError, SetupError
-from atpo_async.environments.registry import make
 from atpo_async.run import launch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +108,7 @@ def test_a_task_that_gets_another_module_of_its_files_name_is_told_which(
     import buffer
 
     with pytest.raises(SetupError, match=r"import name 'store'.*give another name to .*/buffer\.py, in whose") as e:
-        make("task_with_a_buffer:make", tmp_path)
+        ENVIRONMENT.make("task_with_a_buffer:make", tmp_path)
     assert str(buffer.__file__) in str(e.value)
-    with pytest.raises(ConfigError, match=r"module 'buffer' \(.*\) has no factory 'make'; give another name"):
-        make("buffer:make", tmp_path)
+    with pytest.raises(ConfigError, match=r"module 'buffer' \(.*\) has no 'make'; give another name"):
+        ENVIRONMENT.make("buffer:make", tmp_path)

@@ -17,8 +17,8 @@ import torch
 
 from actors.factory import make_environment, vocab_size
 from atpo_async.config import build
+from atpo_async.config.doors import ENVIRONMENT
 from atpo_async.core.errors import ConfigError, SetupError
-from atpo_async.environments import registry
 from atpo_async.environments.base import Split, StepResult
 from atpo_async.environments.checked import CheckedEnvironment
 from atpo_async.environments.values import Limits, ValueRefused
@@ -365,13 +365,13 @@ def test_a_runs_environment_is_held_to_its_model_and_its_search(
     [
         ("async def make(tokenizer):\n    return 1\n", ConfigError, "its factory is async; make it a plain function"),
         ("def make(tokenizer):\n    pass\n", ConfigError, "its factory returned None"),
-        ("def make():\n    return 1\n", ConfigError, "do not fit .* takes \\(\\)"),
+        ("def make():\n    return 1\n", ConfigError, "is called as .tokenizer, .* takes \\(\\)"),
         ("def make(tokenizer, *, size):\n    return 1\n", ConfigError, "missing a required argument: 'size'"),
         ("def make(tokenizer):\n    return None + 1\n", SetupError, "could not be made: TypeError"),
         (
             "class A:\n    stop_token_ids = 1\n    num_tasks = start = None\ndef make(tokenizer):\n    return A()\n",
             ConfigError,
-            r"lacks replay .*ReplayFork",
+            r"lacks replay; .*ReplayFork",
         ),
         (
             "def make(tokenizer):\n    raise ValueError('x' * 1000000)\n",
@@ -387,5 +387,5 @@ def test_a_factory_that_makes_no_environment_is_refused_with_what_it_does(
     (tmp_path / f"{module}.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(error, match=says) as refused:
-        registry.make(f"{module}:make", tmp_path)
+        ENVIRONMENT.make(f"{module}:make", tmp_path)
     assert len(str(refused.value)) < 800

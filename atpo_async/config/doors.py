@@ -13,7 +13,7 @@ from atpo_async.core.doors import Door
 ENVIRONMENT: Door[Any] = Door(
     field="environment.name",
     what="an environment",
-    protocol='docs/extending.md, "Environment"',
+    protocol='docs/extending.md, "Environment" (the mixin ReplayFork of atpo_async.environments.base brings replay)',
     built_in={"hopqa": "atpo_async.environments.hopqa.environment:make"},
     call=("tokenizer",),
     parts=("stop_token_ids", "num_tasks", "start", "replay"),

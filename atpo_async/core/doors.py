@@ -98,7 +98,7 @@ class Door(Generic[T]):
             ConfigError: there is none of that name, or it cannot be called as this door calls it.
             SetupError: its module cannot be imported.
         """
-        found = self._imported(name)
+        found = self.imported(name)
         self._check_call(name, found, options or {})
         return functools.partial(found, **options) if options else found  # type: ignore[return-value]
 
@@ -109,7 +109,7 @@ class Door(Generic[T]):
             ConfigError: there is none of that name, it does not take these, or what it returns lacks a part.
             SetupError: its module cannot be imported, or it fails.
         """
-        factory = self._imported(name)
+        factory = self.imported(name)
         self._check_call(name, factory, options or {})
         try:
             made = factory(*args, **(options or {}))
@@ -120,7 +120,13 @@ class Door(Generic[T]):
         self._check_made(name, made)
         return made  # type: ignore[no-any-return]
 
-    def _imported(self, name: str) -> Callable[..., Any]:
+    def imported(self, name: str) -> Callable[..., Any]:
+        """The function, class or factory of that name, not called yet.
+
+        Raises:
+            ConfigError: there is none of that name.
+            SetupError: its module cannot be imported.
+        """
         target = self.target(name)
         module_name, _, attribute = target.partition(":")
         try:
