@@ -21,6 +21,7 @@ from atpo_async.links.announcements import Listener
 from atpo_async.links.client import Client
 from atpo_async.models.sources import model_folder
 from atpo_async.ops import role
+from atpo_async.ops.lifeline import exit_within
 from atpo_async.ops.role import RoleContext
 from atpo_async.status import waits
 from atpo_async.transports.base import Transport
@@ -129,7 +130,7 @@ def main(argv: list[str]) -> None:
         from actors.evaluate import main as evaluate
 
         code = evaluate(argv[1:])
-        role.exit_within(role.EXIT_DEADLINE_S, code)  # threads of a tool may hang
+        exit_within(role.EXIT_DEADLINE_S, code)  # threads of a tool may hang
         sys.exit(code)
     role.run("actor", act, argv)
 

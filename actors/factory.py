@@ -18,7 +18,7 @@ from atpo_async.core.errors import ConfigError
 from atpo_async.environments.base import Environment
 from atpo_async.environments.checked import CheckedEnvironment
 from atpo_async.environments.values import Limits
-from atpo_async.ops.role import DOING, ERROR_FILE
+from atpo_async.ops.exits import DOING, ERROR_FILE
 
 log = logging.getLogger("atpo.actor")
 

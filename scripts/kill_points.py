@@ -1,7 +1,7 @@
 """Kill points: whole runs of ``atpo train`` whose real learner, or real engine, stands still at a named place.
 
-    python -m scripts.kill_points train CONFIG …      as ``atpo train``, with roles that come by the kill points below
-    python -m scripts.kill_points learner RUN_DIR     what that starts as the learner, and for an actor likewise
+    supervisor.launcher = "scripts.kill_points:KillPointLauncher"    starts the roles so that they come by them:
+    python -m scripts.kill_points learner RUN_DIR                    as the learner, and an actor likewise
 
 A driver writes the name of a kill point into ``<run>/stop-at`` (``ask_for``); the role that comes by takes the file
 away, writes ``<run>/stopped-at`` and stops, all threads of it, as a machine that loses its power does.  The product
@@ -21,7 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from atpo_async.ops import role, supervisor
+from atpo_async.ops import role
+from atpo_async.ops.launchers.base import StartOrder
+from atpo_async.ops.launchers.processes import LocalRole, ProcessLauncher
 from atpo_async.run import launch
 from atpo_async.run.files import write_atomic
 from atpo_async.run.rundir import RunDir
@@ -190,33 +192,19 @@ def _put_kill_point_into_the_engine_core() -> None:
     _after(plugin, "register", patch)
 
 
-def _start_roles_with_kill_points() -> None:
-    """From now on a supervisor of this process starts learner and actors by way of this module."""
-    specs_of = supervisor.role_specs
+class KillPointLauncher(ProcessLauncher):
+    """A launcher (``supervisor.launcher``) that starts learner and actors by way of this module."""
 
-    def role_specs(*args: Any, **kwargs: Any) -> list[supervisor.RoleSpec]:
-        return [_by_way_of_here(spec) for spec in specs_of(*args, **kwargs)]
-
-    supervisor.role_specs = role_specs
-
-
-def _by_way_of_here(spec: supervisor.RoleSpec) -> supervisor.RoleSpec:
-    words = list(spec.argv)
-    at = words.index(launch.HERE)
-    role = words[at + 1]
-    if role not in ("learner", "actors"):
-        return spec
-    words[at : at + 2] = ["-m", "scripts.kill_points", role]
-    return replace(spec, argv=tuple(words))
+    async def start(self, order: StartOrder) -> LocalRole:
+        words = list(order.argv)
+        at = words.index(launch.HERE)
+        if words[at + 1] in ("learner", "actors"):
+            words[at : at + 1] = ["-m", "scripts.kill_points"]
+        return await super().start(replace(order, argv=tuple(words)))
 
 
 def main(argv: Sequence[str]) -> None:
     command, *words = argv
-    if command == "train":
-        from atpo_async.cli import main
-
-        _start_roles_with_kill_points()
-        sys.exit(main.main(["train", *words]))
     rundir = RunDir.open(words[0])
     run = rundir.path
     if command == "learner":

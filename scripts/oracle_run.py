@@ -91,7 +91,6 @@ class Run:
         options: Mapping[str, object] | None = None,
     ) -> None:
         self.folder = folder
-        self._module = "scripts.kill_points" if points else "atpo_async"
         self.path = folder / "runs" / "run"
         self.attempts = 0
         self._popen: subprocess.Popen[bytes] | None = None
@@ -108,6 +107,7 @@ class Run:
             "staleness.max_lag": 4 if max_uses == 1 else 1000,
             "model.path": str(policy),
             "actor.engine": engine,
+            **({"supervisor.launcher": "scripts.kill_points:KillPointLauncher"} if points else {}),
             **(options or {}),
         }
         folder.mkdir(parents=True)
@@ -119,7 +119,7 @@ class Run:
         env.setdefault("HF_HUB_OFFLINE", "1")
         with (self.folder / f"output-{self.attempts}.txt").open("ab") as output:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", self._module, "train", str(self._config)],
+                [sys.executable, "-m", "atpo_async", "train", str(self._config)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

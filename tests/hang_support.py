@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atpo_async.config import build
-from atpo_async.ops.supervisor import RoleSpec
+from atpo_async.ops.specs import RoleSpec
 from atpo_async.run import processes
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.host import host_id

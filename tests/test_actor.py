@@ -26,7 +26,8 @@ from atpo_async.core.errors import (
     WeightsRejected,
 )
 from atpo_async.core.tree import Turn
-from atpo_async.ops.role import EXIT_USER, exit_code
+from atpo_async.ops.exits import EXIT_USER
+from atpo_async.ops.role import exit_code
 from atpo_async.wire.messages import (
     ActorReport,
     Lease,

@@ -28,8 +28,9 @@ from atpo_async.config import Config, build, load
 from atpo_async.core.errors import SetupError
 from atpo_async.models.policy import assemble, warm_start_command
 from atpo_async.models.sources import model_folder
-from atpo_async.ops.role import EXIT_FAILURE, EXIT_USER, parse_address
-from atpo_async.ops.supervisor import RoleSpec
+from atpo_async.ops.exits import EXIT_FAILURE, EXIT_USER
+from atpo_async.ops.role import parse_address
+from atpo_async.ops.specs import RoleSpec
 from atpo_async.run import launch, processes
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.metrics import MetricsWriter
@@ -854,11 +855,11 @@ def test_ctrl_c_leaves_no_process_and_says_how_to_go_on(folder: Path) -> None:
     code = textwrap.dedent(f"""
         import sys
         from atpo_async.cli import main
-        from atpo_async.ops import supervisor
-        sleeper = supervisor.RoleSpec(
+        from atpo_async.ops import specs as role_commands
+        sleeper = role_commands.RoleSpec(
             name="learner",
             argv=(sys.executable, "-c", "print('ready', flush=True); import time; time.sleep(1000)"), ends_run=True)
-        supervisor.role_specs = lambda *a, **k: [sleeper]
+        role_commands.role_specs = lambda *a, **k: [sleeper]
         sys.exit(main.main(["train", {path!r}]))
     """)
     process = subprocess.Popen(
@@ -885,11 +886,11 @@ def test_a_run_whose_reader_has_gone_goes_on_to_its_end_and_says_so(merged: bool
         import sys
         from pathlib import Path
         from atpo_async.cli import main
-        from atpo_async.ops import supervisor
+        from atpo_async.ops import specs as role_commands
         def specs(config, rundir, **_):
             text = {SCRIPTED!r}.format(run=str(rundir))
-            return [supervisor.RoleSpec(name="learner", argv=(sys.executable, "-c", text), ends_run=True)]
-        supervisor.role_specs = specs
+            return [role_commands.RoleSpec(name="learner", argv=(sys.executable, "-c", text), ends_run=True)]
+        role_commands.role_specs = specs
         code = main.main(["train", {path!r}])
         Path("ended").write_text(str(code))
         sys.exit(code)

@@ -16,7 +16,7 @@ from actors.hosting import guard
 from actors.hosting.host import HostedEnvironment
 from atpo_async.config.doors import ENVIRONMENT
 from atpo_async.core.errors import SetupError
-from atpo_async.ops import role
+from atpo_async.ops import exits, role
 from tests.actor_support import CountingEnvironment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,8 +99,8 @@ async def test_a_tool_may_close_the_standard_error_and_the_log_goes_on(tmp_path:
 def test_what_a_role_says_last_reaches_the_supervisor_without_a_standard_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(role.ERROR_FILE, str(tmp_path / "error"))
+    monkeypatch.setenv(exits.ERROR_FILE, str(tmp_path / "error"))
     with (tmp_path / "closed").open("w") as closed:
         monkeypatch.setattr(sys, "stderr", closed)
-    assert role._say(SetupError("no model"), supervised=True, debug=False) == role.EXIT_USER
+    assert role._say(SetupError("no model"), supervised=True, debug=False) == exits.EXIT_USER
     assert "no model" in (tmp_path / "error").read_text()

@@ -12,7 +12,8 @@ import pytest
 
 from atpo_async.api.notes import trained
 from atpo_async.core.errors import SetupError
-from atpo_async.ops.role import EXIT_USER, exit_code
+from atpo_async.ops.exits import EXIT_USER
+from atpo_async.ops.role import exit_code
 from atpo_async.run.metrics import Record
 from atpo_async.run.rundir import RunDir
 from atpo_async.wire.messages import Batch, Exhausted, RunFinished, Trained

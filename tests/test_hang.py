@@ -17,7 +17,8 @@ import pytest
 
 from atpo_async.config import SupervisorConfig
 from atpo_async.core.errors import RoleCrashed
-from atpo_async.ops.supervisor import Outcome, RoleSpec, Supervisor
+from atpo_async.ops.specs import RoleSpec
+from atpo_async.ops.supervisor import Outcome, Supervisor
 from atpo_async.run import processes
 from atpo_async.run.rundir import RunDir
 from atpo_async.status import snapshot

@@ -18,8 +18,8 @@ import pytest
 from atpo_async.config import build
 from atpo_async.core.errors import SetupError
 from atpo_async.ops import orphans
+from atpo_async.ops.exits import ERROR_FILE, SUPERVISOR_PID
 from atpo_async.ops.orphans import end_orphans
-from atpo_async.ops.role import ERROR_FILE, SUPERVISOR_PID
 from atpo_async.run import processes
 from atpo_async.run.host import host_id
 from atpo_async.run.rundir import RunDir
@@ -226,16 +226,16 @@ def test_a_role_that_lives_on_another_machine_is_named_and_one_that_gives_no_sig
 COMMAND = """
 import sys
 from atpo_async.cli import main
-from atpo_async.ops import supervisor
+from atpo_async.ops import specs as role_commands
 
-real = supervisor.role_specs
+real = role_commands.role_specs
 
 def specs(config, rundir, **more):
     buffer = next(spec for spec in real(config, rundir, **more) if spec.name == "buffer")
     argv = (sys.executable, "-c", "import time; time.sleep({seconds})")
-    return [buffer, supervisor.RoleSpec(name="learner", argv=argv, ends_run=True)]
+    return [buffer, role_commands.RoleSpec(name="learner", argv=argv, ends_run=True)]
 
-supervisor.role_specs = specs
+role_commands.role_specs = specs
 sys.exit(main.main(["train", "c.toml"]))
 """
 

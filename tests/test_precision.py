@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from atpo_async.core.errors import SetupError
-from atpo_async.ops import accelerate_environment
+from atpo_async.run import accelerate_environment
 from atpo_async.wire.messages import Batch, BatchTree
 from learner.checkpoints import checkpoint
 from learner.checkpoints.checkpoint import Progress

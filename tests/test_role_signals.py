@@ -9,7 +9,7 @@ from signal import SIGINT, SIGTERM
 
 import pytest
 
-from atpo_async.ops.role import Signals
+from atpo_async.ops.lifeline import Signals
 
 Calls = list[Callable[[Signals], None]]
 

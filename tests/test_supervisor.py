@@ -17,15 +17,11 @@ import pytest
 from atpo_async.config import Config, SupervisorConfig, build
 from atpo_async.core.errors import RoleCrashed, SetupError
 from atpo_async.ops import supervisor as supervisor_module
-from atpo_async.ops.supervisor import (
-    Outcome,
-    RoleSpec,
-    Supervisor,
-    backoff_s,
-    last_lines,
-    role_specs,
-)
+from atpo_async.ops.attempts import backoff_s
+from atpo_async.ops.specs import RoleSpec, role_specs
+from atpo_async.ops.supervisor import Outcome, Supervisor
 from atpo_async.run import launch, processes
+from atpo_async.run.files import last_lines
 from atpo_async.run.metrics import MetricsWriter, Record, read_metrics
 from atpo_async.run.rundir import RunDir
 from atpo_async.run.scratch import weights_folder
@@ -388,7 +384,8 @@ from pathlib import Path
 from atpo_async.config import SupervisorConfig
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.rundir import RunDir
-from atpo_async.ops.supervisor import RoleSpec, Supervisor
+from atpo_async.ops.specs import RoleSpec
+from atpo_async.ops.supervisor import Supervisor
 run = RunDir.open({str(run.path)!r})
 run.write_endpoints(Endpoints("a", "b", "c", "d"))
 spec = RoleSpec(name="buffer", argv=(sys.executable, {str(role)!r}, str(run.path)))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from atpo_async.core import texts
-from atpo_async.ops.supervisor import last_lines
+from atpo_async.run.files import last_lines
 
 
 class Mute(Exception):

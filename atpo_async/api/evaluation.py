@@ -18,7 +18,7 @@ from atpo_async.config import Config, load, resolved
 from atpo_async.core.errors import ConfigError, RoleCrashed, SetupError
 from atpo_async.models.policy import is_there, latest_policy
 from atpo_async.models.sources import model_folder
-from atpo_async.ops.role import EXIT_USER
+from atpo_async.ops.exits import EXIT_USER
 from atpo_async.run import launch
 from atpo_async.run.processes import signal_name
 from atpo_async.run.rundir import LATEST, RunDir

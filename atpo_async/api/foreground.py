@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from atpo_async.config import Config
-from atpo_async.ops.role import ERROR_PREFIX
+from atpo_async.ops.exits import ERROR_PREFIX
 from atpo_async.run import processes
 
 

@@ -23,9 +23,10 @@ from atpo_async.config import Config, resolved
 from atpo_async.core.errors import AtpoError
 from atpo_async.models.policy import steps_trained
 from atpo_async.models.sources import check_positions
-from atpo_async.ops import metrics_sinks
+from atpo_async.ops import metrics_sinks, stopping
 from atpo_async.ops.orphans import end_orphans
-from atpo_async.ops.supervisor import Outcome, Supervisor, role_specs
+from atpo_async.ops.specs import role_specs
+from atpo_async.ops.supervisor import Outcome, Supervisor
 from atpo_async.report.facts import facts
 from atpo_async.report.page import write_report
 from atpo_async.report.progress import Progress, duration
@@ -35,8 +36,6 @@ from atpo_async.run.rundir import RunDir
 
 if TYPE_CHECKING:
     from atpo_async.api.run import Run
-
-STOPPING = "stopping; Ctrl-C again ends everything at once"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,30 +183,26 @@ async def _under_signals(supervisor: Supervisor, *, say: Callable[[str], None]) 
     loop = asyncio.get_running_loop()
     received = 0
 
-    def interrupt() -> None:
+    def interrupt(signum: int) -> None:
         nonlocal received
         received += 1
         if received == 1:
-            say(STOPPING)
-        supervisor.interrupt()
+            say(stopping.stopping_line(signum))
+        supervisor.interrupt(stopping.again(signum))
 
-    for signum in _stop_signals():
+    for signum in stopping.STOP_SIGNALS:
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # only the main thread takes signals
-            loop.add_signal_handler(signum, interrupt)
+            loop.add_signal_handler(signum, interrupt, signum)
     if hasattr(signal, "SIGUSR1"):
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            loop.add_signal_handler(signal.SIGUSR1, lambda: say("\n".join(supervisor.status_of_all())))
+            loop.add_signal_handler(signal.SIGUSR1, lambda: say("\n".join(supervisor.status_lines())))
     return await supervisor.run()
-
-
-def _stop_signals() -> list[signal.Signals]:
-    return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
 
 @contextlib.contextmanager
 def _signal_handlers_kept() -> Iterator[None]:
     """A script may have handlers of its own; an event loop puts the system's in their place when it ends."""
-    numbers = [*_stop_signals(), *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+    numbers = [*stopping.STOP_SIGNALS, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -242,7 +237,7 @@ def _in_a_thread(supervisor: Supervisor, *, say: Callable[[str], None]) -> Outco
             thread.join()
         except KeyboardInterrupt:
             if not said:
-                say(STOPPING)
+                say(stopping.stopping_line(signal.SIGINT))
             said = True
             with contextlib.suppress(RuntimeError):  # it has just ended
                 loop.call_soon_threadsafe(supervisor.interrupt)

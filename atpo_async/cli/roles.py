@@ -21,7 +21,7 @@ from atpo_async.links import addresses
 from atpo_async.models.policy import is_there
 from atpo_async.ops.orphans import end_orphans
 from atpo_async.ops.role import hand_name, parse_address
-from atpo_async.ops.supervisor import role_specs
+from atpo_async.ops.specs import role_specs
 from atpo_async.run import launch
 from atpo_async.run.rundir import RunDir, joining
 

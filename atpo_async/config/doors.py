@@ -99,7 +99,8 @@ LAUNCHER: Door[Any] = Door(
     field="supervisor.launcher",
     what="a launcher",
     protocol='docs/extending.md, "Launcher"',
-    built_in=dict.fromkeys(("processes",), ""),
+    built_in={"processes": "atpo_async.ops.launchers.processes:ProcessLauncher"},
+    parts=("start", "kill", "usage", "memory_mb"),
 )
 
 SINK: Door[Any] = Door(

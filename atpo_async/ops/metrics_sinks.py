@@ -18,7 +18,7 @@ from typing import IO, Any
 from atpo_async.config import Config
 from atpo_async.config.doors import SINK
 from atpo_async.core import errors
-from atpo_async.ops.role import SUPERVISOR_PID
+from atpo_async.ops.exits import SUPERVISOR_PID
 from atpo_async.run import launch, processes
 from atpo_async.run.rundir import RunDir
 from atpo_async.run.sink import not_installed

@@ -2,7 +2,7 @@
 themselves, because a signal had stopped them (SIGSTOP) or because they hang.
 
 They hold the journal and the ports, so the same command could not go on.  Each is known by its environment: which run,
-role and attempt it is (``processes.ROLE_MARK``) and whose it is (``role.SUPERVISOR_PID``).  One whose supervisor lives
+role and attempt it is (``processes.ROLE_MARK``) and whose it is (``exits.SUPERVISOR_PID``).  One whose supervisor lives
 is never touched.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atpo_async.core.errors import SetupError
-from atpo_async.ops.role import ERROR_FILE, SUPERVISOR_PID
+from atpo_async.ops.exits import ERROR_FILE, SUPERVISOR_PID
 from atpo_async.run import processes
 from atpo_async.run.host import host_id
 from atpo_async.run.rundir import RunDir

@@ -1,8 +1,4 @@
-"""The frame of a role's process: arguments, logging, signals, exit codes, and the tie to the supervisor's life.
-
-Exit codes: 0 the role's work is done; 1 a crash; 2 something only the user can mend (the supervisor does not try
-again); 3 a failure with a name that another attempt may mend; 128 + n ended by signal n.
-"""
+"""The frame of a role's process: its arguments, its logging, and how its end becomes an exit code and one line."""
 
 from __future__ import annotations
 
@@ -15,8 +11,6 @@ import os
 import signal
 import socket
 import sys
-import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,29 +29,15 @@ from atpo_async.core.errors import (
     WeightsRejected,
 )
 from atpo_async.links import addresses
+from atpo_async.ops.exits import ERROR_FILE, ERROR_PREFIX, EXIT_CRASH, EXIT_DONE, EXIT_FAILURE, EXIT_USER
+from atpo_async.ops.lifeline import Signals, exit_within, is_supervised, tie_to_supervisor
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.files import write_atomic
-from atpo_async.run.processes import die_with_parent, started
 from atpo_async.run.rundir import RunDir, joining
 from atpo_async.run.temporary import make_temporary_folder_fit
 from atpo_async.status import snapshot, waits
 from atpo_async.status.loading import Loads
 from atpo_async.status.reporter import Reporter
-
-EXIT_DONE, EXIT_CRASH, EXIT_USER, EXIT_FAILURE = 0, 1, 2, 3
-
-SUPERVISOR_PID = "ATPO_SUPERVISOR_PID"
-"""Environment variable by which a role knows that it is supervised, and by whom."""
-
-ERROR_FILE = "ATPO_ERROR_FILE"
-"""Environment variable: where a supervised role writes ``{"code", "error"}`` when it fails."""
-
-DOING = ".doing"
-"""Suffix, in place of the error file's own, of a file that always says what runs in a role that others' code may end
-without a word: its environment's call."""
-
-ERROR_PREFIX = "error: "
-"""Begins the one line in which a role or the command line says what went wrong."""
 
 EXIT_DEADLINE_S = 5.0
 """After its work a process may take this long for its clean-up; then it ends."""
@@ -119,7 +99,7 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
     """
     debug = "--debug" in argv
     code = EXIT_CRASH
-    supervised = SUPERVISOR_PID in os.environ
+    supervised = is_supervised()
     try:
         make_temporary_folder_fit(lambda line: print(f"note: {line}", file=sys.stderr, flush=True))
         context = _context(name, list(argv))
@@ -190,10 +170,6 @@ def parse_address(text: str) -> str:
     except ValueError as exc:
         raise ConfigError(f"--join {text}: neither a run folder nor an address: {exc}") from None
     return addresses.endpoint_of(host, port)
-
-
-def is_supervised() -> bool:
-    return SUPERVISOR_PID in os.environ
 
 
 def _context(name: str, argv: list[str]) -> RoleContext:
@@ -274,41 +250,6 @@ def _logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
-class Signals:
-    """What signals and the supervisor's end ask of a role: at first to stop, then to be cancelled.
-
-    The supervisor's end is told twice, by the kernel's death signal and by the thread that looks after it, in either
-    order: together they ask once, or the second would cut a clean end short.
-    """
-
-    def __init__(self, stopping: asyncio.Event, *, cancel: Callable[[], object], log: logging.Logger) -> None:
-        self._stopping = stopping
-        self._cancel = cancel
-        self._log = log
-        self._death_signal_due = False
-        self.first: int | None = None
-        """The signal that came first; None before any has."""
-
-    def received(self, signum: int) -> None:
-        if self._death_signal_due and signum == signal.SIGTERM:
-            self._death_signal_due = False
-            return
-        name = signal.Signals(signum).name
-        if self.first is None:
-            self.first = signum
-            self._log.info("%s: stopping", name)
-            self._stopping.set()
-        else:
-            self._log.warning("%s again: cancelling", name)
-            self._cancel()
-
-    def supervisor_gone(self) -> None:
-        """The supervisor has ended, as the thread that looks after it sees."""
-        if self.first is None:
-            self.received(signal.SIGTERM)
-            self._death_signal_due = True
-
-
 async def _serve(main: Callable[[RoleContext], Awaitable[None]], context: RoleContext, reporter: Reporter) -> int:
     """Run ``main`` under signals.  Waits for: main.  Unblocked by: its return, a second signal cancelling it."""
     loop = asyncio.get_running_loop()
@@ -319,7 +260,7 @@ async def _serve(main: Callable[[RoleContext], Awaitable[None]], context: RoleCo
         with contextlib.suppress(NotImplementedError):  # not on Windows
             loop.add_signal_handler(signum, signals.received, signum)
     if context.supervised:
-        _tie_to_supervisor(
+        tie_to_supervisor(
             loop,
             signals.supervisor_gone,
             grace_s=context.config.supervisor.stop_grace_s,
@@ -335,59 +276,3 @@ async def _serve(main: Callable[[RoleContext], Awaitable[None]], context: RoleCo
         # What follows, the loop's clean-up, can hang as well: on a thread that does not come back.
         waits.phase(snapshot.ENDING)
     return EXIT_DONE if signals.first is None else 128 + signals.first
-
-
-def _tie_to_supervisor(
-    loop: asyncio.AbstractEventLoop, stop: Callable[[], None], *, grace_s: float, saving_s: float
-) -> None:
-    """End this role when its supervisor ends.
-
-    The death signal comes at once, but to a parent's child only (a rank's parent is the launcher) and not on every
-    system; a thread looks after the supervisor itself, and ends the whole process group when a clean end takes too
-    long or the loop is stuck; a role that saves what it has done has ``saving_s`` for it.
-    """
-    supervisor = int(os.environ[SUPERVISOR_PID])
-    die_with_parent()  # off Linux the thread below does it, later
-
-    def watch() -> None:
-        while _alive(supervisor):
-            time.sleep(1.0)
-        with contextlib.suppress(RuntimeError):  # the loop may be closed already
-            loop.call_soon_threadsafe(stop)
-        time.sleep(grace_s)
-        deadline = time.monotonic() + saving_s
-        while waits.current_phase().what == waits.SAVING and time.monotonic() < deadline:
-            time.sleep(0.5)
-        kill_own_group()
-
-    threading.Thread(target=watch, name="supervisor-watch", daemon=True).start()
-
-
-def kill_own_group() -> None:
-    """End this process and all that it started, if the supervisor gave it a group of its own; else itself alone."""
-    group = os.getpgid(0)
-    if is_supervised() and group != _group_of(int(os.environ[SUPERVISOR_PID])):
-        os.killpg(group, signal.SIGKILL)
-    os._exit(EXIT_CRASH)
-
-
-def _group_of(pid: int) -> int | None:
-    try:
-        return os.getpgid(pid)
-    except OSError:
-        return None
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process runs; a dead one that nobody has waited for does not."""
-    return started(pid) is not None
-
-
-def exit_within(seconds: float, code: int) -> None:
-    """A library's thread or exit hook must not keep a finished role alive."""
-
-    def end() -> None:
-        time.sleep(seconds)
-        os._exit(code)
-
-    threading.Thread(target=end, name="exit-deadline", daemon=True).start()

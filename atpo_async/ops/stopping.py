@@ -1,4 +1,4 @@
-"""How long a role that was asked to end is waited for: for as long as it brings what it has done to disk.  Pure.
+"""Stopping: how it is asked for, and how long a role is waited for, as long as it brings what it has done to disk.
 
 A learner that is asked to end finishes its step where that cannot be given up, and saves a checkpoint; of a large model
 that takes minutes.  It says so by its phase (``waits.SAVING``), and is ended only if it stands still in it.
@@ -6,12 +6,28 @@ that takes minutes.  It says so by its phase (``waits.SAVING``), and is ended on
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from atpo_async.status.hangs import BUSY_MB_S, BUSY_SHARE, ObservedRole
+from atpo_async.status.hangs import ObservedRole, WorkMeter
 from atpo_async.status.waits import DISK, SAVING, TORCH
 from atpo_async.status.wording import duration
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Each of them asks a command to stop, and the second time to end everything at once."""
+
+
+def again(signum: int) -> str:
+    """How the user asks once more, after ``signum``."""
+    return "Ctrl-C again" if signum == signal.SIGINT else f"a second {signal.Signals(signum).name}"
+
+
+def stopping_line(signum: int) -> str:
+    """What a command says when ``signum`` has asked it to stop."""
+    asked = "" if signum == signal.SIGINT else f", as {signal.Signals(signum).name} asks"
+    return f"stopping{asked}; {again(signum)} ends everything at once"
+
 
 SAY_S = 2.0
 """Saving that lasts for longer is told; again whenever it has lasted twice as long."""
@@ -25,8 +41,7 @@ class _Memory:
     began: float
     moved_at: float
     done: object
-    work: tuple[float, float, float]
-    """(processor seconds used, megabytes moved, when)."""
+    work: WorkMeter
     told_s: float = 0.0
 
 
@@ -46,9 +61,11 @@ class Watch:
 
     Args:
         hang_s: a role that saves, and neither computes nor writes for so long, is waited for no more.
+        again: by what the user can end everything at once: ``Ctrl-C again``, ``a second SIGTERM``.
     """
 
     hang_s: float
+    again: str = "Ctrl-C again"
     _roles: dict[str, _Memory] = field(default_factory=dict)
 
     def look(self, observed_roles: Sequence[ObservedRole], now: float) -> Look:
@@ -71,25 +88,17 @@ class Watch:
                 memory.told_s = lasts_s
                 lines.append(
                     f"waiting for {observed.role} to save what was trained: {_what(observed)}, {duration(lasts_s)} so "
-                    "far; Ctrl-C again ends everything at once and loses what no checkpoint holds"
+                    f"far; {self.again} ends everything at once and loses what no checkpoint holds"
                 )
         return Look(tuple(waited_for), tuple(lines))
 
     def _remember(self, observed: ObservedRole, now: float) -> _Memory:
         done = [(status.progress, status.phase) for status in observed.statuses]
-        work = (observed.processor_s, observed.moved_mb, now)
         memory = self._roles.get(observed.role)
         if memory is None:
-            memory = self._roles[observed.role] = _Memory(now, now, done, work)
-        if done != memory.done:
+            memory = self._roles[observed.role] = _Memory(now, now, done, WorkMeter(WINDOW_S))
+        if memory.work.is_busy(observed, now) or done != memory.done:
             memory.done, memory.moved_at = done, now
-        processor_s, moved_mb, before = memory.work
-        passed_s = now - before
-        if passed_s >= WINDOW_S:
-            memory.work = work
-            computed, moved = observed.processor_s - processor_s, observed.moved_mb - moved_mb
-            if computed > BUSY_SHARE * passed_s or moved > BUSY_MB_S * passed_s:
-                memory.moved_at = now
         return memory
 
 

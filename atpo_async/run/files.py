@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all: atomic writes that survive a crash of the machine."""
+"""Reading and writing files: atomic writes that survive a crash of the machine, and the end of a log."""
 
 from __future__ import annotations
 
@@ -31,3 +31,20 @@ def sync_folder(folder: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+LINE_CHARACTERS = 1000
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last ``count`` lines of a text file, each cut; of a huge one no more than its end is read."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 64 * 1024))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return [
+        line if len(line) <= LINE_CHARACTERS else f"{line[:LINE_CHARACTERS]}…" for line in text.splitlines()[-count:]
+    ]

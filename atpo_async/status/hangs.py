@@ -48,9 +48,44 @@ class ObservedRole:
     stopped: tuple[int, ...] = ()
     """Those of its own processes (its first one, and those that give snapshots) that a signal has stopped.  What an
     environment does with its children is its business."""
+    usage_known: bool = True
+    """False where what its processes do cannot be seen from here; they count as busy then."""
     processor_s: float = 0.0
     moved_mb: float = 0.0
     """Used, and read and written, by all its processes so far."""
+
+
+class WorkMeter:
+    """Whether a role computes, or reads and writes, more than its status thread alone does.
+
+    Args:
+        window_s: over which that is measured, at least.
+    """
+
+    def __init__(self, window_s: float) -> None:
+        self._window_s = window_s
+        self._last: tuple[float, ObservedRole] | None = None
+
+    def is_busy(self, observed: ObservedRole, now: float) -> bool:
+        """Whether it was, since the last window ended; False where none has ended.
+
+        Where nothing is known of its processes, a role counts as busy that has no status yet or renews it.
+        """
+        if self._last is None:
+            self._last = now, observed
+        before, last = self._last
+        passed_s = now - before
+        if passed_s < self._window_s:
+            return False
+        self._last = now, observed
+        if not observed.usage_known:
+            return not observed.statuses or _numbers(observed) != _numbers(last)
+        computed_s, moved_mb = observed.processor_s - last.processor_s, observed.moved_mb - last.moved_mb
+        return computed_s > BUSY_SHARE * passed_s or moved_mb > BUSY_MB_S * passed_s
+
+
+def _numbers(observed: ObservedRole) -> list[int]:
+    return [status.sequence for status in observed.statuses]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +108,11 @@ class _Memory:
 
     attempt: str
     moved_at: float
+    work: WorkMeter
     done: object = None
     sequences: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Process -> (number of its last snapshot, when that was first seen)."""
     stopped_at: float | None = None
-    work: tuple[float, float, float] | None = None
-    """(processor seconds used, megabytes moved, when)."""
     was_silent: bool = False
     told_s: float = 0.0
 
@@ -113,7 +147,7 @@ class Watch:
         """What has to be told or done now.
 
         Args:
-            observed: the roles that are looked after.
+            observed_roles: those that are looked after.
             now: seconds, monotonic.
             others: snapshots of roles that somebody else looks after (actors that joined by hand).
             restarts: roles that have ended and are to be started again -> seconds until then.
@@ -149,13 +183,15 @@ class Watch:
         attempt = observed.statuses[0].mark if observed.statuses else ""
         memory = self._roles.get(observed.role)
         if memory is None or (attempt and memory.attempt and attempt != memory.attempt):
-            memory = self._roles[observed.role] = _Memory(attempt, now)
+            memory = self._roles[observed.role] = _Memory(attempt, now, WorkMeter(self._window_s))
         memory.attempt = memory.attempt or attempt
         silent_s = self._renewed(memory, observed, now)
         done = [(p.progress, p.phase, p.starting) for p in observed.statuses]
         if done != memory.done:
             memory.done, memory.moved_at = done, now
-        self._work_at_start(memory, observed, now)
+        starting = not observed.statuses or any(status.starting for status in observed.statuses)
+        if memory.work.is_busy(observed, now) and starting:
+            memory.moved_at = now
         if not observed.stopped:
             memory.stopped_at = None
         elif memory.stopped_at is None:
@@ -184,23 +220,6 @@ class Watch:
             if known is None or known[0] != status.sequence:
                 memory.sequences[status.role] = (status.sequence, now)
         return max((now - memory.sequences[p.role][1] for p in observed.statuses), default=0.0)
-
-    def _work_at_start(self, memory: _Memory, observed: ObservedRole, now: float) -> None:
-        """While a role is starting, computing is progress, and so is reading."""
-        if memory.work is None:
-            memory.work = (observed.processor_s, observed.moved_mb, now)
-            return
-        processor_s, moved_mb, before = memory.work
-        passed_s = now - before
-        if passed_s < self._window_s:
-            return
-        memory.work = (observed.processor_s, observed.moved_mb, now)
-        busy = (
-            observed.processor_s - processor_s > BUSY_SHARE * passed_s
-            or observed.moved_mb - moved_mb > BUSY_MB_S * passed_s
-        )
-        if busy and (not observed.statuses or any(status.starting for status in observed.statuses)):
-            memory.moved_at = now
 
 
 def _known(statuses: Mapping[str, StatusSnapshot], restarts: Mapping[str, float]) -> dict[str, str]:

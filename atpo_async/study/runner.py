@@ -19,11 +19,11 @@ from typing import Any, Protocol
 
 from atpo_async.config import Config
 from atpo_async.core.errors import AtpoError, ConfigError, SetupError
+from atpo_async.ops import stopping
+from atpo_async.ops.exits import ERROR_PREFIX, EXIT_USER
 from atpo_async.ops.orphans import end_orphans
-from atpo_async.ops.role import ERROR_PREFIX, EXIT_USER
-from atpo_async.ops.supervisor import last_lines
 from atpo_async.run import launch, processes, scratch
-from atpo_async.run.files import write_atomic
+from atpo_async.run.files import last_lines, write_atomic
 from atpo_async.run.metrics import MetricsTail, Record, read_metrics
 from atpo_async.run.rundir import RunDir
 from atpo_async.study.cells import Cell, CellResult, curve_of, figures_of, unfinished
@@ -115,19 +115,18 @@ async def until_interrupted(work: Awaitable[None], *, hurry: asyncio.Event, say:
     task = asyncio.ensure_future(work)
     interrupted = False
 
-    def interrupt() -> None:
+    def interrupt(signum: int) -> None:
         nonlocal interrupted
         if interrupted:
             hurry.set()
             return
         interrupted = True
-        say("stopping; Ctrl-C again ends everything at once")
+        say(stopping.stopping_line(signum))
         task.cancel()
 
-    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    for signum in signals:
+    for signum in stopping.STOP_SIGNALS:
         with contextlib.suppress(NotImplementedError):
-            loop.add_signal_handler(signum, interrupt)
+            loop.add_signal_handler(signum, interrupt, signum)
     try:
         await task
     except asyncio.CancelledError:
@@ -135,7 +134,7 @@ async def until_interrupted(work: Awaitable[None], *, hurry: asyncio.Event, say:
             raise  # whoever runs us is cancelled, not our work
         return False
     finally:
-        for signum in signals:
+        for signum in stopping.STOP_SIGNALS:
             with contextlib.suppress(NotImplementedError):
                 loop.remove_signal_handler(signum)
     return True

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from atpo_async.config import LearnerConfig
 from atpo_async.core.errors import SetupError
-from atpo_async.ops import accelerate_environment
+from atpo_async.run import accelerate_environment
 
 log = logging.getLogger("atpo.learner")
 

@@ -1,0 +1,20 @@
+"""How a role ends, as its supervisor learns of it: exit codes, and what the environment of a supervised role names."""
+
+from __future__ import annotations
+
+EXIT_DONE, EXIT_CRASH, EXIT_USER, EXIT_FAILURE = 0, 1, 2, 3
+"""The role's work is done; a crash; something that only the user can mend, so that the supervisor does not try again;
+a failure with a name, which another attempt may mend.  128 + n: ended by signal n."""
+
+SUPERVISOR_PID = "ATPO_SUPERVISOR_PID"
+"""Environment variable by which a role knows that it is supervised, and by whom."""
+
+ERROR_FILE = "ATPO_ERROR_FILE"
+"""Environment variable: where a supervised role writes ``{"code", "error"}`` when it fails."""
+
+DOING = ".doing"
+"""Suffix, in place of the error file's own, of a file that always says what runs in a role that others' code may end
+without a word: its environment's call."""
+
+ERROR_PREFIX = "error: "
+"""Begins the one line in which a role or the command line says what went wrong."""

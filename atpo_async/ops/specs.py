@@ -1,0 +1,104 @@
+"""Which roles a run starts: the command of each, and what its environment says of threads and GPUs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from atpo_async.config import Config
+from atpo_async.core.errors import SetupError
+from atpo_async.run import launch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleSpec:
+    """How to start one role."""
+
+    name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    ends_run: bool = False
+    """The run is done when this role is (the learner)."""
+    stops_last: bool = False
+    """Others need it while they stop (the buffer)."""
+
+
+def role_specs(
+    config: Config,
+    rundir: Path,
+    *,
+    has_cuda: Callable[[], bool],
+    python: str = sys.executable,
+    environ: Mapping[str, str] = os.environ,
+) -> list[RoleSpec]:
+    """The buffer, the learner and ``actor.count`` actors; ``has_cuda`` is asked only where it decides something.
+
+    Raises SetupError for a GPU that ``environ`` does not allot.
+    """
+    folder = str(rundir)
+    learner = launch.command("learner", folder, python=python)
+    env = _threads(config.learner.num_threads) | _visible(config.learner.gpus, environ)
+    if config.learner.num_processes > 1 or config.learner.accelerate_config:
+        # A launcher takes a program of Python and its arguments.
+        learner = (*_accelerate(config, python), *learner[2:])
+        device = config.learner.device
+        if config.learner.accelerate_config is None and (device == "cpu" or (device == "auto" and not has_cuda())):
+            env["ACCELERATE_USE_CPU"] = "true"
+    specs = [
+        RoleSpec(
+            name="buffer",
+            argv=launch.command("buffer", folder, python=python),
+            env=_threads(1) | _hidden(),
+            stops_last=True,
+        ),
+        RoleSpec(name="learner", argv=learner, env=env, ends_run=True),
+    ]
+    each = config.actor.tensor_parallel_size
+    for index in range(config.actor.count):
+        gpus = config.actor.gpus[index * each : (index + 1) * each]
+        specs.append(
+            RoleSpec(
+                name=f"actor-{index}",
+                argv=launch.command("actors", folder, "--index", str(index), python=python),
+                env=_threads(config.actor.num_threads) | _visible(gpus, environ),
+            )
+        )
+    return specs
+
+
+def _accelerate(config: Config, python: str) -> tuple[str, ...]:
+    learner = config.learner
+    words = [python, "-P", "-m", "accelerate.commands.launch", "--num_processes", str(learner.num_processes)]
+    if learner.accelerate_config:
+        words += ["--config_file", learner.accelerate_config]
+    else:
+        # The name notwithstanding this is "one process per rank": on a CPU, ACCELERATE_USE_CPU makes them gloo ranks.
+        # What is given here is not taken from the user's own default file for accelerate.
+        words += ["--multi_gpu", "--num_machines", "1", "--dynamo_backend", "no", "--gpu_ids", "all"]
+    return (*words, "--mixed_precision", learner.mixed_precision, "--main_process_port", "0")
+
+
+def _threads(count: int | None) -> dict[str, str]:
+    return {} if count is None else {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)}
+
+
+def _visible(gpus: Sequence[int], outer: Mapping[str, str]) -> dict[str, str]:
+    """What shows a role its GPUs: numbers count within the ``outer`` CUDA_VISIBLE_DEVICES (a cluster's allotment)."""
+    if not gpus:
+        return {}
+    allotted = outer.get("CUDA_VISIBLE_DEVICES")
+    names = None if allotted is None else [name.strip() for name in allotted.split(",") if name.strip()]
+    if names is not None and max(gpus) >= len(names):
+        raise SetupError(f"GPU {max(gpus)} is asked for, but CUDA_VISIBLE_DEVICES = {allotted!r} allots {len(names)}")
+    return {
+        "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) if names is None else names[gpu] for gpu in gpus),
+        # CUDA's own order is by speed: with unlike cards its numbers are not those of nvidia-smi.
+        "CUDA_DEVICE_ORDER": outer.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
+    }
+
+
+def _hidden() -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": ""}
