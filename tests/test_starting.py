@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from atpo_async.api import other_run
 from atpo_async.api.beginning import beginning
 from atpo_async.api.notes import at_the_start
+from atpo_async.api.other_run import assembled, described, find, is_same
 from atpo_async.config import Config, build
 from atpo_async.core.errors import RunMismatch, SetupError
-from atpo_async.ops import starting
-from atpo_async.ops.starting import assembled, described, find, is_same
 from atpo_async.run.rundir import RunDir
 from tests.learner_support import make_model
 
@@ -146,15 +146,15 @@ def test_a_folder_in_which_nothing_was_trained_takes_another_source(source: RunD
 def test_a_checkpoint_that_goes_while_it_is_read_gives_way_to_the_next(
     source: RunDir, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = starting._copy
+    copy = other_run._copy
 
-    def overtaken(found: starting.Source, origin: Path, folder: Path) -> None:
+    def overtaken(found: other_run.Source, origin: Path, folder: Path) -> None:
         if not (source.checkpoints / "step-000008-v000009").exists():
             save_checkpoint(source, model, 8)
             shutil.rmtree(origin)
         copy(found, origin, folder)
 
-    monkeypatch.setattr(starting, "_copy", overtaken)
+    monkeypatch.setattr(other_run, "_copy", overtaken)
     with assembled(find("a", tmp_path), config_in(tmp_path, name="b")) as (_, start):
         assert step_of(start.folder) == 8
         assert start.record["step"] == 8

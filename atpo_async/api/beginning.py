@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from atpo_async.api import other_run
 from atpo_async.config import Config
 from atpo_async.config.resuming import Start
 from atpo_async.models.policy import with_path
-from atpo_async.ops import starting
 from atpo_async.run.rundir import RunDir, going_on
 
 
@@ -43,9 +43,9 @@ def beginning(config: Config, begin_from: str | None) -> Iterator[Beginning]:
     known = RunDir.open(path) if (path / "run.json").is_file() else None
     with contextlib.ExitStack() as stack:
         if begin_from is not None:
-            source = starting.find(begin_from, config.run.dir)
-            if known is None or not starting.is_same(source, known):
-                config, start = stack.enter_context(starting.assembled(source, config))
+            source = other_run.find(begin_from, config.run.dir)
+            if known is None or not other_run.is_same(source, known):
+                config, start = stack.enter_context(other_run.assembled(source, config))
                 yield Beginning(config=config, known=known, anew=known is not None, start=start)
                 return
         anew = False

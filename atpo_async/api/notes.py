@@ -6,11 +6,11 @@ import contextlib
 import json
 from collections.abc import Iterable
 
+from atpo_async.api import other_run
 from atpo_async.api.beginning import Beginning
 from atpo_async.config import Config, resuming
 from atpo_async.config.idle_settings import idle_settings
 from atpo_async.models.policy import list_checkpoints, steps_trained
-from atpo_async.ops import starting
 from atpo_async.run.metrics import Record, read_metrics
 from atpo_async.run.rundir import RunDir
 
@@ -22,7 +22,7 @@ def at_the_start(begun: Beginning, rundir: RunDir) -> list[str]:
     """Lines about a run that begins or goes on: whose policy, what was changed, which curve jumps."""
     lines = []
     if rundir.started_from is not None:
-        lines.append(starting.described(rundir.started_from))
+        lines.append(other_run.described(rundir.started_from))
     known = begun.known
     if known is None:
         return lines

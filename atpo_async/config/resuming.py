@@ -18,7 +18,7 @@ from atpo_async.core.schedule import learning_rate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """The policy that a run begins with, where another run made it (``atpo_async.ops.starting``)."""
+    """The policy that a run begins with, where another run made it (``atpo_async.api.other_run``)."""
 
     folder: Path
     """An ordinary model folder on the run's file system; it is moved into the run."""

@@ -179,7 +179,7 @@ class RunDir:
 
     @property
     def started_from(self) -> Mapping[str, Any] | None:
-        """Where the policy that this run began with is from, if it is another run's (``atpo_async.ops.starting``)."""
+        """Where the policy that this run began with is from, if it is another run's (``atpo_async.api.other_run``)."""
         found = json.loads((self.path / "run.json").read_text(encoding="utf-8")).get("from")
         return found if isinstance(found, dict) else None
 
