@@ -9,11 +9,12 @@ import logging
 import os
 from pathlib import Path
 
-from actors.engines.base import Engine
+from actors.engines.base import Engine, EngineSettings
+from actors.engines.checked import CheckedEngine
 from actors.hosting import guard
 from actors.hosting.host import HostedEnvironment
 from atpo_async.config import Config
-from atpo_async.config.doors import ENVIRONMENT
+from atpo_async.config.doors import ENGINE, ENVIRONMENT
 from atpo_async.core.errors import ConfigError
 from atpo_async.environments.base import Environment
 from atpo_async.environments.checked import CheckedEnvironment
@@ -35,46 +36,41 @@ def engine_seed(run_seed: int, actor: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{run_seed}/{actor}".encode()).digest()[:4], "big") >> 1
 
 
+def engine_settings(config: Config, model: Path, *, actor: str) -> EngineSettings:
+    """What the configuration says of the engine of an actor, which is seeded by the actor's name."""
+    return EngineSettings(
+        model=model,
+        dtype=config.model.dtype,
+        device=config.actor.device,
+        max_model_len=config.model.max_context_tokens,
+        max_num_seqs=config.actor.max_num_seqs,
+        kv_cache_gb=config.actor.kv_cache_gb,
+        gpu_memory_utilization=config.actor.gpu_memory_utilization,
+        tensor_parallel_size=config.actor.tensor_parallel_size,
+        clear_cache_on_swap=config.actor.clear_cache_on_swap,
+        num_threads=config.actor.num_threads,
+        seed=engine_seed(config.run.seed, actor),
+        swap_deadline_s=config.swap_timeout_s,
+    )
+
+
 def make_engine(config: Config, model: Path, *, actor: str) -> Engine:
-    """Not started yet.  Engines are imported only when used.  Raises SetupError when started without its parts.
+    """Not started yet.  Engines are imported only when used; a user's own is watched (``CheckedEngine``).
 
     Args:
         config: of the run.
         model: folder of the policy.
         actor: name of the actor, by which its sampling is seeded.
+
+    Raises:
+        ConfigError: there is no engine of that name, or it lacks a part.
+        SetupError: its module cannot be imported, or it cannot be made.
     """
-    seed = engine_seed(config.run.seed, actor)
-    if engine_name(config) == "vllm":
-        from actors.engines.vllm.engine import VllmEngine
-
-        return VllmEngine(
-            model,
-            dtype=config.model.dtype,
-            device=config.actor.device,
-            max_model_len=config.model.max_context_tokens,
-            max_num_seqs=config.actor.max_num_seqs,
-            kv_cache_gb=config.actor.kv_cache_gb,
-            gpu_memory_utilization=config.actor.gpu_memory_utilization,
-            tensor_parallel_size=config.actor.tensor_parallel_size,
-            clear_cache_on_swap=config.actor.clear_cache_on_swap,
-            num_threads=config.actor.num_threads,
-            seed=seed,
-            swap_deadline_s=config.swap_timeout_s,
-        )
-    if config.actor.engine == "auto":
+    name, settings = engine_name(config), engine_settings(config, model, actor=actor)
+    if config.actor.engine == "auto" and name != "vllm":
         log.warning("vLLM is not installed: generating with the transformers engine, which is slower")
-    from actors.engines.transformers.engine import TransformersEngine
-
-    return TransformersEngine(
-        model,
-        dtype=config.model.dtype,
-        device=config.actor.device,
-        max_batch=config.actor.max_num_seqs,
-        max_model_len=config.model.max_context_tokens,
-        num_threads=config.actor.num_threads,
-        seed=seed,
-        swap_deadline_s=config.swap_timeout_s,
-    )
+    engine: Engine = ENGINE.make(name, settings, options=config.actor.engine_options)
+    return engine if name in ENGINE.names() else CheckedEngine(engine, settings, name=name)
 
 
 def make_environment(config: Config, model: Path) -> CheckedEnvironment:

@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,7 +25,17 @@ from pathlib import Path
 import numpy as np
 
 from actors.actor import Actor
-from actors.engines.base import Engine, EngineStats, Generation, Sampling, SwapReport, WeightsFile
+from actors.engines.base import (
+    Engine,
+    EngineStats,
+    Generation,
+    OnRunning,
+    Sampling,
+    SwapReport,
+    Tokens,
+    WeightsFile,
+    unheard,
+)
 from actors.factory import engine_name, host_environment, make_engine
 from atpo_async.config import Config, LinksConfig, load
 from atpo_async.links.client import Client
@@ -91,12 +100,7 @@ class Recorder:
         self.in_flight_s = 0.0
 
     async def generate(
-        self,
-        prompt: Sequence[int] | np.ndarray,
-        sampling: Sampling,
-        *,
-        request_id: str,
-        on_running: Callable[[], None] = lambda: None,
+        self, prompt: Tokens, sampling: Sampling, *, request_id: str, on_running: OnRunning = unheard
     ) -> Generation:
         began = time.perf_counter()
         made = await self._engine.generate(prompt, sampling, request_id=request_id, on_running=on_running)
@@ -115,7 +119,7 @@ class Recorder:
     async def swap(self, weights: WeightsFile) -> SwapReport:
         raise NotImplementedError("the benchmark swaps nothing")
 
-    async def score(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    async def score(self, token_ids: Tokens) -> np.ndarray:
         return await self._engine.score(token_ids)
 
 

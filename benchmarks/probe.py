@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from actors.engines.base import Engine, WeightsFile
+from actors.engines.base import Engine, EngineSettings, WeightsFile
 from actors.engines.probe import MULTIPLE, NUM_READINGS, Probe
 from actors.engines.transformers.engine import TransformersEngine
 from atpo_async.config import Config, build
@@ -62,9 +62,15 @@ class ForgetfulEngine(TransformersEngine):
 
     forgotten: frozenset[str] = frozenset()
 
-    def _copy(self, held: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
-        if name not in self.forgotten:
-            super()._copy(held, tensor, name)
+    async def start(self) -> None:
+        await super().start()
+        copy = self.runner.copy
+
+        def copy_most(held: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
+            if name not in self.forgotten:
+                copy(held, tensor, name)
+
+        self.runner.copy = copy_most
 
 
 def random_model(folder: Path, args: argparse.Namespace) -> Path:
@@ -80,16 +86,15 @@ def random_model(folder: Path, args: argparse.Namespace) -> Path:
 
 
 def make_engine(model: Path, args: argparse.Namespace, config: Config) -> Engine:
-    length = config.model.max_context_tokens
+    settings = EngineSettings(
+        model=model, dtype=args.dtype, device=args.device, max_model_len=config.model.max_context_tokens,
+        max_num_seqs=8, num_threads=args.threads,
+    )  # fmt: skip
     if args.engine == "transformers":
-        return ForgetfulEngine(
-            model, dtype=args.dtype, device=args.device, max_model_len=length, max_batch=8, num_threads=args.threads
-        )
+        return ForgetfulEngine(settings)
     from actors.engines.vllm.engine import VllmEngine
 
-    return VllmEngine(
-        model, dtype=args.dtype, device=args.device, max_model_len=length, max_num_seqs=8, num_threads=args.threads
-    )
+    return VllmEngine(settings)
 
 
 class Source:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
-from actors.engines.base import EngineStats, Generation, Sampling, SwapReport, WeightsFile
+from actors.engines.base import EngineStats, Generation, OnRunning, Sampling, SwapReport, Tokens, WeightsFile, unheard
 from atpo_async.core.tree import Turn, VersionSpan
 from atpo_async.environments.base import ReplayFork, Split, StepResult
 from atpo_async.wire.messages import Lease
@@ -74,12 +74,7 @@ class ScriptedEngine:
     async def start(self) -> None: ...
 
     async def generate(
-        self,
-        prompt: Sequence[int] | np.ndarray,
-        sampling: Sampling,
-        *,
-        request_id: str,
-        on_running: Callable[[], None] = lambda: None,
+        self, prompt: Tokens, sampling: Sampling, *, request_id: str, on_running: OnRunning = unheard
     ) -> Generation:
         on_running()
         number = len(self.contexts)
@@ -105,7 +100,7 @@ class ScriptedEngine:
         self.swapped.append(self.version)
         return SwapReport(version=self.version, pause_s=0.0, load_s=0.0, probe_error=0.0, in_flight=0)
 
-    async def score(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    async def score(self, token_ids: Tokens) -> np.ndarray:
         return np.zeros(len(token_ids) - 1, dtype=np.float32)
 
     def stats(self) -> EngineStats:

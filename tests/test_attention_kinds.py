@@ -11,9 +11,10 @@ import pytest
 import torch
 import transformers
 
-from actors.engines.base import Sampling
+from actors.engines.base import EngineSettings, Sampling
 from actors.engines.transformers.attention import windows_of
 from actors.engines.transformers.engine import TransformersEngine
+from actors.engines.transformers.runner import ModelRunner
 from atpo_async.core.errors import SetupError
 from learner.policy.model import layout_for, load_policy
 from tests.learner_support import make_config
@@ -93,7 +94,9 @@ RESPECTED: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("kind", RESPECTED)
 async def test_what_the_engine_samples_from_is_the_models_own_distribution(tmp_path: Path, kind: str) -> None:
     folder = saved(RESPECTED[kind], tmp_path)
-    engine = TransformersEngine(folder, device="cpu", max_batch=2, max_model_len=CONTEXT, num_threads=1)
+    engine = TransformersEngine(
+        EngineSettings(model=folder, device="cpu", max_num_seqs=2, max_model_len=CONTEXT, num_threads=1)
+    )
     await engine.start()
     try:
         prompt = np.arange(2, 22, dtype=np.int32)
@@ -116,7 +119,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("kind", REFUSED)
 async def test_the_engine_refuses_by_name_what_it_would_leave_out(tmp_path: Path, kind: str) -> None:
     make, named = REFUSED[kind]
-    engine = TransformersEngine(saved(make, tmp_path), device="cpu", max_model_len=CONTEXT, num_threads=1)
+    engine = TransformersEngine(
+        EngineSettings(model=saved(make, tmp_path), device="cpu", max_model_len=CONTEXT, num_threads=1)
+    )
     with pytest.raises(SetupError, match=named) as caught:
         await engine.start()
     assert str(tmp_path) in str(caught.value)
@@ -137,7 +142,7 @@ async def test_a_layer_that_hides_its_window_from_its_attention_is_found_out(
             self.config.sliding_window = window
 
     monkeypatch.setattr(transformers.models.mistral.modeling_mistral.MistralAttention, "forward", hides)
-    engine = TransformersEngine(folder, device="cpu", max_model_len=CONTEXT, num_threads=1)
+    engine = TransformersEngine(EngineSettings(model=folder, device="cpu", max_model_len=CONTEXT, num_threads=1))
     with pytest.raises(SetupError, match="layer 0 does not tell its attention of its window of 8 tokens"):
         await engine.start()
     await engine.close()
@@ -148,15 +153,15 @@ async def test_a_model_that_reads_in_parts_otherwise_than_in_one_piece_is_refuse
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     folder = saved(mistral, tmp_path)
-    plain = TransformersEngine._next_logits
+    plain = ModelRunner.next_logits
 
     def wrong(self: Any, slots: list[int], begins: list[int], fed: list[list[int]]) -> torch.Tensor:
         if change == "positions":
             return plain(self, slots, begins, [[*part[:-1], 5] for part in fed])
         return plain(self, slots, [0 for _ in begins], fed)
 
-    monkeypatch.setattr(TransformersEngine, "_next_logits", wrong)
-    engine = TransformersEngine(folder, device="cpu", max_model_len=CONTEXT, num_threads=1)
+    monkeypatch.setattr(ModelRunner, "next_logits", wrong)
+    engine = TransformersEngine(EngineSettings(model=folder, device="cpu", max_model_len=CONTEXT, num_threads=1))
     with pytest.raises(SetupError, match=r"after text read in parts .* use --actor.engine vllm"):
         await engine.start()
     await engine.close()

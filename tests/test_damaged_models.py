@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.engines.base import EngineSettings
 from actors.engines.transformers.engine import TransformersEngine
 from actors.engines.vllm.engine import VllmEngine
 from atpo_async.core.errors import SetupError
@@ -63,9 +64,9 @@ async def test_every_reader_of_a_model_names_a_damaged_file(tmp_path: Path, faul
     with pytest.raises(SetupError, match=named):
         load_policy(make_config(folder))
     with pytest.raises(SetupError, match=named):
-        await TransformersEngine(folder, device="cpu", max_model_len=64).start()
+        await TransformersEngine(EngineSettings(model=folder, device="cpu", max_model_len=64)).start()
     with pytest.raises(SetupError, match=named):
-        await VllmEngine(folder, device="cpu", max_model_len=64, max_num_seqs=2).start()
+        await VllmEngine(EngineSettings(model=folder, device="cpu", max_model_len=64, max_num_seqs=2)).start()
 
 
 async def test_what_only_safetensors_finds_wrong_is_an_error_of_setup_too(tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ async def test_what_only_safetensors_finds_wrong_is_an_error_of_setup_too(tmp_pa
     file.write_bytes(wrong_type(file.read_bytes()))
     with pytest.raises(SetupError, match=f"model.path = '{folder}' holds no causal language model"):
         load_policy(make_config(folder))
-    engine = TransformersEngine(folder, device="cpu", max_model_len=64)
+    engine = TransformersEngine(EngineSettings(model=folder, device="cpu", max_model_len=64))
     with pytest.raises(SetupError, match=f"model.path = '{folder}' holds no causal language model"):
         await engine.start()
     await engine.close()

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from actors.engines.base import Sampling, WeightsFile
+from actors.engines.base import EngineSettings, Sampling, WeightsFile
 from actors.engines.common.admission import Queue
 from actors.engines.transformers.engine import TransformersEngine
+from actors.engines.transformers.requests import Request
 from actors.factory import make_engine
 from atpo_async.config import build
 from atpo_async.core.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WaitTimeout, WeightsRejected
@@ -47,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def engine(folder: Path) -> AsyncIterator[TransformersEngine]:
-    engine = TransformersEngine(folder, device="cpu", max_batch=8, max_model_len=256)
+    engine = TransformersEngine(EngineSettings(model=folder, device="cpu", max_num_seqs=8, max_model_len=256))
     await engine.start()
     yield engine
     await engine.close()
@@ -162,7 +163,9 @@ async def test_a_tied_head_may_be_left_out_but_must_not_differ(engine: Transform
 
 async def test_a_head_of_its_own_must_be_in_the_stream(tmp_path: Path) -> None:
     untied = tiny_model(0, tied=False)
-    engine = TransformersEngine(save_model(untied, tmp_path / "model"), device="cpu", max_model_len=64)
+    engine = TransformersEngine(
+        EngineSettings(model=save_model(untied, tmp_path / "model"), device="cpu", max_model_len=64)
+    )
     await engine.start()
     try:
         with pytest.raises(WeightsRejected, match=r"lm_head\.weight is missing"):
@@ -210,7 +213,7 @@ async def test_every_tensor_that_is_left_as_it_was_is_named_however_small_the_st
         for parameter in stepped.parameters():
             parameter.mul_(1.000001)
     weights = weights_file(stepped, tmp_path / "1", version=1, tolerance=None)
-    plain = engine._copy
+    plain = engine.runner.copy
     # Tied tensors are one: it is left out under both names.
     head = {"lm_head.weight", "model.embed_tokens.weight"}
     stale = head if name in head else {name}
@@ -219,7 +222,7 @@ async def test_every_tensor_that_is_left_as_it_was_is_named_however_small_the_st
         if of not in stale:
             plain(held, tensor, of)
 
-    monkeypatch.setattr(engine, "_copy", copy_most)
+    monkeypatch.setattr(engine.runner, "copy", copy_most)
     with pytest.raises(ProbeMismatch, match=rf"version 1: after the load ({'|'.join(stale)}) is not what the learner"):
         await engine.swap(weights)
     monkeypatch.undo()
@@ -242,7 +245,9 @@ async def test_a_file_that_vanishes_before_the_load_changes_nothing(
 async def test_in_bfloat16_honest_swaps_pass_by_the_engines_own_measure_and_other_weights_do_not(
     folder: Path, tmp_path: Path
 ) -> None:
-    engine = TransformersEngine(folder, device="cpu", dtype="bfloat16", max_batch=2, max_model_len=256)
+    engine = TransformersEngine(
+        EngineSettings(model=folder, device="cpu", dtype="bfloat16", max_num_seqs=2, max_model_len=256)
+    )
     await engine.start()
     stepped, source = copy.deepcopy(MODELS[0]), torch.Generator().manual_seed(0)
     probe = sampled(MODELS[0], sequences=8, length=33)
@@ -269,7 +274,7 @@ async def test_in_bfloat16_honest_swaps_pass_by_the_engines_own_measure_and_othe
 async def test_a_swap_that_is_stuck_fails_the_engine_by_name_and_does_not_hold_up_its_end(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: str
 ) -> None:
-    engine = TransformersEngine(folder, device="cpu", max_model_len=256, swap_deadline_s=0.05)
+    engine = TransformersEngine(EngineSettings(model=folder, device="cpu", max_model_len=256, swap_deadline_s=0.05))
     await engine.start()
     goes_on = threading.Event()
     plain = getattr(engine, stuck)
@@ -299,7 +304,7 @@ async def test_a_swap_that_is_stuck_fails_the_engine_by_name_and_does_not_hold_u
 
 
 async def test_cancelling_frees_the_slot(folder: Path) -> None:
-    engine = TransformersEngine(folder, device="cpu", max_batch=1, max_model_len=256)
+    engine = TransformersEngine(EngineSettings(model=folder, device="cpu", max_num_seqs=1, max_model_len=256))
     await engine.start()
     try:
         long = asyncio.create_task(engine.generate(PROMPT, to_length(250), request_id="long"))
@@ -343,7 +348,7 @@ async def test_a_prompt_that_is_too_long_fails_alone(engine: TransformersEngine)
 
 
 async def test_closing_fails_what_is_in_flight_and_may_be_repeated(folder: Path) -> None:
-    engine = TransformersEngine(folder, device="cpu", max_model_len=256)
+    engine = TransformersEngine(EngineSettings(model=folder, device="cpu", max_model_len=256))
     await engine.start()
     long = asyncio.create_task(engine.generate(PROMPT, to_length(250), request_id="long"))
     await asyncio.sleep(0)
@@ -356,13 +361,13 @@ async def test_closing_fails_what_is_in_flight_and_may_be_repeated(folder: Path)
 
 async def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="nowhere does not exist"):
-        await TransformersEngine(tmp_path / "nowhere", max_model_len=64).start()
+        await TransformersEngine(EngineSettings(model=tmp_path / "nowhere", max_model_len=64)).start()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 async def test_a_gpu_that_is_not_there_is_an_error(folder: Path) -> None:
     with pytest.raises(SetupError, match="no GPU here"):
-        await TransformersEngine(folder, device="cuda", max_model_len=64).start()
+        await TransformersEngine(EngineSettings(model=folder, device="cuda", max_model_len=64)).start()
 
 
 @pytest.mark.parametrize("unknown", [-1, 256, 1_000_000])
@@ -380,14 +385,14 @@ async def test_a_token_id_beyond_the_model_fails_its_own_request_and_none_beside
     assert engine.stats().failed_requests == 1
 
 
-@pytest.mark.parametrize("where", ["_admit", "_stop_reason", "_drop_cancelled"])
+@pytest.mark.parametrize("where", ["_admit", "stop_reason", "_drop_cancelled"])
 async def test_an_error_between_two_steps_fails_every_request_at_once_with_its_cause(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    def breaks(*_: object) -> None:
+    def breaks(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a slip of ours")
 
-    monkeypatch.setattr(engine, where, breaks)
+    monkeypatch.setattr(Request if where == "stop_reason" else engine, where, breaks)
     requests = [asyncio.create_task(engine.generate(PROMPT, to_length(5), request_id=str(i))) for i in range(3)]
     for request in requests:
         with pytest.raises(EngineDead, match="its steps ended: ZeroDivisionError: a slip of ours"):
@@ -429,7 +434,7 @@ async def test_each_actor_draws_its_own_numbers_and_the_same_ones_in_every_run(f
 
 
 async def test_a_request_says_when_it_has_left_the_queue(folder: Path) -> None:
-    engine = TransformersEngine(folder, device="cpu", max_batch=1, max_model_len=256)
+    engine = TransformersEngine(EngineSettings(model=folder, device="cpu", max_num_seqs=1, max_model_len=256))
     await engine.start()
     said: list[str] = []
 

@@ -23,7 +23,7 @@ import pytest
 import pytest_asyncio
 import torch
 
-from actors.engines.base import Sampling, WeightsFile
+from actors.engines.base import EngineSettings, Sampling, WeightsFile
 from actors.engines.vllm.engine import VllmEngine
 from actors.engines.vllm.plugin import register
 from atpo_async.core.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WeightsRejected
@@ -54,7 +54,7 @@ def to_length(count: int, **changes: object) -> Sampling:
 @pytest_asyncio.fixture(scope="class", loop_scope="class")
 async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
     folder = save_model(MODELS[0], tmp_path_factory.mktemp("model"))
-    engine = VllmEngine(folder, device="cpu", max_model_len=512, max_num_seqs=8, kv_cache_gb=0.25)
+    engine = VllmEngine(EngineSettings(model=folder, device="cpu", max_model_len=512, max_num_seqs=8, kv_cache_gb=0.25))
     await engine.start()
     yield engine
     await engine.close()
@@ -366,12 +366,14 @@ def test_the_engines_processes_end_with_a_killed_actor(tmp_path: Path) -> None:
             f"""
             import asyncio, sys
             from pathlib import Path
+            from actors.engines.base import EngineSettings
             from actors.engines.vllm.engine import VllmEngine
 
             async def main():
-                engine = VllmEngine(
-                    Path({str(folder)!r}), device="cpu", max_model_len=64, max_num_seqs=2, kv_cache_gb=0.1
+                settings = EngineSettings(
+                    model=Path({str(folder)!r}), device="cpu", max_model_len=64, max_num_seqs=2, kv_cache_gb=0.1
                 )
+                engine = VllmEngine(settings)
                 await engine.start()
                 print("started", flush=True)
                 await asyncio.to_thread(sys.stdin.read)
@@ -402,12 +404,12 @@ async def test_without_vllm_the_package_is_named(tmp_path: Path, monkeypatch: py
     folder = save_model(SEEDS[0], tmp_path / "model")
     monkeypatch.setattr("actors.engines.vllm.engine.importlib.util.find_spec", lambda name: None)
     with pytest.raises(SetupError, match="package vllm is not installed; pip install"):
-        await VllmEngine(folder, max_model_len=64, max_num_seqs=2).start()
+        await VllmEngine(EngineSettings(model=folder, max_model_len=64, max_num_seqs=2)).start()
 
 
 async def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="nowhere does not exist"):
-        await VllmEngine(tmp_path / "nowhere", max_model_len=64, max_num_seqs=2).start()
+        await VllmEngine(EngineSettings(model=tmp_path / "nowhere", max_model_len=64, max_num_seqs=2)).start()
 
 
 @needs_vllm
@@ -415,7 +417,7 @@ async def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
 async def test_a_gpu_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     folder = save_model(SEEDS[0], tmp_path / "model")
     with pytest.raises(SetupError, match="no GPU here"):
-        await VllmEngine(folder, device="cuda", max_model_len=64, max_num_seqs=2).start()
+        await VllmEngine(EngineSettings(model=folder, device="cuda", max_model_len=64, max_num_seqs=2)).start()
 
 
 def test_the_plugin_leaves_other_users_of_vllm_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from actors.engines.base import Sampling
+from actors.engines.base import EngineSettings, Sampling
 from actors.engines.transformers.engine import TransformersEngine
 from learner.packing.attention import to_device, tree_attention_forward, ways
 from learner.packing.rows import TreeLayout
@@ -83,7 +83,9 @@ def test_a_training_step_gives_the_loss_it_gives_on_the_cpu(tmp_path: Path) -> N
 async def test_an_engine_on_the_gpu_keeps_each_span_to_its_own_weights(tmp_path: Path) -> None:
     models = {version: tiny_model(version) for version in range(2)}
     engine = TransformersEngine(
-        save_model(models[0], tmp_path / "model"), device="cuda", max_batch=4, max_model_len=256
+        EngineSettings(
+            model=save_model(models[0], tmp_path / "model"), device="cuda", max_num_seqs=4, max_model_len=256
+        )
     )
     await engine.start()
     try:

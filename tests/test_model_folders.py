@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from actors.engines.base import EngineSettings
 from actors.engines.common.checks import checkpoint_shapes
 from actors.engines.transformers.engine import TransformersEngine
 from actors.engines.vllm.engine import VllmEngine
@@ -86,7 +87,9 @@ def remove(folder: Path, name: str) -> None:
 
 
 async def started(folder: Path) -> TransformersEngine:
-    engine = TransformersEngine(folder, device="cpu", max_batch=2, max_model_len=64, num_threads=1)
+    engine = TransformersEngine(
+        EngineSettings(model=folder, device="cpu", max_num_seqs=2, max_model_len=64, num_threads=1)
+    )
     await engine.start()
     return engine
 
@@ -105,7 +108,7 @@ async def test_files_of_other_formats_beside_the_weights_harm_nothing(tmp_path: 
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     engine = await started(folder)
-    assert torch.equal(engine._model.lm_head.weight, expected["lm_head.weight"])
+    assert torch.equal(engine.runner.model.lm_head.weight, expected["lm_head.weight"])
     await engine.close()
     with counting_files(folder) as counting:
         left = {path.name for path in counting.glob("*.safetensors")}
@@ -164,7 +167,7 @@ async def test_tensors_that_the_model_has_no_place_for_are_said_and_not_asked_of
     (said,) = [record.getMessage() for record in caplog.records if record.name == "atpo.models"]
     assert "not part of Qwen3ForCausalLM and stay unused: mtp.layers.0.mlp.up_proj.weight, steps" in said
     engine = await started(folder)
-    assert engine._shapes() == expected
+    assert engine.runner.shapes == expected
     await engine.close()
 
 
@@ -237,7 +240,7 @@ async def test_fused_experts_are_published_as_the_files_have_them_and_taken_up_a
 
 
 async def test_experts_are_refused_where_vllm_cannot_change_them(tmp_path: Path) -> None:
-    engine = VllmEngine(made(experts, tmp_path), device="cpu", max_model_len=64, max_num_seqs=2)
+    engine = VllmEngine(EngineSettings(model=made(experts, tmp_path), device="cpu", max_model_len=64, max_num_seqs=2))
     with pytest.raises(SetupError, match=r"has experts \(model\.layers\.0\.mlp\.experts\.0\..*use --actor.engine tran"):
         await engine.start()
     await engine.close()

@@ -1,7 +1,12 @@
-"""The Engine protocol: tokens in, tokens out, versions per token, weights swapped while requests are in flight."""
+"""The Engine protocol: tokens in, tokens out, versions per token, weights swapped while requests are in flight.
+
+``actor.engine`` names a built-in engine or a user's own: a class or function that is called with ``EngineSettings``,
+and with ``actor.engine_options`` by keyword, and returns an ``Engine``.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +15,50 @@ from typing import Literal, Protocol
 import numpy as np
 
 from atpo_async.core.tree import VersionSpan
+from atpo_async.core.vocabulary import Precision
 from atpo_async.wire.messages import WeightsManifest
+
+Tokens = Sequence[int] | np.ndarray
+OnRunning = Callable[[], None]
+
+
+def unheard() -> None:
+    """Nobody wants to know when a request begins to run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What the configuration says of an engine."""
+
+    model: Path
+    """Hugging Face folder of the policy, with safetensors."""
+    max_model_len: int
+    """Longest prompt plus action, tokens."""
+    max_num_seqs: int = 64
+    """Requests that run at once; more wait in the engine."""
+    dtype: Precision = "float32"
+    device: str = "auto"
+    """``auto``, ``cpu`` or ``cuda``, with or without a number."""
+    num_threads: int | None = None
+    """Of the model on a CPU; None for half the cores, since other roles share them."""
+    seed: int = 0
+    """Of the engine's sampling; every actor of a run has another one."""
+    swap_deadline_s: float = 60.0
+    """A swap that takes longer fails the engine."""
+    initial_version: int = 0
+    """Of the weights in ``model``."""
+    kv_cache_gb: float = 1.0
+    """vLLM on a CPU: size of the KV cache, GiB."""
+    gpu_memory_utilization: float = 0.85
+    """vLLM on a GPU: share of its memory for weights and KV cache."""
+    tensor_parallel_size: int = 1
+    """vLLM: processes that share the model."""
+    clear_cache_on_swap: bool = True
+    """vLLM: recompute the keys and values of requests in flight with the new weights."""
+
+    @property
+    def cpu_threads(self) -> int:
+        return self.num_threads or max(1, (os.cpu_count() or 2) // 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +130,7 @@ class Engine(Protocol):
         """Load the model and warm up.  Raises SetupError if the model or the device is not there."""
 
     async def generate(
-        self,
-        prompt: Sequence[int] | np.ndarray,
-        sampling: Sampling,
-        *,
-        request_id: str,
-        on_running: Callable[[], None] = lambda: None,
+        self, prompt: Tokens, sampling: Sampling, *, request_id: str, on_running: OnRunning = unheard
     ) -> Generation:
         """Sample one action after ``prompt``.  Raises GenerationFailed; cancelling it aborts the request.
 
@@ -111,7 +154,7 @@ class Engine(Protocol):
         After the last two, and after being cancelled, every request fails with EngineDead.
         """
 
-    async def score(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    async def score(self, token_ids: Tokens) -> np.ndarray:
         """float32[len - 1]: log-prob of each token given the ones before it, at temperature 1."""
 
     def stats(self) -> EngineStats: ...

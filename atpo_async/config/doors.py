@@ -91,8 +91,14 @@ ENGINE: Door[Any] = Door(
     field="actor.engine",
     what="an engine",
     protocol='docs/extending.md, "Engine"',
-    built_in=dict.fromkeys(("vllm", "transformers"), ""),
+    built_in={
+        "vllm": "actors.engines.vllm.engine:VllmEngine",
+        "transformers": "actors.engines.transformers.engine:TransformersEngine",
+    },
     words=("auto",),
+    call=("settings",),
+    parts=("start", "generate", "swap", "score", "stats", "close"),
+    coroutines=("start", "generate", "swap", "score", "close"),
 )
 
 LAUNCHER: Door[Any] = Door(

@@ -1,0 +1,33 @@
+"""Counters of an engine's requests, as its statistics report them."""
+
+from __future__ import annotations
+
+from actors.engines.base import EngineStats, Generation
+
+
+class RequestCounters:
+    """Totals since the engine started."""
+
+    def __init__(self) -> None:
+        self._prompt_tokens = self._cached_prompt_tokens = self._generated_tokens = 0
+        self._finished = self._failed = 0
+
+    def finished(self, num_prompt_tokens: int, generation: Generation) -> None:
+        self._finished += 1
+        self._prompt_tokens += num_prompt_tokens
+        self._cached_prompt_tokens += generation.cached_prompt_tokens
+        self._generated_tokens += len(generation.token_ids)
+
+    def failed(self) -> None:
+        self._failed += 1
+
+    def stats(self, *, version: int, in_flight: int) -> EngineStats:
+        return EngineStats(
+            version=version,
+            in_flight=in_flight,
+            prompt_tokens=self._prompt_tokens,
+            cached_prompt_tokens=self._cached_prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            finished_requests=self._finished,
+            failed_requests=self._failed,
+        )

@@ -1,0 +1,56 @@
+"""A request of the transformers engine: its prompt, the action so far, and when the action is complete."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from actors.engines.base import Generation, Sampling
+from atpo_async.core.tree import VersionSpan
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    prompt: list[int]
+    sampling: Sampling
+    request_id: str
+    done: asyncio.Future[Generation]
+    generator: torch.Generator | None
+    """Of a request with a seed of its own."""
+    slot: int = -1
+    cached_prompt_tokens: int = 0
+    action: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    starts: list[tuple[int, int]] = field(default_factory=list)
+    """(version, first token) of each span so far."""
+
+    def tokens(self) -> list[int]:
+        return self.prompt + self.action
+
+    def add(self, token: int, logprob: float, *, version: int) -> None:
+        """One more token of the action, sampled with the weights of ``version``."""
+        if not self.starts or self.starts[-1][0] != version:
+            self.starts.append((version, len(self.action)))
+        self.action.append(token)
+        self.logprobs.append(logprob)
+
+    def stop_reason(self, *, max_model_len: int) -> Literal["stop", "length"] | None:
+        """Why the action is complete; None while it is not."""
+        if self.action[-1] in self.sampling.stop_token_ids:
+            return "stop"
+        full = len(self.prompt) + len(self.action) >= max_model_len
+        return "length" if full or len(self.action) >= self.sampling.max_tokens else None
+
+    def generation(self, reason: Literal["stop", "length"]) -> Generation:
+        ends = [start for _, start in self.starts[1:]] + [len(self.action)]
+        return Generation(
+            token_ids=np.array(self.action, dtype=np.int32),
+            logprobs=np.array(self.logprobs, dtype=np.float32),
+            spans=tuple(VersionSpan(v, start, end) for (v, start), end in zip(self.starts, ends, strict=True)),
+            stop_reason=reason,
+            cached_prompt_tokens=self.cached_prompt_tokens,
+        )

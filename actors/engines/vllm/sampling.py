@@ -1,0 +1,54 @@
+"""vLLM's sampling parameters for what is asked of the engine, and the log-probs in its answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from actors.engines.base import Sampling
+
+
+class SamplingParamsCache:
+    """vLLM clones them for each request, so one object serves all with the same settings."""
+
+    def __init__(self) -> None:
+        self._made: dict[Sampling, Any] = {}
+
+    def of(self, sampling: Sampling) -> Any:
+        if (params := self._made.get(sampling)) is None:
+            if len(self._made) >= 256:
+                # Only per-request seeds make so many.
+                self._made.clear()
+            params = self._made[sampling] = _params(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=sampling.max_tokens,
+                stop_token_ids=list(sampling.stop_token_ids),
+                seed=sampling.seed,
+                logprobs=0,
+            )
+        return params
+
+
+def scoring_params() -> Any:
+    """For the log-probs of a prompt; one token is generated, which nobody reads."""
+    return _params(temperature=1.0, max_tokens=1, prompt_logprobs=0)
+
+
+def _params(**settings: Any) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        ignore_eos=True, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **settings
+    )
+
+
+def sampled_logprobs(completion: Any) -> np.ndarray:
+    """float32[T] from vLLM's flat container: with ``logprobs=0`` one entry per token, the sampled one."""
+    flat, tokens = completion.logprobs, completion.token_ids
+    if len(flat.logprobs) == len(tokens):
+        return np.array(flat.logprobs, dtype=np.float32)
+    return np.array([flat[i][token].logprob for i, token in enumerate(tokens)], dtype=np.float32)
