@@ -19,9 +19,9 @@ from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.ops import metrics_sinks
 from atpo_async.run.metrics import MetricsWriter, Record, read_metrics
 from atpo_async.run.rundir import RunDir
-from atpo_async.run.sink import RunFacts
-from atpo_async.run.sink_follower import SinkFollower
-from atpo_async.run.sinks_main import feed
+from atpo_async.run.sinks.base import RunFacts
+from atpo_async.run.sinks.follower import SinkFollower
+from atpo_async.run.sinks.process import feed
 from tests.e2e_support import DEADLINE_S
 
 USERS = '''\

@@ -21,8 +21,8 @@ from atpo_async.core import errors
 from atpo_async.ops.exits import SUPERVISOR_PID
 from atpo_async.run import launch, processes
 from atpo_async.run.rundir import RunDir
-from atpo_async.run.sink import not_installed
-from atpo_async.run.sinks_main import CLOSE_S, outside
+from atpo_async.run.sinks.base import not_installed
+from atpo_async.run.sinks.process import CLOSE_S, outside
 
 NAME = "sinks"
 """Of the process, in marks and in the names of its logs."""
@@ -97,7 +97,7 @@ def fed(
 def _start(rundir: RunDir, mark: str, log: IO[bytes]) -> subprocess.Popen[str]:
     tie = functools.partial(processes.die_with_parent, parent_pid=os.getpid())
     return subprocess.Popen(
-        launch.command("atpo_async.run.sinks_main", str(rundir.path)),
+        launch.command("atpo_async.run.sinks.process", str(rundir.path)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,

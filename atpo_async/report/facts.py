@@ -9,9 +9,6 @@ from atpo_async.core.errors import SetupError
 from atpo_async.run.metrics import Record, eval_versions, read_metrics, versions_said
 from atpo_async.run.rundir import RunDir
 
-GOAL = 0.9
-"""Sampled success whose first sight (mean of three steps) the report dates."""
-
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -75,6 +72,10 @@ class Facts:
     def _mixed(self, step: int) -> str:
         oldest, newest = self.eval_versions.get(step, (0, 0))
         return f", {versions_said(oldest, newest)}" if oldest != newest else ""
+
+
+GOAL = 0.9
+"""Sampled success that the report dates: when the mean of three steps first reaches it."""
 
 
 def series(records: Iterable[Record], name: str) -> list[Sample]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from atpo_async.core.tree import ROOT
+from atpo_async.run.files import append
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +62,7 @@ def append_tree_sample(
         "prompt": prompt,
         "turns": [asdict(turn) for turn in turns],
     }
-    line = json.dumps(_finite(data), separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        while line:
-            line = line[os.write(fd, line) :]
-    finally:
-        os.close(fd)
+    append(path, json.dumps(_finite(data), separators=(",", ":"), ensure_ascii=False).encode() + b"\n")
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Reading and writing files: atomic writes that survive a crash of the machine, and the end of a log."""
+"""Reading and writing files: atomic writes that survive a crash of the machine, lines at the end, the end of a log."""
 
 from __future__ import annotations
 
@@ -21,6 +21,19 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add ``data`` at the end, in one write where the file system takes it so.
+
+    Raises OSError where the disk refuses; a part may be there then.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    finally:
+        os.close(fd)
 
 
 def sync_folder(folder: Path) -> None:

@@ -22,9 +22,6 @@ from atpo_async.run.tail import Tail
 
 log = logging.getLogger("atpo.metrics")
 
-MAX_HELD = 10_000
-"""Records that a writer keeps while the disk is full."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
@@ -53,15 +50,18 @@ def versions_said(oldest: int, newest: int) -> str:
 class MetricsWriter:
     """Appends records to a metrics file.  Numbers that are not finite are left out and counted.
 
-    A full disk is waited for: records are kept in memory, ``MAX_HELD`` of them, and written when there is room.
+    A full disk is waited for: records stay in memory, ``MAX_HELD`` of them, and are written when there is space.
     """
+
+    MAX_HELD = 10_000
+    """Records that a writer keeps while the disk is full."""
 
     def __init__(self, path: Path, *, source: str) -> None:
         self.source = source
         self.dropped = 0
         """Non-finite values left out so far; also written as ``metrics/dropped`` once there is one."""
         self._path = path
-        self._held: deque[bytes] = deque(maxlen=MAX_HELD)
+        self._held: deque[bytes] = deque(maxlen=self.MAX_HELD)
         """Lines that the disk has not taken yet, oldest first."""
         self._broken = False
         """The file ends in mid-line: a new one begins with a line break."""
@@ -102,7 +102,7 @@ class MetricsWriter:
             if not failing:
                 log.warning(
                     "%s cannot be written: %s; its records wait in memory, the last %d of them", self._path,
-                    exc.strerror, MAX_HELD,
+                    exc.strerror, self.MAX_HELD,
                 )  # fmt: skip
 
     def _write_held(self, fd: int) -> None:

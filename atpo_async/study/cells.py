@@ -10,12 +10,6 @@ from typing import Any, Literal
 from atpo_async.report.facts import GOAL, by_step, series
 from atpo_async.run.metrics import Record
 
-WINDOW = 3
-"""Steps over which sampled success is averaged: one step's trees are few."""
-
-FINAL = "sampled"
-"""The figure that the sentences are about."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
@@ -26,6 +20,12 @@ class Column:
     meaning: str
     digits: int = 2
 
+
+WINDOW = 3
+"""Steps over which sampled success is averaged: one step's trees are few."""
+
+FINAL = "sampled"
+"""The figure that the sentences are about."""
 
 COLUMNS: tuple[Column, ...] = (
     Column(key="greedy", heading="greedy", meaning="greedy success on held-out tasks, after the last update"),

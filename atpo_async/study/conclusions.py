@@ -213,11 +213,7 @@ def _incomplete(summary: Summary) -> list[str]:
 def _level(group: Group) -> str:
     """Final success with its range, or what happened instead."""
     spread = group.spread(FINAL)
-    notes = []
-    if group.failed:
-        notes.append(f"{len(group.failed)} of {group.planned} failed")
-    if group.num_missing:
-        notes.append(f"{group.num_missing} of {group.planned} not run")
+    notes = group.shortfalls()
     if spread is None:
         return f"no result ({', '.join(notes) or 'no figure'})"
     return spread.text() + (f" [{', '.join(notes)}]" if notes else "")

@@ -29,16 +29,6 @@ from atpo_async.run.rundir import RunDir
 from atpo_async.study.cells import Cell, CellResult, curve_of, figures_of, unfinished
 from atpo_async.study.folder import StudyFolder
 
-EXIT_INTERRUPTED = 130
-"""Of `atpo train`, when a signal stopped it."""
-
-LOOK_S = 0.3
-"""Between two looks at a cell's metrics."""
-STOP_S = 10.0
-"""For a cell's command to stop all its roles after it was asked; then everything of it is killed."""
-RELEASE_S = 20.0
-"""For an interrupted cell's last processes to let go of its run folder, when the study starts again."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -49,6 +39,16 @@ class Job:
     """Of the run: ``cell.lag`` steps longer than the study's."""
     folder: StudyFolder
 
+
+EXIT_INTERRUPTED = 130
+"""Of `atpo train`, when a signal stopped it."""
+
+LOOK_S = 0.3
+"""Between two looks at a cell's metrics."""
+STOP_S = 10.0
+"""For a cell's command to stop all its roles after it was asked; then everything of it is killed."""
+RELEASE_S = 20.0
+"""For an interrupted cell's last processes to let go of its run folder, when the study starts again."""
 
 OnStep = Callable[[int, float | None], None]
 """Told of a cell that runs: (steps done, last sampled success)."""

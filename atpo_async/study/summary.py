@@ -9,12 +9,6 @@ from typing import Literal
 
 from atpo_async.study.cells import FINAL, CellResult, mean
 
-RESOLUTION = 0.05
-"""Least difference in success that is stated: a hundred held-out tasks, or three steps' trees, tell no less apart."""
-
-NUM_ERRORS = 3.0
-"""Standard errors of a difference, pooled over all groups, that it must exceed: a grid holds many comparisons."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
@@ -56,6 +50,15 @@ class Group:
     def is_whole(self) -> bool:
         """Every cell planned has ended, and well."""
         return not self.failed and not self.num_missing
+
+    def shortfalls(self) -> list[str]:
+        """What is not in the figures: cells that failed or were not run."""
+        found = []
+        if self.failed:
+            found.append(f"{len(self.failed)} of {self.planned} failed")
+        if self.num_missing:
+            found.append(f"{self.num_missing} of {self.planned} not run")
+        return found
 
     def values(self, key: str) -> list[float]:
         return [r.figures[key] for r in self.results if r.status == "done" and key in r.figures]
@@ -109,7 +112,14 @@ class Summary:
 
 # --- differences --------------------------------------------------------------------------------------------------
 
+RESOLUTION = 0.05
+"""Least difference in success that is stated: a hundred held-out tasks, or three steps' trees, tell no less apart."""
+
+NUM_ERRORS = 3.0
+"""Standard errors of a difference, pooled over all groups, that it must exceed: a grid holds many comparisons."""
+
 Sign = Literal["above", "below", "same"]
+"""Of one group against another."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,11 +38,7 @@ def matrix(summary: Summary, key: str) -> list[list[str]]:
 def level(group: Group, key: str, digits: int = 2) -> str:
     """What a table says of a group: the spread, and what failed or was not run."""
     spread = group.spread(key)
-    notes = []
-    if group.failed:
-        notes.append(f"{len(group.failed)} of {group.planned} failed")
-    if group.num_missing:
-        notes.append(f"{group.num_missing} of {group.planned} not run")
+    notes = group.shortfalls()
     if spread is None:
         return ", ".join(notes) or "–"
     return spread.text(digits) + (f", {', '.join(notes)}" if notes else "")

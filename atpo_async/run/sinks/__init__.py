@@ -1,1 +1,1 @@
-"""The built-in metrics sinks, one module each: where a run's metrics go besides ``metrics.jsonl``."""
+"""Metrics sinks: where the metrics of a run go besides ``metrics.jsonl``, and the process that feeds them."""

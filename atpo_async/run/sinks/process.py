@@ -1,4 +1,4 @@
-"""The process that feeds a run's metrics sinks: ``python -m atpo_async.run.sinks_main RUN_DIR``.
+"""The process that feeds a run's metrics sinks: ``python -m atpo_async.run.sinks.process RUN_DIR``.
 
 Its own process, so that what a sink's library does (its threads, its processes, an upload that takes minutes) neither
 holds up nor outlives the run.  On its first line of output it says whether the sinks could be made, as JSON; every
@@ -21,8 +21,8 @@ from atpo_async.config import Config
 from atpo_async.config.doors import SINK
 from atpo_async.core.errors import AtpoError
 from atpo_async.run.rundir import RunDir
-from atpo_async.run.sink import MetricsSink, RunFacts
-from atpo_async.run.sink_follower import SinkFollower
+from atpo_async.run.sinks.base import MetricsSink, RunFacts
+from atpo_async.run.sinks.follower import SinkFollower
 
 CLOSE_S = 6.0
 """For all sinks together to take what is left and to close, once the run has stopped."""

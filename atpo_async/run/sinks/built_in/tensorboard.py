@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from atpo_async.run.metrics import Record
-from atpo_async.run.sink import RunFacts, library
+from atpo_async.run.sinks.base import RunFacts, library
 
 LIBRARY = "tensorboard"
 """Looked for before a run begins."""

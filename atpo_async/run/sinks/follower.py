@@ -15,7 +15,7 @@ from pathlib import Path
 
 from atpo_async.core.texts import of_error
 from atpo_async.run.metrics import Record, parse_record
-from atpo_async.run.sink import MetricsSink
+from atpo_async.run.sinks.base import MetricsSink
 from atpo_async.run.tail import Tail
 
 LOOK_S = 0.25

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from atpo_async.run.metrics import MetricsWriter, Record
-from atpo_async.run.sink import RunFacts
+from atpo_async.run.sinks.base import RunFacts
 
 
 class Copy:
