@@ -25,6 +25,8 @@ VARIANTS: list[dict[str, dict[str, object]]] = [
     {"correction": {"action": "m2po", "level": "token", "m2_limit": 0.3}, "objective": {"kl_coef": 0.1}},
     {"credit": {"value_mode": "tree_trace"}, "objective": {"aggregation": "branch-prob", "entropy_coef": 0.1}},
     {"objective": {"ratio_level": "sequence", "aggregation": "unique-token-mean"}, "learner": {"epochs": 2}},
+    # Of a user's own, with a measure of the whole batch and a metric.
+    {"objective": {"surrogate": "tests.loss_examples:sapo"}, "correction": {"action": "tests.loss_examples:trimmed"}},
 ]
 
 
@@ -59,9 +61,10 @@ def train_share(model: Path, shares: list[list[int]], variant: dict[str, dict[st
         "train/loss", "grad_norm", "lag/mean", "is/ess_frac", "is/chi2_turn", "kl/mu_prox_k3", "tokens/trained",
         "is/exponent_scale",
     )  # fmt: skip
+    own = [name for name in ("surrogate/gate", "is/edge", "is/m2po_max_abs") if name in report.metrics]
     return {
         "ranks": accelerator.num_processes,
-        "metrics": {name: report.metrics[name] for name in names},
+        "metrics": {name: report.metrics[name] for name in (*names, *own)},
         "gradients": gradients,
         "weights": {k: v.reshape(-1).tolist() for k, v in trainer.whole.tensors().items()},
     }

@@ -178,11 +178,15 @@ class _Returned:
         bad = fine & ~values.isfinite()
         if bool(bad.any()):
             at = int(bad.reshape(-1).nonzero()[0])
-            given = ", ".join(f"{name} {float(inputs_.reshape(-1)[at]):g}" for name, inputs_ in inputs.items())
+            given = ", ".join(f"{name} {_at(tensor, at)}" for name, tensor in inputs.items())
             raise self.fault(
-                f"returned for {what} {float(values.reshape(-1)[at]):g} at place {at} of {values.numel()} ({given}): "
-                "it must be finite where what it is computed from is"
+                f"returned for {what} {_at(values, at)} at place {at} of {values.numel()} ({given}): it must be finite "
+                "where what it is computed from is"
             )
+
+
+def _at(values: Tensor, place: int) -> str:
+    return f"{float(values.detach().reshape(-1)[place]):g}"
 
 
 def _described(values: object) -> str:
