@@ -15,7 +15,8 @@ from atpo_async.config import Config, ObjectiveConfig, build
 from atpo_async.config.doors import CORRECTION, SURROGATE
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.core.loss_traits import CorrectionTraits, SurrogateTraits, declared, declares
-from atpo_async.ops.role import EXIT_USER, exit_code
+from atpo_async.ops.exits import EXIT_USER
+from atpo_async.ops.role import exit_code
 from learner.loss.correction import Tempering
 from learner.loss.loading import CheckedSurrogate, correction_of, load_correction, load_surrogate
 from learner.loss.protocols import SurrogateTerms, SurrogateTokens, UnitRatios, UnitWeights
