@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from actors.hosting import loop_thread
-from actors.hosting.host import EnvironmentTimeout, HostedEnvironment
-from actors.hosting.loop_thread import DaemonThreads
+from actors.hosting.calls import EnvironmentTimeout
+from actors.hosting.daemon_threads import DaemonThreads
+from actors.hosting.host import HostedEnvironment
 from actors.search.tree_search import TreeSearch
 from atpo_async.config import SearchConfig
 from atpo_async.core.errors import EnvironmentBroken, SetupError
@@ -296,7 +297,7 @@ async def test_while_a_tool_blocks_the_actors_loop_turns_and_nobody_elses_limit_
         slow, well = await host.start("train", 0), await host.start("train", 1)
         blocking = asyncio.create_task(slow.step(ints(5)))
         await until(entered.is_set)
-        host.step_timeout_s = LIMIT_S
+        host.caller.step_timeout_s = LIMIT_S
         waiting = asyncio.create_task(well.step(ints(6)))
         turned_until = time.monotonic() + 1.5
         await until(lambda: time.monotonic() > turned_until)
@@ -349,7 +350,7 @@ async def test_where_a_loop_was_lost_before_nobody_waits_behind_a_tool_that_bloc
         with pytest.raises(EnvironmentTimeout):
             await (await host.start("train", 0)).step(ints(5))
         await until(lambda: host.lost_loops == 1)
-        host.step_timeout_s = PATIENCE_S
+        host.caller.step_timeout_s = PATIENCE_S
         blocks, well = await host.start("train", 1), await host.start("train", 2)
         await well.step(ints(6))
         blocking = asyncio.create_task(blocks.step(ints(5)))
@@ -381,7 +382,7 @@ async def test_a_loop_in_python_is_interrupted_and_the_environment_stays_as_it_i
         spinning, well = await host.start("train", 0), await host.start("train", 1)
         with pytest.raises(EnvironmentTimeout):
             await spinning.step(ints(5))
-        host.step_timeout_s = PATIENCE_S
+        host.caller.step_timeout_s = PATIENCE_S
         await well.step(ints(5))
         assert len(worlds) == 1
 
@@ -401,7 +402,7 @@ async def test_a_loop_in_python_that_catches_everything_ends_at_last() -> None:
     async with hosting(only(spins)) as (host, worlds):
         with pytest.raises(EnvironmentTimeout):
             await (await host.start("train", 0)).step(ints(5))
-        await until(lambda: caught >= 8 and not any(lost.alive for lost in host._lost))
+        await until(lambda: caught >= 8 and not any(lost.alive for lost in host._loops.lost))
         await (await host.start("train", 1)).step(ints(5))
         assert len(worlds) == 2
 
@@ -445,7 +446,7 @@ async def test_hanging_threads_take_nobody_elses_thread(released: threading.Even
     async with hosting(tool) as (host, worlds):
         hanging = [asyncio.create_task((await host.start("train", i)).step(ints(5))) for i in range(40)]
         await asyncio.sleep(0)  # they begin, and their limit with them
-        host.step_timeout_s = PATIENCE_S
+        host.caller.step_timeout_s = PATIENCE_S
         await (await host.start("train", 40)).step(ints(5))
         await asyncio.to_thread(lambda: None)
         found = await asyncio.gather(*hanging, return_exceptions=True)
@@ -571,7 +572,7 @@ async def test_a_replay_may_take_the_time_of_its_start_and_all_its_steps() -> No
     async with hosting(tool, limit_s=LIMIT_S) as (host, _):
         episode = await host.replay("train", 0, (ints(5), ints(6), ints(7), ints(8)))
         assert episode.prompt.tolist() == [10, 0]
-        host.step_timeout_s = 0.001
+        host.caller.step_timeout_s = 0.001
         with pytest.raises(EnvironmentTimeout, match=r"replay of 2 steps of task 0 \(train\) took over 0.003 s"):
             await host.replay("train", 0, (ints(5), ints(6)))
 

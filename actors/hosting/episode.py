@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
-from actors.hosting.loop_thread import LoopLost, LoopThread
+from actors.hosting.caller import Caller
+from actors.hosting.calls import LoopLost
+from actors.hosting.loop_thread import LoopThread
 from atpo_async.environments.base import Environment, Episode, Split, StepResult
-
-if TYPE_CHECKING:
-    from actors.hosting.host import HostedEnvironment
 
 
 class _Begun(NamedTuple):
@@ -23,8 +22,8 @@ class _Begun(NamedTuple):
 class HostedEpisode:
     """One task under way on its environment's loop.  As ``Episode``, for the actor's loop."""
 
-    def __init__(self, host: HostedEnvironment, split: Split, task_index: int) -> None:
-        self._host = host
+    def __init__(self, caller: Caller, split: Split, task_index: int) -> None:
+        self._caller = caller
         self._split: Split = split
         self._task = task_index
         self._actions: list[np.ndarray] = []
@@ -52,27 +51,26 @@ class HostedEpisode:
             await late.episode.close()
 
         what = f"replay of {len(actions)} steps" if actions else "start"
-        self._thread, begun = await self._host.call(
+        self._thread, begun = await self._caller.call(
             f"{what} of task {task} ({split})",
             work,
-            limit_s=(len(actions) + 1) * self._host.step_timeout_s,
+            limit_s=(len(actions) + 1) * self._caller.step_timeout_s,
             discard=discard,
         )
         self._plain, self.prompt = begun.episode, begun.prompt
         return self
 
     async def step(self, action: np.ndarray) -> StepResult:
-        """Raises as ``HostedEnvironment.start``.  After the loss of its loop the episode is made anew first."""
+        """Raises as ``begin``.  After the loss of its loop the episode is made anew first."""
         while True:
             if self._thread is None or self._thread.abandoned:
                 await self.begin(tuple(self._actions))
-            assert self._thread is not None
             assert self._thread is not None
             assert self._plain is not None
             work = functools.partial(self._plain.step, action)
             what = f"step {len(self._actions) + 1} of task {self._task} ({self._split})"
             try:
-                said = await self._host.answer(self._thread, what, work, limit_s=self._host.step_timeout_s)
+                said = await self._caller.answer(self._thread, what, work, limit_s=self._caller.step_timeout_s)
             except LoopLost:
                 self._leave()
                 continue
@@ -97,8 +95,8 @@ class HostedEpisode:
         self._plain = None
         what = f"close of task {self._task} ({self._split})"
         try:
-            await self._host.answer(thread, what, plain.close, limit_s=self._host.step_timeout_s, closes=True)
+            await self._caller.answer(thread, what, plain.close, limit_s=self._caller.step_timeout_s, closes=True)
         except LoopLost:
             pass
         except Exception as exc:
-            self._host.count_failed_close(what, exc)
+            self._caller.reporting.failed_close(what, exc)

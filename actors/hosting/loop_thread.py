@@ -12,144 +12,26 @@ import contextvars
 import ctypes
 import itertools
 import logging
-import queue
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
+from actors.hosting.calls import Call, Interrupted, LoopLost
+from actors.hosting.daemon_threads import MAX_POOL_THREADS, DaemonThreads
 from atpo_async.core.texts import of_error
 
 log = logging.getLogger("atpo.actor.environment")
 
 T = TypeVar("T")
 
-MAX_POOL_THREADS = 1024
-"""Of one loop's ``asyncio.to_thread``.  Calls beyond them wait; idle ones are used again."""
-
 HELD_UP_S = 1.0
 """A loop that one slice holds up for longer is worth a line."""
 
 FAREWELL_S = 1.0
 """For what still runs on a loop to end once it is cancelled."""
-
-
-class Interrupted(BaseException):
-    """Raised inside a call that has held its loop up for longer than it may."""
-
-
-class LoopLost(Exception):
-    """The loop is held up for good by another call: this one has to be made again on another loop."""
-
-
-class EnvironmentFault(Exception):
-    """What an environment raised that must not be raised elsewhere: exit(), a cancellation, an interrupt."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(of_error(error))
-        self.error = error
-
-
-class DaemonThreads(ThreadPoolExecutor):
-    """A thread more whenever all are busy, up to a limit; none keeps the process alive.
-
-    A ``ThreadPoolExecutor`` by name only: a loop accepts no other, and its own threads are joined at exit, so that one
-    hanging tool would keep a finished role from ending.
-    """
-
-    def __init__(self, max_threads: int, name: str) -> None:
-        super().__init__(max_workers=1)
-        self._max_threads = max_threads
-        self._name = name
-        self._todo: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
-        self._guard = threading.Lock()
-        self._started = self._pending = 0
-        self._since: dict[int, float] = {}
-        """Busy thread -> since when."""
-
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        future: Future[T] = Future()
-        with self._guard:
-            if self._started < min(self._pending + 1, self._max_threads):
-                threading.Thread(target=self._work, name=f"{self._name}-{self._started}", daemon=True).start()
-                self._started += 1
-            self._pending += 1
-        self._todo.put((future, lambda: fn(*args, **kwargs)))
-        return future
-
-    def _work(self) -> None:
-        me = threading.get_ident()
-        while True:
-            future, work = self._todo.get()
-            if future.set_running_or_notify_cancel():
-                self._since[me] = time.monotonic()
-                try:
-                    result = work()
-                except BaseException as exc:  # exit() in a thread ends nothing
-                    future.set_exception(exc)
-                else:
-                    future.set_result(result)
-                self._since.pop(me, None)
-            del future, work
-            with self._guard:
-                self._pending -= 1
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Nothing is waited for: the threads end with the process."""
-
-    def busy_over(self, seconds: float) -> int:
-        """How many threads have been at the same work for longer."""
-        now = time.monotonic()
-        return sum(now - since > seconds for since in list(self._since.values()))
-
-
-class Call(Generic[T]):
-    """One call into an environment.  Made by, and answered in, the loop that waits for it."""
-
-    def __init__(
-        self, what: str, work: Callable[[], Awaitable[T]], discard: Callable[[T], Awaitable[None]] | None
-    ) -> None:
-        self.what = what
-        self.work = work
-        self.discard = discard
-        """Ends a result that comes after nobody waits for it any more."""
-        self.waiting_loop = asyncio.get_running_loop()
-        self.answer: asyncio.Future[T] = self.waiting_loop.create_future()
-        self.ended: asyncio.Future[None] = self.waiting_loop.create_future()
-        """Done once nothing of it runs any more."""
-        self.closes = False
-        """It ends an episode: it goes on when nobody waits for it."""
-        self.dropped = False
-        """Nobody waits for its answer."""
-        self.unattended_since: float | None = None
-        """Since it was answered or dropped; tasks of it may go on."""
-        self.task: asyncio.Task[None] | None = None
-        self.submitted = time.monotonic()
-        self.busy_s = 0.0
-        """For how long it has held the loop, in finished slices."""
-        self.loop_busy_before_s = 0.0
-
-    def leave_alone(self) -> None:
-        """Nobody waits for it any more."""
-        if self.unattended_since is None:
-            self.unattended_since = time.monotonic()
-
-    def settle(self, result: T | None, error: BaseException | None) -> None:
-        """In the waiting loop."""
-        self.leave_alone()
-        if not self.ended.done():
-            self.ended.set_result(None)
-        if self.answer.done():
-            return
-        if error is None:
-            self.answer.set_result(result)  # type: ignore[arg-type]
-        elif isinstance(error, Exception):
-            self.answer.set_exception(error)
-        else:
-            self.answer.set_exception(EnvironmentFault(error))
 
 
 class LoopThread:

@@ -10,8 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from actors.engines.base import Engine, Generation, Sampling
-from actors.hosting.host import EnvironmentTimeout
-from actors.hosting.loop_thread import EnvironmentFault
+from actors.hosting.calls import EnvironmentFault, EnvironmentTimeout
 from atpo_async.config import SearchConfig
 from atpo_async.core.errors import EngineDead, EnvironmentBroken, GenerationFailed
 from atpo_async.core.texts import of_error, shortened

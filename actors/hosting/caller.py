@@ -1,0 +1,212 @@
+"""Calls into an environment under a time limit: what past it is cancelled, interrupted, or left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from actors.hosting.calls import Call, EnvironmentFault, EnvironmentTimeout, LoopLost
+from actors.hosting.daemon_threads import MAX_POOL_THREADS
+from actors.hosting.loop_thread import LoopThread, next_name
+from actors.hosting.loops import Loops
+from actors.hosting.reporting import MAKE, Reporting
+from atpo_async.core.errors import EnvironmentBroken, SetupError
+from atpo_async.core.vocabulary import Split
+from atpo_async.environments.base import Environment
+from atpo_async.run import processes
+from atpo_async.status import waits
+
+T = TypeVar("T")
+
+INTERRUPTS = 5
+"""Within the grace."""
+
+
+class Caller:
+    """Runs the code of one environment on its loops.
+
+    Args:
+        make: makes the environment; called on the loop that will run it, again for every loop that was lost.
+        name: ``environment.name``, for errors.
+        step_timeout_s: of one call.
+        grace_s: for a call past its limit to end once it has been told to, before its loop counts as lost.
+        held_up_s: as of ``Loops``.
+        loops: of the environment.
+        reporting: of the environment.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Environment],
+        *,
+        name: str,
+        step_timeout_s: float,
+        grace_s: float,
+        held_up_s: float,
+        loops: Loops,
+        reporting: Reporting,
+    ) -> None:
+        self._make = make
+        self._name = name
+        self.step_timeout_s = step_timeout_s
+        self._grace_s = grace_s
+        self._held_up_s = held_up_s
+        self._loops = loops
+        self.reporting = reporting
+        self._making = asyncio.Lock()
+        self._background: set[asyncio.Task[None]] = set()
+        self.stop_token_ids: tuple[int, ...] = ()
+        self.num_tasks: dict[Split, int | Exception | None] = {}
+        """As the environment said when it was first made, or what it raised."""
+        self.given_up = 0
+        """Calls past their limit."""
+
+    async def call(
+        self,
+        what: str,
+        work: Callable[[Environment], Awaitable[T]],
+        *,
+        limit_s: float,
+        discard: Callable[[T], Awaitable[None]] | None = None,
+    ) -> tuple[LoopThread, T]:
+        """A call that may begin anew: on the loop in use, and on the next one where that is lost meanwhile."""
+        while True:
+            thread, made = await self.current()
+            with contextlib.suppress(LoopLost):
+                answer = await self.answer(
+                    thread, what, functools.partial(work, made), limit_s=limit_s, discard=discard
+                )
+                return thread, answer
+
+    async def answer(
+        self,
+        thread: LoopThread,
+        what: str,
+        work: Callable[[], Awaitable[T]],
+        *,
+        limit_s: float | None,
+        discard: Callable[[T], Awaitable[None]] | None = None,
+        closes: bool = False,
+    ) -> T:
+        """On this loop and no other.
+
+        Waits for: the call.  Unblocked by: its answer; its limit, for which the time that others hold the loop up does
+        not count; the loss of its loop (LoopLost).
+        """
+        call = thread.submit(what, work, discard, closes=closes)
+        try:
+            while not call.answer.done():
+                if self._loops.moves(thread, call) and not closes:
+                    raise LoopLost(f"{thread.name} is held up")
+                left_s = None if limit_s is None else limit_s - thread.used_s(call)
+                if left_s is not None and left_s <= 0:
+                    self._past_its_limit(thread, call)
+                    raise EnvironmentTimeout(f"{what} took over {limit_s:g} s (search.step_timeout_s)")
+                if left_s is not None and self._loops.any_blocked:
+                    left_s = min(left_s, self._held_up_s)
+                await asyncio.wait((call.answer,), timeout=None if left_s is None else max(left_s, 0.05))
+                self._look_at_holder(thread)
+            return call.answer.result()
+        finally:
+            waits.progress("environment calls")
+            if not call.ended.done() and not closes:
+                thread.drop(call)
+
+    def cancel(self) -> None:
+        """Wait no longer for calls that were told to end."""
+        for task in self._background:
+            task.cancel()
+
+    async def current(self) -> tuple[LoopThread, Environment]:
+        """The loop in use and what was made on it.  Waits for: the environment, where it is made anew."""
+        if self._loops.broken is None and (found := self._loops.free()) is not None:
+            return found
+        async with self._making:
+            if self._loops.broken is not None:
+                raise self._loops.broken
+            if (found := self._loops.free()) is None:
+                found = await self._make_on_a_new_loop()
+            return found
+
+    async def _make_on_a_new_loop(self) -> tuple[LoopThread, Environment]:
+        thread = LoopThread(next_name(f"environment {self._name!r}"), self.reporting.begins, self.reporting.held_up)
+
+        async def work() -> tuple[Environment, tuple[int, ...], dict[Split, int | Exception | None]]:
+            made = self._make()
+            # Properties are code as well: nothing of an environment is read anywhere else.
+            return made, made.stop_token_ids, {"train": _asked(made, "train"), "eval": _asked(made, "eval")}
+
+        before_mb = processes.memory_mb((os.getpid(),))
+        try:
+            made, stop_token_ids, num_tasks = await self.answer(thread, MAKE, work, limit_s=None)
+        except EnvironmentFault as exc:
+            thread.stop()
+            raise SetupError(f"environment {self._name!r} could not be made: {exc}") from exc
+        except BaseException as exc:
+            thread.stop()
+            if self._loops.num_lost and isinstance(exc, Exception):
+                self._loops.broken = EnvironmentBroken(f"environment {self._name!r} could not be made anew: {exc}")
+                raise self._loops.broken from exc
+            raise
+        self._loops.add(thread, made, size_mb=processes.memory_mb((os.getpid(),)) - before_mb)
+        if not self.num_tasks:
+            self.stop_token_ids, self.num_tasks = stop_token_ids, num_tasks
+        return thread, made
+
+    def _look_at_holder(self, thread: LoopThread) -> None:
+        """What nobody waits for, a task that a call has left running too, may hold the loop up as well."""
+        if thread.abandoned or (held := thread.holder()) is None or (since := held[0].unattended_since) is None:
+            return
+        call, held_s = held
+        if min(held_s, time.monotonic() - since) > self.step_timeout_s + self._grace_s:
+            self._loops.leave_behind(thread, call, limit_s=self.step_timeout_s)
+
+    def _past_its_limit(self, thread: LoopThread, call: Call[T]) -> None:
+        """Raises LoopLost for a call that never began."""
+        if call.task is None:
+            self._loops.leave_behind(thread, call, limit_s=self.step_timeout_s)
+            raise LoopLost(f"{thread.name} does not turn")
+        self.given_up += 1
+        if (held := thread.holder()) is not None and held[0] is call:
+            self._loops.count_blocked()
+        thread.drop(call)
+        task = asyncio.create_task(self._see_it_end(thread, call), name=f"end of {call.what}")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        hanging = thread.pool.busy_over(self.step_timeout_s)
+        if hanging >= MAX_POOL_THREADS:
+            self._loops.broken = EnvironmentBroken(
+                f"environment {self._name!r}: {hanging} threads that it started with asyncio.to_thread have been at it "
+                f"for more than {self.step_timeout_s:g} s (search.step_timeout_s), the latest in {call.what}: give the "
+                "tool a time limit of its own"
+            )
+
+    async def _see_it_end(self, thread: LoopThread, call: Call[T]) -> None:
+        """Waits for: a call that was told to end.  Unblocked by: its end; after the grace its loop is left to it if it
+        holds that up; one that merely ignores its cancellation harms nobody."""
+        for _ in range(INTERRUPTS):  # a tool may catch the first
+            thread.interrupt(call)
+            await asyncio.wait((call.ended,), timeout=self._grace_s / INTERRUPTS)
+            if call.ended.done():
+                break
+        if call.ended.done() or thread.abandoned:
+            return
+        held = thread.holder()
+        if held is None:
+            if await thread.responds(self._grace_s) or thread.holder() is not None:
+                return
+        elif held[0] is not call:
+            return
+        self._loops.leave_behind(thread, call, limit_s=self.step_timeout_s)
+
+
+def _asked(environment: Environment, split: Split) -> int | Exception | None:
+    try:
+        return environment.num_tasks(split)
+    except Exception as exc:  # the other split is not everybody's: raised to whoever asks for it
+        return exc

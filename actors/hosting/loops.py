@@ -1,0 +1,124 @@
+"""The loops of one environment: which one takes the next call, and which are held up for good."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from actors.hosting.calls import Call
+from actors.hosting.loop_thread import LoopThread
+from atpo_async.core.errors import EnvironmentBroken
+from atpo_async.environments.base import Environment
+
+log = logging.getLogger("atpo.actor.environment")
+
+MAX_LOST_LOOPS = 128
+"""Threads held up for good at the same time, each with an environment and three open files of its own."""
+
+MAX_LOST_MB = 4096.0
+"""Taken by the environments of such threads, as far as it can be told."""
+
+MAX_LOOPS = 8
+"""At the same time, of an environment that blocks past its limit: while one is held up its other calls go elsewhere."""
+
+
+class Loops:
+    """Each loop with the environment that was made on it.
+
+    Args:
+        name: ``environment.name``, for errors.
+        grace_s: between two interrupts of a loop that is lost.
+        held_up_s: a loop that one call holds for longer is held up; then the others begin elsewhere, if there is or
+            may be another.
+        max_lost: as ``MAX_LOST_LOOPS``.
+    """
+
+    def __init__(self, *, name: str, grace_s: float, held_up_s: float, max_lost: int) -> None:
+        self._name = name
+        self._grace_s = grace_s
+        self._held_up_s = held_up_s
+        self._max_lost = max_lost
+        self.made: list[tuple[LoopThread, Environment]] = []
+        """One, but for environments that block past their limit."""
+        self.lost: list[LoopThread] = []
+        """Left to calls that hold them up for good."""
+        self.num_lost = 0
+        """So far."""
+        self.broken: EnvironmentBroken | None = None
+        """Why no further call begins."""
+        self._num_blocked = 0
+        """Calls that held their loop past their limit."""
+        self._size_mb = 0.0
+        """What making the environment once has added to the process at most."""
+        self._interrupter: asyncio.Task[None] | None = None
+
+    def free(self) -> tuple[LoopThread, Environment] | None:
+        """A loop that turns; else any, or None where another one is to be made."""
+        free = (made for made in self.made if not made[0].held_up(self._held_up_s))
+        found = next(free, None)
+        if found is not None or not self.made or self._may_grow:
+            return found
+        return min(self.made, key=lambda made: len(made[0].open_calls))
+
+    def add(self, thread: LoopThread, environment: Environment, *, size_mb: float) -> None:
+        self.made.append((thread, environment))
+        self._size_mb = max(self._size_mb, size_mb)
+
+    def moves(self, thread: LoopThread, call: Call[Any]) -> bool:
+        """Whether a call that has not begun had better begin on another loop."""
+        if call.task is not None or not self.any_blocked or not thread.held_up(self._held_up_s):
+            return False
+        return self._may_grow or any(not made[0].held_up(self._held_up_s) for made in self.made)
+
+    @property
+    def any_blocked(self) -> bool:
+        """Whether any call ever held its loop past its limit."""
+        return self._num_blocked > 0
+
+    def count_blocked(self) -> None:
+        self._num_blocked += 1
+
+    def leave_behind(self, thread: LoopThread, call: Call[Any], *, limit_s: float) -> None:
+        """``call``, which had ``limit_s``, holds the loop up for good: it is left to it, and the others hear that it is
+        lost."""
+        if thread.abandoned:
+            return
+        where = thread.stack()
+        self.num_lost += 1
+        self.lost = [lost for lost in self.lost if lost.alive] + [thread]
+        self.made = [made for made in self.made if made[0] is not thread]
+        said = (
+            f"environment {self._name!r}: {call.what} blocks its thread for more than {limit_s:g} s "
+            f"(search.step_timeout_s) and cannot be ended{f', in {where}' if where else ''}"
+        )
+        log.warning("%s; it is left behind, and the environment is made anew", said)
+        if len(self.lost) >= self._max_lost or len(self.lost) * self._size_mb > MAX_LOST_MB:
+            self.broken = EnvironmentBroken(
+                f"{said}; {len(self.lost)} threads hang like this: give the tool a time limit of its own, or await it"
+            )
+        thread.abandon()
+        if self._interrupter is None or self._interrupter.done():
+            self._interrupter = asyncio.create_task(self._interrupt_lost(), name="interrupt lost loops")
+
+    def stop(self) -> None:
+        """End every thread as soon as its loop turns."""
+        if self._interrupter is not None:
+            self._interrupter.cancel()
+        for thread, _ in self.made:
+            thread.stop()
+
+    @property
+    def _may_grow(self) -> bool:
+        """An environment that never blocked past its limit may be large: there is one of it, and its calls wait."""
+        return self.any_blocked and len(self.made) < MAX_LOOPS
+
+    async def _interrupt_lost(self) -> None:
+        """A loop in Python that catches everything takes processor time from the actor for ever.
+
+        Waits for: the clock.  Unblocked by: the ends of all threads that were left behind.
+        """
+        while any(thread.alive for thread in self.lost):
+            for thread in self.lost:
+                thread.interrupt()
+            await asyncio.sleep(self._grace_s)

@@ -1,0 +1,69 @@
+"""What is said of an environment's calls: to its user, to the log, and to whoever finds the process dead."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from pathlib import Path
+
+from atpo_async.core.texts import of_error
+from atpo_async.ops import notices
+
+log = logging.getLogger("atpo.actor.environment")
+
+MAKE = "make"
+"""What making the environment is called: it may load for long, and holds up no other call."""
+
+
+class Reporting:
+    """Reports on one environment.
+
+    Args:
+        name: ``environment.name``.
+        doing: a file that always says what runs, for whoever finds the process dead.
+    """
+
+    def __init__(self, name: str, doing: Path | None) -> None:
+        self._name = name
+        self._file = os.open(doing, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600) if doing is not None else -1
+        self._writing = threading.Lock()
+        self._held_up_told = False
+        self.failed_closes = 0
+
+    def begins(self, what: str) -> None:
+        """A call begins, or with an empty text none is under way.  In the environment's thread, which may go on after
+        ``close``."""
+        with self._writing, contextlib.suppress(OSError):
+            if self._file >= 0:
+                os.pwrite(self._file, what.encode()[:255].ljust(256), 0)
+
+    def held_up(self, what: str, took_s: float) -> None:
+        """In the environment's thread.  The first call that blocks is for the user's terminal, the others for the log:
+        no limit is passed, so that nothing else would say why the run is slow."""
+        said = (
+            f"environment {self._name!r}: {what} held up its event loop for {took_s:.1f} s, and the environment's "
+            "other calls with it; use await asyncio.to_thread(...) for what blocks"
+        )
+        if what == MAKE or self._held_up_told:
+            log.warning("%s", said)
+            return
+        self._held_up_told = True
+        notices.tell(said, f"{self._name} held up")
+
+    def failed_close(self, what: str, error: Exception) -> None:
+        """The first one is for the user's terminal; of many others not all are logged."""
+        self.failed_closes += 1
+        said = f"environment {self._name!r}: {what} failed, the branch counts all the same"
+        if self.failed_closes == 1:
+            notices.tell(f"{said} (environment/closes_failed): {of_error(error)}", f"{self._name} close")
+        elif self.failed_closes & (self.failed_closes - 1) == 0:
+            log.warning("%s (%d so far): %s", said, self.failed_closes, of_error(error))
+
+    def close(self) -> None:
+        with self._writing:
+            if self._file >= 0:
+                os.ftruncate(self._file, 0)
+                os.close(self._file)
+                self._file = -1
