@@ -22,6 +22,7 @@ from atpo_async.ops.exits import EXIT_USER
 from atpo_async.run import launch
 from atpo_async.run.processes import signal_name
 from atpo_async.run.rundir import LATEST, RunDir
+from atpo_async.run.temporary import make_temporary_folder_fit
 
 if TYPE_CHECKING:
     from atpo_async.api.run import Run
@@ -82,6 +83,7 @@ def evaluate(
         SetupError: there is no such run or policy, or something is missing on this machine.
         RoleCrashed: the evaluation failed.
     """
+    make_temporary_folder_fit()
     target = run_or_policy if isinstance(run_or_policy, Path | str) else run_or_policy.path
     with policy_of(target) as (model, name, own):
         asked = resolved(config if config is not None else own if own is not None else (), overrides)

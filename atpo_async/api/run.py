@@ -134,6 +134,8 @@ class Run:
     def lineage(self) -> list[dict[str, Any]]:
         """What each batch of the run as it stands was trained on, one object for each batch of each rank.
 
+        ``step`` counts the batches before it: the metrics of that batch are those of ``step + 1``.
+
         Raises SetupError where the run keeps none.
         """
         try:

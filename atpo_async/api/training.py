@@ -33,6 +33,7 @@ from atpo_async.report.progress import Progress, duration
 from atpo_async.run.installed import version_of, vllm_unfit
 from atpo_async.run.metrics import read_metrics
 from atpo_async.run.rundir import RunDir
+from atpo_async.run.temporary import make_temporary_folder_fit
 
 if TYPE_CHECKING:
     from atpo_async.api.run import Run
@@ -75,6 +76,7 @@ def train(
     from atpo_async.api.run import Run
 
     console = Console(highlight=False, soft_wrap=True, quiet=not progress)
+    make_temporary_folder_fit(lambda line: console.print(f"note: {line}", markup=False))
     done = train_to_the_end(resolved(config, overrides), console=console, again="the same call", begin_from=begin_from)
     if done.interrupted:
         raise KeyboardInterrupt
@@ -220,6 +222,7 @@ def _in_a_thread(supervisor: Supervisor, *, say: Callable[[str], None]) -> Outco
     loop = asyncio.new_event_loop()
     found: list[Outcome] = []
     failed: list[BaseException] = []
+    done = threading.Event()
 
     def work() -> None:
         try:
@@ -227,20 +230,23 @@ def _in_a_thread(supervisor: Supervisor, *, say: Callable[[str], None]) -> Outco
                 found.append(runner.run(supervisor.run()))
         except BaseException as exc:
             failed.append(exc)
+        finally:
+            done.set()
 
     # No daemon: the interpreter does not end under it, and roles end with the thread that started them.
     thread = threading.Thread(target=work, name="atpo train")
     thread.start()
     said = False
-    while thread.is_alive():
+    while not done.is_set():
         try:
-            thread.join()
+            done.wait()  # a `join` that is interrupted takes the thread for ended
         except KeyboardInterrupt:
             if not said:
                 say(stopping.stopping_line(signal.SIGINT))
             said = True
             with contextlib.suppress(RuntimeError):  # it has just ended
                 loop.call_soon_threadsafe(supervisor.interrupt)
+    thread.join()
     if failed:
         raise failed[0]
     return found[0]
