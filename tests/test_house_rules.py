@@ -22,6 +22,15 @@ ROLES = ("actors", "buffer", "learner")
 ROOMS = ("atpo_async", *ROLES)
 HEAVY = {"torch", "vllm", "transformers", "accelerate"}
 
+LAYERS = (
+    *("core", "config", "wire", "run", "models", "status", "links", "transports", "environments"),
+    *("ops", "report", "study", "api", "cli"),
+)
+"""Packages of atpo_async, lowest first: none imports one above it."""
+
+UPWARD: dict[tuple[str, str], str] = {}
+"""(importing module, imported package) -> why that import may go up nevertheless."""
+
 # What a role's `__main__` runs; nothing below it may know it.
 LOOPS = {"actors.actor", "buffer.service", "learner.loop"}
 
@@ -197,6 +206,33 @@ def loaded_by(names: list[str], unwanted: set[str]) -> list[str]:
 
 def test_the_shared_package_imports_no_role() -> None:
     assert not broken(i for i in imports() if room_of(i.importer) == "atpo_async" and room_of(i.target) in ROLES)
+
+
+def layer_of(module: str) -> int | None:
+    """Height of the package that a module of atpo_async lies in; None of a module of no such package."""
+    parts = module.split(".")
+    return LAYERS.index(parts[1]) if parts[0] == "atpo_async" and len(parts) > 1 and parts[1] in LAYERS else None
+
+
+def test_packages_of_atpo_async_never_import_one_above_them() -> None:
+    """Neither at module level nor in a function; what only type checkers read does not count."""
+    upward = {
+        i
+        for i in imports()
+        if i.runs
+        and (importer := layer_of(i.importer)) is not None
+        and (target := layer_of(i.target)) is not None
+        and importer < target
+    }
+    allowed = {i for i in upward if (i.importer, i.target.split(".")[1]) in UPWARD}
+    assert not broken(iter(upward - allowed))
+    unused = UPWARD.keys() - {(i.importer, i.target.split(".")[1]) for i in allowed}
+    assert not unused, f"exceptions that nothing needs: {sorted(unused)}"
+
+
+def test_every_package_of_atpo_async_has_its_layer() -> None:
+    packages = {path.parent.name for path in (ROOT / "atpo_async").glob("*/__init__.py")}
+    assert packages == set(LAYERS)
 
 
 def test_roles_never_import_one_another() -> None:

@@ -6,14 +6,13 @@ port first, since actors joined by hand know no other.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from atpo_async.core.errors import SetupError
+from atpo_async.run import locks
 
 ENDPOINTS, FORMER_ENDPOINTS = "endpoints.json", "endpoints.former.json"
 
@@ -65,31 +64,16 @@ class EndpointsFile:
 
     def note(self, **bound: str) -> None:
         """Where a role listens now, by the names of ``Endpoints``; several roles may say so at a time."""
-        with self._alone():
+        with locks.alone(self._lock):
             self.replace(replace(self.now(), **bound))
 
     def forget(self) -> None:
         """A new life of the run: nobody listens, and who looks for a role waits until it has said where it is."""
-        with self._alone():
+        with locks.alone(self._lock):
             former = self.former()
             if former != Endpoints():
                 self._write(self._former, _dump(former))
             self.path.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Waits for: another role that writes, for moments.  Off POSIX nothing keeps two apart."""
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        fd = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
 
 
 def _over(old: Endpoints, new: Endpoints) -> Endpoints:

@@ -33,7 +33,7 @@ from atpo_async import config as configuration
 from atpo_async.config import Config, resuming
 from atpo_async.config.resuming import Start
 from atpo_async.core.errors import ConfigError, RunMismatch, SetupError
-from atpo_async.run import processes, scratch
+from atpo_async.run import locks, processes, scratch
 from atpo_async.run.endpoints import Endpoints, EndpointsFile
 from atpo_async.run.files import sync_folder, write_atomic
 from atpo_async.run.installed import versions
@@ -281,28 +281,14 @@ class RunDir:
 
         Raises SetupError naming the process that holds it.
         """
-        try:
-            import fcntl
-        except ImportError:  # no POSIX locks here: two supervisors on one run are then the user's business
+
+        def in_use(holder: str) -> str:
+            stopped = holder.isdecimal() and processes.stopped([int(holder)])
+            how = f", which a signal has stopped (kill -CONT {holder} lets it go on)" if stopped else ""
+            return f"run {self.path} is in use by process {holder}{how}; stop that one, or use another --run.name"
+
+        with locks.held(self.path / "lock", in_use=in_use):
             yield
-            return
-        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
-                stopped = holder.isdecimal() and processes.stopped([int(holder)])
-                how = f", which a signal has stopped (kill -CONT {holder} lets it go on)" if stopped else ""
-                raise SetupError(
-                    f"run {self.path} is in use by process {holder or '?'}{how}; stop that one, or use another "
-                    "--run.name"
-                ) from None
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-            yield
-        finally:
-            os.close(fd)
 
     @property
     def is_trained(self) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any
 
 from atpo_async import config as configuration
 from atpo_async.core.errors import ConfigError, RunMismatch, SetupError
+from atpo_async.run import locks
 from atpo_async.run.files import write_atomic
 from atpo_async.study.cells import Cell, CellResult, from_json, to_json
 from atpo_async.study.plan import (
@@ -227,25 +227,9 @@ def _joined(values: Sequence[object]) -> str:
     return ",".join(str(value) for value in values)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Raises SetupError naming the process that holds the folder."""
-    try:
-        import fcntl
-    except ImportError:  # no POSIX locks here: two studies in one folder are then the user's business
-        yield
-        return
-    fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
-            raise SetupError(
-                f"study {folder} is in use by process {holder or '?'}; stop that one, or use another --out"
-            ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(fd)
+    return locks.held(
+        folder / "lock",
+        in_use=lambda holder: f"study {folder} is in use by process {holder}; stop that one, or use another --out",
+    )

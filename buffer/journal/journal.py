@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
-import fcntl
 import logging
 import os
 import shutil
@@ -29,16 +28,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import lmdb
 import numpy as np
 
 from atpo_async.core.errors import AtpoError, SetupError
-from atpo_async.run import processes
+from atpo_async.run import locks, processes
 from atpo_async.status import waits
 from buffer.journal import check
 from buffer.trees.index import ROW, Place, Rows, TurnEntry, pack_entry
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 log = logging.getLogger("atpo.buffer.journal")
 
@@ -152,7 +154,7 @@ class Journal:
                 "folder that this user can write"
             ) from exc
         with contextlib.ExitStack() as held:
-            held.callback(os.close, lock)
+            held.callback(lock.release)
             self._env = held.enter_context(self._mapped(free=free, max_bytes=max_bytes, sync=sync, leased=leased))
             # Whoever forgets to close must not keep the folder from the next one in this process.
             self._let_go = weakref.finalize(self, held.pop_all().close)
@@ -591,20 +593,13 @@ class Journal:
         }
 
 
-def _lock(folder: Path) -> int:
-    """A descriptor that holds the folder for this process.  Raises SetupError naming the one that has it."""
-    lock = os.open(folder / "owner", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.pread(lock, 256, 0).decode(errors="replace")
-        os.close(lock)
-        raise SetupError(
-            f"the journal in {folder} is in use by another buffer{_named(owner)}; stop that one first"
-        ) from None
-    with contextlib.suppress(OSError):  # a full disk: then whoever finds it held hears no name
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+def _lock(folder: Path) -> BaseFileLock:
+    """Holds the folder for this process.  Raises SetupError naming the one that has it."""
+    owner = folder / "owner"
+    lock = locks.take(owner, f"{os.getpid()} {socket.gethostname()}\n")
+    if lock is None:
+        found = _named(locks.words_in(owner))
+        raise SetupError(f"the journal in {folder} is in use by another buffer{found}; stop that one first")
     return lock
 
 
