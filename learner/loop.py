@@ -294,7 +294,7 @@ class Learner:
         report = self.trainer.train(batch, version=self.version, should_stop=self._stop_torch.is_set)
         if self.config.learner.lineage:
             write_lineage(self.rundir.path / LINEAGE_FILE, batch, version=self.version, rank=self.ranks.rank)
-        self.recording.say_what_went_wrong(batch, report)
+        self.recording.log_problems(batch, report)
         trained = clock()
         version, checkpoint_wanted = self.ranks.next_version(), self.ranks.first_says(batch.checkpoint_wanted)
         announcement = self.publication.store(version) if self.publication.is_due(self.step + 1) else None

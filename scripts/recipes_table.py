@@ -81,7 +81,7 @@ class Run:
 
     recipe: str
     seed: int
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     """Of its ``atpo train``."""
     config: Config
 
@@ -116,8 +116,8 @@ def plan(names: Sequence[str], seeds: Sequence[int], folder: Path, options: Mapp
     for seed in seeds:
         for name in names:
             own = {**options, "run.dir": str(folder), "run.name": f"{name}-{seed}", "run.seed": str(seed)}
-            words = [*map(str, files(name)), *(f"--{key}={text}" for key, text in own.items())]
-            runs.append(Run(recipe=name, seed=seed, words=tuple(words), config=load(files(name), own)))
+            arguments = [*map(str, files(name)), *(f"--{key}={text}" for key, text in own.items())]
+            runs.append(Run(recipe=name, seed=seed, arguments=tuple(arguments), config=load(files(name), own)))
     return runs
 
 
@@ -154,7 +154,7 @@ def start(run: Run, log: IO[bytes]) -> subprocess.Popen[bytes]:
     # Tied to us, the run ends with us, however we end; in a session of its own, it gets Ctrl-C from us alone.
     tie = functools.partial(processes.die_with_parent, parent_pid=os.getpid())
     return subprocess.Popen(
-        [sys.executable, "-m", "atpo_async", "train", *run.words],
+        [sys.executable, "-m", "atpo_async", "train", *run.arguments],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -182,7 +182,7 @@ def run_all(runs: Sequence[Run], *, jobs: int, folder: Path) -> list[str]:
             for process in [p for p in under_way if p.poll() is not None]:
                 run, log, began = under_way.pop(process)
                 if process.returncode == 0:
-                    print(f"{run}: {time.monotonic() - began:.0f} s; {told(outcome(run))}", flush=True)
+                    print(f"{run}: {time.monotonic() - began:.0f} s; {described(outcome(run))}", flush=True)
                 else:
                     failed.append(f"{run}: {last_line(log)}  (exit code {process.returncode}; log: {log})")
                     print(failed[-1], flush=True)
@@ -199,7 +199,7 @@ def run_all(runs: Sequence[Run], *, jobs: int, folder: Path) -> list[str]:
 
 def last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "its log is empty"
 
 
 def make_policies(runs: Sequence[Run]) -> None:
@@ -236,7 +236,7 @@ def outcome(run: Run) -> Outcome:
     )
 
 
-def told(found: Outcome) -> str:
+def described(found: Outcome) -> str:
     greedy = "–" if found.greedy is None else f"{found.greedy:.3f}"
     reached = "not reached" if found.goal_step is None else f"at step {found.goal_step}, {found.goal_s:.0f} s"
     return f"greedy {greedy}; {GOAL:g} sampled success {reached}"
@@ -322,7 +322,7 @@ def put(page: str, text: str) -> str:
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise SetupError(f"{DOCS} lacks the lines {BEGIN!r} and {END!r}, between which the table goes")
+        raise SetupError(f"{DOCS} does not have the lines {BEGIN!r} and {END!r}, between which the table goes")
     return before + text + after
 
 
@@ -346,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = [run for run in runs if not is_done(run)]
         for run in runs:
             if run not in wanted:
-                print(f"{run}: done before; {told(outcome(run))}", flush=True)
+                print(f"{run}: done before; {described(outcome(run))}", flush=True)
         make_policies(wanted)
         failed = run_all(wanted, jobs=args.jobs, folder=args.dir)
         if failed:

@@ -299,5 +299,5 @@ def test_the_report_says_which_versions_were_mixed_and_what_was_unknown(tmp_path
     sampled = Record(time=9.0, source="learner", step=4, version=4, metrics={"train/success_unknown": 0.25})
     lines = facts(rundir, [evaluated(2, 0.5, 2, 2), evaluated(4, 0.75, 4, 6), counted, sampled]).lines()
     assert "greedy success on held-out tasks: 0.500 (step 2), 0.750 (step 4, versions 4 to 6)" in lines
-    assert any(line.startswith("3 held-out tasks ended without a word on success") for line in lines)
-    assert any(line.startswith("25.0% of what was sampled in training ended without a word") for line in lines)
+    assert any(line.startswith("3 held-out tasks ended without a success value") for line in lines)
+    assert any(line.startswith("25.0% of what was sampled in training ended without a success value") for line in lines)

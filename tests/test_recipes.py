@@ -202,7 +202,7 @@ def test_the_plan_has_every_recipe_with_its_scale_and_its_own_folder(folder: Pat
         assert (run.config.run.seed, run.config.run.steps, run.config.learner.weight_decay) == (run.seed, STEPS, 0.5)
         assert run.config.search.max_leaves == 9, "all recipes get as many rollouts of a task"
         assert run.config.staleness.trees_per_batch == 12
-        assert run.words[:2] == ("configs/demo.toml", f"configs/recipes/{run.recipe}.toml")
+        assert run.arguments[:2] == ("configs/demo.toml", f"configs/recipes/{run.recipe}.toml")
 
 
 def test_an_unknown_recipe_is_named_with_those_there_are(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,7 +229,7 @@ def test_what_was_not_reached_or_not_measured_is_no_number(folder: Path) -> None
     pretend(run, [0.2] * STEPS, greedy=None)
     found = recipes_table.outcome(run)
     assert (found.greedy, found.goal_step, found.goal_tokens, found.goal_s) == (None, None, None, None)
-    assert recipes_table.told(found) == "greedy –; 0.9 sampled success not reached"
+    assert recipes_table.described(found) == "greedy –; 0.9 sampled success not reached"
 
 
 def test_the_table_has_a_row_a_recipe_with_each_seed_and_the_mean(folder: Path) -> None:

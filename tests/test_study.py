@@ -203,11 +203,11 @@ def test_steps_that_only_use_up_what_is_under_way_count_for_nothing() -> None:
         ([], "it ended after 0 of 7 steps"),
     ],
 )
-def test_a_run_that_ended_short_of_its_end_says_what_lacks(records: list[Record], reason: str | None) -> None:
+def test_a_run_that_ended_too_early_says_what_is_missing(records: list[Record], reason: str | None) -> None:
     assert unfinished(records, steps=5, lag=2, evaluates=True) == reason
 
 
-def test_an_evaluation_that_nobody_asked_for_does_not_lack() -> None:
+def test_an_evaluation_that_was_not_asked_for_is_not_missing() -> None:
     records = records_of([0.1] * 5, greedy=None)
     assert unfinished(records, steps=5, lag=0, evaluates=False) is None
     assert "greedy" not in figures_of(records, steps=5, lag=0)
@@ -246,7 +246,7 @@ EXPECTED: dict[tuple[int, str], Sequence[Value]] = {
 }  # fmt: skip
 
 
-def test_what_staleness_does_and_what_undoes_it_is_said_with_its_figures() -> None:
+def test_what_staleness_does_and_what_undoes_it_is_stated_with_its_figures() -> None:
     assert conclusions(summary_of(EXPECTED), {"turn": "turn-level truncation"}) == [
         "At lag 16 training without a correction ends at 0.01 (0.01–0.02); higher: with turn-level truncation at "
         "0.73 (0.70–0.76).",
@@ -259,7 +259,7 @@ def test_what_staleness_does_and_what_undoes_it_is_said_with_its_figures() -> No
     ]
 
 
-def test_a_grid_in_which_nothing_differs_is_said_to_be_one() -> None:
+def test_a_grid_in_which_nothing_differs_is_described_as_such() -> None:
     grid = {(lag, name): (0.93, 0.96) for lag in (0, 2, 8) for name in ("none", "token", "turn")}
     found = conclusions(summary_of(grid))
     assert found[0].startswith("At lags 0, 2 and 8 nothing is told apart from training without a correction")
@@ -284,7 +284,7 @@ def test_seeds_that_disagree_elsewhere_in_the_grid_make_a_small_difference_doubt
     assert not any("At lag 2 training" in line for line in conclusions(summary_of(near | noisy)))
 
 
-def test_grids_that_contradict_themselves_are_told_lag_by_lag() -> None:
+def test_grids_that_contradict_themselves_are_described_lag_by_lag() -> None:
     grid: dict[tuple[int, str], Sequence[Value]] = {
         (0, "none"): (0.20, 0.22), (0, "turn"): (0.90, 0.92),
         (2, "none"): (0.90, 0.92), (2, "turn"): (0.50, 0.51),
@@ -355,9 +355,9 @@ def test_one_seed_gives_figures_and_no_difference() -> None:
     assert not any("above" in line or "below" in line for line in found)
 
 
-def test_without_results_nothing_is_said() -> None:
+def test_without_results_there_is_no_conclusion() -> None:
     assert conclusions(summary_of({(8, "none"): (FAILED, None), (8, "turn"): (None, None)})) == [
-        "Nothing can be said: 1 of 4 cells have ended, none with a result."
+        "No conclusion: 1 of 4 cells have ended, none with a result."
     ]
 
 
@@ -411,7 +411,7 @@ ORIGIN = Origin(
 MIXED = dict(EXPECTED) | {(16, "none"): (FAILED, 0.02), (2, "turn"): (0.95, None)}
 
 
-def test_the_csv_has_a_line_for_every_cell_those_too_that_failed_or_lack() -> None:
+def test_the_csv_has_a_line_for_every_cell_also_for_those_that_failed_or_are_missing() -> None:
     rows = list(csv.DictReader(io.StringIO(to_csv(summary_of(MIXED)))))
     assert len(rows) == 16
     by_cell = {(row["lag"], row["correction"], row["seed"]): row for row in rows}
@@ -461,7 +461,7 @@ class Checker(HTMLParser):
         self.fetched += [str(value) for name, value in attrs if name in ("src", "href", "srcset")]
 
 
-def test_the_page_is_one_file_that_fetches_nothing_and_has_a_light_and_a_dark_dress() -> None:
+def test_the_page_is_one_file_that_fetches_nothing_and_is_readable_in_light_and_in_dark() -> None:
     text = page(summary_of(MIXED, greedy=0.5), ORIGIN)
     checker = Checker()
     checker.feed(text)
@@ -611,7 +611,7 @@ def test_a_failed_cell_does_not_stop_the_study_and_the_table_shows_it(bench: Ben
 
 def test_a_study_of_which_every_cell_failed_says_so(bench: Bench) -> None:
     assert bench.run(plan_of(), FakeRunner(failed)) is False
-    assert "Nothing can be said: 8 of 8 cells have ended, none with a result." in bench.said
+    assert "No conclusion: 8 of 8 cells have ended, none with a result." in bench.said
 
 
 def test_what_would_end_every_cell_alike_stops_the_study_and_is_no_result(bench: Bench) -> None:
@@ -733,7 +733,7 @@ def test_a_report_is_of_the_part_of_the_grid_that_is_named(
         assert capsys.readouterr().err == f"error: {line}\n"
 
 
-def test_a_folder_of_before_names_were_kept_is_reported_on(bench: Bench) -> None:
+def test_a_folder_that_records_no_arguments_is_reported_on(bench: Bench) -> None:
     bench.run(plan_of(), FakeRunner())
     file = bench.out / "study.json"
     data = json.loads(file.read_text())
@@ -804,7 +804,7 @@ def test_bad_words_are_one_line_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_studys_own_settings_that_a_users_file_stands_in_for_are_told() -> None:
+def test_the_studys_own_settings_that_a_users_file_replaces_are_named() -> None:
     own, users = ROOT / "configs" / "staleness.toml", str(ROOT / "configs" / "demo.toml")
     (line,) = left_out(load(users), [users], own)
     assert line.startswith(f"{users} stands in for {own}, and its settings are not used: learner.schedule = constant, ")
@@ -945,7 +945,7 @@ CRASH = """
         (CRASH, "learner: loss is nan"),
         ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL, out of memory?"),
         ("import sys; sys.exit(130)", "its command was stopped from outside"),
-        ("import sys; sys.exit(1)", "it said nothing"),
+        ("import sys; sys.exit(1)", "its log is empty"),
         ("pass", "it ended after 0 of 6 steps"),
     ],
 )
@@ -971,7 +971,7 @@ async def test_a_cell_that_only_the_user_can_mend_is_raised(tmp_path: Path, tag:
 
 
 @linux
-async def test_a_cell_begins_anew_in_a_clean_folder_and_its_steps_are_told(tmp_path: Path, tag: str) -> None:
+async def test_a_cell_begins_anew_in_a_clean_folder_and_its_steps_are_reported(tmp_path: Path, tag: str) -> None:
     plan, folder = plan_of(), StudyFolder(tmp_path / "s")
     told: list[tuple[int, float | None]] = []
     with folder.held(plan):

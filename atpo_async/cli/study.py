@@ -102,7 +102,7 @@ def _asked_plan(asked: Asked, out: Path) -> Plan:
     return Plan.of(
         load(args.config or [demo_config(), demo_config().with_name("staleness.toml")], texts),
         options=list(texts),
-        words=words_of(args.config, texts),
+        arguments=arguments_of(args.config, texts),
         **{name: value for name, value in grid.items() if value is not None},
     )
 
@@ -251,8 +251,8 @@ def jobs_here(engine: str, console: Console) -> int:
     return max(1, min(cores, int(free / each)))
 
 
-def words_of(files: Sequence[str], options: Mapping[str, str]) -> list[str]:
-    """A plan's ``words``: without this machine's folders."""
+def arguments_of(files: Sequence[str], options: Mapping[str, str]) -> list[str]:
+    """A plan's ``arguments``: without this machine's folders."""
     return [*(outputs.relative(Path(file)) for file in files), *(f"--{k}={text}" for k, text in options.items())]
 
 
@@ -279,7 +279,7 @@ def left_out(base: Config, files: Sequence[str], own: Path) -> list[str]:
 def reproducing(plan: Plan) -> str:
     """The command that makes the same study anywhere, its grid spelt out."""
     grid = ["--lags", _joined(plan.lags), "--corrections", _joined(plan.corrections), "--seeds", str(len(plan.seeds))]
-    return shlex.join(["atpo", "study", "staleness", *plan.words, *grid])
+    return shlex.join(["atpo", "study", "staleness", *plan.arguments, *grid])
 
 
 def _joined(values: Sequence[object]) -> str:

@@ -28,7 +28,7 @@ NAME = "sinks"
 """Of the process, in marks and in the names of its logs."""
 
 READY_S = 60.0
-"""For the libraries of the sinks to be imported; past it the run begins without having heard from them."""
+"""For the libraries of the sinks to be imported; past it the run begins all the same."""
 
 END_S = CLOSE_S + 3.0
 """For the process to end once it knows the run's outcome; then it is killed with all that it started."""

@@ -1,4 +1,4 @@
-"""The facts of a run: its success, goal, lag, waits and memory in figures, out of its metrics."""
+"""The facts of a run: success, goal, lag, waits and memory as numbers, computed from its metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """The run in figures."""
+    """The run in numbers."""
 
     name: str
     run_id: str
@@ -165,12 +165,12 @@ def unknowns(eval_tasks: float, train_share: float) -> list[str]:
     found = []
     if eval_tasks:
         found.append(
-            f"{eval_tasks:.0f} held-out tasks ended without a word on success (StepResult.success is None): greedy "
+            f"{eval_tasks:.0f} held-out tasks ended without a success value (StepResult.success is None): greedy "
             "success is that of the others"
         )
     if train_share:
         found.append(
-            f"{max(train_share, 0.001):.1%} of what was sampled in training ended without a word on success: sampled "
+            f"{max(train_share, 0.001):.1%} of what was sampled in training ended without a success value: sampled "
             "success is that of the rest"
         )
     return found

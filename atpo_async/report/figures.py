@@ -125,7 +125,7 @@ def shares(records: Sequence[Record]) -> Figure:
     return Figure(
         charts.bars(rows),
         "Shares of each role's time.  The learner waits for data when generation is the bottleneck, the actors for "
-        "room when training is; weights are published by the one and swapped in by the others.",
+        "admission when training is; weights are published by the one and swapped in by the others.",
     )
 
 

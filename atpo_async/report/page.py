@@ -53,7 +53,7 @@ def page(rundir: RunDir, found: Facts, records: Sequence[Record]) -> str:
 
 
 def _tiles(found: Facts) -> list[tuple[str, str]]:
-    """The figures that a reader looks for first, and what each of them is."""
+    """The numbers that a reader looks for first, and what each of them is."""
     since = "first lease" if found.origin_is_lease else "first record"
     return [
         (
@@ -69,7 +69,7 @@ def _tiles(found: Facts) -> list[tuple[str, str]]:
         (shown(found.lag_mean, "{:.2f}"), f"mean lag (max {shown(found.lag_max, '{:.0f}')}), versions"),
         (shown(found.multi_version_share, "{:.1%}"), "of turns sampled by more than one version"),
         (shown(found.learner_wait_share, "{:.0%}"), "of the learner's time waiting for data"),
-        (shown(found.actor_wait_share, "{:.0%}"), "of the actors' time waiting for room"),
+        (shown(found.actor_wait_share, "{:.0%}"), "of the actors' time waiting for admission"),
     ]
 
 

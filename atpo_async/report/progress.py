@@ -23,8 +23,8 @@ STARTING_EVERY_S = 10.0
 """Between two lines about roles that are starting."""
 WINDOW = 8
 """Records of one source over which waits are averaged."""
-BARREN_STEPS = 5
-"""Steps in a row without a tree to learn from after which that is said; again whenever they have doubled."""
+MANY_STEPS = 5
+"""Batches in a row without a tree to train on before the user is warned; again whenever their number has doubled."""
 
 
 @dataclass
@@ -43,8 +43,8 @@ class RunState:
     eval_mixed: str = ""
     """Which versions sampled the latest of them, where that was more than one."""
     failed_branches: int = 0
-    barren_steps: int = 0
-    """In a row, up to the latest, without a tree to learn from."""
+    steps_without_trees: int = 0
+    """Batches in a row, up to the latest, without a tree to train on."""
     _waits: dict[str, deque[tuple[float, float]]] = field(default_factory=dict)
     _pace: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=40))
 
@@ -63,7 +63,7 @@ class RunState:
             if record.time < self.since:
                 continue
             if "batch/trees" in record.metrics:
-                self.barren_steps = 0 if record.metrics["batch/trees"] else self.barren_steps + 1
+                self.steps_without_trees = 0 if record.metrics["batch/trees"] else self.steps_without_trees + 1
             if "train/loss" in record.metrics:
                 self._pace.append((record.time, record.step))
             for name in ("time/learner_wait_s", "time/actor_wait_s"):
@@ -121,7 +121,7 @@ class Progress:
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._said_at = clock()
         self._said = (0, 0)
-        self._barren_said = 0
+        self._warned_at_steps = 0
         self._starting = ""
         self._starting_said_at = clock()
 
@@ -146,7 +146,7 @@ class Progress:
     def feed(self, records: Sequence[Record]) -> None:
         """Take in records and show what changed: the panel at every call, a plain line every few seconds and evals."""
         self.state.feed(records)
-        self._say_if_barren()
+        self._warn_if_nothing_is_trained()
         now = self._clock()
         if self._live is not None:
             self._refresh()
@@ -175,17 +175,17 @@ class Progress:
         view = panel(self.state, title=self._title, elapsed_s=self.elapsed_s, starting=self._starting)
         self._live.update(view, refresh=True)
 
-    def _say_if_barren(self) -> None:
-        steps = self.state.barren_steps
+    def _warn_if_nothing_is_trained(self) -> None:
+        steps = self.state.steps_without_trees
         if not steps:
-            self._barren_said = 0
-        elif steps >= max(BARREN_STEPS, 2 * self._barren_said):
-            self._barren_said = steps
+            self._warned_at_steps = 0
+        elif steps >= max(MANY_STEPS, 2 * self._warned_at_steps):
+            self._warned_at_steps = steps
             success = _number(self.state.latest.get("train/success"), "{:.2f}")
             self.say(
-                f"{steps} batches in a row had no tree to learn from: in each tree all chains earned the same (success "
-                f"{success}), and the weights stand still; near 0 the policy may have collapsed: a lower learner.lr or "
-                "staleness.max_lag makes that less likely"
+                f"{steps} batches in a row had no tree to learn from: all leaves of each tree earned the same (success "
+                f"{success}), so the weights do not change; near 0 the policy may have collapsed: a lower learner.lr "
+                "or staleness.max_lag makes that less likely"
             )
 
 

@@ -72,7 +72,7 @@ class Cell:
         return f"lag{self.lag}-{self.correction.replace('+', '-')}-seed{self.seed}"
 
     @property
-    def words(self) -> str:
+    def label(self) -> str:
         return f"lag {self.lag}, {self.correction}, seed {self.seed}"
 
 
@@ -105,7 +105,7 @@ def figures_of(records: Sequence[Record], *, steps: int, lag: int) -> dict[str, 
 
     Args:
         steps: over which success counts; the run makes ``lag`` more, which only use up what is under way.
-        lag: of the cell; the first ``lag`` batches are younger and tell nothing of it.
+        lag: of the cell; the first ``lag`` batches are younger, and left out of what depends on it.
     """
     found: dict[str, float] = {}
     curve = curve_of(records, steps=steps)

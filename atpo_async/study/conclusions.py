@@ -1,4 +1,4 @@
-"""The sentences that a study's results support.  Pure: a summary in, words out.
+"""The sentences that a study's results support.  Pure: a summary in, sentences out.
 
 A difference is stated only where it is larger than what seeds do (``summary.Yardstick``); a group with a failed or
 missing cell is described and never compared.
@@ -12,27 +12,27 @@ from atpo_async.study.cells import FINAL
 from atpo_async.study.plan import CORRECTIONS
 from atpo_async.study.summary import Comparison, Group, Spread, Summary, Yardstick, compare
 
-WORDS = {name: correction.words for name, correction in CORRECTIONS.items()}
+PHRASES = {name: correction.phrase for name, correction in CORRECTIONS.items()}
 """How a sentence calls a correction."""
 
 
 def sentences(summary: Summary) -> list[str]:
-    """The conclusions, with the corrections called by ``WORDS``."""
-    return conclusions(summary, WORDS)
+    """The conclusions, with the corrections called by ``PHRASES``."""
+    return conclusions(summary, PHRASES)
 
 
-def conclusions(summary: Summary, words: Mapping[str, str] | None = None) -> list[str]:
+def conclusions(summary: Summary, phrases: Mapping[str, str] | None = None) -> list[str]:
     """Sentences that the results support: of final sampled success, the largest lag first, then of other figures.
 
     Args:
-        words: name of a correction -> how a sentence calls it ("turn-level truncation").
+        phrases: name of a correction -> how a sentence calls it ("turn-level truncation").
 
-    Each lag is spoken of, so no part of the grid that says otherwise is left out.
+    Every lag has a sentence: no part of the grid that contradicts another is left out.
     """
-    words = words or {}
+    phrases = phrases or {}
     if not any(group.spread(FINAL) for group in summary.groups.values()):
         ended = len(summary.results)
-        return [f"Nothing can be said: {ended} of {_num_planned(summary)} cells have ended, none with a result."]
+        return [f"No conclusion: {ended} of {_num_planned(summary)} cells have ended, none with a result."]
     found = []
     if len(summary.seeds) < 2:
         found.append("With one seed a cell no difference can be told from chance; the figures are what was measured.")
@@ -40,12 +40,12 @@ def conclusions(summary: Summary, words: Mapping[str, str] | None = None) -> lis
     reference = "none" if "none" in summary.corrections else summary.corrections[0]
     others = [name for name in summary.corrections if name != reference]
     if others:
-        found += _against(summary, yardstick, reference, others, words)
+        found += _against(summary, yardstick, reference, others, phrases)
         found += _among(summary, yardstick, others)
         for key, name in (("area", "the area under the learning curve"), ("greedy", "greedy success")):
             found += _by(summary, key, name, reference, others)
     if len(summary.lags) > 1:
-        found += _price(summary, yardstick, words)
+        found += _price(summary, yardstick, phrases)
     found += _incomplete(summary)
     return found
 
@@ -55,7 +55,7 @@ def _num_planned(summary: Summary) -> int:
 
 
 def _against(
-    summary: Summary, yardstick: Yardstick, reference: str, others: Sequence[str], words: Mapping[str, str]
+    summary: Summary, yardstick: Yardstick, reference: str, others: Sequence[str], phrases: Mapping[str, str]
 ) -> list[str]:
     """Each lag's corrections beside ``reference``: lags with a difference first, the largest lag leading."""
     apart: list[str] = []
@@ -71,20 +71,20 @@ def _against(
         elif signs == {"same"}:
             alike.append(lag)
         elif signs & {"above", "below"}:
-            apart.append(_told_apart(lag, base, made, words))
+            apart.append(_told_apart(lag, base, made, phrases))
         else:
-            open_lags.append(_only_figures(lag, [base, *(c.first for c in made.values())], words))
+            open_lags.append(_only_figures(lag, [base, *(c.first for c in made.values())], phrases))
     found = apart
     if alike:
-        found.append(_alike(summary, sorted(alike), reference, others, words))
+        found.append(_alike(summary, sorted(alike), reference, others, phrases))
     found += open_lags
     if empty:
         found.append(f"At {_lags(sorted(empty))} no cell has given a result.")
     return found
 
 
-def _told_apart(lag: int, base: Group, made: Mapping[str, Comparison], words: Mapping[str, str]) -> str:
-    parts = [f"At lag {lag} training {_with(base, words)} ends at {_level(base)}"]
+def _told_apart(lag: int, base: Group, made: Mapping[str, Comparison], phrases: Mapping[str, str]) -> str:
+    parts = [f"At lag {lag} training {_with(base, phrases)} ends at {_level(base)}"]
     for sign, lead in (
         ("above", "higher:"),
         ("below", "lower:"),
@@ -93,7 +93,7 @@ def _told_apart(lag: int, base: Group, made: Mapping[str, Comparison], words: Ma
     ):
         groups = [c.first for c in made.values() if c.sign == sign]
         if groups:
-            parts.append(f"{lead} {_listed([f'{_with(g, words)} at {_level(g)}' for g in groups])}")
+            parts.append(f"{lead} {_listed([f'{_with(g, phrases)} at {_level(g)}' for g in groups])}")
     text = "; ".join(parts) + "."
     if lag == 0:
         text += "  Age cannot be the reason there: at lag 0 all corrections are one computation, engine mismatch apart."
@@ -101,21 +101,21 @@ def _told_apart(lag: int, base: Group, made: Mapping[str, Comparison], words: Ma
 
 
 def _alike(
-    summary: Summary, lags: Sequence[int], reference: str, others: Sequence[str], words: Mapping[str, str]
+    summary: Summary, lags: Sequence[int], reference: str, others: Sequence[str], phrases: Mapping[str, str]
 ) -> str:
     spreads = {(lag, name): _spread(summary[lag, name]) for lag in lags for name in (reference, *others)}
     difference = max(abs(spreads[lag, name].mean - spreads[lag, reference].mean) for lag in lags for name in others)
     widest = max(s.range for s in spreads.values())
     means = [s.mean for s in spreads.values()]
     return (
-        f"At {_lags(lags)} nothing is told apart from training {_with(summary[lags[0], reference], words)} beyond what "
-        f"seeds do: the means are {min(means):.2f} to {max(means):.2f}, the largest difference at one lag is "
+        f"At {_lags(lags)} nothing is told apart from training {_with(summary[lags[0], reference], phrases)} beyond "
+        f"what seeds do: the means are {min(means):.2f} to {max(means):.2f}, the largest difference at one lag is "
         f"{difference:.2f}, the largest spread over seeds {widest:.2f}."
     )
 
 
-def _only_figures(lag: int, groups: Sequence[Group], words: Mapping[str, str]) -> str:
-    return f"At lag {lag}, without a comparison: {_listed([f'{_with(g, words)} {_level(g)}' for g in groups])}."
+def _only_figures(lag: int, groups: Sequence[Group], phrases: Mapping[str, str]) -> str:
+    return f"At lag {lag}, without a comparison: {_listed([f'{_with(g, phrases)} {_level(g)}' for g in groups])}."
 
 
 def _among(summary: Summary, yardstick: Yardstick, names: Sequence[str]) -> list[str]:
@@ -170,7 +170,7 @@ def _short(group: Group, key: str = FINAL) -> str:
     return group.correction if spread is None else f"{group.correction} ({spread.mean:.2f})"
 
 
-def _price(summary: Summary, yardstick: Yardstick, words: Mapping[str, str]) -> list[str]:
+def _price(summary: Summary, yardstick: Yardstick, phrases: Mapping[str, str]) -> list[str]:
     """Each correction at its lags beside the smallest lag of the grid."""
     start, *lags = sorted(summary.lags)
     free, found = [], []
@@ -187,11 +187,11 @@ def _price(summary: Summary, yardstick: Yardstick, words: Mapping[str, str]) -> 
                 parts.append(f"{sign} that at {_listed([f'lag {g.lag} ({_spread(g).mean:.2f})' for g in there])}")
         if parts:
             found.append(
-                f"{_capital(_with(base, words))}, success is {_level(base)} at lag {start} and {' and '.join(parts)}"
+                f"{_capital(_with(base, phrases))}, success is {_level(base)} at lag {start} and {' and '.join(parts)}"
             )
     sentences = [f"{text}." for text in found]
     if free:
-        listed = _listed([_with(summary[start, name], words) for name in free], last="or")
+        listed = _listed([_with(summary[start, name], phrases) for name in free], last="or")
         sentences.append(
             f"{_capital(listed)}, success up to lag {lags[-1]} is not told apart from that at lag {start}."
         )
@@ -202,7 +202,7 @@ def _incomplete(summary: Summary) -> list[str]:
     failed = [r for r in summary.results if r.status == "failed"]
     found = []
     if failed:
-        listed = "; ".join(f"{r.cell.words}: {r.reason}" for r in failed[:4])
+        listed = "; ".join(f"{r.cell.label}: {r.reason}" for r in failed[:4])
         more = f"; and {len(failed) - 4} more" if len(failed) > 4 else ""
         found.append(f"Failed, and in no mean: {len(failed)} of {_num_planned(summary)} cells ({listed}{more}).")
     if summary.num_missing:
@@ -225,12 +225,12 @@ def _spread(group: Group) -> Spread:
     return spread
 
 
-def _called(name: str, words: Mapping[str, str]) -> str:
-    return words.get(name, name)
+def _called(name: str, phrases: Mapping[str, str]) -> str:
+    return phrases.get(name, name)
 
 
-def _with(group: Group, words: Mapping[str, str]) -> str:
-    return "without a correction" if group.correction == "none" else f"with {_called(group.correction, words)}"
+def _with(group: Group, phrases: Mapping[str, str]) -> str:
+    return "without a correction" if group.correction == "none" else f"with {_called(group.correction, phrases)}"
 
 
 def _lags(lags: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
 """The folder of a study: what it was made for, and how each of its cells ended.
 
-  study.json        the grid, the configuration it started from and the words of the command line that named it; its
+  study.json        the grid, the configuration it started from and the arguments that named it on the command line; its
                     presence makes the folder a study
   cells/<cell>.json     how a cell ended, and with what settings: a cell with this file is not run again
   configs/<cell>.json   the cell's whole configuration
@@ -75,10 +75,10 @@ class StudyFolder:
                 f"--seeds {seeds}: study {self.path} has {len(was['seeds'])} seeds ({_joined(was['seeds'])}); use 1 to "
                 f"{len(was['seeds'])}"
             )
-        kept_lags = tuple(was["lags"]) if lags is None else parse_lags(lags)
+        some_lags = tuple(was["lags"]) if lags is None else parse_lags(lags)
         names = tuple(was["corrections"]) if corrections is None else parse_corrections(corrections)
         for option, some, every in (
-            ("--lags", kept_lags, was["lags"]),
+            ("--lags", some_lags, was["lags"]),
             ("--corrections", names, was["corrections"]),
         ):
             if not set(some) <= set(every):
@@ -91,10 +91,10 @@ class StudyFolder:
             data.setdefault(section, {})[name] = value
         return Plan(
             base=configuration.build(data, source=str(file)),
-            lags=kept_lags,
+            lags=some_lags,
             corrections=names,
             seeds=tuple(was["seeds"][:seeds]),
-            words=tuple(was["words"]),
+            arguments=tuple(was["words"]),
         )
 
     def results(self, plan: Plan) -> dict[Cell, CellResult]:
@@ -185,12 +185,12 @@ class StudyFolder:
     def _known(self, file: Path) -> dict[str, Any]:
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
-            kept = {name: data[name] for name in ("kind", "lags", "corrections", "seeds", "base")}
-            if not all(isinstance(kept[name], list) and kept[name] for name in ("lags", "corrections", "seeds")):
+            found = {name: data[name] for name in ("kind", "lags", "corrections", "seeds", "base")}
+            if not all(isinstance(found[name], list) and found[name] for name in ("lags", "corrections", "seeds")):
                 raise ValueError("no grid")
-            kept["words"] = [str(word) for word in data.get("words", ())]
-            kept["base"] = dict(kept["base"])
-            return kept
+            found["words"] = [str(word) for word in data.get("words", ())]
+            found["base"] = dict(found["base"])
+            return found
         except (OSError, ValueError, KeyError, TypeError) as exc:
             raise SetupError(
                 f"{file} is damaged ({type(exc).__name__}: {exc}); use another --out, or delete the folder"
@@ -204,7 +204,7 @@ class StudyFolder:
             "lags": list(plan.lags),
             "corrections": list(plan.corrections),
             "seeds": list(plan.seeds),
-            "words": list(plan.words),
+            "words": list(plan.arguments),
             "base": base,
         }
 

@@ -73,7 +73,7 @@ def failures(summary: Summary) -> str:
     failed = [result for result in summary.results if result.status == "failed"]
     if not failed:
         return ""
-    return "Failed cells:\n\n" + "\n".join(f"- {r.cell.words}: {r.reason}" for r in failed)
+    return "Failed cells:\n\n" + "\n".join(f"- {r.cell.label}: {r.reason}" for r in failed)
 
 
 def fill(text: str, section: str, *, where: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from atpo_async.report.figures import Figure
 from atpo_async.report.pages import render
 from atpo_async.study.cells import COLUMNS, FINAL, WINDOW
-from atpo_async.study.conclusions import WORDS, sentences
+from atpo_async.study.conclusions import PHRASES, sentences
 from atpo_async.study.figure import COLORS, PANELS
 from atpo_async.study.folder import KIND
 from atpo_async.study.origin import Origin
@@ -31,7 +31,7 @@ def page(summary: Summary, origin: Origin) -> str:
         seeds=num_seeds(summary),
         sentences=sentences(summary),
         corrections=[
-            {"name": name, "words": WORDS[name], "color": COLORS[name], "mark": mark(17, 7, name)}
+            {"name": name, "phrase": PHRASES[name], "color": COLORS[name], "mark": mark(17, 7, name)}
             for name in summary.corrections
         ],
         panels=[Figure(draw_panel(summary, panel), panel.title) for panel in PANELS],
@@ -45,8 +45,8 @@ def page(summary: Summary, origin: Origin) -> str:
 
 
 def _tables(summary: Summary) -> list[tuple[str, list[list[str]]]]:
-    """Heading and rows, the head first; no rows where there is nothing to say."""
-    failed = [[r.cell.words, r.reason] for r in summary.results if r.status == "failed"]
+    """Heading and rows, the head first; no rows where there are none."""
+    failed = [[r.cell.label, r.reason] for r in summary.results if r.status == "failed"]
     return [
         (f"Sampled success at the end, mean of the last {WINDOW} steps", matrix(summary, FINAL)),
         ("Greedy success on held-out tasks", matrix(summary, "greedy") if has(summary, "greedy") else []),

@@ -22,7 +22,7 @@ ASK_GRACE_S = 1.0
 class Correction:
     """A named setting of ``[correction]``.  Fields it does not name keep what the configuration says."""
 
-    words: str
+    phrase: str
     """As a sentence calls it."""
     fields: Mapping[str, Any]
 
@@ -39,8 +39,8 @@ _PLAIN: dict[str, Any] = {
 }
 
 CORRECTIONS: dict[str, Correction] = {
-    name: Correction(words=words, fields=_PLAIN | fields)
-    for name, words, fields in (
+    name: Correction(phrase=phrase, fields=_PLAIN | fields)
+    for name, phrase, fields in (
         ("none", "no correction", {"action": "none", "level": "turn", "accept_bias": True}),
         ("token", "token-level truncation", {"action": "truncate", "level": "token"}),
         ("turn", "turn-level truncation", {"action": "truncate", "level": "turn"}),
@@ -105,7 +105,7 @@ def parse_corrections(text: str) -> tuple[str, ...]:
 def _words(text: str, option: str) -> list[str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
-        raise ConfigError(f"{option} names nothing; separate what it shall name with commas")
+        raise ConfigError(f"{option} names nothing; separate names with commas")
     return words
 
 
@@ -117,7 +117,7 @@ class Plan:
     lags: tuple[int, ...]
     corrections: tuple[str, ...]
     seeds: tuple[int, ...]
-    words: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
     """Files and options that make ``base`` on a command line; none for what a study takes where none are given."""
 
     @classmethod
@@ -129,9 +129,9 @@ class Plan:
         corrections: str = DEFAULT_CORRECTIONS,
         seeds: int = DEFAULT_SEEDS,
         options: Sequence[str] = (),
-        words: Sequence[str] = (),
+        arguments: Sequence[str] = (),
     ) -> Plan:
-        """From what the command line says; ``options`` are the dotted fields that the user set, ``words`` as the field.
+        """From the command line; ``options`` are the dotted fields that the user set, ``arguments`` as the field.
 
         The seeds are ``base.run.seed`` and those that follow.  Raises ConfigError for anything that does not make a
         grid, and for a cell that no run could have.
@@ -167,7 +167,7 @@ class Plan:
             lags=parse_lags(lags),
             corrections=parse_corrections(corrections),
             seeds=tuple(range(base.run.seed, base.run.seed + seeds)),
-            words=tuple(words),
+            arguments=tuple(arguments),
         )
         for cell in plan.cells():
             plan.config(cell, runs=Path("runs"))
@@ -200,15 +200,15 @@ class Plan:
         try:
             return configuration.build(data)
         except ConfigError as exc:
-            raise ConfigError(f"cell {cell.words}: {exc}") from None
+            raise ConfigError(f"cell {cell.label}: {exc}") from None
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """Dotted path -> value of all that bears on what the cell learns, as JSON has it."""
         config = self.config(cell, runs=Path("runs"))
-        kept = settings_of(config, leaving=(*FREE, "run.name", "run.dir"))
+        found = settings_of(config, leaving=(*FREE, "run.name", "run.dir"))
         if config.model.warm_start:
-            kept.pop("model.path")  # follows from the rest, and is made when it is needed
-        return kept | {"run.seed": cell.seed}
+            found.pop("model.path")  # follows from the rest, and is made when it is needed
+        return found | {"run.seed": cell.seed}
 
 
 def settings_of(config: Config, *, leaving: Sequence[str]) -> dict[str, Any]:

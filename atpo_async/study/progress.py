@@ -78,7 +78,7 @@ class StudyProgress:
     def began(self, cell: Cell, *, steps: int) -> None:
         running = self._running[cell] = _Running(self._clock(), steps)
         if self._bars is not None:
-            running.bar = self._bars.add_task(cell.words, total=steps, note="starting")
+            running.bar = self._bars.add_task(cell.label, total=steps, note="starting")
 
     def moved(self, cell: Cell, step: int, success: float | None) -> None:
         running = self._running[cell]
@@ -103,12 +103,12 @@ class StudyProgress:
         self._said_at = self._clock()
 
     def line(self) -> str:
-        """Where it stands."""
+        """How far each running cell is, and the study."""
         parts = [f"{self._done}/{self._total} cells"]
         for cell, running in self._running.items():
             at = f"step {running.step}/{running.steps}" if running.step else "starting"
             success = "" if running.success is None else f", success {running.success:.2f}"
-            parts.append(f"{cell.words}: {at}{success}")
+            parts.append(f"{cell.label}: {at}{success}")
         left = self._left()
         return "; ".join([*parts, left] if left else parts)
 
@@ -136,6 +136,6 @@ def outcome(result: CellResult) -> str:
     seconds = result.figures.get("seconds")
     took = "" if seconds is None else f"  ({seconds:.0f} s)"
     if result.status == "failed":
-        return f"{result.cell.words}: FAILED, {result.reason}{took}"
+        return f"{result.cell.label}: FAILED, {result.reason}{took}"
     shown = [f"{key} {result.figures[key]:.2f}" for key in ("sampled", "greedy") if key in result.figures]
-    return f"{result.cell.words}: {', '.join(shown) or 'no figures'}{took}"
+    return f"{result.cell.label}: {', '.join(shown) or 'no figures'}{took}"

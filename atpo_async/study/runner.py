@@ -44,7 +44,7 @@ EXIT_INTERRUPTED = 130
 """Of `atpo train`, when a signal stopped it."""
 
 LOOK_S = 0.3
-"""Between two looks at a cell's metrics."""
+"""Between two reads of a cell's metrics."""
 STOP_S = 10.0
 """For a cell's command to stop all its roles after it was asked; then everything of it is killed."""
 RELEASE_S = 20.0
@@ -149,7 +149,7 @@ class TrainProcess:
     """A ``Runner``: each cell is an `atpo train` in a session of its own.
 
     Args:
-        hurry: set when nobody wants to wait for a graceful stop any more.
+        hurry: set when cells are to be killed instead of stopping gracefully.
         command: what to start for a job.
         stop_s: for it to end after it was asked to.
     """
@@ -173,7 +173,7 @@ class TrainProcess:
             await asyncio.shield(asyncio.ensure_future(self._end(process, mark, job)))
         seconds = self.clock() - began
         if process.returncode == EXIT_USER:
-            raise SetupError(f"cell {job.cell.words}: {_said(job)}  (log: {job.folder.log(job.cell)})")
+            raise SetupError(f"cell {job.cell.label}: {_error_line(job)}  (log: {job.folder.log(job.cell)})")
         if process.returncode:
             return CellResult(
                 cell=job.cell,
@@ -257,7 +257,7 @@ async def clear_run(run: Path) -> None:
                 await asyncio.to_thread(end_orphans, rundir)
                 break
         except ConfigError:
-            break  # damaged, by other fields say: nobody can hold it as a run
+            break  # damaged, for instance by unknown fields: no process can hold it as a run
         except SetupError as exc:
             if not (run / "run.json").is_file():
                 break
@@ -289,11 +289,11 @@ def read_result(job: Job, seconds: float) -> CellResult:
     )
 
 
-def _said(job: Job) -> str:
+def _error_line(job: Job) -> str:
     """The last line of a cell's log that says what went wrong."""
     lines = [line.strip() for line in last_lines(job.folder.log(job.cell), 60) if line.strip()]
-    told = next((line for line in reversed(lines) if line.startswith(ERROR_PREFIX)), None)
-    return told.removeprefix(ERROR_PREFIX) if told else (lines[-1] if lines else "it said nothing")
+    found = next((line for line in reversed(lines) if line.startswith(ERROR_PREFIX)), None)
+    return found.removeprefix(ERROR_PREFIX) if found else (lines[-1] if lines else "its log is empty")
 
 
 def _why(code: int, job: Job) -> str:
@@ -302,5 +302,5 @@ def _why(code: int, job: Job) -> str:
         return f"killed by {processes.signal_name(-code)}{hint}"
     if code == EXIT_INTERRUPTED:
         return "its command was stopped from outside"
-    # Of the supervisor's words: which role, and why.
-    return re.sub(r"^(\S+) crashed \d+ times within [^)]*\): ", r"\1: ", _said(job))
+    # Of the supervisor's message: which role, and why.
+    return re.sub(r"^(\S+) crashed \d+ times within [^)]*\): ", r"\1: ", _error_line(job))

@@ -171,9 +171,9 @@ class Comparison:
 def compare(first: Group, second: Group, yardstick: Yardstick, key: str = FINAL) -> Comparison:
     for group in (first, second):
         if not group.is_whole:
-            return Comparison(first=first, second=second, sign=None, why_not="cells lack")
+            return Comparison(first=first, second=second, sign=None, why_not="cells are missing")
         if len(group.values(key)) < group.planned:
-            return Comparison(first=first, second=second, sign=None, why_not="figures lack")
+            return Comparison(first=first, second=second, sign=None, why_not="figures are missing")
     if first.planned < 2:
         return Comparison(first=first, second=second, sign=None, why_not="one seed")
     a, b = first.spread(key), second.spread(key)

@@ -22,7 +22,7 @@ MAX_WARNINGS = 5
 
 
 class Recording:
-    """What the run's folder and the log hear of training.
+    """Writes the metrics, tree samples and log lines of training.
 
     Args:
         config, rundir: of the run.
@@ -53,7 +53,7 @@ class Recording:
         """From now on the time between two steps counts."""
         self._stepped_at_s = now_s()
 
-    def say_what_went_wrong(self, batch: Batch, report: StepReport) -> None:
+    def log_problems(self, batch: Batch, report: StepReport) -> None:
         """To the log: trees that were left out, a skipped update."""
         for line in report.warnings[:MAX_WARNINGS]:
             self._log.warning("batch %d: %s", batch.step, line)
@@ -102,7 +102,7 @@ class Recording:
         self.write(step, version, found)
         self._log.info(
             "step %d: reward %s, lag %s, waited %.2f s, step %.2f s",
-            step, _told(found.get("train/reward"), 3), _told(found.get("lag/mean"), 2), waited_s, step_s,
+            step, _shown(found.get("train/reward"), 3), _shown(found.get("lag/mean"), 2), waited_s, step_s,
         )  # fmt: skip
 
     def _write_sample(self, batch: Batch, report: StepReport, *, step: int, version: int) -> None:
@@ -118,7 +118,7 @@ class Recording:
             )
         # For the report alone: nothing is lost but one of its drawings.
         except OSError as exc:
-            self._log.warning("step %d: no tree is kept for the report: %s", step, exc)
+            self._log.warning("step %d: no tree is recorded for the report: %s", step, exc)
 
     def write(self, step: int, version: int, found: Mapping[str, float]) -> None:
         """One line of metrics; nothing on ranks other than 0."""
@@ -126,6 +126,6 @@ class Recording:
             self._metrics.write(step=step, version=version, metrics=found)
 
 
-def _told(value: float | None, digits: int) -> str:
+def _shown(value: float | None, digits: int) -> str:
     """For the log: a step may have nothing new."""
     return "–" if value is None else f"{value:.{digits}f}"

@@ -1,4 +1,4 @@
-"""What a metrics sink is: the protocol, what it is told of the run, and how a missing library is refused."""
+"""The protocol of a metrics sink, the facts of the run that it is given, and the error for a missing library."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The process that feeds a run's metrics sinks: ``python -m atpo_async.run.sinks.process RUN_DIR``.
 
 Its own process, so that what a sink's library does (its threads, its processes, an upload that takes minutes) neither
-holds up nor outlives the run.  On its first line of output it says whether the sinks could be made, as JSON; every
+delays the run nor outlives it.  On its first line of output it says whether the sinks could be made, as JSON; every
 later one is for the user.  The outcome of the run comes on its input: then each sink has ``CLOSE_S`` to take the rest.
 """
 
@@ -92,11 +92,11 @@ def feed(
 def main(folder: str) -> None:
     """Run to the end of the run.  The process ends at once then, whatever threads of libraries are left."""
     # Libraries print: their words belong into the log, and this process's own into its output.
-    told = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
 
     def say(line: str) -> None:
-        told.write(line.replace("\n", " ") + "\n")
+        output.write(line.replace("\n", " ") + "\n")
 
     try:
         rundir = RunDir.open(Path(folder))
@@ -106,7 +106,7 @@ def main(folder: str) -> None:
         os._exit(2)
     say(json.dumps({"ready": [name for name, _ in sinks]}))
     feed(rundir, sinks, wait_for_outcome=lambda: _outcome(sys.stdin), say=say)
-    told.flush()
+    output.flush()
     os._exit(0)
 
 
