@@ -698,7 +698,7 @@ def test_a_report_takes_grid_and_configuration_from_the_folder(
         base(run__steps=6, run__seed=7, learner__lr=0.25, correction__cap=3.0),
         lags="0,4",
         corrections="none,turn+ess",
-        words=["mine.toml", "--learner.lr=0.25"],
+        arguments=["mine.toml", "--learner.lr=0.25"],
     )
     bench.run(plan, FakeRunner())
     monkeypatch.chdir(bench.out.parent)
