@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from atpo_async.core.credit import TreeArrays, branch_prob
+from buffer.journal.entries import CountsEntry, RunEntry
 from buffer.leases.ledger import Ledger
 from buffer.pool.pool import ReplayPool
 from buffer.trees.index import TreeEntry
@@ -47,6 +48,23 @@ class RunCounters:
         """Trees that had left the pool by the last batch, by ``Departure.cause``."""
         self.given_up_before = 0
         """Tasks given up by the last batch."""
+
+    def count(self, name: str, number: int = 1) -> None:
+        """Something happened that the metrics of the next batch count under ``name``."""
+        self.since.counts[name] += number
+
+    def count_task(self, outcome: str, number: int = 1) -> None:
+        """What became of a training task; -1 where that is undone."""
+        self.tasks[outcome] += number
+
+    def count_turn(self) -> None:
+        """A turn came."""
+        self.since.turns += 1
+        self.progressed()
+
+    def progressed(self) -> None:
+        """A turn came, or a tree ended."""
+        self.progress += 1
 
     def count_tree(self, tree: TreeEntry, arrays: TreeArrays) -> None:
         """The policy's own sampled reward and success: under branch probabilities, trees without signal too.
@@ -112,17 +130,31 @@ class RunCounters:
             "buffer/dropped_surplus": counts["dropped_surplus"],
             "buffer/no_signal_trees": counts["no_signal_trees"],
             "buffer/failed_branches": counts["failed_branches"],
-            "buffer/given_up": ledger.given_up - self.given_up_before,
+            "buffer/given_up": ledger.tasks.given_up - self.given_up_before,
             "buffer/parked_turns": num_parked,
             "buffer/priority_mean": pool.mean_priority,
             "buffer/bad_messages": counts["bad_messages"],
             "buffer/refused_trees": counts["refused_trees"],
             "buffer/turns_per_s": since.turns / max(now - since.began_s, 1e-9),
             **{f"tasks/{name}": self.tasks[name] for name in ("trained", "no_signal", "failed", "retired")},
-            "tasks/given_up": ledger.given_up,
+            "tasks/given_up": ledger.tasks.given_up,
             **more,
         }
         self.left_before = Counter(pool.left)
-        self.given_up_before = ledger.given_up
+        self.given_up_before = ledger.tasks.given_up
         self.since = CountsSinceBatch(now)
         return {name: float(value) for name, value in metrics.items()}
+
+    def snapshot(self, run: RunEntry) -> CountsEntry:
+        """Write what ``restore`` reads, and return what was counted since the last batch."""
+        run.tasks = dict(self.tasks)
+        since = self.since
+        return CountsEntry(produced=since.produced, turns=since.turns, counts=dict(since.counts), means=since.means)
+
+    def restore(self, run: RunEntry, since: CountsEntry | None) -> None:
+        """As an earlier process left them."""
+        self.tasks.update(run.tasks)
+        self.given_up_before = run.given_up
+        if since is not None:
+            self.since.produced, self.since.turns = since.produced, since.turns
+            self.since.counts, self.since.means = Counter(since.counts), dict(since.means)

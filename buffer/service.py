@@ -157,7 +157,6 @@ class BufferService:
             self.state.weights_endpoint, self.state.announce_endpoint = endpoints.weights, endpoints.announce
         self.state.rng = np.random.default_rng([config.run.seed, self.state.incarnation])
         self.journal.collect = lambda: persistence.collect(self.journal.put)
-        self._persistence = persistence
         self.state.gauges = self._gauges
         self._changed = asyncio.Event()
         self._metrics = MetricsFile(None if rundir is None else rundir.metrics_path)
@@ -173,7 +172,7 @@ class BufferService:
         self._links_bad = 0
         self._num_refused = 0
         self._leased = self.state.ledger.next_number > 1
-        self._leased_training = self.state.ledger.next_task > 0
+        self._leased_training = self.state.ledger.tasks.next_task > 0
         self._endpoints = endpoints
         settings = config.links
         former = former or Endpoints()
@@ -263,10 +262,10 @@ class BufferService:
         return {
             "step": self.state.step,
             "version": self.state.version,
-            "published": ledger.published,
+            "published": ledger.progress.published,
             "ready trees": len(self.state.pool),
             "leased trees": ledger.num_training,
-            "actors alive": ledger.actors_alive(self._clock()),
+            "actors alive": ledger.actors.num_alive(self._clock()),
             "journal failing": self.journal.failing or "no",
         }
 
@@ -281,12 +280,12 @@ class BufferService:
             if away_s > AWAY_S:
                 # Stopped, or its machine slept: nobody could reach it, so nobody was late.
                 log.warning("the buffer itself stood still for %.1f s; every lease gets that time again", away_s)
-                self.state.ledger.forgive(away_s, now)
+                self.state.ledger.excuse(away_s, now)
                 await asyncio.sleep(TICK_S)
                 now = self._clock()
             # The link's own heartbeats count: an actor that waits for its engine reports late but lives.
             for name, peer in self.actors.peers.items():
-                self.state.ledger.heard(name, now - peer.silent_s)
+                self.state.ledger.actors.heard(name, now - peer.silent_s)
             # At the end somebody waits for actors to fall silent, which no message tells.
             if self.state.tick(now) or self.state.finished:
                 self._notify()
@@ -299,9 +298,9 @@ class BufferService:
             chunks = [] if self.journal.failing else self.journal.sparse_chunks(MOVE_CHUNKS)
             if not chunks:
                 continue
-            rows = self._persistence.live(await self.journal.rows_in(chunks))
+            rows = self.state.trees.registry.live(await self.journal.rows_in(chunks))
             records = await self.journal.load(places_of(rows))
-            moved = self._persistence.relocate(rows, records)
+            moved = self.state.trees.registry.relocate(rows, records)
             await self.journal.settle()
             log.debug("moved %d records out of %d chunks", moved, len(chunks))
 
@@ -351,7 +350,7 @@ class BufferService:
         now = self._clock()
         try:
             self._check_run(message)
-            self.state.ledger.heard(peer, now)
+            self.state.ledger.actors.heard(peer, now)
             self._take(peer, message, now, frames)
         except BadMessage as exc:
             self._note_refusal(peer, message, exc)
@@ -464,8 +463,8 @@ class BufferService:
         """Who can end it that no lease is granted: for the buffer's picture."""
         if self.journal.failing is not None:
             return waits.DISK
-        evaluating = any(e.blocking and not e.done for e in self.state.ledger.evaluations.values())
-        return "actors" if evaluating and self.state.ledger.published is not None else "learner"
+        evaluating = any(e.blocking and not e.done for e in self.state.ledger.evaluations)
+        return "actors" if evaluating and self.state.ledger.progress.published is not None else "learner"
 
     def _as_many_as_fit(self, peer: str, leases: Leases) -> Leases:
         """Leases whose turns fit into one answer, one at least; the others go back, to be asked for again."""
@@ -601,7 +600,7 @@ class BufferService:
         Raises:
             BadMessage: no such evaluation, so that the learner asks for it again after this buffer was restarted.
         """
-        evaluation = self.state.ledger.evaluations.get(query.step)
+        evaluation = self.state.ledger.evaluations.find(query.step)
         if evaluation is None:
             raise BadMessage(f"no evaluation of step {query.step} is known here; the buffer may have restarted")
 
@@ -615,7 +614,7 @@ class BufferService:
             return None
 
         result: EvalResult | None = await self._until(done, timeout_s=query.wait_s)
-        if result is None and self.state.ledger.published is None:
+        if result is None and self.state.ledger.progress.published is None:
             # The learner waits for what it asked for after its publication, which an earlier buffer heard of: without
             # this it would wait for trees, and the trees for a publication that comes after them.
             self.state.publish(
@@ -652,8 +651,7 @@ class BufferService:
         self._links_bad = bad
 
     def _write_records(self) -> None:
-        records, self.state.records = self.state.records, []
-        for step, version, metrics in records:
+        for step, version, metrics in self.state.drain_records():
             self._metrics.write(step, version, metrics)
 
 

@@ -32,7 +32,8 @@ from buffer.batches.delay_line import Admission, DelayLine
 from buffer.batches.served import Batches, Share
 from buffer.batches.server import BatchServer
 from buffer.counters import RunCounters
-from buffer.leases.evaluations import Evaluations
+from buffer.journal.entries import RunEntry
+from buffer.leases.evaluations import MetricsRecord
 from buffer.leases.ledger import HeldLease, Ledger
 from buffer.pool.pool import ReplayPool
 from buffer.trees.assembly import Assembly, Frames, TreeMessage
@@ -99,12 +100,10 @@ class BufferState:
             )
         self.counters = RunCounters(now)
         self.batches = Batches()
-        self.evaluations = Evaluations(self.ledger)
         self.trees = TreeLifecycle(
             config,
             store=self.store,
             ledger=self.ledger,
-            evaluations=self.evaluations,
             counters=self.counters,
             batches=self.batches,
             delay_line=self.delay_line,
@@ -158,27 +157,49 @@ class BufferState:
     @property
     def nbytes(self) -> int:
         """Bytes of all turns kept."""
-        return self.trees.nbytes
+        return self.trees.registry.nbytes
 
     @property
     def checkpoint_wanted(self) -> bool:
         """Whether trees that only a checkpoint of the learner sets free take much of the room."""
         return self.trees.checkpoint_wanted
 
-    @property
-    def records(self) -> list[tuple[int, int, dict[str, float]]]:
-        """(step, version, metrics) for the run's metrics file; the service takes them away."""
-        return self.evaluations.records
+    def drain_records(self) -> list[MetricsRecord]:
+        """Of the evaluations that were done since the last call, for the run's metrics file."""
+        return self.ledger.evaluations.drain_records()
 
-    @records.setter
-    def records(self, records: list[tuple[int, int, dict[str, float]]]) -> None:
-        self.evaluations.records = records
+    def describe_holdings(self) -> dict[str, int]:
+        """Name -> number of what is there, for the log."""
+        return {
+            "growing trees": len(self.assembly),
+            "ready trees": len(self.pool),
+            "trees with the learner": self.pool.num_out,
+            "trees kept for a checkpoint": len(self.trees.registry.spent),
+            "leases": len(self.ledger),
+            "batches": len(self.batches.by_step),
+            "tasks to lease again": len(self.ledger.tasks.retries),
+        }
+
+    # --- snapshot ----------------------------------------------------------------------------------------------
+
+    def snapshot(self, run: RunEntry) -> None:
+        """Write what ``restore`` reads; every part has its own."""
+        run.incarnation = self.incarnation
+        run.weights_endpoint, run.announce_endpoint = self.weights_endpoint, self.announce_endpoint
+
+    def restore(self, run: RunEntry | None) -> None:
+        """Be the next incarnation of an earlier buffer; None: of one that left nothing."""
+        if run is not None:
+            self.incarnation = run.incarnation
+            self.weights_endpoint, self.announce_endpoint = run.weights_endpoint, run.announce_endpoint
+        self.incarnation += 1
+        self.ledger.prefix = f"b{self.incarnation}"
 
     # --- actors ------------------------------------------------------------------------------------------------
 
     def hello(self, actor: str, now: float) -> None:
         """A (new) process of this name: what the one before it held is lost, and known to be so at once."""
-        self.ledger.heard(actor, now)
+        self.ledger.actors.heard(actor, now)
         for held in self.ledger.held_by(actor):
             self._lost(held)
 
@@ -197,7 +218,7 @@ class BufferState:
         )
         leases = []
         for held in granted.leases:
-            self.trees.names[held.number] = held.tree_id
+            self.trees.registry.expect(held.tree_id, held.number)
             self.assembly.expect(
                 held.tree_id, number=held.number, task_index=held.task_index, kind=held.kind, epoch=held.epoch
             )
@@ -216,7 +237,7 @@ class BufferState:
             return None
         return self.delay_line.admit(
             under_lease=self.ledger.num_training,
-            published=self.ledger.published,
+            published=self.ledger.progress.published,
             engine_version=engine_version,
             memory_full=self.trees.memory_full,
         )
@@ -249,8 +270,7 @@ class BufferState:
         if not self.assembly.add(message, frames):
             return False
         if isinstance(message, Turn):
-            self.counters.progress += 1
-            self.counters.since.turns += 1
+            self.counters.count_turn()
             self._last_turn_s = now
             if not self.assembly.is_closed(message.tree_id) and self._config.buffer.ready == "complete":
                 return False
@@ -304,7 +324,7 @@ class BufferState:
         if not held.refused:
             self.ledger.reissue(held.tree_id, lost=False)
             return
-        self.counters.since.counts["refused_trees"] += 1
+        self.counters.count("refused_trees")
         log.warning("tree %s, task %d, was refused: %s", held.tree_id, held.task_index, held.refused)
         self._lost(held)
 
@@ -326,25 +346,28 @@ class BufferState:
             log.warning("task %d given up: tree %s lost %d holders%s", held.task_index, held.tree_id, held.lost, why)
             self.trees.forget_growing(held.tree_id)
             if held.kind == "eval":
-                self.evaluations.record(held, None)
+                self.ledger.evaluations.record(held.eval_step, held.task_index, None)
             else:
-                self.ledger.settled(held.task_index)
+                self.ledger.tasks.settled(held.task_index)
 
     # --- evaluation --------------------------------------------------------------------------------------------
 
     def evaluate(self, request: EvalRequest) -> None:
         """Begin an evaluation, unless it is the one under way."""
-        for tree_id in self.evaluations.begin(request):
+        replaced = self.ledger.evaluate(
+            step=request.step, version=request.version, num_tasks=request.num_tasks, blocking=request.blocking
+        )
+        for tree_id in replaced:
             self.trees.forget_growing(tree_id)
 
     def eval_result(self, step: int) -> EvalResult:
-        return self.evaluations.result(step)
+        return self.ledger.evaluations.result(step)
 
     # --- the learner -------------------------------------------------------------------------------------------
 
     def publish(self, message: VersionPublished) -> None:
         """Actors can get a version, and where."""
-        self.ledger.publish(message.version)
+        self.ledger.progress.publish(message.version)
         self.weights_endpoint, self.announce_endpoint = message.weights_endpoint, message.announce_endpoint
         self.trees.heard(message.version)
         self.trees.advance()
@@ -385,14 +408,14 @@ class BufferState:
         return (
             f"{ready}, {self.ledger.num_training} under lease, "
             f"{self.counters.describe_drops(self.pool)}; "
-            f"{self.ledger.actors_alive(now)} actors alive; {last}; "
-            f"published version {self.ledger.published}, asked for at {request.version}"
+            f"{self.ledger.actors.num_alive(now)} actors alive; {last}; "
+            f"published version {self.ledger.progress.published}, asked for at {request.version}"
         )
 
     # --- numbers -----------------------------------------------------------------------------------------------
 
     def count_bad_message(self) -> None:
-        self.counters.since.counts["bad_messages"] += 1
+        self.counters.count("bad_messages")
 
     def _flush(self, now: float) -> dict[str, float]:
         return self.counters.flush(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 
 from atpo_async.config import Config
@@ -17,6 +19,17 @@ class Disk(MemoryStore):
         super().__init__()
         self.state: dict[bytes, bytes] = {}
         self._rows: dict[Place, TurnEntry] = {}
+
+    @classmethod
+    def holding(cls, *, state: Mapping[bytes, bytes], rows: Iterable[TurnEntry], records: Mapping[int, bytes]) -> Disk:
+        """As an earlier buffer left it."""
+        made = cls()
+        made.state.update(state)
+        made._rows = {entry.place: entry for entry in rows}
+        made._records.update(records)
+        made._next = max(records, default=0) + 1
+        made.nbytes = sum(map(len, records.values()))
+        return made
 
     def note(self, entry: TurnEntry) -> None:
         self._rows[entry.place] = entry

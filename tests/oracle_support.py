@@ -988,7 +988,7 @@ def _contradictions(rundir: RunDir, *, steps: int) -> list[str]:
         table = env.open_db(b"state", create=False)
         with env.begin() as txn:
             state = {bytes(key): bytes(value) for key, value in txn.cursor(db=table)}
-    rest = entries.read(state, entries.REST, entries.RunEntry)
+    rest = entries.read(state, entries.RUN, entries.RunEntry)
     assert rest is not None
     found = [
         f"the journal still has {key.decode()} after a run that used it up and has a checkpoint of it"

@@ -127,13 +127,13 @@ def line(lag: int, **changes: Any) -> DelayLine:
 
 def fill(made: DelayLine, version: int, count: int, *, prefix: str = "t") -> None:
     for i in range(count):
-        assert made.place(f"{prefix}{version}-{i}", {version}, signal=True, room=True) == "kept"
+        assert made.place(f"{prefix}{version}-{i}", {version}, signal=True, fits=True) == "taken"
 
 
 def room(made: DelayLine, *, under_lease: int = 0, published: int | None = 5, engine: int | None = None) -> int | str:
     """How many trees may begin, or what holds them back."""
     answer = made.admit(under_lease=under_lease, published=published, engine_version=engine, memory_full=False)
-    return answer.room if answer.held_back is None else answer.held_back
+    return answer.capacity if answer.held_back is None else answer.held_back
 
 
 def test_before_the_first_batch_the_first_version_grows_lag_plus_one_sets() -> None:
@@ -198,14 +198,14 @@ def test_nothing_is_grown_before_the_learner_asked_nor_while_it_trains() -> None
 
 def test_what_becomes_of_a_tree() -> None:
     made = line(0)
-    assert made.place("early", {5}, signal=True, room=True) == "surplus"
+    assert made.place("early", {5}, signal=True, fits=True) == "surplus"
     made.ask(step=0, version=5, under_lease=0)
-    assert made.place("other", {4}, signal=True, room=True) == "inexact"
-    assert made.place("mixed", {5, 6}, signal=False, room=True) == "inexact"
-    assert made.place("same", {5}, signal=False, room=True) == "no_signal"
-    assert made.place("large", {5}, signal=True, room=False) == "no_room"
+    assert made.place("other", {4}, signal=True, fits=True) == "inexact"
+    assert made.place("mixed", {5, 6}, signal=False, fits=True) == "inexact"
+    assert made.place("same", {5}, signal=False, fits=True) == "no_signal"
+    assert made.place("large", {5}, signal=True, fits=False) == "too_large"
     fill(made, 5, 2)
-    assert made.place("more", {5}, signal=True, room=True) == "surplus"
+    assert made.place("more", {5}, signal=True, fits=True) == "surplus"
 
 
 def test_a_set_is_complete_though_short_once_enough_trees_came_for_it() -> None:
@@ -214,7 +214,7 @@ def test_a_set_is_complete_though_short_once_enough_trees_came_for_it() -> None:
     fill(made, 5, 1)
     for i in range(3):
         assert room(made) == 1
-        assert made.place(f"s{i}", {5}, signal=False, room=True) == "no_signal"
+        assert made.place(f"s{i}", {5}, signal=False, fits=True) == "no_signal"
     assert room(made) == 0
     made.ask(step=0, version=5, under_lease=0)
     assert made.pop().tree_ids == ("t5-0",)
@@ -224,9 +224,9 @@ def test_sets_grown_together_share_what_came_in_the_order_of_their_tasks() -> No
     made = line(2)
     made.ask(step=0, version=5, under_lease=0)
     for name in ("d", "a", "c", "b"):
-        made.place(name, {5}, signal=True, room=True)
+        made.place(name, {5}, signal=True, fits=True)
     for i in range(8):
-        made.place(f"s{i}", {5}, signal=False, room=True)
+        made.place(f"s{i}", {5}, signal=False, fits=True)
     made.ask(step=0, version=5, under_lease=0)
     assert [made.pop().tree_ids for _ in range(3)] == [("a",), ("b",), ("c", "d")]
 
@@ -795,7 +795,7 @@ def test_in_any_order_every_turn_is_exactly_as_old_as_asked_for_and_the_run_ends
     assert len(world.state.pool) == 0
     assert world.state.ledger.num_training == 0
     if no_signal == 0.0:
-        assert world.state.ledger.next_task == len(world.trained_on) == steps * per_batch
+        assert world.state.ledger.tasks.next_task == len(world.trained_on) == steps * per_batch
         assert world.short == 0
 
 

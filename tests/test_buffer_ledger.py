@@ -21,8 +21,10 @@ from atpo_async.wire.messages import (
     TreeOpened,
     VersionPublished,
 )
-from buffer.leases.ledger import HeldLease, Ledger, Outcome
+from buffer.leases.evaluations import Evaluation
+from buffer.leases.ledger import HeldLease, Ledger
 from buffer.state import BufferState
+from buffer.trees.index import MemoryStore, TreeEntry, entry_from_turns
 
 PROMPT = np.array([1], dtype=np.int32)
 
@@ -44,6 +46,23 @@ def granted(made: Ledger, count: int = 1, *, actor: str = "a", now: float = 0.0,
     return [held.tree_id for held in made.grant(actor, count, now=now, ready=ready).leases]
 
 
+def evaluation(made: Ledger, step: int) -> Evaluation:
+    found = made.evaluations.find(step)
+    assert found is not None
+    return found
+
+
+def one_turn(tree_id: str, success: float) -> TreeEntry:
+    """The tree of a greedy episode of one turn."""
+    turn = Turn(
+        run="r", tree_id=tree_id, turn_id=1, parent_id=0, lease_epoch=0, expansion_round=0,
+        observation=np.zeros(0, dtype=np.int32), action=np.zeros(1, dtype=np.int32),
+        logprobs=np.zeros(1, dtype=np.float32), spans=(VersionSpan(0, 0, 1),), end="done", reward=success,
+        success=success > 0, generate_s=0.0, environment_s=0.0,
+    )  # fmt: skip
+    return entry_from_turns(tree_id, 0, PROMPT, (turn,), MemoryStore())
+
+
 # --- admission -----------------------------------------------------------------------------------------------------
 
 
@@ -57,7 +76,7 @@ def test_nothing_is_granted_before_the_learner_published_its_first_version() -> 
 
 def test_admission_closes_at_the_bound_and_says_so() -> None:
     made = ledger()
-    made.publish(0)
+    made.progress.publish(0)
     assert len(granted(made, 100)) == 8
     answer = made.grant("a", 1, now=0.0, ready=0)
     assert answer.closed_because is not None
@@ -66,13 +85,13 @@ def test_admission_closes_at_the_bound_and_says_so() -> None:
 
 def test_ready_trees_count_towards_the_bound() -> None:
     made = ledger()
-    made.publish(0)
+    made.progress.publish(0)
     assert len(granted(made, 100, ready=5)) == 3
 
 
 def test_leases_go_through_the_tasks_in_order_with_seeds_of_their_own() -> None:
     made = ledger()
-    made.publish(0)
+    made.progress.publish(0)
     held = made.grant("a", 3, now=0.0, ready=0).leases
     assert [h.task_index for h in held] == [0, 1, 2]
     assert len({h.tree_id for h in held} | {h.seed for h in held}) == 6
@@ -80,9 +99,9 @@ def test_leases_go_through_the_tasks_in_order_with_seeds_of_their_own() -> None:
 
 def test_time_in_which_the_buffer_stood_still_counts_for_nobody() -> None:
     made = ledger()
-    made.publish(0)
+    made.progress.publish(0)
     (tree_id,) = granted(made, 1)
-    made.forgive(30.0, 31.0)
+    made.excuse(30.0, 31.0)
     assert made.lapsed(31.0) == []
     assert made.lapsed(36.0) == []
     assert [held.tree_id for held in made.lapsed(41.5)] == [tree_id]
@@ -90,7 +109,7 @@ def test_time_in_which_the_buffer_stood_still_counts_for_nobody() -> None:
 
 def test_a_lease_whose_answer_was_lost_goes_to_another_after_a_few_reports_without_it() -> None:
     made = ledger()
-    made.publish(0)
+    made.progress.publish(0)
     known, lost = granted(made, 2)
     for report in range(2):
         assert made.renew("a", [known], float(report)) == []
@@ -104,27 +123,27 @@ def test_a_lease_whose_answer_was_lost_goes_to_another_after_a_few_reports_witho
 
 def test_old_results_and_actors_long_gone_are_forgotten() -> None:
     made = ledger()
-    made.publish(0)
+    made.progress.publish(0)
     for step in range(30):
         made.evaluate(step=step, version=0, num_tasks=1, blocking=False)
         (held,) = made.grant(f"a{step}", 1, now=float(step), ready=99).leases
         made.end(held.tree_id)
-        made.record(held, Outcome(1.0, 1, (0, 0)))
+        made.evaluations.record(step, held.task_index, None)
     assert len(made.evaluations) <= 9
-    assert max(made.evaluations) == 29
-    assert made.actors_alive(30.0) > 0
+    assert max(each.step for each in made.evaluations) == 29
+    assert made.actors.num_alive(30.0) > 0
     made.lapsed(1e6)
-    assert made._heard == {}
+    assert len(made.actors) == 0
 
 
 def test_tasks_whose_trees_are_gone_are_leased_first_under_other_ids() -> None:
     made = ledger(staleness={"max_lag": 4})
-    made.publish(0)
+    made.progress.publish(0)
     old = granted(made, 4)
     for tree_id in old:
         made.end(tree_id)
-    assert made.lease_again(3)
-    assert made.lease_again(1)
+    assert made.tasks.retry(3)
+    assert made.tasks.retry(1)
     held = made.grant("a", 3, now=0.0, ready=0).leases
     assert [h.task_index for h in held] == [3, 1, 4]
     assert not {h.tree_id for h in held} & set(old)
@@ -132,57 +151,57 @@ def test_tasks_whose_trees_are_gone_are_leased_first_under_other_ids() -> None:
 
 def test_a_task_whose_trees_come_too_late_too_often_is_given_up() -> None:
     made = ledger(max_reissues=1)
-    made.publish(0)
-    assert made.lease_again(0)
+    made.progress.publish(0)
+    assert made.tasks.retry(0)
     made.grant("a", 1, now=0.0, ready=0)
-    assert not made.lease_again(0)
-    assert (made.given_up, list(made.again)) == (1, [])
+    assert not made.tasks.retry(0)
+    assert (made.tasks.given_up, list(made.tasks.retries)) == (1, [])
 
 
 def test_a_learner_that_starts_over_does_not_count_against_a_task() -> None:
     made = ledger(max_reissues=1)
-    made.publish(0)
+    made.progress.publish(0)
     for _ in range(5):
-        assert made.lease_again(0, in_vain=False)
+        assert made.tasks.retry(0, in_vain=False)
         (held,) = made.grant("a", 1, now=0.0, ready=0).leases
         made.end(held.tree_id)
 
 
 def test_no_task_from_max_tasks_on_is_leased() -> None:
     made = ledger(max_tasks=3)
-    made.publish(0)
+    made.progress.publish(0)
     answer = made.grant("a", 8, now=0.0, ready=0)
     assert [h.task_index for h in answer.leases] == [0, 1, 2]
     assert answer.closed_because is not None
     assert "run.max_tasks = 3" in answer.closed_because
-    assert made.all_leased
-    made.lease_again(1)
-    assert not made.all_leased
+    assert made.tasks.all_leased
+    made.tasks.retry(1)
+    assert not made.tasks.all_leased
 
 
 @pytest.mark.parametrize(("max_lag", "pending", "least"), [(0, 0, 3), (1, 0, 2), (1, 4, 3), (4, 9, 1)])
 def test_a_lease_asks_for_the_version_that_keeps_its_tree_fresh(max_lag: int, pending: int, least: int) -> None:
     made = ledger(staleness={"max_lag": max_lag})
-    made.publish(3)
+    made.progress.publish(3)
     assert made.grant("a", 1, now=0.0, ready=pending).leases[0].min_version == least
 
 
 def test_without_lag_no_tree_begins_between_a_batch_and_the_version_made_of_it() -> None:
     made = ledger(staleness={"max_lag": 0})
-    made.publish(0)
+    made.progress.publish(0)
     for tree_id in granted(made, 4):
         made.end(tree_id)
-    made.consumed(0)
+    made.progress.consumed(0)
     answer = made.grant("a", 1, now=0.0, ready=0)
     assert answer.leases == ()
     assert "version 1 must be published first" in str(answer.closed_because)
-    made.publish(1)
+    made.progress.publish(1)
     assert made.grant("a", 1, now=0.0, ready=0).leases[0].min_version == 1
 
 
 def test_a_full_memory_closes_admission() -> None:
     made = ledger()
-    made.publish(0)
+    made.progress.publish(0)
     assert "max_bytes" in str(made.grant("a", 1, now=0.0, ready=0, memory_full=True).closed_because)
 
 
@@ -202,7 +221,7 @@ class Counted(dict[str, HeldLease]):
 
 def test_what_a_grant_costs_does_not_depend_on_how_many_leases_there_are() -> None:
     made = ledger(staleness={"trees_per_batch": 4000, "max_lag": 4})
-    made.publish(0)
+    made.progress.publish(0)
     made._held = held = Counted()
     trees = granted(made, 4000)
     for tree_id in trees:
@@ -219,7 +238,7 @@ def test_what_a_grant_costs_does_not_depend_on_how_many_leases_there_are() -> No
 
 def test_a_lease_lapses_when_it_is_not_renewed() -> None:
     made = ledger(silent_s=100.0)
-    made.publish(0)
+    made.progress.publish(0)
     one, two = granted(made, 2)
     made.renew("a", [one], now=5.0)
     assert [h.tree_id for h in made.lapsed(now=11.0)] == [two]
@@ -228,27 +247,27 @@ def test_a_lease_lapses_when_it_is_not_renewed() -> None:
 
 def test_a_silent_actor_loses_its_leases_before_they_expire() -> None:
     made = ledger()
-    made.publish(0)
+    made.progress.publish(0)
     mine, other = granted(made, 1, actor="a"), granted(made, 1, actor="b")
-    made.heard("b", 5.0)
+    made.actors.heard("b", 5.0)
     assert [h.tree_id for h in made.lapsed(now=7.0)] == mine
     assert other[0] in made
 
 
 def test_a_lost_lease_is_reissued_under_a_higher_epoch_until_its_task_is_given_up() -> None:
     made = ledger()
-    made.publish(0)
+    made.progress.publish(0)
     (tree_id,) = granted(made)
     assert made.reissue(tree_id, lost=True)
     (again,) = made.grant("b", 1, now=1.0, ready=0).leases
     assert (again.tree_id, again.epoch, again.holder) == (tree_id, 1, "b")
     assert not made.reissue(tree_id, lost=True)
-    assert (tree_id in made, made.given_up) == (False, 1)
+    assert (tree_id in made, made.tasks.given_up) == (False, 1)
 
 
 def test_a_lease_handed_back_costs_no_attempt() -> None:
     made = ledger(max_reissues=0)
-    made.publish(0)
+    made.progress.publish(0)
     (tree_id,) = granted(made)
     assert made.reissue(tree_id, lost=False)
     assert granted(made) == [tree_id]
@@ -256,7 +275,7 @@ def test_a_lease_handed_back_costs_no_attempt() -> None:
 
 def test_a_holder_that_comes_back_before_the_reissue_keeps_its_lease() -> None:
     made = ledger()
-    made.publish(0)
+    made.progress.publish(0)
     (tree_id,) = granted(made)
     made.reissue(tree_id, lost=True)
     made.renew("a", [tree_id], now=20.0)
@@ -271,48 +290,48 @@ def test_a_holder_that_comes_back_before_the_reissue_keeps_its_lease() -> None:
 def test_evaluation_comes_before_training_and_a_blocking_one_keeps_it_back() -> None:
     made = ledger()
     made.evaluate(step=0, version=0, num_tasks=3, blocking=True)
-    made.publish(0)
+    made.progress.publish(0)
     answer = made.grant("a", 5, now=0.0, ready=0)
     assert [(h.kind, h.task_index, h.min_version) for h in answer.leases] == [("eval", i, 0) for i in range(3)]
     assert "evaluation of step 0 comes first: 0 of 3" in str(answer.closed_because)
     for held, success in zip(answer.leases, (1.0, 0.0, None), strict=True):
         made.end(held.tree_id)
-        made.record(held, None if success is None else Outcome(success, 1, (0, 0)))
-    assert made.evaluations[0].success == pytest.approx(1 / 3)
-    assert made.evaluations[0].num_failed == 1
+        made.evaluations.record(0, held.task_index, None if success is None else one_turn(held.tree_id, success))
+    assert evaluation(made, 0).success == pytest.approx(1 / 3)
+    assert evaluation(made, 0).num_failed == 1
     assert made.grant("a", 1, now=0.0, ready=0).leases[0].kind == "train"
 
 
 def test_an_evaluation_that_does_not_block_shares_the_actors() -> None:
     made = ledger()
-    made.publish(0)
+    made.progress.publish(0)
     made.evaluate(step=5, version=0, num_tasks=2, blocking=False)
     assert [h.kind for h in made.grant("a", 3, now=0.0, ready=0).leases] == ["eval", "eval", "train"]
 
 
 def test_an_evaluation_of_a_version_that_is_not_out_yet_blocks_nothing() -> None:
     made = ledger()
-    made.publish(0)
+    made.progress.publish(0)
     made.evaluate(step=5, version=2, num_tasks=2, blocking=True)
     assert [h.kind for h in made.grant("a", 1, now=0.0, ready=0).leases] == ["train"]
-    made.publish(2)
+    made.progress.publish(2)
     assert [h.kind for h in made.grant("a", 1, now=0.0, ready=0).leases] == ["eval"]
 
 
 def test_the_same_evaluation_again_goes_on_and_another_version_begins_anew() -> None:
     made = ledger()
-    made.publish(0)
+    made.progress.publish(0)
     made.evaluate(step=5, version=0, num_tasks=2, blocking=True)
     first = granted(made, 1)
     assert made.evaluate(step=5, version=0, num_tasks=2, blocking=True) == []
-    assert made.evaluations[5].next_task == 1
+    assert evaluation(made, 5).next_task == 1
     assert made.evaluate(step=5, version=0, num_tasks=3, blocking=True) == first
-    assert (made.evaluations[5].next_task, len(made)) == (0, 0)
+    assert (evaluation(made, 5).next_task, len(made)) == (0, 0)
 
 
 def test_a_lost_evaluation_lease_goes_out_again_while_training_waits() -> None:
     made = ledger()
-    made.publish(0)
+    made.progress.publish(0)
     (train,) = granted(made)
     made.evaluate(step=5, version=0, num_tasks=1, blocking=True)
     (evaluation,) = granted(made)

@@ -210,9 +210,9 @@ class Life:
 
 def picture(state: BufferState, disk: Disk, *, partial: bool) -> dict[str, Any]:
     """Everything that is to be the same after a restart."""
-    rest = msgspec.msgpack.decode(disk.state[entries.REST])
+    rest = msgspec.msgpack.decode(disk.state[entries.RUN])
     return {
-        "state": {key: msgspec.msgpack.decode(value) for key, value in disk.state.items() if key != entries.REST},
+        "state": {key: msgspec.msgpack.decode(value) for key, value in disk.state.items() if key != entries.RUN},
         "rest": {name: value for name, value in rest.items() if name != "incarnation"},
         "ready": sorted(state.pool.ready_ids()),
         "out": state.pool.num_out,
@@ -220,7 +220,7 @@ def picture(state: BufferState, disk: Disk, *, partial: bool) -> dict[str, Any]:
         "bytes": (state.assembly.nbytes, disk.nbytes, *(() if partial else (state.pool.nbytes, state.nbytes))),
         "parked": state.assembly.num_parked(),
         "pending": state.ledger.num_training,
-        "evaluations": [str(state.ledger.evaluations[step]) for step in sorted(state.ledger.evaluations)],
+        "evaluations": sorted(map(str, state.ledger.evaluations)),
     }
 
 
@@ -258,7 +258,7 @@ def test_trees_served_while_they_grow_survive_too(seed: int, max_uses: int) -> N
 @given(st.integers(0, 2**32 - 1))
 def test_at_the_end_nothing_is_kept_that_nobody_needs(seed: int) -> None:
     life = Life(config_of(2, partial=False), seed).live(400).finish()
-    for step in life.state.ledger.evaluations.values():
+    for step in life.state.ledger.evaluations:
         step.results |= dict.fromkeys(range(step.num_tasks), 1.0)
     life.save()
     held = {held.tree_id for actor in life.leases for held in life.state.ledger.held_by(actor)}

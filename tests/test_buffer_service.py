@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ from atpo_async.wire.records import TurnRecords
 from buffer import service as services
 from buffer.journal import journal as journals
 from buffer.journal.journal import Journal
-from buffer.journal.persistence import StatePersistence
 from buffer.service import BufferService
 from buffer.state import BufferState
+from buffer.trees.registry import TreeRegistry
 from tests.buffer_peers_support import (
     LOOPBACK,
     SOON_S,
@@ -354,7 +355,7 @@ def test_an_evaluation_tree_that_loses_all_its_holders_counts_as_failed() -> Non
         assert state.tick(now + 999.0)
     result = state.eval_result(0)
     assert result.done
-    assert state.records[0][2]["eval/failed"] == 1
+    assert state.drain_records()[0][2]["eval/failed"] == 1
 
 
 def test_an_evaluation_in_which_everything_failed_has_no_success_at_all(state: BufferState) -> None:
@@ -363,7 +364,7 @@ def test_an_evaluation_in_which_everything_failed_has_no_success_at_all(state: B
         take(state, [opened(lease), closed(lease, 0, failed=1)])
     result = state.eval_result(0)
     assert (result.done, result.success, result.num_done) == (True, None, 2)
-    assert state.records == [(0, 0, {"eval/failed": 2.0, "eval/unknown": 0.0})]
+    assert state.drain_records() == [(0, 0, {"eval/failed": 2.0, "eval/unknown": 0.0})]
 
 
 def test_the_turns_of_an_evaluation_that_was_replaced_do_not_count(state: BufferState) -> None:
@@ -374,7 +375,7 @@ def test_the_turns_of_an_evaluation_that_was_replaced_do_not_count(state: Buffer
     state.evaluate(EvalRequest(run="r", step=0, version=1, num_tasks=2, blocking=True))
     for lease in state.lease("a", 2, 0.0).leases:
         take(state, grown(lease, (1.0,)))
-    assert state.records == [(0, 1, {"eval/failed": 0.0, "eval/unknown": 0.0, "eval/turns_mean": 1.0})]
+    assert state.drain_records() == [(0, 1, {"eval/failed": 0.0, "eval/unknown": 0.0, "eval/turns_mean": 1.0})]
 
 
 # --- what becomes of lost holders ----------------------------------------------------------------------------------
@@ -421,7 +422,7 @@ def test_an_evaluation_task_that_cannot_be_started_counts_as_failed(state: Buffe
     take(state, [*grown(good, (1.0,)), closed(bad, 0, failed=1)])
     result = state.eval_result(0)
     assert (result.done, result.success) == (True, 0.5)
-    assert state.records[0][2]["eval/failed"] == 1
+    assert state.drain_records()[0][2]["eval/failed"] == 1
 
 
 def test_a_lapsed_tree_with_one_leaf_goes_to_another_actor(state: BufferState) -> None:
@@ -704,7 +705,7 @@ def test_a_tree_too_old_for_its_second_use_counts_as_such_unless_the_first_is_lo
         train(0, 6)
         train(1, 7)
         said = "1 trained on"
-    assert state.trees.retired == set()
+    assert state.trees._retired == set()
     over = state.sample(ask(step=2, version=8, num_trees=1), 0.0)
     assert isinstance(over, Exhausted)
     assert f": {said}, 0 without signal" in over.reason
@@ -774,15 +775,16 @@ async def test_what_is_left_of_a_mostly_dead_chunk_is_moved_and_still_whole(
 ) -> None:
     monkeypatch.setattr(journals, "SPARE_BYTES", 1)
     monkeypatch.setattr(services, "TICK_S", 0.01)
-    moved, relocate = asyncio.Event(), StatePersistence.relocate
+    moved = asyncio.Event()
+    relocate: Callable[..., int] = TreeRegistry.relocate
 
-    def watched(self: StatePersistence, *args: Any) -> int:
+    def watched(self: TreeRegistry, *args: Any) -> int:
         number = relocate(self, *args)
         if number:
             moved.set()
         return number
 
-    monkeypatch.setattr(StatePersistence, "relocate", watched)
+    monkeypatch.setattr(TreeRegistry, "relocate", watched)
     config = configured(
         run={"dir": tmp_path, "name": "r"}, staleness={"trees_per_batch": 2, "max_lag": 50}, buffer={"commit_ms": 50}
     )

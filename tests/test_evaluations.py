@@ -94,7 +94,7 @@ def test_a_task_of_which_nobody_said_whether_it_succeeded_is_no_success_and_no_f
         take(state, grown(lease, (1.0,), success=None))
     result = state.eval_result(0)
     assert (result.done, result.success, result.num_done, result.num_unknown) == (True, 0.5, 4, 2)
-    assert state.records == [(0, 0, {"eval/failed": 0.0, "eval/unknown": 2.0, "eval/turns_mean": 1.0})]
+    assert state.drain_records() == [(0, 0, {"eval/failed": 0.0, "eval/unknown": 2.0, "eval/turns_mean": 1.0})]
     assert unknown.tree_id not in state.pool
 
 
@@ -160,7 +160,7 @@ def test_evaluations_that_an_earlier_program_kept_in_one_value_go_on() -> None:
     assert lease.task_index == 1
     take(state, grown(lease, (0.0,)))
     assert state.eval_result(4).success == 0.5
-    assert state.records == [(4, 0, {"eval/failed": 0.0, "eval/unknown": 0.0, "eval/turns_mean": 2.0})]
+    assert state.drain_records() == [(4, 0, {"eval/failed": 0.0, "eval/unknown": 0.0, "eval/turns_mean": 2.0})]
 
 
 async def test_messages_of_actors_count_as_progress_of_the_buffer() -> None:

@@ -131,11 +131,11 @@ def test_the_journal_of_an_earlier_program_holds_what_that_program_found_in_it(o
         assert counts == COUNTS
         assert {
             "incarnation": state.incarnation,
-            "next task": state.ledger.next_task,
+            "next task": state.ledger.tasks.next_task,
             "next tree": state.ledger.next_number,
             "next batch": state.next_batch,
-            "given up": state.ledger.given_up,
-            "published": state.ledger.published,
+            "given up": state.ledger.tasks.given_up,
+            "published": state.ledger.progress.published,
             "step": state.step,
             "saved step": state.batch_server.saved_step,
             "version": state.version,
@@ -153,7 +153,7 @@ def test_the_journal_of_an_earlier_program_holds_what_that_program_found_in_it(o
             assert [turn.tree_id for turn in turns] == [tree_id] * len(turns)
         assert leases == LEASES
         assert state.pool.ready_ids() == READY
-        assert {each.step: len(each.results) for each in state.ledger.evaluations.values()} == EVALUATED
+        assert {each.step: len(each.results) for each in state.ledger.evaluations} == EVALUATED
 
 
 def test_the_turns_in_the_journal_of_an_earlier_program_are_those_that_its_learner_was_trained_on(old: Path) -> None:
@@ -161,7 +161,7 @@ def test_the_turns_in_the_journal_of_an_earlier_program_are_those_that_its_learn
         hashes = {}
         for batch in state.batches.by_step.values():
             for drawn in batch.drawn:
-                turns = turns_of(state.trees.tree_of(drawn), journal)
+                turns = turns_of(state.trees.registry.as_served(drawn), journal)
                 assert all(turn.run == state.run and len(turn.action) == len(turn.logprobs) for turn in turns)
                 hashes[drawn.tree_id] = hashlib.blake2b(b"".join(turns.parts), digest_size=8).hexdigest()
         trained = {tree["tree_id"]: tree["hash"] for batch in batches(old) for tree in batch["trees"]}
@@ -216,10 +216,10 @@ def test_a_run_of_an_earlier_program_goes_on_and_trains_on_every_task_once(old: 
     assert used.keys() <= set(range(MAX_TASKS))
     with buffer_of(old) as (state, _, found):
         assert {name: count for name, count in found.items() if count} == {}
-        assert state.ledger.next_task == MAX_TASKS
+        assert state.ledger.tasks.next_task == MAX_TASKS
         tasks = state.counters.tasks
         assert tasks["trained"] == len(used)
-        assert tasks["trained"] + tasks["no_signal"] + tasks["failed"] + state.ledger.given_up == MAX_TASKS
+        assert tasks["trained"] + tasks["no_signal"] + tasks["failed"] + state.ledger.tasks.given_up == MAX_TASKS
 
     assert (old / "model" / "config.json").is_file()
     assert not list((old / "checkpoints").glob(".writing-*"))

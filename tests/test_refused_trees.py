@@ -62,7 +62,7 @@ async def test_a_task_whose_turns_are_refused_each_time_is_given_up_with_the_rea
             assert len(peers.refusals) == attempt + 1
             await returned(peers, lease, reason=peers.refusals[-1])
         assert await peers.leases(1) == ()
-        assert peers.service.state.ledger.given_up == 1
+        assert peers.service.state.ledger.tasks.given_up == 1
         over = await peers.learner.request(ask(num_trees=1), timeout_s=SOON_S)
         assert isinstance(over, Exhausted)
         assert over.reason.endswith("1 given up")

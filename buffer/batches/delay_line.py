@@ -29,7 +29,7 @@ from typing import Literal
 
 from buffer.journal.entries import DelayLineEntry, TreeSetEntry
 
-Fate = Literal["kept", "inexact", "no_signal", "no_room", "surplus"]
+Fate = Literal["taken", "inexact", "no_signal", "too_large", "surplus"]
 """What becomes of a tree: a batch will have it; or another version had a part in it, there is nothing to learn from
 it, memory is full, nobody waits for it."""
 
@@ -42,6 +42,9 @@ class TreeSet:
     """All their tokens are of it."""
     tree_ids: tuple[str, ...]
 
+    def snapshot(self) -> TreeSetEntry:
+        return TreeSetEntry(version=self.version, tree_ids=self.tree_ids)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
@@ -49,16 +52,16 @@ class Admission:
 
     version: int
     """They are grown by it and by no other."""
-    room: int
+    capacity: int
     """How many more are needed, those under lease not counted."""
     held_back: str | None
     """Why no tree may be grown at all, begun ones included; None if some may."""
     enough: str
-    """Why no more than ``room`` may begin."""
+    """Why no more than ``capacity`` may begin."""
 
     def why_closed(self, begun: int) -> str | None:
         """Why no tree may begin after ``begun`` others; None if one may."""
-        return self.held_back or (self.enough if begun >= self.room else None)
+        return self.held_back or (self.enough if begun >= self.capacity else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +172,13 @@ class DelayLine:
             at = "has not asked for its first batch" if self.version is None else f"is at version {self.version}"
             whole = f"{len(self._whole)} batches are ready"
             why = f"staleness.exact_lag = {self.lag}: {whole} and no other is due, the learner {at}"
-            return Admission(version=self.version or 0, room=0, held_back=why, enough=why)
+            return Admission(version=self.version or 0, capacity=0, held_back=why, enough=why)
         enough = f"{self.describe()}, {under_lease} under lease"
         if memory_full:
             enough = f"buffer.max_bytes is reached: {enough}"
         return Admission(
             version=growing.version,
-            room=0 if memory_full else max(self._needed(growing) - under_lease, 0),
+            capacity=0 if memory_full else max(self._needed(growing) - under_lease, 0),
             held_back=self._held_back(growing.version, published, engine_version),
             enough=enough,
         )
@@ -192,14 +195,14 @@ class DelayLine:
             return f"{wanted}, this actor's engine has {engine_version}"
         return None
 
-    def place(self, tree_id: str, versions: Iterable[int], *, signal: bool, room: bool) -> Fate:
+    def place(self, tree_id: str, versions: Iterable[int], *, signal: bool, fits: bool) -> Fate:
         """A usable tree came.
 
         Args:
             tree_id: its id.
             versions: all that sampled a token of it.
             signal: whether its leaves earned different rewards.
-            room: whether it fits into memory.
+            fits: whether there is memory for it.
         """
         growing = self._growing
         if growing is None:
@@ -210,12 +213,12 @@ class DelayLine:
             return "inexact"
         if not signal:
             return "no_signal"
-        if not room:
-            return "no_room"
+        if not fits:
+            return "too_large"
         if len(growing.tree_ids) >= growing.num_sets * self._trees_per_set:
             return "surplus"
         growing.tree_ids.append(tree_id)
-        return "kept"
+        return "taken"
 
     def _needed(self, growing: _Growing) -> int:
         """Trees to come until the sets under way are complete, if all that come have a signal."""
@@ -261,11 +264,11 @@ class DelayLine:
 
     # --- snapshot ------------------------------------------------------------------------------------------------
 
-    def kept(self) -> DelayLineEntry:
+    def snapshot(self) -> DelayLineEntry:
         """What ``restore`` needs."""
         growing = self._growing
         return DelayLineEntry(
-            whole=tuple(TreeSetEntry(version=each.version, tree_ids=each.tree_ids) for each in self._whole),
+            whole=tuple(each.snapshot() for each in self._whole),
             growing=None
             if growing is None
             else (growing.version, growing.num_sets, tuple(growing.tree_ids), growing.produced),
@@ -273,13 +276,13 @@ class DelayLine:
             served=self._served,
         )
 
-    def restore(self, kept: DelayLineEntry) -> None:
+    def restore(self, entry: DelayLineEntry) -> None:
         """The line as an earlier process left it."""
-        self._whole = deque(TreeSet(each.version, each.tree_ids) for each in kept.whole)
-        if kept.growing is not None:
-            version, num_sets, tree_ids, produced = kept.growing
+        self._whole = deque(TreeSet(each.version, each.tree_ids) for each in entry.whole)
+        if entry.growing is not None:
+            version, num_sets, tree_ids, produced = entry.growing
             self._growing = _Growing(version, num_sets, list(tree_ids), produced)
-        self.version, self._served = kept.version, kept.served
+        self.version, self._served = entry.version, entry.served
 
     def describe(self) -> str:
         """What the line waits for."""

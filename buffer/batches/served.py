@@ -1,8 +1,8 @@
-"""Batches given to the learner.  Pure."""
+"""Batches that were given to the learner, until a checkpoint of it holds what they taught.  Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -11,6 +11,7 @@ from atpo_async.wire import codec
 from atpo_async.wire.messages import Batch, BatchTree, TreeOpened
 from atpo_async.wire.records import TurnRecords, unpack
 from buffer.batches.delay_line import TreeSet
+from buffer.journal.entries import BatchEntry, DrawnEntry
 from buffer.trees.index import Place, TreeEntry, places_of
 
 
@@ -26,6 +27,12 @@ class ServedTree:
     """This time included."""
     turn_ids: tuple[int, ...] | None
     """Those served, of a tree that still grew; None for all."""
+
+    def snapshot(self) -> DrawnEntry:
+        return DrawnEntry(
+            tree_id=self.tree_id, task_index=self.task_index, probability=self.probability, weight=self.weight,
+            uses=self.uses, turn_ids=self.turn_ids,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -51,6 +58,38 @@ class Served:
     def tree_ids(self) -> list[str]:
         return [each.tree_id for each in self.drawn]
 
+    def snapshot(self) -> BatchEntry:
+        exact = self.exact
+        return BatchEntry(
+            batch_id=self.batch_id,
+            step=self.step,
+            version=self.version,
+            num_ranks=self.num_ranks,
+            metrics=self.metrics,
+            drawn=tuple(each.snapshot() for each in self.drawn),
+            trained=tuple(sorted(self.trained)),
+            priorities=self.priorities,
+            confirmed=self.confirmed,
+            exact=None if exact is None else exact.snapshot(),
+        )
+
+    @classmethod
+    def restored(cls, entry: BatchEntry) -> Served:
+        return cls(
+            batch_id=entry.batch_id,
+            step=entry.step,
+            version=entry.version,
+            drawn=tuple(
+                ServedTree(d.tree_id, d.task_index, d.probability, d.weight, d.uses, d.turn_ids) for d in entry.drawn
+            ),
+            metrics=entry.metrics,
+            num_ranks=entry.num_ranks,
+            exact=None if entry.exact is None else TreeSet(entry.exact.version, entry.exact.tree_ids),
+            trained=set(entry.trained),
+            priorities=dict(entry.priorities),
+            confirmed=entry.confirmed,
+        )
+
 
 class Batches:
     """Those that no checkpoint of the learner holds yet."""
@@ -59,16 +98,48 @@ class Batches:
         self.by_step: dict[int, Served] = {}
         self.next_id = 1
         """Number of the next batch to be made."""
-        self.changed: set[int] = set()
-        """Steps whose batch came, went or changed; whoever keeps them takes the steps away."""
+        self._changed: set[int] = set()
 
     def put(self, served: Served) -> None:
         self.by_step[served.step] = served
-        self.changed.add(served.step)
+        self.next_id = max(self.next_id, served.batch_id + 1)
+        self._changed.add(served.step)
 
     def remove(self, step: int) -> None:
         del self.by_step[step]
-        self.changed.add(step)
+        self._changed.add(step)
+
+    def trained(self, batch_id: int, rank: int, priorities: Mapping[str, float]) -> Served | None:
+        """A rank has trained on its share of a batch, and found these priorities.  The batch, if that was the last."""
+        for served in self.by_step.values():
+            if served.batch_id == batch_id and not served.confirmed:
+                self._changed.add(served.step)
+                served.trained.add(rank)
+                served.priorities |= priorities
+                return served if len(served.trained) == served.num_ranks else None
+        return None
+
+    def confirm(self, served: Served) -> bool:
+        """The learner has trained on a batch; False where that was known."""
+        if served.confirmed:
+            return False
+        served.confirmed = True
+        self._changed.add(served.step)
+        return True
+
+    def tree_ids(self) -> set[str]:
+        """Of all these batches."""
+        return {tree_id for served in self.by_step.values() for tree_id in served.tree_ids}
+
+    def drain_changes(self) -> dict[int, BatchEntry | None]:
+        """Step -> entry of what came or changed since the last call; None for what went."""
+        changed, self._changed = self._changed, set()
+        return {step: self.by_step[step].snapshot() if step in self.by_step else None for step in changed}
+
+    def restore(self, entry: BatchEntry) -> Served:
+        """A batch as an earlier process left it."""
+        served = self.by_step[entry.step] = Served.restored(entry)
+        return served
 
     def last_with(self, tree_id: str) -> int | None:
         """The last step whose batch had this tree."""

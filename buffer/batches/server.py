@@ -7,7 +7,7 @@ a learner that falls back asks at an earlier step, and what it has lost goes bac
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from buffer.batches.delay_line import DelayLine
 from buffer.batches.served import Batches, Served, ServedTree, Share
 from buffer.batches.shares import split_by_tokens
 from buffer.counters import RunCounters
+from buffer.journal.entries import BatchEntry, RunEntry
 from buffer.leases.ledger import Ledger
 from buffer.pool.pool import Drawn
 from buffer.pool.weights import annealed_beta
@@ -89,7 +90,7 @@ class BatchServer:
             if not self._is_drained() and not self._is_in_vain(enough):
                 return None
             if self._is_drained() and not len(self._trees.pool):
-                done = self._counters.describe_tasks(self._ledger.given_up)
+                done = self._counters.describe_tasks(self._ledger.tasks.given_up)
                 return Exhausted(reason=f"all run.max_tasks = {self._config.run.max_tasks} tasks are done: {done}")
         beta = annealed_beta(request.step, start=self._config.buffer.weight_exponent, num_steps=self._beta_steps)
         metrics = self._flush(now)
@@ -105,7 +106,7 @@ class BatchServer:
 
     def _is_drained(self) -> bool:
         """Whether no further tree will come: ``run.max_tasks`` are leased, none is under way or with the learner."""
-        return self._ledger.all_leased and not self._ledger.num_training and not self._trees.pool.num_out
+        return self._ledger.tasks.all_leased and not self._ledger.num_training and not self._trees.pool.num_out
 
     def _sample_exact(self, request: SampleRequest, now: float, delay_line: DelayLine) -> Share | None:
         """The same where the delay line decides: the set whose turn it is, once all that is due is grown."""
@@ -135,7 +136,7 @@ class BatchServer:
     def _heard(self, request: SampleRequest) -> None:
         self.step = request.step
         self._trees.heard(request.version)
-        self._ledger.learner_at(request.version)
+        self._ledger.progress.waits_at(request.version)
 
     def _ask_line(self, request: SampleRequest, delay_line: DelayLine) -> None:
         """Tell the delay line where the learner stands; what a learner that starts again makes of no use goes."""
@@ -154,7 +155,7 @@ class BatchServer:
         self._trees.discard(asked.stale, "stale")
         self._trees.discard(asked.unfinished, "inexact")
         unfinished = len(asked.unfinished) + len(revoked)
-        self._counters.since.counts["dropped_inexact"] += unfinished
+        self._counters.count("dropped_inexact", unfinished)
         if before is None:
             if request.step > 0 and delay_line.lag > 0:
                 log.warning(
@@ -190,13 +191,12 @@ class BatchServer:
             metrics=metrics,
             num_ranks=request.num_ranks,
         )
-        self._batches.next_id += 1
         self._batches.put(served)
-        self._ledger.consumed(request.version)
+        self._ledger.progress.consumed(request.version)
         return served
 
     def _share(self, served: Served, request: SampleRequest) -> Share:
-        trees = [self._trees.tree_of(each) for each in served.drawn]
+        trees = [self._trees.registry.as_served(each) for each in served.drawn]
         arrays = [tree.arrays() for tree in trees]
         if request.num_ranks != served.num_ranks:
             raise BadMessage(
@@ -222,21 +222,15 @@ class BatchServer:
     def trained(self, message: Trained) -> None:
         """A rank has trained on its share of a batch; with the last rank's word the batch is confirmed."""
         self._trees.heard(message.version)
-        self._ledger.trained(message.version)
-        for served in self._batches.by_step.values():
-            if served.batch_id == message.batch_id and not served.confirmed:
-                self._batches.changed.add(served.step)
-                served.trained.add(message.rank)
-                served.priorities |= message.priorities
-                if len(served.trained) == served.num_ranks:
-                    self._confirm(served)
+        self._ledger.progress.trained(message.version)
+        served = self._batches.trained(message.batch_id, message.rank, message.priorities)
+        if served is not None:
+            self._confirm(served)
         self._trees.advance()
 
     def _confirm(self, served: Served) -> None:
-        if not served.confirmed:
-            served.confirmed = True
-            self._counters.tasks["trained"] += sum(each.uses == 1 for each in served.drawn)
-            self._batches.changed.add(served.step)
+        if self._batches.confirm(served):
+            self._counters.count_task("trained", sum(each.uses == 1 for each in served.drawn))
             self._trees.confirm(served.tree_ids, served.priorities, step=served.step)
 
     def checkpointed(self, message: Checkpointed) -> None:
@@ -284,5 +278,20 @@ class BatchServer:
             self._trees.give_back(served.tree_ids)
             return
         for each in served.drawn:
-            self._counters.tasks["trained"] -= each.uses == 1
+            self._counters.count_task("trained", -int(each.uses == 1))
             self._trees.undo_use(each)
+
+    # --- snapshot ----------------------------------------------------------------------------------------------
+
+    def snapshot(self, run: RunEntry) -> None:
+        """Write what ``restore`` reads."""
+        run.next_batch, run.step, run.saved_step = self._batches.next_id, self.step, self.saved_step
+
+    def restore(self, run: RunEntry, batches: Iterable[BatchEntry]) -> None:
+        """As an earlier process left it; after the trees, which those batches take."""
+        self._batches.next_id, self.step, self.saved_step = run.next_batch, run.step, run.saved_step
+        self.anew = False
+        for entry in batches:
+            served = self._batches.restore(entry)
+            if not served.confirmed:
+                self._trees.pool.take(served.tree_ids)

@@ -1,4 +1,4 @@
-"""What the journal keeps beside records: trees, batches, the cursor and what stands around them.  Pure.
+"""The journal's entries beside the records of turns: trees, batches, evaluations, cursor, counters.  Pure.
 
 Every value is msgpack of one of these structs, under a key that says what it is.  Nothing here is a moment in time:
 monotonic clocks mean nothing to the process that reads it.
@@ -17,7 +17,7 @@ from atpo_async.core.vocabulary import Split
 T = TypeVar("T")
 
 TREE, BATCH, EVALUATION = b"tree/", b"batch/", b"evaluation/"
-REST, SINCE, LINE = b"rest", b"since", b"line"
+RUN, COUNTS, DELAY_LINE = b"rest", b"since", b"line"
 ALL_EVALUATIONS = b"evaluations"
 """Where earlier programs kept all of them in one value."""
 
@@ -169,6 +169,16 @@ class DelayLineEntry(_Entry):
     """(version, sets, trees, produced)."""
     version: int | None
     served: bool
+
+
+def read_all(state: Mapping[bytes, bytes], prefix: bytes, kind: type[T]) -> dict[str, T]:
+    """The values under all keys that begin with ``prefix``, by the rest of the key, in its order."""
+    found = {}
+    for key in sorted(key for key in state if key.startswith(prefix)):
+        value = read(state, key, kind)
+        assert value is not None
+        found[key.removeprefix(prefix).decode()] = value
+    return found
 
 
 def dump(value: object) -> bytes:

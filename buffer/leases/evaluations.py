@@ -1,57 +1,208 @@
-"""Evaluations as the learner sees them: begun, asked for, reported.  The ledger leases their trees.  Pure."""
+"""Evaluations: which tasks are still to be leased, what came of the others, and what the learner is told.  Pure."""
 
 from __future__ import annotations
 
-from atpo_async.wire.messages import EvalRequest, EvalResult
-from buffer.leases.ledger import HeldLease, Ledger, Outcome
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from atpo_async.wire.messages import EvalResult
+from buffer.journal.entries import EvaluationEntry
 from buffer.trees.index import TreeEntry
 
+REMEMBERED_EVALUATIONS = 8
+"""Done ones, for a learner that asks for a result once more."""
 
-class Evaluations:
-    """Evaluations of one run.
+MetricsRecord = tuple[int, int, dict[str, float]]
+"""(step, version, metrics)."""
 
-    Args:
-        ledger: leases their trees and keeps their results.
-    """
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-        self.records: list[tuple[int, int, dict[str, float]]] = []
-        """(step, version, metrics) of those that are done; whoever writes them down takes them away."""
+class Outcome(NamedTuple):
+    """What came of one task of an evaluation that did not fail."""
 
-    def begin(self, request: EvalRequest) -> list[str]:
-        """Begin an evaluation, unless it is the one under way.  Returns trees under lease that are in vain now."""
-        return self._ledger.evaluate(
-            step=request.step, version=request.version, num_tasks=request.num_tasks, blocking=request.blocking
-        )
+    success: float | None
+    """In [0, 1]; None where the environment did not say."""
+    num_turns: int
+    versions: tuple[int, int]
+    """Oldest and newest of those that sampled its turns."""
 
-    def result(self, step: int) -> EvalResult:
-        evaluation = self._ledger.evaluations.get(step)
-        if evaluation is None:
-            return EvalResult(step=step, done=False, success=None, num_done=0, num_tasks=0)
-        oldest, newest = evaluation.versions or (-1, -1)
+
+@dataclass(slots=True)
+class Evaluation:
+    """One greedy evaluation on the held-out tasks."""
+
+    step: int
+    version: int
+    num_tasks: int
+    blocking: bool
+    next_task: int = 0
+    results: dict[int, float | None] = field(default_factory=dict)
+    """Task -> success in [0, 1]; None where its tree failed, and of those that are ``unknown``."""
+    unknown: set[int] = field(default_factory=set)
+    """Tasks that were done and of which the environment did not say whether they succeeded."""
+    turns: int = 0
+    """Of the trees that are done."""
+    versions: tuple[int, int] | None = None
+    """Oldest and newest of those that sampled these turns: beside training, weights change under an evaluation."""
+
+    @property
+    def done(self) -> bool:
+        return len(self.results) >= self.num_tasks
+
+    @property
+    def num_failed(self) -> int:
+        return sum(result is None for result in self.results.values()) - len(self.unknown)
+
+    @property
+    def success(self) -> float | None:
+        """Share of successful tasks among those that are known, a failed tree counted as no success; None until all
+        are done.
+
+        None too where nothing but failed and unknown ones is there: that says nothing about the policy.
+        """
+        if not self.done or all(result is None for result in self.results.values()):
+            return None
+        return sum(result or 0.0 for result in self.results.values()) / (len(self.results) - len(self.unknown))
+
+    def add(self, task: int, outcome: Outcome | None) -> None:
+        """One task is done; None: its tree failed."""
+        self.results[task] = None if outcome is None else outcome.success
+        if outcome is None:
+            return
+        if outcome.success is None:
+            self.unknown.add(task)
+        self.turns += outcome.num_turns
+        oldest, newest = self.versions or outcome.versions
+        self.versions = min(oldest, outcome.versions[0]), max(newest, outcome.versions[1])
+
+    def snapshot(self) -> EvaluationEntry:
+        return EvaluationEntry(
+            step=self.step, version=self.version, num_tasks=self.num_tasks, blocking=self.blocking,
+            next_task=self.next_task, results=self.results, turns=self.turns, unknown=tuple(sorted(self.unknown)),
+            versions=self.versions,
+        )  # fmt: skip
+
+    @classmethod
+    def restored(cls, entry: EvaluationEntry) -> Evaluation:
+        return cls(
+            entry.step, entry.version, entry.num_tasks, entry.blocking, entry.next_task, dict(entry.results),
+            set(entry.unknown), entry.turns, entry.versions,
+        )  # fmt: skip
+
+    def result(self) -> EvalResult:
+        """For the learner, so far."""
+        oldest, newest = self.versions or (-1, -1)
         return EvalResult(
-            step=step,
-            done=evaluation.done,
-            success=evaluation.success,
-            num_done=len(evaluation.results),
-            num_tasks=evaluation.num_tasks,
-            num_unknown=len(evaluation.unknown),
+            step=self.step,
+            done=self.done,
+            success=self.success,
+            num_done=len(self.results),
+            num_tasks=self.num_tasks,
+            num_unknown=len(self.unknown),
             version_min=oldest,
             version_max=newest,
         )
 
-    def record(self, held: HeldLease, tree: TreeEntry | None) -> None:
-        """A task of an evaluation is done, with this pruned tree; None where it failed."""
-        outcome = None
-        if tree is not None and tree.num_leaves:
-            versions = tree.versions
-            outcome = Outcome(tree.mean_success, len(tree), (min(versions), max(versions)))
-        done = self._ledger.record(held, outcome)
-        if done is None:
+    def metrics(self) -> dict[str, float]:
+        """Of one that is done."""
+        found = {"eval/failed": float(self.num_failed), "eval/unknown": float(len(self.unknown))}
+        if finished := self.num_tasks - self.num_failed:
+            found["eval/turns_mean"] = self.turns / finished
+        return found
+
+
+class Evaluations:
+    """Evaluations of one run, by step."""
+
+    def __init__(self) -> None:
+        self._by_step: dict[int, Evaluation] = {}
+        self._changed: set[int] = set()
+        self._records: list[MetricsRecord] = []
+
+    def __iter__(self) -> Iterator[Evaluation]:
+        return iter(self._by_step.values())
+
+    def __len__(self) -> int:
+        return len(self._by_step)
+
+    def find(self, step: int) -> Evaluation | None:
+        return self._by_step.get(step)
+
+    def begin(self, *, step: int, version: int, num_tasks: int, blocking: bool) -> bool:
+        """Begin an evaluation; False where it is the one under way.  Another version begins anew."""
+        there = self._by_step.get(step)
+        if there is not None and (there.version, there.num_tasks) == (version, num_tasks):
+            return False
+        self._by_step[step] = Evaluation(step, version, num_tasks, blocking)
+        self._changed.add(step)
+        done = sorted(each.step for each in self if each.done)
+        for old in done[:-REMEMBERED_EVALUATIONS]:
+            del self._by_step[old]
+            self._changed.add(old)
+        return True
+
+    def next_task(self, published: int | None) -> tuple[Evaluation, int] | None:
+        """A task to lease now that ``published`` is the newest version: its evaluation and its index; None for none."""
+        for evaluation in self:
+            if _is_runnable(evaluation, published) and evaluation.next_task < evaluation.num_tasks:
+                evaluation.next_task += 1
+                self._changed.add(evaluation.step)
+                return evaluation, evaluation.next_task - 1
+        return None
+
+    def blocking(self, published: int | None) -> Evaluation | None:
+        """One that keeps training leases back.  Not before its version is out: training may lead there."""
+        for evaluation in self:
+            if evaluation.blocking and not evaluation.done and _is_runnable(evaluation, published):
+                return evaluation
+        return None
+
+    def record(self, step: int, task: int, tree: TreeEntry | None) -> None:
+        """A task of the evaluation of ``step`` is done, with this pruned tree; None where it failed."""
+        evaluation = self._by_step.get(step)
+        if evaluation is None or evaluation.done:
             return
-        metrics = {"eval/failed": float(done.num_failed), "eval/unknown": float(len(done.unknown))}
-        finished = done.num_tasks - done.num_failed
-        if finished:
-            metrics["eval/turns_mean"] = done.turns / finished
-        self.records.append((done.step, done.version, metrics))
+        evaluation.add(task, None if tree is None else outcome_of(tree))
+        self._changed.add(step)
+        if evaluation.done:
+            self._records.append((step, evaluation.version, evaluation.metrics()))
+
+    def result(self, step: int) -> EvalResult:
+        """For the learner, so far; of an evaluation that is not known here, nothing."""
+        evaluation = self._by_step.get(step)
+        if evaluation is None:
+            return EvalResult(step=step, done=False, success=None, num_done=0, num_tasks=0)
+        return evaluation.result()
+
+    def drain_records(self) -> list[MetricsRecord]:
+        """Of the evaluations that were done since the last call."""
+        records, self._records = self._records, []
+        return records
+
+    def drain_changes(self) -> dict[int, EvaluationEntry | None]:
+        """Step -> entry of what came or changed since the last call; None for what went."""
+        changed, self._changed = self._changed, set()
+        return {step: each.snapshot() if (each := self.find(step)) is not None else None for step in changed}
+
+    def restore(self, entries: Iterable[EvaluationEntry], *, changed: bool) -> None:
+        """As an earlier process left them.
+
+        Args:
+            entries: in their order.
+            changed: whether they are to be handed over once more, for they lie under a key of an earlier program.
+        """
+        self._by_step |= {each.step: Evaluation.restored(each) for each in entries}
+        if changed:
+            self._changed.update(self._by_step)
+
+
+def outcome_of(tree: TreeEntry) -> Outcome | None:
+    """What a pruned tree says of its task; None where no leaf was finished."""
+    if not tree.num_leaves:
+        return None
+    versions = tree.versions
+    return Outcome(tree.mean_success, len(tree), (min(versions), max(versions)))
+
+
+def _is_runnable(evaluation: Evaluation, published: int | None) -> bool:
+    return published is not None and evaluation.version <= published

@@ -21,6 +21,7 @@ from atpo_async.core.vocabulary import Split
 from atpo_async.wire import codec
 from atpo_async.wire.messages import TreeClosed, TreeOpened
 from atpo_async.wire.records import pack, unpack
+from buffer.journal.entries import ClosingEntry, TreeStateEntry
 from buffer.trees.index import ROW, Rows, Store, TreeEntry, TurnEntry, entry_of, rows_of
 
 REMEMBERED_TREES = 2048
@@ -46,6 +47,16 @@ class Growing:
     closed: TreeClosed | None = None
     parents: set[int] = field(default_factory=set)
     """Ids that turns name as their parent."""
+
+    def closing(self) -> ClosingEntry | None:
+        """What its closing said, for a snapshot."""
+        closed = self.closed
+        if closed is None:
+            return None
+        return ClosingEntry(
+            lease_epoch=closed.lease_epoch, num_turns=closed.num_turns, failed_branches=closed.failed_branches,
+            failures=closed.failures,
+        )  # fmt: skip
 
     def attached(self) -> list[TurnEntry]:
         """Turns whose whole path is there, by id; the others are parked."""
@@ -82,8 +93,7 @@ class Assembly:
         self._remembered = remembered_trees
         self.nbytes = 0
         """Bytes of the records of unfinished trees."""
-        self.changed: set[str] = set()
-        """Trees of which something changed beside their turns; whoever keeps them takes the names away."""
+        self._changed: set[str] = set()
 
     def __contains__(self, tree_id: object) -> bool:
         return tree_id in self._growing
@@ -100,7 +110,7 @@ class Assembly:
 
         On a reissue the turns that are attached stay; parked ones go, for their ids may come again.
         """
-        self.changed.add(tree_id)
+        self._changed.add(tree_id)
         entry = self._growing.get(tree_id)
         if entry is None:
             self._growing[tree_id] = Growing(tree_id, number, task_index, kind, epoch)
@@ -112,12 +122,40 @@ class Assembly:
         entry.turns, entry.closed, entry.epoch = kept, None, epoch
         entry.parents = {turn.parent_id for turn in kept.values()}
 
-    def restore(self, growing: Growing) -> None:
-        """A tree under lease as an earlier process left it."""
+    def drain_changes(self) -> set[str]:
+        """Trees of which something changed beside their turns, since the last call."""
+        changed, self._changed = self._changed, set()
+        return changed
+
+    def restore(self, tree_id: str, entry: TreeStateEntry, prompt: Rows, turns: Rows, *, run: str) -> None:
+        """A tree under lease as an earlier process left it.
+
+        Args:
+            tree_id: its id.
+            entry: of a tree that grows.
+            prompt: ROW[1]; ROW[0] where it had not come.
+            turns: ROW[N], what had come.
+            run: id of the run.
+        """
+        growing = Growing(tree_id, entry.number, entry.task_index, entry.kind, entry.epoch)
+        growing.prompt = entry_of(prompt[0]) if len(prompt) else None
+        growing.turns = {int(row["turn_id"]): entry_of(row) for row in turns}
+        if (closed := entry.closed) is not None:
+            growing.closed = TreeClosed(
+                run=run, tree_id=tree_id, lease_epoch=closed.lease_epoch, num_turns=closed.num_turns,
+                failed_branches=closed.failed_branches, failures=closed.failures,
+            )  # fmt: skip
         growing.parents = {turn.parent_id for turn in growing.turns.values()}
-        self._growing[growing.tree_id] = growing
+        self._growing[tree_id] = growing
         self.nbytes += sum(turn.nbytes for turn in growing.turns.values())
         self.nbytes += 0 if growing.prompt is None else growing.prompt.nbytes
+
+    def move(self, tree_id: str, turns: Mapping[int, TurnEntry]) -> None:
+        """Records of a tree, if it grows, are in other places; ``ROOT`` is its prompt."""
+        growing = self._growing.get(tree_id)
+        if growing is not None:
+            growing.prompt = turns.get(ROOT, growing.prompt)
+            growing.turns |= {turn_id: entry for turn_id, entry in turns.items() if turn_id != ROOT}
 
     def check(self, message: TreeMessage, frames: Frames | None = None) -> bool:
         """Whether ``message`` says anything new.
@@ -151,7 +189,7 @@ class Assembly:
         entry = self._growing[message.tree_id]
         if isinstance(message, TreeClosed):
             entry.closed = message
-            self.changed.add(message.tree_id)
+            self._changed.add(message.tree_id)
             return True
         store = self._store
         place = store.add(pack(frames if frames is not None else codec.encode(message)))
@@ -208,7 +246,7 @@ class Assembly:
         """Hand the tree over, its records with it; from now on its turns are only recognised."""
         tree = self.tree(tree_id)
         entry = self._growing.pop(tree_id)
-        self.changed.add(tree_id)
+        self._changed.add(tree_id)
         kept = {*tree.rows["turn_id"].tolist(), *tree.prompt["turn_id"].tolist()}
         rest = [turn for turn in entry.turns.values() if turn.turn_id not in kept]
         if entry.prompt is not None and ROOT not in kept:

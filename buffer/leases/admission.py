@@ -1,0 +1,101 @@
+"""Whether a training tree may begin now, and with weights of which version at least.  Pure.
+
+A tree leased now is consumed after all that are pending: at version ``next + pending·uses // batch``, where ``next`` is
+the learner's version at the next batch.  It will be within ``max_lag`` then exactly if it is begun with weights of at
+least that version minus ``max_lag``.  This is a lease's ``min_version``; while the learner has not published it, no
+lease is granted.  With ``max_lag`` 0 trees are so grown under the very version that consumes them.  With
+``staleness.exact_lag`` none of this counts, ``buffer.batches.delay_line`` decides.
+
+It cannot block for ever: when the learner waits at version v for a batch and nothing is under lease any more, at most
+batch - 1 trees are pending, each counted with all its uses, so ``min_version`` is at most
+v + (max_uses - 1) - max_lag.  The last published version is at least v - (publish_every - 1), which is no less as long
+as max_lag >= (publish_every - 1) + (max_uses - 1): the configuration refuses anything else.
+"""
+
+from __future__ import annotations
+
+from atpo_async.config import StalenessConfig
+from buffer.journal.entries import RunEntry
+
+
+class LearnerProgress:
+    """Which version actors can get, and at which one the learner takes its next batch."""
+
+    def __init__(self) -> None:
+        self.published: int | None = None
+        """The newest version that actors can get; None before the learner's first."""
+        self.next_version = 0
+        """The learner's version when it takes its next batch, as far as known."""
+
+    def publish(self, version: int) -> None:
+        """Actors can get ``version``."""
+        self.published = version if self.published is None else max(self.published, version)
+        self.next_version = max(self.next_version, version)
+
+    def waits_at(self, version: int) -> None:
+        """The learner waits for a batch at ``version``."""
+        self.next_version = version
+
+    def trained(self, version: int) -> None:
+        """The learner has come to ``version``, or gone past it: a request for the batch after overtakes this."""
+        self.next_version = max(self.next_version, version)
+
+    def consumed(self, version: int) -> None:
+        """A batch was served at ``version``; the next is one version on."""
+        self.next_version = version + 1
+
+    def snapshot(self, run: RunEntry) -> None:
+        """Write what ``restore`` reads."""
+        run.published, run.next_version = self.published, self.next_version
+
+    def restore(self, run: RunEntry) -> None:
+        """As an earlier process left it."""
+        self.published, self.next_version = run.published, run.next_version
+
+
+class LagRule:
+    """Admission by ``staleness.max_lag``.
+
+    Args:
+        staleness: trees per batch, max_lag, max_uses, max_oversampling.
+        progress: of the learner.
+    """
+
+    def __init__(self, staleness: StalenessConfig, progress: LearnerProgress) -> None:
+        self._staleness = staleness
+        self._progress = progress
+
+    def least_version(self, pending: int) -> int:
+        """The oldest version with which a tree begun now, after ``pending`` others, is still fresh at its first use.
+
+        Each pending tree is taken to be used ``max_uses`` times before it, though some have had uses already.
+        """
+        s = self._staleness
+        return max(self._progress.next_version + pending * s.max_uses // s.trees_per_batch - s.max_lag, 0)
+
+    def why_closed(self, *, under_lease: int, ready: int, produced: int, memory_full: bool) -> str | None:
+        """Why no new training tree may begin now; None if one may.
+
+        Args:
+            under_lease: training trees that are grown.
+            ready: trees that wait to be served and are not under lease.
+            produced: training trees that became ready since the last batch, those without signal too.
+            memory_full: the buffer is at its byte limit.
+        """
+        s = self._staleness
+        published, pending = self._progress.published, under_lease + ready
+        if published is None:
+            return "the learner has not published its first version"
+        if memory_full:
+            return "buffer.max_bytes or buffer.max_trees is reached: the learner must take trees first"
+        if pending >= s.max_trees_pending:
+            return f"{pending} trees are pending, staleness.max_lag = {s.max_lag} allows {s.max_trees_pending}"
+        if s.max_lag == 0 and produced + under_lease >= s.max_oversampling * s.trees_per_batch:
+            # The short batch that comes now would leave these behind, stale.
+            return f"{produced} trees came since the last batch, enough for a short one"
+        if (least := self.least_version(pending)) > published:
+            return (
+                f"a tree begun now would be older than staleness.max_lag = {s.max_lag} when consumed: version "
+                f"{least} must be published first, {published} is"
+            )
+        return None

@@ -1,0 +1,45 @@
+"""Which actors are alive, by when they were last heard.  Pure: the clock is passed in, monotonic seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+FORGOTTEN_S = 3600.0
+"""An actor that holds nothing and was silent for so long is forgotten."""
+
+
+class ActorPresence:
+    """Actors by name.
+
+    Args:
+        silent_s: one of whom nothing is heard for longer has lost its leases.
+    """
+
+    def __init__(self, silent_s: float) -> None:
+        self._silent_s = silent_s
+        self._heard: dict[str, float] = {}
+
+    def heard(self, actor: str, now: float) -> None:
+        """``actor`` gave a sign of life at ``now``; word of an earlier one changes nothing."""
+        self._heard[actor] = max(now, self._heard.get(actor, now))
+
+    def excuse(self, now: float) -> None:
+        """The buffer stood still until ``now``: nobody was silent in that time."""
+        for actor in self._heard:
+            self._heard[actor] = now
+
+    def is_silent(self, actor: str, now: float) -> bool:
+        return now - self._heard.get(actor, now) > self._silent_s
+
+    def num_alive(self, now: float) -> int:
+        """Actors that were heard lately."""
+        return sum(now - heard <= self._silent_s for heard in self._heard.values())
+
+    def forget_long_gone(self, now: float, holders: Iterable[str]) -> None:
+        """Drop those that nobody has heard of for very long and that hold nothing."""
+        gone = {actor for actor, heard in self._heard.items() if now - heard > FORGOTTEN_S}
+        for actor in gone - set(holders) if gone else ():
+            del self._heard[actor]
+
+    def __len__(self) -> int:
+        return len(self._heard)

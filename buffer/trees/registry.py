@@ -1,0 +1,248 @@
+"""Every tree that the buffer holds, and where it stands: growing, ready, with the learner, used up.  Pure.
+
+A tree is in one of ``assembly``, ``pool`` and ``spent``; with ``buffer.ready = "partial"`` one that grows may be in the
+pool too, and one that ended while the learner had an earlier state of it waits in ``late`` until that comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atpo_async.core.errors import BadMessage, SetupError
+from atpo_async.core.tree import ROOT
+from buffer.batches.served import ServedTree
+from buffer.journal.entries import KEEP, PoolEntry, TreeStateEntry
+from buffer.pool.pool import ReplayPool
+from buffer.trees.assembly import Assembly
+from buffer.trees.index import Rows, Store, TreeEntry, TurnEntry, entry_of
+from buffer.trees.spent import SpentTree, SpentTrees
+
+
+class TreeRegistry:
+    """The trees of one run.
+
+    Args:
+        store: where their records are.
+        pool: empty, for those that are ready.
+    """
+
+    def __init__(self, store: Store, pool: ReplayPool) -> None:
+        self._store = store
+        self.assembly = Assembly(store, find=self.find)
+        """Trees that grow."""
+        self.pool = pool
+        """Trees that are ready, and those with the learner."""
+        self.spent = SpentTrees()
+        """Trees used up since the learner's last checkpoint."""
+        self._late: dict[str, TreeEntry] = {}
+        self._partial_uses: dict[str, tuple[int, int]] = {}
+        """Tree -> (uses, leaves) when it was last served, of trees that may be served before their end."""
+        self._ids: dict[int, str] = {}
+        """Number -> id of every tree that has a lease or records."""
+        self._changed: set[str] = set()
+
+    # --- what is there -----------------------------------------------------------------------------------------
+
+    def find(self, tree_id: str) -> TreeEntry | None:
+        """A tree that is still kept after its end."""
+        if (late := self._late.get(tree_id)) is not None:
+            return late
+        if (spent := self.spent.find(tree_id)) is not None:
+            return spent.tree
+        return self.pool.find(tree_id)
+
+    def as_served(self, served: ServedTree) -> TreeEntry:
+        """A tree of a batch, as it was served.
+
+        Raises:
+            BadMessage: it is kept no more.
+        """
+        tree = self.pool.find(served.tree_id)
+        if tree is None and (spent := self.spent.find(served.tree_id)) is not None:
+            tree = spent.tree
+        if tree is None:
+            raise BadMessage(f"tree {served.tree_id} of that batch is gone: it was trained on, ask for the next step")
+        if served.turn_ids is None or len(served.turn_ids) == len(tree):
+            return tree
+        return replace(tree, rows=tree.rows[np.isin(tree.rows["turn_id"], served.turn_ids)])
+
+    def grows_or_is_late(self, tree_id: str) -> bool:
+        """Whether more is to come of a tree that leaves the pool."""
+        return tree_id in self.assembly or tree_id in self._late
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all turns kept."""
+        return self.pool.nbytes + self.assembly.nbytes + self.spent.nbytes
+
+    # --- coming and going --------------------------------------------------------------------------------------
+
+    def expect(self, tree_id: str, number: int) -> None:
+        """A lease of this tree was granted."""
+        self._ids[number] = tree_id
+
+    def forget(self, tree: TreeEntry) -> None:
+        """Its records are needed no more, unless somebody else has the tree still."""
+        tree_id = tree.tree_id
+        if self.grows_or_is_late(tree_id) or tree_id in self.pool or tree_id in self.spent:
+            return
+        self._changed.add(tree_id)
+        self._ids.pop(tree.number, None)
+        self._store.release(tree.prompt, gone=True)
+        self._store.release(tree.rows, gone=True)
+
+    def drop_turns(self, whole: TreeEntry, kept: TreeEntry) -> None:
+        """Of a tree only these turns are needed from now on."""
+        if len(kept) < len(whole):
+            self._store.release(whole.rows[~np.isin(whole.rows["turn_id"], kept.rows["turn_id"])])
+
+    def put_late(self, tree: TreeEntry) -> None:
+        """A tree came to its end while the learner has an earlier state of it."""
+        self._late[tree.tree_id] = tree
+        self._changed.add(tree.tree_id)
+
+    def pop_late(self, tree_id: str) -> TreeEntry | None:
+        late = self._late.pop(tree_id, None)
+        if late is not None:
+            self._changed.add(tree_id)
+        return late
+
+    def put_spent(self, spent: SpentTree) -> None:
+        self.spent.put(spent)
+        self._changed.add(spent.tree.tree_id)
+
+    def partial_uses(self, tree_id: str) -> tuple[int, int]:
+        """(uses, leaves) when a tree was last served before its end."""
+        return self._partial_uses.get(tree_id, (0, 0))
+
+    def put_partial_uses(self, tree_id: str, uses: int, leaves: int) -> None:
+        self._partial_uses[tree_id] = uses, leaves
+        self._changed.add(tree_id)
+
+    def pop_partial_uses(self, tree_id: str) -> tuple[int, int]:
+        return self._partial_uses.pop(tree_id, (0, 0))
+
+    # --- snapshot ----------------------------------------------------------------------------------------------
+
+    def drain_changes(self) -> set[str]:
+        """Trees of which anything changed since the last call."""
+        changed, self._changed = self._changed, set()
+        return changed | self.assembly.drain_changes() | self.pool.drain_changes()
+
+    def snapshot(self, tree_id: str) -> TreeStateEntry | None:
+        """What ``restore`` needs of a tree beside its turns and its lease; None of one that is not here."""
+        growing, tree = self.assembly.growing(tree_id), self.find(tree_id)
+        owner = growing or tree
+        if owner is None:
+            return None
+        place, spent = self.pool.snapshot(tree_id), self.spent.find(tree_id)
+        return TreeStateEntry(
+            number=owner.number,
+            task_index=owner.task_index,
+            kind="train",
+            failed_branches=0 if tree is None else tree.failed_branches,
+            growing=growing is not None,
+            epoch=0 if growing is None else growing.epoch,
+            closed=None if growing is None else growing.closing(),
+            partial=self._partial_uses.get(tree_id),
+            late=tree_id in self._late,
+            pool=place if place is not None or spent is None else spent.entry,
+            spent_at=None if place is not None or spent is None else spent.step,
+        )
+
+    def restore(self, trees: Mapping[str, TreeStateEntry], rows: Rows, *, run: str) -> NDArray[np.bool_]:
+        """The trees as an earlier process left them.
+
+        Args:
+            trees: by id.
+            rows: ROW[R], by tree, then by turn.
+            run: its id.
+
+        Returns:
+            bool[R]: which records belong to a tree that is here.
+
+        Raises:
+            SetupError: a tree is without its turns.
+        """
+        owned = np.zeros(len(rows), dtype=bool)
+        pooled: list[tuple[PoolEntry, TreeEntry]] = []
+        for tree_id, entry in trees.items():
+            at = slice(*np.searchsorted(rows["tree"], [entry.number, entry.number + 1]).tolist())
+            tree = self._restored(tree_id, entry, rows[at], run)
+            # Turns of failed branches went when their tree was done, their chunk may have stayed.
+            owned[at] = tree is None or np.isin(rows["turn_id"][at], [ROOT, *tree.rows["turn_id"].tolist()])
+            if tree is not None and entry.pool is not None:
+                pooled.append((entry.pool, tree))
+        for place, tree in sorted(pooled, key=lambda each: each[0].entered):
+            self.pool.restore(tree, place)
+        return owned
+
+    def _restored(self, tree_id: str, entry: TreeStateEntry, rows: Rows, run: str) -> TreeEntry | None:
+        """One tree put back; what of it belongs into the pool."""
+        self._ids[entry.number] = tree_id
+        if entry.partial is not None:
+            self._partial_uses[tree_id] = entry.partial
+        prompt, turns = rows[rows["turn_id"] == ROOT], rows[rows["turn_id"] != ROOT]
+        if entry.growing:
+            self.assembly.restore(tree_id, entry, prompt, turns, run=run)
+            return None if entry.pool is None else self.assembly.tree(tree_id).pruned()
+        whole = TreeEntry(tree_id, entry.number, entry.task_index, prompt, turns, entry.failed_branches)
+        tree = whole.pruned()
+        self.drop_turns(whole, tree)
+        if not len(turns) or not len(prompt):
+            raise SetupError(f"the journal is damaged: tree {tree_id} is there without its turns; {KEEP}")
+        if entry.late:
+            self._late[tree_id] = tree
+        if entry.spent_at is not None and entry.pool is not None:
+            self.spent.put(SpentTree(tree, entry.pool, entry.spent_at))
+            return None
+        return tree if entry.pool is not None else None
+
+    # --- moving records ----------------------------------------------------------------------------------------
+
+    def live(self, rows: Rows) -> Rows:
+        """Those of ROW[R] whose record is still there and needed."""
+        return rows[[self._is_current(row) for row in rows]] if len(rows) else rows
+
+    def relocate(self, rows: Rows, records: Sequence[bytes]) -> int:
+        """Put these records into the store once more and let the old ones go; those that are not needed any more are
+        left out.  Returns how many were moved."""
+        moved: dict[int, dict[int, TurnEntry]] = {}
+        current = [self._is_current(row) for row in rows]
+        for row, record, is_current in zip(rows, records, current, strict=True):
+            if is_current:
+                there = self._store.add(record)
+                entry = entry_of(row)._replace(chunk=there.chunk, offset=there.offset)
+                self._store.note(entry)
+                moved.setdefault(entry.tree, {})[entry.turn_id] = entry
+        for number, turns in moved.items():
+            tree_id = self._ids[number]
+            self.assembly.move(tree_id, turns)
+            if (ready := self.pool.find(tree_id)) is not None:
+                self.pool.replace(ready.moved(turns))
+            if tree_id in self._late:
+                self._late[tree_id] = self._late[tree_id].moved(turns)
+            if (spent := self.spent.find(tree_id)) is not None:
+                self.spent.replace(spent.tree.moved(turns))
+        self._store.release(rows[current])
+        return sum(current)
+
+    def _is_current(self, row: np.void) -> bool:
+        """Whether a tree still has this record where the row says."""
+        tree_id = self._ids.get(int(row["tree"]))
+        if tree_id is None:
+            return False
+        turn_id, place = int(row["turn_id"]), (int(row["chunk"]), int(row["offset"]))
+        growing = self.assembly.growing(tree_id)
+        if growing is not None:
+            entry = growing.prompt if turn_id == ROOT else growing.turns.get(turn_id)
+            return entry is not None and (entry.chunk, entry.offset) == place
+        tree = self.find(tree_id)
+        if tree is None:
+            return False
+        rows = tree.prompt if turn_id == ROOT else tree.rows[tree.rows["turn_id"] == turn_id]
+        return bool(len(rows)) and (int(rows[0]["chunk"]), int(rows[0]["offset"])) == place
