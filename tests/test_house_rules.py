@@ -89,7 +89,7 @@ PURE = {
         for folder in ("surrogates", "corrections")
         for file in (ROOT / "learner" / "loss" / folder).glob("[a-z]*.py")
     ),
-    *(f"learner.packing.{name}" for name in ("credited", "rows", "staleness", "tree")),
+    *(f"learner.packing.{name}" for name in ("credited", "rows", "staleness", "tree", "tree_paths", "tree_segments")),
 }
 # A clock, the outside world, or chance that nobody passed in.
 IMPURE_IMPORTS = {

@@ -23,8 +23,9 @@ from atpo_async.core.vocabulary import Aggregation
 from learner.loss.loading import load_surrogate
 from learner.loss.objective import atpo_loss
 from learner.loss.tokens import ActionTokens, OffPolicyTokens
-from learner.packing import attention
-from learner.packing.attention import DeviceLayout, Parts, Way, block_mask, to_device, tree_attention_forward
+from learner.packing import attention, attention_kernel, attention_parts
+from learner.packing.attention import DeviceLayout, Way, block_mask, to_device, tree_attention_forward
+from learner.packing.attention_parts import Parts
 from learner.packing.rows import MicroBatch, Row, TreeLayout, micro_batches
 from learner.packing.tree import tree_micro_batches
 from learner.policy import model as learner_model
@@ -78,17 +79,17 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cheap_calls(put: Callable[[Any, str, Any], None]) -> None:
-    put(attention, "CALL_COST", 0)
-    put(attention, "JOIN_COST", 0)
-    put(attention, "LONGEST_BLOCK", 3)
-    put(attention, "_half", lambda size: -(-size // 2))
-    attention._chain_cost.cache_clear()
+    put(attention_parts, "CALL_COST", 0)
+    put(attention_parts, "JOIN_COST", 0)
+    put(attention_parts, "LONGEST_BLOCK", 3)
+    put(attention_parts, "_half", lambda size: -(-size // 2))
+    attention_parts._chain_cost.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def forget_costs() -> Any:
     yield
-    attention._chain_cost.cache_clear()
+    attention_parts._chain_cost.cache_clear()
 
 
 @settings(deadline=None, max_examples=60)
@@ -107,7 +108,7 @@ def test_parts_are_the_dense_mask_with_its_gradients(
             size = (one.tokens.shape[0], one.tokens.shape[1])
             by_parts, by_mask = (results(to_device(one.layout, CPU, way=way), size, groups=groups) for way in WAYS)
             assert largest_difference(by_parts, by_mask) < 1e-13
-    attention._chain_cost.cache_clear()
+    attention_parts._chain_cost.cache_clear()
 
 
 def test_parts_leave_out_what_the_mask_hides(small_parts: None) -> None:
@@ -146,7 +147,7 @@ def test_a_long_prompt_with_many_leaves_holds_no_mask_of_its_square() -> None:
     layout = to_device(layout_of([exits]), CPU)
     assert layout.parts is not None
     held = sum(bucket.hidden.numel() for bucket in layout.parts.buckets)
-    assert held <= len(exits) * attention.LONGEST_BLOCK
+    assert held <= len(exits) * attention_parts.LONGEST_BLOCK
     assert held < len(exits) ** 2 / 10
     # Pairs that are computed: half a square for each block along the diagonal, no more.
     pairs = held + sum((b - a) * (d - c) for a, b, c, d in layout.parts.rectangles)
@@ -463,13 +464,13 @@ def test_gradient_checkpointing_computes_each_layer_again_with_the_layout(
 ) -> None:
     policy = float64_policy(tmp_path, gradient_checkpointing=True)
     (packed,) = passes(rows_of(MIXED), "tree")
-    kernel, calls = attention._kernel, []
+    kernel, calls = attention_kernel._kernel, []
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return kernel(*args)
 
-    monkeypatch.setattr(attention, "_kernel", counted)
+    monkeypatch.setattr(attention_kernel, "_kernel", counted)
     logp = scored(policy, packed)
     forward = len(calls)
     logp.sum().backward()

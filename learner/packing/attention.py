@@ -19,15 +19,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._triton import has_triton
@@ -35,24 +31,14 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from learner.packing.arrays import I64
+from learner.packing.attention_kernel import TreeAttention
+from learner.packing.attention_parts import Parts
 from learner.packing.rows import TreeLayout
 
 NAME = "atpo_tree"
 """Of this attention in transformers' registries."""
 
 Way = Literal["parts", "flex", "dense"]
-
-# The cost of a part, forward and backward, in pairs of a query and a key.  Measured on one core of an AMD EPYC
-# (AVX-512) in float32 with 4 heads of 64, as processor time: the kernel does 70 to 78 GFLOP/s on masked blocks and on
-# rectangles of 64 keys and more (65 with 16), 48 ns a pair; a call and what is around it costs 100 to 200 us; joining a
-# rectangle passes over its queries and keys a few times, 0.5 ns a channel.  A chain of 1,024 then takes 34 ms in blocks
-# of 128, 35 in blocks of 256, 43 of 512, and 37 in the kernel's own causal mode; the optimum is flat.  One core hardly
-# tells a call cost of 4,000 from 16,000; where several threads share busy cores each call waits for all of them.
-CALL_COST = 8000
-JOIN_COST = 4
-LONGEST_BLOCK = 512
-"""Bounds the masks: a place holds at most this many entries."""
 
 
 class DeviceLayout:
@@ -106,168 +92,6 @@ def ways(device: torch.device) -> list[Way]:
     return ["dense"]
 
 
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """n blocks along the diagonal, computed as one batch of t places each."""
-
-    take: Tensor
-    """int64[n * t]: place of each; any place for padding."""
-    put: Tensor
-    """The same, but P for padding."""
-    size: tuple[int, int]
-    """(n, t)."""
-    hidden: Tensor
-    """bool[n, 1, t, t]: where the query (third) does not see the key (fourth)."""
-
-
-class Parts:
-    """How the attention of a layout is put together.
-
-    ``buckets`` have every place that is not alone once, as query and as key.  Each of ``rectangles`` is (first query,
-    after the last, first key, after the last): all of the one see all of the other.
-    """
-
-    def __init__(
-        self, buckets: Sequence[Bucket], rectangles: Sequence[tuple[int, int, int, int]], alone: Tensor
-    ) -> None:
-        self.buckets = buckets
-        self.rectangles = rectangles
-        self.alone = alone
-        """int64[…]: places that see themselves and are seen by nobody else: padding."""
-        self._additive: dict[torch.dtype, list[Tensor]] = {}
-
-    @classmethod
-    def of(cls, exits: I64, device: torch.device) -> Parts:
-        """Args: ``exits``: int64[B, T]."""
-        length = exits.shape[1]
-        flat = (exits + np.arange(len(exits))[:, None] * length).reshape(-1)
-        edges = np.flatnonzero(np.append(True, flat[1:] != flat[:-1]))
-        begin, end, leave = edges.tolist(), np.append(edges[1:], len(flat)).tolist(), flat[edges].tolist()
-        blocks, rectangles = _plan(begin, end, leave)
-        where = np.array(blocks, dtype=np.int64).reshape(-1, 2)
-        root = np.append(True, np.maximum.accumulate(flat)[:-1] <= np.arange(1, len(flat)))
-        alone = root[where[:, 0]] & (flat[where[:, 0]] == where[:, 0] + 1)
-        shared = where[~alone]
-        buckets = [_bucket(shared[group], flat, device) for group in _by_size(shared[:, 1] - shared[:, 0])]
-        return cls(buckets, rectangles, torch.from_numpy(where[alone, 0]).to(device))
-
-    def additive(self, dtype: torch.dtype) -> list[Tensor]:
-        """float[n, 1, t, t] for each bucket: 0 where seen, minus infinity where not."""
-        if dtype not in self._additive:
-            self._additive[dtype] = [
-                torch.zeros(b.hidden.shape, dtype=dtype, device=b.hidden.device).masked_fill_(b.hidden, float("-inf"))
-                for b in self.buckets
-            ]
-        return self._additive[dtype]
-
-
-def _plan(
-    begin: list[int], end: list[int], leave: list[int]
-) -> tuple[list[tuple[int, int]], list[tuple[int, int, int, int]]]:
-    """Blocks (first place, after the last) and rectangles for chains in depth-first order, at the least cost.
-
-    A subtree is one block, or its chain, a rectangle below that, and the subtrees below.
-    """
-    count = len(begin)
-    cost = [0.0] * count
-    whole = [False] * count
-    following: list[int] = []  # subtrees after this chain, the next one last, that are no part of another there
-    for i in range(count - 1, -1, -1):
-        children = 0.0
-        while following and begin[following[-1]] < leave[i]:
-            children += cost[following.pop()]
-        size, rest = leave[i] - begin[i], leave[i] - end[i]
-        split = _chain_cost(end[i] - begin[i]) + children
-        if rest:
-            split += _rectangle_cost(rest, end[i] - begin[i])
-        cost[i], whole[i] = min((_block_cost(size), True), (split, False))
-        following.append(i)
-    blocks: list[tuple[int, int]] = []
-    rectangles: list[tuple[int, int, int, int]] = []
-    done = 0
-    for i in range(count):
-        if begin[i] < done:
-            continue
-        if whole[i]:
-            blocks.append((begin[i], leave[i]))
-            done = leave[i]
-            continue
-        _cut_chain(begin[i], end[i], blocks, rectangles)
-        if leave[i] > end[i]:
-            rectangles.append((end[i], leave[i], begin[i], end[i]))
-    return blocks, rectangles
-
-
-def _rectangle_cost(queries: int, keys: int) -> float:
-    return queries * keys + JOIN_COST * (queries + keys) + CALL_COST
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _chain_cost(size: int) -> float:
-    return min(_block_cost(size), _halves_cost(size))
-
-
-def _block_cost(size: int) -> float:
-    return float(size * size) if size <= LONGEST_BLOCK else float("inf")
-
-
-def _halves_cost(size: int) -> float:
-    half = _half(size)
-    if half == size:
-        return float("inf")
-    return _chain_cost(half) + _chain_cost(size - half) + _rectangle_cost(size - half, half)
-
-
-def _half(size: int) -> int:
-    """The kernel works in steps of 32 places and more; what is shorter is not cut."""
-    return min(size, -(-size // 64) * 32)
-
-
-def _cut_chain(
-    begin: int, end: int, blocks: list[tuple[int, int]], rectangles: list[tuple[int, int, int, int]]
-) -> None:
-    """One block of a chain, or halves and the rectangle of the later one looking at the earlier."""
-    if _block_cost(end - begin) <= _halves_cost(end - begin):
-        blocks.append((begin, end))
-        return
-    middle = begin + _half(end - begin)
-    _cut_chain(begin, middle, blocks, rectangles)
-    _cut_chain(middle, end, blocks, rectangles)
-    rectangles.append((middle, end, begin, middle))
-
-
-def _by_size(sizes: I64) -> list[I64]:
-    """Blocks into batches: a batch pads all to its longest, until the padding costs more than another call."""
-    groups: list[list[int]] = []
-    longest = waste = 0
-    for i in np.argsort(-sizes, kind="stable").tolist():
-        size = int(sizes[i])
-        padding = longest * longest - size * size
-        if not groups or waste + padding > CALL_COST:
-            groups.append([])
-            longest, waste, padding = size, 0, 0
-        groups[-1].append(i)
-        waste += padding
-    return [np.array(group, dtype=np.int64) for group in groups]
-
-
-def _bucket(blocks: I64, exits: NDArray[np.int64], device: torch.device) -> Bucket:
-    size = blocks[:, 1] - blocks[:, 0]
-    longest = int(size.max())
-    local = np.arange(longest)
-    real = local < size[:, None]
-    take = np.where(real, blocks[:, :1] + local, 0)
-    put = np.where(real, take, len(exits))
-    leave = np.where(real, np.minimum(exits[take] - blocks[:, :1], size[:, None]), local + 1)
-    leave_nt = torch.from_numpy(leave).to(device)
-    place = torch.arange(longest, device=device)
-    seen = (place[None, :] <= place[:, None]) & (place[None, :, None] < leave_nt[:, None, :])
-    return Bucket(
-        torch.from_numpy(take.reshape(-1)).to(device), torch.from_numpy(put.reshape(-1)).to(device),
-        (len(blocks), longest), ~seen[:, None],
-    )  # fmt: skip
-
-
 def block_mask(exits: Tensor, *, size: int = 128) -> BlockMask:
     """FlexAttention's mask for int64[B, T]: in which squares of ``size`` places something is seen, and in which all."""
     rows, length = exits.shape
@@ -302,96 +126,6 @@ def _listed(squares: Tensor) -> tuple[Tensor, Tensor]:
 def _compiled_flex() -> Callable[..., Tensor]:
     compiled: Callable[..., Tensor] = torch.compile(flex_attention)
     return compiled
-
-
-def _kernel(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """Attention of [n, H, q, D] to [n, H, k, D] with its log-sum-exp [n, H, q]."""
-    found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, False, attn_mask=mask, scale=scale
-    )
-    return found
-
-
-def _kernel_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsum: Tensor, mask: Tensor | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    # Given output and log-sum-exp of the whole attention, not of this part, it gives this part of its gradients.
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, key, value, out, logsum, 0.0, False, attn_mask=mask, scale=scale
-    )
-    return found
-
-
-class _TreeAttention(torch.autograd.Function):
-    """query, key, value [P, H, D] -> [P, H, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Parts, scale: float | None) -> Tensor:
-        count, heads, _ = query.shape
-        # In half precision what is joined again and again is kept in full.
-        wide = torch.float32 if query.dtype in (torch.bfloat16, torch.float16) else query.dtype
-        out = query.new_zeros((count + 1, heads, value.shape[-1]), dtype=wide)
-        logsum = query.new_zeros((count + 1, heads), dtype=wide)
-        for bucket, mask in zip(parts.buckets, parts.additive(query.dtype), strict=True):
-            o, s = _kernel(_batched(query, bucket), _batched(key, bucket), _batched(value, bucket), mask, scale)
-            out.index_copy_(0, bucket.put, o.transpose(1, 2).flatten(0, 1).to(wide))
-            logsum.index_copy_(0, bucket.put, s.transpose(1, 2).flatten(0, 1).to(wide))
-        if len(parts.alone):
-            out.index_copy_(0, parts.alone, value.index_select(0, parts.alone).to(wide))
-        for first, stop, key_first, key_stop in parts.rectangles:
-            o, s = _kernel(
-                _single(query[first:stop]),
-                _single(key[key_first:key_stop]),
-                _single(value[key_first:key_stop]),
-                None,
-                scale,
-            )
-            before, now = logsum[first:stop], s[0].transpose(0, 1).to(wide)
-            out[first:stop].lerp_(o[0].transpose(0, 1).to(wide), torch.sigmoid(now - before)[:, :, None])
-            logsum[first:stop] = torch.logaddexp(before, now)
-        result = out[:count].to(query.dtype)
-        ctx.save_for_backward(query, key, value, result, logsum[:count])
-        ctx.parts, ctx.scale = parts, scale
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        query, key, value, out, logsum = ctx.saved_tensors
-        parts, scale = ctx.parts, ctx.scale
-        count = len(query)
-        grads = [x.new_zeros((count + 1, *x.shape[1:]), dtype=logsum.dtype) for x in (query, key, value)]
-        for bucket, mask in zip(parts.buckets, parts.additive(query.dtype), strict=True):
-            found = _kernel_backward(
-                _batched(grad, bucket), _batched(query, bucket), _batched(key, bucket), _batched(value, bucket),
-                _batched(out, bucket), _batched(logsum[:, :, None], bucket)[..., 0], mask, scale,
-            )  # fmt: skip
-            for total, part in zip(grads, found, strict=True):
-                total.index_copy_(0, bucket.put, part.transpose(1, 2).flatten(0, 1).to(total.dtype))
-        if len(parts.alone):
-            grads[2].index_copy_(0, parts.alone, grad.index_select(0, parts.alone).to(logsum.dtype))
-        for first, stop, key_first, key_stop in parts.rectangles:
-            above, below = slice(first, stop), slice(key_first, key_stop)
-            found = _kernel_backward(
-                _single(grad[above]), _single(query[above]), _single(key[below]), _single(value[below]),
-                _single(out[above]), logsum[above].transpose(0, 1)[None], None, scale,
-            )  # fmt: skip
-            for total, where, part in zip(grads, (above, below, below), found, strict=True):
-                total[where] += part[0].transpose(0, 1)
-        return (*(total[:count].to(query.dtype) for total in grads), None, None)
-
-
-def _batched(places: Tensor, bucket: Bucket) -> Tensor:
-    """[P, H, D] -> [n, H, t, D]."""
-    return places.index_select(0, bucket.take).view(*bucket.size, *places.shape[1:]).transpose(1, 2)
-
-
-def _single(places: Tensor) -> Tensor:
-    """[q, H, D] -> [1, H, q, D]."""
-    return places.transpose(0, 1)[None]
 
 
 def every_way(layout: TreeLayout, device: torch.device) -> list[DeviceLayout]:
@@ -476,7 +210,7 @@ def tree_attention_forward(
         return out.transpose(1, 2).contiguous(), None
     rows, _, length, _ = query.shape
     places = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    joined: Tensor = _TreeAttention.apply(*places, tree_layout.parts, scaling)  # type: ignore[no-untyped-call]
+    joined: Tensor = TreeAttention.apply(*places, tree_layout.parts, scaling)  # type: ignore[no-untyped-call]
     return joined.view(rows, length, *joined.shape[1:]), None
 
 
