@@ -5,17 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import Any
-
-import zmq
-import zmq.asyncio
 
 from atpo_async.config import LinksConfig
 from atpo_async.links.client import Client
-from atpo_async.links.keys import load_pair, load_public
 from atpo_async.links.server import Server
 from atpo_async.links.server.sessions import Session
 from atpo_async.run.endpoints import Endpoints
@@ -26,11 +19,13 @@ FAST = LinksConfig(window=8, heartbeat_s=0.05, deadline_s=10.0, give_up_s=20.0, 
 
 
 def changed(settings: LinksConfig, **changes: Any) -> LinksConfig:
+    """``settings`` with other values, which may lie outside the bounds of a configuration."""
     return settings.model_copy(update=changes)
 
 
-PATIENCE_S = 15.0
-"""Far more than any test needs: it ends a test that would hang, it does not time one."""
+def fast(**changes: Any) -> LinksConfig:
+    """``FAST`` with other values."""
+    return changed(FAST, **changes)
 
 
 def free_endpoints() -> Endpoints:
@@ -79,37 +74,3 @@ def session_of(s: Server, name: str) -> Session:
     session = s.sessions.named(name)
     assert session is not None, f"{s.name} knows no client {name}"
     return session
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110  (conditions on state that has no event)
-            await asyncio.sleep(0.002)
-
-
-@contextlib.asynccontextmanager
-async def raw_dealer(
-    endpoint: str, identity: bytes = b"stranger", *, keys: Path | None = None, **options: Any
-) -> AsyncIterator[zmq.asyncio.Socket]:
-    """A socket that says what the test says, and as whom the test says; ``options`` are of libzmq."""
-    context = zmq.asyncio.Context()
-    try:
-        socket = context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.ROUTING_ID, identity)
-        if keys is not None:
-            socket.curve_publickey, socket.curve_secretkey = load_pair(keys, "client")
-            socket.curve_serverkey = load_public(keys / "server.key")
-        for name, value in options.items():
-            setattr(socket, name, value)
-        socket.connect(endpoint)
-        yield socket
-    finally:
-        context.destroy(linger=0)
-
-
-async def within(awaitable: Awaitable[Any]) -> Any:
-    return await asyncio.wait_for(awaitable, PATIENCE_S)
-
-
-def link_frame(kind: int, session: int = 1, a: int = 0, b: int = 0) -> bytes:
-    return struct.pack("<2sBQQQ", b"a1", kind, session, a, b)

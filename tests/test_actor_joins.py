@@ -17,7 +17,8 @@ from atpo_async.links.keys import make_keys
 from atpo_async.ops.role import RoleContext
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.wire import messages as m
-from tests.links_support import PATIENCE_S, server, until, within
+from tests.links_support import server
+from tests.waiting_support import LIMIT_S, until, within
 
 NOTHING_LISTENS = "tcp://127.0.0.1:1"
 
@@ -33,7 +34,7 @@ def loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(entry, "model_folder", lambda path: tmp_path)
     monkeypatch.setattr(entry, "host_environment", load)
-    monkeypatch.setattr(joining, "KNOCK_S", PATIENCE_S)
+    monkeypatch.setattr(joining, "KNOCK_S", LIMIT_S)
 
 
 def actor(endpoint: str, *, keys: Path | None = None, supervised: bool = False) -> RoleContext:

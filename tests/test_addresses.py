@@ -30,7 +30,8 @@ from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.rundir import RunDir
 from atpo_async.wire import messages as m
 from buffer.service import BufferService
-from tests.links_support import FAST, LEASE_REQUEST, PATIENCE_S, Buffer, changed, client, server, until
+from tests.links_support import FAST, LEASE_REQUEST, Buffer, client, fast, server
+from tests.waiting_support import LIMIT_S, until
 
 
 def has_ipv6() -> bool:
@@ -150,7 +151,7 @@ async def test_sends_requests_and_announcements_go_over_ipv6() -> None:
         Listener(announcer.endpoint, receives=m.Refused, settings=FAST) as listener,
     ):
         assert s.endpoint.startswith("tcp://[::1]:")
-        assert isinstance(await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S), m.Leases)
+        assert isinstance(await c.request(LEASE_REQUEST, timeout_s=LIMIT_S), m.Leases)
         await until(lambda: listener.connected)
         heard = None
         while heard is None:
@@ -163,14 +164,14 @@ async def test_sends_requests_and_announcements_go_over_ipv6() -> None:
 async def test_who_listens_at_every_ipv6_address_is_reached_by_both_kinds(tmp_path: Path) -> None:
     for name in ("server", "client"):
         make_keys(tmp_path / "keys", name)
-    settings = changed(FAST, keys_dir=tmp_path / "keys")
+    settings = fast(keys_dir=tmp_path / "keys")
     buffer = Buffer()
     async with server(buffer, "tcp://[::]:0", settings) as s:
         port = s.endpoint.rpartition(":")[2]
         assert s.endpoint == f"tcp://[::]:{port}"
         for host in ("127.0.0.1", "[::1]", "[::1%lo]" if sys.platform == "linux" else "[::1]"):
             async with client(f"tcp://{host}:{port}", settings) as c:
-                assert isinstance(await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S), m.Leases)
+                assert isinstance(await c.request(LEASE_REQUEST, timeout_s=LIMIT_S), m.Leases)
 
 
 @ipv6
@@ -193,5 +194,5 @@ async def test_a_buffer_at_an_ipv6_address_says_so_in_the_runs_folder(tmp_path: 
                 environment=config.environment.name,
                 search_leaves=config.search.max_leaves,
             )
-            assert isinstance(await c.request(hello, timeout_s=PATIENCE_S), m.Welcome)
+            assert isinstance(await c.request(hello, timeout_s=LIMIT_S), m.Welcome)
     assert found == Endpoints(actors=found.actors)

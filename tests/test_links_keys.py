@@ -21,26 +21,13 @@ from atpo_async.links.server import sessions
 from atpo_async.status.facts import LINKS, published_facts
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
-from tests.links_support import (
-    ANY_PORT,
-    FAST,
-    LEASE_REQUEST,
-    PATIENCE_S,
-    Buffer,
-    changed,
-    client,
-    closed,
-    link_frame,
-    raw_dealer,
-    server,
-    session_of,
-    until,
-    within,
-)
+from tests.links_support import ANY_PORT, FAST, LEASE_REQUEST, Buffer, changed, client, closed, fast, server, session_of
+from tests.raw_link_support import link_frame, raw_dealer
+from tests.waiting_support import LIMIT_S, until, within
 
 
 def keyed(folder: Path) -> LinksConfig:
-    return changed(FAST, keys_dir=folder)
+    return fast(keys_dir=folder)
 
 
 @pytest.fixture
@@ -88,8 +75,8 @@ async def test_the_right_key_gets_in_and_a_key_can_be_added_while_the_server_run
         await until(lambda: "refused our key" in c.trouble)
         allow(server_keys, theirs, "host-b")
         await c.send(closed(1))
-        await c.drain(timeout_s=PATIENCE_S)
-        assert isinstance(await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S), m.Leases)
+        await c.drain(timeout_s=LIMIT_S)
+        assert isinstance(await c.request(LEASE_REQUEST, timeout_s=LIMIT_S), m.Leases)
     assert buffer.got == [1]
 
 
@@ -173,7 +160,7 @@ async def test_with_keys_a_server_may_bind_every_interface(tmp_path: Path, serve
         endpoint = s.endpoint.replace("0.0.0.0", "127.0.0.1")
         async with client(endpoint, keyed(theirs)) as c:
             await c.send(closed(1))
-            await c.drain(timeout_s=PATIENCE_S)
+            await c.drain(timeout_s=LIMIT_S)
     assert buffer.got == [1]
 
 
@@ -206,7 +193,7 @@ async def test_only_learners_keys_get_to_a_learners_socket(tmp_path: Path, serve
         client(s.endpoint, keyed(actors), "learner") as bad,
     ):
         await good.send(closed(1))
-        await good.drain(timeout_s=PATIENCE_S)
+        await good.drain(timeout_s=LIMIT_S)
         await until(lambda: "refused our key" in bad.trouble)
         assert set(s.peers) == {"client/learner" if own else "big/learner"}
         assert set(s.link_status()["refused_connections"]) == {"is no learner's key"}
@@ -229,7 +216,7 @@ async def test_a_peer_is_who_its_key_says_and_two_keys_may_use_one_name(tmp_path
             for number, link in enumerate((from_b, from_c, also_from_c, liar)):
                 await within(link.send(closed(1000 * number + i)))
         for link in (from_b, from_c, also_from_c, liar):
-            await link.drain(timeout_s=PATIENCE_S)
+            await link.drain(timeout_s=LIMIT_S)
         assert set(s.peers) == {"host-b/actor-0", "host-c/actor-0", "host-c/actor-1", "host-c/host-b/actor-0"}
         assert s.bad_messages == 0
     assert {peer: numbers[0] for peer, numbers in notes.got.items()} == {
@@ -245,12 +232,12 @@ async def test_a_new_process_of_the_same_key_and_name_takes_over(tmp_path: Path,
     theirs = client_keys(tmp_path, server_keys, allowed_as="host-b")
     async with server(Buffer(), settings=keyed(server_keys)) as s, client(s.endpoint, keyed(theirs)) as old:
         await old.send(closed(1))
-        await old.drain(timeout_s=PATIENCE_S)
+        await old.drain(timeout_s=LIMIT_S)
         async with client(s.endpoint, keyed(theirs)) as new:
             await new.send(closed(2))
-            await new.drain(timeout_s=PATIENCE_S)
+            await new.drain(timeout_s=LIMIT_S)
             with pytest.raises(PeerLost, match="another process has taken that name"):
-                await old.request(LEASE_REQUEST, timeout_s=PATIENCE_S)
+                await old.request(LEASE_REQUEST, timeout_s=LIMIT_S)
 
 
 async def test_another_key_that_claims_a_peers_very_routing_id_and_session_gets_nothing_of_it(
@@ -262,7 +249,7 @@ async def test_another_key_that_claims_a_peers_very_routing_id_and_session_gets_
     async with server(notes, settings=keyed(server_keys)) as s, client(s.endpoint, keyed(b)) as victim:
         for i in range(3):
             await victim.send(closed(i))
-        await victim.drain(timeout_s=PATIENCE_S)
+        await victim.drain(timeout_s=LIMIT_S)
         session = session_of(s, "host-b/actor-0")
         async with raw_dealer(s.endpoint, session.routing_id, keys=c, reconnect_ivl=-1) as thief:
             next_one = link_frame(SEND, session.nonce, 3, 3)
@@ -271,7 +258,7 @@ async def test_another_key_that_claims_a_peers_very_routing_id_and_session_gets_
         assert "from host-c/actor-0: claims the routing id of host-b/actor-0" in caplog.text
         for i in range(3, 20):
             await within(victim.send(closed(i)))
-        await victim.drain(timeout_s=PATIENCE_S)
+        await victim.drain(timeout_s=LIMIT_S)
         assert session_of(s, "host-b/actor-0") is session
         assert victim.stats.acked == 20
     assert notes.got == {"host-b/actor-0": list(range(20))}
@@ -282,7 +269,7 @@ async def test_another_key_cannot_have_a_peers_session_replaced(tmp_path: Path, 
     b, c = (client_keys(tmp_path, server_keys, name, allowed_as=name) for name in ("host-b", "host-c"))
     async with server(notes, settings=keyed(server_keys)) as s, client(s.endpoint, keyed(b)) as victim:
         await victim.send(closed(0))
-        await victim.drain(timeout_s=PATIENCE_S)
+        await victim.drain(timeout_s=LIMIT_S)
         nonce = session_of(s, "host-b/actor-0").nonce
         async with raw_dealer(s.endpoint, b"actor-0", keys=c) as thief:
             # A life of its own under the victim's number, replaced by its next one.
@@ -292,9 +279,9 @@ async def test_another_key_cannot_have_a_peers_session_replaced(tmp_path: Path, 
         # As after a long silence: the victim has to be taken up anew.
         s.sessions.forget(session_of(s, "host-b/actor-0"))
         await victim.send(closed(1))
-        await victim.drain(timeout_s=PATIENCE_S)
+        await victim.drain(timeout_s=LIMIT_S)
         # The handler has no reply to it; that it is told so will do.
-        assert isinstance(await victim.request(closed(2), timeout_s=PATIENCE_S), m.Refused)
+        assert isinstance(await victim.request(closed(2), timeout_s=LIMIT_S), m.Refused)
     assert notes.got == {"host-b/actor-0": [0, 1, 2]}
 
 
@@ -317,7 +304,7 @@ async def test_one_key_cannot_use_up_the_table_of_peers(
         # The older ones, of which nothing of use came, made way; those of another key had no part in it.
         assert {name for name in s.peers if name.startswith("host-c/")} == {f"host-c/name-{i}" for i in (2, 3, 4)}
         await good.send(closed(1))
-        await good.drain(timeout_s=PATIENCE_S)
+        await good.drain(timeout_s=LIMIT_S)
     assert buffer.got == [1]
 
 
@@ -331,7 +318,7 @@ async def test_a_key_that_is_taken_away_is_out_at_once_and_back_when_it_is_back(
     theirs = client_keys(tmp_path, server_keys, allowed_as="host-b")
     async with server(buffer, settings=keyed(server_keys)) as s, client(s.endpoint, keyed(theirs)) as c:
         await c.send(closed(0))
-        await c.drain(timeout_s=PATIENCE_S)
+        await c.drain(timeout_s=LIMIT_S)
         (server_keys / "host-b.key").unlink()
         await until(lambda: not s.peers)
         assert "buffer shuts out host-b/actor-0: its key was taken away" in caplog.text
@@ -341,7 +328,7 @@ async def test_a_key_that_is_taken_away_is_out_at_once_and_back_when_it_is_back(
         assert buffer.got == [0]
         allow(server_keys, theirs, "host-b")
         await c.send(closed(2))
-        await c.drain(timeout_s=PATIENCE_S)
+        await c.drain(timeout_s=LIMIT_S)
     assert buffer.got == [0, 1, 2]
 
 
@@ -379,7 +366,7 @@ async def test_a_request_under_way_is_cancelled_with_its_key(tmp_path: Path, ser
 
     theirs = client_keys(tmp_path, server_keys, allowed_as="host-b")
     async with server(handler, settings=keyed(server_keys)) as s, client(s.endpoint, keyed(theirs)) as c:
-        asking = asyncio.create_task(c.request(LEASE_REQUEST, timeout_s=PATIENCE_S))
+        asking = asyncio.create_task(c.request(LEASE_REQUEST, timeout_s=LIMIT_S))
         await within(begun.wait())
         (server_keys / "host-b.key").unlink()
         await within(cancelled.wait())
@@ -394,18 +381,18 @@ async def test_a_new_key_in_a_files_place_is_that_peer_and_the_old_one_is_out(
     second = client_keys(tmp_path, server_keys, "second")
     async with server(notes, settings=keyed(server_keys)) as s, client(s.endpoint, keyed(first)) as old:
         await old.send(closed(0))
-        await old.drain(timeout_s=PATIENCE_S)
+        await old.drain(timeout_s=LIMIT_S)
         (server_keys / "new").write_bytes((second / "client.key").read_bytes())
         (server_keys / "new").rename(server_keys / "host-b.key")
         async with client(s.endpoint, keyed(second)) as new:
             await new.send(closed(1))
-            await new.drain(timeout_s=PATIENCE_S)
+            await new.drain(timeout_s=LIMIT_S)
             # By its name or by its key, whichever the server comes to first.
             await until(lambda: old._failure is not None or "key" in old.trouble)
             with contextlib.suppress(PeerLost):
                 await old.send(closed(2))
             await new.send(closed(3))
-            await new.drain(timeout_s=PATIENCE_S)
+            await new.drain(timeout_s=LIMIT_S)
     assert notes.got == {"host-b/actor-0": [0, 1, 3]}
 
 
@@ -428,7 +415,7 @@ async def test_announcements_follow_the_same_rule_for_keys(tmp_path: Path, serve
         assert announcer.link_status()["refused_connections"] == {"unknown key": announcer.refused_connections}
         assert "refused our key" in listener.link_status()["trouble"]
         allow(server_keys, theirs, "host-b")
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(LIMIT_S):
             while (heard := await listener.next(timeout_s=0.02)) is None:
                 await announcer.publish(announced(1))
         assert heard.version == 1
@@ -440,7 +427,7 @@ async def test_the_status_of_both_ends_is_json_and_names_the_key(tmp_path: Path,
     theirs = client_keys(tmp_path, server_keys, allowed_as="host-b")
     async with server(buffer, settings=keyed(server_keys)) as s, client(s.endpoint, keyed(theirs)) as c:
         await c.send(closed(0))
-        asking = asyncio.create_task(c.request(LEASE_REQUEST, timeout_s=PATIENCE_S))
+        asking = asyncio.create_task(c.request(LEASE_REQUEST, timeout_s=LIMIT_S))
         await until(lambda: buffer.requests == 1 and bool(s.link_status()["peers"][0]["handling"]))
         there, here = json.loads(json.dumps(s.link_status())), json.loads(json.dumps(c.link_status()))
         assert (there["name"], there["keys"], there["window"]) == ("buffer", True, FAST.window)

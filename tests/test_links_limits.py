@@ -26,18 +26,15 @@ from tests.links_support import (
     FAST,
     LEASE_REQUEST,
     NO_LEASES,
-    PATIENCE_S,
     Buffer,
-    changed,
     client,
     closed,
-    link_frame,
-    raw_dealer,
+    fast,
     server,
     session_of,
-    until,
-    within,
 )
+from tests.raw_link_support import link_frame, raw_dealer
+from tests.waiting_support import LIMIT_S, until, within
 
 # --- handlers that need no task ---------------------------------------------------------------------------------
 
@@ -61,8 +58,8 @@ async def test_a_plain_function_handles_in_order_and_refuses_what_it_does_not_ta
     async with server(handler) as s, client(s.endpoint, on_refused=note) as c:
         for i in range(100):
             await within(c.send(closed(i)))
-        await c.drain(timeout_s=PATIENCE_S)
-        assert isinstance(await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S), m.Leases)
+        await c.drain(timeout_s=LIMIT_S)
+        assert isinstance(await c.request(LEASE_REQUEST, timeout_s=LIMIT_S), m.Leases)
         assert s.link_status()["peers"][0]["handled"] == 100
     assert got == list(range(100))
     assert refused == list(range(3, 100, 10))
@@ -90,7 +87,7 @@ async def test_a_function_that_waits_only_now_and_then_keeps_the_order() -> None
         gate.set()
         for i in range(5, 40):
             await within(c.send(closed(i)))
-        await c.drain(timeout_s=PATIENCE_S)
+        await c.drain(timeout_s=LIMIT_S)
     assert got == list(range(40))
 
 
@@ -111,7 +108,7 @@ async def test_a_plain_function_that_fails_is_run_again_and_what_comes_after_wai
     async with server(handler) as s, client(s.endpoint, on_refused=lambda _, reason: refused.append(reason)) as c:
         for i in range(5):
             await c.send(closed(i))
-        await c.drain(timeout_s=PATIENCE_S)
+        await c.drain(timeout_s=LIMIT_S)
         assert (c.stats.acked, c.stats.refused) == (4, 1)
     assert attempts == [0, 1, 1, 2, 3, 3, 3, 4]
     assert refused == ["buffer failed on it 3 times: KeyError: 'tree'"]
@@ -133,7 +130,7 @@ async def test_closing_a_server_leaves_no_handler_half_begun() -> None:
         async with server(handler) as s, client(s.endpoint) as c:
             await c.send(closed(1))
             # Woken in the very turn of the loop in which the handler was called: its task has not run yet.
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(LIMIT_S):
                 await begun.wait()
             sends = session_of(s, "actor-0").sends
             await s.close()
@@ -158,7 +155,7 @@ async def test_what_waits_for_a_slow_handler_is_bounded_in_bytes_too() -> None:
         await gate.wait()
         taken.append(message.data.nbytes)
 
-    small = changed(FAST, window=64, max_message_bytes=1 << 16)
+    small = fast(window=64, max_message_bytes=1 << 16)
     async with (
         Server(ANY_PORT, name="sink", receives=m.LearnerToActor, handler=handler, settings=small) as s,
         Client(s.endpoint, peer="sink", identity="a", receives=m.Refused, settings=small) as c,
@@ -173,7 +170,7 @@ async def test_what_waits_for_a_slow_handler_is_bounded_in_bytes_too() -> None:
         assert status["queued"] == 6
         assert 4 * small.max_message_bytes < status["queued_bytes"] <= 5 * small.max_message_bytes
         gate.set()
-        await c.drain(timeout_s=PATIENCE_S)
+        await c.drain(timeout_s=LIMIT_S)
         assert s.link_status()["peers"][0]["queued_bytes"] == 0
     assert taken == [50_000] * 64
 
@@ -185,7 +182,7 @@ async def test_a_peer_that_asks_and_does_not_read_gets_no_more_than_a_queue_of_r
     async def handler(peer: str, message: Any) -> Any:
         return chunk(900_000)
 
-    settings = changed(FAST, heartbeat_s=60.0)
+    settings = fast(heartbeat_s=60.0)
     async with (
         Server(ANY_PORT, name="learner", receives=m.ActorToLearner, handler=handler, settings=settings) as s,
         raw_dealer(s.endpoint, rcvhwm=1) as stranger,
@@ -196,7 +193,7 @@ async def test_a_peer_that_asks_and_does_not_read_gets_no_more_than_a_queue_of_r
             await stranger.send_multipart([link_frame(REQUEST), *frames])
         await stranger.send_multipart([link_frame(SEND, a=9), *frames])
         # Others are served meanwhile, and by then all of it has been read.
-        reply = await c.request(m.ChunkRequest(run="r", version=0, index=0), timeout_s=PATIENCE_S)
+        reply = await c.request(m.ChunkRequest(run="r", version=0, index=0), timeout_s=LIMIT_S)
         assert reply.data.nbytes == 900_000
         await until(lambda: "stranger" in s.peers and session_of(s, "stranger").sends.expected == 0)
         while await stranger.poll(500):
@@ -215,7 +212,7 @@ async def test_a_message_of_very_many_frames_is_one_bad_message_of_which_little_
         await stranger.send_multipart([link_frame(SEND), *[b"x"] * 5000])
         await until(lambda: s.bad_messages == 1)
         await c.send(closed(1))
-        await c.drain(timeout_s=PATIENCE_S)
+        await c.drain(timeout_s=LIMIT_S)
         assert s.bad_messages == 1
         assert "from stranger: a message of 14 frames" in caplog.text
     assert buffer.got == [1]
@@ -227,7 +224,7 @@ async def test_a_server_that_never_acknowledges_makes_the_sender_wait_and_then_g
         silent = context.socket(zmq.ROUTER)
         silent.bind("tcp://127.0.0.1:0")
         endpoint = silent.get_string(zmq.LAST_ENDPOINT)
-        async with client(endpoint, changed(FAST, heartbeat_s=0.02, give_up_s=1.0)) as c:
+        async with client(endpoint, fast(heartbeat_s=0.02, give_up_s=1.0)) as c:
             for i in range(FAST.window):
                 await within(c.send(closed(i)))
             with pytest.raises(PeerLost, match="actor-0"):
@@ -300,7 +297,7 @@ async def test_numbers_at_the_end_of_their_range_are_bad_and_hold_nobody_up(kind
         for number, sent in enumerate((end, end - 1, 2**63)):
             await stranger.send_multipart([link_frame(kind, a=sent, b=sent), *bodies[kind]])
             await c.send(closed(number))
-            await c.drain(timeout_s=PATIENCE_S)
+            await c.drain(timeout_s=LIMIT_S)
         await until(lambda: s.bad_messages == 3)
         # The last that is none too many.
         last = 2**63 - 1

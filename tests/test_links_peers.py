@@ -20,20 +20,9 @@ from atpo_async.links.server.outbox import ALL_PEERS, Outbox
 from atpo_async.links.server.sessions import Session, admission
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
-from tests.links_support import (
-    ANY_PORT,
-    FAST,
-    LEASE_REQUEST,
-    PATIENCE_S,
-    Buffer,
-    changed,
-    client,
-    closed,
-    link_frame,
-    raw_dealer,
-    server,
-    until,
-)
+from tests.links_support import ANY_PORT, LEASE_REQUEST, Buffer, client, closed, fast, server
+from tests.raw_link_support import link_frame, raw_dealer
+from tests.waiting_support import LIMIT_S, until
 
 # --- bytes on their way -----------------------------------------------------------------------------------------
 
@@ -105,12 +94,12 @@ class Weights:
 
 
 def weights_server(handler: Any, **changes: Any) -> Server:
-    settings = changed(FAST, heartbeat_s=60.0, **changes)
+    settings = fast(heartbeat_s=60.0, **changes)
     return Server(ANY_PORT, name="learner", receives=m.ActorToLearner, handler=handler, settings=settings)
 
 
 def actor(endpoint: str, name: str = "good", **changes: Any) -> Client:
-    settings = changed(FAST, heartbeat_s=60.0, **changes)
+    settings = fast(heartbeat_s=60.0, **changes)
     return Client(endpoint, peer="learner", identity=name, receives=m.LearnerToActor, settings=settings)
 
 
@@ -125,7 +114,7 @@ async def test_peers_that_ask_for_chunks_and_never_read_cost_a_bounded_number_of
                 await stranger.send_multipart([link_frame(REQUEST, session=number // 10, a=number), *frames])
         c = await stack.enter_async_context(actor(s.endpoint))
         for _ in range(20):
-            reply = await c.request(CHUNK, timeout_s=PATIENCE_S)
+            reply = await c.request(CHUNK, timeout_s=LIMIT_S)
             assert reply.data.nbytes == 900_000
         limit = s.settings.max_message_bytes
         counters = s.counters
@@ -142,13 +131,13 @@ async def test_who_reads_late_gets_all_its_replies_without_asking_again() -> Non
     async with weights_server(weights, window=64) as s, raw_dealer(s.endpoint, rcvhwm=1) as stranger:
         # The first reply tells how large they are: no more are made at once than there is room for.
         await stranger.send_multipart([link_frame(REQUEST, a=0), *codec.encode(CHUNK)])
-        first = await asyncio.wait_for(stranger.recv_multipart(), PATIENCE_S)
+        first = await asyncio.wait_for(stranger.recv_multipart(), LIMIT_S)
         found = [LINK.unpack(first[0])[3]]
         for number in range(1, 60):
             await stranger.send_multipart([link_frame(REQUEST, a=number), *codec.encode(CHUNK)])
         await until(lambda: s.counters["unsent_bytes"] > 0 or weights.asked == 60)
         while len(found) < 60:
-            reply = await asyncio.wait_for(stranger.recv_multipart(), PATIENCE_S)
+            reply = await asyncio.wait_for(stranger.recv_multipart(), LIMIT_S)
             _, kind, _, number, _ = LINK.unpack(reply[0])
             assert kind == REPLY
             found.append(number)
@@ -167,7 +156,7 @@ async def test_an_honest_actor_with_chunks_in_flight_is_served_beside_one_that_n
         for number in range(64):
             await stranger.send_multipart([link_frame(REQUEST, a=number), *codec.encode(CHUNK)])
         for _ in range(25):
-            replies = await asyncio.gather(*(c.request(CHUNK, timeout_s=PATIENCE_S) for _ in range(4)))
+            replies = await asyncio.gather(*(c.request(CHUNK, timeout_s=LIMIT_S) for _ in range(4)))
             assert [reply.data.nbytes for reply in replies] == [200_000] * 4
         held = {p["peer"]: len(p["requests"]) for p in s.link_status()["peers"]}
         assert held["good"] == 0
@@ -203,10 +192,10 @@ async def test_a_connection_that_leads_to_itself_is_no_server_and_is_made_anew(
     try:
         mirror = context.socket(zmq.DEALER)
         mirror.bind("tcp://127.0.0.1:0")
-        async with client(mirror.get_string(zmq.LAST_ENDPOINT), changed(FAST, heartbeat_s=0.02)) as c:
+        async with client(mirror.get_string(zmq.LAST_ENDPOINT), fast(heartbeat_s=0.02)) as c:
             await c.send(closed(1))
             while c.stats.resent < 2:
-                await mirror.send_multipart(await asyncio.wait_for(mirror.recv_multipart(), PATIENCE_S))
+                await mirror.send_multipart(await asyncio.wait_for(mirror.recv_multipart(), LIMIT_S))
             assert c.stats.acked == 0
         assert "that is no server's; dropped" in caplog.text
     finally:
@@ -265,7 +254,7 @@ async def test_invented_names_do_not_keep_a_newcomer_out() -> None:
             await stranger.send_multipart([link_frame(PING), b""])
         await until(lambda: len(s.peers) == 4)
         async with client(s.endpoint) as c:
-            assert isinstance(await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S), m.Leases)
+            assert isinstance(await c.request(LEASE_REQUEST, timeout_s=LIMIT_S), m.Leases)
             assert "actor-0" in s.peers
         assert len(s.peers) == 4
         assert s.counters["refused_peers"] == 1
@@ -277,17 +266,17 @@ async def test_who_is_refused_hears_why_and_is_let_in_when_there_is_room(caplog:
     async with server(buffer) as s, AsyncExitStack() as stack:
         others = [await stack.enter_async_context(client(s.endpoint, identity=f"other-{i}")) for i in range(4)]
         for other in others:
-            await other.request(LEASE_REQUEST, timeout_s=PATIENCE_S)
+            await other.request(LEASE_REQUEST, timeout_s=LIMIT_S)
         async with client(s.endpoint, identity="late") as late:
             await late.send(closed(1))
-            waiting = asyncio.create_task(late.request(LEASE_REQUEST, timeout_s=PATIENCE_S))
+            waiting = asyncio.create_task(late.request(LEASE_REQUEST, timeout_s=LIMIT_S))
             await until(lambda: "full" in late.trouble)
             with pytest.raises(PeerLost, match=r"it takes no further clients: the table of peers is full: 4, all of"):
                 await late.request(LEASE_REQUEST, timeout_s=0.0)
             assert "late" not in s.peers
             await others[0].close()
             assert isinstance(await waiting, m.Leases)
-            await late.drain(timeout_s=PATIENCE_S)
+            await late.drain(timeout_s=LIMIT_S)
             assert late.trouble == ""
             assert {"late", "other-1", "other-2", "other-3"} == set(s.peers)
     assert buffer.got == [1]

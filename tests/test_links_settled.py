@@ -13,21 +13,9 @@ from atpo_async.links.frames import ACK, PING, PONG, REFUSE, SEND
 from atpo_async.links.server import acknowledgements
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
-from tests.links_support import (
-    FAST,
-    LEASE_REQUEST,
-    NO_LEASES,
-    PATIENCE_S,
-    Buffer,
-    changed,
-    client,
-    closed,
-    link_frame,
-    raw_dealer,
-    server,
-    until,
-    within,
-)
+from tests.links_support import FAST, LEASE_REQUEST, NO_LEASES, Buffer, client, closed, fast, server
+from tests.raw_link_support import link_frame, raw_dealer
+from tests.waiting_support import LIMIT_S, until, within
 
 
 class Disk:
@@ -68,7 +56,7 @@ async def test_nothing_is_acknowledged_before_it_is_settled_and_handlers_run_on_
         await until(lambda: disk.began == [1, FAST.window])
         assert c.stats.acked == 1
         disk.let()
-        await c.drain(timeout_s=PATIENCE_S)
+        await c.drain(timeout_s=LIMIT_S)
         assert s.peers["actor-0"].unsettled == 0
     assert buffer.got == list(range(FAST.window))
 
@@ -84,7 +72,7 @@ async def test_while_nothing_settles_a_sender_waits_for_room_in_its_window() -> 
         assert not one_more.done()
         disk.let(2 * FAST.window)
         await within(one_more)
-        await c.drain(timeout_s=PATIENCE_S)
+        await c.drain(timeout_s=LIMIT_S)
 
 
 async def test_what_a_stranger_sends_past_the_window_is_dropped_while_nothing_settles() -> None:
@@ -115,14 +103,14 @@ async def test_a_settling_that_fails_is_tried_again_and_acknowledges_nothing_unt
         assert c.stats.acked == 0
         assert "no space left on device" in caplog.text
         disk.let()
-        await c.drain(timeout_s=PATIENCE_S)
+        await c.drain(timeout_s=LIMIT_S)
     assert buffer.got == [0]
 
 
 async def test_a_settling_that_hangs_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "atpo.links")
     buffer = Buffer()
-    impatient = changed(FAST, heartbeat_s=0.01, deadline_s=0.02)
+    impatient = fast(heartbeat_s=0.01, deadline_s=0.02)
     async with server(buffer, settings=impatient, settled=Disk(buffer)) as s, client(s.endpoint) as c:
         await within(c.send(closed(0)))
         await until(lambda: "settling sends of 1 peers" in caplog.text)
@@ -152,7 +140,7 @@ async def test_refusals_too_wait_until_they_are_settled() -> None:
         assert not refused
         assert c.stats.acked == 0
         disk.let(3)
-        await c.drain(timeout_s=PATIENCE_S)
+        await c.drain(timeout_s=LIMIT_S)
         assert refused == [1]
         assert (c.stats.acked, c.stats.refused) == (2, 1)
 
@@ -180,7 +168,7 @@ async def test_requests_do_not_wait_for_what_is_not_settled() -> None:
     buffer = Buffer()
     async with server(buffer, settled=Disk(buffer)) as s, client(s.endpoint) as c:
         await c.send(closed(0))
-        assert isinstance(await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S), m.Leases)
+        assert isinstance(await c.request(LEASE_REQUEST, timeout_s=LIMIT_S), m.Leases)
         assert c.stats.acked == 0
 
 
@@ -192,7 +180,7 @@ async def test_what_was_handled_and_not_settled_comes_again_after_a_restart() ->
         await until(lambda: first.got == [0, 1, 2])
         await s.close()
         async with server(second, s.endpoint):
-            await c.drain(timeout_s=PATIENCE_S)
+            await c.drain(timeout_s=LIMIT_S)
     assert second.got == [0, 1, 2]
 
 
@@ -205,6 +193,6 @@ async def test_a_handler_may_see_the_frames_of_sends_and_requests() -> None:
 
     async with server(handler, with_frames=True) as s, client(s.endpoint) as c:
         await c.send(closed(5))
-        await c.drain(timeout_s=PATIENCE_S)
-        await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S)
+        await c.drain(timeout_s=LIMIT_S)
+        await c.request(LEASE_REQUEST, timeout_s=LIMIT_S)
     assert seen == [("actor-0", codec.encode(closed(5))), ("actor-0", codec.encode(LEASE_REQUEST))]

@@ -12,22 +12,10 @@ from atpo_async.links.server import Server
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
 from atpo_async.wire.records import pack
-from tests.links_support import (
-    ANY_PORT,
-    FAST,
-    LEASE_REQUEST,
-    PATIENCE_S,
-    Buffer,
-    changed,
-    client,
-    closed,
-    link_frame,
-    raw_dealer,
-    server,
-    until,
-    within,
-)
+from tests.links_support import ANY_PORT, LEASE_REQUEST, Buffer, client, closed, fast, server
+from tests.raw_link_support import link_frame, raw_dealer
 from tests.test_links_limits import chunk
+from tests.waiting_support import LIMIT_S, until, within
 
 
 def watched(s: Server) -> list[tuple[int, int, int]]:
@@ -58,9 +46,9 @@ async def test_what_is_sent_before_the_loop_goes_round_travels_together() -> Non
         seen = watched(s)
         for i in range(5):
             await c.send(closed(i))
-        await c.drain(timeout_s=PATIENCE_S)
+        await c.drain(timeout_s=LIMIT_S)
         await c.send(closed(5))
-        await c.drain(timeout_s=PATIENCE_S)
+        await c.drain(timeout_s=LIMIT_S)
         assert [(kind, first) for kind, first, _ in seen] == [(SENDS, 0), (SEND, 5)]
         assert (c.stats.acked, c.stats.resent) == (6, 0)
     assert buffer.got == list(range(6))
@@ -68,7 +56,7 @@ async def test_what_is_sent_before_the_loop_goes_round_travels_together() -> Non
 
 async def test_what_travels_together_is_limited_in_number_and_bytes_and_what_is_large_goes_alone() -> None:
     got: list[int] = []
-    wide = changed(FAST, window=2 * MAX_SENDS)
+    wide = fast(window=2 * MAX_SENDS)
     sizes = [*[8] * (MAX_SENDS + 3), SENDS_BYTES + 8, *[SENDS_BYTES // 4] * 4]
 
     def take(peer: str, message: m.Chunk) -> None:
@@ -82,7 +70,7 @@ async def test_what_travels_together_is_limited_in_number_and_bytes_and_what_is_
         seen = watched(s)
         for nbytes in sizes:
             await c.send(chunk(nbytes))
-        await c.drain(timeout_s=PATIENCE_S)
+        await c.drain(timeout_s=LIMIT_S)
     # Four quarters and what they say of themselves are more than fits.
     assert [(kind, first) for kind, first, _ in seen] == [
         (SENDS, 0),
@@ -101,8 +89,8 @@ async def test_a_request_does_not_overtake_the_sends_before_it() -> None:
         seen = watched(s)
         await c.send(closed(0))
         await c.send(closed(1))
-        await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S)
-        await c.drain(timeout_s=PATIENCE_S)
+        await c.request(LEASE_REQUEST, timeout_s=LIMIT_S)
+        await c.drain(timeout_s=LIMIT_S)
         assert [kind for kind, *_ in seen] == [SENDS, REQUEST]
 
 
@@ -153,7 +141,7 @@ async def test_one_bad_message_among_good_ones_is_refused_and_the_others_are_tak
         c.on_refused = lambda message, reason: refused.append((message.num_turns, reason))
         for number in (0, -1, 2):
             await c.send(closed(number))
-        await c.drain(timeout_s=PATIENCE_S)
+        await c.drain(timeout_s=LIMIT_S)
         assert [number for number, _ in refused] == [-1]
         assert "num_turns is -1" in refused[0][1]
         assert (c.stats.acked, c.stats.refused, s.bad_messages) == (2, 1, 1)

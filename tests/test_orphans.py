@@ -89,6 +89,18 @@ def never(seconds: float) -> None:
     raise AssertionError("waited")
 
 
+def end_buffer(run: RunDir, *, pause_s: float, at_pause: Callable[[float], None] = lambda now: None) -> float:
+    """End the orphaned buffer while each pause takes ``pause_s``; the seconds that this took, by that clock."""
+    now = [0.0]
+
+    def pause(seconds: float) -> None:
+        at_pause(now[0])
+        now[0] += pause_s
+
+    assert end_orphans(run, clock=lambda: now[0], pause=pause) == ["buffer"]
+    return now[0]
+
+
 def test_a_stopped_role_whose_supervisor_was_killed_is_ended_with_all_that_it_started(
     run: RunDir, started: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
@@ -112,16 +124,14 @@ def test_an_orphan_that_hangs_has_its_time_to_end_and_is_then_ended(
     run: RunDir, started: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     orphan = started(run, supervisor=gone())
-    now = [0.0]
-    waited: list[float] = []
+    times: list[float] = []
 
-    def pause(seconds: float) -> None:
+    def still_there(now: float) -> None:
         assert group(orphan.pid), "ended before its time"
-        waited.append(seconds)
-        now[0] += 1.0
+        times.append(now)
 
-    assert end_orphans(run, clock=lambda: now[0], pause=pause) == ["buffer"]
-    assert len(waited) == 3  # stop_grace_s of 0.1 and two seconds more
+    end_buffer(run, pause_s=1.0, at_pause=still_there)
+    assert times == [0.0, 1.0, 2.0]  # stop_grace_s of 0.1 and two seconds more
     assert group(orphan.pid) == set()
 
 
@@ -130,16 +140,13 @@ def test_an_orphan_that_saves_what_was_trained_has_the_time_for_it(
 ) -> None:
     orphan = started(run, supervisor=gone())
     seen(run, phase=waits.SAVING)
-    now = [0.0]
 
-    def pause(seconds: float) -> None:
+    def save_for_100_s(now: float) -> None:
         assert group(orphan.pid), "ended while it saved"
-        now[0] += 10.0
-        if now[0] >= 100.0:
+        if now >= 90.0:
             seen(run, phase="ending")
 
-    assert end_orphans(run, clock=lambda: now[0], pause=pause) == ["buffer"]
-    assert now[0] == 100.0
+    assert end_buffer(run, pause_s=10.0, at_pause=save_for_100_s) == 100.0
     assert group(orphan.pid) == set()
 
 
@@ -148,13 +155,8 @@ def test_an_orphan_that_never_ends_its_saving_is_ended_at_last(
 ) -> None:
     orphan = started(run, supervisor=gone())
     seen(run, phase=waits.SAVING)
-    now = [0.0]
-
-    def pause(seconds: float) -> None:
-        now[0] += run.config.links.give_up_s / 2
-
-    assert end_orphans(run, clock=lambda: now[0], pause=pause) == ["buffer"]
-    assert now[0] > run.config.links.give_up_s
+    give_up_s = run.config.links.give_up_s
+    assert end_buffer(run, pause_s=give_up_s / 2) > give_up_s
     assert group(orphan.pid) == set()
 
 

@@ -18,7 +18,8 @@ from atpo_async.links.announcements import Announcer
 from atpo_async.run.endpoints import Endpoints, EndpointsFile
 from atpo_async.run.files import write_atomic
 from atpo_async.wire import messages as m
-from tests.links_support import FAST, LEASE_REQUEST, PATIENCE_S, Buffer, client, closed, server, until
+from tests.links_support import FAST, LEASE_REQUEST, Buffer, client, closed, server
+from tests.waiting_support import LIMIT_S, until
 
 SOMEWHERE = Endpoints("tcp://a:1", "tcp://a:2", "tcp://a:3", "tcp://a:4")
 
@@ -90,7 +91,7 @@ async def test_where_the_former_port_is_taken_another_is_and_it_is_said_who_has_
 ) -> None:
     async with server(Buffer(), former_port=taken) as s, client(s.endpoint) as c:
         assert port_of(s.endpoint) not in (0, taken)
-        assert isinstance(await c.request(LEASE_REQUEST, timeout_s=PATIENCE_S), m.Leases)
+        assert isinstance(await c.request(LEASE_REQUEST, timeout_s=LIMIT_S), m.Leases)
     assert f"port {taken}, where buffer was until now, is in use by process {os.getpid()} (" in caplog.text
 
 
@@ -134,7 +135,7 @@ async def test_a_client_finds_a_server_that_says_only_later_where_it_is(listenin
         assert "buffer, which has not said where it is" in c._peer()
         async with server(buffer) as s:
             listening.note(actors=s.endpoint)
-            await c.drain(timeout_s=PATIENCE_S)
+            await c.drain(timeout_s=LIMIT_S)
             assert c.endpoint == s.endpoint
     assert buffer.got == [1]
 
@@ -147,7 +148,7 @@ async def test_a_client_follows_a_server_to_another_port_with_all_that_was_not_a
         async with server(before) as s:
             listening.note(actors=s.endpoint)
             await c.send(closed(1))
-            await c.drain(timeout_s=PATIENCE_S)
+            await c.drain(timeout_s=LIMIT_S)
             before.open.clear()
             await c.send(closed(2))
         old = c.endpoint
@@ -156,7 +157,7 @@ async def test_a_client_follows_a_server_to_another_port_with_all_that_was_not_a
         with socket.create_server(("127.0.0.1", port_of(old))):  # somebody else has the port by now
             async with server(after, former_port=port_of(old)) as s:
                 listening.note(actors=s.endpoint)
-                await c.drain(timeout_s=PATIENCE_S)
+                await c.drain(timeout_s=LIMIT_S)
                 assert c.endpoint == s.endpoint != old
     assert (before.got, after.got) == ([1], [2, 3])
 
@@ -165,5 +166,5 @@ async def test_a_file_that_cannot_be_read_for_now_moves_nobody(listening: Endpoi
     buffer = Buffer()
     async with server(buffer) as s, client(s.endpoint, locate=lambda: "") as c:
         await c.send(closed(1))
-        await c.drain(timeout_s=PATIENCE_S)
+        await c.drain(timeout_s=LIMIT_S)
     assert buffer.got == [1]
