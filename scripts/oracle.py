@@ -193,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=5, help="of each run")
     parser.add_argument("--tasks", type=int, default=None, help="of each run; 48, with --at all as many as it takes")
     parser.add_argument("--dir", type=Path, default=None, help="for the runs; a temporary one where left out")
+    parser.add_argument("--policy", type=Path, default=None, help="model folder; one is made where left out")
     parser.add_argument("--at", nargs="+", choices=["all", *KILL_POINTS], help="kill the learner there, not at random")
     parser.add_argument("--hang", choices=HANGS, help="; ".join(f"{name}: {text}" for name, text in HANGS.items()))
     parser.add_argument(
@@ -200,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     folder = args.dir or Path(tempfile.mkdtemp(prefix="oracle-"))
-    policy = folder / "policy"
+    policy = args.policy or folder / "policy"
     if not policy.exists():
         make_policy(policy)
     points = list(KILL_POINTS) if args.at and "all" in args.at else args.at or []

@@ -43,6 +43,14 @@ def spawner() -> Iterator[Any]:
         yield made
 
 
+@pytest.fixture(scope="session")
+def hopqa_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of width 64 that answer a third of their one-hop questions.  Whole runs begin with it."""
+    from tests.learner_support import small_policy
+
+    return small_policy(tmp_path_factory.mktemp("policy") / "policy", steps=60)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not needing_gpu:

@@ -15,7 +15,6 @@ import pytest
 
 from atpo_async.run.metrics import read_metrics
 from tests.e2e_support import STEPS, Job, job, running
-from tests.learner_support import small_policy
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc"),
@@ -55,10 +54,9 @@ COPY = "copy-of-metrics.jsonl"
 ALL_STEPS = list(range(1, STEPS + 1))
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers of width 64 that answer a third of their one-hop questions."""
-    return small_policy(tmp_path_factory.mktemp("policy") / "policy", steps=60)
+@pytest.fixture
+def policy(hopqa_policy: Path) -> Path:
+    return hopqa_policy
 
 
 def ended_well(run: Job, code: int) -> None:

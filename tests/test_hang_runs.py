@@ -1,4 +1,4 @@
-"""A whole run of real processes in which every role is blocked in turn."""
+"""A whole run of real processes in which every role is blocked: first the actor, then buffer and learner at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from learner.checkpoints.saving import Saving
 from learner.ranks import Ranks
 from learner.torch_thread import WAITED_FOR, TorchThread
 from tests.e2e_support import DEADLINE_S, STEPS, GatedHopQA, Job, Process, job
-from tests.learner_support import small_policy
+from tests.hang_support import status_of
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc"),
@@ -45,11 +45,6 @@ class HangingHopQA(GatedHopQA):
         if not begun.exists():
             begun.touch()
             engine.TransformersEngine._step = hang  # type: ignore[method-assign]
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_policy(tmp_path_factory.mktemp("policy") / "policy", steps=20)
 
 
 def ended(train: Process, role: str, why: str) -> list[str]:
@@ -96,8 +91,8 @@ async def test_a_call_in_the_torch_thread_is_a_wait_for_whom_it_depends_on(name:
         thread.close()
 
 
-def test_a_run_survives_every_role_being_blocked_in_turn(
-    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_survives_every_role_being_blocked(
+    hopqa_policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options: dict[str, Any] = {
         "environment.name": "tests.test_hang_runs:HangingHopQA",
@@ -107,15 +102,15 @@ def test_a_run_survives_every_role_being_blocked_in_turn(
         "eval.at_start": False,
         "eval.at_end": False,
     }
-    with job(tmp_path, policy, **options) as run:
+    with job(tmp_path, hopqa_policy, **options) as run:
         train = run.train()
         run.until(
             lambda: ended(train, "actor-0", "(the engine's thread, its engine)"), "the end of the engine", of=train
         )
 
         def done(role: str) -> dict[str, int]:
-            made: dict[str, int] = statuses(run, capsys)["roles"][role]["progress"]
-            return made
+            found = status_of(run.rundir, role)
+            return {} if found is None else found.progress
 
         run.until(lambda: done("learner").get("batches"), "a batch of the second actor in the snapshot", of=train)
         run.until(lambda: done("actor-0").get("turns"), "its turns in the snapshot", of=train)
@@ -133,8 +128,10 @@ def test_a_run_survives_every_role_being_blocked_in_turn(
             "the snapshot of the whole run",
             of=train,
         )
-        for role in ("buffer", "learner"):
+        stopped = ("buffer", "learner")
+        for role in stopped:
             os.kill(run.pid(role), signal.SIGSTOP)
+        for role in stopped:
             run.until(partial(ended, train, role, "is stopped by a signal"), f"the end of {role}", of=train)
         run.open_gate()
         assert run.exit_code(train) == 0, run.story()

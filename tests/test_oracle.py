@@ -54,10 +54,12 @@ def test_the_script_holds_trees_with_failed_chains_branches_and_nothing_to_learn
 
 
 @pytest.mark.timeout(400)
-def test_a_whole_run_of_the_real_roles_is_exact_though_killed_in_mid_step_and_in_mid_checkpoint(tmp_path: Path) -> None:
-    words = ["--seeds", "1", "--at", "gradients", "written", "--tasks", "24", "--dir", str(tmp_path / "runs")]
+def test_a_whole_run_of_the_real_roles_is_exact_though_killed_in_mid_step_and_in_mid_checkpoint(
+    hopqa_policy: Path, tmp_path: Path
+) -> None:
+    words = ["--seeds", "1", "--at", "gradients", "written", "--tasks", "16", "--policy", hopqa_policy]
     run = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "oracle.py"), *words],
+        [sys.executable, ROOT / "scripts" / "oracle.py", *words, "--dir", tmp_path / "runs"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
