@@ -57,9 +57,9 @@ def test_the_script_holds_trees_with_failed_chains_branches_and_nothing_to_learn
 def test_a_whole_run_of_the_real_roles_is_exact_though_killed_in_mid_step_and_in_mid_checkpoint(
     hopqa_policy: Path, tmp_path: Path
 ) -> None:
-    words = ["--seeds", "1", "--at", "gradients", "written", "--tasks", "16", "--policy", hopqa_policy]
+    words = ["--seeds", "1", "--at", "gradients", "written", "--tasks", "16", "--policy", str(hopqa_policy)]
     run = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "oracle.py", *words, "--dir", tmp_path / "runs"],
+        [sys.executable, ROOT / "scripts" / "oracle.py", *words, "--dir", str(tmp_path / "runs")],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
