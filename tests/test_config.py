@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -533,6 +534,12 @@ def test_the_resolved_configuration_as_toml_and_as_json_loads_to_the_same(tmp_pa
     as_json = tmp_path / "config.json"
     as_json.write_text(json.dumps(config.model_dump(mode="json")), encoding="utf-8")
     assert load(as_json) == config
+
+
+@given(st.dictionaries(st.text(max_size=5), st.text(), max_size=2))
+def test_any_text_is_read_back_from_the_resolved_configuration(options: dict[str, str]) -> None:
+    config = build({"environment": {"options": options}})
+    assert tomllib.loads(to_toml(config))["environment"]["options"] == options
 
 
 @given(st.lists(st.sampled_from(["train", "c.toml", "--debug", "-x", "--join", "a:1"])))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from atpo_async.config import Config, build
-from atpo_async.config.resuming import MUST_STAY, WITH_EXACT_LAG, rate_of, refused, told
+from atpo_async.config.resuming import MUST_STAY, WITH_EXACT_LAG, describe_changes, rate_of, refused
 
 LINEAR = {"lr": 6e-4, "schedule": "linear", "warmup_steps": 2}
 
@@ -48,7 +48,7 @@ def changed(path: str, value: Any) -> dict[str, dict[str, Any]]:
 def test_what_cannot_break_exactness_may_change_and_is_told_with_both_values(path: str, value: Any) -> None:
     new = build(changed(path, value))
     assert refused(Config(), new) == []
-    (line, *_) = told(Config(), new, updates=0, steps=0)
+    (line, *_) = describe_changes(Config(), new, updates=0, steps=0)
     assert line.startswith(f"{path}: ")
     assert " -> " in line
 
@@ -95,13 +95,16 @@ def test_fields_that_must_stay_exist() -> None:
 
 def test_a_change_reads_as_it_is_written() -> None:
     old, new = build({"learner": {"lr": 1e-4}}), build({"learner": {"lr": 3e-5, "lineage": True}})
-    assert told(old, new, updates=0, steps=0) == ["learner.lr: 0.0001 -> 3e-05", "learner.lineage: false -> true"]
+    assert describe_changes(old, new, updates=0, steps=0) == [
+        "learner.lr: 0.0001 -> 3e-05",
+        "learner.lineage: false -> true",
+    ]
 
 
 def test_a_schedule_that_jumps_over_new_steps_is_told_with_both_rates_and_the_way_to_keep_the_old_curve() -> None:
     old = build({"run": {"steps": 60}, "learner": LINEAR, "buffer": {"weight_exponent_steps": 60}})
     new = build({"run": {"steps": 120}, "learner": LINEAR, "buffer": {"weight_exponent_steps": 60}})
-    steps, jump = told(old, new, updates=31, steps=31)
+    steps, jump = describe_changes(old, new, updates=31, steps=31)
     assert steps == "run.steps: 60 -> 120"
     assert jump == (
         "the learning rate of step 32 is 0.000453, with the settings before it would be 0.0003 (learner.schedule = "
@@ -109,12 +112,12 @@ def test_a_schedule_that_jumps_over_new_steps_is_told_with_both_rates_and_the_wa
     )
     kept = build({"run": {"steps": 120}, "learner": {**LINEAR, "schedule_steps": 60}})
     assert rate_of(kept, 31) == rate_of(old, 31)
-    assert not any("learning rate" in line for line in told(old, kept, updates=31, steps=31))
+    assert not any("learning rate" in line for line in describe_changes(old, kept, updates=31, steps=31))
 
 
 def test_an_old_curve_that_is_at_its_end_is_said_to_be() -> None:
     old, new = build({"run": {"steps": 6}, "learner": LINEAR}), build({"run": {"steps": 12}, "learner": LINEAR})
-    (jump,) = [line for line in told(old, new, updates=6, steps=6) if "learning rate" in line]
+    (jump,) = [line for line in describe_changes(old, new, updates=6, steps=6) if "learning rate" in line]
     assert "is 0.00036, with the settings before it would be 0 " in jump
     assert jump.endswith("--learner.schedule_steps 6 keeps the old curve, which has come to its end: nothing more "
                          "would be learned")  # fmt: skip
@@ -122,7 +125,7 @@ def test_an_old_curve_that_is_at_its_end_is_said_to_be() -> None:
 
 def test_a_new_rate_is_told_as_what_it_is_from_the_next_step_on() -> None:
     old, new = build({"learner": {"lr": 1e-4}}), build({"learner": {"lr": 3e-5}})
-    assert told(old, new, updates=5, steps=5) == [
+    assert describe_changes(old, new, updates=5, steps=5) == [
         "learner.lr: 0.0001 -> 3e-05",
         "the learning rate of step 6 is 3e-05, with the settings before it would be 0.0001",
     ]
@@ -130,10 +133,10 @@ def test_a_new_rate_is_told_as_what_it_is_from_the_next_step_on() -> None:
 
 def test_the_priority_weights_exponent_jumps_with_the_steps_as_well_and_is_told() -> None:
     old, new = build({"run": {"steps": 10}}), build({"run": {"steps": 20}})
-    (jump,) = [line for line in told(old, new, updates=5, steps=5) if "exponent" in line]
+    (jump,) = [line for line in describe_changes(old, new, updates=5, steps=5) if "exponent" in line]
     assert "is 0.55 now, before it was 0.7; --buffer.weight_exponent_steps 10 keeps the old curve" in jump
 
 
 def test_a_run_without_a_step_has_no_curve_that_could_jump() -> None:
     old, new = build({"run": {"steps": 60}, "learner": LINEAR}), build({"run": {"steps": 120}, "learner": LINEAR})
-    assert told(old, new, updates=0, steps=0) == ["run.steps: 60 -> 120"]
+    assert describe_changes(old, new, updates=0, steps=0) == ["run.steps: 60 -> 120"]

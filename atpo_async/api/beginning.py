@@ -1,4 +1,4 @@
-"""What training begins with: a new run, one that goes on, or a new one with the policy of another."""
+"""How a run begins: new, resumed, or new with the policy of another run."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ class Beginning:
 
     config: Config
     known: RunDir | None
-    """As it was found; None for a new one."""
+    """The run as it was found; None for a new one."""
     anew: bool = False
-    """It is there, nothing was trained in it, and it begins again with another configuration."""
+    """The run folder exists, nothing was trained in it, and it begins again with another configuration."""
     start: Start | None = None
     """The policy of another run, to be moved into this one."""
 
     @property
     def checked(self) -> Config:
-        """``config`` with its policy where that lies now."""
+        """``config`` with ``model.path`` at the place where the policy lies before the run has taken it."""
         return self.config if self.start is None else with_path(self.config, self.start.folder)
 
 
 @contextlib.contextmanager
 def beginning(config: Config, begin_from: str | None) -> Iterator[Beginning]:
-    """What ``config`` and ``--from`` come to; a policy put together for it goes after the block unless the run took it.
+    """How a run of ``config`` and ``--from`` begins; a policy assembled for it is removed after the block if no run
+    took it.
 
     Raises:
         RunMismatch: the run is there and may not go on with that.

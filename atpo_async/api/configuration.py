@@ -1,4 +1,4 @@
-"""A configuration as a program makes one: TOML files, and its own values on top."""
+"""Loading a configuration in a program: TOML files, with the program's own values on top."""
 
 from __future__ import annotations
 

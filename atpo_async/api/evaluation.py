@@ -1,4 +1,4 @@
-"""Greedy evaluation on held-out tasks: which policy, under which configuration, in a process that is waited for.
+"""Greedy evaluation on held-out tasks: which policy, under which configuration, and the process that runs it.
 
 ``evaluate`` is the Python door; the other functions are what it shares with ``atpo eval``.
 """
@@ -33,18 +33,18 @@ BEARS = ("run.seed", "model.", "environment.", "search.", "actor.", "eval.")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What is to be evaluated."""
+    """A policy and the configuration to evaluate it under."""
 
     config: Config
     model: Path
     """A model folder."""
     name: str
-    """For people."""
+    """The policy's name in messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalResult:
-    """Of a greedy evaluation."""
+    """Result of a greedy evaluation."""
 
     success: float | None
     """Share of the known tasks that succeeded; None where the environment says of none whether it did."""
@@ -55,7 +55,7 @@ class EvalResult:
     reward_mean: float | None
 
     def line(self, name: str) -> str:
-        """In words; ``name`` is the policy's."""
+        """One line for people; ``name`` is the policy's."""
         if self.success is None:
             return (
                 f"{name}: success unknown on {self.num_tasks} held-out tasks, greedy: the environment says of none "

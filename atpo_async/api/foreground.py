@@ -1,4 +1,4 @@
-"""Processes of this project that are waited for: a warm start, an evaluation."""
+"""Runs a process of this project and waits for its end: a warm start, an evaluation."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ def resolved_file(config: Config) -> Iterator[Path]:
 
 
 def run_to_end(argv: Sequence[str], *, tell: Callable[[str], None] = lambda line: None) -> tuple[int, str]:
-    """Run a process of ours in the foreground, passing on each line of its stderr.
+    """Run a process of this project in the foreground, passing on each line of its stderr.
 
-    Returns 0 and its stdout, or its exit code and its last error line.  It ends with us, with all that it started.
+    Returns 0 and its stdout, or its exit code and its last error line.  It ends with this process, and so does all that
+    it started.
     """
     tie = functools.partial(processes.die_with_parent, parent_pid=os.getpid())
     mark = f"hand/{os.getpid()}/{os.urandom(4).hex()}"
@@ -56,7 +57,7 @@ def run_to_end(argv: Sequence[str], *, tell: Callable[[str], None] = lambda line
                     lines.append(line.rstrip())
                     tell(lines[-1])
 
-        # In a thread: what a process leaves behind keeps its stderr open, until it is killed below.
+        # In a thread: a child that the process leaves behind holds its stderr open until it is killed below.
         listener = threading.Thread(target=listen, name="stderr", daemon=True)
         listener.start()
         try:

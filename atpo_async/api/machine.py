@@ -77,10 +77,9 @@ def engine_of(config: Config) -> tuple[str, str]:
 
 
 def check_machine(config: Config) -> None:
-    """What can be told before anything is started or written.
+    """Check what can be checked before anything is started or written.
 
-    Raises SetupError naming the first thing that is missing: an engine, a GPU, a port, a file, a key; ConfigError for
-    an environment that nobody knows.
+    Raises SetupError naming the first thing that is missing: an engine, a GPU, a port, a file, a key, a package.
     """
     engine, _ = engine_of(config)
     if engine == "transformers" and not has_module("transformers"):
@@ -193,7 +192,7 @@ def check_links(config: Config) -> None:
                 )
         from atpo_async.links.keys import load_pair
 
-        # Now and not in each role: a secret that others can read is the user's to mend.
+        # Now and not in each role: only the user can mend a secret that others can read.
         for name in ("server", "client"):
             load_pair(keys, name)
     ports.check(links)

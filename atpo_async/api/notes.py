@@ -1,4 +1,4 @@
-"""Lines about a run that begins, goes on or ends: what was changed, has no effect, is missing, is saved."""
+"""Lines for the user when a run begins, is resumed or ends: changes, settings without effect, what is saved."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from atpo_async.run.metrics import Record, read_metrics
 from atpo_async.run.rundir import RunDir
 
 REFUSED = "dropped/"
-"""Begins the learner's metrics of trees that it left out, by reason."""
+"""Prefix of the learner's metrics that count the trees it left out, by reason."""
 
 
 def at_the_start(begun: Beginning, rundir: RunDir) -> list[str]:
-    """Lines about a run that begins or goes on: whose policy, what was changed, which curve jumps."""
+    """Lines about a run that begins or is resumed: where its policy is from, what was changed, which schedule jumps."""
     lines = []
     if rundir.started_from is not None:
         lines.append(other_run.described(rundir.started_from))
@@ -29,11 +29,11 @@ def at_the_start(begun: Beginning, rundir: RunDir) -> list[str]:
     if begun.anew:
         lines.append("nothing was trained in this folder yet: it begins anew with this configuration")
     steps = 0 if begun.anew else steps_trained(known)
-    return lines + resuming.told(known.config, rundir.config, updates=_updates(known, steps), steps=steps)
+    return lines + resuming.describe_changes(known.config, rundir.config, updates=_updates(known, steps), steps=steps)
 
 
 def idle(config: Config, rundir: RunDir) -> list[str]:
-    """Settings without effect; not those that a run which began with another one's policy cannot have."""
+    """Settings without effect; without those of the warm start in a run that began with another run's policy."""
     lines = idle_settings(config)
     if rundir.started_from is None:
         return lines
@@ -41,7 +41,7 @@ def idle(config: Config, rundir: RunDir) -> list[str]:
 
 
 def _updates(rundir: RunDir, steps: int) -> int:
-    """Optimizer steps that its newest checkpoint holds."""
+    """Optimizer steps up to the newest checkpoint."""
     learner = rundir.config.learner
     checkpoints = list_checkpoints(rundir.checkpoints)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
@@ -50,24 +50,24 @@ def _updates(rundir: RunDir, steps: int) -> int:
 
 
 def missing(rundir: RunDir) -> list[str]:
-    """What a run that goes on should find and does not, and what becomes of it."""
+    """Files that a resumed run should find and does not, and the consequence."""
     if steps_trained(rundir):
         if rundir.journal.is_dir():
             return []
         return [
-            f"{rundir.journal} is gone, and what the buffer kept with it: the learner goes on from its checkpoint, "
-            "tasks begin at 0 once more"
+            f"{rundir.journal} is gone, and all that the buffer had stored in it: the learner goes on from its "
+            "checkpoint, tasks begin at 0 once more"
         ]
     if not rundir.is_trained:
         return []
     return [
         f"steps were done in this run, and {rundir.checkpoints} holds no checkpoint: the learner begins at step 0 once "
-        "more; tasks that the buffer was told are in a checkpoint are not trained on again"
+        "more; tasks that the buffer knows to be in a checkpoint are not trained on again"
     ]
 
 
 def saved(rundir: RunDir) -> str:
-    """How far a run that was stopped is kept, and what of it is not."""
+    """Up to which step a stopped run is saved, and which steps are lost."""
     steps, wanted = steps_trained(rundir), rundir.config.run.steps
     seen = max((r.step for r in read_metrics(rundir.metrics_path) if "train/loss" in r.metrics), default=0)
     if not steps:
@@ -78,7 +78,7 @@ def saved(rundir: RunDir) -> str:
 
 
 def trained(records: Iterable[Record]) -> str:
-    """How much a run was trained on, for its last line; empty where nothing is known of that.
+    """How many trees a run was trained on, for its last line; empty where its metrics do not say.
 
     A step that was done again counts as it was done last.
     """

@@ -23,7 +23,7 @@ from atpo_async.ops.disk import error_number
 from atpo_async.run.rundir import LATEST, START, RunDir
 
 TRIES = 5
-"""Of reading a checkpoint that its run may remove meanwhile for a newer one."""
+"""Attempts to read a checkpoint that its run may remove meanwhile for a newer one."""
 WEIGHTS = "model.safetensors"
 
 
@@ -100,14 +100,14 @@ def assembled(source: Source, config: Config) -> Iterator[tuple[Config, Start]]:
 
 
 def described(record: Mapping[str, Any]) -> str:
-    """For people: what ``run.json`` says of where a run's policy is from."""
+    """A line about where a run's policy is from, as recorded in ``run.json``."""
     step = "" if record.get("step") is None else f", step {record['step']}"
     run, policy = record.get("run"), record.get("policy")
     return f"the run began with the policy of {run}{step} ({policy}), and with an optimizer of its own"
 
 
 def _write(source: Source, folder: Path) -> dict[str, Any]:
-    """The policy as an ordinary model folder; what is to be told of it."""
+    """Write the policy as an ordinary model folder; returns its record for ``run.json``."""
     for _ in range(TRIES):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""The small policy that a run trains where the configuration asks for a warm start: made once, kept for later runs."""
+"""Makes and warm-starts the small policy where the configuration asks for one; later runs use it again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ensure_policy(config: Config, console: Console) -> Config:
         nonlocal told
         if not told:
             told = True
-            console.print(f"making the policy: {config.model.warm_start_steps} supervised steps; kept for later runs")
+            console.print(f"making the policy: {config.model.warm_start_steps} supervised steps; later runs use it")
         if console.is_terminal:
             console.print(line, end="\r")
         elif time.monotonic() - said_at[0] > 5.0:

@@ -1,4 +1,4 @@
-"""A run as a program reads it, while it goes on or later: metrics as arrays, trees, lineage, checkpoints, status."""
+"""Reads a run from a program, while it is going on or later: metrics as arrays, trees, lineage, checkpoints, status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training a run to its end: everything that can be refused first, then the policy, the run folder and the supervisor.
+"""Trains a run to its end: first all checks, then the policy and the run folder are made and the roles supervised.
 
 ``train`` is the Python door, ``train_to_the_end`` what it shares with ``atpo train``.
 """
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """How a call of ``train_to_the_end`` ended, errors apart."""
+    """How training ended, errors apart."""
 
     rundir: RunDir
     interrupted: bool
@@ -88,13 +88,13 @@ def train_to_the_end(config: Config, *, console: Console, again: str, begin_from
 
     Args:
         config: resolved.
-        console: takes what is to be told, and the progress.
+        console: receives the messages and the progress.
         again: what goes on with the run, for the last line of one that was interrupted.
         begin_from: ``RUN[:STEP]`` whose policy a new run begins with.
 
     Raises an AtpoError with the reason where the run cannot begin or fails.
     """
-    # Everything that can be told without writing anything comes first.
+    # Whatever can be refused is refused before anything is written.
     with beginning(config, begin_from) as begun:
         known = begun.known
         if known is not None:
@@ -135,7 +135,7 @@ def _train(begun: Beginning, console: Console, *, again: str) -> Trained:
 
 
 def _tell_the_start(begun: Beginning, rundir: RunDir, console: Console, *, goes_on: bool) -> None:
-    """What is new, has no effect or is missing, and the engine."""
+    """Print what was changed, has no effect or is missing, and the engine."""
     engine, why = machine.engine_of(begun.checked)
     for line in (*notes.at_the_start(begun, rundir), *notes.idle(rundir.config, rundir)):
         console.print(f"note: {line}", markup=False)
@@ -146,7 +146,7 @@ def _tell_the_start(begun: Beginning, rundir: RunDir, console: Console, *, goes_
 
 
 def _supervise(rundir: RunDir, console: Console) -> tuple[Outcome, str]:
-    """Run the roles to the end; how that came, and how long it took."""
+    """Run the roles to the end; returns how it ended and how long it took."""
     config = rundir.config
     specs = role_specs(config, rundir.path, has_cuda=machine.has_cuda)
     with (
@@ -171,7 +171,7 @@ def _supervise(rundir: RunDir, console: Console) -> tuple[Outcome, str]:
 
 
 def _run(supervisor: Supervisor, *, say: Callable[[str], None]) -> Outcome:
-    """In this thread; in one of its own where an event loop runs here already, as in a notebook."""
+    """Run in this thread; in a thread of its own where an event loop runs here already, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -253,7 +253,7 @@ def _in_a_thread(supervisor: Supervisor, *, say: Callable[[str], None]) -> Outco
 
 
 def _summarise(rundir: RunDir, console: Console) -> None:
-    """The report, and the figures a user asks for first.  A failure to draw does not fail the run."""
+    """Write the report, and print the figures a user asks for first.  A failure to draw does not fail the run."""
     try:
         found = facts(rundir)
         write_report(rundir)

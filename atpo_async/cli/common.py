@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, what the user asked for, the demo's configuration."""
+"""Shared by all commands: exit codes, the parsed command line, the demo's configuration."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ class Asked:
 
     @property
     def again(self) -> str:
-        """The same command, to be typed."""
+        """The same command as one types it, for a hint."""
         return command_line(self.words)
 
 
 def command_line(words: Sequence[str]) -> str:
-    """As it is typed."""
+    """Words as one command line, quoted for a shell."""
     return shlex.join(["atpo", *words])
 
 
 def note(line: str) -> None:
-    """Something the user should know, on stderr."""
+    """Print one line that the user should know to stderr."""
     print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 def demo_config() -> Path:
-    """``configs/demo.toml`` of the checkout or of the folder we are in.  Raises ConfigError."""
+    """``configs/demo.toml`` of the checkout or of the working folder.  Raises ConfigError."""
     for root in (Path(__file__).resolve().parents[2], Path.cwd()):
         path = root / "configs" / "demo.toml"
         if path.is_file():

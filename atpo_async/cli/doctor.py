@@ -43,7 +43,7 @@ REQUIRED: tuple[tuple[str, str], ...] = (
 """(distribution, module)."""
 
 ENOUGH_MEMORY_GB = 6.0
-"""What the demo takes: actor 3.5, learner 2, buffer 0.5."""
+"""GiB that the demo takes: actor 3.5, learner 2, buffer 0.5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +114,7 @@ def findings(config: Config | None = None) -> list[Finding]:
 
 
 def findings_of_run(config: Config) -> list[Finding]:
-    """What a run of ``config`` would be refused for at its start, beside what ``findings`` says of the machine.
-
-    By the checks of that start, but for a model on the Hub, which is not fetched.
-    """
+    """What the start of a run of ``config`` would refuse, by the same checks; a model on the Hub is not fetched."""
     path, fetched = config.model.path, not config.model.warm_start and looks_like_hub_name(config.model.path)
     found = [Finding("note", "model", f"{path}, on the Hub", "fetched at a run's start unless the cache holds it")]
     if not fetched:
@@ -137,7 +134,7 @@ def _checked(what: str, name: str, check: Callable[[Config], None], config: Conf
         check(config)
     except (ConfigError, SetupError) as exc:
         return Finding("missing", what, str(exc))
-    except ImportError as exc:  # said of the package already
+    except ImportError as exc:  # the missing package has its own finding
         return Finding("note", what, f"cannot be looked at: {exc}")
     return Finding("ok", what, name)
 

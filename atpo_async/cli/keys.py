@@ -31,7 +31,7 @@ def run(asked: Asked) -> int:
 
 
 def new(folder: Path, name: str | None, *, learner: bool) -> list[str]:
-    """Make what this host lacks in ``folder`` and, with a name, a folder for another host; the lines to be said.
+    """Make the keys that this host lacks in ``folder``; with a name, also another host's folder.  Returns the lines.
 
     Raises:
         SetupError: the name is none or is taken, or nothing can be written there.
@@ -74,7 +74,7 @@ def _for_another(folder: Path, name: str, *, learner: bool) -> list[str]:
     shutil.copyfile(folder / f"{SERVER_KEY}.key", theirs / f"{SERVER_KEY}.key")
     known = folder / LEARNERS / f"{name}.key" if learner else folder / f"{name}.key"
     known.parent.mkdir(exist_ok=True, mode=0o700)
-    # Whole or not at all: a run that goes on looks at the folder whenever somebody connects.
+    # Renamed when whole: a running buffer reads the folder whenever a client connects.
     unfinished = known.with_suffix(".unfinished")
     shutil.copyfile(public, unfinished)
     unfinished.rename(known)
@@ -87,7 +87,7 @@ def _for_another(folder: Path, name: str, *, learner: bool) -> list[str]:
 
 
 def listed(folder: Path) -> list[str]:
-    """Who is let in, a line each.  Raises SetupError if there is no such folder."""
+    """The hosts that are let in, one line each.  Raises SetupError if there is no such folder."""
     if not folder.is_dir():
         raise SetupError(f"{folder} is no folder; `atpo keys new --dir {folder}` makes it")
     said = []

@@ -13,7 +13,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,74 +20,29 @@ from atpo_async.cli.common import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, OPTI
 from atpo_async.core.errors import AtpoError, ConfigError, RoleCrashed
 from atpo_async.run.temporary import make_temporary_folder_fit
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """One command: ``module`` has ``add_arguments(parser, command)`` and ``run(asked) -> exit code``."""
-
-    module: str
-    """In ``atpo_async.cli``."""
-    about: str
-    takes_options: bool = True
-    """Whether it takes options of the configuration."""
-    only_prints: bool = False
-    """It starts no process and makes no files of its own."""
-
-
-COMMANDS: dict[str, Command] = {
-    "train": Command(
-        module="train",
-        about="start buffer, learner and actors, and train; the same command goes on with a stopped run",
-    ),
-    "demo": Command(
-        module="train",
-        about="train the small policy on the look-up task on this machine, in a new run, and report",
-    ),
-    "buffer": Command(module="roles", about="run the buffer by hand, in the foreground"),
-    "learner": Command(module="roles", about="run the learner by hand, in the foreground"),
-    "actor": Command(
-        module="roles",
-        about="run an actor by hand, in the foreground; it may join a running job from anywhere",
-    ),
-    "eval": Command(
-        module="evaluate",
-        about="greedy success on held-out tasks, of a run's last checkpoint or a model folder",
-    ),
-    "config": Command(
-        module="config",
-        about="print the resolved configuration and every knob that bears on staleness",
-        only_prints=True,
-    ),
-    "doctor": Command(
-        module="doctor",
-        about="what is installed, which engine and device would be used, what is missing",
-    ),
-    "report": Command(
-        module="report", about="write report.html into a run folder", takes_options=False, only_prints=True
-    ),
-    "status": Command(
-        module="status",
-        about="who waits for whom in a run, since when, and the queue and window of every link",
-        takes_options=False,
-        only_prints=True,
-    ),
-    "study": Command(
-        module="study",
-        about="train over a grid of lags, corrections and seeds, and say what staleness does",
-    ),
-    "keys": Command(
-        module="keys",
-        about="the keys without which a run listens on loopback only: make them, list them (docs/keys.md)",
-        takes_options=False,
-        only_prints=True,
-    ),
-    "version": Command(
-        module="version",
-        about="print the version, and those of what it runs on",
-        takes_options=False,
-        only_prints=True,
-    ),
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("train", "start buffer, learner and actors, and train; the same command goes on with a stopped run"),
+    "demo": ("train", "train the small policy on the look-up task on this machine, in a new run, and report"),
+    "buffer": ("roles", "run the buffer by hand, in the foreground"),
+    "learner": ("roles", "run the learner by hand, in the foreground"),
+    "actor": ("roles", "run an actor by hand, in the foreground; it may join a running job from anywhere"),
+    "eval": ("evaluate", "greedy success on held-out tasks, of a run's last checkpoint or a model folder"),
+    "config": ("config", "print the resolved configuration and every knob that bears on staleness"),
+    "doctor": ("doctor", "what is installed, which engine and device would be used, what is missing"),
+    "report": ("report", "write report.html into a run folder"),
+    "status": ("status", "who waits for whom in a run, since when, and the queue and window of every link"),
+    "study": ("study", "train over a grid of lags, corrections and seeds, and say what staleness does"),
+    "keys": ("keys", "the keys without which a run listens on loopback only: make them, list them (docs/keys.md)"),
+    "version": ("version", "print the version, and those of what it runs on"),
 }
+"""Command -> its module in ``atpo_async.cli``, which has ``add_arguments(parser, command)`` and ``run(asked)``, which
+returns the exit code; and what it does."""
+
+WITHOUT_CONFIGURATION = frozenset({"report", "status", "keys", "version"})
+"""Commands that take no options of the configuration."""
+
+ONLY_PRINTS = WITHOUT_CONFIGURATION | {"config"}
+"""Commands that start no process and need no temporary files."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader has gone (`atpo config … | head`): nothing to say, and nobody to say it to.
+        # The reader has closed the pipe (`atpo config … | head`): there is nowhere to print.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
@@ -131,9 +85,9 @@ def _dispatch(words: list[str], *, debug: bool) -> int:
         name, before, rest, options = "version", [], ["version"], {}
     if name is None:
         return _without_command(rest)
-    command = COMMANDS[name]
-    module = importlib.import_module(f"atpo_async.cli.{command.module}")
-    parser = _Parser(prog=f"atpo {name}", description=command.about, epilog=OPTIONS_NOTE, allow_abbrev=False)
+    module_name, about = COMMANDS[name]
+    module = importlib.import_module(f"atpo_async.cli.{module_name}")
+    parser = _Parser(prog=f"atpo {name}", description=about, epilog=OPTIONS_NOTE, allow_abbrev=False)
     module.add_arguments(parser, name)
     args, more = parser.parse_known_args([*before, *rest[len(before) + 1 :]])
     files = getattr(args, "config", None)
@@ -141,9 +95,9 @@ def _dispatch(words: list[str], *, debug: bool) -> int:
         files += more  # `atpo actor A.toml --join WHERE B.toml`: argparse takes the first run of words only
     elif more:
         raise ConfigError(_not_taken(name, more))
-    if options and not command.takes_options:
+    if options and name in WITHOUT_CONFIGURATION:
         raise ConfigError(f"--{next(iter(options))}: `atpo {name}` takes no options of the configuration")
-    if not command.only_prints:
+    if name not in ONLY_PRINTS:
         make_temporary_folder_fit(note)
     result = module.run(Asked(command=name, args=args, options=options, words=words, debug=debug))
     assert isinstance(result, int)
@@ -158,10 +112,10 @@ def _without_command(words: Sequence[str]) -> int:
         epilog=f"{OPTIONS_NOTE}  --debug shows tracebacks.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="store_true", help=COMMANDS["version"].about)
+    parser.add_argument("--version", action="store_true", help=COMMANDS["version"][1])
     table = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        table.add_parser(name, help=command.about)
+    for name, (_, about) in COMMANDS.items():
+        table.add_parser(name, help=about)
     _, more = parser.parse_known_args(words)
     if more:
         raise ConfigError(_not_taken(None, more))
@@ -209,7 +163,7 @@ def _split(words: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as everything here does."""
+    """Reports an error in one line, as all commands do."""
 
     def error(self, message: str) -> NoReturn:
         hint = f"name a TOML file: `{self.prog} configs/demo.toml`; " if message.endswith("required: CONFIG") else ""

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def run(asked: Asked) -> NoReturn:
-    """Become the role.  The buffer makes the run folder where there is none; the others join."""
+    """Replace this process by the role.  The buffer makes the run folder where there is none; the others join."""
     role, args = asked.command, asked.args
     config = load(args.config, asked.options)
     if role == "actor":
@@ -56,7 +56,7 @@ def run(asked: Asked) -> NoReturn:
 
 
 def _configuration(asked: Asked) -> list[str]:
-    """Of the role's process, which takes one file: what the others set goes as options, after the policy's path."""
+    """Options for the role's process, which takes one file: settings of further files, then of the command line."""
     return [f"--{key}={text}" for key, text in {**as_options(asked.args.config[1:]), **asked.options}.items()]
 
 
@@ -98,7 +98,7 @@ def _in_a_run(asked: Asked, config: Config, folder: Path) -> tuple[list[str], di
 
 
 def _say_if_nobody_listens(address: str) -> None:
-    """Before a policy is made for a run that may not be there.  An actor may be started before its buffer."""
+    """Warn before a policy is made for a run that may not exist; an actor may also be started before its buffer."""
     try:
         socket.create_connection(addresses.split(address), timeout=2.0).close()
     except (OSError, UnicodeError) as exc:
@@ -112,7 +112,7 @@ def _say_if_nobody_listens(address: str) -> None:
 
 
 def _clear_the_way(rundir: RunDir) -> None:
-    """End what a killed supervisor left of this run; where one lives, its roles are its business."""
+    """End the processes that a killed supervisor of this run left; a living supervisor looks after its own."""
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(rundir.locked())

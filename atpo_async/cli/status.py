@@ -20,9 +20,9 @@ from atpo_async.status.run_view import JOINED, RoleView, RunView, as_json, look
 from atpo_async.status.wording import duration, flat
 
 SHOWN_WAITS = 3
-"""Of each role."""
+"""Waits shown for each role."""
 UNSAID = frozenset({"kind", "name", "endpoint", "waits"})
-"""Of what a link says: its title has the first, the roles' waits the last."""
+"""Facts of a link that the screen shows elsewhere."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
@@ -37,13 +37,13 @@ def run(asked: Asked) -> int:
     if asked.args.json:
         print(as_json(view))
     else:
-        # Into a pipe without breaking lines: somebody looks for words in them.
+        # Lines are not wrapped in a pipe, so that words can be searched for in them.
         show(view, Console(highlight=False, width=None if sys.stdout.isatty() else 1000))
     return EXIT_DONE
 
 
 def show(view: RunView, console: Console) -> None:
-    """One screen."""
+    """Print the screen."""
     console.print(Text(_headline(view)))
     if view.roles:
         table = Table(box=None, pad_edge=False, header_style="dim")
@@ -58,7 +58,7 @@ def show(view: RunView, console: Console) -> None:
             state = role.state if role.alive else f"{role.state}, last seen {duration(role.age_s)} ago"
             at = f"{status.phase} for {duration(status.phase_s)}" if role.alive else "–"
             colour = "red" if role.stuck is not None or role.state == "gone" else "green" if role.alive else "dim"
-            # As text: what others call themselves is no markup.
+            # As plain text: names that roles chose may look like markup.
             cells = (Text(word) for word in (where, at, loop, _waits(role)))
             table.add_row(Text(name), Text(state, style=colour), *cells)
         for name, silent_s in view.joined.items():
@@ -111,13 +111,13 @@ def _headline(view: RunView) -> str:
 
 
 def _worth_saying(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a link: without what is empty."""
-    kept = {name: value for name, value in facts.items() if name not in UNSAID and value not in ("", None, [], {})}
+    """Facts of a link, without empty ones and those shown elsewhere."""
+    known = {name: value for name, value in facts.items() if name not in UNSAID and value not in ("", None, [], {})}
     return {
         name: [_worth_saying(part) if isinstance(part, Mapping) else part for part in value]
         if isinstance(value, list)
         else value
-        for name, value in kept.items()
+        for name, value in known.items()
     }
 
 

@@ -32,7 +32,7 @@ from atpo_async.study.tables import matrix
 DEFAULT_OUT = Path("runs") / "study-staleness"
 
 MEMORY_GB = {"vllm": 3.5, "transformers": 1.5}
-"""That a cell of the demo's policy takes on a CPU, by its actor's engine: all its roles and their supervisor."""
+"""GiB that one cell of the demo's policy takes on a CPU with all its roles, by engine."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
@@ -87,7 +87,7 @@ def run(asked: Asked) -> int:
 
 
 def _asked_plan(asked: Asked, out: Path) -> Plan:
-    """What is asked for.  For a report it is in the study's folder, and the options name a part of it."""
+    """The plan that was asked for.  For a report the study's folder has it, and the options select a part of it."""
     args, texts = asked.args, asked.options
     grid = {"lags": args.lags, "corrections": args.corrections, "seeds": args.seeds}
     if args.report:
@@ -109,7 +109,7 @@ def _asked_plan(asked: Asked, out: Path) -> Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user asks for."""
+    """One study as the user asked for it."""
 
     plan: Plan
     out: Path = DEFAULT_OUT
@@ -120,9 +120,9 @@ class Request:
     fill: Path | None = None
     """A Markdown file that is to hold the results."""
     command: str
-    """Reproduces the study."""
+    """The command that reproduces the study."""
     again: str
-    """Goes on with it here."""
+    """The command that goes on with it on this machine."""
 
 
 def study(
@@ -132,11 +132,11 @@ def study(
     console: Console | None = None,
     runner: Callable[[asyncio.Event], Runner] = lambda hurry: TrainProcess(hurry=hurry),
 ) -> bool | None:
-    """Run the study to its end or an interruption: whether any cell gave a result; None where it was interrupted.
+    """Run the study to its end; returns whether any cell gave a result, None where it was interrupted.
 
     Args:
         ensure_policy: makes the policy of a seed where there is none, and returns the configuration that names it.
-        runner: of cells, given the event that says that nobody wants to wait any more.
+        runner: runs cells; it is given the event that a second interruption sets.
 
     Raises ConfigError, SetupError and RunMismatch as the plan, the folder and the machine do.
     """
@@ -199,7 +199,7 @@ def _run(
     *,
     total: int,
 ) -> tuple[bool, str]:
-    """Whether all jobs came to their ends, and how long that took."""
+    """Whether all jobs ended, and how long that took."""
     plan = request.plan
 
     def keep(result: CellResult) -> None:
@@ -217,7 +217,7 @@ def _run(
 
 
 def _report(request: Request, folder: StudyFolder, console: Console) -> bool:
-    """Files, table and sentences of the cells that have ended; whether any gave a result."""
+    """Write files, table and sentences of the cells that have ended; returns whether any gave a result."""
     plan = request.plan
     written = outputs.write_all(folder, plan, command=request.command)
     if request.fill is not None:
@@ -252,12 +252,12 @@ def jobs_here(engine: str, console: Console) -> int:
 
 
 def arguments_of(files: Sequence[str], options: Mapping[str, str]) -> list[str]:
-    """A plan's ``arguments``: without this machine's folders."""
+    """A plan's ``arguments``: with paths relative to the working folder."""
     return [*(outputs.relative(Path(file)) for file in files), *(f"--{k}={text}" for k, text in options.items())]
 
 
 def left_out(base: Config, files: Sequence[str], own: Path) -> list[str]:
-    """What to say of the study's own settings, which a user's files stand in for: a line, or none where none differs.
+    """A line about the study's own settings that the user's files replace; none where no value differs.
 
     Args:
         base: of ``files`` and options.

@@ -75,15 +75,15 @@ def _free_name(folder: Path, stem: str) -> str:
 
 
 class LastingConsole(Console):
-    """Once its reader has gone (``atpo train … | head``) it says so on stderr and prints nothing more; the default
-    ends the process."""
+    """A console that outlives its reader (``atpo train … | head``): one note on stderr, then silence.  rich's own would
+    end the process."""
 
     def __init__(self, *, when_closed: str, **settings: Any) -> None:
         super().__init__(**settings)
         self._when_closed = when_closed
 
     def on_broken_pipe(self) -> None:
-        """Goes on without a reader."""
+        """Note that the output is closed, and go on."""
         self.quiet = True
         _discard(sys.stdout)
         try:
@@ -93,7 +93,7 @@ class LastingConsole(Console):
 
 
 def _discard(stream: Any) -> None:
-    """What is still written to it, also at the process's end, goes nowhere."""
+    """Discard whatever is still written to a stream, also at the process's end."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

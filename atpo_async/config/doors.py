@@ -1,7 +1,7 @@
 """The doors of this program: every choice of a configuration that also takes ``package.module:name``.
 
 ``docs/extending.md`` has one page a door.  A built-in one that is added to a door's ``package`` is known by its
-module's name; nothing else has to be told.
+module's name; it needs no other entry.
 """
 
 from __future__ import annotations
@@ -132,4 +132,4 @@ DOORS: tuple[Door[Any], ...] = (
     LAUNCHER,
     SINK,
 )
-"""In the order in which a turn meets them."""
+"""In the order in which a turn passes them, from its task to the metrics."""

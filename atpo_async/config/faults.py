@@ -79,17 +79,17 @@ WANTED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("tuple_type", "list_type"), "a list, as in [0, 1]"),
     (("model_type", "model_attributes_type", "dict_type"), "a section, [{section}]"),
 )
-"""Kinds of pydantic's errors -> what it wanted, in a user's words."""
+"""Kinds of pydantic's errors -> the value that the field takes, in a user's words."""
 
 
 def _cut(value: Any) -> str:
-    """A value in a few words: a whole section may be unknown."""
+    """A value, shortened: it may be a whole section."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def _number(value: float) -> str:
-    """Whole numbers whole, in groups that people read and a configuration takes: 1_048_576."""
+    """A whole number without decimals and with its digits grouped, as a configuration takes it: 1_048_576."""
     return f"{int(value):_}" if math.isfinite(value) and value == int(value) else f"{value:g}"
 
 
@@ -98,14 +98,14 @@ def _shown(value: Any) -> str:
 
 
 def _holder(path: str, holders: Mapping[str, str]) -> str | None:
-    """Who holds a dotted path, or what it is a part of."""
+    """Where the value of a dotted path, or of the section that it lies in, comes from."""
     while path and path not in holders:
         path = path.rpartition(".")[0]
     return holders.get(path)
 
 
 def _sides(message: str, holders: Mapping[str, str]) -> str:
-    """Who holds the fields that a contradiction names."""
+    """Where the values of the fields that a contradiction names come from."""
     named = dict.fromkeys(re.findall(r"(?<![\w.-])[a-z]+\.[a-z_]+", message))
     known = [f"{name}: {holders[name]}" for name in named if name in holders]
     return f"  ({'; '.join(known)})" if known else ""

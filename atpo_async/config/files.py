@@ -20,7 +20,7 @@ from atpo_async.config.sections.base import door_of
 from atpo_async.core.errors import ConfigError
 
 CALL = "the call"
-"""Who holds a value that a program gave."""
+"""Where a value comes from that a program gave."""
 
 
 def load(files: Path | str | Sequence[Path | str], overrides: Mapping[str, str] | None = None) -> Config:
@@ -43,10 +43,10 @@ def load(files: Path | str | Sequence[Path | str], overrides: Mapping[str, str] 
 
 
 def resolved(config: Config | Path | str | Sequence[Path | str], values: Mapping[str, Any]) -> Config:
-    """A configuration, or the one of some files, with a program's own values on top.
+    """A configuration, or that of some files, with a program's own values on top.
 
     Args:
-        config: where it begins; files as for ``load``.
+        config: what the values go over; files as for ``load``.
         values: section -> its fields (``{"learner": {"lr": 1e-5}}``), or dotted path -> value.
 
     Raises:
@@ -94,7 +94,7 @@ def _layered(files: Path | str | Sequence[Path | str]) -> tuple[dict[str, Any], 
 
 
 def _lay(onto: dict[str, Any], table: Mapping[str, Any], file: str, holders: dict[str, str], prefix: str = "") -> None:
-    """Put ``table`` over ``onto``, key by key, and note in ``holders`` whose each key is now."""
+    """Put ``table`` over ``onto``, key by key, and note in ``holders`` which file each key comes from."""
     for key, value in table.items():
         dotted = f"{prefix}{key}"
         is_table = isinstance(value, Mapping)
@@ -154,7 +154,7 @@ def build(
 
 
 def to_toml(config: Config) -> str:
-    """The resolved configuration as TOML, each field with what it means."""
+    """The resolved configuration as TOML, each field with its description."""
     lines: list[str] = []
     for name in Config.model_fields:
         section = getattr(config, name)
@@ -168,7 +168,7 @@ def to_toml(config: Config) -> str:
 
 
 def _choices(field: FieldInfo) -> str:
-    """The names that a field takes, where it takes one's own as well."""
+    """The names that a field takes, where it also takes ``package.module:name``."""
     door = door_of(field)
     return f"{', '.join(door.choices())}, or package.module:name" if door is not None else ""
 
@@ -183,5 +183,10 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"[{', '.join(_toml_value(item) for item in value)}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
-    return json.dumps(str(value), ensure_ascii=False)
+        return "{" + ", ".join(f"{_quoted(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
+    return _quoted(str(value))
+
+
+def _quoted(text: str) -> str:
+    """As JSON, except that TOML wants the control character DEL escaped."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,6 +1,6 @@
-"""Settings that were changed and decide nothing, as another one switches off what they are for.
+"""Settings that were changed and have no effect, because another setting switches off what they configure.
 
-They are told and never refused: recipes are laid over one another, and what one sets another may switch off.
+They are reported and never refused: recipes are laid over one another, and one may switch off what another sets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from atpo_async.config.credit_rule import credit_rule
 from atpo_async.config.sections.base import door_of
 
 NONZERO = "anything but 0"
-"""In ``WORKS_WITH``: whatever number the other setting has, 0 excepted."""
+"""In ``WORKS_WITH``: the other setting may be any number but 0."""
 
 NOT_NONE = "anything but 'none'"
 READS_RATIO = "a mode that weighs turns by their ratios"
@@ -54,11 +54,11 @@ WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
     "actor.clear_cache_on_swap": _VLLM,
     "model.warm_start_steps": (("model.warm_start", (True,)),),
 }
-"""Setting -> what others have to be, all of them, for it to decide anything."""
+"""Setting -> the values that other settings must have, all of them, for it to have an effect."""
 
 
 def idle_settings(config: Config) -> list[str]:
-    """One line for each setting that is not at its default and decides nothing, with what it would need."""
+    """One line for each setting that is not at its default and has no effect, with what it would need."""
     known = configuration.fields()
     found = []
     for name, needs in WORKS_WITH.items():
@@ -79,7 +79,7 @@ def idle_settings(config: Config) -> list[str]:
 
 
 def _works(config: Config, is_now: Any, working: tuple[Any, ...] | str) -> bool:
-    """Whether a value of another setting lets one decide anything."""
+    """Whether a setting has an effect under this value of another one."""
     if working == READS_RATIO:
         return credit_rule(config.credit).reads_ratio
     if isinstance(working, str):
@@ -99,5 +99,5 @@ def _was_set(config: Config, name: str) -> bool:
 
 
 def _shown(value: object) -> str:
-    """As one writes it into a file."""
+    """A value as it is written in a configuration file."""
     return str(value).lower() if isinstance(value, bool) else "none" if value is None else repr(value)

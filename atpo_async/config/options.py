@@ -1,4 +1,4 @@
-"""Dotted options of the command line: which words of it they are, and what their texts mean for their fields."""
+"""Dotted options of the command line: finding them among its words, and reading their texts as values of fields."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             annotation = _annotation(name)
             given = i < len(argv) and not argv[i].startswith("--")
             if annotation is bool:
-                # The next word may be the configuration file; the command comes before all options but by chance.
+                # The next word may be the configuration file; the command usually comes before all options.
                 if given and rest and argv[i].lower() not in _TRUTHS and not _may_be_a_path(argv[i]):
                     raise ConfigError(
                         f"--{name} {argv[i]}: {argv[i]!r} is neither true nor false, nor a file here; --{name} alone "
@@ -87,7 +87,7 @@ def nested(dotted: str, value: Any) -> dict[str, Any]:
 
 
 def _keys(dotted: str) -> list[str]:
-    """Of the nested mapping.  A metrics sink of the user's own has dots in its name: what is between is that name."""
+    """The keys of a dotted path.  The name of a user's own metrics sink has dots, and is one key."""
     table = options_table(dotted)
     if table != "metrics.options":
         return dotted.split(".")
@@ -98,7 +98,7 @@ def _keys(dotted: str) -> list[str]:
 
 
 def _option_value(dotted: str, text: str) -> Any:
-    """What the text of an option means for its field.  Raises ConfigError where there is none."""
+    """The value that the text of an option stands for.  Raises ConfigError where it stands for none."""
     annotation = _annotation(dotted)
     value = parse_value(text)
     if value is None and type(None) in get_args(annotation):
@@ -115,7 +115,7 @@ def _option_value(dotted: str, text: str) -> Any:
 
 
 def _one_by_one(table: str, text: str) -> str:
-    """Why ``--environment.options TEXT`` is none, and what was meant where it can be told."""
+    """The error for ``--environment.options TEXT``, with the options that were meant where TEXT can be read."""
     try:
         said = json.loads(text)
     except ValueError:
@@ -130,13 +130,13 @@ def _one_by_one(table: str, text: str) -> str:
 
 
 def _annotation(dotted: str) -> Any:
-    """Of a field; None for an option inside a table of options, and for what is no field."""
+    """The type of a field; None for an option inside a table of options, and for an unknown name."""
     info = fields().get(dotted)
     return None if info is None else info.annotation
 
 
 def _is_text(annotation: Any) -> bool:
-    """Whether a field takes words: str, Path, or some words of its own; or none."""
+    """Whether a field takes text: str, Path, a fixed list of words, or one of these or none."""
     if get_origin(annotation) is Literal:
         return True
     if get_origin(annotation) in (Union, UnionType):

@@ -1,7 +1,7 @@
-"""What a run that goes on may have otherwise than before, and what is said of it.  Pure.
+"""Which settings of a run may change when it is resumed, and the lines that report each change.  Pure.
 
-Exact is what a journal and a checkpoint mean together: which tasks there are, how a tree is grown and sampled, how
-often it is used.  What bears on that stays as it was made; everything else may change, and is told with both values.
+The journal and the checkpoint of a run fit together only under the same tasks, the same search and the same reuse of
+trees: the settings that these depend on must stay.  Every other setting may change, and is reported with both values.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Start:
     folder: Path
     """An ordinary model folder on the run's file system; it is moved into the run."""
     record: Mapping[str, Any]
-    """What ``run.json`` says of it."""
+    """Its origin, as recorded in ``run.json``."""
 
 
 MUST_STAY: tuple[str, ...] = (
@@ -43,15 +43,15 @@ MUST_STAY: tuple[str, ...] = (
     "staleness.max_uses",
     "buffer.ready",
 )
-"""Which tasks there are and how their trees are sampled and counted; trees half grown, and those with recorded
-log-probs, lie in the journal."""
+"""They decide which tasks there are and how trees are sampled and counted; the journal holds half-grown trees and their
+recorded log-probs."""
 
 WITH_EXACT_LAG: tuple[str, ...] = ("staleness.trees_per_batch", "staleness.max_lag", "staleness.max_oversampling")
-"""Stay as well where every batch has an exact lag: whole batches lie in the journal."""
+"""These must stay too where every batch has an exact lag: the journal then holds whole batches."""
 
 
 def must_stay(path: str, old: Config, new: Config) -> bool:
-    """Whether a run that goes on must have this field as before."""
+    """Whether this field must stay as it was when the run is resumed."""
     if any(path == fixed or (fixed.endswith("*") and path.startswith(fixed[:-1])) for fixed in MUST_STAY):
         return True
     if path in WITH_EXACT_LAG:
@@ -61,13 +61,13 @@ def must_stay(path: str, old: Config, new: Config) -> bool:
         before, after = old.run.max_tasks, new.run.max_tasks
         return after is not None and (before is None or after < before)
     if path == "model.max_context_tokens":
-        # Turns of the journal may be as long as was allowed.
+        # Turns in the journal may be as long as the old limit.
         return new.model.max_context_tokens < old.model.max_context_tokens
     return False
 
 
 def changes(old: Config, new: Config) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted path, old value, new value) of every field that differs, but for the run's place and name."""
+    """(dotted path, old value, new value) of every field that differs, except the run's folder and name."""
     for path in configuration.fields():
         before, after = configuration.get(old, path), configuration.get(new, path)
         if before != after and path not in ("run.dir", "run.name"):
@@ -75,12 +75,12 @@ def changes(old: Config, new: Config) -> Iterator[tuple[str, Any, Any]]:
 
 
 def refused(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-    """Those of the changes that a run that goes on may not have."""
+    """The changes that a resumed run may not have."""
     return [change for change in changes(old, new) if must_stay(change[0], old, new)]
 
 
-def told(old: Config, new: Config, *, updates: int, steps: int) -> list[str]:
-    """A line for each change, and for each curve that jumps because of one, with the way to keep it.
+def describe_changes(old: Config, new: Config, *, updates: int, steps: int) -> list[str]:
+    """A line for each change, and for each schedule that jumps because of one, with the option that avoids the jump.
 
     Args:
         old, new: configurations of the run, before and from now on.

@@ -1,6 +1,6 @@
 """The rules of a configuration: which settings contradict one another, and what would mend it.
 
-``idle_settings`` tells of settings that decide nothing; these here are refused.
+Settings that merely have no effect are not refused: ``idle_settings`` reports them.
 """
 
 from __future__ import annotations
@@ -193,4 +193,4 @@ RULES: tuple[Callable[[Config], None], ...] = (
     _gpus,
     _ports,
 )
-"""In the order in which they are asked."""
+"""In the order in which they are checked."""

@@ -20,7 +20,7 @@ from atpo_async.config.sections.transport import LinksConfig, WeightsConfig
 
 
 class Config(Section):
-    """Everything.  ``atpo config CONFIG`` prints it resolved."""
+    """The whole configuration.  ``atpo config CONFIG`` prints it resolved."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
@@ -41,7 +41,7 @@ class Config(Section):
 
     @property
     def swap_timeout_s(self) -> float:
-        """Seconds in which an engine must have taken up a version."""
+        """Seconds within which an engine must have loaded a new version."""
         return self.weights.swap_timeout_s or min(60.0, self.links.give_up_s / 2)
 
     @property
@@ -57,7 +57,7 @@ class Config(Section):
 
 
 def options_table(dotted: str) -> str | None:
-    """The field of options by name (``environment.options``) inside which a dotted path lies; None if it is none."""
+    """The table of options (``environment.options``) that a dotted path lies in; None if it lies in none."""
     head, _, rest = dotted.rpartition(".")
     known = fields()
     while head and rest:

@@ -1,4 +1,4 @@
-"""The settings that bear on staleness, in one table, and the bounds that they imply together."""
+"""The table of all settings that bear on staleness, and the bounds that follow from them together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which fields a user may have meant by a name that is none: by what other trainers call them, by words, by letters.
+"""Suggests the fields that an unknown name may mean: by other trainers' names for them, by shared words, by spelling.
 
 The names on the right of ``MEANT_BY`` are those of TRL, verl, OpenRLHF, prime-rl and of papers.
 """
@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Collection, Mapping
 
 MOST = 3
-"""Names in a hint."""
+"""Suggestions in one hint."""
 
 MEANT_BY: Mapping[str, str] = {
     "run.name": "run_name experiment_name exp_name project_name wandb_run_name",
@@ -144,7 +144,7 @@ SAME_WORD: Mapping[str, str] = {
 """Word of a name -> one word for all that mean the same."""
 
 WEAK = frozenset({"max", "min", "count", "size", "per", "use", "every", "steps", "s", "the", "of", "is", "by"})
-"""Words that half of all names have."""
+"""Words too frequent in names to tell fields apart."""
 
 
 def near(name: str, known: Collection[str]) -> list[str]:
@@ -163,7 +163,7 @@ def near(name: str, known: Collection[str]) -> list[str]:
         if field.rpartition(".")[2] == leaf or not {leaf, whole}.isdisjoint(MEANT_BY.get(field, "").split())
     ]
     if meant:
-        # A name of the section that was written first; then those whose own name it is.
+        # First the fields of the section that was written, then those whose last part is the same.
         meant.sort(key=lambda field: (field.rpartition(".")[0] != section, field.rpartition(".")[2] != leaf))
         return meant[:MOST]
     letters = {field: score for field in known if (score := _letters(name, field)) >= 0.79}
@@ -177,23 +177,23 @@ def near(name: str, known: Collection[str]) -> list[str]:
 
 
 def sections(name: str, known: Collection[str]) -> list[str]:
-    """The sections that ``name`` may mean: a slip of letters."""
+    """The sections that ``name`` may mean, by spelling."""
     return difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)
 
 
 def _best(scores: Mapping[str, float], *, share: float) -> list[str]:
-    """Those with at least ``share`` of the highest score, the highest first."""
+    """The fields with at least ``share`` of the highest score, the highest first."""
     least = share * max(scores.values(), default=0.0)
     return sorted((field for field in scores if scores[field] >= least), key=lambda field: -scores[field])[:MOST]
 
 
 def _letters(name: str, field: str) -> float:
-    """How alike two names are as letters: whole, or their last parts where they are of one section or of none."""
+    """Similarity of spelling: of the whole names, or of the last parts where the sections agree or none was written."""
     section, _, leaf = name.rpartition(".")
     its_section, _, its_leaf = field.rpartition(".")
     whole = difflib.SequenceMatcher(None, name, field).ratio()
     if section not in ("", its_section):
-        # A slip in the section: then the last part is right, and `near` has found it.
+        # The section is misspelt; a right last part has been found by `near` already.
         return whole if leaf == its_leaf else 0.0
     return difflib.SequenceMatcher(None, leaf, its_leaf).ratio()
 

@@ -1,4 +1,4 @@
-"""A run as far as it can be seen from outside its processes: its roles' states, and who waits for whom to the end."""
+"""The state of a run as seen from outside its processes: each role's state, and who waits for whom."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from atpo_async.status.snapshot import StatusSnapshot
 from atpo_async.status.wording import duration
 
 OTHER_MACHINE_S = 30.0
-"""Clocks of two machines may differ by so much; a snapshot from another machine that is older is called stale."""
+"""Allowance for the clocks of two machines; a snapshot from another machine that is older counts as stale."""
 JOINED = "joined by address"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoleView:
-    """One role, as far as it can be seen from here."""
+    """The state of one role."""
 
     status: StatusSnapshot
     state: str
@@ -42,15 +42,15 @@ class RoleView:
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """A run, as far as it can be seen from here."""
+    """The state of a run."""
 
     rundir: RunDir
     supervisor: int | None
-    """Process id of what holds the run; None if nothing does, as far as can be told."""
+    """Process id of the supervisor that holds the run's lock; None if none is found."""
     supervisor_stopped: bool
-    """Whether a signal has stopped it: its roles go on, and nobody looks after them."""
+    """Whether a signal has stopped it: its roles go on unsupervised."""
     steps: int
-    """Of the last checkpoint."""
+    """Step of the last checkpoint."""
     roles: dict[str, RoleView]
     damaged: dict[str, str]
 
@@ -64,7 +64,7 @@ class RunView:
 
     @property
     def sentences(self) -> list[str]:
-        """Who waits for whom, to the end."""
+        """Who waits for whom, each chain followed to its end."""
         alive = {name: view.status for name, view in self.roles.items() if view.alive}
         stuck = {n: v.stuck for n, v in self.roles.items() if v.stuck is not None and v.alive}
         said = explain(alive, stuck, known=self._known, circle_s=WORK_S)
@@ -79,7 +79,7 @@ class RunView:
 
     @property
     def _known(self) -> dict[str, str]:
-        """What is known of roles that others may wait for, and that do not run here."""
+        """Words for roles that others may wait for and that do not run here."""
         again = ", and the supervisor is to start it again" if self.supervisor is not None else ""
         gone = {
             name: f"has {view.state}{again}" for name, view in self.roles.items() if view.state in ("ended", "gone")
@@ -114,7 +114,7 @@ def look(path: Path | str) -> RunView:
 
 
 def _order(role: str) -> tuple[int, str]:
-    """As the way of a turn goes, actors by number."""
+    """Sort key: buffer, learner, then actors by number."""
     first = [i for i, name in enumerate(("buffer", "learner", "actor")) if role.startswith(name)]
     stem, _, number = role.rpartition("-")
     return (first[0] if first else len("bla"), f"{stem}-{int(number):06d}" if number.isdecimal() else role)
@@ -136,13 +136,13 @@ def _view(status: StatusSnapshot, *, now: float, wall: float) -> RoleView:
         state = "silent" if age_s > SILENT_S else "runs"
     stuck = None
     if state in ("runs", "stopped", "silent"):
-        # Another machine's clock says nothing about a few seconds.
+        # The clock of another machine may be off by a few seconds.
         stuck = stuck_now(status, stopped=stopped, silent_s=0.0 if alive is None else age_s)
     return RoleView(status=status, state=state, age_s=age_s, stuck=stuck)
 
 
 def _holder(lock: Path) -> int | None:
-    """The process that holds the run's lock, found without touching the lock: to try it could refuse a starting run."""
+    """The process that holds the run's lock, found without taking the lock, which could make a starting run fail."""
     try:
         file = lock.stat()
         pid = int(lock.read_text(encoding="ascii").strip() or 0)
@@ -159,7 +159,7 @@ def _holder(lock: Path) -> int | None:
 
 
 def _runs_near(path: Path) -> str:
-    """The way out for a path that is no run."""
+    """The hint for a path that is no run folder."""
     for folder in (path, path.parent, Path("runs")):
         found = sorted(p.parent for p in folder.glob("*/run.json") if not p.parent.is_symlink())[:5]
         if found:
@@ -168,7 +168,7 @@ def _runs_near(path: Path) -> str:
 
 
 def as_json(view: RunView) -> str:
-    """For programs: what the screen says and all the snapshots."""
+    """The screen's content and all snapshots as JSON, for programs."""
     found: dict[str, Any] = {
         "run": str(view.rundir.path),
         "run_id": view.rundir.run_id,

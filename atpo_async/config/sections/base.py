@@ -1,4 +1,4 @@
-"""What every section of a configuration is: a frozen pydantic model that refuses unknown keys."""
+"""The base of every section (frozen, unknown keys refused), and the types of fields that name a door's thing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from atpo_async.core.errors import ConfigError
 
 
 class Section(BaseModel):
-    """Frozen, without unknown keys; one per concern."""
+    """One section of a configuration: frozen, unknown keys refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -56,13 +56,13 @@ class named:
 
 
 def door_of(field: FieldInfo) -> Door[Any] | None:
-    """The door whose names a field takes, or each item of it."""
+    """The door whose names a field takes, or each item of its list."""
     items = (part for item in get_args(field.annotation) for part in getattr(item, "__metadata__", ()))
     return next((part.door for part in (*field.metadata, *items) if isinstance(part, named)), None)
 
 
 def _finite(options: dict[str, Option]) -> dict[str, Option]:
-    # NaN is not itself: the run's own options would be another run's when it goes on.
+    # NaN differs from itself: a resumed run's own options would count as changed.
     for name, value in options.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} = {value} is no finite number; where a word is meant, quote it: '\"{value}\"'")
@@ -70,4 +70,4 @@ def _finite(options: dict[str, Option]) -> dict[str, Option]:
 
 
 Options = Annotated[dict[str, Option], AfterValidator(_finite)]
-"""By name; what a door's thing is called with besides what the door gives it."""
+"""Keyword arguments, by name, for what a door's field names."""

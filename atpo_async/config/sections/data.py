@@ -1,4 +1,4 @@
-"""What becomes of turns between generation and training: how old they may be, how they are kept and sampled."""
+"""Turns between generation and training: how old they may be, how they are stored, assembled and sampled."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class StalenessConfig(Section):
 
     @property
     def max_trees_pending(self) -> int:
-        """Outstanding plus ready trees that admission allows (ARCHITECTURE.md, versions and lag); a batch at least."""
+        """Outstanding plus ready trees that admission allows (ARCHITECTURE.md, versions and lag); a batch or more."""
         return max(self.trees_per_batch, math.ceil(self.trees_per_batch * (self.max_lag + 1) / self.max_uses))
 
     @property
     def least_max_lag(self) -> int:
-        """The least ``max_lag`` that ``publish_every`` and ``max_uses`` leave room for; below it a run would stall.
+        """The least ``max_lag`` that ``publish_every`` and ``max_uses`` allow; with less a run would stall.
 
         Weights are up to ``publish_every - 1`` versions behind when a tree begins, and a tree admitted into a batch
         that lacks one is used for the last time up to ``max_uses - 1`` batches later.

@@ -1,4 +1,4 @@
-"""What travels between the roles and how: weights from the learner, sockets and their limits."""
+"""Weight transport from the learner to the actors; sockets and their limits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class WeightsConfig(Section):
 
 
 class LinksConfig(Section):
-    """Sockets.  Port 0: chosen at the start and written to the run folder."""
+    """Sockets.  Port 0: a free port is chosen at the start and written to the run folder."""
 
     host: str = Field("127.0.0.1", description="address to bind; other than loopback needs keys")
     actors_port: int = Field(0, ge=0, le=65535)
