@@ -196,3 +196,37 @@ async def test_a_buffer_at_an_ipv6_address_says_so_in_the_runs_folder(tmp_path: 
             )
             assert isinstance(await c.request(hello, timeout_s=LIMIT_S), m.Welcome)
     assert found == Endpoints(actors=found.actors)
+
+
+# --- endpoints that are refused ---------------------------------------------------------------------------------------
+
+
+async def test_a_port_in_use_is_a_setup_error_that_names_it() -> None:
+    async with server(Buffer()) as s:
+        with pytest.raises(
+            SetupError, match=rf"= {s.endpoint.rpartition(':')[2]} is in use on 127\.0\.0\.1 by process"
+        ):
+            await server(Buffer(), s.endpoint).__aenter__()
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["tcp://0.0.0.0:0", "tcp://*:0", "tcp://192.0.2.7:0", "tcp://[::]:0", "tcp://a.example:0", "tcp://eth0:0"],
+)
+async def test_binding_off_loopback_without_keys_is_refused_with_the_way_out(endpoint: str) -> None:
+    for end in (server(Buffer(), endpoint), Announcer(endpoint, settings=FAST)):
+        with pytest.raises(SetupError, match=r"without keys: it is not a loopback address; set links.keys_dir"):
+            await end.__aenter__()
+
+
+async def test_connecting_off_loopback_without_keys_is_refused() -> None:
+    for end in (client("tcp://192.0.2.7:5555"), Listener("tcp://a.example:1", receives=m.Refused, settings=FAST)):
+        with pytest.raises(SetupError, match="will not connect to"):
+            await end.__aenter__()
+
+
+@pytest.mark.parametrize("endpoint", ["nonsense", "tcp://127.0.0.1:99999"])
+async def test_an_endpoint_that_is_none_is_a_setup_error(endpoint: str) -> None:
+    for end in (server(Buffer(), endpoint), client(endpoint)):
+        with pytest.raises(SetupError):
+            await end.__aenter__()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
+import struct
 import warnings
 from collections.abc import Awaitable
 from typing import Any
@@ -311,3 +313,63 @@ async def test_numbers_at_the_end_of_their_range_are_bad_and_hold_nobody_up(kind
 
 def test_of_many_alike_ever_fewer_are_worth_a_line() -> None:
     assert [n for n in range(1, 20_001) if worth_a_line(n)] == [1, 2, 3, 10, 100, 1000, 10_000]
+
+
+# --- hostile peers ----------------------------------------------------------------------------------------------------
+
+
+async def test_bad_frames_are_counted_and_logged_with_their_sender_and_the_service_stays_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING, "atpo.links")
+    buffer = Buffer()
+    good = codec.encode(closed(7))
+    bad: list[list[Any]] = [
+        [b""],
+        [b"garbage"],
+        [b"x" * 27],
+        [link_frame(99)],
+        [link_frame(1)],
+        [link_frame(1, a=1), b"\xc1", b""],
+        [link_frame(1, a=2, b=9), *good],
+        [link_frame(1, a=2), good[0]],
+        [link_frame(2), b"\x81", b""],
+        [link_frame(3, a=1, b=2), b""],
+        [link_frame(3, a=5), b"odd"],
+    ]
+    async with server(buffer) as s, client(s.endpoint) as c, raw_dealer(s.endpoint) as stranger:
+        for frames in bad:
+            await stranger.send_multipart(frames)
+        await until(lambda: s.bad_messages >= len(bad))
+        assert "from stranger" in caplog.text
+        await c.send(closed(1))
+        await c.drain(timeout_s=LIMIT_S)
+        assert isinstance(await c.request(LEASE_REQUEST, timeout_s=LIMIT_S), m.Leases)
+        assert s.bad_messages == len(bad)
+    assert buffer.got == [1]
+
+
+async def test_a_frame_over_the_limit_never_reaches_the_process() -> None:
+    buffer = Buffer()
+    async with server(buffer) as s, client(s.endpoint) as c, raw_dealer(s.endpoint) as stranger:
+        await stranger.send_multipart([link_frame(1), b"x", bytes(FAST.max_message_bytes + 5000)])
+        await c.send(closed(1))
+        await c.drain(timeout_s=LIMIT_S)
+        assert "stranger" not in s.peers
+    assert buffer.got == [1]
+
+
+async def test_a_flood_past_the_window_is_dropped_and_not_kept() -> None:
+    buffer = Buffer()
+    buffer.open.clear()
+    async with server(buffer) as s, raw_dealer(s.endpoint) as stranger:
+        frames = codec.encode(closed(7))
+        for seq in range(20 * FAST.window):
+            await stranger.send_multipart([link_frame(1, a=seq), *frames])
+        await stranger.send_multipart([link_frame(3, a=20 * FAST.window), b""])
+        reply = await within(stranger.recv_multipart())
+        while reply[0][2] != 7:
+            reply = await within(stranger.recv_multipart())
+        # The ping's answer says where the rest must go on from.
+        assert s.peers["stranger"].queued == 4 * FAST.window
+        assert struct.unpack("<2sBQQQ", reply[0])[4] == 4 * FAST.window

@@ -17,12 +17,6 @@ from atpo_async.wire import codec
 
 log = logging.getLogger("atpo.links")
 
-MAX_PEERS = 4096
-MAX_PEERS_OF_A_KEY = 1024
-"""So that one host cannot fill the table for all."""
-GONE_BEATS = 5
-"""Heartbeats without a sign of life after which a client makes way for another, where the table is full."""
-
 
 @dataclass(slots=True, eq=False)
 class Work:
@@ -135,6 +129,13 @@ class PeerInfo:
             unsettled=session.sends.handled - session.sends.settled,
             requests=len(session.requests.work),
         )
+
+
+MAX_PEERS = 4096
+MAX_PEERS_OF_A_KEY = 1024
+"""So that one host cannot fill the table for all."""
+GONE_BEATS = 5
+"""Heartbeats without a sign of life after which a client makes way for another, where the table is full."""
 
 
 class Admission(NamedTuple):
