@@ -104,15 +104,9 @@ async def _work(
             run=welcome.run, client=client, listener=listener, settings=ctx.config.weights, transport=transport
         )
         actor = Actor(
-            run=welcome.run,
-            name=ctx.name,
-            config=ctx.config,
-            engine=engine,
-            environment=environment,
-            buffer=buffer,
-            weights=weights,
-            stopping=ctx.stopping,
-        )
+            run=welcome.run, name=ctx.name, config=ctx.config, engine=engine, environment=environment,
+            buffer=buffer, weights=weights, stopping=ctx.stopping,
+        )  # fmt: skip
         try:
             await actor.work()
         except LearnerMoved as moved:

@@ -85,28 +85,18 @@ class Actor:
         stopping: asyncio.Event,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._run = run
-        self._name = name
-        self._config = config
-        self._engine = engine
-        self._environment = environment
-        self._buffer = buffer
-        self._weights = weights
-        self._stopping = stopping
-        self._clock = clock
+        self._run, self._name, self._config = run, name, config
+        self._engine, self._environment = engine, environment
+        self._buffer, self._weights = buffer, weights
+        self._stopping, self._clock = stopping, clock
         self._metrics = Aggregator()
         self._leases = LeaseSource(
             run=run, name=name, config=config, buffer=buffer, learner=lambda: weights.endpoint, clock=clock
         )
         self.uptake = WeightsUptake(
-            name=name,
-            config=config,
-            engine=engine,
-            fetcher=weights,
-            run_is_over=self._run_is_over,
-            metrics=self._metrics,
-            clock=clock,
-        )
+            name=name, config=config, engine=engine, fetcher=weights, run_is_over=self._run_is_over,
+            metrics=self._metrics, clock=clock,
+        )  # fmt: skip
         self._growing: dict[str, asyncio.Task[None]] = {}
         self._slot_freed = asyncio.Event()
         self._faults = Faults(config.environment.name, at_once=config.actor.trees_in_flight, clock=clock)
@@ -255,14 +245,9 @@ class Actor:
     async def _report(self) -> None:
         """Heartbeat: renews leases and carries the metrics.  Waits for: the clock, and space in the link's window."""
         interval = Interval(
-            slots=self._config.actor.trees_in_flight,
-            engine=self._engine,
-            environment=self._environment,
-            buffer=self._buffer,
-            weights=self._weights,
-            metrics=self._metrics,
-            clock=self._clock,
-        )
+            slots=self._config.actor.trees_in_flight, engine=self._engine, environment=self._environment,
+            buffer=self._buffer, weights=self._weights, metrics=self._metrics, clock=self._clock,
+        )  # fmt: skip
         while True:
             await asyncio.sleep(self._config.actor.report_every_s)
             self._count_idle()
@@ -270,12 +255,7 @@ class Actor:
             refused, self._given_up = self._given_up, {}
             for tree_id, reason in refused.items():
                 await self._leases.give_up(tree_id, reason)
+            growing, version = tuple(self._growing), self.uptake.version
             await self._buffer.send(
-                ActorReport(
-                    run=self._run,
-                    actor=self._name,
-                    version=self.uptake.version,
-                    tree_ids=tuple(self._growing),
-                    metrics=metrics,
-                )
+                ActorReport(run=self._run, actor=self._name, version=version, tree_ids=growing, metrics=metrics)
             )

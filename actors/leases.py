@@ -54,11 +54,8 @@ class LeaseSource:
         learner: Callable[[], str],
         clock: Callable[[], float],
     ) -> None:
-        self._run = run
-        self._name = name
-        self._config = config
-        self._buffer = buffer
-        self._learner = learner
+        self._run, self._name, self._config = run, name, config
+        self._buffer, self._learner = buffer, learner
         self._clock = clock
         self._no_lease: BoundedWait | None = None
         self._closed_because: str | None = None

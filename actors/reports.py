@@ -34,13 +34,9 @@ class Interval:
         metrics: Aggregator,
         clock: Callable[[], float],
     ) -> None:
-        self._slots = slots
-        self._engine = engine
-        self._environment = environment
-        self._buffer = buffer
-        self._weights = weights
-        self._metrics = metrics
-        self._clock = clock
+        self._slots, self._metrics, self._clock = slots, metrics, clock
+        self._engine, self._environment = engine, environment
+        self._buffer, self._weights = buffer, weights
         self._stats, self._began = engine.stats(), clock()
         self._waited_s = buffer.stats.waited_s
 

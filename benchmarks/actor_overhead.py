@@ -25,17 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from actors.actor import Actor
-from actors.engines.base import (
-    Engine,
-    EngineStats,
-    Generation,
-    OnRunning,
-    Sampling,
-    SwapReport,
-    Tokens,
-    WeightsFile,
-    unheard,
-)
+from actors.engines import base
 from actors.factory import engine_name, host_environment, make_engine
 from atpo_async.config import Config, LinksConfig, load
 from atpo_async.links.client import Client
@@ -94,32 +84,32 @@ def _lease(index: int) -> Lease:
 class Recorder:
     """The engine, and what was asked of it."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: base.Engine) -> None:
         self._engine = engine
-        self.requests: list[tuple[np.ndarray, Sampling]] = []
+        self.requests: list[tuple[np.ndarray, base.Sampling]] = []
         self.in_flight_s = 0.0
 
     async def generate(
-        self, prompt: Tokens, sampling: Sampling, *, request_id: str, on_running: OnRunning = unheard
-    ) -> Generation:
+        self, prompt: base.Tokens, sampling: base.Sampling, *, request_id: str, on_running: base.OnRunning = base.ignore
+    ) -> base.Generation:
         began = time.perf_counter()
         made = await self._engine.generate(prompt, sampling, request_id=request_id, on_running=on_running)
         self.in_flight_s += time.perf_counter() - began
-        exact = Sampling(temperature=sampling.temperature, max_tokens=len(made.token_ids), stop_token_ids=())
+        exact = base.Sampling(temperature=sampling.temperature, max_tokens=len(made.token_ids), stop_token_ids=())
         self.requests.append((np.asarray(prompt), exact))
         return made
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> base.EngineStats:
         return self._engine.stats()
 
     async def start(self) -> None: ...
 
     async def close(self) -> None: ...
 
-    async def swap(self, weights: WeightsFile) -> SwapReport:
+    async def swap(self, weights: base.WeightsFile) -> base.SwapReport:
         raise NotImplementedError("the benchmark swaps nothing")
 
-    async def score(self, token_ids: Tokens) -> np.ndarray:
+    async def score(self, token_ids: base.Tokens) -> np.ndarray:
         return await self._engine.score(token_ids)
 
 
@@ -135,7 +125,9 @@ class NoWeights:
         return {}
 
 
-async def over_actor(config: Config, engine: Engine, model: Path, endpoint: str, name: str) -> tuple[float, Recorder]:
+async def over_actor(
+    config: Config, engine: base.Engine, model: Path, endpoint: str, name: str
+) -> tuple[float, Recorder]:
     """Seconds for the trees of one round."""
     recorder = Recorder(engine)
     settings = config.links
@@ -159,11 +151,11 @@ async def over_actor(config: Config, engine: Engine, model: Path, endpoint: str,
         return time.perf_counter() - began, recorder
 
 
-async def straight(engine: Engine, recorder: Recorder, at_once: int, name: str) -> float:
+async def straight(engine: base.Engine, recorder: Recorder, at_once: int, name: str) -> float:
     """Seconds for the same requests, ``at_once`` in flight."""
     room = asyncio.Semaphore(at_once)
 
-    async def one(number: int, prompt: np.ndarray, sampling: Sampling) -> None:
+    async def one(number: int, prompt: np.ndarray, sampling: base.Sampling) -> None:
         async with room:
             await engine.generate(prompt, sampling, request_id=f"{name}-{number}")
 
@@ -172,7 +164,7 @@ async def straight(engine: Engine, recorder: Recorder, at_once: int, name: str) 
     return time.perf_counter() - began
 
 
-async def forget_prefixes(engine: Engine) -> None:
+async def forget_prefixes(engine: base.Engine) -> None:
     """So that the second side does not live on the first one's cache."""
     llm = getattr(engine, "_llm", None)
     if llm is not None:

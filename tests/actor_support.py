@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from actors.engines.base import EngineStats, Generation, OnRunning, Sampling, SwapReport, Tokens, WeightsFile, unheard
+from actors.engines.base import EngineStats, Generation, OnRunning, Sampling, SwapReport, Tokens, WeightsFile, ignore
 from atpo_async.core.tree import Turn, VersionSpan
 from atpo_async.environments.base import ReplayFork, Split, StepResult
 from atpo_async.wire.messages import Lease
@@ -74,7 +74,7 @@ class ScriptedEngine:
     async def start(self) -> None: ...
 
     async def generate(
-        self, prompt: Tokens, sampling: Sampling, *, request_id: str, on_running: OnRunning = unheard
+        self, prompt: Tokens, sampling: Sampling, *, request_id: str, on_running: OnRunning = ignore
     ) -> Generation:
         on_running()
         number = len(self.contexts)

@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from actors.engines.base import Generation, WeightsFile
+from actors.engines.base import Generation, Sampling, WeightsFile
 from atpo_async.wire.messages import TensorSpec, WeightsManifest
 
 VOCABULARY = 256
@@ -136,6 +136,29 @@ def largest_error(
             expected = float(logprobs[len(prompt) + i - 1, int(generation.token_ids[i])])
             worst = max(worst, abs(expected - float(generation.logprobs[i])))
     return worst
+
+
+@torch.no_grad()
+def truncated(model: Qwen3ForCausalLM, prompt: Sequence[int], sampling: Sampling) -> dict[int, float]:
+    """Token -> log-prob of the next token under top-k, then top-p of what is left."""
+    logits = model(torch.tensor([prompt])).logits[0, -1].numpy().astype(np.float64) / sampling.temperature
+    order = np.argsort(-logits)[: sampling.top_k]
+    p = np.exp(logits[order]) / np.exp(logits[order]).sum()
+    left = 1 + int(np.searchsorted(np.cumsum(p), sampling.top_p))
+    assert left < sampling.top_k
+    return dict(zip(order[:left].tolist(), np.log(p[:left] / p[:left].sum()), strict=True))
+
+
+REJECTED = [
+    ("missing file", "cannot read .*weights"),
+    ("short file", "has 100 bytes"),
+    ("wrong shape", r"model.norm.weight has shape \(64, 2\)"),
+    ("missing tensor", "model.norm.weight is missing"),
+    ("unknown tensor", "model.nonsense is not part"),
+    ("past the end", "model.norm.weight ends past"),
+    ("wrong size", "model.norm.weight has 4 bytes"),
+]
+"""Faults of ``altered`` that every engine finds before it touches its weights, and what is said of them."""
 
 
 def altered(good: WeightsFile, fault: str) -> WeightsFile:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import TypeVar
 
@@ -299,17 +300,24 @@ async def test_weights_for_which_there_is_no_room_are_waited_for_and_that_is_sai
     assert len([record for record in caplog.records if "cannot be written" in record.getMessage()]) == 1
 
 
-async def test_a_refused_tree_is_given_up_and_its_slot_goes_on() -> None:
+@contextlib.asynccontextmanager
+async def refused(count: int, reason: str) -> AsyncIterator[FakeBuffer]:
+    """An actor with ``count`` leases of which the first tree's opening is refused; at the end it works to its end."""
     engine = ScriptedEngine()
     engine.hold = asyncio.Event()
-    buffer = FakeBuffer(*leases(3))
+    buffer = FakeBuffer(*leases(count))
     work = asyncio.create_task(actor_of(buffer, engine=engine).work())
     await buffer.until(lambda: {getattr(m, "tree_id", "") for m in buffer.sent} >= {"t0", "t1"})
-    opened = next(m for m in buffer.sent if getattr(m, "tree_id", "") == "t0")
-    buffer.on_refused(opened, "unknown lease")
+    buffer.on_refused(next(m for m in buffer.sent if getattr(m, "tree_id", "") == "t0"), reason)
+    yield buffer
     buffer.open.discard("t0")
     engine.hold.set()
     await work
+
+
+async def test_a_refused_tree_is_given_up_and_its_slot_goes_on() -> None:
+    async with refused(3, "unknown lease") as buffer:
+        pass
     assert {m.tree_id for m in buffer.of(TreeClosed)} == {"t1", "t2"}
 
 
@@ -438,17 +446,9 @@ async def test_a_wait_for_a_lease_ends_loudly_past_its_limit_and_says_what_for()
 
 
 async def test_a_refused_tree_goes_back_to_the_buffer() -> None:
-    engine = ScriptedEngine()
-    engine.hold = asyncio.Event()
-    buffer = FakeBuffer(*leases(2))
-    work = asyncio.create_task(actor_of(buffer, engine=engine).work())
-    await buffer.until(lambda: {getattr(m, "tree_id", "") for m in buffer.sent} >= {"t0", "t1"})
-    buffer.on_refused(next(m for m in buffer.sent if getattr(m, "tree_id", "") == "t0"), "other bytes")
-    await buffer.until(lambda: any(m.tree_ids == ("t0",) for m in buffer.of(LeaseReturned)))
-    assert [m.reason for m in buffer.of(LeaseReturned)] == ["other bytes"]
-    buffer.open.discard("t0")
-    engine.hold.set()
-    await work
+    async with refused(2, "other bytes") as buffer:
+        await buffer.until(lambda: any(m.tree_ids == ("t0",) for m in buffer.of(LeaseReturned)))
+        assert [m.reason for m in buffer.of(LeaseReturned)] == ["other bytes"]
 
 
 @pytest.mark.parametrize("slots_taken", [False, True])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.engines.base import WeightsFile
 from actors.engines.common.checks import check_weights
 from actors.weights import copies
 from actors.weights.copies import NoSpace
@@ -109,10 +110,16 @@ def fetcher(learner: FakeLearner) -> Iterator[WeightsFetcher]:
     made.close()
 
 
-async def test_chunks_make_the_payload_again(fetcher: WeightsFetcher, learner: FakeLearner) -> None:
+async def taken(fetcher: WeightsFetcher, learner: FakeLearner) -> WeightsFile:
+    """The announced version, whole."""
     weights = await fetcher.fetch(learner.announcement)
     assert weights is not None
     assert weights.path.read_bytes() == PAYLOAD.tobytes()
+    return weights
+
+
+async def test_chunks_make_the_payload_again(fetcher: WeightsFetcher, learner: FakeLearner) -> None:
+    await taken(fetcher, learner)
     assert sum(isinstance(m, ChunkRequest) for m in learner.asked) == 3
     assert fetcher.version == 1
 
@@ -135,9 +142,7 @@ async def test_a_shared_file_that_is_gone_is_pulled_instead(
     fetcher: WeightsFetcher, learner: FakeLearner, tmp_path: Path
 ) -> None:
     learner.shm_path = str(tmp_path / "gone" / "v1.bin")
-    weights = await fetcher.fetch(learner.announcement)
-    assert weights is not None
-    assert weights.path.read_bytes() == PAYLOAD.tobytes()
+    await taken(fetcher, learner)
 
 
 async def test_an_altered_chunk_is_rejected_by_name_and_leaves_nothing(
@@ -241,9 +246,7 @@ async def test_a_folder_that_is_removed_between_two_versions_is_made_anew(
     shutil.rmtree(first.path.parent)
     fetcher.release(first)
     learner.version = 2
-    second = await fetcher.fetch(learner.announcement)
-    assert second is not None
-    assert second.path.read_bytes() == PAYLOAD.tobytes()
+    await taken(fetcher, learner)
 
 
 async def test_a_folder_that_is_removed_while_chunks_come_makes_the_actor_fetch_once_more(

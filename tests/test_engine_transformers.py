@@ -23,6 +23,7 @@ from atpo_async.core.errors import EngineDead, GenerationFailed, ProbeMismatch, 
 from tests.engine_support import (
     END,
     PROBE,
+    REJECTED,
     altered,
     largest_error,
     reference_logprobs,
@@ -30,6 +31,7 @@ from tests.engine_support import (
     sampled,
     save_model,
     tiny_model,
+    truncated,
     weights_file,
 )
 
@@ -81,14 +83,8 @@ async def test_greedy_takes_the_likeliest_token_each_time(engine: TransformersEn
 
 async def test_log_probs_are_under_the_truncated_distribution(engine: TransformersEngine) -> None:
     sampling = to_length(1, top_k=20, top_p=0.5, temperature=0.8)
-    with torch.no_grad():
-        logits = MODELS[0](torch.tensor([PROMPT])).logits[0, -1].numpy().astype(np.float64) / 0.8
-    order = np.argsort(-logits)[:20]
-    p = np.exp(logits[order]) / np.exp(logits[order]).sum()
-    kept = 1 + int(np.searchsorted(np.cumsum(p), 0.5))
-    expected = dict(zip(order[:kept].tolist(), np.log(p[:kept] / p[:kept].sum()), strict=True))
+    expected = truncated(MODELS[0], PROMPT, sampling)
     found = await asyncio.gather(*(engine.generate(PROMPT, sampling, request_id=str(i)) for i in range(40)))
-    assert kept < 20
     for generation in found:
         assert generation.logprobs[0] == pytest.approx(expected[int(generation.token_ids[0])], abs=1e-5)
 
@@ -130,18 +126,7 @@ async def test_an_older_version_is_refused_and_the_engine_goes_on(engine: Transf
     assert largest_error(generation, PROMPT, MODELS) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("fault", "named"),
-    [
-        ("missing file", "cannot read .*weights"),
-        ("short file", "has 100 bytes"),
-        ("wrong shape", r"model.norm.weight has shape \(64, 2\)"),
-        ("missing tensor", "model.norm.weight is missing"),
-        ("unknown tensor", "model.nonsense is not part"),
-        ("past the end", "model.norm.weight ends past"),
-        ("wrong size", "model.norm.weight has 4 bytes"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "named"), REJECTED)
 async def test_faulty_weights_are_rejected_by_name_and_change_nothing(
     engine: TransformersEngine, tmp_path: Path, fault: str, named: str
 ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from actors.engines.base import Generation, OnRunning, Sampling, Tokens, unheard
+from actors.engines.base import Generation, OnRunning, Sampling, Tokens, ignore
 from actors.expansion.expansion import Expansion
 from actors.faults import Fault
 from actors.search.tree_search import ChainEnded, TreeSearch
@@ -140,7 +140,7 @@ class Queued(ScriptedEngine):
         self.queue_s = queue_s
 
     async def generate(
-        self, prompt: Tokens, sampling: Sampling, *, request_id: str, on_running: OnRunning = unheard
+        self, prompt: Tokens, sampling: Sampling, *, request_id: str, on_running: OnRunning = ignore
     ) -> Generation:
         if self.queue_s is None:
             await asyncio.Event().wait()

@@ -214,21 +214,9 @@ def test_seeing_that_nothing_changed_does_not_load_torch(made: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_warm_start_that_a_signal_ends_leaves_no_folder_behind(number: signal.Signals, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "atpo_async.environments.hopqa.warm_start",
-            "--root",
-            str(tmp_path),
-            "--steps",
-            "100000",
-            "--device",
-            "cpu",
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    small = "--steps 100000 --batch-size 4 --width 32 --layers 1 --device cpu --num-threads 1"
+    command = [sys.executable, "-m", "atpo_async.environments.hopqa.warm_start", "--root", str(tmp_path)]
+    process = subprocess.Popen([*command, *small.split()], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
         assert "step 10 of 100000" in process.stderr.readline()

@@ -22,7 +22,7 @@ Tokens = Sequence[int] | np.ndarray
 OnRunning = Callable[[], None]
 
 
-def unheard() -> None:
+def ignore() -> None:
     """Nobody wants to know when a request begins to run."""
 
 
@@ -130,7 +130,7 @@ class Engine(Protocol):
         """Load the model and warm up.  Raises SetupError if the model or the device is not there."""
 
     async def generate(
-        self, prompt: Tokens, sampling: Sampling, *, request_id: str, on_running: OnRunning = unheard
+        self, prompt: Tokens, sampling: Sampling, *, request_id: str, on_running: OnRunning = ignore
     ) -> Generation:
         """Sample one action after ``prompt``.  Raises GenerationFailed; cancelling it aborts the request.
 

@@ -12,18 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from actors.engines.base import (
-    Engine,
-    EngineSettings,
-    EngineStats,
-    Generation,
-    OnRunning,
-    Sampling,
-    SwapReport,
-    Tokens,
-    WeightsFile,
-    unheard,
-)
+from actors.engines import base
 from actors.engines.common.checks import check_model_folder, check_weights, checkpoint_shapes, pick_device
 from actors.engines.probe import Probe, check_probe_fits, sequences_of
 from atpo_async.core.errors import (
@@ -51,7 +40,7 @@ class CheckedEngine:
         name: ``actor.engine``, for errors.
     """
 
-    def __init__(self, engine: Engine, settings: EngineSettings, *, name: str) -> None:
+    def __init__(self, engine: base.Engine, settings: base.EngineSettings, *, name: str) -> None:
         self._engine = engine
         self._settings = settings
         self._label = f"actor.engine = {name!r}"
@@ -79,8 +68,13 @@ class CheckedEngine:
         self._proven.set()
 
     async def generate(
-        self, prompt: Tokens, sampling: Sampling, *, request_id: str, on_running: OnRunning = unheard
-    ) -> Generation:
+        self,
+        prompt: base.Tokens,
+        sampling: base.Sampling,
+        *,
+        request_id: str,
+        on_running: base.OnRunning = base.ignore,
+    ) -> base.Generation:
         """Waits for: weights that have passed their probe, before and after.  Unblocked by: a swap that succeeds."""
         await self._until_proven(request_id)
         failed_before = self._failed_probes
@@ -95,7 +89,7 @@ class CheckedEngine:
             raise GenerationFailed(f"request {request_id}: weights failed the probe while it ran")
         return self._checked(made, request_id)
 
-    async def swap(self, weights: WeightsFile) -> SwapReport:
+    async def swap(self, weights: base.WeightsFile) -> base.SwapReport:
         """As ``Engine.swap``; whatever else the engine raises ends it (EngineDead)."""
         manifest = weights.manifest
         check_probe_fits(manifest, max_model_len=self._settings.max_model_len)
@@ -107,7 +101,7 @@ class CheckedEngine:
         try:
             async with asyncio.timeout(limit_s):
                 report = await self._engine.swap(weights)
-                if not isinstance(report, SwapReport):
+                if not isinstance(report, base.SwapReport):
                     raise TypeError(f"swap() returned {type(report).__name__}, not a SwapReport")
                 error = await self._judge(manifest)
         except WeightsRejected:
@@ -131,10 +125,10 @@ class CheckedEngine:
         self._proven.set()
         return replace(report, version=manifest.version, pause_s=time.perf_counter() - began, probe_error=error)
 
-    async def score(self, token_ids: Tokens) -> np.ndarray:
+    async def score(self, token_ids: base.Tokens) -> np.ndarray:
         return await self._engine.score(token_ids)
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> base.EngineStats:
         return self._engine.stats()
 
     async def close(self) -> None:
@@ -164,9 +158,9 @@ class CheckedEngine:
         if self._dead is not None:
             raise EngineDead(f"request {request_id}: {self._label} is dead: {self._dead}")
 
-    def _checked(self, made: Generation, request_id: str) -> Generation:
+    def _checked(self, made: base.Generation, request_id: str) -> base.Generation:
         """The same with arrays of the protocol's types.  Raises GenerationFailed naming the field that is wrong."""
-        if not isinstance(made, Generation):
+        if not isinstance(made, base.Generation):
             raise GenerationFailed(
                 f"request {request_id}: {self._label}: generate() returned {type(made).__name__}, not a Generation"
             )

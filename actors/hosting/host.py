@@ -67,14 +67,9 @@ class HostedEnvironment:
         self._reporting = Reporting(name, doing)
         self._loops = Loops(name=name, grace_s=grace_s, held_up_s=held_up_s, max_lost=max_lost_loops)
         self.caller = Caller(
-            make,
-            name=name,
-            step_timeout_s=step_timeout_s,
-            grace_s=grace_s,
-            held_up_s=held_up_s,
-            loops=self._loops,
-            reporting=self._reporting,
-        )
+            make, name=name, step_timeout_s=step_timeout_s, grace_s=grace_s, held_up_s=held_up_s,
+            loops=self._loops, reporting=self._reporting,
+        )  # fmt: skip
         self._taken: dict[str, int] = {}
 
     @property

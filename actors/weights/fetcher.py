@@ -19,16 +19,7 @@ from atpo_async.links.announcements import Listener
 from atpo_async.links.client import Client
 from atpo_async.transports.base import ReceiverContext, Transport, VersionWithdrawn, WantedVersion
 from atpo_async.transports.registry import make_transport
-from atpo_async.wire.messages import (
-    ActorToLearner,
-    AnnouncementRequest,
-    LearnerToActor,
-    ManifestRequest,
-    Refused,
-    VersionGone,
-    WeightsAnnounced,
-    WeightsManifest,
-)
+from atpo_async.wire import messages as m
 
 log = logging.getLogger("atpo.actor.weights")
 
@@ -53,10 +44,8 @@ class WeightsFetcher:
         settings: WeightsConfig,
         transport: Transport | None = None,
     ) -> None:
-        self._run = run
-        self._client = client
-        self._listener = listener
-        self._settings = settings
+        self._run, self._settings = run, settings
+        self._client, self._listener = client, listener
         context = ReceiverContext(run=run, settings=settings, ask=self._ask)
         self._receiver = (transport or make_transport(settings)).receiver(context)
         self._copies = Copies(run)
@@ -77,22 +66,22 @@ class WeightsFetcher:
         brings nothing, once more."""
         return 3 * self._settings.fetch_timeout_s
 
-    async def newest(self, *, timeout_s: float) -> WeightsAnnounced | None:
+    async def newest(self, *, timeout_s: float) -> m.WeightsAnnounced | None:
         """What the learner has now, or None if it has nothing or does not answer in time."""
         try:
-            answer = await self._client.request(AnnouncementRequest(run=self._run), timeout_s=timeout_s)
+            answer = await self._client.request(m.AnnouncementRequest(run=self._run), timeout_s=timeout_s)
         except PeerLost as exc:
             log.warning("the learner does not say which weights it has: %s", exc)
             self.silent = True
             return None
         self.silent = False
-        if isinstance(answer, WeightsAnnounced):
+        if isinstance(answer, m.WeightsAnnounced):
             return answer
-        if isinstance(answer, Refused):
+        if isinstance(answer, m.Refused):
             log.info("no weights yet: %s", answer.reason)
         return None
 
-    async def next(self) -> WeightsAnnounced | None:
+    async def next(self) -> m.WeightsAnnounced | None:
         """The next newer version, or None after ``poll_s`` without one.
 
         Waits for: an announcement.  Unblocked by: the publisher, or the poll that makes up for a lost announcement.
@@ -101,11 +90,11 @@ class WeightsFetcher:
         # Announcements pile up while a swap is under way: only the last one counts.
         while heard is not None and (later := await self._listener.next(timeout_s=0.0)) is not None:
             heard = later
-        if not isinstance(heard, WeightsAnnounced) or heard.run != self._run:
+        if not isinstance(heard, m.WeightsAnnounced) or heard.run != self._run:
             heard = await self.newest(timeout_s=self._settings.poll_s * 2)
         return heard if heard is not None and heard.run == self._run and heard.version > self.version else None
 
-    async def fetch(self, announced: WeightsAnnounced) -> WeightsFile | None:
+    async def fetch(self, announced: m.WeightsAnnounced) -> WeightsFile | None:
         """Bring one version here, whole and verified; None if a newer one has replaced it meanwhile.
 
         Raises:
@@ -154,20 +143,20 @@ class WeightsFetcher:
         self._receiver.close()
         self._copies.close()
 
-    async def _manifest(self, version: int) -> WeightsManifest | None:
-        answer = await self._ask(ManifestRequest(run=self._run, version=version))
-        if isinstance(answer, VersionGone):
+    async def _manifest(self, version: int) -> m.WeightsManifest | None:
+        answer = await self._ask(m.ManifestRequest(run=self._run, version=version))
+        if isinstance(answer, m.VersionGone):
             return None
-        if not isinstance(answer, WeightsManifest) or answer.version != version or answer.run != self._run:
+        if not isinstance(answer, m.WeightsManifest) or answer.version != version or answer.run != self._run:
             raise WeightsRejected(f"version {version}: the learner answered {type(answer).__name__}, not its manifest")
         return answer
 
-    async def _ask(self, request: ActorToLearner) -> LearnerToActor:
-        answer: LearnerToActor = await self._client.request(request, timeout_s=self._settings.fetch_timeout_s)
+    async def _ask(self, request: m.ActorToLearner) -> m.LearnerToActor:
+        answer: m.LearnerToActor = await self._client.request(request, timeout_s=self._settings.fetch_timeout_s)
         return answer
 
 
-def verify(manifest: WeightsManifest, path: Path) -> None:
+def verify(manifest: m.WeightsManifest, path: Path) -> None:
     """Raises WeightsRejected, and removes the file, if its bytes are not those of the manifest."""
     size = path.stat().st_size
     found = sha256_of(path) if size == manifest.total_bytes else f"{size} bytes"

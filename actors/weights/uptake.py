@@ -49,13 +49,10 @@ class WeightsUptake:
         metrics: Aggregator,
         clock: Callable[[], float],
     ) -> None:
-        self._name = name
-        self._config = config
-        self._engine = engine
-        self._fetcher = fetcher
+        self._name, self._config = name, config
+        self._engine, self._fetcher = engine, fetcher
         self._run_is_over = run_is_over
-        self._metrics = metrics
-        self._clock = clock
+        self._metrics, self._clock = metrics, clock
         self.version = -1
         """What the engine generates with; -1 before the first weights."""
         self._version_changed = asyncio.Condition()

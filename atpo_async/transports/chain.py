@@ -7,8 +7,9 @@ import contextlib
 import errno
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from atpo_async.core.errors import WeightsRejected
 from atpo_async.core.texts import of_error
@@ -28,6 +29,9 @@ from atpo_async.transports.file import FileTransport
 from atpo_async.wire.messages import ChunkRequest, LearnerToActor
 
 log = logging.getLogger("atpo.weights")
+
+H = TypeVar("H")
+R = TypeVar("R")
 
 
 class Chain:
@@ -85,6 +89,14 @@ class _Failures:
                 raise
             self.add(name, what, exc)
 
+    def first(self, halves: Mapping[str, H], what: str, ask: Callable[[H], R | None]) -> R | None:
+        """The first answer that is not None."""
+        for name, half in halves.items():
+            with self.spared(name, what):
+                if (found := ask(half)) is not None:
+                    return found
+        return None
+
 
 class _ChainSender(Sender):
     def __init__(self, senders: Mapping[str, Sender], failures: _Failures) -> None:
@@ -102,11 +114,8 @@ class _ChainSender(Sender):
                 sender.withdraw(version)
 
     def place(self, version: OfferedVersion) -> str | None:
-        for name, sender in self._senders.items():
-            with self._failures.spared(name, f"say where version {version.manifest.version} is"):
-                if (found := sender.place(version)) is not None:
-                    return found
-        return None
+        what = f"say where version {version.manifest.version} is"
+        return self._failures.first(self._senders, what, lambda sender: sender.place(version))
 
     def answer(self, request: ChunkRequest, version: OfferedVersion) -> LearnerToActor | None:
         for name, sender in self._senders.items():
@@ -171,11 +180,8 @@ class _ChainReceiver(Receiver):
                 receiver.verified(wanted, path)
 
     def beside(self, wanted: WantedVersion) -> Path | None:
-        for name, receiver in self._receivers.items():
-            with self._failures.spared(name, "say where a file is best made"):
-                if (found := receiver.beside(wanted)) is not None:
-                    return found
-        return None
+        what = "say where a file is best made"
+        return self._failures.first(self._receivers, what, lambda receiver: receiver.beside(wanted))
 
     @property
     def counters(self) -> dict[str, float]:

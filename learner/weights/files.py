@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,16 +25,13 @@ log = logging.getLogger("atpo.learner.publisher")
 ALIGNMENT = 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WrittenFile:
-    """A version's whole payload."""
+class WrittenFile(NamedTuple):
+    """A version's whole payload, the hash of all its bytes, and where each tensor lies in it."""
 
     path: Path
     sha256: str
-    """Of all its bytes, hex."""
     total_bytes: int
     tensors: tuple[TensorSpec, ...]
-    """Where each lies."""
 
 
 def layout(tensors: Mapping[str, Tensor], precision: Precision) -> tuple[tuple[TensorSpec, ...], int]:
@@ -129,7 +125,7 @@ class VersionFiles:
             try:
                 written = self._write_payload(aside, tensors)
                 aside.replace(path)
-                return dataclasses.replace(written, path=path)
+                return written._replace(path=path)
             except BaseException as exc:
                 with contextlib.suppress(OSError):
                     aside.unlink(missing_ok=True)

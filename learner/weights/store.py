@@ -17,16 +17,7 @@ from atpo_async.core.vocabulary import Precision
 from atpo_async.run.host import host_id
 from atpo_async.transports.base import OfferedVersion, Payload, SenderContext, Transport
 from atpo_async.transports.registry import make_transport
-from atpo_async.wire.messages import (
-    ActorToLearner,
-    AnnouncementRequest,
-    LearnerToActor,
-    ManifestRequest,
-    Refused,
-    VersionGone,
-    WeightsAnnounced,
-    WeightsManifest,
-)
+from atpo_async.wire import messages as m
 from learner.weights.files import VersionFiles
 
 KEPT_VERSIONS = 2
@@ -70,7 +61,7 @@ class WeightsStore:
 
     def add(
         self, version: int, tensors: Mapping[str, Tensor], *, probe_tokens: np.ndarray, probe_logprobs: np.ndarray
-    ) -> WeightsAnnounced:
+    ) -> m.WeightsAnnounced:
         """Write a version, drop all but the newest two, and return what to announce.
 
         Args:
@@ -83,7 +74,7 @@ class WeightsStore:
             SetupError: it cannot be written.
         """
         file = self._files.write(version, tensors)
-        manifest = WeightsManifest(
+        manifest = m.WeightsManifest(
             run=self._run,
             version=version,
             total_bytes=file.total_bytes,
@@ -107,9 +98,9 @@ class WeightsStore:
                 old.path.unlink(missing_ok=True)
         return self.announcement(version)
 
-    def announcement(self, version: int) -> WeightsAnnounced:
+    def announcement(self, version: int) -> m.WeightsAnnounced:
         offered = self._versions[version]
-        return WeightsAnnounced(
+        return m.WeightsAnnounced(
             run=self._run,
             version=version,
             total_bytes=offered.manifest.total_bytes,
@@ -118,21 +109,21 @@ class WeightsStore:
             shm_path=self._sender.place(offered),
         )
 
-    def answer(self, request: ActorToLearner) -> LearnerToActor:
+    def answer(self, request: m.ActorToLearner) -> m.LearnerToActor:
         """The reply to an actor's request."""
         newest = self.newest
         if request.run != self._run:
-            return Refused(reason=f"this learner serves run {self._run!r}, not {request.run!r}")
+            return m.Refused(reason=f"this learner serves run {self._run!r}, not {request.run!r}")
         if newest is None:
-            return Refused(reason=f"run {self._run!r} has not published any weights yet")
-        if isinstance(request, AnnouncementRequest):
+            return m.Refused(reason=f"run {self._run!r} has not published any weights yet")
+        if isinstance(request, m.AnnouncementRequest):
             return self.announcement(newest)
         offered = self._versions.get(request.version)
         if offered is None:
-            return VersionGone(version=request.version, newest=newest)
-        if isinstance(request, ManifestRequest):
+            return m.VersionGone(version=request.version, newest=newest)
+        if isinstance(request, m.ManifestRequest):
             return offered.manifest
-        return self._sender.answer(request, offered) or Refused(
+        return self._sender.answer(request, offered) or m.Refused(
             reason=f"this learner serves no chunks (weights.transport = {self._settings.transport!r}); give the actor "
             "the same transport"
         )

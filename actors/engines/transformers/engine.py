@@ -16,17 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from actors.engines.base import (
-    EngineSettings,
-    EngineStats,
-    Generation,
-    OnRunning,
-    Sampling,
-    SwapReport,
-    Tokens,
-    WeightsFile,
-    unheard,
-)
+from actors.engines import base
 from actors.engines.common.admission import Queue
 from actors.engines.common.checks import check_model_folder, check_token_ids, check_weights
 from actors.engines.common.counters import RequestCounters
@@ -47,7 +37,7 @@ R = TypeVar("R")
 class TransformersEngine:
     """Engine on transformers, batched over requests."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: base.EngineSettings) -> None:
         self._settings = settings
         self._version = settings.initial_version
         self._runner: ModelRunner | None = None
@@ -80,8 +70,13 @@ class TransformersEngine:
         return self._runner
 
     async def generate(
-        self, prompt: Tokens, sampling: Sampling, *, request_id: str, on_running: OnRunning = unheard
-    ) -> Generation:
+        self,
+        prompt: base.Tokens,
+        sampling: base.Sampling,
+        *,
+        request_id: str,
+        on_running: base.OnRunning = base.ignore,
+    ) -> base.Generation:
         """Sample one action after ``prompt``.  Raises GenerationFailed; cancelling it frees the request's slot."""
         self._check_alive(request_id)
         tokens = np.asarray(prompt).tolist()
@@ -102,7 +97,7 @@ class TransformersEngine:
             self._counters.failed()
             raise
 
-    async def swap(self, weights: WeightsFile) -> SwapReport:
+    async def swap(self, weights: base.WeightsFile) -> base.SwapReport:
         """Take up other weights between two steps, and reproduce the manifest's probe before the next one.
 
         Requests in flight keep their tokens; their keys and values are computed anew.  WeightsRejected changes nothing:
@@ -126,7 +121,7 @@ class TransformersEngine:
             self._stuck = True
             raise WaitTimeout(reason) from exc
 
-    async def _swap(self, weights: WeightsFile) -> SwapReport:
+    async def _swap(self, weights: base.WeightsFile) -> base.SwapReport:
         manifest = weights.manifest
         began = time.perf_counter()
         async with self._between_steps:
@@ -154,17 +149,17 @@ class TransformersEngine:
             self._unproven = False
             self._work.set()
         pause_s = time.perf_counter() - began
-        return SwapReport(
+        return base.SwapReport(
             version=manifest.version, pause_s=pause_s, load_s=load_s, probe_error=error, in_flight=in_flight
         )
 
-    async def score(self, token_ids: Tokens) -> np.ndarray:
+    async def score(self, token_ids: base.Tokens) -> np.ndarray:
         """float32[len - 1]: log-prob of each token given the ones before it, at temperature 1."""
         self._check_alive("score")
         async with self._between_steps:
             return await self._in_thread(lambda: self.runner.score(np.asarray(token_ids)[None]))
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> base.EngineStats:
         return self._counters.stats(version=self._version, in_flight=len(self._active) + len(self._waiting))
 
     @property
@@ -188,7 +183,7 @@ class TransformersEngine:
 
     # --- in the worker thread --------------------------------------------------------------------------------------
 
-    def _load(self, weights: WeightsFile) -> None:
+    def _load(self, weights: base.WeightsFile) -> None:
         self.runner.load(weights)
 
     def _step(self, batch: list[Request]) -> None:
@@ -254,7 +249,7 @@ class TransformersEngine:
             free.remove(self.runner.slots.give(request, sorted(free)))
             self._active.append(request)
 
-    def _end(self, request: Request, result: Generation | GenerationFailed) -> None:
+    def _end(self, request: Request, result: base.Generation | GenerationFailed) -> None:
         self._active.remove(request)
         if request.done.done():
             return

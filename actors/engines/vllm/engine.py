@@ -18,17 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.engines.base import (
-    EngineSettings,
-    EngineStats,
-    Generation,
-    OnRunning,
-    Sampling,
-    SwapReport,
-    Tokens,
-    WeightsFile,
-    unheard,
-)
+from actors.engines import base
 from actors.engines.common.admission import Queue
 from actors.engines.common.checks import (
     check_model_folder,
@@ -55,7 +45,7 @@ log = logging.getLogger(__name__)
 class VllmEngine:
     """Engine on vLLM.  ``settings.device`` must match the installed build of vLLM."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: base.EngineSettings) -> None:
         self._settings = settings
         self._version = settings.initial_version
         self._clear_cache = settings.clear_cache_on_swap
@@ -102,14 +92,19 @@ class VllmEngine:
             await self._llm.update_weight_version(str(self._version))
             # The first requests compile and allocate; without this they would be slow for real.
             await self._score([0, 0, 0, 0], "warm-up-score")
-            await self._run([0, 0, 0, 0], self._params.of(Sampling(max_tokens=4, stop_token_ids=())), "warm-up")
+            await self._run([0, 0, 0, 0], self._params.of(base.Sampling(max_tokens=4, stop_token_ids=())), "warm-up")
         except Exception as exc:
             await self.close()
             raise SetupError(f"vLLM does not generate with {settings.model}: {exc}") from exc
 
     async def generate(
-        self, prompt: Tokens, sampling: Sampling, *, request_id: str, on_running: OnRunning = unheard
-    ) -> Generation:
+        self,
+        prompt: base.Tokens,
+        sampling: base.Sampling,
+        *,
+        request_id: str,
+        on_running: base.OnRunning = base.ignore,
+    ) -> base.Generation:
         """Sample one action after ``prompt``.  Raises GenerationFailed; cancelling it aborts the request."""
         self._check_alive(request_id)
         tokens = prompt.tolist() if isinstance(prompt, np.ndarray) else list(prompt)
@@ -131,7 +126,7 @@ class VllmEngine:
             raise
         finally:
             self._in_flight.discard(key)
-        made = Generation(
+        made = base.Generation(
             token_ids=np.array(completion.token_ids, dtype=np.int32),
             logprobs=sampled_logprobs(completion),
             spans=tuple(VersionSpan(int(span.version), span.start, span.end) for span in completion.weight_versions),
@@ -141,7 +136,7 @@ class VllmEngine:
         self._counters.finished(len(tokens), made)
         return made
 
-    async def swap(self, weights: WeightsFile) -> SwapReport:
+    async def swap(self, weights: base.WeightsFile) -> base.SwapReport:
         """Take up other weights while requests are in flight, and reproduce the manifest's probe before going on.
 
         A file that fails the checks raises WeightsRejected and changes nothing: the engine goes on.  After
@@ -172,11 +167,11 @@ class VllmEngine:
                 raise
             self._version = manifest.version
             pause_s = time.perf_counter() - began
-            return SwapReport(
+            return base.SwapReport(
                 version=manifest.version, pause_s=pause_s, load_s=load_s, probe_error=error, in_flight=in_flight
             )
 
-    async def _take_up(self, weights: WeightsFile) -> tuple[float, float]:
+    async def _take_up(self, weights: base.WeightsFile) -> tuple[float, float]:
         """Seconds that the load took, and what the probe is off by.  Generation is paused meanwhile."""
         manifest = weights.manifest
         await self._llm.pause_generation(mode="keep", clear_cache=self._clear_cache)
@@ -204,12 +199,12 @@ class VllmEngine:
         )
         return np.concatenate(await asyncio.gather(*scores))
 
-    async def score(self, token_ids: Tokens) -> np.ndarray:
+    async def score(self, token_ids: base.Tokens) -> np.ndarray:
         """float32[len - 1]: log-prob of each token given the ones before it, at temperature 1."""
         self._check_alive("score")
         return await self._score(np.asarray(token_ids).tolist(), f"score/{next(self._numbers)}")
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> base.EngineStats:
         return self._counters.stats(version=self._version, in_flight=len(self._in_flight))
 
     @property
