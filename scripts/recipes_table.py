@@ -50,9 +50,6 @@ RECIPES = Path("configs/recipes")
 DOCS = Path("docs/recipes.md")
 BEGIN, END = "<!-- table of scripts/recipes_table.py: begin -->", "<!-- table of scripts/recipes_table.py: end -->"
 ORDER = ("at2po", "at2po_paper", "grpo", "dapo", "gspo", "tree_grpo")
-LOOK_S = 0.5
-STOP_S = 20.0
-"""For a run to stop its roles after it was asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +158,11 @@ def start(run: Run, log: IO[bytes]) -> subprocess.Popen[bytes]:
         start_new_session=True,
         preexec_fn=tie if sys.platform.startswith("linux") else None,
     )
+
+
+LOOK_S = 0.5
+STOP_S = 20.0
+"""For a run to stop its roles after it was asked."""
 
 
 def run_all(runs: Sequence[Run], *, jobs: int, folder: Path) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,13 @@ from atpo_async.core.credit.rewards import STD_FLOOR
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.run.metrics import MetricsWriter
 from atpo_async.run.rundir import RunDir
+from scripts import recipes_table
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "configs" / "demo.toml"
 BIG = ROOT / "configs" / "qwen3_4b_8gpu.toml"
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.toml"))
 SCALES = sorted((ROOT / "configs" / "recipes" / "demo_scale").glob("*.toml"))
-
-_spec = importlib.util.spec_from_file_location("recipes_table", ROOT / "scripts" / "recipes_table.py")
-assert _spec is not None
-assert _spec.loader is not None
-recipes_table = importlib.util.module_from_spec(_spec)
-sys.modules["recipes_table"] = recipes_table
-_spec.loader.exec_module(recipes_table)
 
 by_name = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
@@ -265,7 +259,7 @@ def test_a_run_that_is_done_is_not_run_again_and_one_broken_off_begins_anew(
         assert not run.path.exists(), "its clock has a gap: it begins anew"
         ran.append(str(run))
         pretend(run, [0.9] * STEPS)
-        return recipes_table.subprocess.Popen([sys.executable, "-c", ""])
+        return subprocess.Popen([sys.executable, "-c", ""])
 
     monkeypatch.setattr(recipes_table, "start", start)
     monkeypatch.setattr(recipes_table, "make_policies", lambda runs: None)
@@ -301,7 +295,7 @@ def test_a_run_that_fails_is_said_in_its_last_line_and_makes_no_table(
 ) -> None:
     def start(run: Any, log: Any) -> Any:
         code = "import sys; print('making ready'); print('error: out of paper'); sys.exit(2)"
-        return recipes_table.subprocess.Popen([sys.executable, "-c", code], stdout=log)
+        return subprocess.Popen([sys.executable, "-c", code], stdout=log)
 
     monkeypatch.setattr(recipes_table, "start", start)
     monkeypatch.setattr(recipes_table, "make_policies", lambda runs: None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import importlib.util
 import os
 import re
 import select
@@ -16,14 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from scripts import setup_env
+
 ROOT = Path(__file__).resolve().parent.parent
 GLIBC = ("glibc", "2.36")
-
-_spec = importlib.util.spec_from_file_location("setup_env", ROOT / "scripts" / "setup_env.py")
-assert _spec is not None
-assert _spec.loader is not None
-setup_env = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(setup_env)
 
 
 def a_checkout(folder: Path) -> Path:
@@ -33,7 +28,7 @@ def a_checkout(folder: Path) -> Path:
     return folder
 
 
-class FakePip:
+class FakePip(setup_env.Installer):
     """Answers each `pip install` with the next of `outputs`; an empty one is a success."""
 
     def __init__(self, *outputs: str) -> None:

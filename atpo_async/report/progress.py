@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from atpo_async.report.screen import Screen
 from atpo_async.run.metrics import Record, eval_versions, versions_said
 from atpo_async.status.loading import RoleStart
 from atpo_async.status.loading import line as starting_line
@@ -103,7 +104,7 @@ class RunState:
         }
 
 
-class Progress:
+class Progress(Screen):
     """Shows a run.  Use as a context; ``feed`` it records, ``say`` what else happened."""
 
     def __init__(
@@ -114,34 +115,20 @@ class Progress:
         total_steps: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._console = console
-        self._title = title
-        self._clock = clock
-        self.state = RunState(total_steps, since=clock())
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        super().__init__(console, self._live, clock=clock)
+        self._title = title
+        self.state = RunState(total_steps, since=self._began)
         self._said_at = clock()
         self._said = (0, 0)
         self._warned_at_steps = 0
         self._starting = ""
         self._starting_said_at = clock()
 
-    def __enter__(self) -> Progress:
-        if self._live is not None:
-            self._live.start()
-        return self
-
     def __exit__(self, *exc_info: object) -> None:
-        if self._live is not None:
-            self._live.stop()
+        super().__exit__(*exc_info)
         if self.state.step > self._said[0]:
-            self._console.print(plain(self.state), highlight=False, soft_wrap=True)
-
-    @property
-    def elapsed_s(self) -> float:
-        return self._clock() - self.state.since
-
-    def say(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self.say(plain(self.state))
 
     def feed(self, records: Sequence[Record]) -> None:
         """Take in records and show what changed: the panel at every call, a plain line every few seconds and evals."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atpo_async.core.tree import ROOT
-from atpo_async.run.files import append
+from atpo_async.run.files import Appended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ def append_tree_sample(
         "prompt": prompt,
         "turns": [asdict(turn) for turn in turns],
     }
-    append(path, json.dumps(_finite(data), separators=(",", ":"), ensure_ascii=False).encode() + b"\n")
+    Appended(json.dumps(_finite(data), separators=(",", ":"), ensure_ascii=False).encode() + b"\n").write_to(path)
 
 
 def _finite(value: Any) -> Any:

@@ -23,17 +23,20 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     sync_folder(path.parent)
 
 
-def append(path: Path, data: bytes) -> None:
-    """Add ``data`` at the end, in one write where the file system takes it so.
+class Appended:
+    """Bytes for the end of a file.  What the disk has taken is not written again by a second try."""
 
-    Raises OSError where the disk refuses; a part may be there then.
-    """
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        while data:
-            data = data[os.write(fd, data) :]
-    finally:
-        os.close(fd)
+    def __init__(self, data: bytes) -> None:
+        self._rest = data
+
+    def write_to(self, path: Path) -> None:
+        """Write what is left, in one write where the file system takes it so.  Raises OSError where it refuses."""
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            while self._rest:
+                self._rest = self._rest[os.write(fd, self._rest) :]
+        finally:
+            os.close(fd)
 
 
 def sync_folder(folder: Path) -> None:

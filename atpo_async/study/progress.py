@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from atpo_async.report.progress import duration
+from atpo_async.report.screen import Screen
 from atpo_async.study.cells import Cell, CellResult
 
 PLAIN_EVERY_S = 20.0
@@ -24,7 +25,7 @@ class _Running:
     bar: TaskID | None = None
 
 
-class StudyProgress:
+class StudyProgress(Screen):
     """A ``study.Watcher``.  Use as a context.
 
     Args:
@@ -41,10 +42,7 @@ class StudyProgress:
         at_once: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._console = console
         self._total, self._done, self._at_once = total, done, at_once
-        self._clock = clock
-        self._began = clock()
         self._said_at = clock()
         self._running: dict[Cell, _Running] = {}
         self._took: list[float] = []
@@ -58,22 +56,7 @@ class StudyProgress:
             )
             self._bars = Progress(*columns, console=console, transient=True)
             self._all = self._bars.add_task("[bold]cells", total=total, completed=done, note="")
-
-    def __enter__(self) -> StudyProgress:
-        if self._bars is not None:
-            self._bars.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-
-    @property
-    def elapsed_s(self) -> float:
-        return self._clock() - self._began
-
-    def say(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        super().__init__(console, self._bars, clock=clock)
 
     def began(self, cell: Cell, *, steps: int) -> None:
         running = self._running[cell] = _Running(self._clock(), steps)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from atpo_async.ops.disk import until_written
+from atpo_async.run.files import Appended
 from atpo_async.wire.messages import Batch, BatchTree
 from atpo_async.wire.records import TurnRecords
 
@@ -40,19 +40,9 @@ def write_lineage(path: Path, batch: Batch, *, version: int, rank: int) -> None:
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:
-    """Waits for: room on the disk, where it is full."""
-    rest = json.dumps(line, separators=(",", ":")).encode() + b"\n"
-
-    def write() -> None:
-        nonlocal rest
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            while rest:
-                rest = rest[os.write(fd, rest) :]
-        finally:
-            os.close(fd)
-
-    until_written(str(path), write, log=log)
+    """Waits for: space on the disk, where it is full."""
+    text = Appended(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+    until_written(str(path), lambda: text.write_to(path), log=log)
 
 
 def _hash(tree: BatchTree) -> str:
