@@ -107,7 +107,7 @@ def test_an_unfinished_set_up_is_begun_anew_with_another_python(
         made.append(command)
         return subprocess.CompletedProcess(command, 0, b"3.12" if "-c" in command else b"")
 
-    monkeypatch.setattr(setup_env.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     state = setup_env.wanted_state(str(root))
     setup_env.make_environment(str(venv), state, {"root": str(root), "python": "3.12.1"})
     assert "--clear" in made[-1]
