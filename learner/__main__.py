@@ -12,7 +12,7 @@ def main(argv: list[str]) -> None:
     # Read when torch is loaded.  Threads that spin at a barrier take the core from the engine beside them: two
     # spinning threads on two busy cores made a step take 3 to 18 s, sleeping ones 2 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from learner.loop import learn
+    from learner.role import learn
 
     role.run("learner", learn, argv)
 

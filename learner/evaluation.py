@@ -1,6 +1,6 @@
-"""When the policy is evaluated, what is asked of the buffer for it, and how long a result is waited for.
+"""When the policy is evaluated, what rank 0 asks of the buffer for it, and how long it waits for a result.
 
-Rank 0 alone evaluates.  Actors do the held-out tasks; the buffer counts them.
+Actors do the held-out tasks; the buffer counts them.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Evaluations:
             await self.finish(step, version, blocking=False)
         except (WaitTimeout, PeerLost) as exc:
             self._log.error("evaluation of step %d is given up: %s", step, exc)
-        # Nobody looks at what this task comes to: training goes on without this result, but not without a word.
+        # Nobody awaits this task: training goes on without this result, and the log says so.
         except Exception as exc:
             self._log.exception("evaluation of step %d is given up: %s: %s", step, type(exc).__name__, exc)
 
@@ -103,7 +103,7 @@ class Evaluations:
             WaitTimeout: no task was finished for ``links.give_up_s``.
             PeerLost: the buffer takes nothing any more.
         """
-        patience = self._buffer.patience(f"the evaluation of step {step}")
+        wait = self._buffer.bounded_wait(f"the evaluation of step {step}")
         # A request may overtake the sends before it: let the buffer know of the evaluation first.
         await self._buffer.unless_stopping(self._buffer.link.drain(timeout_s=self._buffer.settings.give_up_s))
         done = -1
@@ -115,10 +115,10 @@ class Evaluations:
             if isinstance(reply, EvalResult):
                 if reply.num_done != done:
                     done = reply.num_done
-                    patience.moved()
-                patience.again(f"{reply.num_done} of {reply.num_tasks} tasks are done")
+                    wait.moved()
+                wait.again(f"{reply.num_done} of {reply.num_tasks} tasks are done")
                 continue
-            patience.again(reply.reason if isinstance(reply, Refused) else self._buffer.no_answer)
+            wait.again(reply.reason if isinstance(reply, Refused) else self._buffer.no_answer)
             if isinstance(reply, Refused):
                 # The buffer started anew and has forgotten it.
                 await self.request(step, version, blocking=blocking)

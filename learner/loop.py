@@ -1,4 +1,4 @@
-"""The learner's loop: wait for a batch, train on it, publish, confirm.  Its rooms decide how; this is the order.
+"""The learner's loop: the order in which a rank waits for a batch, trains on it, publishes weights and confirms it.
 
 One batch is one version, also when nothing was learned from it (no trees, or the update was skipped): lag then keeps
 its meaning, batches since the tokens were sampled.  Rank 0 counts versions, publishes and evaluates; every rank asks
@@ -17,21 +17,16 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-import torch
-
 from atpo_async.config import Config
-from atpo_async.core.errors import PeerLost, SetupError, WaitTimeout
-from atpo_async.links import ports
+from atpo_async.core.errors import PeerLost, WaitTimeout
 from atpo_async.links.client import Client
-from atpo_async.ops.role import RoleContext
 from atpo_async.run.metrics import MetricsWriter
 from atpo_async.run.rundir import RunDir
 from atpo_async.status import waits
 from atpo_async.status.facts import publish_facts
-from atpo_async.wire.messages import Batch, BufferToLearner, RunFinished, Trained, WeightsAnnounced
+from atpo_async.wire.messages import Batch, RunFinished, Trained, WeightsAnnounced
 from learner.batches.buffer_peer import BufferPeer, now_s
 from learner.batches.fruitless import Fruitless, NothingToTrainOn
 from learner.batches.lineage import LINEAGE_FILE, write_lineage, write_start
@@ -39,14 +34,12 @@ from learner.batches.recording import Recording
 from learner.batches.skipped import keep_skipped
 from learner.checkpoints.saving import Saving
 from learner.evaluation import Evaluations
-from learner.policy.model import load_policy, make_accelerator
 from learner.ranks import Ranks, Wanted
 from learner.torch_thread import TorchThread
 from learner.training.report import Abandoned, StepReport
 from learner.training.trainer import Trainer
 from learner.weights.publication import Publication
 from learner.weights.publisher import Publisher
-from learner.weights.store import WeightsStore
 
 FINISH_S = 10.0
 """For the last messages of a run to be acknowledged."""
@@ -354,83 +347,3 @@ class Learner:
             kept_in=str(folder),
             checkpoint=None if newest is None else str(newest),
         )
-
-
-@contextlib.asynccontextmanager
-async def _opened(ctx: RoleContext, thread: TorchThread) -> AsyncIterator[Learner]:
-    """A learner with its model loaded and its links open."""
-    config, rundir = ctx.config, ctx.rundir
-    if rundir is None:
-        raise SetupError("the learner needs the run's folder")
-    waits.phase("loading its model", starting=True)
-    trainer: Trainer = await thread(_load, config, rundir)
-    rank = trainer.accelerator.process_index
-    links = config.links
-    async with contextlib.AsyncExitStack() as stack:
-        publisher = metrics = None
-        if rank == 0:
-            store = WeightsStore(
-                run=ctx.run_id, fallback=rundir.scratch, settings=config.weights, precision=config.model.dtype
-            )
-            publisher = await stack.enter_async_context(
-                Publisher(
-                    store,
-                    weights_endpoint=ports.to_bind(config.links, "weights"),
-                    announce_endpoint=ports.to_bind(config.links, "announce"),
-                    settings=links,
-                    former=rundir.listening.former(),
-                )
-            )
-            rundir.listening.note(weights=publisher.weights_endpoint, announce=publisher.announce_endpoint)
-            metrics = stack.enter_context(MetricsWriter(rundir.metrics_path, source="learner"))
-        buffer = await stack.enter_async_context(
-            Client(
-                ctx.endpoints.learner,
-                peer="buffer",
-                identity="learner" if rank == 0 else f"learner-{rank}",
-                receives=BufferToLearner,
-                settings=links,
-                locate=ctx.locate("learner"),
-            )
-        )
-        yield Learner(
-            config=config,
-            run=ctx.run_id,
-            rundir=rundir,
-            trainer=trainer,
-            buffer=buffer,
-            publisher=publisher,
-            metrics=metrics,
-            torch_thread=thread,
-            stopping=ctx.stopping,
-            log=ctx.log,
-        )
-
-
-def _load(config: Config, rundir: RunDir) -> Trainer:
-    torch.manual_seed(config.run.seed)
-    accelerator = make_accelerator(config)
-    trainer = Trainer(config, accelerator=accelerator, policy=load_policy(config))
-    trainer.warm_up()
-    return trainer
-
-
-async def learn(ctx: RoleContext) -> None:
-    """The learner's main: load, then loop."""
-    thread = TorchThread(ctx.config.learner.num_threads)
-    try:
-        async with _opened(ctx, thread) as learner:
-            ctx.log.info(
-                "learner: %d parameters on %s, %d process(es)",
-                sum(p.numel() for p in learner.trainer.policy.parameters()),
-                learner.trainer.accelerator.device,
-                learner.trainer.accelerator.num_processes,
-            )
-            ctx.log.info("learner: %s layout: %s", learner.trainer.layout, learner.trainer.layout_reason)
-            await learner.run()
-            # A rank that leaves while others still use the group's threads may abort.
-            await thread(learner.trainer.accelerator.wait_for_everyone)
-    finally:
-        thread.close()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()

@@ -76,7 +76,7 @@ class Ranks:
         return bool(self._same_everywhere([float(flag)])[0])
 
     def next_version(self) -> int:
-        """Counted by rank 0, told to all."""
+        """Rank 0 counts it; every rank gets the same number."""
         own = 0
         if self.is_first:
             own = until_written(

@@ -1,4 +1,4 @@
-"""Where torch runs: in one thread, call after call, each a named wait; and whom a call that lasts waits for."""
+"""The one thread in which torch runs, and what each call in it waits for (``status.waits``)."""
 
 from __future__ import annotations
 

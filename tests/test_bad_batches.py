@@ -28,9 +28,9 @@ from atpo_async.wire.messages import Batch, BatchTree, BufferToLearner, LearnerT
 from learner.batches.intake import REASONS
 from learner.batches.recording import MAX_WARNINGS
 from learner.batches.skipped import load_batch, save_batch
-from learner.loop import learn
 from learner.loss.guards import GradNorms, SkipCount
 from learner.policy.model import load_policy, make_accelerator
+from learner.role import learn
 from learner.training.report import StepReport
 from learner.training.trainer import Trainer
 from tests.bad_batch_support import BAD, MAX_LAG, TREES, VERSION, good_batch, item, span, turn_with, with_tree

@@ -23,8 +23,8 @@ from atpo_async.status import waits
 from atpo_async.wire.messages import RunFinished
 from learner.checkpoints import checkpoint
 from learner.checkpoints.checkpoint import Progress
-from learner.loop import learn
 from learner.policy import export
+from learner.role import learn
 from learner.weights import files
 from tests.learner_support import make_model
 from tests.test_checkpoint import make_trainer

@@ -201,7 +201,7 @@ class FakeBuffer:
             raise answer
         return answer
 
-    def patience(self, what: str) -> Any:
+    def bounded_wait(self, what: str) -> Any:
         return SimpleNamespace(again=lambda reason: None, moved=lambda: None)
 
     async def unless_stopping(self, awaitable: Any) -> Any:

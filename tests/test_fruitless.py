@@ -20,7 +20,7 @@ from atpo_async.wire.messages import Batch, Exhausted, RunFinished, Trained
 from buffer.state import BufferState
 from learner.batches.fruitless import Fruitless, NothingToTrainOn, num_trained
 from learner.checkpoints import checkpoint
-from learner.loop import learn
+from learner.role import learn
 from learner.training.report import StepReport
 from tests.buffer_peers_support import ask, closed, configured, grown, opened, published
 from tests.learner_support import batch_of, make_batch, make_model

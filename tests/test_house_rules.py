@@ -32,7 +32,7 @@ UPWARD: dict[tuple[str, str], str] = {}
 """(importing module, imported package) -> why that import may go up nevertheless."""
 
 # What a role's `__main__` runs; nothing below it may know it.
-LOOPS = {"actors.actor", "buffer.service", "learner.loop"}
+LOOPS = {"actors.actor", "buffer.service", "learner.role"}
 
 # Packages of built-in functions, a module for each.
 PURE_PACKAGES = (

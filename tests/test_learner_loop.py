@@ -45,8 +45,8 @@ from learner.batches import buffer_peer, skipped
 from learner.batches.lineage import LINEAGE_FILE
 from learner.batches.skipped import load_batch, save_batch
 from learner.checkpoints import checkpoint
-from learner.loop import learn
 from learner.loss import guards
+from learner.role import learn
 from learner.training.trainer import Trainer
 from tests.learner_support import batch_of, make_batch, make_model
 

@@ -19,11 +19,11 @@ T = TypeVar("T")
 REQUEST_WAIT_S = 2.0
 """How long the buffer may hold a request before it answers "not yet"."""
 REPEAT_S = 5.0
-"""While waiting, the buffer is told again which version there is: it may have started anew."""
+"""While waiting, the learner repeats to the buffer which version there is: it may have started anew."""
 
 
 class BufferPeer:
-    """The buffer, as one rank of the learner sees it.
+    """One rank's requests to the buffer.
 
     Args:
         link: to the buffer.
@@ -74,8 +74,8 @@ class BufferPeer:
             WaitTimeout: no batch, and nothing towards one for ``links.give_up_s``; names what is missing.
             SetupError: the buffer refuses this learner.
         """
-        patience = self.patience(f"batch {step} ({num_trees} trees)")
-        told_at = now_s()
+        wait = self.bounded_wait(f"batch {step} ({num_trees} trees)")
+        repeated_at_s = now_s()
         progress: int | None = None
         while not self.stopping.is_set():
             request = SampleRequest(
@@ -98,10 +98,10 @@ class BufferPeer:
                 return Wanted.CHECKPOINT
             if isinstance(reply, NotYet) and reply.progress != progress:
                 progress = reply.progress
-                patience.moved()
-            patience.again(reply.waiting_for if isinstance(reply, NotYet) else self.no_answer)
-            if now_s() - told_at > REPEAT_S:
-                told_at = now_s()
+                wait.moved()
+            wait.again(reply.waiting_for if isinstance(reply, NotYet) else self.no_answer)
+            if now_s() - repeated_at_s > REPEAT_S:
+                repeated_at_s = now_s()
                 await repeat()
         return None
 
@@ -127,7 +127,7 @@ class BufferPeer:
         """The reason of a wait in which the buffer is silent."""
         return f"no answer from {self.link.endpoint}"
 
-    def patience(self, what: str) -> BoundedWait:
+    def bounded_wait(self, what: str) -> BoundedWait:
         """A wait for something that the buffer gives."""
         return BoundedWait("the learner", what, self.settings, now_s, log=self._log, on="buffer")
 

@@ -1,4 +1,4 @@
-"""Batches without a tree to train on: why each tree was none, and when the run must stop for it.
+"""Batches without a tree to train on: why no tree could be trained on, and when the run must stop for it.
 
 Trees without a signal (all their leaves earned the same) are no fault: the policy is sure of these tasks, or at a loss.
 Trees that failed, were refused or came too late are one: batch after batch of them is a broken environment, a wrong
@@ -20,7 +20,7 @@ FAULTS: Mapping[str, str] = {
     "buffer/dropped_no_leaf": "failed, no chain of them came to its end",
     "buffer/dropped_one_leaf": "failed but for one chain",
     "buffer/dropped_stale": "older than staleness.max_lag",
-    "buffer/dropped_bytes": "without room in buffer.max_bytes",
+    "buffer/dropped_bytes": "dropped because buffer.max_bytes was full",
     "buffer/dropped_inexact": "sampled by more than one version",
     **{f"dropped/{reason}": f"refused by the learner ({reason})" for reason in REASONS},
 }
@@ -72,8 +72,8 @@ class Fruitless:
             return None
         return NothingToTrainOn(
             f"{self._in_a_row} batches in a row held no tree to train on (learner.max_skipped_updates = "
-            f"{self._limit}): {told(self._latest)}; the logs of the actors and the learner name each fault; once it is "
-            "mended the same command goes on"
+            f"{self._limit}): {listed(self._latest)}; the logs of the actors and the learner name each fault; once "
+            "it is mended the same command goes on"
         )
 
     def at_the_end(self, *, step: int, because: str) -> NothingToTrainOn:
@@ -85,12 +85,12 @@ class Fruitless:
         """
         ended = f"; the run ended since {because}" if because else ""
         return NothingToTrainOn(
-            f"nothing was trained in {step} batches: {told(self._all)}{ended}.  The policy is as it was, no model/ is "
-            "written; look at the logs of the actors, or at search.* and the rewards where trees had no signal"
+            f"nothing was trained in {step} batches: {listed(self._all)}{ended}.  The policy is as it was, no model/ "
+            "is written; look at the logs of the actors, or at search.* and the rewards where trees had no signal"
         )
 
 
-def told(counts: Counter[str]) -> str:
+def listed(counts: Counter[str]) -> str:
     """Reasons by count, the most frequent first."""
     if not counts.total():
         return "no tree came at all"

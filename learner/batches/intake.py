@@ -1,4 +1,4 @@
-"""What a batch may contain before it reaches the loss.  Pure; a tree that is not fit to train on is left out, named.
+"""Which trees of a batch can be trained on; the others are left out, each with its reason.  Pure.
 
 One bad tree must cost one tree: past this point a log-prob that is not a number makes the whole batch's loss one, a
 token id outside the vocabulary reads beyond the embeddings (on a GPU that ends the process), and a broken chain of

@@ -1,4 +1,4 @@
-"""What is told of where the weights come from: a line for each batch of each rank, if ``learner.lineage`` is set."""
+"""Where the weights come from: a line of ``lineage.jsonl`` for each batch of each rank (``learner.lineage``)."""
 
 from __future__ import annotations
 

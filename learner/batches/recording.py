@@ -1,4 +1,4 @@
-"""What is written and logged of a batch: its numbers, now and then a tree, the trees that were left out."""
+"""What is written and logged of a batch: its metrics, a few of its trees, and which trees were left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches on disk: which of those whose update was skipped are kept for a look, and in what form."""
+"""Batches whose update was skipped, on disk: the newest of each rank, in the form in which the wire carries them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from atpo_async.wire import codec
 from atpo_async.wire.messages import Batch, BufferToLearner
 
 KEPT_BATCHES = 5
-"""Batches of skipped updates that each rank keeps."""
+"""Batches of skipped updates that stay on disk for each rank; the older ones are removed."""
 
 
 def keep_skipped(folder: Path, batch: Batch, *, step: int, rank: int) -> None:
-    """Put a batch aside whose update was skipped; of each rank the newest ones stay."""
+    """Write a batch whose update was skipped, and remove all but the newest of this rank."""
     folder.mkdir(exist_ok=True)
     save_batch(folder / f"step-{step:06d}-rank-{rank}.batch", batch)
     for old in sorted(folder.glob(f"step-*-rank-{rank}.batch"))[:-KEPT_BATCHES]:

@@ -63,7 +63,7 @@ def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> Pa
     aside = folder / f"{_ASIDE}{target.name}"
     if target.is_dir():  # versions are never used twice: the same name is the same state
         return target
-    for part in (_make_room, _write_tensors, _complete):
+    for part in (_clear_space, _write_tensors, _complete):
         fault: Exception | None = None
         try:
             part(aside, target, trainer, progress)
@@ -74,7 +74,7 @@ def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> Pa
             _agree(fault, trainer)
         except Exception:
             if accelerator.is_main_process:
-                # Also for the room that it takes: the next try, or somebody else, needs it.
+                # Its space too: the next try, or another program, needs it.
                 shutil.rmtree(aside, ignore_errors=True)
             raise
     if accelerator.is_main_process:
@@ -101,7 +101,7 @@ def _agree(fault: Exception | None, trainer: Trainer) -> None:
         raise OSError(worst, os.strerror(worst)) from fault
 
 
-def _make_room(aside: Path, target: Path, trainer: Trainer, progress: Progress) -> None:
+def _clear_space(aside: Path, target: Path, trainer: Trainer, progress: Progress) -> None:
     if trainer.accelerator.is_main_process:
         for leftover in _entries(aside.parent):
             if leftover.name.startswith(_ASIDE):
@@ -160,14 +160,14 @@ def load(path: Path, trainer: Trainer) -> Progress:
         if trainer.whole.sharded:
             settings = _settings(trainer)
             accelerator.load_state(str(path / "sharded"))
-            for group, kept in zip(trainer.optimizer.param_groups, settings, strict=True):
-                group.update(kept)
+            for group, own in zip(trainer.optimizer.param_groups, settings, strict=True):
+                group.update(own)
         else:
             _load_parameters(trainer, load_file(path / "model.safetensors"))
             _load_optimizer(trainer, load_file(path / "optimizer.safetensors"))
-        own = path / f"rng-{accelerator.process_index}.safetensors"
-        if own.is_file():  # with more ranks than before the new ones start afresh
-            _set_torch_rng(load_file(own))
+        rng = path / f"rng-{accelerator.process_index}.safetensors"
+        if rng.is_file():  # with more ranks than before the new ones start afresh
+            _set_torch_rng(load_file(rng))
         version, internal, gauss = state["python_rng"]
         random.setstate((version, tuple(internal), gauss))
         kind, keys, *rest = state["numpy_rng"]

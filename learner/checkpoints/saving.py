@@ -1,6 +1,6 @@
-"""Which steps a checkpoint holds, and when the buffer hears of it; the trained policy at the end.
+"""When a checkpoint is written, read and reported to the buffer, and the trained policy's folder at the end.
 
-``learner.checkpoint`` writes and reads a checkpoint.
+``learner.checkpoints.checkpoint`` is the format.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Saving:
     @property
     def newest(self) -> Path | None:
         """The last good checkpoint on disk."""
-        kept = checkpoint.list_checkpoints(self._rundir.checkpoints)
-        return kept[-1] if kept else None
+        found = checkpoint.list_checkpoints(self._rundir.checkpoints)
+        return found[-1] if found else None
 
     def resume(self) -> Progress | None:
         """In the torch thread: put the last checkpoint's state into the trainer; None if there is none.
@@ -102,7 +102,7 @@ class Saving:
         await self.tell_buffer(version=version)
 
     def _save_checkpoint(self, progress: Progress) -> Path:
-        """In the torch thread, on every rank: they find room in the same try, or none does."""
+        """In the torch thread, on every rank: all of them find space on the disk in the same try, or none does."""
         return until_written(
             f"the checkpoint of step {progress.step} in {self._rundir.checkpoints}",
             lambda: checkpoint.save(
@@ -112,7 +112,7 @@ class Saving:
         )
 
     async def tell_buffer(self, *, version: int) -> None:
-        """The buffer may let go what was used up before: no batch below the saved step is asked for again."""
+        """Tell the buffer that it may drop what batches below the saved step have used up: none is asked for again."""
         if self._ranks.is_first and self._saved_step is not None:
             with contextlib.suppress(PeerLost):  # said again when the learner starts again
                 await self._buffer.send(Checkpointed(run=self._buffer.run_id, step=self._saved_step, version=version))

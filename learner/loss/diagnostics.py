@@ -1,4 +1,4 @@
-"""What importance weights tell of staleness: sums that add up over micro-batches and ranks, and the metrics they give.
+"""Metrics of importance weights and staleness, from sums that add up over micro-batches and ranks.
 
 ``SUMS`` names the places of one vector; ``sums`` fills it from a micro-batch, ``summary`` turns the total into metrics.
 """
@@ -21,7 +21,7 @@ from learner.loss.tokens import OffPolicyTokens
 from learner.loss.units import unit_mean, unit_sum, units
 
 LENGTHS: tuple[tuple[str, int], ...] = (("1-8", 8), ("9-32", 32), ("33-128", 128), ("129-512", 512), ("over-512", 0))
-"""Turn lengths told apart by ``dropped/turns_len_*``: name and largest number of action tokens; the last has none."""
+"""Ranges of turn lengths in ``dropped/turns_len_*``: name and most action tokens; the last has no limit."""
 
 
 _LEVELS: tuple[Level, ...] = ("token", "turn", "prefix", "sequence")

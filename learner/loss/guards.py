@@ -1,4 +1,4 @@
-"""What stops a bad update.  Pure decisions; the trainer and the loop act on them.
+"""When an update is refused: a loss or gradient that is not finite, or a gradient far larger than usual.  Pure.
 
 Ranks must agree: one that takes a step which another skips holds other weights from then on.  So every decision here
 is taken from global numbers alone, the loss added up over the ranks and the norm of the whole gradient, and from a

@@ -1,8 +1,8 @@
-"""Which surrogate and which correction a run trains with: loaded once, and held to what is asked of them.
+"""Loads the surrogate and the correction that a run trains with, and checks what they return.
 
 A built-in one and a user's own (``package.module:name``) come in the same way.  What a user's own returns is checked
-where it comes back; its first numbers are also checked for being finite, so that a faulty formula is told from a model
-that has diverged.
+for shapes and types; its first numbers also for being finite, so that a faulty formula is not taken for a model that
+has diverged.
 """
 
 from __future__ import annotations

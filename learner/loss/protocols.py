@@ -1,4 +1,4 @@
-"""What is asked of a surrogate and of a correction: what each is given, and what it returns.
+"""The protocols of a surrogate and of a correction: what each is given, and what it returns.
 
 Both are pure functions of a struct of tensors and of their section of the configuration; options that a run names
 (``objective.surrogate_options``, ``correction.action_options``) come as keywords.  Both are called for passes without

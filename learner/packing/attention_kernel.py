@@ -41,7 +41,7 @@ class TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Parts, scale: float | None) -> Tensor:
         count, heads, _ = query.shape
-        # In half precision what is joined again and again is kept in full.
+        # In half precision what is joined again and again stays in full precision.
         wide = torch.float32 if query.dtype in (torch.bfloat16, torch.float16) else query.dtype
         out = query.new_zeros((count + 1, heads, value.shape[-1]), dtype=wide)
         logsum = query.new_zeros((count + 1, heads), dtype=wide)

@@ -1,4 +1,4 @@
-"""The trained policy as a Hugging Face folder: which precision each tensor gets, what is taken over from the source.
+"""The trained policy as a Hugging Face folder: the precision of each tensor, and which files come from the source.
 
 Weights and configuration come from the model; everything else (tokenizer, generation settings, templates, code) is the
 source's file as it lies there: transformers loads files that it then refuses to write.

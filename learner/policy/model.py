@@ -36,7 +36,7 @@ MAX_LOGITS = 1 << 26
 """Logits held at once (256 MB in float32); more are recomputed in the backward pass, chunk by chunk."""
 
 SHARDED: tuple[Any, ...] = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-"""Where no rank holds whole parameters.  These paths have been written, not measured: no GPU was there."""
+"""Where no rank holds whole parameters.  These paths have not been measured on GPUs."""
 
 
 class Policy(nn.Module):

@@ -1,4 +1,4 @@
-"""What Accelerate may not change unseen: how gradients add up, the precision asked for, that of the log-probs."""
+"""What Accelerate must leave as it is: how gradients add up, the precision asked for, and that of the log-probs."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def leave_out_environment(config: LearnerConfig) -> None:
     for name in found:
         del os.environ[name]
     launched = "LOCAL_RANK" in os.environ
-    told = {k: v for k, v in found.items() if not (launched and k.startswith(accelerate_environment.LAUNCHED))}
-    if told:
-        log.warning("%s", accelerate_environment.not_heeded(told))
+    ignored = {k: v for k, v in found.items() if not (launched and k.startswith(accelerate_environment.LAUNCHED))}
+    if ignored:
+        log.warning("%s", accelerate_environment.not_heeded(ignored))
 
 
 def check_half_precision(mixed_precision: str, *, on_cpu: bool) -> None:

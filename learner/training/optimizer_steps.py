@@ -1,4 +1,4 @@
-"""The optimizer steps of a batch: backward passes, the guards that may hold a step back, and what the run has taken."""
+"""How an optimizer step is taken: backward passes, the guards that may refuse it, and the count of those taken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One batch: trees -> rows -> log-probs -> loss -> optimizer steps.  Synchronous; the same on every rank.
+"""How one batch is trained on: trees -> forward passes -> loss -> optimizer steps, in step on every rank.
 
 The loss is a mean over the global batch, whatever part of it a rank or a micro-batch holds.  With ``minibatches`` > 1
 each optimizer step's loss is the mean over its own leaves; with ``epochs`` > 1 the parts come round again.
