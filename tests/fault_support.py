@@ -190,25 +190,26 @@ class Tricks:
     """An answer waits no longer for a commit; otherwise seconds."""
 
     def play(self) -> None:
-        from buffer import service, state
-        from buffer.journal.journal import Journal
+        from buffer import state
+        from buffer.handlers import pending_answers
+        from buffer.journal.tables import Tables
 
         if self.silent_s is not None:
             state.SILENT_LEAST_S = self.silent_s
         if self.settle_wait_s is not None:
-            service.SETTLE_WAIT_S = self.settle_wait_s
-        commit = Journal._commit
+            pending_answers.SETTLE_WAIT_S = self.settle_wait_s
+        commit = Tables.commit
 
-        def tricked(journal: Any, group: Any) -> None:
+        def tricked(tables: Any, group: Any) -> None:
             if self.fail_commits and os.path.exists(self.fail_commits):
                 raise OSError(errno.EIO, "Input/output error")
             while self.slow_commits and os.path.exists(self.slow_commits):
                 time.sleep(0.01)
             _stop_if(self.stop_before_commit)
-            commit(journal, group)
+            commit(tables, group)
             _stop_if(self.stop_after_commit)
 
-        Journal._commit = tricked  # type: ignore[assignment,method-assign]
+        Tables.commit = tricked  # type: ignore[assignment,method-assign]
 
 
 def _stop_if(file: str) -> None:

@@ -38,8 +38,8 @@ from atpo_async.wire.messages import (
 )
 from atpo_async.wire.records import TurnRecords
 from buffer import service as services
-from buffer.journal import journal as journals
-from buffer.journal.journal import Journal
+from buffer.journal import chunks
+from buffer.journal.tables import Tables
 from buffer.service import BufferService
 from buffer.state import BufferState
 from buffer.trees.registry import TreeRegistry
@@ -271,9 +271,9 @@ async def test_a_turn_of_a_lease_that_was_never_granted_here_is_refused(peers: P
 
 async def test_nothing_is_acknowledged_before_it_is_committed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, release = threading.Event(), threading.Event()
-    commit = Journal._commit
+    commit = Tables.commit
 
-    def slowly(self: Journal, group: Any) -> None:
+    def slowly(self: Tables, group: Any) -> None:
         asked.set()
         assert release.wait(SOON_S)
         commit(self, group)
@@ -281,7 +281,7 @@ async def test_nothing_is_acknowledged_before_it_is_committed(monkeypatch: pytes
     async with running() as peers:
         await peers.tell(published())
         (lease,) = await peers.leases(1)
-        monkeypatch.setattr(Journal, "_commit", slowly)
+        monkeypatch.setattr(Tables, "commit", slowly)
         await peers.actor.send(opened(lease))
         assert await asyncio.to_thread(asked.wait, SOON_S)
         # What is sent meanwhile is taken, and not acknowledged either.
@@ -773,7 +773,7 @@ def test_trees_kept_for_a_checkpoint_ask_for_one_when_they_take_the_room() -> No
 async def test_what_is_left_of_a_mostly_dead_chunk_is_moved_and_still_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journals, "SPARE_BYTES", 1)
+    monkeypatch.setattr(chunks, "SPARE_BYTES", 1)
     monkeypatch.setattr(services, "TICK_S", 0.01)
     moved = asyncio.Event()
     relocate: Callable[..., int] = TreeRegistry.relocate

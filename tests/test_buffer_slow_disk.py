@@ -11,8 +11,8 @@ import pytest
 
 from atpo_async.core.errors import WaitTimeout
 from atpo_async.wire.messages import ActorReport, Batch, EvalQuery, EvalRequest, EvalResult, Leases, NotYet
-from buffer import service as services
-from buffer.journal.journal import Journal
+from buffer.handlers import pending_answers
+from buffer.journal.tables import Tables
 from tests.buffer_peers_support import SOON_S, Peers, ask, configured, grown, hello, published, running, wants
 
 
@@ -23,17 +23,17 @@ class SlowDisk:
         self.slow = False
         self._through = threading.Semaphore(0)
         self._begun = threading.Semaphore(0)
-        commit = Journal._commit
+        commit = Tables.commit
 
-        def slowly(journal: Journal, group: Any) -> None:
+        def slowly(journal: Tables, group: Any) -> None:
             if self.slow:
                 self._begun.release()
                 assert self._through.acquire(timeout=SOON_S)
             commit(journal, group)
 
-        monkeypatch.setattr(Journal, "_commit", slowly)
+        monkeypatch.setattr(Tables, "commit", slowly)
         # No answer waits longer for a commit.
-        monkeypatch.setattr(services, "SETTLE_WAIT_S", 0.02)
+        monkeypatch.setattr(pending_answers, "SETTLE_WAIT_S", 0.02)
 
     async def begun(self) -> None:
         """A commit waits to be let through."""
@@ -131,11 +131,11 @@ async def test_of_two_requests_of_one_actor_the_later_gets_what_is_owed(disk: Sl
         await peers.tell(published())
         disk.slow = True
         assert (await answer(peers)).leases == ()
-        peers.service._owed_leases["a"].ask()  # by a request that is under way
+        peers.service._actor_handler._pending["a"].ask()  # by a request that is under way
         disk.recover()
         found = await granted(peers)
         assert len({lease.tree_id for lease in found.leases}) == 3
-        assert peers.service._owed_leases == {}
+        assert peers.service._actor_handler._pending == {}
 
 
 async def test_no_batch_leaves_before_its_commit_and_it_is_the_same_one_then(disk: SlowDisk) -> None:

@@ -70,6 +70,7 @@ PURE = {
     "buffer.trees.spent",
     "buffer.trees.index",
     "buffer.journal.persistence",
+    "buffer.journal.chunks",
     "buffer.journal.entries",
     "buffer.leases.ledger",
     "buffer.batches.shares",

@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 
 from atpo_async.core.errors import SetupError
-from buffer.journal import check
+from buffer.journal import check, tables
+from buffer.journal import chunks as chunks_module
 from buffer.journal import journal as journals
-from buffer.journal.journal import Journal, JournalBroken
+from buffer.journal.journal import Journal
+from buffer.journal.tables import JournalBroken, Tables
 from buffer.trees.index import ROW, Place, TurnEntry, pack_entry, places_of, rows_of
 
 SOON_S = 20.0
@@ -74,14 +76,14 @@ async def test_a_record_can_be_read_before_during_and_after_its_commit(
 ) -> None:
     first = keep(journal, 1)
     assert journal.read(first.place) == record(1)
-    holding, commit = asyncio.Event(), Journal._commit
+    holding, commit = asyncio.Event(), Tables.commit
     loop = asyncio.get_running_loop()
 
-    def held(self: Journal, group: Any) -> None:
+    def held(self: Tables, group: Any) -> None:
         asyncio.run_coroutine_threadsafe(holding.wait(), loop).result(SOON_S)
         commit(self, group)
 
-    monkeypatch.setattr(Journal, "_commit", held)
+    monkeypatch.setattr(Tables, "commit", held)
     settling = asyncio.create_task(journal.settle())
     await asyncio.sleep(0)
     second = keep(journal, 2)
@@ -118,11 +120,11 @@ async def test_the_last_record_of_a_chunk_frees_it(tmp_path: Path) -> None:
         await journal.settle()
         journal.release(rows_of(first[:2]))
         await journal.settle()
-        assert journal.picture["chunks"] == 2
+        assert journal.status()["chunks"] == 2
         journal.release(rows_of(first[2:]))
         await journal.settle()
-        assert journal.picture["chunks"] == 1
-        assert journal.nbytes == journal.chunk_bytes == second.nbytes
+        assert journal.status()["chunks"] == 1
+        assert journal.nbytes == journal.status()["chunk_bytes"] == second.nbytes
     ids, _, _ = await kept_in(tmp_path)
     assert ids == [4]
 
@@ -132,11 +134,11 @@ async def test_what_is_let_go_before_it_was_ever_committed_leaves_nothing_and_is
         journal.recover()
         journal.put(b"k", b"v")
         await journal.settle()
-        before = journal._env.info()["last_pgno"]
+        before = journal._tables._env.info()["last_pgno"]
         journal.release(rows_of([keep(journal, number, nbytes=1 << 16) for number in range(1, 9)]))
         await journal.settle()
-        assert (journal.nbytes, journal.chunk_bytes) == (0, 0)
-        assert journal._env.info()["last_pgno"] <= before + 4
+        assert (journal.nbytes, journal.status()["chunk_bytes"]) == (0, 0)
+        assert journal._tables._env.info()["last_pgno"] <= before + 4
     assert (await kept_in(tmp_path))[0] == []
 
 
@@ -154,7 +156,7 @@ async def test_pages_of_what_was_freed_are_used_again(journal: Journal) -> None:
 async def test_large_groups_are_cut_into_chunks(journal: Journal) -> None:
     entries = [keep(journal, number, nbytes=64 << 10) for number in range(1, 13)]
     await journal.settle()
-    assert journal.picture["chunks"] == 3
+    assert journal.status()["chunks"] == 3
     assert await journal.load([e.place for e in entries]) == [record(e.turn_id, 64 << 10) for e in entries]
 
 
@@ -187,15 +189,15 @@ class Disk:
         self.error: Exception | None = None
         self.tried = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        commit = Journal._commit
+        commit = Tables.commit
 
-        def guarded(journal: Journal, group: Any) -> None:
+        def guarded(journal: Tables, group: Any) -> None:
             self._loop.call_soon_threadsafe(self.tried.set)
             if self.error is not None:
                 raise self.error
             commit(journal, group)
 
-        monkeypatch.setattr(Journal, "_commit", guarded)
+        monkeypatch.setattr(Tables, "commit", guarded)
         monkeypatch.setattr(journals, "RETRY_S", 0.01)
 
     async def fail(self, journal: Journal, error: Exception) -> asyncio.Task[None]:
@@ -376,7 +378,7 @@ def test_a_journal_that_could_not_be_opened_does_not_keep_its_folder(
 async def test_a_journal_of_another_format_is_refused_with_the_way_out(tmp_path: Path) -> None:
     async with opened(tmp_path) as journal:
         journal.recover()
-        journal.put(journals._META, b"999")
+        journal.put(tables._META, b"999")
         await journal.settle()
     async with opened(tmp_path) as journal:
         with pytest.raises(SetupError, match="has format 999, this program reads 1: finish the run with the program"):
@@ -395,7 +397,7 @@ async def test_another_runs_journal_is_refused_with_both_named(tmp_path: Path) -
 
 
 def test_a_full_disk_is_named_before_anything_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journals, "LEAST_FREE_BYTES", 1 << 60)
+    monkeypatch.setattr(tables, "LEAST_FREE_BYTES", 1 << 60)
     with pytest.raises(SetupError, match=r"bytes left, the journal needs .*set buffer\.journal_dir to another disk"):
         opened(tmp_path)
 
@@ -408,7 +410,7 @@ async def test_a_journal_that_is_there_is_opened_on_a_full_disk(
         journal.recover()
         keep(journal, 1)
         await journal.settle()
-    monkeypatch.setattr(journals, "LEAST_FREE_BYTES", 1 << 60)
+    monkeypatch.setattr(tables, "LEAST_FREE_BYTES", 1 << 60)
     async with Journal(tmp_path, max_bytes=1 << 24) as journal:
         assert len(journal.recover().rows) == 1
 
@@ -476,8 +478,8 @@ async def test_a_chunk_that_is_missing_is_named(tmp_path: Path) -> None:
         journal.recover()
         entry = keep(journal, 1)
         await journal.settle()
-        with journal._env.begin(write=True) as txn:
-            txn.delete(journals._U64.pack(entry.chunk), db=journal._chunks)
+        with journal._tables._env.begin(write=True) as txn:
+            txn.delete(tables._U64.pack(entry.chunk), db=journal._tables._chunks)
     async with opened(tmp_path) as journal:
         with pytest.raises(SetupError, match=f"chunk {entry.chunk} is missing"):
             journal.recover()
@@ -489,7 +491,7 @@ async def test_a_chunk_that_is_missing_is_named(tmp_path: Path) -> None:
 async def test_chunks_of_which_little_is_needed_are_named_and_can_be_emptied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journals, "SPARE_BYTES", 1000)
+    monkeypatch.setattr(chunks_module, "SPARE_BYTES", 1000)
     async with opened(tmp_path) as journal:
         journal.recover()
         chunks: list[Sequence[TurnEntry]] = []

@@ -13,6 +13,9 @@ from typing import Generic, TypeVar
 
 Answer = TypeVar("Answer")
 
+SETTLE_WAIT_S = 5.0
+"""An answer waits no longer for the disk; it then says that the disk is what is waited for."""
+
 
 class PendingAnswer(Generic[Answer]):
     """One answer.
@@ -35,9 +38,9 @@ class PendingAnswer(Generic[Answer]):
     def is_latest(self, asked: int) -> bool:
         return asked == self._asked
 
-    async def committed(self, timeout_s: float) -> bool:
-        """Whether it may leave now.  Waits for: the commit, up to ``timeout_s``.  Unblocked by: the disk."""
-        done, _ = await asyncio.wait((self._settling,), timeout=timeout_s)
+    async def committed(self) -> bool:
+        """Whether it may leave now.  Waits for: the commit, up to ``SETTLE_WAIT_S``.  Unblocked by: the disk."""
+        done, _ = await asyncio.wait((self._settling,), timeout=SETTLE_WAIT_S)
         if done:
             self._settling.result()
         return bool(done)

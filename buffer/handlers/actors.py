@@ -1,0 +1,246 @@
+"""Messages of actors: joining, leases, turns and reports; what each waits for and when its answer may leave."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable
+from itertools import islice
+from typing import Any
+
+import msgspec
+
+from atpo_async.core.errors import BadMessage
+from atpo_async.core.tree import Turn
+from atpo_async.run.metrics import read_metrics
+from atpo_async.run.rundir import RunDir
+from atpo_async.status import waits
+from atpo_async.wire import messages as m
+from atpo_async.wire.records import TurnRecords
+from buffer.handlers.context import HandlerContext
+from buffer.handlers.pending_answers import SETTLE_WAIT_S, PendingAnswer
+from buffer.metrics_file import may_be_called
+from buffer.state import RETRY_S
+from buffer.trees.assembly import Frames
+from buffer.trees.index import StoredTurns
+
+LEASE_WAIT_S = 0.5
+"""A request for leases waits this long for admission before it is answered with none."""
+LEASES_SHARE = 0.5
+"""Of links.max_message_bytes: what turns already committed may take of an answer with leases."""
+FIRST_GRANT = "time/first_grant"
+"""Metric: when the first lease of all was given, of whichever kind."""
+
+
+class ActorHandler:
+    """Answers actors.
+
+    Args:
+        context: the buffer's.
+    """
+
+    def __init__(self, context: HandlerContext) -> None:
+        self._context = context
+        self._state, self._journal, self._changes = context.state, context.journal, context.changes
+        self._deferred = waits.DeferredAnswers("requests for leases")
+        self._pending: dict[str, PendingAnswer[m.Leases]] = {}
+        """Actor -> what was granted to it and is not committed yet."""
+        self._knows_the_end: set[str] = set()
+        ledger = context.state.ledger
+        self._leased = ledger.next_number > 1
+        self._leased_training = ledger.tasks.next_task > 0
+
+    def knows_the_end(self, actor: str) -> bool:
+        """Whether an actor was told that the run is over."""
+        return actor in self._knows_the_end
+
+    def close(self) -> None:
+        """No answer leaves any more."""
+        for peer in list(self._pending):
+            self._drop_pending(peer)
+
+    def handle(self, peer: str, message: Any, frames: Frames) -> Awaitable[m.Message] | None:
+        """One message from an actor: the reply to a request, None for a send, which never waits here.
+
+        Raises:
+            BadMessage: the message is refused.
+        """
+        if isinstance(message, m.ActorHello | m.LeaseRequest):
+            return self._answer_actor(peer, message)
+        now = self._context.clock()
+        try:
+            self._context.check_run(message)
+            self._state.ledger.actors.heard(peer, now)
+            self._take(peer, message, now, frames)
+        except BadMessage as exc:
+            self._context.note_refusal(peer, message, exc)
+            raise
+        return None
+
+    async def _answer_actor(self, peer: str, message: m.ActorHello | m.LeaseRequest) -> m.Message:
+        if isinstance(message, m.LeaseRequest):
+            self._context.check_run(message)
+            return await self._lease(peer, message)
+        welcome = self._welcome(peer, message, self._context.clock())
+        if isinstance(welcome, m.Welcome):
+            await self._journal.settle()
+        return welcome
+
+    def _welcome(self, peer: str, hello: m.ActorHello, now: float) -> m.Welcome | m.Refused:
+        if hello.protocol != m.PROTOCOL:
+            return m.Refused(reason=f"actor {hello.actor} speaks protocol {hello.protocol}, this buffer {m.PROTOCOL}")
+        if hello.run not in ("", self._context.run):
+            return m.Refused(
+                reason=f"actor {hello.actor} belongs to run {hello.run!r}, this buffer to {self._context.run!r}"
+            )
+        if not may_be_called(peer):
+            return m.Refused(reason=f"{peer!r} is another role's name; give this actor one of its own (--name)")
+        grown = self._context.config.environment.name, self._context.config.search.max_leaves
+        if (hello.environment, hello.search_leaves) != grown:
+            return m.Refused(
+                reason=f"actor {hello.actor} grows {hello.environment!r} trees of up to {hello.search_leaves} leaves, "
+                f"this run {grown[0]!r} trees of {grown[1]}; start it with the run's configuration"
+            )
+        self._drop_pending(peer)
+        self._state.hello(peer, now)
+        self._changes.notify()
+        return m.Welcome(
+            run=self._context.run,
+            weights_endpoint=self._state.weights_endpoint,
+            announce_endpoint=self._state.announce_endpoint,
+        )
+
+    async def _lease(self, peer: str, request: m.LeaseRequest) -> m.Leases:
+        """Waits for: admission, then the commit.  Unblocked by: a batch taken, a version published, an evaluation, a
+        lost lease; the disk.
+
+        What is granted leaves after the commit that holds it and not before, however slow the disk is: a buffer
+        started after a kill must know of it.  Until then nothing more is granted to this actor.
+        """
+        pending = self._pending.get(peer)
+        if pending is None:
+            leases = await self._admitted(peer, request)
+            pending = self._pending.get(peer)  # to a request that came in the meantime
+            if pending is not None:
+                self._state.returned(peer, [lease.tree_id for lease in leases.leases])
+            elif not leases.leases:
+                if leases.finished:
+                    self._knows_the_end.add(peer)
+                    self._changes.notify()
+                return leases
+            else:
+                leases = self._as_many_as_fit(peer, leases)
+                pending = self._pending[peer] = PendingAnswer(leases, self._journal.settle())
+        asked = pending.ask()
+        if not await pending.committed() or not pending.is_latest(asked):
+            why = self._context.why_unwritten()
+            self._deferred.goes_on(why, on=waits.DISK)
+            return m.Leases(leases=(), closed_because=why, retry_after_s=RETRY_S, finished=False)
+        self._drop_pending(peer)
+        return await self._granted(peer, pending.answer)
+
+    async def _admitted(self, peer: str, request: m.LeaseRequest) -> m.Leases:
+        """What can be granted; none, with the reason, after ``LEASE_WAIT_S``."""
+
+        def ask() -> m.Leases:
+            if self._journal.failing is not None:
+                return m.Leases(
+                    leases=(), closed_because=self._context.why_unwritten(), retry_after_s=SETTLE_WAIT_S, finished=False
+                )
+            return self._state.lease(peer, request.count, self._context.clock(), engine_version=request.version)
+
+        def some() -> m.Leases | None:
+            leases = ask()
+            return leases if leases.leases or leases.finished else None
+
+        leases = await self._changes.until(some, timeout_s=LEASE_WAIT_S) or ask()
+        if leases.leases or leases.finished:
+            self._deferred.over()
+        else:
+            why = leases.closed_because or "all tasks of an evaluation are under way"
+            self._deferred.goes_on(f"another lease to become possible ({why})", on=self._admits())
+        return leases
+
+    async def _granted(self, peer: str, leases: m.Leases) -> m.Leases:
+        """The answer with those leases that are still this actor's, and the turns that they have already."""
+        there = tuple(lease for lease in leases.leases if self._state.has(peer, lease))
+        if not self._leased:
+            # Before the first of them is out: an empty journal is no new one from here on.
+            self._leased = True
+            self._context.metrics.write(self._state.step, self._state.version, {FIRST_GRANT: time.time()})
+        if not self._leased_training and any(lease.kind == "train" for lease in there):
+            self._leased_training = True
+            self._context.metrics.write(self._state.step, self._state.version, {"time/first_lease": time.time()})
+        return await self._with_turns(msgspec.structs.replace(leases, leases=there))
+
+    def _drop_pending(self, peer: str) -> None:
+        """What waited to leave for this actor has left, or is not its any more."""
+        if (pending := self._pending.pop(peer, None)) is not None:
+            pending.drop()
+
+    def _admits(self) -> str:
+        """Who can end it that no lease is granted: for the status of the buffer."""
+        if self._journal.failing is not None:
+            return waits.DISK
+        evaluating = any(e.blocking and not e.done for e in self._state.ledger.evaluations)
+        return "actors" if evaluating and self._state.ledger.progress.published is not None else "learner"
+
+    def _as_many_as_fit(self, peer: str, leases: m.Leases) -> m.Leases:
+        """Leases whose turns fit into one answer, one at least; the others go back, to be asked for again."""
+        space, fitting = self._context.config.links.max_message_bytes * LEASES_SHARE, 0
+        for lease in leases.leases:
+            committed = lease.committed
+            space -= int(committed.rows["nbytes"].sum()) if isinstance(committed, StoredTurns) else 0
+            if space < 0 and fitting:
+                break
+            fitting += 1
+        if fitting == len(leases.leases):
+            return leases
+        self._state.returned(peer, [lease.tree_id for lease in leases.leases[fitting:]])
+        return msgspec.structs.replace(leases, leases=leases.leases[:fitting])
+
+    async def _with_turns(self, leases: m.Leases) -> m.Leases:
+        """The turns that are there already, read from the journal in one go: what it sees at once it sees whole."""
+        stored = [each.committed.places if isinstance(each.committed, StoredTurns) else [] for each in leases.leases]
+        records = iter(await self._journal.load([place for places in stored for place in places]))
+        found = [
+            msgspec.structs.replace(lease, committed=TurnRecords.raw(list(islice(records, len(places))), len(places)))
+            for lease, places in zip(leases.leases, stored, strict=True)
+        ]
+        return msgspec.structs.replace(leases, leases=tuple(found))
+
+    def _take(
+        self,
+        peer: str,
+        message: m.TreeOpened | Turn | m.TreeClosed | m.LeaseReturned | m.ActorReport,
+        now: float,
+        frames: Frames,
+    ) -> None:
+        match message:
+            case Turn() | m.TreeOpened() | m.TreeClosed():
+                try:
+                    came_to_an_end = self._state.take(message, now, frames)
+                except BadMessage as exc:
+                    self._state.refused(peer, message, str(exc))
+                    raise
+                waits.progress("messages")
+                if came_to_an_end:
+                    self._changes.notify()
+            case m.ActorReport():
+                pending = self._pending.get(peer)
+                # Of these it cannot know yet.
+                not_out = [] if pending is None else [lease.tree_id for lease in pending.answer.leases]
+                if self._state.report(peer, [*message.tree_ids, *not_out], now):
+                    self._changes.notify()
+                self._context.metrics.report(peer, self._state.step, message.version, message.metrics)
+            case m.LeaseReturned():
+                if self._state.returned(peer, message.tree_ids, message.reason):
+                    self._changes.notify()
+
+
+def was_leased(rundir: RunDir) -> bool:
+    """Whether a buffer of this run ever gave a lease, by what the run's metrics say."""
+    signs = {FIRST_GRANT, "time/first_lease", "eval/failed"}
+    return rundir.is_trained or (
+        rundir.metrics_path.exists()
+        and any(not signs.isdisjoint(record.metrics) for record in read_metrics(rundir.metrics_path))
+    )

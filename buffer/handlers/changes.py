@@ -1,0 +1,42 @@
+"""Waiting for anything to change in the buffer's state, and saying that something has."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import TypeVar
+
+Found = TypeVar("Found")
+
+
+class Changes:
+    """Changes that a message or a lapsed lease brings about.
+
+    Args:
+        stopping: once set, nobody waits any more.
+    """
+
+    def __init__(self, stopping: asyncio.Event) -> None:
+        self._stopping = stopping
+        self._changed = asyncio.Event()
+
+    def notify(self) -> None:
+        """Whoever waits looks again."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def until(self, found: Callable[[], Found | None], *, timeout_s: float | None) -> Found | None:
+        """``found()`` as soon as it is not None; None after ``timeout_s`` or once stopping.
+
+        Waits for: a change.  Unblocked by: ``notify``.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self._stopping.is_set():
+                    changed = self._changed
+                    result = found()
+                    if result is not None:
+                        return result
+                    await changed.wait()
+        return None

@@ -1,0 +1,50 @@
+"""What the handlers of both sockets work with, and what is refused to anybody."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from atpo_async.config import Config
+from atpo_async.core.errors import BadMessage
+from buffer.handlers.changes import Changes
+from buffer.journal.journal import Journal
+from buffer.metrics_file import MetricsFile
+from buffer.state import BufferState
+
+log = logging.getLogger("atpo.buffer")
+
+REFUSALS_LOGGED = 50
+"""All of the first ones are logged, then every thousandth: a broken peer must not fill the disk."""
+
+
+@dataclass(kw_only=True)
+class HandlerContext:
+    """One buffer, as its handlers see it."""
+
+    config: Config
+    run: str
+    state: BufferState
+    journal: Journal
+    metrics: MetricsFile
+    changes: Changes
+    clock: Callable[[], float]
+    num_refused: int = 0
+
+    def check_run(self, message: Any) -> None:
+        """Raises BadMessage for a message of another run."""
+        if message.run != self.run:
+            raise BadMessage(f"{type(message).__name__} belongs to run {message.run!r}, this buffer to {self.run!r}")
+
+    def note_refusal(self, peer: str, message: Any, exc: BadMessage) -> None:
+        """Count and log a message that is refused."""
+        self.state.count_bad_message()
+        self.num_refused += 1
+        if self.num_refused <= REFUSALS_LOGGED or self.num_refused % 1000 == 0:
+            log.warning("refused %s of %s (%d by now): %s", type(message).__name__, peer, self.num_refused, exc)
+
+    def why_unwritten(self) -> str:
+        """Why nothing is committed, for whoever waits for that."""
+        return f"the buffer's journal cannot be written: {self.journal.failing or 'its disk is slow'}"
