@@ -120,53 +120,65 @@ class Bad(NamedTuple):
 BAD = {
     "no turns": Bad(tree_with(turns=()), "no_leaf", "none of its 0 turns"),
     "no leaves": Bad(without_leaves, "no_leaf", "none of its 2 turns ends a chain"),
-    "a leaf without a reward": Bad(turn_with(4, reward=None), "bad_reward", "leaf 4 has no reward"),
-    "a reward of nan": Bad(turn_with(4, reward=math.nan), "bad_reward", "leaf 4 has reward nan"),
-    "a reward of inf": Bad(turn_with(3, reward=math.inf), "bad_reward", "leaf 3 has reward inf"),
-    "a reward of -inf": Bad(turn_with(3, reward=-math.inf), "bad_reward", "leaf 3 has reward -inf"),
-    "a reward beyond float32": Bad(turn_with(3, reward=1e300), "bad_reward", "leaf 3 has reward 1e+300"),
-    "a reward on an inner turn": Bad(turn_with(2, reward=1.0), "bad_reward", "turn 2 goes on and has reward 1.0"),
-    "a log-prob of nan": Bad(logprob(math.nan), "bad_logprobs", "log-prob 0 of turn 5 is nan"),
-    "a log-prob of -inf": Bad(logprob(-math.inf), "bad_logprobs", "log-prob 0 of turn 5 is -inf"),
-    "a log-prob of inf": Bad(logprob(math.inf), "bad_logprobs", "log-prob 0 of turn 5 is inf"),
-    "a positive log-prob": Bad(logprob(0.25), "bad_logprobs", "log-prob 0 of turn 5 is 0.25"),
-    "a log-prob too few": Bad(turn_with(2, logprobs=lambda t: t.logprobs[:-1]), "bad_logprobs", "turn 2 has"),
-    "a log-prob too many": Bad(turn_with(2, logprobs=longer), "bad_logprobs", "turn 2 has"),
-    "a log-prob at the turn before": Bad(moving_a_log_prob, "bad_logprobs", "turn 1 has"),
+    "a leaf without a reward": Bad(turn_with(4, reward=None), "bad_reward", "turn 4: reward is None with end 'done'"),
+    "a reward of nan": Bad(turn_with(4, reward=math.nan), "bad_reward", "turn 4: reward is nan"),
+    "a reward of inf": Bad(turn_with(3, reward=math.inf), "bad_reward", "turn 3: reward is inf"),
+    "a reward of -inf": Bad(turn_with(3, reward=-math.inf), "bad_reward", "turn 3: reward is -inf"),
+    "a reward beyond float32": Bad(turn_with(3, reward=1e300), "bad_reward", "turn 3: reward is 1e+300"),
+    "a reward on an inner turn": Bad(
+        turn_with(2, reward=1.0), "bad_reward", "turn 2: reward is 1.0 with end 'continue'"
+    ),
+    "a log-prob of nan": Bad(logprob(math.nan), "bad_logprobs", "turn 5: logprobs[0] is nan"),
+    "a log-prob of -inf": Bad(logprob(-math.inf), "bad_logprobs", "turn 5: logprobs[0] is -inf"),
+    "a log-prob of inf": Bad(logprob(math.inf), "bad_logprobs", "turn 5: logprobs[0] is inf"),
+    "a positive log-prob": Bad(logprob(0.25), "bad_logprobs", "turn 5: logprobs[0] is 0.25"),
+    "a log-prob too few": Bad(turn_with(2, logprobs=lambda t: t.logprobs[:-1]), "bad_logprobs", "turn 2: "),
+    "a log-prob too many": Bad(turn_with(2, logprobs=longer), "bad_logprobs", "turn 2: "),
+    "a log-prob at the turn before": Bad(moving_a_log_prob, "bad_logprobs", "turn 1: "),
     "log-probs that are whole numbers": Bad(
-        turn_with(2, logprobs=lambda t: -np.ones(len(t.action), dtype=np.int32)), "bad_logprobs", "turn 2 are int32["
+        turn_with(2, logprobs=lambda t: -np.ones(len(t.action), dtype=np.int32)),
+        "bad_logprobs",
+        "turn 2: logprobs is int32[",
     ),
     "log-probs in two dimensions": Bad(
-        turn_with(2, logprobs=lambda t: t.logprobs[None]), "bad_logprobs", "turn 2 are float32[1, "
+        turn_with(2, logprobs=lambda t: t.logprobs[None]), "bad_logprobs", "turn 2: logprobs is float32[1, "
     ),
     "a version from the future": Bad(
         turn_with(2, spans=span(VERSION + 1)),
         "future_version",
         f"turn 2 has tokens of version {VERSION + 1}, the learner is at {VERSION}",
     ),
-    "a negative version": Bad(turn_with(2, spans=span(-1)), "bad_spans", "of version -1"),
-    "no spans": Bad(turn_with(2, spans=()), "bad_spans", "the spans of turn 2 cover 0 of"),
+    "a negative version": Bad(turn_with(2, spans=span(-1)), "bad_spans", "turn 2: spans[0]: version is -1"),
+    "no spans": Bad(turn_with(2, spans=()), "bad_spans", "turn 2: spans cover 0 of"),
     "spans that end early": Bad(
-        turn_with(2, **three_tokens((1, 0, 2))), "bad_spans", "the spans of turn 2 cover 2 of 3 action tokens"
+        turn_with(2, **three_tokens((1, 0, 2))), "bad_spans", "turn 2: spans cover 2 of 3 action tokens"
     ),
-    "spans that end late": Bad(turn_with(2, **three_tokens((1, 0, 4))), "bad_spans", "turn 2 has a span 0:4"),
+    "spans that end late": Bad(
+        turn_with(2, **three_tokens((1, 0, 4))), "bad_spans", "turn 2: span (version 1, 0:4) does not follow"
+    ),
     "spans with a gap": Bad(
         turn_with(2, **three_tokens((1, 0, 1), (2, 2, 3))),
         "bad_spans",
-        "turn 2 has a span 2:3 of version 2 after 1 of its 3 action tokens",
+        "turn 2: span (version 2, 2:3) does not follow 1 of 3 action tokens",
     ),
     "spans that overlap": Bad(
-        turn_with(2, **three_tokens((1, 0, 2), (2, 1, 3))), "bad_spans", "turn 2 has a span 1:3 of version 2 after 2"
+        turn_with(2, **three_tokens((1, 0, 2), (2, 1, 3))),
+        "bad_spans",
+        "turn 2: span (version 2, 1:3) does not follow 2",
     ),
-    "an empty span": Bad(turn_with(2, **three_tokens((1, 0, 0), (1, 0, 3))), "bad_spans", "turn 2 has a span 0:0"),
-    "a turn with no action tokens": Bad(turn_with(2, **NO_ACTION), "empty_action", "turn 2 has no action tokens"),
+    "an empty span": Bad(
+        turn_with(2, **three_tokens((1, 0, 0), (1, 0, 3))),
+        "bad_spans",
+        "turn 2: span (version 1, 0:0) does not follow 0",
+    ),
+    "a turn with no action tokens": Bad(turn_with(2, **NO_ACTION), "empty_action", "turn 2: action is empty"),
     "an action token beyond the vocabulary": Bad(
         turn_with(4, action=item("action", VOCAB)),
         "bad_token",
         f"token 0 of the action of turn 4 is {VOCAB}, the vocabulary has ids 0 to {VOCAB - 1}",
     ),
     "a negative action token": Bad(
-        turn_with(4, action=item("action", -1)), "bad_token", "token 0 of the action of turn 4 is -1"
+        turn_with(4, action=item("action", -1)), "bad_token", "turn 4: action has the negative token id -1"
     ),
     "an observation token beyond the vocabulary": Bad(
         turn_with(2, observation=int32(0, 2**31 - 1)),
@@ -174,24 +186,26 @@ BAD = {
         "token 1 of the observation of turn 2 is 2147483647",
     ),
     "a negative observation token": Bad(
-        turn_with(2, observation=int32(-3)), "bad_token", "token 0 of the observation of turn 2 is -3"
+        turn_with(2, observation=int32(-3)), "bad_token", "turn 2: observation has the negative token id -3"
     ),
     "a prompt token beyond the vocabulary": Bad(
         tree_with(prompt=int32(1, VOCAB)), "bad_token", f"token 1 of the prompt is {VOCAB}"
     ),
-    "a negative prompt token": Bad(tree_with(prompt=int32(1, -7)), "bad_token", "token 1 of the prompt is -7"),
+    "a negative prompt token": Bad(
+        tree_with(prompt=int32(1, -7)), "bad_token", "its prompt has the negative token id -7"
+    ),
     "tokens that are no whole numbers": Bad(
-        turn_with(4, action=lambda t: t.action.astype(np.float64)), "bad_token", "the action of turn 4 is float64["
+        turn_with(4, action=lambda t: t.action.astype(np.float64)), "bad_token", "turn 4: action is float64["
     ),
     "tokens in two dimensions": Bad(
-        tree_with(prompt=np.zeros((2, 2), dtype=np.int32)), "bad_token", "the prompt is int32[2, 2]"
+        tree_with(prompt=np.zeros((2, 2), dtype=np.int32)), "bad_token", "its prompt is int32[2, 2]"
     ),
     "an empty prompt": Bad(tree_with(prompt=int32()), "empty_prompt", "its prompt has no tokens"),
     "an unknown parent": Bad(without_turn(2), "bad_structure", "turn 4 follows turn 2, which is not in the tree"),
-    "a parent that comes later": Bad(turn_with(1, parent_id=2), "bad_structure", "turn 1 has parent 2"),
-    "a turn that is its own parent": Bad(turn_with(2, parent_id=2), "bad_structure", "turn 2 has parent 2"),
-    "a negative parent": Bad(turn_with(2, parent_id=-1), "bad_structure", "turn 2 has parent -1"),
-    "a turn numbered 0": Bad(turn_with(1, turn_id=0), "bad_structure", "turn 0 is among its turns"),
+    "a parent that comes later": Bad(turn_with(1, parent_id=2), "bad_structure", "turn 1: parent_id is 2"),
+    "a turn that is its own parent": Bad(turn_with(2, parent_id=2), "bad_structure", "turn 2: parent_id is 2"),
+    "a negative parent": Bad(turn_with(2, parent_id=-1), "bad_structure", "turn 2: parent_id is -1"),
+    "a turn numbered 0": Bad(turn_with(1, turn_id=0), "bad_structure", "turn 0: turn_id is 0"),
     "a turn twice": Bad(repeating, "bad_structure", "is there twice"),
     "a turn after the end": Bad(
         turn_with(5, parent_id=4), "bad_structure", "turn 5 follows turn 4, which ended its chain"

@@ -217,11 +217,11 @@ def test_a_reissue_keeps_what_is_attached_and_fences_the_older_holder() -> None:
 @pytest.mark.parametrize(
     ("bad", "complaint"),
     [
-        (turn(3, 3), "parent 3"),
+        (turn(3, 3), "parent_id is 3"),
         (turn(3, 2), "ended its chain"),
-        (turn(3, reward=float("nan")), "reward nan"),
-        (msgspec.structs.replace(turn(3), end="done"), "has reward None"),
-        (msgspec.structs.replace(turn(3, reward=1.0), end="continue"), "has reward 1.0"),
+        (turn(3, reward=float("nan")), "reward is nan"),
+        (msgspec.structs.replace(turn(3), end="done"), "reward is None with end"),
+        (msgspec.structs.replace(turn(3, reward=1.0), end="continue"), "reward is 1.0 with end"),
         (turn(5, 1, reward=1.0), "has children"),
         (closed(2), "3 came"),
     ],

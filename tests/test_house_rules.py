@@ -47,6 +47,7 @@ PURE = {
         for package in PURE_PACKAGES
         for path in (ROOT / package.replace(".", "/")).glob("[a-z]*.py")
     ),
+    "atpo_async.core.bounds",
     "atpo_async.core.dtypes",
     "atpo_async.core.errors",
     "atpo_async.core.priorities",
@@ -54,7 +55,7 @@ PURE = {
     "atpo_async.environments.hopqa.world",
     "atpo_async.wire.messages",
     "atpo_async.core.tree",
-    "atpo_async.wire.codec",
+    *(f"atpo_async.wire.{name}" for name in ("arrays", "checks", "codec", "forms", "plain_turn", "rules")),
     "actors.expansion.candidates",
     "actors.expansion.expansion",
     "atpo_async.wire.records",

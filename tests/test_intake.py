@@ -184,7 +184,7 @@ def test_a_fresh_turn_that_leads_to_no_leaf_does_not_keep_a_tree() -> None:
 
 
 def test_a_chain_that_never_ended_beside_finished_ones_is_no_fault() -> None:
-    batch = with_tree(good_batch(), 0, turn_with(6, end="continue", reward=None))
+    batch = with_tree(good_batch(), 0, turn_with(6, end="continue", reward=None, success=None))
     assert sifted(batch).dropped == {}
 
 
@@ -302,7 +302,7 @@ def is_fit(tree: BatchTree) -> bool:
         return False
     trained_on: set[int] = set()
     for turn in tree.turns:
-        if turn.turn_id < 1 or not 0 <= turn.parent_id < turn.turn_id:
+        if not 1 <= turn.turn_id < 2**31 or not 0 <= turn.parent_id < turn.turn_id:
             return False
         if turn.parent_id and (turn.parent_id not in by_id or by_id[turn.parent_id].end != "continue"):
             return False
@@ -318,7 +318,7 @@ def is_fit(tree: BatchTree) -> bool:
         if any(not 0 <= s.version <= VERSION for s in turn.spans):
             return False
         if turn.end == "continue":
-            if turn.reward is not None:
+            if turn.reward is not None or turn.success is not None:
                 return False
         elif turn.reward is None or not math.isfinite(np.float32(turn.reward)):
             return False

@@ -14,6 +14,7 @@ from atpo_async.core.errors import BadMessage
 from atpo_async.core.tree import Turn, VersionSpan
 from atpo_async.wire import codec
 from atpo_async.wire.messages import RunFinished
+from atpo_async.wire.plain_turn import plain_turn
 from atpo_async.wire.records import MIN_RECORD_BYTES, Buffer, TurnRecords, frames_in, pack, unpack
 
 
@@ -125,13 +126,13 @@ def test_where_one_part_ends_and_the_next_begins_means_nothing() -> None:
 def test_a_turn_is_decoded_once_and_only_when_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     records = TurnRecords.of([turn(1), turn(2), turn(3)])
     decoded: list[int] = []
-    plain = codec._plain_turn
+    plain = plain_turn
 
     def counted(value: Any, payload: Any) -> Any:
         decoded.append(value.turn_id)
         return plain(value, payload)
 
-    monkeypatch.setattr(codec, "_plain_turn", counted)
+    monkeypatch.setattr(codec, "plain_turn", counted)
     assert (len(records), records.nbytes > 0, decoded) == (3, True, [])
     assert records[1] is records[1]
     assert decoded == [2]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
+from atpo_async.core.bounds import Id, Logprobs, Name, Number, Seconds, Tokens, TurnId, Version
 from atpo_async.core.vocabulary import EndReason
 
 ROOT = 0
@@ -21,9 +22,9 @@ ROOT = 0
 class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
     """Action tokens ``start:end`` (end exclusive) were sampled by the weights ``version``."""
 
-    version: int
-    start: int
-    end: int
+    version: Version
+    start: Id
+    end: Id
 
 
 class Turn(msgspec.Struct, frozen=True, kw_only=True, tag="turn", forbid_unknown_fields=True, eq=False):
@@ -32,29 +33,29 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True, tag="turn", forbid_unknown
     The key is ``(run, tree_id, turn_id)``: the same bytes again change nothing, other bytes are a conflict.
     """
 
-    run: str
-    tree_id: str
-    turn_id: int
+    run: Name
+    tree_id: Name
+    turn_id: TurnId
     """1, 2, … in the order the turns of this tree finished; a parent's id is below its children's."""
-    parent_id: int
+    parent_id: Id
     """``ROOT`` for a first turn."""
-    lease_epoch: int
-    expansion_round: int
+    lease_epoch: Id
+    expansion_round: Id
     """0 for the initial rollouts, r for a turn grown in the r-th round of branches."""
-    observation: np.ndarray
+    observation: Tokens
     """int32[O]: what the environment said since the parent turn; empty for first turns."""
-    action: np.ndarray
+    action: Tokens
     """int32[T], T >= 1: what the policy generated, stop token included."""
-    logprobs: np.ndarray
+    logprobs: Logprobs
     """float32[T]: log-probability of each action token under the distribution that sampled it."""
     spans: tuple[VersionSpan, ...]
     """Ascending, without gaps, covering 0:T."""
     end: EndReason
-    reward: float | None
+    reward: Number | None
     """Set on leaves, ``None`` on inner turns."""
     success: bool | None
-    generate_s: float
-    environment_s: float
+    generate_s: Seconds
+    environment_s: Seconds
 
     @property
     def entropy(self) -> float:

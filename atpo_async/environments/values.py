@@ -21,11 +21,11 @@ from typing import Any, Final, Literal, get_args
 
 import numpy as np
 
+from atpo_async.core.bounds import MAX_NUMBER, MAX_SIZE
 from atpo_async.core.errors import ConfigError
 from atpo_async.core.texts import of_error, of_type, of_value
 from atpo_async.core.vocabulary import EpisodeEnd, Split
 from atpo_async.environments.base import StepResult
-from atpo_async.wire.checks import MAX_NUMBER, MAX_SIZE
 
 NOTHING = np.zeros(0, dtype=np.int32)
 

@@ -7,8 +7,22 @@ Durations are seconds, sizes bytes, versions learner versions.
 from __future__ import annotations
 
 import msgspec
-import numpy as np
 
+from atpo_async.core.bounds import (
+    Count,
+    Id,
+    Logprobs,
+    Name,
+    NotNegative,
+    RawBytes,
+    Seconds,
+    Shape,
+    Size,
+    Text,
+    Tokens,
+    Version,
+    VersionOrNone,
+)
 from atpo_async.core.tree import Turn
 from atpo_async.core.vocabulary import Precision, Split
 from atpo_async.wire.records import TurnRecords
@@ -27,65 +41,65 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class ActorHello(Message, frozen=True, tag="actor_hello"):
     """Actor introduces itself.  Answered by ``Welcome``, or ``Refused`` for another protocol or run."""
 
-    protocol: int
-    run: str
+    protocol: Id
+    run: Name
     """The run it expects; empty to join whatever runs there."""
-    actor: str
-    environment: str
-    search_leaves: int
+    actor: Name
+    environment: Name
+    search_leaves: Count
 
 
 class LeaseRequest(Message, frozen=True, tag="lease_request"):
     """Actor asks for up to ``count`` trees to grow.  Answered by ``Leases``."""
 
-    run: str
-    actor: str
-    count: int
-    version: int
+    run: Name
+    actor: Name
+    count: Count
+    version: VersionOrNone
     """The version the actor's engine generates with now."""
 
 
 class TreeOpened(Message, frozen=True, tag="tree_opened"):
     """Actor has built the prompt.  Sent before the tree's first turn; order of arrival does not matter."""
 
-    run: str
-    tree_id: str
-    lease_epoch: int
-    prompt: np.ndarray
+    run: Name
+    tree_id: Name
+    lease_epoch: Id
+    prompt: Tokens
     """int32[P]."""
 
 
 class TreeClosed(Message, frozen=True, tag="tree_closed"):
     """Actor will send no further turn of this tree.  Complete once ``num_turns`` turns are there."""
 
-    run: str
-    tree_id: str
-    lease_epoch: int
-    num_turns: int
-    failed_branches: int
-    failures: dict[str, int]
+    run: Name
+    tree_id: Name
+    lease_epoch: Id
+    num_turns: Count
+    failed_branches: Count
+    failures: dict[Name, Size]
     """Reason -> count, of the failed branches."""
 
 
 class LeaseReturned(Message, frozen=True, tag="lease_returned"):
     """Actor gives leases back unfinished: it is shutting down, or the buffer refused what it sent of them."""
 
-    run: str
-    actor: str
-    tree_ids: tuple[str, ...]
-    reason: str = ""
+    run: Name
+    actor: Name
+    tree_ids: tuple[Name, ...]
+    reason: Text = ""
     """Why the buffer refused it: counts as a lost holder; empty where the actor shuts down."""
 
 
 class ActorReport(Message, frozen=True, tag="actor_report"):
     """Actor's heartbeat, every few seconds: renews its leases and carries its metrics for the run's metrics file."""
 
-    run: str
-    actor: str
-    version: int
-    tree_ids: tuple[str, ...]
+    run: Name
+    actor: Name
+    version: VersionOrNone
+    tree_ids: tuple[Name, ...]
     """Leases still being worked on; renewed by this message."""
-    metrics: dict[str, float]
+    metrics: dict[Name, float]
 
 
 ActorToBuffer = ActorHello | LeaseRequest | TreeOpened | Turn | TreeClosed | LeaseReturned | ActorReport
@@ -97,13 +111,13 @@ ActorToBuffer = ActorHello | LeaseRequest | TreeOpened | Turn | TreeClosed | Lea
 class Lease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, eq=False):
     """The right to grow one tree until ``lifetime_s`` from now, unless renewed."""
 
-    tree_id: str
-    task_index: int
+    tree_id: Name
+    task_index: Id
     kind: Split
-    epoch: int
+    epoch: Id
     """Rises with every reissue; turns under an older epoch are refused."""
-    lifetime_s: float
-    min_version: int
+    lifetime_s: Seconds
+    min_version: VersionOrNone
     """Do not start before the engine has at least this version."""
     seed: int
     committed: TurnRecords
@@ -113,29 +127,29 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Welcome(Message, frozen=True, tag="welcome"):
     """Buffer's answer to ``ActorHello``: the run, and where the weights are (empty until the learner has said so)."""
 
-    run: str
-    weights_endpoint: str
-    announce_endpoint: str
+    run: Name
+    weights_endpoint: Text
+    announce_endpoint: Text
 
 
 class Leases(Message, frozen=True, tag="leases"):
     """Buffer's answer to ``LeaseRequest``; fewer than asked, or none, when admission is closed."""
 
     leases: tuple[Lease, ...]
-    closed_because: str | None
+    closed_because: Text | None
     """Why there are not more; None when all were granted."""
-    retry_after_s: float
+    retry_after_s: Seconds
     finished: bool
     """The run is over: the actor ends."""
-    weights_endpoint: str = ""
+    weights_endpoint: Text = ""
     """Where the weights are now, as in ``Welcome``: a learner may come back at another address."""
-    announce_endpoint: str = ""
+    announce_endpoint: Text = ""
 
 
 class Refused(Message, frozen=True, tag="refused"):
     """The receiver did not take a message, for good: sending it again will not help."""
 
-    reason: str
+    reason: Text
 
 
 BufferToActor = Welcome | Leases | Refused
@@ -147,15 +161,15 @@ BufferToActor = Welcome | Leases | Refused
 class SampleRequest(Message, frozen=True, tag="sample_request"):
     """Learner asks for a batch of trees.  Answered by ``Batch`` when there is one, at the latest after ``wait_s``."""
 
-    run: str
-    rank: int
-    num_ranks: int
-    step: int
-    version: int
+    run: Name
+    rank: Id
+    num_ranks: Count
+    step: Id
+    version: Version
     """The learner's version: lag is measured against it."""
-    num_trees: int
+    num_trees: Count
     """Of the whole batch over all ranks."""
-    wait_s: float
+    wait_s: Seconds
 
 
 class Trained(Message, frozen=True, tag="trained"):
@@ -164,13 +178,13 @@ class Trained(Message, frozen=True, tag="trained"):
     The batch is confirmed when every rank has said so.
     """
 
-    run: str
-    batch_id: int
-    version: int
+    run: Name
+    batch_id: Id
+    version: Version
     """The learner's version after the step."""
-    priorities: dict[str, float]
+    priorities: dict[Name, NotNegative]
     """Of the trees of this rank's share."""
-    rank: int = 0
+    rank: Id = 0
 
 
 class Checkpointed(Message, frozen=True, tag="checkpointed"):
@@ -180,27 +194,27 @@ class Checkpointed(Message, frozen=True, tag="checkpointed"):
     checkpoint trains on them again.
     """
 
-    run: str
-    step: int
-    version: int
+    run: Name
+    step: Id
+    version: Version
 
 
 class VersionPublished(Message, frozen=True, tag="version_published"):
     """Learner tells the buffer which version the actors can get, and where."""
 
-    run: str
-    version: int
-    weights_endpoint: str
-    announce_endpoint: str
+    run: Name
+    version: Version
+    weights_endpoint: Text
+    announce_endpoint: Text
 
 
 class EvalRequest(Message, frozen=True, tag="eval_request"):
     """Learner asks for a greedy evaluation on the held-out tasks with weights of at least ``version``."""
 
-    run: str
-    step: int
-    version: int
-    num_tasks: int
+    run: Name
+    step: Id
+    version: Version
+    num_tasks: Count
     blocking: bool
     """True: no training lease is granted until it is done."""
 
@@ -208,15 +222,15 @@ class EvalRequest(Message, frozen=True, tag="eval_request"):
 class EvalQuery(Message, frozen=True, tag="eval_query"):
     """Learner asks whether the evaluation requested for ``step`` is done.  Answered by ``EvalResult``."""
 
-    run: str
-    step: int
-    wait_s: float
+    run: Name
+    step: Id
+    wait_s: Seconds
 
 
 class RunFinished(Message, frozen=True, tag="run_finished"):
     """Learner has done its steps: no more leases."""
 
-    run: str
+    run: Name
 
 
 LearnerToBuffer = SampleRequest | Trained | Checkpointed | VersionPublished | EvalRequest | EvalQuery | RunFinished
@@ -228,36 +242,36 @@ LearnerToBuffer = SampleRequest | Trained | Checkpointed | VersionPublished | Ev
 class BatchTree(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, eq=False):
     """One tree of a batch, with how it was drawn."""
 
-    tree_id: str
-    task_index: int
-    prompt: np.ndarray
+    tree_id: Name
+    task_index: Id
+    prompt: Tokens
     """int32[P]."""
     turns: TurnRecords
     """Fresh and stale ones; the learner masks those over ``max_lag``."""
-    failed_branches: int
-    probability: float
+    failed_branches: Count
+    probability: NotNegative
     """P_i at sampling (ALGORITHM, section 4)."""
-    weight: float
+    weight: NotNegative
     """w_PER, as the buffer's settings have it."""
-    uses: int
+    uses: Count
     """How often it was served, this time included."""
 
 
 class Batch(Message, frozen=True, tag="batch"):
     """One rank's share of a batch.  May be empty (``trees == ()``): nothing had a signal, the step counts anyway."""
 
-    batch_id: int
-    step: int
-    num_trees: int
+    batch_id: Id
+    step: Id
+    num_trees: Count
     """Trees of the whole batch over all ranks."""
-    num_leaves: int
+    num_leaves: Count
     """Leaves of the whole batch over all ranks: the global normaliser of seq-mean aggregation."""
-    num_action_tokens: int
+    num_action_tokens: Size
     """Action tokens over all leaf rows of the whole batch: the global normaliser of token-mean aggregation."""
-    num_turn_tokens: int
+    num_turn_tokens: Size
     """Action tokens of the whole batch over all ranks, each turn once: the normaliser of unique-token-mean."""
     trees: tuple[BatchTree, ...]
-    metrics: dict[str, float]
+    metrics: dict[Name, float]
     """The buffer's side of this step: train/reward, train/success, buffer/*, counted since the batch before."""
     checkpoint_wanted: bool = False
     """The buffer's room is taken by trees that it keeps for a learner that might fall back: save a checkpoint."""
@@ -266,8 +280,8 @@ class Batch(Message, frozen=True, tag="batch"):
 class NotYet(Message, frozen=True, tag="not_yet"):
     """No batch within ``wait_s``: what is missing, for the log."""
 
-    waiting_for: str
-    progress: int = 0
+    waiting_for: Text
+    progress: Size = 0
     """Turns and ends of trees so far, whatever became of them: while it changes, the wait is not in vain."""
     checkpoint_wanted: bool = False
     """As in ``Batch``."""
@@ -276,22 +290,22 @@ class NotYet(Message, frozen=True, tag="not_yet"):
 class Exhausted(Message, frozen=True, tag="exhausted"):
     """Every task below ``run.max_tasks`` has been trained on or is accounted for: there is no further batch."""
 
-    reason: str
+    reason: Text
 
 
 class EvalResult(Message, frozen=True, tag="eval_result"):
     """State of an evaluation; ``success`` is None until it is done, and where all tasks failed or are unknown."""
 
-    step: int
+    step: Id
     done: bool
-    success: float | None
+    success: NotNegative | None
     """Mean over the tasks that are not unknown; a failed one counts as no success."""
-    num_done: int
-    num_tasks: int
-    num_unknown: int = 0
+    num_done: Count
+    num_tasks: Count
+    num_unknown: Count = 0
     """Tasks done of which the environment did not say whether they succeeded."""
-    version_min: int = -1
-    version_max: int = -1
+    version_min: VersionOrNone = -1
+    version_max: VersionOrNone = -1
     """Oldest and newest version that sampled any of its turns so far; -1 while there is none."""
 
 
@@ -304,73 +318,73 @@ BufferToLearner = Batch | NotYet | Exhausted | EvalResult | Refused
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where one tensor lies in the payload."""
 
-    name: str
+    name: Text
     dtype: Precision
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+    shape: Shape
+    offset: Size
+    nbytes: Size
 
 
 class WeightsManifest(Message, frozen=True, tag="weights_manifest"):
     """Everything about one version except its bytes.  Learner -> actor, answer to ``ManifestRequest``."""
 
-    run: str
-    version: int
-    total_bytes: int
-    chunk_bytes: int
-    sha256: str
+    run: Name
+    version: Version
+    total_bytes: Size
+    chunk_bytes: Size
+    sha256: Text
     """Of the whole payload, hex."""
     tensors: tuple[TensorSpec, ...]
     """Every tensor the engine holds, the tied output head too."""
-    probe_token_ids: np.ndarray
+    probe_token_ids: Tokens
     """int32[S * T]: S sequences that the policy sampled, all of one length, one after another."""
-    probe_logprobs: np.ndarray
+    probe_logprobs: Logprobs
     """float32[S * (T - 1)]: the learner's log-prob of each token but the first of its sequence, given those before."""
-    probe_tolerance: float | None = None
+    probe_tolerance: NotNegative | None = None
     """Nats of noise on the logits; None: the engine's own measure."""
-    probe_sequences: int = 1
+    probe_sequences: Count = 1
     """S."""
 
 
 class WeightsAnnounced(Message, frozen=True, tag="weights_announced"):
     """PUB, and the answer to ``AnnouncementRequest``."""
 
-    run: str
-    version: int
-    total_bytes: int
-    sha256: str
-    host_id: str
+    run: Name
+    version: Version
+    total_bytes: Size
+    sha256: Text
+    host_id: Text
     """Identity of the learner's machine and boot: only an actor on the same one may use ``shm_path``."""
-    shm_path: str | None
+    shm_path: Text | None
 
 
 class AnnouncementRequest(Message, frozen=True, tag="announcement_request"):
-    run: str
+    run: Name
 
 
 class ManifestRequest(Message, frozen=True, tag="manifest_request"):
-    run: str
-    version: int
+    run: Name
+    version: Version
 
 
 class ChunkRequest(Message, frozen=True, tag="chunk_request"):
-    run: str
-    version: int
-    index: int
+    run: Name
+    version: Version
+    index: Id
 
 
 class Chunk(Message, frozen=True, tag="chunk"):
-    version: int
-    index: int
-    data: np.ndarray
+    version: Version
+    index: Id
+    data: RawBytes
     """uint8[N]."""
 
 
 class VersionGone(Message, frozen=True, tag="version_gone"):
     """The version asked for is no longer kept; ``newest`` is."""
 
-    version: int
-    newest: int
+    version: Version
+    newest: VersionOrNone
 
 
 ActorToLearner = AnnouncementRequest | ManifestRequest | ChunkRequest

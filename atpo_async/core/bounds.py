@@ -1,0 +1,58 @@
+"""Types of a message's fields with their bounds: what each kind of number, text and array may be at most.
+
+The wire's parser keeps to the bounds that msgspec knows; what a type cannot say (``Content``) and what must agree with
+what, ``atpo_async.wire.checks`` asks.  Numbers are held to what the program keeps them in: ids and counts to int32,
+other numbers to float32.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+import numpy as np
+from msgspec import Meta
+
+MAX_ID = 2**31 - 1
+"""Of ids, versions, counts and token ids."""
+MAX_SIZE = 2**63 - 1
+"""Of byte counts, and of sums over a whole batch or run."""
+MAX_NUMBER = float(np.finfo(np.float32).max)
+MAX_SECONDS = 1e9
+"""Some thirty years: more is no duration but a point in time, or noise."""
+MAX_NAME_BYTES = 200
+MAX_TEXT_BYTES = 1 << 16
+MAX_DIMENSIONS = 32
+"""Of a tensor; the product of many large factors would take its time."""
+LOGPROB_SLACK = 2.0**-10
+"""Log-probs may exceed 0 by this much: a softmax in reduced precision can round a sure token's to just above 0."""
+
+
+class Content(enum.Enum):
+    """What a field holds, where its type cannot say all that this asks for."""
+
+    NAME = "printable, at most MAX_NAME_BYTES bytes"
+    TEXT = "at most MAX_TEXT_BYTES bytes"
+    TOKENS = "int32, token ids"
+    LOGPROBS = "float32, finite, at most LOGPROB_SLACK"
+    BYTES = "uint8"
+
+
+Id = Annotated[int, Meta(ge=0, le=MAX_ID)]
+Count = Id
+TurnId = Annotated[int, Meta(ge=1, le=MAX_ID)]
+Version = Annotated[int, Meta(ge=0, le=MAX_ID)]
+VersionOrNone = Annotated[int, Meta(ge=-1, le=MAX_ID)]
+"""-1 where there is none yet."""
+Size = Annotated[int, Meta(ge=0, le=MAX_SIZE)]
+Number = Annotated[float, Meta(ge=-MAX_NUMBER, le=MAX_NUMBER)]
+NotNegative = Annotated[float, Meta(ge=0.0, le=MAX_NUMBER)]
+Seconds = Annotated[float, Meta(ge=0.0, le=MAX_SECONDS)]
+"""A duration."""
+Name = Annotated[str, Meta(max_length=MAX_NAME_BYTES), Content.NAME]
+"""Of a run, an actor, a tree; may be empty."""
+Text = Annotated[str, Meta(max_length=MAX_TEXT_BYTES), Content.TEXT]
+Shape = Annotated[tuple[Size, ...], Meta(max_length=MAX_DIMENSIONS)]
+Tokens = Annotated[np.ndarray, Content.TOKENS]
+Logprobs = Annotated[np.ndarray, Content.LOGPROBS]
+RawBytes = Annotated[np.ndarray, Content.BYTES]
