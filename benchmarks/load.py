@@ -328,7 +328,7 @@ class Sent:
     ack_s: np.ndarray
     """float64[N]: from the call of ``send`` to the acknowledgement, of every message in the timed part."""
     waited_s: float
-    """Summed over actors: for room in the window."""
+    """Summed over actors: for space in the window."""
     cpu_s: float
     """Of the senders' processes."""
     refused: int = 0

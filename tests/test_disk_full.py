@@ -79,7 +79,7 @@ def test_a_full_disk_is_waited_for_with_a_name_and_the_write_goes_on(
     assert done == "done"
     assert len(seen) == 3
     assert all(
-        wait["on"] == waits.DISK and wait["what"].startswith("room for the checkpoint of step 6") for wait in seen
+        wait["on"] == waits.DISK and wait["what"].startswith("space for the checkpoint of step 6") for wait in seen
     )
     first, last = caplog.messages
     assert first.startswith("the checkpoint of step 6 cannot be written: ")
@@ -168,7 +168,7 @@ async def test_a_learner_waits_for_room_on_the_disk_and_goes_on(
 
     buffer.on_sample = fill_up
     await asyncio.wait_for(learn(context(run, endpoint)), WAIT_S)
-    assert any(said in message and "trying again until there is room" in message for message in caplog.messages)
+    assert any(said in message and "trying again until there is space" in message for message in caplog.messages)
     assert isinstance(buffer.events[-1], RunFinished)
     assert (run.path / "model" / "model.safetensors").is_file()
     assert [r.step for r in read_metrics(run.metrics_path) if "train/loss" in r.metrics] == [1, 2, 3]

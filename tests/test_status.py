@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -309,6 +310,18 @@ def test_an_engine_that_loads_is_not_called_a_hang(run: RunDir, capsys: pytest.C
     assert "loading its engine for 20 s" in text
     assert "the engine's start from engine 20 s" in text
     assert "has been at" not in text
+
+
+def test_the_times_of_a_role_that_writes_no_status_any_more_go_on(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silent = {"monotonic_s": time.monotonic() - 100.0, "phase_s": 20.0, "loop_age_s": 0.5}
+    put(run, status("learner", waits=(wait("batch 3", "buffer", 4.0),), **silent))
+    found = json.loads(told(capsys, run, "--json"))["roles"]["learner"]
+    assert found["state"] == "silent"
+    assert found["loop_age_s"] >= 100.5
+    assert found["phase_s"] >= 120.0
+    assert found["waits"][0]["since_s"] >= 104.0
 
 
 @linux

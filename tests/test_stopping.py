@@ -69,7 +69,7 @@ def test_whatever_shows_that_it_gets_on_keeps_it_waited_for(sign: str) -> None:
 
 def test_one_that_stands_still_is_waited_for_no_more_and_the_loss_is_told() -> None:
     watch = Watch(hang_s=10.0)
-    room = wait("room for the checkpoint of step 6 in c (No space left on device)", DISK, 9.0)
+    room = wait("space for the checkpoint of step 6 in c (No space left on device)", DISK, 9.0)
     observed = ObservedRole(
         role="learner", statuses=(status("learner", phase=SAVING, waits=(wait("learn", TORCH), room)),)
     )
@@ -77,7 +77,7 @@ def test_one_that_stands_still_is_waited_for_no_more_and_the_loss_is_told() -> N
     assert looks[9].waited_for == ("learner",)
     assert looks[11].waited_for == ()
     assert looks[11].lines == (
-        "learner has stood still for 11 s while it saved (room for the checkpoint of step 6 in c (No space left on "
+        "learner has stood still for 11 s while it saved (space for the checkpoint of step 6 in c (No space left on "
         "device)) and is ended; what no checkpoint holds is trained on again",
     )
 

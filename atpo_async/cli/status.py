@@ -1,4 +1,4 @@
-"""``atpo status RUN``: who waits for whom, since when; one screen, from the snapshots that the roles keep."""
+"""``atpo status RUN``: who waits for whom, since when; one screen, from the status files that the roles write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One attempt of a role: its files, how and why it ended; and how often a role that crashes is started again."""
+"""One attempt of a role: its files, how and why it ended; and when a role that crashed is started again or given up."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Attempt:
         """How it ended, once its first process has, with ``code`` (-n: killed by signal n)."""
         if self.hung:
             return Ending(code=code, reason=middle_cut(self.hung, REASON_CHARACTERS))
-        # What it has written itself comes first: a program in between changes the exit code.
+        # What the role has written comes first: a program in between (accelerate) changes the exit code.
         told = self._told() if code != EXIT_DONE else None
         ending = told or self._untold(code)
         return Ending(code=ending.code, reason=middle_cut(ending.reason, REASON_CHARACTERS))
 
     def _told(self) -> Ending | None:
-        """As the role has written it down itself."""
+        """What the role has written into its error file."""
         try:
             said = json.loads(self.error_file.read_text(encoding="utf-8"))
             return Ending(code=int(said["code"]), reason=str(said["error"]))
@@ -56,7 +56,7 @@ class Attempt:
         if code < 0:
             return Ending(code=code, reason=f"killed by {signal_name(-code)}{doing}")
         if doing and not self.error_file.exists():
-            # Its process ended in the middle of its environment's code, whatever the exit code.
+            # The process ended in the middle of its environment's code, so that its exit code means nothing.
             return Ending(code=EXIT_CRASH, reason=f"it ended without a word, as by os._exit(){doing}")
         if code == EXIT_DONE:
             return Ending(code=code)
@@ -69,7 +69,7 @@ class Attempt:
         return Ending(code=code, reason=f"exit code {code}")
 
     def _was_doing(self) -> str:
-        """What others' code was at when the role died, for the end of a sentence; empty where nothing is known."""
+        """The call of its environment that was under way, for the end of a sentence; empty where there was none."""
         try:
             said = self.error_file.with_suffix(DOING).read_text(encoding="utf-8").strip()
         except (OSError, ValueError):
@@ -82,7 +82,7 @@ class Ending:
     """How an attempt ended."""
 
     code: int
-    """As the role meant it (``exits``)."""
+    """As in ``exits``; -n where signal n killed it."""
     reason: str = ""
     """In a line; empty where its work was done."""
 
@@ -99,7 +99,7 @@ class Crashes:
         self._times: collections.deque[float] = collections.deque()
 
     def add(self, now: float) -> None:
-        """One more, at ``now`` (seconds, monotonic)."""
+        """Count a crash at ``now`` (seconds, monotonic)."""
         self._times.append(now)
         while self._times and now - self._times[0] > self._settings.restart_window_s:
             self._times.popleft()

@@ -1,7 +1,7 @@
-"""Which refusals of a file system pass once there is room, and waiting for that; the others in one line.
+"""Writing to a disk that may be full: which errors of a file system pass, and waiting until they have.
 
-A full disk is nobody's fault and passes: who starts again only loses what it had in hand.  So whoever has to write
-waits, says so, and goes on when there is room, as the buffer's journal does.
+A full disk is no fault of a role, and passes: a role that ended because of it would only lose what it has in hand.
+So a role that has to write waits, says so, and goes on when there is space again, as the buffer's journal does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
 RETRY_S = 0.5
 RETRY_MAX_S = 5.0
 REPEAT_S = 30.0
-"""How often a refusal that lasts is logged."""
+"""Between two log lines about an error that lasts."""
 
 _NUMBER = re.compile(r"os error (\d+)|\[Errno (\d+)\]")
 
@@ -33,7 +33,7 @@ _NUMBER = re.compile(r"os error (\d+)|\[Errno (\d+)\]")
 def error_number(error: BaseException) -> int | None:
     """``errno`` of what a file system refused; None where ``error`` is something else.
 
-    Libraries that write files in another language (safetensors) say it in the text alone.
+    Libraries that write files in another language (safetensors) say the number in the text alone.
     """
     seen: set[int] = set()
     here: BaseException | None = error
@@ -62,11 +62,11 @@ def until_written(
 
     Args:
         what: is written, for people, with where it goes.
-        write: leaves nothing behind where it fails; its errors that come from no file system are passed on.
+        write: leaves nothing behind where it fails; errors that come from no file system are passed on.
         give_up_s: seconds; None: wait as long as it takes.
 
     Raises:
-        SetupError: the file system refuses for a reason that room would not mend, or for longer than ``give_up_s``.
+        SetupError: free space would not mend the refusal, or it lasts for longer than ``give_up_s``.
     """
     began = told = clock()
     pause_s = RETRY_S
@@ -89,12 +89,12 @@ def until_written(
                 ) from exc
             if not waited or now - told >= REPEAT_S:
                 told = now
-                log.warning("%s cannot be written: %s; trying again until there is room", what, fault)
+                log.warning("%s cannot be written: %s; trying again until there is space", what, fault)
             waited = True
         else:
             if waited:
                 log.info("%s is written, after %.1f s of waiting for the disk", what, clock() - began)
             return done
-        with waits.waiting(who, f"room for {what} ({fault})", on=waits.DISK):
+        with waits.waiting(who, f"space for {what} ({fault})", on=waits.DISK):
             sleep(pause_s)
         pause_s = min(2 * pause_s, RETRY_MAX_S)

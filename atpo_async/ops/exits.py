@@ -1,4 +1,4 @@
-"""How a role ends, as its supervisor learns of it: exit codes, and what the environment of a supervised role names."""
+"""What a role tells its supervisor when it ends: exit codes, and the files that its environment names."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ EXIT_DONE, EXIT_CRASH, EXIT_USER, EXIT_FAILURE = 0, 1, 2, 3
 a failure with a name, which another attempt may mend.  128 + n: ended by signal n."""
 
 SUPERVISOR_PID = "ATPO_SUPERVISOR_PID"
-"""Environment variable by which a role knows that it is supervised, and by whom."""
+"""Environment variable: the process whose end ends the role; set in supervised roles only."""
 
 ERROR_FILE = "ATPO_ERROR_FILE"
 """Environment variable: where a supervised role writes ``{"code", "error"}`` when it fails."""
 
 DOING = ".doing"
-"""Suffix, in place of the error file's own, of a file that always says what runs in a role that others' code may end
-without a word: its environment's call."""
+"""Suffix, in place of the error file's own, of a file that names the call of the environment that is under way: an
+environment's code may end the process without an error."""
 
 ERROR_PREFIX = "error: "
 """Begins the one line in which a role or the command line says what went wrong."""

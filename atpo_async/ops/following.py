@@ -1,5 +1,6 @@
-"""What a run tells while it is under way, passed on to the terminal: metrics, notices, roles that start, the address to
-join at; and the memory of its roles, which is written into its metrics.
+"""Passes on to the terminal what a run writes: metrics, notices, which roles start, the address at which actors join.
+
+It also writes the memory that the roles use into the run's metrics.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from atpo_async.status.loading import RoleStart, starts
 from atpo_async.status.reporter import EVERY_S
 
 NOTICES = "notices.jsonl"
-"""In the run's scratch folder: what roles have for the terminal."""
+"""In the run's scratch folder: the roles' lines for the terminal."""
 
 TAIL_S = 0.25
 """Between two looks at the metrics file."""
 
 
 class Follower:
-    """Passes on what a run tells.  Each loop waits for nothing but the clock, and ends by being cancelled.
+    """Passes on what a run writes.  Each loop waits for nothing but the clock, and ends by being cancelled.
 
     Args:
         rundir: the run.
@@ -55,7 +56,7 @@ class Follower:
         self._notices = notices.Tail(rundir.scratch / NOTICES)
 
     def pass_on(self) -> None:
-        """Notices and records that have come since the last call."""
+        """Pass on the notices and records that have come since the last call."""
         records = self._tail.new()
         for record in records:
             self._step = max(self._step, record.step)

@@ -1,4 +1,4 @@
-"""What ends a role's process: signals, and the end of its supervisor; each asks first, and ends it in the end."""
+"""Ties a role's process to its signals and to its supervisor's life: each asks it to stop first, and ends it later."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def is_supervised() -> bool:
 class Signals:
     """What signals and the supervisor's end ask of a role: at first to stop, then to be cancelled.
 
-    The supervisor's end is told twice, by the kernel's death signal and by the thread that looks after it, in either
-    order: together they ask once, or the second would cut a clean end short.
+    The supervisor's end arrives twice, as the kernel's death signal and from the thread that watches its process, in
+    either order: together they count once, or the second would cut a clean end short.
     """
 
     def __init__(self, stopping: asyncio.Event, *, cancel: Callable[[], object], log: logging.Logger) -> None:
@@ -49,7 +49,7 @@ class Signals:
             self._cancel()
 
     def supervisor_gone(self) -> None:
-        """The supervisor has ended, as the thread that looks after it sees."""
+        """The supervisor has ended, as the thread that watches it sees."""
         if self.first is None:
             self.received(signal.SIGTERM)
             self._death_signal_due = True
@@ -60,9 +60,9 @@ def tie_to_supervisor(
 ) -> None:
     """End this role when its supervisor ends.
 
-    The death signal comes at once, but to a parent's child only (a rank's parent is the launcher) and not on every
-    system; a thread looks after the supervisor itself, and ends the whole process group when a clean end takes too
-    long or the loop is stuck; a role that saves what it has done has ``saving_s`` for it.
+    The death signal comes at once, but only to children of the supervisor (a rank's parent is accelerate) and not on
+    every system; so a thread watches the supervisor's process too, and ends the whole process group when a clean end
+    takes longer than ``grace_s`` or the loop is stuck.  A role that saves what it has done has ``saving_s`` for it.
     """
     supervisor = int(os.environ[SUPERVISOR_PID])
     die_with_parent()  # off Linux the thread below does it, later
@@ -97,12 +97,12 @@ def _group_of(pid: int) -> int | None:
 
 
 def _alive(pid: int) -> bool:
-    """Whether a process runs; a dead one that nobody has waited for does not."""
+    """Whether a process runs; a zombie does not."""
     return started(pid) is not None
 
 
 def exit_within(seconds: float, code: int) -> None:
-    """A library's thread or exit hook must not keep a finished role alive."""
+    """End this process in ``seconds``, even if a library's thread or exit hook keeps it alive."""
 
     def end() -> None:
         time.sleep(seconds)

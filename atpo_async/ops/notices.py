@@ -1,7 +1,7 @@
-"""Lines that a role has for the user's terminal: rare ones, which nobody would look for in a log.
+"""Notices: rare lines of a role for the user's terminal, which would be missed in a log.
 
-A role appends them to a file of the run's scratch folder; the supervisor, which started it, reads them there.  Roles
-without a supervisor, joined by hand, have a terminal of their own: their log.
+A role appends them to a file in the run's scratch folder, and its supervisor reads them there.  A role that joined by
+hand has a terminal of its own: its log.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FILE = "ATPO_NOTICES"
 
 MOST_CHARACTERS = 700
 MOST_LINES = 200
-"""Of one process: whatever goes wrong, a terminal and a disk are spared."""
+"""Of one process: whatever goes wrong, it floods neither the terminal nor the disk."""
 
 SAME_S = 50.0
 
@@ -37,7 +37,7 @@ def tell(line: str, key: str = "") -> None:
 
     Args:
         line: what happened.
-        key: what lines of other roles say the same: of several actors one is enough.
+        key: equal for lines that say the same; of several actors one such line is shown.
     """
     global _told
     text = shortened(line, MOST_CHARACTERS)
@@ -57,7 +57,7 @@ def tell(line: str, key: str = "") -> None:
 
 
 class Tail:
-    """Reads what roles tell, from now on.
+    """Reads the notices of roles, from now on.
 
     Args:
         path: their file; it may come later, or be gone.
@@ -70,7 +70,7 @@ class Tail:
         self._tail = tail.Tail(path, offset=path.stat().st_size if path.exists() else 0)
 
     def new(self) -> list[str]:
-        """Told since the last call, and not in the last ``SAME_S`` by another role."""
+        """Notices since the last call, without those whose key has been told in the last ``SAME_S`` seconds."""
         return [text for raw in self._tail.new() for key, text in _said(raw) if self._is_new(key)]
 
     def _is_new(self, key: str) -> bool:

@@ -1,9 +1,9 @@
-"""Ends what an earlier start of a run has left running: roles whose supervisor was killed and that did not end by
-themselves, because a signal had stopped them (SIGSTOP) or because they hang.
+"""Ends orphans: roles whose supervisor was killed and that did not end by themselves, because a signal had stopped them
+(SIGSTOP) or because they hang.
 
-They hold the journal and the ports, so the same command could not go on.  Each is known by its environment: which run,
-role and attempt it is (``processes.ROLE_MARK``) and whose it is (``exits.SUPERVISOR_PID``).  One whose supervisor lives
-is never touched.
+They hold the journal and the ports, so that the same command could not go on.  A process is recognised by its
+environment: it says which run, role and attempt it is (``processes.ROLE_MARK``) and which supervisor started it
+(``exits.SUPERVISOR_PID``).  A role whose supervisor lives is never touched.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LOOK_S = 0.1
 """Between two looks at processes that are about to end by themselves."""
 
 EXTRA_S = 2.0
-"""For what looks after a lost supervisor once a second and then ends itself."""
+"""For a role's own thread, which looks once a second whether its supervisor lives."""
 
 OTHER_HOST_S = 30.0
 """A status file of another machine that is older says nothing; clocks may differ by so much."""
@@ -36,7 +36,7 @@ RENEWED_S = 3.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marked:
-    """A process of this machine that says of itself that it belongs to the run."""
+    """A process of this machine whose environment says that it belongs to the run."""
 
     process: processes.Process
     mark: str
@@ -51,7 +51,7 @@ class Marked:
 
 
 def marked_processes(run_id: str) -> list[Marked]:
-    """All of them that this user may look at, their descendants included; empty off Linux."""
+    """All such processes that this user may look at, their descendants included; empty off Linux."""
     found = []
     for process in processes.processes():
         environment = processes.environment(process.pid)
@@ -87,8 +87,8 @@ def end_orphans(
 ) -> list[str]:
     """End the roles of ``rundir`` that have lost their supervisor.  For whoever holds the run's lock.
 
-    What is ending by itself gets the time that it has for that: ``supervisor.stop_grace_s``, or ``links.give_up_s``
-    while it saves what was trained.  What a signal has stopped is killed at once.
+    A role that is ending by itself gets its time for that: ``supervisor.stop_grace_s``, or ``links.give_up_s`` while it
+    saves what was trained.  A role that a signal has stopped is killed at once.
 
     Returns the roles that were ended.  Raises SetupError naming the process where one may not be ended from here: its
     supervisor lives, it is another user's, it runs on another machine, or it does not end.
@@ -148,8 +148,8 @@ def _by_role(orphans: Iterable[Marked]) -> list[tuple[str, int, bool]]:
 
 
 def _refuse_supervised(rundir: RunDir, found: Iterable[Marked]) -> None:
-    """A supervisor that lives though we hold the run's lock: somebody removed the lock file.  A copy of the folder has
-    the same run_id, and its supervisor has nothing to do with us."""
+    """Refuse a run whose supervisor lives though we hold its lock: the lock file was removed.  A copy of the folder has
+    the same run_id; its supervisor is another run's."""
     for marked in found:
         if marked.supervisor is not None and marked.folder == rundir.path:
             raise SetupError(
@@ -170,7 +170,7 @@ def _refuse_other_users(rundir: RunDir, found: Iterable[Marked]) -> None:
 
 
 def _refuse_other_hosts(rundir: RunDir, pause: Callable[[float], None]) -> None:
-    """A role elsewhere that goes on renewing its status file in a folder that both machines see."""
+    """Refuse a run one of whose roles goes on renewing its status file from another machine."""
     here = host_id()
 
     def elsewhere() -> Mapping[str, snapshot.StatusSnapshot]:
@@ -194,6 +194,6 @@ def _refuse_other_hosts(rundir: RunDir, pause: Callable[[float], None]) -> None:
 
 
 def _statuses(rundir: RunDir) -> dict[str, snapshot.StatusSnapshot]:
-    """What roles that a supervisor has started say; not what joined by hand, which looks after itself."""
+    """Role -> status, of roles that a supervisor has started and that have not ended."""
     statuses, _ = snapshot.read(rundir.path / snapshot.FOLDER)
     return {name: status for name, status in statuses.items() if status.mark and status.phase != snapshot.ENDED}

@@ -1,4 +1,6 @@
-"""The frame of a role's process: its arguments, its logging, and how its end becomes an exit code and one line."""
+"""The frame of a role's process: it reads the arguments, sets up logging and signals, and turns an error into one line
+and an exit code.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ EXIT_DEADLINE_S = 5.0
 
 @dataclass(kw_only=True)
 class RoleContext:
-    """What a role's main gets."""
+    """What a role's main function is given."""
 
     config: Config
     run_id: str
@@ -62,8 +64,8 @@ class RoleContext:
     supervised: bool = False
 
     def locate(self, name: str) -> Callable[[], str] | None:
-        """Where a role listens, by a field of ``Endpoints``, as of when it is called: roles come back elsewhere.  None
-        where no folder would tell."""
+        """A function that looks up where a role listens now, by a field of ``Endpoints``: a restarted role listens
+        elsewhere.  None for an actor without the run's folder."""
         if self.rundir is None:
             return None
         listening = self.rundir.listening
@@ -83,7 +85,7 @@ class RoleContext:
 
     @property
     def process_name(self) -> str:
-        """``name``, and for the ranks of a role after the first their number too: each process has its own."""
+        """``name``, with its number for ranks after the first: each process of a run has its own."""
         return self.name if self.index == 0 or self.name.endswith(f"-{self.index}") else f"{self.name}-{self.index}"
 
 
@@ -138,7 +140,7 @@ def _say(error: BaseException, *, supervised: bool, debug: bool) -> int:
     _print(f"{ERROR_PREFIX}{text}")
     code = exit_code(error) if supervised or not isinstance(error, AtpoError) else EXIT_USER
     if supervised and ERROR_FILE in os.environ:
-        # A launcher between us and the supervisor changes the exit code, and an engine may write to the log after us.
+        # A program in between (accelerate) changes the exit code, and an engine may write to the log after us.
         with contextlib.suppress(OSError):
             write_atomic(Path(os.environ[ERROR_FILE]), json.dumps({"code": code, "error": text}))
     return code
@@ -156,7 +158,7 @@ def exit_code(error: BaseException) -> int:
     """2 where only the user can mend it, 3 for a named failure that another attempt may mend, 1 for a crash."""
     if not isinstance(error, AtpoError):
         return EXIT_CRASH
-    # Weights end an actor only after the same refusal time and again.
+    # Rejected weights end an actor only after it has rejected the same version time and again.
     for_users = ConfigError | SetupError | RunMismatch | EnvironmentBroken | WeightsRejected | ProbeMismatch
     return EXIT_USER if isinstance(error, for_users) else EXIT_FAILURE
 
@@ -195,7 +197,7 @@ def _context(name: str, argv: list[str]) -> RoleContext:
             source = args.config or rundir.path / "config.json"
             config = joining(rundir, configuration.load(source, options))
         run_id = rundir.run_id
-        # Roles that were started together wait for one another; by hand, what was never started is waited for in vain.
+        # Roles that were started together wait for one another; a role started by hand must find the others there.
         waits_for_others = is_supervised() or rundir.listening.there or name == "buffer"
         endpoints = rundir.listening.now() if waits_for_others else rundir.read_endpoints()
         default = f"{name}-{index}" if name == "actor" else name
@@ -228,7 +230,7 @@ def hand_name(role: str) -> str:
 
 
 def _own_stderr() -> TextIO:
-    """The standard error under a number of its own: code that is not ours may close or replace the other."""
+    """The standard error under a descriptor of its own: an environment's code may close or replace the usual one."""
     try:
         return os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1, errors="backslashreplace")
     except (OSError, ValueError, AttributeError):
@@ -236,7 +238,7 @@ def _own_stderr() -> TextIO:
 
 
 def _print(text: str) -> None:
-    """To the standard error, if it still is one."""
+    """Print to the standard error, if it is still open."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         print(text, file=sys.stderr, flush=True)
 
@@ -273,6 +275,6 @@ async def _serve(main: Callable[[RoleContext], Awaitable[None]], context: RoleCo
         if signals.first is None:
             raise
     finally:
-        # What follows, the loop's clean-up, can hang as well: on a thread that does not come back.
+        # The loop's clean-up, which follows, can hang as well: on a thread that does not return.
         waits.phase(snapshot.ENDING)
     return EXIT_DONE if signals.first is None else 128 + signals.first

@@ -42,7 +42,7 @@ def role_specs(
     learner = launch.command("learner", folder, python=python)
     env = _threads(config.learner.num_threads) | _visible(config.learner.gpus, environ)
     if config.learner.num_processes > 1 or config.learner.accelerate_config:
-        # A launcher takes a program of Python and its arguments.
+        # accelerate's launcher takes a Python program and its arguments.
         learner = (*_accelerate(config, python), *learner[2:])
         device = config.learner.device
         if config.learner.accelerate_config is None and (device == "cpu" or (device == "auto" and not has_cuda())):
@@ -75,8 +75,8 @@ def _accelerate(config: Config, python: str) -> tuple[str, ...]:
     if learner.accelerate_config:
         words += ["--config_file", learner.accelerate_config]
     else:
-        # The name notwithstanding this is "one process per rank": on a CPU, ACCELERATE_USE_CPU makes them gloo ranks.
-        # What is given here is not taken from the user's own default file for accelerate.
+        # Despite its name, --multi_gpu means one process per rank: on a CPU, ACCELERATE_USE_CPU makes them gloo ranks.
+        # An option given here is not taken from the user's default file for accelerate.
         words += ["--multi_gpu", "--num_machines", "1", "--dynamo_backend", "no", "--gpu_ids", "all"]
     return (*words, "--mixed_precision", learner.mixed_precision, "--main_process_port", "0")
 
@@ -86,7 +86,8 @@ def _threads(count: int | None) -> dict[str, str]:
 
 
 def _visible(gpus: Sequence[int], outer: Mapping[str, str]) -> dict[str, str]:
-    """What shows a role its GPUs: numbers count within the ``outer`` CUDA_VISIBLE_DEVICES (a cluster's allotment)."""
+    """The variables that show a role its GPUs; numbers count within the ``outer`` CUDA_VISIBLE_DEVICES (as a cluster
+    allots them)."""
     if not gpus:
         return {}
     allotted = outer.get("CUDA_VISIBLE_DEVICES")

@@ -1,4 +1,4 @@
-"""Stopping: how it is asked for, and how long a role is waited for, as long as it brings what it has done to disk.
+"""Stopping a run: which signals ask for it, and how long a role that still saves its work is waited for.
 
 A learner that is asked to end finishes its step where that cannot be given up, and saves a checkpoint; of a large model
 that takes minutes.  It says so by its phase (``waits.SAVING``), and is ended only if it stands still in it.
@@ -30,7 +30,7 @@ def stopping_line(signum: int) -> str:
 
 
 SAY_S = 2.0
-"""Saving that lasts for longer is told; again whenever it has lasted twice as long."""
+"""Saving that lasts for longer is told, and again whenever it has lasted twice as long."""
 
 WINDOW_S = 1.0
 """Over which computing and writing are measured."""
@@ -47,20 +47,20 @@ class _Memory:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What is to be done about roles that were asked to end."""
+    """What is to be said of roles that were asked to end, and which of them are still waited for."""
 
     waited_for: tuple[str, ...]
-    """Roles that save and get on with it."""
+    """Roles that save, and make progress in it."""
     lines: tuple[str, ...]
     """For the user."""
 
 
 @dataclass(slots=True)
 class Watch:
-    """Looks at roles that were asked to end, again and again.
+    """Judges roles that were asked to end, look after look: which of them still save.
 
     Args:
-        hang_s: a role that saves, and neither computes nor writes for so long, is waited for no more.
+        hang_s: a role that saves, and neither computes nor writes for so long, is no longer waited for.
         again: by what the user can end everything at once: ``Ctrl-C again``, ``a second SIGTERM``.
     """
 
@@ -103,7 +103,7 @@ class Watch:
 
 
 def _what(observed: ObservedRole) -> str:
-    """What the role is at, by its longest wait for the disk, or else for torch."""
+    """What the role is doing, by its longest wait for the disk, or else for torch."""
     waits = [wait for status in observed.statuses for wait in status.waits if wait.on in (DISK, TORCH)]
-    waits.sort(key=lambda wait: (not wait.what.startswith("room"), wait.on != DISK, -wait.since_s))
+    waits.sort(key=lambda wait: (not wait.what.startswith("space"), wait.on != DISK, -wait.since_s))
     return waits[0].what if waits else "its last words"

@@ -37,7 +37,7 @@ LAST_GRACE_S = 1.5
 """For the buffer, which is asked to stop after those that still talk to it."""
 
 COMEBACK_S = 5.0
-"""So long the learner may take to end after the others have, where it may not be the one that told them to."""
+"""How long the learner may take to end after the others, where an earlier attempt of it may have told them to."""
 
 HANG_SHARE = 0.75
 """Of ``links.give_up_s``: a role that is stuck is ended before those that wait for it give up."""
@@ -88,7 +88,7 @@ class Supervisor:
         self._comebacks = 0
         """How often the role that ends the run was started again."""
         self._comeback = asyncio.Event()
-        """Set by the next time."""
+        """Set when it is started again the next time."""
         self._starts_at: dict[str, float] = {}
         """Roles that have ended -> when they are started again, seconds of ``time.monotonic()``."""
         self._follower = Follower(rundir, say=say, on_records=on_records, on_starts=on_starts)
@@ -140,7 +140,7 @@ class Supervisor:
                 ),
             }
         )
-        # These are about a run that is to go on: they end when it does.
+        # These are for a run that is to go on: they end as soon as it is done or stops.
         active = _tasks(
             {"look for hangs": self._hang_watch().run(), "follow starts": follower.follow_starts(self._attempts)}
         )
@@ -168,7 +168,7 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
             follower.pass_on()
-            # A learner that was killed rather than asked had no chance to.
+            # A learner that was killed had no chance to remove its weights.
             await asyncio.to_thread(scratch.clear, self._rundir.run_id)
 
     # --- one role -----------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ class Supervisor:
         return Ending(code=code, reason=lost) if lost else attempt.ending(code)
 
     async def _kill(self, attempts: Sequence[Attempt]) -> None:
-        """End these and all that they started, together.  What a launcher does not manage is told."""
+        """End these attempts and all that they started, together.  If the launcher fails at it, the user is told."""
         try:
             await self._launcher.kill([attempt.handle for attempt in attempts])
         except Exception as exc:
@@ -270,8 +270,7 @@ class Supervisor:
         del self._starts_at[spec.name]
 
     async def _is_needed_again(self, comebacks: int) -> bool:
-        """Whether a role that was told that the run is over is needed once more: by a learner that died after it had
-        said so, and that will ask, and say so, again.
+        """Whether a role that ended with the run is needed again, because the learner died after it had ended the run.
 
         Waits for: the run's end.  Unblocked by: the learner, which ends or comes back.
 
@@ -280,7 +279,7 @@ class Supervisor:
         """
         if not any(spec.ends_run for spec in self._specs):
             return False
-        # One that has come back since may wait for this role already, or be about to end.
+        # A learner that has come back since then may already wait for this role, or be about to end.
         limit_s = None if comebacks == self._comebacks else COMEBACK_S
         events = (self._done, self._stopping, self._comeback)
         waits = [asyncio.create_task(event.wait(), name="needed again?") for event in events]

@@ -1,6 +1,4 @@
-"""What the supervisor sees of its roles, by their status files and by what their launcher tells; and what it does when
-one of them hangs.
-"""
+"""Watches the roles of a run, by their status files and by what their launcher tells, and ends a role that hangs."""
 
 from __future__ import annotations
 
@@ -71,7 +69,7 @@ class RoleWatch:
         """What the launcher tells of each; None where it cannot."""
         try:
             return ask([attempt.handle for attempt in attempts])
-        # The run is worth more than what is known of its processes.
+        # The run must not end because its processes cannot be seen.
         except Exception as exc:
             if not self._trouble:
                 self._trouble = of_error(exc)
@@ -79,7 +77,7 @@ class RoleWatch:
             return [None] * len(attempts)
 
     def working_pids(self) -> dict[str, list[int]]:
-        """Role -> the processes that work as it, of those whose first process only starts them (accelerate's ranks)."""
+        """Role -> its ranks, for roles whose first process only starts them (accelerate)."""
         found: dict[str, list[int]] = {}
         statuses, _ = snapshot.read(self._folder)
         for attempt in list(self._attempts.values()):
@@ -149,7 +147,7 @@ class HangWatch:
         try:
             observed, others = await asyncio.to_thread(self._roles.observe)
             return self._watch.look(observed, time.monotonic(), others=others, restarts=self._restarts())
-        # The run is worth more than what looks after it.
+        # The run must not end because of a fault in what watches it.
         except Exception as exc:
             if not self._failed:
                 self._say(f"hangs cannot be looked for: {type(exc).__name__}: {exc}")

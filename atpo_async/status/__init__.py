@@ -1,1 +1,1 @@
-"""What a role says of itself, and what follows from it: waits, progress, hangs."""
+"""The status of roles: their waits and progress, the files that carry it, and what it says about hangs."""

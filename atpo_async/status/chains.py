@@ -26,11 +26,11 @@ class Stuck:
     role: str
     for_s: float
     why: str
-    """Goes on after "learner, which …"."""
+    """Continues the sentence "learner, which …"."""
 
 
 def by_role(statuses: Iterable[StatusSnapshot]) -> dict[str, StatusSnapshot]:
-    """The newest snapshot of each name; those of roles that have ended are left out."""
+    """Role -> its newest snapshot, of roles that have not ended."""
     found: dict[str, StatusSnapshot] = {}
     for status in statuses:
         if status.phase == ENDED:
@@ -42,9 +42,9 @@ def by_role(statuses: Iterable[StatusSnapshot]) -> dict[str, StatusSnapshot]:
 
 
 def waits_of(status: StatusSnapshot) -> list[Wait]:
-    """Its waits for roles and for parts of its own, the longest first.
+    """The waits of a role for other roles and for its own parts, the longest first.
 
-    What a link waits for counts where nobody has said why: of a peer that no wait names.
+    A wait that a link reports counts only where no named wait of the role is for the same peer.
     """
     found = list(status.waits)
     named = {wait.on for wait in found}
@@ -78,7 +78,7 @@ class _Chain:
 
     @property
     def end(self) -> str | frozenset[str]:
-        """What all chains that come to the same end have in common: its last role, or the members of its circle."""
+        """Equal for all chains that come to the same end: the last role, or the members of the circle."""
         return frozenset(self.names[self.names.index(self.names[-1]) :]) if self.closes else self.names[-1]
 
     def after(self, name: str, words: str, age_s: float) -> _Chain:
@@ -100,8 +100,8 @@ def explain(
         statuses: role -> its status.
         stuck: role -> why it is stuck, of those that are.
         only: the chains that end with this role; at least one sentence, for the role alone if nobody waits for it.
-        known: role -> what is known of one without a snapshot; goes on after "X, which …".
-        circle_s: a circle one of whose waits is younger is no deadlock yet: it is left out.
+        known: role -> what is known of a role without a snapshot; continues the sentence "X, which …".
+        circle_s: a circle with a wait younger than this is not yet called a deadlock, and is left out.
     """
     chains = [_chain(role, statuses, stuck, known or {}) for role in statuses if waits_of(statuses[role])]
     best: dict[str | frozenset[str], _Chain] = {}
@@ -125,8 +125,11 @@ def _chain(
     known: Mapping[str, str],
     before: tuple[str, ...] = (),
 ) -> _Chain:
-    """From ``start`` on.  Of several ways on, one that does not come back to where it has been: a circle that has a way
-    out holds up nobody."""
+    """The chain of waits that begins with ``start``.
+
+    Where several waits lead on, one that does not lead back into the chain is taken: a circle with a way out is no
+    deadlock.
+    """
     subject = "which" if before else start
     if start in stuck:
         return _Chain((start,), (f"{subject} {stuck[start].why}",))
@@ -163,7 +166,7 @@ def _chain(
 def _ways(
     found: Sequence[Wait], statuses: Mapping[str, StatusSnapshot], stuck: Mapping[str, Stuck], known: Mapping[str, str]
 ) -> list[tuple[Wait, str]]:
-    """Each wait with each role that could end it; the stuck first, then as long as they have lasted."""
+    """Each wait with each role that could end it: stuck roles first, then the longest waits."""
     ways = []
     for wait in found:
         if wait.on == ACTORS:

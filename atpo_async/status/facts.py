@@ -17,8 +17,8 @@ _published: dict[str, Facts | weakref.WeakMethod[Facts]] = {}
 def publish_facts(name: str, facts: Facts) -> None:
     """Add ``facts()``, a flat mapping, to this role's snapshot under ``name``; the newest of a name holds.
 
-    It is called in the event loop about once a second and must not block.  A bound method is held weakly: with its
-    object it goes.  Links use names that begin with ``LINKS``.
+    ``facts`` is called in the event loop about once a second and must not block.  A bound method is held weakly: it is
+    withdrawn when its object goes.  Links use names that begin with ``LINKS``.
     """
     _published[name] = weakref.WeakMethod(facts) if hasattr(facts, "__self__") else facts
 
@@ -28,7 +28,7 @@ def withdraw_facts(name: str) -> None:
 
 
 def published_facts() -> dict[str, dict[str, Any]]:
-    """What everybody says now.  One who cannot is named with the reason."""
+    """Name -> the facts that are published under it now; for a part that fails, its error."""
     said: dict[str, dict[str, Any]] = {}
     for name, held in list(_published.items()):
         facts = held() if isinstance(held, weakref.WeakMethod) else held
@@ -37,7 +37,7 @@ def published_facts() -> dict[str, dict[str, Any]]:
             continue
         try:
             said[name] = dict(facts())
-        # One part's fault must not take the whole snapshot away.
+        # A fault of one part must not cost the whole snapshot.
         except Exception as exc:
             said[name] = {"error": f"{type(exc).__name__}: {exc}"}
     return said

@@ -1,4 +1,4 @@
-"""Who is stuck, and who waits for whom because of it.  Pure: snapshots, process facts and the time come in.
+"""Decides which roles are stuck, from their status snapshots, what their processes use, and the time.  Pure.
 
 A role is *stuck* when something in it stands still that nobody but the role itself could move:
 
@@ -6,7 +6,7 @@ A role is *stuck* when something in it stands still that nobody but the role its
 - it gives no sign of life: not even its status thread, which needs the interpreter only;
 - its event loop does not tick;
 - it waits for a part of its own (``waits.OWN_PARTS``): its torch thread, its engine, its environment;
-- it cannot come to its end, or has not given its first snapshot.
+- it does not come to its end, or has not written its first status.
 
 A role that waits for another one is never stuck, however long it waits; neither is one that works.  Work shows as
 progress, and progress sets the clock back: a counter of ``waits.progress`` (turns, tokens, micro-batches, batches, …),
@@ -25,17 +25,17 @@ from atpo_async.status.waits import OWN_PARTS
 from atpo_async.status.wording import duration
 
 SILENT_S = 5.0
-"""A snapshot that has not been renewed for so long: the status thread, which writes one a second, does not run."""
+"""Past this age of its snapshot a role counts as silent: its status thread, which writes one a second, does not run."""
 
 WORK_S = 3.0
-"""What has lasted for less is called work by who has one snapshot only; a whole ``Watch`` knows better."""
+"""What has lasted for less counts as work where only one snapshot is known; a ``Watch`` has a history to judge by."""
 
 LIMIT_SLACK_S = 5.0
-"""What ends by itself after its limit has this much longer to do so."""
+"""A wait that is past its own limit has this much longer to end by itself."""
 
 BUSY_SHARE, BUSY_MB_S = 0.05, 0.5
-"""Of one core, or read and written: a starting role that does as much is at work.  Beats and snapshots alone take less
-than a hundredth of it."""
+"""Of one core, or read and written: a starting role that does as much is at work.  Heartbeats and status files alone
+take less than a hundredth of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +46,13 @@ class ObservedRole:
     statuses: tuple[StatusSnapshot, ...]
     """Of this attempt's processes: one, or one for each rank; none yet."""
     stopped: tuple[int, ...] = ()
-    """Those of its own processes (its first one, and those that give snapshots) that a signal has stopped.  What an
-    environment does with its children is its business."""
+    """The role's own processes (its first one, and those that write a status) that a signal has stopped; not those that
+    an environment has started."""
     usage_known: bool = True
-    """False where what its processes do cannot be seen from here; they count as busy then."""
+    """False where its launcher cannot tell what its processes use."""
     processor_s: float = 0.0
     moved_mb: float = 0.0
-    """Used, and read and written, by all its processes so far."""
+    """Processor seconds used, and megabytes read and written, by all its processes so far."""
 
 
 class WorkMeter:
@@ -90,21 +90,21 @@ def _numbers(observed: ObservedRole) -> list[int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What is to be done about what was seen."""
+    """What the supervisor is to say or do about a role."""
 
     line: str
-    """For the user: who waits for whom, to the end."""
+    """For the user: the chain of waits, to its end."""
     ends: str | None = None
-    """The role to be started again; None: to be told only."""
+    """The role to be ended and started again; None: the line is only told."""
     why: str = ""
 
 
-# --- looking on -------------------------------------------------------------------------------------------------
+# --- watching ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class _Memory:
-    """What is remembered of a role between two looks."""
+    """What a ``Watch`` remembers of a role between two looks."""
 
     attempt: str
     moved_at: float
@@ -118,13 +118,13 @@ class _Memory:
 
 
 class Watch:
-    """Looks at a run again and again.
+    """Judges the roles of a run, look after look.
 
     Args:
-        deadline_s: a role stuck for longer, or a run in which nothing moves, is told.
-        hang_s: a role stuck for longer is to be started again.
-        every_s: between two looks; where far more time has passed, the watcher itself stood still (a machine that
-            slept, a stopped supervisor) and every clock starts anew.
+        deadline_s: a role that is stuck for longer is told, and so is a run in which nothing has moved for longer.
+        hang_s: a role that is stuck for longer is to be started again.
+        every_s: between two looks; where far more time has passed, the supervisor itself stood still (a machine that
+            slept, a signal), and every clock starts anew.
     """
 
     def __init__(self, *, deadline_s: float, hang_s: float, every_s: float) -> None:
@@ -144,12 +144,12 @@ class Watch:
         others: Iterable[StatusSnapshot] = (),
         restarts: Mapping[str, float] | None = None,
     ) -> list[Verdict]:
-        """What has to be told or done now.
+        """What has to be said or done now.
 
         Args:
-            observed_roles: those that are looked after.
+            observed_roles: the roles that the supervisor started.
             now: seconds, monotonic.
-            others: snapshots of roles that somebody else looks after (actors that joined by hand).
+            others: snapshots of roles that it did not start (actors that joined by hand).
             restarts: roles that have ended and are to be started again -> seconds until then.
         """
         if self._looked_at is None or now - self._looked_at > self._gap_s:
@@ -165,7 +165,7 @@ class Watch:
             memory = self._roles[found.role]
             line = "; ".join(explain(statuses, stuck, only=found.role, known=known))
             if found.for_s >= self._hang_s:
-                memory.moved_at = now  # it is being ended; should it outlive that, it is told again
+                memory.moved_at = now  # it is being ended; should it survive that, it is told again
                 verdicts.append(Verdict(line=line, ends=found.role, why=found.why))
             elif found.for_s >= self._deadline_s and found.for_s >= 2 * memory.told_s:
                 memory.told_s = found.for_s
@@ -200,7 +200,7 @@ class Watch:
         found = list(_causes(observed, still_s=still_s, silent_s=silent_s))
         if memory.stopped_at is not None:
             found = [(now - memory.stopped_at, stopped_words(observed.stopped))]
-        # What was silent or stopped could not make progress: when it is back its time begins anew.
+        # A silent or stopped role could not make progress: once it is back, its time begins anew.
         silent = bool(found) and (memory.stopped_at is not None or silent_s > SILENT_S)
         if memory.was_silent and not silent:
             memory.moved_at = now
@@ -214,7 +214,7 @@ class Watch:
 
     @staticmethod
     def _renewed(memory: _Memory, observed: ObservedRole, now: float) -> float:
-        """For how long the longest silent of the role's processes has given no new snapshot."""
+        """Seconds since a snapshot was renewed, of the process of the role that has been silent for longest."""
         for status in observed.statuses:
             known = memory.sequences.get(status.role)
             if known is None or known[0] != status.sequence:
@@ -231,7 +231,7 @@ def _known(statuses: Mapping[str, StatusSnapshot], restarts: Mapping[str, float]
 
 
 def _still(still_s: float, restarts: Mapping[str, float]) -> str:
-    """The beginning of the line about a run that stands still while nobody in it is stuck."""
+    """The beginning of the line about a run that stands still though no role is stuck."""
     if not restarts:
         return f"nothing has moved for {duration(still_s)}, though no role is stuck"
     ended = " and ".join(f"{role} again in {duration(left_s)}" for role, left_s in restarts.items())
@@ -259,11 +259,11 @@ def _causes(observed: ObservedRole, *, still_s: float, silent_s: float) -> Itera
 
 
 def stuck_now(status: StatusSnapshot, *, stopped: bool, silent_s: float) -> Stuck | None:
-    """Of one snapshot alone, without a history: what ``atpo status`` has."""
+    """Whether a role is stuck, judged by one snapshot without a history: what ``atpo status`` has."""
     if stopped:
         return Stuck(role=status.role, for_s=silent_s, why=stopped_words((status.pid,)))
     if status.starting and silent_s <= SILENT_S:
-        # Whether what it loads or compiles gets on shows in what it computes and reads: only a ``Watch`` sees that.
+        # Whether loading or compiling gets on shows in what it computes and reads, which only a `Watch` sees.
         return None
     observed = ObservedRole(role=status.role, statuses=(status,))
     found = [
@@ -276,12 +276,12 @@ def stuck_now(status: StatusSnapshot, *, stopped: bool, silent_s: float) -> Stuc
 
 
 def stopped_words(pids: Sequence[int]) -> str:
-    """What is said of processes that a signal has stopped, with the way out."""
+    """The words for processes that a signal has stopped, with the way out."""
     named = " ".join(map(str, pids))
     return f"is stopped by a signal (kill -CONT {named} lets it go on)"
 
 
 def _own_part(wait: Wait) -> str:
-    # The role itself need not be named again; a part of it is.
+    # The sentence has named the role already; a part of it is named here.
     whose = "" if wait.who.startswith(("actor ", "the learner", "the buffer")) else f"{wait.who}, "
     return f"has been at {wait.what} for {duration(wait.since_s)} ({whose}its {wait.on})"

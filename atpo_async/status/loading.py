@@ -1,7 +1,7 @@
-"""Roles that are still starting, by their status files: what the screen says of them, and who need not be given up.
+"""Roles that are still starting, by their status files: for the screen, and for those that wait for them.
 
-An engine may take minutes to load.  Whoever waits for it meanwhile goes on waiting, whatever ``links.give_up_s`` says;
-one that stands still while it loads is the supervisor's business (``supervisor.hang_s``).
+An engine may take minutes to load.  A role that waits for it meanwhile goes on waiting, whatever ``links.give_up_s``
+says; a role that stands still while it loads is ended by the supervisor (``supervisor.hang_s``).
 """
 
 from __future__ import annotations
@@ -18,14 +18,9 @@ from atpo_async.status.snapshot import StatusSnapshot
 from atpo_async.status.waits import OWN_PARTS
 from atpo_async.status.wording import duration
 
-SEEN_S = 30.0
-"""A status file that is older says nothing about now."""
-
-MOST_DETAIL = 120
-"""Characters of it in a line."""
-
-SAID_FROM_S = 5.0
-"""Roles that have been at a stage for less are not worth a line."""
+SEEN_S = 30.0  # a status file that is older says nothing about now
+MOST_DETAIL = 120  # characters in a line
+SAID_FROM_S = 5.0  # a role that has been at a stage for less is not worth a line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,17 +29,17 @@ class RoleStart:
 
     role: str
     stage: str
-    """Goes on after "actor-0 is …"."""
+    """Continues the sentence "actor-0 is …"."""
     for_s: float
-    """In this stage."""
+    """Seconds in this stage."""
     loads: bool
-    """It is at work for itself, rather than waiting for another role."""
+    """It works, rather than waits for another role."""
     detail: str = ""
-    """How far what it waits for is, as far as it has been told."""
+    """How far what it waits for is, as far as the buffer has told it."""
 
 
 def starts(statuses: Iterable[StatusSnapshot], *, now: float, wall: float) -> list[RoleStart]:
-    """Those of roles that run and are starting.
+    """The roles that run and are still starting.
 
     Args:
         now, wall: ``time.monotonic()`` and ``time.time()``.
@@ -62,7 +57,7 @@ def starts(statuses: Iterable[StatusSnapshot], *, now: float, wall: float) -> li
 
 
 def _how_far(status: StatusSnapshot) -> str:
-    """What the buffer said last to the longest wait for it; the counts come first, so what follows them is left out."""
+    """What the buffer said last to the longest wait for it: the counts, without what follows them."""
     said = next((wait.detail for wait in status.waits if wait.on == BUFFER and wait.detail), "")
     return shortened(said.partition("; ")[0], MOST_DETAIL)
 
@@ -70,7 +65,7 @@ def _how_far(status: StatusSnapshot) -> str:
 def line(found: Sequence[RoleStart], *, from_s: float = SAID_FROM_S) -> str:
     """``actor-0 is loading its engine: 20 s; learner is waiting for its first batch (trees: 3 of 8 ready): 41 s``.
 
-    Empty if nobody has been at it for long.
+    Empty if no role has been starting for long.
     """
     long = sorted((start for start in found if start.for_s >= from_s), key=lambda start: not start.loads)
     return "; ".join(f"{start.role} is {_at(start)}: {duration(start.for_s)}" for start in long)
@@ -81,7 +76,7 @@ def _at(start: RoleStart) -> str:
 
 
 def _asks_for_nothing(statuses: Mapping[str, StatusSnapshot]) -> str | None:
-    """An actor that joined by address and has done nothing yet: it loads its engine."""
+    """An actor that joined by address and has asked for nothing yet: it loads its engine."""
     joined = joined_by_address(statuses.values())
     for facts in statuses[BUFFER].links.values() if BUFFER in statuses else ():
         peers = facts.get("peers")
@@ -98,7 +93,7 @@ class Loads:
     Args:
         folder: of the run's status files.
         own: name of this role.
-        supervised: roles that a supervisor starts, and starts again: one that is not there yet is on its way.
+        supervised: roles that a supervisor starts, and starts again; one that does not run is about to.
     """
 
     def __init__(self, folder: Path, own: str, supervised: Sequence[str] = ()) -> None:
@@ -107,7 +102,7 @@ class Loads:
         self._supervised = [role for role in supervised if role != own]
 
     def __call__(self) -> str | None:
-        """What one of them is at; None if none is.  Reads files."""
+        """What a loading role is at; None if none is loading.  Reads files."""
         statuses, _ = snapshot.read(self._folder)
         others = {name: status for name, status in statuses.items() if name != self._own}
         for start in starts(others.values(), now=time.monotonic(), wall=time.time()):

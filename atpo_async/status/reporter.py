@@ -81,7 +81,7 @@ class Reporter:
 
     def __enter__(self) -> Self:
         self._wake_r, self._wake_w = os.pipe()
-        # Never may a signal handler wait for room in the pipe: it could be the thread that has to empty it.
+        # A signal handler must never wait for space in the pipe: it may run in the thread that has to empty it.
         os.set_blocking(self._wake_w, False)
         os.set_blocking(self._wake_r, False)
         if self._on_signal:
@@ -106,7 +106,7 @@ class Reporter:
         self._write()
         if self._on_signal:
             faulthandler.unregister(signal.SIGUSR1)
-            # The default action would end the process in the middle of its farewell.
+            # The default action would end the process in the middle of its clean-up.
             with contextlib.suppress(ValueError):  # not in the main thread
                 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         if self._thread is not None and not self._thread.is_alive():
@@ -114,7 +114,7 @@ class Reporter:
             os.close(self._wake_w)
 
     def attach(self) -> None:
-        """The running loop is the one to be watched; what is published is asked in it from now on."""
+        """Watch the running event loop, and collect the published facts in it from now on."""
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
         self._tick()
@@ -138,12 +138,12 @@ class Reporter:
             self._write()
 
     def _tell(self) -> None:
-        """The snapshot, and where every thread is, to the log."""
+        """Log the status, and the stack of every thread."""
         try:
             self._log.info("%s", "\n".join([*status_lines(self.status()), *_stacks()]))
-        # Whatever is wrong with one answer, the thread must live to give the next.
+        # Whatever is wrong with one answer, the thread must go on.
         except Exception:
-            self._log.exception("the snapshot of %s could not be told", self._role)
+            self._log.exception("the status of %s could not be logged", self._role)
 
     def _write(self) -> None:
         if self._file is None:
@@ -152,18 +152,18 @@ class Reporter:
         try:
             data = msgspec.json.encode(self.status(), enc_hook=str)
             self._file.parent.mkdir(exist_ok=True)
-            # Renamed, so that nobody reads half of it; not synced, as it means nothing after a crash of the machine.
+            # Renamed, so that no reader sees half of it; not synced, as it means nothing after a crash of the machine.
             aside.write_bytes(data)
             aside.replace(self._file)
             self._trouble = ""
-        # A full disk, a folder that was deleted: the role goes on, and says it once.
+        # A full disk, a folder that was deleted: the role goes on, and says so once.
         except Exception as exc:
             if not self._trouble:
                 self._log.warning("status of %s cannot be written to %s: %s", self._role, self._file, exc)
             self._trouble = str(exc)
 
     def status(self) -> StatusSnapshot:
-        """From any thread."""
+        """The role's status now.  From any thread."""
         with self._lock:
             now = time.monotonic()
             phase, made = waits.current_phase(), waits.progress_made()
@@ -196,7 +196,7 @@ class Reporter:
 
 
 def grouped(found: list[dict[str, Any]]) -> tuple[Wait, ...]:
-    """Waits for the same thing of the same part as one, the longest of each kind first.  Pure."""
+    """Waits merged by what they wait for and on whom, longest first.  Pure."""
     kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for wait in found:
         kinds.setdefault((wait["what"], wait["on"]), []).append(wait)

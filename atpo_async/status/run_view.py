@@ -138,6 +138,8 @@ def _view(status: StatusSnapshot, *, now: float, wall: float) -> RoleView:
     if state in ("runs", "stopped", "silent"):
         # The clock of another machine may be off by a few seconds.
         stuck = stuck_now(status, stopped=stopped, silent_s=0.0 if alive is None else age_s)
+    if alive and state in ("stopped", "silent"):
+        status = snapshot.as_of_now(status, age_s)
     return RoleView(status=status, state=state, age_s=age_s, stuck=stuck)
 
 

@@ -22,14 +22,14 @@ STANDS_STILL_S = 4.0
 """A loop that has not ticked for so long is held up: its stack is in the snapshot."""
 
 ENDING, ENDED = "ending", "ended"
-"""Phases: its work is done or given up; and that of its last snapshot, unless it was killed."""
+"""Phases: the role's work is done or given up; and the phase of its last snapshot, unless it was killed."""
 
 
 class Wait(msgspec.Struct, frozen=True, kw_only=True):
     """Waits of one kind."""
 
     who: str
-    """Of the one that has waited longest."""
+    """The one that has waited longest."""
     what: str
     on: str
     since_s: float
@@ -79,7 +79,7 @@ class StatusSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def file_stem(role: str) -> str:
-    """A role's name as a file's: whatever a user called it."""
+    """The name of a role's status file, without its ending, whatever a user has called the role."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", role) or "_"
 
 
@@ -112,13 +112,26 @@ def is_alive(status: StatusSnapshot) -> bool | None:
 
 
 def age_s(status: StatusSnapshot, *, now: float, wall: float) -> float:
-    """Since it was made.  ``now``, ``wall``: ``time.monotonic()`` and ``time.time()``; the wall clock may be moved, so
-    that it counts for other machines only."""
+    """Seconds since it was made.
+
+    ``now``, ``wall``: ``time.monotonic()`` and ``time.time()``; the wall clock may be set, so that it counts for
+    other machines only.
+    """
     return max(0.0, now - status.monotonic_s if status.host == host_id() else wall - status.at)
 
 
+def as_of_now(status: StatusSnapshot, age_s: float) -> StatusSnapshot:
+    """A snapshot ``age_s`` seconds old, with what has gone on since: a role that is frozen writes no newer one."""
+    return msgspec.structs.replace(
+        status,
+        phase_s=status.phase_s + age_s,
+        loop_age_s=None if status.loop_age_s is None else status.loop_age_s + age_s,
+        waits=tuple(msgspec.structs.replace(wait, since_s=wait.since_s + age_s) for wait in status.waits),
+    )
+
+
 def forget_the_dead(folder: Path) -> None:
-    """Remove the snapshots of processes of this machine that have gone."""
+    """Remove the status files of processes of this machine that have ended."""
     for role, status in read(folder)[0].items():
         if is_alive(status) is False:
             with contextlib.suppress(OSError):

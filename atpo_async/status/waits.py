@@ -21,14 +21,14 @@ from atpo_async.core.texts import shortened
 
 TORCH, ENGINE, ENVIRONMENT = "torch", "engine", "environment"
 OWN_PARTS = frozenset({TORCH, ENGINE, ENVIRONMENT})
-"""What a role may wait for inside its own process, and what starting it again mends."""
+"""Parts of a role's own process that it may wait for; starting the role again mends a hang of theirs."""
 
 DISK = "disk"
-"""Waited for inside a role's own process too, but no new process makes a disk answer."""
+"""Waited for inside a role's own process too, but starting the role again does not make a disk answer."""
 
 
 SAVING = "saving"
-"""Phase of a role that was asked to end and first brings what it has done to disk: it is given the time."""
+"""Phase of a role that was asked to end and first writes what it has done to disk; it is given the time for that."""
 
 
 class Deadlines(Protocol):
@@ -41,7 +41,7 @@ class Deadlines(Protocol):
     def give_up_s(self) -> float: ...
 
 
-# --- who waits ----------------------------------------------------------------------------------------------------
+# --- the registry of waits ----------------------------------------------------------------------------------------
 
 
 class waiting:
@@ -49,10 +49,10 @@ class waiting:
 
     Args:
         who: who waits, for people: ``tree t7``, ``the learner``.
-        what: for what: ``batch 12``, ``room in the window``.
+        what: for what: ``batch 12``, ``space in the window``.
         on: who can end it: a role (``buffer``, ``learner``, ``actors``, ``actor-0``), a part of this process
-            (``OWN_PARTS``, ``DISK``), or nothing where nobody in the run can.
-        limit_s: seconds after which it ends by itself; None where something else sees to that.
+            (``OWN_PARTS``, ``DISK``), or empty where nothing in the run can.
+        limit_s: seconds after which it ends by itself; None where it has no limit of its own.
     """
 
     __slots__ = ("limit_s", "on", "since", "what", "who")
@@ -78,15 +78,16 @@ class waiting:
 
 
 class BoundedWait:
-    """One wait: past ``deadline_s`` it is logged who waits for what and since when; past ``give_up_s`` without anything
-    having moved it ends loudly.  In the registry as long as the object lives.
+    """A wait that is logged past ``deadline_s``, and raises past ``give_up_s`` without progress.
+
+    It is in the registry as long as the object lives.
 
     Args:
         who, what: for the log and the error.
         deadlines: seconds.
         clock: seconds, monotonic.
         log: where the warnings go.
-        on: as of ``waiting``; may be set anew when it turns out to be somebody else.
+        on: as of ``waiting``; may be set anew when it turns out to be another role.
     """
 
     def __init__(
@@ -116,8 +117,8 @@ class BoundedWait:
         return self._deadlines.give_up_s
 
     def again(self, reason: str) -> None:
-        """Called at every fruitless turn.  Raises WaitTimeout once nothing has ``moved`` for ``give_up_s``, unless
-        somebody is loading meanwhile (``extend_while``)."""
+        """Called after every fruitless attempt.  Raises WaitTimeout once nothing has ``moved`` for ``give_up_s``,
+        unless a role is loading meanwhile (``extend_while``)."""
         now, reason = self._clock(), shortened(reason, 500)
         self.detail = reason
         if now - self._moved > self._deadlines.give_up_s:
@@ -136,7 +137,7 @@ class BoundedWait:
             self._log.warning("%s has waited %.0f s for %s: %s", self.who, now - self._began, self.what, reason)
 
     def moved(self) -> None:
-        """Something came: it may take as long again.  The log goes on counting from the beginning."""
+        """There was progress: the wait may take ``give_up_s`` again.  The log goes on counting from the beginning."""
         self._moved = self._clock()
 
 
@@ -178,7 +179,7 @@ class DeferredAnswers:
         self._asked_at: float | None = None
 
     def goes_on(self, what: str, *, on: str) -> None:
-        """A question was put off, because of ``what``, which ``on`` can end."""
+        """A question was answered with "not yet" because of ``what``, which ``on`` can end."""
         now = time.monotonic()
         if not self.lasts(now):
             self.since = now
@@ -186,7 +187,7 @@ class DeferredAnswers:
         self.what, self.on, self._asked_at = what, on, now
 
     def over(self) -> None:
-        """A question was answered."""
+        """A question was answered in full."""
         self._asked_at = None
 
     def lasts(self, now: float) -> bool:
@@ -231,17 +232,17 @@ def _registered(now: float) -> list[waiting | BoundedWait | DeferredAnswers]:
     return []
 
 
-# --- how far it is ------------------------------------------------------------------------------------------------
+# --- progress and phase -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What a role is at, since ``time.monotonic()`` = ``since``."""
+    """What a role is doing, since ``time.monotonic()`` = ``since``."""
 
     what: str
     since: float
     starting: bool
-    """It loads, compiles, warms up: here using the processor counts as progress too."""
+    """It loads, compiles, warms up: then using the processor counts as progress too."""
 
 
 _progress: dict[str, int] = {}
@@ -249,19 +250,19 @@ _phase = Phase("starting", time.monotonic(), starting=True)
 
 
 def progress(name: str, count: int = 1) -> None:
-    """Something was done: ``count`` more of ``name`` (turns, tokens, micro-batches).  Each name from one thread."""
+    """Count progress: ``count`` more of ``name`` (turns, tokens, micro-batches).  Each name from one thread."""
     _progress[name] = _progress.get(name, 0) + count
 
 
 def phase(what: str, *, starting: bool = False) -> None:
-    """The role is at something else now; counts as progress where it changes."""
+    """The role does something else now; a change counts as progress."""
     global _phase
     if (what, starting) != (_phase.what, _phase.starting):
         _phase = Phase(what, time.monotonic(), starting)
 
 
 def progress_made() -> dict[str, int]:
-    """Name -> how many so far."""
+    """Name -> how many so far, of everything that was counted."""
     for _ in range(100):
         try:
             return dict(_progress)
