@@ -16,7 +16,9 @@ from typing import Any, TypeVar
 
 from actors.engines.base import Engine
 from actors.expansion.expansion import Expansion
-from actors.faults import CutActions, Faults, first_of
+from actors.faults.fault import first_of
+from actors.faults.faults import Faults
+from actors.faults.notices import CutActions
 from actors.leases import LeaseSource
 from actors.reports import Interval
 from actors.search.tree_search import TreeSearch

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from actors.engines.base import Engine
 from actors.factory import check_eval_tasks, host_environment, make_engine
-from actors.faults import Faults, first_of
+from actors.faults.fault import first_of
+from actors.faults.faults import Faults
 from actors.hosting import guard
 from actors.search.tree_search import TreeSearch
 from atpo_async.config import Config, load

@@ -12,7 +12,10 @@ from random import Random
 import msgspec
 import pytest
 
-from actors.faults import CutActions, Fault, Faults, FaultWatch, Place
+from actors.faults.fault import Fault, Place
+from actors.faults.faults import Faults
+from actors.faults.notices import CutActions
+from actors.faults.watch import FaultWatch
 from atpo_async.core.errors import AtpoError, ConfigError, EngineDead, EnvironmentBroken
 from atpo_async.ops import notices
 from tests.actor_support import leaf, lease
@@ -41,7 +44,7 @@ class World:
         watch = FaultWatch(
             "w:make",
             least=min(8, max(4, self.at_once)),
-            tell=lambda line, key: self.told.append(line),
+            notify=lambda line, key: self.told.append(line),
             clock=lambda: self.now,
         )
         events: list[tuple[float, int, int, Place, Fault | None, bool]] = []
@@ -199,7 +202,7 @@ def test_of_endless_kinds_of_faults_only_so_many_are_told() -> None:
 
 def test_a_turn_that_the_buffer_refuses_for_what_it_holds_is_told_and_in_every_tree_it_ends_the_run() -> None:
     told: list[str] = []
-    faults = Faults("w:make", at_once=4, tell=lambda line, key: told.append(line), clock=lambda: 0.0)
+    faults = Faults("w:make", at_once=4, notify=lambda line, key: told.append(line), clock=lambda: 0.0)
     bad = msgspec.structs.replace(leaf(1, 0), reward=float("nan"))
 
     def grow(number: int) -> None:
@@ -217,7 +220,7 @@ def test_a_turn_that_the_buffer_refuses_for_what_it_holds_is_told_and_in_every_t
 
 def test_turns_that_come_too_late_are_nobodys_fault() -> None:
     told: list[str] = []
-    faults = Faults("w:make", at_once=4, tell=lambda line, key: told.append(line), clock=lambda: 0.0)
+    faults = Faults("w:make", at_once=4, notify=lambda line, key: told.append(line), clock=lambda: 0.0)
     for number in range(100):
         with faults.growing(lease(tree_id=f"t{number}")):
             faults.refused(f"t{number}", leaf(1, 0), "tree t0 is leased under epoch 2")
@@ -226,7 +229,7 @@ def test_turns_that_come_too_late_are_nobodys_fault() -> None:
 
 
 def test_a_fault_of_the_held_out_tasks_is_no_fault_of_the_training_ones() -> None:
-    faults = Faults("w:make", at_once=4, tell=lambda line, key: None, clock=lambda: 0.0)
+    faults = Faults("w:make", at_once=4, notify=lambda line, key: None, clock=lambda: 0.0)
 
     def grow(number: int) -> None:
         with faults.growing(lease(tree_id=f"e{number}", kind="eval")):
@@ -242,7 +245,7 @@ def test_a_fault_of_the_held_out_tasks_is_no_fault_of_the_training_ones() -> Non
 
 def test_actions_that_no_stop_token_ends_are_told_once_with_the_settings_that_decide() -> None:
     told: list[str] = []
-    cut = CutActions(64, tell=lambda line, key: told.append(line))
+    cut = CutActions(64, notify=lambda line, key: told.append(line))
     for _ in range(20):
         cut.count(50, 10)
     assert told == []

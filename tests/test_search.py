@@ -9,7 +9,7 @@ import pytest
 
 from actors.engines.base import Generation, OnRunning, Sampling, Tokens, ignore
 from actors.expansion.expansion import Expansion
-from actors.faults import Fault
+from actors.faults.fault import Fault
 from actors.search.tree_search import ChainEnded, TreeSearch
 from atpo_async.config import SearchConfig
 from atpo_async.core.errors import EngineDead, GenerationFailed

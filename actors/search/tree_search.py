@@ -17,7 +17,7 @@ import numpy as np
 from actors.engines.base import Engine, Generation
 from actors.expansion.candidates import sibling_parent
 from actors.expansion.expansion import Expansion, ExpansionFailed
-from actors.faults import EXPANSION_FAILED, Fault, Place
+from actors.faults.fault import EXPANSION_FAILED, Fault, Place
 from actors.search.budget import budget_of
 from actors.search.calls import NOTHING, BranchCalls, BranchFailed
 from atpo_async.config import SearchConfig

@@ -1,0 +1,83 @@
+"""The faults of all trees that are grown here, each split apart: an evaluation's say nothing of training's."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import get_args
+
+import msgspec
+
+from actors.faults.fault import Fault, Place
+from actors.faults.notices import Notify
+from actors.faults.watch import FaultWatch
+from atpo_async.core.errors import AtpoError, BadMessage
+from atpo_async.core.vocabulary import Split
+from atpo_async.ops import notices
+from atpo_async.wire.checks import check
+from atpo_async.wire.messages import Lease
+
+LEAST_AT_FIRST, MOST_AT_FIRST = 4, 8
+"""Trees in a row that must be hit before any went well, by how many are grown at once."""
+
+
+class Faults:
+    """The faults of all trees of an actor, or of an evaluation: each split has its own watch.
+
+    Args:
+        environment: ``environment.name``, for the texts.
+        at_once: trees that are grown at once.
+        notify: takes each line for the user's terminal.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        environment: str,
+        *,
+        at_once: int,
+        notify: Notify = notices.tell,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        least = min(MOST_AT_FIRST, max(LEAST_AT_FIRST, at_once))
+        self._of: dict[Split, FaultWatch] = {
+            kind: FaultWatch(environment, least=least, notify=notify, clock=clock) for kind in get_args(Split)
+        }
+        self._kinds: dict[str, Split] = {}
+        self._verdict: AtpoError | None = None
+        """Found where nobody could be stopped: raised at the next chance."""
+
+    @contextlib.contextmanager
+    def growing(self, lease: Lease) -> Iterator[None]:
+        """While the tree of ``lease`` is grown."""
+        self._kinds[lease.tree_id] = lease.kind
+        self._of[lease.kind].began(lease.tree_id)
+        try:
+            yield
+        finally:
+            self._of[lease.kind].over(lease.tree_id)
+            self._kinds.pop(lease.tree_id, None)
+
+    def chain_ended(self, tree_id: str, place: Place, fault: Fault | None) -> None:
+        """As ``FaultWatch.chain_ended``."""
+        if self._verdict is not None:
+            raise self._verdict
+        if (kind := self._kinds.get(tree_id)) is not None:
+            self._of[kind].chain_ended(tree_id, place, fault)
+
+    def refused(self, tree_id: str, message: object, reason: str) -> None:
+        """The buffer did not take ``message``; a fault of the tree if that is for what it holds.
+
+        What came too late, after its lease had lapsed, is nobody's fault.
+        """
+        if (kind := self._kinds.get(tree_id)) is None or not isinstance(message, msgspec.Struct):
+            return
+        try:
+            check(message)
+        except BadMessage as exc:
+            fault = Fault("refused_by_buffer", "value refused by the buffer", f"the buffer refuses it: {reason or exc}")
+            try:
+                self._of[kind].chain_ended(tree_id, "chain", fault)
+            except AtpoError as verdict:
+                self._verdict = verdict
