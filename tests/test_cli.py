@@ -160,6 +160,8 @@ def test_an_unknown_environment_is_named_before_anything_is_made(
         assert said(capsys).startswith("environment.name = 'hopqaa' is unknown; did you mean hopqa?  Known: hopqa, or")
     assert main.main(["train", config_file(folder, TRANSFORMERS), "--environment.name", "mine.env:make"]) == 2
     assert said(capsys).startswith("environment.name = 'mine.env:make': there is no package 'mine' here")
+    assert main.main(["train", config_file(folder, TRANSFORMERS), "--credit.value_mode", "mine:mode"]) == 2
+    assert said(capsys).startswith("credit.value_mode = 'mine:mode': there is no package 'mine' here")
     assert files(folder) == set()
 
 
@@ -643,6 +645,12 @@ def test_the_doctor_names_what_is_missing_and_how_to_get_it(
     ("options", "what", "says"),
     [
         (["--environment.name", "nope:x"], "environment", r"environment\.name = 'nope:x': there is no package 'nope'"),
+        (
+            ["--objective.surrogate", "nope:x"],
+            "packages",
+            r"objective\.surrogate = 'nope:x': there is no package 'nope'",
+        ),
+        (["--metrics.sinks", '["nope.y:x"]'], "packages", r"metrics\.sinks = 'nope\.y:x': there is no package 'nope'"),
         (["--model.path", "/nope"], "model", r"model\.path = '/nope': no model folder"),
         (["--model.path", ""], "model", r"model\.path is empty"),
         (["--model.path", "/nope", "--model.warm_start"], "model", r"model\.path = '/nope' is not there, and the warm"),

@@ -88,6 +88,7 @@ def test_every_fault_is_said_at_once() -> None:
         ({"staleness": {"max_lag": 0, "max_uses": 2}}, "raise max_lag to at least 1, or lower publish_every"),
         ({"staleness": {"max_lag": 2, "max_uses": 2, "publish_every": 3}}, "staleness.max_uses = 2"),
         ({"correction": {"action": "none"}}, "--correction.accept_bias true"),
+        ({"weights": {"transport": "file", "shared_memory": False}}, "set --weights.transport chunks"),
         ({"learner": {"minibatches": 17}}, "learner.minibatches = 17 exceeds staleness.trees_per_batch = 16"),
         ({"search": {"initial_rollouts": 1, "rounds": 0}}, "search.initial_rollouts = 1"),
         ({"search": {"max_action_tokens": 512}}, "must be below model.max_context_tokens"),

@@ -52,6 +52,19 @@ NONE = {"action": "none", "accept_bias": True}
         ),
         ({"objective": {"kl_estimator": "k2"}}, ["objective.kl_estimator = 'k2' has no effect with objective.kl_coef"]),
         ({"objective": {"kl_estimator": "k2", "kl_coef": 0.1}}, []),
+        (
+            {"buffer": {"sampling": "uniform", "priority_exponent": 0.3}},
+            ["buffer.priority_exponent = 0.3 has no effect with buffer.sampling = 'uniform'"],
+        ),
+        (
+            {"search": {"strategy": "none", "strategy_options": {"width": 2}}},
+            ["search.strategy_options = {'width': 2} has no effect with search.strategy = 'none'"],
+        ),
+        ({"search": {"strategy": "none", "strategy_options": {}}}, []),
+        (
+            {"metrics": {"options": {"jsonl": {}, "tensorboard": {"a": 1}}}},
+            ["metrics.options.tensorboard has no effect with metrics.sinks = ['jsonl'] (it has with 'tensorboard' in"],
+        ),
     ],
 )
 def test_a_setting_that_decides_nothing_is_named_with_what_switches_it_off(

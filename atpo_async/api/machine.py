@@ -10,13 +10,16 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from atpo_async.config import Config
-from atpo_async.config.doors import ENVIRONMENT
+from atpo_async.config import Config, get
+from atpo_async.config.doors import DOORS, ENGINE, ENVIRONMENT, STRATEGY
+from atpo_async.core.doors import Door
 from atpo_async.core.errors import SetupError
 from atpo_async.links import addresses, ports
 from atpo_async.models.policy import MODELS, is_there, warm_start_command
@@ -92,6 +95,7 @@ def check_machine(config: Config) -> None:
     _check_gpus(config, engine)
     check_launch(config)
     check_environment(config)
+    check_packages(config)
     check_links(config)
     check_journal_dir(config)
 
@@ -154,16 +158,30 @@ def check_model(config: Config) -> None:
 
 def check_environment(config: Config) -> None:
     """Raises SetupError where the package of a user's own environment is not here."""
-    name = config.environment.name
-    if name in ENVIRONMENT.names():
-        return
-    top = name.partition(":")[0].partition(".")[0]
-    # Roles see the working folder (launch.py), which an installed `atpo` does not.
-    if config.actor.count and not has_module(top) and PathFinder.find_spec(top, [str(Path.cwd())]) is None:
-        raise SetupError(
-            f"environment.name = {name!r}: there is no package {top!r} here; install it, or set PYTHONPATH to where "
-            "it lies"
-        )
+    _check_packages(config, (ENVIRONMENT,))
+
+
+def check_packages(config: Config) -> None:
+    """Raises SetupError naming the first package that a user's own surrogate, engine, sink, … needs and that is not
+    here."""
+    _check_packages(config, [door for door in DOORS if door is not ENVIRONMENT])
+
+
+def _check_packages(config: Config, doors: Sequence[Door[Any]]) -> None:
+    for door in doors:
+        if door in (ENVIRONMENT, STRATEGY, ENGINE) and not config.actor.count:
+            continue  # actors of other machines have it
+        value = get(config, door.field)
+        for name in (value,) if isinstance(value, str) else value:
+            top = name.partition(":")[0].partition(".")[0]
+            if name in door.choices() or has_module(top):
+                continue
+            # Roles see the working folder (launch.py), which an installed `atpo` does not.
+            if PathFinder.find_spec(top, [str(Path.cwd())]) is None:
+                raise SetupError(
+                    f"{door.field} = {name!r}: there is no package {top!r} here; install it, or set PYTHONPATH to "
+                    "where it lies"
+                )
 
 
 def check_links(config: Config) -> None:

@@ -122,6 +122,7 @@ def findings_of_run(config: Config) -> list[Finding]:
         found = [_checked("model", name, machine.check_model, config)]
     found.append(_checked("environment", config.environment.name, machine.check_environment, config))
     others = (
+        ("packages", machine.check_packages),
         ("launcher", machine.check_launch),
         ("links", machine.check_links),
         ("journal", machine.check_journal_dir),

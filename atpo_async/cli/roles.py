@@ -78,6 +78,7 @@ def _in_a_run(asked: Asked, config: Config, folder: Path) -> tuple[list[str], di
     role = asked.command
     if role == "buffer" and not asked.args.join:
         machine.check_environment(config)
+        machine.check_packages(config)
         machine.check_links(config)
         machine.check_model(config)
         if (folder / "run.json").is_file():

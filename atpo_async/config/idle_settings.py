@@ -22,20 +22,24 @@ READS_RATIO = "a mode that weighs turns by their ratios"
 
 _CORRECTS = ("correction.action", loss_rules.corrections_that_correct())
 _BRANCHES = (("search.strategy", NOT_NONE), ("search.rounds", NONZERO))
-_PRIORITIES = (("buffer.priority_exponent", NONZERO),)
+_PRIORITIZED = ("buffer.sampling", ("prioritized",))
+_PRIORITIES = (_PRIORITIZED, ("buffer.priority_exponent", NONZERO))
 _VLLM = (("actor.engine", ("auto", "vllm")),)
 
 WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
     "search.rounds": (("search.strategy", NOT_NONE),),
     "search.branches": _BRANCHES,
     "search.include_root": _BRANCHES,
+    "search.strategy_options": _BRANCHES,
     "search.sibling_penalty": (("search.strategy", ("entropy",)), ("search.rounds", NONZERO)),
     "credit.leaf_weights": (("credit.normalise_leaves", (True,)),),
     "credit.trace_cap": (("credit.value_mode", READS_RATIO),),
     "buffer.partial_min_leaves": (("buffer.ready", ("partial",)),),
+    "buffer.priority_exponent": (_PRIORITIZED,),
     "buffer.priority_max_share": _PRIORITIES,
     "buffer.freshness": _PRIORITIES,
     "correction.level": (_CORRECTS,),
+    "correction.action_options": (("correction.action", NOT_NONE),),
     "correction.exponent": (_CORRECTS,),
     "correction.exponent_value": (_CORRECTS, ("correction.exponent", ("fixed",))),
     "correction.ess_target": (_CORRECTS, ("correction.exponent", ("ess",))),
@@ -52,6 +56,8 @@ WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
     "actor.kv_cache_gb": (*_VLLM, ("actor.device", ("auto", "cpu"))),
     "actor.gpu_memory_utilization": (*_VLLM, ("actor.device", ("auto", "cuda"))),
     "actor.clear_cache_on_swap": _VLLM,
+    "weights.shared_memory": (("weights.transport", ("auto", "file")),),
+    "weights.transport_options": (("weights.transport", ("file", "chunks")),),
     "model.warm_start_steps": (("model.warm_start", (True,)),),
 }
 """Setting -> the values that other settings must have, all of them, for it to have an effect."""
@@ -63,7 +69,7 @@ def idle_settings(config: Config) -> list[str]:
     found = []
     for name, needs in WORKS_WITH.items():
         value = configuration.get(config, name)
-        if not _was_set(config, name) or value == known[name].default:
+        if not _was_set(config, name) or value == known[name].get_default(call_default_factory=True):
             continue
         for other, working in needs:
             is_now = configuration.get(config, other)
@@ -75,7 +81,11 @@ def idle_settings(config: Config) -> list[str]:
                     f"{working if isinstance(working, str) else ', '.join(map(_shown, working))})"
                 )
                 break
-    return found
+    unnamed = [name for name in config.metrics.options if name not in config.sinks]
+    return found + [
+        f"metrics.options.{name} has no effect with metrics.sinks = {list(config.sinks)} (it has with {name!r} in it)"
+        for name in unnamed
+    ]
 
 
 def _works(config: Config, is_now: Any, working: tuple[Any, ...] | str) -> bool:

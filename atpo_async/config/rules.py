@@ -61,6 +61,14 @@ def _batches_and_trees(config: Config) -> None:
         )
 
 
+def _a_transport_is_left(config: Config) -> None:
+    if config.weights.transport == "file" and not config.weights.shared_memory:
+        raise ValueError(
+            "weights.transport = 'file' with weights.shared_memory = false leaves actors no way to the weights: set "
+            "--weights.transport chunks, or --weights.shared_memory true"
+        )
+
+
 def _swap_before_give_up(config: Config) -> None:
     if config.swap_timeout_s >= config.links.give_up_s:
         raise ValueError(
@@ -185,6 +193,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     _lag_leaves_room,
     _off_policy_is_corrected,
     _batches_and_trees,
+    _a_transport_is_left,
     _swap_before_give_up,
     _correction,
     _exact_lag,
