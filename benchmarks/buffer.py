@@ -26,7 +26,6 @@ import asyncio
 import math
 import sys
 import time
-from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,18 +42,22 @@ from atpo_async.links.client import Client
 from atpo_async.wire.messages import Batch, Lease, SampleRequest, Trained
 from atpo_async.wire.records import TurnRecords
 from benchmarks.load import (
+    BYTES,
     REPLY_S,
     BufferProcess,
     Senders,
     Turns,
+    add_peers,
     configuration,
     learner_link,
     machine,
+    options,
     plans,
     say,
     scratch,
     table,
 )
+from benchmarks.peer_priorities import rate
 from benchmarks.peers import CPPRB, REVERB, TORCHRL, found_or_told, measured
 from buffer.pool.pool import ReplayPool
 from buffer.pool.sum_tree import SumTree
@@ -319,21 +322,6 @@ class NumpyPriorities:
         return node - self._size
 
 
-def rate(prepare: Callable[[], Any], work: Callable[[Any], object], seconds: float) -> float:
-    """Calls/s of ``work`` alone, on what ``prepare`` made."""
-    for _ in range(20):
-        work(prepare())
-    calls, spent = 0, 0.0
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or not calls:
-        given = prepare()
-        began = time.perf_counter()
-        work(given)
-        spent += time.perf_counter() - began
-        calls += 1
-    return calls / spent
-
-
 class Pool:
     """A real ``ReplayPool`` with so many trees of so many turns; their entries share one array, which no cost sees."""
 
@@ -548,22 +536,16 @@ def markdown(records: list[Record]) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--trees", type=int, default=10_000, help="in the buffer while it serves")
     parser.add_argument("--turns", type=int, default=80, help="of a tree")
-    parser.add_argument("--bytes", type=int, default=4096, help="of a turn's arrays")
+    parser.add_argument("--bytes", type=int, default=4096, help=BYTES)
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 64], help="trees of a batch")
     parser.add_argument("--updates", type=int, default=256, help="priorities changed at once")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument(
-        "--dir", type=Path, default=None, help="where the journal goes; a folder on the disk to measure"
-    )
-    parser.add_argument("--no-sync", action="store_true", help="buffer.journal_sync = false")
-    parser.add_argument("--peers", type=Path, default=None, help="folder for the peers' environments")
-    parser.add_argument("--profile", type=Path, default=None, help="folder for profiles of the buffer process")
-    parser.add_argument("--markdown", action="store_true", help="tables at the end")
+    add_peers(parser)
     return parser.parse_args(argv)
 
 

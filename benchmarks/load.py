@@ -7,6 +7,7 @@ ones do; only the generation is missing.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import hashlib
@@ -572,6 +573,24 @@ def plans(count: int, processes: int, **fields: Any) -> list[Plan]:
 
 
 # --- saying it -------------------------------------------------------------------------------------------------
+
+
+BYTES = "of a turn's arrays"
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every benchmark of the buffer takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=None, help="where journals go; a folder on the disk to measure")
+    parser.add_argument("--profile", type=Path, default=None, help="folder for profiles of the buffer process")
+    parser.add_argument("--markdown", action="store_true", help="tables at the end")
+    return parser
+
+
+def add_peers(parser: argparse.ArgumentParser) -> None:
+    """What a comparison with other buffers takes besides."""
+    parser.add_argument("--no-sync", action="store_true", help="buffer.journal_sync = false")
+    parser.add_argument("--peers", type=Path, default=None, help="folder for the peers' environments")
 
 
 def machine() -> dict[str, Any]:

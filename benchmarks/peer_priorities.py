@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 
-def rate(prepare: Callable[[], Any], work: Callable[[Any], None], seconds: float) -> float:
+def rate(prepare: Callable[[], Any], work: Callable[[Any], object], seconds: float) -> float:
     """Calls/s of ``work`` alone, on what ``prepare`` made."""
     for _ in range(20):
         work(prepare())

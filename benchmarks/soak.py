@@ -40,6 +40,7 @@ from atpo_async.config import Config
 from atpo_async.links.client import Client
 from atpo_async.wire.messages import Batch, Checkpointed, Lease, SampleRequest, Trained
 from benchmarks.load import (
+    BYTES,
     REPLY_S,
     Actor,
     BufferProcess,
@@ -49,6 +50,7 @@ from benchmarks.load import (
     content,
     learner_link,
     machine,
+    options,
     plans,
     publish,
     say,
@@ -400,17 +402,14 @@ def report(seen: Seen, judged: Iterable[dict[str, Any]]) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--actors", type=int, default=64)
     parser.add_argument("--processes", type=int, default=1, help="that the actors are spread over")
     parser.add_argument("--turns-per-s", type=float, default=2000.0, help="that the learner takes")
     parser.add_argument("--turns", type=int, default=80, help="of a tree")
-    parser.add_argument("--bytes", type=int, default=4096, help="of a turn's arrays")
+    parser.add_argument("--bytes", type=int, default=4096, help=BYTES)
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two samples")
-    parser.add_argument("--dir", type=Path, default=None, help="where the journal goes")
-    parser.add_argument("--profile", type=Path, default=None, help="folder for a profile of the buffer process")
-    parser.add_argument("--markdown", action="store_true", help="a table at the end")
     return parser.parse_args(argv)
 
 

@@ -40,6 +40,7 @@ import numpy as np
 from atpo_async.config import Config
 from atpo_async.wire.messages import Lease, TreeOpened
 from benchmarks.load import (
+    BYTES,
     REPLY_S,
     Actor,
     BufferProcess,
@@ -47,10 +48,12 @@ from benchmarks.load import (
     Senders,
     Sent,
     Turns,
+    add_peers,
     configuration,
     content,
     learner_link,
     machine,
+    options,
     plans,
     say,
     scratch,
@@ -352,18 +355,14 @@ def markdown(records: list[Record]) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bytes", type=int, nargs="+", default=[4096, 16384], help="of a turn's arrays")
+    parser = options(__doc__)
+    parser.add_argument("--bytes", type=int, nargs="+", default=[4096, 16384], help=BYTES)
     parser.add_argument("--senders", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--processes", type=int, default=1, help="that the senders are spread over")
     parser.add_argument("--turns", type=int, default=160_000, help="of 4 KB in each case; fewer of larger ones")
     parser.add_argument("--rounds", type=int, default=1, help="both sides in turn, so often")
     parser.add_argument("--window", type=int, default=WINDOW, help="links.window, and Reverb's items in flight")
-    parser.add_argument("--dir", type=Path, default=None, help="where the journals go; a folder on the disk to measure")
-    parser.add_argument("--no-sync", action="store_true", help="buffer.journal_sync = false")
-    parser.add_argument("--peers", type=Path, default=None, help="folder for the peers' environments")
-    parser.add_argument("--profile", type=Path, default=None, help="folder for profiles of the buffer process")
-    parser.add_argument("--markdown", action="store_true", help="a table at the end")
+    add_peers(parser)
     return parser.parse_args(argv)
 
 
