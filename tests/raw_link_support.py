@@ -11,7 +11,9 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
+from atpo_async.links.frames import ACK, LINK, PONG
 from atpo_async.links.keys import load_pair, load_public
+from tests.waiting_support import within
 
 
 @contextlib.asynccontextmanager
@@ -32,6 +34,13 @@ async def raw_dealer(
         yield socket
     finally:
         context.destroy(linger=0)
+
+
+async def pong(stranger: zmq.asyncio.Socket) -> tuple[int, int, int]:
+    """Session and the two numbers of the answer to a ping; nothing but acknowledgements may come before it."""
+    while (answer := LINK.unpack((await within(stranger.recv_multipart()))[0]))[1] != PONG:
+        assert answer[1] == ACK
+    return answer[2], answer[3], answer[4]
 
 
 def link_frame(kind: int, session: int = 1, a: int = 0, b: int = 0) -> bytes:

@@ -129,7 +129,7 @@ async def test_peers_that_ask_for_chunks_and_never_read_cost_a_bounded_number_of
 async def test_who_reads_late_gets_all_its_replies_without_asking_again() -> None:
     weights = Weights(200_000)
     async with weights_server(weights, window=64) as s, raw_dealer(s.endpoint, rcvhwm=1) as stranger:
-        # The first reply tells how large they are: no more are made at once than there is room for.
+        # The first reply tells how large they are: no more are made at once than there is space for.
         await stranger.send_multipart([link_frame(REQUEST, a=0), *codec.encode(CHUNK)])
         first = await asyncio.wait_for(stranger.recv_multipart(), LIMIT_S)
         found = [LINK.unpack(first[0])[3]]
@@ -261,7 +261,7 @@ async def test_invented_names_do_not_keep_a_newcomer_out() -> None:
 
 
 @pytest.mark.usefixtures("small_table")
-async def test_who_is_refused_hears_why_and_is_let_in_when_there_is_room(caplog: pytest.LogCaptureFixture) -> None:
+async def test_who_is_refused_hears_why_and_is_let_in_when_a_place_is_free(caplog: pytest.LogCaptureFixture) -> None:
     buffer = Buffer()
     async with server(buffer) as s, AsyncExitStack() as stack:
         others = [await stack.enter_async_context(client(s.endpoint, identity=f"other-{i}")) for i in range(4)]

@@ -61,7 +61,7 @@ async def test_nothing_is_acknowledged_before_it_is_settled_and_handlers_run_on_
     assert buffer.got == list(range(FAST.window))
 
 
-async def test_while_nothing_settles_a_sender_waits_for_room_in_its_window() -> None:
+async def test_while_nothing_settles_a_sender_waits_for_space_in_its_window() -> None:
     buffer = Buffer()
     disk = Disk(buffer)
     async with server(buffer, settled=disk) as s, client(s.endpoint) as c:

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from atpo_async.links.frames import ACK, LINK, MAX_SENDS, PING, PONG, REQUEST, SEND, SENDS, SENDS_BYTES
+from atpo_async.links.frames import LINK, MAX_SENDS, PING, REQUEST, SEND, SENDS, SENDS_BYTES
 from atpo_async.links.server import Server
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
 from atpo_async.wire.records import pack
 from tests.links_support import ANY_PORT, LEASE_REQUEST, Buffer, client, closed, fast, server
-from tests.raw_link_support import link_frame, raw_dealer
+from tests.raw_link_support import link_frame, pong, raw_dealer
 from tests.test_links_limits import chunk
-from tests.waiting_support import LIMIT_S, until, within
+from tests.waiting_support import LIMIT_S, until
 
 
 def watched(s: Server) -> list[tuple[int, int, int]]:
@@ -103,9 +103,7 @@ async def test_of_a_message_in_several_lives_only_what_is_new_is_handled() -> No
         # One is missing before these: they are asked for again, by what the answer to a ping says.
         await stranger.send_multipart([link_frame(SENDS, a=4), together(closed(4), closed(5))])
         await stranger.send_multipart([link_frame(PING, a=6, b=0)])
-        while (told := LINK.unpack((await within(stranger.recv_multipart()))[0]))[1] != PONG:
-            assert told[1] == ACK
-        assert told[3:] == (6, 3)
+        assert (await pong(stranger))[1:] == (6, 3)
         assert s.bad_messages == 0
     assert buffer.got == [0, 1, 2]
 
@@ -156,8 +154,6 @@ async def test_several_in_one_are_not_more_than_a_client_may_have_under_way() ->
             numbers = range(first, first + MAX_SENDS)
             await stranger.send_multipart([link_frame(SENDS, a=first), together(*map(closed, numbers))])
         await stranger.send_multipart([link_frame(PING, a=10 * MAX_SENDS, b=0)])
-        while (told := LINK.unpack((await within(stranger.recv_multipart()))[0]))[1] != PONG:
-            assert told[1] == ACK
-        assert told[4] == s._sends.max_ahead
+        assert (await pong(stranger))[2] == s._sends.max_ahead
         assert s.peers["stranger"].queued <= s._sends.max_ahead
         buffer.open.set()

@@ -109,15 +109,15 @@ def test_a_stopped_role_whose_supervisor_was_killed_is_ended_with_all_that_it_st
     assert len(family) == 2
     os.killpg(orphan.pid, signal.SIGSTOP)
     until(lambda: len(processes.stopped(family)) == 2)
-    told: list[str] = []
-    assert end_orphans(run, say=told.append) == ["buffer"]
+    said: list[str] = []
+    assert end_orphans(run, say=said.append) == ["buffer"]
     orphan.wait(timeout=DEADLINE_S)
     assert group(orphan.pid) == set()
-    assert told == [
+    assert said == [
         f"buffer of an earlier start of this run is still there without its supervisor (process {orphan.pid}): a "
         "signal had stopped it, it is ended now"
     ]
-    assert end_orphans(run, say=told.append, pause=never) == []
+    assert end_orphans(run, say=said.append, pause=never) == []
 
 
 def test_an_orphan_that_hangs_has_its_time_to_end_and_is_then_ended(

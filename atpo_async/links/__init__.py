@@ -1,22 +1,35 @@
-"""asyncio ZeroMQ: windows, acknowledgements, heartbeats, CURVE.
+"""Links: asyncio ZeroMQ with windows, acknowledgements, heartbeats and CURVE keys.  This is the protocol's reference.
 
-``Client`` (DEALER) and ``Server`` (ROUTER) carry two kinds of traffic.
+A ``Client`` (DEALER) and a ``Server`` (ROUTER) exchange two kinds of messages.
 
-*Sends* are data that must not be lost.  The client numbers them and keeps each until the server's handler is done
-with it, and until what the handler did is settled, where the server has something to settle.  The server takes them in
-order: what it has taken before it drops, what comes after a gap it drops too, and the client goes back and sends again
-from the first one missing.  A handler therefore sees every message at least once, in order, and more than once only
-across a restart of the server or when the handler itself failed.
+*Sends* are data that must not be lost.  The client numbers them.  It keeps each one until the server's handler has
+returned, and until the effect of the handler is settled (made durable) where the server has something to settle; then
+the server acknowledges it.  The server takes sends in order.  It drops a send that it has taken before, and it drops
+what comes after a gap; the client then goes back and sends again from the first missing one.  A handler therefore sees
+every message at least once and in order.  It sees a message twice only if the server was restarted in between, or if
+the handler itself failed.
 
-*Requests* have one reply each.  The client repeats those that a lost connection may have swallowed; the server
-remembers which it is working on and its last replies, so that a repeated request is not run twice.  Requests do not
-wait for sends: a request may overtake the sends before it.
+*Requests* have one reply each.  The client repeats a request that a lost connection may have swallowed.  The server
+knows which requests it is working on and keeps its last replies, so that a repeated request is not run twice.  Requests
+do not wait for sends: a request may overtake the sends before it.
 
-``Announcer`` and ``Listener`` (PUB, SUB) carry what may be missed.
+An ``Announcer`` (PUB) publishes to every ``Listener`` (SUB) what may be missed.
 
-Link frames (before the two frames of ``atpo_async.wire.codec``, where there are any) are fixed structs.  Nothing on a
-socket is pickled.  Off the loopback interface every socket needs CURVE keys (``links.keys``); with keys a peer is
-who its key says, ``gpu-7/actor-0``, and can neither speak nor listen for another.
+Each message on a socket begins with a link frame, a fixed struct (``links.frames``).  The two frames of
+``atpo_async.wire.codec`` follow where there is a message.  Nothing on a socket is pickled.  Off the loopback interface
+every socket needs CURVE keys (``links.keys``).  With keys a peer is who its key says, ``gpu-7/actor-0``, and can
+neither speak for another one nor hear what is meant for it.
 
-``common`` is what both ends agree on, ``sockets`` the sockets, ``client``, ``server`` and ``announcements`` the ends.
+===================  ===================================================================================
+module               what it holds
+===================  ===================================================================================
+``frames``           link frames and the size of messages
+``client``           the client's end: window of sends, requests, waits
+``server``           the server's end: sessions, sends, acknowledgements, requests, replies
+``announcements``    both ends of announcements
+``link``             what all ends share; ``binding`` and ``connecting`` the two kinds of ends
+``pump``             a ZeroMQ socket on the event loop
+``authentication``   who may connect; ``keys`` the folders with keys
+``addresses``        endpoints as text; ``ports`` which ports are free and who has them
+===================  ===================================================================================
 """

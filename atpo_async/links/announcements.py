@@ -22,9 +22,9 @@ log = logging.getLogger("atpo.links")
 
 
 _UNREAD = 256
-"""Announcements that are kept for who does not read them, at either end."""
+"""Announcements that wait at either end for a listener that does not read; past them the oldest are dropped."""
 _BEAT = [b""]
-"""Says nothing but that the announcer lives and can be heard."""
+"""A heartbeat: the announcer lives and can be heard."""
 
 
 class Announcer(BindingLink):

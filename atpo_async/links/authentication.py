@@ -74,7 +74,7 @@ class RefusedConnections:
 
 
 class Authenticator:
-    """Answers libzmq's question (ZAP, RFC 27) who may connect: those whose public key lies in the folder.
+    """Answers libzmq's question (ZAP, RFC 27) who may connect: a peer whose public key lies in the folder may.
 
     The key becomes the connection's user id, which libzmq attaches to every message of it.
     """

@@ -1,4 +1,4 @@
-"""Ends that bind: which port they get, with which keys, and which connections they refused."""
+"""Ends that bind: which port they take, with which keys, and how many connections they refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from atpo_async.wire import codec
 
 log = logging.getLogger("atpo.links")
 
-# What a connection that came to nothing was, by the protocol error that libzmq reports of it.
+# Why a handshake failed, by the protocol error that libzmq reports.
 _NO_KEY, _WRONG_SERVER_KEY, _NO_HANDSHAKE = "speaks without a key", "has another server's key", "no handshake"
 _HANDSHAKE_FAILURES = {
     int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH): _NO_KEY,
@@ -31,7 +31,7 @@ class BindingLink(Link):
     Args:
         endpoint: with port 0 any free one is taken, ``former_port`` where that is free.
         former_port: where it listened before, and peers may look for it still; 0 for none.
-        setting: what decides about the port, for errors: ``links.actors_port``.
+        setting: the configuration's field that sets the port, for errors: ``links.actors_port``.
         learners_only: with keys, let in only those that may be the learner.
     """
 
@@ -54,7 +54,7 @@ class BindingLink(Link):
 
     @property
     def refused_connections(self) -> int:
-        """Connections not let in, since the start."""
+        """Connections refused since the start."""
         return self._refused.total
 
     def _bind(self, socket: Socket, context: Context) -> None:

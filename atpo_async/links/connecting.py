@@ -31,9 +31,9 @@ class ConnectingLink(Link):
     """A link that connects: it watches its connection and tries again where libzmq would not.
 
     Args:
-        endpoint: empty where it is not known yet; then ``locate`` has to be there.
-        locate: where the other end is now, or nothing while that is not known: asked once a heartbeat while there is no
-            connection, so that an end that came back elsewhere is found.
+        endpoint: of the other end; empty where it is not known yet, which needs ``locate``.
+        locate: returns the other end's endpoint, empty while nobody knows it.  It is asked once a heartbeat while
+            there is no connection, so that an end that came back at another address is found.
     """
 
     def __init__(self, endpoint: str, settings: LinksConfig, *, locate: Callable[[], str] | None = None) -> None:
@@ -52,7 +52,7 @@ class ConnectingLink(Link):
 
     @property
     def trouble(self) -> str:
-        """Why the last connection came to nothing, as far as it is known here."""
+        """Why the last connection failed, as far as this end knows."""
         return self._trouble
 
     def connection_status(self) -> dict[str, Any]:
@@ -162,8 +162,10 @@ class ConnectingLink(Link):
                 socket.connect(self.endpoint)
 
     def _renew(self, whose: str) -> None:
-        """Once a heartbeat: make a connection anew that is up and leads nowhere, which libzmq may never notice, nor the
-        kernel where something stands in between."""
+        """Once a heartbeat: make a connection anew that seems to be up and carries nothing.
+
+        libzmq may never notice it, nor the kernel where a third machine stands in between.
+        """
         if not self._connected:
             self._follow()
         # Counted and not timed: our own loop may have stood still, with what came waiting in the socket.

@@ -1,4 +1,4 @@
-"""CURVE keys in folders: making them, loading one's own, and who a folder lets in.
+"""CURVE keys: making a pair, loading one's own, and which peers a folder of public keys lets in.
 
 The folder of a host that serves (``links.keys_dir``) holds::
 
@@ -8,7 +8,7 @@ The folder of a host that serves (``links.keys_dir``) holds::
     learners/NAME.key                another host, which may be the learner as well
 
 and the folder of a host that connects ``client.key``, ``client.key_secret`` and the other's ``server.key``.  A key's
-name is its file's: what a peer says of itself counts for nothing.  docs/keys.md has the commands.
+name is its file's; what a peer calls itself gives it no rights.  docs/keys.md has the commands.
 """
 
 from __future__ import annotations

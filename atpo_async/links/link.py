@@ -1,4 +1,4 @@
-"""What all ends of links share: a context, socket options, tasks of their own, the way in and out."""
+"""What all ends of links share: opening and closing, socket options, tasks of their own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ _RECONNECT_MAX_MS = 1000
 
 
 class Link:
-    """What all ends share: a context of its own, options, keys, owned tasks, the way in and out."""
+    """One end of a link: it owns a ZeroMQ context, a socket with the options of all links, and its tasks.
+
+    It is open inside ``async with``.
+    """
 
     def __init__(self, endpoint: str, settings: LinksConfig) -> None:
         self.endpoint = endpoint
@@ -69,11 +72,11 @@ class Link:
 
     @property
     def title(self) -> str:
-        """Tells this link from the others of its process."""
+        """Name of this end, different from those of the other ends of its process."""
         raise NotImplementedError
 
     def link_status(self) -> dict[str, Any]:
-        """This end for people and for JSON; seconds are as of now."""
+        """State of this end, for people and as JSON; seconds count up to now."""
         raise NotImplementedError
 
     def _close_context(self) -> None:

@@ -23,7 +23,7 @@ _MAX_COMMAND = 120
 def check(links: LinksConfig) -> None:
     """Raises SetupError naming a configured port that is taken now, or an address that this machine does not have.
 
-    It is a look and no promise: who binds the port later says the same if it is taken by then.
+    A port that is free now may be taken by the time it is bound; the bind then raises the same error.
     """
     for name in NAMES:
         _try(links.host, getattr(links, f"{name}_port"), f"links.{name}_port")

@@ -1,4 +1,4 @@
-"""Where a run's policy lies: the warm-started one before it, the trained one in its checkpoints."""
+"""The policy of a run: the warm-started one that it begins with, the trained one in its checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from atpo_async.run.rundir import RunDir
 from atpo_async.models.tensor_files import WEIGHTS, read_header, read_headers
 
 MODELS = Path("models")
-"""Where warm-started policies are kept, to be used by later runs too."""
+"""Folder of warm-started policies; later runs use them too."""
 
 WORLD = ("seed", "min_hops", "max_hops", "num_names", "num_relations")
 """Options of the environment that the policy must fit."""

@@ -1,4 +1,4 @@
-"""Where a policy lies: a local Hugging Face folder, or one that the Hub's client can bring."""
+"""Finding a model's folder: a local Hugging Face folder, or one that the Hub's client fetches."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _from_hub(name: str) -> Path:
         raise SetupError(
             f"model.path = {name!r} is no folder here, and huggingface_hub, which could fetch it, is not installed"
         ) from None
-    # The cache first: a model that is there needs neither network nor patience.
+    # The cache first: a model that is there needs no network, and no wait for one.
     with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
         folder = Path(snapshot_download(name, local_files_only=True))
         if _is_whole(folder):

@@ -1,7 +1,7 @@
-"""Where the roles of a run listen: said by those that listen, in a file of the run's folder, followed by the others.
+"""Where the roles of a run listen: a file in the run's folder, written by those that listen and read by the others.
 
-A role binds its sockets itself and notes what it got.  What it had in an earlier life is kept beside it: it tries that
-port first, since actors joined by hand know no other.
+A role binds its sockets itself and notes the addresses that it got.  Those of an earlier life of the run stay in a file
+beside it: a role tries its former port first, since actors that were joined by hand know no other one.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ def command(module: str, *words: str, python: str = sys.executable) -> tuple[str
 
 def search_path(path: list[str], folder: str) -> list[str]:
     """``path`` with the working folder at its end, and without this file's own, which Python puts first."""
-    kept = [entry for entry in path if entry not in (dirname(HERE), "", folder)]
-    return [*kept, folder]
+    others = [entry for entry in path if entry not in (dirname(HERE), "", folder)]
+    return [*others, folder]
 
 
 def _working_folder() -> list[str]:

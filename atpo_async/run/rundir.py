@@ -1,4 +1,4 @@
-"""The folder of a run: its layout, atomic writes, the durable version counter, the link to the latest run.
+"""The folder of a run: its layout, making and opening it, its lock, the durable counter of versions.
 
 runs/<name>/
   run.json          run_id, name, when it was made, whose policy it began with; its presence makes the folder a run
@@ -79,7 +79,7 @@ class RunDir:
         """
         path = config.run.dir / config.run.name
         if config.run.name == LATEST:
-            raise SetupError(f"run.name = {LATEST!r} is kept for the link to the latest run; use another --run.name")
+            raise SetupError(f"run.name = {LATEST!r} is the name of the link to the latest run; use another --run.name")
         if (path / "run.json").is_file():
             if not resume:
                 raise RunMismatch(f"run folder {path} exists already; use another --run.name, or resume it")
@@ -292,8 +292,11 @@ class RunDir:
 
     @property
     def is_trained(self) -> bool:
-        """Whether a learner has learned something here.  Publishing the first weights is none: a run whose actors could
-        not start has got as far; nor is a batch without a tree to train on."""
+        """Whether a learner has trained on a batch here.
+
+        Publishing the first weights does not count: a run whose actors could not start gets as far.  Neither does a
+        batch without a tree to train on.
+        """
         if next(self.checkpoints.glob("step-*"), None) is not None:
             return True
         return self.metrics_path.exists() and any(
@@ -301,7 +304,7 @@ class RunDir:
         )
 
     def _note_versions(self) -> None:
-        """Keep what the run was made with beside what it goes on with."""
+        """Write down what is installed now; what the run was made with stays beside it."""
         file = self.path / "versions.json"
         now = _dump(versions())
         if file.is_file() and file.read_text(encoding="utf-8") == now:

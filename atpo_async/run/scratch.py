@@ -1,9 +1,9 @@
-"""Folders for files that mean nothing without the process that made them: they outlive it only until somebody looks.
+"""Scratch folders: their files mean nothing without the process that made them, and are removed once it has gone.
 
-In shared memory what a killed process leaves behind is memory that nobody gives back: a learner that is killed with its
-run leaves two versions of the weights there, an actor killed while its engine reads new ones a whole model.  So each
-such folder is locked by its owner; the lock goes with the process, however that ends, and the next run on the machine
-removes what bears our mark and is held by nobody.
+What a killed process leaves in shared memory is memory that nobody gives back: a learner that is killed with its run
+leaves two versions of the weights there, an actor that is killed while its engine reads new ones a whole model.  So
+each scratch folder is locked by its owner.  The system releases the lock when the process ends, however it ends, and the
+next run on the machine removes every folder that bears our mark and that nobody has locked.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def clear(run: str, parent: Path = SHARED_MEMORY) -> None:
 
 
 MARK = ".atpo-scratch"
-"""An empty file: who made the folder it lies in has locked that, and as long as it lives."""
+"""An empty file: the process that made this folder has locked it for as long as it lives."""
 
 PREFIX = "atpo-"
 

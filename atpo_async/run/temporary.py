@@ -1,5 +1,7 @@
-"""The folder for temporary files, made fit for sockets: engines and multiprocessing put theirs into it, and the path of
-a socket has at most 107 bytes."""
+"""The folder for temporary files, under a name that is short enough for sockets.
+
+Engines and multiprocessing put their sockets into it, and the path of a socket has at most 107 bytes.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from atpo_async.core.errors import SetupError
 
 MAX_SOCKET_PATH = 107
 """Bytes: sun_path of sockaddr_un, without its end."""
-_ROOM = 60
+_RESERVED = 60
 """For what comes after the folder: a UUID (vLLM's sockets), a folder and a name (multiprocessing's)."""
-MAX_FOLDER = MAX_SOCKET_PATH - _ROOM
+MAX_FOLDER = MAX_SOCKET_PATH - _RESERVED
 
 SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
 
@@ -44,7 +46,7 @@ def make_temporary_folder_fit(
     except OSError as exc:
         raise SetupError(f"no folder for temporary files: {exc}; set TMPDIR to one that can be written") from None
     if asked and found != os.path.abspath(asked):
-        say(f"TMPDIR = {_told(asked)} cannot be written; temporary files go to {found}")
+        say(f"TMPDIR = {_shown(asked)} cannot be written; temporary files go to {found}")
     if len(os.fsencode(found)) > MAX_FOLDER:
         found = _short_name(found, places)
     elif not asked or found == os.path.abspath(asked):
@@ -64,11 +66,11 @@ def _short_name(folder: str, places: Sequence[str]) -> str:
             if link.lstat().st_uid == uid and link.is_symlink() and os.readlink(link) == folder:
                 return str(link)
     raise SetupError(
-        f"the folder for temporary files, {_told(folder)}, has a name of {len(os.fsencode(folder))} bytes: sockets in "
+        f"the folder for temporary files, {_shown(folder)}, has a name of {len(os.fsencode(folder))} bytes: sockets in "
         f"it would have longer ones than the {MAX_SOCKET_PATH} that the system allows, and no short link to it can be "
         f"made in {', '.join(places)}; set TMPDIR to a folder with a name of up to {MAX_FOLDER} bytes"
     )
 
 
-def _told(folder: str) -> str:
+def _shown(folder: str) -> str:
     return repr(folder) if len(folder) <= 100 else repr(folder[:60] + "…" + folder[-20:])

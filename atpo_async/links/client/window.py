@@ -1,4 +1,4 @@
-"""The window of sends: what is not acknowledged is kept, numbered, and sent again from the first one missing."""
+"""The window of sends: unacknowledged messages by number, sent again from the first one that is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server has handed to its socket and libzmq has not sent yet: bounded per peer and in all, in bytes.
+"""Bytes that a server has handed to its socket and libzmq has not sent yet: bounded for each peer and in all.
 
 libzmq bounds its queues in messages.  With weights in them, a peer that asks and does not read would cost gigabytes.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 ALL_PEERS = 4
-"""Times what one peer may have unsent: what all may have together."""
+"""Times the bound of one peer: the bound of all peers together."""
 
 
 class Sent(Protocol):
@@ -23,8 +23,8 @@ class Sent(Protocol):
 class Outbox:
     """Bytes on their way, by peer.
 
-    A peer of which nothing is on its way may always be sent one message, until twice the bound of all is used up: so
-    those that do not read cannot keep the others from being answered.
+    A peer that has nothing on its way may always be sent one message, until twice the bound of all is used up.  So
+    peers that do not read cannot keep the others from being answered.
 
     Args:
         peer_bytes: of one peer, but for a single message that is larger.
@@ -34,9 +34,9 @@ class Outbox:
         self.peer_bytes = peer_bytes
         self.all_bytes = ALL_PEERS * peer_bytes
         self.unsent_bytes = 0
-        """Of all peers, as far as last looked."""
+        """Of all peers, at the last look."""
         self.most_unsent_bytes = 0
-        """That there ever were."""
+        """The highest value of ``unsent_bytes`` so far."""
         self._peers: dict[bytes, deque[tuple[tuple[Sent, ...], int]]] = {}
         self._bytes: dict[bytes, int] = {}
 
