@@ -2,8 +2,8 @@
 
 What a killed process leaves in shared memory is memory that nobody gives back: a learner that is killed with its run
 leaves two versions of the weights there, an actor that is killed while its engine reads new ones a whole model.  So
-each scratch folder is locked by its owner.  The system releases the lock when the process ends, however it ends, and the
-next run on the machine removes every folder that bears our mark and that nobody has locked.
+each scratch folder is locked by its owner.  The system releases the lock when the process ends, however it ends, and
+the next run on the machine removes every folder that bears our mark and that nobody has locked.
 """
 
 from __future__ import annotations
