@@ -36,7 +36,7 @@ async def act(ctx: RoleContext) -> None:
     """Join the run, start the engine, and work until it is over."""
     config = ctx.config
     model = model_folder(config.model.path)
-    if not ctx.supervised:  # who was started by the run itself is let in
+    if not ctx.supervised:  # an actor that the run itself has started is let in
         await until_stopped(ctx.stopping, knock(ctx))
         if ctx.stopping.is_set():
             return

@@ -37,7 +37,7 @@ async def knock(ctx: RoleContext) -> None:
     refuses the key, being let in after all, given up after ``links.give_up_s``.
     """
     wait = BoundedWait(f"actor {ctx.name}", "being let in", ctx.config.links, time.monotonic, log=ctx.log, on="buffer")
-    said, last = "", time.monotonic() + KNOCK_S
+    logged, last = "", time.monotonic() + KNOCK_S
     # A link of its own: loading an engine may hold up this loop for longer than a peer is let be silent.
     async with buffer_link(ctx) as buffer:
         while isinstance(missing := await _hello(ctx, buffer, timeout_s=KNOCK_EVERY_S), str):
@@ -46,8 +46,8 @@ async def knock(ctx: RoleContext) -> None:
             elif time.monotonic() > last:
                 ctx.log.info("actor %s loads its engine meanwhile: %s", ctx.name, missing)
                 return
-            if trouble and trouble != said:
-                said = trouble
+            if trouble and trouble != logged:
+                logged = trouble
                 ctx.log.error("actor %s loads no engine before it is let in, and tries on: %s", ctx.name, missing)
             wait.again(missing)
             await asyncio.sleep(HELLO_PAUSE_S)  # a link that has failed for good answers at once
@@ -62,7 +62,7 @@ async def join(ctx: RoleContext, buffer: Client) -> Welcome:
     wait = BoundedWait(
         f"actor {ctx.name}", "its place in the run", ctx.config.links, time.monotonic, log=ctx.log, on="buffer"
     )
-    said = ""
+    logged = ""
     while True:
         answer = await _hello(ctx, buffer, timeout_s=HELLO_TIMEOUT_S)
         if isinstance(answer, str):
@@ -71,9 +71,9 @@ async def join(ctx: RoleContext, buffer: Client) -> Welcome:
             return reachable(answer, buffer.endpoint)
         else:
             wait.on, missing = "learner", "the learner has not published its first weights"
-        if missing != said:
+        if missing != logged:
             ctx.log.info("actor %s waits: %s", ctx.name, missing)
-            said = missing
+            logged = missing
         wait.again(missing)
         await asyncio.sleep(HELLO_PAUSE_S)
 

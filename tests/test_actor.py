@@ -281,7 +281,7 @@ async def test_the_same_refusal_three_times_in_a_row_ends_the_run_in_one_line(er
     assert engine.swapped == [0]
 
 
-async def test_weights_for_which_there_is_no_room_are_waited_for_and_that_is_said_once(
+async def test_weights_for_which_there_is_no_space_are_waited_for_and_that_is_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Full(FakeWeights):
@@ -341,7 +341,7 @@ async def test_an_environment_that_always_raises_ends_the_actor_with_its_name_an
         await actor_of(buffer, environment=environment).work()
 
 
-async def test_an_engine_that_answers_nobody_is_not_taken_for_a_broken_environment() -> None:
+async def test_an_engine_that_answers_no_request_is_not_taken_for_a_broken_environment() -> None:
     engine = ScriptedEngine()
     engine.hold = asyncio.Event()
     buffer = FakeBuffer(*leases(20))
@@ -415,7 +415,7 @@ async def test_an_actor_without_weights_looks_for_the_learner_where_the_buffer_s
         await asyncio.wait_for(actor_of(buffer, weights=weights).work(), 30)
 
 
-async def test_every_second_of_a_slot_without_a_tree_counts_as_waiting_whoever_held_the_answer() -> None:
+async def test_every_second_of_a_slot_without_a_tree_counts_as_waiting() -> None:
     now = 0.0
 
     class Slow(FakeBuffer):

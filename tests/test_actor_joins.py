@@ -68,7 +68,7 @@ class Buffer:
 WELCOME = m.Welcome(run="r", weights_endpoint="", announce_endpoint="")
 
 
-async def test_an_unknown_key_is_told_before_an_engine_is_loaded_and_let_in_once_it_is_known(
+async def test_an_unknown_key_is_reported_before_an_engine_is_loaded_and_let_in_once_it_is_known(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ours, theirs = tmp_path / "head", tmp_path / "gpu-7"
@@ -97,7 +97,7 @@ async def test_an_actor_that_waits_to_be_let_in_can_be_stopped(tmp_path: Path) -
         await within(acting)
 
 
-async def test_what_the_buffer_has_against_an_actor_is_told_before_an_engine_is_loaded() -> None:
+async def test_why_the_buffer_refuses_an_actor_is_reported_before_an_engine_is_loaded() -> None:
     async with server(Buffer(m.Refused(reason="it grows other trees"))) as s:
         with pytest.raises(SetupError, match=r"refuses actor-by-hand: it grows other trees$"):
             await within(entry.act(actor(s.endpoint)))
@@ -122,7 +122,9 @@ async def test_a_buffer_that_is_not_there_yet_is_no_reason_to_wait_with_the_engi
     assert "loads its engine meanwhile: the buffer at tcp://127.0.0.1:1 does not answer (not connected" in caplog.text
 
 
-async def test_an_actor_that_its_run_has_started_asks_nobody_before(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_actor_that_its_run_has_started_loads_its_engine_without_asking(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level(logging.INFO)
     with pytest.raises(LoadedError):
         await within(entry.act(actor(NOTHING_LISTENS, supervised=True)))

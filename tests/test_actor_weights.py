@@ -310,7 +310,7 @@ async def test_with_shared_memory_full_the_disk_takes_the_bytes_and_memory_is_tr
     assert list(disk.iterdir()) == []
 
 
-async def test_bytes_that_fit_nowhere_are_said_to_and_fit_later(
+async def test_bytes_that_fit_nowhere_are_an_error_by_name_and_fit_later(
     fetcher: WeightsFetcher, learner: FakeLearner, places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:

@@ -157,7 +157,7 @@ class TestOneEngine:
         assert generation.cached_prompt_tokens == 0
         assert largest_error(generation, prompt, MODELS) < 1e-5
 
-    async def test_with_a_full_house_and_a_kept_cache_the_probe_still_runs(
+    async def test_with_every_place_taken_and_the_cache_not_cleared_the_probe_still_runs(
         self, engine: VllmEngine, tmp_path: Path
     ) -> None:
         version = engine.stats().version + 1
@@ -293,7 +293,9 @@ class TestOneEngine:
         generation = await engine.generate(PROMPT, to_length(5), request_id="whole")
         assert largest_error(generation, PROMPT, MODELS) < 1e-5
 
-    async def test_a_probe_of_many_sequences_runs_with_a_full_house(self, engine: VllmEngine, tmp_path: Path) -> None:
+    async def test_a_probe_of_many_sequences_runs_with_every_place_taken(
+        self, engine: VllmEngine, tmp_path: Path
+    ) -> None:
         version = engine.stats().version + 1
         long = [
             asyncio.create_task(engine.generate([*PROMPT, i], to_length(100), request_id=f"long{i}")) for i in range(12)

@@ -44,7 +44,7 @@ async def test_an_environment_that_changes_the_folder_while_it_is_made_leaves_th
         assert os.getcwd() == folder
 
 
-def test_a_stray_alarm_is_told_once_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stray_alarm_is_logged_once_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     with guard.stray_signals_end_nothing():
         for _ in range(3):

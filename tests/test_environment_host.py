@@ -282,7 +282,7 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-async def test_while_a_tool_blocks_the_actors_loop_turns_and_nobody_elses_limit_runs(
+async def test_while_a_tool_blocks_the_actors_loop_turns_and_no_other_calls_limit_runs(
     released: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It blocks for longer than one limit, and its own limit is long enough."""
@@ -337,7 +337,7 @@ async def test_a_tool_that_blocks_for_ever_costs_its_step_and_the_others_are_bro
         assert worlds[1].closed == [1]
 
 
-async def test_where_a_loop_was_lost_before_nobody_waits_behind_a_tool_that_blocks(released: threading.Event) -> None:
+async def test_where_a_loop_was_lost_before_no_call_waits_behind_a_tool_that_blocks(released: threading.Event) -> None:
     """An environment that never lost one is not made twice: it may be large."""
     entered: list[int] = []
 
@@ -437,7 +437,7 @@ async def test_environments_that_take_much_memory_are_left_behind_less_often(
         assert len(worlds) == 2
 
 
-async def test_hanging_threads_take_nobody_elses_thread(released: threading.Event) -> None:
+async def test_hanging_threads_take_no_other_calls_thread(released: threading.Event) -> None:
     """As many as a loop's usual pool has, and more."""
 
     async def tool(task: int) -> None:
@@ -484,7 +484,9 @@ async def test_a_close_that_fails_is_counted_and_costs_nothing(caplog: pytest.Lo
     assert caplog.text.count("the sandbox is gone") == 2
 
 
-async def test_a_close_that_fails_is_told_once_on_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_close_that_fails_is_reported_once_on_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "notices.jsonl"
     monkeypatch.setenv(notices.FILE, str(path))
     monkeypatch.setattr(notices, "_told", 0)
@@ -501,7 +503,7 @@ async def test_a_close_that_fails_is_told_once_on_the_terminal(tmp_path: Path, m
     assert "ConnectionError: the sandbox is gone" in line
 
 
-async def test_a_tool_that_blocks_below_its_limit_is_told_once_on_the_terminal(
+async def test_a_tool_that_blocks_below_its_limit_is_reported_once_on_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "notices.jsonl"
@@ -534,7 +536,7 @@ async def test_a_close_that_hangs_is_given_up(how: str, released: threading.Even
         await (await host.start("train", 1)).step(ints(5))
 
 
-async def test_whoever_is_cancelled_leaves_at_once_and_the_episode_is_closed_all_the_same(
+async def test_a_cancelled_caller_leaves_at_once_and_the_episode_is_closed_all_the_same(
     released: threading.Event,
 ) -> None:
     entered = threading.Event()

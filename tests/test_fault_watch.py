@@ -31,20 +31,20 @@ Plan = Iterator[tuple[Place, float, Fault | None]]
 
 @dataclass
 class World:
-    """Trees of ``plan(number)`` are grown, ``at_once`` of them, in a time of their own; told lines are kept."""
+    """Trees of ``plan(number)`` are grown, ``at_once`` of them, in a time of their own; the notices are collected."""
 
     at_once: int
     plan: Callable[[int], Plan]
     now: float = 0.0
     begun: int = 0
-    told: list[str] = field(default_factory=list)
+    notices_sent: list[str] = field(default_factory=list)
     error: AtpoError | None = None
 
     def run(self, trees: int) -> World:
         watch = FaultWatch(
             "w:make",
             least=min(8, max(4, self.at_once)),
-            notify=lambda line, key: self.told.append(line),
+            notify=lambda line, key: self.notices_sent.append(line),
             clock=lambda: self.now,
         )
         events: list[tuple[float, int, int, Place, Fault | None, bool]] = []
@@ -121,7 +121,7 @@ def test_one_task_in_five_that_always_fails_lets_the_run_go_on_for_ever(
 
     world = World(at_once, plan).run(2000)
     assert world.error is None
-    assert world.told[0] == f"a branch failed and is left out, the run goes on: {REWARD.detail}"
+    assert world.notices_sent[0] == f"a branch failed and is left out, the run goes on: {REWARD.detail}"
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -161,7 +161,7 @@ def test_a_strategy_that_fails_on_every_tree_ends_the_run_with_the_name_of_its_s
         str(world.error),
     )
     assert world.begun < 12
-    assert world.told[0].endswith("the run goes on: search.strategy = 'w:pick': it failed on tree t1")
+    assert world.notices_sent[0].endswith("the run goes on: search.strategy = 'w:pick': it failed on tree t1")
 
 
 def test_different_errors_that_leave_no_chain_in_any_tree_end_the_run_too() -> None:
@@ -183,26 +183,26 @@ def test_an_engine_that_does_not_answer_is_not_taken_for_a_broken_environment() 
     assert "as the engine does not answer" in str(world.error)
 
 
-def test_a_fault_is_told_once_and_then_its_count_ever_more_rarely() -> None:
+def test_a_fault_is_reported_once_and_then_its_count_ever_more_rarely() -> None:
     world = World(1, lambda number: chains([REWARD] + [None] * 9, seconds=1.0)).run(1000)
-    first, *later = world.told
+    first, *later = world.notices_sent
     assert first.endswith(REWARD.detail)
     assert "more of" in later[0]
     assert len(later) == 4  # after 60, 180, 420 and 900 of 1,000 seconds
     assert world.now > 900
 
 
-def test_of_endless_kinds_of_faults_only_so_many_are_told() -> None:
+def test_of_endless_kinds_of_faults_only_fifty_are_reported() -> None:
     world = World(
         1,
         lambda number: chains([None, Fault("environment_failed", f"E{number} in step", "x"), None, None]),
     ).run(500)
-    assert len(world.told) == 50
+    assert len(world.notices_sent) == 50
 
 
-def test_a_turn_that_the_buffer_refuses_for_what_it_holds_is_told_and_in_every_tree_it_ends_the_run() -> None:
-    told: list[str] = []
-    faults = Faults("w:make", at_once=4, notify=lambda line, key: told.append(line), clock=lambda: 0.0)
+def test_a_turn_that_the_buffer_refuses_for_its_content_is_reported_and_in_every_tree_it_ends_the_run() -> None:
+    notices_sent: list[str] = []
+    faults = Faults("w:make", at_once=4, notify=lambda line, key: notices_sent.append(line), clock=lambda: 0.0)
     bad = msgspec.structs.replace(leaf(1, 0), reward=float("nan"))
 
     def grow(number: int) -> None:
@@ -215,17 +215,17 @@ def test_a_turn_that_the_buffer_refuses_for_what_it_holds_is_told_and_in_every_t
         grow(number)
     with pytest.raises(EnvironmentBroken, match="the buffer refuses it: reward is nan"):
         grow(3)
-    assert told[0].endswith("the buffer refuses it: reward is nan")
+    assert notices_sent[0].endswith("the buffer refuses it: reward is nan")
 
 
-def test_turns_that_come_too_late_are_nobodys_fault() -> None:
-    told: list[str] = []
-    faults = Faults("w:make", at_once=4, notify=lambda line, key: told.append(line), clock=lambda: 0.0)
+def test_turns_that_come_too_late_count_as_no_fault() -> None:
+    notices_sent: list[str] = []
+    faults = Faults("w:make", at_once=4, notify=lambda line, key: notices_sent.append(line), clock=lambda: 0.0)
     for number in range(100):
         with faults.growing(lease(tree_id=f"t{number}")):
             faults.refused(f"t{number}", leaf(1, 0), "tree t0 is leased under epoch 2")
     faults.refused("unknown", leaf(1, 0), "no lease")
-    assert told == []
+    assert notices_sent == []
 
 
 def test_a_fault_of_the_held_out_tasks_is_no_fault_of_the_training_ones() -> None:
@@ -243,21 +243,23 @@ def test_a_fault_of_the_held_out_tasks_is_no_fault_of_the_training_ones() -> Non
         grow(7)
 
 
-def test_actions_that_no_stop_token_ends_are_told_once_with_the_settings_that_decide() -> None:
-    told: list[str] = []
-    cut = CutActions(64, notify=lambda line, key: told.append(line))
+def test_actions_that_no_stop_token_ends_are_reported_once_with_the_settings_that_decide() -> None:
+    notices_sent: list[str] = []
+    cut = CutActions(64, notify=lambda line, key: notices_sent.append(line))
     for _ in range(20):
         cut.count(50, 10)
-    assert told == []
+    assert notices_sent == []
     for _ in range(20):
         cut.count(50, 25)
-    (line,) = told
+    (line,) = notices_sent
     assert "50% of 200 actions were cut off at their longest" in line
     assert "search.max_action_tokens = 64" in line
     assert "stop_token_ids" in line
 
 
-def test_what_a_role_tells_reaches_who_reads_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notice_of_a_role_reaches_a_reader_that_reads_from_then_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "notices.jsonl"
     monkeypatch.setenv(notices.FILE, str(path))
     monkeypatch.setattr(notices, "_told", 0)
@@ -292,9 +294,11 @@ def test_what_several_roles_tell_alike_is_heard_once_a_minute(tmp_path: Path, mo
     assert tail.new() == ["3 more"]
 
 
-def test_a_fault_that_does_not_name_the_environment_is_told_with_its_name() -> None:
+def test_a_fault_that_does_not_name_the_environment_is_reported_with_its_name() -> None:
     world = World(8, lambda number: chains([RAISES, None, None, None])).run(10)
-    assert world.told[0].endswith("the run goes on: environment 'w:make', task 3 (train), step: KeyError: 'page'")
+    assert world.notices_sent[0].endswith(
+        "the run goes on: environment 'w:make', task 3 (train), step: KeyError: 'page'"
+    )
 
 
 def test_a_role_that_cannot_tell_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ async def test_the_tree_of_an_actor_killed_in_mid_turn_goes_on_from_its_last_tur
         await scene.ended_well()
 
 
-async def test_nobody_starts_the_killed_actor_again_and_its_trees_are_finished_all_the_same(
+async def test_a_killed_actor_that_is_not_started_again_has_its_trees_finished_by_others(
     spawner: Spawner, tmp_path: Path
 ) -> None:
     fault = Recovery("an actor's machine is gone for good", "its leases lapse, and others finish its trees")
@@ -67,7 +67,7 @@ async def test_an_actor_that_was_frozen_gives_up_what_others_have_taken_over(spa
         await scene.ended_well()
 
 
-async def test_late_turns_of_a_fenced_actor_are_refused_and_its_successor_is_told_what_there_is(
+async def test_late_turns_of_a_fenced_actor_are_refused_and_its_successor_gets_the_committed_ones(
     spawner: Spawner, tmp_path: Path
 ) -> None:
     fault = Recovery(

@@ -109,7 +109,7 @@ def test_a_sharded_policy_samples_and_scores_inside_its_wrapper_alone(
         torch.distributed.destroy_process_group()
 
 
-def test_the_probe_leaves_room_in_the_context_for_one_token() -> None:
+def test_the_probe_leaves_space_in_the_context_for_one_token() -> None:
     """An engine asked for the log-probs of a prompt also generates one token."""
     assert probe_shape(build({"model": {"max_context_tokens": 100}})) == (32, 33)
     short = build({"model": {"max_context_tokens": 8}, "search": {"max_action_tokens": 4}})

@@ -137,7 +137,7 @@ async def test_an_announcement_reaches_listeners(store: WeightsStore, trainer: T
         assert (heard.version, heard.sha256) == (3, announcement.sha256)
 
 
-def test_the_newest_two_versions_are_kept(store: WeightsStore, trainer: Trainer) -> None:
+def test_only_the_newest_two_versions_stay_available(store: WeightsStore, trainer: Trainer) -> None:
     paths = [Path(add(store, trainer, version).shm_path or "") for version in (4, 5, 9)]
     assert [p.exists() for p in paths] == [False, True, True]
     gone = store.answer(ManifestRequest(run="run", version=4))
@@ -219,7 +219,7 @@ def test_full_shared_memory_sends_a_version_to_the_disk_and_is_tried_again_with_
     assert Path(add(store, trainer, 1).shm_path or "").parent == (tmp_path / "memory" / "atpo-run").resolve()
 
 
-def test_a_version_that_fits_nowhere_waits_for_room_and_says_so_in_one_line_a_place(
+def test_a_version_that_fits_nowhere_waits_for_space_and_logs_one_line_a_folder(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch, store: WeightsStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill(monkeypatch, 8)

@@ -184,7 +184,7 @@ def test_a_recipe_out_of_range_is_refused_by_name(settings: dict[str, float], sa
         Recipe(**settings)  # type: ignore[arg-type]
 
 
-def test_a_gpu_that_is_not_there_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_not_there_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SetupError, match="torch finds no GPU"):
         make_policy(tmp_path / "p", TINY, device="cuda")

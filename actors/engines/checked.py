@@ -115,7 +115,7 @@ class CheckedEngine:
             # Cancelled in the middle counts too: nobody knows which weights these are.
             label = f"weights version {manifest.version}: {self._label}"
             self._dead = f"the swap to version {manifest.version} failed: {of_error(exc)}"
-            self._proven.set()  # who waits hears that it is dead
+            self._proven.set()  # waiting requests raise EngineDead
             if isinstance(exc, TimeoutError):
                 raise WaitTimeout(f"{label} took over {limit_s:g} s to take them up (weights.swap_timeout_s)") from exc
             if isinstance(exc, Exception) and not isinstance(exc, AtpoError):

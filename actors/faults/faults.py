@@ -1,4 +1,4 @@
-"""The faults of all trees that are grown here, each split apart: an evaluation's say nothing of training's."""
+"""The faults of all trees of one process, training and evaluation apart."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Faults:
         }
         self._kinds: dict[str, Split] = {}
         self._verdict: AtpoError | None = None
-        """Found where nobody could be stopped: raised at the next chance."""
+        """An error found where it could not be raised: raised when the next chain ends."""
 
     @contextlib.contextmanager
     def growing(self, lease: Lease) -> Iterator[None]:
@@ -69,7 +69,7 @@ class Faults:
     def refused(self, tree_id: str, message: object, reason: str) -> None:
         """The buffer did not take ``message``; a fault of the tree if that is for what it holds.
 
-        What came too late, after its lease had lapsed, is nobody's fault.
+        A turn that came too late, after its lease had lapsed, counts as no fault.
         """
         if (kind := self._kinds.get(tree_id)) is None or not isinstance(message, msgspec.Struct):
             return

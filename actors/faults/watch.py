@@ -1,12 +1,12 @@
-"""Which faults an environment or an engine has, how often, and whether the run can go on with them.
+"""Decides whether the run can go on with the faults that its environment, its strategy and its engine have.
 
-One fault costs one branch, and a task in five that fails is a run that goes on and says so.  The same fault in every
-task is a run that would only burn time: it is stopped while the first trees are still growing.
+One fault costs one branch; a run in which every fifth task fails goes on and reports it.  A fault in every task would
+only waste time: the run is stopped while the first trees are still growing.
 
-When is it in every task?  Trees are looked at from the latest back to the first without the fault.  So many in a row
-must have lost a good part of their chains to it that this is no accident at the share of trees that had it before; at
-first, before any tree went well, ``least`` of them.  Trees that grow on without it for longer than it took to come in
-the others speak against it.
+A fault counts as being in every task when a row of trees had it.  Trees are looked at from the latest back to the first
+without the fault.  The row must be too long to be an accident, given the share of earlier trees that had the fault;
+before any tree went well it must have ``least`` trees.  A tree counts as hit when it has lost a good part of its chains
+to the fault.  Trees that grow without it for longer than it took to appear in the others count against it.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ REMEMBERED = 256
 """Trees; older ones are forgotten."""
 
 BY_ACCIDENT = 1e-6
-"""A run of trees with the same fault is no accident below this chance."""
+"""A row of trees with the same fault is no accident below this probability."""
 
 MOST_IN_A_ROW = 40
 
 SLOW_S = 15.0
-"""So long after the first fault, with nothing that ever went well, fewer trees are enough."""
+"""Seconds after the first fault from which on fewer trees are enough, if no chain ever went well."""
 
 LEAST_SLOW = 3
 
 LEAST_CHAINS = 8
-"""That such a row of trees must have lost, unless they are slow."""
+"""Chains that the trees of a row must have lost together, unless they are slow."""
 
 ANY = "any"
-"""The kind that every fault is: for trees in which each chain ends in another one."""
+"""A kind that all faults have in common: for trees in which every chain is lost to another fault."""
 
 
 @dataclass(slots=True)
@@ -99,7 +99,7 @@ class FaultWatch:
         """The tree grows no further."""
         if (tree := self._trees.get(tree_id)) is not None:
             tree.over = True
-            if not tree.ended:  # given up before any of its chains ended: it says nothing
+            if not tree.ended:  # given up before any of its chains ended: it is no evidence
                 del self._trees[tree_id]
 
     def chain_ended(self, tree_id: str, place: Place, fault: Fault | None) -> None:
@@ -126,7 +126,7 @@ class FaultWatch:
             self._judge(place, fault.kind, fault.share, fault)
         self._judge(place, ANY, 1.0, fault)
 
-    # --- whether it goes on ----------------------------------------------------------------------------------------
+    # --- whether the run goes on ------------------------------------------------------------------------------------
 
     def _judge(self, place: Place, kind: str, share: float, fault: Fault) -> None:
         hit: list[_Tree] = []
@@ -165,7 +165,7 @@ class FaultWatch:
         """``trees`` in a row lost ``lost`` of their ``chains`` in ``place``, the last one to ``fault``."""
         name = fault.source or f"environment {self._environment!r}"
         detail = fault.detail
-        if fault.reason not in ENGINE_FAILED:  # what comes of its values names it too
+        if fault.reason not in ENGINE_FAILED:  # a refused value names the environment too
             detail = detail.removeprefix(f"{name}, ").removeprefix(f"{name}: ")
         latest = f"the latest: {shortened(detail, 500)}"
         if lost < chains:

@@ -1,4 +1,4 @@
-"""Calls into an environment under a time limit: what past it is cancelled, interrupted, or left behind."""
+"""Calls into an environment under a time limit: past it a call is cancelled, then interrupted, then left behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from atpo_async.status import waits
 T = TypeVar("T")
 
 INTERRUPTS = 5
-"""Within the grace."""
+"""Of a call past its limit, within the grace."""
 
 
 class Caller:
@@ -34,7 +34,7 @@ class Caller:
         make: makes the environment; called on the loop that will run it, again for every loop that was lost.
         name: ``environment.name``, for errors.
         step_timeout_s: of one call.
-        grace_s: for a call past its limit to end once it has been told to, before its loop counts as lost.
+        grace_s: how long a call past its limit has to end after it was cancelled, before its loop counts as lost.
         held_up_s: as of ``Loops``.
         loops: of the environment.
         reporting: of the environment.
@@ -62,7 +62,7 @@ class Caller:
         self._background: set[asyncio.Task[None]] = set()
         self.stop_token_ids: tuple[int, ...] = ()
         self.num_tasks: dict[Split, int | Exception | None] = {}
-        """As the environment said when it was first made, or what it raised."""
+        """By split: the environment's answer when it was first made, or what it raised."""
         self.given_up = 0
         """Calls past their limit."""
 
@@ -93,7 +93,7 @@ class Caller:
         discard: Callable[[T], Awaitable[None]] | None = None,
         closes: bool = False,
     ) -> T:
-        """On this loop and no other.
+        """The result of a call on this loop and no other.
 
         Waits for: the call.  Unblocked by: its answer; its limit, for which the time that others hold the loop up does
         not count; the loss of its loop (LoopLost).
@@ -118,7 +118,7 @@ class Caller:
                 thread.drop(call)
 
     def cancel(self) -> None:
-        """Wait no longer for calls that were told to end."""
+        """Wait no longer for calls that were cancelled to end."""
         for task in self._background:
             task.cancel()
 
@@ -159,7 +159,7 @@ class Caller:
         return thread, made
 
     def _look_at_holder(self, thread: LoopThread) -> None:
-        """What nobody waits for, a task that a call has left running too, may hold the loop up as well."""
+        """A call that is no longer waited for, or a task that it has left running, may hold the loop up as well."""
         if thread.abandoned or (held := thread.holder()) is None or (since := held[0].unattended_since) is None:
             return
         call, held_s = held
@@ -187,8 +187,8 @@ class Caller:
             )
 
     async def _see_it_end(self, thread: LoopThread, call: Call[T]) -> None:
-        """Waits for: a call that was told to end.  Unblocked by: its end; after the grace its loop is left to it if it
-        holds that up; one that merely ignores its cancellation harms nobody."""
+        """Waits for: a call that was cancelled.  Unblocked by: its end.  After the grace its loop is left to it if it
+        holds the loop up; a call that merely ignores its cancellation does no harm."""
         for _ in range(INTERRUPTS):  # a tool may catch the first
             thread.interrupt(call)
             await asyncio.wait((call.ended,), timeout=self._grace_s / INTERRUPTS)
@@ -208,5 +208,5 @@ class Caller:
 def _asked(environment: Environment, split: Split) -> int | Exception | None:
     try:
         return environment.num_tasks(split)
-    except Exception as exc:  # the other split is not everybody's: raised to whoever asks for it
+    except Exception as exc:  # an environment may have one split only: raised when the other is asked for
         return exc

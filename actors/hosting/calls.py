@@ -13,15 +13,15 @@ T = TypeVar("T")
 
 
 class Interrupted(BaseException):
-    """Raised inside a call that has held its loop up for longer than it may."""
+    """Raised inside a call that has held its loop for longer than its limit."""
 
 
 class LoopLost(Exception):
-    """The loop is held up for good by another call: this one has to be made again on another loop."""
+    """Another call holds the loop for good: this call has to be made again on another loop."""
 
 
 class EnvironmentFault(Exception):
-    """What an environment raised that must not be raised elsewhere: exit(), a cancellation, an interrupt."""
+    """Wraps what an environment raised and the actor must not raise: exit(), a cancellation, an interrupt."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(of_error(error))
@@ -33,7 +33,7 @@ class EnvironmentTimeout(Exception):
 
 
 class Call(Generic[T]):
-    """One call into an environment.  Made by, and answered in, the loop that waits for it."""
+    """One call into an environment.  It is made and answered in the loop that waits for it."""
 
     def __init__(
         self, what: str, work: Callable[[], Awaitable[T]], discard: Callable[[T], Awaitable[None]] | None
@@ -41,30 +41,30 @@ class Call(Generic[T]):
         self.what = what
         self.work = work
         self.discard = discard
-        """Ends a result that comes after nobody waits for it any more."""
+        """Called with a result that comes after the wait for it was given up."""
         self.waiting_loop = asyncio.get_running_loop()
         self.answer: asyncio.Future[T] = self.waiting_loop.create_future()
         self.ended: asyncio.Future[None] = self.waiting_loop.create_future()
-        """Done once nothing of it runs any more."""
+        """Done when the call no longer runs."""
         self.closes = False
-        """It ends an episode: it goes on when nobody waits for it."""
+        """The call closes an episode: it goes on when the wait for it is given up."""
         self.dropped = False
-        """Nobody waits for its answer."""
+        """The wait for its answer was given up."""
         self.unattended_since: float | None = None
-        """Since it was answered or dropped; tasks of it may go on."""
+        """When it was answered or dropped; tasks that it has started may go on."""
         self.task: asyncio.Task[None] | None = None
         self.submitted = time.monotonic()
         self.busy_s = 0.0
-        """For how long it has held the loop, in finished slices."""
+        """Seconds for which it has held the loop, in finished slices."""
         self.loop_busy_before_s = 0.0
 
     def leave_alone(self) -> None:
-        """Nobody waits for it any more."""
+        """The wait for it is given up."""
         if self.unattended_since is None:
             self.unattended_since = time.monotonic()
 
     def settle(self, result: T | None, error: BaseException | None) -> None:
-        """In the waiting loop."""
+        """Called in the waiting loop with the outcome."""
         self.leave_alone()
         if not self.ended.done():
             self.ended.set_result(None)

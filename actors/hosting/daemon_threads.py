@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 MAX_POOL_THREADS = 1024
-"""Of one loop.  Calls beyond them wait; idle ones are used again."""
+"""Of one loop.  Further calls wait; idle threads are used again."""
 
 
 class DaemonThreads(ThreadPoolExecutor):

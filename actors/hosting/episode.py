@@ -1,4 +1,4 @@
-"""One task under way on the loop of its environment, made anew on another one where that is lost."""
+"""An episode that runs on its environment's loop, and is replayed on another loop where that one is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Begun(NamedTuple):
 
 
 class HostedEpisode:
-    """One task under way on its environment's loop.  As ``Episode``, for the actor's loop."""
+    """One task in progress.  It has the interface of ``Episode``, for the actor's loop."""
 
     def __init__(self, caller: Caller, split: Split, task_index: int) -> None:
         self._caller = caller
@@ -61,7 +61,7 @@ class HostedEpisode:
         return self
 
     async def step(self, action: np.ndarray) -> StepResult:
-        """Raises as ``begin``.  After the loss of its loop the episode is made anew first."""
+        """Raises what ``begin`` raises.  After the loss of its loop the episode is replayed first."""
         while True:
             if self._thread is None or self._thread.abandoned:
                 await self.begin(tuple(self._actions))
@@ -70,21 +70,21 @@ class HostedEpisode:
             work = functools.partial(self._plain.step, action)
             what = f"step {len(self._actions) + 1} of task {self._task} ({self._split})"
             try:
-                said = await self._caller.answer(self._thread, what, work, limit_s=self._caller.step_timeout_s)
+                result = await self._caller.answer(self._thread, what, work, limit_s=self._caller.step_timeout_s)
             except LoopLost:
                 self._leave()
                 continue
             self._actions.append(action)
-            return said
+            return result
 
     def _leave(self) -> None:
-        """To be made anew elsewhere; what there is of it is closed once its loop turns."""
+        """Leave the loop, so that the next step replays on another; what is left is closed when the loop is free."""
         thread, plain, self._thread, self._plain = self._thread, self._plain, None, None
         if thread is not None and plain is not None and not thread.abandoned:
             thread.submit(f"close of task {self._task} ({self._split})", plain.close, closes=True).leave_alone()
 
     async def close(self) -> None:
-        """Never raises: what a chain has come to does not depend on it.  Whoever is being cancelled does not wait."""
+        """Never raises: no chain's result depends on it.  A caller that is being cancelled does not wait."""
         thread, plain = self._thread, self._plain
         if thread is None or plain is None or thread.abandoned:
             return

@@ -1,4 +1,4 @@
-"""What the code of an environment may change of the whole process, and how the actor withstands it."""
+"""Protects the actor's process from an environment's code: signals, their handlers, and the working folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import FrameType
 log = logging.getLogger("atpo.actor.environment")
 
 STRAY = tuple(getattr(signal, name) for name in ("SIGALRM", "SIGVTALRM", "SIGPROF", "SIGUSR2") if hasattr(signal, name))
-"""Signals that a tool may have sent to this process, an alarm above all, and that end it where nobody handles them."""
+"""Signals that a tool may send to this process, an alarm above all, and that end a process without a handler."""
 
 
 @contextlib.contextmanager
@@ -41,15 +41,15 @@ def put_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stray_signals_end_nothing() -> Iterator[None]:
-    """While the block runs an alarm that a tool left behind is told, once, and does nothing.
+    """While the block runs, an alarm that a tool has left behind is logged once and has no effect.
 
     By a handler, since programs that a tool starts would inherit that a signal is ignored.  In the main thread only.
     """
-    told: set[int] = set()
+    logged: set[int] = set()
 
     def stray(number: int, frame: FrameType | None) -> None:
-        if number not in told:
-            told.add(number)
+        if number not in logged:
+            logged.add(number)
             log.warning(
                 "%s reached the actor, from a tool of the environment it seems; it has no effect: tools run outside "
                 "the main thread, where no alarm can end them (search.step_timeout_s does)",

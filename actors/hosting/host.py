@@ -1,4 +1,4 @@
-"""An environment whose code runs where it can harm neither the actor nor, for long, the environment's other calls.
+"""An environment whose code cannot harm the actor nor, for long, the environment's other calls.
 
 All calls of one environment run on one event loop in a thread of its own, with threads of its own for
 ``asyncio.to_thread``; the actor awaits their answers under ``search.step_timeout_s``.  What a call raises, exit() and a
@@ -29,23 +29,23 @@ from atpo_async.status.facts import publish_facts
 from atpo_async.status.wording import duration
 
 GRACE_S = 1.0
-"""For a call past its limit to end once it has been told to, before its loop counts as lost."""
+"""How long a call past its limit has to end after it was cancelled, before its loop counts as lost."""
 
 HELD_UP_S = 0.25
 """A loop that one call holds for longer is held up."""
 
 CLOSE_S = 2.0
-"""For episodes to be closed when the actor ends."""
+"""How long episodes have to be closed when the actor ends."""
 
 
 class HostedEnvironment:
-    """As ``Environment``, for the actor's loop.
+    """The environment with the interface of ``Environment``, for the actor's loop.
 
     Args:
         make: makes the environment; called on the loop that will run it, again for every loop that was lost.
         name: ``environment.name``, for errors.
         step_timeout_s: of ``start``, ``step`` and ``close``; a replay of n actions may take n + 1 times as long.
-        doing: a file that always says what runs here, for whoever finds the process dead.
+        doing: a file that names the call in progress, for the supervisor if the process dies.
         grace_s: as ``GRACE_S``.
         held_up_s: as ``HELD_UP_S``.
         max_lost_loops: as ``MAX_LOST_LOOPS``.

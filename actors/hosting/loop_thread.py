@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own for code that may hold it up, and whose fault it is when it does.
+"""An event loop in a thread of its own for code that may block it, with a measure of which call blocks for how long.
 
 Everything that a call does, in the tasks that it starts as well, is timed slice by slice: while one call holds the loop
 up, the others' time stands still.
@@ -28,10 +28,10 @@ log = logging.getLogger("atpo.actor.environment")
 T = TypeVar("T")
 
 HELD_UP_S = 1.0
-"""A loop that one slice holds up for longer is worth a line."""
+"""A slice that holds the loop up for longer is logged."""
 
 FAREWELL_S = 1.0
-"""For what still runs on a loop to end once it is cancelled."""
+"""How long tasks that still run on a loop that ends have after they are cancelled."""
 
 
 class LoopThread:
@@ -39,9 +39,9 @@ class LoopThread:
 
     Args:
         name: of the thread, for stacks.
-        note: told in this thread what begins here and, with an empty text, that nothing is under way.
-        held_up: told in this thread which call held the loop up for over ``HELD_UP_S``, and for how many seconds; of
-            many not all.
+        note: called in this thread with what begins and, with an empty text, when no call is in progress.
+        held_up: called in this thread with the call that held the loop up for over ``HELD_UP_S`` and for how many
+            seconds; of many such calls not for all.
     """
 
     def __init__(
@@ -52,19 +52,19 @@ class LoopThread:
     ) -> None:
         self.name = name
         self._note = note
-        self._tell_held_up = held_up
+        self._report_held_up = held_up
         self._guard = threading.Lock()
         self._slice: tuple[Call[Any], float] | None = None
         self._busy_s = 0.0
         self._held_up = 0
         self._open: dict[Call[Any], None] = {}
-        """Submitted and not settled; of the waiting loop."""
+        """Calls that were submitted and are not settled; used by the waiting loop only."""
         self._begun: dict[Call[Any], None] = {}
-        """Of this thread."""
+        """Calls in progress; used by this thread only."""
         self._ending = False
         self.abandoned = False
         self.pool = DaemonThreads(MAX_POOL_THREADS, f"{name}-pool")
-        # Not by the policy, which an environment may have changed.
+        # Not made by the event loop policy, which an environment may have changed.
         self.loop = asyncio.SelectorEventLoop()
         self.loop.set_default_executor(self.pool)
         self.loop.set_exception_handler(self._on_loop_error)
@@ -72,7 +72,7 @@ class LoopThread:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    # --- for whoever waits -------------------------------------------------------------------------------------
+    # --- for the waiting loop ------------------------------------------------------------------------------------
 
     @property
     def alive(self) -> bool:
@@ -103,12 +103,12 @@ class LoopThread:
         return call
 
     def busy_s(self) -> float:
-        """For how long calls have held the loop so far."""
+        """Seconds for which calls have held the loop so far."""
         held = self._slice
         return self._busy_s + (0.0 if held is None else time.monotonic() - held[1])
 
     def used_s(self, call: Call[Any]) -> float:
-        """Since it was submitted, less what other calls have held the loop up for meanwhile."""
+        """Seconds since it was submitted, less those for which other calls have held the loop meanwhile."""
         held = self._slice
         own_s = call.busy_s + (time.monotonic() - held[1] if held is not None and held[0] is call else 0.0)
         others_s = self.busy_s() - call.loop_busy_before_s - own_s
@@ -125,7 +125,7 @@ class LoopThread:
         return held is not None and time.monotonic() - held[1] > for_s
 
     def drop(self, call: Call[Any]) -> None:
-        """Nobody waits for it any more: it is cancelled, or interrupted where it holds the loop."""
+        """Give up waiting for the call: it is cancelled, or interrupted where it holds the loop."""
         call.dropped = True
         call.leave_alone()
         call.answer.cancel()
@@ -136,7 +136,7 @@ class LoopThread:
 
         What waits inside C does not notice before it comes back.
         """
-        with self._guard:  # so that it cannot end meanwhile
+        with self._guard:  # so that its slice cannot end meanwhile
             held = self._slice
             if held is not None and call in (None, held[0]) and self._thread.ident is not None:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
@@ -148,11 +148,11 @@ class LoopThread:
         waiting_loop = asyncio.get_running_loop()
         turned = asyncio.Event()
 
-        def tell() -> None:
+        def report() -> None:
             with contextlib.suppress(RuntimeError):
                 waiting_loop.call_soon_threadsafe(turned.set)
 
-        self._soon(tell)
+        self._soon(report)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(turned.wait(), timeout=within_s)
         return turned.is_set()
@@ -165,7 +165,7 @@ class LoopThread:
         return " < ".join(f"{f.filename}:{f.lineno} {f.name}" for f in reversed(own[-3:]))
 
     def abandon(self) -> None:
-        """Give it up: whoever waits for a call hears ``LoopLost``; the thread ends when it comes back."""
+        """Give the loop up: every waiting call raises ``LoopLost``; the thread ends when the loop turns again."""
         self.abandoned = True
         for call in list(self._open):
             call.dropped = True
@@ -181,13 +181,13 @@ class LoopThread:
         self._soon(self.loop.stop)
 
     def _soon(self, call: Callable[..., object], *args: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # closed meanwhile: nobody is left to hear it
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
             self.loop.call_soon_threadsafe(call, *args)
 
     # --- in the thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        """Waits for: ``stop``.  exit() in a task that the environment started ends neither thread nor actor."""
+        """Waits for: ``stop``.  A task of the environment that calls exit() ends neither the thread nor the actor."""
         with contextlib.suppress(Exception):
             asyncio.set_event_loop(self.loop)
         while not self._ending and not self.loop.is_closed():
@@ -238,7 +238,7 @@ class LoopThread:
     def _task(
         self, loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T] | Generator[Any, None, T], **more: Any
     ) -> asyncio.Future[T]:
-        """A loop's task factory: whatever a call starts is timed as a part of it."""
+        """The loop's task factory: tasks that a call starts are timed as parts of the call."""
         call = _calling.get()
         if call is None or not asyncio.iscoroutine(coro):
             return asyncio.Task(coro, loop=loop, **more)
@@ -259,8 +259,8 @@ class LoopThread:
         if took_s <= HELD_UP_S or self.abandoned:
             return
         self._held_up += 1
-        if self._held_up & (self._held_up - 1) == 0:  # of many not all are told
-            self._tell_held_up(call.what, took_s)
+        if self._held_up & (self._held_up - 1) == 0:  # of many such slices not all are logged
+            self._report_held_up(call.what, took_s)
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if self._ending:
@@ -271,7 +271,7 @@ class LoopThread:
 
 
 def _retrieved(answer: asyncio.Future[Any]) -> None:
-    """Who was to hear it may have gone: asyncio shall not complain of an error that nobody took."""
+    """Mark an error as seen: its caller may have gone, and asyncio would complain of an error that was never read."""
     if not answer.cancelled():
         answer.exception()
 
@@ -288,7 +288,7 @@ async def _awaited(awaitable: Awaitable[T]) -> T:
 
 
 class _Timed(Generic[T]):
-    """Awaits a coroutine and tells its loop's thread when it runs."""
+    """Awaits a coroutine and reports to its loop's thread when it runs."""
 
     def __init__(self, coro: Coroutine[Any, Any, T], thread: LoopThread, call: Call[Any]) -> None:
         self._coro = coro

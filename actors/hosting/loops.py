@@ -14,13 +14,13 @@ from atpo_async.environments.base import Environment
 log = logging.getLogger("atpo.actor.environment")
 
 MAX_LOST_LOOPS = 128
-"""Threads held up for good at the same time, each with an environment and three open files of its own."""
+"""Threads that calls hold for good at the same time, each with an environment and three open files of its own."""
 
 MAX_LOST_MB = 4096.0
-"""Taken by the environments of such threads, as far as it can be told."""
+"""Memory of the environments of such threads, estimated from what making the first one took."""
 
 MAX_LOOPS = 8
-"""At the same time, of an environment that blocks past its limit: while one is held up its other calls go elsewhere."""
+"""Loops at the same time, of an environment that blocks past its limit: other calls go to those that are free."""
 
 
 class Loops:
@@ -42,9 +42,9 @@ class Loops:
         self.made: list[tuple[LoopThread, Environment]] = []
         """One, but for environments that block past their limit."""
         self.lost: list[LoopThread] = []
-        """Left to calls that hold them up for good."""
+        """Loops left to calls that hold them for good."""
         self.num_lost = 0
-        """So far."""
+        """Loops lost so far."""
         self.broken: EnvironmentBroken | None = None
         """Why no further call begins."""
         self._num_blocked = 0
@@ -80,8 +80,8 @@ class Loops:
         self._num_blocked += 1
 
     def leave_behind(self, thread: LoopThread, call: Call[Any], *, limit_s: float) -> None:
-        """``call``, which had ``limit_s``, holds the loop up for good: it is left to it, and the others hear that it is
-        lost."""
+        """``call``, which had ``limit_s``, holds the loop for good: the loop is left to it, and its other calls raise
+        LoopLost."""
         if thread.abandoned:
             return
         where = thread.stack()
@@ -114,7 +114,7 @@ class Loops:
         return self.any_blocked and len(self.made) < MAX_LOOPS
 
     async def _interrupt_lost(self) -> None:
-        """A loop in Python that catches everything takes processor time from the actor for ever.
+        """Interrupt lost loops again and again: Python code that catches every exception takes processor time for ever.
 
         Waits for: the clock.  Unblocked by: the ends of all threads that were left behind.
         """

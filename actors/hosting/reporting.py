@@ -1,4 +1,4 @@
-"""What is said of an environment's calls: to its user, to the log, and to whoever finds the process dead."""
+"""Reports on an environment's calls: lines for the user and the log, and a file that names the call in progress."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atpo_async.ops import notices
 log = logging.getLogger("atpo.actor.environment")
 
 MAKE = "make"
-"""What making the environment is called: it may load for long, and holds up no other call."""
+"""Name of the call that makes the environment: it may load for long, and holds up no other call."""
 
 
 class Reporting:
@@ -22,14 +22,14 @@ class Reporting:
 
     Args:
         name: ``environment.name``.
-        doing: a file that always says what runs, for whoever finds the process dead.
+        doing: a file that names the call in progress, for the supervisor if the process dies.
     """
 
     def __init__(self, name: str, doing: Path | None) -> None:
         self._name = name
         self._file = os.open(doing, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600) if doing is not None else -1
         self._writing = threading.Lock()
-        self._held_up_told = False
+        self._held_up_reported = False
         self.failed_closes = 0
 
     def begins(self, what: str) -> None:
@@ -46,10 +46,10 @@ class Reporting:
             f"environment {self._name!r}: {what} held up its event loop for {took_s:.1f} s, and the environment's "
             "other calls with it; use await asyncio.to_thread(...) for what blocks"
         )
-        if what == MAKE or self._held_up_told:
+        if what == MAKE or self._held_up_reported:
             log.warning("%s", said)
             return
-        self._held_up_told = True
+        self._held_up_reported = True
         notices.tell(said, f"{self._name} held up")
 
     def failed_close(self, what: str, error: Exception) -> None:

@@ -1,6 +1,6 @@
 """Where an actor's copy of a version lies: in shared memory, beside the learner's, or on the disk where that is full.
 
-Whoever removes the folder makes this actor fetch once more, into a new one.
+If the folder is removed, the version is fetched once more, into a new folder.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ import re
 from atpo_async.core.errors import AtpoError, ProbeMismatch
 
 MAX_REFUSALS = 3
-"""The same refusal so often in a row is no accident."""
+"""So many equal refusals in a row are no accident, and end the run."""
 
 
 NUMBERS = r"(?<![\w.])([-+]?\d[\d.]*(e[-+]?\d+)?|nan|inf)\b"
-"""Not those in the names of tensors."""
+"""Numbers in a message, but not those in the names of tensors."""
 
 
 class Refusals:
@@ -23,7 +23,7 @@ class Refusals:
 
     def add(self, error: AtpoError) -> None:
         """Raises ``error``, with the way out, at the ``MAX_REFUSALS``-th time."""
-        # What is off by other nats, or at another version, is off for the same reason.
+        # The same refusal at another version, or by another number of nats, has the same reason.
         numbers = NUMBERS if isinstance(error, ProbeMismatch) else r"version -?\d+"
         reason = re.sub(numbers, "", str(error))
         self._count = self._count + 1 if reason == self._reason else 1

@@ -36,7 +36,7 @@ class VersionWithdrawn(AtpoError):
 
 
 class Payload:
-    """The bytes of a version as an open file: they stay as long as this object, whoever removes the file's name."""
+    """The bytes of a version as an open file: they stay as long as this object, even if the file is removed."""
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDONLY)
@@ -53,9 +53,9 @@ class OfferedVersion:
 
     manifest: WeightsManifest
     path: Path
-    """The whole payload; it is there until the version is withdrawn, unless somebody removes it."""
+    """The whole payload; the file exists until the version is withdrawn, unless it is removed from outside."""
     payload: Payload
-    """The same bytes, which nobody can remove."""
+    """The same bytes, which stay even if the file is removed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,8 +130,8 @@ class Receiver:
         raise NotImplementedError
 
     def verified(self, wanted: WantedVersion, path: Path) -> None:
-        """What ``fetch`` brought has passed its check.  The file goes when the engine has read it: who needs it later,
-        as a base for differences or to serve others, links it now."""
+        """What ``fetch`` brought has passed its check.  The file is removed when the engine has read it: a receiver
+        that needs it later, as a base for differences or to serve others, makes a link to it now."""
 
     def beside(self, wanted: WantedVersion) -> Path | None:
         """The folder beside which this actor's files are best made, so that they can be linked; None for any."""

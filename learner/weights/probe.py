@@ -23,7 +23,7 @@ The policy drifts away from the sequences that an earlier one sampled, ever more
 def probe_shape(config: Config) -> tuple[int, int]:
     """Sequences S and tokens T of each, the first one not counted in ``weights.probe_tokens``: T is one more.
 
-    T leaves room in the context for one token more, without which engines score no prompt.
+    T leaves space in the context for one token more, without which engines score no prompt.
     """
     sequences = min(NUM_SEQUENCES, config.weights.probe_tokens)
     length = 1 + -(-config.weights.probe_tokens // sequences)

@@ -1,6 +1,6 @@
-"""Which versions are published, and in which order: written for the engines, announced to actors, told to the buffer.
+"""Which versions are published, and in which order: written for the engines, announced to actors and the buffer.
 
-``learner.publisher`` keeps the written versions and serves them.
+``learner.weights.store`` holds the written versions, ``learner.weights.publisher`` serves them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Publication:
         config: of the run.
         trainer: whose weights; touched in the torch thread only.
         publisher: rank 0's; None on the others, which only take part in gathering the weights.
-        buffer: is told of each version.
+        buffer: hears of each version.
     """
 
     def __init__(self, config: Config, *, trainer: Trainer, publisher: Publisher | None, buffer: BufferPeer) -> None:
@@ -43,7 +43,7 @@ class Publication:
         self._probe = np.zeros(probe_shape(config), dtype=np.int32)
         """int32[S, T]."""
         self._count = 0
-        """Of publications since this learner began."""
+        """Publications since this learner began."""
 
     def is_due(self, step: int) -> bool:
         """Whether the weights after ``step`` batches are published: the last ones always are."""

@@ -81,7 +81,7 @@ class Publisher:
         self.store.close()
 
     async def announce(self, announcement: WeightsAnnounced) -> None:
-        """Tell all that listen.  Who misses it learns of the version by asking."""
+        """Announce a version to the actors that listen; others learn of it when they ask."""
         await self._announcer.publish(announcement)
 
     async def _handle(self, peer: str, request: ActorToLearner) -> LearnerToActor:

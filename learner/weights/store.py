@@ -1,7 +1,7 @@
 """Which versions actors can get: the newest and the one before, each with its manifest and its file.
 
-The files are kept open: who removes their names takes no version from anybody.  How the bytes travel is the
-transport's part (``atpo_async.transports``).
+The files stay open, so that a version is served even if its file is removed.  How the bytes travel is the part of the
+transport (``atpo_async.transports``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from atpo_async.transports.registry import make_transport
 from atpo_async.wire import messages as m
 from learner.weights.files import VersionFiles
 
-KEPT_VERSIONS = 2
+NUM_VERSIONS = 2
 
 
 class WeightsStore:
@@ -89,12 +89,12 @@ class WeightsStore:
         offered = OfferedVersion(manifest=manifest, path=file.path, payload=Payload(file.path))
         self._sender.offer(offered)
         every = {**self._versions, version: offered}
-        newest = sorted(every)[-KEPT_VERSIONS:]
+        newest = sorted(every)[-NUM_VERSIONS:]
         self._versions = {number: every[number] for number in newest}
         for number, old in every.items():
             if number not in newest:
                 self._sender.withdraw(number)
-                # Who has it mapped keeps it: the name goes, the pages stay.
+                # An actor that has it mapped is not affected: the name goes, the pages stay.
                 old.path.unlink(missing_ok=True)
         return self.announcement(version)
 

@@ -59,7 +59,7 @@ def check_weights(weights: WeightsFile, shapes: Mapping[str, tuple[int, ...]], *
     """What is quick to check before a swap: the version, the file's size, and every tensor's name, shape and place.
 
     The fetcher has hashed the bytes; hashing them again would take seconds for a large model.  A tied output head may
-    be missing: whether an engine needs it only the probe can tell.  Raises WeightsRejected.
+    be missing: whether an engine needs it, only the probe shows.  Raises WeightsRejected.
     """
     manifest = weights.manifest
     label = f"weights version {manifest.version}"

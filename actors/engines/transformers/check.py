@@ -1,4 +1,4 @@
-"""Whether a model read in parts, side by side, as an engine reads requests, says what it says of text in one piece."""
+"""Checks that a model gives the same probabilities for text read in parts, as the engine reads it, and in one piece."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slots: a row of keys and values for each request, kept after the request ends.
+"""Slots: a row of keys and values for each request, which stays after the request ends.
 
 A later prompt that begins with the same tokens, a chain's next turn, starts from them.
 """

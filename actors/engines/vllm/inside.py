@@ -34,12 +34,12 @@ from atpo_async.models.causal_lm import torch_dtype
 from atpo_async.run.installed import VLLM_PRIVATE, version_of, vllm_range
 
 COMPARED_ELEMENTS = 1 << 24
-"""Of one part that is compared at a time."""
+"""Elements of one part that is compared at a time."""
 
 
 @dataclass
 class FileInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
-    """There is nothing to agree on."""
+    """The two sides have nothing to agree on."""
 
 
 @dataclass
@@ -99,8 +99,8 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         tensors, self._tensors = self._tensors, {}
         same, other = compare(self.model, tensors)
         wrong = sorted(other & self._comparable)
-        # Which parameters are kept as they are in a file depends on the model, the device and how it is shared: those
-        # that have been the same once.
+        # Which parameters vLLM stores as they are in a file depends on the model, the device and how it is sharded:
+        # those that were equal to the file once.
         self._comparable |= same
         if wrong:
             raise ValueError(f"{INCOMPLETE} {wrong[0]} ({len(wrong)} of {len(self._comparable)} compared parameters)")
@@ -139,7 +139,7 @@ def not_loaded(model: torch.nn.Module) -> list[str]:
         info = get_layerwise_info(layer)
         parameters = {name: p for name, p in layer.named_parameters(recurse=False) if name not in SKIP_LOAD_TENSORS}
         size = sum(get_tensor_load_numel(p) for p in parameters.values())
-        # Who is loaded whole is no longer to be loaded; attention has no weights of its own, but scales.
+        # A layer that is loaded whole is not loaded again; attention has no weights of its own, but scales.
         if not info.can_load() or is_deferred_attention_layer(layer) or info.load_numel >= size:
             continue
         if isinstance(layer, VocabParallelEmbedding) and (info.load_numel or isinstance(layer, ParallelLMHead)):

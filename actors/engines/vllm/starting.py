@@ -25,7 +25,7 @@ CPU_BLOCK_TOKENS = 32
 class Starter:
     """Builds vLLM's front end in a thread of its own, with everything that blocks, vLLM's import included.
 
-    The kernel ends the engine's processes when the thread that started them ends, so it is kept until ``close``.
+    The kernel ends the engine's processes when the thread that started them ends, so the thread lives until ``close``.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
