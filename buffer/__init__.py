@@ -1,1 +1,1 @@
-"""The buffer: turns in, trees out, nothing acknowledged is lost."""
+"""The buffer: turns in, trees out; no acknowledged turn is lost."""

@@ -1,4 +1,4 @@
-"""What is counted: the tasks of a run, and what happened between one batch and the next.  Pure."""
+"""The buffer's counters: what became of tasks, and what happened since the last batch.  Pure."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RunCounters:
         """What became of training tasks: ``trained`` on at least once, ``no_signal``, ``failed`` (too few leaves),
         ``retired`` (too old before their last use)."""
         self.progress = 0
-        """Turns that came and trees that ended, for whoever waits: it stands still only when nothing comes."""
+        """Turns that came and trees that ended: it stands still only when nothing comes."""
         self.left_before: Counter[str] = Counter()
         """Trees that had left the pool by the last batch, by ``Departure.cause``."""
         self.given_up_before = 0
@@ -109,7 +109,7 @@ class RunCounters:
             now: seconds.
             ledger: of the run.
             pool: of the run.
-            nbytes: of all turns kept.
+            nbytes: of all turns held.
             num_parked: turns that came before their parents.
             more: added as they are.
         """

@@ -1,7 +1,7 @@
-"""The buffer's part of a run's metrics: its own records, and those that actors report, each under its own name.
+"""Writes the buffer's own metrics, and those that actors report, each under its own name.
 
-An actor says of itself what it likes.  So a report counts as its sender's, whatever it names, and only with names of
-numbers that actors have: nobody's ``train/success`` but the buffer's own gets into the file.
+An actor may report anything.  So a report counts as its sender's, whatever it names, and only with names of
+numbers that actors have: only the buffer's own ``train/success`` gets into the file.
 """
 
 from __future__ import annotations

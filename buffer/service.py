@@ -148,7 +148,7 @@ class BufferService:
             if self._scratch is not None:
                 stack.callback(self._scratch.cleanup)
             await stack.enter_async_context(self.journal)
-            # The number of this incarnation before anybody is told a name that has it.
+            # The number of this incarnation is on disk before any tree id that has it leaves.
             limit_s = self._config.links.give_up_s
             try:
                 await self.journal.settle(timeout_s=limit_s)
@@ -220,7 +220,7 @@ class BufferService:
             await asyncio.sleep(TICK_S)
             looked, away_s, now = self._clock(), self._clock() - looked - TICK_S, self._clock()
             if away_s > AWAY_S:
-                # Stopped, or its machine slept: nobody could reach it, so nobody was late.
+                # Stopped, or its machine slept: no actor could reach it, so none was late.
                 log.warning("the buffer itself stood still for %.1f s; every lease gets that time again", away_s)
                 self.state.ledger.excuse(away_s, now)
                 await asyncio.sleep(TICK_S)
@@ -228,7 +228,7 @@ class BufferService:
             # The link's own heartbeats count: an actor that waits for its engine reports late but lives.
             for name, peer in self.actors.peers.items():
                 self.state.ledger.actors.heard(name, now - peer.silent_s)
-            # At the end somebody waits for actors to fall silent, which no message tells.
+            # At the end ``_tell_the_end`` waits for actors to fall silent, of which no message comes.
             if self.state.tick(now) or self.state.finished:
                 self._changes.notify()
             self._write_records()

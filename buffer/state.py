@@ -1,10 +1,9 @@
-"""The buffer's decisions in one place: every message has a method, none waits.  Pure: clock and randomness come in.
+"""The buffer's decisions: every message has a method here, and none waits.  Pure: clock and randomness come in.
 
-The service brings messages and carries answers; this says what they are.  Seconds are monotonic.  What becomes of a
-tree is decided in ``trees.lifecycle``, what the learner gets in ``batch_server``; here are the leases of the actors.
-
-Decisions are taken in memory at once and kept by ``journal.persistence``: what they lead to may leave the process only
-after that.  What has no underscore here is also read and written there.
+Seconds are monotonic.  What becomes of a tree is decided in ``trees.lifecycle``, what the learner gets in
+``batches.server``; here are the leases of the actors.  Decisions are taken in memory at once;
+``journal.persistence`` hands what changed to the journal, and answers leave the process after its commit
+(``handlers``).
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class BufferState:
         config: the run's.
         run: run id.
         store: where records go; memory where None.
-        incarnation: how often this run's buffer was started; counted on from what is kept.
+        incarnation: how often this run's buffer was started; counted on from what the journal has.
         rng: draws the batches.
         now: seconds.
     """
@@ -124,7 +123,7 @@ class BufferState:
         self.gauges: Callable[[], dict[str, float]] = dict
         """More of the buffer's side of a step's metrics; of the journal, where there is one."""
 
-    # --- what the service looks at -----------------------------------------------------------------------------
+    # --- what is there -----------------------------------------------------------------------------
 
     @property
     def assembly(self) -> Assembly:
@@ -151,24 +150,24 @@ class BufferState:
 
     @property
     def progress(self) -> int:
-        """Turns that came and trees that ended, for whoever waits: it stands still only when nothing comes."""
+        """Turns that came and trees that ended: it stands still only when nothing comes."""
         return self.counters.progress
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all turns kept."""
+        """Bytes of all turns held."""
         return self.trees.registry.nbytes
 
     @property
     def checkpoint_wanted(self) -> bool:
-        """Whether trees that only a checkpoint of the learner sets free take much of the room."""
+        """Whether trees that only a checkpoint of the learner sets free take much of the space."""
         return self.trees.checkpoint_wanted
 
     def drain_records(self) -> list[MetricsRecord]:
         """Of the evaluations that were done since the last call, for the run's metrics file."""
         return self.ledger.evaluations.drain_records()
 
-    def describe_holdings(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, int]:
         """Name -> number of what is there, for the log."""
         return {
             "growing trees": len(self.assembly),

@@ -1,4 +1,4 @@
-"""A disk for the buffer's state, without a disk: what it kept is there for the next one."""
+"""A disk for the buffer's state, in memory: what was committed is there for the next buffer."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class Disk(MemoryStore):
         return ordered
 
     def open(self, config: Config, *, now: float = 0.0, seed: int = 0) -> BufferState:
-        """A buffer that finds what the one before it kept."""
+        """A buffer that finds what the one before it had committed."""
         made = BufferState(config, run="r", rng=np.random.default_rng(seed), now=now, store=self)
         self._persistence = StatePersistence(made)
         self._persistence.restore(self.rows(), dict(self.state), now)
-        self.keep()
+        self.commit()
         return made
 
-    def keep(self) -> None:
+    def commit(self) -> None:
         """Commit what the buffer opened last has changed."""
         self._persistence.collect(self.put)

@@ -1125,6 +1125,12 @@ class Scene:
         return verdict
 
 
+def starts_slowly(plan: Planned) -> bool:
+    """Three turns come before its second leaf: cut off there, the tree goes to another actor."""
+    leaves = [part.turn_id for part in plan.parts if part.is_leaf]
+    return plan.kind == "plain" and len(leaves) > 1 and leaves[1] > 3
+
+
 class Hand:
     """An actor whose every message the test sends itself.  Use as an async context.
 
@@ -1207,6 +1213,14 @@ class Hand:
                     if of(self.plan(lease)):
                         return lease
                     await self.grow(lease)
+
+    async def begin_slow_tree(self, num_turns: int) -> tuple[Lease, list[Turn], TreeClosed]:
+        """A lease of a tree that ``starts_slowly``, opened, with so many of its turns sent; and all its turns."""
+        lease = await self.lease(of=starts_slowly)
+        opened, *turns, closed = self.messages(lease)
+        assert isinstance(closed, TreeClosed)
+        await self.send(opened, *turns[:num_turns])
+        return lease, [turn for turn in turns if isinstance(turn, Turn)], closed
 
     def plan(self, lease: Lease) -> Planned:
         return planned(self._scene.seed, lease.task_index)

@@ -16,24 +16,13 @@ from hypothesis import strategies as st
 from atpo_async.config import Config, build
 from atpo_async.core.errors import BadMessage
 from atpo_async.core.tree import Turn, VersionSpan
-from atpo_async.wire.messages import (
-    Batch,
-    Checkpointed,
-    EvalRequest,
-    Exhausted,
-    Lease,
-    SampleRequest,
-    Trained,
-    TreeClosed,
-    TreeOpened,
-    VersionPublished,
-)
+from atpo_async.wire import messages as m
 from buffer.batches.delay_line import Asked, DelayLine, TreeSet
 from buffer.state import BufferState
 from buffer.trees.assembly import TreeMessage
+from tests.buffer_peers_support import closed, opened, published
 from tests.buffer_support import Disk
 
-PROMPT = np.array([1, 2], dtype=np.int32)
 PER_BATCH = 2
 
 
@@ -50,20 +39,12 @@ def configured(lag: int, *, steps: int = 6, per_batch: int = PER_BATCH, **sectio
     )
 
 
-def published(version: int) -> VersionPublished:
-    return VersionPublished(run="r", version=version, weights_endpoint="w", announce_endpoint="n")
-
-
-def ask(step: int, version: int, **changes: Any) -> SampleRequest:
+def ask(step: int, version: int, **changes: Any) -> m.SampleRequest:
     fields: dict[str, Any] = {"rank": 0, "num_ranks": 1, "num_trees": PER_BATCH, "wait_s": 0.0}
-    return SampleRequest(run="r", step=step, version=version, **(fields | changes))
+    return m.SampleRequest(run="r", step=step, version=version, **(fields | changes))
 
 
-def opened(lease: Lease) -> TreeOpened:
-    return TreeOpened(run="r", tree_id=lease.tree_id, lease_epoch=lease.epoch, prompt=PROMPT)
-
-
-def leaf(lease: Lease, turn_id: int, reward: float, versions: Sequence[int], *, tokens: int = 2) -> Turn:
+def leaf(lease: m.Lease, turn_id: int, reward: float, versions: Sequence[int], *, tokens: int = 2) -> Turn:
     """A first turn that ends its chain, its tokens sampled by ``versions`` in equal shares."""
     share = tokens // len(versions)
     spans = tuple(VersionSpan(v, i * share, (i + 1) * share) for i, v in enumerate(versions))
@@ -75,12 +56,6 @@ def leaf(lease: Lease, turn_id: int, reward: float, versions: Sequence[int], *, 
     )  # fmt: skip
 
 
-def closed(lease: Lease, num_turns: int) -> TreeClosed:
-    return TreeClosed(
-        run="r", tree_id=lease.tree_id, lease_epoch=lease.epoch, num_turns=num_turns, failed_branches=0, failures={}
-    )
-
-
 def stateful(config: Config, version: int = 1) -> BufferState:
     made = BufferState(config, run="r", rng=np.random.default_rng(0), now=0.0)
     made.publish(published(version))
@@ -88,7 +63,7 @@ def stateful(config: Config, version: int = 1) -> BufferState:
 
 
 def grow(
-    state: BufferState, lease: Lease, *versions: int, rewards: Sequence[float] = (1.0, 0.0), tokens: int = 2
+    state: BufferState, lease: m.Lease, *versions: int, rewards: Sequence[float] = (1.0, 0.0), tokens: int = 2
 ) -> None:
     """Send the whole tree of a lease, sampled by its version if no other is given."""
     turns = [leaf(lease, i, r, versions or (lease.min_version,), tokens=tokens) for i, r in enumerate(rewards, start=1)]
@@ -97,13 +72,13 @@ def grow(
         state.take(message, 0.0)
 
 
-def lags(batch: Batch | Exhausted | None, version: int) -> list[int]:
+def lags(batch: m.Batch | m.Exhausted | None, version: int) -> list[int]:
     """Of every token span of a batch consumed at ``version``."""
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, m.Batch)
     return [version - span.version for tree in batch.trees for turn in tree.turns for span in turn.spans]
 
 
-def step(state: BufferState, number: int, version: int, *, leased: int) -> Batch:
+def step(state: BufferState, number: int, version: int, *, leased: int) -> m.Batch:
     """Ask, see to it that exactly ``leased`` trees are wanted, grow them, get the batch, train on it, publish."""
     first = state.sample(ask(number, version), 0.0)
     leases = state.lease("a", 100, 0.0, engine_version=version).leases
@@ -111,9 +86,9 @@ def step(state: BufferState, number: int, version: int, *, leased: int) -> Batch
     for lease in leases:
         grow(state, lease)
     batch = first or state.sample(ask(number, version), 0.0)
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, m.Batch)
     state.publish(published(version + 1))
-    state.trained(Trained(run="r", batch_id=batch.batch_id, version=version + 1, priorities={}))
+    state.trained(m.Trained(run="r", batch_id=batch.batch_id, version=version + 1, priorities={}))
     return batch
 
 
@@ -294,7 +269,7 @@ def test_the_lag_rises_to_its_value_and_stays_there(lag: int) -> None:
         leased = PER_BATCH * ((lag + 1 if number == 0 else 1) if number + lag < steps else 0)
         batches.append(step(state, number, 1 + number, leased=leased))
         assert lags(batches[-1], 1 + number) == [min(number, lag)] * 4
-    state.checkpointed(Checkpointed(run="r", step=steps, version=1 + steps))
+    state.checkpointed(m.Checkpointed(run="r", step=steps, version=1 + steps))
     assert (len(state.pool), state.nbytes) == (0, 0)
     assert {tree.weight for batch in batches for tree in batch.trees} == {1.0}
     assert {tree.probability for batch in batches for tree in batch.trees} == {1 / PER_BATCH}
@@ -326,7 +301,7 @@ def test_a_tree_with_a_token_of_another_version_is_dropped_and_grown_again(caplo
     grow(state, again)
     batch = state.sample(ask(0, 1), 0.0)
     assert lags(batch, 1) == [0] * 4
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, m.Batch)
     assert batch.metrics["buffer/dropped_inexact"] == 1
     assert batch.metrics["train/trees"] == 2
 
@@ -338,11 +313,11 @@ def test_an_actor_whose_trees_are_never_exact_makes_batches_short_but_does_not_s
         (lease,) = state.lease("a", 1, 0.0, engine_version=1).leases
         grow(state, lease, 9)
     batch = state.sample(ask(0, 1), 0.0)
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, m.Batch)
     assert (batch.trees, batch.num_trees, batch.metrics["buffer/dropped_inexact"]) == ((), 0, 4)
 
 
-def test_an_actor_that_is_ahead_gets_no_training_lease_and_is_told_why() -> None:
+def test_an_actor_that_is_ahead_gets_no_training_lease_and_hears_why() -> None:
     state = stateful(configured(0))
     state.sample(ask(0, 1), 0.0)
     answer = state.lease("a", 1, 0.0, engine_version=2)
@@ -399,7 +374,7 @@ def test_a_task_that_lost_all_its_holders_is_replaced_by_another() -> None:
 def test_evaluations_go_on_between_the_sets_and_into_the_next_version() -> None:
     state = stateful(configured(1))
     step(state, 0, 1, leased=4)
-    state.evaluate(EvalRequest(run="r", step=1, version=2, num_tasks=2, blocking=False))
+    state.evaluate(m.EvalRequest(run="r", step=1, version=2, num_tasks=2, blocking=False))
     # Nothing is grown for training before the learner asks; evaluation is.
     first, second = state.lease("a", 9, 0.0, engine_version=2).leases
     assert (first.kind, second.kind) == ("eval", "eval")
@@ -413,7 +388,7 @@ def test_evaluations_go_on_between_the_sets_and_into_the_next_version() -> None:
 
 def test_a_blocking_evaluation_comes_before_the_first_sets() -> None:
     state = stateful(configured(1))
-    state.evaluate(EvalRequest(run="r", step=0, version=1, num_tasks=1, blocking=True))
+    state.evaluate(m.EvalRequest(run="r", step=0, version=1, num_tasks=1, blocking=True))
     state.sample(ask(0, 1), 0.0)
     (lease,) = state.lease("a", 9, 0.0, engine_version=1).leases
     assert lease.kind == "eval"
@@ -427,7 +402,7 @@ def test_two_ranks_get_shares_of_one_set_and_the_same_share_again() -> None:
     for lease in state.lease("a", 9, 0.0, engine_version=1).leases:
         grow(state, lease)
     shares = [state.sample(ask(0, 1, rank=rank, num_ranks=2), 0.0) for rank in (0, 1, 1)]
-    found = [[tree.tree_id for tree in share.trees] for share in shares if isinstance(share, Batch)]
+    found = [[tree.tree_id for tree in share.trees] for share in shares if isinstance(share, m.Batch)]
     assert [len(ids) for ids in found] == [1, 1, 1]
     assert found[0] != found[1] == found[2]
 
@@ -469,7 +444,7 @@ def test_a_learner_that_starts_again_trains_on_what_is_whole_and_goes_on(caplog:
     for lease in state.lease("a", 9, 0.0, engine_version=3).leases:
         grow(state, lease)
     given_up = state.sample(ask(2, 3), 0.0)
-    assert isinstance(given_up, Batch)
+    assert isinstance(given_up, m.Batch)
     state.publish(published(5))
     seen = [step(state, 1 + i, 5 + i, leased=leased) for i, leased in enumerate((0, 0, 2, 2))]
     assert [set(lags(batch, 5 + i)) for i, batch in enumerate(seen)] == [{4}, {4}, {4}, {1}]
@@ -496,7 +471,7 @@ def test_trees_under_way_when_the_learner_starts_again_are_revoked() -> None:
         grow(state, lease)
     batch = state.sample(ask(0, 2), 0.0)
     assert lags(batch, 2) == [0] * 4
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, m.Batch)
     assert batch.metrics["buffer/dropped_inexact"] == 2
 
 
@@ -519,11 +494,11 @@ def test_a_memory_too_small_for_the_line_makes_batches_short_and_says_so(caplog:
                 grow(state, lease, tokens=14_000)
                 assert state.nbytes <= 1.5 * (1 << 20)
             batch = state.sample(ask(number, version), 0.0)
-        assert isinstance(batch, Batch)
+        assert isinstance(batch, m.Batch)
         assert set(lags(batch, version)) <= {min(number, 2)}
         sizes.append(len(batch.trees))
         state.publish(published(version + 1))
-        state.checkpointed(Checkpointed(run="r", step=number, version=version))
+        state.checkpointed(m.Checkpointed(run="r", step=number, version=version))
     # About four and a half of the six trees that the line holds fit.
     assert min(sizes) < PER_BATCH
     assert sum(sizes) >= 9
@@ -537,7 +512,7 @@ def test_a_memory_too_small_for_the_line_makes_batches_short_and_says_so(caplog:
 class Growing:
     """A tree that an actor grows: a turn at a time, each sampled by what the engine has then."""
 
-    lease: Lease
+    lease: m.Lease
     turns: int
     same: bool
     """No signal."""
@@ -584,7 +559,7 @@ class World:
         self.players = [Player(f"a{i}", -1) for i in range(actors)]
         self.ranks = ranks
         self.step, self.version, self.published = 0, 1, 1
-        self.shares: dict[int, Batch] = {}
+        self.shares: dict[int, m.Batch] = {}
         self.mail: list[Any] = [published(1)]
         """Messages of the learner that are on their way."""
         self.since = 0
@@ -609,7 +584,7 @@ class World:
                 if not player.silent:
                     self.state.report(player.name, [each.lease.tree_id for each in player.trees], self.now)
             self.chance.choice(self.possible())()
-            self.disk.keep()
+            self.disk.commit()
         raise AssertionError(
             f"step {self.step} is never reached: {self.state.waiting_for(self.request(0), self.now)}; "
             f"{[(p.name, p.version, len(p.trees), p.silent) for p in self.players]}"
@@ -673,7 +648,7 @@ class World:
             if growing in player.trees:
                 player.trees.remove(growing)
 
-    def sent(self, lease: Lease) -> int:
+    def sent(self, lease: m.Lease) -> int:
         """Turns of a tree that the buffer has."""
         try:
             return len(self.state.assembly.tree(lease.tree_id))
@@ -697,7 +672,7 @@ class World:
 
     # --- the learner
 
-    def request(self, rank: int) -> SampleRequest:
+    def request(self, rank: int) -> m.SampleRequest:
         per_batch = self.config.staleness.trees_per_batch
         return ask(self.step, self.version, rank=rank, num_ranks=self.ranks, num_trees=per_batch)
 
@@ -709,7 +684,7 @@ class World:
         share = self.state.sample(self.request(rank), self.now)
         if share is None:
             return
-        assert isinstance(share, Batch)
+        assert isinstance(share, m.Batch)
         if not self.shares:
             self.asked_at = self.since, self.learner_died
         before = self.shares.setdefault(rank, share)
@@ -732,9 +707,9 @@ class World:
 
     def deliver(self) -> None:
         message = self.mail.pop(self.chance.randrange(len(self.mail)))
-        if isinstance(message, VersionPublished):
+        if isinstance(message, m.VersionPublished):
             self.state.publish(message)
-        elif isinstance(message, Trained):
+        elif isinstance(message, m.Trained):
             self.state.trained(message)
         else:
             self.state.evaluate(message)
@@ -751,11 +726,11 @@ class World:
         self.mail.append(published(self.version))
         for rank, share in self.shares.items():
             self.mail.append(
-                Trained(run="r", rank=rank, batch_id=share.batch_id, version=self.version, priorities={})
+                m.Trained(run="r", rank=rank, batch_id=share.batch_id, version=self.version, priorities={})
             )  # fmt: skip
         if self.step % 2:
             self.mail.append(
-                EvalRequest(run="r", step=self.step, version=self.version, num_tasks=2, blocking=self.step % 3 == 0)
+                m.EvalRequest(run="r", step=self.step, version=self.version, num_tasks=2, blocking=self.step % 3 == 0)
             )
         self.shares = {}
         self.since += 1

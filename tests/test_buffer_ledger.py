@@ -97,7 +97,7 @@ def test_leases_go_through_the_tasks_in_order_with_seeds_of_their_own() -> None:
     assert len({h.tree_id for h in held} | {h.seed for h in held}) == 6
 
 
-def test_time_in_which_the_buffer_stood_still_counts_for_nobody() -> None:
+def test_time_in_which_the_buffer_stood_still_lets_no_lease_lapse() -> None:
     made = ledger()
     made.progress.publish(0)
     (tree_id,) = granted(made, 1)

@@ -1,4 +1,4 @@
-"""Whatever happens to a buffer, the next one finds everything that was told: any order of events, any crash."""
+"""Whatever happens to a buffer, the next one finds all that was acknowledged: any order of events, any crash."""
 
 from __future__ import annotations
 
@@ -15,18 +15,7 @@ from hypothesis import strategies as st
 from atpo_async.config import Config, build
 from atpo_async.core.errors import BadMessage
 from atpo_async.core.tree import Turn, VersionSpan
-from atpo_async.wire.messages import (
-    Batch,
-    Checkpointed,
-    EvalRequest,
-    Exhausted,
-    Lease,
-    SampleRequest,
-    Trained,
-    TreeClosed,
-    TreeOpened,
-    VersionPublished,
-)
+from atpo_async.wire import messages as m
 from buffer.journal import entries
 from buffer.state import BufferState
 from tests.buffer_support import Disk
@@ -46,20 +35,20 @@ class Life:
         self.now = 0.0
         self.disk = Disk()
         self.state = self.disk.open(config)
-        self.leases: dict[str, list[Lease]] = {f"a{i}": [] for i in range(3)}
+        self.leases: dict[str, list[m.Lease]] = {f"a{i}": [] for i in range(3)}
         self.sent: dict[str, list[Any]] = {}
         self.counter = 1
         self.version = 1
         self.lineage: list[tuple[tuple[int, str, bytes], ...]] = []
         self.saved = 0
-        self.in_hand: Batch | None = None
+        self.in_hand: m.Batch | None = None
         self.exhausted = False
         self.restarts = 0
         self.publish()
 
     def publish(self) -> None:
         self.state.publish(
-            VersionPublished(run="r", version=self.version, weights_endpoint="w", announce_endpoint="n")
+            m.VersionPublished(run="r", version=self.version, weights_endpoint="w", announce_endpoint="n")
         )  # fmt: skip
 
     def live(self, events: int) -> Life:
@@ -73,7 +62,7 @@ class Life:
             self.now += 0.05
             event = self.chance.choices([e for e, _ in possible], [w for _, w in possible])[0]
             event()
-            self.disk.keep()
+            self.disk.commit()
         return self
 
     def finish(self) -> Life:
@@ -84,7 +73,7 @@ class Life:
             for event in (self.lease, *[self.grow] * 12, self.learn):
                 self.now += 0.01
                 event()
-                self.disk.keep()
+                self.disk.commit()
         raise AssertionError(f"the run does not end: {self.state.waiting_for(self.request(), self.now)}")
 
     # --- actors
@@ -107,13 +96,13 @@ class Life:
         number = max(done, default=0) + len(mine)
         message: Any
         if not mine:
-            message = TreeOpened(run="r", tree_id=lease.tree_id, lease_epoch=lease.epoch, prompt=PROMPT)
+            message = m.TreeOpened(run="r", tree_id=lease.tree_id, lease_epoch=lease.epoch, prompt=PROMPT)
         elif number <= 4:
             inner = number == 1 and lease.task_index % 2 == 0
             parent = 1 if number > 1 and lease.task_index % 2 == 0 else 0
             message = self.turn(lease, number, parent, inner)
         else:
-            message = TreeClosed(
+            message = m.TreeClosed(
                 run="r", tree_id=lease.tree_id, lease_epoch=lease.epoch, num_turns=number - 1,
                 failed_branches=lease.task_index % 3, failures={},
             )  # fmt: skip
@@ -127,7 +116,7 @@ class Life:
             if lease in self.leases[actor]:
                 self.leases[actor].remove(lease)
 
-    def turn(self, lease: Lease, number: int, parent: int, inner: bool) -> Turn:
+    def turn(self, lease: m.Lease, number: int, parent: int, inner: bool) -> Turn:
         tokens = 1 + (lease.seed + number) % 5
         return Turn(
             run="r", tree_id=lease.tree_id, turn_id=number, parent_id=parent, lease_epoch=lease.epoch,
@@ -154,8 +143,8 @@ class Life:
 
     # --- the learner
 
-    def request(self) -> SampleRequest:
-        return SampleRequest(
+    def request(self) -> m.SampleRequest:
+        return m.SampleRequest(
             run="r", rank=0, num_ranks=1, step=len(self.lineage), version=self.version,
             num_trees=self.config.staleness.trees_per_batch, wait_s=0.0,
         )  # fmt: skip
@@ -163,7 +152,7 @@ class Life:
     def learn(self) -> None:
         if self.in_hand is None:
             answer = self.state.sample(self.request(), self.now)
-            if isinstance(answer, Exhausted):
+            if isinstance(answer, m.Exhausted):
                 self.exhausted = True
             elif answer is not None:
                 self.in_hand = answer
@@ -177,7 +166,7 @@ class Life:
         self.version = self.counter
         self.publish()
         self.state.trained(
-            Trained(
+            m.Trained(
                 run="r", batch_id=batch.batch_id, version=self.version,
                 priorities={t.tree_id: self.chance.random() for t in batch.trees},
             )
@@ -185,7 +174,7 @@ class Life:
 
     def save(self) -> None:
         self.saved = len(self.lineage)
-        self.state.checkpointed(Checkpointed(run="r", step=self.saved, version=self.version))
+        self.state.checkpointed(m.Checkpointed(run="r", step=self.saved, version=self.version))
 
     def fall_back(self) -> None:
         """Killed: what was learned since the checkpoint is lost."""
@@ -197,18 +186,18 @@ class Life:
 
     def evaluate(self) -> None:
         step = len(self.lineage)
-        self.state.evaluate(EvalRequest(run="r", step=step, version=self.version, num_tasks=2, blocking=False))
+        self.state.evaluate(m.EvalRequest(run="r", step=step, version=self.version, num_tasks=2, blocking=False))
 
     # --- the buffer
 
     def crash(self) -> None:
-        before = picture(self.state, self.disk, partial=self.config.buffer.ready == "partial")
+        before = snapshot(self.state, self.disk, partial=self.config.buffer.ready == "partial")
         self.state = self.disk.open(self.config, now=self.now, seed=self.restarts)
         self.restarts += 1
-        assert picture(self.state, self.disk, partial=self.config.buffer.ready == "partial") == before
+        assert snapshot(self.state, self.disk, partial=self.config.buffer.ready == "partial") == before
 
 
-def picture(state: BufferState, disk: Disk, *, partial: bool) -> dict[str, Any]:
+def snapshot(state: BufferState, disk: Disk, *, partial: bool) -> dict[str, Any]:
     """Everything that is to be the same after a restart."""
     rest = msgspec.msgpack.decode(disk.state[entries.RUN])
     return {
@@ -256,7 +245,7 @@ def test_trees_served_while_they_grow_survive_too(seed: int, max_uses: int) -> N
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1))
-def test_at_the_end_nothing_is_kept_that_nobody_needs(seed: int) -> None:
+def test_at_the_end_no_record_is_left_that_is_not_needed(seed: int) -> None:
     life = Life(config_of(2, partial=False), seed).live(400).finish()
     for step in life.state.ledger.evaluations:
         step.results |= dict.fromkeys(range(step.num_tasks), 1.0)

@@ -69,7 +69,7 @@ from tests.hang_support import until_async
 # --- joining -------------------------------------------------------------------------------------------------------
 
 
-async def test_an_actor_is_told_the_run_and_where_the_weights_are(peers: Peers) -> None:
+async def test_an_actor_learns_the_run_and_where_the_weights_are(peers: Peers) -> None:
     first = await peers.actor.request(hello(peers.config, run=""), timeout_s=SOON_S)
     assert isinstance(first, Welcome)
     assert (first.run, first.weights_endpoint) == ("r", "")
@@ -547,7 +547,7 @@ async def test_the_metrics_of_an_actor_go_to_the_runs_file_under_its_name(tmp_pa
     assert (record["source"], record["version"], record["metrics"]) == ("a", 3, {"actor/turns": 1.5})
 
 
-async def test_what_was_kept_is_there_after_a_restart_and_leases_go_on_under_their_epoch(tmp_path: Path) -> None:
+async def test_what_was_committed_is_there_after_a_restart_and_leases_go_on_under_their_epoch(tmp_path: Path) -> None:
     rundir = RunDir.create(configured(run={"dir": tmp_path, "name": "r"}))
     async with running(rundir=rundir) as peers:
         await peers.tell(published())
@@ -617,7 +617,7 @@ def test_a_learner_in_mid_run_and_an_empty_journal_do_not_go_together_in_silence
     assert caplog.text.count("the learner is at step 3 and the journal is empty") == 1
 
 
-def test_a_learner_behind_the_checkpoint_that_it_reported_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_learner_behind_the_checkpoint_that_it_reported_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     state = stateful(configured(staleness={"trees_per_batch": 1, "max_lag": 8}))
     for step, lease in enumerate(state.lease("a", 2, 0.0).leases):
         take(state, grown(lease))
@@ -750,7 +750,7 @@ def test_a_task_whose_environment_fails_is_not_tried_again() -> None:
     assert over.reason.endswith("0 trained on, 0 without signal, 1 failed, 0 given up")
 
 
-def test_trees_kept_for_a_checkpoint_ask_for_one_when_they_take_the_room() -> None:
+def test_trees_kept_for_a_checkpoint_ask_for_one_when_they_take_the_space() -> None:
     config = configured(buffer={"max_bytes": 1 << 20}, staleness={"trees_per_batch": 1, "max_lag": 50})
     state = stateful(config)
     step, wanted = 0, False
@@ -845,7 +845,7 @@ async def test_an_unknown_evaluation_is_refused_so_that_the_learner_asks_for_it_
     assert "no evaluation of step 20" in answer.reason
 
 
-async def test_a_buffer_restarted_during_an_evaluation_does_it_though_nobody_publishes_again() -> None:
+async def test_a_buffer_restarted_during_an_evaluation_does_it_without_another_publication() -> None:
     async with running(endpoints=Endpoints(LOOPBACK.actors, LOOPBACK.learner, "tcp://w:2", "tcp://n:2")) as peers:
         await peers.tell(EvalRequest(run="r", step=20, version=17, num_tasks=1, blocking=True))
         await peers.learner.request(EvalQuery(run="r", step=20, wait_s=0.0), timeout_s=SOON_S)
@@ -855,7 +855,7 @@ async def test_a_buffer_restarted_during_an_evaluation_does_it_though_nobody_pub
         assert welcome.weights_endpoint == "tcp://w:2"
 
 
-async def test_at_the_runs_end_the_actors_are_told_and_the_buffer_ends() -> None:
+async def test_at_the_runs_end_the_actors_hear_of_it_and_the_buffer_ends() -> None:
     async with running() as peers:
         ended = asyncio.create_task(peers.service.serve())
         waiting = asyncio.create_task(peers.actor.request(wants(1), timeout_s=SOON_S))

@@ -114,7 +114,9 @@ async def test_an_actor_that_does_not_name_leases_that_are_not_out_yet_keeps_the
         assert [lease.epoch for lease in (await granted(peers)).leases] == [0, 0, 0]
 
 
-async def test_leases_owed_to_an_actor_that_is_gone_are_not_given_to_its_successor_as_they_were(disk: SlowDisk) -> None:
+async def test_leases_pending_for_an_actor_that_is_gone_are_not_given_to_its_successor_as_they_were(
+    disk: SlowDisk,
+) -> None:
     async with running() as peers:
         await peers.tell(published())
         disk.slow = True
@@ -126,7 +128,7 @@ async def test_leases_owed_to_an_actor_that_is_gone_are_not_given_to_its_success
         assert [(lease.task_index, lease.epoch) for lease in (await granted(peers)).leases] == [(0, 1), (1, 1), (2, 1)]
 
 
-async def test_of_two_requests_of_one_actor_the_later_gets_what_is_owed(disk: SlowDisk) -> None:
+async def test_of_two_requests_of_one_actor_the_later_gets_the_pending_answer(disk: SlowDisk) -> None:
     async with running() as peers:
         await peers.tell(published())
         disk.slow = True

@@ -74,7 +74,7 @@ def test_versions_and_what_is_unknown_outlive_the_buffer() -> None:
     first, second, third = eval_leases(state, 3)
     take(state, grown(first, (1.0,), version=2))
     take(state, grown(second, (1.0,), version=5, success=None))
-    disk.keep()
+    disk.commit()
     state = disk.open(config)
     take(state, grown(third, (0.0,), version=3))
     result = state.eval_result(0)
@@ -85,7 +85,7 @@ def test_versions_and_what_is_unknown_outlive_the_buffer() -> None:
 # --- unknown ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_task_of_which_nobody_said_whether_it_succeeded_is_no_success_and_no_failure(state: BufferState) -> None:
+def test_a_task_whose_success_is_unknown_is_no_success_and_no_failure(state: BufferState) -> None:
     state.evaluate(asked(num_tasks=4))
     right, wrong, unknown, _ = leases = eval_leases(state, 4)
     take(state, grown(right, (1.0,)))
@@ -119,7 +119,7 @@ def test_in_training_too_a_reward_is_no_success_and_what_is_unknown_is_counted_a
     assert since.means["train/success_unknown"] == (1.5, 2.0)
 
 
-# --- what is kept ----------------------------------------------------------------------------------------------------
+# --- in the journal ------------------------------------------------------------------------------------------------
 
 
 def test_only_evaluations_that_got_on_are_written_again() -> None:
@@ -129,7 +129,7 @@ def test_only_evaluations_that_got_on_are_written_again() -> None:
     for step in (1, 2):
         state.evaluate(asked(step))
     leases = eval_leases(state, 4)
-    disk.keep()
+    disk.commit()
     written: list[bytes] = []
     put = disk.put
 
@@ -139,18 +139,18 @@ def test_only_evaluations_that_got_on_are_written_again() -> None:
 
     disk.put = watched  # type: ignore[method-assign]
     take(state, grown(leases[-1], (1.0,)))
-    disk.keep()
+    disk.commit()
     assert [key for key in written if key.startswith(entries.EVALUATION)] == [entries.EVALUATION + b"%020d" % 2]
     written.clear()
-    disk.keep()
+    disk.commit()
     assert written == []
 
 
-def test_evaluations_that_an_earlier_program_kept_in_one_value_go_on() -> None:
+def test_evaluations_that_an_earlier_program_wrote_in_one_value_go_on() -> None:
     disk = Disk()
     state = disk.open(configured())
     state.publish(published())
-    disk.keep()
+    disk.commit()
     old = {"step": 4, "version": 0, "num_tasks": 2, "blocking": True, "next_task": 1, "results": {0: 1.0}, "turns": 3}
     disk.put(entries.ALL_EVALUATIONS, msgspec.msgpack.encode([old]))
     state = disk.open(configured())

@@ -11,7 +11,6 @@ import pytest
 from atpo_async.core.tree import Turn
 from tests.fault_support import Recovery, Spawner, Tricks
 from tests.oracle_support import Hand, Scene, hash_of
-from tests.test_faults_buffer import starts_slowly
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc")
 
@@ -78,9 +77,7 @@ async def test_late_turns_of_a_fenced_actor_are_refused_and_its_successor_gets_t
     async with Scene(tmp_path / "run", spawner, how=how) as scene:
         scene.roles.start("buffer", "learner")
         async with Hand(scene, "first") as first:
-            lease = await first.lease(of=starts_slowly)
-            opened, *turns, closed = first.messages(lease)
-            await first.send(opened, *turns[:2])
+            lease, turns, closed = await first.begin_slow_tree(2)
             # Another process under its name: what the first held is free at once.
             async with Hand(scene, "second") as second, Hand(scene, "third") as third:
                 await first.return_all()
@@ -113,9 +110,7 @@ async def test_an_actor_whose_machine_has_a_new_address_goes_on_under_its_name(
     async with Scene(tmp_path / "run", spawner, proxied=True, how={"actors": 1}) as scene:
         scene.roles.start("buffer", "learner")
         async with Hand(scene, endpoint=scene.actors_proxy.endpoint) as before:
-            lease = await before.lease(of=starts_slowly)
-            opened, *turns, _ = before.messages(lease)
-            await before.send(opened, *turns[:2])
+            lease, _, _ = await before.begin_slow_tree(2)
             # The old machine is off: its end of the connection never says goodbye.
             scene.actors_proxy.up.hold()
             fault.over()

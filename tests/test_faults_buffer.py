@@ -13,15 +13,9 @@ from atpo_async.core.errors import PeerLost
 from atpo_async.core.tree import Turn
 from atpo_async.wire.messages import Lease
 from tests.fault_support import CLOCK, Recovery, Spawner, Tricks, until_async
-from tests.oracle_support import Hand, Planned, Scene, hash_of
+from tests.oracle_support import Hand, Scene, hash_of
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc")
-
-
-def starts_slowly(plan: Planned) -> bool:
-    """Three turns come before its second leaf: cut off there, the tree goes to another actor."""
-    leaves = [part.turn_id for part in plan.parts if part.is_leaf]
-    return plan.kind == "plain" and len(leaves) > 1 and leaves[1] > 3
 
 
 def failing(scene: Scene) -> bool:
@@ -44,9 +38,7 @@ async def test_what_was_acknowledged_survives_a_kill_in_mid_commit(
     async with Scene(tmp_path / "run", spawner, how={"actors": 1, "tricks": tricks}) as scene:
         scene.roles.start("buffer", "learner")
         async with Hand(scene) as hand:
-            lease = await hand.lease(of=starts_slowly)
-            opened, *turns, _ = hand.messages(lease)
-            await hand.send(opened, *turns[:2])
+            lease, turns, _ = await hand.begin_slow_tree(2)
             stop.touch()
             acked = hand.link.stats.acked
             await hand.link.send(turns[2])
@@ -86,7 +78,7 @@ async def test_a_frozen_buffer_goes_on_where_it_stood(spawner: Spawner, tmp_path
         await scene.ended_well()
 
 
-async def test_a_full_disk_stops_acknowledgements_loudly_and_room_brings_them_back(
+async def test_a_full_disk_stops_acknowledgements_loudly_and_space_brings_them_back(
     spawner: Spawner, tmp_path: Path
 ) -> None:
     fault = Recovery(
@@ -96,9 +88,7 @@ async def test_a_full_disk_stops_acknowledgements_loudly_and_room_brings_them_ba
     async with Scene(tmp_path / "run", spawner, how={"actors": 1}) as scene:
         scene.roles.start("buffer", "learner")
         async with Hand(scene) as hand:
-            lease = await hand.lease(of=starts_slowly)
-            opened, *turns, closed = hand.messages(lease)
-            await hand.send(opened, *turns[:1])
+            _, turns, closed = await hand.begin_slow_tree(1)
             acked = hand.link.stats.acked
             # The journal's own pages lie behind its first two: no commit finds room, the log still does.
             scene["buffer"].fill_disk(len(scene["buffer"].said().encode()) + 8192)
@@ -129,9 +119,7 @@ async def test_io_errors_of_the_journal_stop_acknowledgements_until_they_are_gon
     async with Scene(tmp_path / "run", spawner, how={"actors": 1, "tricks": Tricks(fail_commits=str(broken))}) as scene:
         scene.roles.start("buffer", "learner")
         async with Hand(scene) as hand:
-            lease = await hand.lease(of=starts_slowly)
-            opened, *turns, closed = hand.messages(lease)
-            await hand.send(opened, *turns[:1])
+            _, turns, closed = await hand.begin_slow_tree(1)
             acked = hand.link.stats.acked
             broken.touch()
             await hand.link.send(turns[1])
@@ -160,9 +148,7 @@ async def test_a_slow_disk_delays_leases_and_acknowledgements_and_none_leaves_be
     async with Scene(tmp_path / "run", spawner, how={"actors": 1, "tricks": tricks}) as scene:
         scene.roles.start("buffer", "learner")
         async with Hand(scene) as hand:
-            lease = await hand.lease(of=starts_slowly)
-            opened, *turns, _ = hand.messages(lease)
-            await hand.send(opened, *turns[:1])
+            lease, turns, _ = await hand.begin_slow_tree(1)
             acked = hand.link.stats.acked
             slow.touch()
             await hand.link.send(turns[1])

@@ -20,8 +20,7 @@ from atpo_async.core.tree import Turn
 from atpo_async.links.client import Client
 from atpo_async.wire.messages import BufferToLearner, Trained
 from tests.fault_support import PATIENCE_S, Recovery, Spawner
-from tests.oracle_support import Hand, Planned, Scene
-from tests.test_faults_buffer import starts_slowly
+from tests.oracle_support import Hand, Planned, Scene, starts_slowly
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc")
 

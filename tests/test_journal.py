@@ -50,7 +50,7 @@ async def journal(tmp_path: Path) -> AsyncIterator[Journal]:
         yield made
 
 
-async def kept_in(folder: Path) -> tuple[list[int], dict[bytes, bytes], list[bytes]]:
+async def held_in(folder: Path) -> tuple[list[int], dict[bytes, bytes], list[bytes]]:
     """Turn ids, state and records of a journal that nobody has open."""
     async with opened(folder) as made:
         found = made.recover()
@@ -65,7 +65,7 @@ async def test_what_is_settled_is_there_for_the_next_process(tmp_path: Path) -> 
             keep(journal, number)
         journal.put(b"name", b"value")
         await journal.settle()
-    ids, state, records = await kept_in(tmp_path)
+    ids, state, records = await held_in(tmp_path)
     assert ids == [1, 2, 3, 4, 5]
     assert state == {b"name": b"value"}
     assert records == [record(number) for number in ids]
@@ -125,7 +125,7 @@ async def test_the_last_record_of_a_chunk_frees_it(tmp_path: Path) -> None:
         await journal.settle()
         assert journal.status()["chunks"] == 1
         assert journal.nbytes == journal.status()["chunk_bytes"] == second.nbytes
-    ids, _, _ = await kept_in(tmp_path)
+    ids, _, _ = await held_in(tmp_path)
     assert ids == [4]
 
 
@@ -139,7 +139,7 @@ async def test_what_is_let_go_before_it_was_ever_committed_leaves_nothing_and_is
         await journal.settle()
         assert (journal.nbytes, journal.status()["chunk_bytes"]) == (0, 0)
         assert journal._tables._env.info()["last_pgno"] <= before + 4
-    assert (await kept_in(tmp_path))[0] == []
+    assert (await held_in(tmp_path))[0] == []
 
 
 async def test_pages_of_what_was_freed_are_used_again(journal: Journal) -> None:
@@ -176,10 +176,10 @@ async def test_what_changes_is_collected_right_before_the_commit(tmp_path: Path)
         journal.collect = lambda: journal.put(b"k", None)
         await journal.settle()
         journal.collect = lambda: None
-    assert b"k" not in (await kept_in(tmp_path))[1]
+    assert b"k" not in (await held_in(tmp_path))[1]
 
 
-# --- the disk says no ----------------------------------------------------------------------------------------------
+# --- the disk refuses ----------------------------------------------------------------------------------------------
 
 
 class Disk:
@@ -214,7 +214,7 @@ class Disk:
 @pytest.mark.parametrize(
     "error", [lmdb.DiskError("No space left on device"), OSError(5, "Input/output error"), lmdb.MapFullError("full")]
 )
-async def test_while_the_disk_refuses_nothing_settles_and_it_goes_on_when_there_is_room(
+async def test_while_the_disk_refuses_nothing_settles_and_it_goes_on_when_there_is_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     async with opened(tmp_path) as journal:
@@ -232,7 +232,7 @@ async def test_while_the_disk_refuses_nothing_settles_and_it_goes_on_when_there_
         assert journal.failing is None
         assert "is written again" in caplog.text
         await journal.settle()
-    assert (await kept_in(tmp_path))[0] == [1, 2]
+    assert (await held_in(tmp_path))[0] == [1, 2]
 
 
 async def test_a_journal_that_takes_nothing_more_tells_its_owner(
@@ -326,7 +326,7 @@ def begin_writing(folder: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("groups", [1, 7, 30])
-async def test_a_process_killed_in_mid_commit_leaves_whole_groups_and_all_that_it_told(
+async def test_a_process_killed_in_mid_commit_leaves_whole_groups_and_all_that_it_acknowledged(
     tmp_path: Path, groups: int
 ) -> None:
     writer = begin_writing(tmp_path)
@@ -338,7 +338,7 @@ async def test_a_process_killed_in_mid_commit_leaves_whole_groups_and_all_that_i
     finally:
         writer.kill()
         writer.wait()
-    ids, state, records = await kept_in(tmp_path)
+    ids, state, records = await held_in(tmp_path)
     assert len(ids) >= told[-1]
     assert len(ids) % 50 == 0
     assert ids == list(range(1, len(ids) + 1))
@@ -447,9 +447,7 @@ def test_a_buffer_killed_while_it_makes_its_journal_leaves_none_or_a_whole_one(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["data.mdb", "lock.mdb", "owner"]
 
 
-def test_a_file_made_without_room_for_anything_is_taken_away_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_made_on_a_full_disk_is_removed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def without_room(path: str, **options: Any) -> Any:
         (Path(path) / "data.mdb").touch()
         raise lmdb.DiskError("No space left on device")
@@ -509,7 +507,7 @@ async def test_chunks_of_which_little_is_needed_are_named_and_can_be_emptied(
         journal.note(chunks[0][0]._replace(chunk=place.chunk, offset=place.offset))
         journal.release(rows_of(chunks[0][:1]))
         await journal.settle()
-    ids, _, records = await kept_in(tmp_path)
+    ids, _, records = await held_in(tmp_path)
     # The rows of what else was in the chunks that are left are there until these go; their owner lets them go again.
     assert ids.count(1) == 1
     assert records[ids.index(1)] == record(1)
@@ -531,4 +529,4 @@ async def test_rows_are_cut_out_of_a_chunk_that_others_keep_unless_their_tree_is
         journal.release(rows_of(entries[:1]), gone=gone)
         await journal.settle()
         assert journal.nbytes == entries[1].nbytes + entries[2].nbytes
-    assert (await kept_in(tmp_path))[0] == left
+    assert (await held_in(tmp_path))[0] == left

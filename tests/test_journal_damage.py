@@ -173,7 +173,7 @@ def test_damage_on_pages_that_nothing_reaches_is_none(folder: Path) -> None:
     assert refusal(folder) == ""
 
 
-def test_what_another_table_holds_is_nobodys_business(folder: Path) -> None:
+def test_what_another_table_holds_is_not_judged(folder: Path) -> None:
     with lmdb.open(str(folder), max_dbs=4, map_size=1 << 30) as env, env.begin(write=True) as txn:
         other = env.open_db(b"somebody else's", txn=txn)
         for number in range(300):

@@ -15,7 +15,7 @@ the first set holds neither the shortest trees nor all there are.
 
 A learner that starts again asks at a version that is not the next one.  Whole sets are served first, older than k
 versions then; one that would be over ``staleness.max_lag`` when its turn came is dropped, and so is what had been
-grown of an unfinished set, for nobody has its version any more.  A buffer that starts again finds the line as it
+grown of an unfinished set, for no engine has its version any more.  A buffer that starts again finds the line as it
 was; batches that a learner has lost come back to its front.
 """
 
@@ -31,7 +31,7 @@ from buffer.journal.entries import DelayLineEntry, TreeSetEntry
 
 Fate = Literal["taken", "inexact", "no_signal", "too_large", "surplus"]
 """What becomes of a tree: a batch will have it; or another version had a part in it, there is nothing to learn from
-it, memory is full, nobody waits for it."""
+it, memory is full, no set waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +131,8 @@ class DelayLine:
         Args:
             step: batches trained before this one.
             version: the learner's, never below an earlier one.
-            under_lease: training trees being grown; none at a version other than the last one, for nobody could finish
-                them.
+            under_lease: training trees being grown; none at a version other than the last one, which no actor could
+                finish.
             memory_full: no further tree fits: the sets under way are as complete as they can be.
         """
         self._settle(under_lease, memory_full)
@@ -228,7 +228,7 @@ class DelayLine:
         )
 
     def _settle(self, under_lease: int, memory_full: bool) -> None:
-        """Deal the sets under way out once they are complete and nobody grows a tree any more."""
+        """Deal the sets under way out once they are complete and no tree is grown any more."""
         growing = self._growing
         if growing is None or under_lease or (self._needed(growing) > 0 and not memory_full):
             return
@@ -253,13 +253,13 @@ class DelayLine:
             self._whole += [TreeSet(growing.version, tuple(trees[i * size : (i + 1) * size])) for i in range(whole)]
             unfinished = trees[whole * size :]
         stale: list[str] = []
-        kept: deque[TreeSet] = deque()
+        fresh: deque[TreeSet] = deque()
         for each in self._whole:
-            if version + len(kept) - each.version > self._max_lag:
+            if version + len(fresh) - each.version > self._max_lag:
                 stale.extend(each.tree_ids)
             else:
-                kept.append(each)
-        self._whole = kept
+                fresh.append(each)
+        self._whole = fresh
         return Asked(anew, tuple(stale), tuple(unfinished))
 
     # --- snapshot ------------------------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ class ServedTree:
 
 
 @dataclass(slots=True)
-class Served:
-    """One batch that was given to the learner, kept until a checkpoint of the learner holds it."""
+class ServedBatch:
+    """One batch that was given to the learner, held until a checkpoint has what it taught."""
 
     batch_id: int
     step: int
@@ -74,7 +74,7 @@ class Served:
         )
 
     @classmethod
-    def restored(cls, entry: BatchEntry) -> Served:
+    def restored(cls, entry: BatchEntry) -> ServedBatch:
         return cls(
             batch_id=entry.batch_id,
             step=entry.step,
@@ -95,12 +95,12 @@ class Batches:
     """Those that no checkpoint of the learner holds yet."""
 
     def __init__(self) -> None:
-        self.by_step: dict[int, Served] = {}
+        self.by_step: dict[int, ServedBatch] = {}
         self.next_id = 1
         """Number of the next batch to be made."""
         self._changed: set[int] = set()
 
-    def put(self, served: Served) -> None:
+    def put(self, served: ServedBatch) -> None:
         self.by_step[served.step] = served
         self.next_id = max(self.next_id, served.batch_id + 1)
         self._changed.add(served.step)
@@ -109,7 +109,7 @@ class Batches:
         del self.by_step[step]
         self._changed.add(step)
 
-    def trained(self, batch_id: int, rank: int, priorities: Mapping[str, float]) -> Served | None:
+    def trained(self, batch_id: int, rank: int, priorities: Mapping[str, float]) -> ServedBatch | None:
         """A rank has trained on its share of a batch, and found these priorities.  The batch, if that was the last."""
         for served in self.by_step.values():
             if served.batch_id == batch_id and not served.confirmed:
@@ -119,7 +119,7 @@ class Batches:
                 return served if len(served.trained) == served.num_ranks else None
         return None
 
-    def confirm(self, served: Served) -> bool:
+    def confirm(self, served: ServedBatch) -> bool:
         """The learner has trained on a batch; False where that was known."""
         if served.confirmed:
             return False
@@ -136,9 +136,9 @@ class Batches:
         changed, self._changed = self._changed, set()
         return {step: self.by_step[step].snapshot() if step in self.by_step else None for step in changed}
 
-    def restore(self, entry: BatchEntry) -> Served:
+    def restore(self, entry: BatchEntry) -> ServedBatch:
         """A batch as an earlier process left it."""
-        served = self.by_step[entry.step] = Served.restored(entry)
+        served = self.by_step[entry.step] = ServedBatch.restored(entry)
         return served
 
     def last_with(self, tree_id: str) -> int | None:

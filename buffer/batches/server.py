@@ -1,4 +1,4 @@
-"""Batches: when there is one, which trees are in it, and what the learner made of it.
+"""When the learner gets a batch, which trees are in it, and what becomes of them afterwards.
 
 The learner asks by step.  The same question gets the same answer until a checkpoint of the learner holds the batch;
 a learner that falls back asks at an earlier step, and what it has lost goes back.  Pure: clock and randomness come in.
@@ -16,7 +16,7 @@ from atpo_async.core.credit import leaf_tokens
 from atpo_async.core.errors import BadMessage
 from atpo_async.wire.messages import Batch, Checkpointed, Exhausted, SampleRequest, Trained
 from buffer.batches.delay_line import DelayLine
-from buffer.batches.served import Batches, Served, ServedTree, Share
+from buffer.batches.served import Batches, ServedBatch, ServedTree, Share
 from buffer.batches.shares import split_by_tokens
 from buffer.counters import RunCounters
 from buffer.journal.entries import BatchEntry, RunEntry
@@ -33,7 +33,7 @@ class BatchServer:
 
     Args:
         config: the run's.
-        ledger: told where the learner stands.
+        ledger: of the run.
         trees: the trees.
         batches: those that no checkpoint holds yet; changed here alone.
         counters: what is counted.
@@ -65,7 +65,7 @@ class BatchServer:
         self.saved_step = 0
         """Batches below are in a checkpoint of the learner, by its own word."""
         self.anew = True
-        """Nothing was found that an earlier buffer of this run kept."""
+        """No earlier buffer of this run left anything."""
 
     # --- asking ------------------------------------------------------------------------------------------------
 
@@ -126,7 +126,7 @@ class BatchServer:
         front, metrics = delay_line.pop(), self._flush(now)
         if len(front.tree_ids) < wanted:
             log.warning(
-                "batch %d has %d of %d trees: too few had a signal (staleness.max_oversampling), or memory had no room",
+                "batch %d has %d of %d trees: too few had a signal (staleness.max_oversampling), or memory was full",
                 request.step, len(front.tree_ids), wanted,
             )  # fmt: skip
         served = self._serve(request, self._trees.pool.take(front.tree_ids), metrics)
@@ -170,10 +170,10 @@ class BatchServer:
                 len(asked.stale), unfinished,
             )  # fmt: skip
 
-    def _serve(self, request: SampleRequest, drawn: list[Drawn], metrics: dict[str, float]) -> Served:
+    def _serve(self, request: SampleRequest, drawn: list[Drawn], metrics: dict[str, float]) -> ServedBatch:
         partial = self._config.buffer.ready == "partial"
         self._trees.served(drawn)
-        served = Served(
+        served = ServedBatch(
             batch_id=self._batches.next_id,
             step=request.step,
             version=request.version,
@@ -195,7 +195,7 @@ class BatchServer:
         self._ledger.progress.consumed(request.version)
         return served
 
-    def _share(self, served: Served, request: SampleRequest) -> Share:
+    def _share(self, served: ServedBatch, request: SampleRequest) -> Share:
         trees = [self._trees.registry.as_served(each) for each in served.drawn]
         arrays = [tree.arrays() for tree in trees]
         if request.num_ranks != served.num_ranks:
@@ -228,7 +228,7 @@ class BatchServer:
             self._confirm(served)
         self._trees.advance()
 
-    def _confirm(self, served: Served) -> None:
+    def _confirm(self, served: ServedBatch) -> None:
         if self._batches.confirm(served):
             self._counters.count_task("trained", sum(each.uses == 1 for each in served.drawn))
             self._trees.confirm(served.tree_ids, served.priorities, step=served.step)
@@ -248,7 +248,7 @@ class BatchServer:
         """
         if self.anew and step > 0 and not self._batches.by_step:
             log.warning(
-                "the learner is at step %d and the journal is empty: what was kept of this run is gone, its tasks "
+                "the learner is at step %d and the journal is empty: what it held of this run is gone, its tasks "
                 "begin at 0 again", step,
             )  # fmt: skip
         elif step < self.saved_step:
@@ -271,7 +271,7 @@ class BatchServer:
         for before in [s for s in self._batches.by_step if s < last]:
             self._confirm(self._batches.by_step[before])
 
-    def _undo(self, served: Served) -> None:
+    def _undo(self, served: ServedBatch) -> None:
         """The learner has not trained on this batch, or has lost what it learned from it."""
         self._batches.remove(served.step)
         if not served.confirmed:

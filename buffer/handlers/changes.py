@@ -14,7 +14,7 @@ class Changes:
     """Changes that a message or a lapsed lease brings about.
 
     Args:
-        stopping: once set, nobody waits any more.
+        stopping: once set, every wait ends.
     """
 
     def __init__(self, stopping: asyncio.Event) -> None:
@@ -22,7 +22,7 @@ class Changes:
         self._changed = asyncio.Event()
 
     def notify(self) -> None:
-        """Whoever waits looks again."""
+        """Every wait looks again."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 

@@ -46,5 +46,5 @@ class HandlerContext:
             log.warning("refused %s of %s (%d by now): %s", type(message).__name__, peer, self.num_refused, exc)
 
     def why_unwritten(self) -> str:
-        """Why nothing is committed, for whoever waits for that."""
+        """Why nothing is committed, for those that wait for it."""
         return f"the buffer's journal cannot be written: {self.journal.failing or 'its disk is slow'}"

@@ -31,7 +31,7 @@ class PendingAnswer(Generic[Answer]):
         self._asked = 0
 
     def ask(self) -> int:
-        """A number for who asks now; ``is_latest`` tells whether somebody has asked since."""
+        """A number for this request; ``is_latest`` says whether another one has come since."""
         self._asked += 1
         return self._asked
 
@@ -46,5 +46,5 @@ class PendingAnswer(Generic[Answer]):
         return bool(done)
 
     def drop(self) -> None:
-        """Nobody wants it any more."""
+        """It is wanted no more."""
         self._settling.cancel()

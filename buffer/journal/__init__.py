@@ -1,1 +1,1 @@
-"""What the buffer keeps on disk."""
+"""The journal: all that the buffer has acknowledged, on disk, and its recovery."""

@@ -92,7 +92,7 @@ class _Records:
 
 
 def check(folder: Path) -> None:
-    """Read a journal that nobody has open.
+    """Read a journal that no process has open.
 
     Raises:
         SetupError: something in it cannot be read, or is not what was written.
@@ -116,7 +116,7 @@ def create(folder: Path) -> None:
     """An empty journal's file, put in place as a whole: killed meanwhile, there is none or it is complete.
 
     Args:
-        folder: nobody else makes one there.
+        folder: no other process makes one there.
 
     Raises:
         OSError, lmdb.Error: the disk does not take it.

@@ -15,7 +15,7 @@ import numpy as np
 from buffer.trees.index import Place, Rows, TurnEntry, pack_entry
 
 CHUNK_BYTES = 1 << 18
-"""A chunk is closed once it has as many; it is freed as a whole, so a large one would be kept long by a few trees."""
+"""A chunk is closed once it has as many; it is freed as a whole, so a few trees would keep a large one alive."""
 SPARE_BYTES = 64 << 20
 """Dead bytes in living chunks that are not worth moving the others for."""
 

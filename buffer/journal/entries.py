@@ -19,7 +19,7 @@ T = TypeVar("T")
 TREE, BATCH, EVALUATION = b"tree/", b"batch/", b"evaluation/"
 RUN, COUNTS, DELAY_LINE = b"rest", b"since", b"line"
 ALL_EVALUATIONS = b"evaluations"
-"""Where earlier programs kept all of them in one value."""
+"""Earlier programs have all of them in one value, under this key."""
 
 KEEP = "keep its folder, turns that were acknowledged are in it, and put a copy of it that is whole in its place"
 
@@ -78,7 +78,7 @@ class TreeStateEntry(_Entry):
     pool: PoolEntry | None = None
     """Ready, or with the learner."""
     spent_at: int | None = None
-    """Step of the batch that used it up; kept for a learner that falls back, with ``pool`` as it was."""
+    """Step of the batch that used it up; the tree stays for a learner that falls back, with ``pool`` as it was."""
 
 
 class DrawnEntry(_Entry):

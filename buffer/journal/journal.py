@@ -2,8 +2,8 @@
 
 Durability: commit before acknowledging.  The event loop only hands over; a thread writes and syncs.  All that was
 handed over before a commit begins is in it, whole or not at all.  Answers and acknowledgements that follow from it
-leave after ``settle``, so no acknowledged turn is lost and nobody was answered from what is.  While the disk refuses
-(full, an error), nothing settles; the same group is tried again until it is taken.
+leave after ``settle``: no acknowledged turn is lost, and no answer was given that rests on a lost one.  While the disk
+refuses (full, an error), nothing settles; the same group is tried again until it is taken.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Journal:
 
         Args:
             timeout_s: None for no end.
-            at_once: the commit does not wait for more to come; for somebody who has nothing else to do.
+            at_once: the commit does not wait for more to come; for a caller that has nothing else to do.
 
         Raises:
             TimeoutError: not within ``timeout_s``.
@@ -211,7 +211,7 @@ class Journal:
         return self._log.seal(writes)
 
     async def _commit_when_asked(self) -> None:
-        """Waits for: somebody who wants something settled.  Ended by: close()."""
+        """Waits for: a call of ``settle``.  Ended by: close()."""
         try:
             await self._commit_forever(asyncio.get_running_loop())
         # Whatever it was, nothing would ever settle again: the process has to end and another to take over.

@@ -73,7 +73,7 @@ class Found:
     tables: set[str] = field(default_factory=set)
     """All that were found."""
 
-    def blame(self, table: str, fact: str) -> None:
+    def add_damage(self, table: str, fact: str) -> None:
         self.damage.setdefault(table, []).append(fact)
 
     def describe(self) -> str:
@@ -89,7 +89,7 @@ def walk(file: Path, look: Callable[[Value], str | None] = lambda value: None) -
     """Follow every table of an LMDB file to its last page.
 
     Args:
-        file: nobody writes to it meanwhile.
+        file: no process writes to it meanwhile.
         look: called with every entry of a named table; says what is wrong with it, None where nothing is.
 
     Raises:
@@ -162,7 +162,7 @@ class _Walker:
                 continue  # of values that share a key: the journal has none
             fact = self._look(Value(name, key, data))
             if fact is not None:
-                self.found.blame(name, f"the value under {_shown(key)}: {fact}")
+                self.found.add_damage(name, f"the value under {_shown(key)}: {fact}")
 
     def _entries(self, name: str, table: _Table) -> Iterator[tuple[bytes, Callable[[], bytes] | _Table]]:
         """(key, how to read its value, or the tree that hangs there), of all leaves that can be read."""
@@ -180,7 +180,7 @@ class _Walker:
                     ahead += [(child, depth + 1) for child in reversed(below)]
                     continue
             except _Bad as exc:
-                self.found.blame(name, str(exc))
+                self.found.add_damage(name, str(exc))
                 continue
             for at, lo, hi, flags, key_bytes in nodes:
                 self.found.entries += 1
@@ -188,7 +188,7 @@ class _Walker:
                 try:
                     yield key, self._data(page, at + _NODE.size + key_bytes, lo | hi << 16, flags, number)
                 except _Bad as exc:
-                    self.found.blame(name, f"the value under {_shown(key)}: {exc}")
+                    self.found.add_damage(name, f"the value under {_shown(key)}: {exc}")
 
     def _data(self, page: bytes, at: int, size: int, flags: int, number: int) -> Callable[[], bytes] | _Table:
         held = _NUMBER.size if flags & _LONG_VALUE else size

@@ -104,7 +104,7 @@ class StatePersistence:
         state.trees.advance()
         # Records of trees that are gone, in chunks that others keep.
         state.store.release(rows[~owned], gone=True)
-        return {"turns": int(np.count_nonzero(owned)), **state.describe_holdings()}
+        return {"turns": int(np.count_nonzero(owned)), **state.sizes()}
 
     def _restore_evaluations(self, stored: Mapping[bytes, bytes]) -> None:
         """Raises SetupError for what is none."""

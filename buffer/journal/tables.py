@@ -83,7 +83,7 @@ class Tables:
         with contextlib.ExitStack() as held:
             held.callback(lock.release)
             self._env = held.enter_context(self._mapped(free=free, max_bytes=max_bytes, sync=sync, leased=leased))
-            # Whoever forgets to close must not keep the folder from the next one in this process.
+            # An owner that forgets to close must not keep the folder from the next one in this process.
             self.close = weakref.finalize(self, held.pop_all().close)
         self.close.atexit = False  # the end of a process lets go by itself
 

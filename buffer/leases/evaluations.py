@@ -1,4 +1,4 @@
-"""Evaluations: which tasks are still to be leased, what came of the others, and what the learner is told.  Pure."""
+"""Evaluations: which tasks are still to be leased, what came of the others, and the result.  Pure."""
 
 from __future__ import annotations
 

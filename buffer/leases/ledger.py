@@ -202,7 +202,7 @@ class Ledger:
     # --- renewing and losing -----------------------------------------------------------------------------------
 
     def renew(self, actor: str, tree_ids: Iterable[str], now: float) -> list[HeldLease]:
-        """``actor`` still works on these.  One that lapsed and nobody else has taken yet is its again.
+        """``actor`` still works on these.  One that lapsed and has no other holder yet is its again.
 
         Returns:
             Leases it does not know of: granted, and the answer never reached it.  Each wants ``reissue``.
@@ -229,7 +229,7 @@ class Ledger:
         return unknown
 
     def excuse(self, away_s: float, now: float) -> None:
-        """The buffer stood still for so long: nobody was silent or late in that time."""
+        """The buffer stood still for so long: no silence or delay in that time counts."""
         self.actors.excuse(now)
         for held in self._held.values():
             held.expires_at += away_s

@@ -24,7 +24,7 @@ class ActorPresence:
         self._heard[actor] = max(now, self._heard.get(actor, now))
 
     def excuse(self, now: float) -> None:
-        """The buffer stood still until ``now``: nobody was silent in that time."""
+        """The buffer stood still until ``now``: no silence in that time counts."""
         for actor in self._heard:
             self._heard[actor] = now
 
@@ -36,7 +36,7 @@ class ActorPresence:
         return sum(now - heard <= self._silent_s for heard in self._heard.values())
 
     def forget_long_gone(self, now: float, holders: Iterable[str]) -> None:
-        """Drop those that nobody has heard of for very long and that hold nothing."""
+        """Drop those that were silent for very long and hold nothing."""
         gone = {actor for actor, heard in self._heard.items() if now - heard > FORGOTTEN_S}
         for actor in gone - set(holders) if gone else ():
             del self._heard[actor]

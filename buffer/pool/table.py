@@ -1,4 +1,4 @@
-"""The trees of a pool and what is counted of each, a column a fact: rows have numbers, which are given again.  Pure."""
+"""The trees of a pool in a table: a row a tree, a column a fact; numbers of rows are given again.  Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLUMNS = ("state", "uses", "limit", "oldest", "newest", "nbytes", "entered")
 
 
 class TreeTable:
-    """Rows of trees; whoever changes a column says so to nobody."""
+    """Rows of trees.  Columns are changed by the pool."""
 
     def __init__(self) -> None:
         self.rows: dict[str, int] = {}

@@ -1,1 +1,1 @@
-"""Turns, trees and batches in memory."""
+"""Trees in memory: put together from turns, where each stands, and what becomes of it."""

@@ -1,4 +1,4 @@
-"""Turns -> trees: idempotent, in any order, orphans parked.  Pure.
+"""Puts turns together into trees: in any order, any number of times, turns without their parent parked.  Pure.
 
 A tree is known from the moment its lease is granted.  Messages about it may come in any order and any number of
 times; what comes out depends only on which came.  The key of a turn is ``(run, tree_id, turn_id)``: the same bytes
@@ -34,7 +34,7 @@ _NONE = np.zeros(0, dtype=ROW)
 
 @dataclass(slots=True)
 class Growing:
-    """What has come of one tree."""
+    """The turns of one tree so far."""
 
     tree_id: str
     number: int
@@ -74,7 +74,7 @@ class Assembly:
 
     Args:
         store: where records go.
-        find: a finished tree that is still kept, by id; None if it is not.
+        find: a finished tree that is still held, by id; None if it is not.
         remembered_trees: finished trees whose turn ids are remembered.
     """
 
@@ -101,7 +101,7 @@ class Assembly:
         return len(self._growing)
 
     def growing(self, tree_id: str) -> Growing | None:
-        """What has come of a tree under lease."""
+        """The turns so far of a tree under lease."""
         return self._growing.get(tree_id)
 
     def expect(self, tree_id: str, *, number: int, task_index: int, kind: Split, epoch: int) -> None:
@@ -116,10 +116,10 @@ class Assembly:
             return
         if epoch <= entry.epoch:
             raise ValueError(f"tree {tree_id} is at lease epoch {entry.epoch}, cannot go to {epoch}")
-        kept = {turn.turn_id: turn for turn in entry.attached()}
-        self._let_go(turn for i, turn in entry.turns.items() if i not in kept)
-        entry.turns, entry.closed, entry.epoch = kept, None, epoch
-        entry.parents = {turn.parent_id for turn in kept.values()}
+        attached = {turn.turn_id: turn for turn in entry.attached()}
+        self._release(turn for i, turn in entry.turns.items() if i not in attached)
+        entry.turns, entry.closed, entry.epoch = attached, None, epoch
+        entry.parents = {turn.parent_id for turn in attached.values()}
 
     def drain_changes(self) -> set[str]:
         """Trees of which something changed beside their turns, since the last call."""
@@ -196,12 +196,12 @@ class Assembly:
         store = self._store
         place = store.add(pack(frames if frames is not None else codec.encode(message)))
         if isinstance(message, Turn):
-            kept = TurnEntry.of(message, tree=entry.number, place=place)
-            entry.turns[message.turn_id] = kept
+            added = TurnEntry.of(message, tree=entry.number, place=place)
+            entry.turns[message.turn_id] = added
             entry.parents.add(message.parent_id)
         else:
-            kept = entry.prompt = TurnEntry.of_prompt(len(message.prompt), tree=entry.number, place=place)
-        store.note(kept)
+            added = entry.prompt = TurnEntry.of_prompt(len(message.prompt), tree=entry.number, place=place)
+        store.note(added)
         self.nbytes += place.nbytes
         return True
 
@@ -249,18 +249,18 @@ class Assembly:
         tree = self.tree(tree_id)
         entry = self._growing.pop(tree_id)
         self._changed.add(tree_id)
-        kept = {*tree.rows["turn_id"].tolist(), *tree.prompt["turn_id"].tolist()}
-        rest = [turn for turn in entry.turns.values() if turn.turn_id not in kept]
-        if entry.prompt is not None and ROOT not in kept:
+        handed_over = {*tree.rows["turn_id"].tolist(), *tree.prompt["turn_id"].tolist()}
+        rest = [turn for turn in entry.turns.values() if turn.turn_id not in handed_over]
+        if entry.prompt is not None and ROOT not in handed_over:
             rest.append(entry.prompt)
-        self._let_go(rest)
+        self._release(rest)
         self.nbytes -= tree.nbytes
         self._done[tree_id] = frozenset(entry.turns)
         while len(self._done) > self._remembered:
             self._done.popitem(last=False)
         return tree
 
-    def _let_go(self, entries: Iterable[TurnEntry]) -> None:
+    def _release(self, entries: Iterable[TurnEntry]) -> None:
         rows = rows_of(list(entries))
         self.nbytes -= int(rows["nbytes"].sum(dtype=np.int64))
         self._store.release(rows)
@@ -273,13 +273,13 @@ class Assembly:
         return bytes(self._store.read(row.place)) == pack(frames if frames is not None else codec.encode(turn))
 
     def _check_done(self, message: TreeMessage, frames: Frames | None) -> bool:
-        known, kept = self._done.get(message.tree_id), self._find(message.tree_id)
-        if known is None and kept is None:
+        known, finished = self._done.get(message.tree_id), self._find(message.tree_id)
+        if known is None and finished is None:
             raise BadMessage(
                 f"no lease of tree {message.tree_id} is known here (it is done, or another run's); ask for others"
             )
         if isinstance(message, Turn):
-            row = None if kept is None else _row(kept.rows, message.turn_id)
+            row = None if finished is None else _row(finished.rows, message.turn_id)
             if row is None and (known is None or message.turn_id not in known):
                 raise BadMessage(f"tree {message.tree_id} is finished; turn {message.turn_id} comes too late")
             if row is not None and not self._is_known(row, message, frames):

@@ -1,4 +1,4 @@
-"""What the buffer's memory holds of turns and trees: numbers and places.  The tokens lie in the journal.  Pure.
+"""Turns and trees as the buffer's memory has them: numbers and places; the tokens lie in the journal.  Pure.
 
 Shapes: N turns of a tree, by ascending id, so that parents come before their children.
 """
@@ -131,28 +131,28 @@ def entry_of(row: np.void) -> TurnEntry:
 
 
 class Store(Protocol):
-    """Where records are kept."""
+    """Holds records."""
 
     def add(self, record: bytes) -> Place:
-        """Keep a record; it is durable once the store says so."""
+        """Put a record in; it is durable once the store says so."""
 
     def note(self, entry: TurnEntry) -> None:
         """The entry of a record just added: recovered with it."""
 
     def read(self, place: Place) -> bytes | memoryview:
-        """A record that is kept."""
+        """A record that is held."""
 
     def release(self, rows: Rows, *, gone: bool = False) -> None:
         """These records are needed no more.
 
         Args:
             rows: ROW[R].
-            gone: whether their trees are, so that nobody will ask what is kept of them.
+            gone: whether their trees are gone too: their entries may stay until the chunk goes.
         """
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the records kept."""
+        """Bytes of the records held."""
 
 
 class MemoryStore:

@@ -1,4 +1,4 @@
-"""What becomes of every tree, from its first turn until nobody needs it.
+"""What becomes of every tree, from its first turn until it is needed no more.
 
 A tree grows (``trees.assembly``), is ready or with the learner (``pool``), and is kept when it is used up until a
 checkpoint of the learner holds what it taught (``trees.spent``).  What leaves all that is leased again or forgotten.
@@ -30,7 +30,7 @@ log = logging.getLogger("atpo.buffer")
 NEARLY_FULL = 0.9
 """Share of buffer.max_bytes from which no new tree is admitted while a batch is ready."""
 SPENT_SHARE = 0.5
-"""Of buffer.max_bytes, on top of it: trees that are only kept until a checkpoint of the learner holds them."""
+"""Of buffer.max_bytes, on top of it: used-up trees that wait for a checkpoint of the learner."""
 ENGINE_FAILED = frozenset({"generate_timeout", "generate_failed"})
 """Why branches failed (``TreeClosed.failures``) that says nothing about their task."""
 
@@ -41,7 +41,7 @@ class TreeLifecycle:
     Args:
         config: the run's.
         store: where their records are.
-        ledger: told what becomes of their tasks, and of the trees that are grown for an evaluation.
+        ledger: has their leases, their tasks and the evaluations.
         counters: counts them.
         batches: looked into for who had a tree last.
         delay_line: decides what is kept where the lag is to be exact.
@@ -156,7 +156,7 @@ class TreeLifecycle:
             self._admit_exact(tree, arrays, self._delay_line)
 
     def forget_growing(self, tree_id: str) -> None:
-        """Nobody grows this tree any more, and what came of it is of no use."""
+        """This tree is grown no more, and what came of it is of no use."""
         self.registry.forget(self.assembly.finish(tree_id))
 
     def _admit(self, tree: TreeEntry, priority: float) -> None:

@@ -48,7 +48,7 @@ class TreeRegistry:
     # --- what is there -----------------------------------------------------------------------------------------
 
     def find(self, tree_id: str) -> TreeEntry | None:
-        """A tree that is still kept after its end."""
+        """A tree that is still held after its end."""
         if (late := self._late.get(tree_id)) is not None:
             return late
         if (spent := self.spent.find(tree_id)) is not None:
@@ -59,7 +59,7 @@ class TreeRegistry:
         """A tree of a batch, as it was served.
 
         Raises:
-            BadMessage: it is kept no more.
+            BadMessage: it is held no more.
         """
         tree = self.pool.find(served.tree_id)
         if tree is None and (spent := self.spent.find(served.tree_id)) is not None:
@@ -76,7 +76,7 @@ class TreeRegistry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all turns kept."""
+        """Bytes of all turns held."""
         return self.pool.nbytes + self.assembly.nbytes + self.spent.nbytes
 
     # --- coming and going --------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class TreeRegistry:
         self._ids[number] = tree_id
 
     def forget(self, tree: TreeEntry) -> None:
-        """Its records are needed no more, unless somebody else has the tree still."""
+        """Its records are needed no more, unless the tree is still held somewhere."""
         tree_id = tree.tree_id
         if self.grows_or_is_late(tree_id) or tree_id in self.pool or tree_id in self.spent:
             return
