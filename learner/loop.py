@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import threading
 import time
 from dataclasses import dataclass
 
-from atpo_async.config import Config
 from atpo_async.core.errors import PeerLost, WaitTimeout
 from atpo_async.links.client import Client
+from atpo_async.ops.role import RoleContext
 from atpo_async.run.metrics import MetricsWriter
 from atpo_async.run.rundir import RunDir
 from atpo_async.status import waits
@@ -41,11 +40,8 @@ from learner.training.trainer import Trainer
 from learner.weights.publication import Publication
 from learner.weights.publisher import Publisher
 
-FINISH_S = 10.0
-"""For the last messages of a run to be acknowledged."""
-
-FAREWELL_S = 2.0
-"""For those of a learner that is stopped."""
+FINISH_S, FAREWELL_S = 10.0, 2.0
+"""For the last messages of a run to be acknowledged, and for those of a learner that is stopped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,47 +60,40 @@ class Learner:
     """One rank of the learner: it counts steps and says who does what next.
 
     Args:
-        config, run, rundir: of this run.
+        ctx: configuration, identity and folder of the run; says when the role has to end.
+        rundir: the run's folder.
         trainer: policy and optimizer; touched in the torch thread only.
         buffer: link to the buffer.
         publisher: rank 0's; None on the others.
         metrics: rank 0's; None on the others.
         torch_thread: where the trainer lives.
-        stopping: set when the role has to end.
     """
 
     def __init__(
-        self,
-        *,
-        config: Config,
-        run: str,
-        rundir: RunDir,
-        trainer: Trainer,
-        buffer: Client,
-        publisher: Publisher | None,
-        metrics: MetricsWriter | None,
-        torch_thread: TorchThread,
-        stopping: asyncio.Event,
-        log: logging.Logger,
-    ) -> None:
-        self.config = config
-        self.run_id = run
-        self.rundir = rundir
-        self.trainer = trainer
-        self.torch_thread = torch_thread
-        self.stopping = stopping
-        self.log = log
+        self, ctx: RoleContext, rundir: RunDir, *, trainer: Trainer, buffer: Client, publisher: Publisher | None,
+        metrics: MetricsWriter | None, torch_thread: TorchThread,
+    ) -> None:  # fmt: skip
+        config, run, log = ctx.config, ctx.run_id, ctx.log
+        self.config, self.run_id, self.log, self.stopping = config, run, log, ctx.stopping
+        self.rundir, self.trainer, self.torch_thread = rundir, trainer, torch_thread
         self.step = 0
         """Batches trained."""
         self.version = 0
         """Of the weights now."""
         self.ranks = Ranks(trainer, rundir)
-        links = config.links
-        self.buffer = BufferPeer(buffer, run=run, ranks=self.ranks, settings=links, stopping=stopping, log=log)
-        self.recording = Recording(config, rundir, metrics=metrics, log=log)
+        self.buffer = BufferPeer(
+            buffer, run=run, ranks=self.ranks, settings=config.links, stopping=ctx.stopping, log=log
+        )
+        self.recording = Recording(config=config, rundir=rundir, metrics=metrics, log=log)
         self.publication = Publication(config, trainer=trainer, publisher=publisher, buffer=self.buffer)
         self.saving = Saving(
-            config, rundir, trainer=trainer, torch_thread=torch_thread, ranks=self.ranks, buffer=self.buffer, log=log
+            config=config,
+            rundir=rundir,
+            trainer=trainer,
+            torch_thread=torch_thread,
+            ranks=self.ranks,
+            buffer=self.buffer,
+            log=log,
         )
         self.evaluations = Evaluations(config, rundir, buffer=self.buffer, write=self.recording.write, log=log)
         self._stop_torch = threading.Event()

@@ -62,16 +62,7 @@ async def _opened(ctx: RoleContext, thread: TorchThread) -> AsyncIterator[Learne
             )
         )
         yield Learner(
-            config=config,
-            run=ctx.run_id,
-            rundir=rundir,
-            trainer=trainer,
-            buffer=buffer,
-            publisher=publisher,
-            metrics=metrics,
-            torch_thread=thread,
-            stopping=ctx.stopping,
-            log=ctx.log,
+            ctx, rundir, trainer=trainer, buffer=buffer, publisher=publisher, metrics=metrics, torch_thread=thread
         )
 
 

@@ -203,9 +203,7 @@ async def test_what_cannot_be_saved_at_the_end_stops_the_run_before_its_first_st
 
 
 async def test_what_was_tried_before_the_first_step_is_removed_again(
-    served: tuple[ScriptedBuffer, str],
-    model: Path,
-    tmp_path: Path,
+    served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path
 ) -> None:
     buffer, endpoint = served
     run = RunDir.create(make_config(tmp_path, model, eval={"at_start": False, "at_end": False, "every_steps": 0}))

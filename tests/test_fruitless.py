@@ -86,9 +86,7 @@ def test_trees_without_a_signal_stop_no_run_nor_does_a_task_that_fails_among_the
 
 
 async def test_a_learner_saves_what_it_has_learned_before_it_stops_for_batches_without_trees(
-    served: tuple[ScriptedBuffer, str],
-    model: Path,
-    tmp_path: Path,
+    served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path
 ) -> None:
     buffer, endpoint = served
     learner: dict[str, object] = {"max_skipped_updates": 2, "checkpoint_every": 100}
@@ -103,10 +101,7 @@ async def test_a_learner_saves_what_it_has_learned_before_it_stops_for_batches_w
 
 @pytest.mark.parametrize("counts", [{"no_signal_trees": 12}, {"dropped_no_leaf": 3}])
 async def test_a_run_of_which_no_step_trained_on_a_tree_is_not_done(
-    counts: dict[str, float],
-    served: tuple[ScriptedBuffer, str],
-    model: Path,
-    tmp_path: Path,
+    counts: dict[str, float], served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path
 ) -> None:
     buffer, endpoint = served
     run = RunDir.create(make_config(tmp_path, model, eval=QUIET, learner={"checkpoint_every": 1}))
@@ -121,9 +116,7 @@ async def test_a_run_of_which_no_step_trained_on_a_tree_is_not_done(
 
 
 async def test_a_run_that_runs_out_of_tasks_without_a_step_is_not_done(
-    served: tuple[ScriptedBuffer, str],
-    model: Path,
-    tmp_path: Path,
+    served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path
 ) -> None:
     buffer, endpoint = served
     run = RunDir.create(make_config(tmp_path, model, eval=QUIET))

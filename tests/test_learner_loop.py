@@ -127,6 +127,18 @@ def context(rundir: RunDir, buffer_endpoint: str) -> RoleContext:
     )  # fmt: skip
 
 
+def stopping_at(step: int, stopping: asyncio.Event) -> Callable[[SampleRequest], NotYet | None]:
+    """An answer of the buffer: the role is asked to end once the batch after ``step`` is wanted."""
+
+    def answer(request: SampleRequest) -> NotYet | None:
+        if request.step < step:
+            return None
+        stopping.set()
+        return NotYet(waiting_for="nothing will come")
+
+    return answer
+
+
 async def test_a_run_evaluates_before_the_first_update_and_publishes_every_version(
     served: tuple[ScriptedBuffer, str], model: Path, tmp_path: Path
 ) -> None:
@@ -177,13 +189,7 @@ async def test_a_stopped_run_goes_on_where_it_was(
     rundir = RunDir.create(config)
     first = context(rundir, endpoint)
 
-    def stop(request: SampleRequest) -> NotYet | None:
-        if request.step < 2:
-            return None
-        first.stopping.set()
-        return NotYet(waiting_for="nothing will come")
-
-    buffer.on_sample = stop
+    buffer.on_sample = stopping_at(2, first.stopping)
     await asyncio.wait_for(learn(first), WAIT_S)
     assert buffer.of(RunFinished) == []
     assert [p.name for p in checkpoint.list_checkpoints(rundir.checkpoints)] == ["step-000002-v000002"]
@@ -422,13 +428,7 @@ async def test_an_evaluation_lost_at_a_stop_is_asked_for_again(
     first = context(rundir, endpoint)
     buffer.evaluation_done = False
 
-    def stop(request: SampleRequest) -> NotYet | None:
-        if request.step < 3:
-            return None
-        first.stopping.set()
-        return NotYet(waiting_for="nothing will come")
-
-    buffer.on_sample = stop
+    buffer.on_sample = stopping_at(3, first.stopping)
     await asyncio.wait_for(learn(first), WAIT_S)
     assert [m.step for m in buffer.of(EvalRequest)] == [2]
 

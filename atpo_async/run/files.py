@@ -39,14 +39,19 @@ class Appended:
             os.close(fd)
 
 
+def sync(path: Path) -> None:
+    """Make what is in a file, or the names in a folder, durable.  Raises OSError where the file system cannot."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable, where the file system can."""
     with contextlib.suppress(OSError):  # not every file system lets a folder be synced
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync(folder)
 
 
 LINE_CHARACTERS = 1000

@@ -18,6 +18,7 @@ from pathlib import Path
 import lmdb
 
 from atpo_async.core.errors import BadMessage, SetupError
+from atpo_async.run.files import sync
 from atpo_async.wire.records import frames_in
 from buffer.journal.pages import NoTables, Value, walk
 
@@ -126,19 +127,11 @@ def create(folder: Path) -> None:
     aside = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
     try:
         lmdb.open(str(aside)).close()
-        _sync(aside / DATA)
+        sync(aside / DATA)
         os.rename(aside / DATA, folder / DATA)
-        _sync(folder)
+        sync(folder)
     finally:
         _remove(aside)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(aside: Path) -> None:

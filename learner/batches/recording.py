@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -21,33 +22,24 @@ MAX_WARNINGS = 5
 """Lines about trees left out that one batch may write to the log."""
 
 
+@dataclass(kw_only=True)
 class Recording:
-    """Writes the metrics, tree samples and log lines of training.
+    """Writes the metrics, tree samples and log lines of training."""
 
-    Args:
-        config, rundir: of the run.
-        metrics: rank 0's; None on the others, which only log what they leave out.
-    """
+    config: Config
+    rundir: RunDir
+    metrics: MetricsWriter | None
+    """Rank 0's; None on the others, which only log what they leave out."""
+    log: logging.Logger
+    _stepped_at_s: float = field(default=0.0, init=False)
 
-    def __init__(
-        self,
-        config: Config,
-        rundir: RunDir,
-        *,
-        metrics: MetricsWriter | None,
-        log: logging.Logger,
-    ) -> None:
-        self._config = config
-        self._rundir = rundir
-        self._metrics = metrics
-        self._log = log
-        self._decode = decoder(model_folder(config.model.path)) if metrics is not None else str
-        self._stepped_at_s = 0.0
+    def __post_init__(self) -> None:
+        self._decode = decoder(model_folder(self.config.model.path)) if self.metrics is not None else str
 
     def first_weights(self, *, step: int, version: int, publish_s: float) -> None:
         """Write how long the first publication took, seconds."""
-        if self._metrics is not None:
-            self._metrics.write(step=step, version=version, metrics={"weights/publish_s": publish_s})
+        if self.metrics is not None:
+            self.metrics.write(step=step, version=version, metrics={"weights/publish_s": publish_s})
 
     def training_begins(self) -> None:
         """From now on the time between two steps counts."""
@@ -56,11 +48,11 @@ class Recording:
     def log_problems(self, batch: Batch, report: StepReport) -> None:
         """To the log: trees that were left out, a skipped update."""
         for line in report.warnings[:MAX_WARNINGS]:
-            self._log.warning("batch %d: %s", batch.step, line)
+            self.log.warning("batch %d: %s", batch.step, line)
         if len(report.warnings) > MAX_WARNINGS:
-            self._log.warning("batch %d: and %d more trees left out", batch.step, len(report.warnings) - MAX_WARNINGS)
+            self.log.warning("batch %d: and %d more trees left out", batch.step, len(report.warnings) - MAX_WARNINGS)
         if report.fault is not None:
-            self._log.warning("batch %d: update skipped, %s", batch.step, report.fault)
+            self.log.warning("batch %d: update skipped, %s", batch.step, report.fault)
 
     def step(
         self,
@@ -85,7 +77,7 @@ class Recording:
         """
         now = now_s()
         between_s, self._stepped_at_s = now - self._stepped_at_s, now
-        if self._metrics is None:
+        if self.metrics is None:
             return
         found: dict[str, float] = {**batch.metrics, **report.metrics, **sent}
         found["time/learner_wait_s"] = waited_s
@@ -97,10 +89,10 @@ class Recording:
         found["batch/trained"] = num_trained(batch, report)
         if publish_s is not None:
             found["weights/publish_s"] = publish_s
-        if is_sampled(step, num_steps=self._config.run.steps):
+        if is_sampled(step, num_steps=self.config.run.steps):
             self._write_sample(batch, report, step=step, version=version)
         self.write(step, version, found)
-        self._log.info(
+        self.log.info(
             "step %d: reward %s, lag %s, waited %.2f s, step %.2f s",
             step, _shown(found.get("train/reward"), 3), _shown(found.get("lag/mean"), 2), waited_s, step_s,
         )  # fmt: skip
@@ -108,22 +100,22 @@ class Recording:
     def _write_sample(self, batch: Batch, report: StepReport, *, step: int, version: int) -> None:
         try:
             write_sample(
-                self._rundir.trees_path,
+                self.rundir.trees_path,
                 # Only what was trained on: credit is not defined on a tree that was refused.
                 msgspec.structs.replace(batch, trees=tuple(t for t in batch.trees if t.tree_id in report.trained)),
                 step=step,
                 version=version,
-                settings=self._config.credit,
+                settings=self.config.credit,
                 decode=self._decode,
             )
         # For the report alone: nothing is lost but one of its drawings.
         except OSError as exc:
-            self._log.warning("step %d: no tree is recorded for the report: %s", step, exc)
+            self.log.warning("step %d: no tree is recorded for the report: %s", step, exc)
 
     def write(self, step: int, version: int, found: Mapping[str, float]) -> None:
         """One line of metrics; nothing on ranks other than 0."""
-        if self._metrics is not None:
-            self._metrics.write(step=step, version=version, metrics=found)
+        if self.metrics is not None:
+            self.metrics.write(step=step, version=version, metrics=found)
 
 
 def _shown(value: float | None, digits: int) -> str:

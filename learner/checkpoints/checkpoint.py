@@ -30,6 +30,7 @@ from torch import Tensor
 from atpo_async.core.errors import SetupError
 from atpo_async.models.policy import list_checkpoints as list_checkpoints
 from atpo_async.ops import disk
+from atpo_async.run.files import sync
 from learner.training.trainer import Trainer
 
 _ASIDE = ".writing-"
@@ -139,10 +140,10 @@ def _complete(aside: Path, target: Path, trainer: Trainer, progress: Progress) -
 def publish(aside: Path, target: Path) -> None:
     """Sync every file of ``aside`` to disk, then let it appear as ``target``."""
     for path in sorted(aside.rglob("*")):
-        _sync(path)
-    _sync(aside)
+        sync(path)
+    sync(aside)
     aside.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def load(path: Path, trainer: Trainer) -> Progress:
@@ -253,11 +254,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

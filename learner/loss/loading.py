@@ -68,11 +68,9 @@ class CheckedSurrogate:
     """A surrogate whose terms are what a surrogate returns.  Raises ConfigError where they are not."""
 
     def __init__(self, name: str, function: Surrogate) -> None:
+        self._returned, self._function, self._proven = _Returned(SURROGATE, name), function, False
         self.metrics = tuple(sorted(declared(function, SurrogateTraits()).metrics))
         """Names of its metrics."""
-        self._function = function
-        self._returned = _Returned(SURROGATE, name)
-        self._proven = False
 
     def __call__(self, tokens: SurrogateTokens, settings: ObjectiveConfig, /) -> SurrogateTerms:
         """The terms of one forward pass."""
@@ -106,9 +104,7 @@ class _CheckedCorrection:
     """A correction whose weights are what a correction returns.  Raises ConfigError where they are not."""
 
     def __init__(self, name: str, function: Correction) -> None:
-        self._function = function
-        self._returned = _Returned(CORRECTION, name)
-        self._proven = False
+        self._returned, self._function, self._proven = _Returned(CORRECTION, name), function, False
 
     def __call__(self, ratios: UnitRatios, settings: CorrectionConfig, /) -> UnitWeights:
         returned, shape = self._returned, ratios.log_weight.shape
@@ -132,8 +128,7 @@ class _CheckedMeasure:
     """What a correction measures of a whole batch is a number.  Raises ConfigError where it is not."""
 
     def __init__(self, name: str, function: Callable[[Tensor, CorrectionConfig], float]) -> None:
-        self._function = function
-        self._returned = _Returned(CORRECTION, name)
+        self._returned, self._function = _Returned(CORRECTION, name), function
 
     def __call__(self, log_weights: Tensor, settings: CorrectionConfig) -> float:
         found = self._returned.checked(object, lambda: self._function(log_weights, settings))

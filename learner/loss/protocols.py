@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 MAX_LOG_RATIO = 10.0
 """Of a surrogate's ratio: keeps exp() finite; far outside any clip range."""
 
-MAX_LOG_WEIGHT = 30.0
-"""Of an importance weight: keeps exp() and its square finite in float32."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SurrogateTokens:
@@ -68,6 +65,10 @@ class Surrogate(Protocol):
 
     def __call__(self, tokens: SurrogateTokens, settings: ObjectiveConfig, /) -> SurrogateTerms:
         """The terms of one forward pass."""
+
+
+MAX_LOG_WEIGHT = 30.0
+"""Of an importance weight: keeps exp() and its square finite in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

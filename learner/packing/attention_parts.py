@@ -18,17 +18,6 @@ from torch import Tensor
 
 from learner.packing.arrays import I64
 
-# The cost of a part, forward and backward, in pairs of a query and a key.  Measured on one core of an AMD EPYC
-# (AVX-512) in float32 with 4 heads of 64, as processor time: the kernel does 70 to 78 GFLOP/s on masked blocks and on
-# rectangles of 64 keys and more (65 with 16), 48 ns a pair; a call and what is around it costs 100 to 200 us; joining a
-# rectangle passes over its queries and keys a few times, 0.5 ns a channel.  A chain of 1,024 then takes 34 ms in blocks
-# of 128, 35 in blocks of 256, 43 of 512, and 37 in the kernel's own causal mode; the optimum is flat.  One core hardly
-# tells a call cost of 4,000 from 16,000; where several threads share busy cores each call waits for all of them.
-CALL_COST = 8000
-JOIN_COST = 4
-LONGEST_BLOCK = 512
-"""Bounds the masks: a place holds at most this many entries."""
-
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
@@ -83,6 +72,18 @@ class Parts:
                 for b in self.buckets
             ]
         return self._additive[dtype]
+
+
+# The cost of a part, forward and backward, in pairs of a query and a key.  Measured on one core of an AMD EPYC
+# (AVX-512) in float32 with 4 heads of 64, as processor time: the kernel does 70 to 78 GFLOP/s on masked blocks and on
+# rectangles of 64 keys and more (65 with 16), 48 ns a pair; a call and what is around it costs 100 to 200 us; joining a
+# rectangle passes over its queries and keys a few times, 0.5 ns a channel.  A chain of 1,024 then takes 34 ms in blocks
+# of 128, 35 in blocks of 256, 43 of 512, and 37 in the kernel's own causal mode; the optimum is flat.  One core hardly
+# tells a call cost of 4,000 from 16,000; where several threads share busy cores each call waits for all of them.
+CALL_COST = 8000
+JOIN_COST = 4
+LONGEST_BLOCK = 512
+"""Bounds the masks: a place holds at most this many entries."""
 
 
 def _plan(

@@ -40,40 +40,34 @@ class TensorNames:
         return cls(tuple(state), first)
 
 
+@dataclass(slots=True, kw_only=True)
 class WholePolicy:
-    """Weights and answers of the policy.  Where it is sharded every rank calls each method.
+    """Weights and answers of the policy.  Where it is sharded every rank calls each method."""
 
-    Args:
-        policy: inside the wrappers.
-        names: of its tensors.
-        model: the policy in the wrappers that ``accelerate`` put around it.
-        sharded: no rank holds all of a parameter.
-    """
-
-    def __init__(
-        self, policy: Policy, names: TensorNames, *, model: Any, accelerator: Accelerator, sharded: bool
-    ) -> None:
-        self.model = model
-        self.sharded = sharded
-        self._policy = policy
-        self._names = names
-        self._accelerator = accelerator
+    policy: Policy
+    """Inside the wrappers."""
+    names: TensorNames
+    model: Any
+    """The policy in the wrappers that ``accelerate`` put around it."""
+    accelerator: Accelerator
+    sharded: bool
+    """No rank holds all of a parameter."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor an engine needs, whole: tied ones under each of their names."""
         if not self.sharded:
-            found: dict[str, Tensor] = {k: v.detach() for k, v in self._policy.hf.state_dict().items()}
+            found: dict[str, Tensor] = {k: v.detach() for k, v in self.policy.hf.state_dict().items()}
         else:
-            gathered = self._accelerator.get_state_dict(self.model)
+            gathered = self.accelerator.get_state_dict(self.model)
             found = {str(k).removeprefix("hf."): v for k, v in gathered.items()}
-            if not self._accelerator.is_main_process:
+            if not self.accelerator.is_main_process:
                 return found
-        return {name: found[name] if name in found else found[self._names.first[name]] for name in self._names.names}
+        return {name: found[name] if name in found else found[self.names.first[name]] for name in self.names.names}
 
     def published(self) -> dict[str, Tensor]:
         """``tensors`` under the names, and in the shapes, of the files in ``model.path``, on rank 0."""
         tensors = self.tensors()
-        return causal_lm.published(self._policy.hf, tensors) if self._accelerator.is_main_process else tensors
+        return causal_lm.published(self.policy.hf, tensors) if self.accelerator.is_main_process else tensors
 
     def probe(self, tokens_ST: np.ndarray) -> np.ndarray:
         """float32[S * (T - 1)]: log-prob of each token but the first of its sequence, under the weights now, at
@@ -81,7 +75,7 @@ class WholePolicy:
         tokens = torch.from_numpy(tokens_ST.astype(np.int64))
         target = tokens[:, 1:].reshape(-1)
         inputs = {"tokens": tokens[:, :-1], "predictor": torch.arange(len(target)), "target": target}
-        scored = self._answer(self._policy.logprobs, inputs | {"temperature": 1.0})
+        scored = self._answer(self.policy.logprobs, inputs | {"temperature": 1.0})
         result: np.ndarray = scored.float().cpu().numpy()
         return result
 
@@ -94,12 +88,12 @@ class WholePolicy:
         """
         last = torch.arange(1, len(tokens_ST) + 1) * tokens_ST.shape[1] - 1
         inputs = {"tokens": tokens_ST, "predictor": last, "waiting_times": waiting_times_SV}
-        return self._answer(self._policy.sampled, inputs).cpu()
+        return self._answer(self.policy.sampled, inputs).cpu()
 
     def _answer(self, method: Callable[..., Tensor], inputs: dict[str, Any]) -> Tensor:
         """The policy's answer without gradient."""
         with torch.no_grad():
             # Sharded parameters are whole only inside the wrapper's forward; elsewhere leave autocast out.
             score = self.model if self.sharded else method
-            answer: Tensor = score(**send_to_device(inputs, self._accelerator.device))
+            answer: Tensor = score(**send_to_device(inputs, self.accelerator.device))
         return answer

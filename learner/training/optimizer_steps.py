@@ -78,28 +78,20 @@ class Attempt:
     log_weights: list[Tensor]
 
 
+@dataclass(kw_only=True)
 class OptimizerSteps:
-    """How an optimizer step is taken.
+    """How an optimizer step is taken."""
 
-    Args:
-        settings: ``[learner]``.
-        total_updates: of the whole run, for the schedule of the learning rate.
-        model, optimizer: as ``accelerate`` has prepared them.
-        loss: of a pass.
-    """
-
-    def __init__(
-        self, settings: LearnerConfig, *, total_updates: int, accelerator: Accelerator, model: nn.Module,
-        optimizer: AcceleratedOptimizer, loss: PassLoss, reductions: Reductions,
-    ) -> None:  # fmt: skip
-        self.history = UpdateHistory()
-        self._settings = settings
-        self._total_updates = total_updates
-        self._accelerator = accelerator
-        self._model = model
-        self._optimizer = optimizer
-        self._loss = loss
-        self._reductions = reductions
+    settings: LearnerConfig
+    total_updates: int
+    """Of the whole run, for the schedule of the learning rate."""
+    accelerator: Accelerator
+    model: nn.Module
+    """As ``accelerate`` has prepared it; the optimizer too."""
+    optimizer: AcceleratedOptimizer
+    loss: PassLoss
+    reductions: Reductions
+    history: UpdateHistory = field(default_factory=UpdateHistory)
 
     def take(
         self, passes: list[Pass], totals: BatchTotals, tempering: Tempering | None, should_stop: Callable[[], bool]
@@ -116,15 +108,15 @@ class OptimizerSteps:
             Abandoned: ``should_stop`` said so.
         """
         attempt = self.attempt(passes, tempering or Tempering(), should_stop)
-        if tempering is None and self._loss.correction.guards_ess:
-            tempering = self._loss.temper(attempt.log_weights)
+        if tempering is None and self.loss.correction.guards_ess:
+            tempering = self.loss.temper(attempt.log_weights)
             if tempering.scale < 1:
                 attempt = self.attempt(passes, tempering, should_stop)
         totals.tempering.append(tempering or Tempering())
         totals.forward_tokens += sum(item.inputs["tokens"].numel() for item in passes)
-        norm = self._accelerator.clip_grad_norm_(self._model.parameters(), self._settings.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         grad_norm = float(norm) if norm is not None else float("nan")
-        loss, kl, entropy = self._reductions.sum_of(torch.stack([attempt.loss, attempt.kl, attempt.entropy]))
+        loss, kl, entropy = self.reductions.sum_of(torch.stack([attempt.loss, attempt.kl, attempt.entropy]))
         totals.losses.append(loss)
         totals.kl.append(kl)
         totals.entropy.append(entropy)
@@ -137,20 +129,20 @@ class OptimizerSteps:
         Raises:
             Abandoned: ``should_stop`` said so.
         """
-        accelerator, device = self._accelerator, self._accelerator.device
-        self._optimizer.zero_grad()
+        accelerator, device = self.accelerator, self.accelerator.device
+        self.optimizer.zero_grad()
         zero = torch.zeros((), dtype=torch.float64, device=device)
         loss, kl, entropy = zero.clone(), zero.clone(), zero.clone()
-        sums = torch.zeros(self._loss.num_sums, dtype=torch.float64, device=device)
+        sums = torch.zeros(self.loss.num_sums, dtype=torch.float64, device=device)
         log_weights: list[Tensor] = []
         for i, item in enumerate(passes):
             if accelerator.num_processes == 1 and should_stop():
-                self._optimizer.zero_grad()
+                self.optimizer.zero_grad()
                 raise Abandoned
             # Only the last backward pass of the step exchanges gradients: ranks then agree on their number.
             last = i + 1 == len(passes)
-            with contextlib.nullcontext() if last else accelerator.no_sync(self._model):
-                found = self._loss(item, tempering)
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+                found = self.loss(item, tempering)
                 # Data parallelism averages gradients over ranks; the loss is a sum over them.
                 accelerator.backward(found.loss.loss * accelerator.num_processes)
             loss += found.loss.loss.detach().double()
@@ -168,14 +160,14 @@ class OptimizerSteps:
 
     def _judge(self, loss: float, grad_norm: float, totals: BatchTotals) -> None:
         """Apply the gradient, or leave it out: it overflowed, or a guard finds fault with it."""
-        history, scaler = self.history, self._accelerator.scaler
+        history, scaler = self.history, self.accelerator.scaler
         if guards.overflowed(loss=loss, grad_norm=grad_norm, scale=None if scaler is None else scaler.get_scale()):
             history.overflows += 1
             self._leave_out()
             return
         totals.grad_norms.append(grad_norm)
         fault = guards.fault(
-            loss=loss, grad_norm=grad_norm, history=history.grad_norms, max_spike=self._settings.max_grad_spike
+            loss=loss, grad_norm=grad_norm, history=history.grad_norms, max_spike=self.settings.max_grad_spike
         )
         if fault is None:
             totals.lr = self._apply()
@@ -187,25 +179,25 @@ class OptimizerSteps:
 
     def _apply(self) -> float:
         """The step; returns its learning rate."""
-        settings = self._settings
+        settings = self.settings
         lr = learning_rate(
             self.history.updates,
             peak=settings.lr,
             warmup=settings.warmup_steps,
-            total=self._total_updates,
+            total=self.total_updates,
             schedule=settings.schedule,
         )
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self._optimizer.step()
+        self.optimizer.step()
         self.history.updates += 1
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
         return lr
 
     def _leave_out(self) -> None:
         """No step with the gradients as they are."""
-        if self._accelerator.scaler is not None:
+        if self.accelerator.scaler is not None:
             # It has looked at the gradients (clipping unscales them) and sets its scale by what it saw; a step would
             # apply whatever is finite.
-            self._accelerator.scaler.update()
-        self._optimizer.zero_grad()
+            self.accelerator.scaler.update()
+        self.optimizer.zero_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,29 +33,27 @@ class PassResult:
     """float64[``PassLoss.num_sums``]: diagnostics, to be added over passes and ranks; None without tokens."""
 
 
+@dataclass(slots=True, kw_only=True)
 class PassLoss:
-    """How a pass's loss is computed; the surrogate and the correction are loaded here, once.
-
-    Args:
-        config: of the run.
-        model: the policy in the wrappers that ``accelerate`` put around it.
-        reference: the policy of ``model.path``, where the objective asks for its log-probs.
+    """How a pass's loss is computed; the surrogate and the correction are loaded when it is made, once.
 
     Raises:
         ConfigError, SetupError: the surrogate or the correction cannot be loaded.
     """
 
-    def __init__(
-        self, config: Config, *, accelerator: Accelerator, model: Callable[..., Tensor], reference: Policy | None,
-        reductions: Reductions,
-    ) -> None:  # fmt: skip
-        self.correction: OffPolicyCorrection = load_correction(config)
-        self._surrogate: CheckedSurrogate = load_surrogate(config.objective)
-        self._config = config
-        self._accelerator = accelerator
-        self._model = model
-        self._reference = reference
-        self._reductions = reductions
+    config: Config
+    model: Callable[..., Tensor]
+    """The policy in the wrappers that ``accelerate`` put around it."""
+    reference: Policy | None
+    """The policy of ``model.path``, where the objective asks for its log-probs."""
+    accelerator: Accelerator
+    reductions: Reductions
+    correction: OffPolicyCorrection = field(init=False)
+    _surrogate: CheckedSurrogate = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.correction = load_correction(self.config)
+        self._surrogate = load_surrogate(self.config.objective)
 
     @property
     def num_sums(self) -> int:
@@ -63,9 +61,9 @@ class PassLoss:
 
     def __call__(self, item: Pass, tempering: Tempering) -> PassResult:
         """Forward; the result's loss carries the gradient."""
-        settings = self._config
+        settings = self.config
         with_entropy = settings.objective.entropy_coef > 0
-        scored = item.spread(self._model(**item.inputs, **({"with_entropy": True} if with_entropy else {})))
+        scored = item.spread(self.model(**item.inputs, **({"with_entropy": True} if with_entropy else {})))
         logp, entropy = (scored[0], scored[1]) if with_entropy else (scored, None)
         own = logp.detach()
         prox = self._prox(item, own)
@@ -73,20 +71,13 @@ class PassLoss:
         weights = self.correction.weights(tokens, tempering)
         loss = atpo_loss(
             ActionTokens(
-                logp=logp,
-                prox=prox,
-                mu=item.mu,
-                advantage=item.advantage,
-                turn=item.turn,
-                row=item.row,
-                weight=item.weight,
-                correction=weights.per_token,
-                reference=self._reference_logprobs(item),
+                logp=logp, prox=prox, mu=item.mu, advantage=item.advantage, turn=item.turn, row=item.row,
+                weight=item.weight, correction=weights.per_token, reference=self._reference_logprobs(item),
                 entropy=entropy,
             ),
             settings.objective,
             self._surrogate,
-        )
+        )  # fmt: skip
         return PassResult(
             loss=loss,
             log_weights=self.correction.log_weights(tokens, item.counted),
@@ -101,7 +92,7 @@ class PassLoss:
                 lag=item.lag,
                 clipped=loss.clipped,
                 weights=weights,
-                level=self._config.correction.level,
+                level=self.config.correction.level,
             )
         )
         if not self._surrogate.metrics:
@@ -125,7 +116,7 @@ class PassLoss:
         """Proximal log-probs of passes, in a forward pass of their own without a gradient."""
         with torch.no_grad():
             for item in passes:
-                item.prox = item.spread(self._model(**item.inputs)).detach()
+                item.prox = item.spread(self.model(**item.inputs)).detach()
                 waits.progress("micro-batches")
 
     def temper_by_prox(self, passes: Sequence[Pass]) -> Tempering:
@@ -136,14 +127,14 @@ class PassLoss:
 
     def temper(self, log_weights: Sequence[Tensor]) -> Tempering:
         """What the ratios of all ranks ask for."""
-        none = torch.zeros(0, dtype=torch.float64, device=self._accelerator.device)
-        return self.correction.temper(self._reductions.concatenated(torch.cat([none, *log_weights])))
+        none = torch.zeros(0, dtype=torch.float64, device=self.accelerator.device)
+        return self.correction.temper(self.reductions.concatenated(torch.cat([none, *log_weights])))
 
     # --- log-probs of the other policies
 
     def _prox(self, item: Pass, own: Tensor) -> Tensor:
         """Proximal log-probs of a pass, given its log-probs under the weights now."""
-        if self._config.correction.prox == "interpolate":
+        if self.config.correction.prox == "interpolate":
             return interpolated_prox(own, item.mu, item.lag)
         if item.prox is None:
             item.prox = own
@@ -151,13 +142,13 @@ class PassLoss:
 
     def _reference_logprobs(self, item: Pass) -> Tensor | None:
         """Under the weights of ``model.path``; they never change, so once a batch is enough."""
-        if self._reference is None:
+        if self.reference is None:
             return None
         if item.reference is None:
             # In the precision of the policy's own pass: their difference is to be the weights' alone.
-            with torch.no_grad(), self._accelerator.autocast():
+            with torch.no_grad(), self.accelerator.autocast():
                 inputs: dict[str, Any] = item.inputs
-                item.reference = item.spread(self._reference(**inputs)).to(item.mu)
+                item.reference = item.spread(self.reference(**inputs)).to(item.mu)
         return item.reference
 
 

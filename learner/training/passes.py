@@ -60,38 +60,30 @@ class Part:
     """Of the flat layout, whatever the layout is."""
 
 
+@dataclass(kw_only=True)
 class Planner:
-    """Which forward passes a rank makes.
+    """Which forward passes a rank makes."""
 
-    Args:
-        config: of the run.
-        policy: whose precision and device the numbers take.
-        layout: of the trees in a pass.
-        keep_idle: make passes for turns without an advantage too: they bear on other terms, or may yet get one.
-        reductions: over the ranks.
-    """
-
-    def __init__(
-        self, config: Config, *, policy: Policy, layout: str, keep_idle: bool, reductions: Reductions,
-        device: torch.device,
-    ) -> None:  # fmt: skip
-        self.layout = layout
-        self._config = config
-        self._policy = policy
-        self._keep_idle = keep_idle
-        self._reductions = reductions
-        self._device = device
+    config: Config
+    policy: Policy
+    """Whose precision the numbers take."""
+    layout: str
+    """Of the trees in a pass: ``tree`` or ``flat``."""
+    keep_idle: bool
+    """Make passes for turns without an advantage too: they bear on other terms, or may yet get one."""
+    reductions: Reductions
+    device: torch.device
 
     def plan(self, trees: Sequence[CreditedTree], batch: Batch, version: int) -> Part:
         """This rank's forward passes for one optimizer step: as many as every other rank, none if nobody has rows."""
-        settings = self._config
+        settings = self.config
         rows = leaf_rows(
             trees,
             version=version,
             max_lag=settings.staleness.max_lag,
             aggregation=settings.objective.aggregation,
             normaliser=self._normaliser(trees, batch),
-            keep_idle=self._keep_idle,
+            keep_idle=self.keep_idle,
         )
         max_tokens = settings.learner.micro_batch_tokens
         if self.layout == "tree":
@@ -100,7 +92,7 @@ class Planner:
             )
         else:
             packed = micro_batches(rows, max_tokens=max_tokens, version=version)
-        count = int(max(self._reductions.gather(len(packed))))
+        count = int(max(self.reductions.gather(len(packed))))
         packed += [idle_micro_batch() for _ in range(count - len(packed))]
         return Part(
             trees=list(trees),
@@ -110,7 +102,7 @@ class Planner:
 
     def _normaliser(self, trees: Sequence[CreditedTree], batch: Batch) -> Normaliser:
         """What the loss of one optimizer step is a mean over, over all ranks."""
-        if self._config.learner.minibatches == 1:
+        if self.config.learner.minibatches == 1:
             return Normaliser(
                 num_trees=batch.num_trees,
                 num_leaves=batch.num_leaves,
@@ -119,12 +111,12 @@ class Planner:
             )
         own = Normaliser.of(trees)
         counts = [own.num_trees, own.num_leaves, own.num_action_tokens, own.num_turn_tokens]
-        total = [int(v) for v in self._reductions.sum(np.array(counts, dtype=np.float64))]
+        total = [int(v) for v in self.reductions.sum(np.array(counts, dtype=np.float64))]
         return Normaliser(num_trees=total[0], num_leaves=total[1], num_action_tokens=total[2], num_turn_tokens=total[3])
 
     def on_device(self, batch: MicroBatch) -> Pass:
         """In the policy's precision, float32 at the least."""
-        dtype = next(self._policy.parameters()).dtype
+        dtype = next(self.policy.parameters()).dtype
         dtype = dtype if dtype == torch.float64 else torch.float32
 
         def number(values: Any) -> Tensor:
@@ -146,10 +138,10 @@ class Planner:
             "counted": torch.from_numpy(batch.counted),
             "lag": torch.from_numpy(batch.lag),
         }
-        inputs = send_to_device(inputs, self._device)
+        inputs = send_to_device(inputs, self.device)
         if batch.layout is not None:
-            inputs["layout"] = to_device(batch.layout, self._device)
-        return Pass(inputs=inputs, **send_to_device(rest, self._device))
+            inputs["layout"] = to_device(batch.layout, self.device)
+        return Pass(inputs=inputs, **send_to_device(rest, self.device))
 
 
 def split(trees: Sequence[CreditedTree], parts: int, order: np.random.Generator) -> list[list[CreditedTree]]:

@@ -62,7 +62,7 @@ class Trainer:
         tied = is_tied(policy)
         precision.keep_outputs(accelerator)
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
-        self.whole = WholePolicy(policy, names, model=self.model, accelerator=accelerator, sharded=sharded)
+        self.whole = WholePolicy(policy=policy, names=names, model=self.model, accelerator=accelerator, sharded=sharded)
         # On the device, and through the wrappers where only those can run the model: what is tried is what trains.
         layout, self.layout_reason = layout_for(policy, config, self.model if sharded else None)
         if tied and not is_tied(policy):
@@ -72,10 +72,10 @@ class Trainer:
                 f"{config.learner.accelerate_config!r}): set fsdp_cpu_ram_efficient_loading to false there"
             )
         self._loss = PassLoss(
-            config, accelerator=accelerator, model=self.model, reference=reference, reductions=self.reductions
+            config=config, accelerator=accelerator, model=self.model, reference=reference, reductions=self.reductions
         )
         self.planner = Planner(
-            config,
+            config=config,
             policy=policy,
             layout=layout,
             keep_idle=self._credit.reads_ratio or config.objective.kl_coef > 0 or config.objective.entropy_coef > 0,
@@ -83,7 +83,7 @@ class Trainer:
             device=accelerator.device,
         )
         self.steps = OptimizerSteps(
-            config.learner,
+            settings=config.learner,
             total_updates=(config.learner.schedule_steps or config.run.steps) * self.updates_per_batch,
             accelerator=accelerator,
             model=self.model,
