@@ -27,7 +27,6 @@ from atpo_async.ops.specs import RoleSpec
 from atpo_async.run import processes
 from atpo_async.run.rundir import RunDir
 from tests.e2e_support import job
-from tests.learner_support import small_policy
 
 OLD_RUN = Path(__file__).with_name("old_run.tar.xz")
 
@@ -41,10 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def file(folder: Path) -> Path:
+def file(folder: Path, hopqa_policy: Path) -> Path:
     """A configuration file with which a step takes a second."""
-    policy = small_policy(folder / "policy", steps=60)
-    with job(folder, policy, gated=False, **{"learner.lineage": True, "run.steps": 2}) as made:
+    with job(folder, hopqa_policy, gated=False, **{"learner.lineage": True, "run.steps": 2}) as made:
         return made.config
 
 

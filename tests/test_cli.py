@@ -115,7 +115,7 @@ def test_a_mistyped_local_model_folder_is_no_name_on_the_hub(
     assert files(folder) == {"models"}
 
 
-def test_a_model_that_the_hub_does_not_give_is_said_in_one_line_and_nothing_is_made(
+def test_a_model_that_the_hub_does_not_give_is_reported_in_one_line_and_nothing_is_made(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
@@ -285,7 +285,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
     monkeypatch.setattr(sys, "meta_path", [Blocker(), *sys.meta_path])
 
 
-def test_vllm_asked_for_and_missing_is_said(
+def test_vllm_asked_for_and_missing_is_reported(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without(monkeypatch, "vllm")
@@ -305,7 +305,7 @@ def test_without_vllm_the_other_engine_is_taken_and_said(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("role", ["actor", "learner"])
-def test_a_gpu_asked_for_and_absent_is_said(
+def test_a_gpu_asked_for_and_absent_is_reported(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, role: str
 ) -> None:
     monkeypatch.setattr(machine, "no_cuda_because", lambda: "no NVIDIA driver is here")
@@ -475,7 +475,7 @@ def test_an_interruption_before_anything_runs_is_one_word(
     assert files(folder) == set()
 
 
-def test_an_option_of_the_look_up_task_that_is_no_number_is_told_before_a_policy_is_made(
+def test_an_option_of_the_look_up_task_that_is_no_number_is_reported_before_a_policy_is_made(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", config_file(folder, TRANSFORMERS), "--model.warm_start", "--environment.options.hops"]
@@ -484,7 +484,7 @@ def test_an_option_of_the_look_up_task_that_is_no_number_is_told_before_a_policy
     assert files(folder) == set()
 
 
-def test_an_option_that_is_given_twice_is_told_and_the_last_one_holds(
+def test_an_option_that_is_given_twice_is_reported_and_the_last_one_holds(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main(["config", config_file(folder), "--learner.lr", "1", "--run.seed=3", "--learner.lr=2"]) == 0
@@ -527,7 +527,7 @@ def test_a_traceback_comes_only_with_debug(folder: Path, capsys: pytest.CaptureF
     assert err.strip().splitlines()[-1].startswith("error: configuration nowhere.toml does not exist")
 
 
-def test_a_wrong_address_to_join_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_address_to_join_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["actor", config_file(folder), "--join", "host", "--actor.engine", "transformers"]) == 2
     assert (
         said(capsys) == "--join host: neither a run folder nor an address: expected HOST:PORT with a port up to 65535"
@@ -565,7 +565,7 @@ def test_addresses_are_read_with_and_without_their_scheme() -> None:
     assert parse_address("tcp://h:1") == parse_address("h:1") == "tcp://h:1"
 
 
-def test_evaluating_what_is_neither_run_nor_model_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluating_what_is_neither_run_nor_model_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["eval", "nothing"]) == 2
     assert said(capsys) == "nothing is neither a run folder (run.json) nor a model folder (config.json)"
 
@@ -736,7 +736,7 @@ def test_the_run_takes_the_policy_that_the_warm_start_made(folder: Path, monkeyp
     assert ensure_policy(config, Console(file=out)) == config
 
 
-def test_a_warm_start_that_fails_is_said_in_its_own_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warm_start_that_fails_is_reported_in_its_own_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys; print('warm start: steps must be >= 0', file=sys.stderr); sys.exit(2)"
     fake_warm_start(monkeypatch, code)
     with pytest.raises(SetupError, match=r"^the warm start failed: steps must be >= 0$"):
@@ -744,7 +744,7 @@ def test_a_warm_start_that_fails_is_said_in_its_own_words(folder: Path, monkeypa
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_warm_start_that_was_killed_is_said(
+def test_a_warm_start_that_was_killed_is_reported(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     fake_warm_start(monkeypatch, f"import os; os.kill(os.getpid(), {int(number)})")
@@ -825,7 +825,7 @@ def test_a_run_goes_to_its_end_and_names_its_report(
     assert "goes on" in capsys.readouterr().out
 
 
-def test_a_setting_without_effect_is_told_at_the_start_of_a_run(
+def test_a_setting_without_effect_is_reported_at_the_start_of_a_run(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted(monkeypatch, SCRIPTED)
@@ -1006,7 +1006,7 @@ def test_a_role_in_a_run_folder_takes_its_configuration_from_there(folder: Path)
     assert "search.temperature was 1.0, is 0.5" in other.stderr
 
 
-def test_a_run_that_goes_on_is_told_what_it_should_find_and_does_not(tmp_path: Path) -> None:
+def test_a_run_that_is_resumed_names_the_files_that_it_lacks(tmp_path: Path) -> None:
     run = RunDir.create(build({"run": {"dir": str(tmp_path), "name": "r"}}))
     assert notes.missing(run) == []  # nothing was done yet
     checkpoint = run.checkpoints / "step-000004-v000007"

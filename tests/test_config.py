@@ -73,7 +73,7 @@ def test_a_bound_is_a_number_that_can_be_read_and_typed(tmp_path: Path, data: di
     assert load(write(tmp_path, "[buffer]\nmax_bytes = 1_048_576\n")).buffer.max_bytes == parse_value("1_048_576")
 
 
-def test_every_fault_is_said_at_once() -> None:
+def test_every_fault_is_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         build({"learner": {"lr": 0}, "search": {"strategy": "best"}})
     first, second = sorted(str(caught.value).splitlines())
@@ -125,7 +125,7 @@ def test_a_swap_may_take_a_minute_or_half_of_what_others_wait_for_it() -> None:
     assert build({"weights": {"swap_timeout_s": 300}}).swap_timeout_s == 300
 
 
-def test_a_missing_file_a_folder_and_bad_toml_are_each_said(tmp_path: Path) -> None:
+def test_a_missing_file_a_folder_and_bad_toml_are_each_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.toml does not exist; configs/demo\.toml is one to start from"):
         load(tmp_path / "nowhere.toml")
     with pytest.raises(ConfigError, match="is a folder; name a TOML file"):
@@ -195,7 +195,7 @@ def test_of_several_files_an_error_names_the_one_that_holds_the_value(tmp_path: 
     )
 
 
-def test_of_several_files_a_contradiction_names_who_holds_each_side(tmp_path: Path) -> None:
+def test_of_several_files_a_contradiction_names_the_file_of_each_side(tmp_path: Path) -> None:
     a, b = layers(tmp_path, "[staleness]\nmax_lag = 1\n", "[staleness]\npublish_every = 4\n")
     with pytest.raises(ConfigError) as caught:
         load([a, b], {"staleness.max_uses": "2"})
@@ -221,7 +221,7 @@ def test_of_several_files_the_missing_the_broken_and_the_misshapen_one_is_named(
         load([a, listed])
 
 
-def test_what_files_set_can_be_said_as_options(tmp_path: Path) -> None:
+def test_what_files_set_can_be_written_as_options(tmp_path: Path) -> None:
     a, b = layers(
         tmp_path,
         "[learner]\nlr = 0.1\nbetas = [0.5, 0.6]\n",
@@ -342,13 +342,13 @@ def test_a_truth_value_is_taken_where_one_is_meant() -> None:
         ("run.name", "../x", "run.name is the name of a folder in run.dir: letters, digits, "),
     ],
 )
-def test_a_value_of_another_kind_is_told_in_a_users_words(option: str, text: str, said: str) -> None:
+def test_a_value_of_another_kind_is_reported_in_a_users_words(option: str, text: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load([], {option: text})
     assert str(caught.value).startswith(said)
 
 
-def test_a_value_where_a_section_belongs_is_told_and_a_long_one_is_cut() -> None:
+def test_a_value_where_a_section_belongs_is_reported_and_a_long_one_is_cut() -> None:
     with pytest.raises(ConfigError, match=r"^run must be a section, \[run\], got 1$"):
         build({"run": 1})
     with pytest.raises(ConfigError) as caught:

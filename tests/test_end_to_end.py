@@ -54,7 +54,7 @@ COPY = "copy-of-metrics.jsonl"
 ALL_STEPS = list(range(1, STEPS + 1))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def policy(hopqa_policy: Path) -> Path:
     return hopqa_policy
 

@@ -290,7 +290,7 @@ def test_a_run_still_under_way_is_left_alone(folder: Path) -> None:
     assert not run.path.exists()
 
 
-def test_a_run_that_fails_is_said_in_its_last_line_and_makes_no_table(
+def test_a_run_that_fails_is_reported_in_its_last_line_and_makes_no_table(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(run: Any, log: Any) -> Any:

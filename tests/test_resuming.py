@@ -45,7 +45,7 @@ def changed(path: str, value: Any) -> dict[str, dict[str, Any]]:
         ("run.steps", 200),
     ],
 )
-def test_what_cannot_break_exactness_may_change_and_is_told_with_both_values(path: str, value: Any) -> None:
+def test_what_cannot_break_exactness_may_change_and_is_reported_with_both_values(path: str, value: Any) -> None:
     new = build(changed(path, value))
     assert refused(Config(), new) == []
     (line, *_) = describe_changes(Config(), new, updates=0, steps=0)
@@ -101,7 +101,7 @@ def test_a_change_reads_as_it_is_written() -> None:
     ]
 
 
-def test_a_schedule_that_jumps_over_new_steps_is_told_with_both_rates_and_the_way_to_keep_the_old_curve() -> None:
+def test_a_schedule_that_jumps_over_new_steps_is_reported_with_both_rates_and_the_way_to_keep_the_old_curve() -> None:
     old = build({"run": {"steps": 60}, "learner": LINEAR, "buffer": {"weight_exponent_steps": 60}})
     new = build({"run": {"steps": 120}, "learner": LINEAR, "buffer": {"weight_exponent_steps": 60}})
     steps, jump = describe_changes(old, new, updates=31, steps=31)
@@ -115,7 +115,7 @@ def test_a_schedule_that_jumps_over_new_steps_is_told_with_both_rates_and_the_wa
     assert not any("learning rate" in line for line in describe_changes(old, kept, updates=31, steps=31))
 
 
-def test_an_old_curve_that_is_at_its_end_is_said_to_be() -> None:
+def test_an_old_curve_that_is_at_its_end_is_reported_as_ended() -> None:
     old, new = build({"run": {"steps": 6}, "learner": LINEAR}), build({"run": {"steps": 12}, "learner": LINEAR})
     (jump,) = [line for line in describe_changes(old, new, updates=6, steps=6) if "learning rate" in line]
     assert "is 0.00036, with the settings before it would be 0 " in jump
@@ -123,7 +123,7 @@ def test_an_old_curve_that_is_at_its_end_is_said_to_be() -> None:
                          "would be learned")  # fmt: skip
 
 
-def test_a_new_rate_is_told_as_what_it_is_from_the_next_step_on() -> None:
+def test_a_new_rate_is_reported_as_what_it_is_from_the_next_step_on() -> None:
     old, new = build({"learner": {"lr": 1e-4}}), build({"learner": {"lr": 3e-5}})
     assert describe_changes(old, new, updates=5, steps=5) == [
         "learner.lr: 0.0001 -> 3e-05",
@@ -131,7 +131,7 @@ def test_a_new_rate_is_told_as_what_it_is_from_the_next_step_on() -> None:
     ]
 
 
-def test_the_priority_weights_exponent_jumps_with_the_steps_as_well_and_is_told() -> None:
+def test_the_priority_weights_exponent_jumps_with_the_steps_as_well_and_is_reported() -> None:
     old, new = build({"run": {"steps": 10}}), build({"run": {"steps": 20}})
     (jump,) = [line for line in describe_changes(old, new, updates=5, steps=5) if "exponent" in line]
     assert "is 0.55 now, before it was 0.7; --buffer.weight_exponent_steps 10 keeps the old curve" in jump

@@ -85,6 +85,6 @@ def test_every_suggestion_is_a_field_and_there_are_never_many() -> None:
         ("--frobnicate", "unknown option; `atpo config CONFIG` lists every field"),
     ],
 )
-def test_the_command_line_says_it_in_one_line(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_suggests_in_one_line(option: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["train", "c.toml", option, "1"]) == 2
     assert capsys.readouterr() == ("", f"error: {option}: {said}\n")
