@@ -198,36 +198,29 @@ def test_a_tree_whose_leaves_earned_the_same_has_no_advantage(arrays: TreeArrays
     assert has_signal(arrays)
 
 
-def test_certain_siblings_share_equally_where_entropy_cannot_weigh_them() -> None:
-    tree = TreeArrays(
+def two_leaves(entropy: np.ndarray) -> TreeArrays:
+    """Siblings that end with 1 and 0."""
+    return TreeArrays(
         parent=np.array([-1, -1]),
         is_leaf=np.array([True, True]),
         reward=np.array([1.0, 0.0]),
-        entropy=np.zeros(2),
+        entropy=entropy,
         num_action_tokens=np.ones(2, dtype=np.int64),
     )
+
+
+def test_certain_siblings_share_equally_where_entropy_cannot_weigh_them() -> None:
+    tree = two_leaves(entropy=np.zeros(2))
     assert values(tree, mode="child_entropy_linear")[1] == 0.5
 
 
 def test_an_entropy_that_an_engine_rounded_below_zero_weighs_nothing() -> None:
-    tree = TreeArrays(
-        parent=np.array([-1, -1]),
-        is_leaf=np.array([True, True]),
-        reward=np.array([1.0, 0.0]),
-        entropy=np.array([-1e-3, 2e-3]),
-        num_action_tokens=np.ones(2, dtype=np.int64),
-    )
+    tree = two_leaves(entropy=np.array([-1e-3, 2e-3]))
     assert values(tree, mode="child_entropy_linear")[1] == 0.0
 
 
 def test_a_softmax_over_large_entropies_stays_finite() -> None:
-    tree = TreeArrays(
-        parent=np.array([-1, -1]),
-        is_leaf=np.array([True, True]),
-        reward=np.array([1.0, 0.0]),
-        entropy=np.array([2000.0, 0.0]),
-        num_action_tokens=np.ones(2, dtype=np.int64),
-    )
+    tree = two_leaves(entropy=np.array([2000.0, 0.0]))
     assert values(tree, mode="child_softmax")[1] == 1.0
 
 

@@ -195,7 +195,7 @@ async def test_a_tool_that_fills_the_context_by_itself_fails_the_branch_and_is_n
     await search.grow()
     assert sink.closed.failures == {"observation_too_long": 3 + 2 * 2}
     assert not sink.turns
-    assert "an observation of 40 tokens leaves no room for an action in model.max_context_tokens = 44" in (
+    assert "an observation of 40 tokens leaves no space for an action in model.max_context_tokens = 44" in (
         search.growth.last_detail
     )
 

@@ -58,9 +58,9 @@ class TreeSearch:
         engine, environment: where actions and observations come from.
         search: the search settings.
         expansion: which turns are branched at; None where none ever is, as in an evaluation.
-        max_context_tokens: a path that leaves no room for another action ends with ``length_limit``.
-        emit: takes every message for the buffer; may wait for room.
-        chain_ended: told of every chain that came to its end, and of the fault where it was lost; may raise to end all.
+        max_context_tokens: a path that leaves no space for another action ends with ``length_limit``.
+        emit: takes every message for the buffer; may wait for space in the window of unacknowledged messages.
+        chain_ended: called when a chain has ended, with the fault that it was lost to, if any; may raise to end all.
         clock: seconds, monotonic.
     """
 
@@ -98,8 +98,8 @@ class TreeSearch:
     async def grow(self) -> TurnTree:
         """Grow to the end and close the tree.
 
-        Waits for: every chain of a round.  Unblocked by: the engine, the environment, their time limits, and room in
-        the window towards the buffer.
+        Waits for: every chain of a round.  Unblocked by: the engine, the environment, their time limits, and
+        space in the window of messages that the buffer has not acknowledged.
         """
         try:
             first = await self._calls.start()
@@ -293,7 +293,7 @@ class TreeSearch:
         """A tool that fills most of the context by itself ended this chain, not the policy: no reward for it."""
         return BranchFailed(
             TOO_LONG,
-            f"{self._calls.task}: an observation of {tokens} tokens leaves no room for an action "
+            f"{self._calls.task}: an observation of {tokens} tokens leaves no space for an action "
             f"in model.max_context_tokens = {self._max_context}; cut it in the environment, or raise that",
             kind=f"value of observation: {TOO_LONG}",
         )

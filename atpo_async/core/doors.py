@@ -1,9 +1,8 @@
 """Doors: what users and papers vary, by name.  A built-in one comes in the same way as ``package.module:name``.
 
-A door names the field of the configuration that chooses, what is asked of whoever comes in, and where the built-in ones
-lie: one module each in ``package`` (``mine.py`` there *is* the built-in ``mine``; its object is called ``attribute``),
-or ``built_in``, name -> ``module:object``.  Nothing is imported before it is asked for: the command line checks names
-without loading what they stand for.
+A door names the field of the configuration that chooses, what it is called with and must have, and where the built-in
+ones lie: one module each in ``package`` (``mine.py`` there *is* the built-in ``mine``; its object is called
+``attribute``), or ``built_in``, name -> ``module:object``.  Names are checked without importing what they stand for.
 """
 
 from __future__ import annotations

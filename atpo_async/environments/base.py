@@ -1,6 +1,6 @@
 """The Environment protocol.  Tokens in, tokens out: an action is never decoded and encoded again for the policy.
 
-Where an environment's code runs (``host.py``):
+Where an environment's code runs (``actors/hosting``):
 
 - All of it, from the factory on, runs on one event loop in one thread, which is not the actor's: what is bound to a
   loop or a thread (an aiohttp session, a connection to SQLite) may be made in the factory and used ever after.
@@ -12,7 +12,7 @@ Where an environment's code runs (``host.py``):
   up, and too many end the run: give every request a time limit of its own.
 - Whatever a call raises, exit() and a cancellation included, ends its branch alone.  Signal handlers can be set in a
   process's main thread only: time limits by ``signal.alarm`` do not work in tools.  ``os._exit`` and a crash of the
-  interpreter end the actor; it is started again, and the step is told.
+  interpreter end the actor; it is started again, and its log names the step that the environment was in.
 """
 
 from __future__ import annotations

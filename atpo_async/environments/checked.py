@@ -1,4 +1,4 @@
-"""An environment as the search sees it: whatever it hands over has been checked (``values.py``)."""
+"""An environment whose every value is checked (``values.py``) before the search sees it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EPISODE_PARTS = ("prompt", "step", "close")
 
 
 class CheckedEnvironment:
-    """An environment that hands over only what the protocol promises.
+    """An environment that returns only what the protocol promises.
 
     Args:
         plain: the user's.

@@ -1,4 +1,4 @@
-"""What a task hands over, checked where it enters: converted where nothing is lost, else refused in one line.
+"""Rules for every value that an environment returns: converted where nothing is lost, else refused in one line.
 
 An environment is somebody else's code, and what it returns travels far: into the engine, over the wire, into the
 journal, into the loss.  Here every value becomes exactly what ``base.py`` promises, or raises ``ValueRefused``, which
@@ -33,7 +33,7 @@ MAX_TOKEN_ID = 2**31 - 1
 """Where the model's own number of tokens is not known."""
 
 Reason = Literal["environment_failed", "observation_too_long", "prompt_too_long"]
-"""What a branch is counted under that failed for a value."""
+"""Why a branch failed whose environment returned a bad value; the name of its counter (``actor/failed/…``)."""
 
 TOO_LONG: Final = "observation_too_long"
 PROMPT_TOO_LONG: Final = "prompt_too_long"
@@ -43,11 +43,11 @@ _A_RESULT = "return StepResult(observation=…, done=…, reward=…, success=�
 
 
 class ValueRefused(Exception):
-    """A value that a task handed over is none that its field can have.
+    """An environment returned a value that its field cannot have.
 
     Attributes:
-        field: ``reward``, ``observation``, …: what faults of one kind have in common.
-        reason: what the branch is counted under.
+        field: ``reward``, ``observation``, …; faults of one field are of one kind.
+        reason: the counter that the failed branch goes to.
     """
 
     def __init__(self, field: str, text: str, *, reason: Reason = "environment_failed") -> None:
@@ -79,7 +79,7 @@ def refuse(where: str, field: str, value: object, expected: str, *, shown: str |
 
 @contextlib.contextmanager
 def reading(where: str, field: str, value: object) -> Iterator[None]:
-    """Whatever the value's own code raises (``__float__``, ``__array__``, ``__len__``, ``__eq__``) refuses it."""
+    """Raises ValueRefused for whatever the value's own code raises (``__float__``, ``__array__``, ``__len__``, …)."""
     try:
         yield
     except ValueRefused:
@@ -146,7 +146,7 @@ def truth_of(value: Any, field: str, where: str, *, expected: str = "True or Fal
 
 
 def end_of(value: Any, where: str) -> EpisodeEnd:
-    """One of the known ones as a plain str, whatever ``str()`` of an Enum makes of it.  Raises ValueRefused."""
+    """An end that is known, as a plain str; an Enum's value counts.  Raises ValueRefused."""
     with reading(where, "end", value):
         for known in ENDS:
             if isinstance(value, str) and str.__eq__(value, known) is True:
@@ -243,7 +243,7 @@ def _way_out(field: str, most: int) -> str:
 
 
 def _hint(value: object) -> str:
-    """What a value that is no sequence of ids most likely was to be."""
+    """A guess at what was meant by a value that is no sequence of ids, for the message."""
     if isinstance(value, str):
         return "; encode the text first: tokenizer.encode(text)"
     if isinstance(value, dict) or hasattr(value, "input_ids"):
@@ -253,7 +253,7 @@ def _hint(value: object) -> str:
 
 _STOPS = "stop_token_ids"
 MOST_STOPS = 1 << 16
-"""Stop tokens of an environment; what never ends is not read to its end."""
+"""At most so many stop tokens are read, so that an iterator without end does no harm."""
 
 
 def stop_ids(value: Any, where: str, limits: Limits) -> tuple[int, ...]:

@@ -6,10 +6,10 @@ offset, length, count]``.  Frame 1 holds the arrays one after another, little-en
 nothing else; it is empty when there are none.  All arrays of the vocabulary have one dimension.
 
 What comes in is not trusted.  Sizes are checked before anything is parsed.  The header is parsed straight into the
-types of the message: what is of another type, extension types included, ends the parse where it stands, no room is
-made for lengths that are only announced, nothing nests deeper than the vocabulary does, and lists and maps are
-limited.  Then descriptors are held against the payload, and contents against what the message promises
-(``wire.checks``).  Every violation is a ``BadMessage`` that states the fact and whose message it was.  Decoded
+types of the message: what is of another type or out of its bounds, extension types included, ends the parse where it
+stands, no memory is set aside for lengths that are only announced, nothing nests deeper than the vocabulary does, and
+lists and maps are limited.  Then descriptors are held against the payload, and contents against what the message
+promises (``wire.checks``).  Every violation is a ``BadMessage`` that states the fact and whose message it was.  Decoded
 arrays are read-only views of the payload frame; nothing is copied.
 """
 

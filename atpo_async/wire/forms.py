@@ -154,7 +154,10 @@ class Receiver:
 
 
 _receivers: dict[int, tuple[Any, Receiver]] = {}
-"""By the union's id: its hash takes longer than all of the parse.  The union is kept, so that the id stays its own."""
+"""By the union's id, as its hash takes longer than the whole parse.
+
+The union is stored too: while it lives, no other object gets its id.
+"""
 
 
 def receiver_of(union_type: Any) -> Receiver:

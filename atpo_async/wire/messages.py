@@ -274,7 +274,7 @@ class Batch(Message, frozen=True, tag="batch"):
     metrics: dict[Name, float]
     """The buffer's side of this step: train/reward, train/success, buffer/*, counted since the batch before."""
     checkpoint_wanted: bool = False
-    """The buffer's room is taken by trees that it keeps for a learner that might fall back: save a checkpoint."""
+    """Trees that the buffer keeps for a learner that might fall back fill its space: save a checkpoint."""
 
 
 class NotYet(Message, frozen=True, tag="not_yet"):

@@ -1,4 +1,4 @@
-"""The short way for turns, which are nearly all there is: one look at a turn that is plainly good.
+"""Fast path of decoding for turns, which are nearly all messages: takes those that are plainly good.
 
 Everything else goes the way of all messages (``wire.codec``), which finds what is wrong.
 """

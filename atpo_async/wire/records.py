@@ -1,4 +1,4 @@
-"""Turns as they came off the wire: packed once, kept and passed on as they are, decoded when somebody looks.
+"""Turns as bytes of the wire: packed once, stored and passed on as they are, decoded on the first access.
 
 One record is one message of two frames::
 

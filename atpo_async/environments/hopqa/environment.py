@@ -91,7 +91,7 @@ class HopQA(ReplayFork):
 
 
 class HopQAEpisode:
-    """One question under way."""
+    """One question being answered."""
 
     def __init__(self, environment: HopQA, task: Task, max_turns: int) -> None:
         self._environment = environment
@@ -151,7 +151,7 @@ def _vocabulary(folder: Path, world: World) -> dict[str, int]:
 
 
 def make(tokenizer: Path | str, **options: bool | int | float | str) -> HopQA:
-    """The factory the registry calls.  Raises ConfigError for options that hopqa does not have."""
+    """The factory behind ``environment.name = "hopqa"``.  Raises ConfigError for options that hopqa does not have."""
     known = HopQA.__init__.__kwdefaults__ or {}
     for key, value in options.items():
         if key not in known:

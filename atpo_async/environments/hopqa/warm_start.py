@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     import torch
 
 RECIPE_VERSION = 1
-"""Raised whenever the same settings would give another model: architecture, demonstrations, optimizer."""
+"""Of the recipe; raise it when the same settings would give another model (architecture, demonstrations, optimizer)."""
 
 RECORD = "warm_start.json"
 
 _ASIDE = re.compile(r"\.hopqa-[0-9a-f]{8}\.([0-9]+)\.tmp")
-"""Where a policy is made before it gets its name; the number is its maker's process."""
+"""Folder in which a policy is made before it is renamed; the number is the process that makes it."""
 
 Progress = Callable[[int, int, float], None]
 """Called with (steps done, steps in all, mean loss of late)."""
@@ -95,7 +95,7 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        """Eight hex digits: other settings, another model."""
+        """Eight hex digits that differ where settings do."""
         text = json.dumps({"version": RECIPE_VERSION, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -104,12 +104,12 @@ class Recipe:
 class WarmStartReport:
     path: Path
     reused: bool
-    """The folder was there already, made by the same recipe."""
+    """Whether the folder was there already, made by the same recipe."""
     loss: float
     """Nats per action token, mean of the last tenth of the steps."""
     num_parameters: int
     duration_s: float
-    """Of the making; as recorded then if the folder was reused."""
+    """Seconds that making it took; as recorded then if the folder was reused."""
 
 
 def recipe_for(*, seed: int, steps: int | None = None, options: Mapping[str, Any] | None = None) -> Recipe:
@@ -184,7 +184,7 @@ def make_policy(
 
 
 def _is_left_behind(folder: Path) -> bool:
-    """Whether its maker is gone from this machine; one on another machine holds its lock."""
+    """Whether the process that made the folder is gone from this machine; one on another machine holds its lock."""
     found = _ASIDE.fullmatch(folder.name)
     return found is not None and processes.started(int(found[1])) is None
 
@@ -235,7 +235,7 @@ def _make(
     num_threads: int | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Build, train and save; what goes into the record."""
+    """Build, train and save the model; returns what goes into its record."""
     import torch
     import transformers
 
@@ -297,7 +297,7 @@ def new_model(recipe: Recipe) -> Any:
 
 
 def _train(model: Any, recipe: Recipe, *, device: str, progress: Progress | None) -> float:
-    """Imitate; the mean loss of the last tenth of the steps, nats per action token."""
+    """Train on demonstrations; returns the mean loss of the last tenth of the steps, in nats per action token."""
     import torch
     from accelerate import Accelerator
     from accelerate.utils import send_to_device
@@ -370,7 +370,7 @@ class _Ended(BaseException):
 
 @contextlib.contextmanager
 def _tidied_before_the_end() -> Iterator[None]:
-    """A signal that ends this process ends it after the block's clean-ups, and as without them: by that signal."""
+    """Lets the block clean up when SIGTERM or SIGINT comes; the process then ends by that signal."""
 
     def end(signum: int, frame: object) -> None:
         raise _Ended(signum)

@@ -180,7 +180,7 @@ def turn_limit(hops: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Habits:
-    """What is wrong with the demonstrator whom the warm start imitates.
+    """The mistakes of the demonstrator whom the warm start imitates.
 
     Slips are chance: sampling repeats them, greedy decoding does not.  Mix-ups are conviction: greedy decoding repeats
     them too, so success-only rewards have something to teach either way.
@@ -191,7 +191,7 @@ class Habits:
     mixed_up: int = 2
     """So many relations, the first of the world's list, are often taken for another."""
     mix_up_rate: float = 0.7
-    """How often."""
+    """Share of the times that one of them is taken for another."""
 
     def __post_init__(self) -> None:
         for name in ("noise", "mix_up_rate"):
