@@ -25,8 +25,7 @@ from atpo_async.run.files import write_atomic
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "faults.md"
 BEGIN, END = "<!-- table of scripts/faults.py: begin -->", "<!-- table of scripts/faults.py: end -->"
-RECORD = "ATPO_FAULTS_RECORD"
-"""As in tests/fault_support.py."""
+RECORD = "ATPO_FAULTS_RECORD"  # the file to which tests append measured recoveries, one JSON object a line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from atpo_async.config import LinksConfig
+from atpo_async.config import Config, LinksConfig
 from atpo_async.core.tree import Turn, VersionSpan
 from atpo_async.links.client import Client
 from atpo_async.wire import messages as m
@@ -27,15 +27,23 @@ STALL_S = 30.0
 class HonestReport:
     """What the honest peers did and saw."""
 
+    faults: list[str] = field(default_factory=list)
+    """What went otherwise than it should."""
     trees: int = 0
     turns: int = 0
     batches: int = 0
     trees_trained: int = 0
+    slowest_s: float = 0.0
+    """Of all answers that were waited for; ``slowest`` says which."""
+    slowest: str = ""
     bad_messages: int = 0
     """That the buffer had counted when it made the last batch."""
-    slowest_s: float = 0.0
-    slowest: str = ""
-    faults: list[str] = field(default_factory=list)
+
+
+def hello_of(config: Config, run: str) -> m.ActorHello:
+    """What the honest actor says first."""
+    name, leaves = config.environment.name, config.search.max_leaves
+    return m.ActorHello(protocol=m.PROTOCOL, run=run, actor="honest-actor", environment=name, search_leaves=leaves)
 
 
 class Honest:

@@ -30,9 +30,8 @@ from atpo_async import config as configuration  # noqa: E402
 from atpo_async.config import Config  # noqa: E402
 from atpo_async.run.processes import die_with_parent  # noqa: E402
 from atpo_async.run.rundir import RunDir  # noqa: E402
-from atpo_async.wire import messages as m  # noqa: E402
 from scripts.fuzz_corpus import Corpus, Door  # noqa: E402
-from scripts.fuzz_honest import HonestReport, honest_process  # noqa: E402
+from scripts.fuzz_honest import HonestReport, hello_of, honest_process  # noqa: E402
 from scripts.fuzz_peers import HABITS, Rude, knock  # noqa: E402
 
 LIMIT_BYTES = 4 << 20
@@ -108,13 +107,7 @@ def fuzz(folder: Path, *, num_messages: int, seconds: float | None, seed: int) -
     report: HonestReport | None = None
     try:
         ours, theirs = multiprocessing.get_context("spawn").Pipe()
-        hello = m.ActorHello(
-            protocol=m.PROTOCOL,
-            run=run.run_id,
-            actor="honest-actor",
-            environment=config.environment.name,
-            search_leaves=config.search.max_leaves,
-        )
+        hello = hello_of(config, run.run_id)
         wait_for_line(log, "buffer of run", buffer)
         endpoints = run.read_endpoints()
         doors: dict[Door, str] = {"actors": endpoints.actors, "learner": endpoints.learner}

@@ -27,23 +27,21 @@ from types import TracebackType
 from typing import Any, Self
 
 from atpo_async.run.processes import die_with_parent
+from scripts.faults import RECORD
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE_S = 60.0
+WAIT_S = 60.0
 """For one wait; far beyond what it takes.  It ends a test that would hang, it does not time one."""
-RECORD = "ATPO_FAULTS_RECORD"
-"""Environment variable: the file to which measured recoveries are appended, one JSON object a line."""
-
 CLOCK = "ATPO_TEST_CLOCK"
 """Environment variable for a role: the file that says by how many seconds its wall clock is off."""
 
-WARM = ("buffer.service", "tests.oracle_support")
+WARM = ("buffer.service", "tests.scripted_roles_support")
 """What the warm process imports.  Nothing that makes a thread: a fork copies only one."""
 
 
 def until(condition: Callable[[], Any], what: str, *, story: Callable[[], str] = lambda: "") -> Any:
-    """Poll for what other processes bring about; its first true value.  Fails after ``PATIENCE_S``."""
-    deadline = time.monotonic() + PATIENCE_S
+    """Poll for what other processes bring about; its first true value.  Fails after ``WAIT_S``."""
+    deadline = time.monotonic() + WAIT_S
     while not (value := condition()):
         if time.monotonic() > deadline:
             raise AssertionError(f"waited in vain for {what}\n{story()}")
@@ -53,7 +51,7 @@ def until(condition: Callable[[], Any], what: str, *, story: Callable[[], str] =
 
 async def until_async(condition: Callable[[], Any], what: str, *, story: Callable[[], str] = lambda: "") -> Any:
     """The same beside a running loop."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + WAIT_S
     while not (value := condition()):
         if time.monotonic() > deadline:
             raise AssertionError(f"waited in vain for {what}\n{story()}")
@@ -152,7 +150,7 @@ class Spawner:
         assert self._popen.stdin is not None
         assert self._popen.stdout is not None
         self._popen.stdin.close()
-        self._popen.wait(timeout=PATIENCE_S)
+        self._popen.wait(timeout=WAIT_S)
         self._popen.stdout.close()
 
     def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from atpo_async.ops import notices
 from atpo_async.run import processes
 from tests.actor_support import STOP, CountingEnvironment, CountingEpisode, ScriptedEngine, ints, lease
 
-PATIENCE_S = 60.0
+WAIT_S = 60.0
 LIMIT_S, GRACE_S = 0.3, 0.2
 LONG_S = 1000.0
 
@@ -178,7 +178,7 @@ async def stops_the_loop() -> None:
     ],
 )
 async def test_whatever_a_step_raises_is_the_answer_to_that_step_alone(bad: Callable[[], object], told: str) -> None:
-    async with hosting(only(bad), limit_s=PATIENCE_S) as (host, worlds):
+    async with hosting(only(bad), limit_s=WAIT_S) as (host, worlds):
         harmed, well = await host.start("train", 0), await host.start("train", 1)
         with pytest.raises(Exception, match=told) as caught:
             await harmed.step(ints(5))
@@ -217,7 +217,7 @@ async def test_all_calls_of_an_environment_run_on_the_loop_and_in_the_thread_tha
         here()
         return World(tool, tool)
 
-    async with HostedEnvironment(make, name="world", step_timeout_s=PATIENCE_S) as host:
+    async with HostedEnvironment(make, name="world", step_timeout_s=WAIT_S) as host:
         episode = await host.start("train", 0)
         await episode.step(ints(5))
         await episode.close()
@@ -276,7 +276,7 @@ async def test_an_episode_that_comes_after_its_limit_is_closed() -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
@@ -290,10 +290,10 @@ async def test_while_a_tool_blocks_the_actors_loop_turns_and_no_other_calls_limi
 
     def blocks() -> None:
         entered.set()
-        released.wait(PATIENCE_S)
+        released.wait(WAIT_S)
 
     caplog.set_level(logging.WARNING)
-    async with hosting(only(blocks), limit_s=PATIENCE_S) as (host, worlds):
+    async with hosting(only(blocks), limit_s=WAIT_S) as (host, worlds):
         slow, well = await host.start("train", 0), await host.start("train", 1)
         blocking = asyncio.create_task(slow.step(ints(5)))
         await until(entered.is_set)
@@ -317,8 +317,8 @@ async def test_a_tool_that_blocks_for_ever_costs_its_step_and_the_others_are_bro
 ) -> None:
     def blocks() -> object:
         if where == "its task":
-            return _in_a_task(lambda: released.wait(PATIENCE_S))
-        released.wait(PATIENCE_S)
+            return _in_a_task(lambda: released.wait(WAIT_S))
+        released.wait(WAIT_S)
         return None
 
     async with hosting(only(blocks)) as (host, worlds):
@@ -344,13 +344,13 @@ async def test_where_a_loop_was_lost_before_no_call_waits_behind_a_tool_that_blo
     async def tool(task: int) -> None:
         if task < 2:
             entered.append(task)
-            released.wait(PATIENCE_S)
+            released.wait(WAIT_S)
 
     async with hosting(tool, held_up_s=0.1) as (host, worlds):
         with pytest.raises(EnvironmentTimeout):
             await (await host.start("train", 0)).step(ints(5))
         await until(lambda: host.lost_loops == 1)
-        host.caller.step_timeout_s = PATIENCE_S
+        host.caller.step_timeout_s = WAIT_S
         blocks, well = await host.start("train", 1), await host.start("train", 2)
         await well.step(ints(6))
         blocking = asyncio.create_task(blocks.step(ints(5)))
@@ -382,7 +382,7 @@ async def test_a_loop_in_python_is_interrupted_and_the_environment_stays_as_it_i
         spinning, well = await host.start("train", 0), await host.start("train", 1)
         with pytest.raises(EnvironmentTimeout):
             await spinning.step(ints(5))
-        host.caller.step_timeout_s = PATIENCE_S
+        host.caller.step_timeout_s = WAIT_S
         await well.step(ints(5))
         assert len(worlds) == 1
 
@@ -409,7 +409,7 @@ async def test_a_loop_in_python_that_catches_everything_ends_at_last() -> None:
 
 async def test_too_many_threads_that_never_come_back_name_the_tool(released: threading.Event) -> None:
     def blocks_for_ever() -> None:
-        released.wait(PATIENCE_S)
+        released.wait(WAIT_S)
 
     async with hosting(only(blocks_for_ever), max_lost_loops=2) as (host, _):
         for _ in range(2):
@@ -426,7 +426,7 @@ async def test_environments_that_take_much_memory_are_left_behind_less_often(
 ) -> None:
     sizes = iter([1000.0, 4000.0, 4000.0, 4500.0])
     monkeypatch.setattr(processes, "memory_mb", lambda pids: next(sizes))
-    async with hosting(only(lambda: released.wait(PATIENCE_S))) as (host, worlds):
+    async with hosting(only(lambda: released.wait(WAIT_S))) as (host, worlds):
         for _ in range(2):
             with pytest.raises(EnvironmentTimeout):
                 await (await host.start("train", 0)).step(ints(5))
@@ -441,12 +441,12 @@ async def test_hanging_threads_take_no_other_calls_thread(released: threading.Ev
     """As many as a loop's usual pool has, and more."""
 
     async def tool(task: int) -> None:
-        await asyncio.to_thread(released.wait, PATIENCE_S if task < 40 else 0)
+        await asyncio.to_thread(released.wait, WAIT_S if task < 40 else 0)
 
     async with hosting(tool) as (host, worlds):
         hanging = [asyncio.create_task((await host.start("train", i)).step(ints(5))) for i in range(40)]
         await asyncio.sleep(0)  # they begin, and their limit with them
-        host.caller.step_timeout_s = PATIENCE_S
+        host.caller.step_timeout_s = WAIT_S
         await (await host.start("train", 40)).step(ints(5))
         await asyncio.to_thread(lambda: None)
         found = await asyncio.gather(*hanging, return_exceptions=True)
@@ -456,18 +456,18 @@ async def test_hanging_threads_take_no_other_calls_thread(released: threading.Ev
 
 def test_a_pool_of_daemons_starts_a_thread_only_where_all_are_busy(released: threading.Event) -> None:
     pool = DaemonThreads(3, "pool")
-    assert [pool.submit(lambda i=i: i).result(PATIENCE_S) for i in range(20)] == list(range(20))
+    assert [pool.submit(lambda i=i: i).result(WAIT_S) for i in range(20)] == list(range(20))
     before = threading.active_count()
     entered = threading.Barrier(4)
-    waiting = [pool.submit(lambda: (entered.wait(PATIENCE_S), released.wait(PATIENCE_S))) for _ in range(3)]
-    entered.wait(PATIENCE_S)
+    waiting = [pool.submit(lambda: (entered.wait(WAIT_S), released.wait(WAIT_S))) for _ in range(3)]
+    entered.wait(WAIT_S)
     assert threading.active_count() <= before + 2
     beyond = pool.submit(lambda: "later")
     assert pool.busy_over(-1.0) == 3
     assert not beyond.done()
     released.set()
-    assert beyond.result(PATIENCE_S) == "later"
-    assert all(future.result(PATIENCE_S) for future in waiting)
+    assert beyond.result(WAIT_S) == "later"
+    assert all(future.result(WAIT_S) for future in waiting)
     assert all(thread.daemon for thread in threading.enumerate() if thread.name.startswith("pool-"))
 
 
@@ -512,7 +512,7 @@ async def test_a_tool_that_blocks_below_its_limit_is_reported_once_on_the_termin
     monkeypatch.setattr(loop_thread, "HELD_UP_S", 0.0)  # every slice holds the loop up for long
     tail = notices.Tail(path)
     caplog.set_level(logging.WARNING)
-    async with hosting(limit_s=PATIENCE_S) as (host, _):
+    async with hosting(limit_s=WAIT_S) as (host, _):
         assert tail.new() == [], "making an environment may take its time"
         for task in range(3):
             await (await host.start("train", task)).step(ints(5))
@@ -526,7 +526,7 @@ async def test_a_tool_that_blocks_below_its_limit_is_reported_once_on_the_termin
 async def test_a_close_that_hangs_is_given_up(how: str, released: threading.Event) -> None:
     async def closing(task: int) -> None:
         if how == "blocks":
-            released.wait(PATIENCE_S)
+            released.wait(WAIT_S)
         else:
             await asyncio.sleep(LONG_S)
 
@@ -556,7 +556,7 @@ async def test_a_cancelled_caller_leaves_at_once_and_the_episode_is_closed_all_t
         finally:
             await episode.close()
 
-    async with hosting(tool, limit_s=PATIENCE_S) as (host, worlds):
+    async with hosting(tool, limit_s=WAIT_S) as (host, worlds):
         walking = asyncio.create_task(chain(host))
         await until(entered.is_set)
         walking.cancel()
@@ -581,10 +581,10 @@ async def test_a_replay_may_take_the_time_of_its_start_and_all_its_steps() -> No
 
 async def test_the_file_of_what_runs_says_it_while_it_runs(tmp_path: Path, released: threading.Event) -> None:
     async def tool(task: int) -> None:
-        await asyncio.to_thread(released.wait, PATIENCE_S)
+        await asyncio.to_thread(released.wait, WAIT_S)
 
     doing = tmp_path / "actor-0.0.doing"
-    async with HostedEnvironment(lambda: World(tool), name="world", step_timeout_s=PATIENCE_S, doing=doing) as host:
+    async with HostedEnvironment(lambda: World(tool), name="world", step_timeout_s=WAIT_S, doing=doing) as host:
         episode = await host.start("train", 4)
         stepping = asyncio.create_task(episode.step(ints(5)))
         await until(lambda: doing.read_text().strip() == "step 1 of task 4 (train)")
@@ -603,7 +603,7 @@ async def test_a_tree_loses_the_branches_of_a_tool_that_exits_and_says_so() -> N
                 sys.exit(0)
             return await super().start(split, task_index)
 
-    async with HostedEnvironment(Exits, name="world", step_timeout_s=PATIENCE_S) as host:
+    async with HostedEnvironment(Exits, name="world", step_timeout_s=WAIT_S) as host:
         sent: list[object] = []
 
         async def emit(message: object) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from atpo_async.core.tree import Turn
 from tests.fault_support import Recovery, Spawner, Tricks
-from tests.oracle_support import Hand, Scene, hash_of
+from tests.scene_support import Hand, Scene
+from tests.scripted_trees_support import hash_of
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc")
 

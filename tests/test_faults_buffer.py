@@ -12,8 +12,9 @@ import pytest
 from atpo_async.core.errors import PeerLost
 from atpo_async.core.tree import Turn
 from atpo_async.wire.messages import Lease
-from tests.fault_support import CLOCK, Recovery, Spawner, Tricks, until_async
-from tests.oracle_support import Hand, Scene, hash_of
+from tests.fault_support import CLOCK, WAIT_S, Recovery, Spawner, Tricks, until_async
+from tests.scene_support import Hand, Scene, begun_by_hand
+from tests.scripted_trees_support import hash_of
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc")
 
@@ -85,27 +86,20 @@ async def test_a_full_disk_stops_acknowledgements_loudly_and_space_brings_them_b
         "the journal's disk is full",
         "nothing is acknowledged, the log says so; the buffer stays up, and acknowledges when there is room",
     )
-    async with Scene(tmp_path / "run", spawner, how={"actors": 1}) as scene:
-        scene.roles.start("buffer", "learner")
-        async with Hand(scene) as hand:
-            _, turns, closed = await hand.begin_slow_tree(1)
-            acked = hand.link.stats.acked
-            # The journal's own pages lie behind its first two: no commit finds room, the log still does.
-            scene["buffer"].fill_disk(len(scene["buffer"].said().encode()) + 8192)
-            for message in (*turns[1:], closed):
-                await hand.link.send(message)
-            await scene.until(lambda: "cannot be written" in scene["buffer"].said(), "the log to say it")
-            await scene.until(lambda: failing(scene), "the buffer's status to say it")
-            assert hand.link.stats.acked == acked
-            with pytest.raises(PeerLost):
-                await hand.link.drain(timeout_s=0.5)
-            scene["buffer"].free_disk()
-            fault.over()
-            await hand.link.drain(timeout_s=30.0)
-            fault.recovered()
-            assert not hand.refusals
-        scene.roles.start("actor-0")
-        await scene.ended_well()
+    async with begun_by_hand(tmp_path / "run", spawner) as (scene, hand, begun):
+        # The journal's own pages lie behind its first two: no commit finds room, the log still does.
+        scene["buffer"].fill_disk(len(scene["buffer"].said().encode()) + 8192)
+        for message in (*begun.turns, begun.closed):
+            await hand.link.send(message)
+        await scene.until(lambda: "cannot be written" in scene["buffer"].said(), "the log to say it")
+        await scene.until(lambda: failing(scene), "the buffer's status to say it")
+        assert hand.link.stats.acked == begun.acked
+        with pytest.raises(PeerLost):
+            await hand.link.drain(timeout_s=0.5)
+        scene["buffer"].free_disk()
+        fault.over()
+        await hand.link.drain(timeout_s=WAIT_S)
+        fault.recovered()
 
 
 async def test_io_errors_of_the_journal_stop_acknowledgements_until_they_are_gone(
@@ -116,24 +110,18 @@ async def test_io_errors_of_the_journal_stop_acknowledgements_until_they_are_gon
         "the journal's disk has I/O errors",
         "nothing is acknowledged, the log says so; killed meanwhile, the buffer has what it acknowledged",
     )
-    async with Scene(tmp_path / "run", spawner, how={"actors": 1, "tricks": Tricks(fail_commits=str(broken))}) as scene:
-        scene.roles.start("buffer", "learner")
-        async with Hand(scene) as hand:
-            _, turns, closed = await hand.begin_slow_tree(1)
-            acked = hand.link.stats.acked
-            broken.touch()
-            await hand.link.send(turns[1])
-            await scene.until(lambda: "Input/output error" in scene["buffer"].said(), "the log to say it")
-            assert hand.link.stats.acked == acked
-            scene.roles.kill("buffer")
-            broken.unlink()
-            fault.over()
-            scene.roles.start("buffer")
-            await hand.send(*turns[2:], closed)
-            fault.recovered()
-            assert not hand.refusals
-        scene.roles.start("actor-0")
-        await scene.ended_well()
+    tricks = Tricks(fail_commits=str(broken))
+    async with begun_by_hand(tmp_path / "run", spawner, tricks=tricks) as (scene, hand, begun):
+        broken.touch()
+        await hand.link.send(begun.turns[0])
+        await scene.until(lambda: "Input/output error" in scene["buffer"].said(), "the log to say it")
+        assert hand.link.stats.acked == begun.acked
+        scene.roles.kill("buffer")
+        broken.unlink()
+        fault.over()
+        scene.roles.start("buffer")
+        await hand.send(*begun.turns[1:], begun.closed)
+        fault.recovered()
 
 
 async def test_a_slow_disk_delays_leases_and_acknowledgements_and_none_leaves_before_its_commit(
@@ -145,30 +133,23 @@ async def test_a_slow_disk_delays_leases_and_acknowledgements_and_none_leaves_be
         "no lease, batch or acknowledgement leaves before it; killed meanwhile, the buffer gave nothing that it forgot",
     )
     tricks = Tricks(slow_commits=str(slow), settle_wait_s=0.05)
-    async with Scene(tmp_path / "run", spawner, how={"actors": 1, "tricks": tricks}) as scene:
-        scene.roles.start("buffer", "learner")
-        async with Hand(scene) as hand:
-            lease, turns, _ = await hand.begin_slow_tree(1)
-            acked = hand.link.stats.acked
-            slow.touch()
-            await hand.link.send(turns[1])
-            for _ in range(5):
-                assert await hand.leases(3) == ()
-            assert hand.link.stats.acked == acked
-            scene.roles.kill("buffer")
-            slow.unlink()
-            fault.over()
-            scene.roles.start("buffer")
-            await hand.link.drain(timeout_s=30.0)
-            fault.recovered()
-            assert not hand.refusals
-            # Nothing of what was granted meanwhile was ever out: given now, it is given for the first time.
-            granted: tuple[Lease, ...] = ()
-            while not granted:
-                granted = await hand.leases(3)
-            assert {each.epoch for each in granted if each.tree_id != lease.tree_id} <= {0}
-        scene.roles.start("actor-0")
-        await scene.ended_well()
+    async with begun_by_hand(tmp_path / "run", spawner, tricks=tricks) as (scene, hand, begun):
+        slow.touch()
+        await hand.link.send(begun.turns[0])
+        for _ in range(5):
+            assert await hand.leases(3) == ()
+        assert hand.link.stats.acked == begun.acked
+        scene.roles.kill("buffer")
+        slow.unlink()
+        fault.over()
+        scene.roles.start("buffer")
+        await hand.link.drain(timeout_s=WAIT_S)
+        fault.recovered()
+        # Nothing of what was granted meanwhile was ever out: given now, it is given for the first time.
+        granted: tuple[Lease, ...] = ()
+        while not granted:
+            granted = await hand.leases(3)
+        assert {each.epoch for each in granted if each.tree_id != begun.lease.tree_id} <= {0}
 
 
 @pytest.mark.parametrize("seconds", [3600, -3600])

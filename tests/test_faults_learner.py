@@ -9,7 +9,8 @@ import pytest
 
 from atpo_async.run.metrics import read_metrics
 from tests.fault_support import Recovery, Spawner
-from tests.oracle_support import STOP_AT, STOPPED_AT, Scene
+from tests.scene_support import Scene
+from tests.scripted_roles_support import STOP_AT, STOPPED_AT
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc")
 

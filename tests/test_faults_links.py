@@ -20,8 +20,8 @@ from atpo_async.links.announcements import Announcer, Listener
 from atpo_async.links.client import Client
 from atpo_async.links.server import Server
 from atpo_async.wire.messages import ActorToLearner, LearnerToActor
-from tests.fault_support import PATIENCE_S, Flow, Proxy, Recovery, Spawner, until_async
-from tests.oracle_support import Scene
+from tests.fault_support import WAIT_S, Flow, Proxy, Recovery, Spawner, until_async
+from tests.scene_support import Scene
 from tests.test_actor_weights import PAYLOAD, FakeLearner
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc")
@@ -126,7 +126,7 @@ class Weights:
 
     async def taken(self, version: int) -> None:
         """The actor's loop, as far as weights go, until it has ``version``."""
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(WAIT_S):
             while self.fetcher.version < version:
                 announced = await self.fetcher.next()
                 if announced is None:
@@ -144,7 +144,7 @@ async def weights(request: pytest.FixtureRequest) -> AsyncIterator[Weights]:
     settings = WeightsConfig(chunk_bytes=4096, poll_s=0.5, fetch_timeout_s=30.0)
 
     async def answer(peer: str, message: Any) -> Any:
-        return await learner.request(message, timeout_s=PATIENCE_S)
+        return await learner.request(message, timeout_s=WAIT_S)
 
     any_port = "tcp://127.0.0.1:0"
     async with contextlib.AsyncExitStack() as stack:

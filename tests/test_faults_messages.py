@@ -19,8 +19,9 @@ from atpo_async.core.errors import PeerLost
 from atpo_async.core.tree import Turn
 from atpo_async.links.client import Client
 from atpo_async.wire.messages import BufferToLearner, Trained
-from tests.fault_support import PATIENCE_S, Recovery, Spawner
-from tests.oracle_support import Hand, Planned, Scene, starts_slowly
+from tests.fault_support import WAIT_S, Recovery, Spawner
+from tests.scene_support import Hand, Scene, starts_slowly
+from tests.scripted_trees_support import Planned
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc")
 
@@ -69,7 +70,7 @@ async def test_bytes_that_change_on_the_way_trouble_nobody_but_their_sender(how:
         # Under a lease that is nobody's: a flipped bit in a token is for no one to find.
         strange = [msgspec.structs.replace(turn, lease_epoch=99) for turn in turns_of(good.messages(lease))]
         with contextlib.suppress(PeerLost):
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(WAIT_S):
                 while spoiled < 5:
                     await bad.link.send(strange[spoiled % len(strange)])
                     await asyncio.sleep(0)
@@ -232,7 +233,7 @@ async def test_a_priority_that_is_none_is_refused_and_sampling_goes_on(scene: Sc
     ) as link:
         run = scene.rundir.run_id
         await link.send(Trained(run=run, batch_id=1, version=1, priorities={"b1-00000000": priority}))
-        await link.drain(timeout_s=PATIENCE_S)
+        await link.drain(timeout_s=WAIT_S)
     assert len(refusals) == 1
     fault.over()
     await scene.recovered(fault)

@@ -21,7 +21,7 @@ from atpo_async.wire import codec
 from atpo_async.wire import messages as m
 from buffer.service import BufferService
 from scripts.fuzz_corpus import Corpus, Door, Shot
-from scripts.fuzz_honest import Honest
+from scripts.fuzz_honest import Honest, hello_of
 from scripts.fuzz_peers import HABITS, KNOCKS, Rude, knock
 
 LIMIT_BYTES = 1 << 20
@@ -86,13 +86,7 @@ async def test_honest_peers_notice_nothing_of_rude_ones_beside_them(tmp_path: Pa
         stack.callback(context.destroy, linger=0)
         await stack.enter_async_context(service)
         doors: dict[Door, str] = {"actors": service.actors.endpoint, "learner": service.learner.endpoint}
-        hello = m.ActorHello(
-            protocol=m.PROTOCOL,
-            run=run.run_id,
-            actor="honest-actor",
-            environment=config.environment.name,
-            search_leaves=config.search.max_leaves,
-        )
+        hello = hello_of(config, run.run_id)
         settings = LinksConfig(heartbeat_s=0.2)
         honest = Honest(run.run_id, doors, hello=hello, trees_per_batch=2, settings=settings, pause_s=0.0)
         serving = asyncio.create_task(service.serve())

@@ -12,7 +12,9 @@ import pytest
 
 from scripts.kill_points import ask_for, stopped_at
 from tests.fault_support import ROOT, Spawner, state_of, until
-from tests.oracle_support import KILL_POINTS, NUM_KILLS, plan_kills, planned, possible_trees, run_oracle
+from tests.oracle_support import NUM_KILLS, plan_kills, run_oracle
+from tests.scripted_roles_support import KILL_POINTS
+from tests.scripted_trees_support import planned, possible_trees
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds out through /proc who stands still"),
