@@ -41,24 +41,10 @@ from atpo_async.core.tree import Turn
 from atpo_async.links.client import Client
 from atpo_async.wire.messages import Batch, Lease, SampleRequest, Trained
 from atpo_async.wire.records import TurnRecords
-from benchmarks.load import (
-    BYTES,
-    REPLY_S,
-    BufferProcess,
-    Senders,
-    Turns,
-    add_peers,
-    configuration,
-    learner_link,
-    machine,
-    options,
-    plans,
-    say,
-    scratch,
-    table,
-)
+from benchmarks.load import REPLY_S, BufferProcess, Senders, Turns, configuration, learner_link, plans
 from benchmarks.peer_priorities import rate
 from benchmarks.peers import CPPRB, REVERB, TORCHRL, found_or_told, measured
+from benchmarks.script import BYTES, add_peers, machine, options, say, scratch, table
 from buffer.pool.pool import ReplayPool
 from buffer.pool.sum_tree import SumTree
 from buffer.trees.index import MemoryStore, TreeEntry, entry_from_turns

@@ -40,7 +40,6 @@ from atpo_async.config import Config
 from atpo_async.links.client import Client
 from atpo_async.wire.messages import Batch, Checkpointed, Lease, SampleRequest, Trained
 from benchmarks.load import (
-    BYTES,
     REPLY_S,
     Actor,
     BufferProcess,
@@ -49,14 +48,10 @@ from benchmarks.load import (
     configuration,
     content,
     learner_link,
-    machine,
-    options,
     plans,
     publish,
-    say,
-    scratch,
-    table,
 )
+from benchmarks.script import BYTES, machine, options, say, scratch, table
 
 TREES_PER_BATCH = 16
 CHECKPOINT_EVERY = 10

@@ -40,7 +40,6 @@ import numpy as np
 from atpo_async.config import Config
 from atpo_async.wire.messages import Lease, TreeOpened
 from benchmarks.load import (
-    BYTES,
     REPLY_S,
     Actor,
     BufferProcess,
@@ -48,18 +47,13 @@ from benchmarks.load import (
     Senders,
     Sent,
     Turns,
-    add_peers,
     configuration,
     content,
     learner_link,
-    machine,
-    options,
     plans,
-    say,
-    scratch,
-    table,
 )
 from benchmarks.peers import REVERB, Peer, found_or_told, measured
+from benchmarks.script import BYTES, add_peers, machine, options, say, scratch, table
 
 PEER_TIMEOUT_S = 600.0
 WINDOW = 256

@@ -54,20 +54,20 @@ ORDER = ("at2po", "at2po_paper", "grpo", "dapo", "gspo", "tree_grpo")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What one run came to.  None: not measured, or for the three last: not reached."""
+    """What one run came to.  None: not measured, or, of the goal: not reached."""
 
+    max_lag: int
+    goal_step: int | None
     leaves: int
     """Rollouts of a task."""
     updates: int
     """Optimizer steps a batch."""
-    max_lag: int
     greedy: float | None
     """Success on the held-out tasks at the last step."""
     sampled: float | None
     """Success in training, mean of the last three steps."""
-    goal_step: int | None
     goal_tokens: int | None
-    """Action tokens trained on up to that step."""
+    """Action tokens trained on up to ``goal_step``."""
     goal_s: float | None
     """From the first lease."""
 

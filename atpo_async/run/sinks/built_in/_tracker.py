@@ -23,6 +23,11 @@ class TrackerSink(ABC):
         self.library, self.facts, self.options = library, run, options
         self._run: Any = None
 
+    def settings(self, **own: Any) -> dict[str, Any]:
+        """For the tracker's ``init``: what all trackers call alike, its ``own``, and the user's options over both."""
+        common = {"project": "atpo-async", "resume": "allow", "config": dict(self.facts.config)}
+        return {**common, **own, **self.options}
+
     @abstractmethod
     def begin(self) -> Any:
         """Begin the tracker's run, or go on with it where ours goes on."""

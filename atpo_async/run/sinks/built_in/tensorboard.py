@@ -9,7 +9,6 @@ from atpo_async.run.metrics import Record
 from atpo_async.run.sinks.base import RunFacts, library
 
 LIBRARY = "tensorboard"
-"""Looked for before a run begins."""
 
 
 class Events:

@@ -10,24 +10,16 @@ from atpo_async.run.sinks.base import RunFacts, library
 from atpo_async.run.sinks.built_in._tracker import TrackerSink
 
 LIBRARY = "trackio"
-"""Looked for before a run begins."""
 
 
 class TrackioSink(TrackerSink):
     """A trackio run by the id of ours: trackio knows runs by name, and two of one name are to stay two."""
 
     def begin(self) -> Any:
-        settings = {
-            "project": "atpo-async",
-            "name": self.facts.run_id,
-            "resume": "allow",
-            "config": dict(self.facts.config),
-            "embed": False,
-            # Not of the machine that this process happens to run on.
-            "auto_log_gpu": False,
-            "auto_log_cpu": False,
-        }
-        return self.library.init(**{**settings, **self.options})
+        # The hardware is not watched: it is that of whichever machine this process runs on.
+        return self.library.init(
+            **self.settings(name=self.facts.run_id, embed=False, auto_log_gpu=False, auto_log_cpu=False)
+        )
 
     def log(self, run: Any, record: Record) -> None:
         run.log({**record.metrics, "version": record.version}, step=record.step)

@@ -10,24 +10,20 @@ from atpo_async.run.sinks.base import RunFacts, library
 from atpo_async.run.sinks.built_in._tracker import TrackerSink
 
 LIBRARY = "wandb"
-"""Looked for before a run begins."""
 
 
 class WandbSink(TrackerSink):
     """A W&B run by the id of ours."""
 
     def begin(self) -> Any:
-        settings = {
-            "project": "atpo-async",
-            "name": self.facts.name,
-            "id": self.facts.run_id,
-            "resume": "allow",
-            "dir": str(self.facts.folder),
-            "config": dict(self.facts.config),
+        settings = self.settings(
+            name=self.facts.name,
+            id=self.facts.run_id,
+            dir=str(self.facts.folder),
             # This process is not the training's: what it prints and uses says nothing of the run.
-            "settings": self.library.Settings(console="off", x_disable_stats=True),
-        }
-        run = self.library.init(**{**settings, **self.options})
+            settings=self.library.Settings(console="off", x_disable_stats=True),
+        )
+        run = self.library.init(**settings)
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
         return run
