@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -158,7 +160,7 @@ def test_an_infinite_log_ratio_weighs_as_a_huge_one_and_nan_stays_visible(action
         noisy[0], noisy[9] = math.inf, -math.inf
         found = weights(config, numerator=noisy, advantage=-ADVANTAGE.abs() - 1)
         assert torch.isfinite(found.per_token).all()
-        assert found.per_token[0] == (0.0 if action in ("mask", "icepop") else 2.0)
+        assert found.per_token[0] == (0.0 if correction_for(config).traits.masks_outside else 2.0)
         assert found.per_token[9] == 0
         noisy[3] = math.nan
         assert torch.isnan(weights(config, numerator=noisy, advantage=-ADVANTAGE.abs() - 1).per_token[3])
@@ -177,6 +179,13 @@ def test_a_forward_pass_without_tokens_has_no_weights() -> None:
             assert ratios.shape == (0,)
             assert temper(ratios, config) == Tempering()
             assert summary(config, **empty, counted=nowhere, lag=index, clipped=nowhere) == {}
+
+
+def test_every_module_of_the_package_is_a_correction_that_can_be_loaded_and_is_described() -> None:
+    algorithm = (Path(__file__).resolve().parent.parent / "docs" / "ALGORITHM.md").read_text()
+    for action in ACTIONS:
+        assert correction_for(config_of(action, "token")).settings.action == action
+        assert re.search(rf"[`\"]{action}[`\"]", algorithm), f"docs/ALGORITHM.md, section 4, says nothing of {action}"
 
 
 # --- the whole batch -------------------------------------------------------------------------------------------------

@@ -334,33 +334,29 @@ async def test_a_stop_in_mid_step_gives_the_batch_up(
 def test_a_long_wait_is_logged_with_its_reason_and_then_ends_loudly(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
     settings = LinksConfig(deadline_s=60, give_up_s=600)
-    patience = BoundedWait(
-        "the learner", "batch 7 of 16 trees", settings, lambda: now, log=logging.getLogger("learner")
-    )
-    patience.again("3 trees of 16 are ready")
+    wait = BoundedWait("the learner", "batch 7 of 16 trees", settings, lambda: now, log=logging.getLogger("learner"))
+    wait.again("3 trees of 16 are ready")
     assert caplog.records == []
     now = 61.0
-    patience.again("3 trees of 16 are ready")
-    patience.again("3 trees of 16 are ready")
+    wait.again("3 trees of 16 are ready")
+    wait.again("3 trees of 16 are ready")
     assert caplog.messages == ["the learner has waited 61 s for batch 7 of 16 trees: 3 trees of 16 are ready"]
-    patience.moved()
+    wait.moved()
     now = 660.0
-    patience.again("x")
+    wait.again("x")
     now = 662.0
     with pytest.raises(WaitTimeout, match=r"waited 601 s for batch 7 of 16 trees .*: 3 trees of 16"):
-        patience.again("3 trees of 16 are ready")
+        wait.again("3 trees of 16 are ready")
 
 
 def test_a_wait_in_which_something_comes_is_not_given_up_but_still_logged(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
     settings = LinksConfig(deadline_s=60, give_up_s=600)
-    patience = BoundedWait(
-        "the learner", "batch 7 of 16 trees", settings, lambda: now, log=logging.getLogger("learner")
-    )
+    wait = BoundedWait("the learner", "batch 7 of 16 trees", settings, lambda: now, log=logging.getLogger("learner"))
     for minutes in (9, 18, 27):
         now = 60.0 * minutes
-        patience.moved()
-        patience.again("few with signal")
+        wait.moved()
+        wait.again("few with signal")
     assert caplog.messages[-1] == "the learner has waited 1620 s for batch 7 of 16 trees: few with signal"
 
 
@@ -510,7 +506,7 @@ async def test_a_buffer_that_needs_room_gets_a_checkpoint_and_is_asked_again(
     def crowded(request: SampleRequest) -> NotYet | Batch | None:
         saved = [m.step for m in buffer.of(Checkpointed)]
         if request.step == 1 and 1 not in saved:
-            return NotYet(waiting_for="room", checkpoint_wanted=True)
+            return NotYet(waiting_for="space in its journal", checkpoint_wanted=True)
         if request.step == 1:
             batch = make_batch(seed=1, step=1, version=request.version)
             return msgspec.structs.replace(batch, checkpoint_wanted=True)

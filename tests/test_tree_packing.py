@@ -224,7 +224,7 @@ def test_trees_share_rows_up_to_pack_tokens_and_rows_share_a_pass_up_to_max_toke
     packed = tree_micro_batches(rows, max_tokens=48, pack_tokens=24, version=VERSION)
     assert all(p.tokens.shape[1] <= 24 and p.tokens.size <= 48 for p in packed)
     assert sum(int(filled(p).sum()) for p in packed) == sum(sizes)
-    # 13 + 11, 12 + 10 and 9 + 8 tokens: the largest first, each into the first row with room.
+    # 13 + 11, 12 + 10 and 9 + 8 tokens: the largest first, each into the first row where it fits.
     assert [p.tokens.shape for p in packed] == [(2, 24), (1, 17)]
     assert scored_in_passes(packed) == scored_in_rows(rows)
 

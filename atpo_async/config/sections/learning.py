@@ -28,12 +28,8 @@ class CreditConfig(Section):
 class CorrectionConfig(Section):
     """Off-policy correction (ALGORITHM, section 4): a weight without gradient for each token, turn, prefix or sequence.
 
-    ``truncate``: min(exp(lambda S), cap), and not below ``floor`` (truncated importance sampling).  ``mask``: 0 outside
-    [floor, cap] (masked importance sampling).  ``icepop``: ``mask`` by token (IcePop, arXiv 2510.18855; published with
-    floor 0.5, cap 5).  ``topr``: 1 where A >= 0, ``truncate`` where A < 0 (TOPR, arXiv 2503.14286; published with cap 1
-    by sequence).  ``m2po``: by token, the largest log-ratios are masked until the mean of their squares over the batch
-    is at most ``m2_limit``; the others are truncated as ever (M2PO, arXiv 2510.01161, without a cap: set a
-    large one; all tokens count here, whatever the sign of A).
+    What each action does with the exact weight exp(lambda S) is said in its module, ``learner/loss/corrections/``, and
+    in ALGORITHM.
     """
 
     action: Annotated[str, named(doors.CORRECTION)] = "truncate"
@@ -68,10 +64,7 @@ class CorrectionConfig(Section):
 class ObjectiveConfig(Section):
     """ATPO and its kin (ALGORITHM, section 3).
 
-    ``clip``: PPO's clipped surrogate at ``ratio_level`` (token: GRPO, DAPO; turn: AT2PO; sequence: GSPO, arXiv
-    2507.18071).  ``cispo``: the clipped ratio as a weight without gradient on log pi (CISPO, arXiv 2506.13585).
-    ``policy-gradient``: log pi alone (TOPR).  ``tv``: no clip; tokens are masked that move away from mu and are
-    further than ``tv_limit`` in probability already (DPPO, arXiv 2602.04879).
+    What each surrogate is stands in its module, ``learner/loss/surrogates/``, and in ALGORITHM.
     """
 
     ratio_level: RatioLevel = "turn"
