@@ -32,17 +32,6 @@ BEARS = ("run.seed", "model.", "environment.", "search.", "actor.", "eval.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """A policy and the configuration to evaluate it under."""
-
-    config: Config
-    model: Path
-    """A model folder."""
-    name: str
-    """The policy's name in messages."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class EvalResult:
     """Result of a greedy evaluation."""
 
@@ -113,8 +102,9 @@ def policy_of(target: Path | str) -> Iterator[tuple[Path, str, Config | None]]:
 @contextlib.contextmanager
 def evaluation(
     target: str, files: Sequence[str], options: Mapping[str, str], *, default: Callable[[], Path]
-) -> Iterator[Evaluation]:
-    """What ``atpo eval TARGET [CONFIG…] --options`` asks for; a folder made for it goes with the block.
+) -> Iterator[tuple[Config, Path, str]]:
+    """(configuration, model folder, the policy's name) of ``atpo eval TARGET [CONFIG…] --options``; a folder made for
+    it is removed after the block.
 
     A run's own configuration and newest policy, unless ``files`` or ``--model.path`` say otherwise; or a model folder
     under ``files`` (``default`` without any).
@@ -125,14 +115,14 @@ def evaluation(
     if (folder / "run.json").is_file() or folder.name == LATEST:
         own = [RunDir.open(folder).path / "config.json"]
         if path is not None:
-            yield Evaluation(config=load(files or own, options), model=model_folder(path), name=path)
+            yield load(files or own, options), model_folder(path), path
             return
     else:
         own = []
         if path is not None and is_there(folder):
             raise ConfigError(f"{target} and --model.path {path}: an evaluation is of one model; name one of them")
     with policy_of(target) as (model, name, _):
-        yield Evaluation(config=load(files or own or [default()], options), model=model, name=name)
+        yield load(files or own or [default()], options), model, name
 
 
 def without_effect(options: Mapping[str, str]) -> list[str]:

@@ -86,19 +86,13 @@ class Run:
 
     def __init__(self, rundir: RunDir) -> None:
         self._rundir = rundir
+        self.path: Path = rundir.path
+        """The run folder."""
+        self.run_id: str = rundir.run_id
+        """Distinguishes runs of one name."""
 
     def __repr__(self) -> str:
         return f"<Run {self.path}: step {self.step} of {self.config.run.steps}>"
-
-    @property
-    def path(self) -> Path:
-        """The run folder."""
-        return self._rundir.path
-
-    @property
-    def run_id(self) -> str:
-        """Distinguishes runs of one name."""
-        return self._rundir.run_id
 
     @property
     def config(self) -> Config:

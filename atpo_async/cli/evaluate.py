@@ -20,12 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
 
 def run(asked: Asked) -> int:
     """Prints one line."""
-    with evaluation(asked.args.target, asked.args.config, asked.options, default=demo_config) as what:
-        engine, _ = engine_of(what.config)
-        for name in without_effect(asked.options):
-            note(f"--{name} has no effect on an evaluation")
-        tasks = what.config.eval.num_tasks
-        print(f"evaluating {what.name} on {tasks} held-out tasks with {engine} …", file=sys.stderr, flush=True)
-        result = evaluate_policy(what.config, what.model, what.name)
-    print(result.line(what.name))
+    wanted = evaluation(asked.args.target, asked.args.config, asked.options, default=demo_config)
+    with wanted as (config, model, name):
+        engine, _ = engine_of(config)
+        for option in without_effect(asked.options):
+            note(f"--{option} has no effect on an evaluation")
+        tasks = config.eval.num_tasks
+        print(f"evaluating {name} on {tasks} held-out tasks with {engine} …", file=sys.stderr, flush=True)
+        result = evaluate_policy(config, model, name)
+    print(result.line(name))
     return EXIT_DONE
