@@ -1,0 +1,146 @@
+"""The README: every command in it is run by a test, or named as one that needs a GPU, a network or the whole suite."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from atpo_async.config import load
+from atpo_async.environments.hopqa.warm_start import Recipe
+from tests.e2e_support import BASE, DEADLINE_S, WORLD, Process
+from tests.learner_support import small_policy
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+
+QUICK = ("atpo config", "atpo doctor", "atpo --version", "atpo keys")
+"""Run here as they stand, in an empty folder that has the checkout's configs/."""
+
+RUN_ELSEWHERE = {
+    "make demo": "test_readme.py::test_the_demo_trains_and_names_its_report",
+    "make test": "test_setup.py",
+    "source ": "test_setup.py",
+    "atpo train echo.toml": "test_readme.py::test_a_task_of_ones_own_trains_as_the_readme_says",
+    "atpo train configs/demo.toml": "test_readme.py::test_the_demo_trains_and_names_its_report",
+    "atpo study staleness": "test_study.py",
+}
+"""Beginning of a command -> the test that runs it, or the same with fewer steps."""
+
+NEEDS_A_GPU = ("python3 -m venv .venv-cuda", "pip install -e '.[vllm]'", "atpo train configs/qwen3_4b_8gpu.toml")
+
+
+def commands() -> Iterator[str]:
+    for block in BLOCKS:
+        for line in block.replace("\\\n", " ").splitlines():
+            command = line.partition("  #")[0].strip()
+            if command and not command.startswith("#"):
+                yield " ".join(command.split())
+
+
+def example(name: str) -> str:
+    """The code of a file that the README shows."""
+    language = name.rpartition(".")[2].replace("py", "python")
+    found = re.search(rf"`{re.escape(name)}`:\n\n```{language}\n(.*?)```", README, re.DOTALL)
+    assert found is not None, f"the README shows no {name}"
+    return found[1]
+
+
+def test_every_command_of_the_readme_is_run_by_a_test_or_needs_a_gpu() -> None:
+    known = (*QUICK, *RUN_ELSEWHERE, *NEEDS_A_GPU)
+    assert not [command for command in commands() if not command.startswith(known)]
+    for place in RUN_ELSEWHERE.values():
+        file, _, test = place.partition("::")
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text() if test else (ROOT / "tests" / file).is_file()
+
+
+def test_what_needs_a_gpu_is_said_to() -> None:
+    section = README[README.index("## A real model") :]
+    section = section[: section.index("\n## ", 3)]
+    assert "GPU" in section
+    assert all(start in section for start in NEEDS_A_GPU)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith(QUICK)])
+def test_a_quick_command_of_the_readme_ends_well(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = [sys.executable, "-m", "atpo_async", *shlex.split(command)[1:]]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout
+
+
+FEWER = {
+    **{name: value for name, value in BASE.items() if name.startswith(("learner.", "actor."))},
+    "run.steps": 2,
+    "staleness.trees_per_batch": 4,
+    "search.initial_rollouts": 4,
+    "eval.num_tasks": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_policy(tmp_path_factory.mktemp("readme") / "policy", steps=60)
+
+
+def options(settings: dict[str, object], policy: Path) -> list[str]:
+    return [
+        f"--{name}={value}" for name, value in {**settings, "model.path": policy, "model.warm_start": False}.items()
+    ]
+
+
+def ended(process: Process) -> str:
+    """What a command said; fails where it does not end well."""
+    try:
+        code = process.popen.wait(timeout=2 * DEADLINE_S)
+    finally:
+        process.end()
+    assert code == 0, process.said()
+    return process.said()
+
+
+@pytest.mark.slow
+def test_a_task_of_ones_own_trains_as_the_readme_says(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`echo.py` and `echo.toml` as they are shown, with fewer steps, a smaller policy and the quicker engine; then what
+    the table of commands has for a run."""
+    for name in ("echo.py", "echo.toml"):
+        (tmp_path / name).write_text(example(name))
+    monkeypatch.chdir(tmp_path)
+    said = ended(Process(["train", "echo.toml", *options(FEWER, policy)], tmp_path / "train.txt"))
+    assert "done in" in said, said
+    assert "report: " in said, said
+    assert (
+        "who waits for whom" in (status := ended(Process(["status", "runs/echo"], tmp_path / "status.txt"))) or status
+    )
+    ended(Process(["report", "runs/echo", "--figure", "curve.svg"], tmp_path / "report.txt"))
+    assert (tmp_path / "curve.svg").read_text().startswith("<svg")
+    assert "4" in ended(Process(["eval", "runs/echo"], tmp_path / "eval.txt"))
+
+
+@pytest.mark.slow
+def test_the_demo_trains_and_names_its_report(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `make demo` runs, on a smaller policy that is there (test_warm_start.py makes the demo's), with the quicker
+    engine."""
+    assert re.search(r"^demo:.*\n\t@\$\(BIN\)/atpo demo", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    world = {f"environment.options.{name}": value for name, value in WORLD.items()}
+    said = ended(Process(["demo", *options({**FEWER, **world}, policy)], tmp_path / "demo.txt"))
+    assert "report: " in said, said
+
+
+def test_the_readme_names_the_policy_that_the_demo_makes() -> None:
+    config = load(ROOT / "configs" / "demo.toml")
+    recipe = Recipe(seed=config.run.seed, steps=config.model.warm_start_steps)
+    assert f'"models/hopqa-{recipe.fingerprint}"' in README
