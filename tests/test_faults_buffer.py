@@ -48,7 +48,7 @@ async def test_what_was_acknowledged_survives_a_kill_in_mid_commit(
             scene.roles.kill("buffer")
             fault.over()
             scene.roles.start("buffer")
-            await hand.link.drain(timeout_s=30.0)
+            await hand.link.drain(timeout_s=WAIT_S)
             fault.recovered()
             assert not hand.refusals
         # Another process of its name: it is told what there is, and all of it was acknowledged.

@@ -30,6 +30,8 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="re
 
 DEADLINE_S = 60.0
 QUICK = SupervisorConfig(max_restarts=2, backoff_s=0.0, stop_grace_s=5.0, sample_every_s=0.05)
+LONG_GRACE = QUICK.model_copy(update={"stop_grace_s": DEADLINE_S})
+"""For roles that end by themselves, however busy the machine is."""
 
 
 @pytest.fixture
@@ -82,7 +84,7 @@ async def test_the_run_is_done_when_the_learner_is_and_the_others_end_by_themsel
     other = f"import os, time\nwhile not os.path.exists({str(told)!r}): time.sleep(0.01)\nprint('ended by itself')"
     learner = f"open({str(told)!r}, 'w').close()"
     specs = [script("buffer", other, stops_last=True), script("learner", learner, ends_run=True)]
-    assert await finished(Supervisor(run, specs, settings=QUICK)) is Outcome.DONE
+    assert await finished(Supervisor(run, specs, settings=LONG_GRACE)) is Outcome.DONE
     assert "ended by itself" in log(run, "buffer")
 
 
@@ -281,7 +283,8 @@ async def test_a_launcher_cannot_hide_what_a_role_said(run: RunDir) -> None:
         await finished(supervisor)
 
 
-async def test_an_interrupt_asks_the_roles_and_the_buffer_last(run: RunDir) -> None:
+async def test_an_interrupt_asks_the_roles_and_the_buffer_last(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "LAST_GRACE_S", DEADLINE_S)
     order = run.path / "order"
     code = """
         import signal, sys, time
@@ -297,7 +300,7 @@ async def test_an_interrupt_asks_the_roles_and_the_buffer_last(run: RunDir) -> N
         script(name, textwrap.dedent(code).format(order=str(order), name=name), stops_last=name == "buffer")
         for name in names
     ]
-    supervisor = Supervisor(run, specs, settings=QUICK)
+    supervisor = Supervisor(run, specs, settings=LONG_GRACE)
     task = asyncio.create_task(finished(supervisor))
     await until(lambda: all("ready" in log(run, name) for name in names))
     supervisor.interrupt()
