@@ -34,8 +34,7 @@ from buffer.counters import RunCounters
 from buffer.journal.entries import RunEntry
 from buffer.leases.evaluations import MetricsRecord
 from buffer.leases.ledger import HeldLease, Ledger
-from buffer.pool.pool import ReplayPool
-from buffer.trees.assembly import Assembly, Frames, TreeMessage
+from buffer.trees.assembly import Frames, TreeMessage
 from buffer.trees.index import MemoryStore, Store, StoredTurns
 from buffer.trees.lifecycle import TreeLifecycle
 
@@ -116,6 +115,7 @@ class BufferState:
             delay_line=self.delay_line,
             flush=self._flush,
         )
+        self.assembly, self.pool = self.trees.assembly, self.trees.pool
         self._last_turn_s: float | None = None
         self.weights_endpoint = ""
         self.announce_endpoint = ""
@@ -126,14 +126,6 @@ class BufferState:
     # --- what is there -----------------------------------------------------------------------------
 
     @property
-    def assembly(self) -> Assembly:
-        return self.trees.assembly
-
-    @property
-    def pool(self) -> ReplayPool:
-        return self.trees.pool
-
-    @property
     def step(self) -> int:
         """The step last asked for."""
         return self.batch_server.step
@@ -142,16 +134,6 @@ class BufferState:
     def version(self) -> int:
         """The learner's version, as last heard."""
         return self.trees.version
-
-    @property
-    def next_batch(self) -> int:
-        """Number of the next batch to be made."""
-        return self.batches.next_id
-
-    @property
-    def progress(self) -> int:
-        """Turns that came and trees that ended: it stands still only when nothing comes."""
-        return self.counters.progress
 
     @property
     def nbytes(self) -> int:

@@ -18,24 +18,7 @@ from atpo_async.core.errors import SetupError
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.rundir import RunDir
 from atpo_async.status import waits
-from atpo_async.wire.messages import (
-    PROTOCOL,
-    ActorReport,
-    Batch,
-    Checkpointed,
-    EvalQuery,
-    EvalRequest,
-    EvalResult,
-    Exhausted,
-    Lease,
-    LeaseReturned,
-    Leases,
-    NotYet,
-    Refused,
-    RunFinished,
-    Trained,
-    Welcome,
-)
+from atpo_async.wire import messages as m
 from atpo_async.wire.records import TurnRecords
 from buffer import service as services
 from buffer.journal import chunks
@@ -71,18 +54,18 @@ from tests.hang_support import until_async
 
 async def test_an_actor_learns_the_run_and_where_the_weights_are(peers: Peers) -> None:
     first = await peers.actor.request(hello(peers.config, run=""), timeout_s=SOON_S)
-    assert isinstance(first, Welcome)
+    assert isinstance(first, m.Welcome)
     assert (first.run, first.weights_endpoint) == ("r", "")
     await peers.tell(published())
     later = await peers.actor.request(hello(peers.config), timeout_s=SOON_S)
-    assert isinstance(later, Welcome)
+    assert isinstance(later, m.Welcome)
     assert (later.weights_endpoint, later.announce_endpoint) == ("tcp://w:1", "tcp://n:1")
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"protocol": 99}, ["99", str(PROTOCOL)]),
+        ({"protocol": 99}, ["99", str(m.PROTOCOL)]),
         ({"run": "other"}, ["'other'", "'r'"]),
         ({"environment": "chess"}, ["'chess'", "'hopqa'"]),
         ({"search_leaves": 7}, ["7 leaves", "of 4"]),
@@ -93,16 +76,16 @@ async def test_an_actor_of_another_kind_is_refused_with_both_named(
     peers: Peers, change: dict[str, Any], named: list[str]
 ) -> None:
     answer = await peers.actor.request(hello(peers.config, **change), timeout_s=SOON_S)
-    assert isinstance(answer, Refused)
+    assert isinstance(answer, m.Refused)
     assert all(name in answer.reason for name in named)
 
 
 async def test_messages_of_another_run_are_refused(peers: Peers) -> None:
-    await peers.send(ActorReport(run="other", actor="a", version=0, tree_ids=(), metrics={}))
+    await peers.send(m.ActorReport(run="other", actor="a", version=0, tree_ids=(), metrics={}))
     assert len(peers.refusals) == 1
     assert "'other'" in peers.refusals[0]
-    answer = await peers.learner.request(EvalQuery(run="other", step=0, wait_s=0.0), timeout_s=SOON_S)
-    assert isinstance(answer, Refused)
+    answer = await peers.learner.request(m.EvalQuery(run="other", step=0, wait_s=0.0), timeout_s=SOON_S)
+    assert isinstance(answer, m.Refused)
 
 
 # --- the way of a tree ---------------------------------------------------------------------------------------------
@@ -121,16 +104,16 @@ async def test_leases_go_out_trees_come_in_and_a_batch_is_served_and_confirmed(p
     assert batch.metrics["train/reward"] == 0.5
     assert batch.metrics["train/success"] == 0.5
     assert batch.metrics["buffer/trees"] == 2
-    await peers.tell(Trained(run="r", batch_id=batch.batch_id, version=1, priorities={}))
+    await peers.tell(m.Trained(run="r", batch_id=batch.batch_id, version=1, priorities={}))
     # A learner that falls back wants them once more, until a checkpoint holds what it learned.
     assert peers.service.state.nbytes > 0
-    await peers.tell(Checkpointed(run="r", step=1, version=1))
+    await peers.tell(m.Checkpointed(run="r", step=1, version=1))
     assert peers.service.state.nbytes == peers.service.journal.nbytes == 0
 
 
 async def test_a_request_for_leases_waits_for_the_first_version(peers: Peers) -> None:
     asking = asyncio.create_task(peers.leases(1))
-    await peers.send(ActorReport(run="r", actor="a", version=-1, tree_ids=(), metrics={}))
+    await peers.send(m.ActorReport(run="r", actor="a", version=-1, tree_ids=(), metrics={}))
     await peers.tell(published())
     # Answered by the publication, or by the next question: never by a lease before it.
     assert len(await asking or await peers.leases(1)) == 1
@@ -138,7 +121,7 @@ async def test_a_request_for_leases_waits_for_the_first_version(peers: Peers) ->
 
 async def test_closed_admission_says_why(peers: Peers) -> None:
     answer = await peers.actor.request(wants(1), timeout_s=SOON_S)
-    assert isinstance(answer, Leases)
+    assert isinstance(answer, m.Leases)
     assert answer.leases == ()
     assert answer.closed_because is not None
     assert "first version" in answer.closed_because
@@ -159,7 +142,7 @@ async def test_no_batch_in_time_names_what_is_missing(peers: Peers) -> None:
     (lease,) = await peers.leases(1)
     await peers.send(*grown(lease, (1.0, 1.0)))
     answer = await peers.learner.request(ask(wait_s=0.0), timeout_s=SOON_S)
-    assert isinstance(answer, NotYet)
+    assert isinstance(answer, m.NotYet)
     for part in ("0 of 2 ready", "0 under lease", "1 without signal", "1 actors alive", "published version 0"):
         assert part in answer.waiting_for
 
@@ -171,7 +154,7 @@ async def test_not_yet_says_whether_anything_came_meanwhile(peers: Peers) -> Non
     for messages in ([opened(lease)], [leaf(lease, 1, 1.0)], [], [closed(lease, 1)]):
         await peers.send(*messages)
         answer = await peers.learner.request(ask(wait_s=0.0), timeout_s=SOON_S)
-        assert isinstance(answer, NotYet)
+        assert isinstance(answer, m.NotYet)
         seen.append(answer.progress)
     assert seen == [0, 1, 1, 2]
 
@@ -197,9 +180,9 @@ def test_a_batch_is_confirmed_when_every_rank_has_confirmed_its_share() -> None:
     shares = [state.sample(ask(rank=rank, num_ranks=2), 0.0) for rank in (0, 1)]
     own: list[dict[str, float]] = []
     for share, priority in zip(shares, (0.25, 0.75), strict=True):
-        assert isinstance(share, Batch)
+        assert isinstance(share, m.Batch)
         own.append({tree.tree_id: priority for tree in share.trees})
-    said = [Trained(run="r", rank=i, batch_id=1, version=1, priorities=p) for i, p in enumerate(own)]
+    said = [m.Trained(run="r", rank=i, batch_id=1, version=1, priorities=p) for i, p in enumerate(own)]
     state.trained(said[1])
     state.trained(said[1])
     assert len(state.pool) == 0
@@ -234,16 +217,16 @@ async def test_with_an_exact_lag_the_engines_version_decides_about_leases_and_th
     async with running(configured(run={"steps": 3}, staleness=exact)) as peers:
         await peers.tell(published())
         answer = await peers.learner.request(ask(wait_s=0.0), timeout_s=SOON_S)
-        assert isinstance(answer, NotYet)
+        assert isinstance(answer, m.NotYet)
         assert "exact_lag = 1: version 0 grows 2 batches, 0 of 4 trees are there" in answer.waiting_for
         ahead = await peers.actor.request(msgspec.structs.replace(wants(9), version=1), timeout_s=SOON_S)
-        assert isinstance(ahead, Leases)
+        assert isinstance(ahead, m.Leases)
         assert (ahead.leases, "this actor's engine has 1" in str(ahead.closed_because)) == ((), True)
         for lease in await peers.leases(9):
             await peers.send(*grown(lease))
         assert len((await peers.batch(ask())).trees) == 2
         refused = await peers.learner.request(ask(step=1, version=1, num_trees=3), timeout_s=SOON_S)
-        assert isinstance(refused, Refused)
+        assert isinstance(refused, m.Refused)
         assert "staleness.trees_per_batch = 2" in refused.reason
 
 
@@ -260,7 +243,7 @@ async def test_turns_sent_again_change_nothing_and_other_bytes_are_refused(peers
 async def test_a_turn_of_a_lease_that_was_never_granted_here_is_refused(peers: Peers) -> None:
     await peers.tell(published())
     (lease,) = await peers.leases(1)
-    stranger = Lease(
+    stranger = m.Lease(
         tree_id="b0-00000000", task_index=0, kind="train", epoch=0, lifetime_s=1.0, min_version=0, seed=0,
         committed=TurnRecords.of(()),
     )  # fmt: skip
@@ -308,9 +291,9 @@ async def test_a_restarted_actor_finds_its_tree_where_it_left_it(peers: Peers) -
 async def test_leases_handed_back_go_to_the_next_actor(peers: Peers) -> None:
     await peers.tell(published())
     (lease,) = await peers.leases(1)
-    await peers.send(LeaseReturned(run="r", actor="a", tree_ids=(lease.tree_id,)))
+    await peers.send(m.LeaseReturned(run="r", actor="a", tree_ids=(lease.tree_id,)))
     answer = await peers.actor.request(wants(1, actor="b"), timeout_s=SOON_S)
-    assert isinstance(answer, Leases)
+    assert isinstance(answer, m.Leases)
     assert answer.leases[0].tree_id == lease.tree_id
 
 
@@ -320,17 +303,17 @@ async def test_leases_handed_back_go_to_the_next_actor(peers: Peers) -> None:
 async def test_an_evaluation_is_leased_first_counted_and_answered(tmp_path: Path) -> None:
     rundir = RunDir.create(configured(run={"dir": tmp_path, "name": "r"}))
     async with running(rundir=rundir) as peers:
-        await peers.tell(EvalRequest(run="r", step=0, version=0, num_tasks=4, blocking=True), published())
+        await peers.tell(m.EvalRequest(run="r", step=0, version=0, num_tasks=4, blocking=True), published())
         leases = await peers.leases(8)
         assert [(lease.kind, lease.task_index) for lease in leases] == [("eval", i) for i in range(4)]
         asking = asyncio.create_task(
-            peers.learner.request(EvalQuery(run="r", step=0, wait_s=SOON_S), timeout_s=SOON_S)
+            peers.learner.request(m.EvalQuery(run="r", step=0, wait_s=SOON_S), timeout_s=SOON_S)
         )  # fmt: skip
         for lease, reward in zip(leases[:3], (1.0, 1.0, 0.0), strict=True):
             await peers.send(*grown(lease, (reward,)))
         await peers.send(opened(leases[3]), closed(leases[3], 0, failed=1))
         result = await asking
-        assert isinstance(result, EvalResult)
+        assert isinstance(result, m.EvalResult)
         assert (result.done, result.success, result.num_done) == (True, 0.5, 4)
         assert [lease.kind for lease in await peers.leases(1)] == ["train"]
         assert len(peers.service.state.pool) == 0
@@ -339,17 +322,17 @@ async def test_an_evaluation_is_leased_first_counted_and_answered(tmp_path: Path
 
 
 async def test_an_evaluation_under_way_says_how_far_it_is(peers: Peers) -> None:
-    await peers.tell(EvalRequest(run="r", step=3, version=0, num_tasks=2, blocking=False), published())
+    await peers.tell(m.EvalRequest(run="r", step=3, version=0, num_tasks=2, blocking=False), published())
     lease, _ = await peers.leases(2)
     await peers.send(*grown(lease, (1.0,)))
-    result = await peers.learner.request(EvalQuery(run="r", step=3, wait_s=0.0), timeout_s=SOON_S)
-    assert isinstance(result, EvalResult)
+    result = await peers.learner.request(m.EvalQuery(run="r", step=3, wait_s=0.0), timeout_s=SOON_S)
+    assert isinstance(result, m.EvalResult)
     assert (result.done, result.success, result.num_done, result.num_tasks) == (False, None, 1, 2)
 
 
 def test_an_evaluation_tree_that_loses_all_its_holders_counts_as_failed() -> None:
     state = stateful(configured(buffer={"max_reissues": 1}))
-    state.evaluate(EvalRequest(run="r", step=0, version=0, num_tasks=1, blocking=True))
+    state.evaluate(m.EvalRequest(run="r", step=0, version=0, num_tasks=1, blocking=True))
     for now in (0.0, 1000.0):
         assert len(state.lease("a", 1, now).leases) == 1
         assert state.tick(now + 999.0)
@@ -359,7 +342,7 @@ def test_an_evaluation_tree_that_loses_all_its_holders_counts_as_failed() -> Non
 
 
 def test_an_evaluation_in_which_everything_failed_has_no_success_at_all(state: BufferState) -> None:
-    state.evaluate(EvalRequest(run="r", step=0, version=0, num_tasks=2, blocking=True))
+    state.evaluate(m.EvalRequest(run="r", step=0, version=0, num_tasks=2, blocking=True))
     for lease in state.lease("a", 2, 0.0).leases:
         take(state, [opened(lease), closed(lease, 0, failed=1)])
     result = state.eval_result(0)
@@ -368,11 +351,11 @@ def test_an_evaluation_in_which_everything_failed_has_no_success_at_all(state: B
 
 
 def test_the_turns_of_an_evaluation_that_was_replaced_do_not_count(state: BufferState) -> None:
-    state.evaluate(EvalRequest(run="r", step=0, version=0, num_tasks=2, blocking=True))
+    state.evaluate(m.EvalRequest(run="r", step=0, version=0, num_tasks=2, blocking=True))
     first, _ = state.lease("a", 2, 0.0).leases
     take(state, grown(first, (1.0,)))
     state.publish(published(1))
-    state.evaluate(EvalRequest(run="r", step=0, version=1, num_tasks=2, blocking=True))
+    state.evaluate(m.EvalRequest(run="r", step=0, version=1, num_tasks=2, blocking=True))
     for lease in state.lease("a", 2, 0.0).leases:
         take(state, grown(lease, (1.0,)))
     assert state.drain_records() == [(0, 1, {"eval/failed": 0.0, "eval/unknown": 0.0, "eval/turns_mean": 1.0})]
@@ -387,7 +370,7 @@ def test_a_lapsed_tree_with_two_finished_leaves_is_ready_without_its_open_chains
     take(state, [opened(lease), leaf(lease, 1, 1.0), leaf(lease, 2, 0.0), growing])
     assert state.tick(10.0)
     batch = state.sample(ask(num_trees=1), 10.0)
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, m.Batch)
     assert [t.turn_id for t in batch.trees[0].turns] == [1, 2]
 
 
@@ -399,7 +382,7 @@ def test_a_tree_whose_task_cannot_be_started_ends_without_an_opening(state: Buff
     for usable in state.lease("a", 2, 0.0).leases:
         take(state, grown(usable))
     batch = state.sample(ask(), 0.0)
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, m.Batch)
     assert batch.metrics["buffer/dropped_no_leaf"] == 1
     assert batch.metrics["buffer/failed_branches"] == 1
 
@@ -412,12 +395,12 @@ def test_the_failed_branches_of_a_tree_closed_under_two_leases_count_once(state:
     turns = [leaf(again, i, float(i % 2)) for i in (1, 2)]
     take(state, [*turns, closed(again, 2, failed=1)])
     batch = state.sample(ask(num_trees=1), 10.0)
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, m.Batch)
     assert batch.metrics["buffer/failed_branches"] == 1
 
 
 def test_an_evaluation_task_that_cannot_be_started_counts_as_failed(state: BufferState) -> None:
-    state.evaluate(EvalRequest(run="r", step=0, version=0, num_tasks=2, blocking=True))
+    state.evaluate(m.EvalRequest(run="r", step=0, version=0, num_tasks=2, blocking=True))
     good, bad = state.lease("a", 2, 0.0).leases
     take(state, [*grown(good, (1.0,)), closed(bad, 0, failed=1)])
     result = state.eval_result(0)
@@ -443,7 +426,7 @@ def test_trees_without_signal_or_comparison_are_counted_and_never_served(state: 
         messages[-1] = closed(lease, len(rewards), failed)
         take(state, messages)
     batch = state.sample(ask(num_trees=1), 0.0)
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, m.Batch)
     assert len(batch.trees) == 1
     expected = {
         "buffer/no_signal_trees": 1,
@@ -463,7 +446,7 @@ def test_rewards_are_reported_under_the_branch_probabilities(state: BufferState)
     below = [leaf(lease, i, 1.0, parent_id=1) for i in (3, 4, 5)]
     take(state, [opened(lease), first, leaf(lease, 2, 0.0), *below, closed(lease, 5)])
     batch = state.sample(ask(num_trees=1), 0.0)
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, m.Batch)
     assert batch.metrics["train/reward"] == 0.5
     assert batch.num_action_tokens == 3 + 3 * 6
     assert batch.num_turn_tokens == 3 * 5
@@ -476,7 +459,7 @@ def test_enough_trees_without_signal_make_a_short_batch() -> None:
         assert state.sample(ask(), 0.0) is None
     take(state, grown(state.lease("a", 1, 0.0).leases[0], (1.0, 1.0)))
     batch = state.sample(ask(), 0.0)
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, m.Batch)
     assert (batch.num_trees, batch.metrics["train/trees"]) == (1, 4)
 
 
@@ -484,14 +467,14 @@ def test_a_learner_that_starts_over_gets_back_what_it_never_confirmed(state: Buf
     for lease in state.lease("a", 2, 0.0).leases:
         take(state, grown(lease))
     first = state.sample(ask(step=7, version=0), 0.0)
-    assert isinstance(first, Batch)
+    assert isinstance(first, m.Batch)
     again = state.sample(ask(step=7, version=1), 0.0)
-    assert isinstance(again, Batch)
+    assert isinstance(again, m.Batch)
     assert again.batch_id != first.batch_id
     assert sorted(t.tree_id for t in again.trees) == sorted(t.tree_id for t in first.trees)
     assert [t.uses for t in again.trees] == [1, 1]
     # Word from before the restart confirms nothing now.
-    state.trained(Trained(run="r", batch_id=first.batch_id, version=1, priorities={}))
+    state.trained(m.Trained(run="r", batch_id=first.batch_id, version=1, priorities={}))
     assert len(state.pool) == 0
     assert all(state.pool.is_out(t.tree_id) for t in again.trees)
 
@@ -519,19 +502,19 @@ def test_a_partial_tree_is_served_early_and_returns_with_its_later_leaves() -> N
     assert state.sample(ask(num_trees=1), 0.0) is None
     take(state, [leaf(lease, 2, 0.0)])
     first = state.sample(ask(num_trees=1), 0.0)
-    assert isinstance(first, Batch)
+    assert isinstance(first, m.Batch)
     assert len(first.trees[0].turns) == 2
     take(state, [leaf(lease, 3, 0.0)])
-    state.trained(Trained(run="r", batch_id=first.batch_id, version=1, priorities={}))
+    state.trained(m.Trained(run="r", batch_id=first.batch_id, version=1, priorities={}))
     assert state.sample(ask(step=1, version=1, num_trees=1), 0.0) is None
     take(state, [leaf(lease, 4, 0.0)])
     second = state.sample(ask(step=1, version=1, num_trees=1), 0.0)
-    assert isinstance(second, Batch)
+    assert isinstance(second, m.Batch)
     assert [(len(t.turns), t.uses) for t in second.trees] == [(4, 2)]
     take(state, [leaf(lease, 5, 1.0), closed(lease, 5)])
-    state.trained(Trained(run="r", batch_id=second.batch_id, version=2, priorities={}))
+    state.trained(m.Trained(run="r", batch_id=second.batch_id, version=2, priorities={}))
     third = state.sample(ask(step=2, version=2, num_trees=1), 0.0)
-    assert isinstance(third, Batch)
+    assert isinstance(third, m.Batch)
     assert [(len(t.turns), t.uses) for t in third.trees] == [(5, 3)]
     assert third.metrics["train/trees"] == 1
 
@@ -542,7 +525,7 @@ def test_a_partial_tree_is_served_early_and_returns_with_its_later_leaves() -> N
 async def test_the_metrics_of_an_actor_go_to_the_runs_file_under_its_name(tmp_path: Path) -> None:
     rundir = RunDir.create(configured(run={"dir": tmp_path, "name": "r"}))
     async with running(rundir=rundir) as peers:
-        await peers.send(ActorReport(run="r", actor="a", version=3, tree_ids=(), metrics={"actor/turns": 1.5}))
+        await peers.send(m.ActorReport(run="r", actor="a", version=3, tree_ids=(), metrics={"actor/turns": 1.5}))
     (record,) = [json.loads(line) for line in rundir.metrics_path.read_text().splitlines()]
     assert (record["source"], record["version"], record["metrics"]) == ("a", 3, {"actor/turns": 1.5})
 
@@ -595,8 +578,8 @@ async def test_a_learner_that_falls_back_gets_the_trees_of_its_lost_steps_again(
         for step in range(3):
             batch = await peers.batch(ask(step=step, version=step, num_trees=1))
             seen.append(batch.trees[0].task_index)
-            await peers.tell(Trained(run="r", batch_id=batch.batch_id, version=step + 1, priorities={}))
-        await peers.tell(Checkpointed(run="r", step=1, version=1))
+            await peers.tell(m.Trained(run="r", batch_id=batch.batch_id, version=step + 1, priorities={}))
+        await peers.tell(m.Checkpointed(run="r", step=1, version=1))
     async with running(config, rundir=rundir) as peers:
         again = []
         for step in range(1, 3):
@@ -604,7 +587,7 @@ async def test_a_learner_that_falls_back_gets_the_trees_of_its_lost_steps_again(
             (tree,) = batch.trees
             assert tree.uses == 1
             again.append(tree.task_index)
-            await peers.tell(Trained(run="r", batch_id=batch.batch_id, version=4 + step, priorities={}))
+            await peers.tell(m.Trained(run="r", batch_id=batch.batch_id, version=4 + step, priorities={}))
     assert sorted(again) == sorted(seen[1:])
 
 
@@ -621,8 +604,8 @@ def test_a_learner_behind_the_checkpoint_that_it_reported_is_logged(caplog: pyte
     state = stateful(configured(staleness={"trees_per_batch": 1, "max_lag": 8}))
     for step, lease in enumerate(state.lease("a", 2, 0.0).leases):
         take(state, grown(lease))
-        assert isinstance(state.sample(ask(step=step, version=step, num_trees=1), 0.0), Batch)
-    state.checkpointed(Checkpointed(run="r", step=2, version=2))
+        assert isinstance(state.sample(ask(step=step, version=step, num_trees=1), 0.0), m.Batch)
+    state.checkpointed(m.Checkpointed(run="r", step=2, version=2))
     assert state.sample(ask(step=1, version=5, num_trees=1), 0.0) is None
     assert "starts again at step 1, though it had reported a checkpoint of step 2" in caplog.text
 
@@ -631,8 +614,8 @@ def test_trees_too_old_for_a_learner_that_falls_back_are_grown_anew() -> None:
     state = stateful(configured(staleness={"trees_per_batch": 1, "max_lag": 2}))
     take(state, grown(state.lease("a", 1, 0.0).leases[0]))
     batch = state.sample(ask(num_trees=1), 0.0)
-    assert isinstance(batch, Batch)
-    state.trained(Trained(run="r", batch_id=batch.batch_id, version=1, priorities={}))
+    assert isinstance(batch, m.Batch)
+    state.trained(m.Trained(run="r", batch_id=batch.batch_id, version=1, priorities={}))
     state.publish(published(9))
     assert state.sample(ask(step=0, version=9, num_trees=1), 0.0) is None
     (lease,) = state.lease("a", 1, 0.0).leases
@@ -644,7 +627,7 @@ def test_a_batch_is_taken_to_be_trained_on_once_a_later_one_is_asked_for() -> No
     for lease in state.lease("a", 3, 0.0).leases:
         take(state, grown(lease))
     for step in range(3):
-        assert isinstance(state.sample(ask(step=step, version=step, num_trees=1), 0.0), Batch)
+        assert isinstance(state.sample(ask(step=step, version=step, num_trees=1), 0.0), m.Batch)
     # Of the first, word was lost with the learner that sent it; it is not served again.
     assert state.pool.num_out == 2
     assert len(state.pool) == 0
@@ -657,17 +640,17 @@ def test_a_run_of_so_many_tasks_ends_when_each_was_trained_on() -> None:
     for lease in leases:
         take(state, grown(lease))
     first = state.sample(ask(), 0.0)
-    assert isinstance(first, Batch)
+    assert isinstance(first, m.Batch)
     assert first.num_trees == 2
     # The last tree could still be joined by one that comes back.
     assert state.sample(ask(step=1, version=1), 0.0) is None
-    state.trained(Trained(run="r", batch_id=first.batch_id, version=1, priorities={}))
+    state.trained(m.Trained(run="r", batch_id=first.batch_id, version=1, priorities={}))
     second = state.sample(ask(step=1, version=1), 0.0)
-    assert isinstance(second, Batch)
+    assert isinstance(second, m.Batch)
     assert second.num_trees == 1
-    state.trained(Trained(run="r", batch_id=second.batch_id, version=2, priorities={}))
+    state.trained(m.Trained(run="r", batch_id=second.batch_id, version=2, priorities={}))
     last = state.sample(ask(step=2, version=2), 0.0)
-    assert isinstance(last, Exhausted)
+    assert isinstance(last, m.Exhausted)
     assert last.reason == "all run.max_tasks = 3 tasks are done: 3 trained on, 0 without signal, 0 failed, 0 given up"
 
 
@@ -687,8 +670,8 @@ def test_a_tree_too_old_for_its_second_use_counts_as_such_unless_the_first_is_lo
 
     def train(step: int, version: int) -> None:
         batch = state.sample(ask(step=step, version=version, num_trees=1), 0.0)
-        assert isinstance(batch, Batch)
-        state.trained(Trained(run="r", batch_id=batch.batch_id, version=version + 1, priorities={}))
+        assert isinstance(batch, m.Batch)
+        state.trained(m.Trained(run="r", batch_id=batch.batch_id, version=version + 1, priorities={}))
 
     take(state, grown(state.lease("a", 1, 0.0).leases[0]))
     train(0, 0)
@@ -696,7 +679,7 @@ def test_a_tree_too_old_for_its_second_use_counts_as_such_unless_the_first_is_lo
     assert state.counters.tasks["retired"] == 1
     said = "1 trained on (1 of them fewer times than meant, too old by then)"
     if checkpointed:
-        state.checkpointed(Checkpointed(run="r", step=1, version=5))
+        state.checkpointed(m.Checkpointed(run="r", step=1, version=5))
     else:
         # The learner starts again where it began: the task is done once more, as often as meant.
         assert state.sample(ask(step=0, version=6, num_trees=1), 0.0) is None
@@ -707,7 +690,7 @@ def test_a_tree_too_old_for_its_second_use_counts_as_such_unless_the_first_is_lo
         said = "1 trained on"
     assert state.trees._retired == set()
     over = state.sample(ask(step=2, version=8, num_trees=1), 0.0)
-    assert isinstance(over, Exhausted)
+    assert isinstance(over, m.Exhausted)
     assert f": {said}, 0 without signal" in over.reason
 
 
@@ -724,7 +707,7 @@ def test_a_task_for_which_no_engine_answered_is_leased_again_and_given_up_when_t
         assert state.nbytes == 0
     assert (len(seen), state.lease("a", 9, 0.0).leases) == (3, ())
     over = state.sample(ask(num_trees=1), 0.0)
-    assert isinstance(over, Exhausted)
+    assert isinstance(over, m.Exhausted)
     assert over.reason.endswith("0 trained on, 0 without signal, 0 failed, 1 given up")
 
 
@@ -735,7 +718,7 @@ def test_a_task_for_which_no_engine_answered_at_first_is_trained_on() -> None:
     (again,) = state.lease("a", 9, 0.0).leases
     take(state, grown(again))
     batch = state.sample(ask(num_trees=1), 0.0)
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, m.Batch)
     assert [tree.task_index for tree in batch.trees] == [0]
     assert batch.metrics["buffer/dropped_no_leaf"] == 1
 
@@ -746,7 +729,7 @@ def test_a_task_whose_environment_fails_is_not_tried_again() -> None:
     take(state, [closed(lease, 0, failed=4)])
     assert state.lease("a", 9, 0.0).leases == ()
     over = state.sample(ask(num_trees=1), 0.0)
-    assert isinstance(over, Exhausted)
+    assert isinstance(over, m.Exhausted)
     assert over.reason.endswith("0 trained on, 0 without signal, 1 failed, 0 given up")
 
 
@@ -758,14 +741,14 @@ def test_trees_kept_for_a_checkpoint_ask_for_one_when_they_take_the_space() -> N
         for lease in state.lease("a", 1, 0.0).leases:
             take(state, grown(lease, tokens=4000, version=step))
         batch = state.sample(ask(step=step, version=step, num_trees=1), 0.0)
-        assert isinstance(batch, Batch)
+        assert isinstance(batch, m.Batch)
         wanted = batch.checkpoint_wanted
         step += 1
         state.publish(published(step))
-        state.trained(Trained(run="r", batch_id=batch.batch_id, version=step, priorities={}))
+        state.trained(m.Trained(run="r", batch_id=batch.batch_id, version=step, priorities={}))
         assert step < 50
     assert state.nbytes <= 1.5 * (1 << 20)
-    state.checkpointed(Checkpointed(run="r", step=step, version=step))
+    state.checkpointed(m.Checkpointed(run="r", step=step, version=step))
     assert not state.checkpoint_wanted
     assert state.nbytes == 0
 
@@ -821,7 +804,7 @@ async def test_leases_with_more_turns_than_an_answer_holds_come_in_several() -> 
         for lease in leases:
             await peers.send(opened(lease), *(inner(lease, i, tokens=1000) for i in range(1, 4)))
         await peers.actor.request(hello(config), timeout_s=SOON_S)
-        again: list[Lease] = []
+        again: list[m.Lease] = []
         while len(again) < 4:
             found = await peers.leases(4)
             assert 1 <= len(found) < 4
@@ -840,18 +823,18 @@ async def test_a_second_buffer_on_the_same_journal_is_refused(tmp_path: Path) ->
 
 
 async def test_an_unknown_evaluation_is_refused_so_that_the_learner_asks_for_it_again(peers: Peers) -> None:
-    answer = await peers.learner.request(EvalQuery(run="r", step=20, wait_s=0.0), timeout_s=SOON_S)
-    assert isinstance(answer, Refused)
+    answer = await peers.learner.request(m.EvalQuery(run="r", step=20, wait_s=0.0), timeout_s=SOON_S)
+    assert isinstance(answer, m.Refused)
     assert "no evaluation of step 20" in answer.reason
 
 
 async def test_a_buffer_restarted_during_an_evaluation_does_it_without_another_publication() -> None:
     async with running(endpoints=Endpoints(LOOPBACK.actors, LOOPBACK.learner, "tcp://w:2", "tcp://n:2")) as peers:
-        await peers.tell(EvalRequest(run="r", step=20, version=17, num_tasks=1, blocking=True))
-        await peers.learner.request(EvalQuery(run="r", step=20, wait_s=0.0), timeout_s=SOON_S)
+        await peers.tell(m.EvalRequest(run="r", step=20, version=17, num_tasks=1, blocking=True))
+        await peers.learner.request(m.EvalQuery(run="r", step=20, wait_s=0.0), timeout_s=SOON_S)
         assert [(lease.kind, lease.min_version) for lease in await peers.leases(1)] == [("eval", 17)]
         welcome = await peers.actor.request(hello(peers.config), timeout_s=SOON_S)
-        assert isinstance(welcome, Welcome)
+        assert isinstance(welcome, m.Welcome)
         assert welcome.weights_endpoint == "tcp://w:2"
 
 
@@ -859,11 +842,11 @@ async def test_at_the_runs_end_the_actors_hear_of_it_and_the_buffer_ends() -> No
     async with running() as peers:
         ended = asyncio.create_task(peers.service.serve())
         waiting = asyncio.create_task(peers.actor.request(wants(1), timeout_s=SOON_S))
-        await peers.tell(RunFinished(run="r"))
+        await peers.tell(m.RunFinished(run="r"))
         answer = await waiting
-        if isinstance(answer, Leases) and not answer.finished:
+        if isinstance(answer, m.Leases) and not answer.finished:
             answer = await peers.actor.request(wants(1), timeout_s=SOON_S)
-        assert isinstance(answer, Leases)
+        assert isinstance(answer, m.Leases)
         assert answer.finished
         await asyncio.wait_for(ended, SOON_S)
 
@@ -872,7 +855,7 @@ async def test_the_buffer_stops_when_asked_though_a_learner_waits() -> None:
     stopping = asyncio.Event()
     async with running(stopping=stopping) as peers:
         waiting = asyncio.create_task(peers.learner.request(ask(), timeout_s=SOON_S))
-        await peers.send(ActorReport(run="r", actor="a", version=0, tree_ids=(), metrics={}))
+        await peers.send(m.ActorReport(run="r", actor="a", version=0, tree_ids=(), metrics={}))
         stopping.set()
         await asyncio.wait_for(peers.service.serve(), SOON_S)
         waiting.cancel()

@@ -133,7 +133,7 @@ def test_the_journal_of_an_earlier_program_holds_what_that_program_found_in_it(o
             "incarnation": state.incarnation,
             "next task": state.ledger.tasks.next_task,
             "next tree": state.ledger.next_number,
-            "next batch": state.next_batch,
+            "next batch": state.batches.next_id,
             "given up": state.ledger.tasks.given_up,
             "published": state.ledger.progress.published,
             "step": state.step,

@@ -84,9 +84,9 @@ class LearnerHandler:
 
         def made() -> Share | m.Exhausted | None:
             self._count_bad_frames()
-            before = self._state.next_batch
+            before = self._state.batches.next_id
             share = self._state.draw(request, self._context.clock())
-            if self._state.next_batch != before:
+            if self._state.batches.next_id != before:
                 self._changes.notify()
             if share is None:
                 ready = f"{len(self._state.pool)} of {request.num_trees} are ready"
@@ -97,7 +97,7 @@ class LearnerHandler:
         if share is None:
             return m.NotYet(
                 waiting_for=self._state.waiting_for(request, self._context.clock()),
-                progress=self._state.progress,
+                progress=self._state.counters.progress,
                 checkpoint_wanted=self._state.checkpoint_wanted,
             )
         self._batch_deferred.over()
@@ -114,7 +114,7 @@ class LearnerHandler:
             pending = self._pending = PendingAnswer(number, self._journal.settle(at_once=True))
         records = [] if isinstance(share, m.Exhausted) else await self._journal.load(share.places)
         if not await pending.committed():
-            return m.NotYet(waiting_for=self._context.why_unwritten(), progress=self._state.progress)
+            return m.NotYet(waiting_for=self._context.why_unwritten(), progress=self._state.counters.progress)
         if isinstance(share, m.Exhausted):
             self._pending = None  # said again it may rest on something newer
             return share

@@ -251,14 +251,14 @@ class ReplayPool:
     def shrink(self, max_bytes: int, max_trees: int | None = None) -> list[Departure]:
         """Ready trees leave, oldest first, until all take at most ``max_bytes`` and ``max_trees`` are ready at most."""
         left: list[Departure] = []
-        rows = self._table.oldest_first()
+        skipped: list[tuple[int, int]] = []
         while self.nbytes > max_bytes or (max_trees is not None and self._num_ready > max_trees):
             cause = "bytes" if self.nbytes > max_bytes else "trees"
-            row = next(rows, None)
+            row = self._table.pop_oldest(skipped)
             if row is None:
                 break
             left += self._drop([row], cause)
-        rows.close()
+        self._table.put_back(skipped)
         return left
 
     def discard(self, tree_ids: Iterable[str], cause: str) -> list[Departure]:
@@ -411,7 +411,8 @@ class ReplayPool:
         table, priorities, left = self._table, self._priorities, []
         ready: list[int] = []
         for row in rows:
-            tree, uses = table.tree(row), int(table.uses[row])
+            tree, uses = table.trees[row], int(table.uses[row])
+            assert tree is not None
             left.append(Departure(tree, cause, uses, priorities.own(row)))
             self._changed.add(tree.tree_id)
             if table.state[row] == READY:
@@ -419,7 +420,8 @@ class ReplayPool:
                 if uses == 0:
                     self._expiry.remove_unserved(row, int(table.oldest[row]))
             self._expiry.remove(row, int(table.newest[row]))
-            priorities.remove(row)
+            if priorities.age:
+                priorities.remove(row)
             self.nbytes -= int(table.nbytes[row])
             table.free(row, tree.tree_id)
         self._num_ready -= len(ready)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -90,17 +90,21 @@ class TreeTable:
         self.nbytes[row] = 0
         self._free.append(row)
 
-    def oldest_first(self) -> Generator[int, None, None]:
-        """Rows of ready trees, the one that came first first; each of them leaves before the next is asked for."""
-        skipped: list[tuple[int, int]] = []
-        try:
-            while self._order:
-                entered, row = self._order.popleft()
-                if self.state[row] == FREE or self.entered[row] != entered:
-                    continue
-                if self.state[row] == OUT:
-                    skipped.append((entered, row))
-                else:
-                    yield row
-        finally:
-            self._order.extendleft(reversed(skipped))
+    def pop_oldest(self, skipped: list[tuple[int, int]]) -> int | None:
+        """The row of the ready tree that came first, which has to leave; None for none.
+
+        Args:
+            skipped: those that came before it and are with the learner are added; ``put_back`` after the last call.
+        """
+        while self._order:
+            entered, row = self._order.popleft()
+            if self.state[row] == FREE or self.entered[row] != entered:
+                continue
+            if self.state[row] == READY:
+                return row
+            skipped.append((entered, row))
+        return None
+
+    def put_back(self, skipped: Sequence[tuple[int, int]]) -> None:
+        """What was skipped is first in the order again."""
+        self._order.extendleft(reversed(skipped))
