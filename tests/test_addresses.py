@@ -96,12 +96,12 @@ def test_an_address_is_taken_apart_and_put_together_again(text: str, host: str, 
         (":7000", "expected HOST:PORT"),
     ],
 )
-def test_what_is_no_address_is_refused_with_the_form_that_is_one(text: str, reason: str) -> None:
+def test_text_that_is_no_address_is_refused_with_the_form_of_one(text: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         parse_address(text)
 
 
-def test_hosts_are_told_apart_by_who_can_reach_them() -> None:
+def test_hosts_are_loopback_wildcard_or_neither() -> None:
     assert [h for h in ("*", "0.0.0.0", "::", "127.0.0.1", "::1", "gpu-7") if is_wildcard(h)] == ["*", "0.0.0.0", "::"]
     local = ("127.0.0.1", "127.3.2.1", "::1", "::1%lo", "::ffff:127.0.0.1", "localhost")
     assert all(is_loopback(host) for host in local)
@@ -136,7 +136,7 @@ def test_of_a_name_with_addresses_of_both_kinds_ipv4_is_taken(monkeypatch: pytes
         addresses.bindable("none")
 
 
-def test_where_to_bind_has_brackets_round_ipv6_and_none_round_the_rest() -> None:
+def test_an_endpoint_to_bind_has_brackets_around_ipv6_only() -> None:
     assert ports.to_bind(LinksConfig(host="::", weights_port=7001), "weights") == "tcp://[::]:7001"
     assert ports.to_bind(LinksConfig(), "actors") == "tcp://127.0.0.1:0"
 
@@ -226,7 +226,7 @@ async def test_connecting_off_loopback_without_keys_is_refused() -> None:
 
 
 @pytest.mark.parametrize("endpoint", ["nonsense", "tcp://127.0.0.1:99999"])
-async def test_an_endpoint_that_is_none_is_a_setup_error(endpoint: str) -> None:
+async def test_text_that_is_no_endpoint_is_a_setup_error(endpoint: str) -> None:
     for end in (server(Buffer(), endpoint), client(endpoint)):
         with pytest.raises(SetupError):
             await end.__aenter__()

@@ -1,4 +1,4 @@
-"""Model files that are not what they should be are named in one line, with the way out."""
+"""A damaged model file is named in one line, with the way out."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ FAULTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_header_that_is_none_is_an_error_of_setup(tmp_path: Path, fault: str) -> None:
+def test_a_file_without_a_safetensors_header_is_a_setup_error(tmp_path: Path, fault: str) -> None:
     file = make_model(tmp_path) / "model.safetensors"
     damage, named = FAULTS[fault]
     file.write_bytes(damage(file.read_bytes()))
@@ -69,7 +69,7 @@ async def test_every_reader_of_a_model_names_a_damaged_file(tmp_path: Path, faul
         await VllmEngine(EngineSettings(model=folder, device="cpu", max_model_len=64, max_num_seqs=2)).start()
 
 
-async def test_what_only_safetensors_finds_wrong_is_an_error_of_setup_too(tmp_path: Path) -> None:
+async def test_damage_that_only_safetensors_notices_is_a_setup_error_too(tmp_path: Path) -> None:
     folder = make_model(tmp_path)
     file = folder / "model.safetensors"
     file.write_bytes(wrong_type(file.read_bytes()))

@@ -120,7 +120,7 @@ def test_a_file_whose_name_could_pass_for_another_peers_is_left_out(folder: Path
 
 
 @pytest.mark.parametrize("name", ["server", "client", "learners", "", "a/b", "..", ".hidden", "a b", "é", "x" * 101])
-def test_names_that_no_key_may_have(name: str) -> None:
+def test_reserved_and_odd_names_are_no_names_of_keys(name: str) -> None:
     assert not is_name(name)
     assert is_name("gpu-7.rack_2")
 

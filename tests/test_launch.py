@@ -1,4 +1,4 @@
-"""Roles are ours whatever lies beside the task."""
+"""Roles load our packages, whatever files lie beside the task."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(command: Sequence[str], folder: Path, *paths: Path) -> subprocess.Comple
 
 
 @pytest.mark.parametrize("start", ["by a role's command", "by a launcher of ranks"])
-def test_no_file_beside_the_task_takes_the_place_of_ours_or_of_a_librarys(folder: Path, start: str) -> None:
+def test_a_file_beside_the_task_replaces_neither_our_modules_nor_a_librarys(folder: Path, start: str) -> None:
     """Nor in what the role spawns; while the task itself is found there."""
     command = launch.command("probe", "one", "two")
     if start == "by a launcher of ranks":
@@ -71,7 +71,7 @@ def test_no_file_beside_the_task_takes_the_place_of_ours_or_of_a_librarys(folder
     assert "role arguments one two" in lines
 
 
-def test_a_folder_on_pythonpath_takes_the_place_of_ours_neither(tmp_path: Path, folder: Path) -> None:
+def test_a_folder_on_pythonpath_does_not_replace_our_packages(tmp_path: Path, folder: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for name in OURS:
@@ -92,12 +92,12 @@ def test_every_role_answers_from_such_a_folder(folder: Path, role: str) -> None:
     assert "no-such-run" in ran.stderr
 
 
-def test_the_working_folder_comes_last_and_the_launchers_own_nowhere() -> None:
+def test_the_working_folder_comes_last_on_the_path_and_the_launchers_folder_is_not_on_it() -> None:
     own = str(Path(launch.HERE).parent)
     assert launch.search_path([own, "/a", "/here", "/b", ""], "/here") == ["/a", "/b", "/here"]
 
 
-def test_a_task_that_gets_another_module_of_its_files_name_is_told_which(
+def test_a_task_that_gets_another_module_of_its_files_name_is_a_setup_error_naming_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "buffer.py").write_text("def store(): ...\n")

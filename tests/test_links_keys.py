@@ -97,7 +97,7 @@ async def test_an_unknown_key_is_refused_counted_and_told_why(
     assert buffer.got == []
 
 
-async def test_who_is_refused_again_and_again_is_logged_ever_more_sparsely(
+async def test_repeated_refusals_are_logged_ever_more_sparsely(
     tmp_path: Path, server_keys: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "atpo.links")
@@ -141,7 +141,7 @@ async def test_a_peer_that_has_another_servers_key_is_refused_and_counted(tmp_pa
         assert not s.peers
 
 
-async def test_the_servers_own_key_is_no_clients(tmp_path: Path, server_keys: Path) -> None:
+async def test_a_client_with_the_servers_own_key_is_refused(tmp_path: Path, server_keys: Path) -> None:
     theirs = tmp_path / "thief"
     theirs.mkdir()
     for kind in ("key", "key_secret"):

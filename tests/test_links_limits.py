@@ -149,7 +149,7 @@ def chunk(nbytes: int) -> m.Chunk:
     return m.Chunk(version=0, index=0, data=np.zeros(nbytes, np.uint8))
 
 
-async def test_what_waits_for_a_slow_handler_is_bounded_in_bytes_too() -> None:
+async def test_sends_that_wait_for_a_slow_handler_are_bounded_in_bytes_too() -> None:
     gate = asyncio.Event()
     taken: list[int] = []
 
@@ -309,7 +309,7 @@ async def test_numbers_at_the_end_of_their_range_are_bad_and_hold_nobody_up(kind
     assert buffer.got == [0, 1, 2, 9]
 
 
-def test_of_many_alike_ever_fewer_are_worth_a_line() -> None:
+def test_repeated_events_are_logged_ever_more_sparsely() -> None:
     assert [n for n in range(1, 20_001) if worth_a_line(n)] == [1, 2, 3, 10, 100, 1000, 10_000]
 
 

@@ -1,4 +1,4 @@
-"""What one peer can cost a server: bytes that it does not read, names that it makes up."""
+"""What one peer can cost a server: replies that it does not read, and names that it makes up."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_one_peer_has_no_more_on_its_way_than_its_bound_but_for_a_single_message
     assert (outbox.unsent(b"a"), outbox.unsent(b"b"), outbox.unsent_bytes, outbox.most_unsent_bytes) == (0, 60, 60, 310)
 
 
-def test_all_peers_together_are_bounded_and_who_has_nothing_on_its_way_is_the_last_to_wait() -> None:
+def test_all_peers_together_are_bounded_and_a_peer_with_nothing_unsent_is_the_last_to_wait() -> None:
     outbox = Outbox(100)
     trackers = [Tracker() for _ in range(2 * ALL_PEERS)]
     for i in range(ALL_PEERS):
@@ -126,7 +126,7 @@ async def test_peers_that_ask_for_chunks_and_never_read_cost_a_bounded_number_of
         assert weights.asked < 2000
 
 
-async def test_who_reads_late_gets_all_its_replies_without_asking_again() -> None:
+async def test_a_peer_that_reads_late_gets_all_its_replies_without_asking_again() -> None:
     weights = Weights(200_000)
     async with weights_server(weights, window=64) as s, raw_dealer(s.endpoint, rcvhwm=1) as stranger:
         # The first reply tells how large they are: no more are made at once than there is space for.
@@ -217,7 +217,7 @@ def small_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_table")
-def test_who_never_sent_anything_of_use_makes_way_first_then_who_is_gone_the_longest() -> None:
+def test_a_peer_that_sent_nothing_of_use_makes_way_first_then_the_one_silent_the_longest() -> None:
     alive = [session(i, useful=True) for i in range(3)]
 
     def victim(*others: Session, owner: str = "") -> tuple[str | None, str]:
@@ -234,7 +234,7 @@ def test_who_never_sent_anything_of_use_makes_way_first_then_who_is_gone_the_lon
 
 
 @pytest.mark.usefixtures("small_table")
-def test_with_keys_a_key_makes_way_for_itself_alone() -> None:
+def test_with_keys_a_full_key_evicts_only_its_own_peers() -> None:
     greedy = [session(i, owner="b") for i in range(2)]
     assert admission([*greedy, session(7, owner="c")], "b", now=100.0, heartbeat_s=2.0) == (greedy[0], "")
     assert admission([*greedy, session(7, owner="c")], "c", now=100.0, heartbeat_s=2.0) == (None, "")
@@ -261,7 +261,7 @@ async def test_invented_names_do_not_keep_a_newcomer_out() -> None:
 
 
 @pytest.mark.usefixtures("small_table")
-async def test_who_is_refused_hears_why_and_is_let_in_when_a_place_is_free(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_refused_peer_hears_why_and_is_let_in_when_a_place_is_free(caplog: pytest.LogCaptureFixture) -> None:
     buffer = Buffer()
     async with server(buffer) as s, AsyncExitStack() as stack:
         others = [await stack.enter_async_context(client(s.endpoint, identity=f"other-{i}")) for i in range(4)]

@@ -1,4 +1,4 @@
-"""Several sends in one frame: what travels together, and what comes of it that is damaged, repeated or too much."""
+"""Several sends in one frame: what travels together, and frames that are damaged, repeated or too large."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def test_a_request_does_not_overtake_the_sends_before_it() -> None:
         assert [kind for kind, *_ in seen] == [SENDS, REQUEST]
 
 
-async def test_of_a_message_in_several_lives_only_what_is_new_is_handled() -> None:
+async def test_of_a_frame_with_repeats_only_the_new_sends_are_handled() -> None:
     buffer = Buffer()
     async with server(buffer) as s, raw_dealer(s.endpoint) as stranger:
         await stranger.send_multipart([link_frame(SENDS), together(closed(0), closed(1))])
@@ -146,7 +146,7 @@ async def test_one_bad_message_among_good_ones_is_refused_and_the_others_are_tak
     assert buffer.got == [0, 2]
 
 
-async def test_several_in_one_are_not_more_than_a_client_may_have_under_way() -> None:
+async def test_sends_in_one_frame_count_towards_the_window() -> None:
     buffer = Buffer()
     buffer.open.clear()
     async with server(buffer) as s, raw_dealer(s.endpoint) as stranger:

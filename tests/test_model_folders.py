@@ -1,4 +1,4 @@
-"""What a model folder may hold beside its weights, what it must not lack, and under which names it is published."""
+"""Model folders: files that may lie beside the weights, tensors that must be there, names of published tensors."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ async def test_a_file_that_the_index_names_and_nobody_has_is_named(tmp_path: Pat
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}']
 )
-def test_an_index_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_no_index_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(SetupError, match=rf"model file {tmp_path / INDEX} is no index of safetensors files"):
         weight_files(tmp_path)
@@ -151,7 +151,7 @@ def test_a_folder_without_weights_that_count_says_what_it_has(tmp_path: Path) ->
         load_policy(make_config(folder))
 
 
-async def test_tensors_that_the_model_has_no_place_for_are_said_and_not_asked_of_a_published_version(
+async def test_tensors_that_the_model_does_not_take_are_named_and_not_expected_in_a_published_version(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = make_model(tmp_path)

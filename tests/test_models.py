@@ -1,4 +1,4 @@
-"""A model folder is held to what the run asks of it before anything is started."""
+"""What a run demands of a model folder is checked before anything is started."""
 
 from __future__ import annotations
 
@@ -35,12 +35,10 @@ def test_a_context_of_more_positions_than_the_model_has_is_refused_with_both_num
     [{}, {"max_position_embeddings": 512, "rope_scaling": {"type": "yarn"}}, {"max_position_embeddings": None}],
     ids=["not said", "scaled", "none"],
 )
-def test_a_model_that_does_not_say_how_far_it_reaches_is_left_to_the_engine(
-    tmp_path: Path, config: dict[str, Any]
-) -> None:
+def test_a_model_without_a_number_of_positions_is_left_to_the_engine(tmp_path: Path, config: dict[str, Any]) -> None:
     check_positions(folder_with(tmp_path, **config), 100_000)
 
 
-def test_a_configuration_that_cannot_be_read_is_another_checks_matter(tmp_path: Path) -> None:
+def test_a_model_configuration_that_cannot_be_read_is_left_to_another_check(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     check_positions(tmp_path, 1000)

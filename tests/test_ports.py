@@ -127,7 +127,7 @@ def test_a_damaged_file_is_named_with_the_way_out(listening: EndpointsFile) -> N
         listening.now()
 
 
-async def test_a_client_finds_a_server_that_says_only_later_where_it_is(listening: EndpointsFile) -> None:
+async def test_a_client_finds_a_server_whose_endpoint_is_known_only_later(listening: EndpointsFile) -> None:
     buffer = Buffer()
     async with client("", locate=lambda: listening.now().actors) as c:
         await c.send(closed(1))
@@ -162,7 +162,7 @@ async def test_a_client_follows_a_server_to_another_port_with_all_that_was_not_a
     assert (before.got, after.got) == ([1], [2, 3])
 
 
-async def test_a_file_that_cannot_be_read_for_now_moves_nobody(listening: EndpointsFile) -> None:
+async def test_a_client_stays_where_it_is_while_the_endpoints_file_cannot_be_read(listening: EndpointsFile) -> None:
     buffer = Buffer()
     async with server(buffer) as s, client(s.endpoint, locate=lambda: "") as c:
         await c.send(closed(1))

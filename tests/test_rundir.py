@@ -47,7 +47,7 @@ def test_latest_is_the_run_started_last(tmp_path: Path) -> None:
     assert RunDir.open(tmp_path / "latest").run_id == first.run_id
 
 
-def test_latest_may_be_a_file_where_links_are_not_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latest_is_a_file_where_the_file_system_has_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("no links here")
 
@@ -104,7 +104,7 @@ def test_nothing_is_left_when_a_folder_cannot_be_made(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_left_by_who_was_killed_while_making_a_run_goes_with_the_next_one(tmp_path: Path) -> None:
+def test_a_half_made_folder_of_a_killed_process_is_removed_by_the_next_run(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     left = runs / ".x.0123abcd"
     (left / "logs").mkdir(parents=True)
@@ -121,7 +121,7 @@ def test_what_was_left_by_who_was_killed_while_making_a_run_goes_with_the_next_o
     os.close(lock)
 
 
-def test_opening_what_is_no_run_says_so(tmp_path: Path) -> None:
+def test_opening_a_folder_that_is_no_run_is_a_setup_error(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="is no run folder"):
         RunDir.open(tmp_path)
     run = RunDir.create(config_in(tmp_path))
@@ -179,7 +179,7 @@ def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path: Path, monke
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
-def test_endpoints_come_back_and_their_absence_is_said(tmp_path: Path) -> None:
+def test_endpoints_are_read_as_written_and_reading_none_is_a_setup_error(tmp_path: Path) -> None:
     run = RunDir.create(config_in(tmp_path))
     with pytest.raises(SetupError, match="start the buffer first"):
         run.read_endpoints()
@@ -237,7 +237,7 @@ def test_a_folder_in_which_nothing_was_trained_takes_a_new_configuration(tmp_pat
     assert run.log_path("actor-0", 0).read_text() == "no module my.env"
 
 
-def test_what_may_change_needs_no_new_beginning(tmp_path: Path) -> None:
+def test_a_run_goes_on_with_settings_that_may_change(tmp_path: Path) -> None:
     run = RunDir.create(config_in(tmp_path))
     run.journal.mkdir()
     again = RunDir.create(config_in(tmp_path, learner={"lr": 0.5}))
@@ -252,7 +252,7 @@ def test_a_run_in_which_something_was_trained_takes_no_new_configuration(tmp_pat
         RunDir.create(config_in(tmp_path, environment={"name": "my.env:make"}))
 
 
-def test_the_name_of_the_link_is_no_name_for_a_run(tmp_path: Path) -> None:
+def test_a_run_may_not_be_called_latest(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="latest"):
         RunDir.create(config_in(tmp_path, run={"name": "latest"}))
 

@@ -67,7 +67,7 @@ def test_under_a_tmpdir_of_110_characters_sockets_work_and_its_files_stay_in_it(
     assert len(f"{found}/pymp-12345678/listener-12345678") <= MAX_SOCKET_PATH  # as multiprocessing does
 
 
-def test_everybody_with_one_tmpdir_uses_one_link(long: Path, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_processes_with_one_tmpdir_use_one_link(long: Path, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         monkeypatch.setenv("TMPDIR", str(long))
         monkeypatch.setattr(tempfile, "tempdir", None)
@@ -89,7 +89,7 @@ def test_a_link_that_leads_elsewhere_is_not_followed(
         make_temporary_folder_fit(places=[str(short)])
 
 
-def test_a_tmpdir_that_cannot_be_written_is_said_and_another_used(
+def test_a_tmpdir_that_cannot_be_written_is_named_and_another_one_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))

@@ -1,4 +1,4 @@
-"""What is installed is told without loading it, and a vLLM that the engine is not made for is named."""
+"""What is installed is named without loading it; a vLLM outside the supported range is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.5+cpu", "0.32.1rc2", None, "dev"])
-def test_a_version_of_the_range_and_one_that_cannot_be_told_are_taken(version: str | None) -> None:
+def test_a_version_in_the_range_and_one_that_cannot_be_read_are_taken(version: str | None) -> None:
     assert vllm_unfit(version) is None
 
 
