@@ -22,6 +22,7 @@ from atpo_async.cli.common import EXIT_DONE, EXIT_FAILED, LAYERS, Asked, demo_co
 from atpo_async.config import Config, load
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.models.sources import looks_like_hub_name
+from atpo_async.ops import metrics_sinks
 from atpo_async.run.installed import version_of, vllm_range, vllm_unfit
 
 MIN_PYTHON = (3, 11)
@@ -37,6 +38,9 @@ REQUIRED: tuple[tuple[str, str], ...] = (
     ("msgspec", "msgspec"),
     ("msgpack", "msgpack"),
     ("pydantic", "pydantic"),
+    ("filelock", "filelock"),
+    ("jinja2", "jinja2"),
+    ("psutil", "psutil"),
     ("rich", "rich"),
     ("matplotlib", "matplotlib"),
 )
@@ -90,7 +94,7 @@ def findings(config: Config | None = None) -> list[Finding]:
         else:
             found.append(Finding("missing", distribution, "not installed", "`make setup`, or `pip install -e .`"))
     found.append(_vllm())
-    found.append(_tensorboard())
+    found += _sinks()
     why_no_gpu = machine.no_cuda_because()
     gpus = _gpu_names() if why_no_gpu is None else []
     found.append(
@@ -175,13 +179,16 @@ def _vllm() -> Finding:
     return Finding("ok", "vllm", f"{version}{' (CPU build)' if cpu else ''}, plugin registered")
 
 
-def _tensorboard() -> Finding:
-    version = version_of("tensorboard")
-    if version is None:
-        return Finding(
-            "note", "tensorboard", "not installed", "only for --learner.tensorboard: pip install tensorboard"
+def _sinks() -> list[Finding]:
+    """The libraries of the built-in metrics sinks: none of them is needed unless the sink is named."""
+    found = []
+    for name, library in metrics_sinks.libraries().items():
+        version = version_of(library)
+        way_out = f"only for --metrics.sinks '[\"{name}\"]': pip install 'atpo-async[{name}]'"
+        found.append(
+            Finding("note", library, "not installed", way_out) if version is None else Finding("ok", library, version)
         )
-    return Finding("ok", "tensorboard", version)
+    return found
 
 
 def _hardware() -> list[Finding]:

@@ -34,14 +34,22 @@ END_S = CLOSE_S + 3.0
 """For the process to end once it knows the run's outcome; then it is killed with all that it started."""
 
 
+def libraries() -> dict[str, str]:
+    """Built-in sink -> the library that it needs, of those that need one."""
+    found = {}
+    for name in SINK.names():
+        module = importlib.import_module(SINK.target(name).partition(":")[0])
+        if (library := getattr(module, "LIBRARY", None)) is not None:
+            found[name] = library
+    return found
+
+
 def check(config: Config) -> None:
     """Raises SetupError where a built-in sink is named whose library is not installed."""
-    for name in outside(config):
-        if name in SINK.names():
-            module = importlib.import_module(SINK.target(name).partition(":")[0])
-            library = getattr(module, "LIBRARY", None)
-            if library is not None and importlib.util.find_spec(library) is None:
-                raise not_installed(library, sink=name)
+    named = outside(config)
+    for name, library in libraries().items() if named else ():
+        if name in named and importlib.util.find_spec(library) is None:
+            raise not_installed(library, sink=name)
 
 
 class Feeding:
