@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROLES = ("actors", "buffer", "learner")
-ROOMS = ("atpo_async", *ROLES)
+PACKAGES = ("atpo_async", *ROLES)
 HEAVY = {"torch", "vllm", "transformers", "accelerate"}
 
 LAYERS = (
@@ -138,10 +138,10 @@ class Import:
 
 @functools.cache
 def modules() -> dict[str, ast.Module]:
-    """Dotted name -> syntax tree, for every module of the four rooms."""
+    """Dotted name -> syntax tree, for every module of the four packages."""
     found = {}
-    for room in ROOMS:
-        for path in sorted((ROOT / room).rglob("*.py")):
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
             found[name] = ast.parse(path.read_text(), str(path))
@@ -161,7 +161,7 @@ def _targets(node: ast.AST, importer: str) -> Iterator[str]:
             here = importer.split(".")
             here = here[: len(here) - node.level + (1 if _is_package(importer) else 0)]
             base = ".".join([*here, base]).rstrip(".")
-        # `from room import leaf` names the leaf, not only the room.
+        # `from package import leaf` names the leaf, not only the package.
         inner = [f"{base}.{alias.name}" for alias in node.names if f"{base}.{alias.name}" in modules()]
         yield from inner
         if len(inner) < len(node.names):
@@ -191,7 +191,7 @@ def imports() -> tuple[Import, ...]:
     return tuple(found)
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     return module.split(".")[0]
 
 
@@ -212,7 +212,7 @@ def loaded_by(names: list[str], unwanted: set[str]) -> list[str]:
 
 
 def test_the_shared_package_imports_no_role() -> None:
-    assert not broken(i for i in imports() if room_of(i.importer) == "atpo_async" and room_of(i.target) in ROLES)
+    assert not broken(i for i in imports() if package_of(i.importer) == "atpo_async" and package_of(i.target) in ROLES)
 
 
 def layer_of(module: str) -> int | None:
@@ -243,13 +243,13 @@ def test_every_package_of_atpo_async_has_its_layer() -> None:
 
 
 def test_roles_never_import_one_another() -> None:
-    between = (i for i in imports() if room_of(i.importer) in ROLES and room_of(i.target) in ROLES)
-    assert not broken(i for i in between if room_of(i.importer) != room_of(i.target))
+    between = (i for i in imports() if package_of(i.importer) in ROLES and package_of(i.target) in ROLES)
+    assert not broken(i for i in between if package_of(i.importer) != package_of(i.target))
 
 
 def test_only_links_and_keys_import_zmq() -> None:
     allowed = re.compile(r"atpo_async\.links(\.\w+)+")
-    assert not broken(i for i in imports() if room_of(i.target) == "zmq" and not allowed.fullmatch(i.importer))
+    assert not broken(i for i in imports() if package_of(i.target) == "zmq" and not allowed.fullmatch(i.importer))
 
 
 def test_links_are_used_through_their_ends() -> None:
@@ -266,8 +266,8 @@ def test_torch_lives_in_the_learner_and_in_the_engines() -> None:
     assert not broken(
         i
         for i in imports()
-        if room_of(i.target) == "torch"
-        and room_of(i.importer) in ("atpo_async", "buffer")
+        if package_of(i.target) == "torch"
+        and package_of(i.importer) in ("atpo_async", "buffer")
         and not (i.importer == "atpo_async.models.causal_lm" and not i.at_module_level)
         and i.importer != WARM_START
     )
@@ -283,8 +283,8 @@ def test_outside_the_learner_heavy_libraries_are_imported_lazily_or_by_an_engine
         i
         for i in imports()
         if i.at_module_level
-        and room_of(i.target) in HEAVY
-        and room_of(i.importer) != "learner"
+        and package_of(i.target) in HEAVY
+        and package_of(i.importer) != "learner"
         and i.importer not in engine_modules() | {WARM_START}
     )
 
@@ -295,13 +295,15 @@ def test_the_vocabulary_and_the_command_line_load_neither_torch_nor_zmq_nor_vllm
 
 
 def test_no_module_outside_the_learner_and_the_engines_loads_torch() -> None:
-    names = [name for name in modules() if room_of(name) != "learner" and name not in engine_modules() | {WARM_START}]
+    names = [
+        name for name in modules() if package_of(name) != "learner" and name not in engine_modules() | {WARM_START}
+    ]
     names = [name for name in names if not name.endswith("__main__")]
     assert loaded_by(names, HEAVY) == []
 
 
 def test_pure_modules_read_no_clock_do_no_io_and_own_no_randomness() -> None:
-    sins = [str(i) for i in imports() if i.importer in PURE and i.runs and room_of(i.target) in IMPURE_IMPORTS]
+    sins = [str(i) for i in imports() if i.importer in PURE and i.runs and package_of(i.target) in IMPURE_IMPORTS]
     for name in PURE & modules().keys():
         for node in ast.walk(modules()[name]):
             if isinstance(node, ast.ImportFrom) and node.module == "random":
@@ -322,7 +324,7 @@ def test_pure_modules_read_no_clock_do_no_io_and_own_no_randomness() -> None:
 
 
 def test_every_pure_module_of_the_list_still_has_its_name() -> None:
-    missing = {name for name in PURE if room_of(name) != "learner" and name not in modules()}
+    missing = {name for name in PURE if package_of(name) != "learner" and name not in modules()}
     assert not missing, f"renamed or gone, and so no longer held to the rules: {sorted(missing)}"
 
 
@@ -340,9 +342,9 @@ def unsafe(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Line and sin of whatever could run what it reads."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, f"imports {a.name}") for a in node.names if room_of(a.name) in PICKLES)
+            yield from ((node.lineno, f"imports {a.name}") for a in node.names if package_of(a.name) in PICKLES)
         elif isinstance(node, ast.ImportFrom):
-            if not node.level and room_of(node.module or "") in PICKLES:
+            if not node.level and package_of(node.module or "") in PICKLES:
                 yield node.lineno, f"imports from {node.module}"
             unsafe_names = {"torch": {"load", "save"}, "yaml": {"load", "full_load", "unsafe_load"}}
             for name in unsafe_names.get(node.module or "", set()) & {a.name for a in node.names}:
@@ -371,7 +373,7 @@ def test_mypy_checks_every_folder_with_python_files() -> None:
 
 
 def _names_pickle(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and room_of(str(node.value)) in PICKLES
+    return isinstance(node, ast.Constant) and package_of(str(node.value)) in PICKLES
 
 
 def _no(keyword: ast.keyword) -> bool:
@@ -419,15 +421,17 @@ def test_the_scan_for_what_unpickles_or_evaluates_leaves_the_rest_alone(line: st
 
 def test_nobody_imports_a_main_module_and_only_mains_import_their_loop() -> None:
     upward = [i for i in imports() if i.target.endswith(".__main__")]
-    upward += [i for i in imports() if i.target in LOOPS and i.importer != f"{room_of(i.importer)}.__main__" and i.runs]
+    upward += [
+        i for i in imports() if i.target in LOOPS and i.importer != f"{package_of(i.importer)}.__main__" and i.runs
+    ]
     assert not broken(iter(upward))
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_imports_inside_a_room_run_one_way(room: str) -> None:
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_inside_a_package_run_one_way(package: str) -> None:
     below: dict[str, set[str]] = {}
     for i in imports():
-        if i.runs and room_of(i.importer) == room == room_of(i.target) and i.target != room:
+        if i.runs and package_of(i.importer) == package == package_of(i.target) and i.target != package:
             below.setdefault(i.importer, set()).add(i.target)
     done: set[str] = set()
 
@@ -448,8 +452,8 @@ def test_nothing_outside_the_tests_imports_them() -> None:
     for path, tree in all_modules().items():
         for node in ast.walk(tree) if not path.startswith("tests/") else ():
             if isinstance(node, ast.Import):
-                sins += [f"{path}:{node.lineno} imports {a.name}" for a in node.names if room_of(a.name) == "tests"]
-            elif isinstance(node, ast.ImportFrom) and not node.level and room_of(node.module or "") == "tests":
+                sins += [f"{path}:{node.lineno} imports {a.name}" for a in node.names if package_of(a.name) == "tests"]
+            elif isinstance(node, ast.ImportFrom) and not node.level and package_of(node.module or "") == "tests":
                 sins.append(f"{path}:{node.lineno} imports from {node.module}")
             elif isinstance(node, ast.Constant) and re.match(r"'tests\.\w+[:']", repr(node.value)):
                 # For `python -m`, or as an `environment.name`.
