@@ -45,15 +45,9 @@ async def success(
     async def one(index: int) -> TurnTree:
         nonlocal latest_failure
         lease = Lease(
-            tree_id=f"eval-{index}",
-            task_index=index,
-            kind="eval",
-            epoch=0,
-            lifetime_s=0.0,
-            min_version=0,
-            seed=index,
-            committed=TurnRecords.of(()),
-        )
+            tree_id=f"eval-{index}", task_index=index, kind="eval", epoch=0, lifetime_s=0.0, min_version=0,
+            seed=index, committed=TurnRecords.of(()),
+        )  # fmt: skip
         search = TreeSearch(
             run="eval",
             lease=lease,

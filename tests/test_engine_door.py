@@ -185,7 +185,7 @@ def test_the_example_of_an_engine_is_no_longer_than_the_page_promises() -> None:
 
 @pytest.mark.parametrize(
     ("name", "error", "said"),
-    [
+    [  # what is wrong with each: a part, a part that is not async, the name, the options, the module
         ("faults_of_this_test:Lacking", ConfigError, "Lacking is not an engine: it lacks swap, score, stats, close"),
         ("faults_of_this_test:Plain", ConfigError, "Plain is not an engine: score must be async"),
         ("faults_of_this_test:Nobody", ConfigError, "has no 'Nobody'"),

@@ -23,7 +23,7 @@ import pytest
 import pytest_asyncio
 import torch
 
-from actors.engines.base import EngineSettings, Sampling, WeightsFile
+from actors.engines.base import EngineSettings, Generation, Sampling, WeightsFile
 from actors.engines.vllm.engine import VllmEngine
 from actors.engines.vllm.plugin import register
 from atpo_async.core.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WeightsRejected
@@ -60,6 +60,15 @@ async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Vllm
     await engine.start()
     yield engine
     await engine.close()
+
+
+async def every_place_taken(engine: VllmEngine, *, tokens: int) -> list[asyncio.Task[Generation]]:
+    """Twelve requests for eight places, once the engine has begun with them."""
+    long = [
+        asyncio.create_task(engine.generate([*PROMPT, i], to_length(tokens), request_id=f"long{i}")) for i in range(12)
+    ]
+    await engine.generate(PROMPT, to_length(1), request_id="short")
+    return long
 
 
 @pytest.mark.vllm
@@ -161,10 +170,7 @@ class TestOneEngine:
         self, engine: VllmEngine, tmp_path: Path
     ) -> None:
         version = engine.stats().version + 1
-        long = [
-            asyncio.create_task(engine.generate([*PROMPT, i], to_length(300), request_id=f"long{i}")) for i in range(12)
-        ]
-        await engine.generate(PROMPT, to_length(1), request_id="short")
+        long = await every_place_taken(engine, tokens=300)
         engine._clear_cache = False
         try:
             report = await engine.swap(weights_file(MODELS[version], tmp_path / "weights", version=version))
@@ -297,10 +303,7 @@ class TestOneEngine:
         self, engine: VllmEngine, tmp_path: Path
     ) -> None:
         version = engine.stats().version + 1
-        long = [
-            asyncio.create_task(engine.generate([*PROMPT, i], to_length(100), request_id=f"long{i}")) for i in range(12)
-        ]
-        await engine.generate(PROMPT, to_length(1), request_id="short")
+        long = await every_place_taken(engine, tokens=100)
         probe = sampled(MODELS[version], sequences=11, length=20)
         report = await engine.swap(
             weights_file(MODELS[version], tmp_path / "weights", version=version, tolerance=None, probe=probe)

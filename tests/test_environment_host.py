@@ -232,7 +232,7 @@ async def test_a_step_past_its_limit_is_given_up_and_the_others_go_on() -> None:
             await hangs.step(ints(5))
         await well.step(ints(5))
         assert len(worlds) == 1
-        assert host.given_up == 1
+        assert host.caller.given_up == 1
 
 
 async def test_a_step_that_ignores_its_cancellation_is_left_alone() -> None:
@@ -349,7 +349,7 @@ async def test_where_a_loop_was_lost_before_no_call_waits_behind_a_tool_that_blo
     async with hosting(tool, held_up_s=0.1) as (host, worlds):
         with pytest.raises(EnvironmentTimeout):
             await (await host.start("train", 0)).step(ints(5))
-        await until(lambda: host.lost_loops == 1)
+        await until(lambda: host.loops.num_lost == 1)
         host.caller.step_timeout_s = WAIT_S
         blocks, well = await host.start("train", 1), await host.start("train", 2)
         await well.step(ints(6))
@@ -402,7 +402,7 @@ async def test_a_loop_in_python_that_catches_everything_ends_at_last() -> None:
     async with hosting(only(spins)) as (host, worlds):
         with pytest.raises(EnvironmentTimeout):
             await (await host.start("train", 0)).step(ints(5))
-        await until(lambda: caught >= 8 and not any(lost.alive for lost in host._loops.lost))
+        await until(lambda: caught >= 8 and not any(lost.alive for lost in host.loops.lost))
         await (await host.start("train", 1)).step(ints(5))
         assert len(worlds) == 2
 
@@ -415,8 +415,8 @@ async def test_too_many_threads_that_never_come_back_name_the_tool(released: thr
         for _ in range(2):
             with pytest.raises(EnvironmentTimeout):
                 await (await host.start("train", 0)).step(ints(5))
-            lost = host.lost_loops
-            await until(lambda lost=lost: host.lost_loops > lost)  # type: ignore[misc]
+            lost = host.loops.num_lost
+            await until(lambda lost=lost: host.loops.num_lost > lost)  # type: ignore[misc]
         with pytest.raises(EnvironmentBroken, match=r"step 1 of task 0 \(train\) blocks its thread .*blocks_for_ever"):
             await host.start("train", 1)
 
@@ -430,8 +430,8 @@ async def test_environments_that_take_much_memory_are_left_behind_less_often(
         for _ in range(2):
             with pytest.raises(EnvironmentTimeout):
                 await (await host.start("train", 0)).step(ints(5))
-            lost = host.lost_loops
-            await until(lambda lost=lost: host.lost_loops > lost)  # type: ignore[misc]
+            lost = host.loops.num_lost
+            await until(lambda lost=lost: host.loops.num_lost > lost)  # type: ignore[misc]
         with pytest.raises(EnvironmentBroken, match="2 threads hang like this"):
             await host.start("train", 1)
         assert len(worlds) == 2
@@ -478,7 +478,7 @@ async def test_a_close_that_fails_is_counted_and_costs_nothing(caplog: pytest.Lo
     async with hosting(closing=closing) as (host, _):
         for task in range(3):
             await (await host.start("train", task)).close()
-        assert host.failed_closes == 3
+        assert host.reporting.failed_closes == 3
         assert host.take_counts() == {"environment/closes_failed": 3.0}
         assert host.take_counts() == {}
     assert caplog.text.count("the sandbox is gone") == 2
@@ -532,7 +532,7 @@ async def test_a_close_that_hangs_is_given_up(how: str, released: threading.Even
 
     async with hosting(closing=closing) as (host, _):
         await (await host.start("train", 0)).close()
-        assert host.failed_closes == 1
+        assert host.reporting.failed_closes == 1
         await (await host.start("train", 1)).step(ints(5))
 
 

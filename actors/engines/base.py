@@ -28,33 +28,39 @@ def ignore() -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """What the configuration says of an engine."""
+    """What the configuration says of an engine.
+
+    Args:
+        model: Hugging Face folder of the policy, with safetensors.
+        max_model_len: longest prompt plus action, tokens.
+        max_num_seqs: requests that run at once; more wait in the engine.
+        dtype: precision of the engine.
+        device: ``auto``, ``cpu`` or ``cuda``, with or without a number.
+        num_threads: of the model on a CPU; None for half the cores, since other roles share them.
+        seed: of the engine's sampling; every actor of a run has another one.
+        swap_deadline_s: a swap that takes longer fails the engine.
+        initial_version: of the weights in ``model``.
+        kv_cache_gb: vLLM on a CPU: size of the KV cache, GiB.
+        gpu_memory_utilization: vLLM on a GPU: share of its memory for weights and KV cache.
+        tensor_parallel_size: vLLM: processes that share the model.
+        clear_cache_on_swap: vLLM: recompute the keys and values of requests in flight with the new weights.
+    """
 
     model: Path
-    """Hugging Face folder of the policy, with safetensors."""
     max_model_len: int
-    """Longest prompt plus action, tokens."""
     max_num_seqs: int = 64
-    """Requests that run at once; more wait in the engine."""
+
     dtype: Precision = "float32"
     device: str = "auto"
-    """``auto``, ``cpu`` or ``cuda``, with or without a number."""
     num_threads: int | None = None
-    """Of the model on a CPU; None for half the cores, since other roles share them."""
     seed: int = 0
-    """Of the engine's sampling; every actor of a run has another one."""
     swap_deadline_s: float = 60.0
-    """A swap that takes longer fails the engine."""
     initial_version: int = 0
-    """Of the weights in ``model``."""
+
     kv_cache_gb: float = 1.0
-    """vLLM on a CPU: size of the KV cache, GiB."""
     gpu_memory_utilization: float = 0.85
-    """vLLM on a GPU: share of its memory for weights and KV cache."""
     tensor_parallel_size: int = 1
-    """vLLM: processes that share the model."""
     clear_cache_on_swap: bool = True
-    """vLLM: recompute the keys and values of requests in flight with the new weights."""
 
     @property
     def cpu_threads(self) -> int:

@@ -68,12 +68,7 @@ class CheckedEngine:
         self._proven.set()
 
     async def generate(
-        self,
-        prompt: base.Tokens,
-        sampling: base.Sampling,
-        *,
-        request_id: str,
-        on_running: base.OnRunning = base.ignore,
+        self, prompt: base.Tokens, sampling: base.Sampling, *, request_id: str, on_running: base.OnRunning = base.ignore
     ) -> base.Generation:
         """Waits for: weights that have passed their probe, before and after.  Unblocked by: a swap that succeeds."""
         await self._until_proven(request_id)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,8 +39,7 @@ LEAST_SCALE = 0.03
 NUM_READINGS = 15
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
+class Bound(NamedTuple):
     """Nats of noise on the logits."""
 
     always_good: float

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import get_args
 
 import msgspec
 
 from actors.faults.fault import Fault, Place
-from actors.faults.notices import Notify
+from actors.faults.notices import Clock, Notify
 from actors.faults.watch import FaultWatch
 from atpo_async.core.errors import AtpoError, BadMessage
 from atpo_async.core.vocabulary import Split
@@ -33,12 +33,7 @@ class Faults:
     """
 
     def __init__(
-        self,
-        environment: str,
-        *,
-        at_once: int,
-        notify: Notify = notices.tell,
-        clock: Callable[[], float] = time.monotonic,
+        self, environment: str, *, at_once: int, notify: Notify = notices.tell, clock: Clock = time.monotonic
     ) -> None:
         least = min(MOST_AT_FIRST, max(LEAST_AT_FIRST, at_once))
         self._of: dict[Split, FaultWatch] = {

@@ -11,6 +11,9 @@ from atpo_async.ops import notices
 Notify = Callable[[str, str], None]
 """(a line for the user's terminal, the key that lines of other processes with the same content have)."""
 
+Clock = Callable[[], float]
+"""Seconds, monotonic."""
+
 REPEAT_S = 60.0
 """After this, and then each time twice as late, the count of a known fault is reported again."""
 
@@ -43,7 +46,7 @@ class FaultNotices:
         clock: seconds, monotonic.
     """
 
-    def __init__(self, environment: str, *, notify: Notify, clock: Callable[[], float]) -> None:
+    def __init__(self, environment: str, *, notify: Notify, clock: Clock) -> None:
         self._environment = environment
         self._notify = notify
         self._clock = clock

@@ -14,11 +14,10 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from actors.faults.fault import ENGINE_FAILED, Fault, Place
-from actors.faults.notices import FaultNotices, Notify
+from actors.faults.notices import Clock, FaultNotices, Notify
 from atpo_async.core.errors import AtpoError, ConfigError, EngineDead, EnvironmentBroken
 from atpo_async.core.texts import shortened
 from atpo_async.ops import notices
@@ -73,12 +72,7 @@ class FaultWatch:
     """
 
     def __init__(
-        self,
-        environment: str,
-        *,
-        least: int,
-        notify: Notify = notices.tell,
-        clock: Callable[[], float] = time.monotonic,
+        self, environment: str, *, least: int, notify: Notify = notices.tell, clock: Clock = time.monotonic
     ) -> None:
         self._environment = environment
         self._least = least

@@ -51,13 +51,9 @@ class Caller:
         loops: Loops,
         reporting: Reporting,
     ) -> None:
-        self._make = make
-        self._name = name
-        self.step_timeout_s = step_timeout_s
-        self._grace_s = grace_s
-        self._held_up_s = held_up_s
-        self._loops = loops
-        self.reporting = reporting
+        self._make, self._name = make, name
+        self.step_timeout_s, self._grace_s, self._held_up_s = step_timeout_s, grace_s, held_up_s
+        self._loops, self.reporting = loops, reporting
         self._making = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         self.stop_token_ids: tuple[int, ...] = ()

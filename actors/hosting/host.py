@@ -64,11 +64,11 @@ class HostedEnvironment:
     ) -> None:
         self.name = name
         self._held_up_s = held_up_s
-        self._reporting = Reporting(name, doing)
-        self._loops = Loops(name=name, grace_s=grace_s, held_up_s=held_up_s, max_lost=max_lost_loops)
+        self.reporting = Reporting(name, doing)
+        self.loops = Loops(name=name, grace_s=grace_s, held_up_s=held_up_s, max_lost=max_lost_loops)
         self.caller = Caller(
             make, name=name, step_timeout_s=step_timeout_s, grace_s=grace_s, held_up_s=held_up_s,
-            loops=self._loops, reporting=self._reporting,
+            loops=self.loops, reporting=self.reporting,
         )  # fmt: skip
         self._taken: dict[str, int] = {}
 
@@ -76,21 +76,6 @@ class HostedEnvironment:
     def stop_token_ids(self) -> tuple[int, ...]:
         """As they were when the environment was made."""
         return self.caller.stop_token_ids
-
-    @property
-    def given_up(self) -> int:
-        """Calls past their limit."""
-        return self.caller.given_up
-
-    @property
-    def failed_closes(self) -> int:
-        """Episodes whose ``close`` failed."""
-        return self._reporting.failed_closes
-
-    @property
-    def lost_loops(self) -> int:
-        """Loops that calls hold up for good, so far."""
-        return self._loops.num_lost
 
     async def open(self) -> Self:
         """Make the environment.  Raises what ``make`` raises: ConfigError, SetupError."""
@@ -111,11 +96,11 @@ class HostedEnvironment:
     async def close(self) -> None:
         """Let episodes that are being closed come to their end, for ``CLOSE_S`` at most."""
         self.caller.cancel()
-        if closing := [call.ended for thread, _ in self._loops.made for call in thread.open_calls if call.closes]:
+        if closing := [call.ended for thread, _ in self.loops.made for call in thread.open_calls if call.closes]:
             await asyncio.wait(closing, timeout=CLOSE_S)
-        self._loops.stop()
-        self._reporting.close()
-        self._loops.broken = EnvironmentBroken(f"environment {self.name!r} is closed")
+        self.loops.stop()
+        self.reporting.close()
+        self.loops.broken = EnvironmentBroken(f"environment {self.name!r} is closed")
 
     def num_tasks(self, split: Split) -> int | None:
         """As it was when the environment was made.  Raises what the environment raises."""
@@ -135,9 +120,9 @@ class HostedEnvironment:
     def take_counts(self) -> dict[str, float]:
         """Metrics: what has happened since they were last taken."""
         now = {
-            "environment/calls_given_up": self.given_up,
-            "environment/threads_lost": self.lost_loops,
-            "environment/closes_failed": self.failed_closes,
+            "environment/calls_given_up": self.caller.given_up,
+            "environment/threads_lost": self.loops.num_lost,
+            "environment/closes_failed": self.reporting.failed_closes,
         }
         since = {name: float(count - self._taken.get(name, 0)) for name, count in now.items()}
         self._taken = now
@@ -145,10 +130,10 @@ class HostedEnvironment:
 
     def _facts(self) -> dict[str, object]:
         """For the actor's status."""
-        facts: dict[str, object] = {"given_up": self.given_up, "lost_loops": self.lost_loops}
-        facts["calls"] = sum(len(thread.open_calls) for thread, _ in self._loops.made)
-        facts["busy_threads"] = sum(thread.pool.busy_over(0.0) for thread, _ in self._loops.made)
-        for thread, _ in self._loops.made:
+        facts: dict[str, object] = {"given_up": self.caller.given_up, "lost_loops": self.loops.num_lost}
+        facts["calls"] = sum(len(thread.open_calls) for thread, _ in self.loops.made)
+        facts["busy_threads"] = sum(thread.pool.busy_over(0.0) for thread, _ in self.loops.made)
+        for thread, _ in self.loops.made:
             if (held := thread.holder()) is not None and held[1] > self._held_up_s:
                 facts["held_up_by"] = f"{held[0].what} for {duration(held[1])}, in {thread.stack()}"
         return facts

@@ -10,9 +10,8 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -47,8 +46,7 @@ class Payload:
         return np.frombuffer(os.pread(self._fd, length, start), dtype=np.uint8)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OfferedVersion:
+class OfferedVersion(NamedTuple):
     """A version that the learner has written."""
 
     manifest: WeightsManifest
@@ -58,24 +56,21 @@ class OfferedVersion:
     """The same bytes, which stay even if the file is removed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WantedVersion:
+class WantedVersion(NamedTuple):
     """A version that an actor is about to take up."""
 
     announced: WeightsAnnounced
     manifest: WeightsManifest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SenderContext:
+class SenderContext(NamedTuple):
     """What a learner knows when it makes its half."""
 
     run: str
     settings: WeightsConfig
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReceiverContext:
+class ReceiverContext(NamedTuple):
     """What an actor knows when it makes its half."""
 
     run: str

@@ -89,6 +89,12 @@ class _Failures:
                 raise
             self.add(name, what, exc)
 
+    def each(self, halves: Mapping[str, H], what: str, act: Callable[[H], object]) -> None:
+        """``act`` with every one, whatever another raises."""
+        for name, half in halves.items():
+            with self.spared(name, what):
+                act(half)
+
     def first(self, halves: Mapping[str, H], what: str, ask: Callable[[H], R | None]) -> R | None:
         """The first answer that is not None."""
         for name, half in halves.items():
@@ -104,14 +110,11 @@ class _ChainSender(Sender):
         self._failures = failures
 
     def offer(self, version: OfferedVersion) -> None:
-        for name, sender in self._senders.items():
-            with self._failures.spared(name, f"offer version {version.manifest.version}"):
-                sender.offer(version)
+        what = f"offer version {version.manifest.version}"
+        self._failures.each(self._senders, what, lambda sender: sender.offer(version))
 
     def withdraw(self, version: int) -> None:
-        for name, sender in self._senders.items():
-            with self._failures.spared(name, f"withdraw version {version}"):
-                sender.withdraw(version)
+        self._failures.each(self._senders, f"withdraw version {version}", lambda sender: sender.withdraw(version))
 
     def place(self, version: OfferedVersion) -> str | None:
         what = f"say where version {version.manifest.version} is"
@@ -127,15 +130,11 @@ class _ChainSender(Sender):
     @property
     def counters(self) -> dict[str, float]:
         found = {f"send_failed/{name}": float(count) for name, count in self._failures.counts.items()}
-        for name, sender in self._senders.items():
-            with self._failures.spared(name, "count what it sent"):
-                found |= sender.counters
+        self._failures.each(self._senders, "count what it sent", lambda sender: found.update(sender.counters))
         return found
 
     def close(self) -> None:
-        for name, sender in self._senders.items():
-            with self._failures.spared(name, "close"):
-                sender.close()
+        self._failures.each(self._senders, "close", lambda sender: sender.close())
 
 
 class _ChainReceiver(Receiver):
@@ -175,9 +174,8 @@ class _ChainReceiver(Receiver):
         _check_there(target)
 
     def verified(self, wanted: WantedVersion, path: Path) -> None:
-        for name, receiver in self._receivers.items():
-            with self._failures.spared(name, f"take note of version {wanted.manifest.version}"):
-                receiver.verified(wanted, path)
+        what = f"take note of version {wanted.manifest.version}"
+        self._failures.each(self._receivers, what, lambda receiver: receiver.verified(wanted, path))
 
     def beside(self, wanted: WantedVersion) -> Path | None:
         what = "say where a file is best made"
@@ -187,15 +185,11 @@ class _ChainReceiver(Receiver):
     def counters(self) -> dict[str, float]:
         found = {f"fetched/{name}": float(count) for name, count in self._fetched.items()}
         found |= {f"fetch_failed/{name}": float(count) for name, count in self._failures.counts.items()}
-        for name, receiver in self._receivers.items():
-            with self._failures.spared(name, "count what it fetched"):
-                found |= receiver.counters
+        self._failures.each(self._receivers, "count what it fetched", lambda half: found.update(half.counters))
         return found
 
     def close(self) -> None:
-        for name, receiver in self._receivers.items():
-            with self._failures.spared(name, "close"):
-                receiver.close()
+        self._failures.each(self._receivers, "close", lambda receiver: receiver.close())
 
 
 def _clear(target: Path) -> None:

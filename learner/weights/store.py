@@ -43,8 +43,7 @@ class WeightsStore:
         precision: Precision,
         transport: Transport | None = None,
     ) -> None:
-        self._run = run
-        self._settings = settings
+        self._run, self._settings = run, settings
         self._sender = (transport or make_transport(settings)).sender(SenderContext(run=run, settings=settings))
         self._files = VersionFiles(run=run, fallback=fallback, precision=precision)
         # Replaced as a whole, never changed: one thread adds versions while another answers requests.

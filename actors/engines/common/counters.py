@@ -23,11 +23,8 @@ class RequestCounters:
 
     def stats(self, *, version: int, in_flight: int) -> EngineStats:
         return EngineStats(
-            version=version,
-            in_flight=in_flight,
-            prompt_tokens=self._prompt_tokens,
-            cached_prompt_tokens=self._cached_prompt_tokens,
+            version=version, in_flight=in_flight,
+            prompt_tokens=self._prompt_tokens, cached_prompt_tokens=self._cached_prompt_tokens,
             generated_tokens=self._generated_tokens,
-            finished_requests=self._finished,
-            failed_requests=self._failed,
-        )
+            finished_requests=self._finished, failed_requests=self._failed,
+        )  # fmt: skip

@@ -70,12 +70,7 @@ class TransformersEngine:
         return self._runner
 
     async def generate(
-        self,
-        prompt: base.Tokens,
-        sampling: base.Sampling,
-        *,
-        request_id: str,
-        on_running: base.OnRunning = base.ignore,
+        self, prompt: base.Tokens, sampling: base.Sampling, *, request_id: str, on_running: base.OnRunning = base.ignore
     ) -> base.Generation:
         """Sample one action after ``prompt``.  Raises GenerationFailed; cancelling it frees the request's slot."""
         self._check_alive(request_id)

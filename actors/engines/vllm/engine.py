@@ -98,12 +98,7 @@ class VllmEngine:
             raise SetupError(f"vLLM does not generate with {settings.model}: {exc}") from exc
 
     async def generate(
-        self,
-        prompt: base.Tokens,
-        sampling: base.Sampling,
-        *,
-        request_id: str,
-        on_running: base.OnRunning = base.ignore,
+        self, prompt: base.Tokens, sampling: base.Sampling, *, request_id: str, on_running: base.OnRunning = base.ignore
     ) -> base.Generation:
         """Sample one action after ``prompt``.  Raises GenerationFailed; cancelling it aborts the request."""
         self._check_alive(request_id)
@@ -223,8 +218,9 @@ class VllmEngine:
                 await asyncio.wait([llm.output_handler])
             await self._starter.run(llm.shutdown)
             del llm
-            # It is part of cycles, and complains when it is only found at the interpreter's end.
-            gc.collect()
+        # vLLM's front end is part of cycles, and complains when it is only found at the interpreter's end.  Errors of
+        # its requests may refer to it until a second close().
+        gc.collect()
         self._dead = self._dead or "the engine was closed"
         self._starter.close()
 

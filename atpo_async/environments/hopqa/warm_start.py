@@ -51,14 +51,17 @@ class Recipe:
     """Everything that decides what the model becomes."""
 
     seed: int = 0
+    """Of the world, the model and the order of the examples."""
     steps: int = 200
     min_hops: int = 3
     max_hops: int = 3
     num_names: int = 64
     num_relations: int = 10
+    """As of ``World``."""
     noise: float = 0.38
     mixed_up: int = 2
     mix_up_rate: float = 0.7
+    """As of ``Habits``."""
     lr: float = 4e-3
     batch_size: int = 32
     layers: int = 4
@@ -82,12 +85,9 @@ class Recipe:
     @property
     def world(self) -> World:
         return World(
-            seed=self.seed,
-            min_hops=self.min_hops,
-            max_hops=self.max_hops,
-            num_names=self.num_names,
-            num_relations=self.num_relations,
-        )
+            seed=self.seed, min_hops=self.min_hops, max_hops=self.max_hops,
+            num_names=self.num_names, num_relations=self.num_relations,
+        )  # fmt: skip
 
     @property
     def habits(self) -> Habits:
