@@ -253,6 +253,7 @@ def test_values_of_a_program_go_over_files_and_over_a_configuration(tmp_path: Pa
     values: dict[str, Any] = {"learner": {"lr": 0.2}, "environment.options.deep": True, "run.dir": tmp_path}
     of_file = load(file, **values)
     assert (of_file.learner.lr, of_file.learner.eps, of_file.run.dir) == (0.2, 0.5, tmp_path)
+    assert load(model={"path": tmp_path}).model.path == str(tmp_path)
     assert of_file.environment.options == {"hops": 2, "deep": True}
     assert load([file]) == load(str(file))
     assert load() == Config()

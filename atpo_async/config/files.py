@@ -105,7 +105,7 @@ def _lay(onto: dict[str, Any], table: Mapping[str, Any], file: str, holders: dic
         if is_table:
             _lay(onto.setdefault(key, {}), value, file, holders, f"{dotted}.")
         else:
-            onto[key] = value
+            onto[key] = str(value) if isinstance(value, Path) else value  # `model.path` is text
 
 
 def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
