@@ -22,6 +22,7 @@ from buffer.sampling.uniform import Uniform
 from buffer.state import BufferState
 from tests.buffer_peers_support import SOON_S, ask, configured, grown, published, running, stateful, take
 from tests.test_buffer_replay import ids, rng, tree
+from tests.test_buffer_restore import Life, config_of
 
 EXAMPLE = '''
 import numpy as np
@@ -145,6 +146,12 @@ def test_what_would_expire_unserved_is_in_the_batch_whatever_is_drawn(name: str)
     # All that expire now, and of the 40 that expire at the next version all that would not fit into that batch.
     assert {"old0", "old1", "old2"} < set(ids(drawn))
     assert [each.probability for each in drawn] == pytest.approx([1 / 43] * 4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_uniform_every_task_is_trained_on_as_often_as_intended_whoever_starts_again(seed: int) -> None:
+    life = Life(config_of(2, partial=False, sampling="uniform"), seed).live(500).finish()
+    assert Counter(task for batch in life.lineage for task, _, _ in batch) == dict.fromkeys(range(12), 2)
 
 
 # --- a user's own --------------------------------------------------------------------------------------------------
