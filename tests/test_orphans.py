@@ -135,29 +135,30 @@ def test_an_orphan_that_hangs_has_its_time_to_end_and_is_then_ended(
     assert group(orphan.pid) == set()
 
 
-def test_an_orphan_that_saves_what_was_trained_has_the_time_for_it(
-    run: RunDir, started: Callable[..., subprocess.Popen[bytes]]
-) -> None:
+@pytest.fixture
+def saving(run: RunDir, started: Callable[..., subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    """An orphan whose status says that it saves."""
     orphan = started(run, supervisor=gone())
     seen(run, phase=waits.SAVING)
+    return orphan
 
+
+def test_an_orphan_that_saves_what_was_trained_has_the_time_for_it(
+    run: RunDir, saving: subprocess.Popen[bytes]
+) -> None:
     def save_for_100_s(now: float) -> None:
-        assert group(orphan.pid), "ended while it saved"
+        assert group(saving.pid), "ended while it saved"
         if now >= 90.0:
             seen(run, phase="ending")
 
     assert end_buffer(run, pause_s=10.0, at_pause=save_for_100_s) == 100.0
-    assert group(orphan.pid) == set()
+    assert group(saving.pid) == set()
 
 
-def test_an_orphan_that_never_ends_its_saving_is_ended_at_last(
-    run: RunDir, started: Callable[..., subprocess.Popen[bytes]]
-) -> None:
-    orphan = started(run, supervisor=gone())
-    seen(run, phase=waits.SAVING)
+def test_an_orphan_that_never_ends_its_saving_is_ended_at_last(run: RunDir, saving: subprocess.Popen[bytes]) -> None:
     give_up_s = run.config.links.give_up_s
     assert end_buffer(run, pause_s=give_up_s / 2) > give_up_s
-    assert group(orphan.pid) == set()
+    assert group(saving.pid) == set()
 
 
 def test_the_roles_of_a_living_supervisor_are_never_touched_and_it_is_named(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from atpo_async.api.notes import saved
+from atpo_async.ops import stopping
 from atpo_async.ops.stopping import Watch
 from atpo_async.ops.supervisor import Outcome, Supervisor
 from atpo_async.run.metrics import MetricsWriter
@@ -87,6 +89,21 @@ def test_one_that_stands_still_is_waited_for_no_more_and_the_loss_is_told() -> N
 
 def test_a_role_that_has_nothing_to_save_is_not_waited_for() -> None:
     assert Watch(hang_s=10.0).look([ObservedRole(role="actor-0", statuses=(status("actor-0"),))], 0.0).waited_for == ()
+
+
+@pytest.mark.parametrize(
+    ("signum", "line"),
+    [
+        (signal.SIGINT, "stopping; Ctrl-C again ends everything at once"),
+        (signal.SIGTERM, "stopping, as SIGTERM asks; a second SIGTERM ends everything at once"),
+    ],
+)
+def test_a_stop_says_which_signal_asks_for_it_and_ends_everything_the_second_time(signum: int, line: str) -> None:
+    assert stopping.stopping_line(signum) == line
+    watch = Watch(hang_s=60.0, again=stopping.again(signum))
+    looks = [watch.look([saving(processor_s=float(second))], 1000.0 + second) for second in range(4)]
+    (told,) = [line for look in looks for line in look.lines]
+    assert f"; {stopping.again(signum)} ends everything at once and loses what" in told
 
 
 class Clock:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from atpo_async.status.wording import status_lines
 T = TypeVar("T")
 
 
+@dataclass
 class RoleWatch:
     """The roles that run, as they are seen from outside.
 
@@ -32,21 +34,19 @@ class RoleWatch:
         say: one line to the user.
     """
 
-    def __init__(
-        self, folder: Path, launcher: Launcher[Any], attempts: Mapping[str, Attempt], say: Callable[[str], None]
-    ) -> None:
-        self._folder = folder
-        self._launcher = launcher
-        self._attempts = attempts
-        self._say = say
-        self._trouble = ""
+    folder: Path
+    launcher: Launcher[Any]
+    attempts: Mapping[str, Attempt]
+    say: Callable[[str], None]
+    _trouble: str = ""
+    """What the launcher could not tell, once that has been said."""
 
     def observe(self) -> tuple[list[ObservedRole], list[StatusSnapshot]]:
         """The roles; and the status of others that take part in the run (actors that joined by hand).  Reads files."""
-        statuses, _ = snapshot.read(self._folder)
-        attempts = list(self._attempts.values())
+        statuses, _ = snapshot.read(self.folder)
+        attempts = list(self.attempts.values())
         found = []
-        for attempt, usage in zip(attempts, self._told(attempts, self._launcher.usage), strict=True):
+        for attempt, usage in zip(attempts, self._told(attempts, self.launcher.usage), strict=True):
             # Of several ranks one may have ended before the others.
             own = tuple(s for s in statuses.values() if s.mark == attempt.mark and s.phase != snapshot.ENDED)
             here = {s.pid for s in own if snapshot.is_alive(s)}
@@ -73,14 +73,14 @@ class RoleWatch:
         except Exception as exc:
             if not self._trouble:
                 self._trouble = of_error(exc)
-                self._say(f"the launcher cannot tell what the roles' processes do: {self._trouble}")
+                self.say(f"the launcher cannot tell what the roles' processes do: {self._trouble}")
             return [None] * len(attempts)
 
     def working_pids(self) -> dict[str, list[int]]:
         """Role -> its ranks, for roles whose first process only starts them (accelerate)."""
         found: dict[str, list[int]] = {}
-        statuses, _ = snapshot.read(self._folder)
-        for attempt in list(self._attempts.values()):
+        statuses, _ = snapshot.read(self.folder)
+        for attempt in list(self.attempts.values()):
             pids = [s.pid for s in statuses.values() if s.mark == attempt.mark and snapshot.is_alive(s) is not False]
             if pids and attempt.handle.pid not in pids:
                 found[attempt.role] = pids
@@ -88,8 +88,8 @@ class RoleWatch:
 
     def memory(self) -> dict[str, float]:
         """``memory/<role>_mb`` of each role, summed over its processes."""
-        attempts = list(self._attempts.values())
-        sizes = self._told(attempts, self._launcher.memory_mb)
+        attempts = list(self.attempts.values())
+        sizes = self._told(attempts, self.launcher.memory_mb)
         return {
             f"memory/{attempt.role}_mb": round(size, 1)
             for attempt, size in zip(attempts, sizes, strict=True)
@@ -98,7 +98,7 @@ class RoleWatch:
 
     def status_lines(self) -> list[str]:
         """The status of every role, in lines."""
-        statuses, damaged = snapshot.read(self._folder)
+        statuses, damaged = snapshot.read(self.folder)
         lines = [line for name in sorted(statuses) for line in status_lines(statuses[name])]
         return lines + [f"{name}: {fault}" for name, fault in damaged.items()]
 

@@ -107,7 +107,9 @@ class _Memory:
     """What a ``Watch`` remembers of a role between two looks."""
 
     attempt: str
+    """The mark of the attempt that was seen last."""
     moved_at: float
+    """When there was progress last."""
     work: WorkMeter
     done: object = None
     sequences: dict[str, tuple[int, float]] = field(default_factory=dict)
