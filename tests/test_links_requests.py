@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,17 @@ from atpo_async.links.server import Server
 from atpo_async.wire import messages as m
 from tests.links_support import ANY_PORT, FAST, LEASE_REQUEST, NO_LEASES, Buffer, client, closed, server
 from tests.waiting_support import LIMIT_S, until, within
+
+
+@contextlib.asynccontextmanager
+async def request_under_way() -> AsyncIterator[tuple[Buffer, Server, Client, asyncio.Task[Any]]]:
+    """A server whose handler is held back, its client, and the request that the handler works on."""
+    buffer = Buffer()
+    buffer.open.clear()
+    async with server(buffer) as s, client(s.endpoint) as c:
+        asking = asyncio.create_task(c.request(LEASE_REQUEST, timeout_s=LIMIT_S))
+        await until(lambda: buffer.requests == 1)
+        yield buffer, s, c, asking
 
 
 async def test_requests_run_beside_one_another_and_find_their_replies() -> None:
@@ -62,11 +75,7 @@ async def test_a_request_to_nobody_raises_peer_lost() -> None:
 
 
 async def test_a_repeated_request_is_not_run_twice() -> None:
-    buffer = Buffer()
-    buffer.open.clear()
-    async with server(buffer) as s, client(s.endpoint) as c:
-        asking = asyncio.create_task(c.request(LEASE_REQUEST, timeout_s=LIMIT_S))
-        await until(lambda: buffer.requests == 1)
+    async with request_under_way() as (buffer, s, c, asking):
         c._on_connected()
         await c.send(closed(1))
         await until(lambda: s.peers["actor-0"].requests == 1)
@@ -127,11 +136,7 @@ async def test_closing_the_server_cancels_the_requests_it_works_on() -> None:
 
 
 async def test_closing_the_client_ends_its_waits() -> None:
-    buffer = Buffer()
-    buffer.open.clear()
-    async with server(buffer) as s, client(s.endpoint) as c:
-        asking = asyncio.create_task(c.request(LEASE_REQUEST, timeout_s=LIMIT_S))
-        await until(lambda: buffer.requests == 1)
+    async with request_under_way() as (_, _, c, asking):
         await c.close()
         with pytest.raises(PeerLost, match="is closed"):
             await within(asking)
