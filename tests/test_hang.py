@@ -176,7 +176,7 @@ def test_a_role_that_was_stopped_and_goes_on_has_all_its_time_again() -> None:
     assert ended(looks.often(80, observed(waits=(TORCH,)))) == []
 
 
-def test_a_watcher_that_slept_itself_blames_nobody() -> None:
+def test_a_watcher_that_slept_itself_has_no_role_restarted() -> None:
     looks = Looks()
     looks.often(5, observed(waits=(TORCH,)))
     looks.now += 10_000.0

@@ -1,4 +1,4 @@
-"""A role that loads is told with its seconds, and nobody gives it up meanwhile."""
+"""A role that loads is told with its seconds, and those that wait for it do not give up meanwhile."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_who_has_gone_or_was_last_seen_long_ago_does_not_start() -> None:
     assert found(gone, old) == []
 
 
-# --- nobody gives it up -------------------------------------------------------------------------------------------
+# --- waits for it are extended ----------------------------------------------------------------------------------
 
 
 class Time:
