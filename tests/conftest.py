@@ -24,6 +24,10 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
+# A shell that starts the suite in the background has it, and whatever the tests start, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 SESSION_TAG = "ATPO_TEST_SESSION"
 # Inherited by whatever the tests start, and readable from outside after its parents are gone.
 os.environ.setdefault(SESSION_TAG, uuid.uuid4().hex)
