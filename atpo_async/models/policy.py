@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from atpo_async.run import launch
 from atpo_async.config import Config
 from atpo_async.core.errors import ConfigError, SetupError
-from atpo_async.run.rundir import RunDir
 from atpo_async.models.tensor_files import WEIGHTS, read_header, read_headers
+from atpo_async.run import launch
+from atpo_async.run.rundir import RunDir
 
 MODELS = Path("models")
 """Folder of warm-started policies; later runs use them too."""
@@ -52,7 +52,11 @@ def warm_start_command(config: Config) -> list[str]:
         options = {"min_hops": hops, "max_hops": hops, **options}
     words = {"seed": config.run.seed, "steps": config.model.warm_start_steps}
     words |= {key: options[key] for key in WORLD if key in options}  # type: ignore[misc]
-    command = [*launch.command("atpo_async.environments.hopqa.warm_start", "--root", str(MODELS), "--device", config.learner.device)]
+    command = [
+        *launch.command(
+            "atpo_async.environments.hopqa.warm_start", "--root", str(MODELS), "--device", config.learner.device
+        )
+    ]
     for key, value in words.items():
         command += [f"--{key.replace('_', '-')}", str(value)]
     return command
