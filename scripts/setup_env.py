@@ -339,6 +339,15 @@ def set_up(root: str) -> None:
         os.close(folder)
 
 
+def refuse_a_link(venv: str) -> None:
+    """The set-up may empty the folder: behind a link it would be another checkout's."""
+    if os.path.islink(venv):
+        raise SetupProblem(
+            f"{venv} is a link to {os.path.realpath(venv)}, which the set-up would change for everybody who uses it; "
+            f"remove the link first: rm {venv}"
+        )
+
+
 def main() -> int:
     why = unsuitable(tuple(sys.version_info[:2]), platform.system(), platform.machine(), platform.libc_ver())
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
@@ -346,8 +355,11 @@ def main() -> int:
         if better is not None:
             os.execv(better, [better, os.path.abspath(__file__)])
     try:
+        if sys.argv[1:]:
+            raise SetupProblem(f"takes no arguments, got {' '.join(sys.argv[1:])}; `make setup` runs it")
         if why:
             raise SetupProblem(why)
+        refuse_a_link(os.path.join(ROOT, ".venv"))
         set_up(ROOT)
         # SETUP_PYTHON: by the Makefile, and only where the user has named one.
         note = other_python(os.path.join(ROOT, ".venv"), os.environ.get("SETUP_PYTHON", ""))

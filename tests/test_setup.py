@@ -280,3 +280,18 @@ def test_a_run_that_leaves_an_orphan_behind_fails_and_ends_it(tmp_path: Path, op
         return
     assert select.select([handle], [], [], 30)[0], "still there after it was killed"
     os.close(handle)
+
+
+def test_the_set_up_leaves_an_environment_behind_a_link_alone(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / ".venv").symlink_to(tmp_path / "theirs")
+    with pytest.raises(setup_env.SetupProblem, match=r"is a link to .*theirs.*remove the link first"):
+        setup_env.refuse_a_link(str(tmp_path / ".venv"))
+    setup_env.refuse_a_link(str(tmp_path / "theirs"))
+
+
+def test_the_set_up_takes_no_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["setup_env.py", "--help"])
+    monkeypatch.setattr(setup_env, "set_up", lambda root: pytest.fail("set up"))
+    assert setup_env.main() == 2
+    assert "takes no arguments, got --help" in capsys.readouterr().err
