@@ -339,12 +339,15 @@ def set_up(root: str) -> None:
         os.close(folder)
 
 
-def refuse_a_link(venv: str) -> None:
-    """The set-up may empty the folder: behind a link it would be another checkout's."""
-    if os.path.islink(venv):
+def refuse_anothers(venv: str, root: str) -> None:
+    """The set-up may empty the folder.  A link may lead to another disk, but not to another checkout's environment."""
+    if not os.path.islink(venv) or not os.path.isdir(venv) or not os.listdir(venv):
+        return
+    owner = read_stamp(os.path.join(venv, STAMP)).get("root")
+    if owner != root:
         raise SetupProblem(
-            f"{venv} is a link to {os.path.realpath(venv)}, which the set-up would change for everybody who uses it; "
-            f"remove the link first: rm {venv}"
+            f"{venv} is a link to {os.path.realpath(venv)}, an environment of {owner or 'somebody else'}, which the "
+            f"set-up would change; remove the link first: rm {venv}"
         )
 
 
@@ -359,7 +362,7 @@ def main() -> int:
             raise SetupProblem(f"takes no arguments, got {' '.join(sys.argv[1:])}; `make setup` runs it")
         if why:
             raise SetupProblem(why)
-        refuse_a_link(os.path.join(ROOT, ".venv"))
+        refuse_anothers(os.path.join(ROOT, ".venv"), ROOT)
         set_up(ROOT)
         # SETUP_PYTHON: by the Makefile, and only where the user has named one.
         note = other_python(os.path.join(ROOT, ".venv"), os.environ.get("SETUP_PYTHON", ""))

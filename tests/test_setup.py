@@ -282,12 +282,16 @@ def test_a_run_that_leaves_an_orphan_behind_fails_and_ends_it(tmp_path: Path, op
     os.close(handle)
 
 
-def test_the_set_up_leaves_an_environment_behind_a_link_alone(tmp_path: Path) -> None:
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / ".venv").symlink_to(tmp_path / "theirs")
-    with pytest.raises(setup_env.SetupProblem, match=r"is a link to .*theirs.*remove the link first"):
-        setup_env.refuse_a_link(str(tmp_path / ".venv"))
-    setup_env.refuse_a_link(str(tmp_path / "theirs"))
+def test_the_set_up_leaves_another_checkouts_environment_behind_a_link_alone(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link = tmp_path / ".venv"
+    link.symlink_to(tmp_path / "there")
+    setup_env.refuse_anothers(str(link), str(tmp_path))  # an empty folder, on another disk perhaps
+    setup_env.write_stamp(str(tmp_path / "there" / "atpo-setup.json"), {"root": str(tmp_path)})
+    setup_env.refuse_anothers(str(link), str(tmp_path))
+    with pytest.raises(setup_env.SetupProblem, match=r"a link to .*there, an environment of .*remove the link"):
+        setup_env.refuse_anothers(str(link), "/another/checkout")
+    setup_env.refuse_anothers(str(tmp_path / "there"), "/another/checkout")
 
 
 def test_the_set_up_takes_no_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
