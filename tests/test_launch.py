@@ -84,6 +84,28 @@ def test_a_folder_on_pythonpath_does_not_replace_our_packages(tmp_path: Path, fo
     assert str(ROOT / "actors" / "__init__.py") in ran.stdout
 
 
+def test_a_script_beside_such_files_loads_a_configuration(folder: Path) -> None:
+    """The roles' packages are not imported in this process; which choices they bring is known all the same."""
+    for name in ("atpo_async", "random", "types"):
+        (folder / f"{name}.py").unlink()
+    (folder / "script.py").write_text(
+        "from atpo_async import load\nfrom atpo_async.config.doors import DOORS\n"
+        "print(load().buffer.sampling, *(door.field for door in DOORS if not door.names()))\n"
+    )
+    ran = run((sys.executable, "script.py"), folder, ROOT)
+    assert ran.stdout.split() == ["prioritized"], ran.stderr
+
+
+def test_a_script_that_has_imported_its_own_module_of_a_packages_name_is_told_its_file(folder: Path) -> None:
+    for name in ("atpo_async", "random", "types"):
+        (folder / f"{name}.py").unlink()
+    (folder / "learner.py").write_text("")
+    (folder / "script.py").write_text("import learner\nfrom atpo_async import load\nload()\n")
+    ran = run((sys.executable, "script.py"), folder, ROOT)
+    assert f"{folder}/learner.py was imported under the name of this program's package 'learner'" in ran.stderr
+    assert "give it another name" in ran.stderr
+
+
 @pytest.mark.parametrize("role", ["buffer", "learner", "actors"])
 def test_every_role_answers_from_such_a_folder(folder: Path, role: str) -> None:
     ran = run(launch.command(role, "no-such-run"), folder)

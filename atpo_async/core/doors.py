@@ -14,8 +14,9 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +25,9 @@ from atpo_async.core.texts import of_error
 
 T = TypeVar("T")
 Option = bool | int | float | str
+
+BESIDE = Path(__file__).resolve().parents[2]
+"""Holds the packages of this program."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +71,8 @@ class Door(Generic[T]):
     def _modules(self) -> tuple[str, ...]:
         if not self.package:
             return ()
-        # The spec of a package inside another would import the outer one, and the command line imports no role.
         root, *inner = self.package.split(".")
-        spec = importlib.util.find_spec(root)
-        folders = (spec.submodule_search_locations if spec is not None else None) or ()
-        stems = (file.stem for folder in folders for file in Path(folder, *inner).glob("[a-z]*.py"))
+        stems = (file.stem for folder in _folders(root) for file in Path(folder, *inner).glob("[a-z]*.py"))
         return tuple(stem.replace("_", "-") if self.hyphens else stem for stem in stems)
 
     def target(self, name: str) -> str:
@@ -128,6 +129,8 @@ class Door(Generic[T]):
         """
         target = self.target(name)
         module_name, _, attribute = target.partition(":")
+        if target != name:
+            _import_ours(module_name.partition(".")[0])
         try:
             module = importlib.import_module(module_name)
         except BaseException as exc:  # a user's module may fail in any way while it is imported, and exit() too
@@ -182,6 +185,38 @@ class Door(Generic[T]):
                 f"{self.field} = {name!r}: {type(made).__name__} is not {self.what}: {', '.join(plain)} must be async "
                 f"(async def); see {self.protocol}"
             )
+
+
+def _folders(root: str) -> Iterable[str | Path]:
+    """Where the modules of a top-level package lie; imports nothing, and a package of ours is the one beside this one,
+    whatever ``buffer.py`` the user has."""
+    beside = BESIDE / root
+    if beside.is_dir():
+        return (beside,)
+    spec = importlib.util.find_spec(root)
+    return (spec.submodule_search_locations if spec is not None else None) or ()
+
+
+def _import_ours(root: str) -> None:
+    """Imports a top-level package of this program from beside this one.  Raises SetupError where a module of the user's
+    has its name already."""
+    beside = BESIDE / root / "__init__.py"
+    if not beside.is_file():
+        return
+    found = sys.modules.get(root)
+    if found is None:
+        # By import alone a user's learner.py beside the script would be taken for the package.
+        spec = PathFinder.find_spec(root, [str(BESIDE)])
+        if spec is not None and spec.loader is not None:
+            sys.modules[root] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        return
+    file = getattr(found, "__file__", None)
+    if file is None or not beside.samefile(file):
+        raise SetupError(
+            f"{file or root} was imported under the name of this program's package {root!r} ({beside.parent}); "
+            "give it another name"
+        )
 
 
 def is_async(method: object) -> bool:
