@@ -33,6 +33,21 @@ RUN_ELSEWHERE = {
 }
 """Beginning of a command -> the test that runs it, or the same with fewer steps."""
 
+TABLE = {
+    "atpo train CONFIG": "test_cli.py::test_a_run_goes_to_its_end_and_names_its_report",
+    "atpo study staleness": "test_study.py",
+    "atpo actor CONFIG --join HOST:PORT": "test_cli.py::test_an_actor_joins_by_address_without_the_runs_folder",
+    "atpo buffer CONFIG": "test_cli.py::test_a_role_by_hand_gets_what_further_files_set_as_options",
+    "atpo learner CONFIG": "test_cli.py::test_a_learner_by_hand_is_started_as_the_supervisor_would",
+    "atpo actor CONFIG --join RUN_DIR": "test_cli.py::test_a_role_by_hand_gets_what_further_files_set_as_options",
+    "atpo keys": "test_cli.py::test_keys_are_made_for_this_host_and_for_another",
+    "atpo status RUN": "test_readme.py::test_a_task_of_ones_own_trains_as_the_readme_says",
+    "atpo eval": "test_readme.py::test_a_task_of_ones_own_trains_as_the_readme_says",
+    "atpo --version": "test_cli.py::test_help_and_version_load_nothing_heavy",
+    "atpo report RUN": "test_readme.py::test_a_task_of_ones_own_trains_as_the_readme_says",
+}
+"""Beginning of a command in the table of commands -> the test that runs it."""
+
 NEEDS_A_GPU = ("python3 -m venv .venv-cuda", "pip install -e '.[vllm]'", "atpo train configs/qwen3_4b_8gpu.toml")
 
 
@@ -52,10 +67,19 @@ def example(name: str) -> str:
     return found[1]
 
 
+def python_example(start: str) -> str:
+    """The README's piece of a program from a line on, behind its imports."""
+    block: str = next(found for found in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if start in found)
+    return block[: block.index("\n\n")] + "\n" + block[block.index(start) :]
+
+
 def test_every_command_of_the_readme_is_run_by_a_test_or_needs_a_gpu() -> None:
     known = (*QUICK, *RUN_ELSEWHERE, *NEEDS_A_GPU)
     assert not [command for command in commands() if not command.startswith(known)]
-    for place in RUN_ELSEWHERE.values():
+    rows = [line.split("|")[1] for line in README.splitlines() if line.startswith("| `atpo ")]
+    table = [command for row in rows for command in re.findall(r"`(atpo [^`]+)`", row)]
+    assert not [command for command in table if not command.startswith(tuple(TABLE))]
+    for place in (*RUN_ELSEWHERE.values(), *TABLE.values()):
         file, _, test = place.partition("::")
         assert f"def {test}(" in (ROOT / "tests" / file).read_text() if test else (ROOT / "tests" / file).is_file()
 
@@ -126,6 +150,10 @@ def test_a_task_of_ones_own_trains_as_the_readme_says(
     ended(Process(["report", "runs/echo", "--figure", "curve.svg"], tmp_path / "report.txt"))
     assert (tmp_path / "curve.svg").read_text().startswith("<svg")
     assert "4" in ended(Process(["eval", "runs/echo"], tmp_path / "eval.txt"))
+    looked_at = python_example("run = open_run(")
+    done = subprocess.run([sys.executable, "-c", looked_at], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 "), done.stdout
 
 
 @pytest.mark.slow
