@@ -119,8 +119,7 @@ def test_an_old_curve_that_is_at_its_end_is_reported_as_ended() -> None:
     old, new = build({"run": {"steps": 6}, "learner": LINEAR}), build({"run": {"steps": 12}, "learner": LINEAR})
     (jump,) = [line for line in describe_changes(old, new, updates=6, steps=6) if "learning rate" in line]
     assert "is 0.00036, with the settings before it would be 0 " in jump
-    assert jump.endswith("--learner.schedule_steps 6 keeps the old curve, which has come to its end: nothing more "
-                         "would be learned")  # fmt: skip
+    assert jump.endswith("--learner.schedule_steps 6 keeps the old curve, whose learning rate is 0 from here on")
 
 
 def test_a_new_rate_is_reported_as_what_it_is_from_the_next_step_on() -> None:

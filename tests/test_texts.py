@@ -28,7 +28,7 @@ def test_an_errors_text_is_one_line_of_a_few_hundred_characters_whatever_it_hold
     long = texts.of_error(ValueError("page " * 10_000_000))
     assert len(long) < 400
     assert long.endswith("(50000000 characters)")
-    assert texts.of_error(Mute()) == "Mute: (its text cannot be had: RuntimeError)"
+    assert texts.of_error(Mute()) == "Mute: (its text cannot be read: RuntimeError)"
 
 
 def test_a_value_is_shown_short_and_never_raises() -> None:

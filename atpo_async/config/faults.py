@@ -1,4 +1,4 @@
-"""The wording of configuration errors: one line a fault, with its dotted path, value, holder and the way out."""
+"""Wording of configuration errors: one line for each, with the dotted path, the value, its file and the way out."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What surrogates and corrections ask of the settings beside them, by what they declare of themselves.
+"""The rules between surrogates, corrections and other settings, from the traits that these declare.
 
-The built-in ones are asked when a configuration is made; a user's own by the learner, which imports it.
+The built-in ones are checked when a configuration is made; a user's own when the learner imports it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _corrections() -> list[tuple[str, CorrectionTraits]]:
 def check_surrogate(config: Config) -> None:
     """Raises ValueError where the ratio to prox would be counted in the surrogate and in the correction."""
     name = config.objective.surrogate
-    traits = surrogate_traits(name)  # a user's own knows itself what it multiplies
+    traits = surrogate_traits(name)  # a user's own surrogate decides itself what it multiplies
     if config.correction.numerator == "policy" and traits is not None and "ratio_level" in traits.reads:
         fit = [other for other in SURROGATE.names() if other not in readers_of_objective()["ratio_level"]]
         raise ValueError(
@@ -73,7 +73,7 @@ def check_surrogate(config: Config) -> None:
 
 
 def check_bias(config: Config, traits: CorrectionTraits) -> None:
-    """Raises ValueError where off-policy data would be trained on uncorrected, and nobody said that this is meant."""
+    """Raises ValueError where off-policy data would be trained on uncorrected without ``accept_bias``."""
     s, c = config.staleness, config.correction
     if s.max_lag > 0 and s.exact_lag != 0 and not traits.corrects and not c.accept_bias:
         raise ValueError(
@@ -118,7 +118,7 @@ def check_correction(c: CorrectionConfig, traits: CorrectionTraits) -> None:
 
 
 def measured_first(c: CorrectionConfig, traits: CorrectionTraits) -> str | None:
-    """What of the correction the whole batch decides before its first step; None: nothing."""
+    """The part of the correction that the whole batch decides before its first step; None where there is none."""
     return c.action if traits.measure is not None else "ess" if c.exponent == "ess" else None
 
 

@@ -1,4 +1,4 @@
-"""Dotted options of the command line: finding them among its words, and reading their texts as values of fields."""
+"""Dotted options of the command line: finds them among the arguments and parses their texts as values of fields."""
 
 from __future__ import annotations
 

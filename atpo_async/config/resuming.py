@@ -118,7 +118,7 @@ def _learning_rate(old: Config, new: Config, updates: int, steps: int) -> str:
             f"--learner.schedule_steps {ends[0]} keeps the old curve"
         )
         if before == 0:
-            line += ", which has come to its end: nothing more would be learned"
+            line += ", whose learning rate is 0 from here on"
     return line
 
 

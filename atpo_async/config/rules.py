@@ -1,4 +1,4 @@
-"""The rules of a configuration: which settings contradict one another, and what would mend it.
+"""The rules of a configuration: which settings contradict one another, and how to resolve each contradiction.
 
 Settings that merely have no effect are not refused: ``idle_settings`` reports them.
 """
@@ -73,7 +73,7 @@ def _swap_before_give_up(config: Config) -> None:
     if config.swap_timeout_s >= config.links.give_up_s:
         raise ValueError(
             f"weights.swap_timeout_s = {config.swap_timeout_s:g} must be below links.give_up_s = "
-            f"{config.links.give_up_s:g}: who waits for the new weights would give up before the swap does"
+            f"{config.links.give_up_s:g}: roles that wait for the new weights would give up before the swap does"
         )
 
 
@@ -89,10 +89,10 @@ def _correction(config: Config) -> None:
             f"correction.ess_floor = {c.ess_floor} is above correction.ess_target = {c.ess_target}, which decides "
             "with exponent = 'ess': lower the floor or raise the target"
         )
-    # What a user's own declares is asked by the learner, which imports it.
+    # What a user's own declares is checked by the learner, which imports it.
     loss_rules.check_correction(c, loss_rules.correction_traits(c.action) or CorrectionTraits())
     loss_rules.check_surrogate(config)
-    # A user's own mode is asked by the learner, when it loads it.
+    # A user's own mode is checked by the learner, when it loads it.
     if c.prox == "interpolate" and config.credit.value_mode in doors.VALUE_MODE.names():
         from atpo_async.config.credit_rule import credit_rule  # needs numpy, which the command line does without
 

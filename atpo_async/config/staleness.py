@@ -1,4 +1,4 @@
-"""The table of all settings that bear on staleness, and the bounds that follow from them together."""
+"""The table of all settings that affect staleness, and the bounds that follow from them together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STALENESS_KNOBS: tuple[tuple[str, str], ...] = (
         "actor.clear_cache_on_swap",
         "whether requests in flight recompute their keys and values under new weights",
     ),
-    ("weights.poll_s", "how late an actor may hear of a version when an announcement is lost"),
+    ("weights.poll_s", "how late an actor may learn of a version when an announcement is lost"),
     ("learner.minibatches", "with learner.epochs: optimizer steps inside one version"),
     ("learner.epochs", "passes over a batch inside one version"),
     ("buffer.freshness", "priority factor per version of lag"),
@@ -29,11 +29,11 @@ STALENESS_KNOBS: tuple[tuple[str, str], ...] = (
     ("correction.prox", "where the proximal policy's log-probs come from"),
     ("credit.value_mode", "the tree traces weigh siblings of different versions"),
 )
-"""Every knob that bears on staleness, with what it does; ``atpo config`` prints them in one table."""
+"""Every setting that affects staleness, with what it does; ``atpo config`` prints them in one table."""
 
 
 def derived_bounds(config: Config) -> list[tuple[str, int | float | str, str]]:
-    """(name, value, how it follows) of what the knobs imply together."""
+    """(name, value, how it follows) of what these settings imply together."""
     s, search = config.staleness, config.search
     effect: tuple[str, str] = ("asynchronous", "max_lag above 0")
     if s.exact_lag is not None:

@@ -1,8 +1,8 @@
 """Types of a message's fields with their bounds: what each kind of number, text and array may be at most.
 
-The wire's parser keeps to the bounds that msgspec knows; what a type cannot say (``Content``) and what must agree with
-what, ``atpo_async.wire.checks`` asks.  Numbers are held to what the program keeps them in: ids and counts to int32,
-other numbers to float32.
+The wire's parser enforces the bounds that msgspec knows; ``atpo_async.wire.checks`` checks what a type cannot express
+(``Content``) and which fields must agree.  Numbers must fit the types that the program stores them in: ids and counts
+int32, other numbers float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOGPROB_SLACK = 2.0**-10
 
 
 class Content(enum.Enum):
-    """What a field holds, where its type cannot say all that this asks for."""
+    """What a field holds, where its type cannot express every check."""
 
     NAME = "printable, at most MAX_NAME_BYTES bytes"
     TEXT = "at most MAX_TEXT_BYTES bytes"

@@ -1,4 +1,4 @@
-"""Doors: what users and papers vary, by name.  A built-in one comes in the same way as ``package.module:name``.
+"""Doors: the parts that a configuration names, built-in ones and a user's own ``package.module:name`` alike.
 
 A door names the field of the configuration that chooses, what it is called with and must have, and where the built-in
 ones lie: one module each in ``package`` (``mine.py`` there *is* the built-in ``mine``; its object is called
@@ -39,20 +39,20 @@ class Door(Generic[T]):
     what: str
     """For messages, with its article: ``a surrogate``."""
     protocol: str
-    """Where what is asked of it is written down: ``docs/extending.md, "Surrogate"``."""
+    """Where its protocol is documented: ``docs/extending.md, "Surrogate"``."""
     package: str = ""
     attribute: str = ""
     hyphens: bool = False
     """Names of built-in ones are written with ``-`` where their modules have ``_``."""
     built_in: Mapping[str, str] = dataclasses.field(default_factory=dict)
     words: tuple[str, ...] = ()
-    """What may stand in a name's place with nothing behind it: ``none``, ``auto``.  Who asks decides what they mean."""
+    """Words that are taken in place of a name, such as ``none`` and ``auto``.  The caller decides what they mean."""
     call: tuple[str, ...] = ()
     """What it is called with, by position; ``**options`` come on top."""
     parts: tuple[str, ...] = ()
     """Attributes of what ``make`` returns."""
     coroutines: tuple[str, ...] = ()
-    """Those among ``parts`` that are awaited, and so must be ``async def``."""
+    """Those of ``parts`` that are awaited, and so must be ``async def``."""
 
     def names(self) -> tuple[str, ...]:
         """Of the built-in ones, in order of the alphabet."""
@@ -151,7 +151,7 @@ class Door(Generic[T]):
         try:
             signature = inspect.signature(found)
         except (ValueError, TypeError):
-            return  # built-ins have none; the call itself says what is wrong
+            return  # built-ins have no signature; the call itself raises what is wrong
         try:
             signature.bind(*self.call, **options)
         except TypeError as exc:
@@ -228,7 +228,7 @@ def is_async(method: object) -> bool:
 
 
 def _has(made: object, part: str) -> bool:
-    """Also where it is a property that fails: whoever reads it says so."""
+    """Whether the attribute exists; true also of a property that fails: the code that reads it reports the failure."""
     return part in dir(made) or hasattr(made, part)
 
 

@@ -12,7 +12,7 @@ class ConfigError(AtpoError):
 
 
 class SetupError(AtpoError):
-    """Something on this machine is missing or taken: a model folder, a package, a device, a port."""
+    """Something on this machine is missing or in use: a model folder, a package, a device, a port."""
 
 
 class RunMismatch(AtpoError):
@@ -32,7 +32,7 @@ class PeerLost(AtpoError):
 
 
 class WaitTimeout(AtpoError):
-    """A named wait passed its deadline; the message says who waited for whom."""
+    """A named wait passed its deadline; the message names the waiter, what it waited for, and on which role."""
 
 
 class WeightsRejected(AtpoError):

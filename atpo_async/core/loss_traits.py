@@ -1,4 +1,4 @@
-"""What a surrogate or a correction declares of itself, so that rules ask for a property and not for a name.
+"""What a surrogate or a correction declares about itself, so that rules check a property and not a name.
 
 A function declares its traits with ``@declares(SurrogateTraits(...))``; one that declares nothing has the defaults.
 The configuration's rules read the built-in ones' traits; a user's own module is imported by the learner only, which

@@ -1,4 +1,4 @@
-"""What a tree's priority for sampling is, from the advantages of its turns: the buffer's first and the learner's next.
+"""A tree's sampling priority from the advantages of its turns: the buffer computes the first, the learner later ones.
 
 Source: ALGORITHM, section 4, "Priorities"; the mixed maximum and mean of R2D2 (Kapturowski et al. 2019).
 """

@@ -1,4 +1,4 @@
-"""Texts that others wrote, an error's or a value's, cut to what fits a line of a log.
+"""Shortens foreign texts, such as an error's or a value's, to what fits a line of a log.
 
 A tool's exception may carry the whole page that it failed on.  Nothing here raises, whatever the object's own
 ``__str__`` or ``__repr__`` does.
@@ -42,7 +42,7 @@ def of_error(error: BaseException, most: int = MOST) -> str:
     try:
         text = str(error)
     except Exception as exc:
-        text = f"(its text cannot be had: {type(exc).__name__})"
+        text = f"(its text cannot be read: {type(exc).__name__})"
     said = shortened(text, most)
     return f"{name}: {said}" if said else name
 
@@ -76,11 +76,11 @@ def trace_of(error: BaseException) -> str:
     try:
         return middle_cut("".join(traceback.format_exception(error)))
     except Exception as exc:
-        return f"{of_type(error)}, whose traceback cannot be had: {type(exc).__name__}\n"
+        return f"{of_type(error)}, whose traceback cannot be read: {type(exc).__name__}\n"
 
 
 class BoundedFormatter(logging.Formatter):
-    """Of a log whose records others write into: none takes more than its share."""
+    """A formatter that limits the length of each record, for logs that foreign texts are written into."""
 
     def format(self, record: logging.LogRecord) -> str:
         """As logging's own, cut in the middle."""

@@ -43,7 +43,7 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True, tag="turn", forbid_unknown
     expansion_round: Id
     """0 for the initial rollouts, r for a turn grown in the r-th round of branches."""
     observation: Tokens
-    """int32[O]: what the environment said since the parent turn; empty for first turns."""
+    """int32[O]: what the environment returned since the parent turn; empty for first turns."""
     action: Tokens
     """int32[T], T >= 1: what the policy generated, stop token included."""
     logprobs: Logprobs

@@ -13,7 +13,7 @@ Split = Literal["train", "eval"]
 """Of the tasks: ``eval`` holds the held-out ones; the two never share a task.  A lease's ``kind`` is a split."""
 
 EpisodeEnd = Literal["continue", "done", "turn_limit"]
-"""What an environment says after an action: the episode goes on, or why it ended."""
+"""What an environment reports after an action: the episode goes on, or why it ended."""
 
 EndReason = Literal["continue", "done", "turn_limit", "length_limit"]
 """Why the chain went on or ended after a turn.  All but ``continue`` make the turn a leaf."""

@@ -1,4 +1,4 @@
-"""What a model folder holds, how transformers takes it up, and under which names weights are published.
+"""What a model folder holds, how transformers loads it, and under which names weights are published.
 
 Learner and engines open a folder through this module, so they agree on it.  Weights are published under the names and
 shapes of the folder's own files: transformers may hold them otherwise (the experts of a layer fused into one tensor).

@@ -112,7 +112,7 @@ def latest_policy(rundir: RunDir) -> Iterator[tuple[Path, str]]:
 def assemble(source: Path, checkpoint: Path, target: Path) -> Path:
     """Put the checkpoint's weights beside the configuration and tokenizer of ``source``.  Returns ``target``."""
     if not is_there(source):
-        raise SetupError(f"model.path = '{source}', from which this run started, is gone: its tokenizer is needed")
+        raise SetupError(f"model.path = '{source}', from which this run started, is gone; its tokenizer is needed")
     for file in source.iterdir():
         weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth") or ".index." in file.name
         if file.is_file() and not weights:

@@ -1,7 +1,7 @@
 """Variables by which a shell can change what Accelerate does to the learner, without a word in the configuration.
 
 Accelerate reads them when it starts: ``ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4`` quarters every gradient, others
-change the precision, compile the model or shard it.  What a run does is the configuration's to say: ``learner.*``, or
+change the precision, compile the model or shard it.  Only the configuration decides what a run does: ``learner.*``, or
 the file that ``learner.accelerate_config`` names, which ``accelerate launch`` hands on in the same variables.
 """
 
@@ -13,7 +13,7 @@ PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 HARMLESS = ("ACCELERATE_LOG_LEVEL", "ACCELERATE_DISABLE_RICH")
 
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "ACCELERATE_DYNAMO_", "ACCELERATE_CPU_AFFINITY")
-"""What ``accelerate launch`` sets for plain ranks; said by nobody, so not told of."""
+"""Variables that ``accelerate launch`` sets for plain ranks; no user set them, so they are not reported."""
 
 
 def settings(environ: Mapping[str, str]) -> dict[str, str]:
@@ -24,7 +24,7 @@ def settings(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def not_heeded(names: Mapping[str, str]) -> str:
-    """What is said of variables that are left out, on one line."""
+    """The warning about variables that are ignored, on one line."""
     told = ", ".join(f"{name}={value}" for name, value in names.items())
     return (
         f"not heeded, though set in the environment: {told}; the configuration says what the learner does (learner.*, "

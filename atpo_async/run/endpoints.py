@@ -51,7 +51,7 @@ class EndpointsFile:
         return self.path.exists() or self._former.exists()
 
     def now(self) -> Endpoints:
-        """Empty where no role has said yet where it listens.  Raises SetupError if the file is damaged."""
+        """Where the roles listen now; empty where not recorded yet.  Raises SetupError if the file is damaged."""
         return _read(self.path) or Endpoints()
 
     def former(self) -> Endpoints:
@@ -63,12 +63,12 @@ class EndpointsFile:
         self._write(self.path, _dump(endpoints))
 
     def note(self, **bound: str) -> None:
-        """Where a role listens now, by the names of ``Endpoints``; several roles may say so at a time."""
+        """Record where a role listens now, by the names of ``Endpoints``; several roles may do so at a time."""
         with locks.alone(self._lock):
             self.replace(replace(self.now(), **bound))
 
     def forget(self) -> None:
-        """A new life of the run: nobody listens, and who looks for a role waits until it has said where it is."""
+        """Begin a new life of the run: no role listens, and readers wait until a role has recorded its endpoint."""
         with locks.alone(self._lock):
             former = self.former()
             if former != Endpoints():

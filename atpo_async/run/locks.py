@@ -23,14 +23,15 @@ _MAX_WORDS = 256
 
 
 def take(path: Path, words: str) -> BaseFileLock | None:
-    """Lock a file and leave ``words`` in it for whoever finds it locked; None where another process has it.
+    """Lock a file and write ``words`` into it for processes that find it locked; None where another process has it.
 
-    The lock is given back by its ``release``, and when nobody refers to it.  Raises OSError where it cannot be locked.
+    ``release`` gives the lock back, and so does dropping the last reference to it.  Raises OSError where it cannot be
+    locked.
     """
     from filelock import FileLock, Timeout
 
     def leave_words(fd: int) -> None:
-        with contextlib.suppress(OSError):  # a full disk: then whoever finds it locked reads no name
+        with contextlib.suppress(OSError):  # a full disk: a process that finds the file locked then reads no name
             os.ftruncate(fd, 0)
             os.pwrite(fd, words.encode(), 0)
 

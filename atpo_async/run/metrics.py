@@ -153,7 +153,7 @@ class Aggregator:
         self._samples.setdefault(name, []).extend(float(v) for v in values)
 
     def gauge(self, name: str, value: float) -> None:
-        """The last value; it is kept over flushes until it is set again."""
+        """The last value; it survives flushes until it is set again."""
         self._gauges[name] = float(value)
 
     def flush(self) -> dict[str, float]:

@@ -1,9 +1,9 @@
 """Scratch folders: their files mean nothing without the process that made them, and are removed once it has gone.
 
-What a killed process leaves in shared memory is memory that nobody gives back: a learner that is killed with its run
-leaves two versions of the weights there, an actor that is killed while its engine reads new ones a whole model.  So
+The system does not free what a killed process leaves in shared memory: a learner that is killed with its run leaves
+two versions of the weights there, an actor that is killed while its engine reads new ones a whole model.  So
 each scratch folder is locked by its owner.  The system releases the lock when the process ends, however it ends, and
-the next run on the machine removes every folder that bears our mark and that nobody has locked.
+the next run on the machine removes every folder that bears our mark and that no process has locked.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Scratch:
 
     @property
     def exists(self) -> bool:
-        """False once somebody has removed it, or put another in its place."""
+        """False once it has been removed, or another one put in its place."""
         if self._lock is None:
             return self.path.is_dir()
         with contextlib.suppress(OSError):
@@ -113,7 +113,7 @@ def sweep_dead(*parents: Path) -> list[Path]:
     """Remove what killed processes of any run of this user left in ``parents`` (by default shared memory and the folder
     for temporary files).  Returns the folders.
 
-    Only what bears our mark and is locked by nobody: never anything of a process that lives.
+    Only folders that bear our mark and that no process has locked: never one of a process that lives.
     """
     swept: list[Path] = []
     for parent in parents or (SHARED_MEMORY, Path(tempfile.gettempdir())):
@@ -122,7 +122,7 @@ def sweep_dead(*parents: Path) -> list[Path]:
 
 
 def sweep_unheld(parent: Path, is_ours: Callable[[Path], bool]) -> list[Path]:
-    """Remove this user's folders in ``parent`` that ``is_ours`` knows, and that nobody holds.  Returns them."""
+    """Remove this user's folders in ``parent`` that ``is_ours`` accepts and no process holds.  Returns them."""
     swept: list[Path] = []
     for folder in _own_folders(parent):
         with contextlib.suppress(OSError):  # gone, or not to be read

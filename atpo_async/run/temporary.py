@@ -62,7 +62,7 @@ def _short_name(folder: str, places: Sequence[str]) -> str:
         with contextlib.suppress(OSError):
             with contextlib.suppress(FileExistsError):
                 link.symlink_to(folder)
-            # Somebody else may have made it, in a place where everybody may: to lead our files to where he likes.
+            # Another user may have made it, in a folder that all users may write to, to redirect our files.
             if link.lstat().st_uid == uid and link.is_symlink() and os.readlink(link) == folder:
                 return str(link)
     raise SetupError(

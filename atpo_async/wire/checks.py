@@ -1,8 +1,8 @@
-"""Holds messages against what their types promise: the bounds of their fields, and the rules that types cannot say.
+"""Checks messages against their types: the bounds of their fields, and the rules that types cannot express.
 
-The wire's parser keeps to the bounds itself, so that a receiver asks only for the rest (``rest_of``).  A message that
-was made in this process is held against both (``check``).  All of it follows from the types of the fields
-(``core.bounds``): a new message has its checks without a line here.
+The wire's parser enforces the bounds itself, so that a receiver checks only the rest (``rest_of``).  A message that
+was made in this process is checked against both (``check``).  All checks follow from the types of the fields
+(``core.bounds``): a new message needs no line here.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ ValueRule = Callable[[str, Any], str | None]
 
 
 def check(message: msgspec.Struct) -> None:
-    """Hold ``message`` against all that its type promises, every turn included.  Raises BadMessage."""
+    """Check ``message`` against all rules of its type, every turn included.  Raises BadMessage."""
     for one in (message, *_turns_within(message)):
-        # Records are decoded, and so checked, by being looked at.
+        # Reading records decodes them, and so checks them.
         fact = bounds_of(type(one))(one) or rest_of(type(one))(one)
         if fact is not None:
             raise bad(one, fact)
 
 
 def faults_of(turn: Turn) -> Iterator[TurnFault]:
-    """All that is wrong with a turn that was made in this process, whatever its tree is."""
+    """Every fault of a turn that was made in this process, independently of its tree."""
     for name, rule in _fields(Turn, _bounds):
         if (fact := rule(name, getattr(turn, name))) is not None:
             yield TurnFault(_PARTS.get(name, "order"), fact)
@@ -83,7 +83,7 @@ def _turns_within(message: Any) -> Iterable[Turn]:
                     yield from _turns_within(item)
 
 
-# --- what types say --------------------------------------------------------------------------------------------
+# --- bounds of the types --------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)
@@ -125,12 +125,12 @@ def _length(bounds: msgspec.Meta) -> ValueRule:
     return lambda name, items: None if len(items) <= most else f"{name} has {len(items)} items, expected {most} at most"
 
 
-# --- what types cannot say -------------------------------------------------------------------------------------
+# --- rules beyond the types -------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)
 def rest_of(kind: type) -> Rule:
-    """What a message type promises beyond its fields' bounds.  Records are left as they are, unlooked at."""
+    """The rules of a message type beyond its fields' bounds.  Records are not decoded, and so not checked."""
     if kind is Turn:
         return _turn
     of_fields = _all(_fields(kind, _content))

@@ -5,11 +5,11 @@ that are passed on as records (``atpo_async.wire.records``) are one array of byt
 offset, length, count]``.  Frame 1 holds the arrays one after another, little-endian, each on an 8-byte boundary,
 nothing else; it is empty when there are none.  All arrays of the vocabulary have one dimension.
 
-What comes in is not trusted.  Sizes are checked before anything is parsed.  The header is parsed straight into the
+Incoming frames are not trusted.  Sizes are checked before anything is parsed.  The header is parsed straight into the
 types of the message: what is of another type or out of its bounds, extension types included, ends the parse where it
 stands, no memory is set aside for lengths that are only announced, nothing nests deeper than the vocabulary does, and
-lists and maps are limited.  Then descriptors are held against the payload, and contents against what the message
-promises (``wire.checks``).  Every violation is a ``BadMessage`` that states the fact and whose message it was.  Decoded
+lists and maps are limited.  Then descriptors are checked against the payload, and contents against the rules of the
+message (``wire.checks``).  Every violation is a ``BadMessage`` that states the fact and whose message it was.  Decoded
 arrays are read-only views of the payload frame; nothing is copied.
 """
 
@@ -98,7 +98,7 @@ def _with_records(message: Any) -> Any:
 
 
 def decode(frames: Sequence[Buffer], union_type: Any, *, limits: Limits = DEFAULT_LIMITS) -> Any:
-    """The message in ``frames``, checked in full; records of turns are checked when they are looked at.
+    """The message in ``frames``, checked in full; records of turns are checked when they are read.
 
     Args:
         frames: header and payload.
@@ -123,7 +123,7 @@ def decode(frames: Sequence[Buffer], union_type: Any, *, limits: Limits = DEFAUL
 def decode_turn(header: Buffer, payload: Buffer) -> Turn:
     """One turn, checked in full.  Raises BadMessage.
 
-    The frames are of a size that somebody has looked at; a payload that is no ``bytes`` is a read-only view of bytes.
+    The caller has checked the size of the frames; a payload that is no ``bytes`` is a read-only view of bytes.
     """
     turn: Turn = _decode(header, payload, _TURN_RECEIVER)
     return turn

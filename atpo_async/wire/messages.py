@@ -1,6 +1,7 @@
 """Every message that crosses a socket: frozen, tagged, keyword-only.  Unions are named after their receiver.
 
-A message says who produces and who consumes it.  Arrays travel as raw little-endian bytes (``atpo_async.wire.codec``).
+A message's docstring names its producer and its consumer.  Arrays travel as raw little-endian bytes
+(``atpo_async.wire.codec``).
 Durations are seconds, sizes bytes, versions learner versions.
 """
 
@@ -50,7 +51,7 @@ class ActorHello(Message, frozen=True, tag="actor_hello"):
 
 
 class LeaseRequest(Message, frozen=True, tag="lease_request"):
-    """Actor asks for up to ``count`` trees to grow.  Answered by ``Leases``."""
+    """Actor requests leases for up to ``count`` trees.  Answered by ``Leases``."""
 
     run: Name
     actor: Name
@@ -125,7 +126,7 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """Buffer's answer to ``ActorHello``: the run, and where the weights are (empty until the learner has said so)."""
+    """Buffer's answer to ``ActorHello``: the run, and the endpoint of the weights (empty until known)."""
 
     run: Name
     weights_endpoint: Text
@@ -140,9 +141,9 @@ class Leases(Message, frozen=True, tag="leases"):
     """Why there are not more; None when all were granted."""
     retry_after_s: Seconds
     finished: bool
-    """The run is over: the actor ends."""
+    """The run is over: the actor exits."""
     weights_endpoint: Text = ""
-    """Where the weights are now, as in ``Welcome``: a learner may come back at another address."""
+    """Endpoint of the weights now, as in ``Welcome``: a restarted learner may listen at another address."""
     announce_endpoint: Text = ""
 
 
@@ -175,7 +176,7 @@ class SampleRequest(Message, frozen=True, tag="sample_request"):
 class Trained(Message, frozen=True, tag="trained"):
     """One rank confirms its share of a batch after the optimizer step; carries new priorities by tree.
 
-    The batch is confirmed when every rank has said so.
+    The batch is confirmed when every rank has sent this.
     """
 
     run: Name
@@ -188,7 +189,7 @@ class Trained(Message, frozen=True, tag="trained"):
 
 
 class Checkpointed(Message, frozen=True, tag="checkpointed"):
-    """Learner has a checkpoint on disk that holds every batch below ``step``; rank 0 says so.
+    """Learner has a checkpoint on disk that holds every batch below ``step``; sent by rank 0.
 
     Only now may the buffer forget the trees that were used up in them: a learner that falls back to an earlier
     checkpoint trains on them again.
@@ -200,7 +201,7 @@ class Checkpointed(Message, frozen=True, tag="checkpointed"):
 
 
 class VersionPublished(Message, frozen=True, tag="version_published"):
-    """Learner tells the buffer which version the actors can get, and where."""
+    """Learner reports to the buffer which version the actors can fetch, and where."""
 
     run: Name
     version: Version
@@ -274,7 +275,7 @@ class Batch(Message, frozen=True, tag="batch"):
     metrics: dict[Name, float]
     """The buffer's side of this step: train/reward, train/success, buffer/*, counted since the batch before."""
     checkpoint_wanted: bool = False
-    """Trees that the buffer keeps for a learner that might fall back fill its space: save a checkpoint."""
+    """Trees retained for a learner that might fall back fill the buffer: the learner should save a checkpoint."""
 
 
 class NotYet(Message, frozen=True, tag="not_yet"):
@@ -282,7 +283,7 @@ class NotYet(Message, frozen=True, tag="not_yet"):
 
     waiting_for: Text
     progress: Size = 0
-    """Turns and ends of trees so far, whatever became of them: while it changes, the wait is not in vain."""
+    """Turns and ends of trees received so far, used or not: while it changes, the wait makes progress."""
     checkpoint_wanted: bool = False
     """As in ``Batch``."""
 
@@ -303,7 +304,7 @@ class EvalResult(Message, frozen=True, tag="eval_result"):
     num_done: Count
     num_tasks: Count
     num_unknown: Count = 0
-    """Tasks done of which the environment did not say whether they succeeded."""
+    """Tasks done for which the environment did not report success or failure."""
     version_min: VersionOrNone = -1
     version_max: VersionOrNone = -1
     """Oldest and newest version that sampled any of its turns so far; -1 while there is none."""
@@ -381,7 +382,7 @@ class Chunk(Message, frozen=True, tag="chunk"):
 
 
 class VersionGone(Message, frozen=True, tag="version_gone"):
-    """The version asked for is no longer kept; ``newest`` is."""
+    """The requested version is no longer available; ``newest`` is."""
 
     version: Version
     newest: VersionOrNone

@@ -1,6 +1,6 @@
-"""Fast path of decoding for turns, which are nearly all messages: takes those that are plainly good.
+"""Fast path of decoding for turns, which are nearly all messages: accepts those that need no closer check.
 
-Everything else goes the way of all messages (``wire.codec``), which finds what is wrong.
+Everything else is decoded as any message is (``wire.codec``), which finds what is wrong.
 """
 
 from __future__ import annotations

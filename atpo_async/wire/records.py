@@ -127,9 +127,9 @@ codec = _Codec()
 
 
 class TurnRecords(Sequence[Turn]):
-    """Turns as the wire carries them, each decoded and checked in full the first time it is looked at.
+    """Turns as the wire carries them, each decoded and checked in full the first time it is read.
 
-    Looking at a turn raises BadMessage if it is bad, or if the bytes do not hold ``len()`` records.  Decoded turns
+    Reading a turn raises BadMessage if it is bad, or if the bytes do not hold ``len()`` records.  Decoded turns
     are views of the records; these must not change.
     """
 
@@ -156,7 +156,7 @@ class TurnRecords(Sequence[Turn]):
 
     @classmethod
     def raw(cls, parts: Sequence[Buffer], count: int) -> TurnRecords:
-        """``count`` records that are there already; nothing is copied or looked at."""
+        """``count`` records that are there already; nothing is copied or decoded."""
         return cls(parts, count)
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
-"""What types cannot say of a message's values: rules of names and arrays, of a turn, of a manifest of weights.
+"""The rules of a message's values that types cannot express: of names, arrays, turns and manifests of weights.
 
-Each function gives the fact that breaks its rule, or None.  Who calls decides what it costs: ``wire.checks`` refuses
+Each function returns the fact that breaks its rule, or None.  The caller decides what follows: ``wire.checks`` refuses
 the message, ``learner.batches.intake`` leaves the tree out.
 """
 
@@ -60,7 +60,7 @@ def logprob_fault(name: str, logprobs: np.ndarray) -> str | None:
 
 
 def turn_faults(turn: Turn) -> Iterator[TurnFault]:
-    """What of a turn does not agree with itself, whatever its tree is."""
+    """Every inconsistency within a turn, independently of its tree."""
     if not turn.parent_id < turn.turn_id:
         yield TurnFault("order", f"parent_id is {turn.parent_id}, a parent's id is below its child's")
     if not len(turn.action):

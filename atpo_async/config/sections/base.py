@@ -1,4 +1,4 @@
-"""The base of every section (frozen, unknown keys refused), and the types of fields that name a door's thing."""
+"""The base of every section (frozen, unknown keys refused), and the types of fields whose value a door loads."""
 
 from __future__ import annotations
 
@@ -70,4 +70,4 @@ def _finite(options: dict[str, Option]) -> dict[str, Option]:
 
 
 Options = Annotated[dict[str, Option], AfterValidator(_finite)]
-"""Keyword arguments, by name, for what a door's field names."""
+"""Keyword arguments, by name, for the object that the field names."""

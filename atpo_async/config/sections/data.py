@@ -14,7 +14,7 @@ from atpo_async.core.vocabulary import WeightsOver
 
 
 class StalenessConfig(Section):
-    """Every knob that decides how old data may be; the unit is learner versions, measured when consumed."""
+    """How old data may be, in learner versions, measured when the data are consumed."""
 
     max_lag: int = Field(8, ge=0, description="turns older than this are masked, trees older than this dropped")
     max_uses: int = Field(1, ge=1, description="how often a tree may be served")
@@ -60,9 +60,9 @@ class BufferConfig(Section):
     priority_max_share: float = Field(0.9, ge=0, le=1, description="eta: share of max|A| in the priority")
     freshness: float = Field(1.0, gt=0, le=1, description="priority factor per version of lag")
     max_bytes: int = Field(
-        1 << 30, ge=1024 * 1024, description="turns kept in the journal on disk; past it the oldest ready trees go"
+        1 << 30, ge=1024 * 1024, description="turns in the journal on disk; past it the oldest ready trees go"
     )
-    max_trees: int | None = Field(None, ge=1, description="ready trees kept; past it the oldest go; none for no limit")
+    max_trees: int | None = Field(None, ge=1, description="ready trees held; past it the oldest go; none for no limit")
     journal_dir: Path | None = Field(None, description="folder for the journals of runs; none: in the run's folder")
     journal_sync: bool = Field(True, description="commits reach the disk; false: they survive kill -9, not a power cut")
     commit_ms: float = Field(2.0, ge=0, le=1000, description="how long a commit gathers messages before it is written")

@@ -42,7 +42,7 @@ class SearchConfig(Section):
     max_observation_tokens: int = Field(
         0,
         ge=0,
-        description="a longer observation fails its branch; 0: one over half the context that leaves no room to act",
+        description="a longer observation fails its branch; 0: one over half the context that leaves no space to act",
     )
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)

@@ -28,8 +28,8 @@ class CreditConfig(Section):
 class CorrectionConfig(Section):
     """Off-policy correction (ALGORITHM, section 4): a weight without gradient for each token, turn, prefix or sequence.
 
-    What each action does with the exact weight exp(lambda S) is said in its module, ``learner/loss/corrections/``, and
-    in ALGORITHM.
+    Each action's module in ``learner/loss/corrections/``, and ALGORITHM, define what it does with the exact weight
+    exp(lambda S).
     """
 
     action: Annotated[str, named(doors.CORRECTION)] = "truncate"
@@ -62,9 +62,9 @@ class CorrectionConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """ATPO and its kin (ALGORITHM, section 3).
+    """The policy objective: ATPO and related surrogates (ALGORITHM, section 3).
 
-    What each surrogate is stands in its module, ``learner/loss/surrogates/``, and in ALGORITHM.
+    Each surrogate is defined in its module in ``learner/loss/surrogates/`` and in ALGORITHM.
     """
 
     ratio_level: RatioLevel = "turn"

@@ -20,7 +20,7 @@ class WeightsConfig(Section):
     transport_options: Options = Field(default_factory=dict, description="passed to the transport")
     chunk_bytes: int = Field(1 << 20, ge=4096, le=16 << 20)
     poll_s: float = Field(
-        2.0, gt=0, description="actors ask for the newest version this often, besides the announcement"
+        2.0, gt=0, description="how often actors ask for the newest version, besides listening for announcements"
     )
     shared_memory: bool = Field(True, description="actors on the learner's host map its file")
     probe_tokens: int = Field(1024, ge=2, description="that an engine must reproduce the log-probs of after each swap")
@@ -46,6 +46,6 @@ class LinksConfig(Section):
     keys_dir: Path | None = Field(None, description="folder with the CURVE keys")
     window: int = Field(256, ge=1, description="messages an actor may have unacknowledged")
     heartbeat_s: float = Field(2.0, gt=0)
-    deadline_s: float = Field(60.0, gt=0, description="a wait past this is logged with who waits for whom")
-    give_up_s: float = Field(600.0, gt=0, description="a wait past this stops the role loudly")
+    deadline_s: float = Field(60.0, gt=0, description="a wait past this is logged with what it waits for")
+    give_up_s: float = Field(600.0, gt=0, description="a wait past this ends the role with an error")
     max_message_bytes: int = Field(64 << 20, ge=1 << 16)

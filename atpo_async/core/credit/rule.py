@@ -115,7 +115,7 @@ class CreditRule:
 
 
 def _result(setting: str, mode: Callable[..., Any], *args: Any) -> Any:
-    """What ``mode`` says of a tree.  Raises SetupError naming its setting where it fails."""
+    """Calls ``mode`` on a tree.  Raises SetupError naming its setting where it fails."""
     try:
         return mode(*args)
     except AtpoError:

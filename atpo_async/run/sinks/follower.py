@@ -23,7 +23,7 @@ LOOK_S = 0.25
 MOST_BYTES = 1 << 20
 """Of the file that are in memory at once."""
 FOLDER = "sinks"
-"""In the run's folder: how far each sink has come."""
+"""In the run's folder: how many bytes of the metrics file each sink has taken."""
 
 _ROLES = re.compile(r"learner|buffer|supervisor")
 """Sources whose names of metrics are theirs alone; several actors have the same."""

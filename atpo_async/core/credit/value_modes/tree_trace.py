@@ -1,4 +1,4 @@
-"""``tree_trace``: siblings of other versions count as far as their turn ratio reaches (ALGORITHM, section 4)."""
+"""``tree_trace``: siblings of other versions count in proportion to their turn ratio (ALGORITHM, section 4)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def values(arrays: TreeArrays, ratio: F64 | None) -> tuple[F64, float]:
 
 
 def traced(arrays: TreeArrays, weight: F64, baseline: float) -> tuple[F64, float]:
-    """V(n) = b + mean over the children of weight_c (V(c) - b): what a child says counts as far as its ratio reaches.
+    """V(n) = b + mean over the children of weight_c (V(c) - b): a child counts in proportion to its ratio.
 
     Args:
         arrays: the tree.
         weight: float64[N], min(rho, c-bar) of each turn.
-        baseline: b, what is believed of a turn whose children say nothing.
+        baseline: b, the value of a turn whose children have no weight.
     """
     gain, count = np.zeros(len(arrays) + 1), np.zeros(len(arrays) + 1)
     value = np.zeros(len(arrays))
