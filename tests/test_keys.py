@@ -77,7 +77,7 @@ def test_a_folder_that_is_gone_lets_nobody_in_and_says_so_once(folder: Path, cap
     assert keys.look()
     assert keys.names == {}
     keys.look()
-    assert caplog.text.count("nobody is let in") == 1
+    assert caplog.text.count("no peer is let in") == 1
     folder.with_name("away").rename(folder)
     assert keys.look()
     assert set(keys.names.values()) == {"client"}

@@ -227,7 +227,7 @@ def test_status_of_a_running_run_names_its_roles_and_who_waits_for_whom(
         until(lambda: (p := status_of(run, "learner")) is not None and p.waits, said)
         until(lambda: (p := status_of(run, "buffer")) is not None and p.phase == "serving", said)
         text = told(capsys, run)
-        assert "roles run, and nobody looks after them" in text
+        assert "roles run without a supervisor" in text
         assert f"buffer runs {buffer.pid}" in text
         assert "→ learner waits" in text
         assert "for batch 3 from buffer, which is serving, and waits for no other role" in text
@@ -268,21 +268,21 @@ def test_a_stopped_supervisor_is_shown_as_stopped_with_the_way_out(
 ) -> None:
     put(run, status("buffer"))
     with held(run) as supervisor:
-        assert f"running, looked after by process {supervisor.pid}" in told(capsys, run)
+        assert f"running, supervised by process {supervisor.pid}" in told(capsys, run)
         assert json.loads(told(capsys, run, "--json"))["supervisor_state"] == "runs"
         supervisor.send_signal(signal.SIGSTOP)
         until(lambda: processes.stopped([supervisor.pid]))
         way_out = f"is stopped by a signal (kill -CONT {supervisor.pid} lets it go on)"
         text = told(capsys, run)
         assert f"its supervisor, process {supervisor.pid}, {way_out}; its roles go on" in text
-        assert "running, looked after" not in text
+        assert "running, supervised" not in text
         assert f"→ supervisor {way_out}" in text
         found = json.loads(told(capsys, run, "--json"))
         assert (found["supervisor"], found["supervisor_state"]) == (supervisor.pid, "stopped")
         assert found["waits"] == [f"supervisor {way_out}"]
         supervisor.send_signal(signal.SIGCONT)
         until(lambda: not processes.stopped([supervisor.pid]))
-        assert f"running, looked after by process {supervisor.pid}" in told(capsys, run)
+        assert f"running, supervised by process {supervisor.pid}" in told(capsys, run)
     assert json.loads(told(capsys, run, "--json"))["supervisor_state"] is None
 
 
@@ -390,7 +390,7 @@ def test_garbage_in_a_status_file_is_named_and_the_others_are_shown(
     put(run, status("buffer"))
     (run.path / snapshot.FOLDER / "learner.json").write_bytes(garbage)
     text = told(capsys, run)
-    assert "status/learner.json is damaged and says nothing" in text
+    assert "status/learner.json is damaged and was left out" in text
     assert "buffer runs" in text
     assert list(json.loads(told(capsys, run, "--json"))["damaged"]) == ["learner.json"]
 

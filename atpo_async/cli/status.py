@@ -1,4 +1,4 @@
-"""``atpo status RUN``: who waits for whom, since when; one screen, from the status files that the roles write."""
+"""``atpo status RUN``: one screen of who waits for whom, and since when, from the status files of the roles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UNSAID = frozenset({"kind", "name", "endpoint", "waits"})
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     """Of the command line."""
     parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--json", action="store_true", help="for programs: everything that the roles say")
+    parser.add_argument("--json", action="store_true", help="for programs: all status snapshots of the roles")
 
 
 def run(asked: Asked) -> int:
@@ -78,7 +78,7 @@ def show(view: RunView, console: Console) -> None:
                 whose = role.status.role if role.status.role.startswith(name) else f"{role.status.role}, {name}"
                 console.print(Text(f"{whose}: {flat(facts)}"))
     for file, fault in view.damaged.items():
-        console.print(Text(f"{snapshot.FOLDER}/{file} is damaged and says nothing: {fault}"))
+        console.print(Text(f"{snapshot.FOLDER}/{file} is damaged and was left out: {fault}"))
     for sentence in view.sentences:
         console.print(Text(f"→ {sentence}"))
     for role in view.roles.values():
@@ -91,12 +91,12 @@ def show(view: RunView, console: Console) -> None:
 def _headline(view: RunView) -> str:
     run = f"run {view.rundir.path} ({view.rundir.run_id})"
     if view.supervisor is not None and view.supervisor_stopped:
-        goes_on = "its roles go on, and nobody starts them again" if view.running_roles else "no role runs"
+        goes_on = "its roles go on, and none that ends is started again" if view.running_roles else "no role runs"
         return f"{run}: its supervisor, process {view.supervisor}, {stopped_words([view.supervisor])}; {goes_on}"
     if view.supervisor is not None:
-        return f"{run}: running, looked after by process {view.supervisor}"
+        return f"{run}: running, supervised by process {view.supervisor}"
     if view.running_roles:
-        return f"{run}: roles run, and nobody looks after them: {', '.join(view.running_roles)}"
+        return f"{run}: roles run without a supervisor: {', '.join(view.running_roles)}"
     steps = view.rundir.config.run.steps
     if view.steps >= steps:
         done = f"its {steps} steps are done"
@@ -131,4 +131,4 @@ def _waits(role: RoleView) -> str:
         for wait in waits_of(role.status)
     ]
     more = f"; and {len(shown) - SHOWN_WAITS} more" if len(shown) > SHOWN_WAITS else ""
-    return "; ".join(shown[:SHOWN_WAITS]) + more or "nobody"
+    return "; ".join(shown[:SHOWN_WAITS]) + more or "–"

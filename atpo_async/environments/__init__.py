@@ -1,1 +1,1 @@
-"""Environments: the protocol, the checks of what they hand over, and the built-in ones, by name."""
+"""Environments: the protocol, the checks of what they return, and the built-in ones, by name."""

@@ -8,8 +8,8 @@ Where an environment's code runs (``actors/hosting``):
   takes nothing from their time limits: put it into ``await asyncio.to_thread(…)``, which has threads enough.
 - ``start``, ``step`` and ``close`` may take ``search.step_timeout_s`` each, a replay of n actions n + 1 times as long.
   Past that the call is cancelled and its branch is left out; a call that blocks is interrupted, and where it does not
-  come back, its thread is left to it and the factory is called again, on a new loop.  Threads that never come back add
-  up, and too many end the run: give every request a time limit of its own.
+  return, its thread is abandoned and the factory is called again, on a new loop.  Threads that never return add up, and
+  too many end the run: give every request a time limit of its own.
 - Whatever a call raises, exit() and a cancellation included, ends its branch alone.  Signal handlers can be set in a
   process's main thread only: time limits by ``signal.alarm`` do not work in tools.  ``os._exit`` and a crash of the
   interpreter end the actor; it is started again, and its log names the step that the environment was in.
@@ -29,7 +29,7 @@ __all__ = ["Environment", "Episode", "ReplayFork", "Split", "StepResult"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What the environment said to one action.  Checked, and converted where nothing is lost (``values.py``)."""
+    """What the environment returned for one action.  Checked, and converted where nothing is lost (``values.py``)."""
 
     observation: np.ndarray
     """int32[O], token ids of the policy's tokenizer; empty when done."""
@@ -37,7 +37,7 @@ class StepResult:
     reward: float | None
     """Set when done: finite.  A chain that cannot be judged raises instead: it is left out, and counted."""
     success: bool | None
-    """None where nobody can say; it is not guessed from the reward."""
+    """None where the environment cannot decide it; it is not guessed from the reward."""
     end: EpisodeEnd
     """``continue`` exactly while not done."""
 
@@ -50,11 +50,11 @@ class Episode(Protocol):
         """int32[P]: what the policy sees first."""
 
     async def step(self, action: np.ndarray) -> StepResult:
-        """int32[T] in.  Whatever the action says, a malformed one included, gets an answer; an exception means the
-        tool itself failed and ends this branch."""
+        """Takes an action, int32[T].  Every action gets a result, a malformed one included; an exception means that the
+        tool itself failed, and ends this branch."""
 
     async def close(self) -> None:
-        """Called once, whatever came of the episode.  An exception is counted and costs nothing."""
+        """Called once, however the episode ended.  An exception is counted and has no other effect."""
 
 
 class Environment(Protocol):
@@ -71,7 +71,7 @@ class Environment(Protocol):
     async def start(self, split: Split, task_index: int) -> Episode: ...
 
     async def replay(self, split: Split, task_index: int, actions: tuple[np.ndarray, ...]) -> Episode:
-        """A fresh episode brought to where ``actions`` led: how a branch forks (the default of every environment)."""
+        """A fresh episode in the state that ``actions`` led to: how a branch forks, by default in every environment."""
 
 
 class ReplayFork:

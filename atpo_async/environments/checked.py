@@ -32,7 +32,7 @@ EPISODE_PARTS = ("prompt", "step", "close")
 
 
 class CheckedEnvironment:
-    """An environment that returns only what the protocol promises.
+    """An environment that returns only what the protocol allows.
 
     Args:
         plain: the user's.
@@ -49,10 +49,10 @@ class CheckedEnvironment:
         self._label = f"environment {name!r}"
         self.stop_token_ids = stop_ids(_read(plain, "stop_token_ids", self._label), self._label, limits)
         self._num_tasks: dict[Split, int | None] = {}
-        self.num_tasks("train")  # the other split is not everybody's
+        self.num_tasks("train")  # not every environment has the other split
 
     def num_tasks(self, split: Split) -> int | None:
-        """Asked for once.  Raises ConfigError."""
+        """The user's ``num_tasks``, called once for each split.  Raises ConfigError."""
         if split not in self._num_tasks:
             try:
                 value = self.plain.num_tasks(split)

@@ -1,8 +1,8 @@
 """Rules for every value that an environment returns: converted where nothing is lost, else refused in one line.
 
-An environment is somebody else's code, and what it returns travels far: into the engine, over the wire, into the
-journal, into the loss.  Here every value becomes exactly what ``base.py`` promises, or raises ``ValueRefused``, which
-names the environment, the task, the field, the value, its type and the way out.
+An environment is a user's code, and what it returns goes into the engine, over the wire, into the journal and into
+the loss.  Here every value becomes exactly what ``base.py`` specifies, or raises ``ValueRefused``, which names the
+environment, the task, the field, the value, its type and the way out.
 
 Arrays of numpy, torch and jax are understood without importing any of them but numpy.
 """
@@ -299,14 +299,14 @@ def number_of_tasks(value: Any, split: Split, where: str) -> int | None:
         raise ConfigError(str(refused)) from None
 
 
-# --- what a step says --------------------------------------------------------------------------------------------
+# --- results of a step-----------------------------------------------------------------------------------------
 
 
 def step_result(said: Any, where: str, limits: Limits) -> StepResult:
     """As ``StepResult`` promises.  Raises ValueRefused.
 
-    What carries nothing is taken for nothing: on a chain that goes on a reward of 0 and ``success=False``, on one that
-    ended an observation, which nobody would see.
+    Values without meaning are dropped: a reward of 0 and ``success=False`` on a chain that goes on, and an observation
+    on one that ended, which the policy would never see.
     """
     with reading(where, "what step() returned", said):
         if not isinstance(said, StepResult):
@@ -317,7 +317,7 @@ def step_result(said: Any, where: str, limits: Limits) -> StepResult:
         if end == "continue":
             raise refuse(where, "end", end, f"one of {', '.join(ENDS[1:])}, since done is True")
         if success is not None:
-            success = truth_of(success, "success", where, expected="True, False, or None where nobody can say")
+            success = truth_of(success, "success", where, expected="True, False, or None where it cannot be decided")
         return StepResult(
             observation=NOTHING, done=True, reward=reward_of(reward, where), success=success, end=end
         )  # fmt: skip

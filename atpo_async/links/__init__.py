@@ -13,12 +13,12 @@ the handler itself failed.
 knows which requests it is working on and keeps its last replies, so that a repeated request is not run twice.  Requests
 do not wait for sends: a request may overtake the sends before it.
 
-An ``Announcer`` (PUB) publishes to every ``Listener`` (SUB) what may be missed.
+An ``Announcer`` (PUB) publishes to every ``Listener`` (SUB) messages that may be missed.
 
 Each message on a socket begins with a link frame, a fixed struct (``links.frames``).  The two frames of
 ``atpo_async.wire.codec`` follow where there is a message.  Nothing on a socket is pickled.  Off the loopback interface
-every socket needs CURVE keys (``links.keys``).  With keys a peer is who its key says, ``gpu-7/actor-0``, and can
-neither speak for another one nor hear what is meant for it.
+every socket needs CURVE keys (``links.keys``).  With keys a peer is named after its key, ``gpu-7/actor-0``, and can
+neither send in another peer's name nor receive what is addressed to it.
 
 ===================  ===================================================================================
 module               what it holds
@@ -29,7 +29,7 @@ module               what it holds
 ``announcements``    both ends of announcements
 ``link``             what all ends share; ``binding`` and ``connecting`` the two kinds of ends
 ``pump``             a ZeroMQ socket on the event loop
-``authentication``   who may connect; ``keys`` the folders with keys
-``addresses``        endpoints as text; ``ports`` which ports are free and who has them
+``authentication``   which peers may connect; ``keys`` the folders with keys
+``addresses``        endpoints as text; ``ports`` which ports are free and which process uses them
 ===================  ===================================================================================
 """

@@ -17,8 +17,8 @@ def endpoint_of(host: str, port: int) -> str:
 
 
 def split(text: str) -> tuple[str, int]:
-    """Host, without brackets, and port of ``host:port`` or ``tcp://host:port``.  Raises ValueError saying what it is
-    not."""
+    """Host, without brackets, and port of ``host:port`` or ``tcp://host:port``.  Raises ValueError saying what is
+    wrong with it."""
     host, colon, port = text.removeprefix(_SCHEME).rpartition(":")
     if not (colon and host and port.isdecimal() and int(port) < 65536):
         raise ValueError("expected HOST:PORT with a port up to 65535")
@@ -61,8 +61,8 @@ def is_loopback(host: str) -> bool:
 
 
 def is_ipv6(host: str) -> bool:
-    """Whether a socket needs IPv6 to reach or to be ``host``.  Of a name that has both kinds IPv4 is taken: who listens
-    at a name may do so at that kind alone.  Asks the system about names."""
+    """Whether a socket needs IPv6 to reach or to be ``host``.  For a name that has both kinds it is IPv4: a server that
+    listens at a name may do so at that kind alone.  Asks the system about names."""
     address = _literal(host)
     if address is not None or host == "*":
         return isinstance(address, ipaddress.IPv6Address)
@@ -84,8 +84,8 @@ def bindable(host: str) -> str:
 
 
 def seen_from(buffer_endpoint: str, endpoint: str) -> str:
-    """Where a learner that says it listens at ``endpoint`` is reached by who reached the buffer at ``buffer_endpoint``:
-    they share a host, which matters where the learner listens at every address, or at a link-local one."""
+    """The address of a learner that reports ``endpoint``, for a process that reached the buffer at ``buffer_endpoint``:
+    the two share a host, which matters where the learner listens at every address, or at a link-local one."""
     host, there = host_of(endpoint), host_of(buffer_endpoint)
     if is_wildcard(host):
         return endpoint_of(from_here(there or "127.0.0.1"), port_of(endpoint))
@@ -109,7 +109,7 @@ def reached_from_here(endpoint: str) -> str:
 
 
 def to_join(endpoint: str) -> str:
-    """HOST:PORT to give to somebody on another machine, or on this one where nobody else can get in."""
+    """HOST:PORT for joining from another machine, or from this one where the endpoint is local to it."""
     host, port = split(endpoint)
     return endpoint_of(socket.gethostname() if is_wildcard(host) else host, port).removeprefix(_SCHEME)
 

@@ -1,4 +1,4 @@
-"""Announcements: what one end publishes reaches whoever listens at that moment, and may be missed."""
+"""Announcements: messages that reach the listeners connected at that moment, and may be missed."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ log = logging.getLogger("atpo.links")
 _UNREAD = 256
 """Announcements that wait at either end for a listener that does not read; past them the oldest are dropped."""
 _BEAT = [b""]
-"""A heartbeat: the announcer lives and can be heard."""
+"""A heartbeat: shows that the announcer lives and can be reached."""
 
 
 class Announcer(BindingLink):
-    """PUB: tells whoever listens now.  Nothing may depend on an announcement being heard."""
+    """PUB: sends to the listeners connected now.  Nothing may depend on an announcement being received."""
 
     _pub: Socket | None = None
 
@@ -64,7 +64,7 @@ class Announcer(BindingLink):
         }
 
     async def publish(self, message: Any) -> None:
-        """Tell those who are connected now.  Raises BadMessage if the message is none or too large."""
+        """Send to the listeners connected now.  Raises BadMessage if the message is none or too large."""
         if self._pub is not None and not self._pub.closed:
             self._pub.send_multipart(encode_within(message, self._limits), zmq.NOBLOCK)
 

@@ -1,4 +1,4 @@
-"""Who may connect: off the loopback interface endpoints need keys; a server lets in whose key lies in its folder."""
+"""Which peers may connect: endpoints off the loopback interface need keys; a server admits the keys in its folder."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class RefusedConnections:
 
 
 class Authenticator:
-    """Answers libzmq's question (ZAP, RFC 27) who may connect: a peer whose public key lies in the folder may.
+    """Answers libzmq's requests (ZAP, RFC 27) whether a peer may connect: one whose public key lies in the folder may.
 
     The key becomes the connection's user id, which libzmq attaches to every message of it.
     """
@@ -94,7 +94,7 @@ class Authenticator:
     def _on_question(self, frames: list[codec.Buffer], _: str) -> None:
         version, request_id, _domain, address, _identity, mechanism, *credentials = map(bytes, frames)
         key = zmq.utils.z85.encode(credentials[0]).decode() if mechanism == b"CURVE" and credentials else ""
-        # At every connection, so that a key can be added or taken away while the run goes on.
+        # At every connection, so that a key can be added or removed while the run goes on.
         self._keys.look()
         allowed = key in self._keys.names
         if not allowed:

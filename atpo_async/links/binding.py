@@ -30,7 +30,7 @@ class BindingLink(Link):
 
     Args:
         endpoint: with port 0 any free one is taken, ``former_port`` where that is free.
-        former_port: where it listened before, and peers may look for it still; 0 for none.
+        former_port: where it listened before, and peers may still try to reach it; 0 for none.
         setting: the configuration's field that sets the port, for errors: ``links.actors_port``.
         learners_only: with keys, let in only those that may be the learner.
     """
@@ -63,7 +63,7 @@ class BindingLink(Link):
         if self._keys is not None:
             public, secret = load_pair(self._keys.folder, SERVER_KEY)
             self._keys.look()
-            # Before the bind: without an allow-list libzmq lets everybody in.
+            # Before the bind: without an allow-list libzmq admits every peer.
             self._authenticator = Authenticator(context, self._keys, self._refused, self.endpoint)
             socket.curve_server = True
             socket.curve_publickey, socket.curve_secretkey = public, secret
@@ -104,5 +104,5 @@ class BindingLink(Link):
         reason = _NO_HANDSHAKE
         if event["event"] == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
             reason = _HANDSHAKE_FAILURES.get(event["value"], reason)
-        # libzmq tells no address of these: the connection is gone by the time it reports them.
+        # libzmq reports no address of these: the connection is closed by the time it reports them.
         self._refused.note(self.endpoint, "a connection", reason)

@@ -32,8 +32,8 @@ class ConnectingLink(Link):
 
     Args:
         endpoint: of the other end; empty where it is not known yet, which needs ``locate``.
-        locate: returns the other end's endpoint, empty while nobody knows it.  It is asked once a heartbeat while
-            there is no connection, so that an end that came back at another address is found.
+        locate: returns the other end's endpoint, empty while it is not known.  It is called once a heartbeat while
+            there is no connection, so that an end that was restarted at another address is found.
     """
 
     def __init__(self, endpoint: str, settings: LinksConfig, *, locate: Callable[[], str] | None = None) -> None:
@@ -65,7 +65,7 @@ class ConnectingLink(Link):
         }
 
     def _on_connected(self) -> None:
-        """A connection is up; the one before may have swallowed anything."""
+        """A connection is up; the previous one may have lost anything."""
 
     def _on_lost(self) -> None:
         """The connection broke; libzmq goes on trying."""
@@ -92,7 +92,7 @@ class ConnectingLink(Link):
             self._spawn(self._find(), f"{self.title} finds the other end")
 
     async def _find(self) -> None:
-        """Waits for: the other end to say where it listens.  Ended by: that, or close()."""
+        """Waits for: the other end's endpoint.  Ended by: that, or close()."""
         while not self.endpoint:
             await asyncio.sleep(min(_FIND_EVERY_S, self.settings.heartbeat_s))
             self._follow()
@@ -106,7 +106,7 @@ class ConnectingLink(Link):
             raise SetupError(f"cannot connect to {self.endpoint}: {exc.strerror}; expected tcp://host:port") from None
 
     def _follow(self) -> None:
-        """Once a heartbeat while there is no connection: go where the other end is now."""
+        """Once a heartbeat while there is no connection: connect to where the other end listens now."""
         found = "" if self._locate is None else self._locate()
         socket = self._end
         if not found or found == self.endpoint or socket is None or socket.closed:

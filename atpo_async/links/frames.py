@@ -21,10 +21,10 @@ its way is what each frame costs at both ends, whatever is in it.  FULL is the a
 further client; the reason is in its second frame."""
 MAX_SENDS = 64
 SENDS_BYTES = 1 << 16
-"""What a client puts into one SENDS at the most; a message that is larger goes alone, and without a copy."""
+"""Most bytes that a client puts into one SENDS; a larger message goes alone, and without a copy."""
 
 ID_SEPARATOR = b"\0"
-"""In a routing id, between the client's name and bytes that nobody can guess."""
+"""In a routing id, between the client's name and bytes that cannot be guessed."""
 MAX_NAME_BYTES = 200
 
 MAX_REASON = 2000
@@ -32,7 +32,7 @@ MAX_REASON = 2000
 
 
 def limits_of(settings: LinksConfig) -> codec.Limits:
-    """What a message may have on a link with these settings."""
+    """The limits of a message on a link with these settings."""
     return codec.Limits(message_bytes=settings.max_message_bytes)
 
 

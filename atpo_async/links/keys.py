@@ -1,8 +1,8 @@
-"""CURVE keys: making a pair, loading one's own, and which peers a folder of public keys lets in.
+"""CURVE keys: making a pair, loading one's own, and which peers a folder of public keys admits.
 
 The folder of a host that serves (``links.keys_dir``) holds::
 
-    server.key  server.key_secret    what it is known by to those who connect
+    server.key  server.key_secret    the key pair of its sockets, for peers that connect
     client.key  client.key_secret    its own roles, where they connect; may be actors and learner
     NAME.key                         another host, whose actors may join
     learners/NAME.key                another host, which may be the learner as well
@@ -93,7 +93,7 @@ def _require_private(secret: Path) -> None:
         raise SetupError(f"secret key {secret} has mode {mode:04o}; others must not read it: chmod 600 {secret}")
 
 
-# --- who a folder lets in --------------------------------------------------------------------------------------
+# --- keys that a folder admits----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class KeyFolder:
     def look(self) -> bool:
         """Read what was added, removed or written since.  Whether ``names`` is another now.
 
-        Costs a stat of each file.  A folder that cannot be read lets nobody in.
+        Costs a stat of each file.  A folder that cannot be read admits no peer.
         """
         trouble: list[str] = []
         files: dict[Path, _File] = {}
@@ -133,10 +133,10 @@ class KeyFolder:
                 files |= self._scan(folder, trouble)
         except OSError as exc:
             files = {}
-            trouble.append(f"{exc.filename} cannot be read, nobody is let in: {exc.strerror}")
+            trouble.append(f"{exc.filename} cannot be read, no peer is let in: {exc.strerror}")
         self._files = files
         names = self._name(files, trouble)
-        # Said once, and again only when it changes: this is asked at every connection.
+        # Logged once, and again only when it changes: this is called at every connection.
         for line in sorted(set(trouble).difference(self.trouble)):
             log.error("keys in %s: %s", self.folder, line)
         self.trouble = tuple(sorted(set(trouble)))

@@ -106,12 +106,12 @@ class Link:
         socket.linger = 0
         # The link frame and the routing id come on top; the exact limit is the wire's, before it parses.
         socket.setsockopt(zmq.MAXMSGSIZE, self.settings.max_message_bytes + 4096)
-        # A greeting that was cut short is waited for no longer; with libzmq's 30 s it would be.
+        # Limits the wait for the rest of a greeting that was cut short, for which libzmq waits 30 s.
         socket.setsockopt(zmq.HANDSHAKE_IVL, int(1000 * max(_HANDSHAKE_S, 5 * self.settings.heartbeat_s)))
         socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
         # The kernel finds connections that died without a word: pings keep something unacknowledged under way, and
-        # keep-alives do where nobody pings.  Not libzmq's own heartbeats: with a full receive queue they abort the
+        # keep-alives do where no pings are sent.  Not libzmq's own heartbeats: with a full receive queue they abort the
         # process when the peer goes away (known, and open in libzmq 4.3.5).
         beat_s = max(1, round(self.settings.heartbeat_s))
         socket.setsockopt(zmq.TCP_MAXRT, 5000 * beat_s)

@@ -1,4 +1,4 @@
-"""Ports of this machine: whether the configured ones are free, and who has one that is not."""
+"""Ports of this machine: whether the configured ones are free, and which process uses one that is not."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def refused(number: int | None, *, host: str, port: int, setting: str) -> SetupE
 
 
 def holder(port: int) -> str:
-    """Who listens at a TCP port: its process and command, as far as this user may know."""
+    """What listens at a TCP port: its process and command, as far as this user may know."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections(kind="tcp"):
             if connection.status != psutil.CONN_LISTEN or not connection.laddr or connection.laddr.port != port:

@@ -1,4 +1,4 @@
-"""A ZeroMQ socket on the event loop: hands over what comes in, in bursts, and sends without waiting."""
+"""A ZeroMQ socket on the event loop: passes on incoming messages in bursts, and sends without waiting."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ BURST = 8
 parted).  From a commit's end to the next one's beginning the loop goes round several times, so a round has to be short
 (measured: 32 costs an eighth of the throughput)."""
 _MAX_FRAMES = 16
-"""Of a message; what more a hostile peer puts into one is read and thrown away."""
+"""Frames of a message; further ones, from a hostile peer, are read and discarded."""
 
 
 class Pump:
     """A zmq socket on the event loop.
 
-    zmq's descriptor is edge-triggered and shared by both directions: a send can swallow the edge that told of
-    input.  So after every send, and after a burst that may have left input behind, the socket is looked at again.
+    zmq's descriptor is edge-triggered and shared by both directions: a send can swallow the edge of
+    an input.  So after every send, and after a burst that may have left input behind, the socket is looked at again.
 
     Args:
         socket: non-blocking use only.
@@ -67,7 +67,7 @@ class Pump:
         return bool(self._socket.closed)
 
     def send(self, frames: Sequence[codec.Buffer]) -> bool:
-        """Whether the socket took them; it does not when nobody is connected, or when they do not read."""
+        """Whether the socket took them; it does not when no peer is connected, or when the peer does not read."""
         send, last = self._socket.send, len(frames) - 1
         try:
             for i, frame in enumerate(frames):
@@ -82,7 +82,7 @@ class Pump:
         return True
 
     def send_tracked(self, frames: Sequence[codec.Buffer]) -> list[zmq.MessageTracker] | None:
-        """``send``, and who tells when libzmq has let go of each frame of some size; None where it was not taken."""
+        """``send``; returns trackers of the larger frames, done once libzmq has sent them; None where not taken."""
         trackers = []
         try:
             for i, frame in enumerate(frames):
@@ -133,7 +133,7 @@ class Pump:
             taken += 1
             try:
                 taken += (on_message(frames, str(first.get("User-Id")) if users else "") or 1) - 1
-            # Whatever one message did, the ones behind it must still be read: no further edge would tell of them.
+            # Whatever one message did, the ones behind it must still be read: no further edge would announce them.
             except Exception:
                 log.exception("a frame could not be handled")
         else:
@@ -143,5 +143,5 @@ class Pump:
 
 
 def _not_taken(exc: zmq.ZMQError) -> bool:
-    """Whether a send came to nothing because nobody is connected, or because they do not read."""
+    """Whether a send failed because no peer is connected, or because the peer does not read."""
     return isinstance(exc, zmq.Again) or exc.errno == zmq.EHOSTUNREACH

@@ -1,1 +1,1 @@
-"""The status of roles: their waits and progress, the files that carry it, and what it says about hangs."""
+"""The status of roles: their waits and progress, the status files, and the detection of hangs from them."""

@@ -99,7 +99,7 @@ def explain(
     Args:
         statuses: role -> its status.
         stuck: role -> why it is stuck, of those that are.
-        only: the chains that end with this role; at least one sentence, for the role alone if nobody waits for it.
+        only: the chains that end with this role; at least one sentence, for the role alone if no role waits for it.
         known: role -> what is known of a role without a snapshot; continues the sentence "X, which …".
         circle_s: a circle with a wait younger than this is not yet called a deadlock, and is left out.
     """
@@ -139,7 +139,7 @@ def _chain(
         return _Chain((start,), (words,))
     found = waits_of(status)
     own = [wait for wait in found if wait.on in OWN_PARTS]
-    if own:  # a role that works is not held up by others
+    if own:  # a role that is working does not wait for others
         at = f"{own[0].what} ({own[0].on}, {duration(own[0].since_s)})"
         return _Chain((start,), (f"{subject} is at work: {at}",))
     circle: _Chain | None = None
@@ -178,7 +178,7 @@ def _ways(
 
 
 def joined_by_address(statuses: Iterable[StatusSnapshot]) -> dict[str, float]:
-    """Actors without a status file here, which joined by address: name -> seconds since the buffer heard of them."""
+    """Actors without a status file here, which joined by address: name -> seconds since they last sent anything."""
     statuses = list(statuses)
     found: dict[str, float] = {}
     for status in statuses:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 LINKS = "link."
-"""Begins the name under which a link publishes itself; it comes into ``StatusSnapshot.links`` without it."""
+"""Prefix of the name under which a link publishes its facts; ``StatusSnapshot.links`` has the name without it."""
 
 Facts = Callable[[], Mapping[str, Any]]
 

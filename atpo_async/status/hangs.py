@@ -1,6 +1,6 @@
 """Decides which roles are stuck, from their status snapshots, what their processes use, and the time.  Pure.
 
-A role is *stuck* when something in it stands still that nobody but the role itself could move:
+A role is *stuck* when a part of it stands still that no other role could move:
 
 - it is stopped by a signal;
 - it gives no sign of life: not even its status thread, which needs the interpreter only;
@@ -11,7 +11,7 @@ A role is *stuck* when something in it stands still that nobody but the role its
 A role that waits for another one is never stuck, however long it waits; neither is one that works.  Work shows as
 progress, and progress sets the clock back: a counter of ``waits.progress`` (turns, tokens, micro-batches, batches, …),
 a change of phase, coming back to life, and while a role is starting (loading, compiling, warming up) computing and
-reading worth mentioning.  A wait with a limit of its own is left to it.
+reading worth mentioning.  A wait with a limit of its own is not judged before that limit.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ def _numbers(observed: ObservedRole) -> list[int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the supervisor is to say or do about a role."""
+    """What the supervisor should report or do about a role."""
 
     line: str
     """For the user: the chain of waits, to its end."""
     ends: str | None = None
-    """The role to be ended and started again; None: the line is only told."""
+    """The role to be ended and started again; None: the line is only reported."""
     why: str = ""
 
 
@@ -123,7 +123,7 @@ class Watch:
     """Judges the roles of a run, look after look.
 
     Args:
-        deadline_s: a role that is stuck for longer is told, and so is a run in which nothing has moved for longer.
+        deadline_s: a role that is stuck for longer is reported, and so is a run in which nothing has moved for longer.
         hang_s: a role that is stuck for longer is to be started again.
         every_s: between two looks; where far more time has passed, the supervisor itself stood still (a machine that
             slept, a signal), and every clock starts anew.
@@ -146,7 +146,7 @@ class Watch:
         others: Iterable[StatusSnapshot] = (),
         restarts: Mapping[str, float] | None = None,
     ) -> list[Verdict]:
-        """What has to be said or done now.
+        """What has to be reported or done now.
 
         Args:
             observed_roles: the roles that the supervisor started.
@@ -167,7 +167,7 @@ class Watch:
             memory = self._roles[found.role]
             line = "; ".join(explain(statuses, stuck, only=found.role, known=known))
             if found.for_s >= self._hang_s:
-                memory.moved_at = now  # it is being ended; should it survive that, it is told again
+                memory.moved_at = now  # it is being ended; should it survive that, it is reported again
                 verdicts.append(Verdict(line=line, ends=found.role, why=found.why))
             elif found.for_s >= self._deadline_s and found.for_s >= 2 * memory.told_s:
                 memory.told_s = found.for_s
@@ -202,7 +202,7 @@ class Watch:
         found = list(_causes(observed, still_s=still_s, silent_s=silent_s))
         if memory.stopped_at is not None:
             found = [(now - memory.stopped_at, stopped_words(observed.stopped))]
-        # A silent or stopped role could not make progress: once it is back, its time begins anew.
+        # A silent or stopped role could not make progress: once it runs again, its time begins anew.
         silent = bool(found) and (memory.stopped_at is not None or silent_s > SILENT_S)
         if memory.was_silent and not silent:
             memory.moved_at = now

@@ -18,7 +18,7 @@ from atpo_async.status.snapshot import StatusSnapshot
 from atpo_async.status.waits import OWN_PARTS
 from atpo_async.status.wording import duration
 
-SEEN_S = 30.0  # a status file that is older says nothing about now
+SEEN_S = 30.0  # an older status file is out of date
 MOST_DETAIL = 120  # characters in a line
 SAID_FROM_S = 5.0  # a role that has been at a stage for less is not worth a line
 
@@ -35,7 +35,7 @@ class RoleStart:
     loads: bool
     """It works, rather than waits for another role."""
     detail: str = ""
-    """How far what it waits for is, as far as the buffer has told it."""
+    """The progress of what it waits for, as the buffer last reported it to the role."""
 
 
 def starts(statuses: Iterable[StatusSnapshot], *, now: float, wall: float) -> list[RoleStart]:
@@ -57,7 +57,7 @@ def starts(statuses: Iterable[StatusSnapshot], *, now: float, wall: float) -> li
 
 
 def _how_far(status: StatusSnapshot) -> str:
-    """What the buffer said last to the longest wait for it: the counts, without what follows them."""
+    """The counts that the buffer last reported to the longest wait for it."""
     said = next((wait.detail for wait in status.waits if wait.on == BUFFER and wait.detail), "")
     return shortened(said.partition("; ")[0], MOST_DETAIL)
 

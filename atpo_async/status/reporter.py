@@ -43,8 +43,8 @@ class Reporter:
 
     Args:
         role: the name in the snapshot.
-        folder: where ``<role>.json`` goes; None keeps none.
-        log: where SIGUSR1 is answered.
+        folder: where ``<role>.json`` goes; None: no file is written.
+        log: where the status is logged on SIGUSR1.
         on_signal: take SIGUSR1; one reporter of a process can.
         every_s: seconds between two snapshots.
     """
@@ -156,7 +156,7 @@ class Reporter:
             aside.write_bytes(data)
             aside.replace(self._file)
             self._trouble = ""
-        # A full disk, a folder that was deleted: the role goes on, and says so once.
+        # A full disk, a folder that was deleted: the role goes on, and logs it once.
         except Exception as exc:
             if not self._trouble:
                 self._log.warning("status of %s cannot be written to %s: %s", self._role, self._file, exc)
@@ -212,7 +212,7 @@ def _stack_of(thread: int) -> tuple[str, ...]:
 
 
 def _stacks() -> list[str]:
-    """Where every thread but this one is."""
+    """The stack of every thread but this one."""
     told = []
     for thread in threading.enumerate():
         if thread.ident is not None and thread is not threading.current_thread():

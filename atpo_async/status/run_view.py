@@ -74,7 +74,7 @@ class RunView:
 
     @property
     def joined(self) -> dict[str, float]:
-        """Actors that joined by address, without a status file here: name -> seconds since the buffer heard of them."""
+        """Actors that joined by address, without a status file here: name -> seconds since they last sent anything."""
         return joined_by_address(view.status for view in self.roles.values() if view.alive)
 
     @property

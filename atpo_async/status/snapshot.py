@@ -36,7 +36,7 @@ class Wait(msgspec.Struct, frozen=True, kw_only=True):
     limit_s: float | None = None
     count: int = 1
     detail: str = ""
-    """How far what it waits for is, or what keeps it; empty where that is not known."""
+    """The progress of what it waits for, or what holds that up; empty where that is not known."""
 
 
 class StatusSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +69,7 @@ class StatusSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     links: dict[str, dict[str, Any]] = {}
     """Link -> what ``link_status()`` says, as of the loop's last tick."""
     facts: dict[str, dict[str, Any]] = {}
-    """What parts of the role publish of themselves, as of the loop's last tick."""
+    """Facts that parts of the role publish (``status.facts``), as of the loop's last tick."""
     stack: tuple[str, ...] = ()
     """Of the loop's thread, outermost call first, where the loop stands still."""
 
@@ -79,7 +79,7 @@ class StatusSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def file_stem(role: str) -> str:
-    """The name of a role's status file, without its ending, whatever a user has called the role."""
+    """The name of a role's status file, without its ending, for any name that a user may give the role."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", role) or "_"
 
 
@@ -121,7 +121,7 @@ def age_s(status: StatusSnapshot, *, now: float, wall: float) -> float:
 
 
 def as_of_now(status: StatusSnapshot, age_s: float) -> StatusSnapshot:
-    """A snapshot ``age_s`` seconds old, with what has gone on since: a role that is frozen writes no newer one."""
+    """A snapshot ``age_s`` seconds old, its durations extended to now: a role that is frozen writes no newer one."""
     return msgspec.structs.replace(
         status,
         phase_s=status.phase_s + age_s,

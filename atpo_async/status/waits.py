@@ -1,9 +1,8 @@
-"""Waits that have a name and a deadline, and how far this process has come.
+"""Named waits with deadlines, and counters of the progress of this process.
 
-Code that waits enters its wait in a registry of the process (``waiting``, ``BoundedWait``, ``DeferredAnswers``); code
-that gets on with its work counts what it has done (``progress``, ``phase``).  ``status.reporter`` makes a status
-snapshot of both, from a thread of its own, and ``status.hangs`` judges it: a wait without progress is a hang, a long
-one with progress is work.
+Code that waits registers its wait (``waiting``, ``BoundedWait``, ``DeferredAnswers``); code that works counts what it
+has done (``progress``, ``phase``).  ``status.reporter`` makes a status snapshot of both, from a thread of its own, and
+``status.hangs`` judges it: a wait without progress is a hang, a long one with progress is work.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ OWN_PARTS = frozenset({TORCH, ENGINE, ENVIRONMENT})
 """Parts of a role's own process that it may wait for; starting the role again mends a hang of theirs."""
 
 DISK = "disk"
-"""Waited for inside a role's own process too, but starting the role again does not make a disk answer."""
+"""A role waits for it in its own process too, but starting the role again does not make a disk answer."""
 
 
 SAVING = "saving"
-"""Phase of a role that was asked to end and first writes what it has done to disk; it is given the time for that."""
+"""Phase of a role that was asked to end and first saves its work to disk; the supervisor gives it the time for that."""
 
 
 class Deadlines(Protocol):
-    """``links.deadline_s`` and ``links.give_up_s``, wherever they are kept."""
+    """``links.deadline_s`` and ``links.give_up_s``, whatever object holds them."""
 
     @property
     def deadline_s(self) -> float: ...
@@ -48,9 +47,9 @@ class waiting:
     """A named wait, in the registry while the block runs; in a coroutine as well as in a thread, nested or not.
 
     Args:
-        who: who waits, for people: ``tree t7``, ``the learner``.
-        what: for what: ``batch 12``, ``space in the window``.
-        on: who can end it: a role (``buffer``, ``learner``, ``actors``, ``actor-0``), a part of this process
+        who: what waits, as text for people: ``tree t7``, ``the learner``.
+        what: what it waits for: ``batch 12``, ``space in the window``.
+        on: what can end the wait: a role (``buffer``, ``learner``, ``actors``, ``actor-0``), a part of this process
             (``OWN_PARTS``, ``DISK``), or empty where nothing in the run can.
         limit_s: seconds after which it ends by itself; None where it has no limit of its own.
     """
@@ -104,7 +103,7 @@ class BoundedWait:
         self.what = what
         self.on = on
         self.detail = ""
-        """How far what it waits for is, or what keeps it: the latest reason."""
+        """The progress of what it waits for, or what holds that up: the latest reason."""
         self.since = time.monotonic()  # as every wait in the registry, whatever ``clock`` is
         self._deadlines = deadlines
         self._clock = clock
@@ -162,11 +161,11 @@ def extend_while(what_loads: Callable[[], str | None] | None) -> None:
 
 
 class DeferredAnswers:
-    """The wait of a server that answers "not yet": it lasts from the first answer that puts a question off to the first
-    that does not, or until no question has come for ``FORGET_S``.
+    """The wait of a server that answers "not yet": from the first deferred answer to the first full one, or until no
+    request has come for ``FORGET_S``.
 
     Args:
-        who: for whom, for people: ``the requests for leases``.
+        who: what waits, as text for people: ``the requests for leases``.
     """
 
     limit_s = None
@@ -179,7 +178,7 @@ class DeferredAnswers:
         self._asked_at: float | None = None
 
     def goes_on(self, what: str, *, on: str) -> None:
-        """A question was answered with "not yet" because of ``what``, which ``on`` can end."""
+        """A request was answered with "not yet" because of ``what``, which ``on`` can end."""
         now = time.monotonic()
         if not self.lasts(now):
             self.since = now
@@ -187,7 +186,7 @@ class DeferredAnswers:
         self.what, self.on, self._asked_at = what, on, now
 
     def over(self) -> None:
-        """A question was answered in full."""
+        """A request was answered in full."""
         self._asked_at = None
 
     def lasts(self, now: float) -> bool:
@@ -255,7 +254,7 @@ def progress(name: str, count: int = 1) -> None:
 
 
 def phase(what: str, *, starting: bool = False) -> None:
-    """The role does something else now; a change counts as progress."""
+    """Enter a phase; a change of phase counts as progress."""
     global _phase
     if (what, starting) != (_phase.what, _phase.starting):
         _phase = Phase(what, time.monotonic(), starting)

@@ -64,14 +64,14 @@ class WantedVersion(NamedTuple):
 
 
 class SenderContext(NamedTuple):
-    """What a learner knows when it makes its half."""
+    """What a transport gets from the learner that makes its half."""
 
     run: str
     settings: WeightsConfig
 
 
 class ReceiverContext(NamedTuple):
-    """What an actor knows when it makes its half."""
+    """What a transport gets from the actor that makes its half."""
 
     run: str
     settings: WeightsConfig
@@ -94,7 +94,7 @@ class Sender:
         """The learner no longer offers this version."""
 
     def place(self, version: OfferedVersion) -> str | None:
-        """What the announcement tells receivers (``WeightsAnnounced.shm_path``); None where they need nothing."""
+        """What the announcement passes to receivers (``WeightsAnnounced.shm_path``); None where they need nothing."""
         return None
 
     def answer(self, request: ChunkRequest, version: OfferedVersion) -> LearnerToActor | None:
@@ -117,7 +117,7 @@ class Receiver:
         """Bring the payload of ``wanted`` to the file ``target``, whole; its size and hash are checked afterwards.
 
         Raises:
-            TransportUnavailable: not this way, not now; the message says why.
+            TransportUnavailable: this transport cannot bring it now; the message says why.
             VersionWithdrawn: a newer version has replaced it.
             PeerLost: the learner did not answer in time; the version is tried again at the next poll.
             OSError: the folder of ``target`` cannot take it.

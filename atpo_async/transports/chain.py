@@ -63,7 +63,7 @@ def auto() -> Chain:
 
 
 class _Failures:
-    """What the transports of a chain have failed at: counted, and passed over for all but the last one."""
+    """Counts failures of the transports of a chain; those of all but the last one are not raised."""
 
     def __init__(self, halves: Mapping[str, object], level: int) -> None:
         self._last = next(reversed(list(halves)))
@@ -81,7 +81,7 @@ class _Failures:
 
     @contextlib.contextmanager
     def spared(self, name: str, what: str) -> Iterator[None]:
-        """Whatever the block raises is counted, unless it comes from the last transport."""
+        """Counts whatever the block raises, unless it comes from the last transport."""
         try:
             yield
         except Exception as exc:
@@ -193,7 +193,7 @@ class _ChainReceiver(Receiver):
 
 
 def _clear(target: Path) -> None:
-    """What an earlier transport left may be a link to the learner's own file: nobody may write into it."""
+    """Remove what an earlier transport left: it may be a link to the learner's own file, which must not change."""
     target.unlink(missing_ok=True)
 
 

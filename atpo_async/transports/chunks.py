@@ -62,7 +62,7 @@ class _ChunkReceiver(Receiver):
         self._context = context
 
     async def fetch(self, wanted: WantedVersion, target: Path) -> None:
-        """Raises PeerLost if not all of it has come within ``weights.fetch_timeout_s``."""
+        """Raises PeerLost if not all chunks have arrived within ``weights.fetch_timeout_s``."""
         manifest, limit_s = wanted.manifest, self._context.settings.fetch_timeout_s
         count = num_chunks(manifest)
         credit = asyncio.Semaphore(CHUNKS_IN_FLIGHT)

@@ -1,7 +1,7 @@
 """The demo's policy: a small Qwen3 model made from nothing and warm-started on noisy demonstrations.
 
 What comes out is an ordinary model folder (config.json, generation_config.json, model.safetensors, tokenizer files)
-that vLLM and transformers load, and ``warm_start.json``, which says how it was made.  The demonstrations' faults
+that vLLM and transformers load, and ``warm_start.json``, which records how it was made.  The demonstrations' faults
 (``world.Habits``) are what reinforcement learning has to remove; copying names and the form of the
 calls are learnt here.
 
@@ -282,7 +282,7 @@ def new_model(recipe: Recipe) -> Any:
             head_dim=32,
             max_position_embeddings=512,
             tie_word_embeddings=True,
-            # A width this small wants more than the usual 0.02: names are told apart, and copying is learnt, three
+            # A width this small needs more than the usual 0.02: telling names apart, and copying them, is learnt three
             # times sooner.
             initializer_range=0.08,
             pad_token_id=ids[PAD],

@@ -64,7 +64,7 @@ class Answer:
 
 
 def read_action(words: Sequence[str]) -> Look | Answer | None:
-    """What an action says; None when it is malformed (one that lacks its ``<end>`` is)."""
+    """The call or answer in an action; None when it is malformed (one that lacks its ``<end>`` is)."""
     match tuple(words):
         case ("look", relation, "of", name, "<end>") if END not in (relation, name):
             return Look(relation=relation, name=name)
@@ -80,7 +80,7 @@ def write_action(action: Look | Answer) -> tuple[str, ...]:
 
 
 def observation(*words: str) -> tuple[str, ...]:
-    """What the tool says, delimited."""
+    """The tool's words as an observation, delimited."""
     return (OPEN, *words, CLOSE)
 
 
@@ -154,7 +154,7 @@ class Task:
         return name
 
     def look_up(self, relation: str, name: str) -> str:
-        """The fact.  Nobody is his own friend."""
+        """The name that a relation leads to from ``name``; never ``name`` itself."""
         names = self.world.names
         others = _digest("fact", self.world.seed, self.stream, self.index, relation, name) % (len(names) - 1)
         return names[others + (others >= names.index(name))]
@@ -180,10 +180,10 @@ def turn_limit(hops: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Habits:
-    """The mistakes of the demonstrator whom the warm start imitates.
+    """The mistakes of the demonstrator that the warm start imitates.
 
-    Slips are chance: sampling repeats them, greedy decoding does not.  Mix-ups are conviction: greedy decoding repeats
-    them too, so success-only rewards have something to teach either way.
+    Slips are random: sampling repeats them, greedy decoding does not.  Mix-ups are systematic: greedy decoding repeats
+    them too, so that success-only rewards have something to teach either way.
     """
 
     noise: float = 0.33

@@ -93,7 +93,7 @@ class Client(ConnectingLink):
         self.identity = identity
         self.on_refused = on_refused
         self.on_acked: Callable[[int], None] | None = None
-        """Called with how many sends are done with, acknowledged or refused, whenever there are more."""
+        """Called with the number of sends that are acknowledged or refused, whenever there are more."""
         self._receives = receives | Refused
         self._session = secrets.randbits(64)
         self._pump: Pump | None = None
@@ -102,10 +102,10 @@ class Client(ConnectingLink):
         self._waits = Waits()
         self._heard_at = time.monotonic()
         self._owed_since = 0.0
-        """Since when the server owes us a sign of life."""
+        """Since when a sign of life of the server has been due."""
         self._failure: AtpoError | None = None
         self._transmitting = False
-        """Whether what is not on the wire is about to be put there."""
+        """Whether a transmission of what is not on the wire yet is scheduled."""
         self._bad = 0
         self._is_full = False
         """The server takes no further clients."""
@@ -227,9 +227,9 @@ class Client(ConnectingLink):
 
     def _open(self, context: Context) -> None:
         socket = self._socket(context, zmq.DEALER)
-        # Whoever connects with a routing id gets what is for it.  So it cannot be guessed, and stays for reconnections.
+        # A peer gets what is addressed to its routing id.  So the id cannot be guessed, and stays for reconnections.
         socket.setsockopt(zmq.ROUTING_ID, self.identity.encode() + ID_SEPARATOR + secrets.token_bytes(16))
-        # Only onto a live connection: libzmq would keep messages for the next one, behind our back and out of order.
+        # Only onto a live connection: libzmq would hold messages for the next one, unknown to us and out of order.
         socket.setsockopt(zmq.IMMEDIATE, 1)
         # The window bounds what is in flight.
         socket.setsockopt(zmq.SNDHWM, 0)
@@ -252,7 +252,7 @@ class Client(ConnectingLink):
     def _peer(self) -> str:
         return f"{self.peer} at {self.endpoint}" if self.endpoint else f"{self.peer}, which has not said where it is"
 
-    # --- waits, and what ends them
+    # --- waits and what ends them
 
     async def _wait(self, awaitable: Awaitable[Any], *, what: str, timeout_s: float, for_window: bool = False) -> Any:
         wait = self._waits.begin(what, timeout_s, for_window=for_window)
@@ -271,17 +271,17 @@ class Client(ConnectingLink):
         )
 
     def _expect_a_sign(self) -> None:
-        """From now on the server owes us a sign of life; before, its silence did not matter."""
+        """From now on a sign of life of the server is due; before, its silence did not matter."""
         if not len(self._window) and not len(self._requests):
             self._owed_since = time.monotonic()
 
     def _fail(self, failure: AtpoError) -> None:
-        """For good: everybody who waits, and whoever calls from now on, gets ``failure``."""
+        """For good: every open wait and every later call raises ``failure``."""
         self._failure = self._failure or failure
         self._waits.end()
 
     async def _beat(self) -> None:
-        """Ping, and look at who has waited too long.  Waits for: the clock.  Ended by: close()."""
+        """Ping, and report waits that last too long.  Waits for: the clock.  Ended by: close()."""
         while True:
             await asyncio.sleep(self.settings.heartbeat_s)
             self._ping()
@@ -349,7 +349,7 @@ class Client(ConnectingLink):
         except struct.error:
             magic = b""
         if magic != MAGIC or kind in _OURS:
-            # What only clients say comes back where a connection leads to itself, as TCP lets it when nobody listens.
+            # A connection may lead to itself, which TCP allows if nothing listens: our own frames come back then.
             self._bad += 1
             if worth_a_line(self._bad):
                 log.warning("%s got a frame from %s that is no server's; dropped", self.identity, self._peer())
@@ -378,7 +378,7 @@ class Client(ConnectingLink):
             self._fail(
                 PeerLost(f"{self._peer()} has dropped {self.identity}: another process has taken that name since")
             )
-            # Connected on, we would throw our successor out with every reconnection, and it us.
+            # If we stayed connected, we and our successor would replace each other with every reconnection.
             self._close_sockets()
 
     def _on_full(self, reason: str) -> None:
@@ -389,7 +389,7 @@ class Client(ConnectingLink):
             log.warning("%s: %s: %s", self.identity, self._peer(), self._trouble)
 
     def _on_denied(self) -> None:
-        """Our key was taken away while we were connected: come back as a stranger, now and then."""
+        """Our key was removed while we were connected: try a new connection from time to time."""
         if self._connected:
             self._connected = False
             self._trouble = "it let our key in once and no longer does: it was taken out of its links.keys_dir"
@@ -406,7 +406,7 @@ class Client(ConnectingLink):
             if self.on_refused is not None:
                 try:
                     self.on_refused(message, reason)
-                # The rest of this acknowledgement must be taken whatever the owner makes of the refusal.
+                # The rest of this acknowledgement must be processed even if the owner's callback fails.
                 except Exception:
                     log.exception("on_refused of %s failed", self.identity)
         if done and self.on_acked is not None:
@@ -431,5 +431,5 @@ class Client(ConnectingLink):
 
 
 def _text(frames: list[codec.Buffer]) -> str:
-    """What stands in the second frame."""
+    """The text in the second frame."""
     return bytes(frames[1]).decode(errors="replace") if len(frames) > 1 else ""

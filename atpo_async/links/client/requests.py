@@ -1,4 +1,4 @@
-"""Requests under way: each is repeated until its one reply is there."""
+"""Requests under way: each is repeated until its one reply arrives."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PendingRequests:
     """All requests of a client that have no reply yet, by number, oldest first.
 
     Args:
-        size: how many there may be; who asks takes one of ``places`` first.
+        size: how many there may be; a caller takes one of ``places`` before ``add``.
     """
 
     def __init__(self, size: int) -> None:
@@ -52,7 +52,7 @@ class PendingRequests:
         del self._by_id[request_id]
 
     def waiting_for(self, request_id: int) -> PendingRequest | None:
-        """The request whose reply came, unless somebody has it already or no longer wants it."""
+        """The request whose reply came; None if it was answered already or was given up."""
         pending = self._by_id.get(request_id)
         return None if pending is None or pending.answer.done() else pending
 

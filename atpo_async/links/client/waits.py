@@ -1,4 +1,4 @@
-"""Who waits for a server, for what and since when: for the log, and so that a loss can end every wait early."""
+"""The waits of a client for its server: logged when they are overdue, and all ended early when the server is lost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(slots=True, eq=False)
 class Wait:
-    """Somebody waits."""
+    """One caller's wait."""
 
     what: str
     since: float
@@ -22,7 +22,7 @@ class Wait:
 
 
 class Waits:
-    """All that wait now."""
+    """All waits of a client that are open now."""
 
     def __init__(self) -> None:
         self._waits: set[Wait] = set()
@@ -53,7 +53,7 @@ class Waits:
                 self._for_window_s += time.monotonic() - wait.since
 
     def end(self) -> None:
-        """Nothing that anybody waits for will come."""
+        """End every wait: none can be fulfilled any more."""
         for wait in self:
             wait.timeout.reschedule(time.monotonic())
 

@@ -25,7 +25,7 @@ class SendWindow:
     """Sends by number: ``base <= cursor <= end``.  From ``base`` on they are kept, from ``cursor`` on not on the wire.
 
     Args:
-        size: how many may be unacknowledged; who sends takes one of ``places`` first.
+        size: how many may be unacknowledged; a sender takes one of ``places`` before ``add``.
     """
 
     def __init__(self, size: int) -> None:
@@ -47,7 +47,7 @@ class SendWindow:
         return len(self._unacked)
 
     def add(self, message: Any, frames: Frames) -> bool:
-        """Keep a message.  Whether as much as travels together now waits to be put on the wire."""
+        """Add a message.  Returns whether as much as travels together now waits to be put on the wire."""
         self._unacked[self.end] = (message, frames)
         self.end += 1
         self.all_done.clear()

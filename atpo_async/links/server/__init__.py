@@ -1,7 +1,7 @@
 """The server's end of a link.
 
-``sessions`` knows the clients, ``sends`` takes their sends in order, ``acknowledgements`` says when they are handled
-and settled, ``requests`` works on requests, ``replies`` and ``outbox`` bound what waits on the way out.
+``sessions`` holds the clients, ``sends`` takes their sends in order, ``acknowledgements`` acknowledges those that are
+handled and settled, ``requests`` works on requests, ``replies`` and ``outbox`` bound what waits to be sent.
 """
 
 from atpo_async.links.server.handling import Handler

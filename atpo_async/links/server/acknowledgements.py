@@ -1,4 +1,4 @@
-"""Acknowledgements: what is handled is acknowledged, once it is settled where the server has something to settle."""
+"""Acknowledgements: a handled send is acknowledged, and where the server has to settle it, only once it is settled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETTLE_PAUSES_S = (0.05, 0.5, 2.0)
 
 
 class Acknowledgements:
-    """Tells clients how far their sends are handled and settled, and which were refused.
+    """Acknowledges to clients the sends that are handled and settled, and reports those that were refused.
 
     Args:
         title: the server's name, for the log.
@@ -87,7 +87,7 @@ class Acknowledgements:
             at_once.append(session)
         if self._unsettled and self._settled is not None and self._settler is None and not self._closed:
             self._settler = self._spawn(self._settle(self._settled), f"{self._title} settles")
-        # Last: should one of these fail, nobody waits for ever.
+        # Last: should one of these fail, no client waits for ever.
         for session in at_once:
             self.acknowledge(session)
 
@@ -127,7 +127,7 @@ class Acknowledgements:
             self._settler = None
 
     def acknowledge(self, session: Session) -> None:
-        """Say now what is settled."""
+        """Acknowledge now what is settled."""
         sends = session.sends
         # Refusals go first and again until the client moves past them: it must not take a refusal for an ack.
         for seq, reason in sends.refusals.items():

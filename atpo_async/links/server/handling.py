@@ -1,4 +1,4 @@
-"""What a server does with every message, whoever sent it: it reads it, and runs the handler on it."""
+"""The steps common to all messages of a server: decode the message, and run the handler on it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _QUEUED_MESSAGES = 4
 
 
 class BadMessages:
-    """Counts what came in and makes no sense, and logs it: all of the first ones, then every hundredth.
+    """Counts invalid messages, and logs them: all of the first ones, then every hundredth.
 
     A broken peer must not fill the disk.
     """

@@ -1,4 +1,4 @@
-"""Replies of a server: kept until the client says that it has them, and sent when there is space on the way out."""
+"""Replies of a server: held until the client confirms them, and sent when the outbox has space for them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Replies:
 
     Args:
         settings: of the link.
-        send: hands frames to the socket and returns who tells that they are sent; None where the peer is gone.
+        send: hands frames to the socket and returns the trackers of their sending; None where the peer is gone.
         on_space: called with a client whose replies have left, so that further requests of it can be worked on.
     """
 
@@ -32,12 +32,12 @@ class Replies:
         self.held_back = 0
         """Replies that had to wait for space on the way out."""
         self.kept_bytes = 0
-        """Of all clients: who lost a reply asks again."""
+        """Of all clients, forgotten ones included; a client that lost a reply asks again."""
         self._settings = settings
         self._send = send
         self._on_space = on_space
         self._order: OrderedDict[tuple[Session, int], None] = OrderedDict()
-        """All that are kept, oldest first."""
+        """All replies that are held, oldest first."""
         self._blocked: set[Session] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -46,7 +46,7 @@ class Replies:
             self._timer.cancel()
 
     def add(self, session: Session, request_id: int, frames: list[codec.Buffer]) -> None:
-        """Keep a reply, and send it as soon as there is space."""
+        """Hold a reply, and send it as soon as there is space."""
         replies, nbytes = session.replies, sum(map(len, frames))
         replies.largest = max(nbytes, replies.largest // 2)
         replies.frames[request_id] = frames
@@ -57,7 +57,7 @@ class Replies:
             len(replies.frames) > 1 and replies.nbytes > self._settings.max_message_bytes
         ):
             self._drop(session, next(iter(replies.frames)))
-        # Of all together, too: each has the last ones kept for as long as it says nothing further.
+        # Of all together, too: a client's last replies are held until it confirms them.
         while self.kept_bytes > self.outbox.all_bytes and len(self._order) > 1:
             self._drop(*next(iter(self._order)))
         self.hand_over(session, request_id)
@@ -77,14 +77,14 @@ class Replies:
             self._drop(session, first)
 
     def forget(self, session: Session) -> None:
-        """The client has gone: nobody takes its replies."""
+        """The client has gone: drop its replies."""
         session.replies.unsent.clear()
         self._blocked.discard(session)
         for request_id in list(session.replies.frames):
             self._drop(session, request_id)
 
     def hand_over(self, session: Session, request_id: int) -> None:
-        """Send a reply that is kept as soon as there is space for it."""
+        """Send a reply that is held as soon as there is space for it."""
         session.replies.unsent.append(request_id)
         if not self._send_waiting(session):
             self.held_back += 1
@@ -99,7 +99,7 @@ class Replies:
         return unsent + (running + 1) * session.replies.largest <= self.outbox.peer_bytes
 
     def call_again(self, session: Session) -> None:
-        """Call ``on_space`` with a client before long."""
+        """Schedule a call of ``on_space`` with a client."""
         self._blocked.add(session)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_LOOK_EVERY_S, self._look)

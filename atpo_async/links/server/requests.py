@@ -1,4 +1,4 @@
-"""Requests that come in: each is worked on once, by a task of its own, as far as its reply will find a way out."""
+"""Incoming requests: each is worked on once, by a task of its own, when there will be space for its reply."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class RequestHandler:
     def _begin_waiting(self, session: Session) -> None:
         """Begin with the requests whose replies there will be space for.
 
-        No request is worked on for somebody who does not take the replies: what is not made needs no memory.
+        No request is worked on for a client that does not read its replies: they would take memory.
         """
         requests = session.requests
         while requests.waiting and self._may_begin(session):

@@ -1,4 +1,4 @@
-"""Sends that come in: taken in order, handled one after another, each at least once."""
+"""Incoming sends: taken in order, handled one after another, each at least once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SendHandler:
 
     Args:
         handling: reads a message and runs the handler on it.
-        acknowledgements: hears of every send that is handled.
+        acknowledgements: is called for every send that is handled.
     """
 
     def __init__(self, handling: Handling, acknowledgements: Acknowledgements) -> None:
@@ -46,7 +46,7 @@ class SendHandler:
                 raise BadMessage(f"sends in {len(frames)} frames; expected 1")
             found = frames_in(frames[0], MAX_SENDS)
         except BadMessage as exc:
-            # Dropped, not refused: who can tell which message is damaged?  A sound client sends all of them again.
+            # Dropped, not refused: it is unknown which message is damaged, and a sound client sends all of them again.
             self._handling.bad.note(session.name, f"sends from {seq} on: {exc}")
             return 1
         self.take(session, seq, base, found)
@@ -64,9 +64,9 @@ class SendHandler:
                 if number < sends.settled:
                     self._acknowledgements.answer_soon(session)
                 continue
-            # Counted from what the client says it has got: refusals are kept until then.
+            # Counted from what the client has confirmed: refusals are held until then.
             if number - sends.base >= self.max_ahead or sends.queued_bytes > handling.max_queued_bytes:
-                # Clients of our settings hardly come here; whoever does sends it again after its next heartbeat.
+                # Clients of our settings hardly get here; one that does sends it again after its next heartbeat.
                 return
             item: Any
             try:
@@ -126,7 +126,7 @@ class SendHandler:
             sends.worker = None
 
     async def _handle(self, session: Session, message: Any, frames: Frames) -> str | None:
-        """Why the message is refused, or None."""
+        """Run the handler; returns why the message is refused, or None."""
         sends, title = session.sends, self._handling.title
         work = sends.work = Work(type(message).__name__, time.monotonic())
         try:
@@ -152,7 +152,7 @@ class SendHandler:
 
 
 def note_base(session: Session, base: int) -> bool:
-    """Take note that the client knows the sends below ``base`` handled.  False if that cannot be."""
+    """Note that the client knows the sends below ``base`` to be handled.  False if ``base`` is impossible."""
     sends = session.sends
     if base > MAX_SEQ:
         return False

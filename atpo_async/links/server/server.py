@@ -1,4 +1,4 @@
-"""The server of a link, many clients' other end; see ``atpo_async.links``."""
+"""The server of a link, to which many clients connect; see ``atpo_async.links``."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Server(BindingLink):
 
     @property
     def counters(self) -> dict[str, float]:
-        """What leaves, for metrics: names without the server's."""
+        """Counters for metrics; the names lack the server's."""
         return {
             "unsent_bytes": self._replies.outbox.look(),
             "most_unsent_bytes": self._replies.outbox.most_unsent_bytes,
@@ -143,11 +143,11 @@ class Server(BindingLink):
 
     def _open(self, context: Context) -> None:
         socket = self._socket(context, zmq.ROUTER)
-        # An answer to somebody who is gone is an error, not silence; a client that connects again takes over from the
-        # connection that it lost, perhaps without our noticing.  Nobody else knows its routing id.
+        # An answer to a client that is gone is an error, not silence; a client that connects again takes over from the
+        # connection that it lost, perhaps without our noticing.  No other client knows its routing id.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        # A peer that does not read gets nothing more, and asks again when it does.
+        # A peer that does not read is sent nothing more, and asks again when it reads.
         socket.setsockopt(zmq.SNDHWM, 8 * self.settings.window)
         socket.setsockopt(zmq.RCVHWM, 4 * self.settings.window)
         self._bind(socket, context)
@@ -217,7 +217,7 @@ class Server(BindingLink):
         return None
 
     def _deny(self, routing_id: bytes, user: str, rest: list[codec.Buffer]) -> None:
-        """Somebody whose key was taken away since it connected."""
+        """A client whose key was removed after it had connected."""
         peer = client_name("", routing_id)
         self._refused.note(self.endpoint, peer, "its key was taken away", f", public key {user}")
         if rest and len(rest[0]) == LINK.size and self._pump is not None:

@@ -1,4 +1,4 @@
-"""A server's clients: one session for each life of one of them, and who makes way when there are too many."""
+"""A server's clients: one session for each life of a client, and which one is evicted when there are too many."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Work:
 
 @dataclass(slots=True, eq=False)
 class ReceivedSends:
-    """How far the sends of one client have come: base <= settled <= handled <= expected."""
+    """Positions in the sends of one client: base <= settled <= handled <= expected."""
 
     base: int = 0
     """The client knows that those below are handled."""
     settled: int = 0
     handled: int = 0
     expected: int | None = None
-    """The next one; None until the client has said where it stands."""
+    """The next one; None until the client has announced its position."""
     queue: deque[tuple[Any, Frames]] = field(default_factory=deque)
     """Sends that wait for the handler, each with its frames; BadMessage in place of one that could not be read."""
     queued_bytes: int = 0
@@ -65,12 +65,12 @@ class OpenRequests:
 
 @dataclass(slots=True, eq=False)
 class RecentReplies:
-    """Replies to one client, until it says that it has them."""
+    """Replies to one client, until it confirms that it has them."""
 
     frames: OrderedDict[int, list[codec.Buffer]] = field(default_factory=OrderedDict)
     nbytes: int = 0
     unsent: deque[int] = field(default_factory=deque)
-    """Requests whose replies wait until there is space on the way out."""
+    """Requests whose replies wait until the outbox has space."""
     largest: int = 0
     """Bytes; halves with every smaller one."""
 
@@ -133,22 +133,22 @@ class PeerInfo:
 
 MAX_PEERS = 4096
 MAX_PEERS_OF_A_KEY = 1024
-"""So that one host cannot fill the table for all."""
+"""Limits the clients of one key, so that one host cannot fill the table."""
 GONE_BEATS = 5
-"""Heartbeats without a sign of life after which a client makes way for another, where the table is full."""
+"""Heartbeats without a sign of life after which a client may be evicted for another, where the table is full."""
 
 
 class Admission(NamedTuple):
     """Whether a newcomer is taken into the table of clients."""
 
     evicted: Session | None
-    """Who makes way for it."""
+    """The session that is evicted for it."""
     refusal: str
     """Why it is not taken; empty where it is."""
 
 
 def admission(sessions: Iterable[Session], owner: str, *, now: float, heartbeat_s: float) -> Admission:
-    """Whether one more client is taken, and who has to make way for it.  Pure.
+    """Whether one more client is admitted, and which one is evicted for it.  Pure.
 
     Those that never sent anything of use go first, the oldest of them; then those that have been silent for longer than
     any client of ours is, the longest silent first.
@@ -197,7 +197,7 @@ class SessionTable:
         bad: BadMessages,
     ) -> None:
         self.refused = 0
-        """Clients for whom the table had no place, and those that had to make way."""
+        """Clients that were not admitted because the table was full, and those that were evicted."""
         self._title = title
         self._settings = settings
         self._answer = answer
@@ -228,7 +228,7 @@ class SessionTable:
     def _begin(self, session: Session) -> Session | None:
         """Take a new life of a client into the table, in place of its last one."""
         if self.was_replaced(session.owner, session.nonce):
-            # Its successor is there already: two live clients of one name would throw each other out for ever.
+            # Its successor is there already: two live clients of one name would replace each other for ever.
             self._answer(session, REPLACED)
             return None
         other = self._by_routing_id.get(session.routing_id)
@@ -246,7 +246,7 @@ class SessionTable:
         return session
 
     def _replace(self, old: Session, new: Session) -> None:
-        # What it sent and we took is still handled; its replies have nobody to go to.
+        # What it sent and we took is still handled; its replies are dropped.
         self.forget(old)
         self._replaced[old.owner, old.nonce] = None
         if len(self._replaced) > MAX_PEERS:
@@ -255,7 +255,7 @@ class SessionTable:
             self._answer(old, REPLACED)
 
     def _admit(self, newcomer: Session) -> bool:
-        """Whether one more client is taken, perhaps because another made way; who is refused hears why."""
+        """Whether one more client is admitted, perhaps by evicting another; a refused one is sent the reason."""
         evicted, refusal = admission(
             self._by_routing_id.values(),
             newcomer.owner,
@@ -292,7 +292,7 @@ class SessionTable:
 
 
 def client_name(owner: str, routing_id: bytes) -> str:
-    """What a client is called: what it says, after the name of its key if there are keys."""
+    """The name of a client: its own, after the name of its key if there are keys."""
     said = routing_id.partition(ID_SEPARATOR)[0]
     try:
         name = said.decode()
