@@ -254,7 +254,7 @@ def test_keys_list_says_who_is_let_in_and_what_lies_where_it_should_not(
     assert main.main(["keys", "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition("  ")[2] for line in lines if "  " in line] == [
-        "server: what this host is known by",
+        "server: the public key of this host, which others need to connect",
         "client: this host's own roles",
         "host-b: actors",
         "host-c: actors and the learner",

@@ -489,7 +489,7 @@ async def test_a_close_that_fails_is_reported_once_on_the_terminal(
 ) -> None:
     path = tmp_path / "notices.jsonl"
     monkeypatch.setenv(notices.FILE, str(path))
-    monkeypatch.setattr(notices, "_told", 0)
+    monkeypatch.setattr(notices, "_posted", 0)
     tail = notices.Tail(path)
 
     async def closing(task: int) -> None:
@@ -508,7 +508,7 @@ async def test_a_tool_that_blocks_below_its_limit_is_reported_once_on_the_termin
 ) -> None:
     path = tmp_path / "notices.jsonl"
     monkeypatch.setenv(notices.FILE, str(path))
-    monkeypatch.setattr(notices, "_told", 0)
+    monkeypatch.setattr(notices, "_posted", 0)
     monkeypatch.setattr(loop_thread, "HELD_UP_S", 0.0)  # every slice holds the loop up for long
     tail = notices.Tail(path)
     caplog.set_level(logging.WARNING)

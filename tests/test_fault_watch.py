@@ -262,12 +262,12 @@ def test_a_notice_of_a_role_reaches_a_reader_that_reads_from_then_on(
 ) -> None:
     path = tmp_path / "notices.jsonl"
     monkeypatch.setenv(notices.FILE, str(path))
-    monkeypatch.setattr(notices, "_told", 0)
-    notices.tell("before")
+    monkeypatch.setattr(notices, "_posted", 0)
+    notices.post("before")
     tail = notices.Tail(path)
     assert tail.new() == []
-    notices.tell("two\nlines")
-    notices.tell("x" * 100_000_000)
+    notices.post("two\nlines")
+    notices.post("x" * 100_000_000)
     first, second = tail.new()
     assert first == "two lines"
     assert len(second) < 1000
@@ -283,14 +283,14 @@ def test_what_several_roles_tell_alike_is_heard_once_a_minute(tmp_path: Path, mo
     now = 0.0
     path = tmp_path / "notices.jsonl"
     monkeypatch.setenv(notices.FILE, str(path))
-    monkeypatch.setattr(notices, "_told", 0)
+    monkeypatch.setattr(notices, "_posted", 0)
     tail = notices.Tail(path, clock=lambda: now)
     for actor in range(3):
-        notices.tell(f"actor {actor}: KeyError", "KeyError in step")
-    notices.tell("another", "another")
+        notices.post(f"actor {actor}: KeyError", "KeyError in step")
+    notices.post("another", "another")
     assert tail.new() == ["actor 0: KeyError", "another"]
     now = 60.0
-    notices.tell("3 more", "KeyError in step")
+    notices.post("3 more", "KeyError in step")
     assert tail.new() == ["3 more"]
 
 
@@ -303,5 +303,5 @@ def test_a_fault_that_does_not_name_the_environment_is_reported_with_its_name() 
 
 def test_a_role_that_cannot_tell_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(notices.FILE, str(tmp_path / "absent" / "notices.jsonl"))
-    notices.tell("a line")
+    notices.post("a line")
     assert notices.Tail(tmp_path / "absent" / "notices.jsonl").new() == []

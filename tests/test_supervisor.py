@@ -115,8 +115,8 @@ async def test_a_crashed_role_is_started_again_with_a_log_of_its_own(run: RunDir
 @pytest.mark.parametrize(
     ("end", "reason"),
     [
-        ("os._exit(0)", r"it ended without a word, as by os\._exit\(\)"),
-        ("os._exit(2)", r"it ended without a word, as by os\._exit\(\)"),
+        ("os._exit(0)", r"it ended without an error message, as by os\._exit\(\)"),
+        ("os._exit(2)", r"it ended without an error message, as by os\._exit\(\)"),
         ("os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
     ],
 )

@@ -33,7 +33,7 @@ class Faults:
     """
 
     def __init__(
-        self, environment: str, *, at_once: int, notify: Notify = notices.tell, clock: Clock = time.monotonic
+        self, environment: str, *, at_once: int, notify: Notify = notices.post, clock: Clock = time.monotonic
     ) -> None:
         least = min(MOST_AT_FIRST, max(LEAST_AT_FIRST, at_once))
         self._of: dict[Split, FaultWatch] = {
@@ -62,7 +62,7 @@ class Faults:
             self._of[kind].chain_ended(tree_id, place, fault)
 
     def refused(self, tree_id: str, message: object, reason: str) -> None:
-        """The buffer did not take ``message``; a fault of the tree if that is for what it holds.
+        """The buffer refused ``message``; a fault of the tree if it was refused for its content.
 
         A turn that came too late, after its lease had lapsed, counts as no fault.
         """

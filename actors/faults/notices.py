@@ -1,4 +1,4 @@
-"""What the user hears of faults with which the run goes on: the first of a kind, then counts, ever more rarely."""
+"""Reports to the user of faults with which the run goes on: the first of a kind, then counts, ever more rarely."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CUT_LOOKED_AT = 200
 
 @dataclass(slots=True)
 class _Reported:
-    """A kind of fault that the user knows of."""
+    """A kind of fault that was reported to the user."""
 
     again_at: float
     chains: int
@@ -86,7 +86,7 @@ class CutActions:
         notify: takes the line.
     """
 
-    def __init__(self, max_action_tokens: int, *, notify: Notify = notices.tell) -> None:
+    def __init__(self, max_action_tokens: int, *, notify: Notify = notices.post) -> None:
         self._max_tokens = max_action_tokens
         self._notify = notify
         self._actions = self._cut = 0

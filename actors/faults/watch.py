@@ -72,7 +72,7 @@ class FaultWatch:
     """
 
     def __init__(
-        self, environment: str, *, least: int, notify: Notify = notices.tell, clock: Clock = time.monotonic
+        self, environment: str, *, least: int, notify: Notify = notices.post, clock: Clock = time.monotonic
     ) -> None:
         self._environment = environment
         self._least = least
@@ -93,7 +93,7 @@ class FaultWatch:
         """The tree grows no further."""
         if (tree := self._trees.get(tree_id)) is not None:
             tree.over = True
-            if not tree.ended:  # given up before any of its chains ended: it is no evidence
+            if not tree.ended:  # given up before any of its chains ended: it counts neither way
                 del self._trees[tree_id]
 
     def chain_ended(self, tree_id: str, place: Place, fault: Fault | None) -> None:

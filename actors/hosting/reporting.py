@@ -40,8 +40,8 @@ class Reporting:
                 os.pwrite(self._file, what.encode()[:255].ljust(256), 0)
 
     def held_up(self, what: str, took_s: float) -> None:
-        """In the environment's thread.  The first call that blocks is for the user's terminal, the others for the log:
-        no limit is passed, so that nothing else would say why the run is slow."""
+        """In the environment's thread.  Reports the first call that blocks on the user's terminal, others in the log:
+        no limit is exceeded, so that nothing else would show why the run is slow."""
         said = (
             f"environment {self._name!r}: {what} held up its event loop for {took_s:.1f} s, and the environment's "
             "other calls with it; use await asyncio.to_thread(...) for what blocks"
@@ -50,14 +50,14 @@ class Reporting:
             log.warning("%s", said)
             return
         self._held_up_reported = True
-        notices.tell(said, f"{self._name} held up")
+        notices.post(said, f"{self._name} held up")
 
     def failed_close(self, what: str, error: Exception) -> None:
-        """The first one is for the user's terminal; of many others not all are logged."""
+        """The first one is reported on the user's terminal; of many others not all are logged."""
         self.failed_closes += 1
         said = f"environment {self._name!r}: {what} failed, the branch counts all the same"
         if self.failed_closes == 1:
-            notices.tell(f"{said} (environment/closes_failed): {of_error(error)}", f"{self._name} close")
+            notices.post(f"{said} (environment/closes_failed): {of_error(error)}", f"{self._name} close")
         elif self.failed_closes & (self.failed_closes - 1) == 0:
             log.warning("%s (%d so far): %s", said, self.failed_closes, of_error(error))
 

@@ -1,1 +1,1 @@
-"""The Python door: train, evaluate, open a run; the command line is a layer on it."""
+"""The Python interface: train, evaluate, open a run; the command line is a layer on it."""

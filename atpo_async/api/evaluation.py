@@ -1,6 +1,6 @@
 """Greedy evaluation on held-out tasks: which policy, under which configuration, and the process that runs it.
 
-``evaluate`` is the Python door; the other functions are what it shares with ``atpo eval``.
+``evaluate`` is for Python programs; the other functions are what it shares with ``atpo eval``.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class EvalResult:
     """Result of a greedy evaluation."""
 
     success: float | None
-    """Share of the known tasks that succeeded; None where the environment says of none whether it did."""
+    """Share of the known tasks that succeeded; None where the environment reports success or failure of none."""
     num_tasks: int
     """Tasks evaluated."""
     unknown: int
-    """Tasks of which the environment does not say whether they succeeded; left out of ``success``."""
+    """Tasks for which the environment did not report success or failure; left out of ``success``."""
     reward_mean: float | None
 
     def line(self, name: str) -> str:

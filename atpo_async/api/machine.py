@@ -1,4 +1,4 @@
-"""What a run needs of this machine, and what it has: checked before anything is started or written.
+"""Checks that this machine has what a run needs, before anything is started or written.
 
 Heavy packages are not imported to look.
 """

@@ -29,7 +29,7 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Whose policy, and of which step."""
+    """The run and the step of a policy to begin with."""
 
     run: RunDir
     step: int | None
@@ -37,7 +37,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """As one writes it after --from."""
+        """The text of the option --from."""
         return f"{self.run.path}" if self.step is None else f"{self.run.path}:{self.step}"
 
 

@@ -46,7 +46,7 @@ class Metrics(Mapping[str, Series]):
         return tuple(sorted({record.source for record in self._records}))
 
     def by(self, source: str) -> Metrics:
-        """What one role reported.  Raises KeyError where there is none of that name."""
+        """The metrics that one role reported.  Raises KeyError where there is none of that name."""
         if source not in self.sources:
             raise KeyError(f"{source!r} reported nothing in {self._of}; there are {', '.join(self.sources) or 'none'}")
         return Metrics([r for r in self._records if r.source == source], of=f"{self._of}, {source}")
@@ -96,7 +96,7 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """As the run has it now: a run may go on with other settings than it began with."""
+        """The configuration that the run has now: it may go on with other settings than it began with."""
         return RunDir.open(self.path).config
 
     @property
@@ -111,7 +111,7 @@ class Run:
 
     @property
     def status(self) -> RunView:
-        """Which of its roles run, and who waits for whom; of a run that has ended, how its roles were left."""
+        """Which of its roles run, and what each waits for; of a run that has ended, the last status of its roles."""
         return look(self.path)
 
     @property

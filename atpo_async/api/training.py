@@ -1,6 +1,6 @@
 """Trains a run to its end: first all checks, then the policy and the run folder are made and the roles supervised.
 
-``train`` is the Python door, ``train_to_the_end`` what it shares with ``atpo train``.
+``train`` is for Python programs, ``train_to_the_end`` what it shares with ``atpo train``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``atpo config``: the resolved configuration, and every knob that bears on staleness with what they imply together."""
+"""``atpo config``: the resolved configuration, every setting that affects staleness, and the bounds that follow."""
 
 from __future__ import annotations
 

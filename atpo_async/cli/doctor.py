@@ -84,7 +84,7 @@ def run(asked: Asked) -> int:
 
 
 def findings(config: Config | None = None) -> list[Finding]:
-    """Everything `atpo doctor` says."""
+    """All findings that `atpo doctor` prints."""
     config = config or Config()
     found = [_python()]
     for distribution, module in REQUIRED:

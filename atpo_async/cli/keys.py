@@ -1,4 +1,4 @@
-"""``atpo keys``: key pairs for this host and for others that are to join, and who is let in."""
+"""``atpo keys``: makes key pairs for this host and for others that are to join, and lists the keys that are let in."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     making = doings.add_parser("new", help=text, description=text, allow_abbrev=False)
     making.add_argument("name", metavar="NAME", nargs="?", help="another host: a folder DIR/NAME for it is made")
     making.add_argument("--learner", action="store_true", help="that host may be the learner, not only run actors")
-    text = "who is let in"
+    text = "list the keys that are let in"
     for doing in (making, doings.add_parser("list", help=text, description=text, allow_abbrev=False)):
         doing.add_argument("--dir", metavar="DIR", default="keys", help="the run's links.keys_dir; ./keys if left out")
 
 
 def run(asked: Asked) -> int:
-    """Prints what was made, or who is let in."""
+    """Prints what was made, or the keys that are let in."""
     args, folder = asked.args, Path(asked.args.dir)
     print("\n".join(new(folder, args.name, learner=args.learner) if args.doing == "new" else listed(folder)))
     return EXIT_DONE
@@ -92,7 +92,10 @@ def listed(folder: Path) -> list[str]:
         raise SetupError(f"{folder} is no folder; `atpo keys new --dir {folder}` makes it")
     said = []
     if (folder / f"{SERVER_KEY}.key").exists():
-        said.append(f"{load_public(folder / f'{SERVER_KEY}.key').decode()}  {SERVER_KEY}: what this host is known by")
+        said.append(
+            f"{load_public(folder / f'{SERVER_KEY}.key').decode()}  {SERVER_KEY}: "
+            "the public key of this host, which others need to connect"
+        )
     keys, learners = KeyFolder(folder), KeyFolder(folder, learners_only=True)
     keys.look()
     learners.look()

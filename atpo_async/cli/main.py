@@ -1,7 +1,7 @@
 """``atpo …``: the table of commands, and how errors become exit codes.
 
 Exit codes: 0 done; 1 a role crashed too often, or the doctor found something missing; 2 something the user can mend,
-said in one line; 130 interrupted.  A command's module is imported when the command is asked for, and no other.
+reported in one line; 130 interrupted.  Only the module of the command that was given is imported.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "learner": ("roles", "run the learner by hand, in the foreground"),
     "actor": ("roles", "run an actor by hand, in the foreground; it may join a running job from anywhere"),
     "eval": ("evaluate", "greedy success on held-out tasks, of a run's last checkpoint or a model folder"),
-    "config": ("config", "print the resolved configuration and every knob that bears on staleness"),
+    "config": ("config", "print the resolved configuration and every setting that affects staleness"),
     "doctor": ("doctor", "what is installed, which engine and device would be used, what is missing"),
     "report": ("report", "write report.html into a run folder"),
     "status": ("status", "who waits for whom in a run, since when, and the queue and window of every link"),
-    "study": ("study", "train over a grid of lags, corrections and seeds, and say what staleness does"),
+    "study": ("study", "train over a grid of lags, corrections and seeds, and report the effect of staleness"),
     "keys": ("keys", "the keys without which a run listens on loopback only: make them, list them (docs/keys.md)"),
     "version": ("version", "print the version, and those of what it runs on"),
 }

@@ -91,7 +91,7 @@ def _in_a_run(asked: Asked, config: Config, folder: Path) -> tuple[list[str], di
         argv, env = [*launch.command("actors"), str(rundir.path)], dict(os.environ)
     else:
         _clear_the_way(rundir)
-        # The learner may need a launcher, its ranks and its GPUs, as under `atpo train`.
+        # The learner may need a launcher, its ranks and its GPUs, as with `atpo train`.
         spec = next(s for s in role_specs(config, rundir.path, has_cuda=machine.has_cuda) if s.name == role)
         argv, env = list(spec.argv), {**os.environ, **spec.env}
     argv += ["--config", asked.args.config[0], f"--model.path={rundir.config.model.path}", *_configuration(asked)]

@@ -27,7 +27,7 @@ class Attempt:
 
     role: str
     handle: Any
-    """The launcher's, a ``RoleHandle``."""
+    """The launcher's handle of it."""
     mark: str
     log: Path
     error_file: Path
@@ -44,7 +44,7 @@ class Attempt:
         return Ending(code=ending.code, reason=middle_cut(ending.reason, REASON_CHARACTERS))
 
     def _told(self) -> Ending | None:
-        """What the role has written into its error file."""
+        """The ending that the role has written into its error file."""
         try:
             said = json.loads(self.error_file.read_text(encoding="utf-8"))
             return Ending(code=int(said["code"]), reason=str(said["error"]))
@@ -57,7 +57,7 @@ class Attempt:
             return Ending(code=code, reason=f"killed by {signal_name(-code)}{doing}")
         if doing and not self.error_file.exists():
             # The process ended in the middle of its environment's code, so that its exit code means nothing.
-            return Ending(code=EXIT_CRASH, reason=f"it ended without a word, as by os._exit(){doing}")
+            return Ending(code=EXIT_CRASH, reason=f"it ended without an error message, as by os._exit(){doing}")
         if code == EXIT_DONE:
             return Ending(code=code)
         lines = last_lines(self.log, LOG_LINES)

@@ -1,7 +1,8 @@
-"""Writing to a disk that may be full: which errors of a file system pass, and waiting until they have.
+"""Writing to a disk that may be full: which errors of a file system are temporary, and waiting until they pass.
 
-A full disk is no fault of a role, and passes: a role that ended because of it would only lose what it has in hand.
-So a role that has to write waits, says so, and goes on when there is space again, as the buffer's journal does.
+A full disk is no fault of a role, and is temporary: a role that ended because of it would only lose its work in
+progress.  So a role that has to write waits, logs that, and goes on when there is space again, as the buffer's journal
+does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from atpo_async.status import waits
 T = TypeVar("T")
 
 PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
-"""Full, over quota, and what a disk or a network file system answers while it is in trouble."""
+"""Full, over quota, and the errors of a disk or a network file system that is in trouble."""
 
 RETRY_S = 0.5
 RETRY_MAX_S = 5.0
@@ -33,7 +34,7 @@ _NUMBER = re.compile(r"os error (\d+)|\[Errno (\d+)\]")
 def error_number(error: BaseException) -> int | None:
     """``errno`` of what a file system refused; None where ``error`` is something else.
 
-    Libraries that write files in another language (safetensors) say the number in the text alone.
+    Libraries that write files in another language (safetensors) have the number in the text alone.
     """
     seen: set[int] = set()
     here: BaseException | None = error
@@ -61,7 +62,7 @@ def until_written(
     """``write()``, again and again while the disk is full; a named wait on the disk meanwhile.  Blocks its thread.
 
     Args:
-        what: is written, for people, with where it goes.
+        what: names what is written, and where to, in messages.
         write: leaves nothing behind where it fails; errors that come from no file system are passed on.
         give_up_s: seconds; None: wait as long as it takes.
 

@@ -1,4 +1,4 @@
-"""What a role tells its supervisor when it ends: exit codes, and the files that its environment names."""
+"""How a role reports its end to its supervisor: exit codes, and the files that environment variables name."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ DOING = ".doing"
 environment's code may end the process without an error."""
 
 ERROR_PREFIX = "error: "
-"""Begins the one line in which a role or the command line says what went wrong."""
+"""Begins the line in which a role or the command line reports what went wrong."""

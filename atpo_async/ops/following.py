@@ -56,7 +56,7 @@ class Follower:
         self._notices = notices.Tail(rundir.scratch / NOTICES)
 
     def pass_on(self) -> None:
-        """Pass on the notices and records that have come since the last call."""
+        """Pass on the notices and records written since the last call."""
         records = self._tail.new()
         for record in records:
             self._step = max(self._step, record.step)
@@ -71,7 +71,7 @@ class Follower:
             await asyncio.sleep(TAIL_S)
 
     async def tell_the_address(self) -> None:
-        """Say where further actors can join, once the buffer listens and whenever it has moved."""
+        """Announce the address where further actors can join, once the buffer listens and whenever it has moved."""
         told = ""
         while True:
             with contextlib.suppress(SetupError, OSError):

@@ -21,7 +21,7 @@ def is_supervised() -> bool:
 
 
 class Signals:
-    """What signals and the supervisor's end ask of a role: at first to stop, then to be cancelled.
+    """The signals to a role, and the end of its supervisor: the first asks it to stop, the second cancels it.
 
     The supervisor's end arrives twice, as the kernel's death signal and from the thread that watches its process, in
     either order: together they count once, or the second would cut a clean end short.
@@ -49,7 +49,7 @@ class Signals:
             self._cancel()
 
     def supervisor_gone(self) -> None:
-        """The supervisor has ended, as the thread that watches it sees."""
+        """The supervisor has ended; called by the thread that watches it."""
         if self.first is None:
             self.received(signal.SIGTERM)
             self._death_signal_due = True

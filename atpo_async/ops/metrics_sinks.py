@@ -53,7 +53,7 @@ def check(config: Config) -> None:
 
 
 class Feeding:
-    """What the block tells of the run when it ends."""
+    """The outcome of the run, which the block sets."""
 
     outcome: str = "failed"
     """``done``, ``interrupted`` or ``failed``; what it is when the block raises."""
@@ -118,7 +118,7 @@ def _start(rundir: RunDir, mark: str, log: IO[bytes]) -> subprocess.Popen[str]:
 
 
 def _listen(process: subprocess.Popen[str], first: queue.SimpleQueue[str], say: Callable[[str], None]) -> None:
-    """Pass on what the process says: its first line to whoever started it, the others to the user."""
+    """Pass on the output of the process: its first line to the caller that waits for it, the others to the user."""
     assert process.stdout is not None
     first.put(process.stdout.readline())
     for line in process.stdout:
@@ -126,7 +126,7 @@ def _listen(process: subprocess.Popen[str], first: queue.SimpleQueue[str], say: 
 
 
 def _check(first: str, log: str) -> None:
-    """Raises what kept the sinks from being made."""
+    """Raises the error that prevented the sinks from being made."""
     try:
         said: dict[str, Any] = json.loads(first)
     except ValueError:

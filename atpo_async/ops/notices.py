@@ -23,28 +23,28 @@ FILE = "ATPO_NOTICES"
 
 MOST_CHARACTERS = 700
 MOST_LINES = 200
-"""Of one process: whatever goes wrong, it floods neither the terminal nor the disk."""
+"""Of one process, so that no fault floods the terminal or the disk."""
 
 SAME_S = 50.0
 
 log = logging.getLogger("atpo.notice")
 
-_told = 0
+_posted = 0
 
 
-def tell(line: str, key: str = "") -> None:
-    """One line for the user, also in this role's log.  Never raises.
+def post(line: str, key: str = "") -> None:
+    """Post one line for the user, which also goes to this role's log.  Never raises.
 
     Args:
         line: what happened.
-        key: equal for lines that say the same; of several actors one such line is shown.
+        key: equal for lines that report the same; of several actors one such line is shown.
     """
-    global _told
+    global _posted
     text = shortened(line, MOST_CHARACTERS)
     log.warning("%s", text)
-    _told += 1
+    _posted += 1
     path = os.environ.get(FILE)
-    if path is None or _told > MOST_LINES:
+    if path is None or _posted > MOST_LINES:
         return
     try:
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -60,28 +60,28 @@ class Tail:
     """Reads the notices of roles, from now on.
 
     Args:
-        path: their file; it may come later, or be gone.
+        path: their file; it need not exist yet.
         clock: seconds, monotonic.
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._heard: dict[str, float] = {}
+        self._shown_at: dict[str, float] = {}
         self._tail = tail.Tail(path, offset=path.stat().st_size if path.exists() else 0)
 
     def new(self) -> list[str]:
-        """Notices since the last call, without those whose key has been told in the last ``SAME_S`` seconds."""
-        return [text for raw in self._tail.new() for key, text in _said(raw) if self._is_new(key)]
+        """Notices since the last call, without those whose key was shown in the last ``SAME_S`` seconds."""
+        return [text for raw in self._tail.new() for key, text in _parsed(raw) if self._is_new(key)]
 
     def _is_new(self, key: str) -> bool:
         now = self._clock()
-        if key and now - self._heard.get(key, -math.inf) < SAME_S:
+        if key and now - self._shown_at.get(key, -math.inf) < SAME_S:
             return False
-        self._heard[key] = now
+        self._shown_at[key] = now
         return True
 
 
-def _said(raw: bytes) -> list[tuple[str, str]]:
+def _parsed(raw: bytes) -> list[tuple[str, str]]:
     """Key and text of one line of the file; nothing where it is none."""
     with contextlib.suppress(ValueError, TypeError):
         key, text = json.loads(raw)

@@ -28,7 +28,7 @@ EXTRA_S = 2.0
 """For a role's own thread, which looks once a second whether its supervisor lives."""
 
 OTHER_HOST_S = 30.0
-"""A status file of another machine that is older says nothing; clocks may differ by so much."""
+"""An older status file of another machine is out of date; clocks may differ by so much."""
 
 RENEWED_S = 3.0
 """A role that runs renews its status file in this time, thrice."""
@@ -85,7 +85,7 @@ def end_orphans(
     clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], None] = time.sleep,
 ) -> list[str]:
-    """End the roles of ``rundir`` that have lost their supervisor.  For whoever holds the run's lock.
+    """End the roles of ``rundir`` that have lost their supervisor.  The caller holds the run's lock.
 
     A role that is ending by itself gets its time for that: ``supervisor.stop_grace_s``, or ``links.give_up_s`` while it
     saves what was trained.  A role that a signal has stopped is killed at once.
@@ -124,7 +124,7 @@ def end_orphans(
 
 
 def _saving(rundir: RunDir) -> set[str]:
-    """Marks of the roles that say they are saving."""
+    """Marks of the roles whose status says that they are saving."""
     return {status.mark for status in _statuses(rundir).values() if status.phase == waits.SAVING}
 
 

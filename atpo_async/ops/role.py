@@ -47,11 +47,11 @@ EXIT_DEADLINE_S = 5.0
 
 @dataclass(kw_only=True)
 class RoleContext:
-    """What a role's main function is given."""
+    """Arguments of a role's main function."""
 
     config: Config
     run_id: str
-    """Empty for an actor that joined by address: whatever runs there."""
+    """Empty for an actor that joined by address: it takes whichever run it finds there."""
     rundir: RunDir | None
     """None for an actor that joined by address."""
     endpoints: Endpoints
@@ -133,7 +133,7 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
 
 
 def _say(error: BaseException, *, supervised: bool, debug: bool) -> int:
-    """One line on stderr, and for the supervisor the same in a file of its own; the exit code."""
+    """Report an error in one line on stderr, and for the supervisor in a file of its own; returns the exit code."""
     if debug:
         _print(texts.trace_of(error))
     text = texts.middle_cut(str(error)) if isinstance(error, AtpoError) else texts.of_error(error, most=1000)

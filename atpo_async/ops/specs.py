@@ -1,4 +1,4 @@
-"""Which roles a run starts: the command of each, and what its environment says of threads and GPUs."""
+"""The roles that a run starts: the command of each, and the environment variables that set its threads and GPUs."""
 
 from __future__ import annotations
 

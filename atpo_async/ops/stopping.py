@@ -1,7 +1,7 @@
-"""Stopping a run: which signals ask for it, and how long a role that still saves its work is waited for.
+"""Stopping a run: the signals that ask for it, and how long the supervisor waits for a role that saves its work.
 
 A learner that is asked to end finishes its step where that cannot be given up, and saves a checkpoint; of a large model
-that takes minutes.  It says so by its phase (``waits.SAVING``), and is ended only if it stands still in it.
+that takes minutes.  Its phase is then ``waits.SAVING``, and it is killed only if it makes no progress in it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SI
 
 
 def again(signum: int) -> str:
-    """How the user asks once more, after ``signum``."""
+    """The words for asking a second time, after ``signum``."""
     return "Ctrl-C again" if signum == signal.SIGINT else f"a second {signal.Signals(signum).name}"
 
 
 def stopping_line(signum: int) -> str:
-    """What a command says when ``signum`` has asked it to stop."""
+    """The line that a command prints when ``signum`` has asked it to stop."""
     asked = "" if signum == signal.SIGINT else f", as {signal.Signals(signum).name} asks"
     return f"stopping{asked}; {again(signum)} ends everything at once"
 
 
 SAY_S = 2.0
-"""Saving that lasts for longer is told, and again whenever it has lasted twice as long."""
+"""Saving that lasts for longer is reported, and again whenever it has lasted twice as long."""
 
 WINDOW_S = 1.0
 """Over which computing and writing are measured."""
@@ -47,7 +47,7 @@ class _Memory:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What is to be said of roles that were asked to end, and which of them are still waited for."""
+    """What to report about roles that were asked to end, and which of them the supervisor still waits for."""
 
     waited_for: tuple[str, ...]
     """Roles that save, and make progress in it."""
@@ -60,8 +60,8 @@ class Watch:
     """Judges roles that were asked to end, look after look: which of them still save.
 
     Args:
-        hang_s: a role that saves, and neither computes nor writes for so long, is no longer waited for.
-        again: by what the user can end everything at once: ``Ctrl-C again``, ``a second SIGTERM``.
+        hang_s: the supervisor stops waiting for a role that neither computes nor writes for so long while it saves.
+        again: what the user does to end everything at once: ``Ctrl-C again``, ``a second SIGTERM``.
     """
 
     hang_s: float

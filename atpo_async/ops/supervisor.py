@@ -34,10 +34,10 @@ from atpo_async.status.hangs import Verdict
 from atpo_async.status.loading import RoleStart
 
 LAST_GRACE_S = 1.5
-"""For the buffer, which is asked to stop after those that still talk to it."""
+"""For the buffer, which is asked to stop after the roles that still send to it."""
 
 COMEBACK_S = 5.0
-"""How long the learner may take to end after the others, where an earlier attempt of it may have told them to."""
+"""How long the learner may take to end after the others, where an earlier attempt of it may have ended the run."""
 
 HANG_SHARE = 0.75
 """Of ``links.give_up_s``: a role that is stuck is ended before those that wait for it give up."""
@@ -52,7 +52,7 @@ class Supervisor:
     """Runs roles to the end of the run.
 
     Args:
-        rundir: the run; its roles say there where they listen.
+        rundir: the run; its roles record there where they listen.
         specs: the roles, in the order of starting.
         settings: the launcher, restarts, back-off, grace.
         say: one line to the user about an event (a restart, a stop).
@@ -111,7 +111,7 @@ class Supervisor:
         """Ask for a stop; the second time, for one without grace.  For signal handlers.
 
         Args:
-            again: by what the user can ask the second time.
+            again: what the user does to ask the second time.
         """
         if self._stopping.is_set():
             self._at_once.set()
@@ -155,7 +155,7 @@ class Supervisor:
                 task.cancel()
             if self._stopping.is_set():
                 return Outcome.INTERRUPTED
-            # The others hear from the buffer that the run is over, and end by themselves.
+            # The others learn from the buffer that the run is over, and exit by themselves.
             await self._wait_ended(self._settings.stop_grace_s, cut=self._stopping)
             return Outcome.DONE
         finally:
@@ -174,7 +174,7 @@ class Supervisor:
     # --- one role -----------------------------------------------------------------------------------------------
 
     async def _keep(self, spec: RoleSpec) -> None:
-        """Keep one role going.  Waits for: its process.  Unblocked by: its end, then the back-off or a stop."""
+        """Run one role, again after a crash.  Waits for: its process.  Unblocked by: its end, the back-off, a stop."""
         crashes = Crashes(self._settings)
         while not self._stopping.is_set():
             attempt, comebacks = await self._start(spec), self._comebacks
@@ -250,7 +250,7 @@ class Supervisor:
         return Ending(code=code, reason=lost) if lost else attempt.ending(code)
 
     async def _kill(self, attempts: Sequence[Attempt]) -> None:
-        """End these attempts and all that they started, together.  If the launcher fails at it, the user is told."""
+        """End these attempts and all that they started, together.  Reports to the user where the launcher fails."""
         try:
             await self._launcher.kill([attempt.handle for attempt in attempts])
         except Exception as exc:
@@ -272,14 +272,14 @@ class Supervisor:
     async def _is_needed_again(self, comebacks: int) -> bool:
         """Whether a role that ended with the run is needed again, because the learner died after it had ended the run.
 
-        Waits for: the run's end.  Unblocked by: the learner, which ends or comes back.
+        Waits for: the run's end.  Unblocked by: the learner, which ends or is restarted.
 
         Args:
             comebacks: ``_comebacks`` when the role was started.
         """
         if not any(spec.ends_run for spec in self._specs):
             return False
-        # A learner that has come back since then may already wait for this role, or be about to end.
+        # A learner that was restarted since then may already wait for this role, or be about to end.
         limit_s = None if comebacks == self._comebacks else COMEBACK_S
         events = (self._done, self._stopping, self._comeback)
         waits = [asyncio.create_task(event.wait(), name="needed again?") for event in events]
@@ -324,7 +324,7 @@ class Supervisor:
     async def _stop(self, keepers: Sequence[asyncio.Task[None]]) -> None:
         """Ask, wait, kill.  Waits for: the roles' ends.  Unblocked by: the grace, a second interrupt.
 
-        The buffer is asked after the others, which bring their last turns to it.  A role that saves is waited for.
+        The buffer is asked after the others, which send their last turns to it.  A role that saves may finish.
         """
         last = {spec.name for spec in self._specs if spec.stops_last}
         for grace_s, names in (

@@ -1,4 +1,4 @@
-"""Watches the roles of a run, by their status files and by what their launcher tells, and ends a role that hangs."""
+"""Watches the roles of a run, by their status files and their launcher's reports, and ends a role that hangs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass
 class RoleWatch:
-    """The roles that run, as they are seen from outside.
+    """The roles that run, as observed from outside their processes.
 
     Args:
         folder: of the run's status files.
@@ -39,7 +39,7 @@ class RoleWatch:
     attempts: Mapping[str, Attempt]
     say: Callable[[str], None]
     _trouble: str = ""
-    """What the launcher could not tell, once that has been said."""
+    """The launcher's error that was last reported; empty where it had none."""
 
     def observe(self) -> tuple[list[ObservedRole], list[StatusSnapshot]]:
         """The roles; and the status of others that take part in the run (actors that joined by hand).  Reads files."""
@@ -66,7 +66,7 @@ class RoleWatch:
     def _told(
         self, attempts: Sequence[Attempt], ask: Callable[[Sequence[Any]], Sequence[T | None]]
     ) -> Sequence[T | None]:
-        """What the launcher tells of each; None where it cannot."""
+        """The launcher's report of each; None where it has none."""
         try:
             return ask([attempt.handle for attempt in attempts])
         # The run must not end because its processes cannot be seen.
@@ -104,11 +104,11 @@ class RoleWatch:
 
 
 class HangWatch:
-    """Says which role waits for which when that takes long, and ends a role that hangs.
+    """Reports which role waits for which when that takes long, and ends a role that hangs.
 
     Args:
         roles: that are looked at.
-        deadline_s: of ``links``: when a wait is told.
+        deadline_s: of ``links``: when a wait is reported.
         hang_s: when a role is ended.
         restarts: role that has ended -> seconds until it is started again.
         end: ends a role that hangs, which its supervisor then starts again.

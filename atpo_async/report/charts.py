@@ -66,7 +66,7 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 16, 34, 42
 
 
 def line_chart(lines: Sequence[Line], axes: Axes) -> str:
-    """An SVG element; says so where there is nothing to draw."""
+    """An SVG element; one with a note where there is nothing to draw."""
     drawn = [line for line in lines if line.points]
     if not drawn:
         return nothing(axes)

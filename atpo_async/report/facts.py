@@ -151,7 +151,7 @@ def facts(rundir: RunDir, records: Sequence[Record] | None = None) -> Facts:
 
 
 def failures(branches: float, eval_tasks: float) -> list[str]:
-    """What failed, for a reader who would take it for the policy's doing; empty if nothing did."""
+    """A note on what failed, so that it is not mistaken for the policy's failure; empty if nothing did."""
     found = []
     if branches:
         found.append(f"{branches:.0f} branches failed and were left out; the actors' logs say why")
@@ -161,7 +161,7 @@ def failures(branches: float, eval_tasks: float) -> list[str]:
 
 
 def unknowns(eval_tasks: float, train_share: float) -> list[str]:
-    """Where the environment left success open, for a reader who would take it for failure; empty if it did not."""
+    """A note on chains without a success value, so that they are not mistaken for failures; empty if there are none."""
     found = []
     if eval_tasks:
         found.append(
@@ -179,7 +179,7 @@ def unknowns(eval_tasks: float, train_share: float) -> list[str]:
 def wait_share(records: Sequence[Record], name: str, interval: str = "") -> float | None:
     """Seconds waited over seconds covered, all sources together; None without two records.
 
-    A record covers ``interval`` where it says so, else the time since its source's last one.
+    A record covers its ``interval`` where it has one, else the time since its source's last record.
     """
     waited = covered = 0.0
     last: dict[str, float] = {}

@@ -74,7 +74,7 @@ def _tiles(found: Facts) -> list[tuple[str, str]]:
 
 
 def _essentials(rundir: RunDir, found: Facts) -> list[tuple[str, str]]:
-    """The settings that say most of what the run was, by name."""
+    """The settings that characterise the run, by name."""
     config = rundir.config
     return [
         ("run", f"{found.run_id}, seed {config.run.seed}, made {_when(rundir.created)}"),

@@ -7,7 +7,7 @@ from typing import Any
 
 def render(template: str, **values: Any) -> str:
     """Fill a template of ``report/templates`` or ``study/templates``; a value that it asks for must be given."""
-    # Here: only whoever makes a page pays for it.
+    # Imported here, so that only commands that make a page take the time.
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live panel on a terminal, a plain line now and then elsewhere."""
+"""The display of a run in progress: a live panel on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class RunState:
 
 
 class Progress(Screen):
-    """Shows a run.  Use as a context; ``feed`` it records, ``say`` what else happened."""
+    """Shows a run.  Use as a context; ``feed`` takes records, ``say`` shows other events."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class Progress(Screen):
             self.say(plain(self.state))
 
     def starting(self, found: Sequence[RoleStart]) -> None:
-        """Show who is still starting: in the panel, or as a line every ``STARTING_EVERY_S``, later less often."""
+        """Show which roles are starting: in the panel, or as a line every ``STARTING_EVERY_S``, later less often."""
         self._starting = starting_line(found)
         if self._live is not None:
             self._refresh()

@@ -32,7 +32,7 @@ class TreeTurn:
     """None on inner turns."""
     action: str
     observation: str
-    """What the environment said before the action; empty for first turns."""
+    """What the environment returned before the action; empty for first turns."""
     round: int
     versions: tuple[int, ...]
     """Those that sampled its tokens, ascending."""

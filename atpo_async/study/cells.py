@@ -1,4 +1,4 @@
-"""A cell of a study: how it ended, in figures out of its run's metrics, and as it lies on disk."""
+"""A cell of a study: how it ended, its figures from its run's metrics, and its result file."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from atpo_async.study.plan import CORRECTIONS
 from atpo_async.study.summary import Comparison, Group, Spread, Summary, Yardstick, compare
 
 PHRASES = {name: correction.phrase for name, correction in CORRECTIONS.items()}
-"""How a sentence calls a correction."""
+"""The name of a correction in a sentence."""
 
 
 def sentences(summary: Summary) -> list[str]:

@@ -1,4 +1,4 @@
-"""The figure of a study as a PNG, and what its page draws alike: panels, colours, marks, the points of each curve."""
+"""The figure of a study as a PNG, and what its page shares: panels, colours, marks, the points of each curve."""
 
 from __future__ import annotations
 

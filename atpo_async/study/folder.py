@@ -1,10 +1,10 @@
-"""The folder of a study: what it was made for, and how each of its cells ended.
+"""The folder of a study: its plan, and how each of its cells ended.
 
   study.json        the grid, the configuration it started from and the arguments that named it on the command line; its
                     presence makes the folder a study
   cells/<cell>.json     how a cell ended, and with what settings: a cell with this file is not run again
   configs/<cell>.json   the cell's whole configuration
-  runs/<cell>/      its run folder, as of any run         logs/<cell>.log   what its `atpo train` said
+  runs/<cell>/      its run folder, as of any run         logs/<cell>.log   output of its `atpo train`
   staleness.csv, staleness.md, staleness.png, staleness.html    made by ``study.outputs``
 
 ``study.runner`` runs the cells; one that was interrupted begins anew.
@@ -36,12 +36,12 @@ from atpo_async.study.plan import (
 )
 
 KIND = "staleness"
-"""Of the study, and the name of the files it hands out, before their endings."""
+"""Kind of the study, and the name of its output files without their endings."""
 
 
 @dataclass(frozen=True, slots=True)
 class StudyFolder:
-    """Where a study lies."""
+    """The folder of a study."""
 
     path: Path
 
@@ -62,7 +62,7 @@ class StudyFolder:
         return self.path / "logs" / f"{cell.name}.log"
 
     def plan(self, *, lags: str | None = None, corrections: str | None = None, seeds: int | None = None) -> Plan:
-        """What the study was made for, or the part of its grid that is named as on the command line.
+        """The plan that the study was made for, or the part of its grid that is named as on the command line.
 
         Raises SetupError where there is no study or a damaged one, ConfigError for what is not in its grid.
         """
@@ -179,7 +179,7 @@ class StudyFolder:
             raise RunMismatch(
                 f"study {self.path} was made with other settings: {'; '.join(differing)}.  Use another --out, or the "
                 "old settings; a study goes on with more lags, corrections and seeds, not with fewer or with another "
-                "configuration (--report tells of a part of it)"
+                "configuration (--report reports a part of it)"
             )
 
     def _known(self, file: Path) -> dict[str, Any]:

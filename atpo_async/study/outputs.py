@@ -1,4 +1,4 @@
-"""What a study hands out, all from its cells' results: a CSV, Markdown, a figure, a page, a section of a document."""
+"""The outputs of a study, all from its cells' results: a CSV, Markdown, a figure, a page, a section of a document."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def fill_file(folder: StudyFolder, plan: Plan, path: Path, *, command: str) -> l
 
 
 def relative(path: Path) -> str:
-    """For a command that others are to type: without this machine's folders where it lies below the working one."""
+    """A path for a command that others will type: relative where it lies below the working folder."""
     text = str(path)
     here = str(Path.cwd())
     return re.sub(rf"^{re.escape(here)}/", "", text)

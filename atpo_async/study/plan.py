@@ -23,12 +23,12 @@ class Correction:
     """A named setting of ``[correction]``.  Fields it does not name keep what the configuration says."""
 
     phrase: str
-    """As a sentence calls it."""
+    """Its name in a sentence."""
     fields: Mapping[str, Any]
 
 
 _PLAIN: dict[str, Any] = {
-    # A name is to mean what it says: no guard that changes the exponent, no gate, nothing besides.
+    # A name stands for exactly its correction: no guard that changes the exponent, no gate, nothing besides.
     "exponent": "fixed",
     "exponent_value": 1.0,
     "ess_floor": 0.0,
@@ -78,7 +78,7 @@ SET_BY_THE_STUDY: dict[str, str] = {
 """Fields that the grid decides, and the option that does."""
 
 FREE: tuple[str, ...] = ("supervisor.*", "links.*", "metrics.*", "run.seed")
-"""Fields that a study may go on with otherwise: none bears on what a cell learns; seeds are compared as a list."""
+"""Fields that may change when a study goes on: none affects what a cell learns; seeds are compared as a list."""
 
 
 def parse_lags(text: str) -> tuple[int, ...]:
@@ -203,7 +203,7 @@ class Plan:
             raise ConfigError(f"cell {cell.label}: {exc}") from None
 
     def settings(self, cell: Cell) -> dict[str, Any]:
-        """Dotted path -> value of all that bears on what the cell learns, as JSON has it."""
+        """Dotted path -> value of all settings that affect what the cell learns, as JSON has it."""
         config = self.config(cell, runs=Path("runs"))
         found = settings_of(config, leaving=(*FREE, "run.name", "run.dir"))
         if config.model.warm_start:

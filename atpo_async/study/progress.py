@@ -1,4 +1,4 @@
-"""What a person sees while a study goes on: bars on a terminal, plain lines elsewhere."""
+"""The display of a study in progress: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class StudyProgress(Screen):
         self._said_at = self._clock()
 
     def line(self) -> str:
-        """How far each running cell is, and the study."""
+        """The progress of each running cell and of the study."""
         parts = [f"{self._done}/{self._total} cells"]
         for cell, running in self._running.items():
             at = f"step {running.step}/{running.steps}" if running.step else "starting"
@@ -96,7 +96,7 @@ class StudyProgress(Screen):
         return "; ".join([*parts, left] if left else parts)
 
     def left_s(self) -> float | None:
-        """Seconds to the end at the pace so far; None while no cell has come far enough to tell."""
+        """Seconds to the end at the pace so far; None while no cell has made enough progress for an estimate."""
         now = self._clock()
         each = self._took or [
             (now - r.began) * r.steps / r.step for r in self._running.values() if r.step >= r.steps / 4

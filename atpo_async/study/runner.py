@@ -46,12 +46,12 @@ EXIT_INTERRUPTED = 130
 LOOK_S = 0.3
 """Between two reads of a cell's metrics."""
 STOP_S = 10.0
-"""For a cell's command to stop all its roles after it was asked; then everything of it is killed."""
+"""For a cell's command to stop all its roles after it was asked to; then all its processes are killed."""
 RELEASE_S = 20.0
 """For an interrupted cell's last processes to let go of its run folder, when the study starts again."""
 
 OnStep = Callable[[int, float | None], None]
-"""Told of a cell that runs: (steps done, last sampled success)."""
+"""Called with the progress of a running cell: (steps done, last sampled success)."""
 
 
 class Runner(Protocol):
@@ -131,7 +131,7 @@ async def until_interrupted(work: Awaitable[None], *, hurry: asyncio.Event, say:
         await task
     except asyncio.CancelledError:
         if not interrupted:
-            raise  # whoever runs us is cancelled, not our work
+            raise  # our caller is cancelled, not our work
         return False
     finally:
         for signum in stopping.STOP_SIGNALS:

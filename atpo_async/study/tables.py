@@ -36,7 +36,7 @@ def matrix(summary: Summary, key: str) -> list[list[str]]:
 
 
 def level(group: Group, key: str, digits: int = 2) -> str:
-    """What a table says of a group: the spread, and what failed or was not run."""
+    """A group's entry in a table: the spread, and what failed or was not run."""
     spread = group.spread(key)
     notes = group.shortfalls()
     if spread is None:

@@ -1,8 +1,8 @@
-"""What the supervisor asks of a launcher (``supervisor.launcher``): to start roles, and to see and end what it started.
+"""The protocol of a launcher (``supervisor.launcher``), which starts roles, observes them, and ends what it started.
 
 The supervisor decides when a role is started, asked to stop, killed and started again; a launcher decides where and how
-a role runs.  It may place roles on other machines: whatever it cannot tell about a role is None, and the supervisor
-goes by the role's status file instead.
+a role runs.  It may place roles on other machines: whatever it does not know about a role is None, and the supervisor
+relies on the role's status file instead.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Launcher(Protocol[Handle]):
         seconds at most.  Also called for roles that have ended, for the sake of what they left running."""
 
     def usage(self, handles: Sequence[Handle]) -> Sequence[RoleUsage | None]:
-        """Of each; None where that cannot be told.  Called in a thread, and may block."""
+        """Usage of each; None where that is not known.  Called in a thread, and may block."""
 
     def memory_mb(self, handles: Sequence[Handle]) -> Sequence[float | None]:
-        """MiB that all processes of each use; None where that cannot be told.  Called in a thread, and may block."""
+        """MiB that all processes of each use; None where that is not known.  Called in a thread, and may block."""

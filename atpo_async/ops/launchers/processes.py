@@ -35,7 +35,7 @@ class LocalRole:
 
 
 class ProcessLauncher:
-    """Starts, sees and ends processes of this machine.  What belongs to a role is told as ``run.processes`` says."""
+    """Starts, observes and ends processes of this machine.  ``run.processes`` decides which belong to a role."""
 
     async def start(self, order: StartOrder) -> LocalRole:
         tie = functools.partial(processes.die_with_parent, parent_pid=os.getpid())
@@ -56,7 +56,7 @@ class ProcessLauncher:
         return LocalRole(process, order.mark)
 
     async def kill(self, handles: Sequence[LocalRole]) -> None:
-        # Together: one after the other, many roles that will not go would keep the user waiting.
+        # Together: one after the other, many roles that do not end would keep the user waiting.
         await asyncio.to_thread(processes.kill_roles, {handle.pid: handle.mark for handle in handles})
 
     def usage(self, handles: Sequence[LocalRole]) -> list[RoleUsage | None]:
