@@ -1,1 +1,1 @@
-"""Actors: lease a task, grow its turn tree, stream every finished turn; take weights up while generating."""
+"""Actors: lease a task, grow its turn tree, stream every finished turn; load new weights while generating."""

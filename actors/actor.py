@@ -105,13 +105,13 @@ class Actor:
         self._expansion = Expansion.of(config.search)
         self._cut_actions = CutActions(config.search.max_action_tokens)
         self._given_up: dict[str, str] = {}
-        """Trees of which the buffer refused something -> why: their leases go back with the next report."""
+        """Trees of which the buffer refused a message -> why: their leases are returned with the next report."""
         self._idle_at = clock()
         buffer.on_refused = self._on_refused
         publish_facts("actor", self._facts)
 
     async def work(self) -> None:
-        """Run until the buffer says the run is over, or ``stopping`` is set.
+        """Run until the buffer reports that the run is over, or ``stopping`` is set.
 
         Waits for: the run's end.  Unblocked by: a lease answer with ``finished``, ``stopping``, or an error, which
         ends all of it.
@@ -172,7 +172,7 @@ class Actor:
                 await self._leases.until_admitted(answer, idle=not self._growing)
 
     async def _run_is_over(self) -> bool:
-        """What the buffer says of the run.  Raises LearnerMoved."""
+        """Ask the buffer whether the run is over.  Raises LearnerMoved."""
         return (await self._leases.ask(0, version=self.uptake.version)).finished
 
     def _begin(self, tasks: asyncio.TaskGroup, lease: Lease) -> None:
@@ -188,7 +188,7 @@ class Actor:
         self._slot_freed.set()
 
     def _count_idle(self) -> None:
-        """Called at every change: what the slots without a tree have waited since the last one."""
+        """Called at every change: adds the time that the slots without a tree have waited since the last one."""
         now, slots = self._clock(), self._config.actor.trees_in_flight
         idle = slots - len(self._growing)
         self._metrics.add("time/actor_wait_s", (now - self._idle_at) * idle / slots)
@@ -229,11 +229,11 @@ class Actor:
             self._cut_actions.count(growth.actions, growth.cut_actions)
 
     def _on_refused(self, message: object, reason: str) -> None:
-        """The buffer does not know this tree (any more): growing on would be work for nobody."""
+        """The buffer does not know this tree, or no longer does: further turns of it would be wasted."""
         tree_id = getattr(message, "tree_id", None)
         if not isinstance(tree_id, str):
             return
-        # Also of a tree that has been closed meanwhile: it can never be whole.
+        # Also for a tree that has been closed meanwhile: it can never be complete.
         self._given_up.setdefault(tree_id, reason)
         task = self._growing.get(tree_id)
         if task is not None:

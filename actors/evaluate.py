@@ -30,8 +30,8 @@ async def success(
 ) -> dict[str, float | None]:
     """Grow one greedy chain for each of the first ``num_tasks`` held-out tasks.
 
-    Returns success (share of right answers; a failed chain counts as wrong, one of which the environment does not say
-    is left out; None where it says of none), how many are unknown and failed, and the means of turns and rewards.
+    Returns success (share of right answers; a failed chain counts as wrong, one without a success value is left out;
+    None where all are without), how many are unknown and failed, and the means of turns and rewards.
     Raises ConfigError when the environment has fewer tasks, EnvironmentBroken when every chain failed.
     """
     check_eval_tasks(config, environment, num_tasks)
@@ -40,7 +40,7 @@ async def success(
     latest_failure = ""
 
     async def drop(message: TreeOpened | Turn | TreeClosed) -> None:
-        """Nobody collects the turns of an evaluation: the search keeps them."""
+        """Discards the turns of an evaluation: the search itself has them."""
 
     async def one(index: int) -> TurnTree:
         nonlocal latest_failure

@@ -37,7 +37,7 @@ def engine_seed(run_seed: int, actor: str) -> int:
 
 
 def engine_settings(config: Config, model: Path, *, actor: str) -> EngineSettings:
-    """What the configuration says of the engine of an actor, which is seeded by the actor's name."""
+    """The settings of an actor's engine, which is seeded by the actor's name."""
     return EngineSettings(
         model=model,
         dtype=config.model.dtype,
@@ -74,7 +74,7 @@ def make_engine(config: Config, model: Path, *, actor: str) -> Engine:
 
 
 def make_environment(config: Config, model: Path) -> CheckedEnvironment:
-    """What it hands over is checked.  Built-in ones are seeded by the run unless their options say otherwise.
+    """The environment, its values checked.  Built-in ones are seeded by the run unless their options set a seed.
 
     Raises ConfigError or SetupError naming the environment.
     """
@@ -90,12 +90,12 @@ def make_environment(config: Config, model: Path) -> CheckedEnvironment:
 
 
 def vocab_size(model: Path) -> int | None:
-    """How many tokens the model has embeddings for, as its config.json says; None where that does not say."""
+    """How many tokens the model has embeddings for, from its config.json; None where that does not have it."""
     try:
         said = json.loads((model / "config.json").read_text(encoding="utf-8"))
         found = said.get("vocab_size", said.get("text_config", {}).get("vocab_size"))
     except (OSError, ValueError, AttributeError):
-        return None  # the engine says what is wrong with the folder
+        return None  # the engine reports what is wrong with the folder
     return found if isinstance(found, int) and found > 0 else None
 
 

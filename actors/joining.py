@@ -1,4 +1,4 @@
-"""How an actor joins a run: it is let in by the buffer, and hears from it where the learner is."""
+"""How an actor joins a run: the buffer admits it, and reports to it where the learner is."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from atpo_async.wire.messages import PROTOCOL, ActorHello, BufferToActor, Refuse
 HELLO_TIMEOUT_S = 5.0
 HELLO_PAUSE_S = 0.1
 KNOCK_S, KNOCK_EVERY_S = 2.0, 0.5
-"""How long a buffer has to answer before the engine is loaded, and how often its silence is looked into; one that is
-there answers within a few round trips."""
+"""How long a buffer has to answer before the engine is loaded, and how often a silent link is checked; a buffer that
+runs answers within a few round trips."""
 
 
 def buffer_link(ctx: RoleContext) -> Client:
@@ -31,14 +31,14 @@ def buffer_link(ctx: RoleContext) -> Client:
 
 
 async def knock(ctx: RoleContext) -> None:
-    """Learn whether the buffer lets this actor in, before an engine is loaded in vain.
+    """Find out whether the buffer admits this actor, before an engine is loaded in vain.
 
     Waits for: its answer.  Unblocked by: that; ``KNOCK_S`` without a sign of it, as it may be started later; where it
     refuses the key, being let in after all, given up after ``links.give_up_s``.
     """
     wait = BoundedWait(f"actor {ctx.name}", "being let in", ctx.config.links, time.monotonic, log=ctx.log, on="buffer")
     logged, last = "", time.monotonic() + KNOCK_S
-    # A link of its own: loading an engine may hold up this loop for longer than a peer is let be silent.
+    # A link of its own: loading an engine may hold up this loop for longer than a peer may be silent.
     async with buffer_link(ctx) as buffer:
         while isinstance(missing := await _hello(ctx, buffer, timeout_s=KNOCK_EVERY_S), str):
             if trouble := buffer.trouble:
@@ -86,7 +86,7 @@ async def _hello(ctx: RoleContext, buffer: Client, *, timeout_s: float) -> Welco
         answer = await buffer.request(hello, timeout_s=timeout_s)
     except PeerLost:
         if not buffer.endpoint:
-            return "the buffer has not said yet where it listens"
+            return "the buffer has not recorded yet where it listens"
         where = f"the buffer at {buffer.endpoint}"
         if trouble := buffer.trouble:
             return f"{where} does not let it in: {trouble}" + (" (docs/keys.md)" if "key" in trouble else "")
@@ -100,7 +100,7 @@ async def _hello(ctx: RoleContext, buffer: Client, *, timeout_s: float) -> Welco
 
 
 def reachable(welcome: Welcome, buffer_endpoint: str) -> Welcome:
-    """With addresses as they are seen from here."""
+    """The same with addresses that are reachable from here."""
     return Welcome(
         run=welcome.run,
         weights_endpoint=seen_from(buffer_endpoint, welcome.weights_endpoint),

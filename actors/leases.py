@@ -1,6 +1,6 @@
 """Leases of trees: asking the buffer for them, waiting until it admits some, and giving back what is not grown.
 
-Every answer also says where the learner is: an actor that looks for it elsewhere hears so here.
+Every answer also contains the learner's address: an actor that uses another one finds out here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RETURN_TIMEOUT_S = 2.0
 
 
 class LearnerMoved(AtpoError):
-    """The learner has come back at another address."""
+    """The learner was restarted at another address."""
 
     def __init__(self, text: str, *, weights_endpoint: str, announce_endpoint: str) -> None:
         super().__init__(text)
@@ -34,7 +34,7 @@ class LearnerMoved(AtpoError):
 
 
 class LeaseSource:
-    """Where one actor gets its leases.
+    """The source of one actor's leases.
 
     Args:
         run, name: of the run and of this actor.
@@ -61,10 +61,10 @@ class LeaseSource:
         self._closed_because: str | None = None
 
     async def ask(self, count: int, *, version: int) -> Leases:
-        """One answer from the buffer, however long it is away, up to ``links.give_up_s``.
+        """One answer from the buffer; waits up to ``links.give_up_s`` while the buffer is away.
 
         Args:
-            count: of leases; none to hear only how the run is.
+            count: of leases; 0 to learn only the state of the run.
             version: that this actor generates with.
 
         Raises:
@@ -117,7 +117,7 @@ class LeaseSource:
                 await self._buffer.drain(timeout_s=RETURN_TIMEOUT_S)
 
     async def give_up(self, tree_id: str, reason: str) -> None:
-        """Hand one lease back because the tree cannot become whole."""
+        """Hand one lease back because the tree cannot become complete."""
         await self._buffer.send(LeaseReturned(run=self._run, actor=self._name, tree_ids=(tree_id,), reason=reason))
 
     def _check_where_the_learner_is(self, answer: Leases) -> None:

@@ -1,4 +1,4 @@
-"""What an actor reports of itself: the metrics of an interval, from the counters of its engine, links and weights."""
+"""An actor's report: the metrics of an interval, from the counters of its engine, links and weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Interval:
     Args:
         slots: trees that the actor grows at once.
         engine, environment, buffer, weights: whose counters are read.
-        metrics: what the actor has added itself.
+        metrics: metrics that the actor has added itself.
         clock: seconds, monotonic.
     """
 

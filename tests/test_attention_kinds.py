@@ -143,7 +143,7 @@ async def test_a_layer_that_hides_its_window_from_its_attention_is_found_out(
 
     monkeypatch.setattr(transformers.models.mistral.modeling_mistral.MistralAttention, "forward", hides)
     engine = TransformersEngine(EngineSettings(model=folder, device="cpu", max_model_len=CONTEXT, num_threads=1))
-    with pytest.raises(SetupError, match="layer 0 does not tell its attention of its window of 8 tokens"):
+    with pytest.raises(SetupError, match="layer 0 does not pass its attention its window of 8 tokens"):
         await engine.start()
     await engine.close()
 

@@ -23,12 +23,12 @@ OnRunning = Callable[[], None]
 
 
 def ignore() -> None:
-    """Nobody wants to know when a request begins to run."""
+    """Default for ``on_running``: does nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """What the configuration says of an engine.
+    """The settings of an engine, from the configuration.
 
     Args:
         model: Hugging Face folder of the policy, with safetensors.
@@ -102,7 +102,7 @@ class SwapReport:
     """From pause to resume: how long generation stood still."""
     load_s: float
     probe_error: float
-    """Nats: how far the engine's log-probs of the probe are off the learner's, as noise on the logits
+    """Nats: how far the engine's log-probs of the probe differ from the learner's, as noise on the logits
     (``actors.engines.probe``)."""
     in_flight: int
     """Requests that were running when the swap began; they go on with the new weights."""
@@ -123,7 +123,7 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsFile:
-    """Verified weights on local storage: the payload at ``path`` is laid out as ``manifest.tensors`` says."""
+    """Verified weights on local storage: ``manifest.tensors`` describes the layout of the payload at ``path``."""
 
     path: Path
     manifest: WeightsManifest
@@ -144,7 +144,7 @@ class Engine(Protocol):
         """
 
     async def swap(self, weights: WeightsFile) -> SwapReport:
-        """Take up other weights while requests are in flight, then reproduce the manifest's probe.
+        """Load other weights while requests are in flight, then reproduce the manifest's probe.
 
         Requests in flight keep their tokens and go on under the new weights.
 

@@ -1,7 +1,7 @@
-"""A user's own engine, held to the protocol: what it returns is checked, and its weights are proven from outside.
+"""A user's own engine with checks: of everything that it returns, and of its weights after each swap.
 
-The built-in engines prove a version before it generates.  A user's engine is asked instead: after its ``swap()`` the
-manifest's probe is read with its ``score()``, and what was generated before it has passed is not handed out.
+The built-in engines probe a version before it generates.  A user's engine is probed from outside: after its ``swap()``
+the manifest's probe is scored with its ``score()``, and what was generated before it has passed is not returned.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from atpo_async.core.texts import of_error
 from atpo_async.wire.messages import WeightsManifest
 
 MOST_ABOVE_ZERO = 1e-3
-"""Nats: what rounding may make of the log-prob of a certain token."""
+"""Nats: how far rounding may raise the log-prob of a certain token above 0."""
 
 
 class CheckedEngine:
@@ -107,7 +107,7 @@ class CheckedEngine:
             self._failed_probes += 1
             raise
         except BaseException as exc:
-            # Cancelled in the middle counts too: nobody knows which weights these are.
+            # A cancelled swap counts too: it is unknown which weights are loaded then.
             label = f"weights version {manifest.version}: {self._label}"
             self._dead = f"the swap to version {manifest.version} failed: {of_error(exc)}"
             self._proven.set()  # waiting requests raise EngineDead

@@ -1,4 +1,4 @@
-"""Whether an engine computes what the learner does: what it is off by on the probe, and how much of that is honest.
+"""Judges whether an engine computes what the learner does: its error on the probe, and how much of it is rounding.
 
 The measure is the root mean square, over tokens that the policy sampled, of the differences between the engine's and
 the learner's log-probs, each divided by ``1 - p`` of its token.  With honest weights the differences are rounding: of
@@ -6,13 +6,13 @@ the engine's precision, of its kernels, of as many layers as the model has.  Tha
 one nat on each logit moves the log-prob of a token by ``1 - p``, about: so the measure is the size of that noise,
 whatever the policy is sure of, and its logarithm is close to normal over versions (``benchmarks/probe.py`` fits it).
 
-Nobody can say beforehand how large it is, but it is hardly ever larger at one version than at another.  So the first
-version an engine takes up is held to a loose bound of the device and the precision, and to a share of what the
-log-probs differ by among themselves, which weights of another model are off by; from then on ``MULTIPLE`` times the
-median of the readings so far is too much.
+Its size cannot be predicted, but it is hardly ever larger at one version than at another.  So the first version that
+an engine loads must be within a loose bound of the device and the precision, and within a share of the spread of the
+log-probs, which weights of another model would exceed; from then on ``MULTIPLE`` times the median of the readings so
+far is too much.
 
 What is smaller passes: one tensor left out of a step of 1e-6 changes no log-prob by as much as bfloat16 rounds.
-Engines compare what they hold with what they were given, tensor by tensor, where they can; see there.
+Engines also compare the tensors that they hold with the published ones, where they can; see their modules.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Probe:
         self._readings: deque[float] = deque(maxlen=NUM_READINGS)
 
     def tolerance(self, manifest: WeightsManifest) -> float:
-        """Nats; the configuration's own, or as the module says."""
+        """Nats; the configuration's own, or computed as the module describes."""
         if manifest.probe_tolerance is not None:
             return manifest.probe_tolerance
         bound = BOUNDS[self._device, self._dtype]
@@ -84,7 +84,7 @@ class Probe:
         return max(bound.always_good, most)
 
     def judge(self, manifest: WeightsManifest, logprobs: np.ndarray) -> float:
-        """What the engine is off by, nats of noise on the logits.  Raises ProbeMismatch where that is too much.
+        """The engine's error, nats of noise on the logits.  Raises ProbeMismatch where it is too large.
 
         Args:
             manifest: of the weights it has taken up.

@@ -25,7 +25,7 @@ def candidates_or_root(tree: TurnTree, *, include_root: bool) -> tuple[int, ...]
 
 
 def take(ranked: Sequence[int], count: int) -> tuple[int, ...]:
-    """The first ``count``; if there are fewer, the best are taken again, in the same order."""
+    """The first ``count``; if there are fewer, the best are repeated, in the same order."""
     return tuple(ranked[i % len(ranked)] for i in range(count)) if ranked else ()
 
 

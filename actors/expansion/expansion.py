@@ -18,8 +18,8 @@ from atpo_async.core.tree import ROOT, TurnTree
 Strategy = Callable[[TurnTree, int, np.random.Generator, SearchConfig], Sequence[int]]
 """``(tree, count, rng, settings) -> ids of up to count turns``: each gets one new sibling, one named twice gets two.
 
-A function of what it is given and nothing else: a tree that another actor takes over must come out the same.  ``ROOT``
-stands for a fresh chain from the prompt.
+A pure function of its arguments: a tree that another actor takes over must come out the same.  ``ROOT`` stands for a
+fresh chain from the prompt.
 """
 
 
@@ -65,7 +65,7 @@ class Expansion:
 
 def _checked(chosen: Any, tree: TurnTree, count: int) -> tuple[int, ...]:
     if inspect.iscoroutine(chosen):
-        chosen.close()  # Python would complain that nobody awaits it
+        chosen.close()  # Python would warn that it was never awaited
     try:
         turn_ids = tuple(operator.index(turn_id) for turn_id in chosen)
     except TypeError:

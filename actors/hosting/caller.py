@@ -1,4 +1,4 @@
-"""Calls into an environment under a time limit: past it a call is cancelled, then interrupted, then left behind."""
+"""Calls into an environment under a time limit: past it a call is cancelled, then interrupted, then abandoned."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Caller:
         self._background: set[asyncio.Task[None]] = set()
         self.stop_token_ids: tuple[int, ...] = ()
         self.num_tasks: dict[Split, int | Exception | None] = {}
-        """By split: the environment's answer when it was first made, or what it raised."""
+        """Split -> its number of tasks when the environment was first made, or the error that it raised."""
         self.given_up = 0
         """Calls past their limit."""
 
@@ -114,7 +114,7 @@ class Caller:
                 thread.drop(call)
 
     def cancel(self) -> None:
-        """Wait no longer for calls that were cancelled to end."""
+        """Stop waiting for the ends of calls that were cancelled."""
         for task in self._background:
             task.cancel()
 
@@ -155,7 +155,7 @@ class Caller:
         return thread, made
 
     def _look_at_holder(self, thread: LoopThread) -> None:
-        """A call that is no longer waited for, or a task that it has left running, may hold the loop up as well."""
+        """A call whose wait was given up, or a task that it has left running, may hold the loop up as well."""
         if thread.abandoned or (held := thread.holder()) is None or (since := held[0].unattended_since) is None:
             return
         call, held_s = held
@@ -183,8 +183,8 @@ class Caller:
             )
 
     async def _see_it_end(self, thread: LoopThread, call: Call[T]) -> None:
-        """Waits for: a call that was cancelled.  Unblocked by: its end.  After the grace its loop is left to it if it
-        holds the loop up; a call that merely ignores its cancellation does no harm."""
+        """Waits for: a call that was cancelled.  Unblocked by: its end.  After the grace its loop is abandoned if the
+        call holds it up; a call that merely ignores its cancellation does no harm."""
         for _ in range(INTERRUPTS):  # a tool may catch the first
             thread.interrupt(call)
             await asyncio.wait((call.ended,), timeout=self._grace_s / INTERRUPTS)

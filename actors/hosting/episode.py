@@ -78,7 +78,7 @@ class HostedEpisode:
             return result
 
     def _leave(self) -> None:
-        """Leave the loop, so that the next step replays on another; what is left is closed when the loop is free."""
+        """Leave the loop, so that the next step replays on another; the old episode is closed when the loop is free."""
         thread, plain, self._thread, self._plain = self._thread, self._plain, None, None
         if thread is not None and plain is not None and not thread.abandoned:
             thread.submit(f"close of task {self._task} ({self._split})", plain.close, closes=True).leave_alone()

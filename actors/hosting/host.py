@@ -1,10 +1,10 @@
-"""An environment whose code cannot harm the actor nor, for long, the environment's other calls.
+"""Hosts an environment so that its code cannot harm the actor nor, for long, the environment's other calls.
 
 All calls of one environment run on one event loop in a thread of its own, with threads of its own for
 ``asyncio.to_thread``; the actor awaits their answers under ``search.step_timeout_s``.  What a call raises, exit() and a
 leaked cancellation included, is that call's answer.  A call past its limit is cancelled, or interrupted where it holds
-the loop, and its branch goes on without it; where it does not come back, its loop is left to it, the environment is
-made anew on another one, and the other episodes are brought there by replay.
+the loop, and its branch fails; where it does not return, its loop is abandoned, the environment is made anew on
+another one, and the other episodes are replayed there.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class LoopThread:
     def interrupt(self, call: Call[Any] | None = None) -> None:
         """Raise ``Interrupted`` in a call, in any where None, if it holds the loop now.
 
-        What waits inside C does not notice before it comes back.
+        Code that waits inside C notices it only when it returns.
         """
         with self._guard:  # so that its slice cannot end meanwhile
             held = self._slice

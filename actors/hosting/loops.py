@@ -42,7 +42,7 @@ class Loops:
         self.made: list[tuple[LoopThread, Environment]] = []
         """One, but for environments that block past their limit."""
         self.lost: list[LoopThread] = []
-        """Loops left to calls that hold them for good."""
+        """Abandoned loops: calls hold them for good."""
         self.num_lost = 0
         """Loops lost so far."""
         self.broken: EnvironmentBroken | None = None
@@ -50,7 +50,7 @@ class Loops:
         self._num_blocked = 0
         """Calls that held their loop past their limit."""
         self._size_mb = 0.0
-        """What making the environment once has added to the process at most."""
+        """The most memory that making the environment once has added to the process."""
         self._interrupter: asyncio.Task[None] | None = None
 
     def free(self) -> tuple[LoopThread, Environment] | None:
@@ -66,7 +66,7 @@ class Loops:
         self._size_mb = max(self._size_mb, size_mb)
 
     def moves(self, thread: LoopThread, call: Call[Any]) -> bool:
-        """Whether a call that has not begun had better begin on another loop."""
+        """Whether a call that has not begun should begin on another loop."""
         if call.task is not None or not self.any_blocked or not thread.held_up(self._held_up_s):
             return False
         return self._may_grow or any(not made[0].held_up(self._held_up_s) for made in self.made)
@@ -80,8 +80,7 @@ class Loops:
         self._num_blocked += 1
 
     def leave_behind(self, thread: LoopThread, call: Call[Any], *, limit_s: float) -> None:
-        """``call``, which had ``limit_s``, holds the loop for good: the loop is left to it, and its other calls raise
-        LoopLost."""
+        """Abandon the loop of ``call``, which holds it for good, past ``limit_s``; its other calls raise LoopLost."""
         if thread.abandoned:
             return
         where = thread.stack()
@@ -110,7 +109,7 @@ class Loops:
 
     @property
     def _may_grow(self) -> bool:
-        """An environment that never blocked past its limit may be large: there is one of it, and its calls wait."""
+        """Whether another loop may be made; not while no call blocked past its limit: environments may be large."""
         return self.any_blocked and len(self.made) < MAX_LOOPS
 
     async def _interrupt_lost(self) -> None:

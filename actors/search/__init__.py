@@ -1,1 +1,1 @@
-"""How one tree is grown: its chains and branches, and the engine's and environment's calls that each turn takes."""
+"""How one tree is grown: its chains and branches, and the calls of engine and environment for each turn."""

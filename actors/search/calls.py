@@ -1,4 +1,4 @@
-"""What a chain asks of engine and environment: each call has a time limit, and its failure ends one branch."""
+"""The calls of a chain to engine and environment: each has a time limit, and its failure ends one branch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 NOTHING = np.zeros(0, dtype=np.int32)
 
 GENERATE_TIMEOUT = "generate_timeout"
-"""Why a branch failed that the engine did not answer in time."""
+"""The reason of a branch that failed because the engine did not answer in time."""
 
 QUEUE_LIMITS = 10
 """So many times ``search.generate_timeout_s`` a request may wait for its turn in the engine: behind those that each

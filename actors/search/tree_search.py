@@ -38,7 +38,7 @@ whose last observation takes more than half of the context by itself has failed:
 
 @dataclass(slots=True)
 class Growth:
-    """What growing one tree has come to so far."""
+    """Counts of one tree's growth so far."""
 
     turns: list[Turn] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
@@ -137,7 +137,7 @@ class TreeSearch:
             for tail in begun:
                 self._resume(chains, prompt, tail)
             for i in range(fresh):
-                # The episode that gave the prompt serves the first chain: nothing is started in vain.
+                # The episode that returned the prompt serves the first chain, so that none is started in vain.
                 episode = first if i == 0 else None
                 chains.create_task(self._chain(prompt, ROOT, 0, episode), name=f"{self._lease.tree_id}/chain-{i}")
         if fresh == 0:
@@ -248,7 +248,7 @@ class TreeSearch:
         used = len(context) + len(generation.token_ids) + len(result.observation)
         if end == "continue" and used >= self._max_context:
             if 2 * len(result.observation) > self._max_context:
-                raise self._tool_said_too_much(len(result.observation))
+                raise self._observation_too_long(len(result.observation))
             end, reward, success = "length_limit", TRUNCATED_REWARD, False
         turn = Turn(
             run=self._run,
@@ -289,8 +289,8 @@ class TreeSearch:
             kind=kind,
         )
 
-    def _tool_said_too_much(self, tokens: int) -> BranchFailed:
-        """A tool that fills most of the context by itself ended this chain, not the policy: no reward for it."""
+    def _observation_too_long(self, tokens: int) -> BranchFailed:
+        """The failure of a chain that a single observation ended by filling most of the context: it gets no reward."""
         return BranchFailed(
             TOO_LONG,
             f"{self._calls.task}: an observation of {tokens} tokens leaves no space for an action "

@@ -1,1 +1,1 @@
-"""Weights in: fetched, verified, and taken up by the engine."""
+"""New weights for an actor: fetched, verified, and loaded into the engine."""

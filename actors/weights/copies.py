@@ -1,4 +1,4 @@
-"""Where an actor's copy of a version lies: in shared memory, beside the learner's, or on the disk where that is full.
+"""Places an actor's copy of a version: in shared memory, beside the learner's, or on disk where that is full.
 
 If the folder is removed, the version is fetched once more, into a new folder.
 """
@@ -55,7 +55,7 @@ class Copies:
         if self._on_disk:  # there may be space in memory again, and then it need not even be copied
             self.close()
             self._on_disk = False
-        # Once more in a new folder where somebody has removed it, and once on the disk.
+        # Once more in a new folder where the folder was removed, and once on the disk.
         for _ in range(3):
             try:
                 target = self._target(manifest.version, beside)

@@ -1,7 +1,7 @@
-"""Weights in: announcement -> manifest -> fetch -> verify.  An engine gets only what has passed here.
+"""Fetches weights: announcement -> manifest -> fetch -> verify.  An engine gets only verified weights.
 
-A transport brings the bytes (``atpo_async.transports``).  They are whole and hashed before anything sees them, and an
-older version is never taken.
+A transport brings the bytes (``atpo_async.transports``).  They are complete and their hash is checked before the engine
+reads them, and an older version is never taken.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ class WeightsFetcher:
         return 3 * self._settings.fetch_timeout_s
 
     async def newest(self, *, timeout_s: float) -> m.WeightsAnnounced | None:
-        """What the learner has now, or None if it has nothing or does not answer in time."""
+        """The newest announcement of the learner, or None if it has none or does not answer in time."""
         try:
             answer = await self._client.request(m.AnnouncementRequest(run=self._run), timeout_s=timeout_s)
         except PeerLost as exc:
-            log.warning("the learner does not say which weights it has: %s", exc)
+            log.warning("the learner does not answer which weights it has: %s", exc)
             self.silent = True
             return None
         self.silent = False
@@ -125,7 +125,7 @@ class WeightsFetcher:
         return WeightsFile(path=path, manifest=manifest)
 
     def forget(self, version: int) -> None:
-        """The engine has not taken ``version`` up: it may be fetched again."""
+        """The engine has not loaded ``version``: it may be fetched again."""
         self.version = min(self.version, version - 1)
 
     def release(self, weights: WeightsFile) -> None:

@@ -1,4 +1,4 @@
-"""When weights that keep being refused end the run: the same refusal, several times in a row."""
+"""Decides when refused weights end the run: after the same refusal, several times in a row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUMBERS = r"(?<![\w.])([-+]?\d[\d.]*(e[-+]?\d+)?|nan|inf)\b"
 
 
 class Refusals:
-    """How often in a row weights were not taken up for the same reason."""
+    """Counts how often in a row weights were not loaded for the same reason."""
 
     def __init__(self) -> None:
         self._reason = ""
@@ -35,5 +35,5 @@ class Refusals:
             ) from error
 
     def over(self) -> None:
-        """Weights were taken up."""
+        """Weights were loaded."""
         self._reason, self._count = "", 0

@@ -1,4 +1,4 @@
-"""Which weights the engine has: every newer version is fetched and swapped in while requests are in flight.
+"""Keeps the engine's weights up to date: fetches every newer version and swaps it in while requests are in flight.
 
 Nothing is generated with the weights of the model folder: the run's own come first.
 """
@@ -25,7 +25,7 @@ log = logging.getLogger("atpo.actor")
 
 
 class WeightsUptake:
-    """Takes versions up, for one engine.
+    """Loads new versions into one engine.
 
     Args:
         name: of the actor.
@@ -58,7 +58,7 @@ class WeightsUptake:
         self._version_changed = asyncio.Condition()
         self._refusals = Refusals()
         self._logged_refusal = "", 0.0
-        """What was last logged of weights that were not taken, and when."""
+        """The last log line about weights that were not loaded, and when."""
 
     async def first(self) -> None:
         """Until there are weights to generate with, or the run is over.
@@ -82,7 +82,7 @@ class WeightsUptake:
             wait.again("none is announced, and the learner names none when asked")
 
     async def follow(self) -> None:
-        """Take up every newer version.  Never returns.
+        """Load every newer version.  Never returns.
 
         Waits for: an announcement or the poll.  Unblocked by: the learner publishing.
         """
@@ -91,7 +91,7 @@ class WeightsUptake:
             if announced is not None:
                 await self._take(announced)
             elif self._fetcher.silent:
-                # With every slot waiting for weights nobody else asks the buffer where the learner has gone.
+                # While every slot waits for weights, no lease request would ask the buffer where the learner is.
                 await self._run_is_over()
 
     async def reached(self, version: int, tree_id: str) -> None:
@@ -151,8 +151,8 @@ class WeightsUptake:
             self._version_changed.notify_all()
 
     def _not_taken(self, version: int, error: AtpoError) -> None:
-        """What was refused is fetched again at the next poll, and the engine goes on with what it has (after
-        ProbeMismatch it stands still meanwhile).  Raises ``error`` once it has come too often."""
+        """Refused weights are fetched again at the next poll, and the engine goes on with those it has (after
+        ProbeMismatch it stands still meanwhile).  Raises ``error`` once it has occurred too often."""
         self._metrics.add("weights/rejected", 1)
         now, text = self._clock(), str(error)
         if text != self._logged_refusal[0] or now - self._logged_refusal[1] > self._config.links.deadline_s:

@@ -1,8 +1,8 @@
 """Attention for requests whose keys and values lie in slots: transformers' SDPA with the mask each layer asks for.
 
 The engine gives the model one causal mask over a slot's columns, and transformers hands a ready mask to every layer as
-it is.  A layer whose attention slides over a window says so when it calls its attention function; here the window is
-cut out of the mask.  What this attention cannot do is refused, not left out.
+it is.  A layer whose attention slides over a window passes it to its attention function; here the window is cut out of
+the mask.  Features that this attention does not support are refused, not ignored.
 
 Shapes: B requests, T tokens fed to each, L columns attended over (column = position).
 """

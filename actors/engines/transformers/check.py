@@ -57,7 +57,7 @@ def fault(
     finally:
         windows_seen.reset(token)
     if wrong := [i for i, window in enumerate(windows) if window is not None and seen.get(i) != window]:
-        return f"layer {wrong[0]} does not tell its attention of its window of {windows[wrong[0]]} tokens"
+        return f"layer {wrong[0]} does not pass its attention its window of {windows[wrong[0]]} tokens"
     if not worst <= TOLERANCE[dtype]:
         return f"after text read in parts the next token's probabilities differ by {worst:.2g} from text in one piece"
     return None

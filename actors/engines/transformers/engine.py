@@ -52,7 +52,7 @@ class TransformersEngine:
         self._between_steps = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="transformers-engine")
         self._stuck = False
-        """The thread did not come back in time; waiting for it would block the event loop."""
+        """The thread did not return in time; waiting for it would block the event loop."""
         self._stepper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -93,7 +93,7 @@ class TransformersEngine:
             raise
 
     async def swap(self, weights: base.WeightsFile) -> base.SwapReport:
-        """Take up other weights between two steps, and reproduce the manifest's probe before the next one.
+        """Load other weights between two steps, and reproduce the manifest's probe before the next one.
 
         Requests in flight keep their tokens; their keys and values are computed anew.  WeightsRejected changes nothing:
         the engine goes on.  After ProbeMismatch requests wait for a swap that succeeds.  WaitTimeout fails every
@@ -134,7 +134,7 @@ class TransformersEngine:
                 self._unproven = True
                 raise
             except BaseException as exc:
-                # Cancelled in the middle counts too: nobody knows which weights these are.
+                # A cancelled swap counts too: it is unknown which weights are loaded then.
                 cancelled = isinstance(exc, asyncio.CancelledError)
                 reason = "out of time, or cancelled" if cancelled else exc or type(exc).__name__
                 self._fail(f"the swap to version {manifest.version} failed: {reason}")
@@ -192,7 +192,7 @@ class TransformersEngine:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     async def _step_to_the_end(self) -> None:
-        """Whatever ends the steps ends the engine: its requests fail at once, and it says that it is dead."""
+        """Whatever ends the steps ends the engine: its requests fail at once, and ``is_dead`` is true."""
         try:
             await self._step_forever()
         except asyncio.CancelledError:

@@ -40,7 +40,7 @@ class ModelRunner:
             settings.model, dtype=causal_lm.torch_dtype(settings.dtype), attn_implementation="sdpa"
         )
         self.shapes: dict[str, tuple[int, ...]] = dict(checkpoint.shapes)
-        """What a published version must bring: every tensor of the model's files."""
+        """What a published version must contain: every tensor of the model's files."""
         if model._can_set_attn_implementation():
             model.set_attn_implementation(attention.NAME)
         self.model: Any = model.to(self._device).eval().requires_grad_(False)

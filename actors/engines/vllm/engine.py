@@ -132,7 +132,7 @@ class VllmEngine:
         return made
 
     async def swap(self, weights: base.WeightsFile) -> base.SwapReport:
-        """Take up other weights while requests are in flight, and reproduce the manifest's probe before going on.
+        """Load other weights while requests are in flight, and reproduce the manifest's probe before going on.
 
         A file that fails the checks raises WeightsRejected and changes nothing: the engine goes on.  After
         ProbeMismatch requests wait for a swap that succeeds.  After anything else that fails (EngineDead if a worker
@@ -152,7 +152,7 @@ class VllmEngine:
             except (WeightsRejected, ProbeMismatch):
                 raise
             except BaseException as exc:
-                # Cancelled in the middle counts too: nobody knows what the workers hold now.
+                # A cancelled swap counts too: it is unknown what the workers hold then.
                 await self._fail(f"the swap to version {manifest.version} failed: {exc or type(exc).__name__}")
                 if isinstance(exc, TimeoutError):
                     raise WaitTimeout(

@@ -39,7 +39,7 @@ COMPARED_ELEMENTS = 1 << 24
 
 @dataclass
 class FileInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
-    """The two sides have nothing to agree on."""
+    """Empty: the two sides have nothing to agree on."""
 
 
 @dataclass
@@ -67,7 +67,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._comparable: set[str] = set()
-        """Parameters that were bit for bit what their file said, after some version."""
+        """Parameters that were bit for bit equal to their file after some version."""
 
     def init_transfer_engine(self, init_info: FileInitInfo) -> None:
         pass
@@ -192,7 +192,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 class _ProbesWhilePaused:
     """Scheduler mixin: while everything is paused, requests with the probe's ids still run, and only they.
 
-    This is how new weights prove themselves strictly before any other request sees them.
+    So new weights are probed strictly before any other request uses them.
     """
 
     running: list[Any]
@@ -231,7 +231,7 @@ class _ProbesWhilePaused:
         for request in probes_waiting:
             self.waiting.add_request(request)
         self._pause_state = PauseState.UNPAUSED
-        # The places that ``max_num_active_seqs`` keeps free: the pause may have found all others taken.
+        # The places that ``max_num_active_seqs`` leaves free: all others may be taken when the pause begins.
         active, self.max_num_active_reqs = self.max_num_active_reqs, PROBE_PLACES
         try:
             output = super().schedule(throttle_prefills)  # type: ignore[misc]

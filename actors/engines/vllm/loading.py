@@ -15,7 +15,7 @@ async def load(llm: Any, weights: WeightsFile, *, tensor_parallel_size: int) -> 
     Raises:
         WeightsRejected: nothing was touched.
         ProbeMismatch: a worker did not take up all of them.
-        EngineDead: nobody knows what the workers hold.
+        EngineDead: it is unknown what the workers hold.
     """
     from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 

@@ -24,7 +24,7 @@ PROBE_PLACES = 8
 """How many of them run at once; further ones wait for those."""
 
 UNTOUCHED, INCOMPLETE = "nothing was loaded:", "not all was taken up:"
-"""In what a worker raises: before the first layer was touched, and after the load."""
+"""Marks in a worker's errors: raised before the first layer was touched, and after the load."""
 
 CPU_NORMS = "atpo_cpu"
 """Name of our choice of norm kernels on a CPU."""

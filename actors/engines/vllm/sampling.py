@@ -1,4 +1,4 @@
-"""vLLM's sampling parameters for what is asked of the engine, and the log-probs in its answers."""
+"""vLLM's sampling parameters for the engine's requests, and the log-probs in its answers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SamplingParamsCache:
 
 
 def scoring_params() -> Any:
-    """For the log-probs of a prompt; one token is generated, which nobody reads."""
+    """For the log-probs of a prompt; one token is generated, and discarded."""
     return _params(temperature=1.0, max_tokens=1, prompt_logprobs=0)
 
 

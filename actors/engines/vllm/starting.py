@@ -59,7 +59,7 @@ class Starter:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
 
     def _build(self, folder: Path) -> Any:
-        """In the thread: the front end; None where nobody waits for it any more."""
+        """In the thread: the front end; None where the start was cancelled."""
         settings, device = self._settings, pick_device(self._settings.device)
         with _environment(variables(settings, device)):
             from vllm.platforms import current_platform
@@ -151,7 +151,7 @@ def variables(settings: EngineSettings, device: str) -> dict[str, str | None]:
 
 @contextmanager
 def _environment(variables: dict[str, str | None]) -> Iterator[None]:
-    """Set them for vLLM and the processes it starts; take back those that bear on this process's other children."""
+    """Set them for vLLM and the processes it starts; take back those that affect this process's other children."""
     before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "LD_PRELOAD")}
     _set(variables)
     try:
