@@ -1,4 +1,4 @@
-"""The buffer's counters: what became of tasks, and what happened since the last batch.  Pure."""
+"""The buffer's counters: outcomes of tasks, and events since the last batch.  Pure."""
 
 from __future__ import annotations
 
@@ -40,36 +40,37 @@ class RunCounters:
     def __init__(self, now: float) -> None:
         self.since = CountsSinceBatch(now)
         self.tasks: Counter[str] = Counter()
-        """What became of training tasks: ``trained`` on at least once, ``no_signal``, ``failed`` (too few leaves),
+        """Outcomes of training tasks: ``trained`` on at least once, ``no_signal``, ``failed`` (too few leaves),
         ``retired`` (too old before their last use)."""
         self.progress = 0
-        """Turns that came and trees that ended: it stands still only when nothing comes."""
+        """Turns received and trees that ended: it stands still only while nothing arrives."""
         self.left_before: Counter[str] = Counter()
         """Trees that had left the pool by the last batch, by ``Departure.cause``."""
         self.given_up_before = 0
         """Tasks given up by the last batch."""
 
     def count(self, name: str, number: int = 1) -> None:
-        """Something happened that the metrics of the next batch count under ``name``."""
+        """Count an event; the metrics of the next batch have it under ``name``."""
         self.since.counts[name] += number
 
     def count_task(self, outcome: str, number: int = 1) -> None:
-        """What became of a training task; -1 where that is undone."""
+        """Count the outcome of a training task; -1 where that is undone."""
         self.tasks[outcome] += number
 
     def count_turn(self) -> None:
-        """A turn came."""
+        """Count a turn that was received."""
         self.since.turns += 1
         self.progressed()
 
     def progressed(self) -> None:
-        """A turn came, or a tree ended."""
+        """Count progress: a turn was received, or a tree ended."""
         self.progress += 1
 
     def count_tree(self, tree: TreeEntry, arrays: TreeArrays) -> None:
         """The policy's own sampled reward and success: under branch probabilities, trees without signal too.
 
-        Success is that of the leaves of which the environment said it; what share of them is not known stands apart.
+        Success is the mean over the leaves for which the environment reported it; the share of the others has its own
+        metric.
         """
         since = self.since
         since.produced += 1
@@ -83,7 +84,7 @@ class RunCounters:
         since.mean("train/turns_mean", float(len(tree)))
 
     def describe_tasks(self, given_up: int) -> str:
-        """What became of the tasks so far."""
+        """The outcomes of the tasks so far, as text."""
         tasks = self.tasks
         retired = f" ({tasks['retired']} of them fewer times than meant, too old by then)" if tasks["retired"] else ""
         return (

@@ -1,7 +1,7 @@
 """Writes the buffer's own metrics, and those that actors report, each under its own name.
 
-An actor may report anything.  So a report counts as its sender's, whatever it names, and only with names of
-numbers that actors have: only the buffer's own ``train/success`` gets into the file.
+An actor may report anything.  So a report is recorded under its sender's name, and only metrics of actors are taken:
+only the buffer's own ``train/success`` gets into the file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OWN = "buffer"
 _RESERVED = re.compile(r"buffer|supervisor|learner(-\d+)?")
 """Sources that are no actors."""
 _NAMESPACES = ("actor/", "actions/", "engine/", "environment/", "weights/", "tokens/generated", "time/actor_")
-"""Of the numbers that an actor measures."""
+"""Namespaces of the metrics of actors."""
 _LEARNERS = re.compile(r"weights/(publish_s|unsent_bytes|most_unsent_bytes|kept_reply_bytes|held_back|refused_peers)")
 """In one of the namespaces, and the learner's."""
 MAX_NAMES = 256
@@ -31,7 +31,7 @@ _MAX_WRITERS = 64
 
 
 def may_be_called(name: str) -> bool:
-    """Whether an actor may have a name: those of the other roles would make its numbers pass for theirs."""
+    """Whether an actor may have a name; not one of the other roles' names, as its metrics would be taken for theirs."""
     return _RESERVED.fullmatch(name) is None
 
 
@@ -54,7 +54,7 @@ class MetricsFile:
         self._write(OWN, step, version, metrics)
 
     def report(self, peer: str, step: int, version: int, metrics: Mapping[str, float]) -> None:
-        """What the actor ``peer`` has measured, as far as it is an actor's to say; the rest is counted."""
+        """Write the metrics of the actor ``peer``, those that actors may report; the others are counted."""
         taken = {}
         if may_be_called(peer):
             taken = {name: value for name, value in list(metrics.items())[:MAX_NAMES] if _is_an_actors(name)}
@@ -65,7 +65,7 @@ class MetricsFile:
             if self._refused_reports % 1000 == 1:
                 example = next(name for name in metrics if name not in taken)
                 log.warning(
-                    "%d numbers reported by %s are not taken (%d by now), as %r: not an actor's to say",
+                    "%d numbers reported by %s are not taken (%d by now), as %r: actors do not report such metrics",
                     refused, peer, self.num_refused, example[:_MAX_NAME],
                 )  # fmt: skip
         self._write(peer, step, version, taken)

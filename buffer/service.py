@@ -4,7 +4,7 @@ Who waits for whom: an actor's request for leases waits for admission (unblocked
 publishing); the learner's request for a batch waits for ready trees (unblocked by actors closing trees); its query for
 an evaluation waits for the evaluation's last tree.  All of them answer within a bounded time, with what is missing.
 
-Everything is decided in memory at once, and every acknowledgement and answer leaves after the commit that holds it
+Everything is decided in memory at once, and every acknowledgement and answer is sent after the commit that holds it
 (``Journal.settle``).  While the journal cannot be written nothing is acknowledged and no lease is granted.
 """
 
@@ -47,11 +47,11 @@ from buffer.trees.index import places_of
 log = logging.getLogger("atpo.buffer")
 
 TICK_S = 0.5
-"""How often leases are looked after."""
+"""How often leases are checked."""
 AWAY_S = 2.0
-"""A look at the leases that is late by more was not merely busy."""
+"""A check of the leases that is late by more than this shows that the process stood still, not merely worked."""
 END_HEARD_S = 5.0
-"""After the run's end: how long actors have to hear of it."""
+"""After the run's end: how long actors have to learn of it."""
 SETTLE_S = 0.2
 """After the last answer: how long the sockets stay open, for acknowledgements and repeats."""
 MOVE_CHUNKS = 8
@@ -69,8 +69,8 @@ class BufferService:
         former: where they were bound before; tried first where the port is 0.
         rundir: for the journal and the actors' metrics; None writes no metrics.
         stopping: set to end early.
-        journal: folder of the journal; in the run's folder, or where ``buffer.journal_dir`` says, if None.  Without a
-            run's folder one that goes with this object.
+        journal: folder of the journal; in the run's folder, or in ``buffer.journal_dir``, if None.  Without a run's
+            folder a temporary one.
         clock: seconds, monotonic.
 
     Raises:
@@ -127,7 +127,7 @@ class BufferService:
         )  # fmt: skip
 
     def _recovered_state(self, run: str, endpoints: Endpoints) -> BufferState:
-        """The state as the journal has it, one incarnation on; its changes go into the journal from here on."""
+        """The state that the journal holds, as the next incarnation; its changes go into the journal from here on."""
         recovered, now, seed = self.journal.recover(), self._clock(), self._config.run.seed
         state = BufferState(self._config, run=run, rng=np.random.default_rng(seed), now=now, store=self.journal)
         persistence = StatePersistence(state)
@@ -136,7 +136,7 @@ class BufferService:
             what_of_each = ", ".join(f"{n} {what}" for what, n in found.items())
             log.info("recovered from %s: %s", self.journal.folder, what_of_each)
         if state.weights_endpoint and endpoints.weights:
-            # Where the learner is now; the run may have been started anew since it last said so.
+            # The learner's address of now; the run may have been restarted since it was recorded.
             state.weights_endpoint, state.announce_endpoint = endpoints.weights, endpoints.announce
         state.rng = np.random.default_rng([seed, state.incarnation])
         state.gauges = self._gauges
@@ -148,7 +148,7 @@ class BufferService:
             if self._scratch is not None:
                 stack.callback(self._scratch.cleanup)
             await stack.enter_async_context(self.journal)
-            # The number of this incarnation is on disk before any tree id that has it leaves.
+            # The number of this incarnation is on disk before any tree id that contains it is sent.
             limit_s = self._config.links.give_up_s
             try:
                 await self.journal.settle(timeout_s=limit_s)
@@ -193,7 +193,7 @@ class BufferService:
         log.info("buffer ends: %s", "the run is over" if self.state.finished else "asked to stop")
 
     def _gauges(self) -> dict[str, float]:
-        """What the parts around the state count, for the metrics of a batch."""
+        """Counters of the parts around the state, for the metrics of a batch."""
         actors, learner = self.actors.counters, self.learner.counters
         sent = {f"buffer/{name}": actors[name] + learner[name] for name in actors}
         return {**self.journal.gauges(), **sent, "buffer/refused_metrics": float(self._metrics.num_refused)}
@@ -220,7 +220,7 @@ class BufferService:
             await asyncio.sleep(TICK_S)
             looked, away_s, now = self._clock(), self._clock() - looked - TICK_S, self._clock()
             if away_s > AWAY_S:
-                # Stopped, or its machine slept: no actor could reach it, so none was late.
+                # The process was stopped, or its machine slept: no actor could reach it, so none was late.
                 log.warning("the buffer itself stood still for %.1f s; every lease gets that time again", away_s)
                 self.state.ledger.excuse(away_s, now)
                 await asyncio.sleep(TICK_S)
@@ -228,13 +228,13 @@ class BufferService:
             # The link's own heartbeats count: an actor that waits for its engine reports late but lives.
             for name, peer in self.actors.peers.items():
                 self.state.ledger.actors.heard(name, now - peer.silent_s)
-            # At the end ``_tell_the_end`` waits for actors to fall silent, of which no message comes.
+            # At the end ``_tell_the_end`` waits for actors to fall silent, which no message signals.
             if self.state.tick(now) or self.state.finished:
                 self._changes.notify()
             self._write_records()
 
     async def _move_records(self) -> None:
-        """Empty chunks of which little is needed, so that they can go.  Waits for: the clock, then the disk."""
+        """Move records out of sparse chunks, so that these can be freed.  Waits for: the clock, then the disk."""
         while True:
             await asyncio.sleep(TICK_S)
             chunks = [] if self.journal.failing else self.journal.sparse_chunks(MOVE_CHUNKS)
@@ -247,7 +247,7 @@ class BufferService:
             log.debug("moved %d records out of %d chunks", moved, len(chunks))
 
     async def _tell_the_end(self) -> None:
-        """Waits for: every actor alive to be told that the run is over.  Unblocked by: their next request for leases;
+        """Waits for: every live actor to be sent the end of the run.  Unblocked by: their next requests for leases;
         given up after ``END_HEARD_S``."""
         await self._changes.until(lambda: self.state.finished or None, timeout_s=None)
         await self._changes.until(lambda: not self._not_told() or None, timeout_s=END_HEARD_S)
@@ -256,7 +256,7 @@ class BufferService:
         await asyncio.sleep(SETTLE_S)
 
     def _not_told(self) -> set[str]:
-        """Actors alive that do not know of the run's end."""
+        """Live actors that were not sent the run's end yet."""
         soon = 2 * self._config.links.heartbeat_s
         alive = {name for name, peer in self.actors.peers.items() if peer.silent_s < soon}
         return {name for name in alive if not self._actor_handler.knows_the_end(name)}
@@ -275,7 +275,7 @@ class BufferService:
 
 
 async def serve(ctx: RoleContext) -> None:
-    """The buffer's role: bind, say where, serve until the end.
+    """The buffer's role: bind, record the addresses, serve until the end.
 
     Raises:
         SetupError: the port is taken, or there is no run folder.
@@ -294,7 +294,7 @@ async def serve(ctx: RoleContext) -> None:
         former=listening.former(),
     )
     if not now.weights:
-        # Where the journal has it the learner was in an earlier life of the run; it says itself where it is now.
+        # The journal has the learner's address in an earlier life of the run; the learner will report its present one.
         service.state.weights_endpoint = service.state.announce_endpoint = ""
     async with service:
         bound = replace(asked, actors=service.actors.endpoint, learner=service.learner.endpoint)

@@ -1,9 +1,8 @@
-"""The buffer's decisions: every message has a method here, and none waits.  Pure: clock and randomness come in.
+"""The buffer's decisions: one method for each message, none of which waits.  Pure: clock and randomness are passed in.
 
-Seconds are monotonic.  What becomes of a tree is decided in ``trees.lifecycle``, what the learner gets in
-``batches.server``; here are the leases of the actors.  Decisions are taken in memory at once;
-``journal.persistence`` hands what changed to the journal, and answers leave the process after its commit
-(``handlers``).
+Seconds are monotonic.  ``trees.lifecycle`` decides about trees, ``batches.server`` about batches; the leases of the
+actors are decided here.  Decisions are taken in memory at once; ``journal.persistence`` hands the changes to the
+journal, and answers are sent after its commit (``handlers``).
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ SILENT_INTERVALS = 3
 SILENT_LEAST_S = 5.0
 """… but not sooner: an engine's start or a swap may hold it up that long."""
 RETRY_S = 0.02
-"""When to ask again for leases; the answer itself waits, so this need not be long."""
+"""How long an actor pauses before it requests leases again; short, as the answer itself waits."""
 
 
 class BufferState:
@@ -87,7 +86,7 @@ class BufferState:
             max_tasks=config.run.max_tasks,
         )
         self.delay_line: DelayLine | None = None
-        """Decides what is grown and served where the lag is to be exact."""
+        """Decides which trees are grown and served where the lag is to be exact."""
         if staleness.exact_lag is not None:
             self.delay_line = DelayLine(
                 lag=staleness.exact_lag,
@@ -121,18 +120,18 @@ class BufferState:
         self.announce_endpoint = ""
         self.finished = False
         self.gauges: Callable[[], dict[str, float]] = dict
-        """More of the buffer's side of a step's metrics; of the journal, where there is one."""
+        """Further metrics of the buffer for a step: the journal's, where there is one."""
 
-    # --- what is there -----------------------------------------------------------------------------
+    # --- queries--------------------------------------------------------------------------
 
     @property
     def step(self) -> int:
-        """The step last asked for."""
+        """The step of the learner's last request."""
         return self.batch_server.step
 
     @property
     def version(self) -> int:
-        """The learner's version, as last heard."""
+        """The learner's version, as last reported."""
         return self.trees.version
 
     @property
@@ -142,7 +141,7 @@ class BufferState:
 
     @property
     def checkpoint_wanted(self) -> bool:
-        """Whether trees that only a checkpoint of the learner sets free take much of the space."""
+        """Whether trees that only a checkpoint of the learner frees take much of the space."""
         return self.trees.checkpoint_wanted
 
     def drain_records(self) -> list[MetricsRecord]:
@@ -150,7 +149,7 @@ class BufferState:
         return self.ledger.evaluations.drain_records()
 
     def sizes(self) -> dict[str, int]:
-        """Name -> number of what is there, for the log."""
+        """Name -> number of trees, leases, tasks and the like, for the log."""
         return {
             "growing trees": len(self.assembly),
             "ready trees": len(self.pool),
@@ -169,7 +168,7 @@ class BufferState:
         run.weights_endpoint, run.announce_endpoint = self.weights_endpoint, self.announce_endpoint
 
     def restore(self, run: RunEntry | None) -> None:
-        """Be the next incarnation of an earlier buffer; None: of one that left nothing."""
+        """Become the next incarnation of an earlier buffer; None where there was none."""
         if run is not None:
             self.incarnation = run.incarnation
             self.weights_endpoint, self.announce_endpoint = run.weights_endpoint, run.announce_endpoint
@@ -179,7 +178,7 @@ class BufferState:
     # --- actors ------------------------------------------------------------------------------------------------
 
     def hello(self, actor: str, now: float) -> None:
-        """A (new) process of this name: what the one before it held is lost, and known to be so at once."""
+        """A new process of this name: leases of the previous one are lost at once."""
         self.ledger.actors.heard(actor, now)
         for held in self.ledger.held_by(actor):
             self._lost(held)
@@ -232,7 +231,7 @@ class BufferState:
             lifetime_s=self._config.buffer.lease_lifetime_s,
             min_version=held.min_version,
             seed=held.seed,
-            # Read when they are sent.
+            # The turns are read when the answer is sent.
             committed=StoredTurns(self.assembly.tree(held.tree_id).rows, self.store),  # type: ignore[arg-type]
         )
 
@@ -245,7 +244,7 @@ class BufferState:
             frames: as the message came; encoded again where None.
 
         Raises:
-            BadMessage: not under a lease that is known, or impossible.
+            BadMessage: not under a known lease, or impossible.
             Conflict: its key is there with other bytes.
         """
         if not self.assembly.add(message, frames):
@@ -275,12 +274,12 @@ class BufferState:
         return bool(unknown)
 
     def returned(self, actor: str, tree_ids: Iterable[str], reason: str = "") -> bool:
-        """``actor`` hands leases back; others go on from the turns that are there.
+        """``actor`` returns leases; others go on from the turns that are there.
 
         Args:
-            actor: who held them.
+            actor: their holder.
             tree_ids: whose leases.
-            reason: why what it sent of them was refused; empty where it hands them back in good order.
+            reason: why the buffer refused a message of theirs; empty where the actor returns them in good order.
         """
         held = self.ledger.held_by(actor, tuple(tree_ids))
         for each in held:
@@ -294,14 +293,14 @@ class BufferState:
         return held is not None and (held.holder, held.waiting, held.epoch) == (actor, False, lease.epoch)
 
     def refused(self, actor: str, message: TreeMessage, reason: str) -> None:
-        """Something of a tree was refused for its content: under the lease that ``actor`` has it cannot be finished."""
+        """A message of a tree was refused for its content: the tree cannot be finished under the lease of ``actor``."""
         held = self.ledger.held(message.tree_id)
         if held is not None and (held.holder, held.waiting, held.epoch) == (actor, False, message.lease_epoch):
             held.refused = reason
 
     def _free(self, held: HeldLease) -> None:
-        """A lease that its holder does not have any more.  What is refused for its content is as good as lost, and
-        counts like it: with the same task it would be refused once more, for ever."""
+        """Free a lease that its holder does not have any more.  A tree that was refused for its content counts as lost:
+        with the same task it would be refused again, for ever."""
         if not held.refused:
             self.ledger.reissue(held.tree_id, lost=False)
             return
@@ -310,7 +309,7 @@ class BufferState:
         self._lost(held)
 
     def tick(self, now: float) -> bool:
-        """Look after the leases.  True if any was lost."""
+        """Expire leases.  True if any was lost."""
         lapsed = self.ledger.lapsed(now)
         for held in lapsed:
             log.warning("lease of tree %s lapsed, %s held it", held.tree_id, held.holder)
@@ -318,7 +317,7 @@ class BufferState:
         return bool(lapsed)
 
     def _lost(self, held: HeldLease) -> None:
-        """A holder is gone: what is finished is used, what is not goes to another, up to a limit."""
+        """A holder is gone: a finished tree is used, an unfinished one is reissued, up to a limit."""
         leaves = self.assembly.tree(held.tree_id).num_leaves
         if leaves >= (1 if held.kind == "eval" else 2):
             self.trees.end(held.tree_id)
@@ -347,7 +346,7 @@ class BufferState:
     # --- the learner -------------------------------------------------------------------------------------------
 
     def publish(self, message: VersionPublished) -> None:
-        """Actors can get a version, and where."""
+        """Actors can fetch a version, at these endpoints."""
         self.ledger.progress.publish(message.version)
         self.weights_endpoint, self.announce_endpoint = message.weights_endpoint, message.announce_endpoint
         self.trees.heard(message.version)
@@ -381,7 +380,7 @@ class BufferState:
         self.finished = True
 
     def waiting_for(self, request: SampleRequest, now: float) -> str:
-        """What keeps a batch from being served, for the log."""
+        """Why no batch can be served yet, for the log."""
         ready = f"trees: {len(self.pool)} of {request.num_trees} ready"
         if self.delay_line is not None:
             ready = self.delay_line.describe()
@@ -393,7 +392,7 @@ class BufferState:
             f"published version {self.ledger.progress.published}, asked for at {request.version}"
         )
 
-    # --- numbers -----------------------------------------------------------------------------------------------
+    # --- metrics--------------------------------------------------------------------------------------------
 
     def count_bad_message(self) -> None:
         self.counters.count("bad_messages")

@@ -1,1 +1,1 @@
-"""What the learner is given: when there is a batch, which trees are in it, and what became of it."""
+"""Batches for the learner: when one is served, which trees are in it, and whether it was trained on."""

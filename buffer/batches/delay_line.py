@@ -6,8 +6,8 @@ learner's version at its first batch, and holds trees wholly sampled by version 
 The rule: when the learner asks for a batch, the line is filled up to k + 1 sets of trees, or to one for each batch
 that is left if these are fewer.  All that is missing is grown by the version that asks.  The foremost set is served
 when nothing is missing any more and no training tree is under lease.  So k + 1 sets are grown before the first batch
-and one before every later one, none in vain; and because the learner trains only while no tree is under way, no actor
-changes weights inside one.
+and one before every later one, none unused; and because the learner trains only while no tree is under way, no actor
+changes weights inside a tree.
 
 Sets grown together are complete when every one has its trees, or when as many were produced as
 ``staleness.max_oversampling`` allows; then they are dealt out in the order of their tasks and in equal numbers, so that
@@ -15,8 +15,8 @@ the first set holds neither the shortest trees nor all there are.
 
 A learner that starts again asks at a version that is not the next one.  Whole sets are served first, older than k
 versions then; one that would be over ``staleness.max_lag`` when its turn came is dropped, and so is what had been
-grown of an unfinished set, for no engine has its version any more.  A buffer that starts again finds the line as it
-was; batches that a learner has lost come back to its front.
+grown of an unfinished set, for no engine has its version any more.  A restarted buffer restores the line as it was;
+batches that a learner has lost are put back at its front.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from typing import Literal
 from buffer.journal.entries import DelayLineEntry, TreeSetEntry
 
 Fate = Literal["taken", "inexact", "no_signal", "too_large", "surplus"]
-"""What becomes of a tree: a batch will have it; or another version had a part in it, there is nothing to learn from
-it, memory is full, no set waits for it."""
+"""The outcome for a tree: it is placed in a set; or another version sampled a part of it, it has no signal, memory is
+full, no set needs it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class TreeSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
-    """Which training trees may begin now."""
+    """The training trees that may begin now."""
 
     version: int
     """They are grown by it and by no other."""
@@ -66,12 +66,12 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a question of the learner brings about besides growth: nothing, unless it has started again."""
+    """The effects of a learner's request besides growth: none, unless the learner was restarted."""
 
     anew: bool = False
     """It has started again: this is not the version after that of the batch it took last."""
     stale: tuple[str, ...] = ()
-    """Trees that leave because they would have been over ``max_lag``."""
+    """Trees that are dropped because they would have been over ``max_lag``."""
     unfinished: tuple[str, ...] = ()
     """Of a set that was under way."""
 
@@ -84,7 +84,7 @@ class _Growing:
     num_sets: int
     tree_ids: list[str] = field(default_factory=list)
     produced: int = 0
-    """Trees that came for them, those without signal and those dropped too."""
+    """Trees that were received for them, including those without signal and those dropped."""
 
 
 class DelayLine:
@@ -126,7 +126,7 @@ class DelayLine:
         return self._growing is None and bool(self._whole)
 
     def ask(self, *, step: int, version: int, under_lease: int, memory_full: bool = False) -> Asked:
-        """The learner waits for the batch of ``step`` at ``version``; see to it that what it needs is grown.
+        """The learner waits for the batch of ``step`` at ``version``: plan the trees that it needs.
 
         Args:
             step: batches trained before this one.
@@ -159,12 +159,12 @@ class DelayLine:
     def admit(
         self, *, under_lease: int, published: int | None, engine_version: int | None, memory_full: bool
     ) -> Admission:
-        """What an actor may begin.
+        """The trees that an actor may begin.
 
         Args:
             under_lease: training trees being grown.
             published: the newest version that actors can get.
-            engine_version: what the actor that asks generates with; None where it does not say.
+            engine_version: the version that the requesting actor generates with; None where unknown.
             memory_full: no further tree fits.
         """
         growing = self._growing
@@ -196,7 +196,7 @@ class DelayLine:
         return None
 
     def place(self, tree_id: str, versions: Iterable[int], *, signal: bool, fits: bool) -> Fate:
-        """A usable tree came.
+        """Place a usable tree that was received.
 
         Args:
             tree_id: its id.
@@ -207,7 +207,7 @@ class DelayLine:
         growing = self._growing
         if growing is None:
             return "surplus"
-        # Counted whatever becomes of it: an actor whose trees are never exact must not keep the run from going on.
+        # Counted whether it is placed or not: an actor whose trees are never exact must not block the run.
         growing.produced += 1
         if any(version != growing.version for version in versions):
             return "inexact"
@@ -242,7 +242,7 @@ class DelayLine:
     # --- a learner that starts again ---------------------------------------------------------------------------
 
     def _move_to(self, version: int) -> Asked:
-        """Nothing but ``version`` can be grown from now on.  In an undisturbed run nothing is under way here."""
+        """Only trees of ``version`` can be grown from now on.  In an undisturbed run nothing is under way here."""
         anew = self.version is not None and not (self._served and version == self.version + 1)
         self.version, self._served = version, False
         unfinished: list[str] = []
@@ -285,7 +285,7 @@ class DelayLine:
         self.version, self._served = entry.version, entry.served
 
     def describe(self) -> str:
-        """What the line waits for."""
+        """What the line waits for, as text."""
         growing = self._growing
         if growing is None:
             return f"staleness.exact_lag = {self.lag}: {len(self._whole)} batches are ready, nothing is under way"

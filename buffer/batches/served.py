@@ -1,4 +1,4 @@
-"""Batches that were given to the learner, until a checkpoint of it holds what they taught.  Pure."""
+"""Batches that were served to the learner, until a checkpoint of it covers them.  Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from buffer.trees.index import Place, TreeEntry, places_of
 
 @dataclass(slots=True)
 class ServedTree:
-    """One tree of a batch that was given to the learner."""
+    """One tree of a batch that was served to the learner."""
 
     tree_id: str
     task_index: int
@@ -37,7 +37,7 @@ class ServedTree:
 
 @dataclass(slots=True)
 class ServedBatch:
-    """One batch that was given to the learner, held until a checkpoint has what it taught."""
+    """One batch that was served to the learner, held until a checkpoint covers it."""
 
     batch_id: int
     step: int
@@ -92,7 +92,7 @@ class ServedBatch:
 
 
 class Batches:
-    """Those that no checkpoint of the learner holds yet."""
+    """The served batches that no checkpoint of the learner covers yet."""
 
     def __init__(self) -> None:
         self.by_step: dict[int, ServedBatch] = {}
@@ -132,7 +132,7 @@ class Batches:
         return {tree_id for served in self.by_step.values() for tree_id in served.tree_ids}
 
     def drain_changes(self) -> dict[int, BatchEntry | None]:
-        """Step -> entry of what came or changed since the last call; None for what went."""
+        """Step -> entry of each batch that was added or changed since the last call; None for a removed one."""
         changed, self._changed = self._changed, set()
         return {step: self.by_step[step].snapshot() if step in self.by_step else None for step in changed}
 
@@ -148,7 +148,7 @@ class Batches:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One rank's part of a batch: what it says, and where its records lie."""
+    """One rank's part of a batch: the message, and where its records lie."""
 
     head: Batch
     """Without trees."""

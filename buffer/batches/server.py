@@ -1,7 +1,8 @@
-"""When the learner gets a batch, which trees are in it, and what becomes of them afterwards.
+"""Serves batches to the learner: when one is complete, which trees are in it, and what happens to them afterwards.
 
-The learner asks by step.  The same question gets the same answer until a checkpoint of the learner holds the batch;
-a learner that falls back asks at an earlier step, and what it has lost goes back.  Pure: clock and randomness come in.
+The learner requests batches by step.  The same request gets the same answer until a checkpoint of the learner covers
+the batch; a learner that falls back requests an earlier step, and the batches that it has lost become ready again.
+Pure: clock and randomness are passed in.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ log = logging.getLogger("atpo.buffer")
 
 
 class BatchServer:
-    """What the learner of one run is given.
+    """Serves the batches of one run.
 
     Args:
         config: the run's.
         ledger: of the run.
         trees: the trees.
-        batches: those that no checkpoint holds yet; changed here alone.
+        batches: those that no checkpoint covers yet; changed here only.
         counters: what is counted.
         delay_line: decides what is served where the lag is to be exact.
         flush: the buffer's side of a step's metrics, at so many seconds; counting begins anew.
@@ -61,18 +62,18 @@ class BatchServer:
         self._flush = flush
         self._beta_steps = config.buffer.weight_exponent_steps or config.run.steps
         self.step = 0
-        """The step last asked for."""
+        """The step of the last request."""
         self.saved_step = 0
-        """Batches below are in a checkpoint of the learner, by its own word."""
+        """Batches below are in a checkpoint of the learner, as it reported."""
         self.anew = True
-        """No earlier buffer of this run left anything."""
+        """No earlier buffer of this run has left any state."""
 
-    # --- asking ------------------------------------------------------------------------------------------------
+    # --- requests---------------------------------------------------------------------------------------------
 
     def draw(self, request: SampleRequest, now: float, rng: np.random.Generator) -> Share | Exhausted | None:
         """This rank's share of the batch of ``request.step``; None while there is not enough for one.
 
-        The first rank to find enough makes the batch; the same question again gets the same answer.
+        The first request that finds enough makes the batch; the same request again gets the same answer.
 
         Raises:
             BadMessage: with ``staleness.exact_lag``, a batch of another size than the run's.
@@ -98,8 +99,8 @@ class BatchServer:
         return self._share(served, request)
 
     def _is_in_vain(self, enough: float) -> bool:
-        """Whether ``enough`` trees came to nothing, most of them failed: the learner, which would wait for as long as
-        any come, gets an empty batch that counts them, and stops the run after some of those."""
+        """Whether ``enough`` trees were of no use, most of them failed: the learner, which would wait as long as any
+        come, gets an empty batch that counts them, and stops the run after several of those."""
         counts = self._counters.since.counts
         failed = counts["dropped_no_leaf"] + counts["dropped_one_leaf"]
         return not len(self._trees.pool) and self._counters.since.produced + failed >= enough
@@ -117,7 +118,7 @@ class BatchServer:
                 f"staleness.trees_per_batch = {wanted}: start both on the same configuration"
             )
         if delay_line.version is not None and request.version < delay_line.version:
-            return None  # asked by a learner that has been replaced since
+            return None  # requested by a learner that has been replaced since
         self._look_after_batches(request.step)
         self._heard(request)
         self._ask_line(request, delay_line)
@@ -139,7 +140,7 @@ class BatchServer:
         self._ledger.progress.waits_at(request.version)
 
     def _ask_line(self, request: SampleRequest, delay_line: DelayLine) -> None:
-        """Tell the delay line where the learner stands; what a learner that starts again makes of no use goes."""
+        """Pass the learner's position to the delay line; drop trees that a restarted learner cannot use any more."""
         before = delay_line.version
         moved = request.version != before
         # In an undisturbed run there are none: the learner trained only when nothing was under lease.
@@ -217,10 +218,10 @@ class BatchServer:
         )
         return Share(head, tuple(served.drawn[i] for i in own), tuple(trees[i] for i in own))
 
-    # --- what became of it -------------------------------------------------------------------------------------
+    # --- confirmations----------------------------------------------------------------------------------
 
     def trained(self, message: Trained) -> None:
-        """A rank has trained on its share of a batch; with the last rank's word the batch is confirmed."""
+        """A rank has trained on its share of a batch; the last rank's message confirms the batch."""
         self._trees.heard(message.version)
         self._ledger.progress.trained(message.version)
         served = self._batches.trained(message.batch_id, message.rank, message.priorities)
@@ -234,7 +235,7 @@ class BatchServer:
             self._trees.confirm(served.tree_ids, served.priorities, step=served.step)
 
     def checkpointed(self, message: Checkpointed) -> None:
-        """The learner never falls back behind ``message.step`` any more: what was used up in batches below goes."""
+        """The learner never falls back behind ``message.step`` any more: trees used up in batches below are dropped."""
         self.saved_step = message.step
         for step in [step for step in self._batches.by_step if step < message.step]:
             self._confirm(self._batches.by_step[step])
@@ -242,9 +243,9 @@ class BatchServer:
         self._trees.checkpointed(message.step)
 
     def _look_after_batches(self, step: int) -> None:
-        """The batch of ``step`` is asked for: those before it were trained on, those from it on were not, or no longer.
+        """The batch of ``step`` is requested: those before it were trained on, those from it on are not, or are undone.
 
-        A learner that starts again asks at the step of its checkpoint: what it learned after that is lost with it.
+        A restarted learner requests the step of its checkpoint: what it learned after that is lost.
         """
         if self.anew and step > 0 and not self._batches.by_step:
             log.warning(
@@ -266,13 +267,13 @@ class BatchServer:
                 self._undo(each)
             if self._delay_line is not None:
                 self._delay_line.give_back([each.exact for each in reversed(served) if each.exact is not None])
-        # Of the one just before, word may still be on its way.
+        # The confirmation of the one just before may still be on its way.
         last = step if self._delay_line is not None else step - 1
         for before in [s for s in self._batches.by_step if s < last]:
             self._confirm(self._batches.by_step[before])
 
     def _undo(self, served: ServedBatch) -> None:
-        """The learner has not trained on this batch, or has lost what it learned from it."""
+        """Undo a batch that the learner has not trained on, or whose updates it has lost."""
         self._batches.remove(served.step)
         if not served.confirmed:
             self._trees.give_back(served.tree_ids)

@@ -1,1 +1,1 @@
-"""Requests of actors and of the learner: what each waits for, and when its answer may leave."""
+"""Handlers of the messages from actors and learner: what each request waits for, and when it is answered."""

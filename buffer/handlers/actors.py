@@ -1,4 +1,4 @@
-"""Messages of actors: joining, leases, turns and reports; what each waits for and when its answer may leave."""
+"""Handles messages of actors: joining, leases, turns and reports; an answer is sent only after its commit."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from buffer.trees.index import StoredTurns
 LEASE_WAIT_S = 0.5
 """A request for leases waits this long for admission before it is answered with none."""
 LEASES_SHARE = 0.5
-"""Of links.max_message_bytes: what turns already committed may take of an answer with leases."""
+"""Share of links.max_message_bytes that committed turns may take in an answer with leases."""
 FIRST_GRANT = "time/first_grant"
-"""Metric: when the first lease of all was given, of whichever kind."""
+"""Metric: when the first lease of the run was granted, of whichever kind."""
 
 
 class ActorHandler:
@@ -43,18 +43,18 @@ class ActorHandler:
         self._state, self._journal, self._changes = context.state, context.journal, context.changes
         self._deferred = waits.DeferredAnswers("requests for leases")
         self._pending: dict[str, PendingAnswer[m.Leases]] = {}
-        """Actor -> what was granted to it and is not committed yet."""
+        """Actor -> leases that were granted to it and are not committed yet."""
         self._knows_the_end: set[str] = set()
         ledger = context.state.ledger
         self._leased = ledger.next_number > 1
         self._leased_training = ledger.tasks.next_task > 0
 
     def knows_the_end(self, actor: str) -> bool:
-        """Whether an actor was told that the run is over."""
+        """Whether an actor was sent the end of the run."""
         return actor in self._knows_the_end
 
     def close(self) -> None:
-        """No answer leaves any more."""
+        """Send no further answers."""
         for peer in list(self._pending):
             self._drop_pending(peer)
 
@@ -113,13 +113,13 @@ class ActorHandler:
         """Waits for: admission, then the commit.  Unblocked by: a batch taken, a version published, an evaluation, a
         lost lease; the disk.
 
-        What is granted leaves after the commit that holds it and not before, however slow the disk is: a buffer
-        started after a kill must know of it.  Until then nothing more is granted to this actor.
+        Leases are sent after the commit that holds them and not before, however slow the disk is: a buffer that is
+        started after a kill must know of them.  Until then nothing more is granted to this actor.
         """
         pending = self._pending.get(peer)
         if pending is None:
             leases = await self._admitted(peer, request)
-            pending = self._pending.get(peer)  # to a request that came in the meantime
+            pending = self._pending.get(peer)  # the answer goes to a later request
             if pending is not None:
                 self._state.returned(peer, [lease.tree_id for lease in leases.leases])
             elif not leases.leases:
@@ -139,7 +139,7 @@ class ActorHandler:
         return await self._granted(peer, pending.answer)
 
     async def _admitted(self, peer: str, request: m.LeaseRequest) -> m.Leases:
-        """What can be granted; none, with the reason, after ``LEASE_WAIT_S``."""
+        """The leases that can be granted; none, with the reason, after ``LEASE_WAIT_S``."""
 
         def ask() -> m.Leases:
             if self._journal.failing is not None:
@@ -164,7 +164,7 @@ class ActorHandler:
         """The answer with those leases that are still this actor's, and the turns that they have already."""
         there = tuple(lease for lease in leases.leases if self._state.has(peer, lease))
         if not self._leased:
-            # Before the first of them is out: an empty journal is no new one from here on.
+            # Before the first lease is sent: from here on an empty journal is not a new one.
             self._leased = True
             self._context.metrics.write(self._state.step, self._state.version, {FIRST_GRANT: time.time()})
         if not self._leased_training and any(lease.kind == "train" for lease in there):
@@ -173,19 +173,19 @@ class ActorHandler:
         return await self._with_turns(msgspec.structs.replace(leases, leases=there))
 
     def _drop_pending(self, peer: str) -> None:
-        """What waited to leave for this actor has left, or is not its any more."""
+        """Forget the pending answer of this actor: it was sent, or its leases are not the actor's any more."""
         if (pending := self._pending.pop(peer, None)) is not None:
             pending.drop()
 
     def _admits(self) -> str:
-        """Who can end it that no lease is granted: for the status of the buffer."""
+        """The role that admission waits for, for the status of the buffer."""
         if self._journal.failing is not None:
             return waits.DISK
         evaluating = any(e.blocking and not e.done for e in self._state.ledger.evaluations)
         return "actors" if evaluating and self._state.ledger.progress.published is not None else "learner"
 
     def _as_many_as_fit(self, peer: str, leases: m.Leases) -> m.Leases:
-        """Leases whose turns fit into one answer, one at least; the others go back, to be asked for again."""
+        """The leases whose turns fit into one answer, at least one; the others are returned, to be requested again."""
         space, fitting = self._context.config.links.max_message_bytes * LEASES_SHARE, 0
         for lease in leases.leases:
             committed = lease.committed
@@ -199,7 +199,7 @@ class ActorHandler:
         return msgspec.structs.replace(leases, leases=leases.leases[:fitting])
 
     async def _with_turns(self, leases: m.Leases) -> m.Leases:
-        """The turns that are there already, read from the journal in one go: what it sees at once it sees whole."""
+        """Adds the turns that are there already, read from the journal in one transaction, of one consistent state."""
         stored = [each.committed.places if isinstance(each.committed, StoredTurns) else [] for each in leases.leases]
         records = iter(await self._journal.load([place for places in stored for place in places]))
         found = [
@@ -227,7 +227,7 @@ class ActorHandler:
                     self._changes.notify()
             case m.ActorReport():
                 pending = self._pending.get(peer)
-                # Of these it cannot know yet.
+                # The actor cannot know of these yet.
                 not_out = [] if pending is None else [lease.tree_id for lease in pending.answer.leases]
                 if self._state.report(peer, [*message.tree_ids, *not_out], now):
                     self._changes.notify()
@@ -238,7 +238,7 @@ class ActorHandler:
 
 
 def was_leased(rundir: RunDir) -> bool:
-    """Whether a buffer of this run ever gave a lease, by what the run's metrics say."""
+    """Whether a buffer of this run ever granted a lease, from the run's metrics."""
     signs = {FIRST_GRANT, "time/first_lease", "eval/failed"}
     return rundir.is_trained or (
         rundir.metrics_path.exists()

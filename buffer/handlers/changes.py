@@ -1,4 +1,4 @@
-"""Waiting for anything to change in the buffer's state, and saying that something has."""
+"""Lets requests wait for a change of the buffer's state, and notifies them of one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Changes:
         self._changed = asyncio.Event()
 
     def notify(self) -> None:
-        """Every wait looks again."""
+        """Have every wait check its condition again."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 

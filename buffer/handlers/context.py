@@ -1,4 +1,4 @@
-"""What the handlers of both sockets work with, and what is refused to anybody."""
+"""What the handlers of both sockets share: state, journal, and the checks that apply to every message."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REFUSALS_LOGGED = 50
 
 @dataclass(kw_only=True)
 class HandlerContext:
-    """One buffer, as its handlers see it."""
+    """The parts of one buffer that its handlers use."""
 
     config: Config
     run: str
@@ -46,5 +46,5 @@ class HandlerContext:
             log.warning("refused %s of %s (%d by now): %s", type(message).__name__, peer, self.num_refused, exc)
 
     def why_unwritten(self) -> str:
-        """Why nothing is committed, for those that wait for it."""
+        """Why nothing is committed, for requests that wait for a commit."""
         return f"the buffer's journal cannot be written: {self.journal.failing or 'its disk is slow'}"

@@ -1,4 +1,4 @@
-"""Messages of the learner's ranks: batches, evaluations, what was trained on; what each waits for, and its answer."""
+"""Handles messages of the learner's ranks: batches, evaluations, confirmations; an answer is sent after its commit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LearnerHandler:
 
     Args:
         context: the buffer's.
-        endpoints: where the learner publishes, for an evaluation that was asked for before its publication was heard.
+        endpoints: where the learner publishes, for an evaluation that is requested before its publication was received.
         count_bad_frames: called before a batch is made, whose metrics have their number.
     """
 
@@ -38,7 +38,7 @@ class LearnerHandler:
         """Number of the batch that was made last, until it is committed and after."""
 
     def close(self) -> None:
-        """No answer leaves any more."""
+        """Send no further answers."""
         if self._pending is not None:
             self._pending.drop()
 
@@ -105,7 +105,7 @@ class LearnerHandler:
         return await self._given(share)
 
     async def _given(self, share: Share | m.Exhausted) -> m.Message:
-        """The answer, once it is committed: whoever serves after a kill must give every rank its share of the same."""
+        """The answer, once committed: a buffer that starts after a kill must serve all ranks from the same batch."""
         number = -1 if isinstance(share, m.Exhausted) else share.head.batch_id
         pending = self._pending
         if pending is None or pending.answer != number:
@@ -116,7 +116,7 @@ class LearnerHandler:
         if not await pending.committed():
             return m.NotYet(waiting_for=self._context.why_unwritten(), progress=self._state.counters.progress)
         if isinstance(share, m.Exhausted):
-            self._pending = None  # said again it may rest on something newer
+            self._pending = None  # a repeated answer may depend on a newer state
             return share
         return share.batch(records)
 
@@ -141,8 +141,8 @@ class LearnerHandler:
 
         result: m.EvalResult | None = await self._changes.until(done, timeout_s=query.wait_s)
         if result is None and self._state.ledger.progress.published is None:
-            # The learner waits for what it asked for after its publication, which an earlier buffer heard of: without
-            # this it would wait for trees, and the trees for a publication that comes after them.
+            # The learner requested the evaluation after a publication that an earlier buffer received: without this the
+            # evaluation would wait for trees, and the trees for a publication that comes after them.
             self._state.publish(
                 m.VersionPublished(
                     run=self._context.run,

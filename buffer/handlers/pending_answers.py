@@ -1,8 +1,8 @@
-"""Answers that are decided and may not leave yet: the commit that holds them is still on its way.
+"""Answers that are decided and not sent yet, because their commit is not on disk.
 
-A request waits only so long for the disk.  Its answer stays here then, with the commit that it waits for: asked again,
-the same answer waits on for the same commit.  So nothing leaves uncommitted however slow the disk is, and a disk that
-takes longer than any request waits still gets its answers out.
+A request waits for the disk only for a limited time.  Its answer then stays here with its commit, and a repeated
+request waits on for the same commit.  So no answer is sent uncommitted, however slow the disk is, and answers are sent
+at last even where a commit takes longer than any request waits.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Generic, TypeVar
 Answer = TypeVar("Answer")
 
 SETTLE_WAIT_S = 5.0
-"""An answer waits no longer for the disk; it then says that the disk is what is waited for."""
+"""How long a request waits for the disk; it is then answered that its answer waits for the disk."""
 
 
 class PendingAnswer(Generic[Answer]):
     """One answer.
 
     Args:
-        answer: as it will leave.
+        answer: as it will be sent.
         settling: returns once all that was decided by now is committed; begun at once.
     """
 
@@ -31,7 +31,7 @@ class PendingAnswer(Generic[Answer]):
         self._asked = 0
 
     def ask(self) -> int:
-        """A number for this request; ``is_latest`` says whether another one has come since."""
+        """Number this request; ``is_latest`` tells whether a later one has come since."""
         self._asked += 1
         return self._asked
 
@@ -39,12 +39,12 @@ class PendingAnswer(Generic[Answer]):
         return asked == self._asked
 
     async def committed(self) -> bool:
-        """Whether it may leave now.  Waits for: the commit, up to ``SETTLE_WAIT_S``.  Unblocked by: the disk."""
+        """Whether it may be sent now.  Waits for: the commit, up to ``SETTLE_WAIT_S``.  Unblocked by: the disk."""
         done, _ = await asyncio.wait((self._settling,), timeout=SETTLE_WAIT_S)
         if done:
             self._settling.result()
         return bool(done)
 
     def drop(self) -> None:
-        """It is wanted no more."""
+        """Drop the answer: no request needs it any more."""
         self._settling.cancel()

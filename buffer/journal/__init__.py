@@ -1,1 +1,1 @@
-"""The journal: all that the buffer has acknowledged, on disk, and its recovery."""
+"""The journal: everything that the buffer has acknowledged, on disk, and its recovery."""

@@ -1,4 +1,4 @@
-"""Whether a journal's file is whole, proven by reading it before it is opened; and what to do where it is not.
+"""Checks that a journal's file is complete by reading it before it is opened; names the way out where it is not.
 
 Every page that the tables reach is read, with how many and how long in the log.  The records of turns are read too, up
 to ``RECORDS_S``: each chunk ends with a checksum of its records.
@@ -28,7 +28,7 @@ DATA = "data.mdb"
 CHUNKS = "chunks"
 TABLES = frozenset({CHUNKS, "rows", "state"})
 RECORDS_S = 20.0
-"""So long are records read at the start; the pages that lead to all of them are always read."""
+"""How long records are read at the start; the pages that lead to them are always read in full."""
 _SUM = struct.Struct("<8sII")
 _SUM_NAME = b"atpo-sum"
 _MOST_RECORDS = 1 << 31
@@ -51,7 +51,7 @@ def with_sum(records: Sequence[bytes]) -> bytes:
 
 
 def fault_of(chunk: bytes) -> str | None:
-    """What is wrong with a chunk as it was read; None where nothing is.
+    """The fault of a chunk as it was read; None where there is none.
 
     Earlier programs wrote no checksum: of their chunks the records have to follow one another without a gap.
     """
@@ -68,7 +68,7 @@ def fault_of(chunk: bytes) -> str | None:
 
 
 class _Records:
-    """Looks at the records of a journal, until its time is over."""
+    """Checks the records of a journal, until its time is over."""
 
     def __init__(self) -> None:
         self.chunks = self.read = self.nbytes = 0

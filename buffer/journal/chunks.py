@@ -1,7 +1,7 @@
-"""Records in chunks: which are not committed yet, and how much of each chunk on disk is still needed.
+"""Chunks of records: those not committed yet, and how much of each chunk on disk is still needed.
 
-A chunk holds what one group of messages brought, up to ``CHUNK_BYTES``; it is freed as a whole, with the last record of
-it that is needed.
+A chunk holds the records of one group of messages, up to ``CHUNK_BYTES``; it is freed as a whole, with the last record
+of it that is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from buffer.trees.index import Place, Rows, TurnEntry, pack_entry
 CHUNK_BYTES = 1 << 18
 """A chunk is closed once it has as many; it is freed as a whole, so a few trees would keep a large one alive."""
 SPARE_BYTES = 64 << 20
-"""Dead bytes in living chunks that are not worth moving the others for."""
+"""Bytes of unneeded records, up to which the other records of their chunks are not moved."""
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class ChunkLog:
         self.nbytes = 0
         """Bytes of the records that are needed."""
         self.chunk_bytes = 0
-        """Bytes of the chunks that hold them, what is dead in them too."""
+        """Bytes of the chunks that hold them, including records that are not needed any more."""
 
     def __len__(self) -> int:
         """Closed chunks of which something is needed."""
@@ -98,7 +98,7 @@ class ChunkLog:
         self._uncommitted = {self._open.number: self._open}
 
     def add(self, record: bytes) -> Place:
-        """Keep a record; its entry has to follow (``note``)."""
+        """Add a record; its entry has to follow (``note``)."""
         chunk = self._open
         place = Place(chunk.number, chunk.nbytes, len(record))
         chunk.records.append(record)
@@ -133,7 +133,7 @@ class ChunkLog:
 
         Args:
             rows: ROW[R].
-            gone: whether their trees are: a recovery tells by that.  Otherwise their rows are cut out.
+            gone: whether their trees are gone too, by which a recovery skips them.  Otherwise their rows are cut out.
         """
         if not len(rows):
             return
@@ -155,7 +155,7 @@ class ChunkLog:
                 self._freed.append(chunk)
 
     def seal(self, writes: Mapping[bytes, bytes | None]) -> Group:
-        """All that came since the last time, as one commit; ``committed`` after it."""
+        """Everything added since the last call, as one commit; call ``committed`` after it."""
         self._close()
         group = Group(self._closed, self._freed, self._cut_out, writes)
         self._in_flight = self._closed
@@ -163,13 +163,13 @@ class ChunkLog:
         return group
 
     def committed(self) -> None:
-        """What was sealed last is on disk."""
+        """The group that was sealed last is on disk."""
         for chunk in self._in_flight:
             self._uncommitted.pop(chunk.number, None)
         self._in_flight = []
 
     def sparse(self, limit: int) -> list[int]:
-        """Up to ``limit`` chunks to empty, oldest first; none while little is dead."""
+        """Up to ``limit`` chunks to empty, oldest first; none while few bytes are unneeded."""
         if self.chunk_bytes - self.nbytes < max(SPARE_BYTES, self.nbytes):
             return []
         sparse = (c for c, live in self._live.items() if 2 * live.nbytes < live.size and c not in self._uncommitted)

@@ -1,6 +1,6 @@
 """The journal's entries beside the records of turns: trees, batches, evaluations, cursor, counters.  Pure.
 
-Every value is msgpack of one of these structs, under a key that says what it is.  Nothing here is a moment in time:
+Every value is msgpack of one of these structs, under a key that names its kind.  No field is a point in time:
 monotonic clocks mean nothing to the process that reads it.
 """
 
@@ -29,7 +29,7 @@ class _Entry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class LeaseEntry(_Entry):
-    """Who grows a tree."""
+    """The lease of a tree."""
 
     holder: str
     seed: int
@@ -41,7 +41,7 @@ class LeaseEntry(_Entry):
 
 
 class ClosingEntry(_Entry):
-    """What the closing of a tree said, while turns are still to come."""
+    """The closing message of a tree some of whose turns are still missing."""
 
     lease_epoch: int
     num_turns: int
@@ -50,7 +50,7 @@ class ClosingEntry(_Entry):
 
 
 class PoolEntry(_Entry):
-    """What the pool knows of a tree beside its turns."""
+    """The pool's state of a tree, besides its turns."""
 
     priority: float
     uses: int
@@ -74,7 +74,7 @@ class TreeStateEntry(_Entry):
     partial: tuple[int, int] | None = None
     """(uses, leaves) when it was last served before it had ended."""
     late: bool = False
-    """It came to its end while the learner had an earlier state of it."""
+    """It ended while the learner had an earlier state of it."""
     pool: PoolEntry | None = None
     """Ready, or with the learner."""
     spent_at: int | None = None
@@ -99,7 +99,7 @@ class TreeSetEntry(_Entry):
 
 
 class BatchEntry(_Entry):
-    """One batch that was given to the learner."""
+    """One batch that was served to the learner."""
 
     batch_id: int
     step: int

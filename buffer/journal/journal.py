@@ -1,9 +1,9 @@
 """The journal: turns, trees, leases, cursor, priorities, uses and versions on disk, committed in groups.
 
-Durability: commit before acknowledging.  The event loop only hands over; a thread writes and syncs.  All that was
-handed over before a commit begins is in it, whole or not at all.  Answers and acknowledgements that follow from it
-leave after ``settle``: no acknowledged turn is lost, and no answer was given that rests on a lost one.  While the disk
-refuses (full, an error), nothing settles; the same group is tried again until it is taken.
+Durability: commit before acknowledging.  The event loop only hands over; a thread writes and syncs.  Everything handed
+over before a commit begins is in it, completely or not at all.  Answers and acknowledgements that follow from it are
+sent after ``settle``: no acknowledged turn is lost, and no answer depends on a lost one.  While the disk refuses (full,
+an error), nothing settles; the same group is tried again until it is written.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from buffer.trees.index import Place, Rows, TurnEntry
 log = logging.getLogger("atpo.buffer.journal")
 
 GROUP_MESSAGES = 512
-"""A commit waits no longer for more messages than these."""
+"""A commit that has so many messages waits for no further ones."""
 RETRY_S = 0.5
 RETRY_MAX_S = 5.0
 REPEAT_S = 30.0
@@ -43,11 +43,11 @@ class Journal:
     Args:
         folder: made if it is not there.
         run: id of the run that it belongs to; empty for none in particular.
-        max_bytes: of records the owner means to keep; the map is made for several times that.
+        max_bytes: of records that the owner will hold; the map is made for several times that.
         sync: whether a commit waits until the disk has it.  Without, it survives ``kill -9`` but no power cut.
         gather_s: how long a commit waits for more to come, from the first thing on that it will hold.
         collect: called on the loop right before a commit: hands over (``put``) what has changed.
-        leased: whether anything of this run may have left an earlier buffer; a file without a byte is damage then.
+        leased: whether an earlier buffer of this run may have granted leases; an empty file is damage then.
 
     Raises:
         SetupError: the folder cannot be used, or holds something else.
@@ -82,7 +82,7 @@ class Journal:
         self._asked = asyncio.Event()
         self._wanted = 0
         self._settling: dict[int, asyncio.Future[None]] = {}
-        """Ticket -> who waits for its commit, in order."""
+        """Ticket -> the future that waits for its commit, in order."""
         self._full = asyncio.Event()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="journal-read")
@@ -115,7 +115,7 @@ class Journal:
     # --- handing over ------------------------------------------------------------------------------------------
 
     def add(self, record: bytes) -> Place:
-        """Keep a record.  Its entry has to follow (``note``) before the loop turns to anything else."""
+        """Add a record.  Its entry has to follow (``note``) before the loop turns to anything else."""
         if not self._messages:
             self._first_at = time.monotonic()
         self._messages += 1
@@ -128,7 +128,7 @@ class Journal:
             self._full.set()
 
     def put(self, key: bytes, value: bytes | None) -> None:
-        """Keep ``value`` under ``key``; None removes it."""
+        """Store ``value`` under ``key``; None removes it."""
         self._writes[key] = value
 
     def release(self, rows: Rows, *, gone: bool = False) -> None:
@@ -136,7 +136,7 @@ class Journal:
 
         Args:
             rows: ROW[R].
-            gone: whether their trees are: a recovery tells by that.  Otherwise their rows are cut out.
+            gone: whether their trees are gone too, by which a recovery skips them.  Otherwise their rows are cut out.
         """
         self._log.release(rows, gone=gone)
 
@@ -147,7 +147,7 @@ class Journal:
 
         Args:
             timeout_s: None for no end.
-            at_once: the commit does not wait for more to come; for a caller that has nothing else to do.
+            at_once: the commit does not wait for further messages; for a caller that has nothing else to do.
 
         Raises:
             TimeoutError: not within ``timeout_s``.
@@ -163,7 +163,7 @@ class Journal:
                 async with asyncio.timeout(timeout_s):
                     await done
             finally:
-                # While the disk refuses, many come and give up.
+                # While the disk refuses, many callers time out.
                 del self._settling[ticket]
 
     # --- reading -----------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ class Journal:
         return await asyncio.get_running_loop().run_in_executor(self._reader, fetch)
 
     def recover(self) -> Recovered:
-        """All that is committed.  Before anything is handed over.
+        """Everything that is committed.  Called before anything is handed over.
 
         Raises:
             SetupError: another program's journal, or a damaged one.
@@ -192,14 +192,14 @@ class Journal:
         self._log.restore(recovered.rows, last=last)
         return recovered
 
-    # --- moving what is left of mostly dead chunks --------------------------------------------------------------
+    # --- moving the last records out of sparse chunks-----------------------------------------------------------
 
     def sparse_chunks(self, limit: int) -> list[int]:
-        """Up to ``limit`` chunks to empty, oldest first; none while little is dead."""
+        """Up to ``limit`` chunks to empty, oldest first; none while few bytes are unneeded."""
         return self._log.sparse(limit)
 
     async def rows_in(self, chunks: Iterable[int]) -> Rows:
-        """ROW[R]: entries of all records ever put into these chunks, the dead ones too."""
+        """ROW[R]: entries of all records ever put into these chunks, including those not needed any more."""
         return await asyncio.get_running_loop().run_in_executor(self._reader, self._tables.rows_reader(chunks))
 
     # --- committing --------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ class Journal:
         """Waits for: a call of ``settle``.  Ended by: close()."""
         try:
             await self._commit_forever(asyncio.get_running_loop())
-        # Whatever it was, nothing would ever settle again: the process has to end and another to take over.
+        # Whatever the error was, nothing would ever settle again: this process has to exit and another to take over.
         except Exception as exc:
             log.exception("a commit failed")
             self._break(f"the journal in {self.folder} failed: {type(exc).__name__}: {exc}")
@@ -223,7 +223,7 @@ class Journal:
         while True:
             await self._asked.wait()
             self._asked.clear()
-            # What came while the last commit was written has waited long enough.
+            # Messages that came while the last commit was written do not wait again.
             gather_s = self.gather_s - (time.monotonic() - self._first_at if self._messages else 0.0)
             if gather_s > 0 and not self._full.is_set():
                 with contextlib.suppress(TimeoutError):
@@ -245,7 +245,7 @@ class Journal:
                     done.set_result(None)
 
     async def _write(self, loop: asyncio.AbstractEventLoop, group: Group) -> bool:
-        """Until the disk takes it.  False if it never will in this process."""
+        """Write a group, again until the disk takes it.  False if that cannot succeed in this process."""
         pause_s, began, logged = RETRY_S, loop.time(), -REPEAT_S
         while True:
             try:
@@ -288,7 +288,7 @@ class Journal:
         return found
 
     def status(self) -> dict[str, Any]:
-        """What is there, what waits."""
+        """Sizes, and what waits for a commit, for the buffer's status."""
         return {
             "bytes": self._log.nbytes,
             "chunk_bytes": self._log.chunk_bytes,

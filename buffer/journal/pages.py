@@ -1,8 +1,8 @@
-"""Whether all that an LMDB file's tables reach is in it: every page read once, without a map, and counted.
+"""Checks that an LMDB file holds every page that its tables reach: reads each once, without a map, and counts them.
 
-LMDB maps its file, and a page beyond the end of a mapped file ends the process that looks at it.  The file's size tells
-nothing: a page that was taken and given back within one commit is counted, and never written where it was the last.  So
-the trees are followed here, with plain reads, before anybody maps the file.
+LMDB maps its file, and reading a page beyond the end of a mapped file kills the process.  The file's size proves
+nothing: a page that was allocated and freed within one commit is counted, and never written where it was the last.  So
+the trees are followed here, with plain reads, before the file is mapped.
 
 Layout (lmdb.h, mdb.c of LMDB 0.9, native byte order): pages of ``psize`` bytes, each begins with its number (u64), u16,
 flags (u16), and two u16 that end its list of nodes and begin its nodes' data, or the number of pages (u32) where it is
@@ -60,7 +60,7 @@ class _Table(NamedTuple):
 
 @dataclass(slots=True)
 class Found:
-    """What a file holds, and what of it cannot be read."""
+    """The contents of a file, and the parts of it that cannot be read."""
 
     size: int
     """Bytes of the file."""
@@ -90,7 +90,7 @@ def walk(file: Path, look: Callable[[Value], str | None] = lambda value: None) -
 
     Args:
         file: no process writes to it meanwhile.
-        look: called with every entry of a named table; says what is wrong with it, None where nothing is.
+        look: called with every entry of a named table; returns its fault, or None.
 
     Raises:
         NoTables: not an LMDB file.
@@ -116,7 +116,7 @@ class _Walker:
         self.found = Found(os.fstat(descriptor).st_size)
         self._psize, self._last, self._roots = self._newest()
         self._seen = bytearray(self._last // 8 + 1)
-        """A bit a page: two ways to one page are damage, and may be a circle."""
+        """A bit for each page: a page that is reached twice is damage, and may be a cycle."""
 
     def _newest(self) -> tuple[int, int, dict[str, _Table]]:
         """Bytes of a page, number of the last one, and the two trees that everything hangs on."""

@@ -1,7 +1,7 @@
-"""Between state and journal: what changed is handed over as keys and values, and put back when a buffer starts again.
+"""Connects state and journal: hands changes over as keys and values, and restores them when a buffer starts again.
 
-Pure.  Which keys there are stands in ``journal.entries``; what belongs into each is known to the part of the state that
-returns it from ``snapshot`` or ``drain_changes`` and takes it in ``restore``.
+Pure.  ``journal.entries`` defines the keys; the part of the state that owns an entry returns it from ``snapshot`` or
+``drain_changes`` and takes it in ``restore``.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class StatePersistence:
     def __init__(self, state: BufferState) -> None:
         self._state = state
         self._written: dict[bytes, bytes] = {}
-        """Of the keys that are written whole: what was written last."""
+        """The value last written under each key that is written as a whole."""
         self._drop_all_evaluations = False
         """An earlier program's evaluations are under one key: it goes with the first commit."""
 
     def collect(self, put: Callable[[bytes, bytes | None], None]) -> None:
-        """Hand over what has changed since the last time: (key, value), None where there is nothing any more."""
+        """The changes since the last call: (key, value), with None for a removed entry."""
         state = self._state
         for tree_id in state.trees.registry.drain_changes() | state.ledger.drain_changes():
             _put(put, entries.TREE + tree_id.encode(), self._tree(tree_id))
@@ -49,7 +49,7 @@ class StatePersistence:
                 put(key, data)
 
     def _tree(self, tree_id: str) -> entries.TreeStateEntry | None:
-        """A tree's entry: where it stands, and its lease."""
+        """A tree's entry: its state and its lease."""
         entry, held = self._state.trees.registry.snapshot(tree_id), self._state.ledger.held(tree_id)
         if entry is None:
             return None
@@ -69,7 +69,7 @@ class StatePersistence:
         return found
 
     def restore(self, rows: Rows, stored: Mapping[bytes, bytes], now: float) -> dict[str, int]:
-        """Put back what an earlier buffer of this run left, as the next incarnation.  Before anything else.
+        """Restore the state that an earlier buffer of this run committed, as the next incarnation.  Called first.
 
         Args:
             rows: ROW[R], by tree, then by turn.
@@ -100,9 +100,9 @@ class StatePersistence:
         owned = state.trees.registry.restore(trees, rows, run=state.run)
         state.trees.restore(run)
         state.batch_server.restore(run, entries.read_all(stored, entries.BATCH, entries.BatchEntry).values())
-        # After the batches: what a learner has is not dropped for its age.
+        # After the batches: trees that the learner has are not dropped for their age.
         state.trees.advance()
-        # Records of trees that are gone, in chunks that others keep.
+        # Records of trees that are gone, in chunks that others still need.
         state.store.release(rows[~owned], gone=True)
         return {"turns": int(np.count_nonzero(owned)), **state.sizes()}
 

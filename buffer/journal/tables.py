@@ -44,12 +44,12 @@ MAX_READERS = 8192
 
 
 class JournalBroken(AtpoError):
-    """LMDB will take nothing more in this process; another one recovers what was committed."""
+    """LMDB accepts no further commit in this process; another process recovers what was committed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What an earlier process had committed and not let go."""
+    """What an earlier process had committed and not removed."""
 
     rows: Rows
     """ROW[R], by tree, then by turn."""
@@ -57,13 +57,13 @@ class Recovered:
 
 
 class Tables:
-    """The tables in one folder, which is this process's until ``close``, or until this object is collected.
+    """The tables in one folder, locked for this process until ``close``, or until this object is garbage-collected.
 
     Args:
         folder: made if it is not there.
-        max_bytes: of records the owner means to keep; the map is made for several times that.
+        max_bytes: of records that the owner will hold; the map is made for several times that.
         sync: whether a commit waits until the disk has it.
-        leased: whether anything of this run may have left an earlier buffer; a file without a byte is damage then.
+        leased: whether an earlier buffer of this run may have granted leases; an empty file is damage then.
 
     Raises:
         SetupError: the folder cannot be used, or holds something else.
@@ -83,7 +83,7 @@ class Tables:
         with contextlib.ExitStack() as held:
             held.callback(lock.release)
             self._env = held.enter_context(self._mapped(free=free, max_bytes=max_bytes, sync=sync, leased=leased))
-            # An owner that forgets to close must not keep the folder from the next one in this process.
+            # An owner that forgets to close must not lock the folder against the next one in this process.
             self.close = weakref.finalize(self, held.pop_all().close)
         self.close.atexit = False  # the end of a process lets go by itself
 
@@ -103,7 +103,7 @@ class Tables:
             data.unlink()
             there = False
         if free < LEAST_FREE_BYTES and not there:
-            # LMDB maps its files: where the disk cannot hold their first pages the process would die without a word.
+            # LMDB maps its files: where the disk cannot hold their first pages the process would die without a message.
             raise SetupError(
                 f"the disk of {folder} has {free} bytes left, the journal needs {LEAST_FREE_BYTES} to begin with; make "
                 "space there, or set buffer.journal_dir to another disk"
@@ -124,7 +124,7 @@ class Tables:
                         # The payload is read at random; what the kernel would read ahead is not needed.
                         readahead=False,
                         meminit=False,
-                        # Of every load that waits for its turn; as many as there may be peers, and more.
+                        # For every load that may wait at a time: more than there may be peers.
                         max_readers=MAX_READERS,
                     )
                 )
@@ -144,8 +144,8 @@ class Tables:
             return bytes(_cut(txn.get(_U64.pack(place.chunk)), place))
 
     def reader(self, places: Sequence[Place | bytes]) -> Callable[[], list[bytes]]:
-        """What reads these places, in another thread too: what it sees is what is there now, whatever is committed
-        meanwhile.  It has to be called.
+        """A function that reads these places, in any thread: it sees the state of now, whatever is committed meanwhile.
+        It has to be called.
 
         Args:
             places: a record instead of a place is returned as it is.
@@ -171,7 +171,7 @@ class Tables:
         return fetch
 
     def rows_reader(self, chunks: Iterable[int]) -> Callable[[], Rows]:
-        """What reads the entries of all records ever put into these chunks, the dead ones too; as ``reader``."""
+        """As ``reader``, for the entries of all records ever put into these chunks, needed or not."""
         keys = [_U64.pack(chunk) for chunk in chunks]
         txn = self._env.begin()
 
@@ -190,8 +190,8 @@ class Tables:
             run: id of the run that it has to belong to; empty for any.
 
         Returns:
-            What is there, the number of the newest chunk, and what has to be put under which keys for the tables to say
-            whose they are.
+            The contents, the number of the newest chunk, and the keys and values to write so that the tables name their
+            run.
 
         Raises:
             SetupError: another program's journal, another run's, or a damaged one.
@@ -233,8 +233,8 @@ class Tables:
     # --- writing -----------------------------------------------------------------------------------------------
 
     def commit(self, group: Group) -> None:
-        """All of the group, or nothing."""
-        # What came and went between two commits is left out: LMDB would count its pages and might never write them.
+        """Commit all of the group, or nothing."""
+        # Entries added and removed between two commits are left out: LMDB counts their pages but may never write them.
         passed = {chunk.number for chunk in group.chunks} & set(group.freed)
         with self._env.begin(write=True) as txn:
             for chunk in group.chunks:
@@ -273,7 +273,7 @@ def _lock(folder: Path) -> BaseFileLock:
 
 
 def _named(owner: str) -> str:
-    """The process that holds a journal, of the words that it left there."""
+    """The process that holds a journal, from the text that it left there."""
     pid, _, host = owner.strip().partition(" ")
     if not pid.isdecimal():
         return ""

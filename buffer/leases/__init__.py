@@ -1,1 +1,1 @@
-"""Who grows which tree: leases, admission of new trees, evaluations."""
+"""Leases of trees to actors, the admission of new trees, evaluations."""

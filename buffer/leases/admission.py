@@ -19,16 +19,16 @@ from buffer.journal.entries import RunEntry
 
 
 class LearnerProgress:
-    """Which version actors can get, and at which one the learner takes its next batch."""
+    """The version that actors can fetch, and the one at which the learner takes its next batch."""
 
     def __init__(self) -> None:
         self.published: int | None = None
-        """The newest version that actors can get; None before the learner's first."""
+        """The newest version that actors can fetch; None before the learner's first."""
         self.next_version = 0
         """The learner's version when it takes its next batch, as far as known."""
 
     def publish(self, version: int) -> None:
-        """Actors can get ``version``."""
+        """Actors can fetch ``version``."""
         self.published = version if self.published is None else max(self.published, version)
         self.next_version = max(self.next_version, version)
 
@@ -37,7 +37,7 @@ class LearnerProgress:
         self.next_version = version
 
     def trained(self, version: int) -> None:
-        """The learner has come to ``version``, or gone past it: a request for the batch after overtakes this."""
+        """The learner is at ``version``, or past it: its next request for a batch may overtake this message."""
         self.next_version = max(self.next_version, version)
 
     def consumed(self, version: int) -> None:
@@ -91,7 +91,7 @@ class LagRule:
         if pending >= s.max_trees_pending:
             return f"{pending} trees are pending, staleness.max_lag = {s.max_lag} allows {s.max_trees_pending}"
         if s.max_lag == 0 and produced + under_lease >= s.max_oversampling * s.trees_per_batch:
-            # The short batch that comes now would leave these behind, stale.
+            # The short batch that is served now would make these stale.
             return f"{produced} trees came since the last batch, enough for a short one"
         if (least := self.least_version(pending)) > published:
             return (

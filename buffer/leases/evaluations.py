@@ -1,4 +1,4 @@
-"""Evaluations: which tasks are still to be leased, what came of the others, and the result.  Pure."""
+"""Evaluations: the tasks still to be leased, the outcomes of the others, and the result.  Pure."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from buffer.journal.entries import EvaluationEntry
 from buffer.trees.index import TreeEntry
 
 REMEMBERED_EVALUATIONS = 8
-"""Done ones, for a learner that asks for a result once more."""
+"""Finished evaluations that are remembered, for a learner that requests a result again."""
 
 MetricsRecord = tuple[int, int, dict[str, float]]
 """(step, version, metrics)."""
 
 
 class Outcome(NamedTuple):
-    """What came of one task of an evaluation that did not fail."""
+    """The outcome of one task of an evaluation that did not fail."""
 
     success: float | None
-    """In [0, 1]; None where the environment did not say."""
+    """In [0, 1]; None where the environment did not report it."""
     num_turns: int
     versions: tuple[int, int]
     """Oldest and newest of those that sampled its turns."""
@@ -39,7 +39,7 @@ class Evaluation:
     results: dict[int, float | None] = field(default_factory=dict)
     """Task -> success in [0, 1]; None where its tree failed, and of those that are ``unknown``."""
     unknown: set[int] = field(default_factory=set)
-    """Tasks that were done and of which the environment did not say whether they succeeded."""
+    """Finished tasks for which the environment did not report success or failure."""
     turns: int = 0
     """Of the trees that are done."""
     versions: tuple[int, int] | None = None
@@ -58,7 +58,7 @@ class Evaluation:
         """Share of successful tasks among those that are known, a failed tree counted as no success; None until all
         are done.
 
-        None too where nothing but failed and unknown ones is there: that says nothing about the policy.
+        None too where all are failed or unknown: that is no measure of the policy.
         """
         if not self.done or all(result is None for result in self.results.values()):
             return None
@@ -151,7 +151,7 @@ class Evaluations:
         return None
 
     def blocking(self, published: int | None) -> Evaluation | None:
-        """One that keeps training leases back.  Not before its version is out: training may lead there."""
+        """The evaluation that holds training leases back, once its version is published: training may lead to it."""
         for evaluation in self:
             if evaluation.blocking and not evaluation.done and _is_runnable(evaluation, published):
                 return evaluation
@@ -180,7 +180,7 @@ class Evaluations:
         return records
 
     def drain_changes(self) -> dict[int, EvaluationEntry | None]:
-        """Step -> entry of what came or changed since the last call; None for what went."""
+        """Step -> entry of each evaluation that was added or changed since the last call; None for a removed one."""
         changed, self._changed = self._changed, set()
         return {step: each.snapshot() if (each := self.find(step)) is not None else None for step in changed}
 
@@ -197,7 +197,7 @@ class Evaluations:
 
 
 def outcome_of(tree: TreeEntry) -> Outcome | None:
-    """What a pruned tree says of its task; None where no leaf was finished."""
+    """The outcome of a task from its pruned tree; None where no leaf was finished."""
     if not tree.num_leaves:
         return None
     versions = tree.versions

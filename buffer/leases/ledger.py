@@ -1,7 +1,7 @@
-"""Who grows which tree: leases granted, renewed, lapsed, handed on and ended.  Pure: the clock is passed in.
+"""The leases of a run: granted, renewed, lapsed, reissued and ended.  Pure: the clock is passed in.
 
-Seconds are monotonic.  Which tasks there are is known to ``leases.tasks`` and ``leases.evaluations``, whether a new
-training tree may begin is decided in ``leases.admission``, and who is alive in ``leases.presence``.
+Seconds are monotonic.  ``leases.tasks`` and ``leases.evaluations`` hold the tasks, ``leases.admission`` decides whether
+a new training tree may begin, and ``leases.presence`` which actors are alive.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class HeldLease:
     unseen: int = 0
     """Reports in a row in which its holder did not name it."""
     waiting: bool = False
-    """Lapsed or returned, waits for another holder; its last one may still come back before that."""
+    """Lapsed or returned, waits for another holder; the last one may still renew it before that."""
     eval_step: int = -1
     refused: str = ""
-    """Why something that its holder sent of the tree was refused for its content; empty where nothing was."""
+    """Why a message of its holder was refused for its content; empty where none was."""
 
     def snapshot(self) -> LeaseEntry:
         return LeaseEntry(
@@ -71,7 +71,7 @@ class Ledger:
     Args:
         staleness: trees per batch, max_lag, max_uses, max_oversampling.
         lifetime_s: of a lease that is not renewed.
-        silent_s: an actor of whom nothing is heard for that long has lost its leases.
+        silent_s: an actor that sends nothing for that long has lost its leases.
         max_reissues: a task is given up after that many lost holders.
         seed: the run's.
         prefix: begins every tree id; never used by an earlier buffer of the run.
@@ -104,7 +104,7 @@ class Ledger:
         self._held: dict[str, HeldLease] = {}
         self._num_held: Counter[Split] = Counter()
         self._waiting: dict[Split, dict[str, None]] = {"eval": {}, "train": {}}
-        """Leases that wait for another holder, in the order in which they came to."""
+        """Leases that wait for another holder, in the order in which they lapsed or were returned."""
 
     # --- granting ----------------------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class Ledger:
         """Up to ``count`` leases for ``actor``: first what was lost, then evaluation, then new training trees.
 
         Args:
-            actor: who asks.
+            actor: that requests them.
             count: how many it can grow.
             now: seconds.
             ready: trees that wait to be served and are not under lease.
@@ -176,7 +176,7 @@ class Ledger:
 
     def _for_training(self, min_version: int) -> HeldLease:
         task, anew = self.tasks.begin()
-        # Another id than before: an old holder may still send turns of the tree that was given up.
+        # A new tree id: an old holder may still send turns of the tree that was given up.
         tree_id = f"{self.prefix}-{task:08d}" + (f".{self.next_number}" if anew else "")
         return self._hold(tree_id, task, "train", min_version, -1)
 
@@ -202,10 +202,10 @@ class Ledger:
     # --- renewing and losing -----------------------------------------------------------------------------------
 
     def renew(self, actor: str, tree_ids: Iterable[str], now: float) -> list[HeldLease]:
-        """``actor`` still works on these.  One that lapsed and has no other holder yet is its again.
+        """``actor`` still works on these.  One that lapsed and has no other holder yet is renewed.
 
         Returns:
-            Leases it does not know of: granted, and the answer never reached it.  Each wants ``reissue``.
+            Leases that it does not know of: granted, and the answer never reached it.  Call ``reissue`` for each.
         """
         self.actors.heard(actor, now)
         named = set(tree_ids)
@@ -229,13 +229,13 @@ class Ledger:
         return unknown
 
     def excuse(self, away_s: float, now: float) -> None:
-        """The buffer stood still for so long: no silence or delay in that time counts."""
+        """The buffer itself stood still for so long: no silence or delay in that time counts."""
         self.actors.excuse(now)
         for held in self._held.values():
             held.expires_at += away_s
 
     def lapsed(self, now: float) -> list[HeldLease]:
-        """Leases whose time is over or whose holder is silent; each wants ``reissue`` or ``end``."""
+        """Leases whose time is over or whose holder is silent; call ``reissue`` or ``end`` for each."""
         self.actors.forget_long_gone(now, (held.holder for held in self._held.values()))
         return [
             held
@@ -244,7 +244,7 @@ class Ledger:
         ]
 
     def held_by(self, actor: str, tree_ids: Sequence[str] | None = None) -> list[HeldLease]:
-        """What ``actor`` holds, of ``tree_ids`` only if given."""
+        """The leases that ``actor`` holds, of ``tree_ids`` only if given."""
         if tree_ids is None:
             asked = iter(self._held.values())
         else:
@@ -280,7 +280,7 @@ class Ledger:
         return held
 
     def revoke_training(self) -> list[HeldLease]:
-        """End every training lease: what is grown under them can no longer be used.  Their tasks are leased again."""
+        """End every training lease: their trees can no longer be used.  Their tasks are leased again."""
         revoked = [held for held in self._held.values() if held.kind == "train"]
         for held in revoked:
             self.end(held.tree_id)
@@ -320,7 +320,7 @@ class Ledger:
         self.progress.restore(run)
 
     def restore_lease(self, tree_id: str, tree: TreeStateEntry, *, now: float) -> None:
-        """A lease as an earlier process left it: its holder has its whole lifetime to be heard of again."""
+        """A lease as an earlier process left it: its holder has the full lifetime to renew it."""
         self.tasks.restore_attempts(tree.task_index, tree.attempts)
         lease = tree.lease
         if lease is None:
@@ -336,7 +336,7 @@ class Ledger:
         elif held.holder:
             self.actors.heard(held.holder, now)
 
-    # --- what is there -----------------------------------------------------------------------------------------
+    # --- queries--------------------------------------------------------------------------------------
 
     def __contains__(self, tree_id: object) -> bool:
         return tree_id in self._held

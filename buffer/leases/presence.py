@@ -1,4 +1,4 @@
-"""Which actors are alive, by when they were last heard.  Pure: the clock is passed in, monotonic seconds."""
+"""Tracks which actors are alive, by their last message.  Pure: the clock is passed in, monotonic seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class ActorPresence:
     """Actors by name.
 
     Args:
-        silent_s: one of whom nothing is heard for longer has lost its leases.
+        silent_s: an actor that is silent for longer has lost its leases.
     """
 
     def __init__(self, silent_s: float) -> None:
@@ -20,7 +20,7 @@ class ActorPresence:
         self._heard: dict[str, float] = {}
 
     def heard(self, actor: str, now: float) -> None:
-        """``actor`` gave a sign of life at ``now``; word of an earlier one changes nothing."""
+        """``actor`` gave a sign of life at ``now``; an earlier one changes nothing."""
         self._heard[actor] = max(now, self._heard.get(actor, now))
 
     def excuse(self, now: float) -> None:
@@ -32,7 +32,7 @@ class ActorPresence:
         return now - self._heard.get(actor, now) > self._silent_s
 
     def num_alive(self, now: float) -> int:
-        """Actors that were heard lately."""
+        """Actors that were heard from lately."""
         return sum(now - heard <= self._silent_s for heard in self._heard.values())
 
     def forget_long_gone(self, now: float, holders: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""Which training task is begun next: the cursor over the data, and the tasks that are begun anew.  Pure."""
+"""Decides which training task is begun next: the cursor over the data, and the tasks that are retried.  Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class RetriedTask(NamedTuple):
 
     task_index: int
     attempts: int
-    """Trees grown of it in vain."""
+    """Trees of it that no batch could use."""
 
 
 class TrainingTasks:
@@ -21,18 +21,18 @@ class TrainingTasks:
 
     Args:
         max_tasks: no task from this one on is begun; None for no end.
-        max_attempts: a task is given up after more trees that were grown in vain.
+        max_attempts: a task is given up after more trees than this that no batch could use.
     """
 
     def __init__(self, *, max_tasks: int | None, max_attempts: int) -> None:
         self.max_tasks = max_tasks
         self._max_attempts = max_attempts
         self.next_task = 0
-        """The first that was never begun."""
+        """The first task that was never begun."""
         self.retries: deque[RetriedTask] = deque()
-        """To begin first."""
+        """Tasks to retry, before new ones."""
         self._attempts: dict[int, int] = {}
-        """Task under lease -> trees grown of it in vain, where there were any."""
+        """Task under lease -> trees of it that no batch could use, where there were any."""
         self.given_up = 0
         """Tasks that lost too many holders, or whose trees came too late too often."""
 
@@ -42,7 +42,7 @@ class TrainingTasks:
         return self.max_tasks is not None and not self.retries and self.next_task >= self.max_tasks
 
     def begin(self) -> tuple[int, bool]:
-        """The next task, and whether it is begun anew."""
+        """The next task, and whether it is a retry."""
         if not self.retries:
             task, self.next_task = self.next_task, self.next_task + 1
             return task, False
@@ -51,11 +51,11 @@ class TrainingTasks:
         return task, True
 
     def attempts(self, task: int) -> int:
-        """Trees of a task that were grown in vain."""
+        """Trees of a task that no batch could use."""
         return self._attempts.get(task, 0)
 
     def settled(self, task: int) -> None:
-        """A task has come to its end: trained on, or without anything to learn from."""
+        """A task is finished: trained on, or without a signal."""
         self._attempts.pop(task, None)
 
     def give_up(self) -> None:
@@ -63,12 +63,11 @@ class TrainingTasks:
         self.given_up += 1
 
     def retry(self, task: int, *, in_vain: bool = True) -> bool:
-        """A task whose tree is gone before any batch had it is begun anew; False if it is given up instead.
+        """Retry a task whose tree was dropped before any batch had it; False if it is given up instead.
 
         Args:
             task: its index.
-            in_vain: whether the tree came too late, which counts against the task; a learner that starts over does
-                not.
+            in_vain: whether the tree came too late, which counts against the task; a restart of the learner does not.
         """
         attempts = self._attempts.pop(task, 0) + in_vain
         if attempts > self._max_attempts:
@@ -88,6 +87,6 @@ class TrainingTasks:
         self.retries.extend(RetriedTask(each.task_index, each.attempts) for each in run.again)
 
     def restore_attempts(self, task: int, attempts: int) -> None:
-        """Trees of a task that an earlier process saw grown in vain."""
+        """Restore the number of a task's trees that no batch could use."""
         if attempts:
             self._attempts[task] = attempts

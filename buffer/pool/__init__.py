@@ -1,1 +1,1 @@
-"""Trees that are ready: their priorities, how a batch is drawn from them, what leaves and why."""
+"""The replay pool of ready trees: their priorities, how a batch is drawn from them, which leave it and why."""

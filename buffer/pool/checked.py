@@ -1,4 +1,4 @@
-"""Samplers of users: made by name, tried before the run begins, and held to the protocol at every draw."""
+"""Users' samplers: made by name, tried before the run begins, and checked at every draw."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def sampler_of(buffer: BufferConfig) -> Sampler:
 
 
 def _try(sampler: Sampler) -> None:
-    """Everything that is asked of a sampler, once.  Raises SamplerFault."""
+    """Call every method of a sampler once.  Raises SamplerFault."""
     rng = np.random.default_rng(0)
     trees = np.arange(_TRIED)
     sampler.put(trees, trees / _TRIED)
@@ -60,9 +60,9 @@ def _try(sampler: Sampler) -> None:
 
 
 class CheckedSampler:
-    """Another sampler, of which nothing is taken that is no choice of trees.
+    """A sampler whose every result is checked to be a valid choice of trees.
 
-    Where ``put`` or ``remove`` fails, the next draws do: no turn that arrives is refused for a sampler's fault.
+    Where ``put`` or ``remove`` fails, the next draw raises: no incoming turn is refused for a sampler's fault.
 
     Args:
         sampler: a user's.

@@ -1,4 +1,4 @@
-"""Which trees of a pool grow too old, and which have to be served now for none to be lost unserved.  Pure."""
+"""Finds the trees of a pool that are too old, and those to serve now so that none expires unserved.  Pure."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The replay pool: trees that are ready and those the learner has; what is drawn, confirmed, given back, and leaves.
+"""The replay pool: trees that are ready and those the learner has; draws, confirmations, returns and departures.
 
 Pure: versions and random numbers are passed in.
 
 Source: prioritized experience replay (arXiv 1511.05952) with trees as units, the mixed maximum and mean of R2D2
-(Kapturowski et al. 2019) as priority, and a schedule that serves what would otherwise grow stale (the promise of
-ARCHITECTURE.md that next to nothing is discarded at steady state).
+(Kapturowski et al. 2019) as priority, and a schedule that serves trees before they grow stale, so that next to none are
+discarded at steady state (ARCHITECTURE.md).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Departure:
 
 
 class ReplayPool:
-    """Trees that are ready, and those that are out with the learner.
+    """The trees that are ready, and those that the learner has.
 
     Every method that makes trees leave returns them, for their records to be dropped or their tasks to be leased again.
 
@@ -108,7 +108,7 @@ class ReplayPool:
         self.left: Counter[str] = Counter()
         """How many trees left, by ``Departure.cause``."""
 
-    # --- what is there -----------------------------------------------------------------------------------------
+    # --- queries--------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """Trees that can be drawn."""
@@ -172,7 +172,7 @@ class ReplayPool:
 
     @property
     def highest_priority(self) -> float:
-        """What a tree counts as that no batch has had: the highest priority confirmed so far."""
+        """The priority of a tree that no batch has had: the highest one confirmed so far."""
         return self._priorities.highest
 
     def restore_highest_priority(self, priority: float) -> None:
@@ -191,7 +191,7 @@ class ReplayPool:
     ) -> list[Departure]:
         """Take in a tree, or a later state of one that is here.
 
-        A tree never served counts as the highest priority confirmed so far: it is seen before its own is believed.
+        A tree never served has the highest priority confirmed so far: it is trained on before its own one counts.
 
         Args:
             tree: pruned, with at least one turn.
@@ -244,7 +244,7 @@ class ReplayPool:
         if version <= self._version:
             return []
         self._version = version
-        # Those with the learner are looked at when they come back.
+        # Those with the learner are checked when they come back.
         stale = np.array(self._expiry.stale(version), dtype=np.int64)
         return self._drop_stale(stale[self._table.state[stale] == READY])
 
@@ -274,8 +274,8 @@ class ReplayPool:
     def draw(self, count: int, *, rng: np.random.Generator, beta: float) -> list[Drawn]:
         """Take up to ``count`` different trees; they stay out until ``confirm`` or ``give_back``.
 
-        Trees that were never served and cannot wait come first; the sampler chooses the others.  When every ready tree
-        is taken nothing was left to chance: P is 1/N and the weights are 1.
+        Trees that were never served and would expire come first; the sampler chooses the others.  When every ready tree
+        is taken there was no choice: P is 1/N and the weights are 1.
         """
         num_ready = self._num_ready
         if not num_ready or count <= 0:
@@ -300,7 +300,7 @@ class ReplayPool:
         return self._hand_out(chosen, probability, weight)
 
     def take(self, tree_ids: Iterable[str]) -> list[Drawn]:
-        """Take these trees, as ``draw`` does, those of them that are ready.  Nothing is left to chance: P is 1/N."""
+        """Take those of these trees that are ready, as ``draw`` does.  There is no choice: P is 1/N."""
         chosen = self._table.ready_among(tree_ids)
         self._sampler.remove(chosen)
         return self._hand_out(chosen, np.full(len(chosen), 1.0 / max(len(chosen), 1)), np.ones(len(chosen)))
@@ -362,7 +362,7 @@ class ReplayPool:
             self._expiry.put_unserved(row, int(table.oldest[row]))
 
     def _hand_out(self, chosen: I64, probability: F64, weight: F64) -> list[Drawn]:
-        """Trees that the sampler has given up already."""
+        """Hand out trees that the sampler has removed already."""
         table = self._table
         table.state[chosen] = OUT
         self._num_ready -= len(chosen)
@@ -390,11 +390,11 @@ class ReplayPool:
         return self._priorities.of(rows, self._table.uses[rows], self._version)
 
     def _tell(self, rows: I64) -> None:
-        """Ready trees that the sampler does not know, or that have another priority."""
+        """Pass ready trees to the sampler that are new to it, or that have another priority."""
         self._sampler.put(rows, self._priority(rows))
 
     def _tell_all(self) -> None:
-        """Priorities have aged since the last draw, or the sampler has lost some: let it have all of them."""
+        """Pass all priorities to the sampler: they have aged since the last draw, or it may have lost some."""
         if self._weighed_at is None or (self._priorities.age and self._weighed_at < self._version):
             self._tell(self._table.ready())
         self._weighed_at = self._version

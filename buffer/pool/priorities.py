@@ -20,15 +20,15 @@ class Priorities:
         self._ages = Ages(max_lag) if freshness < 1 else None
         self._own = np.zeros(0)
         self.highest = 1.0
-        """What a tree counts as that no batch has had: the highest priority confirmed so far."""
+        """The priority of a tree that no batch has had: the highest one confirmed so far."""
 
     @property
     def age(self) -> bool:
-        """Whether they change from version to version."""
+        """Whether priorities change from version to version."""
         return self._ages is not None
 
     def put(self, row: int, own: float, versions: I64) -> None:
-        """A tree came, or grew.
+        """Enter a tree that came, or grew.
 
         Args:
             row: the tree's.
@@ -60,7 +60,7 @@ class Priorities:
         return True
 
     def of(self, rows: I64, uses: I64, version: int) -> F64:
-        """float64[n]: what these trees count as at ``version``, after ``uses`` (int64[n]) each."""
+        """float64[n]: the priorities of these trees at ``version``, after ``uses`` (int64[n]) each."""
         priority: F64 = np.where(uses == 0, self.highest, self._own[rows])
         return priority if self._ages is None else priority * self._freshness ** self._ages.lags(rows, version)
 

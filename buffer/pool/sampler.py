@@ -1,4 +1,4 @@
-"""What chooses the trees of a batch: the protocol behind ``buffer.sampling``.  Pure: random numbers are passed in.
+"""The protocol of ``buffer.sampling``, which chooses the trees of a batch.  Pure: random numbers are passed in.
 
 A sampler knows trees by number only.  Numbers are small: that of a tree that has left is given to a later one.  The
 pool decides what is ready, what a tree's priority is and what has to be drawn before it is too old; from a sampler
@@ -17,10 +17,10 @@ I64 = NDArray[np.int64]
 
 
 class Sampler(Protocol):
-    """Chooses among the trees that can be drawn.  None can at first."""
+    """Chooses among the trees that can be drawn; at first there are none."""
 
     def put(self, trees: I64, priorities: F64) -> None:
-        """These can be drawn from now on; one that could before has another priority.
+        """These can be drawn from now on; one that already could gets another priority.
 
         Args:
             trees: int64[n], without duplicates.

@@ -11,7 +11,7 @@ from buffer.pool.sampler import I64
 from buffer.trees.index import TreeEntry
 
 FREE, READY, OUT = 0, 1, 2
-"""Of a row: nothing is there, the tree can be drawn, the learner has it."""
+"""States of a row: empty, the tree can be drawn, the learner has it."""
 
 _COLUMNS = ("state", "uses", "limit", "oldest", "newest", "nbytes", "entered")
 
@@ -83,7 +83,7 @@ class TreeTable:
         return row
 
     def free(self, row: int, tree_id: str) -> None:
-        """The tree of this row has left."""
+        """Free the row of a tree that has left."""
         del self.rows[tree_id]
         self.trees[row] = None
         self.state[row] = FREE

@@ -1,4 +1,4 @@
-"""What trees are drawn in proportion to, and the importance weights that correct for it.  Pure.
+"""Sampling probabilities of trees, and the importance weights that correct for them.  Pure.
 
 Source: ALGORITHM, section 4; prioritized experience replay (arXiv 1511.05952) with trees as units.
 """

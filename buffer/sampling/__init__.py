@@ -1,1 +1,1 @@
-"""Built-in samplers of ``buffer.sampling``: a module here is one, by its name; ``make`` makes it."""
+"""The built-in samplers of ``buffer.sampling``, one module each, of that name; ``make`` makes it."""

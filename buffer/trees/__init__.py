@@ -1,1 +1,1 @@
-"""Trees in memory: put together from turns, where each stands, and what becomes of it."""
+"""Trees in memory: their assembly from turns, their state, and their life cycle."""

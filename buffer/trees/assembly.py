@@ -1,9 +1,9 @@
-"""Puts turns together into trees: in any order, any number of times, turns without their parent parked.  Pure.
+"""Assembles turns into trees: in any order, any number of times; turns without their parent are parked.  Pure.
 
 A tree is known from the moment its lease is granted.  Messages about it may come in any order and any number of
-times; what comes out depends only on which came.  The key of a turn is ``(run, tree_id, turn_id)``: the same bytes
-again change nothing, other bytes are a conflict.  A newer lease fences the older one's turns off.  What stays here are
-entries; the records themselves go into the store.
+times; the result depends only on their set.  The key of a turn is ``(run, tree_id, turn_id)``: the same bytes again
+change nothing, other bytes are a conflict.  Turns of an older lease than the tree's newest are refused.  Entries are
+held here; the records themselves go into the store.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Growing:
     """Ids that turns name as their parent."""
 
     def closing(self) -> ClosingEntry | None:
-        """What its closing said, for a snapshot."""
+        """The content of its closing message, for a snapshot."""
         closed = self.closed
         if closed is None:
             return None
@@ -70,7 +70,7 @@ class Growing:
 
 
 class Assembly:
-    """The trees under lease, and a memory of those that are done.
+    """The trees under lease, and the ids of the turns of finished ones.
 
     Args:
         store: where records go.
@@ -150,19 +150,19 @@ class Assembly:
         self.nbytes += 0 if growing.prompt is None else growing.prompt.nbytes
 
     def move(self, tree_id: str, turns: Mapping[int, TurnEntry]) -> None:
-        """Records of a tree, if it grows, are in other places; ``ROOT`` is its prompt."""
+        """Note new places of records of a tree, if it grows; ``ROOT`` is its prompt."""
         growing = self._growing.get(tree_id)
         if growing is not None:
             growing.prompt = turns.get(ROOT, growing.prompt)
             growing.turns |= {turn_id: entry for turn_id, entry in turns.items() if turn_id != ROOT}
 
     def check(self, message: TreeMessage, frames: Frames | None = None) -> bool:
-        """Whether ``message`` says anything new.
+        """Whether ``message`` is new.
 
         Args:
             message: decoded.
-            frames: as it came; None where it was made in this process: it is held against what its type promises
-                then, as those that come are when they are decoded.
+            frames: as it came; None where it was made in this process: it is checked then, as received ones are when
+                they are decoded.
 
         Raises:
             Conflict: its key is there with other bytes.
@@ -245,7 +245,7 @@ class Assembly:
         return {} if closed is None else closed.failures
 
     def finish(self, tree_id: str) -> TreeEntry:
-        """Hand the tree over, its records with it; from now on its turns are only recognised."""
+        """Remove and return the tree with its records; from now on its turns are only recognised."""
         tree = self.tree(tree_id)
         entry = self._growing.pop(tree_id)
         self._changed.add(tree_id)

@@ -1,4 +1,4 @@
-"""Turns and trees as the buffer's memory has them: numbers and places; the tokens lie in the journal.  Pure.
+"""The buffer's in-memory entries of turns and trees: numbers and places; the tokens lie in the journal.  Pure.
 
 Shapes: N turns of a tree, by ascending id, so that parents come before their children.
 """
@@ -134,7 +134,7 @@ class Store(Protocol):
     """Holds records."""
 
     def add(self, record: bytes) -> Place:
-        """Put a record in; it is durable once the store says so."""
+        """Add a record; it is durable only after the store's commit."""
 
     def note(self, entry: TurnEntry) -> None:
         """The entry of a record just added: recovered with it."""
@@ -182,7 +182,7 @@ class MemoryStore:
 
 
 class StoredTurns(Sequence[Turn]):
-    """Turns of a tree, read from the store when they are looked at.
+    """Turns of a tree, read from the store when they are accessed.
 
     Args:
         rows: ROW[N].
@@ -273,7 +273,7 @@ class TreeEntry:
 
     @property
     def judged(self) -> NDArray[np.bool_]:
-        """bool[N]: leaves of which the environment said whether they succeeded."""
+        """bool[N]: leaves for which the environment reported success or failure."""
         judged: NDArray[np.bool_] = (self.rows["flags"] & _JUDGED) > 0
         return judged & self.is_leaf
 
@@ -307,7 +307,7 @@ class TreeEntry:
         return replace(self, prompt=_moved(self.prompt, entries), rows=_moved(self.rows, entries))
 
     def arrays(self) -> TreeArrays:
-        """What credit needs, of a pruned tree.  Raises ValueError for one that is not."""
+        """The arrays that credit needs.  Raises ValueError where the tree is not pruned."""
         position = {turn_id: i for i, turn_id in enumerate(self.rows["turn_id"].tolist())}
         position[ROOT] = -1
         return TreeArrays(

@@ -1,8 +1,8 @@
-"""What becomes of every tree, from its first turn until it is needed no more.
+"""The life cycle of trees: growing, ready, with the learner, used up, dropped.
 
-A tree grows (``trees.assembly``), is ready or with the learner (``pool``), and is kept when it is used up until a
-checkpoint of the learner holds what it taught (``trees.spent``).  What leaves all that is leased again or forgotten.
-Pure: clock and randomness come in.
+A tree grows (``trees.assembly``), is ready or with the learner (``pool``), and when it is used up is retained until a
+checkpoint of the learner covers it (``trees.spent``).  A tree that is dropped is forgotten, or its task leased again.
+Pure: clock and randomness are passed in.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NEARLY_FULL = 0.9
 SPENT_SHARE = 0.5
 """Of buffer.max_bytes, on top of it: used-up trees that wait for a checkpoint of the learner."""
 ENGINE_FAILED = frozenset({"generate_timeout", "generate_failed"})
-"""Why branches failed (``TreeClosed.failures``) that says nothing about their task."""
+"""Reasons of failed branches (``TreeClosed.failures``) that are not the fault of the task."""
 
 
 class TreeLifecycle:
@@ -43,8 +43,8 @@ class TreeLifecycle:
         store: where their records are.
         ledger: has their leases, their tasks and the evaluations.
         counters: counts them.
-        batches: looked into for who had a tree last.
-        delay_line: decides what is kept where the lag is to be exact.
+        batches: searched for the last batch that had a tree.
+        delay_line: decides which trees are held where the lag is to be exact.
     """
 
     def __init__(
@@ -78,28 +78,28 @@ class TreeLifecycle:
         self.assembly = self.registry.assembly
         """Trees that grow."""
         self._retired: set[str] = set()
-        """Trees that grew too old between two uses, neither of which a checkpoint of the learner holds for sure."""
+        """Trees that grew too old between two uses, neither of which is sure to be in a checkpoint of the learner."""
         self.version = 0
-        """The learner's, as last heard: ages count from it."""
+        """The learner's version, as last reported: ages count from it."""
 
-    # --- what is there -----------------------------------------------------------------------------------------
+    # --- queries--------------------------------------------------------------------------------------
 
     @property
     def _spent_over(self) -> int:
-        """Bytes by which trees kept for a checkpoint cut into the space of the others.
+        """Bytes by which trees retained for a checkpoint reduce the space of the others.
 
-        Up to ``SPENT_SHARE`` they come on top: they must not push out those that lead to the checkpoint.
+        Up to ``SPENT_SHARE`` they do not count: they must not evict the trees that lead to the checkpoint.
         """
         return max(self.registry.spent.nbytes - int(self._config.buffer.max_bytes * SPENT_SHARE), 0)
 
     @property
     def checkpoint_wanted(self) -> bool:
-        """Whether trees that only a checkpoint of the learner sets free take much of the space."""
+        """Whether trees that only a checkpoint of the learner frees take much of the space."""
         return self.registry.spent.nbytes > self._config.buffer.max_bytes * SPENT_SHARE
 
     @property
     def memory_full(self) -> bool:
-        """Near the limit, with enough for a batch: new trees would only push out older ones, or find no space."""
+        """Near the limit, with enough for a batch: new trees would only evict older ones, or find no space."""
         most = self._config.buffer.max_trees
         near = self._taken >= NEARLY_FULL * self._config.buffer.max_bytes
         near = near or (most is not None and len(self.pool) >= most)
@@ -123,7 +123,7 @@ class TreeLifecycle:
     # --- the end of a tree -------------------------------------------------------------------------------------
 
     def end(self, tree_id: str) -> None:
-        """Nothing more will come of this tree."""
+        """End a tree: no further message of it will come."""
         self._counters.progressed()
         held = self._ledger.end(tree_id)
         no_answer = not ENGINE_FAILED.isdisjoint(self.assembly.failures(tree_id))
@@ -134,13 +134,13 @@ class TreeLifecycle:
             if held is not None:
                 self._ledger.evaluations.record(held.eval_step, held.task_index, tree)
             return
-        # Here and not when the closing comes: a tree may be closed under more than one lease, but ends once.
+        # Here and not at the closing message: a tree may be closed under more than one lease, but ends once.
         self._counters.count("failed_branches", whole.failed_branches)
         reason = unusable(tree)
         if reason is not None:
             self._counters.count(f"dropped_{reason}")
             if no_answer:
-                # Not for want of anything in the task: a hung engine would eat every task that it is given.
+                # The task is not at fault: a hung engine would use up every task that it is given.
                 self._lease_again(tree.task_index)
             else:
                 self._counters.count_task("failed")
@@ -156,11 +156,11 @@ class TreeLifecycle:
             self._admit_exact(tree, arrays, self._delay_line)
 
     def forget_growing(self, tree_id: str) -> None:
-        """This tree is grown no more, and what came of it is of no use."""
+        """Drop a growing tree: its turns are of no use."""
         self.registry.forget(self.assembly.finish(tree_id))
 
     def _admit(self, tree: TreeEntry, priority: float) -> None:
-        """Into the pool, unless nothing can be learnt from it."""
+        """Add a tree to the pool, unless nothing can be learnt from it."""
         tree_id = tree.tree_id
         if priority == 0:
             self._counters.count("no_signal_trees")
@@ -185,7 +185,7 @@ class TreeLifecycle:
         self._make_space()
 
     def _admit_exact(self, tree: TreeEntry, arrays: TreeArrays, delay_line: DelayLine) -> None:
-        """Into the sets under way, if the version that grows them sampled every token."""
+        """Add a tree to the sets under way, if the version that grows them sampled every token."""
         priority = self._priority(arrays)
         versions = tree.versions
         fits = self._taken + tree.nbytes <= self._config.buffer.max_bytes
@@ -202,7 +202,7 @@ class TreeLifecycle:
                 self._after(self.pool.add(tree, priority=priority))
                 return
             case "too_large":
-                # This one and not the oldest, as otherwise: the oldest is of a batch that is whole.
+                # This one is dropped and not the oldest, which is part of a complete batch.
                 self.pool.refuse("bytes")
             case "no_signal":
                 self._counters.count("no_signal_trees")
@@ -234,7 +234,7 @@ class TreeLifecycle:
         return True
 
     def _priority(self, arrays: TreeArrays) -> float:
-        # Without turn ratios, which the learner alone has: a tree trace counts as child_mean here.
+        # Without turn ratios, which only the learner has: a tree trace equals child_mean here.
         advantages = self._credit.credit(arrays).advantages
         return tree_priority(advantages, max_share=self._config.buffer.priority_max_share)
 
@@ -245,7 +245,7 @@ class TreeLifecycle:
         self.version = max(self.version, version)
 
     def advance(self) -> None:
-        """The learner is at ``version``: trees without any fresh turn go."""
+        """The learner is at ``version``: trees without any fresh turn are dropped."""
         self._after(self.pool.advance(self.version))
 
     def discard(self, tree_ids: Sequence[str], cause: str) -> None:
@@ -258,7 +258,7 @@ class TreeLifecycle:
         self._after(self.pool.shrink(max(rest, 0), self._config.buffer.max_trees))
 
     def _after(self, left: Iterable[Departure], *, confirmed: int = -1) -> None:
-        """Trees left the pool: they are kept for a learner that falls back, leased again, or forgotten.
+        """Trees left the pool: retain them for a learner that falls back, lease their tasks again, or forget them.
 
         Args:
             left: in their order.
@@ -285,14 +285,14 @@ class TreeLifecycle:
             self.registry.forget(tree)
 
     def _lease_again(self, task: int, *, in_vain: bool = True) -> None:
-        """Its trees were lost before any batch had one: the task is begun anew."""
+        """Lease a task again whose trees were lost before any batch had one."""
         if not self._tasks.retry(task, in_vain=in_vain):
             log.warning("task %d given up: its trees came too late, or found no space or no engine, too often", task)
 
     # --- batches -----------------------------------------------------------------------------------------------
 
     def served(self, drawn: Sequence[Drawn]) -> None:
-        """These trees went out to the learner."""
+        """These trees were sent to the learner."""
         if self._config.buffer.ready == "partial":
             for each in drawn:
                 self.registry.put_partial_uses(each.tree.tree_id, each.uses, each.tree.num_leaves)
@@ -308,7 +308,7 @@ class TreeLifecycle:
         self._offer_late(tree_ids)
 
     def undo_use(self, drawn: ServedTree) -> None:
-        """The learner has lost what it learned from this tree."""
+        """The learner has lost its update from this tree."""
         before = drawn.uses - 1
         tree_id = drawn.tree_id
         if tree_id in self.registry.spent:
@@ -341,7 +341,7 @@ class TreeLifecycle:
                 self.registry.pop_partial_uses(tree_id)
 
     def checkpointed(self, step: int) -> None:
-        """A checkpoint of the learner holds what the batches below ``step`` taught."""
+        """A checkpoint of the learner covers the batches below ``step``."""
         for tree in self.registry.spent.pop_below(step):
             self.registry.forget(tree)
         if self._retired:
@@ -361,6 +361,6 @@ class TreeLifecycle:
 
 
 def unusable(tree: TreeEntry) -> str | None:
-    """Why a pruned tree cannot be trained on; None if it can.  One leaf has nothing to be compared with."""
+    """Why a pruned tree cannot be trained on; None if it can.  A single leaf cannot be compared with others."""
     leaves = tree.num_leaves
     return None if leaves >= 2 else ("one_leaf" if leaves else "no_leaf")

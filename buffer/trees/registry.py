@@ -1,4 +1,4 @@
-"""Every tree that the buffer holds, and where it stands: growing, ready, with the learner, used up.  Pure.
+"""All trees that the buffer holds, by state: growing, ready, with the learner, used up.  Pure.
 
 A tree is in one of ``assembly``, ``pool`` and ``spent``; with ``buffer.ready = "partial"`` one that grows may be in the
 pool too, and one that ended while the learner had an earlier state of it waits in ``late`` until that comes back.
@@ -45,7 +45,7 @@ class TreeRegistry:
         """Number -> id of every tree that has a lease or records."""
         self._changed: set[str] = set()
 
-    # --- what is there -----------------------------------------------------------------------------------------
+    # --- queries--------------------------------------------------------------------------------------
 
     def find(self, tree_id: str) -> TreeEntry | None:
         """A tree that is still held after its end."""
@@ -71,7 +71,7 @@ class TreeRegistry:
         return replace(tree, rows=tree.rows[np.isin(tree.rows["turn_id"], served.turn_ids)])
 
     def grows_or_is_late(self, tree_id: str) -> bool:
-        """Whether more is to come of a tree that leaves the pool."""
+        """Whether a tree that leaves the pool still grows, or has a later state waiting."""
         return tree_id in self.assembly or tree_id in self._late
 
     @property
@@ -86,7 +86,7 @@ class TreeRegistry:
         self._ids[number] = tree_id
 
     def forget(self, tree: TreeEntry) -> None:
-        """Its records are needed no more, unless the tree is still held somewhere."""
+        """Release its records, unless the tree is still held somewhere."""
         tree_id = tree.tree_id
         if self.grows_or_is_late(tree_id) or tree_id in self.pool or tree_id in self.spent:
             return
@@ -182,7 +182,7 @@ class TreeRegistry:
         return owned
 
     def _restored(self, tree_id: str, entry: TreeStateEntry, rows: Rows, run: str) -> TreeEntry | None:
-        """One tree put back; what of it belongs into the pool."""
+        """Restore one tree; returns the part of it that belongs into the pool."""
         self._ids[entry.number] = tree_id
         if entry.partial is not None:
             self._partial_uses[tree_id] = entry.partial
@@ -209,8 +209,8 @@ class TreeRegistry:
         return rows[[self._is_current(row) for row in rows]] if len(rows) else rows
 
     def relocate(self, rows: Rows, records: Sequence[bytes]) -> int:
-        """Put these records into the store once more and let the old ones go; those that are not needed any more are
-        left out.  Returns how many were moved."""
+        """Copy these records to new places in the store and release the old ones; leave out those not needed any more.
+        Returns how many were moved."""
         moved: dict[int, dict[int, TurnEntry]] = {}
         current = [self._is_current(row) for row in rows]
         for row, record, is_current in zip(rows, records, current, strict=True):

@@ -1,4 +1,4 @@
-"""Trees that are used up, kept until a checkpoint of the learner holds what they taught.  Pure."""
+"""Used-up trees, retained until a checkpoint of the learner covers them.  Pure."""
 
 from __future__ import annotations
 
