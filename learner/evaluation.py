@@ -1,4 +1,4 @@
-"""When the policy is evaluated, what rank 0 asks of the buffer for it, and how long it waits for a result.
+"""Decides when the policy is evaluated; rank 0 requests evaluations from the buffer and waits for their results.
 
 Actors do the held-out tasks; the buffer counts them.
 """
@@ -17,7 +17,7 @@ from atpo_async.wire.messages import EvalQuery, EvalRequest, EvalResult, Refused
 from learner.batches.buffer_peer import REQUEST_WAIT_S, BufferPeer
 
 RETRY_S = 0.5
-"""Before a buffer that has forgotten an evaluation is asked about it again."""
+"""Pause before a buffer that has forgotten an evaluation is queried again."""
 
 
 class Evaluations:
@@ -39,7 +39,7 @@ class Evaluations:
         log: logging.Logger,
     ) -> None:
         self.under_way: set[asyncio.Task[None]] = set()
-        """Waits for results while training goes on; whoever ends the role cancels them."""
+        """Tasks that wait for results while training goes on; the end of the role cancels them."""
         self._settings = config.eval
         self._num_steps = config.run.steps
         self._rundir = rundir
@@ -55,7 +55,7 @@ class Evaluations:
     def is_missing(self, step: int) -> bool:
         """Whether the latest evaluation due by ``step`` was lost when the run stopped.  Reads the run's metrics.
 
-        It is made up for under this step's number: the weights of the step it was due at may be gone.
+        It is then repeated under the current step's number: the weights of the step it was due at may be gone.
         """
         every = self._settings.every_steps
         due = step // every * every if every else 0
@@ -65,7 +65,7 @@ class Evaluations:
         return not any("eval/success" in r.metrics and due <= r.step <= step for r in records)
 
     async def request(self, step: int, version: int, *, blocking: bool) -> None:
-        """Ask for the evaluation of ``version``; no training lease is granted during a blocking one.
+        """Request the evaluation of ``version``; no training lease is granted during a blocking one.
 
         Raises:
             PeerLost: the buffer takes nothing any more.
@@ -81,7 +81,7 @@ class Evaluations:
         )
 
     async def begin(self, step: int, version: int) -> None:
-        """Ask for an evaluation beside training; its result is waited for aside.  Raises PeerLost as ``request``."""
+        """Request an evaluation beside training; a task waits for its result.  Raises PeerLost as ``request``."""
         await self.request(step, version, blocking=False)
         self.under_way.add(asyncio.create_task(self._finish_aside(step, version), name=f"evaluation {step}"))
 
@@ -90,7 +90,7 @@ class Evaluations:
             await self.finish(step, version, blocking=False)
         except (WaitTimeout, PeerLost) as exc:
             self._log.error("evaluation of step %d is given up: %s", step, exc)
-        # Nobody awaits this task: training goes on without this result, and the log says so.
+        # No code awaits this task: training goes on without its result, and the log reports that.
         except Exception as exc:
             self._log.exception("evaluation of step %d is given up: %s: %s", step, type(exc).__name__, exc)
 
@@ -104,7 +104,7 @@ class Evaluations:
             PeerLost: the buffer takes nothing any more.
         """
         wait = self._buffer.bounded_wait(f"the evaluation of step {step}")
-        # A request may overtake the sends before it: let the buffer know of the evaluation first.
+        # A request may overtake the sends before it: the buffer must have the request for the evaluation first.
         await self._buffer.unless_stopping(self._buffer.link.drain(timeout_s=self._buffer.settings.give_up_s))
         done = -1
         while not self._buffer.stopping.is_set():
@@ -129,15 +129,15 @@ class Evaluations:
             why = "none of its tasks could be done"
             if result.num_unknown:
                 why = (
-                    f"of {result.num_unknown} of its {result.num_tasks} tasks the environment did not say whether they "
-                    "succeeded (StepResult.success is None), the others failed"
+                    f"the environment reported no success or failure of {result.num_unknown} of its "
+                    f"{result.num_tasks} tasks (StepResult.success is None), the others failed"
                 )
             self._log.error("evaluation of step %d has no result: %s", step, why)
             return
         metrics = {"eval/success": result.success, "eval/tasks": float(result.num_tasks)}
         sampled_by = ""
         if result.version_min >= 0:
-            # Of more than one where training went on meanwhile: this result is no single version's.
+            # More than one version where training went on meanwhile: the result is not that of a single version.
             metrics |= {"eval/version_min": float(result.version_min), "eval/version_max": float(result.version_max)}
             sampled_by = f", sampled by {versions_said(result.version_min, result.version_max)}"
         self._write(step, version, metrics)

@@ -4,8 +4,8 @@ One batch is one version, also when nothing was learned from it (no trees, or th
 its meaning, batches since the tokens were sampled.  Rank 0 counts versions, publishes and evaluates; every rank asks
 for its own share of a batch and confirms it.
 
-The buffer keeps what was trained on until a checkpoint holds it (``Checkpointed``): a learner that starts again asks
-for the batch after its checkpoint, and the trees of those it has lost come again.
+The buffer retains trees that were trained on until a checkpoint covers them (``Checkpointed``): a restarted learner
+requests the batch after its checkpoint, and gets the trees of the batches that it has lost again.
 
 Two threads: torch runs in one, the event loop in the other, so that heartbeats and weights flow during a step.
 """
@@ -46,7 +46,7 @@ FINISH_S, FAREWELL_S = 10.0, 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Learned:
-    """What the torch thread hands back after a batch."""
+    """The torch thread's results of a batch."""
 
     report: StepReport
     version: int
@@ -57,12 +57,12 @@ class _Learned:
 
 
 class Learner:
-    """One rank of the learner: it counts steps and says who does what next.
+    """One rank of the learner: it counts steps and decides what is done next.
 
     Args:
-        ctx: configuration, identity and folder of the run; says when the role has to end.
+        ctx: configuration, identity and folder of the run; signals when the role has to end.
         rundir: the run's folder.
-        trainer: policy and optimizer; touched in the torch thread only.
+        trainer: policy and optimizer; used in the torch thread only.
         buffer: link to the buffer.
         publisher: rank 0's; None on the others.
         metrics: rank 0's; None on the others.
@@ -100,10 +100,10 @@ class Learner:
         self._in_hand: Batch | None = None
         """A batch that has to wait until all ranks have saved a checkpoint."""
         self._exhausted = False
-        """There is no further batch, whatever run.steps says."""
+        """There is no further batch, even below run.steps."""
         self._fruitless = Fruitless(config.learner.max_skipped_updates)
         self._failure: WaitTimeout | PeerLost | NothingToTrainOn | None = None
-        """Why this rank goes no further; the others learn of it at the next batch."""
+        """Why this rank stops; the others learn of it at the next batch."""
 
         publish_facts("learner", self._facts)
 
@@ -133,10 +133,10 @@ class Learner:
             if (self._exhausted or self.step >= self.config.run.steps) and not self.stopping.is_set():
                 await self._finish()
             else:
-                # Without an update there is nothing to keep: the run begins once more at its first step.
+                # Without an update there is nothing to save: the run begins once more at its first step.
                 if self.trainer.history.updates:
                     await self._save()
-                    with contextlib.suppress(PeerLost):  # said again at the next start
+                    with contextlib.suppress(PeerLost):  # reported again at the next start
                         await self.buffer.link.drain(timeout_s=FAREWELL_S)
                 if self._failure is not None:
                     raise self._failure
@@ -149,7 +149,7 @@ class Learner:
     async def _tell_torch_to_stop(self) -> None:
         await self.stopping.wait()
         self._stop_torch.set()
-        # Who asked for the end gives a role of this phase the time that it needs (``supervisor``).
+        # The supervisor gives a role in this phase the time that it needs (``ops.stopping``).
         waits.phase(waits.SAVING)
 
     # --- the beginning and the end
@@ -186,7 +186,7 @@ class Learner:
             await self.evaluations.begin(self.step, self.publication.published)
 
     async def _finish(self) -> None:
-        """Evaluate what was learned, save it, and tell everybody that the run is over."""
+        """Evaluate and save the policy, and report to the buffer that the run is over."""
         if not self.trainer.history.updates:
             raise self._fruitless.at_the_end(step=self.step, because=self.buffer.exhausted_because)
         await self._save()
@@ -238,7 +238,7 @@ class Learner:
         try:
             await self._tell(batch, learned, waited_s=waited_s)
         except PeerLost as exc:
-            # The other ranks are on their way to the next batch: there they learn that this one has failed.
+            # The other ranks are on their way to the next batch, where they learn that this rank has failed.
             self._failure = exc
         fruitless = self._fruitless.after(batch, learned.report)
         if fruitless is not None:
@@ -252,7 +252,7 @@ class Learner:
         return True
 
     async def _next_batch(self) -> tuple[Batch | None, Wanted]:
-        """A batch, the one in hand first, and what this rank would do; a wait that failed is kept for the end."""
+        """A batch, the pending one first, and what this rank would do; a failed wait is raised at the end."""
         found: Batch | Wanted | None = self._in_hand
         try:
             if found is None and self._failure is None:
@@ -290,7 +290,7 @@ class Learner:
         )
 
     async def _tell(self, batch: Batch, learned: _Learned, *, waited_s: float) -> None:
-        """What follows from a batch: the version announced, the batch confirmed, numbers written, evaluation asked for.
+        """After a batch: announce the version, confirm the batch, write metrics, request an evaluation.
 
         Raises:
             PeerLost: the buffer takes nothing any more.
@@ -323,12 +323,12 @@ class Learner:
             await self.evaluations.begin(self.step, self.publication.published)
 
     def _keep(self, batch: Batch, reason: str) -> None:
-        """Put a batch aside whose update was skipped; stop the run after too many."""
+        """Save a batch whose update was skipped; stop the run after too many."""
         folder = self.rundir.path / "skipped"
         try:
             keep_skipped(folder, batch, step=self.step, rank=self.ranks.rank)
         except OSError as exc:
-            self.log.warning("the batch of step %d is not kept in %s: %s", self.step, folder, exc)
+            self.log.warning("the batch of step %d could not be saved in %s: %s", self.step, folder, exc)
         newest = self.saving.newest
         self.trainer.history.skips.check(
             reason,

@@ -1,6 +1,6 @@
-"""What all ranks do together: train, save, end or stop next, and which number the weights get.
+"""Decisions that all ranks take together: whether to train, save, end or stop next, and the number of a version.
 
-Every method that asks the other ranks runs in the torch thread, and every rank calls it, in the same order.
+Every method that communicates runs in the torch thread, and every rank calls it, in the same order.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ log = logging.getLogger("atpo.learner")
 
 
 class Wanted(IntEnum):
-    """What a rank has when it has stopped waiting; all ranks do what the one with the least says."""
+    """What a rank has when it has stopped waiting; all ranks do what the lowest of them allows."""
 
     STOP = 0
-    """Nothing: it is asked to, or has failed."""
+    """Nothing: it has to stop, or has failed."""
     END = 1
     """The buffer has no further batch."""
     CHECKPOINT = 2
-    """The buffer wants one before it can go on."""
+    """The buffer needs a checkpoint before it can go on."""
     TRAIN = 3
     """A batch."""
 
@@ -43,7 +43,7 @@ class Ranks:
         self._least = trainer.reductions.least
         self._same_everywhere = trainer.reductions.same_everywhere
         self._rundir = rundir
-        # Other ranks would be waiting in torch, which gives up a little later and says nothing of a disk.
+        # Other ranks would be waiting in torch, which gives up a little later and does not mention the disk.
         self._give_up_s = rundir.config.links.give_up_s if self.num_ranks > 1 else None
 
     @property
@@ -52,7 +52,7 @@ class Ranks:
         return self.rank == 0
 
     def agree(self, own: Wanted, batch_id: int, *, step: int) -> Wanted:
-        """What all ranks do, once each has something for ``step`` or gives it up.
+        """Agree on what all ranks do, once each has something for ``step`` or gives up.
 
         Raises:
             SetupError: they were given shares of different batches.
@@ -72,7 +72,7 @@ class Ranks:
         return wanted
 
     def first_says(self, flag: bool) -> bool:
-        """Rank 0's word, on every rank."""
+        """Rank 0's decision, on every rank."""
         return bool(self._same_everywhere([float(flag)])[0])
 
     def next_version(self) -> int:

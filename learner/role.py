@@ -87,7 +87,7 @@ async def learn(ctx: RoleContext) -> None:
             )
             ctx.log.info("learner: %s layout: %s", learner.trainer.layout, learner.trainer.layout_reason)
             await learner.run()
-            # A rank that leaves while others still use the group's threads may abort.
+            # A rank that exits while others still use the group's threads may abort.
             await thread(learner.trainer.accelerator.wait_for_everyone)
     finally:
         thread.close()

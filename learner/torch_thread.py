@@ -1,4 +1,4 @@
-"""The one thread in which torch runs, and what each call in it waits for (``status.waits``)."""
+"""The one thread in which torch runs; each call in it is a named wait (``status.waits``)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WAITED_FOR = {
     **dict.fromkeys(("agree", "wait_for_everyone"), "learner"),
     **dict.fromkeys(("save_checkpoint", "export", "try_export", "resume"), waits.DISK),
 }
-"""What some calls in the torch thread wait for, other than torch: the other ranks, the disk.  By a function's name."""
+"""Function name -> what its call in the torch thread waits for, other than torch: the other ranks, the disk."""
 
 
 class TorchThread:

@@ -272,7 +272,7 @@ async def test_an_evaluation_in_which_all_is_unknown_says_so(tmp_path: Path, cap
     await asyncio.wait_for(asyncio.gather(*made.under_way), WAIT_S)
     (said,) = caplog.messages
     assert said == (
-        "evaluation of step 3 has no result: of 2 of its 2 tasks the environment did not say whether they succeeded "
+        "evaluation of step 3 has no result: the environment reported no success or failure of 2 of its 2 tasks "
         "(StepResult.success is None), the others failed"
     )
 

@@ -1,1 +1,1 @@
-"""Batches in: asking the buffer, checking trees, recording what came of them."""
+"""Batches: requesting them from the buffer, checking their trees, recording the outcome."""

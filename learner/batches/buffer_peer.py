@@ -1,4 +1,4 @@
-"""What a rank asks of the buffer, how long it waits for an answer, and what each answer means."""
+"""A rank's requests to the buffer: how long it waits for an answer, and what each answer means."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 REQUEST_WAIT_S = 2.0
 """How long the buffer may hold a request before it answers "not yet"."""
 REPEAT_S = 5.0
-"""While waiting, the learner repeats to the buffer which version there is: it may have started anew."""
+"""While waiting, the learner repeats its published version to the buffer, which may have been restarted."""
 
 
 class BufferPeer:
@@ -28,7 +28,7 @@ class BufferPeer:
     Args:
         link: to the buffer.
         run: identity of the run.
-        ranks: which share of a batch is asked for.
+        ranks: decides which share of a batch is requested.
         settings: deadlines.
         stopping: set when the role has to end; no wait outlasts it.
     """
@@ -48,18 +48,18 @@ class BufferPeer:
         self.settings = settings
         self.stopping = stopping
         self.exhausted_because = ""
-        """Why there is no further batch, once the buffer has said so."""
+        """Why there is no further batch, once the buffer has reported that."""
         self._ranks = ranks
         self._log = log
 
     async def send(self, message: LearnerToBuffer) -> None:
-        """Raises PeerLost when the buffer takes nothing any more."""
+        """Send a message.  Raises PeerLost when the buffer accepts nothing any more."""
         await self.link.send(message)
 
     async def next_batch(
         self, *, step: int, version: int, num_trees: int, is_saved: bool, repeat: Callable[[], Awaitable[None]]
     ) -> Batch | Wanted | None:
-        """This rank's share of the next batch, or what is wanted instead; None when the role has to stop first.
+        """This rank's share of the next batch, or the buffer's other request; None when the role has to stop first.
 
         Waits for: enough fresh trees.  Unblocked by: the buffer's answer.
 
@@ -67,11 +67,11 @@ class BufferPeer:
             step: batches trained so far.
             version: of the weights now.
             num_trees: of a whole batch.
-            is_saved: there is nothing that a checkpoint now would add.
-            repeat: says again what a buffer that started anew does not know.
+            is_saved: whether a checkpoint now would add nothing.
+            repeat: sends again what a restarted buffer does not know.
 
         Raises:
-            WaitTimeout: no batch, and nothing towards one for ``links.give_up_s``; names what is missing.
+            WaitTimeout: no batch, and no progress towards one for ``links.give_up_s``; names what is missing.
             SetupError: the buffer refuses this learner.
         """
         wait = self.bounded_wait(f"batch {step} ({num_trees} trees)")
@@ -124,15 +124,15 @@ class BufferPeer:
 
     @property
     def no_answer(self) -> str:
-        """The reason of a wait in which the buffer is silent."""
+        """The reason for a wait while the buffer is silent."""
         return f"no answer from {self.link.endpoint}"
 
     def bounded_wait(self, what: str) -> BoundedWait:
-        """A wait for something that the buffer gives."""
+        """A wait for an answer of the buffer."""
         return BoundedWait("the learner", what, self.settings, now_s, log=self._log, on="buffer")
 
     async def unless_stopping(self, awaitable: Awaitable[T]) -> T | None:
-        """What ``awaitable`` gives; None, and it is cancelled, when the role has to stop first."""
+        """The result of ``awaitable``; None, and it is cancelled, when the role has to stop first."""
         work = asyncio.ensure_future(awaitable)
         stop = asyncio.ensure_future(self.stopping.wait())
         try:

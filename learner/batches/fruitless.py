@@ -1,8 +1,8 @@
-"""Batches without a tree to train on: why no tree could be trained on, and when the run must stop for it.
+"""Counts batches without a tree to train on, with the reasons, and decides when the run must stop for them.
 
-Trees without a signal (all their leaves earned the same) are no fault: the policy is sure of these tasks, or at a loss.
-Trees that failed, were refused or came too late are one: batch after batch of them is a broken environment, a wrong
-tokenizer, a dead tool.  A run that counted on would end as if it had trained.
+Trees without a signal (all their leaves earned the same) are no fault: the policy always solves these tasks, or never.
+Trees that failed, were refused or came too late are one: batch after batch of them points to a broken environment, a
+wrong tokenizer, a dead tool.  A run that only counted its steps would end as if it had trained.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FAULTS: Mapping[str, str] = {
     "buffer/dropped_inexact": "sampled by more than one version",
     **{f"dropped/{reason}": f"refused by the learner ({reason})" for reason in REASONS},
 }
-"""Metric of a batch -> what the trees counted there were."""
+"""Metric of a batch -> the reason of the trees counted there, in words."""
 
 
 class NothingToTrainOn(SetupError):
@@ -37,7 +37,7 @@ def num_trained(batch: Batch, report: StepReport) -> int:
 
 
 class Fruitless:
-    """What became of the trees of batches that had nothing to train on.  All its numbers are the same on every rank.
+    """Counts the trees of batches that had nothing to train on, by reason.  All its numbers are equal on every rank.
 
     Args:
         limit: such batches in a row, for reasons that are faults, after which the run stops.
@@ -52,7 +52,7 @@ class Fruitless:
         """Of all batches that this process has seen."""
 
     def after(self, batch: Batch, report: StepReport) -> NothingToTrainOn | None:
-        """One batch more.  Why the run has to stop; None where it goes on."""
+        """Count one more batch.  Returns why the run has to stop; None where it goes on."""
         found = Counter(
             {
                 name: int(count)
@@ -66,7 +66,7 @@ class Fruitless:
             self._latest.clear()
             return None
         self._latest.update(found)
-        # A task that fails beside others without a signal is not what keeps the run from learning.
+        # Failed tasks beside others without a signal are not the reason why the run does not learn.
         self._in_a_row += found.total() > 2 * found[NO_SIGNAL]
         if self._in_a_row < self._limit:
             return None
@@ -77,7 +77,7 @@ class Fruitless:
         )
 
     def at_the_end(self, *, step: int, because: str) -> NothingToTrainOn:
-        """What to say of a run that comes to its end without one update.
+        """The message of a run that ends without a single update.
 
         Args:
             step: batches so far.

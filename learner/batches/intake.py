@@ -1,17 +1,17 @@
-"""Which trees of a batch can be trained on; the others are left out, each with its reason.  Pure.
+"""Decides which trees of a batch can be trained on; the others are left out, each with its reason.  Pure.
 
 One bad tree must cost one tree: past this point a log-prob that is not a number makes the whole batch's loss one, a
 token id outside the vocabulary reads beyond the embeddings (on a GPU that ends the process), and a broken chain of
 parents has no row.
 
-Where such trees come from.  ``atpo_async.wire.codec`` has held each turn that it decoded, from the socket and from a
-file alike (``learner.batches.skipped.load_batch``), against what one turn promises (``atpo_async.wire.checks``).
-Turns of a batch that was made in this process (a test, a script that trains on recorded trees) are held to the same
-here.  ``trees.assembly`` has held turns against each other.  Neither knows
+Where such trees come from.  ``atpo_async.wire.codec`` has checked each turn that it decoded, from the socket and from a
+file alike (``learner.batches.skipped.load_batch``), against the rules of a turn (``atpo_async.wire.checks``).  Turns of
+a batch that was made in this process (a test, a script that trains on recorded trees) are checked in the same way here.
+``trees.assembly`` has checked turns against each other.  Neither knows
 
 - the model: a token id may be below 2**31 and beyond the vocabulary (an actor with another tokenizer, or an
   environment with a tokenizer of its own);
-- the learner's version: turns may come from its future (a batch kept by a later run, weights copied between runs);
+- the learner's version: turns may come from its future (a batch saved by a later run, weights copied between runs);
 - how old a tree is by now: a batch may wait on its way;
 - what is in a batch as a whole: trees without a finished leaf, turns whose parent is missing, no prompt.
 """
@@ -49,7 +49,7 @@ Reason = Literal[
     "bad_counts",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
-"""In the order in which they are asked: a tree with several faults is counted under the first."""
+"""In the order in which they are checked: a tree with several faults is counted under the first."""
 
 _OF_A_TURN: dict[str, tuple[Reason, str]] = {
     "order": ("bad_structure", "it was put together wrongly: look at whatever made this batch"),
@@ -62,12 +62,12 @@ _OF_A_TURN: dict[str, tuple[Reason, str]] = {
     "spans": ("bad_spans", "each token needs the one version that sampled it: look at the engine that generated it"),
     "outcome": ("bad_reward", "look at what the environment returns for its task"),
 }
-"""What a fault of one turn is about (``wire.checks.faults_of``) -> what its tree is counted under, where to look."""
+"""Kind of a turn's fault (``wire.checks.faults_of``) -> the reason that its tree is counted under, where to look."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sifted:
-    """What is left of a batch, and what is not."""
+    """The trees of a batch that are fit, and those that are left out."""
 
     batch: Batch
     """The trees that are fit, in the same order, their turns decoded; all else as it was."""
@@ -87,7 +87,7 @@ class _Fault:
     fact: str
     """What is wrong, where, and with which value."""
     hint: str
-    """What it means or where to look."""
+    """What the fault means, or where to look."""
 
 
 def sift(batch: Batch, *, version: int, vocab_size: int, max_lag: int) -> Sifted:
@@ -114,7 +114,7 @@ def sift(batch: Batch, *, version: int, vocab_size: int, max_lag: int) -> Sifted
             trees.append(tree)
             found.append(decoded)
             continue
-        # What was decoded just now has been checked turn by turn.
+        # Turns that were decoded just now have been checked one by one.
         of_turns = _turn_faults(tree) if decoded is tree else []
         trees.append(decoded)
         found.append(_first(decoded, of_turns, version=version, vocab_size=vocab_size, max_lag=max_lag))
@@ -138,7 +138,7 @@ def sift(batch: Batch, *, version: int, vocab_size: int, max_lag: int) -> Sifted
 
 
 def _decoded(tree: BatchTree) -> BatchTree | _Fault:
-    """The tree with its turns as such; they came as records that nobody has looked at since the buffer took them."""
+    """The tree with its turns decoded; they came as records that were not decoded since the buffer received them."""
     if isinstance(tree.turns, tuple):
         return tree
     try:
@@ -149,7 +149,7 @@ def _decoded(tree: BatchTree) -> BatchTree | _Fault:
 
 
 def _turn_faults(tree: BatchTree) -> list[_Fault]:
-    """Where turns do not keep to what one turn promises."""
+    """Faults of single turns against the rules of a turn."""
     found = []
     for turn in tree.turns:
         for part, fact in faults_of(turn):
@@ -161,7 +161,7 @@ def _turn_faults(tree: BatchTree) -> list[_Fault]:
 def _first(tree: BatchTree, of_turns: list[_Fault], *, version: int, vocab_size: int, max_lag: int) -> _Fault | None:
     """The fault that comes first in REASONS."""
     own = min(of_turns, key=lambda fault: REASONS.index(fault.reason), default=None)
-    # Each question may rely on those before it, and on what the turns promise.
+    # Each check may rely on those before it, and on the rules of a turn.
     questions: tuple[tuple[Reason, Callable[[], _Fault | None]], ...] = (
         ("bad_structure", lambda: _structure(tree.turns)),
         ("no_leaf", lambda: _leaves(tree.turns)),
@@ -286,5 +286,5 @@ def _staleness(turns: Sequence[Turn], version: int, max_lag: int) -> _Fault | No
     return _Fault(
         "all_stale",
         f"the freshest of its {len(on_a_path)} turns is {lag} versions old, over staleness.max_lag = {max_lag}",
-        "it waited too long for its turn: see lag/* and the knobs of staleness",
+        "it waited too long for its turn: see lag/* and the settings of staleness",
     )

@@ -20,12 +20,12 @@ LINEAGE_FILE = "lineage.jsonl"
 
 
 def write_start(path: Path, *, step: int, version: int, rank: int) -> None:
-    """Append that a learner starts at ``step``: lines before this one of that step and later count no more."""
+    """Append that a learner starts at ``step``: earlier lines of that step and later ones no longer count."""
     _append(path, {"starts_at": step, "rank": rank, "version": version})
 
 
 def write_lineage(path: Path, batch: Batch, *, version: int, rank: int) -> None:
-    """Append what a rank has trained on, one JSON object a line; those that ``write_start`` leaves made the weights."""
+    """Append what a rank has trained on, one JSON object a line; the lines that still count made the weights."""
     line = {
         "step": batch.step,
         "rank": rank,

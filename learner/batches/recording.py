@@ -1,4 +1,4 @@
-"""What is written and logged of a batch: its metrics, a few of its trees, and which trees were left out."""
+"""Records a batch: its metrics, a few of its trees, and log lines about trees that were left out."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ class Recording:
         publish_s: float | None,
         sent: Mapping[str, float],
     ) -> None:
-        """Write what came of a batch.
+        """Write the metrics of a batch.
 
         Args:
             step, version: after it.
             waited_s: for the batch.
             step_s: in the trainer.
             publish_s: until its version was announced; None if it was not due.
-            sent: counters of what leaves for actors.
+            sent: counters of what was sent to actors.
         """
         now = now_s()
         between_s, self._stepped_at_s = now - self._stepped_at_s, now
@@ -101,14 +101,14 @@ class Recording:
         try:
             write_sample(
                 self.rundir.trees_path,
-                # Only what was trained on: credit is not defined on a tree that was refused.
+                # Only trees that were trained on: credit is not defined on a tree that was refused.
                 msgspec.structs.replace(batch, trees=tuple(t for t in batch.trees if t.tree_id in report.trained)),
                 step=step,
                 version=version,
                 settings=self.config.credit,
                 decode=self._decode,
             )
-        # For the report alone: nothing is lost but one of its drawings.
+        # Only for the report: a failure costs one of its drawings.
         except OSError as exc:
             self.log.warning("step %d: no tree is recorded for the report: %s", step, exc)
 

@@ -36,12 +36,12 @@ from learner.training.trainer import Trainer
 _ASIDE = ".writing-"
 FORMAT = 1
 _NO_NUMBER = 1 << 20
-"""Stands for an error that no file system gave, among error numbers."""
+"""In place of an error number, for an error that is not a file system's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far the run is."""
+    """The progress of the run."""
 
     step: int
     """Batches trained."""
@@ -68,14 +68,14 @@ def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> Pa
         fault: Exception | None = None
         try:
             part(aside, target, trainer, progress)
-        # Whatever it is: the other ranks wait to hear of it.
+        # Any error: the other ranks wait for this rank's outcome.
         except Exception as exc:
             fault = exc
         try:
             _agree(fault, trainer)
         except Exception:
             if accelerator.is_main_process:
-                # Its space too: the next try, or another program, needs it.
+                # Free its space too: the next attempt, or another program, needs it.
                 shutil.rmtree(aside, ignore_errors=True)
             raise
     if accelerator.is_main_process:
@@ -147,7 +147,7 @@ def publish(aside: Path, target: Path) -> None:
 
 
 def load(path: Path, trainer: Trainer) -> Progress:
-    """Put a checkpoint's state into ``trainer``.  Every rank calls it.
+    """Load a checkpoint's state into ``trainer``.  Every rank calls it.
 
     Raises:
         SetupError: the checkpoint is damaged or of another model.
@@ -217,7 +217,7 @@ def _load_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
 
 
 def _settings(trainer: Trainer) -> list[dict[str, Any]]:
-    """What the optimizer was made with, group by group: rates, betas, decay."""
+    """The optimizer's settings, group by group: rates, betas, decay."""
     return [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
 
 

@@ -35,7 +35,7 @@ class Saving:
     config: Config
     rundir: RunDir
     trainer: Trainer
-    """What is saved; touched in the torch thread only."""
+    """Its state is saved; used in the torch thread only."""
     torch_thread: TorchThread
     ranks: Ranks
     buffer: BufferPeer
@@ -80,7 +80,7 @@ class Saving:
         return progress
 
     async def save(self, *, step: int, version: int) -> None:
-        """Write a checkpoint and tell the buffer, unless this step is saved already."""
+        """Write a checkpoint and report it to the buffer, unless this step is saved already."""
         if self.is_saved(step):
             return
         path = await self.torch_thread(self._save_checkpoint, Progress(step=step, version=version))
@@ -90,7 +90,7 @@ class Saving:
         await self.tell_buffer(version=version)
 
     def _save_checkpoint(self, progress: Progress) -> Path:
-        """In the torch thread, on every rank: all of them find space on the disk in the same try, or none does."""
+        """In the torch thread, on every rank: all ranks write it in the same attempt, or none does."""
         return until_written(
             f"the checkpoint of step {progress.step} in {self.rundir.checkpoints}",
             lambda: checkpoint.save(
@@ -100,9 +100,9 @@ class Saving:
         )
 
     async def tell_buffer(self, *, version: int) -> None:
-        """Tell the buffer that it may drop what batches below the saved step have used up: none is asked for again."""
+        """Report the checkpoint to the buffer, which may drop the trees used up in batches below its step."""
         if self.ranks.is_first and self._saved_step is not None:
-            with contextlib.suppress(PeerLost):  # said again when the learner starts again
+            with contextlib.suppress(PeerLost):  # reported again when the learner starts again
                 await self.buffer.send(Checkpointed(run=self.buffer.run_id, step=self._saved_step, version=version))
 
     def export(self) -> None:
@@ -134,7 +134,7 @@ class Saving:
             write_model(self.trainer.policy, tensors, self._source, aside, form)
             if not os.access(self.rundir.checkpoints, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.rundir.checkpoints))
-        # Whatever hinders it would hinder it at the end as well, when there is much to lose.
+        # Whatever prevents it now would prevent it at the end as well, when there is much to lose.
         except Exception as exc:
             number = error_number(exc)
             reason = os.strerror(number) if number is not None else " ".join(str(exc).split()) or type(exc).__name__

@@ -2,10 +2,10 @@
 
 Source: ALGORITHM, section 4.  d_t = prox_t - mu_t is the log-ratio of a token, S = sum of d_t over a unit (token, turn,
 prefix: the path down to a turn and that turn, sequence), the exact weight is exp(lambda S), without gradient;
-``correction.action`` says what is made of it.  Tokens that do not count (stale turns) add nothing to S.
+``correction.action`` decides how it is applied.  Tokens that do not count (stale turns) add nothing to S.
 
-Numbers that are not finite: an infinite log-ratio weighs as one of MAX_TOKEN_LOG_RATIO nats; NaN stays NaN, so that the
-loss shows it and the update is refused.
+Numbers that are not finite: an infinite log-ratio counts as MAX_TOKEN_LOG_RATIO nats; NaN stays NaN, so that the loss
+is NaN and the update is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_TOKEN_LOG_RATIO = 1e3
 
 @dataclass(frozen=True, slots=True)
 class Tempering:
-    """What the whole batch decides about its weights."""
+    """How the whole batch changes its weights."""
 
     scale: float = 1.0
     """Multiplies lambda."""
@@ -55,7 +55,7 @@ class OffPolicyCorrection:
 
     Args:
         settings: level, exponent, bounds, gate.
-        action: what is made of the exact weights.
+        action: how the exact weights are bounded or masked.
         traits: of the action.
         measure: the action's own, its options bound; None: it measures nothing.
     """
@@ -86,11 +86,11 @@ class OffPolicyCorrection:
         return self.corrects and self.settings.ess_floor > 0
 
     def weights(self, tokens: OffPolicyTokens, tempering: Tempering = Tempering()) -> Weights:
-        """sg of exp(lambda S), bounded or masked as the action says.
+        """sg of exp(lambda S), bounded or masked by the action.
 
         Args:
             tokens: of one forward pass.
-            tempering: from ``temper``, where the whole batch was asked.
+            tempering: from ``temper``, where it was computed over the whole batch.
         """
         unit = units(self.settings.level, tokens.turn, tokens.row)
         found = self._action(
@@ -129,7 +129,7 @@ class OffPolicyCorrection:
         return log_weight[present(self.settings.level, tokens.turn, unit, counted, log_weight.shape[0])].double()
 
     def temper(self, log_weights: Tensor) -> Tempering:
-        """What a batch's weights need so that they keep an effective sample size, and what the action measures of them.
+        """The tempering that keeps a batch's effective sample size, and the action's own measure of the batch.
 
         ``exponent = ess``: the largest scale up to 1 with ESS(exp(scale S)) / N >= ``ess_target``.  Otherwise, for an
         action that measures nothing itself, the guard: the weights as applied, bounds included, keep ``ess_floor``, if
@@ -138,7 +138,7 @@ class OffPolicyCorrection:
         Args:
             log_weights: float[U], ``log_weights`` of all micro-batches and ranks.  Infinite ones and NaN are left out.
 
-        The guard looks at ratios alone: it knows nothing of ``gate``, and takes every A as negative, so that with an
+        The guard uses ratios alone: it ignores ``gate``, and takes every A as negative, so that with an
         action that exempts good turns it may temper more than it must.
         """
         settings = self.settings

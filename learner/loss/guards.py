@@ -17,22 +17,22 @@ from atpo_async.core.errors import AtpoError
 WINDOW = 50
 """Gradient norms that the running median is over."""
 WARM = 10
-"""Norms before the guard says anything: the first updates of a run have no measure yet."""
+"""Norms before the guard refuses any: the first updates of a run have nothing to be compared with."""
 
 
 class UpdatesRefused(AtpoError):
-    """Too many updates in a row had to be skipped; the message says why and where the batches are."""
+    """Too many updates in a row had to be skipped; the message has the reason and the folder of the batches."""
 
 
 @dataclass(frozen=True, slots=True)
 class GradNorms:
-    """The last gradient norms, before clipping: what a usual one is.
+    """The last gradient norms, before clipping, whose median is the usual one.
 
     The norm of an update that was skipped as a spike enters as well.  Rare spikes hardly move a median, so what is
     usual stays; but where gradients are larger from some update on, and for good, the median follows once such norms
-    are half of the window.  Were they kept out, it would stand for ever at a size that never comes again, and every
-    update would be skipped.  For the same reason slow growth passes: a norm that doubles every ``WINDOW`` updates is
-    never a spike.
+    are half of the window.  If they were left out, the median would stay for ever at a size that never occurs again,
+    and every update would be skipped.  For the same reason slow growth passes: a norm that doubles every ``WINDOW``
+    updates is never a spike.
     """
 
     norms: tuple[float, ...] = ()
@@ -40,7 +40,7 @@ class GradNorms:
 
     @classmethod
     def of(cls, norms: Iterable[float]) -> GradNorms:
-        """What is left of ``norms``, oldest first."""
+        """From recorded ``norms``, oldest first."""
         history = cls()
         for norm in norms:
             history = history.after(float(norm))
@@ -54,7 +54,7 @@ class GradNorms:
     def after(self, norm: float) -> GradNorms:
         """With one more.
 
-        One that is not finite is no size; one of zero comes from a batch without signal: neither says what is usual.
+        A norm that is not finite, or zero (of a batch without signal), is left out: neither shows what is usual.
         """
         if not math.isfinite(norm) or norm <= 0:
             return self
@@ -93,7 +93,7 @@ def overflowed(*, loss: float, grad_norm: float, scale: float | None) -> bool:
     Args:
         loss: of the whole batch, unscaled.
         grad_norm: of the whole gradient.
-        scale: of the loss in the backward passes; None without fp16.  Once it is 1 or less, it is not to blame.
+        scale: of the loss in the backward passes; None without fp16.  Once it is 1 or less, it is not the cause.
     """
     return scale is not None and scale > 1 and math.isfinite(loss) and not math.isfinite(grad_norm)
 
@@ -116,7 +116,7 @@ class SkipCount:
             reason: of the last one.
             limit: ``learner.max_skipped_updates``.
             kept_in: folder of the batches.
-            checkpoint: the newest; None: say only that there is one.
+            checkpoint: the newest; None where its path is not known.
 
         Raises:
             UpdatesRefused

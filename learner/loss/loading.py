@@ -65,7 +65,7 @@ def correction_of(settings: CorrectionConfig, function: Correction) -> OffPolicy
 
 
 class CheckedSurrogate:
-    """A surrogate whose terms are what a surrogate returns.  Raises ConfigError where they are not."""
+    """A surrogate whose results are checked.  Raises ConfigError where they break the protocol."""
 
     def __init__(self, name: str, function: Surrogate) -> None:
         self._returned, self._function, self._proven = _Returned(SURROGATE, name), function, False
@@ -101,7 +101,7 @@ class CheckedSurrogate:
 
 
 class _CheckedCorrection:
-    """A correction whose weights are what a correction returns.  Raises ConfigError where they are not."""
+    """A correction whose results are checked.  Raises ConfigError where they break the protocol."""
 
     def __init__(self, name: str, function: Correction) -> None:
         self._returned, self._function, self._proven = _Returned(CORRECTION, name), function, False
@@ -125,7 +125,7 @@ class _CheckedCorrection:
 
 
 class _CheckedMeasure:
-    """What a correction measures of a whole batch is a number.  Raises ConfigError where it is not."""
+    """A correction's measure of a whole batch.  Raises ConfigError where it is not a number."""
 
     def __init__(self, name: str, function: Callable[[Tensor, CorrectionConfig], float]) -> None:
         self._returned, self._function = _Returned(CORRECTION, name), function
@@ -138,7 +138,7 @@ class _CheckedMeasure:
 
 
 class _Returned:
-    """Checks of what the function behind a door returned, and the errors that name its field."""
+    """Checks the results of a function that a door loaded; the errors name its field."""
 
     def __init__(self, door: Door[object], name: str) -> None:
         self._door = door
@@ -148,7 +148,7 @@ class _Returned:
         return ConfigError(f"{self._door.field} = {self._name!r} {what}; see {self._door.protocol}")
 
     def checked(self, kind: type[T], call: Callable[[], object]) -> T:
-        """What ``call`` returns, if it is of ``kind``."""
+        """The result of ``call``, checked to be of ``kind``."""
         try:
             found = call()
         except AtpoError:

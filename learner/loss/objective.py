@@ -1,4 +1,4 @@
-"""The objective of ATPO and its kin: a surrogate over action tokens, and a divergence and an entropy besides.
+"""The policy objective: a surrogate over action tokens, plus a divergence and an entropy term.
 
 Source: AT2PO (arXiv 2601.04767), section 3.4; ALGORITHM, section 3.  Pure functions of tensors.
 """
@@ -20,7 +20,7 @@ from learner.loss.units import num_units, spread, unit_mean, units
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """What one evaluation gives."""
+    """The result of one evaluation."""
 
     loss: Tensor
     """Scalar with a gradient: sum over tokens of weight * correction * loss_t."""
@@ -70,7 +70,7 @@ def atpo_loss(tokens: ActionTokens, settings: ObjectiveConfig, surrogate: Surrog
         surrogate: loss_t (``objective.surrogate``).
 
     Raises:
-        ValueError: a term is switched on and what it needs was not given.
+        ValueError: a term is switched on and its input was not given.
     """
     if settings.kl_coef and tokens.reference is None:
         raise ValueError(f"objective.kl_coef = {settings.kl_coef} needs the reference's log-probs, and got none")

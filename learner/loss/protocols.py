@@ -1,10 +1,10 @@
-"""The protocols of a surrogate and of a correction: what each is given, and what it returns.
+"""The protocols of surrogates and corrections: their arguments and their results.
 
 Both are pure functions of a struct of tensors and of their section of the configuration; options that a run names
 (``objective.surrogate_options``, ``correction.action_options``) come as keywords.  Both are called for passes without
 tokens too, so that ranks stay in step: they return empty tensors then.
 
-Nothing here loads torch: the configuration's rules read what the built-in ones declare of themselves.
+This module does not load torch: the configuration's rules read the traits of the built-in ones.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ MAX_LOG_WEIGHT = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitRatios:
-    """How far the proximal policy is from what sampled, by unit of ``correction.level``: U units, M tokens."""
+    """Log-ratios of the proximal to the behaviour policy by unit of ``correction.level``: U units, M tokens."""
 
     log_weight: Tensor
     """float[U]: lambda S of each unit; the exact importance weight is its exponential.  An infinite one is huge, and
@@ -104,7 +104,7 @@ class UnitWeights:
 
 
 class Correction(Protocol):
-    """``correction.action``: what is done about the importance weights of stale data."""
+    """``correction.action``: how the importance weights of stale data are applied."""
 
     def __call__(self, ratios: UnitRatios, settings: CorrectionConfig, /) -> UnitWeights:
         """The weights of one forward pass; and of the whole batch, where the guard of the effective sample size tries

@@ -1,4 +1,4 @@
-"""How far a batch's importance weights are pulled towards 1 so that they keep an effective sample size."""
+"""Tempering: the scale of a batch's log importance weights that keeps an effective sample size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def largest_scale(share: Callable[[float], float], target: float) -> float:
-    """The largest scale up to 1 whose ``share`` is at least ``target``, to 1e-15; 1 where not even 0 will do."""
+    """The largest scale up to 1 whose ``share`` is at least ``target``, to 1e-15; 1 where not even 0 reaches it."""
     if share(1.0) >= target or share(0.0) < target:
         return 1.0
     low, high = 0.0, 1.0

@@ -1,4 +1,4 @@
-"""What the loss is computed from: the action tokens of one forward pass, and their distance from what sampled them.
+"""The inputs of the loss: the action tokens of one forward pass, with log-probs under each policy.
 
 All tensors of a struct share one shape: rows ``BT``, or a flat list ``M`` of action tokens.  Places where ``turn`` is
 -1 hold no action token that counts (observations, padding, masked turns); they may hold anything.

@@ -1,4 +1,4 @@
-"""Which tokens share a number: token, turn, prefix and sequence as units, and sums and means over them.
+"""Units of tokens that share a ratio or weight: token, turn, prefix, sequence; sums and means over them.
 
 Index tensors tell units apart: ``turn`` numbers the turns as they occur in the rows (a turn shared by two rows occurs
 twice), ascending down each row, rows one after the other; ``row`` numbers the rows.  ``turn`` is -1 where a place holds

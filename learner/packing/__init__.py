@@ -1,1 +1,1 @@
-"""Trees to token batches, and attention over packed trees."""
+"""Packing of trees into token batches, and attention over packed trees."""

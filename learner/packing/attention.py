@@ -1,4 +1,4 @@
-"""Attention over packed trees (``packing.tree``): what a row's place sees, on each device.
+"""Attention over packed trees (``packing.tree``): which places each place of a row attends to, on each device.
 
 Source: ALGORITHM, section 5.  Registered with transformers under ``NAME``; the layout comes down to it through the
 model's keyword arguments as ``tree_layout``.  Without one it is transformers' SDPA, so flat rows lose nothing.
@@ -53,13 +53,13 @@ class DeviceLayout:
         self.depth = int(layout.position_ids.max(initial=-1)) + 1
         """Tokens of the longest path."""
         self.stub = torch.zeros((1, 1, 0, 0), dtype=torch.bool, device=device)
-        """Stands where transformers would build a mask.  Whoever uses it as one fails."""
+        """Passed where transformers would build a mask.  Code that uses it as one fails."""
         self.parts = Parts.of(layout.exit, device) if way == "parts" else None
         self._mask: Tensor | None = None
         self._block_mask: BlockMask | None = None
 
     def model_arguments(self) -> dict[str, Any]:
-        """What the model is called with besides its tokens."""
+        """The model's arguments besides its tokens."""
         return {"position_ids": self.position_ids, "attention_mask": self.stub, "tree_layout": self}
 
     def mask(self) -> Tensor:
@@ -78,7 +78,7 @@ class DeviceLayout:
 
 
 def to_device(layout: TreeLayout, device: torch.device | str, *, way: Way | None = None) -> DeviceLayout:
-    """What ``Policy.forward`` takes.  ``way``: None for the device's own."""
+    """The layout as ``Policy.forward`` takes it.  ``way``: None for the device's own."""
     device = torch.device(device)
     return DeviceLayout(layout, device, way or ways(device)[0])
 
@@ -140,7 +140,7 @@ def install(hf: Any) -> None:
 
 
 def obstacle(hf: Any, *, max_tokens: int) -> str | None:
-    """Why a model cannot take packed trees, as far as its configuration and signature tell; None where they do not.
+    """Why a model cannot take packed trees, from its configuration and signature; None where these show no reason.
 
     Args:
         hf: the transformers model, after ``install``.
@@ -181,7 +181,7 @@ def tree_attention_forward(
     """Attention as transformers calls it: query [B, H, T, D] and so on, result [B, T, H, D].
 
     Raises:
-        NotImplementedError: the layer wants of a packed row what it cannot have there.
+        NotImplementedError: the layer needs a feature that packed rows do not support.
     """
     if tree_layout is None:
         result: tuple[Tensor, None] = sdpa_attention_forward(

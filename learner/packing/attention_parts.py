@@ -1,4 +1,4 @@
-"""How the attention of a packed row is cut into blocks along the diagonal and rectangles below, at the least cost.
+"""Cuts the attention of a packed row into blocks along the diagonal and rectangles below, at the least cost.
 
 A layout is cut where its exits change: such a run of places is a *chain*.  What follows a chain in its subtree sees all
 of it, so attention is a sum of rectangles (queries of a subtree, keys of a chain) and of blocks with a mask along the
@@ -34,7 +34,7 @@ class Bucket:
 
 
 class Parts:
-    """How the attention of a layout is put together.
+    """The parts that the attention of a layout is computed from.
 
     ``buckets`` have every place that is not alone once, as query and as key.  Each of ``rectangles`` is (first query,
     after the last, first key, after the last): all of the one see all of the other.
@@ -46,7 +46,7 @@ class Parts:
         self.buckets = buckets
         self.rectangles = rectangles
         self.alone = alone
-        """int64[…]: places that see themselves and are seen by nobody else: padding."""
+        """int64[…]: places that only see themselves and that no other place sees: padding."""
         self._additive: dict[torch.dtype, list[Tensor]] = {}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What each turn of a tree is worth, and what each of its tokens weighs in the mean that the loss is.
+"""The advantage of each turn of a tree, and the weight of each of its tokens in the mean over the loss.
 
 Source: ALGORITHM, sections 2 and 5.
 """
@@ -17,7 +17,7 @@ from learner.packing.arrays import F64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CreditedTree:
-    """A pruned tree with what each of its turns is worth."""
+    """A pruned tree with the advantage of each of its turns."""
 
     tree: TurnTree
     weight: float
@@ -29,7 +29,7 @@ class CreditedTree:
 
     @classmethod
     def of(cls, sampled: BatchTree, rule: CreditRule) -> CreditedTree:
-        """Without turn ratios, where the rule's value mode reads them: ``recredited`` brings the real ones."""
+        """Without turn ratios; where the rule's value mode reads them, ``recredited`` uses the measured ones."""
         tree = TurnTree(
             sampled.tree_id, sampled.task_index, sampled.prompt, tuple(sampled.turns), sampled.failed_branches
         ).pruned()
@@ -57,7 +57,7 @@ class CreditedTree:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Normaliser:
-    """Size of what the loss is a mean over: the whole batch over all ranks, whatever a rank or micro-batch holds.
+    """The denominators of the loss's mean: of the whole batch over all ranks, whatever a rank or micro-batch holds.
 
     Masked turns stay in the mean: a leaf whose stale half is masked counts half, not double.
     """

@@ -143,7 +143,7 @@ class TreeLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MicroBatch:
-    """What one forward pass takes and what the loss needs of it."""
+    """The inputs of one forward pass, and what the loss needs from it."""
 
     tokens: I64
     """int64[B, T], padded on the right with 0."""

@@ -1,4 +1,4 @@
-"""How old the turns of a batch are: counts that add up over ranks, and the metrics they give."""
+"""The ages of a batch's turns: counts that add up over ranks, and their metrics."""
 
 from __future__ import annotations
 

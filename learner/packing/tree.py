@@ -156,7 +156,7 @@ class _Grid:
         return np.repeat(self.begin, self.fills)
 
     def alone(self) -> I64:
-        """int64[B * T]: the exits of places that see themselves and nobody else."""
+        """int64[B * T]: the exits of places that see only themselves."""
         return np.tile(np.arange(1, self.width + 1), len(self.fills))
 
     def filled(self, values: I64, padding: I64 | int) -> I64:

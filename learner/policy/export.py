@@ -31,7 +31,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack")
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """What tensors are written as."""
+    """The precision that tensors are written in."""
 
     usual: torch.dtype
     own: dict[str, torch.dtype]
@@ -48,7 +48,7 @@ class Precision:
 
 
 def precision(source: Path, wanted: str) -> Precision:
-    """Of an export of what began as ``source``.
+    """The precision of an export of a policy that began as ``source``.
 
     Args:
         source: model folder.
@@ -66,7 +66,7 @@ def precision(source: Path, wanted: str) -> Precision:
                 weight[dtype] += entry["data_offsets"][1] - entry["data_offsets"][0]
     declared = _declared(source)
     if declared is not None:
-        # A folder put together from a checkpoint holds float32 and says what it began as.
+        # A folder put together from a checkpoint holds float32 and records the precision that it began with.
         stored = weight.most_common(1)[0][0] if weight else declared
         own = {name: dtype for name, dtype in found.items() if dtype != declared} if stored == declared else {}
         return Precision(declared, own, "as the folder that the run began with")
@@ -74,7 +74,7 @@ def precision(source: Path, wanted: str) -> Precision:
         usual = weight.most_common(1)[0][0]
         own = {name: dtype for name, dtype in found.items() if dtype != usual}
         return Precision(usual, own, "as the files that the run began with")
-    return Precision(torch.float32, {}, "the source does not say its precision")
+    return Precision(torch.float32, {}, "the source does not record its precision")
 
 
 def _declared(source: Path) -> torch.dtype | None:
@@ -111,7 +111,7 @@ def export_model(policy: Policy, tensors: dict[str, Tensor], source: Path, targe
 
 
 def write_model(policy: Policy, tensors: dict[str, Tensor], source: Path, folder: Path, form: Precision) -> None:
-    """``export_model`` into a folder that is nobody's yet."""
+    """``export_model`` into a new folder that no other process uses."""
     shutil.rmtree(folder, ignore_errors=True)
     with _generation_config_apart(policy.hf, source):
         policy.hf.save_pretrained(folder, state_dict=_converted(tensors, form))

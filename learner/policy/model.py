@@ -151,7 +151,7 @@ def open_policy(folder: Path, config: Config) -> Policy:
     # Attention is transformers' choice: SDPA wherever the model has it.
     hf, _ = causal_lm.load(folder, dtype=torch.float32)
     if getattr(hf.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-        # SDPA has no cap on attention logits, and transformers leaves it out there without a word.
+        # SDPA has no cap on attention logits, and transformers leaves it out there without a warning.
         hf.set_attn_implementation("eager")
     _switch_off_dropout(hf)
     if config.learner.gradient_checkpointing:
@@ -198,7 +198,7 @@ def _check_head(policy: Policy, folder: Path) -> None:
 
 
 def layout_for(policy: Policy, config: Config, model: nn.Module | None = None) -> tuple[Literal["tree", "flat"], str]:
-    """How this policy's batches are laid out, and why: ``learner.packing``, as far as the model can.
+    """The layout of this policy's batches, and why: ``learner.packing``, as far as the model supports it.
 
     A model can if a small forked tree gets the same log-probs packed as flat, on the device where the policy is.
 
@@ -233,7 +233,7 @@ WRAPPED_TOLERANCE = {"no": 1e-3, "bf16": 0.1, "fp16": 0.02}
 
 
 def _packing_fault(policy: Policy, model: nn.Module | None, mixed_precision: str) -> str | None:
-    """What goes wrong when a small tree is scored packed; None where nothing does."""
+    """The fault when a small tree is scored packed; None where there is none."""
     rows = _forked_rows(int(policy.hf.config.vocab_size))
     (flat,) = micro_batches(rows, max_tokens=1024, version=0)
     (packed,) = tree_micro_batches(rows, max_tokens=1024, pack_tokens=None, version=0)
@@ -251,7 +251,7 @@ def _packing_fault(policy: Policy, model: nn.Module | None, mixed_precision: str
     tolerance = PACKING_TOLERANCE.get(dtype, 0.1) if model is None else WRAPPED_TOLERANCE[mixed_precision]
     with torch.no_grad():
         expected = score(flat, None)
-        # What looking at the wrong tokens changes: a model that hardly listens to its context must not pass for that.
+        # How much wrong context changes: a model that hardly depends on its context must not pass for that reason.
         effect = float((score(packed, None) - expected).abs().max())
         for layout in attention.every_way(packed.layout, device):
             try:

@@ -1,4 +1,4 @@
-"""What Accelerate must leave as it is: how gradients add up, the precision asked for, and that of the log-probs."""
+"""Guards against Accelerate changing how gradients add up, the configured precision, or that of the log-probs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("atpo.learner")
 def leave_out_environment(config: LearnerConfig) -> None:
     """Take Accelerate's variables out of this process, unless ``accelerate launch`` set them from the run's own file.
 
-    What is left out is said in a warning, but for what the launcher of plain ranks sets.
+    A warning names those that are removed, except those that the launcher of plain ranks sets.
     """
     if config.accelerate_config is not None:
         other = os.environ.get("ACCELERATE_MIXED_PRECISION", config.mixed_precision)
@@ -42,7 +42,7 @@ def leave_out_environment(config: LearnerConfig) -> None:
 
 
 def check_half_precision(mixed_precision: str, *, on_cpu: bool) -> None:
-    """Raises SetupError for fp16 on a CPU, where Accelerate leaves it out without a word."""
+    """Raises SetupError for fp16 on a CPU, where Accelerate would silently not use it."""
     if mixed_precision == "fp16" and on_cpu:
         raise SetupError(
             "learner.mixed_precision = 'fp16' is for a GPU, and the learner is on a CPU; use --learner.mixed_precision "
@@ -60,7 +60,7 @@ def check_accumulation(accelerator: Accelerator) -> None:
 
 
 def keep_outputs(accelerator: Accelerator) -> None:
-    """Let sharding compute in half precision, and leave alone what the policy returns and what gradients add up in.
+    """Let sharding compute in half precision, but not change the policy's outputs or the precision of gradient sums.
 
     Accelerate's policy for FSDP2 casts the outputs of the outermost module as well: log-probs in bfloat16 move in steps
     of 0.03 nats and more, wider than any clip.

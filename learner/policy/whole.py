@@ -1,4 +1,4 @@
-"""The policy as one: its weights and its answers whole, however ``accelerate`` has wrapped and sharded it."""
+"""The policy's complete weights and outputs, however ``accelerate`` has wrapped and sharded it."""
 
 from __future__ import annotations
 

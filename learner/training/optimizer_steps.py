@@ -1,4 +1,4 @@
-"""How an optimizer step is taken: backward passes, the guards that may refuse it, and the count of those taken."""
+"""Takes optimizer steps: backward passes, the guards that may refuse a step, and the count of those taken."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from learner.training.report import Abandoned
 
 @dataclass(slots=True)
 class UpdateHistory:
-    """What the run's updates have come to so far; a checkpoint holds it."""
+    """Counters of the run's updates so far; a checkpoint holds them."""
 
     updates: int = 0
     """Optimizer steps taken."""
@@ -53,7 +53,7 @@ class UpdateHistory:
 
 @dataclass(slots=True)
 class BatchTotals:
-    """What is added up over the optimizer steps of a batch."""
+    """Sums over the optimizer steps of a batch."""
 
     losses: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
@@ -68,7 +68,7 @@ class BatchTotals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """What the backward passes of one optimizer step gave."""
+    """The results of the backward passes of one optimizer step."""
 
     loss: Tensor
     kl: Tensor
@@ -80,7 +80,7 @@ class Attempt:
 
 @dataclass(kw_only=True)
 class OptimizerSteps:
-    """How an optimizer step is taken."""
+    """Takes optimizer steps."""
 
     settings: LearnerConfig
     total_updates: int
@@ -96,7 +96,7 @@ class OptimizerSteps:
     def take(
         self, passes: list[Pass], totals: BatchTotals, tempering: Tempering | None, should_stop: Callable[[], bool]
     ) -> Tensor:
-        """One optimizer step, or none if it would be a bad one.  Returns the diagnostics' sums of this rank.
+        """Take one optimizer step, or none where a guard refuses it.  Returns the diagnostics' sums of this rank.
 
         Args:
             passes: of the step.
@@ -155,11 +155,11 @@ class OptimizerSteps:
         return Attempt(loss=loss, kl=kl, entropy=entropy, sums=sums, log_weights=log_weights)
 
     def count_as_skipped(self, reason: str) -> None:
-        """A batch that came to no step counts as a skipped update."""
+        """Count a batch without an optimizer step as a skipped update."""
         self.history.skips = self.history.skips.after(reason)
 
     def _judge(self, loss: float, grad_norm: float, totals: BatchTotals) -> None:
-        """Apply the gradient, or leave it out: it overflowed, or a guard finds fault with it."""
+        """Apply the gradient, or leave it out where it overflowed or a guard refuses it."""
         history, scaler = self.history, self.accelerator.scaler
         if guards.overflowed(loss=loss, grad_norm=grad_norm, scale=None if scaler is None else scaler.get_scale()):
             history.overflows += 1
@@ -197,7 +197,7 @@ class OptimizerSteps:
     def _leave_out(self) -> None:
         """No step with the gradients as they are."""
         if self.accelerator.scaler is not None:
-            # It has looked at the gradients (clipping unscales them) and sets its scale by what it saw; a step would
-            # apply whatever is finite.
+            # The scaler has checked the gradients (clipping unscales them) and sets its scale accordingly; a step would
+            # apply the finite ones.
             self.accelerator.scaler.update()
         self.optimizer.zero_grad()

@@ -24,7 +24,7 @@ from learner.training.reductions import Reductions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassResult:
-    """What one pass gave."""
+    """The results of one pass."""
 
     loss: Loss
     log_weights: Tensor
@@ -110,7 +110,7 @@ class PassLoss:
             out |= {f"surrogate/{name}": sum_ / tokens for name, sum_ in zip(self._surrogate.metrics, own, strict=True)}
         return out
 
-    # --- what the whole batch decides
+    # --- measurements of the whole batch
 
     def measure_prox(self, passes: Sequence[Pass]) -> None:
         """Proximal log-probs of passes, in a forward pass of their own without a gradient."""
@@ -120,13 +120,13 @@ class PassLoss:
                 waits.progress("micro-batches")
 
     def temper_by_prox(self, passes: Sequence[Pass]) -> Tempering:
-        """What the batch's ratios ask for; the passes' proximal log-probs have been measured."""
+        """The tempering of a batch, from the proximal log-probs that its passes have measured."""
         return self.temper(
             [self.correction.log_weights(item.against_mu(_known(item)), item.counted) for item in passes]
         )
 
     def temper(self, log_weights: Sequence[Tensor]) -> Tempering:
-        """What the ratios of all ranks ask for."""
+        """The tempering of a batch, from the ratios of all ranks."""
         none = torch.zeros(0, dtype=torch.float64, device=self.accelerator.device)
         return self.correction.temper(self.reductions.concatenated(torch.cat([none, *log_weights])))
 

@@ -27,7 +27,7 @@ class Pass:
     """A micro-batch on its device.  Fields that ``MicroBatch`` has too are what they are there."""
 
     inputs: dict[str, Any]
-    """What the model is called with."""
+    """Arguments of the model."""
     occurrence: Tensor | None
     mu: Tensor
     advantage: Tensor
@@ -62,7 +62,7 @@ class Part:
 
 @dataclass(kw_only=True)
 class Planner:
-    """Which forward passes a rank makes."""
+    """Plans the forward passes of a rank."""
 
     config: Config
     policy: Policy
@@ -70,12 +70,12 @@ class Planner:
     layout: str
     """Of the trees in a pass: ``tree`` or ``flat``."""
     keep_idle: bool
-    """Make passes for turns without an advantage too: they bear on other terms, or may yet get one."""
+    """Make passes for turns without an advantage too: they affect other terms, or may get one later."""
     reductions: Reductions
     device: torch.device
 
     def plan(self, trees: Sequence[CreditedTree], batch: Batch, version: int) -> Part:
-        """This rank's forward passes for one optimizer step: as many as every other rank, none if nobody has rows."""
+        """This rank's forward passes for one optimizer step: as many as every other rank, none if no rank has rows."""
         settings = self.config
         rows = leaf_rows(
             trees,
@@ -101,7 +101,7 @@ class Planner:
         )
 
     def _normaliser(self, trees: Sequence[CreditedTree], batch: Batch) -> Normaliser:
-        """What the loss of one optimizer step is a mean over, over all ranks."""
+        """The denominators of the mean loss of one optimizer step, over all ranks."""
         if self.config.learner.minibatches == 1:
             return Normaliser(
                 num_trees=batch.num_trees,

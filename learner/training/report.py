@@ -1,4 +1,4 @@
-"""What one batch did to the policy, or that it was given up before it did anything."""
+"""The report of one batch's updates, and the exception of a batch that is abandoned before any."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Abandoned(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What one batch did."""
+    """The outcome of one batch."""
 
     metrics: dict[str, float]
     """Global, the same on every rank."""

@@ -18,7 +18,7 @@ from learner.training.reductions import Reductions
 
 
 class StepMetrics:
-    """Which numbers a batch gives; the same on every rank."""
+    """Computes the metrics of a batch; the same on every rank."""
 
     def __init__(self, config: Config, *, loss: PassLoss, reductions: Reductions) -> None:
         self._config = config
@@ -26,7 +26,7 @@ class StepMetrics:
         self._reductions = reductions
 
     def of_trees(self, trees: Sequence[CreditedTree], version: int) -> dict[str, float]:
-        """How old what was trained on is."""
+        """The ages of the turns that were trained on."""
         max_lag = self._config.staleness.max_lag
         staleness = Staleness.of(trees, version=version, max_lag=max_lag).to_vector()
         counts = Staleness.from_vector(self._reductions.sum(staleness))
@@ -40,11 +40,11 @@ class StepMetrics:
         return out
 
     def of_sums(self, sums: Tensor) -> dict[str, float]:
-        """What the passes' diagnostics come to."""
+        """The metrics of the passes' diagnostics."""
         return self._loss.summary(self._reductions.sum_of(sums))
 
     def of_tokens(self, totals: BatchTotals, row_tokens: int) -> dict[str, float]:
-        """What the forward passes held."""
+        """The sizes of the forward passes."""
         forward, rows = self._reductions.sum(np.array([totals.forward_tokens, row_tokens], dtype=np.float64)).tolist()
         out = {"tokens/forward": forward}
         if rows:
@@ -53,7 +53,7 @@ class StepMetrics:
         return out
 
     def of_updates(self, totals: BatchTotals, history: UpdateHistory, *, fp16_scale: float | None) -> dict[str, float]:
-        """What the optimizer steps came to, and the run so far."""
+        """The metrics of the optimizer steps, and of the run so far."""
         out: dict[str, float] = {"train/updates": history.updates, "guard/skipped_updates": history.skips.total}
         if fp16_scale is not None:
             out["guard/fp16_overflows"] = history.overflows

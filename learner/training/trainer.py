@@ -1,11 +1,11 @@
-"""How one batch is trained on: trees -> forward passes -> loss -> optimizer steps, in step on every rank.
+"""Trains on one batch: trees -> forward passes -> loss -> optimizer steps, in step on every rank.
 
 The loss is a mean over the global batch, whatever part of it a rank or a micro-batch holds.  With ``minibatches`` > 1
 each optimizer step's loss is the mean over its own leaves; with ``epochs`` > 1 the parts come round again.
 
-What the whole batch decides (the exponent that keeps the effective sample size, M2PO's threshold, ratios for the tree
-trace) is measured in a pass without gradient before the first step.  The guard against a collapsed effective sample
-size needs no such pass: it looks after the backward passes, and takes them again, tempered, where it must.
+Quantities of the whole batch (the exponent that keeps the effective sample size, M2PO's threshold, ratios for the tree
+trace) are measured in a pass without gradient before the first step.  The guard against a collapsed effective sample
+size needs no such pass: it checks after the backward passes, and repeats them, tempered, where it must.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Trainer:
 
         Raises:
             Abandoned: ``should_stop`` said so before any weight changed.
-            ConfigError: a surrogate or a correction of the user's own returned what it must not.
+            ConfigError: a result of a user's own surrogate or correction breaks the protocol.
         """
         settings = self.config
         sifted = sift(batch, version=version, vocab_size=self._vocab_size, max_lag=settings.staleness.max_lag)
@@ -155,7 +155,7 @@ class Trainer:
         for _ in range(settings.learner.epochs):
             for part in parts:
                 if part.passes:
-                    # Once a weight has changed, the batch is seen through to its end.
+                    # Once a weight has changed, the batch is trained on to its end.
                     first = not totals.losses
                     sums += self.steps.take(part.passes, totals, tempering, should_stop if first else lambda: False)
         scaler = self.accelerator.scaler
@@ -180,7 +180,7 @@ class Trainer:
         )
 
     def _measured_first(self, parts: list[Part]) -> Tempering | None:
-        """What must be known of the whole batch before its first step: log-probs, credit by ratios, tempering."""
+        """Measure what the first step needs from the whole batch: log-probs, credit by ratios, tempering."""
         for part in parts:
             self._loss.measure_prox(part.passes)
         if self._credit.reads_ratio:
@@ -192,10 +192,10 @@ class Trainer:
         return None
 
     def _all_refused(self, num_kept: int, sifted: Sifted) -> str | None:
-        """Why a batch counts as a skipped update though it had none: over all ranks no tree of it was fit to train on.
+        """Why a batch without an update counts as a skipped one: over all ranks no tree of it was fit to train on.
 
         Once in a while that is bad luck; batch after batch it is a wrong tokenizer or a broken environment, and the run
-        should stop.  Trees that are only too old say nothing of the kind.
+        should stop.  Trees that are only too old are no such sign.
         """
         unfit = [len(ids) for reason, ids in sifted.dropped.items() if reason != "all_stale"]
         kept, refused = self.reductions.sum(np.array([num_kept, sum(unfit)], dtype=np.float64)).tolist()

@@ -1,1 +1,1 @@
-"""Weights out: publication, transport, probe."""
+"""Publishes the weights to the actors: versions, their files, their probe."""

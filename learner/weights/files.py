@@ -70,8 +70,8 @@ class VersionFiles:
         self._scratch: Scratch | None = None
         """The folder in shared memory, from the first version on."""
         self._warned_of = -1
-        """The last version of which a log line said that it does not fit there."""
-        # What an earlier process of this run left when it was killed, and those of runs that nobody goes on with.
+        """The last version that a log line reported as too large for it."""
+        # Folders left by a killed process of this run, and by runs that no process continues.
         for folder in (self._memory, self._fallback):
             shutil.rmtree(folder, ignore_errors=True)
         if swept := sweep_dead(SHARED_MEMORY):
@@ -108,7 +108,7 @@ class VersionFiles:
             sweep(folder.parent, f"{self._memory.name}.")
 
     def _in_memory(self) -> Path:
-        """The run's folder in shared memory, made anew if somebody has removed it.  Raises OSError."""
+        """The run's folder in shared memory, made anew if it has been removed.  Raises OSError."""
         if self._scratch is None or not self._scratch.exists:
             self._scratch = Scratch(self._memory.parent, self._memory.name, exactly=True)
         return self._memory
@@ -129,7 +129,7 @@ class VersionFiles:
             except BaseException as exc:
                 with contextlib.suppress(OSError):
                     aside.unlink(missing_ok=True)
-                # Somebody has removed the folder while it was written to: once more, in a new one.
+                # The folder was removed while it was written to: once more, in a new one.
                 if last_try or not isinstance(exc, FileNotFoundError):
                     raise
         raise AssertionError("unreachable")

@@ -1,7 +1,7 @@
-"""The probe: sequences that the policy samples, by whose log-probs an engine shows what it computes.
+"""The probe: sequences that the policy samples, whose log-probs an engine must reproduce.
 
-They are sampled rather than drawn at random, because what counts is how far apart engine and learner are on tokens that
-are trained on: on a token the policy would hardly ever say, both are far off with nothing wrong.
+They are sampled rather than drawn at random, because engine and learner must agree on tokens that are trained on: on a
+token that the policy would hardly ever sample, both differ widely without any fault.
 """
 
 from __future__ import annotations

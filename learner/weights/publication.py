@@ -1,4 +1,4 @@
-"""Which versions are published, and in which order: written for the engines, announced to actors and the buffer.
+"""Publishes versions: writes them for the engines, then announces them to actors and the buffer.
 
 ``learner.weights.store`` holds the written versions, ``learner.weights.publisher`` serves them.
 """
@@ -22,18 +22,18 @@ log = logging.getLogger("atpo.learner")
 
 
 class Publication:
-    """What actors can get of the learner's weights.
+    """The published versions of the learner's weights.
 
     Args:
         config: of the run.
-        trainer: whose weights; touched in the torch thread only.
+        trainer: whose weights; used in the torch thread only.
         publisher: rank 0's; None on the others, which only take part in gathering the weights.
-        buffer: hears of each version.
+        buffer: is sent each version.
     """
 
     def __init__(self, config: Config, *, trainer: Trainer, publisher: Publisher | None, buffer: BufferPeer) -> None:
         self.published = 0
-        """The newest version that actors can get."""
+        """The newest version that actors can fetch."""
         self._config = config
         self._trainer = trainer
         self._publisher = publisher
@@ -52,7 +52,7 @@ class Publication:
     def store(self, version: int) -> WeightsAnnounced | None:
         """In the torch thread, on every rank: write the weights as they are where actors can get them, as ``version``.
 
-        What is to be announced; None on ranks other than 0.
+        Returns what is to be announced; None on ranks other than 0.
         """
         self._count += 1
         if self._publisher is None and not self._trainer.whole.sharded:
@@ -75,13 +75,13 @@ class Publication:
 
     @property
     def counters(self) -> dict[str, float]:
-        """Of what leaves for actors; empty on ranks other than 0."""
+        """Counters of what was sent to actors; empty on ranks other than 0."""
         if self._publisher is None:
             return {}
         return {f"weights/{name}": value for name, value in self._publisher.counters.items()}
 
     async def announce(self, announcement: WeightsAnnounced | None) -> None:
-        """Tell actors and the buffer of what ``store`` has written.  Raises PeerLost as ``BufferPeer.send``."""
+        """Announce to actors and the buffer what ``store`` has written.  Raises PeerLost as ``BufferPeer.send``."""
         if announcement is None or self._publisher is None:
             return
         self.published = announcement.version
@@ -89,7 +89,7 @@ class Publication:
         await self.tell_buffer()
 
     async def tell_buffer(self) -> None:
-        """Which version there is and where; nothing on ranks other than 0.  Raises PeerLost as ``BufferPeer.send``."""
+        """Report the published version and its endpoints, on rank 0 only.  Raises PeerLost as ``BufferPeer.send``."""
         if self._publisher is None:
             return
         await self._buffer.send(

@@ -1,4 +1,4 @@
-"""Where actors hear of new weights and ask for them: the sockets in front of the store."""
+"""The sockets of the weights: announces new versions to actors, and answers their requests from the store."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Publisher:
 
     @property
     def counters(self) -> dict[str, float]:
-        """Of what leaves: the server's counters and the transport's."""
+        """The server's counters and the transport's."""
         return self._server.counters | self.store.counters
 
     @property

@@ -1,7 +1,7 @@
-"""Which versions actors can get: the newest and the one before, each with its manifest and its file.
+"""Stores the versions that actors can fetch: the newest and the one before, each with its manifest and its file.
 
-The files stay open, so that a version is served even if its file is removed.  How the bytes travel is the part of the
-transport (``atpo_async.transports``).
+The files stay open, so that a version is served even if its file is removed.  The transport carries the bytes
+(``atpo_async.transports``).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class WeightsStore:
 
     @property
     def counters(self) -> dict[str, float]:
-        """Of what the transport has sent (``Sender.counters``)."""
+        """The transport's counters (``Sender.counters``)."""
         return self._sender.counters
 
     def add(

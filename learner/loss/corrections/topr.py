@@ -14,6 +14,6 @@ if TYPE_CHECKING:
 
 @declares(CorrectionTraits(reads=("cap", "floor")))
 def correction(ratios: UnitRatios, settings: CorrectionConfig) -> UnitWeights:
-    """Each token goes by the sign of its own turn, also where a unit holds turns of both."""
+    """The sign of its own turn decides for each token, also where a unit holds turns of both signs."""
     bounded = truncate.correction(ratios, settings)
     return UnitWeights(weight=bounded.weight, changed=bounded.changed, exempt=ratios.advantage >= 0)
