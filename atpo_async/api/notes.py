@@ -55,7 +55,7 @@ def missing(rundir: RunDir) -> list[str]:
         if rundir.journal.is_dir():
             return []
         return [
-            f"{rundir.journal} is missing, and all that the buffer had stored in it: the learner goes on from its "
+            f"{rundir.journal} is gone, and all that the buffer had stored in it: the learner goes on from its "
             "checkpoint, tasks begin at 0 once more"
         ]
     if not rundir.is_trained:
