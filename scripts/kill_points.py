@@ -37,18 +37,18 @@ ON_THE_WAY = {
     "batch": "a batch in hand",
     "gradients": "in mid-step: gradients there, weights not changed yet",
     "numbered": "the step taken and its version number with it, no weights written",
-    "unannounced": "weights written, nobody told",
+    "unannounced": "weights written, not announced",
     "confirmed": "the batch confirmed (`Trained`)",
     "half": "in mid-checkpoint: the model written, the optimizer not",
     "written": "in mid-checkpoint: all files written, not renamed",
-    "renamed": "the checkpoint in place, the buffer not told",
-    "told": "the buffer told (`Checkpointed`), the next version not published",
+    "renamed": "the checkpoint in place, not reported to the buffer",
+    "told": "the checkpoint reported (`Checkpointed`), the next version not published",
 }
 """Kill points of the learner that each batch comes by, or each checkpoint; in this order."""
 
 AT_THE_END = {
-    "exported": "the last checkpoint told, the trained policy exported, nobody told that the run is over",
-    "finished": "the buffer told that the run is over (`RunFinished`)",
+    "exported": "the last checkpoint reported, the trained policy exported, the end of the run not reported",
+    "finished": "the end of the run reported (`RunFinished`)",
 }
 """Kill points of the learner that a run comes by once, unless it is killed there."""
 

@@ -159,7 +159,7 @@ async def test_a_wall_clock_that_is_moved_by_an_hour_changes_nothing(
     clock = tmp_path / "clock"
     clock.write_text("0")
     ahead = "forward" if seconds > 0 else "back"
-    fault = Recovery(f"the wall clock is moved {ahead} by an hour", "no lease lapses, nobody is given up")
+    fault = Recovery(f"the wall clock is moved {ahead} by an hour", "no lease lapses, no task is given up")
     async with Scene(tmp_path / "run", spawner, how={"env": {CLOCK: str(clock)}}) as scene:
         scene.roles.start()
         await scene.until(lambda: scene.steps >= 2, "two batches")
