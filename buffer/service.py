@@ -107,7 +107,7 @@ class BufferService:
         self._metrics = MetricsFile(None if rundir is None else rundir.metrics_path)
         self._changes = Changes(stopping)
         self._links_bad = 0
-        context = HandlerContext(
+        self._context = context = HandlerContext(
             config=config, run=run, state=self.state, journal=self.journal, metrics=self._metrics,
             changes=self._changes, clock=clock,
         )  # fmt: skip
@@ -177,19 +177,22 @@ class BufferService:
 
         Raises:
             JournalBroken: another process must take over.
+            SetupError: a user's credit mode failed.
         """
         assert self.journal.broken is not None
+        self._context.fault = fault = self._context.fault or asyncio.get_running_loop().create_future()
         async with asyncio.TaskGroup() as tasks:
             ticking = tasks.create_task(self._look_after_leases(), name="leases")
             stop = tasks.create_task(self._stopping.wait(), name="stopping")
             over = tasks.create_task(self._tell_the_end(), name="tell the end")
             moving = tasks.create_task(self._move_records(), name="move records")
-            ends: set[asyncio.Future[Any]] = {stop, over, self.journal.broken}
+            ends: set[asyncio.Future[Any]] = {stop, over, self.journal.broken, fault}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             for task in (ticking, stop, over, moving):
                 task.cancel()
-            if self.journal.broken.done():
-                self.journal.broken.result()
+            for failed in (self.journal.broken, fault):
+                if failed.done():
+                    failed.result()
         log.info("buffer ends: %s", "the run is over" if self.state.finished else "asked to stop")
 
     def _gauges(self) -> dict[str, float]:

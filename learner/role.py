@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import torch
 
 from atpo_async.config import Config
+from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.errors import SetupError
 from atpo_async.links import ports
 from atpo_async.links.client import Client
@@ -15,8 +16,10 @@ from atpo_async.ops.role import RoleContext
 from atpo_async.run.metrics import MetricsWriter
 from atpo_async.run.rundir import RunDir
 from atpo_async.status import waits
+from atpo_async.transports.registry import make_transport
 from atpo_async.wire.messages import BufferToLearner
 from learner.loop import Learner
+from learner.loss.loading import load_correction, load_surrogate
 from learner.policy.model import load_policy, make_accelerator
 from learner.torch_thread import TorchThread
 from learner.training.trainer import Trainer
@@ -30,6 +33,11 @@ async def _opened(ctx: RoleContext, thread: TorchThread) -> AsyncIterator[Learne
     config, rundir = ctx.config, ctx.rundir
     if rundir is None:
         raise SetupError("the learner needs the run's folder")
+    # Before the model, which may take minutes to load: what a user has named wrong is said at once.
+    credit_rule(config.credit)
+    load_surrogate(config.objective)
+    load_correction(config)
+    transport = make_transport(config.weights)
     waits.phase("loading its model", starting=True)
     trainer: Trainer = await thread(_load, config, rundir)
     rank = trainer.accelerator.process_index
@@ -38,7 +46,11 @@ async def _opened(ctx: RoleContext, thread: TorchThread) -> AsyncIterator[Learne
         publisher = metrics = None
         if rank == 0:
             store = WeightsStore(
-                run=ctx.run_id, fallback=rundir.scratch, settings=config.weights, precision=config.model.dtype
+                run=ctx.run_id,
+                fallback=rundir.scratch,
+                settings=config.weights,
+                precision=config.model.dtype,
+                transport=transport,
             )
             publisher = await stack.enter_async_context(
                 Publisher(

@@ -871,3 +871,24 @@ async def test_a_taken_port_is_an_error_that_names_it(peers: Peers) -> None:
     with pytest.raises(SetupError, match=rf"links\.learner_port = {port} is in use .* by process {os.getpid()} "):
         async with service:
             pass
+
+
+def fails_on_two_turns(arrays: Any, values: np.ndarray, root_value: float) -> np.ndarray:
+    """An advantage mode that passes the trial before the run, whose tree has four turns."""
+    if len(arrays) == 2:
+        raise KeyError("no such turn")
+    return values - root_value
+
+
+async def test_the_buffer_ends_with_a_users_credit_mode_that_fails() -> None:
+    name = f"{__name__}:fails_on_two_turns"
+    async with running(configured(credit={"advantage_mode": name})) as peers:
+        await peers.tell(published())
+        ended = asyncio.create_task(peers.service.serve())
+        for message in grown((await peers.leases(1))[0]):
+            await peers.actor.send(message)
+        with pytest.raises(ExceptionGroup) as caught:
+            await asyncio.wait_for(ended, SOON_S)
+    assert caught.group_contains(
+        SetupError, match=f"credit.advantage_mode = '{name}' failed on a tree of 2 turns: KeyError: 'no such turn'"
+    )

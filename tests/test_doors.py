@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ def door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door[Any]]
         "def nothing(x): pass\n"
         "def fails(x): raise ValueError('no such size')\n"
         "async def later(x): pass\n"
+        "def typed(x, *, size: int = 1, note: 'str | None' = None): return x * size\n"
     )
     (tmp_path / "broken_of_this_test.py").write_text("import a_module_that_nobody_has\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -87,22 +89,30 @@ def test_options_are_bound_by_name(door: Door[Any]) -> None:
         ("two_words", {}, "is unknown"),
         ("_shared", {}, "is unknown"),
         ("mine:", {}, "is unknown"),
+        ("mine_of_this_test.tripled", {}, "did you mean mine_of_this_test:tripled?"),
+        ("./shapes/mine.py:tripled", {}, "did you mean shapes.mine:tripled?"),
+        ("mine.py:tripled", {}, "did you mean mine:tripled?"),
+        ("__main__:tripled", {}, "cannot see what a script or a notebook defines: put it into a module"),
+        ("mine_of_this_test:tripped", {}, "has no 'tripped'; did you mean mine_of_this_test:tripled?"),
         ("a b:c", {}, "is unknown"),
         ("mine_of_this_test:absent", {}, "has no 'absent'"),
-        ("mine_of_this_test:number", {}, r"is not callable \(int\): 'number'"),
+        ("mine_of_this_test:number", {}, "has no function or class, but an int, as 'number'"),
         (
             "mine_of_this_test:greedy",
             {},
             r"a shape is called as \(x, \*\*options\), mine_of_this_test:greedy takes \(\)",
         ),
         ("plain", {"by": 3}, "unexpected keyword argument 'by'"),
+        ("mine_of_this_test:typed", {"size": "big"}, "its option 'size' is int, not str 'big'"),
+        ("mine_of_this_test:typed", {"size": True}, "its option 'size' is int, not bool True"),
+        ("mine_of_this_test:typed", {"note": 1.5}, "its option 'note' is str, not float 1.5"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name_with_what_would(
     door: Door[Any], name: str, options: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        door.load(name, options)
+        dataclasses.replace(door, parts=()).load(name, options)
 
 
 @pytest.mark.parametrize(
@@ -121,3 +131,34 @@ def test_a_factory_that_fails_or_returns_something_else_is_refused_with_the_prot
 ) -> None:
     with pytest.raises(error, match=said):
         door.make(name, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mine_of_this_test:later", r"is async \(async def\): a shape is called and not awaited"),
+        ("mine_of_this_test:Thing", "is a class: a shape is a function, or an object that is called like one"),
+    ],
+)
+def test_a_function_is_neither_async_nor_a_class(door: Door[Any], name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        dataclasses.replace(door, parts=()).load(name)
+
+
+def test_a_class_whose_methods_are_not_async_is_refused_before_it_is_made(door: Door[Any], tmp_path: Path) -> None:
+    (tmp_path / "plain_of_this_test.py").write_text(
+        "class Slow:\n    def __init__(self, x): 1 / 0\n    def part(self): pass"
+    )
+    with pytest.raises(ConfigError, match="Slow is not a shape: part must be async"):
+        dataclasses.replace(door, coroutines=("part",)).make("plain_of_this_test:Slow", 1)
+
+
+def test_a_module_or_factory_that_changes_the_working_folder_changes_it_for_nobody_else(
+    door: Door[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mover_of_this_test.py").write_text(
+        "import os\nos.chdir('/')\nclass Mover:\n    part = 1\n    def __init__(self, x): os.chdir('/')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    door.make("mover_of_this_test:Mover", 1)
+    assert Path.cwd() == tmp_path

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from atpo_async.api import machine, notes
+from atpo_async.api import machine, notes, own_parts
 from atpo_async.api.beginning import Beginning, beginning
 from atpo_async.api.policy import ensure_policy
 from atpo_async.config import Config, resolved
@@ -113,8 +113,9 @@ def train_to_the_end(config: Config, *, console: Console, again: str, begin_from
 
 def _train(begun: Beginning, console: Console, *, again: str) -> Trained:
     machine.check_machine(begun.checked)
-    machine.check_model(begun.checked)
     metrics_sinks.check(begun.config)
+    own_parts.check(begun.config, say=lambda line: console.print(f"note: {line}", markup=False))
+    machine.check_model(begun.checked)  # the last: it may fetch one
     goes_on = begun.known is not None and not begun.anew
     policy = ensure_policy(begun.config, console)
     check_positions(Path(policy.model.path), policy.model.max_context_tokens)

@@ -17,7 +17,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from atpo_async.api import machine
+from atpo_async.api import machine, own_parts
 from atpo_async.cli.common import EXIT_DONE, EXIT_FAILED, LAYERS, Asked, demo_config
 from atpo_async.config import Config, load
 from atpo_async.core.errors import ConfigError, SetupError
@@ -127,6 +127,7 @@ def findings_of_run(config: Config) -> list[Finding]:
     found.append(_checked("environment", config.environment.name, machine.check_environment, config))
     others = (
         ("packages", machine.check_packages),
+        ("your own parts", own_parts.check),
         ("launcher", machine.check_launch),
         ("links", machine.check_links),
         ("journal", machine.check_journal_dir),

@@ -12,6 +12,7 @@ from atpo_async.core.doors import Door
 
 ENVIRONMENT: Door[Any] = Door(
     field="environment.name",
+    options="environment.options",
     what="an environment",
     protocol='docs/extending.md, "Environment" (the mixin ReplayFork of atpo_async.environments.base brings replay)',
     built_in={"hopqa": "atpo_async.environments.hopqa.environment:make"},
@@ -21,6 +22,7 @@ ENVIRONMENT: Door[Any] = Door(
 
 STRATEGY: Door[Any] = Door(
     field="search.strategy",
+    options="search.strategy_options",
     what="an expansion strategy",
     protocol='docs/extending.md, "Expansion strategy"',
     package="actors.expansion.strategies",
@@ -30,6 +32,7 @@ STRATEGY: Door[Any] = Door(
 
 VALUE_MODE: Door[Any] = Door(
     field="credit.value_mode",
+    options="credit.value_options",
     what="a value mode",
     protocol='docs/extending.md, "Credit"',
     package="atpo_async.core.credit.value_modes",
@@ -39,6 +42,7 @@ VALUE_MODE: Door[Any] = Door(
 
 ADVANTAGE_MODE: Door[Any] = Door(
     field="credit.advantage_mode",
+    options="credit.advantage_options",
     what="an advantage mode",
     protocol='docs/extending.md, "Credit"',
     package="atpo_async.core.credit.advantage_modes",
@@ -48,6 +52,7 @@ ADVANTAGE_MODE: Door[Any] = Door(
 
 SURROGATE: Door[Any] = Door(
     field="objective.surrogate",
+    options="objective.surrogate_options",
     what="a surrogate",
     protocol='docs/extending.md, "Surrogate"',
     package="learner.loss.surrogates",
@@ -58,6 +63,7 @@ SURROGATE: Door[Any] = Door(
 
 CORRECTION: Door[Any] = Door(
     field="correction.action",
+    options="correction.action_options",
     what="a correction",
     protocol='docs/extending.md, "Correction"',
     package="learner.loss.corrections",
@@ -67,6 +73,7 @@ CORRECTION: Door[Any] = Door(
 
 SAMPLING: Door[Any] = Door(
     field="buffer.sampling",
+    options="buffer.sampling_options",
     what="a sampling",
     protocol='docs/extending.md, "Buffer sampling"',
     package="buffer.sampling",
@@ -77,6 +84,7 @@ SAMPLING: Door[Any] = Door(
 
 TRANSPORT: Door[Any] = Door(
     field="weights.transport",
+    options="weights.transport_options",
     what="a weight transport",
     protocol='docs/extending.md, "Weight transport"',
     built_in={
@@ -89,6 +97,7 @@ TRANSPORT: Door[Any] = Door(
 
 ENGINE: Door[Any] = Door(
     field="actor.engine",
+    options="actor.engine_options",
     what="an engine",
     protocol='docs/extending.md, "Engine"',
     built_in={
@@ -103,6 +112,7 @@ ENGINE: Door[Any] = Door(
 
 LAUNCHER: Door[Any] = Door(
     field="supervisor.launcher",
+    options="supervisor.launcher_options",
     what="a launcher",
     protocol='docs/extending.md, "Launcher"',
     built_in={"processes": "atpo_async.ops.launchers.processes:ProcessLauncher"},

@@ -7,21 +7,24 @@ ones lie: one module each in ``package`` (``mine.py`` there *is* the built-in ``
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from atpo_async.core.calls import is_async, methods_not_async, misfit
 from atpo_async.core.errors import AtpoError, ConfigError, SetupError
-from atpo_async.core.texts import of_error
+from atpo_async.core.texts import of_error, of_type
 
 T = TypeVar("T")
 Option = bool | int | float | str
@@ -40,6 +43,8 @@ class Door(Generic[T]):
     """For messages, with its article: ``a surrogate``."""
     protocol: str
     """Where its protocol is documented: ``docs/extending.md, "Surrogate"``."""
+    options: str = ""
+    """Dotted path of the field with its options: ``objective.surrogate_options``; empty where each name has its own."""
     package: str = ""
     attribute: str = ""
     hyphens: bool = False
@@ -50,7 +55,7 @@ class Door(Generic[T]):
     call: tuple[str, ...] = ()
     """What it is called with, by position; ``**options`` come on top."""
     parts: tuple[str, ...] = ()
-    """Attributes of what ``make`` returns."""
+    """Attributes of what ``make`` returns; empty for a door whose functions are called themselves (``load``)."""
     coroutines: tuple[str, ...] = ()
     """Those of ``parts`` that are awaited, and so must be ``async def``."""
 
@@ -82,8 +87,13 @@ class Door(Generic[T]):
         if name in self._modules():
             return f"{self.package}.{name.replace('-', '_') if self.hyphens else name}:{self.attribute}"
         module, colon, attribute = name.partition(":")
-        if not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
-            near = difflib.get_close_matches(name, self.choices(), n=1, cutoff=0.7)
+        if module == "__main__" and colon:
+            raise ConfigError(
+                f"{self.field} = {name!r}: the processes of a run cannot see what a script or a notebook defines: put "
+                "it into a module in the working folder, and name it 'module:name'"
+            )
+        if not (colon and attribute.isidentifier() and _is_module(module)) or module.endswith(".py"):
+            near = difflib.get_close_matches(name, self.choices(), n=1, cutoff=0.7) or _written_otherwise(name)
             meant = f"did you mean {near[0]}?  Known" if near else "known"
             raise ConfigError(
                 f"{self.field} = {name!r} is unknown; {meant}: {', '.join(self.choices())}, "
@@ -98,8 +108,7 @@ class Door(Generic[T]):
             ConfigError: there is none of that name, or it cannot be called as this door calls it.
             SetupError: its module cannot be imported.
         """
-        found = self.imported(name)
-        self._check_call(name, found, options or {})
+        found = self.offered(name, options)
         return functools.partial(found, **options) if options else found  # type: ignore[return-value]
 
     def make(self, name: str, *args: Any, options: Mapping[str, Option] | None = None) -> T:
@@ -109,16 +118,28 @@ class Door(Generic[T]):
             ConfigError: there is none of that name, it does not take these, or what it returns lacks a part.
             SetupError: its module cannot be imported, or it fails.
         """
-        factory = self.imported(name)
-        self._check_call(name, factory, options or {})
+        factory = self.offered(name, options)
         try:
-            made = factory(*args, **(options or {}))
+            with _working_folder_stays():
+                made = factory(*args, **(options or {}))
         except AtpoError:
             raise
         except BaseException as exc:  # exit() too
             raise SetupError(f"{self.field} = {name!r} could not be made: {of_error(exc)}") from exc
         self._check_made(name, made)
         return made  # type: ignore[no-any-return]
+
+    def offered(self, name: str, options: Mapping[str, Option] | None = None) -> Callable[..., Any]:
+        """The function, class or factory of that name, checked as far as it can be without being called.
+
+        Raises:
+            ConfigError: there is none of that name, it is of another kind, or it cannot be called as this door does.
+            SetupError: its module cannot be imported.
+        """
+        found = self.imported(name)
+        self._check_kind(name, found)
+        self._check_call(name, found, options or {})
+        return found
 
     def imported(self, name: str) -> Callable[..., Any]:
         """The function, class or factory of that name, not called yet.
@@ -132,7 +153,8 @@ class Door(Generic[T]):
         if target != name:
             _import_ours(module_name.partition(".")[0])
         try:
-            module = importlib.import_module(module_name)
+            with _working_folder_stays():
+                module = importlib.import_module(module_name)
         except BaseException as exc:  # a user's module may fail in any way while it is imported, and exit() too
             raise SetupError(
                 f"{self.field} = {name!r}: module {module_name!r} cannot be imported: {of_error(exc)}{shadowed()}"
@@ -140,11 +162,39 @@ class Door(Generic[T]):
         found = getattr(module, attribute, None)
         if not callable(found):
             where = getattr(module, "__file__", None) or "no file"
-            state = "has no" if found is None else f"is not callable ({type(found).__name__}):"
+            state = "has no" if found is None else f"has no function or class, but {_article(of_type(found))}, as"
+            near = difflib.get_close_matches(attribute, [n for n in vars(module) if n[0] != "_"], n=1, cutoff=0.7)
+            meant = f"; did you mean {module_name}:{near[0]}?" if near and found is None else ""
             raise ConfigError(
-                f"{self.field} = {name!r}: module {module_name!r} ({where}) {state} {attribute!r}{shadowed()}"
+                f"{self.field} = {name!r}: module {module_name!r} ({where}) {state} {attribute!r}{meant}{shadowed()}"
             )
         return found  # type: ignore[no-any-return]
+
+    def _check_kind(self, name: str, found: Callable[..., Any]) -> None:
+        """Raises ConfigError for a class where a function is called, and for what is async and must not be."""
+        if self.parts and is_async(found):
+            raise ConfigError(
+                f"{self.field} = {name!r}: its factory is async; make it a plain function, and await later what must be"
+            )
+        if self.parts and inspect.isclass(found):
+            self._refuse_plain(name, found, methods_not_async(found, self.coroutines))
+        if not self.parts and is_async(found):
+            raise ConfigError(
+                f"{self.field} = {name!r} is async (async def): {self.what} is called and not awaited; make it a plain "
+                f"function; see {self.protocol}"
+            )
+        if not self.parts and inspect.isclass(found):
+            raise ConfigError(
+                f"{self.field} = {name!r} is a class: {self.what} is a function, or an object that is called like one; "
+                f"make such an object in the module and give its name; see {self.protocol}"
+            )
+
+    def _refuse_plain(self, name: str, kind: type, plain: list[str]) -> None:
+        if plain:
+            raise ConfigError(
+                f"{self.field} = {name!r}: {kind.__name__} is not {self.what}: {', '.join(plain)} must be async "
+                f"(async def); see {self.protocol}"
+            )
 
     def _check_call(self, name: str, found: Callable[..., Any], options: Mapping[str, Option]) -> None:
         """Raises ConfigError where ``found(*call, **options)`` cannot be called like that."""
@@ -163,6 +213,8 @@ class Door(Generic[T]):
                 f"{self.field} = {name!r} with options {dict(options)!r}: {exc}; {self.what} is called as ({called}), "
                 f"{self.target(name)} takes ({takes}); see {self.protocol}"
             ) from None
+        if wrong := misfit(found, options):
+            raise ConfigError(f"{self.field} = {name!r} with options {dict(options)!r}: {wrong}")
 
     def _check_made(self, name: str, made: object) -> None:
         if inspect.isawaitable(made):
@@ -179,12 +231,7 @@ class Door(Generic[T]):
                 f"{self.field} = {name!r}: {type(made).__name__} is not {self.what}: it lacks {', '.join(missing)}; "
                 f"see {self.protocol}"
             )
-        plain = [part for part in self.coroutines if not is_async(getattr(made, part))]
-        if plain:
-            raise ConfigError(
-                f"{self.field} = {name!r}: {type(made).__name__} is not {self.what}: {', '.join(plain)} must be async "
-                f"(async def); see {self.protocol}"
-            )
+        self._refuse_plain(name, type(made), [p for p in self.coroutines if not is_async(getattr(made, p))])
 
 
 def _folders(root: str) -> Iterable[str | Path]:
@@ -219,12 +266,36 @@ def _import_ours(root: str) -> None:
         )
 
 
-def is_async(method: object) -> bool:
-    """Whether it is declared with ``async def``, also where it is bound, partly applied, or an object with an async
-    ``__call__``."""
-    while isinstance(method, functools.partial):
-        method = method.func
-    return inspect.iscoroutinefunction(method) or inspect.iscoroutinefunction(getattr(method, "__call__", None))  # noqa: B004
+def _is_module(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
+
+
+def _written_otherwise(name: str) -> list[str]:
+    """``losses:sapo`` for ``losses.sapo``, ``losses.py:sapo`` and ``./losses.py:sapo``."""
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        module, _, attribute = name.rpartition(".")
+    meant = module.removesuffix(".py").removeprefix("./").replace("/", ".")
+    return [f"{meant}:{attribute}"] if attribute.isidentifier() and _is_module(meant) else []
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+@contextlib.contextmanager
+def _working_folder_stays() -> Iterator[None]:
+    """A user's module may change the working folder; relative paths of the run stay what they are."""
+    try:
+        before = os.getcwd()
+    except OSError:  # it was deleted
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.chdir(before)
 
 
 def _has(made: object, part: str) -> bool:

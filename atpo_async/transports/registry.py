@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from atpo_async.config import WeightsConfig
 from atpo_async.config.doors import TRANSPORT
-from atpo_async.core.doors import is_async
+from atpo_async.core.calls import is_async
 from atpo_async.core.errors import ConfigError
 from atpo_async.transports.base import Receiver, ReceiverContext, Sender, SenderContext, Transport
 from atpo_async.transports.chain import Chain, auto

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from atpo_async.core.errors import BadMessage
+from atpo_async.core.errors import BadMessage, SetupError
 from atpo_async.core.tree import Turn
 from atpo_async.run.metrics import read_metrics
 from atpo_async.run.rundir import RunDir
@@ -73,6 +73,9 @@ class ActorHandler:
             self._take(peer, message, now, frames)
         except BadMessage as exc:
             self._context.note_refusal(peer, message, exc)
+            raise
+        except SetupError as exc:
+            self._context.end_with(exc)
             raise
         return None
 

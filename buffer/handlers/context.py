@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from atpo_async.config import Config
-from atpo_async.core.errors import BadMessage
+from atpo_async.core.errors import BadMessage, SetupError
 from buffer.handlers.changes import Changes
 from buffer.journal.journal import Journal
 from buffer.metrics_file import MetricsFile
@@ -32,6 +33,13 @@ class HandlerContext:
     changes: Changes
     clock: Callable[[], float]
     num_refused: int = 0
+    fault: asyncio.Future[None] | None = None
+    """Fails with what only the user can mend, a credit mode that raises: the buffer ends with it."""
+
+    def end_with(self, error: SetupError) -> None:
+        """The same would happen at every attempt: end the buffer."""
+        if self.fault is not None and not self.fault.done():
+            self.fault.set_exception(error)
 
     def check_run(self, message: Any) -> None:
         """Raises BadMessage for a message of another run."""

@@ -12,6 +12,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from atpo_async.core.doors import Door, Option
 from atpo_async.core.errors import ConfigError
+from atpo_async.core.texts import of_value
 
 
 class Section(BaseModel):
@@ -45,7 +46,21 @@ class named:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Adds the check of the name to the check of the type."""
-        return core_schema.no_info_after_validator_function(self._known, handler(source))
+        known = core_schema.no_info_after_validator_function(self._known, handler(source))
+        return core_schema.no_info_before_validator_function(self._is_no_object, known)
+
+    def _is_no_object(self, value: Any) -> Any:
+        """A program may give a function where its name belongs."""
+        if value is None or isinstance(value, str | int | float | list | tuple | dict):
+            return value
+        module, name = (getattr(value, part, "") for part in ("__module__", "__qualname__"))
+        there = module not in ("", "__main__") and str(name).isidentifier()
+        way_out = f"give {f'{module}:{name}'!r}" if there else "put it into a module and give 'module:name'"
+        reason = (
+            f"{self.door.field} takes the name of {self.door.what} and no object ({of_value(value)}), which the "
+            f"processes of a run could not see: {way_out}"
+        )
+        raise PydanticCustomError("door", "{reason}", {"reason": reason})
 
     def _known(self, name: str) -> str:
         try:
