@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 # Before torch, vLLM and transformers are imported, here and in every process a test starts.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,6 +28,10 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 # A shell that starts the suite in the background has it, and whatever the tests start, ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# On a busy machine a call may take any time.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 SESSION_TAG = "ATPO_TEST_SESSION"
 # Inherited by whatever the tests start, and readable from outside after its parents are gone.

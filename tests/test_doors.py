@@ -162,3 +162,11 @@ def test_a_module_or_factory_that_changes_the_working_folder_changes_it_for_nobo
     monkeypatch.chdir(tmp_path)
     door.make("mover_of_this_test:Mover", 1)
     assert Path.cwd() == tmp_path
+
+
+def test_what_is_not_awaited_must_not_be_async(door: Door[Any], tmp_path: Path) -> None:
+    (tmp_path / "eager_of_this_test.py").write_text(
+        "class Eager:\n    def __init__(self, x): ...\n    async def part(self): ..."
+    )
+    with pytest.raises(ConfigError, match="Eager is not a shape: part must not be async, for nothing awaits it"):
+        dataclasses.replace(door, plain=("part",)).offered("eager_of_this_test:Eager")

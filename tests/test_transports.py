@@ -16,10 +16,10 @@ import torch
 
 from actors.weights.fetcher import WeightsFetcher
 from atpo_async.config import LinksConfig, WeightsConfig
-from atpo_async.core.errors import ConfigError, WeightsRejected
+from atpo_async.core.errors import ConfigError, SetupError, WeightsRejected
 from atpo_async.links.announcements import Listener
 from atpo_async.links.client import Client
-from atpo_async.transports.base import TransportUnavailable
+from atpo_async.transports.base import OfferedVersion, Sender, SenderContext, TransportUnavailable
 from atpo_async.transports.registry import make_transport
 from atpo_async.wire.messages import LearnerToActor, WeightsAnnounced
 from learner.weights import files
@@ -313,3 +313,36 @@ def test_the_example_of_a_transport_is_no_longer_than_the_page_promises() -> Non
     lines = [line for line in textwrap.dedent(SHARED_FOLDER).splitlines() if line.strip()]
     assert len(lines) <= 30
     assert make_transport(WeightsConfig()) is not None
+
+
+class NeverReady:
+    """A transport whose sender cannot be made, or has an offer that nothing would await."""
+
+    def __init__(self, *, fails: bool) -> None:
+        self._fails = fails
+
+    def sender(self, context: SenderContext) -> Sender:
+        if self._fails:
+            raise OSError("no route to the store")
+
+        class Later(Sender):
+            async def offer(self, version: OfferedVersion) -> None: ...  # type: ignore[override]
+
+        return Later()
+
+    def receiver(self, context: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("fails", "error", "said"),
+    [
+        (True, SetupError, r"its sender\(\) failed: OSError: no route to the store"),
+        (False, ConfigError, r"Later\.offer must not be async"),
+    ],
+)
+def test_a_sender_that_cannot_be_made_or_is_async_is_refused_with_its_field(
+    fails: bool, error: type[Exception], said: str
+) -> None:
+    transport = make_transport(settings_of(f"{__name__}:NeverReady", {"fails": fails}))
+    with pytest.raises(error, match=f"^weights.transport = '{__name__}:NeverReady': {said}"):
+        transport.sender(SenderContext(run="r", settings=WeightsConfig()))

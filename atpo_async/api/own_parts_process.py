@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from atpo_async.config import Config, get, load
-from atpo_async.config.credit_rule import credit_rule
+from atpo_async.config.credit_rule import try_credit
 from atpo_async.config.doors import (
     ADVANTAGE_MODE,
     CORRECTION,
@@ -74,7 +74,7 @@ def look_at(config: Config, about: Callable[[str], None]) -> None:
         about(f"{door.field} = {name!r}")
         found = door.offered(name, options)
         if door is ADVANTAGE_MODE or (door is VALUE_MODE and ":" not in config.credit.advantage_mode):
-            credit_rule(config.credit)  # tries both, once both are there
+            try_credit(config.credit)  # tries both, once both are there
         if door is CORRECTION:
             traits = declared(found, CorrectionTraits())
             try:

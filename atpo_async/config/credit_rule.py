@@ -11,13 +11,13 @@ from atpo_async.core.errors import SetupError
 
 
 def credit_rule(settings: CreditConfig) -> CreditRule:
-    """Buffer and learner make it once, when they start: a user's own mode is imported and tried here.
+    """Buffer and learner make it once, when they start: a user's own mode is imported here.
 
     Raises:
         ConfigError: there is no such mode, or it cannot be called as one.
-        SetupError: its module cannot be imported, or what it returns for a small tree is no credit.
+        SetupError: its module cannot be imported.
     """
-    rule = CreditRule(
+    return CreditRule(
         value_mode=VALUE_MODE.load(settings.value_mode, settings.value_options),
         advantage_mode=ADVANTAGE_MODE.load(settings.advantage_mode, settings.advantage_options),
         normalise=settings.normalise_leaves,
@@ -26,13 +26,12 @@ def credit_rule(settings: CreditConfig) -> CreditRule:
         value_setting=f"credit.value_mode = {settings.value_mode!r}",
         advantage_setting=f"credit.advantage_mode = {settings.advantage_mode!r}",
     )
-    if ":" in settings.value_mode or ":" in settings.advantage_mode:
-        _try(rule)
-    return rule
 
 
-def _try(rule: CreditRule) -> None:
-    """Once before the run, for what would fail on every tree.  Raises SetupError."""
+def try_credit(settings: CreditConfig) -> None:
+    """Once before a run, for what would fail on every tree.  Raises as ``credit_rule``, and SetupError where what a
+    mode returns for a small tree is no credit."""
+    rule = credit_rule(settings)
     # Two first turns, of which one forks into two leaves.
     tree = TreeArrays(
         parent=np.array([-1, -1, 0, 0]),

@@ -80,6 +80,7 @@ SAMPLING: Door[Any] = Door(
     attribute="make",
     call=("exponent",),
     parts=("put", "remove", "probability", "draw"),
+    plain=("put", "remove", "probability", "draw"),
 )
 
 TRANSPORT: Door[Any] = Door(
@@ -93,6 +94,7 @@ TRANSPORT: Door[Any] = Door(
     },
     words=("auto",),
     parts=("sender", "receiver"),
+    plain=("sender", "receiver"),
 )
 
 ENGINE: Door[Any] = Door(
@@ -117,6 +119,8 @@ LAUNCHER: Door[Any] = Door(
     protocol='docs/extending.md, "Launcher"',
     built_in={"processes": "atpo_async.ops.launchers.processes:ProcessLauncher"},
     parts=("start", "kill", "usage", "memory_mb"),
+    coroutines=("start", "kill"),
+    plain=("usage", "memory_mb"),
 )
 
 SINK: Door[Any] = Door(
@@ -127,6 +131,7 @@ SINK: Door[Any] = Door(
     attribute="open_sink",
     call=("run",),
     parts=("write", "close"),
+    plain=("write", "close"),
 )
 
 DOORS: tuple[Door[Any], ...] = (

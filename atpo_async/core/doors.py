@@ -59,6 +59,9 @@ class Door(Generic[T]):
     coroutines: tuple[str, ...] = ()
     """Those of ``parts`` that are awaited, and so must be ``async def``."""
 
+    plain: tuple[str, ...] = ()
+    """Those of ``parts`` that are called and not awaited, and so must not be ``async def``."""
+
     def names(self) -> tuple[str, ...]:
         """Of the built-in ones, in order of the alphabet."""
         return tuple(sorted({*self.built_in, *self._modules()}))
@@ -178,6 +181,7 @@ class Door(Generic[T]):
             )
         if self.parts and inspect.isclass(found):
             self._refuse_plain(name, found, methods_not_async(found, self.coroutines))
+            self._refuse_async(name, found, found)
         if not self.parts and is_async(found):
             raise ConfigError(
                 f"{self.field} = {name!r} is async (async def): {self.what} is called and not awaited; make it a plain "
@@ -194,6 +198,14 @@ class Door(Generic[T]):
             raise ConfigError(
                 f"{self.field} = {name!r}: {kind.__name__} is not {self.what}: {', '.join(plain)} must be async "
                 f"(async def); see {self.protocol}"
+            )
+
+    def _refuse_async(self, name: str, kind: type, owner: object) -> None:
+        awaited = [part for part in self.plain if is_async(getattr(owner, part, None))]
+        if awaited:
+            raise ConfigError(
+                f"{self.field} = {name!r}: {kind.__name__} is not {self.what}: {', '.join(awaited)} must not be async, "
+                f"for nothing awaits it; see {self.protocol}"
             )
 
     def _check_call(self, name: str, found: Callable[..., Any], options: Mapping[str, Option]) -> None:
@@ -232,6 +244,7 @@ class Door(Generic[T]):
                 f"see {self.protocol}"
             )
         self._refuse_plain(name, type(made), [p for p in self.coroutines if not is_async(getattr(made, p))])
+        self._refuse_async(name, type(made), made)
 
 
 def _folders(root: str) -> Iterable[str | Path]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 from atpo_async.config import WeightsConfig
 from atpo_async.config.doors import TRANSPORT
 from atpo_async.core.calls import is_async
-from atpo_async.core.errors import ConfigError
+from atpo_async.core.errors import AtpoError, ConfigError, SetupError
+from atpo_async.core.texts import of_error
 from atpo_async.transports.base import Receiver, ReceiverContext, Sender, SenderContext, Transport
 from atpo_async.transports.chain import Chain, auto
 from atpo_async.transports.chunks import ChunkTransport
@@ -36,15 +38,25 @@ class _Checked:
         self._name = name
 
     def sender(self, context: SenderContext) -> Sender:
-        return self._half(self._transport.sender(context), Sender)
+        made = self._half(lambda: self._transport.sender(context), Sender)
+        if is_async(made.offer):
+            raise ConfigError(f"weights.transport = {self._name!r}: {type(made).__name__}.offer must not be async")
+        return made
 
     def receiver(self, context: ReceiverContext) -> Receiver:
-        made = self._half(self._transport.receiver(context), Receiver)
+        made = self._half(lambda: self._transport.receiver(context), Receiver)
         if not is_async(made.fetch):
             raise ConfigError(f"weights.transport = {self._name!r}: {type(made).__name__}.fetch must be async")
         return made
 
-    def _half(self, made: H, base: type[H]) -> H:
+    def _half(self, make: Callable[[], H], base: type[H]) -> H:
+        try:
+            made = make()
+        except AtpoError:
+            raise
+        except Exception as exc:
+            half = base.__name__.lower()
+            raise SetupError(f"weights.transport = {self._name!r}: its {half}() failed: {of_error(exc)}") from exc
         if not isinstance(made, base):
             raise ConfigError(
                 f"weights.transport = {self._name!r}: {base.__name__.lower()}() returned {type(made).__name__}, which "
