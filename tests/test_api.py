@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,15 @@ def test_a_run_that_fails_raises_its_reason(
 
     with pytest.raises(error, match=f"(?s){reason}"):
         asyncio.run(cell()) if in_a_loop else train(config, progress=False)
+
+
+def test_a_failure_is_not_shown_with_the_search_for_an_event_loop(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, "print('error: no end'); raise SystemExit(2)")
+    with pytest.raises(SetupError) as refused:
+        train(config, progress=False)
+    assert "no running event loop" not in "".join(traceback.format_exception(refused.value))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------

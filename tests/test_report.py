@@ -20,7 +20,7 @@ from atpo_async.report import charts
 from atpo_async.report.charts import Axes, Line, ticks
 from atpo_async.report.facts import facts, failures, series, wait_share
 from atpo_async.report.learning_curve import write_figure
-from atpo_async.report.page import write_report
+from atpo_async.report.page import page, write_report
 from atpo_async.report.progress import Progress, RunState, duration, panel, plain
 from atpo_async.report.tree_drawing import draw_tree
 from atpo_async.report.tree_samples import TreeTurn, append_tree_sample, choose, read_tree_samples
@@ -79,6 +79,16 @@ def test_the_facts_follow_from_the_records(trained: RunDir) -> None:
     assert (found.lag_mean, found.lag_max) == (1.0, 2.0)
     assert found.memory_mb == {"buffer": 300.0}
     assert "0.9 sampled success (mean of three steps) 10 s after the first lease, at step 5" in found.lines()
+
+
+def test_success_at_the_start_and_at_the_end_is_the_same_measure(tmp_path: Path) -> None:
+    run = RunDir.create(build({"run": {"dir": str(tmp_path), "name": "r"}}))
+    records = [record(n, step=n, train__success=v) for n, v in enumerate((0.0, 0.6, 0.3, 0.9, 0.6, 0.9), start=1)]
+    (line,) = (line for line in facts(run, records).lines() if "in training" in line)
+    assert line == "sampled success in training, mean of the first → last three steps: 0.30 → 0.80"
+    shown = page(run, facts(run, records), records)
+    assert "0.30 → 0.80" in shown
+    assert "mean of the first → last three steps" in shown
 
 
 def test_without_a_first_lease_time_starts_at_the_first_record_of_a_working_role(tmp_path: Path) -> None:

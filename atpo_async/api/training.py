@@ -173,12 +173,19 @@ def _supervise(rundir: RunDir, console: Console) -> tuple[Outcome, str]:
 
 def _run(supervisor: Supervisor, *, say: Callable[[str], None]) -> Outcome:
     """Run in this thread; in a thread of its own where an event loop runs here already, as in a notebook."""
+    if _in_a_loop():
+        return _in_a_thread(supervisor, say=say)
+    with _signal_handlers_kept():
+        return asyncio.run(_under_signals(supervisor, say=say))
+
+
+def _in_a_loop() -> bool:
+    """Whether an event loop runs in this thread.  A function, so that no later error is shown with this one's."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        with _signal_handlers_kept():
-            return asyncio.run(_under_signals(supervisor, say=say))
-    return _in_a_thread(supervisor, say=say)
+        return False
+    return True
 
 
 async def _under_signals(supervisor: Supervisor, *, say: Callable[[str], None]) -> Outcome:

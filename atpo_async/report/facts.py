@@ -54,7 +54,8 @@ class Facts:
         """For the end of a run on the terminal."""
         found = []
         if self.smooth:
-            found.append(f"sampled success in training: {self.success[0].value:.2f} → {self.smooth[-1].value:.2f}")
+            first, last = self.smooth[0].value, self.smooth[-1].value
+            found.append(f"sampled success in training, mean of the first → last three steps: {first:.2f} → {last:.2f}")
         if self.evals:
             listed = ", ".join(f"{e.value:.3f} (step {e.step}{self._mixed(e.step)})" for e in self.evals)
             found.append(f"greedy success on held-out tasks: {listed}")

@@ -57,8 +57,8 @@ def _tiles(found: Facts) -> list[tuple[str, str]]:
     since = "first lease" if found.origin_is_lease else "first record"
     return [
         (
-            _pair(found.success[0].value, found.smooth[-1].value) if found.smooth else "–",
-            "sampled success, start → end",
+            _pair(found.smooth[0].value, found.smooth[-1].value) if found.smooth else "–",
+            "sampled success, mean of the first → last three steps",
         ),
         (_pair(found.evals[0].value, found.evals[-1].value, 3) if found.evals else "–", "greedy success, held-out"),
         (
