@@ -991,6 +991,14 @@ def test_the_supervisor_learns_whether_another_attempt_may_help(folder: Path, er
     assert json.loads(file.read_text()) == {"code": code, "error": "tcp://x:1"}
 
 
+def test_a_rank_that_loses_its_peer_does_not_hide_what_the_user_can_mend_there(folder: Path) -> None:
+    file = folder / "said"
+    env = {"ATPO_SUPERVISOR_PID": str(os.getpid()), "ATPO_ERROR_FILE": str(file)}
+    for error in ("SetupError('no such loss')", "PeerLost('connection closed by peer')"):
+        run_role(f"raise errors.{error}", joined(folder), **env)
+    assert json.loads(file.read_text()) == {"code": EXIT_USER, "error": "no such loss"}
+
+
 def test_a_role_in_a_run_folder_takes_its_configuration_from_there(folder: Path) -> None:
     run = RunDir.create(load(config_file(folder)))
     refused = run_role("pass", [str(run.path)])

@@ -141,9 +141,20 @@ def _say(error: BaseException, *, supervised: bool, debug: bool) -> int:
     code = exit_code(error) if supervised or not isinstance(error, AtpoError) else EXIT_USER
     if supervised and ERROR_FILE in os.environ:
         # A program in between (accelerate) changes the exit code, and an engine may write to the log after us.
+        file = Path(os.environ[ERROR_FILE])
         with contextlib.suppress(OSError):
-            write_atomic(Path(os.environ[ERROR_FILE]), json.dumps({"code": code, "error": text}))
+            if code == EXIT_USER or not _is_for_the_user(file):
+                write_atomic(file, json.dumps({"code": code, "error": text}))
     return code
+
+
+def _is_for_the_user(error_file: Path) -> bool:
+    """Whether another rank of this role has ended with what only the user can mend.  That this rank then loses its peer
+    is no reason of its own."""
+    try:
+        return bool(json.loads(error_file.read_text(encoding="utf-8"))["code"] == EXIT_USER)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
