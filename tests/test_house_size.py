@@ -20,7 +20,7 @@ PRIVATE_WORDS = {
     r"\brooms\b": "modules, or parts",
     r"\bstations?\b": "kill point",
     r"\bholdings?\b": "trees",
-    r"\bblames? nobody\b": "no role is restarted",
+    r"\b(whoever|somebody|nobody)\b": "which role, process or user it is",
 }
 """Words that need this project's history to be understood -> what is said instead."""
 
