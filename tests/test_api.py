@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,6 +142,11 @@ def test_a_metric_that_nobody_reported_is_refused_with_the_one_that_may_be_meant
     metrics = open_run(old_run).metrics
     with pytest.raises(KeyError, match=r"no metric 'train/rewrad' in run .*; did you mean 'train/reward'\?"):
         metrics["train/rewrad"]
+    with pytest.raises(KeyError, match=r"no metric 'loss' in run .*; did you mean 'train/loss'\?"):
+        metrics["loss"]
+    with pytest.raises(KeyError, match=r"no metric 3 in run .* names are in it"):
+        metrics[3]  # type: ignore[index]
+    assert re.fullmatch(r"<Metrics of run .*: \d+ names: train/\w+, train/.*, …>", repr(metrics))
     with pytest.raises(KeyError, match=f"no metric 'zzz' in run .*; {len(metrics)} names are in it"):
         metrics["zzz"]
     with pytest.raises(KeyError, match=r"'trainer' reported nothing in run .*; there are .*learner"):
@@ -285,6 +291,66 @@ def test_what_is_not_there_is_refused_in_one_line(config: Config, call: Any, err
         call()
     assert "\n" not in str(refused.value)
     assert not Path("runs").exists()
+
+
+untyped: Any = atpo_async
+"""The door as a program calls it that is not type-checked."""
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (
+            lambda: untyped.train({"run": {"steps": 3}}),
+            r"^train\(\) takes a Config, a path or a list of paths, got dict \{'run': \{'steps': 3\}\}; values go on "
+            r"top by section: train\('a\.toml', run=\{'steps': 20\}\)$",
+        ),
+        (lambda: untyped.train({}), r"^train\(\) takes .*, got dict \{\}; values go on top"),
+        (lambda: untyped.train([]), r"^train\(\) takes .*, got a list without any; leave it out for the defaults$"),
+        (lambda: untyped.train(3), r"^train\(\) takes .*, got int 3$"),
+        (lambda: untyped.train(None), r"^train\(\) takes .*, got None$"),
+        (lambda: untyped.train(["a.toml", None]), r"^train\(\) takes .*, got a list that holds None$"),
+        (
+            lambda: untyped.train(Config(), progress="loud"),
+            r"^train\(progress=…\) takes True or False, got str 'loud'; True",
+        ),
+        (lambda: untyped.train(Config(), begin_from=3), r"^train\(begin_from=…\) takes 'RUN' or .*, got int 3$"),
+        (lambda: untyped.load(3), r"^load\(\) takes .*, got int 3$"),
+        (lambda: untyped.evaluate(3), r"^evaluate\(\) takes a Run, or the path of .*, got int 3$"),
+        (lambda: untyped.evaluate({}), r"^evaluate\(\) takes a Run, .*, got dict \{\}$"),
+        (
+            lambda: untyped.evaluate(Config()),
+            r"^evaluate\(\) takes a Run, .*; it goes second: evaluate\('runs/run', config\)$",
+        ),
+        (lambda: untyped.evaluate("model", 3), r"^evaluate\(\) takes a Config, a path or a list of paths, got int 3$"),
+        (lambda: untyped.open_run(None), r"^open_run\(\) takes the path of a run folder, got None$"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_in_one_line(config: Config, call: Any, line: str) -> None:
+    with pytest.raises(ConfigError, match=line) as refused:
+        call()
+    assert "\n" not in str(refused.value)
+    assert not Path("runs").exists()
+
+
+def done(config: Config) -> str:
+    """What is printed for a run whose steps are done, without its report."""
+    screen = io.StringIO()
+    train_to_the_end(config, console=Console(file=screen, soft_wrap=True), again="the same call")
+    return screen.getvalue()
+
+
+def test_settings_that_come_too_late_are_named_with_both_values(tmp_path: Path) -> None:
+    run = RunDir.create(build({"run": {"dir": tmp_path, "steps": 5}}))
+    (run.path / "model").mkdir()
+    checkpoint = run.checkpoints / "step-000005-v6"
+    checkpoint.mkdir()
+    assert "note:" not in done(run.config)
+    said = done(build({"run": {"dir": tmp_path, "steps": 5}, "staleness": {"trees_per_batch": 24}}))
+    before = run.config.staleness.trees_per_batch
+    assert f"no effect, as the run is done: staleness.trees_per_batch: {before} -> 24; train with them" in said
+    assert "(--run.name NEW), or go on with this one (--run.steps, more than 5)" in said
+    assert open_run(run.path).config == run.config
 
 
 # --- what is loaded ---------------------------------------------------------------------------------------------

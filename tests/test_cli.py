@@ -567,7 +567,10 @@ def test_addresses_are_read_with_and_without_their_scheme() -> None:
 
 def test_evaluating_what_is_neither_run_nor_model_is_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["eval", "nothing"]) == 2
-    assert said(capsys) == "nothing is neither a run folder (run.json) nor a model folder (config.json)"
+    assert said(capsys) == (
+        "nothing is neither a run folder (run.json) nor a model folder (config.json); "
+        "name the folder of a run: runs/<run.name>"
+    )
 
 
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, str]]:

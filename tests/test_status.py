@@ -19,6 +19,7 @@ import msgspec
 import pytest
 
 from atpo_async.cli import main
+from atpo_async.config import build
 from atpo_async.run import processes
 from atpo_async.run.rundir import RunDir
 from atpo_async.status import snapshot, waits
@@ -454,6 +455,24 @@ def test_what_is_no_run_is_one_line_with_the_way_out(
     assert err.count("\n") == 1
     assert f"{tmp_path / word} is no run folder" in err
     assert f"runs are {tmp_path / 'r'}" in err
+
+
+@pytest.mark.parametrize("words", [["status"], ["report"], ["eval"], ["train", "c.toml", "--from"]])
+def test_a_run_that_is_not_there_is_answered_with_near_names_then_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.toml").write_text("")
+    for age, name in enumerate(["zeta", "echo", "b", "c", "d", "e", "f", "g"]):
+        made = RunDir.create(build({"run": {"dir": "runs", "name": name}}))
+        os.utime(made.path / "run.json", (10_000 - age, 10_000 - age))
+    assert main.main([*words, "echos"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    others = ", ".join(f"runs/{name}" for name in ["zeta", "b", "c", "d", "e"])
+    assert f"; did you mean runs/echo?  Other runs are {others} and 2 more (the newest first)" in err
+    assert main.main([*words, "runs/nope"]) == 2
+    assert "; runs are runs/zeta, runs/echo, runs/b, runs/c, runs/d and 3 more" in capsys.readouterr().err
 
 
 def test_status_takes_no_options_of_the_configuration(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

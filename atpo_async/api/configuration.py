@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from atpo_async.api import arguments
 from atpo_async.config import Config, resolved
 
 
@@ -18,4 +19,4 @@ def load(files: Path | str | Sequence[Path | str] = (), **values: Any) -> Config
 
     Raises ConfigError with one line a fault: its path, its value, the way out.
     """
-    return resolved(files, values)
+    return resolved(arguments.files_or_config(files, call="load"), values)

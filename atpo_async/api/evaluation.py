@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atpo_async.api import machine
+from atpo_async.api import arguments, machine
 from atpo_async.api.foreground import resolved_file, run_to_end
 from atpo_async.config import Config, load, resolved
 from atpo_async.core.errors import ConfigError, RoleCrashed, SetupError
@@ -21,8 +21,9 @@ from atpo_async.models.sources import model_folder
 from atpo_async.ops.exits import EXIT_USER
 from atpo_async.run import launch
 from atpo_async.run.processes import signal_name
-from atpo_async.run.rundir import LATEST, RunDir
+from atpo_async.run.rundir import LATEST
 from atpo_async.run.temporary import make_temporary_folder_fit
+from atpo_async.status.run_folders import run_at, runs_near
 
 if TYPE_CHECKING:
     from atpo_async.api.run import Run
@@ -72,12 +73,25 @@ def evaluate(
         SetupError: there is no such run or policy, or something is missing on this machine.
         RoleCrashed: the evaluation failed.
     """
+    target = _target(run_or_policy)
+    given = None if config is None else arguments.files_or_config(config, call="evaluate")
     make_temporary_folder_fit()
-    target = run_or_policy if isinstance(run_or_policy, Path | str) else run_or_policy.path
     with policy_of(target) as (model, name, own):
-        asked = resolved(config if config is not None else own if own is not None else (), overrides)
+        asked = resolved(given if given is not None else own if own is not None else (), overrides)
         machine.engine_of(asked)
         return evaluate_policy(asked, model, name)
+
+
+def _target(given: Any) -> Path:
+    """The folder of a run or of a policy that a program passed.  Raises ConfigError for anything else."""
+    from atpo_async.api.run import Run
+
+    if isinstance(given, Run):
+        return given.path
+    takes = "a Run, or the path of a run folder or of a model folder"
+    if isinstance(given, Config):
+        raise ConfigError(f"evaluate() takes {takes}, got a Config; it goes second: evaluate('runs/run', config)")
+    return arguments.path_of(given, call="evaluate", takes=takes)
 
 
 @contextlib.contextmanager
@@ -86,7 +100,7 @@ def policy_of(target: Path | str) -> Iterator[tuple[Path, str, Config | None]]:
     it goes with the block.  Raises SetupError where there is none."""
     folder = Path(target)
     if (folder / "run.json").is_file() or folder.name == LATEST:
-        rundir = RunDir.open(folder)
+        rundir = run_at(folder)
         with latest_policy(rundir) as (model, name):
             yield model, name, rundir.config
     elif is_there(folder):
@@ -96,7 +110,9 @@ def policy_of(target: Path | str) -> Iterator[tuple[Path, str, Config | None]]:
             f"{target} is a file; name a run folder or a model folder: atpo eval RUN, or atpo eval MODEL CONFIG"
         )
     else:
-        raise SetupError(f"{target} is neither a run folder (run.json) nor a model folder (config.json)")
+        raise SetupError(
+            f"{target} is neither a run folder (run.json) nor a model folder (config.json); {runs_near(folder)}"
+        )
 
 
 @contextlib.contextmanager
@@ -113,7 +129,7 @@ def evaluation(
     """
     folder, path = Path(target), options.get("model.path")
     if (folder / "run.json").is_file() or folder.name == LATEST:
-        own = [RunDir.open(folder).path / "config.json"]
+        own = [run_at(folder).path / "config.json"]
         if path is not None:
             yield load(files or own, options), model_folder(path), path
             return

@@ -32,6 +32,17 @@ def at_the_start(begun: Beginning, rundir: RunDir) -> list[str]:
     return lines + resuming.describe_changes(known.config, rundir.config, updates=_updates(known, steps), steps=steps)
 
 
+def too_late(known: RunDir, config: Config) -> list[str]:
+    """A line about settings that were changed for a run whose steps are done; empty where none was."""
+    changes = resuming.describe_changes(known.config, config, updates=0, steps=0)
+    if not changes:
+        return []
+    return [
+        f"changed settings have no effect, as the run is done: {'; '.join(changes)}; train with them in another run "
+        f"(--run.name NEW), or go on with this one (--run.steps, more than {steps_trained(known)})"
+    ]
+
+
 def idle(config: Config, rundir: RunDir) -> list[str]:
     """Settings without effect; without those of the warm start in a run that began with another run's policy."""
     lines = idle_settings(config)

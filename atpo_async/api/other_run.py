@@ -21,6 +21,7 @@ from atpo_async.models.policy import assemble, checkpoint_step, is_there, list_c
 from atpo_async.models.sources import looks_like_hub_name, model_folder
 from atpo_async.ops.disk import error_number
 from atpo_async.run.rundir import LATEST, START, RunDir
+from atpo_async.status.run_folders import run_at, runs_near
 
 TRIES = 5
 """Attempts to read a checkpoint that its run may remove meanwhile for a newer one."""
@@ -51,9 +52,10 @@ def find(text: str, runs: Path) -> Source:
     name = text if step is None else name
     for folder in (Path(name), runs / name):
         if (folder / "run.json").is_file() or folder.name == LATEST:
-            return Source(run=RunDir.open(folder), step=step)
+            return Source(run=run_at(folder), step=step)
     raise SetupError(
-        f"--from {text}: no run folder (with a run.json) at {Path(name)} or {runs / name}; it takes RUN or RUN:STEP"
+        f"--from {text}: no run folder (with a run.json) at {Path(name)} or {runs / name}; it takes RUN or RUN:STEP; "
+        f"{runs_near(Path(name), runs=runs)}"
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from atpo_async.api import arguments
 from atpo_async.config import Config
 from atpo_async.core.errors import SetupError
 from atpo_async.models.policy import checkpoint_step, list_checkpoints, steps_trained
@@ -21,7 +22,11 @@ from atpo_async.report.page import write_report
 from atpo_async.report.tree_samples import TreeSample, read_tree_samples
 from atpo_async.run.metrics import Record, read_metrics
 from atpo_async.run.rundir import RunDir
-from atpo_async.status.run_view import RunView, look, run_at
+from atpo_async.status.run_folders import run_at
+from atpo_async.status.run_view import RunView, look
+
+SHOWN_NAMES = 4
+"""Names that ``repr(metrics)`` and an error message list."""
 
 
 class Series(NamedTuple):
@@ -58,13 +63,28 @@ class Metrics(Mapping[str, Series]):
     def __getitem__(self, name: str) -> Series:
         found = series(self._records, name)
         if not found:
-            near = difflib.get_close_matches(name, self._names, n=1)
-            meant = f"did you mean {near[0]!r}?" if near else f"{len(self)} names are in it; list(metrics) has them"
+            near = self._near(name)
+            meant = f"{len(self)} names are in it; list(metrics) has them"
+            if near:
+                meant = f"did you mean {' or '.join(map(repr, near))}?"
             raise KeyError(f"no metric {name!r} in {self._of}; {meant}")
         return Series(
             steps=np.array([sample.step for sample in found], dtype=np.int64),
             values=np.array([sample.value for sample in found], dtype=np.float64),
         )
+
+    def _near(self, name: object) -> list[str]:
+        """The names that may be meant: with this last part, else of a similar spelling."""
+        if not isinstance(name, str):
+            return []
+        same = [known for known in self._names if known.rpartition("/")[2] == name.rpartition("/")[2]]
+        return same[:SHOWN_NAMES] or difflib.get_close_matches(name, self._names, n=1)
+
+    def __repr__(self) -> str:
+        # Those of training first: a reader looks for them.
+        some = sorted(self._names, key=lambda name: (not name.startswith("train/"), name))[:SHOWN_NAMES]
+        more = ", …" if len(self) > len(some) else ""
+        return f"<Metrics of {self._of}: {len(self)} names{': ' if some else ''}{', '.join(some)}{more}>"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -168,6 +188,6 @@ def open_run(path: Path | str) -> Run:
 
     Raises:
         SetupError: there is none; the message names runs near by.
-        ConfigError: its files are damaged.
+        ConfigError: its files are damaged, or ``path`` is no path.
     """
-    return Run(run_at(path))
+    return Run(run_at(arguments.path_of(path, call="open_run", takes="the path of a run folder")))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from atpo_async.api import machine, notes, own_parts
+from atpo_async.api import arguments, machine, notes, own_parts
 from atpo_async.api.beginning import Beginning, beginning
 from atpo_async.api.policy import ensure_policy
 from atpo_async.config import Config, resolved
@@ -75,9 +75,13 @@ def train(
     """
     from atpo_async.api.run import Run
 
-    console = Console(highlight=False, soft_wrap=True, quiet=not progress)
+    files = arguments.files_or_config(config, call="train")
+    begin_from = arguments.begin_from_text(begin_from)
+    meaning = "True prints what `atpo train` prints, False nothing"
+    printed = arguments.switch(progress, call="train", name="progress", meaning=meaning)
+    console = Console(highlight=False, soft_wrap=True, quiet=not printed)
     make_temporary_folder_fit(lambda line: console.print(f"note: {line}", markup=False))
-    done = train_to_the_end(resolved(config, overrides), console=console, again="the same call", begin_from=begin_from)
+    done = train_to_the_end(resolved(files, overrides), console=console, again="the same call", begin_from=begin_from)
     if done.interrupted:
         raise KeyboardInterrupt
     return Run(done.rundir)
@@ -106,6 +110,8 @@ def train_to_the_end(config: Config, *, console: Console, again: str, begin_from
                     f"run {known.path} has done its {steps} steps; raise --run.steps to go on with it, or start "
                     "another with --run.name"
                 )
+                for line in notes.too_late(known, begun.config):
+                    console.print(f"note: {line}", markup=False)
                 _summarise(known, console)
                 return Trained(rundir=known, interrupted=False)
         return _train(begun, console, again=again)

@@ -8,7 +8,7 @@ from pathlib import Path
 from atpo_async.cli.common import EXIT_DONE, Asked
 from atpo_async.report.learning_curve import write_figure
 from atpo_async.report.page import write_report
-from atpo_async.run.rundir import RunDir
+from atpo_async.status.run_folders import run_at
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
 
 def run(asked: Asked) -> int:
     """Prints where the files are."""
-    rundir = RunDir.open(asked.args.run)
+    rundir = run_at(asked.args.run)
     if asked.args.figure:
         print(write_figure(rundir, Path(asked.args.figure)))
     print(write_report(rundir))

@@ -10,13 +10,13 @@ from typing import Any
 
 import msgspec
 
-from atpo_async.core.errors import SetupError
 from atpo_async.models.policy import steps_trained
 from atpo_async.run import processes
 from atpo_async.run.rundir import RunDir
 from atpo_async.status import snapshot
 from atpo_async.status.chains import Stuck, explain, joined_by_address
 from atpo_async.status.hangs import SILENT_S, WORK_S, stopped_words, stuck_now
+from atpo_async.status.run_folders import run_at
 from atpo_async.status.snapshot import StatusSnapshot
 from atpo_async.status.wording import duration
 
@@ -87,15 +87,6 @@ class RunView:
         return gone | {name: f"{JOINED} (heard {duration(silent_s)} ago)" for name, silent_s in self.joined.items()}
 
 
-def run_at(path: Path | str) -> RunDir:
-    """A run by its folder.  Raises SetupError that names the runs near by where it is none, ConfigError for a damaged
-    one."""
-    try:
-        return RunDir.open(path)
-    except SetupError as exc:
-        raise SetupError(f"{exc}; {_runs_near(Path(path))}") from None
-
-
 def look(path: Path | str) -> RunView:
     """Raises SetupError for a folder that is no run, ConfigError for a damaged one."""
     rundir = run_at(path)
@@ -158,15 +149,6 @@ def _holder(lock: Path) -> int | None:
     # The process has no number here where it runs in another container.
     by_inode = [words[4] for words in held if words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(file.st_ino)]
     return pid if {str(pid), "0", "-1"} & set(by_inode) else None
-
-
-def _runs_near(path: Path) -> str:
-    """The hint for a path that is no run folder."""
-    for folder in (path, path.parent, Path("runs")):
-        found = sorted(p.parent for p in folder.glob("*/run.json") if not p.parent.is_symlink())[:5]
-        if found:
-            return f"runs are {', '.join(map(str, found))}"
-    return "name the folder of a run: runs/<run.name>"
 
 
 def as_json(view: RunView) -> str:
