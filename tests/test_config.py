@@ -337,8 +337,18 @@ def test_a_truth_value_is_taken_where_one_is_meant() -> None:
         ("run.steps", "x", "run.steps must be a whole number, got 'x'"),
         ("run.steps", "1.5", "run.steps must be a whole number, got 1.5"),
         ("learner.lr", "fast", "learner.lr must be a number, got 'fast'"),
-        ("learner.betas", "0.9,0.99", "learner.betas must be a list, as in [0, 1], got '0.9,0.99'"),
-        ("learner.gpus", "0", "learner.gpus must be a list, as in [0, 1], got 0"),
+        (
+            "learner.betas",
+            "0.9,0.99",
+            "learner.betas must be a list, as in [0.9, 0.999] (on the command line '[0.9, 0.999]'), got '0.9,0.99'",
+        ),
+        ("learner.gpus", "0", "learner.gpus must be a list, as in [0, 1] (on the command line '[0, 1]'), got 0"),
+        (
+            "metrics.sinks",
+            "mine:Lines",
+            """metrics.sinks must be a list, as in ["mine:Lines"] (on the command line '["mine:Lines"]'), got""",
+        ),
+        ("metrics.sinks", "7", 'metrics.sinks must be a list, as in ["name"] (on the command line '),
         ("run.name", "../x", "run.name is the name of a folder in run.dir: letters, digits, "),
     ],
 )

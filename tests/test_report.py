@@ -141,6 +141,23 @@ def test_the_page_is_one_file_that_fetches_nothing_and_whose_drawings_are_well_f
         assert words in text
 
 
+def test_every_time_axis_and_the_head_name_the_event_that_they_count_from(trained: RunDir) -> None:
+    text = write_report(trained).read_text(encoding="utf-8")
+    # Success, weights and memory; throughput is not recorded here.
+    assert text.count(">seconds from the first lease</text>") == 3
+    assert ">seconds</text>" not in text
+    assert "steps in 0:13 from the first lease" in text
+
+
+def test_a_guide_is_labelled_with_its_value_and_things_are_counted_in_the_singular_too(trained: RunDir) -> None:
+    text = write_report(trained).read_text(encoding="utf-8")
+    assert text.count('font-size="10">90%</text>') == 2, "the dotted line of both figures of success"
+    config = trained.config.learner
+    assert (config.minibatches, config.num_processes) == (1, 1)
+    assert "1 mini-batch, 1 process" in text
+    assert "(es)" not in text
+
+
 def test_a_wheel_has_every_template() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     templates = sorted((ROOT / "atpo_async").rglob("*.j2"))

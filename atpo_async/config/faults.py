@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -53,6 +54,9 @@ def line(error: Any, source: str, holders: Mapping[str, str]) -> str:
         return str(error["msg"]).replace(" is unknown", f"{where} is unknown", 1)
     if kind == "literal_error":
         return f"{path} must be one of {error['ctx']['expected']}, got {value!r}{where}"
+    if kind in ("tuple_type", "list_type"):
+        example = _example(path, value)
+        return f"{path} must be a list, as in {example} (on the command line '{example}'), got {_cut(value)}{where}"
     wanted = next((words for kinds, words in WANTED if kind in kinds), None)
     if wanted is not None:
         return f"{path} must be {wanted.format(section=path)}, got {_cut(value)}{where}"
@@ -76,10 +80,27 @@ WANTED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("int_parsing", "int_type", "int_from_float"), "a whole number"),
     (("float_parsing", "float_type", "finite_number"), "a number"),
     (("string_type",), "text"),
-    (("tuple_type", "list_type"), "a list, as in [0, 1]"),
     (("model_type", "model_attributes_type", "dict_type"), "a section, [{section}]"),
 )
 """Kinds of pydantic's errors -> the value that the field takes, in a user's words."""
+
+
+def _example(path: str, value: Any) -> str:
+    """A list that the field at ``path`` takes: its default, or one of its own element type, made of ``value`` if it is
+    text and fits."""
+    known = fields().get(path)
+    if known is None:
+        return "[0, 1]"
+    first, *_ = get_args(known.annotation) or (int,)
+    if _plain(first) is str:
+        fits = isinstance(value, str) and value and value.isprintable() and len(value) <= 40 and "'" not in value
+        return json.dumps([value if fits else "name"], ensure_ascii=False)
+    return json.dumps(list(known.default) or [0, 1])
+
+
+def _plain(annotation: Any) -> Any:
+    """The type without its constraints."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _cut(value: Any) -> str:

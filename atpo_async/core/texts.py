@@ -28,6 +28,11 @@ _SHORT = _Short()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 60, 80
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """``1 tree``, ``2 trees``; ``many`` where the plural is not ``one`` and an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def shortened(text: str, most: int = MOST) -> str:
     """One line of at most ``most`` characters and a note of how many there were."""
     flat = " ".join(text[: 4 * most].split())

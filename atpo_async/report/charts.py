@@ -59,7 +59,7 @@ class Axes:
     percent: bool = False
     markers: Sequence[Marker] = field(default_factory=tuple)
     guides: Sequence[float] = field(default_factory=tuple)
-    """Dotted horizontal lines."""
+    """Dotted horizontal lines, each labelled with its value."""
 
 
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 34, 42
@@ -78,6 +78,7 @@ def line_chart(lines: Sequence[Line], axes: Axes) -> str:
         parts.append(
             f'<line x1="{LEFT}" x2="{axes.width - RIGHT}" y1="{frame.y(guide):.1f}" y2="{frame.y(guide):.1f}" '
             f'stroke="{SOFT}" stroke-dasharray="1 4"/>'
+            + text(axes.width - RIGHT, frame.y(guide) - 4, frame.y_words(guide), anchor="end", size=10)
         )
     for marker in axes.markers:
         x = frame.x(marker.x)
@@ -199,15 +200,18 @@ class _Frame:
         bottom = self.axes.height - BOTTOM
         return bottom - (value - low) / ((high - low) or 1.0) * (bottom - TOP)
 
+    def y_words(self, value: float) -> str:
+        """A value of the y axis as the axis writes it."""
+        return f"{value:.0%}" if self.axes.percent else number(value)
+
     def grid(self) -> str:
         axes = self.axes
         parts = []
         for tick in ticks(*self.y_range, count=5, whole=self.whole_y):
             y = self.y(tick)
-            words = f"{tick:.0%}" if axes.percent else number(tick)
             if not self.whole_y:
                 parts.append(f'<line x1="{LEFT}" x2="{axes.width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{GRID}"/>')
-            parts.append(text(LEFT - 8, y + 4, words, anchor="end"))
+            parts.append(text(LEFT - 8, y + 4, self.y_words(tick), anchor="end"))
         bottom = axes.height - BOTTOM
         for tick in ticks(*self.x_range, count=8):
             x = self.x(tick)
@@ -256,6 +260,8 @@ def ticks(low: float, high: float, *, count: int, whole: bool = False) -> list[f
     if not high > low:
         return [low]
     rough = (high - low) / max(1, count)
+    if not rough > 0:  # of numbers next to zero
+        return [low]
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
     if whole:

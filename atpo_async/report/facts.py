@@ -33,6 +33,7 @@ class Facts:
     """Unix seconds of the first lease, or of the first record where that is not known: zero of the time axes."""
     origin_is_lease: bool
     duration_s: float
+    """Seconds from ``origin`` to the last record: without what came before it, the start of the engine above all."""
     success: list[Sample]
     smooth: list[Sample]
     """Mean of three steps."""
@@ -50,6 +51,11 @@ class Facts:
     """Role -> peak."""
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def since(self) -> str:
+        """The event at ``origin``, in words."""
+        return "first lease" if self.origin_is_lease else "first record"
+
     def lines(self) -> list[str]:
         """For the end of a run on the terminal."""
         found = []
@@ -60,10 +66,9 @@ class Facts:
             listed = ", ".join(f"{e.value:.3f} (step {e.step}{self._mixed(e.step)})" for e in self.evals)
             found.append(f"greedy success on held-out tasks: {listed}")
         if self.goal is not None:
-            since = "first lease" if self.origin_is_lease else "first record"
             found.append(
                 f"{GOAL:g} sampled success (mean of three steps) {self.goal.time - self.origin:.0f} s after the "
-                f"{since}, at step {self.goal.step}"
+                f"{self.since}, at step {self.goal.step}"
             )
         lag = shown(self.lag_mean, "{:.1f}"), shown(self.lag_max, "{:.0f}")
         waits = shown(self.learner_wait_share, "{:.0%}"), shown(self.actor_wait_share, "{:.0%}")
@@ -134,7 +139,7 @@ def facts(rundir: RunDir, records: Sequence[Record] | None = None) -> Facts:
         total_steps=rundir.config.run.steps,
         origin=origin,
         origin_is_lease=bool(leases),
-        duration_s=ended - began,
+        duration_s=max(0.0, ended - origin),
         success=success,
         smooth=smooth,
         evals=by_step(series(records, "eval/success")),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from atpo_async.core.texts import counted
 from atpo_async.report import charts, figures
 from atpo_async.report.charts import Axes
 from atpo_async.report.facts import GOAL, Facts, facts, shown
@@ -54,7 +55,6 @@ def page(rundir: RunDir, found: Facts, records: Sequence[Record]) -> str:
 
 def _tiles(found: Facts) -> list[tuple[str, str]]:
     """The numbers that a reader looks for first, and what each of them is."""
-    since = "first lease" if found.origin_is_lease else "first record"
     return [
         (
             _pair(found.smooth[0].value, found.smooth[-1].value) if found.smooth else "–",
@@ -63,9 +63,10 @@ def _tiles(found: Facts) -> list[tuple[str, str]]:
         (_pair(found.evals[0].value, found.evals[-1].value, 3) if found.evals else "–", "greedy success, held-out"),
         (
             f"{found.goal.time - found.origin:.0f} s" if found.goal else "not reached",
-            f"to {GOAL:g} sampled success from the {since}" + (f" (step {found.goal.step})" if found.goal else ""),
+            f"to {GOAL:g} sampled success from the {found.since}"
+            + (f" (step {found.goal.step})" if found.goal else ""),
         ),
-        (f"{found.steps} / {found.total_steps}", f"steps in {duration(found.duration_s)}"),
+        (f"{found.steps} / {found.total_steps}", f"steps in {duration(found.duration_s)} from the {found.since}"),
         (shown(found.lag_mean, "{:.2f}"), f"mean lag (max {shown(found.lag_max, '{:.0f}')}), versions"),
         (shown(found.multi_version_share, "{:.1%}"), "of turns sampled by more than one version"),
         (shown(found.learner_wait_share, "{:.0%}"), "of the learner's time waiting for data"),
@@ -98,12 +99,13 @@ def _essentials(rundir: RunDir, found: Facts) -> list[tuple[str, str]]:
         ),
         (
             "learner",
-            f"lr {config.learner.lr:g}, {config.learner.minibatches} mini-batches, "
-            f"{config.learner.num_processes} process(es)",
+            f"lr {config.learner.lr:g}, {counted(config.learner.minibatches, 'mini-batch', 'mini-batches')}, "
+            f"{counted(config.learner.num_processes, 'process', 'processes')}",
         ),
         (
             "actors",
-            f"{config.actor.count} × {config.actor.engine}, {config.actor.trees_in_flight} trees in flight each",
+            f"{config.actor.count} × {config.actor.engine}, "
+            f"{counted(config.actor.trees_in_flight, 'tree')} in flight each",
         ),
         ("made with", _made_with(rundir)),
     ]
