@@ -115,6 +115,18 @@ def test_a_run_without_a_policy_and_one_that_is_none_are_named(tmp_path: Path, m
         raise AssertionError
 
 
+def test_latest_is_the_run_started_last_also_by_its_name_alone(tmp_path: Path, model: Path) -> None:
+    made = RunDir.create(config_in(tmp_path, name="fresh", model=model))
+    runs = made.path.parent
+    assert find("latest", runs).run.run_id == made.run_id
+    (runs / "latest").unlink()
+    (runs / "latest").write_text("fresh")
+    assert find("latest", runs).run.run_id == made.run_id
+    (runs / "latest").unlink()
+    with pytest.raises(SetupError, match=r"--from latest: no run folder .*; runs are .*fresh"):
+        find("latest", runs)
+
+
 def test_the_same_command_goes_on_and_another_source_is_refused(source: RunDir, model: Path, tmp_path: Path) -> None:
     with beginning(config_in(tmp_path, name="b"), "a") as begun, RunDir.held(begun.config, start=begun.start) as run:
         pass

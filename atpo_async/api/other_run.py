@@ -51,7 +51,8 @@ def find(text: str, runs: Path) -> Source:
     step = int(digits) if colon and digits.isdecimal() else None
     name = text if step is None else name
     for folder in (Path(name), runs / name):
-        if (folder / "run.json").is_file() or folder.name == LATEST:
+        # Where links cannot be made, ``latest`` is a file that names the run.
+        if (folder / "run.json").is_file() or (folder.name == LATEST and folder.is_file()):
             return Source(run=run_at(folder), step=step)
     raise SetupError(
         f"--from {text}: no run folder (with a run.json) at {Path(name)} or {runs / name}; it takes RUN or RUN:STEP; "
