@@ -54,7 +54,7 @@ async def _act(ctx: RoleContext, model: Path, environment: HostedEnvironment) ->
         check_eval_tasks(config, environment, config.eval.num_tasks)
     transport = make_transport(config.weights)
     engine = make_engine(config, model, actor=ctx.name)
-    ctx.log.info("actor %s: engine %s, environment %s", ctx.name, engine_name(config), config.environment.name)
+    ctx.log.info("engine %s, environment %s", engine_name(config), config.environment.name)
     async with buffer_link(ctx) as buffer:
         try:
             welcome = await until_stopped(ctx.stopping, _start(ctx, buffer, engine))
@@ -110,7 +110,7 @@ async def _work(
         try:
             await actor.work()
         except LearnerMoved as moved:
-            ctx.log.warning("actor %s starts over, its engine goes on: %s", ctx.name, moved)
+            ctx.log.warning("starts over, its engine goes on: %s", moved)
             return Welcome(
                 run=welcome.run, weights_endpoint=moved.weights_endpoint, announce_endpoint=moved.announce_endpoint
             )

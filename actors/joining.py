@@ -44,11 +44,11 @@ async def knock(ctx: RoleContext) -> None:
             if trouble := buffer.trouble:
                 last = time.monotonic() + KNOCK_S
             elif time.monotonic() > last:
-                ctx.log.info("actor %s loads its engine meanwhile: %s", ctx.name, missing)
+                ctx.log.info("loads its engine meanwhile: %s", missing)
                 return
             if trouble and trouble != logged:
                 logged = trouble
-                ctx.log.error("actor %s loads no engine before it is let in, and tries on: %s", ctx.name, missing)
+                ctx.log.error("loads no engine before it is let in, and tries on: %s", missing)
             wait.again(missing)
             await asyncio.sleep(HELLO_PAUSE_S)  # a link that has failed for good answers at once
 
@@ -72,7 +72,7 @@ async def join(ctx: RoleContext, buffer: Client) -> Welcome:
         else:
             wait.on, missing = "learner", "the learner has not published its first weights"
         if missing != logged:
-            ctx.log.info("actor %s waits: %s", ctx.name, missing)
+            ctx.log.info("waits: %s", missing)
             logged = missing
         wait.again(missing)
         await asyncio.sleep(HELLO_PAUSE_S)

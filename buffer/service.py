@@ -302,7 +302,7 @@ async def serve(ctx: RoleContext) -> None:
     async with service:
         bound = replace(asked, actors=service.actors.endpoint, learner=service.learner.endpoint)
         listening.note(actors=bound.actors, learner=bound.learner)
-        ctx.log.info("buffer of run %s: actors at %s, learner at %s", ctx.run_id, bound.actors, bound.learner)
+        ctx.log.info("run %s: actors at %s, learner at %s", ctx.run_id, bound.actors, bound.learner)
         publish_facts("buffer", service.facts)
         waits.phase("serving")
         await service.serve()

@@ -10,6 +10,7 @@ import torch
 from atpo_async.config import Config
 from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.errors import SetupError
+from atpo_async.core.texts import counted
 from atpo_async.links import ports
 from atpo_async.links.client import Client
 from atpo_async.ops.role import RoleContext
@@ -92,12 +93,12 @@ async def learn(ctx: RoleContext) -> None:
     try:
         async with _opened(ctx, thread) as learner:
             ctx.log.info(
-                "learner: %d parameters on %s, %d process(es)",
+                "%d parameters on %s, %s",
                 sum(p.numel() for p in learner.trainer.policy.parameters()),
                 learner.trainer.accelerator.device,
-                learner.trainer.accelerator.num_processes,
+                counted(learner.trainer.accelerator.num_processes, "process", "processes"),
             )
-            ctx.log.info("learner: %s layout: %s", learner.trainer.layout, learner.trainer.layout_reason)
+            ctx.log.info("%s layout: %s", learner.trainer.layout, learner.trainer.layout_reason)
             await learner.run()
             # A rank that exits while others still use the group's threads may abort.
             await thread(learner.trainer.accelerator.wait_for_everyone)

@@ -108,7 +108,7 @@ def fuzz(folder: Path, *, num_messages: int, seconds: float | None, seed: int) -
     try:
         ours, theirs = multiprocessing.get_context("spawn").Pipe()
         hello = hello_of(config, run.run_id)
-        wait_for_line(log, "buffer of run", buffer)
+        wait_for_line(log, "actors at", buffer)
         endpoints = run.read_endpoints()
         doors: dict[Door, str] = {"actors": endpoints.actors, "learner": endpoints.learner}
         honest = multiprocessing.get_context("spawn").Process(

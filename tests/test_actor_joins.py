@@ -119,6 +119,7 @@ async def test_a_buffer_that_is_not_there_yet_is_no_reason_to_wait_with_the_engi
     caplog.set_level(logging.INFO)
     with pytest.raises(LoadedError):
         await within(entry.act(actor(NOTHING_LISTENS)))
+    assert "actor-by-hand" not in caplog.messages[-1], "the log's own name says who it is"
     assert "loads its engine meanwhile: the buffer at tcp://127.0.0.1:1 does not answer (not connected" in caplog.text
 
 

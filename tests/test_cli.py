@@ -561,6 +561,56 @@ def test_an_actor_says_that_nothing_listens_where_it_joins_before_a_policy_is_ma
     assert bool(before) is not listens
 
 
+def run_for_actors(folder: Path, endpoint: str) -> tuple[str, RunDir]:
+    """A configuration file, and a run of it in which the buffer once listened at ``endpoint``."""
+    config = config_file(folder, TRANSFORMERS + "[run]\nsteps = 5\n")
+    run = RunDir.create(load(config))
+    run.write_endpoints(Endpoints(actors=endpoint))
+    return config, run
+
+
+def test_an_actor_that_joins_a_finished_run_is_refused_at_once_and_leaves_nothing_there(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execve", lambda file, argv, env: started.append(argv))
+    config, run = run_for_actors(folder, "tcp://127.0.0.1:1")
+    (run.checkpoints / "step-000005-v000005").mkdir()
+    (run.path / "model").mkdir()
+    before = files(run.path)
+    where = os.path.relpath(run.path)
+    assert main.main(["actor", config, "--join", where]) == 2
+    assert said(capsys).startswith(f"run {where} has done its 5 steps; there is nothing to join")
+    assert (started, files(run.path)) == ([], before)
+    with run.locked():  # a supervisor may still evaluate, or go on for more steps
+        main.main(["actor", config, "--join", where])
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize("listens", [False, True])
+@pytest.mark.parametrize("by_folder", [False, True])
+def test_an_actor_says_that_nothing_listens_where_it_joins_before_an_engine_is_loaded(
+    by_folder: bool,
+    listens: bool,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(os, "execve", lambda file, argv, env: heard.append(capsys.readouterr().err))
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        if listens:
+            bound.listen()
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        config, run = run_for_actors(folder, f"tcp://{address}")
+        main.main(["actor", config, "--join", str(run.path) if by_folder else address])
+    (before,) = heard
+    said = f"note: nothing listens at {address} yet (Connection refused); this actor goes on all the same, and loads "
+    assert before.startswith("" if listens else said)
+    assert bool(before) is not listens
+
+
 def test_addresses_are_read_with_and_without_their_scheme() -> None:
     assert parse_address("tcp://h:1") == parse_address("h:1") == "tcp://h:1"
 
@@ -618,6 +668,23 @@ def test_a_run_without_metrics_has_no_report(folder: Path, capsys: pytest.Captur
     run = RunDir.create(load(config_file(folder)))
     assert main.main(["report", str(run.path)]) == 2
     assert "has no metrics yet" in said(capsys)
+
+
+@pytest.mark.parametrize(("broken", "lines"), [(1, "1 line"), (2, "2 lines")])
+def test_a_report_says_how_many_damaged_lines_of_the_metrics_it_leaves_out(
+    broken: int, lines: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir.create(load(config_file(folder)))
+    with MetricsWriter(run.metrics_path, source="learner") as writer:
+        writer.write(step=1, version=1, metrics={"train/loss": 1.0})
+    assert main.main(["report", str(run.path)]) == 0
+    assert capsys.readouterr().err == ""
+    with run.metrics_path.open("a") as file:
+        file.write("{broken\n" * broken)
+    assert main.main(["report", str(run.path)]) == 0
+    assert (
+        capsys.readouterr().err == f"note: {run.metrics_path.resolve()}: {lines} left out, damaged: no metrics record\n"
+    )
 
 
 # --- what works -------------------------------------------------------------------------------------------------

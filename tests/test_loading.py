@@ -46,7 +46,7 @@ def put(folder: Path, *statuses: snapshot.StatusSnapshot) -> None:
 def test_roles_that_start_are_named_with_stage_and_seconds_those_first_that_are_at_work() -> None:
     learner = loading("learner", phase="waiting for the first evaluation", waits=(wait("it", "buffer", 9.0),))
     said = line(found(learner, loading(), status("buffer", phase="serving"), loading("actor-1", phase_s=1.0)))
-    assert said == "actor-0 is loading its engine: 20 s; learner is waiting for the first evaluation: 20 s"
+    assert said == "actor-0: loading its engine (20 s); learner: waiting for the first evaluation (20 s)"
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,12 @@ def test_roles_that_start_are_named_with_stage_and_seconds_those_first_that_are_
         (
             "waiting for its first batch",
             "trees: 3 of 12 ready, 4 under lease, 0 without signal; 1 actors alive; no turn yet",
-            "waiting for its first batch (trees: 3 of 12 ready, 4 under lease, 0 without signal)",
+            "waiting for its first batch (trees: 3 of 12 ready, 4 under lease, 0 without signal; 20 s)",
         ),
         (
             "waiting for the first evaluation",
             "4 of 8 tasks are done",
-            "waiting for the first evaluation (4 of 8 tasks are done)",
+            "waiting for the first evaluation (4 of 8 tasks are done; 20 s)",
         ),
         ("waiting for its first batch", "x" * 500, f"waiting for its first batch ({'x' * 20}"),
     ],
@@ -70,11 +70,11 @@ def test_a_role_that_waits_for_the_buffer_says_how_far_that_is(stage: str, reaso
     own_wait.again(reason)
     own = grouped([known for known in waits.open_waits() if known["who"] == "the learner"])
     told = line(found(loading("learner", phase=stage, waits=own)))
-    assert told.startswith(f"learner is {said}")
-    assert told.endswith("): 20 s")
+    assert told.startswith(f"learner: {said}")
+    assert told.endswith("; 20 s)")
     assert len(told) < 250
     still = line(found(loading("learner", phase=stage, waits=(*own, ENGINE))))
-    assert still == f"learner is {stage}: 20 s", "while it loads itself, that is what it waits for"
+    assert still == f"learner: {stage} (20 s)", "while it loads itself, that is what it waits for"
 
 
 def test_who_has_gone_or_was_last_seen_long_ago_does_not_start() -> None:
@@ -179,7 +179,7 @@ def test_outside_a_terminal_a_line_comes_every_ten_seconds_and_later_less_often(
             progress.starting(of(float(clock.now)))
         progress.starting([])
     said = out.getvalue().splitlines()
-    assert said[:3] == [f"starting: actor-0 is loading its engine: {n} s" for n in (10, 20, 30)]
+    assert said[:3] == [f"actor-0: loading its engine ({n} s)" for n in (10, 20, 30)]
     assert 6 < len(said) < 12
 
 
@@ -196,5 +196,5 @@ def test_on_a_terminal_the_panel_shows_it() -> None:
     console = Console(file=out, force_terminal=True, width=100)
     with Progress(console, title="t", total_steps=3, clock=Time()) as progress:
         progress.starting(of(20.0))
-    assert "starting: actor-0 is loading its engine: 20 s" in out.getvalue()
+    assert "actor-0: loading its engine (20 s)" in out.getvalue()
     console.print(panel(progress.state, title="t", elapsed_s=1.0))

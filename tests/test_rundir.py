@@ -128,8 +128,10 @@ def test_opening_a_folder_that_is_no_run_is_a_setup_error(tmp_path: Path) -> Non
     for name in ("config.json", "run.json"):
         for text in ("{", "[]", "{}"):
             (run.path / name).write_text(text)
-            with pytest.raises(ConfigError, match=rf"{name} is damaged: .*; put it back from a copy, or use another"):
+            with pytest.raises(ConfigError, match=rf"{name} is damaged: .*; put it back from a copy; without it"):
                 RunDir.open(run.path)
+            with pytest.raises(ConfigError, match=rf"{name} is damaged: .*; put it back from a copy, or use another"):
+                RunDir.open(run.path, to_begin=True)
 
 
 def test_versions_count_from_zero_and_go_on_in_another_process(tmp_path: Path) -> None:

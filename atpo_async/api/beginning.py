@@ -41,7 +41,7 @@ def beginning(config: Config, begin_from: str | None) -> Iterator[Beginning]:
         SetupError: there is no such policy.
     """
     path = config.run.dir / config.run.name
-    known = RunDir.open(path) if (path / "run.json").is_file() else None
+    known = RunDir.open(path, to_begin=True) if (path / "run.json").is_file() else None
     with contextlib.ExitStack() as stack:
         if begin_from is not None:
             source = other_run.find(begin_from, config.run.dir)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from atpo_async.cli.common import EXIT_DONE, Asked
+from atpo_async.cli.common import EXIT_DONE, Asked, note
 from atpo_async.report.learning_curve import write_figure
 from atpo_async.report.page import write_report
 from atpo_async.status.run_folders import run_at
@@ -22,5 +22,5 @@ def run(asked: Asked) -> int:
     rundir = run_at(asked.args.run)
     if asked.args.figure:
         print(write_figure(rundir, Path(asked.args.figure)))
-    print(write_report(rundir))
+    print(write_report(rundir, say=note))
     return EXIT_DONE

@@ -17,6 +17,7 @@ from atpo_async.api.policy import ensure_policy
 from atpo_async.cli.common import LAYERS, Asked, note
 from atpo_async.config import Config, as_options, load
 from atpo_async.core.errors import SetupError
+from atpo_async.core.texts import counted
 from atpo_async.links import addresses
 from atpo_async.models.policy import is_there
 from atpo_async.ops.orphans import end_orphans
@@ -24,6 +25,7 @@ from atpo_async.ops.role import hand_name, parse_address
 from atpo_async.ops.specs import role_specs
 from atpo_async.run import launch
 from atpo_async.run.rundir import RunDir, joining
+from atpo_async.status.run_view import look
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
@@ -66,8 +68,10 @@ def _by_address(asked: Asked, config: Config) -> tuple[list[str], dict[str, str]
     if asked.command != "actor":
         raise SetupError(f"--join {where} is no run folder here; a {asked.command} shares files with the run")
     address = parse_address(where).removeprefix("tcp://")
-    if config.model.warm_start and not is_there(Path(config.model.path)):
-        _say_if_nobody_listens(address)
+    makes_policy = config.model.warm_start and not is_there(Path(config.model.path))
+    _say_if_nobody_listens(
+        address, does="makes the policy ready first" if makes_policy else LOADS, end="the address is wrong"
+    )
     config = ensure_policy(config, Console(stderr=True))
     argv = [*launch.command("actors"), "--config", asked.args.config[0], "--join", address]
     return [*argv, f"--model.path={config.model.path}", *_configuration(asked)], dict(os.environ)
@@ -82,11 +86,13 @@ def _in_a_run(asked: Asked, config: Config, folder: Path) -> tuple[list[str], di
         machine.check_links(config)
         machine.check_model(config)
         if (folder / "run.json").is_file():
-            config = joining(RunDir.open(folder), config)
+            config = joining(RunDir.open(folder, to_begin=True), config)
         rundir = RunDir.create(ensure_policy(config, Console(stderr=True)))
     else:
         rundir = RunDir.open(folder)
         config = joining(rundir, config)
+        if role == "actor":
+            _check_there_is_a_run_to_join(rundir, folder)
     if role == "actor":
         argv, env = [*launch.command("actors"), str(rundir.path)], dict(os.environ)
     else:
@@ -98,15 +104,39 @@ def _in_a_run(asked: Asked, config: Config, folder: Path) -> tuple[list[str], di
     return argv, env
 
 
-def _say_if_nobody_listens(address: str) -> None:
-    """Warn before a policy is made for a run that may not exist; an actor may also be started before its buffer."""
+def _check_there_is_a_run_to_join(rundir: RunDir, folder: Path) -> None:
+    """Raises SetupError for a run that is done; warns where its buffer listens no more."""
+    view = look(rundir.path)
+    if view.supervisor is None and not {"buffer", "learner"} & set(view.running_roles):
+        steps = rundir.config.run.steps
+        if view.steps >= steps and (rundir.path / "model").is_dir():
+            raise SetupError(
+                f"run {folder} has done its {counted(steps, 'step')}; there is nothing to join (`atpo train` with a "
+                "higher --run.steps goes on with it)"
+            )
+    if endpoint := rundir.listening.now().actors:
+        address = addresses.reached_from_here(endpoint).removeprefix("tcp://")
+        _say_if_nobody_listens(address, does=LOADS, end=f"the buffer of {folder} is not to be started again")
+
+
+LOADS = "loads its engine first"
+
+
+def _say_if_nobody_listens(address: str, *, does: str, end: str) -> None:
+    """Warn before an engine is loaded, or a policy is made, for a run that may not exist; an actor may also be started
+    before its buffer.
+
+    Args:
+        does: what the actor does next.
+        end: when to end it.
+    """
     try:
         socket.create_connection(addresses.split(address), timeout=2.0).close()
     except (OSError, UnicodeError) as exc:
         why = getattr(exc, "strerror", None) or exc
         print(
-            f"note: nothing listens at {address} yet ({why}); this actor goes on all the same, and makes the policy "
-            "ready first; Ctrl-C ends it if the address is wrong",
+            f"note: nothing listens at {address} yet ({why}); this actor goes on all the same, and {does}; Ctrl-C "
+            f"ends it if {end}",
             file=sys.stderr,
             flush=True,
         )

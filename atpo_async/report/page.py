@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from atpo_async.core.texts import counted
@@ -17,13 +17,20 @@ from atpo_async.report.progress import duration
 from atpo_async.report.tree_drawing import draw_tree
 from atpo_async.report.tree_samples import choose, read_tree_samples
 from atpo_async.run.files import write_atomic
-from atpo_async.run.metrics import Record, read_metrics
+from atpo_async.run.metrics import MetricsTail, Record
 from atpo_async.run.rundir import RunDir
 
 
-def write_report(rundir: RunDir) -> Path:
-    """Write ``report.html`` into the run folder and return its path.  Raises SetupError without metrics."""
-    records = list(read_metrics(rundir.metrics_path))
+def write_report(rundir: RunDir, *, say: Callable[[str], None] = lambda line: None) -> Path:
+    """Write ``report.html`` into the run folder and return its path.  Raises SetupError without metrics.
+
+    Args:
+        say: is given one line where lines of the metrics are damaged.
+    """
+    metrics = MetricsTail(rundir.metrics_path)
+    records = metrics.new()
+    if metrics.left_out:
+        say(f"{rundir.metrics_path}: {counted(metrics.left_out, 'line')} left out, damaged: no metrics record")
     write_atomic(rundir.report_path, page(rundir, facts(rundir, records), records))
     return rundir.report_path
 

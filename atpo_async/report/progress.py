@@ -155,7 +155,7 @@ class Progress(Screen):
         longest_s = max((start.for_s for start in found), default=0.0)
         if self._starting and now - self._starting_said_at >= max(STARTING_EVERY_S, longest_s / 6):
             self._starting_said_at = now
-            self.say(f"starting: {self._starting}")
+            self.say(self._starting)
 
     def _refresh(self) -> None:
         assert self._live is not None
@@ -240,7 +240,7 @@ def panel(state: RunState, *, title: str, elapsed_s: float, starting: str = "") 
         body.add_row(Text(name, style="dim"), Text(value, style="bold"), Text(other, style="dim"), Text(figure))
     parts: list[RenderableType] = [head, body]
     if starting:
-        parts.append(Text(f"starting: {starting}", style="dim italic"))
+        parts.append(Text(starting, style="dim italic"))
     elif not state.step:
         parts.append(Text("starting: the engine loads and the first trees grow", style="dim italic"))
     memory = state.memory()

@@ -206,8 +206,12 @@ class MetricsTail:
 
     def __init__(self, path: Path) -> None:
         self._tail = Tail(path)
+        self.left_out = 0
+        """Lines so far that are no records; empty ones are not counted."""
 
     def new(self) -> list[Record]:
         """Records written since the last call.  A line not ended yet is left for the next call."""
-        records = (parse_record(line) for line in self._tail.new())
-        return [record for record in records if record is not None]
+        lines = [line for line in self._tail.new() if line.strip()]
+        records = [record for line in lines if (record := parse_record(line)) is not None]
+        self.left_out += len(lines) - len(records)
+        return records

@@ -83,7 +83,7 @@ class RunDir:
         if (path / "run.json").is_file():
             if not resume:
                 raise RunMismatch(f"run folder {path} exists already; use another --run.name, or resume it")
-            run = cls.open(path)
+            run = cls.open(path, to_begin=True)
             going_on(run, config)
         else:
             run = cls._make(path, config, start)
@@ -157,15 +157,19 @@ class RunDir:
         return cls(path, run_id=run_id, config=config)
 
     @classmethod
-    def open(cls, path: Path | str) -> RunDir:
-        """Open a run folder; ``latest`` is followed.  Raises SetupError if it is none, ConfigError if damaged."""
+    def open(cls, path: Path | str, *, to_begin: bool = False) -> RunDir:
+        """Open a run folder; ``latest`` is followed.  Raises SetupError if it is none, ConfigError if damaged.
+
+        Args:
+            to_begin: for a run that could as well have another name; the error for a damaged one says so.
+        """
         folder = Path(path)
         if folder.is_file() and folder.name == LATEST:
             folder = folder.parent / folder.read_text(encoding="utf-8").strip()
         folder = folder.resolve()
         try:
-            run_id = str(_read(folder / "run.json", "run_id")["run_id"])
-            data = _read(folder / "config.json", "run")
+            run_id = str(_read(folder / "run.json", "run_id", to_begin=to_begin)["run_id"])
+            data = _read(folder / "config.json", "run", to_begin=to_begin)
         except (FileNotFoundError, NotADirectoryError):
             raise SetupError(f"{path} is no run folder: it has no run.json and config.json") from None
         except OSError as exc:
@@ -355,14 +359,15 @@ def _with_policy_of(run: RunDir, config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update=update)})
 
 
-def _read(file: Path, part: str) -> dict[str, Any]:
+def _read(file: Path, part: str, *, to_begin: bool) -> dict[str, Any]:
     """A JSON object that has ``part``.  Raises OSError, or ConfigError where it is none."""
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(said, dict) or part not in said:
             raise ValueError(f"it has no {part!r}")
     except ValueError as exc:
-        raise ConfigError(f"{file} is damaged: {exc}; put it back from a copy, or use another --run.name") from None
+        otherwise = ", or use another --run.name" if to_begin else "; without it this run cannot be read"
+        raise ConfigError(f"{file} is damaged: {exc}; put it back from a copy{otherwise}") from None
     return said
 
 

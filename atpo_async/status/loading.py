@@ -63,16 +63,17 @@ def _how_far(status: StatusSnapshot) -> str:
 
 
 def line(found: Sequence[RoleStart], *, from_s: float = SAID_FROM_S) -> str:
-    """``actor-0 is loading its engine: 20 s; learner is waiting for its first batch (trees: 3 of 8 ready): 41 s``.
+    """``actor-0: loading its engine (20 s); learner: waiting for its first batch (trees: 3 of 8 ready; 41 s)``.
 
     Empty if no role has been starting for long.
     """
     long = sorted((start for start in found if start.for_s >= from_s), key=lambda start: not start.loads)
-    return "; ".join(f"{start.role} is {_at(start)}: {duration(start.for_s)}" for start in long)
+    return "; ".join(f"{start.role}: {start.stage} ({_how_long(start)})" for start in long)
 
 
-def _at(start: RoleStart) -> str:
-    return f"{start.stage} ({start.detail})" if start.detail else start.stage
+def _how_long(start: RoleStart) -> str:
+    took = duration(start.for_s)
+    return f"{start.detail}; {took}" if start.detail else took
 
 
 def _asks_for_nothing(statuses: Mapping[str, StatusSnapshot]) -> str | None:
