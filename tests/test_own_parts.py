@@ -136,7 +136,7 @@ def test_a_function_in_place_of_its_name_is_answered_with_the_name(folder: Path)
     def mine(tokens: object, settings: object) -> None: ...
 
     with pytest.raises(ConfigError, match=r"objective.surrogate takes the name of a surrogate .* put it into a module"):
-        load([], objective={"surrogate": mine})
+        load(objective={"surrogate": mine})
     with pytest.raises(ConfigError, match=r"objective.surrogate takes .*: give 'tests.learner_support:make_model'"):
-        load([], objective={"surrogate": make_model})
+        load(objective={"surrogate": make_model})
     assert folder.is_dir()

@@ -140,12 +140,18 @@ def _check_gpus(config: Config, engine: str) -> None:
             raise SetupError(f"{field} names GPU {gpu}, but {whose} {count} (0 to {count - 1})")
 
 
+def check_warm_start(config: Config) -> None:
+    """Raises ConfigError where a warm start is asked for and the environment has no such policy."""
+    if config.model.warm_start:
+        warm_start_command(config)
+
+
 def check_model(config: Config) -> None:
     """Raises SetupError where there is no model and no warm start would make it.  One on the Hub is fetched: once, and
     before any role needs it."""
     path = Path(config.model.path)
+    check_warm_start(config)
     if config.model.warm_start:
-        warm_start_command(config)  # refuses an environment that has no such policy
         if config.model.path and not is_there(path) and path.parent != MODELS:
             raise SetupError(
                 f"model.path = {config.model.path!r} is not there, and the warm start makes its policies in {MODELS}/; "

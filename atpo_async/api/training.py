@@ -120,6 +120,7 @@ def train_to_the_end(config: Config, *, console: Console, again: str, begin_from
 def _train(begun: Beginning, console: Console, *, again: str) -> Trained:
     machine.check_machine(begun.checked)
     metrics_sinks.check(begun.config)
+    machine.check_warm_start(begun.checked)
     own_parts.check(begun.config, say=lambda line: console.print(f"note: {line}", markup=False))
     machine.check_model(begun.checked)  # the last: it may fetch one
     goes_on = begun.known is not None and not begun.anew

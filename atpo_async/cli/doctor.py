@@ -127,12 +127,15 @@ def findings_of_run(config: Config) -> list[Finding]:
     found.append(_checked("environment", config.environment.name, machine.check_environment, config))
     others = (
         ("packages", machine.check_packages),
-        ("your own parts", own_parts.check),
         ("launcher", machine.check_launch),
         ("links", machine.check_links),
         ("journal", machine.check_journal_dir),
     )
-    return found + [said for what, check in others if (said := _checked(what, "", check, config)).level == "missing"]
+    found += [said for what, check in others if (said := _checked(what, "", check, config)).level == "missing"]
+    # Where the package of one is not here, that has been said.
+    if not any(said.level == "missing" and said.what in ("environment", "packages") for said in found):
+        found += [said for said in [_checked("your own parts", "", own_parts.check, config)] if said.level == "missing"]
+    return found
 
 
 def _checked(what: str, name: str, check: Callable[[Config], None], config: Config) -> Finding:
