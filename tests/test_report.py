@@ -228,6 +228,7 @@ def test_ticks_are_round_and_inside() -> None:
     assert ticks(3.0, 61.0, count=6) == pytest.approx([10, 20, 30, 40, 50, 60])
     assert ticks(-0.5, 1.5, count=5, whole=True) == [0, 1]
     assert ticks(2.0, 2.0, count=5) == [2.0]
+    assert ticks(0.0, 5e-324, count=5) == [0.0], "next to zero"
 
 
 # --- progress ---------------------------------------------------------------------------------------------------
