@@ -38,7 +38,7 @@ def write_figure(rundir: RunDir, path: Path) -> Path:
         seconds = found.goal.time - found.origin
         axes.axvline(seconds, color=GREEN, linewidth=1, linestyle="--")
         axes.annotate(f"{GOAL:g} after {seconds:.0f} s", (seconds, 0.05), xytext=(5, 0), textcoords="offset points")
-    axes.set(xlabel="seconds from the first lease", ylabel="success", ylim=(0, 1.02))
+    axes.set(xlabel=f"seconds from the {found.since}", ylabel="success", ylim=(0, 1.02))
     axes.grid(color=charts.GRID)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
