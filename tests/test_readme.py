@@ -35,6 +35,9 @@ RUN_ELSEWHERE = {
 
 TABLE = {
     "atpo train CONFIG": "test_cli.py::test_a_run_goes_to_its_end_and_names_its_report",
+    "atpo demo": "test_readme.py::test_the_demo_trains_and_names_its_report",
+    "atpo config": "test_cli.py::test_the_resolved_configuration_and_the_table_of_knobs_are_printed",
+    "atpo doctor": "test_cli.py::test_the_doctor_names_what_is_missing_and_how_to_get_it",
     "atpo study staleness": "test_study.py",
     "atpo actor CONFIG --join HOST:PORT": "test_cli.py::test_an_actor_joins_by_address_without_the_runs_folder",
     "atpo buffer CONFIG": "test_cli.py::test_a_role_by_hand_gets_what_further_files_set_as_options",
@@ -153,7 +156,7 @@ def test_a_task_of_ones_own_trains_as_the_readme_says(
     looked_at = python_example("run = open_run(")
     done = subprocess.run([sys.executable, "-c", looked_at], capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("2 "), done.stdout
+    assert done.stdout.startswith("2\n"), done.stdout
 
 
 @pytest.mark.slow
