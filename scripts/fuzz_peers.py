@@ -99,7 +99,7 @@ class Rude:
             self._socket.close(0)
 
     def fire(self) -> bool:
-        """Send one message.  False if there is no room for it now."""
+        """Send one message.  False if the socket cannot take it now."""
         if self._waiting:
             if not self._put(self._waiting[0]):
                 return False

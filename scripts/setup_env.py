@@ -196,9 +196,9 @@ def install_torch(installer: Installer, torch: str, index: str = TORCH_INDEX) ->
     if "No matching distribution found" not in output:
         raise SetupProblem(f"pip could not install {torch}:\n  {errors_in(output)}")
     trouble = index_trouble(f"{index}/torch/")
-    # Tried without an answer too: pip may know a proxy or a certificate that we do not.  Then without patience.
-    patience = ["--retries", "0", "--timeout", f"{PROBE_S:g}"] if trouble else []
-    output = installer.install(torch, ["--no-deps", *patience, "--extra-index-url", index, torch])
+    # Tried without an answer too: pip may know a proxy or a certificate that we do not.  Then without retries.
+    no_retries = ["--retries", "0", "--timeout", f"{PROBE_S:g}"] if trouble else []
+    output = installer.install(torch, ["--no-deps", *no_retries, "--extra-index-url", index, torch])
     if not output:
         return
     if "No matching distribution found" not in output:

@@ -39,7 +39,7 @@ def functions() -> Iterator[tuple[str, int]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-                yield f"{name_of(path)}:{node.name}", (node.end_lineno or first) - first + 1
+                yield f"{name_of(path)}:{first}: {node.name}", (node.end_lineno or first) - first + 1
 
 
 def test_no_file_is_longer_than_a_reader_takes_in() -> None:
