@@ -17,14 +17,19 @@ Where an environment's code runs (``actors/hosting``):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from atpo_async.core.vocabulary import EpisodeEnd, Split
 
-__all__ = ["Environment", "Episode", "ReplayFork", "Split", "StepResult"]
+__all__ = ["Environment", "Episode", "NotJudged", "ReplayFork", "Split", "StepResult"]
+
+
+class NotJudged(Exception):
+    """Raised by ``step``: the chain ended and has no reward.  It is left out, and counted as ``not_judged``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,10 @@ class StepResult:
     """None where the environment cannot decide it; it is not guessed from the reward."""
     end: EpisodeEnd
     """``continue`` exactly while not done."""
+    turn_reward: float = 0.0
+    """Of this turn alone, on any turn, the last one too: finite (docs/ALGORITHM.md, section 2)."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """Name -> value of the parts that ``reward`` was made of, when done: metrics ``reward/<name>``."""
 
 
 class Episode(Protocol):

@@ -1,0 +1,1 @@
+"""The rows that tasks are made of: JSONL, parquet and Hugging Face data sets."""
