@@ -53,7 +53,7 @@ async def _act(ctx: RoleContext, model: Path, environment: HostedEnvironment) ->
     if config.eval.at_start or config.eval.at_end or config.eval.every_steps:
         check_eval_tasks(config, environment, config.eval.num_tasks)
     transport = make_transport(config.weights)
-    engine = make_engine(config, model, actor=ctx.name)
+    engine = make_engine(config, model, actor=ctx.name, stop_strings=environment.stop_strings)
     ctx.log.info("engine %s, environment %s", engine_name(config), config.environment.name)
     async with buffer_link(ctx) as buffer:
         try:

@@ -91,7 +91,7 @@ async def run(config: Config, model: Path, num_tasks: int) -> dict[str, float | 
 
 async def _run(config: Config, model: Path, num_tasks: int) -> dict[str, float | None]:
     async with host_environment(config, model) as environment:
-        engine = make_engine(config, model, actor="eval")
+        engine = make_engine(config, model, actor="eval", stop_strings=environment.stop_strings)
         try:
             await engine.start()
             return await success(config, engine=engine, environment=environment, num_tasks=num_tasks)

@@ -36,7 +36,7 @@ def engine_seed(run_seed: int, actor: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{run_seed}/{actor}".encode()).digest()[:4], "big") >> 1
 
 
-def engine_settings(config: Config, model: Path, *, actor: str) -> EngineSettings:
+def engine_settings(config: Config, model: Path, *, actor: str, stop_strings: bool = False) -> EngineSettings:
     """The settings of an actor's engine, which is seeded by the actor's name."""
     return EngineSettings(
         model=model,
@@ -51,25 +51,34 @@ def engine_settings(config: Config, model: Path, *, actor: str) -> EngineSetting
         num_threads=config.actor.num_threads,
         seed=engine_seed(config.run.seed, actor),
         swap_deadline_s=config.swap_timeout_s,
+        stop_strings=stop_strings,
     )
 
 
-def make_engine(config: Config, model: Path, *, actor: str) -> Engine:
+def make_engine(config: Config, model: Path, *, actor: str, stop_strings: tuple[str, ...] = ()) -> Engine:
     """Not started yet.  Engines are imported only when used; a user's own is watched (``CheckedEngine``).
 
     Args:
         config: of the run.
         model: folder of the policy.
         actor: name of the actor, by which its sampling is seeded.
+        stop_strings: texts at which the environment's actions end.
 
     Raises:
-        ConfigError: there is no engine of that name, or it lacks a part.
+        ConfigError: there is no engine of that name, it lacks a part, or it does not honour stop strings.
         SetupError: its module cannot be imported, or it cannot be made.
     """
-    name, settings = engine_name(config), engine_settings(config, model, actor=actor)
+    name = engine_name(config)
+    settings = engine_settings(config, model, actor=actor, stop_strings=bool(stop_strings))
     if config.actor.engine == "auto" and name != "vllm":
         log.warning("vLLM is not installed: generating with the transformers engine, which is slower")
     engine: Engine = ENGINE.make(name, settings, options=config.actor.engine_options)
+    if stop_strings and getattr(engine, "supports_stop_strings", False) is not True:
+        raise ConfigError(
+            f"environment {config.environment.name!r} ends actions at texts (stop_strings = {stop_strings!r}), which "
+            f"actor.engine = {name!r} does not say that it looks for: let its generate() honour Sampling.stop_strings "
+            "and give it supports_stop_strings = True, or use --actor.engine vllm or transformers"
+        )
     return engine if name in ENGINE.names() else CheckedEngine(engine, settings, name=name)
 
 

@@ -44,6 +44,7 @@ class EngineSettings:
         gpu_memory_utilization: vLLM on a GPU: share of its memory for weights and KV cache.
         tensor_parallel_size: vLLM: processes that share the model.
         clear_cache_on_swap: vLLM: recompute the keys and values of requests in flight with the new weights.
+        stop_strings: requests may have stop strings: an engine loads the tokenizer of ``model`` for them.
     """
 
     model: Path
@@ -62,6 +63,8 @@ class EngineSettings:
     tensor_parallel_size: int = 1
     clear_cache_on_swap: bool = True
 
+    stop_strings: bool = False
+
     @property
     def cpu_threads(self) -> int:
         return self.num_threads or max(1, (os.cpu_count() or 2) // 2)
@@ -78,6 +81,9 @@ class Sampling:
     max_tokens: int
     stop_token_ids: tuple[int, ...]
     """The token that ends the action; it is part of the action."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end the action as soon as its decoded tokens contain one, special tokens' own texts included.  The
+    action is what was sampled, never encoded again: its last token may reach beyond the text that ended it."""
     seed: int | None = None
 
 
@@ -130,7 +136,11 @@ class WeightsFile:
 
 
 class Engine(Protocol):
-    """A policy that generates.  All methods belong to one event loop."""
+    """A policy that generates.  All methods belong to one event loop.
+
+    An engine whose ``generate`` honours ``Sampling.stop_strings`` has the attribute ``supports_stop_strings = True``;
+    without it no environment is taken that has any.
+    """
 
     async def start(self) -> None:
         """Load the model and warm up.  Raises SetupError if the model or the device is not there."""

@@ -8,7 +8,7 @@ import functools
 import os
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from actors.hosting.calls import Call, EnvironmentFault, EnvironmentTimeout, LoopLost
 from actors.hosting.daemon_threads import MAX_POOL_THREADS
@@ -25,6 +25,14 @@ T = TypeVar("T")
 
 INTERRUPTS = 5
 """Of a call past its limit, within the grace."""
+
+
+class _Read(NamedTuple):
+    """What is read of an environment when it is made."""
+
+    stop_token_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+    num_tasks: dict[Split, int | Exception | None]
 
 
 class Caller:
@@ -57,6 +65,7 @@ class Caller:
         self._making = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         self.stop_token_ids: tuple[int, ...] = ()
+        self.stop_strings: tuple[str, ...] = ()
         self.num_tasks: dict[Split, int | Exception | None] = {}
         """Split -> its number of tasks when the environment was first made, or the error that it raised."""
         self.given_up = 0
@@ -132,14 +141,18 @@ class Caller:
     async def _make_on_a_new_loop(self) -> tuple[LoopThread, Environment]:
         thread = LoopThread(next_name(f"environment {self._name!r}"), self.reporting.begins, self.reporting.held_up)
 
-        async def work() -> tuple[Environment, tuple[int, ...], dict[Split, int | Exception | None]]:
+        async def work() -> tuple[Environment, _Read]:
             made = self._make()
             # Properties are code as well: nothing of an environment is read anywhere else.
-            return made, made.stop_token_ids, {"train": _asked(made, "train"), "eval": _asked(made, "eval")}
+            tasks: dict[Split, int | Exception | None] = {
+                "train": _asked(made, "train"),
+                "eval": _asked(made, "eval"),
+            }
+            return made, _Read(made.stop_token_ids, getattr(made, "stop_strings", ()), tasks)
 
         before_mb = processes.memory_mb((os.getpid(),))
         try:
-            made, stop_token_ids, num_tasks = await self.answer(thread, MAKE, work, limit_s=None)
+            made, read = await self.answer(thread, MAKE, work, limit_s=None)
         except EnvironmentFault as exc:
             thread.stop()
             raise SetupError(f"environment {self._name!r} could not be made: {exc}") from exc
@@ -151,7 +164,7 @@ class Caller:
             raise
         self._loops.add(thread, made, size_mb=processes.memory_mb((os.getpid(),)) - before_mb)
         if not self.num_tasks:
-            self.stop_token_ids, self.num_tasks = stop_token_ids, num_tasks
+            self.stop_token_ids, self.stop_strings, self.num_tasks = read
         return thread, made
 
     def _look_at_holder(self, thread: LoopThread) -> None:

@@ -77,6 +77,11 @@ class HostedEnvironment:
         """As they were when the environment was made."""
         return self.caller.stop_token_ids
 
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """As ``stop_token_ids``; empty where the environment has none."""
+        return self.caller.stop_strings
+
     async def open(self) -> Self:
         """Make the environment.  Raises what ``make`` raises: ConfigError, SetupError."""
         being_made = waits.waiting(f"environment {self.name!r}", "its being made", on=waits.ENVIRONMENT)

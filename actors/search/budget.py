@@ -19,7 +19,9 @@ class Budget:
     sampling: Sampling
 
 
-def budget_of(search: SearchConfig, *, kind: Split, stop_token_ids: tuple[int, ...]) -> Budget:
+def budget_of(
+    search: SearchConfig, *, kind: Split, stop_token_ids: tuple[int, ...], stop_strings: tuple[str, ...] = ()
+) -> Budget:
     """Training trees as configured; evaluation is one greedy chain."""
     greedy = kind == "eval"
     sampling = Sampling(
@@ -28,6 +30,7 @@ def budget_of(search: SearchConfig, *, kind: Split, stop_token_ids: tuple[int, .
         top_k=0 if greedy else search.top_k,
         max_tokens=search.max_action_tokens,
         stop_token_ids=stop_token_ids,
+        stop_strings=stop_strings,
     )
     if greedy:
         return Budget(1, 0, 0, sampling)

@@ -81,7 +81,12 @@ class TreeSearch:
         self._run = run
         self._lease = lease
         self._expansion = expansion
-        self._budget = budget_of(search, kind=lease.kind, stop_token_ids=environment.stop_token_ids)
+        self._budget = budget_of(
+            search,
+            kind=lease.kind,
+            stop_token_ids=environment.stop_token_ids,
+            stop_strings=getattr(environment, "stop_strings", ()),
+        )
         known = environment.num_tasks(lease.kind)
         # Training goes through a finite set of tasks again and again; the lease counts on.
         task = lease.task_index if known is None or lease.kind == "eval" else lease.task_index % known

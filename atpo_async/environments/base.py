@@ -68,7 +68,11 @@ class Episode(Protocol):
 
 class Environment(Protocol):
     """Tasks by index.  Deterministic: the same split, index and actions give the same prompt and observations; a chain
-    that was shown others is left out, and counted (``replay_diverged``)."""
+    that was shown others is left out, and counted (``replay_diverged``).
+
+    An attribute that may be left out: ``stop_strings: tuple[str, ...]``, texts that end an action where no single token
+    does, such as ``</search>``.  The action is what was sampled: its last token may reach beyond such a text.
+    """
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from atpo_async.environments.values import (
     refuse,
     step_result,
     stop_ids,
+    stop_strings,
     token_ids,
 )
 
@@ -40,7 +41,7 @@ class CheckedEnvironment:
         limits: of the model and the search.
 
     Raises:
-        ConfigError: stop ids or a number of tasks that cannot be; the environment is not used then.
+        ConfigError: stop ids, stop strings or a number of tasks that cannot be; the environment is not used then.
     """
 
     def __init__(self, plain: Environment, *, name: str, limits: Limits) -> None:
@@ -48,6 +49,7 @@ class CheckedEnvironment:
         self.limits = limits
         self._label = f"environment {name!r}"
         self.stop_token_ids = stop_ids(_read(plain, "stop_token_ids", self._label), self._label, limits)
+        self.stop_strings = stop_strings(_read(plain, "stop_strings", self._label, absent=()), self._label)
         self._num_tasks: dict[Split, int | None] = {}
         self.num_tasks("train")  # not every environment has the other split
 
@@ -135,7 +137,13 @@ async def _close(plain: Any, where: str) -> None:
         log.warning("%s: close() of a refused episode failed: %s", where, of_error(exc))
 
 
-def _read(plain: object, name: str, label: str) -> Any:
+_NEEDED = object()
+
+
+def _read(plain: object, name: str, label: str, absent: Any = _NEEDED) -> Any:
+    """``absent`` where there is no such attribute; one whose code fails is there all the same."""
+    if absent is not _NEEDED and name not in dir(plain):
+        return absent
     try:
         return getattr(plain, name)
     except Exception as exc:

@@ -280,6 +280,26 @@ def stop_ids(value: Any, where: str, limits: Limits) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids.tolist()))
 
 
+MOST_STRINGS = 64
+
+
+def stop_strings(value: Any, where: str) -> tuple[str, ...]:
+    """Texts that end an action, each once; one text is one of them.  Raises ConfigError."""
+    found = (value,) if isinstance(value, str) else value
+    if not isinstance(found, list | tuple | set | frozenset) or not all(isinstance(text, str) for text in found):
+        fault = f"{of_value(value)} ({of_type(value)})"
+    elif "" in found:
+        fault = f"{of_value(value)}, with an empty text, which would end every action at its first token"
+    elif len(found) > MOST_STRINGS:
+        fault = f"{len(found)} texts"
+    else:
+        return tuple(dict.fromkeys(sorted(found) if isinstance(found, set | frozenset) else found))
+    raise ConfigError(
+        f"{where}: stop_strings is {fault}; expected a tuple of at most {MOST_STRINGS} texts, for instance "
+        "('</search>', '</answer>'), or no such attribute"
+    )
+
+
 def number_of_tasks(value: Any, split: Split, where: str) -> int | None:
     """How many tasks a split has.  Raises ConfigError unless it is a whole number of at least 1, or None."""
     if value is None:

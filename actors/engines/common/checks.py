@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from actors.engines.base import WeightsFile
+from actors.engines.base import EngineSettings, WeightsFile
 from atpo_async.core.dtypes import PRECISION_BYTES
 from atpo_async.core.errors import GenerationFailed, SetupError, WeightsRejected
 from atpo_async.models import causal_lm
@@ -44,6 +44,15 @@ def check_token_ids(tokens: Sequence[int], *, vocab_size: int, request_id: str) 
         bad = low if low < 0 else high
         raise GenerationFailed(
             f"request {request_id}: token id {bad} at {tokens.index(bad)}; this model has 0 to {vocab_size - 1}"
+        )
+
+
+def check_stop_strings(settings: EngineSettings, *, request_id: str) -> None:
+    """Raises GenerationFailed for a request with stop strings, of an engine that was started without a tokenizer."""
+    if not settings.stop_strings:
+        raise GenerationFailed(
+            f"request {request_id} has stop strings; the engine was made without EngineSettings(stop_strings=True), "
+            "for which it loads the tokenizer"
         )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from actors.engines import base
 from actors.engines.common.admission import Queue
-from actors.engines.common.checks import check_model_folder, check_token_ids, check_weights
+from actors.engines.common.checks import check_model_folder, check_stop_strings, check_token_ids, check_weights
 from actors.engines.common.counters import RequestCounters
 from actors.engines.probe import check_probe_fits, sequences_of
 from actors.engines.transformers.requests import Request
@@ -36,6 +36,8 @@ R = TypeVar("R")
 
 class TransformersEngine:
     """Engine on transformers, batched over requests."""
+
+    supports_stop_strings = True
 
     def __init__(self, settings: base.EngineSettings) -> None:
         self._settings = settings
@@ -84,6 +86,9 @@ class TransformersEngine:
             check_token_ids(tokens, vocab_size=self.runner.vocab_size, request_id=request_id)
             generator = None if sampling.seed is None else self.runner.seeded(sampling.seed)
             request = Request(tokens, sampling, request_id, asyncio.get_running_loop().create_future(), generator)
+            if sampling.stop_strings:
+                request.stop_strings = self.runner.stop_strings
+                check_stop_strings(self._settings, request_id=request_id)
             self._waiting.append(request)
             self._work.set()
             with self._queue.entered(on_running):

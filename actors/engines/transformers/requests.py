@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from actors.engines.base import Generation, Sampling
+from actors.engines.common.stop_strings import StopStrings
 from atpo_async.core.tree import VersionSpan
 
 
@@ -27,6 +28,8 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     starts: list[tuple[int, int]] = field(default_factory=list)
     """(version, first token) of each span so far."""
+    stop_strings: StopStrings | None = None
+    """Set where the sampling has any."""
 
     def tokens(self) -> list[int]:
         return self.prompt + self.action
@@ -41,6 +44,8 @@ class Request:
     def stop_reason(self, *, max_model_len: int) -> Literal["stop", "length"] | None:
         """Why the action is complete; None while it is not."""
         if self.action[-1] in self.sampling.stop_token_ids:
+            return "stop"
+        if self.stop_strings is not None and self.stop_strings.ended(self.action, self.sampling.stop_strings):
             return "stop"
         full = len(self.prompt) + len(self.action) >= max_model_len
         return "length" if full or len(self.action) >= self.sampling.max_tokens else None

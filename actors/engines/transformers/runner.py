@@ -15,6 +15,7 @@ import torch
 
 from actors.engines.base import EngineSettings, WeightsFile
 from actors.engines.common.checks import pick_device
+from actors.engines.common.stop_strings import StopStrings
 from actors.engines.probe import Probe
 from actors.engines.transformers import attention, check, loading
 from actors.engines.transformers.requests import Request
@@ -43,6 +44,7 @@ class ModelRunner:
         """What a published version must contain: every tensor of the model's files."""
         if model._can_set_attn_implementation():
             model.set_attn_implementation(attention.NAME)
+        self.stop_strings = StopStrings.of_folder(settings.model) if settings.stop_strings else None
         self.model: Any = model.to(self._device).eval().requires_grad_(False)
         self.slots = Slots(settings.max_num_seqs)
         self.copy: loading.Copy = loading.copy_tensor

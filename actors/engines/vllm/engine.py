@@ -22,6 +22,7 @@ from actors.engines import base
 from actors.engines.common.admission import Queue
 from actors.engines.common.checks import (
     check_model_folder,
+    check_stop_strings,
     check_token_ids,
     check_weights,
     checkpoint_shapes,
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 
 class VllmEngine:
     """Engine on vLLM.  ``settings.device`` must match the installed build of vLLM."""
+
+    supports_stop_strings = True
 
     def __init__(self, settings: base.EngineSettings) -> None:
         self._settings = settings
@@ -106,6 +109,8 @@ class VllmEngine:
         key = f"{request_id}/{next(self._numbers)}"
         self._in_flight.add(key)
         try:
+            if sampling.stop_strings:
+                check_stop_strings(self._settings, request_id=request_id)
             check_token_ids(tokens, vocab_size=self._llm.model_config.get_vocab_size(), request_id=request_id)
             with self._queue.entered(on_running):
                 output = await self._run(tokens, self._params.of(sampling), request_id, key)

@@ -28,22 +28,34 @@ class SamplingParamsCache:
                 stop_token_ids=list(sampling.stop_token_ids),
                 seed=sampling.seed,
                 logprobs=0,
+                **_stopping(sampling.stop_strings),
             )
         return params
 
 
+def _stopping(strings: tuple[str, ...]) -> dict[str, Any]:
+    """vLLM's front end looks for them in the text; special tokens' own texts count, and no token is taken away."""
+    if not strings:
+        return {"detokenize": False}
+    return {
+        "detokenize": True,
+        "stop": list(strings),
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
+    }
+
+
 def scoring_params() -> Any:
     """For the log-probs of a prompt; one token is generated, and discarded."""
-    return _params(temperature=1.0, max_tokens=1, prompt_logprobs=0)
+    return _params(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
 
 
 def _params(**settings: Any) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(
-        ignore_eos=True, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **settings
-    )
+    return SamplingParams(ignore_eos=True, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY, **settings)
 
 
 def sampled_logprobs(completion: Any) -> np.ndarray:

@@ -117,7 +117,8 @@ def _arguments(settings: EngineSettings, folder: Path, *, on_cpu: bool) -> Any:
         logprobs_mode="processed_logprobs",
         # Ours are the only sampling defaults.
         generation_config="vllm",
-        skip_tokenizer_init=True,
+        # Text is needed for stop strings alone.
+        skip_tokenizer_init=not settings.stop_strings,
         disable_log_stats=True,
         enable_log_requests=False,
         use_tqdm_on_load=False,
