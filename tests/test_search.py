@@ -295,7 +295,7 @@ async def test_a_replay_that_ends_where_the_tree_went_on_is_a_failed_branch() ->
     sink = Sink()
     config = SearchConfig(initial_rollouts=3, strategy="none", max_action_tokens=8)
     await search_of(environment=CountingEnvironment(turns=1), emit=sink, config=config, committed=first).grow()
-    assert sink.closed.failures == {"replay_diverged": 1}
+    assert sink.closed.failures == {"fork_diverged": 1}
 
 
 class Wavering(CountingEnvironment):
@@ -324,10 +324,12 @@ async def test_a_fork_that_is_shown_another_observation_than_its_siblings_is_lef
     faults: list[Fault] = []
     search = search_of(environment=Wavering("observation"), emit=sink, chain_ended=keep_in(faults))
     tree = await search.grow()
-    assert sink.closed.failures == {"replay_diverged": len(faults)}
+    assert sink.closed.failures == {"fork_diverged": len(faults)}
     for parent in tree:
         assert len({tuple(t.observation) for t in tree if t.parent_id == parent.turn_id}) <= 1
-    assert "another observation after the actions of turn" in faults[0].detail
+    assert "step 1: replayed, the observation (1 token) differs from the recorded one (1) from token 0 on" in (
+        faults[0].detail
+    )
 
 
 async def test_a_chain_that_is_shown_another_prompt_than_its_tree_has_is_left_out_as_a_wrong_value() -> None:
@@ -336,7 +338,7 @@ async def test_a_chain_that_is_shown_another_prompt_than_its_tree_has_is_left_ou
     environment = Wavering("prompt")
     tree = await search_of(environment=environment, emit=sink, chain_ended=keep_in(faults)).grow()
     assert len(tree.leaves()) == 1
-    assert {fault.reason for fault in faults} == {"replay_diverged"}
+    assert {fault.reason for fault in faults} == {"fork_diverged"}
     assert {fault.share for fault in faults} == {0.25}
     assert "another prompt than in the tree's first chain" in faults[0].detail
     assert environment.closed == environment.started

@@ -59,7 +59,7 @@ class Caller:
         loops: Loops,
         reporting: Reporting,
     ) -> None:
-        self._make, self._name = make, name
+        self._make, self.name = make, name
         self.step_timeout_s, self._grace_s, self._held_up_s = step_timeout_s, grace_s, held_up_s
         self._loops, self.reporting = loops, reporting
         self._making = asyncio.Lock()
@@ -139,7 +139,7 @@ class Caller:
             return found
 
     async def _make_on_a_new_loop(self) -> tuple[LoopThread, Environment]:
-        thread = LoopThread(next_name(f"environment {self._name!r}"), self.reporting.begins, self.reporting.held_up)
+        thread = LoopThread(next_name(f"environment {self.name!r}"), self.reporting.begins, self.reporting.held_up)
 
         async def work() -> tuple[Environment, _Read]:
             made = self._make()
@@ -155,11 +155,11 @@ class Caller:
             made, read = await self.answer(thread, MAKE, work, limit_s=None)
         except EnvironmentFault as exc:
             thread.stop()
-            raise SetupError(f"environment {self._name!r} could not be made: {exc}") from exc
+            raise SetupError(f"environment {self.name!r} could not be made: {exc}") from exc
         except BaseException as exc:
             thread.stop()
             if self._loops.num_lost and isinstance(exc, Exception):
-                self._loops.broken = EnvironmentBroken(f"environment {self._name!r} could not be made anew: {exc}")
+                self._loops.broken = EnvironmentBroken(f"environment {self.name!r} could not be made anew: {exc}")
                 raise self._loops.broken from exc
             raise
         self._loops.add(thread, made, size_mb=processes.memory_mb((os.getpid(),)) - before_mb)
@@ -190,7 +190,7 @@ class Caller:
         hanging = thread.pool.busy_over(self.step_timeout_s)
         if hanging >= MAX_POOL_THREADS:
             self._loops.broken = EnvironmentBroken(
-                f"environment {self._name!r}: {hanging} threads that it started with asyncio.to_thread have been at it "
+                f"environment {self.name!r}: {hanging} threads that it started with asyncio.to_thread have been at it "
                 f"for more than {self.step_timeout_s:g} s (search.step_timeout_s), the latest in {call.what}: give the "
                 "tool a time limit of its own"
             )

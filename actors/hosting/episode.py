@@ -11,12 +11,15 @@ import numpy as np
 from actors.hosting.caller import Caller
 from actors.hosting.calls import LoopLost
 from actors.hosting.loop_thread import LoopThread
+from atpo_async.core.texts import counted
 from atpo_async.environments.base import Environment, Episode, Split, StepResult
+from atpo_async.environments.replay import NOTHING, Past, PastTurn, replayed
 
 
 class _Begun(NamedTuple):
     episode: Episode
     prompt: np.ndarray
+    observation: np.ndarray = NOTHING
 
 
 class HostedEpisode:
@@ -26,23 +29,26 @@ class HostedEpisode:
         self._caller = caller
         self._split: Split = split
         self._task = task_index
-        self._actions: list[np.ndarray] = []
+        self._turns: list[PastTurn] = []
         self._plain: Episode | None = None
         self._thread: LoopThread | None = None
-        self.prompt = np.zeros(0, dtype=np.int32)
+        self.prompt = NOTHING
+        """int32[P]."""
+        self.observation = NOTHING
+        """int32[O]: what followed the last turn of a replay."""
 
-    async def begin(self, actions: tuple[np.ndarray, ...]) -> Self:
-        """Start, or replay, on the loop in use."""
-        self._actions = list(actions)
-        split, task = self._split, self._task
+    async def begin(self, past: Past) -> Self:
+        """Start, or replay, on the loop in use.  Raises ForkDiverged where the replay shows something else."""
+        self._turns = list(past.turns)
+        split, task, name = self._split, self._task, self._caller.name
 
         async def work(environment: Environment) -> _Begun:
-            if actions:
-                episode = await environment.replay(split, task, actions)
+            if past.turns:
+                episode, observation = await replayed(environment, split, task, past, name=name)
             else:
-                episode = await environment.start(split, task)
+                episode, observation = await environment.start(split, task), NOTHING
             try:
-                return _Begun(episode, episode.prompt)
+                return _Begun(episode, episode.prompt, observation)
             except BaseException:
                 await episode.close()
                 raise
@@ -50,31 +56,32 @@ class HostedEpisode:
         async def discard(late: _Begun) -> None:
             await late.episode.close()
 
-        what = f"replay of {len(actions)} steps" if actions else "start"
+        num_steps = len(past.turns)
+        what = f"replay of {counted(num_steps, 'step')}" if num_steps else "start"
         self._thread, begun = await self._caller.call(
             f"{what} of task {task} ({split})",
             work,
-            limit_s=(len(actions) + 1) * self._caller.step_timeout_s,
+            limit_s=(num_steps + 1) * self._caller.step_timeout_s,
             discard=discard,
         )
-        self._plain, self.prompt = begun.episode, begun.prompt
+        self._plain, self.prompt, self.observation = begun
         return self
 
     async def step(self, action: np.ndarray) -> StepResult:
-        """Raises what ``begin`` raises.  After the loss of its loop the episode is replayed first."""
+        """Raises what ``begin`` raises.  After the loss of its loop the episode is replayed first, and checked."""
         while True:
             if self._thread is None or self._thread.abandoned:
-                await self.begin(tuple(self._actions))
+                await self.begin(Past(tuple(self._turns), self.prompt))
             assert self._thread is not None
             assert self._plain is not None
             work = functools.partial(self._plain.step, action)
-            what = f"step {len(self._actions) + 1} of task {self._task} ({self._split})"
+            what = f"step {len(self._turns) + 1} of task {self._task} ({self._split})"
             try:
                 result = await self._caller.answer(self._thread, what, work, limit_s=self._caller.step_timeout_s)
             except LoopLost:
                 self._leave()
                 continue
-            self._actions.append(action)
+            self._turns.append(PastTurn(action, result.observation))
             return result
 
     def _leave(self) -> None:

@@ -24,6 +24,7 @@ from actors.hosting.loops import MAX_LOST_LOOPS, Loops
 from actors.hosting.reporting import Reporting
 from atpo_async.core.errors import EnvironmentBroken
 from atpo_async.environments.base import Environment, Split
+from atpo_async.environments.replay import Past, PastTurn
 from atpo_async.status import waits
 from atpo_async.status.facts import publish_facts
 from atpo_async.status.wording import duration
@@ -116,11 +117,16 @@ class HostedEnvironment:
 
     async def start(self, split: Split, task_index: int) -> HostedEpisode:
         """Raises EnvironmentTimeout; EnvironmentBroken; whatever the environment raises, as an ``Exception``."""
-        return await HostedEpisode(self.caller, split, task_index).begin(())
+        return await HostedEpisode(self.caller, split, task_index).begin(Past())
 
     async def replay(self, split: Split, task_index: int, actions: tuple[np.ndarray, ...]) -> HostedEpisode:
-        """As ``start``; start and each action may take ``step_timeout_s``."""
-        return await HostedEpisode(self.caller, split, task_index).begin(actions)
+        """As ``replayed``, where no observation is known."""
+        return await self.replayed(split, task_index, Past(tuple(PastTurn(action, None) for action in actions)))
+
+    async def replayed(self, split: Split, task_index: int, past: Past) -> HostedEpisode:
+        """As ``start``; start and each action may take ``step_timeout_s``.  Raises ForkDiverged as well, where the
+        episode is shown something else than recorded."""
+        return await HostedEpisode(self.caller, split, task_index).begin(past)
 
     def take_counts(self) -> dict[str, float]:
         """Metrics: what has happened since they were last taken."""

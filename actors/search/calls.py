@@ -5,31 +5,38 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from actors.engines.base import Engine, Generation, Sampling
 from actors.hosting.calls import EnvironmentFault, EnvironmentTimeout
+from actors.hosting.host import HostedEnvironment
 from atpo_async.config import SearchConfig
 from atpo_async.core.errors import EngineDead, EnvironmentBroken, GenerationFailed
 from atpo_async.core.texts import of_error, shortened
-from atpo_async.core.tree import Turn
-from atpo_async.environments.base import Environment, Episode, StepResult
+from atpo_async.environments.base import Environment, Episode, ForkDiverged, StepResult
+from atpo_async.environments.replay import Past, replayed
 from atpo_async.environments.values import ValueRefused
 from atpo_async.status import waits
 from atpo_async.wire.messages import Lease
 
 T = TypeVar("T")
 
-NOTHING = np.zeros(0, dtype=np.int32)
-
 GENERATE_TIMEOUT = "generate_timeout"
 """The reason of a branch that failed because the engine did not answer in time."""
+
+FORK_DIVERGED = "fork_diverged"
+"""The reason of a branch that was shown something else than its tree has."""
 
 QUEUE_LIMITS = 10
 """So many times ``search.generate_timeout_s`` a request may wait for its turn in the engine: behind those that each
 have that long, and never for ever."""
+
+
+def diverged_kind(field: Literal["prompt", "observation"]) -> str:
+    """A prompt that differs is a slip that is always the same: of the kind of a wrong value."""
+    return "value of prompt: it differs" if field == "prompt" else FORK_DIVERGED
 
 
 class BranchFailed(Exception):
@@ -117,25 +124,16 @@ class BranchCalls:
     async def step(self, episode: Episode, action: np.ndarray) -> StepResult:
         return await self._call("step", episode.step(action))
 
-    async def fork(self, path: tuple[Turn, ...]) -> tuple[Episode, np.ndarray]:
-        """An episode brought to the end of ``path``, and the observation that follows it."""
-        if not path:
-            return await self.start(), NOTHING
-        *before, last = path
-        actions = tuple(t.action for t in before)
-        episode = await self._call(
-            "replay", self._environment.replay(self._lease.kind, self._task, actions), steps=len(path)
-        )
-        try:
-            result = await self.step(episode, last.action)
-            if result.done:
-                raise BranchFailed(
-                    "replay_diverged", f"turn {last.turn_id} of tree {self._lease.tree_id} ended when it was replayed"
-                )
-        except BaseException:
-            await episode.close()
-            raise
-        return episode, result.observation
+    async def replay(self, past: Past) -> tuple[Episode, np.ndarray]:
+        """An episode brought to the end of ``past``, and the observation that follows it."""
+        steps = len(past.turns) + 1
+        if isinstance(self._environment, HostedEnvironment):
+            hosted = self._environment.replayed(self._lease.kind, self._task, past)
+            episode = await self._call("replay", hosted, steps=steps)
+            return episode, episode.observation
+        return await self._call(
+            "replay", replayed(self._environment, self._lease.kind, self._task, past), steps=steps
+        )  # fmt: skip
 
     async def _call(self, what: str, call: Awaitable[T], *, steps: int = 1) -> T:
         """A named wait for the environment, which has ``search.step_timeout_s`` for each of ``steps``."""
@@ -154,6 +152,8 @@ class BranchCalls:
 
     def _environment_fault(self, what: str, exc: BaseException) -> BranchFailed:
         """``exc`` came out of the environment's ``what``: as the branch's failure, its text cut."""
+        if isinstance(exc, ForkDiverged):
+            return BranchFailed(FORK_DIVERGED, shortened(str(exc), 600), kind=diverged_kind(exc.field))
         if isinstance(exc, ValueRefused):
             return BranchFailed(exc.reason, str(exc), kind=f"value of {exc.field}")
         return BranchFailed(

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
@@ -19,11 +20,12 @@ from actors.expansion.candidates import sibling_parent
 from actors.expansion.expansion import Expansion, ExpansionFailed
 from actors.faults.fault import EXPANSION_FAILED, Fault, Place
 from actors.search.budget import budget_of
-from actors.search.calls import NOTHING, BranchCalls, BranchFailed
+from actors.search.calls import FORK_DIVERGED, BranchCalls, BranchFailed, diverged_kind
 from atpo_async.config import SearchConfig
 from atpo_async.core.tree import ROOT, Turn, TurnTree
 from atpo_async.core.vocabulary import EndReason
 from atpo_async.environments.base import Environment, Episode, StepResult
+from atpo_async.environments.replay import NOTHING, WAY_OUT, Past, PastTurn
 from atpo_async.environments.values import TOO_LONG
 from atpo_async.status import waits
 from atpo_async.wire.messages import Lease, TreeClosed, TreeOpened
@@ -221,7 +223,7 @@ class TreeSearch:
         path = self._tree(prompt, self.growth.turns).path(parent_id)
         observation = NOTHING
         if episode is None:
-            episode, observation = await self._calls.fork(path)
+            episode, observation = await self._episode_at(prompt, path)
         try:
             self._check_same(prompt, episode.prompt, parent_id, observation)
             context = np.concatenate([prompt, *(part for t in path for part in (t.observation, t.action))])
@@ -237,6 +239,15 @@ class TreeSearch:
                 observation, parent_id = result.observation, turn.turn_id
         finally:
             await episode.close()
+
+    async def _episode_at(self, prompt: np.ndarray, path: Sequence[Turn]) -> tuple[Episode, np.ndarray]:
+        """An episode at the end of ``path``, and the observation that follows it."""
+        if not path:
+            return await self._calls.start(), NOTHING
+        following = next((t for t in self.growth.turns if t.parent_id == path[-1].turn_id), None)
+        after = [t.observation for t in path[1:]] + [None if following is None else following.observation]
+        turns = tuple(PastTurn(t.action, shown) for t, shown in zip(path, after, strict=True))
+        return await self._calls.replay(Past(turns, prompt))
 
     async def _turn(
         self, episode: Episode, context: np.ndarray, observation: np.ndarray, parent_id: int, number: int
@@ -278,21 +289,18 @@ class TreeSearch:
     def _check_same(self, prompt: np.ndarray, shown: np.ndarray, parent_id: int, observation: np.ndarray) -> None:
         """Siblings are compared as answers to the same context: a chain that was shown another one is left out.
 
-        Raises BranchFailed; for another prompt, a slip that is always the same, with the kind of a wrong value.
+        Raises BranchFailed.
         """
         sibling = next((t for t in self.growth.turns if t.parent_id == parent_id), None)
+        field: Literal["prompt", "observation"]
         if not np.array_equal(prompt, shown):
-            what, kind = "prompt", "value of prompt: it differs"
+            what, field = "prompt", "prompt"
         elif sibling is not None and not np.array_equal(sibling.observation, observation):
-            what, kind = f"observation after the actions of turn {parent_id}", "replay_diverged"
+            what, field = f"observation after the actions of turn {parent_id}", "observation"
         else:
             return
-        raise BranchFailed(
-            "replay_diverged",
-            f"{self._calls.task}: another {what} than in the tree's first chain; the same split, "
-            "index and actions must give the same: seed what is random by them, and keep what a tool answered",
-            kind=kind,
-        )
+        said = f"{self._calls.task}: another {what} than in the tree's first chain; {WAY_OUT}"
+        raise BranchFailed(FORK_DIVERGED, said, kind=diverged_kind(field))
 
     def _observation_too_long(self, tokens: int) -> BranchFailed:
         """The failure of a chain that a single observation ended by filling most of the context: it gets no reward."""

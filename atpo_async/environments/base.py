@@ -6,30 +6,67 @@ Where an environment's code runs (``actors/hosting``):
   loop or a thread (an aiohttp session, a connection to SQLite) may be made in the factory and used ever after.
 - All chains share that loop.  What blocks (``requests``, ``time.sleep``, much computing) holds the others up, though it
   takes nothing from their time limits: put it into ``await asyncio.to_thread(…)``, which has threads enough.
-- ``start``, ``step`` and ``close`` may take ``search.step_timeout_s`` each, a replay of n actions n + 1 times as long.
+- ``start``, ``step`` and ``close`` may take ``search.step_timeout_s`` each, a replay of n actions n + 1 times as long,
+  ``snapshot`` and ``fork`` once, a ``restore`` with the ``start`` before it twice.
   Past that the call is cancelled and its branch is left out; a call that blocks is interrupted, and where it does not
   return, its thread is abandoned and the factory is called again, on a new loop.  Threads that never return add up, and
   too many end the run: give every request a time limit of its own.
 - Whatever a call raises, exit() and a cancellation included, ends its branch alone.  Signal handlers can be set in a
   process's main thread only: time limits by ``signal.alarm`` do not work in tools.  ``os._exit`` and a crash of the
   interpreter end the actor; it is started again, and its log names the step that the environment was in.
+
+How a branch comes to the turn that it forks at:
+
+- By default by replay (``ReplayFork``): a fresh episode is stepped through the recorded actions, and each observation
+  must be the recorded one, else the branch is left out and counted as ``fork_diverged``.  An episode that has
+  ``replay_step`` (``ReplaysSteps``) is handed the recorded observations and need not run its tools again.
+- An environment whose own ``replay`` does the stepping is held to its last observation.  One with ``replay = None`` is
+  never replayed.
+- Episodes that have ``snapshot`` and ``restore`` (``Snapshots``), or ``fork`` (``Forks``, which is preferred), are kept
+  at each inner turn that may be branched at, until their tree ends.  A branch is replayed all the same where nothing is
+  kept: in a tree that another actor began, after the environment's loop was lost, beyond the limit on how many are
+  kept (``actors/hosting/kept.py``), and where a snapshot failed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from atpo_async.core.vocabulary import EpisodeEnd, Split
 
-__all__ = ["Environment", "Episode", "NotJudged", "ReplayFork", "Split", "StepResult"]
+__all__ = [
+    "Environment",
+    "Episode",
+    "ForkDiverged",
+    "Forks",
+    "NotJudged",
+    "ReplayFork",
+    "ReplaysSteps",
+    "Snapshots",
+    "Split",
+    "StepResult",
+]
 
 
 class NotJudged(Exception):
     """Raised by ``step``: the chain ended and has no reward.  It is left out, and counted as ``not_judged``."""
+
+
+class ForkDiverged(Exception):
+    """A replayed episode shows something else than its tree has.  The branch is left out, and counted as
+    ``fork_diverged``; an episode may raise it as well, where it notices first.
+
+    Attributes:
+        field: what differs, ``prompt`` or ``observation``.
+    """
+
+    def __init__(self, text: str, *, field: Literal["prompt", "observation"] = "observation") -> None:
+        super().__init__(text)
+        self.field: Literal["prompt", "observation"] = field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +103,46 @@ class Episode(Protocol):
         """Called once, however the episode ended.  An exception is counted and has no other effect."""
 
 
+class ReplaysSteps(Episode, Protocol):
+    """Optional: an episode whose replay needs the recorded observations."""
+
+    async def replay_step(self, action: np.ndarray, observation: np.ndarray) -> StepResult:
+        """As ``step``, for an action int32[T] that was followed by ``observation`` int32[O] when it was first taken.
+
+        The ids are all there is: the turn may have been taken in another process.  A tool without side effects need
+        not run again: its answer can be read from ``observation``.  What is returned is compared with it all the same.
+        Called in place of ``step`` for every turn of a replay but one: ``step`` is called for the last turn of a tree
+        that was taken over, whose observation its first actor did not send.
+        """
+
+
+class Snapshots(Episode, Protocol):
+    """Optional: an episode whose state can be copied.  Both methods may be plain functions or coroutines."""
+
+    def snapshot(self) -> Any:
+        """The state after the latest step, any object but None; None where it cannot be had here: the branch is
+        replayed.  Later steps must not change it."""
+
+    def restore(self, snapshot: Any) -> Any:
+        """Bring this episode, fresh from ``start`` of the same task, into that state.  Called with the same snapshot
+        once for each branch, so that what a step will change must be copied.  Returns nothing."""
+
+
+class Forks(Episode, Protocol):
+    """Optional: an episode that copies itself."""
+
+    def fork(self) -> Any:
+        """Another episode in the same state, which shares nothing with this one that a step changes; None where there
+        can be none.  A plain function or a coroutine.  Each copy is closed, and may be forked again."""
+
+
 class Environment(Protocol):
     """Tasks by index.  Deterministic: the same split, index and actions give the same prompt and observations; a chain
-    that was shown others is left out, and counted (``replay_diverged``).
+    that was shown others is left out, and counted (``fork_diverged``).
 
-    An attribute that may be left out: ``stop_strings: tuple[str, ...]``, texts that end an action where no single token
-    does, such as ``</search>``.  The action is what was sampled: its last token may reach beyond such a text.
+    Attributes that may be left out: ``stop_strings: tuple[str, ...]``, texts that end an action where no single token
+    does, such as ``</search>``; the action is what was sampled: its last token may reach beyond such a text.
+    ``decode(ids) -> str``, by which messages show an observation as text.
     """
 
     @property

@@ -109,6 +109,16 @@ class CheckedEpisode:
         said = await _awaited(self._plain.step(action), "step", where)
         return step_result(said, where, self._limits)
 
+    async def replay_step(self, action: np.ndarray, observation: np.ndarray) -> StepResult:
+        """As ``step``, by the episode's own ``replay_step`` where it has one."""
+        own = getattr(self._plain, "replay_step", None)
+        if own is None:
+            return await self.step(action)
+        self._steps += 1
+        where = f"{self._where}, step {self._steps}"
+        said = await _awaited(own(action, observation), "replay_step", where)
+        return step_result(said, where, self._limits)
+
     async def close(self) -> None:
         await _awaited(self._plain.close(), "close", self._where)
 
