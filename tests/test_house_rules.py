@@ -52,6 +52,7 @@ PURE = {
     "atpo_async.core.errors",
     "atpo_async.core.priorities",
     "atpo_async.core.vocabulary",
+    "atpo_async.environments.data.splits",
     "atpo_async.environments.hopqa.world",
     "atpo_async.wire.messages",
     "atpo_async.core.tree",

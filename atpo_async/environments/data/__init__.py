@@ -1,1 +1,1 @@
-"""The rows that tasks are made of: JSONL, parquet and Hugging Face data sets."""
+"""Rows of data as tasks: files and Hugging Face data sets, their columns, their order and their held-out part."""
