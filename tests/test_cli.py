@@ -390,7 +390,7 @@ def test_every_command_lays_several_configurations_over_one_another(
         found.append(config)
         return []
 
-    monkeypatch.setattr("atpo_async.cli.doctor.findings", nothing_found)
+    monkeypatch.setattr("atpo_async.cli.setup.doctor.findings", nothing_found)
     main.main(["doctor", base, "top.toml"])
     main.main(["doctor"])
     assert found == [load([base, "top.toml"]), Config()]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from atpo_async.api import machine
-from atpo_async.cli import doctor, main
+from atpo_async.cli import main
+from atpo_async.cli.setup import doctor
 from atpo_async.run import installed
 from atpo_async.run.installed import version_line, vllm_range, vllm_unfit
 

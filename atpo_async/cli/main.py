@@ -27,13 +27,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "learner": ("roles", "run the learner by hand, in the foreground"),
     "actor": ("roles", "run an actor by hand, in the foreground; it may join a running job from anywhere"),
     "eval": ("evaluate", "greedy success on held-out tasks, of a run's last checkpoint or a model folder"),
-    "config": ("config", "print the resolved configuration and every setting that affects staleness"),
-    "doctor": ("doctor", "what is installed, which engine and device would be used, what is missing"),
-    "report": ("report", "write report.html into a run folder"),
-    "status": ("status", "who waits for whom in a run, since when, and the queue and window of every link"),
+    "config": ("setup.config", "print the resolved configuration and every setting that affects staleness"),
+    "doctor": ("setup.doctor", "what is installed, which engine and device would be used, what is missing"),
+    "report": ("runs.report", "write report.html into a run folder"),
+    "status": ("runs.status", "who waits for whom in a run, since when, and the queue and window of every link"),
     "study": ("study", "train over a grid of lags, corrections and seeds, and report the effect of staleness"),
-    "keys": ("keys", "the keys without which a run listens on loopback only: make them, list them (docs/keys.md)"),
-    "version": ("version", "print the version, and those of what it runs on"),
+    "keys": (
+        "setup.keys",
+        "keys for a run that listens beyond loopback: make them, list them (docs/keys.md)",
+    ),
+    "version": ("setup.version", "print the version, and those of what it runs on"),
 }
 """Command -> its module in ``atpo_async.cli``, which has ``add_arguments(parser, command)`` and ``run(asked)``, which
 returns the exit code; and what it does."""
