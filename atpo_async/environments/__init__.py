@@ -1,1 +1,24 @@
 """Environments: the protocol, the checks of what they return, and the built-in ones, by name."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atpo_async.environments.messages.task import MessageTask as MessageTask
+    from atpo_async.environments.messages.types import MessageEpisode as MessageEpisode
+    from atpo_async.environments.messages.types import Reply as Reply
+
+_FROM = {
+    "MessageEpisode": "atpo_async.environments.messages.types",
+    "MessageTask": "atpo_async.environments.messages.task",
+    "Reply": "atpo_async.environments.messages.types",
+}
+"""What a user's task imports from here -> its module, which is loaded when it is asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_FROM[name]), name)

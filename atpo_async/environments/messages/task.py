@@ -1,0 +1,243 @@
+"""``MessageTask``: a task that speaks in messages, over the token protocol; a user's own derives from it."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atpo_async.core.texts import of_error
+from atpo_async.core.vocabulary import Split
+from atpo_async.environments.base import ReplayFork, StepResult
+from atpo_async.environments.messages.chat_format import ChatFormat, NotExtended, answers_named
+from atpo_async.environments.messages.checks import messages_of, reply_of
+from atpo_async.environments.messages.types import Action, Message, MessageEpisode, Reply, ToolSchema
+from atpo_async.environments.values import NOTHING, ValueRefused, refuse
+
+MUCH_TEXT = 20_000
+"""Characters from which on messages are encoded in a thread, so that the loop stays free for other episodes."""
+
+
+class MessageTask(ReplayFork):
+    """A task in messages: the policy's actions arrive parsed, and are answered with messages.
+
+    Derive from it and write two methods; the third part is an object of yours, one for each conversation::
+
+        from atpo_async.environments import MessageTask
+        from atpo_async.environments.messages.types import Reply
+
+        class Guess(MessageTask):
+            def num_tasks(self, split):
+                return 100 if split == "eval" else None        # None: training tasks have no end
+
+            async def begin(self, split, index):
+                return Game(number=index % 10)
+
+        class Game:
+            def __init__(self, number):
+                self.number, self.tries = number, 0
+                self.messages = [{"role": "user", "content": "Guess my number, 0 to 9. Say it alone."}]
+
+            async def reply(self, action):                     # action.content, .thinking, .tool_calls
+                self.tries += 1
+                if action.content == str(self.number):
+                    return Reply(done=True, reward=1.0, success=True)
+                if self.tries == 4:
+                    return Reply(done=True, reward=0.0, success=False, turn_limit=True)
+                return Reply(messages=[{"role": "user", "content": "No. Again."}])
+
+    ``environment.name = "my_task:Guess"`` trains on it.  The conversation's object may have ``async close()``, called
+    once however it ended.  The same split, index and actions must give the same messages.
+
+    Further methods that it may have, by which a branch is forked (``environments/base.py``), plain or async:
+    ``fork()``, a copy of the conversation; ``snapshot()`` and ``restore(snapshot)``; and ``replay_reply(action,
+    recorded)``, called in a replay in place of ``reply``: ``recorded(messages)`` are the contents that these messages
+    had, a text each, or None where they had another form.
+
+    Args:
+        tokenizer: folder of the policy.
+        renderer: of the chat format: ``auto``, or a family's name (``ChatFormat.load``).
+        tools: schemas of the tools that the policy is shown, if any.
+        options: of the renderer, such as ``enable_thinking=False``.
+
+    Raises:
+        SetupError, ConfigError: as ``ChatFormat.load``.
+
+    Attributes:
+        format: the chat format; ``format.cut`` shortens a text to so many tokens.
+    """
+
+    def __init__(
+        self, tokenizer: str | Path, *, renderer: str = "auto", tools: Sequence[ToolSchema] = (), **options: Any
+    ) -> None:
+        self.format = ChatFormat.load(tokenizer, renderer=renderer, tools=tools, **options)
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        return self.format.stop_token_ids
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Text of ids, special tokens kept."""
+        return self.format.decode(ids)
+
+    @abstractmethod
+    def num_tasks(self, split: Split) -> int | None:
+        """How many tasks the split has; None when there is no end."""
+        raise NotImplementedError(f"{type(self).__name__} has no num_tasks(split)")
+
+    @abstractmethod
+    async def begin(self, split: Split, index: int) -> MessageEpisode:
+        """A new conversation about the task ``index``: an object with ``messages`` and ``async reply(action)``."""
+        raise NotImplementedError(f"{type(self).__name__} has no async begin(split, index)")
+
+    async def start(self, split: Split, task_index: int) -> TokenEpisode:
+        """Raises ValueRefused for a conversation that is none; whatever else ``begin`` raises."""
+        where = f"{type(self).__name__}, task {task_index} ({split})"
+        begun = self.begin(split, task_index)
+        if not inspect.isawaitable(begun):
+            raise ValueRefused("begin", f"{where}: begin() is no coroutine: write async def begin(self, split, index)")
+        plain = await begun
+        try:
+            return TokenEpisode(self.format, plain, await self._opened(plain, where), where)
+        except BaseException:
+            await closed(plain)
+            raise
+
+    async def _opened(self, plain: Any, where: str) -> np.ndarray:
+        """int32[P], the first messages as the policy is shown them."""
+        missing = [part for part in ("messages", "reply") if not hasattr(plain, part)]
+        if missing:
+            raise refuse(where, "what begin() returned", plain, f"a conversation: it lacks {', '.join(missing)}")
+        messages = messages_of(plain.messages, "messages", where, answers=False)
+        try:
+            return await in_thread_if_long(messages, lambda: self.format.render(messages))
+        except Exception as exc:
+            raise ValueRefused(
+                "messages", f"{where}: renderer {self.format.name!r} cannot write the messages: {of_error(exc)}"
+            ) from exc
+
+
+class TokenEpisode:
+    """A conversation as an episode of the token protocol.
+
+    Attributes:
+        prompt: int32[P], the first messages.
+        plain: the user's conversation.
+    """
+
+    def __init__(self, chat: ChatFormat, plain: MessageEpisode, prompt: np.ndarray, where: str) -> None:
+        self.prompt = prompt
+        self.plain = plain
+        self._chat = chat
+        self._context = prompt
+        self._where = where
+        self._steps = 0
+
+    async def step(self, action: np.ndarray) -> StepResult:
+        """Raises ValueRefused for a reply that is none; whatever else the conversation raises."""
+        parsed = self._chat.parse(self._context, action)
+        return await self._answered(parsed, lambda: self.plain.reply(parsed), "reply(self, action)")
+
+    async def replay_step(self, action: np.ndarray, observation: np.ndarray) -> StepResult:
+        """As ``step``, by the conversation's ``replay_reply`` where it has one."""
+        own = getattr(self.plain, "replay_reply", None)
+        if own is None:
+            return await self.step(action)
+        parsed, context = self._chat.parse(self._context, action), self._context
+
+        def recorded(messages: Sequence[Message]) -> list[str] | None:
+            return self._chat.contents(context, action, observation, answers_named(messages, parsed.tool_calls))
+
+        return await self._answered(parsed, lambda: own(parsed, recorded), "replay_reply(self, action, recorded)")
+
+    async def _answered(self, parsed: Action, answer: Callable[[], Awaitable[Reply]], form: str) -> StepResult:
+        self._steps += 1
+        where = f"{self._where}, step {self._steps}"
+        said = answer()
+        if not inspect.isawaitable(said):
+            raise ValueRefused("reply", f"{where}: {form.partition('(')[0]}() is no coroutine: write async def {form}")
+        reply = reply_of(await said, where)
+        if reply.done:
+            return StepResult(
+                observation=NOTHING,
+                done=True,
+                reward=reply.reward,
+                success=reply.success,
+                end="turn_limit" if reply.turn_limit else "done",
+                turn_reward=reply.turn_reward,
+                rewards=reply.rewards,
+            )
+        observation = await self._observation(parsed, reply, where)
+        self._context = np.concatenate([self._context, parsed.ids, observation])
+        return StepResult(
+            observation=observation,
+            done=False,
+            reward=reply.reward,
+            success=reply.success,
+            end="continue",
+            turn_reward=reply.turn_reward,
+        )
+
+    async def _observation(self, action: Action, reply: Reply, where: str) -> np.ndarray:
+        """int32[O], the reply's messages after the action."""
+        messages = answers_named(reply.messages, action.tool_calls)
+        try:
+            return await in_thread_if_long(
+                messages, lambda: self._chat.extend(self._context, action.ids, messages)
+            )  # fmt: skip
+        except NotExtended as refused:
+            raise ValueRefused("messages", f"{where}: {refused}") from refused
+        except Exception as exc:
+            raise ValueRefused(
+                "messages", f"{where}: renderer {self._chat.name!r} cannot write the messages: {of_error(exc)}"
+            ) from exc
+
+    async def fork(self) -> TokenEpisode | None:
+        """A copy, where the conversation can be copied."""
+        own = getattr(self.plain, "fork", None)
+        copy = None if own is None else await _awaited(own())
+        return None if copy is None else self._at(copy)
+
+    def _at(self, plain: Any) -> TokenEpisode:
+        other = TokenEpisode(self._chat, plain, self.prompt, self._where)
+        other._context, other._steps = self._context, self._steps
+        return other
+
+    async def snapshot(self) -> tuple[Any, np.ndarray, int] | None:
+        """The conversation's own, and how far it has come."""
+        own = getattr(self.plain, "snapshot", None)
+        state = None if own is None else await _awaited(own())
+        return None if state is None else (state, self._context, self._steps)
+
+    async def restore(self, snapshot: tuple[Any, np.ndarray, int]) -> None:
+        """Raises what the conversation's own ``restore`` raises."""
+        state, self._context, self._steps = snapshot
+        restore: Any = self.plain
+        await _awaited(restore.restore(state))
+
+    async def close(self) -> None:
+        """Of the user's conversation, where it has a close."""
+        await closed(self.plain)
+
+
+async def closed(plain: Any) -> None:
+    """Calls ``close`` of a conversation that has one, async or not."""
+    close = getattr(plain, "close", None)
+    if callable(close):
+        await _awaited(close())
+
+
+async def _awaited(said: Any) -> Any:
+    return await said if inspect.isawaitable(said) else said
+
+
+async def in_thread_if_long(messages: Sequence[Message], work: Callable[[], np.ndarray]) -> np.ndarray:
+    """What ``work`` returns."""
+    if sum(len(message["content"]) for message in messages) < MUCH_TEXT:
+        return work()
+    return await asyncio.to_thread(work)
