@@ -10,12 +10,13 @@ from pathlib import Path
 from atpo_async.core.texts import counted
 from atpo_async.report import charts, figures
 from atpo_async.report.charts import Axes
+from atpo_async.report.conversation import best_and_worst, transcript_lines
 from atpo_async.report.facts import GOAL, Facts, facts, shown
 from atpo_async.report.figures import Figure
 from atpo_async.report.pages import render
 from atpo_async.report.progress import duration
 from atpo_async.report.tree_drawing import draw_tree
-from atpo_async.report.tree_samples import choose, read_tree_samples
+from atpo_async.report.tree_samples import TreeSample, choose, read_tree_samples
 from atpo_async.run.files import write_atomic
 from atpo_async.run.metrics import MetricsTail, Record
 from atpo_async.run.rundir import RunDir
@@ -118,10 +119,22 @@ def _essentials(rundir: RunDir, found: Facts) -> list[tuple[str, str]]:
     ]
 
 
-def _trees(rundir: RunDir) -> list[Figure]:
+def _trees(rundir: RunDir) -> list[tuple[Figure, list[tuple[str, list[tuple[str, str]]]]]]:
+    """Each with its conversations: what they are, and their lines by kind."""
     return [
-        Figure(draw_tree(tree), f"Tree {tree.tree_id}, trained on at step {tree.step} (version {tree.version}).")
+        (
+            Figure(draw_tree(tree), f"Tree {tree.tree_id}, trained on at step {tree.step} (version {tree.version})."),
+            _conversations(tree),
+        )
         for tree in choose(read_tree_samples(rundir.trees_path))
+    ]
+
+
+def _conversations(tree: TreeSample) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Of the leaves with the highest and the lowest reward."""
+    return [
+        (f"Conversation to turn {leaf.id}, reward {leaf.reward or 0.0:g}", list(transcript_lines(tree, leaf)))
+        for leaf in best_and_worst(tree)
     ]
 
 

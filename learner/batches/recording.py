@@ -89,7 +89,7 @@ class Recording:
         found["batch/trained"] = num_trained(batch, report)
         if publish_s is not None:
             found["weights/publish_s"] = publish_s
-        if is_sampled(step, num_steps=self.config.run.steps):
+        if is_sampled(step, num_steps=self.config.run.steps, wanted=self.config.metrics.trees):
             self._write_sample(batch, report, step=step, version=version)
         self.write(step, version, found)
         self.log.info(

@@ -13,13 +13,10 @@ from atpo_async.core.tree import TurnTree
 from atpo_async.report.tree_samples import TreeTurn, append_tree_sample
 from atpo_async.wire.messages import Batch, BatchTree
 
-SAMPLES = 12
-"""About how many batches of a run give a tree."""
 
-
-def is_sampled(step: int, *, num_steps: int) -> bool:
-    """Whether the batch of ``step`` gives a tree: the first does, then one every ``num_steps / SAMPLES``."""
-    return (step - 1) % max(1, num_steps // SAMPLES) == 0
+def is_sampled(step: int, *, num_steps: int, wanted: int) -> bool:
+    """Whether the batch of ``step`` gives a tree: the first does, then one every ``num_steps / wanted``."""
+    return wanted > 0 and (step - 1) % max(1, num_steps // wanted) == 0
 
 
 def decoder(folder: Path) -> Callable[[np.ndarray], str]:

@@ -53,3 +53,4 @@ class MetricsConfig(Section):
 
     sinks: tuple[Annotated[str, named(doors.SINK)], ...] = ("jsonl",)
     options: dict[str, Options] = Field(default_factory=dict, description="a table for each sink, passed to it")
+    trees: int = Field(12, ge=0, description="about how many batches of a run give a tree to trees.jsonl, as text")
