@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import logging
 import os
 from pathlib import Path
@@ -17,8 +16,7 @@ from atpo_async.config import Config
 from atpo_async.config.doors import ENGINE, ENVIRONMENT
 from atpo_async.core.errors import ConfigError
 from atpo_async.environments.base import Environment
-from atpo_async.environments.checked import CheckedEnvironment
-from atpo_async.environments.values import Limits
+from atpo_async.environments.making import make_environment
 from atpo_async.ops.exits import DOING, ERROR_FILE
 
 log = logging.getLogger("atpo.actor")
@@ -80,32 +78,6 @@ def make_engine(config: Config, model: Path, *, actor: str, stop_strings: tuple[
             "and give it supports_stop_strings = True, or use --actor.engine vllm or transformers"
         )
     return engine if name in ENGINE.names() else CheckedEngine(engine, settings, name=name)
-
-
-def make_environment(config: Config, model: Path) -> CheckedEnvironment:
-    """The environment, its values checked.  Built-in ones are seeded by the run unless their options set a seed.
-
-    Raises ConfigError or SetupError naming the environment.
-    """
-    name = config.environment.name
-    seeded = {"seed": config.run.seed} if name in ENVIRONMENT.names() else {}
-    plain = ENVIRONMENT.make(name, model, options=seeded | config.environment.options)
-    limits = Limits(
-        vocab_size=vocab_size(model),
-        max_context_tokens=config.model.max_context_tokens,
-        max_observation_tokens=config.search.max_observation_tokens,
-    )
-    return CheckedEnvironment(plain, name=name, limits=limits)
-
-
-def vocab_size(model: Path) -> int | None:
-    """How many tokens the model has embeddings for, from its config.json; None where that does not have it."""
-    try:
-        said = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        found = said.get("vocab_size", said.get("text_config", {}).get("vocab_size"))
-    except (OSError, ValueError, AttributeError):
-        return None  # the engine reports what is wrong with the folder
-    return found if isinstance(found, int) and found > 0 else None
 
 
 def host_environment(config: Config, model: Path) -> HostedEnvironment:

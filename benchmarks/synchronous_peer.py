@@ -28,9 +28,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from actors.factory import make_environment
 from atpo_async.config import Config, load
 from atpo_async.environments.base import Episode
+from atpo_async.environments.making import make_environment
 from atpo_async.run.metrics import Record, read_metrics
 from atpo_async.run.rundir import RunDir
 

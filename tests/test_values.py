@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from actors.factory import make_environment, vocab_size
 from atpo_async.config import build
 from atpo_async.config.doors import ENVIRONMENT
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.environments.base import Split, StepResult
 from atpo_async.environments.checked import CheckedEnvironment
+from atpo_async.environments.making import make_environment, vocab_size
 from atpo_async.environments.values import Limits, ValueRefused
 from tests.actor_support import NOTHING, STOP, CountingEnvironment, CountingEpisode, ints
 
