@@ -123,6 +123,11 @@ def test_messages_keep_their_system_message_and_their_turns() -> None:
     assert found.answer is None
 
 
+def test_a_question_may_be_the_system_message_alone_as_in_at2pos_data() -> None:
+    alone = [{"role": "system", "content": "Search.\nuser\nWho?"}]
+    assert TaskData.load([VERL | {"prompt": alone}]).task("train", 0).messages == alone
+
+
 def test_columns_of_other_names_are_mapped_also_inside_a_mapping() -> None:
     row = {"q": "Who?", "question": "another text", "extra_info": {"solution": {"boxed": "Bob"}}}
     task = TaskData.load([row], columns={"question": "q", "answer": "extra_info.solution.boxed"}).task("train", 0)

@@ -15,7 +15,10 @@ ENVIRONMENT: Door[Any] = Door(
     options="environment.options",
     what="an environment",
     protocol='docs/extending.md, "Environment" (the mixin ReplayFork of atpo_async.environments.base brings replay)',
-    built_in={"hopqa": "atpo_async.environments.hopqa.environment:make"},
+    built_in={
+        "hopqa": "atpo_async.environments.hopqa.environment:make",
+        "search_qa": "atpo_async.environments.search_qa.environment:make",
+    },
     call=("tokenizer",),
     parts=("stop_token_ids", "num_tasks", "start", "replay"),
 )

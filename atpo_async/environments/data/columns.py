@@ -84,7 +84,8 @@ class Columns:
         if not isinstance(value, list) or not value:
             raise refuse_value(where, self.question, value, "a text, or a list of messages, {role, content} each")
         messages = [_message(each, f"{self.question}[{at}]", where) for at, each in enumerate(value)]
-        if messages[-1]["role"] in ("assistant", "system", "developer"):
+        # AT2PO's data have the question in the system's message, and no other.
+        if messages[-1]["role"] == "assistant" or (len(messages) > 1 and messages[-1]["role"] in ROLES[:2]):
             raise refuse_value(
                 where, f"{self.question}[{len(value) - 1}].role", messages[-1]["role"],
                 "'user': the policy answers to the last message",
