@@ -16,7 +16,7 @@ from atpo_async.core.errors import BadMessage, Conflict
 from atpo_async.core.tree import Turn, VersionSpan
 from atpo_async.wire.messages import TreeClosed, TreeOpened
 from buffer.trees.assembly import Assembly, TreeMessage
-from buffer.trees.index import MemoryStore, TreeEntry, places_of
+from buffer.trees.index import ROW, MemoryStore, Place, TreeEntry, places_of
 
 PROMPT = np.array([7, 8], dtype=np.int32)
 
@@ -62,7 +62,10 @@ def assembly(*tree_ids: str, store: MemoryStore | None = None) -> Assembly:
 
 def describe(tree: TreeEntry, store: MemoryStore) -> tuple[Any, ...]:
     records = [bytes(store.read(place)) for place in (*places_of(tree.prompt), *places_of(tree.rows))]
-    numbers = [row.tolist()[:-3] for row in (*tree.prompt, *tree.rows)]
+    numbers = [
+        [value for name, value in zip(ROW.names or (), row.tolist(), strict=True) if name not in Place._fields]
+        for row in (*tree.prompt, *tree.rows)
+    ]
     return tree.tree_id, tree.task_index, numbers, records, tree.failed_branches
 
 

@@ -73,6 +73,8 @@ def turns(draw: st.DrawFn) -> Turn:
         success=draw(st.none() | st.booleans()) if leaf else None,
         generate_s=draw(SECONDS),
         environment_s=draw(SECONDS),
+        turn_reward=draw(st.just(0.0) | FINITE),
+        rewards=draw(st.dictionaries(TEXT.filter(bool), FINITE, max_size=3)) if leaf else {},
     )
 
 

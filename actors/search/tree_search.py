@@ -283,6 +283,8 @@ class TreeSearch:
             success=success,
             generate_s=generated - began,
             environment_s=stepped - generated,
+            turn_reward=result.turn_reward,
+            rewards=dict(result.rewards),
         )
         return turn, result
 

@@ -28,6 +28,13 @@ LOGPROB_SLACK = 2.0**-10
 """Log-probs may exceed 0 by this much: a softmax in reduced precision can round a sure token's to just above 0."""
 
 
+MAX_REWARD_PARTS = 16
+"""Of one leaf: named parts of its reward."""
+MAX_REWARD_NAME = 64
+"""Characters in the name of such a part; twice as many bytes, for it becomes a part of a metric's name."""
+REWARD_NAME = f"1 to {MAX_REWARD_NAME} printable characters, at most {2 * MAX_REWARD_NAME} bytes in UTF-8"
+
+
 class Content(enum.Enum):
     """What a field holds, where its type cannot express every check."""
 
@@ -56,3 +63,8 @@ Shape = Annotated[tuple[Size, ...], Meta(max_length=MAX_DIMENSIONS)]
 Tokens = Annotated[np.ndarray, Content.TOKENS]
 Logprobs = Annotated[np.ndarray, Content.LOGPROBS]
 RawBytes = Annotated[np.ndarray, Content.BYTES]
+
+
+def is_reward_name(text: str) -> bool:
+    """Whether ``text`` may name a part of a reward (``REWARD_NAME``)."""
+    return 0 < len(text) <= MAX_REWARD_NAME and text.isprintable() and len(text.encode()) <= 2 * MAX_REWARD_NAME

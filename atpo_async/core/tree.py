@@ -56,6 +56,10 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True, tag="turn", forbid_unknown
     success: bool | None
     generate_s: Seconds
     environment_s: Seconds
+    turn_reward: Number = 0.0
+    """Of this turn alone, beside what its chain earns at its end (ALGORITHM, section 2); on any turn."""
+    rewards: dict[Name, Number] = {}
+    """Name -> value of the parts that ``reward`` was made of; on leaves only, and only for metrics."""
 
     @property
     def entropy(self) -> float:

@@ -14,14 +14,14 @@ import itertools
 import math
 import numbers
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
 
-from atpo_async.core.bounds import MAX_NUMBER, MAX_SIZE
+from atpo_async.core.bounds import MAX_NUMBER, MAX_REWARD_PARTS, MAX_SIZE, REWARD_NAME, is_reward_name
 from atpo_async.core.errors import ConfigError
 from atpo_async.core.texts import of_error, of_type, of_value
 from atpo_async.core.vocabulary import EpisodeEnd, Split
@@ -116,22 +116,53 @@ def _as_array(value: Any) -> np.ndarray | None:
     return np.asarray(value)
 
 
+_FINITE = "a finite number that fits float32"
+
+
 def reward_of(value: Any, where: str) -> float:
     """The reward of a chain that ended: finite, within float32.  Raises ValueRefused."""
-    expected = "a finite number that fits float32; a chain that cannot be judged must raise instead"
+    expected = f"{_FINITE}; for a chain that cannot be judged raise NotJudged"
     if value is None:
         raise refuse(where, "reward", value, f"a number, since done is True: {expected}")
-    with reading(where, "reward", value):
+    return _number(value, "reward", where, expected)
+
+
+def turn_reward_of(value: Any, where: str) -> float:
+    """The reward of one turn: finite, within float32.  Raises ValueRefused."""
+    return _number(value, "turn_reward", where, f"{_FINITE}, 0.0 where the turn earns nothing of its own")
+
+
+def _number(value: Any, field: str, where: str, expected: str) -> float:
+    """A number of any library as a float.  Raises ValueRefused."""
+    with reading(where, field, value):
         plain = _plain(value)
         if not isinstance(plain, numbers.Real | Decimal):
-            raise refuse(where, "reward", value, expected)
+            raise refuse(where, field, value, expected)
         try:
             number = float(plain)
         except (OverflowError, ValueError):
             number = math.inf
         if not math.isfinite(number) or abs(number) > MAX_NUMBER:
-            raise refuse(where, "reward", value, expected)
+            raise refuse(where, field, value, expected)
         return number
+
+
+def parts_of(value: Any, where: str) -> dict[str, float]:
+    """The named parts of a reward: few, with short names, each finite and within float32.  Raises ValueRefused."""
+    if value is None:
+        return {}
+    with reading(where, "rewards", value):
+        if not isinstance(value, Mapping):
+            raise refuse(where, "rewards", value, "a mapping of names to numbers")
+        if len(value) > MAX_REWARD_PARTS:
+            fact = f"rewards has {len(value)} names; expected {MAX_REWARD_PARTS} at most"
+            raise ValueRefused("rewards", f"{where}: {fact}")
+        found: dict[str, float] = {}
+        for name, part in itertools.islice(value.items(), MAX_REWARD_PARTS):
+            if not isinstance(name, str) or not is_reward_name(name):
+                raise refuse(where, "rewards", name, REWARD_NAME, shown=f"named {of_value(name)}")
+            found[str.__str__(name)] = _number(part, f"rewards[{name!r}]", where, _FINITE)
+        return found
 
 
 def truth_of(value: Any, field: str, where: str, *, expected: str = "True or False") -> bool:
@@ -333,21 +364,32 @@ def step_result(said: Any, where: str, limits: Limits) -> StepResult:
             raise refuse(where, "what step() returned", said, f"a StepResult: {_A_RESULT}")
         done, end, observation = truth_of(said.done, "done", where), end_of(said.end, where), said.observation
         reward, success = said.reward, said.success
+        turn_reward, rewards = turn_reward_of(said.turn_reward, where), said.rewards
     if done:
         if end == "continue":
             raise refuse(where, "end", end, f"one of {', '.join(ENDS[1:])}, since done is True")
         if success is not None:
             success = truth_of(success, "success", where, expected="True, False, or None where it cannot be decided")
         return StepResult(
-            observation=NOTHING, done=True, reward=reward_of(reward, where), success=success, end=end
+            observation=NOTHING, done=True, reward=reward_of(reward, where), success=success, end=end,
+            turn_reward=turn_reward, rewards=parts_of(rewards, where),
         )  # fmt: skip
     if end != "continue":
         raise refuse(where, "end", end, "continue, since done is False; or done=True with a reward")
-    sums = "None, since done is False: a chain has one reward, with its last step; sum those of its steps in the"
-    _nothing_yet(reward, "reward", where, f"{sums} environment")
+    _nothing_yet(
+        reward, "reward", where,
+        "None, since done is False: what a turn earns of its own is its turn_reward, reward is the chain's, at its end",
+    )  # fmt: skip
     _nothing_yet(success, "success", where, "None, since done is False")
+    with reading(where, "rewards", rewards):
+        if rewards:
+            raise refuse(
+                where, "rewards", rewards, "none, since done is False: they are the parts of the chain's reward"
+            )
     ids = token_ids(observation, "observation", where, limits, most=limits.observation_tokens, reason=TOO_LONG)
-    return StepResult(observation=ids, done=False, reward=None, success=None, end="continue")
+    return StepResult(
+        observation=ids, done=False, reward=None, success=None, end="continue", turn_reward=turn_reward
+    )  # fmt: skip
 
 
 def _nothing_yet(value: Any, field: str, where: str, expected: str) -> None:

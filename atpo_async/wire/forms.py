@@ -48,12 +48,18 @@ class Form:
     def __init__(self, kind: Any, *, bounded: bool = True) -> None:
         self.kind = kind
         self._raised: list[tuple[str, Callable[[Any, Arrays], Any]]] = []
-        hints, fields = typing.get_type_hints(kind, include_extras=True), []
+        hints = typing.get_type_hints(kind, include_extras=True)
+        fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
         for field in msgspec.structs.fields(kind):
             hint, raised = _lowered(hints[field.name], bounded)
             if raised is not None:
                 self._raised.append((field.name, raised))
-            fields.append((field.name, hint) if field.required else (field.name, hint, field.default))
+            if field.required:
+                fields.append((field.name, hint))
+            elif field.default_factory is msgspec.NODEFAULT:
+                fields.append((field.name, hint, field.default))
+            else:
+                fields.append((field.name, hint, msgspec.field(default_factory=field.default_factory)))
         config = kind.__struct_config__
         self.wire = msgspec.defstruct(
             kind.__name__,

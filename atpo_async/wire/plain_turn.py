@@ -52,6 +52,8 @@ def plain_turn(value: Any, payload: Buffer) -> Turn | None:
         and tree_id.isprintable()
     ):
         return None
+    if value.rewards:
+        return None
     if end == "continue":
         if reward is not None or value.success is not None:
             return None
@@ -84,4 +86,5 @@ def plain_turn(value: Any, payload: Buffer) -> Turn | None:
         success=value.success,
         generate_s=value.generate_s,
         environment_s=value.environment_s,
+        turn_reward=value.turn_reward,
     )

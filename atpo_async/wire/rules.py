@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from atpo_async.core.bounds import LOGPROB_SLACK, MAX_NAME_BYTES
+from atpo_async.core.bounds import LOGPROB_SLACK, MAX_NAME_BYTES, MAX_REWARD_PARTS, REWARD_NAME, is_reward_name
 from atpo_async.core.dtypes import PRECISION_BYTES
 from atpo_async.core.tree import Turn
 from atpo_async.wire import messages as m
@@ -79,6 +79,18 @@ def turn_faults(turn: Turn) -> Iterator[TurnFault]:
         yield TurnFault("outcome", fact)
     if turn.success is not None and not turn.is_leaf:
         yield TurnFault("outcome", "success is set on a turn that is no leaf")
+    if turn.rewards and (fact := _parts_fault(turn)):
+        yield TurnFault("outcome", fact)
+
+
+def _parts_fault(turn: Turn) -> str | None:
+    """Named parts of a reward are on leaves, few, and have short names."""
+    if not turn.is_leaf:
+        return "rewards are set on a turn that is no leaf"
+    if len(turn.rewards) > MAX_REWARD_PARTS:
+        return f"rewards has {len(turn.rewards)} names, expected {MAX_REWARD_PARTS} at most"
+    bad = next((name for name in turn.rewards if not is_reward_name(name)), None)
+    return None if bad is None else f"rewards has the name {bad!r:.80}, expected {REWARD_NAME}"
 
 
 def _span_fault(turn: Turn) -> str | None:

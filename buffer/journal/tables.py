@@ -24,7 +24,7 @@ import numpy as np
 
 from atpo_async.core.errors import AtpoError, SetupError
 from atpo_async.run import locks, processes
-from buffer.journal import check
+from buffer.journal import check, earlier
 from buffer.journal.chunks import Group
 from buffer.trees.index import ROW, Place, Rows
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("atpo.buffer.journal")
 
-FORMAT = 1
+FORMAT = 2
 MAP_FACTOR = 16
 MAP_LEAST_BYTES = 16 << 30
 """Address space of the map, not bytes on disk: the free pages between records have to fit too."""
@@ -197,6 +197,7 @@ class Tables:
             SetupError: another program's journal, another run's, or a damaged one.
         """
         try:
+            self._upgrade(run)
             with self._env.begin() as txn:
                 state = {bytes(key): bytes(value) for key, value in txn.cursor(db=self._state)}
                 rows = b"".join(value for _, value in txn.cursor(db=self._rows))
@@ -229,6 +230,28 @@ class Tables:
         if missing:
             raise SetupError(f"the journal in {self.folder} is damaged: chunk {min(missing)} is missing; {check.KEEP}")
         return Recovered(found[np.lexsort((found["turn_id"], found["tree"]))], state), last, missing_keys
+
+    def _upgrade(self, run: str) -> None:
+        """Brings the rows of an earlier program's journal to this program's layout, all at once or not at all.
+
+        Raises:
+            SetupError: the disk does not take it.
+        """
+        with self._env.begin(db=self._state) as txn:
+            known, owner = txn.get(_META), txn.get(_OWNER, b"")
+        if known != earlier.FORMAT or (run and owner not in (b"", run.encode())):
+            return
+        try:
+            with self._env.begin(write=True) as txn:
+                for key in [bytes(key) for key in txn.cursor(db=self._rows).iternext(values=False)]:
+                    txn.put(key, earlier.upgraded(txn.get(key, b"", db=self._rows)), db=self._rows)
+                txn.put(_META, str(FORMAT).encode(), db=self._state)
+        except lmdb.Error as exc:
+            raise SetupError(
+                f"the journal in {self.folder}, of an earlier program, cannot be rewritten: {exc}; nothing of it is "
+                "changed: make space on its disk"
+            ) from exc
+        log.info("the journal in %s is of an earlier program: its rows are in format %d now", self.folder, FORMAT)
 
     # --- writing -----------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from atpo_async.wire import codec
 from atpo_async.wire.messages import TreeOpened
 from atpo_async.wire.records import TurnRecords, pack
 
-_LEAF, _REWARD, _JUDGED, _SUCCESS = 1, 2, 4, 8
+_LEAF, _REWARD, _JUDGED, _SUCCESS, _PARTS = 1, 2, 4, 8, 16
 
 
 class Place(NamedTuple):
@@ -50,6 +50,7 @@ class TurnEntry(NamedTuple):
     offset: int
     nbytes: int
     """Of the record."""
+    turn_reward: float = 0.0
 
     @property
     def is_leaf(self) -> bool:
@@ -69,6 +70,8 @@ class TurnEntry(NamedTuple):
                 flags |= _REWARD
             if turn.success is not None:
                 flags |= _JUDGED | (_SUCCESS if turn.success else 0)
+            if turn.rewards:
+                flags |= _PARTS
         spans = turn.spans
         if len(spans) == 1:
             oldest = newest = spans[0].version
@@ -86,6 +89,7 @@ class TurnEntry(NamedTuple):
             oldest,
             newest,
             *place,
+            turn.turn_reward,
         )
 
     @classmethod
@@ -93,7 +97,7 @@ class TurnEntry(NamedTuple):
         return cls(tree, ROOT, ROOT, 0, 0, num_tokens, 0.0, 0.0, 0, 0, *place)
 
 
-_ROW = struct.Struct("<QiiIiiddqqQII")
+_ROW = struct.Struct("<QiiIiiddqqQIId")
 ROW = np.dtype(
     [
         ("tree", "<u8"),
@@ -109,6 +113,7 @@ ROW = np.dtype(
         ("chunk", "<u8"),
         ("offset", "<u4"),
         ("nbytes", "<u4"),
+        ("turn_reward", "<f8"),
     ]
 )
 """An entry as bytes, and as a row of an array."""
@@ -314,6 +319,7 @@ class TreeEntry:
             parent=np.array([position[p] for p in self.rows["parent_id"].tolist()], dtype=np.int64),
             is_leaf=self.is_leaf,
             reward=self.rows["reward"].astype(np.float64),
+            turn_reward=self.rows["turn_reward"].astype(np.float64),
             entropy=self.rows["entropy"].astype(np.float64),
             num_action_tokens=self.rows["num_action_tokens"].astype(np.int64),
         )

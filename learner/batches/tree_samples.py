@@ -61,6 +61,8 @@ def _turns(chosen: BatchTree, settings: CreditConfig, decode: Callable[[np.ndarr
             observation=decode(turn.observation),
             round=turn.expansion_round,
             versions=tuple(sorted({span.version for span in turn.spans})),
+            turn_reward=turn.turn_reward,
+            rewards=turn.rewards,
         )
         for turn, value in zip(tree, worth.values, strict=True)
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +27,13 @@ class TreeArrays:
     """float64[N], nats: H(n)."""
     num_action_tokens: I64
     """int64[N]."""
+    turn_reward: F64 = field(default_factory=lambda: np.zeros(0))
+    """float64[N]: what each turn earned of its own; zeros where it is left out."""
 
     def __post_init__(self) -> None:
         count = len(self.parent)
+        if not len(self.turn_reward):
+            object.__setattr__(self, "turn_reward", np.zeros(count))
         if not np.all(self.parent < np.arange(count)):
             raise ValueError("credit needs parents before their children")
         has_child = np.zeros(count, dtype=bool)
@@ -57,19 +61,14 @@ class TreeArrays:
             parent=np.array([position[t.parent_id] for t in tree], dtype=np.int64),
             is_leaf=np.array([t.is_leaf for t in tree], dtype=bool),
             reward=np.array([0.0 if t.reward is None else t.reward for t in tree], dtype=np.float64),
+            turn_reward=np.array([t.turn_reward for t in tree], dtype=np.float64),
             entropy=np.array([t.entropy for t in tree], dtype=np.float64),
             num_action_tokens=np.array([len(t.action) for t in tree], dtype=np.int64),
         )
 
     def with_reward(self, reward: F64) -> TreeArrays:
         """The same tree with other leaf rewards (float64[N])."""
-        return TreeArrays(
-            parent=self.parent,
-            is_leaf=self.is_leaf,
-            reward=reward,
-            entropy=self.entropy,
-            num_action_tokens=self.num_action_tokens,
-        )
+        return replace(self, reward=reward)
 
 
 def has_signal(arrays: TreeArrays) -> bool:

@@ -1,0 +1,24 @@
+"""The rows of journals that earlier programs wrote, in this program's layout.
+
+Format 1 has no ``turn_reward``, the last field of ``trees.index.ROW``: no turn had one, which is 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from buffer.trees.index import ROW
+
+FORMAT = b"1"
+"""The format whose rows ``upgraded`` takes."""
+
+_ROW = np.dtype(ROW.descr[:-1])
+
+
+def upgraded(rows: bytes) -> bytes:
+    """Rows of format 1 as rows of ``trees.index.ROW``.  Raises ValueError where they end amid one."""
+    before = np.frombuffer(rows, dtype=_ROW)
+    now = np.zeros(len(before), dtype=ROW)
+    for name in _ROW.names or ():
+        now[name] = before[name]
+    return now.tobytes()
