@@ -16,12 +16,12 @@ import pytest
 
 from actors.hosting import loop_thread
 from actors.hosting.calls import EnvironmentTimeout
-from actors.hosting.daemon_threads import DaemonThreads
 from actors.hosting.host import HostedEnvironment
 from actors.search.tree_search import TreeSearch
 from atpo_async.config import SearchConfig
 from atpo_async.core.errors import EnvironmentBroken, SetupError
 from atpo_async.environments.base import ReplayFork, Split, StepResult
+from atpo_async.environments.daemon_threads import DaemonThreads
 from atpo_async.ops import notices
 from atpo_async.run import processes
 from tests.actor_support import STOP, CountingEnvironment, CountingEpisode, ScriptedEngine, ints, lease

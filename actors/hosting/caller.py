@@ -11,13 +11,13 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple, TypeVar
 
 from actors.hosting.calls import Call, EnvironmentFault, EnvironmentTimeout, LoopLost
-from actors.hosting.daemon_threads import MAX_POOL_THREADS
 from actors.hosting.loop_thread import LoopThread, next_name
 from actors.hosting.loops import Loops
 from actors.hosting.reporting import MAKE, Reporting
 from atpo_async.core.errors import EnvironmentBroken, SetupError
 from atpo_async.core.vocabulary import Split
 from atpo_async.environments.base import Environment
+from atpo_async.environments.daemon_threads import MAX_POOL_THREADS
 from atpo_async.run import processes
 from atpo_async.status import waits
 

@@ -20,8 +20,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, Generic, TypeVar
 
 from actors.hosting.calls import Call, Interrupted, LoopLost
-from actors.hosting.daemon_threads import MAX_POOL_THREADS, DaemonThreads
 from atpo_async.core.texts import of_error
+from atpo_async.environments.daemon_threads import MAX_POOL_THREADS, DaemonThreads
 
 log = logging.getLogger("atpo.actor.environment")
 

@@ -17,6 +17,7 @@ from atpo_async.core.errors import EngineDead, EnvironmentBroken, GenerationFail
 from atpo_async.core.texts import of_error, shortened
 from atpo_async.environments.base import Environment, Episode, ForkDiverged, StepResult
 from atpo_async.environments.replay import Past, replayed
+from atpo_async.environments.tools.faults import ToolFailed
 from atpo_async.environments.values import ValueRefused
 from atpo_async.status import waits
 from atpo_async.wire.messages import Lease
@@ -156,6 +157,8 @@ class BranchCalls:
             return BranchFailed(FORK_DIVERGED, shortened(str(exc), 600), kind=diverged_kind(exc.field))
         if isinstance(exc, ValueRefused):
             return BranchFailed(exc.reason, str(exc), kind=f"value of {exc.field}")
+        if isinstance(exc, ToolFailed):
+            return BranchFailed(exc.reason, shortened(str(exc), 600), kind=exc.kind)
         return BranchFailed(
             "environment_failed", f"{self.task}, {what}: {of_error(exc)}", kind=f"{type(exc).__name__} in {what}"
         )

@@ -1,7 +1,9 @@
-"""The threads of an environment's ``asyncio.to_thread``: as many as are busy, none of which keeps the process alive."""
+"""Threads for code that blocks, of tools and of ``asyncio.to_thread``: as many as are busy, none of which keeps the
+process alive."""
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import threading
 import time
@@ -13,6 +15,10 @@ T = TypeVar("T")
 
 MAX_POOL_THREADS = 1024
 """Of one loop.  Further calls wait; idle threads are used again."""
+
+
+class Interrupted(BaseException):
+    """Raised inside work that was given up."""
 
 
 class DaemonThreads(ThreadPoolExecutor):
@@ -31,6 +37,8 @@ class DaemonThreads(ThreadPoolExecutor):
         self._started = self._pending = 0
         self._since: dict[int, float] = {}
         """Busy thread -> since when."""
+        self._at: dict[Future[Any], int] = {}
+        """Work in progress -> its thread."""
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         future: Future[T] = Future()
@@ -43,21 +51,41 @@ class DaemonThreads(ThreadPoolExecutor):
         return future
 
     def _work(self) -> None:
-        me = threading.get_ident()
         while True:
-            future, work = self._todo.get()
-            if future.set_running_or_notify_cancel():
-                self._since[me] = time.monotonic()
-                try:
-                    result = work()
-                except BaseException as exc:  # exit() in a thread ends nothing
-                    future.set_exception(exc)
-                else:
-                    future.set_result(result)
-                self._since.pop(me, None)
-            del future, work
+            try:
+                self._one(*self._todo.get())
+            except Interrupted:  # it came when its work had just ended
+                continue
+
+    def _one(self, future: Future[Any], work: Callable[[], Any]) -> None:
+        me = threading.get_ident()
+        try:
+            if not future.set_running_or_notify_cancel():
+                return
+            self._since[me] = time.monotonic()
+            self._at[future] = me
+            try:
+                result = work()
+            except BaseException as exc:  # exit() in a thread ends nothing
+                self._over(future)
+                future.set_exception(exc)
+            else:
+                self._over(future)
+                future.set_result(result)
+        finally:
+            self._since.pop(me, None)
             with self._guard:
                 self._pending -= 1
+
+    def _over(self, future: Future[Any]) -> None:
+        with self._guard:  # from here on it is not interrupted
+            self._at.pop(future, None)
+
+    def interrupt(self, future: Future[Any]) -> None:
+        """Raise ``Interrupted`` in work that is in progress; code that waits inside C notices it when it returns."""
+        with self._guard:
+            if (ident := self._at.get(future)) is not None:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(Interrupted))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Nothing is waited for: the threads end with the process."""

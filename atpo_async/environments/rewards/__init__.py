@@ -1,0 +1,1 @@
+"""Rewards: functions of a user that judge a conversation, or one turn of it."""
