@@ -135,7 +135,8 @@ class Arguments:
     def _no_schema(self, exc: Exception) -> ConfigError:
         return ConfigError(
             f"{self._who}: an annotation cannot be expressed as a JSON schema ({of_type(exc)}: "
-            f"{shortened(str(exc), 160)}); use str, int, float, bool, Literal, list, dict, a dataclass or a TypedDict"
+            f"{shortened(str(exc), 160)}); use str, int, float, bool, Literal, list, dict, a dataclass or "
+            "a TypedDict (of typing_extensions)"
         )
 
     def read(self, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,8 @@ class ToolCalls:
                 texts[at] = self._error(f"at most {self._max_calls} calls in one message; this one was not made")
             elif recorded is not None and (tool is None or tool.read_only):
                 texts[at] = recorded[at]
-                self._counts.add(f"tool/{call.name}/reused" if tool else "tool/unknown/reused")
+                if tool is not None:
+                    self._counts.add(f"tool/{tool.name}/reused")
             else:
                 tasks[asyncio.create_task(self._answer(call, info, row), name=f"tool {call.name[:40]}")] = at
         try:
