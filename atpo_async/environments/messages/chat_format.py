@@ -121,7 +121,7 @@ class ChatFormat:
         return np.array(added, dtype=np.int32)
 
     def _bridged(self, prompt: list[int], action: list[int], messages: list[Message]) -> list[int] | None:
-        """What follows ``prompt + action``; None where the renderer does not extend that."""
+        """What follows ``prompt + action``; None where the renderer does not extend exactly that."""
         try:
             made = self._renderer.bridge_to_next_turn(prompt, action, messages, tools=self._shown)
         except Exception as exc:
@@ -130,11 +130,8 @@ class ChatFormat:
             return None
         ids: list[int] = made.token_ids
         sampled = len(prompt) + len(action)
-        if ids[:sampled] != [*prompt, *action]:
-            raise NotExtended(
-                f"renderer {self.name!r} changes what was sampled, at token {_first(ids, prompt, action)}"
-            )
-        return ids[sampled:]
+        # A renderer drops, for instance, what follows a stop token within an action.
+        return ids[sampled:] if ids[:sampled] == [*prompt, *action] else None
 
     def _after_a_stand_in(self, prompt: list[int], action: list[int], messages: list[Message]) -> list[int]:
         """What follows the same stop token after an ordinary answer.
@@ -302,20 +299,21 @@ def answers_named(messages: Sequence[Message], calls: Sequence[ToolCall]) -> lis
     by_id = {call.id: call for call in calls}
     waiting = [call for call in calls if call.id not in {m.get("tool_call_id") for m in messages}]
     named = []
-    for message in messages:
+    for number, message in enumerate(messages):
         if message["role"] == "tool":
             call = by_id.get(str(message.get("tool_call_id")))
             if call is None and waiting and not message.get("tool_call_id"):
-                of_name = [c for c in waiting if c.name == message.get("name")]
-                call = of_name[0] if of_name else waiting[0]
+                call = next((c for c in waiting if c.name == message.get("name")), waiting[0])
                 waiting.remove(call)
-            name = message.get("name") or (call.name if call else "") or "unknown"
-            message = {
-                **message,
-                "name": name,
-                "tool_call_id": message.get("tool_call_id") or (call.id if call else "call_0"),
-            }
-        named.append(message)
+            named.append(
+                {
+                    **message,
+                    "name": message.get("name") or (call.name if call else "") or "unknown",
+                    "tool_call_id": message.get("tool_call_id") or (call.id if call else f"call_{number}"),
+                }
+            )
+        else:
+            named.append(message)
     return named
 
 
@@ -345,8 +343,3 @@ def _check_tools(tools: Sequence[ToolSchema]) -> None:
 
 def _roles(messages: Sequence[Message]) -> str:
     return ", ".join(f"a message of role {message['role']!r}" for message in messages[:3])
-
-
-def _first(ids: list[int], prompt: list[int], action: list[int]) -> int:
-    sampled = [*prompt, *action]
-    return next((i for i, (a, b) in enumerate(zip(ids, sampled, strict=False)) if a != b), min(len(ids), len(sampled)))

@@ -50,7 +50,7 @@ def choose(tokenizer: FastTokenizer, asked: str, tools: Sequence[ToolSchema], op
         ConfigError: names the tokenizer, what is wrong, and the way out.
     """
     if not isinstance(asked, str) or asked not in (AUTO, *names()):
-        raise ConfigError(f"renderer = {asked!r} is not known{nearest(str(asked), names())} Known: auto, {_names()}")
+        raise ConfigError(f"renderer = {asked!r} is not known{nearest(str(asked), names())}; known: auto, {_names()}")
     if asked == TEMPLATE:
         return Chosen(TEMPLATE, _over_template(tokenizer, tools, options))
     if asked != AUTO:

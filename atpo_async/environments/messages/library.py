@@ -104,7 +104,8 @@ def configured(name: str, options: Mapping[str, Any]) -> Any:
         ConfigError: no such renderer, no such option, or a value that it cannot have.
     """
     if name not in names():
-        raise ConfigError(f"renderer = {name!r} is not known{nearest(name, names())} Known: auto, {', '.join(names())}")
+        hint = nearest(name, names())
+        raise ConfigError(f"renderer = {name!r} is not known{hint}; known: auto, {', '.join(sorted(names()))}")
     configs = importlib.import_module("renderers.configs")
     kind = configs._CONFIG_BY_NAME[name]
     known = sorted(set(kind.model_fields) - {"name"})

@@ -177,14 +177,11 @@ class TemplateRenderer:
         known = sorted(importlib.import_module("renderers.parsers").TOOL_PARSERS)
         if asked is not None:
             if asked not in (*known, HERMES):
-                raise ConfigError(
-                    f"tool_parser = {asked!r} is not known{nearest(asked, known)} Known: {', '.join(known)}"
-                )
+                hint = nearest(asked, [*known, HERMES])
+                raise ConfigError(f"tool_parser = {asked!r} is not known{hint}; known: {', '.join(known)}, {HERMES}")
             return "qwen3" if asked == HERMES else asked
-        if not self._tools:
-            return None
         found = next((parser for mark, parser in PARSERS_BY_MARK if mark in self._template), None)
-        if found is None:
+        if found is None and self._tools:
             raise ConfigError(
                 f"the chat template of {self._tokenizer.name_or_path} writes tool calls in a form that is not known "
                 f"here: set tool_parser to one of {', '.join(known)}, or use renderer = … of the model's family"
