@@ -7,8 +7,8 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Awaitable, Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, NamedTuple, TypeVar
 
 from actors.hosting.calls import Call, EnvironmentFault, EnvironmentTimeout, LoopLost
 from actors.hosting.loop_thread import LoopThread, next_name
@@ -16,7 +16,7 @@ from actors.hosting.loops import Loops
 from actors.hosting.reporting import MAKE, Reporting
 from atpo_async.core.errors import EnvironmentBroken, SetupError
 from atpo_async.core.vocabulary import Split
-from atpo_async.environments.base import Environment
+from atpo_async.environments.base import Environment, Episode
 from atpo_async.environments.daemon_threads import MAX_POOL_THREADS
 from atpo_async.run import processes
 from atpo_async.status import waits
@@ -96,22 +96,24 @@ class Caller:
         *,
         limit_s: float | None,
         discard: Callable[[T], Awaitable[None]] | None = None,
-        closes: bool = False,
     ) -> T:
         """The result of a call on this loop and no other.
 
         Waits for: the call.  Unblocked by: its answer; its limit, for which the time that others hold the loop up does
         not count; the loss of its loop (LoopLost).
         """
-        call = thread.submit(what, work, discard, closes=closes)
+        return await self._answer_to(thread, thread.submit(what, work, discard), limit_s=limit_s)
+
+    async def _answer_to(self, thread: LoopThread, call: Call[T], *, limit_s: float | None) -> T:
+        """As ``answer``."""
         try:
             while not call.answer.done():
-                if self._loops.moves(thread, call) and not closes:
+                if self._loops.moves(thread, call) and not call.closes:
                     raise LoopLost(f"{thread.name} is held up")
                 left_s = None if limit_s is None else limit_s - thread.used_s(call)
                 if left_s is not None and left_s <= 0:
                     self._past_its_limit(thread, call)
-                    raise EnvironmentTimeout(f"{what} took over {limit_s:g} s (search.step_timeout_s)")
+                    raise EnvironmentTimeout(f"{call.what} took over {limit_s:g} s (search.step_timeout_s)")
                 if left_s is not None and self._loops.any_blocked:
                     left_s = min(left_s, self._held_up_s)
                 await asyncio.wait((call.answer,), timeout=None if left_s is None else max(left_s, 0.05))
@@ -119,11 +121,35 @@ class Caller:
             return call.answer.result()
         finally:
             waits.progress("environment calls")
-            if not call.ended.done() and not closes:
+            if not call.ended.done() and not call.closes:
                 thread.drop(call)
 
+    async def close(self, thread: LoopThread, what: str, episode: Episode) -> None:
+        """Close an episode.  Never raises what its close() does: no chain's result depends on it."""
+        with contextlib.suppress(LoopLost):
+            await self._closed(thread, thread.submit(what, episode.close, closes=True))
+
+    def close_later(self, thread: LoopThread, what: str, episode: Episode) -> None:
+        """The same, and nothing waits for it."""
+        with contextlib.suppress(LoopLost):
+            call = thread.submit(what, episode.close, closes=True)
+            self._in_background(self._closed(thread, call), what)
+
+    async def _closed(self, thread: LoopThread, call: Call[None]) -> None:
+        try:
+            await self._answer_to(thread, call, limit_s=self.step_timeout_s)
+        except LoopLost:
+            pass
+        except Exception as exc:
+            self.reporting.failed_close(call.what, exc)
+
+    def _in_background(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
     def cancel(self) -> None:
-        """Stop waiting for the ends of calls that were cancelled."""
+        """Stop waiting for the ends of calls that were cancelled, and of what is closed in the background."""
         for task in self._background:
             task.cancel()
 
@@ -184,9 +210,7 @@ class Caller:
         if (held := thread.holder()) is not None and held[0] is call:
             self._loops.count_blocked()
         thread.drop(call)
-        task = asyncio.create_task(self._see_it_end(thread, call), name=f"end of {call.what}")
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        self._in_background(self._see_it_end(thread, call), f"end of {call.what}")
         hanging = thread.pool.busy_over(self.step_timeout_s)
         if hanging >= MAX_POOL_THREADS:
             self._loops.broken = EnvironmentBroken(

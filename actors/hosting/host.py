@@ -20,6 +20,7 @@ import numpy as np
 from actors.hosting import guard
 from actors.hosting.caller import Caller
 from actors.hosting.episode import HostedEpisode
+from actors.hosting.kept import MOST_KEPT, Keeper, Kept
 from actors.hosting.loops import MAX_LOST_LOOPS, Loops
 from actors.hosting.reporting import Reporting
 from atpo_async.core.errors import EnvironmentBroken
@@ -50,6 +51,7 @@ class HostedEnvironment:
         grace_s: as ``GRACE_S``.
         held_up_s: as ``HELD_UP_S``.
         max_lost_loops: as ``MAX_LOST_LOOPS``.
+        most_kept: as ``MOST_KEPT``.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class HostedEnvironment:
         grace_s: float = GRACE_S,
         held_up_s: float = HELD_UP_S,
         max_lost_loops: int = MAX_LOST_LOOPS,
+        most_kept: int = MOST_KEPT,
     ) -> None:
         self.name = name
         self._held_up_s = held_up_s
@@ -71,6 +74,7 @@ class HostedEnvironment:
             make, name=name, step_timeout_s=step_timeout_s, grace_s=grace_s, held_up_s=held_up_s,
             loops=self.loops, reporting=self.reporting,
         )  # fmt: skip
+        self.keeper = Keeper(self.caller, most=most_kept)
         self._taken: dict[str, int] = {}
 
     @property
@@ -117,7 +121,7 @@ class HostedEnvironment:
 
     async def start(self, split: Split, task_index: int) -> HostedEpisode:
         """Raises EnvironmentTimeout; EnvironmentBroken; whatever the environment raises, as an ``Exception``."""
-        return await HostedEpisode(self.caller, split, task_index).begin(Past())
+        return await HostedEpisode(self.caller, self.keeper, split, task_index).begin(Past())
 
     async def replay(self, split: Split, task_index: int, actions: tuple[np.ndarray, ...]) -> HostedEpisode:
         """As ``replayed``, where no observation is known."""
@@ -126,7 +130,19 @@ class HostedEnvironment:
     async def replayed(self, split: Split, task_index: int, past: Past) -> HostedEpisode:
         """As ``start``; start and each action may take ``step_timeout_s``.  Raises ForkDiverged as well, where the
         episode is shown something else than recorded."""
-        return await HostedEpisode(self.caller, split, task_index).begin(past)
+        episode = await HostedEpisode(self.caller, self.keeper, split, task_index).begin(past)
+        self.keeper.forks["replay"] += 1
+        return episode
+
+    async def forked(self, split: Split, task_index: int, kept: Kept) -> HostedEpisode | None:
+        """An episode in a state that was kept; None where it is lost or failed, and a replay has to take its place.
+
+        Raises EnvironmentTimeout; EnvironmentBroken; ValueRefused for what is neither an episode nor a state.
+        """
+        episode = await HostedEpisode(self.caller, self.keeper, split, task_index).begin_at(kept)
+        if episode is not None:
+            self.keeper.forks[kept.way] += 1
+        return episode
 
     def take_counts(self) -> dict[str, float]:
         """Metrics: what has happened since they were last taken."""
@@ -134,6 +150,9 @@ class HostedEnvironment:
             "environment/calls_given_up": self.caller.given_up,
             "environment/threads_lost": self.loops.num_lost,
             "environment/closes_failed": self.reporting.failed_closes,
+            "environment/replayed_steps": self.keeper.replayed_steps,
+            "environment/snapshots_failed": self.keeper.failed,
+            **{f"environment/forks/{way}": count for way, count in self.keeper.forks.items()},
         }
         since = {name: float(count - self._taken.get(name, 0)) for name, count in now.items()}
         self._taken = now
@@ -142,6 +161,7 @@ class HostedEnvironment:
     def _facts(self) -> dict[str, object]:
         """For the actor's status."""
         facts: dict[str, object] = {"given_up": self.caller.given_up, "lost_loops": self.loops.num_lost}
+        facts["kept"] = self.keeper.num_kept
         facts["calls"] = sum(len(thread.open_calls) for thread, _ in self.loops.made)
         facts["busy_threads"] = sum(thread.pool.busy_over(0.0) for thread, _ in self.loops.made)
         for thread, _ in self.loops.made:

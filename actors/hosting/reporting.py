@@ -61,6 +61,18 @@ class Reporting:
         elif self.failed_closes & (self.failed_closes - 1) == 0:
             log.warning("%s (%d so far): %s", said, self.failed_closes, of_error(error))
 
+    def failed_snapshot(self, what: str, error: Exception, *, count: int, given_up: bool) -> None:
+        """The first one is reported on the user's terminal, and that no more are made; of many others not all are
+        logged."""
+        said = f"environment {self._name!r}: {what} failed, the branches there are replayed"
+        if given_up:
+            said += "; as many failed in a row, no more are made"
+        if count == 1 or given_up:
+            key = f"{self._name} snapshots {'given up' if given_up else 'failed'}"
+            notices.post(f"{said} (environment/snapshots_failed): {of_error(error)}", key)
+        elif count & (count - 1) == 0:
+            log.warning("%s (%d so far): %s", said, count, of_error(error))
+
     def close(self) -> None:
         with self._writing:
             if self._file >= 0:

@@ -11,7 +11,9 @@ import numpy as np
 
 from actors.engines.base import Engine, Generation, Sampling
 from actors.hosting.calls import EnvironmentFault, EnvironmentTimeout
+from actors.hosting.episode import HostedEpisode
 from actors.hosting.host import HostedEnvironment
+from actors.hosting.kept import Kept
 from atpo_async.config import SearchConfig
 from atpo_async.core.errors import EngineDead, EnvironmentBroken, GenerationFailed
 from atpo_async.core.texts import of_error, shortened
@@ -124,6 +126,22 @@ class BranchCalls:
 
     async def step(self, episode: Episode, action: np.ndarray) -> StepResult:
         return await self._call("step", episode.step(action))
+
+    async def keep(self, episode: HostedEpisode) -> Kept | None:
+        """The state of an episode; None where it cannot be kept.  Its failure costs no branch."""
+        limit_s = self._search.step_timeout_s
+        with waits.waiting(self._who, "the environment's snapshot", on=waits.ENVIRONMENT, limit_s=limit_s):
+            return await episode.keep()
+
+    async def fork(self, kept: Kept) -> Episode | None:
+        """An episode in that state; None where a replay has to take its place."""
+        assert isinstance(self._environment, HostedEnvironment)
+        forked = self._environment.forked(self._lease.kind, self._task, kept)
+        return await self._call("fork", forked, steps=2)
+
+    def release(self, kept: Kept) -> None:
+        assert isinstance(self._environment, HostedEnvironment)
+        self._environment.keeper.release(kept)
 
     async def replay(self, past: Past) -> tuple[Episode, np.ndarray]:
         """An episode brought to the end of ``past``, and the observation that follows it."""

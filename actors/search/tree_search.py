@@ -21,11 +21,12 @@ from actors.expansion.expansion import Expansion, ExpansionFailed
 from actors.faults.fault import EXPANSION_FAILED, Fault, Place
 from actors.search.budget import budget_of
 from actors.search.calls import FORK_DIVERGED, BranchCalls, BranchFailed, diverged_kind
+from actors.search.forks import Forks
 from atpo_async.config import SearchConfig
 from atpo_async.core.tree import ROOT, Turn, TurnTree
 from atpo_async.core.vocabulary import EndReason
 from atpo_async.environments.base import Environment, Episode, StepResult
-from atpo_async.environments.replay import NOTHING, WAY_OUT, Past, PastTurn
+from atpo_async.environments.replay import NOTHING, WAY_OUT
 from atpo_async.environments.values import TOO_LONG
 from atpo_async.status import waits
 from atpo_async.wire.messages import Lease, TreeClosed, TreeOpened
@@ -93,6 +94,7 @@ class TreeSearch:
         # Training goes through a finite set of tasks again and again; the lease counts on.
         task = lease.task_index if known is None or lease.kind == "eval" else lease.task_index % known
         self._calls = BranchCalls(lease=lease, task=task, engine=engine, environment=environment, search=search)
+        self._forks = Forks(self._calls, rounds=self._budget.rounds if expansion is not None else 0)
         self._max_context = max_context_tokens
         self._emit = emit
         self._chain_ended = chain_ended
@@ -118,9 +120,12 @@ class TreeSearch:
             await self._emit(
                 TreeOpened(run=self._run, tree_id=self._lease.tree_id, lease_epoch=self._lease.epoch, prompt=prompt)
             )
-            await self._initial_round(prompt, first)
-            for number in range(1, self._budget.rounds + 1):
-                await self._branch_round(prompt, number)
+            try:
+                await self._initial_round(prompt, first)
+                for number in range(1, self._budget.rounds + 1):
+                    await self._branch_round(prompt, number)
+            finally:
+                self._forks.release()
         tree = self._tree(prompt, self.growth.turns)
         await self._emit(
             TreeClosed(
@@ -223,7 +228,9 @@ class TreeSearch:
         path = self._tree(prompt, self.growth.turns).path(parent_id)
         observation = NOTHING
         if episode is None:
-            episode, observation = await self._episode_at(prompt, path)
+            sibling = self._child_of(parent_id)
+            following = None if sibling is None else sibling.observation
+            episode, observation = await self._forks.episode_at(prompt, path, following)
         try:
             self._check_same(prompt, episode.prompt, parent_id, observation)
             context = np.concatenate([prompt, *(part for t in path for part in (t.observation, t.action))])
@@ -235,19 +242,11 @@ class TreeSearch:
                 waits.progress("turns")
                 if turn.is_leaf:
                     return
+                await self._forks.keep(episode, turn, result.observation)
                 context = np.concatenate([context, turn.action])
                 observation, parent_id = result.observation, turn.turn_id
         finally:
             await episode.close()
-
-    async def _episode_at(self, prompt: np.ndarray, path: Sequence[Turn]) -> tuple[Episode, np.ndarray]:
-        """An episode at the end of ``path``, and the observation that follows it."""
-        if not path:
-            return await self._calls.start(), NOTHING
-        following = next((t for t in self.growth.turns if t.parent_id == path[-1].turn_id), None)
-        after = [t.observation for t in path[1:]] + [None if following is None else following.observation]
-        turns = tuple(PastTurn(t.action, shown) for t, shown in zip(path, after, strict=True))
-        return await self._calls.replay(Past(turns, prompt))
 
     async def _turn(
         self, episode: Episode, context: np.ndarray, observation: np.ndarray, parent_id: int, number: int
@@ -288,12 +287,15 @@ class TreeSearch:
         )
         return turn, result
 
+    def _child_of(self, turn_id: int) -> Turn | None:
+        return next((t for t in self.growth.turns if t.parent_id == turn_id), None)
+
     def _check_same(self, prompt: np.ndarray, shown: np.ndarray, parent_id: int, observation: np.ndarray) -> None:
         """Siblings are compared as answers to the same context: a chain that was shown another one is left out.
 
         Raises BranchFailed.
         """
-        sibling = next((t for t in self.growth.turns if t.parent_id == parent_id), None)
+        sibling = self._child_of(parent_id)
         field: Literal["prompt", "observation"]
         if not np.array_equal(prompt, shown):
             what, field = "prompt", "prompt"

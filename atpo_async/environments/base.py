@@ -117,7 +117,7 @@ class ReplaysSteps(Episode, Protocol):
 
 
 class Snapshots(Episode, Protocol):
-    """Optional: an episode whose state can be copied.  Both methods may be plain functions or coroutines."""
+    """Optional: an episode whose state can be taken and put back.  Both may be plain functions or coroutines."""
 
     def snapshot(self) -> Any:
         """The state after the latest step, any object but None; None where it cannot be had here: the branch is
@@ -133,7 +133,8 @@ class Forks(Episode, Protocol):
 
     def fork(self) -> Any:
         """Another episode in the same state, which shares nothing with this one that a step changes; None where there
-        can be none.  A plain function or a coroutine.  Each copy is closed, and may be forked again."""
+        can be none.  A plain function or a coroutine.  A copy is stepped, or kept to be forked again, several times
+        at once maybe; either way it is closed."""
 
 
 class Environment(Protocol):

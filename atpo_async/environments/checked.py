@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Awaitable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,13 @@ log = logging.getLogger("atpo.actor.environment")
 T = TypeVar("T")
 
 EPISODE_PARTS = ("prompt", "step", "close")
+
+OPTIONAL_PARTS = {"replay_step": ("action", "observation"), "snapshot": (), "restore": ("snapshot",), "fork": ()}
+"""Methods that an episode may have, and what they are called with."""
+
+Way = Literal["snapshot", "fork"]
+
+_HOW_TO_FORK = 'see docs/extending.md, "Environment"'
 
 
 class CheckedEnvironment:
@@ -67,28 +74,13 @@ class CheckedEnvironment:
         """Raises ValueRefused for an episode or a prompt that is none; whatever else the environment raises."""
         where = f"{self._label}, task {task_index} ({split})"
         plain = await _awaited(self.plain.start(split, task_index), "start", where)
-        return await self._episode(plain, where, "start", steps=0)
+        return await checked_episode(plain, where, "start", self.limits, steps=0)
 
     async def replay(self, split: Split, task_index: int, actions: tuple[np.ndarray, ...]) -> CheckedEpisode:
         """As ``start``."""
         where = f"{self._label}, task {task_index} ({split})"
         plain = await _awaited(self.plain.replay(split, task_index, actions), "replay", where)
-        return await self._episode(plain, where, "replay", steps=len(actions))
-
-    async def _episode(self, plain: Any, where: str, what: str, *, steps: int) -> CheckedEpisode:
-        limits = self.limits
-        try:
-            with reading(where, "prompt", plain):
-                _check_parts(plain, where, what)
-                prompt = token_ids(
-                    plain.prompt, "prompt", where, limits, most=limits.max_context_tokens - 1, reason=PROMPT_TOO_LONG
-                )
-            if not len(prompt):
-                raise ValueRefused("prompt", f"{where}: prompt is empty; expected at least one token")
-        except BaseException:
-            await _close(plain, where)
-            raise
-        return CheckedEpisode(plain, prompt, where, limits, steps)
+        return await checked_episode(plain, where, "replay", self.limits, steps=len(actions))
 
 
 class CheckedEpisode:
@@ -101,6 +93,12 @@ class CheckedEpisode:
         self._where = where
         self._limits = limits
         self._steps = steps
+        self.way: Way | None = None
+        """By which its state can be kept; None where only a replay leads to it."""
+        if _has(plain, "fork"):
+            self.way = "fork"
+        elif _has(plain, "snapshot"):
+            self.way = "snapshot"
 
     async def step(self, action: np.ndarray) -> StepResult:
         """Raises ValueRefused; whatever else the environment raises."""
@@ -119,8 +117,54 @@ class CheckedEpisode:
         said = await _awaited(own(action, observation), "replay_step", where)
         return step_result(said, where, self._limits)
 
+    async def fork(self) -> CheckedEpisode | None:
+        """A copy in the same state; None where the episode makes none.  Raises as ``step``."""
+        where = f"{self._where}, after step {self._steps}"
+        plain: Any = self._plain
+        found = await _settled(plain.fork())
+        if found is None:
+            return None
+        if found is plain:
+            raise refuse(where, "what fork() returned", found, "another episode than the one that is forked, or None")
+        return await checked_episode(found, self._where, "fork", self._limits, steps=self._steps)
+
+    async def snapshot(self) -> object:
+        """The episode's state, or None where it has none to give.  Raises what the episode raises."""
+        plain: Any = self._plain
+        return await _settled(plain.snapshot())
+
+    async def restore(self, snapshot: object, *, steps: int) -> None:
+        """Into the state after ``steps`` actions.  Raises as ``step``."""
+        plain: Any = self._plain
+        found = await _settled(plain.restore(snapshot))
+        if found is not None and found is not plain:
+            where = f"{self._where}, after step {steps}"
+            raise refuse(where, "what restore() returned", found, "nothing: restore changes the episode it belongs to")
+        self._steps = steps
+
     async def close(self) -> None:
         await _awaited(self._plain.close(), "close", self._where)
+
+
+async def checked_episode(plain: Any, where: str, what: str, limits: Limits, *, steps: int) -> CheckedEpisode:
+    """What ``what`` returned, as an episode after ``steps`` actions.  Raises ValueRefused, and closes what it is."""
+    try:
+        with reading(where, "prompt", plain):
+            _check_parts(plain, where, what)
+            prompt = token_ids(
+                plain.prompt, "prompt", where, limits, most=limits.max_context_tokens - 1, reason=PROMPT_TOO_LONG
+            )
+            if not len(prompt):
+                raise ValueRefused("prompt", f"{where}: prompt is empty; expected at least one token")
+            return CheckedEpisode(plain, prompt, where, limits, steps)
+    except BaseException:
+        await _close(plain, where)
+        raise
+
+
+async def _settled(said: Any) -> Any:
+    """What a plain function or a coroutine returns."""
+    return await said if inspect.isawaitable(said) else said
 
 
 async def _awaited(said: Awaitable[T], what: str, where: str) -> T:
@@ -136,6 +180,33 @@ def _check_parts(plain: Any, where: str, what: str) -> None:
     missing += [part for part in EPISODE_PARTS[1:] if part not in missing and not callable(getattr(plain, part))]
     if missing:
         raise refuse(where, f"what {what}() returned", plain, f"an Episode: it lacks {', '.join(missing)}")
+    for part, called_with in OPTIONAL_PARTS.items():
+        if _has(plain, part):
+            _check_call(plain, where, part, called_with)
+    if _has(plain, "snapshot") != _has(plain, "restore"):
+        has, lacks = ("snapshot", "restore") if _has(plain, "snapshot") else ("restore", "snapshot")
+        raise ValueRefused(lacks, f"{where}: an episode with {has}() needs {lacks}() as well: {_HOW_TO_FORK}")
+
+
+def _has(plain: object, part: str) -> bool:
+    """An optional part that is None is none."""
+    return getattr(plain, part, None) is not None
+
+
+def _check_call(plain: object, where: str, part: str, called_with: tuple[str, ...]) -> None:
+    """Raises ValueRefused where an optional part is no method that takes ``called_with``."""
+    method = getattr(plain, part)
+    call = f"{part}({', '.join(called_with)})"
+    if not callable(method):
+        raise refuse(where, part, method, f"a method {call}, or no attribute of that name: {_HOW_TO_FORK}")
+    try:
+        signature = inspect.signature(method)
+    except (ValueError, TypeError):
+        return  # built-ins have none; the call itself raises what is wrong
+    try:
+        signature.bind(*called_with)
+    except TypeError as exc:
+        raise ValueRefused(part, f"{where}: {part}{signature} is called as {call}: {exc}; {_HOW_TO_FORK}") from None
 
 
 async def _close(plain: Any, where: str) -> None:

@@ -90,7 +90,7 @@ async def replayed(environment: Environment, split: Split, task_index: int, past
             _compare(turn, result, f"{where}, step {number}: replayed", plain)
             observation = result.observation
     except BaseException:
-        await _close(episode, where)
+        await close_quietly(episode, where)
         raise
     return Replayed(episode, observation)
 
@@ -139,7 +139,7 @@ def _shown(ids: np.ndarray, plain: object) -> str:
     return of_value(ids.tolist(), 120)
 
 
-async def _close(episode: Episode, where: str) -> None:
+async def close_quietly(episode: Episode, where: str) -> None:
     """Of an episode that is given up: what its close() raises beside that is in the log."""
     try:
         await episode.close()
