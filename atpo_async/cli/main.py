@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "learner": ("roles", "run the learner by hand, in the foreground"),
     "actor": ("roles", "run an actor by hand, in the foreground; it may join a running job from anywhere"),
     "eval": ("evaluate", "greedy success on held-out tasks, of a run's last checkpoint or a model folder"),
+    "task": ("task", "show one task as messages and play it in the terminal, with what each reward says"),
     "config": ("setup.config", "print the resolved configuration and every setting that affects staleness"),
     "doctor": ("setup.doctor", "what is installed, which engine and device would be used, what is missing"),
     "report": ("runs.report", "write report.html into a run folder"),

@@ -98,6 +98,21 @@ class ChatFormat:
         ids = self._renderer.render_ids(list(messages), tools=self._shown, add_generation_prompt=True)
         return np.array(ids, dtype=np.int32)
 
+    def written(self, message: Message) -> np.ndarray:
+        """int32[T]: an assistant's message as an action, its stop token included.
+
+        Not for what a policy sampled, which goes on as it is: for demonstrations, and for people who play a task.
+        """
+        asked = [probes.user("What time is it?")]
+        opening = self._renderer.render_ids(asked, tools=self._shown, add_generation_prompt=True)
+        whole = self._renderer.render_ids([*asked, message], tools=self._shown, add_generation_prompt=False)
+        if whole[: len(opening)] != opening:
+            text = message["content"] if isinstance(message.get("content"), str) else ""
+            return np.array([*self._tokenizer.encode(text), *self.stop_token_ids[:1]], dtype=np.int32)
+        ids = whole[len(opening) :]
+        ends = [at for at, i in enumerate(ids) if i in self._own_stops]
+        return np.array(ids[: ends[-1] + 1] if ends else ids, dtype=np.int32)
+
     def extend(self, context_ids: np.ndarray, action_ids: np.ndarray, new_messages: Sequence[Message]) -> np.ndarray:
         """int32[O]: what follows a sampled action, up to where the next one begins.
 
