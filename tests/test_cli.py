@@ -157,7 +157,7 @@ def test_an_unknown_environment_is_named_before_anything_is_made(
 ) -> None:
     for command in ("train", "buffer", "doctor"):
         assert main.main([command, config_file(folder, TRANSFORMERS), "--environment.name", "hopqaa"]) == 2
-        assert said(capsys).startswith("environment.name = 'hopqaa' is unknown; did you mean hopqa?  Known: hopqa, or")
+        assert said(capsys).startswith("environment.name = 'hopqaa' is unknown; did you mean hopqa?  Known: hopqa, ")
     assert main.main(["train", config_file(folder, TRANSFORMERS), "--environment.name", "mine.env:make"]) == 2
     assert said(capsys).startswith("environment.name = 'mine.env:make': there is no package 'mine' here")
     assert main.main(["train", config_file(folder, TRANSFORMERS), "--credit.value_mode", "mine:mode"]) == 2

@@ -42,6 +42,7 @@ def write_sample(
         tree_id=chosen.tree_id,
         step=step,
         version=version,
+        task=chosen.task_index,
         prompt=decode(chosen.prompt),
         turns=_turns(chosen, settings, decode),
     )
@@ -63,6 +64,8 @@ def _turns(chosen: BatchTree, settings: CreditConfig, decode: Callable[[np.ndarr
             versions=tuple(sorted({span.version for span in turn.spans})),
             turn_reward=turn.turn_reward,
             rewards=turn.rewards,
+            success=turn.success,
+            end=turn.end,
         )
         for turn, value in zip(tree, worth.values, strict=True)
     ]
