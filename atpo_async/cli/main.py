@@ -34,16 +34,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "trees": ("runs.trees", "trees that a run was trained on, as conversations"),
     "status": ("runs.status", "who waits for whom in a run, since when, and the queue and window of every link"),
     "study": ("study", "train over a grid of lags, corrections and seeds, and report the effect of staleness"),
+    "retriever": ("retriever", "serve passages of a corpus to search tasks, by BM25 over the published protocol"),
     "keys": ("setup.keys", "keys for a run that listens beyond loopback: make them, list them (docs/keys.md)"),
     "version": ("setup.version", "print the version, and those of what it runs on"),
 }
 """Command -> its module in ``atpo_async.cli``, which has ``add_arguments(parser, command)`` and ``run(asked)``, which
 returns the exit code; and what it does."""
 
-WITHOUT_CONFIGURATION = frozenset({"report", "trees", "status", "keys", "version"})
+WITHOUT_CONFIGURATION = frozenset({"report", "trees", "status", "retriever", "keys", "version"})
 """Commands that take no options of the configuration."""
 
-ONLY_PRINTS = WITHOUT_CONFIGURATION | {"config"}
+ONLY_PRINTS = (WITHOUT_CONFIGURATION - {"retriever"}) | {"config"}
 """Commands that start no process and need no temporary files."""
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import threading
@@ -36,8 +37,7 @@ class PassageIndex:
     """An index that is open, with its corpus.  Searching is safe from several threads."""
 
     def __init__(self, corpus_path: Path, folder: Path) -> None:
-        import bm25s
-
+        bm25s = library()
         self.folder = folder
         self.corpus = Corpus(corpus_path, np.load(folder / _PLACES, mmap_mode="r"))
         self._bm25 = bm25s.BM25.load(folder, mmap=True, backend="numpy", show_progress=False)
@@ -92,6 +92,14 @@ class PassageIndex:
     def close(self) -> None:
         """Close the corpus; what is mapped goes with the object."""
         self.corpus.close()
+
+
+def library() -> Any:
+    """bm25s, which logs each step as it is made to by its import."""
+    import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    return bm25s
 
 
 def best(scores: np.ndarray, topk: int) -> list[tuple[int, float]]:
@@ -168,8 +176,7 @@ def _renewed(folder: Path, corpus: Path, now: FileState) -> Path | None:
 
 
 def _build(corpus: Path, folder: Path, now: FileState, *, say: Callable[[str], None]) -> Path:
-    import bm25s
-
+    bm25s = library()
     scan = Scan(corpus, say=say)
     # Not `bm25s.tokenize`: it takes a list of all texts, this one reads the corpus as it goes.
     tokenizer = bm25s.tokenization.Tokenizer()
