@@ -16,7 +16,7 @@ import pytest
 from atpo_async.core.errors import SetupError
 from atpo_async.environments.retrieval import LocalRetriever, PassageIndex, RetrievalFailed
 from atpo_async.environments.retrieval import index as index_module
-from atpo_async.environments.retrieval.index import best, folder_beside
+from atpo_async.environments.retrieval.index import best, folder_beside, library
 from atpo_async.environments.retrieval.protocol import BadRequest
 from tests.retrieval_support import rows, write_corpus, write_rows
 
@@ -45,6 +45,22 @@ def test_a_query_finds_the_passages_that_share_its_words_and_no_others(tmp_path:
     assert passage.contents == rows()[4]["contents"]
     assert passage.score is not None
     assert passage.score > 0
+
+
+def test_a_query_finds_what_the_librarys_own_retrieve_finds(tmp_path: Path) -> None:
+    index = PassageIndex.open(write_corpus(tmp_path))
+    bm25s = library()
+    bm25 = bm25s.BM25.load(index.folder)
+    for query in (
+        "The LIGHTHOUSE of Dunmere, and glass",
+        "river harbour",
+        "Dray Dray salt",
+        "Anselm's town: Ärger 1811",
+    ):
+        words = bm25s.tokenize(query, return_ids=False, show_progress=False)
+        (numbers,), (scores,) = bm25.retrieve(words, k=6, show_progress=False)
+        theirs = {int(number): float(score) for number, score in zip(numbers, scores, strict=True) if score > 0}
+        assert dict(index.search(query, 6)) == theirs
 
 
 def test_title_and_text_make_the_same_passages_as_contents(tmp_path: Path) -> None:

@@ -39,14 +39,16 @@ class PassageIndex:
     def __init__(self, corpus_path: Path, folder: Path) -> None:
         bm25s = library()
         self.folder = folder
-        self.corpus = Corpus(corpus_path, np.load(folder / _PLACES, mmap_mode="r"))
+        self.corpus = Corpus(corpus_path, np.asarray(np.load(folder / _PLACES, mmap_mode="r")))
         self._bm25 = bm25s.BM25.load(folder, mmap=True, backend="numpy", show_progress=False)
         # Slices of numpy's own subclass for mapped files take six times as long; the memory stays mapped.
         self._bm25.scores = {
             name: np.asarray(value) if isinstance(value, np.ndarray) else value
             for name, value in self._bm25.scores.items()
         }
-        self._tokenize = bm25s.tokenize
+        # The one that made the index, as it was then: words that are not in its vocabulary are left out.
+        self._tokenizer = bm25s.tokenization.Tokenizer()
+        self._tokenizer.word_to_id = self._bm25.vocab_dict
 
     @classmethod
     def open(
@@ -79,11 +81,8 @@ class PassageIndex:
 
         Passages of one score are in the corpus's order, so the same query always finds the same.
         """
-        words = self._tokenize(query, return_ids=False, show_progress=False)[0]
-        known = self._bm25.get_tokens_ids(words)
-        if not known:
-            return []
-        return best(self._bm25.get_scores_from_ids(known), topk)
+        (known,) = self._tokenizer.streaming_tokenize([query], update_vocab=False, allow_empty=False)
+        return best(self._bm25.get_scores_from_ids(known), topk) if known else []
 
     def passages(self, queries: Sequence[str], topk: int) -> list[list[Passage]]:
         """For every query the passages that ``search`` finds.  Raises SetupError if the corpus was changed."""
@@ -108,9 +107,11 @@ def best(scores: np.ndarray, topk: int) -> list[tuple[int, float]]:
     bm25s's own selection partitions all scores, nearly all of which are zero: numpy takes 20 times as long over that
     as over finding those that matter.
     """
-    found = np.flatnonzero(scores >= max(scores.max() / 2, np.finfo(scores.dtype).tiny))
-    if len(found) < topk:
-        found = np.flatnonzero(scores > 0)
+    highest = scores.max()
+    for share in (0.5, 0.25, 0.0):
+        found = np.flatnonzero(scores > share * highest)
+        if len(found) >= topk:
+            break
     if len(found) > topk:
         values = scores[found]
         found = found[values >= np.partition(values, len(found) - topk)[len(found) - topk]]
