@@ -175,9 +175,7 @@ async def test_one_large_request_is_spread_over_batches(tmp_path: Path) -> None:
     assert health.items() >= {"status": "ok", "passages": 6, "requests": 1, "queries": 100, "batches": 4}.items()
 
 
-async def test_a_server_with_too_many_queries_waiting_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_server_with_too_many_queries_waiting_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "MAX_WAITING", 1)
     async with running(tmp_path) as (url, _, _):
         status, answer = await posted(url, {"queries": ["a", "b"]})
