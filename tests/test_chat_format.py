@@ -19,7 +19,7 @@ from atpo_async.core.vocabulary import Split
 from atpo_async.environments import MessageEpisode, MessageTask, Reply
 from atpo_async.environments.checked import CheckedEnvironment
 from atpo_async.environments.messages import probes
-from atpo_async.environments.messages.chat_format import ChatFormat, answers_named
+from atpo_async.environments.messages.chat_format import ChatFormat, NotExtended, answers_named
 from atpo_async.environments.messages.types import Action, Message, ToolCall
 from atpo_async.environments.values import Limits
 from tests.actor_support import ScriptedEngine, lease
@@ -306,6 +306,22 @@ def test_a_template_that_is_not_known_and_only_appends_is_extended_by_itself(tmp
     assert chat.parse(context, foreign).content == "Cold."
     assert chat.parse(context, foreign).complete
     assert chat.decode(chat.extend(context, foreign, [probes.user("Go on.")])).startswith("<|eot_id|><|user|>")
+
+
+def test_a_template_that_refuses_some_conversations_is_used_for_the_others(tmp_path: Path) -> None:
+    template = """\
+{{- bos_token }}
+{%- for m in messages %}
+{%- if m.role not in ('user', 'assistant') %}{{ raise_exception('only users and assistants') }}{% endif %}
+{{- 'Q: ' + m.content + ' A: ' if m.role == 'user' else m.content + eos_token }}
+{%- endfor %}"""
+    chat = ChatFormat.load(saved(tmp_path, template))
+    context = chat.render([probes.user("Who?")])
+    assert chat.decode(context) == "<|begin_of_text|>Q: Who? A: "
+    action = np.append(chat.encode("I."), chat.stop_token_ids).astype(np.int32)
+    assert chat.decode(chat.extend(context, action, [probes.user("Why?")])) == "Q: Why? A: "
+    with pytest.raises(NotExtended, match="role 'tool': TemplateError: only users and assistants"):
+        chat.extend(context, action, [probes.tool("x", "clock")])
 
 
 @pytest.mark.parametrize(

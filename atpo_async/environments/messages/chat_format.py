@@ -111,7 +111,14 @@ class ChatFormat:
             return np.array([*self._tokenizer.encode(text), *self.stop_token_ids[:1]], dtype=np.int32)
         ids = whole[len(opening) :]
         ends = [at for at, i in enumerate(ids) if i in self._own_stops]
-        return np.array(ids[: ends[-1] + 1] if ends else ids, dtype=np.int32)
+        # Some formats end an answer with the first token of what follows it.
+        said = ids[: ends[-1] + 1] if ends else [*ids, self.stop_token_ids[0]]
+        return np.array(said, dtype=np.int32)
+
+    def text_of(self, messages: Sequence[Message], *, opens: bool) -> str:
+        """A conversation as text; ``opens``: up to where the policy is to speak.  Raises what the renderer raises."""
+        ids = self._renderer.render_ids(list(messages), tools=self._shown, add_generation_prompt=opens)
+        return self.decode(ids)
 
     def extend(self, context_ids: np.ndarray, action_ids: np.ndarray, new_messages: Sequence[Message]) -> np.ndarray:
         """int32[O]: what follows a sampled action, up to where the next one begins.
@@ -207,7 +214,7 @@ class ChatFormat:
                 ids=ids,
                 content=(said.content or "").strip(),
                 thinking=(said.reasoning_content or "").strip(),
-                tool_calls=tuple(_call(call, n) for n, call in enumerate(said.tool_calls)),
+                tool_calls=tuple(_call(call, n, typed=bool(self.tools)) for n, call in enumerate(said.tool_calls)),
                 complete=complete,
             )
         except Exception as exc:
@@ -215,6 +222,11 @@ class ChatFormat:
             if self._odd_actions == 1:
                 log.warning("renderer %r cannot parse an action, taken as text: %s", self.name, of_error(exc))
             return Action(ids=ids, content=self.decode(read), thinking="", complete=complete)
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Texts of the tokens that stand for themselves."""
+        return tuple(self._tokenizer.added_tokens())
 
     # --- text --------------------------------------------------------------------------------------------------
 
@@ -332,10 +344,12 @@ def answers_named(messages: Sequence[Message], calls: Sequence[ToolCall]) -> lis
     return named
 
 
-def _call(call: Any, number: int) -> ToolCall:
-    """A call as the library parsed it, with what is wrong with its form."""
+def _call(call: Any, number: int, *, typed: bool) -> ToolCall:
+    """A call as the library parsed it, with what is wrong with its form; ``typed``: the tools' schemas are known."""
     arguments = call.arguments if isinstance(call.arguments, dict) else {}
     fault = FAULTS.get(str(call.status), "")
+    if not typed and arguments and str(call.status) == "invalid_json":
+        fault = ""  # without a schema, a text that is no JSON is a text
     if not fault and not isinstance(call.arguments, dict):
         fault = "its arguments are no JSON object"
     if not fault and not call.name:
