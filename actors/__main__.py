@@ -1,10 +1,11 @@
 """``python -m actors RUN_DIR`` (or ``--config FILE --join HOST:PORT``): one actor.  ``python -m actors eval …``: an
-evaluation of a model folder."""
+evaluation of a model folder; ``python -m actors benchmarks …``: its answers to published test sets."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import sys
 from pathlib import Path
 
@@ -120,10 +121,9 @@ async def _work(
 
 
 def main(argv: list[str]) -> None:
-    if argv[:1] == ["eval"]:
-        from actors.evaluate import main as evaluate
-
-        code = evaluate(argv[1:])
+    if argv[:1] in (["eval"], ["benchmarks"]):
+        module = "actors.evaluate" if argv[0] == "eval" else "actors.benchmarks"
+        code = importlib.import_module(module).main(argv[1:])
         exit_within(role.EXIT_DEADLINE_S, code)  # threads of a tool may hang
         sys.exit(code)
     role.run("actor", act, argv)

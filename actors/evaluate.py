@@ -6,23 +6,19 @@ import argparse
 import asyncio
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 from actors.engines.base import Engine
 from actors.factory import check_eval_tasks, host_environment, make_engine
-from actors.faults.fault import first_of
 from actors.faults.faults import Faults
+from actors.greedy import grow_greedy
 from actors.hosting import guard
-from actors.search.tree_search import TreeSearch
 from atpo_async.config import Config, load
 from atpo_async.core.errors import AtpoError, ConfigError, EnvironmentBroken
-from atpo_async.core.tree import Turn, TurnTree
+from atpo_async.core.tree import TurnTree
 from atpo_async.environments.base import Environment
 from atpo_async.models.sources import model_folder
 from atpo_async.run.temporary import make_temporary_folder_fit
-from atpo_async.wire.messages import Lease, TreeClosed, TreeOpened
-from atpo_async.wire.records import TurnRecords
 
 
 async def success(
@@ -39,34 +35,12 @@ async def success(
     faults = Faults(config.environment.name, at_once=config.actor.max_num_seqs)
     latest_failure = ""
 
-    async def drop(message: TreeOpened | Turn | TreeClosed) -> None:
-        """Discards the turns of an evaluation: the search itself has them."""
-
     async def one(index: int) -> TurnTree:
         nonlocal latest_failure
-        lease = Lease(
-            tree_id=f"eval-{index}", task_index=index, kind="eval", epoch=0, lifetime_s=0.0, min_version=0,
-            seed=index, committed=TurnRecords.of(()),
-        )  # fmt: skip
-        search = TreeSearch(
-            run="eval",
-            lease=lease,
-            engine=engine,
-            environment=environment,
-            search=config.search,
-            expansion=None,
-            max_context_tokens=config.model.max_context_tokens,
-            emit=drop,
-            chain_ended=partial(faults.chain_ended, lease.tree_id),
-        )
         async with at_once:
-            try:
-                with faults.growing(lease):
-                    tree = await search.grow()
-            except ExceptionGroup as failures:
-                raise first_of(failures) from failures
-        latest_failure = search.growth.last_detail or latest_failure
-        return tree
+            grown = await grow_greedy(config, engine=engine, environment=environment, faults=faults, index=index)
+        latest_failure = grown.failure or latest_failure
+        return grown.tree
 
     trees = await asyncio.gather(*(one(i) for i in range(num_tasks)))
     leaves = [leaf for tree in trees for leaf in tree.leaves()]

@@ -37,6 +37,14 @@ def test_the_configurations_that_come_with_the_project_load() -> None:
     assert (ROOT / str(big.learner.accelerate_config)).is_file()
 
 
+def test_the_configuration_for_search_names_data_and_a_server_and_loads_anywhere() -> None:
+    config = load(ROOT / "configs" / "search_qa.toml")
+    assert config.environment.name == "search_qa"
+    assert config.environment.options["retriever"] == "http://127.0.0.1:8000/retrieve"
+    assert config.search.max_leaves == 22
+    assert (config.model.path, config.actor.engine) == ("Qwen/Qwen3-4B", "vllm")
+
+
 def test_an_unknown_key_is_refused_with_its_path_and_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,

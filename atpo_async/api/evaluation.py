@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from atpo_async.api import arguments, machine
 from atpo_async.api.foreground import resolved_file, run_to_end
 from atpo_async.config import Config, load, resolved
-from atpo_async.core.errors import ConfigError, RoleCrashed, SetupError
+from atpo_async.core.errors import AtpoError, ConfigError, RoleCrashed, SetupError
 from atpo_async.models.policy import is_there, latest_policy
 from atpo_async.models.sources import model_folder
 from atpo_async.ops.exits import EXIT_USER
@@ -94,12 +94,17 @@ def _target(given: Any) -> Path:
     return arguments.path_of(given, call="evaluate", takes=takes)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a path names a run and no model folder."""
+    return (folder / "run.json").is_file() or folder.name == LATEST
+
+
 @contextlib.contextmanager
 def policy_of(target: Path | str) -> Iterator[tuple[Path, str, Config | None]]:
     """(model folder, what to call it, configuration of its run) of a run folder or a model folder; a folder made for
     it goes with the block.  Raises SetupError where there is none."""
     folder = Path(target)
-    if (folder / "run.json").is_file() or folder.name == LATEST:
+    if is_run(folder):
         rundir = run_at(folder)
         with latest_policy(rundir) as (model, name):
             yield model, name, rundir.config
@@ -128,7 +133,7 @@ def evaluation(
     Raises SetupError where ``target`` is neither or there is no policy, ConfigError for two models at once.
     """
     folder, path = Path(target), options.get("model.path")
-    if (folder / "run.json").is_file() or folder.name == LATEST:
+    if is_run(folder):
         own = [run_at(folder).path / "config.json"]
         if path is not None:
             yield load(files or own, options), model_folder(path), path
@@ -158,11 +163,8 @@ def evaluate_policy(config: Config, model: Path, name: str) -> EvalResult:
                 *("--num-tasks", str(config.eval.num_tasks)),
             ]
         )
-    if code == EXIT_USER:
-        raise SetupError(said)
     if code:
-        how = f"killed by {signal_name(-code)}" if code < 0 else said or f"exit code {code}"
-        raise RoleCrashed(f"the evaluation of {name} failed: {how}")
+        raise failed_evaluation(code, said, name)
     try:
         found = json.loads(said.strip().splitlines()[-1])
         success, reward = found["success"], found["reward_mean"]
@@ -174,3 +176,11 @@ def evaluate_policy(config: Config, model: Path, name: str) -> EvalResult:
         )
     except (ValueError, KeyError, IndexError, TypeError) as exc:
         raise RoleCrashed(f"the evaluation of {name} ended without a result: {said[-200:]!r}") from exc
+
+
+def failed_evaluation(code: int, said: str, name: str) -> AtpoError:
+    """What to raise where the process of an evaluation of ``name`` ended with ``code``, not 0, and this last line."""
+    if code == EXIT_USER:
+        return SetupError(said)
+    how = f"killed by {signal_name(-code)}" if code < 0 else said or f"exit code {code}"
+    return RoleCrashed(f"the evaluation of {name} failed: {how}")

@@ -1,13 +1,19 @@
-"""``atpo eval``: greedy success of a run's newest policy, or of a model folder, on held-out tasks."""
+"""``atpo eval``: greedy success of a run's newest policy, or of a model folder, on held-out tasks or published sets."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from atpo_async.api.evaluation import evaluate_policy, evaluation, without_effect
+from atpo_async.api.evaluation import evaluate_policy, evaluation, is_run, without_effect
 from atpo_async.api.machine import engine_of
+from atpo_async.cli import benchmarks
 from atpo_async.cli.common import EXIT_DONE, Asked, demo_config, note
+from atpo_async.config import Config
+from atpo_async.core.errors import ConfigError
+from atpo_async.environments.search_qa.results import printed
+from atpo_async.status.run_folders import run_at
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
@@ -16,17 +22,53 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument(
         "config", metavar="CONFIG", nargs="*", default=[], help="for a model folder; configs/demo.toml without"
     )
+    sets = parser.add_argument_group("published test sets (docs/search_qa.md)")
+    sets.add_argument("--benchmarks", metavar="NAMES", help="hotpotqa,2wiki,… or multi-hop, single-hop, all")
+    sets.add_argument("--data", metavar="DIR", type=Path, help="folder with them; data without")
+    sets.add_argument("--out", metavar="DIR", type=Path, help="of the results; benchmarks/ in the run's folder without")
+    sets.add_argument("--limit", metavar="N", type=int, help="only the first N questions of each")
 
 
 def run(asked: Asked) -> int:
-    """Prints one line."""
+    """Prints one line, or the table of the test sets."""
+    if asked.args.benchmarks is None:
+        given = [f"--{name}" for name in ("data", "out", "limit") if getattr(asked.args, name) is not None]
+        if given:
+            raise ConfigError(f"{given[0]} goes with --benchmarks: atpo eval RUN --benchmarks all --data DIR")
     wanted = evaluation(asked.args.target, asked.args.config, asked.options, default=demo_config)
     with wanted as (config, model, name):
         engine, _ = engine_of(config)
         for option in without_effect(asked.options):
             note(f"--{option} has no effect on an evaluation")
+        if asked.args.benchmarks is not None:
+            return _on_benchmarks(asked, config, model, name, engine)
         tasks = config.eval.num_tasks
         print(f"evaluating {name} on {tasks} held-out tasks with {engine} …", file=sys.stderr, flush=True)
         result = evaluate_policy(config, model, name)
     print(result.line(name))
+    return EXIT_DONE
+
+
+def _on_benchmarks(asked: Asked, config: Config, model: Path, name: str, engine: str) -> int:
+    """Prints the table; one that is interrupted goes on with the same command."""
+    target = Path(asked.args.target)
+    folder = run_at(target).path if is_run(target) else Path()
+    wanted = benchmarks.Asked(
+        benchmarks=asked.args.benchmarks,
+        data=asked.args.data or Path("data"),
+        out=asked.args.out or folder / "benchmarks" / Path(name).name,
+        limit=asked.args.limit or 0,
+    )
+    found = benchmarks.found(wanted, config)
+    sets = ", ".join(each.name for each in found)
+    print(f"evaluating {name} on {sets} with {engine}; results in {wanted.out} …", file=sys.stderr, flush=True)
+    try:
+        lines = benchmarks.evaluate_on(
+            config, model, name, wanted, found, tell=lambda line: print(line, file=sys.stderr, flush=True)
+        )
+    except KeyboardInterrupt:
+        note(f"what is answered so far is kept in {wanted.out}; go on with: {asked.again}")
+        raise
+    print(printed(lines))
+    print(f"\nwritten to {wanted.out / benchmarks.TABLE} and {benchmarks.NUMBERS}", file=sys.stderr)
     return EXIT_DONE

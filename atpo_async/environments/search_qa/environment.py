@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from atpo_async.environments.base import Episode, ReplayFork, Split, StepResult
 from atpo_async.environments.search_qa.actions import query_of
 from atpo_async.environments.search_qa.chain import Chain, Insert, Over, Search
 from atpo_async.environments.search_qa.dialects import dialect_of
+from atpo_async.environments.search_qa.held_out import HeldOut
 from atpo_async.environments.search_qa.observations import observation_of
 from atpo_async.environments.search_qa.prompts import messages_of, read_instructions
 from atpo_async.environments.search_qa.retrievers import open_retriever
@@ -26,10 +27,25 @@ from atpo_async.environments.search_qa.tokens import Tokens
 from atpo_async.environments.values import PROMPT_TOO_LONG, ValueRefused
 
 if TYPE_CHECKING:
-    from atpo_async.environments.data.task_data import TaskData
     from atpo_async.environments.retrieval import Retriever
 
 NOTHING = np.zeros(0, dtype=np.int32)
+
+
+class DataRow(Protocol):
+    """One row, and its place for messages."""
+
+    @property
+    def row(self) -> dict[str, Any]: ...
+    @property
+    def where(self) -> str: ...
+
+
+class Data(Protocol):
+    """Rows by split and index."""
+
+    def num_tasks(self, split: Split) -> int: ...
+    def task(self, split: Split, index: int) -> DataRow: ...
 
 
 class SearchQA(ReplayFork):
@@ -55,7 +71,7 @@ class SearchQA(ReplayFork):
         self,
         tokenizer: Path | str,
         *,
-        data: TaskData,
+        data: Data,
         retriever: Retriever,
         dialect: str = "at2po",
         topk: int = 3,
@@ -191,6 +207,8 @@ def make(
     eval_data: str = "",
     eval_share: float = 0.0,
     split: str = "",
+    held_out: str = "",
+    source: str = "",
     seed: int = 0,
     topk: int = 3,
     **options: Any,
@@ -204,6 +222,8 @@ def make(
         eval_data: held-out questions.
         eval_share: this share of ``data`` is held out in place of ``eval_data``.
         split: of a Hugging Face data set.
+        held_out: a file whose every row is held out, in place of all of these: there is nothing to train on.
+        source: of ``held_out``, the rows with this ``data_source``; empty for all.
         seed: of the order of questions.
         topk: passages for a query.
         options: of ``SearchQA``.
@@ -212,8 +232,6 @@ def make(
         ConfigError: an option is unknown or out of range.
         SetupError: the tokenizer, the data or the search engine is missing.
     """
-    from atpo_async.environments.data.task_data import TaskData
-
     known = {**(SearchQA.__init__.__kwdefaults__ or {}), **(make.__kwdefaults__ or {})}
     for key in options:
         if key not in known:
@@ -222,18 +240,29 @@ def make(
             raise ConfigError(
                 f"environment.options.{key}: search_qa has no such option{meant}; known: {', '.join(sorted(known))}"
             )
+    dialect_of(options.get("dialect", "at2po"))
+    if not 1 <= topk <= MOST_PASSAGES:
+        raise ConfigError(f"environment.options.topk must be 1 to {MOST_PASSAGES}, got {topk}")
+    rows: Data
+    if held_out:
+        rows = HeldOut(held_out, source=source)
+    else:
+        rows = _rows(data, eval_data=eval_data, eval_share=eval_share, split=split, seed=seed)
+    return SearchQA(tokenizer, data=rows, retriever=open_retriever(retriever, topk=topk), topk=topk, **options)
+
+
+def _rows(data: str, *, eval_data: str, eval_share: float, split: str, seed: int) -> Data:
+    """Raises what ``TaskData.load`` raises; ConfigError where no data are named."""
+    from atpo_async.environments.data.task_data import TaskData
+
     if not data:
         raise ConfigError(
             "environment.options.data is missing: search_qa needs a file of questions (JSONL with question and "
             "golden_answers, or parquet of AT2PO or Search-R1), or a Hugging Face data set"
         )
-    dialect_of(options.get("dialect", "at2po"))
-    if not 1 <= topk <= MOST_PASSAGES:
-        raise ConfigError(f"environment.options.topk must be 1 to {MOST_PASSAGES}, got {topk}")
-    rows = TaskData.load(
+    return TaskData.load(
         data, eval_data=eval_data or None, eval_share=eval_share or None, seed=seed, split=split or None
     )  # fmt: skip
-    return SearchQA(tokenizer, data=rows, retriever=open_retriever(retriever, topk=topk), topk=topk, **options)
 
 
 MOST_PASSAGES = 100

@@ -1,0 +1,59 @@
+"""One greedy chain for a held-out task, outside any run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from actors.engines.base import Engine
+from actors.faults.fault import first_of
+from actors.faults.faults import Faults
+from actors.search.tree_search import TreeSearch
+from atpo_async.config import Config
+from atpo_async.core.tree import Turn, TurnTree
+from atpo_async.environments.base import Environment
+from atpo_async.wire.messages import Lease, TreeClosed, TreeOpened
+from atpo_async.wire.records import TurnRecords
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """A tree of one chain; without a turn where the chain failed."""
+
+    tree: TurnTree
+    failure: str
+    """Why it failed; empty where it did not."""
+
+
+async def grow_greedy(
+    config: Config, *, engine: Engine, environment: Environment, faults: Faults, index: int
+) -> Grown:  # fmt: skip
+    """The greedy chain of held-out task ``index``.
+
+    Raises EnvironmentBroken where ``faults`` finds too many failures in a row, EngineDead.
+    """
+
+    async def drop(message: TreeOpened | Turn | TreeClosed) -> None:
+        """Discards the turns of an evaluation: the search itself has them."""
+
+    lease = Lease(
+        tree_id=f"eval-{index}", task_index=index, kind="eval", epoch=0, lifetime_s=0.0, min_version=0,
+        seed=index, committed=TurnRecords.of(()),
+    )  # fmt: skip
+    search = TreeSearch(
+        run="eval",
+        lease=lease,
+        engine=engine,
+        environment=environment,
+        search=config.search,
+        expansion=None,
+        max_context_tokens=config.model.max_context_tokens,
+        emit=drop,
+        chain_ended=partial(faults.chain_ended, lease.tree_id),
+    )
+    try:
+        with faults.growing(lease):
+            tree = await search.grow()
+    except ExceptionGroup as failures:
+        raise first_of(failures) from failures
+    return Grown(tree, search.growth.last_detail)

@@ -1,0 +1,90 @@
+"""Greedy evaluation on published test sets: which, from which folder of data, and the table of their results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from atpo_async.api.evaluation import failed_evaluation
+from atpo_async.api.foreground import resolved_file, run_to_end
+from atpo_async.config import Config
+from atpo_async.core.errors import ConfigError, RoleCrashed
+from atpo_async.environments.search_qa import results
+from atpo_async.environments.search_qa.benchmarks import Benchmark, locate, sets_named
+from atpo_async.run import files, launch
+
+SEARCH_QA = "search_qa"
+TABLE, NUMBERS = "table.md", "results.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What to evaluate on."""
+
+    benchmarks: str
+    """Names, or groups of them, with commas between."""
+    data: Path
+    """Folder of the test sets."""
+    out: Path
+    """Folder of the results; an evaluation that was stopped goes on from what is there."""
+    limit: int = 0
+    """The first questions of each; 0 for all."""
+
+
+def found(asked: Asked, config: Config) -> list[Benchmark]:
+    """The test sets' files.
+
+    Raises:
+        ConfigError: there is no such benchmark, or the configuration has another environment.
+        SetupError: one is not in the folder.
+    """
+    if asked.limit < 0:
+        raise ConfigError(f"--limit must be >= 0 (0: all questions), got {asked.limit}")
+    wanted = sets_named(asked.benchmarks)
+    if config.environment.name != SEARCH_QA:
+        raise ConfigError(
+            f"--benchmarks: the test sets are questions for the environment {SEARCH_QA!r}, and environment.name is "
+            f"{config.environment.name!r}; give a configuration with it, such as configs/search_qa.toml"
+        )
+    return locate(asked.data, wanted)
+
+
+def evaluate_on(
+    config: Config,
+    model: Path,
+    name: str,
+    asked: Asked,
+    benchmarks: Sequence[Benchmark],
+    *,
+    tell: Callable[[str], None],
+) -> list[results.Line]:
+    """Evaluate a model folder, ``name`` in errors and on the page, in a process of its own; writes table and numbers.
+
+    Raises SetupError for what the user can mend, else RoleCrashed.
+    """
+    with resolved_file(config) as file:
+        code, said = run_to_end(
+            [
+                *launch.command("actors", "benchmarks", "--config", str(file), "--model", str(model)),
+                *("--benchmarks", json.dumps([asdict(each) for each in benchmarks])),
+                *("--out", str(asked.out), "--limit", str(asked.limit)),
+            ],
+            tell=tell,
+        )
+    if code:
+        raise failed_evaluation(code, said, name)
+    lines = [line(asked, each) for each in benchmarks]
+    files.write_atomic(asked.out / TABLE, results.markdown(name, lines))
+    files.write_atomic(asked.out / NUMBERS, json.dumps(results.as_json(name, lines), indent=2) + "\n")
+    return lines
+
+
+def line(asked: Asked, benchmark: Benchmark) -> results.Line:
+    """Of a benchmark that is done.  Raises RoleCrashed where its results are not there."""
+    path = asked.out / f"{benchmark.name}.jsonl"
+    answers = sorted(results.every_answer(path).values(), key=lambda each: each.index)
+    if not answers:
+        raise RoleCrashed(f"the evaluation on {benchmark.name} ended without results in {path}")
+    return results.line_of(benchmark.name, answers[: asked.limit or None])
