@@ -12,7 +12,7 @@ from pathlib import Path
 from actors.actor import Actor, until_stopped
 from actors.engines.base import Engine
 from actors.factory import check_eval_tasks, engine_name, host_environment, make_engine
-from actors.hosting import guard
+from actors.hosting import guard, printed
 from actors.hosting.host import HostedEnvironment
 from actors.joining import buffer_link, join, knock
 from actors.leases import LearnerMoved
@@ -44,6 +44,7 @@ async def act(ctx: RoleContext) -> None:
     sys.setswitchinterval(SWITCH_S)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(guard.stray_signals_end_nothing())
+        stack.enter_context(printed.limited())
         environment = await until_stopped(ctx.stopping, stack.enter_async_context(host_environment(config, model)))
         if environment is not None:
             await _act(ctx, model, environment)

@@ -15,7 +15,7 @@ from actors.factory import host_environment, make_engine
 from actors.faults.fault import first_of
 from actors.faults.faults import Faults
 from actors.greedy import Grown, grow_greedy
-from actors.hosting import guard
+from actors.hosting import guard, printed
 from actors.hosting.host import HostedEnvironment
 from atpo_async.config import Config, load
 from atpo_async.core.errors import AtpoError, EnvironmentBroken
@@ -185,7 +185,7 @@ def main(argv: list[str]) -> int:
     try:
         make_temporary_folder_fit(lambda line: print(f"note: {line}", file=sys.stderr, flush=True))
         benchmarks = [Benchmark(**each) for each in json.loads(args.benchmarks)]
-        with guard.stray_signals_end_nothing():
+        with guard.stray_signals_end_nothing(), printed.limited():
             work = Benchmarks(load(args.config), model_folder(args.model), args.out, limit=args.limit)
             asyncio.run(work.run(benchmarks))
     except (AtpoError, ExceptionGroup) as failure:

@@ -12,7 +12,7 @@ from actors.engines.base import Engine
 from actors.factory import check_eval_tasks, host_environment, make_engine
 from actors.faults.faults import Faults
 from actors.greedy import grow_greedy
-from actors.hosting import guard
+from actors.hosting import guard, printed
 from atpo_async.config import Config, load
 from atpo_async.core.errors import AtpoError, ConfigError, EnvironmentBroken
 from atpo_async.core.tree import TurnTree
@@ -59,7 +59,7 @@ async def success(
 
 
 async def run(config: Config, model: Path, num_tasks: int) -> dict[str, float | None]:
-    with guard.stray_signals_end_nothing():
+    with guard.stray_signals_end_nothing(), printed.limited():
         return await _run(config, model, num_tasks)
 
 

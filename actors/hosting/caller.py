@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NamedTuple, TypeVar
 
 from actors.hosting.calls import Call, EnvironmentFault, EnvironmentTimeout, LoopLost
+from actors.hosting.collected import Collected
 from actors.hosting.loop_thread import LoopThread, next_name
 from actors.hosting.loops import Loops
 from actors.hosting.reporting import MAKE, Reporting
@@ -68,6 +69,7 @@ class Caller:
         self.stop_strings: tuple[str, ...] = ()
         self.num_tasks: dict[Split, int | Exception | None] = {}
         """Split -> its number of tasks when the environment was first made, or the error that it raised."""
+        self.collected = Collected(name)
         self.given_up = 0
         """Calls past their limit."""
 
@@ -125,9 +127,19 @@ class Caller:
                 thread.drop(call)
 
     async def close(self, thread: LoopThread, what: str, episode: Episode) -> None:
-        """Close an episode.  Never raises what its close() does: no chain's result depends on it."""
+        """Close an episode, and read what the environment has counted.  Never raises what its close() does: no chain's
+        result depends on it."""
+
+        async def work() -> None:
+            try:
+                await episode.close()
+            finally:
+                for made in self._loops.made:
+                    if made[0] is thread:
+                        self.collected.read(made[1])
+
         with contextlib.suppress(LoopLost):
-            await self._closed(thread, thread.submit(what, episode.close, closes=True))
+            await self._closed(thread, thread.submit(what, work, closes=True))
 
     def close_later(self, thread: LoopThread, what: str, episode: Episode) -> None:
         """The same, and nothing waits for it."""

@@ -53,6 +53,8 @@ class Call(Generic[T]):
         self.unattended_since: float | None = None
         """When it was answered or dropped; tasks that it has started may go on."""
         self.task: asyncio.Task[None] | None = None
+        self.printed = 0
+        """Characters that it has written to the process's streams."""
         self.submitted = time.monotonic()
         self.busy_s = 0.0
         """Seconds for which it has held the loop, in finished slices."""

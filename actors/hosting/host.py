@@ -145,7 +145,7 @@ class HostedEnvironment:
         return episode
 
     def take_counts(self) -> dict[str, float]:
-        """Metrics: what has happened since they were last taken."""
+        """Metrics: what has happened since they were last taken, and what the environment itself has counted."""
         now = {
             "environment/calls_given_up": self.caller.given_up,
             "environment/threads_lost": self.loops.num_lost,
@@ -156,7 +156,7 @@ class HostedEnvironment:
         }
         since = {name: float(count - self._taken.get(name, 0)) for name, count in now.items()}
         self._taken = now
-        return {name: count for name, count in since.items() if count}
+        return self.caller.collected.take() | {name: count for name, count in since.items() if count}
 
     def _facts(self) -> dict[str, object]:
         """For the actor's status."""

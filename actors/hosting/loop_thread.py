@@ -279,6 +279,11 @@ def _retrieved(answer: asyncio.Future[Any]) -> None:
 _calling: contextvars.ContextVar[Call[Any] | None] = contextvars.ContextVar("atpo_environment_call", default=None)
 
 
+def current_call() -> Call[Any] | None:
+    """The call that the code which asks is part of, in a thread or a task that it has started as well."""
+    return _calling.get()
+
+
 async def _made(work: Callable[[], Awaitable[T]]) -> T:
     return await work()
 

@@ -143,7 +143,9 @@ class Environment(Protocol):
 
     Attributes that may be left out: ``stop_strings: tuple[str, ...]``, texts that end an action where no single token
     does, such as ``</search>``; the action is what was sampled: its last token may reach beyond such a text.
-    ``decode(ids) -> str``, by which messages show an observation as text.
+    ``decode(ids) -> str``, by which messages show an observation as text.  ``take_counts() -> {name: number}``, what it
+    has counted since it was last asked, such as ``{"tool/lookup/calls": 3}``: read when an episode was closed, and
+    added up in the actor's metrics.
     """
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -69,6 +69,12 @@ class CheckedEnvironment:
                 raise ConfigError(f"{self._label}: num_tasks({split!r}) failed: {of_error(exc)}") from exc
             self._num_tasks[split] = number_of_tasks(value, split, self._label)
         return self._num_tasks[split]
+
+    def take_counts(self) -> Mapping[str, float]:
+        """What the environment has counted since this was last called, where it counts.  Raises what that raises."""
+        take = getattr(self.plain, "take_counts", None)
+        found: Mapping[str, float] = take() if callable(take) else {}
+        return found
 
     async def start(self, split: Split, task_index: int) -> CheckedEpisode:
         """Raises ValueRefused for an episode or a prompt that is none; whatever else the environment raises."""
