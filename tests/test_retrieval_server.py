@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -24,6 +25,7 @@ from atpo_async.environments.retrieval import LocalRetriever, PassageIndex, Retr
 from atpo_async.environments.retrieval import server as server_module
 from atpo_async.environments.retrieval.server import RetrievalServer, bind, url_of
 from atpo_async.environments.retrieval.workers import Item, Workers
+from benchmarks.retriever import measured
 from tests.retrieval_support import TOWNS, rows, write_corpus
 
 DEADLINE_S = 60
@@ -103,7 +105,7 @@ async def test_without_scores_an_answer_is_documents_and_the_servers_own_topk_ho
         (b"\xff", 400, "the body is no JSON: UnicodeDecodeError"),
         (b"[" * 50_000, 400, "the body is no JSON: RecursionError"),
         ([], 422, "the body is []: it must be an object"),
-        ({}, 422, 'the body has no "queries"'),
+        ({}, 422, 'the body has no "queries", a list of texts'),
         ({"queries": ["a"], "query": "a"}, 422, 'the body has both "queries" and "query"'),
         ({"queries": "a"}, 422, "queries is 'a': it must be a list of texts"),
         ({"query": 3}, 422, "query is 3: it must be a list of texts"),
@@ -139,6 +141,15 @@ async def test_other_paths_methods_and_bodies_beyond_the_limit_are_named(
         async with aiohttp.ClientSession() as session, session.get(url) as response:
             assert response.status == 405
         assert await posted(url, b"x" * 1024**2 + b"x") == (413, {"detail": "the body has more than 1 MiB"})
+
+
+async def test_a_body_that_cannot_be_unpacked_is_the_clients_fault(tmp_path: Path) -> None:
+    async with running(tmp_path) as (url, server, _), aiohttp.ClientSession() as session:
+        headers = {"Content-Encoding": "gzip"}
+        async with session.post(url, data=b"xx", headers=headers, skip_auto_headers=["Content-Type"]) as response:
+            assert response.status == 400
+            assert "cannot be read" in (await response.json())["detail"]
+        assert server.served.refused == 1
 
 
 async def test_queries_of_concurrent_requests_are_computed_in_common_batches(tmp_path: Path) -> None:
@@ -222,7 +233,9 @@ def test_an_address_that_cannot_be_used_is_named_with_the_way_out() -> None:
         port = bound.getsockname()[1]
         with pytest.raises(SetupError, match=rf"port {port} on 127.0.0.1 is in use; choose another with --port"):
             bind("127.0.0.1", port)
-    with pytest.raises(SetupError, match=r"'no\.such\.host\.invalid' is no address of this host: .*--host 127.0.0.1"):
+    with pytest.raises(
+        SetupError, match=r"'no\.such\.host\.invalid' is no address of this host: .*use --host 127.0.0.1"
+    ):
         bind("no.such.host.invalid", 0)
 
 
@@ -289,3 +302,12 @@ def test_a_server_that_is_killed_leaves_no_worker(tmp_path: Path) -> None:
     _, alive = psutil.wait_procs(workers, timeout=DEADLINE_S)
     assert not alive
     assert len(workers) >= 1, said
+
+
+def test_a_small_run_of_the_benchmark_measures_each_part_and_finds_the_same_everywhere(tmp_path: Path) -> None:
+    args = argparse.Namespace(passages=300, queries=60, made_words=400, seed=1, workers=[0])
+    records = list(measured(args, tmp_path))
+    assert [record["part"] for record in records] == ["making", "library", "index", *["http"] * 4]
+    assert records[0]["passages"] == 300
+    assert [record["requests"] for record in records[3:]][-2:] == [60, 60]
+    assert all(record["queries_per_s"] > 0 for record in records[1:])

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from atpo_async.cli.common import EXIT_DONE, Asked, note
+from atpo_async.core import texts
 from atpo_async.core.errors import ConfigError
 from atpo_async.environments.retrieval.protocol import (
     DEFAULT_TOPK,
@@ -60,6 +61,8 @@ def run(asked: Asked) -> int:
     if not 1 <= args.topk <= MAX_TOPK:
         raise ConfigError(f"--topk must be from 1 to {MAX_TOPK}, got {args.topk}")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    # It would log a traceback of each client that speaks no HTTP; what fails here is logged by the server itself.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     if not _is_loopback(args.host):
         note(f"--host {args.host}: the server knows no keys; each host that reaches this address may search the corpus")
     return _serve(Path(args.corpus), args.index, host=args.host, port=args.port, topk=args.topk, workers=workers)
@@ -96,7 +99,7 @@ def memory() -> str:
     here = psutil.Process()
     processes = [here, *here.children()]
     held = sum(process.memory_full_info().uss for process in processes)
-    return f"{held / 1e6:.0f} MB of its own in {len(processes)} processes"
+    return f"{held / 1e6:.0f} MB of its own in {texts.counted(len(processes), 'process', 'processes')}"
 
 
 def _say(line: str) -> None:

@@ -94,7 +94,8 @@ def row_in(line: bytes) -> dict[str, object]:
     except UnicodeDecodeError as exc:
         raise ValueError(f"it is no UTF-8 text (byte {exc.start + 1} of the line)") from None
     except (ValueError, RecursionError) as exc:
-        raise ValueError(f"it is no JSON ({exc}): {texts.shortened(line[:200].decode(errors='replace'), 60)}") from None
+        why = f"{exc.msg} at character {exc.pos + 1}" if isinstance(exc, json.JSONDecodeError) else str(exc)
+        raise ValueError(f"it is no JSON ({why}): {texts.shortened(line[:200].decode(errors='replace'), 60)}") from None
     if not isinstance(row, dict):
         raise ValueError(f"it is {texts.of_value(row)}: a passage is a JSON object")
     return row

@@ -102,7 +102,9 @@ def parse_request(body: object, *, default_topk: int = DEFAULT_TOPK) -> Request:
         raise BadRequest(f'the body is {texts.of_value(body)}: it must be an object, such as {{"queries": ["…"]}}')
     named = [name for name in ("queries", "query") if body.get(name) is not None]
     if len(named) != 1:
-        raise BadRequest('the body has both "queries" and "query"' if named else 'the body has no "queries"')
+        raise BadRequest(
+            'the body has both "queries" and "query"' if named else 'the body has no "queries", a list of texts'
+        )
     asked = body[named[0]]
     queries = [asked] if isinstance(asked, str) and named == ["query"] else asked
     if not isinstance(queries, list):

@@ -34,6 +34,7 @@ BATCH = 32
 """Queries that a worker takes at once.  A large request is spread over all workers so."""
 
 _STOP_S = 5.0
+_LOOPBACK = "use --host 127.0.0.1, or an address of this host"
 _PATHS = "POST /retrieve, GET /health"
 
 
@@ -89,6 +90,9 @@ class RetrievalServer:
     async def _retrieve(self, request: web.Request) -> web.Response:
         try:
             body = json.loads(await request.read())
+        except web.RequestPayloadError as exc:
+            self.served.refused += 1
+            return _refusal(400, f"the body cannot be read: {texts.of_error(exc)}")
         except (ValueError, RecursionError) as exc:
             self.served.refused += 1
             return _refusal(400, f"the body is no JSON: {texts.of_error(exc)}")
@@ -150,7 +154,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as exc:
-        raise SetupError(f"{host!r} is no address of this host: {exc.strerror or exc}; --host 127.0.0.1") from exc
+        raise SetupError(f"{host!r} is no address of this host: {exc.strerror or exc}; {_LOOPBACK}") from exc
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -164,7 +168,8 @@ def bind(host: str, port: int) -> socket.socket:
 def _not_usable(error: OSError, host: str, port: int) -> SetupError:
     if error.errno == errno.EADDRINUSE:
         return SetupError(f"port {port} on {host} is in use; choose another with --port, or --port 0")
-    return SetupError(f"port {port} on {host} cannot be used: {error.strerror or error}; choose another with --port")
+    way_out = "choose one above 1023 with --port" if error.errno == errno.EACCES else _LOOPBACK
+    return SetupError(f"port {port} on {host} cannot be used: {error.strerror or error}; {way_out}")
 
 
 def url_of(bound: socket.socket) -> str:
