@@ -22,6 +22,8 @@ def credit_rule(settings: CreditConfig) -> CreditRule:
         advantage_mode=ADVANTAGE_MODE.load(settings.advantage_mode, settings.advantage_options),
         normalise=settings.normalise_leaves,
         leaf_weights=settings.leaf_weights,
+        discount=settings.discount,
+        normalise_returns=settings.normalise_returns,
         trace_cap=settings.trace_cap,
         value_setting=f"credit.value_mode = {settings.value_mode!r}",
         advantage_setting=f"credit.advantage_mode = {settings.advantage_mode!r}",

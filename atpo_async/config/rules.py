@@ -100,6 +100,14 @@ def _correction(config: Config) -> None:
             raise ValueError(loss_rules.needs_log_probs(f"credit.value_mode = {config.credit.value_mode!r}"))
 
 
+def _normalised_once(config: Config) -> None:
+    if config.credit.normalise_returns and config.credit.normalise_leaves:
+        raise ValueError(
+            "credit.normalise_returns = true with credit.normalise_leaves = true would normalise twice: the returns of "
+            "turns are made of the leaves' rewards; set --credit.normalise_leaves false"
+        )
+
+
 def _exact_lag(config: Config) -> None:
     s = config.staleness
     if s.exact_lag is None:
@@ -196,6 +204,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     _a_transport_is_left,
     _swap_before_give_up,
     _correction,
+    _normalised_once,
     _exact_lag,
     _max_tasks,
     _buffer,

@@ -47,6 +47,7 @@ MEANT_BY: Mapping[str, str] = {
     "search.generate_timeout_s": "generation_timeout request_timeout rollout_timeout",
     "search.step_timeout_s": "tool_timeout env_timeout environment_timeout",
     "credit.advantage_mode": "adv_estimator advantage_estimator",
+    "credit.discount": "gamma discount_factor reward_discount",
     "credit.normalise_leaves": (
         "norm_adv normalize_advantages normalize_advantage scale_rewards whiten_advantages norm_adv_by_std_in_grpo "
         "normalize_reward"

@@ -201,7 +201,7 @@ class DelayLine:
         Args:
             tree_id: its id.
             versions: all that sampled a token of it.
-            signal: whether its leaves earned different rewards.
+            signal: whether its chains earned different returns.
             fits: whether there is memory for it.
         """
         growing = self._growing

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from atpo_async.core.credit import CreditRule, TreeArrays, branch_prob, has_signal, leaves_below
+from atpo_async.core.credit import CreditRule, TreeArrays, branch_prob, leaves_below
 from atpo_async.core.tree import TurnTree
 from atpo_async.core.vocabulary import Aggregation
 from atpo_async.wire.messages import BatchTree
@@ -25,7 +25,7 @@ class CreditedTree:
     advantages: F64
     """float64[turns], in the order of ``tree.turns``."""
     signal: bool
-    """Whether its leaves earned different rewards."""
+    """Whether its chains earned different returns."""
 
     @classmethod
     def of(cls, sampled: BatchTree, rule: CreditRule) -> CreditedTree:
@@ -33,8 +33,8 @@ class CreditedTree:
         tree = TurnTree(
             sampled.tree_id, sampled.task_index, sampled.prompt, tuple(sampled.turns), sampled.failed_branches
         ).pruned()
-        arrays = TreeArrays.of(tree)
-        return cls(tree, sampled.weight, rule.credit(arrays).advantages, has_signal(arrays))
+        credit = rule.credit(tree)
+        return cls(tree, sampled.weight, credit.advantages, credit.has_signal)
 
     def recredited(self, ratio: F64, rule: CreditRule) -> CreditedTree:
         """The same tree, credited with ``ratio`` (float64[turns]): rho_n of each turn, prox over mu."""

@@ -12,7 +12,7 @@ from atpo_async.core.vocabulary import Aggregation, LeafWeights, Level, Precisio
 
 
 class CreditConfig(Section):
-    """Leaf rewards to advantages (ALGORITHM, section 2; the tree traces: section 4)."""
+    """Rewards to advantages (ALGORITHM, section 2; the tree traces: section 4)."""
 
     value_mode: Annotated[str, named(doors.VALUE_MODE)] = Field(
         "child_mean", description="the traces weigh siblings of different versions by their turn ratios"
@@ -22,6 +22,10 @@ class CreditConfig(Section):
     advantage_options: Options = Field(default_factory=dict, description="passed to the advantage mode")
     normalise_leaves: bool = True
     leaf_weights: LeafWeights = Field("uniform", description="weights under which leaf rewards are normalised")
+    discount: float = Field(1.0, gt=0, le=1, description="gamma: what later turns earn counts that much less a turn")
+    normalise_returns: bool = Field(
+        False, description="normalise the values of a tree's turns, in place of its leaf rewards (GTPO)"
+    )
     trace_cap: float = Field(1.0, gt=0, description="c-bar of the tree traces: the largest turn ratio that counts")
 
 

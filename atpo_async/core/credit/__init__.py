@@ -1,8 +1,9 @@
 """Credit assignment: what each turn of a tree is worth, and the weights of leaves and turns."""
 
+from atpo_async.core.credit.returns import has_signal, reads_turn_rewards
 from atpo_async.core.credit.rewards import normalised_leaves
 from atpo_async.core.credit.rule import AdvantageMode, Credit, CreditRule, ValueMode, reads_ratio
-from atpo_async.core.credit.tree_arrays import TreeArrays, has_signal
+from atpo_async.core.credit.tree_arrays import TreeArrays
 from atpo_async.core.credit.weights import branch_prob, leaf_tokens, leaves_below, turn_weights
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "leaves_below",
     "normalised_leaves",
     "reads_ratio",
+    "reads_turn_rewards",
     "turn_weights",
 ]

@@ -1,4 +1,4 @@
-"""Credit of a tree: leaf rewards -> values -> advantages, by the two modes that a configuration names.  Pure, float64.
+"""Credit of a tree: rewards -> values -> advantages, by the two modes that a configuration names.  Pure, float64.
 
 Source: AT2PO (arXiv 2601.04767), section 3, and its published code where the two differ; ALGORITHM, section 2, the tree
 traces section 4.  Shapes: N turns of a tree in an order that puts parents before children; the root (the prompt) is no
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
-from atpo_async.core.credit.rewards import normalised_leaves
-from atpo_async.core.credit.tree_arrays import F64, TreeArrays, has_signal
+from atpo_async.core.credit.returns import LEAST_SHARE, before, has_signal, in_one_sum
+from atpo_async.core.credit.rewards import normalised_leaves, normalised_returns
+from atpo_async.core.credit.tree_arrays import F64, TreeArrays
 from atpo_async.core.credit.weights import branch_prob
 from atpo_async.core.errors import AtpoError, SetupError
 from atpo_async.core.texts import of_error
@@ -24,6 +25,9 @@ from atpo_async.core.vocabulary import LeafWeights
 
 ValueMode = Callable[[TreeArrays, "F64 | None"], tuple[F64, float]]
 """``(arrays, ratio) -> (float64[N] V(n), V(root))``: a leaf's value is its reward, others' come from their children.
+
+Rewards of turns and discount are added by the rule, which hands over each chain's return as its leaf's reward then, and
+takes what was earned above a turn out of its value; a mode with ``reads_turn_rewards`` adds them by itself.
 
 ``ratio``: float64[N], rho_n: the policy's probability of each turn over that of the behaviour policy, at most
 ``credit.trace_cap``; None where nothing is known of it, and for a mode without ``reads_ratio``.
@@ -51,6 +55,8 @@ class Credit:
     """V of the prompt: the tree's baseline."""
     advantages: F64
     """float64[N]: A(n); all zero for a tree without signal."""
+    has_signal: bool
+    """Whether its chains earned different returns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,6 +69,10 @@ class CreditRule:
     """Leaf rewards to mean 0 and standard deviation 1 inside the tree first."""
     leaf_weights: LeafWeights = "uniform"
     """Under which weights of the leaves those moments are taken."""
+    discount: float = 1.0
+    """γ."""
+    normalise_returns: bool = False
+    """Values to mean 0 and standard deviation 1 over the turns of the tree; ``normalise`` is off then."""
     trace_cap: float = 1.0
     """c-bar: the largest ratio that counts; infinity for none."""
     value_setting: str = "credit.value_mode"
@@ -72,8 +82,11 @@ class CreditRule:
     @property
     def reads_ratio(self) -> bool:
         """Whether the value mode weighs turns by their ratios."""
+        return self._is_marked("reads_ratio")
+
+    def _is_marked(self, mark: str) -> bool:
         mode = self.value_mode.func if isinstance(self.value_mode, functools.partial) else self.value_mode
-        return bool(getattr(mode, "reads_ratio", False))
+        return bool(getattr(mode, mark, False))
 
     def credit(self, tree: TurnTree | TreeArrays, *, ratio: F64 | None = None) -> Credit:
         """Values and advantages of a pruned tree, in the order of its turns.
@@ -93,14 +106,39 @@ class CreditRule:
         if self.normalise:
             weights = branch_prob(arrays) if self.leaf_weights == "branch-prob" else None
             arrays = arrays.with_reward(normalised_leaves(arrays, weights=weights))
+        if self.discount != 1.0:
+            arrays = replace(arrays, discount=self.discount)
         value, root = self._values(arrays, ratio)
-        if not has_signal(arrays):
+        signal = has_signal(arrays)
+        if self.normalise_returns:
+            arrays, value, root = normalised_returns(arrays, value, root)
+        if not signal:
             # Exactly zero: un-normalised equal rewards would otherwise push every action up or down alike.
-            return Credit(values=value, root_value=root, advantages=np.zeros(len(arrays)))
+            return Credit(values=value, root_value=root, advantages=np.zeros(len(arrays)), has_signal=False)
         found = _result(self.advantage_setting, self.advantage_mode, arrays, value, root)
-        return Credit(values=value, root_value=root, advantages=_numbers(self.advantage_setting, found, len(arrays)))
+        advantages = _numbers(self.advantage_setting, found, len(arrays))
+        return Credit(values=value, root_value=root, advantages=advantages, has_signal=True)
 
     def _values(self, arrays: TreeArrays, ratio: F64 | None) -> tuple[F64, float]:
+        """A mode that knows nothing of rewards of turns gets the returns of whole chains as its leaves' rewards."""
+        if arrays.only_outcomes or self._is_marked("reads_turn_rewards"):
+            return self._said(arrays, ratio)
+        earned, share = before(arrays)
+        sums = in_one_sum(arrays)
+        value, root = self._said(sums, ratio)
+        more, root_more = self._said(sums.with_reward(sums.reward + 1.0), ratio)
+        off = np.abs(np.append(more - value, root_more - root) - 1.0).max()
+        if off > 1e-6 * (1.0 + np.abs(sums.reward).max(initial=0.0)) or share.min(initial=1.0) < LEAST_SHARE:
+            raise SetupError(
+                f"{self.value_setting} cannot be used with rewards of turns, or with credit.discount = "
+                f"{arrays.discount:g}: its values must grow by 1 where every leaf earns 1 more, no turn may have a "
+                f"discount below {LEAST_SHARE:g}; or add arrays.turn_reward and arrays.discount in the mode itself and "
+                "decorate it with atpo_async.core.credit.reads_turn_rewards"
+            )
+        return (value - earned) / share, root
+
+    def _said(self, arrays: TreeArrays, ratio: F64 | None) -> tuple[F64, float]:
+        """What the value mode returned, checked."""
         found = _result(self.value_setting, self.value_mode, arrays, ratio)
         try:
             value, root = found

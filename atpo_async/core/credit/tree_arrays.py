@@ -29,6 +29,8 @@ class TreeArrays:
     """int64[N]."""
     turn_reward: F64 = field(default_factory=lambda: np.zeros(0))
     """float64[N]: what each turn earned of its own; zeros where it is left out."""
+    discount: float = 1.0
+    """γ: what the turns below a turn earn counts that much for it."""
 
     def __post_init__(self) -> None:
         count = len(self.parent)
@@ -44,6 +46,11 @@ class TreeArrays:
 
     def __len__(self) -> int:
         return len(self.parent)
+
+    @property
+    def only_outcomes(self) -> bool:
+        """Whether leaf rewards are all that counts: no turn earned anything of its own, and nothing is discounted."""
+        return self.discount == 1.0 and not self.turn_reward.any()
 
     @classmethod
     def of(cls, tree: TurnTree) -> TreeArrays:
@@ -69,9 +76,3 @@ class TreeArrays:
     def with_reward(self, reward: F64) -> TreeArrays:
         """The same tree with other leaf rewards (float64[N])."""
         return replace(self, reward=reward)
-
-
-def has_signal(arrays: TreeArrays) -> bool:
-    """Whether the finished leaves earned different rewards; without that there is nothing to learn from a tree."""
-    rewards = arrays.reward[arrays.is_leaf]
-    return bool(len(rewards) and np.any(rewards != rewards[0]))

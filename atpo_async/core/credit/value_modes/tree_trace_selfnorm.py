@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from atpo_async.core.credit.backup import weighted_children
+from atpo_async.core.credit.returns import reads_turn_rewards
 from atpo_async.core.credit.rule import reads_ratio
 from atpo_async.core.credit.tree_arrays import F64, TreeArrays
 from atpo_async.core.credit.value_modes import child_mean
 
 
+@reads_turn_rewards
 @reads_ratio
 def values(arrays: TreeArrays, ratio: F64 | None) -> tuple[F64, float]:
     """With every ratio 1, or none known, as ``child_mean``."""
