@@ -7,6 +7,9 @@ which they came, with as many in flight as the actor had on average, and an equa
 
     .venv/bin/python benchmarks/actor_overhead.py configs/demo.toml --model MODEL_FOLDER
 
+With ``--messages`` what the message layer costs: the actor on the demo's task in token ids, and on the same task, with
+the same ids, in messages (benchmarks/message_task.py), in turn.
+
 Prints one JSON object.
 """
 
@@ -17,10 +20,15 @@ import asyncio
 import json
 import multiprocessing
 import statistics
+import sys
+import tempfile
 import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+# A script's own folder comes first on the path, and there `buffer.py` would be taken for the package `buffer`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
@@ -32,6 +40,7 @@ from atpo_async.links.client import Client
 from atpo_async.links.server import Server
 from atpo_async.wire.messages import ActorToBuffer, BufferToActor, Lease, LeaseRequest, Leases, Message, TreeClosed
 from atpo_async.wire.records import TurnRecords
+from benchmarks import message_task
 
 
 def serve(pipe: Connection, settings: LinksConfig, num_trees: int) -> None:
@@ -212,6 +221,53 @@ async def measure(config: Config, model: Path, num_trees: int, rounds: int) -> d
     }
 
 
+async def measure_messages(config: Config, model: Path, num_trees: int, rounds: int) -> dict[str, object]:
+    """The actor's tokens/s on the task in token ids and in messages, each first in every other round."""
+    parent, child = multiprocessing.get_context("spawn").Pipe()
+    server = multiprocessing.get_context("spawn").Process(
+        target=serve, args=(child, config.links, num_trees), daemon=True
+    )
+    server.start()
+    endpoint = parent.recv()
+    in_messages = config.environment.model_copy(update={"name": "benchmarks.message_task:make"})
+    sides = {"tokens": config, "messages": config.model_copy(update={"environment": in_messages})}
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    cpu_us: dict[str, list[float]] = {name: [] for name in sides}
+    engine = make_engine(config, model, actor="actor-0")
+    try:
+        await engine.start()
+        for number in range(rounds + 1):
+            for name in sorted(sides, reverse=bool(number % 2)):
+                await asyncio.to_thread(_new_round, parent)
+                await forget_prefixes(engine)
+                message_task.SPENT.clear()
+                cpu_s = time.process_time()
+                seconds, recorder = await over_actor(sides[name], engine, model, endpoint, f"{name}-{number}")
+                tokens = sum(s.max_tokens for _, s in recorder.requests)
+                if number > 0:  # the first round warms both sides up
+                    rates[name].append(tokens / seconds)
+                    cpu_us[name].append(1e6 * (time.process_time() - cpu_s) / tokens)
+                if name == "messages":
+                    spent = {what: statistics.median(times) for what, times in message_task.SPENT.items()}
+    finally:
+        await engine.close()
+        with suppress(BrokenPipeError):
+            parent.send("end")
+        server.join(5)
+        server.kill()
+    ratios = [m / t for m, t in zip(rates["messages"], rates["tokens"], strict=True)]
+    return {
+        "engine": engine_name(config),
+        "trees": num_trees,
+        "rounds": rounds,
+        "tokens_per_s": {name: round(statistics.median(found), 1) for name, found in rates.items()},
+        "ratio_median": round(statistics.median(ratios), 3),
+        "ratios": [round(r, 3) for r in ratios],
+        "cpu_us_per_token": {name: round(statistics.median(found), 1) for name, found in cpu_us.items()},
+        "layer_us": {what: round(1e6 * seconds, 1) for what, seconds in spent.items()},
+    }
+
+
 def _new_round(pipe: Connection) -> None:
     pipe.send("round")
     pipe.recv()
@@ -223,8 +279,16 @@ def main() -> None:
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--trees", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--messages", action="store_true", help="what the message layer costs, instead")
+    parser.add_argument("--engine", help="actor.engine")
     args = parser.parse_args()
-    print(json.dumps(asyncio.run(measure(load(args.config), args.model, args.trees, args.rounds))))
+    config = load(args.config, {"actor.engine": args.engine} if args.engine else {})
+    if not args.messages:
+        print(json.dumps(asyncio.run(measure(config, args.model, args.trees, args.rounds))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model = message_task.with_template(args.model, Path(folder) / "policy")
+        print(json.dumps(asyncio.run(measure_messages(config, model, args.trees, args.rounds))))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -291,6 +294,38 @@ def test_a_folder_is_recognised_by_what_its_template_writes(
         ChatFormat.load(saved(tmp_path / "b", other), tools=TOOLS)
 
 
+def test_a_model_that_the_library_knows_by_its_name_needs_no_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "Qwen" / "Qwen3-4B", None)
+    monkeypatch.chdir(tmp_path)
+    assert ChatFormat.load("Qwen/Qwen3-4B").name == "qwen3"
+
+
+def test_no_renderer_is_looked_for_on_the_network(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def connect(self: socket.socket, address: object) -> None:
+        asked.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    assert ChatFormat.load(folder, tools=TOOLS).name == "default"
+    assert ChatFormat.load(saved(tmp_path, qwen3_template()), tools=TOOLS).name == "qwen3"
+    assert asked == []
+
+
+def test_nothing_heavy_is_loaded_with_the_names_that_a_task_imports() -> None:
+    code = (
+        "import sys; from atpo_async.environments import MessageTask, Reply, MessageEpisode; "
+        "print(sorted({'torch', 'transformers', 'renderers', 'tokenizers', 'zmq'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_a_template_that_is_not_known_and_only_appends_is_extended_by_itself(tmp_path: Path) -> None:
     turns = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|eot_id|>{% endfor %}"
     template = turns + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -369,6 +404,7 @@ def test_thinking_may_stay_where_the_template_would_drop_it(tmp_path: Path) -> N
         ({"renderer": "qwen3", "enable_thinking": "maybe"}, "does not take enable_thinking = 'maybe'"),
         ({"renderer": "glm-5", "clear_thinking": True}, "earlier thinking has to stay"),
         ({"renderer": "gemma4"}, "cannot be used with the tokenizer of"),
+        ({"renderer": "hy3"}, "it is for another family of models"),
         ({"enable_thinking": True}, "reads no variable 'enable_thinking'"),
         ({"tool_parser": "hermess"}, "did you mean"),
         ({"thinking_retention": "some"}, "expected 'all', or none"),

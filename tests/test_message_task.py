@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from atpo_async.core.errors import ConfigError
 from atpo_async.core.vocabulary import Split
 from atpo_async.environments import MessageEpisode, MessageTask, Reply
 from atpo_async.environments.base import Environment
@@ -209,6 +210,25 @@ async def test_methods_that_are_not_async_are_named(folder: Path) -> None:
         task = kind(folder, lambda action: None)
         with pytest.raises(ValueRefused, match=word):
             await (await checked(task).start("train", 0)).step(said(task, "x"))
+
+
+def test_a_task_that_lacks_a_part_is_refused_when_it_is_made(folder: Path) -> None:
+    class Begun(MessageTask):
+        async def begin(self, split: Split, index: int) -> Any: ...
+
+    class Counted(MessageTask):
+        def num_tasks(self, split: Split) -> int | None: ...
+
+    class Unmade(Told):
+        def __init__(self, folder: Path) -> None:
+            self.rows = [1]
+
+    with pytest.raises(ConfigError, match=r"Begun lacks num_tasks\(self, split\)"):
+        Begun(folder)  # type: ignore[abstract]
+    with pytest.raises(ConfigError, match=r"Counted lacks async begin\(self, split, index\)"):
+        Counted(folder)  # type: ignore[abstract]
+    with pytest.raises(ConfigError, match=r"call super\(\).__init__\(tokenizer\)"):
+        checked(Unmade(folder))
 
 
 async def test_a_refused_conversation_is_closed(folder: Path) -> None:

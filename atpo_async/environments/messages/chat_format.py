@@ -39,7 +39,7 @@ class ChatFormat:
     """The chat format of one policy.
 
     Made by ``ChatFormat.load``.  An action is never decoded and encoded again: ``extend`` returns the ids that follow
-    what was sampled.  Not bound to a loop; for one thread at a time.
+    what was sampled.  Several threads may use one.
 
     Attributes:
         name: of the renderer; ``default`` for the tokenizer's own chat template.

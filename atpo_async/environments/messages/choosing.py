@@ -11,6 +11,7 @@ from typing import Any
 from atpo_async.core.errors import ConfigError
 from atpo_async.environments.messages import probes
 from atpo_async.environments.messages.library import (
+    HARMONY,
     TEMPLATE,
     FastTokenizer,
     RendererLike,
@@ -25,8 +26,8 @@ from atpo_async.environments.messages.types import ToolSchema
 log = logging.getLogger("atpo.environments.messages")
 
 AUTO = "auto"
-_HARMONY = "<|channel|>"
-"""A token of gpt-oss.  Its renderer fetches a vocabulary when it is made, and so is not tried without it."""
+_CHANNEL = "<|channel|>"
+"""A token of gpt-oss, without which its renderer is not tried: making that may ask the network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def _candidates(tokenizer: FastTokenizer) -> Iterator[tuple[str, dict[str, Any]]
     configs = importlib.import_module("renderers.configs")._CONFIG_BY_NAME
     vocabulary = tokenizer.added_tokens()
     for name in names():
-        if name == TEMPLATE or (name == "gpt-oss" and _HARMONY not in vocabulary):
+        if name == TEMPLATE or (name == HARMONY and _CHANNEL not in vocabulary):
             continue
         yield name, {}
         if "enable_thinking" in configs[name].model_fields:

@@ -25,6 +25,14 @@ SHORT_TEXT, SHORT_TEXTS = 64, 4096
 TEMPLATE = "default"
 """The library's name for a renderer over the tokenizer's own Jinja template."""
 
+HARMONY = "gpt-oss"
+"""The one renderer whose library loads a vocabulary of its own when it is made."""
+
+_VOCABULARY = (
+    "the library openai-harmony downloads its vocabulary: without a network put o200k_base.tiktoken into a folder and "
+    "set TIKTOKEN_ENCODINGS_BASE to it"
+)
+
 _IMPORTING = threading.Lock()
 
 
@@ -131,9 +139,11 @@ def made(tokenizer: FastTokenizer, name: str, options: Mapping[str, Any]) -> Ren
     try:
         renderer: RendererLike = library().RENDERER_REGISTRY[name](tokenizer, config)
     except Exception as exc:
+        hint = _VOCABULARY if name == HARMONY else (
+            "it is for another family of models, or the folder's tokenizer.json is not the model's"
+        )  # fmt: skip
         raise ConfigError(
-            f"renderer {name!r} cannot be used with the tokenizer of {tokenizer.name_or_path}: {of_error(exc)}; it is "
-            "for another family of models, or the folder's tokenizer.json is not the model's"
+            f"renderer {name!r} cannot be used with the tokenizer of {tokenizer.name_or_path}: {of_error(exc)}; {hint}"
         ) from exc
     return renderer
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from atpo_async.core.errors import ConfigError
 from atpo_async.core.texts import of_error
 from atpo_async.core.vocabulary import Split
 from atpo_async.environments.base import ReplayFork, StepResult
@@ -18,6 +19,8 @@ from atpo_async.environments.messages.chat_format import ChatFormat, NotExtended
 from atpo_async.environments.messages.checks import messages_of, reply_of
 from atpo_async.environments.messages.types import Action, Message, MessageEpisode, Reply, ToolSchema
 from atpo_async.environments.values import NOTHING, ValueRefused, refuse
+
+_FORMS = {"num_tasks": "num_tasks(self, split)", "begin": "async begin(self, split, index)"}
 
 MUCH_TEXT = 20_000
 """Characters from which on messages are encoded in a thread, so that the loop stays free for other episodes."""
@@ -66,7 +69,8 @@ class MessageTask(ReplayFork):
         options: of the renderer, such as ``enable_thinking=False``.
 
     Raises:
-        SetupError, ConfigError: as ``ChatFormat.load``.
+        SetupError: as ``ChatFormat.load``.
+        ConfigError: likewise, and where a method is missing.
 
     Attributes:
         format: the chat format; ``format.cut`` shortens a text to so many tokens.
@@ -75,10 +79,18 @@ class MessageTask(ReplayFork):
     def __init__(
         self, tokenizer: str | Path, *, renderer: str = "auto", tools: Sequence[ToolSchema] = (), **options: Any
     ) -> None:
+        missing = [form for name, form in _FORMS.items() if getattr(type(self), name) is getattr(MessageTask, name)]
+        if missing:
+            raise ConfigError(f"{type(self).__name__} lacks {' and '.join(missing)}: a MessageTask has to have them")
         self.format = ChatFormat.load(tokenizer, renderer=renderer, tools=tools, **options)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
+        if not hasattr(self, "format"):
+            raise ConfigError(
+                f"{type(self).__name__} has no chat format: call super().__init__(tokenizer) in its __init__, with the "
+                "policy's folder that the factory is given"
+            )
         return self.format.stop_token_ids
 
     def decode(self, ids: np.ndarray) -> str:
@@ -88,12 +100,12 @@ class MessageTask(ReplayFork):
     @abstractmethod
     def num_tasks(self, split: Split) -> int | None:
         """How many tasks the split has; None when there is no end."""
-        raise NotImplementedError(f"{type(self).__name__} has no num_tasks(split)")
+        raise NotImplementedError
 
     @abstractmethod
     async def begin(self, split: Split, index: int) -> MessageEpisode:
         """A new conversation about the task ``index``: an object with ``messages`` and ``async reply(action)``."""
-        raise NotImplementedError(f"{type(self).__name__} has no async begin(split, index)")
+        raise NotImplementedError
 
     async def start(self, split: Split, task_index: int) -> TokenEpisode:
         """Raises ValueRefused for a conversation that is none; whatever else ``begin`` raises."""
