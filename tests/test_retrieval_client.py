@@ -342,3 +342,12 @@ async def test_a_batch_takes_back_what_was_cancelled_and_gives_each_item_its_own
     with pytest.raises(ValueError, match="1"):
         await futures[1]
     assert batches == [[0, 1, 3]]
+
+
+async def test_a_cancellation_inside_of_a_batch_is_an_error_of_its_items_and_cancels_no_caller() -> None:
+    async def handle(items: list[int]) -> list[int | Exception]:
+        raise asyncio.CancelledError
+
+    batcher: Batcher[int, int] = Batcher(handle, max_items=10, max_running=1, name="retrieval")
+    with pytest.raises(RuntimeError, match="the retrieval batch was cancelled"):
+        await batcher.submit(1)

@@ -106,9 +106,7 @@ class Batcher(Generic[T, R]):
                 if not future.done():
                     future.set_exception(exc)
         finally:
-            # Cancelled: by ``close``, or because the loop ends.
+            # Cancelled: by ``close``, or from outside.  The callers are not: theirs is an error.
             for _, future in batch:
-                if not future.done() and self._closing is not None:
-                    future.set_exception(self._closing)
-                elif not future.done():
-                    future.cancel()
+                if not future.done():
+                    future.set_exception(self._closing or RuntimeError(f"the {self._name} batch was cancelled"))
