@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from actors.factory import host_environment
+from atpo_async.api.machine import check_environment
 from atpo_async.config import build
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.environments.data.task_data import TaskData
@@ -291,6 +292,22 @@ def test_a_server_of_another_kind_is_told_from_a_retrieval_server(
     server.says = (status, body)
     with pytest.raises(SetupError, match=said):
         ask_once(server.url, topk=3)
+
+
+def test_everything_that_is_missing_is_said_at_once_before_anything_starts(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{unused_port()}"
+    options: dict[str, Any] = {"data": str(tmp_path / "trian.jsonl"), "eval_data": "owner/name", "retriever": url}
+    write_lines(tmp_path / "train.jsonl", flashrag(count=1))
+    with pytest.raises(SetupError) as caught:
+        check_environment(build({"environment": {"name": "search_qa", "options": options}}))
+    said = str(caught.value)
+    assert "environment.options.data = " in said
+    assert "did you mean 'train.jsonl'?" in said
+    assert f"the retrieval server {url}/retrieve (environment.options.retriever) does not answer" in said
+    by_hand = {"environment": {"name": "search_qa", "options": options}, "actor": {"count": 0}}
+    check_environment(build(by_hand))  # actors of other machines have their own server
+    there = {"data": str(tmp_path / "train.jsonl"), "retriever": f"local:{tmp_path / 'train.jsonl'}"}
+    check_environment(build({"environment": {"name": "search_qa", "options": there}}))
 
 
 async def test_a_whole_episode_over_http(server: Any, folder: Path, tmp_path: Path) -> None:

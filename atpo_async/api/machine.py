@@ -21,6 +21,7 @@ from atpo_async.config import Config, get
 from atpo_async.config.doors import DOORS, ENGINE, ENVIRONMENT, STRATEGY
 from atpo_async.core.doors import Door
 from atpo_async.core.errors import SetupError
+from atpo_async.environments.search_qa import retrievers
 from atpo_async.links import addresses, ports
 from atpo_async.models.policy import MODELS, is_there, warm_start_command
 from atpo_async.models.sources import check_positions, model_folder
@@ -163,8 +164,10 @@ def check_model(config: Config) -> None:
 
 
 def check_environment(config: Config) -> None:
-    """Raises SetupError where the package of a user's own environment is not here."""
+    """Raises SetupError where the package of a user's own environment is not here, or what a built-in one needs."""
     _check_packages(config, (ENVIRONMENT,))
+    if config.environment.name == "search_qa" and config.actor.count:
+        retrievers.check_needs(config.environment.options)
 
 
 def check_packages(config: Config) -> None:

@@ -6,16 +6,19 @@ import json
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.core.texts import of_error, of_value
+from atpo_async.environments.data.faults import missing_file
 
 if TYPE_CHECKING:
     from atpo_async.environments.retrieval import Retriever
 
-LOCAL = "local:"
+LOCAL, HTTP = "local:", ("http://", "https://")
+FILES, ENDINGS = ("data", "eval_data", "held_out", "instructions"), (".jsonl", ".json", ".parquet", ".gz", ".txt")
 PROBE = "capital of France"
 PROBE_S = 5.0
 """How long a server has for its first answer."""
@@ -39,7 +42,7 @@ def open_retriever(name: object, *, topk: int, probe_s: float = PROBE_S) -> Retr
     """
     if isinstance(name, str) and name.startswith(LOCAL) and len(name) > len(LOCAL):
         return _local(name.removeprefix(LOCAL), topk)
-    if isinstance(name, str) and name.startswith(("http://", "https://")):
+    if isinstance(name, str) and name.startswith(HTTP):
         from atpo_async.environments.retrieval import RetrievalClient
 
         client = RetrievalClient(name, topk=topk)
@@ -51,15 +54,52 @@ def open_retriever(name: object, *, topk: int, probe_s: float = PROBE_S) -> Retr
     )
 
 
+def check_needs(options: Mapping[str, Any]) -> None:
+    """What a run with these ``environment.options`` needs outside itself: files of questions, words and passages, a
+    server that answers.  Raises SetupError naming all that is missing; loads nothing."""
+    faults = [fault for name in FILES if (fault := _file_fault(name, options.get(name))) is not None]
+    name = options.get("retriever", "")
+    try:
+        if isinstance(name, str) and name.startswith(LOCAL):
+            _check_corpus(name.removeprefix(LOCAL))
+        elif isinstance(name, str) and name.startswith(HTTP):
+            ask_once(served_at(name), topk=1)
+        else:
+            open_retriever(name, topk=1)
+    except (ConfigError, SetupError) as exc:
+        faults.append(str(exc))
+    if faults:
+        raise SetupError("; ".join(faults))
+
+
+def _file_fault(name: str, value: object) -> str | None:
+    """A data set of the Hub, a pattern or a list is left to the environment."""
+    if not isinstance(value, str) or not value.endswith(ENDINGS) or "*" in value or Path(value).exists():
+        return None
+    return f"environment.options.{name} = {value!r}: {missing_file(value)}"
+
+
+def served_at(url: str) -> str:
+    """As the client reads a URL: its path may be left out.  Raises ConfigError."""
+    from atpo_async.environments.retrieval.posting import checked_url
+
+    return checked_url(url)
+
+
 def _local(corpus: str, topk: int) -> Retriever:
     from atpo_async.environments.retrieval import LocalRetriever
 
+    _check_corpus(corpus)
+    return LocalRetriever(corpus, topk=topk)
+
+
+def _check_corpus(corpus: str) -> None:
+    """Raises SetupError where there is no such file."""
     if not Path(corpus).is_file():
         raise SetupError(
             f"environment.options.retriever = 'local:{corpus}': there is no file {corpus}; it must be a corpus as JSON "
             'lines, {"id": …, "contents": "\\"title\\"\\ntext"} each'
         )
-    return LocalRetriever(corpus, topk=topk)
 
 
 def ask_once(url: str, *, topk: int, limit_s: float = PROBE_S) -> None:
