@@ -31,7 +31,7 @@ check: setup ## ruff and mypy (strict) over the packages, tests, scripts and ben
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: setup ## benchmarks/$(BENCH).py (BENCH=actor_overhead, learner, buffer, transport, soak; ARGS="…")
+bench: setup ## benchmarks/$(BENCH).py (BENCH=actor_overhead, concurrent_episodes, learner, buffer, transport, soak; ARGS="…")
 	@$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 
 fuzz: setup ## mutated messages at the sockets of a running buffer, honest peers beside them (ARGS="--seconds 60 --seed 7")

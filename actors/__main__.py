@@ -9,6 +9,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from actors import interpreter
 from actors.actor import Actor, until_stopped
 from actors.engines.base import Engine
 from actors.factory import check_eval_tasks, engine_name, host_environment, make_engine
@@ -29,9 +30,6 @@ from atpo_async.transports.base import Transport
 from atpo_async.transports.registry import make_transport
 from atpo_async.wire.messages import LearnerToActor, Welcome
 
-SWITCH_S = 0.0005
-"""After so long a tool that computes in Python lets go of the interpreter, each time that another thread asks."""
-
 
 async def act(ctx: RoleContext) -> None:
     """Join the run, start the engine, and work until it is over."""
@@ -41,7 +39,7 @@ async def act(ctx: RoleContext) -> None:
         await until_stopped(ctx.stopping, knock(ctx))
         if ctx.stopping.is_set():
             return
-    sys.setswitchinterval(SWITCH_S)
+    interpreter.divide_time()
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(guard.stray_signals_end_nothing())
         stack.enter_context(printed.limited())
@@ -83,6 +81,7 @@ async def _start_engine(ctx: RoleContext, engine: Engine) -> None:
     waits.phase("loading its engine", starting=True)
     with waits.waiting(f"actor {ctx.name}", "the engine's start", on=waits.ENGINE):
         await engine.start()
+    interpreter.spare_what_is_loaded()
     waits.phase("waiting for its first task", starting=True)
 
 

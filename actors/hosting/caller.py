@@ -14,6 +14,7 @@ from actors.hosting.calls import Call, EnvironmentFault, EnvironmentTimeout, Loo
 from actors.hosting.collected import Collected
 from actors.hosting.loop_thread import LoopThread, next_name
 from actors.hosting.loops import Loops
+from actors.hosting.mailbox import Pace
 from actors.hosting.reporting import MAKE, Reporting
 from atpo_async.core.errors import EnvironmentBroken, SetupError
 from atpo_async.core.vocabulary import Split
@@ -64,6 +65,7 @@ class Caller:
         self.step_timeout_s, self._grace_s, self._held_up_s = step_timeout_s, grace_s, held_up_s
         self._loops, self.reporting = loops, reporting
         self._making = asyncio.Lock()
+        self._pace = Pace()
         self._background: set[asyncio.Task[None]] = set()
         self.stop_token_ids: tuple[int, ...] = ()
         self.stop_strings: tuple[str, ...] = ()
@@ -104,6 +106,7 @@ class Caller:
         Waits for: the call.  Unblocked by: its answer; its limit, for which the time that others hold the loop up does
         not count; the loss of its loop (LoopLost).
         """
+        await self._pace.passed()
         return await self._answer_to(thread, thread.submit(what, work, discard), limit_s=limit_s)
 
     async def _answer_to(self, thread: LoopThread, call: Call[T], *, limit_s: float | None) -> T:

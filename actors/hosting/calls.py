@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
+from actors.hosting.mailbox import Mailbox
 from atpo_async.core.texts import of_error
 
 T = TypeVar("T")
@@ -36,15 +37,20 @@ class Call(Generic[T]):
     """One call into an environment.  It is made and answered in the loop that waits for it."""
 
     def __init__(
-        self, what: str, work: Callable[[], Awaitable[T]], discard: Callable[[T], Awaitable[None]] | None
+        self,
+        what: str,
+        work: Callable[[], Awaitable[T]],
+        discard: Callable[[T], Awaitable[None]] | None,
+        answers: Mailbox,
     ) -> None:
         self.what = what
         self.work = work
         self.discard = discard
         """Called with a result that comes after the wait for it was given up."""
-        self.waiting_loop = asyncio.get_running_loop()
-        self.answer: asyncio.Future[T] = self.waiting_loop.create_future()
-        self.ended: asyncio.Future[None] = self.waiting_loop.create_future()
+        self.answers = answers
+        """Of the loop that waits for it."""
+        self.answer: asyncio.Future[T] = answers.loop.create_future()
+        self.ended: asyncio.Future[None] = answers.loop.create_future()
         """Done when the call no longer runs."""
         self.closes = False
         """The call closes an episode: it goes on when the wait for it is given up."""

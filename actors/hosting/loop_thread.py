@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, Generic, TypeVar
 
 from actors.hosting.calls import Call, Interrupted, LoopLost
+from actors.hosting.mailbox import Mailbox, MailboxLoop
 from atpo_async.core.texts import of_error
 from atpo_async.environments.daemon_threads import MAX_POOL_THREADS, DaemonThreads
 
@@ -65,10 +66,11 @@ class LoopThread:
         self.abandoned = False
         self.pool = DaemonThreads(MAX_POOL_THREADS, f"{name}-pool")
         # Not made by the event loop policy, which an environment may have changed.
-        self.loop = asyncio.SelectorEventLoop()
+        self.loop = MailboxLoop()
         self.loop.set_default_executor(self.pool)
         self.loop.set_exception_handler(self._on_loop_error)
         self.loop.set_task_factory(self._task)
+        self._answers: Mailbox | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -93,7 +95,7 @@ class LoopThread:
         """Begin a call as soon as the loop is free.  Raises LoopLost where it will never be."""
         if self.abandoned:
             raise LoopLost(f"{self.name} is held up for good")
-        call = Call(what, work, discard)
+        call = Call(what, work, discard, self._answers_to(asyncio.get_running_loop()))
         call.closes = closes
         call.loop_busy_before_s = self.busy_s()
         self._open[call] = None
@@ -180,6 +182,11 @@ class LoopThread:
         self._ending = True
         self._soon(self.loop.stop)
 
+    def _answers_to(self, loop: asyncio.AbstractEventLoop) -> Mailbox:
+        if self._answers is None or self._answers.loop is not loop:
+            self._answers = Mailbox(loop)
+        return self._answers
+
     def _soon(self, call: Callable[..., object], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
             self.loop.call_soon_threadsafe(call, *args)
@@ -233,7 +240,7 @@ class LoopThread:
 
     def _answer(self, call: Call[T], result: T | None, error: BaseException | None) -> None:
         with contextlib.suppress(RuntimeError):  # the waiting loop has been closed
-            call.waiting_loop.call_soon_threadsafe(call.settle, result, error)
+            call.answers.put(call.settle, result, error)
 
     def _task(
         self, loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T] | Generator[Any, None, T], **more: Any
