@@ -10,19 +10,20 @@ from rich.console import Console
 
 from atpo_async.cli.main import main
 from atpo_async.config import build
+from atpo_async.environments.messages.types import Shown
 from atpo_async.report.conversation import as_tree, best_and_worst, chain_to, figures, transcript_lines
 from atpo_async.report.facts import facts
 from atpo_async.report.page import page
-from atpo_async.report.tree_samples import Said, TreeSample, TreeTurn, append_tree_sample, read_tree_samples
+from atpo_async.report.tree_samples import TreeSample, TreeTurn, append_tree_sample, read_tree_samples
 from atpo_async.run.metrics import Record
 from atpo_async.run.rundir import RunDir
 
-ASKED = (Said(role="system", text="Use the tool."), Said(role="user", text="Who is Ada's <boss>?"))
-CALL = Said(role="assistant", text="", thinking="look it up", tool_calls=('search(query="boss of Ada")',))
-FOUND = (Said(role="tool", text="Ada's boss is Bob."),)
+ASKED = (Shown(role="system", text="Use the tool."), Shown(role="user", text="Who is Ada's <boss>?"))
+CALL = Shown(role="assistant", text="", thinking="look it up", tool_calls=('search(query="boss of Ada")',))
+FOUND = (Shown(role="tool", text="Ada's boss is Bob."),)
 
 
-def turn(number: int, parent: int, said: Said, *, heard: tuple[Said, ...] = (), **values: object) -> TreeTurn:
+def turn(number: int, parent: int, said: Shown, *, heard: tuple[Shown, ...] = (), **values: object) -> TreeTurn:
     plain: dict[str, object] = {
         "entropy": 0.25, "value": 0.5, "reward": None, "action": "raw", "observation": "raw" if heard else "",
         "round": 0, "versions": (3, 4), "end": "continue",
@@ -32,9 +33,9 @@ def turn(number: int, parent: int, said: Said, *, heard: tuple[Said, ...] = (), 
 
 TURNS = (
     turn(1, 0, CALL, turn_reward=0.1),
-    turn(2, 1, Said(role="assistant", text="Bob"), heard=FOUND, reward=1.2, rewards={"correct": 1.0, "brief": 0.2},
+    turn(2, 1, Shown(role="assistant", text="Bob"), heard=FOUND, reward=1.2, rewards={"correct": 1.0, "brief": 0.2},
          success=True, end="done"),
-    turn(3, 1, Said(role="assistant", text="Cleo"), heard=FOUND, reward=0.0, round=1, end="turn_limit", success=False),
+    turn(3, 1, Shown(role="assistant", text="Cleo"), heard=FOUND, reward=0.0, round=1, end="turn_limit", success=False),
 )  # fmt: skip
 SAMPLE = TreeSample(
     tree_id="t-7", step=4, version=3, prompt="raw", turns=TURNS, task=57, environment="qa", messages=ASKED
@@ -81,8 +82,8 @@ def test_a_run_that_recorded_text_only_is_shown_without_roles(tmp_path: Path) ->
     path.write_text(json.dumps({"tree_id": "a", "step": 1, "version": 0, "prompt": "Find", "turns": [old]}) + "\n")
     (sample,) = read_tree_samples(path)
     shown = on_a_terminal(sample)
-    assert "tokens: Find" in shown
-    assert "tokens: answer Bob" in shown
+    assert "prompt: Find" in shown
+    assert "action: answer Bob" in shown
     assert sample.task is None
 
 

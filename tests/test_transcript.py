@@ -9,7 +9,8 @@ import pytest
 
 from atpo_async.environments.messages import probes
 from atpo_async.environments.messages.chat_format import ChatFormat
-from atpo_async.environments.messages.transcript import Shown, Transcriber, transcript
+from atpo_async.environments.messages.transcript import Transcriber, transcript
+from atpo_async.environments.messages.types import Shown
 from tests.chat_families import FAMILIES, ONE_CALL, TOOLS, families_folder, families_tokenizer, written
 
 ASK = probes.user("What is the weather\nin Örebro?")

@@ -6,6 +6,7 @@ Pure: a sample in, lines or a ``rich`` tree out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from rich.console import Group
 from rich.text import Text
@@ -13,11 +14,18 @@ from rich.tree import Tree
 
 from atpo_async.core.texts import counted
 from atpo_async.core.tree import ROOT
-from atpo_async.report.tree_samples import Said, TreeSample, TreeTurn
+from atpo_async.environments.messages.types import Shown
+from atpo_async.report.tree_samples import TreeSample, TreeTurn
 
-STYLES = {"system": "dim", "user": "cyan", "assistant": "bold", "tool": "yellow"}
-TOKENS = "tokens"
-"""Shown as the role of what the tokens do not divide into messages."""
+STYLES = {
+    "system": "dim",
+    "user": "cyan",
+    "assistant": "bold",
+    "tool": "yellow",
+    "prompt": "cyan",
+    "action": "bold",
+    "observation": "yellow",
+}
 
 
 def headline(sample: TreeSample) -> str:
@@ -58,24 +66,30 @@ def figures(turn: TreeTurn) -> str:
     return " · ".join(parts)
 
 
-def prompt_of(sample: TreeSample) -> tuple[Said, ...]:
-    """The prompt as messages; a run that recorded text only has one without a role."""
-    return sample.messages or (Said(role="", text=sample.prompt),)
+def prompt_of(sample: TreeSample) -> tuple[Shown, ...]:
+    """The prompt as messages; text that the tokens do not divide is one of role ``prompt``."""
+    return _of_role("prompt", sample.messages or (Shown(role="", text=sample.prompt),))
 
 
-def heard_by(turn: TreeTurn) -> tuple[Said, ...]:
+def heard_by(turn: TreeTurn) -> tuple[Shown, ...]:
     """The observation as messages; none for a first turn."""
-    return turn.heard or ((Said(role="", text=turn.observation),) if turn.observation else ())
+    found = turn.heard or ((Shown(role="", text=turn.observation),) if turn.observation else ())
+    return _of_role("observation", found)
 
 
-def said_in(turn: TreeTurn) -> Said:
+def said_in(turn: TreeTurn) -> Shown:
     """The action as a message."""
-    return turn.said or Said(role="", text=turn.action)
+    return _of_role("action", (turn.said or Shown(role="", text=turn.action),))[0]
 
 
-def lines_of(message: Said) -> Iterator[tuple[str, str]]:
+def _of_role(role: str, messages: Sequence[Shown]) -> tuple[Shown, ...]:
+    """With ``role`` where the tokens tell none."""
+    return tuple(message if message.role else replace(message, role=role) for message in messages)
+
+
+def lines_of(message: Shown) -> Iterator[tuple[str, str]]:
     """(kind, text) of each part of a message: its thinking, its text, each of its tool calls."""
-    role = message.role or TOKENS
+    role = message.role
     if message.thinking:
         yield f"{role} thinks", message.thinking
     if message.text.strip() or not (message.thinking or message.tool_calls):
@@ -103,7 +117,7 @@ def as_tree(sample: TreeSample) -> Tree:
     while waiting:
         parent, node = waiting.pop()
         below = children.get(parent, [])
-        heard: tuple[Said, ...] = ()
+        heard: tuple[Shown, ...] = ()
         for turn in below:
             shown = [] if heard_by(turn) == heard else [_message(message) for message in heard_by(turn)]
             heard = heard_by(turn)
@@ -114,7 +128,7 @@ def as_tree(sample: TreeSample) -> Tree:
     return root
 
 
-def _message(message: Said) -> Text:
+def _message(message: Shown) -> Text:
     text = Text()
     for at, (kind, words) in enumerate(lines_of(message)):
         text.append(("\n" if at else "") + f"{kind}: ", style="magenta")

@@ -17,19 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from atpo_async.core.tree import ROOT
+from atpo_async.environments.messages.types import Shown
 from atpo_async.run.files import Appended
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
-    """One message, as a person reads it."""
-
-    role: str
-    """``system``, ``user``, ``assistant``, ``tool``; empty where the tokens do not tell."""
-    text: str
-    thinking: str = ""
-    tool_calls: tuple[str, ...] = ()
-    """``name(argument="value")`` each, or the text of a malformed one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +45,9 @@ class TreeTurn:
     success: bool | None = None
     end: str = ""
     """Why the chain ended here; ``continue`` where it went on, empty where it was not recorded."""
-    said: Said | None = None
+    said: Shown | None = None
     """The action as a message; None in runs that recorded text only."""
-    heard: tuple[Said, ...] = ()
+    heard: tuple[Shown, ...] = ()
     """The observation as messages."""
 
 
@@ -77,7 +66,7 @@ class TreeSample:
     """Index of the task; None where it was not recorded."""
     environment: str = ""
     """Label of its environment where the run has several."""
-    messages: tuple[Said, ...] = ()
+    messages: tuple[Shown, ...] = ()
     """The prompt as messages."""
 
     @property
@@ -96,7 +85,7 @@ def append_tree_sample(
     turns: Iterable[TreeTurn],
     task: int | None = None,
     environment: str = "",
-    messages: Sequence[Said] = (),
+    messages: Sequence[Shown] = (),
 ) -> None:
     """Append one tree to ``trees.jsonl``; a line is one write."""
     data = {
@@ -174,9 +163,9 @@ def _turn(turn: Any) -> TreeTurn:
     )
 
 
-def _messages(found: Any) -> tuple[Said, ...]:
+def _messages(found: Any) -> tuple[Shown, ...]:
     return tuple(
-        Said(
+        Shown(
             role=str(message["role"]),
             text=str(message["text"]),
             thinking=str(message.get("thinking") or ""),

@@ -15,7 +15,7 @@ from atpo_async.run.rundir import RunDir
 from atpo_async.wire.messages import Batch
 from learner.batches.buffer_peer import now_s
 from learner.batches.fruitless import num_trained
-from learner.batches.tree_samples import decoder, is_sampled, write_sample
+from learner.batches.tree_samples import Readable, is_sampled, write_sample
 from learner.training.report import StepReport
 
 MAX_WARNINGS = 5
@@ -34,7 +34,11 @@ class Recording:
     _stepped_at_s: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self._decode = decoder(model_folder(self.config.model.path)) if self.metrics is not None else str
+        self._readable: Readable | None = None
+        if self.metrics is not None and self.config.metrics.trees:
+            renderer = self.config.environment.options.get("renderer")
+            folder = model_folder(self.config.model.path)
+            self._readable = Readable(folder, renderer=renderer if isinstance(renderer, str) else "auto")
 
     def first_weights(self, *, step: int, version: int, publish_s: float) -> None:
         """Write how long the first publication took, seconds."""
@@ -98,6 +102,8 @@ class Recording:
         )  # fmt: skip
 
     def _write_sample(self, batch: Batch, report: StepReport, *, step: int, version: int) -> None:
+        if self._readable is None:
+            return
         try:
             write_sample(
                 self.rundir.trees_path,
@@ -106,7 +112,7 @@ class Recording:
                 step=step,
                 version=version,
                 settings=self.config.credit,
-                decode=self._decode,
+                readable=self._readable,
             )
         # Only for the report: a failure costs one of its drawings.
         except OSError as exc:

@@ -16,7 +16,7 @@ from atpo_async.core.texts import of_error
 from atpo_async.environments.messages import probes
 from atpo_async.environments.messages.chat_format import ChatFormat
 from atpo_async.environments.messages.library import FastTokenizer, load_tokenizer
-from atpo_async.environments.messages.types import Message, ToolCall
+from atpo_async.environments.messages.types import Message, Shown, ToolCall
 
 log = logging.getLogger("atpo.environments.messages")
 
@@ -27,18 +27,6 @@ NOTHING = np.zeros(0, dtype=np.int32)
 
 NAME = "Xqzn"
 """A tool of that name, likewise."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
-    """One message, as a person reads it."""
-
-    role: str
-    """``system``, ``user``, ``assistant``, ``tool``; empty where the tokens do not tell."""
-    text: str
-    thinking: str = ""
-    tool_calls: tuple[str, ...] = ()
-    """``name(argument="value")`` each, or the text of a malformed one."""
 
 
 def transcript(
@@ -93,14 +81,14 @@ class Transcriber:
 
     def prompt(self, ids: np.ndarray) -> tuple[Shown, ...]:
         """The messages that open a conversation."""
-        return self._messages(self._text(ids), "", opens=True)
+        return self._messages(self.text(ids), "", opens=True)
 
     def observation(self, ids: np.ndarray, action_ids: np.ndarray) -> tuple[Shown, ...]:
         """The messages of an observation, which followed an action.
 
         In some formats the token that ends an action is the first of the message that follows it.
         """
-        return self._messages(self._text(ids), self._text(action_ids[-1:]), opens=False)
+        return self._messages(self.text(ids), self.text(action_ids[-1:]), opens=False)
 
     def _messages(self, text: str, before: str, *, opens: bool) -> tuple[Shown, ...]:
         if not text.strip():
@@ -115,15 +103,16 @@ class Transcriber:
     def action(self, context_ids: np.ndarray, ids: np.ndarray) -> Shown:
         """An action, which followed ``context_ids``."""
         if self._chat is None:
-            return Shown(role="", text=self._text(ids))
+            return Shown(role="", text=self.text(ids))
         try:
             said = self._chat.parse(context_ids, ids)
         except Exception:
-            return Shown(role="assistant", text=self._text(ids))
+            return Shown(role="assistant", text=self.text(ids))
         calls = tuple(call_text(call) for call in said.tool_calls)
         return Shown(role="assistant", text=said.content, thinking=said.thinking, tool_calls=calls)
 
-    def _text(self, ids: np.ndarray) -> str:
+    def text(self, ids: np.ndarray) -> str:
+        """Text of ids, special tokens kept; the ids themselves without a tokenizer."""
         listed = np.asarray(ids).tolist()
         source = self._chat or self._tokenizer
         try:

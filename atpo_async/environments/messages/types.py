@@ -59,6 +59,18 @@ class Action:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """One message, as a person reads it."""
+
+    role: str
+    """``system``, ``user``, ``assistant``, ``tool``; empty where the tokens do not tell."""
+    text: str
+    thinking: str = ""
+    tool_calls: tuple[str, ...] = ()
+    """``name(argument="value")`` each, or the text of a malformed one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
     """What a task answers to an action: messages, or the end of the conversation with its reward."""
 
