@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from actors.engines.base import Engine
@@ -15,7 +16,7 @@ from actors.greedy import grow_greedy
 from actors.hosting import guard, printed
 from atpo_async.config import Config, load
 from atpo_async.core.errors import AtpoError, ConfigError, EnvironmentBroken
-from atpo_async.core.tree import TurnTree
+from atpo_async.core.tree import Turn, TurnTree
 from atpo_async.environments.base import Environment
 from atpo_async.models.sources import model_folder
 from atpo_async.run.temporary import make_temporary_folder_fit
@@ -26,8 +27,9 @@ async def success(
 ) -> dict[str, float | None]:
     """Grow one greedy chain for each of the first ``num_tasks`` held-out tasks.
 
-    Returns success (share of right answers; a failed chain counts as wrong, one without a success value is left out;
-    None where all are without), how many are unknown and failed, and the means of turns and rewards.
+    Returns success (share of right answers; a failed chain counts as wrong, one without a success value or a judgement
+    is left out; None where all are), how many are unknown and failed, and the means of turns, of rewards and of their
+    named parts.
     Raises ConfigError when the environment has fewer tasks, EnvironmentBroken when every chain failed.
     """
     check_eval_tasks(config, environment, num_tasks)
@@ -35,27 +37,41 @@ async def success(
     faults = Faults(config.environment.name, at_once=config.actor.max_num_seqs)
     latest_failure = ""
 
+    unknown = 0
+
     async def one(index: int) -> TurnTree:
-        nonlocal latest_failure
+        nonlocal latest_failure, unknown
         async with at_once:
             grown = await grow_greedy(config, engine=engine, environment=environment, faults=faults, index=index)
         latest_failure = grown.failure or latest_failure
+        unknown += not grown.judged
         return grown.tree
 
     trees = await asyncio.gather(*(one(i) for i in range(num_tasks)))
     leaves = [leaf for tree in trees for leaf in tree.leaves()]
     if not leaves:
         raise EnvironmentBroken(f"all {num_tasks} evaluation chains failed; the latest: {latest_failure}")
-    unknown = sum(leaf.success is None for leaf in leaves)
-    right = sum(leaf.success is True for leaf in leaves)
+    failed = num_tasks - unknown - len(leaves)
+    told = [leaf.success for leaf in leaves if leaf.success is not None]
+    unknown += len(leaves) - len(told)
     return {
-        "success": right / (num_tasks - unknown) if unknown < len(leaves) else None,
+        "success": sum(told) / (num_tasks - unknown) if told else None,
         "num_tasks": float(num_tasks),
         "unknown": float(unknown),
-        "failed": float(num_tasks - len(leaves)),
+        "failed": float(failed),
         "reward_mean": sum(leaf.reward or 0.0 for leaf in leaves) / len(leaves),
         "turns_mean": sum(len(tree) for tree in trees) / num_tasks,
+        **_parts(leaves),
     }
+
+
+def _parts(leaves: Sequence[Turn]) -> dict[str, float]:
+    """``reward/<name>``: the mean of each named part, over the leaves that have it."""
+    found: dict[str, list[float]] = {}
+    for leaf in leaves:
+        for name, part in leaf.rewards.items():
+            found.setdefault(f"reward/{name}", []).append(part)
+    return {name: sum(parts) / len(parts) for name, parts in found.items()}
 
 
 async def run(config: Config, model: Path, num_tasks: int) -> dict[str, float | None]:

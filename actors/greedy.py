@@ -8,6 +8,7 @@ from functools import partial
 from actors.engines.base import Engine
 from actors.faults.fault import first_of
 from actors.faults.faults import Faults
+from actors.search.calls import NOT_JUDGED
 from actors.search.tree_search import TreeSearch
 from atpo_async.config import Config
 from atpo_async.core.tree import Turn, TurnTree
@@ -23,6 +24,8 @@ class Grown:
     tree: TurnTree
     failure: str
     """Why it failed; empty where it did not."""
+    judged: bool = True
+    """Whether the task said what its end is worth, or it failed before that."""
 
 
 async def grow_greedy(
@@ -56,4 +59,4 @@ async def grow_greedy(
             tree = await search.grow()
     except ExceptionGroup as failures:
         raise first_of(failures) from failures
-    return Grown(tree, search.growth.last_detail)
+    return Grown(tree, search.growth.last_detail, judged=NOT_JUDGED not in search.growth.failures)

@@ -17,7 +17,7 @@ from actors.hosting.kept import Kept
 from atpo_async.config import SearchConfig
 from atpo_async.core.errors import EngineDead, EnvironmentBroken, GenerationFailed
 from atpo_async.core.texts import of_error, shortened
-from atpo_async.environments.base import Environment, Episode, ForkDiverged, StepResult
+from atpo_async.environments.base import Environment, Episode, ForkDiverged, NotJudged, StepResult
 from atpo_async.environments.replay import Past, replayed
 from atpo_async.environments.tools.faults import ToolFailed
 from atpo_async.environments.values import ValueRefused
@@ -31,6 +31,9 @@ GENERATE_TIMEOUT = "generate_timeout"
 
 FORK_DIVERGED = "fork_diverged"
 """The reason of a branch that was shown something else than its tree has."""
+
+NOT_JUDGED = "not_judged"
+"""The reason of a branch whose task could not say what its end is worth."""
 
 QUEUE_LIMITS = 10
 """So many times ``search.generate_timeout_s`` a request may wait for its turn in the engine: behind those that each
@@ -177,6 +180,9 @@ class BranchCalls:
             return BranchFailed(exc.reason, str(exc), kind=f"value of {exc.field}")
         if isinstance(exc, ToolFailed):
             return BranchFailed(exc.reason, shortened(str(exc), 600), kind=exc.kind)
+        if isinstance(exc, NotJudged):
+            said = of_error(exc, 600)
+            return BranchFailed(NOT_JUDGED, said if self.task in said else f"{self.task}, {what}: {said}")
         return BranchFailed(
             "environment_failed", f"{self.task}, {what}: {of_error(exc)}", kind=f"{type(exc).__name__} in {what}"
         )
