@@ -65,6 +65,6 @@ class Interval:
         metrics["actor/trees_in_flight"] = float(trees)
         metrics |= self._weights.take_counts()
         if isinstance(self._environment, HostedEnvironment):
-            metrics = self._environment.take_counts() | metrics
+            metrics |= self._environment.take_counts()
         self._stats, self._began = stats, now
         return metrics

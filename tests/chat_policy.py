@@ -18,6 +18,8 @@ SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"),
     *("<tool_response>", "</tool_response>", "<think>", "</think>"),
 )
+IGNORED = -100
+"""A label without a loss."""
 END_OF_TURN, PAD = "<|im_end|>", "<|endoftext|>"
 
 TEMPLATE = """\
@@ -94,7 +96,7 @@ def chat_policy(
 
     Args:
         folder: where to.
-        demonstrations: conversations in messages that the model is trained on for ``steps``.
+        demonstrations: conversations in messages; the assistant's are learnt for ``steps``.
         tools: schemas that the conversations are rendered with.
         steps: 0 leaves the weights random.
         seed: of the weights and the order of the conversations.
@@ -119,30 +121,42 @@ def chat_policy(
         dtype="float32",
     )
     model = Qwen3ForCausalLM(config)
-    rows = [_ids(tokenizer, messages, tools) for messages in demonstrations]
+    rows = [_example(tokenizer, messages, tools) for messages in demonstrations]
     _train(model, rows, steps=steps, pad=tokenizer.convert_tokens_to_ids(PAD))
     tokenizer.save_pretrained(folder)
     model.eval().save_pretrained(folder)
     return folder
 
 
-def _ids(tokenizer: PreTrainedTokenizerFast, messages: Any, tools: Any) -> list[int]:
-    text = tokenizer.apply_chat_template(list(messages), tools=list(tools) or None, tokenize=False)
-    return list(tokenizer.encode(text, add_special_tokens=False))
+def _example(tokenizer: PreTrainedTokenizerFast, messages: Any, tools: Any) -> tuple[list[int], list[int]]:
+    """(ids of a conversation, the labels: what is not the policy's own is not learnt)."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for at, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        for part, speaks in ((messages[:at], False), (messages[: at + 1], True)):
+            text = tokenizer.apply_chat_template(
+                list(part), tools=list(tools) or None, tokenize=False, add_generation_prompt=not speaks
+            )
+            text = text.removesuffix("\n") if speaks else text
+            new = tokenizer.encode(text, add_special_tokens=False)[len(ids) :]
+            ids += new
+            labels += new if speaks else [IGNORED] * len(new)
+    return ids, labels
 
 
-def _train(model: Qwen3ForCausalLM, rows: list[list[int]], *, steps: int, pad: int) -> None:
+def _train(model: Qwen3ForCausalLM, rows: list[tuple[list[int], list[int]]], *, steps: int, pad: int) -> None:
     optimizer, threads = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0), torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # threads that wait for a core that others use make such small steps a hundred times slower
+    # Threads that wait for a core that others use make such small steps a hundred times slower.
+    torch.set_num_threads(1)
     for _ in range(steps if rows else 0):
         chosen = [rows[int(i)] for i in torch.randint(len(rows), (8,))]
-        longest = max(map(len, chosen))
-        ids = torch.tensor([row + [pad] * (longest - len(row)) for row in chosen])
-        labels = ids.masked_fill(ids == pad, -100)
+        longest = max(len(ids) for ids, _ in chosen)
+        input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in chosen])
+        labels = torch.tensor([known + [IGNORED] * (longest - len(known)) for _, known in chosen])
         optimizer.zero_grad()
-        model(input_ids=ids, labels=labels).loss.backward()
+        model(input_ids=input_ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     torch.set_num_threads(threads)

@@ -10,11 +10,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from actors.hosting import loop_thread
+from actors.hosting import collected, loop_thread
 from actors.hosting.calls import EnvironmentTimeout
 from actors.hosting.host import HostedEnvironment
 from actors.search.tree_search import TreeSearch
@@ -469,6 +470,29 @@ def test_a_pool_of_daemons_starts_a_thread_only_where_all_are_busy(released: thr
     assert beyond.result(WAIT_S) == "later"
     assert all(future.result(WAIT_S) for future in waiting)
     assert all(thread.daemon for thread in threading.enumerate() if thread.name.startswith("pool-"))
+
+
+async def test_what_an_environment_counts_is_added_up_checked_and_limited(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[Any] = [{"tool/lookup/calls": 2, "hits": 1.5}, {"tool/lookup/calls": 1, "actor/trees": 7}, {}]
+    told += [{"a name": 1}, {"x": float("nan")}, {"y": True}, None, {f"n{i}": 1 for i in range(1000)}]
+
+    class Counting(World):
+        def take_counts(self) -> Any:
+            return told.pop(0)
+
+    async def nothing(task: int) -> None: ...
+
+    host = HostedEnvironment(lambda: Counting(nothing), name="world", step_timeout_s=WAIT_S)
+    async with host:
+        for _ in range(7):
+            await (await host.start("train", 0)).close()
+        assert host.take_counts() == {
+            "tool/lookup/calls": 3.0, "environment/hits": 1.5, "environment/actor/trees": 7.0
+        }  # fmt: skip
+        assert host.take_counts() == {}
+        await (await host.start("train", 0)).close()
+        assert len(host.take_counts()) == collected.MOST_NAMES - 3
+    assert caplog.text.count("take_counts() has the name 'a name'") == 1
 
 
 async def test_a_close_that_fails_is_counted_and_costs_nothing(caplog: pytest.LogCaptureFixture) -> None:

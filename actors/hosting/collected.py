@@ -15,8 +15,11 @@ from atpo_async.environments.base import Environment
 
 log = logging.getLogger("atpo.actor.environment")
 
-MOST_NAMES = 256
-"""Different counters of one environment; those of further names are left out."""
+MOST_NAMES = 128
+"""Different counters of one environment; those of further names are left out: a report has space for 256."""
+
+NAMESPACES = ("tool/", "environment/")
+"""Counters of other names become ``environment/<name>``, so that none takes the place of one of the actor's own."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+){0,3}")
 _LONGEST = 120
@@ -53,6 +56,7 @@ class Collected:
         elif isinstance(number, bool) or not isinstance(number, numbers.Real) or not math.isfinite(number):
             self._complain(f"take_counts() has {of_value(number)} under {name!r}; expected a finite number")
         else:
+            name = name if name.startswith(NAMESPACES) else f"environment/{name}"
             with self._guard:
                 if name in self._known or len(self._known) < MOST_NAMES:
                     self._known.add(name)
