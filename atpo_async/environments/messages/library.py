@@ -159,6 +159,8 @@ class FastTokenizer:
         self.plain = plain
         self._backend = getattr(plain, "backend_tokenizer", None)
         self._short: dict[str, tuple[int, ...]] = {}
+        self._ids: dict[str, Any] = {}
+        self.all_special_tokens: list[str] = list(plain.all_special_tokens)
         self.name_or_path: str = plain.name_or_path
         self.unk_token_id: int | None = plain.unk_token_id
         self.eos_token_id: int | None = plain.eos_token_id
@@ -200,7 +202,12 @@ class FastTokenizer:
         return str(self._backend.decode(ids, skip_special_tokens=False))
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        return self.plain.convert_tokens_to_ids(tokens)
+        """As the tokenizer's; the library asks for the same few with every action."""
+        if not isinstance(tokens, str):
+            return self.plain.convert_tokens_to_ids(tokens)
+        if tokens not in self._ids:
+            self._ids[tokens] = self.plain.convert_tokens_to_ids(tokens)
+        return self._ids[tokens]
 
     def added_tokens(self) -> dict[str, int]:
         """Text -> id of the tokens that no other text is merged with."""

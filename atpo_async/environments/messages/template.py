@@ -20,6 +20,9 @@ RETENTION = "thinking_retention"
 MARK = "Xqz7"
 """What the template is given as an answer's text, to find what follows an answer."""
 
+KEPT, KEPT_CHARACTERS = 1024, 8192
+"""The ids of so many replies are kept, of at most so many characters each."""
+
 PARSERS_BY_MARK = (
     ("<arg_key>", "glm"),
     ("<function=", "qwen3.5"),
@@ -81,6 +84,7 @@ class TemplateRenderer:
         self._parsing = library().RENDERER_REGISTRY[TEMPLATE](tokenizer, config)
         self._calls_are_text = self._parser == "qwen3" and "<tool_call>" not in tokenizer.plain.get_vocab()
         self._close, self._close_id = self._find_close()
+        self._kept: dict[str, tuple[int, ...]] = {}
         self._head = functools.lru_cache(maxsize=64)(self._rendered_head)
         if self._tools and self.text(_OPENING) == self.text(_OPENING, tools=None):
             raise ConfigError(
@@ -144,12 +148,23 @@ class TemplateRenderer:
         tools: list[ToolSchema] | None = None,
     ) -> Extended:
         """Ids so far, the close where the action has none, and what the template adds.  Raises what it raises."""
-        suffix = self._suffix(new_messages)
         closed = bool(previous_completion_ids) and previous_completion_ids[-1] == self._close_id
-        # With the close in front, so that the tokenizer splits the text as it does in the middle of a conversation.
-        added = self._tokenizer.encode(self._close + suffix)
+        added = self._after_close(new_messages)
         start = added.index(self._close_id) + 1 if closed else 0
         return Extended([*previous_prompt_ids, *previous_completion_ids, *added[start:]])
+
+    def _after_close(self, new_messages: list[Message]) -> tuple[int, ...]:
+        """Ids of an answer's close and of what follows it.  Branches and replays ask for the same again and again."""
+        key = json.dumps(new_messages, sort_keys=True, ensure_ascii=False)
+        found = self._kept.get(key)
+        if found is None:
+            # With the close in front, so that the tokenizer splits the text as in the middle of a conversation.
+            found = tuple(self._tokenizer.encode(self._close + self._suffix(new_messages)))
+            if len(key) <= KEPT_CHARACTERS:
+                if len(self._kept) >= KEPT:
+                    self._kept.pop(next(iter(self._kept)), None)
+                self._kept[key] = found
+        return found
 
     def parse_response(
         self, token_ids: list[int], *, tools: list[ToolSchema] | None = None, prompt_ids: list[int] | None = None
