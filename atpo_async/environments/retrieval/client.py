@@ -10,7 +10,8 @@ import contextlib
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+
+import aiohttp
 
 from atpo_async.core.errors import ConfigError
 from atpo_async.environments.retrieval.batching import Batcher
@@ -24,9 +25,6 @@ from atpo_async.environments.retrieval.protocol import (
     checked_queries,
     checked_topk,
 )
-
-if TYPE_CHECKING:
-    import aiohttp
 
 Found = tuple[Passage, ...]
 
@@ -175,8 +173,6 @@ class _Connection:
         self._batcher: Batcher[Key, Found]
 
     def open(self, max_batch: int, max_requests: int, gather_s: float) -> None:
-        import aiohttp
-
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         self._batcher = Batcher(
             self._handle, max_items=max_batch, max_running=max_requests, gather_s=gather_s, name="retrieval"

@@ -7,15 +7,13 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
+
+import aiohttp
 
 from atpo_async.core import texts
 from atpo_async.core.errors import ConfigError
 from atpo_async.environments.retrieval.protocol import Passage, RetrievalFailed, parse_answer
-
-if TYPE_CHECKING:
-    import aiohttp
 
 MAX_ANSWER_BYTES = 256 * 1024**2
 
@@ -95,8 +93,6 @@ class Requests:
             Answered: the server refused, or failed on every attempt.
             RetrievalFailed: the server could not be reached or did not answer; or its answer cannot be read.
         """
-        import aiohttp
-
         loop = asyncio.get_running_loop()
         began = loop.time()
         most = attempts or self._patience.attempts
@@ -125,8 +121,6 @@ class Requests:
         raise AssertionError("there is at least one attempt")
 
     async def _once(self, queries: Sequence[str], topk: int, timeout_s: float) -> list[list[Passage]]:
-        import aiohttp
-
         self.requests += 1
         body = {"queries": list(queries), "topk": topk, "return_scores": True}
         limit = aiohttp.ClientTimeout(total=max(timeout_s, 0.001))
