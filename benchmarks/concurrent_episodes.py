@@ -1,10 +1,11 @@
 """Whether an actor's event loop stays responsive while very many episodes wait for their tools.
 
 ``--episodes`` episodes step at the same time through the actor's own hosting of an environment (``actors/hosting``,
-values checked).  Each of their tools takes ``--latency`` seconds: once awaited (``asyncio.sleep``), once blocking in a
-thread (``asyncio.to_thread(time.sleep)``).  Between two steps an episode waits on the actor's loop for as long as an
-action would take, ``--action`` seconds on average; with ``--together`` there is no such wait and all tools of a round
-end at the same instant, which is the worst that can happen.
+values checked).  Each of their tools takes ``--latency`` seconds: awaited (``asyncio.sleep``), blocking in a thread of
+the environment's loop (``asyncio.to_thread(time.sleep)``), or called as a ToolTask calls its functions, async and
+plain.  Between two steps an episode waits on the actor's loop for as long as an action would take, ``--action`` seconds
+on average; with ``--together`` there is no such wait and all tools of a round end at the same instant, which is the
+worst that can happen.
 
 A tick is due every ``--tick`` milliseconds on both loops, the actor's and the environment's; what is stated is how late
 ticks were.  A tick that could not run since its loop was busy counts with all that were due meanwhile: a loop that is
@@ -42,6 +43,7 @@ from actors import interpreter
 from actors.hosting.host import HostedEnvironment
 from atpo_async.environments.base import ReplayFork, Split, StepResult
 from atpo_async.environments.checked import CheckedEnvironment
+from atpo_async.environments.tools import running
 from atpo_async.environments.values import Limits
 from benchmarks.script import machine, say, table
 
@@ -58,7 +60,24 @@ async def in_a_thread(latency_s: float) -> None:
     await asyncio.to_thread(time.sleep, latency_s)
 
 
-TOOLS: dict[str, Tool] = {"awaited": awaited, "in a thread": in_a_thread}
+async def as_an_async_tool(latency_s: float) -> None:
+    await running.run(asyncio.sleep, {"delay": latency_s}, is_async=True, limit_s=60.0, what="the tool")
+
+
+def blocks(latency_s: float) -> None:
+    time.sleep(latency_s)
+
+
+async def as_a_plain_tool(latency_s: float) -> None:
+    await running.run(blocks, {"latency_s": latency_s}, is_async=False, limit_s=60.0, what="the tool")
+
+
+TOOLS: dict[str, Tool] = {
+    "awaited": awaited,
+    "to_thread": in_a_thread,
+    "async-tool": as_an_async_tool,
+    "plain-tool": as_a_plain_tool,
+}
 
 
 @dataclass

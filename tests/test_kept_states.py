@@ -233,6 +233,15 @@ async def test_a_state_that_cannot_be_had_is_none_and_no_failure() -> None:
             assert (host.keeper.failed, host.keeper.num_kept) == (0, 0)
 
 
+async def test_where_an_episode_makes_no_copy_of_itself_its_snapshot_is_kept() -> None:
+    class Both(Snapshotting):
+        def fork(self) -> Any:
+            return None
+
+    async with hosting(Both) as (host, _):
+        assert await forked_by(host) == {"snapshot": 2}
+
+
 async def test_snapshots_that_fail_again_and_again_are_no_longer_made(terminal: notices.Tail) -> None:
     def on_take(chain: Chain, state: Any) -> Any:
         raise OSError("the disk is full")

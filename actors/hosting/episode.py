@@ -105,12 +105,12 @@ class HostedEpisode:
     async def keep(self) -> Kept | None:
         """The present state, for branches to begin at; None where it cannot be kept.  Raises EnvironmentBroken."""
         plain, thread, environment = self._plain, self._thread, self._environment
-        if not isinstance(plain, CheckedEpisode) or plain.way is None or environment is None:
+        if not isinstance(plain, CheckedEpisode) or not plain.ways or environment is None:
             return None
         if thread is None or thread.abandoned:
             return None
         past = Past(tuple(self._turns), self.prompt)
-        kept = Kept(self._name, thread, environment, plain.way, None, past)
+        kept = Kept(self._name, thread, environment, past)
         return kept if await self._keeper.fill(kept, plain) else None
 
     async def step(self, action: np.ndarray) -> StepResult:

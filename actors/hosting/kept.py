@@ -34,11 +34,11 @@ class Kept:
     thread: LoopThread
     environment: Environment
     """Made on ``thread``; it restores the snapshot."""
-    way: Way
-    state: object
-    """The snapshot, or the copy of the episode (CheckedEpisode)."""
     past: Past
     """Of the episode."""
+    way: Way = "snapshot"
+    state: object = None
+    """The snapshot, or the copy of the episode (CheckedEpisode)."""
     refused: ValueRefused | None = None
     """Why the state is none that can be used: raised to the branch that would begin at it."""
 
@@ -79,14 +79,11 @@ class Keeper:
         return filled
 
     async def _fill(self, kept: Kept, plain: CheckedEpisode) -> bool:
-        answer, limit_s = self._caller.answer, self._caller.step_timeout_s
-        what = f"{kept.way} of {kept.task} after {counted(len(kept.past.turns), 'step')}"
+        what = f"{plain.ways[0]} of {kept.task} after {counted(len(kept.past.turns), 'step')}"
         try:
-            if kept.way == "fork":
-                copy = await answer(kept.thread, what, plain.fork, limit_s=limit_s, discard=_close_copy)
-                kept.state = copy
-            else:
-                kept.state = await answer(kept.thread, what, plain.snapshot, limit_s=limit_s)
+            taken = await self._caller.answer(
+                kept.thread, what, plain.state, limit_s=self._caller.step_timeout_s, discard=_close_copy
+            )
         except EnvironmentBroken:
             raise
         except LoopLost:
@@ -98,7 +95,10 @@ class Keeper:
             self.count_failed(what, exc)
             return False
         self._failed_in_a_row = 0
-        return kept.state is not None
+        if taken is None:
+            return False
+        kept.way, kept.state = taken
+        return True
 
     def count_failed(self, what: str, error: Exception) -> None:
         """A snapshot, a restore or a fork failed: a replay takes its place."""
@@ -128,6 +128,6 @@ class Keeper:
         return False
 
 
-async def _close_copy(late: CheckedEpisode | None) -> None:
-    if late is not None:
-        await late.close()
+async def _close_copy(late: tuple[Way, object] | None) -> None:
+    if late is not None and isinstance(late[1], CheckedEpisode):
+        await late[1].close()

@@ -34,7 +34,8 @@ EPISODE_PARTS = ("prompt", "step", "close")
 OPTIONAL_PARTS = {"replay_step": ("action", "observation"), "snapshot": (), "restore": ("snapshot",), "fork": ()}
 """Methods that an episode may have, and what they are called with."""
 
-Way = Literal["snapshot", "fork"]
+Way = Literal["fork", "snapshot"]
+WAYS: tuple[Way, ...] = ("fork", "snapshot")
 
 _HOW_TO_FORK = 'see docs/extending.md, "Environment"'
 
@@ -99,12 +100,8 @@ class CheckedEpisode:
         self._where = where
         self._limits = limits
         self._steps = steps
-        self.way: Way | None = None
-        """By which its state can be kept; None where only a replay leads to it."""
-        if _has(plain, "fork"):
-            self.way = "fork"
-        elif _has(plain, "snapshot"):
-            self.way = "snapshot"
+        self.ways: tuple[Way, ...] = tuple(way for way in WAYS if _has(plain, way))
+        """By which its state can be kept, the first one if it can; none where only a replay leads to it."""
 
     async def step(self, action: np.ndarray) -> StepResult:
         """Raises ValueRefused; whatever else the environment raises."""
@@ -122,6 +119,17 @@ class CheckedEpisode:
         where = f"{self._where}, step {self._steps}"
         said = await _awaited(own(action, observation), "replay_step", where)
         return step_result(said, where, self._limits)
+
+    async def state(self) -> tuple[Way, object] | None:
+        """What branches can begin at: a copy of the episode if it makes one, else a snapshot; None if it has neither.
+
+        Raises as ``step``.
+        """
+        for way in self.ways:
+            found = await (self.fork() if way == "fork" else self.snapshot())
+            if found is not None:
+                return way, found
+        return None
 
     async def fork(self) -> CheckedEpisode | None:
         """A copy in the same state; None where the episode makes none.  Raises as ``step``."""
