@@ -6,6 +6,7 @@ module's name; it needs no other entry.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from atpo_async.core.doors import Door
@@ -22,6 +23,21 @@ ENVIRONMENT: Door[Any] = Door(
     call=("tokenizer",),
     parts=("stop_token_ids", "num_tasks", "start", "replay"),
 )
+
+ONE_OF_ENVIRONMENTS: Door[Any] = dataclasses.replace(
+    ENVIRONMENT, field="environments.name", options="environments.options"
+)
+"""The same door, as an entry of ``[[environments]]`` names it."""
+
+
+def environment_door(number: int | None) -> Door[Any]:
+    """The door of entry ``number`` of ``[[environments]]``, for messages that name its fields; None: of
+    ``[environment]``."""
+    if number is None:
+        return ENVIRONMENT
+    section = f"environments.{number}"
+    return dataclasses.replace(ENVIRONMENT, field=f"{section}.name", options=f"{section}.options")
+
 
 STRATEGY: Door[Any] = Door(
     field="search.strategy",

@@ -51,9 +51,14 @@ def line(error: Any, source: str, holders: Mapping[str, str]) -> str:
             f"or a digit; got {value!r}{where}"
         )
     if kind == "door":
-        return str(error["msg"]).replace(" is unknown", f"{where} is unknown", 1)
+        said = str(error["msg"]).replace("environments.name", path, 1)
+        return said.replace(" is unknown", f"{where} is unknown", 1)
     if kind == "literal_error":
         return f"{path} must be one of {error['ctx']['expected']}, got {value!r}{where}"
+    if kind in ("tuple_type", "list_type") and path == "environments":
+        return f"environments must be a list of tables, [[environments]] with name and weight, got {_cut(value)}{where}"
+    if kind == "missing":
+        return f"{path} is missing{where}: every entry of [[environments]] has one"
     if kind in ("tuple_type", "list_type"):
         example = _example(path, value)
         return f"{path} must be a list, as in {example} (on the command line '{example}'), got {_cut(value)}{where}"
@@ -65,7 +70,7 @@ def line(error: Any, source: str, holders: Mapping[str, str]) -> str:
 
 def no_section(name: str, value: Any) -> str:
     """One line for a value that a program gave by a name that is neither a section nor a dotted path."""
-    if name in Config.model_fields:
+    if name in Config.model_fields and name != "environments":
         first = next(field for field in fields() if field.startswith(f"{name}.")).partition(".")[2]
         return f"{name} = {_cut(value)}: is a section, and takes its fields: {name}={{{first!r}: …}}"
     near = suggestions.near(name, fields()) or suggestions.sections(name, Config.model_fields)
@@ -140,7 +145,10 @@ def _section_of(path: str) -> str:
 def _known(path: str) -> str:
     model: type[BaseModel] = Config
     for part in path.split(".")[:-1]:
+        if part.isdigit():
+            continue
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        annotation = next(iter(get_args(annotation)), annotation)  # of a list, its entries
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             break
         model = annotation

@@ -16,7 +16,8 @@ from pydantic.fields import FieldInfo
 
 from atpo_async.config import faults, options
 from atpo_async.config.schema import Config, fields
-from atpo_async.config.sections.base import door_of
+from atpo_async.config.sections.base import Section, door_of
+from atpo_async.config.sections.environments import WeightedEnvironment
 from atpo_async.core.errors import ConfigError
 
 CALL = "the call"
@@ -60,14 +61,22 @@ def resolved(config: Config | Path | str | Sequence[Path | str], values: Mapping
     else:
         data, holders = _layered(config)
     given: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for name, value in values.items():
-        if "." in name:
+        if options.is_entry(name):
+            entries[name] = value
+        elif name == options.ENTRIES and isinstance(value, list | tuple):
+            given[name] = [each.model_dump() if isinstance(each, WeightedEnvironment) else each for each in value]
+        elif "." in name:
             _lay(given, options.nested(name, value), CALL, {})
         elif name in Config.model_fields and isinstance(value, Mapping):
             _lay(given, {name: value}, CALL, {})
         else:
             raise ConfigError(faults.no_section(name, value))
     _lay(data, given, CALL, holders)
+    for name, value in entries.items():
+        options.put_in_entry(data, name, value)
+        holders[name] = CALL
     return build(data, source=CALL, holders=holders)
 
 
@@ -156,15 +165,24 @@ def build(
 def to_toml(config: Config) -> str:
     """The resolved configuration as TOML, each field with its description."""
     lines: list[str] = []
-    for name in Config.model_fields:
-        section = getattr(config, name)
-        lines.append(f"[{name}]")
+    for name, section in _sections(config):
+        lines.append(name)
         for field, about in type(section).model_fields.items():
             text = f"{field} = {_toml_value(getattr(section, field))}"
             meaning = "; ".join(filter(None, (about.description, _choices(about))))
             lines.append(f"{text}  # {meaning}" if meaning else text)
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _sections(config: Config) -> Iterator[tuple[str, Section]]:
+    """(header, section) of all that decides something: ``[[environments]]`` stand in place of ``[environment]``."""
+    for name in Config.model_fields:
+        section = getattr(config, name)
+        if name == options.ENTRIES:
+            yield from ((f"[[{name}]]", entry) for entry in section)
+        elif name != "environment" or not config.environments:
+            yield f"[{name}]", section
 
 
 def _choices(field: FieldInfo) -> str:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from atpo_async.config import suggestions
 from atpo_async.config.schema import Config, fields, options_table
+from atpo_async.config.sections.environments import WeightedEnvironment
 from atpo_async.core.errors import ConfigError
 
 _TRUTHS = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0"})
@@ -36,8 +37,8 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if not word.startswith("--") or "." not in name:
             rest.append(word)
             continue
-        name = name.replace("-", "_")
-        if name not in known and options_table(name) is None:
+        name = name if is_entry(name) else name.replace("-", "_")  # a label may have a hyphen
+        if name not in known and options_table(name) is None and _entry_field(name) is None:
             raise ConfigError(unknown_option(name))
         if not equals:
             annotation = _annotation(name)
@@ -67,6 +68,12 @@ def _may_be_a_path(word: str) -> bool:
 
 def put(data: dict[str, Any], dotted: str, text: str) -> None:
     """Put the value of one option into a nested mapping.  Raises ConfigError."""
+    if is_entry(dotted):
+        put_in_entry(data, dotted, _option_value(dotted, text))
+        return
+    if dotted == ENTRIES:
+        data[ENTRIES] = parse_value(text)
+        return
     *parents, leaf = _keys(dotted)
     if not parents:
         raise ConfigError(f"option --{dotted} names no field; use --section.field, for instance --learner.lr 1e-5")
@@ -76,6 +83,56 @@ def put(data: dict[str, Any], dotted: str, text: str) -> None:
         if not isinstance(here, dict):
             raise ConfigError(f"option --{dotted}: {part} is a value, not a section")
     here[leaf] = _option_value(dotted, text)
+
+
+ENTRIES = "environments"
+"""The field that is a list of sections."""
+
+
+def is_entry(dotted: str) -> bool:
+    """Whether a dotted path leads into an entry of ``[[environments]]``: ``environments.0.weight``."""
+    return dotted.startswith(f"{ENTRIES}.")
+
+
+def _entry_field(dotted: str) -> str | None:
+    """``weight`` of ``environments.0.weight``, ``options.hops`` of ``environments.easy.options.hops``; None for no
+    field of an entry."""
+    if not is_entry(dotted):
+        return None
+    _, _, field = dotted.removeprefix(f"{ENTRIES}.").rpartition(".options.")
+    if field and "." not in field:
+        return f"options.{field}"
+    field = dotted.rpartition(".")[2]
+    return field if dotted.count(".") > 1 and field in WeightedEnvironment.model_fields else None
+
+
+def put_in_entry(data: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a field of an entry, which is named by its number from 0 or by its label.  Raises ConfigError."""
+    field = _entry_field(dotted)
+    if field is None:
+        known = ", ".join(WeightedEnvironment.model_fields)
+        raise ConfigError(f"--{dotted} names no field of an environment; as in --{ENTRIES}.0.weight 2: {known}")
+    which = dotted.removeprefix(f"{ENTRIES}.").removesuffix(f".{field}")
+    entries = [dict(each) for each in data.get(ENTRIES) or ()]
+    labels = [_label(each) for each in entries]
+    number = labels.index(which) if which in labels else int(which) if which.isdecimal() else -1
+    if not 0 <= number < len(entries):
+        there = ", ".join(f"{at} ({label})" for at, label in enumerate(labels))
+        has = f"the configuration's are {there}" if there else "the configuration has no [[environments]]"
+        raise ConfigError(f"--{dotted}: there is no environment {which!r}; {has}")
+    if field.startswith("options."):
+        entries[number]["options"] = dict(entries[number].get("options") or {}) | {field.partition(".")[2]: value}
+    else:
+        entries[number][field] = value
+    data[ENTRIES] = entries
+
+
+def _label(entry: dict[str, Any]) -> str:
+    """Of an entry as a file has it, whatever is wrong with it."""
+    try:
+        return WeightedEnvironment.model_validate(entry).label
+    except ValueError:
+        return str(entry.get("label", ""))
 
 
 def nested(dotted: str, value: Any) -> dict[str, Any]:
@@ -131,6 +188,8 @@ def _one_by_one(table: str, text: str) -> str:
 
 def _annotation(dotted: str) -> Any:
     """The type of a field; None for an option inside a table of options, and for an unknown name."""
+    if (field := _entry_field(dotted)) is not None:
+        return None if "." in field else WeightedEnvironment.model_fields[field].annotation
     info = fields().get(dotted)
     return None if info is None else info.annotation
 
@@ -168,6 +227,9 @@ def get(config: Config, dotted: str) -> Any:
 
 def unknown_option(name: str) -> str:
     """One line that names an option that is no field, and the ones the user may have meant."""
+    if name == ENTRIES or is_entry(name):
+        known = ", ".join(WeightedEnvironment.model_fields)
+        return f"--{name}: a field of one environment is set by --{ENTRIES}.NUMBER.FIELD VALUE; known: {known}"
     if name in Config.model_fields:
         first = next(field for field in fields() if field.startswith(f"{name}."))
         return f"--{name}: is a section and takes no value; name a field of it, for instance --{first}"

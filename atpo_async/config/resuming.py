@@ -30,6 +30,7 @@ MUST_STAY: tuple[str, ...] = (
     "run.seed",
     "model.path",
     "environment.*",
+    "environments",
     "search.strategy",
     "search.strategy_options",
     "search.initial_rollouts",

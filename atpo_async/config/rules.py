@@ -32,6 +32,21 @@ def _lag_leaves_room(config: Config) -> None:
         )
 
 
+def _one_or_several_environments(config: Config) -> None:
+    several, one = config.environments, config.environment
+    if several and one != type(one)():
+        raise ValueError(
+            f"environment.name = {one.name!r} ([environment]) stands beside {len(several)} [[environments]]: leave "
+            "[environment] out, and make it an entry of [[environments]] if it belongs to the run"
+        )
+    labels = [each.label for each in several]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(
+            f"environments: {labels.count(twice[0])} of them have the label {twice[0]!r}, under which their metrics "
+            "would be mixed up: give each a label of its own, label = 'easy'"
+        )
+
+
 def _off_policy_is_corrected(config: Config) -> None:
     loss_rules.check_bias(config, loss_rules.correction_traits(config.correction.action) or CorrectionTraits())
     if (config.search.top_p < 1 or config.search.top_k > 0) and not config.correction.accept_bias:
@@ -198,6 +213,7 @@ def _ports(config: Config) -> None:
 
 
 RULES: tuple[Callable[[Config], None], ...] = (
+    _one_or_several_environments,
     _lag_leaves_room,
     _off_policy_is_corrected,
     _batches_and_trees,

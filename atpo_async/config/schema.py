@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any, get_origin
 
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from atpo_async.config import rules
 from atpo_async.config.sections.base import Section
 from atpo_async.config.sections.data import BufferConfig, StalenessConfig
-from atpo_async.config.sections.generation import ActorConfig, EnvironmentConfig, ModelConfig, SearchConfig
+from atpo_async.config.sections.environments import MOST_ENVIRONMENTS, EnvironmentConfig, WeightedEnvironment
+from atpo_async.config.sections.generation import ActorConfig, ModelConfig, SearchConfig
 from atpo_async.config.sections.learning import CorrectionConfig, CreditConfig, LearnerConfig, ObjectiveConfig
 from atpo_async.config.sections.run import EvalConfig, MetricsConfig, RunConfig, SupervisorConfig
 from atpo_async.config.sections.transport import LinksConfig, WeightsConfig
@@ -25,6 +26,9 @@ class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     environment: EnvironmentConfig = EnvironmentConfig()
+    environments: tuple[WeightedEnvironment, ...] = Field(
+        (), max_length=MOST_ENVIRONMENTS, description="several by weight, in place of [environment]"
+    )
     search: SearchConfig = SearchConfig()
     credit: CreditConfig = CreditConfig()
     staleness: StalenessConfig = StalenessConfig()
@@ -49,6 +53,22 @@ class Config(Section):
         """Names of all metrics sinks, each once: ``jsonl`` always, ``tensorboard`` also by ``learner.tensorboard``."""
         more = ("tensorboard",) if self.learner.tensorboard else ()
         return tuple(dict.fromkeys(("jsonl", *self.metrics.sinks, *more)))
+
+    @property
+    def every_environment(self) -> tuple[WeightedEnvironment, ...]:
+        """The environments of the run: the entries of ``[[environments]]``; else the one of ``[environment]``, whose
+        label is its name."""
+        one = self.environment
+        return self.environments or (
+            WeightedEnvironment.model_construct(name=one.name, options=one.options, weight=1.0, label=one.name),
+        )
+
+    @property
+    def task_name(self) -> str:
+        """What the run's tasks are called: the environment's name, or the labels of several with their weights."""
+        if not self.environments:
+            return self.environment.name
+        return " + ".join(f"{each.weight:g} {each.label}" for each in self.environments)
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Config:

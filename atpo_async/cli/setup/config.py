@@ -9,6 +9,7 @@ from rich.table import Table
 
 from atpo_async import config as configuration
 from atpo_async.cli.common import EXIT_DONE, LAYERS, Asked
+from atpo_async.config import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
@@ -35,4 +36,20 @@ def run(asked: Asked) -> int:
     for name, value, text in configuration.derived_bounds(config):
         bounds.add_row(name, str(value), text)
     console.print(bounds)
+    if config.environments:
+        console.print(_environments(config))
     return EXIT_DONE
+
+
+def _environments(config: Config) -> Table:
+    """What the weights of several environments come to."""
+    from atpo_async.core.mixture import Mixture  # needs numpy, which other commands do without
+
+    mixture = Mixture([each.weight for each in config.environments], config.run.seed)
+    table = Table(title="environments, by weight", title_justify="left")
+    for name in ("label", "environment", "training tasks", "held-out tasks"):
+        table.add_column(name, no_wrap=name == "label")
+    held_out = mixture.num_held_out(config.eval.num_tasks)
+    for each, count, held in zip(config.environments, mixture.counts, held_out, strict=True):
+        table.add_row(each.label, each.name, f"{count} of every {mixture.block}", str(held))
+    return table

@@ -21,13 +21,6 @@ class ModelConfig(Section):
     warm_start_steps: int = Field(300, ge=0, description="supervised steps of the warm start")
 
 
-class EnvironmentConfig(Section):
-    """The task."""
-
-    name: Annotated[str, named(doors.ENVIRONMENT)] = "hopqa"
-    options: Options = Field(default_factory=dict, description="passed to the environment")
-
-
 class SearchConfig(Section):
     """One tree (ALGORITHM, section 1): M chains, then L rounds of K entropy-guided branches."""
 
