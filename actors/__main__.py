@@ -12,13 +12,12 @@ from pathlib import Path
 from actors import interpreter
 from actors.actor import Actor, until_stopped
 from actors.engines.base import Engine
-from actors.factory import check_eval_tasks, engine_name, host_environment, make_engine
+from actors.environments import Environments, host_environments
+from actors.factory import engine_name, make_engine
 from actors.hosting import guard, printed
-from actors.hosting.host import HostedEnvironment
 from actors.joining import buffer_link, join, knock
 from actors.leases import LearnerMoved
 from actors.weights.fetcher import WeightsFetcher
-from atpo_async.environments.base import Environment
 from atpo_async.links.announcements import Listener
 from atpo_async.links.client import Client
 from atpo_async.models.sources import model_folder
@@ -43,23 +42,23 @@ async def act(ctx: RoleContext) -> None:
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(guard.stray_signals_end_nothing())
         stack.enter_context(printed.limited())
-        environment = await until_stopped(ctx.stopping, stack.enter_async_context(host_environment(config, model)))
-        if environment is not None:
-            await _act(ctx, model, environment)
+        environments = await until_stopped(ctx.stopping, stack.enter_async_context(host_environments(config, model)))
+        if environments is not None:
+            await _act(ctx, model, environments)
 
 
-async def _act(ctx: RoleContext, model: Path, environment: HostedEnvironment) -> None:
+async def _act(ctx: RoleContext, model: Path, environments: Environments) -> None:
     config = ctx.config
     if config.eval.at_start or config.eval.at_end or config.eval.every_steps:
-        check_eval_tasks(config, environment, config.eval.num_tasks)
+        environments.check_eval_tasks(config.eval.num_tasks)
     transport = make_transport(config.weights)
-    engine = make_engine(config, model, actor=ctx.name, stop_strings=environment.stop_strings)
-    ctx.log.info("engine %s, environment %s", engine_name(config), config.environment.name)
+    engine = make_engine(config, model, actor=ctx.name, stop_strings=environments.stop_strings)
+    ctx.log.info("engine %s, environment %s", engine_name(config), config.task_name)
     async with buffer_link(ctx) as buffer:
         try:
             welcome = await until_stopped(ctx.stopping, _start(ctx, buffer, engine))
             while welcome is not None:
-                welcome = await _work(ctx, welcome, buffer, engine, environment, transport)
+                welcome = await _work(ctx, welcome, buffer, engine, environments, transport)
         finally:
             with waits.waiting(f"actor {ctx.name}", "the engine's end", on=waits.ENGINE):
                 await engine.close()
@@ -90,7 +89,7 @@ async def _work(
     welcome: Welcome,
     buffer: Client,
     engine: Engine,
-    environment: Environment,
+    environments: Environments,
     transport: Transport,
 ) -> Welcome | None:
     """Work until the end, or until the learner is found elsewhere: then where."""
@@ -105,7 +104,7 @@ async def _work(
             run=welcome.run, client=client, listener=listener, settings=ctx.config.weights, transport=transport
         )
         actor = Actor(
-            run=welcome.run, name=ctx.name, config=ctx.config, engine=engine, environment=environment,
+            run=welcome.run, name=ctx.name, config=ctx.config, engine=engine, environment=environments,
             buffer=buffer, weights=weights, stopping=ctx.stopping,
         )  # fmt: skip
         try:

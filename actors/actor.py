@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from actors.engines.base import Engine
+from actors.environments import Environments
 from actors.expansion.expansion import Expansion
 from actors.faults.fault import first_of
 from actors.faults.faults import Faults
@@ -65,7 +66,7 @@ class Actor:
         name: this actor's name, unique among those alive.
         config: the run's configuration.
         engine: started; its first weights are taken before the first lease.
-        environment: the task.
+        environment: the tasks: one environment, or several.
         buffer: link to the buffer.
         weights: fetcher towards the learner.
         stopping: set to end early; leases are given back.
@@ -81,14 +82,14 @@ class Actor:
         name: str,
         config: Config,
         engine: Engine,
-        environment: Environment,
+        environment: Environment | Environments,
         buffer: Client,
         weights: WeightsFetcher,
         stopping: asyncio.Event,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run, self._name, self._config = run, name, config
-        self._engine, self._environment = engine, environment
+        self._engine, self._environments = engine, Environments.of(config, environment)
         self._buffer, self._weights = buffer, weights
         self._stopping, self._clock = stopping, clock
         self._metrics = Aggregator()
@@ -101,7 +102,7 @@ class Actor:
         )  # fmt: skip
         self._growing: dict[str, asyncio.Task[None]] = {}
         self._slot_freed = asyncio.Event()
-        self._faults = Faults(config.environment.name, at_once=config.actor.trees_in_flight, clock=clock)
+        self._faults = Faults(self._environments.labels, at_once=config.actor.trees_in_flight, clock=clock)
         self._expansion = Expansion.of(config.search)
         self._cut_actions = CutActions(config.search.max_action_tokens)
         self._given_up: dict[str, str] = {}
@@ -196,11 +197,13 @@ class Actor:
 
     async def _grow(self, lease: Lease) -> None:
         await self.uptake.reached(lease.min_version, lease.tree_id)
+        task = self._environments.task(lease.kind, lease.task_index)
         search = TreeSearch(
             run=self._run,
             lease=lease,
+            task_index=task.task,
             engine=self._engine,
-            environment=self._environment,
+            environment=task.environment,
             search=self._config.search,
             expansion=self._expansion,
             max_context_tokens=self._config.model.max_context_tokens,
@@ -208,12 +211,15 @@ class Actor:
             chain_ended=partial(self._faults.chain_ended, lease.tree_id),
             clock=self._clock,
         )
-        with self._faults.growing(lease):
+        with self._faults.growing(lease, task.label):
             tree = await search.grow()
-        self._count(lease, tree, search)
+        self._count(lease, task.label, tree, search)
 
-    def _count(self, lease: Lease, tree: TurnTree, search: TreeSearch) -> None:
+    def _count(self, lease: Lease, label: str, tree: TurnTree, search: TreeSearch) -> None:
         failed = search.growth.failures
+        if self._environments.several:
+            self._metrics.add(f"actor/{label}/trees", 1)
+            self._metrics.add(f"actor/{label}/failed_branches", failed.total())
         self._metrics.add("actor/trees", 1)
         self._metrics.add("actor/turns", len(tree) - len(lease.committed))
         self._metrics.add("actor/failed_branches", failed.total())
@@ -247,7 +253,7 @@ class Actor:
     async def _report(self) -> None:
         """Heartbeat: renews leases and carries the metrics.  Waits for: the clock, and space in the link's window."""
         interval = Interval(
-            slots=self._config.actor.trees_in_flight, engine=self._engine, environment=self._environment,
+            slots=self._config.actor.trees_in_flight, engine=self._engine, environments=self._environments,
             buffer=self._buffer, weights=self._weights, metrics=self._metrics, clock=self._clock,
         )  # fmt: skip
         while True:

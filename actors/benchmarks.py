@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actors.engines.base import Engine
-from actors.factory import host_environment, make_engine
+from actors.environments import host_environment
+from actors.factory import make_engine
 from actors.faults.fault import first_of
 from actors.faults.faults import Faults
 from actors.greedy import Grown, grow_greedy

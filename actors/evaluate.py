@@ -10,57 +10,65 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actors.engines.base import Engine
-from actors.factory import check_eval_tasks, host_environment, make_engine
+from actors.environments import Environments, host_environments
+from actors.factory import make_engine
 from actors.faults.faults import Faults
-from actors.greedy import grow_greedy
+from actors.greedy import Grown, grow_greedy
 from actors.hosting import guard, printed
 from atpo_async.config import Config, load
 from atpo_async.core.errors import AtpoError, ConfigError, EnvironmentBroken
-from atpo_async.core.tree import Turn, TurnTree
+from atpo_async.core.tree import Turn
 from atpo_async.environments.base import Environment
 from atpo_async.models.sources import model_folder
 from atpo_async.run.temporary import make_temporary_folder_fit
 
 
 async def success(
-    config: Config, *, engine: Engine, environment: Environment, num_tasks: int
+    config: Config, *, engine: Engine, environment: Environment | Environments, num_tasks: int
 ) -> dict[str, float | None]:
     """Grow one greedy chain for each of the first ``num_tasks`` held-out tasks.
 
     Returns success (share of right answers; a failed chain counts as wrong, one without a success value or a judgement
     is left out; None where all are), how many are unknown and failed, and the means of turns, of rewards and of their
-    named parts.
+    named parts; of several environments also ``<label>/success`` and so on.
     Raises ConfigError when the environment has fewer tasks, EnvironmentBroken when every chain failed.
     """
-    check_eval_tasks(config, environment, num_tasks)
+    environments = Environments.of(config, environment)
+    environments.check_eval_tasks(num_tasks)
     at_once = asyncio.Semaphore(config.actor.max_num_seqs)
-    faults = Faults(config.environment.name, at_once=config.actor.max_num_seqs)
+    faults = Faults(environments.labels, at_once=config.actor.max_num_seqs)
     latest_failure = ""
 
-    unknown = 0
-
-    async def one(index: int) -> TurnTree:
-        nonlocal latest_failure, unknown
+    async def one(index: int) -> Grown:
+        nonlocal latest_failure
+        task = environments.task("eval", index)
         async with at_once:
-            grown = await grow_greedy(config, engine=engine, environment=environment, faults=faults, index=index)
+            grown = await grow_greedy(
+                config, engine=engine, environment=task.environment, faults=faults, index=index, task_index=task.task,
+                label=task.label,
+            )  # fmt: skip
         latest_failure = grown.failure or latest_failure
-        unknown += not grown.judged
-        return grown.tree
+        return grown
 
-    trees = await asyncio.gather(*(one(i) for i in range(num_tasks)))
-    leaves = [leaf for tree in trees for leaf in tree.leaves()]
-    if not leaves:
+    grown = await asyncio.gather(*(one(i) for i in range(num_tasks)))
+    if not any(each.tree.leaves() for each in grown):
         raise EnvironmentBroken(f"all {num_tasks} evaluation chains failed; the latest: {latest_failure}")
-    failed = num_tasks - unknown - len(leaves)
+    return _outcome(grown) | _by_environment(environments, grown)
+
+
+def _outcome(grown: Sequence[Grown]) -> dict[str, float | None]:
+    """Of some evaluation chains."""
+    leaves = [leaf for each in grown for leaf in each.tree.leaves()]
+    unjudged = sum(not each.judged for each in grown)
     told = [leaf.success for leaf in leaves if leaf.success is not None]
-    unknown += len(leaves) - len(told)
+    unknown = unjudged + len(leaves) - len(told)
     return {
-        "success": sum(told) / (num_tasks - unknown) if told else None,
-        "num_tasks": float(num_tasks),
+        "success": sum(told) / (len(grown) - unknown) if told else None,
+        "num_tasks": float(len(grown)),
         "unknown": float(unknown),
-        "failed": float(failed),
-        "reward_mean": sum(leaf.reward or 0.0 for leaf in leaves) / len(leaves),
-        "turns_mean": sum(len(tree) for tree in trees) / num_tasks,
+        "failed": float(len(grown) - unjudged - len(leaves)),
+        "reward_mean": sum(leaf.reward or 0.0 for leaf in leaves) / len(leaves) if leaves else None,
+        "turns_mean": sum(len(each.tree) for each in grown) / len(grown),
         **_parts(leaves),
     }
 
@@ -74,17 +82,26 @@ def _parts(leaves: Sequence[Turn]) -> dict[str, float]:
     return {name: sum(parts) / len(parts) for name, parts in found.items()}
 
 
+def _by_environment(environments: Environments, grown: Sequence[Grown]) -> dict[str, float | None]:
+    """The same of each environment, where there are several: ``<label>/success`` and so on."""
+    found: dict[str, float | None] = {}
+    for label in environments.labels if environments.several else ():
+        if own := [each for task, each in enumerate(grown) if environments.task("eval", task).label == label]:
+            found |= {f"{label}/{name}": value for name, value in _outcome(own).items()}
+    return found
+
+
 async def run(config: Config, model: Path, num_tasks: int) -> dict[str, float | None]:
     with guard.stray_signals_end_nothing(), printed.limited():
         return await _run(config, model, num_tasks)
 
 
 async def _run(config: Config, model: Path, num_tasks: int) -> dict[str, float | None]:
-    async with host_environment(config, model) as environment:
-        engine = make_engine(config, model, actor="eval", stop_strings=environment.stop_strings)
+    async with host_environments(config, model) as environments:
+        engine = make_engine(config, model, actor="eval", stop_strings=environments.stop_strings)
         try:
             await engine.start()
-            return await success(config, engine=engine, environment=environment, num_tasks=num_tasks)
+            return await success(config, engine=engine, environment=environments, num_tasks=num_tasks)
         finally:
             await engine.close()
 

@@ -1,23 +1,17 @@
-"""Builds an actor's engine and environment from the configuration."""
+"""Builds an actor's engine from the configuration."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import logging
-import os
 from pathlib import Path
 
 from actors.engines.base import Engine, EngineSettings
 from actors.engines.checked import CheckedEngine
-from actors.hosting import guard
-from actors.hosting.host import HostedEnvironment
 from atpo_async.config import Config
-from atpo_async.config.doors import ENGINE, ENVIRONMENT
+from atpo_async.config.doors import ENGINE
 from atpo_async.core.errors import ConfigError
-from atpo_async.environments.base import Environment
-from atpo_async.environments.making import make_environment
-from atpo_async.ops.exits import DOING, ERROR_FILE
 
 log = logging.getLogger("atpo.actor")
 
@@ -73,32 +67,8 @@ def make_engine(config: Config, model: Path, *, actor: str, stop_strings: tuple[
     engine: Engine = ENGINE.make(name, settings, options=config.actor.engine_options)
     if stop_strings and getattr(engine, "supports_stop_strings", False) is not True:
         raise ConfigError(
-            f"environment {config.environment.name!r} ends actions at texts (stop_strings = {stop_strings!r}), which "
+            f"environment {config.task_name!r} ends actions at texts (stop_strings = {stop_strings!r}), which "
             f"actor.engine = {name!r} does not say that it looks for: let its generate() honour Sampling.stop_strings "
             "and give it supports_stop_strings = True, or use --actor.engine vllm or transformers"
         )
     return engine if name in ENGINE.names() else CheckedEngine(engine, settings, name=name)
-
-
-def host_environment(config: Config, model: Path) -> HostedEnvironment:
-    """The same on a loop of its own, not opened yet.  Raises ConfigError or SetupError where it cannot be imported."""
-    # In the main thread: some libraries can be imported nowhere else.
-    with guard.put_back():
-        ENVIRONMENT.imported(config.environment.name)
-    error_file = os.environ.get(ERROR_FILE)
-    return HostedEnvironment(
-        lambda: make_environment(config, model),
-        name=config.environment.name,
-        step_timeout_s=config.search.step_timeout_s,
-        doing=Path(error_file).with_suffix(DOING) if error_file else None,
-    )
-
-
-def check_eval_tasks(config: Config, environment: Environment, num_tasks: int) -> None:
-    """Raises ConfigError when the environment has fewer held-out tasks than an evaluation asks for."""
-    known = environment.num_tasks("eval")
-    if known is not None and num_tasks > known:
-        raise ConfigError(
-            f"eval.num_tasks = {num_tasks} exceeds the {known} held-out tasks of environment "
-            f"{config.environment.name!r}; lower it, or raise the environment's own number"
-        )

@@ -29,9 +29,16 @@ class Grown:
 
 
 async def grow_greedy(
-    config: Config, *, engine: Engine, environment: Environment, faults: Faults, index: int
-) -> Grown:  # fmt: skip
-    """The greedy chain of held-out task ``index``.
+    config: Config,
+    *,
+    engine: Engine,
+    environment: Environment,
+    faults: Faults,
+    index: int,
+    task_index: int | None = None,
+    label: str = "",
+) -> Grown:
+    """The greedy chain of held-out task ``index``; of several environments, of ``task_index`` of the one of ``label``.
 
     Raises EnvironmentBroken where ``faults`` finds too many failures in a row, EngineDead.
     """
@@ -46,6 +53,7 @@ async def grow_greedy(
     search = TreeSearch(
         run="eval",
         lease=lease,
+        task_index=task_index,
         engine=engine,
         environment=environment,
         search=config.search,
@@ -55,7 +63,7 @@ async def grow_greedy(
         chain_ended=partial(faults.chain_ended, lease.tree_id),
     )
     try:
-        with faults.growing(lease):
+        with faults.growing(lease, label):
             tree = await search.grow()
     except ExceptionGroup as failures:
         raise first_of(failures) from failures

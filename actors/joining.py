@@ -80,7 +80,7 @@ async def join(ctx: RoleContext, buffer: Client) -> Welcome:
 
 async def _hello(ctx: RoleContext, buffer: Client, *, timeout_s: float) -> Welcome | str:
     """The buffer's welcome, or why there is none yet.  Raises SetupError where it refuses this actor for good."""
-    environment, leaves = ctx.config.environment.name, ctx.config.search.max_leaves
+    environment, leaves = ctx.config.task_name, ctx.config.search.max_leaves
     hello = ActorHello(protocol=PROTOCOL, run=ctx.run_id, actor=ctx.name, environment=environment, search_leaves=leaves)
     try:
         answer = await buffer.request(hello, timeout_s=timeout_s)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from actors.engines.base import Engine
-from actors.hosting.host import HostedEnvironment
+from actors.environments import Environments
 from actors.weights.fetcher import WeightsFetcher
-from atpo_async.environments.base import Environment
 from atpo_async.links.client import Client
 from atpo_async.run.metrics import Aggregator
 from atpo_async.status import waits
@@ -18,7 +17,7 @@ class Interval:
 
     Args:
         slots: trees that the actor grows at once.
-        engine, environment, buffer, weights: whose counters are read.
+        engine, environments, buffer, weights: whose counters are read.
         metrics: metrics that the actor has added itself.
         clock: seconds, monotonic.
     """
@@ -28,14 +27,14 @@ class Interval:
         *,
         slots: int,
         engine: Engine,
-        environment: Environment,
+        environments: Environments,
         buffer: Client,
         weights: WeightsFetcher,
         metrics: Aggregator,
         clock: Callable[[], float],
     ) -> None:
         self._slots, self._metrics, self._clock = slots, metrics, clock
-        self._engine, self._environment = engine, environment
+        self._engine, self._environments = engine, environments
         self._buffer, self._weights = buffer, weights
         self._stats, self._began = engine.stats(), clock()
         self._waited_s = buffer.stats.waited_s
@@ -64,7 +63,6 @@ class Interval:
         metrics["engine/in_flight"] = float(stats.in_flight)
         metrics["actor/trees_in_flight"] = float(trees)
         metrics |= self._weights.take_counts()
-        if isinstance(self._environment, HostedEnvironment):
-            metrics |= self._environment.take_counts()
+        metrics |= self._environments.take_counts()
         self._stats, self._began = stats, now
         return metrics

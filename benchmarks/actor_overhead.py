@@ -34,7 +34,8 @@ import numpy as np
 
 from actors.actor import Actor
 from actors.engines import base
-from actors.factory import engine_name, host_environment, make_engine
+from actors.environments import host_environment
+from actors.factory import engine_name, make_engine
 from atpo_async.config import Config, LinksConfig, load
 from atpo_async.links.client import Client
 from atpo_async.links.server import Server

@@ -33,7 +33,7 @@ def loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise LoadedError
 
     monkeypatch.setattr(entry, "model_folder", lambda path: tmp_path)
-    monkeypatch.setattr(entry, "host_environment", load)
+    monkeypatch.setattr(entry, "host_environments", load)
     monkeypatch.setattr(joining, "KNOCK_S", LIMIT_S)
 
 

@@ -34,7 +34,7 @@ def test_every_block_is_exact_and_an_environments_own_tasks_come_once_each_and_i
     blocks = 5
     places = [mixture.place("train", task) for task in range(blocks * mixture.block)]
     for number, count in enumerate(mixture.counts):
-        assert [place.index for place in places if place.environment == number] == list(range(blocks * count))
+        assert [place.task for place in places if place.environment == number] == list(range(blocks * count))
         for block in range(blocks):
             inside = places[block * mixture.block : (block + 1) * mixture.block]
             assert sum(place.environment == number for place in inside) == count
@@ -54,7 +54,7 @@ def test_a_task_has_one_place_whatever_was_asked_before() -> None:
     forwards, anywhere = Mixture((0.7, 0.3), seed=9), Mixture((0.7, 0.3), seed=9)
     places = [forwards.place("train", task) for task in range(2000)]
     assert [anywhere.place("train", task) for task in range(1999, -1, -1)] == places[::-1]
-    assert anywhere.place("train", 10**12).index > 10**11
+    assert anywhere.place("train", 10**12).task > 10**11
 
 
 def test_the_seed_decides_the_order_and_it_is_that_of_these_numbers_on_every_machine() -> None:

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from actors.factory import host_environment
+from actors.environments import host_environment
 from atpo_async.api.machine import check_environment
 from atpo_async.config import build
 from atpo_async.core.errors import ConfigError, SetupError

@@ -45,9 +45,10 @@ class HostedEnvironment:
 
     Args:
         make: makes the environment; called on the loop that will run it, again for every loop that was lost.
-        name: ``environment.name``, for errors.
+        name: for errors: ``environment.name``, or of several the label.
         step_timeout_s: of ``start``, ``step`` and ``close``; a replay of n actions may take n + 1 times as long.
         doing: a file that names the call in progress, for the supervisor if the process dies.
+        facts: the name that its state has in the actor's status.
         grace_s: as ``GRACE_S``.
         held_up_s: as ``HELD_UP_S``.
         max_lost_loops: as ``MAX_LOST_LOOPS``.
@@ -61,12 +62,13 @@ class HostedEnvironment:
         name: str,
         step_timeout_s: float,
         doing: Path | None = None,
+        facts: str = "environment",
         grace_s: float = GRACE_S,
         held_up_s: float = HELD_UP_S,
         max_lost_loops: int = MAX_LOST_LOOPS,
         most_kept: int = MOST_KEPT,
     ) -> None:
-        self.name = name
+        self.name, self._published = name, facts
         self._held_up_s = held_up_s
         self.reporting = Reporting(name, doing)
         self.loops = Loops(name=name, grace_s=grace_s, held_up_s=held_up_s, max_lost=max_lost_loops)
@@ -92,7 +94,7 @@ class HostedEnvironment:
         being_made = waits.waiting(f"environment {self.name!r}", "its being made", on=waits.ENVIRONMENT)
         with being_made, guard.put_back():
             await self.caller.current()
-        publish_facts("environment", self._facts)
+        publish_facts(self._published, self._facts)
         return self
 
     async def __aenter__(self) -> Self:

@@ -58,6 +58,7 @@ class TreeSearch:
     Args:
         run: run id, part of every turn's key.
         lease: what to grow; its ``committed`` turns are not grown again.
+        task_index: of the task among the environment's own; None: as in the lease.
         engine, environment: where actions and observations come from.
         search: the search settings.
         expansion: which turns are branched at; None where none ever is, as in an evaluation.
@@ -72,6 +73,7 @@ class TreeSearch:
         *,
         run: str,
         lease: Lease,
+        task_index: int | None = None,
         engine: Engine,
         environment: Environment,
         search: SearchConfig,
@@ -91,8 +93,9 @@ class TreeSearch:
             stop_strings=getattr(environment, "stop_strings", ()),
         )
         known = environment.num_tasks(lease.kind)
-        # Training goes through a finite set of tasks again and again; the lease counts on.
-        task = lease.task_index if known is None or lease.kind == "eval" else lease.task_index % known
+        task = lease.task_index if task_index is None else task_index
+        if known is not None and lease.kind == "train":
+            task %= known  # training goes through a finite set of tasks again and again; the lease counts on
         self._calls = BranchCalls(lease=lease, task=task, engine=engine, environment=environment, search=search)
         self._forks = Forks(self._calls, rounds=self._budget.rounds if expansion is not None else 0)
         self._max_context = max_context_tokens

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from atpo_async.status.run_folders import run_at, runs_near
 if TYPE_CHECKING:
     from atpo_async.api.run import Run
 
-BEARS = ("run.seed", "model.", "environment.", "search.", "actor.", "eval.")
+BEARS = ("run.seed", "model.", "environment.", "environments", "search.", "actor.", "eval.")
 """Fields, and sections of fields, that an evaluation reads."""
 
 
@@ -43,6 +43,8 @@ class EvalResult:
     unknown: int
     """Tasks for which the environment did not report success or failure; left out of ``success``."""
     reward_mean: float | None
+    by_environment: Mapping[str, float | None] = field(default_factory=dict)
+    """Success by label, where a run has several environments."""
 
     def line(self, name: str) -> str:
         """One line for people; ``name`` is the policy's."""
@@ -53,7 +55,11 @@ class EvalResult:
             )
         left_out = f" ({self.unknown} more are unknown: success is None)" if self.unknown else ""
         known = self.num_tasks - self.unknown
-        return f"{name}: success {self.success:.3f} on {known} held-out tasks, greedy{left_out}"
+        each = ", ".join(
+            f"{label} {'unknown' if s is None else f'{s:.3f}'}" for label, s in self.by_environment.items()
+        )
+        parts = f" ({each})" if each else ""
+        return f"{name}: success {self.success:.3f}{parts} on {known} held-out tasks, greedy{left_out}"
 
 
 def evaluate(
@@ -173,6 +179,11 @@ def evaluate_policy(config: Config, model: Path, name: str) -> EvalResult:
             num_tasks=int(found["num_tasks"]),
             unknown=int(found["unknown"]),
             reward_mean=None if reward is None else float(reward),
+            by_environment={
+                label: None if (own := found[f"{label}/success"]) is None else float(own)
+                for each in config.environments
+                if f"{(label := each.label)}/success" in found
+            },
         )
     except (ValueError, KeyError, IndexError, TypeError) as exc:
         raise RoleCrashed(f"the evaluation of {name} ended without a result: {said[-200:]!r}") from exc

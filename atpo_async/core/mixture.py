@@ -31,8 +31,8 @@ class Place(NamedTuple):
 
     environment: int
     """Position among the environments."""
-    index: int
-    """Of the task, among that environment's own; past the end of a finite split it begins again."""
+    task: int
+    """Its number among that environment's own; past the end of a finite split it begins again."""
 
 
 class Mixture:

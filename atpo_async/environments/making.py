@@ -6,25 +6,28 @@ import json
 from pathlib import Path
 
 from atpo_async.config import Config
-from atpo_async.config.doors import ENVIRONMENT
+from atpo_async.config.doors import environment_door
 from atpo_async.environments.checked import CheckedEnvironment
 from atpo_async.environments.values import Limits
 
 
-def make_environment(config: Config, model: Path) -> CheckedEnvironment:
-    """The environment, its values checked.  Built-in ones are seeded by the run unless their options set a seed.
+def make_environment(config: Config, model: Path, number: int = 0) -> CheckedEnvironment:
+    """The environment, of several the one of that number, its values checked.
+
+    Built-in ones are seeded by the run unless their options set a seed.
 
     Raises ConfigError or SetupError naming the environment.
     """
-    name = config.environment.name
-    seeded = {"seed": config.run.seed} if name in ENVIRONMENT.names() else {}
-    plain = ENVIRONMENT.make(name, model, options=seeded | config.environment.options)
+    entry = config.every_environment[number]
+    door = environment_door(number if config.environments else None)
+    seeded = {"seed": config.run.seed} if entry.name in door.names() else {}
+    plain = door.make(entry.name, model, options=seeded | entry.options)
     limits = Limits(
         vocab_size=vocab_size(model),
         max_context_tokens=config.model.max_context_tokens,
         max_observation_tokens=config.search.max_observation_tokens,
     )
-    return CheckedEnvironment(plain, name=name, limits=limits)
+    return CheckedEnvironment(plain, name=entry.label, limits=limits)
 
 
 def vocab_size(model: Path) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +70,14 @@ class Attempt:
         return Ending(code=code, reason=f"exit code {code}")
 
     def _was_doing(self) -> str:
-        """The call of its environment that was under way, for the end of a sentence; empty where there was none."""
-        try:
-            said = self.error_file.with_suffix(DOING).read_text(encoding="utf-8").strip()
-        except (OSError, ValueError):
-            return ""
+        """The calls of its environments that were under way, for the end of a sentence; empty where there were none."""
+        found = []
+        # One file an environment; the first has no number.
+        first = self.error_file.with_suffix(DOING)
+        for file in (first, *sorted(first.parent.glob(f"{first.stem}.[0-9]*{DOING}"))):
+            with contextlib.suppress(OSError, ValueError):
+                found.append(file.read_text(encoding="utf-8").strip())
+        said = ", and ".join(filter(None, found))
         return f"; its environment was at {said}" if said else ""
 
 

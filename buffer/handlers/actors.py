@@ -97,7 +97,7 @@ class ActorHandler:
             )
         if not may_be_called(peer):
             return m.Refused(reason=f"{peer!r} is another role's name; give this actor one of its own (--name)")
-        grown = self._context.config.environment.name, self._context.config.search.max_leaves
+        grown = self._context.config.task_name, self._context.config.search.max_leaves
         if (hello.environment, hello.search_leaves) != grown:
             return m.Refused(
                 reason=f"actor {hello.actor} grows {hello.environment!r} trees of up to {hello.search_leaves} leaves, "

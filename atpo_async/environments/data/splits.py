@@ -23,7 +23,8 @@ class Parts:
 
 def order(positions: np.ndarray, seed: int) -> np.ndarray:
     """int32[N]: the same positions, shuffled by ``seed``."""
-    return positions[shuffled(len(positions), seed)].astype(np.int32)
+    found: np.ndarray = positions[shuffled(len(positions), seed)].astype(np.int32)
+    return found
 
 
 def by_share(keys: np.ndarray, share: float) -> Parts:
