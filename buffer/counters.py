@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from atpo_async.core.credit import TreeArrays, branch_prob
+from atpo_async.core.mixture import TaskLabels
 from buffer.journal.entries import CountsEntry, RunEntry
 from buffer.leases.ledger import Ledger
 from buffer.pool.pool import ReplayPool
 from buffer.trees.index import TreeEntry
+
+NO_LABELS = TaskLabels()
 
 
 @dataclass(slots=True)
@@ -35,9 +38,11 @@ class RunCounters:
 
     Args:
         now: seconds.
+        labels: by which training metrics are also counted, where a run has several environments.
     """
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, labels: TaskLabels = NO_LABELS) -> None:
+        self._labels = labels
         self.since = CountsSinceBatch(now)
         self.tasks: Counter[str] = Counter()
         """Outcomes of training tasks: ``trained`` on at least once, ``no_signal``, ``failed`` (too few leaves),
@@ -75,10 +80,15 @@ class RunCounters:
         since = self.since
         since.produced += 1
         share = branch_prob(arrays)
-        since.mean("train/reward", float(share @ arrays.reward))
+        label = self._labels.of("train", tree.task_index)
+        groups = ("train", f"train/{label}") if label else ("train",)
         unknown = float(share @ (tree.is_leaf & ~tree.judged))
-        if tree.judged.any():
-            since.mean("train/success", float(share @ tree.success) / (1.0 - unknown))
+        for group in groups:
+            since.mean(f"{group}/reward", float(share @ arrays.reward))
+            if tree.judged.any():
+                since.mean(f"{group}/success", float(share @ tree.success) / (1.0 - unknown))
+        for group in groups[1:]:
+            since.counts[f"{group}/trees"] += 1
         since.mean("train/success_unknown", unknown)
         since.mean("train/leaves_mean", float(tree.num_leaves))
         since.mean("train/turns_mean", float(len(tree)))
@@ -119,6 +129,7 @@ class RunCounters:
         metrics = {name: total / number for name, (total, number) in since.means.items()}
         metrics |= {
             "train/trees": since.produced,
+            **{name: count for name, count in counts.items() if name.startswith("train/")},
             "buffer/trees": len(pool),
             "buffer/outstanding": ledger.num_training,
             "buffer/bytes": nbytes,

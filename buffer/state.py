@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from atpo_async.config import Config
+from atpo_async.core.mixture import TaskLabels
 from atpo_async.core.tree import Turn
 from atpo_async.wire.messages import (
     Batch,
@@ -70,6 +71,8 @@ class BufferState:
         incarnation: int = 0,
     ) -> None:
         buffer, staleness = config.buffer, config.staleness
+        several = config.environments
+        labels = TaskLabels([each.label for each in several], [each.weight for each in several], config.run.seed)
         self._config = config
         self.run = run
         self.rng = rng
@@ -84,6 +87,7 @@ class BufferState:
             seed=config.run.seed,
             prefix=f"b{incarnation}",
             max_tasks=config.run.max_tasks,
+            labels=labels,
         )
         self.delay_line: DelayLine | None = None
         """Decides which trees are grown and served where the lag is to be exact."""
@@ -95,7 +99,7 @@ class BufferState:
                 max_oversampling=staleness.max_oversampling,
                 num_steps=config.run.steps,
             )
-        self.counters = RunCounters(now)
+        self.counters = RunCounters(now, labels)
         self.batches = Batches()
         self.trees = TreeLifecycle(
             config,

@@ -50,7 +50,7 @@ def hello(config: Config, **changes: Any) -> ActorHello:
         "protocol": PROTOCOL,
         "run": "r",
         "actor": "a",
-        "environment": config.environment.name,
+        "environment": config.task_name,
         "search_leaves": config.search.max_leaves,
     }
     return ActorHello(**(fields | changes))

@@ -50,6 +50,8 @@ PURE = {
     "atpo_async.core.bounds",
     "atpo_async.core.dtypes",
     "atpo_async.core.errors",
+    "atpo_async.core.mixture",
+    "atpo_async.core.shuffling",
     "atpo_async.core.priorities",
     "atpo_async.core.vocabulary",
     "atpo_async.environments.data.splits",

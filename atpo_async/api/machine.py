@@ -180,15 +180,18 @@ def _check_packages(config: Config, doors: Sequence[Door[Any]]) -> None:
     for door in doors:
         if door in (ENVIRONMENT, STRATEGY, ENGINE) and not config.actor.count:
             continue  # actors of other machines have it
-        value = get(config, door.field)
-        for name in (value,) if isinstance(value, str) else value:
+        value = () if door is ENVIRONMENT else get(config, door.field)
+        names = [(door, name) for name in ((value,) if isinstance(value, str) else value)]
+        if door is ENVIRONMENT:
+            names = [(each, name) for each, name, _ in config.named_environments()]
+        for its_door, name in names:
             top = name.partition(":")[0].partition(".")[0]
             if name in door.choices() or has_module(top):
                 continue
             # Roles see the working folder (launch.py), which an installed `atpo` does not.
             if PathFinder.find_spec(top, [str(Path.cwd())]) is None:
                 raise SetupError(
-                    f"{door.field} = {name!r}: there is no package {top!r} here; install it, or set PYTHONPATH to "
+                    f"{its_door.field} = {name!r}: there is no package {top!r} here; install it, or set PYTHONPATH to "
                     "where it lies"
                 )
 

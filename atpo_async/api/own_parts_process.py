@@ -54,6 +54,10 @@ def named(config: Config) -> list[tuple[Door[Any], str, dict[str, Option]]]:
     for door in DOORS:
         if door in (ENVIRONMENT, STRATEGY, ENGINE) and not config.actor.count:
             continue  # actors of other machines have it
+        if door is ENVIRONMENT:
+            several = config.named_environments()
+            found += [(each, name, options) for each, name, options in several if name not in each.choices()]
+            continue
         value = get(config, door.field)
         for name in (value,) if isinstance(value, str) else value:
             if name not in door.choices():

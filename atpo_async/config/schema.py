@@ -11,6 +11,7 @@ from typing import Any, get_origin
 from pydantic import BaseModel, Field, model_validator
 
 from atpo_async.config import rules
+from atpo_async.config.doors import environment_door
 from atpo_async.config.sections.base import Section
 from atpo_async.config.sections.data import BufferConfig, StalenessConfig
 from atpo_async.config.sections.environments import MOST_ENVIRONMENTS, EnvironmentConfig, WeightedEnvironment
@@ -18,6 +19,7 @@ from atpo_async.config.sections.generation import ActorConfig, ModelConfig, Sear
 from atpo_async.config.sections.learning import CorrectionConfig, CreditConfig, LearnerConfig, ObjectiveConfig
 from atpo_async.config.sections.run import EvalConfig, MetricsConfig, RunConfig, SupervisorConfig
 from atpo_async.config.sections.transport import LinksConfig, WeightsConfig
+from atpo_async.core.doors import Door, Option
 
 
 class Config(Section):
@@ -63,12 +65,26 @@ class Config(Section):
             WeightedEnvironment.model_construct(name=one.name, options=one.options, weight=1.0, label=one.name),
         )
 
+    def named_environments(self) -> list[tuple[Door[Any], str, dict[str, Option]]]:
+        """(door, name, options) of each environment; the door says in which fields they stand."""
+        return [
+            (environment_door(number if self.environments else None), each.name, dict(each.options))
+            for number, each in enumerate(self.every_environment)
+        ]
+
     @property
     def task_name(self) -> str:
         """What the run's tasks are called: the environment's name, or the labels of several with their weights."""
         if not self.environments:
             return self.environment.name
         return " + ".join(f"{each.weight:g} {each.label}" for each in self.environments)
+
+    @property
+    def task_described(self) -> str:
+        """The environments with their options, for people."""
+        one = self.environment
+        options = ", ".join(f"{name} = {value}" for name, value in one.options.items())
+        return "; ".join(map(str, self.environments)) or f"{one.name} {options}"
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Config:

@@ -78,6 +78,23 @@ class Mixture:
         return environment, rank
 
 
+class TaskLabels:
+    """The label of the environment that each task belongs to.
+
+    Args:
+        labels: of several environments; none where the run has one: then every task's label is empty.
+        weights, seed: as of ``Mixture``.
+    """
+
+    def __init__(self, labels: Sequence[str] = (), weights: Sequence[float] = (), seed: int = 0) -> None:
+        self._labels = tuple(labels)
+        self._mixture = Mixture(weights, seed) if labels else None
+
+    def of(self, split: Split, task: int) -> str:
+        """Empty where the run has one environment."""
+        return "" if self._mixture is None else self._labels[self._mixture.place(split, task).environment]
+
+
 def block_counts(weights: Sequence[float]) -> tuple[int, ...]:
     """The least whole numbers that are to one another as ``weights`` are: (0.5, 0.25, 0.25) gives (2, 1, 1).
 

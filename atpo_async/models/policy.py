@@ -7,11 +7,12 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from atpo_async.config import Config
+from atpo_async.core.doors import Door
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.models.tensor_files import WEIGHTS, read_header, read_headers
 from atpo_async.run import launch
@@ -38,20 +39,17 @@ def warm_start_command(config: Config) -> list[str]:
 
     Quick when there is nothing to make.  Raises ConfigError for an environment that has no such policy.
     """
-    if config.environment.name != "hopqa":
+    entries = config.named_environments()
+    ours = [(door, options) for door, name, options in entries if name == "hopqa"]
+    if not ours:
+        names = " and ".join(f"{door.field} = {name!r}" for door, name, _ in entries)
         raise ConfigError(
-            f"model.warm_start makes a policy for hopqa only, not for environment.name = {config.environment.name!r}: "
-            "name a model with --model.path and set --model.warm_start false"
+            f"model.warm_start makes a policy for hopqa only, not for {names}: name a model with --model.path and set "
+            "--model.warm_start false"
         )
-    options = dict(config.environment.options)
-    for key in ("hops", *WORLD):
-        if isinstance(options.get(key, 0), bool) or not isinstance(options.get(key, 0), int):
-            raise ConfigError(f"environment.options.{key} must be a whole number, got {options[key]!r}")
-    hops = options.pop("hops", None)
-    if hops is not None:
-        options = {"min_hops": hops, "max_hops": hops, **options}
+    options = _of_all([_world_of(door, options) for door, options in ours])
     words = {"seed": config.run.seed, "steps": config.model.warm_start_steps}
-    words |= {key: options[key] for key in WORLD if key in options}  # type: ignore[misc]
+    words |= {key: options[key] for key in WORLD if key in options}
     command = [
         *launch.command(
             "atpo_async.environments.hopqa.warm_start", "--root", str(MODELS), "--device", config.learner.device
@@ -60,6 +58,42 @@ def warm_start_command(config: Config) -> list[str]:
     for key, value in words.items():
         command += [f"--{key.replace('_', '-')}", str(value)]
     return command
+
+
+def _world_of(door: Door[Any], options: Mapping[str, Any]) -> dict[str, int]:
+    """The options of a hopqa that its policy must fit.  Raises ConfigError for one of another type."""
+    for key in ("hops", *WORLD):
+        if isinstance(options.get(key, 0), bool) or not isinstance(options.get(key, 0), int):
+            raise ConfigError(f"{door.options}.{key} must be a whole number, got {options[key]!r}")
+    hops = {"min_hops": options["hops"], "max_hops": options["hops"]} if options.get("hops") is not None else {}
+    return hops | {key: options[key] for key in WORLD if key in options}
+
+
+def _of_all(worlds: Sequence[dict[str, int]]) -> dict[str, int]:
+    """What one policy fits that is to fit all of several hopqa: the least and the most hops of any.  Raises ConfigError
+    where another option differs: names and relations are the policy's words."""
+    if len(worlds) == 1:
+        return worlds[0]
+    found: dict[str, int] = {}
+    for key, joined in (("min_hops", min), ("max_hops", max)):
+        hops = [world[key] for world in worlds if key in world]
+        if hops and len(hops) < len(worlds):
+            raise ConfigError(
+                f"model.warm_start: some of the {len(worlds)} hopqa environments set {key} (or hops), others leave it "
+                "at its default: set it in each, so that the policy can be made for all of them"
+            )
+        if hops:
+            found[key] = joined(hops)
+    for key in set(WORLD) - {"min_hops", "max_hops"}:
+        values = {world.get(key) for world in worlds}
+        if len(values) > 1:
+            raise ConfigError(
+                f"model.warm_start: the {len(worlds)} hopqa environments differ in {key}, but one policy has the "
+                "words of one world: make them agree, or name a model with --model.path"
+            )
+        if (value := values.pop()) is not None:
+            found[key] = value
+    return found
 
 
 def with_path(config: Config, path: Path | str) -> Config:

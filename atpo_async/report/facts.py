@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from atpo_async.core.errors import SetupError
+from atpo_async.report.by_environment import EnvironmentFacts, environment_facts
 from atpo_async.run.metrics import Record, eval_versions, read_metrics, versions_said
 from atpo_async.run.rundir import RunDir
 
@@ -49,6 +50,8 @@ class Facts:
     probe_error: float | None
     memory_mb: dict[str, float]
     """Role -> peak."""
+    environments: list[EnvironmentFacts] = field(default_factory=list)
+    """Of a run that has several."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -65,6 +68,7 @@ class Facts:
         if self.evals:
             listed = ", ".join(f"{e.value:.3f} (step {e.step}{self._mixed(e.step)})" for e in self.evals)
             found.append(f"greedy success on held-out tasks: {listed}")
+        found += [each.line() for each in self.environments]
         if self.goal is not None:
             found.append(
                 f"{GOAL:g} sampled success (mean of three steps) {self.goal.time - self.origin:.0f} s after the "
@@ -152,6 +156,7 @@ def facts(rundir: RunDir, records: Sequence[Record] | None = None) -> Facts:
         actor_wait_share=wait_share(records, "time/actor_wait_s", "time/actor_interval_s"),
         probe_error=max(probe, default=None),
         memory_mb=memory,
+        environments=environment_facts([each.label for each in rundir.config.environments], records),
         notes=[*failures(failed, untested), *unknowns(unknown, unjudged or 0.0)],
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from atpo_async.core.texts import counted
 from atpo_async.report import charts, figures
+from atpo_async.report.by_environment import table
 from atpo_async.report.charts import Axes
 from atpo_async.report.conversation import best_and_worst, transcript_lines
 from atpo_async.report.facts import GOAL, Facts, facts, shown
@@ -42,8 +43,9 @@ def page(rundir: RunDir, found: Facts, records: Sequence[Record]) -> str:
     return render(
         "report.html.j2",
         title=found.name,
-        environment=config.environment.name,
+        environment=config.task_name,
         tiles=_tiles(found),
+        environments=table(found.environments),
         essentials=_essentials(rundir, found),
         config=json.dumps(config.model_dump(mode="json"), indent=2),
         sections=[
@@ -88,7 +90,7 @@ def _essentials(rundir: RunDir, found: Facts) -> list[tuple[str, str]]:
     return [
         ("run", f"{found.run_id}, seed {config.run.seed}, made {_when(rundir.created)}"),
         ("policy", f"{config.model.path}, {config.model.dtype}"),
-        ("task", f"{config.environment.name} {_options(config.environment.options)}"),
+        ("task", config.task_described),
         (
             "search",
             f"{config.search.strategy}: M = {config.search.initial_rollouts}, K = {config.search.branches}, "
@@ -144,10 +146,6 @@ def _pair(first: float, last: float, digits: int = 2) -> str:
 
 def _when(unix_s: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_s))
-
-
-def _options(options: dict[str, bool | int | float | str]) -> str:
-    return ", ".join(f"{key} = {value}" for key, value in options.items())
 
 
 def _made_with(rundir: RunDir) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +38,7 @@ class Origin:
         return cls(
             command=command,
             settings=(
-                ("task", f"{config.environment.name} {_options(config.environment.options)}"),
+                ("task", config.task_described),
                 (
                     "steps of a cell",
                     f"{config.run.steps}, and its lag in addition; {config.staleness.trees_per_batch} trees each",
@@ -78,7 +77,3 @@ def _made_with(file: Path) -> str:
         return f"{found['cores']} cores, {found['machine']}; Python {found['python']}, {', '.join(listed)}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-
-
-def _options(options: Mapping[str, object]) -> str:
-    return ", ".join(f"{key} = {value}" for key, value in options.items())

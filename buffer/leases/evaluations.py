@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from atpo_async.core.mixture import TaskLabels
 from atpo_async.wire.messages import EvalResult
 from buffer.journal.entries import EvaluationEntry
 from buffer.trees.index import TreeEntry
@@ -103,18 +104,38 @@ class Evaluation:
             version_max=newest,
         )
 
-    def metrics(self) -> dict[str, float]:
-        """Of one that is done."""
+    def metrics(self, labels: TaskLabels) -> dict[str, float]:
+        """Of one that is done; where the run has several environments, success and failures of each as well."""
         found = {"eval/failed": float(self.num_failed), "eval/unknown": float(len(self.unknown))}
         if finished := self.num_tasks - self.num_failed:
             found["eval/turns_mean"] = self.turns / finished
+        by_label: dict[str, list[int]] = {}
+        for task in self.results:
+            if label := labels.of("eval", task):
+                by_label.setdefault(label, []).append(task)
+        for label, tasks in by_label.items():
+            found |= self._metrics_of(f"eval/{label}", tasks)
+        return found
+
+    def _metrics_of(self, group: str, tasks: list[int]) -> dict[str, float]:
+        """Of one environment's tasks: success as in ``success``, left out where that is None."""
+        known = [self.results[task] for task in tasks if task not in self.unknown]
+        failed = sum(result is None for result in known)
+        found = {f"{group}/failed": float(failed), f"{group}/tasks": float(len(tasks))}
+        if failed < len(known):
+            found[f"{group}/success"] = sum(result or 0.0 for result in known) / len(known)
         return found
 
 
 class Evaluations:
-    """Evaluations of one run, by step."""
+    """Evaluations of one run, by step.
 
-    def __init__(self) -> None:
+    Args:
+        labels: by which success is also told, where the run has several environments.
+    """
+
+    def __init__(self, labels: TaskLabels | None = None) -> None:
+        self._labels = labels or TaskLabels()
         self._by_step: dict[int, Evaluation] = {}
         self._changed: set[int] = set()
         self._records: list[MetricsRecord] = []
@@ -165,7 +186,7 @@ class Evaluations:
         evaluation.add(task, None if tree is None else outcome_of(tree))
         self._changed.add(step)
         if evaluation.done:
-            self._records.append((step, evaluation.version, evaluation.metrics()))
+            self._records.append((step, evaluation.version, evaluation.metrics(self._labels)))
 
     def result(self, step: int) -> EvalResult:
         """For the learner, so far; of an evaluation that is not known here, nothing."""

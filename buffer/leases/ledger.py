@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from atpo_async.config import StalenessConfig
+from atpo_async.core.mixture import TaskLabels
 from atpo_async.core.vocabulary import Split
 from buffer.batches.delay_line import Admission
 from buffer.journal.entries import LeaseEntry, RunEntry, TreeStateEntry
@@ -76,6 +77,7 @@ class Ledger:
         seed: the run's.
         prefix: begins every tree id; never used by an earlier buffer of the run.
         max_tasks: no training task from this one on; None for no end.
+        labels: of the tasks, where the run has several environments.
     """
 
     def __init__(
@@ -88,13 +90,14 @@ class Ledger:
         seed: int,
         prefix: str,
         max_tasks: int | None = None,
+        labels: TaskLabels | None = None,
     ) -> None:
         self._lifetime_s = lifetime_s
         self._max_reissues = max_reissues
         self._seed = seed
         self.prefix = prefix
         self.tasks = TrainingTasks(max_tasks=max_tasks, max_attempts=max_reissues)
-        self.evaluations = Evaluations()
+        self.evaluations = Evaluations(labels)
         self.progress = LearnerProgress()
         self.actors = ActorPresence(silent_s)
         self._rule = LagRule(staleness, self.progress)

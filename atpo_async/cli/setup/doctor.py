@@ -124,7 +124,7 @@ def findings_of_run(config: Config) -> list[Finding]:
     if not fetched:
         name = "made by the warm start" if config.model.warm_start and not path else path
         found = [_checked("model", name, machine.check_model, config)]
-    found.append(_checked("environment", config.environment.name, machine.check_environment, config))
+    found.append(_checked("environment", config.task_name, machine.check_environment, config))
     others = (
         ("packages", machine.check_packages),
         ("launcher", machine.check_launch),
