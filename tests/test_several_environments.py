@@ -23,6 +23,7 @@ from atpo_async.environments.base import Split
 from atpo_async.models.policy import warm_start_command
 from atpo_async.report.by_environment import environment_facts, table
 from atpo_async.run.metrics import Record
+from atpo_async.study.plan import settings_of
 from atpo_async.wire.messages import EvalRequest
 from tests.actor_support import CountingEnvironment, CountingEpisode, ScriptedEngine, ints, lease
 from tests.buffer_peers_support import configured, grown, stateful, take
@@ -247,6 +248,13 @@ def test_the_report_has_a_table_by_environment() -> None:
     assert second == ("hard", "–", "–", "–", "0", "0")
     assert len(head) == 6
     assert table([]) == []
+
+
+def test_a_study_records_several_environments_and_no_empty_list_of_them() -> None:
+    several, one = two(), configured()
+    recorded = settings_of(several, leaving=("run.*",))
+    assert [each["label"] for each in recorded["environments"]] == ["easy", "hard"]
+    assert "environments" not in settings_of(one, leaving=("run.*",)), "studies of before keep the names of their cells"
 
 
 # --- a whole run ---------------------------------------------------------------------------------------------------

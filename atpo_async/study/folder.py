@@ -85,10 +85,13 @@ class StudyFolder:
                 raise ConfigError(
                     f"{option} {_joined(some)}: study {self.path} has {_joined(every)}; name some of those"
                 )
-        data: dict[str, dict[str, Any]] = {"run": {"seed": was["seeds"][0]}, "staleness": {"max_lag": max(was["lags"])}}
+        data: dict[str, Any] = {"run": {"seed": was["seeds"][0]}, "staleness": {"max_lag": max(was["lags"])}}
         for path, value in was["base"].items():
-            section, _, name = path.partition(".")
-            data.setdefault(section, {})[name] = value
+            section, dot, name = path.partition(".")
+            if dot:
+                data.setdefault(section, {})[name] = value
+            else:
+                data[section] = value  # a list of sections
         return Plan(
             base=configuration.build(data, source=str(file)),
             lags=some_lags,

@@ -222,6 +222,8 @@ def settings_of(config: Config, *, leaving: Sequence[str]) -> dict[str, Any]:
         for part in path.split("."):
             here = here[part]
         found[path] = here
+    if not config.environments:
+        found.pop("environments", None)  # cells that were trained before there could be several keep their names
     return found
 
 
