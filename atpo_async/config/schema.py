@@ -65,6 +65,12 @@ class Config(Section):
             WeightedEnvironment.model_construct(name=one.name, options=one.options, weight=1.0, label=one.name),
         )
 
+    def alone(self, number: int) -> Config:
+        """The same with environment ``number`` as its only one."""
+        each = self.every_environment[number]
+        one = EnvironmentConfig(name=each.name, options=each.options)
+        return self.model_copy(update={"environment": one, "environments": ()})
+
     def named_environments(self) -> list[tuple[Door[Any], str, dict[str, Option]]]:
         """(door, name, options) of each environment; the door says in which fields they stand."""
         return [

@@ -18,6 +18,7 @@ from atpo_async.api.task.scripts import HELP, Actions, Function, from_file, type
 from atpo_async.api.task.voice import Voice
 from atpo_async.config import Config, load
 from atpo_async.core.errors import AtpoError, ConfigError
+from atpo_async.core.mixture import Mixture
 from atpo_async.core.vocabulary import Split
 from atpo_async.environments.checked import CheckedEnvironment
 from atpo_async.environments.making import make_environment
@@ -41,6 +42,9 @@ def main(file: str, words: str) -> int:
 
 async def _play(config: Config, folder: Path, asked: dict[str, Any]) -> int:
     split, index = cast(Split, asked["split"]), int(asked["index"])
+    if config.environments:
+        place = Mixture([each.weight for each in config.environments], config.run.seed).place(split, index)
+        config, index = config.alone(place.environment), place.task
     environment = make_environment(config, folder)
     chat = getattr(environment.plain, "format", None)
     voice = Voice(folder, chat, environment.stop_token_ids, environment.stop_strings)
