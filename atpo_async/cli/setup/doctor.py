@@ -43,6 +43,11 @@ REQUIRED: tuple[tuple[str, str], ...] = (
     ("psutil", "psutil"),
     ("rich", "rich"),
     ("matplotlib", "matplotlib"),
+    ("renderers", "renderers"),
+    ("datasets", "datasets"),
+    ("pyarrow", "pyarrow"),
+    ("bm25s", "bm25s"),
+    ("aiohttp", "aiohttp"),
 )
 """(distribution, module)."""
 
