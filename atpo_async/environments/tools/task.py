@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -81,7 +83,9 @@ class ToolTask(MessageTask):
         error_text: str = ERROR_TEXT,
         renderer: str = "auto",
         renderer_options: Mapping[str, Any] | None = None,
+        **unknown: Any,
     ) -> None:
+        _refuse_unknown(unknown)
         if data is None:
             raise ConfigError("ToolTask has no data; give data='train.jsonl', or another file or Hugging Face data set")
         if rewards is None:
@@ -124,6 +128,15 @@ class ToolTask(MessageTask):
     def take_counts(self) -> dict[str, float]:
         """What the tools did since this was last called: ``tool/<name>/calls`` and so on."""
         return self._counts.take()
+
+
+def _refuse_unknown(found: Mapping[str, Any]) -> None:
+    if found:
+        name = next(iter(found))
+        known = [p.name for p in inspect.signature(ToolTask).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        meant = f"; did you mean {near[0]!r}?  Options" if near else "; options"
+        raise ConfigError(f"ToolTask has no option {name!r}{meant}: {', '.join(known)}")
 
 
 def _check_numbers(**found: Any) -> None:
