@@ -6,14 +6,23 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from atpo_async.core.credit import TreeArrays, branch_prob
+import numpy as np
+from numpy.typing import NDArray
+
+from atpo_async.core.credit import TreeArrays
+from atpo_async.core.credit.returns import leaf_returns
 from atpo_async.core.mixture import TaskLabels
 from buffer.journal.entries import CountsEntry, RunEntry
 from buffer.leases.ledger import Ledger
 from buffer.pool.pool import ReplayPool
 from buffer.trees.index import TreeEntry
+from buffer.trees.parts import MOST_NAMES
+
+F64 = NDArray[np.float64]
 
 NO_LABELS = TaskLabels()
+LEFT_OUT = "reward_names_left_out"
+"""Counts parts of rewards that have no metric, for a run has many names of them already."""
 
 
 @dataclass(slots=True)
@@ -51,6 +60,9 @@ class RunCounters:
         """Turns received and trees that ended: it stands still only while nothing arrives."""
         self.left_before: Counter[str] = Counter()
         """Trees that had left the pool by the last batch, by ``Departure.cause``."""
+        self._turns_earn = False
+        self._parts: set[str] = set()
+        """Names of parts of rewards so far."""
         self.given_up_before = 0
         """Tasks given up by the last batch."""
 
@@ -71,15 +83,14 @@ class RunCounters:
         """Count progress: a turn was received, or a tree ended."""
         self.progress += 1
 
-    def count_tree(self, tree: TreeEntry, arrays: TreeArrays) -> None:
-        """The policy's own sampled reward and success: under branch probabilities, trees without signal too.
+    def count_tree(self, tree: TreeEntry, arrays: TreeArrays, share: F64) -> None:
+        """The policy's own sampled reward and success: under branch probabilities ``share``, trees without signal too.
 
         Success is the mean over the leaves for which the environment reported it; the share of the others has its own
         metric.
         """
         since = self.since
         since.produced += 1
-        share = branch_prob(arrays)
         label = self._labels.of("train", tree.task_index)
         groups = ("train", f"train/{label}") if label else ("train",)
         unknown = float(share @ (tree.is_leaf & ~tree.judged))
@@ -92,6 +103,24 @@ class RunCounters:
         since.mean("train/success_unknown", unknown)
         since.mean("train/leaves_mean", float(tree.num_leaves))
         since.mean("train/turns_mean", float(len(tree)))
+
+    def count_rewards(self, task: int, arrays: TreeArrays, share: F64, parts: Mapping[str, float]) -> None:
+        """Of the same tree: what its turns earned of their own, summed over a chain, and the parts of its reward.
+
+        The former is a metric from the first turn on that earned anything.
+        """
+        if arrays.turn_reward.any():
+            self._turns_earn = True
+        chains = arrays.with_reward(np.zeros(len(arrays)))
+        self.since.mean("train/turn_reward", float(share @ leaf_returns(chains)))
+        label = self._labels.of("train", task)
+        for name, part in parts.items():
+            if name not in self._parts and len(self._parts) >= MOST_NAMES:
+                self.count(LEFT_OUT)
+                continue
+            self._parts.add(name)
+            for group in ("reward", f"reward/{label}") if label else ("reward",):
+                self.since.mean(f"{group}/{name}", part)
 
     def describe_tasks(self, given_up: int) -> str:
         """The outcomes of the tasks so far, as text."""
@@ -127,6 +156,10 @@ class RunCounters:
         since, counts = self.since, self.since.counts
         left = pool.left - self.left_before
         metrics = {name: total / number for name, (total, number) in since.means.items()}
+        if not self._turns_earn:
+            metrics.pop("train/turn_reward", None)
+        if counts[LEFT_OUT]:
+            metrics[f"buffer/{LEFT_OUT}"] = counts[LEFT_OUT]
         metrics |= {
             "train/trees": since.produced,
             **{name: count for name, count in counts.items() if name.startswith("train/")},

@@ -102,7 +102,7 @@ def closed(lease: Lease, num_turns: int, failed: int = 0, why: str = "environmen
     )  # fmt: skip
 
 
-def grown(lease: Lease, rewards: Sequence[float] = (1.0, 0.0), **changes: Any) -> list[TreeMessage]:
+def grown(lease: Lease, rewards: Sequence[float] = (1.0, 0.0), /, **changes: Any) -> list[TreeMessage]:
     turns = [leaf(lease, i, reward, **changes) for i, reward in enumerate(rewards, start=1)]
     return [opened(lease), *turns, closed(lease, len(turns))]
 

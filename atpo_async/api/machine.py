@@ -166,9 +166,8 @@ def check_model(config: Config) -> None:
 def check_environment(config: Config) -> None:
     """Raises SetupError where the package of a user's own environment is not here, or what a built-in one needs."""
     _check_packages(config, (ENVIRONMENT,))
-    for each in config.every_environment if config.actor.count else ():
-        if each.name == "search_qa":
-            retrievers.check_needs(each.options)
+    if config.environment.name == "search_qa" and config.actor.count:
+        retrievers.check_needs(config.environment.options)
 
 
 def check_packages(config: Config) -> None:

@@ -13,12 +13,9 @@ from atpo_async.config import Config
 from atpo_async.core.errors import ConfigError, RoleCrashed
 from atpo_async.environments.search_qa import results
 from atpo_async.environments.search_qa.benchmarks import Benchmark, locate, sets_named
-from atpo_async.environments.search_qa.retrievers import check_needs
 from atpo_async.run import files, launch
 
 SEARCH_QA = "search_qa"
-OF_ENVIRONMENT = ("retriever", "instructions")
-"""Options whose files and servers an evaluation needs too."""
 TABLE, NUMBERS = "table.md", "results.json"
 
 
@@ -36,26 +33,22 @@ class Asked:
     """The first questions of each; 0 for all."""
 
 
-def found(asked: Asked, config: Config) -> tuple[Config, list[Benchmark]]:
-    """The configuration with search_qa as its only environment, and the test sets' files.
+def found(asked: Asked, config: Config) -> list[Benchmark]:
+    """The test sets' files.
 
     Raises:
-        ConfigError: there is no such benchmark, or the configuration has no such environment.
-        SetupError: one is not in the folder, or the search engine does not answer.
+        ConfigError: there is no such benchmark, or the configuration has another environment.
+        SetupError: one is not in the folder.
     """
     if asked.limit < 0:
         raise ConfigError(f"--limit must be >= 0 (0: all questions), got {asked.limit}")
     wanted = sets_named(asked.benchmarks)
-    names = [each.name for each in config.every_environment]
-    if SEARCH_QA not in names:
+    if config.environment.name != SEARCH_QA:
         raise ConfigError(
-            f"--benchmarks: the test sets are questions for the environment {SEARCH_QA!r}, and the configuration's is "
-            f"{', '.join(names)}; give one with it, such as configs/search_qa.toml"
+            f"--benchmarks: the test sets are questions for the environment {SEARCH_QA!r}, and environment.name is "
+            f"{config.environment.name!r}; give a configuration with it, such as configs/search_qa.toml"
         )
-    config = config.alone(names.index(SEARCH_QA))
-    benchmarks = locate(asked.data, wanted)
-    check_needs({name: value for name, value in config.environment.options.items() if name in OF_ENVIRONMENT})
-    return config, benchmarks
+    return locate(asked.data, wanted)
 
 
 def evaluate_on(
@@ -71,7 +64,6 @@ def evaluate_on(
 
     Raises SetupError for what the user can mend, else RoleCrashed.
     """
-    ours = ("note: ", *(f"{each.name}: " for each in benchmarks))
     with resolved_file(config) as file:
         code, said = run_to_end(
             [
@@ -79,7 +71,7 @@ def evaluate_on(
                 *("--benchmarks", json.dumps([asdict(each) for each in benchmarks])),
                 *("--out", str(asked.out), "--limit", str(asked.limit)),
             ],
-            tell=lambda text: tell(text) if text.startswith(ours) else None,
+            tell=tell,
         )
     if code:
         raise failed_evaluation(code, said, name)

@@ -159,6 +159,9 @@ class EvaluationEntry(_Entry):
     turns: int
     unknown: tuple[int, ...] = ()
     versions: tuple[int, int] | None = None
+    parts: dict[str, tuple[float, int]] | msgspec.UnsetType = msgspec.UNSET
+    """Left out of what is written where there is nothing, so that an earlier program reads it."""
+    unjudged: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class DelayLineEntry(_Entry):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
+
+from msgspec import UNSET
 
 from atpo_async.core.mixture import TaskLabels
 from atpo_async.wire.messages import EvalResult
 from buffer.journal.entries import EvaluationEntry
 from buffer.trees.index import TreeEntry
+from buffer.trees.parts import MOST_NAMES
+
+NO_PARTS: Mapping[str, float] = MappingProxyType({})
 
 REMEMBERED_EVALUATIONS = 8
 """Finished evaluations that are remembered, for a learner that requests a result again."""
@@ -26,6 +32,8 @@ class Outcome(NamedTuple):
     num_turns: int
     versions: tuple[int, int]
     """Oldest and newest of those that sampled its turns."""
+    parts: Mapping[str, float] = NO_PARTS
+    """Name -> value of the parts of its reward."""
 
 
 @dataclass(slots=True)
@@ -45,6 +53,10 @@ class Evaluation:
     """Of the trees that are done."""
     versions: tuple[int, int] | None = None
     """Oldest and newest of those that sampled these turns: beside training, weights change under an evaluation."""
+    parts: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Name of a part of the rewards -> sum over the tasks that have it, and their number."""
+    num_unjudged: int = 0
+    """Tasks, unknown ones, that could not say what the end of their chain is worth."""
 
     @property
     def done(self) -> bool:
@@ -73,21 +85,32 @@ class Evaluation:
         if outcome.success is None:
             self.unknown.add(task)
         self.turns += outcome.num_turns
+        for name, part in outcome.parts.items():
+            if name in self.parts or len(self.parts) < MOST_NAMES:
+                total, number = self.parts.get(name, (0.0, 0))
+                self.parts[name] = total + part, number + 1
         oldest, newest = self.versions or outcome.versions
         self.versions = min(oldest, outcome.versions[0]), max(newest, outcome.versions[1])
+
+    def add_unjudged(self, task: int) -> None:
+        """One task is done, but could not say what the end of its chain is worth."""
+        self.results[task] = None
+        self.unknown.add(task)
+        self.num_unjudged += 1
 
     def snapshot(self) -> EvaluationEntry:
         return EvaluationEntry(
             step=self.step, version=self.version, num_tasks=self.num_tasks, blocking=self.blocking,
             next_task=self.next_task, results=self.results, turns=self.turns, unknown=tuple(sorted(self.unknown)),
-            versions=self.versions,
+            versions=self.versions, parts=self.parts or UNSET, unjudged=self.num_unjudged or UNSET,
         )  # fmt: skip
 
     @classmethod
     def restored(cls, entry: EvaluationEntry) -> Evaluation:
         return cls(
             entry.step, entry.version, entry.num_tasks, entry.blocking, entry.next_task, dict(entry.results),
-            set(entry.unknown), entry.turns, entry.versions,
+            set(entry.unknown), entry.turns, entry.versions, dict(entry.parts or {}),
+            entry.unjudged or 0,
         )  # fmt: skip
 
     def result(self) -> EvalResult:
@@ -107,8 +130,9 @@ class Evaluation:
     def metrics(self, labels: TaskLabels) -> dict[str, float]:
         """Of one that is done; where the run has several environments, success and failures of each as well."""
         found = {"eval/failed": float(self.num_failed), "eval/unknown": float(len(self.unknown))}
-        if finished := self.num_tasks - self.num_failed:
+        if finished := self.num_tasks - self.num_failed - self.num_unjudged:
             found["eval/turns_mean"] = self.turns / finished
+        found |= {f"eval/reward/{name}": total / number for name, (total, number) in self.parts.items()}
         by_label: dict[str, list[int]] = {}
         for task in self.results:
             if label := labels.of("eval", task):
@@ -178,12 +202,34 @@ class Evaluations:
                 return evaluation
         return None
 
-    def record(self, step: int, task: int, tree: TreeEntry | None) -> None:
-        """A task of the evaluation of ``step`` is done, with this pruned tree; None where it failed."""
+    def record(
+        self,
+        step: int,
+        task: int,
+        tree: TreeEntry | None,
+        *,
+        judged: bool = True,
+        parts: Mapping[str, float] = NO_PARTS,
+    ) -> None:
+        """A task of the evaluation of ``step`` is done.
+
+        Args:
+            step: of the evaluation.
+            task: its index.
+            tree: pruned; None where it failed.
+            judged: False where the task could not say what the end of its chain is worth: no failure then.
+            parts: name -> value of the parts of its reward.
+        """
         evaluation = self._by_step.get(step)
         if evaluation is None or evaluation.done:
             return
-        evaluation.add(task, None if tree is None else outcome_of(tree))
+        if label := self._labels.of("eval", task):
+            parts = {**parts, **{f"{label}/{name}": part for name, part in parts.items()}}
+        outcome = None if tree is None else outcome_of(tree, parts)
+        if outcome is None and not judged:
+            evaluation.add_unjudged(task)
+        else:
+            evaluation.add(task, outcome)
         self._changed.add(step)
         if evaluation.done:
             self._records.append((step, evaluation.version, evaluation.metrics(self._labels)))
@@ -217,12 +263,12 @@ class Evaluations:
             self._changed.update(self._by_step)
 
 
-def outcome_of(tree: TreeEntry) -> Outcome | None:
+def outcome_of(tree: TreeEntry, parts: Mapping[str, float] = NO_PARTS) -> Outcome | None:
     """The outcome of a task from its pruned tree; None where no leaf was finished."""
     if not tree.num_leaves:
         return None
     versions = tree.versions
-    return Outcome(tree.mean_success, len(tree), (min(versions), max(versions)))
+    return Outcome(tree.mean_success, len(tree), (min(versions), max(versions)), parts)
 
 
 def _is_runnable(evaluation: Evaluation, published: int | None) -> bool:

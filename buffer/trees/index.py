@@ -289,6 +289,16 @@ class TreeEntry:
         return success
 
     @property
+    def has_parts(self) -> NDArray[np.bool_]:
+        """bool[N]: leaves whose reward has named parts."""
+        parts: NDArray[np.bool_] = (self.rows["flags"] & _PARTS) > 0
+        return parts
+
+    def place(self, at: int) -> Place:
+        """Of the record of the turn in row ``at``."""
+        return entry_of(self.rows[at]).place
+
+    @property
     def mean_success(self) -> float | None:
         """Share of successful leaves among those that are ``judged``; None where none is."""
         num_judged = int(np.count_nonzero(self.judged))

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from atpo_async.config import Config
 from atpo_async.config.credit_rule import credit_rule
-from atpo_async.core.credit import TreeArrays
+from atpo_async.core.credit import TreeArrays, branch_prob
 from atpo_async.core.priorities import tree_priority
 from buffer.batches.delay_line import DelayLine
 from buffer.batches.served import Batches, ServedTree
@@ -22,6 +24,7 @@ from buffer.leases.ledger import Ledger
 from buffer.pool.checked import sampler_of
 from buffer.pool.pool import Departure, Drawn, ReplayPool
 from buffer.trees.index import Store, TreeEntry
+from buffer.trees.parts import part_means
 from buffer.trees.registry import TreeRegistry
 from buffer.trees.spent import SpentTree
 
@@ -31,6 +34,8 @@ NEARLY_FULL = 0.9
 """Share of buffer.max_bytes from which no new tree is admitted while a batch is ready."""
 SPENT_SHARE = 0.5
 """Of buffer.max_bytes, on top of it: used-up trees that wait for a checkpoint of the learner."""
+NOT_JUDGED = "not_judged"
+"""The reason of a chain whose task could not say what its end is worth."""
 ENGINE_FAILED = frozenset({"generate_timeout", "generate_failed"})
 """Reasons of failed branches (``TreeClosed.failures``) that are not the fault of the task."""
 
@@ -59,6 +64,7 @@ class TreeLifecycle:
     ) -> None:
         buffer, staleness = config.buffer, config.staleness
         self._config = config
+        self._store = store
         self._credit = credit_rule(config.credit)
         self._ledger = ledger
         self._tasks = ledger.tasks
@@ -126,13 +132,14 @@ class TreeLifecycle:
         """End a tree: no further message of it will come."""
         self._counters.progressed()
         held = self._ledger.end(tree_id)
-        no_answer = not ENGINE_FAILED.isdisjoint(self.assembly.failures(tree_id))
+        failures = self.assembly.failures(tree_id)
+        no_answer = not ENGINE_FAILED.isdisjoint(failures)
         whole = self.assembly.finish(tree_id)
         tree = whole.pruned()
         if held is None or held.kind == "eval":
-            self.registry.forget(whole)
             if held is not None:
-                self._ledger.evaluations.record(held.eval_step, held.task_index, tree)
+                self._evaluated(held.eval_step, tree, judged=NOT_JUDGED not in failures)
+            self.registry.forget(whole)
             return
         # Here and not at the closing message: a tree may be closed under more than one lease, but ends once.
         self._counters.count("failed_branches", whole.failed_branches)
@@ -150,10 +157,20 @@ class TreeLifecycle:
         self.registry.drop_turns(whole, tree)
         arrays = tree.arrays()
         if self._delay_line is None:
-            self._counters.count_tree(tree, arrays)
+            self._count_tree(tree, arrays)
             self._admit(tree, self._priority(arrays))
         else:
             self._admit_exact(tree, arrays, self._delay_line)
+
+    def _evaluated(self, step: int, tree: TreeEntry, *, judged: bool) -> None:
+        """The pruned tree of a held-out task, for the evaluation of ``step``."""
+        parts = part_means(tree, tree.is_leaf.astype(np.float64), self._store)
+        self._ledger.evaluations.record(step, tree.task_index, tree, judged=judged, parts=parts)
+
+    def _count_tree(self, tree: TreeEntry, arrays: TreeArrays) -> None:
+        share = branch_prob(arrays)
+        self._counters.count_tree(tree, arrays, share)
+        self._counters.count_rewards(tree.task_index, arrays, share, part_means(tree, share, self._store))
 
     def forget_growing(self, tree_id: str) -> None:
         """Drop a growing tree: its turns are of no use."""
@@ -196,7 +213,7 @@ class TreeLifecycle:
                 "tree %s is dropped, versions %s sampled it: %s", tree.tree_id, sorted(versions), delay_line.describe()
             )  # fmt: skip
         else:
-            self._counters.count_tree(tree, arrays)
+            self._count_tree(tree, arrays)
         match fate:
             case "taken":
                 self._after(self.pool.add(tree, priority=priority))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -64,7 +64,8 @@ class ChatFormat:
         own = renderer.get_stop_token_ids()
         self._own_stops = frozenset(own)
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*own, *self._ending(ends)]))
-        self._opening, self._parses_blindly = self._short_opening()
+        self._opening = self._short_opening()
+        self._opening_ids: list[int] = [] if self._opening is None else [*self._opening.tolist()]
         self._odd_actions = 0
         self._longest: int | None = None
 
@@ -208,9 +209,7 @@ class ChatFormat:
         complete = bool(listed) and listed[-1] in self.stop_token_ids
         read = listed[:-1] if complete and listed[-1] not in self._own_stops else listed
         try:
-            tail = self._tail(context_ids)
-            seen = [] if self._parses_blindly and tail == self._opening else tail
-            said = self._renderer.parse_response(read, tools=self._shown, prompt_ids=seen)
+            said = self._renderer.parse_response(read, tools=self._shown, prompt_ids=self._tail(context_ids))
             return Action(
                 ids=ids,
                 content=(said.content or "").strip(),
@@ -264,41 +263,37 @@ class ChatFormat:
     # --- what is constant --------------------------------------------------------------------------------------
 
     def _tail(self, context_ids: np.ndarray) -> list[int]:
-        """What of the context a renderer looks at: the opening of the answer, where that has been shown to suffice."""
-        ids = np.asarray(context_ids)
-        if self._opening is None:
-            return [*ids.tolist()]
-        tail: list[int] = ids[max(0, len(ids) - len(self._opening)) :].tolist()
-        return tail if tail == self._opening else [*ids.tolist()]
+        """What of the context a renderer looks at: the opening of the answer, if it has been shown to suffice."""
+        opening = self._opening
+        if opening is not None and len(context_ids) >= len(opening):
+            end = context_ids[len(context_ids) - len(opening) :]
+            if np.array_equal(end, opening):
+                return self._opening_ids
+        return [*np.asarray(context_ids).tolist()]
 
-    def _short_opening(self) -> tuple[list[int] | None, bool]:
-        """The ids that open an answer, where the renderer extends and parses by them alone as by the whole context;
-        and whether it parses by nothing alike."""
-        asked = [probes.system("Be brief."), probes.user("What time is it?")]
+    def _short_opening(self) -> np.ndarray | None:
+        """The ids that open an answer, where the renderer extends and parses by them alone as by the whole context."""
         try:
-            whole = self._renderer.render_ids(asked, tools=self._shown, add_generation_prompt=True)
-            closed = self._renderer.render_ids(asked, tools=self._shown, add_generation_prompt=False)
-            opening = whole[len(closed) :]
-            if whole[: len(closed)] != closed or not all(self._alike(a, opening, whole) for a in self._samples()):
-                return None, False
-            parse = self._renderer.parse_response
-            blind = all(parse(a, prompt_ids=[]) == parse(a, prompt_ids=opening) for a in self._samples())
-        except Exception as exc:  # not every format has system messages, or tools
-            log.debug("renderer %r is given whole contexts: %s", self.name, of_error(exc))
-            return None, False
-        return opening, blind
+            return self._proven_opening([probes.system("Be brief."), probes.user("What time is it?")])
+        except Exception:
+            return None
 
-    def _samples(self) -> Iterator[list[int]]:
+    def _proven_opening(self, asked: list[Message]) -> np.ndarray | None:
+        whole = self._renderer.render_ids(asked, tools=self._shown, add_generation_prompt=True)
+        closed = self._renderer.render_ids(asked, tools=self._shown, add_generation_prompt=False)
+        if whole[: len(closed)] != closed or len(whole) == len(closed):
+            return None
+        opening = whole[len(closed) :]
         for text in ("Noon.", "Hm.</think>\n\nNoon.", "<think>\nHm.\n</think>\n\nNoon.", "<think>\nHm."):
-            ids = self._tokenizer.encode(text)
-            yield from (ids, [*ids, *self.stop_token_ids[:1]])
-
-    def _alike(self, action: list[int], opening: list[int], whole: list[int]) -> bool:
-        parse = self._renderer.parse_response
-        news = [probes.user("And now?")], [probes.tool("12:00", "clock"), probes.tool("1", "clock", 1)]
-        return parse(action, tools=self._shown, prompt_ids=opening) == parse(
-            action, tools=self._shown, prompt_ids=whole
-        ) and all(self._bridged(opening, action, new) == self._bridged(whole, action, new) for new in news)
+            for stop in ([], self._renderer.get_stop_token_ids()[:1]):
+                action = [*self._tokenizer.encode(text), *stop]
+                for new in ([probes.user("And now?")], [probes.tool("12:00", "clock"), probes.tool("1", "clock", 1)]):
+                    if self._bridged(opening, action, new) != self._bridged(whole, action, new):
+                        return None
+                by_opening = self._renderer.parse_response(action, tools=self._shown, prompt_ids=opening)
+                if by_opening != self._renderer.parse_response(action, tools=self._shown, prompt_ids=whole):
+                    return None
+        return np.array(opening, dtype=np.int32)
 
     def _ending(self, ends: Sequence[int]) -> list[int]:
         """Those of the model's own end tokens that do end an answer: none that is written within one."""
