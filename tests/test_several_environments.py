@@ -16,6 +16,7 @@ from actors.evaluate import success
 from actors.faults.fault import Fault
 from actors.faults.faults import Faults
 from atpo_async.api.own_parts_process import look_at
+from atpo_async.cli.benchmarks import with_search_qa_alone
 from atpo_async.config import Config, build
 from atpo_async.core.errors import ConfigError, EnvironmentBroken, SetupError
 from atpo_async.core.mixture import Mixture
@@ -255,6 +256,14 @@ def test_a_study_records_several_environments_and_no_empty_list_of_them() -> Non
     recorded = settings_of(several, leaving=("run.*",))
     assert [each["label"] for each in recorded["environments"]] == ["easy", "hard"]
     assert "environments" not in settings_of(one, leaving=("run.*",)), "studies of before keep the names of their cells"
+
+
+def test_published_test_sets_are_asked_of_the_search_qa_among_several() -> None:
+    search = {"name": "search_qa", "label": "qa", "options": {"dialect": "search_r1"}}
+    alone = with_search_qa_alone(build({"environments": [EASY_AND_HARD[0], search]}))
+    assert (alone.environment.name, alone.environment.options) == ("search_qa", {"dialect": "search_r1"})
+    assert alone.environments == ()
+    assert with_search_qa_alone(two()) == two()
 
 
 # --- a whole run ---------------------------------------------------------------------------------------------------

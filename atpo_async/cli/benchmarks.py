@@ -33,6 +33,12 @@ class Asked:
     """The first questions of each; 0 for all."""
 
 
+def with_search_qa_alone(config: Config) -> Config:
+    """The same with its search_qa as the only environment, where it has several; the first, if more than one is."""
+    number = next((number for number, each in enumerate(config.environments) if each.name == SEARCH_QA), None)
+    return config if number is None else config.alone(number)
+
+
 def found(asked: Asked, config: Config) -> list[Benchmark]:
     """The test sets' files.
 

@@ -59,6 +59,7 @@ def _on_benchmarks(asked: Asked, config: Config, model: Path, name: str, engine:
         out=asked.args.out or folder / "benchmarks" / Path(name).name,
         limit=asked.args.limit or 0,
     )
+    config = benchmarks.with_search_qa_alone(config)
     found = benchmarks.found(wanted, config)
     sets = ", ".join(each.name for each in found)
     print(f"evaluating {name} on {sets} with {engine}; results in {wanted.out} …", file=sys.stderr, flush=True)
