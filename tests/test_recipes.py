@@ -101,6 +101,7 @@ def test_the_papers_recipe_is_synchronous_and_has_its_published_numbers() -> Non
     assert (found.staleness.max_lag, found.staleness.trees_per_batch, found.correction.action) == (0, 64, "none")
     assert (found.objective.clip_low, found.objective.clip_high, found.objective.dual_clip) == (3e-3, 4e-3, None)
     assert (found.learner.lr, found.learner.minibatches, found.learner.max_grad_norm) == (1e-6, 8, 1.0)
+    assert (found.learner.weight_decay, found.search.truncated_reward) == (0.01, -1.0)
     with pytest.raises(ConfigError, match=r"trains off-policy uncorrected.*correction\.action: .*at2po_paper\.toml"):
         load([BIG, ROOT / "configs" / "recipes" / "at2po_paper.toml"], {"staleness.max_lag": "2"})
 

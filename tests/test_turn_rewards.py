@@ -128,6 +128,13 @@ async def test_the_turns_of_a_chain_that_was_cut_by_its_length_keep_what_they_ea
     assert tree.leaves()[0].rewards == {}
 
 
+@pytest.mark.parametrize("reward", [0.0, -1.0])
+async def test_a_chain_that_was_cut_by_its_length_earns_what_the_settings_give_it(reward: float) -> None:
+    settings = SearchConfig(initial_rollouts=2, strategy="none", max_action_tokens=8, truncated_reward=reward)
+    tree = await search_of(environment=Paying(turns=99), config=settings, max_context_tokens=10).grow()
+    assert [(t.end, t.reward, t.success) for t in tree.leaves()] == [("length_limit", reward, False)] * 2
+
+
 # --- over the wire -----------------------------------------------------------------------------------------------
 
 

@@ -34,10 +34,6 @@ from atpo_async.wire.messages import Lease, TreeClosed, TreeOpened
 Emit = Callable[[TreeOpened | Turn | TreeClosed], Awaitable[None]]
 ChainEnded = Callable[[Place, Fault | None], None]
 
-TRUNCATED_REWARD = 0.0
-"""Reward of a chain that ran out of context over its turns: the policy wrote too much, an outcome and no failure.  One
-whose last observation takes more than half of the context by itself has failed: that is the tool's doing."""
-
 
 @dataclass(slots=True)
 class Growth:
@@ -99,6 +95,7 @@ class TreeSearch:
         self._calls = BranchCalls(lease=lease, task=task, engine=engine, environment=environment, search=search)
         self._forks = Forks(self._calls, rounds=self._budget.rounds if expansion is not None else 0)
         self._max_context = max_context_tokens
+        self._truncated_reward = search.truncated_reward
         self._emit = emit
         self._chain_ended = chain_ended
         self._clock = clock
@@ -267,7 +264,8 @@ class TreeSearch:
         if end == "continue" and used >= self._max_context:
             if 2 * len(result.observation) > self._max_context:
                 raise self._observation_too_long(len(result.observation))
-            end, reward, success = "length_limit", TRUNCATED_REWARD, False
+            # The policy wrote too much over its turns: an outcome, no failure.
+            end, reward, success = "length_limit", self._truncated_reward, False
         turn = Turn(
             run=self._run,
             tree_id=self._lease.tree_id,

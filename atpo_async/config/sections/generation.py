@@ -37,6 +37,9 @@ class SearchConfig(Section):
         ge=0,
         description="a longer observation fails its branch; 0: one over half the context that leaves no space to act",
     )
+    truncated_reward: float = Field(
+        0.0, ge=-1e9, le=1e9, description="of a chain that runs out of context over its turns (end length_limit)"
+    )
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0 for no limit")
