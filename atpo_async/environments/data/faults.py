@@ -32,7 +32,7 @@ def among(names: Iterable[str]) -> str:
 
 def meant(name: str, known: Iterable[str]) -> str:
     """``; did you mean …?``, where one of ``known`` is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

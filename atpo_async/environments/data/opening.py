@@ -72,7 +72,8 @@ def _named(given: str, split: str | None, *, field: str, held_out: bool) -> Rows
         return JoinedRows([_file(each, field) for each in found])
     if _is_hub_name(given) and (hub := _HUB.fullmatch(given)) is not None:
         return open_hub(hub["name"], hub["config"] or None, hub["split"] or split, held_out=held_out)
-    raise SetupError(f"{field} = {given!r}: {missing_file(given)}; expected {WHAT}")
+    why = missing_file(given)
+    raise SetupError(f"{field} = {given!r}: {why}" + ("" if "did you mean" in why else f"; expected {WHAT}"))
 
 
 def _is_hub_name(given: str) -> bool:
