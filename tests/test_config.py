@@ -45,6 +45,19 @@ def test_the_configuration_for_search_names_data_and_a_server_and_loads_anywhere
     assert (config.model.path, config.actor.engine) == ("Qwen/Qwen3-4B", "vllm")
 
 
+def test_the_papers_set_up_is_the_papers() -> None:
+    config = load(ROOT / "configs" / "at2po_qwen3_4b.toml")
+    search, learner = config.search, config.learner
+    assert (search.initial_rollouts, search.rounds, search.branches, search.max_leaves) == (10, 2, 6, 22)
+    assert (search.temperature, search.truncated_reward) == (1.0, -1.0)
+    assert (config.staleness.trees_per_batch, learner.minibatches, config.staleness.max_lag) == (64, 8, 0)
+    assert (learner.lr, learner.weight_decay, learner.schedule, learner.warmup_steps) == (1e-6, 0.01, "constant", 0)
+    assert (config.run.steps, config.model.max_context_tokens, search.max_action_tokens) == (240, 2000 + 6192, 6192)
+    assert (config.objective.clip_low, config.objective.clip_high, config.objective.dual_clip) == (3e-3, 4e-3, None)
+    paper = load([ROOT / "configs" / "at2po_qwen3_4b.toml", ROOT / "configs" / "recipes" / "at2po_paper.toml"])
+    assert paper == config
+
+
 def test_an_unknown_key_is_refused_with_its_path_and_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
