@@ -22,7 +22,7 @@ from atpo_async.core.vocabulary import Split
 from atpo_async.environments import MessageEpisode, MessageTask, Reply
 from atpo_async.environments.checked import CheckedEnvironment
 from atpo_async.environments.messages import probes
-from atpo_async.environments.messages.chat_format import ChatFormat, NotExtended, answers_named
+from atpo_async.environments.messages.chat_format import KEPT, ChatFormat, NotExtended, answers_named
 from atpo_async.environments.messages.types import Action, Message, ToolCall
 from atpo_async.environments.values import Limits
 from tests.actor_support import ScriptedEngine, lease
@@ -464,6 +464,20 @@ def test_calls_are_read_where_the_tags_are_no_tokens(tmp_path: Path) -> None:
         ("clock", {"a": 1}, ""),
         ("", {}, "its arguments are not valid JSON"),
     ]
+
+
+def test_openings_that_are_kept_belong_to_their_callers_and_do_not_pile_up(folder: Path) -> None:
+    chat = of(folder, "qwen3")
+    first = chat.render(OPENING)
+    first[:] = 0
+    again = chat.render(OPENING)
+    assert again.any()
+    for number in range(200):
+        chat.render([probes.user(f"Question {number}?")])
+    assert len(chat._kept) <= KEPT
+    np.testing.assert_array_equal(chat.render(OPENING), again)
+    odd = [{**OPENING[1], "row": {1, 2}}]  # no JSON: written every time
+    np.testing.assert_array_equal(chat.render(odd), chat.render([OPENING[1]]))
 
 
 # --- text ----------------------------------------------------------------------------------------------------------

@@ -312,9 +312,9 @@ async def test_a_conversation_that_copies_itself_is_forked_so(folder: Path, way:
     await episode.step(said(task, "x"))
     if way == "fork":
         other = await episode.fork()
-        assert await episode.snapshot() is None
+        assert episode.snapshot is None
     else:
-        assert await episode.fork() is None
+        assert episode.fork is None
         other = await task.start("train", 0)
         await other.restore(await episode.snapshot())
     mine, its = [await e.step(said(task, "y")) for e in (episode, other)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,10 +15,13 @@ from atpo_async.core.errors import ConfigError
 from atpo_async.core.texts import of_error
 from atpo_async.environments.messages import probes
 from atpo_async.environments.messages.choosing import AUTO, choose
-from atpo_async.environments.messages.library import FastTokenizer, RendererLike, end_ids, load_tokenizer
+from atpo_async.environments.messages.library import FastTokenizer, Kept, RendererLike, end_ids, load_tokenizer
 from atpo_async.environments.messages.types import Action, Message, ToolCall, ToolSchema
 
 log = logging.getLogger("atpo.environments.messages")
+
+KEPT = 64
+"""So many openings are kept as ids."""
 
 MARK = "Xqz7"
 """A text that no tool answers, to find where a message's content is in an observation."""
@@ -64,8 +68,8 @@ class ChatFormat:
         own = renderer.get_stop_token_ids()
         self._own_stops = frozenset(own)
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*own, *self._ending(ends)]))
-        self._opening = self._short_opening()
-        self._opening_ids: list[int] = [] if self._opening is None else [*self._opening.tolist()]
+        self._opening, self._parses_blindly = self._short_opening()
+        self._kept: Kept[np.ndarray] = Kept(KEPT)
         self._odd_actions = 0
         self._longest: int | None = None
 
@@ -94,9 +98,21 @@ class ChatFormat:
     # --- messages -> ids ---------------------------------------------------------------------------------------
 
     def render(self, messages: Sequence[Message]) -> np.ndarray:
-        """int32[P]: a conversation, ending where the policy is to speak.  Raises what the renderer raises."""
-        ids = self._renderer.render_ids(list(messages), tools=self._shown, add_generation_prompt=True)
-        return np.array(ids, dtype=np.int32)
+        """int32[P]: a conversation, ending where the policy is to speak.  Raises what the renderer raises.
+
+        All chains of a tree open alike, so that the latest ``KEPT`` are kept; each caller has an array of its own.
+        """
+        try:
+            key = json.dumps(messages, ensure_ascii=False)
+        except (TypeError, ValueError):  # keys of a task's own, which its chat template may read
+            key = ""
+        ids = self._kept.get(key) if key else None
+        if ids is None:
+            made = self._renderer.render_ids(list(messages), tools=self._shown, add_generation_prompt=True)
+            ids = np.array(made, dtype=np.int32)
+            if key:
+                self._kept.put(key, ids)
+        return ids.copy()
 
     def written(self, message: Message) -> np.ndarray:
         """int32[T]: an assistant's message as an action, its stop token included.
@@ -209,7 +225,9 @@ class ChatFormat:
         complete = bool(listed) and listed[-1] in self.stop_token_ids
         read = listed[:-1] if complete and listed[-1] not in self._own_stops else listed
         try:
-            said = self._renderer.parse_response(read, tools=self._shown, prompt_ids=self._tail(context_ids))
+            tail = self._tail(context_ids)
+            seen = [] if self._parses_blindly and tail == self._opening else tail
+            said = self._renderer.parse_response(read, tools=self._shown, prompt_ids=seen)
             return Action(
                 ids=ids,
                 content=(said.content or "").strip(),
@@ -263,37 +281,41 @@ class ChatFormat:
     # --- what is constant --------------------------------------------------------------------------------------
 
     def _tail(self, context_ids: np.ndarray) -> list[int]:
-        """What of the context a renderer looks at: the opening of the answer, if it has been shown to suffice."""
-        opening = self._opening
-        if opening is not None and len(context_ids) >= len(opening):
-            end = context_ids[len(context_ids) - len(opening) :]
-            if np.array_equal(end, opening):
-                return self._opening_ids
-        return [*np.asarray(context_ids).tolist()]
+        """What of the context a renderer looks at: the opening of the answer, where that has been shown to suffice."""
+        ids = np.asarray(context_ids)
+        if self._opening is None:
+            return [*ids.tolist()]
+        tail: list[int] = ids[max(0, len(ids) - len(self._opening)) :].tolist()
+        return tail if tail == self._opening else [*ids.tolist()]
 
-    def _short_opening(self) -> np.ndarray | None:
-        """The ids that open an answer, where the renderer extends and parses by them alone as by the whole context."""
+    def _short_opening(self) -> tuple[list[int] | None, bool]:
+        """The ids that open an answer, where the renderer extends and parses by them alone as by the whole context;
+        and whether it parses by nothing alike."""
+        asked = [probes.system("Be brief."), probes.user("What time is it?")]
         try:
-            return self._proven_opening([probes.system("Be brief."), probes.user("What time is it?")])
-        except Exception:
-            return None
+            whole = self._renderer.render_ids(asked, tools=self._shown, add_generation_prompt=True)
+            closed = self._renderer.render_ids(asked, tools=self._shown, add_generation_prompt=False)
+            opening = whole[len(closed) :]
+            if whole[: len(closed)] != closed or not all(self._alike(a, opening, whole) for a in self._samples()):
+                return None, False
+            parse = self._renderer.parse_response
+            blind = all(parse(a, prompt_ids=[]) == parse(a, prompt_ids=opening) for a in self._samples())
+        except Exception as exc:  # not every format has system messages, or tools
+            log.debug("renderer %r is given whole contexts: %s", self.name, of_error(exc))
+            return None, False
+        return opening, blind
 
-    def _proven_opening(self, asked: list[Message]) -> np.ndarray | None:
-        whole = self._renderer.render_ids(asked, tools=self._shown, add_generation_prompt=True)
-        closed = self._renderer.render_ids(asked, tools=self._shown, add_generation_prompt=False)
-        if whole[: len(closed)] != closed or len(whole) == len(closed):
-            return None
-        opening = whole[len(closed) :]
+    def _samples(self) -> Iterator[list[int]]:
         for text in ("Noon.", "Hm.</think>\n\nNoon.", "<think>\nHm.\n</think>\n\nNoon.", "<think>\nHm."):
-            for stop in ([], self._renderer.get_stop_token_ids()[:1]):
-                action = [*self._tokenizer.encode(text), *stop]
-                for new in ([probes.user("And now?")], [probes.tool("12:00", "clock"), probes.tool("1", "clock", 1)]):
-                    if self._bridged(opening, action, new) != self._bridged(whole, action, new):
-                        return None
-                by_opening = self._renderer.parse_response(action, tools=self._shown, prompt_ids=opening)
-                if by_opening != self._renderer.parse_response(action, tools=self._shown, prompt_ids=whole):
-                    return None
-        return np.array(opening, dtype=np.int32)
+            ids = self._tokenizer.encode(text)
+            yield from (ids, [*ids, *self.stop_token_ids[:1]])
+
+    def _alike(self, action: list[int], opening: list[int], whole: list[int]) -> bool:
+        parse = self._renderer.parse_response
+        news = [probes.user("And now?")], [probes.tool("12:00", "clock"), probes.tool("1", "clock", 1)]
+        return parse(action, tools=self._shown, prompt_ids=opening) == parse(
+            action, tools=self._shown, prompt_ids=whole
+        ) and all(self._bridged(opening, action, new) == self._bridged(whole, action, new) for new in news)
 
     def _ending(self, ends: Sequence[int]) -> list[int]:
         """Those of the model's own end tokens that do end an answer: none that is written within one."""

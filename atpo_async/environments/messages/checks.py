@@ -59,6 +59,8 @@ def messages_of(value: Any, field: str, where: str, *, answers: bool) -> list[Me
     Raises:
         ValueRefused: it names the message and its key.
     """
+    if answers and type(value) in (list, tuple) and all(map(_is_plain, value)):
+        return list(value)
     with reading(where, field, value):
         if isinstance(value, str):
             value = [{"role": "user", "content": value}]
@@ -77,6 +79,18 @@ def messages_of(value: Any, field: str, where: str, *, answers: bool) -> list[Me
             f"{where}: {field} ends with a message of the assistant; expected one of a user, for the policy to answer",
         )
     return messages
+
+
+def _is_plain(message: Any) -> bool:
+    """Whether a message is as it has to be, beyond doubt: nearly all are."""
+    if type(message) is not dict or message.get("role") not in ("tool", "user"):
+        return False
+    content = message.get("content")
+    return (
+        type(content) is str
+        and content.isascii()
+        and all(type(message.get(key, "")) is str for key in ("name", "tool_call_id"))
+    )
 
 
 def _message(value: Any, field: str, where: str, answers: bool) -> Message:

@@ -11,13 +11,23 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.core.texts import of_error, shortened
 from atpo_async.environments.messages.types import Message, ToolSchema
 
-__all__ = ["FastTokenizer", "RendererLike", "TokenIds", "configured", "library", "load_tokenizer", "made", "names"]
+__all__ = [
+    "FastTokenizer",
+    "Kept",
+    "RendererLike",
+    "TokenIds",
+    "configured",
+    "library",
+    "load_tokenizer",
+    "made",
+    "names",
+]
 
 SHORT_TEXT, SHORT_TEXTS = 64, 4096
 """Texts of at most so many characters are encoded once; so many of them."""
@@ -32,6 +42,8 @@ _VOCABULARY = (
     "the library openai-harmony downloads its vocabulary: without a network put o200k_base.tiktoken into a folder and "
     "set TIKTOKEN_ENCODINGS_BASE to it"
 )
+
+T = TypeVar("T")
 
 _IMPORTING = threading.Lock()
 
@@ -146,6 +158,35 @@ def made(tokenizer: FastTokenizer, name: str, options: Mapping[str, Any]) -> Ren
             f"renderer {name!r} cannot be used with the tokenizer of {tokenizer.name_or_path}: {of_error(exc)}; {hint}"
         ) from exc
     return renderer
+
+
+class Kept(Generic[T]):
+    """The values of the latest keys.  Several threads may use one.
+
+    Args:
+        most: so many.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._values: dict[str, T] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: str) -> T | None:
+        with self._lock:
+            value = self._values.pop(key, None)
+            if value is not None:
+                self._values[key] = value  # the latest is the last to go
+            return value
+
+    def put(self, key: str, value: T) -> None:
+        with self._lock:
+            self._values[key] = value
+            while len(self._values) > self._most:
+                del self._values[next(iter(self._values))]
 
 
 class FastTokenizer:

@@ -22,6 +22,9 @@ from atpo_async.environments.values import NOTHING, ValueRefused, refuse
 
 _FORMS = {"num_tasks": "num_tasks(self, split)", "begin": "async begin(self, split, index)"}
 
+_OPTIONAL = {"replay_step": "replay_reply", "fork": "fork", "snapshot": "snapshot", "restore": "restore"}
+"""Part of an episode that may be left out -> the conversation's part that it needs."""
+
 MUCH_TEXT = 20_000
 """Characters from which on messages are encoded in a thread, so that the loop stays free for other episodes."""
 
@@ -149,6 +152,9 @@ class TokenEpisode:
         self._context = prompt
         self._where = where
         self._steps = 0
+        for part, own in _OPTIONAL.items():
+            if getattr(plain, own, None) is None:
+                setattr(self, part, None)  # so that no turn asks for what the conversation does not have
 
     async def step(self, action: np.ndarray) -> StepResult:
         """Raises ValueRefused for a reply that is none; whatever else the conversation raises."""
@@ -156,16 +162,16 @@ class TokenEpisode:
         return await self._answered(parsed, lambda: self.plain.reply(parsed), "reply(self, action)")
 
     async def replay_step(self, action: np.ndarray, observation: np.ndarray) -> StepResult:
-        """As ``step``, by the conversation's ``replay_reply`` where it has one."""
-        own = getattr(self.plain, "replay_reply", None)
-        if own is None:
-            return await self.step(action)
+        """As ``step``, by the conversation's ``replay_reply``."""
+        plain: Any = self.plain
         parsed, context = self._chat.parse(self._context, action), self._context
 
         def recorded(messages: Sequence[Message]) -> list[str] | None:
             return self._chat.contents(context, action, observation, answers_named(messages, parsed.tool_calls))
 
-        return await self._answered(parsed, lambda: own(parsed, recorded), "replay_reply(self, action, recorded)")
+        return await self._answered(
+            parsed, lambda: plain.replay_reply(parsed, recorded), "replay_reply(self, action, recorded)"
+        )
 
     async def _answered(self, parsed: Action, answer: Callable[[], Awaitable[Reply]], form: str) -> StepResult:
         self._steps += 1
@@ -211,8 +217,8 @@ class TokenEpisode:
 
     async def fork(self) -> TokenEpisode | None:
         """A copy, where the conversation can be copied."""
-        own = getattr(self.plain, "fork", None)
-        copy = None if own is None else await _awaited(own())
+        plain: Any = self.plain
+        copy = await _awaited(plain.fork())
         return None if copy is None else self._at(copy)
 
     def _at(self, plain: Any) -> TokenEpisode:
@@ -222,15 +228,15 @@ class TokenEpisode:
 
     async def snapshot(self) -> tuple[Any, np.ndarray, int] | None:
         """The conversation's own, and how far it has come."""
-        own = getattr(self.plain, "snapshot", None)
-        state = None if own is None else await _awaited(own())
+        plain: Any = self.plain
+        state = await _awaited(plain.snapshot())
         return None if state is None else (state, self._context, self._steps)
 
     async def restore(self, snapshot: tuple[Any, np.ndarray, int]) -> None:
         """Raises what the conversation's own ``restore`` raises."""
         state, self._context, self._steps = snapshot
-        restore: Any = self.plain
-        await _awaited(restore.restore(state))
+        plain: Any = self.plain
+        await _awaited(plain.restore(state))
 
     async def close(self) -> None:
         """Of the user's conversation, where it has a close."""

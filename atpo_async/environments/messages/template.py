@@ -13,7 +13,7 @@ from typing import Any
 from atpo_async.core.errors import ConfigError
 from atpo_async.core.texts import of_error
 from atpo_async.environments.messages import probes
-from atpo_async.environments.messages.library import TEMPLATE, FastTokenizer, configured, library, nearest
+from atpo_async.environments.messages.library import TEMPLATE, FastTokenizer, Kept, configured, library, nearest
 from atpo_async.environments.messages.types import Message, ToolSchema
 
 RETENTION = "thinking_retention"
@@ -84,7 +84,7 @@ class TemplateRenderer:
         self._parsing = library().RENDERER_REGISTRY[TEMPLATE](tokenizer, config)
         self._calls_are_text = self._parser == "qwen3" and "<tool_call>" not in tokenizer.plain.get_vocab()
         self._close, self._close_id = self._find_close()
-        self._kept: dict[str, tuple[int, ...]] = {}
+        self._kept: Kept[tuple[int, ...]] = Kept(KEPT)
         self._head = functools.lru_cache(maxsize=64)(self._rendered_head)
         if self._tools and self.text(_OPENING) == self.text(_OPENING, tools=None):
             raise ConfigError(
@@ -161,9 +161,7 @@ class TemplateRenderer:
             # With the close in front, so that the tokenizer splits the text as in the middle of a conversation.
             found = tuple(self._tokenizer.encode(self._close + self._suffix(new_messages)))
             if len(key) <= KEPT_CHARACTERS:
-                if len(self._kept) >= KEPT:
-                    self._kept.pop(next(iter(self._kept)), None)
-                self._kept[key] = found
+                self._kept.put(key, found)
         return found
 
     def parse_response(
