@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from atpo_async.core.errors import ConfigError
 from atpo_async.core.texts import of_error
 from atpo_async.environments.messages import probes
 from atpo_async.environments.messages.choosing import AUTO, choose
-from atpo_async.environments.messages.library import FastTokenizer, Kept, RendererLike, end_ids, load_tokenizer
+from atpo_async.environments.messages.library import FastTokenizer, Kept, RendererLike, end_ids, key_of, load_tokenizer
 from atpo_async.environments.messages.types import Action, Message, ToolCall, ToolSchema
 
 log = logging.getLogger("atpo.environments.messages")
@@ -102,10 +101,7 @@ class ChatFormat:
 
         All chains of a tree open alike, so that the latest ``KEPT`` are kept; each caller has an array of its own.
         """
-        try:
-            key = json.dumps(messages, ensure_ascii=False)
-        except (TypeError, ValueError):  # keys of a task's own, which its chat template may read
-            key = ""
+        key = key_of(messages)
         ids = self._kept.get(key) if key else None
         if ids is None:
             made = self._renderer.render_ids(list(messages), tools=self._shown, add_generation_prompt=True)

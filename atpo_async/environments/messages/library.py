@@ -23,6 +23,7 @@ __all__ = [
     "RendererLike",
     "TokenIds",
     "configured",
+    "key_of",
     "library",
     "load_tokenizer",
     "made",
@@ -187,6 +188,14 @@ class Kept(Generic[T]):
             self._values[key] = value
             while len(self._values) > self._most:
                 del self._values[next(iter(self._values))]
+
+
+def key_of(messages: Sequence[Message]) -> str:
+    """What tells messages from others; empty where keys of a task's own, for its chat template, are no JSON."""
+    try:
+        return json.dumps(messages, ensure_ascii=False)
+    except (TypeError, ValueError):
+        return ""
 
 
 class FastTokenizer:

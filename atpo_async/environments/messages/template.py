@@ -13,7 +13,7 @@ from typing import Any
 from atpo_async.core.errors import ConfigError
 from atpo_async.core.texts import of_error
 from atpo_async.environments.messages import probes
-from atpo_async.environments.messages.library import TEMPLATE, FastTokenizer, Kept, configured, library, nearest
+from atpo_async.environments.messages.library import TEMPLATE, FastTokenizer, Kept, configured, key_of, library, nearest
 from atpo_async.environments.messages.types import Message, ToolSchema
 
 RETENTION = "thinking_retention"
@@ -155,12 +155,12 @@ class TemplateRenderer:
 
     def _after_close(self, new_messages: list[Message]) -> tuple[int, ...]:
         """Ids of an answer's close and of what follows it.  Branches and replays ask for the same again and again."""
-        key = json.dumps(new_messages, sort_keys=True, ensure_ascii=False)
-        found = self._kept.get(key)
+        key = key_of(new_messages)
+        found = self._kept.get(key) if key else None
         if found is None:
             # With the close in front, so that the tokenizer splits the text as in the middle of a conversation.
             found = tuple(self._tokenizer.encode(self._close + self._suffix(new_messages)))
-            if len(key) <= KEPT_CHARACTERS:
+            if 0 < len(key) <= KEPT_CHARACTERS:
                 self._kept.put(key, found)
         return found
 
