@@ -481,7 +481,7 @@ def test_openings_that_are_kept_belong_to_their_callers_and_do_not_pile_up(folde
     own = of(folder, "default")
     action = np.append(own.encode("x"), own.stop_token_ids).astype(np.int32)
     added = [own.extend(again, action, [{**probes.user("y"), **more}]) for more in ({}, {"row": {1, 2}})]
-    np.testing.assert_array_equal(*added)
+    np.testing.assert_array_equal(added[0], added[1])
 
 
 # --- text ----------------------------------------------------------------------------------------------------------
