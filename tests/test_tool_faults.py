@@ -306,6 +306,13 @@ async def test_a_reward_that_always_fails_stops_the_run_within_its_first_trees(r
     assert re.search(told, str(error)), str(error)
 
 
+async def test_a_reward_without_a_verdict_drops_its_leaf_and_is_counted_as_not_judged() -> None:
+    def judge(row: dict[str, Any]) -> float | None:
+        return None if row["answer"] == "city 3" else 1.0
+
+    assert await train(tool_task(rewards=[judge]), trees=10) == {"not_judged": 2 * 4}
+
+
 async def test_a_reward_past_its_limit_costs_its_branch(released: threading.Event) -> None:
     def judge() -> float:
         released.wait(WAIT_S)
