@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import time
@@ -121,17 +122,34 @@ async def _in_a_thread(call: Callable[[], Any], limit_s: float, what: str) -> An
         except BaseException as exc:  # also exit()
             return None, exc
 
+    # Not asyncio.wait on a wrapped future: a thousand calls at once would hold the loop up three times as long.
+    loop = asyncio.get_running_loop()
+    in_time: asyncio.Future[bool] = loop.create_future()
+
+    def settle(ended: bool) -> None:
+        if not in_time.done():
+            in_time.set_result(ended)
+
+    def look() -> None:
+        left_s = limit_s - (time.monotonic() - began[0]) if began else limit_s
+        if left_s <= 0:
+            settle(False)
+        elif not in_time.done():
+            timer[0] = loop.call_later(left_s, look)
+
+    def over(_: Future[Any]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(settle, True)
+
     future = threads().begin(work, what)
-    waited = asyncio.wrap_future(future)
+    timer = [loop.call_later(limit_s, look)]
+    future.add_done_callback(over)
     try:
-        left_s = limit_s
-        while not waited.done():
-            await asyncio.wait((waited,), timeout=left_s)
-            left_s = limit_s if not began else began[0] + limit_s - time.monotonic()
-            if left_s <= 0 and not waited.done():
-                raise TookTooLong(limit_s)
-        return _result(*waited.result())
+        if not await in_time:
+            raise TookTooLong(limit_s)
+        return _result(*future.result())
     finally:
+        timer[0].cancel()
         if not future.done():
             _keep(asyncio.create_task(threads().give_up(future), name=f"end of {what}"))
 
