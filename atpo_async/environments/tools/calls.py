@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from atpo_async.core.errors import EnvironmentBroken
@@ -116,8 +116,8 @@ class ToolCalls:
         limit_s = self._timeout_s if tool.timeout_s is None else tool.timeout_s
         what, began = f"tool {tool.name!r}", time.monotonic()
         try:
-            value = await running.run(
-                tool.function, arguments, is_async=tool.is_async, limit_s=limit_s, what=what
+            text = await running.run(
+                _in_text(tool), arguments, is_async=tool.is_async, limit_s=limit_s, what=what
             )  # fmt: skip
         except ToolError as exc:
             return self._refused(tool, str(exc))
@@ -132,6 +132,9 @@ class ToolCalls:
             ) from None  # fmt: skip
         except EnvironmentBroken:
             raise
+        except ToolFailed:
+            self._counts.add(f"tool/{tool.name}/failed")
+            raise
         except Exception as exc:
             if tool.on_error == "answer":
                 return self._refused(tool, of_error(exc))
@@ -141,11 +144,7 @@ class ToolCalls:
             ) from exc
         finally:
             self._counts.add(f"tool/{tool.name}/seconds", time.monotonic() - began)
-        try:
-            text, was_cut = shown(text_of(value, tool.name), tool.max_tokens, self._cut)
-        except ToolFailed:
-            self._counts.add(f"tool/{tool.name}/failed")
-            raise
+        text, was_cut = shown(text, tool.max_tokens, self._cut)
         if was_cut:
             self._counts.add(f"tool/{tool.name}/cut")
         return text
@@ -157,3 +156,15 @@ class ToolCalls:
 
     def _error(self, fault: str) -> str:
         return self._error_text.replace("{error}", shortened(fault, MOST_ERROR))
+
+
+def _in_text(tool: Tool) -> Callable[..., Any]:
+    """The tool's function, its value as a text: a plain function's is made in its thread, as a large one takes long."""
+
+    async def awaited(**arguments: Any) -> str:
+        return text_of(await tool.function(**arguments), tool.name)
+
+    def called(**arguments: Any) -> str:
+        return text_of(tool.function(**arguments), tool.name)
+
+    return awaited if tool.is_async else called
