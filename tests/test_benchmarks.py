@@ -315,7 +315,18 @@ def test_the_command_says_what_is_missing_before_anything_starts(
         capsys, [*target, "--benchmarks", "nq", "--limit", "-1", "--data", str(data)]
     )  # fmt: skip
     hopqa = [*target, "--benchmarks", "nq", "--data", str(data), "--environment.name", "hopqa"]
-    assert "environment.name is 'hopqa'; give a configuration with it" in refused(capsys, hopqa)
+    assert "for the environment 'search_qa', and the configuration's is hopqa; give one with it" in refused(
+        capsys, hopqa
+    )
+
+
+def test_a_search_engine_that_is_down_is_said_before_anything_starts(
+    data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.json"
+    file.write_text(config_of(data, retriever="http://127.0.0.1:9").model_dump_json())
+    said = refused(capsys, ["eval", str(model), str(file), "--benchmarks", "nq", "--data", str(data)])
+    assert said.count("the retrieval server http://127.0.0.1:9/retrieve (environment.options.retriever)") == 1
 
 
 def test_the_command_prints_the_table_and_writes_it(
@@ -335,3 +346,4 @@ def test_the_command_prints_the_table_and_writes_it(
     assert "| nq | 1 of 3,610 | 0.00 |" in (out / "table.md").read_text()
     assert json.loads((out / "results.json").read_text())["averages"]["multi-hop"]["em"] == 0.0
     assert "hotpotqa: 1 of 1 questions, EM 0.000 so far" in said.err
+    assert "Loading weights" not in said.err

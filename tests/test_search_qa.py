@@ -16,18 +16,22 @@ import pyarrow.parquet
 import pytest
 
 from actors.environments import host_environment
+from actors.search.tree_search import TreeSearch
 from atpo_async.api.machine import check_environment
 from atpo_async.config import build
 from atpo_async.core.errors import ConfigError, SetupError
+from atpo_async.core.tree import TurnTree
 from atpo_async.environments.data.task_data import TaskData
 from atpo_async.environments.making import make_environment
 from atpo_async.environments.replay import Past, PastTurn, replayed
-from atpo_async.environments.retrieval import RetrievalFailed
+from atpo_async.environments.retrieval import RetrievalClient, RetrievalFailed
 from atpo_async.environments.search_qa import retrievers
 from atpo_async.environments.search_qa.environment import SearchQA, make
 from atpo_async.environments.search_qa.retrievers import ask_once, open_retriever
 from atpo_async.environments.search_qa.tokens import Tokens
 from atpo_async.environments.values import ValueRefused
+from tests.actor_support import ScriptedEngine, lease
+from tests.retrieval_support import FakeServer, served
 from tests.search_qa_support import (
     Found,
     corpus,
@@ -213,6 +217,43 @@ async def test_a_replay_takes_what_was_found_from_the_tree_and_does_not_search_a
     assert over.rewards["searches"] == 1.0
 
 
+async def grown(task: SearchQA, says: Sequence[str]) -> tuple[TurnTree, TreeSearch]:
+    """A tree of three chains, each of which says these texts in turn, and its search."""
+
+    async def drop(message: object) -> None: ...
+
+    def reply(context: np.ndarray, number: int) -> np.ndarray:
+        seen = task.decode(context).count(task.dialect.result_tag + ">\n")
+        return action(task, says[min(seen, len(says) - 1)])
+
+    engine = ScriptedEngine(reply)
+    config = build(
+        {"search": {"initial_rollouts": 3, "rounds": 0, "max_action_tokens": 64}, "model": {"max_context_tokens": 1024}}
+    )
+    search = TreeSearch(
+        run="r", lease=lease(), engine=engine, environment=task, search=config.search, expansion=None,
+        max_context_tokens=1024, emit=drop,
+    )  # fmt: skip
+    tree = await search.grow()
+    assert {sampling.stop_strings for sampling in engine.samplings} == {task.stop_strings}
+    for turn in tree:
+        shown = np.concatenate(
+            [tree.prompt, *(part for t in tree.path(turn.turn_id) for part in (t.observation, t.action))]
+        )
+        assert any(np.array_equal(shown[: len(context)], context) for context in engine.contexts)
+    return tree, search
+
+
+async def test_what_the_engine_sees_is_prompt_actions_and_observations_as_they_were_sampled(folder: Path) -> None:
+    task = environment(folder, rows=flashrag(count=1), prompt_style="plain", shelf=Shelf('"France"\nParis'))
+    # The last token of the first action reaches beyond its tag.
+    tree, _ = await grown(task, [f"{SEARCH}\n", " <think> so </think> <answer> \\boxed{Paris} </answer>"])
+    assert [leaf.reward for leaf in tree.leaves()] == [1.0, 1.0, 1.0]
+    first, second = tree.path(tree.leaves()[0].turn_id)
+    text = task.decode(np.concatenate([first.action, second.observation, second.action]))
+    assert text.startswith(f'{SEARCH}\n <result>\nPage 1: "France"\nParis\n</result> <think> so')
+
+
 # --- the search engine ---------------------------------------------------------------------------------------------
 
 
@@ -331,6 +372,18 @@ async def test_an_index_in_this_process_searches_fifty_passages(folder: Path, tm
     episode = await task.start("train", 0)
     said = await episode.step(action(task, "<search> capital of Peru </search>"))
     assert f"Page 1: {passage('Peru', 'Lima')}" in task.decode(said.observation)
+
+
+async def test_a_server_that_goes_down_in_mid_run_costs_branches_and_is_named(folder: Path) -> None:
+    server = FakeServer(always=lambda body: 503)
+    async with served(server):
+        client = RetrievalClient(server.url, attempts=2, backoff_s=0.0)
+        tree, search = await grown(environment(folder, shelf=client), [SEARCH])
+        await client.close()
+    assert not len(tree)
+    assert search.growth.failures == {"environment_failed": 3}
+    assert f"{server.url} answered 503 Service Unavailable" in search.growth.last_detail
+    assert len(server.bodies) >= 2  # it was asked again
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------

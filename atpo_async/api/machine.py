@@ -166,8 +166,9 @@ def check_model(config: Config) -> None:
 def check_environment(config: Config) -> None:
     """Raises SetupError where the package of a user's own environment is not here, or what a built-in one needs."""
     _check_packages(config, (ENVIRONMENT,))
-    if config.environment.name == "search_qa" and config.actor.count:
-        retrievers.check_needs(config.environment.options)
+    for each in config.every_environment if config.actor.count else ():
+        if each.name == "search_qa":
+            retrievers.check_needs(each.options)
 
 
 def check_packages(config: Config) -> None:

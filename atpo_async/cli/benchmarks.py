@@ -13,9 +13,12 @@ from atpo_async.config import Config
 from atpo_async.core.errors import ConfigError, RoleCrashed
 from atpo_async.environments.search_qa import results
 from atpo_async.environments.search_qa.benchmarks import Benchmark, locate, sets_named
+from atpo_async.environments.search_qa.retrievers import check_needs
 from atpo_async.run import files, launch
 
 SEARCH_QA = "search_qa"
+OF_ENVIRONMENT = ("retriever", "instructions")
+"""Options whose files and servers an evaluation needs too."""
 TABLE, NUMBERS = "table.md", "results.json"
 
 
@@ -44,17 +47,19 @@ def found(asked: Asked, config: Config) -> list[Benchmark]:
 
     Raises:
         ConfigError: there is no such benchmark, or the configuration has another environment.
-        SetupError: one is not in the folder.
+        SetupError: one is not in the folder, or the search engine does not answer.
     """
     if asked.limit < 0:
         raise ConfigError(f"--limit must be >= 0 (0: all questions), got {asked.limit}")
     wanted = sets_named(asked.benchmarks)
-    if config.environment.name != SEARCH_QA:
+    if config.environments or config.environment.name != SEARCH_QA:
         raise ConfigError(
-            f"--benchmarks: the test sets are questions for the environment {SEARCH_QA!r}, and environment.name is "
-            f"{config.environment.name!r}; give a configuration with it, such as configs/search_qa.toml"
+            f"--benchmarks: the test sets are questions for the environment {SEARCH_QA!r}, and the configuration's is "
+            f"{config.task_name}; give one with it, such as configs/search_qa.toml"
         )
-    return locate(asked.data, wanted)
+    benchmarks = locate(asked.data, wanted)
+    check_needs({name: value for name, value in config.environment.options.items() if name in OF_ENVIRONMENT})
+    return benchmarks
 
 
 def evaluate_on(
@@ -70,6 +75,7 @@ def evaluate_on(
 
     Raises SetupError for what the user can mend, else RoleCrashed.
     """
+    ours = ("note: ", *(f"{each.name}: " for each in benchmarks))
     with resolved_file(config) as file:
         code, said = run_to_end(
             [
@@ -77,7 +83,7 @@ def evaluate_on(
                 *("--benchmarks", json.dumps([asdict(each) for each in benchmarks])),
                 *("--out", str(asked.out), "--limit", str(asked.limit)),
             ],
-            tell=tell,
+            tell=lambda text: tell(text) if text.startswith(ours) else None,
         )
     if code:
         raise failed_evaluation(code, said, name)
