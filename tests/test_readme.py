@@ -13,11 +13,13 @@ import pytest
 
 from atpo_async.config import load
 from atpo_async.environments.hopqa.warm_start import Recipe
+from tests.capitals_support import capitals_policy
 from tests.e2e_support import BASE, DEADLINE_S, WORLD, Process
 from tests.learner_support import small_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+TASKS = (ROOT / "docs" / "tasks.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 
 QUICK = ("atpo config", "atpo doctor", "atpo --version", "atpo keys")
@@ -27,7 +29,9 @@ RUN_ELSEWHERE = {
     "make demo": "test_readme.py::test_the_demo_trains_and_names_its_report",
     "make test": "test_setup.py",
     "source ": "test_setup.py",
-    "atpo train echo.toml": "test_readme.py::test_a_task_of_ones_own_trains_as_the_readme_says",
+    "atpo task capitals.toml": "test_readme.py::test_a_task_of_ones_own_trains_as_the_readme_says",
+    "atpo train capitals.toml": "test_readme.py::test_a_task_of_ones_own_trains_as_the_readme_says",
+    "atpo trees runs/capitals": "test_readme.py::test_a_task_of_ones_own_trains_as_the_readme_says",
     "atpo train configs/demo.toml": "test_readme.py::test_the_demo_trains_and_names_its_report",
     "atpo study staleness": "test_study.py",
 }
@@ -44,6 +48,10 @@ TABLE = {
     "atpo learner CONFIG": "test_cli.py::test_a_learner_by_hand_is_started_as_the_supervisor_would",
     "atpo actor CONFIG --join RUN_DIR": "test_cli.py::test_a_role_by_hand_gets_what_further_files_set_as_options",
     "atpo keys": "test_cli.py::test_keys_are_made_for_this_host_and_for_another",
+    "atpo task CONFIG": "test_task_command.py::test_the_command_plays_in_a_process_of_its_own",
+    "atpo trees RUN": "test_conversation.py::test_the_command_lists_trees_and_shows_one",
+    "atpo retriever CORPUS.jsonl": "test_retrieval_server.py"
+    "::test_the_command_serves_from_a_worker_process_that_it_replaces_and_takes_with_it",
     "atpo status RUN": "test_readme.py::test_a_task_of_ones_own_trains_as_the_readme_says",
     "atpo eval": "test_readme.py::test_a_task_of_ones_own_trains_as_the_readme_says",
     "atpo --version": "test_cli.py::test_help_and_version_load_nothing_heavy",
@@ -62,11 +70,11 @@ def commands() -> Iterator[str]:
                 yield " ".join(command.split())
 
 
-def example(name: str) -> str:
-    """The code of a file that the README shows."""
-    language = name.rpartition(".")[2].replace("py", "python")
-    found = re.search(rf"`{re.escape(name)}`:\n\n```{language}\n(.*?)```", README, re.DOTALL)
-    assert found is not None, f"the README shows no {name}"
+def example(name: str, page: str = README) -> str:
+    """The text of a file that a page shows."""
+    language = {"py": "python", "jsonl": "json"}.get(name.rpartition(".")[2], name.rpartition(".")[2])
+    found = re.search(rf"`{re.escape(name)}`[^\n]*(?:\n[^\n]+)*:\n\n```{language}\n(.*?)```", page, re.DOTALL)
+    assert found is not None, f"the page shows no {name}"
     return found[1]
 
 
@@ -135,28 +143,53 @@ def ended(process: Process) -> str:
     return process.said()
 
 
+SMALL = {
+    **{name: value for name, value in BASE.items() if name.startswith(("learner.", "actor."))},
+    "model.max_context_tokens": 512,
+    "run.steps": 2,
+    "staleness.trees_per_batch": 4,
+    "search.initial_rollouts": 6,
+    "search.branches": 2,
+    "search.max_action_tokens": 48,
+}
+
+
 @pytest.mark.slow
-def test_a_task_of_ones_own_trains_as_the_readme_says(
-    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`echo.py` and `echo.toml` as they are shown, with fewer steps, a smaller policy and the quicker engine; then what
-    the table of commands has for a run."""
-    for name in ("echo.py", "echo.toml"):
+def test_a_task_of_ones_own_trains_as_the_readme_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The three files as they are shown, with fewer steps, a small policy and the quicker engine; then the table of
+    commands has for a run."""
+    for name in ("capitals.py", "train.jsonl", "capitals.toml"):
         (tmp_path / name).write_text(example(name))
     monkeypatch.chdir(tmp_path)
-    said = ended(Process(["train", "echo.toml", *options(FEWER, policy)], tmp_path / "train.txt"))
+    question = "What is the capital of {}?"
+    chat = capitals_policy(tmp_path / "policy", system="Use the tool, then answer in one word.", question=question)
+    played = ended(Process(["task", "capitals.toml", f"--model.path={chat}", "--show"], tmp_path / "task.txt"))
+    assert "user: What is the capital of" in played, played
+    said = ended(Process(["train", "capitals.toml", *options(SMALL, chat)], tmp_path / "train.txt"))
     assert "done in" in said, said
     assert "report: " in said, said
-    assert (
-        "who waits for whom" in (status := ended(Process(["status", "runs/echo"], tmp_path / "status.txt"))) or status
-    )
-    ended(Process(["report", "runs/echo", "--figure", "curve.svg"], tmp_path / "report.txt"))
+    assert "assistant" in ended(Process(["trees", "runs/capitals", "--step", "1"], tmp_path / "trees.txt"))
+    status = ended(Process(["status", "runs/capitals"], tmp_path / "status.txt"))
+    assert "its 2 steps are done" in status, status
+    ended(Process(["report", "runs/capitals", "--figure", "curve.svg"], tmp_path / "report.txt"))
     assert (tmp_path / "curve.svg").read_text().startswith("<svg")
-    assert "4" in ended(Process(["eval", "runs/echo"], tmp_path / "eval.txt"))
+    assert "held-out task" in ended(Process(["eval", "runs/capitals"], tmp_path / "eval.txt"))
     looked_at = python_example("run = open_run(")
     done = subprocess.run([sys.executable, "-c", looked_at], capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2\n"), done.stdout
+
+
+@pytest.mark.slow
+def test_a_task_in_tokens_trains_as_the_page_on_tasks_says(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`echo.py` and `echo.toml` as they are shown, with fewer steps, a smaller policy and the quicker engine."""
+    for name in ("echo.py", "echo.toml"):
+        (tmp_path / name).write_text(example(name, TASKS))
+    monkeypatch.chdir(tmp_path)
+    said = ended(Process(["train", "echo.toml", *options(FEWER, policy)], tmp_path / "train.txt"))
+    assert "done in" in said, said
 
 
 @pytest.mark.slow
@@ -171,7 +204,7 @@ def test_the_demo_trains_and_names_its_report(policy: Path, tmp_path: Path, monk
     assert "report: " in said, said
 
 
-def test_the_readme_names_the_policy_that_the_demo_makes() -> None:
+def test_the_page_on_tasks_names_the_policy_that_the_demo_makes() -> None:
     config = load(ROOT / "configs" / "demo.toml")
     recipe = Recipe(seed=config.run.seed, steps=config.model.warm_start_steps)
-    assert f'"models/hopqa-{recipe.fingerprint}"' in README
+    assert f'"models/hopqa-{recipe.fingerprint}"' in TASKS

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from atpo_async.run.metrics import read_metrics
-from tests.chat_policy import chat_policy
+from tests.capitals_support import CAPITALS, capitals_policy
 from tests.e2e_support import DEADLINE_S, Process
 
-CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Peru": "Lima", "Japan": "Tokyo", "Egypt": "Cairo"}
 SYSTEM = "Use the tool, then answer."
 
 MY_TASK = f"""
@@ -57,36 +54,11 @@ actor = { engine = "transformers", device = "cpu", num_threads = 1, report_every
 eval = { every_steps = 0, at_start = false, num_tasks = 1 }
 """
 
-LOOKUP: dict[str, Any] = {
-    "name": "lookup",
-    "description": "Look one fact up.",
-    "parameters": {
-        "properties": {"relation": {"type": "string"}, "name": {"type": "string"}},
-        "required": ["relation", "name"],
-        "type": "object",
-    },
-}
-
-
-def demonstration(rng: random.Random) -> list[dict[str, Any]]:
-    """Of a policy that looks three capitals of four up, and then of the right country four times of five."""
-    country = rng.choice(list(CAPITALS))
-    found = country if rng.random() < 0.8 else rng.choice(list(CAPITALS))
-    asked = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"Capital of {country}?"}]
-    answer = {"role": "assistant", "content": CAPITALS[found]}
-    if rng.random() < 0.25:
-        return [*asked, answer]
-    call = {"function": {"name": "lookup", "arguments": {"relation": "capital", "name": found}}}
-    looking = {"role": "assistant", "content": "", "tool_calls": [call]}
-    return [*asked, looking, {"role": "tool", "content": CAPITALS[found]}, answer]
-
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with what a user brings: a model, data, a task and a configuration."""
-    rng = random.Random(0)
-    shown = [demonstration(rng) for _ in range(64)]
-    chat_policy(tmp_path / "policy", demonstrations=shown, tools=[{"type": "function", "function": LOOKUP}], steps=40)
+    capitals_policy(tmp_path / "policy", system=SYSTEM, question="Capital of {}?")
     rows = [json.dumps({"question": f"Capital of {c}?", "answer": a}) + "\n" for c, a in CAPITALS.items()]
     (tmp_path / "train.jsonl").write_text("".join(rows[:5]))
     (tmp_path / "dev.jsonl").write_text(rows[5])
@@ -107,7 +79,6 @@ def test_a_users_file_trains_from_an_empty_folder(folder: Path) -> None:
     steps = [r for r in records if r.source == "learner" and "train/loss" in r.metrics]
     assert len(steps) == 2
     assert any(r.metrics["train/loss"] != 0 for r in steps)
-    assert {"reward/correct", "reward/looked"} <= {name for r in records for name in r.metrics}
     counted = {name for r in records if r.source == "actor-0" for name in r.metrics if name.startswith("tool/")}
     assert {"tool/lookup/calls", "tool/lookup/seconds"} <= counted
     assert "a branch failed" not in process.said()

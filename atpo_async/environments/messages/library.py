@@ -6,7 +6,6 @@ import difflib
 import importlib
 import importlib.util
 import json
-import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -83,25 +82,13 @@ def library() -> ModuleType:
     """``renderers.base`` with every renderer registered.  Raises SetupError where it cannot be imported."""
     with _IMPORTING:
         try:
-            base = _imported()
+            base = importlib.import_module("renderers.base")
             base._populate_registry()
         except ImportError as exc:
             raise SetupError(
                 f"the library renderers cannot be imported: {of_error(exc)}; reinstall atpo-async"
             ) from exc
     return base
-
-
-def _imported() -> ModuleType:
-    # The package imports its HTTP client, which needs httpx and does not declare it.  Nothing here uses that client.
-    absent = "httpx" not in sys.modules and importlib.util.find_spec("httpx") is None
-    if absent:
-        sys.modules["httpx"] = ModuleType("httpx")
-    try:
-        return importlib.import_module("renderers.base")
-    finally:
-        if absent:
-            sys.modules.pop("httpx", None)
 
 
 def names() -> tuple[str, ...]:
