@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +22,9 @@ ROWS = [{"question": f"Capital of country {i}?", "answer": f"city {i}"} for i in
 
 @functools.cache
 def tokenizer_folder() -> Path:
-    """A folder with a tokenizer and no model."""
+    """A folder with a tokenizer and no model, until the process ends."""
     folder = Path(tempfile.mkdtemp(prefix="atpo-chat-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     chat_tokenizer().save_pretrained(folder)
     return folder
 
