@@ -18,6 +18,7 @@ from learner.loss.correction import Weights, log_ratio_to_mu, present, unit_log_
 from learner.loss.protocols import MAX_LOG_WEIGHT
 from learner.loss.tempering import ess_fraction
 from learner.loss.tokens import OffPolicyTokens
+from learner.loss.turn_entropy import turn_entropy
 from learner.loss.units import unit_mean, unit_sum, units
 
 LENGTHS: tuple[tuple[str, int], ...] = (("1-8", 8), ("9-32", 32), ("33-128", 128), ("129-512", 512), ("over-512", 0))
@@ -27,7 +28,7 @@ LENGTHS: tuple[tuple[str, int], ...] = (("1-8", 8), ("9-32", 32), ("33-128", 128
 _LEVELS: tuple[Level, ...] = ("token", "turn", "prefix", "sequence")
 SUMS: tuple[str, ...] = (
     *(f"{level}/{name}" for level in _LEVELS for name in ("n", "w", "w2")),
-    "turn/s", "turn/s2",
+    "turn/s", "turn/s2", "turn_entropy/n", "turn_entropy/s",
     "k1", "k2", "k3", "is_k1",
     "used/n", "used/w", "used/w2", "used/pos", "used/neg", "used/changed_pos", "used/changed_neg",
     "clip/n", "clip/clipped",
@@ -54,6 +55,8 @@ class Weighed:
     weights: Weights
     level: Level
     """Of the weights."""
+    policy: Tensor | None = None
+    """float, the log-probs of the weights being trained; None where they are prox's."""
 
 
 def sums(batch: Weighed) -> Tensor:
@@ -64,6 +67,9 @@ def sums(batch: Weighed) -> Tensor:
     for level in _LEVELS:
         found |= _of_units(tokens, level, batch)
     found |= _of_tokens(tokens, batch)
+    policy = tokens.numerator if batch.policy is None else batch.policy.double()
+    drift = log_ratio_to_mu(policy, tokens.mu)
+    found["turn_entropy/s"], found["turn_entropy/n"] = turn_entropy(drift, tokens.turn, tokens.row)
     return torch.stack([found[name].double() for name in SUMS])
 
 
@@ -120,7 +126,8 @@ def summary(total: Sequence[float], *, corrects: bool) -> dict[str, float]:
     exact ratios; ``is/ess_frac_turn_lognormal``: what it would be were the turns' log-ratios normal, exp(-variance).
     ``kl/mu_prox_*``: KL(mu || prox) by token, estimators k1, k2, k3; ``kl/prox_mu_is``: KL(prox || mu), by importance
     sampling.  ``is/chi2_*``: mean squared ratio - 1.  ``mismatch/*``: of tokens at lag 0, ``staleness/*``: of older
-    ones.  ``dropped/*``: turns that the correction weighs with 0, as a share of the turns (of their length).
+    ones.  ``is/turn_entropy``: how evenly a chain's drift is spread over its turns.
+    ``dropped/*``: turns that the correction weighs with 0, as a share of the turns (of their length).
 
     Args:
         corrects: whether the correction's weights are not all 1.
@@ -136,6 +143,7 @@ def summary(total: Sequence[float], *, corrects: bool) -> dict[str, float]:
         mean = s["turn/s"] / s["turn/n"]
         # Rounding must not make a variance of 0 a negative one.
         out["is/ess_frac_turn_lognormal"] = math.exp(min(mean * mean - s["turn/s2"] / s["turn/n"], 0.0))
+    _share(out, "is/turn_entropy", s["turn_entropy/s"], s["turn_entropy/n"])
     _share(out, "is/mean_ratio_token", s["token/w"], s["token/n"])
     for name in ("k1", "k2", "k3"):
         _share(out, f"kl/mu_prox_{name}", s[name], s["token/n"])

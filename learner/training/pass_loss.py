@@ -81,13 +81,14 @@ class PassLoss:
         return PassResult(
             loss=loss,
             log_weights=self.correction.log_weights(tokens, item.counted),
-            sums=self._sums(item, prox, weights, loss) if item.turn.numel() else None,
+            sums=self._sums(item, own, prox, weights, loss) if item.turn.numel() else None,
         )
 
-    def _sums(self, item: Pass, prox: Tensor, weights: Weights, loss: Loss) -> Tensor:
+    def _sums(self, item: Pass, policy: Tensor, prox: Tensor, weights: Weights, loss: Loss) -> Tensor:
         found = diagnostics.sums(
             diagnostics.Weighed(
                 tokens=item.against_mu(prox),
+                policy=policy,
                 counted=item.counted,
                 lag=item.lag,
                 clipped=loss.clipped,
