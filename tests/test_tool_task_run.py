@@ -79,6 +79,7 @@ def test_a_users_file_trains_from_an_empty_folder(folder: Path) -> None:
     steps = [r for r in records if r.source == "learner" and "train/loss" in r.metrics]
     assert len(steps) == 2
     assert any(r.metrics["train/loss"] != 0 for r in steps)
+    assert {"reward/correct", "reward/looked"} <= {name for r in records for name in r.metrics}
     counted = {name for r in records if r.source == "actor-0" for name in r.metrics if name.startswith("tool/")}
     assert {"tool/lookup/calls", "tool/lookup/seconds"} <= counted
     assert "a branch failed" not in process.said()
