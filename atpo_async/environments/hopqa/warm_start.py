@@ -10,40 +10,29 @@ torch is imported only when there is something to make: to see that nothing chan
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import hashlib
-import json
-import math
-import os
-import re
-import shutil
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
-from atpo_async.core.errors import AtpoError, ConfigError, SetupError
+from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.environments.hopqa.world import END, PAD, Habits, World, demonstrate, save_tokenizer
-from atpo_async.run import processes, scratch
+from atpo_async.environments.policy_folder import (
+    Progress,
+    WarmStartReport,
+    command,
+    fingerprint_of,
+    lr_factor,
+    make_once,
+)
 
 if TYPE_CHECKING:
     import torch
 
 RECIPE_VERSION = 1
 """Of the recipe; raise it when the same settings would give another model (architecture, demonstrations, optimizer)."""
-
-RECORD = "warm_start.json"
-
-_ASIDE = re.compile(r"\.hopqa-[0-9a-f]{8}\.([0-9]+)\.tmp")
-"""Folder in which a policy is made before it is renamed; the number is the process that makes it."""
-
-Progress = Callable[[int, int, float], None]
-"""Called with (steps done, steps in all, mean loss of late)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,20 +85,7 @@ class Recipe:
     @property
     def fingerprint(self) -> str:
         """Eight hex digits that differ where settings do."""
-        text = json.dumps({"version": RECIPE_VERSION, **asdict(self)}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WarmStartReport:
-    path: Path
-    reused: bool
-    """Whether the folder was there already, made by the same recipe."""
-    loss: float
-    """Nats per action token, mean of the last tenth of the steps."""
-    num_parameters: int
-    duration_s: float
-    """Seconds that making it took; as recorded then if the folder was reused."""
+        return fingerprint_of(self, RECIPE_VERSION)
 
 
 def recipe_for(*, seed: int, steps: int | None = None, options: Mapping[str, Any] | None = None) -> Recipe:
@@ -154,77 +130,11 @@ def make_policy(
     Raises:
         SetupError: ``path`` holds something else, or cannot be written.
     """
-    scratch.sweep_unheld(path.parent, _is_left_behind)
-    if (there := _already_made(path, recipe)) is not None:
-        return there
-    lock: int | None = None
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        with contextlib.suppress(OSError):  # a file system without locks: its maker's number tells
-            lock = scratch.hold(aside)
-        record = _make(aside, recipe, device=device, num_threads=num_threads, progress=progress)
-        (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        try:
-            aside.rename(path)
-        except OSError:
-            # Another process was quicker with the same recipe: its model is as good as ours.
-            if (there := _already_made(path, recipe)) is not None:
-                return there
-            raise
-    except OSError as exc:
-        raise SetupError(f"model folder {path} cannot be written: {exc}; set model.path to a folder that can") from exc
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-    return _report(path, record, reused=False)
 
+    def make(folder: Path) -> dict[str, Any]:
+        return _make(folder, recipe, device=device, num_threads=num_threads, progress=progress)
 
-def _is_left_behind(folder: Path) -> bool:
-    """Whether the process that made the folder is gone from this machine; one on another machine holds its lock."""
-    found = _ASIDE.fullmatch(folder.name)
-    return found is not None and processes.started(int(found[1])) is None
-
-
-def _already_made(path: Path, recipe: Recipe) -> WarmStartReport | None:
-    if not path.exists():
-        return None
-    way_out = "remove it, or name another folder"
-    if not path.is_dir():
-        raise SetupError(f"model folder {path} is a file; {way_out}")
-    try:
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-        made_by = record["fingerprint"]
-    except FileNotFoundError:
-        if not any(path.iterdir()):
-            path.rmdir()
-            return None
-        raise SetupError(f"model folder {path} was not made by the warm start (no {RECORD}); {way_out}") from None
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise SetupError(f"model folder {path} has an unreadable {RECORD} ({exc}); {way_out}") from exc
-    if made_by != recipe.fingerprint:
-        was = record.get("recipe", {})
-        other = ", ".join(
-            f"{f.name} {was.get(f.name)!r} not {getattr(recipe, f.name)!r}"
-            for f in fields(recipe)
-            if was.get(f.name) != getattr(recipe, f.name)
-        )
-        other = other or f"recipe version {record.get('recipe_version')!r} not {RECIPE_VERSION}"
-        raise SetupError(f"model folder {path} was warm-started with other settings ({other}); {way_out}")
-    return _report(path, record, reused=True)
-
-
-def _report(path: Path, record: Mapping[str, Any], *, reused: bool) -> WarmStartReport:
-    return WarmStartReport(
-        path=path,
-        reused=reused,
-        loss=float(record["loss"]),
-        num_parameters=int(record["num_parameters"]),
-        duration_s=float(record["duration_s"]),
-    )
+    return make_once(path, recipe, RECIPE_VERSION, make)
 
 
 def _make(
@@ -255,9 +165,6 @@ def _make(
     model.save_pretrained(folder)
     save_tokenizer(recipe.world, folder)
     return {
-        "fingerprint": recipe.fingerprint,
-        "recipe_version": RECIPE_VERSION,
-        "recipe": asdict(recipe),
         "loss": loss,
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "duration_s": round(time.monotonic() - began, 3),
@@ -327,11 +234,6 @@ def _train(model: Any, recipe: Recipe, *, device: str, progress: Progress | None
     return sum(tail) / len(tail)
 
 
-def lr_factor(step: int, steps: int) -> float:
-    """Share of the learning rate: twenty steps up, then a half cosine down to a tenth."""
-    return min(1.0, (step + 1) / 20) * (0.1 + 0.45 * (1.0 + math.cos(math.pi * step / steps)))
-
-
 def demonstration_batch(recipe: Recipe, step: int, rng: Random) -> tuple[torch.Tensor, torch.Tensor]:
     """int64[B, L] tokens, padded at the right, and float32[B, L], 1 where the token belongs to an action."""
     import torch
@@ -360,62 +262,9 @@ def _token_ids(world: World) -> dict[str, int]:
     return {word: i for i, word in enumerate(world.words)}
 
 
-class _Ended(BaseException):
-    """SIGTERM or SIGINT."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
-@contextlib.contextmanager
-def _tidied_before_the_end() -> Iterator[None]:
-    """Lets the block clean up when SIGTERM or SIGINT comes; the process then ends by that signal."""
-
-    def end(signum: int, frame: object) -> None:
-        raise _Ended(signum)
-
-    before = {signum: signal.signal(signum, end) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    except _Ended as ended:
-        signal.signal(ended.signum, signal.SIG_DFL)
-        os.kill(os.getpid(), ended.signum)
-        raise
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make a policy by hand; prints its folder.  Exit code 2 with one line for what the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m atpo_async.environments.hopqa.warm_start", description=main.__doc__
-    )
-    parser.add_argument("--root", type=Path, default=Path("models"), help="folder of the models")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--num-threads", type=int, default=None)
-    defaults = Recipe()
-    for field in fields(Recipe):
-        value = getattr(defaults, field.name)
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, dest=field.name, type=type(value), default=value, help=f"default {value}")
-    given = vars(parser.parse_args(argv))
-    root, device, num_threads = given.pop("root"), given.pop("device"), given.pop("num_threads")
-
-    def tell(done: int, total: int, loss: float) -> None:
-        print(f"warm start: step {done} of {total}, loss {loss:.3f}", file=sys.stderr, flush=True)
-
-    try:
-        recipe = Recipe(**given)
-        path = policy_folder(root, recipe)
-        with _tidied_before_the_end():
-            report = make_policy(path, recipe, device=device, num_threads=num_threads, progress=tell)
-    except AtpoError as exc:
-        print(f"warm start: {exc}", file=sys.stderr)
-        return 2
-    print(report.path)
-    return 0
+    """Make a policy by hand, as a process of its own (``atpo_async/environments/policy_folder.py``)."""
+    return command("atpo_async.environments.hopqa.warm_start", Recipe, make_policy, policy_folder, argv)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
 
 from atpo_async.core.errors import ConfigError
-from atpo_async.environments.hopqa.world import HELD_OUT_PART, Task, World, is_held_out
-
-Stream = Literal["train", "eval", "demo"]
-"""``demo`` is what the warm start plays.  ``eval`` holds questions that neither of the others ever asks."""
+from atpo_async.environments.hopqa.world import Stream, Task, World, is_held_out
 
 TOWNS = (
     "Ambleton", "Brackley", "Corrow", "Dunmere", "Eastwold", "Farley", "Glenholm", "Harwick",
@@ -77,6 +73,8 @@ class Towns:
     max_hops: int = 3
     num_names: int = 64
     num_relations: int = 10
+    rehearsal: bool = False
+    """Whether these are the towns that the warm start plays in: the same names, other facts."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_towns <= len(TOWNS):
@@ -96,7 +94,8 @@ class Towns:
 
     def fact(self, town: str, relation: str, name: str) -> str:
         """The name that a relation leads to from ``name``; never ``name`` itself."""
-        place = Task(world=self.world, stream="train", index=TOWNS.index(town), start=name, relations=(relation,))
+        stream: Stream = "demo" if self.rehearsal else "train"
+        place = Task(world=self.world, stream=stream, index=TOWNS.index(town), start=name, relations=(relation,))
         return place.look_up(relation, name)
 
     def passages(self) -> Iterator[Passage]:
@@ -112,9 +111,9 @@ class Towns:
         return Passage(title=f"{name} of {town}", text=f"The {relation} of {name} is {other}.")
 
     def question(self, stream: Stream, index: int) -> Question:
-        """The question ``index`` >= 0 of ``stream``."""
+        """The question ``index`` >= 0 of ``stream``.  Those of ``eval`` are asked nowhere else."""
         world = self.world
-        rng = Random(f"passage_qa/{self.seed}/{stream}/{index}")
+        rng = Random(f"passage_qa/{self.seed}/{stream}/{index}")  # texts seed alike on every machine
         town = rng.choice(self.towns)
         relations = tuple(rng.sample(world.relations, rng.randint(self.min_hops, self.max_hops)))
         held_out = stream == "eval"
@@ -124,6 +123,3 @@ class Towns:
             known = self.fact(town, relation, known)
             names.append(known)
         return Question(town=town, start=start, relations=relations, names=tuple(names))
-
-
-_ = HELD_OUT_PART
