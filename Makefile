@@ -8,10 +8,10 @@ BENCH ?= actor_overhead
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench fuzz clean
+.PHONY: help setup demo demo-agent test check bench fuzz clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
 
 setup: ## .venv with the pinned CPU set and the project; nothing is done twice
 	@command -v "$(PYTHON)" >/dev/null || { \
@@ -20,6 +20,9 @@ setup: ## .venv with the pinned CPU set and the project; nothing is done twice
 
 demo: setup ## make the small policy, warm-start it, train it with real vLLM on the CPU (SEED=2, ARGS="…")
 	@$(BIN)/atpo demo $(if $(SEED),--run.seed $(SEED)) $(ARGS)
+
+demo-agent: setup ## the same with a chat policy that calls a search engine in JSON (SEED=2, ARGS="…")
+	@$(BIN)/atpo demo agent $(if $(SEED),--run.seed $(SEED)) $(ARGS)
 
 # The name lets the suite find every process it has started, orphans too (tests/conftest.py).  Two files run side by
 # side: many tests wait for processes.  ARGS="-n 0" runs one after another.

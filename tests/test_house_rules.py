@@ -104,8 +104,8 @@ IMPURE_IMPORTS = {
 IMPURE_CALLS = {"open", "print", "input"}
 IMPURE_METHODS = {"read_text", "write_text", "read_bytes", "write_bytes", "open", "mkdir", "unlink", "touch"}
 
-WARM_START = "atpo_async.environments.hopqa.warm_start"
-"""Makes the demo's policy, as a process of its own."""
+WARM_STARTS = {f"atpo_async.environments.{name}.warm_start" for name in ("hopqa", "passage_qa")}
+"""They make the demos' policies, each as a process of its own."""
 
 # What the command line and every user of the vocabulary load first.
 LIGHT = (
@@ -272,7 +272,7 @@ def test_torch_lives_in_the_learner_and_in_the_engines() -> None:
         if package_of(i.target) == "torch"
         and package_of(i.importer) in ("atpo_async", "buffer")
         and not (i.importer == "atpo_async.models.causal_lm" and not i.at_module_level)
-        and i.importer != WARM_START
+        and i.importer not in WARM_STARTS
     )
 
 
@@ -288,7 +288,7 @@ def test_outside_the_learner_heavy_libraries_are_imported_lazily_or_by_an_engine
         if i.at_module_level
         and package_of(i.target) in HEAVY
         and package_of(i.importer) != "learner"
-        and i.importer not in engine_modules() | {WARM_START}
+        and i.importer not in engine_modules() | WARM_STARTS
     )
 
 
@@ -298,9 +298,7 @@ def test_the_vocabulary_and_the_command_line_load_neither_torch_nor_zmq_nor_vllm
 
 
 def test_no_module_outside_the_learner_and_the_engines_loads_torch() -> None:
-    names = [
-        name for name in modules() if package_of(name) != "learner" and name not in engine_modules() | {WARM_START}
-    ]
+    names = [name for name in modules() if package_of(name) != "learner" and name not in engine_modules() | WARM_STARTS]
     names = [name for name in names if not name.endswith("__main__")]
     assert loaded_by(names, HEAVY) == []
 

@@ -49,12 +49,14 @@ def note(line: str) -> None:
     print(f"note: {line}", file=sys.stderr, flush=True)
 
 
-def demo_config() -> Path:
-    """``configs/demo.toml`` of the checkout or of the working folder.  Raises ConfigError."""
+def demo_config(name: str = "demo") -> Path:
+    """``configs/<name>.toml`` of the checkout or of the working folder.  Raises ConfigError."""
     for root in (Path(__file__).resolve().parents[2], Path.cwd()):
-        path = root / "configs" / "demo.toml"
+        path = root / "configs" / f"{name}.toml"
         if path.is_file():
             with contextlib.suppress(ValueError):
                 return path.relative_to(Path.cwd())
             return path
-    raise ConfigError("configs/demo.toml is not here: run `atpo demo` in a checkout, or name a file: atpo demo CONFIG")
+    raise ConfigError(
+        f"configs/{name}.toml is not here: run `atpo demo` in a checkout, or name a file: atpo demo CONFIG"
+    )

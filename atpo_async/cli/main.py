@@ -22,7 +22,7 @@ from atpo_async.run.temporary import make_temporary_folder_fit
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "start buffer, learner and actors, and train; the same command goes on with a stopped run"),
-    "demo": ("train", "train the small policy on the look-up task on this machine, in a new run, and report"),
+    "demo": ("train", "train a small policy on this machine, in a new run, and report; `demo agent`: one that chats"),
     "buffer": ("roles", "run the buffer by hand, in the foreground"),
     "learner": ("roles", "run the learner by hand, in the foreground"),
     "actor": ("roles", "run an actor by hand, in the foreground; it may join a running job from anywhere"),

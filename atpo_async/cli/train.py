@@ -16,12 +16,20 @@ from atpo_async.api.training import train_to_the_end
 from atpo_async.cli.common import EXIT_DONE, EXIT_INTERRUPTED, LAYERS, Asked, command_line, demo_config
 from atpo_async.config import Config, load
 
+AGENT = "agent"
+"""The demo of a chat policy, by name: ``atpo demo agent``."""
+
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     """Of the command line."""
     if command == "demo":
         parser.add_argument(
-            "config", metavar="CONFIG", nargs="*", default=[], help="another configuration than configs/demo.toml"
+            "config",
+            metavar="agent|CONFIG",
+            nargs="*",
+            default=[],
+            help="agent: a chat policy that calls a search engine (configs/demo_agent.toml); or another configuration "
+            "than configs/demo.toml",
         )
         return
     parser.add_argument(
@@ -57,10 +65,14 @@ def train(config: Config, *, again: str, begin_from: str | None = None) -> int:
 
 
 def _demo(asked: Asked) -> int:
-    files = asked.args.config or [str(demo_config())]
+    given: list[str] = asked.args.config
+    stem = "demo-agent" if given[:1] == [AGENT] else "demo"
+    if stem == "demo-agent":
+        given = [str(demo_config("demo_agent")), *given[1:]]
+    files = given or [str(demo_config())]
     config = load(files, asked.options)
     if "run.name" not in asked.options:
-        name = _free_name(config.run.dir, f"demo-{config.run.seed}")
+        name = _free_name(config.run.dir, f"{stem}-{config.run.seed}")
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     options = [f"--{key}={text}" for key, text in asked.options.items() if key != "run.name"]
     return train(config, again=command_line(["train", *files, *options, "--run.name", config.run.name]))

@@ -18,6 +18,7 @@ ENVIRONMENT: Door[Any] = Door(
     protocol='docs/extending.md, "Environment" (the mixin ReplayFork of atpo_async.environments.base brings replay)',
     built_in={
         "hopqa": "atpo_async.environments.hopqa.environment:make",
+        "passage_qa": "atpo_async.environments.passage_qa.environment:make",
         "search_qa": "atpo_async.environments.search_qa.environment:make",
     },
     call=("tokenizer",),

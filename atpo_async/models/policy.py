@@ -21,8 +21,12 @@ from atpo_async.run.rundir import RunDir
 MODELS = Path("models")
 """Folder of warm-started policies; later runs use them too."""
 
-WORLD = ("seed", "min_hops", "max_hops", "num_names", "num_relations")
-"""Options of the environment that the policy must fit."""
+_WORLD = ("seed", "min_hops", "max_hops", "num_names", "num_relations")
+WARM_STARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "hopqa": ("atpo_async.environments.hopqa.warm_start", _WORLD),
+    "passage_qa": ("atpo_async.environments.passage_qa.warm_start", (*_WORLD, "num_towns")),
+}
+"""Environment -> the program that makes its small policy, and the environment's options that the policy must fit."""
 
 _CHECKPOINT = re.compile(r"step-(\d+)-v(\d+)")
 _PREFIX = "hf."
@@ -40,37 +44,36 @@ def warm_start_command(config: Config) -> list[str]:
     Quick when there is nothing to make.  Raises ConfigError for an environment that has no such policy.
     """
     entries = config.named_environments()
-    ours = [(door, options) for door, name, options in entries if name == "hopqa"]
-    if not ours:
+    kinds = {name for _, name, _ in entries if name in WARM_STARTS}
+    if len(kinds) != 1:
         names = " and ".join(f"{door.field} = {name!r}" for door, name, _ in entries)
+        one = "one of them at a time" if kinds else "these only"
         raise ConfigError(
-            f"model.warm_start makes a policy for hopqa only, not for {names}: name a model with --model.path and set "
-            "--model.warm_start false"
+            f"model.warm_start makes a policy for {' or '.join(WARM_STARTS)}, {one}, not for {names}: name a model "
+            "with --model.path and set --model.warm_start false"
         )
-    options = _of_all([_world_of(door, options) for door, options in ours])
+    module, world = WARM_STARTS[kind := kinds.pop()]
+    ours = [_world_of(door, options, world) for door, name, options in entries if name == kind]
+    options = _of_all(ours, kind)
     words = {"seed": config.run.seed, "steps": config.model.warm_start_steps}
-    words |= {key: options[key] for key in WORLD if key in options}
-    command = [
-        *launch.command(
-            "atpo_async.environments.hopqa.warm_start", "--root", str(MODELS), "--device", config.learner.device
-        )
-    ]
+    words |= {key: options[key] for key in world if key in options}
+    command = [*launch.command(module, "--root", str(MODELS), "--device", config.learner.device)]
     for key, value in words.items():
         command += [f"--{key.replace('_', '-')}", str(value)]
     return command
 
 
-def _world_of(door: Door[Any], options: Mapping[str, Any]) -> dict[str, int]:
-    """The options of a hopqa that its policy must fit.  Raises ConfigError for one of another type."""
-    for key in ("hops", *WORLD):
+def _world_of(door: Door[Any], options: Mapping[str, Any], world: tuple[str, ...]) -> dict[str, int]:
+    """The options that a policy must fit.  Raises ConfigError for one of another type."""
+    for key in ("hops", *world):
         if isinstance(options.get(key, 0), bool) or not isinstance(options.get(key, 0), int):
             raise ConfigError(f"{door.options}.{key} must be a whole number, got {options[key]!r}")
     hops = {"min_hops": options["hops"], "max_hops": options["hops"]} if options.get("hops") is not None else {}
-    return hops | {key: options[key] for key in WORLD if key in options}
+    return hops | {key: options[key] for key in world if key in options}
 
 
-def _of_all(worlds: Sequence[dict[str, int]]) -> dict[str, int]:
-    """What one policy fits that is to fit all of several hopqa: the least and the most hops of any.  Raises ConfigError
+def _of_all(worlds: Sequence[dict[str, int]], kind: str) -> dict[str, int]:
+    """What one policy fits that is to fit all of several environments of a kind: the least and the most hops of any.  Raises ConfigError
     where another option differs: names and relations are the policy's words."""
     if len(worlds) == 1:
         return worlds[0]
@@ -79,16 +82,16 @@ def _of_all(worlds: Sequence[dict[str, int]]) -> dict[str, int]:
         hops = [world[key] for world in worlds if key in world]
         if hops and len(hops) < len(worlds):
             raise ConfigError(
-                f"model.warm_start: some of the {len(worlds)} hopqa environments set {key} (or hops), others leave it "
+                f"model.warm_start: some of the {len(worlds)} {kind} environments set {key} (or hops), others leave it "
                 "at its default: set it in each, so that the policy can be made for all of them"
             )
         if hops:
             found[key] = joined(hops)
-    for key in set(WORLD) - {"min_hops", "max_hops"}:
+    for key in {key for world in worlds for key in world} - {"min_hops", "max_hops"}:
         values = {world.get(key) for world in worlds}
         if len(values) > 1:
             raise ConfigError(
-                f"model.warm_start: the {len(worlds)} hopqa environments differ in {key}, but one policy has the "
+                f"model.warm_start: the {len(worlds)} {kind} environments differ in {key}, but one policy has the "
                 "words of one world: make them agree, or name a model with --model.path"
             )
         if (value := values.pop()) is not None:

@@ -1,4 +1,4 @@
-"""What decides the policy of passage_qa: its size, the towns it practises in, the demonstrator's habits, its training."""
+"""What decides the policy of passage_qa: its size, the towns it practises in, the demonstrator's habits, training."""
 
 from __future__ import annotations
 

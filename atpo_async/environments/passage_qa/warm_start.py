@@ -88,7 +88,7 @@ def _make(
 
 
 def new_model(folder: Path, recipe: Recipe) -> Any:
-    """A random ``Qwen3ForCausalLM`` for the tokenizer in ``folder``, float32, tied embeddings, from torch's generator."""
+    """A random ``Qwen3ForCausalLM`` with tied embeddings for the tokenizer in ``folder``, float32."""
     from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
