@@ -73,8 +73,10 @@ def _world_of(door: Door[Any], options: Mapping[str, Any], world: tuple[str, ...
 
 
 def _of_all(worlds: Sequence[dict[str, int]], kind: str) -> dict[str, int]:
-    """What one policy fits that is to fit all of several environments of a kind: the least and the most hops of any.  Raises ConfigError
-    where another option differs: names and relations are the policy's words."""
+    """What one policy fits that is to fit all of several environments of a kind: the least and the most hops of any.
+
+    Raises ConfigError where another option differs: names and relations are the policy's words.
+    """
     if len(worlds) == 1:
         return worlds[0]
     found: dict[str, int] = {}
