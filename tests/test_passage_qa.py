@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_a_query_without_its_town_mostly_finds_another_towns_fact(index: Passage
 
 def test_held_out_questions_are_asked_nowhere_else_and_the_warm_start_has_other_facts() -> None:
     held_out = {SMALL.question("eval", number).text for number in range(200)}
-    others = {SMALL.question(stream, number).text for stream in ("train", "demo") for number in range(400)}  # type: ignore[arg-type]
+    others = {SMALL.question(stream, number).text for stream in ("train", "demo") for number in range(400)}
     assert not held_out & others
     practised = Towns(seed=3, num_towns=2, num_names=16, num_relations=6, rehearsal=True)
     same = set(SMALL.passages()) & set(practised.passages())
@@ -85,7 +86,7 @@ def test_worlds_that_cannot_be_are_refused() -> None:
         Towns(min_hops=4)
 
 
-CONVERSATION = [
+CONVERSATION: list[dict[str, Any]] = [
     {"role": "system", "content": "Answer with a name alone. Search one fact at a time."},
     {"role": "user", "content": "In Ambleton, who is the boss of Ada?"},
     {
@@ -213,7 +214,7 @@ def test_the_factory_takes_its_options_and_refuses_others(tokenizer: Path) -> No
         ({"retriever": "ftp://x"}, "expected the URL of a retrieval server"),
     ):
         with pytest.raises(ConfigError, match=says):
-            make(tokenizer, **options)  # type: ignore[arg-type]
+            make(tokenizer, **options)
 
 
 def demonstrated(question: Question, habits: Habits, seed: int) -> list[str]:

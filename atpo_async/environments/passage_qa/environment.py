@@ -42,7 +42,6 @@ OPTIONS: dict[str, int] = {
 """Whole numbers that may be set, with their defaults."""
 
 RETRIEVER = "retriever"
-TOWNS_OPTIONS = ("seed", "num_towns", "min_hops", "max_hops", "num_names", "num_relations")
 
 
 def correct(answer: str, row: dict[str, Any]) -> float:
@@ -154,7 +153,10 @@ def make(tokenizer: Path | str, **options: bool | int | float | str) -> PassageQ
             raise ConfigError(f"environment.options.{key} must be at least 1, got {chosen[key]}")
     if chosen["turn_limit"] < 0:
         raise ConfigError(f"environment.options.turn_limit must be >= 0 (0: hops + 2), got {chosen['turn_limit']}")
-    towns = Towns(**{key: chosen[key] for key in TOWNS_OPTIONS})
+    towns = Towns(
+        seed=chosen["seed"], num_towns=chosen["num_towns"], min_hops=chosen["min_hops"], max_hops=chosen["max_hops"],
+        num_names=chosen["num_names"], num_relations=chosen["num_relations"],
+    )  # fmt: skip
     return PassageQA(
         tokenizer,
         _retriever(url, Path(tokenizer), towns, topk=chosen["topk"]),

@@ -41,7 +41,8 @@ def make_policy(
         path: the model folder; ``policy_folder`` gives one that no other recipe claims.
         recipe: what to make.
         device: where to train; ``auto`` is Accelerate's choice.
-        num_threads: torch threads while training; None for torch's choice.
+        num_threads: torch threads while training; None for one: batches are so small that a second thread gains
+            little, and where other programs run beside it, it costs more than it gains.
         progress: called every ten steps.
 
     Raises:
@@ -65,8 +66,7 @@ def _make(
 
     began = time.monotonic()
     threads_before = torch.get_num_threads()
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads or 1)
     try:
         # The caller's generator is left as it was.
         with torch.random.fork_rng(), tempfile.TemporaryDirectory(prefix="atpo-rehearsal-") as aside:
@@ -154,7 +154,8 @@ def _optimizers(model: Any, recipe: Recipe) -> list[Any]:
     """Muon for the layers' matrices, AdamW for the rest."""
     import torch
 
-    matrices, others = [], []
+    matrices: list[Any] = []
+    others: list[Any] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
     return [
