@@ -219,7 +219,9 @@ def test_a_warm_start_makes_one_policy_for_all_hopqa_of_a_run_and_says_where_non
         command({"hops": 2}, {})
     with pytest.raises(ConfigError, match=r"environments\.1\.options\.hops must be a whole number"):
         command({"hops": 2}, {"hops": True})
-    with pytest.raises(ConfigError, match=r"for hopqa only, not for environments\.0\.name = 'my\.task:make'"):
+    with pytest.raises(
+        ConfigError, match=r"for hopqa or passage_qa, these only, not for environments\.0\.name = 'my\.task:make'"
+    ):
         command(other=True)
 
 
