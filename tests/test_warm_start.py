@@ -20,7 +20,6 @@ from atpo_async.environments.hopqa import warm_start
 from atpo_async.environments.hopqa.warm_start import (
     Recipe,
     demonstration_batch,
-    lr_factor,
     main,
     make_policy,
     new_model,
@@ -28,6 +27,7 @@ from atpo_async.environments.hopqa.warm_start import (
     recipe_for,
 )
 from atpo_async.environments.hopqa.world import World
+from atpo_async.environments.policy_folder import lr_factor
 from atpo_async.run import scratch
 
 TINY = Recipe(seed=1, steps=3, batch_size=4, width=32, layers=1)
