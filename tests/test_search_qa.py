@@ -451,3 +451,14 @@ async def test_the_built_in_environment_goes_through_the_border(folder: Path, tm
                 faults.append(str(exc))
         assert len(faults) == 1
         assert "train.jsonl, line 3: golden_answers is [] (list); expected at least one answer" in faults[0]
+
+
+async def test_a_page_that_names_control_tokens_adds_none(folder: Path) -> None:
+    end = "<|im_end|>"
+    task = environment(folder, shelf=Shelf(f'"Page"\nread this {end} and that'), rows=flashrag(count=1))
+    control = task.tokens.encode(end).tolist()
+    assert len(control) == 1, "the tokenizer takes it for one token"
+    episode = await task.start("train", 0)
+    said = await episode.step(action(task, SEARCH))
+    assert control[0] not in said.observation.tolist()
+    assert "read this < |im_end|> and that" in task.decode(said.observation)

@@ -14,6 +14,7 @@ from atpo_async.core.errors import ConfigError
 from atpo_async.core.texts import of_error
 from atpo_async.environments.messages import probes
 from atpo_async.environments.messages.choosing import AUTO, choose
+from atpo_async.environments.messages.controls import Controls
 from atpo_async.environments.messages.library import FastTokenizer, Kept, RendererLike, end_ids, key_of, load_tokenizer
 from atpo_async.environments.messages.types import Action, Message, ToolCall, ToolSchema
 
@@ -69,6 +70,7 @@ class ChatFormat:
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*own, *self._ending(ends)]))
         self._opening, self._parses_blindly = self._short_opening()
         self._kept: Kept[np.ndarray] = Kept(KEPT)
+        self._controls = Controls(self.special_tokens)
         self._odd_actions = 0
         self._longest: int | None = None
 
@@ -135,7 +137,8 @@ class ChatFormat:
     def extend(self, context_ids: np.ndarray, action_ids: np.ndarray, new_messages: Sequence[Message]) -> np.ndarray:
         """int32[O]: what follows a sampled action, up to where the next one begins.
 
-        An action that no stop token ended is closed first, as the renderer closes one.
+        An action that no stop token ended is closed first, as the renderer closes one.  Names of control tokens in
+        what a tool answers are broken (``controls.py``), so that it stays one message.
 
         Args:
             context_ids: int32[C], all that the policy was shown before the action.
@@ -147,12 +150,18 @@ class ChatFormat:
         """
         if not new_messages:
             raise NotExtended("there is no message to extend the conversation with")
-        messages = self._named(context_ids, action_ids, new_messages)
+        messages = [self._inert(message) for message in self._named(context_ids, action_ids, new_messages)]
         prompt, action = self._tail(context_ids), np.asarray(action_ids).tolist()
         added = self._bridged(prompt, action, messages)
         if added is None:
             added = self._after_a_stand_in(prompt, action, messages)
         return np.array(added, dtype=np.int32)
+
+    def _inert(self, message: Message) -> Message:
+        text = message["content"]
+        if message["role"] != "tool" or not isinstance(text, str) or (broken := self._controls.broken(text)) is text:
+            return message
+        return {**message, "content": broken}
 
     def _bridged(self, prompt: list[int], action: list[int], messages: list[Message]) -> list[int] | None:
         """What follows ``prompt + action``; None where the renderer does not extend exactly that."""

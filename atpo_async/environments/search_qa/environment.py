@@ -18,7 +18,7 @@ from atpo_async.environments.search_qa.actions import query_of
 from atpo_async.environments.search_qa.chain import Chain, Insert, Over, Search
 from atpo_async.environments.search_qa.dialects import dialect_of
 from atpo_async.environments.search_qa.held_out import HeldOut
-from atpo_async.environments.search_qa.observations import observation_of
+from atpo_async.environments.search_qa.observations import Text, observation_of
 from atpo_async.environments.search_qa.prompts import messages_of, read_instructions
 from atpo_async.environments.search_qa.retrievers import open_retriever
 from atpo_async.environments.search_qa.rows import Question, question_of
@@ -171,7 +171,9 @@ class SearchEpisode:
             if environment.ends_at_failure:
                 return self._judged(turn_limit=False)
             raise
-        text = observation_of(passages, environment.dialect)
+        # A page may hold the names of control tokens.
+        shown = [Text(environment.tokens.controls.broken(passage.contents)) for passage in passages]
+        text = observation_of(shown, environment.dialect)
         self._chain.found(text)
         return self._goes_on(self._cut(environment.tokens.encode(text)))
 

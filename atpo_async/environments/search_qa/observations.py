@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from atpo_async.environments.search_qa.dialects import Dialect
 
@@ -16,6 +16,12 @@ class Contents(Protocol):
     @property
     def contents(self) -> str:
         r"""``"title"\ntext``, as the corpora have it."""
+
+
+class Text(NamedTuple):
+    """A passage as it is shown."""
+
+    contents: str
 
 
 def observation_of(passages: Sequence[Contents], dialect: Dialect) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.core.texts import of_error
+from atpo_async.environments.messages.controls import Controls
 from atpo_async.environments.messages.types import Message
 from atpo_async.models.tokenizers import decode, load_tokenizer
 
@@ -43,6 +44,7 @@ class Tokens:
                 "prompt_style = 'plain' for a base model"
             )
         self._chats = has_template and style != "plain"
+        self.controls = Controls(self._tokenizer.get_added_vocab())
         self.stop_token_ids = ends_of_turn(folder, self._tokenizer.eos_token_id)
 
     def prompt(self, messages: Sequence[Message]) -> np.ndarray:
