@@ -27,6 +27,7 @@ QUICK = ("atpo config", "atpo doctor", "atpo --version", "atpo keys")
 
 RUN_ELSEWHERE = {
     "make demo": "test_readme.py::test_the_demo_trains_and_names_its_report",
+    "make demo-agent": "test_passage_qa_warm_start.py::test_the_demo_of_an_agent_trains_and_names_its_report",
     "make test": "test_setup.py",
     "source ": "test_setup.py",
     "atpo task capitals.toml": "test_readme.py::test_a_task_of_ones_own_trains_as_the_readme_says",
@@ -39,6 +40,7 @@ RUN_ELSEWHERE = {
 
 TABLE = {
     "atpo train CONFIG": "test_cli.py::test_a_run_goes_to_its_end_and_names_its_report",
+    "atpo demo agent": "test_passage_qa_warm_start.py::test_the_demo_of_an_agent_trains_and_names_its_report",
     "atpo demo": "test_readme.py::test_the_demo_trains_and_names_its_report",
     "atpo config": "test_cli.py::test_the_resolved_configuration_and_the_table_of_knobs_are_printed",
     "atpo doctor": "test_cli.py::test_the_doctor_names_what_is_missing_and_how_to_get_it",
