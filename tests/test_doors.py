@@ -170,3 +170,20 @@ def test_what_is_not_awaited_must_not_be_async(door: Door[Any], tmp_path: Path) 
     )
     with pytest.raises(ConfigError, match="Eager is not a shape: part must not be async, for nothing awaits it"):
         dataclasses.replace(door, plain=("part",)).offered("eager_of_this_test:Eager")
+
+
+def test_a_module_that_fails_is_named_with_its_own_line_and_a_near_name(
+    door: Door[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "bad_of_this_test.py").write_text("def shape(*a, **o):\n    return None + 1\n\n\nopen('nowhere')\n")
+    (tmp_path / "made_of_this_test.py").write_text("def shape(*a, **o):\n    return None + 1\n")
+    with pytest.raises(SetupError, match=r"\(at bad_of_this_test\.py:5: open\('nowhere'\)\)"):
+        door.make("bad_of_this_test:shape", 1)
+    with pytest.raises(
+        SetupError, match=r"could not be made: TypeError.* \(at made_of_this_test\.py:2: return None \+ 1\)"
+    ):
+        door.make("made_of_this_test:shape", 1)
+    with pytest.raises(SetupError, match="did you mean 'made_of_this_test'"):
+        door.make("mode_of_this_test:shape", 1)

@@ -24,7 +24,7 @@ from atpo_async.report.page import page, write_report
 from atpo_async.report.progress import Progress, RunState, duration, panel, plain
 from atpo_async.report.tree_drawing import draw_tree
 from atpo_async.report.tree_samples import TreeTurn, append_tree_sample, choose, read_tree_samples
-from atpo_async.run.metrics import MetricsWriter, Record
+from atpo_async.run.metrics import MetricsWriter, Record, read_metrics
 from atpo_async.run.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,6 +173,15 @@ def test_a_run_that_has_only_begun_has_a_page_too(tmp_path: Path) -> None:
     with MetricsWriter(run.metrics_path, source="buffer") as writer:
         writer.write(step=0, version=0, metrics={"buffer/trees": 1})
     assert "nothing recorded" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_the_parts_of_the_reward_are_drawn_and_named_at_the_end(trained: RunDir) -> None:
+    found = [record(2.0 * step, step=step, reward__correct=0.1 * step, reward__brief=0.5) for step in range(1, 7)]
+    found = [*read_metrics(trained.metrics_path), *found]
+    said = "\n".join(facts(trained, found).lines())
+    assert "parts of the reward, the same: brief 0.50 → 0.50, correct 0.20 → 0.50" in said
+    assert "Parts of the reward by name" in page(trained, facts(trained, found), found)
+    assert "Parts of the reward by name" not in write_report(trained).read_text(encoding="utf-8")
 
 
 def test_the_learning_curve_can_be_had_alone(trained: RunDir, tmp_path: Path) -> None:

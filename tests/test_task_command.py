@@ -89,8 +89,8 @@ def play(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
 
-    def run(typed: str = "", **asked: Any) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    def run(typed: str | io.StringIO = "", **asked: Any) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed) if isinstance(typed, str) else typed)
         plain = {
             "split": "train",
             "index": 0,
@@ -117,9 +117,11 @@ def test_lines_play_a_task_and_every_reward_is_shown(play: Play) -> None:
     code, said = play('/search {"query": "the number"}\n2\n', index=2, split="eval", ids=True)
     assert code == 0, said
     for words in (
-        "guess:Guess, task 2 (eval); tasks: endless train, 3 eval", "'<|im_end|>'", "tool: search(query): Look it up.",
+        "guess:Guess, task 2 (eval); tasks: endless train, 3 eval", "'<|im_end|>'",
+        "tool: search(query: string): Look it up.",
         "system: Be brief.", "user: Guess my number.", 'assistant calls: search({"query": "the number"})',
-        "tool: nothing about the number", "turn reward: 0.25", "assistant: 2", "reward/exact: 1", "reward: 1",
+        "tool: nothing about the number", "turn reward: 0.25", "assistant: 2", "reward/exact: 1",
+        "reward: 1 for the outcome", "turn rewards: 0.25 together",
         "success: yes", "prompt ids: (", "action ids: (", "observation ids: (",
     ):  # fmt: skip
         assert words in said, said
@@ -170,6 +172,26 @@ def test_what_is_not_there_is_one_line(play: Play, asked: dict[str, Any], said: 
     assert said in str(caught.value)
 
 
+def test_a_line_of_a_file_that_is_no_action_is_named(play: Play, folder: Path) -> None:
+    (folder / "odd.txt").write_text('/search {"query": "x"}\n{"content": \n')
+    with pytest.raises(ConfigError, match=r"odd\.txt, line 2: the action .* begins like JSON and is none"):
+        play(actions="odd.txt")
+
+
+def test_a_person_who_mistypes_is_asked_again(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    answers = iter(['/search "x"', "2"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+    code, said = play(Terminal(), index=2)
+    assert code == 0, said
+    assert 'a call as /search {"query": …}' in said
+    assert "note: " in said
+    assert "success: yes" in said
+
+
 def test_an_action_is_written_as_the_policy_would(folder: Path) -> None:
     chat = ChatFormat.load(folder / "policy", tools=[SEARCH])
     voice = Voice(folder / "policy", chat, chat.stop_token_ids)
@@ -178,6 +200,8 @@ def test_an_action_is_written_as_the_policy_would(folder: Path) -> None:
     assert (call.name, call.arguments, call.fault) == ("search", {"query": "a b"}, "")
     assert int(ids[-1]) in chat.stop_token_ids
     assert chat.parse(np.zeros(0, dtype=np.int32), voice.action("//slash")).content == "/slash"
+    alone = voice.action({"name": "search", "arguments": {"query": "a b"}})
+    assert np.array_equal(alone, ids)
     raw = voice.action("<tool_call>", raw=True)
     assert voice.text(raw) == "<tool_call><|im_end|>"
 

@@ -128,6 +128,13 @@ def test_a_question_may_be_the_system_message_alone_as_in_at2pos_data() -> None:
     assert TaskData.load([VERL | {"prompt": alone}]).task("train", 0).messages == alone
 
 
+def test_columns_may_be_the_text_of_a_toml_table_as_options_hold_no_tables() -> None:
+    task = TaskData.load([{"q": "why?", "a": "so"}], columns="{question = 'q', answer = 'a'}").task("train", 0)
+    assert (task.messages, task.answer) == ([{"role": "user", "content": "why?"}], "so")
+    with pytest.raises(ConfigError, match=r"columns is 'q'.*expected a mapping.*--environment\.options\.columns"):
+        TaskData.load([{"q": "why?"}], columns="q")
+
+
 def test_columns_of_other_names_are_mapped_also_inside_a_mapping() -> None:
     row = {"q": "Who?", "question": "another text", "extra_info": {"solution": {"boxed": "Bob"}}}
     task = TaskData.load([row], columns={"question": "q", "answer": "extra_info.solution.boxed"}).task("train", 0)

@@ -15,7 +15,7 @@ ENVIRONMENT: Door[Any] = Door(
     field="environment.name",
     options="environment.options",
     what="an environment",
-    protocol='docs/extending.md, "Environment" (the mixin ReplayFork of atpo_async.environments.base brings replay)',
+    protocol='docs/tasks.md (for one in tokens docs/extending.md, "Environment"; its mixin ReplayFork brings replay)',
     built_in={
         "hopqa": "atpo_async.environments.hopqa.environment:make",
         "passage_qa": "atpo_async.environments.passage_qa.environment:make",

@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
@@ -128,7 +129,7 @@ class Door(Generic[T]):
         except AtpoError:
             raise
         except BaseException as exc:  # exit() too
-            raise SetupError(f"{self.field} = {name!r} could not be made: {of_error(exc)}") from exc
+            raise SetupError(f"{self.field} = {name!r} could not be made: {of_error(exc)}{own_line(exc)}") from exc
         self._check_made(name, made)
         return made  # type: ignore[no-any-return]
 
@@ -159,8 +160,10 @@ class Door(Generic[T]):
             with _working_folder_stays():
                 module = importlib.import_module(module_name)
         except BaseException as exc:  # a user's module may fail in any way while it is imported, and exit() too
+            failed = f"module {module_name!r} cannot be imported: {of_error(exc)}"
+            said = str(exc) if isinstance(exc, AtpoError) else failed
             raise SetupError(
-                f"{self.field} = {name!r}: module {module_name!r} cannot be imported: {of_error(exc)}{shadowed()}"
+                f"{self.field} = {name!r}: {said}{own_line(exc)}{_near_module(exc, module_name)}{shadowed()}"
             ) from exc
         found = getattr(module, attribute, None)
         if not callable(found):
@@ -309,6 +312,29 @@ def _working_folder_stays() -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             os.chdir(before)
+
+
+def own_line(exc: BaseException) -> str:
+    """`` (at shop.py:12: rewards=[correct()])``: the innermost line of the user's, below the working folder."""
+    try:
+        folder = str(Path.cwd())
+    except OSError:
+        return ""
+    for frame in reversed(traceback.extract_tb(exc.__traceback__)):
+        inside = frame.filename.startswith(f"{folder}{os.sep}") and not Path(frame.filename).is_relative_to(BESIDE)
+        if inside and "site-packages" not in frame.filename:
+            return f" (at {Path(frame.filename).relative_to(folder)}:{frame.lineno}: {frame.line})"
+    return ""
+
+
+def _near_module(exc: BaseException, name: str) -> str:
+    """A module of the working folder that may have been meant."""
+    if not isinstance(exc, ModuleNotFoundError) or exc.name != name:
+        return ""
+    with contextlib.suppress(OSError):
+        near = difflib.get_close_matches(name, [path.stem for path in Path.cwd().glob("*.py")], n=1, cutoff=0.6)
+        return f"; did you mean {near[0]!r}?" if near else f"; there is no {name}.py in {Path.cwd()}"
+    return ""
 
 
 def _has(made: object, part: str) -> bool:

@@ -50,6 +50,8 @@ class Facts:
     probe_error: float | None
     memory_mb: dict[str, float]
     """Role -> peak."""
+    rewards: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Name of a part of the reward -> its mean over the first and over the last three steps that have it."""
     environments: list[EnvironmentFacts] = field(default_factory=list)
     """Of a run that has several."""
     notes: list[str] = field(default_factory=list)
@@ -68,6 +70,9 @@ class Facts:
         if self.evals:
             listed = ", ".join(f"{e.value:.3f} (step {e.step}{self._mixed(e.step)})" for e in self.evals)
             found.append(f"greedy success on held-out tasks: {listed}")
+        if self.rewards:
+            parts = ", ".join(f"{name} {first:.2f} → {last:.2f}" for name, (first, last) in self.rewards.items())
+            found.append(f"parts of the reward, the same: {parts}")
         found += [each.line() for each in self.environments]
         if self.goal is not None:
             found.append(
@@ -156,9 +161,28 @@ def facts(rundir: RunDir, records: Sequence[Record] | None = None) -> Facts:
         actor_wait_share=wait_share(records, "time/actor_wait_s", "time/actor_interval_s"),
         probe_error=max(probe, default=None),
         memory_mb=memory,
+        rewards=reward_parts(records),
         environments=environment_facts([each.label for each in rundir.config.environments], records),
         notes=[*failures(failed, untested), *unknowns(unknown, unjudged or 0.0)],
     )
+
+
+REWARD = "reward/"
+"""Begins the metrics of a reward's parts in training."""
+
+
+def reward_names(records: Sequence[Record]) -> list[str]:
+    """Of the parts of the reward that training has metrics of."""
+    return sorted({name.removeprefix(REWARD) for r in records for name in r.metrics if name.startswith(REWARD)})
+
+
+def reward_parts(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
+    """Of each part its mean over the first and over the last three steps that have it."""
+    found = {}
+    for name in reward_names(records):
+        values = [sample.value for sample in by_step(series(records, REWARD + name))]
+        found[name] = (sum(values[:3]) / len(values[:3]), sum(values[-3:]) / len(values[-3:]))
+    return found
 
 
 def failures(branches: float, eval_tasks: float) -> list[str]:

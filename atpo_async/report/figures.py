@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from atpo_async.report import charts
 from atpo_async.report.charts import BLUE, GREEN, GREY, ORANGE, PALETTE, PURPLE, RED, TEAL, Axes, Line, Marker
-from atpo_async.report.facts import GOAL, Facts, Sample, by_step, mean, series
+from atpo_async.report.facts import GOAL, REWARD, Facts, Sample, by_step, mean, reward_names, series
 from atpo_async.run.metrics import Record
 
 LAG_PREFIXES = ("lag/turns_", "lag/hist_")
@@ -56,6 +56,25 @@ def learning_by_time(found: Facts) -> Figure:
     return Figure(
         charts.line_chart(learning_lines(found, by_time=True), axes), f"The same by time since the {found.since}."
     )
+
+
+def rewards(records: Sequence[Record]) -> Figure | None:
+    """The parts of the reward by step; None where a run has none."""
+    names = reward_names(records)
+    if not names:
+        return None
+    lines = [
+        Line(
+            name=name,
+            points=[(float(s.step), s.value) for s in by_step(series(records, REWARD + name))],
+            color=PALETTE[number % len(PALETTE)],
+            width=1.8,
+        )
+        for number, name in enumerate(names[: len(PALETTE)])
+    ]
+    more = f"  {len(names) - len(PALETTE)} more are in metrics.jsonl." if len(names) > len(PALETTE) else ""
+    drawing = charts.line_chart(lines, Axes(x_label="step", y_label="reward"))
+    return Figure(drawing, f"Parts of the reward by name, without their weights, sampled in training.{more}")
 
 
 def lag(records: Sequence[Record]) -> Figure:

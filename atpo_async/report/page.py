@@ -49,7 +49,7 @@ def page(rundir: RunDir, found: Facts, records: Sequence[Record]) -> str:
         essentials=_essentials(rundir, found),
         config=json.dumps(config.model_dump(mode="json"), indent=2),
         sections=[
-            ("Learning", [figures.learning_by_step(found), figures.learning_by_time(found)]),
+            ("Learning", [figures.learning_by_step(found), figures.learning_by_time(found), *_parts(records)]),
             ("Staleness", [figures.lag(records), figures.lag_lines(records)]),
             ("Where the time went", [figures.shares(records), figures.throughput(found, records)]),
             ("Correction", [figures.correction(records), figures.clipping(records)]),
@@ -61,6 +61,11 @@ def page(rundir: RunDir, found: Facts, records: Sequence[Record]) -> str:
         ),
         folder=rundir.path.name,
     )
+
+
+def _parts(records: Sequence[Record]) -> list[Figure]:
+    found = figures.rewards(records)
+    return [] if found is None else [found]
 
 
 def _tiles(found: Facts) -> list[tuple[str, str]]:

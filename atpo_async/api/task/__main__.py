@@ -49,11 +49,11 @@ async def _play(config: Config, folder: Path, asked: dict[str, Any]) -> int:
     chat = getattr(environment.plain, "format", None)
     voice = Voice(folder, chat, environment.stop_token_ids, environment.stop_strings)
     screen = Screen(Console(highlight=False, soft_wrap=True), voice, with_ids=asked["ids"])
-    screen.headline(config.environment.name, environment, split, index)
     _check_index(environment, split, index)
     actions = _actions(asked)
+    screen.headline(config.environment.name, environment, split, index)
     if actions is not None and sys.stdin.isatty() and not (asked["actions"] or asked["policy"]):
-        screen.note(HELP)
+        screen.note(HELP.format(call=screen.example_call()))
     player = Player(config, environment, voice, screen, raw=asked["raw"])
     return EXIT_DONE if await player.play(split, index, actions) else EXIT_FAILED
 

@@ -91,8 +91,17 @@ class Player:
 
     async def _turns(self, episode: CheckedEpisode, heard: Heard, actions: Actions) -> bool:
         used = len(episode.prompt)
-        while (said := await actions.next(self._history)) is not None:
-            ids = self.voice.action(said, raw=self.raw)
+        while True:
+            try:
+                said = await actions.next(self._history)
+                if said is None:
+                    break
+                ids = self.voice.action(said, raw=self.raw)
+            except ConfigError as exc:
+                if not actions.asks_again:
+                    raise ConfigError(f"{actions.where()}{exc}") from exc
+                self.shows.note(str(exc))
+                continue
             used += len(ids)
             self._note_length(ids)
             try:

@@ -34,6 +34,8 @@ class Screen:
         self._console = console
         self._voice = voice
         self._with_ids = with_ids
+        self._earned = 0.0
+        """What the turns have earned of their own so far."""
 
     def headline(self, label: str, environment: CheckedEnvironment, split: Split, index: int) -> None:
         """What is played, how many tasks there are, and what ends an action."""
@@ -47,8 +49,16 @@ class Screen:
             self._line("chat format", chat.name)
             for tool in chat.tools:
                 inner: Mapping[str, Any] = tool.get("function", tool)
-                parameters = ", ".join(inner.get("parameters", {}).get("properties", {}))
+                properties: Mapping[str, Any] = inner.get("parameters", {}).get("properties", {})
+                parameters = ", ".join(f"{each}{_kind(about)}" for each, about in properties.items())
                 self._line("tool", f"{inner['name']}({parameters}): {inner.get('description', '')}")
+
+    def example_call(self) -> str:
+        """How a call of one of the task's tools is typed."""
+        tools = self._voice.chat.tools if self._voice.chat is not None else ()
+        inner: Mapping[str, Any] = tools[0].get("function", tools[0]) if tools else {}
+        names = list(inner.get("parameters", {}).get("properties", {})) or ["argument"]
+        return f'/{inner.get("name", "name")} {{"{names[0]}": …}}'
 
     def opened(self, messages: Sequence[Message], prompt: np.ndarray) -> None:
         for message in messages:
@@ -63,17 +73,22 @@ class Screen:
         for message in messages:
             self._message(message)
         self._ids("observation", result.observation)
+        self._earns(result)
+
+    def _earns(self, result: StepResult) -> None:
         if result.turn_reward:
+            self._earned += result.turn_reward
             self._line("turn reward", f"{result.turn_reward:g}")
 
     def ended(self, result: StepResult) -> None:
         """The rewards, each by its name."""
-        if result.turn_reward:
-            self._line("turn reward", f"{result.turn_reward:g}")
+        self._earns(result)
         for name, value in result.rewards.items():
             self._line(f"reward/{name}", f"{value:g}")
         success = "unknown" if result.success is None else "yes" if result.success else "no"
-        self._line("reward", f"{result.reward:g}", style="bold")
+        self._line("reward", f"{result.reward:g} for the outcome", style="bold")
+        if self._earned:
+            self._line("turn rewards", f"{self._earned:g} together, which come on top of it")
         self._line("success", success)
         self._line("end", result.end.replace("_", " "))
 
@@ -124,3 +139,12 @@ def _splits(environment: CheckedEnvironment) -> tuple[Split, ...]:
 
 def _count(number: int | None) -> str:
     return "endless" if number is None else f"{number:,}"
+
+
+def _kind(about: Any) -> str:
+    """``: string``, or the values that a parameter may have; empty where the schema does not say."""
+    if not isinstance(about, Mapping):
+        return ""
+    if isinstance(values := about.get("enum"), list):
+        return ": " + " | ".join(json.dumps(value, ensure_ascii=False) for value in values)
+    return f": {about['type']}" if isinstance(about.get("type"), str) else ""

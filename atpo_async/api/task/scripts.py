@@ -16,26 +16,42 @@ from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.core.texts import of_error
 from atpo_async.environments.messages.types import Message
 
-HELP = 'an action in one line; /tool {"argument": "value"} calls a tool; {…} is a message; an empty line ends'
+HELP = (
+    'an action in one line: text, or a call as {call}; {{"content": …, "tool_calls": […]}} is a whole message; '
+    "an empty line ends"
+)
 
 
 class Actions(Protocol):
     """Gives the next action of a conversation."""
 
+    asks_again: bool
+    """Whether an action that cannot be written is asked for once more."""
+
     async def next(self, messages: Sequence[Message]) -> Said | None:
         """None where there is no further one."""
+
+    def where(self) -> str:
+        """Of the last action, for errors; ends in ``: `` where it is not empty."""
 
 
 class Lines:
     """Actions of a file or of standard input, one a line: text, or a message as JSON."""
 
-    def __init__(self, lines: Iterator[str], *, echo: bool) -> None:
+    def __init__(self, lines: Iterator[str], *, name: str, asks_again: bool = False) -> None:
         self._lines = lines
-        self._echo = echo
+        self._name = name
+        self._number = 0
+        self.asks_again = asks_again
+
+    def where(self) -> str:
+        """File and line."""
+        return f"{self._name}, line {self._number}: "
 
     async def next(self, messages: Sequence[Message]) -> Said | None:
         """Raises ConfigError for a line that begins like JSON and is none."""
         line = next(self._lines, None)
+        self._number += 1
         if line is None or not (words := line.rstrip("\n")).strip():
             return None
         return parsed(words)
@@ -54,7 +70,7 @@ def parsed(words: str) -> Said:
 
 def typed() -> Lines:
     """What a person types, or a program writes to standard input."""
-    return Lines(_prompted(), echo=False)
+    return Lines(_prompted(), name="standard input", asks_again=sys.stdin.isatty())
 
 
 def _prompted() -> Iterator[str]:
@@ -77,12 +93,15 @@ def from_file(path: Path) -> Lines:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as exc:
-        raise SetupError(f"--actions {path}: {of_error(exc)}") from exc
-    return Lines(iter(lines), echo=True)
+        why = exc.strerror if isinstance(exc, OSError) and exc.strerror else of_error(exc)
+        raise SetupError(f"--actions {path}: {why}; expected a file with one action a line") from exc
+    return Lines(iter(lines), name=str(path))
 
 
 class Function:
     """A scripted policy: ``(messages) -> text or message``, async or not."""
+
+    asks_again = False
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -93,6 +112,10 @@ class Function:
             raise SetupError(f"--policy {name}: {of_error(exc)}; expected module:function") from exc
         if not callable(self._function):
             raise ConfigError(f"--policy {name} is no function; expected one of (messages) that returns an action")
+
+    def where(self) -> str:
+        """The function's name."""
+        return f"--policy {self._name}: "
 
     async def next(self, messages: Sequence[Message]) -> Said | None:
         """Raises SetupError for what the function raises."""

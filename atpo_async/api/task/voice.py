@@ -94,6 +94,8 @@ def assistant(said: Said) -> Message:
         return {"role": "assistant", "content": said}
     if not isinstance(said, Mapping):
         raise ConfigError(f"an action is {of_value(said)} ({of_type(said)}); expected text, or {FORM}")
+    if "name" in said and not set(said) - {"name", "arguments"}:  # one call alone
+        said = {"tool_calls": [said]}
     unknown = sorted(set(said) - {"content", "tool_calls", "reasoning_content", "role"})
     if unknown:
         raise ConfigError(f"an action has {', '.join(unknown)}; expected {FORM}")

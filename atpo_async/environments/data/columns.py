@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class Columns:
     """Rows with one value are never both trained on and held out; None: rows with the same question."""
 
     @classmethod
-    def find(cls, known: Sequence[str], given: Mapping[str, str] | None, name: str) -> Columns:
+    def find(cls, known: Sequence[str], given: Mapping[str, str] | str | None, name: str) -> Columns:
         """The columns of a source that has ``known``.
 
         Args:
@@ -130,13 +131,22 @@ def reached(row: Mapping[str, Any], name: str) -> Any:
     return found
 
 
-def _checked(given: Mapping[str, str] | None) -> dict[str, str]:
-    """Raises ConfigError for a ``columns`` that names no part, or no column."""
+def _checked(given: Mapping[str, str] | str | None) -> dict[str, str]:
+    """Raises ConfigError for a ``columns`` that names no part, or no column.
+
+    An option of a configuration is a text: there it is a TOML table, ``{question = 'q'}``.
+    """
     if given is None:
         return {}
+    if isinstance(given, str):
+        try:
+            given = tomllib.loads(f"columns = {given}")["columns"]
+        except tomllib.TOMLDecodeError:
+            given = str(given)
     if not isinstance(given, Mapping):
         raise ConfigError(
-            f"columns is {of_value(given)} ({of_type(given)}); expected a mapping, {{question = 'q', answer = 'a'}}"
+            f"columns is {of_value(given)} ({of_type(given)}); expected a mapping, {{question = 'q', answer = 'a'}}; "
+            "on a command line --environment.options.columns \"{question = 'q', answer = 'a'}\""
         )
     for part, column in given.items():
         if part not in PARTS:

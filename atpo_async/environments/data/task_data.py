@@ -76,7 +76,7 @@ class TaskData:
         eval_share: float | None = None,
         seed: int = 0,
         split: str | None = None,
-        columns: Mapping[str, str] | None = None,
+        columns: Mapping[str, str] | str | None = None,
     ) -> TaskData:
         """Open data.
 
@@ -173,7 +173,7 @@ class _Opened:
     """uint64[N], ``splits.UNUSABLE`` for a row that cannot be used; empty where it was not looked through."""
 
     @classmethod
-    def of(cls, rows: Rows, given: Mapping[str, str] | None, *, keys_needed: bool) -> _Opened:
+    def of(cls, rows: Rows, given: Mapping[str, str] | str | None, *, keys_needed: bool) -> _Opened:
         """Raises ConfigError for a row that is no object, a missing column, or where no row can be used."""
         try:
             columns = Columns.find(rows.columns(), given, rows.name)

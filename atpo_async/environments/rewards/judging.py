@@ -70,9 +70,9 @@ async def _called(function: RewardFunction, arguments: Mapping[str, Any], timeou
         )
     except (NotJudged, EnvironmentBroken):
         raise
-    except running.TookTooLong:
+    except running.TookTooLong as late:
         raise ToolFailed(
-            f"{who} took over {timeout_s:g} s (reward_timeout_s)", kind=f"timeout of {who}", reason=TIMEOUT
+            f"{who} took over {timeout_s:g} s (reward_timeout_s){late.advice}", kind=f"timeout of {who}", reason=TIMEOUT
         ) from None
     except Exception as exc:
         raise ToolFailed(f"{who} raised {of_error(exc)}{_hint(exc)}", kind=f"{of_type(exc)} in {who}") from exc
@@ -87,7 +87,7 @@ def _number(value: Any, name: str, where: str, what: str) -> float:
     """Raises NotJudged, ValueRefused."""
     field = f"{what} {name!r}"
     if value is None:
-        raise NotJudged(f"{where}: {field} returned None")
+        raise NotJudged(f"{where}: {field} returned None, which means that it cannot judge; is a return missing?")
     with reading(where, field, value):
         plain = value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else value
         if isinstance(plain, numbers.Real | Decimal):

@@ -121,13 +121,13 @@ class ToolCalls:
             )  # fmt: skip
         except ToolError as exc:
             return self._refused(tool, str(exc))
-        except running.TookTooLong:
+        except running.TookTooLong as late:
             self._counts.add(f"tool/{tool.name}/timeouts")
             if tool.on_timeout == "answer":
                 return self._refused(tool, f"no answer within {limit_s:g} s")
             self._counts.add(f"tool/{tool.name}/failed")
             raise ToolFailed(
-                f"{what} with {of_value(call.arguments)} took over {limit_s:g} s (timeout_s)",
+                f"{what} with {of_value(call.arguments)} took over {limit_s:g} s (timeout_s){late.advice}",
                 kind=f"timeout of {what}", reason=TIMEOUT,
             ) from None  # fmt: skip
         except EnvironmentBroken:

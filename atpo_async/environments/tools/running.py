@@ -24,8 +24,27 @@ INTERRUPTS, INTERRUPT_EVERY_S = 5, 0.2
 """Of a call that was given up: a tool may catch the first."""
 
 
+LATE_S = 1.0
+"""An async function that ends so much after its limit has kept the loop from stopping it; less is a busy machine."""
+
+
 class TookTooLong(Exception):
-    """A call did not end within its limit, in seconds: ``args[0]``."""
+    """A call did not end within its limit, in seconds: ``args[0]``.
+
+    Attributes:
+        advice: what to do, for a function that could not be stopped at its limit; empty otherwise.
+    """
+
+    advice = ""
+
+
+class HeldTheLoop(TookTooLong):
+    """An async function ended after its limit, which could not stop it: it did not await anything meanwhile."""
+
+    advice = (
+        "; it held the event loop meanwhile: make it a plain function (def), or put what blocks into "
+        "await asyncio.to_thread(…)"
+    )
 
 
 class Threads:
@@ -98,6 +117,7 @@ async def _awaited(call: Callable[[], Any], limit_s: float, what: str) -> Any:
             return None, exc
 
     task = asyncio.create_task(guarded(), name=what)
+    began = time.monotonic()
     try:
         # asyncio.timeout would wait for ever for a call that swallows its cancellation.
         done, _ = await asyncio.wait((task,), timeout=limit_s)
@@ -109,6 +129,8 @@ async def _awaited(call: Callable[[], Any], limit_s: float, what: str) -> Any:
         task.cancel()
         _keep(task)
         raise TookTooLong(limit_s)
+    if time.monotonic() - began > limit_s + LATE_S:
+        raise HeldTheLoop(limit_s)
     return _result(*task.result())
 
 
