@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,6 +127,16 @@ def test_messages_keep_their_system_message_and_their_turns() -> None:
 def test_a_question_may_be_the_system_message_alone_as_in_at2pos_data() -> None:
     alone = [{"role": "system", "content": "Search.\nuser\nWho?"}]
     assert TaskData.load([VERL | {"prompt": alone}]).task("train", 0).messages == alone
+
+
+def test_a_row_nested_beyond_reading_is_named_and_a_pipe_is_no_file(tmp_path: Path) -> None:
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text('{"question": "a"}\n{"question": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(ConfigError, match=r"deep\.jsonl, line 2: .*recursion"):
+        TaskData.load(str(deep))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ConfigError, match=r"pipe\.jsonl.* is no regular file"):
+        TaskData.load(str(tmp_path / "pipe.jsonl"))
 
 
 def test_columns_may_be_the_text_of_a_toml_table_as_options_hold_no_tables() -> None:

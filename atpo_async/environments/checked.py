@@ -194,9 +194,14 @@ def _check_parts(plain: Any, where: str, what: str) -> None:
     missing += [part for part in EPISODE_PARTS[1:] if part not in missing and not callable(getattr(plain, part))]
     if missing:
         raise refuse(where, f"what {what}() returned", plain, f"an Episode: it lacks {', '.join(missing)}")
-    for part, called_with in OPTIONAL_PARTS.items():
+    check_optional(plain, where, OPTIONAL_PARTS)
+
+
+def check_optional(plain: object, where: str, parts: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises ValueRefused where one of ``parts`` is there and cannot be called with its arguments."""
+    for part, called_with in parts.items():
         if _has(plain, part):
-            _check_call(plain, where, part, called_with)
+            check_call(plain, where, part, called_with)
     if _has(plain, "snapshot") != _has(plain, "restore"):
         has, lacks = ("snapshot", "restore") if _has(plain, "snapshot") else ("restore", "snapshot")
         raise ValueRefused(lacks, f"{where}: an episode with {has}() needs {lacks}() as well: {_HOW_TO_FORK}")
@@ -207,7 +212,7 @@ def _has(plain: object, part: str) -> bool:
     return getattr(plain, part, None) is not None
 
 
-def _check_call(plain: object, where: str, part: str, called_with: tuple[str, ...]) -> None:
+def check_call(plain: object, where: str, part: str, called_with: tuple[str, ...]) -> None:
     """Raises ValueRefused where an optional part is no method that takes ``called_with``."""
     method = getattr(plain, part)
     call = f"{part}({', '.join(called_with)})"

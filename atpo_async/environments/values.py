@@ -93,7 +93,7 @@ def reading(where: str, field: str, value: object) -> Iterator[None]:
 # --- single values -----------------------------------------------------------------------------------------------
 
 
-def _plain(value: Any) -> Any:
+def plain_of(value: Any) -> Any:
     """A number that an array of one element holds, of any library; else ``value`` itself."""
     if isinstance(value, type):
         return value
@@ -135,7 +135,7 @@ def turn_reward_of(value: Any, where: str) -> float:
 def _number(value: Any, field: str, where: str, expected: str) -> float:
     """A number of any library as a float.  Raises ValueRefused."""
     with reading(where, field, value):
-        plain = _plain(value)
+        plain = plain_of(value)
         if not isinstance(plain, numbers.Real | Decimal):
             raise refuse(where, field, value, expected)
         try:
@@ -168,7 +168,7 @@ def parts_of(value: Any, where: str) -> dict[str, float]:
 def truth_of(value: Any, field: str, where: str, *, expected: str = "True or False") -> bool:
     """A truth value, also as 0 or 1 of any library.  Raises ValueRefused."""
     with reading(where, field, value):
-        plain = _plain(value)
+        plain = plain_of(value)
         if isinstance(plain, bool):
             return plain
         if isinstance(plain, numbers.Real) and plain in (0, 1):
@@ -291,7 +291,7 @@ def stop_ids(value: Any, where: str, limits: Limits) -> tuple[int, ...]:
     """Tokens that end an action, each once, in the order given; one number is one of them.  Raises ConfigError."""
     try:
         with reading(where, _STOPS, value):
-            found = _plain(value)
+            found = plain_of(value)
             if isinstance(found, numbers.Integral) and not isinstance(found, bool):
                 found = [found]
             elif isinstance(value, set | frozenset):
@@ -338,7 +338,7 @@ def number_of_tasks(value: Any, split: Split, where: str) -> int | None:
     field = f"num_tasks({split!r})"
     try:
         with reading(where, field, value):
-            plain = _plain(value)
+            plain = plain_of(value)
             if isinstance(plain, numbers.Integral) and not isinstance(plain, bool):
                 found = operator.index(plain)
                 if 1 <= found <= MAX_SIZE:
@@ -395,6 +395,6 @@ def step_result(said: Any, where: str, limits: Limits) -> StepResult:
 def _nothing_yet(value: Any, field: str, where: str, expected: str) -> None:
     """A chain that goes on has neither reward nor success: None, or 0 of any library."""
     with reading(where, field, value):
-        plain = _plain(value)
+        plain = plain_of(value)
         if plain is not None and not (isinstance(plain, numbers.Real) and plain == 0):
             raise refuse(where, field, value, expected)

@@ -115,7 +115,7 @@ class ListRows:
         data = source.read(0, source.size).removeprefix(BOM)
         try:
             self._raws = msgspec.json.decode(data, type=list[msgspec.Raw])
-        except msgspec.DecodeError as exc:
+        except (msgspec.DecodeError, RecursionError) as exc:
             raise ConfigError(f"{name}: {_malformed(exc, data)}; expected a JSON list of objects") from None
 
     def __len__(self) -> int:
@@ -157,7 +157,7 @@ def _is_line(head: bytes) -> bool:
         return False
     try:
         msgspec.json.decode(first)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return False
     return True
 
@@ -189,7 +189,7 @@ def _object(raw: bytes, where: str, changed: Any) -> Row:
     """Raises RowRefused where ``raw`` is no JSON object."""
     try:
         found = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise unreadable(where, _malformed(exc, raw) + changed()) from None
     if not isinstance(found, dict):
         raise unreadable(where, f"it is {of_value(found)} ({of_type(found)}); expected an object, {{…}}{changed()}")

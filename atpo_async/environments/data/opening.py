@@ -62,6 +62,8 @@ def _named(given: str, split: str | None, *, field: str, held_out: bool) -> Rows
             )
         return open_saved(given, split, held_out=held_out)
     if path.exists():
+        if not path.is_file():
+            raise ConfigError(f"{field} = {given!r} is no regular file; name a file that can be read again and again")
         _refuse_split(given, split, field)
         return _file(given, field)
     if glob.has_magic(given) and not _is_hub_name(given):

@@ -7,7 +7,7 @@ from typing import Any
 
 from atpo_async.core.texts import of_type, of_value
 from atpo_async.environments.messages.types import Message, Reply
-from atpo_async.environments.values import ValueRefused, reading, refuse
+from atpo_async.environments.values import ValueRefused, reading, refuse, truth_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -29,19 +29,24 @@ def reply_of(said: Any, where: str) -> Reply:
         hint = "" if said is not None else "; a reply without return returns None"
         raise refuse(where, field, said, f"a Reply: {_A_REPLY}{hint}")
     messages = messages_of(said.messages, "messages", where, answers=True)
-    if not said.done and not messages:
+    done, turn_limit = truth_of(said.done, "done", where), truth_of(said.turn_limit, "turn_limit", where)
+    if done and messages:
+        raise ValueRefused(
+            "messages", f"{where}: messages has {len(messages)}, though done is True: the policy would never see them"
+        )
+    if not done and not messages:
         raise ValueRefused(
             "messages",
             f"{where}: messages is empty and done is False, so the policy has nothing to answer: {_A_REPLY}",
         )
     return Reply(
         messages=messages,
-        done=said.done,
+        done=done,
         reward=said.reward,
         success=said.success,
         turn_reward=said.turn_reward,
         rewards=said.rewards,
-        turn_limit=said.turn_limit,
+        turn_limit=turn_limit,
     )
 
 

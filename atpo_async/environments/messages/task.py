@@ -15,10 +15,11 @@ from atpo_async.core.errors import ConfigError
 from atpo_async.core.texts import of_error
 from atpo_async.core.vocabulary import Split
 from atpo_async.environments.base import ReplayFork, StepResult
+from atpo_async.environments.checked import check_optional
 from atpo_async.environments.messages.chat_format import ChatFormat, NotExtended, answers_named
 from atpo_async.environments.messages.checks import messages_of, reply_of
 from atpo_async.environments.messages.types import Action, Message, MessageEpisode, Reply, ToolSchema
-from atpo_async.environments.values import NOTHING, ValueRefused, refuse
+from atpo_async.environments.values import NOTHING, PROMPT_TOO_LONG, TOO_LONG, Reason, ValueRefused, refuse
 
 _FORMS = {"num_tasks": "num_tasks(self, split)", "begin": "async begin(self, split, index)"}
 
@@ -27,6 +28,13 @@ _OPTIONAL = {"replay_step": "replay_reply", "fork": "fork", "snapshot": "snapsho
 
 MUCH_TEXT = 20_000
 """Characters from which on messages are encoded in a thread, so that the loop stays free for other episodes."""
+
+
+MOST_TEXT = 2_000_000
+"""Characters beyond which messages are refused before they are encoded, which would hold other episodes up."""
+
+OPTIONAL = {"fork": (), "snapshot": (), "restore": ("snapshot",), "replay_reply": ("action", "recorded")}
+"""What a conversation may have, and what it is called with."""
 
 
 class MessageTask(ReplayFork):
@@ -128,7 +136,9 @@ class MessageTask(ReplayFork):
         missing = [part for part in ("messages", "reply") if not hasattr(plain, part)]
         if missing:
             raise refuse(where, "what begin() returned", plain, f"a conversation: it lacks {', '.join(missing)}")
+        check_optional(plain, where, OPTIONAL)
         messages = messages_of(plain.messages, "messages", where, answers=False)
+        _check_size(messages, "messages", where, PROMPT_TOO_LONG)
         try:
             return await in_thread_if_long(messages, lambda: self.format.render(messages))
         except Exception as exc:
@@ -204,6 +214,7 @@ class TokenEpisode:
     async def _observation(self, action: Action, reply: Reply, where: str) -> np.ndarray:
         """int32[O], the reply's messages after the action."""
         messages = answers_named(reply.messages, action.tool_calls)
+        _check_size(messages, "messages", where, TOO_LONG)
         try:
             return await in_thread_if_long(
                 messages, lambda: self._chat.extend(self._context, action.ids, messages)
@@ -252,6 +263,18 @@ async def closed(plain: Any) -> None:
 
 async def _awaited(said: Any) -> Any:
     return await said if inspect.isawaitable(said) else said
+
+
+def _check_size(messages: Sequence[Message], field: str, where: str, reason: Reason) -> None:
+    """Raises ValueRefused where there is more text than any context holds."""
+    characters = sum(len(message["content"]) for message in messages)
+    if characters > MOST_TEXT:
+        raise ValueRefused(
+            field,
+            f"{where}: {field} hold {characters:,} characters; expected at most {MOST_TEXT:,}: cut them, for instance "
+            "by self.format.cut(text, max_tokens, notice)",
+            reason=reason,
+        )
 
 
 async def in_thread_if_long(messages: Sequence[Message], work: Callable[[], np.ndarray]) -> np.ndarray:

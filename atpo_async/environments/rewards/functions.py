@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +42,13 @@ AFTER_A_TURN = {
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
+SHARED = frozenset({"info", "answer", "turns", "end", "done"})
+"""Arguments that every function is given as they are: the episode's dict, and what cannot be changed."""
+
+MAX_WEIGHT = 1e18
+"""A sum of rewards by larger weights may not fit a float32."""
+
+
 @dataclass(frozen=True, slots=True)
 class RewardFunction:
     """One function with its weight."""
@@ -52,7 +61,8 @@ class RewardFunction:
     is_async: bool
 
     def arguments(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: known[name] for name in self.wants}
+        """What it asks for; a copy for it alone of what is not its to change: ``info`` may be filled."""
+        return {name: known[name] if name in SHARED else copy.deepcopy(known[name]) for name in self.wants}
 
 
 def reward_functions(found: Any, *, field: str, known: Mapping[str, str], needed: bool) -> tuple[RewardFunction, ...]:
@@ -98,7 +108,8 @@ def _function(one: Any, where: str, known: Mapping[str, str]) -> RewardFunction:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         what = "a lambda" if name == "<lambda>" else f"of type {of_type(one)}"
         raise ConfigError(f"{where} is {what}, without a name for its metric; write def correct(answer, row): …")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+    is_number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
+    if not is_number or not math.isfinite(weight) or abs(weight) > MAX_WEIGHT:
         raise ConfigError(
             f"{where}: the weight of {name!r} is {of_value(weight)} ({of_type(weight)}); expected a number"
         )

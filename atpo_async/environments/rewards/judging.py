@@ -16,7 +16,7 @@ from atpo_async.environments.base import NotJudged
 from atpo_async.environments.rewards.functions import RewardFunction
 from atpo_async.environments.tools import running
 from atpo_async.environments.tools.faults import TIMEOUT, ToolFailed
-from atpo_async.environments.values import ValueRefused, reading
+from atpo_async.environments.values import ValueRefused, plain_of, reading
 
 
 class Judged(NamedTuple):
@@ -89,7 +89,7 @@ def _number(value: Any, name: str, where: str, what: str) -> float:
     if value is None:
         raise NotJudged(f"{where}: {field} returned None, which means that it cannot judge; is a return missing?")
     with reading(where, field, value):
-        plain = value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else value
+        plain = plain_of(value)
         if isinstance(plain, numbers.Real | Decimal):
             number = float(plain)
             if math.isfinite(number) and abs(number) <= MAX_NUMBER:

@@ -80,6 +80,7 @@ class Arguments:
         plain = function
         while isinstance(plain, functools.partial):
             plain = plain.func
+        plain = inspect.unwrap(plain)
         if not (inspect.isfunction(plain) or inspect.ismethod(plain)):
             plain = type(plain).__call__
         try:

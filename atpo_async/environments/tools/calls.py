@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -109,7 +110,7 @@ class ToolCalls:
             arguments = tool.arguments.read(call.arguments)
         except ArgumentsRefused as refused:
             return self._refused(tool, str(refused))
-        given = {name: info if kind is Info else row for name, kind in tool.arguments.given.items()}
+        given = {name: info if kind is Info else copy.deepcopy(row) for name, kind in tool.arguments.given.items()}
         return await self._made(tool, call, {**arguments, **given})
 
     async def _made(self, tool: Tool, call: ToolCall, arguments: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import numbers
 from collections.abc import Callable
@@ -49,6 +50,10 @@ def _plain(value: Any) -> Any:
 
 def _refused(value: Any, name: str, why: str = "") -> ToolFailed:
     hint = "; return '' for an empty answer" if value is None else ""
+    if inspect.isawaitable(value):
+        hint = "; await it inside: async def"
+        if inspect.iscoroutine(value):
+            value.close()
     hint = "; decode it: return data.decode()" if isinstance(value, bytes | bytearray) else hint
     return ToolFailed(
         f"tool {name!r} returned {of_value(value)} ({of_type(value)}){why}; expected a str, or a number, dict or list, "

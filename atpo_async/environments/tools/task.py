@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atpo_async.core.bounds import MAX_REWARD_PARTS
 from atpo_async.core.errors import ConfigError
 from atpo_async.core.texts import of_type, of_value
 from atpo_async.core.vocabulary import Split
@@ -68,7 +70,7 @@ class ToolTask(MessageTask):
         eval_data: Any = None,
         eval_share: float | None = None,
         split: str | None = None,
-        columns: Mapping[str, str] | None = None,
+        columns: Mapping[str, str] | str | None = None,
         seed: int = 0,
         system: str | None = None,
         tools: Sequence[Tool | Callable[..., Any]] = (),
@@ -94,13 +96,16 @@ class ToolTask(MessageTask):
             max_turns=max_turns, max_calls=max_calls, tool_timeout_s=tool_timeout_s, reward_timeout_s=reward_timeout_s
         )  # fmt: skip
         _check_texts(system=system, error_text=error_text)
-        if success_at is not None and (isinstance(success_at, bool) or not isinstance(success_at, int | float)):
+        is_number = isinstance(success_at, int | float) and not isinstance(success_at, bool)
+        if success_at is not None and not (is_number and math.isfinite(success_at)):
             raise ConfigError(f"success_at is {of_value(success_at)}; expected a number, or None for no success")
         self.tools = as_tools(tools)
         finals = reward_functions(rewards, field="rewards", known=AT_THE_END, needed=True)
         turns = reward_functions(turn_rewards, field="turn_rewards", known=AFTER_A_TURN, needed=False)
         if twice := {f.name for f in finals} & {f.name for f in turns}:
             raise ConfigError(f"rewards and turn_rewards both have {min(twice)!r}; rename one: metrics go by name")
+        if (number := len(finals) + len(turns)) > MAX_REWARD_PARTS:
+            raise ConfigError(f"rewards and turn_rewards are {number} functions; at most {MAX_REWARD_PARTS} are taken")
         super().__init__(
             tokenizer, renderer=renderer, tools=[tool.schema for tool in self.tools], **dict(renderer_options or {})
         )
