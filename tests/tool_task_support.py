@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from atpo_async.environments import ToolTask
+from atpo_async.environments import MessageTask, ToolTask
 from atpo_async.environments.base import StepResult
 from tests.chat_policy import chat_tokenizer
 
@@ -43,7 +43,7 @@ def called(tool: str, /, **arguments: Any) -> str:
     return f'<tool_call>\n{{"name": "{tool}", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
 
 
-def action(task: ToolTask, *texts: str) -> np.ndarray:
+def action(task: MessageTask, *texts: str) -> np.ndarray:
     """int32[T], ended by a stop token."""
     return np.append(task.format.encode("\n".join(texts)), np.int32(task.stop_token_ids[0]))
 
