@@ -23,7 +23,8 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -182,17 +183,30 @@ async def forget_prefixes(engine: base.Engine) -> None:
         await llm.reset_prefix_cache()
 
 
-async def measure(config: Config, model: Path, num_trees: int, rounds: int) -> dict[str, object]:
-    parent, child = multiprocessing.get_context("spawn").Pipe()
-    settings = config.links
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=(child, settings, num_trees), daemon=True)
+@asynccontextmanager
+async def both_sides(config: Config, model: Path, num_trees: int) -> AsyncIterator[tuple[base.Engine, Connection, str]]:
+    """A started engine, and the pipe and the endpoint of a process that grants leases."""
+    context = multiprocessing.get_context("spawn")
+    parent, child = context.Pipe()
+    server = context.Process(target=serve, args=(child, config.links, num_trees), daemon=True)
     server.start()
     endpoint = parent.recv()
     engine = make_engine(config, model, actor="actor-0")
-    actor_rates, straight_rates = [], []
-    in_flight = 0
     try:
         await engine.start()
+        yield engine, parent, endpoint
+    finally:
+        await engine.close()
+        with suppress(BrokenPipeError):
+            parent.send("end")
+        server.join(5)
+        server.kill()
+
+
+async def measure(config: Config, model: Path, num_trees: int, rounds: int) -> dict[str, object]:
+    actor_rates, straight_rates = [], []
+    in_flight = 0
+    async with both_sides(config, model, num_trees) as (engine, parent, endpoint):
         for number in range(rounds + 1):
             await asyncio.to_thread(_new_round, parent)
             await forget_prefixes(engine)
@@ -204,12 +218,6 @@ async def measure(config: Config, model: Path, num_trees: int, rounds: int) -> d
             if number > 0:  # the first round warms both sides up
                 actor_rates.append(tokens / seconds)
                 straight_rates.append(tokens / alone)
-    finally:
-        await engine.close()
-        with suppress(BrokenPipeError):
-            parent.send("end")
-        server.join(5)
-        server.kill()
     ratios = [a / s for a, s in zip(actor_rates, straight_rates, strict=True)]
     return {
         "engine": engine_name(config),
@@ -225,19 +233,11 @@ async def measure(config: Config, model: Path, num_trees: int, rounds: int) -> d
 
 async def measure_messages(config: Config, model: Path, num_trees: int, rounds: int) -> dict[str, object]:
     """The actor's tokens/s on the task in token ids and in messages, each first in every other round."""
-    parent, child = multiprocessing.get_context("spawn").Pipe()
-    server = multiprocessing.get_context("spawn").Process(
-        target=serve, args=(child, config.links, num_trees), daemon=True
-    )
-    server.start()
-    endpoint = parent.recv()
     in_messages = config.environment.model_copy(update={"name": "benchmarks.message_task:make"})
     sides = {"tokens": config, "messages": config.model_copy(update={"environment": in_messages})}
     rates: dict[str, list[float]] = {name: [] for name in sides}
     cpu_us: dict[str, list[float]] = {name: [] for name in sides}
-    engine = make_engine(config, model, actor="actor-0")
-    try:
-        await engine.start()
+    async with both_sides(config, model, num_trees) as (engine, parent, endpoint):
         for number in range(rounds + 1):
             for name in sorted(sides, reverse=bool(number % 2)):
                 await asyncio.to_thread(_new_round, parent)
@@ -251,12 +251,6 @@ async def measure_messages(config: Config, model: Path, num_trees: int, rounds: 
                     cpu_us[name].append(1e6 * (cpu_seconds() - cpu_s) / tokens)
                 if name == "messages":
                     spent = {what: statistics.median(times) for what, times in message_task.SPENT.items()}
-    finally:
-        await engine.close()
-        with suppress(BrokenPipeError):
-            parent.send("end")
-        server.join(5)
-        server.kill()
     ratios = [m / t for m, t in zip(rates["messages"], rates["tokens"], strict=True)]
     cpu_ratios = [m / t for m, t in zip(cpu_us["messages"], cpu_us["tokens"], strict=True)]
     return {

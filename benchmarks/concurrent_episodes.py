@@ -91,19 +91,23 @@ class Ticks:
 
     async def run(self) -> None:
         """Waits for: the clock.  Unblocked by: its cancellation."""
-        due = time.perf_counter()
-        while True:
-            due += self.period_s
-            await asyncio.sleep(max(due - time.perf_counter(), 0.0))
-            now = time.perf_counter()
-            self._record(due, now)
-            while due + self.period_s < now:  # those that were due while the loop was busy
-                due += self.period_s
-                self._record(due, now)
+        due = time.perf_counter() + self.period_s
+        try:
+            while True:
+                await asyncio.sleep(max(due - time.perf_counter(), 0.0))
+                due = self._record(due)
+        except asyncio.CancelledError:
+            self._record(due)  # those that the loop was too busy for until the end
+            raise
 
-    def _record(self, due: float, now: float) -> None:
-        self.at.append(due)
-        self.late_s.append(now - due)
+    def _record(self, due: float) -> float:
+        """Ticks from ``due`` on that are due by now; returns when the next one is."""
+        now = time.perf_counter()
+        while due <= now:
+            self.at.append(due)
+            self.late_s.append(now - due)
+            due += self.period_s
+        return due
 
     def between(self, since: float, until: float) -> dict[str, float]:
         """Milliseconds."""
@@ -168,8 +172,12 @@ def tick_alone(pipe: Connection, period_s: float) -> None:
 
     async def main() -> None:
         ticking = asyncio.create_task(ticks.run())
+        await asyncio.sleep(0)
+        pipe.send("ticking")
         await asyncio.to_thread(pipe.recv)
         ticking.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await ticking
 
     asyncio.run(main())
     pipe.send((ticks.at, ticks.late_s))
@@ -181,6 +189,8 @@ def ticking_alone(ticks: Ticks) -> Iterator[None]:
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=tick_alone, args=(theirs, ticks.period_s))
     process.start()
+    theirs.close()
+    ours.recv()  # it ticks
     try:
         yield
     finally:

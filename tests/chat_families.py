@@ -72,6 +72,8 @@ FAMILIES = (
 ONE_CALL = frozenset({"llama-3"})
 """Families whose models make one call at a time."""
 
+OPENING = [probes.system("Be brief."), probes.user("What is the weather in Örebro?")]
+
 TOOLS = probes.TOOLS
 
 

@@ -1,0 +1,71 @@
+"""The actor's benchmarks run whole on a small load: many episodes at once, overhead, and the message layer."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from atpo_async.config import Config, build
+from benchmarks import concurrent_episodes, message_task
+from benchmarks.actor_overhead import measure, measure_messages
+from tests.e2e_support import WORLD
+from tests.learner_support import small_policy
+
+
+@pytest.fixture
+def interpreter_as_it_was() -> Iterator[None]:
+    """An actor sets these for its whole process."""
+    before = sys.getswitchinterval()
+    yield
+    sys.setswitchinterval(before)
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("interpreter_as_it_was")
+@pytest.mark.parametrize(
+    ("tools", "together"), [("awaited", False), ("to_thread", True), ("async-tool", False), ("plain-tool", True)]
+)
+async def test_episodes_at_once_take_every_step_and_both_loops_tick_meanwhile(tools: str, together: bool) -> None:
+    args = argparse.Namespace(
+        episodes=4, steps=2, latency=0.03, action=0.01, observation=5, together=together, idle=0.05, tick=1.0
+    )
+    found = await concurrent_episodes.measure(tools, args)
+    assert (found["tools"], found["steps"]) == (tools, 8)
+    assert 1 <= found["tools_at_once"] <= 4
+    assert found["calls_per_s"] > 0
+    assert len(concurrent_episodes.rows([found])) == 6  # idle and loaded, of three loops
+    assert all(ticks["ticks"] > 0 for load in ("idle", "loaded") for ticks in found[load].values())
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_policy(tmp_path_factory.mktemp("policy") / "plain", steps=0)
+
+
+def config() -> Config:
+    return build(
+        {
+            "actor": {"engine": "transformers"},
+            "environment": {"name": "hopqa", "options": WORLD},
+            "model": {"max_context_tokens": 64, "dtype": "float32"},
+            "search": {"initial_rollouts": 2, "rounds": 0, "max_action_tokens": 4},
+        }
+    )
+
+
+async def test_the_overhead_is_measured_against_the_same_requests(policy: Path) -> None:
+    found = await measure(config(), policy, num_trees=2, rounds=1)
+    assert (found["engine"], found["trees"], found["rounds"]) == ("transformers", 2, 1)
+    assert len(found["ratios"]) == 1  # type: ignore[arg-type]
+
+
+async def test_the_message_layer_is_measured_on_the_same_task_in_messages(policy: Path, tmp_path: Path) -> None:
+    model = message_task.with_template(policy, tmp_path / "policy")
+    found = await measure_messages(config(), model, num_trees=2, rounds=1)
+    assert set(found["tokens_per_s"]) == {"tokens", "messages"}  # type: ignore[call-overload]
+    assert set(found["layer_us"]) == {"render", "parse", "extend"}  # type: ignore[call-overload]
