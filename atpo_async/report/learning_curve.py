@@ -37,7 +37,9 @@ def write_figure(rundir: RunDir, path: Path) -> Path:
     if found.goal is not None:
         seconds = found.goal.time - found.origin
         axes.axvline(seconds, color=GREEN, linewidth=1, linestyle="--")
-        axes.annotate(f"{GOAL:g} after {seconds:.0f} s", (seconds, 0.05), xytext=(5, 0), textcoords="offset points")
+        # To the left of the line: the legend is below the curves' end.
+        label = f"{GOAL:g} after {seconds:.0f} s"
+        axes.annotate(label, (seconds, 0.05), xytext=(-5, 0), textcoords="offset points", ha="right")
     axes.set(xlabel=f"seconds from the {found.since}", ylabel="success", ylim=(0, 1.02))
     axes.grid(color=charts.GRID)
     axes.spines[["top", "right"]].set_visible(False)
