@@ -9,60 +9,35 @@ from atpo_async.core.errors import ConfigError
 from atpo_async.environments.passage_qa.demonstrator import CAREFUL, Habits
 from atpo_async.environments.passage_qa.world import Question, Towns
 from atpo_async.environments.policy_folder import fingerprint_of
+from atpo_async.environments.policy_training import PolicyRecipe
 
 RECIPE_VERSION = 1
 """Raise it when the same settings would give another model (architecture, tokenizer, demonstrations, optimizer)."""
 
-HEAD = 32
-"""Size of an attention head."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class Recipe(PolicyRecipe):
     """Everything that decides what the model becomes."""
 
-    seed: int = 0
-    """Of the towns, the model and the order of the examples."""
     steps: int = 220
     min_hops: int = 2
-    max_hops: int = 3
-    num_names: int = 64
-    num_relations: int = 10
+    batch_size: int = 16
     num_towns: int = 8
     """As of ``Towns``."""
     easy: float = 0.2
     """Share of the steps, the first, whose questions have one hop: conversations are short and copying is learnt."""
     careful: float = 0.64
     """Share of the steps, the first, whose demonstrator makes next to no mistakes; after them it has its habits."""
-    noise: float = 0.38
-    mixed_up: int = 2
-    mix_up_rate: float = 0.7
-    """As of ``Habits``."""
-    lr: float = 4e-3
-    """AdamW's, of embeddings and norms."""
     matrix_lr: float = 0.02
     """Muon's, of the layers' matrices: a policy of this size learns to copy several times sooner with it."""
-    batch_size: int = 16
-    layers: int = 4
-    width: int = 128
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 0), ("batch_size", 1), ("layers", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"warm start: {name} must be >= {least}, got {getattr(self, name)}")
-        for name in ("lr", "matrix_lr"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"warm start: {name} must be > 0, got {getattr(self, name)}")
+        PolicyRecipe.__post_init__(self)
+        if self.matrix_lr <= 0:
+            raise ConfigError(f"warm start: matrix_lr must be > 0, got {self.matrix_lr}")
         for name in ("easy", "careful"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"warm start: {name} must be from 0 to 1, got {getattr(self, name)}")
-        if self.width < HEAD or self.width % HEAD:
-            raise ConfigError(f"warm start: width must be a multiple of {HEAD} (the head size), got {self.width}")
-        if not 0 <= self.mixed_up <= self.num_relations // 2:
-            raise ConfigError(
-                f"warm start: mixed_up must be 0 to {self.num_relations // 2} (half of num_relations), "
-                f"got {self.mixed_up}"
-            )
         _ = self.towns, self.habits  # refuse what these refuse before anything is made
 
     @property

@@ -15,9 +15,9 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
-from atpo_async.core.errors import SetupError
-from atpo_async.environments.passage_qa.recipe import HEAD, RECIPE_VERSION, Recipe, policy_folder
-from atpo_async.environments.policy_folder import Progress, WarmStartReport, command, lr_factor, make_once
+from atpo_async.environments.passage_qa.recipe import RECIPE_VERSION, Recipe, policy_folder
+from atpo_async.environments.policy_folder import Progress, WarmStartReport, command, make_once
+from atpo_async.environments.policy_training import new_qwen3, record_of, torch_as_it_was, train
 
 if TYPE_CHECKING:
     import torch
@@ -65,89 +65,33 @@ def _make(
     from atpo_async.environments.passage_qa.rehearsal import make_tokenizer
 
     began = time.monotonic()
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(num_threads or 1)
-    try:
-        # The caller's generator is left as it was.
-        with torch.random.fork_rng(), tempfile.TemporaryDirectory(prefix="atpo-rehearsal-") as aside:
-            make_tokenizer(folder, recipe.towns, scratch=Path(aside))
-            torch.manual_seed(recipe.seed)
-            model = new_model(folder, recipe)
-            loss = _train(model, folder, recipe, scratch=Path(aside), device=device, progress=progress)
-    finally:
-        torch.set_num_threads(threads_before)
+    with (
+        torch_as_it_was(num_threads or 1),
+        tempfile.TemporaryDirectory(prefix="atpo-rehearsal-") as aside,
+    ):
+        make_tokenizer(folder, recipe.towns, scratch=Path(aside))
+        torch.manual_seed(recipe.seed)
+        model = new_model(folder, recipe)
+        pad = model.config.pad_token_id
+        loss = train(
+            model,
+            _optimizers(model, recipe),
+            (batch_of(played, pad) for played in conversations(folder, recipe, scratch=Path(aside))),
+            steps=recipe.steps,
+            device=device,
+            progress=progress,
+        )
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
-    return {
-        "loss": loss,
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-        "duration_s": round(time.monotonic() - began, 3),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    return record_of(model, loss=loss, began=began)
 
 
 def new_model(folder: Path, recipe: Recipe) -> Any:
     """A random ``Qwen3ForCausalLM`` with tied embeddings for the tokenizer in ``folder``, float32."""
-    from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=recipe.width,
-            intermediate_size=2 * recipe.width,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.width // HEAD,
-            num_key_value_heads=recipe.width // HEAD,
-            head_dim=HEAD,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            initializer_range=0.08,  # as of hopqa's policy: names are told apart sooner
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-    ).float()
-    model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    return model
-
-
-def _train(
-    model: Any, folder: Path, recipe: Recipe, *, scratch: Path, device: str, progress: Progress | None
-) -> float:  # fmt: skip
-    """Train on demonstrations; returns the mean loss of the last tenth of the steps, in nats per action token."""
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import send_to_device
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SetupError("learner.device = 'cuda' but torch finds no GPU here; use 'auto' or 'cpu'")
-    accelerator = Accelerator(cpu=device == "cpu")
-    model, *optimizers = accelerator.prepare(model, *_optimizers(model, recipe))
-    peaks = (recipe.matrix_lr, recipe.lr)
-    model.train()
-    losses = [0.0] if recipe.steps == 0 else []
-    for step, played in enumerate(conversations(folder, recipe, scratch=scratch)):
-        rows, is_action = send_to_device(batch_of(played, model.config.pad_token_id), accelerator.device)
-        logits = model(input_ids=rows[:, :-1]).logits.float()
-        token_losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
-        loss = (token_losses * is_action[:, 1:]).sum() / is_action[:, 1:].sum()
-        model.zero_grad()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * lr_factor(step, recipe.steps)
-            optimizer.step()
-        losses.append(loss.item())
-        if progress is not None and (step + 1) % 10 == 0:
-            progress(step + 1, recipe.steps, sum(losses[-10:]) / 10)
-    tail = losses[-max(1, len(losses) // 10) :]
-    return sum(tail) / len(tail)
+    return new_qwen3(recipe, vocab_size=len(tokenizer), pad=tokenizer.pad_token_id, end=tokenizer.eos_token_id)
 
 
 def _optimizers(model: Any, recipe: Recipe) -> list[Any]:
