@@ -6,8 +6,9 @@ They are loaded when they are asked for: ``import atpo_async`` alone stays light
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from atpo_async.lazily import loaded_from
 
 if TYPE_CHECKING:
     from atpo_async.api.configuration import load
@@ -31,11 +32,7 @@ _DOOR = {
 }
 """Name -> the module that it comes from."""
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _DOOR:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_DOOR[name]), name)
+__getattr__ = loaded_from(_DOOR, package=__name__)
 
 
 def __dir__() -> list[str]:

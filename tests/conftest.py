@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -58,6 +59,14 @@ def hopqa_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.learner_support import small_policy
 
     return small_policy(tmp_path_factory.mktemp("policy") / "policy", steps=60)
+
+
+@pytest.fixture
+def released() -> Iterator[threading.Event]:
+    """What blocks for ever in a test waits for this, so that no thread outlives it."""
+    event = threading.Event()
+    yield event
+    event.set()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -72,14 +72,6 @@ class World(ReplayFork):
 
     async def start(self, split: Split, task_index: int) -> Episode:
         return Episode(self, task_index)
-
-
-@pytest.fixture
-def released() -> Iterator[threading.Event]:
-    """What blocks for ever in a test waits for this, so that no thread outlives it."""
-    event = threading.Event()
-    yield event
-    event.set()
 
 
 @asynccontextmanager

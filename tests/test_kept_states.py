@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -124,13 +124,6 @@ async def hosting(
     host = HostedEnvironment(make, name="world", step_timeout_s=limit_s, grace_s=GRACE_S, most_kept=most_kept)
     async with host:
         yield host, worlds
-
-
-@pytest.fixture
-def released() -> Iterator[threading.Event]:
-    event = threading.Event()
-    yield event
-    event.set()
 
 
 @pytest.fixture

@@ -34,14 +34,6 @@ WAIT_S = 60.0
 SEARCH = SearchConfig(initial_rollouts=4, strategy="none", max_action_tokens=64, step_timeout_s=WAIT_S)
 
 
-@pytest.fixture
-def released() -> Iterator[threading.Event]:
-    """What blocks for ever in a test waits for this, so that no thread outlives it."""
-    event = threading.Event()
-    yield event
-    event.set()
-
-
 @asynccontextmanager
 async def hosted(task: ToolTask) -> AsyncIterator[HostedEnvironment]:
     limits = Limits(vocab_size=512, max_context_tokens=2048)

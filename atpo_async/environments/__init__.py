@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from atpo_async.lazily import loaded_from
 
 if TYPE_CHECKING:
     from atpo_async.environments.messages.task import MessageTask as MessageTask
@@ -27,8 +28,4 @@ _FROM = {
 }
 """What a user's task imports from here -> its module, which is loaded when it is asked for."""
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _FROM:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_FROM[name]), name)
+__getattr__ = loaded_from(_FROM, package=__name__)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from atpo_async.lazily import loaded_from
 
 if TYPE_CHECKING:
     from atpo_async.environments.retrieval.client import RetrievalClient as RetrievalClient
@@ -14,16 +15,12 @@ if TYPE_CHECKING:
     from atpo_async.environments.retrieval.protocol import Retriever as Retriever
 
 _MODULES = {
-    "LocalRetriever": "local",
-    "Passage": "protocol",
-    "PassageIndex": "index",
-    "RetrievalClient": "client",
-    "RetrievalFailed": "protocol",
-    "Retriever": "protocol",
+    "LocalRetriever": "atpo_async.environments.retrieval.local",
+    "Passage": "atpo_async.environments.retrieval.protocol",
+    "PassageIndex": "atpo_async.environments.retrieval.index",
+    "RetrievalClient": "atpo_async.environments.retrieval.client",
+    "RetrievalFailed": "atpo_async.environments.retrieval.protocol",
+    "Retriever": "atpo_async.environments.retrieval.protocol",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = loaded_from(_MODULES, package=__name__)
