@@ -106,6 +106,8 @@ IMPURE_METHODS = {"read_text", "write_text", "read_bytes", "write_bytes", "open"
 
 WARM_STARTS = {f"atpo_async.environments.{name}.warm_start" for name in ("hopqa", "passage_qa")}
 """They make the demos' policies, each as a process of its own."""
+POLICY_MAKERS = WARM_STARTS | {"atpo_async.environments.policy_training"}
+"""They and what they share."""
 
 # What the command line and every user of the vocabulary load first.
 LIGHT = (
@@ -272,7 +274,7 @@ def test_torch_lives_in_the_learner_and_in_the_engines() -> None:
         if package_of(i.target) == "torch"
         and package_of(i.importer) in ("atpo_async", "buffer")
         and not (i.importer == "atpo_async.models.causal_lm" and not i.at_module_level)
-        and i.importer not in WARM_STARTS
+        and i.importer not in POLICY_MAKERS
     )
 
 
@@ -288,7 +290,7 @@ def test_outside_the_learner_heavy_libraries_are_imported_lazily_or_by_an_engine
         if i.at_module_level
         and package_of(i.target) in HEAVY
         and package_of(i.importer) != "learner"
-        and i.importer not in engine_modules() | WARM_STARTS
+        and i.importer not in engine_modules() | POLICY_MAKERS
     )
 
 

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from atpo_async.core.errors import AtpoError, SetupError
 from atpo_async.run import processes, scratch
@@ -31,6 +31,17 @@ _ASIDE = re.compile(r"\.[a-z_]+-[0-9a-f]{8}\.([0-9]+)\.tmp")
 
 Progress = Callable[[int, int, float], None]
 """Called with (steps done, steps in all, mean loss of late)."""
+
+
+class Making(TypedDict, total=False):
+    """How a policy is made, whatever it becomes."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    """Where to train; ``auto``, unless it is given: Accelerate's choice."""
+    num_threads: int | None
+    """torch threads while training; None for the environment's own choice."""
+    progress: Progress | None
+    """Called every ten steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Unpack
 
 from atpo_async.environments.hopqa.world import END, PAD, Habits, World, demonstrate, save_tokenizer
 from atpo_async.environments.policy_folder import (
+    Making,
     Progress,
     WarmStartReport,
     command,
@@ -81,40 +82,27 @@ def policy_folder(root: Path, recipe: Recipe) -> Path:
     return root / f"hopqa-{recipe.fingerprint}"
 
 
-def make_policy(
-    path: Path,
-    recipe: Recipe,
-    *,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    num_threads: int | None = None,
-    progress: Progress | None = None,
-) -> WarmStartReport:
+def make_policy(path: Path, recipe: Recipe, **making: Unpack[Making]) -> WarmStartReport:
     """Make the policy at ``path`` unless the same recipe has made it already.
 
     Args:
         path: the model folder; ``policy_folder`` gives one that no other recipe claims.
         recipe: what to make.
-        device: where to train; ``auto`` is Accelerate's choice.
-        num_threads: torch threads while training; None for torch's choice.
-        progress: called every ten steps.
+        making: without ``num_threads`` torch chooses.
 
     Raises:
         SetupError: ``path`` holds something else, or cannot be written.
     """
-
-    def make(folder: Path) -> dict[str, Any]:
-        return _make(folder, recipe, device=device, num_threads=num_threads, progress=progress)
-
-    return make_once(path, recipe, RECIPE_VERSION, make)
+    return make_once(path, recipe, RECIPE_VERSION, lambda folder: _make(folder, recipe, **making))
 
 
 def _make(
     folder: Path,
     recipe: Recipe,
     *,
-    device: Literal["auto", "cpu", "cuda"],
-    num_threads: int | None,
-    progress: Progress | None,
+    device: str = "auto",
+    num_threads: int | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Build, train and save the model; returns what goes into its record."""
     import torch

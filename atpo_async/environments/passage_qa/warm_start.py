@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Unpack
 
 from atpo_async.environments.passage_qa.recipe import RECIPE_VERSION, Recipe, policy_folder
-from atpo_async.environments.policy_folder import Progress, WarmStartReport, command, make_once
+from atpo_async.environments.policy_folder import Making, Progress, WarmStartReport, command, make_once
 from atpo_async.environments.policy_training import new_qwen3, record_of, torch_as_it_was, train
 
 if TYPE_CHECKING:
@@ -27,36 +27,28 @@ if TYPE_CHECKING:
 MODULE = "atpo_async.environments.passage_qa.warm_start"
 
 
-def make_policy(
-    path: Path,
-    recipe: Recipe,
-    *,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    num_threads: int | None = None,
-    progress: Progress | None = None,
-) -> WarmStartReport:
+def make_policy(path: Path, recipe: Recipe, **making: Unpack[Making]) -> WarmStartReport:
     """Make the policy at ``path`` unless the same recipe has made it already.
 
     Args:
         path: the model folder; ``policy_folder`` gives one that no other recipe claims.
         recipe: what to make.
-        device: where to train; ``auto`` is Accelerate's choice.
-        num_threads: torch threads while training; None for one: batches are so small that a second thread gains
-            little, and where other programs run beside it, it costs more than it gains.
-        progress: called every ten steps.
+        making: without ``num_threads`` there is one thread: batches are so small that a second one gains little, and
+            where other programs run beside it, it costs more than it gains.
 
     Raises:
         SetupError: ``path`` holds something else, or cannot be written.
     """
-
-    def make(folder: Path) -> dict[str, Any]:
-        return _make(folder, recipe, device=device, num_threads=num_threads, progress=progress)
-
-    return make_once(path, recipe, RECIPE_VERSION, make)
+    return make_once(path, recipe, RECIPE_VERSION, lambda folder: _make(folder, recipe, **making))
 
 
 def _make(
-    folder: Path, recipe: Recipe, *, device: str, num_threads: int | None, progress: Progress | None
+    folder: Path,
+    recipe: Recipe,
+    *,
+    device: str = "auto",
+    num_threads: int | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Build, train and save the model; returns what goes into its record."""
     import torch
