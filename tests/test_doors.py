@@ -179,10 +179,10 @@ def test_a_module_that_fails_is_named_with_its_own_line_and_a_near_name(
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "bad_of_this_test.py").write_text("def shape(*a, **o):\n    return None + 1\n\n\nopen('nowhere')\n")
     (tmp_path / "made_of_this_test.py").write_text("def shape(*a, **o):\n    return None + 1\n")
-    with pytest.raises(SetupError, match=r"\(at bad_of_this_test\.py:5: open\('nowhere'\)\)"):
+    with pytest.raises(SetupError, match=r"\(at bad_of_this_test\.py:5, in <module>: open\('nowhere'\)\)"):
         door.make("bad_of_this_test:shape", 1)
     with pytest.raises(
-        SetupError, match=r"could not be made: TypeError.* \(at made_of_this_test\.py:2: return None \+ 1\)"
+        SetupError, match=r"could not be made: TypeError.* \(at made_of_this_test\.py:2, in shape: return None \+ 1\)"
     ):
         door.make("made_of_this_test:shape", 1)
     with pytest.raises(SetupError, match="did you mean 'made_of_this_test'"):

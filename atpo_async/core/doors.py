@@ -16,7 +16,6 @@ import importlib.util
 import inspect
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
@@ -25,7 +24,7 @@ from typing import Any, Generic, TypeVar
 
 from atpo_async.core.calls import is_async, methods_not_async, misfit
 from atpo_async.core.errors import AtpoError, ConfigError, SetupError
-from atpo_async.core.texts import of_error, of_type
+from atpo_async.core.texts import of_error, of_type, own_line
 
 T = TypeVar("T")
 Option = bool | int | float | str
@@ -129,7 +128,7 @@ class Door(Generic[T]):
         except AtpoError:
             raise
         except BaseException as exc:  # exit() too
-            raise SetupError(f"{self.field} = {name!r} could not be made: {of_error(exc)}{own_line(exc)}") from exc
+            raise SetupError(f"{self.field} = {name!r} could not be made: {of_error(exc)}{_at(exc)}") from exc
         self._check_made(name, made)
         return made  # type: ignore[no-any-return]
 
@@ -163,7 +162,7 @@ class Door(Generic[T]):
             failed = f"module {module_name!r} cannot be imported: {of_error(exc)}"
             said = str(exc) if isinstance(exc, AtpoError) else failed
             raise SetupError(
-                f"{self.field} = {name!r}: {said}{own_line(exc)}{_near_module(exc, module_name)}{shadowed()}"
+                f"{self.field} = {name!r}: {said}{_at(exc)}{_near_module(exc, module_name)}{shadowed()}"
             ) from exc
         found = getattr(module, attribute, None)
         if not callable(found):
@@ -314,17 +313,10 @@ def _working_folder_stays() -> Iterator[None]:
             os.chdir(before)
 
 
-def own_line(exc: BaseException) -> str:
-    """`` (at shop.py:12: rewards=[correct()])``: the innermost line of the user's, below the working folder."""
-    try:
-        folder = str(Path.cwd())
-    except OSError:
-        return ""
-    for frame in reversed(traceback.extract_tb(exc.__traceback__)):
-        inside = frame.filename.startswith(f"{folder}{os.sep}") and not Path(frame.filename).is_relative_to(BESIDE)
-        if inside and "site-packages" not in frame.filename:
-            return f" (at {Path(frame.filename).relative_to(folder)}:{frame.lineno}: {frame.line})"
-    return ""
+def _at(exc: BaseException) -> str:
+    """`` (at shop.py:12, in make: …)``: the user's own line; empty without one."""
+    line = own_line(exc, apart_from=BESIDE)
+    return f" (at {line})" if line else ""
 
 
 def _near_module(exc: BaseException, name: str) -> str:

@@ -7,8 +7,10 @@ A tool's exception may carry the whole page that it failed on.  Nothing here rai
 from __future__ import annotations
 
 import logging
+import os
 import reprlib
 import traceback
+from pathlib import Path
 
 MOST = 300
 """Characters of an error's own text."""
@@ -90,3 +92,27 @@ class BoundedFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """As logging's own, cut in the middle."""
         return middle_cut(super().format(record))
+
+
+def own_line(exc: BaseException, *, apart_from: Path | None = None) -> str:
+    """``my_task.py:12, in lookup: return facts[name]``: the user's innermost line, of the first cause that has one.
+
+    A user's file lies below the working folder, and neither among installed packages nor below ``apart_from``.  Empty
+    where no line is in one.
+    """
+    try:
+        folder = Path.cwd()
+    except OSError:  # it was deleted
+        return ""
+    causes: list[BaseException] = []
+    found: BaseException | None = exc
+    while found is not None and found not in causes:
+        causes.append(found)
+        found = found.__cause__ or found.__context__
+    for cause in reversed(causes):
+        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+            path = Path(frame.filename)
+            inside = frame.filename.startswith(f"{folder}{os.sep}") and "site-packages" not in path.parts
+            if inside and not (apart_from is not None and path.is_relative_to(apart_from)):
+                return f"{path.relative_to(folder)}:{frame.lineno}, in {frame.name}: {frame.line or ''}".rstrip()
+    return ""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import traceback
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -16,7 +14,7 @@ from atpo_async.api.task.scripts import Actions
 from atpo_async.api.task.voice import Voice
 from atpo_async.config import Config
 from atpo_async.core.errors import AtpoError, ConfigError
-from atpo_async.core.texts import of_error
+from atpo_async.core.texts import of_error, own_line
 from atpo_async.core.vocabulary import Split
 from atpo_async.environments.base import NotJudged, StepResult
 from atpo_async.environments.checked import CheckedEnvironment, CheckedEpisode
@@ -216,17 +214,3 @@ class Heard:
     def answer(self) -> list[Message] | None:
         """The last reply's messages."""
         return self._answer
-
-
-def own_line(exc: BaseException) -> str:
-    """``my_task.py:12, in lookup: …``, the innermost line of a file below the working folder; empty without one."""
-    folder = str(Path.cwd())
-    chain: list[BaseException] = []
-    while exc is not None and exc not in chain:
-        chain.append(exc)
-        exc = exc.__cause__ or exc.__context__  # type: ignore[assignment]
-    for link in reversed(chain):
-        for frame in reversed(traceback.extract_tb(link.__traceback__)):
-            if frame.filename.startswith(folder) and "site-packages" not in frame.filename:
-                return f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}: {frame.line or ''}".strip()
-    return ""

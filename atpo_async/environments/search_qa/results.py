@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from atpo_async.core.texts import counted
 from atpo_async.environments.search_qa.benchmarks import GROUPS, PUBLISHED_SETS, Group
 
 
@@ -186,11 +185,3 @@ def as_json(policy: str, lines: Sequence[Line]) -> dict[str, Any]:
         "benchmarks": {line.name: {k: v for k, v in asdict(line).items() if k != "name"} for line in lines},
         "averages": averages(lines),
     }
-
-
-def failures_of(answers: Sequence[Answered]) -> str:
-    """What to say of chains that failed; empty where none did."""
-    failed = [each for each in answers if not each.turns]
-    if not failed:
-        return ""
-    return f"{counted(len(failed), 'question')} failed and count as wrong; the latest: {failed[-1].failure}"
