@@ -8,7 +8,7 @@ BENCH ?= actor_overhead
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-agent test check bench fuzz clean
+.PHONY: help setup demo demo-agent test test-kernels test-gpu check bench fuzz clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -28,6 +28,19 @@ demo-agent: setup ## the same with a chat policy that calls a search engine in J
 # side: many tests wait for processes.  ARGS="-n 0" runs one after another.
 test: setup ## the whole suite; tests that need a GPU are skipped without one (ARGS="-k tree")
 	@ATPO_TEST_SESSION=make-$$$$ $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10 --durations-min=5 $(ARGS)
+
+KERNELS := $(CURDIR)/build/kernels
+$(KERNELS)/.installed: requirements/kernels.txt | setup
+	@echo "Installing Triton, Liger-Kernel and torchao into $(KERNELS): 170 MB, once."
+	@rm -rf $(KERNELS) && mkdir -p $(KERNELS)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(KERNELS) -r requirements/kernels.txt
+	@touch $@
+
+test-kernels: $(KERNELS)/.installed ## the kernels of the learner's extra `gpu`, on a CPU in Triton's interpreter (ARGS="-k head")
+	@ATPO_TEST_SESSION=make-$$$$ TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest -q -m kernels -n 0 $(ARGS)
+
+test-gpu: ## on a machine with a CUDA device: the tests that need one (ARGS="-k fsdp"); PYTHON=… without a .venv
+	@ATPO_TEST_SESSION=make-$$$$ $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m pytest -q -m gpu -n 0 $(ARGS)
 
 check: setup ## ruff and mypy (strict) over the packages, tests, scripts and benchmarks
 	@$(BIN)/ruff check .

@@ -65,7 +65,8 @@ from learner.packing.attention import Way, to_device, ways
 from learner.packing.credited import CreditedTree, Normaliser
 from learner.packing.rows import MicroBatch, leaf_rows, micro_batches
 from learner.packing.tree import tree_micro_batches
-from learner.policy.model import Policy, make_accelerator
+from learner.policy.accelerator import make_accelerator
+from learner.policy.model import Policy
 from learner.training.optimizer_steps import Attempt, OptimizerSteps
 from learner.training.passes import Part, Pass, Planner
 from learner.training.trainer import Trainer

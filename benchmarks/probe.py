@@ -44,7 +44,8 @@ from actors.engines.transformers.engine import TransformersEngine
 from atpo_async.config import Config, build
 from atpo_async.core.errors import AtpoError, ProbeMismatch, SetupError
 from atpo_async.wire.messages import ManifestRequest, WeightsManifest
-from learner.policy.model import load_policy, make_accelerator
+from learner.policy.accelerator import make_accelerator
+from learner.policy.model import load_policy
 from learner.training.trainer import Trainer
 from learner.weights.probe import draw_probe, probe_shape
 from learner.weights.store import WeightsStore

@@ -21,7 +21,8 @@ from atpo_async.transports.registry import make_transport
 from atpo_async.wire.messages import BufferToLearner
 from learner.loop import Learner
 from learner.loss.loading import load_correction, load_surrogate
-from learner.policy.model import load_policy, make_accelerator
+from learner.policy.accelerator import make_accelerator
+from learner.policy.model import load_policy
 from learner.torch_thread import TorchThread
 from learner.training.trainer import Trainer
 from learner.weights.publisher import Publisher

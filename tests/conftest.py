@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import signal
 import sys
@@ -70,6 +71,10 @@ def released() -> Iterator[threading.Event]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if missing := [name for name in ("liger_kernel", "torchao", "triton") if importlib.util.find_spec(name) is None]:
+        for item in items:
+            if item.get_closest_marker("kernels"):
+                item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}; make test-kernels brings them"))
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not needing_gpu:
         return

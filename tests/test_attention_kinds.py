@@ -16,7 +16,8 @@ from actors.engines.transformers.attention import windows_of
 from actors.engines.transformers.engine import TransformersEngine
 from actors.engines.transformers.runner import ModelRunner
 from atpo_async.core.errors import SetupError
-from learner.policy.model import layout_for, load_policy
+from learner.policy.model import load_policy
+from learner.policy.packing_check import layout_for
 from tests.learner_support import make_config
 
 WINDOW, CONTEXT, VOCABULARY = 8, 64, 64

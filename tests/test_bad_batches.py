@@ -29,7 +29,8 @@ from learner.batches.intake import REASONS
 from learner.batches.recording import MAX_WARNINGS
 from learner.batches.skipped import load_batch, save_batch
 from learner.loss.guards import GradNorms, SkipCount
-from learner.policy.model import load_policy, make_accelerator
+from learner.policy.accelerator import make_accelerator
+from learner.policy.model import load_policy
 from learner.role import learn
 from learner.training.report import StepReport
 from learner.training.trainer import Trainer

@@ -16,8 +16,9 @@ from atpo_async.models import policy
 from learner.checkpoints import checkpoint
 from learner.checkpoints.checkpoint import Progress
 from learner.loss.guards import GradNorms, SkipCount
+from learner.policy.accelerator import make_accelerator
 from learner.policy.export import export_model, precision
-from learner.policy.model import load_policy, make_accelerator
+from learner.policy.model import load_policy
 from learner.training.trainer import Trainer
 from tests.learner_support import make_batch, make_config, make_model
 

@@ -17,7 +17,8 @@ from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.core.priorities import tree_priority
 from buffer.pool.pool import ReplayPool
 from learner.packing.credited import CreditedTree
-from learner.policy.model import load_policy, make_accelerator
+from learner.policy.accelerator import make_accelerator
+from learner.policy.model import load_policy
 from learner.training.trainer import Trainer
 from tests.buffer_peers_support import configured, grown, stateful, take
 from tests.learner_support import in_double, make_batch, make_config, make_model

@@ -14,7 +14,9 @@ from actors.engines.base import EngineSettings, Sampling
 from actors.engines.transformers.engine import TransformersEngine
 from learner.packing.attention import to_device, tree_attention_forward, ways
 from learner.packing.rows import TreeLayout
-from learner.policy.model import layout_for, load_policy, make_accelerator
+from learner.policy.accelerator import make_accelerator
+from learner.policy.model import load_policy
+from learner.policy.packing_check import layout_for
 from learner.training.trainer import Trainer
 from tests.engine_support import largest_error, save_model, tiny_model, weights_file
 from tests.learner_support import VOCAB, make_batch, make_config, make_model

@@ -32,7 +32,8 @@ VARIANTS: list[dict[str, dict[str, object]]] = [
 
 def train_share(model: Path, shares: list[list[int]], variant: dict[str, dict[str, object]]) -> dict[str, Any]:
     """Take this rank's share of one batch, a float64 step; what came of it."""
-    from learner.policy.model import load_policy, make_accelerator
+    from learner.policy.accelerator import make_accelerator
+    from learner.policy.model import load_policy
     from learner.training.trainer import Trainer
     from tests.learner_support import batch_of, in_double, make_batch, make_config
 

@@ -16,7 +16,8 @@ from atpo_async.core.errors import SetupError
 from atpo_async.core.schedule import learning_rate
 from learner.loss import guards
 from learner.packing.credited import CreditedTree
-from learner.policy.model import load_policy, make_accelerator
+from learner.policy.accelerator import make_accelerator
+from learner.policy.model import load_policy
 from learner.training.report import Abandoned, StepReport
 from learner.training.trainer import Trainer
 from tests.learner_support import VOCAB, batch_of, flat_gradient, in_double, make_batch, make_config, make_model
@@ -107,7 +108,7 @@ def test_log_probs_are_those_of_the_whole_model_in_chunks_too(folder: Path, monk
 
     once = policy(tokens, predictor, tokens[:, 1:].reshape(-1))
     torch.testing.assert_close(once, expected)
-    monkeypatch.setattr("learner.policy.model.MAX_LOGITS", VOCAB * 5)
+    monkeypatch.setattr("learner.policy.head.MAX_LOGITS", VOCAB * 5)
     chunked = policy(tokens, predictor, tokens[:, 1:].reshape(-1))
     torch.testing.assert_close(chunked, once)
     torch.testing.assert_close(gradient(chunked), gradient(once))

@@ -13,7 +13,8 @@ from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.tree import Turn
 from atpo_async.wire.messages import Batch, BatchTree
 from learner.packing.credited import CreditedTree
-from learner.policy.model import load_policy, make_accelerator
+from learner.policy.accelerator import make_accelerator
+from learner.policy.model import load_policy
 from learner.training.report import StepReport
 from learner.training.trainer import Trainer
 from tests.learner_support import batch_of, in_double, make_batch, make_config, make_model

@@ -21,7 +21,8 @@ from learner.loss.correction import Tempering
 from learner.loss.loading import CheckedSurrogate, correction_of, load_correction, load_surrogate
 from learner.loss.protocols import SurrogateTerms, SurrogateTokens, UnitRatios, UnitWeights
 from learner.loss.tokens import OffPolicyTokens
-from learner.policy.model import load_policy, make_accelerator
+from learner.policy.accelerator import make_accelerator
+from learner.policy.model import load_policy
 from learner.training.report import StepReport
 from learner.training.trainer import Trainer
 from tests.learner_support import in_double, make_batch, make_config, make_model

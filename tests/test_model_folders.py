@@ -22,7 +22,8 @@ from atpo_async.core.errors import SetupError
 from atpo_async.models import causal_lm
 from atpo_async.models.policy import assemble
 from atpo_async.models.tensor_files import INDEX, WEIGHTS, counting_files, weight_files
-from learner.policy.model import load_policy, make_accelerator
+from learner.policy.accelerator import make_accelerator
+from learner.policy.model import load_policy
 from learner.training.trainer import Trainer
 from tests.engine_support import reference_logprobs, weights_file
 from tests.learner_support import make_config, make_model

@@ -22,7 +22,8 @@ from learner.checkpoints import checkpoint
 from learner.checkpoints.checkpoint import Progress
 from learner.loss.guards import overflowed
 from learner.policy import precision
-from learner.policy.model import Policy, load_policy, make_accelerator
+from learner.policy.accelerator import make_accelerator
+from learner.policy.model import Policy, load_policy
 from learner.training.trainer import Trainer
 from tests.learner_support import batch_of, make_batch, make_config, make_model
 

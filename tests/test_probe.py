@@ -17,7 +17,8 @@ from actors.engines.probe import BOUNDS, MULTIPLE, Probe, check_probe_fits, nois
 from atpo_async.config import build
 from atpo_async.core.errors import ProbeMismatch, WeightsRejected
 from atpo_async.wire.messages import WeightsManifest
-from learner.policy.model import load_policy, make_accelerator
+from learner.policy.accelerator import make_accelerator
+from learner.policy.model import load_policy
 from learner.training.trainer import Trainer
 from learner.weights.probe import draw_probe, is_drawn_at, probe_shape
 from tests.learner_support import VOCAB, make_config, make_model

@@ -32,7 +32,8 @@ from atpo_async.wire.messages import (
     WeightsAnnounced,
     WeightsManifest,
 )
-from learner.policy.model import load_policy, make_accelerator
+from learner.policy.accelerator import make_accelerator
+from learner.policy.model import load_policy
 from learner.training.trainer import Trainer
 from learner.weights import files
 from learner.weights.probe import draw_probe

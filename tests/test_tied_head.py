@@ -9,7 +9,8 @@ import yaml  # type: ignore[import-untyped,unused-ignore]
 from torch import nn
 
 from atpo_async.core.errors import SetupError
-from learner.policy.model import Policy, load_policy, make_accelerator
+from learner.policy.accelerator import make_accelerator
+from learner.policy.model import Policy, load_policy
 from learner.training.trainer import Trainer
 from tests.learner_support import make_config, make_model
 

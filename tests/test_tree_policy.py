@@ -25,8 +25,9 @@ from learner.packing import attention, attention_kernel, attention_parts
 from learner.packing.attention import DeviceLayout, Way, to_device
 from learner.packing.rows import MicroBatch, Row, micro_batches
 from learner.packing.tree import tree_micro_batches
-from learner.policy import model as learner_model
-from learner.policy.model import Policy, layout_for, load_policy
+from learner.policy import head as policy_head
+from learner.policy.model import Policy, load_policy
+from learner.policy.packing_check import layout_for
 from tests.attention_support import CPU, WAYS, cheap_calls, largest_difference
 from tests.learner_support import VOCAB, correction_for, make_config, make_model
 from tests.tree_support import FORESTS, VERSION, Sketch, forest, rows_of
@@ -240,7 +241,7 @@ def test_entropies_are_of_the_whole_tempered_distribution(
 ) -> None:
     policy = float64_policy(tmp_path)
     if chunk is not None:
-        monkeypatch.setattr(learner_model, "MAX_LOGITS", chunk * VOCAB)
+        monkeypatch.setattr(policy_head, "MAX_LOGITS", chunk * VOCAB)
     tokens = torch.arange(24).reshape(2, 12) % VOCAB
     predictor, target = torch.arange(1, 23), torch.arange(1, 23) % VOCAB
     both = policy(tokens, predictor, target, temperature=0.7, with_entropy=True)

@@ -27,7 +27,10 @@ from learner.batches.intake import Sifted, sift
 from learner.loss.correction import Tempering
 from learner.packing.credited import CreditedTree
 from learner.policy import precision
-from learner.policy.model import Policy, is_sharded, is_tied, layout_for, make_optimizer
+from learner.policy.accelerator import is_sharded
+from learner.policy.model import Policy, is_tied
+from learner.policy.optimizer import make_optimizer
+from learner.policy.packing_check import layout_for
 from learner.policy.whole import TensorNames, WholePolicy
 from learner.training.optimizer_steps import BatchTotals, OptimizerSteps, UpdateHistory
 from learner.training.pass_loss import PassLoss
