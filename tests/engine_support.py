@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,6 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from actors.engines.base import Generation, Sampling, WeightsFile
+from atpo_async.wire.digests import digest_of
 from atpo_async.wire.messages import TensorSpec, WeightsManifest
 
 VOCABULARY = 256
@@ -101,7 +101,14 @@ def weights_file(
         bits = tensor.detach().to(getattr(torch, dtype)).contiguous().view(torch.uint8)
         data = bits.numpy().tobytes()
         specs.append(
-            TensorSpec(name=name, dtype=dtype, shape=tuple(tensor.shape), offset=len(payload), nbytes=len(data))
+            TensorSpec(
+                name=name,
+                dtype=dtype,
+                shape=tuple(tensor.shape),
+                offset=len(payload),
+                nbytes=len(data),
+                digest=digest_of(data),
+            )
         )
         payload += data
     path.write_bytes(payload)
@@ -112,7 +119,6 @@ def weights_file(
             version=version,
             total_bytes=len(payload),
             chunk_bytes=1 << 20,
-            sha256=hashlib.sha256(payload).hexdigest(),
             tensors=tuple(specs),
             probe_token_ids=sequences.reshape(-1),
             probe_logprobs=reference_rows(model, sequences),

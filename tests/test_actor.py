@@ -134,7 +134,7 @@ class FakeWeights:
             await asyncio.sleep(0.005)
             return None
         return WeightsAnnounced(
-            run="r", version=self.versions.popleft(), total_bytes=0, sha256="", host_id="", shm_path=None
+            run="r", version=self.versions.popleft(), total_bytes=0, digest="", host_id="", shm_path=None
         )  # fmt: skip
 
     def forget(self, version: int) -> None:
@@ -150,7 +150,6 @@ class FakeWeights:
             version=announced.version,
             total_bytes=0,
             chunk_bytes=4096,
-            sha256="",
             tensors=(),
             probe_token_ids=np.zeros(2, dtype=np.int32),
             probe_logprobs=np.zeros(1, dtype=np.float32),

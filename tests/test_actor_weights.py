@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,13 +12,14 @@ import pytest
 
 from actors.engines.base import WeightsFile
 from actors.engines.common.checks import check_weights
-from actors.weights import copies
+from actors.weights import copies, verification
 from actors.weights.copies import NoSpace
 from actors.weights.fetcher import WeightsFetcher
 from actors.weights.refusals import Refusals
 from atpo_async.config import WeightsConfig
 from atpo_async.core.errors import PeerLost, ProbeMismatch, WeightsRejected
 from atpo_async.run.host import host_id
+from atpo_async.wire.digests import digest_of, file_digests, root_of
 from atpo_async.wire.messages import (
     AnnouncementRequest,
     Chunk,
@@ -55,10 +55,23 @@ class FakeLearner:
             version=self.version,
             total_bytes=len(self.payload),
             chunk_bytes=4096,
-            sha256=hashlib.sha256(self.payload.data).hexdigest(),
             tensors=(
-                TensorSpec(name="a", dtype="float32", shape=(half // 4,), offset=0, nbytes=half),
-                TensorSpec(name="b", dtype="float32", shape=(half // 4,), offset=half, nbytes=half),
+                TensorSpec(
+                    name="a",
+                    dtype="float32",
+                    shape=(half // 4,),
+                    offset=0,
+                    nbytes=half,
+                    digest=digest_of(self.payload[:half].data),
+                ),
+                TensorSpec(
+                    name="b",
+                    dtype="float32",
+                    shape=(half // 4,),
+                    offset=half,
+                    nbytes=half,
+                    digest=digest_of(self.payload[half:].data),
+                ),
             ),
             probe_token_ids=np.arange(4, dtype=np.int32),
             probe_logprobs=np.zeros(3, dtype=np.float32),
@@ -69,7 +82,8 @@ class FakeLearner:
     def announcement(self) -> WeightsAnnounced:
         m = self.manifest
         return WeightsAnnounced(
-            run="r", version=m.version, total_bytes=m.total_bytes, sha256=m.sha256, host_id=host_id(),
+            run="r", version=m.version, total_bytes=m.total_bytes, digest=root_of(m.tensors, m.total_bytes),
+            host_id=host_id(),
             shm_path=self.shm_path,
         )  # fmt: skip
 
@@ -149,7 +163,9 @@ async def test_an_altered_chunk_is_rejected_by_name_and_leaves_nothing(
     fetcher: WeightsFetcher, learner: FakeLearner
 ) -> None:
     learner.spoil = 1
-    with pytest.raises(WeightsRejected, match=r"version 1: payload is .* it was not applied"):
+    with pytest.raises(
+        WeightsRejected, match=r"version 1: tensor [ab] is not what .* \(1 of 2 tensors differ\); it was not applied"
+    ):
         await fetcher.fetch(learner.announcement)
     assert fetcher.version == -1
 
@@ -172,7 +188,9 @@ async def test_a_shared_file_that_was_altered_is_rejected(
     altered[5000] ^= 1
     shared.write_bytes(altered.tobytes())
     learner.shm_path = str(shared)
-    with pytest.raises(WeightsRejected, match=r"version 1: payload is .* it was not applied"):
+    with pytest.raises(
+        WeightsRejected, match=r"version 1: tensor [ab] is not what .* \(1 of 2 tensors differ\); it was not applied"
+    ):
         await fetcher.fetch(learner.announcement)
     assert fetcher.version == -1
 
@@ -180,19 +198,27 @@ async def test_a_shared_file_that_was_altered_is_rejected(
 async def test_the_payload_is_hashed_once(
     fetcher: WeightsFetcher, learner: FakeLearner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hashed = []
-    plain = hashlib.file_digest
+    hashed = list[int]()
 
-    def counted(*args: Any) -> Any:
-        hashed.append(args)
-        return plain(*args)
+    def counted(file: int, places: list[tuple[int, int]]) -> list[str]:
+        hashed.extend(length for _, length in places)
+        return file_digests(file, places)
 
-    monkeypatch.setattr(hashlib, "file_digest", counted)
+    monkeypatch.setattr(verification, "file_digests", counted)
     weights = await fetcher.fetch(learner.announcement)
     assert weights is not None
     shapes = {spec.name: tuple(spec.shape) for spec in weights.manifest.tensors}
     check_weights(weights, shapes, current=0)
-    assert len(hashed) == 1
+    assert hashed == [5000, 5000]
+
+
+async def test_a_manifest_that_says_other_than_the_announcement_is_rejected(
+    fetcher: WeightsFetcher, learner: FakeLearner
+) -> None:
+    announced = learner.announcement
+    learner.payload = np.ones_like(PAYLOAD)
+    with pytest.raises(WeightsRejected, match="version 1: manifest and announcement name different payloads"):
+        await fetcher.fetch(announced)
 
 
 async def test_a_version_replaced_meanwhile_is_no_error(fetcher: WeightsFetcher, learner: FakeLearner) -> None:

@@ -11,7 +11,7 @@ from tests.waiting_support import LIMIT_S
 
 
 def announced(version: int) -> m.WeightsAnnounced:
-    return m.WeightsAnnounced(run="r", version=version, total_bytes=1, sha256="", host_id="h", shm_path=None)
+    return m.WeightsAnnounced(run="r", version=version, total_bytes=1, digest="", host_id="h", shm_path=None)
 
 
 async def _hear_one(announcer: Announcer, listener: Listener) -> m.WeightsAnnounced:

@@ -400,7 +400,7 @@ async def test_a_new_key_in_a_files_place_is_that_peer_and_the_old_one_is_out(
 
 
 def announced(version: int) -> m.WeightsAnnounced:
-    return m.WeightsAnnounced(run="r", version=version, total_bytes=1, sha256="", host_id="h", shm_path=None)
+    return m.WeightsAnnounced(run="r", version=version, total_bytes=1, digest="", host_id="h", shm_path=None)
 
 
 async def test_announcements_follow_the_same_rule_for_keys(tmp_path: Path, server_keys: Path) -> None:

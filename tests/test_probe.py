@@ -34,7 +34,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 
 def manifest(version: int = 1, *, logprobs: np.ndarray = LOGPROBS, tolerance: float | None = None) -> WeightsManifest:
     return WeightsManifest(
-        run="r", version=version, total_bytes=0, chunk_bytes=4096, sha256="", tensors=(),
+        run="r", version=version, total_bytes=0, chunk_bytes=4096, tensors=(),
         probe_token_ids=np.zeros(len(logprobs) + 8, np.int32), probe_logprobs=logprobs, probe_tolerance=tolerance,
         probe_sequences=8,
     )  # fmt: skip

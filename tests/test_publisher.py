@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import logging
 import os
 import shutil
@@ -21,6 +20,7 @@ from atpo_async.links.announcements import Listener
 from atpo_async.links.client import Client
 from atpo_async.ops.disk import until_written
 from atpo_async.run.scratch import MARK, Scratch
+from atpo_async.wire.digests import digest_of, root_of
 from atpo_async.wire.messages import (
     AnnouncementRequest,
     Chunk,
@@ -98,14 +98,15 @@ async def test_what_is_pulled_over_the_wire_is_the_state_dict(store: WeightsStor
         early = await client.request(AnnouncementRequest(run="run"), timeout_s=10)
         assert isinstance(early, Refused)
         announced = add(store, trainer, 0)
-        assert (await client.request(AnnouncementRequest(run="run"), timeout_s=10)).sha256 == announced.sha256
+        assert (await client.request(AnnouncementRequest(run="run"), timeout_s=10)).digest == announced.digest
         manifest = await client.request(ManifestRequest(run="run", version=0), timeout_s=10)
         payload = b""
         for index in range(-(-manifest.total_bytes // manifest.chunk_bytes)):
             chunk = await client.request(ChunkRequest(run="run", version=0, index=index), timeout_s=10)
             assert isinstance(chunk, Chunk)
             payload += chunk.data.tobytes()
-        assert hashlib.sha256(payload).hexdigest() == manifest.sha256 == announced.sha256
+        assert root_of(manifest.tensors, manifest.total_bytes) == announced.digest
+        assert all(digest_of(payload[s.offset : s.offset + s.nbytes]) == s.digest for s in manifest.tensors)
         assert content(announced) == payload
         expected = trainer.policy.hf.state_dict()
         found = tensors_of(payload, manifest)
@@ -118,6 +119,16 @@ async def test_what_is_pulled_over_the_wire_is_the_state_dict(store: WeightsStor
         stranger = await client.request(ManifestRequest(run="other", version=0), timeout_s=10)
         assert isinstance(stranger, Refused)
     assert content(announced) is None
+
+
+def test_tied_tensors_are_one_in_the_payload_under_both_names(store: WeightsStore, trainer: Trainer) -> None:
+    payload = content(add(store, trainer, 0))
+    manifest = store.answer(ManifestRequest(run="run", version=0))
+    assert isinstance(manifest, WeightsManifest)
+    by_name = {spec.name: spec for spec in manifest.tensors}
+    head, embeddings = by_name["lm_head.weight"], by_name["model.embed_tokens.weight"]
+    assert (head.offset, head.digest) == (embeddings.offset, embeddings.digest)
+    assert len(payload or b"") == manifest.total_bytes < sum(spec.nbytes for spec in manifest.tensors)
 
 
 async def test_an_announcement_reaches_listeners(store: WeightsStore, trainer: Trainer) -> None:
@@ -135,7 +146,7 @@ async def test_an_announcement_reaches_listeners(store: WeightsStore, trainer: T
             if heard is not None:
                 break
         assert isinstance(heard, WeightsAnnounced)
-        assert (heard.version, heard.sha256) == (3, announcement.sha256)
+        assert (heard.version, heard.digest) == (3, announcement.digest)
 
 
 def test_only_the_newest_two_versions_stay_available(store: WeightsStore, trainer: Trainer) -> None:

@@ -145,7 +145,6 @@ def test_a_manifest_whose_tensors_do_not_fit_is_refused() -> None:
             version=1,
             total_bytes=128,
             chunk_bytes=64,
-            sha256="",
             tensors=specs,
             probe_token_ids=np.array([1, 2], np.int32),
             probe_logprobs=np.zeros(num_logprobs, np.float32),
@@ -153,15 +152,16 @@ def test_a_manifest_whose_tensors_do_not_fit_is_refused() -> None:
         )
 
     def spec(shape: tuple[int, ...], offset: int, nbytes: int) -> m.TensorSpec:
-        return m.TensorSpec(name="w", dtype="float32", shape=shape, offset=offset, nbytes=nbytes)
+        return m.TensorSpec(name="w", dtype="float32", shape=shape, offset=offset, nbytes=nbytes, digest="")
 
-    fits = manifest(spec((4, 4), 64, 64), spec((4,), 0, 16))
+    fits = manifest(spec((4, 4), 64, 64), spec((4,), 0, 16), spec((2, 2), 0, 16))
     assert codec.decode(codec.encode(fits), m.LearnerToActor).tensors == fits.tensors
     for bad in (
         manifest(spec((4,), 0, 15)),
         manifest(spec((4,), 120, 16)),
         manifest(spec((4,), -16, 16)),
         manifest(spec((16,), 0, 64), spec((16,), 60, 64)),
+        manifest(spec((16,), 0, 64), spec((8,), 0, 32)),
         manifest(spec((-4, -1), 0, 16)),
         manifest(spec((2**62,) * 33 + (0,), 0, 0)),
         manifest(num_logprobs=2),

@@ -86,14 +86,15 @@ def manifests(draw: st.DrawFn) -> m.WeightsManifest:
         dtype: Any = draw(st.sampled_from(["float32", "float16", "bfloat16"]))
         shape = tuple(draw(st.lists(st.integers(0, 50), max_size=3)))
         nbytes = math.prod(shape) * (4 if dtype == "float32" else 2)
-        tensors.append(m.TensorSpec(name=name, dtype=dtype, shape=shape, offset=offset, nbytes=nbytes))
+        tensors.append(
+            m.TensorSpec(name=name, dtype=dtype, shape=shape, offset=offset, nbytes=nbytes, digest=draw(TEXT))
+        )
         offset += nbytes + -nbytes % 64
     return m.WeightsManifest(
         run=draw(TEXT),
         version=draw(COUNTS),
         total_bytes=offset,
         chunk_bytes=draw(COUNTS),
-        sha256=draw(TEXT),
         tensors=tuple(tensors),
         probe_token_ids=probe,
         probe_logprobs=draw(logprobs(len(probe) - 1)),

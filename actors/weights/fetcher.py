@@ -1,18 +1,18 @@
 """Fetches weights: announcement -> manifest -> fetch -> verify.  An engine gets only verified weights.
 
-A transport brings the bytes (``atpo_async.transports``).  They are complete and their hash is checked before the engine
-reads them, and an older version is never taken.
+A transport brings the bytes (``atpo_async.transports``).  They are complete and their digests are checked before
+the engine reads them, and an older version is never taken.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from pathlib import Path
 
 from actors.engines.base import WeightsFile
 from actors.weights.copies import Copies
+from actors.weights.verification import verify
 from atpo_async.config import WeightsConfig
 from atpo_async.core.errors import PeerLost, WeightsRejected
 from atpo_async.links.announcements import Listener
@@ -20,6 +20,7 @@ from atpo_async.links.client import Client
 from atpo_async.transports.base import ReceiverContext, Transport, VersionWithdrawn, WantedVersion
 from atpo_async.transports.registry import make_transport
 from atpo_async.wire import messages as m
+from atpo_async.wire.digests import root_of
 
 log = logging.getLogger("atpo.actor.weights")
 
@@ -98,7 +99,7 @@ class WeightsFetcher:
         """Bring one version here, whole and verified; None if a newer one has replaced it meanwhile.
 
         Raises:
-            WeightsRejected: bytes and hash differ, or it is an older version.
+            WeightsRejected: bytes and digests differ, or it is an older version.
             NoSpace: it fits nowhere here.
             PeerLost: the learner did not answer in time.
             TransportUnavailable: no transport of the configuration can bring it here.
@@ -108,7 +109,7 @@ class WeightsFetcher:
         manifest = await self._manifest(announced.version)
         if manifest is None:
             return None
-        if manifest.sha256 != announced.sha256:
+        if root_of(manifest.tensors, manifest.total_bytes) != announced.digest:
             raise WeightsRejected(f"version {announced.version}: manifest and announcement name different payloads")
         wanted = WantedVersion(announced=announced, manifest=manifest)
 
@@ -154,21 +155,3 @@ class WeightsFetcher:
     async def _ask(self, request: m.ActorToLearner) -> m.LearnerToActor:
         answer: m.LearnerToActor = await self._client.request(request, timeout_s=self._settings.fetch_timeout_s)
         return answer
-
-
-def verify(manifest: m.WeightsManifest, path: Path) -> None:
-    """Raises WeightsRejected, and removes the file, if its bytes are not those of the manifest."""
-    size = path.stat().st_size
-    found = sha256_of(path) if size == manifest.total_bytes else f"{size} bytes"
-    if found != manifest.sha256:
-        path.unlink(missing_ok=True)
-        raise WeightsRejected(
-            f"version {manifest.version}: payload is {found}, the manifest says {manifest.total_bytes} bytes of "
-            f"{manifest.sha256}; it was not applied"
-        )
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

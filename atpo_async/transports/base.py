@@ -2,7 +2,7 @@
 
 A transport has two halves: the learner's publisher drives the ``Sender``, an actor's weights drive the ``Receiver``.
 The rest is the same for every transport and stays outside: announcements and manifests, the choice of the file's
-folder, the SHA-256 of what arrived, retries, the probe, and which versions there are (the newest two).
+folder, the digests of what arrived, retries, the probe, and which versions there are (the newest two).
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Receiver:
     """An actor's half.  Subclasses override ``fetch``, and of the rest what they need.  All on one event loop."""
 
     async def fetch(self, wanted: WantedVersion, target: Path) -> None:
-        """Bring the payload of ``wanted`` to the file ``target``, whole; its size and hash are checked afterwards.
+        """Bring the payload of ``wanted`` to the file ``target``, whole; its size and digests are checked afterwards.
 
         Raises:
             TransportUnavailable: this transport cannot bring it now; the message says why.

@@ -28,7 +28,7 @@ from atpo_async.core.tree import Turn
 from atpo_async.core.vocabulary import Precision, Split
 from atpo_async.wire.records import TurnRecords
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Peers of another protocol number are refused by name."""
 
 
@@ -323,7 +323,10 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     dtype: Precision
     shape: Shape
     offset: Size
+    """Aligned to 64 bytes.  Tied tensors lie at one place."""
     nbytes: Size
+    digest: Text
+    """BLAKE3 of its bytes, 16 bytes of it, hex."""
 
 
 class WeightsManifest(Message, frozen=True, tag="weights_manifest"):
@@ -333,8 +336,6 @@ class WeightsManifest(Message, frozen=True, tag="weights_manifest"):
     version: Version
     total_bytes: Size
     chunk_bytes: Size
-    sha256: Text
-    """Of the whole payload, hex."""
     tensors: tuple[TensorSpec, ...]
     """Every tensor the engine holds, the tied output head too."""
     probe_token_ids: Tokens
@@ -353,7 +354,8 @@ class WeightsAnnounced(Message, frozen=True, tag="weights_announced"):
     run: Name
     version: Version
     total_bytes: Size
-    sha256: Text
+    digest: Text
+    """Of the manifest's tensors, their places and their digests (``wire.digests.root_of``), hex."""
     host_id: Text
     """Identity of the learner's machine and boot: only an actor on the same one may use ``shm_path``."""
     shm_path: Text | None

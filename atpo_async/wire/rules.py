@@ -108,18 +108,20 @@ def _span_fault(turn: Turn) -> str | None:
 
 
 def manifest_fault(manifest: m.WeightsManifest) -> str | None:
-    """The probe is made of sequences of one length; tensors have the bytes of their shapes and do not overlap."""
+    """The probe is made of sequences of one length; tensors have the bytes of their shapes, and overlap only where they
+    are tied: at the very same place."""
     tokens, sequences = len(manifest.probe_token_ids), manifest.probe_sequences
     if sequences == 0 or tokens % sequences:
         return f"{tokens} probe_token_ids are no {sequences} sequences of one length"
     if len(manifest.probe_logprobs) != max(0, tokens - sequences):
         return f"{len(manifest.probe_logprobs)} probe_logprobs, expected {max(0, tokens - sequences)}"
-    end = 0
-    for spec in sorted(manifest.tensors, key=lambda s: s.offset):
+    begin = end = 0
+    for spec in sorted(manifest.tensors, key=lambda s: (s.offset, s.nbytes)):
         name = f"tensor {spec.name!r:.80}"
         if math.prod(spec.shape) * PRECISION_BYTES[spec.dtype] != spec.nbytes:
             return f"{name} of {spec.dtype}{list(spec.shape)} has {spec.nbytes} bytes"
-        if spec.offset < end or spec.offset + spec.nbytes > manifest.total_bytes:
+        is_tied = (spec.offset, spec.offset + spec.nbytes) == (begin, end)
+        if (spec.offset < end and not is_tied) or spec.offset + spec.nbytes > manifest.total_bytes:
             return f"{name} overlaps another or ends past {manifest.total_bytes} bytes"
-        end = spec.offset + spec.nbytes
+        begin, end = spec.offset, spec.offset + spec.nbytes
     return None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from atpo_async.core.errors import SetupError
 from atpo_async.core.vocabulary import Precision
 from atpo_async.models.causal_lm import torch_dtype
 from atpo_async.run.scratch import SHARED_MEMORY, Scratch, sweep, sweep_dead, weights_folder
+from atpo_async.wire.digests import digest_of
 from atpo_async.wire.messages import TensorSpec
 
 log = logging.getLogger("atpo.learner.publisher")
@@ -26,25 +27,32 @@ ALIGNMENT = 64
 
 
 class WrittenFile(NamedTuple):
-    """A version's whole payload, the hash of all its bytes, and where each tensor lies in it."""
+    """A version's whole payload, and where each tensor lies in it, with its digest."""
 
     path: Path
-    sha256: str
     total_bytes: int
     tensors: tuple[TensorSpec, ...]
 
 
 def layout(tensors: Mapping[str, Tensor], precision: Precision) -> tuple[tuple[TensorSpec, ...], int]:
-    """Where each floating tensor lies in the payload once it has the engine's precision, and the payload's size."""
+    """Where each floating tensor lies in the payload once it has the engine's precision, still without its digest, and
+    the payload's size.  Tied tensors, which are one in memory, are one in the payload."""
     specs: list[TensorSpec] = []
+    places: dict[object, int] = {}
     end = 0
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
-        offset = -(-end // ALIGNMENT) * ALIGNMENT
         nbytes = tensor.numel() * PRECISION_BYTES[precision]
-        specs.append(TensorSpec(name=name, dtype=precision, shape=tuple(tensor.shape), offset=offset, nbytes=nbytes))
-        end = offset + nbytes
+        held = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        # Of one that has no memory of its own to be told by (empty, or on no device) nothing is known.
+        offset = places.get(held) if tensor.data_ptr() else None
+        if offset is None:
+            offset = places[held] = -(-end // ALIGNMENT) * ALIGNMENT
+            end = offset + nbytes
+        specs.append(
+            TensorSpec(name=name, dtype=precision, shape=tuple(tensor.shape), offset=offset, nbytes=nbytes, digest="")
+        )
     return tuple(specs), end
 
 
@@ -136,16 +144,18 @@ class VersionFiles:
 
     def _write_payload(self, path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
         specs, total = layout(tensors, self._precision)
-        digest = hashlib.sha256()
+        digests: dict[tuple[int, int], str] = {}
         end = 0
         with path.open("wb") as file:
             for spec in specs:
-                gap = bytes(spec.offset - end)
+                if (spec.offset, spec.nbytes) in digests:  # tied to one that is written
+                    continue
                 data = raw_bytes(tensors[spec.name], self._precision)
-                for part in (gap, data):
-                    file.write(part)
-                    digest.update(part)
+                file.write(bytes(spec.offset - end))
+                file.write(data)
+                digests[spec.offset, spec.nbytes] = digest_of(data)
                 end = spec.offset + spec.nbytes
         if end != total:
             raise AssertionError(f"wrote {end} of {total} bytes")
-        return WrittenFile(path=path, sha256=digest.hexdigest(), total_bytes=total, tensors=specs)
+        hashed = tuple(msgspec.structs.replace(spec, digest=digests[spec.offset, spec.nbytes]) for spec in specs)
+        return WrittenFile(path=path, total_bytes=total, tensors=hashed)

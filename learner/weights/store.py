@@ -18,6 +18,7 @@ from atpo_async.run.host import host_id
 from atpo_async.transports.base import OfferedVersion, Payload, SenderContext, Transport
 from atpo_async.transports.registry import make_transport
 from atpo_async.wire import messages as m
+from atpo_async.wire.digests import root_of
 from learner.weights.files import VersionFiles
 
 NUM_VERSIONS = 2
@@ -78,7 +79,6 @@ class WeightsStore:
             version=version,
             total_bytes=file.total_bytes,
             chunk_bytes=self._settings.chunk_bytes,
-            sha256=file.sha256,
             tensors=file.tensors,
             probe_token_ids=probe_tokens.astype(np.int32).reshape(-1),
             probe_logprobs=probe_logprobs.astype(np.float32),
@@ -103,7 +103,7 @@ class WeightsStore:
             run=self._run,
             version=version,
             total_bytes=offered.manifest.total_bytes,
-            sha256=offered.manifest.sha256,
+            digest=root_of(offered.manifest.tensors, offered.manifest.total_bytes),
             host_id=host_id(),
             shm_path=self._sender.place(offered),
         )
