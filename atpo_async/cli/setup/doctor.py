@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,8 @@ from atpo_async.api import machine, own_parts
 from atpo_async.cli.common import EXIT_DONE, EXIT_FAILED, LAYERS, Asked, demo_config
 from atpo_async.config import Config, load
 from atpo_async.core.errors import ConfigError, SetupError
+from atpo_async.models.memory import report
+from atpo_async.models.memory.parts import GB
 from atpo_async.models.sources import looks_like_hub_name
 from atpo_async.ops import metrics_sinks
 from atpo_async.run.installed import version_of, vllm_range, vllm_unfit
@@ -68,12 +70,20 @@ class Finding:
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     """Of the command line."""
     parser.add_argument("config", metavar="CONFIG", nargs="*", default=[], help=LAYERS)
+    parser.add_argument(
+        "--gpu-gb",
+        type=float,
+        metavar="GB",
+        help="only the estimate of memory, for GPUs of so many GB (2^30 bytes) that need not be here",
+    )
 
 
 def run(asked: Asked) -> int:
-    """Prints the findings; fails where something is missing."""
+    """Prints the findings; fails where something is missing, or a GPU will not hold what is on it."""
     files = asked.args.config or ([demo_config()] if asked.options else [])
     config = load(files, asked.options)
+    if asked.args.gpu_gb is not None:
+        return _estimate_elsewhere(config, files, asked.args.gpu_gb)
     found = findings(config)
     if files:
         found += findings_of_run(config)
@@ -83,9 +93,33 @@ def run(asked: Asked) -> int:
         way_out = f"  → {finding.way_out}" if finding.way_out else ""
         table.add_row(signs[finding.level], finding.what, f"{finding.found}{way_out}".replace("[", r"\["))
     Console(highlight=False).print(table)
+    memory = _memory(config, machine.gpu_bytes()) if files else report.Estimate(())
+    for line in memory.lines:
+        print(line)
     missing = [finding.what for finding in found if finding.level == "missing"]
+    if memory.too_full:
+        missing.append(f"memory of GPU {', '.join(map(str, memory.too_full))}")
     print(f"missing: {', '.join(missing)}" if missing else "ready")
     return EXIT_FAILED if missing else EXIT_DONE
+
+
+def _estimate_elsewhere(config: Config, files: Sequence[Path | str], gpu_gb: float) -> int:
+    """The estimate alone, for cards of another machine.  Raises ConfigError where there is nothing to estimate."""
+    if not files:
+        raise ConfigError(f"--gpu-gb {gpu_gb:g} needs a configuration: atpo doctor CONFIG --gpu-gb {gpu_gb:g}")
+    if not 0 < gpu_gb < 1e6:
+        raise ConfigError(f"--gpu-gb must be above 0, got {gpu_gb:g}; it is the memory of one GPU, 80 for an H100")
+    found = _memory(config, gpu_gb * GB)
+    for line in found.lines:
+        print(line)
+    if found.too_full:
+        print(f"will not fit: GPU {', '.join(map(str, found.too_full))}")
+    return EXIT_FAILED if found.too_full or len(found.lines) < 2 else EXIT_DONE
+
+
+def _memory(config: Config, gpus: Mapping[int, float] | float) -> report.Estimate:
+    """Of GPUs by their bytes; nothing where there are none."""
+    return report.estimate(config, gpus=gpus, engine=machine.engine_elsewhere(config)) if gpus else report.Estimate(())
 
 
 def findings(config: Config | None = None) -> list[Finding]:
@@ -137,10 +171,24 @@ def findings_of_run(config: Config) -> list[Finding]:
         ("journal", machine.check_journal_dir),
     )
     found += [said for what, check in others if (said := _checked(what, "", check, config)).level == "missing"]
+    found += _memory_of_machine(config)
     # Where the package of one is not here, that has been said.
     if not any(said.level == "missing" and said.what in ("environment", "packages") for said in found):
         found += [said for said in [_checked("your own parts", "", own_parts.check, config)] if said.level == "missing"]
     return found
+
+
+def _memory_of_machine(config: Config) -> list[Finding]:
+    """What a run whose roles are all on the CPU takes, of what is free."""
+    if any(device == "cuda" for device in (config.actor.device, config.learner.device)) or machine.has_cuda():
+        return []
+    said = report.of_this_machine(config, engine=machine.engine_elsewhere(config))
+    if said is None:
+        return []
+    _, free = machine.memory_gb()
+    text, needed = said
+    enough = needed <= free
+    return [Finding("ok" if enough else "note", "memory of the run", text, "" if enough else f"{free:.1f} GB are free")]
 
 
 def _checked(what: str, name: str, check: Callable[[Config], None], config: Config) -> Finding:
