@@ -2,7 +2,7 @@
 
     checkpoints/step-000050-v000051/
       model.safetensors       the policy's parameters, each once
-      optimizer.safetensors   "<parameter>.<state>": exp_avg, exp_avg_sq, step
+      optimizer.safetensors   "<parameter>.<state>": exp_avg, exp_avg_sq, step (``learner.checkpoints.optimizer_state``)
       rng-<rank>.safetensors  torch's generators
       state.json              counters, version, gradient norms, fp16's loss scale, optimizer settings, Python's and
                               numpy's generators
@@ -31,6 +31,8 @@ from atpo_async.core.errors import SetupError
 from atpo_async.models.policy import list_checkpoints as list_checkpoints
 from atpo_async.ops import disk
 from atpo_async.run.files import sync
+from learner.checkpoints import optimizer_state
+from learner.policy.optimizer import groups_settings, set_settings
 from learner.training.trainer import Trainer
 
 _ASIDE = ".writing-"
@@ -117,7 +119,7 @@ def _write_tensors(aside: Path, target: Path, trainer: Trainer, progress: Progre
         accelerator.save_state(str(aside / "sharded"), safe_serialization=True)
     elif accelerator.is_main_process:
         save_file(_parameters(trainer), aside / "model.safetensors")
-        save_file(_optimizer_tensors(trainer), aside / "optimizer.safetensors")
+        save_file(optimizer_state.tensors_of(trainer.optimizer), aside / "optimizer.safetensors")
 
 
 def _complete(aside: Path, target: Path, trainer: Trainer, progress: Progress) -> None:
@@ -129,7 +131,7 @@ def _complete(aside: Path, target: Path, trainer: Trainer, progress: Progress) -
         "version": progress.version,
         **trainer.history.snapshot(),
         "scaler": None if trainer.accelerator.scaler is None else trainer.accelerator.scaler.state_dict(),
-        "param_groups": _settings(trainer),
+        "param_groups": groups_settings(trainer.optimizer),
         "python_rng": _jsonable(random.getstate()),
         "numpy_rng": _jsonable(np.random.get_state()),
     }
@@ -159,13 +161,12 @@ def load(path: Path, trainer: Trainer) -> Progress:
             raise SetupError(f"checkpoint {path} has format {state['format']}, this program reads {FORMAT}")
         _check_kind(path, trainer)
         if trainer.whole.sharded:
-            settings = _settings(trainer)
+            settings = groups_settings(trainer.optimizer)
             accelerator.load_state(str(path / "sharded"))
-            for group, own in zip(trainer.optimizer.param_groups, settings, strict=True):
-                group.update(own)
+            set_settings(trainer.optimizer, settings)
         else:
             _load_parameters(trainer, load_file(path / "model.safetensors"))
-            _load_optimizer(trainer, load_file(path / "optimizer.safetensors"))
+            optimizer_state.load_into(trainer.optimizer, load_file(path / "optimizer.safetensors"))
         rng = path / f"rng-{accelerator.process_index}.safetensors"
         if rng.is_file():  # with more ranks than before the new ones start afresh
             _set_torch_rng(load_file(rng))
@@ -194,31 +195,6 @@ def _load_parameters(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
-
-
-def _optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
-    """Flattened state: ``<index of the parameter>.<name>``."""
-    state: dict[Any, dict[str, Any]] = trainer.optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": torch.as_tensor(value).detach().contiguous()
-        for index, entry in state.items()
-        for name, value in entry.items()
-    }
-
-
-def _load_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
-    """Moments and step counts from ``tensors``; rates, betas and decay are the configuration's, which may be new."""
-    own = trainer.optimizer.state_dict()
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    trainer.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
-
-
-def _settings(trainer: Trainer) -> list[dict[str, Any]]:
-    """The optimizer's settings, group by group: rates, betas, decay."""
-    return [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
 
 
 def _check_kind(path: Path, trainer: Trainer) -> None:

@@ -17,6 +17,7 @@ from atpo_async.core.schedule import learning_rate
 from atpo_async.status import waits
 from learner.loss import guards
 from learner.loss.correction import Tempering
+from learner.policy.optimizer import set_rate
 from learner.training.pass_loss import PassLoss
 from learner.training.passes import Pass
 from learner.training.reductions import Reductions
@@ -187,8 +188,7 @@ class OptimizerSteps:
             total=self.total_updates,
             schedule=settings.schedule,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         self.optimizer.step()
         self.history.updates += 1
         self.optimizer.zero_grad()

@@ -61,7 +61,7 @@ class Trainer:
         names = TensorNames.of(policy)
         reference = _frozen_copy(policy, accelerator) if config.objective.kl_coef else None
         sharded = is_sharded(accelerator)
-        optimizer = make_optimizer(policy, config.learner, sharded=sharded)
+        optimizer = make_optimizer(policy, config.learner, device=accelerator.device, sharded=sharded)
         tied = is_tied(policy)
         precision.keep_outputs(accelerator)
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)

@@ -91,6 +91,9 @@ class LearnerConfig(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    optimizer: Literal["adamw", "adamw8bit", "offload"] = Field(
+        "adamw", description="adamw8bit: moments in 2 bytes a parameter, not 8 (torchao); offload: 8 on the host"
+    )
     warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     schedule_steps: int | None = Field(

@@ -1,0 +1,109 @@
+"""The optimizer's state as the plain tensors of a checkpoint, and back, also into an optimizer of another kind.
+
+``<index of the parameter>.<name>`` is one tensor: ``exp_avg``, ``exp_avg_sq``, ``step``.  A moment in 8 bits is three:
+``exp_avg.codes`` (uint8, in the parameter's shape), ``exp_avg.scale`` (a number for each block) and ``exp_avg.qmap``
+(the value of each code).
+
+AdamW with its moments on the device and with them on the host have the same state.  Moments in 8 bits are made of
+full ones by rounding, and the other way about by taking the codes' values: no kind begins with moments of zero.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("atpo.learner")
+
+PARTS = ("codes", "scale", "qmap")
+"""Of a moment in 8 bits, as torchao's ``OptimState8bit`` calls them."""
+
+
+def tensors_of(optimizer: Any) -> dict[str, Tensor]:
+    """The state of an optimizer whose parameters are whole."""
+    found: dict[str, Tensor] = {}
+    for index, entry in optimizer.state_dict()["state"].items():
+        for name, value in entry.items():
+            parts = {f"{name}.{part}": getattr(value, part) for part in PARTS} if _is_8bit(value) else {name: value}
+            found |= {f"{index}.{key}": torch.as_tensor(part).detach().contiguous() for key, part in parts.items()}
+    return found
+
+
+def load_into(optimizer: Any, tensors: dict[str, Tensor]) -> None:
+    """Moments and step counts from ``tensors``; rates, betas and decay are the configuration's, which may be new.
+
+    Raises:
+        ValueError, RuntimeError: they are not of these parameters.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    in_8bit = hasattr(inner, "_new_buffer")  # torchao's: it decides by size which parameters' moments are rounded
+    state: dict[int, dict[str, Any]] = {}
+    changed = 0
+    for index, entry in _entries(tensors).items():
+        if index >= len(parameters):
+            raise ValueError(f"it has moments for {index + 1} parameters and more, the policy has {len(parameters)}")
+        parameter = parameters[index]
+        state[index] = own = {}
+        for name, value in entry.items():
+            shape = value["codes"].shape if isinstance(value, dict) else value.shape
+            if name != "step" and shape != parameter.shape:
+                raise ValueError(f"{name} of parameter {index} has shape {list(shape)}, not {list(parameter.shape)}")
+            if name == "step" or not in_8bit:
+                own[name] = value if isinstance(value, Tensor) else _values(value)
+                changed += isinstance(value, dict)
+                continue
+            own[name] = inner._new_buffer(parameter, name == "exp_avg")
+            changed += _fill(own[name], value)
+    if changed:
+        log.warning(
+            "%d moments of the checkpoint are %s: learner.optimizer was another one when it was written",
+            changed,
+            "rounded to 8 bits" if in_8bit else "those of 8 bits, in full precision from here on",
+        )
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _is_8bit(value: Any) -> bool:
+    return all(hasattr(value, part) for part in PARTS)
+
+
+def _entries(tensors: dict[str, Tensor]) -> dict[int, dict[str, Any]]:
+    """Parameter -> name -> tensor, or the parts of one in 8 bits."""
+    found: dict[int, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        index, name, *part = key.split(".")
+        entry = found.setdefault(int(index), {})
+        if part:
+            entry.setdefault(name, {})[part[0]] = tensor
+        else:
+            entry[name] = tensor
+    return found
+
+
+def _values(parts: dict[str, Tensor]) -> Tensor:
+    """float32, in the parameter's shape: the numbers that a moment in 8 bits stands for (torchao's formula)."""
+    codes, scale, qmap = (parts[part] for part in PARTS)
+    return (qmap[codes.int()].view(len(scale), -1) * scale[:, None]).view(codes.shape)
+
+
+def _fill(buffer: Any, value: Any) -> bool:
+    """Put a moment into ``buffer``; whether that took rounding or undoing it."""
+    if not _is_8bit(buffer):
+        rounded = isinstance(value, dict)
+        buffer.copy_(_values(value) if rounded else value)
+        return rounded
+    if isinstance(value, Tensor):
+        buffer.copy_(value.to(buffer.device, torch.float32))
+        return True
+    same_blocks = value["scale"].shape == buffer.scale.shape and torch.equal(value["qmap"], buffer.qmap.cpu())
+    if not same_blocks:  # another version of the library
+        buffer.copy_(_values(value).to(buffer.device))
+        return True
+    for part in PARTS:
+        getattr(buffer, part).copy_(value[part])
+    return False
