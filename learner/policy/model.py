@@ -15,6 +15,7 @@ from atpo_async.config import Config
 from atpo_async.core.errors import SetupError
 from atpo_async.models import causal_lm
 from atpo_async.models.sources import model_folder
+from learner.kernels.vocabulary import Scoring, Wanted
 from learner.packing import attention
 from learner.packing.attention import DeviceLayout
 from learner.policy.head import logits, scored
@@ -32,6 +33,8 @@ class Policy(nn.Module):
         super().__init__()
         self.hf = hf
         self.temperature = temperature
+        self.compiled_head = False
+        """Whether the numbers of the head are computed by compiled kernels (CUDA)."""
         self._no_split_modules = getattr(hf, "_no_split_modules", None)  # FSDP wraps by these
         attention.install(hf)
 
@@ -44,8 +47,12 @@ class Policy(nn.Module):
         temperature: float | None = None,
         with_entropy: bool = False,
         waiting_times: Tensor | None = None,
+        min_p: float | None = None,
     ) -> Tensor:
         """float32[N] (float64 in a float64 model): log-prob of each target; float[2, N] with entropies.
+
+        ``min_p`` adds two lines without a gradient, the last ones: of the tokens whose probability is at least this
+        share of the largest one, the log of their mass; and the largest log-prob.
 
         Args:
             tokens: int64[B, T], padded on the right.
@@ -55,11 +62,12 @@ class Policy(nn.Module):
             temperature: None for the policy's own.
             with_entropy: also the entropy, nats, of the whole tempered distribution each target was scored under.
             waiting_times: sample instead, as ``sampled`` does.
+            min_p: above 0, at most 1.
         """
         if waiting_times is not None:
             return self.sampled(tokens, predictor, waiting_times)
         assert target is not None
-        return self.logprobs(tokens, predictor, target, layout, temperature, with_entropy)
+        return self.logprobs(tokens, predictor, target, layout, temperature, with_entropy, min_p)
 
     def logprobs(
         self,
@@ -69,14 +77,18 @@ class Policy(nn.Module):
         layout: DeviceLayout | None = None,
         temperature: float | None = None,
         with_entropy: bool = False,
+        min_p: float | None = None,
     ) -> Tensor:
         """As ``forward``, without whatever Accelerate put around that (autocast)."""
         arranged = {} if layout is None else layout.model_arguments()
         hidden = self.hf.base_model(input_ids=tokens, use_cache=False, **arranged).last_hidden_state
         chosen = hidden.reshape(-1, hidden.shape[-1])[predictor]
-        head = self.hf.get_output_embeddings()
-        scale = 1.0 / (self.temperature if temperature is None else temperature)
-        return scored(head, chosen, target, scale=scale, with_entropy=with_entropy)
+        scoring = Scoring(
+            scale=1.0 / (self.temperature if temperature is None else temperature),
+            wanted=Wanted(entropy=with_entropy, min_p=min_p),
+            compiled=self.compiled_head,
+        )
+        return scored(self.hf.get_output_embeddings(), chosen, target, scoring)
 
     def sampled(self, tokens: Tensor, predictor: Tensor, waiting_times: Tensor) -> Tensor:
         """int64[N]: a token that follows each place, sampled at temperature 1.
@@ -88,7 +100,7 @@ class Policy(nn.Module):
         """
         hidden = self.hf.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         chosen = hidden.reshape(-1, hidden.shape[-1])[predictor]
-        found = logits(self.hf.get_output_embeddings(), 1.0, chosen)[:, : waiting_times.shape[-1]]
+        found = logits(self.hf.get_output_embeddings(), chosen)[:, : waiting_times.shape[-1]]
         return (found - waiting_times.log()).argmax(-1)
 
 
