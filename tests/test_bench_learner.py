@@ -16,27 +16,12 @@ from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.core.tree import TurnTree
 from atpo_async.wire.messages import BatchTree
-from benchmarks.learner import (
-    QWEN3_4B,
-    SHAPES,
-    Bare,
-    Flops,
-    Shape,
-    Size,
-    Times,
-    compare,
-    expected,
-    flat_work,
-    grow,
-    grow_batch,
-    interleave,
-    made_for,
-    main,
-    make_trainer,
-    parse,
-    sampled_by,
-    tree_work,
-)
+from benchmarks.learner import main, parse
+from benchmarks.learner_parts.cost import QWEN3_4B, Flops, expected, flat_work, tree_work
+from benchmarks.learner_parts.plan import compare, made_for
+from benchmarks.learner_parts.sides import Bare, Size, Times, make_trainer
+from benchmarks.learner_parts.tables import interleave
+from benchmarks.learner_parts.trees import SHAPES, Shape, grow, grow_batch, sampled_by
 from learner.packing.credited import CreditedTree, Normaliser
 from learner.packing.rows import Row, leaf_rows, micro_batches
 from learner.packing.tree import attention_pairs, tree_micro_batches
