@@ -5,7 +5,13 @@ from atpo_async.config.options import get, parse_value, split_options, unknown_o
 from atpo_async.config.schema import Config, fields
 from atpo_async.config.sections.data import StalenessConfig
 from atpo_async.config.sections.generation import SearchConfig
-from atpo_async.config.sections.learning import CorrectionConfig, CreditConfig, LearnerConfig, ObjectiveConfig
+from atpo_async.config.sections.learning import (
+    CorrectionConfig,
+    CreditConfig,
+    LearnerConfig,
+    LoraConfig,
+    ObjectiveConfig,
+)
 from atpo_async.config.sections.run import SupervisorConfig
 from atpo_async.config.sections.transport import LinksConfig, WeightsConfig
 from atpo_async.config.staleness import STALENESS_KNOBS, derived_bounds
@@ -17,6 +23,7 @@ __all__ = [
     "CreditConfig",
     "LearnerConfig",
     "LinksConfig",
+    "LoraConfig",
     "ObjectiveConfig",
     "SearchConfig",
     "StalenessConfig",

@@ -132,7 +132,7 @@ def _holder(path: str, holders: Mapping[str, str]) -> str | None:
 
 def _sides(message: str, holders: Mapping[str, str]) -> str:
     """Where the values of the fields that a contradiction names come from."""
-    named = dict.fromkeys(re.findall(r"(?<![\w.-])[a-z]+\.[a-z_]+", message))
+    named = dict.fromkeys(re.findall(r"(?<![\w.-])[a-z]+(?:\.[a-z_]+)+", message))
     known = [f"{name}: {holders[name]}" for name in named if name in holders]
     return f"  ({'; '.join(known)})" if known else ""
 

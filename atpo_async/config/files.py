@@ -168,6 +168,8 @@ def to_toml(config: Config) -> str:
     for name, section in _sections(config):
         lines.append(name)
         for field, about in type(section).model_fields.items():
+            if isinstance(getattr(section, field), Section):
+                continue  # has a header of its own
             text = f"{field} = {_toml_value(getattr(section, field))}"
             meaning = "; ".join(filter(None, (about.description, _choices(about))))
             lines.append(f"{text}  # {meaning}" if meaning else text)
@@ -176,13 +178,17 @@ def to_toml(config: Config) -> str:
 
 
 def _sections(config: Config) -> Iterator[tuple[str, Section]]:
-    """(header, section) of all that decides something: ``[[environments]]`` stand in place of ``[environment]``."""
+    """(header, section) of all that decides something: ``[[environments]]`` stand in place of ``[environment]``, and
+    ``[learner.lora]`` after ``[learner]``."""
     for name in Config.model_fields:
         section = getattr(config, name)
         if name == options.ENTRIES:
             yield from ((f"[[{name}]]", entry) for entry in section)
         elif name != "environment" or not config.environments:
             yield f"[{name}]", section
+            for inner in type(section).model_fields:
+                if isinstance(value := getattr(section, inner), Section):
+                    yield f"[{name}.{inner}]", value
 
 
 def _choices(field: FieldInfo) -> str:

@@ -24,6 +24,7 @@ _CORRECTS = ("correction.action", loss_rules.corrections_that_correct())
 _BRANCHES = (("search.strategy", NOT_NONE), ("search.rounds", NONZERO))
 _PRIORITIZED = ("buffer.sampling", ("prioritized",))
 _PRIORITIES = (_PRIORITIZED, ("buffer.priority_exponent", NONZERO))
+_LORA = (("learner.lora.rank", NONZERO),)
 _VLLM = (("actor.engine", ("auto", "vllm")),)
 
 WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
@@ -55,6 +56,7 @@ WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
     **{f"objective.{name}": (("objective.surrogate", by),) for name, by in loss_rules.readers_of_objective().items()},
     "objective.kl_estimator": (("objective.kl_coef", NONZERO),),
     "learner.schedule_steps": (("learner.schedule", ("linear", "cosine")),),
+    **{f"learner.lora.{name}": _LORA for name in ("alpha", "rslora", "targets", "init", "publish")},
     "learner.pack_tokens": (("learner.packing", ("auto", "tree")),),
     "actor.kv_cache_gb": (*_VLLM, ("actor.device", ("auto", "cpu"))),
     "actor.gpu_memory_utilization": (*_VLLM, ("actor.device", ("auto", "cuda"))),
@@ -107,8 +109,8 @@ def _is_ones_own(field: FieldInfo, value: Any) -> bool:
 
 
 def _was_set(config: Config, name: str) -> bool:
-    section, _, leaf = name.partition(".")
-    return leaf in getattr(config, section).model_fields_set
+    section, _, leaf = name.rpartition(".")
+    return leaf in configuration.get(config, section).model_fields_set
 
 
 def _shown(value: object) -> str:

@@ -230,7 +230,7 @@ def unknown_option(name: str) -> str:
     if name == ENTRIES or is_entry(name):
         known = ", ".join(WeightedEnvironment.model_fields)
         return f"--{name}: a field of one environment is set by --{ENTRIES}.NUMBER.FIELD VALUE; known: {known}"
-    if name in Config.model_fields:
+    if name in Config.model_fields or any(field.startswith(f"{name}.") for field in fields()):
         first = next(field for field in fields() if field.startswith(f"{name}."))
         return f"--{name}: is a section and takes no value; name a field of it, for instance --{first}"
     near = suggestions.near(name, fields())

@@ -115,6 +115,12 @@ MEANT_BY: Mapping[str, str] = {
     "learner.accelerate_config": "deepspeed ds_config zero_stage fsdp fsdp_config config_file",
     "learner.mixed_precision": "bf16 fp16 amp",
     "learner.gradient_checkpointing": "activation_checkpointing grad_checkpointing enable_gradient_checkpointing",
+    "learner.lora.rank": "lora_rank lora_r r use_lora peft use_peft lora_dim adapter_rank max_lora_rank",
+    "learner.lora.alpha": "lora_alpha adapter_alpha",
+    "learner.lora.rslora": "use_rslora use_rs_lora",
+    "learner.lora.targets": "target_modules lora_target_modules lora_targets modules_to_adapt exclude_modules",
+    "learner.lora.init": "lora_adapter_path adapter_path lora_path adapter_name_or_path",
+    "learner.lora.publish": "load_lora merge_adapter merge_lora",
     "learner.tensorboard": "use_tensorboard",
     "metrics.sinks": "report_to wandb use_wandb trackio use_trackio logger loggers log_with trackers",
     "actor.count": (

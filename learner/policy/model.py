@@ -19,6 +19,7 @@ from learner.kernels.vocabulary import Scoring, Wanted
 from learner.packing import attention
 from learner.packing.attention import DeviceLayout
 from learner.policy.head import logits, scored
+from learner.policy.lora import Lora, attach
 
 
 class Policy(nn.Module):
@@ -27,11 +28,13 @@ class Policy(nn.Module):
     Args:
         hf: the transformers model.
         temperature: that actions are sampled with; log-probs are under the tempered distribution.
+        lora: its adapters, where those alone are trained.
     """
 
-    def __init__(self, hf: Any, *, temperature: float = 1.0) -> None:
+    def __init__(self, hf: Any, *, temperature: float = 1.0, lora: Lora | None = None) -> None:
         super().__init__()
         self.hf = hf
+        self.lora = lora
         self.temperature = temperature
         self.compiled_head = False
         """Whether the numbers of the head are computed by compiled kernels (CUDA)."""
@@ -121,12 +124,13 @@ def open_policy(folder: Path, config: Config) -> Policy:
         # SDPA has no cap on attention logits, and transformers leaves it out there without a warning.
         hf.set_attn_implementation("eager")
     _switch_off_dropout(hf)
+    lora = attach(hf, config, folder)
     if config.learner.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         hf.train()
     else:
         hf.eval()
-    policy = Policy(hf, temperature=config.search.temperature)
+    policy = Policy(hf, temperature=config.search.temperature, lora=lora)
     _check_head(policy, folder)
     return policy
 

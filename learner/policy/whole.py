@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from atpo_async.models import causal_lm
+from atpo_async.models.adapters import Adapters
 from learner.policy.model import Policy
 
 
@@ -31,13 +33,14 @@ class TensorNames:
         at: dict[int, str] = {}
         first: dict[str, str] = {}
         state = policy.hf.state_dict()
-        for name, tensor in state.items():
+        own = state if policy.lora is None else policy.lora.split(state)[0]
+        for name, tensor in own.items():
             key = tensor.data_ptr()
             if key in at:
                 first[name] = at[key]
             else:
                 at[key] = name
-        return cls(tuple(state), first)
+        return cls(tuple(own), first)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,28 +57,61 @@ class WholePolicy:
     """No rank holds all of a parameter."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor an engine needs, whole: tied ones under each of their names."""
+        """Every tensor an engine needs, whole: tied ones under each of their names, adapters merged in (those on the
+        CPU)."""
+        own, pairs = self._held()
+        if pairs is None:
+            return own
+        merged = {f"{layer}.weight" for layer in pairs.layers}
+        return {name: pairs.whole(name, tensor).cpu() if name in merged else tensor for name, tensor in own.items()}
+
+    def published(self) -> dict[str, Tensor]:
+        """On rank 0, ``tensors`` under the names, and in the shapes, of the files in ``model.path``; or adapters, as
+        ``learner.lora.publish`` says."""
+        own, pairs = self._held()
+        if not self.accelerator.is_main_process:
+            return own
+        published = causal_lm.published(self.policy.hf, own)
+        if self.policy.lora is None or pairs is None:
+            return published
+        return self.policy.lora.for_engines(published, pairs)
+
+    def adapters(self) -> Adapters:
+        """The adapters, whole.  Raises ValueError where there are none."""
+        _, pairs = self._held()
+        if pairs is None:
+            raise ValueError("the policy has no adapters")
+        return pairs
+
+    def _held(self) -> tuple[dict[str, Tensor], Adapters | None]:
+        """The model's own tensors, whole, tied ones under each of their names; and its adapters, where it has any.  On
+        ranks that do not gather nothing of use."""
+        lora, pairs = self.policy.lora, None
         if not self.sharded:
             found: dict[str, Tensor] = {k: v.detach() for k, v in self.policy.hf.state_dict().items()}
         else:
             gathered = self.accelerator.get_state_dict(self.model)
             found = {str(k).removeprefix("hf."): v for k, v in gathered.items()}
-            if not self.accelerator.is_main_process:
-                return found
-        return {name: found[name] if name in found else found[self.names.first[name]] for name in self.names.names}
-
-    def published(self) -> dict[str, Tensor]:
-        """``tensors`` under the names, and in the shapes, of the files in ``model.path``, on rank 0."""
-        tensors = self.tensors()
-        return causal_lm.published(self.policy.hf, tensors) if self.accelerator.is_main_process else tensors
+        if lora is not None:
+            found, pairs = lora.split(found)
+        if self.sharded and not self.accelerator.is_main_process:
+            return found, pairs
+        own = {name: found[name] if name in found else found[self.names.first[name]] for name in self.names.names}
+        return own, pairs
 
     def probe(self, tokens_ST: np.ndarray) -> np.ndarray:
         """float32[S * (T - 1)]: log-prob of each token but the first of its sequence, under the weights now, at
-        temperature 1."""
+        temperature 1.
+
+        With adapters the weights are the merged ones, rounded as engines hold them: an engine's error on the probe is then
+        that of its own arithmetic and of what it did not take up, as without adapters.
+        """
+        lora = self.policy.lora
         tokens = torch.from_numpy(tokens_ST.astype(np.int64))
         target = tokens[:, 1:].reshape(-1)
         inputs = {"tokens": tokens[:, :-1], "predictor": torch.arange(len(target)), "target": target}
-        scored = self._answer(self.policy.logprobs, inputs | {"temperature": 1.0})
+        with contextlib.nullcontext() if lora is None else lora.as_in_engines():
+            scored = self._answer(self.policy.logprobs, inputs | {"temperature": 1.0})
         result: np.ndarray = scored.float().cpu().numpy()
         return result
 

@@ -17,7 +17,6 @@ from learner.loss.correction import OffPolicyCorrection, Tempering, Weights, int
 from learner.loss.loading import CheckedSurrogate, load_correction, load_surrogate
 from learner.loss.objective import Loss, atpo_loss
 from learner.loss.tokens import ActionTokens
-from learner.policy.model import Policy
 from learner.training.passes import Pass
 from learner.training.reductions import Reductions
 
@@ -44,7 +43,7 @@ class PassLoss:
     config: Config
     model: Callable[..., Tensor]
     """The policy in the wrappers that ``accelerate`` put around it."""
-    reference: Policy | None
+    reference: Callable[..., Tensor] | None
     """The policy of ``model.path``, where the objective asks for its log-probs."""
     accelerator: Accelerator
     reductions: Reductions
@@ -62,6 +61,9 @@ class PassLoss:
     def __call__(self, item: Pass, tempering: Tempering) -> PassResult:
         """Forward; the result's loss carries the gradient."""
         settings = self.config
+        # Before the policy's own pass: with adapters it is the same model, and nothing may come between a pass and its
+        # backward pass.
+        reference = self._reference_logprobs(item)
         with_entropy = settings.objective.entropy_coef > 0
         scored = item.spread(self.model(**item.inputs, **({"with_entropy": True} if with_entropy else {})))
         logp, entropy = (scored[0], scored[1]) if with_entropy else (scored, None)
@@ -72,7 +74,7 @@ class PassLoss:
         loss = atpo_loss(
             ActionTokens(
                 logp=logp, prox=prox, mu=item.mu, advantage=item.advantage, turn=item.turn, row=item.row,
-                weight=item.weight, correction=weights.per_token, reference=self._reference_logprobs(item),
+                weight=item.weight, correction=weights.per_token, reference=reference,
                 entropy=entropy,
             ),
             settings.objective,

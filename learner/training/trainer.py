@@ -59,7 +59,7 @@ class Trainer:
             raise ConfigError(needs_log_probs(self._credit.value_setting))
         self._vocab_size = int(policy.hf.config.vocab_size)
         names = TensorNames.of(policy)
-        reference = _frozen_copy(policy, accelerator) if config.objective.kl_coef else None
+        frozen = _frozen_copy(policy, accelerator) if config.objective.kl_coef and policy.lora is None else None
         sharded = is_sharded(accelerator)
         optimizer = make_optimizer(policy, config.learner, device=accelerator.device, sharded=sharded)
         tied = is_tied(policy)
@@ -74,6 +74,8 @@ class Trainer:
                 f"accelerate untied the output head from the embeddings (learner.accelerate_config = "
                 f"{config.learner.accelerate_config!r}): set fsdp_cpu_ram_efficient_loading to false there"
             )
+        without_adapters = None if policy.lora is None else policy.lora.without(self.model)
+        reference = (frozen or without_adapters) if config.objective.kl_coef else None
         self._loss = PassLoss(
             config=config, accelerator=accelerator, model=self.model, reference=reference, reductions=self.reductions
         )

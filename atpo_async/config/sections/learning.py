@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from atpo_async.config import doors
 from atpo_async.config.sections.base import Options, Section, named
 from atpo_async.core.vocabulary import Aggregation, LeafWeights, Level, Precision, RatioLevel
+
+
+ALL_LINEAR = "all-linear"
+"""In ``learner.lora.targets``."""
+
+
+def _one_is_a_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
 
 
 class CreditConfig(Section):
@@ -84,6 +92,26 @@ class ObjectiveConfig(Section):
     entropy_coef: float = Field(0.0, ge=0, description="of the entropy bonus over the whole vocabulary")
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA, arXiv 2106.09685): they alone are trained, the weights of ``model.path`` stay as they are.
+
+    Without dropout: a forward pass has to be a function of the weights, or ratios, probe and packing are all off.
+    """
+
+    rank: int = Field(0, ge=0, description="of the adapters; 0: all weights are trained, and there are none")
+    alpha: float = Field(32.0, gt=0, description="an adapter's product counts alpha / rank times")
+    rslora: bool = Field(False, description="alpha / sqrt(rank) times instead (rsLoRA)")
+    targets: Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)] = Field(
+        (ALL_LINEAR,),
+        min_length=1,
+        description="layers that get one, by the end of their names (q_proj); all-linear: all but the output head",
+    )
+    init: str | None = Field(None, description="adapter folder (peft's format) to begin with, over the same model.path")
+    publish: Literal["merged", "adapter"] = Field(
+        "merged", description="what travels: whole merged weights, or the adapters, which actors merge"
+    )
+
+
 class LearnerConfig(Section):
     """Optimizer, batches, checkpoints."""
 
@@ -130,4 +158,5 @@ class LearnerConfig(Section):
     lineage: bool = Field(
         False, description="write lineage.jsonl: what each batch was trained on, with a hash of every tree"
     )
+    lora: LoraConfig = LoraConfig()
     tensorboard: bool = Field(False, description="the same as a metrics sink 'tensorboard'")
