@@ -99,6 +99,9 @@ async def learn(ctx: RoleContext) -> None:
                 learner.trainer.accelerator.device,
                 counted(learner.trainer.accelerator.num_processes, "process", "processes"),
             )
+            if (lora := learner.trainer.policy.lora) is not None:
+                trained = sum(p.numel() for p in lora.parameters().values())
+                ctx.log.info("%s: %d parameters are trained", lora, trained)
             ctx.log.info("%s layout: %s", learner.trainer.layout, learner.trainer.layout_reason)
             await learner.run()
             # A rank that exits while others still use the group's threads may abort.

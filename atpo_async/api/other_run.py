@@ -17,7 +17,7 @@ from typing import Any
 from atpo_async.config import Config
 from atpo_async.config.resuming import Start
 from atpo_async.core.errors import RunMismatch, SetupError
-from atpo_async.models.policy import assemble, checkpoint_step, is_there, list_checkpoints, steps_trained
+from atpo_async.models.policy import assemble, checkpoint_step, is_there, list_checkpoints, steps_trained, weights_in
 from atpo_async.models.sources import looks_like_hub_name, model_folder
 from atpo_async.ops.disk import error_number
 from atpo_async.run.rundir import LATEST, START, RunDir
@@ -25,7 +25,6 @@ from atpo_async.status.run_folders import run_at, runs_near
 
 TRIES = 5
 """Attempts to read a checkpoint that its run may remove meanwhile for a newer one."""
-WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +133,7 @@ def _write(source: Source, folder: Path) -> dict[str, Any]:
 def _choose(source: Source) -> tuple[Path, int | None]:
     """A checkpoint or a model folder, and its step."""
     run = source.run
-    whole = {checkpoint_step(path): path for path in list_checkpoints(run.checkpoints) if (path / WEIGHTS).is_file()}
+    whole = {checkpoint_step(path): path for path in list_checkpoints(run.checkpoints) if weights_in(path) is not None}
     exported = run.path / "model"
     if source.step is not None:
         if source.step in whole:
@@ -148,7 +147,7 @@ def _choose(source: Source) -> tuple[Path, int | None]:
     newest = max(whole, default=None)
     if is_there(exported):
         made = (exported / "config.json").stat().st_mtime
-        if newest is None or made >= (whole[newest] / WEIGHTS).stat().st_mtime:
+        if newest is None or made >= (weights_in(whole[newest]) or whole[newest]).stat().st_mtime:
             return exported, steps_trained(run) or newest
     if newest is not None:
         return whole[newest], newest

@@ -62,6 +62,8 @@ def line(error: Any, source: str, holders: Mapping[str, str]) -> str:
     if kind in ("tuple_type", "list_type"):
         example = _example(path, value)
         return f"{path} must be a list, as in {example} (on the command line '{example}'), got {_cut(value)}{where}"
+    if kind == "too_short":
+        return f"{path} must name one at least, got {_cut(value)}{where}"
     wanted = next((words for kinds, words in WANTED if kind in kinds), None)
     if wanted is not None:
         return f"{path} must be {wanted.format(section=path)}, got {_cut(value)}{where}"

@@ -14,6 +14,7 @@ from typing import Any
 from atpo_async.config import Config
 from atpo_async.core.doors import Door
 from atpo_async.core.errors import ConfigError, SetupError
+from atpo_async.models import adapters
 from atpo_async.models.tensor_files import WEIGHTS, read_header, read_headers
 from atpo_async.run import launch
 from atpo_async.run.rundir import RunDir
@@ -137,7 +138,7 @@ def latest_policy(rundir: RunDir) -> Iterator[tuple[Path, str]]:
     Raises SetupError where the run has neither a checkpoint nor an exported model.
     """
     exported = rundir.path / "model"
-    whole = [path for path in list_checkpoints(rundir.checkpoints) if (path / "model.safetensors").is_file()]
+    whole = [path for path in list_checkpoints(rundir.checkpoints) if weights_in(path) is not None]
     newest = whole[-1].stat().st_mtime if whole else 0.0
     if is_there(exported) and (exported / "config.json").stat().st_mtime >= newest:
         yield exported, str(exported)
@@ -148,14 +149,26 @@ def latest_policy(rundir: RunDir) -> Iterator[tuple[Path, str]]:
         yield assemble(Path(rundir.config.model.path), whole[-1], Path(folder)), str(whole[-1])
 
 
+def weights_in(checkpoint: Path) -> Path | None:
+    """The file of a checkpoint that a policy can be assembled from, all weights or adapters; None in shards."""
+    files = (checkpoint / name for name in (WEIGHTS, adapters.WEIGHTS))
+    return next((file for file in files if file.is_file()), None)
+
+
 def assemble(source: Path, checkpoint: Path, target: Path) -> Path:
-    """Put the checkpoint's weights beside the configuration and tokenizer of ``source``.  Returns ``target``."""
+    """Put the checkpoint's weights, adapters merged in, beside the configuration and tokenizer of ``source``.
+
+    Returns ``target``.
+    """
     if not is_there(source):
         raise SetupError(f"model.path = '{source}', from which this run started, is gone; its tokenizer is needed")
     for file in source.iterdir():
         weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth") or ".index." in file.name
         if file.is_file() and not weights:
             shutil.copyfile(file, target / file.name)
+    if adapters.is_adapter(checkpoint):
+        _merge(source, checkpoint, target / WEIGHTS)
+        return target
     trained = checkpoint / WEIGHTS
     names = {name.removeprefix(_PREFIX) for name in read_header(trained)}
     if names <= set(read_headers(source)):
@@ -163,6 +176,16 @@ def assemble(source: Path, checkpoint: Path, target: Path) -> Path:
     else:
         _convert_tensors(trained, target / WEIGHTS, source=source)
     return target
+
+
+def _merge(source: Path, checkpoint: Path, target: Path) -> None:
+    """One safetensors file, in float32 as other checkpoints are: the weights that the run began with, the checkpoint's
+    adapters merged in."""
+    from safetensors.torch import save_file
+
+    merged = dict(adapters.merged_tensors(source, adapters.read(checkpoint)))
+    whole = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in merged.items()}
+    save_file({name: tensor.contiguous() for name, tensor in whole.items()}, target, metadata={"format": "pt"})
 
 
 def _convert_tensors(trained: Path, target: Path, *, source: Path) -> None:

@@ -27,6 +27,11 @@ def model_folder(path: str) -> Path:
         return Path(path)
     if looks_like_hub_name(path):
         return _from_hub(path)
+    if path and (Path(path) / "adapter_config.json").is_file():
+        raise SetupError(
+            f"model.path = {path!r} is an adapter folder: give the model that it was trained on as --model.path, and "
+            f"--learner.lora.init {path} with its rank, alpha and targets"
+        )
     what = f"model.path = {path!r}" if path else "model.path is empty"
     raise SetupError(
         f"{what}: no model folder (no config.json) there; name one with --model.path, or for the hopqa environment "

@@ -224,6 +224,8 @@ def settings_of(config: Config, *, leaving: Sequence[str]) -> dict[str, Any]:
         found[path] = here
     if not config.environments:
         found.pop("environments", None)  # cells that were trained before there could be several keep their names
+    if not config.learner.lora.rank:  # nor do those from before there were adapters
+        found = {path: value for path, value in found.items() if not path.startswith("learner.lora.")}
     return found
 
 

@@ -1,7 +1,8 @@
 """Checkpoints: written aside, synced, renamed.  The last good one always exists.
 
     checkpoints/step-000050-v000051/
-      model.safetensors       the policy's parameters, each once
+      model.safetensors       the policy's parameters, each once; with LoRA instead of it an adapter folder in peft's
+                              format, adapter_config.json and adapter_model.safetensors
       optimizer.safetensors   "<parameter>.<state>": exp_avg, exp_avg_sq, step (``learner.checkpoints.optimizer_state``)
       rng-<rank>.safetensors  torch's generators
       state.json              counters, version, gradient norms, fp16's loss scale, optimizer settings, Python's and
@@ -25,10 +26,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from atpo_async.core.errors import SetupError
+from atpo_async.models import adapters
 from atpo_async.models.policy import list_checkpoints as list_checkpoints
+from atpo_async.models.tensor_files import WEIGHTS
 from atpo_async.ops import disk
 from atpo_async.run.files import sync
 from learner.checkpoints import optimizer_state
@@ -118,7 +121,9 @@ def _write_tensors(aside: Path, target: Path, trainer: Trainer, progress: Progre
     if trainer.whole.sharded:
         accelerator.save_state(str(aside / "sharded"), safe_serialization=True)
     elif accelerator.is_main_process:
-        save_file(_parameters(trainer), aside / "model.safetensors")
+        if trainer.policy.lora is not None:
+            trainer.policy.lora.write_settings(aside, base=trainer.config.model.path)
+        save_file(_parameters(trainer), aside / _weights_file(trainer))
         save_file(optimizer_state.tensors_of(trainer.optimizer), aside / "optimizer.safetensors")
 
 
@@ -132,6 +137,7 @@ def _complete(aside: Path, target: Path, trainer: Trainer, progress: Progress) -
         **trainer.history.snapshot(),
         "scaler": None if trainer.accelerator.scaler is None else trainer.accelerator.scaler.state_dict(),
         "param_groups": groups_settings(trainer.optimizer),
+        "lora": None if trainer.policy.lora is None else trainer.policy.lora.said(),
         "python_rng": _jsonable(random.getstate()),
         "numpy_rng": _jsonable(np.random.get_state()),
     }
@@ -160,12 +166,13 @@ def load(path: Path, trainer: Trainer) -> Progress:
         if state["format"] != FORMAT:
             raise SetupError(f"checkpoint {path} has format {state['format']}, this program reads {FORMAT}")
         _check_kind(path, trainer)
+        _check_adapters(path, state.get("lora"), trainer)
         if trainer.whole.sharded:
             settings = groups_settings(trainer.optimizer)
             accelerator.load_state(str(path / "sharded"))
             set_settings(trainer.optimizer, settings)
         else:
-            _load_parameters(trainer, load_file(path / "model.safetensors"))
+            _load_parameters(trainer, load_file(path / _weights_file(trainer)))
             optimizer_state.load_into(trainer.optimizer, load_file(path / "optimizer.safetensors"))
         rng = path / f"rng-{accelerator.process_index}.safetensors"
         if rng.is_file():  # with more ranks than before the new ones start afresh
@@ -184,17 +191,48 @@ def load(path: Path, trainer: Trainer) -> Progress:
         ) from exc
 
 
+def _weights_file(trainer: Trainer) -> str:
+    return WEIGHTS if trainer.policy.lora is None else adapters.WEIGHTS
+
+
 def _parameters(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: p.detach().contiguous() for name, p in trainer.policy.named_parameters()}
+    """What training changes, each once, under the names that it has in the checkpoint's file."""
+    return {name: p.detach().contiguous() for name, p in _trained(trainer).items()}
+
+
+def _trained(trainer: Trainer) -> dict[str, nn.Parameter]:
+    if trainer.policy.lora is None:
+        return dict(trainer.policy.named_parameters())
+    return {f"{adapters.PREFIX}{name}": p for name, p in trainer.policy.lora.parameters().items()}
 
 
 def _load_parameters(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
-    own = dict(trainer.policy.named_parameters())
+    own = _trained(trainer)
     if own.keys() != tensors.keys():
         raise ValueError(f"its parameters are not the model's: {sorted(own.keys() ^ tensors.keys())[:4]}")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
+
+
+def _check_adapters(path: Path, was: dict[str, Any] | None, trainer: Trainer) -> None:
+    """Raises SetupError for adapters over other weights, of another shape or scale, or where there are none now."""
+    now = None if trainer.policy.lora is None else trainer.policy.lora.said()
+    if was == now:
+        return
+    if was is None or now is None:
+        holds, keeps = ("all weights", "adapters") if was is None else ("adapters", "all weights")
+        what = f"holds {holds}, and with learner.lora.rank = {trainer.config.learner.lora.rank} {keeps} are trained"
+    else:
+        odd = next(name for name in now if was.get(name) != now[name])
+        what = {
+            "base": f"holds adapters over other weights than those of model.path = {trainer.config.model.path!r} now",
+            "layers": "holds adapters of other layers than learner.lora.targets names",
+        }.get(odd, f"holds adapters of {odd} {was.get(odd)!r}, [learner.lora] makes it {now[odd]!r}")
+    raise SetupError(
+        f"checkpoint {path} {what}: go on with the former settings and weights, or start another run from the merged "
+        "policy with `atpo train CONFIG --from RUN`"
+    )
 
 
 def _check_kind(path: Path, trainer: Trainer) -> None:

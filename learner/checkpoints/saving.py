@@ -22,7 +22,7 @@ from atpo_async.wire.messages import Checkpointed
 from learner.batches.buffer_peer import BufferPeer
 from learner.checkpoints import checkpoint
 from learner.checkpoints.checkpoint import Progress
-from learner.policy.export import export_model, precision, write_model
+from learner.policy.export import export_adapter, export_model, precision, write_model
 from learner.ranks import Ranks
 from learner.torch_thread import TorchThread
 from learner.training.trainer import Trainer
@@ -107,10 +107,17 @@ class Saving:
 
     def export(self) -> None:
         """In the torch thread, on every rank: write the trained policy as a Hugging Face folder."""
-        tensors = self.trainer.whole.tensors()
+        tensors, lora = self.trainer.whole.tensors(), self.trainer.policy.lora
+        pairs = None if lora is None else self.trainer.whole.adapters()
         if not self.trainer.accelerator.is_main_process:
             return
         form = precision(self._source, self.config.learner.export_dtype)
+        if lora is not None and pairs is not None:
+            folder, base = self.rundir.path / "adapter", self.config.model.path
+            until_written(
+                f"the adapters in {folder}", lambda: export_adapter(lora, pairs, folder, base=base), log=self.log
+            )
+            self.log.info("the trained adapters are in %s, over %s; what follows has them merged in", folder, base)
         until_written(
             f"the trained policy in {self._target}",
             lambda: export_model(self.trainer.policy, tensors, self._source, self._target, form),

@@ -9,19 +9,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
 from atpo_async.core.dtypes import PRECISION_BYTES, PRECISION_IN_FILES
+from atpo_async.models.adapters import PREFIX, Adapters
+from atpo_async.models.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from atpo_async.models.causal_lm import torch_dtype
 from atpo_async.models.tensor_files import read_header
+from learner.policy.lora import Lora
 from learner.policy.model import Policy
 
 GENERATION = "generation_config.json"
@@ -96,9 +100,29 @@ def export_model(policy: Policy, tensors: dict[str, Tensor], source: Path, targe
         OSError, SafetensorError: a file system refuses.
         ValueError: transformers refuses to write what it has loaded.
     """
+    _replace(target, lambda aside: write_model(policy, tensors, source, aside, form))
+
+
+def export_adapter(lora: Lora, adapters: Adapters, target: Path, *, base: str) -> None:
+    """Write adapters as a folder that peft loads over the model folder ``base``, in float32; replaced as a model is.
+
+    Raises OSError, SafetensorError: a file system refuses.
+    """
+
+    def write(aside: Path) -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        lora.write_settings(aside, base=base)
+        tensors = {f"{PREFIX}{name}": tensor.cpu().contiguous() for name, tensor in adapters.tensors.items()}
+        save_file(tensors, aside / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+    _replace(target, write)
+
+
+def _replace(target: Path, write: Callable[[Path], None]) -> None:
     aside = target.with_name(f".{target.name}.writing")
     try:
-        write_model(policy, tensors, source, aside, form)
+        write(aside)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

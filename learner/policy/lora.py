@@ -191,9 +191,9 @@ def chosen_layers(hf: Any, settings: LoraConfig) -> list[str]:
         least = min(linear[name].weight.shape)
         if settings.rank > least:
             raise SetupError(
-                f"learner.lora.rank = {settings.rank} is above the smaller side of {name}, {tuple(linear[name].weight.shape)}: "
-                f"an adapter of that layer has rank {least} at the most; lower it, or leave that layer out of "
-                "learner.lora.targets"
+                f"learner.lora.rank = {settings.rank} is above the smaller side of {name}, "
+                f"{tuple(linear[name].weight.shape)}: an adapter of that layer has rank {least} at the most; lower it, or "
+                "leave that layer out of learner.lora.targets"
             )
     return [name for name in linear if name in chosen]
 
@@ -201,9 +201,7 @@ def chosen_layers(hf: Any, settings: LoraConfig) -> list[str]:
 def _linear_layers(hf: Any) -> dict[str, nn.Linear]:
     """All but the output head, which stays one matrix, as its embeddings may be the same one."""
     head = hf.get_output_embeddings()
-    return {
-        name: module for name, module in hf.named_modules() if isinstance(module, nn.Linear) and module is not head
-    }
+    return {name: module for name, module in hf.named_modules() if isinstance(module, nn.Linear) and module is not head}
 
 
 def _ends_in(name: str, target: str) -> bool:
@@ -307,7 +305,9 @@ def _initial(folder: Path, lora: Lora) -> adapters.Adapters:
     odd = sorted(given.tensors.keys() ^ own.keys())
     odd = odd or [name for name, tensor in given.tensors.items() if tensor.shape != own[name].shape]
     if odd or abs(given.scale - lora.scale) > 1e-9 * lora.scale:
-        what = f"{odd[0]} is not the same in both" if odd else f"its scale is {given.scale:g}, here it is {lora.scale:g}"
+        what = (
+            f"{odd[0]} is not the same in both" if odd else f"its scale is {given.scale:g}, here it is {lora.scale:g}"
+        )
         raise SetupError(
             f"learner.lora.init = {str(folder)!r} does not fit rank {lora.settings.rank}, alpha "
             f"{lora.settings.alpha:g} and targets {', '.join(lora.settings.targets)} of [learner.lora]: {what}; set "

@@ -103,8 +103,8 @@ class WholePolicy:
         """float32[S * (T - 1)]: log-prob of each token but the first of its sequence, under the weights now, at
         temperature 1.
 
-        With adapters the weights are the merged ones, rounded as engines hold them: an engine's error on the probe is then
-        that of its own arithmetic and of what it did not take up, as without adapters.
+        With adapters the weights are the merged ones, rounded as engines hold them: an engine's error on the probe is
+        then that of its arithmetic and of what it did not take up.
         """
         lora = self.policy.lora
         tokens = torch.from_numpy(tokens_ST.astype(np.int64))

@@ -10,7 +10,6 @@ from atpo_async.config import doors
 from atpo_async.config.sections.base import Options, Section, named
 from atpo_async.core.vocabulary import Aggregation, LeafWeights, Level, Precision, RatioLevel
 
-
 ALL_LINEAR = "all-linear"
 """In ``learner.lora.targets``."""
 
@@ -93,7 +92,7 @@ class ObjectiveConfig(Section):
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (LoRA, arXiv 2106.09685): they alone are trained, the weights of ``model.path`` stay as they are.
+    """Low-rank adapters (LoRA, arXiv 2106.09685): they alone are trained, over the weights of ``model.path``.
 
     Without dropout: a forward pass has to be a function of the weights, or ratios, probe and packing are all off.
     """
