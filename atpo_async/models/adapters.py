@@ -58,19 +58,12 @@ def scale_of(*, rank: int, alpha: float, rslora: bool) -> float:
 
 
 def merge(weight: Any, a: Any, b: Any, scale: float) -> Any:
-    """float32[out, in] (float64 where the adapter is): ``weight + scale * b @ a``, on the weight's device.
+    """float32[out, in] (float64 where the adapter is): ``weight + scale * b @ a`` on the weight's device, no gradient.
 
     In peft's order of operations: in float32 the bits are those of its ``merge_and_unload``.
     """
-    with _no_grad():
-        delta = (b.to(weight.device) @ a.to(weight.device)) * scale
-        return weight.detach().to(delta.dtype) + delta
-
-
-def _no_grad() -> Any:
-    import torch
-
-    return torch.no_grad()
+    delta = (b.detach().to(weight.device) @ a.detach().to(weight.device)) * scale
+    return weight.detach().to(delta.dtype) + delta
 
 
 def is_adapter(folder: Path) -> bool:

@@ -192,8 +192,8 @@ def chosen_layers(hf: Any, settings: LoraConfig) -> list[str]:
         if settings.rank > least:
             raise SetupError(
                 f"learner.lora.rank = {settings.rank} is above the smaller side of {name}, "
-                f"{tuple(linear[name].weight.shape)}: an adapter of that layer has rank {least} at the most; lower it, or "
-                "leave that layer out of learner.lora.targets"
+                f"{tuple(linear[name].weight.shape)}, the highest that an adapter of it can have; lower it, or leave "
+                "that layer out of learner.lora.targets"
             )
     return [name for name in linear if name in chosen]
 
