@@ -38,12 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
 
 
-def with_lora(folder: Path, sections: dict[str, dict[str, object]] | None = None, **lora: object) -> Config:
+def with_lora(folder: Path, sections: Any = None, **lora: object) -> Config:
     data = {"learner": {"lora": {"rank": 4, **lora}, "minibatches": 2}} | (sections or {})
     return make_config(folder, **data)
 
 
-def make_trainer(folder: Path, sections: dict[str, dict[str, object]] | None = None, **lora: object) -> Trainer:
+def make_trainer(folder: Path, sections: Any = None, **lora: object) -> Trainer:
     config = with_lora(folder, sections, **lora)
     return Trainer(config, accelerator=make_accelerator(config), policy=load_policy(config))
 
