@@ -23,6 +23,7 @@ from actors.faults.notices import CutActions
 from actors.leases import LeaseSource
 from actors.reports import Interval
 from actors.search.tree_search import TreeSearch
+from actors.slots import Meter, control_of
 from actors.weights.fetcher import WeightsFetcher
 from actors.weights.uptake import WeightsUptake
 from atpo_async.config import Config
@@ -36,6 +37,9 @@ from atpo_async.status.facts import publish_facts
 from atpo_async.wire.messages import ActorReport, Lease
 
 log = logging.getLogger("atpo.actor")
+
+SAMPLE_S = 0.05
+"""How often the engine is looked at where the number of trees in flight is adapted."""
 
 T = TypeVar("T")
 
@@ -101,8 +105,13 @@ class Actor:
             metrics=self._metrics, clock=clock,
         )  # fmt: skip
         self._growing: dict[str, asyncio.Task[None]] = {}
+        self._control = control_of(config)
         self._slot_freed = asyncio.Event()
-        self._faults = Faults(self._environments.labels, at_once=config.actor.trees_in_flight, clock=clock)
+        self._evaluating: set[str] = set()
+        """Trees of evaluations, of those that are grown."""
+        self._refused = False
+        """The buffer admits no further tree, as last heard."""
+        self._faults = Faults(self._environments.labels, at_once=self.slots, clock=clock)
         self._expansion = Expansion.of(config.search)
         self._cut_actions = CutActions(config.search.max_action_tokens)
         self._given_up: dict[str, str] = {}
@@ -127,6 +136,7 @@ class Actor:
                 loops = [
                     tasks.create_task(self.uptake.follow(), name="weights"),
                     tasks.create_task(self._report(), name="report"),
+                    tasks.create_task(self._adapt(), name="slots"),
                 ]
                 stop = tasks.create_task(self._stopping.wait(), name="stopping")
                 leases = tasks.create_task(self._take_leases(tasks), name="leases")
@@ -145,9 +155,33 @@ class Actor:
         return {
             "version": self.uptake.version,
             "trees": len(self._growing),
-            "slots": self._config.actor.trees_in_flight,
+            "slots": self.slots,
             "requests": self._engine.stats().in_flight,
         }
+
+    @property
+    def slots(self) -> int:
+        """Trees that may be grown at once."""
+        return self._config.actor.trees_in_flight if self._control is None else self._control.slots
+
+    async def _adapt(self) -> None:
+        """Keep the engine's batch full, where the configuration leaves it to the actor.  Waits for: the clock."""
+        if self._control is None:
+            return
+        meter, at = Meter(self._engine.stats()), self._clock()
+        while True:
+            await asyncio.sleep(SAMPLE_S)
+            at, seconds = self._clock(), self._clock() - at
+            seen = meter.add(
+                self._engine.stats(), seconds,
+                refused=self._refused and len(self._growing) < self.slots,
+                counts=not self._evaluating and not self.uptake.swapping,
+            )  # fmt: skip
+            self._count_idle()
+            change = None if seen is None else self._control.after(seen)
+            if change is not None:
+                log.info("%s", change)
+                self._slot_freed.set()
 
     # --- leases ------------------------------------------------------------------------------------------------
 
@@ -157,7 +191,7 @@ class Actor:
         Waits for: a free slot, then a lease.  Unblocked by: a tree's end; the buffer admitting trees.
         """
         while True:
-            free = self._config.actor.trees_in_flight - len(self._growing)
+            free = self.slots - len(self._growing)
             if free <= 0:
                 self._slot_freed.clear()
                 with waits.waiting(f"actor {self._name}", "a slot without a tree"):
@@ -169,7 +203,8 @@ class Actor:
             if answer.finished:
                 log.info("the run is over")
                 return
-            if len(answer.leases) < free:
+            self._refused = len(answer.leases) < free
+            if self._refused:
                 await self._leases.until_admitted(answer, idle=not self._growing)
 
     async def _run_is_over(self) -> bool:
@@ -181,17 +216,20 @@ class Actor:
         self._given_up.pop(lease.tree_id, None)  # that was an earlier lease
         task = tasks.create_task(self._grow(lease), name=lease.tree_id)
         self._growing[lease.tree_id] = task
+        if lease.kind == "eval":
+            self._evaluating.add(lease.tree_id)
         task.add_done_callback(lambda _: self._ended(lease.tree_id))
 
     def _ended(self, tree_id: str) -> None:
         self._count_idle()
         self._growing.pop(tree_id, None)
+        self._evaluating.discard(tree_id)
         self._slot_freed.set()
 
     def _count_idle(self) -> None:
         """Called at every change: adds the time that the slots without a tree have waited since the last one."""
-        now, slots = self._clock(), self._config.actor.trees_in_flight
-        idle = slots - len(self._growing)
+        now, slots = self._clock(), self.slots
+        idle = max(0, slots - len(self._growing))
         self._metrics.add("time/actor_wait_s", (now - self._idle_at) * idle / slots)
         self._idle_at = now
 
@@ -253,7 +291,7 @@ class Actor:
     async def _report(self) -> None:
         """Heartbeat: renews leases and carries the metrics.  Waits for: the clock, and space in the link's window."""
         interval = Interval(
-            slots=self._config.actor.trees_in_flight, engine=self._engine, environments=self._environments,
+            slots=lambda: self.slots, engine=self._engine, environments=self._environments,
             buffer=self._buffer, weights=self._weights, metrics=self._metrics, clock=self._clock,
         )  # fmt: skip
         while True:

@@ -16,7 +16,7 @@ class Interval:
     """The metrics since the last report.
 
     Args:
-        slots: trees that the actor grows at once.
+        slots: trees that the actor may grow at once, now.
         engine, environments, buffer, weights: whose counters are read.
         metrics: metrics that the actor has added itself.
         clock: seconds, monotonic.
@@ -25,7 +25,7 @@ class Interval:
     def __init__(
         self,
         *,
-        slots: int,
+        slots: Callable[[], int],
         engine: Engine,
         environments: Environments,
         buffer: Client,
@@ -46,11 +46,12 @@ class Interval:
         prompt = stats.prompt_tokens - before.prompt_tokens
         if generated > 0:
             waits.progress("tokens", generated)
-        # Chains of one tree wait together for space in the window: a slot waited no longer than the interval.
-        waited_s = self._buffer.stats.waited_s
-        self._metrics.add("time/actor_wait_s", min((waited_s - self._waited_s) / self._slots, now - self._began))
+        slots, waited_s = self._slots(), self._buffer.stats.waited_s
+        self._metrics.add("time/actor_wait_s", (waited_s - self._waited_s) / slots)
         self._waited_s = waited_s
         metrics = self._metrics.flush()
+        # Chains of one tree wait together for space in the window: a slot waited no longer than the interval.
+        metrics["time/actor_wait_s"] = min(metrics["time/actor_wait_s"], now - self._began)
         # One number per swap is what a reader looks for; mean and p95 of one value add nothing.
         if "engine/probe_error/max" in metrics:
             metrics["engine/probe_error"] = metrics.pop("engine/probe_error/max")
@@ -62,6 +63,7 @@ class Interval:
             metrics["engine/prefix_hit_share"] = (stats.cached_prompt_tokens - before.cached_prompt_tokens) / prompt
         metrics["engine/in_flight"] = float(stats.in_flight)
         metrics["actor/trees_in_flight"] = float(trees)
+        metrics["actor/slots"] = float(slots)
         metrics |= self._weights.take_counts()
         metrics |= self._environments.take_counts()
         self._stats, self._began = stats, now

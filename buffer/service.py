@@ -40,6 +40,7 @@ from buffer.handlers.context import HandlerContext
 from buffer.handlers.learner import LearnerHandler
 from buffer.journal.journal import Journal
 from buffer.journal.persistence import StatePersistence
+from buffer.journal.slowness import SlowCommits
 from buffer.metrics_file import MetricsFile
 from buffer.state import BufferState
 from buffer.trees.index import places_of
@@ -103,6 +104,7 @@ class BufferService:
             journal, run=run, max_bytes=buffer.max_bytes, sync=buffer.journal_sync, gather_s=buffer.commit_ms / 1000,
             leased=lambda: rundir is None or was_leased(rundir),
         )  # fmt: skip
+        self._slow_commits = SlowCommits(self.journal.folder, synced=buffer.journal_sync)
         self.state = self._recovered_state(run, endpoints)
         self._metrics = MetricsFile(None if rundir is None else rundir.metrics_path)
         self._changes = Changes(stopping)
@@ -199,7 +201,9 @@ class BufferService:
         """Counters of the parts around the state, for the metrics of a batch."""
         actors, learner = self.actors.counters, self.learner.counters
         sent = {f"buffer/{name}": actors[name] + learner[name] for name in actors}
-        return {**self.journal.gauges(), **sent, "buffer/refused_metrics": float(self._metrics.num_refused)}
+        journal = self.journal.gauges()
+        self._slow_commits.note(journal)
+        return {**journal, **sent, "buffer/refused_metrics": float(self._metrics.num_refused)}
 
     def facts(self) -> dict[str, object]:
         """For the buffer's status."""

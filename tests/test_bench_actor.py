@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from atpo_async.config import Config, build
-from benchmarks import concurrent_episodes, message_task
+from atpo_async.run.metrics import MetricsWriter
+from benchmarks import concurrent_episodes, message_task, waits
 from benchmarks.actor_overhead import measure, measure_messages
 from tests.e2e_support import WORLD
 from tests.learner_support import small_policy
@@ -69,3 +70,38 @@ async def test_the_message_layer_is_measured_on_the_same_task_in_messages(policy
     found = await measure_messages(config(), model, num_trees=2, rounds=1)
     assert set(found["tokens_per_s"]) == {"tokens", "messages"}  # type: ignore[call-overload]
     assert set(found["layer_us"]) == {"render", "parse", "extend"}  # type: ignore[call-overload]
+
+
+def test_the_shares_of_waiting_are_those_of_the_steps_after_the_first(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "metrics.jsonl", source="learner") as learner:
+        for step in range(waits.SKIPPED_STEPS + 2):
+            late = step >= waits.SKIPPED_STEPS
+            learner.write(
+                step=step, version=step,
+                metrics={"time/between_steps_s": 2.0, "time/learner_wait_s": 1.0 if late else 2.0, "time/step_s": 0.5},
+            )  # fmt: skip
+            learner.write(
+                step=step, version=step,
+                metrics={"time/actor_interval_s": 2.0, "time/actor_wait_s": 0.2 if late else 2.0, "actor/trees": 8},
+            )  # fmt: skip
+    found = waits.shares(tmp_path)
+    expected = {"learner_waits": 0.5, "learner_steps": 0.25, "actor_waits": 0.1, "steps_per_s": 0.5, "trees_per_s": 4.0}
+    assert {name: pytest.approx(value) for name, value in expected.items()} == {n: found[n] for n in expected}
+    assert waits.summary({"a": [found, found]})["a"]["learner_waits"] == 0.5
+
+
+async def test_the_made_up_engine_and_its_task_serve_an_actor(tmp_path: Path) -> None:
+    made = build(
+        {
+            "actor": {
+                "engine": "benchmarks.fast_engine:FastEngine", "device": "cpu", "max_num_seqs": 3,
+                "engine_options": {"step_ms": 0.1, "seat_us": 0.0},
+            },
+            "environment": {"name": "benchmarks.fast_engine:Chains", "options": {"turns": 2, "latency_s": 0.001}},
+            "model": {"max_context_tokens": 64},
+            "search": {"initial_rollouts": 3, "rounds": 1, "branches": 2, "max_action_tokens": 4},
+        }
+    )  # fmt: skip
+    model = waits.make_policy(tmp_path / "policy")
+    found = await measure(made, model, num_trees=3, rounds=1)
+    assert 1 <= int(str(found["in_flight_mean"])) <= 3

@@ -55,6 +55,8 @@ class WeightsUptake:
         self._metrics, self._clock = metrics, clock
         self.version = -1
         """What the engine generates with; -1 before the first weights."""
+        self.swapping = False
+        """Generation stands still, or is about to, for new weights."""
         self._version_changed = asyncio.Condition()
         self._refusals = Refusals()
         self._logged_refusal = "", 0.0
@@ -125,6 +127,7 @@ class WeightsUptake:
         if weights is None:
             return
         fetched = self._clock()
+        self.swapping = True
         try:
             with waits.waiting(f"actor {self._name}", f"the swap to version {announced.version}", on=waits.ENGINE):
                 report = await self._engine.swap(weights)
@@ -133,6 +136,7 @@ class WeightsUptake:
             self._not_taken(announced.version, exc)
             return
         finally:
+            self.swapping = False
             self._fetcher.release(weights)
         self._refusals.over()
         self.version = weights.manifest.version

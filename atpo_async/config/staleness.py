@@ -12,7 +12,7 @@ STALENESS_KNOBS: tuple[tuple[str, str], ...] = (
     ("staleness.publish_every", "versions between two publications: the least lag is 0 to this minus 1"),
     ("staleness.max_oversampling", "bounds how many trees without signal one step may use up"),
     ("actor.count", "more actors, more trees under way at once"),
-    ("actor.trees_in_flight", "trees one actor grows at once"),
+    ("actor.trees_in_flight", "trees one actor grows at once; 0: the fewest that keep its engine's batch full"),
     (
         "actor.clear_cache_on_swap",
         "whether requests in flight recompute their keys and values under new weights",
@@ -48,7 +48,7 @@ def derived_bounds(config: Config) -> list[tuple[str, int | float | str, str]]:
             "admission: trees_per_batch * (max_lag + 1) / max_uses, a batch or more",
         ),
         ("leaves pending", s.max_trees_pending * search.max_leaves, "trees pending * leaves of a tree"),
-        ("trees under way", config.actor.count * config.actor.trees_in_flight, "actor.count * trees_in_flight"),
+        _trees_under_way(config),
         (
             "optimizer steps a version",
             config.learner.minibatches * config.learner.epochs,
@@ -57,3 +57,10 @@ def derived_bounds(config: Config) -> list[tuple[str, int | float | str, str]]:
         ("greatest lag trained on", s.max_lag, "staleness.max_lag; older turns are masked"),
         ("in effect", *effect),
     ]
+
+
+def _trees_under_way(config: Config) -> tuple[str, int | str, str]:
+    actor, most = config.actor, config.staleness.max_trees_pending
+    if actor.trees_in_flight:
+        return "trees under way", actor.count * actor.trees_in_flight, "actor.count * trees_in_flight"
+    return "trees under way", f"up to {most}", "trees_in_flight = 0: as many as keep the engines full, trees pending"

@@ -92,6 +92,7 @@ def _tiles(found: Facts) -> list[tuple[str, str]]:
 def _essentials(rundir: RunDir, found: Facts) -> list[tuple[str, str]]:
     """The settings that characterise the run, by name."""
     config = rundir.config
+    trees = config.actor.trees_in_flight
     return [
         ("run", f"{found.run_id}, seed {config.run.seed}, made {_when(rundir.created)}"),
         ("policy", f"{config.model.path}, {config.model.dtype}"),
@@ -120,7 +121,7 @@ def _essentials(rundir: RunDir, found: Facts) -> list[tuple[str, str]]:
         (
             "actors",
             f"{config.actor.count} × {config.actor.engine}, "
-            f"{counted(config.actor.trees_in_flight, 'tree')} in flight each",
+            + (f"{counted(trees, 'tree')} in flight each" if trees else "as many trees in flight as keep it full"),
         ),
         ("made with", _made_with(rundir)),
     ]

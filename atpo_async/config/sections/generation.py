@@ -58,7 +58,9 @@ class ActorConfig(Section):
     """Actors and their engines."""
 
     count: int = Field(1, ge=0, description="actors that the supervisor starts; 0: they join by hand")
-    trees_in_flight: int = Field(8, ge=1)
+    trees_in_flight: int = Field(
+        0, ge=0, description="trees one actor grows at once; 0: as many as keep the engine's batch full, adapted"
+    )
     engine: Annotated[str, named(doors.ENGINE)] = Field("auto", description="auto: vllm where it is installed")
     engine_options: Options = Field(default_factory=dict, description="passed to the engine")
     device: Literal["auto", "cpu", "cuda"] = "auto"

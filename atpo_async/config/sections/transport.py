@@ -44,7 +44,7 @@ class LinksConfig(Section):
     weights_port: int = Field(0, ge=0, le=65535)
     announce_port: int = Field(0, ge=0, le=65535)
     keys_dir: Path | None = Field(None, description="folder with the CURVE keys")
-    window: int = Field(256, ge=1, description="messages an actor may have unacknowledged")
+    window: int = Field(1024, ge=1, description="messages an actor may have unacknowledged")
     heartbeat_s: float = Field(2.0, gt=0)
     deadline_s: float = Field(60.0, gt=0, description="a wait past this is logged with what it waits for")
     give_up_s: float = Field(600.0, gt=0, description="a wait past this ends the role with an error")
