@@ -48,6 +48,7 @@ from learner.policy.accelerator import make_accelerator
 from learner.policy.model import load_policy
 from learner.training.trainer import Trainer
 from learner.weights.probe import draw_probe, probe_shape
+from learner.weights.staging import Stager
 from learner.weights.store import WeightsStore
 
 REDRAW_EVERY = 8
@@ -110,9 +111,8 @@ class Source:
             }
         )
         self.trainer = Trainer(self.config, accelerator=make_accelerator(self.config), policy=load_policy(self.config))
-        self.store = WeightsStore(
-            run=f"benchmark-{folder.name}", fallback=folder, settings=self.config.weights, precision=args.dtype
-        )
+        self.store = WeightsStore(run=f"benchmark-{folder.name}", fallback=folder, settings=self.config.weights)
+        self.stager = Stager(args.dtype)
         self.version = 0
         self._random = torch.Generator().manual_seed(args.seed)
         self._probe = self.draw()
@@ -129,12 +129,16 @@ class Source:
 
     def publish(self) -> WeightsFile:
         self.version += 1
+        staged = self.stager.stage(self.trainer.whole.tensors(), copied=False)
+        if staged is None:
+            raise SetupError(f"version {self.version} was not staged")
         announced = self.store.add(
             self.version,
-            self.trainer.whole.tensors(),
+            staged,
             probe_tokens=self._probe,
             probe_logprobs=self.trainer.whole.probe(self._probe),
         )
+        staged.release()
         manifest = self.store.answer(ManifestRequest(run=announced.run if announced else "", version=self.version))
         if announced is None or announced.shm_path is None or not isinstance(manifest, WeightsManifest):
             raise SetupError(f"version {self.version} was not published")

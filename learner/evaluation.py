@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from atpo_async.config import Config
 from atpo_async.core.errors import PeerLost, WaitTimeout
@@ -80,13 +80,25 @@ class Evaluations:
             )
         )
 
-    async def begin(self, step: int, version: int) -> None:
-        """Request an evaluation beside training; a task waits for its result.  Raises PeerLost as ``request``."""
-        await self.request(step, version, blocking=False)
-        self.under_way.add(asyncio.create_task(self._finish_aside(step, version), name=f"evaluation {step}"))
+    async def begin(self, step: int, version: int, *, after: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Request an evaluation beside training; a task waits for its result.
 
-    async def _finish_aside(self, step: int, version: int) -> None:
+        Args:
+            step: of the evaluation.
+            version: to evaluate.
+            after: is waited for in that task, before the request; None: the version is published.
+
+        Raises PeerLost as ``request``, where there is nothing to wait for.
+        """
+        if after is None:
+            await self.request(step, version, blocking=False)
+        self.under_way.add(asyncio.create_task(self._finish_aside(step, version, after), name=f"evaluation {step}"))
+
+    async def _finish_aside(self, step: int, version: int, after: Callable[[], Awaitable[None]] | None) -> None:
         try:
+            if after is not None:
+                await after()
+                await self.request(step, version, blocking=False)
             await self.finish(step, version, blocking=False)
         except (WaitTimeout, PeerLost) as exc:
             self._log.error("evaluation of step %d is given up: %s", step, exc)

@@ -25,7 +25,7 @@ from atpo_async.run.metrics import MetricsWriter
 from atpo_async.run.rundir import RunDir
 from atpo_async.status import waits
 from atpo_async.status.facts import publish_facts
-from atpo_async.wire.messages import Batch, RunFinished, Trained, WeightsAnnounced
+from atpo_async.wire.messages import Batch, RunFinished, Trained
 from learner.batches.buffer_peer import BufferPeer, now_s
 from learner.batches.fruitless import Fruitless, NothingToTrainOn
 from learner.batches.lineage import LINEAGE_FILE, write_lineage, write_start
@@ -37,7 +37,7 @@ from learner.ranks import Ranks, Wanted
 from learner.torch_thread import TorchThread
 from learner.training.report import Abandoned, StepReport
 from learner.training.trainer import Trainer
-from learner.weights.publication import Publication
+from learner.weights.publication import Prepared, Publication
 from learner.weights.publisher import Publisher
 
 FINISH_S, FAREWELL_S = 10.0, 2.0
@@ -52,7 +52,8 @@ class _Learned:
     version: int
     step_s: float
     publish_s: float
-    announcement: WeightsAnnounced | None
+    """That the torch thread was held up."""
+    prepared: Prepared | None
     checkpoint_wanted: bool
 
 
@@ -85,7 +86,9 @@ class Learner:
             buffer, run=run, ranks=self.ranks, settings=config.links, stopping=ctx.stopping, log=log
         )
         self.recording = Recording(config=config, rundir=rundir, metrics=metrics, log=log)
-        self.publication = Publication(config, trainer=trainer, publisher=publisher, buffer=self.buffer)
+        self.publication = Publication(
+            config, trainer=trainer, publisher=publisher, buffer=self.buffer, written=self._record_written
+        )
         self.saving = Saving(
             config=config,
             rundir=rundir,
@@ -145,6 +148,7 @@ class Learner:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await self.publication.close()
 
     async def _tell_torch_to_stop(self) -> None:
         await self.stopping.wait()
@@ -164,7 +168,8 @@ class Learner:
         if self.config.learner.lineage:
             write_start(self.rundir.path / LINEAGE_FILE, step=self.step, version=self.version, rank=self.ranks.rank)
         began_s = now_s()
-        announcement = await self.torch_thread(self.publication.store, self.version)
+        prepared = await self.torch_thread(self.publication.prepare, self.version)
+        announcement = await self.buffer.unless_stopping(self.publication.write(prepared))
         evaluate = self.config.eval.at_start and resumed is None and self.ranks.is_first
         if evaluate:
             # Before the version is known: no training lease may slip in ahead of the evaluation.
@@ -192,6 +197,7 @@ class Learner:
         await self._save()
         await self.torch_thread(self.saving.export)
         if self.ranks.is_first:
+            await self.buffer.unless_stopping(self.publication.settled())
             await self.evaluations.wait_for_those_under_way()
             if self.config.eval.at_end:
                 published = self.publication.published
@@ -270,7 +276,7 @@ class Learner:
         return None, Wanted.STOP if found is None else found
 
     def _learn(self, batch: Batch) -> _Learned:
-        """In the torch thread: train, count the version, write its weights if they are due."""
+        """In the torch thread: train, count the version, copy its weights aside if they are due."""
         clock = time.monotonic
         began = clock()
         report = self.trainer.train(batch, version=self.version, should_stop=self._stop_torch.is_set)
@@ -279,27 +285,26 @@ class Learner:
         self.recording.log_problems(batch, report)
         trained = clock()
         version, checkpoint_wanted = self.ranks.next_version(), self.ranks.first_says(batch.checkpoint_wanted)
-        announcement = self.publication.store(version) if self.publication.is_due(self.step + 1) else None
+        prepared = None
+        if self.publication.is_due(self.step + 1):
+            prepared = self.publication.prepare(version, should_stop=self._stop_torch.is_set)
         return _Learned(
             report=report,
             version=version,
             step_s=trained - began,
             publish_s=clock() - trained,
-            announcement=announcement,
+            prepared=prepared,
             checkpoint_wanted=checkpoint_wanted,
         )
 
     async def _tell(self, batch: Batch, learned: _Learned, *, waited_s: float) -> None:
-        """After a batch: announce the version, confirm the batch, write metrics, request an evaluation.
+        """After a batch: publish the version, confirm the batch, write metrics, request an evaluation.
 
         Raises:
             PeerLost: the buffer takes nothing any more.
+            SetupError: an earlier version could not be written.
         """
-        publish_s = None
-        if learned.announcement is not None:
-            began_s = now_s()
-            await self.publication.announce(learned.announcement)
-            publish_s = learned.publish_s + now_s() - began_s
+        self.publication.begin(learned.prepared)
         await self.buffer.send(
             Trained(
                 run=self.run_id,
@@ -316,11 +321,14 @@ class Learner:
             version=self.version,
             waited_s=waited_s,
             step_s=learned.step_s,
-            publish_s=publish_s,
+            publish_s=None if learned.prepared is None else learned.publish_s,
             sent=self.publication.counters,
         )
         if self.ranks.is_first and self.evaluations.is_due(self.step):
-            await self.evaluations.begin(self.step, self.publication.published)
+            await self.evaluations.begin(self.step, self.publication.newest, after=self.publication.settled)
+
+    def _record_written(self, version: int, write_s: float) -> None:
+        self.recording.write(self.step, version, {"weights/write_s": write_s})
 
     def _keep(self, batch: Batch, reason: str) -> None:
         """Save a batch whose update was skipped; stop the run after too many."""

@@ -51,7 +51,6 @@ async def _opened(ctx: RoleContext, thread: TorchThread) -> AsyncIterator[Learne
                 run=ctx.run_id,
                 fallback=rundir.scratch,
                 settings=config.weights,
-                precision=config.model.dtype,
                 transport=transport,
             )
             publisher = await stack.enter_async_context(

@@ -210,8 +210,12 @@ async def test_the_status_says_how_far_the_learner_is(
     buffer, endpoint = served
     said: list[str] = []
 
-    def look(request: SampleRequest) -> None:
-        said.append(flat(published_facts()["learner"]))
+    def look(request: SampleRequest) -> NotYet | None:
+        facts = published_facts()["learner"]
+        if request.step == 2 and facts["published"] == 0:
+            return NotYet(waiting_for="the publication, which goes on meanwhile")
+        said.append(flat(facts))
+        return None
 
     buffer.on_sample = look
     config = make_config(tmp_path, model, staleness={"publish_every": 2}, eval={"at_start": False, "at_end": False})

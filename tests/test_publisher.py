@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ from learner.training.trainer import Trainer
 from learner.weights import files
 from learner.weights.probe import draw_probe
 from learner.weights.publisher import Publisher
+from learner.weights.staging import Stager
 from learner.weights.store import WeightsStore
 from tests.learner_support import make_config, make_model
 
@@ -60,16 +62,20 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WeightsSt
     made.close()
 
 
-def make_store(folder: Path, precision: Precision = "float32", **settings: object) -> WeightsStore:
+def make_store(folder: Path, **settings: object) -> WeightsStore:
     return WeightsStore(
-        run="run", fallback=folder / "scratch", precision=precision,
+        run="run", fallback=folder / "scratch",
         settings=WeightsConfig.model_validate({"chunk_bytes": 4096, **settings}),
     )  # fmt: skip
 
 
-def add(store: WeightsStore, trainer: Trainer, version: int) -> WeightsAnnounced:
+def add(
+    store: WeightsStore, trainer: Trainer, version: int, *, precision: Precision = "float32", copied: bool = False
+) -> WeightsAnnounced:
     probe = draw_probe(trainer, (2, 5), seed=(0,))
-    return store.add(version, trainer.whole.tensors(), probe_tokens=probe, probe_logprobs=trainer.whole.probe(probe))
+    staged = Stager(precision).stage(trainer.whole.tensors(), copied=copied)
+    assert staged is not None
+    return store.add(version, staged, probe_tokens=probe, probe_logprobs=trainer.whole.probe(probe))
 
 
 def content(announced: WeightsAnnounced) -> bytes | None:
@@ -161,9 +167,12 @@ def test_only_the_newest_two_versions_stay_available(store: WeightsStore, traine
     assert newest.version == 9
 
 
-def test_an_engine_in_lower_precision_gets_its_own_bytes_and_tolerance(tmp_path: Path, trainer: Trainer) -> None:
-    half = make_store(tmp_path, "bfloat16", shared_memory=False)
-    announced = add(half, trainer, 0)
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_engine_in_lower_precision_gets_its_own_bytes_and_tolerance(
+    tmp_path: Path, trainer: Trainer, copied: bool
+) -> None:
+    half = make_store(tmp_path, shared_memory=False)
+    announced = add(half, trainer, 0, precision="bfloat16", copied=copied)
     assert announced.shm_path is None
     manifest = half.answer(ManifestRequest(run="run", version=0))
     assert isinstance(manifest, WeightsManifest)
@@ -197,16 +206,16 @@ def test_without_shared_memory_the_run_folder_serves(
 
 def fill(monkeypatch: pytest.MonkeyPatch, times: int, error: int = errno.ENOSPC) -> None:
     """The next ``times`` tries to write fail."""
-    plain, left = files.raw_bytes, times
+    plain, left = files.write_part, times
 
-    def full(tensor: torch.Tensor, precision: Precision) -> memoryview:
+    def full(file: BinaryIO, gap: int, data: memoryview) -> None:
         nonlocal left
         if left > 0:
             left -= 1
             raise OSError(error, os.strerror(error))
-        return plain(tensor, precision)
+        plain(file, gap, data)
 
-    monkeypatch.setattr(files, "raw_bytes", full)
+    monkeypatch.setattr(files, "write_part", full)
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES])
@@ -266,17 +275,17 @@ def test_versions_are_served_though_their_files_are_removed_and_the_next_one_mak
 def test_a_folder_that_is_removed_while_a_version_is_written_is_made_anew(
     tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch, store: WeightsStore
 ) -> None:
-    plain = files.raw_bytes
+    plain = files.write_part
     folder = tmp_path / "memory" / "atpo-run"
     removed: list[Path] = []
 
-    def removing(tensor: torch.Tensor, precision: Precision) -> memoryview:
+    def removing(file: BinaryIO, gap: int, data: memoryview) -> None:
         if not removed:
             removed.append(folder)
             shutil.rmtree(folder)
-        return plain(tensor, precision)
+        plain(file, gap, data)
 
-    monkeypatch.setattr(files, "raw_bytes", removing)
+    monkeypatch.setattr(files, "write_part", removing)
     announced = add(store, trainer, 0)
     assert removed
     assert Path(announced.shm_path or "").parent == folder.resolve()
@@ -293,7 +302,7 @@ def test_a_new_run_removes_what_a_killed_one_left_in_shared_memory_and_nothing_o
     (dead.path / "v7.bin").write_bytes(b"weights")
     (memory / "atpo-journal-x").mkdir()
     add(store, trainer, 0)
-    other = WeightsStore(run="other", fallback=tmp_path, settings=WeightsConfig(), precision="float32")
+    other = WeightsStore(run="other", fallback=tmp_path, settings=WeightsConfig())
     assert {p.name for p in memory.iterdir()} == {"atpo-living", "atpo-run", "atpo-journal-x"}
     other.close()
     living.remove()

@@ -24,6 +24,7 @@ from atpo_async.transports.registry import make_transport
 from atpo_async.wire.messages import LearnerToActor, WeightsAnnounced
 from learner.weights import files
 from learner.weights.publisher import Publisher
+from learner.weights.staging import Staged
 from learner.weights.store import WeightsStore
 
 LINKS = LinksConfig()
@@ -158,7 +159,7 @@ class Ends:
     def publish(self, version: int) -> WeightsAnnounced:
         probe = np.zeros((1, 3), dtype=np.int32)
         return self.publisher.store.add(
-            version, TENSORS, probe_tokens=probe, probe_logprobs=np.zeros(2, dtype=np.float32)
+            version, Staged(TENSORS, "float32"), probe_tokens=probe, probe_logprobs=np.zeros(2, dtype=np.float32)
         )
 
     async def pass_on(self, version: int) -> bytes | None:
@@ -173,7 +174,7 @@ class Ends:
 
 @contextlib.asynccontextmanager
 async def ends(tmp_path: Path, learners: WeightsConfig, actors: WeightsConfig | None = None) -> AsyncIterator[Ends]:
-    store = WeightsStore(run="run", fallback=tmp_path / "scratch", settings=learners, precision="float32")
+    store = WeightsStore(run="run", fallback=tmp_path / "scratch", settings=learners)
     async with (
         Publisher(store, weights_endpoint=ANYWHERE, announce_endpoint=ANYWHERE, settings=LINKS) as publisher,
         Client(

@@ -82,8 +82,9 @@ class ReceiverContext(NamedTuple):
 class Sender:
     """The learner's half.  Subclasses override ``offer``, and of the rest what they need.
 
-    ``offer`` and ``withdraw`` are called in the learner's torch thread, one at a time, and hold training up while they
-    run; ``place`` and ``answer`` are called on its event loop.
+    ``offer`` and ``withdraw`` are called in a thread of their own, one at a time, while training goes on: they delay
+    the announcement of the version, and training only where they are not done when the next version is due.  ``place``
+    and ``answer`` are called on the learner's event loop.
     """
 
     def offer(self, version: OfferedVersion) -> None:

@@ -76,7 +76,7 @@ class Recording:
             step, version: after it.
             waited_s: for the batch.
             step_s: in the trainer.
-            publish_s: until its version was announced; None if it was not due.
+            publish_s: that publishing its version held training up; None if it was not due.
             sent: counters of what was sent to actors.
         """
         now = now_s()

@@ -93,6 +93,8 @@ class OptimizerSteps:
     loss: PassLoss
     reductions: Reductions
     history: UpdateHistory = field(default_factory=UpdateHistory)
+    before_update: Callable[[], None] = lambda: None
+    """Called before weights change: returns once nothing reads the present ones any more."""
 
     def take(
         self, passes: list[Pass], totals: BatchTotals, tempering: Tempering | None, should_stop: Callable[[], bool]
@@ -189,6 +191,7 @@ class OptimizerSteps:
             schedule=settings.schedule,
         )
         set_rate(self.optimizer, lr)
+        self.before_update()
         self.optimizer.step()
         self.history.updates += 1
         self.optimizer.zero_grad()

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import msgspec
-import torch
-from torch import Tensor
 
-from atpo_async.core.dtypes import PRECISION_BYTES
 from atpo_async.core.errors import SetupError
-from atpo_async.core.vocabulary import Precision
-from atpo_async.models.causal_lm import torch_dtype
 from atpo_async.run.scratch import SHARED_MEMORY, Scratch, sweep, sweep_dead, weights_folder
-from atpo_async.wire.digests import digest_of
+from atpo_async.wire.digests import NUM_THREADS, digest_of
 from atpo_async.wire.messages import TensorSpec
+from learner.weights.staging import Staged
 
 log = logging.getLogger("atpo.learner.publisher")
-
-ALIGNMENT = 64
 
 
 class WrittenFile(NamedTuple):
@@ -34,45 +30,15 @@ class WrittenFile(NamedTuple):
     tensors: tuple[TensorSpec, ...]
 
 
-def layout(tensors: Mapping[str, Tensor], precision: Precision) -> tuple[tuple[TensorSpec, ...], int]:
-    """Where each floating tensor lies in the payload once it has the engine's precision, still without its digest, and
-    the payload's size.  Tied tensors, which are one in memory, are one in the payload."""
-    specs: list[TensorSpec] = []
-    places: dict[object, int] = {}
-    end = 0
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            continue
-        nbytes = tensor.numel() * PRECISION_BYTES[precision]
-        held = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        # Of one that has no memory of its own to be told by (empty, or on no device) nothing is known.
-        offset = places.get(held) if tensor.data_ptr() else None
-        if offset is None:
-            offset = places[held] = -(-end // ALIGNMENT) * ALIGNMENT
-            end = offset + nbytes
-        specs.append(
-            TensorSpec(name=name, dtype=precision, shape=tuple(tensor.shape), offset=offset, nbytes=nbytes, digest="")
-        )
-    return tuple(specs), end
-
-
-def raw_bytes(tensor: Tensor, precision: Precision) -> memoryview:
-    """The tensor's bytes at ``precision``, little-endian, row-major."""
-    flat = tensor.detach().to(device="cpu", dtype=torch_dtype(precision)).contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
 class VersionFiles:
     """The folders of one run's versions, and what is written there.
 
     Args:
         run: identity of the run.
         fallback: folder to use where there is no shared memory, or not enough.
-        precision: that the engine holds the weights in.
     """
 
-    def __init__(self, *, run: str, fallback: Path, precision: Precision) -> None:
-        self._precision = precision
+    def __init__(self, *, run: str, fallback: Path) -> None:
         self._fallback = fallback / "weights"
         self._memory = weights_folder(run, SHARED_MEMORY)
         self._scratch: Scratch | None = None
@@ -85,11 +51,11 @@ class VersionFiles:
         if swept := sweep_dead(SHARED_MEMORY):
             log.info("removed what killed runs left in shared memory: %s", ", ".join(map(str, swept)))
 
-    def write(self, version: int, tensors: Mapping[str, Tensor]) -> WrittenFile:
+    def write(self, version: int, staged: Staged) -> WrittenFile:
         """In shared memory, or in the run's folder where there is none, or not enough.  Raises SetupError."""
         if SHARED_MEMORY.is_dir():
             try:
-                return self._write_to(self._in_memory, version, tensors)
+                return self._write_to(self._in_memory, version, staged)
             except OSError as exc:  # full, or not ours to write
                 if version != self._warned_of:
                     self._warned_of = version
@@ -97,12 +63,11 @@ class VersionFiles:
                         "version %d does not go into %s (%s); using %s", version, self._memory, exc, self._fallback
                     )
         try:
-            return self._write_to(self._on_disk, version, tensors)
+            return self._write_to(self._on_disk, version, staged)
         except OSError as exc:
-            total = layout(tensors, self._precision)[1]
             raise SetupError(
-                f"weights of version {version} ({total} bytes) cannot be written to {self._fallback}: {exc}; free some "
-                "space"
+                f"weights of version {version} ({staged.total_bytes} bytes) cannot be written to {self._fallback}: "
+                f"{exc}; free some space"
             ) from exc
 
     def close(self) -> None:
@@ -125,13 +90,13 @@ class VersionFiles:
         self._fallback.mkdir(mode=0o700, parents=True, exist_ok=True)
         return self._fallback
 
-    def _write_to(self, where: Callable[[], Path], version: int, tensors: Mapping[str, Tensor]) -> WrittenFile:
+    def _write_to(self, where: Callable[[], Path], version: int, staged: Staged) -> WrittenFile:
         """Raises OSError, with nothing left of the file."""
         for last_try in (False, True):
             folder = where()
             aside, path = folder / f".v{version}.writing", folder / f"v{version}.bin"
             try:
-                written = self._write_payload(aside, tensors)
+                written = self._write_payload(aside, staged)
                 aside.replace(path)
                 return written._replace(path=path)
             except BaseException as exc:
@@ -142,20 +107,26 @@ class VersionFiles:
                     raise
         raise AssertionError("unreachable")
 
-    def _write_payload(self, path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
-        specs, total = layout(tensors, self._precision)
-        digests: dict[tuple[int, int], str] = {}
+    def _write_payload(self, path: Path, staged: Staged) -> WrittenFile:
+        digests: dict[tuple[int, int], Future[str]] = {}
         end = 0
-        with path.open("wb") as file:
-            for spec in specs:
-                if (spec.offset, spec.nbytes) in digests:  # tied to one that is written
-                    continue
-                data = raw_bytes(tensors[spec.name], self._precision)
-                file.write(bytes(spec.offset - end))
-                file.write(data)
-                digests[spec.offset, spec.nbytes] = digest_of(data)
+        # Hashing needs no lock of Python's and is faster than writing: it costs no time of its own.
+        with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="digest") as aside, path.open("wb") as file:
+            for spec, data in staged.parts():
+                digests[spec.offset, spec.nbytes] = aside.submit(digest_of, data)
+                write_part(file, spec.offset - end, data)
                 end = spec.offset + spec.nbytes
-        if end != total:
-            raise AssertionError(f"wrote {end} of {total} bytes")
-        hashed = tuple(msgspec.structs.replace(spec, digest=digests[spec.offset, spec.nbytes]) for spec in specs)
-        return WrittenFile(path=path, total_bytes=total, tensors=hashed)
+            # Nothing changes it any more, and no process that maps it can.
+            os.fchmod(file.fileno(), 0o400)
+        if end != staged.total_bytes:
+            raise AssertionError(f"wrote {end} of {staged.total_bytes} bytes")
+        hashed = tuple(
+            msgspec.structs.replace(spec, digest=digests[spec.offset, spec.nbytes].result()) for spec in staged.specs
+        )
+        return WrittenFile(path=path, total_bytes=end, tensors=hashed)
+
+
+def write_part(file: BinaryIO, gap: int, data: memoryview) -> None:
+    """``gap`` zeros and then ``data``.  Raises OSError."""
+    file.write(bytes(gap))
+    file.write(data)

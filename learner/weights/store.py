@@ -10,16 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from atpo_async.config import WeightsConfig
-from atpo_async.core.vocabulary import Precision
 from atpo_async.run.host import host_id
 from atpo_async.transports.base import OfferedVersion, Payload, SenderContext, Transport
 from atpo_async.transports.registry import make_transport
 from atpo_async.wire import messages as m
 from atpo_async.wire.digests import root_of
 from learner.weights.files import VersionFiles
+from learner.weights.staging import Staged
 
 NUM_VERSIONS = 2
 
@@ -31,7 +30,6 @@ class WeightsStore:
         run: identity of the run.
         fallback: folder to use where there is no shared memory, or not enough.
         settings: chunk size, probe tolerance, and which transport.
-        precision: that the engine holds the weights in.
         transport: carries the bytes; None: the one that ``settings`` name.
     """
 
@@ -41,12 +39,11 @@ class WeightsStore:
         run: str,
         fallback: Path,
         settings: WeightsConfig,
-        precision: Precision,
         transport: Transport | None = None,
     ) -> None:
         self._run, self._settings = run, settings
         self._sender = (transport or make_transport(settings)).sender(SenderContext(run=run, settings=settings))
-        self._files = VersionFiles(run=run, fallback=fallback, precision=precision)
+        self._files = VersionFiles(run=run, fallback=fallback)
         # Replaced as a whole, never changed: one thread adds versions while another answers requests.
         self._versions: Mapping[int, OfferedVersion] = {}
 
@@ -60,20 +57,20 @@ class WeightsStore:
         return self._sender.counters
 
     def add(
-        self, version: int, tensors: Mapping[str, Tensor], *, probe_tokens: np.ndarray, probe_logprobs: np.ndarray
+        self, version: int, staged: Staged, *, probe_tokens: np.ndarray, probe_logprobs: np.ndarray
     ) -> m.WeightsAnnounced:
         """Write a version, drop all but the newest two, and return what to announce.
 
         Args:
             version: number of it.
-            tensors: whole.
+            staged: its weights; not released here.
             probe_tokens: int32[S, T].
             probe_logprobs: float[S * (T - 1)].
 
         Raises:
             SetupError: it cannot be written.
         """
-        file = self._files.write(version, tensors)
+        file = self._files.write(version, staged)
         manifest = m.WeightsManifest(
             run=self._run,
             version=version,
