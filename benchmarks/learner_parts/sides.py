@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from learner.packing.attention import Way, to_device
 from learner.packing.credited import CreditedTree
 from learner.packing.rows import MicroBatch
 from learner.policy.accelerator import make_accelerator
-from learner.policy.model import Policy
+from learner.policy.model import Policy, policy_of
 from learner.training.optimizer_steps import Attempt, OptimizerSteps
 from learner.training.passes import Part, Pass, Planner
 from learner.training.trainer import Trainer
@@ -150,11 +151,8 @@ def make_trainer(size: Size, config: Config) -> TimedTrainer:
     """The learner on a model of this size.  Raises SetupError where that model cannot take packed trees."""
     config = config.model_copy(update={"learner": config.learner.model_copy(update={"packing": "tree"})})
     accelerator = make_accelerator(config)
-    hf = size.make(device=accelerator.device.type)
-    if config.learner.gradient_checkpointing:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        hf.train()
-    return TimedTrainer(config, accelerator=accelerator, policy=Policy(hf))
+    policy = policy_of(size.make(device=accelerator.device.type), config, Path("made-up"))
+    return TimedTrainer(config, accelerator=accelerator, policy=policy)
 
 
 class Bare:

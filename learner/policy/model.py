@@ -120,6 +120,16 @@ def open_policy(folder: Path, config: Config) -> Policy:
     """The policy in ``folder``, which a checkpoint may be.  Raises SetupError as ``causal_lm.load`` does."""
     # Attention is transformers' choice: SDPA wherever the model has it.
     hf, _ = causal_lm.load(folder, dtype=torch.float32)
+    policy = policy_of(hf, config, folder)
+    _check_head(policy, folder)
+    return policy
+
+
+def policy_of(hf: Any, config: Config, folder: Path) -> Policy:
+    """The policy around a transformers model of ``folder``, made ready to train as ``config`` says.
+
+    Raises SetupError where LoRA's settings do not fit the model.
+    """
     if getattr(hf.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         # SDPA has no cap on attention logits, and transformers leaves it out there without a warning.
         hf.set_attn_implementation("eager")
@@ -130,9 +140,7 @@ def open_policy(folder: Path, config: Config) -> Policy:
         hf.train()
     else:
         hf.eval()
-    policy = Policy(hf, temperature=config.search.temperature, lora=lora)
-    _check_head(policy, folder)
-    return policy
+    return Policy(hf, temperature=config.search.temperature, lora=lora)
 
 
 def _switch_off_dropout(hf: Any) -> None:
