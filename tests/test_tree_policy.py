@@ -368,7 +368,19 @@ def test_a_model_is_asked_through_its_wrappers_where_only_they_can_run_it(tmp_pa
             return out
 
     assert layout_for(policy, config, Wrapped())[0] == "tree"
-    assert [getattr(layout, "way", None) for layout in calls] == [None, None, "parts", "dense"]
+    assert [getattr(layout, "way", None) for layout in calls] == [None, None, "parts"]
+
+
+def test_a_way_of_attention_that_fails_on_the_device_gives_way_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(make_model(tmp_path))
+    policy = load_policy(config)
+    kernel = attention_kernel._kernel
+    monkeypatch.setattr(attention_kernel, "_kernel", lambda q, *rest: kernel(q * 0, *rest))
+    assert layout_for(policy, config)[0] == "tree"
+    assert policy.attention_way == "dense"
+    assert "attention over packed trees, computed by 'parts', is not this model's: their log-probs" in caplog.text
 
 
 def test_a_model_that_raises_on_a_layout_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

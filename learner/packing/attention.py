@@ -3,13 +3,15 @@
 Source: ALGORITHM, section 5.  Registered with transformers under ``NAME``; the layout comes down to it through the
 model's keyword arguments as ``tree_layout``.  Without one it is transformers' SDPA, so flat rows lose nothing.
 
-Three ways to the same numbers:
+Four ways to the same numbers:
 
 - *parts*, on a CPU.  A layout is cut where its exits change: such a run of places is a *chain*.  What follows a chain
   in its subtree sees all of it, so attention is a sum of rectangles (queries of a subtree, keys of a chain) and of
   blocks with a mask along the diagonal, joined by their log-sum-exp.  Nothing outside the mask is computed, and nothing
   of size T * T is held.
-- *flex*, on CUDA: FlexAttention, its block mask computed from the exits, again without T * T.
+- *varlen*, on CUDA in half precision: PyTorch's FlashAttention kernel over rows of many lengths, one for each path
+  (``attention_varlen``).  It compiles nothing.
+- *flex*, on CUDA in any precision: FlexAttention, its block mask computed from the exits, again without T * T.
 - *dense*, where neither can be had: SDPA with a mask of T * T.
 
 Shapes: B rows, T tokens of a row, H heads, D channels of a head, P = B * T places.
@@ -17,28 +19,33 @@ Shapes: B rows, T tokens of a row, H heads, D channels of a head, P = B * T plac
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._triton import has_triton
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from learner.packing import attention_flex, attention_varlen
+from learner.packing.attention_flex import block_mask
 from learner.packing.attention_kernel import TreeAttention
 from learner.packing.attention_parts import Parts
+from learner.packing.attention_varlen import Runs
 from learner.packing.rows import TreeLayout
 
 NAME = "atpo_tree"
 """Of this attention in transformers' registries."""
 
-Way = Literal["parts", "flex", "dense"]
+Way = Literal["parts", "varlen", "flex", "dense"]
+
+HALF = (torch.bfloat16, torch.float16)
+FLASH_CAPABILITY = (8, 0)
+"""Of the oldest CUDA devices that PyTorch's FlashAttention runs on."""
 
 
 class DeviceLayout:
@@ -55,8 +62,10 @@ class DeviceLayout:
         self.stub = torch.zeros((1, 1, 0, 0), dtype=torch.bool, device=device)
         """Passed where transformers would build a mask.  Code that uses it as one fails."""
         self.parts = Parts.of(layout.exit, device) if way == "parts" else None
+        self.runs = Runs.of(layout.exit, device, layout.filled) if way == "varlen" else None
         self._mask: Tensor | None = None
-        self._block_mask: BlockMask | None = None
+        # Made with the layout, once, for every pass over it.
+        self._block_mask = block_mask(self.exit) if way == "flex" else None
 
     def model_arguments(self) -> dict[str, Any]:
         """The model's arguments besides its tokens."""
@@ -77,60 +86,27 @@ class DeviceLayout:
         return self._block_mask
 
 
-def to_device(layout: TreeLayout, device: torch.device | str, *, way: Way | None = None) -> DeviceLayout:
-    """The layout as ``Policy.forward`` takes it.  ``way``: None for the device's own."""
+def to_device(
+    layout: TreeLayout, device: torch.device | str, *, way: Way | None = None, dtype: torch.dtype = torch.float32
+) -> DeviceLayout:
+    """The layout as ``Policy.forward`` takes it.  ``way``: None for the device's own; ``dtype``: of the pass."""
     device = torch.device(device)
-    return DeviceLayout(layout, device, way or ways(device)[0])
+    return DeviceLayout(layout, device, way or ways(device, dtype)[0])
 
 
-def ways(device: torch.device) -> list[Way]:
-    """How attention can be computed on ``device``, the best first."""
+def ways(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Way]:
+    """How attention in ``dtype`` can be computed on ``device``, the best first."""
     if device.type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
         return ["parts", "dense"]
-    if device.type == "cuda" and has_triton():
-        return ["flex"]
-    return ["dense"]
+    if device.type != "cuda":
+        return ["dense"]
+    found: list[Way] = ["flex"] if has_triton() else ["dense"]
+    return ["varlen", *found] if dtype in HALF and _has_flash(device) else found
 
 
-def block_mask(exits: Tensor, *, size: int = 128) -> BlockMask:
-    """FlexAttention's mask for int64[B, T]: in which squares of ``size`` places something is seen, and in which all."""
-    rows, length = exits.shape
-    count = -(-length // size)
-    # A place beyond the last is seen by none, so that no square with one in it is taken for full.
-    padded = nn.functional.pad(exits, (0, count * size - length)).view(rows, count, size)
-    first = torch.arange(count, device=exits.device) * size
-    earlier = first[:, None] > first[None, :]
-    same = first[:, None] == first[None, :]
-    full = earlier & (padded.amin(-1)[:, None, :] >= first[:, None] + size)
-    some = (earlier & (padded.amax(-1)[:, None, :] > first[:, None])) | same
-    found: BlockMask = BlockMask.from_kv_blocks(
-        *_listed(some & ~full), *_listed(full), BLOCK_SIZE=size, mask_mod=_sees(exits), seq_lengths=(length, length)
-    )
-    return found
-
-
-def _sees(exits: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < exits[row, key])
-
-    return sees
-
-
-def _listed(squares: Tensor) -> tuple[Tensor, Tensor]:
-    """bool[B, n, n] -> how many of each line are set, int32[B, 1, n], and which, first, int32[B, 1, n, n]."""
-    order = torch.argsort(squares.int(), dim=-1, descending=True, stable=True)
-    return squares.sum(-1).int()[:, None], order.int()[:, None]
-
-
-@functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
-    return compiled
-
-
-def every_way(layout: TreeLayout, device: torch.device) -> list[DeviceLayout]:
-    """The layout in each way that attention may be computed on ``device``, for a check of the model."""
-    return [to_device(layout, device, way=way) for way in ways(device)]
+def _has_flash(device: torch.device) -> bool:
+    built = torch.backends.cuda.is_flash_attention_available()
+    return bool(built and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY)
 
 
 def install(hf: Any) -> None:
@@ -198,20 +174,32 @@ def tree_attention_forward(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    # Its kernel has no float64, and no heads of fewer channels than a tensor core takes.
-    if tree_layout.way == "flex" and query.dtype != torch.float64 and query.shape[-1] >= 16:
-        block_mask = tree_layout.block_mask()
-        out = _compiled_flex()(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2).contiguous(), None
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    if tree_layout.parts is None or value.shape[-1] != query.shape[-1]:
-        out = scaled_dot_product_attention(query, key, value, attn_mask=tree_layout.mask(), scale=scaling)
-        return out.transpose(1, 2).contiguous(), None
+    if tree_layout.runs is not None and attention_varlen.fits(query, value):
+        return _by_runs(query, key, value, tree_layout.runs, scaling), None
+    return _uncompiled(query, key, value, tree_layout, scaling), None
+
+
+def _by_runs(query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: float | None) -> Tensor:
     rows, _, length, _ = query.shape
     places = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    joined: Tensor = TreeAttention.apply(*places, tree_layout.parts, scaling)  # type: ignore[no-untyped-call]
-    return joined.view(rows, length, *joined.shape[1:]), None
+    found = attention_varlen.attend(places[0], places[1], places[2], runs, scale)
+    return found.view(rows, length, *found.shape[1:])
+
+
+@torch.compiler.disable
+def _uncompiled(query: Tensor, key: Tensor, value: Tensor, layout: DeviceLayout, scale: float | None) -> Tensor:
+    """[B, T, H, D], by what a compiler of the layer around it cannot look into: FlexAttention is compiled by itself."""
+    if layout.way in ("varlen", "flex") and attention_flex.fits(query):
+        return attention_flex.attend(query, key, value, layout.block_mask(), scale).transpose(1, 2)
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if layout.parts is None or value.shape[-1] != query.shape[-1]:
+        out = scaled_dot_product_attention(query, key, value, attn_mask=layout.mask(), scale=scale)
+        return out.transpose(1, 2).contiguous()
+    rows, _, length, _ = query.shape
+    places = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    joined: Tensor = TreeAttention.apply(*places, layout.parts, scale)  # type: ignore[no-untyped-call]
+    return joined.view(rows, length, *joined.shape[1:])
 
 
 AttentionInterface.register(NAME, tree_attention_forward)

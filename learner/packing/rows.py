@@ -24,6 +24,7 @@ from atpo_async.core.tree import Turn, is_fresh
 from atpo_async.core.vocabulary import Aggregation
 from learner.packing.arrays import F64, I64, Mask
 from learner.packing.credited import CreditedTree, Normaliser
+from learner.packing.lengths import Width, exact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -139,6 +140,8 @@ class TreeLayout:
     """int64[B, T]: depth in tokens, from 0 in each tree."""
     exit: I64
     """int64[B, T]: place q of a row sees place k exactly if k <= q < exit[k].  Padding sees itself alone."""
+    filled: I64 | None = None
+    """int64[B]: tokens of each row, before its padding; None: it is not known where padding begins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -175,19 +178,19 @@ class MicroBatch:
         return len(self.target)
 
 
-def micro_batches(rows: Sequence[Row], *, max_tokens: int, version: int) -> list[MicroBatch]:
+def micro_batches(rows: Sequence[Row], *, max_tokens: int, version: int, width: Width = exact) -> list[MicroBatch]:
     """Rows by length into as few forward passes as ``max_tokens`` padded tokens allow; a longer row goes alone.
 
-    The last token of a row only needs predicting, so it takes no place.
+    The last token of a row only needs predicting, so it takes no place.  ``width``: what rows are padded to.
     """
     groups: list[list[Row]] = []
     for row in sorted(rows, key=lambda r: -len(r.tokens)):
         # Longest first: the first row of a group decides its width.
-        if not groups or (len(groups[-1]) + 1) * (len(groups[-1][0].tokens) - 1) > max_tokens:
+        if not groups or (len(groups[-1]) + 1) * width(len(groups[-1][0].tokens) - 1) > max_tokens:
             groups.append([])
         groups[-1].append(row)
     seen: set[int] = set()
-    return [_padded(group, version, seen) for group in groups]
+    return [_padded(group, version, seen, width) for group in groups]
 
 
 def idle_micro_batch() -> MicroBatch:
@@ -201,15 +204,15 @@ def idle_micro_batch() -> MicroBatch:
     )  # fmt: skip
 
 
-def _padded(rows: list[Row], version: int, seen: set[int]) -> MicroBatch:
-    width = max(len(row.tokens) for row in rows) - 1
-    tokens = np.zeros((len(rows), width), dtype=np.int64)
+def _padded(rows: list[Row], version: int, seen: set[int], width: Width) -> MicroBatch:
+    length = width(max(len(row.tokens) for row in rows) - 1)
+    tokens = np.zeros((len(rows), length), dtype=np.int64)
     for i, row in enumerate(rows):
         tokens[i, : len(row.tokens) - 1] = row.tokens[:-1]
     return MicroBatch(
         tokens=tokens,
         layout=None,
-        predictor=np.concatenate([row.at - 1 + i * width for i, row in enumerate(rows)]),
+        predictor=np.concatenate([row.at - 1 + i * length for i, row in enumerate(rows)]),
         target=np.concatenate([row.tokens[row.at] for row in rows]).astype(np.int64),
         occurrence=None,
         **of_rows(rows, version, seen),

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from learner.packing.arrays import I64
+from learner.packing.lengths import Width, exact
 from learner.packing.rows import MicroBatch, Row, TreeLayout, of_rows
 from learner.packing.tree_paths import Paths
 from learner.packing.tree_segments import Scored, Segments, ranges
@@ -72,7 +73,7 @@ def flops(tokens: float, pairs: float, *, parameters: float, layers: int, width:
 
 
 def tree_micro_batches(
-    rows: Sequence[Row], *, max_tokens: int, pack_tokens: int | None, version: int
+    rows: Sequence[Row], *, max_tokens: int, pack_tokens: int | None, version: int, width: Width = exact
 ) -> list[MicroBatch]:
     """Rows of whole trees into as few forward passes as ``max_tokens`` padded tokens allow.
 
@@ -84,6 +85,7 @@ def tree_micro_batches(
         max_tokens: padded tokens of one forward pass.
         pack_tokens: that trees may fill of one row; None: all of a forward pass, so that nothing is padded.
         version: being trained.
+        width: what the rows of a pass are padded to.
 
     Raises:
         ValueError: a row's first token is to be scored: nothing stands before it.
@@ -95,7 +97,7 @@ def tree_micro_batches(
     piece, shared = _split(paths, budget)
     size = np.bincount(piece, weights=paths.placed - shared).astype(np.int64)
     bins = _first_fit(size, budget)
-    groups = _group([int(size[b].sum()) for b in bins], max_tokens)
+    groups = _group([int(size[b].sum()) for b in bins], max_tokens, width)
 
     # Everything in the order of the forward passes, their rows, the trees in them.
     ordered = np.array([p for group in groups for b in group for p in bins[b]], dtype=np.int64)
@@ -113,7 +115,7 @@ def tree_micro_batches(
         fills = np.array([size[bins[b]].sum() for b in group], dtype=np.int64)
         pieces = slice(done, done + sum(len(bins[b]) for b in group))
         cut = slice(place, place + int(fills.sum()))
-        grid = _Grid.of(fills, place)
+        grid = _Grid.of(fills, place, width)
         predictor, target, occurrence, row_numbers = scored.cut(pieces)
         out.append(
             MicroBatch(
@@ -121,6 +123,7 @@ def tree_micro_batches(
                 layout=TreeLayout(
                     position_ids=grid.filled(values[1][cut], 0),
                     exit=grid.filled(values[2][cut] - grid.row_begin(), grid.alone()),
+                    filled=fills,
                 ),
                 predictor=grid.at(predictor),
                 target=target,
@@ -143,8 +146,8 @@ class _Grid:
     width: int
 
     @classmethod
-    def of(cls, fills: I64, place: int) -> _Grid:
-        return cls(fills=fills, begin=place + np.cumsum(fills) - fills, width=int(fills.max()))
+    def of(cls, fills: I64, place: int, width: Width) -> _Grid:
+        return cls(fills=fills, begin=place + np.cumsum(fills) - fills, width=width(int(fills.max())))
 
     def at(self, places: I64) -> I64:
         """Where places of this pass stand in the flattened B * T."""
@@ -204,12 +207,12 @@ def _first_fit(size: I64, budget: int) -> list[list[int]]:
     return [sorted(b) for b in bins]
 
 
-def _group(fills: Sequence[int], max_tokens: int) -> list[list[int]]:
+def _group(fills: Sequence[int], max_tokens: int, width: Width) -> list[list[int]]:
     """Rows into forward passes of at most ``max_tokens`` padded tokens."""
     groups: list[list[int]] = []
     for i in sorted(range(len(fills)), key=lambda i: -fills[i]):
         # Longest first: the first row of a group decides its width.
-        if not groups or (len(groups[-1]) + 1) * fills[groups[-1][0]] > max_tokens:
+        if not groups or (len(groups[-1]) + 1) * width(fills[groups[-1][0]]) > max_tokens:
             groups.append([])
         groups[-1].append(i)
     return groups

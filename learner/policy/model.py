@@ -17,7 +17,7 @@ from atpo_async.models import causal_lm
 from atpo_async.models.sources import model_folder
 from learner.kernels.vocabulary import Scoring, Wanted
 from learner.packing import attention
-from learner.packing.attention import DeviceLayout
+from learner.packing.attention import DeviceLayout, Way
 from learner.policy.head import logits, scored
 from learner.policy.lora import Lora, attach
 
@@ -38,6 +38,8 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.compiled_head = False
         """Whether the numbers of the head are computed by compiled kernels (CUDA)."""
+        self.attention_way: Way | None = None
+        """Of attention over packed trees, once the packing check has chosen it; None: the device's first."""
         self._no_split_modules = getattr(hf, "_no_split_modules", None)  # FSDP wraps by these
         attention.install(hf)
 

@@ -5,6 +5,9 @@ Shapes: B rows, T tokens.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -17,18 +20,23 @@ from learner.packing import attention
 from learner.packing.attention import DeviceLayout
 from learner.packing.rows import MicroBatch, Row, micro_batches
 from learner.packing.tree import tree_micro_batches
+from learner.policy import precision
 from learner.policy.model import Policy
+
+log = logging.getLogger("atpo.learner")
 
 
 def layout_for(policy: Policy, config: Config, model: nn.Module | None = None) -> tuple[Literal["tree", "flat"], str]:
     """The layout of this policy's batches, and why: ``learner.packing``, as far as the model supports it.
 
-    A model can if a small forked tree gets the same log-probs packed as flat, on the device where the policy is.
+    A model can if a small forked tree gets the same log-probs packed as flat, on the device where the policy is.  The
+    first way of attention that does so is the policy's from then on (``Policy.attention_way``).
 
     Args:
         policy: the policy.
         config: the run's.
-        model: the policy in its wrappers, where only those can run it (sharded parameters); every rank then calls this.
+        model: what trains, where that is not the policy's own arithmetic (half precision, sharded parameters); every
+            rank then calls this.
 
     Raises:
         SetupError: ``learner.packing = "tree"`` and the model cannot.
@@ -52,7 +60,10 @@ PACKING_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Nats between packed and flat log-probs, by dtype of the parameters."""
 
 WRAPPED_TOLERANCE = {"no": 1e-3, "bf16": 0.1, "fp16": 0.02}
-"""The same through wrappers that may cast, by ``learner.mixed_precision``."""
+"""The same of what trains in another precision than the parameters', by ``learner.mixed_precision``."""
+
+OF_EFFECT = {"no": 0.02, "bf16": 0.25, "fp16": 0.25}
+"""Of what wrong context changes, the part that is no fault: half precision alone moves log-probs by hundredths."""
 
 
 def _packing_fault(policy: Policy, model: nn.Module | None, mixed_precision: str) -> str | None:
@@ -72,18 +83,29 @@ def _packing_fault(policy: Policy, model: nn.Module | None, mixed_precision: str
         return scored if batch.occurrence is None else scored[torch.from_numpy(batch.occurrence).to(device)]
 
     tolerance = PACKING_TOLERANCE.get(dtype, 0.1) if model is None else WRAPPED_TOLERANCE[mixed_precision]
+    share = OF_EFFECT["no" if model is None else mixed_precision]
+    fault = None
     with torch.no_grad():
         expected = score(flat, None)
         # How much wrong context changes: a model that hardly depends on its context must not pass for that reason.
         effect = float((score(packed, None) - expected).abs().max())
-        for layout in attention.every_way(packed.layout, device):
-            try:
-                error = float((score(packed, layout) - expected).abs().max())
-            except Exception as exc:
-                return f"it raises {type(exc).__name__}: {str(exc).strip().splitlines()[0] if str(exc) else ''}"
-            if not error <= min(tolerance, max(0.02 * effect, 1e-2 * tolerance)):
-                return f"their log-probs differ from flat ones by {error:.2g} nats"
-    return None
+        for way in attention.ways(device, dtype if model is None else precision.computed_in(mixed_precision)):
+            layout = attention.to_device(packed.layout, device, way=way)
+            allowed = min(tolerance, max(share * effect, tolerance / 100))
+            fault = _fault(partial(score, packed, layout), expected, allowed)
+            if fault is None:
+                policy.attention_way = way
+                return None
+            log.warning("attention over packed trees, computed by %r, is not this model's: %s", way, fault)
+    return fault
+
+
+def _fault(score: Callable[[], Tensor], expected: Tensor, tolerance: float) -> str | None:
+    try:
+        error = float((score() - expected).abs().max())
+    except Exception as exc:
+        return f"it raises {type(exc).__name__}: {str(exc).strip().splitlines()[0] if str(exc) else ''}"
+    return None if error <= tolerance else f"their log-probs differ from flat ones by {error:.2g} nats"
 
 
 def _forked_rows(vocab_size: int) -> list[Row]:

@@ -18,6 +18,11 @@ from atpo_async.run import accelerate_environment
 log = logging.getLogger("atpo.learner")
 
 
+def computed_in(mixed_precision: str) -> torch.dtype:
+    """Of matrix products and attention under ``learner.mixed_precision``, of a policy in float32."""
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+
+
 def leave_out_environment(config: LearnerConfig) -> None:
     """Take Accelerate's variables out of this process, unless ``accelerate launch`` set them from the run's own file.
 

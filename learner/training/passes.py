@@ -14,11 +14,14 @@ from torch import Tensor
 from atpo_async.config import Config
 from atpo_async.wire.messages import Batch
 from learner.loss.tokens import OffPolicyTokens
-from learner.packing.attention import to_device
+from learner.packing import lengths
+from learner.packing.attention import Way, to_device, ways
 from learner.packing.credited import CreditedTree, Normaliser
+from learner.packing.lengths import Width
 from learner.packing.rows import MicroBatch, idle_micro_batch, leaf_rows, micro_batches
 from learner.packing.tree import tree_micro_batches
 from learner.policy.model import Policy
+from learner.policy.precision import computed_in
 from learner.training.reductions import Reductions
 
 
@@ -85,13 +88,17 @@ class Planner:
             normaliser=self._normaliser(trees, batch),
             keep_idle=self.keep_idle,
         )
-        max_tokens = settings.learner.micro_batch_tokens
+        limit = settings.learner.micro_batch_tokens
         if self.layout == "tree":
             packed = tree_micro_batches(
-                rows, max_tokens=max_tokens, pack_tokens=settings.learner.pack_tokens, version=version
+                rows,
+                max_tokens=limit,
+                pack_tokens=settings.learner.pack_tokens,
+                version=version,
+                width=self._width(limit),
             )
         else:
-            packed = micro_batches(rows, max_tokens=max_tokens, version=version)
+            packed = micro_batches(rows, max_tokens=limit, version=version, width=self._width(limit))
         count = int(max(self.reductions.gather(len(packed))))
         packed += [idle_micro_batch() for _ in range(count - len(packed))]
         return Part(
@@ -113,6 +120,18 @@ class Planner:
         counts = [own.num_trees, own.num_leaves, own.num_action_tokens, own.num_turn_tokens]
         total = [int(v) for v in self.reductions.sum(np.array(counts, dtype=np.float64))]
         return Normaliser(num_trees=total[0], num_leaves=total[1], num_action_tokens=total[2], num_turn_tokens=total[3])
+
+    @property
+    def way(self) -> Way:
+        """Of attention over packed trees."""
+        dtype = computed_in(self.config.learner.mixed_precision)
+        return self.policy.attention_way or ways(self.device, dtype)[0]
+
+    def _width(self, limit: int) -> Width:
+        """What rows are padded to, where something is compiled for their length."""
+        if self.layout == "tree" and self.way == "flex":
+            return lengths.few(limit)
+        return lengths.aligned(limit) if self.device.type == "cuda" else lengths.exact
 
     def on_device(self, batch: MicroBatch) -> Pass:
         """In the policy's precision, float32 at the least."""
@@ -140,7 +159,7 @@ class Planner:
         }
         inputs = send_to_device(inputs, self.device)
         if batch.layout is not None:
-            inputs["layout"] = to_device(batch.layout, self.device)
+            inputs["layout"] = to_device(batch.layout, self.device, way=self.way)
         return Pass(inputs=inputs, **send_to_device(rest, self.device))
 
 

@@ -66,8 +66,9 @@ class Trainer:
         precision.keep_outputs(accelerator)
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
         self.whole = WholePolicy(policy=policy, names=names, model=self.model, accelerator=accelerator, sharded=sharded)
-        # On the device, and through the wrappers where only those can run the model: what is tried is what trains.
-        layout, self.layout_reason = layout_for(policy, config, self.model if sharded else None)
+        # On the device, and through the wrappers that change the policy's arithmetic: what is tried is what trains.
+        wrapped = sharded or config.learner.mixed_precision != "no"
+        layout, self.layout_reason = layout_for(policy, config, self.model if wrapped else None)
         if tied and not is_tied(policy):
             # A head of its own would be no parameter of the optimizer, and its gradient would never be zeroed.
             raise SetupError(
