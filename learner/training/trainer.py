@@ -26,7 +26,7 @@ from atpo_async.wire.messages import Batch
 from learner.batches.intake import Sifted, sift
 from learner.loss.correction import Tempering
 from learner.packing.credited import CreditedTree
-from learner.policy import precision
+from learner.policy import compilation, precision
 from learner.policy.accelerator import is_sharded
 from learner.policy.model import Policy, is_tied
 from learner.policy.optimizer import make_optimizer
@@ -98,6 +98,8 @@ class Trainer:
             reductions=self.reductions,
         )
         self._metrics = StepMetrics(config, loss=self._loss, reductions=self.reductions)
+        compilation.raise_limit()
+        self.compilations = compilation.Compilations()
 
     @property
     def history(self) -> UpdateHistory:
@@ -164,12 +166,14 @@ class Trainer:
                     # Once a weight has changed, the batch is trained on to its end.
                     first = not totals.losses
                     sums += self.steps.take(part.passes, totals, tempering, should_stop if first else lambda: False)
+        self.compilations.after_batch(tuple(item.inputs["tokens"].shape) for part in parts for item in part.passes)
         scaler = self.accelerator.scaler
         return StepReport(
             metrics={
                 **self._metrics.of_trees(trees, version),
                 **self._metrics.of_sums(sums),
                 **self._metrics.of_tokens(totals, sum(part.row_tokens for part in parts)),
+                "pack/compilations": max(self.reductions.gather(self.compilations.total)),
                 **self._metrics.of_updates(
                     totals, self.history, fp16_scale=None if scaler is None else scaler.get_scale()
                 ),
