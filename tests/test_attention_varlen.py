@@ -45,7 +45,7 @@ def results(one: MicroBatch, way: attention.Way, groups: int) -> list[torch.Tens
     return [out.detach(), *(tensor.grad for tensor in tensors if tensor.grad is not None)]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(FORESTS, st.sampled_from([20, 300]), st.sampled_from([1, 2]), st.booleans())
 def test_runs_are_the_dense_mask_with_its_gradients(
     sketches: list[tuple[int, list[Sketch]]], max_tokens: int, groups: int, padded: bool

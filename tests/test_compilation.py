@@ -64,11 +64,11 @@ def test_another_layout_of_the_same_shape_compiles_nothing(flex: Callable[[int, 
 
 def test_thirty_batches_of_any_lengths_compile_a_handful_of_times(flex: Callable[[int, int], Tensor]) -> None:
     rng = np.random.default_rng(0)
-    width = lengths.few(1024)
+    width = lengths.few(512)
     before = num_graphs()
     for seed in range(30):
-        flex(width(int(rng.integers(300, 1024))), seed)
-    assert num_graphs() - before <= 6
+        flex(width(int(rng.integers(100, 512))), seed)
+    assert num_graphs() - before <= 4
 
 
 def test_more_shapes_than_have_a_kernel_of_their_own_share_one(
@@ -79,7 +79,7 @@ def test_more_shapes_than_have_a_kernel_of_their_own_share_one(
     for seed, length in enumerate((384, 512)):
         flex(length, seed)
     assert num_graphs() == before + 2
-    for seed, length in enumerate((640, 768, 896, 1024)):
+    for seed, length in enumerate((640, 768)):
         flex(length, seed)
     assert num_graphs() == before + 3
     flex(384, 9)

@@ -14,6 +14,7 @@ from benchmarks.learner_parts.sides import TOY, Bare, Times, make_trainer
 from benchmarks.learner_parts.tables import Ratio, Table, column, count, interleave, median, say
 from benchmarks.learner_parts.trees import SHAPES
 from learner.packing.attention import Way, ways
+from learner.policy.precision import computed_in
 
 
 def packing(plan: Plan) -> list[Table]:
@@ -141,8 +142,9 @@ def bare(plan: Plan) -> list[Table]:
 
 def attention(plan: Plan) -> list[Table]:
     device = torch.device(plan.device)
-    first = ways(device)[0]
-    every: list[Way] = [*ways(device), "dense"]  # the last can be had everywhere
+    possible = ways(device, computed_in(plan.config.learner.mixed_precision))
+    first = possible[0]
+    every: list[Way] = [*possible, "dense"]  # the last can be had everywhere
     others = [way for way in dict.fromkeys(every) if way != first]
     rows = []
     for name, shape in plan.shapes.items():
