@@ -56,7 +56,7 @@ class Compilations:
         if more and self.batches > FIRST_BATCHES:
             named = ", ".join(f"{rows} x {length}" for rows, length in new[:5]) or "none that is new"
             log.warning(
-                "batch %d of this process had %d more graphs compiled (%d in all), which takes seconds to a minute each; "
+                "batch %d of this process had %d more graphs compiled (%d in all), each takes seconds to a minute; "
                 "shapes of passes (rows x tokens) that came for the first time: %s",
                 self.batches,
                 more,
