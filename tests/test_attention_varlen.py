@@ -35,7 +35,8 @@ def results(one: MicroBatch, way: attention.Way, groups: int) -> list[torch.Tens
     rows, length = one.tokens.shape
     tensors = [torch.randn(rows, n, length, 8, dtype=torch.float64, requires_grad=True) for n in (2 * groups, 2, 2)]
     layout = to_device(one.layout, CPU, way=way)
-    out, _ = tree_attention_forward(torch.nn.Module(), *tensors, None, scaling=0.3, tree_layout=layout)
+    query, key, value = tensors
+    out, _ = tree_attention_forward(torch.nn.Module(), query, key, value, None, scaling=0.3, tree_layout=layout)
     filled = one.layout.filled
     assert filled is not None
     real = torch.arange(length) < torch.from_numpy(filled)[:, None]

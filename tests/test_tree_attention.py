@@ -15,7 +15,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from learner.packing import attention, attention_parts
-from learner.packing.attention import DeviceLayout, Way, block_mask, to_device, tree_attention_forward
+from learner.packing.attention import DeviceLayout, Way, to_device, tree_attention_forward
+from learner.packing.attention_flex import block_mask
 from learner.packing.attention_parts import Parts
 from learner.packing.rows import TreeLayout
 from learner.packing.tree import tree_micro_batches

@@ -186,7 +186,7 @@ def _by_runs(query: Tensor, key: Tensor, value: Tensor, runs: Runs, scale: float
     return found.view(rows, length, *found.shape[1:])
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _uncompiled(query: Tensor, key: Tensor, value: Tensor, layout: DeviceLayout, scale: float | None) -> Tensor:
     """[B, T, H, D], by what a compiler of the layer around it cannot look into: FlexAttention is compiled by itself."""
     if layout.way in ("varlen", "flex") and attention_flex.fits(query):
