@@ -123,6 +123,7 @@ class FakeWeights:
         self.versions = deque(versions)
         self.rejected = rejected
         self.version = -1
+        self.verify_s, self.hashed = 0.0, True
         self.released = 0
         self.go = asyncio.Event()
         self.go.set()

@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 
 from actors.engines.base import WeightsFile
-from actors.engines.common.checks import check_weights
-from actors.weights import copies, verification
+from actors.weights import copies
 from actors.weights.copies import NoSpace
 from actors.weights.fetcher import WeightsFetcher
 from actors.weights.refusals import Refusals
 from atpo_async.config import WeightsConfig
 from atpo_async.core.errors import PeerLost, ProbeMismatch, WeightsRejected
 from atpo_async.run.host import host_id
-from atpo_async.wire.digests import digest_of, file_digests, root_of
+from atpo_async.wire.digests import digest_of, root_of
 from atpo_async.wire.messages import (
     AnnouncementRequest,
     Chunk,
@@ -193,23 +192,6 @@ async def test_a_shared_file_that_was_altered_is_rejected(
     ):
         await fetcher.fetch(learner.announcement)
     assert fetcher.version == -1
-
-
-async def test_the_payload_is_hashed_once(
-    fetcher: WeightsFetcher, learner: FakeLearner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hashed = list[int]()
-
-    def counted(file: int, places: list[tuple[int, int]]) -> list[str]:
-        hashed.extend(length for _, length in places)
-        return file_digests(file, places)
-
-    monkeypatch.setattr(verification, "file_digests", counted)
-    weights = await fetcher.fetch(learner.announcement)
-    assert weights is not None
-    shapes = {spec.name: tuple(spec.shape) for spec in weights.manifest.tensors}
-    check_weights(weights, shapes, current=0)
-    assert hashed == [5000, 5000]
 
 
 async def test_a_manifest_that_says_other_than_the_announcement_is_rejected(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from pathlib import Path
 
 from actors.engines.base import WeightsFile
@@ -17,6 +18,7 @@ from atpo_async.config import WeightsConfig
 from atpo_async.core.errors import PeerLost, WeightsRejected
 from atpo_async.links.announcements import Listener
 from atpo_async.links.client import Client
+from atpo_async.run.host import host_id
 from atpo_async.transports.base import ReceiverContext, Transport, VersionWithdrawn, WantedVersion
 from atpo_async.transports.registry import make_transport
 from atpo_async.wire import messages as m
@@ -53,6 +55,12 @@ class WeightsFetcher:
         self._taken_counts: dict[str, float] = {}
         self.version = -1
         """Newest version handed out."""
+        self.verify_s = 0.0
+        """How long the last one was verified, or waited for another actor to do so."""
+        self.hashed = False
+        """This actor hashed it itself."""
+        self._refused = -1
+        """A version that the engine has refused: no note of another actor counts for it."""
         self.silent = False
         """The learner did not answer when last asked."""
 
@@ -115,7 +123,13 @@ class WeightsFetcher:
 
         async def bring(target: Path) -> None:
             await self._receiver.fetch(wanted, target)
-            await asyncio.to_thread(verify, manifest, target)
+            began = time.monotonic()
+            shared = None
+            if announced.shm_path is not None and announced.host_id == host_id():
+                shared = Path(announced.shm_path)
+            again = announced.version == self._refused
+            self.hashed = await asyncio.to_thread(verify, manifest, target, shared=shared, again=again)
+            self.verify_s = time.monotonic() - began
 
         try:
             path = await self._copies.make(manifest, bring, beside=self._receiver.beside(wanted))
@@ -128,6 +142,7 @@ class WeightsFetcher:
     def forget(self, version: int) -> None:
         """The engine has not loaded ``version``: it may be fetched again."""
         self.version = min(self.version, version - 1)
+        self._refused = version
 
     def release(self, weights: WeightsFile) -> None:
         """The engine has read it: remove this actor's link or copy."""

@@ -141,6 +141,8 @@ class WeightsUptake:
         self._refusals.over()
         self.version = weights.manifest.version
         self._metrics.mean("weights/fetch_s", fetched - began)
+        self._metrics.mean("weights/verify_s", self._fetcher.verify_s)
+        self._metrics.add("weights/hashed", float(self._fetcher.hashed))
         self._metrics.mean("weights/swap_s", report.pause_s)
         self._metrics.add("weights/swaps", 1)
         self._metrics.mean("weights/in_flight_at_swap", report.in_flight)

@@ -126,6 +126,13 @@ class VersionFiles:
         return WrittenFile(path=path, total_bytes=end, tensors=hashed)
 
 
+def remove(path: Path) -> None:
+    """A version's file, and what actors of this host have noted beside it."""
+    path.unlink(missing_ok=True)
+    for note in path.parent.glob(f"{path.stem}.*"):
+        note.unlink(missing_ok=True)
+
+
 def write_part(file: BinaryIO, gap: int, data: memoryview) -> None:
     """``gap`` zeros and then ``data``.  Raises OSError."""
     file.write(bytes(gap))

@@ -17,7 +17,7 @@ from atpo_async.transports.base import OfferedVersion, Payload, SenderContext, T
 from atpo_async.transports.registry import make_transport
 from atpo_async.wire import messages as m
 from atpo_async.wire.digests import root_of
-from learner.weights.files import VersionFiles
+from learner.weights.files import VersionFiles, remove
 from learner.weights.staging import Staged
 
 NUM_VERSIONS = 2
@@ -91,7 +91,7 @@ class WeightsStore:
             if number not in newest:
                 self._sender.withdraw(number)
                 # An actor that has it mapped is not affected: the name goes, the pages stay.
-                old.path.unlink(missing_ok=True)
+                remove(old.path)
         return self.announcement(version)
 
     def announcement(self, version: int) -> m.WeightsAnnounced:
