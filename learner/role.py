@@ -102,6 +102,7 @@ async def learn(ctx: RoleContext) -> None:
                 trained = sum(p.numel() for p in lora.parameters().values())
                 ctx.log.info("%s: %d parameters are trained", lora, trained)
             ctx.log.info("%s layout: %s", learner.trainer.layout, learner.trainer.layout_reason)
+            ctx.log.info("kernels: %s", learner.trainer.kernels.reason)
             await learner.run()
             # A rank that exits while others still use the group's threads may abort.
             await thread(learner.trainer.accelerator.wait_for_everyone)

@@ -24,6 +24,7 @@ from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.core.priorities import tree_priority
 from atpo_async.wire.messages import Batch
 from learner.batches.intake import Sifted, sift
+from learner.kernels.install import PRECISIONS, install
 from learner.loss.correction import Tempering
 from learner.packing.credited import CreditedTree
 from learner.policy import compilation, precision
@@ -58,6 +59,15 @@ class Trainer:
         if self._credit.reads_ratio and config.correction.prox == "interpolate":
             raise ConfigError(needs_log_probs(self._credit.value_setting))
         self._vocab_size = int(policy.hf.config.vocab_size)
+        # Before the policy is copied or wrapped: its reference computes what it does.
+        self.kernels = install(
+            policy.hf,
+            config.learner.kernels,
+            device=accelerator.device,
+            dtypes=PRECISIONS[config.learner.mixed_precision],
+            compiled=[module for module in policy.hf.modules() if module._compiled_call_impl is not None],
+        )
+        policy.compiled_head = self.kernels.compiled_head
         names = TensorNames.of(policy)
         frozen = _frozen_copy(policy, accelerator) if config.objective.kl_coef and policy.lora is None else None
         sharded = is_sharded(accelerator)

@@ -141,6 +141,8 @@ def findings(config: Config | None = None) -> list[Finding]:
         if why_no_gpu is None
         else Finding("note", "GPU", f"none: {why_no_gpu}", "not needed for the demo")
     )
+    if why_no_gpu is None:
+        found.append(_kernels())
     try:
         engine, why = machine.engine_of(config)
         found.append(Finding("ok" if engine == "vllm" else "note", "engine", f"{engine} ({why})"))
@@ -234,6 +236,15 @@ def _vllm() -> Finding:
             "install this project: `pip install -e .`",
         )
     return Finding("ok", "vllm", f"{version}{' (CPU build)' if cpu else ''}, plugin registered")
+
+
+def _kernels() -> Finding:
+    """The library of learner.kernels, where there is a GPU that it would run on."""
+    version = version_of("liger-kernel")
+    if version is None:
+        way_out = "for learner.kernels: pip install 'atpo-async[gpu]'"
+        return Finding("note", "liger-kernel", "not installed: the learner is slower", way_out)
+    return Finding("ok", "liger-kernel", version)
 
 
 def _sinks() -> list[Finding]:

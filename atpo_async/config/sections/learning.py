@@ -146,6 +146,9 @@ class LearnerConfig(Section):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    kernels: Literal["auto", "liger", "none"] = Field(
+        "auto", description="norms, rotary embedding and SwiGLU by Liger-Kernel; auto: on CUDA, where it is installed"
+    )
     num_threads: int | None = Field(None, ge=1, description="torch threads of each rank; none for torch's choice")
     gpus: tuple[int, ...] = Field(
         (), description="one for each rank, as nvidia-smi or CUDA_VISIBLE_DEVICES counts; empty: all"

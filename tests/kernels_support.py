@@ -1,0 +1,66 @@
+"""Triton's interpreter as Liger-Kernel's kernels need it, and small models of several families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB = 31
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+}
+
+
+def let_triton_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the interpreter what the compiler has: scalars of type float32, and the library's reciprocal root."""
+    import triton.language as tl
+    from liger_kernel.ops import rms_norm
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def with_floats(argument: Any) -> Any:
+        if not isinstance(argument, float):
+            return convert(argument)
+        handle = interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32)
+        return tl.tensor(handle, tl.float32)
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
+    # The interpreter replaces what `tl.math` holds while it runs a kernel, so the name is looked up there and then.
+    monkeypatch.setattr(rms_norm, "rsqrt", lambda x: tl.math.rsqrt(x))
+
+
+def small_model(family: str, **changes: Any) -> Any:
+    """A model of two narrow layers with random weights, norms' too."""
+    torch.manual_seed(0)
+    config, model = FAMILIES[family]
+    settings = {
+        "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 128,
+        "initializer_range": 0.3, "attn_implementation": "sdpa",
+    }  # fmt: skip
+    made = model(config(**(settings | changes)))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.rand_like(parameter) - 0.5)
+    return made.eval()
