@@ -78,7 +78,9 @@ def test_a_checkpoint_in_shards_is_refused_where_tensors_are_whole_with_the_way_
 ) -> None:
     path = checkpoint.save(tmp_path, make_trainer(folder), Progress(step=1, version=1), keep=1)
     (path / "sharded").mkdir()
-    with pytest.raises(SetupError, match=r"holds shards, and with learner.accelerate_config = None .* --from RUN"):
+    with pytest.raises(
+        SetupError, match=r"holds shards in .*, and with learner.accelerate_config = None .* --from RUN"
+    ):
         checkpoint.load(path, make_trainer(folder))
 
 

@@ -7,9 +7,10 @@
       rng-<rank>.safetensors  torch's generators
       state.json              counters, version, gradient norms, fp16's loss scale, optimizer settings, Python's and
                               numpy's generators
-      sharded/                instead of the first two where no rank holds whole parameters (Accelerate's own format)
 
-Tensors are safetensors, the rest is JSON: nothing is unpickled.
+Tensors are safetensors, the rest is JSON: nothing is unpickled.  Tensors are whole, however many ranks hold shards of
+them, so a run goes on with another number of ranks, with sharding or without.  Checkpoints of sharded runs once held
+``sharded/``, in Accelerate's own format, instead of the first two; those are read by Accelerate, in shards alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,14 @@ from atpo_async.models.tensor_files import WEIGHTS
 from atpo_async.ops import disk
 from atpo_async.run.files import sync
 from learner.checkpoints import optimizer_state
+from learner.checkpoints.tensors import parameters_of, read_tensors, write_tensors
 from learner.policy.optimizer import groups_settings, set_settings
 from learner.training.trainer import Trainer
 
 _ASIDE = ".writing-"
 FORMAT = 1
+SHARDED = "sharded"
+"""Folder of a checkpoint in Accelerate's format."""
 _NO_NUMBER = 1 << 20
 """In place of an error number, for an error that is not a file system's."""
 
@@ -118,13 +123,25 @@ def _clear_space(aside: Path, target: Path, trainer: Trainer, progress: Progress
 def _write_tensors(aside: Path, target: Path, trainer: Trainer, progress: Progress) -> None:
     accelerator = trainer.accelerator
     save_file(_torch_rng(), aside / f"rng-{accelerator.process_index}.safetensors")
-    if trainer.whole.sharded:
-        accelerator.save_state(str(aside / "sharded"), safe_serialization=True)
-    elif accelerator.is_main_process:
-        if trainer.policy.lora is not None:
-            trainer.policy.lora.write_settings(aside, base=trainer.config.model.path)
-        save_file(_parameters(trainer), aside / _weights_file(trainer))
-        save_file(optimizer_state.tensors_of(trainer.optimizer), aside / "optimizer.safetensors")
+    if not (trainer.whole.sharded or accelerator.is_main_process):
+        return
+    lora = trainer.policy.lora
+    files: dict[str, Mapping[str, Tensor]] = {
+        _weights_file(trainer): _trained(trainer),
+        "optimizer.safetensors": optimizer_state.tensors_of(trainer.optimizer),
+    }
+    fault: Exception | None = None
+    for name, tensors in files.items():
+        writes = accelerator.is_main_process and fault is None
+        try:
+            write_tensors(aside / name if writes else None, tensors)
+        # The other ranks do not know yet: they gather the next file's tensors.
+        except Exception as exc:
+            fault = exc
+    if fault is not None:
+        raise fault
+    if lora is not None and accelerator.is_main_process:
+        lora.write_settings(aside, base=trainer.config.model.path)
 
 
 def _complete(aside: Path, target: Path, trainer: Trainer, progress: Progress) -> None:
@@ -165,15 +182,12 @@ def load(path: Path, trainer: Trainer) -> Progress:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             raise SetupError(f"checkpoint {path} has format {state['format']}, this program reads {FORMAT}")
-        _check_kind(path, trainer)
         _check_adapters(path, state.get("lora"), trainer)
-        if trainer.whole.sharded:
-            settings = groups_settings(trainer.optimizer)
-            accelerator.load_state(str(path / "sharded"))
-            set_settings(trainer.optimizer, settings)
+        if (path / SHARDED).is_dir():
+            _load_shards(path, trainer)
         else:
-            _load_parameters(trainer, load_file(path / _weights_file(trainer)))
-            optimizer_state.load_into(trainer.optimizer, load_file(path / "optimizer.safetensors"))
+            _load_parameters(trainer, path / _weights_file(trainer))
+            optimizer_state.load_into(trainer.optimizer, dict(read_tensors(path / "optimizer.safetensors", {})))
         rng = path / f"rng-{accelerator.process_index}.safetensors"
         if rng.is_file():  # with more ranks than before the new ones start afresh
             _set_torch_rng(load_file(rng))
@@ -195,24 +209,25 @@ def _weights_file(trainer: Trainer) -> str:
     return WEIGHTS if trainer.policy.lora is None else adapters.WEIGHTS
 
 
-def _parameters(trainer: Trainer) -> dict[str, Tensor]:
-    """What training changes, each once, under the names that it has in the checkpoint's file."""
-    return {name: p.detach().contiguous() for name, p in _trained(trainer).items()}
-
-
 def _trained(trainer: Trainer) -> dict[str, nn.Parameter]:
+    """What training changes, each once, under the names that it has in the checkpoint's file; shards of it."""
+    found = parameters_of(trainer.policy)
     if trainer.policy.lora is None:
-        return dict(trainer.policy.named_parameters())
+        return found
     return {f"{adapters.PREFIX}{name}": p for name, p in trainer.policy.lora.parameters().items()}
 
 
-def _load_parameters(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+def _load_parameters(trainer: Trainer, file: Path) -> None:
     own = _trained(trainer)
-    if own.keys() != tensors.keys():
-        raise ValueError(f"its parameters are not the model's: {sorted(own.keys() ^ tensors.keys())[:4]}")
+    left = set(own)
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+        for name, tensor in read_tensors(file, own):
+            if name not in left:
+                raise ValueError(f"its parameter {name} is none of the model's")
+            own[name].copy_(tensor)
+            left.remove(name)
+    if left:
+        raise ValueError(f"it lacks parameters of the model: {sorted(left)[:4]}")
 
 
 def _check_adapters(path: Path, was: dict[str, Any] | None, trainer: Trainer) -> None:
@@ -235,18 +250,18 @@ def _check_adapters(path: Path, was: dict[str, Any] | None, trainer: Trainer) ->
     )
 
 
-def _check_kind(path: Path, trainer: Trainer) -> None:
-    """Raises SetupError for a checkpoint of whole tensors where they are sharded now, or the other way about."""
-    was_sharded = (path / "sharded").is_dir()
-    if was_sharded == trainer.whole.sharded:
-        return
-    was, now = ("shards", "whole tensors") if was_sharded else ("whole tensors", "shards")
-    raise SetupError(
-        f"checkpoint {path} holds {was}, and with learner.accelerate_config = "
-        f"{trainer.config.learner.accelerate_config!r} this learner keeps {now}: go on with the former "
-        "learner.accelerate_config (the number of ranks may change), or start another run from the policy alone with "
-        "`atpo train CONFIG --from RUN`"
-    )
+def _load_shards(path: Path, trainer: Trainer) -> None:
+    """As Accelerate wrote them.  Raises SetupError where tensors are whole now."""
+    if not trainer.whole.sharded:
+        raise SetupError(
+            f"checkpoint {path} holds shards in Accelerate's format, and with learner.accelerate_config = "
+            f"{trainer.config.learner.accelerate_config!r} this learner keeps whole tensors: go on with the former "
+            "learner.accelerate_config until the next checkpoint, which any number of ranks reads with or without "
+            "sharding, or start another run from the policy alone with `atpo train CONFIG --from RUN`"
+        )
+    settings = groups_settings(trainer.optimizer)
+    trainer.accelerator.load_state(str(path / SHARDED))
+    set_settings(trainer.optimizer, settings)
 
 
 def _torch_rng() -> dict[str, Tensor]:

@@ -4,8 +4,9 @@
 ``exp_avg.codes`` (uint8, in the parameter's shape), ``exp_avg.scale`` (a number for each block) and ``exp_avg.qmap``
 (the value of each code).
 
-AdamW with its moments on the device and with them on the host have the same state.  Moments in 8 bits are made of
-full ones by rounding, and the other way about by taking the codes' values: no kind begins with moments of zero.
+AdamW with its moments on the device, with them on the host and in shards have the same state.  Moments in 8 bits are
+made of full ones by rounding, and the other way about by taking the codes' values: no kind begins with moments of zero.
+Shards in 8 bits are written as full moments, for their blocks begin anew with each shard, and are rounded again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from learner.checkpoints.tensors import sharded_like
 
 log = logging.getLogger("atpo.learner")
 
@@ -23,10 +27,10 @@ PARTS = ("codes", "scale", "qmap")
 
 
 def tensors_of(optimizer: Any) -> dict[str, Tensor]:
-    """The state of an optimizer whose parameters are whole."""
+    """The state of an optimizer.  Where its parameters are in shards, so are the tensors."""
     found: dict[str, Tensor] = {}
     for index, entry in optimizer.state_dict()["state"].items():
-        for name, value in entry.items():
+        for name, value in ((name, _full(value)) for name, value in entry.items()):
             parts = {f"{name}.{part}": getattr(value, part) for part in PARTS} if _is_8bit(value) else {name: value}
             found |= {f"{index}.{key}": torch.as_tensor(part).detach().contiguous() for key, part in parts.items()}
     return found
@@ -53,12 +57,14 @@ def load_into(optimizer: Any, tensors: dict[str, Tensor]) -> None:
             shape = value["codes"].shape if isinstance(value, dict) else value.shape
             if name != "step" and shape != parameter.shape:
                 raise ValueError(f"{name} of parameter {index} has shape {list(shape)}, not {list(parameter.shape)}")
-            if name == "step" or not in_8bit:
-                own[name] = value if isinstance(value, Tensor) else _values(value)
+            if name == "step":
+                own[name] = value
+            elif not in_8bit:
+                own[name] = sharded_like(parameter, _full(value))
                 changed += isinstance(value, dict)
-                continue
-            own[name] = inner._new_buffer(parameter, name == "exp_avg")
-            changed += _fill(own[name], value)
+            else:
+                own[name] = inner._new_buffer(parameter, name == "exp_avg")
+                changed += _fill(own[name], value)
     if changed:
         log.warning(
             "%d moments of the checkpoint are %s: learner.optimizer was another one when it was written",
@@ -66,6 +72,18 @@ def load_into(optimizer: Any, tensors: dict[str, Tensor]) -> None:
             "rounded to 8 bits" if in_8bit else "those of 8 bits, in full precision from here on",
         )
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _full(value: Any) -> Tensor:
+    """The moment itself: of its parts, and of a shard in 8 bits; anything else as it is."""
+    if isinstance(value, dict):
+        return _values(value)
+    if isinstance(value, DTensor) and _is_8bit(local := value.to_local()):
+        values = local.dequantize()
+        return DTensor.from_local(
+            values, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+        )
+    return torch.as_tensor(value) if not _is_8bit(value) else value
 
 
 def _is_8bit(value: Any) -> bool:
@@ -93,6 +111,11 @@ def _values(parts: dict[str, Tensor]) -> Tensor:
 
 def _fill(buffer: Any, value: Any) -> bool:
     """Put a moment into ``buffer``; whether that took rounding or undoing it."""
+    if isinstance(buffer, DTensor):
+        with torch.no_grad():
+            local = buffer.to_local()  # in 8 bits where its size allows it
+            local.copy_(sharded_like(buffer, _full(value)).to_local().to(local.device))
+        return False
     if not _is_8bit(buffer):
         rounded = isinstance(value, dict)
         buffer.copy_(_values(value) if rounded else value)

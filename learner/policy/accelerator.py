@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
+    DynamoBackend,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
 )
@@ -18,9 +19,6 @@ from atpo_async.config import Config
 from atpo_async.core.errors import SetupError
 from learner.policy import precision
 
-SHARDED: tuple[Any, ...] = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-"""Where no rank holds whole parameters.  These paths have not been measured on GPUs."""
-
 
 def make_accelerator(config: Config) -> Accelerator:
     """Accelerate with this run's device, precision and deadlines.
@@ -28,7 +26,8 @@ def make_accelerator(config: Config) -> Accelerator:
     ``learner.device = "auto"`` takes CUDA where it is, else the CPU.
 
     Raises:
-        SetupError: CUDA is asked for and absent; fp16 on a CPU; gradients would be divided.
+        SetupError: CUDA is asked for and absent; fp16 on a CPU; gradients would be divided; the file of
+            ``learner.accelerate_config`` asks for something that would train otherwise than this learner says.
     """
     settings = config.learner
     precision.leave_out_environment(settings)
@@ -46,8 +45,39 @@ def make_accelerator(config: Config) -> Accelerator:
         ],
     )
     precision.check_accumulation(accelerator)
+    if (problem := _foreign(accelerator)) is not None:
+        raise SetupError(f"learner.accelerate_config = {settings.accelerate_config!r} {problem}")
+    if not on_cpu:
+        precision.keep_float32()
     return accelerator
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    return accelerator.distributed_type in SHARDED
+    """Whether no rank holds whole parameters (FSDP2)."""
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def _foreign(accelerator: Any) -> str | None:
+    """What the file for ``accelerate launch`` asks for that is not sound with this learner, and the way out."""
+    state = accelerator.state
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        return (
+            f"is for {kind.value}, which takes optimizer steps by itself, past the guards of this learner; use FSDP2, "
+            "as configs/accelerate_fsdp.yaml does"
+        )
+    plugin = getattr(state, "fsdp_plugin", None) if is_sharded(accelerator) else None
+    if plugin is not None and plugin.fsdp_version != 2:
+        return "is for the first version of FSDP; set fsdp_version: 2 in its fsdp_config"
+    if plugin is not None and plugin.activation_checkpointing:
+        return "has fsdp_activation_checkpointing; set it to false: learner.gradient_checkpointing does it"
+    sizes = getattr(accelerator, "parallelism_config", None)
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if (getattr(sizes, name, 1) or 1) > 1:
+            return (
+                f"has {name} = {getattr(sizes, name)}, but each rank of this learner has trees of its own; set it to 1"
+            )
+    dynamo = getattr(state, "dynamo_plugin", None)
+    if dynamo is not None and dynamo.backend != DynamoBackend.NO:
+        return "has a dynamo_config; leave it out: layers are compiled by the learner itself (learner.compile)"
+    return None

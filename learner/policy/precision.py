@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
 
 from atpo_async.config import LearnerConfig
 from atpo_async.core.errors import SetupError
@@ -64,23 +67,50 @@ def check_accumulation(accelerator: Accelerator) -> None:
         )
 
 
+def keep_float32() -> None:
+    """On CUDA, products of float32 numbers are of float32: not of TF32, which keeps 10 bits of them.
+
+    The probe's log-probs are what engines are judged by, and those of packed trees what clips are measured on.  It is
+    torch's own default, which a library may have changed, and which FlexAttention heeds only where it was set.
+    """
+    torch.set_float32_matmul_precision("highest")
+    log.info("products of float32 numbers on CUDA are of float32, not of TF32")
+
+
+def cast_as_sharded(module: nn.Module, accelerator: Accelerator) -> None:
+    """Give the parameters of ``module`` the precision that sharding computes with the policy's in.
+
+    FSDP2 casts parameters, autocast the operands of some operations: what is compared with the policy's numbers must
+    come from the same casts.  Buffers stay as they are: they hold the frequencies of positions.
+    """
+    policy = _mixed_precision_of(accelerator)
+    if policy is not None and policy.param_dtype is not None:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(policy.param_dtype)
+
+
+def as_the_policy(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """Computes as the wrapped policy does: with autocast, but where sharding casts parameters instead."""
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    return contextlib.nullcontext() if sharded else accelerator.autocast()
+
+
+def _mixed_precision_of(accelerator: Accelerator) -> Any:
+    """Of sharding; None without."""
+    return getattr(getattr(accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
+
+
 def keep_outputs(accelerator: Accelerator) -> None:
     """Let sharding compute in half precision, but not change the policy's outputs or the precision of gradient sums.
 
     Accelerate's policy for FSDP2 casts the outputs of the outermost module as well: log-probs in bfloat16 move in steps
     of 0.03 nats and more, wider than any clip.
     """
-    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
-    policy = None if plugin is None else plugin.mixed_precision_policy
+    policy = _mixed_precision_of(accelerator)
     if policy is None:
         return
-    changes: dict[str, Any] = {"reduce_dtype": torch.float32}
-    fields = {field.name for field in dataclasses.fields(policy)}
-    if "output_dtype" in fields:  # FSDP2
-        changes["output_dtype"] = None
-    if "buffer_dtype" in fields:  # FSDP1: frequencies of rotary positions are buffers
-        changes["buffer_dtype"] = torch.float32
-    plugin.mixed_precision_policy = dataclasses.replace(policy, **changes)
+    plugin: Any = accelerator.state.fsdp_plugin
+    plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 def check_outputs(logprobs: Tensor) -> None:

@@ -17,6 +17,7 @@ from atpo_async.core.schedule import learning_rate
 from atpo_async.status import waits
 from learner.loss import guards
 from learner.loss.correction import Tempering
+from learner.policy.accelerator import is_sharded
 from learner.policy.optimizer import set_rate
 from learner.training.pass_loss import PassLoss
 from learner.training.passes import Pass
@@ -142,9 +143,10 @@ class OptimizerSteps:
             if accelerator.num_processes == 1 and should_stop():
                 self.optimizer.zero_grad()
                 raise Abandoned
-            # Only the last backward pass of the step exchanges gradients: ranks then agree on their number.
-            last = i + 1 == len(passes)
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+            # Whole gradients are exchanged in the step's last backward pass alone; shards are in each, or every rank
+            # would hold a gradient as large as the whole policy.  All ranks have equally many passes.
+            exchanges = is_sharded(accelerator) or i + 1 == len(passes)
+            with contextlib.nullcontext() if exchanges else accelerator.no_sync(self.model):
                 found = self.loss(item, tempering)
                 # Data parallelism averages gradients over ranks; the loss is a sum over them.
                 accelerator.backward(found.loss.loss * accelerator.num_processes)

@@ -17,6 +17,7 @@ from learner.loss.correction import OffPolicyCorrection, Tempering, Weights, int
 from learner.loss.loading import CheckedSurrogate, load_correction, load_surrogate
 from learner.loss.objective import Loss, atpo_loss
 from learner.loss.tokens import ActionTokens
+from learner.policy import precision
 from learner.training.passes import Pass
 from learner.training.reductions import Reductions
 
@@ -149,7 +150,7 @@ class PassLoss:
             return None
         if item.reference is None:
             # In the precision of the policy's own pass: their difference is to be the weights' alone.
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad(), precision.as_the_policy(self.accelerator):
                 inputs: dict[str, Any] = item.inputs
                 item.reference = item.spread(self.reference(**inputs)).to(item.mu)
         return item.reference

@@ -229,5 +229,6 @@ class Trainer:
 def _frozen_copy(policy: Policy, accelerator: Accelerator) -> Policy:
     """The policy as it was loaded from ``model.path``, whole on every rank."""
     frozen = copy.deepcopy(policy).requires_grad_(False).eval()
+    precision.cast_as_sharded(frozen, accelerator)
     placed: Policy = frozen.to(accelerator.device)
     return placed

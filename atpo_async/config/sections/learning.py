@@ -142,7 +142,7 @@ class LearnerConfig(Section):
         "source", description="precision of the trained policy in model/; source: as the folder that the run began with"
     )
     num_processes: int = Field(1, ge=1, description="ranks that the supervisor starts through accelerate launch")
-    accelerate_config: str | None = Field(None, description="accelerate configuration file (FSDP, DeepSpeed, …)")
+    accelerate_config: str | None = Field(None, description="accelerate configuration file, for FSDP2")
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
