@@ -114,7 +114,8 @@ def _fill(buffer: Any, value: Any) -> bool:
     if isinstance(buffer, DTensor):
         with torch.no_grad():
             local = buffer.to_local()  # in 8 bits where its size allows it
-            local.copy_(sharded_like(buffer, _full(value)).to_local().to(local.device))
+            shard: Any = sharded_like(buffer, _full(value))
+            local.copy_(shard.to_local().to(local.device))
         return False
     if not _is_8bit(buffer):
         rounded = isinstance(value, dict)
