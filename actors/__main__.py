@@ -18,6 +18,7 @@ from actors.hosting import guard, printed
 from actors.joining import buffer_link, join, knock
 from actors.leases import LearnerMoved
 from actors.weights.fetcher import WeightsFetcher
+from actors.weights.merging import Merging
 from atpo_async.links.announcements import Listener
 from atpo_async.links.client import Client
 from atpo_async.models.sources import model_folder
@@ -101,8 +102,11 @@ async def _work(
         Listener(welcome.announce_endpoint, receives=LearnerToActor, settings=settings) as listener,
     ):
         weights = WeightsFetcher(
-            run=welcome.run, client=client, listener=listener, settings=ctx.config.weights, transport=transport
-        )
+            run=welcome.run, client=client, listener=listener, settings=ctx.config.weights, transport=transport,
+            merging=Merging(
+                run=welcome.run, model=model_folder(ctx.config.model.path), precision=ctx.config.model.dtype
+            ),
+        )  # fmt: skip
         actor = Actor(
             run=welcome.run, name=ctx.name, config=ctx.config, engine=engine, environment=environments,
             buffer=buffer, weights=weights, stopping=ctx.stopping,

@@ -22,6 +22,7 @@ from atpo_async.models.policy import assemble
 from atpo_async.models.sources import model_folder
 from learner.checkpoints import checkpoint
 from learner.checkpoints.checkpoint import Progress
+from learner.policy import lora
 from learner.policy.accelerator import make_accelerator
 from learner.policy.export import export_adapter, export_model, precision
 from learner.policy.model import Policy, load_policy, open_policy
@@ -38,18 +39,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
 
 
-def with_lora(folder: Path, sections: Any = None, **lora: object) -> Config:
-    data = {"learner": {"lora": {"rank": 4, **lora}, "minibatches": 2}} | (sections or {})
+def with_lora(folder: Path, sections: Any = None, **settings: object) -> Config:
+    data = {"learner": {"lora": {"rank": 4, **settings}, "minibatches": 2}} | (sections or {})
     return make_config(folder, **data)
 
 
-def make_trainer(folder: Path, sections: Any = None, **lora: object) -> Trainer:
-    config = with_lora(folder, sections, **lora)
+def make_trainer(folder: Path, sections: Any = None, **settings: object) -> Trainer:
+    config = with_lora(folder, sections, **settings)
     return Trainer(config, accelerator=make_accelerator(config), policy=load_policy(config))
 
 
-def trained(folder: Path, **lora: object) -> Trainer:
-    trainer = make_trainer(folder, **lora)
+def trained(folder: Path, **settings: object) -> Trainer:
+    trainer = make_trainer(folder, **settings)
     trainer.train(make_batch(), version=3)
     return trainer
 
@@ -77,9 +78,9 @@ def merged(policy: Policy, folder: Path) -> Any:
     return hf
 
 
-@pytest.mark.parametrize("lora", [{}, {"rslora": True, "alpha": 3.0}, {"targets": ["q_proj", "0.mlp.down_proj"]}])
-def test_log_probs_and_gradients_are_those_of_the_merged_model(folder: Path, lora: dict[str, object]) -> None:
-    policy = trained(folder, **lora).policy
+@pytest.mark.parametrize("settings", [{}, {"rslora": True, "alpha": 3.0}, {"targets": ["q_proj", "0.mlp.down_proj"]}])
+def test_log_probs_and_gradients_are_those_of_the_merged_model(folder: Path, settings: dict[str, object]) -> None:
+    policy = trained(folder, **settings).policy
     own = in_double(policy)
     whole = in_double(Policy(merged(policy, folder)))
     (found := own.logprobs(TOKENS, PLACES, TARGET)).sum().backward()
@@ -196,6 +197,31 @@ def test_gradient_checkpointing_changes_no_number(folder: Path) -> None:
     assert saved["train/loss"] == pytest.approx(plain["train/loss"], rel=1e-6)
 
 
+def test_frozen_weights_are_held_in_half_where_that_loses_nothing_and_change_no_number(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    hf.model.norm.weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+    hf.save_pretrained(tmp_path)
+    learner = {"lora": {"rank": 4}, "mixed_precision": "bf16"}
+    sections = {"learner": learner, "objective": {"kl_coef": 0.1, "clip_low": 0.2, "clip_high": 0.3}}
+    half = make_trainer(tmp_path, sections)
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "hold_in_half", lambda hf: (0, 0))
+        full = make_trainer(tmp_path, sections)
+    frozen = [p for p in half.policy.parameters() if not p.requires_grad]
+    assert sum(p.numel() for p in frozen if p.dtype == torch.float32) == 2 * (2 * 16 + 2 * 8) + 16  # norms alone
+    reports = [trainer.train(make_batch(), version=3).metrics for trainer in (half, full)]
+    assert reports[0] == reports[1]
+    probe = (np.arange(12).reshape(2, 6) * 5 % VOCAB).astype(np.int32)
+    assert np.array_equal(half.whole.probe(probe), full.whole.probe(probe))
+    tensors = full.whole.tensors()
+    assert all(torch.equal(tensor.float(), tensors[name]) for name, tensor in half.whole.tensors().items())
+    # In a folder in float32 there is more than bfloat16 can say: all of it stays.
+    trained_folder = make_trainer(folder, sections)
+    assert {p.dtype for p in trained_folder.policy.parameters()} == {torch.float32}
+
+
 # --- checkpoints
 
 
@@ -217,7 +243,7 @@ def test_a_checkpoint_holds_adapters_and_a_resumed_run_takes_the_very_next_step(
 
 
 @pytest.mark.parametrize(
-    ("lora", "what"),
+    ("settings", "what"),
     [
         ({"rank": 2}, "holds adapters of rank 4, [learner.lora] makes it 2"),
         ({"alpha": 16.0}, "holds adapters of scale 8.0, [learner.lora] makes it 4.0"),
@@ -226,10 +252,10 @@ def test_a_checkpoint_holds_adapters_and_a_resumed_run_takes_the_very_next_step(
     ],
 )
 def test_a_checkpoint_of_other_adapters_is_refused_with_the_way_out(
-    folder: Path, saved: Path, lora: dict[str, object], what: str
+    folder: Path, saved: Path, settings: dict[str, object], what: str
 ) -> None:
     with pytest.raises(SetupError) as refused:
-        checkpoint.load(saved, make_trainer(folder, **lora))
+        checkpoint.load(saved, make_trainer(folder, **settings))
     assert what in str(refused.value)
     assert str(refused.value).endswith("another run from the merged policy with `atpo train CONFIG --from RUN`")
 
@@ -298,7 +324,7 @@ def test_a_run_begins_with_an_adapter_folder(folder: Path, one: Trainer, saved: 
 
 
 @pytest.mark.parametrize(
-    ("lora", "what"),
+    ("settings", "what"),
     [
         (
             {"targets": ["w_proj"]},
@@ -312,10 +338,10 @@ def test_a_run_begins_with_an_adapter_folder(folder: Path, one: Trainer, saved: 
     ],
 )
 def test_adapters_that_do_not_fit_the_model_are_refused_by_name(
-    folder: Path, lora: dict[str, object], what: str
+    folder: Path, settings: dict[str, object], what: str
 ) -> None:
     with pytest.raises(SetupError) as refused:
-        load_policy(with_lora(folder, **lora))
+        load_policy(with_lora(folder, **settings))
     assert what in str(refused.value)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from actors.engines.base import WeightsFile
 from actors.weights.copies import Copies
+from actors.weights.merging import Merging
 from actors.weights.verification import verify
 from atpo_async.config import WeightsConfig
 from atpo_async.core.errors import PeerLost, WeightsRejected
@@ -36,6 +37,7 @@ class WeightsFetcher:
         listener: to its announcements.
         settings: time limits, and which transport.
         transport: brings the bytes; None: the one that ``settings`` name.
+        merging: makes whole weights of adapters; None: those are rejected.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class WeightsFetcher:
         listener: Listener,
         settings: WeightsConfig,
         transport: Transport | None = None,
+        merging: Merging | None = None,
     ) -> None:
+        self._merging = merging
         self._run, self._settings = run, settings
         self._client, self._listener = client, listener
         context = ReceiverContext(run=run, settings=settings, ask=self._ask)
@@ -104,7 +108,7 @@ class WeightsFetcher:
         return heard if heard is not None and heard.run == self._run and heard.version > self.version else None
 
     async def fetch(self, announced: m.WeightsAnnounced) -> WeightsFile | None:
-        """Bring one version here, whole and verified; None if a newer one has replaced it meanwhile.
+        """Bring one version here, verified and whole, adapters merged; None if a newer one has replaced it meanwhile.
 
         Raises:
             WeightsRejected: bytes and digests differ, or it is an older version.
@@ -136,8 +140,21 @@ class WeightsFetcher:
         except VersionWithdrawn:
             return None
         self._receiver.verified(wanted, path)
+        weights = WeightsFile(path=path, manifest=manifest)
+        if manifest.adapter_scale is not None:
+            weights = await self._merged(weights)
         self.version = announced.version
-        return WeightsFile(path=path, manifest=manifest)
+        return weights
+
+    async def _merged(self, adapters: WeightsFile) -> WeightsFile:
+        try:
+            if self._merging is None:
+                raise WeightsRejected(
+                    f"version {adapters.manifest.version} came as adapters, which nothing here merges"
+                )
+            return await self._merging.whole(adapters)
+        finally:
+            self._copies.remove(adapters.path)
 
     def forget(self, version: int) -> None:
         """The engine has not loaded ``version``: it may be fetched again."""
@@ -158,6 +175,8 @@ class WeightsFetcher:
     def close(self) -> None:
         self._receiver.close()
         self._copies.close()
+        if self._merging is not None:
+            self._merging.close()
 
     async def _manifest(self, version: int) -> m.WeightsManifest | None:
         answer = await self._ask(m.ManifestRequest(run=self._run, version=version))

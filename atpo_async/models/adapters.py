@@ -83,16 +83,30 @@ def read(folder: Path) -> Adapters:
     if header is None:
         raise SetupError(f"adapter folder {folder} has no {WEIGHTS}; save the adapter in that format (save_pretrained)")
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
-    for name in tensors:
-        end, other = (A, B) if name.endswith(A) else (B, A)
-        if not name.endswith(end) or name.removesuffix(end) + other not in tensors:
-            raise SetupError(
-                f"adapter folder {folder}: {name} is no matrix of a pair {A[1:]}, {B[1:]} of a linear layer; this "
-                "program takes plain LoRA adapters"
-            )
+    check_pairs(tensors, f"adapter folder {folder}")
     rank, alpha = int(said["r"]), float(said["lora_alpha"])
     scale = scale_of(rank=rank, alpha=alpha, rslora=bool(said.get("use_rslora", False)))
     return Adapters(scale=scale, tensors=tensors)
+
+
+def check_pairs(tensors: Mapping[str, Any], where: str) -> None:
+    """Raises SetupError for anything but the two matrices of linear layers that multiply."""
+    for name, tensor in tensors.items():
+        end, other = (A, B) if name.endswith(A) else (B, A)
+        twin = tensors.get(name.removesuffix(end) + other) if name.endswith(end) else None
+        ranks = None if twin is None else {t.shape[axis] for t, axis in _by_rank(end, tensor, twin)}
+        if ranks is None or len(ranks) != 1:
+            raise SetupError(
+                f"{where}: {name} {tuple(tensor.shape)} is no matrix of a pair {A[1:]}, {B[1:]} of a linear layer; "
+                "this program takes plain LoRA adapters"
+            )
+
+
+def _by_rank(end: str, tensor: Any, twin: Any) -> list[tuple[Any, int]]:
+    """Of two matrices, each with the axis that is the rank; none where one is no matrix."""
+    if tensor.dim() != 2 or twin.dim() != 2:
+        return []
+    return [(tensor, 0), (twin, 1)] if end == A else [(tensor, 1), (twin, 0)]
 
 
 def _settings(folder: Path) -> dict[str, Any]:

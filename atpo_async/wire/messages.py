@@ -337,7 +337,8 @@ class WeightsManifest(Message, frozen=True, tag="weights_manifest"):
     total_bytes: Size
     chunk_bytes: Size
     tensors: tuple[TensorSpec, ...]
-    """Every tensor the engine holds, the tied output head too."""
+    """Every tensor the engine holds, the tied output head too; of adapters each ``<layer>.lora_A.weight`` and
+    ``.lora_B.weight``, in float32."""
     probe_token_ids: Tokens
     """int32[S * T]: S sequences that the policy sampled, all of one length, one after another."""
     probe_logprobs: Logprobs
@@ -346,6 +347,8 @@ class WeightsManifest(Message, frozen=True, tag="weights_manifest"):
     """Nats of noise on the logits; None: the engine's own measure."""
     probe_sequences: Count = 1
     """S."""
+    adapter_scale: NotNegative | None = None
+    """The payload is adapters, to be merged into ``model.path``: their products count so often; None: it is whole."""
 
 
 class WeightsAnnounced(Message, frozen=True, tag="weights_announced"):

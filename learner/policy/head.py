@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from learner.kernels.vocabulary import Scoring, TokenNumbers, logit_gradient, measured
+from learner.policy.frozen import FrozenLinear
 
 MAX_LOGITS = 1 << 26
 """Logits held at once (256 MB in float32); more are recomputed in the backward pass, chunk by chunk."""
@@ -56,7 +57,7 @@ def scored(head: Any, hidden: Tensor, target: Tensor, scoring: Scoring) -> Tenso
 
 def is_matrix(head: Any) -> bool:
     """Whether calling the head is a product with its weight here and now, and nothing else."""
-    plain = type(head) is nn.Linear and head.bias is None and "forward" not in vars(head)
+    plain = type(head) in (nn.Linear, FrozenLinear) and head.bias is None and "forward" not in vars(head)
     hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks if plain else None
     # Sharded weights are a subclass until their own module's forward gathers them.
     return plain and not hooks and type(head.weight) in (Tensor, nn.Parameter)
@@ -93,14 +94,14 @@ class FusedHead(torch.autograd.Function):
     """The numbers of ``measured`` out of hidden states and the head's matrix, a chunk of tokens at a time.
 
     Between the passes it keeps what it was given and a few numbers a token.  Products are in autocast's precision, else
-    in the weight's; the gradient of a float32 weight is summed in float32.
+    in the higher one of the two; the gradient of a float32 weight is summed in float32.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, scoring: Scoring, size: int
     ) -> tuple[Tensor, Tensor]:
-        dtype = _product_dtype(weight)
+        dtype = _product_dtype(weight, hidden)
         ctx.scoring, ctx.size, ctx.dtype = scoring, size, dtype
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(dtype)
@@ -140,12 +141,12 @@ class FusedHead(torch.autograd.Function):
         return of_hidden, of_weight, None, None, None
 
 
-def _product_dtype(weight: Tensor) -> torch.dtype:
+def _product_dtype(weight: Tensor, hidden: Tensor) -> torch.dtype:
     kind = weight.device.type
     # As autocast does it: float64 stays.
     if weight.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
-    return weight.dtype
+    return torch.promote_types(weight.dtype, hidden.dtype)  # frozen weights may be held in fewer bits
 
 
 def _product(hidden: Tensor, matrix: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from atpo_async.config.sections.learning import ALL_LINEAR
 from atpo_async.core.errors import SetupError
 from atpo_async.core.vocabulary import Precision
 from atpo_async.models import adapters, causal_lm
+from learner.policy.frozen import hold_in_half
 
 log = logging.getLogger("atpo.learner")
 
@@ -172,6 +173,12 @@ def attach(hf: Any, config: Config, folder: Path) -> Lora | None:
     layers = _inject(hf, settings, names)
     lora = Lora(layers, settings, engine=config.model.dtype, digest=digest)
     _begin(lora, config.run.seed)
+    # Shards are cast when they are gathered.
+    if config.learner.mixed_precision == "bf16" and config.learner.accelerate_config is None:
+        now, before = hold_in_half(hf)
+        log.info(
+            "frozen weights take %.2f GB (%.2f in float32): bfloat16 where that loses nothing", now / 1e9, before / 1e9
+        )
     return lora
 
 
@@ -271,6 +278,9 @@ def _inject(hf: Any, settings: LoraConfig, names: list[str]) -> dict[str, Any]:
         except (ValueError, NotImplementedError, RuntimeError) as exc:
             raise SetupError(f"learner.lora: peft puts no adapters on {type(hf).__name__}: {exc}") from exc
     layers = {name: module for name, module in hf.named_modules() if isinstance(module, Linear)}
+    for module in layers.values():
+        # Adapters compute in the precision of their layer, autocast's or their own: without two more copies of inputs.
+        module.cast_input_dtype_enabled = False
     trained = {name for name, p in hf.named_parameters() if p.requires_grad}
     expected = {f"{name}.lora_{part}.{ADAPTER}.weight" for name in names for part in "AB"}
     if list(layers) != names or trained != expected:
