@@ -25,6 +25,8 @@ VARIANTS: list[dict[str, dict[str, object]]] = [
     {"correction": {"action": "m2po", "level": "token", "m2_limit": 0.3}, "objective": {"kl_coef": 0.1}},
     {"credit": {"value_mode": "tree_trace"}, "objective": {"aggregation": "branch-prob", "entropy_coef": 0.1}},
     {"objective": {"ratio_level": "sequence", "aggregation": "unique-token-mean"}, "learner": {"epochs": 2}},
+    # Adapters alone are trained, and the reference is the same model without them.
+    {"learner": {"lora": {"rank": 3}, "epochs": 2}, "objective": {"kl_coef": 0.1}},
     # Of a user's own, with a measure of the whole batch and a metric.
     {"objective": {"surrogate": "tests.loss_examples:sapo"}, "correction": {"action": "tests.loss_examples:trimmed"}},
 ]
@@ -49,7 +51,7 @@ def train_share(model: Path, shares: list[list[int]], variant: dict[str, dict[st
     original = trainer.optimizer.step
 
     def step(*args: Any) -> None:
-        for parameter in trainer.policy.parameters():
+        for parameter in (p for p in trainer.policy.parameters() if p.requires_grad):
             assert parameter.grad is not None
             gradients.append(float(parameter.grad.norm()))
         original(*args)

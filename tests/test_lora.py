@@ -12,6 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -27,6 +28,7 @@ from learner.policy.accelerator import make_accelerator
 from learner.policy.export import export_adapter, export_model, precision
 from learner.policy.model import Policy, load_policy, open_policy
 from learner.training.trainer import Trainer
+from learner.weights.staging import Stager
 from tests.learner_support import VOCAB, in_double, make_batch, make_config, make_model
 
 TOKENS = torch.arange(24).reshape(2, 12) % VOCAB
@@ -132,12 +134,16 @@ def test_what_is_published_is_what_peft_merges_bit_for_bit(folder: Path, tmp_pat
     export_adapter(trainer.policy.lora, trainer.whole.adapters(), tmp_path / "adapter", base=str(folder))
     base = AutoModelForCausalLM.from_pretrained(folder)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
-    published = trainer.whole.published()
+    published = dict(trainer.whole.published())
     assert published.keys() == theirs.keys()
     assert all(torch.equal(theirs[name], tensor) for name, tensor in published.items())
-    # Tied tensors are one in memory, merged ones are not, or they would be taken for tied.
-    assert published["lm_head.weight"].data_ptr() == published["model.embed_tokens.weight"].data_ptr()
-    assert len({t.data_ptr() for t in published.values()}) == len(published) - 1
+    # The version's bytes are these too; tied tensors lie at one place, and no merged one is taken for tied.
+    staged = Stager("float32").stage(trainer.whole.published(), copied=False)
+    assert staged is not None
+    assert len({spec.offset for spec in staged.specs}) == len(published) - 1
+    for spec, data in staged.parts():
+        assert data == published[spec.name].numpy().reshape(-1).view(np.uint8).data
+    staged.release()
     assert any(".lora_" in name for name, _ in trainer.policy.named_parameters())  # the policy was not merged
 
 
@@ -153,9 +159,8 @@ def test_the_probe_is_of_the_weights_as_engines_hold_them(folder: Path) -> None:
     engine = AutoModelForCausalLM.from_pretrained(folder)
     published = trainer.whole.published()
     for name in trainer.policy.lora.layers:
-        assert published[f"{name}.weight"].dtype == torch.bfloat16
         with torch.no_grad():
-            engine.get_parameter(f"{name}.weight").copy_(published[f"{name}.weight"])
+            engine.get_parameter(f"{name}.weight").copy_(published[f"{name}.weight"].bfloat16())
     inputs = torch.from_numpy(tokens.astype(np.int64))
     logs = engine(inputs).logits[:, :-1].log_softmax(-1).gather(-1, inputs[:, 1:, None])
     assert np.allclose(trainer.whole.probe(tokens), logs.detach().reshape(-1).numpy(), atol=1e-5)
@@ -205,6 +210,7 @@ def test_frozen_weights_are_held_in_half_where_that_loses_nothing_and_change_no_
     hf.save_pretrained(tmp_path)
     learner = {"lora": {"rank": 4}, "mixed_precision": "bf16"}
     sections = {"learner": learner, "objective": {"kl_coef": 0.1, "clip_low": 0.2, "clip_high": 0.3}}
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # another precision than the other tests'
     half = make_trainer(tmp_path, sections)
     with monkeypatch.context() as patch:
         patch.setattr(lora, "hold_in_half", lambda hf: (0, 0))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +58,12 @@ class Lora:
                 own[name.replace(".base_layer.", ".")] = tensor
         return own, adapters.Adapters(scale=self.scale, tensors=pairs)
 
-    def for_engines(self, own: Mapping[str, Tensor], pairs: adapters.Adapters) -> dict[str, Tensor]:
-        """What is published: the model's tensors with their adapters merged in, those in the engines' precision and on
-        the device; or the adapters alone, in float32, where actors merge (``learner.lora.publish``)."""
+    def for_engines(self, own: Mapping[str, Tensor], pairs: adapters.Adapters) -> Mapping[str, Tensor]:
+        """What is published: the model's tensors with their adapters merged in, or the adapters alone, in float32,
+        where actors merge (``learner.lora.publish``)."""
         if self.travels_alone:
             return {name: tensor.detach() for name, tensor in pairs.tensors.items()}
-        # All at once, in memory of their own: tied tensors are told from others by where they lie.
-        merged = {f"{layer}.weight" for layer in pairs.layers}
-        return {
-            name: self._rounded(pairs.whole(name, tensor)) if name in merged else tensor for name, tensor in own.items()
-        }
+        return Merged(own, pairs)
 
     @property
     def travels_alone(self) -> bool:
@@ -131,6 +127,36 @@ class Lora:
     def __str__(self) -> str:
         kinds = sorted({name.rpartition(".")[2] for name in self.layers})
         return f"adapters of rank {self.settings.rank} on {len(self.layers)} layers ({', '.join(kinds[:_SHOWN])})"
+
+
+class Merged(Mapping[str, Tensor]):
+    """A model's tensors, each merged with its adapter when it is asked for: no second model lies in memory.
+
+    Args:
+        own: the model's, by the names of its files.
+        pairs: must not change before the last tensor was taken.
+    """
+
+    def __init__(self, own: Mapping[str, Tensor], pairs: adapters.Adapters) -> None:
+        self._own, self._pairs = own, pairs
+        self._merged = {f"{layer}.weight" for layer in pairs.layers}
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._pairs.whole(name, self._own[name])
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def items(self) -> ItemsView[str, Tensor]:
+        """Of tensors that are merged only the form, without content (on the meta device): a layout needs no more, and
+        tells tied tensors from others by where they lie."""
+        return {
+            name: tensor.to("meta") if name in self._merged else tensor for name, tensor in self._own.items()
+        }.items()
 
 
 class _MergedForward:

@@ -65,7 +65,13 @@ class WholePolicy:
         merged = {f"{layer}.weight" for layer in pairs.layers}
         return {name: pairs.whole(name, tensor).cpu() if name in merged else tensor for name, tensor in own.items()}
 
-    def published(self) -> dict[str, Tensor]:
+    @property
+    def adapter_scale(self) -> float | None:
+        """Where ``published`` are adapters alone, how often their products count."""
+        lora = self.policy.lora
+        return lora.scale if lora is not None and lora.travels_alone else None
+
+    def published(self) -> Mapping[str, Tensor]:
         """On rank 0, ``tensors`` under the names, and in the shapes, of the files in ``model.path``; or adapters, as
         ``learner.lora.publish`` says."""
         own, pairs = self._held()

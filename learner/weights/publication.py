@@ -89,7 +89,8 @@ class Publication:
         """int32[S, T]."""
         self._count = 0
         """Publications since this learner began."""
-        self._stager = Stager(config.model.dtype)
+        # Adapters are merged before they are rounded.
+        self._stager = Stager("float32" if trainer.whole.adapter_scale is not None else config.model.dtype)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._task: asyncio.Task[None] | None = None
         """Of the newest version that was begun; it waits for those before."""
@@ -239,6 +240,7 @@ class Publication:
                 prepared.staged,
                 probe_tokens=prepared.probe_tokens,
                 probe_logprobs=prepared.probe_logprobs,
+                adapter_scale=self._trainer.whole.adapter_scale,
             )
 
         try:

@@ -57,7 +57,13 @@ class WeightsStore:
         return self._sender.counters
 
     def add(
-        self, version: int, staged: Staged, *, probe_tokens: np.ndarray, probe_logprobs: np.ndarray
+        self,
+        version: int,
+        staged: Staged,
+        *,
+        probe_tokens: np.ndarray,
+        probe_logprobs: np.ndarray,
+        adapter_scale: float | None = None,
     ) -> m.WeightsAnnounced:
         """Write a version, drop all but the newest two, and return what to announce.
 
@@ -66,6 +72,7 @@ class WeightsStore:
             staged: its weights; not released here.
             probe_tokens: int32[S, T].
             probe_logprobs: float[S * (T - 1)].
+            adapter_scale: they are adapters, whose products count so often; None: they are whole.
 
         Raises:
             SetupError: it cannot be written.
@@ -81,6 +88,7 @@ class WeightsStore:
             probe_logprobs=probe_logprobs.astype(np.float32),
             probe_tolerance=self._settings.probe_tolerance,
             probe_sequences=len(probe_tokens),
+            adapter_scale=adapter_scale,
         )
         offered = OfferedVersion(manifest=manifest, path=file.path, payload=Payload(file.path))
         self._sender.offer(offered)
