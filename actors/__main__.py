@@ -78,7 +78,7 @@ async def _start(ctx: RoleContext, buffer: Client, engine: Engine) -> Welcome:
 
 async def _start_engine(ctx: RoleContext, engine: Engine) -> None:
     """Waits for: the model to be loaded and warmed up, which has no limit while it uses the processor."""
-    waits.phase("loading its engine", starting=True)
+    waits.phase(waits.LOADING_ENGINE, starting=True)
     with waits.waiting(f"actor {ctx.name}", "the engine's start", on=waits.ENGINE):
         await engine.start()
     interpreter.spare_what_is_loaded()

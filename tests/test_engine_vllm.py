@@ -24,6 +24,7 @@ import pytest_asyncio
 import torch
 
 from actors.engines.base import EngineSettings, Generation, Sampling, WeightsFile
+from actors.engines.vllm import stages
 from actors.engines.vllm.engine import VllmEngine
 from actors.engines.vllm.plugin import register
 from atpo_async.core.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WeightsRejected
@@ -49,6 +50,10 @@ MODELS = {version: SEEDS[version % 3] for version in range(60)}
 """By version; neighbours differ."""
 
 
+STAGES: list[str] = []
+"""What the engine said it was at while it started."""
+
+
 def to_length(count: int, **changes: object) -> Sampling:
     return Sampling(max_tokens=count, stop_token_ids=(), **changes)  # type: ignore[arg-type]
 
@@ -57,7 +62,10 @@ def to_length(count: int, **changes: object) -> Sampling:
 async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
     folder = save_model(MODELS[0], tmp_path_factory.mktemp("model"))
     engine = VllmEngine(EngineSettings(model=folder, device="cpu", max_model_len=512, max_num_seqs=8, kv_cache_gb=0.25))
-    await engine.start()
+    STAGES.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("actors.engines.vllm.engine._at_stage", STAGES.append)
+        await engine.start()
     yield engine
     await engine.close()
 
@@ -76,6 +84,10 @@ async def every_place_taken(engine: VllmEngine, *, tokens: int) -> list[asyncio.
 @needs_vllm
 @pytest.mark.asyncio(loop_scope="class")
 class TestOneEngine:
+    async def test_its_start_told_each_stage_in_turn(self, engine: VllmEngine) -> None:
+        known = [stages.IMPORTING, stages.PROCESSES, stages.DEVICE, stages.WEIGHTS, stages.WARMING_UP]
+        assert [stage for stage in dict.fromkeys(STAGES) if stage in known] == known
+
     @pytest.mark.parametrize("temperature", [1.0, 0.6])
     async def test_log_probs_are_those_of_the_model(self, engine: VllmEngine, temperature: float) -> None:
         found = await asyncio.gather(
@@ -359,7 +371,8 @@ def test_the_engines_processes_end_with_a_killed_actor(tmp_path: Path) -> None:
             import asyncio, sys
             from pathlib import Path
             from actors.engines.base import EngineSettings
-            from actors.engines.vllm.engine import VllmEngine
+            from actors.engines.vllm import stages
+from actors.engines.vllm.engine import VllmEngine
 
             async def main():
                 settings = EngineSettings(

@@ -49,6 +49,11 @@ def test_roles_that_start_are_named_with_stage_and_seconds_those_first_that_are_
     assert said == "actor-0: loading its engine (20 s); learner: waiting for the first evaluation (20 s)"
 
 
+def test_what_an_engine_is_at_while_it_loads_is_told_at_once() -> None:
+    said = line(found(loading(phase="loading its engine: capturing CUDA graphs", phase_s=4.0)))
+    assert said == "actor-0: loading its engine: capturing CUDA graphs (4.0 s)"
+
+
 @pytest.mark.parametrize(
     ("stage", "reason", "said"),
     [

@@ -33,6 +33,7 @@ from atpo_async.core.errors import (
 from atpo_async.links import addresses
 from atpo_async.ops.exits import ERROR_FILE, ERROR_PREFIX, EXIT_CRASH, EXIT_DONE, EXIT_FAILURE, EXIT_USER
 from atpo_async.ops.lifeline import Signals, exit_within, is_supervised, tie_to_supervisor
+from atpo_async.run import compiled
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.files import write_atomic
 from atpo_async.run.rundir import RunDir, joining
@@ -103,7 +104,8 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
     code = EXIT_CRASH
     supervised = is_supervised()
     try:
-        make_temporary_folder_fit(lambda line: print(f"note: {line}", file=sys.stderr, flush=True))
+        make_temporary_folder_fit(_note)
+        compiled.keep(_note)
         context = _context(name, list(argv))
         folder = None if context.rundir is None else context.rundir.path / snapshot.FOLDER
         if folder is not None:
@@ -130,6 +132,10 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
         code = _say(exc, supervised=supervised, debug=False)
     exit_within(EXIT_DEADLINE_S, code)
     sys.exit(code)
+
+
+def _note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 def _say(error: BaseException, *, supervised: bool, debug: bool) -> int:

@@ -65,9 +65,10 @@ def _how_far(status: StatusSnapshot) -> str:
 def line(found: Sequence[RoleStart], *, from_s: float = SAID_FROM_S) -> str:
     """``actor-0: loading its engine (20 s); learner: waiting for its first batch (trees: 3 of 8 ready; 41 s)``.
 
-    Empty if no role has been starting for long.
+    Empty if no role has been starting for long.  One that says what it is at while it loads (after a colon) takes long.
     """
-    long = sorted((start for start in found if start.for_s >= from_s), key=lambda start: not start.loads)
+    long = [start for start in found if start.for_s >= from_s or ": " in start.stage]
+    long = sorted(long, key=lambda start: not start.loads)
     return "; ".join(f"{start.role}: {start.stage} ({_how_long(start)})" for start in long)
 
 

@@ -26,6 +26,9 @@ DISK = "disk"
 """A role waits for it in its own process too, but starting the role again does not make a disk answer."""
 
 
+LOADING_ENGINE = "loading its engine"
+"""Phase of an actor whose engine starts; the engine may say after a colon what it is at."""
+
 SAVING = "saving"
 """Phase of a role that was asked to end and first saves its work to disk; the supervisor gives it the time for that."""
 

@@ -33,11 +33,13 @@ from actors.engines.probe import Probe, check_probe_fits, sequences_of
 from actors.engines.vllm.loading import load
 from actors.engines.vllm.plugin import PROBE_PREFIX
 from actors.engines.vllm.sampling import SamplingParamsCache, sampled_logprobs, scoring_params
+from actors.engines.vllm.stages import WARMING_UP
 from actors.engines.vllm.starting import Starter
 from atpo_async.core.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WaitTimeout, WeightsRejected
 from atpo_async.core.tree import VersionSpan
 from atpo_async.models.tensor_files import counting_files
 from atpo_async.run.installed import version_of, vllm_unfit
+from atpo_async.status import waits
 from atpo_async.wire.messages import WeightsManifest
 
 log = logging.getLogger(__name__)
@@ -89,8 +91,9 @@ class VllmEngine:
         self._probe = Probe(device=device, dtype=settings.dtype)
         # vLLM takes a consolidated file beside an index for a model in Mistral's own format.
         with counting_files(settings.model) as folder:
-            self._llm = await self._starter.start(folder)
+            self._llm = await self._starter.start(folder, tell=_at_stage)
         self._dead = None
+        _at_stage(WARMING_UP)
         try:
             await self._llm.update_weight_version(str(self._version))
             # The first requests compile and allocate; without this they would be slow for real.
@@ -266,3 +269,8 @@ class VllmEngine:
         self._dead = self._dead or reason
         if self._in_flight and self._llm is not None and not self._llm.errored:
             await self._llm.abort(list(self._in_flight))
+
+
+def _at_stage(stage: str) -> None:
+    """For the terminal and ``atpo status``; a new stage is progress to those who look for hangs."""
+    waits.phase(f"{waits.LOADING_ENGINE}: {stage}", starting=True)

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 
+from actors.engines.vllm import stages
 from atpo_async.run.processes import die_with_parent
 
 FRONT_END_VARIABLE = "ATPO_VLLM_FRONT_END"
@@ -31,7 +32,8 @@ CPU_NORMS = "atpo_cpu"
 
 
 def register() -> None:
-    """Register the weight-transfer engine; in the engine's own processes also tie their life to their parent's."""
+    """Register the weight-transfer engine; in the engine's own processes also tie their life to their parent's, and
+    pass on what they are at while they start."""
     front_end = os.environ.get(FRONT_END_VARIABLE)
     if front_end is None:
         return
@@ -39,6 +41,7 @@ def register() -> None:
         parent = multiprocessing.parent_process()
         # The kernel counts the thread that forked as the parent: VllmEngine keeps the one that starts its processes.
         die_with_parent(signal.SIGKILL, int(front_end) if parent is None or parent.pid is None else parent.pid)
+        stages.attach()
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     # vLLM may load plugins more than once, and refuses a name that is taken.

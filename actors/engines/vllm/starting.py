@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import importlib.util
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -14,8 +15,10 @@ from typing import Any
 
 from actors.engines.base import EngineSettings
 from actors.engines.common.checks import pick_device
+from actors.engines.vllm import stages
 from actors.engines.vllm.plugin import BACKEND, CPU_NORMS, FRONT_END_VARIABLE, PROBE_PLACES
 from atpo_async.core.errors import SetupError
+from atpo_async.run import compiled
 from atpo_async.run.installed import version_of, vllm_unfit
 
 CPU_BLOCK_TOKENS = 32
@@ -33,11 +36,17 @@ class Starter:
         self._abandoned = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vllm-starter")
 
-    async def start(self, folder: Path) -> Any:
-        """vLLM's AsyncLLM on the model in ``folder``.  Raises SetupError; cancelling it ends what it has started."""
+    async def start(self, folder: Path, *, tell: Callable[[str], None] = lambda stage: None) -> Any:
+        """vLLM's AsyncLLM on the model in ``folder``.  Raises SetupError; cancelling it ends what it has started.
+
+        Args:
+            folder: of the model.
+            tell: called with each stage of the start, as it begins.
+        """
         before = set(multiprocessing.active_children())
         try:
-            return await self.run(lambda: self._build(folder))
+            async with stages.Stages(tell) as told:
+                return await self.run(lambda: self._build(folder, told))
         except asyncio.CancelledError:
             self._abandoned = True
             self._interrupt()
@@ -58,10 +67,11 @@ class Starter:
         for thread in self._thread._threads:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
 
-    def _build(self, folder: Path) -> Any:
+    def _build(self, folder: Path, told: stages.Stages) -> Any:
         """In the thread: the front end; None where the start was cancelled."""
         settings, device = self._settings, pick_device(self._settings.device)
-        with _environment(variables(settings, device)):
+        told.at(stages.IMPORTING)
+        with _environment(variables(settings, device) | {stages.STAGES_VARIABLE: str(told.file)}):
             from vllm.platforms import current_platform
             from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -72,6 +82,7 @@ class Starter:
             arguments = _arguments(settings, folder, on_cpu=on_cpu)
             if self._abandoned:
                 return None
+            told.at(stages.PROCESSES)
             try:
                 return AsyncLLM.from_engine_args(arguments)
             except SetupError:
@@ -135,6 +146,10 @@ def variables(settings: EngineSettings, device: str) -> dict[str, str | None]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
     }
+    variables |= compiled.variables_for_vllm(os.environ)
+    if device != "cpu" and importlib.util.find_spec("flashinfer") is None:
+        # On by default, and imported without being looked for.
+        variables["VLLM_USE_FLASHINFER_SAMPLER"] = os.environ.get("VLLM_USE_FLASHINFER_SAMPLER", "0")
     if device == "cpu":
         variables |= {
             # Whole GiB only, and it would override kv_cache_memory_bytes.
