@@ -66,6 +66,8 @@ NAMES = {
         "void at::native::(anonymous namespace)::cunn_SoftMaxForward<8, float, float, LogSoftMaxForwardEpilogue>",
         "void at::native::(anonymous namespace)::nll_loss_forward_reduce_cuda_kernel_2d<float, float, long>",
         "triton_red_fused__log_softmax_9",
+        "triton_red_fused__to_copy_amax_exp_log_sub_sum_0",
+        "triton_poi_fused__to_copy_exp_mul_neg_sub_0",
         "triton_red_fused__to_copy_logsumexp_prepare_softmax_online_1",
     ),
     "elementwise": (

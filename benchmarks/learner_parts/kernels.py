@@ -18,7 +18,8 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("attention, forward", r"flex_attention|flash_fwd|flash_attention|fmha|scaled_dot_product|sdpa|treeattention"),
     ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|triton_tem_fused\w*mm|matmul"
                         r"|aten::(mm|addmm|bmm|baddbmm|linear|_?mkldnn\w*|mkl\w*)$|mkldnn_|onednn"),
-    ("log-softmax and head", r"log_?softmax|softmax|cross_?entropy|nll_loss|logsumexp|element_mul_kernel"),
+    ("log-softmax and head", r"log_?softmax|softmax|cross_?entropy|nll_loss|logsumexp|element_mul_kernel"
+                             r"|fused_(\w*_)?(exp|amax)(_|$)"),
     ("norms", r"(rms|layer|group)_?norm|fused_\w*(mean\w*rsqrt|pow\w*rsqrt|rsqrt\w*mean|rsqrt\w*pow)"),
     ("rotary embedding", r"rope|rotary|(cos|sin)_kernel|fused_\w*_(cos|sin)(_|$)|fused_\w*(cat\w*_neg|neg\w*_cat)(_|$)"
                          r"|aten::(cos|sin)$"),

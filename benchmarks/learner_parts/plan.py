@@ -73,9 +73,7 @@ def compare(trainer: TimedTrainer, batch: Batch, rounds: int) -> Compared:
         "layout": partial(layout_alone, batch, config, trainer.accelerator.device),
     }
     taken = interleave(sides, rounds)
-    packed, flat = (trainer.grad_norms_of[layout] for layout in ("tree", "flat"))
-    if not abs(packed - flat) <= (1e-3 if config.learner.mixed_precision == "no" else 0.05) * flat:
-        raise SetupError(f"the two layouts disagree: gradient norm {packed:.6g} packed, {flat:.6g} flat")
+    check_layouts(trainer)
     flops = Flops.of(trainer.policy.hf)
     rows, tree = work_of(batch, flat_work), work_of(batch, tree_work)
     return Compared(
@@ -84,6 +82,13 @@ def compare(trainer: TimedTrainer, batch: Batch, rounds: int) -> Compared:
         token_ratio=rows.tokens / tree.tokens,
         predicted=flops(rows) / flops(tree),
     )
+
+
+def check_layouts(trainer: TimedTrainer) -> None:
+    """Raises SetupError if the last steps of both layouts had different gradients: then they did different work."""
+    packed, flat = (trainer.grad_norms_of[layout] for layout in ("tree", "flat"))
+    if not abs(packed - flat) <= (1e-3 if trainer.config.learner.mixed_precision == "no" else 0.05) * flat:
+        raise SetupError(f"the two layouts disagree: gradient norm {packed:.6g} packed, {flat:.6g} flat")
 
 
 def layout_alone(batch: Batch, config: Config, device: torch.device) -> Times:

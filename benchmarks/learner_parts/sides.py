@@ -26,6 +26,7 @@ from learner.packing.credited import CreditedTree
 from learner.packing.rows import MicroBatch
 from learner.policy.accelerator import make_accelerator
 from learner.policy.model import Policy, policy_of
+from learner.policy.optimizer import make_optimizer
 from learner.training.optimizer_steps import Attempt, OptimizerSteps
 from learner.training.passes import Part, Pass, Planner
 from learner.training.trainer import Trainer
@@ -65,6 +66,7 @@ SIZES = {
     "small": Size(vocab=4096, width=384, inner=1024, layers=4, heads=6, kv_heads=3, head_dim=64),
     "demo": Size(vocab=128, width=128, inner=256, layers=4, heads=4, kv_heads=4, head_dim=32),
     "0.6b": Size(vocab=151936, width=1024, inner=3072, layers=28, heads=16, kv_heads=8, head_dim=128),
+    "1.7b": Size(vocab=151936, width=2048, inner=6144, layers=28, heads=16, kv_heads=8, head_dim=128),
     "4b": Size(vocab=151936, width=2560, inner=9728, layers=36, heads=32, kv_heads=8, head_dim=128),
 }
 TOY = ("the demo's model and lengths", SIZES["demo"], DEMO, 64)
@@ -99,6 +101,8 @@ class TimedTrainer(Trainer):
         """Rows, layout, and what takes it to the device."""
         self.passes_s = 0.0
         """Forward and backward, the loss between them included."""
+        self.largest_pass = 0
+        """Padded tokens of the largest pass of the last step."""
         self.grad_norms_of: dict[str, float] = {}
         """By layout, of the last step; as the padded tokens of its passes:"""
         self.forward_tokens_of: dict[str, float] = {}
@@ -126,6 +130,7 @@ class TimedTrainer(Trainer):
         attempt = steps.attempt
 
         def timed_attempt(passes: list[Pass], tempering: Tempering, should_stop: Callable[[], bool]) -> Attempt:
+            self.largest_pass = max((item.inputs["tokens"].numel() for item in passes), default=0)
             began = clock()
             found = attempt(passes, tempering, should_stop)
             self.passes_s += clock() - began
@@ -169,13 +174,11 @@ class Bare:
         self.accelerator = make_accelerator(config)
         device = self.accelerator.device
         self.hf = size.make(device=device.type)
-        if config.learner.gradient_checkpointing:
+        if config.learner.gradient_checkpointing is True:
             self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.hf.train()
         settings = config.learner
-        self.optimizer = torch.optim.AdamW(
-            self.hf.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-        )
+        self.optimizer = make_optimizer(self.hf, settings, device=device)
         num_rows = max(1, round(tokens / row))
         self.num_tokens = num_rows * row
         at_once = max(1, settings.micro_batch_tokens // row)

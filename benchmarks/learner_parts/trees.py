@@ -71,11 +71,14 @@ PAPER = Shape(rollouts=10, rounds=2, branches=6, turns=5, prompt=300, observatio
 """M, L and K of the paper; paths of 2,255 tokens, as in the cost model of ALGORITHM's reference values."""
 BRANCHY = replace(PAPER, rollouts=2, rounds=4, branches=5)
 """As many leaves of two chains."""
+AGENT = Shape(rollouts=8, rounds=2, branches=2, turns=4, prompt=512, observation=200, action=128)
+"""12 leaves of four turns: what the part ``gpu`` takes, 16 trees a step."""
 SHAPES = {
     "m10": PAPER,
     "m2": BRANCHY,
     "m10-long": replace(PAPER, prompt=4000),
     "m2-long": replace(BRANCHY, prompt=4000),
+    "m8": AGENT,
 }
 DEMO = replace(PAPER, turns=4, prompt=10, observation=5, action=6)
 """The demo's lengths, the paper's M, L and K."""
