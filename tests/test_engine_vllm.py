@@ -427,6 +427,7 @@ async def test_a_gpu_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 def test_the_plugin_leaves_other_users_of_vllm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ATPO_VLLM_FRONT_END", raising=False)
+    monkeypatch.delitem(sys.modules, "actors.engines.vllm.inside", raising=False)
     monkeypatch.setattr(
         "actors.engines.vllm.plugin.die_with_parent", lambda *_: pytest.fail("tied a stranger's process")
     )

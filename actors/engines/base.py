@@ -107,6 +107,11 @@ class SwapReport:
     pause_s: float
     """From pause to resume: how long generation stood still."""
     load_s: float
+    """Of it, to load them."""
+    probe_s: float = 0.0
+    """Of it, to score the probe."""
+    read_s: float = 0.0
+    """Before it, to read the file while generation went on."""
     probe_error: float
     """Nats: how far the engine's log-probs of the probe differ from the learner's, as noise on the logits
     (``actors.engines.probe``)."""

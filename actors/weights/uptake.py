@@ -144,14 +144,18 @@ class WeightsUptake:
         self._metrics.mean("weights/verify_s", self._fetcher.verify_s)
         self._metrics.add("weights/hashed", float(self._fetcher.hashed))
         self._metrics.mean("weights/swap_s", report.pause_s)
+        self._metrics.mean("weights/read_s", report.read_s)
+        self._metrics.mean("weights/load_s", report.load_s)
+        self._metrics.mean("weights/probe_s", report.probe_s)
         self._metrics.add("weights/swaps", 1)
         self._metrics.mean("weights/in_flight_at_swap", report.in_flight)
         self._metrics.observe("engine/probe_error", [report.probe_error])
         waits.progress("swaps")
         log.info(
-            "version %d in use: fetched in %.3f s, generation stood still for %.3f s with %d requests in flight, "
-            "probe off by %.1e nats",
-            report.version, fetched - began, report.pause_s, report.in_flight, report.probe_error,
+            "version %d in use: fetched in %.3f s (%.3f to verify), read ahead in %.3f s, generation stood still for "
+            "%.3f s (load %.3f, probe %.3f) with %d requests in flight, probe off by %.1e nats",
+            report.version, fetched - began, self._fetcher.verify_s, report.read_s, report.pause_s, report.load_s,
+            report.probe_s, report.in_flight, report.probe_error,
         )  # fmt: skip
         async with self._version_changed:
             self._version_changed.notify_all()

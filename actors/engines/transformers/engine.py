@@ -130,7 +130,7 @@ class TransformersEngine:
             try:
                 load_began = time.perf_counter()
                 await self._in_thread(lambda: self._load(weights))
-                load_s = time.perf_counter() - load_began
+                loaded = time.perf_counter()
                 logprobs = await self._in_thread(lambda: self.runner.score(sequences_of(manifest)))
                 error = self.runner.probe.judge(manifest, logprobs)
             except WeightsRejected:
@@ -144,14 +144,16 @@ class TransformersEngine:
                 reason = "out of time, or cancelled" if cancelled else exc or type(exc).__name__
                 self._fail(f"the swap to version {manifest.version} failed: {reason}")
                 raise
+            probed = time.perf_counter()
             self.runner.slots.forget_all()
             self._version = manifest.version
             self._unproven = False
             self._work.set()
         pause_s = time.perf_counter() - began
         return base.SwapReport(
-            version=manifest.version, pause_s=pause_s, load_s=load_s, probe_error=error, in_flight=in_flight
-        )
+            version=manifest.version, pause_s=pause_s, load_s=loaded - load_began, probe_s=probed - loaded,
+            probe_error=error, in_flight=in_flight,
+        )  # fmt: skip
 
     async def score(self, token_ids: base.Tokens) -> np.ndarray:
         """float32[len - 1]: log-prob of each token given the ones before it, at temperature 1."""

@@ -57,9 +57,11 @@ def read(weights: WeightsFile) -> dict[str, torch.Tensor]:
         raise WeightsRejected(f"weights version {manifest.version}: cannot read {weights.path}: {exc}") from exc
     found: dict[str, torch.Tensor] = {}
     for spec in manifest.tensors:
-        # A copy, because a tensor may begin anywhere in the file and views need alignment.
-        raw = payload[spec.offset : spec.offset + spec.nbytes].clone()
-        found[spec.name] = raw.view(causal_lm.torch_dtype(spec.dtype)).view(spec.shape)
+        dtype = causal_lm.torch_dtype(spec.dtype)
+        raw = payload[spec.offset : spec.offset + spec.nbytes]
+        # Views need alignment, which the learner gives and a file need not have.
+        aligned = raw if spec.offset % dtype.itemsize == 0 else raw.clone()
+        found[spec.name] = aligned.view(dtype).view(spec.shape)
     return found
 
 

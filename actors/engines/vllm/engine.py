@@ -30,7 +30,7 @@ from actors.engines.common.checks import (
 )
 from actors.engines.common.counters import RequestCounters
 from actors.engines.probe import Probe, check_probe_fits, sequences_of
-from actors.engines.vllm.loading import load
+from actors.engines.vllm.loading import load, read_ahead
 from actors.engines.vllm.plugin import PROBE_PREFIX
 from actors.engines.vllm.sampling import SamplingParamsCache, sampled_logprobs, scoring_params
 from actors.engines.vllm.stages import WARMING_UP
@@ -89,6 +89,8 @@ class VllmEngine:
             log.warning("%s", unfit)
         device = await self._starter.run(lambda: pick_device(settings.device))
         self._probe = Probe(device=device, dtype=settings.dtype)
+        # Several workers would each need memory for the whole of it.
+        self._reads_ahead = device != "cpu" and settings.tensor_parallel_size == 1
         # vLLM takes a consolidated file beside an index for a model in Mistral's own format.
         with counting_files(settings.model) as folder:
             self._llm = await self._starter.start(folder, tell=_at_stage)
@@ -152,11 +154,9 @@ class VllmEngine:
             check_probe_fits(manifest, max_model_len=self._settings.max_model_len)
             await asyncio.to_thread(check_weights, weights, self._shapes, current=self._version)
             self._check_alive("swap")
-            in_flight = len(self._in_flight)
-            began = time.perf_counter()
             try:
                 async with asyncio.timeout(limit_s):
-                    load_s, error = await self._take_up(weights)
+                    report = await self._take_up(weights)
             except (WeightsRejected, ProbeMismatch):
                 raise
             except BaseException as exc:
@@ -169,20 +169,23 @@ class VllmEngine:
                     ) from exc
                 raise
             self._version = manifest.version
-            pause_s = time.perf_counter() - began
-            return base.SwapReport(
-                version=manifest.version, pause_s=pause_s, load_s=load_s, probe_error=error, in_flight=in_flight
-            )
+            return report
 
-    async def _take_up(self, weights: base.WeightsFile) -> tuple[float, float]:
-        """Seconds that the load took, and what the probe is off by.  Generation is paused meanwhile."""
-        manifest = weights.manifest
+    async def _take_up(self, weights: base.WeightsFile) -> base.SwapReport:
+        """The file is read while requests run; generation is paused from the load until the probe was reproduced."""
+        manifest, clock = weights.manifest, time.perf_counter
+        began = clock()
+        if self._reads_ahead:
+            await read_ahead(self._llm, weights)
+        in_flight, read = len(self._in_flight), clock()
         await self._llm.pause_generation(mode="keep", clear_cache=self._clear_cache)
-        began = time.perf_counter()
+        paused = clock()
         try:
-            await load(self._llm, weights, tensor_parallel_size=self._settings.tensor_parallel_size)
-            load_s = time.perf_counter() - began
+            workers = self._settings.tensor_parallel_size
+            await load(self._llm, weights, tensor_parallel_size=workers, was_read=self._reads_ahead)
+            loaded = clock()
             error = self._probe.judge(manifest, await self._score_probe(manifest))
+            probed = clock()
         except WeightsRejected:
             if not self._unproven:
                 await self._llm.resume_generation()
@@ -192,7 +195,10 @@ class VllmEngine:
             raise
         await self._llm.resume_generation()
         self._unproven = False
-        return load_s, error
+        return base.SwapReport(
+            version=manifest.version, pause_s=clock() - read, load_s=loaded - paused, probe_s=probed - loaded,
+            read_s=read - began, probe_error=error, in_flight=in_flight,
+        )  # fmt: skip
 
     async def _score_probe(self, manifest: WeightsManifest) -> np.ndarray:
         """float32[S * (T - 1)]."""

@@ -5,36 +5,42 @@ Imported by vLLM only (the names below are given to it as strings), so vLLM may 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
 )
-from vllm.model_executor.layers.attention import is_deferred_attention_layer
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.attention import Attention, is_deferred_attention_layer
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from actors.engines.vllm.plugin import INCOMPLETE, PROBE_PLACES, PROBE_PREFIX, UNTOUCHED
+from actors.engines.common.direct import Placement, SpotCheck, compare, copy_all, placements, uncovered
+from actors.engines.vllm.payload import FileUpdateInfo, Reader
+from actors.engines.vllm.plugin import INCOMPLETE, PROBE_PLACES, PROBE_PREFIX, READ, UNTOUCHED
 from atpo_async.core.errors import SetupError
-from atpo_async.models.causal_lm import torch_dtype
 from atpo_async.run.installed import VLLM_PRIVATE, version_of, vllm_range
 
-COMPARED_ELEMENTS = 1 << 24
-"""Elements of one part that is compared at a time."""
+log = logging.getLogger(__name__)
+
+CHECKED_ELEMENTS = 1 << 25
+"""Compared after each load straight into the parameters: of 0.6 B, all have had their turn after twenty versions."""
 
 
 @dataclass
@@ -42,21 +48,9 @@ class FileInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
     """Empty: the two sides have nothing to agree on."""
 
 
-@dataclass
-class FileUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """One whole version: a file, and where each tensor lies in it (parallel lists)."""
-
-    path: str
-    total_bytes: int
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
-    offsets: list[int]
-    nbytes: list[int]
-
-
 class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):  # type: ignore[misc]
-    """Loads weights from a mapped file, layer by layer.
+    """Loads weights from a file: straight into the parameters where that is known to be the same, else by vLLM's own
+    layer-wise reload.
 
     Everything that can be checked is checked before the first layer is touched; the model is changed only after.
     """
@@ -67,22 +61,52 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._comparable: set[str] = set()
-        """Parameters that were bit for bit equal to their file after some version."""
+        """Parameters that were bit for bit equal to their file after some layer-wise reload."""
+        self._reader = Reader()
+        self._spot = SpotCheck(CHECKED_ELEMENTS)
+        self._why_layerwise: str | None = "unknown"
 
     def init_transfer_engine(self, init_info: FileInitInfo) -> None:
         pass
 
     def start_weight_update(self) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
+        self._loaded_directly = False
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
         """Raises ValueError, naming the tensor: before anything is loaded if the file is not what the lists say
         (``UNTOUCHED``), after it if a layer did not take up all of its weights (``INCOMPLETE``)."""
-        held = {name for name, _ in self.model.named_parameters()}
         try:
-            self._tensors = dict(_read_tensors(update_info))
+            if update_info.stage == READ:
+                self._reader.read_ahead(update_info)
+                return
+            self._tensors = self._reader.tensors(update_info)
         except Exception as exc:
             raise ValueError(f"{UNTOUCHED} {exc}") from exc
+        places = placements(self.model, self._tensors)
+        reason = self._why_not_direct(places)
+        if reason != self._why_layerwise:
+            self._why_layerwise = reason
+            log.info("weights are loaded %s", f"layer by layer: {reason}" if reason else "straight into the parameters")
+        if reason is None:
+            self._loaded_directly = True
+            copy_all(places, self._tensors)
+        else:
+            self._reload()
+
+    def _why_not_direct(self, places: list[Placement]) -> str | None:
+        """None where a copy into every parameter is what vLLM's own reload comes to: it was so for some version, bit
+        for bit, and no layer derives anything else from its parameters."""
+        if reason := derives(self.model):
+            return reason
+        if left := uncovered(self.model, self._tensors, places):
+            return f"{left[0]} is held otherwise than in a file"
+        if new := sorted({place.name for place in places} - self._comparable):
+            return f"{new[0]} was not yet seen to be equal to a file"
+        return None
+
+    def _reload(self) -> None:
+        held = {name for name, _ in self.model.named_parameters()}
         # CPU linear layers are prepacked, so plain load_weights fails after start-up; this reload packs them anew.
         initialize_layerwise_reload(self.model)
         try:
@@ -97,7 +121,13 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
     def finish_weight_update(self) -> None:
         """Raises ValueError (``INCOMPLETE``) naming a parameter that is not what the file says."""
         tensors, self._tensors = self._tensors, {}
-        same, other = compare(self.model, tensors)
+        places = placements(self.model, tensors)
+        if self._loaded_directly:
+            first = self._spot.first_wrong(places, tensors)
+            if first is not None:
+                raise ValueError(f"{INCOMPLETE} {first} (found among those compared this time)")
+            return
+        same, other = compare(places, tensors)
         wrong = sorted(other & self._comparable)
         # Which parameters vLLM stores as they are in a file depends on the model, the device and how it is sharded:
         # those that were equal to the file once.
@@ -106,25 +136,26 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
             raise ValueError(f"{INCOMPLETE} {wrong[0]} ({len(wrong)} of {len(self._comparable)} compared parameters)")
 
     def shutdown(self) -> None:
-        pass
+        self._reader.close()
 
 
-def _read_tensors(info: FileUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
-    size = Path(info.path).stat().st_size
-    if size != info.total_bytes:
-        raise ValueError(f"{info.path} has {size} bytes, expected {info.total_bytes}")
-    # A private mapping: nothing is read before it is used, and the file cannot be written through it.
-    payload = torch.from_file(info.path, shared=False, size=size, dtype=torch.uint8)
-    for name, dtype_name, shape, offset, nbytes in zip(
-        info.names, info.dtypes, info.shapes, info.offsets, info.nbytes, strict=True
-    ):
-        dtype = torch_dtype(dtype_name)
-        if nbytes != math.prod(shape) * dtype.itemsize or offset < 0 or offset + nbytes > size:
-            raise ValueError(f"{name}: {nbytes} bytes at {offset} do not hold {dtype_name}{shape} in {size} bytes")
-        raw = payload[offset : offset + nbytes]
-        if offset % dtype.itemsize:
-            raw = raw.clone()
-        yield name, raw.view(dtype).view(shape)
+def derives(model: torch.nn.Module) -> str | None:
+    """Which layer may hold more than its parameters (packed copies, products of them), and so needs vLLM's own reload;
+    None if there is none.  Only what is known to hold nothing else passes."""
+    if not current_platform.is_cuda_alike():
+        return f"vLLM may pack layers on this platform ({current_platform.device_type})"
+    for prefix, layer in model.named_modules():
+        if isinstance(layer, Attention):  # its scales are not published
+            continue
+        if is_deferred_attention_layer(layer):
+            return f"{prefix} ({type(layer).__name__}) derives matrices from its weights"
+        method = getattr(layer, "quant_method", None)
+        owns = next(layer.parameters(recurse=False), None) is not None
+        if method is None and owns and hasattr(layer, "process_weights_after_loading"):
+            return f"{prefix} ({type(layer).__name__}) processes its weights"
+        if method is not None and type(method) not in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+            return f"{prefix} has {type(method).__name__}"
+    return None
 
 
 def not_loaded(model: torch.nn.Module) -> list[str]:
@@ -148,45 +179,6 @@ def not_loaded(model: torch.nn.Module) -> list[str]:
             continue  # may be padded too
         found += [f"{prefix}.{name}" for name in parameters]
     return found
-
-
-def compare(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> tuple[set[str], set[str]]:
-    """The parameters that are bit for bit what ``tensors`` say, and those that are not: among the ones that stand there
-    under their own names, or as parts of a stack along their rows."""
-    stacks: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-    same: set[str] = set()
-    other: set[str] = set()
-    for name, parameter in model.named_parameters():
-        sources = [name]
-        for stack, parts in stacks.items():
-            if f".{stack}." in name:
-                sources = [name.replace(f".{stack}.", f".{part}.") for part in parts]
-        if any(source not in tensors for source in sources):
-            continue
-        given = [tensors[source] for source in sources]
-        # Padding lies behind the last row.
-        if parameter.shape[0] < sum(len(t) for t in given) or any(t.shape[1:] != parameter.shape[1:] for t in given):
-            continue
-        (same if _is(parameter.data, given) else other).add(name)
-    return same, other
-
-
-def _is(held: torch.Tensor, given: list[torch.Tensor]) -> bool:
-    """Whether the rows of ``given``, one after another, are those of ``held``."""
-    begin = 0
-    for tensor in given:
-        # A part at a time: a GPU that generates has little memory left.
-        size = max(1, COMPARED_ELEMENTS // max(1, tensor[0].numel()))
-        for rows in (tensor[at : at + size] for at in range(0, len(tensor), size)):
-            there = held[begin : begin + len(rows)]
-            if not torch.equal(_bits(there), _bits(rows.to(there.device, there.dtype))):
-                return False
-            begin += len(rows)
-    return True
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view({4: torch.int32, 2: torch.int16, 1: torch.int8}[tensor.element_size()])
 
 
 class _ProbesWhilePaused:

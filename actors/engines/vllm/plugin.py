@@ -27,6 +27,12 @@ PROBE_PLACES = 8
 UNTOUCHED, INCOMPLETE = "nothing was loaded:", "not all was taken up:"
 """Marks in a worker's errors: raised before the first layer was touched, and after the load."""
 
+READ, LOAD = "read", "load"
+"""Stages of an update: a worker reads the file ahead, and loads it."""
+
+READ_MARK = ".read"
+"""Suffix of an empty file beside a version's: its worker has read it, or cannot."""
+
 CPU_NORMS = "atpo_cpu"
 """Name of our choice of norm kernels on a CPU."""
 
