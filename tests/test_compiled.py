@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async.run import compiled
-from atpo_async.run.compiled import TORCH, TRITON, VLLM, variables, variables_for_vllm
+from atpo_async.models import compiled
+from atpo_async.models.compiled import TORCH, TRITON, VLLM, variables, variables_for_vllm
 
 HOME = Path("/home/anyone")
 
@@ -61,7 +61,7 @@ def test_a_folder_that_is_a_file_cannot_be_used(tmp_path: Path) -> None:
 
 COMPILE = """
 import json, sys
-from atpo_async.run import compiled
+from atpo_async.models import compiled
 compiled.keep(lambda line: sys.exit(line))
 import torch
 from torch._dynamo.utils import counters

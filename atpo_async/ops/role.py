@@ -31,9 +31,9 @@ from atpo_async.core.errors import (
     WeightsRejected,
 )
 from atpo_async.links import addresses
+from atpo_async.models import compiled
 from atpo_async.ops.exits import ERROR_FILE, ERROR_PREFIX, EXIT_CRASH, EXIT_DONE, EXIT_FAILURE, EXIT_USER
 from atpo_async.ops.lifeline import Signals, exit_within, is_supervised, tie_to_supervisor
-from atpo_async.run import compiled
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.files import write_atomic
 from atpo_async.run.rundir import RunDir, joining

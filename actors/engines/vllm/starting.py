@@ -18,7 +18,7 @@ from actors.engines.common.checks import pick_device
 from actors.engines.vllm import stages
 from actors.engines.vllm.plugin import BACKEND, CPU_NORMS, FRONT_END_VARIABLE, PROBE_PLACES
 from atpo_async.core.errors import SetupError
-from atpo_async.run import compiled
+from atpo_async.models import compiled
 from atpo_async.run.installed import version_of, vllm_unfit
 
 CPU_BLOCK_TOKENS = 32
