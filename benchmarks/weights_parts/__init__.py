@@ -1,0 +1,1 @@
+"""The weights' benchmark in parts; ``benchmarks/weights.py`` is its command line."""

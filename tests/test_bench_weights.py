@@ -1,0 +1,53 @@
+"""The weights' benchmark: every side runs on the same bytes, in turns, and within its limit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from actors.engines.common.direct import placements, uncovered
+from benchmarks.learner_parts.sides import SIZES, Times
+from benchmarks.weights import Limit, main, rotate
+from benchmarks.weights_parts.memory import Stacked, tensors_of
+
+
+def test_publish_fetch_and_load_are_told_beside_a_copy_of_the_same_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    into = tmp_path / "found.json"
+    assert main(["--model", "demo", "--rounds", "1", "--part", "publish", "fetch", "load", "--json", str(into)]) == 0
+    found = json.loads(into.read_text())["models"]["demo"]
+    assert found["publish"].keys() == {"copy", "copy to file", "publish", "write + sha256"}
+    assert found["publish"]["publish"].keys() == {"held", "aside", "bytes"}
+    assert {name: sides.get("hashed") for name, sides in found["fetch"].items()} == {
+        "copy": None, "1 actor": 1.0, "3 actors": 1.0, "3 actors, each for itself": 3.0,
+    }  # fmt: skip
+    assert found["load"].keys() == {"copy", "load", "clone + load + compare"}
+    said = capsys.readouterr().out
+    assert "of a copy" in said
+    assert "publish: held" in said
+    assert not list(Path("/dev/shm").glob("atpo-benchmark-weights*"))
+
+
+def test_the_made_up_weights_are_all_of_a_qwen3_and_fill_a_stacked_model() -> None:
+    tensors = tensors_of(SIZES["demo"], torch.bfloat16)
+    expected = SIZES["demo"].make(device="cpu").state_dict()
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {n: tuple(t.shape) for n, t in expected.items()}
+    model = Stacked(tensors)
+    assert uncovered(model, tensors, placements(model, tensors)) == []
+
+
+def test_sides_take_turns_and_a_limit_ends_them_after_one_round() -> None:
+    order: list[str] = []
+
+    def side(name: str) -> Times:
+        order.append(name)
+        return {"s": 1.0}
+
+    sides = {name: lambda name=name: side(name) for name in "abc"}
+    taken = rotate(sides, 3, Limit(0.0))  # type: ignore[arg-type]
+    assert order == ["a", "b", "c", "b", "c", "a"]
+    assert [len(times) for times in taken.values()] == [1, 1, 1]
