@@ -21,6 +21,8 @@ from atpo_async.transports.registry import make_transport
 from atpo_async.wire.messages import BufferToLearner
 from learner.loop import Learner
 from learner.loss.loading import load_correction, load_surrogate
+from learner.memory import kept
+from learner.memory.out_of_memory import explained
 from learner.policy.accelerator import make_accelerator
 from learner.policy.model import load_policy
 from learner.torch_thread import TorchThread
@@ -82,8 +84,11 @@ async def _opened(ctx: RoleContext, thread: TorchThread) -> AsyncIterator[Learne
 def _load(config: Config, rundir: RunDir) -> Trainer:
     torch.manual_seed(config.run.seed)
     accelerator = make_accelerator(config)
-    trainer = Trainer(config, accelerator=accelerator, policy=load_policy(config))
-    trainer.warm_up()
+    with explained("loading the policy", config, accelerator.device):
+        trainer = Trainer(
+            config, accelerator=accelerator, policy=load_policy(config), memory_file=rundir.path / kept.FILE
+        )
+        trainer.warm_up()
     return trainer
 
 

@@ -310,6 +310,19 @@ def test_a_word_that_is_neither_a_truth_value_nor_a_file_is_refused_with_the_way
     assert split_options(["--learner.lineage", "train"]) == (["train"], {"learner.lineage": "true"})
 
 
+def test_a_truth_value_may_be_the_word_auto_where_the_field_has_that_word() -> None:
+    name = "learner.gradient_checkpointing"
+    assert split_options([f"--{name}", "auto", "c.toml"]) == (["c.toml"], {name: "auto"})
+    assert split_options([f"--{name}", "c.toml"]) == (["c.toml"], {name: "true"})
+    values = {"auto": "auto", "true": True, "False": False, "on": True}
+    for text, value in values.items():
+        assert load((), {name: text, "model.path": "m"}).learner.gradient_checkpointing == value
+    with pytest.raises(ConfigError, match=rf"^{name} must be one of true, false or 'auto', got 'some'$"):
+        load((), {name: "some", "model.path": "m"})
+    with pytest.raises(ConfigError, match=f"^--{name} maybe: 'maybe' is neither true nor false, nor auto, nor a file"):
+        split_options(["train", "c.toml", f"--{name}", "maybe"])
+
+
 def test_a_value_that_is_no_truth_value_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^learner\.lineage must be true or false, got 'maybe'$"):
         load(write(tmp_path, ""), split_options(["--learner.lineage=maybe"])[1])

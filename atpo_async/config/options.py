@@ -43,18 +43,21 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if not equals:
             annotation = _annotation(name)
             given = i < len(argv) and not argv[i].startswith("--")
-            if annotation is bool:
+            truth = _is_truth(annotation)
+            if truth:
+                words = _TRUTHS | _words(annotation)
                 # The next word may be the configuration file; the command usually comes before all options.
-                if given and rest and argv[i].lower() not in _TRUTHS and not _may_be_a_path(argv[i]):
+                if given and rest and argv[i].lower() not in words and not _may_be_a_path(argv[i]):
+                    others = "".join(f", nor {word}" for word in sorted(_words(annotation)))
                     raise ConfigError(
-                        f"--{name} {argv[i]}: {argv[i]!r} is neither true nor false, nor a file here; --{name} alone "
-                        f"is true, --{name} false is not"
+                        f"--{name} {argv[i]}: {argv[i]!r} is neither true nor false{others}, nor a file here; --{name} "
+                        f"alone is true, --{name} false is not"
                     )
-                given = given and argv[i].lower() in _TRUTHS
+                given = given and argv[i].lower() in words
             if given:
                 value = argv[i]
                 i += 1
-            elif annotation is bool or annotation is None:
+            elif truth or annotation is None:
                 value = "true"
             else:
                 raise ConfigError(f"--{name} needs a value")
@@ -192,6 +195,16 @@ def _annotation(dotted: str) -> Any:
         return None if "." in field else WeightedEnvironment.model_fields[field].annotation
     info = fields().get(dotted)
     return None if info is None else info.annotation
+
+
+def _is_truth(annotation: Any) -> bool:
+    """Whether a field is true or false, or one of a few words instead."""
+    return annotation is bool or (get_origin(annotation) in (Union, UnionType) and bool in get_args(annotation))
+
+
+def _words(annotation: Any) -> frozenset[str]:
+    """The words that a field takes besides true and false."""
+    return frozenset(word for part in get_args(annotation) if get_origin(part) is Literal for word in get_args(part))
 
 
 def _is_text(annotation: Any) -> bool:

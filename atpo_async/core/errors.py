@@ -31,6 +31,10 @@ class PeerLost(AtpoError):
     """A peer did not answer before the deadline."""
 
 
+class OutOfMemory(AtpoError):
+    """A device's memory was too small for what a role does; the message says what the next start does otherwise."""
+
+
 class WaitTimeout(AtpoError):
     """A named wait passed its deadline; the message names the waiter, what it waited for, and on which role."""
 

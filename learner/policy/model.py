@@ -16,6 +16,7 @@ from atpo_async.core.errors import SetupError
 from atpo_async.models import causal_lm
 from atpo_async.models.sources import model_folder
 from learner.kernels.vocabulary import Scoring, Wanted
+from learner.memory import checkpointed_layers
 from learner.packing import attention
 from learner.packing.attention import DeviceLayout, Way
 from learner.policy.head import logits, scored
@@ -138,8 +139,7 @@ def policy_of(hf: Any, config: Config, folder: Path) -> Policy:
     _switch_off_dropout(hf)
     lora = attach(hf, config, folder)
     if config.learner.gradient_checkpointing:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        hf.train()
+        checkpointed_layers.enable(hf, count=0 if config.learner.gradient_checkpointing == "auto" else None)
     else:
         hf.eval()
     return Policy(hf, temperature=config.search.temperature, lora=lora)

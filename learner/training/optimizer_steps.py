@@ -12,11 +12,12 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from atpo_async.config import LearnerConfig
+from atpo_async.config import Config
 from atpo_async.core.schedule import learning_rate
 from atpo_async.status import waits
 from learner.loss import guards
 from learner.loss.correction import Tempering
+from learner.memory.out_of_memory import explained
 from learner.policy.accelerator import is_sharded
 from learner.policy.optimizer import set_rate
 from learner.training.pass_loss import PassLoss
@@ -84,7 +85,7 @@ class Attempt:
 class OptimizerSteps:
     """Takes optimizer steps."""
 
-    settings: LearnerConfig
+    config: Config
     total_updates: int
     """Of the whole run, for the schedule of the learning rate."""
     accelerator: Accelerator
@@ -110,6 +111,7 @@ class OptimizerSteps:
 
         Raises:
             Abandoned: ``should_stop`` said so.
+            SetupError: memory ran out after the passes: moments and gradients do not fit, whatever a pass is.
         """
         attempt = self.attempt(passes, tempering or Tempering(), should_stop)
         if tempering is None and self.loss.correction.guards_ess:
@@ -118,14 +120,19 @@ class OptimizerSteps:
                 attempt = self.attempt(passes, tempering, should_stop)
         totals.tempering.append(tempering or Tempering())
         totals.forward_tokens += sum(item.inputs["tokens"].numel() for item in passes)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        # From here on the step cannot be begun anew: gradients are scaled, and weights may have changed in part.
+        with explained("the optimizer's step", self.config, self.accelerator.device):
+            self._conclude(attempt, totals)
+        return attempt.sums
+
+    def _conclude(self, attempt: Attempt, totals: BatchTotals) -> None:
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.learner.max_grad_norm)
         grad_norm = float(norm) if norm is not None else float("nan")
         loss, kl, entropy = self.reductions.sum_of(torch.stack([attempt.loss, attempt.kl, attempt.entropy]))
         totals.losses.append(loss)
         totals.kl.append(kl)
         totals.entropy.append(entropy)
         self._judge(loss, grad_norm, totals)
-        return attempt.sums
 
     def attempt(self, passes: list[Pass], tempering: Tempering, should_stop: Callable[[], bool]) -> Attempt:
         """Forward and backward through every pass; the gradient is on the parameters afterwards.
@@ -172,7 +179,7 @@ class OptimizerSteps:
             return
         totals.grad_norms.append(grad_norm)
         fault = guards.fault(
-            loss=loss, grad_norm=grad_norm, history=history.grad_norms, max_spike=self.settings.max_grad_spike
+            loss=loss, grad_norm=grad_norm, history=history.grad_norms, max_spike=self.config.learner.max_grad_spike
         )
         if fault is None:
             totals.lr = self._apply()
@@ -184,7 +191,7 @@ class OptimizerSteps:
 
     def _apply(self) -> float:
         """The step; returns its learning rate."""
-        settings = self.settings
+        settings = self.config.learner
         lr = learning_rate(
             self.history.updates,
             peak=settings.lr,

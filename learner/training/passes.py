@@ -61,6 +61,13 @@ class Part:
     passes: list[Pass]
     row_tokens: int
     """Of the flat layout, whatever the layout is."""
+    longest_path: int
+    """Tokens of the longest row: a pass holds one at the least."""
+
+    @property
+    def largest_pass(self) -> int:
+        """Padded tokens."""
+        return max((item.inputs["tokens"].numel() for item in self.passes), default=0)
 
 
 @dataclass(kw_only=True)
@@ -76,6 +83,8 @@ class Planner:
     """Make passes for turns without an advantage too: they affect other terms, or may get one later."""
     reductions: Reductions
     device: torch.device
+    micro_batch_tokens: int
+    """Padded tokens of a pass, at most: what the configuration says, or less where that ran out of memory."""
 
     def plan(self, trees: Sequence[CreditedTree], batch: Batch, version: int) -> Part:
         """This rank's forward passes for one optimizer step: as many as every other rank, none if no rank has rows."""
@@ -88,7 +97,7 @@ class Planner:
             normaliser=self._normaliser(trees, batch),
             keep_idle=self.keep_idle,
         )
-        limit = settings.learner.micro_batch_tokens
+        limit = self.micro_batch_tokens
         if self.layout == "tree":
             packed = tree_micro_batches(
                 rows,
@@ -105,7 +114,17 @@ class Planner:
             trees=list(trees),
             passes=[self.on_device(item) for item in packed],
             row_tokens=sum(len(row.tokens) - 1 for row in rows),
+            longest_path=max((len(row.tokens) - 1 for row in rows), default=0),
         )
+
+    def plan_again(self, part: Part, batch: Batch, version: int) -> None:
+        """Other passes for the same optimizer step, as ``micro_batch_tokens`` is now.
+
+        They keep their tokens' proximal log-probs, which are the batch's start's: after an optimizer step nothing could
+        measure them again.
+        """
+        former, part.passes = part.passes, self.plan(part.trees, batch, version).passes
+        take_prox(former, part.passes)
 
     def _normaliser(self, trees: Sequence[CreditedTree], batch: Batch) -> Normaliser:
         """The denominators of the mean loss of one optimizer step, over all ranks."""
@@ -161,6 +180,19 @@ class Planner:
         if batch.layout is not None:
             inputs["layout"] = to_device(batch.layout, self.device, way=self.way)
         return Pass(inputs=inputs, **send_to_device(rest, self.device))
+
+
+def take_prox(former: Sequence[Pass], passes: Sequence[Pass]) -> None:
+    """Give passes the proximal log-probs that former passes over the same turns have, if all of those have them."""
+    if any(item.prox is None for item in former):
+        return
+    # Each turn is counted once, its tokens in order.
+    number = torch.cat([item.number[item.counted] for item in former])
+    known = torch.cat([item.prox[item.counted] for item in former if item.prox is not None])
+    number, order = number.sort(stable=True)
+    for item in passes:
+        within = torch.arange(item.turn.numel(), device=item.turn.device) - torch.searchsorted(item.turn, item.turn)
+        item.prox = known[order[torch.searchsorted(number, item.number) + within]]
 
 
 def split(trees: Sequence[CreditedTree], parts: int, order: np.random.Generator) -> list[list[CreditedTree]]:

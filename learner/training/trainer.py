@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from atpo_async.config import Config
 from atpo_async.config.credit_rule import credit_rule
@@ -26,6 +29,7 @@ from atpo_async.wire.messages import Batch
 from learner.batches.intake import Sifted, sift
 from learner.kernels.install import PRECISIONS, install
 from learner.loss.correction import Tempering
+from learner.memory.fitting import Fitting
 from learner.packing.credited import CreditedTree
 from learner.policy import compilation, precision
 from learner.policy.accelerator import is_sharded
@@ -33,6 +37,7 @@ from learner.policy.model import Policy, is_tied
 from learner.policy.optimizer import make_optimizer
 from learner.policy.packing_check import layout_for
 from learner.policy.whole import TensorNames, WholePolicy
+from learner.training.fitted import FittedBatch
 from learner.training.optimizer_steps import BatchTotals, OptimizerSteps, UpdateHistory
 from learner.training.pass_loss import PassLoss
 from learner.training.passes import Part, Planner, split
@@ -45,12 +50,17 @@ from learner.training.step_metrics import StepMetrics
 class Trainer:
     """The policy, its optimizer, and how a batch changes them.
 
+    Args:
+        memory_file: where the size of a pass that fits is kept over restarts; None: nowhere.
+
     Raises:
         ConfigError, SetupError: the surrogate, the correction or a mode of credit cannot be loaded.
         SetupError: Accelerate unties the policy's output head from its embeddings.
     """
 
-    def __init__(self, config: Config, *, accelerator: Accelerator, policy: Policy) -> None:
+    def __init__(
+        self, config: Config, *, accelerator: Accelerator, policy: Policy, memory_file: Path | None = None
+    ) -> None:
         self.config = config
         self.accelerator = accelerator
         self.policy = policy
@@ -90,6 +100,7 @@ class Trainer:
         self._loss = PassLoss(
             config=config, accelerator=accelerator, model=self.model, reference=reference, reductions=self.reductions
         )
+        self.fitting = Fitting(config, hf=policy.hf, accelerator=accelerator, file=memory_file)
         self.planner = Planner(
             config=config,
             policy=policy,
@@ -97,9 +108,10 @@ class Trainer:
             keep_idle=self._credit.reads_ratio or config.objective.kl_coef > 0 or config.objective.entropy_coef > 0,
             reductions=self.reductions,
             device=accelerator.device,
+            micro_batch_tokens=self.fitting.micro_batch_tokens,
         )
         self.steps = OptimizerSteps(
-            settings=config.learner,
+            config=config,
             total_updates=(config.learner.schedule_steps or config.run.steps) * self.updates_per_batch,
             accelerator=accelerator,
             model=self.model,
@@ -165,7 +177,10 @@ class Trainer:
         order = np.random.default_rng((settings.run.seed, batch.step, self.accelerator.process_index))
         shares = split(trees, settings.learner.minibatches, order)
         parts = [self.planner.plan(share, batch, version) for share in shares]
-        tempering = self._measured_first(parts) if self._measures_first else None
+        fitted = FittedBatch(
+            fitting=self.fitting, planner=self.planner, model=self.model, parts=parts, batch=batch, version=version
+        )
+        tempering = fitted.run(lambda: self._measured_first(parts)) if self._measures_first else None
         if self._credit.reads_ratio:
             trees = [tree for part in parts for tree in part.trees]
         totals = BatchTotals(fault=self._all_refused(len(trees), sifted))
@@ -174,8 +189,8 @@ class Trainer:
             for part in parts:
                 if part.passes:
                     # Once a weight has changed, the batch is trained on to its end.
-                    first = not totals.losses
-                    sums += self.steps.take(part.passes, totals, tempering, should_stop if first else lambda: False)
+                    stop = (lambda: False) if totals.losses else should_stop
+                    sums += fitted.run(partial(self._step, part, totals, tempering, stop))
         self.compilations.after_batch(tuple(item.inputs["tokens"].shape) for part in parts for item in part.passes)
         scaler = self.accelerator.scaler
         return StepReport(
@@ -188,6 +203,7 @@ class Trainer:
                     totals, self.history, fp16_scale=None if scaler is None else scaler.get_scale()
                 ),
                 **self._metrics.of_dropped(sifted.metrics()),
+                **self.fitting.metrics,
             },
             priorities={
                 tree.tree.tree_id: tree_priority(tree.advantages, max_share=settings.buffer.priority_max_share)
@@ -198,6 +214,12 @@ class Trainer:
             fault=totals.fault,
             warnings=tuple(sifted.messages),
         )
+
+    def _step(
+        self, part: Part, totals: BatchTotals, tempering: Tempering | None, should_stop: Callable[[], bool]
+    ) -> Tensor:
+        """The optimizer step of a part with its passes as they are now."""
+        return self.steps.take(part.passes, totals, tempering, should_stop)
 
     def _measured_first(self, parts: list[Part]) -> Tempering | None:
         """Measure what the first step needs from the whole batch: log-probs, credit by ratios, tempering."""

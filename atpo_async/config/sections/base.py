@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -36,6 +46,19 @@ class Section(BaseModel):
 def _takes(annotation: Any, kind: type) -> bool:
     """Whether ``kind`` occurs in a field's annotation."""
     return annotation is kind or any(_takes(part, kind) for part in get_args(annotation))
+
+
+def _truth_or_auto(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """One error, where pydantic would give one for each type of the union."""
+    try:
+        return handler(value)
+    except ValidationError:
+        raise PydanticCustomError(
+            "literal_error", "must be true, false or auto", {"expected": "true, false or 'auto'"}
+        ) from None
+
+
+TruthOrAuto = Annotated[bool | Literal["auto"], WrapValidator(_truth_or_auto)]
 
 
 @dataclass(frozen=True)

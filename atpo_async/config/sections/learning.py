@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from atpo_async.config import doors
-from atpo_async.config.sections.base import Options, Section, named
+from atpo_async.config.sections.base import Options, Section, TruthOrAuto, named
 from atpo_async.core.vocabulary import Aggregation, LeafWeights, Level, Precision, RatioLevel
 
 ALL_LINEAR = "all-linear"
@@ -144,7 +144,10 @@ class LearnerConfig(Section):
     num_processes: int = Field(1, ge=1, description="ranks that the supervisor starts through accelerate launch")
     accelerate_config: str | None = Field(None, description="accelerate configuration file, for FSDP2")
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: TruthOrAuto = Field(
+        False,
+        description="layers compute their activations again in the backward pass; auto: as many as memory asks for",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "liger", "none"] = Field(
         "auto", description="norms, rotary embedding and SwiGLU by Liger-Kernel; auto: on CUDA, where it is installed"

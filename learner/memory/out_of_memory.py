@@ -1,0 +1,85 @@
+"""What an out-of-memory error is, and what a user can do about one: named with the device and three settings."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from atpo_async.config import Config
+from atpo_async.core.errors import SetupError
+from atpo_async.core.texts import shortened
+
+SAID_BY_LIBRARIES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "DefaultCPUAllocator: can't allocate")
+"""In errors of other types than torch's own: a workspace of cuBLAS, a kernel's memory, the CPU's allocator."""
+
+LORA_RANK = 32
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's memory was too small for what was asked of it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in SAID_BY_LIBRARIES)
+
+
+def said(error: BaseException) -> str:
+    """The first sentences of an out-of-memory error, in one line: its advice is not for this program."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return shortened(text.partition(" If reserved but unallocated")[0], 300)
+
+
+def device_name(device: torch.device) -> str:
+    """``NVIDIA H100 80GB HBM3 (79.2 GB)``."""
+    if device.type != "cuda":
+        return f"the {device.type.upper()}"
+    found = torch.cuda.get_device_properties(device)
+    return f"{found.name} ({found.total_memory / 2**30:.1f} GB)"
+
+
+def ways_out(config: Config, *, of_a_pass: bool) -> str:
+    """Three settings that save memory and are not made yet, for the end of a sentence.
+
+    Args:
+        of_a_pass: what a forward pass keeps is too much, besides weights, gradients and moments.
+    """
+    learner = config.learner
+    lora = getattr(learner, "lora", None)
+    found = []
+    if of_a_pass and learner.gradient_checkpointing is False:
+        found.append("--learner.gradient_checkpointing true (a third more compute)")
+    if learner.mixed_precision == "no" and learner.device != "cpu":
+        found.append("--learner.mixed_precision bf16")
+    if learner.optimizer == "adamw":
+        found.append("--learner.optimizer offload (moments in the host's memory) or adamw8bit")
+    elif learner.optimizer == "adamw8bit":
+        found.append("--learner.optimizer offload (moments in the host's memory)")
+    if lora is not None and not lora.rank:
+        found.append(f"--learner.lora.rank {LORA_RANK} (only adapters are trained)")
+    if learner.accelerate_config is None:
+        found.append("FSDP over more GPUs (learner.num_processes with learner.accelerate_config)")
+    found.append("a GPU without an engine on it (learner.gpus and actor.gpus), or with more memory")
+    found.append("a lower actor.gpu_memory_utilization")
+    return f"{', '.join(found[:2])}, or {found[2]}"
+
+
+@contextlib.contextmanager
+def explained(what: str, config: Config, device: torch.device) -> Iterator[None]:
+    """Where the block runs out of memory, which no smaller pass would mend: the error names it with the way out.
+
+    Args:
+        what: was under way, as the subject of a sentence.
+
+    Raises:
+        SetupError: the block ran out of memory.
+    """
+    try:
+        yield
+    except Exception as exc:
+        if not is_out_of_memory(exc):
+            raise
+        raise SetupError(
+            f"{what} ran out of the memory of {device_name(device)}: {said(exc)}; use "
+            f"{ways_out(config, of_a_pass=False)}"
+        ) from exc
