@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, ItemsView, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +151,10 @@ class Merged(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._own)
 
-    def items(self) -> ItemsView[str, Tensor]:
-        """Of tensors that are merged only the form, without content (on the meta device): a layout needs no more, and
-        tells tied tensors from others by where they lie."""
-        return {
-            name: tensor.to("meta") if name in self._merged else tensor for name, tensor in self._own.items()
-        }.items()
+    def forms(self) -> dict[str, Tensor]:
+        """The same without merging: of merged tensors only the form (on the meta device), so that none seems to lie
+        where an earlier one lay."""
+        return {name: tensor.to("meta") if name in self._merged else tensor for name, tensor in self._own.items()}
 
 
 class _MergedForward:

@@ -19,6 +19,7 @@ from atpo_async.core.dtypes import PRECISION_BYTES
 from atpo_async.core.vocabulary import Precision
 from atpo_async.models.causal_lm import torch_dtype
 from atpo_async.wire.messages import TensorSpec
+from learner.policy.lora import Merged
 
 ALIGNMENT = 64
 
@@ -35,7 +36,9 @@ def layout(tensors: Mapping[str, Tensor], precision: Precision) -> tuple[tuple[T
     specs: list[TensorSpec] = []
     held_at: dict[object, int] = {}
     end = 0
-    for name, tensor in tensors.items():
+    # What is made when it is read is not made for this.
+    forms = tensors.forms() if isinstance(tensors, Merged) else tensors
+    for name, tensor in forms.items():
         if not tensor.is_floating_point():
             continue
         nbytes = tensor.numel() * PRECISION_BYTES[precision]
