@@ -90,17 +90,17 @@ def _card(config: Config, shape: ModelShape, *, number: int, size: float, roles:
             if engine != "transformers":
                 shortage = max(0.0, least_bytes(shape, config) - config.actor.gpu_memory_utilization * size)
     for _ in [role for role in roles if role.startswith("learner")]:
-        parts = [*_of_learner(config, shape, free=size - total(tuple(parts))), *parts]
+        parts = [*_of_learner(config, shape, size=size, free=size - total(tuple(parts))), *parts]
     return Card(number=number, num_bytes=size, parts=tuple(parts), roles=roles, shortage=shortage)
 
 
-def _of_learner(config: Config, shape: ModelShape, *, free: float) -> list[Part]:
+def _of_learner(config: Config, shape: ModelShape, *, size: float, free: float) -> list[Part]:
     """A rank beside what else is on its GPU; ``auto`` checkpoints all layers where otherwise they would not fit."""
     memory = learner_memory(config, on_gpu=True)
-    whole = learner_parts(shape, memory, checkpointed=memory.checkpointing is True)
+    whole = learner_parts(shape, memory, checkpointed=memory.checkpointing is True, card_bytes=size)
     if memory.checkpointing != "auto" or total(tuple(whole)) <= free:
         return whole
-    return learner_parts(shape, memory, checkpointed=True)
+    return learner_parts(shape, memory, checkpointed=True, card_bytes=size)
 
 
 def fitting_share(shape: ModelShape, config: Config, *, card_bytes: float, contexts: int = 8) -> float | None:
@@ -113,5 +113,5 @@ def machine_bytes(config: Config, shape: ModelShape) -> list[Part]:
     """What the learner takes of a machine's own memory where it trains on the CPU: no allocator, no activations of a
     kernel's choice; every rank lies in the same memory."""
     memory = learner_memory(config, on_gpu=False)
-    parts = learner_parts(shape, memory, checkpointed=memory.checkpointing is True, on_gpu=False)
+    parts = learner_parts(shape, memory, checkpointed=memory.checkpointing is True)
     return [Part(part.name, part.num_bytes * memory.ranks) for part in parts]

@@ -14,9 +14,12 @@ from atpo_async.models.memory.settings import LearnerMemory
 from atpo_async.models.memory.shape import ModelShape
 
 LOGITS = 1 << 26
-"""Logits that are held at once (``learner/policy/head.py``); with entropies half as many and their distribution."""
-LOGIT_BYTES = 14
-"""Of each: in half precision, in float32, their log-softmax and its gradient."""
+"""Logits that are held at once, and the part of a card that they may fill beyond that (``learner/policy/head.py``)."""
+CARD_SHARE = 64
+LOGIT_BYTES = 6
+"""Of each: in float32, and its gradient in half precision."""
+HEAD_BYTES = 6
+"""Of each weight of the head in the backward pass: its gradient in float32, and a cast of it."""
 CONTEXT_BYTES = 0.6 * 2**30
 """Of a process that uses CUDA: its context and the libraries' workspaces."""
 FRAGMENTED = 0.05
@@ -47,33 +50,34 @@ class PerToken:
 FLOAT32 = PerToken(residual=24, query=14, key=8, inner=16, norm=8)
 """Everything in float32; each norm keeps its input and its normalised input, and the product's input."""
 AUTOCAST = PerToken(residual=26, query=6, key=4, inner=8, norm=6)
-"""float32 residual stream, matrix products in bfloat16, each product's input cast again."""
+"""float32 residual stream, matrix products in half precision, each product's input cast again."""
+HALF = PerToken(residual=16, query=6, key=4, inner=8, norm=6)
+"""All in half precision; norms keep their input in float32 besides."""
 FUSED = PerToken(residual=8, query=6, key=4, inner=6, norm=2)
-"""All in half precision, norms, rotary embedding and activation by kernels that keep their input alone."""
-COMPILED = PerToken(residual=6, query=4, key=4, inner=4, norm=2)
-"""As FUSED, and what is cheap is computed again instead of kept."""
+"""As HALF, norms, rotary embedding and activation by kernels, or compiled: each keeps its input alone."""
 
 
 def per_token(memory: LearnerMemory) -> PerToken:
     """What a layer keeps under these settings."""
-    if not memory.half:
+    if memory.precision == "no":
         return FLOAT32
-    if memory.kernels:
-        return COMPILED if memory.compiled else FUSED
-    return AUTOCAST
+    if memory.kernels or memory.compiled:
+        return FUSED
+    return AUTOCAST if memory.precision == "fp16" else HALF
 
 
 def activation_bytes(shape: ModelShape, memory: LearnerMemory, *, checkpointed: bool) -> float:
     """Of the largest forward pass; at the peak of its backward pass half a layer's gradients are beside them."""
     kept = per_token(memory).of(shape)
-    boundary = (2.0 if memory.half and memory.kernels else 4.0) * shape.width
+    boundary = (2.0 if memory.precision == "bf16" else 4.0) * shape.width
     layers = shape.layers * boundary + kept if checkpointed else shape.layers * kept
     return memory.tokens * (layers + 0.5 * kept + 3 * boundary)
 
 
-def logit_bytes(shape: ModelShape, memory: LearnerMemory) -> float:
-    """Of the chunk of logits that is held at once."""
-    return float(min(LOGITS, memory.tokens * shape.vocab) * LOGIT_BYTES)
+def logit_bytes(shape: ModelShape, memory: LearnerMemory, card_bytes: float) -> float:
+    """Of the chunk of logits that is held at once, and of the head's gradient beside it."""
+    at_once = min(max(LOGITS, card_bytes / CARD_SHARE / 4), memory.tokens * shape.vocab)
+    return at_once * LOGIT_BYTES + (0 if memory.lora_rank else HEAD_BYTES * shape.embedding_parameters)
 
 
 def adapter_parameters(shape: ModelShape, rank: int) -> float:
@@ -83,42 +87,54 @@ def adapter_parameters(shape: ModelShape, rank: int) -> float:
     return float(shape.layers * rank * (attention + 3 * (width + inner)))
 
 
-def learner_parts(shape: ModelShape, memory: LearnerMemory, *, checkpointed: bool, on_gpu: bool = True) -> list[Part]:
+def learner_parts(
+    shape: ModelShape, memory: LearnerMemory, *, checkpointed: bool, card_bytes: float | None = None
+) -> list[Part]:
     """Everything that one rank takes.
 
     Args:
         checkpointed: all layers compute their activations again; what ``auto`` becomes is the caller's to decide.
-        on_gpu: with a CUDA context and casts to half precision that are kept.
+        card_bytes: of its GPU; None: on a CPU, without a CUDA context and its allocator's fragments.
     """
-    shared = memory.ranks if memory.sharding == "parameters" else 1
+    weights, cast = _weight_bytes(shape, memory)
     trained = adapter_parameters(shape, memory.lora_rank) if memory.lora_rank else float(shape.parameters)
-    whole = float(shape.parameters) + (trained if memory.lora_rank else 0.0)
-    gradients = memory.ranks if memory.sharding in ("parameters", "gradients") else 1
-    states = memory.ranks if memory.sharding in ("parameters", "gradients", "optimizer") else 1
+    shared = memory.ranks if memory.sharding == "parameters" else 1
+    reference = (2.0 if memory.precision == "bf16" else 4.0) * shape.parameters
     parts = [
-        Part("weights, float32", 4 * whole / shared),
-        Part("gradients", 4 * trained / gradients),
-        Part(f"optimizer states ({memory.optimizer})", STATE_BYTES[memory.optimizer] * trained / states),
-        Part("weights in half precision", _cast_bytes(shape, memory) if memory.half else 0.0),
+        Part("weights", weights),
+        Part("gradients", 4 * trained / shared),
+        Part(f"optimizer states ({memory.optimizer})", STATE_BYTES[memory.optimizer] * trained / shared),
+        Part("weights in half precision", cast),
         Part("gradients on their way to other ranks", _exchange_bytes(shape, memory, trained)),
-        Part("reference policy", 4.0 * shape.parameters if memory.reference else 0.0),
+        Part("reference policy", reference if memory.reference else 0.0),
         Part(
             f"activations of {memory.tokens:,} tokens{', checkpointed' if checkpointed else ''}",
             activation_bytes(shape, memory, checkpointed=checkpointed),
         ),
-        Part("a chunk of logits", logit_bytes(shape, memory)),
+        Part("logits and the head's gradient", logit_bytes(shape, memory, card_bytes or 0.0)),
     ]
-    if on_gpu:
+    if card_bytes is not None:
         parts.append(Part("fragments", FRAGMENTED * sum(part.num_bytes for part in parts)))
         parts.append(Part("CUDA context of the learner", CONTEXT_BYTES))
     return [part for part in parts if part.num_bytes]
 
 
-def _cast_bytes(shape: ModelShape, memory: LearnerMemory) -> float:
-    """The copy that the layers compute with; sharded, of the layers that are gathered at a time."""
-    if memory.sharding == "parameters":
-        return 2.0 * (2 * shape.layer_parameters + shape.outside_parameters)
-    return 2.0 * shape.parameters
+def _weight_bytes(shape: ModelShape, memory: LearnerMemory) -> tuple[float, float]:
+    """(the weights, the copy in half precision that passes compute with); sharded, of the layers gathered at a time."""
+    shared = memory.ranks if memory.sharding == "parameters" else 1
+    if not memory.lora_rank:
+        weights, cast = 4.0 * shape.parameters, 2.0 * shape.parameters
+    else:
+        # Frozen weights stay as the files have them where passes compute in half precision.
+        small = shape.in_half and memory.precision == "bf16" and shared == 1
+        adapters = adapter_parameters(shape, memory.lora_rank)
+        weights = (2.0 if small else 4.0) * shape.parameters + 4.0 * adapters
+        cast = 2.0 * adapters if small else 2.0 * shape.parameters
+    if memory.precision == "no":
+        cast = 0.0
+    elif shared > 1:
+        cast = 2.0 * (2 * shape.layer_parameters + shape.outside_parameters)
+    return weights / shared, cast
 
 
 def _exchange_bytes(shape: ModelShape, memory: LearnerMemory, trained: float) -> float:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from atpo_async.config import Config
-from atpo_async.run.installed import version_of
 
-Sharding = Literal["none", "ddp", "optimizer", "gradients", "parameters"]
-"""What ranks divide among themselves: nothing, or DeepSpeed's stages 1, 2 and 3; FSDP is the last."""
+Sharding = Literal["none", "ddp", "parameters"]
+"""What ranks do with the policy: there is one rank; each holds all of it; each holds its share (FSDP)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +21,8 @@ class LearnerMemory:
     sharding: Sharding
     tokens: int
     """Of the largest forward pass."""
-    half: bool
-    """Layers compute in half precision over float32 masters."""
+    precision: Literal["no", "bf16", "fp16"]
+    """Of the passes, over float32 weights."""
     kernels: bool
     """Norms, rotary embedding and activation are fused (Liger-Kernel)."""
     compiled: bool
@@ -33,28 +32,26 @@ class LearnerMemory:
     """0: the whole model is trained."""
     reference: bool
     """A copy of the first policy is kept."""
-    entropy: bool
 
 
 def learner_memory(config: Config, *, on_gpu: bool) -> LearnerMemory:
     """As ``config`` says, on a GPU or on a CPU."""
     learner = config.learner
-    lora_rank = int(getattr(getattr(learner, "lora", None), "rank", 0) or 0)
-    kernels, compiled = getattr(learner, "kernels", "none"), getattr(learner, "compile", "off")
+    kernels, compiled, sharding = learner.kernels, getattr(learner, "compile", "off"), _sharding(config)
     return LearnerMemory(
         ranks=learner.num_processes,
-        sharding=_sharding(config),
+        sharding=sharding,
         # A pass holds one whole path at the least.
         tokens=max(learner.micro_batch_tokens, config.model.max_context_tokens),
-        half=learner.mixed_precision != "no",
-        kernels=kernels == "liger" or (kernels == "auto" and on_gpu and version_of("liger-kernel") is not None),
-        compiled=compiled == "on" or (compiled == "auto" and on_gpu),
+        precision=learner.mixed_precision,
+        # On a machine without one, `auto` is taken for what a GPU machine with the extra `gpu` does.
+        kernels=kernels == "liger" or (kernels == "auto" and on_gpu),
+        compiled=compiled == "on" or (compiled == "auto" and on_gpu and sharding != "parameters"),
         checkpointing=learner.gradient_checkpointing,
-        optimizer=getattr(learner, "optimizer", "adamw"),
-        lora_rank=lora_rank,
+        optimizer=learner.optimizer,
+        lora_rank=learner.lora.rank,
         # With adapters the reference is the model without them.
-        reference=config.objective.kl_coef > 0 and not lora_rank,
-        entropy=config.objective.entropy_coef > 0,
+        reference=config.objective.kl_coef > 0 and not learner.lora.rank,
     )
 
 
@@ -68,11 +65,4 @@ def _sharding(config: Config) -> Sharding:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, ValueError):
         return several
-    kind = re.search(r"^distributed_type:\s*['\"]?(\w+)", text, re.MULTILINE)
-    if kind is None or kind[1] not in ("FSDP", "DEEPSPEED"):
-        return several
-    if kind[1] == "FSDP":
-        return "parameters"
-    stage = re.search(r"^\s*zero_stage:\s*(\d)", text, re.MULTILINE)
-    stages: dict[str, Sharding] = {"1": "optimizer", "2": "gradients", "3": "parameters"}
-    return stages.get(stage[1], several) if stage else several
+    return "parameters" if re.search(r"^distributed_type:\s*['\"]?FSDP\b", text, re.MULTILINE) else several

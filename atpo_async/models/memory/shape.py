@@ -38,6 +38,8 @@ class ModelShape:
     """Channels of all key heads together; as many for the values."""
     qk_norm: bool
     """Queries and keys are normalised, as in Qwen3."""
+    in_half: bool
+    """Its files hold numbers of two bytes."""
 
     @property
     def embedding_parameters(self) -> int:
@@ -74,7 +76,7 @@ def of_config(said: Mapping[str, Any]) -> ModelShape:
     return ModelShape(
         parameters=layers * layer + vocab * width * (1 if tied else 2) + width,
         layer_parameters=layer, vocab=vocab, layers=layers, width=width, inner=each * used, query=query, key=key,
-        qk_norm=qk_norm,
+        qk_norm=qk_norm, in_half=str(text.get("dtype") or text.get("torch_dtype") or "") in ("bfloat16", "float16"),
     )  # fmt: skip
 
 
@@ -91,7 +93,8 @@ def of_folder(folder: Path) -> ModelShape:
     if not isinstance(said, dict):
         raise SetupError(f"model file {file} holds no table")
     shape = of_config(said)
-    tensors = {name: math.prod(entry["shape"]) for name, entry in read_headers(folder).items()}
+    headers = read_headers(folder)
+    tensors = {name: math.prod(entry["shape"]) for name, entry in headers.items()}
     if said.get("tie_word_embeddings", True):
         # Some files hold the head beside the embeddings it is tied to.
         tensors = {name: size for name, size in tensors.items() if name not in _HEADS}
@@ -101,6 +104,7 @@ def of_folder(folder: Path) -> ModelShape:
         parameters=total, layer_parameters=in_layers or shape.layer_parameters, vocab=shape.vocab, layers=shape.layers,
         width=shape.width, inner=shape.inner, query=shape.query, key=shape.key,
         qk_norm=any(".q_norm." in name for name in tensors),
+        in_half=all(entry["dtype"] in ("BF16", "F16") for entry in headers.values()),
     )  # fmt: skip
 
 
@@ -115,6 +119,7 @@ def _qwen3(width: int, inner: int, layers: int, heads: int, *, tied: bool) -> di
         "head_dim": 128,
         "vocab_size": 151936,
         "tie_word_embeddings": tied,
+        "dtype": "bfloat16",
     }
 
 
