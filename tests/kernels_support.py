@@ -1,4 +1,4 @@
-"""Triton's interpreter as Liger-Kernel's kernels need it, and small models of several families."""
+"""Triton's interpreter as Liger-Kernel's kernels need it, small models of several families, and whole distributions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -19,6 +20,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from learner.kernels.vocabulary import Scoring
 
 VOCAB = 31
 FAMILIES: dict[str, tuple[Any, Any]] = {
@@ -64,3 +67,17 @@ def small_model(family: str, **changes: Any) -> Any:
             if "norm" in name:
                 parameter.add_(torch.rand_like(parameter) - 0.5)
     return made.eval()
+
+
+def dense(head: Any, hidden: Tensor, target: Tensor, scoring: Scoring) -> Tensor:
+    """The same numbers from whole distributions, by what torch differentiates itself."""
+    logs = (head(hidden) * scoring.scale).log_softmax(-1)
+    lines = [logs.gather(-1, target[:, None])[:, 0]]
+    if scoring.wanted.entropy:
+        lines.append(-(logs.exp() * logs).sum(-1))
+    if scoring.wanted.min_p is not None:
+        chances = logs.exp().detach()
+        top = chances.amax(-1)
+        kept = torch.where(chances >= scoring.wanted.min_p * top[:, None], chances, 0.0).sum(-1)
+        lines += [kept.log(), top.log()]
+    return torch.stack(lines) if len(lines) > 1 else lines[0]

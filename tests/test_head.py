@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from benchmarks import head as head_benchmark
 from learner.kernels import vocabulary
 from learner.kernels.vocabulary import Scoring, Wanted
 from learner.policy import head as policy_head
 from learner.policy.head import FusedHead, is_matrix, scored
+from learner.policy.model import Policy
+from tests.kernels_support import dense, small_model
 
 TOKENS, CHANNELS, VOCAB = 7, 6, 23
 EVERYTHING = Wanted(entropy=True, min_p=0.1)
@@ -34,20 +38,6 @@ def made(dtype: torch.dtype = torch.float64, *, bias: bool = False) -> tuple[nn.
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     hidden = torch.randn(TOKENS, CHANNELS, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     return head, hidden, torch.tensor([0, VOCAB - 1, 3, 3, 11, 0, 5])
-
-
-def dense(head: Any, hidden: Tensor, target: Tensor, scoring: Scoring) -> Tensor:
-    """The same numbers from whole distributions, by what torch differentiates itself."""
-    logs = (head(hidden) * scoring.scale).log_softmax(-1)
-    lines = [logs.gather(-1, target[:, None])[:, 0]]
-    if scoring.wanted.entropy:
-        lines.append(-(logs.exp() * logs).sum(-1))
-    if scoring.wanted.min_p is not None:
-        chances = logs.exp().detach()
-        top = chances.amax(-1)
-        kept = torch.where(chances >= scoring.wanted.min_p * top[:, None], chances, 0.0).sum(-1)
-        lines += [kept.log(), top.log()]
-    return torch.stack(lines) if len(lines) > 1 else lines[0]
 
 
 Numbers = Callable[[Any, Tensor, Tensor, Scoring], Tensor]
@@ -240,3 +230,40 @@ def test_what_is_compiled_on_cuda_is_one_graph_for_any_number_of_tokens_and_any_
 def fused_whole(head: Any, hidden: Tensor, target: Tensor, scoring: Scoring) -> Tensor:
     parts = FusedHead.apply(hidden, head.weight, target, scoring, 100)
     return torch.cat(parts)
+
+
+def test_of_lp_regs_example_the_mass_of_kept_tokens_and_the_targets_place_among_them_are_right() -> None:
+    """Lp-Reg (arXiv 2510.03222), kappa 0.02: its target for a token is the log-prob less the log of the mass."""
+    distributions = torch.tensor(
+        [[0.60, 0.30, 0.07, 0.02, 0.01], [0.90, 0.05, 0.03, 0.015, 0.005]], dtype=torch.float64
+    )
+    head = nn.Linear(2, 5, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        head.weight.copy_(distributions.log().T)
+    scoring = Scoring(scale=1.0, wanted=Wanted(min_p=0.02))
+    logp, mass, top = scored(head, torch.eye(2, dtype=torch.float64), torch.tensor([3, 3]), scoring)
+    assert mass.exp().tolist() == pytest.approx([0.99, 0.98], abs=1e-7)
+    assert top.exp().tolist() == pytest.approx([0.60, 0.90], abs=1e-7)
+    kept = logp >= math.log(0.02) + top
+    assert kept.tolist() == [True, False]
+    assert float((logp - mass)[0].detach()) == pytest.approx(-3.9019727, abs=1e-7)
+
+
+def test_the_policy_gives_them_after_log_probs_and_entropies() -> None:
+    policy = Policy(small_model("qwen3"), temperature=0.7)
+    tokens = torch.arange(14).reshape(2, 7) * 5 % 31
+    inputs = (tokens, torch.arange(14), tokens.reshape(-1).roll(-1))
+    logp, entropy, mass, top = policy(*inputs, with_entropy=True, min_p=0.05)
+    hidden = policy.hf.model(input_ids=tokens).last_hidden_state.reshape(14, -1)
+    scoring = Scoring(scale=1 / 0.7, wanted=Wanted(entropy=True, min_p=0.05))
+    expected = dense(policy.hf.lm_head, hidden, inputs[2], scoring)
+    torch.testing.assert_close(torch.stack([logp, entropy, mass, top]), expected)
+    torch.testing.assert_close(policy(*inputs, min_p=0.05), expected[[0, 2, 3]])
+    torch.testing.assert_close(policy(*inputs, with_entropy=True), expected[:2])
+
+
+def test_the_benchmark_of_the_head_runs_each_side(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--tokens", "9", "--vocab", "50", "--channels", "8", "--device", "cpu", "--repeats", "1", "--entropy"]
+    assert head_benchmark.main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[-3:]] == ["whole", "chunks", "fused"]

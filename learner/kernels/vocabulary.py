@@ -178,8 +178,8 @@ def _others_gradient(
     if of_entropy is None or entropy is None:
         return logp.exp_().mul_(-of_logp[:, None]).to(dtype)
     chances = logp.exp()
-    factors = logp.add_(entropy[:, None]).mul_(of_entropy[:, None]).add_(of_logp[:, None])
-    return chances.mul_(factors).neg_().to(dtype)
+    factors = logp.add_(entropy[:, None]).mul_(-of_entropy[:, None]).sub_(of_logp[:, None])
+    return chances.mul_(factors).to(dtype)
 
 
 class TokenNumbers(torch.autograd.Function):
