@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from atpo_async.config import Config, build
+from atpo_async.config import Config, build, load
 from atpo_async.run.metrics import MetricsWriter
 from benchmarks import concurrent_episodes, message_task, waits
-from benchmarks.actor_overhead import measure, measure_messages
+from benchmarks.actor_overhead import in_flight_settings, measure, measure_messages
+from benchmarks.actor_overhead import main as overhead_main
 from tests.e2e_support import WORLD
 from tests.learner_support import small_policy
 
@@ -63,6 +65,37 @@ async def test_the_overhead_is_measured_against_the_same_requests(policy: Path) 
     found = await measure(config(), policy, num_trees=2, rounds=1)
     assert (found["engine"], found["trees"], found["rounds"]) == ("transformers", 2, 1)
     assert len(found["ratios"]) == 1  # type: ignore[arg-type]
+    assert set(found["front_end_cpu_us_per_turn"]) == {"actor", "straight"}  # type: ignore[call-overload]
+
+
+def test_a_size_is_made_here_and_the_made_up_task_fills_the_places_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, object] = {}
+
+    async def measured(config: Config, model: Path, trees: int, rounds: int, *, limit_s: float) -> dict[str, object]:
+        weights = (model / "model.safetensors").stat().st_size
+        asked.update(config=config, weights=weights, trees=trees, rounds=rounds, limit_s=limit_s)
+        return {"ratio_median": 0.97}
+
+    monkeypatch.setattr("benchmarks.actor_overhead.measure", measured)
+    words = ["--model", "demo", "--in-flight", "24", "--device", "cpu", "--limit-s", "9", "--json", str(tmp_path / "j")]
+    monkeypatch.setattr("sys.argv", ["actor_overhead.py", *words])
+    overhead_main()
+    made = asked["config"]
+    assert isinstance(made, Config)
+    assert (made.actor.trees_in_flight, made.actor.max_num_seqs, made.search.max_leaves) == (2, 24, 12)
+    assert (made.actor.device, asked["trees"], asked["limit_s"]) == ("cpu", 8, 9.0)
+    assert int(str(asked["weights"])) > 100_000
+    assert json.loads(capsys.readouterr().out)["ratio_median"] == 0.97
+    assert json.loads((tmp_path / "j").read_text())["model"] == "demo"
+
+
+def test_settings_of_a_qwen3_size_hold_its_turns_and_as_many_requests_as_asked_for() -> None:
+    made = load([], in_flight_settings(256, size="0.6b"))
+    assert made.actor.trees_in_flight * made.search.max_leaves == pytest.approx(256, abs=6)
+    assert made.environment.options == {"turns": 4, "prompt": 512, "observation": 200}
+    assert made.model.max_context_tokens >= 512 + 3 * 200 + 4 * 128
 
 
 async def test_the_message_layer_is_measured_on_the_same_task_in_messages(policy: Path, tmp_path: Path) -> None:
