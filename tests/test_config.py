@@ -31,7 +31,7 @@ def test_the_configurations_that_come_with_the_project_load() -> None:
     demo = load(ROOT / "configs" / "demo.toml")
     search = demo.search
     assert search.max_leaves == search.initial_rollouts + search.rounds * search.branches >= 2
-    big = load(ROOT / "configs" / "qwen3_4b_8gpu.toml")
+    big = load(ROOT / "configs" / "gpu_8x80gb.toml")
     assert big.actor.engine == "vllm"
     assert big.learner.num_processes == len(big.learner.gpus)
     assert (ROOT / str(big.learner.accelerate_config)).is_file()

@@ -24,7 +24,7 @@ from scripts import recipes_table
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "configs" / "demo.toml"
-BIG = ROOT / "configs" / "qwen3_4b_8gpu.toml"
+BIG = ROOT / "configs" / "gpu_8x80gb.toml"
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.toml"))
 SCALES = sorted((ROOT / "configs" / "recipes" / "demo_scale").glob("*.toml"))
 

@@ -29,7 +29,7 @@ BF16_TFLOPS = {"H200": 989.0, "H100": 989.0, "GH200": 989.0, "B200": 2250.0, "A1
 MARK = "row: "
 """In front of a child's lines of JSON."""
 NOT_RUN = "not run"
-NEEDS = {"4b": {"learner.optimizer": "adamw8bit", "learner.gradient_checkpointing": "true"}}
+NEEDS = {"4b": {"learner.optimizer": "adamw8bit", "learner.gradient_checkpointing": "auto"}}
 """Without which a model does not fit one card of 80 GB, unless other values were given."""
 LEAST_S = 30.0
 """Less is not enough for a row: its process has to start, and the first step to compile."""

@@ -30,6 +30,7 @@ def stages(plan: Plan, *, profiled: bool = True) -> Iterator[Stage]:
     """What one row has measured, stage by stage: settings and work, steps, kinds of kernels, flat layout, bare loop."""
     (name, shape), *_ = plan.shapes.items()
     trainer = make_trainer(plan.size, plan.config)
+    trainer.warm_up()  # as a learner does: what is left to it, it decides here
     batch = made_for(trainer, plan, shape, plan.trees)
     work, flops = work_of(batch, tree_work), Flops.of(trainer.policy.hf)
     flat = work_of(batch, flat_work)

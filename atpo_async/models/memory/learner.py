@@ -24,8 +24,10 @@ CONTEXT_BYTES = 0.6 * 2**30
 """Of a process that uses CUDA: its context and the libraries' workspaces."""
 FRAGMENTED = 0.05
 """Share of a learner's memory that its allocator holds in pieces of the wrong size."""
-STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "offload": 0.0}
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.03, "offload": 0.0}
 """Of an optimizer's states on the GPU, for each trained parameter; adamw8bit has a scale for each block of 256."""
+OFFLOAD_BYTES = 0.5 * 2**30
+"""Of the buffers through which ``offload`` steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def learner_parts(
     parts = [
         Part("weights", weights),
         Part("gradients", 4 * trained / shared),
-        Part(f"optimizer states ({memory.optimizer})", STATE_BYTES[memory.optimizer] * trained / shared),
+        Part(f"optimizer states ({memory.optimizer})", _state_bytes(memory, trained / shared)),
         Part("weights in half precision", cast),
         Part("gradients on their way to other ranks", _exchange_bytes(shape, memory, trained)),
         Part("reference policy", reference if memory.reference else 0.0),
@@ -117,6 +119,11 @@ def learner_parts(
         parts.append(Part("fragments", FRAGMENTED * sum(part.num_bytes for part in parts)))
         parts.append(Part("CUDA context of the learner", CONTEXT_BYTES))
     return [part for part in parts if part.num_bytes]
+
+
+def _state_bytes(memory: LearnerMemory, trained: float) -> float:
+    buffers = min(OFFLOAD_BYTES, 16.0 * trained) if memory.optimizer == "offload" else 0.0
+    return STATE_BYTES[memory.optimizer] * trained + buffers
 
 
 def _weight_bytes(shape: ModelShape, memory: LearnerMemory) -> tuple[float, float]:
