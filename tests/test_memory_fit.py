@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -290,31 +289,3 @@ def test_another_error_of_a_pass_is_not_tried_again(folder: Path) -> None:
     with pytest.raises(RuntimeError, match="illegal memory access"):
         trainer.train(make_batch(), version=3)
     assert len(calls) == 1
-
-
-def test_layers_chosen_by_number_give_the_same_loss_and_gradient(folder: Path) -> None:
-    def gradients(choose: Callable[[Trainer], None], **learner: object) -> list[Tensor]:
-        trainer = make_trainer(config_of(folder, **learner))
-        choose(trainer)
-        (part,) = [trainer.planner.plan(_credited(trainer), make_batch(), 3)]
-        loss = trainer.steps.loss(part.passes[0], _untempered()).loss.loss
-        loss.backward()
-        return [loss.detach(), *(p.grad for p in trainer.policy.parameters() if p.grad is not None)]
-
-    plain = gradients(lambda trainer: None)
-    for count in (0, 1, 2):
-        found = gradients(lambda trainer, n=count: trainer.fitting.checkpoint(n), gradient_checkpointing="auto")  # type: ignore[misc]
-        for expected, got in zip(plain, found, strict=True):
-            torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-10)
-
-
-def _credited(trainer: Trainer) -> list[Any]:
-    from learner.packing.credited import CreditedTree
-
-    return [CreditedTree.of(tree, trainer._credit) for tree in make_batch().trees]
-
-
-def _untempered() -> Any:
-    from learner.loss.correction import Tempering
-
-    return Tempering()

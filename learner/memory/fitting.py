@@ -85,7 +85,7 @@ class Fitting:
         file: Path | None = None,
         notify: Notify = notices.post,
     ) -> None:
-        self._config, self._hf, self._accelerator, self._notify = config, hf, accelerator, notify
+        self._config, self.hf, self._accelerator, self._notify = config, hf, accelerator, notify
         self._device = device_name(accelerator.device)
         self._kept = KeptFit(file, config, device=self._device)
         self.micro_batch_tokens = config.learner.micro_batch_tokens
@@ -109,7 +109,7 @@ class Fitting:
 
     @property
     def checkpointed_layers(self) -> int:
-        return checkpointed(self._hf)
+        return checkpointed(self.hf)
 
     @property
     def now(self) -> Fit:
@@ -117,7 +117,7 @@ class Fitting:
 
     def checkpoint(self, count: int) -> None:
         """Let the first ``count`` layers be computed twice."""
-        checkpoint_first(self._hf, count)
+        checkpoint_first(self.hf, count)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -139,7 +139,7 @@ class Fitting:
         """
         clear_device_cache(garbage_collection=True)
         before = self.now
-        after = smaller(before, failed, layers=len(layers_of(self._hf)) if self.selects_layers else 0)
+        after = smaller(before, failed, layers=len(layers_of(self.hf)) if self.selects_layers else 0)
         if after is None:
             raise SetupError(
                 f"a path of {failed.longest_path} tokens does not fit into the memory of {self._device}, alone in its "
@@ -160,7 +160,7 @@ class Fitting:
         if after.checkpointed_layers != before.checkpointed_layers:
             return (
                 f"{after.checkpointed_layers} layers are computed twice from here on, it was "
-                f"{before.checkpointed_layers} of {len(layers_of(self._hf))} (learner.gradient_checkpointing = 'auto')"
+                f"{before.checkpointed_layers} of {len(layers_of(self.hf))} (learner.gradient_checkpointing = 'auto')"
             )
         return (
             f"passes hold at most {after.micro_batch_tokens} tokens from here on, it was {before.micro_batch_tokens} "

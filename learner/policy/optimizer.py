@@ -14,7 +14,7 @@ from torch import nn
 
 from atpo_async.config import LearnerConfig
 from atpo_async.core.errors import SetupError
-from learner.memory.offloaded_adamw import OffloadedAdamW
+from learner.memory.offloaded_adamw import MOMENTS, PIECE, OffloadedAdamW
 
 log = logging.getLogger("atpo.learner")
 
@@ -65,6 +65,19 @@ def _eight_bits() -> Any:
             "'atpo-async[gpu]', or use --learner.optimizer offload or adamw"
         ) from exc
     return AdamW8bit
+
+
+STATE_BYTES = {"adamw8bit": 2.04}
+"""Of moments in 8 bits, for each parameter: two codes, and a scale for each 256 of them."""
+
+
+def state_bytes(optimizer: torch.optim.Optimizer, kind: str) -> float:
+    """What the moments of an optimizer that has taken no step yet will take on the device, at most, on this rank."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    local = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in parameters]
+    if kind == "offload":
+        return float(2 * len(MOMENTS) * max(min(p.numel(), PIECE) * p.element_size() for p in local))
+    return float(sum(p.numel() * STATE_BYTES.get(kind, 2.0 * p.element_size()) for p in local))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

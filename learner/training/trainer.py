@@ -11,6 +11,7 @@ size needs no such pass: it checks after the backward passes, and repeats them, 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,11 +31,12 @@ from learner.batches.intake import Sifted, sift
 from learner.kernels.install import PRECISIONS, install
 from learner.loss.correction import Tempering
 from learner.memory.fitting import Fitting
+from learner.memory.measuring import CudaMeter, choose_layers, share_of_engines
 from learner.packing.credited import CreditedTree
 from learner.policy import compilation, precision
 from learner.policy.accelerator import is_sharded
 from learner.policy.model import Policy, is_tied
-from learner.policy.optimizer import make_optimizer
+from learner.policy.optimizer import make_optimizer, state_bytes
 from learner.policy.packing_check import layout_for
 from learner.policy.whole import TensorNames, WholePolicy
 from learner.training.fitted import FittedBatch
@@ -45,6 +47,8 @@ from learner.training.recredit import recredit
 from learner.training.reductions import Reductions
 from learner.training.report import StepReport
 from learner.training.step_metrics import StepMetrics
+
+log = logging.getLogger("atpo.learner")
 
 
 class Trainer:
@@ -145,19 +149,46 @@ class Trainer:
         return recompute or self._credit.reads_ratio or self._loss.correction.needs_batch
 
     def warm_up(self) -> None:
-        """One pass on made-up rows, so that the first batch does not pay for allocation and lazy set-up.
+        """A pass on made-up rows, so that the first batch does not pay for allocation and lazy set-up, and the choice
+        of layers that are computed twice, where it is left to the learner.
 
         Weights, optimizer and generators of random numbers stay as they are.  Every rank calls it.
         """
-        settings = self.config
-        length = min(64, settings.model.max_context_tokens)
-        rows = max(1, min(64, settings.learner.micro_batch_tokens // length))
+        length = min(64, self.config.model.max_context_tokens)
+        self._made_up_pass(max(1, min(64, self.planner.micro_batch_tokens // length)), length)
+        if self.fitting.selects_layers:
+            # With gradients where they will be.
+            self._choose_layers()
+        self.optimizer.zero_grad()
+
+    def _choose_layers(self) -> None:
+        """As many layers are computed twice as the largest pass needs.  On a CPU none is: all memory is the host's."""
+        device = self.accelerator.device
+        if device.type != "cuda":
+            log.info("learner.gradient_checkpointing = 'auto' computes no layer twice on a CPU")
+            return
+        meter = CudaMeter(
+            device,
+            set_aside=state_bytes(self.optimizer, self.config.learner.optimizer),
+            engines=share_of_engines(self.config, self.accelerator.process_index),
+        )
+        # A packed pass is one row, and flat rows are as long as a context at the most.
+        width = self.config.model.max_context_tokens if self.layout == "flat" else self.planner.micro_batch_tokens
+        choose_layers(
+            self.fitting,
+            meter,
+            lambda tokens: self._made_up_pass(max(1, tokens // width), min(width, tokens)),
+            lambda value: max(self.reductions.gather(value)),
+        )
+        self.planner.micro_batch_tokens = self.fitting.micro_batch_tokens
+
+    def _made_up_pass(self, rows: int, length: int) -> None:
+        """Forward and backward of made-up tokens; every gradient is 0."""
         places = torch.arange(rows * length, device=self.accelerator.device)
         tokens = torch.zeros((rows, length), dtype=torch.int64, device=self.accelerator.device)
         logp = self.model(tokens=tokens, predictor=places, target=torch.zeros_like(places))
         precision.check_outputs(logp)
         self.accelerator.backward(logp.sum() * 0.0)
-        self.optimizer.zero_grad()
 
     def train(self, batch: Batch, *, version: int, should_stop: Callable[[], bool] = lambda: False) -> StepReport:
         """Train on this rank's share of a batch.  Every rank calls it for every batch, with a share or without.
