@@ -201,6 +201,24 @@ def torch_dtype(name: str) -> Any:
 
 
 @contextlib.contextmanager
+def in_one_thread() -> Iterator[None]:
+    """torch's operations of the calling thread run in that thread alone meanwhile.
+
+    For copies of a model tensor by tensor: one thread has most of the memory's speed, and on a busy machine the pool
+    waits at the end of each of some hundred tensors until the system has run all of its threads.  Measured on two busy
+    cores for 1.2 GB in 311 tensors: 0.2 s in one thread, 1.3 to 3.6 s in two.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """What transformers would report is reported here, in the words of this program, and once."""
     from transformers.utils import logging as reports

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from atpo_async.core.dtypes import PRECISION_BYTES
 from atpo_async.core.vocabulary import Precision
-from atpo_async.models.causal_lm import torch_dtype
+from atpo_async.models.causal_lm import in_one_thread, torch_dtype
 from atpo_async.wire.messages import TensorSpec
 from learner.policy.lora import Merged
 
@@ -159,8 +159,9 @@ class Stager:
             self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=device is not None)
         event = None
         if device is None:
-            for spec in places(specs):
-                self._place(spec).copy_(tensors[spec.name].reshape(-1))
+            with in_one_thread():
+                for spec in places(specs):
+                    self._place(spec).copy_(tensors[spec.name].reshape(-1))
         else:
             event = self._start_copies(specs, tensors, device)
         return Staged(tensors, self._precision, buffer=self._buffer, event=event, on_release=self._free.set)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from atpo_async.models.causal_lm import in_one_thread
+
 PART_ELEMENTS = 1 << 24
 """Elements that are compared at a time: a GPU that generates has little memory left."""
 
@@ -67,12 +69,13 @@ def uncovered(model: nn.Module, tensors: Mapping[str, Tensor], places: Iterable[
 @torch.no_grad()
 def copy_all(places: Iterable[Placement], tensors: Mapping[str, Tensor]) -> None:
     """On a GPU only started: what runs there next finds them.  ``tensors`` must stay until the device is done."""
-    for place in places:
-        begin = 0
-        for source in place.sources:
-            tensor = tensors[source]
-            place.parameter[begin : begin + len(tensor)].copy_(tensor, non_blocking=True)
-            begin += len(tensor)
+    with in_one_thread():
+        for place in places:
+            begin = 0
+            for source in place.sources:
+                tensor = tensors[source]
+                place.parameter[begin : begin + len(tensor)].copy_(tensor, non_blocking=True)
+                begin += len(tensor)
 
 
 def compare(places: Iterable[Placement], tensors: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:

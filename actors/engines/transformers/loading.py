@@ -34,10 +34,12 @@ def take_up(model: Any, weights: WeightsFile, copy: Copy, *, folder: Path) -> No
         embeddings = next(n for n, t in held.items() if n != TIED_HEAD and _same(t, held[TIED_HEAD]))
         if not torch.equal(incoming[TIED_HEAD], incoming[embeddings]):
             raise WeightsRejected(f"{label}: {TIED_HEAD} differs from {embeddings}, but the model {folder} ties them")
-    for name, tensor in incoming.items():
-        copy(held[name], tensor, name)
-    held = model.state_dict()
-    if wrong := [name for name, tensor in incoming.items() if not _same_bits(held[name], tensor)]:
+    with causal_lm.in_one_thread():
+        for name, tensor in incoming.items():
+            copy(held[name], tensor, name)
+        held = model.state_dict()
+        wrong = [name for name, tensor in incoming.items() if not _same_bits(held[name], tensor)]
+    if wrong:
         raise ProbeMismatch(
             f"{label}: after the load {wrong[0]} is not what the learner published ({len(wrong)} of {len(incoming)} "
             "tensors are not)"
