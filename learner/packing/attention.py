@@ -159,6 +159,8 @@ def tree_attention_forward(
     Raises:
         NotImplementedError: the layer needs a feature that packed rows do not support.
     """
+    if query.dtype != value.dtype:  # rotary positions may be in a higher precision
+        query, key = query.to(value.dtype), key.to(value.dtype)
     if tree_layout is None:
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atpo_async.config import Config
 from atpo_async.core.errors import SetupError
@@ -26,7 +26,9 @@ from learner.policy.model import Policy
 log = logging.getLogger("atpo.learner")
 
 
-def layout_for(policy: Policy, config: Config, model: nn.Module | None = None) -> tuple[Literal["tree", "flat"], str]:
+def layout_for(
+    policy: Policy, config: Config, model: Callable[..., Tensor] | None = None
+) -> tuple[Literal["tree", "flat"], str]:
     """The layout of this policy's batches, and why: ``learner.packing``, as far as the model supports it.
 
     A model can if a small forked tree gets the same log-probs packed as flat, on the device where the policy is.  The
@@ -66,7 +68,7 @@ OF_EFFECT = {"no": 0.02, "bf16": 0.25, "fp16": 0.25}
 """Of what wrong context changes, the part that is no fault: half precision alone moves log-probs by hundredths."""
 
 
-def _packing_fault(policy: Policy, model: nn.Module | None, mixed_precision: str) -> str | None:
+def _packing_fault(policy: Policy, model: Callable[..., Tensor] | None, mixed_precision: str) -> str | None:
     """The fault when a small tree is scored packed; None where there is none."""
     rows = _forked_rows(int(policy.hf.config.vocab_size))
     (flat,) = micro_batches(rows, max_tokens=1024, version=0)

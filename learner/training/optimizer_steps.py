@@ -19,6 +19,7 @@ from learner.loss import guards
 from learner.loss.correction import Tempering
 from learner.memory.out_of_memory import explained
 from learner.policy.accelerator import is_sharded
+from learner.policy.half import HalfPolicy
 from learner.policy.optimizer import set_rate
 from learner.training.pass_loss import PassLoss
 from learner.training.passes import Pass
@@ -94,6 +95,8 @@ class OptimizerSteps:
     optimizer: AcceleratedOptimizer
     loss: PassLoss
     reductions: Reductions
+    half: HalfPolicy | None = None
+    """What the passes go through, where that is not the model itself."""
     history: UpdateHistory = field(default_factory=UpdateHistory)
     before_update: Callable[[], None] = lambda: None
     """Called before weights change: returns once nothing reads the present ones any more."""
@@ -146,6 +149,8 @@ class OptimizerSteps:
         loss, kl, entropy = zero.clone(), zero.clone(), zero.clone()
         sums = torch.zeros(self.loss.num_sums, dtype=torch.float64, device=device)
         log_weights: list[Tensor] = []
+        # Data parallelism averages gradients over ranks; the loss is a sum over them, and so is what the copy does.
+        ranks = accelerator.num_processes if self.half is None else 1
         for i, item in enumerate(passes):
             if accelerator.num_processes == 1 and should_stop():
                 self.optimizer.zero_grad()
@@ -155,8 +160,7 @@ class OptimizerSteps:
             exchanges = is_sharded(accelerator) or i + 1 == len(passes)
             with contextlib.nullcontext() if exchanges else accelerator.no_sync(self.model):
                 found = self.loss(item, tempering)
-                # Data parallelism averages gradients over ranks; the loss is a sum over them.
-                accelerator.backward(found.loss.loss * accelerator.num_processes)
+                accelerator.backward(found.loss.loss * ranks)
             loss += found.loss.loss.detach().double()
             kl += found.loss.kl.double()
             entropy += found.loss.entropy.double()
@@ -164,6 +168,8 @@ class OptimizerSteps:
             waits.progress("micro-batches")
             if found.sums is not None:
                 sums += found.sums
+        if self.half is not None and accelerator.num_processes > 1:
+            self.half.sum_over_ranks()
         return Attempt(loss=loss, kl=kl, entropy=entropy, sums=sums, log_weights=log_weights)
 
     def count_as_skipped(self, reason: str) -> None:
@@ -202,6 +208,8 @@ class OptimizerSteps:
         set_rate(self.optimizer, lr)
         self.before_update()
         self.optimizer.step()
+        if self.half is not None:
+            self.half.is_stale = True
         self.history.updates += 1
         self.optimizer.zero_grad()
         return lr

@@ -35,6 +35,7 @@ from learner.memory.measuring import CudaMeter, choose_layers, share_of_engines
 from learner.packing.credited import CreditedTree
 from learner.policy import compilation, precision
 from learner.policy.accelerator import is_sharded
+from learner.policy.half import HalfPolicy, is_for
 from learner.policy.model import Policy, is_tied
 from learner.policy.optimizer import make_optimizer, state_bytes
 from learner.policy.packing_check import layout_for
@@ -83,26 +84,36 @@ class Trainer:
         )
         policy.compiled_head = self.kernels.compiled_head
         names = TensorNames.of(policy)
-        frozen = _frozen_copy(policy, accelerator) if config.objective.kl_coef and policy.lora is None else None
         sharded = is_sharded(accelerator)
+        # A copy in half precision is made on the device, and before anything wraps the policy.
+        self.half = HalfPolicy(_placed(policy, accelerator), trains=True) if is_for(config, policy, sharded) else None
+        wants_frozen = config.objective.kl_coef > 0 and policy.lora is None
+        frozen = _frozen_copy(policy, accelerator, in_half=self.half is not None) if wants_frozen else None
         optimizer = make_optimizer(policy, config.learner, device=accelerator.device, sharded=sharded)
         tied = is_tied(policy)
         precision.keep_outputs(accelerator)
-        self.model, self.optimizer = accelerator.prepare(policy, optimizer)
+        if self.half is None:
+            self.model, self.optimizer = accelerator.prepare(policy, optimizer)
+        else:
+            # Its ranks exchange gradients themselves, once an optimizer step.
+            self.model = accelerator.prepare_model(policy, evaluation_mode=True)
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
+            self.half.begin_alike(num_ranks=accelerator.num_processes)
+        self._run = self.half or self.model
         self.whole = WholePolicy(policy=policy, names=names, model=self.model, accelerator=accelerator, sharded=sharded)
         # On the device, and through the wrappers that change the policy's arithmetic: what is tried is what trains.
         wrapped = sharded or config.learner.mixed_precision != "no"
-        layout, self.layout_reason = layout_for(policy, config, self.model if wrapped else None)
+        layout, self.layout_reason = layout_for(policy, config, self._run if wrapped else None)
         if tied and not is_tied(policy):
             # A head of its own would be no parameter of the optimizer, and its gradient would never be zeroed.
             raise SetupError(
                 f"accelerate untied the output head from the embeddings (learner.accelerate_config = "
                 f"{config.learner.accelerate_config!r}): set fsdp_cpu_ram_efficient_loading to false there"
             )
-        without_adapters = None if policy.lora is None else policy.lora.without(self.model)
+        without_adapters = None if self.trained.lora is None else self.trained.lora.without(self._run)
         reference = (frozen or without_adapters) if config.objective.kl_coef else None
         self._loss = PassLoss(
-            config=config, accelerator=accelerator, model=self.model, reference=reference, reductions=self.reductions
+            config=config, accelerator=accelerator, model=self._run, reference=reference, reductions=self.reductions
         )
         self.fitting = Fitting(config, hf=policy.hf, accelerator=accelerator, file=memory_file)
         self.planner = Planner(
@@ -122,10 +133,16 @@ class Trainer:
             optimizer=self.optimizer,
             loss=self._loss,
             reductions=self.reductions,
+            half=self.half,
         )
         self._metrics = StepMetrics(config, loss=self._loss, reductions=self.reductions)
         compilation.raise_limit()
         self.compilations = compilation.Compilations()
+
+    @property
+    def trained(self) -> Policy:
+        """The policy whose layers compute the passes: how they do it (checkpointing, compilation) is set there."""
+        return self.policy if self.half is None else self.half.policy
 
     @property
     def history(self) -> UpdateHistory:
@@ -186,7 +203,7 @@ class Trainer:
         """Forward and backward of made-up tokens; every gradient is 0."""
         places = torch.arange(rows * length, device=self.accelerator.device)
         tokens = torch.zeros((rows, length), dtype=torch.int64, device=self.accelerator.device)
-        logp = self.model(tokens=tokens, predictor=places, target=torch.zeros_like(places))
+        logp = self._run(tokens=tokens, predictor=places, target=torch.zeros_like(places))
         precision.check_outputs(logp)
         self.accelerator.backward(logp.sum() * 0.0)
 
@@ -203,6 +220,8 @@ class Trainer:
             ConfigError: a result of a user's own surrogate or correction breaks the protocol.
         """
         settings = self.config
+        if self.half is not None:
+            self.half.is_stale = True  # a checkpoint may have been loaded since
         sifted = sift(batch, version=version, vocab_size=self._vocab_size, max_lag=settings.staleness.max_lag)
         trees = [CreditedTree.of(tree, self._credit) for tree in sifted.batch.trees]
         order = np.random.default_rng((settings.run.seed, batch.step, self.accelerator.process_index))
@@ -279,9 +298,15 @@ class Trainer:
         return reason
 
 
-def _frozen_copy(policy: Policy, accelerator: Accelerator) -> Policy:
+def _placed(policy: Policy, accelerator: Accelerator) -> Policy:
+    placed: Policy = policy.to(accelerator.device)
+    return placed
+
+
+def _frozen_copy(policy: Policy, accelerator: Accelerator, *, in_half: bool) -> Callable[..., Tensor]:
     """The policy as it was loaded from ``model.path``, whole on every rank."""
+    if in_half:
+        return HalfPolicy(_placed(policy, accelerator), trains=False)
     frozen = copy.deepcopy(policy).requires_grad_(False).eval()
     precision.cast_as_sharded(frozen, accelerator)
-    placed: Policy = frozen.to(accelerator.device)
-    return placed
+    return _placed(frozen, accelerator)
