@@ -161,6 +161,13 @@ def test_the_policy_and_its_reference_are_the_same_to_the_last_bit_at_the_start(
     assert trainer.train(make_batch(step=1), version=VERSION).metrics["loss/kl_reference"] > 0.0
 
 
+def test_adapters_are_switched_off_in_the_copy_too_for_the_reference(folder: Path) -> None:
+    lora = {"lora": {"rank": 4}, "lr": 1e-2}
+    trainer = trainer_of(folder, "bf16", objective={"kl_coef": 0.1}, learner=lora)
+    assert trainer.train(make_batch(), version=VERSION).metrics["loss/kl_reference"] == 0.0
+    assert trainer.train(make_batch(step=1), version=VERSION).metrics["loss/kl_reference"] > 0.0
+
+
 def test_the_probe_is_of_the_float32_weights(folder: Path) -> None:
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
     one, other = (trainer_of(folder, mixed).whole.probe(tokens) for mixed in ("no", "bf16"))

@@ -23,6 +23,7 @@ from learner.checkpoints.checkpoint import Progress
 from learner.loss.guards import overflowed
 from learner.policy import precision
 from learner.policy.accelerator import make_accelerator
+from learner.policy.half import HalfPolicy
 from learner.policy.model import Policy, load_policy
 from learner.training.trainer import Trainer
 from tests.learner_support import batch_of, make_batch, make_config, make_model
@@ -193,7 +194,7 @@ def test_log_probs_that_a_wrapper_casts_are_refused() -> None:
         precision.check_outputs(torch.zeros(2, dtype=torch.bfloat16))
 
 
-def test_log_probs_are_float32_through_ddp_and_through_the_shipped_sharding(folder: Path, tmp_path: Path) -> None:
+def test_log_probs_are_float32_on_several_ranks_and_through_the_shipped_sharding(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     env = {**os.environ, **rank, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -203,7 +204,7 @@ def test_log_probs_are_float32_through_ddp_and_through_the_shipped_sharding(fold
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
-    assert found["ddp"] == {"wrapper": "DistributedDataParallel", "dtype": "torch.float32", "error": 0.0}
+    assert found["ranks"] == {"wrapper": "Policy", "dtype": "torch.float32", "error": 0.0}
     assert found["fsdp2"]["wrapper"] == "FSDPPolicy"
     assert found["fsdp2"]["dtype"] == "torch.float32"
     # The weights are cast, as for an engine in bfloat16; what follows the logits is not.
@@ -215,7 +216,7 @@ def test_log_probs_are_float32_through_ddp_and_through_the_shipped_sharding(fold
 
 
 def one_rank(folder: Path, out: Path) -> None:
-    """In a process of its own: the policy unwrapped, in DDP, and in FSDP2, each computing in bfloat16."""
+    """In a process of its own: the policy alone, as a rank of several, and in FSDP2, each computing in bfloat16."""
     torch.set_num_threads(1)
     config = make_config(folder, learner={"mixed_precision": "bf16"})
     accelerator = make_accelerator(config)
@@ -223,12 +224,12 @@ def one_rank(folder: Path, out: Path) -> None:
     tokens = torch.arange(40).reshape(2, 20) * 7 % 31
     inputs = (tokens, torch.arange(39).remainder(39), tokens.reshape(-1)[1:])
     with torch.no_grad():
-        with torch.autocast("cpu", torch.bfloat16):
-            autocast = load_policy(config)(*inputs)
+        alone = HalfPolicy(load_policy(config), trains=True)(*inputs)
         cast = in_bfloat16(load_policy(config))(*inputs)
-        ddp = Trainer(config, accelerator=accelerator, policy=load_policy(config))
-        through_ddp = ddp.model(*inputs)
-    names = sorted(ddp.whole.published())
+        ranked = Trainer(config, accelerator=accelerator, policy=load_policy(config))
+        assert ranked.half is not None
+        through_rank = ranked.half(*inputs)
+    names = sorted(ranked.whole.published())
     accelerator.free_memory()
     # Accelerate shards on GPUs only; the wrapping itself works on a CPU as well.
     sharded = sharding()
@@ -242,10 +243,10 @@ def one_rank(folder: Path, out: Path) -> None:
         through_fsdp = fsdp.model(*inputs)
     assert fsdp.train(make_batch(), version=3).fault is None
     found = {
-        "ddp": {
-            "wrapper": type(ddp.model).__name__,
-            "dtype": str(through_ddp.dtype),
-            "error": float((through_ddp - autocast).abs().max()),
+        "ranks": {
+            "wrapper": type(ranked.model).__name__,
+            "dtype": str(through_rank.dtype),
+            "error": float((through_rank - alone).abs().max()),
         },
         "fsdp2": {
             "wrapper": type(fsdp.model).__name__,
