@@ -108,6 +108,7 @@ async def learn(ctx: RoleContext) -> None:
                 ctx.log.info("%s: %d parameters are trained", lora, trained)
             ctx.log.info("%s layout: %s", learner.trainer.layout, learner.trainer.layout_reason)
             ctx.log.info("kernels: %s", learner.trainer.kernels.reason)
+            ctx.log.info("compiled layers: %s", learner.trainer.compiled)
             await learner.run()
             # A rank that exits while others still use the group's threads may abort.
             await thread(learner.trainer.accelerator.wait_for_everyone)

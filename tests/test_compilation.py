@@ -30,6 +30,7 @@ def flex(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], Tenso
         return torch.compile(flex_attention, dynamic=any_length, backend="eager")
 
     monkeypatch.setattr(attention_flex, "_compiled", traced)
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     attention_flex._shapes.cache_clear()
     torch._dynamo.reset()
     compilation.raise_limit()

@@ -108,14 +108,14 @@ def flat(result: dict[str, Any], step: int) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "kind"), [(ranks, kind) for ranks, kind, name in CASES if name == "half"])
-def test_in_bfloat16_the_gradient_is_as_near_to_float32s_as_that_of_autocast(
+def test_in_bfloat16_the_gradient_is_as_near_to_float32s_as_that_of_one_whole_rank(
     found: Found, ranks: int, kind: str
 ) -> None:
     exact = flat(found.alone["all"], 0)
     usual = np.linalg.norm(flat(found.by_ranks[1]["plain", "half"], 0) - exact)
     other = found.by_ranks[ranks][kind, "half"]
     error = np.linalg.norm(flat(other, 0) - exact)
-    assert 0 < error < 2 * usual < 0.1 * np.linalg.norm(exact)
+    assert 0 < error < 2 * usual < 0.15 * np.linalg.norm(exact)
     assert other["layout"] == "tree"
     assert other["from_reference"] == 0.0
     assert other["metrics"][0]["train/loss"] == pytest.approx(found.alone["all"]["metrics"][0]["train/loss"], abs=0.01)

@@ -115,6 +115,7 @@ MEANT_BY: Mapping[str, str] = {
     "learner.accelerate_config": "deepspeed ds_config zero_stage fsdp fsdp_config config_file",
     "learner.mixed_precision": "bf16 fp16 amp",
     "learner.gradient_checkpointing": "activation_checkpointing grad_checkpointing enable_gradient_checkpointing",
+    "learner.compile": "torch_compile use_torch_compile compile_model use_compile torch_compile_backend",
     "learner.lora.rank": "lora_rank lora_r r use_lora peft use_peft lora_dim adapter_rank max_lora_rank",
     "learner.lora.alpha": "lora_alpha adapter_alpha",
     "learner.lora.rslora": "use_rslora use_rs_lora",

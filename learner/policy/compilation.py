@@ -1,17 +1,23 @@
 """What torch compiles in this process: which layers, how many graphs so far, and a word where there is no end to it.
 
-Layers are compiled once for any length (the lengths of a pass are symbols), in the same code for all of them; what is
-compiled for each shape, FlexAttention, sees few shapes (``packing.lengths``).
+Each layer is one graph (``learner.compile``): attention by runs stands in it as an operator, other ways of it cut it in
+two.  A graph is for any length of a pass and any number of leaves, and for all layers alike; there is one more without
+a gradient, and one for passes of several rows.  What is compiled for each shape, FlexAttention, sees few shapes
+(``packing.lengths``).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
+
+from atpo_async.config import LearnerConfig
 
 log = logging.getLogger("atpo.learner")
 
@@ -19,8 +25,48 @@ VARIANTS = 64
 """Of one function, before torch falls back to the function as it stands.  Its own limit, 8, is soon met by the shapes
 that FlexAttention is compiled for, each with a gradient and without; what it falls back to holds T * T."""
 
+BACKEND = "inductor"
+
 FIRST_BATCHES = 5
 """In which a run meets what it has to compile."""
+
+
+def chosen(model: Any, settings: LearnerConfig, *, device: torch.device, sharded: bool) -> tuple[list[nn.Module], str]:
+    """The layers of a transformers model that a run compiles, and why these, or none."""
+    if settings.compile == "off":
+        return [], "none: learner.compile = 'off'"
+    if settings.compile == "auto" and device.type != "cuda":
+        return [], "none: the learner is on a CPU"
+    if settings.compile == "auto" and sharded:
+        return [], "none: parameters are sharded (--learner.compile on compiles all the same)"
+    found = layers(model)
+    if not found:
+        return [], f"none: {type(model).__name__} does not name its layers"
+    return found, f"{len(found)} of them ({type(found[0]).__name__})"
+
+
+def layers(model: Any) -> list[nn.Module]:
+    """The layers of a transformers model, by the classes that it names for sharding."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    # FSDP makes a class of its own out of a layer's.
+    return [module for module in model.modules() if names & {cls.__name__ for cls in type(module).__mro__}]
+
+
+def compile_layers(found: Sequence[nn.Module], trial: Callable[[], None]) -> str | None:
+    """Compile modules where they are, and try them.  What fails is taken back; returns its fault."""
+    for layer in found:
+        layer.compile(dynamic=True, backend=BACKEND)
+    try:
+        trial()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as exc:
+        for layer in found:
+            layer._compiled_call_impl = None
+        cause = getattr(exc, "inner_exception", exc)  # of the code generator, where it is that which failed
+        lines = str(cause).strip().splitlines()
+        return f"{type(cause).__name__}: {lines[0] if lines else ''}"
+    return None
 
 
 def raise_limit() -> None:

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from atpo_async.config import Config
 from learner.packing import attention
+from learner.policy import frozen
 from learner.policy.model import Policy
 
 DTYPE = torch.bfloat16
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {kind: plain for plain, kind in frozen.KINDS.items()}
 REDUCED_AT_ONCE = 1 << 26
 """Numbers of a gradient that ranks exchange in one message (256 MB)."""
 
@@ -52,6 +54,9 @@ class HalfPolicy:
             made[id(parameter)] = self._cast(parameter, trains=trains)
         # The modules anew, with other parameters in the places of the policy's: tied ones stay tied.
         self.policy: Policy = copy.deepcopy(policy, made)
+        for module in self.policy.modules():
+            if type(module) in _PLAIN:  # made for passes in a higher precision than their weights'
+                module.__class__ = _PLAIN[type(module)]
         _keep_positions_exact(self.policy.hf)
         self._device = next(policy.parameters()).device.type
         self.is_stale = False

@@ -70,9 +70,7 @@ OF_EFFECT = {"no": 0.02, "bf16": 0.25, "fp16": 0.25}
 
 def _packing_fault(policy: Policy, model: Callable[..., Tensor] | None, mixed_precision: str) -> str | None:
     """The fault when a small tree is scored packed; None where there is none."""
-    rows = _forked_rows(int(policy.hf.config.vocab_size))
-    (flat,) = micro_batches(rows, max_tokens=1024, version=0)
-    (packed,) = tree_micro_batches(rows, max_tokens=1024, pack_tokens=None, version=0)
+    flat, packed = (small_pass(policy, layout) for layout in ("flat", "tree"))
     assert packed.layout is not None
     device, dtype = next((p.device, p.dtype) for p in policy.parameters())
 
@@ -100,6 +98,14 @@ def _packing_fault(policy: Policy, model: Callable[..., Tensor] | None, mixed_pr
                 return None
             log.warning("attention over packed trees, computed by %r, is not this model's: %s", way, fault)
     return fault
+
+
+def small_pass(policy: Policy, layout: str) -> MicroBatch:
+    """Three leaves of a tree in one forward pass."""
+    rows = _forked_rows(int(policy.hf.config.vocab_size))
+    if layout == "flat":
+        return micro_batches(rows, max_tokens=1024, version=0)[0]
+    return tree_micro_batches(rows, max_tokens=1024, pack_tokens=None, version=0)[0]
 
 
 def _fault(score: Callable[[], Tensor], expected: Tensor, tolerance: float) -> str | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from atpo_async.config import Config
 from atpo_async.config.credit_rule import credit_rule
@@ -28,7 +28,7 @@ from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.core.priorities import tree_priority
 from atpo_async.wire.messages import Batch
 from learner.batches.intake import Sifted, sift
-from learner.kernels.install import PRECISIONS, install
+from learner.kernels.install import PRECISIONS, Installed, install
 from learner.loss.correction import Tempering
 from learner.memory.fitting import Fitting
 from learner.memory.measuring import CudaMeter, choose_layers, share_of_engines
@@ -38,7 +38,7 @@ from learner.policy.accelerator import is_sharded
 from learner.policy.half import HalfPolicy, is_for
 from learner.policy.model import Policy, is_tied
 from learner.policy.optimizer import make_optimizer, state_bytes
-from learner.policy.packing_check import layout_for
+from learner.policy.packing_check import layout_for, small_pass
 from learner.policy.whole import TensorNames, WholePolicy
 from learner.training.fitted import FittedBatch
 from learner.training.optimizer_steps import BatchTotals, OptimizerSteps, UpdateHistory
@@ -74,17 +74,14 @@ class Trainer:
         if self._credit.reads_ratio and config.correction.prox == "interpolate":
             raise ConfigError(needs_log_probs(self._credit.value_setting))
         self._vocab_size = int(policy.hf.config.vocab_size)
-        # Before the policy is copied or wrapped: its reference computes what it does.
-        self.kernels = install(
-            policy.hf,
-            config.learner.kernels,
-            device=accelerator.device,
-            dtypes=PRECISIONS[config.learner.mixed_precision],
-            compiled=[module for module in policy.hf.modules() if module._compiled_call_impl is not None],
+        sharded = is_sharded(accelerator)
+        layers, self.compiled = compilation.chosen(
+            policy.hf, config.learner, device=accelerator.device, sharded=sharded
         )
+        # Before the policy is copied or wrapped: its reference computes what it does.
+        self.kernels = self._install(policy, compiled=layers)
         policy.compiled_head = self.kernels.compiled_head
         names = TensorNames.of(policy)
-        sharded = is_sharded(accelerator)
         # A copy in half precision is made on the device, and before anything wraps the policy.
         self.half = HalfPolicy(_placed(policy, accelerator), trains=True) if is_for(config, policy, sharded) else None
         wants_frozen = config.objective.kl_coef > 0 and policy.lora is None
@@ -115,7 +112,7 @@ class Trainer:
         self._loss = PassLoss(
             config=config, accelerator=accelerator, model=self._run, reference=reference, reductions=self.reductions
         )
-        self.fitting = Fitting(config, hf=policy.hf, accelerator=accelerator, file=memory_file)
+        self.fitting = Fitting(config, hf=self.trained.hf, accelerator=accelerator, file=memory_file)
         self.planner = Planner(
             config=config,
             policy=policy,
@@ -138,6 +135,46 @@ class Trainer:
         self._metrics = StepMetrics(config, loss=self._loss, reductions=self.reductions)
         compilation.raise_limit()
         self.compilations = compilation.Compilations()
+        if layers:
+            self._compile()
+
+    def _install(self, policy: Policy, *, compiled: list[nn.Module]) -> Installed:
+        settings = self.config.learner
+        return install(
+            policy.hf,
+            settings.kernels,
+            device=self.accelerator.device,
+            dtypes=PRECISIONS[settings.mixed_precision],
+            compiled=compiled,
+        )
+
+    def _compile(self) -> None:
+        """Compile the layers that compute the passes, and try them in a small one.
+
+        Raises:
+            SetupError: they do not compile and ``learner.compile = "on"``.
+        """
+        fault = compilation.compile_layers(compilation.layers(self.trained.hf), self._small_pass)
+        if fault is None:
+            return
+        if self.config.learner.compile == "on":
+            raise SetupError(
+                f"learner.compile = 'on', but the layers of {type(self.policy.hf).__name__} in model.path = "
+                f"{self.config.model.path!r} do not compile ({fault}); use --learner.compile off"
+            )
+        self.compiled = f"none: they do not compile ({fault})"
+        self.kernels = self._install(self.trained, compiled=[])
+
+    def _small_pass(self) -> None:
+        """A pass of the kind that training has, with a gradient and, where it needs both, without.  Nothing changes."""
+        item = self.planner.on_device(small_pass(self.policy, self.layout))
+        if self._measures_first:
+            with torch.no_grad():
+                self._run(**item.inputs)
+        logp = self._run(**item.inputs)
+        precision.check_outputs(logp)
+        self.accelerator.backward(logp.sum() * 0.0)
+        self.optimizer.zero_grad()
 
     @property
     def trained(self) -> Policy:
@@ -171,8 +208,10 @@ class Trainer:
 
         Weights, optimizer and generators of random numbers stay as they are.  Every rank calls it.
         """
-        length = min(64, self.config.model.max_context_tokens)
-        self._made_up_pass(max(1, min(64, self.planner.micro_batch_tokens // length)), length)
+        if not any(layer._compiled_call_impl is not None for layer in compilation.layers(self.trained.hf)):
+            # Compiled layers have had a pass; these rows would only have another graph made.
+            length = min(64, self.config.model.max_context_tokens)
+            self._made_up_pass(max(1, min(64, self.planner.micro_batch_tokens // length)), length)
         if self.fitting.selects_layers:
             # With gradients where they will be.
             self._choose_layers()

@@ -148,6 +148,9 @@ class LearnerConfig(Section):
         False,
         description="layers compute their activations again in the backward pass; auto: as many as memory asks for",
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="each layer by torch.compile, once for passes of any length; auto: on CUDA, unless sharded"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "liger", "none"] = Field(
         "auto", description="norms, rotary embedding and SwiGLU by Liger-Kernel; auto: on CUDA, where it is installed"

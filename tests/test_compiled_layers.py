@@ -1,0 +1,147 @@
+"""Compiled layers: the numbers of those that are not, few graphs for batches of any shape, and none where it fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from atpo_async.core.errors import SetupError
+from learner.packing import attention
+from learner.policy import compilation
+from learner.policy.accelerator import make_accelerator
+from learner.policy.model import load_policy
+from learner.training.trainer import Trainer
+from tests.attention_support import flash_on_a_cpu
+from tests.learner_support import flat_gradient, make_batch, make_config, make_model
+
+VERSION = 3
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Graphs are made as for a GPU, and run as they are."""
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    # What pytest would otherwise collect of the compiler's own records takes longer than the tests.
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+    torch._dynamo.reset()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def trainer_of(folder: Path, **learner: object) -> Trainer:
+    AcceleratorState._reset_state(reset_partial_state=True)  # it holds a process to one precision
+    config = make_config(folder, learner=learner)
+    return Trainer(config, accelerator=make_accelerator(config), policy=load_policy(config))
+
+
+def trained(folder: Path, **learner: object) -> tuple[float, torch.Tensor, Trainer]:
+    """Loss and gradient of a batch, which changes no weight."""
+    trainer = trainer_of(folder, max_grad_norm=1e9, **learner)
+    trainer.warm_up()
+    found: list[torch.Tensor] = []
+    optimizer: Any = trainer.optimizer
+    optimizer.step = lambda: found.append(flat_gradient(trainer.policy).clone())
+    loss = trainer.train(make_batch(), version=VERSION).metrics["train/loss"]
+    return loss, found[0], trainer
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"packing": "tree"},
+        {"packing": "flat", "micro_batch_tokens": 100},
+        {"packing": "tree", "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_compiled_layers_give_the_loss_and_gradient_of_others(folder: Path, settings: dict[str, object]) -> None:
+    loss, gradient, plain = trained(folder, compile="off", **settings)
+    assert plain.compiled == "none: learner.compile = 'off'"
+    compiled_loss, compiled_gradient, trainer = trained(folder, compile="on", **settings)
+    assert trainer.compiled == "2 of them (Qwen3DecoderLayer)"
+    assert trainer.compilations.total > 0
+    assert compiled_loss == pytest.approx(loss, abs=1e-6)
+    assert float((compiled_gradient - gradient).norm() / gradient.norm()) < 1e-5
+
+
+def test_thirty_batches_of_random_trees_compile_a_few_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flash_on_a_cpu(monkeypatch.setattr)
+    monkeypatch.setattr(attention, "ways", lambda *_: ["varlen", "dense"])
+    monkeypatch.setattr("learner.training.passes.ways", attention.ways)
+    # With passes that measure first: graphs with a gradient and without.
+    trainer = trainer_of(folder, compile="on", mixed_precision="bf16", minibatches=2, gradient_checkpointing=True)
+    assert trainer.planner.way == "varlen"
+    for step in range(30):
+        report = trainer.train(make_batch(seed=step, step=step, num_trees=2 + step % 4), version=VERSION)
+    assert report.metrics["pack/compilations"] == trainer.compilations.total
+    assert 2 <= trainer.compilations.total <= 6
+    assert trainer.history.updates == 60
+
+
+def broken(*_: object) -> None:
+    raise RuntimeError("no code for this device")
+
+
+def test_layers_that_do_not_compile_are_left_as_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", broken)
+    with pytest.raises(
+        SetupError, match=r"learner.compile = 'on', but the layers of Qwen3ForCausalLM .* do not compile"
+    ):
+        trainer_of(folder, compile="on")
+    expected, _, _ = trained(folder, compile="off")
+    monkeypatch.setattr(compilation, "chosen", lambda model, *_, **__: (compilation.layers(model), ""))
+    loss, _, trainer = trained(folder, compile="auto")
+    assert trainer.compiled == "none: they do not compile (RuntimeError: no code for this device)"
+    assert loss == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("compile_", "device", "sharded", "number", "why"),
+    [
+        ("auto", CUDA, False, 2, "2 of them (Qwen3DecoderLayer)"),
+        ("auto", CUDA, True, 0, "none: parameters are sharded (--learner.compile on compiles all the same)"),
+        ("on", CUDA, True, 2, "2 of them (Qwen3DecoderLayer)"),
+        ("auto", CPU, False, 0, "none: the learner is on a CPU"),
+        ("on", CPU, False, 2, "2 of them (Qwen3DecoderLayer)"),
+        ("off", CUDA, False, 0, "none: learner.compile = 'off'"),
+    ],
+)
+def test_layers_are_compiled_where_it_is_asked_for_or_pays(
+    folder: Path, compile_: str, device: torch.device, sharded: bool, number: int, why: str
+) -> None:
+    config = make_config(folder, learner={"compile": compile_})
+    policy = load_policy(config)
+    found, reason = compilation.chosen(policy.hf, config.learner, device=device, sharded=sharded)
+    assert (len(found), reason) == (number, why)
+    policy.hf._no_split_modules = None
+    if number:
+        without = compilation.chosen(policy.hf, config.learner, device=device, sharded=sharded)
+        assert without == ([], "none: Qwen3ForCausalLM does not name its layers")
+
+
+@pytest.mark.slow
+def test_generated_code_has_the_numbers_of_the_layers_it_is_made_from(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, gradient, _ = trained(folder, compile="off", packing="flat")
+    monkeypatch.setattr(compilation, "BACKEND", "inductor")
+    compiled_loss, compiled, trainer = trained(folder, compile="on", packing="flat")
+    assert trainer.compilations.total >= 1
+    assert compiled_loss == pytest.approx(loss, abs=1e-5)
+    assert float((compiled - gradient).norm() / gradient.norm()) < 1e-4
