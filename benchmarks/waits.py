@@ -5,6 +5,7 @@ and its own settings; sides take turns, ``--rounds`` times.  The first steps of 
 
     .venv/bin/python benchmarks/waits.py                                 the demo's shape, as configured by default
     .venv/bin/python benchmarks/waits.py --side a --side b actor.trees_in_flight=4
+    .venv/bin/python benchmarks/waits.py --commit-ms 40      as on a disk whose commits take 40 ms
 
 ``--side NAME [SETTING=VALUE …]`` names a side and what it differs in; ``--base SETTING=VALUE …`` applies to all.
 
@@ -157,11 +158,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", action="append", nargs="+", metavar="WORD", help="NAME [SETTING=VALUE …]")
     parser.add_argument("--base", nargs="*", default=[], metavar="SETTING=VALUE")
+    parser.add_argument("--commit-ms", type=float, default=0.0, help="how much longer a commit of the journal takes")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path, help="file that gets everything")
     args = parser.parse_args()
     base = settings_of(args.base)
+    if args.commit_ms:
+        base |= {
+            "buffer.sampling": "benchmarks.slow_disk:make",
+            "buffer.sampling_options.commit_ms": str(args.commit_ms),
+        }
     sides = {words[0]: base | settings_of(words[1:]) for words in args.side or [["default"]]}
     found = measure(sides, steps=args.steps, rounds=args.rounds)
     medians = summary(found)

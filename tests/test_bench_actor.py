@@ -13,7 +13,7 @@ import pytest
 
 from atpo_async.config import Config, build, load
 from atpo_async.run.metrics import MetricsWriter
-from benchmarks import concurrent_episodes, message_task, waits
+from benchmarks import concurrent_episodes, message_task, slow_disk, waits
 from benchmarks.actor_overhead import in_flight_settings, measure, measure_messages
 from benchmarks.actor_overhead import main as overhead_main
 from tests.e2e_support import WORLD
@@ -121,6 +121,16 @@ def test_the_shares_of_waiting_are_those_of_the_steps_after_the_first(tmp_path: 
     expected = {"learner_waits": 0.5, "learner_steps": 0.25, "actor_waits": 0.1, "steps_per_s": 0.5, "trees_per_s": 4.0}
     assert {name: pytest.approx(value) for name, value in expected.items()} == {n: found[n] for n in expected}
     assert waits.summary({"a": [found, found]})["a"]["learner_waits"] == 0.5
+
+
+def test_on_a_slow_disk_a_commit_takes_longer_and_writes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    slept: list[float] = []
+    monkeypatch.setattr("buffer.journal.tables.Tables.commit", lambda self, group: done.append(group))
+    monkeypatch.setattr("benchmarks.slow_disk.time.sleep", slept.append)
+    slow_disk.make(0.6, commit_ms=40.0)
+    slow_disk.Tables.commit(None, "group")  # type: ignore[arg-type]
+    assert (done, slept) == (["group"], [0.04])
 
 
 async def test_the_made_up_engine_and_its_task_serve_an_actor(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from atpo_async.models import compiled
-from atpo_async.models.compiled import TORCH, TRITON, VLLM, variables, variables_for_vllm
+from atpo_async.models.compiled import TORCH, TRITON, VLLM, model_links, variables, variables_for_vllm
 
 HOME = Path("/home/anyone")
 
@@ -50,6 +50,11 @@ def test_a_home_that_cannot_be_written_is_told_and_the_folder_for_temporary_file
 
 def test_vllms_own_choice_stands_where_it_can_be_written() -> None:
     assert variables_for_vllm({}, usable=writable, home=HOME) == {}
+
+
+def test_links_to_models_stay_beside_it() -> None:
+    assert model_links({}, home=HOME) == HOME / ".cache/atpo-async/models"
+    assert model_links({"XDG_CACHE_HOME": "/big"}, home=HOME) == Path("/big/atpo-async/models")
 
 
 def test_a_folder_that_is_a_file_cannot_be_used(tmp_path: Path) -> None:

@@ -120,6 +120,35 @@ async def test_files_of_other_formats_beside_the_weights_harm_nothing(tmp_path: 
     assert not counting.exists()
 
 
+def test_links_that_stay_have_the_same_name_every_time_and_another_for_other_files(tmp_path: Path) -> None:
+    folder, kept = make_model(tmp_path / "model"), tmp_path / "cache" / "models"
+    (folder / "adapter_config.json").write_text("{}")
+    with counting_files(folder, kept_in=kept) as first:
+        assert {path.name for path in first.iterdir()} == {p.name for p in folder.iterdir()} - {"adapter_config.json"}
+    with counting_files(folder, kept_in=kept) as again:
+        assert again == first
+    (folder / "notes.txt").write_text("")
+    with counting_files(folder, kept_in=kept) as other:
+        assert (other / "notes.txt").is_file()
+        assert other != first
+    assert sorted(kept.iterdir()) == sorted([first, other])
+
+
+def test_links_that_can_stay_nowhere_or_were_tampered_with_are_made_for_once(tmp_path: Path) -> None:
+    folder, kept = make_model(tmp_path / "model"), tmp_path / "cache"
+    (folder / "adapter_config.json").write_text("{}")
+    kept.write_text("no folder")
+    with counting_files(folder, kept_in=kept) as links:
+        assert (links / WEIGHTS).is_file()
+        assert not links.is_relative_to(kept)
+    kept.unlink()
+    with counting_files(folder, kept_in=kept) as links:
+        (links / WEIGHTS).unlink()
+        (links / WEIGHTS).symlink_to(folder / "config.json")
+    with counting_files(folder, kept_in=kept) as links:
+        assert (links / WEIGHTS).resolve() == folder / WEIGHTS
+
+
 def test_a_folder_without_strays_is_taken_as_it_is(tmp_path: Path) -> None:
     with counting_files(make_model(tmp_path)) as counting:
         assert counting == tmp_path

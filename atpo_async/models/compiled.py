@@ -64,6 +64,12 @@ def variables_for_vllm(
     return {VLLM: str(_temporary() / "vllm")}
 
 
+def model_links(environment: Mapping[str, str], *, home: Path | None = None) -> Path | None:
+    """Where links to model folders stay: vLLM knows what it compiled for a model by the name of its folder."""
+    cache = _cache(environment, home)
+    return None if cache is None else cache / "atpo-async" / "models"
+
+
 def _cache(environment: Mapping[str, str], home: Path | None) -> Path | None:
     if named := environment.get("XDG_CACHE_HOME"):
         return Path(named)

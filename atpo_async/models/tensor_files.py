@@ -6,9 +6,10 @@ safetensors: u64 little-endian length, a JSON header of that length, the data th
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,16 @@ def _named_by(index: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def counting_files(folder: Path) -> Iterator[Path]:
+def counting_files(folder: Path, *, kept_in: Path | None = None) -> Iterator[Path]:
     """A model folder as its index describes it: the folder itself, or links to what counts of it, removed afterwards.
 
     For programs that take every ``*.safetensors`` beside an index for weights, or an adapter's for the model's.
     Raises SetupError as ``weight_files`` does.
+
+    Args:
+        folder: of the model.
+        kept_in: where the links stay, under the same name every time: for programs that remember what they made of a
+            model by the name of its folder.  None: they are removed.
     """
     counting = set(weight_files(folder))
     astray = {file for file in folder.glob("*.safetensors") if file not in counting}
@@ -77,14 +83,36 @@ def counting_files(folder: Path) -> Iterator[Path]:
     if not astray:
         yield folder
         return
+    links = {file.relative_to(folder): file.resolve() for file in {*folder.iterdir(), *counting} - astray}
+    if kept_in is not None and (kept := _kept(links, kept_in)) is not None:
+        yield kept
+        return
     with tempfile.TemporaryDirectory(prefix="atpo-model-") as temporary:
-        links = Path(temporary)
-        for file in {*folder.iterdir(), *counting} - astray:
-            link = links / file.relative_to(folder)
-            if file.is_file():
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(file.resolve())
-        yield links
+        _link(links, Path(temporary))
+        yield Path(temporary)
+
+
+def _link(links: Mapping[Path, Path], into: Path) -> None:
+    for name, file in links.items():
+        if file.is_file():
+            (into / name).parent.mkdir(parents=True, exist_ok=True)
+            (into / name).symlink_to(file)
+
+
+def _kept(links: Mapping[Path, Path], parent: Path) -> Path | None:
+    """A folder of these links in ``parent``, made once and renamed when whole; None where there can be none."""
+    listed = sorted((str(name), str(file)) for name, file in links.items())
+    path = parent / hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+    with contextlib.suppress(OSError):
+        if not path.is_dir():
+            parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(prefix=".", dir=parent) as aside:
+                _link(links, Path(aside) / "model")
+                with contextlib.suppress(OSError):  # another process was faster
+                    (Path(aside) / "model").rename(path)
+        if all((path / name).resolve() == file for name, file in links.items() if file.is_file()):
+            return path
+    return None
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ import gc
 import importlib.util
 import itertools
 import logging
+import os
 import time
 from typing import Any
 
@@ -37,6 +38,7 @@ from actors.engines.vllm.stages import WARMING_UP
 from actors.engines.vllm.starting import Starter
 from atpo_async.core.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WaitTimeout, WeightsRejected
 from atpo_async.core.tree import VersionSpan
+from atpo_async.models import compiled
 from atpo_async.models.tensor_files import counting_files
 from atpo_async.run.installed import version_of, vllm_unfit
 from atpo_async.status import waits
@@ -92,7 +94,7 @@ class VllmEngine:
         # Several workers would each need memory for the whole of it.
         self._reads_ahead = device != "cpu" and settings.tensor_parallel_size == 1
         # vLLM takes a consolidated file beside an index for a model in Mistral's own format.
-        with counting_files(settings.model) as folder:
+        with counting_files(settings.model, kept_in=compiled.model_links(os.environ)) as folder:
             self._llm = await self._starter.start(folder, tell=_at_stage)
         self._dead = None
         _at_stage(WARMING_UP)

@@ -1,0 +1,25 @@
+"""A journal on a slow disk, for benchmarks: every commit takes longer by a fixed time.
+
+Reached by the door ``buffer.sampling``, which is what of a user's own runs in the buffer's process; trees are chosen as
+the built-in sampling does.
+"""
+
+from __future__ import annotations
+
+import time
+
+from buffer.journal.chunks import Group
+from buffer.journal.tables import Tables
+from buffer.sampling import prioritized
+
+
+def make(exponent: float, *, commit_ms: float) -> prioritized.Prioritized:
+    """The built-in sampling; from now on commits of this process take ``commit_ms`` longer."""
+    commit = Tables.commit
+
+    def slow(self: Tables, group: Group) -> None:
+        time.sleep(commit_ms / 1e3)
+        commit(self, group)
+
+    Tables.commit = slow  # type: ignore[method-assign]
+    return prioritized.make(exponent)
