@@ -16,6 +16,7 @@ from atpo_async.run.metrics import MetricsWriter
 from benchmarks import concurrent_episodes, message_task, slow_disk, waits
 from benchmarks.actor_overhead import in_flight_settings, measure, measure_messages
 from benchmarks.actor_overhead import main as overhead_main
+from buffer.journal.tables import Tables
 from tests.e2e_support import WORLD
 from tests.learner_support import small_policy
 
@@ -129,7 +130,7 @@ def test_on_a_slow_disk_a_commit_takes_longer_and_writes_the_same(monkeypatch: p
     monkeypatch.setattr("buffer.journal.tables.Tables.commit", lambda self, group: done.append(group))
     monkeypatch.setattr("benchmarks.slow_disk.time.sleep", slept.append)
     slow_disk.make(0.6, commit_ms=40.0)
-    slow_disk.Tables.commit(None, "group")  # type: ignore[arg-type]
+    Tables.commit(None, "group")  # type: ignore[arg-type]
     assert (done, slept) == (["group"], [0.04])
 
 
