@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from actors.slots import START
 from atpo_async.config import Config
 from atpo_async.core.errors import PeerLost
 from atpo_async.core.tree import Turn
@@ -211,7 +212,7 @@ class _Actor(_Scripted):
 
     async def _take_leases(self, tasks: asyncio.TaskGroup) -> None:
         while True:
-            free = self._config.actor.trees_in_flight - len(self._growing)
+            free = (self._config.actor.trees_in_flight or START) - len(self._growing)
             if free <= 0:
                 await asyncio.wait(self._growing.values(), return_when=asyncio.FIRST_COMPLETED)
                 await asyncio.sleep(0)
