@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import threading
@@ -15,6 +16,7 @@ import pytest_asyncio
 import torch
 
 from atpo_async.core.errors import SetupError
+from atpo_async.core.vocabulary import Precision
 from atpo_async.links.server import Server
 from atpo_async.run.metrics import read_metrics
 from atpo_async.run.rundir import RunDir
@@ -30,7 +32,7 @@ from atpo_async.wire.messages import (
 from learner.batches import buffer_peer
 from learner.role import learn
 from learner.training.optimizer_steps import OptimizerSteps
-from learner.weights import files
+from learner.weights import files, staging
 from learner.weights.staging import Staged, Stager
 from learner.weights.store import WeightsStore
 from tests.learner_support import make_model
@@ -269,6 +271,56 @@ def test_bytes_are_handed_out_only_after_the_devices_copies() -> None:
     assert log == []
     next(parts)
     assert log == ["weights are read"]
+
+
+class Stream:
+    """Of a device: what is queued is done at once."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self.after: list[object] = []
+
+    def wait_stream(self, other: object) -> None:
+        self.after.append(other)
+
+    def record(self, stream: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_device_casts_in_parts_what_then_are_the_bytes_of_whole_tensors(
+    precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "CAST_ELEMENTS", 100)
+    for name, fake in (("Stream", Stream), ("Event", Stream), ("current_stream", Stream)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    source = torch.Generator().manual_seed(0)
+    tensors = {f"w{i}": torch.randn(17, 19, generator=source) for i in range(3)} | {"odd": torch.ones(7, 5).t()}
+    tensors["tied"] = tensors["w1"]
+    specs, total = staging.layout(tensors, precision)
+    stager = Stager(precision)
+    for _ in range(2):
+        stager._buffer = torch.empty(total, dtype=torch.uint8)
+        event = stager._start_copies(specs, tensors, torch.device("cpu"))
+        staged = Staged(tensors, precision, buffer=stager._buffer, event=event)
+        assert bytes_of(staged) == bytes_of(Staged(tensors, precision))
+    assert len(stager._stream.after) == 2  # after the weights were made
+
+
+def test_without_pinned_memory_weights_are_published_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = torch.empty
+
+    def none_left(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", none_left)
+    assert len(staging._host_memory(12, pinned=True)) == 12
+    assert "no 12 bytes of pinned memory" in caplog.text
 
 
 async def test_no_optimizer_step_changes_weights_that_are_still_read(

@@ -8,6 +8,7 @@ done at once.  Weights that training does not hold (gathered from the ranks for 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from atpo_async.core.vocabulary import Precision
 from atpo_async.models.causal_lm import in_one_thread, torch_dtype
 from atpo_async.wire.messages import TensorSpec
 from learner.policy.lora import Merged
+
+log = logging.getLogger("atpo.learner.publisher")
 
 ALIGNMENT = 64
 
@@ -156,7 +159,8 @@ class Stager:
         specs, total = layout(tensors, self._precision)
         device = next((tensors[spec.name].device for spec in specs if tensors[spec.name].is_cuda), None)
         if len(self._buffer) != total:
-            self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=device is not None)
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # the former one goes first
+            self._buffer = _host_memory(total, pinned=device is not None)
         event = None
         if device is None:
             with in_one_thread():
@@ -177,7 +181,8 @@ class Stager:
                 self._cast = torch.empty(CAST_ELEMENTS, dtype=torch_dtype(self._precision), device=device)
             for spec in places(specs):
                 self._start_copy(tensors[spec.name].reshape(-1), self._place(spec), self._cast)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # Threads that wait for it sleep.
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record(self._stream)
         return event
 
@@ -194,3 +199,13 @@ class Stager:
     def _place(self, spec: TensorSpec) -> Tensor:
         """Flat, in the buffer."""
         return self._buffer[spec.offset : spec.offset + spec.nbytes].view(torch_dtype(self._precision))
+
+
+def _host_memory(size: int, *, pinned: bool) -> Tensor:
+    """uint8[size]; pinned where that is asked for and to be had: copies into other memory hold their thread up."""
+    if pinned:
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as exc:
+            log.warning("no %d bytes of pinned memory for the weights (%s): publishing holds training up", size, exc)
+    return torch.empty(size, dtype=torch.uint8)
