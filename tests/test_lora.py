@@ -193,6 +193,28 @@ def test_the_reference_is_the_same_model_without_adapters_and_no_copy(folder: Pa
     assert again["train/loss"] == report.metrics["train/loss"]
 
 
+def test_compiled_layers_compute_without_adapters_and_with_merged_ones_too(folder: Path, one: Trainer) -> None:
+    policy, adapted = load_policy(with_lora(folder)), one.policy.lora
+    assert policy.lora is not None
+    assert adapted is not None
+    with torch.no_grad():
+        for name, parameter in policy.lora.parameters().items():
+            parameter.copy_(adapted.parameters()[name])
+        expected = []
+        for _ in range(2):
+            found = [policy(TOKENS, PLACES, TARGET)]
+            with policy.lora.switched_off():
+                found.append(policy(TOKENS, PLACES, TARGET))
+            with policy.lora.as_in_engines():
+                found.append(policy(TOKENS, PLACES, TARGET))
+            expected.append(found)
+            for layer in policy.hf.model.layers:
+                layer.compile(backend="eager")
+    plain, compiled = expected
+    assert not torch.equal(plain[0], plain[1])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, compiled, strict=True))
+
+
 def test_gradient_checkpointing_changes_no_number(folder: Path) -> None:
     sections: dict[str, dict[str, object]] = {"objective": {"kl_coef": 0.1, "clip_low": 0.2, "clip_high": 0.3}}
     plain = make_trainer(folder, sections).train(make_batch(), version=3).metrics
