@@ -106,3 +106,21 @@ def test_the_doctor_names_the_library_where_there_is_a_gpu(
     assert (found.level, found.found) == expected
     monkeypatch.setattr(machine, "no_cuda_because", lambda: "no NVIDIA driver is here")
     assert not [finding for finding in doctor.findings() if finding.what == "liger-kernel"]
+
+
+def test_a_run_that_asks_for_the_library_is_refused_before_it_starts_where_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(make_model(tmp_path), learner={"kernels": "liger"})
+    known = machine.has_module
+    for present in (False, True):
+        there = {"liger_kernel": present}
+        monkeypatch.setattr(machine, "has_module", lambda name, there=there: there.get(name, known(name)))
+        found = [finding for finding in doctor.findings_of_run(config) if finding.what == "kernels"]
+        if present:
+            machine.check_kernels(config)
+            assert not found
+            continue
+        with pytest.raises(SetupError, match=r"liger-kernel is not installed here: pip install 'atpo-async\[gpu\]'"):
+            machine.check_machine(config)
+        assert [finding.level for finding in found] == ["missing"]

@@ -103,6 +103,7 @@ def check_machine(config: Config) -> None:
                 raise SetupError(f"{field} = 'cuda', but {why_not}; set --{field} cpu, or run where a GPU is")
     _check_gpus(config, engine)
     check_launch(config)
+    check_kernels(config)
     check_environment(config)
     check_packages(config)
     check_links(config)
@@ -113,6 +114,14 @@ def check_launch(config: Config) -> None:
     launch = config.learner.accelerate_config
     if launch is not None and not Path(launch).is_file():
         raise SetupError(f"learner.accelerate_config = {launch!r} is no file; `accelerate config` makes one")
+
+
+def check_kernels(config: Config) -> None:
+    if config.learner.kernels == "liger" and not has_module("liger_kernel"):
+        raise SetupError(
+            "learner.kernels = 'liger', but liger-kernel is not installed here: pip install 'atpo-async[gpu]', or use "
+            "--learner.kernels auto"
+        )
 
 
 def check_journal_dir(config: Config) -> None:

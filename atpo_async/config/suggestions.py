@@ -116,6 +116,7 @@ MEANT_BY: Mapping[str, str] = {
     "learner.mixed_precision": "bf16 fp16 amp",
     "learner.gradient_checkpointing": "activation_checkpointing grad_checkpointing enable_gradient_checkpointing",
     "learner.compile": "torch_compile use_torch_compile compile_model use_compile torch_compile_backend",
+    "learner.kernels": "use_liger_kernel use_liger liger liger_kernel use_fused_kernels",
     "learner.lora.rank": "lora_rank lora_r r use_lora peft use_peft lora_dim adapter_rank max_lora_rank",
     "learner.lora.alpha": "lora_alpha adapter_alpha",
     "learner.lora.rslora": "use_rslora use_rs_lora",
