@@ -22,8 +22,9 @@ LEAST_S, MOST_S = 1.0, 60.0
 """An interval ends when as many requests finished as are in flight, but not before nor after this."""
 FULL_SHARE, QUEUED_SHARE = 0.9, 1.1
 """Of the engine's places: from there on its batch counts as full; above that, requests wait for long."""
-MOST_REFUSED = 0.2
-"""Share of an interval in which a slot had no lease since none was admitted: with more, slots are not what lacks."""
+MOST_REFUSED = 0.5
+"""Share of an interval in which a slot had no lease since none was admitted: with more, slots are not what lacks.  With
+less they may be: a synchronous run has such a time at the end of every batch."""
 LEAST_GAIN = 0.15
 """Of the share by which the slots grew: tokens a second must grow by as much, or the raise is taken back."""
 QUEUED_INTERVALS = 2

@@ -81,8 +81,14 @@ def test_a_queue_of_one_interval_changes_nothing() -> None:
 
 def test_slots_are_not_what_lacks_while_no_lease_is_to_be_had() -> None:
     control = SlotControl(seats=128, most=1000)
-    assert run(control, saturating(requests_a_tree=2.0, full_at=1e9), 50, refused=0.5) == []
+    assert run(control, saturating(requests_a_tree=2.0, full_at=1e9), 50, refused=0.6) == []
     assert run(control, saturating(requests_a_tree=2.0, full_at=1e9), 2) != []
+
+
+def test_slots_grow_though_every_batch_ends_with_a_time_without_leases() -> None:
+    control = SlotControl(seats=128, most=1000)
+    changes = run(control, saturating(requests_a_tree=2.0, full_at=1e9), 20, refused=0.4)
+    assert [change.after for change in changes] == [16, 32, 64]
 
 
 def test_slots_never_pass_their_bounds() -> None:
