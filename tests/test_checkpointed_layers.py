@@ -16,6 +16,7 @@ from atpo_async.core.errors import SetupError
 from learner.loss.correction import Tempering
 from learner.memory.checkpointed_layers import checkpointed, layers_of
 from learner.memory.fitting import Fit, Fitting
+from learner.memory.made_up import made_up
 from learner.memory.measuring import choose_layers, share_of_engines
 from learner.packing.credited import CreditedTree
 from learner.policy.accelerator import make_accelerator
@@ -140,6 +141,24 @@ def test_what_engines_on_the_learners_gpu_may_take_is_set_aside() -> None:
     assert share(engine="transformers") == 0
     assert share(apart=True, gpus=[2, 3], count=2) == 0
     assert share(rank=1, tensor_parallel_size=2) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("layout", ["flat", "tree"])
+@pytest.mark.parametrize(("tokens", "longest", "paths"), [(100, 40, 2), (30, 40, 1), (64, 1, 64)])
+def test_a_made_up_pass_is_as_large_as_it_is_asked_to_be(layout: str, tokens: int, longest: int, paths: int) -> None:
+    found = made_up(tokens, longest=longest, layout=layout)
+    each = min(tokens, longest)
+    assert found.tokens.size == found.num_targets == paths * each <= tokens
+    assert found.tokens.shape == ((paths, each) if layout == "flat" else (1, paths * each))
+
+
+@pytest.mark.parametrize("packing", ["flat", "tree"])
+def test_warming_up_changes_no_weight_and_leaves_no_gradient(folder: Path, packing: str) -> None:
+    trainer = make_trainer(config_of(folder, packing=packing, micro_batch_tokens=256))
+    before = [p.clone() for p in trainer.policy.parameters()]
+    trainer.warm_up()
+    assert all(torch.equal(p, was) for p, was in zip(trainer.policy.parameters(), before, strict=True))
+    assert all(p.grad is None for p in trainer.policy.parameters())
 
 
 def test_auto_computes_no_layer_twice_on_a_cpu(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -31,6 +31,7 @@ from learner.batches.intake import Sifted, sift
 from learner.kernels.install import PRECISIONS, Installed, install
 from learner.loss.correction import Tempering
 from learner.memory.fitting import Fitting
+from learner.memory.made_up import made_up
 from learner.memory.measuring import CudaMeter, choose_layers, share_of_engines
 from learner.packing.credited import CreditedTree
 from learner.policy import compilation, precision
@@ -211,10 +212,8 @@ class Trainer:
         """
         if not any(layer._compiled_call_impl is not None for layer in compilation.layers(self.trained.hf)):
             # Compiled layers have had a pass; these rows would only have another graph made.
-            length = min(64, self.config.model.max_context_tokens)
-            self._made_up_pass(max(1, min(64, self.planner.micro_batch_tokens // length)), length)
+            self._made_up_pass(min(4096, self.planner.micro_batch_tokens), longest=64)
         if self.fitting.selects_layers:
-            # With gradients where they will be.
             self._choose_layers()
         self.optimizer.zero_grad()
 
@@ -229,21 +228,19 @@ class Trainer:
             set_aside=state_bytes(self.optimizer, self.config.learner.optimizer),
             engines=share_of_engines(self.config, self.accelerator.process_index),
         )
-        # A packed pass is one row, and flat rows are as long as a context at the most.
-        width = self.config.model.max_context_tokens if self.layout == "flat" else self.planner.micro_batch_tokens
+        longest = self.config.model.max_context_tokens
+        self._made_up_pass(64, longest=longest)  # gradients are there from the second pass of a step on
         choose_layers(
             self.fitting,
             meter,
-            lambda tokens: self._made_up_pass(max(1, tokens // width), min(width, tokens)),
+            lambda tokens: self._made_up_pass(tokens, longest=longest),
             lambda value: max(self.reductions.gather(value)),
         )
         self.planner.micro_batch_tokens = self.fitting.micro_batch_tokens
 
-    def _made_up_pass(self, rows: int, length: int) -> None:
+    def _made_up_pass(self, tokens: int, *, longest: int) -> None:
         """Forward and backward of made-up tokens; every gradient is 0."""
-        places = torch.arange(rows * length, device=self.accelerator.device)
-        tokens = torch.zeros((rows, length), dtype=torch.int64, device=self.accelerator.device)
-        logp = self._run(tokens=tokens, predictor=places, target=torch.zeros_like(places))
+        logp = self._run(**self.planner.on_device(made_up(tokens, longest=longest, layout=self.layout)).inputs)
         precision.check_outputs(logp)
         self.accelerator.backward(logp.sum() * 0.0)
 
