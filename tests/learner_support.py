@@ -27,13 +27,15 @@ from tests.e2e_support import WORLD
 VOCAB = 31
 
 
-def make_model(folder: Path, *, seed: int = 0, tie: bool = True, hidden_size: int = 16, layers: int = 2) -> Path:
+def make_model(
+    folder: Path, *, seed: int = 0, tie: bool = True, hidden_size: int = 16, layers: int = 2, head_dim: int = 8
+) -> Path:
     """A Qwen3 model of two narrow layers, saved as an ordinary folder."""
     torch.manual_seed(seed)
     hf = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=VOCAB, hidden_size=hidden_size, intermediate_size=24, num_hidden_layers=layers,
-            num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=tie,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=head_dim, tie_word_embeddings=tie,
             max_position_embeddings=128, initializer_range=0.3,
         )
     )  # fmt: skip

@@ -1,6 +1,7 @@
-"""Ranks on the CPU that train, save and load plain, under DDP or under FSDP2.  Run as a program, this is one rank.
+"""Ranks that train, save and load plain, under DDP or under FSDP2.  Run as a program, this is one rank.
 
-Accelerate shards on GPUs only; its wrapping works on a CPU as well, once its state says that it shards.
+On CUDA a policy is sharded as ``accelerate launch`` would have it.  Accelerate shards on GPUs only; its wrapping works
+on a CPU as well, once its state says that it shards.
 """
 
 from __future__ import annotations
@@ -27,13 +28,19 @@ SHIPPED = ROOT / "configs" / "accelerate_fsdp.yaml"
 Sections = dict[str, dict[str, Any]]
 
 
-def plugin(precision: str) -> Any:
-    """FSDP2 as ``accelerate launch`` would make it from the file that is shipped."""
+def set_environment() -> None:
+    """As ``accelerate launch`` does with the file that is shipped."""
     import yaml  # type: ignore[import-untyped,unused-ignore]
-    from accelerate.utils import FullyShardedDataParallelPlugin
 
     for key, value in yaml.safe_load(SHIPPED.read_text())["fsdp_config"].items():
         os.environ[key.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def plugin(precision: str) -> Any:
+    """FSDP2 as Accelerate makes it in that environment."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    set_environment()
     made = FullyShardedDataParallelPlugin()
     if precision != "no":
         made.set_mixed_precision(precision)
@@ -45,7 +52,7 @@ def make_trainer(model: Path, kind: str, sections: Sections, *, scaler: torch.am
 
     Args:
         model: folder.
-        kind: ``plain`` (DDP where there are ranks) or ``fsdp2``.
+        kind: ``plain`` (DDP where there are ranks), ``fsdp2``, or ``alone`` (this process is no rank from here on).
         sections: of the configuration.
         scaler: of the loss, as under fp16; the arithmetic stays float32, for there is no GPU.
     """
@@ -62,12 +69,21 @@ def make_trainer(model: Path, kind: str, sections: Sections, *, scaler: torch.am
     config = make_config(model, **sections)
     if "RANK" in os.environ:  # another trainer of this process may have had another precision
         AcceleratorState._reset_state(True)
+    if kind == "alone":
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+    on_cuda = config.learner.device == "cuda"
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    if kind == "fsdp2" and on_cuda:
+        set_environment()
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
     accelerator = make_accelerator(config)
-    if kind == "fsdp2":
+    if kind == "fsdp2" and not on_cuda:
         for state in (AcceleratorState, PartialState):
             state._shared_state["distributed_type"] = DistributedType.FSDP
         AcceleratorState._shared_state["fsdp_plugin"] = plugin(config.learner.mixed_precision)
-    accelerator.scaler = scaler
+    if scaler is not None:
+        accelerator.scaler = scaler
     trainer = Trainer(config, accelerator=accelerator, policy=load_policy(config))
     optimizer: Any = trainer.optimizer
     if scaler is not None:
@@ -110,8 +126,9 @@ def from_reference(trainer: Trainer) -> float:
 
     reference = trainer._loss.reference
     assert reference is not None
-    tokens = torch.arange(24).reshape(2, 12) * 5 % 31
-    inputs: dict[str, Any] = {"tokens": tokens, "predictor": torch.arange(22), "target": tokens.reshape(-1)[1:23]}
+    tokens = torch.arange(24, device=trainer.accelerator.device).reshape(2, 12) * 5 % 31
+    places = torch.arange(22, device=tokens.device)
+    inputs: dict[str, Any] = {"tokens": tokens, "predictor": places, "target": tokens.reshape(-1)[1:23]}
     with torch.no_grad():
         own = trainer.model(**inputs)
         with precision.as_the_policy(trainer.accelerator):
@@ -123,7 +140,7 @@ def trained(trainer: Trainer, seeds: Sequence[int], *, idle: Sequence[int] = ())
     apart = from_reference(trainer)
     gradients = gradients_of(trainer)
     metrics = [trainer.train(batch_for(trainer, seed=seed, idle=idle), version=3).metrics for seed in seeds]
-    published = trainer.whole.published()
+    published = dict(trainer.whole.published())
     probed = trainer.whole.probe(np.arange(24, dtype=np.int32).reshape(2, 12) * 5 % 31)
     found: dict[str, Any] = {
         "layout": trainer.layout,
@@ -166,8 +183,9 @@ def launch(folder: Path, work: list[list[Any]], *, ranks: int) -> list[Any]:
     return found
 
 
-def job_train(model: str, kind: str, sections: Sections, idle: list[int]) -> dict[str, Any]:
-    return trained(make_trainer(Path(model), kind, sections), (0, 1), idle=idle)
+def job_train(model: str, kind: str, sections: Sections, idle: list[int], batches: int = 2) -> dict[str, Any]:
+    trainer = make_trainer(Path(model), kind, sections)
+    return trained(trainer, range(batches), idle=idle) | {"wrapper": type(trainer.model).__name__}
 
 
 def job_resume(model: str, kind: str, sections: Sections, source: str | None, target: str, train: bool) -> str:
@@ -272,7 +290,10 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.distributed.init_process_group(
-        "gloo", store=FileStore(str(folder / "store"), ranks), rank=rank, world_size=ranks
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=FileStore(str(folder / "store"), ranks),
+        rank=rank,
+        world_size=ranks,
     )
     found = [JOBS[name](*arguments) for name, *arguments in json.loads((folder / "work.json").read_text())]
     if rank == 0:

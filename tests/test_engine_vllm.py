@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
-import re
 import select
 import signal
 import subprocess
@@ -17,34 +16,38 @@ import textwrap
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import msgspec
-import numpy as np
 import pytest
 import pytest_asyncio
 import torch
 
-from actors.engines.base import EngineSettings, Generation, Sampling, WeightsFile
+from actors.engines.base import EngineSettings, Generation, Sampling
 from actors.engines.vllm import stages
 from actors.engines.vllm.engine import VllmEngine
 from actors.engines.vllm.plugin import register
 from atpo_async.core.errors import EngineDead, GenerationFailed, ProbeMismatch, SetupError, WeightsRejected
 from atpo_async.run.installed import VLLM_PRIVATE
 from tests.engine_support import (
-    PROBE,
     REJECTED,
     altered,
     largest_error,
-    reference_logprobs,
-    sampled,
     save_model,
     tiny_model,
     truncated,
     weights_file,
 )
+from tests.vllm_support import (
+    LAYERS,
+    PROMPT,
+    Engine,
+    check_layer_left_out,
+    check_log_probs,
+    check_probe_of_many_sequences,
+    check_swap_in_mid_request,
+    to_length,
+)
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 
-PROMPT = [7, 30, 41, 9, 200, 13]
 SEEDS = [tiny_model(seed) for seed in range(3)]
 MODELS = {version: SEEDS[version % 3] for version in range(60)}
 """By version; neighbours differ."""
@@ -54,8 +57,8 @@ STAGES: list[str] = []
 """What the engine said it was at while it started."""
 
 
-def to_length(count: int, **changes: object) -> Sampling:
-    return Sampling(max_tokens=count, stop_token_ids=(), **changes)  # type: ignore[arg-type]
+def as_held(engine: VllmEngine) -> Engine:
+    return Engine(engine, MODELS, tolerance=1e-5)
 
 
 @pytest_asyncio.fixture(scope="class", loop_scope="class")
@@ -90,17 +93,7 @@ class TestOneEngine:
 
     @pytest.mark.parametrize("temperature", [1.0, 0.6])
     async def test_log_probs_are_those_of_the_model(self, engine: VllmEngine, temperature: float) -> None:
-        found = await asyncio.gather(
-            *(
-                engine.generate([*PROMPT, i], to_length(10 + i, temperature=temperature), request_id=str(i))
-                for i in range(12)
-            )
-        )
-        for i, generation in enumerate(found):
-            assert len(generation.token_ids) == 10 + i
-            assert generation.stop_reason == "length"
-            assert [span.version for span in generation.spans] == [0]
-            assert largest_error(generation, [*PROMPT, i], MODELS, temperature=temperature) < 1e-5
+        await check_log_probs(as_held(engine), temperature=temperature)
 
     async def test_log_probs_are_under_the_truncated_distribution(self, engine: VllmEngine) -> None:
         sampling = to_length(1, top_k=20, top_p=0.5, temperature=0.8)
@@ -145,29 +138,7 @@ class TestOneEngine:
     async def test_a_swap_in_mid_request_leaves_each_span_to_its_own_weights(
         self, engine: VllmEngine, tmp_path: Path
     ) -> None:
-        start = engine.stats().version
-        # As many as may run at once: the probe needs a place of its own.
-        long = [
-            asyncio.create_task(engine.generate([*PROMPT, i], to_length(300), request_id=f"long{i}")) for i in range(7)
-        ]
-        for version in (start + 1, start + 2):
-            # All running requests get a token in each step: the long ones have some hundred to go when this one ends,
-            # however late a busy machine says so.
-            await engine.generate(PROMPT, to_length(10), request_id="short")
-            waiting = [
-                asyncio.create_task(engine.generate([*PROMPT, i], to_length(1), request_id=f"wait{i}"))
-                for i in range(4)
-            ]
-            report = await engine.swap(weights_file(MODELS[version], tmp_path / str(version), version=version))
-            await asyncio.gather(*waiting)
-            assert report.version == version
-            assert report.in_flight >= 7, report
-            assert report.probe_error < 1e-5
-        for i, generation in enumerate(await asyncio.gather(*long)):
-            assert [span.version for span in generation.spans] == [start, start + 1, start + 2]
-            assert largest_error(generation, [*PROMPT, i], MODELS) < 1e-5
-        assert np.abs(await engine.score(PROBE) - reference_logprobs(MODELS[start + 2], PROBE)).max() < 1e-5
-        assert engine.stats().version == start + 2
+        await check_swap_in_mid_request(as_held(engine), tmp_path)
 
     async def test_after_a_swap_no_key_of_the_old_weights_is_served(self, engine: VllmEngine, tmp_path: Path) -> None:
         prompt = [(5 * i) % 250 + 3 for i in range(70)]
@@ -286,43 +257,16 @@ class TestOneEngine:
         generation = await engine.generate(PROMPT, to_length(5), request_id="whole")
         assert largest_error(generation, PROMPT, MODELS) < 1e-5
 
-    @pytest.mark.parametrize(
-        "name",
-        [
-            "model.layers.0.self_attn.qkv_proj.weight",
-            "model.layers.1.mlp.down_proj.weight",
-            "model.layers.1.input_layernorm.weight",
-            "model.norm.weight",
-        ],
-    )
+    @pytest.mark.parametrize("name", LAYERS)
     async def test_a_layer_that_a_load_leaves_out_is_named(
         self, engine: VllmEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
-        version = engine.stats().version + 1
-        whole = weights_file(MODELS[version], tmp_path / "weights", version=version)
-        parts = [name.replace("qkv", part) for part in "qkv"] if "qkv" in name else [name]
-        kept = tuple(spec for spec in whole.manifest.tensors if spec.name not in parts)
-        monkeypatch.setattr("actors.engines.vllm.engine.check_weights", lambda *args, **kwargs: None)
-        with pytest.raises(ProbeMismatch, match=f"version {version}: vLLM did not take up {re.escape(name)}"):
-            await engine.swap(
-                WeightsFile(path=whole.path, manifest=msgspec.structs.replace(whole.manifest, tensors=kept))
-            )
-        await engine.swap(whole)
-        generation = await engine.generate(PROMPT, to_length(5), request_id="whole")
-        assert largest_error(generation, PROMPT, MODELS) < 1e-5
+        await check_layer_left_out(as_held(engine), tmp_path, name, monkeypatch)
 
     async def test_a_probe_of_many_sequences_runs_with_every_place_taken(
         self, engine: VllmEngine, tmp_path: Path
     ) -> None:
-        version = engine.stats().version + 1
-        long = await every_place_taken(engine, tokens=100)
-        probe = sampled(MODELS[version], sequences=11, length=20)
-        report = await engine.swap(
-            weights_file(MODELS[version], tmp_path / "weights", version=version, tolerance=None, probe=probe)
-        )
-        assert report.probe_error < 1e-5
-        for i, generation in enumerate(await asyncio.gather(*long)):
-            assert largest_error(generation, [*PROMPT, i], MODELS) < 1e-5
+        await check_probe_of_many_sequences(as_held(engine), tmp_path)
 
     async def test_when_the_core_is_killed_every_request_fails(self, engine: VllmEngine) -> None:
         # Last: nothing brings the core back.

@@ -230,13 +230,24 @@ def test_leaves_an_orphan():
 
 
 STARTS_COMPILE_WORKERS = """
+import subprocess, sys
 import torch._inductor.config
 
-def test_starts_compile_workers():
+def start():
     torch._inductor.config.compile_threads = 2
     from torch._inductor.async_compile import AsyncCompile
     AsyncCompile.warm_pool()
     AsyncCompile.wait_pool_ready()
+
+def test_starts_compile_workers():
+    start()
+
+def test_a_role_with_compile_workers_is_killed():
+    line = "import test_alone, sys; test_alone.start(); print('ready', flush=True); sys.stdin.read()"
+    role = subprocess.Popen([sys.executable, "-c", line], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert role.stdout.readline() == b"ready\\n"
+    role.kill()
+    role.wait()
 """
 
 
@@ -260,9 +271,10 @@ def nested_suite(
     )
 
 
+@pytest.mark.slow
 def test_the_workers_in_which_torch_compiles_are_no_leftovers(tmp_path: Path) -> None:
     run = nested_suite(tmp_path, STARTS_COMPILE_WORKERS)
-    assert "1 passed" in run.stdout, run.stdout + run.stderr
+    assert "2 passed" in run.stdout, run.stdout + run.stderr
     assert run.returncode == 0, run.stdout
     assert "outlived" not in run.stdout
 

@@ -84,22 +84,25 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 def test_in_float32_loss_gradient_weights_and_probe_are_those_of_one_piece(
     found: Found, ranks: int, kind: str, name: str
 ) -> None:
-    one = found.alone["all" if name == "idle" else name]
-    other = found.by_ranks[ranks][kind, name]
+    check_float32(found.alone["all" if name == "idle" else name], found.by_ranks[ranks][kind, name], rtol=1e-5)
+
+
+def check_float32(one: dict[str, Any], other: dict[str, Any], *, rtol: float) -> None:
+    """``other`` is ``one`` within float32's rounding (``sharded_support.trained``)."""
     assert other["layout"] == one["layout"] == "tree"
     assert other["names"] == one["names"]
     assert other["from_reference"] <= 1e-6
     for mine, theirs in zip(one["metrics"], other["metrics"], strict=True):
         for metric in ("train/loss", "grad_norm", "loss/entropy", "loss/kl_reference", "tokens/trained"):
-            assert theirs[metric] == pytest.approx(mine[metric], rel=1e-5, abs=1e-7), metric
+            assert theirs[metric] == pytest.approx(mine[metric], rel=rtol, abs=1e-2 * rtol), metric
     assert len(one["gradients"]) == len(other["gradients"]) == 4
     for mine, theirs in zip(one["gradients"], other["gradients"], strict=True):
         for tensor, values in mine.items():
-            np.testing.assert_allclose(theirs[tensor], values, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(other["probe"], one["probe"], atol=1e-5)
+            np.testing.assert_allclose(theirs[tensor], values, rtol=rtol, atol=0.1 * rtol)
+    np.testing.assert_allclose(other["probe"], one["probe"], atol=rtol)
     for tensor, values in one["weights"].items():
         # AdamW's first steps are of one size whatever the gradient's: where that is all but zero its sign is noise.
-        assert np.mean(np.abs(np.subtract(other["weights"][tensor], values)) > 1e-6) < 0.01, tensor
+        assert np.mean(np.abs(np.subtract(other["weights"][tensor], values)) > 0.1 * rtol) < 0.01, tensor
 
 
 def flat(result: dict[str, Any], step: int) -> np.ndarray:
@@ -111,15 +114,18 @@ def flat(result: dict[str, Any], step: int) -> np.ndarray:
 def test_in_bfloat16_the_gradient_is_as_near_to_float32s_as_that_of_one_whole_rank(
     found: Found, ranks: int, kind: str
 ) -> None:
-    exact = flat(found.alone["all"], 0)
-    usual = np.linalg.norm(flat(found.by_ranks[1]["plain", "half"], 0) - exact)
-    other = found.by_ranks[ranks][kind, "half"]
-    error = np.linalg.norm(flat(other, 0) - exact)
-    assert 0 < error < 2 * usual < 0.15 * np.linalg.norm(exact)
+    check_half(found.alone["all"], found.by_ranks[1]["plain", "half"], found.by_ranks[ranks][kind, "half"])
+
+
+def check_half(exact: dict[str, Any], usual: dict[str, Any], other: dict[str, Any]) -> None:
+    """``other``, in bfloat16, is as near to ``exact``, in float32, as ``usual``, on one whole rank, is."""
+    gradient = flat(exact, 0)
+    errors = [float(np.linalg.norm(flat(half, 0) - gradient)) for half in (usual, other)]
+    assert 0 < errors[1] < 2 * errors[0] < 0.2 * np.linalg.norm(gradient)
     assert other["layout"] == "tree"
     assert other["from_reference"] == 0.0
-    assert other["metrics"][0]["train/loss"] == pytest.approx(found.alone["all"]["metrics"][0]["train/loss"], abs=0.01)
-    np.testing.assert_allclose(other["probe"], found.alone["all"]["probe"], atol=0.1)
+    assert other["metrics"][0]["train/loss"] == pytest.approx(exact["metrics"][0]["train/loss"], abs=0.01)
+    np.testing.assert_allclose(other["probe"], exact["probe"], atol=0.1)
 
 
 # --- checkpoints
