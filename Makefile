@@ -39,8 +39,12 @@ $(KERNELS)/.installed: requirements/kernels.txt | setup
 test-kernels: $(KERNELS)/.installed ## the kernels of the learner's extra `gpu`, on a CPU in Triton's interpreter (ARGS="-k head")
 	@ATPO_TEST_SESSION=make-$$$$ TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest -q -m kernels -n 0 $(ARGS)
 
-test-gpu: ## on a machine with a CUDA device: the tests that need one (ARGS="-k fsdp"); PYTHON=… without a .venv
-	@ATPO_TEST_SESSION=make-$$$$ $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m pytest -q -m gpu -n 0 $(ARGS)
+# No set-up: that would bring the CPU set.  One process, for the tests share the card.
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+test-gpu: ## on a machine with a CUDA device: the tests that need one (ARGS="-k sharded"); PYTHON=… without a .venv
+	@$(GPU_PYTHON) scripts/gpu_ready.py
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" ATPO_TEST_SESSION=make-$$$$ \
+	  $(GPU_PYTHON) -m pytest -q -m gpu $(ARGS)
 
 check: setup ## ruff and mypy (strict) over the packages, tests, scripts and benchmarks
 	@$(BIN)/ruff check .
