@@ -59,6 +59,7 @@ def make_trainer(model: Path, kind: str, sections: Sections, *, scaler: torch.am
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
+    from learner.policy import compilation
     from learner.policy.accelerator import make_accelerator
     from learner.policy.model import load_policy
     from learner.training.trainer import Trainer
@@ -69,10 +70,13 @@ def make_trainer(model: Path, kind: str, sections: Sections, *, scaler: torch.am
     config = make_config(model, **sections)
     if "RANK" in os.environ:  # another trainer of this process may have had another precision
         AcceleratorState._reset_state(True)
+    on_cuda = config.learner.device == "cuda"
+    # What matters here is how layers are cut into graphs; the code generator takes a minute.
+    if "RANK" in os.environ and not on_cuda:
+        compilation.BACKEND = "eager"
     if kind == "alone":
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             os.environ.pop(name, None)
-    on_cuda = config.learner.device == "cuda"
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     if kind == "fsdp2" and on_cuda:
         set_environment()
@@ -130,7 +134,7 @@ def from_reference(trainer: Trainer) -> float:
     places = torch.arange(22, device=tokens.device)
     inputs: dict[str, Any] = {"tokens": tokens, "predictor": places, "target": tokens.reshape(-1)[1:23]}
     with torch.no_grad():
-        own = trainer.model(**inputs)
+        own = trainer._loss.model(**inputs)
         with precision.as_the_policy(trainer.accelerator):
             return float((own - reference(**inputs)).abs().max())
 

@@ -28,9 +28,11 @@ ALL: Sections = {
 }
 TRACED: Sections = {**ALL, "credit": {"value_mode": "tree_trace"}, "correction": {"exponent": "ess"}}
 LORA: Sections = {**ALL, "learner": {**ALL["learner"], "lora": {"rank": 4}}}
+CHECKPOINTED: Sections = {**ALL, "learner": {**ALL["learner"], "gradient_checkpointing": True}}
+COMPILED: Sections = {**ALL, "learner": {**ALL["learner"], "compile": "on"}}
 HALF: Sections = {**ALL, "learner": {**ALL["learner"], "mixed_precision": "bf16"}}
 TRAINED = {
-    1: [("fsdp2", "all"), ("fsdp2", "half"), ("plain", "half")],
+    1: [("fsdp2", "all"), ("fsdp2", "compiled"), ("fsdp2", "half"), ("plain", "half")],
     2: [
         ("plain", "all"),
         ("plain", "half"),
@@ -39,6 +41,7 @@ TRAINED = {
         ("fsdp2", "half"),
         ("fsdp2", "idle"),
         ("fsdp2", "lora"),
+        ("fsdp2", "checkpointed"),
     ],
 }
 """By the number of ranks: how a policy is wrapped, and with which settings it trains; ``idle``: rank 1 has no tree."""
@@ -61,7 +64,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     before = job_resume(str(model), "plain", ALL, None, str(folder / "alone"), True)
     adapted = job_resume(str(model), "plain", LORA, None, str(folder / "adapted"), True)
     by_ranks = {}
-    settings = {"all": ALL, "traced": TRACED, "half": HALF, "lora": LORA}
+    settings = {
+        "all": ALL,
+        "traced": TRACED,
+        "half": HALF,
+        "lora": LORA,
+        "compiled": COMPILED,
+        "checkpointed": CHECKPOINTED,
+    }
     for ranks, cases in TRAINED.items():
         work: dict[tuple[str, ...], list[Any]] = {
             (kind, name): ["train", str(model), kind, settings.get(name, ALL), [1] if name == "idle" else []]
@@ -84,7 +94,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 def test_in_float32_loss_gradient_weights_and_probe_are_those_of_one_piece(
     found: Found, ranks: int, kind: str, name: str
 ) -> None:
-    check_float32(found.alone["all" if name == "idle" else name], found.by_ranks[ranks][kind, name], rtol=1e-5)
+    check_float32(found.alone.get(name, found.alone["all"]), found.by_ranks[ranks][kind, name], rtol=1e-5)
 
 
 def check_float32(one: dict[str, Any], other: dict[str, Any], *, rtol: float) -> None:
