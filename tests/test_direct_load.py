@@ -140,11 +140,13 @@ def test_a_copy_replaces_the_reload_only_after_a_reload_has_come_to_the_same(mon
     said = []
     for _ in range(3):
         take(engine, published())
-        said.append(engine._loaded_directly)
-    assert said == [False, True, True]
+        said.append(engine._why_layerwise)
+    assert said == ["embed.weight was not yet seen to be equal to a file", None, None]
+    take(engine, published(), directly=False)
+    assert engine._why_layerwise == "the weights before were refused"
     monkeypatch.setattr(inside, "derives", lambda model: "experts has FusedMoEMethod")
     take(engine, published())
-    assert not engine._loaded_directly
+    assert engine._why_layerwise == "experts has FusedMoEMethod"
 
 
 @needs_vllm
@@ -157,6 +159,8 @@ def test_a_parameter_that_a_direct_load_left_out_is_named(monkeypatch: pytest.Mo
     monkeypatch.setattr(inside, "copy_all", lambda places, tensors: copy_all(places[1:], tensors))
     with pytest.raises(ValueError, match=r"not all was taken up: embed.weight"):
         take(engine, other)
+    take(engine, other)
+    assert engine._why_layerwise is not None  # all are compared again first
 
 
 def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -169,27 +173,27 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     engine.__init__(Stacked())  # type: ignore[misc]
     monkeypatch.setattr(inside, "derives", lambda model: None)
-    monkeypatch.setattr(engine, "_reload", lambda: copy_all(placements(engine.model, engine._tensors), engine._tensors))
+    monkeypatch.setattr(engine, "_reload", lambda tensors: copy_all(placements(engine.model, tensors), tensors))
     return engine
 
 
-def take(engine: Any, tensors: dict[str, Tensor]) -> None:
+def take(engine: Any, tensors: dict[str, Tensor], *, directly: bool = True) -> None:
     class Given:
         def tensors(self, info: object) -> dict[str, Tensor]:
             return tensors
 
     engine._reader = Given()
     engine.start_weight_update()
-    engine.receive_weights(update())
+    engine.receive_weights(update(directly=directly))
     engine.finish_weight_update()
 
 
-def update(path: Path = Path("v1.bin"), size: int = 8, stage: str = LOAD) -> Any:
+def update(path: Path = Path("v1.bin"), size: int = 8, *, directly: bool = True) -> Any:
     from actors.engines.vllm.payload import FileUpdateInfo
 
     return FileUpdateInfo(
         path=str(path), total_bytes=size, names=["w"], dtypes=["float32"], shapes=[[2]], offsets=[0], nbytes=[8],
-        stage=stage,
+        directly=directly,
     )  # fmt: skip
 
 

@@ -315,8 +315,7 @@ def test_the_engines_processes_end_with_a_killed_actor(tmp_path: Path) -> None:
             import asyncio, sys
             from pathlib import Path
             from actors.engines.base import EngineSettings
-            from actors.engines.vllm import stages
-from actors.engines.vllm.engine import VllmEngine
+            from actors.engines.vllm.engine import VllmEngine
 
             async def main():
                 settings = EngineSettings(

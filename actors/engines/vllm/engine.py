@@ -183,8 +183,11 @@ class VllmEngine:
         await self._llm.pause_generation(mode="keep", clear_cache=self._clear_cache)
         paused = clock()
         try:
-            workers = self._settings.tensor_parallel_size
-            await load(self._llm, weights, tensor_parallel_size=workers, was_read=self._reads_ahead)
+            # After weights that were refused vLLM's own way is taken, and every parameter compared.
+            await load(
+                self._llm, weights, tensor_parallel_size=self._settings.tensor_parallel_size,
+                was_read=self._reads_ahead, directly=not self._unproven,
+            )  # fmt: skip
             loaded = clock()
             error = self._probe.judge(manifest, await self._score_probe(manifest))
             probed = clock()

@@ -64,53 +64,62 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         """Parameters that were bit for bit equal to their file after some layer-wise reload."""
         self._reader = Reader()
         self._spot = SpotCheck(CHECKED_ELEMENTS)
-        self._why_layerwise: str | None = "unknown"
+        self._told = False
+        self._why_layerwise: str | None = None
+        """Why the last version was reloaded layer by layer, if it was."""
 
     def init_transfer_engine(self, init_info: FileInitInfo) -> None:
         pass
 
     def start_weight_update(self) -> None:
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._loaded_directly = False
+        """Nothing: a version comes whole, in one update."""
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
         """Raises ValueError, naming the tensor: before anything is loaded if the file is not what the lists say
-        (``UNTOUCHED``), after it if a layer did not take up all of its weights (``INCOMPLETE``)."""
+        (``UNTOUCHED``), after it if a parameter is not what the file says (``INCOMPLETE``)."""
         try:
             if update_info.stage == READ:
                 self._reader.read_ahead(update_info)
                 return
-            self._tensors = self._reader.tensors(update_info)
+            tensors = self._reader.tensors(update_info)
         except Exception as exc:
             raise ValueError(f"{UNTOUCHED} {exc}") from exc
-        places = placements(self.model, self._tensors)
-        reason = self._why_not_direct(places)
-        if reason != self._why_layerwise:
-            self._why_layerwise = reason
-            log.info("weights are loaded %s", f"layer by layer: {reason}" if reason else "straight into the parameters")
+        places = placements(self.model, tensors)
+        reason = self._why_not_direct(places, tensors) if update_info.directly else "the weights before were refused"
+        if reason is not None and reason == self._why_layerwise and not self._told and not current_platform.is_cpu():
+            self._told = True
+            log.warning("weights are reloaded layer by layer, which takes longer than a copy: %s", reason)
+        self._why_layerwise = reason
+        # Compared here and not in ``finish_weight_update``: vLLM ends an update that fails in this call, and only then
+        # begins another.
         if reason is None:
-            self._loaded_directly = True
-            copy_all(places, self._tensors)
+            copy_all(places, tensors)
+            self._check_some(places, tensors)
         else:
-            self._reload()
+            self._reload(tensors)
+            # Where parameters lay in other memory meanwhile.
+            self._check_all(placements(self.model, tensors), tensors)
 
-    def _why_not_direct(self, places: list[Placement]) -> str | None:
+    def finish_weight_update(self) -> None:
+        """Nothing: what was received has been loaded and compared."""
+
+    def _why_not_direct(self, places: list[Placement], tensors: dict[str, torch.Tensor]) -> str | None:
         """None where a copy into every parameter is what vLLM's own reload comes to: it was so for some version, bit
         for bit, and no layer derives anything else from its parameters."""
         if reason := derives(self.model):
             return reason
-        if left := uncovered(self.model, self._tensors, places):
+        if left := uncovered(self.model, tensors, places):
             return f"{left[0]} is held otherwise than in a file"
         if new := sorted({place.name for place in places} - self._comparable):
             return f"{new[0]} was not yet seen to be equal to a file"
         return None
 
-    def _reload(self) -> None:
+    def _reload(self, tensors: dict[str, torch.Tensor]) -> None:
         held = {name for name, _ in self.model.named_parameters()}
         # CPU linear layers are prepacked, so plain load_weights fails after start-up; this reload packs them anew.
         initialize_layerwise_reload(self.model)
         try:
-            loaded = self.model.load_weights(iter(self._tensors.items()))
+            loaded = self.model.load_weights(iter(tensors.items()))
             missing = not_loaded(self.model) + sorted(set() if loaded is None else held - set(loaded))
         finally:
             # Also where a weight was refused: the next load has to find every layer whole.
@@ -118,15 +127,13 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         if missing:
             raise ValueError(f"{INCOMPLETE} {missing[0]} ({len(missing)} of {len(held)} parameters)")
 
-    def finish_weight_update(self) -> None:
-        """Raises ValueError (``INCOMPLETE``) naming a parameter that is not what the file says."""
-        tensors, self._tensors = self._tensors, {}
-        places = placements(self.model, tensors)
-        if self._loaded_directly:
-            first = self._spot.first_wrong(places, tensors)
-            if first is not None:
-                raise ValueError(f"{INCOMPLETE} {first} (found among those compared this time)")
-            return
+    def _check_some(self, places: list[Placement], tensors: dict[str, torch.Tensor]) -> None:
+        first = self._spot.first_wrong(places, tensors)
+        if first is not None:
+            self._comparable.clear()  # nothing is known of a copy any more
+            raise ValueError(f"{INCOMPLETE} {first} (found among those compared this time)")
+
+    def _check_all(self, places: list[Placement], tensors: dict[str, torch.Tensor]) -> None:
         same, other = compare(places, tensors)
         wrong = sorted(other & self._comparable)
         # Which parameters vLLM stores as they are in a file depends on the model, the device and how it is sharded:

@@ -31,11 +31,14 @@ async def read_ahead(llm: Any, weights: WeightsFile) -> None:
         await asyncio.sleep(LOOK_S)
 
 
-async def load(llm: Any, weights: WeightsFile, *, tensor_parallel_size: int, was_read: bool = False) -> None:
+async def load(
+    llm: Any, weights: WeightsFile, *, tensor_parallel_size: int, was_read: bool = False, directly: bool = True
+) -> None:
     """Called while generation is paused.
 
     Args:
         was_read: by ``read_ahead``.
+        directly: it may be copied straight into the parameters, where nothing speaks against that.
 
     Raises:
         WeightsRejected: nothing was touched.
@@ -45,7 +48,7 @@ async def load(llm: Any, weights: WeightsFile, *, tensor_parallel_size: int, was
     with _named(weights, tensor_parallel_size=tensor_parallel_size):
         if not was_read:
             await llm.start_weight_update()
-        await _update(llm, weights, stage=LOAD)
+        await _update(llm, weights, stage=LOAD, directly=directly)
         await llm.finish_weight_update(weight_version=str(weights.manifest.version))
 
 
@@ -58,7 +61,7 @@ def _taken_away(mark: Path) -> bool:
     return True
 
 
-async def _update(llm: Any, weights: WeightsFile, *, stage: str) -> None:
+async def _update(llm: Any, weights: WeightsFile, *, stage: str, directly: bool = True) -> None:
     from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
     manifest = weights.manifest
@@ -71,6 +74,7 @@ async def _update(llm: Any, weights: WeightsFile, *, stage: str) -> None:
         "offsets": [spec.offset for spec in manifest.tensors],
         "nbytes": [spec.nbytes for spec in manifest.tensors],
         "stage": stage,
+        "directly": directly,
     }
     await llm.update_weights(WeightTransferUpdateRequest(update_info=info))
 

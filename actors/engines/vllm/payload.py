@@ -34,6 +34,8 @@ class FileUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     offsets: list[int]
     nbytes: list[int]
     stage: str = LOAD
+    directly: bool = True
+    """It may be copied straight into the parameters."""
 
 
 class Reader:
