@@ -13,13 +13,16 @@ from buffer.journal.tables import Tables
 from buffer.sampling import prioritized
 
 
+_commit = Tables.commit
+
+
 def make(exponent: float, *, commit_ms: float) -> prioritized.Prioritized:
     """The built-in sampling; from now on commits of this process take ``commit_ms`` longer."""
-    commit = Tables.commit
 
     def slow(self: Tables, group: Group) -> None:
         time.sleep(commit_ms / 1e3)
-        commit(self, group)
+        _commit(self, group)
 
+    # A sampling may be made more than once.
     Tables.commit = slow  # type: ignore[method-assign]
     return prioritized.make(exponent)

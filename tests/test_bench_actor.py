@@ -127,9 +127,11 @@ def test_the_shares_of_waiting_are_those_of_the_steps_after_the_first(tmp_path: 
 def test_on_a_slow_disk_a_commit_takes_longer_and_writes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[object] = []
     slept: list[float] = []
-    monkeypatch.setattr("buffer.journal.tables.Tables.commit", lambda self, group: done.append(group))
+    monkeypatch.setattr(Tables, "commit", Tables.commit)  # put back at the end
+    monkeypatch.setattr("benchmarks.slow_disk._commit", lambda self, group: done.append(group))
     monkeypatch.setattr("benchmarks.slow_disk.time.sleep", slept.append)
-    slow_disk.make(0.6, commit_ms=40.0)
+    for _ in range(2):  # it is tried before the run
+        slow_disk.make(0.6, commit_ms=40.0)
     Tables.commit(None, "group")  # type: ignore[arg-type]
     assert (done, slept) == (["group"], [0.04])
 
