@@ -12,7 +12,6 @@ from buffer.journal.chunks import Group
 from buffer.journal.tables import Tables
 from buffer.sampling import prioritized
 
-
 _commit = Tables.commit
 
 
