@@ -209,6 +209,7 @@ def test_a_batchs_log_ratios_hold_each_unit_once_however_it_is_cut(level: Any) -
     # A row whose first turn another row has counted already: its sequence is its own.
     counted = TURN != 3
     again = log_weights(config, counted)
+    again = again[~again.isnan()]
     assert len(whole) - len(again) == {"token": 2, "turn": 1, "prefix": 1, "sequence": 0}[level]
 
 

@@ -120,13 +120,17 @@ class OffPolicyCorrection:
     def log_weights(self, tokens: OffPolicyTokens, counted: Tensor) -> Tensor:
         """float64[U]: lambda S before tempering of each unit at the level in use; what ``temper`` takes, concatenated.
 
+        NaN, which that leaves out, for units without a token counted here: to pick the others out of the tensor would
+        be to wait until a GPU knows how many there are.
+
         Args:
             tokens: of one micro-batch.
             counted: bool, by token; false for a turn that another row has counted already.  A sequence always counts.
         """
         unit = units(self.settings.level, tokens.turn, tokens.row)
         log_weight = self._log_weight(tokens)
-        return log_weight[present(self.settings.level, tokens.turn, unit, counted, log_weight.shape[0])].double()
+        here = present(self.settings.level, tokens.turn, unit, counted, log_weight.shape[0])
+        return torch.where(here, log_weight.double(), torch.nan)
 
     def temper(self, log_weights: Tensor) -> Tempering:
         """The tempering that keeps a batch's effective sample size, and the action's own measure of the batch.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from learner.loss.units import num_units, unit_sum
+from learner.loss.units import num_units, owners, spread, unit_sum
 
 
 def turn_entropy(difference: Tensor, turn: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,23 +20,20 @@ def turn_entropy(difference: Tensor, turn: Tensor, row: Tensor) -> tuple[Tensor,
         difference: float, log-prob of the policy minus that of the one that sampled, of each token.
         turn, row: int64, as in ``learner.loss.units``.
     """
-    turns, rows = turn.reshape(-1), row.reshape(-1)
-    counts = turns >= 0
-    if not bool(counts.any()):
+    count, size = num_units(turn), num_units(row)
+    if not count:
         none = torch.zeros((), dtype=torch.float64, device=turn.device)
         return none, none
-    per_turn = unit_sum(difference.double(), turn, num_units(turn))
-    # Numbers that no token has: they belong to no row.
-    owner = torch.full_like(per_turn, -1, dtype=torch.long).scatter_(0, turns[counts], rows[counts])
-    there = owner >= 0
-    drift, owner = per_turn[there], owner[there]
-    size = num_units(owner)
+    drift = unit_sum(difference.double(), turn, count)
+    # -1, which sums leave out, for numbers that no token has: they belong to no row.
+    owner = owners(turn, row, count)
     total = unit_sum(drift, owner, size)
     number = unit_sum(torch.ones_like(drift), owner, size)
-    share = drift / torch.where(total == 0, 1.0, total)[owner]
-    largest = torch.full_like(total, -torch.inf).scatter_reduce_(0, owner, share, "amax")
-    weight = (share - largest[owner]).exp()
-    chance = weight / unit_sum(weight, owner, size)[owner]
+    share = drift / spread(torch.where(total == 0, 1.0, total), owner).masked_fill(owner < 0, 1.0)
+    largest = torch.full((size + 1,), -torch.inf, dtype=total.dtype, device=total.device)
+    largest = largest.scatter_reduce_(0, torch.where(owner < 0, size, owner), share, "amax")[:size]
+    weight = (share - spread(largest, owner)).exp()
+    chance = weight / spread(unit_sum(weight, owner, size), owner).masked_fill(owner < 0, 1.0)
     entropy = unit_sum(-torch.xlogy(chance, chance), owner, size) / torch.where(number > 1, number, 2.0).log()
     defined = (number > 0) & (total != 0)
     return torch.where(defined & (number > 1), entropy, 0.0).sum(), defined.double().sum()

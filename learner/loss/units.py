@@ -12,6 +12,17 @@ from torch import Tensor
 
 from atpo_async.core.vocabulary import Level
 
+_COUNT = "atpo_num_units"
+
+
+def counted(unit: Tensor, count: int) -> Tensor:
+    """The same indices, which know from now on how many units they number.
+
+    To ask a GPU for the largest of them is to wait until it has done all that it was given.
+    """
+    setattr(unit, _COUNT, count)
+    return unit
+
 
 def units(level: Level, turn: Tensor, row: Tensor) -> Tensor:
     """int64, same shape: which unit a token belongs to at ``level``; -1 for tokens that do not count.
@@ -20,14 +31,20 @@ def units(level: Level, turn: Tensor, row: Tensor) -> Tensor:
     """
     if level == "turn" or level == "prefix":
         return turn
+    known = hasattr(turn, _COUNT)  # and then every place counts
     if level == "sequence":
-        return torch.where(turn < 0, turn, row)
+        found = torch.where(turn < 0, turn, row)
+        return counted(found, num_units(row)) if known else found
     flat = torch.arange(turn.numel(), device=turn.device).reshape(turn.shape)
-    return torch.where(turn < 0, turn, flat)
+    found = torch.where(turn < 0, turn, flat)
+    return counted(found, turn.numel()) if known else found
 
 
 def num_units(unit: Tensor) -> int:
     """Length that per-unit tensors need."""
+    known: int | None = getattr(unit, _COUNT, None)
+    if known is not None:
+        return known
     return int(unit.max()) + 1 if unit.numel() else 0
 
 
@@ -52,17 +69,26 @@ def prefix_sum(per_turn: Tensor, turn: Tensor, row: Tensor) -> Tensor:
         turn, row: of the tokens.
     """
     count = per_turn.shape[0]
-    turns, rows = turn.reshape(-1), row.reshape(-1)
-    counts = turns >= 0
-    turns, rows = turns[counts], rows[counts]
-    if not turns.numel():
+    if not count:
         return per_turn
+    turns, rows = turn.reshape(-1), row.reshape(-1)
     # Rows come one after the other, so one running sum serves them all, less what stood before the row began.
     running = per_turn.double().cumsum(0)
     before = torch.cat([running.new_zeros(1), running[:-1]])
-    row_of = rows.new_zeros(count).scatter_(0, turns, rows)
-    first = turns.new_full((num_units(rows),), count - 1).scatter_reduce_(0, rows, turns, "amin")[row_of]
-    return (running - before[first]).to(per_turn.dtype)
+    last = turns.new_full((num_units(row),), count - 1)
+    first = last.scatter_reduce_(0, rows, torch.where(turns < 0, count - 1, turns), "amin")
+    return (running - before[first[_owners(turns, rows, count, 0)]]).to(per_turn.dtype)
+
+
+def _owners(turns: Tensor, rows: Tensor, count: int, none: int) -> Tensor:
+    """int64[count]: the row of each turn occurrence; ``none`` for numbers that no token has."""
+    slots = torch.where(turns < 0, count, turns)
+    return rows.new_full((count + 1,), none).scatter_(0, slots, rows)[:count]
+
+
+def owners(turn: Tensor, row: Tensor, count: int) -> Tensor:
+    """int64[count]: the row of each turn occurrence; -1 for numbers that no token has."""
+    return _owners(turn.reshape(-1), row.reshape(-1), count, -1)
 
 
 def spread(per_unit: Tensor, unit: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from atpo_async.config import Config
 from atpo_async.wire.messages import Batch
 from learner.loss.tokens import OffPolicyTokens
+from learner.loss.units import counted
 from learner.packing import lengths
 from learner.packing.attention import Way, to_device, ways
 from learner.packing.credited import CreditedTree, Normaliser
@@ -179,7 +180,10 @@ class Planner:
         inputs = send_to_device(inputs, self.device)
         if batch.layout is not None:
             inputs["layout"] = to_device(batch.layout, self.device, way=self.way)
-        return Pass(inputs=inputs, **send_to_device(rest, self.device))
+        made = Pass(inputs=inputs, **send_to_device(rest, self.device))
+        counted(made.turn, int(batch.turn.max(initial=-1)) + 1)
+        counted(made.row, int(batch.row.max(initial=-1)) + 1)
+        return made
 
 
 def take_prox(former: Sequence[Pass], passes: Sequence[Pass]) -> None:
