@@ -90,7 +90,7 @@ def random_model(folder: Path, args: argparse.Namespace) -> Path:
 def make_engine(model: Path, args: argparse.Namespace, config: Config) -> Engine:
     settings = EngineSettings(
         model=model, dtype=args.dtype, device=args.device, max_model_len=config.model.max_context_tokens,
-        max_num_seqs=8, num_threads=args.threads,
+        max_num_seqs=8, num_threads=args.threads, gpu_memory_utilization=args.memory,
     )  # fmt: skip
     if args.engine == "transformers":
         return ForgetfulEngine(settings)
@@ -351,6 +351,9 @@ def main() -> None:
     parser.add_argument("--swaps", type=int, default=100)
     parser.add_argument("--step", type=float, default=1e-4, help="an honest step: of each weight, standard deviation")
     parser.add_argument("--stale", type=float, nargs="*", default=[1e-5, 1e-4, 1e-3])
+    parser.add_argument(
+        "--memory", type=float, default=0.4, help="share of the GPU that vLLM takes; the learner is there"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

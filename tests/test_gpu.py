@@ -72,6 +72,19 @@ def test_a_packed_policy_gives_the_log_probs_of_flat_rows_on_the_gpu(tmp_path: P
     assert layout_for(policy, config) == ("tree", "packed trees get the log-probs of flat rows")
 
 
+def test_the_learner_multiplies_float32_numbers_in_float32(tmp_path: Path) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        make_accelerator(make_config(tmp_path, learner={"device": "cuda"}))
+        a, b = (torch.randn(256, 256, device="cuda") for _ in range(2))
+        exact = a.double() @ b.double()
+        # TF32 keeps 10 bits: sums of 256 products would be off by more than 1e-3.
+        assert float((a @ b - exact).abs().max()) < 2e-4
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_a_training_step_gives_the_loss_it_gives_on_the_cpu(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     losses = []

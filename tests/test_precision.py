@@ -187,6 +187,25 @@ def test_settings_are_those_that_accelerate_obeys() -> None:
     assert accelerate_environment.settings(environ) == {"ACCELERATE_TORCH_DEVICE": "meta", "FSDP_VERSION": "2"}
 
 
+def test_products_of_float32_numbers_on_cuda_are_of_float32_whatever_a_library_has_set(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from torch._inductor.kernel.flex.flex_attention import get_float32_precision
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert "tf32" in get_float32_precision()
+        with caplog.at_level("INFO", logger="atpo.learner"):
+            precision.keep_float32()
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert get_float32_precision() == "'ieee'"
+        assert caplog.messages == ["products of float32 numbers on CUDA are of float32, not of TF32"]
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_log_probs_that_a_wrapper_casts_are_refused() -> None:
     precision.check_outputs(torch.zeros(2))
     precision.check_outputs(torch.zeros(2, dtype=torch.float64))

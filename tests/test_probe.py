@@ -181,6 +181,27 @@ def test_the_attention_of_a_hopper_gpu_passes_in_float32_and_that_of_a_cpu_does_
         Probe(device="cpu", dtype="float32").judge(manifest(), off_by(0.0093))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "readings"),
+    # Seen on an H100: the demo in float32 (attention in TF32), a policy of 0.6 billion parameters in bfloat16.
+    [("float32", (0.0093, 0.006, 0.012, 0.0075, 0.0118, 0.0061)), ("bfloat16", (0.016, 0.019, 0.017, 0.0185, 0.016))],
+)
+def test_what_was_read_on_a_hopper_gpu_passes_at_every_version_and_a_fault_does_not(
+    dtype: str, readings: tuple[float, ...]
+) -> None:
+    probe = Probe(device="cuda", dtype=dtype)
+    for version, reading in enumerate((*readings, *reversed(readings))):
+        probe.judge(manifest(version), off_by(reading, seed=version))
+    with pytest.raises(ProbeMismatch, match=rf"the engine \({dtype} on cuda\) is 0\.09"):
+        probe.judge(manifest(99), off_by(0.09))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:3"])
+def test_there_is_a_bound_for_every_device_and_precision_that_an_engine_may_have(device: str, dtype: str) -> None:
+    assert 0 < Probe(device=device, dtype=dtype).tolerance(manifest()) < 0.6
+
+
 def test_a_log_prob_that_is_no_number_fails_at_any_tolerance(probe: Probe) -> None:
     with pytest.raises(ProbeMismatch, match="is nan nats off"):
         probe.judge(manifest(tolerance=1e9), np.full(len(LOGPROBS), np.nan, np.float32))
