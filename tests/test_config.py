@@ -255,6 +255,20 @@ def test_what_files_set_can_be_written_as_options(tmp_path: Path) -> None:
     assert as_options([]) == {}
 
 
+def test_a_section_within_a_section_is_set_like_any_other_and_written_with_a_header_of_its_own(tmp_path: Path) -> None:
+    config = load(write(tmp_path, "[learner.lora]\nrank = 4\n"), {"learner.lora.targets": '["q_proj"]'})
+    assert (config.learner.lora.rank, config.learner.lora.targets) == (4, ("q_proj",))
+    text = to_toml(config)
+    assert "\n[learner.lora]\nrank = 4" in text
+    assert load(write(tmp_path, text)) == config
+    with pytest.raises(ConfigError, match=r"^learner\.lora\.ranks: unknown key .* did you mean learner\.lora\.rank\?"):
+        load(write(tmp_path, "[learner.lora]\nranks = 4\n"))
+    with pytest.raises(ConfigError, match=r"^learner\.lora\.rank must be >= 0, got -1$"):
+        load(write(tmp_path, ""), {"learner.lora.rank": "-1"})
+    with pytest.raises(ConfigError, match=r"^--learner\.lora: is a section .* for instance --learner\.lora\.rank$"):
+        split_options(["--learner.lora", "8"])
+
+
 def test_a_file_says_none_as_an_option_does(tmp_path: Path) -> None:
     config = load(write(tmp_path, '[objective]\ndual_clip = "none"\n[learner]\naccelerate_config = "none"\n'))
     assert config.objective.dual_clip is None

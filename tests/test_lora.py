@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +372,12 @@ def test_adapters_that_do_not_fit_the_model_are_refused_by_name(
     with pytest.raises(SetupError) as refused:
         load_policy(with_lora(folder, **settings))
     assert what in str(refused.value)
+
+
+def test_without_peft_the_way_out_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SetupError, match=r"^learner.lora.rank = 4 needs peft, which cannot be loaded .*: pip install"):
+        load_policy(with_lora(folder))
 
 
 def test_fused_experts_get_no_adapter_and_are_refused_by_name(tmp_path: Path) -> None:

@@ -72,6 +72,15 @@ def test_what_the_journal_was_made_with_stays(path: str, value: Any) -> None:
     assert [change[0] for change in refused(Config(), build(changed(path, value)))] == [path]
 
 
+def test_what_the_weights_are_made_of_stays_and_how_they_travel_may_change() -> None:
+    old = build({"learner": {"lora": {"rank": 8}}})
+    new = build({"learner": {"lora": {"rank": 4, "alpha": 8.0, "targets": "q_proj", "publish": "adapter"}}})
+    assert [change[0] for change in refused(old, new)] == [
+        f"learner.lora.{name}" for name in ("rank", "alpha", "targets")
+    ]
+    assert "learner.lora.publish: merged -> adapter" in describe_changes(old, new, updates=0, steps=0)
+
+
 def test_a_number_of_tasks_may_be_raised_and_never_lowered() -> None:
     few, many = build(changed("run.max_tasks", 16)), build(changed("run.max_tasks", 32))
     assert refused(few, many) == refused(few, Config()) == []

@@ -330,8 +330,8 @@ def joining(run: RunDir, config: Config) -> Config:
         listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, old, new in differing)
         raise RunMismatch(
             f"run folder {run.path} was made by another configuration: {listed}.  Use the old values, or another "
-            f"--run.name (with --from {run.path} it starts from this run's policy); whatever bears on tasks and on how "
-            "they are sampled stays in a run"
+            f"--run.name (with --from {run.path} it starts from this run's policy); whatever bears on tasks, on how "
+            "they are sampled and on which weights are trained stays in a run"
         )
     return config
 

@@ -293,8 +293,14 @@ def _named_briefly(layers: Mapping[str, Any], settings: LoraConfig) -> list[str]
 
 def _inject(hf: Any, settings: LoraConfig, names: list[str]) -> dict[str, Any]:
     """Raises SetupError where peft refuses, or does anything but put an adapter on each of these layers."""
-    import peft
-    from peft.tuners.lora import Linear
+    try:
+        import peft
+        from peft.tuners.lora import Linear
+    except ImportError as exc:
+        raise SetupError(
+            f"learner.lora.rank = {settings.rank} needs peft, which cannot be loaded ({exc}): pip install peft, or "
+            "train all weights with --learner.lora.rank 0"
+        ) from exc
 
     with torch.random.fork_rng(devices=[]):  # the adapters get numbers of their own
         try:
