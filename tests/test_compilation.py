@@ -30,6 +30,7 @@ def flex(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], Tenso
         return torch.compile(flex_attention, dynamic=any_length, backend="eager")
 
     monkeypatch.setattr(attention_flex, "_compiled", traced)
+    monkeypatch.setattr(attention_flex, "SMALL_MODEL", 0)
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     attention_flex._shapes.cache_clear()
     torch._dynamo.reset()
@@ -85,6 +86,16 @@ def test_more_shapes_than_have_a_kernel_of_their_own_share_one(
     assert num_graphs() == before + 3
     flex(384, 9)
     assert num_graphs() == before + 3
+
+
+def test_a_small_model_has_one_kernel_for_any_length(
+    flex: Callable[[int, int], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_flex, "SMALL_MODEL", 512)
+    before = num_graphs()
+    for seed, length in enumerate((384, 512, 640)):
+        flex(length, seed)
+    assert num_graphs() == before + 1
 
 
 def test_graphs_that_still_come_after_the_first_batches_are_told_with_their_shapes(

@@ -123,10 +123,15 @@ def test_layers_that_do_not_compile_are_left_as_they_are(folder: Path, monkeypat
     ],
 )
 def test_layers_are_compiled_where_it_is_asked_for_or_pays(
-    folder: Path, compile_: str, device: torch.device, sharded: bool, number: int, why: str
-) -> None:
+    folder: Path, compile_: str, device: torch.device, sharded: bool, number: int, why: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     config = make_config(folder, learner={"compile": compile_})
     policy = load_policy(config)
+    found, reason = compilation.chosen(policy.hf, config.learner, device=device, sharded=sharded)
+    if (compile_, device, sharded) == ("auto", CUDA, False):
+        assert (found, reason) == ([], "none: layers of 1968 parameters are too small to be worth it")
+    monkeypatch.setattr(compilation, "SMALL_LAYER", 0)
     found, reason = compilation.chosen(policy.hf, config.learner, device=device, sharded=sharded)
     assert (len(found), reason) == (number, why)
     policy.hf._no_split_modules = None

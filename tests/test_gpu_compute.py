@@ -128,9 +128,9 @@ def test_compiled_layers_in_bfloat16_are_as_near_to_float32_as_others(
 @pytest.mark.parametrize(
     ("settings", "graphs"),
     [
-        ({"mixed_precision": "bf16", "minibatches": 2, "gradient_checkpointing": True}, 8),
+        ({"mixed_precision": "bf16", "minibatches": 2, "gradient_checkpointing": True, "compile": "on"}, 8),
         ({"mixed_precision": "no", "compile": "off"}, 8),
-        ({"mixed_precision": "no"}, 24),
+        ({"mixed_precision": "no", "compile": "on"}, 24),
     ],
     ids=str,
 )

@@ -19,6 +19,8 @@ BLOCK = 128
 """Places of a block: FlexAttention's own default."""
 MOST_SHAPES = 24
 """Shapes of passes with a kernel of their own; what comes after them shares one kernel for any length."""
+SMALL_MODEL = 512
+"""Channels of all heads below which one kernel serves every length: making more takes longer than they would save."""
 SMALLEST_HEAD = 16
 """Channels of a head, at the least: a tensor core takes no fewer."""
 
@@ -32,7 +34,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: fl
     """query [B, H, T, D], key and value [B, G, T, D] -> [B, H, T, D]."""
     known = _shapes()
     shape = (tuple(query.shape), tuple(key.shape), query.dtype)
-    if len(known) < MOST_SHAPES:
+    if len(known) < MOST_SHAPES and query.shape[1] * query.shape[-1] >= SMALL_MODEL:
         known.add(shape)
     return _compiled(shape not in known)(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
 

@@ -27,6 +27,9 @@ that FlexAttention is compiled for, each with a gradient and without; what it fa
 
 BACKEND = "inductor"
 
+SMALL_LAYER = 1_000_000
+"""Parameters below which a layer is not compiled unasked: a minute of compiling is more than it would ever save."""
+
 FIRST_BATCHES = 5
 """In which a run meets what it has to compile."""
 
@@ -42,6 +45,9 @@ def chosen(model: Any, settings: LearnerConfig, *, device: torch.device, sharded
     found = layers(model)
     if not found:
         return [], f"none: {type(model).__name__} does not name its layers"
+    size = sum(parameter.numel() for parameter in found[0].parameters())
+    if settings.compile == "auto" and size < SMALL_LAYER:
+        return [], f"none: layers of {size} parameters are too small to be worth it"
     return found, f"{len(found)} of them ({type(found[0]).__name__})"
 
 
