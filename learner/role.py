@@ -109,7 +109,9 @@ async def learn(ctx: RoleContext) -> None:
             ctx.log.info("%s layout: %s", learner.trainer.layout, learner.trainer.layout_reason)
             ctx.log.info("kernels: %s", learner.trainer.kernels.reason)
             ctx.log.info("compiled layers: %s", learner.trainer.compiled)
-            await learner.run()
+            # A pass that does not fit is no error (``memory.fitting``); what is left are copies beside the passes.
+            with explained("the learner, outside its passes,", ctx.config, learner.trainer.accelerator.device):
+                await learner.run()
             # A rank that exits while others still use the group's threads may abort.
             await thread(learner.trainer.accelerator.wait_for_everyone)
     finally:

@@ -38,6 +38,7 @@ from atpo_async.ops import disk
 from atpo_async.run.files import sync
 from learner.checkpoints import optimizer_state
 from learner.checkpoints.tensors import parameters_of, read_tensors, write_tensors
+from learner.memory.out_of_memory import explained
 from learner.policy.optimizer import groups_settings, set_settings
 from learner.training.trainer import Trainer
 
@@ -187,7 +188,8 @@ def load(path: Path, trainer: Trainer) -> Progress:
             _load_shards(path, trainer)
         else:
             _load_parameters(trainer, path / _weights_file(trainer))
-            optimizer_state.load_into(trainer.optimizer, dict(read_tensors(path / "optimizer.safetensors", {})))
+            with explained("the optimizer's state of a checkpoint", trainer.config, accelerator.device):
+                optimizer_state.load_into(trainer.optimizer, dict(read_tensors(path / "optimizer.safetensors", {})))
         rng = path / f"rng-{accelerator.process_index}.safetensors"
         if rng.is_file():  # with more ranks than before the new ones start afresh
             _set_torch_rng(load_file(rng))
