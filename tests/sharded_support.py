@@ -176,7 +176,7 @@ def launch(folder: Path, work: list[list[Any]], *, ranks: int) -> list[Any]:
             command = [sys.executable, str(Path(__file__)), str(folder)]
             started.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log))
     try:
-        codes = [process.wait(timeout=240) for process in started]
+        codes = [process.wait(timeout=280) for process in started]
     finally:
         for process in started:
             process.kill()
@@ -212,6 +212,26 @@ def save(trainer: Trainer, target: str, *, step: int) -> str:
     from learner.checkpoints.checkpoint import Progress
 
     return str(checkpoint.save(Path(target), trainer, Progress(step=step, version=step), keep=3))
+
+
+def job_former(model: str, target: str) -> list[str]:
+    """A checkpoint as it is, and what is saved after reading it as Accelerate once wrote it."""
+    import shutil
+
+    from learner.checkpoints.checkpoint import SHARDED
+
+    trainer = make_trainer(Path(model), "fsdp2", {})
+    trainer.train(batch_for(trainer, seed=0), version=3)
+    path = save(trainer, f"{target}-now", step=1)
+    former = Path(target) / Path(path).name
+    if trainer.accelerator.is_main_process:
+        shutil.copytree(path, former)
+        for name in ("model", "optimizer"):
+            (former / f"{name}.safetensors").unlink()
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.save_state(str(former / SHARDED), safe_serialization=True)
+    again = make_trainer(Path(model), "fsdp2", {})
+    return [path, save(again, f"{target}-again", step=checkpoint_of(again, str(former)))]
 
 
 def job_full_disk(model: str, kind: str, target: str) -> dict[str, Any]:
@@ -282,6 +302,7 @@ def job_overflow(model: str, kind: str, target: str) -> dict[str, Any]:
 JOBS: dict[str, Callable[..., Any]] = {
     "train": job_train,
     "resume": job_resume,
+    "former": job_former,
     "full_disk": job_full_disk,
     "overflow": job_overflow,
 }

@@ -21,6 +21,8 @@ from learner.policy.accelerator import make_accelerator
 from tests.learner_support import make_config, make_model
 from tests.sharded_support import Sections, job_resume, launch, make_trainer, trained
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for all jobs, on a busy machine too
+
 # Several passes to a step, two steps to a batch, clipped gradients, and every term that the loss may have.
 ALL: Sections = {
     "learner": {"packing": "tree", "micro_batch_tokens": 100, "pack_tokens": 64, "epochs": 2, "max_grad_norm": 0.5},
@@ -35,6 +37,8 @@ TRAINED = {
     1: [("fsdp2", "all"), ("fsdp2", "compiled"), ("fsdp2", "half"), ("plain", "half")],
     2: [
         ("plain", "all"),
+        ("plain", "compiled"),
+        ("plain", "checkpointed"),
         ("plain", "half"),
         ("fsdp2", "all"),
         ("fsdp2", "traced"),
@@ -82,6 +86,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
         work["fsdp2", "resumed"] = ["resume", str(model), "fsdp2", ALL, before, str(folder / f"on-{ranks}"), True]
         if ranks == 2:
             work["fsdp2", "adapters"] = ["resume", str(model), "fsdp2", LORA, adapted, str(folder / "adapters"), False]
+            work["fsdp2", "former"] = ["former", str(model), str(folder / "former")]
             work["fsdp2", "full"] = ["full_disk", str(model), "fsdp2", str(folder / "full")]
         made = launch(folder / f"ranks-{ranks}", list(work.values()), ranks=ranks)
         by_ranks[ranks] = dict(zip(work, made, strict=True))
@@ -162,6 +167,13 @@ def test_shards_load_a_checkpoint_of_whole_tensors_and_write_the_same_one(found:
     assert same_files(before, copy)
     assert state_of(before) == state_of(copy)
     assert {path.suffix for path in Path(copy).rglob("*")} == {".safetensors", ".json"}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_accelerates_format_is_read_in_shards_and_becomes_an_ordinary_one(found: Found) -> None:
+    written, read = found.by_ranks[2]["fsdp2", "former"]
+    assert same_files(written, read)
+    assert state_of(written)["updates"] == state_of(read)["updates"] == 1
 
 
 @pytest.mark.slow
