@@ -96,8 +96,8 @@ def _demo(engine: str, dtype: str, seed: int) -> Check:
         name=f"demo-{engine}-{dtype}-{seed}",
         target="greedy success >= 0.97, as on the CPU",
         words=(
-            *("{python}", "-m", "atpo_async.cli", "demo", "--learner.device", "cuda", "--actor.device", "cuda"),
-            *("--actor.engine", engine, "--model.dtype", dtype, "--run.seed", str(seed)),
+            *("{python}", "scripts/demo_seeds.py", "--device", "cuda", "--engines", engine, "--dtypes", dtype),
+            *("--seeds", str(seed)),
         ),
         limit_s=420.0,
     )
@@ -132,7 +132,7 @@ CHECKS: tuple[Check, ...] = (
         env=(("ATPO_TEST_SESSION", "gpu-checks"),),
     ),
     *(_learner(model) for model in ("0.6b", "1.7b", "4b")),
-    _vary("ablation-kernels", "learner.kernels=none,liger"),
+    _vary("ablation-kernels", "learner.kernels=none,liger", "learner.compile=off,on"),
     _vary("ablation-memory", "learner.gradient_checkpointing=false,true", "learner.micro_batch_tokens=16384,32768"),
     _weights("0.6b", "step", HELD_UP),
     _weights("4b", "step", HELD_UP),
@@ -229,7 +229,9 @@ def figures(outcome: Outcome) -> str:
     if isinstance(rows, list) and any(isinstance(row, dict) and "figures" in row for row in rows):
         return "; ".join(_row(row) for row in rows if isinstance(row, dict))
     lines = [line.strip() for line in outcome.output.splitlines() if line.strip()]
-    told = [line for line in lines if re.search(r"greedy|\d+ passed|\d+ failed|false alarms?|caught|ratio", line)]
+    told = [
+        line for line in lines if re.search(r"greedy|\d to \d|\d+ passed|\d+ failed|false alarms?|caught|ratio", line)
+    ]
     return " / ".join((told or lines)[-2:])[:400]
 
 

@@ -37,7 +37,7 @@ class LearnerMemory:
 def learner_memory(config: Config, *, on_gpu: bool) -> LearnerMemory:
     """As ``config`` says, on a GPU or on a CPU."""
     learner = config.learner
-    kernels, compiled, sharding = learner.kernels, getattr(learner, "compile", "off"), _sharding(config)
+    kernels, compiled, sharding = learner.kernels, learner.compile, _sharding(config)
     return LearnerMemory(
         ranks=learner.num_processes,
         sharding=sharding,
