@@ -121,6 +121,17 @@ def _after(owner: Any, name: str, act: Callable[[], None]) -> None:
     setattr(owner, name, wrapped)
 
 
+def _put_one_between_the_files_of_a_checkpoint(checkpoint: Any, act: Callable[[], None]) -> None:
+    write = checkpoint.write_tensors
+
+    def wrapped(path: Path | None, tensors: Any) -> None:
+        if path is not None and path.name == "optimizer.safetensors":
+            act()
+        write(path, tensors)
+
+    checkpoint.write_tensors = wrapped
+
+
 def _put_kill_points_into_the_learner(run: Path) -> None:
     """Wrap what it calls on its way.  What it does at its start has the same names, and is passed by."""
     from accelerate.optimizer import AcceleratedOptimizer
@@ -147,7 +158,7 @@ def _put_kill_points_into_the_learner(run: Path) -> None:
     _before(AcceleratedOptimizer, "step", point("gradients"))
     _after(Ranks, "next_version", point("numbered"))
     _before(Publication, "announce", point("unannounced"))
-    _before(checkpoint, "_optimizer_tensors", point("half"))
+    _put_one_between_the_files_of_a_checkpoint(checkpoint, point("half"))
     _before(checkpoint, "publish", point("written"))
     _before(Saving, "tell_buffer", point("renamed"))
     _after(Saving, "export", lambda: passes(run, "exported"))
