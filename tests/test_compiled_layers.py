@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
 from accelerate.state import AcceleratorState
 
 from atpo_async.core.errors import SetupError
-from learner.packing import attention
+from learner.packing import attention, attention_varlen
 from learner.policy import compilation
 from learner.policy.accelerator import make_accelerator
 from learner.policy.model import load_policy
+from learner.policy.packing_check import small_pass
 from learner.training.trainer import Trainer
 from tests.attention_support import flash_on_a_cpu
 from tests.learner_support import flat_gradient, make_batch, make_config, make_model
@@ -38,7 +40,9 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    settings = torch._functorch.config.save_config()
     yield
+    torch._functorch.config.load_config(settings)
     torch.set_num_threads(threads)
     torch._dynamo.reset()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -92,6 +96,44 @@ def test_thirty_batches_of_random_trees_compile_a_few_graphs(folder: Path, monke
     assert report.metrics["pack/compilations"] == trainer.compilations.total
     assert 2 <= trainer.compilations.total <= 6
     assert trainer.history.updates == 60
+
+
+@pytest.mark.slow
+def test_norms_and_activations_are_computed_again_and_attention_is_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash_on_a_cpu(monkeypatch.setattr)
+    calls, kernel = [], attention_varlen.kernel
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return kernel(*arguments)
+
+    monkeypatch.setattr(attention_varlen, "kernel", counted)
+    monkeypatch.setattr(attention, "ways", lambda *_: ["varlen", "dense"])
+    monkeypatch.setattr("learner.training.passes.ways", attention.ways)
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager_decomp_partition")
+    kept = {}
+    for less in (False, True):
+        torch._dynamo.reset()
+        with monkeypatch.context() as patch:
+            if not less:
+                patch.setattr(compilation, "keep_little", lambda **_: None)
+            trainer = trainer_of(folder, compile="on", mixed_precision="bf16")
+            item = trainer.planner.on_device(small_pass(trainer.policy, "tree"))
+            sizes: dict[int, int] = {}
+
+            def note(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            calls.clear()
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                logp = trainer._run(**item.inputs)
+            logp.sum().backward()
+            assert len(calls) == 2, "once a layer, in the forward pass"
+            kept[less] = sum(sizes.values())
+    assert kept[True] < 0.9 * kept[False]
 
 
 def broken(*_: object) -> None:

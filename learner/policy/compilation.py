@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -58,8 +59,24 @@ def layers(model: Any) -> list[nn.Module]:
     return [module for module in model.modules() if names & {cls.__name__ for cls in type(module).__mro__}]
 
 
-def compile_layers(found: Sequence[nn.Module], trial: Callable[[], None]) -> str | None:
+def keep_little(*, by_runs: bool) -> None:
+    """Let compiled code compute norms, rotary embedding and activations again in the backward pass, not keep them.
+
+    Products and attention are kept: ``by_runs`` says that attention is an operator of our own, which torch must be told
+    not to compute again; of other ways it might, so that there it computes less again.
+    """
+    settings: Any = torch._functorch.config
+    if by_runs and hasattr(settings, "is_non_builtin_to_include"):
+        settings.aggressive_recomputation = settings.is_non_builtin_to_include = True
+        return
+    settings.ban_recompute_used_far_apart = False
+    settings.ban_recompute_long_fusible_chains = False
+    settings.ban_recompute_materialized_backward = False
+
+
+def compile_layers(found: Sequence[nn.Module], trial: Callable[[], None], *, by_runs: bool = False) -> str | None:
     """Compile modules where they are, and try them.  What fails is taken back; returns its fault."""
+    keep_little(by_runs=by_runs)
     for layer in found:
         layer.compile(dynamic=True, backend=BACKEND)
     try:

@@ -156,7 +156,9 @@ class Trainer:
         Raises:
             SetupError: they do not compile and ``learner.compile = "on"``.
         """
-        fault = compilation.compile_layers(compilation.layers(self.trained.hf), self._small_pass)
+        by_runs = self.layout == "tree" and self.planner.way == "varlen"
+        layers = compilation.layers(self.trained.hf)
+        fault = compilation.compile_layers(layers, self._small_pass, by_runs=by_runs)
         if fault is None:
             return
         if self.config.learner.compile == "on":
