@@ -65,6 +65,8 @@ def settings_of(trainer: Trainer) -> dict[str, str]:
     """The settings of the learner that decide speed and memory, as text; with what ``auto`` has become where that is
     known."""
     found = {name: str(getattr(trainer.config.learner, name)) for name in SETTINGS if _has(trainer, name)}
+    found |= {"kernels chosen": trainer.kernels.name, "layers compiled": trainer.compiled}
+    found["layers computed twice"] = str(trainer.fitting.checkpointed_layers)
     found["attention"] = str(getattr(trainer.policy, "attention_way", None) or "the device's own")
     rank = getattr(getattr(trainer.config.learner, "lora", None), "rank", 0)
     return found | ({"lora.rank": str(rank)} if rank else {})
