@@ -187,7 +187,7 @@ def launch(folder: Path, work: list[list[Any]], *, ranks: int) -> list[Any]:
     return found
 
 
-def job_train(model: str, kind: str, sections: Sections, idle: list[int], batches: int = 2) -> dict[str, Any]:
+def job_train(model: str, kind: str, sections: Sections, idle: list[int], batches: int = 1) -> dict[str, Any]:
     trainer = make_trainer(Path(model), kind, sections)
     return trained(trainer, range(batches), idle=idle) | {"wrapper": type(trainer.model).__name__}
 

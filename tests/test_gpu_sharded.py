@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(model: Path) -> dict[str, Any]:
     """In one piece, in float32."""
-    return trained(make_trainer(model, "plain", WHOLE), (0, 1))
+    return trained(make_trainer(model, "plain", WHOLE), (0,))
 
 
 @pytest.fixture(scope="module")
