@@ -135,7 +135,8 @@ def _check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 def _config(options: Mapping[str, str]) -> tuple[Config, bool]:
     """The configuration, and whether it is for CUDA."""
     # Tiny steps: the weights stay where the behaviour log-probs came from, whatever the number of rounds.
-    fixed = {"learner.lr": "1e-9", "staleness.max_lag": "0"}
+    # No engine is on the device: nothing is set aside for one.
+    fixed = {"learner.lr": "1e-9", "staleness.max_lag": "0", "actor.count": "0"}
     config = load((), fixed | dict(options))
     cuda = torch.cuda.is_available() and config.learner.device != "cpu"
     return (load((), fixed | {"learner.mixed_precision": "bf16"} | dict(options)) if cuda else config), cuda

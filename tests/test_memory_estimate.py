@@ -169,12 +169,13 @@ def test_kernels_and_compiled_layers_keep_less_and_half_precision_less_than_auto
 
 
 @pytest.mark.slow
-def test_compiled_layers_keep_what_is_estimated_to_a_tenth() -> None:
+def test_compiled_layers_keep_what_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._functorch.config.aggressive_recomputation", True)
     tokens = 512
     size = SMALL | {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 16, "num_key_value_heads": 8}
     kept = kept_bytes(size, tokens=tokens, precision="bf16", compiled=True)
     counted = of_config(size).layers * per_token(settings(compiled=True)).of(of_config(size)) * tokens
-    assert counted == pytest.approx(kept, rel=0.1)
+    assert counted == pytest.approx(kept, rel=0.15)
 
 
 def test_logits_and_the_heads_gradient_are_those_of_the_head() -> None:

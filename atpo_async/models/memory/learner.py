@@ -56,14 +56,18 @@ AUTOCAST = PerToken(residual=26, query=6, key=4, inner=8, norm=6)
 HALF = PerToken(residual=16, query=6, key=4, inner=8, norm=6)
 """All in half precision; norms keep their input in float32 besides."""
 FUSED = PerToken(residual=8, query=6, key=4, inner=6, norm=2)
-"""As HALF, norms, rotary embedding and activation by kernels, or compiled: each keeps its input alone."""
+"""As HALF, norms, rotary embedding and activation by kernels: each keeps its input alone."""
+COMPILED = PerToken(residual=4, query=2, key=2, inner=4, norm=2)
+"""As HALF, in compiled layers: what products and attention give is kept, the rest is computed again."""
 
 
 def per_token(memory: LearnerMemory) -> PerToken:
     """What a layer keeps under these settings."""
     if memory.precision == "no":
         return FLOAT32
-    if memory.kernels or memory.compiled:
+    if memory.compiled:
+        return COMPILED
+    if memory.kernels:
         return FUSED
     return AUTOCAST if memory.precision == "fp16" else HALF
 
