@@ -64,7 +64,19 @@ def _eight_bits() -> Any:
             f"learner.optimizer = 'adamw8bit' needs torchao, which cannot be loaded ({exc}): pip install "
             "'atpo-async[gpu]', or use --learner.optimizer offload or adamw"
         ) from exc
-    return AdamW8bit
+    return _compiled_afresh(AdamW8bit)
+
+
+def _compiled_afresh(kind: Any) -> Any:
+    """The optimizer without torch's cache of differentiated graphs, whose key does not tell moments in 8 bits that are
+    in shards from others of that shape: a process would be given the other kind's graph from the disk."""
+    from torch._functorch import config
+
+    def step(self: Any, closure: Any = None) -> Any:
+        with config.patch(enable_autograd_cache=False):
+            return kind.step(self, closure)
+
+    return type(kind.__name__, (kind,), {"step": step, "__module__": __name__})
 
 
 STATE_BYTES = {"adamw8bit": 2.04}
