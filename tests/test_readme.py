@@ -61,7 +61,7 @@ TABLE = {
 }
 """Beginning of a command in the table of commands -> the test that runs it."""
 
-NEEDS_A_GPU = ("python3 -m venv .venv-cuda", "pip install -e '.[vllm]'", "atpo train configs/gpu_8x80gb.toml")
+NEEDS_A_GPU = ("python3 -m venv .venv-cuda", "pip install -e '.[vllm,gpu]'", "atpo train configs/gpu_8x80gb.toml")
 
 
 def commands() -> Iterator[str]:
