@@ -127,7 +127,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         name="tests",
         target="all tests marked gpu pass, and the session ends green",
-        words=("{python}", "-m", "pytest", "-q", "-m", "gpu", "-n", "0"),
+        words=("{python}", "-m", "pytest", "-q", "-m", "gpu"),
         limit_s=540.0,
         env=(("ATPO_TEST_SESSION", "gpu-checks"),),
     ),

@@ -70,6 +70,12 @@ def released() -> Iterator[threading.Event]:
     event.set()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A GPU machine may lack pytest-timeout: its marker then says nothing, and is no error."""
+    if not config.pluginmanager.hasplugin("timeout"):
+        config.addinivalue_line("markers", "timeout(seconds): ends a test that hangs, by pytest-timeout")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = [name for name in ("liger_kernel", "torchao", "triton") if importlib.util.find_spec(name) is None]
     if missing or os.environ.get("TRITON_INTERPRET") != "1":
@@ -80,6 +86,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not needing_gpu:
         return
+    for item in needing_gpu:
+        if not item.get_closest_marker("timeout"):
+            # Engines and kernels are compiled there: twice a minute or more in one test.
+            item.add_marker(pytest.mark.timeout(600))
     import torch
 
     if not torch.cuda.is_available():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from benchmarks.learner import main, parse
 from benchmarks.learner_parts.gpu import (
@@ -176,14 +177,19 @@ def test_a_row_tells_its_stages_one_by_one_and_every_figure_comes_out() -> None:
     assert json.loads(json.dumps(row)) == row
 
 
-def test_what_is_held_are_weights_gradients_and_states() -> None:
-    tried = plan()
+@pytest.mark.parametrize(("mixed_precision", "num_bytes_each"), [("no", 16), ("bf16", 18)])
+def test_what_is_held_are_weights_with_their_copy_gradients_and_states(
+    mixed_precision: str, num_bytes_each: int
+) -> None:
+    AcceleratorState._reset_state(True)
+    tried = plan("--learner.mixed_precision", mixed_precision)
     trainer = make_trainer(SIZES["demo"], tried.config)
     trainer.timed(made_for(trainer, tried, SHAPES["m8"].scaled(0.02), 1), "tree")
     parameters = sum(p.numel() for p in trainer.policy.parameters())
     counters = 4 * len(list(trainer.policy.parameters()))
-    assert held_bytes(trainer) == 16 * parameters + counters
+    assert held_bytes(trainer) == num_bytes_each * parameters + counters
     assert trainer.largest_pass > 0
+    AcceleratorState._reset_state(True)
 
 
 def test_a_quantised_tensor_is_as_large_as_its_parts() -> None:

@@ -12,6 +12,7 @@ from actors.engines.common.direct import placements, uncovered
 from benchmarks.learner_parts.sides import SIZES, Times
 from benchmarks.weights import Limit, main, rotate
 from benchmarks.weights_parts.memory import Stacked, tensors_of
+from benchmarks.weights_parts.model import config_for
 
 
 def test_publish_fetch_and_load_are_told_beside_a_copy_of_the_same_bytes(
@@ -38,6 +39,13 @@ def test_the_made_up_weights_are_all_of_a_qwen3_and_fill_a_stacked_model() -> No
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {n: tuple(t.shape) for n, t in expected.items()}
     model = Stacked(tensors)
     assert uncovered(model, tensors, placements(model, tensors)) == []
+
+
+def test_a_model_that_fits_one_card_only_with_a_smaller_optimizer_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    small, large = (config_for(model).learner for model in ("0.6b", "4b"))
+    assert (small.optimizer, small.gradient_checkpointing) == ("adamw", False)
+    assert (large.optimizer, large.gradient_checkpointing, large.mixed_precision) == ("adamw8bit", "auto", "bf16")
 
 
 def test_sides_take_turns_and_a_limit_ends_them_after_one_round() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,16 @@ def test_this_python_has_what_the_tests_need(monkeypatch: pytest.MonkeyPatch) ->
     assert gpu_ready.main() == 0
     monkeypatch.setattr(gpu_ready, "needed", lambda: ["torch", "no-such-distribution"])
     assert gpu_ready.main() == 1
+
+
+def test_without_pytest_timeout_its_marker_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "test_it.py").write_text("import pytest\n\n@pytest.mark.timeout(5)\ndef test_it() -> None: ...\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    words = [sys.executable, "-m", "pytest", "-q", "--strict-markers", "-p", "no:timeout", "-p", "no:cacheprovider"]
+    done = subprocess.run([*words, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
 
 
 def test_make_test_gpu_sets_nothing_up_and_takes_the_python_it_is_given(tmp_path: Path) -> None:

@@ -315,6 +315,22 @@ def test_a_setting_that_is_enough_alone_is_named_at_its_mildest_value() -> None:
     assert not found(more)[0].fits
 
 
+def test_nothing_is_named_that_the_run_would_be_refused_with_or_that_this_machine_lacks(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("distributed_type: FSDP\n")
+    shards = config_of(
+        learner__num_processes="2", learner__accelerate_config=str(tmp_path / "a.yaml"), actor__count="0"
+    )
+    shape = shape_of(shards.model.path)
+    assert shape is not None
+    named = advice(shards, shape, found(shards, 8 * GB)[0], card_bytes=8 * GB, engine="vllm")
+    assert [one.value for one in named if one.setting == "learner.optimizer"] != ["offload"]
+    engine = config_of(learner__device="cpu")
+    for gpus, there in (({0: 8 * GB}, False), ({0: 8 * GB, 1: 8 * GB}, True)):
+        (card,) = cards(engine, shape, card_bytes=gpus, engine="vllm")
+        said = advice(engine, shape, card, card_bytes=gpus, engine="vllm")
+        assert any(one.setting == "actor.tensor_parallel_size" for one in said) is there
+
+
 # --- the commands
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from atpo_async.config import LearnerConfig
+from atpo_async.config import LearnerConfig, load
 from atpo_async.core.errors import SetupError
 from learner.checkpoints import checkpoint, optimizer_state
 from learner.checkpoints.checkpoint import Progress
 from learner.memory import offloaded_adamw
 from learner.memory.offloaded_adamw import OffloadedAdamW
+from learner.memory.out_of_memory import ways_out
 from learner.policy.accelerator import make_accelerator
 from learner.policy.model import load_policy
 from learner.policy.optimizer import groups_settings, make_optimizer, set_rate
@@ -135,6 +136,16 @@ def test_offload_with_shards_is_refused_with_the_way_out_and_is_adamw_on_a_cpu(
     with caplog.at_level(logging.INFO, "atpo.learner"):
         assert type(make_optimizer(small_model(), settings, device=CPU)) is torch.optim.AdamW
     assert "on a CPU all memory is the host's" in caplog.text
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_out_of_memory_shards_are_not_told_to_use_an_optimizer_that_they_are_refused(optimizer: str, rank: int) -> None:
+    words = {"learner.optimizer": optimizer, "learner.lora.rank": str(rank), "learner.mixed_precision": "bf16"}
+    assert "--learner.optimizer offload" in ways_out(load((), words), of_a_pass=False)
+    said = ways_out(load((), words | {"learner.accelerate_config": "fsdp.yaml"}), of_a_pass=False)
+    assert "offload" not in said
+    assert "over more GPUs (learner.num_processes)" in said
 
 
 def test_a_run_goes_on_with_offload_where_it_trained_with_adamw(folder: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ KNOWN = fields()
         ("trainer.total_training_steps", ["run.steps"]),
         ("trainer.test_freq", ["eval.every_steps"]),
         ("data.train_batch_size", ["staleness.trees_per_batch"]),
+        ("actor_rollout_ref.actor.fsdp_config.optimizer_offload", ["learner.optimizer"]),
         ("trainer.n_gpus_per_node", ["learner.num_processes"]),
         # OpenRLHF
         ("pretrain", ["model.path"]),

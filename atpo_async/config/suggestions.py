@@ -115,6 +115,10 @@ MEANT_BY: Mapping[str, str] = {
     "learner.accelerate_config": "deepspeed ds_config zero_stage fsdp fsdp_config config_file",
     "learner.mixed_precision": "bf16 fp16 amp",
     "learner.gradient_checkpointing": "activation_checkpointing grad_checkpointing enable_gradient_checkpointing",
+    "learner.optimizer": (
+        "optim optimizer_type optimizer_name optim_type adam_offload optimizer_offload offload_optimizer use_8bit_adam "
+        "adam_8bit use_8bit_optimizer cpu_offload optimizer_cpu_offload"
+    ),
     "learner.compile": "torch_compile use_torch_compile compile_model use_compile torch_compile_backend",
     "learner.kernels": "use_liger_kernel use_liger liger liger_kernel use_fused_kernels",
     "learner.lora.rank": "lora_rank lora_r r use_lora peft use_peft lora_dim adapter_rank max_lora_rank",

@@ -183,7 +183,8 @@ def tables(rows: Sequence[Row], *, card: str, about: str, peak: float | None) ->
             f"On {card}",
             f"{about} MFU: model FLOP of one forward and backward pass over the median step after the second, of "
             f"{'an unknown peak: give --peak-tflops' if peak is None else f'{peak:g} TFLOPS'}. Memory: the peak above "
-            "weights, gradients and the optimizer's states, over the tokens of the largest pass.",
+            "weights and their copy in half precision, gradients and the optimizer's states, over the tokens of the "
+            "largest pass.",
             (
                 *("model", "settings", "step, s", "tokens/s", "MFU (>= 40 %)", "to bare (>= 2.0)"),
                 *("to bare, all predicted", "MB a token (<= 0.8 at 0.6b)", "packed over flat / FLOP model (>= 0.9)"),

@@ -104,16 +104,18 @@ def compilations() -> int:
 
 
 def held_bytes(trainer: TimedTrainer) -> int:
-    """Weights, gradients and the optimizer's states on the device, as they lie there at the end of a backward pass."""
+    """Weights, their copy in half precision, gradients and the optimizer's states on the device, as they lie there at
+    the end of a backward pass."""
     device = trainer.accelerator.device.type
-    parameters = list(trainer.policy.parameters())
+    own = list(trainer.policy.parameters())
+    parameters = list({id(p): p for p in [*own, *trainer.trained.parameters()]}.values())
     states = [
         value
         for state in trainer.optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)
     ]
-    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    gradients = sum(p.numel() * p.element_size() for p in own if p.requires_grad)
     there = [tensor for tensor in [*parameters, *states] if tensor.device.type == device]
     return gradients + sum(num_bytes(tensor) for tensor in there)
 

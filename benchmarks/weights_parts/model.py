@@ -19,6 +19,7 @@ from actors.weights.fetcher import WeightsFetcher
 from atpo_async.config import Config, WeightsConfig, load
 from atpo_async.core.errors import SetupError
 from atpo_async.wire.messages import WeightsAnnounced
+from benchmarks.learner_parts.gpu import NEEDS
 from benchmarks.learner_parts.plan import Plan, made_for
 from benchmarks.learner_parts.sides import SIZES, TimedTrainer, make_trainer
 from benchmarks.learner_parts.tables import Table, say
@@ -33,10 +34,13 @@ PROMPT, ACTION = 64, 2000
 """Tokens of a request."""
 
 
-def config_for() -> Config:
-    cuda = torch.cuda.is_available()
+def config_for(model: str) -> Config:
     options = {"learner.lr": "1e-9", "staleness.max_lag": "0", "model.dtype": "bfloat16"}
-    return load((), options | ({"learner.mixed_precision": "bf16"} if cuda else {"learner.device": "cpu"}))
+    if torch.cuda.is_available():
+        options |= {"learner.mixed_precision": "bf16", **NEEDS.get(model, {})}
+    else:
+        options["learner.device"] = "cpu"
+    return load((), options)
 
 
 class Publishing:
@@ -85,8 +89,9 @@ class Publishing:
 
 def step(model: str, *, rounds: int, trees: int, over: Over) -> tuple[Table, Any]:
     """Steps with and without a version after each."""
-    config, cuda = config_for(), torch.cuda.is_available()
+    config, cuda = config_for(model), torch.cuda.is_available()
     trainer = make_trainer(SIZES[model], config)
+    trainer.warm_up()  # as a learner does: what is left to it, it decides here
     shapes = {"m8": SHAPES["m8"].scaled(1.0 if cuda else 1 / 6)}
     plan = Plan(
         config=config, options=(), device="cuda" if cuda else "cpu", model=model, shapes=shapes, trees=trees,
@@ -131,7 +136,7 @@ def step(model: str, *, rounds: int, trees: int, over: Over) -> tuple[Table, Any
 
 def engine(model: str, *, rounds: int, requests: int, over: Over) -> tuple[Table, Any]:
     """Raises SetupError where vLLM is not there."""
-    trainer = make_trainer(SIZES[model], config_for())
+    trainer = make_trainer(SIZES[model], config_for(model))
     with tempfile.TemporaryDirectory(prefix="atpo-bench-") as folder:
         there = Path(folder) / "model"
         trainer.policy.hf.to(torch.bfloat16).save_pretrained(there)

@@ -10,11 +10,10 @@ import torch
 from atpo_async.config import Config
 from atpo_async.core.errors import SetupError
 from atpo_async.core.texts import shortened
+from atpo_async.models.memory.advice import LORA_RANK
 
 SAID_BY_LIBRARIES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "DefaultCPUAllocator: can't allocate")
 """In errors of other types than torch's own: a workspace of cuBLAS, a kernel's memory, the CPU's allocator."""
-
-LORA_RANK = 32
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -45,20 +44,22 @@ def ways_out(config: Config, *, of_a_pass: bool) -> str:
         of_a_pass: what a forward pass keeps is too much, besides weights, gradients and moments.
     """
     learner = config.learner
-    lora = getattr(learner, "lora", None)
     found = []
     if of_a_pass and learner.gradient_checkpointing is False:
         found.append("--learner.gradient_checkpointing true (a third more compute)")
     if learner.mixed_precision == "no" and learner.device != "cpu":
         found.append("--learner.mixed_precision bf16")
+    whole = learner.accelerate_config is None
     if learner.optimizer == "adamw":
-        found.append("--learner.optimizer offload (moments in the host's memory) or adamw8bit")
-    elif learner.optimizer == "adamw8bit":
+        # Shards are not offloaded by the learner's own optimizer.
+        either = "offload (moments in the host's memory) or adamw8bit" if whole else "adamw8bit"
+        found.append(f"--learner.optimizer {either}")
+    elif learner.optimizer == "adamw8bit" and whole:
         found.append("--learner.optimizer offload (moments in the host's memory)")
-    if lora is not None and not lora.rank:
+    if not learner.lora.rank:
         found.append(f"--learner.lora.rank {LORA_RANK} (only adapters are trained)")
-    if learner.accelerate_config is None:
-        found.append("FSDP over more GPUs (learner.num_processes with learner.accelerate_config)")
+    with_file = " with learner.accelerate_config" if whole else ""
+    found.append(f"FSDP over more GPUs (learner.num_processes{with_file})")
     found.append("a GPU without an engine on it (learner.gpus and actor.gpus), or with more memory")
     found.append("a lower actor.gpu_memory_utilization")
     return f"{', '.join(found[:2])}, or {found[2]}"

@@ -201,7 +201,9 @@ def attach(hf: Any, config: Config, folder: Path) -> Lora | None:
     if config.learner.mixed_precision == "bf16" and config.learner.accelerate_config is None:
         now, before = hold_in_half(hf)
         log.info(
-            "frozen weights take %.2f GB (%.2f in float32): bfloat16 where that loses nothing", now / 1e9, before / 1e9
+            "frozen weights take %.2f GB (%.2f in float32): bfloat16 where that loses nothing",
+            now / 2**30,
+            before / 2**30,
         )
     return lora
 

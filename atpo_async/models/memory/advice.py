@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from atpo_async.config import Config
 from atpo_async.models.memory.cards import Card, cards, fitting_share
 from atpo_async.models.memory.parts import gb
+from atpo_async.models.memory.settings import learner_memory
 from atpo_async.models.memory.shape import ModelShape
 
 MOST = 3
@@ -37,11 +38,15 @@ def advice(
 ) -> list[Advice]:
     """At most ``MOST`` settings that save memory on ``card``, the largest saving first."""
     found: dict[str, Advice] = {}
+    absent = _absent(cards(config, shape, card_bytes=card_bytes, engine=engine))
     for setting, value in _candidates(config, shape, card):
         tried = _with(config, setting, value)
         if tried is None:
             continue
-        after = next(c for c in cards(tried, shape, card_bytes=card_bytes, engine=engine) if c.number == card.number)
+        then = cards(tried, shape, card_bytes=card_bytes, engine=engine)
+        if _absent(then) - absent:
+            continue  # it would take a GPU that this machine lacks
+        after = next(c for c in then if c.number == card.number)
         saved = max(card.needed - after.needed, card.shortage - after.shortage)
         one = Advice(setting=setting, value=_text(value), saved=saved, fits=after.fits)
         best = found.get(setting)
@@ -49,6 +54,11 @@ def advice(
         if saved > 0 and (best is None or (not best.fits and saved > best.saved)):
             found[setting] = one
     return sorted(found.values(), key=lambda one: -one.saved)[:MOST]
+
+
+def _absent(found: Sequence[Card]) -> set[int]:
+    """Numbers of the GPUs that are used and not there."""
+    return {card.number for card in found if not card.num_bytes}
 
 
 def _candidates(config: Config, shape: ModelShape, card: Card) -> Iterator[tuple[str, Any]]:
@@ -64,7 +74,8 @@ def _candidates(config: Config, shape: ModelShape, card: Card) -> Iterator[tuple
             yield "learner.micro_batch_tokens", tokens
             tokens //= 2
         yield "learner.optimizer", "adamw8bit"
-        yield "learner.optimizer", "offload"
+        if learner_memory(config, on_gpu=True).sharding != "parameters":  # there the learner refuses it
+            yield "learner.optimizer", "offload"
         yield "learner.lora.rank", LORA_RANK
     if any(role.startswith("actor") for role in card.roles):
         yield from (("actor.gpu_memory_utilization", share) for share in _shares(config, shape, card))
