@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,18 @@ def test_a_model_that_is_nowhere_has_no_shape_and_a_damaged_folder_is_refused(tm
     assert shape_of("Qwen/Qwen3-4B-Base") == qwen3("4B")
     (tmp_path / "config.json").write_text('{"hidden_size": 64}')
     with pytest.raises(SetupError, match=r"config\.json gives no size of the model: 'num_hidden_layers'"):
+        shape_of(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("odd", "named"),
+    [({"num_attention_heads": 0}, "num_attention_heads is 0"), ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+     ({"hidden_size": float("inf")}, "infinity"), ({"num_experts": [4]}, "not 'list'"), ({"head_dim": "x"}, "'x'"),
+     ({"vocab_size": -1}, "vocab_size is -1"), ({"text_config": "x"}, "not 'str'")],
+)  # fmt: skip
+def test_a_config_with_odd_sizes_is_refused_by_name(odd: dict[str, Any], named: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | odd))
+    with pytest.raises(SetupError, match=rf"config\.json gives no size of the model: .*{named}"):
         shape_of(str(tmp_path))
 
 

@@ -15,6 +15,7 @@ from atpo_async.config import Config
 from atpo_async.core.errors import OutOfMemory, SetupError
 from learner.memory.checkpointed_layers import checkpointed, layers_of
 from learner.memory.fitting import Failed, Fit, Fitting, smaller
+from learner.memory.kept import KeptFit
 from learner.memory.out_of_memory import is_out_of_memory
 from learner.policy.accelerator import make_accelerator
 from learner.policy.model import load_policy
@@ -176,8 +177,25 @@ def test_what_fitted_is_kept_over_a_restart_until_a_setting_changes_by_hand(fold
     assert make_trainer(config_of(folder, lr=1.0), file).fitting.micro_batch_tokens == kept
     assert make_trainer(config_of(folder, micro_batch_tokens=8192), file).fitting.micro_batch_tokens == 8192
     assert make_trainer(config_of(folder, gradient_checkpointing=True), file).fitting.micro_batch_tokens == 16384
-    file.write_text("{")
-    assert make_trainer(config_of(folder), file).fitting.micro_batch_tokens == 16384
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"micro_batch_tokens": -5}, {"micro_batch_tokens": 0}, {"micro_batch_tokens": True}, {"micro_batch_tokens": 1e400},
+     {"micro_batch_tokens": "7"}, {"checkpointed_layers": -1}, {"learned_with": ["device"]}, {"learned_with": None},
+     "[" * 100_000, "{"],
+)  # fmt: skip
+def test_a_damaged_file_of_what_fitted_is_told_and_left_aside(
+    changed: dict[str, object] | str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = KeptFit(tmp_path / "memory.json", Config(), device="the CPU")
+    kept.write(micro_batch_tokens=100, checkpointed_layers=1)
+    assert kept.read() == {"micro_batch_tokens": 100, "checkpointed_layers": 1}
+    file = tmp_path / "memory.json"
+    text = changed if isinstance(changed, str) else json.dumps(json.loads(file.read_text()) | changed)
+    file.write_text(text)
+    assert kept.read() == {}
+    assert f"{file} is damaged" in caplog.text
 
 
 def test_auto_computes_more_layers_twice_before_passes_become_smaller(folder: Path) -> None:

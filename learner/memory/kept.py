@@ -31,6 +31,9 @@ DEPENDS_ON = (
 )
 """Settings of the learner."""
 
+LEARNED = {"micro_batch_tokens": 1, "checkpointed_layers": 0}
+"""What is kept -> the least that it can be."""
+
 log = logging.getLogger("atpo.learner")
 
 
@@ -57,9 +60,9 @@ class KeptFit:
             return {}
         try:
             said: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
-            depended_on: dict[str, Any] = said["learned_with"]
-            found = {name: int(said[name]) for name in ("micro_batch_tokens", "checkpointed_layers")}
-        except (OSError, ValueError, KeyError, TypeError) as exc:
+            depended_on = dict(said["learned_with"])
+            found = {name: _number(said, name, least) for name, least in LEARNED.items()}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
             log.warning("%s is damaged (%s): the size of a pass that fits is learned anew", self._file, exc)
             return {}
         now = json.loads(json.dumps(self._depends_on))
@@ -82,3 +85,11 @@ class KeptFit:
             write_atomic(self._file, json.dumps(found, indent=2) + "\n")
         except OSError as exc:
             log.warning("%s cannot be written (%s): the next start learns it anew", self._file, exc.strerror or exc)
+
+
+def _number(said: dict[str, Any], name: str, least: int) -> int:
+    """Raises ValueError for anything but a whole number from ``least`` on, KeyError where there is none."""
+    value = said[name]
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} is {value!r:.50}, not a whole number from {least} on")
+    return value

@@ -56,18 +56,19 @@ def of_config(said: Mapping[str, Any]) -> ModelShape:
     """From the content of a config.json.  Raises SetupError naming the field that it lacks."""
     text: Mapping[str, Any] = said.get("text_config") or said
     try:
-        width, layers, heads = (int(text[name]) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-        vocab = int(text["vocab_size"])
-        dense = int(text["intermediate_size"])
-    except (KeyError, TypeError, ValueError) as exc:
+        width, layers, heads = (
+            _size(text, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        )
+        vocab, dense = _size(text, "vocab_size"), _size(text, "intermediate_size")
+        head = _size(text, "head_dim", width // heads)
+        query, key = heads * head, _size(text, "num_key_value_heads", heads) * head
+        experts = int(text.get("num_experts") or text.get("num_local_experts") or 0)
+        each = _size(text, "moe_intermediate_size", dense) if experts else dense
+        used = _size(text, "num_experts_per_tok", 1) if experts else 1
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as exc:
         raise SetupError(f"config.json gives no size of the model: {exc}") from None
-    head = int(text.get("head_dim") or width // heads)
-    query, key = heads * head, int(text.get("num_key_value_heads") or heads) * head
     kind = str(text.get("model_type", ""))
     qk_norm = kind.startswith("qwen3")
-    experts = int(text.get("num_experts") or text.get("num_local_experts") or 0)
-    each = int(text.get("moe_intermediate_size") or dense) if experts else dense
-    used = int(text.get("num_experts_per_tok") or 1) if experts else 1
     bias = (query + 2 * key) if kind == "qwen2" or text.get("attention_bias") else 0
     attention = 2 * width * query + 2 * width * key + bias + (2 * head if qk_norm else 0)
     layer = attention + 3 * width * each * max(1, experts) + width * experts + 2 * width
@@ -80,6 +81,17 @@ def of_config(said: Mapping[str, Any]) -> ModelShape:
     )  # fmt: skip
 
 
+def _size(said: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A number of a config.json, ``default`` where that gives none.
+
+    Raises KeyError where there is neither, TypeError, ValueError or OverflowError where it is no number from 1 on.
+    """
+    size = default if default is not None and not said.get(name) else int(said[name])
+    if size < 1:
+        raise ValueError(f"{name} is {size}")
+    return size
+
+
 def of_folder(folder: Path) -> ModelShape:
     """From a model folder: config.json, and the parameters as its weight files have them.
 
@@ -88,7 +100,7 @@ def of_folder(folder: Path) -> ModelShape:
     file = folder / "config.json"
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise SetupError(f"model file {file} cannot be read: {exc}") from None
     if not isinstance(said, dict):
         raise SetupError(f"model file {file} holds no table")
