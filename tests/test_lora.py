@@ -352,6 +352,18 @@ def test_a_run_begins_with_an_adapter_folder(folder: Path, one: Trainer, saved: 
         adapters.read(path)
 
 
+def test_an_adapter_folder_with_numbers_that_are_not_finite_is_refused(
+    folder: Path, saved: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "adapter"
+    shutil.copytree(saved, path)
+    tensors = load_file(path / adapters.WEIGHTS)
+    tensors["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"][0, 0] = float("nan")
+    save_file(tensors, path / adapters.WEIGHTS)
+    with pytest.raises(SetupError, match=r"model\.layers\.0\.mlp\.up_proj\.lora_B\.weight holds numbers that are not"):
+        load_policy(with_lora(folder, init=str(path)))
+
+
 @pytest.mark.parametrize(
     ("settings", "what"),
     [

@@ -101,7 +101,7 @@ def test_states_of_another_policy_are_refused() -> None:
     with pytest.raises(ValueError, match=r"exp_avg of parameter 2 has shape \[5, 11\], not \[4, 11\]"):
         optimizer_state.load_into(narrower, tensors)
     shorter = make_optimizer(nn.Linear(7, 11), SETTINGS, device=CPU)
-    with pytest.raises(ValueError, match=r"moments for 3 parameters and more, the policy has 2"):
+    with pytest.raises(ValueError, match=r"moments of parameter 2, the policy has 2"):
         optimizer_state.load_into(shorter, tensors)
 
 
@@ -117,6 +117,24 @@ def test_moments_in_eight_bits_are_taken_up_in_full_precision_and_told(caplog: p
     assert torch.equal(found["exp_avg"], torch.stack([table[:4] * 2, table[4:8] * 3]))
     assert found["step"] == 4
     assert "2 moments of the checkpoint are those of 8 bits" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [({"0.exp_avg": None}, "of parameter 0 it has exp_avg_sq, step, not exp_avg, exp_avg_sq, step"),
+     ({"0.exp_avg": None, "0.exp_avg.codes": torch.zeros(2, 4, dtype=torch.uint8)}, "scale"),
+     ({"0.exp_avg": None, "0.exp_avg.codes": torch.full((2, 4), 9, dtype=torch.uint8),
+       "0.exp_avg.scale": torch.ones(1), "0.exp_avg.qmap": torch.zeros(5)}, r"a table of \[5\] values"),
+     ({"-1.exp_avg": torch.zeros(2, 4)}, "moments of parameter -1, the policy has 1")],
+)  # fmt: skip
+def test_states_without_all_of_a_moment_are_refused(odd: dict[str, torch.Tensor | None], said: str) -> None:
+    optimizer = make_optimizer(nn.Linear(4, 2, bias=False), SETTINGS, device=CPU)
+    whole: dict[str, torch.Tensor | None] = {
+        "0.step": torch.tensor(4.0), "0.exp_avg": torch.zeros(2, 4), "0.exp_avg_sq": torch.zeros(2, 4)
+    }  # fmt: skip
+    tensors = {name: tensor for name, tensor in (whole | odd).items() if tensor is not None}
+    with pytest.raises((ValueError, KeyError), match=said):
+        optimizer_state.load_into(optimizer, tensors)
 
 
 def test_eight_bits_without_torchao_are_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

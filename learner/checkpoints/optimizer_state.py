@@ -22,6 +22,8 @@ from learner.checkpoints.tensors import sharded_like
 
 log = logging.getLogger("atpo.learner")
 
+ENTRY = frozenset({"step", "exp_avg", "exp_avg_sq"})
+"""Of a parameter."""
 PARTS = ("codes", "scale", "qmap")
 """Of a moment in 8 bits, as torchao's ``OptimState8bit`` calls them."""
 
@@ -40,7 +42,7 @@ def load_into(optimizer: Any, tensors: dict[str, Tensor]) -> None:
     """Moments and step counts from ``tensors``; rates, betas and decay are the configuration's, which may be new.
 
     Raises:
-        ValueError, RuntimeError: they are not of these parameters.
+        KeyError, ValueError, RuntimeError: they are not of these parameters.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     groups = optimizer.state_dict()["param_groups"]
@@ -49,8 +51,10 @@ def load_into(optimizer: Any, tensors: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Any]] = {}
     changed = 0
     for index, entry in _entries(tensors).items():
-        if index >= len(parameters):
-            raise ValueError(f"it has moments for {index + 1} parameters and more, the policy has {len(parameters)}")
+        if not 0 <= index < len(parameters):
+            raise ValueError(f"it has moments of parameter {index}, the policy has {len(parameters)}")
+        if entry.keys() != ENTRY:
+            raise ValueError(f"of parameter {index} it has {', '.join(sorted(entry))}, not {', '.join(sorted(ENTRY))}")
         parameter = parameters[index]
         state[index] = own = {}
         for name, value in entry.items():
@@ -104,8 +108,13 @@ def _entries(tensors: dict[str, Tensor]) -> dict[int, dict[str, Any]]:
 
 
 def _values(parts: dict[str, Tensor]) -> Tensor:
-    """float32, in the parameter's shape: the numbers that a moment in 8 bits stands for (torchao's formula)."""
+    """float32, in the parameter's shape: the numbers that a moment in 8 bits stands for (torchao's formula).
+
+    Raises KeyError, ValueError or RuntimeError where the parts are none of one.
+    """
     codes, scale, qmap = (parts[part] for part in PARTS)
+    if codes.dtype != torch.uint8 or qmap.shape != (256,):
+        raise ValueError(f"a moment in 8 bits has codes of {codes.dtype} and a table of {list(qmap.shape)} values")
     return (qmap[codes.int()].view(len(scale), -1) * scale[:, None]).view(codes.shape)
 
 

@@ -355,6 +355,11 @@ def _initial(folder: Path, lora: Lora) -> adapters.Adapters:
             f"{lora.settings.alpha:g} and targets {', '.join(lora.settings.targets)} of [learner.lora]: {what}; set "
             f"them as its {adapters.CONFIG} has them"
         )
+    if broken := [name for name, tensor in given.tensors.items() if not bool(tensor.isfinite().all())]:
+        raise SetupError(
+            f"learner.lora.init = {str(folder)!r}: {broken[0]} holds numbers that are not finite ({len(broken)} of "
+            f"{len(given.tensors)} tensors do); begin with another adapter"
+        )
     return given
 
 

@@ -98,7 +98,7 @@ class LoraConfig(Section):
     """
 
     rank: int = Field(0, ge=0, description="of the adapters; 0: all weights are trained, and there are none")
-    alpha: float = Field(32.0, gt=0, description="an adapter's product counts alpha / rank times")
+    alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="an adapter's product counts alpha / rank times")
     rslora: bool = Field(False, description="alpha / sqrt(rank) times instead (rsLoRA)")
     targets: Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)] = Field(
         (ALL_LINEAR,),
