@@ -205,6 +205,7 @@ def test_a_file_that_was_read_ahead_is_what_is_loaded_and_marked(
     from actors.engines.vllm import payload
 
     monkeypatch.setattr(payload, "pinned", lambda size: torch.empty(size, dtype=torch.uint8) if pinned else None)
+    monkeypatch.setattr(payload, "READ_BYTES", 3)
     reader = payload.Reader()
     for number in (1.0, 2.0):
         path = tmp_path / f"v{number}.bin"
@@ -218,6 +219,28 @@ def test_a_file_that_was_read_ahead_is_what_is_loaded_and_marked(
             assert found.tolist() == [number, number]
     with pytest.raises(ValueError, match="has 8 bytes, expected 9"):
         reader.read_ahead(update(path, size=9))
+    reader.close()
+
+
+@needs_vllm
+def test_a_file_that_ends_early_while_it_is_read_is_named_by_the_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from actors.engines.vllm import payload
+
+    path = tmp_path / "v1.bin"
+
+    def shortened(size: int) -> torch.Tensor:
+        path.write_bytes(bytes(5))
+        return torch.empty(size, dtype=torch.uint8)
+
+    monkeypatch.setattr(payload, "pinned", shortened)
+    path.write_bytes(bytes(8))
+    reader = payload.Reader()
+    reader.read_ahead(update(path))
+    with pytest.raises(OSError, match="the file ends at 5, 3 bytes early"):
+        reader.tensors(update(path))
+    assert path.with_name(path.name + READ_MARK).exists()
     reader.close()
 
 

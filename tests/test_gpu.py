@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from actors.engines.base import EngineSettings, Sampling
@@ -25,6 +27,17 @@ pytestmark = pytest.mark.gpu
 
 CUDA_TOLERANCE = 1e-3
 """Nats: float32 matrix products on a GPU sum in another order, and may use TF32."""
+
+
+def begin_anew() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # it holds a process to one device
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator() -> Iterator[None]:
+    begin_anew()
+    yield
+    begin_anew()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,8 +102,10 @@ def test_a_training_step_gives_the_loss_it_gives_on_the_cpu(tmp_path: Path) -> N
     folder = make_model(tmp_path / "model")
     losses = []
     for device in ("cpu", "cuda"):
+        begin_anew()
         config = make_config(folder, learner={"device": device})
         trainer = Trainer(config, accelerator=make_accelerator(config), policy=load_policy(config))
+        assert next(trainer.policy.parameters()).device.type == device
         losses.append(trainer.train(make_batch(), version=3).metrics["train/loss"])
     assert losses[1] == pytest.approx(losses[0], abs=CUDA_TOLERANCE)
 

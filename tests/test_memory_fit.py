@@ -282,6 +282,8 @@ def test_memory_that_runs_out_in_the_optimizers_step_is_no_matter_of_passes(fold
     [
         (torch.OutOfMemoryError("CUDA out of memory."), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory."), True),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
             True,

@@ -12,8 +12,16 @@ from atpo_async.core.errors import SetupError
 from atpo_async.core.texts import shortened
 from atpo_async.models.memory.advice import LORA_RANK
 
-SAID_BY_LIBRARIES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "DefaultCPUAllocator: can't allocate")
-"""In errors of other types than torch's own: a workspace of cuBLAS, a kernel's memory, the CPU's allocator."""
+SAID_BY_LIBRARIES = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate",
+)
+"""In errors of other types than torch's own: one that the compiler has wrapped, a kernel's memory, the workspace of a
+library, the CPU's allocator."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ from vllm.distributed.weight_transfer.base import WeightTransferUpdateInfo
 
 from actors.engines.vllm.plugin import LOAD, READ_MARK
 from atpo_async.models.causal_lm import torch_dtype
+from atpo_async.wire.digests import NUM_THREADS
+
+READ_BYTES = 1 << 24
+"""Read by one thread at a time."""
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +64,7 @@ class Reader:
         if self._buffer is None:
             _mark_read(info.path)
         else:
-            self._reading = info.path, self._thread.submit(_read, payload, self._buffer, info.path)
+            self._reading = info.path, self._thread.submit(_read, self._buffer, info.path)
 
     def tensors(self, info: FileUpdateInfo) -> dict[str, torch.Tensor]:
         """By name: from what was read ahead, or mapped from the file.  Raises as ``read_ahead``."""
@@ -80,11 +85,23 @@ class Reader:
         self._thread.shutdown()
 
 
-def _read(payload: torch.Tensor, buffer: torch.Tensor, path: str) -> None:
+def _read(buffer: torch.Tensor, path: str) -> None:
+    """In several threads: vLLM lets torch's operations have one only.  Raises OSError."""
+    whole = memoryview(buffer.numpy())
     try:
-        buffer.copy_(payload)
+        with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(NUM_THREADS) as pool:
+            parts = range(0, len(whole), READ_BYTES)
+            list(pool.map(lambda at: _read_part(file.fileno(), whole[at : at + READ_BYTES], at), parts))
     finally:
         _mark_read(path)
+
+
+def _read_part(file: int, part: memoryview, at: int) -> None:
+    while part:
+        count = os.preadv(file, [part], at)
+        if count == 0:
+            raise OSError(f"the file ends at {at}, {len(part)} bytes early")
+        part, at = part[count:], at + count
 
 
 def _mark_read(path: str) -> None:
