@@ -34,6 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from atpo_async.core.errors import AtpoError
 from benchmarks.learner_parts.sides import SIZES, Times
@@ -128,6 +129,7 @@ def with_model(args: argparse.Namespace, model: str, limit: Limit) -> tuple[list
             say(f"{model}: {part}")
             shown, found[part] = way()
             tables.append(shown)
+            clear_device_cache(garbage_collection=True)  # the next one, and its engine, need the card
     return tables, found
 
 

@@ -121,16 +121,31 @@ def _weights(model: str, part: str, target: str) -> Check:
     )
 
 
+TESTS = {
+    "learner": ("gpu", "compute", "kernels", "lora", "memory"),
+    "sharded": ("sharded",),
+    "weights": ("weights", "engine_start"),
+    "vllm": ("vllm",),
+    "demo": ("demo",),
+}
+"""Name of a check -> files of the tests that need a GPU; one check for all would outlast what a command may take."""
+
+
+def _tests(name: str, *parts: str) -> Check:
+    files = ["tests/test_gpu.py" if part == "gpu" else f"tests/test_gpu_{part}.py" for part in parts]
+    return Check(
+        name=f"tests-{name}",
+        target="its tests marked gpu pass, and the session ends green",
+        words=("{python}", "-m", "pytest", "-q", "-m", "gpu", *files),
+        limit_s=540.0,
+        env=(("ATPO_TEST_SESSION", "gpu-checks"),),
+    )
+
+
 HELD_UP = "the learner's torch thread is held up <= 3 % of a step by publishing"
 SWAP = "fetch to swap on the same host <= 0.5 s, generation still <= 0.25 s"
 CHECKS: tuple[Check, ...] = (
-    Check(
-        name="tests",
-        target="all tests marked gpu pass, and the session ends green",
-        words=("{python}", "-m", "pytest", "-q", "-m", "gpu"),
-        limit_s=540.0,
-        env=(("ATPO_TEST_SESSION", "gpu-checks"),),
-    ),
+    *(_tests(name, *parts) for name, parts in TESTS.items()),
     *(_learner(model) for model in ("0.6b", "1.7b", "4b")),
     _vary("ablation-kernels", "learner.kernels=none,liger", "learner.compile=off,on"),
     _vary("ablation-memory", "learner.gradient_checkpointing=false,true", "learner.micro_batch_tokens=16384,32768"),

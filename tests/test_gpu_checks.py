@@ -44,6 +44,16 @@ def test_names_are_unique_and_every_command_is_there() -> None:
         assert one.limit_s <= 540
 
 
+def test_every_file_with_a_test_for_a_gpu_is_in_one_check() -> None:
+    marked = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").glob("test_*.py")
+        if path != Path(__file__) and "pytest.mark.gpu" in path.read_text(encoding="utf-8")
+    }
+    asked = [word for one in CHECKS if one.name.startswith("tests-") for word in one.words if word.endswith(".py")]
+    assert sorted(asked) == sorted(marked)
+
+
 def test_every_target_of_the_learner_names_a_model_and_rows_that_the_benchmark_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -69,7 +79,7 @@ def test_the_demo_is_tried_with_both_engines_both_precisions_and_three_seeds() -
 def test_checks_are_chosen_by_the_beginnings_of_their_names() -> None:
     assert [one.name for one in chosen(["learner"])] == ["learner-0.6b", "learner-1.7b", "learner-4b"]
     assert chosen([]) == list(CHECKS)
-    with pytest.raises(ValueError, match=r"no check begins with 'lerner'; there are tests, learner-0\.6b"):
+    with pytest.raises(ValueError, match=r"no check begins with 'lerner'; there are tests-learner, tests-sharded"):
         chosen(["lerner"])
 
 

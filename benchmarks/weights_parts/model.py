@@ -35,7 +35,8 @@ PROMPT, ACTION = 64, 2000
 
 
 def config_for(model: str) -> Config:
-    options = {"learner.lr": "1e-9", "staleness.max_lag": "0", "model.dtype": "bfloat16"}
+    # Nothing of the card is set aside for an engine.
+    options = {"learner.lr": "1e-9", "staleness.max_lag": "0", "model.dtype": "bfloat16", "actor.count": "0"}
     if torch.cuda.is_available():
         options |= {"learner.mixed_precision": "bf16", **NEEDS.get(model, {})}
     else:
@@ -136,7 +137,9 @@ def step(model: str, *, rounds: int, trees: int, over: Over) -> tuple[Table, Any
 
 def engine(model: str, *, rounds: int, requests: int, over: Over) -> tuple[Table, Any]:
     """Raises SetupError where vLLM is not there."""
-    trainer = make_trainer(SIZES[model], config_for(model))
+    config = config_for(model)
+    taking_no_step = config.learner.model_copy(update={"compile": "off"})
+    trainer = make_trainer(SIZES[model], config.model_copy(update={"learner": taking_no_step}))
     with tempfile.TemporaryDirectory(prefix="atpo-bench-") as folder:
         there = Path(folder) / "model"
         trainer.policy.hf.to(torch.bfloat16).save_pretrained(there)
