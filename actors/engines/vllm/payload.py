@@ -87,7 +87,7 @@ class Reader:
 
 def _read(buffer: torch.Tensor, path: str) -> None:
     """In several threads: vLLM lets torch's operations have one only.  Raises OSError."""
-    whole = memoryview(buffer.numpy())
+    whole = buffer.numpy().data
     try:
         with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(NUM_THREADS) as pool:
             parts = range(0, len(whole), READ_BYTES)
