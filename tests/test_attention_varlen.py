@@ -5,6 +5,8 @@ The kernel itself is CUDA's (``test_gpu_compute``): here plain arithmetic of the
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from learner.packing import attention, lengths
 from learner.packing.attention import to_device, tree_attention_forward
-from learner.packing.attention_varlen import Runs, fits
+from learner.packing.attention_varlen import Runs, fits, kernel, kernel_backward, tree_attention
 from learner.packing.rows import MicroBatch
 from learner.packing.tree import tree_micro_batches
 from tests.attention_support import CPU, flash_on_a_cpu, largest_difference
@@ -118,6 +120,27 @@ def test_the_operator_is_what_a_compiler_takes_it_for(monkeypatch: pytest.Monkey
         (query, key, value, runs.first_query, runs.first_key, runs.keys, runs.longest_run, runs.longest_path, 0.3),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+
+
+def test_pytorchs_own_operators_take_what_the_kernels_are_given() -> None:
+    (one,) = packed([(5, [Sketch(0, 0, 4), Sketch(1, 2, 3), Sketch(1, 2, 3)])])
+    assert one.layout is not None
+    meta = torch.device("meta")  # forms of results without their numbers
+    runs = Runs.of(one.layout.exit, meta)
+    query, key, value = (torch.empty(one.tokens.size, n, 64, dtype=torch.bfloat16, device=meta) for n in (4, 2, 2))
+    rest: tuple[Any, ...] = (runs.first_query, runs.first_key, runs.longest_run, runs.longest_path, 0.3)
+    found = kernel(query, key[runs.keys], value[runs.keys], *rest)
+    grads = kernel_backward(found[0], query, key[runs.keys], value[runs.keys], *found, *rest)
+    assert [x.shape for x in grads] == [query.shape, key[runs.keys].shape, value[runs.keys].shape]
+    announced = tree_attention(query, key, value, *rest[:2], runs.keys, *rest[2:])
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in announced]
+
+
+def test_results_lie_as_they_are_announced_whatever_the_strides_of_the_queries() -> None:
+    query = torch.empty(4, 9, 64, device="meta").transpose(0, 1)
+    lengths_of = torch.empty(2, dtype=torch.int32, device="meta")
+    keys = torch.empty(9, dtype=torch.int64, device="meta")
+    assert tree_attention(query, query, query, lengths_of, lengths_of, keys, 256, 256, 0.3)[0].is_contiguous()
 
 
 # --- widths

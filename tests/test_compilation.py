@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from learner.kernels import vocabulary
+from learner.kernels.variants import VARIANTS, raise_limit
+from learner.kernels.vocabulary import Scoring, Wanted
 from learner.packing import attention_flex, lengths
 from learner.packing.attention import to_device
 from learner.packing.rows import TreeLayout
@@ -34,7 +38,7 @@ def flex(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], Tenso
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     attention_flex._shapes.cache_clear()
     torch._dynamo.reset()
-    compilation.raise_limit()
+    raise_limit()
 
     def attend(length: int, seed: int) -> Tensor:
         fork = 1 + int(np.random.default_rng(seed).integers(0, length - 1))
@@ -96,6 +100,33 @@ def test_a_small_model_has_one_kernel_for_any_length(
     for seed, length in enumerate((384, 512, 640)):
         flex(length, seed)
     assert num_graphs() == before + 1
+
+
+@pytest.mark.parametrize("what", ["attention", "head"])
+def test_as_many_variants_are_kept_in_the_thread_of_a_backward_pass(
+    what: str, flex: Callable[[int, int], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[int] = []
+
+    def compiled(*_: Any, **__: Any) -> Any:
+        limits.append(torch._dynamo.config.recompile_limit)
+        return lambda *arguments, **__: arguments[0]
+
+    monkeypatch.setattr(attention_flex, "_compiled", compiled)
+    monkeypatch.setattr(vocabulary, "_compiled", compiled)
+    scoring = Scoring(scale=1.0, wanted=Wanted(), compiled=True)
+    query = torch.zeros(1, 2, 8, 16)
+    layout = TreeLayout(position_ids=np.zeros((1, 8), dtype=np.int64), exit=np.full((1, 8), 8))
+    mask = to_device(layout, CPU, way="flex").block_mask()
+    calls: dict[str, Callable[[], Any]] = {
+        "attention": lambda: attention_flex.attend(query, query, query, mask, None),
+        "head": lambda: scoring.run(lambda logits: logits, torch.zeros(3, 5)),
+    }
+    # On CUDA such passes run in threads that autograd has made, and torch's settings can be each thread's own.
+    thread = threading.Thread(target=calls[what])
+    thread.start()
+    thread.join()
+    assert limits == [VARIANTS]
 
 
 def test_graphs_that_still_come_after_the_first_batches_are_told_with_their_shapes(

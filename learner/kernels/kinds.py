@@ -143,8 +143,9 @@ class Rotary(Kind):
             return "its model has no rotary_emb"
         generator = torch.Generator().manual_seed(0)
         # As the model makes them: half of each is a copy of the other half, or the kernel is not for it.
+        here = next((buffer.device for buffer in positions.buffers()), torch.device("cpu"))
         try:
-            cos, sin = positions(torch.zeros(1, 5, 1), torch.arange(5)[None] * 3)
+            cos, sin = positions(torch.zeros(1, 5, 1, device=here), torch.arange(5, device=here)[None] * 3)
         except Exception as exc:
             return f"its rotary_emb raises {type(exc).__name__}"
         # Heads lie as projections give them, so that the kernel overwrites what it is given, as it will.

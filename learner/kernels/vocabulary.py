@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learner.kernels.variants import raise_limit
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
@@ -61,6 +63,7 @@ class Scoring:
         """The function's result; its first argument is the logits."""
         if not (self.compiled and len(arguments[0])):
             return function(*arguments)
+        raise_limit()
         for argument in arguments:
             if isinstance(argument, Tensor) and argument.dim():
                 # Batches differ in their number of tokens; the vocabulary stays a constant.

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from learner.kernels.variants import raise_limit
+
 BLOCK = 128
 """Places of a block: FlexAttention's own default."""
 MOST_SHAPES = 24
@@ -36,6 +38,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: fl
     shape = (tuple(query.shape), tuple(key.shape), query.dtype)
     if len(known) < MOST_SHAPES and query.shape[1] * query.shape[-1] >= SMALL_MODEL:
         known.add(shape)
+    raise_limit()
     return _compiled(shape not in known)(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
 
 

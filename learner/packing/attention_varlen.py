@@ -154,7 +154,8 @@ def tree_attention(
     longest_path: int, scale: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention [P, H, D] and its log-sum-exp [H, P]; arguments as ``attend`` and ``Runs`` have them."""
-    return kernel(query, key[keys], value[keys], first_query, first_key, longest_run, longest_path, scale)
+    out, logsum = kernel(query, key[keys], value[keys], first_query, first_key, longest_run, longest_path, scale)
+    return out.contiguous(), logsum  # as it is announced below, whatever the strides of the queries are
 
 
 @torch.library.custom_op("atpo::tree_attention_backward", mutates_args=())
@@ -173,7 +174,7 @@ def tree_attention_backward(
         torch.zeros(whole.shape, dtype=wide, device=whole.device).index_add_(0, keys, part.to(wide)).to(whole.dtype)
         for whole, part in zip((key, value), others, strict=True)
     )
-    return grad_query, grad_key, grad_value
+    return grad_query.contiguous(), grad_key, grad_value
 
 
 @tree_attention.register_fake
@@ -182,7 +183,7 @@ def _like_attention(
     longest_path: int, scale: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     logsum = torch.empty((query.shape[1], query.shape[0]), dtype=torch.float32, device=query.device)
-    return torch.empty_like(query), logsum
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device), logsum
 
 
 @tree_attention_backward.register_fake
@@ -190,8 +191,8 @@ def _like_gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsum: Tensor, first_query: Tensor,
     first_key: Tensor, keys: Tensor, longest_run: int, longest_path: int, scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    whole = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (key, value)]
-    return torch.empty_like(query), whole[0], whole[1]
+    whole = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (query, key, value)]
+    return whole[0], whole[1], whole[2]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -22,10 +22,6 @@ from atpo_async.config import LearnerConfig
 
 log = logging.getLogger("atpo.learner")
 
-VARIANTS = 64
-"""Of one function, before torch falls back to the function as it stands.  Its own limit, 8, is soon met by the shapes
-that FlexAttention is compiled for, each with a gradient and without; what it falls back to holds T * T."""
-
 BACKEND = "inductor"
 
 SMALL_LAYER = 1_000_000
@@ -90,11 +86,6 @@ def compile_layers(found: Sequence[nn.Module], trial: Callable[[], None], *, by_
         lines = str(cause).strip().splitlines()
         return f"{type(cause).__name__}: {lines[0] if lines else ''}"
     return None
-
-
-def raise_limit() -> None:
-    """Let torch keep ``VARIANTS`` of a function."""
-    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
 
 
 def num_graphs() -> int:

@@ -29,6 +29,7 @@ from atpo_async.core.priorities import tree_priority
 from atpo_async.wire.messages import Batch
 from learner.batches.intake import Sifted, sift
 from learner.kernels.install import PRECISIONS, Installed, install
+from learner.kernels.variants import raise_limit
 from learner.loss.correction import Tempering
 from learner.memory.fitting import Fitting
 from learner.memory.made_up import made_up
@@ -135,7 +136,7 @@ class Trainer:
             half=self.half,
         )
         self._metrics = StepMetrics(config, loss=self._loss, reductions=self.reductions)
-        compilation.raise_limit()
+        raise_limit()
         self.compilations = compilation.Compilations()
         if layers:
             self._compile()
