@@ -67,8 +67,9 @@ def offered(shapes: dict[str, tuple[int, ...]], rank: int, store: WeightsStore) 
     """A version of adapters in the learner's store."""
     staged = Stager("float32").stage(dict(pairs_of(shapes, rank)), copied=True)
     assert staged is not None
-    probe = {"probe_tokens": np.zeros((1, 2), np.int32), "probe_logprobs": np.zeros(1, np.float32)}
-    store.add(1, staged, **probe, adapter_scale=2.0)
+    store.add(
+        1, staged, probe_tokens=np.zeros((1, 2), np.int32), probe_logprobs=np.zeros(1, np.float32), adapter_scale=2.0
+    )
     staged.release()
     return store._versions[1]
 

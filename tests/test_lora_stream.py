@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -9,14 +11,15 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from actors.engines.base import WeightsFile
 from actors.weights.merging import Merging
 from atpo_async.config import WeightsConfig
 from atpo_async.core.errors import WeightsRejected
 from atpo_async.models import adapters
+from atpo_async.models.adapters import base_digest
 from atpo_async.wire.messages import WeightsManifest
 from learner.policy.accelerator import make_accelerator
 from learner.policy.model import load_policy
@@ -52,14 +55,19 @@ def offered(trainer: Trainer, folder: Path) -> WeightsFile:
     assert staged is not None
     store = WeightsStore(run=folder.name, fallback=folder, settings=WeightsConfig())
     store.add(
-        1, staged, probe_tokens=np.zeros((1, 2), np.int32), probe_logprobs=np.zeros(1, np.float32), adapter_scale=scale
-    )
+        1, staged, probe_tokens=np.zeros((1, 2), np.int32), probe_logprobs=np.zeros(1, np.float32), adapter_scale=scale,
+        adapter_base=None if scale is None else base_digest(trainer_folder(trainer)),
+    )  # fmt: skip
     version = store._versions[1]
     path = folder / "fetched" / "v1.bin"
     path.parent.mkdir()
     path.write_bytes(version.path.read_bytes())
     store.close()
     return WeightsFile(path=path, manifest=version.manifest)
+
+
+def trainer_folder(trainer: Trainer) -> Path:
+    return Path(trainer.config.model.path)
 
 
 def tensors_of(weights: WeightsFile) -> dict[str, torch.Tensor]:
@@ -102,6 +110,8 @@ async def test_adapters_that_do_not_fit_the_actors_model_are_rejected_by_name(tm
     (folder := tmp_path / "model").mkdir()
     (other := tmp_path / "other").mkdir()
     fetched = offered(trained(make_model(folder), publish="adapter"), tmp_path)
+    # As an earlier learner sends it, without the digest of what lies under the adapters.
+    fetched = replace(fetched, manifest=msgspec.structs.replace(fetched.manifest, adapter_base=None))
 
     async def rejected(model: Path, manifest: WeightsManifest) -> str:
         merging = Merging(run=tmp_path.name, model=model, precision="float32")
@@ -118,6 +128,28 @@ async def test_adapters_that_do_not_fit_the_actors_model_are_rejected_by_name(tm
     first = msgspec.structs.replace(fetched.manifest.tensors[0], shape=(2, 2), nbytes=16)
     odd = msgspec.structs.replace(fetched.manifest, tensors=(first, *fetched.manifest.tensors[1:]))
     assert "is no matrix of a pair" in await rejected(folder, odd)
+
+
+async def test_adapters_over_weights_that_differ_in_one_number_are_rejected(tmp_path: Path) -> None:
+    (folder := tmp_path / "model").mkdir()
+    fetched = offered(trained(make_model(folder), publish="adapter"), tmp_path)
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1e-3
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    merging = Merging(run=tmp_path.name, model=other, precision="float32")
+    with pytest.raises(WeightsRejected, match=r"other' holds other weights here than the learner's"):
+        await merging.whole(fetched)
+    merging.close()
+
+
+def test_the_digest_of_a_folder_is_of_its_tensors_in_whatever_files(tmp_path: Path) -> None:
+    (folder := tmp_path / "model").mkdir()
+    make_model(folder)
+    other = tmp_path / "other"
+    Qwen3ForCausalLM.from_pretrained(folder).save_pretrained(other, max_shard_size=4000)
+    assert len(list(other.glob("*.safetensors"))) > 1
+    assert base_digest(other) == base_digest(folder)
 
 
 # --- a whole run

@@ -41,11 +41,12 @@ class Merging:
         """The version with its adapters merged in: every tensor of the engine, at its precision.
 
         Raises:
-            WeightsRejected: the adapters are not for this model.
+            WeightsRejected: the adapters are not for this model, or were trained over other weights of it.
             NoSpace: the merged weights fit nowhere here.
         """
         manifest = weights.manifest
         try:
+            await asyncio.to_thread(self._check_base, manifest)
             pairs = await asyncio.to_thread(_read, weights)
             specs, total = await asyncio.to_thread(self._layout)
             merged = msgspec.structs.replace(manifest, adapter_scale=None, total_bytes=total, tensors=specs)
@@ -64,6 +65,19 @@ class Merging:
     @cached_property
     def _checkpoint(self) -> causal_lm.Checkpoint:
         return causal_lm.examine(self._model)
+
+    @cached_property
+    def _base(self) -> str:
+        return adapters.base_digest(self._model)
+
+    def _check_base(self, manifest: WeightsManifest) -> None:
+        """Raises SetupError for adapters over other weights than this actor has."""
+        if manifest.adapter_base not in (None, self._base):
+            raise SetupError(
+                f"model.path = {str(self._model)!r} holds other weights here than the learner's model.path (digest "
+                f"{self._base}, the learner's {manifest.adapter_base}); give both the same folder, or use "
+                "--learner.lora.publish merged"
+            )
 
     def _layout(self) -> tuple[tuple[TensorSpec, ...], int]:
         """Of the merged payload: what the model's files hold, and tied tensors under each of their names."""

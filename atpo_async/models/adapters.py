@@ -15,6 +15,7 @@ from typing import Any
 
 from atpo_async.core.errors import SetupError
 from atpo_async.models.tensor_files import read_header, weight_files
+from atpo_async.wire.digests import TENSOR_DIGEST_BYTES, file_digests
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -64,6 +65,27 @@ def merge(weight: Any, a: Any, b: Any, scale: float) -> Any:
     """
     delta = (b.detach().to(weight.device) @ a.detach().to(weight.device)) * scale
     return weight.detach().to(delta.dtype) + delta
+
+
+def base_digest(folder: Path) -> str:
+    """Of a model folder's weights, hex: names, precisions, shapes and every byte, in whatever files they lie.
+
+    Adapters are merged into the weights that they were trained over, and into no others.
+
+    Raises SetupError as ``tensor_files.read_header`` does, OSError.
+    """
+    from blake3 import blake3
+
+    found: dict[str, tuple[str, list[int], str]] = {}
+    for path in weight_files(folder):
+        header = read_header(path)
+        with path.open("rb") as file:
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            offsets = [entry["data_offsets"] for entry in header.values()]
+            digests = file_digests(file.fileno(), [(begin + first, end - first) for first, end in offsets])
+        for (name, entry), digest in zip(header.items(), digests, strict=True):
+            found[name] = entry["dtype"], entry["shape"], digest
+    return str(blake3(json.dumps(sorted(found.items())).encode()).hexdigest(length=TENSOR_DIGEST_BYTES))
 
 
 def is_adapter(folder: Path) -> bool:

@@ -349,6 +349,8 @@ class WeightsManifest(Message, frozen=True, tag="weights_manifest"):
     """S."""
     adapter_scale: NotNegative | None = None
     """The payload is adapters, to be merged into ``model.path``: their products count so often; None: it is whole."""
+    adapter_base: Text | None = None
+    """Of adapters: digest of the weights under them (``models.adapters.base_digest``), which an actor must have too."""
 
 
 class WeightsAnnounced(Message, frozen=True, tag="weights_announced"):

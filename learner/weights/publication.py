@@ -13,6 +13,7 @@ trees that can only be grown with a version that is still being written.  What f
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 import time
@@ -24,6 +25,8 @@ import numpy as np
 
 from atpo_async.config import Config
 from atpo_async.core.errors import AtpoError
+from atpo_async.models.adapters import base_digest
+from atpo_async.models.sources import model_folder
 from atpo_async.ops.disk import until_written
 from atpo_async.status import waits
 from atpo_async.wire.messages import VersionPublished, WeightsAnnounced
@@ -241,6 +244,7 @@ class Publication:
                 probe_tokens=prepared.probe_tokens,
                 probe_logprobs=prepared.probe_logprobs,
                 adapter_scale=self._trainer.whole.adapter_scale,
+                adapter_base=self._adapter_base,
             )
 
         try:
@@ -249,6 +253,12 @@ class Publication:
             )
         finally:
             prepared.staged.release()
+
+    @functools.cached_property
+    def _adapter_base(self) -> str | None:
+        if self._trainer.whole.adapter_scale is None:
+            return None
+        return base_digest(model_folder(self._config.model.path))
 
     def _pause(self, seconds: float) -> None:
         if self._closing.wait(seconds):

@@ -64,6 +64,7 @@ class WeightsStore:
         probe_tokens: np.ndarray,
         probe_logprobs: np.ndarray,
         adapter_scale: float | None = None,
+        adapter_base: str | None = None,
     ) -> m.WeightsAnnounced:
         """Write a version, drop all but the newest two, and return what to announce.
 
@@ -73,6 +74,7 @@ class WeightsStore:
             probe_tokens: int32[S, T].
             probe_logprobs: float[S * (T - 1)].
             adapter_scale: they are adapters, whose products count so often; None: they are whole.
+            adapter_base: digest of the weights under them.
 
         Raises:
             SetupError: it cannot be written.
@@ -89,6 +91,7 @@ class WeightsStore:
             probe_tolerance=self._settings.probe_tolerance,
             probe_sequences=len(probe_tokens),
             adapter_scale=adapter_scale,
+            adapter_base=adapter_base,
         )
         offered = OfferedVersion(manifest=manifest, path=file.path, payload=Payload(file.path))
         self._sender.offer(offered)
