@@ -116,7 +116,7 @@ def test_a_run_that_asks_for_the_library_is_refused_before_it_starts_where_that_
     for present in (False, True):
         there = {"liger_kernel": present}
         monkeypatch.setattr(machine, "has_module", lambda name, there=there: there.get(name, known(name)))
-        found = [finding for finding in doctor.findings_of_run(config) if finding.what == "kernels"]
+        found = [finding for finding in doctor.findings_of_run(config) if finding.what == "learner's packages"]
         if present:
             machine.check_kernels(config)
             assert not found
@@ -124,3 +124,16 @@ def test_a_run_that_asks_for_the_library_is_refused_before_it_starts_where_that_
         with pytest.raises(SetupError, match=r"liger-kernel is not installed here: pip install 'atpo-async\[gpu\]'"):
             machine.check_machine(config)
         assert [finding.level for finding in found] == ["missing"]
+
+
+def test_an_optimizer_and_an_adapter_folder_that_are_not_here_are_refused_before_a_run_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model(tmp_path)
+    known = machine.has_module
+    monkeypatch.setattr(machine, "has_module", lambda name: name != "torchao" and known(name))
+    with pytest.raises(SetupError, match=r"torchao is not installed here: pip install 'atpo-async\[gpu\]'"):
+        machine.check_machine(make_config(folder, learner={"optimizer": "adamw8bit"}))
+    lora = {"rank": 2, "init": str(tmp_path / "nowhere")}
+    with pytest.raises(SetupError, match=r"learner.lora.init = '.*nowhere' is no folder"):
+        machine.check_machine(make_config(folder, learner={"lora": lora}))

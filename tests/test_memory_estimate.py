@@ -371,10 +371,28 @@ def test_the_doctor_estimates_for_cards_that_are_not_here(tmp_path: Path, capsys
     assert "GPU 0 (learner rank 0, actor 0): about" in out
     assert "will not fit: GPU 0" in out
     assert out.count("would help: --") == 3
+    assert "and is enough" in out or "all of these together: about" in out
     assert main.main(["doctor", path, "--gpu-gb", "300"]) == 0
     out = capsys.readouterr().out
     assert "to spare" in out
     assert "would help" not in out
+
+
+def test_an_engines_share_that_is_too_small_is_helped_by_a_larger_one_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, RUN)
+    assert main.main(["doctor", path, "--gpu-gb", "300", "--actor.gpu_memory_utilization", "0.02"]) == 1
+    out = capsys.readouterr().out
+    assert "but the engine's share will not do: it lacks" in out
+    helps = [line.strip() for line in out.splitlines() if "would help" in line]
+    assert all("leaves the engine" in line or "--actor." in line or "--model." in line for line in helps)
+    assert "--actor.gpu_memory_utilization" in out
+    assert "and is enough" in out
+    assert main.main(["doctor", path, "--gpu-gb", "9"]) == 1
+    out = capsys.readouterr().out
+    assert "GB besides" in out
+    assert "all of these together: about" in out
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,15 @@ def check_launch(config: Config) -> None:
 
 
 def check_kernels(config: Config) -> None:
+    """Raises SetupError naming a package that the learner's settings ask for, or an adapter folder that is not here."""
+    if config.learner.optimizer == "adamw8bit" and not has_module("torchao"):
+        raise SetupError(
+            "learner.optimizer = 'adamw8bit', but torchao is not installed here: pip install 'atpo-async[gpu]', or use "
+            "--learner.optimizer offload or adamw"
+        )
+    begin = config.learner.lora.init
+    if config.learner.lora.rank and begin is not None and not Path(begin).is_dir():
+        raise SetupError(f"learner.lora.init = {str(begin)!r} is no folder; name an adapter folder in peft's format")
     if config.learner.kernels == "liger" and not has_module("liger_kernel"):
         raise SetupError(
             "learner.kernels = 'liger', but liger-kernel is not installed here: pip install 'atpo-async[gpu]', or use "

@@ -169,7 +169,7 @@ def findings_of_run(config: Config) -> list[Finding]:
     others = (
         ("packages", machine.check_packages),
         ("launcher", machine.check_launch),
-        ("kernels", machine.check_kernels),
+        ("learner's packages", machine.check_kernels),
         ("links", machine.check_links),
         ("journal", machine.check_journal_dir),
     )

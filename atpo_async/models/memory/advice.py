@@ -23,14 +23,18 @@ class Advice:
 
     setting: str
     value: str
+    raw: Any
     saved: float
-    """Bytes on that GPU, this setting alone."""
+    """Bytes on that GPU, this setting alone; of an engine's share that is too small, those that it makes up for."""
     fits: bool
     """Whether it is enough by itself."""
+    for_engine: bool = False
+    """It leaves the engine more, on a card that has the space."""
 
     def sentence(self) -> str:
         """``--learner.optimizer adamw8bit saves 22.0 GB, and is enough``."""
-        return f"--{self.setting} {self.value} saves {gb(self.saved)} GB{', and is enough' if self.fits else ''}"
+        what = f"leaves the engine {gb(self.saved)} GB more" if self.for_engine else f"saves {gb(self.saved)} GB"
+        return f"--{self.setting} {self.value} {what}{', and is enough' if self.fits else ''}"
 
 
 def advice(
@@ -38,22 +42,33 @@ def advice(
 ) -> list[Advice]:
     """At most ``MOST`` settings that save memory on ``card``, the largest saving first."""
     found: dict[str, Advice] = {}
+    # Where the card has the space and only the engine's share is too small, what else is saved does not help.
+    share_alone = card.needed <= card.num_bytes
     absent = _absent(cards(config, shape, card_bytes=card_bytes, engine=engine))
     for setting, value in _candidates(config, shape, card):
         tried = _with(config, setting, value)
-        if tried is None:
-            continue
+        if tried is None or (setting == "actor.tensor_parallel_size" and not isinstance(card_bytes, Mapping)):
+            continue  # whether there is a second card like that is not known
         then = cards(tried, shape, card_bytes=card_bytes, engine=engine)
         if _absent(then) - absent:
             continue  # it would take a GPU that this machine lacks
         after = next(c for c in then if c.number == card.number)
-        saved = max(card.needed - after.needed, card.shortage - after.shortage)
-        one = Advice(setting=setting, value=_text(value), saved=saved, fits=after.fits)
+        saved = card.missing - after.missing if share_alone else card.needed - after.needed
+        one = Advice(
+            setting=setting, value=_text(value), raw=value, saved=saved, fits=after.fits, for_engine=share_alone
+        )
         best = found.get(setting)
         # Of several values of one setting: the first that is enough, else the one that saves most.
         if saved > 0 and (best is None or (not best.fits and saved > best.saved)):
             found[setting] = one
     return sorted(found.values(), key=lambda one: -one.saved)[:MOST]
+
+
+def with_all(config: Config, tried: Sequence[Advice]) -> Config:
+    """The configuration with every one of these settings."""
+    for one in tried:
+        config = _with(config, one.setting, one.raw) or config
+    return config
 
 
 def _absent(found: Sequence[Card]) -> set[int]:

@@ -33,7 +33,7 @@ class Card:
     @property
     def missing(self) -> float:
         """Bytes that are too few: on the card, or in an engine's share of it; 0 where all fits."""
-        return max(0.0, self.needed - self.num_bytes, self.shortage)
+        return max(0.0, self.needed + self.shortage - self.num_bytes, self.shortage)
 
     @property
     def fits(self) -> bool:
@@ -46,7 +46,8 @@ class Card:
             return f"{of}, {gb(self.num_bytes - self.needed)} GB to spare"
         if self.needed <= self.num_bytes:
             return f"{of}, but the engine's share will not do: it lacks {gb(self.shortage)} GB for weights and keys"
-        return f"{of}: will not fit, {gb(self.needed - self.num_bytes)} GB too much"
+        lacks = f"; the engine's share lacks {gb(self.shortage)} GB besides" if self.shortage else ""
+        return f"{of}: will not fit, {gb(self.needed - self.num_bytes)} GB too much{lacks}"
 
 
 def cards(config: Config, shape: ModelShape, *, card_bytes: Mapping[int, float] | float, engine: str) -> list[Card]:

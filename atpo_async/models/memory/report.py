@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from atpo_async.config import Config
 from atpo_async.core.errors import SetupError
-from atpo_async.models.memory.advice import advice
+from atpo_async.models.memory.advice import Advice, advice, with_all
 from atpo_async.models.memory.cards import Card, cards, machine_bytes
-from atpo_async.models.memory.engine import least_bytes, token_bytes, weight_bytes
+from atpo_async.models.memory.engine import WORKSPACE_BYTES, least_bytes, token_bytes, weight_bytes
 from atpo_async.models.memory.parts import GB, gb, total
 from atpo_async.models.memory.shape import ModelShape, shape_of
+from atpo_async.models.sources import looks_like_hub_name
 
 BUFFER_BYTES = 0.5 * GB
 LEARNER_BYTES = 1.0 * GB
@@ -49,6 +50,7 @@ def estimate(config: Config, *, gpus: Mapping[int, float] | float, engine: str) 
         if not alike[0].fits:
             tried = advice(config, shape, alike[0], card_bytes=gpus, engine=engine)
             lines += [f"  would help: {one.sentence()}" for one in tried]
+            lines += _together(config, shape, alike[0], tried, gpus=gpus, engine=engine)
     return Estimate(tuple(lines), tuple(card.number for card in found if not card.fits))
 
 
@@ -90,12 +92,14 @@ def _found(config: Config, shape: ModelShape, gpus: Mapping[int, float] | float,
 def _shape(config: Config) -> tuple[ModelShape | None, str]:
     """The model's shape, or why it is not known."""
     if not config.model.path:
-        return None, "model.path is empty, and the policy of the warm start is not made yet"
+        return None, "model.path is empty, and the policy of the warm start is made at the first start of a run"
     try:
         shape = shape_of(config.model.path)
     except SetupError as exc:
         return None, str(exc)
-    return shape, f"{config.model.path} is neither here nor in the Hub's cache"
+    name = config.model.path
+    way_out = "; fetch it first (hf download)" if looks_like_hub_name(name) else "; name a model folder"
+    return shape, f"model.path = {name!r} is neither here nor in the Hub's cache{way_out}"
 
 
 def _alike(found: Sequence[Card]) -> list[list[Card]]:
@@ -113,6 +117,20 @@ def _who(alike: Sequence[Card]) -> str:
     return f"{numbers} ({roles})"
 
 
+def _together(
+    config: Config, shape: ModelShape, card: Card, tried: Sequence[Advice], *, gpus: Mapping[int, float] | float,
+    engine: str,
+) -> list[str]:  # fmt: skip
+    """Whether all of the settings are enough, where no single one is."""
+    if any(one.fits for one in tried):
+        return []
+    if not tried:
+        return ["  no setting helps: take a smaller model, or a larger card"]
+    then = cards(with_all(config, tried), shape, card_bytes=gpus, engine=engine)
+    after = next(c for c in then if c.number == card.number)
+    return [f"  all of these together: {after.verdict()}"]
+
+
 def _lines_of(config: Config, shape: ModelShape, alike: Sequence[Card]) -> list[str]:
     card = alike[0]
     lines = [f"GPU {_who(alike)}: {card.verdict()}"]
@@ -124,6 +142,6 @@ def _lines_of(config: Config, shape: ModelShape, alike: Sequence[Card]) -> list[
         lines.append(
             f"  the engine needs {gb(least_bytes(shape, config))} GB at the least: weights "
             f"{gb(weight_bytes(shape, config))}, keys of one context of {config.model.max_context_tokens:,} tokens "
-            f"{gb(keys)}, workspace"
+            f"{gb(keys)}, workspace {gb(WORKSPACE_BYTES)}"
         )
     return lines
