@@ -267,3 +267,32 @@ def test_the_benchmark_of_the_head_runs_each_side(capsys: pytest.CaptureFixture[
     assert head_benchmark.main(asked) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines[-3:]] == ["whole", "chunks", "fused"]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_wide_products_are_added_up_whether_or_not_the_device_adds_them_in_place(
+    in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mm, addmm = torch.mm, torch.addmm
+
+    def wide(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+        return mm(left.to(dtype), right.to(dtype))
+
+    def added(total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
+        if not in_place:
+            raise RuntimeError("the input may not be the output")
+        return out.copy_(addmm(total, left.to(dtype), right.to(dtype)))
+
+    monkeypatch.setattr(policy_head, "_sums_apart", lambda factor: True)
+    monkeypatch.setattr(torch, "mm", wide)
+    monkeypatch.setattr(torch, "addmm", added)
+    policy_head._adds_in_place.cache_clear()
+    try:
+        left, right = (torch.arange(16.0).reshape(4, 4).bfloat16() for _ in range(2))
+        once = policy_head._summed(None, left, right)
+        assert once.dtype == torch.float32
+        twice = policy_head._summed(once.clone(), left, right)
+        torch.testing.assert_close(twice, 2 * once)
+        assert policy_head._adds_in_place(left.device) is in_place
+    finally:
+        policy_head._adds_in_place.cache_clear()

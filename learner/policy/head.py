@@ -164,6 +164,8 @@ def _summed(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     if _sums_apart(left):
         if total is None:
             return torch.mm(left, right, torch.float32)
+        if not _adds_in_place(left.device):
+            return total.add_(torch.mm(left, right, torch.float32))
         return torch.addmm(total, left, right, torch.float32, out=total)
     if total is None:
         first = left @ right
@@ -174,6 +176,18 @@ def _summed(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 def _sums_apart(factor: Tensor) -> bool:
     """Whether products of this half-precision factor can be given in float32."""
     return factor.is_cuda and factor.dtype in (torch.bfloat16, torch.float16) and _has_wide_products(factor.device)
+
+
+@functools.cache
+def _adds_in_place(device: torch.device) -> bool:
+    """Whether a float32 product of half-precision factors can be added to what is there, found out by trying; where
+    not, it takes a matrix of its own first."""
+    ones, total = torch.ones(16, 16, device=device, dtype=torch.bfloat16), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, ones, ones, torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return bool((total == 17).all())
 
 
 @functools.cache
