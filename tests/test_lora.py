@@ -318,6 +318,15 @@ def test_a_model_folder_is_assembled_from_a_checkpoint_of_adapters(
 # --- folders
 
 
+def test_an_adapter_folder_names_the_whole_path_of_the_folder_under_it(
+    folder: Path, one: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert one.policy.lora is not None
+    monkeypatch.chdir(folder.parent)
+    one.policy.lora.write_settings(tmp_path, base=folder.name)
+    assert json.loads((tmp_path / adapters.CONFIG).read_text())["base_model_name_or_path"] == str(folder.resolve())
+
+
 def test_adapter_and_merged_model_are_both_exported(folder: Path, one: Trainer, tmp_path: Path) -> None:
     trainer = one
     assert trainer.policy.lora is not None

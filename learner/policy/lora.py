@@ -122,6 +122,8 @@ class Lora:
 
     def write_settings(self, folder: Path, *, base: str) -> None:
         """``adapter_config.json`` beside the adapters' tensors, as peft writes it.  Raises OSError."""
+        if Path(base).is_dir():
+            base = str(Path(base).resolve())  # found from whatever folder it is read in
         peft_settings(self.settings, _named_briefly(self.layers, self.settings), base=base).save_pretrained(folder)
 
     def __str__(self) -> str:
