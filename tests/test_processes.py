@@ -55,7 +55,9 @@ def test_what_killed_processes_had_in_shared_memory_goes_with_them() -> None:
 @contextmanager
 def child(**environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process with this environment that has come to its own program; it is killed at the end."""
-    words = [sys.executable, "-c", "import os, time; os.close(1); time.sleep(1000)"]
+    # A start that takes less than a tick of the system's count would be counted as none.
+    works = "import os, time\nwhile time.process_time() < 0.05: pass\nos.close(1); time.sleep(1000)"
+    words = [sys.executable, "-c", works]
     process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, start_new_session=True)
     try:
         assert process.stdout is not None
