@@ -173,11 +173,11 @@ async def over_actor(
 
 async def straight(engine: base.Engine, recorder: Recorder, at_once: int, name: str) -> float:
     """Seconds for the same requests, ``at_once`` in flight."""
-    room = asyncio.Semaphore(at_once)
+    places = asyncio.Semaphore(at_once)
     send = raw(engine)
 
     async def one(number: int, prompt: np.ndarray, sampling: base.Sampling) -> None:
-        async with room:
+        async with places:
             await send(prompt, sampling, f"{name}-{number}")
 
     began = time.perf_counter()

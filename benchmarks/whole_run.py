@@ -45,10 +45,10 @@ BESIDE = ("time/actor_wait_s", "time/actor_interval_s", "engine/", "weights/")
 def settings_of(config: Config, *, folder: Path, model: Path, steps: int) -> dict[str, str]:
     """What is laid over the configuration: the made-up model and tasks, no evaluation, so many steps."""
     action = min(128, config.search.max_action_tokens)
-    room = config.model.max_context_tokens
-    turns = max(1, min(4, room // (4 * action)))
-    prompt = min(512, room // 4)
-    observation = max(1, min(200, (room - prompt - turns * action) // (turns + 1)))
+    context = config.model.max_context_tokens
+    turns = max(1, min(4, context // (4 * action)))
+    prompt = min(512, context // 4)
+    observation = max(1, min(200, (context - prompt - turns * action) // (turns + 1)))
     return {
         "run.steps": str(steps),
         "run.dir": str(folder),

@@ -57,15 +57,15 @@ def test_layers_chosen_by_number_give_the_same_loss_and_gradient(folder: Path) -
 
 class FakeMeter:
     """A device where a pass takes ``boundary`` bytes a token and layer, and ``kept`` more where a layer is not computed
-    twice; a pass that takes more than ``room`` runs out."""
+    twice; a pass that takes more than ``available`` runs out."""
 
-    def __init__(self, hf: Any, *, boundary: float, kept: float, room: float) -> None:
-        self._hf, self._boundary, self._kept, self._room = hf, boundary, kept, room
+    def __init__(self, hf: Any, *, boundary: float, kept: float, available: float) -> None:
+        self._hf, self._boundary, self._kept, self._available = hf, boundary, kept, available
         self.ran: list[tuple[int, int]] = []
 
     def run(self, tokens: int) -> None:
         self.ran.append((tokens, checkpointed(self._hf)))
-        if self._needed() > self._room:
+        if self._needed() > self._available:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
     def _needed(self) -> float:
@@ -77,12 +77,12 @@ class FakeMeter:
         run()
         return self._needed()
 
-    def room(self) -> float:
-        return self._room
+    def available(self) -> float:
+        return self._available
 
 
 @pytest.mark.parametrize(
-    ("room", "tokens", "twice"),
+    ("available", "tokens", "twice"),
     [
         # 6 layers; 16,384 tokens take 6 * 16,384 with all computed twice, and 16,384 * 10 more for each that is not.
         (16384 * 100, 16384, 0),
@@ -96,11 +96,11 @@ class FakeMeter:
     ],
 )
 def test_as_few_layers_are_computed_twice_as_the_largest_pass_needs(
-    tmp_path: Path, room: float, tokens: int, twice: int
+    tmp_path: Path, available: float, tokens: int, twice: int
 ) -> None:
     config = config_of(make_model(tmp_path, layers=6), gradient_checkpointing="auto")
     fitting = Fitting(config, hf=load_policy(config).hf, accelerator=make_accelerator(config), notify=lambda _: None)
-    meter = FakeMeter(fitting.hf, boundary=1, kept=10, room=room)
+    meter = FakeMeter(fitting.hf, boundary=1, kept=10, available=available)
     choose_layers(fitting, meter, meter.run, lambda value: value)
     assert fitting.now == Fit(micro_batch_tokens=tokens, checkpointed_layers=twice)
     # Nothing was tried again as it had failed before.
@@ -110,7 +110,7 @@ def test_as_few_layers_are_computed_twice_as_the_largest_pass_needs(
 def test_ranks_compute_as_many_layers_twice_as_the_fullest_card_needs(tmp_path: Path) -> None:
     config = config_of(make_model(tmp_path, layers=6), gradient_checkpointing="auto")
     fitting = Fitting(config, hf=load_policy(config).hf, accelerator=make_accelerator(config))
-    meter = FakeMeter(fitting.hf, boundary=1, kept=10, room=1e9)
+    meter = FakeMeter(fitting.hf, boundary=1, kept=10, available=1e9)
     choose_layers(fitting, meter, meter.run, lambda value: max(value, 4))
     assert fitting.checkpointed_layers == 4
 
@@ -118,7 +118,7 @@ def test_ranks_compute_as_many_layers_twice_as_the_fullest_card_needs(tmp_path: 
 def test_a_device_that_has_no_room_for_the_smallest_pass_is_an_error(tmp_path: Path) -> None:
     config = config_of(make_model(tmp_path, layers=2), gradient_checkpointing="auto")
     fitting = Fitting(config, hf=load_policy(config).hf, accelerator=make_accelerator(config), notify=lambda _: None)
-    meter = FakeMeter(fitting.hf, boundary=1, kept=10, room=50)
+    meter = FakeMeter(fitting.hf, boundary=1, kept=10, available=50)
     with pytest.raises(SetupError, match="a path of 64 tokens does not fit"):
         choose_layers(fitting, meter, meter.run, lambda value: value)
     assert len(meter.ran) == 9

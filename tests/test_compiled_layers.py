@@ -15,14 +15,12 @@ from accelerate.state import AcceleratorState
 from atpo_async.core.errors import SetupError
 from learner.packing import attention, attention_varlen
 from learner.policy import compilation
-from learner.policy.accelerator import make_accelerator
 from learner.policy.model import load_policy
 from learner.policy.packing_check import small_pass
-from learner.training.trainer import Trainer
 from tests.attention_support import flash_on_a_cpu
-from tests.learner_support import flat_gradient, make_batch, make_config, make_model
+from tests.learner_support import make_batch, make_config, make_model
+from tests.trained_support import VERSION, trained, trainer_of
 
-VERSION = 3
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
@@ -46,23 +44,6 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
     torch._dynamo.reset()
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def trainer_of(folder: Path, **learner: object) -> Trainer:
-    AcceleratorState._reset_state(reset_partial_state=True)  # it holds a process to one precision
-    config = make_config(folder, learner=learner)
-    return Trainer(config, accelerator=make_accelerator(config), policy=load_policy(config))
-
-
-def trained(folder: Path, **learner: object) -> tuple[float, torch.Tensor, Trainer]:
-    """Loss and gradient of a batch, which changes no weight."""
-    trainer = trainer_of(folder, max_grad_norm=1e9, **learner)
-    trainer.warm_up()
-    found: list[torch.Tensor] = []
-    optimizer: Any = trainer.optimizer
-    optimizer.step = lambda: found.append(flat_gradient(trainer.policy).clone())
-    loss = trainer.train(make_batch(), version=VERSION).metrics["train/loss"]
-    return loss, found[0], trainer
 
 
 @pytest.mark.parametrize(

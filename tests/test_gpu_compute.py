@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +14,15 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from learner.packing.attention import FLASH_CAPABILITY, to_device, tree_attention_forward, ways
 from learner.packing.rows import TreeLayout
-from learner.policy.accelerator import make_accelerator
-from learner.policy.model import load_policy
-from learner.training.trainer import Trainer
-from tests.learner_support import VOCAB, flat_gradient, make_batch, make_config
+from tests import trained_support
+from tests.learner_support import VOCAB, make_batch
+from tests.trained_support import VERSION
 
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
-VERSION = 3
+trainer_of = partial(trained_support.trainer_of, device="cuda")
+trained = partial(trained_support.trained, device="cuda")
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +45,6 @@ def anew() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def trainer_of(folder: Path, **learner: object) -> Trainer:
-    AcceleratorState._reset_state(reset_partial_state=True)  # it holds a process to one precision
-    config = make_config(folder, learner={"device": "cuda", **learner})
-    return Trainer(config, accelerator=make_accelerator(config), policy=load_policy(config))
-
-
-def trained(folder: Path, **learner: object) -> tuple[float, torch.Tensor, Trainer]:
-    """Loss and gradient of a batch, which changes no weight."""
-    trainer = trainer_of(folder, max_grad_norm=1e9, **learner)
-    trainer.warm_up()
-    found: list[torch.Tensor] = []
-    optimizer: Any = trainer.optimizer
-    optimizer.step = lambda: found.append(flat_gradient(trainer.policy).clone())
-    loss = trainer.train(make_batch(), version=VERSION).metrics["train/loss"]
-    return loss, found[0], trainer
 
 
 def relative(one: torch.Tensor, other: torch.Tensor) -> float:

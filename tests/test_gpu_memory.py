@@ -151,7 +151,7 @@ def test_layers_are_chosen_by_what_passes_take_on_the_device(tmp_path: Path) -> 
     enable(policy.hf, count=0)
     fitting = Fitting(config, hf=policy.hf, accelerator=make_accelerator(config))
     meter = CudaMeter(CUDA, set_aside=0.0, engines=0.0)
-    assert 0 < meter.room() < torch.cuda.get_device_properties(CUDA).total_memory
+    assert 0 < meter.available() < torch.cuda.get_device_properties(CUDA).total_memory
 
     def run(tokens: int) -> None:
         places = torch.arange(tokens, device=CUDA)
@@ -167,16 +167,16 @@ def test_layers_are_chosen_by_what_passes_take_on_the_device(tmp_path: Path) -> 
     none, half, every = (peak(count) for count in (0, 4, 8))
     assert every < half < none
 
-    class Room:
-        def __init__(self, room: float) -> None:
+    class Available:
+        def __init__(self, available: float) -> None:
             self.peak: Callable[[Callable[[], None]], float] = meter.peak
-            self.room = lambda: room
+            self.available = lambda: available
 
-    # A layer that is computed twice while others are not is reckoned as if it needed room of its own: one too many.
-    for room, allowed in ((half * 1.02, (4, 5)), (none * 1.05, (0, 1)), (every * 1.001, (7, 8))):
-        choose_layers(fitting, Room(room), run, lambda value: value)
+    # A layer that is computed twice while others are not is reckoned as if it took memory of its own: one too many.
+    for available, allowed in ((half * 1.02, (4, 5)), (none * 1.05, (0, 1)), (every * 1.001, (7, 8))):
+        choose_layers(fitting, Available(available), run, lambda value: value)
         chosen = fitting.checkpointed_layers
-        assert chosen in allowed, (room, chosen)
-        assert peak(chosen) <= room * 1.05
+        assert chosen in allowed, (available, chosen)
+        assert peak(chosen) <= available * 1.05
         fitting.checkpoint(0)
     assert len(layers_of(policy.hf)) == 8

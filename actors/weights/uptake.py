@@ -152,9 +152,10 @@ class WeightsUptake:
         self._metrics.observe("engine/probe_error", [report.probe_error])
         waits.progress("swaps")
         log.info(
-            "version %d in use: fetched in %.3f s (%.3f to verify), read ahead in %.3f s, generation stood still for "
-            "%.3f s (load %.3f, probe %.3f) with %d requests in flight, probe off by %.1e nats",
-            report.version, fetched - began, self._fetcher.verify_s, report.read_s, report.pause_s, report.load_s,
+            "version %d in use: fetched in %.3f s (%.3f to verify)%s, generation stood still for %.3f s (load %.3f, "
+            "probe %.3f) with %d requests in flight, probe off by %.1e nats",
+            report.version, fetched - began, self._fetcher.verify_s,
+            f", read ahead in {report.read_s:.3f} s" if report.read_s else "", report.pause_s, report.load_s,
             report.probe_s, report.in_flight, report.probe_error,
         )  # fmt: skip
         async with self._version_changed:

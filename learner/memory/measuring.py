@@ -16,6 +16,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 
 from atpo_async.config import Config
+from atpo_async.models.memory.cards import places
 from learner.memory.checkpointed_layers import layers_of
 from learner.memory.fitting import Failed, Fitting
 from learner.memory.out_of_memory import is_out_of_memory, said
@@ -38,7 +39,7 @@ class Meter(Protocol):
     def peak(self, run: Callable[[], None]) -> float:
         """What ``run`` takes besides what is there before it."""
 
-    def room(self) -> float:
+    def available(self) -> float:
         """What it may take."""
 
 
@@ -62,7 +63,7 @@ class CudaMeter:
         torch.cuda.synchronize(self._device)
         return float(torch.cuda.max_memory_allocated(self._device) - before)
 
-    def room(self) -> float:
+    def available(self) -> float:
         clear_device_cache(garbage_collection=True)
         free, total = torch.cuda.mem_get_info(self._device)
         ours = torch.cuda.memory_allocated(self._device)
@@ -71,26 +72,25 @@ class CudaMeter:
 
 def share_of_engines(config: Config, rank: int) -> float:
     """Of the GPU of this rank: what vLLM engines of the same run may take of it."""
-    learner, actor = config.learner, config.actor
-    if actor.device == "cpu" or actor.engine not in ("auto", "vllm"):
+    if config.actor.engine not in ("auto", "vllm"):
         return 0.0
-    gpu, each = learner.gpus[rank] if learner.gpus else rank, actor.tensor_parallel_size
-    places = [actor.gpus[i * each : (i + 1) * each] or tuple(range(each)) for i in range(actor.count)]
-    return min(1.0, sum(actor.gpu_memory_utilization for place in places if gpu in place))
+    gpu = config.learner.gpus[rank] if config.learner.gpus else rank
+    beside = [role for role, gpus in places(config) if role.startswith("actor") and gpu in gpus]
+    return min(1.0, config.actor.gpu_memory_utilization * len(beside))
 
 
-def layers_needed(*, layers: int, all_twice: float, kept_by_layer: float, room: float) -> int:
+def layers_needed(*, layers: int, all_twice: float, kept_by_layer: float, available: float) -> int:
     """The fewest of ``layers`` to compute twice; all of them where even that may not do.
 
     Args:
         layers: of the model.
         all_twice: bytes of the largest pass with all of them computed twice.
         kept_by_layer: bytes that a layer keeps besides, where it is not.
-        room: bytes that are free.
+        available: bytes that are free.
     """
     if kept_by_layer <= 0:
-        return 0 if all_twice <= room else layers
-    return layers - max(0, min(layers, int((room - all_twice) / kept_by_layer)))
+        return 0 if all_twice <= available else layers
+    return layers - max(0, min(layers, int((available - all_twice) / kept_by_layer)))
 
 
 def choose_layers(
@@ -120,18 +120,18 @@ def choose_layers(
         without = meter.peak(lambda: run(small))
         fitting.checkpoint(half)
         by_layer = (without - meter.peak(lambda: run(small))) / half * tokens / small
-        room = meter.room()
-        needed = layers_needed(layers=layers, all_twice=all_twice, kept_by_layer=by_layer, room=room)
+        available = meter.available()
+        needed = layers_needed(layers=layers, all_twice=all_twice, kept_by_layer=by_layer, available=available)
     except Exception as exc:
         if not is_out_of_memory(exc):
             raise
-        by_layer, room, needed = float("inf"), 0.0, layers
+        by_layer, available, needed = float("inf"), 0.0, layers
     needed = int(largest(max(needed, kept)))
     fitting.checkpoint(needed)
     log.info(
         "%d of %d layers are computed twice (learner.gradient_checkpointing = 'auto'): a pass of %d tokens takes %.1f "
         "GB with all of them so, and %.2f GB more for each that is not; %.1f GB are free for it",
-        needed, layers, tokens, all_twice / 2**30, by_layer / 2**30, room / 2**30,
+        needed, layers, tokens, all_twice / 2**30, by_layer / 2**30, available / 2**30,
     )  # fmt: skip
 
 

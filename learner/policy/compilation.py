@@ -19,6 +19,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from atpo_async.config import LearnerConfig
+from learner.memory.out_of_memory import is_out_of_memory
 
 log = logging.getLogger("atpo.learner")
 
@@ -77,9 +78,9 @@ def compile_layers(found: Sequence[nn.Module], trial: Callable[[], None], *, by_
         layer.compile(dynamic=True, backend=BACKEND)
     try:
         trial()
-    except torch.cuda.OutOfMemoryError:
-        raise
     except Exception as exc:
+        if is_out_of_memory(exc):
+            raise
         for layer in found:
             layer._compiled_call_impl = None
         cause = getattr(exc, "inner_exception", exc)  # of the code generator, where it is that which failed

@@ -14,6 +14,7 @@ from torch import nn
 
 from atpo_async.config import LearnerConfig
 from atpo_async.core.errors import SetupError
+from atpo_async.models.memory.learner import STATE_BYTES
 from learner.memory.offloaded_adamw import MOMENTS, PIECE, OffloadedAdamW
 
 log = logging.getLogger("atpo.learner")
@@ -79,17 +80,14 @@ def _compiled_afresh(kind: Any) -> Any:
     return type(kind.__name__, (kind,), {"step": step, "__module__": __name__})
 
 
-STATE_BYTES = {"adamw8bit": 2.04}
-"""Of moments in 8 bits, for each parameter: two codes, and a scale for each 256 of them."""
-
-
 def state_bytes(optimizer: torch.optim.Optimizer, kind: str) -> float:
     """What the moments of an optimizer that has taken no step yet will take on the device, at most, on this rank."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     local = [getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in parameters]
     if kind == "offload":
         return float(2 * len(MOMENTS) * max(min(p.numel(), PIECE) * p.element_size() for p in local))
-    return float(sum(p.numel() * STATE_BYTES.get(kind, 2.0 * p.element_size()) for p in local))
+    each = STATE_BYTES[kind] if kind == "adamw8bit" else None
+    return float(sum(p.numel() * (each or 2.0 * p.element_size()) for p in local))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

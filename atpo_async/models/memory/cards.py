@@ -58,16 +58,16 @@ def cards(config: Config, shape: ModelShape, *, card_bytes: Mapping[int, float] 
         card_bytes: of each GPU by its number, or of every one.
         engine: the actors', ``auto`` resolved.
     """
-    places = _places(config)
+    placed = places(config)
     found = []
-    for number in sorted({gpu for _, gpus in places for gpu in gpus}):
+    for number in sorted({gpu for _, gpus in placed for gpu in gpus}):
         size = card_bytes if isinstance(card_bytes, int | float) else card_bytes.get(number, 0.0)
-        roles = tuple(role for role, gpus in places if number in gpus)
+        roles = tuple(role for role, gpus in placed if number in gpus)
         found.append(_card(config, shape, number=number, size=float(size), roles=roles, engine=engine))
     return found
 
 
-def _places(config: Config) -> list[tuple[str, tuple[int, ...]]]:
+def places(config: Config) -> list[tuple[str, tuple[int, ...]]]:
     """(role, the GPUs it is on), as the launcher shows them to it: a role without numbers sees all from 0 on."""
     learner, actor = config.learner, config.actor
     found: list[tuple[str, tuple[int, ...]]] = []

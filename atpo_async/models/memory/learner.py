@@ -24,7 +24,7 @@ CONTEXT_BYTES = 0.6 * 2**30
 """Of a process that uses CUDA: its context and the libraries' workspaces."""
 FRAGMENTED = 0.05
 """Share of a learner's memory that its allocator holds in pieces of the wrong size."""
-STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.03, "offload": 0.0}
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256, "offload": 0.0}
 """Of an optimizer's states on the GPU, for each trained parameter; adamw8bit has a scale for each block of 256."""
 OFFLOAD_BYTES = 0.5 * 2**30
 """Of the buffers through which ``offload`` steps."""
