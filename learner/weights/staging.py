@@ -87,6 +87,10 @@ class Staged:
         self._buffer, self._event = buffer, event
         self._on_release: Callable[[], None] | None = on_release
 
+    def lies_in(self, buffer: Tensor, event: Any) -> None:
+        """The copies have been started; both as in ``Staged``."""
+        self._buffer, self._event = buffer, event
+
     def until_read(self) -> None:
         """Block until the weights have been read: they may change afterwards.  In any thread."""
         if self._event is not None:
@@ -156,7 +160,8 @@ class Stager:
 
     @torch.no_grad()
     def _copy(self, tensors: Mapping[str, Tensor]) -> Staged:
-        specs, total = layout(tensors, self._precision)
+        staged = Staged(tensors, self._precision, on_release=self._free.set)
+        specs, total = staged.specs, staged.total_bytes
         device = next((tensors[spec.name].device for spec in specs if tensors[spec.name].is_cuda), None)
         if len(self._buffer) != total:
             self._buffer = torch.empty(0, dtype=torch.uint8)  # the former one goes first
@@ -168,7 +173,8 @@ class Stager:
                     self._place(spec).copy_(tensors[spec.name].reshape(-1))
         else:
             event = self._start_copies(specs, tensors, device)
-        return Staged(tensors, self._precision, buffer=self._buffer, event=event, on_release=self._free.set)
+        staged.lies_in(self._buffer, event)
+        return staged
 
     def _start_copies(self, specs: tuple[TensorSpec, ...], tensors: Mapping[str, Tensor], device: torch.device) -> Any:
         """Returns the event after the last one."""
