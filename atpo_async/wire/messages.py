@@ -28,7 +28,7 @@ from atpo_async.core.tree import Turn
 from atpo_async.core.vocabulary import Precision, Split
 from atpo_async.wire.records import TurnRecords
 
-PROTOCOL = 6
+PROTOCOL = 7
 """Peers of another protocol number are refused by name."""
 
 
