@@ -31,6 +31,7 @@ from atpo_async.core.texts import shortened
 from atpo_async.core.tree import TurnTree
 from atpo_async.environments.base import Environment
 from atpo_async.links.client import Client
+from atpo_async.run.host import as_name, host_id, host_name
 from atpo_async.run.metrics import Aggregator
 from atpo_async.status import waits
 from atpo_async.status.facts import publish_facts
@@ -301,7 +302,8 @@ class Actor:
             refused, self._given_up = self._given_up, {}
             for tree_id, reason in refused.items():
                 await self._leases.give_up(tree_id, reason)
-            growing, version = tuple(self._growing), self.uptake.version
-            await self._buffer.send(
-                ActorReport(run=self._run, actor=self._name, version=version, tree_ids=growing, metrics=metrics)
-            )
+            report = ActorReport(
+                run=self._run, actor=self._name, version=self.uptake.version, tree_ids=tuple(self._growing),
+                metrics=metrics, host=host_name(), host_id=as_name(host_id()),
+            )  # fmt: skip
+            await self._buffer.send(report)

@@ -9,6 +9,7 @@ from atpo_async.core.errors import PeerLost, SetupError
 from atpo_async.links.addresses import seen_from
 from atpo_async.links.client import Client
 from atpo_async.ops.role import RoleContext
+from atpo_async.run.host import as_name, host_id, host_name
 from atpo_async.status.waits import BoundedWait
 from atpo_async.wire.messages import PROTOCOL, ActorHello, BufferToActor, Refused, Welcome
 
@@ -81,7 +82,10 @@ async def join(ctx: RoleContext, buffer: Client) -> Welcome:
 async def _hello(ctx: RoleContext, buffer: Client, *, timeout_s: float) -> Welcome | str:
     """The buffer's welcome, or why there is none yet.  Raises SetupError where it refuses this actor for good."""
     environment, leaves = ctx.config.task_name, ctx.config.search.max_leaves
-    hello = ActorHello(protocol=PROTOCOL, run=ctx.run_id, actor=ctx.name, environment=environment, search_leaves=leaves)
+    hello = ActorHello(
+        protocol=PROTOCOL, run=ctx.run_id, actor=ctx.name, environment=environment, search_leaves=leaves,
+        host=host_name(), host_id=as_name(host_id()),
+    )  # fmt: skip
     try:
         answer = await buffer.request(hello, timeout_s=timeout_s)
     except PeerLost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,6 +17,7 @@ from atpo_async.core.errors import SetupError
 from atpo_async.links.keys import make_keys
 from atpo_async.ops.role import RoleContext
 from atpo_async.run.endpoints import Endpoints
+from atpo_async.run.host import host_id
 from atpo_async.wire import messages as m
 from tests.links_support import server
 from tests.waiting_support import LIMIT_S, until, within
@@ -58,10 +60,12 @@ class Buffer:
     def __init__(self, answer: m.Welcome | m.Refused) -> None:
         self.answer = answer
         self.asked = 0
+        self.hellos: list[m.ActorHello] = []
 
     def __call__(self, peer: str, message: object) -> m.Welcome | m.Refused:
         assert isinstance(message, m.ActorHello)
         self.asked += 1
+        self.hellos.append(message)
         return self.answer
 
 
@@ -130,3 +134,11 @@ async def test_an_actor_that_its_run_has_started_loads_its_engine_without_asking
     with pytest.raises(LoadedError):
         await within(entry.act(actor(NOTHING_LISTENS, supervised=True)))
     assert "meanwhile" not in caplog.text
+
+
+async def test_an_actor_says_on_which_machine_it_runs() -> None:
+    buffer = Buffer(WELCOME)
+    async with server(buffer) as s:
+        with pytest.raises(LoadedError):
+            await within(entry.act(actor(s.endpoint)))
+    assert (buffer.hellos[0].host, buffer.hellos[0].host_id) == (socket.gethostname(), host_id())

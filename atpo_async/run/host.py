@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+from atpo_async.core.bounds import MAX_NAME_BYTES
+
 
 def host_id() -> str:
     """Identity of this machine and boot: equal for two processes exactly if they can share its memory."""
@@ -13,3 +15,13 @@ def host_id() -> str:
     except OSError:
         boot = ""
     return f"{boot}:{socket.gethostname()}"
+
+
+def host_name() -> str:
+    """The name of this machine for people, as a message may have it; empty where it has no printable one."""
+    return as_name(socket.gethostname())
+
+
+def as_name(text: str) -> str:
+    """``text`` within the bounds of a ``Name``; empty where it is not printable."""
+    return text.encode()[:MAX_NAME_BYTES].decode(errors="ignore") if text.isprintable() else ""

@@ -48,6 +48,10 @@ class ActorHello(Message, frozen=True, tag="actor_hello"):
     actor: Name
     environment: Name
     search_leaves: Count
+    host: Name = ""
+    """Name of its machine, for people; empty where it does not say."""
+    host_id: Name = ""
+    """Identity of its machine and boot (``run.host.host_id``): actors of one can share its memory."""
 
 
 class LeaseRequest(Message, frozen=True, tag="lease_request"):
@@ -101,6 +105,9 @@ class ActorReport(Message, frozen=True, tag="actor_report"):
     tree_ids: tuple[Name, ...]
     """Leases still being worked on; renewed by this message."""
     metrics: dict[Name, float]
+    host: Name = ""
+    """As in ``ActorHello``: a buffer that was restarted meanwhile has it from here only."""
+    host_id: Name = ""
 
 
 ActorToBuffer = ActorHello | LeaseRequest | TreeOpened | Turn | TreeClosed | LeaseReturned | ActorReport

@@ -18,6 +18,7 @@ from atpo_async.wire import messages as m
 from atpo_async.wire.records import TurnRecords
 from buffer.handlers.context import HandlerContext
 from buffer.handlers.pending_answers import SETTLE_WAIT_S, PendingAnswer
+from buffer.leases.presence import Host
 from buffer.metrics_file import may_be_called
 from buffer.state import RETRY_S
 from buffer.trees.assembly import Frames
@@ -105,6 +106,7 @@ class ActorHandler:
             )
         self._drop_pending(peer)
         self._state.hello(peer, now)
+        self._state.ledger.actors.lives_on(peer, Host(hello.host, hello.host_id))
         self._changes.notify()
         return m.Welcome(
             run=self._context.run,
@@ -229,6 +231,7 @@ class ActorHandler:
                 if came_to_an_end:
                     self._changes.notify()
             case m.ActorReport():
+                self._state.ledger.actors.lives_on(peer, Host(message.host, message.host_id))
                 pending = self._pending.get(peer)
                 # The actor cannot know of these yet.
                 not_out = [] if pending is None else [lease.tree_id for lease in pending.answer.leases]

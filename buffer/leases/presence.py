@@ -1,11 +1,21 @@
-"""Tracks which actors are alive, by their last message.  Pure: the clock is passed in, monotonic seconds."""
+"""Tracks which actors are alive, by their last message, and where.  Pure: the clock is passed in, monotonic seconds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 FORGOTTEN_S = 3600.0
 """An actor that holds nothing and was silent for so long is forgotten."""
+
+
+class Host(NamedTuple):
+    """The machine of an actor, as it says itself; empty where it does not."""
+
+    name: str = ""
+    """For people."""
+    identity: str = ""
+    """Of the machine and its boot."""
 
 
 class ActorPresence:
@@ -18,10 +28,20 @@ class ActorPresence:
     def __init__(self, silent_s: float) -> None:
         self._silent_s = silent_s
         self._heard: dict[str, float] = {}
+        self._hosts: dict[str, Host] = {}
 
     def heard(self, actor: str, now: float) -> None:
         """``actor`` gave a sign of life at ``now``; an earlier one changes nothing."""
         self._heard[actor] = max(now, self._heard.get(actor, now))
+
+    def lives_on(self, actor: str, host: Host) -> None:
+        """``actor`` says where it runs; a message that does not say changes nothing."""
+        if host.name or host.identity:
+            self._hosts[actor] = host
+
+    def host_of(self, actor: str) -> Host:
+        """Where ``actor`` runs, as far as known."""
+        return self._hosts.get(actor, Host())
 
     def excuse(self, now: float) -> None:
         """The buffer stood still until ``now``: no silence in that time counts."""
@@ -40,6 +60,7 @@ class ActorPresence:
         gone = {actor for actor, heard in self._heard.items() if now - heard > FORGOTTEN_S}
         for actor in gone - set(holders) if gone else ():
             del self._heard[actor]
+            self._hosts.pop(actor, None)
 
     def __len__(self) -> int:
         return len(self._heard)
