@@ -16,9 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from scripts.namespaces import Cable, Host, Network, Process, why_not  # noqa: E402
 from scripts.oracle_run import OPTIONS, WORLD, judge, lineage, toml  # noqa: E402
 from scripts.oracle_task import make_policy  # noqa: E402
 
@@ -41,123 +40,14 @@ OPEN_TASKS = 48
 """The others begin when all that is to happen on the way has happened."""
 GATE = "gate"
 HEAD, GPU = "10.77.0.1", "10.77.0.2"
-ATPO = (sys.executable, "-m", "atpo_async")
-
-
-class Machine:
-    """A network namespace with an address, a host name, shared memory and a folder of its own.
-
-    Args:
-        name: host name.
-        address: on the cable.
-        folder: where its user works; others' folders are not seen from there.
-        others: folders that it must not see.
-    """
-
-    def __init__(self, name: str, address: str, folder: Path, *, others: Sequence[Path]) -> None:
-        self.name = name
-        self.address = address
-        self.folder = folder
-        self.space = f"atpo-{os.getpid()}-{name}"
-        self._others = others
-        folder.mkdir(parents=True)
-
-    def make(self) -> None:
-        _run("ip", "netns", "add", self.space)
-        hosts = Path("/etc/netns") / self.space / "hosts"
-        hosts.parent.mkdir(parents=True)
-        # Seen as /etc/hosts by what `ip netns exec` starts.
-        hosts.write_text(f"127.0.0.1 localhost\n{HEAD} head\n{GPU} gpu-7\n")
-        _run("ip", "-n", self.space, "link", "set", "lo", "up")
-
-    def remove(self) -> None:
-        subprocess.run(["ip", "netns", "del", self.space], check=False, capture_output=True)
-        shutil.rmtree(Path("/etc/netns") / self.space, ignore_errors=True)
-
-    def _words(self, words: Sequence[object]) -> list[str]:
-        prepare = [f"hostname {self.name}", "mount -t tmpfs tmpfs /dev/shm"]
-        prepare += [f"mount -t tmpfs tmpfs '{folder}'" for folder in self._others]
-        script = " && ".join([*prepare, 'exec "$@"'])
-        space = ["ip", "netns", "exec", self.space, "unshare", "--uts", "--mount", "--ipc", "--propagation", "private"]
-        return [*space, "sh", "-c", script, "sh", *map(str, words)]
-
-    def start(self, *words: object) -> Process:
-        """A command of ``atpo`` in the background."""
-        return Process(self._words([*ATPO, *words]), self.folder)
-
-    def run(self, *words: object) -> tuple[int, str]:
-        """A command of ``atpo`` to its end: exit code, and what it said."""
-        process = self.start(*words)
-        try:
-            return process.popen.wait(timeout=WAIT_S), process.said()
-        finally:
-            process.end()
-
-
-class Process:
-    """One command, what it said in a file, ended with all that it started."""
-
-    number = 0
-
-    def __init__(self, words: Sequence[str], folder: Path) -> None:
-        Process.number += 1
-        self.output = folder / f"output-{Process.number}.txt"
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        with self.output.open("wb") as file:
-            self.popen = subprocess.Popen(
-                words, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
-
-    def said(self) -> str:
-        return self.output.read_text(errors="replace")
-
-    def end(self) -> None:
-        """SIGTERM, and SIGKILL where that is not enough."""
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            self.popen.terminate()
-            self.popen.wait(timeout=15.0)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.popen.pid, signal.SIGKILL)
-        self.popen.wait()
-
-
-def _run(*words: str) -> None:
-    done = subprocess.run(words, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)}: {done.stderr.strip()} (this needs Linux, root and iproute2)")
 
 
 @contextlib.contextmanager
-def two_machines(folder: Path) -> Iterator[tuple[Machine, Machine]]:
+def two_machines(folder: Path) -> Iterator[tuple[Host, Host, Cable]]:
     """``head`` and ``gpu-7``, with a cable; nothing is left of them afterwards."""
-    own = folder / "head", folder / "gpu-7"
-    head = Machine("head", HEAD, own[0], others=[own[1]])
-    gpu = Machine("gpu-7", GPU, own[1], others=[own[0]])
-    try:
-        for machine in (head, gpu):
-            machine.make()
-        ends = f"a{os.getpid()}", f"b{os.getpid()}"
-        _run(
-            "ip", "-n", head.space, "link", "add", ends[0], "type", "veth", "peer", "name", ends[1], "netns", gpu.space
-        )
-        for machine, end in zip((head, gpu), ends, strict=True):
-            _run("ip", "-n", machine.space, "addr", "add", f"{machine.address}/24", "dev", end)
-            _run("ip", "-n", machine.space, "link", "set", end, "up")
-        yield head, gpu
-    finally:
-        for machine in (head, gpu):
-            machine.remove()
-
-
-@contextlib.contextmanager
-def cable_pulled(head: Machine) -> Iterator[None]:
-    end = f"a{os.getpid()}"
-    _run("ip", "-n", head.space, "link", "set", end, "down")
-    try:
-        yield
-    finally:
-        _run("ip", "-n", head.space, "link", "set", end, "up")
+    with Network() as network:
+        head, gpu = network.host("head", folder / "head"), network.host("gpu-7", folder / "gpu-7")
+        yield head, gpu, network.cable(head, gpu, addresses=(HEAD, GPU))
 
 
 def write_config(folder: Path, policy: Path) -> None:
@@ -201,7 +91,7 @@ class Story:
         self.check(found, what, tell())
 
 
-def the_run(head: Machine, gpu: Machine, story: Story, host: str) -> None:
+def the_run(head: Host, gpu: Host, cable: Cable, story: Story, host: str) -> None:
     """From the making of the keys to the verdict."""
     path = head.folder / "runs" / "run"
     train = ("train", "run.toml", "--links.host", host, "--links.actors_port", PORT)
@@ -219,7 +109,7 @@ def the_run(head: Machine, gpu: Machine, story: Story, host: str) -> None:
 
     with contextlib.ExitStack() as running:
 
-        def start(machine: Machine, *words: object) -> Process:
+        def start(machine: Host, *words: object) -> Process:
             process = machine.start(*words)
             running.callback(process.end)
             return process
@@ -257,7 +147,7 @@ def the_run(head: Machine, gpu: Machine, story: Story, host: str) -> None:
         story.until(lambda: len(lineage(path)) >= 3, "three batches, all grown on gpu-7", tell=tell)
         story.check(stranger.popen.poll() is None, "the stranger tries on", stranger.said())
         steps = len(lineage(path))
-        with cable_pulled(head):
+        with cable.pulled():
             time.sleep(CABLE_OUT_S)
         story.until(lambda: len(lineage(path)) >= steps + 4, f"{CABLE_OUT_S:g} s without the cable, then on", tell=tell)
         shutil.copyfile(gpu.folder / "own" / "client.key", head.folder / "keys" / "gpu-8.key")
@@ -289,7 +179,7 @@ def _refused(code: int, said: str, what: str, way_out: str) -> tuple[bool, str, 
     return code == 2 and way_out in said, f"{what} is refused: {said.strip()}", f"exit code {code}"
 
 
-def _refusals(head: Machine) -> int:
+def _refusals(head: Host) -> int:
     """Of all links of the run, by ``atpo status``."""
     code, said = head.run("status", "runs/run", "--json")
     if code:
@@ -303,15 +193,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="0.0.0.0", choices=("0.0.0.0", HEAD), help="links.host of the run")
     parser.add_argument("--dir", type=Path, default=None, help="kept afterwards; a temporary folder where left out")
     args = parser.parse_args(argv)
+    if reason := why_not():
+        parser.error(reason)
     story = Story()
     with contextlib.ExitStack() as stack:
         folder = args.dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="two-machines-")))
         folder = folder.resolve()
-        head, gpu = stack.enter_context(two_machines(folder))
+        head, gpu, cable = stack.enter_context(two_machines(folder))
         make_policy(folder / "policy")
         for machine in (head, gpu):
             write_config(machine.folder, folder / "policy")
-        the_run(head, gpu, story, args.host)
+        the_run(head, gpu, cable, story, args.host)
     print("all as it should be" if not story.failed else f"{story.failed} things were WRONG")
     return 1 if story.failed else 0
 
