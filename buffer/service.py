@@ -27,6 +27,7 @@ from atpo_async.config import Config
 from atpo_async.core.errors import SetupError, WaitTimeout
 from atpo_async.links import ports
 from atpo_async.links.addresses import port_of
+from atpo_async.links.keys import LEARNERS
 from atpo_async.links.server import Server
 from atpo_async.ops.role import RoleContext
 from atpo_async.run.endpoints import Endpoints
@@ -124,7 +125,7 @@ class BufferService:
             former_port=port_of(former.actors), setting="links.actors_port", **shared,
         )  # fmt: skip
         self.learner = Server(
-            endpoints.learner, receives=LearnerToBuffer, handler=self._learner_handler.handle, learners_only=True,
+            endpoints.learner, receives=LearnerToBuffer, handler=self._learner_handler.handle, only=LEARNERS,
             former_port=port_of(former.learner), setting="links.learner_port", **shared,
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from atpo_async.core.errors import SetupError
-from atpo_async.links.keys import KeyFolder, is_name, load_pair, load_public, make_keys
+from atpo_async.links.keys import FOLLOWERS, LEARNERS, KeyFolder, is_name, load_pair, load_public, make_keys
 
 
 def lay(folder: Path, name: str, key_of: str = "") -> str:
@@ -46,10 +46,23 @@ def test_exactly_the_keys_in_the_folder_and_among_its_learners_are_let_in(folder
 
 def test_only_this_hosts_own_key_and_those_of_learners_may_be_the_learner(folder: Path) -> None:
     lay(folder, "gpu-7")
-    keys = KeyFolder(folder, learners_only=True)
+    keys = KeyFolder(folder, only=LEARNERS)
     big = lay(folder, "learners/big")
     keys.look()
     assert keys.names == {load_public(folder / "client.key").decode(): "client", big: "big"}
+
+
+def test_a_followers_key_may_follow_and_is_let_in_nowhere_else(folder: Path) -> None:
+    own = load_public(folder / "client.key").decode()
+    actors, learner, follower = lay(folder, "gpu-7"), lay(folder, "learners/big"), lay(folder, "followers/spare")
+    names = {}
+    for only in ("", LEARNERS, FOLLOWERS):
+        keys = KeyFolder(folder, only=only)
+        keys.look()
+        names[only] = dict(keys.names)
+    assert names[FOLLOWERS] == {own: "client", follower: "spare"}
+    assert names[LEARNERS] == {own: "client", learner: "big"}
+    assert names[""] == {own: "client", actors: "gpu-7", learner: "big"}
 
 
 def test_keys_that_come_go_and_change_are_seen(folder: Path) -> None:
@@ -86,8 +99,8 @@ def test_a_folder_that_is_gone_lets_nobody_in_and_says_so_once(folder: Path, cap
 def test_one_name_for_two_keys_lets_neither_in(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     lay(folder, "gpu-7")
     lay(folder, "learners/gpu-7", key_of="another")
-    for learners_only in (False, True):
-        keys = KeyFolder(folder, learners_only=learners_only)
+    for only in ("", LEARNERS):
+        keys = KeyFolder(folder, only=only)
         keys.look()
         assert set(keys.names.values()) == {"client"}
     assert "two keys are called gpu-7; neither is let in, rename one" in caplog.text
@@ -119,7 +132,9 @@ def test_a_file_whose_name_could_pass_for_another_peers_is_left_out(folder: Path
     assert "'gpu 7.key' is no name for a key" in keys.trouble[0]
 
 
-@pytest.mark.parametrize("name", ["server", "client", "learners", "", "a/b", "..", ".hidden", "a b", "é", "x" * 101])
+@pytest.mark.parametrize(
+    "name", ["server", "client", "learners", "followers", "", "a/b", "..", ".hidden", "a b", "é", "x" * 101]
+)
 def test_reserved_and_odd_names_are_no_names_of_keys(name: str) -> None:
     assert not is_name(name)
     assert is_name("gpu-7.rack_2")

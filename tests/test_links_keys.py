@@ -16,7 +16,7 @@ from atpo_async.config import LinksConfig
 from atpo_async.core.errors import PeerLost, SetupError
 from atpo_async.links.announcements import Announcer, Listener
 from atpo_async.links.frames import PING, SEND
-from atpo_async.links.keys import LEARNERS, load_public, make_keys
+from atpo_async.links.keys import FOLLOWERS, LEARNERS, WHOSE, load_public, make_keys
 from atpo_async.links.server import sessions
 from atpo_async.status.facts import LINKS, published_facts
 from atpo_async.wire import codec
@@ -182,13 +182,16 @@ async def test_missing_keys_are_a_setup_error(tmp_path: Path) -> None:
         await client("tcp://127.0.0.1:5555", keyed(empty)).__aenter__()
 
 
+@pytest.mark.parametrize("right", [LEARNERS, FOLLOWERS])
 @pytest.mark.parametrize("own", [True, False])
-async def test_only_learners_keys_get_to_a_learners_socket(tmp_path: Path, server_keys: Path, own: bool) -> None:
+async def test_only_keys_with_its_right_get_to_a_learners_or_a_followers_socket(
+    tmp_path: Path, server_keys: Path, own: bool, right: str
+) -> None:
     actors = client_keys(tmp_path, server_keys, "gpu-7", allowed_as="gpu-7")
-    learner = client_keys(tmp_path, server_keys, "big", allowed_as="client" if own else f"{LEARNERS}/big")
+    learner = client_keys(tmp_path, server_keys, "big", allowed_as="client" if own else f"{right}/big")
     buffer = Buffer()
     async with (
-        server(buffer, settings=keyed(server_keys), learners_only=True) as s,
+        server(buffer, settings=keyed(server_keys), only=right) as s,
         client(s.endpoint, keyed(learner), "learner") as good,
         client(s.endpoint, keyed(actors), "learner") as bad,
     ):
@@ -196,7 +199,7 @@ async def test_only_learners_keys_get_to_a_learners_socket(tmp_path: Path, serve
         await good.drain(timeout_s=LIMIT_S)
         await until(lambda: "refused our key" in bad.trouble)
         assert set(s.peers) == {"client/learner" if own else "big/learner"}
-        assert set(s.link_status()["refused_connections"]) == {"is no learner's key"}
+        assert set(s.link_status()["refused_connections"]) == {f"is no {WHOSE[right]} key"}
 
 
 # --- as whom ----------------------------------------------------------------------------------------------------

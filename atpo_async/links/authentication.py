@@ -11,7 +11,7 @@ from atpo_async.config import LinksConfig
 from atpo_async.core.errors import SetupError
 from atpo_async.links import addresses
 from atpo_async.links.frames import worth_a_line
-from atpo_async.links.keys import KeyFolder
+from atpo_async.links.keys import WHOSE, KeyFolder
 from atpo_async.links.pump import Context, Pump
 from atpo_async.wire import codec
 
@@ -98,14 +98,14 @@ class Authenticator:
         self._keys.look()
         allowed = key in self._keys.names
         if not allowed:
-            reason = "is no learner's key" if key in self._everybody() else "unknown key"
+            reason = f"is no {WHOSE[self._keys.only]} key" if key in self._everybody() else "unknown key"
             where = f", its public key {key} is not in {self._keys.folder}"
             self._refused.note(self._endpoint, address.decode(errors="replace"), reason, where)
         status = [b"200", b"OK", key.encode()] if allowed else [b"400", b"unknown key", b""]
         self._pump.send([version, request_id, *status, b""])
 
     def _everybody(self) -> frozenset[str]:
-        if not self._keys.learners_only:
+        if not self._keys.only:
             return frozenset()
         everybody = KeyFolder(self._keys.folder)
         everybody.look()

@@ -32,7 +32,7 @@ class BindingLink(Link):
         endpoint: with port 0 any free one is taken, ``former_port`` where that is free.
         former_port: where it listened before, and peers may still try to reach it; 0 for none.
         setting: the configuration's field that sets the port, for errors: ``links.actors_port``.
-        learners_only: with keys, let in only those that may be the learner.
+        only: with keys, let in only those of this sub-folder (``keys.LEARNERS``, ``keys.FOLLOWERS``); empty for all.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class BindingLink(Link):
         *,
         former_port: int = 0,
         setting: str = "the port in [links]",
-        learners_only: bool = False,
+        only: str = "",
     ) -> None:
         super().__init__(endpoint, settings)
         self._former_port = former_port
         self._setting = setting
         self._refused = RefusedConnections()
-        self._keys = None if settings.keys_dir is None else KeyFolder(settings.keys_dir, learners_only=learners_only)
+        self._keys = None if settings.keys_dir is None else KeyFolder(settings.keys_dir, only=only)
         self._authenticator: Authenticator | None = None
         self._monitor: Pump | None = None
 

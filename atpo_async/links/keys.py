@@ -6,6 +6,7 @@ The folder of a host that serves (``links.keys_dir``) holds::
     client.key  client.key_secret    its own roles, where they connect; may be actors and learner
     NAME.key                         another host, whose actors may join
     learners/NAME.key                another host, which may be the learner as well
+    followers/NAME.key               another host, which may follow the buffer's journal and nothing else
 
 and the folder of a host that connects ``client.key``, ``client.key_secret`` and the other's ``server.key``.  A key's
 name is its file's; what a peer calls itself gives it no rights.  docs/keys.md has the commands.
@@ -30,10 +31,12 @@ log = logging.getLogger("atpo.keys")
 
 SERVER_KEY = "server"
 CLIENT_KEY = "client"
-LEARNERS = "learners"
-"""Sub-folder of keys that may be the learner."""
+LEARNERS, FOLLOWERS = "learners", "followers"
+"""Sub-folders: of keys that may be the learner, and of keys that may follow the buffer's journal."""
+WHOSE = {LEARNERS: "learner's", FOLLOWERS: "follower's"}
+"""Sub-folder -> whose key one in it is, for sentences."""
 
-RESERVED = frozenset({SERVER_KEY, CLIENT_KEY, LEARNERS})
+RESERVED = frozenset({SERVER_KEY, CLIENT_KEY, *WHOSE})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _PUBLIC = re.compile(r"[!-~]{40}")
 _MAX_FILE_BYTES = 1 << 16
@@ -109,12 +112,13 @@ class KeyFolder:
 
     Args:
         folder: ``links.keys_dir`` of a host that serves.
-        learners_only: let in only what may be the learner.
+        only: let in only the keys of this sub-folder (``LEARNERS``, ``FOLLOWERS``) and the host's own; empty for all
+            that may be actors.
     """
 
-    def __init__(self, folder: Path, *, learners_only: bool = False) -> None:
+    def __init__(self, folder: Path, *, only: str = "") -> None:
         self.folder = folder
-        self.learners_only = learners_only
+        self.only = only
         self.names: Mapping[str, str] = {}
         """Public key (Z85) -> the name of its file, of those that are let in."""
         self._files: dict[Path, _File] = {}
@@ -129,7 +133,8 @@ class KeyFolder:
         trouble: list[str] = []
         files: dict[Path, _File] = {}
         try:
-            for folder in (self.folder, self.folder / LEARNERS):
+            # A follower's key is none on the other sockets: it may be neither an actor nor the learner.
+            for folder in (self.folder, self.folder / (self.only or LEARNERS)):
                 files |= self._scan(folder, trouble)
         except OSError as exc:
             files = {}
@@ -184,7 +189,7 @@ class KeyFolder:
                 # Two hosts of one name could take each other's work.
                 trouble.append(f"two keys are called {path.stem}; neither is let in, rename one")
                 continue
-            if self.learners_only and path.parent.name != LEARNERS and path.stem != CLIENT_KEY:
+            if self.only and path.parent.name != self.only and path.stem != CLIENT_KEY:
                 continue
             first = names.setdefault(key, path.stem)
             if first != path.stem:

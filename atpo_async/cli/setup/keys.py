@@ -8,7 +8,16 @@ from pathlib import Path
 
 from atpo_async.cli.common import EXIT_DONE, Asked
 from atpo_async.core.errors import SetupError
-from atpo_async.links.keys import CLIENT_KEY, LEARNERS, SERVER_KEY, KeyFolder, is_name, load_public, make_keys
+from atpo_async.links.keys import (
+    CLIENT_KEY,
+    FOLLOWERS,
+    LEARNERS,
+    SERVER_KEY,
+    KeyFolder,
+    is_name,
+    load_public,
+    make_keys,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
@@ -17,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     text = "make this host's keys where they are missing and, with NAME, the folder of another host that is to join"
     making = doings.add_parser("new", help=text, description=text, allow_abbrev=False)
     making.add_argument("name", metavar="NAME", nargs="?", help="another host: a folder DIR/NAME for it is made")
-    making.add_argument("--learner", action="store_true", help="that host may be the learner, not only run actors")
+    may = making.add_mutually_exclusive_group()
+    may.add_argument("--learner", action="store_true", help="that host may be the learner, not only run actors")
+    may.add_argument("--follower", action="store_true", help="that host may follow the buffer's journal, nothing else")
     text = "list the keys that are let in"
     for doing in (making, doings.add_parser("list", help=text, description=text, allow_abbrev=False)):
         doing.add_argument("--dir", metavar="DIR", default="keys", help="the run's links.keys_dir; ./keys if left out")
@@ -26,12 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
 def run(asked: Asked) -> int:
     """Prints what was made, or the keys that are let in."""
     args, folder = asked.args, Path(asked.args.dir)
-    print("\n".join(new(folder, args.name, learner=args.learner) if args.doing == "new" else listed(folder)))
+    print("\n".join(new(folder, args.name, right=_right(args)) if args.doing == "new" else listed(folder)))
     return EXIT_DONE
 
 
-def new(folder: Path, name: str | None, *, learner: bool) -> list[str]:
+def _right(args: argparse.Namespace) -> str:
+    return LEARNERS if args.learner else FOLLOWERS if args.follower else ""
+
+
+def new(folder: Path, name: str | None, *, right: str = "") -> list[str]:
     """Make the keys that this host lacks in ``folder``; with a name, also another host's folder.  Returns the lines.
+
+    Args:
+        right: the sub-folder that the other host's key goes into: ``LEARNERS``, ``FOLLOWERS``, or empty for actors.
 
     Raises:
         SetupError: the name is none or is taken, or nothing can be written there.
@@ -39,15 +57,16 @@ def new(folder: Path, name: str | None, *, learner: bool) -> list[str]:
     if name is not None and not is_name(name):
         raise SetupError(
             f"{name!r} is no name for a host's keys; use letters, digits, '.', '-' and '_', "
-            f"and not {SERVER_KEY}, {CLIENT_KEY} or {LEARNERS}"
+            f"and not {SERVER_KEY}, {CLIENT_KEY}, {LEARNERS} or {FOLLOWERS}"
         )
-    if learner and name is None:
-        raise SetupError("--learner is for another host's key: atpo keys new NAME --learner")
+    if right and name is None:
+        option = f"--{right.removesuffix('s')}"
+        raise SetupError(f"{option} is for another host's key: atpo keys new NAME {option}")
     try:
         said = _for_this_host(folder)
         if name is None:
             return [*said, f"for another host that is to join:  atpo keys new NAME --dir {folder}"]
-        return said + _for_another(folder, name, learner=learner)
+        return said + _for_another(folder, name, right=right)
     except OSError as exc:
         raise SetupError(f"keys cannot be made in {folder}: {exc.strerror}; name a folder that can be written") from exc
 
@@ -62,8 +81,11 @@ def _for_this_host(folder: Path) -> list[str]:
     return [f"{folder} has this host's keys: --links.keys_dir {folder}"]
 
 
-def _for_another(folder: Path, name: str, *, learner: bool) -> list[str]:
-    for known in (folder / f"{name}.key", folder / LEARNERS / f"{name}.key"):
+_RIGHTS = {"": ", as actors", LEARNERS: ", as actors and as the learner", FOLLOWERS: ", as a follower of the journal"}
+
+
+def _for_another(folder: Path, name: str, *, right: str) -> list[str]:
+    for known in (folder / sub / f"{name}.key" for sub in ("", LEARNERS, FOLLOWERS)):
         if known.exists():
             raise SetupError(
                 f"{known} exists: that host has its keys; remove the file first if it shall lose access, "
@@ -72,18 +94,22 @@ def _for_another(folder: Path, name: str, *, learner: bool) -> list[str]:
     theirs = folder / name
     public, _ = make_keys(theirs, CLIENT_KEY)
     shutil.copyfile(folder / f"{SERVER_KEY}.key", theirs / f"{SERVER_KEY}.key")
-    known = folder / LEARNERS / f"{name}.key" if learner else folder / f"{name}.key"
+    known = folder / right / f"{name}.key"
     known.parent.mkdir(exist_ok=True, mode=0o700)
     # Renamed when whole: a running buffer reads the folder whenever a client connects.
     unfinished = known.with_suffix(".unfinished")
     shutil.copyfile(public, unfinished)
     unfinished.rename(known)
     return [
-        f"{known} lets {name} in{', as actors and as the learner' if learner else ', as actors'}; it stays here",
+        f"{known} lets {name} in{_RIGHTS[right]}; it stays here",
         f"{theirs} ({CLIENT_KEY}.key, {CLIENT_KEY}.key_secret, {SERVER_KEY}.key) goes to {name}, over a safe way "
         "(scp -rp), and away from here: there --links.keys_dir names it",
         f"{name} loses access when {known} is removed, also while a run goes on",
     ]
+
+
+def _by_name(item: tuple[str, str]) -> str:
+    return item[1]
 
 
 def listed(folder: Path) -> list[str]:
@@ -96,14 +122,18 @@ def listed(folder: Path) -> list[str]:
             f"{load_public(folder / f'{SERVER_KEY}.key').decode()}  {SERVER_KEY}: "
             "the public key of this host, which others need to connect"
         )
-    keys, learners = KeyFolder(folder), KeyFolder(folder, learners_only=True)
+    keys, learners, followers = (KeyFolder(folder, only=only) for only in ("", LEARNERS, FOLLOWERS))
     keys.look()
     learners.look()
-    for key, name in sorted(keys.names.items(), key=lambda item: item[1]):
+    followers.look()
+    for key, name in sorted(keys.names.items(), key=_by_name):
         host = (
             "this host's own roles" if name == CLIENT_KEY else "actors" + (" and the learner" * (key in learners.names))
         )
         said.append(f"{key}  {name}: {host}")
         if (left := folder / name / f"{CLIENT_KEY}.key_secret").exists():
             said.append(f"{left} still lies here: it belongs on {name}, and nowhere else")
-    return [*said, *keys.trouble] or [f"{folder} holds no keys; `atpo keys new --dir {folder}` makes them"]
+    only_follow = {key: name for key, name in followers.names.items() if name != CLIENT_KEY}
+    said += [f"{key}  {name}: a follower of the journal" for key, name in sorted(only_follow.items(), key=_by_name)]
+    trouble = sorted({*keys.trouble, *followers.trouble})
+    return [*said, *trouble] or [f"{folder} holds no keys; `atpo keys new --dir {folder}` makes them"]

@@ -51,7 +51,7 @@ class Server(BindingLink):
             further sends run meanwhile, and one call serves all that was handled before it began.  While it hangs
             nothing is acknowledged; if it raises, neither, and it is called again after a pause.
         with_frames: the handler gets a third argument, the two frames of the message as they came.
-        learners_only, former_port, setting: as of ``BindingLink``.
+        only, former_port, setting: as of ``BindingLink``.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class Server(BindingLink):
         settings: LinksConfig,
         settled: Callable[[], Awaitable[None]] | None = None,
         with_frames: bool = False,
-        learners_only: bool = False,
+        only: str = "",
         former_port: int = 0,
         setting: str = "the port in [links]",
     ) -> None:
-        super().__init__(endpoint, settings, learners_only=learners_only, former_port=former_port, setting=setting)
+        super().__init__(endpoint, settings, only=only, former_port=former_port, setting=setting)
         self.name = name
         handling = Handling(
             name, receives=receives, handler=handler, with_frames=with_frames, settings=settings, spawn=self._spawn
