@@ -12,7 +12,6 @@ Prints one JSON object.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
@@ -52,17 +51,22 @@ def serve(args: argparse.Namespace) -> None:
     server.stop()
 
 
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def hold_port() -> socket.socket:
+    """Bound to a free port and not listening.  Reverb does not report a port that it took itself; gRPC binds with
+    SO_REUSEPORT, so it may take this one, also after a kill, and no other process is given it meanwhile."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    holder.bind(("", 0))
+    return holder
 
 
 class ServerProcess:
     """``serve`` in a process of its own."""
 
     def __init__(self) -> None:
-        self.port = free_port()
+        self._holder = hold_port()
+        self.port = int(self._holder.getsockname()[1])
         self.address = f"127.0.0.1:{self.port}"
         self.start()
 
@@ -82,6 +86,7 @@ class ServerProcess:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        self._holder.close()
 
     def __enter__(self) -> ServerProcess:
         return self

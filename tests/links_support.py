@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from typing import Any
 
@@ -28,11 +27,23 @@ def fast(**changes: Any) -> LinksConfig:
     return changed(FAST, **changes)
 
 
-def free_endpoints() -> Endpoints:
-    """Four free ports, all different, for a test that has to know them before anybody listens."""
-    with contextlib.ExitStack() as held:
-        ports = [held.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(4)]
-    return Endpoints(*(f"tcp://127.0.0.1:{port}" for port in ports))
+_HELD: list[socket.socket] = []
+"""Bound and not listening, until this process ends: no other process is given their ports meanwhile."""
+
+
+def reserved_port() -> int:
+    """A port of 127.0.0.1 at which nothing listens, and where a socket with SO_REUSEADDR, as ZeroMQ's, may."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    _HELD.append(holder)
+    port: int = holder.getsockname()[1]
+    return port
+
+
+def reserved_endpoints() -> Endpoints:
+    """Four of them, for a test that has to know them before its roles listen."""
+    return Endpoints(*(f"tcp://127.0.0.1:{reserved_port()}" for _ in range(4)))
 
 
 def closed(number: int, tree_id: str = "t") -> m.TreeClosed:

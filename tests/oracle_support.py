@@ -24,7 +24,7 @@ from atpo_async.run.files import write_atomic
 from atpo_async.run.rundir import RunDir
 from buffer.journal import entries
 from tests.fault_support import Role, Spawner, Tricks, until
-from tests.links_support import free_endpoints
+from tests.links_support import reserved_endpoints
 from tests.scripted_roles_support import (
     ALLOWED,
     KILL_POINTS,
@@ -64,7 +64,7 @@ def make_run(folder: Path, **sections: dict[str, Any]) -> RunDir:
         folder / "run.json", json.dumps({"run_id": f"{folder.name}-0", "name": folder.name, "created": time.time()})
     )
     rundir = RunDir.open(folder)
-    rundir.write_endpoints(free_endpoints())
+    rundir.write_endpoints(reserved_endpoints())
     return rundir
 
 

@@ -27,7 +27,7 @@ from atpo_async.wire.messages import (
     Welcome,
 )
 from tests.fault_support import WAIT_S, Proxy, Recovery, Role, Spawner, Tricks, until_async
-from tests.links_support import free_endpoints
+from tests.links_support import reserved_endpoints
 from tests.oracle_support import Roles, Verdict, judge, make_run
 from tests.scripted_roles_support import ALLOWED, acked_file, hello_of, lines, published
 from tests.scripted_trees_support import Planned, messages_of, planned
@@ -118,7 +118,7 @@ class Scene:
 
     def move_buffer(self) -> Endpoints:
         """The next buffer binds other ports."""
-        moved = free_endpoints()
+        moved = reserved_endpoints()
         self.rundir.write_endpoints(moved)
         return moved
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from atpo_async.core.errors import BadMessage
 from atpo_async.links.server import Server
 from atpo_async.ops.role import RoleContext
+from atpo_async.run.accelerate_environment import ONE_MACHINE
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.metrics import read_metrics
 from atpo_async.run.rundir import RunDir
@@ -352,7 +353,7 @@ def test_ranks_agree_on_what_to_skip_when_only_one_of_them_has_the_fault(folder:
         "1", "--dynamo_backend", "no", "--mixed_precision", "no", "--main_process_port", "0", str(Path(__file__)),
         str(folder), str(tmp_path),
     ]  # fmt: skip
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, **ONE_MACHINE, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from atpo_async.run.accelerate_environment import ONE_MACHINE
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -88,7 +90,7 @@ def launch(model: Path, out: Path, work: list[Any]) -> list[dict[str, Any]]:
         "1", "--dynamo_backend", "no", "--mixed_precision", "no", "--main_process_port", "0", str(Path(__file__)),
         str(model), str(out), json.dumps(work),
     ]  # fmt: skip
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, **ONE_MACHINE, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     found: list[dict[str, Any]] = json.loads(out.read_text())

@@ -353,3 +353,16 @@ async def test_no_optimizer_step_changes_weights_that_are_still_read(
     steps = [i for i, said in enumerate(log) if said == "step"]
     assert len(steps) >= 2
     assert all(log[i - 1] == "read" for i in steps)
+
+
+async def test_the_buffer_is_told_an_address_of_the_learner_that_actors_reach(
+    served: Served, model: Path, tmp_path: Path
+) -> None:
+    buffer, endpoint = served
+    config = make_config(tmp_path, model, run={"steps": 1}, eval=WITHOUT_EVALUATIONS, links={"advertise": "a.example"})
+    rundir = RunDir.create(config)
+    await asyncio.wait_for(learn(context(rundir, endpoint)), WAIT_S)
+    bound = rundir.listening.now()
+    # On the buffer's machine, behind the same name: where the buffer was reached.
+    told = {(message.weights_endpoint, message.announce_endpoint) for message in buffer.of(VersionPublished)}
+    assert told == {tuple(each.replace("127.0.0.1", "0.0.0.0") for each in (bound.weights, bound.announce))}

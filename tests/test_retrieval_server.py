@@ -19,12 +19,14 @@ import aiohttp
 import psutil
 import pytest
 
+from atpo_async.cli import retriever
 from atpo_async.cli.main import main
 from atpo_async.core.errors import SetupError
 from atpo_async.environments.retrieval import LocalRetriever, PassageIndex, RetrievalClient, RetrievalFailed
 from atpo_async.environments.retrieval import server as server_module
 from atpo_async.environments.retrieval.server import RetrievalServer, bind, url_of
 from atpo_async.environments.retrieval.workers import Item, Workers
+from atpo_async.links import advertised
 from benchmarks.retriever import measured
 from tests.retrieval_support import TOWNS, rows, write_corpus
 
@@ -237,6 +239,14 @@ def test_an_address_that_cannot_be_used_is_named_with_the_way_out() -> None:
         SetupError, match=r"'no\.such\.host\.invalid' is no address of this host: .*use --host 127.0.0.1"
     ):
         bind("no.such.host.invalid", 0)
+
+
+def test_a_server_at_every_address_names_those_of_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advertised, "own_addresses", lambda ipv6: ("10.0.0.9", "fd00::9")[: 1 + ipv6])
+    at_all = "http://[::]:80/retrieve"
+    assert retriever.urls(at_all, "::", 80) == "http://10.0.0.9:80/retrieve or http://[fd00::9]:80/retrieve"
+    assert retriever.urls("http://0.0.0.0:80/retrieve", "0.0.0.0", 80) == "http://10.0.0.9:80/retrieve"
+    assert retriever.urls("http://[::1]:80/retrieve", "::1", 80) == "http://[::1]:80/retrieve"
 
 
 @pytest.mark.parametrize(

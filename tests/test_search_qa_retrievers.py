@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from atpo_async.environments.retrieval import RetrievalClient, RetrievalFailed
 from atpo_async.environments.search_qa import retrievers
 from atpo_async.environments.search_qa.environment import make
 from atpo_async.environments.search_qa.retrievers import ask_once, open_retriever
+from tests.links_support import reserved_port
 from tests.retrieval_support import FakeServer, served
 from tests.search_qa_support import (
     SEARCH,
@@ -63,13 +63,6 @@ async def test_a_quotation_mark_is_no_part_of_at2pos_query_and_a_long_one_is_cut
         assert len(shelf.asked[1]) == 20_000
 
 
-def unused_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 @pytest.fixture
 def server() -> Iterator[Any]:
     """An HTTP server whose answer is ``server.says``, a (status, body); it keeps what it was sent."""
@@ -98,7 +91,7 @@ def server() -> Iterator[Any]:
 
 
 def test_a_server_that_is_down_is_named_with_the_way_out_before_the_run(folder: Path) -> None:
-    url = f"http://127.0.0.1:{unused_port()}/retrieve"
+    url = f"http://127.0.0.1:{reserved_port()}/retrieve"
     with pytest.raises(
         SetupError, match=rf"server {url} .*does not answer after 0 s: .*refused.*atpo retriever CORPUS"
     ):
@@ -123,7 +116,7 @@ def test_a_server_of_another_kind_is_told_from_a_retrieval_server(
 
 
 def test_everything_that_is_missing_is_said_at_once_before_anything_starts(tmp_path: Path) -> None:
-    url = f"http://127.0.0.1:{unused_port()}"
+    url = f"http://127.0.0.1:{reserved_port()}"
     options: dict[str, Any] = {"data": str(tmp_path / "trian.jsonl"), "eval_data": "owner/name", "retriever": url}
     write_lines(tmp_path / "train.jsonl", flashrag(count=1))
     with pytest.raises(SetupError) as caught:

@@ -453,6 +453,22 @@ def test_several_ranks_are_started_through_accelerate() -> None:
     assert learner.env["ACCELERATE_USE_CPU"] == "true"
 
 
+def test_ranks_on_one_machine_meet_at_a_port_that_torch_binds_itself(tmp_path: Path) -> None:
+    """Accelerate would pick a free port, close it, and have it bound later."""
+
+    def standalone(text: str | None) -> bool:
+        file = tmp_path / "accelerate.yaml"
+        file.write_text(text or "")
+        name = None if text is None else str(file)
+        env = specs_of(learner={"num_processes": 2, "device": "cpu", "accelerate_config": name})["learner"].env
+        return env.get("PET_STANDALONE") == "1" and env.get("PET_LOCAL_ADDR") == "localhost"
+
+    assert standalone(None)
+    assert standalone("num_machines: 1\nnum_processes: 2\n")
+    assert not standalone("machine_rank: 0\nnum_machines: 2\n")
+    assert "PET_STANDALONE" not in specs_of(learner={"device": "cpu"})["learner"].env
+
+
 def test_gpus_are_given_to_roles_by_their_environment() -> None:
     specs = specs_of(
         actor={"count": 2, "gpus": [0, 1, 2, 3], "tensor_parallel_size": 2},

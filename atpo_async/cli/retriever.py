@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ipaddress
 import logging
 import os
 from pathlib import Path
@@ -18,6 +17,8 @@ from atpo_async.environments.retrieval.protocol import (
     MAX_QUERIES,
     MAX_TOPK,
 )
+from atpo_async.links import addresses
+from atpo_async.links.advertised import to_join
 
 LOOPBACK = "127.0.0.1"
 PORT = 8000
@@ -63,7 +64,7 @@ def run(asked: Asked) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     # It would log a traceback of each client that speaks no HTTP; what fails here is logged by the server itself.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
-    if not _is_loopback(args.host):
+    if not addresses.is_loopback(args.host):
         note(f"--host {args.host}: the server knows no keys; each host that reaches this address may search the corpus")
     return _serve(Path(args.corpus), args.index, host=args.host, port=args.port, topk=args.topk, workers=workers)
 
@@ -81,8 +82,9 @@ def _serve(corpus: Path, index_folder: str | None, *, host: str, port: int, topk
         server = RetrievalServer(index, Workers(index, workers), topk=topk)
 
         def ready() -> None:
+            where = urls(url_of(bound), host, bound.getsockname()[1])
             _say(
-                f"{url_of(bound)} answers with {len(index):,} passages of {corpus}; "
+                f"{where} answers with {len(index):,} passages of {corpus}; "
                 f"index {index.folder.parent} ({index.mapped_bytes / 1e6:.0f} MB, mapped), {memory()}"
             )
 
@@ -90,6 +92,13 @@ def _serve(corpus: Path, index_folder: str | None, *, host: str, port: int, topk
     served = server.served
     _say(f"stopped; {served.queries:,} queries in {served.requests:,} requests, {served.refused:,} refused")
     return EXIT_DONE
+
+
+def urls(url: str, host: str, port: int) -> str:
+    """``url``, or where others reach a server that listens at every address."""
+    if not addresses.is_wildcard(host):
+        return url
+    return " or ".join(f"http://{where}/retrieve" for where in to_join(addresses.endpoint_of(host, port)))
 
 
 def memory() -> str:
@@ -104,10 +113,3 @@ def memory() -> str:
 
 def _say(line: str) -> None:
     print(f"retriever: {line}", flush=True)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

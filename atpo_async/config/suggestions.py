@@ -142,6 +142,7 @@ MEANT_BY: Mapping[str, str] = {
     "eval.num_tasks": "eval_size num_eval num_eval_examples val_batch_size num_eval_samples max_eval_samples",
     "eval.at_start": "val_before_train eval_on_start eval_at_start",
     "links.host": "address ip master_addr host_ip",
+    "links.advertise": "advertise_host public_address external_ip node_ip_address hostname",
     "links.actors_port": "port master_port server_port",
     "supervisor.max_restarts": "max_failures max_retries",
 }

@@ -108,12 +108,6 @@ def reached_from_here(endpoint: str) -> str:
     return endpoint_of(from_here(host_of(endpoint)), port_of(endpoint)) if host_of(endpoint) else endpoint
 
 
-def to_join(endpoint: str) -> str:
-    """HOST:PORT for joining from another machine, or from this one where the endpoint is local to it."""
-    host, port = split(endpoint)
-    return endpoint_of(socket.gethostname() if is_wildcard(host) else host, port).removeprefix(_SCHEME)
-
-
 def _is_link_local(host: str) -> bool:
     address = _literal(host)
     return isinstance(address, ipaddress.IPv6Address) and address.is_link_local

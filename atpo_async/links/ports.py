@@ -52,7 +52,9 @@ def refused(number: int | None, *, host: str, port: int, setting: str) -> SetupE
             "or 0 to have a free one taken"
         )
     if number in (errno.EADDRNOTAVAIL, errno.ENODEV):
-        return SetupError(f"links.host = {host!r} is no address of this machine")
+        return SetupError(
+            f"links.host = {host!r} is no address of this machine; 0.0.0.0, or :: (IPv6 too), fits all machines"
+        )
     if number == errno.EAFNOSUPPORT:
         return SetupError(f"links.host = {host!r} is of a kind that this machine does not have (IPv6 is off?)")
     if number == errno.EACCES:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from atpo_async.core.errors import SetupError
-from atpo_async.links import addresses
+from atpo_async.links import advertised
 from atpo_async.ops import notices
 from atpo_async.ops.attempts import Attempt
 from atpo_async.ops.watching import RoleWatch
@@ -78,7 +78,8 @@ class Follower:
                 found = self._rundir.listening.now().actors
                 if found and found != told:
                     moved = ": the buffer is no longer where it was" if told else ""
-                    self._say(f"actors join with --join {addresses.to_join(found)}{moved}")
+                    where = advertised.sentence(found, advertise=self._rundir.config.links.advertise)
+                    self._say(f"actors join with --join {where}{moved}")
                     told = found
             await asyncio.sleep(TAIL_S)
 

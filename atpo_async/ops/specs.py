@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from atpo_async.config import Config
 from atpo_async.core.errors import SetupError
-from atpo_async.run import launch
+from atpo_async.run import accelerate_environment, launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,8 @@ def role_specs(
     if config.learner.num_processes > 1 or config.learner.accelerate_config:
         # accelerate's launcher takes a Python program and its arguments.
         learner = (*_accelerate(config, python), *learner[2:])
+        if _on_one_machine(config):
+            env |= accelerate_environment.ONE_MACHINE
         device = config.learner.device
         if config.learner.accelerate_config is None and (device == "cpu" or (device == "auto" and not has_cuda())):
             env["ACCELERATE_USE_CPU"] = "true"
@@ -78,7 +81,20 @@ def _accelerate(config: Config, python: str) -> tuple[str, ...]:
         # Despite its name, --multi_gpu means one process per rank: on a CPU, ACCELERATE_USE_CPU makes them gloo ranks.
         # An option given here is not taken from the user's default file for accelerate.
         words += ["--multi_gpu", "--num_machines", "1", "--dynamo_backend", "no", "--gpu_ids", "all"]
+    # No port of Accelerate's own: on one machine it is not used (``ONE_MACHINE``), and 29500 may be another run's.
     return (*words, "--mixed_precision", learner.mixed_precision, "--main_process_port", "0")
+
+
+def _on_one_machine(config: Config) -> bool:
+    """Whether all ranks run here, by the file of ``learner.accelerate_config`` (read as text: it is flat YAML)."""
+    file = config.learner.accelerate_config
+    if file is None:
+        return True
+    try:
+        found = re.search(r"^num_machines:\s*['\"]?(\d+)", Path(file).read_text(encoding="utf-8"), re.MULTILINE)
+    except (OSError, ValueError):
+        return False
+    return found is None or int(found[1]) <= 1
 
 
 def _threads(count: int | None) -> dict[str, str]:

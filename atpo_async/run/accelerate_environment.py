@@ -12,6 +12,13 @@ from collections.abc import Mapping
 PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 HARMLESS = ("ACCELERATE_LOG_LEVEL", "ACCELERATE_DISABLE_RICH")
 
+ONE_MACHINE = {"PET_STANDALONE": "1", "PET_LOCAL_ADDR": "localhost"}
+"""For ``accelerate launch`` of ranks on one machine: torch's launcher binds a port, and then says which.
+
+Accelerate itself picks a free port, closes it, and hands its number on to be bound later, when another process may have
+it.  It has no option for torch's ``--standalone``; torch reads its own options from these variables.
+"""
+
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "ACCELERATE_DYNAMO_", "ACCELERATE_CPU_AFFINITY")
 """Variables that ``accelerate launch`` sets for plain ranks; no user set them, so they are not reported."""
 

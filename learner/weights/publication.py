@@ -25,6 +25,7 @@ import numpy as np
 
 from atpo_async.config import Config
 from atpo_async.core.errors import AtpoError
+from atpo_async.links.advertised import told
 from atpo_async.models.adapters import base_digest
 from atpo_async.models.sources import model_folder
 from atpo_async.ops.disk import until_written
@@ -201,10 +202,14 @@ class Publication:
             VersionPublished(
                 run=self._buffer.run_id,
                 version=self.published,
-                weights_endpoint=self._publisher.weights_endpoint,
-                announce_endpoint=self._publisher.announce_endpoint,
+                weights_endpoint=self._told(self._publisher.weights_endpoint),
+                announce_endpoint=self._told(self._publisher.announce_endpoint),
             )
         )
+
+    def _told(self, bound: str) -> str:
+        """By the buffer's address of now: it may have moved, and this learner reach it from another one of its own."""
+        return told(bound, buffer=self._buffer.link.endpoint, advertise=self._config.links.advertise)
 
     async def close(self) -> None:
         """The role ends: what is being written is finished, what waits for space is given up.  Idempotent."""

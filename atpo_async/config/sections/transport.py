@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from atpo_async.config import doors
 from atpo_async.config.sections.base import Options, Section, named
@@ -39,6 +42,10 @@ class LinksConfig(Section):
     """Sockets.  Port 0: a free port is chosen at the start and written to the run folder."""
 
     host: str = Field("127.0.0.1", description="address to bind; other than loopback needs keys")
+    advertise: str | None = Field(
+        None,
+        description="name or address under which other machines reach this one (NAT, a name of its own); none: found",
+    )
     actors_port: int = Field(0, ge=0, le=65535)
     learner_port: int = Field(0, ge=0, le=65535)
     weights_port: int = Field(0, ge=0, le=65535)
@@ -49,3 +56,20 @@ class LinksConfig(Section):
     deadline_s: float = Field(60.0, gt=0, description="a wait past this is logged with what it waits for")
     give_up_s: float = Field(600.0, gt=0, description="a wait past this ends the role with an error")
     max_message_bytes: int = Field(64 << 20, ge=1 << 16)
+
+    @field_validator("advertise", mode="after")
+    @classmethod
+    def _is_a_host(cls, value: str | None) -> str | None:
+        """Without the brackets of an IPv6 address; ports are those that are bound."""
+        if value is None:
+            return None
+        host = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+        try:
+            right = not ipaddress.ip_address(host).is_unspecified
+        except ValueError:
+            right = re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,253})", host) is not None
+        if not right:
+            raise PydanticCustomError(
+                "host", "must be a name or an address at which others reach this machine, without a port"
+            )
+        return host
