@@ -11,9 +11,9 @@ import pytest
 from filelock import FileLock
 
 from actors.engines.common.checks import check_weights
-from actors.weights import verification
 from actors.weights.fetcher import WeightsFetcher
 from atpo_async.core.errors import WeightsRejected
+from atpo_async.transports import verification
 from atpo_async.wire.digests import file_digests
 from tests.test_actor_weights import PAYLOAD, SETTINGS, FakeLearner, FakeListener, taken
 

@@ -12,20 +12,24 @@ import time
 from pathlib import Path
 
 from actors.engines.base import WeightsFile
-from actors.weights.copies import Copies
+from actors.weights.copies import Copies, NoSpace
 from actors.weights.merging import Merging
-from actors.weights.verification import verify
 from atpo_async.config import WeightsConfig
 from atpo_async.core.errors import PeerLost, WeightsRejected
 from atpo_async.links.announcements import Listener
 from atpo_async.links.client import Client
 from atpo_async.run.host import host_id
 from atpo_async.transports.base import ReceiverContext, Transport, VersionWithdrawn, WantedVersion
+from atpo_async.transports.host_copies import HostCopies
 from atpo_async.transports.registry import make_transport
+from atpo_async.transports.verification import verify
 from atpo_async.wire import messages as m
 from atpo_async.wire.digests import root_of
 
 log = logging.getLogger("atpo.actor.weights")
+
+_STALLS = 4
+"""Another actor of the host is waited for until it shows no progress for this part of ``weights.fetch_timeout_s``."""
 
 
 class WeightsFetcher:
@@ -56,6 +60,7 @@ class WeightsFetcher:
         context = ReceiverContext(run=run, settings=settings, ask=self._ask)
         self._receiver = (transport or make_transport(settings)).receiver(context)
         self._copies = Copies(run)
+        self._host = HostCopies(run, stall_s=settings.fetch_timeout_s / _STALLS)
         self._taken_counts: dict[str, float] = {}
         self.version = -1
         """Newest version handed out."""
@@ -124,21 +129,31 @@ class WeightsFetcher:
         if root_of(manifest.tensors, manifest.total_bytes) != announced.digest:
             raise WeightsRejected(f"version {announced.version}: manifest and announcement name different payloads")
         wanted = WantedVersion(announced=announced, manifest=manifest)
+        beside = self._receiver.beside(wanted)
+        again = announced.version == self._refused
 
         async def bring(target: Path) -> None:
+            if beside is None and self._settings.shared_memory:
+                self.hashed = await self._host.bring(
+                    manifest, target, lambda part: self._receiver.fetch(wanted, part), again=again
+                )
+                self.verify_s = self._host.check_s
+                return
             await self._receiver.fetch(wanted, target)
             began = time.monotonic()
             shared = None
             if announced.shm_path is not None and announced.host_id == host_id():
                 shared = Path(announced.shm_path)
-            again = announced.version == self._refused
             self.hashed = await asyncio.to_thread(verify, manifest, target, shared=shared, again=again)
             self.verify_s = time.monotonic() - began
 
         try:
-            path = await self._copies.make(manifest, bring, beside=self._receiver.beside(wanted))
+            path = await self._copies.make(manifest, bring, beside=beside)
         except VersionWithdrawn:
             return None
+        except NoSpace:
+            self._host.close()
+            raise
         self._receiver.verified(wanted, path)
         weights = WeightsFile(path=path, manifest=manifest)
         if manifest.adapter_scale is not None:
@@ -168,12 +183,14 @@ class WeightsFetcher:
     def take_counts(self) -> dict[str, float]:
         """Metrics of the transport: what has happened since they were last taken."""
         now = {f"weights/{name}": value for name, value in self._receiver.counters.items()}
+        now |= {"weights/fetched_for_host": self._host.fetched, "weights/shared_by_host": self._host.shared}
         since = {name: value - self._taken_counts.get(name, 0.0) for name, value in now.items()}
         self._taken_counts = now
         return {name: value for name, value in since.items() if value}
 
     def close(self) -> None:
         self._receiver.close()
+        self._host.close()
         self._copies.close()
         if self._merging is not None:
             self._merging.close()
@@ -188,4 +205,5 @@ class WeightsFetcher:
 
     async def _ask(self, request: m.ActorToLearner) -> m.LearnerToActor:
         answer: m.LearnerToActor = await self._client.request(request, timeout_s=self._settings.fetch_timeout_s)
+        self._host.progress()
         return answer

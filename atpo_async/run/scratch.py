@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,8 +87,60 @@ class Scratch:
             self._lock = None
 
 
-def hold(folder: Path) -> int | None:
+class CommonScratch:
+    """A folder that several processes of this user use together: made by the first of them, and removed, as scratch
+    folders are, once none of them lives.
+
+    Raises OSError where it can neither be made nor used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+        while True:
+            # Removed by another process between its making and its locking: make it again.
+            with contextlib.suppress(FileNotFoundError):
+                path.mkdir(mode=0o700, exist_ok=True)
+                if not is_private(path):
+                    raise PermissionError(f"{path} belongs to another user, or others may write to it")
+                self._lock = hold(path, together=True)
+                (path / MARK).touch()
+                return
+            self.release()
+
+    @property
+    def exists(self) -> bool:
+        """False once it has been removed, or another one put in its place."""
+        if self._lock is None:
+            return self.path.is_dir()
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.fstat(self._lock), self.path.stat())
+        return False
+
+    def release(self) -> None:
+        """This process uses it no longer; the last one removes it.  Idempotent."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+            with contextlib.suppress(OSError):
+                _remove_unheld(self.path)
+
+
+def is_private(folder: Path) -> bool:
+    """Whether this user alone writes there."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return False
+    return found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o022
+
+
+def hold(folder: Path, *, together: bool = False) -> int | None:
     """Lock a folder for as long as the descriptor is open and this process lives; None where there are no locks.
+
+    Args:
+        folder: that is there.
+        together: other processes may lock it so as well: it stays until the last of them has ended.
 
     Raises FileNotFoundError if the folder is gone by then.
     """
@@ -95,7 +148,7 @@ def hold(folder: Path) -> int | None:
         return None
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH if together else fcntl.LOCK_EX)
         if not os.path.samestat(os.fstat(lock), folder.stat()):
             raise FileNotFoundError(folder)
     except BaseException:

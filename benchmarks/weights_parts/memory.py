@@ -19,8 +19,8 @@ from actors.engines.base import WeightsFile
 from actors.engines.common.direct import SpotCheck, compare, copy_all, placements, uncovered
 from actors.engines.transformers.loading import read
 from actors.weights.fetcher import WeightsFetcher
-from actors.weights.verification import NOTE
 from atpo_async.config import WeightsConfig
+from atpo_async.transports.verification import NOTE
 from atpo_async.wire.messages import ActorToLearner, LearnerToActor, ManifestRequest, WeightsAnnounced
 from benchmarks.learner_parts.sides import Size, Times
 from learner.weights.staging import Stager

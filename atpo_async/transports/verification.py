@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from atpo_async.core.errors import WeightsRejected
+from atpo_async.run.scratch import is_private
 from atpo_async.wire.digests import file_digests, root_of
 from atpo_async.wire.messages import WeightsManifest
 
@@ -60,8 +60,8 @@ def verify(manifest: WeightsManifest, path: Path, *, shared: Path | None = None,
         WeightsRejected: naming a tensor, if its bytes are not those of the manifest.
     """
     try:
-        if shared is None or not _is_private(shared.parent) or not _is_same(path, shared):
-            _hash(manifest, path)
+        if shared is None or not is_private(shared.parent) or not _is_same(path, shared):
+            check(manifest, path)
             return True
         return _verify_shared(manifest, path, shared, again=again)
     except WeightsRejected:
@@ -72,12 +72,12 @@ def verify(manifest: WeightsManifest, path: Path, *, shared: Path | None = None,
 def _verify_shared(manifest: WeightsManifest, path: Path, shared: Path, *, again: bool) -> bool:
     note = shared.with_suffix(NOTE)
     with _lock(shared.with_suffix(LOCK)):
-        if not again and _read(note) == Note.of(manifest, path):
+        if not again and read_note(note) == Note.of(manifest, path):
             return False
         before = Note.of(manifest, path)
-        _hash(manifest, path)
+        check(manifest, path)
         if Note.of(manifest, path) == before:
-            _write(note, before)
+            write_note(note, before)
         return True
 
 
@@ -93,27 +93,18 @@ def _lock(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _read(note: Path) -> Note | None:
+def read_note(note: Path) -> Note | None:
     with contextlib.suppress(OSError, msgspec.MsgspecError):
         return msgspec.json.decode(note.read_bytes(), type=Note)
     return None
 
 
-def _write(note: Path, content: Note) -> None:
+def write_note(note: Path, content: Note) -> None:
     """Whole or not at all."""
     aside = note.with_name(f".{note.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         aside.write_bytes(msgspec.json.encode(content))
         aside.replace(note)
-
-
-def _is_private(folder: Path) -> bool:
-    """Whether this user alone writes there: notes of others are worth nothing."""
-    try:
-        found = folder.stat()
-    except OSError:
-        return False
-    return found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o022
 
 
 def _is_same(path: Path, shared: Path) -> bool:
@@ -123,7 +114,9 @@ def _is_same(path: Path, shared: Path) -> bool:
         return False
 
 
-def _hash(manifest: WeightsManifest, path: Path) -> None:
+def check(manifest: WeightsManifest, path: Path) -> None:
+    """Hash every tensor of a version.  Raises WeightsRejected, naming a tensor, if its bytes are not those of the
+    manifest."""
     label = f"version {manifest.version}"
     file = os.open(path, os.O_RDONLY)
     try:
