@@ -33,7 +33,8 @@ from buffer.batches.server import BatchServer
 from buffer.counters import RunCounters
 from buffer.journal.entries import RunEntry
 from buffer.leases.evaluations import MetricsRecord
-from buffer.leases.ledger import HeldLease, Ledger
+from buffer.leases.ledger import Ledger
+from buffer.leases.table import HeldLease
 from buffer.trees.assembly import Frames, TreeMessage
 from buffer.trees.index import MemoryStore, Store, StoredTurns
 from buffer.trees.lifecycle import TreeLifecycle

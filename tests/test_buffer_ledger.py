@@ -22,7 +22,8 @@ from atpo_async.wire.messages import (
     VersionPublished,
 )
 from buffer.leases.evaluations import Evaluation
-from buffer.leases.ledger import HeldLease, Ledger
+from buffer.leases.ledger import Ledger
+from buffer.leases.table import HeldLease
 from buffer.state import BufferState
 from buffer.trees.index import MemoryStore, TreeEntry, entry_from_turns
 
@@ -222,7 +223,7 @@ class Counted(dict[str, HeldLease]):
 def test_what_a_grant_costs_does_not_depend_on_how_many_leases_there_are() -> None:
     made = ledger(staleness={"trees_per_batch": 4000, "max_lag": 4})
     made.progress.publish(0)
-    made._held = held = Counted()
+    made._leases._by_tree = held = Counted()
     trees = granted(made, 4000)
     for tree_id in trees:
         made.reissue(tree_id, lost=False)
@@ -231,6 +232,20 @@ def test_what_a_grant_costs_does_not_depend_on_how_many_leases_there_are() -> No
     for tree_id in trees:
         made.end(tree_id)
     assert (len(made), made.num_training, held.walks) == (1000, 1000, 0)
+
+
+def test_what_a_report_or_a_hello_costs_does_not_depend_on_the_leases_of_others() -> None:
+    made = ledger(staleness={"trees_per_batch": 4000, "max_lag": 4})
+    made.progress.publish(0)
+    made._leases._by_tree = held = Counted()
+    mine, _ = granted(made, 2, actor="a"), granted(made, 3000, actor="b")
+    for report in range(3):
+        lost = made.renew("a", mine[:1], float(report))
+    assert [each.tree_id for each in lost] == mine[1:]
+    assert [each.tree_id for each in made.held_by("a")] == mine
+    made.reissue(mine[1], lost=False)
+    assert [each.tree_id for each in made.held_by("a")] == mine[:1]
+    assert held.walks == 0
 
 
 # --- renewing and losing -------------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ PURE = {
     "buffer.leases.admission",
     "buffer.leases.evaluations",
     "buffer.leases.presence",
+    "buffer.leases.table",
     "buffer.leases.tasks",
     "buffer.trees.registry",
     "buffer.trees.spent",

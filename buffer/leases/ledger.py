@@ -6,7 +6,6 @@ a new training tree may begin, and ``leases.presence`` which actors are alive.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,45 +15,15 @@ from atpo_async.config import StalenessConfig
 from atpo_async.core.mixture import TaskLabels
 from atpo_async.core.vocabulary import Split
 from buffer.batches.delay_line import Admission
-from buffer.journal.entries import LeaseEntry, RunEntry, TreeStateEntry
+from buffer.journal.entries import RunEntry, TreeStateEntry
 from buffer.leases.admission import LagRule, LearnerProgress
 from buffer.leases.evaluations import Evaluation, Evaluations
 from buffer.leases.presence import ActorPresence
+from buffer.leases.table import HeldLease, LeaseTable
 from buffer.leases.tasks import TrainingTasks
 
 UNSEEN_REPORTS = 3
 """An actor whose reports leave a lease out so often does not know of it; one or two may be older than the lease."""
-
-
-@dataclass(slots=True)
-class HeldLease:
-    """One lease."""
-
-    tree_id: str
-    number: int
-    """Of its tree: given once in a run."""
-    task_index: int
-    kind: Split
-    seed: int
-    epoch: int
-    holder: str
-    expires_at: float
-    min_version: int
-    lost: int = 0
-    """How many holders were lost."""
-    unseen: int = 0
-    """Reports in a row in which its holder did not name it."""
-    waiting: bool = False
-    """Lapsed or returned, waits for another holder; the last one may still renew it before that."""
-    eval_step: int = -1
-    refused: str = ""
-    """Why a message of its holder was refused for its content; empty where none was."""
-
-    def snapshot(self) -> LeaseEntry:
-        return LeaseEntry(
-            holder=self.holder, seed=self.seed, epoch=self.epoch, min_version=self.min_version, lost=self.lost,
-            waiting=self.waiting, eval_step=self.eval_step,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +73,7 @@ class Ledger:
         self.next_number = 1
         """Of the next tree."""
         self._changed: set[str] = set()
-        self._held: dict[str, HeldLease] = {}
-        self._num_held: Counter[Split] = Counter()
-        self._waiting: dict[Split, dict[str, None]] = {"eval": {}, "train": {}}
-        """Leases that wait for another holder, in the order in which they lapsed or were returned."""
+        self._leases = LeaseTable()
 
     # --- granting ----------------------------------------------------------------------------------------------
 
@@ -150,23 +116,20 @@ class Ledger:
                 pending = self.num_training + ready
                 held = self._for_training(self._rule.least_version(pending) if exact is None else max(exact.version, 0))
                 begun += 1
-            held.holder, held.expires_at, held.waiting = actor, now + self._lifetime_s, False
-            held.unseen, held.refused = 0, ""
+            self._leases.assign(held, actor)
+            held.expires_at, held.unseen, held.refused = now + self._lifetime_s, 0, ""
             self._changed.add(held.tree_id)
             leases.append(held)
         return Granted(tuple(leases), reason)
 
     def _reissued(self, blocked: bool) -> HeldLease | None:
         """A lost lease, evaluation first; training ones wait while they are ``blocked``."""
-        for kind, waiting in self._waiting.items():
-            if self.progress.published is None or not waiting or (kind == "train" and blocked):
-                continue
-            tree_id = next(iter(waiting))
-            del waiting[tree_id]
-            self._changed.add(tree_id)
-            held = self._held[tree_id]
-            held.epoch += 1
-            return held
+        kinds: tuple[Split, ...] = ("eval",) if blocked else ("eval", "train")
+        for kind in kinds if self.progress.published is not None else ():
+            held = self._leases.first_waiting(kind)
+            if held is not None:
+                held.epoch += 1
+                return held
         return None
 
     def _for_evaluation(self) -> HeldLease | None:
@@ -187,12 +150,8 @@ class Ledger:
         seed = int(np.random.SeedSequence([self._seed, int(kind == "eval"), task]).generate_state(1)[0])
         held = HeldLease(tree_id, self.next_number, task, kind, seed, 0, "", 0.0, min_version, eval_step=eval_step)
         self.next_number += 1
-        self._put(held)
+        self._leases.put(held)
         return held
-
-    def _put(self, held: HeldLease) -> None:
-        self._held[held.tree_id] = held
-        self._num_held[held.kind] += 1
 
     def _why_closed(self, ready: int, produced: int, memory_full: bool) -> str | None:
         """Why no new training tree may begin now; None if one may."""
@@ -213,15 +172,14 @@ class Ledger:
         self.actors.heard(actor, now)
         named = set(tree_ids)
         for tree_id in named:
-            held = self._held.get(tree_id)
+            held = self._leases.find(tree_id)
             if held is None or held.holder != actor:
                 continue
             held.unseen = 0
             held.expires_at = now + self._lifetime_s
             if held.waiting:
-                held.waiting = False
                 self._changed.add(tree_id)
-                del self._waiting[held.kind][tree_id]
+                self._leases.assign(held, actor)
 
         unknown = []
         for held in self.held_by(actor):
@@ -234,25 +192,24 @@ class Ledger:
     def excuse(self, away_s: float, now: float) -> None:
         """The buffer itself stood still for so long: no silence or delay in that time counts."""
         self.actors.excuse(now)
-        for held in self._held.values():
+        for held in self._leases:
             held.expires_at += away_s
 
     def lapsed(self, now: float) -> list[HeldLease]:
         """Leases whose time is over or whose holder is silent; call ``reissue`` or ``end`` for each."""
-        self.actors.forget_long_gone(now, (held.holder for held in self._held.values()))
+        self.actors.forget_long_gone(now, (held.holder for held in self._leases))
         return [
             held
-            for held in self._held.values()
+            for held in self._leases
             if not held.waiting and (held.expires_at <= now or self.actors.is_silent(held.holder, now))
         ]
 
     def held_by(self, actor: str, tree_ids: Sequence[str] | None = None) -> list[HeldLease]:
         """The leases that ``actor`` holds, of ``tree_ids`` only if given."""
         if tree_ids is None:
-            asked = iter(self._held.values())
-        else:
-            asked = (self._held[tree_id] for tree_id in dict.fromkeys(tree_ids) if tree_id in self._held)
-        return [held for held in asked if held.holder == actor and not held.waiting]
+            return self._leases.held_by(actor)
+        asked = (self._leases.find(tree_id) for tree_id in dict.fromkeys(tree_ids))
+        return [held for held in asked if held is not None and held.holder == actor and not held.waiting]
 
     def reissue(self, tree_id: str, *, lost: bool) -> bool:
         """Put a lease up for another holder; False if its task is given up instead.
@@ -261,30 +218,27 @@ class Ledger:
             tree_id: under lease.
             lost: whether the holder was lost; a lease handed back in good order counts for nothing.
         """
-        held = self._held[tree_id]
+        held = self._leases.find(tree_id)
+        assert held is not None
         self._changed.add(tree_id)
         held.lost += lost
         if held.lost > self._max_reissues:
             self.tasks.give_up()
             self.end(tree_id)
             return False
-        held.waiting = True
-        self._waiting[held.kind][tree_id] = None
+        self._leases.free(held)
         return True
 
     def end(self, tree_id: str) -> HeldLease | None:
         """The tree is done; its lease goes."""
-        held = self._held.pop(tree_id, None)
+        held = self._leases.pop(tree_id)
         if held is not None:
             self._changed.add(tree_id)
-            self._num_held[held.kind] -= 1
-            if held.waiting:
-                del self._waiting[held.kind][tree_id]
         return held
 
     def revoke_training(self) -> list[HeldLease]:
         """End every training lease: their trees can no longer be used.  Their tasks are leased again."""
-        revoked = [held for held in self._held.values() if held.kind == "train"]
+        revoked = [held for held in self._leases if held.kind == "train"]
         for held in revoked:
             self.end(held.tree_id)
             self.tasks.retry(held.task_index, in_vain=False)
@@ -298,7 +252,7 @@ class Ledger:
         """
         if not self.evaluations.begin(step=step, version=version, num_tasks=num_tasks, blocking=blocking):
             return []
-        replaced = [held.tree_id for held in self._held.values() if held.eval_step == step]
+        replaced = [held.tree_id for held in self._leases if held.eval_step == step]
         for tree_id in replaced:
             self.end(tree_id)
         return replaced
@@ -333,35 +287,33 @@ class Ledger:
             now + self._lifetime_s, lease.min_version, lost=lease.lost, waiting=lease.waiting,
             eval_step=lease.eval_step,
         )  # fmt: skip
-        self._put(held)
-        if held.waiting:
-            self._waiting[held.kind][tree_id] = None
-        elif held.holder:
+        self._leases.put(held)
+        if held.holder and not held.waiting:
             self.actors.heard(held.holder, now)
 
     # --- queries--------------------------------------------------------------------------------------
 
     def __contains__(self, tree_id: object) -> bool:
-        return tree_id in self._held
+        return tree_id in self._leases
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._leases)
 
     @property
     def num_training(self) -> int:
         """Training trees under lease, those that wait for another holder too."""
-        return self._num_held["train"]
+        return self._leases.num("train")
 
     def training_trees(self) -> list[str]:
         """Training trees under lease."""
-        return [held.tree_id for held in self._held.values() if held.kind == "train"]
+        return [held.tree_id for held in self._leases if held.kind == "train"]
 
     def held(self, tree_id: str) -> HeldLease | None:
         """The lease of a tree, if it has one."""
-        return self._held.get(tree_id)
+        return self._leases.find(tree_id)
 
     def kind(self, tree_id: str) -> Split | None:
-        held = self._held.get(tree_id)
+        held = self._leases.find(tree_id)
         return None if held is None else held.kind
 
 
