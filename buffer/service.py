@@ -15,7 +15,7 @@ import contextlib
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,7 @@ import numpy as np
 
 from atpo_async.config import Config
 from atpo_async.core.errors import SetupError, WaitTimeout
+from atpo_async.core.texts import shortened
 from atpo_async.links import ports
 from atpo_async.links.addresses import port_of
 from atpo_async.links.keys import LEARNERS
@@ -234,8 +235,8 @@ class BufferService:
                 await asyncio.sleep(TICK_S)
                 now = self._clock()
             # The link's own heartbeats count: an actor that waits for its engine reports late but lives.
-            for name, peer in self.actors.peers.items():
-                self.state.ledger.actors.heard(name, now - peer.silent_s)
+            for name, silent_s in self.actors.silences():
+                self.state.ledger.actors.heard(name, now - silent_s)
             # At the end ``_tell_the_end`` waits for actors to fall silent, which no message signals.
             if self.state.tick(now) or self.state.finished:
                 self._changes.notify()
@@ -258,16 +259,17 @@ class BufferService:
         """Waits for: every live actor to be sent the end of the run.  Unblocked by: their next requests for leases;
         given up after ``END_HEARD_S``."""
         await self._changes.until(lambda: self.state.finished or None, timeout_s=None)
-        await self._changes.until(lambda: not self._not_told() or None, timeout_s=END_HEARD_S)
-        if not_told := self._not_told():
-            log.warning("the run is over; not heard by %s", ", ".join(sorted(not_told)))
+        await self._changes.until(lambda: next(self._not_told(), None) is None or None, timeout_s=END_HEARD_S)
+        if not_told := sorted(self._not_told()):
+            log.warning("the run is over; not heard by %s", shortened(", ".join(not_told)))
         await asyncio.sleep(SETTLE_S)
 
-    def _not_told(self) -> set[str]:
+    def _not_told(self) -> Iterator[str]:
         """Live actors that were not sent the run's end yet."""
         soon = 2 * self._config.links.heartbeat_s
-        alive = {name for name, peer in self.actors.peers.items() if peer.silent_s < soon}
-        return {name for name in alive if not self._actor_handler.knows_the_end(name)}
+        for name, silent_s in self.actors.silences():
+            if silent_s < soon and not self._actor_handler.knows_the_end(name):
+                yield name
 
     # --- files -------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,6 +48,14 @@ SILENT_LEAST_S = 5.0
 """… but not sooner: an engine's start or a swap may hold it up that long."""
 RETRY_S = 0.02
 """How long an actor pauses before it requests leases again; short, as the answer itself waits."""
+
+
+class Admitted(NamedTuple):
+    """Answer to a request for leases, and what it says about the requests of others."""
+
+    leases: Leases
+    only_here: bool
+    """Where there are no leases: for a reason that holds for this actor, others may get some."""
 
 
 class BufferState:
@@ -190,8 +199,14 @@ class BufferState:
 
     def lease(self, actor: str, count: int, now: float, *, engine_version: int | None = None) -> Leases:
         """Up to ``count`` trees to grow, for an actor whose engine has ``engine_version``."""
+        return self.admit(actor, count, now, engine_version=engine_version).leases
+
+    def admit(self, actor: str, count: int, now: float, *, engine_version: int | None = None) -> Admitted:
+        """``lease``, with what it says about other actors."""
         if self.finished:
-            return Leases(leases=(), closed_because="the run is over", retry_after_s=RETRY_S, finished=True)
+            over = Leases(leases=(), closed_because="the run is over", retry_after_s=RETRY_S, finished=True)
+            return Admitted(over, only_here=False)
+        exact = self._admission(engine_version)
         granted = self.ledger.grant(
             actor,
             count,
@@ -199,23 +214,25 @@ class BufferState:
             ready=self.trees.num_waiting,
             produced=self.counters.since.produced,
             memory_full=self.trees.memory_full,
-            exact=self._admission(engine_version),
+            exact=exact,
         )
-        leases = []
-        for held in granted.leases:
-            self.trees.registry.expect(held.tree_id, held.number)
-            self.assembly.expect(
-                held.tree_id, number=held.number, task_index=held.task_index, kind=held.kind, epoch=held.epoch
-            )
-            leases.append(self._lease_message(held))
-        return Leases(
-            leases=tuple(leases),
+        leases = Leases(
+            leases=tuple(self._begun(held) for held in granted.leases),
             closed_because=granted.closed_because,
             retry_after_s=RETRY_S,
             finished=False,
             weights_endpoint=self.weights_endpoint,
             announce_endpoint=self.announce_endpoint,
         )
+        other_version = exact is not None and engine_version is not None and engine_version > exact.version
+        return Admitted(leases, only_here=granted.only_here or other_version)
+
+    def _begun(self, held: HeldLease) -> Lease:
+        self.trees.registry.expect(held.tree_id, held.number)
+        self.assembly.expect(
+            held.tree_id, number=held.number, task_index=held.task_index, kind=held.kind, epoch=held.epoch
+        )
+        return self._lease_message(held)
 
     def _admission(self, engine_version: int | None) -> Admission | None:
         if self.delay_line is None:

@@ -17,15 +17,14 @@ from atpo_async.status import waits
 from atpo_async.wire import messages as m
 from atpo_async.wire.records import TurnRecords
 from buffer.handlers.context import HandlerContext
+from buffer.handlers.lease_queue import MOST_LEASE_WAIT_S, LeaseQueue
 from buffer.handlers.pending_answers import SETTLE_WAIT_S, PendingAnswer
 from buffer.leases.presence import Host
 from buffer.metrics_file import may_be_called
-from buffer.state import RETRY_S
+from buffer.state import RETRY_S, Admitted
 from buffer.trees.assembly import Frames
 from buffer.trees.index import StoredTurns
 
-LEASE_WAIT_S = 0.5
-"""A request for leases waits this long for admission before it is answered with none."""
 LEASES_SHARE = 0.5
 """Share of links.max_message_bytes that committed turns may take in an answer with leases."""
 FIRST_GRANT = "time/first_grant"
@@ -45,6 +44,10 @@ class ActorHandler:
         self._deferred = waits.DeferredAnswers("requests for leases")
         self._pending: dict[str, PendingAnswer[m.Leases]] = {}
         """Actor -> leases that were granted to it and are not committed yet."""
+        # With an exact lag a request goes out of date with the version that it names.
+        most_wait_s = 0.0 if context.state.delay_line is not None else MOST_LEASE_WAIT_S
+        self._queue = LeaseQueue(self._ask, most_wait_s=min(most_wait_s, context.config.links.deadline_s / 4))
+        self._changes.on_change = self._queue.changed
         self._knows_the_end: set[str] = set()
         ledger = context.state.ledger
         self._leased = ledger.next_number > 1
@@ -144,26 +147,21 @@ class ActorHandler:
         return await self._granted(peer, pending.answer)
 
     async def _admitted(self, peer: str, request: m.LeaseRequest) -> m.Leases:
-        """The leases that can be granted; none, with the reason, after ``LEASE_WAIT_S``."""
-
-        def ask() -> m.Leases:
-            if self._journal.failing is not None:
-                return m.Leases(
-                    leases=(), closed_because=self._context.why_unwritten(), retry_after_s=SETTLE_WAIT_S, finished=False
-                )
-            return self._state.lease(peer, request.count, self._context.clock(), engine_version=request.version)
-
-        def some() -> m.Leases | None:
-            leases = ask()
-            return leases if leases.leases or leases.finished else None
-
-        leases = await self._changes.until(some, timeout_s=LEASE_WAIT_S) or ask()
+        """The leases that can be granted; none, with the reason, after a while."""
+        leases = await self._queue.answer(peer, request)
         if leases.leases or leases.finished:
             self._deferred.over()
         else:
             why = leases.closed_because or "all tasks of an evaluation are under way"
             self._deferred.goes_on(f"another lease to become possible ({why})", on=self._admits())
         return leases
+
+    def _ask(self, peer: str, request: m.LeaseRequest) -> Admitted:
+        if self._journal.failing is not None:
+            why = self._context.why_unwritten()
+            none = m.Leases(leases=(), closed_because=why, retry_after_s=SETTLE_WAIT_S, finished=False)
+            return Admitted(none, only_here=False)
+        return self._state.admit(peer, request.count, self._context.clock(), engine_version=request.version)
 
     async def _granted(self, peer: str, leases: m.Leases) -> m.Leases:
         """The answer with those leases that are still this actor's, and the turns that they have already."""
@@ -229,7 +227,7 @@ class ActorHandler:
                     raise
                 waits.progress("messages")
                 if came_to_an_end:
-                    self._changes.notify()
+                    self._changes.notify(freed=peer)
             case m.ActorReport():
                 self._state.ledger.actors.lives_on(peer, Host(message.host, message.host_id))
                 pending = self._pending.get(peer)

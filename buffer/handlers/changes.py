@@ -20,11 +20,14 @@ class Changes:
     def __init__(self, stopping: asyncio.Event) -> None:
         self._stopping = stopping
         self._changed = asyncio.Event()
+        self.on_change: Callable[[str], None] = lambda freed: None
+        """Called at every change, with what ``notify`` was given."""
 
-    def notify(self) -> None:
-        """Have every wait check its condition again."""
+    def notify(self, freed: str = "") -> None:
+        """Have every wait check its condition again.  ``freed``: the change is that a tree of this actor has ended."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+        self.on_change(freed)
 
     async def until(self, found: Callable[[], Found | None], *, timeout_s: float | None) -> Found | None:
         """``found()`` as soon as it is not None; None after ``timeout_s`` or once stopping.

@@ -33,6 +33,8 @@ class Granted:
     leases: tuple[HeldLease, ...]
     closed_because: str | None
     """Why there are not more."""
+    only_here: bool = False
+    """That reason holds for this actor; another may get some."""
 
 
 class Ledger:

@@ -7,7 +7,7 @@ import inspect
 import logging
 import struct
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import zmq
@@ -104,6 +104,12 @@ class Server(BindingLink):
         """Clients heard of within ``give_up_s``, by name."""
         now = time.monotonic()
         return {session.name: PeerInfo.of(session, now) for session in self.sessions}
+
+    def silences(self) -> Iterator[tuple[str, float]]:
+        """Name of each of them, oldest first, and seconds since its last sign of life."""
+        now = time.monotonic()
+        for session in self.sessions:
+            yield session.name, now - session.heard_at
 
     @property
     def title(self) -> str:
