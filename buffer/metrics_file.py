@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,8 +25,6 @@ _LEARNERS = re.compile(r"weights/(publish_s|unsent_bytes|most_unsent_bytes|kept_
 MAX_NAMES = 256
 """Of a report."""
 _MAX_NAME = 120
-_MAX_WRITERS = 64
-"""Each has the file open."""
 
 
 def may_be_called(name: str) -> bool:
@@ -47,7 +44,8 @@ class MetricsFile:
         """Numbers of reports that were not taken."""
         self._refused_reports = 0
         self._path = path
-        self._writers: OrderedDict[str, MetricsWriter] = OrderedDict()
+        self._writer: MetricsWriter | None = None
+        """One for all sources: a thousand actors must not have the file opened anew for each report."""
 
     def write(self, step: int, version: int, metrics: Mapping[str, float]) -> None:
         """The buffer's own."""
@@ -71,18 +69,16 @@ class MetricsFile:
         self._write(peer, step, version, taken)
 
     def close(self) -> None:
-        for writer in self._writers.values():
-            writer.close()
-        self._writers.clear()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
     def _write(self, source: str, step: int, version: int, metrics: Mapping[str, float]) -> None:
         if self._path is None or not metrics:
             return
-        writer = self._writers.pop(source, None) or MetricsWriter(self._path, source=source)
-        self._writers[source] = writer
-        if len(self._writers) > _MAX_WRITERS:
-            self._writers.popitem(last=False)[1].close()
-        writer.write(step=step, version=version, metrics=metrics)
+        if self._writer is None:
+            self._writer = MetricsWriter(self._path, source=OWN)
+        self._writer.write(step=step, version=version, metrics=metrics, source=source)
 
 
 def _is_an_actors(name: str) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,12 +17,13 @@ import zmq.asyncio
 from atpo_async.core.errors import PeerLost
 from atpo_async.links.client import Client
 from atpo_async.links.frames import LINK, PING, REPLY, REQUEST
+from atpo_async.links.pump import BURST, Pump
 from atpo_async.links.server import Server, sessions
 from atpo_async.links.server.outbox import ALL_PEERS, Outbox
 from atpo_async.links.server.sessions import Session, admission
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
-from tests.links_support import ANY_PORT, LEASE_REQUEST, Buffer, client, closed, fast, server
+from tests.links_support import ANY_PORT, LEASE_REQUEST, Buffer, client, closed, fast, server, session_of
 from tests.raw_link_support import link_frame, raw_dealer
 from tests.waiting_support import LIMIT_S, until
 
@@ -281,3 +284,59 @@ async def test_a_refused_peer_hears_why_and_is_let_in_when_a_place_is_free(caplo
             assert {"late", "other-1", "other-2", "other-3"} == set(s.peers)
     assert buffer.got == [1]
     assert "buffer refuses late: the table of peers is full: 4" in caplog.text
+
+
+# --- a server that is behind ---------------------------------------------------------------------------------------
+
+
+class Backlog:
+    """A socket with so many messages, and for ever a pipe for its descriptor."""
+
+    closed = False
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._ends = os.pipe()
+
+    def getsockopt(self, option: int) -> int:
+        return self._ends[0]
+
+    def recv(self, flags: int, copy: bool) -> zmq.Frame:
+        if not self.number:
+            raise zmq.Again
+        self.number -= 1
+        return zmq.Frame(b"m")
+
+    def close(self, linger: int) -> None:
+        for end in self._ends:
+            os.close(end)
+
+
+async def test_a_socket_counts_as_behind_until_nothing_is_left_in_it() -> None:
+    socket = Backlog(2 * BURST + 1)
+    pump = Pump(cast(Any, socket), lambda frames, user: None)
+    try:
+        began = time.monotonic()
+        assert pump.emptied_at >= began
+        await asyncio.sleep(0)
+        assert socket.number == BURST + 1
+        behind = pump.emptied_at
+        await asyncio.sleep(0)
+        assert pump.emptied_at == behind < time.monotonic()
+        await asyncio.sleep(0)
+        assert socket.number == 0
+        assert pump.emptied_at > behind
+    finally:
+        pump.close()
+
+
+async def test_a_client_is_not_silent_while_its_server_is_behind_with_what_has_come() -> None:
+    async with server(Buffer()) as s, client(s.endpoint) as c:
+        await c.send(closed(1))
+        await c.drain(timeout_s=LIMIT_S)
+        assert s._pump is not None
+        session_of(s, "actor-0").heard_at = 50.0
+        s._pump._behind_since = 40.0
+        assert dict(s.silences()) == {"actor-0": 0.0}
+        s._pump._behind_since = 60.0
+        assert dict(s.silences()) == {"actor-0": 10.0}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from atpo_async.links.client import Client
-from atpo_async.run.metrics import read_metrics
+from atpo_async.run.metrics import MetricsWriter, read_metrics
 from atpo_async.run.rundir import RunDir
 from atpo_async.wire.messages import ActorReport, Refused
 from buffer import metrics_file
@@ -65,14 +65,31 @@ def test_a_report_of_very_many_or_very_long_names_is_cut(tmp_path: Path) -> None
     assert file.num_refused == 12
 
 
-def test_many_names_of_peers_hold_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics_file, "_MAX_WRITERS", 3)
+def test_many_names_of_peers_share_one_open_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    real = MetricsWriter
+
+    def counted(path: Path, *, source: str) -> MetricsWriter:
+        opened.append(source)
+        return real(path, source=source)
+
+    monkeypatch.setattr(metrics_file, "MetricsWriter", counted)
     file = MetricsFile(tmp_path / "metrics.jsonl")
     for number in range(20):
         file.report(f"actor-{number % 10}", 0, 0, {"actor/turns": float(number)})
-    assert len(file._writers) == 3
+    file.write(3, 1, {"buffer/trees": 2.0})
     file.close()
-    assert len(sources(tmp_path / "metrics.jsonl")) == 10
+    assert len(opened) == 1
+    assert len(sources(tmp_path / "metrics.jsonl")) == 11
+
+
+def test_numbers_that_are_none_are_counted_for_the_peer_that_reports_them(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.report("a", 0, 0, {"actor/turns": 1.0, "actor/trees": float("nan")})
+    file.report("b", 0, 0, {"actor/turns": 1.0})
+    file.close()
+    found = [(record.source, record.metrics) for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert found == [("a", {"actor/turns": 1.0, "metrics/dropped": 1.0}), ("b", {"actor/turns": 1.0})]
 
 
 async def test_over_the_socket_a_peer_reports_under_the_name_of_its_link_alone(tmp_path: Path) -> None:

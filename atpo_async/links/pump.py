@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 import zmq
@@ -58,6 +59,8 @@ class Pump:
         self._users = users
         self._loop = asyncio.get_running_loop()
         self._scheduled = False
+        self._behind_since: float | None = None
+        """Since when the socket has had more messages than were taken from it; None where it has none."""
         self._fd = int(socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._turn)
         self.look_again()
@@ -65,6 +68,12 @@ class Pump:
     @property
     def closed(self) -> bool:
         return bool(self._socket.closed)
+
+    @property
+    def emptied_at(self) -> float:
+        """When the socket last had no further message, which is now unless it is behind: all that had come by then was
+        passed on."""
+        return time.monotonic() if self._behind_since is None else self._behind_since
 
     def send(self, frames: Sequence[codec.Buffer]) -> bool:
         """Whether the socket took them; it does not when no peer is connected, or when the peer does not read."""
@@ -129,6 +138,7 @@ class Pump:
                     if len(frames) < _MAX_FRAMES:
                         frames.append(frame.bytes if len(frame) < _ZERO_COPY_BYTES else frame.buffer)
             except zmq.Again:
+                self._behind_since = None
                 break
             taken += 1
             try:
@@ -137,6 +147,8 @@ class Pump:
             except Exception:
                 log.exception("a frame could not be handled")
         else:
+            if self._behind_since is None:
+                self._behind_since = time.monotonic()
             self.look_again()
         if self._on_turn is not None:
             self._on_turn()

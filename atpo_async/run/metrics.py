@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +58,7 @@ class MetricsWriter:
 
     def __init__(self, path: Path, *, source: str) -> None:
         self.source = source
-        self.dropped = 0
-        """Non-finite values left out so far; also written as ``metrics/dropped`` once there is one."""
+        self._dropped: Counter[str] = Counter()
         self._path = path
         self._held: deque[bytes] = deque(maxlen=self.MAX_HELD)
         """Lines that the disk has not taken yet, oldest first."""
@@ -71,21 +70,24 @@ class MetricsWriter:
         # A writer died in mid-line: end its line, or the next record is lost with it.
         self._broken = bool(size) and os.pread(self._fd, 1, size - 1) != b"\n"
 
-    def write(self, *, step: int, version: int, metrics: Mapping[str, float], time_s: float | None = None) -> None:
-        """Append one record.  ``time_s`` is Unix seconds; now where None."""
+    def write(
+        self, *, step: int, version: int, metrics: Mapping[str, float], time_s: float | None = None, source: str = ""
+    ) -> None:
+        """Append one record.  ``time_s`` is Unix seconds; now where None.  ``source``: where it is another's."""
+        source = source or self.source
         finite: dict[str, float] = {}
         for name, value in metrics.items():
             number = float(value)
             if math.isfinite(number):
                 finite[name] = int(number) if number.is_integer() and abs(number) < 2**53 else number
             else:
-                self.dropped += 1
-        if self.dropped:
-            finite["metrics/dropped"] = self.dropped
+                self._dropped[source] += 1
+        if dropped := self._dropped[source]:
+            finite["metrics/dropped"] = dropped
         line = json.dumps(
             {
                 "time": round(time.time() if time_s is None else time_s, 3),
-                "source": self.source,
+                "source": source,
                 "step": int(step),
                 "version": int(version),
                 "metrics": finite,
@@ -114,6 +116,11 @@ class MetricsWriter:
             self._broken = written < len(data) if written else self._broken
             if written == len(data):
                 self._held.popleft()
+
+    @property
+    def dropped(self) -> int:
+        """Non-finite values left out so far; also written as ``metrics/dropped``, of each source, once there is one."""
+        return self._dropped.total()
 
     def close(self) -> None:
         """Idempotent."""

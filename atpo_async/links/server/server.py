@@ -20,7 +20,7 @@ from atpo_async.links.server.acknowledgements import Acknowledgements
 from atpo_async.links.server.handling import Handler, Handling
 from atpo_async.links.server.requests import RequestHandler
 from atpo_async.links.server.sends import SendHandler, note_base
-from atpo_async.links.server.sessions import PeerInfo, Session, SessionTable, client_name
+from atpo_async.links.server.sessions import MAX_PEERS, PeerInfo, Session, SessionTable, client_name
 from atpo_async.wire import codec
 
 log = logging.getLogger("atpo.links")
@@ -106,10 +106,14 @@ class Server(BindingLink):
         return {session.name: PeerInfo.of(session, now) for session in self.sessions}
 
     def silences(self) -> Iterator[tuple[str, float]]:
-        """Name of each of them, oldest first, and seconds since its last sign of life."""
-        now = time.monotonic()
+        """Name of each of them, oldest first, and for how many seconds it has given no sign of life.
+
+        A server that is behind with what has come cannot tell who is silent: their signs may be among it.  So only the
+        time until the socket was last empty counts.
+        """
+        until = time.monotonic() if self._pump is None else self._pump.emptied_at
         for session in self.sessions:
-            yield session.name, now - session.heard_at
+            yield session.name, max(until - session.heard_at, 0.0)
 
     @property
     def title(self) -> str:
@@ -156,6 +160,8 @@ class Server(BindingLink):
         # A peer that does not read is sent nothing more, and asks again when it reads.
         socket.setsockopt(zmq.SNDHWM, 8 * self.settings.window)
         socket.setsockopt(zmq.RCVHWM, 4 * self.settings.window)
+        # After a restart all clients connect at once; the system drops those that find the queue full, for seconds.
+        socket.setsockopt(zmq.BACKLOG, MAX_PEERS)
         self._bind(socket, context)
         self._pump = Pump(socket, self._on_frames, users=self._keys is not None)
         self._spawn(self._watch(), f"{self.name} watch")

@@ -1,0 +1,52 @@
+"""Fleets of simulated actors on a real buffer process, over real links.
+
+  pool      one buffer under 10, 100, 1,000 actors: turns and bytes a second, processor time a turn, memory, how long a
+            lease takes; as fast as the buffer takes them, or at an offered rate (``--rates``).
+
+    .venv/bin/python benchmarks/fleet_actors.py [--part pool] [--actors 10 100 1000] [--rates 2000 8000] [--curve]
+
+Prints one JSON object a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+# A script's own folder comes first on the path, and there `buffer.py` would be taken for the package `buffer`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.fleet_parts.pool import pool
+from benchmarks.script import BYTES, machine, options, say, scratch
+
+PARTS = {"pool": pool}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = options(__doc__)
+    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--no-sync", action="store_true", help="buffer.journal_sync = false")
+    parser.add_argument("--processes", type=int, default=2, help="that the actors are spread over")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument("--warm-seconds", type=float, default=3.0, help="before each measurement")
+    parser.add_argument("--bytes", type=int, default=4096, help=BYTES)
+    parser.add_argument("--turns", type=int, default=20, help="of a tree")
+    parser.add_argument("--slots", type=int, default=4, help="trees that an actor grows at once")
+    parser.add_argument("--actors", type=int, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="turns/s of all actors; none: full speed")
+    parser.add_argument("--restart", action="store_true", help="kill the buffer at the end, and time the way back")
+    parser.add_argument("--curve", action="store_true", help="encrypted links")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
+    say({"machine": machine()})
+    with scratch(args.dir) as folder:
+        for part in args.part:
+            PARTS[part](args, folder)
+
+
+if __name__ == "__main__":
+    main()
