@@ -39,6 +39,7 @@ from atpo_async.wire.messages import ActorToBuffer, LearnerToBuffer
 from buffer.handlers.actors import ActorHandler, was_leased
 from buffer.handlers.changes import Changes
 from buffer.handlers.context import HandlerContext
+from buffer.handlers.joined import JoinedHandler
 from buffer.handlers.learner import LearnerHandler
 from buffer.journal.journal import Journal
 from buffer.journal.persistence import StatePersistence
@@ -116,8 +117,9 @@ class BufferService:
             changes=self._changes, clock=clock,
         )  # fmt: skip
         self._actor_handler = ActorHandler(context)
+        self._joined = JoinedHandler(context, rundir=rundir, peers=lambda: self.learner.peers)
         self._learner_handler = LearnerHandler(
-            context, endpoints=endpoints, count_bad_frames=self._count_bad_frames
+            context, joined=self._joined, endpoints=endpoints, count_bad_frames=self._count_bad_frames
         )  # fmt: skip
         former = former or Endpoints()
         shared: dict[str, Any] = {"name": "buffer", "settings": config.links, "settled": self.journal.settle}
@@ -173,6 +175,7 @@ class BufferService:
         self._write_records()
         self._actor_handler.close()
         self._learner_handler.close()
+        self._joined.close()
         await self._opened.aclose()
         self._metrics.close()
 
@@ -265,11 +268,13 @@ class BufferService:
         await asyncio.sleep(SETTLE_S)
 
     def _not_told(self) -> Iterator[str]:
-        """Live actors that were not sent the run's end yet."""
+        """Live actors that were not sent the run's end yet, and ranks of a joined learner that pass on their last
+        lines."""
         soon = 2 * self._config.links.heartbeat_s
         for name, silent_s in self.actors.silences():
             if silent_s < soon and not self._actor_handler.knows_the_end(name):
                 yield name
+        yield from self._joined.still_passing_on
 
     # --- files -------------------------------------------------------------------------------------------------
 

@@ -203,8 +203,10 @@ class Learner:
                 published = self.publication.published
                 await self.evaluations.request(self.step, published, blocking=True)
                 await self.evaluations.finish(self.step, published, blocking=True)
-            if not self.stopping.is_set():
-                await self.buffer.send(RunFinished(run=self.run_id))
+        # The buffer may end once the run is over: whatever was written is in the run's folder first.
+        await self.buffer.unless_stopping(asyncio.to_thread(self.rundir.pass_on))
+        if self.ranks.is_first and not self.stopping.is_set():
+            await self.buffer.send(RunFinished(run=self.run_id))
         with contextlib.suppress(PeerLost):  # the buffer may end first: it knows that the run is over
             await self.buffer.link.drain(timeout_s=FINISH_S)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from enum import IntEnum
 
-from atpo_async.core.errors import SetupError
+from atpo_async.core.errors import PeerLost, SetupError
 from atpo_async.ops.disk import until_written
 from atpo_async.run.rundir import RunDir
 from learner.training.trainer import Trainer
@@ -76,13 +76,23 @@ class Ranks:
         return bool(self._same_everywhere([float(flag)])[0])
 
     def next_version(self) -> int:
-        """Rank 0 counts it; every rank gets the same number."""
-        own = 0
+        """Rank 0 counts it; every rank gets the same number.
+
+        Raises PeerLost on every rank where the count is kept elsewhere and rank 0 was given no number.
+        """
+        own, lost = 0, PeerLost("rank 0 was given no number for the next version: its log says why")
         if self.is_first:
-            own = until_written(
-                f"the count of versions in {self._rundir.path}",
-                self._rundir.next_version,
-                log=log,
-                give_up_s=self._give_up_s,
-            )
-        return int(self._same_everywhere([own])[0])
+            try:
+                own = until_written(
+                    f"the count of versions in {self._rundir.path}",
+                    self._rundir.next_version,
+                    log=log,
+                    give_up_s=self._give_up_s,
+                )
+            except PeerLost as exc:
+                # The other ranks wait for this number.
+                own, lost = -1, exc
+        version = int(self._same_everywhere([own])[0])
+        if version < 0:
+            raise lost
+        return version

@@ -33,6 +33,7 @@ from atpo_async.core.errors import (
 from atpo_async.links import addresses
 from atpo_async.models import compiled
 from atpo_async.ops.exits import ERROR_FILE, ERROR_PREFIX, EXIT_CRASH, EXIT_DONE, EXIT_FAILURE, EXIT_USER
+from atpo_async.ops.joined.joining import Joined, join
 from atpo_async.ops.lifeline import Signals, exit_within, is_supervised, tie_to_supervisor
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.files import write_atomic
@@ -54,7 +55,7 @@ class RoleContext:
     run_id: str
     """Empty for an actor that joined by address: it takes whichever run it finds there."""
     rundir: RunDir | None
-    """None for an actor that joined by address."""
+    """None for an actor that joined by address; of a learner that did, its replica (``run.replica``)."""
     endpoints: Endpoints
     name: str
     """``actor-0``, ``buffer``, ``learner``, or as given by --name."""
@@ -63,6 +64,8 @@ class RoleContext:
     """Set by SIGTERM, SIGINT, or the supervisor's end: finish what must be finished and return."""
     log: logging.Logger
     supervised: bool = False
+    joined: Joined | None = None
+    """Of a learner that joined by address."""
 
     def locate(self, name: str) -> Callable[[], str] | None:
         """A function that looks up where a role listens now, by a field of ``Endpoints``: a restarted role listens
@@ -94,7 +97,8 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
     """Run a role to its end and exit with its code.
 
     Arguments: ``RUN_DIR [--index N] [--name X] [--debug]``, with ``--config FILE`` or dotted options where this role
-    differs in what a run lets differ; or for an actor without the run's folder ``--config FILE --join HOST:PORT``.
+    differs in what a run lets differ; or for an actor or a learner without the run's folder ``--config FILE --join
+    HOST:PORT``, and for that learner ``--dir FOLDER``.
 
     A first SIGTERM or SIGINT sets ``stopping``; a second one cancels ``main``.  Supervised (``ATPO_SUPERVISOR_PID``
     is set), the role ends when its supervisor does.  A thread writes the role's status (``status.reporter``) and
@@ -103,6 +107,7 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
     debug = "--debug" in argv
     code = EXIT_CRASH
     supervised = is_supervised()
+    context: RoleContext | None = None
     try:
         make_temporary_folder_fit(_note)
         compiled.keep(_note)
@@ -130,6 +135,10 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
     except BaseException as exc:
         _print(texts.trace_of(exc))
         code = _say(exc, supervised=supervised, debug=False)
+    finally:
+        if context is not None and context.joined is not None:
+            # After the last status: it reaches the run's folder too.
+            context.joined.close()
     exit_within(EXIT_DEADLINE_S, code)
     sys.exit(code)
 
@@ -197,13 +206,16 @@ def _context(name: str, argv: list[str]) -> RoleContext:
     parser.add_argument("run_dir", nargs="?", help="folder of the run")
     parser.add_argument("--config", help="configuration, to join without the run's folder")
     parser.add_argument("--join", help="HOST:PORT of the buffer, to join without the run's folder")
+    parser.add_argument("--dir", type=Path, default=None, help="for a learner that joins: folder of its files")
     parser.add_argument("--index", type=int, default=None)
     parser.add_argument("--name", default=None)
     parser.add_argument("--debug", action="store_true")
     args = parser.parse_args(rest)
 
     index = args.index if args.index is not None else int(os.environ.get("RANK", "0"))
-    given = args.name
+    joined: Joined | None = None
+    if args.dir is not None and (name != "learner" or not args.join):
+        raise ConfigError("--dir is for a learner that joins by address (--join HOST:PORT)")
     if args.run_dir is not None:
         if args.join:
             raise ConfigError(f"{args.run_dir} and --join {args.join}: give the run's folder or the address, not both")
@@ -219,15 +231,18 @@ def _context(name: str, argv: list[str]) -> RoleContext:
         endpoints = rundir.listening.now() if waits_for_others else rundir.read_endpoints()
         default = f"{name}-{index}" if name == "actor" else name
     elif args.config and args.join:
-        if name != "actor":
-            raise ConfigError(f"a {name} joins by the run's folder, not by address: it shares files with the run")
-        rundir, run_id = None, ""
-        config = configuration.load(args.config, options)
-        endpoints = Endpoints(actors=parse_address(args.join))
-        default = hand_name(name)
+        config, address = configuration.load(args.config, options), parse_address(args.join)
+        rundir, run_id, endpoints, default = None, "", Endpoints(actors=address), hand_name(name)
+        if name == "buffer":
+            raise ConfigError("a buffer works in the run's folder: it does not join by address")
+        if name == "learner":
+            default, endpoints = name, Endpoints(learner=address)
+            _logger(name)
+            joined = _joined_learner(args, config, address, rank=index)
+            rundir, run_id = joined.rundir, joined.rundir.run_id
     else:
         raise ConfigError(f"{parser.prog} needs RUN_DIR, or --config FILE --join HOST:PORT")
-    role_name = given or default
+    role_name = args.name or default
     return RoleContext(
         config=config,
         run_id=run_id,
@@ -238,7 +253,17 @@ def _context(name: str, argv: list[str]) -> RoleContext:
         stopping=asyncio.Event(),
         log=_logger(role_name),
         supervised=is_supervised(),
+        joined=joined,
     )
+
+
+def _joined_learner(args: argparse.Namespace, config: Config, address: str, *, rank: int) -> Joined:
+    """A learner's place in a run whose folder is elsewhere.  Raises as ``ops.joined.joining.join``."""
+    if args.name is not None:
+        raise ConfigError(f"--name {args.name}: a learner that joins by address is called learner")
+    if rank < 0:
+        raise ConfigError(f"--index {rank}: the ranks of a learner count from 0")
+    return join(config, endpoint=address, rank=rank, parent=args.dir)
 
 
 def hand_name(role: str) -> str:

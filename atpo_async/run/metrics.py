@@ -208,6 +208,11 @@ def read_metrics(path: Path) -> Iterator[Record]:
     yield from MetricsTail(path).new()
 
 
+def eval_lines(path: Path) -> bytes:
+    """The lines of a file that hold the result of an evaluation, as they are: a few, which say what is evaluated."""
+    return b"".join(line for line in Tail(path).new() if b'"eval/success"' in line and parse_record(line) is not None)
+
+
 class MetricsTail:
     """Reads what others append to a metrics file."""
 

@@ -12,6 +12,7 @@ runs/<name>/
   status/<role>.json                what a role waits for now
   checkpoints/      of the learner
   start/            the policy that it began with, where that is another run's
+  joined/           how much a learner that joined by address has passed on (``buffer.uplink``)
   scratch/          files that mean nothing once the run stands still
 runs/latest         link to the run started last
 """
@@ -120,7 +121,10 @@ class RunDir:
         Whenever this is broken off the folder is still a run in which nothing was trained.
         """
         scratch.clear(self.run_id)
-        for folder in (self.journal, *(self.path / name for name in ("status", "scratch", "model", "skipped", START))):
+        for folder in (
+            self.journal,
+            *(self.path / name for name in ("status", "scratch", "model", "skipped", "joined", START)),
+        ):
             shutil.rmtree(folder, ignore_errors=True)
         for name in ("endpoints.json", "trees.jsonl", "lineage.jsonl", "report.html", "version"):
             (self.path / name).unlink(missing_ok=True)
@@ -242,18 +246,23 @@ class RunDir:
 
         On disk before it is returned.  One at a time rather than in blocks: a gap left by a crash would count as lag.
         """
-        version = self._following_version()
+        version = self.following_version()
         write_atomic(self.path / "version", f"{version + 1}\n")
         return version
 
     def skip_versions(self, upto: int) -> int:
         """Let ``next_version`` give none up to ``upto``.  Returns how many it would have given twice."""
-        twice = max(upto + 1 - self._following_version(), 0)
+        twice = max(upto + 1 - self.following_version(), 0)
         if twice:
             write_atomic(self.path / "version", f"{upto + 1}\n")
         return twice
 
-    def _following_version(self) -> int:
+    def pass_on(self) -> None:
+        """Returns once what was written here is in the run's own folder.  Waits for: the buffer, in a replica of that
+        folder on another machine (``run.replica``)."""
+
+    def following_version(self) -> int:
+        """What ``next_version`` gives next.  Raises SetupError where the count is damaged."""
         file = self.path / "version"
         try:
             return int(file.read_text(encoding="ascii"))

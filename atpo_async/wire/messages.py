@@ -26,14 +26,12 @@ from atpo_async.core.bounds import (
 )
 from atpo_async.core.tree import Turn
 from atpo_async.core.vocabulary import Precision, Split
+from atpo_async.wire.joined import BufferToJoined, JoinedToBuffer
+from atpo_async.wire.message import Message as Message
 from atpo_async.wire.records import TurnRecords
 
 PROTOCOL = 7
 """Peers of another protocol number are refused by name."""
-
-
-class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, eq=False):
-    """Base of all messages."""
 
 
 # --- actor -> buffer -------------------------------------------------------------------------------------------
@@ -241,7 +239,9 @@ class RunFinished(Message, frozen=True, tag="run_finished"):
     run: Name
 
 
-LearnerToBuffer = SampleRequest | Trained | Checkpointed | VersionPublished | EvalRequest | EvalQuery | RunFinished
+LearnerToBuffer = (
+    SampleRequest | Trained | Checkpointed | VersionPublished | EvalRequest | EvalQuery | RunFinished | JoinedToBuffer
+)
 
 
 # --- buffer -> learner -----------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ class EvalResult(Message, frozen=True, tag="eval_result"):
     """Oldest and newest version that sampled any of its turns so far; -1 while there is none."""
 
 
-BufferToLearner = Batch | NotYet | Exhausted | EvalResult | Refused
+BufferToLearner = Batch | NotYet | Exhausted | EvalResult | BufferToJoined | Refused
 
 
 # --- learner -> actors (weights) -------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ from typing import Any
 from atpo_async.core.errors import BadMessage
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.status import waits
+from atpo_async.wire import joined as j
 from atpo_async.wire import messages as m
 from buffer.batches.served import Share
 from buffer.handlers.context import HandlerContext
+from buffer.handlers.joined import JoinedHandler
 from buffer.handlers.pending_answers import PendingAnswer
 from buffer.pool.checked import SamplerFault
 
@@ -23,12 +25,21 @@ class LearnerHandler:
 
     Args:
         context: the buffer's.
+        joined: answers a learner that joined by address.
         endpoints: where the learner publishes, for an evaluation that is requested before its publication was received.
         count_bad_frames: called before a batch is made, whose metrics have their number.
     """
 
-    def __init__(self, context: HandlerContext, *, endpoints: Endpoints, count_bad_frames: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        context: HandlerContext,
+        *,
+        joined: JoinedHandler,
+        endpoints: Endpoints,
+        count_bad_frames: Callable[[], None],
+    ) -> None:
         self._context = context
+        self._joined = joined
         self._state, self._journal, self._changes = context.state, context.journal, context.changes
         self._endpoints = endpoints
         self._count_bad_frames = count_bad_frames
@@ -49,6 +60,8 @@ class LearnerHandler:
             BadMessage: the message is refused, or the sampler failed.
         """
         try:
+            if isinstance(message, j.JoinedToBuffer):
+                return await self._joined.handle(peer, message)
             self._context.check_run(message)
             return await self._for_learner(message)
         except SamplerFault as exc:

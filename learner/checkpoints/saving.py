@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -103,6 +104,8 @@ class Saving:
         """Report the checkpoint to the buffer, which may drop the trees used up in batches below its step."""
         if self.ranks.is_first and self._saved_step is not None:
             with contextlib.suppress(PeerLost):  # reported again when the learner starts again
+                # The trees of these steps can never be trained on again: their lineage is in the run's folder first.
+                await asyncio.to_thread(self.rundir.pass_on)
                 await self.buffer.send(Checkpointed(run=self.buffer.run_id, step=self._saved_step, version=version))
 
     def export(self) -> None:
