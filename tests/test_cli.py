@@ -532,8 +532,8 @@ def test_a_wrong_address_to_join_is_reported(folder: Path, capsys: pytest.Captur
     assert (
         said(capsys) == "--join host: neither a run folder nor an address: expected HOST:PORT with a port up to 65535"
     )
-    assert main.main(["learner", config_file(folder), "--join", "host:5000"]) == 2
-    assert "a learner shares files with the run" in said(capsys)
+    assert main.main(["buffer", config_file(folder), "--join", "host:5000"]) == 2
+    assert said(capsys) == "--join host:5000 is no run folder here; a buffer works in the run's folder"
 
 
 @pytest.mark.parametrize("listens", [False, True])

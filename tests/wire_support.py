@@ -32,6 +32,8 @@ UNIONS = (
 KINDS = tuple(dict.fromkeys(kind for union in UNIONS for kind in typing.get_args(union)))
 EVERYTHING = functools.reduce(operator.or_, KINDS)
 
+BYTES = {"data", "settings", "facts", "evaluations"}
+"""Fields of messages that hold bytes."""
 COUNTS = st.integers(0, 2**31 - 1)
 TEXT = st.text(max_size=12).filter(str.isprintable)
 FINITE = st.floats(-MAX_NUMBER, MAX_NUMBER)
@@ -109,7 +111,7 @@ def of_type(hint: Any, name: str) -> st.SearchStrategy[Any]:
     if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
         return of_kind(hint)
     if hint is np.ndarray:
-        return st.binary(max_size=300).map(lambda b: np.frombuffer(b, np.uint8)) if name == "data" else int32s()
+        return st.binary(max_size=300).map(lambda b: np.frombuffer(b, np.uint8)) if name in BYTES else int32s()
     if hint is TurnRecords:
         several = st.lists(turns(), max_size=3)
         return several.map(TurnRecords.of) | several.map(tuple)

@@ -22,7 +22,7 @@ from atpo_async.links import addresses
 from atpo_async.models.policy import is_there
 from atpo_async.ops.orphans import end_orphans
 from atpo_async.ops.role import hand_name, parse_address
-from atpo_async.ops.specs import role_specs
+from atpo_async.ops.specs import learner_spec, role_specs
 from atpo_async.run import launch
 from atpo_async.run.rundir import RunDir, joining
 from atpo_async.status.run_view import look
@@ -31,8 +31,13 @@ from atpo_async.status.run_view import look
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     """Of the command line."""
     parser.add_argument("config", metavar="CONFIG", nargs="+", help=LAYERS)
-    address = "run folder, or HOST:PORT of its buffer" if command == "actor" else "run folder"
+    where = {"actor": "run folder, or HOST:PORT of its buffer", "learner": "run folder, or HOST:PORT of its buffer"}
+    address = where.get(command, "run folder")
     parser.add_argument("--join", metavar="WHERE", help=f"{address}; the folder that CONFIG names where left out")
+    if command == "learner":
+        parser.add_argument(
+            "--dir", metavar="FOLDER", type=Path, help="of its files, where it joins by HOST:PORT (the user's cache)"
+        )
     parser.add_argument("--name", metavar="NAME", help="name of this process in logs and metrics")
 
 
@@ -43,6 +48,8 @@ def run(asked: Asked) -> NoReturn:
     if role == "actor":
         machine.engine_of(config)
     folder = Path(args.join) if args.join else config.run.dir / config.run.name
+    if getattr(args, "dir", None) is not None and (not args.join or folder.exists()):
+        raise SetupError(f"--dir {args.dir} is for a learner that joins by address: give --join HOST:PORT")
     if args.join and not folder.is_dir() and not folder.is_file():
         argv, env = _by_address(asked, config)
     else:
@@ -63,18 +70,23 @@ def _configuration(asked: Asked) -> list[str]:
 
 
 def _by_address(asked: Asked, config: Config) -> tuple[list[str], dict[str, str]]:
-    """(argv, environment) of an actor that joins a run of which no folder is here."""
-    where = asked.args.join
-    if asked.command != "actor":
-        raise SetupError(f"--join {where} is no run folder here; a {asked.command} shares files with the run")
+    """(argv, environment) of an actor or a learner that joins a run of which no folder is here."""
+    where, role = asked.args.join, asked.command
+    if role == "buffer":
+        raise SetupError(f"--join {where} is no run folder here; a buffer works in the run's folder")
     address = parse_address(where).removeprefix("tcp://")
     makes_policy = config.model.warm_start and not is_there(Path(config.model.path))
-    _say_if_nobody_listens(
-        address, does="makes the policy ready first" if makes_policy else LOADS, end="the address is wrong"
-    )
+    does = "makes the policy ready first" if makes_policy else LOADS if role == "actor" else "waits"
+    _say_if_nobody_listens(address, role, does=does, end="the address is wrong")
     config = ensure_policy(config, Console(stderr=True))
-    argv = [*launch.command("actors"), "--config", asked.args.config[0], "--join", address]
-    return [*argv, f"--model.path={config.model.path}", *_configuration(asked)], dict(os.environ)
+    words = ["--config", asked.args.config[0], "--join", address]
+    argv, env = [*launch.command("actors"), *words], dict(os.environ)
+    if role == "learner":
+        if asked.args.dir is not None:
+            words += ["--dir", str(asked.args.dir)]
+        spec = learner_spec(config, words, has_cuda=machine.has_cuda)
+        argv, env = list(spec.argv), {**os.environ, **spec.env}
+    return [*argv, f"--model.path={config.model.path}", *_configuration(asked)], env
 
 
 def _in_a_run(asked: Asked, config: Config, folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -116,18 +128,19 @@ def _check_there_is_a_run_to_join(rundir: RunDir, folder: Path) -> None:
             )
     if endpoint := rundir.listening.now().actors:
         address = addresses.reached_from_here(endpoint).removeprefix("tcp://")
-        _say_if_nobody_listens(address, does=LOADS, end=f"the buffer of {folder} is not to be started again")
+        _say_if_nobody_listens(address, "actor", does=LOADS, end=f"the buffer of {folder} is not to be started again")
 
 
 LOADS = "loads its engine first"
 
 
-def _say_if_nobody_listens(address: str, *, does: str, end: str) -> None:
-    """Warn before an engine is loaded, or a policy is made, for a run that may not exist; an actor may also be started
+def _say_if_nobody_listens(address: str, role: str, *, does: str, end: str) -> None:
+    """Warn before an engine is loaded, or a policy is made, for a run that may not exist; a role may also be started
     before its buffer.
 
     Args:
-        does: what the actor does next.
+        role: actor or learner.
+        does: what it does next.
         end: when to end it.
     """
     try:
@@ -135,7 +148,7 @@ def _say_if_nobody_listens(address: str, *, does: str, end: str) -> None:
     except (OSError, UnicodeError) as exc:
         why = getattr(exc, "strerror", None) or exc
         print(
-            f"note: nothing listens at {address} yet ({why}); this actor goes on all the same, and {does}; Ctrl-C "
+            f"note: nothing listens at {address} yet ({why}); this {role} goes on all the same, and {does}; Ctrl-C "
             f"ends it if {end}",
             file=sys.stderr,
             flush=True,

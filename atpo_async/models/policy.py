@@ -17,6 +17,7 @@ from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.models import adapters
 from atpo_async.models.tensor_files import WEIGHTS, read_header, read_headers
 from atpo_async.run import launch
+from atpo_async.run.replica.elsewhere import elsewhere
 from atpo_async.run.rundir import RunDir
 
 MODELS = Path("models")
@@ -122,9 +123,10 @@ def checkpoint_step(path: Path) -> int:
 
 
 def steps_trained(rundir: RunDir) -> int:
-    """Step of the newest checkpoint; 0 without one."""
+    """Step of the newest checkpoint, in the run's folder or elsewhere; 0 without one."""
     found = [int(m.group(1)) for path in list_checkpoints(rundir.checkpoints) if (m := _match(path))]
-    return max(found, default=0)
+    other = elsewhere(rundir.path)
+    return max(*found, 0 if other is None else other.step, 0)
 
 
 def _match(path: Path) -> re.Match[str] | None:
@@ -144,6 +146,8 @@ def latest_policy(rundir: RunDir) -> Iterator[tuple[Path, str]]:
         yield exported, str(exported)
         return
     if not whole:
+        if (other := elsewhere(rundir.path)) is not None:
+            raise SetupError(f"the checkpoints of run {rundir.path} are not in its folder: see {other.where}")
         raise SetupError(f"run {rundir.path} has no checkpoint yet (learner.checkpoint_every); train it first")
     with tempfile.TemporaryDirectory(prefix="atpo-policy-") as folder:
         yield assemble(Path(rundir.config.model.path), whole[-1], Path(folder)), str(whole[-1])

@@ -40,16 +40,6 @@ def role_specs(
     Raises SetupError for a GPU that ``environ`` does not allot.
     """
     folder = str(rundir)
-    learner = launch.command("learner", folder, python=python)
-    env = _threads(config.learner.num_threads) | _visible(config.learner.gpus, environ)
-    if config.learner.num_processes > 1 or config.learner.accelerate_config:
-        # accelerate's launcher takes a Python program and its arguments.
-        learner = (*_accelerate(config, python), *learner[2:])
-        if _on_one_machine(config):
-            env |= accelerate_environment.ONE_MACHINE
-        device = config.learner.device
-        if config.learner.accelerate_config is None and (device == "cpu" or (device == "auto" and not has_cuda())):
-            env["ACCELERATE_USE_CPU"] = "true"
     specs = [
         RoleSpec(
             name="buffer",
@@ -57,7 +47,7 @@ def role_specs(
             env=_threads(1) | _hidden(),
             stops_last=True,
         ),
-        RoleSpec(name="learner", argv=learner, env=env, ends_run=True),
+        learner_spec(config, [folder], has_cuda=has_cuda, python=python, environ=environ),
     ]
     each = config.actor.tensor_parallel_size
     for index in range(config.actor.count):
@@ -70,6 +60,36 @@ def role_specs(
             )
         )
     return specs
+
+
+def learner_spec(
+    config: Config,
+    words: Sequence[str],
+    *,
+    has_cuda: Callable[[], bool],
+    python: str = sys.executable,
+    environ: Mapping[str, str] = os.environ,
+) -> RoleSpec:
+    """The learner's ranks on one machine.
+
+    Args:
+        config: of the learner.
+        words: arguments of each rank: the run's folder, or ``--config FILE --join HOST:PORT``.
+        has_cuda: is asked only where it decides something.
+
+    Raises SetupError for a GPU that ``environ`` does not allot.
+    """
+    argv = launch.command("learner", *words, python=python)
+    env = _threads(config.learner.num_threads) | _visible(config.learner.gpus, environ)
+    if config.learner.num_processes > 1 or config.learner.accelerate_config:
+        # accelerate's launcher takes a Python program and its arguments.
+        argv = (*_accelerate(config, python), *argv[2:])
+        if _on_one_machine(config):
+            env |= accelerate_environment.ONE_MACHINE
+        device = config.learner.device
+        if config.learner.accelerate_config is None and (device == "cpu" or (device == "auto" and not has_cuda())):
+            env["ACCELERATE_USE_CPU"] = "true"
+    return RoleSpec(name="learner", argv=argv, env=env, ends_run=True)
 
 
 def _accelerate(config: Config, python: str) -> tuple[str, ...]:

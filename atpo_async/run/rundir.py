@@ -45,6 +45,10 @@ START = "start"
 """Folder in a run: the policy that it began with, where that is another run's."""
 
 
+JOINED = "joined"
+"""Folder in a run: how much a learner without this folder has passed on, and where its checkpoints are."""
+
+
 class RunDir:
     """An open run folder."""
 
@@ -123,7 +127,7 @@ class RunDir:
         scratch.clear(self.run_id)
         for folder in (
             self.journal,
-            *(self.path / name for name in ("status", "scratch", "model", "skipped", "joined", START)),
+            *(self.path / name for name in ("status", "scratch", "model", "skipped", JOINED, START)),
         ):
             shutil.rmtree(folder, ignore_errors=True)
         for name in ("endpoints.json", "trees.jsonl", "lineage.jsonl", "report.html", "version"):
@@ -218,6 +222,11 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def checkpoints_place(self) -> str:
+        """Where the checkpoints are, for people, if that is not the run's own folder; empty where it is."""
+        return ""
 
     @property
     def scratch(self) -> Path:

@@ -194,7 +194,7 @@ class Trained(Message, frozen=True, tag="trained"):
 
 
 class Checkpointed(Message, frozen=True, tag="checkpointed"):
-    """Learner has a checkpoint on disk that holds every batch below ``step``; sent by rank 0.
+    """Learner has a durable checkpoint that holds every batch below ``step``; sent by rank 0.
 
     Only now may the buffer forget the trees that were used up in them: a learner that falls back to an earlier
     checkpoint trains on them again.
@@ -203,6 +203,8 @@ class Checkpointed(Message, frozen=True, tag="checkpointed"):
     run: Name
     step: Id
     version: Version
+    where: Text = ""
+    """Of a checkpoint that is not in the run's folder: its place, for people."""
 
 
 class VersionPublished(Message, frozen=True, tag="version_published"):

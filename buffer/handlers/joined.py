@@ -6,6 +6,7 @@ The disk is waited for in a thread; while it refuses, the learner is answered so
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,8 @@ from atpo_async.links.frames import worth_a_line
 from atpo_async.links.server import PeerInfo
 from atpo_async.models.identity import identity_of
 from atpo_async.run.metrics import eval_lines
-from atpo_async.run.replica import names
-from atpo_async.run.rundir import RunDir
+from atpo_async.run.replica import elsewhere, names
+from atpo_async.run.rundir import JOINED, RunDir
 from atpo_async.wire import joined as j
 from atpo_async.wire import messages as m
 from buffer.handlers.context import HandlerContext
@@ -31,8 +32,6 @@ from buffer.uplink.wholes import WholeFiles
 
 log = logging.getLogger("atpo.buffer")
 
-FOLDER = "joined"
-"""In the run's folder."""
 MAX_RANK = 65535
 ALIVE_BEATS = 3
 """A learner that was silent for so many heartbeats is taken for dead."""
@@ -88,7 +87,7 @@ class JoinedHandler:
         self._refusals = 0
         self._versions: VersionCount | None = None
         if rundir is not None:
-            self._versions = VersionCount(rundir, rundir.path / FOLDER / "version.json")
+            self._versions = VersionCount(rundir, rundir.path / JOINED / "version.json")
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
@@ -124,6 +123,13 @@ class JoinedHandler:
         except SetupError as exc:
             raise BadMessage(str(exc)) from exc
 
+    async def note_checkpoint(self, message: m.Checkpointed) -> None:
+        """Note in the run's folder where a checkpoint is that is not there; where the disk refuses, the next is."""
+        found = elsewhere.Elsewhere(step=message.step, where=message.where)
+        if (rundir := self._rundir) is not None:
+            with contextlib.suppress(OSError):
+                await self._in_thread(lambda: elsewhere.note(rundir.path, found))
+
     # --- who may join ------------------------------------------------------------------------------------------
 
     async def _hello(self, peer: str, hello: j.LearnerHello, rundir: RunDir) -> m.Message:
@@ -152,7 +158,7 @@ class JoinedHandler:
             return welcome
 
     def _opened(self, rundir: RunDir, number: int) -> _Rank:
-        folder = rundir.path / FOLDER
+        folder = rundir.path / JOINED
         return _Rank(
             lines=LineFiles(rundir.path, folder / f"rank-{number}.json", rank=number),
             wholes=WholeFiles(rundir.path, folder / f"rank-{number}", rank=number),

@@ -81,6 +81,8 @@ class LearnerHandler:
                 self._state.trained(message)
             case m.Checkpointed():
                 self._state.checkpointed(message)
+                if message.where:
+                    await self._joined.note_checkpoint(message)
             case m.VersionPublished():
                 self._state.publish(message)
             case m.EvalRequest():

@@ -106,7 +106,10 @@ class Saving:
             with contextlib.suppress(PeerLost):  # reported again when the learner starts again
                 # The trees of these steps can never be trained on again: their lineage is in the run's folder first.
                 await asyncio.to_thread(self.rundir.pass_on)
-                await self.buffer.send(Checkpointed(run=self.buffer.run_id, step=self._saved_step, version=version))
+                where = self.rundir.checkpoints_place
+                await self.buffer.send(
+                    Checkpointed(run=self.buffer.run_id, step=self._saved_step, version=version, where=where)
+                )
 
     def export(self) -> None:
         """In the torch thread, on every rank: write the trained policy as a Hugging Face folder."""

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import msgspec
@@ -151,6 +152,10 @@ class ReplicaDir(RunDir):
     @property
     def checkpoints(self) -> Path:
         return self.path.parent / "checkpoints"
+
+    @property
+    def checkpoints_place(self) -> str:
+        return f"{self.checkpoints} on {socket.gethostname()}"
 
     def next_version(self) -> int:
         return self._uplink.next_version()
