@@ -32,6 +32,10 @@ _STALLS = 4
 """Another actor of the host is waited for until it shows no progress for this part of ``weights.fetch_timeout_s``."""
 
 
+PENDING_PAUSE_S = 0.1
+"""Between two requests for a manifest to which a difference is still being made."""
+
+
 class WeightsFetcher:
     """Fetches and verifies versions for one actor.
 
@@ -80,9 +84,9 @@ class WeightsFetcher:
 
     @property
     def limit_s(self) -> float:
-        """How long ``fetch`` may take: for the manifest, and for the bytes by way of the transport and, where that
-        brings nothing, once more."""
-        return 3 * self._settings.fetch_timeout_s
+        """How long ``fetch`` may take: for the manifest, for the bytes by way of the transport, for differences and for
+        the whole file where those bring nothing, and once more where what they bring is not the version."""
+        return 5 * self._settings.fetch_timeout_s
 
     async def newest(self, *, timeout_s: float) -> m.WeightsAnnounced | None:
         """The newest announcement of the learner, or None if it has none or does not answer in time."""
@@ -130,22 +134,26 @@ class WeightsFetcher:
             raise WeightsRejected(f"version {announced.version}: manifest and announcement name different payloads")
         wanted = WantedVersion(announced=announced, manifest=manifest)
         beside = self._receiver.beside(wanted)
-        again = announced.version == self._refused
 
         async def bring(target: Path) -> None:
             if beside is None and self._settings.shared_memory:
                 self.hashed = await self._host.bring(
-                    manifest, target, lambda part: self._receiver.fetch(wanted, part), again=again
+                    manifest,
+                    target,
+                    lambda part: self._receiver.fetch(wanted, part),
+                    again=announced.version == self._refused,
+                    refused=lambda: self._receiver.refused(wanted),
                 )
                 self.verify_s = self._host.check_s
                 return
             await self._receiver.fetch(wanted, target)
-            began = time.monotonic()
-            shared = None
-            if announced.shm_path is not None and announced.host_id == host_id():
-                shared = Path(announced.shm_path)
-            self.hashed = await asyncio.to_thread(verify, manifest, target, shared=shared, again=again)
-            self.verify_s = time.monotonic() - began
+            try:
+                await self._verify(wanted, target)
+            except WeightsRejected:
+                if not self._receiver.refused(wanted):
+                    raise
+                await self._receiver.fetch(wanted, target)
+                await self._verify(wanted, target)
 
         try:
             path = await self._copies.make(manifest, bring, beside=beside)
@@ -160,6 +168,16 @@ class WeightsFetcher:
             weights = await self._merged(weights)
         self.version = announced.version
         return weights
+
+    async def _verify(self, wanted: WantedVersion, path: Path) -> None:
+        """Raises WeightsRejected, with ``path`` removed."""
+        began, announced = time.monotonic(), wanted.announced
+        shared = None
+        if announced.shm_path is not None and announced.host_id == host_id():
+            shared = Path(announced.shm_path)
+        again = announced.version == self._refused
+        self.hashed = await asyncio.to_thread(verify, wanted.manifest, path, shared=shared, again=again)
+        self.verify_s = time.monotonic() - began
 
     async def _merged(self, adapters: WeightsFile) -> WeightsFile:
         try:
@@ -186,6 +204,8 @@ class WeightsFetcher:
         now |= {"weights/fetched_for_host": self._host.fetched, "weights/shared_by_host": self._host.shared}
         since = {name: value - self._taken_counts.get(name, 0.0) for name, value in now.items()}
         self._taken_counts = now
+        if whole := since.get("weights/differences/whole_bytes"):
+            since["weights/differences/ratio"] = since["weights/differences/bytes"] / whole
         return {name: value for name, value in since.items() if value}
 
     def close(self) -> None:
@@ -196,7 +216,18 @@ class WeightsFetcher:
             self._merging.close()
 
     async def _manifest(self, version: int) -> m.WeightsManifest | None:
-        answer = await self._ask(m.ManifestRequest(run=self._run, version=version))
+        """None if a newer version has replaced it.
+
+        Waits for: the differences that lead to it.  Unblocked by: the learner having made them, or giving up.
+        """
+        request = m.ManifestRequest(run=self._run, version=version, base=self._receiver.base)
+        answer, asked = await self._ask(request), time.monotonic()
+        while isinstance(answer, m.WeightsManifest) and answer.differences_pending:
+            if time.monotonic() - asked > self._settings.fetch_timeout_s:
+                break  # what there is of them does not lead here: it comes whole
+            # A learner holds the request while it makes them: this is the least pause between two.
+            await asyncio.sleep(PENDING_PAUSE_S)
+            answer = await self._ask(request)
         if isinstance(answer, m.VersionGone):
             return None
         if not isinstance(answer, m.WeightsManifest) or answer.version != version or answer.run != self._run:

@@ -7,6 +7,7 @@ folder, the digests of what arrived, retries, the probe, and which versions ther
 
 from __future__ import annotations
 
+import errno
 import os
 import weakref
 from collections.abc import Awaitable, Callable
@@ -17,6 +18,7 @@ import numpy as np
 
 from atpo_async.config import WeightsConfig
 from atpo_async.core.errors import AtpoError
+from atpo_async.wire.digests import file_digests
 from atpo_async.wire.messages import (
     ActorToLearner,
     ChunkRequest,
@@ -35,15 +37,39 @@ class VersionWithdrawn(AtpoError):
 
 
 class Payload:
-    """The bytes of a version as an open file: they stay as long as this object, even if the file is removed."""
+    """The bytes of a version or of a difference as an open file: they stay as long as this object, even if the file is
+    removed.
 
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDONLY)
+    Args:
+        source: path of the file, or a descriptor of it, which stays the caller's.
+    """
+
+    def __init__(self, source: Path | int) -> None:
+        self._fd = os.dup(source) if isinstance(source, int) else os.open(source, os.O_RDONLY)
         weakref.finalize(self, os.close, self._fd)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return os.fstat(self._fd).st_size
+
+    @property
+    def digest(self) -> str:
+        """BLAKE3 of all bytes, hex.  Raises OSError."""
+        return file_digests(self._fd, [(0, self.size)])[0]
 
     def read(self, start: int, length: int) -> np.ndarray:
         """uint8[length]."""
         return np.frombuffer(os.pread(self._fd, length, start), dtype=np.uint8)
+
+    def read_into(self, start: int, space: np.ndarray) -> None:
+        """Fill uint8[N] with the bytes from ``start`` on.  Raises OSError, also where the file is shorter."""
+        view = space.data
+        while len(view):
+            count = os.preadv(self._fd, [view], start)
+            if count == 0:
+                raise OSError(errno.EIO, f"a payload ends at byte {start}, {len(view)} bytes early")
+            view, start = view[count:], start + count
 
 
 class OfferedVersion(NamedTuple):
@@ -127,7 +153,18 @@ class Receiver:
 
     def verified(self, wanted: WantedVersion, path: Path) -> None:
         """What ``fetch`` brought has passed its check.  The file is removed when the engine has read it: a receiver
-        that needs it later, as a base for differences or to serve others, makes a link to it now."""
+        that needs it later, as a base for differences or to serve others, makes a link to it or opens it now."""
+
+    def refused(self, wanted: WantedVersion) -> bool:
+        """What ``fetch`` brought has failed its check.  True where another ``fetch`` would bring it in another way and
+        is to follow at once; the version comes again at the next poll otherwise."""
+        return False
+
+    @property
+    def base(self) -> int:
+        """The version whose bytes this receiver still has and takes differences to; -1 where it takes none.  The
+        manifest names the differences that lead on from there."""
+        return -1
 
     def beside(self, wanted: WantedVersion) -> Path | None:
         """The folder beside which this actor's files are best made, so that they can be linked; None for any."""

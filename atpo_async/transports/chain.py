@@ -143,6 +143,8 @@ class _ChainReceiver(Receiver):
         self._failures = failures
         self._limit_s = limit_s
         self._fetched: Counter[str] = Counter()
+        self._last = ""
+        """The one that brought the last version."""
 
     async def fetch(self, wanted: WantedVersion, target: Path) -> None:
         for name, receiver in self._receivers.items():
@@ -156,6 +158,7 @@ class _ChainReceiver(Receiver):
                     self._failures.add(name, f"bring version {wanted.manifest.version}", exc)
                     continue
             self._fetched[name] += 1
+            self._last = name
             return
 
     async def _try(self, receiver: Receiver, wanted: WantedVersion, target: Path) -> None:
@@ -176,6 +179,18 @@ class _ChainReceiver(Receiver):
     def verified(self, wanted: WantedVersion, path: Path) -> None:
         what = f"take note of version {wanted.manifest.version}"
         self._failures.each(self._receivers, what, lambda receiver: receiver.verified(wanted, path))
+
+    def refused(self, wanted: WantedVersion) -> bool:
+        brought_by = {name: receiver for name, receiver in self._receivers.items() if name == self._last}
+        what = f"say how else to bring version {wanted.manifest.version}"
+        return bool(self._failures.first(brought_by, what, lambda receiver: receiver.refused(wanted)))
+
+    @property
+    def base(self) -> int:
+        bases = self._failures.first(
+            self._receivers, "say what it has", lambda half: half.base if half.base >= 0 else None
+        )
+        return -1 if bases is None else bases
 
     def beside(self, wanted: WantedVersion) -> Path | None:
         what = "say where a file is best made"

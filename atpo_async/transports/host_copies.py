@@ -62,7 +62,15 @@ class HostCopies:
         self._alone = False
         """The common folder cannot be used; said once."""
 
-    async def bring(self, manifest: WeightsManifest, target: Path, fetch: Fetch, *, again: bool = False) -> bool:
+    async def bring(
+        self,
+        manifest: WeightsManifest,
+        target: Path,
+        fetch: Fetch,
+        *,
+        again: bool = False,
+        refused: Callable[[], bool] = lambda: False,
+    ) -> bool:
         """Make a link at ``target`` to a verified copy of the version.
 
         Args:
@@ -70,6 +78,7 @@ class HostCopies:
             target: in this process's own folder; nothing lies there.
             fetch: brings the bytes to the path that it is called with, in a folder beside that of ``target``.
             again: whatever is here already is hashed once more: an engine has refused these weights.
+            refused: told that what was fetched failed its check; true where another fetch is to follow at once.
 
         Waits for: another process of the host that fetches it.  Unblocked by: its end, or its standing still.
 
@@ -102,7 +111,7 @@ class HostCopies:
             try:
                 if _is_there(whole):
                     continue
-                await self._fetch(manifest, whole, number, fetch)
+                await self._fetch(manifest, whole, number, fetch, refused)
                 os.link(whole, target)
                 self.fetched += 1
                 return True
@@ -178,13 +187,21 @@ class HostCopies:
             looks += 1
         return None, 0
 
-    async def _fetch(self, manifest: WeightsManifest, whole: Path, number: int, fetch: Fetch) -> None:
+    async def _fetch(
+        self, manifest: WeightsManifest, whole: Path, number: int, fetch: Fetch, refused: Callable[[], bool]
+    ) -> None:
         part = whole.with_suffix(f"{_PART}{number}")
         _remove(part)
         _tidy(whole.parent, keep=whole.stem)
         try:
             await fetch(part)
-            await self._check(manifest, part)
+            try:
+                await self._check(manifest, part)
+            except WeightsRejected:
+                if not refused():
+                    raise
+                await fetch(part)
+                await self._check(manifest, part)
             note = Note.of(manifest, part)
             os.replace(part, whole)
             write_note(whole.with_suffix(NOTE), note)

@@ -338,6 +338,23 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """BLAKE3 of its bytes, 16 bytes of it, hex."""
 
 
+class Difference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A lossless difference that leads from one version's payload to a newer one's (``atpo_async.transports.deltas``).
+    The payloads have one layout: their manifests differ in digests only."""
+
+    version: Version
+    """That it leads to."""
+    base: Version
+    """That it is put on; older than ``version``."""
+    base_digest: Text
+    """Of the base as a whole, as in its announcement: a difference on anything else leads nowhere."""
+    nbytes: Size
+    digest: Text
+    """BLAKE3 of its own bytes, hex."""
+    codec: Name
+    """The form of its bytes; an actor that does not know it takes the version whole."""
+
+
 class WeightsManifest(Message, frozen=True, tag="weights_manifest"):
     """Everything about one version except its bytes.  Learner -> actor, answer to ``ManifestRequest``."""
 
@@ -360,6 +377,11 @@ class WeightsManifest(Message, frozen=True, tag="weights_manifest"):
     """The payload is adapters, to be merged into ``model.path``: their products count so often; None: it is whole."""
     adapter_base: Text | None = None
     """Of adapters: digest of the weights under them (``models.adapters.base_digest``), which an actor must have too."""
+    differences: tuple[Difference, ...] = ()
+    """That lead to this version, each to the base of the next one: an actor that has one of the bases may fetch those
+    from there on instead of the payload.  No part of what ``WeightsAnnounced.digest`` binds: what they lead to is."""
+    differences_pending: bool = False
+    """A difference that leads here from the base of the request is still being made: ask again."""
 
 
 class WeightsAnnounced(Message, frozen=True, tag="weights_announced"):
@@ -382,12 +404,16 @@ class AnnouncementRequest(Message, frozen=True, tag="announcement_request"):
 class ManifestRequest(Message, frozen=True, tag="manifest_request"):
     run: Name
     version: Version
+    base: VersionOrNone = -1
+    """The version that the actor has the bytes of, for differences; -1: it takes none."""
 
 
 class ChunkRequest(Message, frozen=True, tag="chunk_request"):
     run: Name
     version: Version
     index: Id
+    base: VersionOrNone = -1
+    """Of the difference that leads from this version to ``version``; -1: of the whole payload."""
 
 
 class Chunk(Message, frozen=True, tag="chunk"):
@@ -395,6 +421,8 @@ class Chunk(Message, frozen=True, tag="chunk"):
     index: Id
     data: RawBytes
     """uint8[N]."""
+    base: VersionOrNone = -1
+    """As in the request."""
 
 
 class VersionGone(Message, frozen=True, tag="version_gone"):

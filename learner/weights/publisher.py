@@ -85,4 +85,5 @@ class Publisher:
         await self._announcer.publish(announcement)
 
     async def _handle(self, peer: str, request: ActorToLearner) -> LearnerToActor:
+        await self.store.ready(request)
         return self.store.answer(request)

@@ -17,6 +17,7 @@ from atpo_async.transports.base import OfferedVersion, Payload, SenderContext, T
 from atpo_async.transports.registry import make_transport
 from atpo_async.wire import messages as m
 from atpo_async.wire.digests import root_of
+from learner.weights.differences import Differences
 from learner.weights.files import VersionFiles, remove
 from learner.weights.staging import Staged
 
@@ -44,6 +45,7 @@ class WeightsStore:
         self._run, self._settings = run, settings
         self._sender = (transport or make_transport(settings)).sender(SenderContext(run=run, settings=settings))
         self._files = VersionFiles(run=run, fallback=fallback)
+        self._differences = Differences(settings)
         # Replaced as a whole, never changed: one thread adds versions while another answers requests.
         self._versions: Mapping[int, OfferedVersion] = {}
 
@@ -53,8 +55,8 @@ class WeightsStore:
 
     @property
     def counters(self) -> dict[str, float]:
-        """The transport's counters (``Sender.counters``)."""
-        return self._sender.counters
+        """The transport's counters (``Sender.counters``), and those of the differences."""
+        return self._sender.counters | self._differences.counters
 
     def add(
         self,
@@ -103,6 +105,7 @@ class WeightsStore:
                 self._sender.withdraw(number)
                 # An actor that has it mapped is not affected: the name goes, the pages stay.
                 remove(old.path)
+        self._differences.offer(offered)
         return self.announcement(version)
 
     def announcement(self, version: int) -> m.WeightsAnnounced:
@@ -116,8 +119,14 @@ class WeightsStore:
             shm_path=self._sender.place(offered),
         )
 
+    async def ready(self, request: m.ActorToLearner) -> None:
+        """Waits for: the difference that the actor would take, a few seconds at most.  Unblocked by: the thread that
+        makes it, beside training."""
+        if isinstance(request, m.ManifestRequest) and request.run == self._run:
+            await self._differences.ready(request.version, request.base)
+
     def answer(self, request: m.ActorToLearner) -> m.LearnerToActor:
-        """The reply to an actor's request."""
+        """The reply to an actor's request, at once; after ``ready`` it names the differences that were waited for."""
         newest = self.newest
         if request.run != self._run:
             return m.Refused(reason=f"this learner serves run {self._run!r}, not {request.run!r}")
@@ -125,11 +134,13 @@ class WeightsStore:
             return m.Refused(reason=f"run {self._run!r} has not published any weights yet")
         if isinstance(request, m.AnnouncementRequest):
             return self.announcement(newest)
+        if isinstance(request, m.ChunkRequest) and request.base >= 0:
+            return self._differences.answer(request)
         offered = self._versions.get(request.version)
         if offered is None:
             return m.VersionGone(version=request.version, newest=newest)
         if isinstance(request, m.ManifestRequest):
-            return offered.manifest
+            return self._differences.describe(offered.manifest, request.base)
         return self._sender.answer(request, offered) or m.Refused(
             reason=f"this learner serves no chunks (weights.transport = {self._settings.transport!r}); give the actor "
             "the same transport"
@@ -138,5 +149,6 @@ class WeightsStore:
     def close(self) -> None:
         """Remove every file.  Idempotent."""
         self._versions = {}
+        self._differences.close()
         self._sender.close()
         self._files.close()

@@ -1,0 +1,93 @@
+"""Pulls payloads and differences from the learner's weights port: one chunk after another, a few requests ahead."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from atpo_async.core.errors import AtpoError, PeerLost
+from atpo_async.transports.base import ReceiverContext, VersionWithdrawn
+from atpo_async.wire.messages import Chunk, ChunkRequest, Refused, VersionGone
+
+CHUNKS_IN_FLIGHT = 4
+"""Enough to hide a round trip, few enough that heartbeats are never stuck behind megabytes."""
+
+
+class ChunkRefused(AtpoError):
+    """The learner does not serve what was asked for, or what came is no part of it."""
+
+
+class Pulled(NamedTuple):
+    """What is asked for, and where it goes."""
+
+    version: int
+    base: int
+    """-1 for the payload, else of the difference from there."""
+    nbytes: int
+    chunk_bytes: int
+    file: int
+    """Open for writing."""
+
+    @property
+    def chunks(self) -> int:
+        """How many."""
+        return num_chunks(self.nbytes, self.chunk_bytes)
+
+    def __str__(self) -> str:
+        return f"version {self.version}" + (f" as a difference to {self.base}" if self.base >= 0 else "")
+
+
+def num_chunks(nbytes: int, chunk_bytes: int) -> int:
+    return -(-nbytes // chunk_bytes)
+
+
+def chunk_length(nbytes: int, chunk_bytes: int, index: int) -> int:
+    """Bytes; the last chunk may be shorter than the others."""
+    return min(chunk_bytes, nbytes - index * chunk_bytes)
+
+
+async def pull(context: ReceiverContext, wanted: Sequence[Pulled]) -> None:
+    """Bring all of it.
+
+    Raises:
+        ChunkRefused: see there.
+        VersionWithdrawn: the learner no longer has a version.
+        PeerLost: it has not all arrived within ``weights.fetch_timeout_s``.
+        OSError: a file takes no more.
+    """
+    limit_s = context.settings.fetch_timeout_s
+    credit = asyncio.Semaphore(CHUNKS_IN_FLIGHT)
+    try:
+        async with asyncio.timeout(limit_s), asyncio.TaskGroup() as pulls:
+            for each in wanted:
+                for index in range(each.chunks):
+                    name = f"chunk-{each.version}-{index}"
+                    pulls.create_task(_pull(context, each, index, credit), name=name)
+    except TimeoutError:
+        count = sum(each.chunks for each in wanted)
+        raise PeerLost(
+            f"weights {wanted[-1]}: not all of {count} chunks came within {limit_s} s (weights.fetch_timeout_s)"
+        ) from None
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+
+
+async def _pull(context: ReceiverContext, wanted: Pulled, index: int, credit: asyncio.Semaphore) -> None:
+    request = ChunkRequest(run=context.run, version=wanted.version, index=index, base=wanted.base)
+    async with credit:
+        answer = await context.ask(request)
+    label = f"{wanted}: chunk {index}"
+    if isinstance(answer, VersionGone):
+        raise VersionWithdrawn(f"{wanted} was replaced by {answer.newest}")
+    if isinstance(answer, Refused):
+        raise ChunkRefused(f"{label} is refused by the learner: {answer.reason}")
+    length = chunk_length(wanted.nbytes, wanted.chunk_bytes, index)
+    if (
+        not isinstance(answer, Chunk)
+        or (answer.index, answer.base) != (index, wanted.base)
+        or len(answer.data) != length
+    ):
+        raise ChunkRefused(f"{label} came wrong or short")
+    os.pwrite(wanted.file, answer.data.data, index * wanted.chunk_bytes)
