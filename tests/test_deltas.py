@@ -14,6 +14,7 @@ import torch
 
 from actors.weights import copies as actors_copies
 from atpo_async.core.vocabulary import Precision
+from atpo_async.transports.base import Payload
 from atpo_async.transports.deltas.encoding import EncodingStopped, encode
 from atpo_async.wire.digests import digest_of
 from atpo_async.wire.messages import (
@@ -495,3 +496,36 @@ async def test_an_actor_that_takes_no_differences_is_named_none(tmp_path: Path) 
             refused = both.publisher.store.answer(request)
             assert isinstance(refused, Refused)
             assert said in refused.reason
+
+
+# --- actors that share a host's copies
+
+
+async def test_of_actors_that_share_a_host_one_fetches_the_difference_and_any_can_go_on(tmp_path: Path) -> None:
+    sharing = settings_of("auto", shared_memory=True)
+    async with ends(tmp_path, settings_of(), sharing) as both, connected(both.publisher, sharing, "second") as (two, _):
+        for version in (0, 1):
+            announced = both.publish(version)
+            payloads = await asyncio.gather(both.take(announced), both.take(announced, two))
+            assert list(payloads) == [whole(both, version)] * 2
+        found = [fetcher.take_counts() for fetcher in (both.fetcher, two)]
+        assert sum(counts.get("weights/differences/versions", 0.0) for counts in found) == 1.0
+        # Whichever fetched so far: the other has what it needs to go on alone.
+        for version, fetcher in ((2, two), (3, both.fetcher)):
+            assert await both.take(both.publish(version), fetcher) == whole(both, version)
+            assert fetcher.take_counts()["weights/differences/versions"] == 1.0
+            other = both.fetcher if fetcher is two else two
+            assert await both.take(both.publisher.store.announcement(version), other) == whole(both, version)
+            assert "weights/differences/versions" not in other.take_counts()
+
+
+async def test_what_is_rebuilt_wrong_for_a_host_is_fetched_whole_for_all(tmp_path: Path) -> None:
+    sharing = settings_of("auto", shared_memory=True)
+    async with ends(tmp_path, settings_of(), sharing) as both:
+        await begun(both)
+        base = both.fetcher._receiver._receivers["chunks"]._rebuilding  # type: ignore[attr-defined]
+        path = tmp_path / "spoiled"
+        path.write_bytes(bytes(len(whole(both, 1))))
+        base._base = base._base._replace(payload=Payload(path))
+        assert await both.pass_on(2) == whole(both, 2)
+        assert both.counts()["fallback/refused"] == 1.0

@@ -244,7 +244,8 @@ async def test_a_users_transport_carries_versions_and_drops_those_that_are_withd
             assert is_whole(await both.pass_on(version))
         assert sorted(path.name for path in share.iterdir()) == ["run-v1.bin", "run-v2.bin"]
         name = "shared_folder_of_this_test:SharedFolder"
-        assert both.fetcher.take_counts() == {f"weights/fetched/{name}": 3.0}
+        assert both.fetcher.take_counts() == {f"weights/fetched/{name}": 3.0, "weights/fetched_for_host": 3.0}
+        assert not any(counter.startswith("differences/") for counter in both.publisher.counters)
         assert both.fetcher.take_counts() == {}
 
 

@@ -21,13 +21,20 @@ from atpo_async.wire.messages import Chunk, ChunkRequest, LearnerToActor, Refuse
 
 
 class ChunkTransport:
-    """Works wherever an actor reaches the learner at all."""
+    """Works wherever an actor reaches the learner at all.
+
+    Args:
+        rarely: another transport brings most versions: only those that came in chunks are kept for differences.
+    """
+
+    def __init__(self, *, rarely: bool = False) -> None:
+        self._rarely = rarely
 
     def sender(self, context: SenderContext) -> Sender:
         return _ChunkSender()
 
     def receiver(self, context: ReceiverContext) -> Receiver:
-        return _ChunkReceiver(context)
+        return _ChunkReceiver(context, rarely=self._rarely)
 
 
 class _ChunkSender(Sender):
@@ -49,8 +56,9 @@ class _ChunkSender(Sender):
 
 
 class _ChunkReceiver(Receiver):
-    def __init__(self, context: ReceiverContext) -> None:
+    def __init__(self, context: ReceiverContext, *, rarely: bool) -> None:
         self._context = context
+        self._shares = context.settings.shared_memory and not rarely
         self._rebuilding = Rebuilding(context)
         self._brought = -1
         """The version that came this way last."""
@@ -80,7 +88,7 @@ class _ChunkReceiver(Receiver):
         host share it, for then it lies in this host's memory anyway, and another actor fetches next time."""
         announced = wanted.announced
         is_learners = announced.host_id == host_id() and announced.shm_path is not None
-        if self._brought == wanted.manifest.version or (self._context.settings.shared_memory and not is_learners):
+        if self._brought == wanted.manifest.version or (self._shares and not is_learners):
             self._rebuilding.keep(wanted, path)
         else:
             self._rebuilding.drop()

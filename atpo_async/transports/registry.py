@@ -27,7 +27,7 @@ def make_transport(settings: WeightsConfig) -> Transport:
     made: Transport = TRANSPORT.make(settings.transport, options=settings.transport_options)
     if settings.transport in TRANSPORT.names():
         return made
-    return Chain({settings.transport: _Checked(made, settings.transport), "chunks": ChunkTransport()})
+    return Chain({settings.transport: _Checked(made, settings.transport), "chunks": ChunkTransport(rarely=True)})
 
 
 class _Checked:
