@@ -7,9 +7,11 @@ The folder of a host that serves (``links.keys_dir``) holds::
     NAME.key                         another host, whose actors may join
     learners/NAME.key                another host, which may be the learner as well
     followers/NAME.key               another host, which may follow the buffer's journal and nothing else
+    relays/NAME.key                  another host, which may pass on what actors say that joined through it
 
-and the folder of a host that connects ``client.key``, ``client.key_secret`` and the other's ``server.key``.  A key's
-name is its file's; what a peer calls itself gives it no rights.  docs/keys.md has the commands.
+and the folder of a host that connects ``client.key``, ``client.key_secret`` and the other's ``server.key``.  A relay
+does both: ``upstream.key`` is the public key of the server that it connects to, ``server.key`` its own.  A key's name
+is its file's; what a peer calls itself gives it no rights.  docs/keys.md has the commands.
 """
 
 from __future__ import annotations
@@ -31,12 +33,14 @@ log = logging.getLogger("atpo.keys")
 
 SERVER_KEY = "server"
 CLIENT_KEY = "client"
-LEARNERS, FOLLOWERS = "learners", "followers"
-"""Sub-folders: of keys that may be the learner, and of keys that may follow the buffer's journal."""
+UPSTREAM_KEY = "upstream"
+"""In a relay's folder: of the server that it connects to."""
+LEARNERS, FOLLOWERS, RELAYS = "learners", "followers", "relays"
+"""Sub-folders: of keys that may be the learner, that may follow the buffer's journal, and that may be relays."""
 WHOSE = {LEARNERS: "learner's", FOLLOWERS: "follower's"}
 """Sub-folder -> whose key one in it is, for sentences."""
 
-RESERVED = frozenset({SERVER_KEY, CLIENT_KEY, *WHOSE})
+RESERVED = frozenset({SERVER_KEY, CLIENT_KEY, UPSTREAM_KEY, RELAYS, *WHOSE})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _PUBLIC = re.compile(r"[!-~]{40}")
 _MAX_FILE_BYTES = 1 << 16
@@ -121,6 +125,8 @@ class KeyFolder:
         self.only = only
         self.names: Mapping[str, str] = {}
         """Public key (Z85) -> the name of its file, of those that are let in."""
+        self.relays: frozenset[str] = frozenset()
+        """Of those, the names of the keys that may be relays."""
         self._files: dict[Path, _File] = {}
         self.trouble: tuple[str, ...] = ()
         """What is wrong in the folder, a line each."""
@@ -134,13 +140,16 @@ class KeyFolder:
         files: dict[Path, _File] = {}
         try:
             # A follower's key is none on the other sockets: it may be neither an actor nor the learner.
-            for folder in (self.folder, self.folder / (self.only or LEARNERS)):
+            subs = (self.only,) if self.only else (LEARNERS, RELAYS)
+            for folder in (self.folder, *(self.folder / sub for sub in subs)):
                 files |= self._scan(folder, trouble)
         except OSError as exc:
             files = {}
             trouble.append(f"{exc.filename} cannot be read, no peer is let in: {exc.strerror}")
         self._files = files
         names = self._name(files, trouble)
+        relays = {path.stem for path, file in files.items() if path.parent.name == RELAYS and file.key in names}
+        self.relays = frozenset(relays.intersection(names.values()))
         # Logged once, and again only when it changes: this is called at every connection.
         for line in sorted(set(trouble).difference(self.trouble)):
             log.error("keys in %s: %s", self.folder, line)
@@ -158,7 +167,7 @@ class KeyFolder:
             return {}
         for entry in entries:
             path = Path(entry.path)
-            if path.suffix != ".key" or path.stem == SERVER_KEY:
+            if path.suffix != ".key" or path.stem in (SERVER_KEY, UPSTREAM_KEY):
                 continue
             try:
                 status = path.stat()

@@ -12,7 +12,9 @@ from atpo_async.links.keys import (
     CLIENT_KEY,
     FOLLOWERS,
     LEARNERS,
+    RELAYS,
     SERVER_KEY,
+    UPSTREAM_KEY,
     KeyFolder,
     is_name,
     load_public,
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     may = making.add_mutually_exclusive_group()
     may.add_argument("--learner", action="store_true", help="that host may be the learner, not only run actors")
     may.add_argument("--follower", action="store_true", help="that host may follow the buffer's journal, nothing else")
+    may.add_argument("--relay", action="store_true", help="that host may be a relay for others (docs/relays.md)")
     text = "list the keys that are let in"
     for doing in (making, doings.add_parser("list", help=text, description=text, allow_abbrev=False)):
         doing.add_argument("--dir", metavar="DIR", default="keys", help="the run's links.keys_dir; ./keys if left out")
@@ -42,14 +45,15 @@ def run(asked: Asked) -> int:
 
 
 def _right(args: argparse.Namespace) -> str:
-    return LEARNERS if args.learner else FOLLOWERS if args.follower else ""
+    return LEARNERS if args.learner else FOLLOWERS if args.follower else RELAYS if args.relay else ""
 
 
 def new(folder: Path, name: str | None, *, right: str = "") -> list[str]:
     """Make the keys that this host lacks in ``folder``; with a name, also another host's folder.  Returns the lines.
 
     Args:
-        right: the sub-folder that the other host's key goes into: ``LEARNERS``, ``FOLLOWERS``, or empty for actors.
+        right: the sub-folder that the other host's key goes into: ``LEARNERS``, ``FOLLOWERS``, ``RELAYS``, or empty for
+            actors.
 
     Raises:
         SetupError: the name is none or is taken, or nothing can be written there.
@@ -57,7 +61,7 @@ def new(folder: Path, name: str | None, *, right: str = "") -> list[str]:
     if name is not None and not is_name(name):
         raise SetupError(
             f"{name!r} is no name for a host's keys; use letters, digits, '.', '-' and '_', "
-            f"and not {SERVER_KEY}, {CLIENT_KEY}, {LEARNERS} or {FOLLOWERS}"
+            f"and not {SERVER_KEY}, {CLIENT_KEY}, {UPSTREAM_KEY}, {LEARNERS}, {FOLLOWERS} or {RELAYS}"
         )
     if right and name is None:
         option = f"--{right.removesuffix('s')}"
@@ -81,11 +85,16 @@ def _for_this_host(folder: Path) -> list[str]:
     return [f"{folder} has this host's keys: --links.keys_dir {folder}"]
 
 
-_RIGHTS = {"": ", as actors", LEARNERS: ", as actors and as the learner", FOLLOWERS: ", as a follower of the journal"}
+_RIGHTS = {
+    "": ", as actors",
+    LEARNERS: ", as actors and as the learner",
+    FOLLOWERS: ", as a follower of the journal",
+    RELAYS: ", as a relay for actors that join through it",
+}
 
 
 def _for_another(folder: Path, name: str, *, right: str) -> list[str]:
-    for known in (folder / sub / f"{name}.key" for sub in ("", LEARNERS, FOLLOWERS)):
+    for known in (folder / sub / f"{name}.key" for sub in _RIGHTS):
         if known.exists():
             raise SetupError(
                 f"{known} exists: that host has its keys; remove the file first if it shall lose access, "
@@ -93,7 +102,9 @@ def _for_another(folder: Path, name: str, *, right: str) -> list[str]:
             )
     theirs = folder / name
     public, _ = make_keys(theirs, CLIENT_KEY)
-    shutil.copyfile(folder / f"{SERVER_KEY}.key", theirs / f"{SERVER_KEY}.key")
+    # A relay is a server too, with a pair of its own by that name.
+    server = f"{UPSTREAM_KEY if right == RELAYS else SERVER_KEY}.key"
+    shutil.copyfile(folder / f"{SERVER_KEY}.key", theirs / server)
     known = folder / right / f"{name}.key"
     known.parent.mkdir(exist_ok=True, mode=0o700)
     # Renamed when whole: a running buffer reads the folder whenever a client connects.
@@ -102,7 +113,7 @@ def _for_another(folder: Path, name: str, *, right: str) -> list[str]:
     unfinished.rename(known)
     return [
         f"{known} lets {name} in{_RIGHTS[right]}; it stays here",
-        f"{theirs} ({CLIENT_KEY}.key, {CLIENT_KEY}.key_secret, {SERVER_KEY}.key) goes to {name}, over a safe way "
+        f"{theirs} ({CLIENT_KEY}.key, {CLIENT_KEY}.key_secret, {server}) goes to {name}, over a safe way "
         "(scp -rp), and away from here: there --links.keys_dir names it",
         f"{name} loses access when {known} is removed, also while a run goes on",
     ]
@@ -127,9 +138,12 @@ def listed(folder: Path) -> list[str]:
     learners.look()
     followers.look()
     for key, name in sorted(keys.names.items(), key=_by_name):
-        host = (
-            "this host's own roles" if name == CLIENT_KEY else "actors" + (" and the learner" * (key in learners.names))
-        )
+        if name == CLIENT_KEY:
+            host = "this host's own roles"
+        elif name in keys.relays:
+            host = "a relay"
+        else:
+            host = "actors" + (" and the learner" * (key in learners.names))
         said.append(f"{key}  {name}: {host}")
         if (left := folder / name / f"{CLIENT_KEY}.key_secret").exists():
             said.append(f"{left} still lies here: it belongs on {name}, and nowhere else")
