@@ -127,6 +127,8 @@ class BufferService:
             endpoints.actors, receives=ActorToBuffer, handler=self._actor_handler.handle, with_frames=True,
             former_port=port_of(former.actors), setting="links.actors_port", **shared,
         )  # fmt: skip
+        self._actor_handler.relayed.is_relay = self.actors.is_relay
+        self.state.ledger.actors.is_relayed = lambda actor: self._actor_handler.relayed.depth(actor) > 0
         self.learner = Server(
             endpoints.learner, receives=LearnerToBuffer, handler=self._learner_handler.handle, only=LEARNERS,
             former_port=port_of(former.learner), setting="links.learner_port", **shared,
@@ -212,14 +214,16 @@ class BufferService:
 
     def facts(self) -> dict[str, object]:
         """For the buffer's status."""
-        ledger = self.state.ledger
+        ledger, now = self.state.ledger, self._clock()
+        relays = self._actor_handler.relayed.facts(ledger.actors.alive(now), now)
         return {
+            **({"relays": relays} if relays else {}),
             "step": self.state.step,
             "version": self.state.version,
             "published": ledger.progress.published,
             "ready trees": len(self.state.pool),
             "leased trees": ledger.num_training,
-            "actors alive": ledger.actors.num_alive(self._clock()),
+            "actors alive": ledger.actors.num_alive(now),
             "journal failing": self.journal.failing or "no",
         }
 
@@ -239,7 +243,8 @@ class BufferService:
                 now = self._clock()
             # The link's own heartbeats count: an actor that waits for its engine reports late but lives.
             for name, silent_s in self.actors.silences():
-                self.state.ledger.actors.heard(name, now - silent_s)
+                if not self._actor_handler.relayed.is_known(name):
+                    self.state.ledger.actors.heard(name, now - silent_s)
             # At the end ``_tell_the_end`` waits for actors to fall silent, which no message signals.
             if self.state.tick(now) or self.state.finished:
                 self._changes.notify()

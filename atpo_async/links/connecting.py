@@ -45,6 +45,8 @@ class ConnectingLink(Link):
         self._connected = False
         self._silent_beats = 0
         self._trouble = ""
+        self._server_key = ""
+        """Public key of the other end (Z85); empty for ``server.key`` of the folder."""
 
     @property
     def connected(self) -> bool:
@@ -74,7 +76,6 @@ class ConnectingLink(Link):
         folder = self.settings.keys_dir
         if folder is not None:
             socket.curve_publickey, socket.curve_secretkey = load_pair(folder, CLIENT_KEY)
-            socket.curve_serverkey = load_public(folder / f"{SERVER_KEY}.key")
         events = (
             zmq.EVENT_HANDSHAKE_SUCCEEDED
             | zmq.EVENT_DISCONNECTED
@@ -99,6 +100,8 @@ class ConnectingLink(Link):
 
     def _dial(self, socket: Socket) -> None:
         require_keys_off_loopback(self.endpoint, self.settings, "connect to")
+        if (folder := self.settings.keys_dir) is not None:
+            socket.curve_serverkey = self._server_key.encode() or load_public(folder / f"{SERVER_KEY}.key")
         socket.setsockopt(zmq.IPV6, int(addresses.is_ipv6(addresses.host_of(self.endpoint))))
         try:
             socket.connect(self.endpoint)
@@ -112,10 +115,24 @@ class ConnectingLink(Link):
         if not found or found == self.endpoint or socket is None or socket.closed:
             return
         log.info("%s: the other end is at %s now (before: %s)", self.title, found, self.endpoint or "unknown")
+        self.move(found, self._server_key)
+
+    def move(self, endpoint: str, server_key: str = "") -> None:
+        """Connect to another server from now on.
+
+        Args:
+            endpoint: of it.
+            server_key: its public key (Z85); empty for ``server.key`` of the folder.
+        """
+        socket = self._end
+        if socket is None or socket.closed:
+            self.endpoint, self._server_key = endpoint, server_key
+            return
         if self.endpoint:
             with contextlib.suppress(zmq.ZMQError):
                 socket.disconnect(self.endpoint)
-        self.endpoint = found
+        self._connected = False
+        self.endpoint, self._server_key = endpoint, server_key
         try:
             self._dial(socket)
         except SetupError as exc:

@@ -34,12 +34,16 @@ class Link:
         self.settings = settings
         self._limits = limits_of(settings)
         self._context: Context | None = None
+        self._beside: Link | None = None
+        """Another open link of this process, whose context this one uses too."""
         self._published = ""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         # One context each: CURVE's allow-list belongs to a context.
-        self._context = zmq.Context()
+        self._context = zmq.Context() if self._beside is None else self._beside._context
+        if self._context is None:
+            raise AssertionError("the link beside this one is not open")
         try:
             self._open(self._context)
         except BaseException:
@@ -80,9 +84,9 @@ class Link:
         raise NotImplementedError
 
     def _close_context(self) -> None:
-        if self._context is not None:
+        if self._context is not None and self._beside is None:
             self._context.destroy(linger=0)
-            self._context = None
+        self._context = None
 
     def _open(self, context: Context) -> None:
         raise NotImplementedError

@@ -29,6 +29,8 @@ from atpo_async.core.vocabulary import Precision, Split
 from atpo_async.wire.joined import BufferToJoined, JoinedToBuffer
 from atpo_async.wire.message import Message as Message
 from atpo_async.wire.records import TurnRecords
+from atpo_async.wire.relayed import Hop as Hop
+from atpo_async.wire.relayed import RelayHello as RelayHello
 
 PROTOCOL = 7
 """Peers of another protocol number are refused by name."""
@@ -50,6 +52,11 @@ class ActorHello(Message, frozen=True, tag="actor_hello"):
     """Name of its machine, for people; empty where it does not say."""
     host_id: Name = ""
     """Identity of its machine and boot (``run.host.host_id``): actors of one can share its memory."""
+    continues: Name = ""
+    """The name by which the buffer knows this very process, which has come another way since: its leases stay its own.
+    Empty for a new process."""
+    ticket: Name = ""
+    """Of that name, from its ``Welcome``: proves that it may be continued."""
 
 
 class LeaseRequest(Message, frozen=True, tag="lease_request"):
@@ -108,7 +115,7 @@ class ActorReport(Message, frozen=True, tag="actor_report"):
     host_id: Name = ""
 
 
-ActorToBuffer = ActorHello | LeaseRequest | TreeOpened | Turn | TreeClosed | LeaseReturned | ActorReport
+ActorToBuffer = ActorHello | LeaseRequest | TreeOpened | Turn | TreeClosed | LeaseReturned | ActorReport | RelayHello
 
 
 # --- buffer -> actor -------------------------------------------------------------------------------------------
@@ -131,11 +138,20 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """Buffer's answer to ``ActorHello``: the run, and the endpoint of the weights (empty until known)."""
+    """Buffer's answer to ``ActorHello`` and ``RelayHello``: the run, and the endpoint of the weights (empty until
+    known).  A relay that passes it on puts its own endpoints there."""
 
     run: Name
     weights_endpoint: Text
     announce_endpoint: Text
+    name: Name = ""
+    """What the buffer calls the asker: with the relays between, ``relay-1/gpu-7/actor-0``."""
+    ticket: Name = ""
+    """With it the asker may go on under another name, by another way (``ActorHello.continues``)."""
+    way: tuple[Hop, ...] = ()
+    """What lies beyond the server that the asker reached, up to the buffer; none where that is the buffer."""
+    finished: bool = False
+    """The run is over."""
 
 
 class Leases(Message, frozen=True, tag="leases"):

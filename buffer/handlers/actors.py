@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable
 from itertools import islice
@@ -19,11 +20,14 @@ from atpo_async.wire.records import TurnRecords
 from buffer.handlers.context import HandlerContext
 from buffer.handlers.lease_queue import MOST_LEASE_WAIT_S, LeaseQueue
 from buffer.handlers.pending_answers import SETTLE_WAIT_S, PendingAnswer
+from buffer.handlers.relayed import RelayedPeers
 from buffer.leases.presence import Host
 from buffer.metrics_file import may_be_called
 from buffer.state import RETRY_S, Admitted
 from buffer.trees.assembly import Frames
 from buffer.trees.index import StoredTurns
+
+log = logging.getLogger("atpo.buffer")
 
 LEASES_SHARE = 0.5
 """Share of links.max_message_bytes that committed turns may take in an answer with leases."""
@@ -49,6 +53,9 @@ class ActorHandler:
         self._queue = LeaseQueue(self._ask, most_wait_s=min(most_wait_s, context.config.links.deadline_s / 4))
         self._changes.on_change = self._queue.changed
         self._knows_the_end: set[str] = set()
+        self.relayed = RelayedPeers(context)
+        self._moved: dict[str, str] = {}
+        """Former name of an actor -> the name under which it has gone on."""
         ledger = context.state.ledger
         self._leased = ledger.next_number > 1
         self._leased_training = ledger.tasks.next_task > 0
@@ -68,11 +75,13 @@ class ActorHandler:
         Raises:
             BadMessage: the message is refused.
         """
-        if isinstance(message, m.ActorHello | m.LeaseRequest):
+        if isinstance(message, m.ActorHello | m.LeaseRequest | m.RelayHello):
             return self._answer_actor(peer, message)
         now = self._context.clock()
         try:
             self._context.check_run(message)
+            if refusal := self.relayed.refusal(peer, message):
+                raise BadMessage(refusal)
             self._state.ledger.actors.heard(peer, now)
             self._take(peer, message, now, frames)
         except BadMessage as exc:
@@ -83,9 +92,16 @@ class ActorHandler:
             raise
         return None
 
-    async def _answer_actor(self, peer: str, message: m.ActorHello | m.LeaseRequest) -> m.Message:
+    async def _answer_actor(self, peer: str, message: m.ActorHello | m.LeaseRequest | m.RelayHello) -> m.Message:
+        if refusal := self.relayed.refusal(peer, message):
+            return m.Refused(reason=refusal)
+        if isinstance(message, m.RelayHello):
+            return self._welcome_relay(peer, message)
         if isinstance(message, m.LeaseRequest):
             self._context.check_run(message)
+            if peer in self._moved:
+                # Passed on late by a relay that the actor has gone past: nothing may be granted to a name without one.
+                return m.Refused(reason=f"{peer} has gone on as {self._moved[peer]}")
             return await self._lease(peer, message)
         welcome = self._welcome(peer, message, self._context.clock())
         if isinstance(welcome, m.Welcome):
@@ -107,15 +123,50 @@ class ActorHandler:
                 reason=f"actor {hello.actor} grows {hello.environment!r} trees of up to {hello.search_leaves} leaves, "
                 f"this run {grown[0]!r} trees of {grown[1]}; start it with the run's configuration"
             )
-        self._drop_pending(peer)
-        self._state.hello(peer, now)
+        if hello.continues and not self.relayed.is_right(hello.continues, hello.ticket):
+            return m.Refused(reason=f"{peer} cannot go on as {hello.continues}: its ticket is not that of this name")
+        self._moved.pop(peer, None)
+        if hello.continues:
+            self._go_on(hello.continues, peer, now)
+        else:
+            self._drop_pending(peer)
+            self._state.hello(peer, now)
         self._state.ledger.actors.lives_on(peer, Host(hello.host, hello.host_id))
         self._changes.notify()
+        return self._welcome_of(peer)
+
+    def _welcome_of(self, peer: str) -> m.Welcome:
         return m.Welcome(
             run=self._context.run,
             weights_endpoint=self._state.weights_endpoint,
             announce_endpoint=self._state.announce_endpoint,
+            name=peer,
+            ticket=self.relayed.ticket(peer),
+            finished=self._state.finished,
         )
+
+    def _welcome_relay(self, peer: str, hello: m.RelayHello) -> m.Message:
+        if refusal := self.relayed.hello(peer, hello, self._context.clock()):
+            return m.Refused(reason=refusal)
+        if self._state.finished:
+            self._knows_the_end.add(peer)
+            self._changes.notify()
+        return self._welcome_of(peer)
+
+    def _go_on(self, former: str, peer: str, now: float) -> None:
+        """An actor has come another way: what it held under its former name it holds as ``peer``."""
+        if former == peer:
+            self._state.ledger.actors.heard(peer, now)
+            return
+        pending = self._pending.get(former)
+        if pending is not None:
+            # Granted, and never sent there.
+            self._state.returned(former, [lease.tree_id for lease in pending.answer.leases])
+            self._drop_pending(former)
+        moved = self._state.ledger.goes_on(former, peer, now)
+        self._moved[former] = peer
+        self.relayed.moves += 1
+        log.info("actor %s goes on as %s, with %d leases", former, peer, moved)
 
     async def _lease(self, peer: str, request: m.LeaseRequest) -> m.Leases:
         """Waits for: admission, then the commit.  Unblocked by: a batch taken, a version published, an evaluation, a

@@ -191,6 +191,16 @@ class Ledger:
                     unknown.append(held)
         return unknown
 
+    def goes_on(self, former: str, actor: str, now: float) -> int:
+        """The process that was called ``former`` is called ``actor`` from now on.  Returns the number of its leases."""
+        self.actors.goes_on(former, actor, now)
+        moved = self._leases.hand_over(former, actor)
+        for held in moved:
+            held.unseen = 0
+            held.expires_at = max(held.expires_at, now + self._lifetime_s)
+            self._changed.add(held.tree_id)
+        return len(moved)
+
     def excuse(self, away_s: float, now: float) -> None:
         """The buffer itself stood still for so long: no silence or delay in that time counts."""
         self.actors.excuse(now)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 FORGOTTEN_S = 3600.0
 """An actor that holds nothing and was silent for so long is forgotten."""
+
+
+RELAYED_PATIENCE = 3
+"""Times longer may an actor be silent that comes through a relay: it may be on its way past one that died."""
 
 
 class Host(NamedTuple):
@@ -27,6 +31,8 @@ class ActorPresence:
 
     def __init__(self, silent_s: float) -> None:
         self._silent_s = silent_s
+        self.is_relayed: Callable[[str], bool] = lambda actor: False
+        """Whether an actor comes through a relay."""
         self._heard: dict[str, float] = {}
         self._hosts: dict[str, Host] = {}
 
@@ -48,12 +54,26 @@ class ActorPresence:
         for actor in self._heard:
             self._heard[actor] = now
 
+    def goes_on(self, former: str, actor: str, now: float) -> None:
+        """The process that was called ``former`` is called ``actor`` from now on."""
+        self.heard(actor, now)
+        self._heard.pop(former, None)
+        if (host := self._hosts.pop(former, None)) is not None:
+            self.lives_on(actor, host)
+
+    def _limit_s(self, actor: str) -> float:
+        return self._silent_s * (RELAYED_PATIENCE if self.is_relayed(actor) else 1)
+
     def is_silent(self, actor: str, now: float) -> bool:
-        return now - self._heard.get(actor, now) > self._silent_s
+        return now - self._heard.get(actor, now) > self._limit_s(actor)
+
+    def alive(self, now: float) -> list[str]:
+        """Actors that were heard from lately."""
+        return [actor for actor, heard in self._heard.items() if now - heard <= self._limit_s(actor)]
 
     def num_alive(self, now: float) -> int:
         """Actors that were heard from lately."""
-        return sum(now - heard <= self._silent_s for heard in self._heard.values())
+        return len(self.alive(now))
 
     def forget_long_gone(self, now: float, holders: Iterable[str]) -> None:
         """Drop those that were silent for very long and hold nothing."""

@@ -114,6 +114,18 @@ class LeaseTable:
         held.waiting = True
         self._waiting[held.kind][held.tree_id] = None
 
+    def hand_over(self, former: str, actor: str) -> list[HeldLease]:
+        """What ``former`` holds, ``actor`` holds from now on, and what it lost and no other has yet, ``actor`` may
+        renew.  Returns both."""
+        theirs = self.held_by(former)
+        for held in theirs:
+            self._unassign(held)
+            self.assign(held, actor)
+        lapsed = [held for held in self if held.waiting and held.holder == former]
+        for held in lapsed:
+            held.holder = actor
+        return theirs + lapsed
+
     def pop(self, tree_id: str) -> HeldLease | None:
         """Remove a lease."""
         held = self._by_tree.pop(tree_id, None)

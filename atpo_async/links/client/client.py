@@ -7,7 +7,7 @@ import logging
 import secrets
 import struct
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,7 +165,9 @@ class Client(ConnectingLink):
             PeerLost: there was no place for ``give_up_s``, or the server is silent for that long.
             BadMessage: the message is none or too large.
         """
-        frames = encode_within(message, self._limits)
+        await self._put(message, encode_within(message, self._limits))
+
+    async def _put(self, message: Any, frames: Sequence[codec.Buffer]) -> None:
         if self._failure is not None:
             raise self._failure
         places = self._window.places
@@ -400,17 +402,21 @@ class Client(ConnectingLink):
         """Everything below ``handled`` has been handled."""
         done = self._window.acknowledge(handled)
         for message, reason in done:
-            if reason is None:
-                continue
-            log.warning("%s refused %s of %s: %s", self._peer(), type(message).__name__, self.identity, reason)
-            if self.on_refused is not None:
-                try:
-                    self.on_refused(message, reason)
-                # The rest of this acknowledgement must be processed even if the owner's callback fails.
-                except Exception:
-                    log.exception("on_refused of %s failed", self.identity)
+            try:
+                self._on_done(message, reason)
+            # The rest of this acknowledgement must be processed even if the owner's callback fails.
+            except Exception:
+                log.exception("on_refused of %s failed", self.identity)
         if done and self.on_acked is not None:
             self.on_acked(handled)
+
+    def _on_done(self, message: Any, refusal: str | None) -> None:
+        """The server has taken a send, or refused it for a reason."""
+        if refusal is None:
+            return
+        log.warning("%s refused %s of %s: %s", self._peer(), type(message).__name__, self.identity, refusal)
+        if self.on_refused is not None:
+            self.on_refused(message, refusal)
 
     def _on_reply(self, request_id: int, frames: list[codec.Buffer]) -> None:
         pending = self._requests.waiting_for(request_id)

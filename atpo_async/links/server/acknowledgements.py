@@ -8,8 +8,9 @@ import time
 from collections.abc import Awaitable, Callable
 
 from atpo_async.links.frames import ACK, MAX_REASON, REFUSE, worth_a_line
-from atpo_async.links.server.handling import Spawn
-from atpo_async.links.server.sessions import Session, Work
+from atpo_async.links.parcels import Parcel
+from atpo_async.links.server.handling import Outcome, Spawn
+from atpo_async.links.server.sessions import ReceivedSends, Session, Work
 
 log = logging.getLogger("atpo.links")
 
@@ -51,13 +52,18 @@ class Acknowledgements:
         """Settle nothing further."""
         self._closed = True
 
-    def handled(self, session: Session, refusal: str | None) -> None:
-        """The next send of a client has been handled, or is refused for a reason."""
+    def handled(self, session: Session, outcome: Outcome) -> None:
+        """The next send of a client has been handled, is refused for a reason, or is passed on."""
         sends = session.sends
-        if refusal is not None:
-            sends.refusals[sends.handled] = refusal[:MAX_REASON]
+        if isinstance(outcome, str):
+            sends.refusals[sends.handled] = outcome[:MAX_REASON]
         else:
             session.useful = True
+        if isinstance(outcome, Parcel):
+            sends.passed_on.append((sends.handled, outcome))
+            sends.handled += 1
+            outcome.then(lambda: self.answer_soon(session))
+            return
         sends.handled += 1
         if not sends.due:
             self.answer_soon(session)
@@ -83,7 +89,7 @@ class Acknowledgements:
             if self._settled is not None and sends.handled > sends.settled:
                 self._unsettled.add(session)
                 continue
-            sends.settled = sends.handled
+            sends.settled = _arrived(sends)
             at_once.append(session)
         if self._unsettled and self._settled is not None and self._settler is None and not self._closed:
             self._settler = self._spawn(self._settle(self._settled), f"{self._title} settles")
@@ -134,3 +140,15 @@ class Acknowledgements:
             if seq < sends.settled and not self._answer(session, REFUSE, seq, 0, reason.encode(errors="replace")):
                 return
         self._answer(session, ACK, sends.settled)
+
+
+def _arrived(sends: ReceivedSends) -> int:
+    """Up to where everything is handled, and what was passed on has arrived."""
+    while sends.passed_on:
+        number, parcel = sends.passed_on[0]
+        if not parcel.arrived:
+            return number
+        sends.passed_on.popleft()
+        if parcel.refusal is not None:
+            sends.refusals[number] = parcel.refusal[:MAX_REASON]
+    return sends.handled

@@ -11,6 +11,7 @@ from typing import Any
 from atpo_async.config import LinksConfig
 from atpo_async.core.texts import of_error
 from atpo_async.links.frames import MAX_REASON, limits_of
+from atpo_async.links.parcels import Parcel
 from atpo_async.wire import codec
 
 log = logging.getLogger("atpo.links")
@@ -20,6 +21,9 @@ Frames = Sequence[codec.Buffer]
 
 Handler = Callable[..., Any]
 """``handler(peer, message)``, with ``with_frames`` ``handler(peer, message, frames)``; a coroutine function or not."""
+
+Outcome = Parcel | str | None
+"""Of a send that was handled: None where it is done, why it is refused, or what has still to arrive elsewhere."""
 
 Spawn = Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
 """Starts a task of the link, by its name."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from atpo_async.core.errors import BadMessage
 from atpo_async.links.frames import MAX_REASON, encode_within
+from atpo_async.links.parcels import NoAnswer
 from atpo_async.links.server.handling import Frames, Handling
 from atpo_async.links.server.replies import Replies, Send
 from atpo_async.links.server.sessions import Session, Work
@@ -96,6 +97,9 @@ class RequestHandler:
                 reply = Refused(reason=f"{handling.title} has no answer to {what}")
             answer = encode_within(reply, handling.limits)
             session.useful = session.useful or not isinstance(reply, Refused)
+        except NoAnswer:
+            # Among the unknown ones of the client's next ping, if it still waits.
+            answer = None
         except BadMessage as exc:
             answer = self._refusal(str(exc))
         except Exception as exc:
@@ -104,7 +108,8 @@ class RequestHandler:
         finally:
             # Cancelled, too: the session is forgotten, and has neither replies nor requests left.
             session.requests.work.pop(request_id, None)
-        self.replies.add(session, request_id, answer)
+        if answer is not None:
+            self.replies.add(session, request_id, answer)
         self._begin_waiting(session)
 
     def _refusal(self, reason: str) -> list[codec.Buffer]:

@@ -11,9 +11,10 @@ from typing import Any
 
 from atpo_async.core.errors import BadMessage
 from atpo_async.links.frames import MAX_SENDS
+from atpo_async.links.parcels import Parcel
 from atpo_async.links.pump import BURST
 from atpo_async.links.server.acknowledgements import Acknowledgements
-from atpo_async.links.server.handling import Frames, Handling
+from atpo_async.links.server.handling import Frames, Handling, Outcome
 from atpo_async.links.server.sessions import Session, Work
 from atpo_async.wire.records import frames_in
 
@@ -103,7 +104,7 @@ class SendHandler:
         if result is not None and inspect.isawaitable(result):
             session.sends.begun = result
             return False
-        done(session, None)
+        done(session, result if isinstance(result, Parcel) else None)
         return True
 
     async def _work(self, session: Session) -> None:
@@ -113,20 +114,20 @@ class SendHandler:
             burst = 0
             while sends.queue:
                 item, frames = sends.queue[0]
-                reason = str(item) if isinstance(item, BadMessage) else await self._handle(session, item, frames)
+                outcome = str(item) if isinstance(item, BadMessage) else await self._handle(session, item, frames)
                 # Ack after the handler: an ack before it loses the message if we crash here.  Out of the queue
                 # only now: a handler that was cancelled has not taken its message.
                 sends.queue.popleft()
                 sends.queued_bytes -= sum(map(len, frames))
-                self._acknowledgements.handled(session, reason)
+                self._acknowledgements.handled(session, outcome)
                 burst += 1
                 if burst % BURST == 0:
                     await asyncio.sleep(0)
         finally:
             sends.worker = None
 
-    async def _handle(self, session: Session, message: Any, frames: Frames) -> str | None:
-        """Run the handler; returns why the message is refused, or None."""
+    async def _handle(self, session: Session, message: Any, frames: Frames) -> Outcome:
+        """Run the handler."""
         sends, title = session.sends, self._handling.title
         work = sends.work = Work(type(message).__name__, time.monotonic())
         try:
@@ -137,8 +138,8 @@ class SendHandler:
                         raise begun
                     result = self._handling.run(session.name, message, frames) if begun is None else begun
                     if result is not None and inspect.isawaitable(result):
-                        await result
-                    return None
+                        result = await result
+                    return result if isinstance(result, Parcel) else None
                 except BadMessage as exc:
                     return str(exc)
                 except Exception as exc:

@@ -44,7 +44,9 @@ class Server(BindingLink):
             For a request, what it returns is the reply; any exception becomes ``Refused``.  Sends of one peer are
             handled one after another in order; requests run beside them as tasks of their own.  Where it returns
             an awaitable that is awaited; a plain function, or one that returns an awaitable only where it has to
-            wait, is faster: no task is needed for what it does at once.
+            wait, is faster: no task is needed for what it does at once.  Of a send it may return a ``Parcel``: those
+            behind it are handled, and it is acknowledged or refused once the parcel has arrived (not with ``settled``).
+            Of a request it may raise ``NoAnswer``: no reply is sent, and a client that still waits asks again.
         settings: window, heartbeats, deadlines, keys.
         settled: if given, what the handlers of sends have taken is acknowledged, or refused, only once a call of this
             that began after they returned has returned too: where they only note, this makes durable.  Handlers of
@@ -87,6 +89,10 @@ class Server(BindingLink):
     @property
     def bad_messages(self) -> int:
         return self._bad.count
+
+    def is_relay(self, peer: str) -> bool:
+        """Whether a client may pass on messages of others: with keys, the name of its key says so."""
+        return self._keys is None or peer.partition("/")[0] in self._keys.relays
 
     @property
     def counters(self) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from atpo_async.config import LinksConfig
 from atpo_async.links.frames import FULL, ID_SEPARATOR, REPLACED, worth_a_line
+from atpo_async.links.parcels import Parcel
 from atpo_async.links.server.handling import BadMessages, Frames
 from atpo_async.wire import codec
 
@@ -43,6 +44,8 @@ class ReceivedSends:
     queued_bytes: int = 0
     begun: Any = None
     """What the handler's first attempt on the queue's first message came to: an awaitable, or its exception."""
+    passed_on: deque[tuple[int, Parcel]] = field(default_factory=deque)
+    """Number -> what has not arrived where the handler passed it on to, in order."""
     refusals: dict[int, str] = field(default_factory=dict)
     """Number -> reason, until the client knows of it."""
     worker: asyncio.Task[None] | None = None
