@@ -66,8 +66,10 @@ class RoutedClient(Client):
         self._greets: tuple[int, PendingRequest] | None = None
         """The greeting under way, with its number; nothing else is sent meanwhile."""
         self._unconnected_beats = 0
+        self._is_introduced = True
+        """The server in use knows this client; until then it is sent nothing but the greeting."""
         self._is_turned_away = False
-        """The server in use has refused the greeting."""
+        """It has refused the greeting."""
         self._parcels: deque[Parcel] = deque()
 
     # --- for the owner
@@ -100,8 +102,13 @@ class RoutedClient(Client):
 
     def _on_connected(self) -> None:
         if self._greeting is not None and self.way.has_others:
+            self._is_introduced = False
             self._begin_greeting(self._greeting)
         super()._on_connected()
+
+    def _on_lost(self) -> None:
+        self._is_introduced = self._greeting is None or not self.way.has_others
+        super()._on_lost()
 
     def _follow(self) -> None:
         super()._follow()
@@ -127,7 +134,7 @@ class RoutedClient(Client):
         hop = self.way.step()
         self.num_moves += 1
         self._silent_beats = self._unconnected_beats = 0
-        self._is_turned_away = False
+        self._is_turned_away, self._is_introduced = False, self._greeting is None
         log.warning("%s goes past %s%s, to %s", self.identity, former, trouble, hop.endpoint)
         self.move(hop.endpoint, hop.server_key)
 
@@ -160,12 +167,13 @@ class RoutedClient(Client):
             log.error("%s is turned away by %s: %s", self.identity, self.endpoint, exc)
             self._trouble, self._is_turned_away = str(exc), True
             return
+        self._is_introduced = True
         self._window.start_over()
         self._requests.start_over()
         self._transmit()
 
     def _transmit(self) -> None:
-        if self._greets is None and not self._is_turned_away:
+        if self._is_introduced:
             super()._transmit()
             return
         self._transmitting = False
