@@ -31,8 +31,8 @@ UNCONNECTED_BEATS = 2
 class RoutedClient(Client):
     """A ``Client`` that knows more than one server for what it sends.
 
-    What is not acknowledged is sent again to the next server, in order, and open requests are asked again: whoever gets
-    them at the end must take a repeated message as harmless.
+    What is not acknowledged is sent again to the next server, in order, and open requests are asked again: the
+    server at the end must take a repeated message as harmless.
 
     Args:
         way: the servers; the one in use is connected to first.
@@ -58,7 +58,7 @@ class RoutedClient(Client):
         self._beside = beside
         self._server_key = way.current.server_key
         self.is_muted: Callable[[], bool] = lambda: False
-        """Asked before each ping: true while whoever this client speaks for shows no sign of life."""
+        """Asked before each ping: true while the peer that this client speaks for shows no sign of life."""
         self.num_moves = 0
         """How often it has gone on to another server."""
         self._greeting: Callable[[], Any] | None = None
