@@ -57,6 +57,7 @@ PURE = {
     "atpo_async.environments.data.splits",
     "atpo_async.environments.hopqa.world",
     "atpo_async.wire.messages",
+    "atpo_async.wire.weights",
     "atpo_async.core.tree",
     *(f"atpo_async.wire.{name}" for name in ("arrays", "checks", "codec", "forms", "plain_turn", "rules")),
     "actors.expansion.candidates",
