@@ -98,6 +98,7 @@ class BufferState:
             prefix=f"b{incarnation}",
             max_tasks=config.run.max_tasks,
             labels=labels,
+            alone=config.actor.count == 1,
         )
         self.delay_line: DelayLine | None = None
         """Decides which trees are grown and served where the lag is to be exact."""
@@ -193,7 +194,7 @@ class BufferState:
 
     def hello(self, actor: str, now: float) -> None:
         """A new process of this name: leases of the previous one are lost at once."""
-        self.ledger.actors.heard(actor, now)
+        self.ledger.hello(actor, now)
         for held in self.ledger.held_by(actor):
             self._lost(held)
 
@@ -215,6 +216,8 @@ class BufferState:
             produced=self.counters.since.produced,
             memory_full=self.trees.memory_full,
             exact=exact,
+            engine_version=engine_version,
+            steps_left=max(self._config.run.steps - self.step, 0),
         )
         leases = Leases(
             leases=tuple(self._begun(held) for held in granted.leases),
@@ -274,6 +277,7 @@ class BufferState:
         if isinstance(message, Turn):
             self.counters.count_turn()
             self._last_turn_s = now
+            self.ledger.turn(message.tree_id, now=now, lag=max(self.version - message.spans[0].version, 0))
             if not self.assembly.is_closed(message.tree_id) and self._config.buffer.ready == "complete":
                 return False
         tree_id = message.tree_id
@@ -387,7 +391,9 @@ class BufferState:
         Raises:
             BadMessage: with ``staleness.exact_lag``, a batch of another size than the run's.
         """
-        return self.batch_server.draw(request, now, self.rng)
+        drawn = self.batch_server.draw(request, now, self.rng)
+        self.ledger.limits.pace.taken(self.ledger.progress.next_version, now)
+        return drawn
 
     def trained(self, message: Trained) -> None:
         """A rank has trained on its share of a batch."""

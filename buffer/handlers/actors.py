@@ -288,6 +288,8 @@ class ActorHandler:
                     self._changes.notify()
                 self._context.metrics.report(peer, self._state.step, message.version, message.metrics)
             case m.LeaseReturned():
+                if not message.reason:
+                    self._state.ledger.actors.leaves(peer)
                 if self._state.returned(peer, message.tree_ids, message.reason):
                     self._changes.notify()
 

@@ -14,6 +14,8 @@ as max_lag >= (publish_every - 1) + (max_uses - 1): the configuration refuses an
 
 from __future__ import annotations
 
+import math
+
 from atpo_async.config import StalenessConfig
 from buffer.journal.entries import RunEntry
 
@@ -72,6 +74,25 @@ class LagRule:
         """
         s = self._staleness
         return max(self._progress.next_version + pending * s.max_uses // s.trees_per_batch - s.max_lag, 0)
+
+    def version_of(self, engine_version: int | None, pending: int) -> int:
+        """The version with which an actor begins a tree now, after ``pending`` others."""
+        newest = engine_version if engine_version is not None and engine_version >= 0 else self._progress.published or 0
+        return max(newest, self.least_version(pending))
+
+    def batches_after_next(self, version: int) -> int:
+        """How many batches after the next one may still use a tree that was begun with ``version``."""
+        return version + self._staleness.max_lag - self._progress.next_version
+
+    def missing(self, pending: int) -> int | None:
+        """Trees that the batch under way still needs, besides ``pending`` ones; None where several are under way."""
+        s = self._staleness
+        return s.max_trees_pending - pending if s.max_lag == 0 else None
+
+    def missing_at_the_end(self, pending: int, steps_left: int | None) -> int | None:
+        """Trees that the run still needs, besides ``pending`` ones, for so many batches; None where there is no end."""
+        s = self._staleness
+        return None if steps_left is None else math.ceil(steps_left * s.trees_per_batch / s.max_uses) - pending
 
     def why_closed(self, *, under_lease: int, ready: int, produced: int, memory_full: bool) -> str | None:
         """Why no new training tree may begin now; None if one may.

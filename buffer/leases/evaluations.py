@@ -195,6 +195,10 @@ class Evaluations:
                 return evaluation, evaluation.next_task - 1
         return None
 
+    def num_to_lease(self, published: int | None) -> int:
+        """Tasks that ``next_task`` would give, one after another."""
+        return sum(each.num_tasks - each.next_task for each in self if _is_runnable(each, published))
+
     def blocking(self, published: int | None) -> Evaluation | None:
         """The evaluation that holds training leases back, once its version is published: training may lead to it."""
         for evaluation in self:

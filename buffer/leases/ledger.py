@@ -18,7 +18,10 @@ from buffer.batches.delay_line import Admission
 from buffer.journal.entries import RunEntry, TreeStateEntry
 from buffer.leases.admission import LagRule, LearnerProgress
 from buffer.leases.evaluations import Evaluation, Evaluations
+from buffer.leases.limits import ShareLimits
 from buffer.leases.presence import ActorPresence
+from buffer.leases.rates import Rates
+from buffer.leases.shares import remaining_trees
 from buffer.leases.table import HeldLease, LeaseTable
 from buffer.leases.tasks import TrainingTasks
 
@@ -37,6 +40,25 @@ class Granted:
     """That reason holds for this actor; another may get some."""
 
 
+@dataclass(slots=True)
+class _Asked:
+    """A request for leases, and what came of it so far."""
+
+    actor: str
+    now: float
+    ready: int
+    produced: int
+    memory_full: bool
+    exact: Admission | None
+    engine_version: int | None
+    steps_left: int | None
+    begun: int = 0
+    """New training trees."""
+    refused_here: bool = False
+    """There was a tree, and this actor may not have it."""
+    only_here: bool = False
+
+
 class Ledger:
     """The leases of one run.
 
@@ -49,6 +71,7 @@ class Ledger:
         prefix: begins every tree id; never used by an earlier buffer of the run.
         max_tasks: no training task from this one on; None for no end.
         labels: of the tasks, where the run has several environments.
+        alone: no other actor is to be expected beside the first one.
     """
 
     def __init__(
@@ -62,6 +85,7 @@ class Ledger:
         prefix: str,
         max_tasks: int | None = None,
         labels: TaskLabels | None = None,
+        alone: bool = True,
     ) -> None:
         self._lifetime_s = lifetime_s
         self._max_reissues = max_reissues
@@ -75,7 +99,9 @@ class Ledger:
         self.next_number = 1
         """Of the next tree."""
         self._changed: set[str] = set()
-        self._leases = LeaseTable()
+        self.rates = Rates()
+        self.limits = ShareLimits(staleness, self.rates, self.actors, alone=alone)
+        self._leases = LeaseTable(assigned=self.rates.assigned, unassigned=self.rates.unassigned)
 
     # --- granting ----------------------------------------------------------------------------------------------
 
@@ -89,6 +115,8 @@ class Ledger:
         produced: int = 0,
         memory_full: bool = False,
         exact: Admission | None = None,
+        engine_version: int | None = None,
+        steps_left: int | None = None,
     ) -> Granted:
         """Up to ``count`` leases for ``actor``: first what was lost, then evaluation, then new training trees.
 
@@ -100,44 +128,88 @@ class Ledger:
             produced: training trees that became ready since the last batch, those without signal too.
             memory_full: the buffer is at its byte limit.
             exact: with ``staleness.exact_lag``, what decides about training trees instead of the three above.
+            engine_version: that the actor generates with; None or below 0 where unknown.
+            steps_left: batches of the run that are still to be taken; None where there is no end.
         """
         self.actors.heard(actor, now)
+        self.actors.asks(actor)
+        self.rates.now = now
+        asked = _Asked(actor, now, ready, produced, memory_full, exact, engine_version, steps_left)
         leases: list[HeldLease] = []
         reason: str | None = None
-        begun = 0
         while len(leases) < count:
-            blocking = self.evaluations.blocking(self.progress.published)
-            held_back = blocking is not None or (exact is not None and exact.held_back is not None)
-            held = self._reissued(held_back) or self._for_evaluation()
-            if held is None:
-                reason = _why_blocked(blocking) or (
-                    self._why_closed(ready, produced, memory_full) if exact is None else exact.why_closed(begun)
-                )
-                if reason is not None:
-                    break
-                pending = self.num_training + ready
-                held = self._for_training(self._rule.least_version(pending) if exact is None else max(exact.version, 0))
-                begun += 1
-            self._leases.assign(held, actor)
-            held.expires_at, held.unseen, held.refused = now + self._lifetime_s, 0, ""
-            self._changed.add(held.tree_id)
-            leases.append(held)
-        return Granted(tuple(leases), reason)
+            found = self._next(asked)
+            if not isinstance(found, HeldLease):
+                reason, asked.only_here = found, asked.only_here or asked.refused_here
+                break
+            self._leases.assign(found, actor)
+            found.expires_at, found.unseen, found.refused = now + self._lifetime_s, 0, ""
+            self.limits.granted(found.kind)
+            self._changed.add(found.tree_id)
+            leases.append(found)
+        return Granted(tuple(leases), reason, only_here=asked.only_here)
 
-    def _reissued(self, blocked: bool) -> HeldLease | None:
-        """A lost lease, evaluation first; training ones wait while they are ``blocked``."""
+    def _next(self, asked: _Asked) -> HeldLease | str:
+        """A lease without a holder, or why there is none."""
+        published = self.progress.published
+        blocking, exact = self.evaluations.blocking(published), asked.exact
+        blocked = blocking is not None or (exact is not None and exact.held_back is not None)
+        asked.refused_here = False
+        limited: dict[Split, str | None] = {}
         kinds: tuple[Split, ...] = ("eval",) if blocked else ("eval", "train")
-        for kind in kinds if self.progress.published is not None else ():
+        for kind in kinds if published is not None else ():
             held = self._leases.first_waiting(kind)
-            if held is not None:
+            if held is not None and self._may(asked, kind, limited):
                 held.epoch += 1
                 return held
-        return None
+        if self.evaluations.num_to_lease(published) and self._may(asked, "eval", limited):
+            return self._for_evaluation()
+        why = _why_blocked(blocking) or (
+            self._why_closed(asked) if exact is None else exact.why_closed(asked.begun)
+        )  # fmt: skip
+        if why is not None:
+            # Of what this actor is refused another may get some.
+            return next((each for each in limited.values() if each is not None), why)
+        if not self._may(asked, "train", limited):
+            return str(limited["train"])
+        asked.begun += 1
+        least = self._rule.least_version(self.num_training + asked.ready)
+        return self._for_training(least if exact is None else max(exact.version, 0))
 
-    def _for_evaluation(self) -> HeldLease | None:
+    def _may(self, asked: _Asked, kind: Split, limited: dict[Split, str | None]) -> bool:
+        """Whether this actor may have a tree of a kind; ``limited`` holds why not."""
+        if kind not in limited:
+            limited[kind] = self._why_not_here(asked, kind)
+        asked.refused_here = asked.refused_here or limited[kind] is not None
+        return limited[kind] is None
+
+    def _why_not_here(self, asked: _Asked, kind: Split) -> str | None:
+        """Why this actor gets no tree of a kind though there are some; None if it may have one."""
+        waiting = self._leases.num_waiting(kind)
+        if kind == "eval":
+            remaining: int | None = self.evaluations.num_to_lease(self.progress.published) + waiting
+        else:
+            version = self._rule.version_of(asked.engine_version, self.num_training + asked.ready)
+            left = self._rule.batches_after_next(version)
+            if (why := self.limits.why_no_training(asked.actor, batches_left=left, now=asked.now)) is not None:
+                return why
+            remaining = self._training_left(asked)
+            remaining = None if remaining is None else remaining + waiting
+        return self.limits.why_left(asked.actor, kind, remaining, asked.now)
+
+    def _training_left(self, asked: _Asked) -> int | None:
+        """Training trees that are still to be begun, for the batch under way or in the run; None where there is no
+        end."""
+        if asked.exact is not None:
+            return max(asked.exact.capacity - asked.begun, 0)
+        pending = self.num_training + asked.ready
+        return remaining_trees(
+            self._rule.missing(pending), self.tasks.num_left, self._rule.missing_at_the_end(pending, asked.steps_left)
+        )
+
+    def _for_evaluation(self) -> HeldLease:
         found = self.evaluations.next_task(self.progress.published)
-        if found is None:
-            return None
+        assert found is not None
         evaluation, task = found
         tree_id = f"{self.prefix}-e{evaluation.step}v{evaluation.version}-{task:06d}"
         return self._hold(tree_id, task, "eval", evaluation.version, evaluation.step)
@@ -155,12 +227,12 @@ class Ledger:
         self._leases.put(held)
         return held
 
-    def _why_closed(self, ready: int, produced: int, memory_full: bool) -> str | None:
+    def _why_closed(self, asked: _Asked) -> str | None:
         """Why no new training tree may begin now; None if one may."""
         if self.progress.published is not None and self.tasks.all_leased:
             return f"all run.max_tasks = {self.tasks.max_tasks} tasks are leased or done"
         return self._rule.why_closed(
-            under_lease=self.num_training, ready=ready, produced=produced, memory_full=memory_full
+            under_lease=self.num_training, ready=asked.ready, produced=asked.produced, memory_full=asked.memory_full
         )
 
     # --- renewing and losing -----------------------------------------------------------------------------------
@@ -172,6 +244,7 @@ class Ledger:
             Leases that it does not know of: granted, and the answer never reached it.  Call ``reissue`` for each.
         """
         self.actors.heard(actor, now)
+        self.rates.now = now
         named = set(tree_ids)
         for tree_id in named:
             held = self._leases.find(tree_id)
@@ -193,13 +266,22 @@ class Ledger:
 
     def goes_on(self, former: str, actor: str, now: float) -> int:
         """The process that was called ``former`` is called ``actor`` from now on.  Returns the number of its leases."""
+        self.rates.now = now
         self.actors.goes_on(former, actor, now)
         moved = self._leases.hand_over(former, actor)
+        self.rates.goes_on(former, actor)
         for held in moved:
             held.unseen = 0
             held.expires_at = max(held.expires_at, now + self._lifetime_s)
             self._changed.add(held.tree_id)
         return len(moved)
+
+    def hello(self, actor: str, now: float) -> None:
+        """A new process of this name: its rate is measured anew.  Call ``reissue`` or ``end`` for what it held."""
+        self.rates.now = now
+        self.rates.forget(actor)
+        self.actors.heard(actor, now)
+        self.actors.asks(actor)
 
     def excuse(self, away_s: float, now: float) -> None:
         """The buffer itself stood still for so long: no silence or delay in that time counts."""
@@ -209,6 +291,7 @@ class Ledger:
 
     def lapsed(self, now: float) -> list[HeldLease]:
         """Leases whose time is over or whose holder is silent; call ``reissue`` or ``end`` for each."""
+        self.rates.now = now
         self.actors.forget_long_gone(now, (held.holder for held in self._leases))
         return [
             held
@@ -236,13 +319,24 @@ class Ledger:
         held.lost += lost
         if held.lost > self._max_reissues:
             self.tasks.give_up()
-            self.end(tree_id)
+            self._drop(tree_id)
             return False
         self._leases.free(held)
         return True
 
     def end(self, tree_id: str) -> HeldLease | None:
         """The tree is done; its lease goes."""
+        if (held := self._leases.find(tree_id)) is not None:
+            self.rates.ended(held)
+        return self._drop(tree_id)
+
+    def turn(self, tree_id: str, *, now: float, lag: int) -> None:
+        """A turn of a tree came, ``lag`` versions behind the learner."""
+        self.rates.now = now
+        if (held := self._leases.find(tree_id)) is not None:
+            self.rates.turn(held, lag=lag)
+
+    def _drop(self, tree_id: str) -> HeldLease | None:
         held = self._leases.pop(tree_id)
         if held is not None:
             self._changed.add(tree_id)
@@ -252,7 +346,7 @@ class Ledger:
         """End every training lease: their trees can no longer be used.  Their tasks are leased again."""
         revoked = [held for held in self._leases if held.kind == "train"]
         for held in revoked:
-            self.end(held.tree_id)
+            self._drop(held.tree_id)
             self.tasks.retry(held.task_index, in_vain=False)
         return revoked
 
@@ -266,7 +360,7 @@ class Ledger:
             return []
         replaced = [held.tree_id for held in self._leases if held.eval_step == step]
         for tree_id in replaced:
-            self.end(tree_id)
+            self._drop(tree_id)
         return replaced
 
     # --- snapshot ----------------------------------------------------------------------------------------------

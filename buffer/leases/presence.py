@@ -35,6 +35,8 @@ class ActorPresence:
         """Whether an actor comes through a relay."""
         self._heard: dict[str, float] = {}
         self._hosts: dict[str, Host] = {}
+        self._left: set[str] = set()
+        """Actors that have handed their leases back and are about to end; their links may live on for a moment."""
 
     def heard(self, actor: str, now: float) -> None:
         """``actor`` gave a sign of life at ``now``; an earlier one changes nothing."""
@@ -49,6 +51,24 @@ class ActorPresence:
         """Where ``actor`` runs, as far as known."""
         return self._hosts.get(actor, Host())
 
+    def asks(self, actor: str) -> None:
+        """``actor`` asks to take part, or for leases."""
+        self._left.discard(actor)
+
+    def leaves(self, actor: str) -> None:
+        """``actor`` has handed its leases back in good order and takes part no more."""
+        if actor in self._heard:
+            self._left.add(actor)
+
+    def is_there(self, actor: str, now: float) -> bool:
+        """Whether ``actor`` takes part: it was heard from lately, and has not left."""
+        return actor not in self._left and actor in self._heard and not self.is_silent(actor, now)
+
+    @property
+    def num_there(self) -> int:
+        """Actors that were ever heard from and have not left; silent ones count until they are forgotten."""
+        return len(self._heard) - len(self._left)
+
     def excuse(self, now: float) -> None:
         """The buffer stood still until ``now``: no silence in that time counts."""
         for actor in self._heard:
@@ -58,6 +78,7 @@ class ActorPresence:
         """The process that was called ``former`` is called ``actor`` from now on."""
         self.heard(actor, now)
         self._heard.pop(former, None)
+        self._left.discard(former)
         if (host := self._hosts.pop(former, None)) is not None:
             self.lives_on(actor, host)
 
@@ -68,11 +89,15 @@ class ActorPresence:
         return now - self._heard.get(actor, now) > self._limit_s(actor)
 
     def alive(self, now: float) -> list[str]:
-        """Actors that were heard from lately."""
-        return [actor for actor, heard in self._heard.items() if now - heard <= self._limit_s(actor)]
+        """Actors that were heard from lately and have not left."""
+        return [
+            actor
+            for actor, heard in self._heard.items()
+            if now - heard <= self._limit_s(actor) and actor not in self._left
+        ]
 
     def num_alive(self, now: float) -> int:
-        """Actors that were heard from lately."""
+        """Actors that were heard from lately and have not left."""
         return len(self.alive(now))
 
     def forget_long_gone(self, now: float, holders: Iterable[str]) -> None:
@@ -81,6 +106,7 @@ class ActorPresence:
         for actor in gone - set(holders) if gone else ():
             del self._heard[actor]
             self._hosts.pop(actor, None)
+            self._left.discard(actor)
 
     def __len__(self) -> int:
         return len(self._heard)

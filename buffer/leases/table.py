@@ -6,7 +6,7 @@ What a message of an actor costs must not depend on how many other actors there 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from atpo_async.core.vocabulary import Split
@@ -47,9 +47,20 @@ class HeldLease:
 
 
 class LeaseTable:
-    """All leases of one run."""
+    """All leases of one run.
 
-    def __init__(self) -> None:
+    Args:
+        assigned: called with a lease that has a holder from now on.
+        unassigned: called with one that its holder has no more.
+    """
+
+    def __init__(
+        self,
+        *,
+        assigned: Callable[[HeldLease], None] = lambda held: None,
+        unassigned: Callable[[HeldLease], None] = lambda held: None,
+    ) -> None:
+        self._assigned, self._unassigned = assigned, unassigned
         self._by_tree: dict[str, HeldLease] = {}
         self._by_holder: dict[str, dict[str, HeldLease]] = {}
         """Actor -> the leases that it holds, by tree."""
@@ -98,15 +109,14 @@ class LeaseTable:
         if held.waiting:
             self._waiting[held.kind][held.tree_id] = None
         elif held.holder:
-            self._by_holder.setdefault(held.holder, {})[held.tree_id] = held
+            self._give(held, held.holder)
 
     def assign(self, held: HeldLease, actor: str) -> None:
         """``actor`` holds it from now on."""
         if held.waiting:
             held.waiting = False
             del self._waiting[held.kind][held.tree_id]
-        held.holder = actor
-        self._by_holder.setdefault(actor, {})[held.tree_id] = held
+        self._give(held, actor)
 
     def free(self, held: HeldLease) -> None:
         """It waits for another holder from now on."""
@@ -135,9 +145,15 @@ class LeaseTable:
             self._waiting[held.kind].pop(tree_id, None)
         return held
 
+    def _give(self, held: HeldLease, actor: str) -> None:
+        held.holder = actor
+        self._by_holder.setdefault(actor, {})[held.tree_id] = held
+        self._assigned(held)
+
     def _unassign(self, held: HeldLease) -> None:
         theirs = self._by_holder.get(held.holder)
         if theirs is None or theirs.pop(held.tree_id, None) is None:
             return
         if not theirs:
             del self._by_holder[held.holder]
+        self._unassigned(held)

@@ -41,6 +41,11 @@ class TrainingTasks:
         """Whether none is left to begin."""
         return self.max_tasks is not None and not self.retries and self.next_task >= self.max_tasks
 
+    @property
+    def num_left(self) -> int | None:
+        """Tasks that are left to begin; None where there is no end."""
+        return None if self.max_tasks is None else max(self.max_tasks - self.next_task, 0) + len(self.retries)
+
     def begin(self) -> tuple[int, bool]:
         """The next task, and whether it is a retry."""
         if not self.retries:
