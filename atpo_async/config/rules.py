@@ -212,6 +212,20 @@ def _ports(config: Config) -> None:
             )
 
 
+def _cluster(config: Config) -> None:
+    ray, learner = config.ray, config.learner
+    if ray.max_actors is not None and ray.max_actors < config.actor.count:
+        raise ValueError(
+            f"ray.max_actors = {ray.max_actors} is below actor.count = {config.actor.count}: it counts all actors, "
+            "those that come later included"
+        )
+    if learner.num_processes % ray.learner.nodes:
+        raise ValueError(
+            f"ray.learner.nodes = {ray.learner.nodes} does not divide learner.num_processes = {learner.num_processes}: "
+            "each node gets as many ranks as the others"
+        )
+
+
 RULES: tuple[Callable[[Config], None], ...] = (
     _one_or_several_environments,
     _lag_leaves_room,
@@ -226,5 +240,6 @@ RULES: tuple[Callable[[Config], None], ...] = (
     _buffer,
     _gpus,
     _ports,
+    _cluster,
 )
 """In the order in which they are checked."""

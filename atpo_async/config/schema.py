@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 from atpo_async.config import rules
 from atpo_async.config.doors import environment_door
 from atpo_async.config.sections.base import Section
+from atpo_async.config.sections.cluster import RayConfig
 from atpo_async.config.sections.data import BufferConfig, StalenessConfig
 from atpo_async.config.sections.environments import MOST_ENVIRONMENTS, EnvironmentConfig, WeightedEnvironment
 from atpo_async.config.sections.generation import ActorConfig, ModelConfig, SearchConfig
@@ -44,6 +45,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     metrics: MetricsConfig = MetricsConfig()
     supervisor: SupervisorConfig = SupervisorConfig()
+    ray: RayConfig = RayConfig()
 
     @property
     def swap_timeout_s(self) -> float:

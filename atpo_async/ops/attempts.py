@@ -89,6 +89,8 @@ class Ending:
     """As in ``exits``; -n where signal n killed it."""
     reason: str = ""
     """In a line; empty where its work was done."""
+    lost: bool = False
+    """Its machine is gone: no crash of the role."""
 
 
 class Crashes:

@@ -12,6 +12,9 @@ SUPERVISOR_PID = "ATPO_SUPERVISOR_PID"
 ERROR_FILE = "ATPO_ERROR_FILE"
 """Environment variable: where a supervised role writes ``{"code", "error"}`` when it fails."""
 
+STATUS_FOLDER = "ATPO_STATUS_FOLDER"
+"""Environment variable: where a role that has no run folder on its machine writes its status, for what started it."""
+
 DOING = ".doing"
 """Suffix, in place of the error file's own, of a file that names the call of the environment that is under way: an
 environment's code may end the process without an error."""

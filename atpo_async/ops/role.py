@@ -32,7 +32,15 @@ from atpo_async.core.errors import (
 )
 from atpo_async.links import addresses
 from atpo_async.models import compiled
-from atpo_async.ops.exits import ERROR_FILE, ERROR_PREFIX, EXIT_CRASH, EXIT_DONE, EXIT_FAILURE, EXIT_USER
+from atpo_async.ops.exits import (
+    ERROR_FILE,
+    ERROR_PREFIX,
+    EXIT_CRASH,
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_USER,
+    STATUS_FOLDER,
+)
 from atpo_async.ops.joined.joining import Joined, join
 from atpo_async.ops.lifeline import Signals, exit_within, is_supervised, tie_to_supervisor
 from atpo_async.run.endpoints import Endpoints
@@ -112,9 +120,11 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
         make_temporary_folder_fit(_note)
         compiled.keep(_note)
         context = _context(name, list(argv))
-        folder = None if context.rundir is None else context.rundir.path / snapshot.FOLDER
+        folder = _status_folder(context)
         if folder is not None:
             actors = [f"actor-{index}" for index in range(context.config.actor.count)]
+            if STATUS_FOLDER in os.environ:
+                actors = []  # of those that wait elsewhere for a place nothing is known here
             others = ("buffer", "learner", *actors) if supervised else ()
             waits.extend_while(Loads(folder, context.process_name, others))
         with Reporter(context.process_name, folder=folder, log=context.log, on_signal=True) as reporter:
@@ -141,6 +151,13 @@ def run(name: str, main: Callable[[RoleContext], Awaitable[None]], argv: Sequenc
             context.joined.close()
     exit_within(EXIT_DEADLINE_S, code)
     sys.exit(code)
+
+
+def _status_folder(context: RoleContext) -> Path | None:
+    """Where this role writes its status; None where no process would read it."""
+    if given := os.environ.get(STATUS_FOLDER):
+        return Path(given)
+    return None if context.rundir is None else context.rundir.path / snapshot.FOLDER
 
 
 def _note(line: str) -> None:

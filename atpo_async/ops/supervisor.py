@@ -23,7 +23,7 @@ from atpo_async.ops import notices, stopping
 from atpo_async.ops.attempts import Attempt, Crashes, Ending
 from atpo_async.ops.exits import ERROR_FILE, EXIT_CRASH, EXIT_DONE, EXIT_USER, SUPERVISOR_PID
 from atpo_async.ops.following import NOTICES, Follower
-from atpo_async.ops.launchers.base import Launcher, StartOrder
+from atpo_async.ops.launchers.base import Launcher, RoleLost, StartOrder
 from atpo_async.ops.specs import RoleSpec
 from atpo_async.ops.watching import HangWatch, RoleWatch, write_hang_report
 from atpo_async.run import accelerate_environment, processes, scratch
@@ -55,6 +55,7 @@ class Supervisor:
         rundir: the run; its roles record there where they listen.
         specs: the roles, in the order of starting.
         settings: the launcher, restarts, back-off, grace.
+        launcher: in place of the one that ``settings`` names.
         say: one line to the user about an event (a restart, a stop).
         on_records: new records of the metrics file, as they come.
         on_starts: the roles that are starting, about once a second.
@@ -67,6 +68,7 @@ class Supervisor:
         specs: Sequence[RoleSpec],
         *,
         settings: SupervisorConfig,
+        launcher: Launcher[Any] | None = None,
         say: Callable[[str], None] = lambda line: None,
         on_records: Callable[[Sequence[Record]], None] = lambda records: None,
         on_starts: Callable[[Sequence[RoleStart]], None] = lambda starts: None,
@@ -77,7 +79,9 @@ class Supervisor:
         self._settings = settings
         self._say = say
         self._clock = clock
-        self._launcher: Launcher[Any] = LAUNCHER.make(settings.launcher, options=settings.launcher_options)
+        self._launcher: Launcher[Any] = launcher or LAUNCHER.make(settings.launcher, options=settings.launcher_options)
+        self._by = f"supervisor.launcher = {settings.launcher!r}" if launcher is None else type(launcher).__name__
+        """The launcher, in errors."""
         self._attempts: dict[str, Attempt] = {}
         """Role -> its attempt that runs."""
         self._done = asyncio.Event()
@@ -191,13 +195,14 @@ class Supervisor:
                 continue
             if ending.code == EXIT_USER:
                 raise SetupError(f"{spec.name}: {ending.reason}  (log: {attempt.log})")
-            crashes.add(self._clock())
-            if crashes.too_many:
-                raise RoleCrashed(crashes.given_up(attempt, ending.reason))
-            self._say(
-                f"{spec.name} ended: {ending.reason}; starting it again in {crashes.pause_s:g} s  (log: {attempt.log})"
-            )
-            await self._back_off(spec, crashes.pause_s)
+            pause_s = self._settings.backoff_s
+            if not ending.lost:
+                crashes.add(self._clock())
+                if crashes.too_many:
+                    raise RoleCrashed(crashes.given_up(attempt, ending.reason))
+                pause_s = crashes.pause_s
+            self._say(f"{spec.name} ended: {ending.reason}; starting it again in {pause_s:g} s  (log: {attempt.log})")
+            await self._back_off(spec, pause_s)
 
     async def _start(self, spec: RoleSpec) -> Attempt:
         attempt = self._rundir.next_attempt(spec.name)
@@ -224,7 +229,7 @@ class Supervisor:
 
     async def _launched(self, order: StartOrder) -> Any:
         """The handle of a role that was started.  Raises SetupError with the launcher's name where it fails."""
-        by = f"by supervisor.launcher = {self._settings.launcher!r}"
+        by = f"by {self._by}"
         try:
             handle = await self._launcher.start(order)
         except AtpoError:
@@ -241,13 +246,20 @@ class Supervisor:
 
     async def _wait(self, attempt: Attempt) -> Ending:
         """Waits for: the end of a role, and of all that it started.  Returns how it ended."""
+        ending: Ending | None = None
         try:
-            code, lost = await attempt.handle.wait(), ""
+            code = await attempt.handle.wait()
+        except RoleLost as exc:
+            ending = Ending(code=EXIT_CRASH, reason=str(exc), lost=True)
+        except SetupError as exc:
+            ending = Ending(code=EXIT_USER, reason=str(exc))
+        except AtpoError as exc:
+            ending = Ending(code=EXIT_CRASH, reason=str(exc))
         except Exception as exc:
-            code, lost = EXIT_CRASH, f"its launcher has lost it: {of_error(exc)}"
+            ending = Ending(code=EXIT_CRASH, reason=f"its launcher has lost it: {of_error(exc)}")
         await self._kill([attempt])
         self._attempts.pop(attempt.role, None)
-        return Ending(code=code, reason=lost) if lost else attempt.ending(code)
+        return ending or attempt.ending(code)
 
     async def _kill(self, attempts: Sequence[Attempt]) -> None:
         """End these attempts and all that they started, together.  Reports to the user where the launcher fails."""
@@ -255,7 +267,7 @@ class Supervisor:
             await self._launcher.kill([attempt.handle for attempt in attempts])
         except Exception as exc:
             names = ", ".join(attempt.role for attempt in attempts)
-            self._say(f"supervisor.launcher = {self._settings.launcher!r} could not end {names}: {of_error(exc)}")
+            self._say(f"{self._by} could not end {names}: {of_error(exc)}")
 
     async def _back_off(self, spec: RoleSpec, pause_s: float) -> None:
         """Waits for: ``pause_s`` before a crashed role is started again.  Unblocked by: a stop."""

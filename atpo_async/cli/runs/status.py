@@ -27,19 +27,27 @@ UNSAID = frozenset({"kind", "name", "endpoint", "waits"})
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     """Of the command line."""
-    parser.add_argument("run", metavar="RUN")
+    parser.add_argument(
+        "run", metavar="RUN", help="run folder; of a run on a Ray cluster: ray://RUN (docs/clusters.md)"
+    )
     parser.add_argument("--json", action="store_true", help="for programs: all status snapshots of the roles")
 
 
 def run(asked: Asked) -> int:
     """Prints the screen, or JSON."""
-    view = look(asked.args.run)
+    view = _on_ray(asked.args.run) if asked.args.run.startswith("ray://") else look(asked.args.run)
     if asked.args.json:
         print(as_json(view))
     else:
         # Lines are not wrapped in a pipe, so that words can be searched for in them.
         show(view, Console(highlight=False, width=None if sys.stdout.isatty() else 1000))
     return EXIT_DONE
+
+
+def _on_ray(url: str) -> RunView:
+    from atpo_async.api.places.on_ray import look_on_ray
+
+    return look_on_ray(url)
 
 
 def show(view: RunView, console: Console) -> None:

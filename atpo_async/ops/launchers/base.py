@@ -12,6 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from atpo_async.core.errors import AtpoError
+
+
+class RoleLost(AtpoError):
+    """The machine of a role is gone, through no fault of the role.  ``RoleHandle.wait`` may raise it: the role is
+    started again, and that is not counted as a crash."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StartOrder:
