@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import stat
@@ -37,6 +38,10 @@ DONE = "pass"
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     return make_run(tmp_path / "runs")
+
+
+def holds(file: Path, words: bytes) -> bool:
+    return file.exists() and words in file.read_bytes()
 
 
 def supervisor_of(run: RunDir, places: MadeUpPlaces, *specs: Any, said: list[str], **settings: Any) -> Supervisor:
@@ -139,7 +144,7 @@ async def test_a_node_that_is_lost_is_no_crash_of_the_role_which_starts_again_wh
     task = asyncio.create_task(supervisor.run())
     for attempt, coming in ((0, "b"), (1, "c")):
         log = run.log_path("actor-0", attempt)
-        await until_async(lambda log=log: log.exists() and b"ready" in log.read_bytes())
+        await until_async(functools.partial(holds, log, b"ready"))
         del places.living[places.hosts["actor-0"]._node_id]
         places.dead.add("actor-0")
         places.add(coming)
@@ -191,7 +196,7 @@ async def test_secrets_lie_in_the_hosts_private_folder_only_and_go_with_it(run: 
     await until_async(lambda: all(log.exists() and b"keys in" in log.read_bytes() for log in logs))
     learner, actor = (Path(log.read_text().split()[2]) for log in logs)
     await until_async(lambda: (learner / "actor-0.key").exists())  # the learner lets the actor in
-    secrets = {}
+    secrets: dict[Path, str] = {}
     for folder, names in ((learner, {"client", "server"}), (actor, {"client"})):
         found = list(folder.glob("*.key_secret"))
         assert {file.stem for file in found} == names

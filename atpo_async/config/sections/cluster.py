@@ -53,7 +53,7 @@ class LearnerShare(Share):
 
     nodes: int = Field(1, ge=1, description="nodes over which learner.num_processes are divided evenly, a bundle each")
     dir: Path | None = Field(
-        None, description="of its files on its node, until the run's folder has them; none: a cache"
+        None, description="of its files on its node; none: in its user's cache"
     )
 
 
