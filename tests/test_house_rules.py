@@ -262,6 +262,11 @@ def test_only_links_and_keys_import_zmq() -> None:
     assert not broken(i for i in imports() if package_of(i.target) == "zmq" and not allowed.fullmatch(i.importer))
 
 
+def test_only_its_launcher_imports_ray() -> None:
+    home = re.compile(r"atpo_async\.ops\.launchers\.ray(\..+)?")
+    assert not broken(i for i in imports() if package_of(i.target) == "ray" and not home.fullmatch(i.importer))
+
+
 def test_links_are_used_through_their_ends() -> None:
     """What is behind a client, a server and announcements may change."""
     hidden = re.compile(r"atpo_async\.links\.(pump|link|binding|connecting|authentication|(client|server)\.\w+)")
@@ -301,7 +306,7 @@ def test_outside_the_learner_heavy_libraries_are_imported_lazily_or_by_an_engine
 
 def test_the_vocabulary_and_the_command_line_load_neither_torch_nor_zmq_nor_vllm() -> None:
     names = [name for name in LIGHT if name in modules()]
-    assert loaded_by(names, HEAVY | {"zmq", "tokenizers", "matplotlib", "jinja2", "psutil", "filelock"}) == []
+    assert loaded_by(names, HEAVY | {"zmq", "ray", "tokenizers", "matplotlib", "jinja2", "psutil", "filelock"}) == []
 
 
 def test_no_module_outside_the_learner_and_the_engines_loads_torch() -> None:

@@ -96,7 +96,7 @@ async def test_a_role_without_a_place_is_said_once_shown_in_the_status_and_start
     shown = status_of(run, "actor-0")
     assert shown is not None
     assert shown.phase == "pending: it has no place on the cluster"
-    assert (shown.waits[0].what, shown.waits[0].on) == ("a place (1 CPU)", "the Ray cluster")
+    assert (shown.waits[0].what, shown.waits[0].on) == ("a place (1 CPU)", "the cluster")
     assert run.log_path("actor-0", 0).read_bytes() == b""
     places.add("b")
     await until_async(lambda: "ready" in run.log_path("actor-0", 0).read_text())
@@ -124,7 +124,7 @@ def test_a_role_that_waits_for_its_place_for_days_is_never_taken_for_stuck(run: 
     assert len(said) == 2
     sentence = "; ".join(explain(roles.look(now), {}))
     assert "actor-0" in sentence
-    assert "a place (8 GPU) from the Ray cluster" in sentence
+    assert "a place (8 GPU) from the cluster" in sentence
 
 
 async def test_a_stop_ends_a_role_that_has_no_place_and_gives_every_place_back(run: RunDir) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from atpo_async.status.snapshot import ENDED, StatusSnapshot, Wait
-from atpo_async.status.waits import DISK, OWN_PARTS
+from atpo_async.status.waits import CLUSTER, DISK, OWN_PARTS
 from atpo_async.status.wording import duration
 
 CLOSED = "which closes the circle"
@@ -150,7 +150,7 @@ def _chain(
         words = f"{subject} waits {duration(wait.since_s)} for {wait.what} from {target}"
         if target == ACTORS:
             rest = _Chain((target,), ("of which none is there",))
-        elif target == DISK:
+        elif target in (DISK, CLUSTER):
             return _Chain((start, target), (words,), (wait.since_s,))
         elif target in path:
             rest = _Chain((target,), (CLOSED,))
@@ -189,6 +189,13 @@ def joined_by_address(statuses: Iterable[StatusSnapshot]) -> dict[str, float]:
                     name, silent_s = str(peer["peer"]), float(peer["silent_s"])
                 except (KeyError, TypeError, ValueError):
                     continue
-                if name.partition("-")[0] != LEARNER:
+                if _own_name(name).partition("-")[0] != LEARNER:
                     found[name] = silent_s
-    return {name: silent_s for name, silent_s in found.items() if name not in {p.role for p in statuses}}
+    known = {status.role for status in statuses}
+    return {name: silent_s for name, silent_s in found.items() if _own_name(name) not in known}
+
+
+def _own_name(peer: str) -> str:
+    """What a peer calls itself, where its key has the name of its role: the keys that a run makes for its own."""
+    key, _, own = peer.rpartition("/")
+    return own if key and own.startswith(key) else peer

@@ -22,6 +22,9 @@ TORCH, ENGINE, ENVIRONMENT = "torch", "engine", "environment"
 OWN_PARTS = frozenset({TORCH, ENGINE, ENVIRONMENT})
 """Parts of a role's own process that it may wait for; starting the role again mends a hang of theirs."""
 
+CLUSTER = "the cluster"
+"""What a role waits for that has no place yet on the cluster where it is to run."""
+
 DISK = "disk"
 """A role waits for it in its own process too, but starting the role again does not make a disk answer."""
 

@@ -35,7 +35,7 @@ from atpo_async.status import run_view
 from atpo_async.status.loading import RoleStart
 
 if TYPE_CHECKING:
-    from atpo_async.ops.launchers.ray import desk
+    from atpo_async.ops.launchers.ray.job import desk
     from atpo_async.ops.launchers.ray.launcher import RayLauncher
     from atpo_async.ops.launchers.ray.plan import Plan
 
@@ -67,7 +67,8 @@ def train_on_ray(config: Config, *, console: Console, again: str, begin_from: st
     run; RunMismatch where a run of that name is going on with another configuration.
     """
     need_ray()
-    from atpo_async.ops.launchers.ray import cluster, driver, roles
+    from atpo_async.ops.launchers.ray import cluster, roles
+    from atpo_async.ops.launchers.ray.job import driver
 
     roles.check(config)
     settings, name = config.ray, config.run.name
@@ -125,7 +126,7 @@ def _runtime_env(config: Config) -> dict[str, Any]:
 def _start(config: Config, here: str, *, again: str, begin_from: str | None) -> tuple[Any, str]:
     """A new supervisor, and which node it is on.  Raises SetupError where the cluster cannot hold the run."""
     from atpo_async.ops.launchers.ray import cluster, plan
-    from atpo_async.ops.launchers.ray.supervisor import CONCURRENT, RunSupervisor
+    from atpo_async.ops.launchers.ray.job.supervisor import CONCURRENT, RunSupervisor
 
     nodes = cluster.nodes()
     planned = plan.plan(config, nodes, here=here)
@@ -179,7 +180,8 @@ def look_on_ray(url: str) -> run_view.RunView:
     Raises SetupError where there is no such run or cluster.
     """
     need_ray()
-    from atpo_async.ops.launchers.ray import cluster, driver
+    from atpo_async.ops.launchers.ray import cluster
+    from atpo_async.ops.launchers.ray.job import driver
 
     address, run, namespace = parse_url(url)
     cluster.connect(address, namespace)
@@ -208,7 +210,7 @@ def parse_url(url: str) -> tuple[str, str, str]:
 def work(at: desk.Desk, *, config: str, here: str, folder: str, again: str, begin_from: str | None) -> desk.Outcome:
     """Train, in the supervisor; its lines go to ``at``."""
     from atpo_async.api.training import train_to_the_end
-    from atpo_async.ops.launchers.ray import desk
+    from atpo_async.ops.launchers.ray.job import desk
 
     wanted = build(_parsed(config), source="the driver's configuration")
     _check_folder(wanted, folder)

@@ -52,9 +52,7 @@ class LearnerShare(Share):
     """The learner: all its ranks are one placement group."""
 
     nodes: int = Field(1, ge=1, description="nodes over which learner.num_processes are divided evenly, a bundle each")
-    dir: Path | None = Field(
-        None, description="of its files on its node; none: in its user's cache"
-    )
+    dir: Path | None = Field(None, description="of its files on its node; none: in its user's cache")
 
 
 class BufferShare(Share):

@@ -176,7 +176,8 @@ class RoleHost:
 
     def _take(self, push: Push) -> None:
         if push.admitted is not None and self._order.with_key:
-            admit(self._keys, push.admitted)
+            # Its own key would be there twice: as its client's, and under its name.
+            admit(self._keys, {name: key for name, key in push.admitted.items() if name != self._order.role})
         for name, content in push.statuses.items():
             self._pushed.add(name)
             with contextlib.suppress(OSError):

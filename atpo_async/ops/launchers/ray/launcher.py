@@ -157,7 +157,8 @@ class RayLauncher:
         role.place = None
         self._keys.shut_out(name)
         self._waiting.end(name)
-        self._asked.pop(name, None)
+        if self._asked.pop(name, None) is not None:
+            waiting.unwrite(self._status, name)
 
     async def _quietly(self, host: Any, method: str, *words: Any) -> None:
         """A call whose failure changes nothing: the host is ended in any case."""
@@ -222,6 +223,7 @@ class RayLauncher:
                 await asyncio.sleep(SHOW_S)
             for name in came & self._asked.keys():
                 del self._asked[name]
+                waiting.unwrite(self._status, name)
                 self._came[name].set()
             now = time.monotonic()
             if now - shown_at >= SHOW_S:

@@ -11,11 +11,10 @@ from pathlib import Path
 import msgspec
 
 from atpo_async.status.snapshot import StatusSnapshot, Wait, file_stem
+from atpo_async.status.waits import CLUSTER
 
 SAY_S = 3.0
 """A role that waits for less is not worth a line."""
-CLUSTER = "the Ray cluster"
-"""What such a role waits for, in its status."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -94,3 +93,9 @@ def write(folder: Path, status: StatusSnapshot) -> None:
         aside = file.with_name(f".{file.name}.waiting")
         aside.write_bytes(msgspec.json.encode(status))
         aside.replace(file)
+
+
+def unwrite(folder: Path, role: str) -> None:
+    """It waits no more: what ``write`` wrote would look as if it did."""
+    with contextlib.suppress(OSError):
+        (folder / f"{file_stem(role)}.json").unlink(missing_ok=True)

@@ -17,13 +17,13 @@ from atpo_async.core import errors
 from atpo_async.core.errors import AtpoError, RoleCrashed, SetupError
 from atpo_async.ops import stopping
 from atpo_async.ops.launchers.ray import cluster
-from atpo_async.ops.launchers.ray.desk import Answer, Outcome
+from atpo_async.ops.launchers.ray.job.desk import Answer, Outcome
 from atpo_async.run.metrics import Record
 from atpo_async.status.loading import RoleStart
 
 LOOK_S = 0.2
 """Between two looks whether a signal has come."""
-ANSWER_S = 20.0
+ANSWER_S = 10.0
 """For one answer of a supervisor that is there; it gives one within a second."""
 AGAIN_S = 1.0
 ENDS_S = 30.0
@@ -198,6 +198,7 @@ def look(run: str, namespace: str, where: str) -> Any:
             "shown by its folder: atpo status RUN_DIR"
         )
     try:
+        cluster.get(actor.facts.remote(), ANSWER_S)  # one whose node is gone answers nothing for days
         return cluster.get(actor.look.remote(), LOOK_AT_S)
     except AtpoError:
         raise

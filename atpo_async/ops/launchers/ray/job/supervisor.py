@@ -19,7 +19,7 @@ from typing import Any
 from atpo_async.core.errors import AtpoError
 from atpo_async.core.texts import of_error, trace_of
 from atpo_async.ops.launchers.ray import cluster
-from atpo_async.ops.launchers.ray.desk import Answer, Desk, Outcome
+from atpo_async.ops.launchers.ray.job.desk import Answer, Desk, Outcome
 
 LOOK_S = 0.1
 ANSWER_S = 1.0
