@@ -139,6 +139,7 @@ class Learner:
                 # Without an update there is nothing to save: the run begins once more at its first step.
                 if self.trainer.history.updates:
                     await self._save()
+                    await self.saving.durable.settled()
                     with contextlib.suppress(PeerLost):  # reported again at the next start
                         await self.buffer.link.drain(timeout_s=FAREWELL_S)
                 if self._failure is not None:
@@ -148,6 +149,7 @@ class Learner:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self.saving.durable.close()
             await self.publication.close()
 
     async def _tell_torch_to_stop(self) -> None:
@@ -175,7 +177,7 @@ class Learner:
             # Before the version is known: no training lease may slip in ahead of the evaluation.
             await self.evaluations.request(self.step, self.version, blocking=True)
         await self.publication.announce(announcement)
-        await self.saving.tell_buffer(version=self.version)
+        await self.saving.begin()
         self.recording.first_weights(step=self.step, version=self.version, publish_s=now_s() - began_s)
         if evaluate:
             waits.phase("waiting for the first evaluation", starting=True)
@@ -203,6 +205,7 @@ class Learner:
                 published = self.publication.published
                 await self.evaluations.request(self.step, published, blocking=True)
                 await self.evaluations.finish(self.step, published, blocking=True)
+        await self.buffer.unless_stopping(self.saving.durable.settled())
         # The buffer may end once the run is over: whatever was written is in the run's folder first.
         await self.buffer.unless_stopping(asyncio.to_thread(self.rundir.pass_on))
         if self.ranks.is_first and not self.stopping.is_set():
@@ -269,6 +272,7 @@ class Learner:
                     version=self.version,
                     num_trees=self.config.staleness.trees_per_batch,
                     is_saved=self.saving.is_saved(self.step),
+                    saving=lambda: self.saving.durable.trouble,
                     repeat=self.publication.tell_buffer,
                 )
         except (WaitTimeout, PeerLost) as exc:

@@ -6,6 +6,7 @@ Every method that communicates runs in the torch thread, and every rank calls it
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from enum import IntEnum
 
 from atpo_async.core.errors import PeerLost, SetupError
@@ -74,6 +75,10 @@ class Ranks:
     def first_says(self, flag: bool) -> bool:
         """Rank 0's decision, on every rank."""
         return bool(self._same_everywhere([float(flag)])[0])
+
+    def same_numbers(self, own: Sequence[int]) -> list[int]:
+        """Rank 0's numbers, on every rank."""
+        return [int(number) for number in self._same_everywhere([float(number) for number in own])]
 
     def next_version(self) -> int:
         """Rank 0 counts it; every rank gets the same number.

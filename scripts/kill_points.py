@@ -139,6 +139,7 @@ def _put_kill_points_into_the_learner(run: Path) -> None:
     from atpo_async.links.client import Client
     from atpo_async.wire.messages import Checkpointed, RunFinished, Trained
     from learner.checkpoints import checkpoint
+    from learner.checkpoints.durable import Durable
     from learner.checkpoints.saving import Saving
     from learner.ranks import Ranks
     from learner.training.trainer import Trainer
@@ -160,7 +161,7 @@ def _put_kill_points_into_the_learner(run: Path) -> None:
     _before(Publication, "announce", point("unannounced"))
     _put_one_between_the_files_of_a_checkpoint(checkpoint, point("half"))
     _before(checkpoint, "publish", point("written"))
-    _before(Saving, "tell_buffer", point("renamed"))
+    _before(Durable, "report", point("renamed"))
     _after(Saving, "export", lambda: passes(run, "exported"))
     send = Client.send
     told: dict[Any, str] = {Trained: "confirmed", Checkpointed: "told", RunFinished: "finished"}

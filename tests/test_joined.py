@@ -258,7 +258,7 @@ async def test_a_learner_without_the_checkpoint_that_the_run_counts_on_is_refuse
         service.state.checkpointed(Checkpointed(run=run.run_id, step=6, version=6))
         checkpoints = tmp_path / "a" / run.run_id / "checkpoints"
         (checkpoints / "step-000004-v000004").mkdir(parents=True)
-        with pytest.raises(SetupError, match=r"has a checkpoint of step 6, and .* holds none newer than step 4"):
+        with pytest.raises(SetupError, match=r"counts on a checkpoint of step 6 .* none newer than step 4 in"):
             await asyncio.to_thread(
                 join, run.config, endpoint=service.learner.endpoint, rank=0, parent=tmp_path / "a"
             )  # fmt: skip

@@ -116,6 +116,8 @@ class LearnerWelcome(Message, frozen=True, tag="learner_welcome"):
     """uint8[N], the lines of the run's metrics.jsonl that hold the result of an evaluation."""
     saved_step: Count
     """Batches below are in a checkpoint, as the learner reported: their trees may be gone."""
+    saved_where: Text
+    """Where that is, for people; empty where it is in the run's folder."""
     policy: Text
     """Identity of the weights in model.path on the buffer's machine (``models.identity``); empty where it has none."""
 

@@ -189,6 +189,7 @@ class JoinedHandler:
 
     def _described(self, rundir: RunDir) -> j.LearnerWelcome:
         """The run, for any learner; in the thread."""
+        saved = elsewhere.elsewhere(rundir.path)
         return j.LearnerWelcome(
             run=rundir.run_id,
             replica="",
@@ -197,6 +198,7 @@ class JoinedHandler:
             taken={},
             evaluations=_array(eval_lines(rundir.metrics_path)),
             saved_step=self._context.state.batch_server.saved_step,
+            saved_where="" if saved is None else saved.where,
             policy=self._identity(rundir.config.model.path),
         )
 

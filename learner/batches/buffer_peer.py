@@ -57,7 +57,14 @@ class BufferPeer:
         await self.link.send(message)
 
     async def next_batch(
-        self, *, step: int, version: int, num_trees: int, is_saved: bool, repeat: Callable[[], Awaitable[None]]
+        self,
+        *,
+        step: int,
+        version: int,
+        num_trees: int,
+        is_saved: bool,
+        repeat: Callable[[], Awaitable[None]],
+        saving: Callable[[], str] = lambda: "",
     ) -> Batch | Wanted | None:
         """This rank's share of the next batch, or the buffer's other request; None when the role has to stop first.
 
@@ -69,6 +76,7 @@ class BufferPeer:
             num_trees: of a whole batch.
             is_saved: whether a checkpoint now would add nothing.
             repeat: sends again what a restarted buffer does not know.
+            saving: why the checkpoint that the buffer wants is not durable yet; that is waited for as a full disk is.
 
         Raises:
             WaitTimeout: no batch, and no progress towards one for ``links.give_up_s``; names what is missing.
@@ -99,7 +107,11 @@ class BufferPeer:
             if isinstance(reply, NotYet) and reply.progress != progress:
                 progress = reply.progress
                 wait.moved()
-            wait.again(reply.waiting_for if isinstance(reply, NotYet) else self.no_answer)
+            if isinstance(reply, NotYet) and reply.checkpoint_wanted and (why := saving()):
+                wait.moved()
+                wait.again(f"a durable checkpoint: {why}")
+            else:
+                wait.again(reply.waiting_for if isinstance(reply, NotYet) else self.no_answer)
             if now_s() - repeated_at_s > REPEAT_S:
                 repeated_at_s = now_s()
                 await repeat()

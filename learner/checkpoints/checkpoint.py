@@ -19,7 +19,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,16 +64,30 @@ def _entries(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> Path:
-    """Write a checkpoint and remove all but the newest ``keep``.  Every rank calls it.
+def name_of(step: int, version: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:06d}-v{version:06d}"
+
+
+def save(
+    folder: Path,
+    trainer: Trainer,
+    progress: Progress,
+    *,
+    keep: int,
+    spared: Callable[[], Path | None] = lambda: None,
+) -> Path:
+    """Write a checkpoint and remove all but the newest ``keep``, and one that is still read.  Every rank calls it; rank
+    0 writes, the others may be on machines without this folder.
 
     Raises:
         OSError: a file system refused, that of any rank: with the same number on all of them.  Nothing is left of it.
     """
     accelerator = trainer.accelerator
-    target = folder / f"step-{progress.step:06d}-v{progress.version:06d}"
+    target = folder / name_of(progress.step, progress.version)
     aside = folder / f"{_ASIDE}{target.name}"
-    if target.is_dir():  # versions are never used twice: the same name is the same state
+    # Versions are never used twice: the same name is the same state.
+    if trainer.reductions.same_everywhere([float(target.is_dir())])[0]:
         return target
     for part in (_clear_space, _write_tensors, _complete):
         fault: Exception | None = None
@@ -90,7 +104,7 @@ def save(folder: Path, trainer: Trainer, progress: Progress, *, keep: int) -> Pa
                 shutil.rmtree(aside, ignore_errors=True)
             raise
     if accelerator.is_main_process:
-        for old in list_checkpoints(folder)[:-keep]:
+        for old in (path for path in list_checkpoints(folder)[:-keep] if path != spared()):
             # Renamed first: a folder that is half removed must not look like a checkpoint.
             gone = folder / f"{_ASIDE}removed-{old.name}"
             old.rename(gone)
@@ -123,7 +137,9 @@ def _clear_space(aside: Path, target: Path, trainer: Trainer, progress: Progress
 
 def _write_tensors(aside: Path, target: Path, trainer: Trainer, progress: Progress) -> None:
     accelerator = trainer.accelerator
-    save_file(_torch_rng(), aside / f"rng-{accelerator.process_index}.safetensors")
+    for rank, states in enumerate(_torch_rngs(trainer)):
+        if accelerator.is_main_process:
+            save_file(states, aside / f"rng-{rank}.safetensors")
     if not (trainer.whole.sharded or accelerator.is_main_process):
         return
     lora = trainer.policy.lora
@@ -270,6 +286,20 @@ def _torch_rng() -> dict[str, Tensor]:
     found = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         found["cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def _torch_rngs(trainer: Trainer) -> list[dict[str, Tensor]]:
+    """Of each rank, on every rank."""
+    own = _torch_rng()
+    names, device = sorted(own), trainer.accelerator.device
+    sizes = {name: [int(n) for n in trainer.reductions.gather(own[name].numel())] for name in names}
+    found: list[dict[str, Tensor]] = [{} for _ in sizes[names[0]]]
+    for name in names:
+        together = trainer.reductions.concatenated(own[name].to(device)).cpu()
+        at = 0
+        for states, size in zip(found, sizes[name], strict=True):
+            states[name], at = together[at : at + size].clone(), at + size
     return found
 
 

@@ -23,6 +23,7 @@ from atpo_async.wire.messages import Checkpointed
 from learner.batches.buffer_peer import BufferPeer
 from learner.checkpoints import checkpoint
 from learner.checkpoints.checkpoint import Progress
+from learner.checkpoints.durable import Durable
 from learner.policy.export import export_adapter, export_model, precision, write_model
 from learner.ranks import Ranks
 from learner.torch_thread import TorchThread
@@ -45,6 +46,7 @@ class Saving:
     _saved_step: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        self.durable = Durable(self.config, self.rundir, ranks=self.ranks, tell=self._tell, log=self.log)
         self._source = model_folder(self.config.model.path)
         self._target = self.rundir.path / "model"
 
@@ -64,7 +66,7 @@ class Saving:
         Raises:
             SetupError: it is damaged or of another model.
         """
-        path = self.newest
+        path = self.durable.choose()
         if path is None:
             return None
         progress = checkpoint.load(path, self.trainer)
@@ -88,28 +90,34 @@ class Saving:
         self._saved_step = step
         if self.ranks.is_first:
             self.log.info("checkpoint %s", path)
-        await self.tell_buffer(version=version)
+        with contextlib.suppress(PeerLost):  # reported again when the learner starts again
+            await self.durable.saved(path)
 
     def _save_checkpoint(self, progress: Progress) -> Path:
         """In the torch thread, on every rank: all ranks write it in the same attempt, or none does."""
         return until_written(
             f"the checkpoint of step {progress.step} in {self.rundir.checkpoints}",
             lambda: checkpoint.save(
-                self.rundir.checkpoints, self.trainer, progress, keep=self.config.learner.keep_checkpoints
+                self.rundir.checkpoints,
+                self.trainer,
+                progress,
+                keep=self.config.learner.keep_checkpoints,
+                spared=lambda: self.durable.spared,
             ),
             log=self.log,
         )
 
-    async def tell_buffer(self, *, version: int) -> None:
-        """Report the checkpoint to the buffer, which may drop the trees used up in batches below its step."""
-        if self.ranks.is_first and self._saved_step is not None:
-            with contextlib.suppress(PeerLost):  # reported again when the learner starts again
-                # The trees of these steps can never be trained on again: their lineage is in the run's folder first.
-                await asyncio.to_thread(self.rundir.pass_on)
-                where = self.rundir.checkpoints_place
-                await self.buffer.send(
-                    Checkpointed(run=self.buffer.run_id, step=self._saved_step, version=version, where=where)
-                )
+    async def begin(self) -> None:
+        """After ``resume``: report the checkpoint that the run can count on, and put a newer one to the URL."""
+        self.durable.begin()
+        with contextlib.suppress(PeerLost):  # reported again when the learner starts again
+            await self.durable.report()
+
+    async def _tell(self, step: int, version: int, where: str) -> None:
+        """Report a durable checkpoint to the buffer, which may drop the trees used up in batches below its step."""
+        # Those trees can never be trained on again: their lineage is in the run's folder first.
+        await asyncio.to_thread(self.rundir.pass_on)
+        await self.buffer.send(Checkpointed(run=self.buffer.run_id, step=step, version=version, where=where))
 
     def export(self) -> None:
         """In the torch thread, on every rank: write the trained policy as a Hugging Face folder."""
@@ -123,6 +131,7 @@ class Saving:
             until_written(
                 f"the adapters in {folder}", lambda: export_adapter(lora, pairs, folder, base=base), log=self.log
             )
+            self.durable.exported(folder)
             self.log.info("the trained adapters are in %s, over %s; what follows has them merged in", folder, base)
         until_written(
             f"the trained policy in {self._target}",
@@ -130,6 +139,7 @@ class Saving:
             log=self.log,
         )
         self.log.info("the trained policy is in %s, %s (%s)", self._target, form.name, form.why)
+        self.durable.exported(self._target)
 
     def try_export(self) -> None:
         """In the torch thread, on every rank, before the first step: do what ``export`` will do, and remove it again.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from atpo_async.config import doors
 from atpo_async.config.sections.base import Options, Section, TruthOrAuto, named
@@ -16,6 +19,24 @@ ALL_LINEAR = "all-linear"
 
 def _one_is_a_list(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
+
+
+def _is_a_url(value: str) -> str:
+    """A URL that fsspec may know, without a password: the configuration is written down."""
+    parts = urlsplit(value)
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*", parts.scheme) or "://" not in value:
+        raise _url_fault("expected a URL that fsspec knows, as file:///folder or s3://bucket/folder")
+    if parts.password is not None:
+        raise _url_fault(
+            "it holds a password, which would be written down with the configuration: leave credentials to the store's "
+            "own settings (environment variables, ~/.config/fsspec)"
+        )
+    return value
+
+
+def _url_fault(reason: str) -> PydanticCustomError:
+    """Without the value: it may be secret in part."""
+    return PydanticCustomError("door", "{reason}", {"reason": f"learner.checkpoint_url: {reason}"})
 
 
 class CreditConfig(Section):
@@ -138,6 +159,9 @@ class LearnerConfig(Section):
     micro_batch_tokens: int = Field(16384, ge=64, description="padded tokens of one forward pass")
     checkpoint_every: int = Field(50, ge=1, description="batches between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
+    checkpoint_url: Annotated[str, AfterValidator(_is_a_url)] | None = Field(
+        None, description="where checkpoints and the policy go too, by fsspec: s3://bucket/folder, file:///folder"
+    )
     export_dtype: Precision | Literal["source"] = Field(
         "source", description="precision of the trained policy in model/; source: as the folder that the run began with"
     )

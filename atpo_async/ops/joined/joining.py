@@ -15,6 +15,7 @@ from atpo_async.models.identity import identity_of
 from atpo_async.models.policy import checkpoint_step, list_checkpoints
 from atpo_async.models.sources import looks_like_hub_name
 from atpo_async.ops.joined.uplink import Uplink
+from atpo_async.run.replica.elsewhere import Elsewhere
 from atpo_async.run.replica.folder import Replica, ReplicaDir, default_parent
 from atpo_async.wire.joined import LearnerWelcome
 
@@ -58,9 +59,12 @@ def join(config: Config, *, endpoint: str, rank: int, parent: Path | None = None
         check(config, found)
         replica = Replica(parent or default_parent(), run_id=found.run, rank=rank)
         welcome = _taken_in(uplink, replica)
-        replica.describe(config, welcome.facts.tobytes())
+        saved = Elsewhere(step=welcome.saved_step, where=welcome.saved_where or "in the run's own folder")
+        replica.describe(config, welcome.facts.tobytes(), saved=saved)
         rundir = ReplicaDir(replica, run_id=welcome.run, config=config, uplink=uplink)
-        check_checkpoint(config, rundir, saved_step=welcome.saved_step)
+        if rank == 0 and config.learner.checkpoint_url is None:
+            # Before a model is loaded; with a URL the learner looks there too.
+            check_checkpoint(rundir, saved)
         uplink.begin(replica, welcome.taken)
     except BaseException:
         uplink.close(timeout_s=1.0)
@@ -118,12 +122,14 @@ def _learners(theirs: Config, own: Config) -> list[tuple[str, Any, Any]]:
     return [change for change in resuming.changes(theirs, own) if change[0].startswith(sections)]
 
 
-def check_checkpoint(config: Config, rundir: ReplicaDir, *, saved_step: int) -> None:
-    """Raises SetupError where the run has a newer checkpoint than there is here: trees up to its step are gone."""
+def check_checkpoint(rundir: ReplicaDir, saved: Elsewhere) -> None:
+    """Raises SetupError where the run counts on a newer checkpoint than there is here: trees up to its step are
+    gone."""
     newest = max((checkpoint_step(path) for path in list_checkpoints(rundir.checkpoints)), default=0)
-    if newest < saved_step:
+    if newest < saved.step:
+        found = f"none newer than step {newest}" if newest else "none"
         raise SetupError(
-            f"run {rundir.run_id} has a checkpoint of step {saved_step}, and {rundir.checkpoints} holds "
-            f"{f'none newer than step {newest}' if newest else 'none'}: name the folder in which the learner worked "
-            "before by --dir; if that is lost, begin another run (--run.name)"
+            f"run {rundir.run_id} counts on a checkpoint of step {saved.step} ({saved.where}), and there is {found} in "
+            f"{rundir.checkpoints}: name the folder in which the learner worked before by --dir; if that is lost, "
+            "begin another run (--run.name), with learner.checkpoint_url for checkpoints that outlast a machine"
         )

@@ -24,6 +24,7 @@ from atpo_async.core.errors import SetupError
 from atpo_async.run import locks
 from atpo_async.run.files import write_atomic
 from atpo_async.run.replica import names
+from atpo_async.run.replica.elsewhere import Elsewhere, note
 from atpo_async.run.rundir import RunDir
 
 REPLICA = "replica.json"
@@ -107,9 +108,13 @@ class Replica:
         except OSError as exc:
             raise SetupError(f"{self.path} cannot be written: {exc.strerror or exc}; see --dir") from exc
 
-    def describe(self, config: Config, facts: bytes) -> None:
-        """Write what makes it readable as a run's folder.  Raises SetupError where the disk refuses."""
+    def describe(self, config: Config, facts: bytes, *, saved: Elsewhere) -> None:
+        """Write what makes it readable as a run's folder, and which checkpoint the run counts on.
+
+        Raises SetupError where the disk refuses.
+        """
         try:
+            note(self.path, saved)
             (self.path / "logs").mkdir(exist_ok=True)
             write_atomic(self.path / "config.json", json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
             write_atomic(self.path / "run.json", facts)
