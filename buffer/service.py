@@ -36,6 +36,7 @@ from atpo_async.run.rundir import RunDir
 from atpo_async.status import waits
 from atpo_async.status.facts import publish_facts
 from atpo_async.wire.messages import ActorToBuffer, LearnerToBuffer
+from buffer.following.serving import FollowerSocket
 from buffer.handlers.actors import ActorHandler, was_leased
 from buffer.handlers.changes import Changes
 from buffer.handlers.context import HandlerContext
@@ -71,6 +72,7 @@ class BufferService:
         endpoints: where to bind: ``actors`` and ``learner``; port 0 takes a free one.  ``weights`` and ``announce`` are
             passed on to actors when the learner published before this buffer was restarted.
         former: where they were bound before; tried first where the port is 0.
+        follower_bound: called with the endpoint for followers, before the first commit.
         rundir: for the journal and the actors' metrics; None writes no metrics.
         stopping: set to end early.
         journal: folder of the journal; in the run's folder, or in ``buffer.journal_dir``, if None.  Without a run's
@@ -90,6 +92,7 @@ class BufferService:
         rundir: RunDir | None,
         stopping: asyncio.Event,
         former: Endpoints | None = None,
+        follower_bound: Callable[[str], None] = lambda endpoint: None,
         journal: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -106,6 +109,7 @@ class BufferService:
         self.journal = Journal(
             journal, run=run, max_bytes=buffer.max_bytes, sync=buffer.journal_sync, gather_s=buffer.commit_ms / 1000,
             leased=lambda: rundir is None or was_leased(rundir),
+            followed=buffer.follower, follower_wait=buffer.follower_wait,
         )  # fmt: skip
         self._slow_commits = SlowCommits(self.journal.folder, synced=buffer.journal_sync)
         self.state = self._recovered_state(run, endpoints)
@@ -134,6 +138,14 @@ class BufferService:
             former_port=port_of(former.learner), setting="links.learner_port", **shared,
         )  # fmt: skip
 
+        self._followers: FollowerSocket | None = None
+        if buffer.follower:
+            self._followers = FollowerSocket(
+                config, run=run, journal=self.journal, folder=None if rundir is None else rundir.path,
+                former_port=port_of(former.follower), finished=lambda: self.state.finished, bound=follower_bound,
+                clock=clock,
+            )  # fmt: skip
+
     def _recovered_state(self, run: str, endpoints: Endpoints) -> BufferState:
         """The state that the journal holds, as the next incarnation; its changes go into the journal from here on."""
         recovered, now, seed = self.journal.recover(), self._clock(), self._config.run.seed
@@ -156,19 +168,27 @@ class BufferService:
             if self._scratch is not None:
                 stack.callback(self._scratch.cleanup)
             await stack.enter_async_context(self.journal)
+            if self._followers is not None:
+                await stack.enter_async_context(self._followers)
             # The number of this incarnation is on disk before any tree id that contains it is sent.
             limit_s = self._config.links.give_up_s
             try:
                 await self.journal.settle(timeout_s=limit_s)
             except TimeoutError:
-                raise WaitTimeout(
-                    f"the first commit to the journal in {self.journal.folder} took over {limit_s:g} s "
-                    "(links.give_up_s): its disk is too slow or stands still; name another with --buffer.journal_dir"
-                ) from None
+                raise WaitTimeout(self._why_no_commit(limit_s)) from None
             await stack.enter_async_context(self.actors)
             await stack.enter_async_context(self.learner)
             self._opened = stack.pop_all()
         return self
+
+    def _why_no_commit(self, limit_s: float) -> str:
+        what = f"the first commit to the journal in {self.journal.folder} took over {limit_s:g} s (links.give_up_s): "
+        if self.journal.failing is None and self.journal.unmirrored_s:
+            return what + (
+                "no follower has it (buffer.follower_wait): start `atpo follower` first, or set "
+                "--buffer.follower_wait false"
+            )
+        return what + "its disk is too slow or stands still; name another with --buffer.journal_dir"
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
@@ -210,7 +230,8 @@ class BufferService:
         sent = {f"buffer/{name}": actors[name] + learner[name] for name in actors}
         journal = self.journal.gauges()
         self._slow_commits.note(journal)
-        return {**journal, **sent, "buffer/refused_metrics": float(self._metrics.num_refused)}
+        followers = {} if self._followers is None else self._followers.followers.gauges()
+        return {**journal, **followers, **sent, "buffer/refused_metrics": float(self._metrics.num_refused)}
 
     def facts(self) -> dict[str, object]:
         """For the buffer's status."""
@@ -224,7 +245,7 @@ class BufferService:
             "ready trees": len(self.state.pool),
             "leased trees": ledger.num_training,
             "actors alive": ledger.actors.num_alive(now),
-            "journal failing": self.journal.failing or "no",
+            "journal failing": self.journal.held_up or "no",
         }
 
     # --- loops -------------------------------------------------------------------------------------------------
@@ -312,6 +333,7 @@ async def serve(ctx: RoleContext) -> None:
         rundir=ctx.rundir,
         stopping=ctx.stopping,
         former=listening.former(),
+        follower_bound=lambda endpoint: listening.note(follower=endpoint),
     )
     if not now.weights:
         # The journal has the learner's address in an earlier life of the run; the learner will report its present one.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
+from msgspec import UNSET
 
 from atpo_async.config import Config
 from atpo_async.core.mixture import TaskLabels
@@ -88,6 +89,8 @@ class BufferState:
         self.rng = rng
         self.store: Store = store if store is not None else MemoryStore()
         self.incarnation = incarnation
+        self.promotions = 0
+        """How often a follower's copy of the journal took its place."""
         interval_s = max(config.actor.report_every_s, config.links.heartbeat_s)
         self.ledger = Ledger(
             staleness=staleness,
@@ -181,14 +184,17 @@ class BufferState:
         """Write what ``restore`` reads; every part has its own."""
         run.incarnation = self.incarnation
         run.weights_endpoint, run.announce_endpoint = self.weights_endpoint, self.announce_endpoint
+        run.promotions = self.promotions or UNSET
 
     def restore(self, run: RunEntry | None) -> None:
         """Become the next incarnation of an earlier buffer; None where there was none."""
         if run is not None:
             self.incarnation = run.incarnation
             self.weights_endpoint, self.announce_endpoint = run.weights_endpoint, run.announce_endpoint
+            self.promotions = run.promotions or 0
         self.incarnation += 1
-        self.ledger.prefix = f"b{self.incarnation}"
+        self.ledger.prefix = f"{f'p{self.promotions}' if self.promotions else ''}b{self.incarnation}"
+        self.batch_server.mirrored = bool(self.promotions)
 
     # --- actors ------------------------------------------------------------------------------------------------
 

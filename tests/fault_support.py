@@ -198,14 +198,15 @@ class Tricks:
             pending_answers.SETTLE_WAIT_S = self.settle_wait_s
         commit = Tables.commit
 
-        def tricked(tables: Any, group: Any) -> None:
+        def tricked(tables: Any, group: Any) -> Any:
             if self.fail_commits and os.path.exists(self.fail_commits):
                 raise OSError(errno.EIO, "Input/output error")
             while self.slow_commits and os.path.exists(self.slow_commits):
                 time.sleep(0.01)
             _stop_if(self.stop_before_commit)
-            commit(tables, group)
+            made = commit(tables, group)
             _stop_if(self.stop_after_commit)
+            return made
 
         Tables.commit = tricked  # type: ignore[assignment,method-assign]
 

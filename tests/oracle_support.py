@@ -211,7 +211,7 @@ def run_oracle(folder: Path, spawner: Spawner, *, seed: int, num_kills: int = NU
         staleness={"max_uses": max_uses, "publish_every": publish_every, "max_lag": max_lag},
     )
     roles = Roles(rundir, spawner, seed=seed, actors=rng.randint(1, 3), checkpoint_every=rng.randint(1, 3))
-    driver = _Driver(roles, rng)
+    driver = Driver(roles, rng)
     try:
         driver.run(plan_kills(seed, num_kills))
     finally:
@@ -219,7 +219,7 @@ def run_oracle(folder: Path, spawner: Spawner, *, seed: int, num_kills: int = NU
     return judge(rundir, seed=seed, problems=driver.problems, kills=driver.kills, began=driver.began)
 
 
-class _Driver:
+class Driver:
     """Kills and starts again, as a supervisor and its user would."""
 
     def __init__(self, roles: Roles, rng: random.Random) -> None:
@@ -233,16 +233,20 @@ class _Driver:
         self._buffer_ended_at: float | None = None
 
     def run(self, kills: Sequence[Kill]) -> None:
-        self._allow(0)
+        self.allow(0)
         self.roles.start()
         for kill in kills:
             if not self._prepared(kill):
                 break
             self._strike(kill)
-        (self._folder / ALLOWED).unlink(missing_ok=True)
-        self._until(lambda: self._ended >= set(self.roles.names), "the run's end")
+        self.finish()
 
-    def _until(self, condition: Callable[[], Any], what: str) -> bool:
+    def finish(self) -> None:
+        """Waits for: the run's end, with nobody disturbed."""
+        (self._folder / ALLOWED).unlink(missing_ok=True)
+        self.until(lambda: self._ended >= set(self.roles.names), "the run's end")
+
+    def until(self, condition: Callable[[], Any], what: str) -> bool:
         """True once ``condition`` holds; False once the run is over without.  Who dies by itself is a problem."""
 
         def look() -> bool:
@@ -287,7 +291,7 @@ class _Driver:
         self._ended -= set(names)
         self.roles.start(*names)
 
-    def _allow(self, steps: int) -> None:
+    def allow(self, steps: int) -> None:
         write_atomic(self._folder / ALLOWED, str(steps))
 
     def _prepared(self, kill: Kill) -> bool:
@@ -296,14 +300,14 @@ class _Driver:
             (self._folder / ALLOWED).unlink(missing_ok=True)
         else:
             # Enough to come by every kill point once, with a checkpoint; or to be in the middle of something.
-            self._allow(goal + self.roles.checkpoint_every + 1)
-            if not self._until(lambda: self.roles.steps >= goal, f"step {goal}"):
+            self.allow(goal + self.roles.checkpoint_every + 1)
+            if not self.until(lambda: self.roles.steps >= goal, f"step {goal}"):
                 return False
         if not kill.point:
             return True
         (self._folder / STOPPED_AT).unlink(missing_ok=True)
         (self._folder / STOP_AT).write_text(kill.point)
-        there = self._until(
+        there = self.until(
             lambda: (self._folder / STOPPED_AT).exists() and self.roles.alive["learner"].frozen,
             f"the learner at {kill.point!r}",
         )

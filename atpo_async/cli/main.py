@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "buffer": ("roles", "run the buffer by hand, in the foreground"),
     "learner": ("roles", "run the learner by hand, in the foreground"),
     "actor": ("roles", "run an actor by hand, in the foreground; it may join a running job from anywhere"),
+    "follower": ("follower", "keep a copy of a run's journal on another machine; promote it when the buffer's is lost"),
     "eval": ("evaluate", "greedy success on held-out tasks, of a run's last checkpoint or a model folder"),
     "task": ("task", "show one task as messages and play it in the terminal, with what each reward says"),
     "config": ("setup.config", "print the resolved configuration and every setting that affects staleness"),

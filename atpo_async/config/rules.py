@@ -159,6 +159,10 @@ def _max_tasks(config: Config) -> None:
 
 def _buffer(config: Config) -> None:
     s = config.staleness
+    if config.buffer.follower_wait and not config.buffer.follower:
+        raise ValueError(
+            "buffer.follower_wait = true needs a follower to wait for: set --buffer.follower true, or leave it out"
+        )
     if config.buffer.max_trees is not None and config.buffer.max_trees < s.trees_per_batch:
         raise ValueError(
             f"buffer.max_trees = {config.buffer.max_trees} is below staleness.trees_per_batch = {s.trees_per_batch}: "
@@ -201,7 +205,7 @@ def _gpus(config: Config) -> None:
 def _ports(config: Config) -> None:
     ports = {
         f"links.{name}": port
-        for name in ("actors_port", "learner_port", "weights_port", "announce_port")
+        for name in ("actors_port", "learner_port", "weights_port", "announce_port", "follower_port")
         if (port := getattr(config.links, name))
     }
     for name, port in ports.items():

@@ -14,7 +14,7 @@ from atpo_async.core.errors import SetupError
 from atpo_async.links import addresses
 from atpo_async.run.endpoints import Endpoints
 
-NAMES = ("actors", "learner", "weights", "announce")
+NAMES = ("actors", "learner", "weights", "announce", "follower")
 """Of sockets: the fields of ``Endpoints``, and with ``_port`` those of ``[links]``."""
 
 _MAX_COMMAND = 120

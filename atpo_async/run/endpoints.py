@@ -29,6 +29,8 @@ class Endpoints:
     """The learner, for weights."""
     announce: str = ""
     """The learner, for announcements of versions."""
+    follower: str = ""
+    """The buffer, for followers of its journal."""
 
 
 class EndpointsFile:
@@ -90,4 +92,6 @@ def _read(file: Path) -> Endpoints | None:
 
 
 def _dump(endpoints: Endpoints) -> str:
-    return json.dumps(asdict(endpoints), indent=2) + "\n"
+    # Left out where nothing follows, so that an earlier program reads the file.
+    found = {name: text for name, text in asdict(endpoints).items() if text or name != "follower"}
+    return json.dumps(found, indent=2) + "\n"

@@ -41,6 +41,8 @@ from atpo_async.run.installed import versions
 from atpo_async.run.metrics import read_metrics
 
 LATEST = "latest"
+FOLLOWING, PROMOTED = "following.json", "promoted.json"
+"""Files that make a folder a follower's copy of a run, and one that was promoted (``buffer.following``)."""
 START = "start"
 """Folder in a run: the policy that it began with, where that is another run's."""
 
@@ -83,6 +85,11 @@ class RunDir:
             SetupError: the folder is there and is no run, or cannot be made, or another process holds the run.
         """
         path = config.run.dir / config.run.name
+        if (path / FOLLOWING).exists():
+            raise SetupError(
+                f"{path} is a follower's copy of a run, which may be going on elsewhere: where its buffer's machine is "
+                f"lost, `atpo follower --promote --dir {path}` makes it a run's folder"
+            )
         if config.run.name == LATEST:
             raise SetupError(f"run.name = {LATEST!r} is the name of the link to the latest run; use another --run.name")
         if (path / "run.json").is_file():
@@ -317,9 +324,9 @@ class RunDir:
         """Whether a learner has trained on a batch here.
 
         Publishing the first weights does not count: a run whose actors could not start gets as far.  Neither does a
-        batch without a tree to train on.
+        batch without a tree to train on.  A promoted copy holds what was trained on elsewhere.
         """
-        if next(self.checkpoints.glob("step-*"), None) is not None:
+        if next(self.checkpoints.glob("step-*"), None) is not None or (self.path / PROMOTED).exists():
             return True
         return self.metrics_path.exists() and any(
             record.source == "learner" and "train/loss" in record.metrics for record in read_metrics(self.metrics_path)

@@ -67,6 +67,8 @@ class BatchServer:
         """Batches below are in a checkpoint of the learner, as it reported."""
         self.anew = True
         """No earlier buffer of this run has left any state."""
+        self.mirrored = False
+        """A follower's copy of the journal took its place once: it may lack the last batches of the one before."""
 
     # --- requests---------------------------------------------------------------------------------------------
 
@@ -76,13 +78,15 @@ class BatchServer:
         The first request that finds enough makes the batch; the same request again gets the same answer.
 
         Raises:
-            BadMessage: with ``staleness.exact_lag``, a batch of another size than the run's.
+            BadMessage: with ``staleness.exact_lag``, a batch of another size than the run's; or the learner has trained
+                on batches that a promoted copy of the journal does not know.
         """
         served = self._batches.by_step.get(request.step)
         if served is not None and served.version == request.version:
             return self._share(served, request)
         if self._delay_line is not None:
             return self._sample_exact(request, now, self._delay_line)
+        self._check_known(request.step)
         self._look_after_batches(request.step)
         self._heard(request)
         self._trees.advance()
@@ -119,6 +123,7 @@ class BatchServer:
             )
         if delay_line.version is not None and request.version < delay_line.version:
             return None  # requested by a learner that has been replaced since
+        self._check_known(request.step)
         self._look_after_batches(request.step)
         self._heard(request)
         self._ask_line(request, delay_line)
@@ -235,12 +240,35 @@ class BatchServer:
             self._trees.confirm(served.tree_ids, served.priorities, step=served.step)
 
     def checkpointed(self, message: Checkpointed) -> None:
-        """The learner never falls back behind ``message.step`` any more: trees used up in batches below are dropped."""
+        """The learner never falls back behind ``message.step`` any more: trees used up in batches below are dropped.
+
+        Raises:
+            BadMessage: that step is past the batches that a promoted copy of the journal knows.
+        """
+        self._check_known(message.step)
         self.saved_step = message.step
         for step in [step for step in self._batches.by_step if step < message.step]:
             self._confirm(self._batches.by_step[step])
             self._batches.remove(step)
         self._trees.checkpointed(message.step)
+
+    @property
+    def known_step(self) -> int:
+        """The first step of whose batch nothing is known: a learner may be there at most."""
+        step = self.saved_step
+        while step in self._batches.by_step:
+            step += 1
+        return step
+
+    def _check_known(self, step: int) -> None:
+        """Raises BadMessage where the learner is ahead of a promoted copy: it would be served trees of batches that it
+        has trained on."""
+        if self.mirrored and step > self.known_step:
+            raise BadMessage(
+                f"the learner is at step {step}, and this journal, a follower's copy that took a lost one's place, "
+                f"knows the batches up to step {self.known_step}: start the learner from a checkpoint of step "
+                f"{self.known_step} or earlier (put later ones aside), or it would train twice on what came between"
+            )
 
     def _look_after_batches(self, step: int) -> None:
         """The batch of ``step`` is requested: those before it were trained on, those from it on are not, or are undone.

@@ -55,4 +55,4 @@ class HandlerContext:
 
     def why_unwritten(self) -> str:
         """Why nothing is committed, for requests that wait for a commit."""
-        return f"the buffer's journal cannot be written: {self.journal.failing or 'its disk is slow'}"
+        return f"the buffer's journal cannot be written: {self.journal.held_up or 'its disk is slow'}"

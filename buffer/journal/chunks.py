@@ -78,6 +78,11 @@ class ChunkLog:
         return len(self._live)
 
     @property
+    def last_chunk(self) -> int:
+        """The greatest number that a chunk has, empty or not."""
+        return self._open.number
+
+    @property
     def num_uncommitted(self) -> int:
         """Records."""
         return sum(len(chunk.records) for chunk in self._uncommitted.values())

@@ -23,6 +23,8 @@ import lmdb
 
 from atpo_async.status import waits
 from buffer.journal.chunks import ChunkLog, Group
+from buffer.journal.commits import Commits
+from buffer.journal.marks import MARK, STREAMS, read_mark, read_streams
 from buffer.journal.tables import JournalBroken, Recovered, Tables
 from buffer.trees.index import Place, Rows, TurnEntry
 
@@ -48,6 +50,8 @@ class Journal:
         gather_s: how long a commit waits for more to come, from the first thing on that it will hold.
         collect: called on the loop right before a commit: hands over (``put``) what has changed.
         leased: whether an earlier buffer of this run may have granted leases; an empty file is damage then.
+        followed: keep the newest commits for followers, and count them.
+        follower_wait: what is committed settles only once ``reached`` has it; for a journal that is followed.
 
     Raises:
         SetupError: the folder cannot be used, or holds something else.
@@ -63,9 +67,19 @@ class Journal:
         gather_s: float = 0.002,
         collect: Callable[[], None] = lambda: None,
         leased: Callable[[], bool] = lambda: True,
+        followed: bool = False,
+        follower_wait: bool = False,
     ) -> None:
         self.folder = folder
         self._run = run
+        self._followed = followed
+        self._follower_wait = follower_wait
+        self._unmirrored: deque[tuple[int, int, float]] = deque()
+        """(ticket, number of the commit, when it was made) of commits that no follower has yet."""
+        self.mirrored = 0
+        """Commits that a follower has."""
+        self.committed: Commits | None = None
+        """Kept for followers, once the journal is recovered."""
         self.collect = collect
         self.gather_s = gather_s
         self._tables = Tables(folder, max_bytes=max_bytes, sync=sync, leased=leased)
@@ -101,6 +115,7 @@ class Journal:
     async def close(self, *, timeout_s: float = 5.0) -> None:
         """Commit what is left, if the disk takes it in time, and close.  Of one never entered, only close."""
         if self._committing is not None:
+            self.wait_no_more()
             if self.broken is not None and not self.broken.done():
                 with contextlib.suppress(TimeoutError):
                     await self.settle(timeout_s=timeout_s)
@@ -189,8 +204,42 @@ class Journal:
         """
         recovered, last, missing = self._tables.recover(self._run)
         self._writes |= missing
-        self._log.restore(recovered.rows, last=last)
+        earlier = read_mark(recovered.state)
+        if self._followed:
+            self.committed = Commits(earlier, read_streams(recovered.state), clock=time.monotonic)
+            self._writes[STREAMS] = self.committed.streams
+        elif earlier is not None:
+            # Commits that are not counted follow: no copy of before may take itself for one of this journal.
+            self._writes |= {MARK: None, STREAMS: None}
+        self._log.restore(recovered.rows, last=max(last, 0 if earlier is None else earlier.last_chunk))
         return recovered
+
+    def wait_no_more(self) -> None:
+        """From here on what is on this disk is settled: nothing is acknowledged any more."""
+        self._follower_wait = False
+
+    @property
+    def unmirrored_s(self) -> float:
+        """For how long acknowledgements have waited for a follower; 0 where none does."""
+        return time.monotonic() - self._unmirrored[0][2] if self._unmirrored else 0.0
+
+    @property
+    def held_up(self) -> str | None:
+        """Why what was handed over does not settle: the disk, or that no follower has it; None while neither is so."""
+        if self.failing is None and self._unmirrored:
+            return "no follower has its last commits (buffer.follower_wait)"
+        return self.failing
+
+    @property
+    def tables(self) -> Tables:
+        """For copies of them."""
+        return self._tables
+
+    def reached(self, number: int) -> None:
+        """A follower has the first ``number`` commits on disk."""
+        self.mirrored = max(self.mirrored, number)
+        while self._unmirrored and self._unmirrored[0][1] <= self.mirrored:
+            self._resolve(self._unmirrored.popleft()[0])
 
     # --- moving the last records out of sparse chunks-----------------------------------------------------------
 
@@ -208,7 +257,10 @@ class Journal:
         writes, self._writes = self._writes, {}
         self._messages = 0
         self._full.clear()
-        return self._log.seal(writes)
+        group = self._log.seal(writes)
+        if group and self.committed is not None:
+            writes[MARK] = self.committed.next_mark(self._log.last_chunk)
+        return group
 
     async def _commit_when_asked(self) -> None:
         """Waits for: a call of ``settle``.  Ended by: close()."""
@@ -237,20 +289,29 @@ class Journal:
             if group:
                 self._commit_s.append(loop.time() - began)
             self._log.committed()
-            # One after another and at once: at full load every further round of the loop handles a burst of messages.
-            for ticket, done in self._settling.items():
-                if ticket > upto:
-                    break
-                if not done.done():
-                    done.set_result(None)
+            if self._follower_wait and self.committed is not None and self.mirrored < self.committed.number:
+                self._unmirrored.append((upto, self.committed.number, time.monotonic()))
+            else:
+                self._resolve(upto)
+
+    def _resolve(self, upto: int) -> None:
+        """What was handed over before the ticket ``upto`` is settled."""
+        # One after another and at once: at full load every further round of the loop handles a burst of messages.
+        for ticket, done in self._settling.items():
+            if ticket > upto:
+                break
+            if not done.done():
+                done.set_result(None)
 
     async def _write(self, loop: asyncio.AbstractEventLoop, group: Group) -> bool:
         """Write a group, again until the disk takes it.  False if that cannot succeed in this process."""
         pause_s, began, logged = RETRY_S, loop.time(), -REPEAT_S
         while True:
             try:
-                await loop.run_in_executor(self._writer, self._tables.commit, group)
+                changes = await loop.run_in_executor(self._writer, self._tables.commit, group)
                 self.commits += 1
+                if self.committed is not None:
+                    self.committed.append(changes)
             except (lmdb.Error, OSError) as exc:
                 if isinstance(exc, lmdb.PanicError | lmdb.CorruptedError | lmdb.InvalidError):
                     self._break(f"the journal in {self.folder} can take nothing more: {exc}")

@@ -14,7 +14,7 @@ import shutil
 import socket
 import struct
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ import numpy as np
 from atpo_async.core.errors import AtpoError, SetupError
 from atpo_async.run import locks, processes
 from buffer.journal import check, earlier
+from buffer.journal.changes import CHUNKS, ROWS, STATE, Change
 from buffer.journal.chunks import Group
 from buffer.trees.index import ROW, Place, Rows
 
@@ -131,10 +132,16 @@ class Tables:
                 self._chunks = env.open_db(check.CHUNKS.encode())
                 self._rows = env.open_db(b"rows")
                 self._state = env.open_db(b"state")
+                self.tables = (self._chunks, self._rows, self._state)
                 held.pop_all()
                 return env
         except (OSError, lmdb.Error) as exc:
             raise SetupError(f"the journal in {folder} cannot be opened: {exc}; {check.KEEP}") from exc
+
+    @property
+    def env(self) -> lmdb.Environment:
+        """For transactions of a copy of these tables; the tables themselves are ``tables``, by number."""
+        return self._env
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -255,34 +262,49 @@ class Tables:
 
     # --- writing -----------------------------------------------------------------------------------------------
 
-    def commit(self, group: Group) -> None:
-        """Commit all of the group, or nothing."""
+    def commit(self, group: Group) -> list[Change]:
+        """Commit all of the group, or nothing.  Returns what was put and deleted, in order."""
+        made = []
+        with self._env.begin(write=True) as txn:
+            for change, is_new in self._changes(txn, group):
+                self.make(txn, change, append=is_new)
+                made.append(change)
+        return made
+
+    def _changes(self, txn: lmdb.Transaction, group: Group) -> Iterator[tuple[Change, bool]]:
+        """What a group changes, with True for entries that come last in their table; each is made before the next one
+        is asked for."""
         # Entries added and removed between two commits are left out: LMDB counts their pages but may never write them.
         passed = {chunk.number for chunk in group.chunks} & set(group.freed)
-        with self._env.begin(write=True) as txn:
-            for chunk in group.chunks:
-                if chunk.number in passed:
-                    continue
+        for chunk in group.chunks:
+            if chunk.number not in passed:
                 key = _U64.pack(chunk.number)
-                txn.put(key, check.with_sum(chunk.records), db=self._chunks, append=True)
-                txn.put(key, b"".join(chunk.rows), db=self._rows, append=True)
-            for number in group.freed:
-                if number in passed:
-                    continue
-                key = _U64.pack(number)
-                txn.delete(key, db=self._chunks)
-                txn.delete(key, db=self._rows)
-            for number, offsets in group.cut_out.items():
-                key = _U64.pack(number)
-                rows = txn.get(key, db=self._rows)
-                if rows is not None:
-                    found = np.frombuffer(rows, dtype=ROW)
-                    txn.put(key, found[~np.isin(found["offset"], list(offsets))].tobytes(), db=self._rows)
-            for name, value in group.writes.items():
-                if value is None:
-                    txn.delete(name, db=self._state)
-                else:
-                    txn.put(name, value, db=self._state)
+                yield Change(CHUNKS, key, check.with_sum(chunk.records)), True
+                yield Change(ROWS, key, b"".join(chunk.rows)), True
+        for number in group.freed:
+            if number not in passed:
+                yield Change(CHUNKS, _U64.pack(number), None), False
+                yield Change(ROWS, _U64.pack(number), None), False
+        for number, offsets in group.cut_out.items():
+            key = _U64.pack(number)
+            rows = txn.get(key, db=self._rows)
+            if rows is not None:
+                found = np.frombuffer(rows, dtype=ROW)
+                yield Change(ROWS, key, found[~np.isin(found["offset"], list(offsets))].tobytes()), False
+        for name, value in group.writes.items():
+            yield Change(STATE, name, value), False
+
+    def make(self, txn: lmdb.Transaction, change: Change, *, append: bool = False) -> None:
+        """Make one change.  Raises lmdb.Error.
+
+        Args:
+            append: its key comes after all others of its table.
+        """
+        table, key, value = change
+        if value is None:
+            txn.delete(key, db=self.tables[table])
+        else:
+            txn.put(key, value, db=self.tables[table], append=append)
 
 
 def _lock(folder: Path) -> BaseFileLock:

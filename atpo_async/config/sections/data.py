@@ -65,6 +65,10 @@ class BufferConfig(Section):
     max_trees: int | None = Field(None, ge=1, description="ready trees held; past it the oldest go; none for no limit")
     journal_dir: Path | None = Field(None, description="folder for the journals of runs; none: in the run's folder")
     journal_sync: bool = Field(True, description="commits reach the disk; false: they survive kill -9, not a power cut")
+    follower: bool = Field(False, description="serve followers, which copy the journal to other machines")
+    follower_wait: bool = Field(
+        False, description="acknowledge only what a follower has on disk: nothing is lost with this machine's disk"
+    )
     commit_ms: float = Field(2.0, ge=0, le=1000, description="how long a commit gathers messages before it is written")
     lease_lifetime_s: float = Field(120.0, gt=0)
     max_reissues: int = Field(3, ge=0, description="a task given up after that many lost leases")

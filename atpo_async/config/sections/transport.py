@@ -56,6 +56,7 @@ class LinksConfig(Section):
     learner_port: int = Field(0, ge=0, le=65535)
     weights_port: int = Field(0, ge=0, le=65535)
     announce_port: int = Field(0, ge=0, le=65535)
+    follower_port: int = Field(0, ge=0, le=65535, description="for followers of the journal (buffer.follower)")
     keys_dir: Path | None = Field(None, description="folder with the CURVE keys")
     window: int = Field(1024, ge=1, description="messages an actor may have unacknowledged")
     heartbeat_s: float = Field(2.0, gt=0)
