@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 
+from buffer.journal.changes import Change
 from buffer.journal.chunks import Group
 from buffer.journal.tables import Tables
 from buffer.sampling import prioritized
@@ -18,9 +19,9 @@ _commit = Tables.commit
 def make(exponent: float, *, commit_ms: float) -> prioritized.Prioritized:
     """The built-in sampling; from now on commits of this process take ``commit_ms`` longer."""
 
-    def slow(self: Tables, group: Group) -> None:
+    def slow(self: Tables, group: Group) -> list[Change]:
         time.sleep(commit_ms / 1e3)
-        _commit(self, group)
+        return _commit(self, group)
 
     # A sampling may be made more than once.
     Tables.commit = slow  # type: ignore[method-assign]

@@ -89,6 +89,11 @@ async def has_all(source: Source, *, name: str = "spare") -> None:
     await until(lambda: any(followers.lag(each).commits == 0 for each in followers.followers if each.name == name))
 
 
+async def has_at_least(source: Source, commit: int) -> None:
+    """Waits for: a follower to have the commits up to ``commit`` on disk."""
+    await until(lambda: any(each.durable >= commit for each in source.socket.followers.followers))
+
+
 def run_follower(folder: str, join: str) -> None:
     """A follower's process, as ``python -m buffer follow`` runs it."""
     from buffer.following import program

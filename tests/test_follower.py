@@ -13,7 +13,7 @@ import pytest
 
 from atpo_async.core.errors import BadMessage, SetupError
 from atpo_async.run.rundir import FOLLOWING, PROMOTED
-from atpo_async.wire import following as f
+from atpo_async.wire.followers import messages as f
 from atpo_async.wire.messages import PROTOCOL
 from buffer.following import copying, sending
 from buffer.following.copying import Has, ranges_of
@@ -25,7 +25,7 @@ from buffer.journal.journal import Journal
 from buffer.journal.marks import MARK, Mark, dump, read_mark
 from buffer.trees.index import TurnEntry, rows_of
 from tests.fault_support import Spawner
-from tests.follower_support import RUN, Source, contents, follower, following_config, has_all, source
+from tests.follower_support import RUN, Source, contents, follower, following_config, has_all, has_at_least, source
 from tests.waiting_support import until, within
 
 
@@ -265,7 +265,7 @@ async def test_a_follower_killed_at_any_moment_holds_the_journal_of_some_commit(
             process = spawner.start("follower", "tests.follower_support:run_follower", *args, log=log)
             goal = s.commits
             await work(s, first, 5)
-            await until(lambda goal=goal: any(each.durable >= goal for each in s.socket.followers.followers))
+            await has_at_least(s, goal)
             for number in range(first + 5, first + 5 + chance.randint(1, 30)):
                 await work(s, number, 1)
             process.kill()

@@ -15,7 +15,7 @@ from atpo_async.config import LinksConfig
 from atpo_async.core.errors import BadMessage, PeerLost, SetupError
 from atpo_async.links.client import Client
 from atpo_async.status import waits
-from atpo_async.wire import following as f
+from atpo_async.wire.followers import messages as f
 from atpo_async.wire.messages import PROTOCOL, Refused
 from buffer.following.folder import FollowerFolder
 

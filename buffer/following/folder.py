@@ -20,7 +20,7 @@ import numpy as np
 from atpo_async.core.errors import BadMessage, SetupError
 from atpo_async.run.files import write_atomic
 from atpo_async.run.rundir import FOLLOWING, PROMOTED
-from atpo_async.wire import following as f
+from atpo_async.wire.followers import messages as f
 from buffer.following.copying import ranges_of
 from buffer.following.small_files import MAX_FILE_BYTES, NAMES
 from buffer.journal import check

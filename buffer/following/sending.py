@@ -20,7 +20,7 @@ import numpy as np
 
 from atpo_async.core.errors import BadMessage
 from atpo_async.status import waits
-from atpo_async.wire import following as f
+from atpo_async.wire.followers import messages as f
 from atpo_async.wire.messages import PROTOCOL, Refused
 from buffer.following.copying import COPY_S, Has, JournalCopy
 from buffer.following.small_files import SmallFiles

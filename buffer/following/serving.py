@@ -18,7 +18,7 @@ from atpo_async.links.keys import FOLLOWERS
 from atpo_async.links.server import Server
 from atpo_async.ops import notices
 from atpo_async.status.facts import publish_facts, withdraw_facts
-from atpo_async.wire.following import FollowerToBuffer
+from atpo_async.wire.followers.messages import FollowerToBuffer
 from buffer.following.sending import Followers
 from buffer.following.small_files import SmallFiles
 from buffer.journal.journal import Journal

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from atpo_async.run.endpoints import ENDPOINTS, FORMER_ENDPOINTS
-from atpo_async.wire.following import SmallFile
+from atpo_async.wire.followers.messages import SmallFile
 
 VERSION = "version"
 NAMES = ("run.json", "config.json", "versions.json", VERSION, "memory.json", FORMER_ENDPOINTS)

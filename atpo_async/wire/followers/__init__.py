@@ -1,0 +1,1 @@
+"""What a buffer and the followers of its journal say to one another."""
