@@ -326,7 +326,7 @@ def test_keys_of_the_users_folder_stay_and_those_of_hosts_go(tmp_path: Path) -> 
     public = key_files.make_keys(theirs, "client")[0].read_text()
     keys = RunKeys(folder, made=False)
     keys.let_in("actor-0", public)
-    keys.let_in("learner", public)
+    keys.let_in("learner", public, learner=True)
     assert set(keys.admitted().values()) >= {key_files.load_public(theirs / "client.key").decode()}
     again = RunKeys(folder, made=False)  # the supervisor was lost, and starts again
     assert not (folder / "actor-0.key").exists()

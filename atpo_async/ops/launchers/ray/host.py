@@ -67,6 +67,7 @@ class RoleHost:
         self._status = self._folder / "status"
         self._log = self._folder / "log"
         self._error = self._folder / "error"
+        self._own_key = ""
         self._policy = order.policy
         self._launcher = ProcessLauncher()
         self._role: LocalRole | None = None
@@ -88,6 +89,7 @@ class RoleHost:
         if self._order.with_key:
             path, _ = keys.make_keys(self._keys, keys.CLIENT_KEY)
             public = path.read_text(encoding="utf-8")
+            self._own_key = keys.load_public(path).decode()
         return Greeting(
             address=self._address,
             hostname=socket.gethostname(),
@@ -177,7 +179,8 @@ class RoleHost:
     def _take(self, push: Push) -> None:
         if push.admitted is not None and self._order.with_key:
             # Its own key would be there twice: as its client's, and under its name.
-            admit(self._keys, {name: key for name, key in push.admitted.items() if name != self._order.role})
+            others = {name: key for name, key in push.admitted.items() if key != self._own_key}
+            admit(self._keys, others)
         for name, content in push.statuses.items():
             self._pushed.add(name)
             with contextlib.suppress(OSError):

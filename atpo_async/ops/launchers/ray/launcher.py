@@ -155,7 +155,8 @@ class RayLauncher:
         if role.place is not None:
             self._places.give_back(role.place)
         role.place = None
-        self._keys.shut_out(name)
+        for number in range(len(role.needs)):
+            self._keys.shut_out(_key_name(name, number))
         self._waiting.end(name)
         if self._asked.pop(name, None) is not None:
             waiting.unwrite(self._status, name)
@@ -272,9 +273,9 @@ class RayLauncher:
     async def _begin(self, role: RayRole, greetings: Sequence[Greeting]) -> None:
         """Let the hosts in, send the policy where it is lacking, and start the role's processes."""
         name = role.order.role
-        for greeting in greetings[:1]:
+        for number, greeting in enumerate(greetings):
             if greeting.public_key:
-                self._keys.let_in(name, greeting.public_key)
+                self._keys.let_in(_key_name(name, number), greeting.public_key, learner=name == LEARNER)
         for host, greeting in zip(role.hosts, greetings, strict=True):
             if greeting.lacks_policy and name != BUFFER:
                 await self._send_policy(host)
@@ -384,6 +385,11 @@ class RayLauncher:
             await asyncio.sleep(LOOK_S)
         where = f" on node {role.nodes[0]}" if role.nodes else ""
         return AtpoError(f"its host process{where} is gone: {exc}")
+
+
+def _key_name(role: str, number: int) -> str:
+    """What the key of a role's host is called; of several hosts each has one."""
+    return role if number == 0 else f"{role}-node-{number}"
 
 
 def own_status() -> StatusSnapshot:

@@ -56,24 +56,28 @@ class RunKeys:
         keys.load_pair(self.folder, keys.SERVER_KEY)  # refuses one that others can read
         return (self.folder / f"{keys.SERVER_KEY}.key_secret").read_text(encoding="utf-8")
 
-    def let_in(self, role: str, text: str) -> None:
-        """Let the host of a role in, by the text of the file with its public key; the learner's as the learner.
+    def let_in(self, name: str, text: str, *, learner: bool = False) -> None:
+        """Let a host in, by the text of the file with its public key.
+
+        Args:
+            name: of the key.
+            learner: it may be the learner.
 
         Raises SetupError where the folder has another key of that name.
         """
-        folder = self.folder / keys.LEARNERS if role == "learner" else self.folder
+        folder = self.folder / keys.LEARNERS if learner else self.folder
         folder.mkdir(exist_ok=True, mode=0o700)
-        file = folder / f"{role}.key"
+        file = folder / f"{name}.key"
         if file.exists() and file not in self._of_hosts():
-            raise SetupError(f"{file} is another host's key; on Ray the key of {role} has that name: rename that file")
+            raise SetupError(f"{file} is another host's key; on Ray a key of the run's own has that name: rename that file")
         aside = file.with_suffix(".part")
         aside.write_text(MARK + text, encoding="utf-8")
         aside.replace(file)
 
-    def shut_out(self, role: str) -> None:
-        """Let the host of a role in no more."""
+    def shut_out(self, name: str) -> None:
+        """Let a host in no more."""
         for file in self._of_hosts():
-            if file.stem == role:
+            if file.stem == name:
                 file.unlink(missing_ok=True)
 
     def admitted(self) -> dict[str, str]:
