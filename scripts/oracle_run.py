@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from atpo_async.models.policy import list_checkpoints
+from atpo_async.models.policy import steps_trained
 from atpo_async.run import processes
 from atpo_async.run.rundir import RunDir
 
@@ -209,11 +209,10 @@ def lineage(run: Path) -> list[dict[str, Any]]:
 
 
 def judge(run: Path, *, num_tasks: int, max_uses: int) -> Outcome:
-    """Count tasks, uses, hashes and versions over the steps that the last checkpoint of a run holds."""
+    """Count tasks, uses, hashes and versions over the steps that the last checkpoint of a run holds, wherever that is."""
     problems: list[str] = []
     everything = lineage(run)
-    checkpoints = list_checkpoints(run / "checkpoints")
-    steps = int(checkpoints[-1].name.split("-")[1]) if checkpoints else 0
+    steps = steps_trained(RunDir.open(run))
     taken = Counter(line["version"] for line in everything)
     problems += [f"version {version} was used {count} times" for version, count in taken.items() if count > 1]
     valid: dict[int, dict[str, Any]] = {}
