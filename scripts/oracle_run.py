@@ -209,7 +209,7 @@ def lineage(run: Path) -> list[dict[str, Any]]:
 
 
 def judge(run: Path, *, num_tasks: int, max_uses: int) -> Outcome:
-    """Count tasks, uses, hashes and versions over the steps that the last checkpoint of a run holds, wherever that is."""
+    """Count tasks, uses, hashes and versions over the steps that the last checkpoint of a run holds."""
     problems: list[str] = []
     everything = lineage(run)
     steps = steps_trained(RunDir.open(run))

@@ -84,7 +84,14 @@ class RayRun:
     """
 
     def __init__(
-        self, folder: Path, policy: Path, address: str, *, num_tasks: int, open_tasks: int, options: Mapping[str, object]
+        self,
+        folder: Path,
+        policy: Path,
+        address: str,
+        *,
+        num_tasks: int,
+        open_tasks: int,
+        options: Mapping[str, object],
     ) -> None:
         self.folder = folder
         self.path = folder / "runs" / "run"

@@ -131,7 +131,10 @@ def _look_from_outside(run: RayRun, nodes: Nodes, capfd: pytest.CaptureFixture[s
         assert any(line.startswith(f"{role} ") and " runs " in line for line in screen.splitlines()), screen
     assert "joined by address" not in screen  # they are the run's own
     assert main(["train", str(run.config), "--on", "ray", "--learner.lr", "0.5"]) == 2
-    assert "a run run is going on in the namespace atpo with another configuration: learner.lr is" in capfd.readouterr().err
+    assert (
+        "a run run is going on in the namespace atpo with another configuration: learner.lr is"
+        in capfd.readouterr().err
+    )
 
 
 def _stop_and_go_on(run: RayRun, driver: object) -> None:

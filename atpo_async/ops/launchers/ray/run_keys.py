@@ -69,7 +69,9 @@ class RunKeys:
         folder.mkdir(exist_ok=True, mode=0o700)
         file = folder / f"{name}.key"
         if file.exists() and file not in self._of_hosts():
-            raise SetupError(f"{file} is another host's key; on Ray a key of the run's own has that name: rename that file")
+            raise SetupError(
+                f"{file} is another host's key, and on Ray a key of the run's own has that name: rename it"
+            )
         aside = file.with_suffix(".part")
         aside.write_text(MARK + text, encoding="utf-8")
         aside.replace(file)
