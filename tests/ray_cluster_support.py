@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes in this machine, nodes that are lost, and runs that ``atpo train --on ray`` works on."""
+"""A Ray cluster of several nodes in this machine, nodes that are lost, and runs that work on it."""
 
 from __future__ import annotations
 

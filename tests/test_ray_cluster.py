@@ -1,10 +1,11 @@
-"""Runs on a Ray cluster of three nodes and a head, all in this machine: placed, attached to, every node lost and back."""
+"""Runs on a Ray cluster of three nodes and a head, all in this machine: placed, attached to, each node lost."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,6 @@ from tests.ray_cluster_support import Nodes, RayRun, run_on
 pytest.importorskip("ray")
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
-    pytest.mark.slow,
     pytest.mark.timeout(600),
 ]
 
@@ -137,10 +137,10 @@ def _look_from_outside(run: RayRun, nodes: Nodes, capfd: pytest.CaptureFixture[s
     )
 
 
-def _stop_and_go_on(run: RayRun, driver: object) -> None:
+def _stop_and_go_on(run: RayRun, driver: subprocess.Popen[bytes]) -> None:
     """Ctrl-C once, then the same command."""
-    driver.send_signal(signal.SIGINT)  # type: ignore[attr-defined]
-    assert run.exit_code(driver) == 130  # type: ignore[arg-type]
+    driver.send_signal(signal.SIGINT)
+    assert run.exit_code(driver) == 130
     assert "stopping; Ctrl-C again ends everything at once" in run.said()
     assert "no process is left.  Saved: step " in run.said()
     run.open_gate()
