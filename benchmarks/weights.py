@@ -11,10 +11,14 @@ round that warms them up.  Shown are medians over the rounds, GB/s of the publis
             a copy of every tensor and a comparison of all.
   step      the learner's own step (``benchmarks/learner.py``'s trainer) with a version published after each, written
             and hashed beside the next: seconds that the torch thread is held up, as a share of a step.
+  delta     the differences between versions of a policy that the learner's trainer has trained with AdamW at 1e-6, 1
+            and 8 optimizer steps apart, in bfloat16 and float32: bytes, and GB/s of a whole version made and put on.
+  link      versions over a link of --rate-mbit between two network namespaces, whole and as differences.
   engine    real vLLM at this size: fetch, verification, reading ahead, load, probe and pause of each swap with requests
             in flight.  On a GPU only, unless asked for.
 
     .venv/bin/python benchmarks/weights.py                          # 0.6b: 1.2 GB
+    .venv/bin/python benchmarks/weights.py --part delta link --versions /tmp/atpo-versions      # 11 GB there; kept
     .venv/bin/python benchmarks/weights.py --part step engine --model 0.6b 4b --json weights.json --limit-s 540
 """
 
@@ -42,7 +46,9 @@ from benchmarks.learner_parts.tables import Table, machine, say
 from benchmarks.weights_parts.memory import Host, Sides
 
 MEMORY = {"publish": Host.publishing, "fetch": Host.fetching, "load": Host.loading}
-PARTS = (*MEMORY, "step", "engine")
+MODEL = ("step", "engine")
+TRAINED = ("delta", "link")
+PARTS = (*MEMORY, *MODEL, *TRAINED)
 COPY = "copy"
 
 
@@ -133,10 +139,44 @@ def with_model(args: argparse.Namespace, model: str, limit: Limit) -> tuple[list
     return tables, found
 
 
+def with_versions(args: argparse.Namespace, model: str, limit: Limit) -> tuple[list[Table], dict[str, Any]]:
+    """The parts on versions of a policy that was trained for real steps: delta, link."""
+    from benchmarks.weights_parts.deltas import cases
+    from benchmarks.weights_parts.trained import Versions
+
+    tables, found = [], dict[str, Any]()
+    with tempfile.TemporaryDirectory(prefix="atpo-bench-") as folder:
+        versions = Versions(args.versions or Path(folder), model)
+        if "delta" in args.part:
+            versions.need(trees=args.trees, over=lambda: limit.is_over)
+            for label, opened in cases(versions):
+                if limit.is_over:
+                    break
+                say(f"{model}: delta, {label}")
+                with opened as pair:
+                    taken = rotate(pair.sides, args.rounds, limit)
+                    found[label] = {
+                        "bytes": pair.bytes, "total_bytes": pair.total_bytes, "ratio": pair.bytes / pair.total_bytes,
+                        **medians(taken),
+                    }  # fmt: skip
+                    shown = table(f"delta, {model}, {label}", medians(taken), taken, pair.total_bytes)
+                    tables.append(Table(shown.title, f"{pair.about}, {args.rounds} rounds", shown.head, shown.rows))
+            found = {"delta": found}
+        if "link" in args.part:
+            from benchmarks.weights_parts.link import link
+
+            say(f"{model}: link")
+            shown, found["link"] = link(
+                versions, rate_mbit=args.rate_mbit, trees=args.trees, over=lambda: limit.is_over, folder=Path(folder)
+            )
+            tables.append(shown)
+    return tables, found
+
+
 def _parser() -> argparse.ArgumentParser:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS if cuda else tuple(MEMORY))
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=(*MEMORY, *MODEL) if cuda else tuple(MEMORY))
     parser.add_argument("--model", nargs="+", choices=list(SIZES), default=["0.6b"])
     parser.add_argument(
         "--source", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights in training"
@@ -144,6 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--trees", type=int, default=16 if cuda else 1, help="step: of one batch")
     parser.add_argument("--requests", type=int, default=64, help="engine: in flight")
+    parser.add_argument("--versions", type=Path, metavar="FOLDER", help="delta, link: trained versions, kept there")
+    parser.add_argument("--rate-mbit", type=float, default=100.0, help="link: 10^6 bits a second")
     parser.add_argument("--limit-s", type=float, help="seconds after which it ends with the rounds that it has")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all that was measured, rewritten as it comes")
     parser.add_argument("--markdown", action="store_true")
@@ -157,8 +199,8 @@ def main(argv: Sequence[str]) -> int:
     print(where)
     try:
         for model in args.model:
-            for measure, parts in ((in_memory, set(MEMORY)), (with_model, {"step", "engine"})):
-                if not parts & set(args.part):
+            for measure, parts in ((in_memory, MEMORY), (with_model, MODEL), (with_versions, TRAINED)):
+                if not set(parts) & set(args.part):
                     continue
                 tables, found = measure(args, model, limit)
                 all_found.setdefault(model, {}).update(found)
