@@ -50,6 +50,8 @@ OF_ACTORS = {
     "weights/swap_s",
     "engine/prefix_hit_share",
 }
+ACTORS = ("actor-0", "actor-1")
+REBUILT = "weights/differences/versions"
 COPY = "copy-of-metrics.jsonl"
 ALL_STEPS = list(range(1, STEPS + 1))
 
@@ -76,13 +78,18 @@ def ended_well(run: Job, code: int) -> None:
 
 @pytest.fixture(scope="module")
 def finished(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
-    """A run with the transformers engine, held at the gate until the actor has reported everything once."""
+    """A run with the transformers engine and two actors that take the weights as differences, in chunks; held at the
+    gate until they have reported everything once."""
     folder = tmp_path_factory.mktemp("finished")
-    copied: dict[str, Any] = {"metrics.options.jsonl.path": str(folder / COPY)}
-    with job(folder, policy, **copied) as run:
+    options: dict[str, Any] = {
+        "metrics.options.jsonl.path": str(folder / COPY), "actor.count": 2, "weights.shared_memory": False,
+    }  # fmt: skip
+    with job(folder, policy, **options) as run:
         train = run.train()
         run.until(
-            lambda: run.steps() and names(run, "actor-0") >= OF_ACTORS, "a report of the actor with all names", of=train
+            lambda: run.steps() and all(names(run, actor) >= OF_ACTORS | {REBUILT} for actor in ACTORS),
+            "a report of each actor with all names",
+            of=train,
         )
         run.open_gate()
         code = run.exit_code(train)
@@ -130,6 +137,17 @@ def test_next_to_no_turn_came_too_late(finished: Job) -> None:
 def test_every_swap_reproduced_the_learners_log_probs(finished: Job) -> None:
     errors = [record.metrics["engine/probe_error"] for record in finished.with_metric("engine/probe_error")]
     assert max(errors) < 1e-4
+
+
+def test_versions_reached_both_actors_as_differences_and_were_what_was_learned(finished: Job) -> None:
+    """Each engine compares every tensor with the file, bit for bit, and the file has the learner's digests."""
+    for actor in ACTORS:
+        reports = [record.metrics for record in finished.records() if record.source == actor]
+        fallbacks = {name for metrics in reports for name in metrics if "differences/fallback" in name}
+        # The first one, and those of which the learner no longer had the base when it was first asked.
+        assert fallbacks <= {f"weights/differences/fallback/{reason}" for reason in ("no_base", "not_offered")}
+        assert sum(metrics.get(REBUILT, 0.0) for metrics in reports) >= 1
+        assert not any("weights/rejected" in metrics for metrics in reports)
 
 
 def test_the_report_opens_without_a_network(finished: Job) -> None:

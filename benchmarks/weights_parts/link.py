@@ -1,7 +1,7 @@
 """Versions over a thin link: a learner's publisher and an actor's fetcher on two hosts, whole and as differences.
 
 The hosts are network namespaces of this machine (``scripts/namespaces.py``), each with its own process; this module is
-both, told what to do over a pipe.
+both, told what to do over a pipe; each side imports what it needs, so that an actor does not wait for torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -27,14 +27,13 @@ from atpo_async.links.announcements import Listener
 from atpo_async.links.client import Client
 from atpo_async.links.keys import CLIENT_KEY, SERVER_KEY, make_keys
 from atpo_async.wire.messages import LearnerToActor
-from benchmarks.learner_parts.tables import Table, say
-from benchmarks.weights_parts.memory import RUN
-from benchmarks.weights_parts.trained import Versions
-from learner.weights.publisher import Publisher
-from learner.weights.staging import Staged
-from learner.weights.store import WeightsStore
 from scripts.namespaces import Host, Network, why_not
 
+if TYPE_CHECKING:
+    from benchmarks.learner_parts.tables import Table
+    from benchmarks.weights_parts.trained import Versions
+
+RUN = "benchmark-link"
 NUM_VERSIONS = 3
 """The first one comes whole either way."""
 TIMEOUT_S = 3600.0
@@ -53,6 +52,11 @@ def settings_of(*, max_chain: int) -> WeightsConfig:
 
 async def learner(model: str, folder: str, keys: str, address: str) -> None:
     """Publishes the next version for each line that it reads."""
+    from benchmarks.weights_parts.trained import Versions
+    from learner.weights.publisher import Publisher
+    from learner.weights.staging import Staged
+    from learner.weights.store import WeightsStore
+
     versions = Versions(Path(folder), model)
     with tempfile.TemporaryDirectory() as scratch:
         store = WeightsStore(run=RUN, fallback=Path(scratch), settings=settings_of(max_chain=8))
@@ -163,6 +167,8 @@ def link(
     versions: Versions, *, rate_mbit: float, trees: int, over: Callable[[], bool], folder: Path
 ) -> tuple[Table, Any]:
     """Both ways in one run, in turns.  Raises SetupError where no namespaces can be made."""
+    from benchmarks.learner_parts.tables import say
+
     if reason := why_not():
         raise SetupError(f"the part link needs network namespaces: {reason}")
     versions.need(trees=trees, over=over)
@@ -195,6 +201,8 @@ def link(
 def _table(
     model: str, rate_mbit: float, total: int, taken: dict[str, list[dict[str, Any]]], made: dict[str, float]
 ) -> tuple[Table, Any]:
+    from benchmarks.learner_parts.tables import Table
+
     seconds = {name: statistics.median(each["seconds"] for each in found) for name, found in taken.items()}
     ratio = made["differences/made_bytes"] / made["differences/made_whole_bytes"]
     times, encode_s = seconds["whole"] / seconds["differences"], made["differences/encode_s"] / made["differences/made"]

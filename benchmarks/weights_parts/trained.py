@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -15,10 +16,9 @@ from atpo_async.config import load
 from atpo_async.core.errors import SetupError
 from atpo_async.core.vocabulary import Precision
 from atpo_async.wire.messages import TensorSpec
-from benchmarks.learner_parts.sides import SIZES, TimedTrainer, make_trainer
-from benchmarks.learner_parts.tables import say
-from benchmarks.learner_parts.trees import SHAPES, grow_batch, sampled_by
-from learner.weights.staging import Stager
+
+if TYPE_CHECKING:
+    from benchmarks.learner_parts.sides import TimedTrainer
 
 PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float32")
 LR = 1e-6
@@ -63,6 +63,10 @@ class Versions:
         """Train, unless that has been done.  Raises SetupError where the time was over before."""
         if (self.folder / _DONE).is_file():
             return
+        # What only reads versions waits for none of this.
+        from benchmarks.learner_parts.sides import SIZES, make_trainer
+        from benchmarks.learner_parts.tables import say
+
         self.folder.mkdir(parents=True, exist_ok=True)
         cuda = torch.cuda.is_available()
         options = {"learner.lr": str(LR), "staleness.max_lag": "0", "model.dtype": "bfloat16", "actor.count": "0"}
@@ -83,6 +87,8 @@ class Versions:
         gc.collect()
 
     def _keep(self, trainer: TimedTrainer, precision: Precision, after: int) -> None:
+        from learner.weights.staging import Stager
+
         staged = Stager(precision).stage(trainer.whole.published(), copied=False)
         if staged is None:
             raise AssertionError("nothing asked it to stop")
@@ -97,7 +103,9 @@ class Versions:
 
 def _train(trainer: TimedTrainer, *, seed: int, trees: int) -> None:
     """One optimizer step on a batch of its own, as the policy would have sampled it."""
-    shape = SHAPES["m8"].scaled(1.0 if torch.cuda.is_available() else 1 / 32)
+    from benchmarks.learner_parts import trees as made_up
+
+    shape = made_up.SHAPES["m8"].scaled(1.0 if torch.cuda.is_available() else 1 / 32)
     vocab = int(trainer.policy.hf.config.vocab_size)
-    batch = grow_batch(shape, num_trees=trees, vocab_size=vocab, seed=seed, config=trainer.config)
-    trainer.timed(sampled_by(trainer.model, batch, trainer.config, trainer.accelerator.device), "tree")
+    batch = made_up.grow_batch(shape, num_trees=trees, vocab_size=vocab, seed=seed, config=trainer.config)
+    trainer.timed(made_up.sampled_by(trainer.model, batch, trainer.config, trainer.accelerator.device), "tree")
