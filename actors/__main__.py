@@ -30,9 +30,25 @@ from atpo_async.transports.base import Transport
 from atpo_async.transports.registry import make_transport
 from atpo_async.wire.messages import LearnerToActor, Welcome
 
+SUPERVISED_LEAVE_SHARE = 1 / 3
+"""Of ``supervisor.stop_grace_s``: the leases' return and the engine's end take their time too."""
+
+
+def leave_s_of(ctx: RoleContext) -> float:
+    """How long an actor that is asked to end has for its turns under way."""
+    config = ctx.config
+    most = SUPERVISED_LEAVE_SHARE * config.supervisor.stop_grace_s if ctx.supervised else config.actor.leave_s
+    return min(config.actor.leave_s, most)
+
 
 async def act(ctx: RoleContext) -> None:
-    """Join the run, start the engine, and work until it is over."""
+    """Join the run, start the engine, and work until it is over, or until it is asked to end."""
+    await _join_and_act(ctx)
+    # The supervisor starts one again that was not to end; a scheduler is told that this one has left in good order.
+    ctx.left = ctx.stopping.is_set() and not ctx.supervised
+
+
+async def _join_and_act(ctx: RoleContext) -> None:
     config = ctx.config
     model = model_folder(config.model.path)
     if not ctx.supervised:  # an actor that the run itself has started is let in
@@ -109,7 +125,7 @@ async def _work(
         )  # fmt: skip
         actor = Actor(
             run=welcome.run, name=ctx.name, config=ctx.config, engine=engine, environment=environments,
-            buffer=buffer, weights=weights, stopping=ctx.stopping,
+            buffer=buffer, weights=weights, stopping=ctx.stopping, leave_s=leave_s_of(ctx),
         )  # fmt: skip
         try:
             await actor.work()

@@ -20,7 +20,7 @@ from actors.expansion.expansion import Expansion
 from actors.faults.fault import first_of
 from actors.faults.faults import Faults
 from actors.faults.notices import CutActions
-from actors.leases import LeaseSource
+from actors.leases import RETURN_TIMEOUT_S, LeaseSource
 from actors.reports import Interval
 from actors.search.tree_search import TreeSearch
 from actors.slots import Meter, control_of
@@ -74,7 +74,8 @@ class Actor:
         environment: the tasks: one environment, or several.
         buffer: link to the buffer.
         weights: fetcher towards the learner.
-        stopping: set to end early; leases are given back.
+        stopping: set to end early: turns under way are finished, and leases are given back.
+        leave_s: for these turns; then they are lost.
         clock: seconds, monotonic.
 
     Raises ConfigError or SetupError where the expansion strategy that the configuration names cannot be loaded.
@@ -91,6 +92,7 @@ class Actor:
         buffer: Client,
         weights: WeightsFetcher,
         stopping: asyncio.Event,
+        leave_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run, self._name, self._config = run, name, config
@@ -106,6 +108,13 @@ class Actor:
             metrics=self._metrics, clock=clock,
         )  # fmt: skip
         self._growing: dict[str, asyncio.Task[None]] = {}
+        self._held: dict[str, None] = {}
+        """Trees under lease that are not closed: those that are grown, and those that were left as they are."""
+        self._begun: set[str] = set()
+        """Of those that are grown, the ones that do not wait for weights any more."""
+        self._leaving = False
+        """It was asked to end."""
+        self._leave_s = leave_s
         self._control = control_of(config)
         self._slot_freed = asyncio.Event()
         self._evaluating: set[str] = set()
@@ -131,7 +140,6 @@ class Actor:
         if self.uptake.version < 0:
             return
         self._idle_at = self._clock()
-        held: tuple[str, ...] = ()
         try:
             async with asyncio.TaskGroup() as tasks:
                 loops = [
@@ -142,14 +150,31 @@ class Actor:
                 stop = tasks.create_task(self._stopping.wait(), name="stopping")
                 leases = tasks.create_task(self._take_leases(tasks), name="leases")
                 await asyncio.wait({stop, leases}, return_when=asyncio.FIRST_COMPLETED)
-                held = tuple(self._growing)
+                if not leases.done():
+                    leases.cancel()
+                    await self._finish_turns()
                 for task in (*loops, stop, leases, *self._growing.values()):
                     task.cancel()
         except ExceptionGroup as failures:
             raise first_of(failures) from failures
         finally:
             self._count_idle()
-            await self._leases.give_back(held)
+            if self._held or self._leaving:
+                await self._leases.give_back(tuple(self._held), within_s=max(RETURN_TIMEOUT_S, self._leave_s / 2))
+
+    async def _finish_turns(self) -> None:
+        """The turns under way come to their end and are sent; no tree begins another.
+
+        Waits for: those turns.  Unblocked by: the engine, the environment; given up after ``_leave_s``.
+        """
+        self._leaving = True
+        for tree_id in self._growing.keys() - self._begun:
+            self._growing[tree_id].cancel()
+        growing = {self._growing[tree_id] for tree_id in self._begun}
+        if growing and self._leave_s:
+            log.info("asked to end: %d trees finish their turns under way, for %g s", len(growing), self._leave_s)
+            with waits.waiting(f"actor {self._name}", "its turns under way", on=waits.ENGINE, limit_s=self._leave_s):
+                await asyncio.wait(growing, timeout=self._leave_s)
 
     def _facts(self) -> dict[str, object]:
         """For the actor's status."""
@@ -217,6 +242,7 @@ class Actor:
         self._given_up.pop(lease.tree_id, None)  # that was an earlier lease
         task = tasks.create_task(self._grow(lease), name=lease.tree_id)
         self._growing[lease.tree_id] = task
+        self._held[lease.tree_id] = None
         if lease.kind == "eval":
             self._evaluating.add(lease.tree_id)
         task.add_done_callback(lambda _: self._ended(lease.tree_id))
@@ -225,6 +251,7 @@ class Actor:
         self._count_idle()
         self._growing.pop(tree_id, None)
         self._evaluating.discard(tree_id)
+        self._begun.discard(tree_id)
         self._slot_freed.set()
 
     def _count_idle(self) -> None:
@@ -236,6 +263,7 @@ class Actor:
 
     async def _grow(self, lease: Lease) -> None:
         await self.uptake.reached(lease.min_version, lease.tree_id)
+        self._begun.add(lease.tree_id)
         task = self._environments.task(lease.kind, lease.task_index)
         search = TreeSearch(
             run=self._run,
@@ -248,10 +276,14 @@ class Actor:
             max_context_tokens=self._config.model.max_context_tokens,
             emit=self._buffer.send,
             chain_ended=partial(self._faults.chain_ended, lease.tree_id),
+            leaving=lambda: self._leaving,
             clock=self._clock,
         )
         with self._faults.growing(lease, task.label):
             tree = await search.grow()
+        if not search.unfinished:
+            self._held.pop(lease.tree_id, None)
+            self._metrics.add("actor/trees", 1)
         self._count(lease, task.label, tree, search)
 
     def _count(self, lease: Lease, label: str, tree: TurnTree, search: TreeSearch) -> None:
@@ -259,7 +291,6 @@ class Actor:
         if self._environments.several:
             self._metrics.add(f"actor/{label}/trees", 1)
             self._metrics.add(f"actor/{label}/failed_branches", failed.total())
-        self._metrics.add("actor/trees", 1)
         self._metrics.add("actor/turns", len(tree) - len(lease.committed))
         self._metrics.add("actor/failed_branches", failed.total())
         for reason, count in failed.items():
@@ -301,9 +332,10 @@ class Actor:
             metrics = interval.end(trees=len(self._growing))
             refused, self._given_up = self._given_up, {}
             for tree_id, reason in refused.items():
+                self._held.pop(tree_id, None)
                 await self._leases.give_up(tree_id, reason)
             report = ActorReport(
-                run=self._run, actor=self._name, version=self.uptake.version, tree_ids=tuple(self._growing),
+                run=self._run, actor=self._name, version=self.uptake.version, tree_ids=tuple(self._held),
                 metrics=metrics, host=host_name(), host_id=as_name(host_id()),
             )  # fmt: skip
             await self._buffer.send(report)

@@ -107,14 +107,15 @@ class LeaseSource:
             self._no_lease.again(answer.closed_because or "the buffer does not say why")
         await asyncio.sleep(answer.retry_after_s)
 
-    async def give_back(self, tree_ids: tuple[str, ...]) -> None:
-        """Hand leases back at the end, so that others need not wait for them to expire."""
-        if not tree_ids:
-            return
+    async def give_back(self, tree_ids: tuple[str, ...], *, within_s: float = RETURN_TIMEOUT_S) -> None:
+        """Hand leases back at the end, so that others need not wait for them to expire, once all turns are in.
+
+        The buffer learns from it, also where there are none, that this actor asks for no more.
+        """
         with contextlib.suppress(PeerLost, TimeoutError):
-            async with asyncio.timeout(RETURN_TIMEOUT_S):
+            async with asyncio.timeout(within_s):
                 await self._buffer.send(LeaseReturned(run=self._run, actor=self._name, tree_ids=tree_ids))
-                await self._buffer.drain(timeout_s=RETURN_TIMEOUT_S)
+                await self._buffer.drain(timeout_s=within_s)
 
     async def give_up(self, tree_id: str, reason: str) -> None:
         """Hand one lease back because the tree cannot become complete."""

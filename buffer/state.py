@@ -305,15 +305,15 @@ class BufferState:
             self._free(held)
         return bool(unknown)
 
-    def returned(self, actor: str, tree_ids: Iterable[str], reason: str = "") -> bool:
+    def returned(self, actor: str, tree_ids: Iterable[str] | None, reason: str = "") -> bool:
         """``actor`` returns leases; others go on from the turns that are there.
 
         Args:
             actor: their holder.
-            tree_ids: whose leases.
+            tree_ids: whose leases; None for all that it holds.
             reason: why the buffer refused a message of theirs; empty where the actor returns them in good order.
         """
-        held = self.ledger.held_by(actor, tuple(tree_ids))
+        held = self.ledger.held_by(actor, None if tree_ids is None else tuple(tree_ids))
         for each in held:
             each.refused = reason or each.refused
             self._free(each)

@@ -61,6 +61,8 @@ class TreeSearch:
         max_context_tokens: a path that leaves no space for another action ends with ``length_limit``.
         emit: takes every message for the buffer; may wait for space in the window of unacknowledged messages.
         chain_ended: called when a chain has ended, with the fault that it was lost to, if any; may raise to end all.
+        leaving: whether the actor is asked to end: every chain stops after its turn under way, and the tree is left
+            as it is, for another actor.
         clock: seconds, monotonic.
     """
 
@@ -77,6 +79,7 @@ class TreeSearch:
         max_context_tokens: int,
         emit: Emit,
         chain_ended: ChainEnded = lambda place, fault: None,
+        leaving: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run = run
@@ -98,6 +101,9 @@ class TreeSearch:
         self._truncated_reward = search.truncated_reward
         self._emit = emit
         self._chain_ended = chain_ended
+        self._leaving = leaving
+        self.unfinished = False
+        """The tree was left as it is, since the actor is asked to end: it is not closed."""
         self._clock = clock
         self._without_branches = False
         """The strategy failed on this tree."""
@@ -105,7 +111,7 @@ class TreeSearch:
         self.growth = Growth(turns=list(lease.committed))
 
     async def grow(self) -> TurnTree:
-        """Grow to the end and close the tree.
+        """Grow to the end and close the tree, unless the actor is asked to end.
 
         Waits for: every chain of a round.  Unblocked by: the engine, the environment, their time limits, and
         space in the window of messages that the buffer has not acknowledged.
@@ -123,10 +129,13 @@ class TreeSearch:
             try:
                 await self._initial_round(prompt, first)
                 for number in range(1, self._budget.rounds + 1):
-                    await self._branch_round(prompt, number)
+                    if not self.unfinished:
+                        await self._branch_round(prompt, number)
             finally:
                 self._forks.release()
         tree = self._tree(prompt, self.growth.turns)
+        if self.unfinished:
+            return tree
         await self._emit(
             TreeClosed(
                 run=self._run,
@@ -162,6 +171,9 @@ class TreeSearch:
         wanted = Counter(sibling_parent(before, turn_id) for turn_id in chosen)
         wanted -= Counter(t.parent_id for t in self._heads(number))
         begun = self._tails(number)
+        if self._leaving() and (wanted or not all(tail.is_leaf for tail in begun)):
+            self.unfinished = True
+            return
         async with asyncio.TaskGroup() as chains:
             for tail in begun:
                 self._resume(chains, prompt, tail)
@@ -213,18 +225,20 @@ class TreeSearch:
         """From ``parent_id`` on to an end.  A failure ends this chain only and is counted by its reason."""
         place: Place = "branch" if number else "chain"
         try:
-            await self._walk(prompt, parent_id, number, episode)
+            ended = await self._walk(prompt, parent_id, number, episode)
         except BranchFailed as failure:
             self._count(failure, place)
         else:
-            self._chain_ended(place, None)
+            if ended:
+                self._chain_ended(place, None)
 
     def _count(self, failure: BranchFailed, place: Place, *, source: str = "") -> None:
         self.growth.failures[failure.reason] += 1
         self.growth.last_detail = f"{source}, {failure}" if source else str(failure)
         self._chain_ended(place, Fault(failure.reason, failure.kind, failure.detail, source))
 
-    async def _walk(self, prompt: np.ndarray, parent_id: int, number: int, episode: Episode | None) -> None:
+    async def _walk(self, prompt: np.ndarray, parent_id: int, number: int, episode: Episode | None) -> bool:
+        """Whether the chain came to its end; not, where the actor is asked to end first."""
         path = self._tree(prompt, self.growth.turns).path(parent_id)
         observation = NOTHING
         if episode is None:
@@ -234,17 +248,19 @@ class TreeSearch:
         try:
             self._check_same(prompt, episode.prompt, parent_id, observation)
             context = np.concatenate([prompt, *(part for t in path for part in (t.observation, t.action))])
-            while True:
+            while not self._leaving():
                 context = np.concatenate([context, observation])
                 turn, result = await self._turn(episode, context, observation, parent_id, number)
                 self.growth.turns.append(turn)
                 await self._emit(turn)
                 waits.progress("turns")
                 if turn.is_leaf:
-                    return
+                    return True
                 await self._forks.keep(episode, turn, result.observation)
                 context = np.concatenate([context, turn.action])
                 observation, parent_id = result.observation, turn.turn_id
+            self.unfinished = True
+            return False
         finally:
             await episode.close()
 

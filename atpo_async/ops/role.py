@@ -74,6 +74,8 @@ class RoleContext:
     supervised: bool = False
     joined: Joined | None = None
     """Of a learner that joined by address."""
+    left: bool = False
+    """Set by a role that has ended as a signal asked, and has handed over all that it had: its exit code is 0."""
 
     def locate(self, name: str) -> Callable[[], str] | None:
         """A function that looks up where a role listens now, by a field of ``Endpoints``: a restarted role listens
@@ -336,4 +338,4 @@ async def _serve(main: Callable[[RoleContext], Awaitable[None]], context: RoleCo
     finally:
         # The loop's clean-up, which follows, can hang as well: on a thread that does not return.
         waits.phase(snapshot.ENDING)
-    return EXIT_DONE if signals.first is None else 128 + signals.first
+    return EXIT_DONE if signals.first is None or context.left else 128 + signals.first

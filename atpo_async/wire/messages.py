@@ -105,7 +105,8 @@ class LeaseReturned(Message, frozen=True, tag="lease_returned"):
     actor: Name
     tree_ids: tuple[Name, ...]
     reason: Text = ""
-    """Why the buffer refused it: counts as a lost holder; empty where the actor shuts down."""
+    """Why the buffer refused it: counts as a lost holder.  Empty where the actor stops to grow trees: all of its
+    leases go back then, those too of which it does not know yet."""
 
 
 class ActorReport(Message, frozen=True, tag="actor_report"):

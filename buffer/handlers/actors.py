@@ -288,9 +288,13 @@ class ActorHandler:
                     self._changes.notify()
                 self._context.metrics.report(peer, self._state.step, message.version, message.metrics)
             case m.LeaseReturned():
+                trees: tuple[str, ...] | None = message.tree_ids
                 if not message.reason:
+                    # A request of it may wait still; whatever that was granted it would never hear of.
+                    self._queue.drop(peer)
                     self._state.ledger.actors.leaves(peer)
-                if self._state.returned(peer, message.tree_ids, message.reason):
+                    trees = None
+                if self._state.returned(peer, trees, message.reason):
                     self._changes.notify()
 
 

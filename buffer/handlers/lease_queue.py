@@ -64,6 +64,11 @@ class LeaseQueue:
             # Changes of one turn of the loop, many trees' ends, are looked at together.
             asyncio.get_running_loop().call_soon(self._serve)
 
+    def drop(self, actor: str) -> None:
+        """A request of this actor that waits is answered with none: it asks no more, or anew."""
+        if (waiting := self._waiting.pop(actor, None)) is not None and not waiting.answer.done():
+            waiting.answer.set_result(waiting.last.leases)
+
     async def answer(self, actor: str, request: LeaseRequest) -> Leases:
         """The leases of a request; none after ``wait_s``.
 
@@ -73,8 +78,7 @@ class LeaseQueue:
         if _is_final(found.leases):
             return found.leases
         waiting = _Waiting(request, asyncio.get_running_loop().create_future(), found)
-        if (former := self._waiting.pop(actor, None)) is not None and not former.answer.done():
-            former.answer.set_result(former.last.leases)
+        self.drop(actor)
         self._waiting[actor] = waiting
         try:
             await asyncio.wait((waiting.answer,), timeout=self.wait_s)

@@ -71,6 +71,11 @@ class ActorConfig(Section):
     num_threads: int | None = Field(None, ge=1, description="engine threads on a CPU; none for the engine's choice")
     clear_cache_on_swap: bool = Field(True, description="recompute keys and values under the new weights")
     report_every_s: float = Field(2.0, gt=0)
+    leave_s: float = Field(
+        20.0,
+        ge=0,
+        description="an actor asked to end has so long for its turns under way (supervised: stop_grace_s / 3 at most)",
+    )
     gpus: tuple[int, ...] = Field(
         (), description="tensor_parallel_size for each of count actors, in order; empty: all are seen"
     )
