@@ -15,12 +15,12 @@ from actors.engines.base import Engine
 from actors.environments import Environments, host_environments
 from actors.factory import engine_name, make_engine
 from actors.hosting import guard, printed
-from actors.joining import buffer_link, join, knock
+from actors.joining import Place, buffer_link, join, knock, reachable
 from actors.leases import LearnerMoved
 from actors.weights.fetcher import WeightsFetcher
 from actors.weights.merging import Merging
 from atpo_async.links.announcements import Listener
-from atpo_async.links.client import Client
+from atpo_async.links.client import Client, RoutedClient
 from atpo_async.models.sources import model_folder
 from atpo_async.ops import role
 from atpo_async.ops.lifeline import exit_within
@@ -73,9 +73,13 @@ async def _act(ctx: RoleContext, model: Path, environments: Environments) -> Non
     ctx.log.info("engine %s, environment %s", engine_name(config), config.task_name)
     async with buffer_link(ctx) as buffer:
         try:
-            welcome = await until_stopped(ctx.stopping, _start(ctx, buffer, engine))
+            found = await until_stopped(ctx.stopping, _start(ctx, buffer, engine))
+            if found is None:
+                return
+            place = Place(ctx, buffer, found)
+            welcome: Welcome | None = reachable(found, buffer.endpoint)
             while welcome is not None:
-                welcome = await _work(ctx, welcome, buffer, engine, environments, transport)
+                welcome = await _work(ctx, place, welcome, buffer, engine, environments, transport)
         finally:
             with waits.waiting(f"actor {ctx.name}", "the engine's end", on=waits.ENGINE):
                 await engine.close()
@@ -103,20 +107,26 @@ async def _start_engine(ctx: RoleContext, engine: Engine) -> None:
 
 async def _work(
     ctx: RoleContext,
+    place: Place,
     welcome: Welcome,
-    buffer: Client,
+    buffer: RoutedClient,
     engine: Engine,
     environments: Environments,
     transport: Transport,
 ) -> Welcome | None:
     """Work until the end, or until the learner is found elsewhere: then where."""
     settings = ctx.config.links
-    async with (
-        Client(
-            welcome.weights_endpoint, peer="learner", identity=ctx.name, receives=LearnerToActor, settings=settings
-        ) as client,
-        Listener(welcome.announce_endpoint, receives=LearnerToActor, settings=settings) as listener,
-    ):
+    client = Client("", peer="learner", identity=ctx.name, receives=LearnerToActor, settings=settings)
+    listener = Listener("", receives=LearnerToActor, settings=settings)
+
+    def look_at(welcome: Welcome, server_key: str) -> None:
+        for end, endpoint in ((client, welcome.weights_endpoint), (listener, welcome.announce_endpoint)):
+            if endpoint and endpoint != end.endpoint:
+                end.move(endpoint, server_key)
+
+    look_at(welcome, buffer.way.current.server_key)
+    place.on_moved = look_at
+    async with client, listener:
         weights = WeightsFetcher(
             run=welcome.run, client=client, listener=listener, settings=ctx.config.weights, transport=transport,
             merging=Merging(

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+
+import msgspec
 
 from atpo_async.core.errors import PeerLost, SetupError
 from atpo_async.links.addresses import seen_from
-from atpo_async.links.client import Client
+from atpo_async.links.client import Client, RoutedClient
+from atpo_async.links.way import Way
 from atpo_async.ops.role import RoleContext
 from atpo_async.run.host import as_name, host_id, host_name
 from atpo_async.status.waits import BoundedWait
@@ -20,15 +24,55 @@ KNOCK_S, KNOCK_EVERY_S = 2.0, 0.5
 runs answers within a few round trips."""
 
 
-def buffer_link(ctx: RoleContext) -> Client:
-    return Client(
-        ctx.endpoints.actors,
+def buffer_link(ctx: RoleContext, way: Way | None = None) -> RoutedClient:
+    """This actor's link to the buffer.
+
+    Args:
+        ctx: of its process.
+        way: what is known already of the relays in between.
+    """
+    return RoutedClient(
+        way or Way(ctx.endpoints.actors),
         peer="buffer",
         identity=ctx.name,
         receives=BufferToActor,
         settings=ctx.config.links,
         locate=ctx.locate("actors"),
     )
+
+
+class Place:
+    """An actor's place in the run: under which name the buffer knows it, and where it finds the weights.
+
+    Behind a relay that falls silent an actor goes on by way of the next server, under the name that it has there; its
+    leases stay its own (``ActorHello.continues``).
+
+    Args:
+        ctx: of the actor's process.
+        buffer: its link, which has been welcomed.
+        welcome: as it came.
+    """
+
+    def __init__(self, ctx: RoleContext, buffer: RoutedClient, welcome: Welcome) -> None:
+        self.on_moved: Callable[[Welcome, str], None] = lambda welcome, server_key: None
+        """Called when it goes on by way of another server: with where the weights are, and with that server's key."""
+        self._ctx, self._buffer = ctx, buffer
+        self._known_as, self._ticket = welcome.name, welcome.ticket
+        buffer.way.learn(welcome.way)
+        buffer.introduce_by(self._greeting, self._greeted)
+
+    def _greeting(self) -> ActorHello:
+        return msgspec.structs.replace(hello_of(self._ctx), continues=self._known_as, ticket=self._ticket)
+
+    def _greeted(self, welcome: Welcome) -> None:
+        way, former = self._buffer.way, self._known_as
+        way.learn(welcome.way)
+        self._known_as, self._ticket = welcome.name, welcome.ticket
+        if former != welcome.name:
+            self._ctx.log.warning(
+                "goes on by way of %s: the buffer calls it %s now", way.current.endpoint, welcome.name
+            )
+        self.on_moved(reachable(welcome, self._buffer.endpoint), way.current.server_key)
 
 
 async def knock(ctx: RoleContext) -> None:
@@ -59,6 +103,8 @@ async def join(ctx: RoleContext, buffer: Client) -> Welcome:
 
     Waits for: the buffer, then the learner's first publication.  Unblocked by: both being up; given up after
     ``links.give_up_s``.
+
+    Returns the welcome as it came; ``reachable`` makes its addresses those for this machine.
     """
     wait = BoundedWait(
         f"actor {ctx.name}", "its place in the run", ctx.config.links, time.monotonic, log=ctx.log, on="buffer"
@@ -69,7 +115,7 @@ async def join(ctx: RoleContext, buffer: Client) -> Welcome:
         if isinstance(answer, str):
             wait.on, missing = "buffer", answer
         elif answer.weights_endpoint:
-            return reachable(answer, buffer.endpoint)
+            return answer
         else:
             wait.on, missing = "learner", "the learner has not published its first weights"
         if missing != logged:
@@ -81,13 +127,8 @@ async def join(ctx: RoleContext, buffer: Client) -> Welcome:
 
 async def _hello(ctx: RoleContext, buffer: Client, *, timeout_s: float) -> Welcome | str:
     """The buffer's welcome, or why there is none yet.  Raises SetupError where it refuses this actor for good."""
-    environment, leaves = ctx.config.task_name, ctx.config.search.max_leaves
-    hello = ActorHello(
-        protocol=PROTOCOL, run=ctx.run_id, actor=ctx.name, environment=environment, search_leaves=leaves,
-        host=host_name(), host_id=as_name(host_id()),
-    )  # fmt: skip
     try:
-        answer = await buffer.request(hello, timeout_s=timeout_s)
+        answer = await buffer.request(hello_of(ctx), timeout_s=timeout_s)
     except PeerLost:
         if not buffer.endpoint:
             return "the buffer has not recorded yet where it listens"
@@ -101,6 +142,15 @@ async def _hello(ctx: RoleContext, buffer: Client, *, timeout_s: float) -> Welco
     if not isinstance(answer, Welcome):
         return f"{where} answers with {type(answer).__name__}"
     return answer
+
+
+def hello_of(ctx: RoleContext) -> ActorHello:
+    """What this actor says of itself."""
+    environment, leaves = ctx.config.task_name, ctx.config.search.max_leaves
+    return ActorHello(
+        protocol=PROTOCOL, run=ctx.run_id, actor=ctx.name, environment=environment, search_leaves=leaves,
+        host=host_name(), host_id=as_name(host_id()),
+    )  # fmt: skip
 
 
 def reachable(welcome: Welcome, buffer_endpoint: str) -> Welcome:

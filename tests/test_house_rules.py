@@ -24,7 +24,7 @@ HEAVY = {"torch", "vllm", "transformers", "accelerate"}
 
 LAYERS = (
     *("core", "config", "wire", "run", "models", "status", "links", "transports", "environments"),
-    *("ops", "report", "study", "api", "cli"),
+    *("ops", "relay", "report", "study", "api", "cli"),
 )
 """Packages of atpo_async, lowest first: none imports one above it."""
 

@@ -21,6 +21,7 @@ from atpo_async.links.client import Client
 from atpo_async.run.host import host_id
 from atpo_async.transports.base import ReceiverContext, Transport, VersionWithdrawn, WantedVersion
 from atpo_async.transports.host_copies import HostCopies
+from atpo_async.transports.pulling import manifest_of
 from atpo_async.transports.registry import make_transport
 from atpo_async.transports.verification import verify
 from atpo_async.wire import messages as m
@@ -30,10 +31,6 @@ log = logging.getLogger("atpo.actor.weights")
 
 _STALLS = 4
 """Another actor of the host is waited for until it shows no progress for this part of ``weights.fetch_timeout_s``."""
-
-
-PENDING_PAUSE_S = 0.1
-"""Between two requests for a manifest to which a difference is still being made."""
 
 
 class WeightsFetcher:
@@ -61,8 +58,8 @@ class WeightsFetcher:
         self._merging = merging
         self._run, self._settings = run, settings
         self._client, self._listener = client, listener
-        context = ReceiverContext(run=run, settings=settings, ask=self._ask)
-        self._receiver = (transport or make_transport(settings)).receiver(context)
+        self._context = ReceiverContext(run=run, settings=settings, ask=self._ask)
+        self._receiver = (transport or make_transport(settings)).receiver(self._context)
         self._copies = Copies(run)
         self._host = HostCopies(run, stall_s=settings.fetch_timeout_s / _STALLS)
         self._taken_counts: dict[str, float] = {}
@@ -220,19 +217,7 @@ class WeightsFetcher:
 
         Waits for: the differences that lead to it.  Unblocked by: the learner having made them, or giving up.
         """
-        request = m.ManifestRequest(run=self._run, version=version, base=self._receiver.base)
-        answer, asked = await self._ask(request), time.monotonic()
-        while isinstance(answer, m.WeightsManifest) and answer.differences_pending:
-            if time.monotonic() - asked > self._settings.fetch_timeout_s:
-                break  # what there is of them does not lead here: it comes whole
-            # A learner holds the request while it makes them: this is the least pause between two.
-            await asyncio.sleep(PENDING_PAUSE_S)
-            answer = await self._ask(request)
-        if isinstance(answer, m.VersionGone):
-            return None
-        if not isinstance(answer, m.WeightsManifest) or answer.version != version or answer.run != self._run:
-            raise WeightsRejected(f"version {version}: the learner answered {type(answer).__name__}, not its manifest")
-        return answer
+        return await manifest_of(self._context, version, base=self._receiver.base)
 
     async def _ask(self, request: m.ActorToLearner) -> m.LearnerToActor:
         answer: m.LearnerToActor = await self._client.request(request, timeout_s=self._settings.fetch_timeout_s)

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "learner": ("roles", "run the learner by hand, in the foreground"),
     "actor": ("roles", "run an actor by hand, in the foreground; it may join a running job from anywhere"),
     "follower": ("follower", "keep a copy of a run's journal on another machine; promote it when the buffer's is lost"),
+    "relay": ("relay", "fetch weights once, and pass turns on, for actors of a far site that join here"),
     "eval": ("evaluate", "greedy success on held-out tasks, of a run's last checkpoint or a model folder"),
     "task": ("task", "show one task as messages and play it in the terminal, with what each reward says"),
     "config": ("setup.config", "print the resolved configuration and every setting that affects staleness"),

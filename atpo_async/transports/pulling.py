@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from atpo_async.core.errors import AtpoError, PeerLost
+from atpo_async.core.errors import AtpoError, PeerLost, WeightsRejected
 from atpo_async.transports.base import ReceiverContext, VersionWithdrawn
-from atpo_async.wire.messages import Chunk, ChunkRequest, Refused, VersionGone
+from atpo_async.wire.messages import (
+    Chunk,
+    ChunkRequest,
+    ManifestRequest,
+    Refused,
+    VersionGone,
+    WeightsManifest,
+)
 
 CHUNKS_IN_FLIGHT = 4
 """Enough to hide a round trip, few enough that heartbeats are never stuck behind megabytes."""
+
+PENDING_PAUSE_S = 0.05
+"""Between two requests for a manifest whose differences are still being made."""
 
 
 class ChunkRefused(AtpoError):
@@ -91,3 +102,28 @@ async def _pull(context: ReceiverContext, wanted: Pulled, index: int, credit: as
     ):
         raise ChunkRefused(f"{label} came wrong or short")
     os.pwrite(wanted.file, answer.data.data, index * wanted.chunk_bytes)
+
+
+async def manifest_of(context: ReceiverContext, version: int, *, base: int) -> WeightsManifest | None:
+    """The manifest of a version, with the differences that lead to it from ``base``; None if a newer one has replaced
+    it.
+
+    Waits for: those differences.  Unblocked by: the learner having made them, or giving up.
+
+    Raises:
+        WeightsRejected: the answer is none.
+        PeerLost: the learner did not answer in time.
+    """
+    request = ManifestRequest(run=context.run, version=version, base=base)
+    answer, asked = await context.ask(request), time.monotonic()
+    while isinstance(answer, WeightsManifest) and answer.differences_pending:
+        if time.monotonic() - asked > context.settings.fetch_timeout_s:
+            break  # what there is of them does not lead here: it comes whole
+        # A learner holds the request while it makes them: this is the least pause between two.
+        await asyncio.sleep(PENDING_PAUSE_S)
+        answer = await context.ask(request)
+    if isinstance(answer, VersionGone):
+        return None
+    if not isinstance(answer, WeightsManifest) or answer.version != version or answer.run != context.run:
+        raise WeightsRejected(f"version {version}: the learner answered {type(answer).__name__}, not its manifest")
+    return answer

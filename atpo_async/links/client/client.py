@@ -124,6 +124,11 @@ class Client(ConnectingLink):
         )
 
     @property
+    def failure(self) -> AtpoError | None:
+        """Why every further call fails; None while the link goes on."""
+        return self._failure
+
+    @property
     def silent_s(self) -> float:
         """Since the server's last sign of life."""
         return time.monotonic() - self._heard_at
