@@ -50,6 +50,8 @@ TABLE = {
     "atpo learner CONFIG": "test_cli.py::test_a_learner_by_hand_is_started_as_the_supervisor_would",
     "atpo actor CONFIG --join RUN_DIR": "test_cli.py::test_a_role_by_hand_gets_what_further_files_set_as_options",
     "atpo follower": "test_follower_promotion.py::test_the_command_says_how_the_run_goes_on",
+    "atpo relay --join HOST:PORT": "test_relay_command.py"
+    "::test_actors_with_keys_join_a_relay_and_go_on_without_it_when_it_is_killed",
     "atpo keys": "test_cli.py::test_keys_are_made_for_this_host_and_for_another",
     "atpo task CONFIG": "test_task_command.py::test_the_command_plays_in_a_process_of_its_own",
     "atpo trees RUN": "test_conversation.py::test_the_command_lists_trees_and_shows_one",
