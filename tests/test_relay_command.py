@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,7 +58,7 @@ async def command(*words: str) -> AsyncIterator[tuple[asyncio.subprocess.Process
         await process.communicate()
 
 
-def folder(path: Path) -> dict[str, dict[str, object]]:
+def folder(path: Path) -> dict[str, Any]:
     return {"links": {"keys_dir": str(path)}}
 
 
