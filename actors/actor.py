@@ -24,6 +24,7 @@ from actors.leases import RETURN_TIMEOUT_S, LeaseSource
 from actors.reports import Interval
 from actors.search.tree_search import TreeSearch
 from actors.slots import Meter, control_of
+from actors.turns.sender import TurnSender
 from actors.weights.fetcher import WeightsFetcher
 from actors.weights.uptake import WeightsUptake
 from atpo_async.config import Config
@@ -107,6 +108,7 @@ class Actor:
             name=name, config=config, engine=engine, fetcher=weights, run_is_over=self._run_is_over,
             metrics=self._metrics, clock=clock,
         )  # fmt: skip
+        self._turns = TurnSender(run=run, name=name, config=config, buffer=buffer)
         self._growing: dict[str, asyncio.Task[None]] = {}
         self._held: dict[str, None] = {}
         """Trees under lease that are not closed: those that are grown, and those that were left as they are."""
@@ -141,7 +143,7 @@ class Actor:
             return
         self._idle_at = self._clock()
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with self._turns, asyncio.TaskGroup() as tasks:
                 loops = [
                     tasks.create_task(self.uptake.follow(), name="weights"),
                     tasks.create_task(self._report(), name="report"),
@@ -224,6 +226,7 @@ class Actor:
                     await self._slot_freed.wait()
                 continue
             answer = await self._leases.ask(free, version=self.uptake.version)
+            self._turns.learn(answer.shards)
             for lease in answer.leases:
                 self._begin(tasks, lease)
             if answer.finished:
@@ -250,6 +253,7 @@ class Actor:
     def _ended(self, tree_id: str) -> None:
         self._count_idle()
         self._growing.pop(tree_id, None)
+        self._turns.forget(tree_id)
         self._evaluating.discard(tree_id)
         self._begun.discard(tree_id)
         self._slot_freed.set()
@@ -274,7 +278,7 @@ class Actor:
             search=self._config.search,
             expansion=self._expansion,
             max_context_tokens=self._config.model.max_context_tokens,
-            emit=self._buffer.send,
+            emit=self._turns.send,
             chain_ended=partial(self._faults.chain_ended, lease.tree_id),
             leaving=lambda: self._leaving,
             clock=self._clock,
@@ -324,7 +328,7 @@ class Actor:
         """Heartbeat: renews leases and carries the metrics.  Waits for: the clock, and space in the link's window."""
         interval = Interval(
             slots=lambda: self.slots, engine=self._engine, environments=self._environments,
-            buffer=self._buffer, weights=self._weights, metrics=self._metrics, clock=self._clock,
+            waited_s=lambda: self._turns.waited_s, weights=self._weights, metrics=self._metrics, clock=self._clock,
         )  # fmt: skip
         while True:
             await asyncio.sleep(self._config.actor.report_every_s)
@@ -334,6 +338,8 @@ class Actor:
             for tree_id, reason in refused.items():
                 self._held.pop(tree_id, None)
                 await self._leases.give_up(tree_id, reason)
+            if self._turns.is_cut_off:
+                self._turns.learn((await self._leases.ask(0, version=self.uptake.version)).shards)
             report = ActorReport(
                 run=self._run, actor=self._name, version=self.uptake.version, tree_ids=tuple(self._held),
                 metrics=metrics, host=host_name(), host_id=as_name(host_id()),

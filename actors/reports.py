@@ -7,7 +7,6 @@ from collections.abc import Callable
 from actors.engines.base import Engine
 from actors.environments import Environments
 from actors.weights.fetcher import WeightsFetcher
-from atpo_async.links.client import Client
 from atpo_async.run.metrics import Aggregator
 from atpo_async.status import waits
 
@@ -17,7 +16,8 @@ class Interval:
 
     Args:
         slots: trees that the actor may grow at once, now.
-        engine, environments, buffer, weights: whose counters are read.
+        waited_s: seconds that senders have waited for the window of a link, in all.
+        engine, environments, weights: whose counters are read.
         metrics: metrics that the actor has added itself.
         clock: seconds, monotonic.
     """
@@ -28,16 +28,16 @@ class Interval:
         slots: Callable[[], int],
         engine: Engine,
         environments: Environments,
-        buffer: Client,
+        waited_s: Callable[[], float],
         weights: WeightsFetcher,
         metrics: Aggregator,
         clock: Callable[[], float],
     ) -> None:
         self._slots, self._metrics, self._clock = slots, metrics, clock
         self._engine, self._environments = engine, environments
-        self._buffer, self._weights = buffer, weights
+        self._waited, self._weights = waited_s, weights
         self._stats, self._began = engine.stats(), clock()
-        self._waited_s = buffer.stats.waited_s
+        self._waited_s = waited_s()
 
     def end(self, *, trees: int) -> dict[str, float]:
         """The metrics of the interval that ends now; ``trees`` are grown at this moment."""
@@ -46,7 +46,7 @@ class Interval:
         prompt = stats.prompt_tokens - before.prompt_tokens
         if generated > 0:
             waits.progress("tokens", generated)
-        slots, waited_s = self._slots(), self._buffer.stats.waited_s
+        slots, waited_s = self._slots(), self._waited()
         self._metrics.add("time/actor_wait_s", (waited_s - self._waited_s) / slots)
         self._waited_s = waited_s
         metrics = self._metrics.flush()

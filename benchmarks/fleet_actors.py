@@ -3,7 +3,10 @@
   pool      one buffer under 10, 100, 1,000 actors: turns and bytes a second, processor time a turn, memory, how long a
             lease takes; as fast as the buffer takes them, or at an offered rate (``--rates``).
 
-    .venv/bin/python benchmarks/fleet_actors.py [--part pool] [--actors 10 100 1000] [--rates 2000 8000] [--curve]
+  shards    the same pool on one buffer and on ``--shards``: processor time a turn of each process.
+
+    .venv/bin/python benchmarks/fleet_actors.py [--part pool shards] [--actors 10 100 1000] [--rates 2000 8000]
+        [--shards 2] [--curve]
 
 Prints one JSON object a line.
 """
@@ -18,9 +21,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.fleet_parts.pool import pool
+from benchmarks.fleet_parts.shards import shards
 from benchmarks.script import BYTES, machine, options, say, scratch
 
-PARTS = {"pool": pool}
+PARTS = {"pool": pool, "shards": shards}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,6 +38,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=20, help="of a tree")
     parser.add_argument("--slots", type=int, default=4, help="trees that an actor grows at once")
     parser.add_argument("--actors", type=int, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--shards", type=int, nargs="+", default=[2], help="of part shards, beside one process")
+    parser.add_argument("--shard-rate", type=float, default=3000.0, help="turns/s of all actors, for each shard")
     parser.add_argument("--rates", type=float, nargs="*", default=[], help="turns/s of all actors; none: full speed")
     parser.add_argument("--restart", action="store_true", help="kill the buffer at the end, and time the way back")
     parser.add_argument("--curve", action="store_true", help="encrypted links")

@@ -65,6 +65,8 @@ class RunCounters:
         """Names of parts of rewards so far."""
         self.given_up_before = 0
         """Tasks given up by the last batch."""
+        self.flushed_means: dict[str, float] = {}
+        """Over how many values each mean is taken, of the metrics that were flushed last."""
 
     def count(self, name: str, number: int = 1) -> None:
         """Count an event; the metrics of the next batch have it under ``name``."""
@@ -158,6 +160,7 @@ class RunCounters:
         metrics = {name: total / number for name, (total, number) in since.means.items()}
         if not self._turns_earn:
             metrics.pop("train/turn_reward", None)
+        self.flushed_means = {name: since.means[name][1] for name in metrics}
         if counts[LEFT_OUT]:
             metrics[f"buffer/{LEFT_OUT}"] = counts[LEFT_OUT]
         metrics |= {

@@ -16,7 +16,7 @@ from atpo_async.run.metrics import MetricsWriter
 log = logging.getLogger("atpo.buffer")
 
 OWN = "buffer"
-_RESERVED = re.compile(r"buffer|supervisor|learner(-\d+)?")
+_RESERVED = re.compile(r"buffer(-\d+)?|supervisor|learner(-\d+)?")
 """Sources that are no actors."""
 _NAMESPACES = ("actor/", "actions/", "engine/", "environment/", "tool/", "weights/", "tokens/generated", "time/actor_")
 """Namespaces of the metrics of actors."""

@@ -25,18 +25,21 @@ import numpy as np
 
 from atpo_async.config import Config
 from atpo_async.core.errors import SetupError, WaitTimeout
+from atpo_async.core.naming.shards import WHOLE, Shard, index_of, role_of
 from atpo_async.core.texts import shortened
 from atpo_async.links import ports
-from atpo_async.links.addresses import port_of
+from atpo_async.links.addresses import endpoint_of, port_of
 from atpo_async.links.keys import LEARNERS
 from atpo_async.links.server import Server
 from atpo_async.ops.role import RoleContext
-from atpo_async.run.endpoints import Endpoints
+from atpo_async.run.endpoints import Endpoints, ShardEndpoints
 from atpo_async.run.rundir import RunDir
 from atpo_async.status import waits
 from atpo_async.status.facts import publish_facts
 from atpo_async.wire.messages import ActorToBuffer, LearnerToBuffer
 from buffer.following.serving import FollowerSocket
+from buffer.front import service as front
+from buffer.front.messages import FrontToShard
 from buffer.handlers.actors import ActorHandler, was_leased
 from buffer.handlers.changes import Changes
 from buffer.handlers.context import HandlerContext
@@ -46,6 +49,8 @@ from buffer.journal.journal import Journal
 from buffer.journal.persistence import StatePersistence
 from buffer.journal.slowness import SlowCommits
 from buffer.metrics_file import MetricsFile
+from buffer.shard.front import FrontHandler
+from buffer.shard.turns import TurnsHandler
 from buffer.state import BufferState
 from buffer.trees.index import places_of
 
@@ -78,6 +83,8 @@ class BufferService:
         journal: folder of the journal; in the run's folder, or in ``buffer.journal_dir``, if None.  Without a run's
             folder a temporary one.
         clock: seconds, monotonic.
+        shard: which part of the run's buffer this is.  A shard binds ``actors`` for turns that actors send straight to
+            it, and ``learner`` for its front.
 
     Raises:
         SetupError: the journal cannot be used.
@@ -95,13 +102,17 @@ class BufferService:
         follower_bound: Callable[[str], None] = lambda endpoint: None,
         journal: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
+        shard: Shard = WHOLE,
     ) -> None:
-        self._config = config
+        self._config = config = of_shard(config, shard)
+        self._shard = shard
         self._stopping = stopping
         self._clock = clock
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         if journal is None and rundir is not None:
             journal = rundir.journal
+            if shard != WHOLE:
+                journal /= f"shard-{shard.index}-of-{shard.count}"
         if journal is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="atpo-journal-")
             journal = Path(self._scratch.name)
@@ -113,43 +124,76 @@ class BufferService:
         )  # fmt: skip
         self._slow_commits = SlowCommits(self.journal.folder, synced=buffer.journal_sync)
         self.state = self._recovered_state(run, endpoints)
-        self._metrics = MetricsFile(None if rundir is None else rundir.metrics_path)
+        # What shards measure is in the metrics of their front.
+        self._metrics = MetricsFile(None if rundir is None or shard != WHOLE else rundir.metrics_path)
         self._changes = Changes(stopping)
         self._links_bad = 0
         self._context = context = HandlerContext(
             config=config, run=run, state=self.state, journal=self.journal, metrics=self._metrics,
             changes=self._changes, clock=clock,
         )  # fmt: skip
-        self._actor_handler = ActorHandler(context)
-        self._joined = JoinedHandler(context, rundir=rundir, peers=lambda: self.learner.peers)
+        self._actor_handler = ActorHandler(context, at_once=shard != WHOLE)
+        self._joined = JoinedHandler(
+            context, rundir=rundir if shard == WHOLE else None, peers=lambda: self.learner.peers
+        )  # fmt: skip
         self._learner_handler = LearnerHandler(
             context, joined=self._joined, endpoints=endpoints, count_bad_frames=self._count_bad_frames
         )  # fmt: skip
-        former = former or Endpoints()
-        shared: dict[str, Any] = {"name": "buffer", "settings": config.links, "settled": self.journal.settle}
-        self.actors = Server(
-            endpoints.actors, receives=ActorToBuffer, handler=self._actor_handler.handle, with_frames=True,
-            former_port=port_of(former.actors), setting="links.actors_port", **shared,
-        )  # fmt: skip
-        self._actor_handler.relayed.is_relay = self.actors.is_relay
-        self.state.ledger.actors.is_relayed = lambda actor: self._actor_handler.relayed.depth(actor) > 0
-        self.learner = Server(
-            endpoints.learner, receives=LearnerToBuffer, handler=self._learner_handler.handle, only=LEARNERS,
-            former_port=port_of(former.learner), setting="links.learner_port", **shared,
-        )  # fmt: skip
-
+        self._front: FrontHandler | None = None
+        self.actors, self.learner = self._servers(endpoints, former or Endpoints())
+        relayed = self._actor_handler.relayed
+        # What comes through a front was looked at there.
+        relayed.is_relay = self.actors.is_relay if shard == WHOLE else relayed.is_named_by_one
+        self.state.ledger.actors.is_relayed = lambda actor: relayed.depth(actor) > 0
         self._followers: FollowerSocket | None = None
         if buffer.follower:
             self._followers = FollowerSocket(
                 config, run=run, journal=self.journal, folder=None if rundir is None else rundir.path,
-                former_port=port_of(former.follower), finished=lambda: self.state.finished, bound=follower_bound,
-                clock=clock,
+                former_port=port_of((former or Endpoints()).follower), finished=lambda: self.state.finished,
+                bound=follower_bound, clock=clock,
             )  # fmt: skip
+
+    def _servers(self, endpoints: Endpoints, former: Endpoints) -> tuple[Server, Server]:
+        """The sockets for actors and for the learner; of a shard those for turns and for its front."""
+        actors, learner = self._actor_handler, self._learner_handler
+        shared: dict[str, Any] = {"name": "buffer", "settings": self._config.links, "settled": self.journal.settle}
+        for_actors: dict[str, Any] = {
+            "receives": ActorToBuffer,
+            "with_frames": True,
+            "former_port": port_of(former.actors),
+        }
+        for_learner: dict[str, Any] = {"only": LEARNERS, "former_port": port_of(former.learner)}
+        if self._shard == WHOLE:
+            return (
+                Server(
+                    endpoints.actors, handler=actors.handle, setting="links.actors_port", **for_actors, **shared
+                ),
+                Server(
+                    endpoints.learner, receives=LearnerToBuffer, handler=learner.handle, setting="links.learner_port",
+                    **for_learner, **shared,
+                ),
+            )  # fmt: skip
+        shared["name"] = role_of(self._shard.index)
+        self._front = front = FrontHandler(self._context, actors, learner, stopping=self._stopping)
+        turns = TurnsHandler(actors, name=shared["name"])
+        return (
+            Server(endpoints.actors, handler=turns.handle, setting="links.shards_port", **for_actors, **shared),
+            Server(
+                endpoints.learner,
+                receives=FrontToShard,
+                handler=front.handle,
+                with_frames=True,
+                **for_learner,
+                **shared,
+            ),
+        )
 
     def _recovered_state(self, run: str, endpoints: Endpoints) -> BufferState:
         """The state that the journal holds, as the next incarnation; its changes go into the journal from here on."""
         recovered, now, seed = self.journal.recover(), self._clock(), self._config.run.seed
-        state = BufferState(self._config, run=run, rng=np.random.default_rng(seed), now=now, store=self.journal)
+        state = BufferState(
+            self._config, run=run, rng=np.random.default_rng(seed), now=now, store=self.journal, shard=self._shard
+        )  # fmt: skip
         persistence = StatePersistence(state)
         found = persistence.restore(recovered.rows, recovered.state, now)
         if found:
@@ -178,6 +222,8 @@ class BufferService:
                 raise WaitTimeout(self._why_no_commit(limit_s)) from None
             await stack.enter_async_context(self.actors)
             await stack.enter_async_context(self.learner)
+            if self._front is not None:
+                self._front.turns_endpoint = self.actors.endpoint
             self._opened = stack.pop_all()
         return self
 
@@ -213,7 +259,9 @@ class BufferService:
         async with asyncio.TaskGroup() as tasks:
             ticking = tasks.create_task(self._look_after_leases(), name="leases")
             stop = tasks.create_task(self._stopping.wait(), name="stopping")
-            over = tasks.create_task(self._tell_the_end(), name="tell the end")
+            # Of several shards the front tells it, and then ends them.
+            telling = self._tell_the_end() if self._front is None else self._stopping.wait()
+            over = tasks.create_task(telling, name="tell the end")
             moving = tasks.create_task(self._move_records(), name="move records")
             ends: set[asyncio.Future[Any]] = {stop, over, self.journal.broken, fault}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -267,6 +315,8 @@ class BufferService:
                 if not self._actor_handler.relayed.is_known(name):
                     self.state.ledger.actors.heard(name, now - silent_s)
             # At the end ``_tell_the_end`` waits for actors to fall silent, which no message signals.
+            if self._front is not None and self._front.front_away_s:
+                continue  # no actor can report: none of them is late
             if self.state.tick(now) or self.state.finished:
                 self._changes.notify()
             self._write_records()
@@ -315,22 +365,70 @@ class BufferService:
             self._metrics.write(step, version, metrics)
 
 
+def of_shard(config: Config, shard: Shard) -> Config:
+    """A run's configuration as one shard of its buffer has it: limits are divided, and the front draws the batches."""
+    if shard == WHOLE:
+        return config
+    buffer, count = config.buffer, shard.count
+    update: dict[str, Any] = {
+        "max_bytes": buffer.max_bytes // count,
+        "max_trees": None if buffer.max_trees is None else buffer.max_trees // count,
+        "sampling": "uniform",
+        "sampling_options": {},
+    }
+    return config.model_copy(update={"buffer": buffer.model_copy(update=update)})
+
+
 async def serve(ctx: RoleContext) -> None:
-    """The buffer's role: bind, record the addresses, serve until the end.
+    """The buffer's role, or that of one of its shards: bind, record the addresses, serve until the end.
 
     Raises:
         SetupError: the port is taken, or there is no run folder.
     """
     if ctx.rundir is None:
         raise SetupError("the buffer needs the run's folder; start it through `atpo train` or on a run folder")
-    listening, links = ctx.rundir.listening, ctx.config.links
+    count, index = ctx.config.buffer.shards, index_of(ctx.name)
+    if index is not None and index >= count:
+        raise SetupError(f"{ctx.name} is no role of this run: buffer.shards = {count}")
+    if count == 1:
+        await _serve(ctx, ctx.rundir)
+    elif index is not None:
+        await _serve_shard(ctx, ctx.rundir, Shard(index, count))
+    else:
+        await front.serve(ctx)
+
+
+async def _serve_shard(ctx: RoleContext, rundir: RunDir, shard: Shard) -> None:
+    listening, links = rundir.listening, ctx.config.links
+    former = listening.shards().get(shard.index, ShardEndpoints(front="", turns=""))
+    port = links.shards_port + shard.index if links.shards_port else 0
+    service = BufferService(
+        ctx.config,
+        run=ctx.run_id,
+        endpoints=Endpoints(actors=endpoint_of(links.host, port), learner=endpoint_of(links.host, 0)),
+        rundir=rundir,
+        stopping=ctx.stopping,
+        former=Endpoints(actors=former.turns, learner=former.front),
+        shard=shard,
+    )
+    async with service:
+        there = ShardEndpoints(front=service.learner.endpoint, turns=service.actors.endpoint)
+        listening.note_shard(shard.index, there)
+        ctx.log.info("run %s: turns at %s, the front at %s", ctx.run_id, there.turns, there.front)
+        publish_facts("buffer", service.facts)
+        waits.phase("serving")
+        await service.serve()
+
+
+async def _serve(ctx: RoleContext, rundir: RunDir) -> None:
+    listening, links = rundir.listening, ctx.config.links
     now = listening.now()
     asked = replace(now, actors=ports.to_bind(links, "actors"), learner=ports.to_bind(links, "learner"))
     service = BufferService(
         ctx.config,
         run=ctx.run_id,
         endpoints=asked,
-        rundir=ctx.rundir,
+        rundir=rundir,
         stopping=ctx.stopping,
         former=listening.former(),
         follower_bound=lambda endpoint: listening.note(follower=endpoint),

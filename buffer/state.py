@@ -16,6 +16,7 @@ from msgspec import UNSET
 
 from atpo_async.config import Config
 from atpo_async.core.mixture import TaskLabels
+from atpo_async.core.naming.shards import WHOLE, Shard
 from atpo_async.core.tree import Turn
 from atpo_async.wire.messages import (
     Batch,
@@ -30,6 +31,7 @@ from atpo_async.wire.messages import (
     VersionPublished,
 )
 from buffer.batches.delay_line import Admission, DelayLine
+from buffer.batches.parts import PartServer
 from buffer.batches.served import Batches, Share
 from buffer.batches.server import BatchServer
 from buffer.counters import RunCounters
@@ -69,6 +71,7 @@ class BufferState:
         incarnation: how often this run's buffer was started; counted on from what the journal has.
         rng: draws the batches.
         now: seconds.
+        shard: which part of the run's buffer this is.
     """
 
     def __init__(
@@ -80,12 +83,14 @@ class BufferState:
         now: float,
         store: Store | None = None,
         incarnation: int = 0,
+        shard: Shard = WHOLE,
     ) -> None:
         buffer, staleness = config.buffer, config.staleness
         several = config.environments
         labels = TaskLabels([each.label for each in several], [each.weight for each in several], config.run.seed)
         self._config = config
         self.run = run
+        self.shard = shard
         self.rng = rng
         self.store: Store = store if store is not None else MemoryStore()
         self.incarnation = incarnation
@@ -98,10 +103,11 @@ class BufferState:
             silent_s=max(SILENT_INTERVALS * interval_s, SILENT_LEAST_S),
             max_reissues=buffer.max_reissues,
             seed=config.run.seed,
-            prefix=f"b{incarnation}",
+            prefix=f"{shard.prefix}b{incarnation}",
             max_tasks=config.run.max_tasks,
             labels=labels,
             alone=config.actor.count == 1,
+            shard=shard,
         )
         self.delay_line: DelayLine | None = None
         """Decides which trees are grown and served where the lag is to be exact."""
@@ -123,7 +129,7 @@ class BufferState:
             batches=self.batches,
             delay_line=self.delay_line,
         )
-        self.batch_server = BatchServer(
+        self.batch_server = (BatchServer if shard == WHOLE else PartServer)(
             config,
             ledger=self.ledger,
             trees=self.trees,
@@ -133,7 +139,7 @@ class BufferState:
             flush=self._flush,
         )
         self.assembly, self.pool = self.trees.assembly, self.trees.pool
-        self._last_turn_s: float | None = None
+        self.last_turn_s: float | None = None
         self.weights_endpoint = ""
         self.announce_endpoint = ""
         self.finished = False
@@ -193,7 +199,8 @@ class BufferState:
             self.weights_endpoint, self.announce_endpoint = run.weights_endpoint, run.announce_endpoint
             self.promotions = run.promotions or 0
         self.incarnation += 1
-        self.ledger.prefix = f"{f'p{self.promotions}' if self.promotions else ''}b{self.incarnation}"
+        life = f"{f'p{self.promotions}' if self.promotions else ''}b{self.incarnation}"
+        self.ledger.prefix = self.shard.prefix + life
         self.batch_server.mirrored = bool(self.promotions)
 
     # --- actors ------------------------------------------------------------------------------------------------
@@ -282,7 +289,7 @@ class BufferState:
             return False
         if isinstance(message, Turn):
             self.counters.count_turn()
-            self._last_turn_s = now
+            self.last_turn_s = now
             self.ledger.turn(message.tree_id, now=now, lag=max(self.version - message.spans[0].version, 0))
             if not self.assembly.is_closed(message.tree_id) and self._config.buffer.ready == "complete":
                 return False
@@ -418,7 +425,7 @@ class BufferState:
         ready = f"trees: {len(self.pool)} of {request.num_trees} ready"
         if self.delay_line is not None:
             ready = self.delay_line.describe()
-        last = "no turn yet" if self._last_turn_s is None else f"last turn {now - self._last_turn_s:.1f} s ago"
+        last = "no turn yet" if self.last_turn_s is None else f"last turn {now - self.last_turn_s:.1f} s ago"
         return (
             f"{ready}, {self.ledger.num_training} under lease, "
             f"{self.counters.describe_drops(self.pool)}; "

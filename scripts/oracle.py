@@ -6,6 +6,7 @@ trained on as often as intended, and no version number used twice?
     .venv/bin/python scripts/oracle.py --seeds 20 --kills 8 --tasks 64
     .venv/bin/python scripts/oracle.py --seeds 2 --at all           # the learner killed at every kill point instead
     .venv/bin/python scripts/oracle.py --seeds 1 --engine vllm --hang engine
+    .venv/bin/python scripts/oracle.py --seeds 3 --shards 2         # a buffer of two shards; they are killed as well
 
 Most kills end everything at once, supervisor included, as a power cut does; the others one role, which its supervisor
 starts again.  With ``--at`` the learner is killed (every second time: everything) where scripts/kill_points.py has it
@@ -33,6 +34,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from atpo_async.core.naming.shards import shard_roles  # noqa: E402
 from atpo_async.run import processes  # noqa: E402
 from scripts.kill_points import (  # noqa: E402
     AT_THE_END,
@@ -49,18 +51,25 @@ SPREAD_S = 0.4
 """A kill comes up to this long after the step it waits for."""
 
 
-def run_one(folder: Path, policy: Path, *, seed: int, engine: str, num_tasks: int, num_kills: int) -> Outcome:
-    """A run to its end, with ``num_kills`` kills on the way.
+def run_one(
+    folder: Path, policy: Path, *, seed: int, engine: str, num_tasks: int, num_kills: int, shards: int = 1
+) -> Outcome:
+    """A run to its end, with ``num_kills`` kills on the way.  Of a buffer with shards, every second of one role hits
+    one of them.
 
     Raises:
         AssertionError: it came to no end.
     """
     rng = random.Random(seed)
+    alone = ("buffer", "learner", "actor-0")
+    parts = shard_roles(shards)
 
     def kills(run: Run) -> Iterator[str]:
         for number in range(num_kills):
             # The first ones always are of everything; later ones may be of one role.
-            role = "all" if number % 3 != 2 else rng.choice(("buffer", "learner", "actor-0"))
+            role = "all" if number % 3 != 2 else rng.choice(alone)
+            if parts and number % 2:
+                role = rng.choice((*parts, "front"))
             goal = len(run.lineage()) + rng.randint(0, 2)
             if not run.until(lambda goal=goal: len(run.lineage()) >= goal, f"line {goal} of the lineage"):  # type: ignore[misc]
                 return
@@ -72,7 +81,10 @@ def run_one(folder: Path, policy: Path, *, seed: int, engine: str, num_tasks: in
             if role == "all":
                 run.start()
 
-    run = Run(folder, policy, seed=seed, engine=engine, num_tasks=num_tasks, max_uses=1 + seed % 2)
+    run = Run(
+        folder, policy, seed=seed, engine=engine, num_tasks=num_tasks, max_uses=1 + seed % 2,
+        options={"buffer.shards": shards},
+    )  # fmt: skip
     return _to_the_end(run, kills, num_tasks=num_tasks, max_uses=1 + seed % 2)
 
 
@@ -194,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", type=int, default=None, help="of each run; 48, with --at all as many as it takes")
     parser.add_argument("--dir", type=Path, default=None, help="for the runs; a temporary one where left out")
     parser.add_argument("--policy", type=Path, default=None, help="model folder; one is made where left out")
+    parser.add_argument("--shards", type=int, default=1, help="of the buffer, where kills come at random moments")
     parser.add_argument("--at", nargs="+", choices=["all", *KILL_POINTS], help="kill the learner there, not at random")
     parser.add_argument("--hang", choices=HANGS, help="; ".join(f"{name}: {text}" for name, text in HANGS.items()))
     parser.add_argument(
@@ -216,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif points:
             outcome = run_at_kill_points(path, policy, points=points, **how)
         else:
-            outcome = run_one(path, policy, num_kills=args.kills, **how)
+            outcome = run_one(path, policy, num_kills=args.kills, shards=args.shards, **how)
         killed = ", ".join(f"{role} {count}x" for role, count in sorted(outcome.kills.items())) or "nobody"
         verdict = "WRONG" if outcome.problems else "exact"
         print(

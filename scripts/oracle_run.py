@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atpo_async.core.naming.shards import index_of
 from atpo_async.models.policy import steps_trained
 from atpo_async.run import processes
 from atpo_async.run.rundir import RunDir
@@ -149,13 +150,18 @@ class Run:
         return "\n".join(file.read_text(errors="replace") for file in sorted(self.folder.glob("output-*.txt")))
 
     def processes_of(self, role: str) -> list[int]:
-        """Those of a role and what they started; all of the run, the supervisor last, where ``role`` is "all"."""
+        """Those of a role and what they started; a shard of the buffer (``buffer-0``) or its ``front`` is one process.
+        All of the run, the supervisor last, where ``role`` is "all"."""
         assert self._popen is not None
         running = processes.processes()
         below = [p.pid for p in processes.members(self._popen.pid, running) if p.pid != self._popen.pid]
         if role == "all":
             return [*below, self._popen.pid]
         run_id = RunDir.open(self.path).run_id
+        if index_of(role) is not None:
+            return [pid for pid in below if role.encode() in _words(pid)]
+        if role == "front":
+            return [pid for pid in self.processes_of("buffer") if b"--name" not in _words(pid)]
         marks = [f"{run_id}/{role}/{attempt}" for attempt in range(1000)]
         leaders = [p.pid for p in processes.marked(*marks)]
         return [pid for pid in leaders if pid in below]
@@ -256,3 +262,11 @@ def toml(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+def _words(pid: int) -> list[bytes]:
+    """The words of a process's command; none where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []

@@ -186,9 +186,12 @@ class Tricks:
     """A file: a commit takes as long as it is there, far longer than an answer waits."""
     settle_wait_s: float | None = None
     """An answer waits no longer for a commit; otherwise seconds."""
+    shards_apart: bool = False
+    """The front of a buffer with shards starts none: they are roles of the test's own."""
 
     def play(self) -> None:
         from buffer import state
+        from buffer.front import service as front
         from buffer.handlers import pending_answers
         from buffer.journal.tables import Tables
 
@@ -196,6 +199,8 @@ class Tricks:
             state.SILENT_LEAST_S = self.silent_s
         if self.settle_wait_s is not None:
             pending_answers.SETTLE_WAIT_S = self.settle_wait_s
+        if self.shards_apart:
+            front.STARTS_SHARDS = False
         commit = Tables.commit
 
         def tricked(tables: Any, group: Any) -> Any:
@@ -217,13 +222,13 @@ def _stop_if(file: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def buffer_role(run_dir: str, tricks: Mapping[str, Any]) -> None:
-    """The real buffer, as ``python -m buffer RUN_DIR`` runs it."""
+def buffer_role(run_dir: str, tricks: Mapping[str, Any], name: str = "buffer") -> None:
+    """The real buffer, or a shard of it, as ``python -m buffer RUN_DIR --name NAME`` runs it."""
     from atpo_async.ops import role
     from buffer.service import serve
 
     Tricks(**tricks).play()
-    role.run("buffer", serve, [run_dir])
+    role.run("buffer", serve, [run_dir, "--name", name])
 
 
 def _shift_clock(file: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import lmdb
 
 from atpo_async import config as configuration
+from atpo_async.core.naming.shards import Shard, index_of, shard_roles
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.files import write_atomic
 from atpo_async.run.rundir import RunDir
@@ -38,7 +39,7 @@ from tests.scripted_roles_support import (
 )
 from tests.scripted_trees_support import planned, possible_trees
 
-Victims = Literal["buffer", "learner", "actor", "all"]
+Victims = Literal["buffer", "learner", "actor", "all", "shard"]
 
 
 BASE: dict[str, dict[str, Any]] = {
@@ -81,11 +82,13 @@ class Kill:
     """And then this long, where no kill point is named."""
 
 
-def plan_kills(seed: int, count: int) -> list[Kill]:
+def plan_kills(seed: int, count: int, *, shards: int = 1) -> list[Kill]:
     """``count`` kills, the last of them sometimes at the very end of the run."""
     rng = random.Random(seed)
     found = []
     everyone: tuple[Victims, ...] = ("buffer", "learner", "actor", "all")
+    if shards > 1:
+        everyone = ("buffer", "shard", "shard", "learner", "actor", "all")
     for i in range(count):
         victims = rng.choice(everyone)
         point = rng.choice(KILL_POINTS[1:-1]) if rng.random() < 0.5 else ""
@@ -146,8 +149,13 @@ class Roles:
         self._env = dict(env or {})
         there = endpoints or rundir.read_endpoints()
         folder = str(rundir.path)
+        played = {**asdict(tricks or Tricks()), "shards_apart": True}
         self._how: dict[str, tuple[str, tuple[Any, ...]]] = {
-            "buffer": ("tests.fault_support:buffer_role", (folder, asdict(tricks or Tricks()))),
+            "buffer": ("tests.fault_support:buffer_role", (folder, played)),
+            **{
+                name: ("tests.fault_support:buffer_role", (folder, played, name))
+                for name in shard_roles(rundir.config.buffer.shards)
+            },
             "learner": (
                 "tests.scripted_roles_support:run_learner",
                 (folder, {"checkpoint_every": checkpoint_every, "step_s": step_s, "endpoint": there.learner}),
@@ -197,7 +205,7 @@ NUM_STEPS = 40
 """Of a run that nobody disturbs: more than its kills let it have before they have struck."""
 
 
-def run_oracle(folder: Path, spawner: Spawner, *, seed: int, num_kills: int = NUM_KILLS) -> Verdict:
+def run_oracle(folder: Path, spawner: Spawner, *, seed: int, num_kills: int = NUM_KILLS, shards: int = 1) -> Verdict:
     """One scripted run with kills, and what came of it."""
     rng = random.Random(f"run {seed}")
     max_uses = 1 + seed % 2
@@ -209,11 +217,12 @@ def run_oracle(folder: Path, spawner: Spawner, *, seed: int, num_kills: int = NU
         folder,
         run={"seed": seed, "max_tasks": num_tasks},
         staleness={"max_uses": max_uses, "publish_every": publish_every, "max_lag": max_lag},
+        buffer={"shards": shards},
     )
     roles = Roles(rundir, spawner, seed=seed, actors=rng.randint(1, 3), checkpoint_every=rng.randint(1, 3))
     driver = Driver(roles, rng)
     try:
-        driver.run(plan_kills(seed, num_kills))
+        driver.run(plan_kills(seed, num_kills, shards=shards))
     finally:
         roles.kill()
     return judge(rundir, seed=seed, problems=driver.problems, kills=driver.kills, began=driver.began)
@@ -273,7 +282,8 @@ class Driver:
 
     def _look_after_the_end(self) -> None:
         """What a supervisor and its user do when not everybody learnt that the run is over."""
-        if "buffer" not in self._ended:
+        buffers = {name for name in self.roles.names if name == "buffer" or index_of(name) is not None}
+        if not buffers & self._ended:
             self._buffer_ended_at = None
             return
         now = time.monotonic()
@@ -318,9 +328,11 @@ class Driver:
         if not kill.point:
             time.sleep(kill.after_s)  # a moment of chance: nothing is waited for
         actors = [name for name in self.roles.alive if name.startswith("actor")]
+        shards = [name for name in self.roles.alive if index_of(name) is not None]
         victims = {
             "all": list(self.roles.alive),
             "actor": [self.rng.choice(actors)] if actors else [],
+            "shard": [self.rng.choice(shards)] if shards else [],
         }.get(kill.victims, [kill.victims])
         victims = [name for name in victims if name in self.roles.alive]
         self.roles.kill(*victims)
@@ -390,20 +402,30 @@ def judge(
 
 
 def _contradictions(rundir: RunDir, *, steps: int) -> list[str]:
-    """What the buffer's journal says after the run and the lineage does not."""
-    with lmdb.open(str(rundir.path / "journal"), readonly=True, lock=False, max_dbs=4) as env:
+    """What the buffer's journals say after the run and the lineage does not."""
+    count = rundir.config.buffer.shards
+    shards = [Shard(index, count) for index in range(count)]
+    return [found for shard in shards for found in _contradictions_of(rundir, shard, steps=steps)]
+
+
+def _contradictions_of(rundir: RunDir, shard: Shard, *, steps: int) -> list[str]:
+    folder = rundir.path / "journal"
+    if shard.count > 1:
+        folder /= f"shard-{shard.index}-of-{shard.count}"
+    with lmdb.open(str(folder), readonly=True, lock=False, max_dbs=4) as env:
         table = env.open_db(b"state", create=False)
         with env.begin() as txn:
             state = {bytes(key): bytes(value) for key, value in txn.cursor(db=table)}
     rest = entries.read(state, entries.RUN, entries.RunEntry)
     assert rest is not None
     found = [
-        f"the journal still has {key.decode()} after a run that used it up and has a checkpoint of it"
+        f"{folder.name} still has {key.decode()} after a run that used it up and has a checkpoint of it"
         for key in state
         if key.startswith((entries.TREE, entries.BATCH))
     ]
     if (rest.step, rest.again) != (steps - 1, ()) and rest.step != steps:
-        found.append(f"the journal ends at step {rest.step} ({rest.again=}), the lineage at {steps}")
-    if rest.next_task != rundir.config.run.max_tasks or rest.given_up:
-        found.append(f"the journal has leased tasks below {rest.next_task} and given up {rest.given_up} trees")
+        found.append(f"{folder.name} ends at step {rest.step} ({rest.again=}), the lineage at {steps}")
+    leased = len(range(shard.index, rest.next_task, shard.count))
+    if leased != shard.num_tasks(rundir.config.run.max_tasks or 0) or rest.given_up:
+        found.append(f"{folder.name} has leased tasks below {rest.next_task} and given up {rest.given_up} trees")
     return found

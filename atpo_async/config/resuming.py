@@ -43,6 +43,7 @@ MUST_STAY: tuple[str, ...] = (
     "staleness.exact_lag",
     "staleness.max_uses",
     "buffer.ready",
+    "buffer.shards",
     "learner.lora.rank",
     "learner.lora.alpha",
     "learner.lora.rslora",
@@ -50,7 +51,7 @@ MUST_STAY: tuple[str, ...] = (
     "learner.lora.init",
 )
 """They decide which tasks there are, how trees are sampled and counted, and what the weights are made of; the journal
-holds half-grown trees and their recorded log-probs, checkpoints adapters of one shape and scale."""
+of each shard holds half-grown trees and their recorded log-probs, checkpoints adapters of one shape and scale."""
 
 WITH_EXACT_LAG: tuple[str, ...] = ("staleness.trees_per_batch", "staleness.max_lag", "staleness.max_oversampling")
 """These must stay too where every batch has an exact lag: the journal then holds whole batches."""

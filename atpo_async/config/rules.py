@@ -175,6 +175,36 @@ def _buffer(config: Config) -> None:
         )
 
 
+def _shards(config: Config) -> None:
+    b, links, s = config.buffer, config.links, config.staleness
+    if b.shards == 1:
+        return
+    if s.exact_lag is not None:
+        raise ValueError(
+            f"buffer.shards = {b.shards} with staleness.exact_lag = {s.exact_lag}: an exact lag decides on each tree "
+            "by the order in which all trees of the run come, which no shard knows; set --buffer.shards 1"
+        )
+    if b.follower:
+        raise ValueError(
+            f"buffer.shards = {b.shards} with buffer.follower = true: a follower copies one journal, and each shard "
+            "has one of its own; set --buffer.shards 1, or keep the run's folder on a disk that is mirrored"
+        )
+    if b.max_bytes // b.shards < 1024 * 1024:
+        raise ValueError(
+            f"buffer.max_bytes = {b.max_bytes} leaves each of buffer.shards = {b.shards} less than 1 MiB: raise it to "
+            f"{b.shards * 1024 * 1024} at least"
+        )
+    if b.max_trees is not None and b.max_trees < b.shards:
+        raise ValueError(
+            f"buffer.max_trees = {b.max_trees} leaves some of buffer.shards = {b.shards} none: raise it to {b.shards}"
+        )
+    if links.shards_port and links.shards_port + b.shards - 1 > 65535:
+        raise ValueError(
+            f"links.shards_port = {links.shards_port} leaves no port to the last of buffer.shards = {b.shards}: the "
+            f"highest that does is {65536 - b.shards}"
+        )
+
+
 def _gpus(config: Config) -> None:
     learner, actor = config.learner, config.actor
     if learner.gpus and len(learner.gpus) != learner.num_processes:
@@ -208,6 +238,9 @@ def _ports(config: Config) -> None:
         for name in ("actors_port", "learner_port", "weights_port", "announce_port", "follower_port")
         if (port := getattr(config.links, name))
     }
+    if config.links.shards_port and config.buffer.shards > 1:
+        first = config.links.shards_port
+        ports |= {f"links.shards_port (of shard {k})": first + k for k in range(config.buffer.shards)}
     for name, port in ports.items():
         twin = next((other for other in ports if other != name and ports[other] == port), None)
         if twin:
@@ -242,6 +275,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     _exact_lag,
     _max_tasks,
     _buffer,
+    _shards,
     _gpus,
     _ports,
     _cluster,

@@ -15,6 +15,17 @@ from atpo_async.core.errors import SetupError
 from atpo_async.run import locks
 
 ENDPOINTS, FORMER_ENDPOINTS = "endpoints.json", "endpoints.former.json"
+SHARDS = "endpoints.shards.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEndpoints:
+    """Where one shard of the buffer listens, or did in an earlier life of the run."""
+
+    front: str
+    """For the buffer's front."""
+    turns: str
+    """For actors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +55,7 @@ class EndpointsFile:
     def __init__(self, folder: Path, write: Callable[[Path, str], None]) -> None:
         self.path = folder / ENDPOINTS
         self._former = folder / FORMER_ENDPOINTS
+        self._shards = folder / SHARDS
         self._lock = folder / "endpoints.lock"
         self._write = write
 
@@ -68,6 +80,26 @@ class EndpointsFile:
         """Record where a role listens now, by the names of ``Endpoints``; several roles may do so at a time."""
         with locks.alone(self._lock):
             self.replace(replace(self.now(), **bound))
+
+    def shards(self) -> dict[int, ShardEndpoints]:
+        """Where the shards of the buffer listen, or did last, by index.  Raises SetupError if the file is damaged.
+
+        A shard that is not there any more is looked for here again, until it records where it is.
+        """
+        try:
+            read = json.loads(self._shards.read_text(encoding="utf-8"))
+            return {int(index): ShardEndpoints(**each) for index, each in read.items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, AttributeError) as exc:
+            raise SetupError(f"{self._shards} is damaged: {exc}; remove it and start the run again") from None
+
+    def note_shard(self, index: int, endpoints: ShardEndpoints) -> None:
+        """Record where a shard of the buffer listens now; several may do so at a time."""
+        with locks.alone(self._lock):
+            found = {**self.shards(), index: endpoints}
+            dumped = {str(index): asdict(each) for index, each in sorted(found.items())}
+            self._write(self._shards, json.dumps(dumped, indent=2) + "\n")
 
     def forget(self) -> None:
         """Begin a new life of the run: no role listens, and readers wait until a role has recorded its endpoint."""

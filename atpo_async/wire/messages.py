@@ -174,6 +174,9 @@ class Leases(Message, frozen=True, tag="leases"):
     weights_endpoint: Text = ""
     """Endpoint of the weights now, as in ``Welcome``: a restarted learner may listen at another address."""
     announce_endpoint: Text = ""
+    shards: tuple[Text, ...] = ()
+    """Where the shards of the buffer take the messages of their trees (``core.naming.shards.shard_of``), by index; none
+    where it has no shards."""
 
 
 class Refused(Message, frozen=True, tag="refused"):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+from actors.turns.sender import TurnSender
 from atpo_async.config import Config
 from atpo_async.links.client import Client
 from atpo_async.wire.messages import (
@@ -93,6 +94,7 @@ class SimulatedActor:
         endpoint, run, config: of the buffer.
         turns: what its turns are made of; may be shared.
         version: that it generates with now.
+        direct: where the buffer has shards, turns are sent straight to them.
         may_lease: how many further trees it may ask for, for a fleet that is dealt out in another way than by asking.
     """
 
@@ -105,6 +107,7 @@ class SimulatedActor:
         config: Config,
         turns: Turns,
         version: Callable[[], int] = lambda: 0,
+        direct: bool = True,
         may_lease: Callable[[ActorResult], int] | None = None,
     ) -> None:
         self.plan = plan
@@ -126,6 +129,8 @@ class SimulatedActor:
             settings=config.links,
             on_refused=lambda message, reason: self.result.refused.append(f"{type(message).__name__}: {reason}"),
         )
+        self._direct = direct
+        self.turns = TurnSender(run=run, name=plan.name, config=config, buffer=self.link)
 
     async def __aenter__(self) -> Self:
         await self.link.__aenter__()
@@ -141,7 +146,8 @@ class SimulatedActor:
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.result.waited_s = self.link.stats.waited_s
+        self.result.waited_s = self.turns.waited_s
+        await self.turns.__aexit__(kind, exc, trace)
         await self.link.close()
 
     def leave(self) -> None:
@@ -187,6 +193,8 @@ class SimulatedActor:
                 raise SystemExit(f"{self.plan.name} asked for leases and got {answer}")
             if answer.leases:
                 self.result.lease_s.append(time.perf_counter() - asked)
+                if self._direct:
+                    self.turns.learn(answer.shards)
                 self._begin(answer.leases)
             elif answer.finished:
                 self.leave()
@@ -231,16 +239,16 @@ class SimulatedActor:
     async def _turn(self, tree: _Tree) -> None:
         lease, run = tree.lease, self._run
         if tree.next_turn == 1:
-            await self.link.send(
+            await self.turns.send(
                 TreeOpened(run=run, tree_id=lease.tree_id, lease_epoch=lease.epoch, prompt=self._made.prompt)
             )
         if tree.next_turn <= tree.turns:
-            await self.link.send(self._made.turn(run, lease, tree.next_turn, version=self._version()))
+            await self.turns.send(self._made.turn(run, lease, tree.next_turn, version=self._version()))
             tree.next_turn += 1
             self.result.turns += 1
         if tree.next_turn <= tree.turns:
             return
-        await self.link.send(
+        await self.turns.send(
             TreeClosed(
                 run=run,
                 tree_id=lease.tree_id,

@@ -36,7 +36,7 @@ def pool_of(number: int, *, turns_per_s: float | None, slots: int, turns_per_tre
     )  # fmt: skip
 
 
-def pool_configuration(args: argparse.Namespace, folder: Path, name: str) -> Config:
+def pool_configuration(args: argparse.Namespace, folder: Path, name: str, *, shards: int = 1) -> Config:
     """Of a run in which the buffer alone is the limit; with ``--curve`` every link is encrypted."""
     links: dict[str, Any] = {"give_up_s": 120.0}
     if args.curve:
@@ -44,7 +44,7 @@ def pool_configuration(args: argparse.Namespace, folder: Path, name: str) -> Con
         for pair in (SERVER_KEY, CLIENT_KEY):
             make_keys(keys, pair)
         links["keys_dir"] = str(keys)
-    return configuration(folder, name=name, links=links, buffer={"journal_sync": not args.no_sync})
+    return configuration(folder, name=name, links=links, buffer={"journal_sync": not args.no_sync, "shards": shards})
 
 
 def pool(args: argparse.Namespace, folder: Path) -> list[Record]:

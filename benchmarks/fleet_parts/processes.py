@@ -33,6 +33,8 @@ class FleetPlan:
     config: Config
     actors: tuple[ActorPlan, ...]
     turn_bytes: int = 4096
+    direct: bool = True
+    """Where the buffer has shards, actors send turns straight to them."""
     equal_shares: bool = False
     """Each actor is given as many trees as the slowest one takes, however fast it is."""
 
@@ -87,7 +89,7 @@ async def _actors(plan: FleetPlan, shared: Shared, numbers: Sequence[int], pipe:
             await asyncio.sleep(each.joins_s)
         actor = SimulatedActor(
             each, endpoint=plan.endpoint, run=plan.run, config=plan.config, turns=made,
-            version=lambda: int(shared.version.value),
+            version=lambda: int(shared.version.value), direct=plan.direct,
             may_lease=may_lease(number, each.slots) if plan.equal_shares else None,
         )  # fmt: skip
         actor.on_begun = lambda trees: _count(shared, number, trees)

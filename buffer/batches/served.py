@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+from msgspec import UNSET
 
 from atpo_async.wire import codec
 from atpo_async.wire.messages import Batch, BatchTree, TreeOpened
@@ -53,6 +54,8 @@ class ServedBatch:
     """New ones, of those ranks' trees."""
     confirmed: bool = False
     """All ranks have."""
+    means: dict[str, float] = field(default_factory=dict)
+    """Of a part of a batch: over how many values each mean in ``metrics`` is taken."""
 
     @property
     def tree_ids(self) -> list[str]:
@@ -71,6 +74,7 @@ class ServedBatch:
             priorities=self.priorities,
             confirmed=self.confirmed,
             exact=None if exact is None else exact.snapshot(),
+            means=self.means or UNSET,
         )
 
     @classmethod
@@ -88,6 +92,7 @@ class ServedBatch:
             trained=set(entry.trained),
             priorities=dict(entry.priorities),
             confirmed=entry.confirmed,
+            means=dict(entry.means or {}),
         )
 
 

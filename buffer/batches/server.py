@@ -22,7 +22,7 @@ from buffer.batches.shares import split_by_tokens
 from buffer.counters import RunCounters
 from buffer.journal.entries import BatchEntry, RunEntry
 from buffer.leases.ledger import Ledger
-from buffer.pool.pool import Drawn
+from buffer.pool.outcomes import Drawn
 from buffer.pool.weights import annealed_beta
 from buffer.trees.lifecycle import TreeLifecycle
 
@@ -176,11 +176,13 @@ class BatchServer:
                 len(asked.stale), unfinished,
             )  # fmt: skip
 
-    def _serve(self, request: SampleRequest, drawn: list[Drawn], metrics: dict[str, float]) -> ServedBatch:
+    def _serve(
+        self, request: SampleRequest, drawn: list[Drawn], metrics: dict[str, float], batch_id: int | None = None
+    ) -> ServedBatch:
         partial = self._config.buffer.ready == "partial"
         self._trees.served(drawn)
         served = ServedBatch(
-            batch_id=self._batches.next_id,
+            batch_id=self._batches.next_id if batch_id is None else batch_id,
             step=request.step,
             version=request.version,
             drawn=tuple(

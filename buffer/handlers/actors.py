@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from atpo_async.config import Config
 from atpo_async.core.errors import BadMessage, SetupError
 from atpo_async.core.tree import Turn
 from atpo_async.run.metrics import read_metrics
@@ -40,10 +41,12 @@ class ActorHandler:
 
     Args:
         context: the buffer's.
+        at_once: no request for leases waits for admission; the front of several shards does.
     """
 
-    def __init__(self, context: HandlerContext) -> None:
+    def __init__(self, context: HandlerContext, *, at_once: bool = False) -> None:
         self._context = context
+        self._at_once = at_once
         self._state, self._journal, self._changes = context.state, context.journal, context.changes
         self._deferred = waits.DeferredAnswers("requests for leases")
         self._pending: dict[str, PendingAnswer[m.Leases]] = {}
@@ -58,7 +61,7 @@ class ActorHandler:
         """Former name of an actor -> the name under which it has gone on."""
         ledger = context.state.ledger
         self._leased = ledger.next_number > 1
-        self._leased_training = ledger.tasks.next_task > 0
+        self._leased_training = ledger.tasks.any_begun
 
     def knows_the_end(self, actor: str) -> bool:
         """Whether an actor was sent the end of the run."""
@@ -108,21 +111,13 @@ class ActorHandler:
             await self._journal.settle()
         return welcome
 
+    def admitted(self, peer: str, hello: m.ActorHello) -> m.Refused | None:
+        """Why an actor is not let in; None where it is."""
+        return why_refused(self._context.config, self._context.run, peer, hello)
+
     def _welcome(self, peer: str, hello: m.ActorHello, now: float) -> m.Welcome | m.Refused:
-        if hello.protocol != m.PROTOCOL:
-            return m.Refused(reason=f"actor {hello.actor} speaks protocol {hello.protocol}, this buffer {m.PROTOCOL}")
-        if hello.run not in ("", self._context.run):
-            return m.Refused(
-                reason=f"actor {hello.actor} belongs to run {hello.run!r}, this buffer to {self._context.run!r}"
-            )
-        if not may_be_called(peer):
-            return m.Refused(reason=f"{peer!r} is another role's name; give this actor one of its own (--name)")
-        grown = self._context.config.task_name, self._context.config.search.max_leaves
-        if (hello.environment, hello.search_leaves) != grown:
-            return m.Refused(
-                reason=f"actor {hello.actor} grows {hello.environment!r} trees of up to {hello.search_leaves} leaves, "
-                f"this run {grown[0]!r} trees of {grown[1]}; start it with the run's configuration"
-            )
+        if (refused := self.admitted(peer, hello)) is not None:
+            return refused
         if hello.continues and not self.relayed.is_right(hello.continues, hello.ticket):
             return m.Refused(reason=f"{peer} cannot go on as {hello.continues}: its ticket is not that of this name")
         self._moved.pop(peer, None)
@@ -198,8 +193,8 @@ class ActorHandler:
         return await self._granted(peer, pending.answer)
 
     async def _admitted(self, peer: str, request: m.LeaseRequest) -> m.Leases:
-        """The leases that can be granted; none, with the reason, after a while."""
-        leases = await self._queue.answer(peer, request)
+        """The leases that can be granted; none, with the reason, after a while, or at once where nothing may wait."""
+        leases = self._ask(peer, request).leases if self._at_once else await self._queue.answer(peer, request)
         if leases.leases or leases.finished:
             self._deferred.over()
         else:
@@ -240,7 +235,8 @@ class ActorHandler:
 
     def _as_many_as_fit(self, peer: str, leases: m.Leases) -> m.Leases:
         """The leases whose turns fit into one answer, at least one; the others are returned, to be requested again."""
-        space, fitting = self._context.config.links.max_message_bytes * LEASES_SHARE, 0
+        # The front of several shards answers an actor with the leases of all of them.
+        space, fitting = self._context.config.links.max_message_bytes * LEASES_SHARE / self._state.shard.count, 0
         for lease in leases.leases:
             committed = lease.committed
             space -= int(committed.rows["nbytes"].sum()) if isinstance(committed, StoredTurns) else 0
@@ -296,6 +292,23 @@ class ActorHandler:
                     trees = None
                 if self._state.returned(peer, trees, message.reason):
                     self._changes.notify()
+
+
+def why_refused(config: Config, run: str, peer: str, hello: m.ActorHello) -> m.Refused | None:
+    """Why an actor is not let into a run; None where it is."""
+    if hello.protocol != m.PROTOCOL:
+        return m.Refused(reason=f"actor {hello.actor} speaks protocol {hello.protocol}, this buffer {m.PROTOCOL}")
+    if hello.run not in ("", run):
+        return m.Refused(reason=f"actor {hello.actor} belongs to run {hello.run!r}, this buffer to {run!r}")
+    if not may_be_called(peer):
+        return m.Refused(reason=f"{peer!r} is another role's name; give this actor one of its own (--name)")
+    grown = config.task_name, config.search.max_leaves
+    if (hello.environment, hello.search_leaves) != grown:
+        return m.Refused(
+            reason=f"actor {hello.actor} grows {hello.environment!r} trees of up to {hello.search_leaves} leaves, "
+            f"this run {grown[0]!r} trees of {grown[1]}; start it with the run's configuration"
+        )
+    return None
 
 
 def was_leased(rundir: RunDir) -> bool:

@@ -20,11 +20,14 @@ class Changes:
     def __init__(self, stopping: asyncio.Event) -> None:
         self._stopping = stopping
         self._changed = asyncio.Event()
+        self.count = 0
+        """Changes so far."""
         self.on_change: Callable[[str], None] = lambda freed: None
         """Called at every change, with what ``notify`` was given."""
 
     def notify(self, freed: str = "") -> None:
         """Have every wait check its condition again.  ``freed``: the change is that a tree of this actor has ended."""
+        self.count += 1
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
         self.on_change(freed)

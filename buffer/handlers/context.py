@@ -36,6 +36,11 @@ class HandlerContext:
     fault: asyncio.Future[None] | None = None
     """Fails with what only the user can mend, a credit mode that raises: the buffer ends with it."""
 
+    @property
+    def saved_step(self) -> int:
+        """Batches below are in a checkpoint of the learner, as it reported."""
+        return self.state.batch_server.saved_step
+
     def end_with(self, error: SetupError) -> None:
         """The same would happen at every attempt: end the buffer."""
         if self.fault is not None and not self.fault.done():

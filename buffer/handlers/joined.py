@@ -11,11 +11,12 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import numpy as np
 
+from atpo_async.config import Config
 from atpo_async.core.errors import BadMessage, SetupError
 from atpo_async.links.frames import worth_a_line
 from atpo_async.links.server import PeerInfo
@@ -25,7 +26,7 @@ from atpo_async.run.replica import elsewhere, names
 from atpo_async.run.rundir import JOINED, RunDir
 from atpo_async.wire import joined as j
 from atpo_async.wire import messages as m
-from buffer.handlers.context import HandlerContext
+from buffer.handlers.changes import Changes
 from buffer.uplink.lines import LineFiles
 from buffer.uplink.versions import VersionCount
 from buffer.uplink.wholes import WholeFiles
@@ -39,6 +40,26 @@ LINES_BYTES_S, LINES_BURST_BYTES = 2 << 20, 32 << 20
 """A rank may add so many bytes of lines a second, for long and at once: a hundred times what ours write."""
 
 T = TypeVar("T")
+
+
+class JoinedContext(Protocol):
+    """What a buffer, or the front of one with shards, has for this."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def changes(self) -> Changes: ...
+
+    @property
+    def clock(self) -> Callable[[], float]: ...
+
+    @property
+    def saved_step(self) -> int:
+        """Batches below are in a checkpoint of the learner, as it reported."""
+
+    def check_run(self, message: Any) -> None:
+        """Raises BadMessage for a message of another run."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,7 +93,7 @@ class JoinedHandler:
 
     def __init__(
         self,
-        context: HandlerContext,
+        context: JoinedContext,
         *,
         rundir: RunDir | None,
         peers: Callable[[], Mapping[str, PeerInfo]],
@@ -197,7 +218,7 @@ class JoinedHandler:
             facts=_array((rundir.path / "run.json").read_bytes()),
             taken={},
             evaluations=_array(eval_lines(rundir.metrics_path)),
-            saved_step=self._context.state.batch_server.saved_step,
+            saved_step=self._context.saved_step,
             saved_where="" if saved is None else saved.where,
             policy=self._identity(rundir.config.model.path),
         )

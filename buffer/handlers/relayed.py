@@ -12,13 +12,13 @@ import contextlib
 import hashlib
 import hmac
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+from atpo_async.config import Config
 from atpo_async.core.errors import SetupError
 from atpo_async.links.keys import CLIENT_KEY, RELAYS, SERVER_KEY, load_pair
 from atpo_async.wire import messages as m
 from atpo_async.wire.relayed import MAX_HOPS
-from buffer.handlers.context import HandlerContext
 
 GONE_BEATS = 10
 """Heartbeats without a word of a relay after which it is no longer shown."""
@@ -32,6 +32,16 @@ class KnownRelay(NamedTuple):
     heard_at: float
 
 
+class RunContext(Protocol):
+    """What a buffer, or the front of one with shards, has for this."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def run(self) -> str: ...
+
+
 class RelayedPeers:
     """What the buffer knows of relays and of the peers behind them.
 
@@ -39,7 +49,7 @@ class RelayedPeers:
         context: the buffer's.
     """
 
-    def __init__(self, context: HandlerContext) -> None:
+    def __init__(self, context: RunContext) -> None:
         self.is_relay: Callable[[str], bool] = lambda peer: True
         """Whether the key of a peer may be a relay's (``Server.is_relay``)."""
         self.moves = 0
@@ -60,6 +70,10 @@ class RelayedPeers:
     def depth(self, peer: str) -> int:
         """How many relays a peer comes through, by its name."""
         return max(0, peer.count("/") - self._has_keys)
+
+    def is_named_by_one(self, peer: str) -> bool:
+        """Whether a relay has named a peer."""
+        return self.depth(peer) > 0
 
     def refusal(self, peer: str, message: Any) -> str:
         """Why a peer may not send this; empty where it may."""

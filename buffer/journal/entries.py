@@ -111,6 +111,8 @@ class BatchEntry(_Entry):
     priorities: dict[str, float]
     confirmed: bool
     exact: TreeSetEntry | None = None
+    means: dict[str, float] | msgspec.UnsetType = msgspec.UNSET
+    """Only of a part of a batch, which a shard has."""
 
 
 class RetryEntry(_Entry):

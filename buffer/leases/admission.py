@@ -15,6 +15,7 @@ as max_lag >= (publish_every - 1) + (max_uses - 1): the configuration refuses an
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from atpo_async.config import StalenessConfig
 from buffer.journal.entries import RunEntry
@@ -53,6 +54,23 @@ class LearnerProgress:
     def restore(self, run: RunEntry) -> None:
         """As an earlier process left it."""
         self.published, self.next_version = run.published, run.next_version
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Elsewhere:
+    """What the other shards of a buffer have: admission counts the trees of all of them."""
+
+    under_lease: int = 0
+    """Training trees that are grown, and leases that are being asked for."""
+    ready: int = 0
+    """Trees that wait to be served and are not under lease."""
+    produced: int = 0
+    """Training trees that became ready since the last batch, those without signal too."""
+    blocked_by: str | None = None
+    """The evaluation of another shard that comes before any training tree."""
+
+
+NOTHING_ELSE = Elsewhere()
 
 
 class LagRule:

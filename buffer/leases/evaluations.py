@@ -10,6 +10,7 @@ from typing import NamedTuple
 from msgspec import UNSET
 
 from atpo_async.core.mixture import TaskLabels
+from atpo_async.core.naming.shards import WHOLE, Shard
 from atpo_async.wire.messages import EvalResult
 from buffer.journal.entries import EvaluationEntry
 from buffer.trees.index import TreeEntry
@@ -57,10 +58,17 @@ class Evaluation:
     """Name of a part of the rewards -> sum over the tasks that have it, and their number."""
     num_unjudged: int = 0
     """Tasks, unknown ones, that could not say what the end of their chain is worth."""
+    shard: Shard = WHOLE
+    """Whose tasks are leased and awaited here; the others are those of other shards."""
 
     @property
     def done(self) -> bool:
-        return len(self.results) >= self.num_tasks
+        return len(self.results) >= self.shard.num_tasks(self.num_tasks)
+
+    @property
+    def num_to_lease(self) -> int:
+        """Tasks that were never leased."""
+        return len(range(self.next_task, self.num_tasks, self.shard.count))
 
     @property
     def num_failed(self) -> int:
@@ -106,12 +114,31 @@ class Evaluation:
         )  # fmt: skip
 
     @classmethod
-    def restored(cls, entry: EvaluationEntry) -> Evaluation:
+    def restored(cls, entry: EvaluationEntry, shard: Shard = WHOLE) -> Evaluation:
         return cls(
             entry.step, entry.version, entry.num_tasks, entry.blocking, entry.next_task, dict(entry.results),
             set(entry.unknown), entry.turns, entry.versions, dict(entry.parts or {}),
-            entry.unjudged or 0,
+            entry.unjudged or 0, shard,
         )  # fmt: skip
+
+    def absorb(self, other: Evaluation) -> None:
+        """Add what another shard has of the same evaluation."""
+        self.results |= other.results
+        self.unknown |= other.unknown
+        self.turns += other.turns
+        self.num_unjudged += other.num_unjudged
+        for name, (total, number) in other.parts.items():
+            if name in self.parts or len(self.parts) < MOST_NAMES:
+                mine = self.parts.get(name, (0.0, 0))
+                self.parts[name] = mine[0] + total, mine[1] + number
+        found = [versions for versions in (self.versions, other.versions) if versions is not None]
+        if found:
+            self.versions = min(oldest for oldest, _ in found), max(newest for _, newest in found)
+
+    def as_reason(self) -> str:
+        """Why no training tree begins before it is done."""
+        done = f"{len(self.results)} of {self.shard.num_tasks(self.num_tasks)} done"
+        return f"the evaluation of step {self.step} comes first: {done}"
 
     def result(self) -> EvalResult:
         """For the learner, so far."""
@@ -156,10 +183,12 @@ class Evaluations:
 
     Args:
         labels: by which success is also told, where the run has several environments.
+        shard: only its tasks are leased.
     """
 
-    def __init__(self, labels: TaskLabels | None = None) -> None:
+    def __init__(self, labels: TaskLabels | None = None, shard: Shard = WHOLE) -> None:
         self._labels = labels or TaskLabels()
+        self._shard = shard
         self._by_step: dict[int, Evaluation] = {}
         self._changed: set[int] = set()
         self._records: list[MetricsRecord] = []
@@ -178,7 +207,9 @@ class Evaluations:
         there = self._by_step.get(step)
         if there is not None and (there.version, there.num_tasks) == (version, num_tasks):
             return False
-        self._by_step[step] = Evaluation(step, version, num_tasks, blocking)
+        self._by_step[step] = Evaluation(
+            step, version, num_tasks, blocking, next_task=self._shard.index, shard=self._shard
+        )  # fmt: skip
         self._changed.add(step)
         done = sorted(each.step for each in self if each.done)
         for old in done[:-REMEMBERED_EVALUATIONS]:
@@ -189,15 +220,16 @@ class Evaluations:
     def next_task(self, published: int | None) -> tuple[Evaluation, int] | None:
         """A task to lease now that ``published`` is the newest version: its evaluation and its index; None for none."""
         for evaluation in self:
-            if _is_runnable(evaluation, published) and evaluation.next_task < evaluation.num_tasks:
-                evaluation.next_task += 1
+            if _is_runnable(evaluation, published) and evaluation.num_to_lease:
+                task = evaluation.next_task
+                evaluation.next_task += self._shard.count
                 self._changed.add(evaluation.step)
-                return evaluation, evaluation.next_task - 1
+                return evaluation, task
         return None
 
     def num_to_lease(self, published: int | None) -> int:
         """Tasks that ``next_task`` would give, one after another."""
-        return sum(each.num_tasks - each.next_task for each in self if _is_runnable(each, published))
+        return sum(each.num_to_lease for each in self if _is_runnable(each, published))
 
     def blocking(self, published: int | None) -> Evaluation | None:
         """The evaluation that holds training leases back, once its version is published: training may lead to it."""
@@ -262,7 +294,7 @@ class Evaluations:
             entries: in their order.
             changed: whether they are to be handed over once more, for they lie under a key of an earlier program.
         """
-        self._by_step |= {each.step: Evaluation.restored(each) for each in entries}
+        self._by_step |= {each.step: Evaluation.restored(each, self._shard) for each in entries}
         if changed:
             self._changed.update(self._by_step)
 

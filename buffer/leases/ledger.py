@@ -13,11 +13,12 @@ import numpy as np
 
 from atpo_async.config import StalenessConfig
 from atpo_async.core.mixture import TaskLabels
+from atpo_async.core.naming.shards import WHOLE, Shard
 from atpo_async.core.vocabulary import Split
 from buffer.batches.delay_line import Admission
 from buffer.journal.entries import RunEntry, TreeStateEntry
-from buffer.leases.admission import LagRule, LearnerProgress
-from buffer.leases.evaluations import Evaluation, Evaluations
+from buffer.leases.admission import NOTHING_ELSE, LagRule, LearnerProgress
+from buffer.leases.evaluations import Evaluations
 from buffer.leases.limits import ShareLimits
 from buffer.leases.presence import ActorPresence
 from buffer.leases.rates import Rates
@@ -72,6 +73,7 @@ class Ledger:
         max_tasks: no training task from this one on; None for no end.
         labels: of the tasks, where the run has several environments.
         alone: no other actor is to be expected beside the first one.
+        shard: only its tasks are leased.
     """
 
     def __init__(
@@ -86,16 +88,19 @@ class Ledger:
         max_tasks: int | None = None,
         labels: TaskLabels | None = None,
         alone: bool = True,
+        shard: Shard = WHOLE,
     ) -> None:
         self._lifetime_s = lifetime_s
         self._max_reissues = max_reissues
         self._seed = seed
         self.prefix = prefix
-        self.tasks = TrainingTasks(max_tasks=max_tasks, max_attempts=max_reissues)
-        self.evaluations = Evaluations(labels)
+        self.tasks = TrainingTasks(max_tasks=max_tasks, max_attempts=max_reissues, shard=shard)
+        self.evaluations = Evaluations(labels, shard)
         self.progress = LearnerProgress()
         self.actors = ActorPresence(silent_s)
         self._rule = LagRule(staleness, self.progress)
+        self.elsewhere = NOTHING_ELSE
+        """What other shards have, as last heard; admission counts it."""
         self.next_number = 1
         """Of the next tree."""
         self._changed: set[str] = set()
@@ -153,7 +158,8 @@ class Ledger:
         """A lease without a holder, or why there is none."""
         published = self.progress.published
         blocking, exact = self.evaluations.blocking(published), asked.exact
-        blocked = blocking is not None or (exact is not None and exact.held_back is not None)
+        held_back = self.elsewhere.blocked_by if blocking is None else blocking.as_reason()
+        blocked = held_back is not None or (exact is not None and exact.held_back is not None)
         asked.refused_here = False
         limited: dict[Split, str | None] = {}
         kinds: tuple[Split, ...] = ("eval",) if blocked else ("eval", "train")
@@ -164,7 +170,7 @@ class Ledger:
                 return held
         if self.evaluations.num_to_lease(published) and self._may(asked, "eval", limited):
             return self._for_evaluation()
-        why = _why_blocked(blocking) or (
+        why = held_back or (
             self._why_closed(asked) if exact is None else exact.why_closed(asked.begun)
         )  # fmt: skip
         if why is not None:
@@ -173,7 +179,7 @@ class Ledger:
         if not self._may(asked, "train", limited):
             return str(limited["train"])
         asked.begun += 1
-        least = self._rule.least_version(self.num_training + asked.ready)
+        least = self._rule.least_version(self._pending(asked))
         return self._for_training(least if exact is None else max(exact.version, 0))
 
     def _may(self, asked: _Asked, kind: Split, limited: dict[Split, str | None]) -> bool:
@@ -189,7 +195,7 @@ class Ledger:
         if kind == "eval":
             remaining: int | None = self.evaluations.num_to_lease(self.progress.published) + waiting
         else:
-            version = self._rule.version_of(asked.engine_version, self.num_training + asked.ready)
+            version = self._rule.version_of(asked.engine_version, self._pending(asked))
             left = self._rule.batches_after_next(version)
             if (why := self.limits.why_no_training(asked.actor, batches_left=left, now=asked.now)) is not None:
                 return why
@@ -202,10 +208,14 @@ class Ledger:
         end."""
         if asked.exact is not None:
             return max(asked.exact.capacity - asked.begun, 0)
-        pending = self.num_training + asked.ready
+        pending = self._pending(asked)
         return remaining_trees(
             self._rule.missing(pending), self.tasks.num_left, self._rule.missing_at_the_end(pending, asked.steps_left)
         )
+
+    def _pending(self, asked: _Asked) -> int:
+        """Training trees that come before one begun now, those of other shards too."""
+        return self.num_training + asked.ready + self.elsewhere.under_lease + self.elsewhere.ready
 
     def _for_evaluation(self) -> HeldLease:
         found = self.evaluations.next_task(self.progress.published)
@@ -231,9 +241,11 @@ class Ledger:
         """Why no new training tree may begin now; None if one may."""
         if self.progress.published is not None and self.tasks.all_leased:
             return f"all run.max_tasks = {self.tasks.max_tasks} tasks are leased or done"
+        others = self.elsewhere
         return self._rule.why_closed(
-            under_lease=self.num_training, ready=asked.ready, produced=asked.produced, memory_full=asked.memory_full
-        )
+            under_lease=self.num_training + others.under_lease, ready=asked.ready + others.ready,
+            produced=asked.produced + others.produced, memory_full=asked.memory_full,
+        )  # fmt: skip
 
     # --- renewing and losing -----------------------------------------------------------------------------------
 
@@ -410,6 +422,10 @@ class Ledger:
         """Training trees under lease, those that wait for another holder too."""
         return self._leases.num("train")
 
+    def num_waiting(self, kind: Split) -> int:
+        """Leases that wait for another holder."""
+        return self._leases.num_waiting(kind)
+
     def training_trees(self) -> list[str]:
         """Training trees under lease."""
         return [held.tree_id for held in self._leases if held.kind == "train"]
@@ -421,10 +437,3 @@ class Ledger:
     def kind(self, tree_id: str) -> Split | None:
         held = self._leases.find(tree_id)
         return None if held is None else held.kind
-
-
-def _why_blocked(evaluation: Evaluation | None) -> str | None:
-    if evaluation is None:
-        return None
-    done = f"{len(evaluation.results)} of {evaluation.num_tasks} done"
-    return f"the evaluation of step {evaluation.step} comes first: {done}"

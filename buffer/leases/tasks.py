@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
+from atpo_async.core.naming.shards import WHOLE, Shard
 from buffer.journal.entries import RetryEntry, RunEntry
 
 
@@ -22,12 +23,14 @@ class TrainingTasks:
     Args:
         max_tasks: no task from this one on is begun; None for no end.
         max_attempts: a task is given up after more trees than this that no batch could use.
+        shard: only its tasks.
     """
 
-    def __init__(self, *, max_tasks: int | None, max_attempts: int) -> None:
+    def __init__(self, *, max_tasks: int | None, max_attempts: int, shard: Shard = WHOLE) -> None:
         self.max_tasks = max_tasks
         self._max_attempts = max_attempts
-        self.next_task = 0
+        self._shard = shard
+        self.next_task = shard.index
         """The first task that was never begun."""
         self.retries: deque[RetriedTask] = deque()
         """Tasks to retry, before new ones."""
@@ -35,6 +38,11 @@ class TrainingTasks:
         """Task under lease -> trees of it that no batch could use, where there were any."""
         self.given_up = 0
         """Tasks that lost too many holders, or whose trees came too late too often."""
+
+    @property
+    def any_begun(self) -> bool:
+        """Whether a task was ever begun."""
+        return self.next_task > self._shard.index
 
     @property
     def all_leased(self) -> bool:
@@ -49,7 +57,7 @@ class TrainingTasks:
     def begin(self) -> tuple[int, bool]:
         """The next task, and whether it is a retry."""
         if not self.retries:
-            task, self.next_task = self.next_task, self.next_task + 1
+            task, self.next_task = self.next_task, self.next_task + self._shard.count
             return task, False
         task, attempts = self.retries.popleft()
         self.restore_attempts(task, attempts)
@@ -88,7 +96,7 @@ class TrainingTasks:
 
     def restore(self, run: RunEntry) -> None:
         """As an earlier process left them."""
-        self.next_task, self.given_up = run.next_task, run.given_up
+        self.next_task, self.given_up = max(run.next_task, self._shard.index), run.given_up
         self.retries.extend(RetriedTask(each.task_index, each.attempts) for each in run.again)
 
     def restore_attempts(self, task: int, attempts: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 
 import numpy as np
 
-from buffer.pool.sampler import I64
+from buffer.pool.sampler import F64, I64
+
+_NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 class Expiry:
@@ -73,3 +75,15 @@ class Expiry:
             if need > 0:
                 taken += need
                 yield need, np.sort(np.fromiter(chain.from_iterable(self._unserved[v] for v in group), np.int64))
+
+    def choose_due(self, count: int, version: int, *, weigh: Callable[[I64], F64], rng: np.random.Generator) -> I64:
+        """Rows of never-served trees that must go now for none to be lost; by ``weigh`` among equally old ones.
+
+        Source: weighted draws without replacement by the largest of u^(1/w) (Efraimidis and Spirakis 2006).
+        """
+        chosen = _NO_ROWS
+        for need, rows in self.due(count, version):
+            waiting = rows[~np.isin(rows, chosen)] if len(chosen) else rows
+            order = np.argsort(-(rng.random(len(waiting)) ** (1.0 / weigh(waiting))))
+            chosen = np.concatenate([chosen, waiting[order[:need]]])
+        return chosen

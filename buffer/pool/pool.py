@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import repeat
 
 import numpy as np
@@ -20,40 +19,13 @@ import numpy as np
 from atpo_async.core.vocabulary import WeightsOver
 from buffer.journal.entries import PoolEntry
 from buffer.pool.expiry import Expiry
+from buffer.pool.outcomes import Departure, Drawn, ReadyTrees
 from buffer.pool.priorities import Priorities
 from buffer.pool.sampler import F64, I64, Sampler
 from buffer.pool.table import OUT, READY, TreeTable
 from buffer.pool.weights import importance_weights, proportional
 from buffer.sampling.prioritized import Prioritized
 from buffer.trees.index import TreeEntry
-
-_NO_ROWS = np.zeros(0, dtype=np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """One tree of a batch, with how it was drawn."""
-
-    tree: TreeEntry
-    probability: float
-    """P_i among the trees that were ready; 1/N where all of them were taken."""
-    weight: float
-    """w_PER."""
-    uses: int
-    """How often it was served, this time included."""
-
-
-@dataclass(frozen=True, slots=True)
-class Departure:
-    """A tree that left the pool."""
-
-    tree: TreeEntry
-    cause: str
-    """``used`` up, ``bytes``, ``trees`` (over a limit), ``stale`` before any batch had it, ``retired`` stale after
-    one, ``inexact`` of a version that no batch is to have."""
-    uses: int
-    """Confirmed ones."""
-    priority: float
 
 
 class ReplayPool:
@@ -305,6 +277,26 @@ class ReplayPool:
         self._sampler.remove(chosen)
         return self._hand_out(chosen, np.full(len(chosen), 1.0 / max(len(chosen), 1)), np.ones(len(chosen)))
 
+    def ready_trees(self) -> ReadyTrees:
+        """All that can be drawn, as a draw over several pools needs them; O(N)."""
+        table, ready = self._table, self._table.ready()
+        return ReadyTrees(
+            entered=table.entered[ready], priority=self._priority(ready), oldest=table.oldest[ready],
+            unserved=table.uses[ready] == 0, version=self._version,
+        )  # fmt: skip
+
+    def find_entered(self, entered: I64) -> I64 | None:
+        """int64[n]: rows of trees by ``ReadyTrees.entered``; None if one of them cannot be drawn any more."""
+        ready = self._table.ready()
+        row_of = dict(zip(self._table.entered[ready].tolist(), ready.tolist(), strict=True))
+        found = [row_of.get(each, -1) for each in entered.tolist()]
+        return None if -1 in found else np.array(found, dtype=np.int64)
+
+    def take_rows(self, rows: I64, probability: F64, weight: F64) -> list[Drawn]:
+        """Take trees that a draw over several pools has chosen, by row; float64[n] each: P_i and w_PER."""
+        self._sampler.remove(rows)
+        return self._hand_out(rows, probability, weight)
+
     def confirm(self, tree_ids: Iterable[str], priorities: Mapping[str, float]) -> list[Departure]:
         """The learner has trained on these trees: the use counts, new priorities hold, what is used up leaves."""
         out, table = self._with_learner, self._table
@@ -377,14 +369,11 @@ class ReplayPool:
         return drawn
 
     def _due(self, count: int, rng: np.random.Generator) -> I64:
-        """Rows of never-served trees that must go now for none to be lost; by priority among equally old ones."""
-        chosen = _NO_ROWS
-        for need, rows in self._expiry.due(count, self._version):
-            waiting = rows[~np.isin(rows, chosen)] if len(chosen) else rows
-            weights = proportional(self._priority(waiting), exponent=self._exponent)
-            order = np.argsort(-(rng.random(len(waiting)) ** (1.0 / weights)))
-            chosen = np.concatenate([chosen, waiting[order[:need]]])
-        return chosen
+        """Rows of never-served trees that must go now for none to be lost."""
+        return self._expiry.choose_due(
+            count, self._version, rng=rng,
+            weigh=lambda rows: proportional(self._priority(rows), exponent=self._exponent),
+        )  # fmt: skip
 
     def _priority(self, rows: I64) -> F64:
         return self._priorities.of(rows, self._table.uses[rows], self._version)

@@ -22,7 +22,8 @@ from buffer.counters import RunCounters
 from buffer.journal.entries import PoolEntry, RunEntry
 from buffer.leases.ledger import Ledger
 from buffer.pool.checked import sampler_of
-from buffer.pool.pool import Departure, Drawn, ReplayPool
+from buffer.pool.outcomes import Departure, Drawn
+from buffer.pool.pool import ReplayPool
 from buffer.trees.index import Store, TreeEntry
 from buffer.trees.parts import part_means
 from buffer.trees.registry import TreeRegistry
@@ -111,7 +112,8 @@ class TreeLifecycle:
         near = near or (most is not None and len(self.pool) >= most)
         if self._delay_line is not None:
             return near
-        return near and len(self.pool) >= self._config.staleness.trees_per_batch
+        ready = len(self.pool) + self._ledger.elsewhere.ready
+        return near and ready >= self._config.staleness.trees_per_batch
 
     @property
     def _taken(self) -> int:

@@ -63,6 +63,9 @@ class BufferConfig(Section):
         1 << 30, ge=1024 * 1024, description="turns in the journal on disk; past it the oldest ready trees go"
     )
     max_trees: int | None = Field(None, ge=1, description="ready trees held; past it the oldest go; none for no limit")
+    shards: int = Field(
+        1, ge=1, le=64, description="processes that share the buffer's trees, under one front; for more turns a second"
+    )
     journal_dir: Path | None = Field(None, description="folder for the journals of runs; none: in the run's folder")
     journal_sync: bool = Field(True, description="commits reach the disk; false: they survive kill -9, not a power cut")
     follower: bool = Field(False, description="serve followers, which copy the journal to other machines")

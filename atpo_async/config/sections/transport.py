@@ -54,6 +54,9 @@ class LinksConfig(Section):
     )
     actors_port: int = Field(0, ge=0, le=65535)
     learner_port: int = Field(0, ge=0, le=65535)
+    shards_port: int = Field(
+        0, ge=0, le=65535, description="of the first of buffer.shards, for turns; the others take the next ones"
+    )
     weights_port: int = Field(0, ge=0, le=65535)
     announce_port: int = Field(0, ge=0, le=65535)
     follower_port: int = Field(0, ge=0, le=65535, description="for followers of the journal (buffer.follower)")

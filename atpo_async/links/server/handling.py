@@ -58,10 +58,19 @@ class Handling:
         with_frames: whether the handler gets the frames too.
         settings: of the link.
         spawn: starts a task of the link.
+        read: the message in two frames, where another than the codec reads it; raises BadMessage.
     """
 
     def __init__(
-        self, title: str, *, receives: Any, handler: Handler, with_frames: bool, settings: LinksConfig, spawn: Spawn
+        self,
+        title: str,
+        *,
+        receives: Any,
+        handler: Handler,
+        with_frames: bool,
+        settings: LinksConfig,
+        spawn: Spawn,
+        read: Callable[[Frames], Any] | None = None,
     ) -> None:
         self.title = title
         self.settings = settings
@@ -76,9 +85,12 @@ class Handling:
         self._receives = receives
         self._handler = handler
         self._with_frames = with_frames
+        self._read = read
 
     def read(self, frames: Frames) -> Any:
         """The message in these frames.  Raises BadMessage."""
+        if self._read is not None:
+            return self._read(frames)
         return codec.decode(frames, self._receives, limits=self.limits)
 
     def run(self, peer: str, message: Any, frames: Frames) -> Any:

@@ -53,6 +53,7 @@ class Server(BindingLink):
             further sends run meanwhile, and one call serves all that was handled before it began.  While it hangs
             nothing is acknowledged; if it raises, neither, and it is called again after a pause.
         with_frames: the handler gets a third argument, the two frames of the message as they came.
+        read: as of ``Handling``: reads a message in place of the codec.
         only, former_port, setting: as of ``BindingLink``.
     """
 
@@ -66,6 +67,7 @@ class Server(BindingLink):
         settings: LinksConfig,
         settled: Callable[[], Awaitable[None]] | None = None,
         with_frames: bool = False,
+        read: Callable[[Sequence[codec.Buffer]], Any] | None = None,
         only: str = "",
         former_port: int = 0,
         setting: str = "the port in [links]",
@@ -73,7 +75,13 @@ class Server(BindingLink):
         super().__init__(endpoint, settings, only=only, former_port=former_port, setting=setting)
         self.name = name
         handling = Handling(
-            name, receives=receives, handler=handler, with_frames=with_frames, settings=settings, spawn=self._spawn
+            name,
+            receives=receives,
+            handler=handler,
+            with_frames=with_frames,
+            settings=settings,
+            spawn=self._spawn,
+            read=read,
         )
         self._bad = handling.bad
         self._acknowledgements = Acknowledgements(name, settled, answer=self._answer, spawn=self._spawn)

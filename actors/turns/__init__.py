@@ -1,0 +1,1 @@
+"""How an actor's turns get to the buffer."""

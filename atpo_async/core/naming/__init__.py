@@ -1,0 +1,1 @@
+"""Names that say where something belongs."""
