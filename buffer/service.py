@@ -36,6 +36,7 @@ from atpo_async.run.endpoints import Endpoints, ShardEndpoints
 from atpo_async.run.rundir import RunDir
 from atpo_async.status import waits
 from atpo_async.status.facts import publish_facts
+from atpo_async.status.fleet import FLEET
 from atpo_async.wire.messages import ActorToBuffer, LearnerToBuffer
 from buffer.following.serving import FollowerSocket
 from buffer.front import service as front
@@ -48,6 +49,7 @@ from buffer.handlers.learner import LearnerHandler
 from buffer.journal.journal import Journal
 from buffer.journal.persistence import StatePersistence
 from buffer.journal.slowness import SlowCommits
+from buffer.leases.overview import actor_rows
 from buffer.metrics_file import MetricsFile
 from buffer.shard.front import FrontHandler
 from buffer.shard.turns import TurnsHandler
@@ -296,6 +298,10 @@ class BufferService:
             "journal failing": self.journal.held_up or "no",
         }
 
+    def actor_facts(self) -> dict[str, dict[str, object]]:
+        """Of each actor, for the run's status."""
+        return actor_rows(self.state.ledger, self._clock())
+
     # --- loops -------------------------------------------------------------------------------------------------
 
     async def _look_after_leases(self) -> None:
@@ -441,5 +447,6 @@ async def _serve(ctx: RoleContext, rundir: RunDir) -> None:
         listening.note(actors=bound.actors, learner=bound.learner)
         ctx.log.info("run %s: actors at %s, learner at %s", ctx.run_id, bound.actors, bound.learner)
         publish_facts("buffer", service.facts)
+        publish_facts(FLEET, service.actor_facts)
         waits.phase("serving")
         await service.serve()

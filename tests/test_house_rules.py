@@ -75,6 +75,7 @@ PURE = {
     "buffer.leases.admission",
     "buffer.leases.evaluations",
     "buffer.leases.limits",
+    "buffer.leases.overview",
     "buffer.leases.presence",
     "buffer.leases.rates",
     "buffer.leases.shares",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from atpo_async.run import processes
 from atpo_async.run.rundir import RunDir
 from atpo_async.status import snapshot
 from atpo_async.status.chains import Stuck, explain, joined_by_address
+from atpo_async.status.fleet import ActorRow, rows_of
 from atpo_async.status.hangs import SILENT_S, WORK_S, stopped_words, stuck_now
 from atpo_async.status.run_folders import run_at
 from atpo_async.status.snapshot import StatusSnapshot
@@ -76,6 +78,11 @@ class RunView:
     def joined(self) -> dict[str, float]:
         """Actors that joined by address, without a status file here: name -> seconds since they last sent anything."""
         return joined_by_address(view.status for view in self.roles.values() if view.alive)
+
+    @property
+    def fleet(self) -> list[ActorRow]:
+        """The actors as the buffer sees them."""
+        return rows_of(view.status for view in self.roles.values() if view.alive)
 
     @property
     def _known(self) -> dict[str, str]:
@@ -170,6 +177,7 @@ def as_json(view: RunView) -> str:
             }
             for name, role in view.roles.items()
         },
+        "actors": {row.name: dataclasses.asdict(row) for row in view.fleet},
         "joined": {name: {"silent_s": silent_s} for name, silent_s in view.joined.items()},
         "damaged": view.damaged,
     }

@@ -38,9 +38,18 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+MOST_FACTS, MOST_PARTS = 24, 8
+"""Of a mapping, and of a list, in one line; of the others their number."""
+
+
 def flat(facts: Mapping[str, Any]) -> str:
     """Facts in one line."""
-    return ", ".join(f"{name} {_word(value)}" for name, value in facts.items())
+    said = [f"{name} {_word(value)}" for name, value in list(facts.items())[:MOST_FACTS]]
+    return ", ".join(said + _more(len(facts) - MOST_FACTS))
+
+
+def _more(number: int) -> list[str]:
+    return [f"and {number} more"] if number > 0 else []
 
 
 def _word(value: Any) -> str:
@@ -49,5 +58,5 @@ def _word(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + flat(value) + "}"
     if isinstance(value, list | tuple):
-        return "[" + "; ".join(_word(part) for part in value) + "]"
+        return "[" + "; ".join([_word(part) for part in value[:MOST_PARTS]] + _more(len(value) - MOST_PARTS)) + "]"
     return str(value)

@@ -304,7 +304,8 @@ class Ledger:
     def lapsed(self, now: float) -> list[HeldLease]:
         """Leases whose time is over or whose holder is silent; call ``reissue`` or ``end`` for each."""
         self.rates.now = now
-        self.actors.forget_long_gone(now, (held.holder for held in self._leases))
+        for actor in self.actors.forget_long_gone(now, (held.holder for held in self._leases)):
+            self.rates.forget(actor)
         return [
             held
             for held in self._leases

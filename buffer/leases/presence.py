@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 FORGOTTEN_S = 3600.0
@@ -64,6 +64,12 @@ class ActorPresence:
         """Whether ``actor`` takes part: it was heard from lately, and has not left."""
         return actor not in self._left and actor in self._heard and not self.is_silent(actor, now)
 
+    def present(self) -> Iterator[tuple[str, float]]:
+        """Actors that have not left, silent ones too, each with when it was last heard from."""
+        for actor, heard in self._heard.items():
+            if actor not in self._left:
+                yield actor, heard
+
     @property
     def num_there(self) -> int:
         """Actors that were ever heard from and have not left; silent ones count until they are forgotten."""
@@ -100,13 +106,15 @@ class ActorPresence:
         """Actors that were heard from lately and have not left."""
         return len(self.alive(now))
 
-    def forget_long_gone(self, now: float, holders: Iterable[str]) -> None:
-        """Drop those that were silent for very long and hold nothing."""
+    def forget_long_gone(self, now: float, holders: Iterable[str]) -> set[str]:
+        """Drop those that were silent for very long and hold nothing, and return them."""
         gone = {actor for actor, heard in self._heard.items() if now - heard > FORGOTTEN_S}
-        for actor in gone - set(holders) if gone else ():
+        gone -= set(holders) if gone else set()
+        for actor in gone:
             del self._heard[actor]
             self._hosts.pop(actor, None)
             self._left.discard(actor)
+        return gone
 
     def __len__(self) -> int:
         return len(self._heard)

@@ -84,6 +84,9 @@ class Rates:
     def __len__(self) -> int:
         return len(self._meters)
 
+    def __contains__(self, actor: object) -> bool:
+        return actor in self._meters
+
     # --- changes -----------------------------------------------------------------------------------------------
 
     def assigned(self, held: HeldLease) -> None:

@@ -13,8 +13,9 @@ from rich.text import Text
 
 from atpo_async.cli.common import EXIT_DONE, Asked
 from atpo_async.run.host import host_id
-from atpo_async.status import snapshot
+from atpo_async.status import fleet, snapshot
 from atpo_async.status.chains import waits_of
+from atpo_async.status.fleet import FLEET, MOST_ROWS
 from atpo_async.status.hangs import stopped_words
 from atpo_async.status.run_view import JOINED, RoleView, RunView, as_json, look
 from atpo_async.status.wording import duration, flat
@@ -69,10 +70,11 @@ def show(view: RunView, console: Console) -> None:
             # As plain text: names that roles chose may look like markup.
             cells = (Text(word) for word in (where, at, loop, _waits(role)))
             table.add_row(Text(name), Text(state, style=colour), *cells)
-        for name, silent_s in view.joined.items():
-            state = f"heard {duration(silent_s)} ago"
+        for name, silent_s, number in _joined(view):
+            state = f"heard {duration(silent_s)} ago" if number == 1 else f"last heard up to {duration(silent_s)} ago"
             table.add_row(Text(name), Text(state, style="green"), "–", JOINED, "–", "known only where it runs")
         console.print(table)
+        _show_fleet(view, console)
         links = [
             f"  {name}: {flat(_worth_saying(facts))}"
             for role in view.roles.values()
@@ -83,6 +85,8 @@ def show(view: RunView, console: Console) -> None:
             console.print(Text(line))
         for role in view.roles.values():
             for name, facts in role.status.facts.items() if role.alive else ():
+                if name == FLEET:
+                    continue
                 whose = role.status.role if role.status.role.startswith(name) else f"{role.status.role}, {name}"
                 console.print(Text(f"{whose}: {flat(facts)}"))
     for file, fault in view.damaged.items():
@@ -94,6 +98,30 @@ def show(view: RunView, console: Console) -> None:
             console.print(Text(f"{role.status.role} stands still in:"))
             for line in role.status.stack[-5:]:
                 console.print(Text(f"    {line}"))
+
+
+def _joined(view: RunView) -> list[tuple[str, float, int]]:
+    """Actors that joined by address: each one, or where there are many their number, how long the quietest is silent,
+    and for how many the line stands."""
+    if len(view.joined) <= MOST_ROWS:
+        return [(name, silent_s, 1) for name, silent_s in view.joined.items()]
+    return [(f"{len(view.joined)} actors", max(view.joined.values()), len(view.joined))]
+
+
+def _show_fleet(view: RunView, console: Console) -> None:
+    """The actors as the buffer sees them."""
+    found = fleet.table(view.fleet)
+    if found is None:
+        return
+    console.print(Text(found.title))
+    shown = Table(box=None, pad_edge=False, header_style="dim")
+    for i, name in enumerate(found.header):
+        shown.add_column(name, justify="left" if i < found.header.index("turns/s") else "right", no_wrap=True)
+    for row in found.rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    console.print(shown)
+    for note in found.notes:
+        console.print(Text(f"  {note}"))
 
 
 def _headline(view: RunView) -> str:
