@@ -108,7 +108,9 @@ class Actor:
             name=name, config=config, engine=engine, fetcher=weights, run_is_over=self._run_is_over,
             metrics=self._metrics, clock=clock,
         )  # fmt: skip
-        self._turns = TurnSender(run=run, name=name, config=config, buffer=buffer)
+        self._turns = TurnSender(
+            run=run, name=name, config=config, buffer=buffer, drain_s=max(RETURN_TIMEOUT_S, leave_s / 2)
+        )  # fmt: skip
         self._growing: dict[str, asyncio.Task[None]] = {}
         self._held: dict[str, None] = {}
         """Trees under lease that are not closed: those that are grown, and those that were left as they are."""

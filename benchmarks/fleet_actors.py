@@ -39,7 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=4, help="trees that an actor grows at once")
     parser.add_argument("--actors", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--shards", type=int, nargs="+", default=[2], help="of part shards, beside one process")
-    parser.add_argument("--shard-rate", type=float, default=3000.0, help="turns/s of all actors, for each shard")
+    parser.add_argument("--shard-rate", type=float, default=6000.0, help="turns/s of all actors, for each shard")
     parser.add_argument("--rates", type=float, nargs="*", default=[], help="turns/s of all actors; none: full speed")
     parser.add_argument("--restart", action="store_true", help="kill the buffer at the end, and time the way back")
     parser.add_argument("--curve", action="store_true", help="encrypted links")

@@ -99,7 +99,11 @@ class ShardPeers:
     def endpoint_of(self, identity: str) -> str:
         """Where the front takes them now; a new one listens elsewhere."""
         front = self.cluster.front
-        return front.actors.endpoint if identity == "a" else front.learner.endpoint
+        return front.learner.endpoint if identity == "l" else front.actors.endpoint
+
+    def another(self, identity: str) -> Client:
+        """A further peer at the front's socket for actors."""
+        return self._link(self.cluster.front.actors.endpoint, identity, BufferToActor)
 
     async def leases(self, count: int) -> Leases:
         """As many leases, over as many requests as it takes."""

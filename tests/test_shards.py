@@ -10,14 +10,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from atpo_async.config import build
+from atpo_async.config import build, resuming
 from atpo_async.core.errors import ConfigError
 from atpo_async.core.naming.shards import Shard, index_of, role_of, shard_of, shard_roles
 from atpo_async.links.client import Client
 from atpo_async.wire import messages as m
+from buffer.front import actors as front_actors
 from buffer.front.messages import Part
 from buffer.front.metrics import merged
-from tests.buffer_peers_support import SOON_S, ask, closed, grown, hello, leaf, opened
+from tests.buffer_peers_support import SOON_S, ask, closed, grown, hello, leaf, opened, wants
 from tests.shards_support import ShardPeers, by_shard, cluster_of, sharded
 from tests.waiting_support import until
 
@@ -64,10 +65,44 @@ async def test_what_a_shard_has_lost_is_leased_again_by_it_with_the_turns_that_a
     async with cluster_of(sharded(), tmp_path) as peers:
         lease = next(each for each in (await peers.leases(2)).leases if each.task_index == 1)
         await peers.send(opened(lease), leaf(lease, 1, 1.0))
-        await peers.send(m.LeaseReturned(run="r", actor="a", tree_ids=(lease.tree_id,)))
+        await peers.send(m.LeaseReturned(run="r", actor="a", tree_ids=(lease.tree_id,), reason="refused"))
+        await until(lambda: peers.cluster.front.shards.total("lost") == 1)
         (again,) = (await peers.leases(1)).leases
         assert (again.tree_id, again.epoch) == (lease.tree_id, lease.epoch + 1)
         assert [turn.turn_id for turn in again.committed] == [1]
+
+
+async def test_an_actor_that_leaves_gives_back_what_it_holds_in_every_shard(tmp_path: Path) -> None:
+    async with cluster_of(sharded(), tmp_path) as peers:
+        held = (await peers.leases(4)).leases
+        await peers.send(m.LeaseReturned(run="r", actor="a", tree_ids=()))
+        async with peers.another("b") as other:
+            again = await other.request(wants(4, "b"), timeout_s=SOON_S)
+            assert isinstance(again, m.Leases)
+            assert {(each.tree_id, each.epoch) for each in again.leases} == {(each.tree_id, 1) for each in held}
+
+
+async def test_leases_of_a_shard_that_answers_late_go_back_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front_actors, "LATE_S", 0.05)
+    async with cluster_of(sharded(), tmp_path) as peers:
+        journal = peers.cluster.shards[1].journal
+        settle, slow = journal.settle, asyncio.Event()
+
+        async def slowly(**options: Any) -> None:
+            await slow.wait()
+            await settle(**options)
+
+        monkeypatch.setattr(journal, "settle", slowly)
+        answer = await peers.actor.request(wants(2), timeout_s=SOON_S)
+        assert isinstance(answer, m.Leases)
+        assert by_shard(answer) == {0: [0]}
+        ledger = peers.cluster.shards[1].state.ledger
+        assert ledger.num_training == 1
+        assert ledger.num_waiting("train") == 0
+        slow.set()
+        await until(lambda: ledger.num_waiting("train") == 1)
 
 
 # --- turns -----------------------------------------------------------------------------------------------------
@@ -139,6 +174,54 @@ async def test_a_shard_takes_nothing_but_its_trees_from_an_actor(tmp_path: Path)
             assert "buffer-0 takes the messages of its trees alone: LeaseRequest goes to the buffer" in answer.reason
             stranger = await direct.request(hello(peers.cluster.config, run="other"), timeout_s=SOON_S)
             assert isinstance(stranger, m.Refused)
+
+
+async def test_an_actor_behind_a_relay_is_not_sent_to_the_shards(tmp_path: Path) -> None:
+    async with cluster_of(sharded(), tmp_path) as peers:
+        relay = m.RelayHello(protocol=m.PROTOCOL, run="r", relay="relay-1", via=("relay-1",))
+        assert len((await peers.leases(1)).shards) == 2
+        async with peers.another("relay-1") as link, peers.another("relay-1/b") as behind:
+            welcome = await link.request(relay, timeout_s=SOON_S)
+            assert isinstance(welcome, m.Welcome)
+            assert (welcome.name, welcome.weights_endpoint, welcome.finished) == ("relay-1", "tcp://w:1", False)
+            leases = await behind.request(wants(1, "b"), timeout_s=SOON_S)
+            assert isinstance(leases, m.Leases)
+            assert leases.shards == ()
+            (lease,) = leases.leases
+            for message in uneven(lease):
+                await behind.send(message)
+            await behind.drain(timeout_s=SOON_S)
+        await ready(peers, 1)
+
+
+async def test_an_actor_that_comes_another_way_goes_on_with_its_leases_in_all_shards(tmp_path: Path) -> None:
+    async with cluster_of(sharded(), tmp_path) as peers:
+        config = peers.cluster.config
+        first = await peers.actor.request(hello(config), timeout_s=SOON_S)
+        assert isinstance(first, m.Welcome)
+        held = (await peers.leases(2)).leases
+        async with peers.another("relay-1/a") as other:
+            wrong = await other.request(hello(config, continues="a", ticket="x"), timeout_s=SOON_S)
+            assert isinstance(wrong, m.Refused)
+            assert "its ticket is not that of this name" in wrong.reason
+            welcome = await other.request(hello(config, continues="a", ticket=first.ticket), timeout_s=SOON_S)
+            assert isinstance(welcome, m.Welcome)
+        for service, lease in zip(peers.cluster.shards.values(), sorted(held, key=lambda x: x.task_index), strict=True):
+            now = service.state.ledger.held(lease.tree_id)
+            assert now is not None
+            assert (now.holder, now.waiting) == ("relay-1/a", False)
+
+
+async def test_what_the_front_refuses_is_in_the_metrics_of_the_next_batch_once(tmp_path: Path) -> None:
+    async with cluster_of(sharded(staleness={"trees_per_batch": 2, "max_lag": 3}), tmp_path) as peers:
+        leases = (await peers.leases(4)).leases
+        await peers.send(opened(msgspec.structs.replace(leases[0], tree_id="b1-1")))
+        for lease in leases:
+            await peers.send(*uneven(lease))
+        first = await batch(peers)
+        await peers.tell(m.Trained(run="r", batch_id=first.batch_id, version=1, priorities={}))
+        second = await batch(peers, step=1, version=1)
+        assert [each.metrics["buffer/bad_messages"] for each in (first, second)] == [1.0, 0.0]
 
 
 # --- batches ---------------------------------------------------------------------------------------------------
@@ -342,3 +425,9 @@ def test_settings_that_shards_cannot_hold_are_refused_with_a_way_out(sections: d
         build(data)
     assert why in str(refused.value)
     build({**sections, "buffer": {**data["buffer"], "shards": 1}})
+
+
+def test_a_run_keeps_the_number_of_shards_that_it_began_with() -> None:
+    one, two = build({}), build({"buffer": {"shards": 2}})
+    assert resuming.refused(one, two) == [("buffer.shards", 1, 2)]
+    assert resuming.refused(two, two) == []

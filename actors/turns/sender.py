@@ -27,7 +27,7 @@ KNOCK_S = 3.0
 KNOCK_EVERY_S = 60.0
 MOST_SHARDS = 64
 DRAIN_S = 2.0
-"""How long a stopping actor waits for the shards to take its last turns."""
+"""How long a stopping actor waits for the shards to take its last turns, unless it is given more time."""
 
 
 class ShardLink:
@@ -50,11 +50,12 @@ class TurnSender:
         run, name: of the run and of this actor.
         config: the run's.
         buffer: link to the buffer; what is refused is told to its ``on_refused``, whichever way it went.
+        drain_s: how long the shards have to take the last turns at the end.
     """
 
-    def __init__(self, *, run: str, name: str, config: Config, buffer: Client) -> None:
+    def __init__(self, *, run: str, name: str, config: Config, buffer: Client, drain_s: float = DRAIN_S) -> None:
         self._run, self._name, self._config = run, name, config
-        self._buffer = buffer
+        self._buffer, self._drain_s = buffer, drain_s
         self._shards: dict[int, ShardLink] = {}
         self._ways: dict[str, Client] = {}
         """Tree -> the link that its messages take."""
@@ -71,7 +72,7 @@ class TurnSender:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         # Before the leases are given back: who gets them goes on from these turns.
         with contextlib.suppress(PeerLost):
-            await asyncio.gather(*(client.drain(timeout_s=DRAIN_S) for client in self._clients()))
+            await asyncio.gather(*(client.drain(timeout_s=self._drain_s) for client in self._clients()))
         for client in self._clients():
             await client.close()
 

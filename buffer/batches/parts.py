@@ -47,7 +47,9 @@ class PartServer(BatchServer):
         rows = self._trees.pool.find_entered(np.frombuffer(chosen.entered, dtype=np.int64))
         if rows is None:
             return None
-        metrics = self._flush(now) | chosen.metrics
+        metrics = self._flush(now)
+        for name, value in chosen.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value
         drawn = self._trees.pool.take_rows(
             rows,
             np.frombuffer(chosen.probability, dtype=np.float64),

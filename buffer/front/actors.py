@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from typing import Any
 
 import msgspec
 
-from atpo_async.core.errors import BadMessage, PeerLost
+from atpo_async.core.errors import AtpoError, BadMessage, PeerLost
 from atpo_async.core.naming.shards import shard_of
 from atpo_async.links.parcels import Parcel
 from atpo_async.status import waits
@@ -93,7 +94,9 @@ class FrontActors:
                     context.metrics.report(peer, context.step, message.version, message.metrics)
                     return await self._shards.send_all(msgspec.structs.replace(message, actor=peer))
                 case m.LeaseReturned():
-                    # Without a reason it also says that the actor leaves.
+                    if not message.reason:
+                        # It stops to grow trees: whatever was granted to a request that waits would reach it in vain.
+                        self._queue.drop(peer)
                     return await self._give_back(peer, message.tree_ids, message.reason, all_hear=not message.reason)
         except BadMessage as exc:
             self._context.note_refusal(peer, getattr(message, "type", type(message).__name__), exc)
@@ -207,12 +210,13 @@ class FrontActors:
 
     def _ask(self, peer: str, request: m.LeaseRequest, plan: dict[int, int], why: str | None) -> Awaitable[m.Leases]:
         """Ask the shards of a plan at once; counted from now on, whenever they answer."""
-        tasks = []
+        tasks: dict[asyncio.Task[m.Leases], int] = {}
         for index, count in plan.items():
             link = self._shards.links[index]
             question = self._admission.grant(link, msgspec.structs.replace(request, actor=peer, count=count))
             link.asking += count
-            tasks.append(asyncio.create_task(self._ask_one(link, question, count), name=f"leases of {link.name}"))
+            task = asyncio.create_task(self._ask_one(link, question, count), name=f"leases of {link.name}")
+            tasks[task] = index
         return self._together(peer, tasks, why)
 
     async def _ask_one(self, link: ShardLink, question: f.Grant, count: int) -> m.Leases:
@@ -223,14 +227,17 @@ class FrontActors:
                 return self._none(getattr(answer, "reason", f"{link.name} answers with {type(answer).__name__}"))
             granted = sum(lease.kind == "train" for lease in answer.leases)
             return answer
-        except PeerLost as exc:
+        except AtpoError as exc:
             return self._none(str(exc))
         finally:
             link.asking -= count
             link.granted += granted
 
-    async def _together(self, peer: str, tasks: list[asyncio.Task[m.Leases]], why: str | None) -> m.Leases:
-        """Waits for: the shards that were asked; once one has granted leases, ``LATE_S`` for the others."""
+    async def _together(self, peer: str, late: dict[asyncio.Task[m.Leases], int], why: str | None) -> m.Leases:
+        """The leases of all shards that were asked, given with the index of each.
+
+        Waits for: the shards that were asked; once one has granted leases, ``LATE_S`` for the others."""
+        tasks = list(late)
         done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         while pending:
             some = any(task.result().leases for task in done)
@@ -240,22 +247,25 @@ class FrontActors:
             done |= more
             if some and not more:
                 break
-        for task in pending:
-            self._late.add(task)
-            task.add_done_callback(lambda late: self._return_late(peer, late))
+        for task, index in late.items():
+            if task in pending:
+                self._keep(self._return_late(peer, self._shards.links[index], task))
         found = [task.result() for task in tasks if task in done]
         leases = tuple(lease for each in found for lease in each.leases)
         reasons = [why, *(each.closed_because for each in found)]
         closed = next((reason for reason in reasons if reason is not None), None)
         return msgspec.structs.replace(self._none(closed or ""), leases=leases)
 
-    def _return_late(self, peer: str, task: asyncio.Task[m.Leases]) -> None:
-        self._late.discard(task)
-        if not task.cancelled() and task.exception() is None and (leases := task.result().leases):
-            returned = self._give_back(peer, tuple(lease.tree_id for lease in leases), "")
-            give_back = asyncio.get_running_loop().create_task(returned, name="late leases")
-            self._late.add(give_back)
-            give_back.add_done_callback(self._late.discard)
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work, name="late leases")
+        self._late.add(task)
+        task.add_done_callback(self._late.discard)
+
+    async def _return_late(self, peer: str, link: ShardLink, task: asyncio.Task[m.Leases]) -> None:
+        """What a shard grants after its answer was given up goes back to it.  Waits for: the shard's answer."""
+        if tree_ids := tuple(lease.tree_id for lease in (await task).leases):
+            with contextlib.suppress(AtpoError):  # the actor does not report them: they are free then
+                await link.ask(f.GiveBack(actor=peer, tree_ids=tree_ids), f.Done, timeout_s=GRANT_S)
 
     async def _give_back(self, peer: str, tree_ids: tuple[str, ...], reason: str, *, all_hear: bool = False) -> Parcel:
         together = Parcels()

@@ -132,12 +132,12 @@ class FrontBatches:
         highest = max(state.highest for state in states)
         lives = sum(state.incarnation for state in states)
         rng = np.random.default_rng([config.run.seed, lives, batch_id])
+        own = self._context.take_metrics()
         for _ in range(DRAWS):
             weighed = await self._ask_all([f.Weigh(highest=highest)] * len(self._shards), f.Weighed)
             choices = self._union.draw([_ready(each) for each in weighed], request.num_trees, rng=rng, beta=beta)
             takes: list[f.Question] = [
-                self._take(request, batch_id, choice, more=self._own_metrics() if not index else {})
-                for index, choice in enumerate(choices)
+                self._take(request, batch_id, choice, more={} if index else own) for index, choice in enumerate(choices)
             ]
             answers: list[f.Part | f.Gone] = await self._ask_all(takes, f.Part | f.Gone)  # type: ignore[arg-type]
             parts = [answer for answer in answers if isinstance(answer, f.Part)]
@@ -165,13 +165,6 @@ class FrontBatches:
 
     async def _ask_all(self, questions: Sequence[f.Question], kind: type[T]) -> list[T]:
         return await self._shards.ask_all(list(questions), kind, timeout_s=ASK_S)
-
-    def _own_metrics(self) -> dict[str, float]:
-        """Of the front itself, beside those of the shards."""
-        return {
-            "buffer/bad_messages": float(self._context.num_refused),
-            "buffer/refused_metrics": float(self._context.metrics.num_refused),
-        }
 
     # --- serving it --------------------------------------------------------------------------------------------
 

@@ -30,6 +30,22 @@ class FrontContext:
     finished: bool = False
     """The learner has done its steps."""
     num_refused: int = 0
+    server_counters: Callable[[], dict[str, float]] = dict
+    """Of the front's sockets, named as the buffer's."""
+    num_unreadable: Callable[[], int] = int
+    """Messages that came to them and are none."""
+    _told: int = 0
+    """Of those and ``num_refused``, in the metrics of earlier batches."""
+
+    def take_metrics(self) -> dict[str, float]:
+        """What the front adds to the metrics of a batch."""
+        bad = self.num_refused + self.num_unreadable()
+        new, self._told = bad - self._told, bad
+        return {
+            "buffer/bad_messages": float(new),
+            "buffer/refused_metrics": float(self.metrics.num_refused),
+            **self.server_counters(),
+        }
 
     @property
     def step(self) -> int:

@@ -78,6 +78,13 @@ class Grant(_Said, frozen=True, tag="grant"):
     """What the other shards have (``leases.admission.Elsewhere``)."""
 
 
+class GiveBack(_Said, frozen=True, tag="give_back"):
+    """These leases never reached their actor.  Answered by ``Done``."""
+
+    actor: str
+    tree_ids: tuple[str, ...]
+
+
 class Prepare(_Said, frozen=True, tag="prepare"):
     """The learner requests a batch.  Answered by ``Prepared``."""
 
@@ -111,7 +118,7 @@ class TakePart(_Said, frozen=True, tag="take"):
     weight: bytes
     """float64[n]."""
     metrics: dict[str, float]
-    """Further ones of the batch: the front's own."""
+    """The front's own share of the batch's, added to the shard's."""
 
 
 class UndoPart(_Said, frozen=True, tag="undo"):
@@ -141,7 +148,7 @@ class End(_Said, frozen=True, tag="end"):
     """The run is over and the actors know of it: the shard ends.  Answered by ``Done``."""
 
 
-Question = Look | Grant | Prepare | Weigh | TakePart | UndoPart | Fetch | LookAtEvaluation | End
+Question = Look | Grant | GiveBack | Prepare | Weigh | TakePart | UndoPart | Fetch | LookAtEvaluation | End
 
 
 # --- answers ---------------------------------------------------------------------------------------------------

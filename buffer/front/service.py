@@ -111,6 +111,8 @@ class FrontService:
             read=passing.reader(limits_of(config.links)), former_port=port_of(former.actors),
             setting="links.actors_port", **shared,
         )  # fmt: skip
+        context.server_counters = self._counters
+        context.num_unreadable = lambda: self.actors.bad_messages + self.learner.bad_messages
         self._actors.relayed.is_relay = self.actors.is_relay
         self.learner = Server(
             endpoints.learner, receives=LearnerToBuffer, handler=learner.handle, only=LEARNERS,
@@ -180,6 +182,11 @@ class FrontService:
             "shards": f"{sum(link.alive for link in shards)} of {len(shards)} answer",
             "journal failing": failing or "no",
         }
+
+    def _counters(self) -> dict[str, float]:
+        """Of both sockets, as the metrics of a batch have them."""
+        actors, learner = self.actors.counters, self.learner.counters
+        return {f"buffer/{name}": actors[name] + learner[name] for name in actors}
 
     def _heard(self) -> dict[str, float]:
         """Actor -> seconds since its last sign of life here."""

@@ -78,6 +78,10 @@ class FrontHandler:
                 return f.answered(await self._look(question))
             case f.Grant():
                 return await self._grant(question)
+            case f.GiveBack():
+                if self._state.returned(question.actor, question.tree_ids):
+                    self._changes.notify()
+                return f.answered(f.Done())
             case f.Prepare():
                 self._front = question.front
                 self._state.ledger.limits.pace.taken(question.request.version, self._context.clock())

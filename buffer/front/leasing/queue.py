@@ -78,6 +78,12 @@ class FrontQueue:
             await asyncio.wait((waiting.answer,))  # what the shards grant must reach the actor
         return waiting.answer.result() if waiting.answer.done() else waiting.last
 
+    def drop(self, actor: str) -> None:
+        """An actor takes no more leases: a request of it that waits is answered with none."""
+        waiting = self._waiting.pop(actor, None)
+        if waiting is not None and waiting.asked is None and not waiting.answer.done():
+            waiting.answer.set_result(waiting.last)
+
     def _serve(self) -> None:
         """Ask for the first ones, until one finds that there is nothing."""
         self._due = False
