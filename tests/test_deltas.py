@@ -24,10 +24,11 @@ from atpo_async.wire.messages import (
     LearnerToActor,
     ManifestRequest,
     Refused,
+    VersionGone,
     WeightsManifest,
 )
 from learner.weights import differences as made_by_learner
-from learner.weights import files
+from learner.weights import files, store
 from tests.deltas_support import Ends, connected, ends, settings_of, weights_of
 
 
@@ -111,11 +112,12 @@ async def test_without_a_chain_versions_come_whole_and_nothing_is_kept(tmp_path:
         for version in range(3):
             assert await both.pass_on(version) == whole(both, version)
         assert both.counts() == {}
-        assert not any(name.startswith("differences/") for name in both.publisher.counters)
+        assert both.fetcher._receiver.base == -1
     async with ends(tmp_path, settings_of(max_chain=0), settings_of()) as both:
         for version in range(3):
             assert await both.pass_on(version) == whole(both, version)
         assert both.counts() == {"fallback/no_base": 1.0, "fallback/not_offered": 2.0}
+        assert not any(name.startswith("differences/") for name in both.publisher.counters)
 
 
 async def test_an_actor_that_was_busy_takes_the_steps_that_it_missed(tmp_path: Path) -> None:
@@ -127,6 +129,48 @@ async def test_an_actor_that_was_busy_takes_the_steps_that_it_missed(tmp_path: P
         assert await both.take(announced) == whole(both, 4)
         assert both.counts()["steps"] == 3.0
         assert asked_whole(both, 4) == 0
+
+
+async def test_an_actor_whose_first_version_takes_long_gets_it_and_then_what_it_missed(tmp_path: Path) -> None:
+    async with ends(tmp_path) as both:
+        first, versions = both.publish(0), iter((1, 2, 3))
+        expected = whole(both, 0)
+
+        def alter(request: ActorToLearner, answer: LearnerToActor) -> LearnerToActor:
+            """While the first version is on its way, three more come."""
+            if isinstance(request, ChunkRequest) and (version := next(versions, None)) is not None:
+                both.publish(version)
+                until_made(both)
+            return answer
+
+        both.asking.alter = alter
+        assert await both.take(first) == expected
+        both.counts()
+        assert await both.take(both.publisher.store.announcement(3)) == whole(both, 3)
+        assert both.counts()["steps"] == 3.0
+
+
+async def test_a_version_that_is_no_longer_fetched_goes_and_one_such_is_kept_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with ends(tmp_path) as both:
+
+        def ask(version: int) -> LearnerToActor:
+            return both.publisher.store.answer(ChunkRequest(run="run", version=version, index=0))
+
+        now = 100.0
+        monkeypatch.setattr(both.publisher.store, "_clock", lambda: now)
+        for version in (0, 1):
+            both.publish(version)
+            assert isinstance(ask(version), Chunk)
+        both.publish(2)
+        assert both.publisher.store._versions.keys() == {0, 1, 2}
+        both.publish(3)
+        assert both.publisher.store._versions.keys() == {0, 2, 3}
+        now += store.FETCHED_WITHIN_S
+        both.publish(4)
+        assert both.publisher.store._versions.keys() == {3, 4}
+        assert isinstance(ask(0), VersionGone)
 
 
 async def test_a_chain_is_no_longer_than_either_end_allows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -287,6 +331,7 @@ async def test_weights_that_the_engine_refused_come_whole_when_they_are_fetched_
 
 
 async def test_a_version_that_is_withdrawn_while_its_difference_is_fetched_is_left_for_the_next(tmp_path: Path) -> None:
+    """It is not fetched whole, and so not kept."""
     async with ends(tmp_path, settings_of(max_chain=1)) as both:
         await begun(both)
         announced = both.publish(2)
@@ -431,6 +476,7 @@ async def test_once_no_actor_asks_any_longer_no_differences_are_made(
         for version in range(2, 8):
             announced = both.publish(version)
             until_made(both)
+        # To 1, which was fetched, and to the two after it.
         assert both.publisher.counters["differences/made"] == 3.0
         assert await both.take(announced) == whole(both, 7)
         assert both.counts() == {"fallback/not_offered": 1.0}
@@ -442,7 +488,11 @@ async def test_once_no_actor_asks_any_longer_no_differences_are_made(
 # --- files, memory, and peers without differences
 
 
-async def test_nothing_is_left_in_shared_memory_but_what_the_run_had_before(tmp_path: Path, memory: Path) -> None:
+async def test_nothing_is_left_in_shared_memory_but_what_the_run_had_before(
+    tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "FETCHED_WITHIN_S", 0.0)
+
     def files_there() -> set[str]:
         return {path.name for path in memory.rglob("*") if path.is_file() and not path.name.startswith(".")}
 

@@ -1,10 +1,11 @@
 """Makes the differences between successive versions for actors that ask for them, and keeps the last few.
 
 A difference is made in a thread of its own, after its version has been announced: neither training nor actors of the
-learner's host wait for it.  The first is made when an actor asks for it, who has shown by that that it keeps a version
-to put it on; from then on each version's is made as soon as the version is there, so that it is ready, or on its way,
-when it is asked for.  Once no actor has asked for ``QUIET_VERSIONS`` versions, none are made: a learner whose actors
-are all on its host never makes one.
+learner's host wait for it.  None is made before an actor has asked for a part of a version or has named the one that it
+has: then it is on another host.  From then on each version's is made as soon as the version is there, so that it is
+ready, or on its way, when it is asked for, and so that an actor that takes long for its first version, which comes
+whole, finds those that it has missed.  Once no actor has asked for ``QUIET_VERSIONS`` versions, none are made any
+longer; a learner whose actors are all on its host never makes one.
 
 Who waits for whom: an actor's request for a manifest waits for the difference that leads to it, at most ``WAIT_S`` at a
 time; the thread waits for nothing but the disk.
@@ -109,6 +110,10 @@ class Differences:
             self._quiet += 1
             if self.is_on and self._quiet <= QUIET_VERSIONS:
                 self._make()
+
+    def asked(self) -> None:
+        """An actor fetches something over the network."""
+        self._quiet = 0
 
     async def ready(self, version: int, base: int) -> None:
         """An actor that has ``base`` asks how to get ``version``.

@@ -1,12 +1,14 @@
 """Stores the versions that actors can fetch: the newest and the one before, each with its manifest and its file.
 
-The files stay open, so that a version is served even if its file is removed.  The transport carries the bytes
-(``atpo_async.transports``).
+A third one is kept while an actor is fetching it whole: over a thin link that takes longer than the learner takes for
+two versions, and the actor would never have its first.  The files stay open, so that a version is served even if its
+file is removed.  The transport carries the bytes (``atpo_async.transports``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,9 @@ from learner.weights.staging import Staged
 
 NUM_VERSIONS = 2
 
+FETCHED_WITHIN_S = 15.0
+"""Since the last request for a part of it: until then a version counts as being fetched."""
+
 
 class WeightsStore:
     """Versions on local storage, offered through a transport.  Knows no sockets.
@@ -32,6 +37,7 @@ class WeightsStore:
         fallback: folder to use where there is no shared memory, or not enough.
         settings: chunk size, probe tolerance, and which transport.
         transport: carries the bytes; None: the one that ``settings`` name.
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -41,11 +47,16 @@ class WeightsStore:
         fallback: Path,
         settings: WeightsConfig,
         transport: Transport | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run, self._settings = run, settings
         self._sender = (transport or make_transport(settings)).sender(SenderContext(run=run, settings=settings))
         self._files = VersionFiles(run=run, fallback=fallback)
         self._differences = Differences(settings)
+        self._clock = clock
+        self._fetched = -1, 0.0
+        """The version that an actor fetches whole, and when it last asked for a part of it.  Of several the first: they
+        cost the memory of one."""
         # Replaced as a whole, never changed: one thread adds versions while another answers requests.
         self._versions: Mapping[int, OfferedVersion] = {}
 
@@ -98,10 +109,10 @@ class WeightsStore:
         offered = OfferedVersion(manifest=manifest, path=file.path, payload=Payload(file.path))
         self._sender.offer(offered)
         every = {**self._versions, version: offered}
-        newest = sorted(every)[-NUM_VERSIONS:]
-        self._versions = {number: every[number] for number in newest}
+        kept = {*sorted(every)[-NUM_VERSIONS:], *self._being_fetched()}
+        self._versions = {number: old for number, old in every.items() if number in kept}
         for number, old in every.items():
-            if number not in newest:
+            if number not in kept:
                 self._sender.withdraw(number)
                 # An actor that has it mapped is not affected: the name goes, the pages stay.
                 remove(old.path)
@@ -134,17 +145,25 @@ class WeightsStore:
             return m.Refused(reason=f"run {self._run!r} has not published any weights yet")
         if isinstance(request, m.AnnouncementRequest):
             return self.announcement(newest)
-        if isinstance(request, m.ChunkRequest) and request.base >= 0:
-            return self._differences.answer(request)
+        if isinstance(request, m.ChunkRequest):
+            self._differences.asked()
+            if request.base >= 0:
+                return self._differences.answer(request)
         offered = self._versions.get(request.version)
         if offered is None:
             return m.VersionGone(version=request.version, newest=newest)
         if isinstance(request, m.ManifestRequest):
             return self._differences.describe(offered.manifest, request.base)
+        if self._being_fetched() <= {request.version}:
+            self._fetched = request.version, self._clock()
         return self._sender.answer(request, offered) or m.Refused(
             reason=f"this learner serves no chunks (weights.transport = {self._settings.transport!r}); give the actor "
             "the same transport"
         )
+
+    def _being_fetched(self) -> set[int]:
+        version, asked_at = self._fetched
+        return {version} if self._clock() - asked_at < FETCHED_WITHIN_S else set()
 
     def close(self) -> None:
         """Remove every file.  Idempotent."""

@@ -23,7 +23,7 @@ class WeightsConfig(Section):
     transport_options: Options = Field(default_factory=dict, description="passed to the transport")
     chunk_bytes: int = Field(1 << 20, ge=4096, le=16 << 20)
     max_chain: int = Field(
-        8,
+        32,
         ge=0,
         le=1000,
         description="differences in a row that bring a version to an actor on another host; 0: versions come whole",
