@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from atpo_async.ops.launchers.ray import waiting
 from atpo_async.ops.launchers.ray.intake import Intake
 from atpo_async.ops.launchers.ray.launcher import own_status
 from atpo_async.ops.launchers.ray.messages import End, News, Start
+from atpo_async.ops.launchers.ray.plan import Need
 from atpo_async.ops.launchers.ray.run_keys import RunKeys
 from atpo_async.ops.supervisor import Outcome, Supervisor
 from atpo_async.run import processes
@@ -129,12 +131,43 @@ def test_a_role_that_waits_for_its_place_for_days_is_never_taken_for_stuck(run: 
 
 async def test_a_stop_ends_a_role_that_has_no_place_and_gives_every_place_back(run: RunDir) -> None:
     places = MadeUpPlaces()
-    supervisor = supervisor_of(run, places, script("learner", WAITS, ends_run=True), script("actor-0", WAITS), said=[])
+    launcher = launcher_of(run, places, said=[])
+    specs = (script("learner", WAITS, ends_run=True), script("actor-0", WAITS))
+    supervisor = Supervisor(run, specs, settings=SupervisorConfig(), launcher=launcher)
     task = asyncio.create_task(supervisor.run())
     await until_async(lambda: len(places.asked) == 2)
     supervisor.interrupt()
     assert await asyncio.wait_for(task, 20) is Outcome.INTERRUPTED
-    assert sorted(places.given_back) == sorted(places.asked)
+    launcher.close()
+    assert sorted(places.given_back) == sorted(places.asked) == ["r/actor-0", "r/learner"]
+
+
+async def test_a_role_that_crashes_keeps_its_place_which_others_would_take(run: RunDir) -> None:
+    places = MadeUpPlaces("a")
+    fails = script("actor-0", "raise SystemExit(3)")
+    with pytest.raises(RoleCrashed):
+        await supervisor_of(run, places, fails, said=[], max_restarts=2).run()
+    assert len(places.orders) == 3
+    assert places.asked == ["r/actor-0"]
+    assert not places.given_back
+
+
+async def test_a_learner_goes_to_the_node_of_its_checkpoints_unless_those_are_at_a_url(run: RunDir) -> None:
+    asked: list[list[str]] = []
+
+    class Asked(MadeUpPlaces):
+        def ask(self, name: str, needs: Sequence[Need]) -> str:
+            asked.append([str(need) for need in needs])
+            return super().ask(name, needs)
+
+    url = run.config.learner.model_copy(update={"checkpoint_url": "file:///checkpoints"})
+    at_url = run.config.model_copy(update={"learner": url})
+    for config, saved in ((run.config, False), (run.config, True), (at_url, True)):
+        if saved:
+            (run.checkpoints / "step-000003-v000003").mkdir(exist_ok=True)
+        run.config = config
+        await supervisor_of(run, Asked("a"), script("learner", DONE, ends_run=True), said=[]).run()
+    assert asked == [["1 CPU"], ["1 CPU, node 127.0.0.1"], ["1 CPU"]]
 
 
 async def test_a_node_that_is_lost_is_no_crash_of_the_role_which_starts_again_when_there_is_one(run: RunDir) -> None:

@@ -45,6 +45,10 @@ WORK, LOOK = f"{__name__}:work", f"{__name__}:look"
 SCHEME = "ray://"
 """Begins what `atpo status` takes for a run on a cluster."""
 
+NO_URL = (
+    "note: learner.checkpoint_url is not set: checkpoints are on the learner's node alone, and the learner waits for "
+    "that node should it be lost"
+)
 OTHERS_S = 30.0
 """Within which the processes of a supervisor that was lost have gone, where its node was not."""
 MOST_SHOWN = 6
@@ -334,9 +338,11 @@ class OnRay:
         count, later = rundir.config.actor.count, plan.actors - rundir.config.actor.count
         actors = f"{count} actor(s)" + (f", and {later} more when nodes come" if later else "")
         learner = " and ".join(map(str, plan.learner))
+        alone = [] if rundir.config.learner.checkpoint_url is not None else [NO_URL]
         return [
+            *alone,
             f"on Ray: supervisor and buffer on node {cluster.address()}; the learner takes {learner}; {actors}, each "
-            f"{plan.actor}"
+            f"{plan.actor}",
         ]
 
     def roles(self, rundir: RunDir) -> list[RoleSpec]:
@@ -355,7 +361,9 @@ class OnRay:
         keys = RunKeys(own or rundir.scratch / "keys", made=own is None)
         self._close.callback(keys.remove)
         plan = self._plan or self._planned(rundir.config)
-        return RayLauncher(rundir, plan, RayPlaces(), keys, folder=self._folder, say=say)
+        launcher = RayLauncher(rundir, plan, RayPlaces(), keys, folder=self._folder, say=say)
+        self._close.callback(launcher.close)
+        return launcher
 
     @contextlib.contextmanager
     def shown(self, console: Console, config: Config) -> Iterator[_Told]:

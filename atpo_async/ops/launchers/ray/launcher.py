@@ -25,7 +25,7 @@ from atpo_async.links import addresses
 from atpo_async.ops.exits import ERROR_FILE
 from atpo_async.ops.following import NOTICES
 from atpo_async.ops.launchers.base import RoleLost, RoleUsage, StartOrder
-from atpo_async.ops.launchers.ray import policy, waiting
+from atpo_async.ops.launchers.ray import home, policy, waiting
 from atpo_async.ops.launchers.ray.intake import Intake
 from atpo_async.ops.launchers.ray.messages import Greeting, News, Order, Push, Start
 from atpo_async.ops.launchers.ray.places import HostGone, Places
@@ -69,6 +69,8 @@ class RayRole:
     news: list[News] = field(default_factory=list)
     """The newest of each host."""
     ask: Callable[[RayRole, Sequence[int]], None]
+    lost: bool = False
+    """A node of it is gone, and with that its place."""
 
     pid: None = None
     """It runs on another machine."""
@@ -114,6 +116,14 @@ class RayLauncher:
         """Role -> its attempt that has no place yet."""
         self._came: dict[str, asyncio.Event] = {}
         self._watch: asyncio.Task[None] | None = None
+        self._kept: dict[str, Any] = {}
+        """Role -> the place of its last attempt: what is given back, others may take."""
+
+    def close(self) -> None:
+        """The roles have ended for good: their places are free."""
+        for place in self._kept.values():
+            self._places.give_back(place)
+        self._kept.clear()
 
     # --- what the supervisor asks
 
@@ -125,7 +135,10 @@ class RayLauncher:
     def _needs(self, role: str) -> Sequence[Need]:
         if role == BUFFER:
             return (self._plan.buffer,)
-        return self._plan.learner if role == LEARNER else (self._plan.actor,)
+        if role != LEARNER:
+            return (self._plan.actor,)
+        node = home.node_of_checkpoints(self._rundir)
+        return self._plan.learner if node is None else tuple(need.on(node) for need in self._plan.learner)
 
     def _ask(self, role: RayRole, pids: Sequence[int]) -> None:
         if role.work is None or role.work.done():
@@ -152,8 +165,10 @@ class RayLauncher:
         await asyncio.gather(*(self._quietly(host, "close") for host in role.hosts))
         for host in role.hosts:
             self._places.end(host)
-        if role.place is not None:
+        if role.place is not None and role.lost:
             self._places.give_back(role.place)
+        elif role.place is not None:
+            self._kept[name] = role.place
         role.place = None
         for number in range(len(role.needs)):
             self._keys.shut_out(_key_name(name, number))
@@ -197,7 +212,9 @@ class RayLauncher:
         """Waits for: a node that has what the role needs, however long that takes.  Unblocked by: that, a stop."""
         order = role.order
         if order.role != BUFFER:
-            role.place = self._places.ask(f"{self._rundir.config.run.name}/{order.role}", role.needs)
+            kept = self._kept.pop(order.role, None)
+            name = f"{self._rundir.config.run.name}/{order.role}"
+            role.place = self._places.ask(name, role.needs) if kept is None else kept
             await self._until_placed(role)
         for number, need in enumerate(role.needs):
             role.hosts.append(self._places.host(self._order(order), need, place=role.place, bundle=number))
@@ -294,6 +311,8 @@ class RayLauncher:
             )
             await self._places.call(host, "start", start)
         role.news = [News() for _ in role.hosts]
+        if name == LEARNER:
+            home.note(self._rundir, greetings[0].address)
 
     def _bind(self, role: str, address: str) -> str:
         """Where a role binds on a node: as the configuration says for the buffer's, else at the node's address."""
@@ -379,6 +398,7 @@ class RayLauncher:
             living = {node.node_id for node in await asyncio.to_thread(self._places.nodes)}
             gone = [node for node in role.nodes if node.node_id not in living]
             if gone:
+                role.lost = True
                 return RoleLost(f"node {gone[0]} is gone")
             if time.monotonic() > deadline:
                 break

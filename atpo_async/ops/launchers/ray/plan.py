@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from atpo_async.config import Config
 from atpo_async.config.sections.cluster import BufferShare, Share
@@ -27,6 +27,10 @@ class Need:
     amounts: Mapping[str, float]
     """By Ray's name of the resource; memory in bytes."""
     labels: Mapping[str, str] = field(default_factory=dict)
+
+    def on(self, address: str) -> Need:
+        """The same, on the node with an address."""
+        return replace(self, amounts={**self.amounts, f"node:{address}": PIN})
 
     def __str__(self) -> str:
         labels = [f"label {name} = {value}" for name, value in self.labels.items()]

@@ -28,6 +28,11 @@ def check(config: Config) -> None:
         raise SetupError(
             f"supervisor.launcher = {config.supervisor.launcher!r} and --on ray both say where roles run: leave one out"
         )
+    if config.ray.learner.nodes > 1 and config.learner.checkpoint_url is None:
+        raise SetupError(
+            f"ray.learner.nodes = {config.ray.learner.nodes} needs learner.checkpoint_url, where the ranks of every "
+            "node find the checkpoint to go on from"
+        )
     if config.learner.accelerate_config and config.ray.learner.nodes > 1:
         raise SetupError(
             f"learner.accelerate_config = {config.learner.accelerate_config!r} says where the ranks are, and so does "
