@@ -1,4 +1,4 @@
-"""Drivers of a run on Ray: what they are told, how they stop it, what they do while its supervisor is gone; no cluster."""
+"""Drivers of a run on Ray: what they are told, how they stop it, what they do while its supervisor is gone."""
 
 from __future__ import annotations
 
@@ -137,7 +137,8 @@ def test_the_past_of_a_run_that_goes_on_is_cut_to_its_latest_figures() -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_asks_for_the_stop_and_a_second_one_for_one_at_once(signum: signal.Signals) -> None:
-    desk, shown, asked = Desk("one"), Shown(), []
+    desk, shown = Desk("one"), Shown()
+    asked: list[str] = []
     desk.answers_stops(asked.append)
 
     def before(call: int) -> None:
@@ -209,7 +210,7 @@ def test_a_supervisor_that_is_gone_for_good_is_an_error_with_the_reason() -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("SetupError", SetupError), ("Exception", RoleCrashed), ("os", RoleCrashed)]
+    ("name", "kind"), [("SetupError", SetupError), ("Exception", RoleCrashed), ("annotations", RoleCrashed)]
 )
 def test_a_run_fails_in_a_driver_with_the_error_that_it_failed_with(name: str, kind: type[AtpoError]) -> None:
     error = driver.error_of(Outcome(code="failed", error=name, message="no GPU"))

@@ -151,7 +151,7 @@ def test_ranks_on_several_nodes_meet_at_the_first_one() -> None:
         ({"actor": {"gpus": [0]}}, r"actor\.gpus = \[0\] .*--ray\.actor\.num_gpus"),
         (
             {"learner": {"num_processes": 2}, "ray": {"learner": {"nodes": 2}}},
-            r"nodes = 2 needs learner\.checkpoint_url",
+            r"2 needs learner\.checkpoint_url",
         ),
         ({"supervisor": {"launcher": "nice:Nice"}}, "supervisor.launcher = 'nice:Nice' and --on ray both say"),
     ],
