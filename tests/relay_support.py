@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,12 +21,11 @@ from atpo_async.relay.relay import Relay
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.wire import messages as m
 from buffer.service import BufferService
-from learner.weights.publisher import Publisher
-from learner.weights.staging import Staged
-from learner.weights.store import WeightsStore
 from tests.buffer_peers_support import LOOPBACK
-from tests.deltas_support import weights_of
 from tests.waiting_support import LIMIT_S, until, within
+
+if TYPE_CHECKING:
+    from learner.weights.publisher import Publisher
 
 ANYWHERE = "tcp://127.0.0.1:0"
 RUN = "r"
@@ -72,6 +71,9 @@ class Head:
         return set(self.service.actors.peers)
 
     async def publish(self, version: int) -> m.WeightsAnnounced:
+        from learner.weights.staging import Staged  # an actor of a test needs no torch
+        from tests.deltas_support import weights_of
+
         announced = self.publisher.store.add(
             version,
             Staged(weights_of(version), "float32"),
@@ -103,6 +105,9 @@ class Head:
 
 @contextlib.asynccontextmanager
 async def head(folder: Path, **sections: Any) -> AsyncIterator[Head]:
+    from learner.weights.publisher import Publisher
+    from learner.weights.store import WeightsStore
+
     config = configured(**sections)
     folder.mkdir(exist_ok=True)  # noqa: ASYNC240  (once, before anything runs)
     store = WeightsStore(run=RUN, fallback=folder / "scratch", settings=config.weights)

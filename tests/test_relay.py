@@ -133,6 +133,18 @@ async def test_the_end_of_a_run_ends_the_relay_once_its_actors_know_of_it(tmp_pa
         await within(site.serving)
 
 
+async def test_a_relay_that_is_asked_to_stop_ends_and_its_actors_go_on(tmp_path: Path) -> None:
+    async with head(tmp_path) as top, relay_to(top.endpoint) as site, actor_at(site.endpoint) as far:
+        _, rest = await half_grown(far)
+        site.relay._stopping.set()
+        await within(site.serving)
+        await site.kill()
+        for message in rest:
+            await far.link.send(message)
+        await far.link.drain(timeout_s=LIMIT_S)
+        assert trees_in(top) == 1
+
+
 # --- weights ----------------------------------------------------------------------------------------------------
 
 
@@ -342,12 +354,13 @@ async def test_a_relay_goes_past_a_relay_that_died_and_its_actors_do_not_notice(
         assert "far/actor-0" in top.actors
         # Then that one dies as well: the buffer knows who the actor has become meanwhile.
         lease, rest = await half_grown(far)
+        assert top.held_by("far/actor-0") == {lease.tree_id}
         await far_site.kill()
+        await until(lambda: top.held_by("actor-0") == {lease.tree_id})
         for message in rest:
             await far.link.send(message)
         await far.link.drain(timeout_s=LIMIT_S)
         assert trees_in(top) == 2
-        assert lease.tree_id not in top.held_by("far/actor-0")
         assert not far.refusals
 
 

@@ -83,17 +83,6 @@ async def test_actors_with_keys_join_a_relay_and_go_on_without_it_when_it_is_kil
         assert not far.refusals
 
 
-async def test_sigterm_ends_the_command_with_a_line(tmp_path: Path, keys: Keys) -> None:
-    async with head(tmp_path / "top", **folder(keys.head)) as top:
-        words = ("--join", top.endpoint.removeprefix("tcp://"), "--links.keys_dir", str(keys.relay))
-        async with command(*words) as (process, _):
-            await until(lambda: "relay-1/" in "".join(top.actors))
-            process.terminate()
-            _, said = await within(process.communicate())
-    assert process.returncode == 0
-    assert b"relay ends: asked to stop" in said
-
-
 async def test_a_key_that_is_no_relays_may_not_speak_for_others(tmp_path: Path, keys: Keys) -> None:
     """As a relay it is refused; as an actor whose name has a slash it is refused too, whatever it sends."""
     shutil.move(keys.head / "relays" / "relay-1.key", keys.head / "relay-1.key")

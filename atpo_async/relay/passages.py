@@ -118,6 +118,8 @@ class Passage:
             changes = {"weights_endpoint": own.weights, "announce_endpoint": own.announce}
         if isinstance(answer, Welcome):
             changes["way"] = self.link.way.rest
+        elif answer.shards:
+            changes["shards"] = ()  # an actor may not reach what this relay does
         return msgspec.structs.replace(answer, **changes)
 
 

@@ -121,7 +121,7 @@ class RelayedVersions:
         if request.run != self._run:
             return m.Refused(reason=f"this relay serves run {self._run!r}, not {request.run!r}")
         if self._announced is None:
-            return m.Refused(reason=f"this relay has no weights of run {self._run!r} yet")
+            return none_yet(request)
         if isinstance(request, m.AnnouncementRequest):
             return self._announced
         if isinstance(request, m.ChunkRequest) and request.base >= 0:
@@ -238,6 +238,14 @@ class RelayedVersions:
                 log.info("removed what killed processes left: %s", ", ".join(map(str, swept)))
             scratch = self._scratch[place] = Scratch(place, f"{weights_folder(self._run).name}.relay-")
         return scratch.path
+
+
+def none_yet(request: m.ActorToLearner) -> m.LearnerToActor:
+    """The reply of a relay that has no version yet: an actor that heard of one before the relay was started anew asks
+    again."""
+    if isinstance(request, m.AnnouncementRequest):
+        return m.Refused(reason=f"this relay has no weights of run {request.run!r} yet")
+    return m.VersionGone(version=request.version, newest=-1)
 
 
 def _why_too_small(place: Path, nbytes: int) -> str:

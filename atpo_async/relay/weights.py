@@ -24,7 +24,7 @@ from atpo_async.links.announcements import Announcer, Listener
 from atpo_async.links.client import Client
 from atpo_async.links.parcels import NoAnswer
 from atpo_async.links.server import Server
-from atpo_async.relay.versions import DoesNotFit, RelayedVersions
+from atpo_async.relay.versions import DoesNotFit, RelayedVersions, none_yet
 from atpo_async.status import waits
 from atpo_async.wire import messages as m
 
@@ -138,7 +138,7 @@ class RelayedWeights:
 
     async def _handle(self, peer: str, request: m.ActorToLearner) -> m.LearnerToActor:
         if self.versions is None:
-            return m.Refused(reason="this relay has not found its run yet")
+            return none_yet(request)
         if not self.versions.does_not_fit:
             return self.versions.answer(request)
         self.passed_on += 1

@@ -32,6 +32,8 @@ log = logging.getLogger("atpo.buffer")
 
 LEASES_SHARE = 0.5
 """Share of links.max_message_bytes that committed turns may take in an answer with leases."""
+MOST_MOVED = 1024
+"""Actors of which a former name is known."""
 FIRST_GRANT = "time/first_grant"
 """Metric: when the first lease of the run was granted, of whichever kind."""
 
@@ -150,6 +152,11 @@ class ActorHandler:
 
     def _go_on(self, former: str, peer: str, now: float) -> None:
         """An actor has come another way: what it held under its former name it holds as ``peer``."""
+        # A relay on its way may have gone on in the meantime, and the actor under another name with it, unknown to it.
+        followed = {former}
+        while (later := self._moved.get(former)) is not None and later not in followed:
+            followed.add(later)
+            former = later
         if former == peer:
             self._state.ledger.actors.heard(peer, now)
             return
@@ -160,6 +167,8 @@ class ActorHandler:
             self._drop_pending(former)
         moved = self._state.ledger.goes_on(former, peer, now)
         self._moved[former] = peer
+        if len(self._moved) > MOST_MOVED:
+            del self._moved[next(iter(self._moved))]
         self.relayed.moves += 1
         log.info("actor %s goes on as %s, with %d leases", former, peer, moved)
 
