@@ -14,6 +14,7 @@ from atpo_async.config import build, resuming
 from atpo_async.core.errors import ConfigError
 from atpo_async.core.naming.shards import Shard, index_of, role_of, shard_of, shard_roles
 from atpo_async.links.client import Client
+from atpo_async.links.keys import CLIENT_KEY, SERVER_KEY, make_keys
 from atpo_async.wire import messages as m
 from buffer.front import actors as front_actors
 from buffer.front.messages import Part
@@ -134,6 +135,27 @@ async def test_turns_come_through_the_front_or_straight_to_the_shard_and_are_in_
         assert all(
             service.state.counters.since.counts["refused_trees"] == 0 for service in peers.cluster.shards.values()
         )
+
+
+async def test_with_keys_front_shards_and_actors_know_one_another_by_them(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    for name in (SERVER_KEY, CLIENT_KEY):
+        make_keys(keys, name)
+    async with cluster_of(sharded(links={"keys_dir": keys}), tmp_path) as peers:
+        config = peers.cluster.config
+        leases = await peers.leases(2)
+        assert len(leases.shards) == 2
+        first, second = leases.leases
+        await peers.send(*uneven(first))
+        where = leases.shards[shard_of(second.tree_id) or 0]
+        direct = Client(where, peer="shard", identity="a", receives=m.BufferToActor, settings=config.links)
+        async with direct:
+            for message in uneven(second):
+                await direct.send(message)
+            await direct.drain(timeout_s=SOON_S)
+        assert len((await batch(peers)).trees) == 2
+        held = [service.state.ledger.actors.alive(0.0) for service in peers.cluster.shards.values()]
+        assert all("client/a" in names for names in held)
 
 
 async def test_a_turn_that_its_shard_refuses_is_refused_to_its_sender_with_the_reason(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
-SEEDS = {4: 2, 6: 3}
+SEEDS = {4: 3}
 """Seed -> shards."""
 
 
