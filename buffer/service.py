@@ -52,6 +52,7 @@ from buffer.journal.slowness import SlowCommits
 from buffer.leases.overview import actor_rows
 from buffer.metrics_file import MetricsFile
 from buffer.shard.front import FrontHandler
+from buffer.shard.settings import of_shard
 from buffer.shard.turns import TurnsHandler
 from buffer.state import BufferState
 from buffer.trees.index import places_of
@@ -369,20 +370,6 @@ class BufferService:
     def _write_records(self) -> None:
         for step, version, metrics in self.state.drain_records():
             self._metrics.write(step, version, metrics)
-
-
-def of_shard(config: Config, shard: Shard) -> Config:
-    """A run's configuration as one shard of its buffer has it: limits are divided, and the front draws the batches."""
-    if shard == WHOLE:
-        return config
-    buffer, count = config.buffer, shard.count
-    update: dict[str, Any] = {
-        "max_bytes": buffer.max_bytes // count,
-        "max_trees": None if buffer.max_trees is None else buffer.max_trees // count,
-        "sampling": "uniform",
-        "sampling_options": {},
-    }
-    return config.model_copy(update={"buffer": buffer.model_copy(update=update)})
 
 
 async def serve(ctx: RoleContext) -> None:

@@ -17,8 +17,10 @@ from atpo_async.links.client import Client
 from atpo_async.links.keys import CLIENT_KEY, SERVER_KEY, make_keys
 from atpo_async.wire import messages as m
 from buffer.front import actors as front_actors
-from buffer.front.messages import Part
+from buffer.front import service as front_service
+from buffer.front.messages import ActorRow, Part
 from buffer.front.metrics import merged
+from buffer.front.overview import put_together
 from tests.buffer_peers_support import SOON_S, ask, closed, grown, hello, leaf, opened, wants
 from tests.shards_support import ShardPeers, by_shard, cluster_of, sharded
 from tests.waiting_support import until
@@ -393,6 +395,18 @@ async def test_an_actor_is_let_in_by_all_shards_and_one_of_another_run_by_none(t
         assert refused.reason == "actor a belongs to run 'other', this buffer to 'r'"
 
 
+async def test_the_status_has_each_actor_once_with_what_all_shards_know_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front_service, "ACTORS_S", 0.05)
+    async with cluster_of(sharded(), tmp_path) as peers:
+        await peers.actor.request(hello(peers.cluster.config, host="node-1"), timeout_s=SOON_S)
+        await peers.leases(2)
+        await until(lambda: peers.cluster.front.actor_facts().get("a", {}).get("trees") == 2)
+        row = peers.cluster.front.actor_facts()["a"]
+        assert (row["host"], row["silent"], row["done"]) == ("node-1", False, 0)
+
+
 # --- pure ------------------------------------------------------------------------------------------------------
 
 
@@ -416,6 +430,25 @@ def test_metrics_of_parts_are_summed_and_means_weighed_by_what_they_are_taken_ov
          "buffer/commit_s/max": 0.5, "buffer/commit_s/mean": 0.2}
     )  # fmt: skip
     assert merged([first, part({})])["train/reward"] == 1.0
+
+
+def test_what_shards_say_of_an_actor_is_weighed_by_the_turns_that_come_to_them() -> None:
+    def row(rate: float | None, lag: float | None, share: float | None, **changes: Any) -> ActorRow:
+        fields: dict[str, Any] = {"host": "", "trees": 1, "done": 2, "silent_s": 1.0, "silent": False} | changes
+        return ActorRow(turns_per_s=rate, lag=lag, share=share, **fields)
+
+    found = put_together(
+        [
+            {"a": row(3.0, 1.0, 1.0, host="node-1"), "new": row(None, None, None, silent=True, silent_s=9.0)},
+            {"a": row(0.5, 4.0, 0.5, silent_s=0.2), "b": row(0.5, 2.0, 0.5)},
+        ]
+    )
+    assert found["a"] == {
+        "host": "node-1", "turns_per_s": 3.5, "lag": 1.43, "trees": 2, "done": 4, "silent_s": 0.2, "silent": False,
+        "share": 0.875,
+    }  # fmt: skip
+    assert (found["b"]["share"], found["b"]["lag"]) == (0.125, 2.0)
+    assert (found["new"]["turns_per_s"], found["new"]["lag"], found["new"]["silent"]) == (None, None, True)
 
 
 def test_a_trees_id_and_a_roles_name_say_which_shard_it_is() -> None:

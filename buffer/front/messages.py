@@ -144,11 +144,17 @@ class LookAtEvaluation(_Said, frozen=True, tag="evaluation"):
     step: int
 
 
+class LookAtActors(_Said, frozen=True, tag="actors"):
+    """Answered by ``ActorRows``."""
+
+
 class End(_Said, frozen=True, tag="end"):
     """The run is over and the actors know of it: the shard ends.  Answered by ``Done``."""
 
 
-Question = Look | Grant | GiveBack | Prepare | Weigh | TakePart | UndoPart | Fetch | LookAtEvaluation | End
+Question = (
+    Look | Grant | GiveBack | Prepare | Weigh | TakePart | UndoPart | Fetch | LookAtEvaluation | LookAtActors | End
+)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------
@@ -263,6 +269,23 @@ class EvaluationPart(_Said, frozen=True, tag="evaluation_part"):
     """None where it is not known here."""
 
 
+class ActorRow(_Said, frozen=True):
+    """One actor, as ``leases.overview.actor_rows`` has it."""
+
+    host: str
+    turns_per_s: float | None
+    lag: float | None
+    trees: int
+    done: int
+    silent_s: float
+    silent: bool
+    share: float | None
+
+
+class ActorRows(_Said, frozen=True, tag="actor_rows"):
+    rows: dict[str, ActorRow]
+
+
 class Done(_Said, frozen=True, tag="done"):
     pass
 
@@ -273,7 +296,7 @@ class Unwritten(_Said, frozen=True, tag="unwritten"):
     reason: str
 
 
-Answer = ShardState | Prepared | Weighed | Part | Gone | EvaluationPart | Done | Unwritten
+Answer = ShardState | Prepared | Weighed | Part | Gone | EvaluationPart | ActorRows | Done | Unwritten
 
 _QUESTIONS = msgspec.msgpack.Decoder(Question)
 _ANSWERS = msgspec.msgpack.Decoder(Answer)

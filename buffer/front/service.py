@@ -29,6 +29,7 @@ from atpo_async.run.metrics import read_metrics
 from atpo_async.run.rundir import RunDir
 from atpo_async.status import waits
 from atpo_async.status.facts import publish_facts
+from atpo_async.status.fleet import FLEET
 from atpo_async.wire.messages import LearnerToBuffer
 from buffer.front import messages as f
 from buffer.front import passing
@@ -38,6 +39,7 @@ from buffer.front.children import ShardProcesses
 from buffer.front.context import FrontContext
 from buffer.front.evaluations import FrontEvaluations
 from buffer.front.learner import FrontLearner
+from buffer.front.overview import put_together
 from buffer.front.shards import Shards
 from buffer.handlers.changes import Changes
 from buffer.handlers.joined import JoinedHandler
@@ -46,6 +48,8 @@ from buffer.metrics_file import MetricsFile
 log = logging.getLogger("atpo.buffer")
 
 STARTS_SHARDS = True
+ACTORS_S = 2.0
+"""How often the shards are asked what they know of each actor."""
 RECORDS_S = 0.5
 """How often finished evaluations are looked for."""
 END_HEARD_S = 5.0
@@ -99,6 +103,7 @@ class FrontService:
         )
         several = config.environments
         labels = TaskLabels([each.label for each in several], [each.weight for each in several], config.run.seed)
+        self._actor_rows: dict[str, dict[str, object]] = {}
         self._evaluations = FrontEvaluations(self.shards, labels, recorded=_recorded(rundir))
         self._actors = FrontActors(context)
         self._joined = JoinedHandler(context, rundir=rundir, peers=lambda: self.learner.peers)
@@ -154,6 +159,7 @@ class FrontService:
                         for link in self.shards
                     ),
                     tasks.create_task(self._record_evaluations(), name="evaluations"),
+                    tasks.create_task(self._look_at_actors(), name="actors"),
                 ]
                 if self._processes is not None:
                     loops += [tasks.create_task(self._processes.keep(link), name=link.name) for link in self.shards]
@@ -182,6 +188,19 @@ class FrontService:
             "shards": f"{sum(link.alive for link in shards)} of {len(shards)} answer",
             "journal failing": failing or "no",
         }
+
+    def actor_facts(self) -> dict[str, dict[str, object]]:
+        """Of each actor, for the run's status, as the shards said of late."""
+        return self._actor_rows
+
+    async def _look_at_actors(self) -> None:
+        """Keep what the shards say of each actor.  Waits for: the clock."""
+        while True:
+            await asyncio.sleep(ACTORS_S)
+            with contextlib.suppress(AtpoError):  # a shard that is away; later then
+                looks: list[f.Question] = [f.LookAtActors()] * len(self.shards)
+                found = await self.shards.ask_all(looks, f.ActorRows, timeout_s=END_S)
+                self._actor_rows = put_together([each.rows for each in found])
 
     def _counters(self) -> dict[str, float]:
         """Of both sockets, as the metrics of a batch have them."""
@@ -277,5 +296,6 @@ async def serve(ctx: RoleContext) -> None:
             service.learner.endpoint, len(service.shards),
         )  # fmt: skip
         publish_facts("buffer", service.facts)
+        publish_facts(FLEET, service.actor_facts)
         waits.phase("serving")
         await service.serve()

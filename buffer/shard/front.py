@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from atpo_async.core.errors import BadMessage
@@ -20,6 +21,7 @@ from buffer.handlers.context import HandlerContext
 from buffer.handlers.learner import LearnerHandler
 from buffer.handlers.pending_answers import SETTLE_WAIT_S
 from buffer.leases.admission import Elsewhere
+from buffer.leases.overview import actor_rows
 from buffer.shard.states import state_of
 from buffer.trees.assembly import Frames
 
@@ -107,6 +109,9 @@ class FrontHandler:
                 found = self._state.ledger.evaluations.find(question.step)
                 entry = None if found is None else found.snapshot()
                 return await self._settled(f.EvaluationPart(entry=entry))
+            case f.LookAtActors():
+                found_rows = actor_rows(self._state.ledger, self._context.clock())
+                return f.answered(msgspec.convert({"rows": found_rows}, f.ActorRows))
             case f.End():
                 self._stopping.set()
                 return f.answered(f.Done())

@@ -11,7 +11,8 @@ from buffer.handlers.lease_queue import LEASE_WAIT_S, WAITING_AT_ONCE
 from buffer.state import RETRY_S
 
 AGAIN_S = 0.05
-"""A request that the shards gave nothing, though it seemed that they could, is asked for again after this."""
+"""A request that the shards gave nothing, though it seemed that they could, is asked for again after this, later in
+proportion to the requests that wait."""
 
 Ask = Callable[[str, LeaseRequest], Leases | Awaitable[Leases]]
 
@@ -22,6 +23,8 @@ class _Waiting:
     answer: asyncio.Future[Leases]
     last: Leases
     asked: asyncio.Task[None] | None = None
+    not_before: float = 0.0
+    """Seconds of the loop: until then it is not asked for again."""
 
 
 class FrontQueue:
@@ -87,8 +90,9 @@ class FrontQueue:
     def _serve(self) -> None:
         """Ask for the first ones, until one finds that there is nothing."""
         self._due = False
+        now = asyncio.get_running_loop().time()
         for actor, waiting in list(self._waiting.items()):
-            if waiting.answer.done() or waiting.asked is not None:
+            if waiting.answer.done() or waiting.asked is not None or waiting.not_before > now:
                 continue
             found = self._ask(actor, waiting.request)
             if isinstance(found, Leases):
@@ -109,4 +113,6 @@ class FrontQueue:
         if leases.leases or leases.finished or waiting not in self._waiting.values():
             waiting.answer.set_result(leases)
         else:
-            asyncio.get_running_loop().call_later(AGAIN_S, self.changed)
+            loop, pause_s = asyncio.get_running_loop(), AGAIN_S * max(1.0, len(self._waiting) / WAITING_AT_ONCE)
+            waiting.not_before = loop.time() + pause_s
+            loop.call_later(pause_s, self.changed)
