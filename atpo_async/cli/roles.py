@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from atpo_async.links import addresses
 from atpo_async.models.policy import is_there
 from atpo_async.ops.orphans import end_orphans
 from atpo_async.ops.role import hand_name, parse_address
-from atpo_async.ops.specs import learner_spec, role_specs
+from atpo_async.ops.specs import Machines, learner_spec, role_specs
 from atpo_async.run import launch
 from atpo_async.run.rundir import RunDir, joining
 from atpo_async.status.run_view import look
@@ -38,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument(
             "--dir", metavar="FOLDER", type=Path, help="of its files, where it joins by HOST:PORT (the user's cache)"
         )
+        parser.add_argument(
+            "--machine",
+            metavar="I/N@HOST:PORT",
+            help="the I-th (from 0) of N machines of ranks that meet at HOST:PORT",
+        )
     parser.add_argument("--name", metavar="NAME", help="name of this process in logs and metrics")
 
 
@@ -48,8 +54,9 @@ def run(asked: Asked) -> NoReturn:
     if role == "actor":
         machine.engine_of(config)
     folder = Path(args.join) if args.join else config.run.dir / config.run.name
-    if getattr(args, "dir", None) is not None and (not args.join or folder.exists()):
-        raise SetupError(f"--dir {args.dir} is for a learner that joins by address: give --join HOST:PORT")
+    for option in ("dir", "machine"):
+        if (value := getattr(args, option, None)) is not None and (not args.join or folder.exists()):
+            raise SetupError(f"--{option} {value} is for a learner that joins by address: give --join HOST:PORT")
     if args.join and not folder.is_dir() and not folder.is_file():
         argv, env = _by_address(asked, config)
     else:
@@ -84,9 +91,19 @@ def _by_address(asked: Asked, config: Config) -> tuple[list[str], dict[str, str]
     if role == "learner":
         if asked.args.dir is not None:
             words += ["--dir", str(asked.args.dir)]
-        spec = learner_spec(config, words, has_cuda=machine.has_cuda)
+        spec = learner_spec(config, words, has_cuda=machine.has_cuda, machines=_machines(asked.args.machine))
         argv, env = list(spec.argv), {**os.environ, **spec.env}
     return [*argv, f"--model.path={config.model.path}", *_configuration(asked)], env
+
+
+def _machines(text: str | None) -> Machines | None:
+    """Of ``--machine``.  Raises SetupError."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)/(\d+)@(.+)", text)
+    if found is None:
+        raise SetupError(f"--machine {text}: expected I/N@HOST:PORT, as 0/2@head:29500 and 1/2@head:29500 of two")
+    return Machines(index=int(found[1]), count=int(found[2]), meet_at=found[3])
 
 
 def _in_a_run(asked: Asked, config: Config, folder: Path) -> tuple[list[str], dict[str, str]]:

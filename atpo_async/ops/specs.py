@@ -11,6 +11,7 @@ from pathlib import Path
 
 from atpo_async.config import Config
 from atpo_async.core.errors import SetupError
+from atpo_async.links import addresses
 from atpo_async.run import accelerate_environment, launch
 
 
@@ -25,6 +26,18 @@ class RoleSpec:
     """The run is done when this role is (the learner)."""
     stops_last: bool = False
     """Others need it while they stop (the buffer)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """One of the machines on which a learner's ranks run; they share no folder."""
+
+    count: int
+    """Of all; ``learner.num_processes`` ranks are spread evenly over them."""
+    index: int
+    """Of this one; rank 0 is on machine 0."""
+    meet_at: str
+    """HOST:PORT of machine 0, free there, at which torch's launchers of all machines meet."""
 
 
 def role_specs(
@@ -69,6 +82,7 @@ def learner_spec(
     has_cuda: Callable[[], bool],
     python: str = sys.executable,
     environ: Mapping[str, str] = os.environ,
+    machines: Machines | None = None,
 ) -> RoleSpec:
     """The learner's ranks on one machine.
 
@@ -76,15 +90,18 @@ def learner_spec(
         config: of the learner.
         words: arguments of each rank: the run's folder, or ``--config FILE --join HOST:PORT``.
         has_cuda: is asked only where it decides something.
+        machines: which one of several; None: all ranks are here.
 
-    Raises SetupError for a GPU that ``environ`` does not allot.
+    Raises SetupError for a GPU that ``environ`` does not allot, and for ranks that cannot be spread over the machines.
     """
     argv = launch.command("learner", *words, python=python)
     env = _threads(config.learner.num_threads) | _visible(config.learner.gpus, environ)
     if config.learner.num_processes > 1 or config.learner.accelerate_config:
         # accelerate's launcher takes a Python program and its arguments.
-        argv = (*_accelerate(config, python), *argv[2:])
-        if _on_one_machine(config):
+        argv = (*_accelerate(config, python, machines), *argv[2:])
+        if machines is not None:
+            env |= accelerate_environment.SEVERAL_MACHINES
+        elif _on_one_machine(config):
             env |= accelerate_environment.ONE_MACHINE
         device = config.learner.device
         if config.learner.accelerate_config is None and (device == "cpu" or (device == "auto" and not has_cuda())):
@@ -92,17 +109,39 @@ def learner_spec(
     return RoleSpec(name="learner", argv=argv, env=env, ends_run=True)
 
 
-def _accelerate(config: Config, python: str) -> tuple[str, ...]:
+def _accelerate(config: Config, python: str, machines: Machines | None) -> tuple[str, ...]:
     learner = config.learner
+    where: Sequence[str] = ("--num_machines", "1")
+    # No port of Accelerate's own: on one machine it is not used (``ONE_MACHINE``), and 29500 may be another run's.
+    port = "0"
+    if machines is not None:
+        where, port = _on_machine(config, machines)
     words = [python, "-P", "-m", "accelerate.commands.launch", "--num_processes", str(learner.num_processes)]
     if learner.accelerate_config:
-        words += ["--config_file", learner.accelerate_config]
+        words += ["--config_file", learner.accelerate_config, *(where if machines is not None else ())]
     else:
         # Despite its name, --multi_gpu means one process per rank: on a CPU, ACCELERATE_USE_CPU makes them gloo ranks.
         # An option given here is not taken from the user's default file for accelerate.
-        words += ["--multi_gpu", "--num_machines", "1", "--dynamo_backend", "no", "--gpu_ids", "all"]
-    # No port of Accelerate's own: on one machine it is not used (``ONE_MACHINE``), and 29500 may be another run's.
-    return (*words, "--mixed_precision", learner.mixed_precision, "--main_process_port", "0")
+        words += ["--multi_gpu", *where, "--dynamo_backend", "no", "--gpu_ids", "all"]
+    return (*words, "--mixed_precision", learner.mixed_precision, "--main_process_port", port)
+
+
+def _on_machine(config: Config, machines: Machines) -> tuple[Sequence[str], str]:
+    """Accelerate's words for one of several machines, and the port at which they meet.  Raises SetupError."""
+    ranks, count = config.learner.num_processes, machines.count
+    try:
+        host, port = addresses.split(machines.meet_at)
+    except ValueError as exc:
+        raise SetupError(f"{machines.meet_at!r} is no address of machine 0: {exc}") from None
+    if port == 0:
+        raise SetupError(f"{machines.meet_at}: the machines meet at a port that all of them know, which 0 is not")
+    if not 0 <= machines.index < count or ranks % count or ranks < count:
+        raise SetupError(
+            f"learner.num_processes = {ranks} ranks cannot be spread evenly over {count} machines, of which this is "
+            f"number {machines.index} (from 0)"
+        )
+    words = ["--num_machines", str(count), "--machine_rank", str(machines.index), "--main_process_ip", host]
+    return [*words, "--same_network", "--rdzv_backend", "static"], str(port)
 
 
 def _on_one_machine(config: Config) -> bool:

@@ -19,6 +19,9 @@ Accelerate itself picks a free port, closes it, and hands its number on to be bo
 it.  It has no option for torch's ``--standalone``; torch reads its own options from these variables.
 """
 
+SEVERAL_MACHINES = {"PET_STANDALONE": "0", "PET_LOCAL_ADDR": ""}
+"""For ranks on several machines, where an outer environment may be that of ``ONE_MACHINE``."""
+
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "ACCELERATE_DYNAMO_", "ACCELERATE_CPU_AFFINITY")
 """Variables that ``accelerate launch`` sets for plain ranks; no user set them, so they are not reported."""
 
