@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -252,6 +254,29 @@ async def test_a_version_that_does_not_fit_is_passed_on_instead(
         await until(lambda: newest.newest is not None and newest.newest.version == 1)
 
 
+async def test_a_disk_that_fills_up_while_a_version_is_fetched_has_it_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = tmp_path / "versions"
+    place.mkdir()
+    plain = os.pwrite
+
+    def full(file: int, data: bytes, at: int) -> int:
+        if str(place) in os.readlink(f"/proc/self/fd/{file}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plain(file, data, at)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    async with (
+        head(tmp_path / "head") as top,
+        relay_to(top.endpoint, folder=place) as site,
+        actor_at(site.endpoint) as far,
+    ):
+        assert await far.weights(0)
+        assert site.relay.weights.passed_on > 0
+        assert f"no space here ({place}: No space left on device)" in caplog.text
+
+
 async def test_a_relay_without_actors_fetches_nothing(tmp_path: Path) -> None:
     async with head(tmp_path) as top, relay_to(top.endpoint) as site:
         await top.publish(1)
@@ -335,6 +360,20 @@ async def test_what_was_not_acknowledged_when_the_relay_died_is_sent_again_and_c
         assert far.link.stats.resent == 4
         assert trees_in(top) == 1
         assert not far.refusals
+
+
+async def test_an_actor_goes_past_a_relay_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with head(tmp_path) as top, relay_to(top.endpoint) as site, actor_at(site.endpoint) as far:
+        lease, rest = await half_grown(far)
+        pump = site.relay.actors._pump
+        assert pump is not None
+        # Its connections stay; it hears nothing and says nothing.
+        monkeypatch.setattr(pump, "_on_message", lambda frames, user: None)
+        await until(lambda: top.held_by("actor-0") == {lease.tree_id})
+        for message in rest:
+            await far.link.send(message)
+        await far.link.drain(timeout_s=LIMIT_S)
+        assert trees_in(top) == 1
 
 
 async def test_a_relay_goes_past_a_relay_that_died_and_its_actors_do_not_notice(tmp_path: Path) -> None:

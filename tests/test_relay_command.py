@@ -115,6 +115,20 @@ def _as_client(folder: Path) -> Path:
     return other
 
 
+async def test_a_relay_whose_key_is_unknown_says_so_and_is_let_in_once_its_key_is_there(
+    tmp_path: Path, keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = keys.head / "relays" / "relay-1.key"
+    aside = key.rename(tmp_path / "aside")
+    async with (
+        head(tmp_path / "top", **folder(keys.head)) as top,
+        relay_to(top.endpoint, joined=False, **folder(keys.relay)) as site,
+    ):
+        await until(lambda: "it refused our key" in site.relay.uplink.link.trouble)
+        aside.rename(key)
+        await within(site.relay.uplink.joined.wait())
+
+
 async def test_a_relays_key_is_no_actors(tmp_path: Path, keys: Keys) -> None:
     async with head(tmp_path / "top", **folder(keys.head)) as top:
         with pytest.raises(SetupError, match="the key 'relay-1' is a relay's: it passes on what others say"):
