@@ -96,8 +96,9 @@ class Differences:
     @property
     def counters(self) -> dict[str, float]:
         """Totals since the start; of what is kept, and of the last one's size, as they are now."""
-        found = {f"differences/{name}": float(count) for name, count in self._counts.items()}
-        if self._counts:
+        counts = dict(self._counts)  # at once: the thread adds to it
+        found = {f"differences/{name}": float(count) for name, count in counts.items()}
+        if counts:
             found["differences/encode_s"] = self._encode_s
             found["differences/ratio"] = self._ratio
             found["differences/kept_bytes"] = float(sum(kept.difference.nbytes for kept in self._kept))
