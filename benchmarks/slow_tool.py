@@ -49,19 +49,26 @@ class SlowHopQA(ReplayFork):
     def num_tasks(self, split: Split) -> int | None:
         return self.hopqa.num_tasks(split)
 
-    async def start(self, split: Split, task_index: int) -> Episode:
-        return _Slow(self, await self.hopqa.start(split, task_index))
+    async def start(self, split: Split, task_index: int) -> SlowEpisode:
+        return SlowEpisode(self, await self.hopqa.start(split, task_index))
 
-    async def tool(self) -> None:
-        """Waits for: a look-up."""
-        await asyncio.sleep(draw_s(self._rng, mean_s=self._latency[0], sigma=self._latency[1]))
+    async def tool(self) -> float:
+        """Waits for: a look-up.  Returns the seconds that it takes."""
+        seconds = draw_s(self._rng, mean_s=self._latency[0], sigma=self._latency[1])
+        await asyncio.sleep(seconds)
+        return seconds
 
 
-class _Slow:
-    """An episode that waits before it is shown what the tool says."""
+class SlowEpisode:
+    """An episode that waits before it is shown what the tool says.
+
+    Attributes:
+        waited_s: for the tool, so far.
+    """
 
     def __init__(self, environment: SlowHopQA, episode: Episode) -> None:
         self._environment, self._episode = environment, episode
+        self.waited_s = 0.0
 
     @property
     def prompt(self) -> np.ndarray:
@@ -70,7 +77,7 @@ class _Slow:
     async def step(self, action: np.ndarray) -> StepResult:
         result = await self._episode.step(action)
         if not result.done:
-            await self._environment.tool()
+            self.waited_s += await self._environment.tool()
         return result
 
     async def replay_step(self, action: np.ndarray, observation: np.ndarray) -> StepResult:

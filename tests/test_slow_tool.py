@@ -28,8 +28,9 @@ class Waits(SlowHopQA):
 
     calls = 0
 
-    async def tool(self) -> None:
+    async def tool(self) -> float:
         self.calls += 1
+        return 0.25
 
 
 async def test_look_ups_take_the_tools_time_answers_and_replays_do_not(tmp_path: Path) -> None:
@@ -45,10 +46,10 @@ async def test_look_ups_take_the_tools_time_answers_and_replays_do_not(tmp_path:
     first, second = [await environment.start("train", 0) for _ in range(2)]
     seen = await first.step(look)
     assert (environment.calls, seen.done) == (1, False)
-    replayed = await second.replay_step(look, seen.observation)  # type: ignore[attr-defined]
+    replayed = await second.replay_step(look, seen.observation)
     assert (environment.calls, replayed.observation.tolist()) == (1, seen.observation.tolist())
     assert (await second.step(words(Answer(name=task.answer)))).success
-    assert environment.calls == 1
+    assert (environment.calls, first.waited_s, second.waited_s) == (1, 0.25, 0.0)
 
 
 def test_a_latency_that_is_none_is_refused(tmp_path: Path) -> None:
