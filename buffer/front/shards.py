@@ -85,10 +85,13 @@ class ShardLink:
             PeerLost: it is away for longer than ``links.give_up_s``.
         """
         loop = asyncio.get_running_loop()
-        last = loop.time()
+        last, told = loop.time(), 0.0
         while True:
             seen = -1 if self.state is None else self.state.changes
-            look = f.Look(seen=seen, wait_s=LOOK_S, heard=dict(heard()))
+            # Of a thousand actors not with every look.
+            due = loop.time() - told >= LOOK_S
+            told = loop.time() if due else told
+            look = f.Look(seen=seen, wait_s=LOOK_S, heard=dict(heard()) if due else {})
             try:
                 answer = await self.client.request(f.asked(look), timeout_s=self._settings.deadline_s)
                 state = f.answer_in(answer, f.ShardState)
