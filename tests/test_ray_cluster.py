@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-TASKS, OPEN = 72, 40
+TASKS, OPEN = 56, 36
 """Those from the second number on wait until every node was lost."""
 PLACES = {
     "ray.buffer.resources.journal": 1.0,
@@ -53,6 +53,7 @@ def run(tmp_path: Path, hopqa_policy: Path, nodes: Nodes) -> Iterator[RayRun]:
     options = {
         **PLACES,
         "ray.learner.dir": str(tmp_path / "replicas"),
+        "buffer.lease_lifetime_s": 3.0,
         "learner.checkpoint_url": f"file://{tmp_path}/checkpoints",
     }
     settings = {"num_tasks": TASKS, "open_tasks": OPEN, "options": options}
@@ -92,10 +93,11 @@ def test_every_node_is_lost_and_comes_back_and_the_run_is_exact(
     run.until(lambda: "run run is going on; attached to it" in run.said(), "a second driver")
 
     nodes.lose("act")
-    run.until(lambda: "actor-0 waits for a place on the cluster (0.5 CPU, 1 act)" in run.said(), "the actor's wait")
     nodes.lose("learn")
     shutil.rmtree(tmp_path / "replicas")  # with its disk
-    run.until(lambda: "learner waits for a place on the cluster" in run.said(), "the learner's wait")
+    waits = "waits for a place on the cluster (0.5 CPU, 1"
+    run.until(lambda: f"actor-0 {waits} act)" in run.said(), "the actor's wait")
+    run.until(lambda: f"learner {waits} learn)" in run.said(), "the learner's wait")
     steps = run.steps()
     nodes.add("learn")
     nodes.add("act")

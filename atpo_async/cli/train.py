@@ -53,7 +53,9 @@ def run(asked: Asked) -> int:
     if asked.command == "demo":
         return _demo(asked)
     config = load(asked.args.config, asked.options)
-    return train(config, again=asked.again, begin_from=asked.args.begin_from, on_ray=asked.args.on == "ray")
+    if asked.args.on == "ray":
+        return train(config, again=asked.again, begin_from=asked.args.begin_from, on_ray=True)
+    return train(config, again=asked.again, begin_from=asked.args.begin_from)
 
 
 def train(config: Config, *, again: str, begin_from: str | None = None, on_ray: bool = False) -> int:

@@ -177,8 +177,14 @@ def near(name: str, known: Collection[str]) -> list[str]:
         if field.rpartition(".")[2] == leaf or not {leaf, whole}.isdisjoint(MEANT_BY.get(field, "").split())
     ]
     if meant:
-        # First the fields of the section that was written, then those whose last part is the same.
-        meant.sort(key=lambda field: (field.rpartition(".")[0] != section, field.rpartition(".")[2] != leaf))
+        # First the fields of the section that was written, then those whose last part is the same; a cluster's last.
+        meant.sort(
+            key=lambda field: (
+                field.rpartition(".")[0] != section,
+                field.startswith("ray."),
+                field.rpartition(".")[2] != leaf,
+            )
+        )
         return meant[:MOST]
     letters = {field: score for field in known if (score := _letters(name, field)) >= 0.79}
     if letters:
