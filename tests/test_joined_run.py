@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from atpo_async.models.policy import list_checkpoints, steps_trained
+from atpo_async.models.policy import steps_trained
 from atpo_async.report.facts import facts
 from atpo_async.report.tree_samples import read_tree_samples
 from atpo_async.run.metrics import read_metrics
@@ -32,9 +32,11 @@ def of_machine(run: Run, index: int) -> list[int]:
     return [pid for pid in run.processes_of("learner") if environment_of(pid).get("GROUP_RANK") == str(index)]
 
 
-def of_all_ranks(run: Path, seen: Path, checkpoints: Path) -> Path:
-    """A folder for the judge: what a step's ranks were trained on as one line, and the names of the checkpoints."""
-    seen.mkdir()
+def of_all_ranks(run: Path, seen: Path) -> Path:
+    """A folder for the judge: what a step's ranks were trained on as one line, and the step of the last checkpoint."""
+    (seen / "joined").mkdir(parents=True)
+    for file in ("run.json", "config.json", "joined/checkpoint.json"):
+        shutil.copy(run / file, seen / file)
     steps: dict[tuple[int, int], dict[str, Any]] = {}
     for text in (run / "lineage.jsonl").read_text().splitlines():
         line = json.loads(text)
@@ -42,10 +44,9 @@ def of_all_ranks(run: Path, seen: Path, checkpoints: Path) -> Path:
             of_step = steps.setdefault((line["step"], line["version"]), {**line, "trees": [], "ranks": []})
             of_step["trees"] += line["trees"]
             of_step["ranks"].append(line["rank"])
-    assert all(line["ranks"] in ([0, 1], [1, 0]) for line in steps.values()), "each rank's lines, each once"
+    # Of a step that is done again the lost machine's line may be missing: it had not arrived.
+    assert all(len(set(line["ranks"])) == len(line["ranks"]) for line in steps.values()), "no line twice"
     (seen / "lineage.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps.values()))
-    for path in list_checkpoints(checkpoints):
-        (seen / "checkpoints" / path.name).mkdir(parents=True)
     return seen
 
 
@@ -86,10 +87,7 @@ def test_a_machine_of_the_learner_is_lost_with_all_its_files_and_the_run_is_exac
     assert run.code == 0, run.story()
     assert "learner ended: " in run.said()
     found = RunDir.open(run.path)
-    verdict = judge(
-        of_all_ranks(run.path, tmp_path / "seen", far / "machine-0" / found.run_id / "checkpoints"),
-        num_tasks=TASKS, max_uses=1,
-    )  # fmt: skip
+    verdict = judge(of_all_ranks(run.path, tmp_path / "seen"), num_tasks=TASKS, max_uses=1)
     assert not verdict.problems, "\n".join(verdict.problems)
     assert verdict.steps == steps_trained(found) == TASKS // 4
     # What is read of a run on one machine is all there.
