@@ -2,10 +2,11 @@
 
   pool      one buffer under 10, 100, 1,000 actors: turns and bytes a second, processor time a turn, memory, how long a
             lease takes; as fast as the buffer takes them, or at an offered rate (``--rates``).
-
   shards    the same pool on one buffer and on ``--shards``: processor time a turn of each process.
+  unlike    four actors of speeds 1 : 2 : 4 : 8, one that joins late, one that leaves, one that is killed: how busy each
+            is, what it does and how old its turns are, as the buffer shares the work out and in equal shares.
 
-    .venv/bin/python benchmarks/fleet_actors.py [--part pool shards] [--actors 10 100 1000] [--rates 2000 8000]
+    .venv/bin/python benchmarks/fleet_actors.py [--part pool shards unlike] [--actors 10 100 1000] [--rates 2000 8000]
         [--shards 2] [--curve]
 
 Prints one JSON object a line.
@@ -22,9 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.fleet_parts.pool import pool
 from benchmarks.fleet_parts.shards import shards
+from benchmarks.fleet_parts.unlike import unlike
 from benchmarks.script import BYTES, machine, options, say, scratch
 
-PARTS = {"pool": pool, "shards": shards}
+PARTS = {"pool": pool, "shards": shards, "unlike": unlike}
+MODES = ("buffer", "equal")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,6 +46,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="*", default=[], help="turns/s of all actors; none: full speed")
     parser.add_argument("--restart", action="store_true", help="kill the buffer at the end, and time the way back")
     parser.add_argument("--curve", action="store_true", help="encrypted links")
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, default=list(MODES), help="unlike: who shares the work out"
+    )
+    parser.add_argument("--tasks", type=int, default=240, help="unlike: of the run")
+    parser.add_argument("--speed", type=float, default=10.0, help="unlike: turns/s of the slowest actor")
+    parser.add_argument("--step-seconds", type=float, default=0.2, help="unlike: of the learner")
     return parser.parse_args(argv)
 
 

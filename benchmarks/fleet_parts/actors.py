@@ -8,6 +8,7 @@ and leaves with notice: it finishes the turn under way, hands its leases back, a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from array import array
 from collections import deque
@@ -18,6 +19,7 @@ from typing import Any, Self
 
 from actors.turns.sender import TurnSender
 from atpo_async.config import Config
+from atpo_async.core.errors import PeerLost
 from atpo_async.links.client import Client
 from atpo_async.wire.messages import (
     PROTOCOL,
@@ -35,6 +37,7 @@ from atpo_async.wire.messages import (
 from benchmarks.load import REPLY_S, Turns
 
 REPORT_EVERY_S = 2.0
+ASKS_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,8 @@ class SimulatedActor:
         self._changed = asyncio.Event()
         self._over = asyncio.Event()
         """The run is over, or it was asked to leave."""
+        self._run_is_over = False
+        self._asks_at = 0.0
         self._began_s = self._idle_since = 0.0
         self.link = Client(
             endpoint,
@@ -163,6 +168,8 @@ class SimulatedActor:
             await self._grow()
             leasing.cancel()
             reporting.cancel()
+        if self._run_is_over:
+            return self.result  # the buffer may have ended by now
         held = tuple(tree.lease.tree_id for tree in self._trees)
         await self.link.send(LeaseReturned(run=self._run, actor=self.plan.name, tree_ids=held))
         await self.link.drain(timeout_s=REPLY_S)
@@ -181,8 +188,8 @@ class SimulatedActor:
                 self._changed.clear()
                 if self._may_lease is None:
                     await self._changed.wait()
-                else:
-                    await asyncio.sleep(0.01)
+                elif await self._hears_the_end():
+                    return
                 continue
             asked = time.perf_counter()
             answer = await self.link.request(
@@ -197,9 +204,27 @@ class SimulatedActor:
                     self.turns.learn(answer.shards)
                 self._begin(answer.leases)
             elif answer.finished:
-                self.leave()
+                self._end()
             else:
                 await asyncio.sleep(answer.retry_after_s)
+
+    async def _hears_the_end(self) -> bool:
+        """One that may ask for no leases asks now and then whether the run is over.  Waits for: the clock."""
+        await asyncio.sleep(0.01)
+        if time.monotonic() < self._asks_at:
+            return False
+        self._asks_at = time.monotonic() + ASKS_EVERY_S
+        request = LeaseRequest(run=self._run, actor=self.plan.name, count=0, version=self._version())
+        with contextlib.suppress(PeerLost):
+            answer = await self.link.request(request, timeout_s=0.05)
+            if isinstance(answer, Leases) and answer.finished:
+                self._end()
+        return self._run_is_over
+
+    def _end(self) -> None:
+        """The buffer has said that the run is over."""
+        self._run_is_over = True
+        self.leave()
 
     def _begin(self, leases: tuple[Lease, ...]) -> None:
         now = time.monotonic()

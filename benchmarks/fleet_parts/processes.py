@@ -52,6 +52,10 @@ class Marked:
     """Actors of which anything was acknowledged."""
 
 
+ABSENT = 1 << 30
+"""As a number of trees begun: of an actor that is not there."""
+
+
 class Shared:
     """What all actors of a fleet see: the version that is published, and how many trees each has begun."""
 
@@ -83,10 +87,13 @@ async def _actors(plan: FleetPlan, shared: Shared, numbers: Sequence[int], pipe:
         return most
 
     async def one(each: ActorPlan, number: int) -> ActorResult:
+        begun = shared.begun.get_obj()
         if each.joins_s:
+            begun[number] = ABSENT
             is_there()
             await started.wait()
             await asyncio.sleep(each.joins_s)
+            begun[number] = min(begun)
         actor = SimulatedActor(
             each, endpoint=plan.endpoint, run=plan.run, config=plan.config, turns=made,
             version=lambda: int(shared.version.value), direct=plan.direct,
@@ -102,7 +109,9 @@ async def _actors(plan: FleetPlan, shared: Shared, numbers: Sequence[int], pipe:
                 await started.wait()
             if each.leaves_s is not None:
                 asyncio.get_running_loop().call_later(each.leaves_s, actor.leave)
-            return await actor.work()
+            result = await actor.work()
+            begun[number] = ABSENT
+            return result
 
     async def told() -> None:
         before, cpu, acked = [0] * len(actors), time.process_time(), [0] * len(actors)
@@ -148,9 +157,12 @@ def _count(shared: Shared, number: int, trees: int) -> None:
 
 def _process(plan: FleetPlan, shared: Shared, numbers: Sequence[int], pipe: Connection) -> None:
     raise_file_limit(LINK_FILES * len(plan.actors))
-    results = asyncio.run(_actors(plan, shared, numbers, pipe))
-    pipe.send(results)
-    os._exit(0)  # a thread may still wait at the pipe
+
+    async def main() -> None:
+        pipe.send(await _actors(plan, shared, numbers, pipe))
+        os._exit(0)  # a thread may still wait at the pipe, and the loop's end for it
+
+    asyncio.run(main())
 
 
 def raise_file_limit(needed: int) -> None:
