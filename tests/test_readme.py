@@ -49,6 +49,7 @@ TABLE = {
     "atpo buffer CONFIG": "test_cli.py::test_a_role_by_hand_gets_what_further_files_set_as_options",
     "atpo learner CONFIG": "test_cli.py::test_a_learner_by_hand_is_started_as_the_supervisor_would",
     "atpo actor CONFIG --join RUN_DIR": "test_cli.py::test_a_role_by_hand_gets_what_further_files_set_as_options",
+    "atpo launch": "test_placing_runs.py::test_a_printed_sbatch_script_takes_a_run_to_its_end",
     "atpo follower": "test_follower_promotion.py::test_the_command_says_how_the_run_goes_on",
     "atpo relay --join HOST:PORT": "test_relay_command.py"
     "::test_actors_with_keys_join_a_relay_and_go_on_without_it_when_it_is_killed",

@@ -19,6 +19,7 @@ from rich.console import Console
 from atpo_async.api import arguments, machine, notes, own_parts
 from atpo_async.api.beginning import Beginning, beginning
 from atpo_async.api.places.base import Place, Say
+from atpo_async.api.places.on_hosts import OnHosts
 from atpo_async.api.policy import ensure_policy
 from atpo_async.config import Config, resolved
 from atpo_async.core.errors import AtpoError
@@ -90,7 +91,13 @@ def train(
 
 
 def train_to_the_end(
-    config: Config, *, console: Console, again: str, begin_from: str | None = None, place: Place | None = None
+    config: Config,
+    *,
+    console: Console,
+    again: str,
+    begin_from: str | None = None,
+    place: Place | None = None,
+    on_hosts: bool = False,
 ) -> Trained:
     """Train to the end or to an interruption.
 
@@ -100,9 +107,11 @@ def train_to_the_end(
         again: what goes on with the run, for the last line of one that was interrupted.
         begin_from: ``RUN[:STEP]`` whose policy a new run begins with.
         place: where the roles are; None: on this machine.
+        on_hosts: only the buffer is on this machine (``api.places.on_hosts``).
 
     Raises an AtpoError with the reason where the run cannot begin or fails.
     """
+    place = place or (OnHosts(lambda supervisor, say: _run(supervisor, say=say)) if on_hosts else _Here())
     # Whatever can be refused is refused before anything is written.
     with beginning(config, begin_from) as begun:
         known = begun.known
@@ -119,7 +128,7 @@ def train_to_the_end(
                     console.print(f"note: {line}", markup=False)
                 _summarise(known, console)
                 return Trained(rundir=known, interrupted=False)
-        return _train(begun, console, again=again, place=place or _Here())
+        return _train(begun, console, again=again, place=place)
 
 
 def _train(begun: Beginning, console: Console, *, again: str, place: Place) -> Trained:

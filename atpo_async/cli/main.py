@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "actor": ("roles", "run an actor by hand, in the foreground; it may join a running job from anywhere"),
     "follower": ("follower", "keep a copy of a run's journal on another machine; promote it when the buffer's is lost"),
     "relay": ("relay", "fetch weights once, and pass turns on, for actors of a far site that join here"),
+    "launch": ("launch", "print an sbatch script, or Kubernetes manifests, that run all of it on a cluster"),
     "eval": ("evaluate", "greedy success on held-out tasks, of a run's last checkpoint or a model folder"),
     "task": ("task", "show one task as messages and play it in the terminal, with what each reward says"),
     "config": ("setup.config", "print the resolved configuration and every setting that affects staleness"),
@@ -99,7 +100,7 @@ def _dispatch(words: list[str], *, debug: bool) -> int:
     if files is not None and not any(word.startswith("-") for word in more):
         files += more  # `atpo actor A.toml --join WHERE B.toml`: argparse takes the first run of words only
     elif more:
-        raise ConfigError(_not_taken(name, more))
+        raise ConfigError(_not_taken(name, more, _long_options(parser)))
     if options and name in WITHOUT_CONFIGURATION:
         raise ConfigError(f"--{next(iter(options))}: `atpo {name}` takes no options of the configuration")
     if name not in ONLY_PRINTS:
@@ -144,11 +145,30 @@ def _check_command(words: Sequence[str]) -> None:
     raise ConfigError(f"{word} is no command; {meant}There are {', '.join(COMMANDS)}")
 
 
-def _not_taken(command: str | None, more: Sequence[str]) -> str:
-    """One line about words that a command does not take."""
+def _long_options(parser: argparse.ArgumentParser) -> list[str]:
+    """Of a command, and of what it does."""
+    found: list[str] = []
+    for action in parser._actions:
+        found += [text for text in action.option_strings if text.startswith("--")]
+        if isinstance(action, argparse._SubParsersAction):
+            found += [text for each in action.choices.values() for text in _long_options(each)]
+    return found
+
+
+def _not_taken(command: str | None, more: Sequence[str], known: Sequence[str] = ()) -> str:
+    """One line about words that a command does not take.
+
+    Args:
+        known: its own long options, of which one may have been meant.
+    """
     first = next((word for word in more if word.startswith("-")), more[0])
     if not first.startswith("--"):
         return f"{first}: `atpo{f' {command}' if command else ''}` takes no such word"
+    import difflib
+
+    option = first.partition("=")[0]
+    if "." not in option and (near := difflib.get_close_matches(option, known, n=1, cutoff=0.75)):
+        return f"{option}: `atpo {command}` takes no such option; did you mean {near[0]}?"
     from atpo_async.config import unknown_option
 
     return unknown_option(first.removeprefix("--").partition("=")[0])

@@ -37,8 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     )
     parser.add_argument(
         "--on",
-        choices=("ray",),
-        help="where the roles run: on a Ray cluster (--ray.address, docs/clusters.md); on this machine where left out",
+        choices=("ray", "hosts"),
+        help="where the roles run: on a Ray cluster (--ray.address, docs/clusters.md); hosts: only the buffer here, "
+        "learner and actors are started elsewhere and join it (`atpo launch`); on this machine where left out",
     )
     parser.add_argument(
         "--from",
@@ -53,29 +54,27 @@ def run(asked: Asked) -> int:
     if asked.command == "demo":
         return _demo(asked)
     config = load(asked.args.config, asked.options)
-    if asked.args.on == "ray":
-        return train(config, again=asked.again, begin_from=asked.args.begin_from, on_ray=True)
-    return train(config, again=asked.again, begin_from=asked.args.begin_from)
+    return train(config, again=asked.again, begin_from=asked.args.begin_from, on=asked.args.on)
 
 
-def train(config: Config, *, again: str, begin_from: str | None = None, on_ray: bool = False) -> int:
+def train(config: Config, *, again: str, begin_from: str | None = None, on: str | None = None) -> int:
     """Train to the end or to an interruption; returns the exit code.
 
     Args:
         config: resolved.
         again: the command that goes on with the run.
         begin_from: ``RUN[:STEP]`` whose policy a new run begins with.
-        on_ray: on the cluster of ``config.ray``.
+        on: ``ray``: the cluster of ``config.ray``; ``hosts``: only the buffer is started here; None: this machine.
     """
-    run = f"ray://{config.run.name}" if on_ray else str(config.run.dir / config.run.name)
+    run = f"ray://{config.run.name}" if on == "ray" else str(config.run.dir / config.run.name)
     shown = shlex.join(["atpo", "status", run])
     console = LastingConsole(when_closed=f"the run goes on, `{shown}` shows it", highlight=False, soft_wrap=True)
-    if on_ray:
+    if on == "ray":
         from atpo_async.api.places.on_ray import train_on_ray
 
         interrupted = train_on_ray(config, console=console, again=again, begin_from=begin_from)
         return EXIT_INTERRUPTED if interrupted else EXIT_DONE
-    trained = train_to_the_end(config, console=console, again=again, begin_from=begin_from)
+    trained = train_to_the_end(config, console=console, again=again, begin_from=begin_from, on_hosts=on == "hosts")
     return EXIT_INTERRUPTED if trained.interrupted else EXIT_DONE
 
 

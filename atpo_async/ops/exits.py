@@ -9,6 +9,10 @@ a failure with a name, which another attempt may mend.  128 + n: ended by signal
 SUPERVISOR_PID = "ATPO_SUPERVISOR_PID"
 """Environment variable: the process whose end ends the role; set in supervised roles only."""
 
+PLACED = "ATPO_PLACED"
+"""Environment variable: a cluster looks after the role, which ends with the exit codes above as if it were
+supervised."""
+
 ERROR_FILE = "ATPO_ERROR_FILE"
 """Environment variable: where a supervised role writes ``{"code", "error"}`` when it fails."""
 

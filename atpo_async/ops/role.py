@@ -39,6 +39,7 @@ from atpo_async.ops.exits import (
     EXIT_DONE,
     EXIT_FAILURE,
     EXIT_USER,
+    PLACED,
     STATUS_FOLDER,
 )
 from atpo_async.ops.joined.joining import Joined, join
@@ -172,7 +173,8 @@ def _say(error: BaseException, *, supervised: bool, debug: bool) -> int:
         _print(texts.trace_of(error))
     text = texts.middle_cut(str(error)) if isinstance(error, AtpoError) else texts.of_error(error, most=1000)
     _print(f"{ERROR_PREFIX}{text}")
-    code = exit_code(error) if supervised or not isinstance(error, AtpoError) else EXIT_USER
+    exact = supervised or PLACED in os.environ
+    code = exit_code(error) if exact or not isinstance(error, AtpoError) else EXIT_USER
     if supervised and ERROR_FILE in os.environ:
         # A program in between (accelerate) changes the exit code, and an engine may write to the log after us.
         file = Path(os.environ[ERROR_FILE])

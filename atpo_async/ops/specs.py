@@ -15,6 +15,49 @@ from atpo_async.links import addresses
 from atpo_async.run import accelerate_environment, launch
 
 
+BUFFER, LEARNER = "buffer", "learner"
+"""Names of roles; actors are ``actor-0``, ``actor-1``, …"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleShare:
+    """One role of a run, wherever it is started, and the GPUs that it takes."""
+
+    name: str
+    processes: int = 1
+    """Ranks of the learner."""
+    gpus: tuple[int, ...] = ()
+    """Numbers that the configuration gives it, of one machine; empty: it has none of its own."""
+    num_gpus: int = 0
+    """GPUs that it takes where a machine has them for it."""
+    num_threads: int | None = None
+
+
+def role_shares(config: Config) -> list[RoleShare]:
+    """The roles of a run: the buffer, the learner and ``actor.count`` actors."""
+    learner, actor = config.learner, config.actor
+    each = actor.tensor_parallel_size
+    return [
+        RoleShare(name=BUFFER, num_threads=1),
+        RoleShare(
+            name=LEARNER,
+            processes=learner.num_processes,
+            gpus=learner.gpus,
+            num_gpus=0 if learner.device == "cpu" else learner.num_processes,
+            num_threads=learner.num_threads,
+        ),
+        *(
+            RoleShare(
+                name=f"actor-{index}",
+                gpus=actor.gpus[index * each : (index + 1) * each],
+                num_gpus=0 if actor.device == "cpu" else each,
+                num_threads=actor.num_threads,
+            )
+            for index in range(actor.count)
+        ),
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoleSpec:
     """How to start one role."""
@@ -53,26 +96,24 @@ def role_specs(
     Raises SetupError for a GPU that ``environ`` does not allot.
     """
     folder = str(rundir)
-    specs = [
+    buffer, _, *actors = role_shares(config)
+    return [
         RoleSpec(
-            name="buffer",
+            name=buffer.name,
             argv=launch.command("buffer", folder, python=python),
-            env=_threads(1) | _hidden(),
+            env=_threads(buffer.num_threads) | _hidden(),
             stops_last=True,
         ),
         learner_spec(config, [folder], has_cuda=has_cuda, python=python, environ=environ),
-    ]
-    each = config.actor.tensor_parallel_size
-    for index in range(config.actor.count):
-        gpus = config.actor.gpus[index * each : (index + 1) * each]
-        specs.append(
+        *(
             RoleSpec(
-                name=f"actor-{index}",
+                name=actor.name,
                 argv=launch.command("actors", folder, "--index", str(index), python=python),
-                env=_threads(config.actor.num_threads) | _visible(gpus, environ),
+                env=_threads(actor.num_threads) | _visible(actor.gpus, environ),
             )
-        )
-    return specs
+            for index, actor in enumerate(actors)
+        ),
+    ]
 
 
 def learner_spec(
