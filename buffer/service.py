@@ -222,22 +222,13 @@ class BufferService:
             try:
                 await self.journal.settle(timeout_s=limit_s)
             except TimeoutError:
-                raise WaitTimeout(self._why_no_commit(limit_s)) from None
+                raise WaitTimeout(self.journal.why_no_commit(limit_s)) from None
             await stack.enter_async_context(self.actors)
             await stack.enter_async_context(self.learner)
             if self._front is not None:
                 self._front.turns_endpoint = self.actors.endpoint
             self._opened = stack.pop_all()
         return self
-
-    def _why_no_commit(self, limit_s: float) -> str:
-        what = f"the first commit to the journal in {self.journal.folder} took over {limit_s:g} s (links.give_up_s): "
-        if self.journal.failing is None and self.journal.unmirrored_s:
-            return what + (
-                "no follower has it (buffer.follower_wait): start `atpo follower` first, or set "
-                "--buffer.follower_wait false"
-            )
-        return what + "its disk is too slow or stands still; name another with --buffer.journal_dir"
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None

@@ -365,7 +365,7 @@ def test_every_command_lays_several_configurations_over_one_another(
 ) -> None:
     seen: list[Config] = []
 
-    def train(config: Config, *, again: str, begin_from: str | None = None) -> int:
+    def train(config: Config, *, again: str, begin_from: str | None = None, on: str | None = None) -> int:
         seen.append(config)
         said_again.append(again)
         return 0

@@ -166,9 +166,10 @@ def _not_taken(command: str | None, more: Sequence[str], known: Sequence[str] = 
         return f"{first}: `atpo{f' {command}' if command else ''}` takes no such word"
     import difflib
 
-    option = first.partition("=")[0]
-    if "." not in option and (near := difflib.get_close_matches(option, known, n=1, cutoff=0.75)):
-        return f"{option}: `atpo {command}` takes no such option; did you mean {near[0]}?"
+    option = first.partition("=")[0].removeprefix("--")
+    names = [text.removeprefix("--") for text in known]
+    if "." not in option and (near := difflib.get_close_matches(option, names, n=1, cutoff=0.8)):
+        return f"--{option}: `atpo {command}` takes no such option; did you mean --{near[0]}?"
     from atpo_async.config import unknown_option
 
     return unknown_option(first.removeprefix("--").partition("=")[0])

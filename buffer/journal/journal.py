@@ -230,6 +230,16 @@ class Journal:
             return "no follower has its last commits (buffer.follower_wait)"
         return self.failing
 
+    def why_no_commit(self, limit_s: float) -> str:
+        """Why the first commit has not settled within ``limit_s``, and the way out."""
+        what = f"the first commit to the journal in {self.folder} took over {limit_s:g} s (links.give_up_s): "
+        if self.failing is None and self._unmirrored:
+            return what + (
+                "no follower has it (buffer.follower_wait): start `atpo follower` first, or set "
+                "--buffer.follower_wait false"
+            )
+        return what + "its disk is too slow or stands still; name another with --buffer.journal_dir"
+
     @property
     def tables(self) -> Tables:
         """For copies of them."""

@@ -85,7 +85,7 @@ def learner(config: Config, *, join: str, count: int, meeting: str) -> str:
         count: pods.
         meeting: host of the first one, where ranks meet.
     """
-    machine = f' --machine "$JOB_COMPLETION_INDEX/{count}" --meet {meeting}:{MEETING_PORT}' if count > 1 else ""
+    machine = f' --machine "$JOB_COMPLETION_INDEX/{count}@{meeting}:{MEETING_PORT}"' if count > 1 else ""
     return (
         f"{_BEGIN}atpo learner {_OPTIONS} --join {join}:{config.links.learner_port} --dir {SCRATCH}/learner"
         f'{machine} {_KEYS_OPTION} &\n{_WAIT}exit "$code"\n'

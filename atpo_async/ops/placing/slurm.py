@@ -154,7 +154,7 @@ def _roles(config: Config, placement: Placement) -> list[str]:
     for number, ranks in enumerate(placement.learner):
         name = f"{ranks.role}-{number}" if several else ranks.role
         meeting = (
-            f' --machine {number}/{len(placement.learner)} --meet "$head:{payload.MEETING_PORT}"' if several else ""
+            f' --machine "{number}/{len(placement.learner)}@$head:{payload.MEETING_PORT}"' if several else ""
         )
         lines.append(
             f'start {name} {_node(ranks)} "${{atpo[@]}}" learner "$work/run.json" --join "$head:$learner_port" '
