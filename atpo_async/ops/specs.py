@@ -14,7 +14,6 @@ from atpo_async.core.errors import SetupError
 from atpo_async.links import addresses
 from atpo_async.run import accelerate_environment, launch
 
-
 BUFFER, LEARNER = "buffer", "learner"
 """Names of roles; actors are ``actor-0``, ``actor-1``, …"""
 

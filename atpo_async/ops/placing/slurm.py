@@ -153,9 +153,7 @@ def _roles(config: Config, placement: Placement) -> list[str]:
     lines = ['start buffer "$head" "" "${atpo[@]}" train "$work/run.json" --on hosts "${options[@]}"']
     for number, ranks in enumerate(placement.learner):
         name = f"{ranks.role}-{number}" if several else ranks.role
-        meeting = (
-            f' --machine "{number}/{len(placement.learner)}@$head:{payload.MEETING_PORT}"' if several else ""
-        )
+        meeting = f' --machine "{number}/{len(placement.learner)}@$head:{payload.MEETING_PORT}"' if several else ""
         lines.append(
             f'start {name} {_node(ranks)} "${{atpo[@]}}" learner "$work/run.json" --join "$head:$learner_port" '
             f'--dir "$work/learner"{meeting} "${{options[@]}}"'
