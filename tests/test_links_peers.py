@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import resource
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from atpo_async.core.errors import PeerLost
 from atpo_async.links.client import Client
 from atpo_async.links.frames import LINK, PING, REPLY, REQUEST
 from atpo_async.links.pump import BURST, Pump
-from atpo_async.links.server import Server, sessions
+from atpo_async.links.server import Server, descriptors, sessions
 from atpo_async.links.server.outbox import ALL_PEERS, Outbox
 from atpo_async.links.server.sessions import Session, admission
 from atpo_async.wire import codec
@@ -340,3 +342,30 @@ async def test_a_client_is_not_silent_while_its_server_is_behind_with_what_has_c
         assert dict(s.silences()) == {"actor-0": 0.0}
         s._pump._behind_since = 60.0
         assert dict(s.silences()) == {"actor-0": 10.0}
+
+
+# --- open files ----------------------------------------------------------------------------------------------------
+
+
+def test_the_limit_of_open_files_is_raised_or_says_for_how_many_clients_there_is_space(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "atpo.links")
+    limits = [1024, 100_000]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, new: limits.__setitem__(slice(0, 2), list(new)))
+    assert descriptors.raise_limit(4096) == 4096
+    assert limits == [4096 + descriptors.OTHERS, 100_000]
+    limits[:] = [1024, 1024]
+    assert descriptors.raise_limit(4096) == 1024 - descriptors.OTHERS
+    assert "at most 768 clients may connect: this process may open 1024 files (ulimit -n)" in caplog.text
+
+
+def test_a_client_for_which_no_file_may_be_opened_is_refused_with_that_reason() -> None:
+    there = [session(i, useful=True) for i in range(3)]
+    found = admission(there, "", now=100.0, heartbeat_s=1.0, most=3)
+    assert found == (
+        None,
+        "the table of peers is full: 3, for which the server may open files (ulimit -n), all of them alive",
+    )
+    assert admission(there, "", now=100.0, heartbeat_s=1.0, most=4) == (None, "")

@@ -17,6 +17,7 @@ from atpo_async.links.binding import BindingLink
 from atpo_async.links.frames import DENIED, LINK, MAGIC, PING, PONG, REQUEST, SEND, SENDS
 from atpo_async.links.pump import Context, Pump
 from atpo_async.links.server.acknowledgements import Acknowledgements
+from atpo_async.links.server.descriptors import raise_limit
 from atpo_async.links.server.handling import Handler, Handling
 from atpo_async.links.server.requests import RequestHandler
 from atpo_async.links.server.sends import SendHandler, note_base
@@ -176,6 +177,7 @@ class Server(BindingLink):
         socket.setsockopt(zmq.RCVHWM, 4 * self.settings.window)
         # After a restart all clients connect at once; the system drops those that find the queue full, for seconds.
         socket.setsockopt(zmq.BACKLOG, MAX_PEERS)
+        self.sessions.most = raise_limit(MAX_PEERS)
         self._bind(socket, context)
         self._pump = Pump(socket, self._on_frames, users=self._keys is not None)
         self._spawn(self._watch(), f"{self.name} watch")

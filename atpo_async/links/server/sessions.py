@@ -150,7 +150,9 @@ class Admission(NamedTuple):
     """Why it is not taken; empty where it is."""
 
 
-def admission(sessions: Iterable[Session], owner: str, *, now: float, heartbeat_s: float) -> Admission:
+def admission(
+    sessions: Iterable[Session], owner: str, *, now: float, heartbeat_s: float, most: int | None = None
+) -> Admission:
     """Whether one more client is admitted, and which one is evicted for it.  Pure.
 
     Those that never sent anything of use go first, the oldest of them; then those that have been silent for longer than
@@ -161,6 +163,7 @@ def admission(sessions: Iterable[Session], owner: str, *, now: float, heartbeat_
         owner: the newcomer's key; empty without keys.
         now: of the clock of ``heard_at``.
         heartbeat_s: of the link's settings.
+        most: clients for which this process may open files, where that is less than ``MAX_PEERS``.
     """
     everybody = list(sessions)
     own = [session for session in everybody if session.owner == owner] if owner else []
@@ -168,6 +171,8 @@ def admission(sessions: Iterable[Session], owner: str, *, now: float, heartbeat_
         candidates, full = own, f"{MAX_PEERS_OF_A_KEY} of the key {owner!r}"
     elif len(everybody) >= MAX_PEERS:
         candidates, full = everybody, str(MAX_PEERS)
+    elif most is not None and len(everybody) >= most:
+        candidates, full = everybody, f"{most}, for which the server may open files (ulimit -n)"
     else:
         return Admission(None, "")
     useless = next((session for session in candidates if session.idle and not session.useful), None)
@@ -199,6 +204,8 @@ class SessionTable:
         on_gone: Callable[[Session], None],
         bad: BadMessages,
     ) -> None:
+        self.most: int | None = None
+        """Clients for which this process may open files; None where that is not known."""
         self.refused = 0
         """Clients that were not admitted because the table was full, and those that were evicted."""
         self._title = title
@@ -264,6 +271,7 @@ class SessionTable:
             newcomer.owner,
             now=newcomer.heard_at,
             heartbeat_s=self._settings.heartbeat_s,
+            most=self.most,
         )
         if evicted is None and not refusal:
             return True
