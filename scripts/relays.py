@@ -34,6 +34,8 @@ from scripts.oracle_task import make_policy  # noqa: E402
 from scripts.two_machines import NUM_TASKS, PORT, Story, write_config  # noqa: E402
 
 GATE = "gate"
+OPEN_TASKS = 24
+"""The others begin on a host once its gate is open: until then the run cannot end before all that is to happen has."""
 
 
 @dataclass
@@ -122,10 +124,13 @@ def the_run(on: Machines, story: Story) -> None:
         first.kill()
         story.until(lambda: "the buffer calls it gpu-7/" in near.said(), "gpu-7 goes on by way of the head", tell=tell)
         steps = len(lineage(path))
+        (on.gpu.folder / GATE).touch()
         story.until(lambda: len(lineage(path)) >= steps + 2, "the run goes on", tell=tell)
+        (on.gpu.folder / GATE).unlink()  # work is left for far
         story.check(far.popen.poll() is None, "far waits", far.said())
         before = grown_by(path, "site/site-2/far/")
         relay(on.site, "head")
+        (on.far.folder / GATE).touch()
         story.until(
             lambda: grown_by(path, "site/site-2/far/") > before, "the relay is back, and far grows trees", tell=tell
         )
@@ -185,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         on = stack.enter_context(machines(folder, args.rate_mbit))
         make_policy(folder / "policy")
         for machine in on:
-            write_config(machine.folder, folder / "policy")
+            write_config(machine.folder, folder / "policy", open_tasks=OPEN_TASKS)
         the_run(on, story)
     print("all as it should be" if not story.failed else f"{story.failed} things were WRONG")
     return 1 if story.failed else 0

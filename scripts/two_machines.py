@@ -50,14 +50,14 @@ def two_machines(folder: Path) -> Iterator[tuple[Host, Host, Cable]]:
         yield head, gpu, network.cable(head, gpu, addresses=(HEAD, GPU))
 
 
-def write_config(folder: Path, policy: Path) -> None:
+def write_config(folder: Path, policy: Path, *, open_tasks: int = OPEN_TASKS) -> None:
     """The same file on both; the policy too, for weights come as the run's versions, its tokenizer does not."""
     fields = {
         **OPTIONS,
         **{f"environment.options.{name}": value for name, value in WORLD.items()},
         "environment.options.pause_s": 0.05,
         "environment.options.gate": GATE,
-        "environment.options.open_tasks": OPEN_TASKS,
+        "environment.options.open_tasks": open_tasks,
         "run.name": "run",
         "run.dir": "runs",
         "run.max_tasks": NUM_TASKS,

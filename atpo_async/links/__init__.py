@@ -13,6 +13,10 @@ the handler itself failed.
 knows which requests it is working on and keeps its last replies, so that a repeated request is not run twice.  Requests
 do not wait for sends: a request may overtake the sends before it.
 
+A ``RoutedClient`` knows several servers on its way (``links.way``).  When the one that it uses falls silent it goes on
+to the next, introduces itself there, and sends again what was not acknowledged.  A server that passes sends on to
+another one, as a relay does, acknowledges each only once that one has (``links.parcels``).
+
 An ``Announcer`` (PUB) publishes to every ``Listener`` (SUB) messages that may be missed.
 
 Each message on a socket begins with a link frame, a fixed struct (``links.frames``).  The two frames of
@@ -26,6 +30,8 @@ module               what it holds
 ``frames``           link frames and the size of messages
 ``client``           the client's end: window of sends, requests, waits
 ``server``           the server's end: sessions, sends, acknowledgements, requests, replies
+``way``              the servers that lead up to the buffer, and which of them is in use
+``parcels``          sends that are passed on
 ``announcements``    both ends of announcements
 ``link``             what all ends share; ``binding`` and ``connecting`` the two kinds of ends
 ``pump``             a ZeroMQ socket on the event loop

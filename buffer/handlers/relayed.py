@@ -22,6 +22,8 @@ from atpo_async.wire.relayed import MAX_HOPS
 
 GONE_BEATS = 10
 """Heartbeats without a word of a relay after which it is no longer shown."""
+MOST_RELAYS = 256
+"""Known at a time: a relay's key may introduce itself under many names."""
 _TICKET_CHARS = 40
 
 
@@ -118,6 +120,8 @@ class RelayedPeers:
                 "links.keys_dir (atpo keys new NAME --relay)"
             )
         self._relays[peer] = KnownRelay(hello.host, now)
+        if len(self._relays) > MOST_RELAYS:
+            del self._relays[min(self._relays, key=lambda name: self._relays[name].heard_at)]
         return ""
 
     def is_known(self, peer: str) -> bool:
