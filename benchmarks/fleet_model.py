@@ -7,7 +7,7 @@ in docs/scaling.md.
 
     .venv/bin/python benchmarks/fleet_model.py check            # four real runs, 8 minutes, then the model beside them
     .venv/bin/python benchmarks/fleet_model.py check --from DIR # runs that `check --dir DIR` made before
-    .venv/bin/python benchmarks/fleet_model.py fleets --figure docs/scaling.png   # 8, 64 and 512 GPUs; 10 minutes
+    .venv/bin/python benchmarks/fleet_model.py fleets --figure docs/scaling.png   # 8, 64 and 512 GPUs; 5 to 10 minutes
 
 ``check`` calibrates the model by one real run (max_lag 3), simulates max_lag 0, 2 and 4 with it, and compares steps an
 hour and mean lag with three other real runs; exit code 1 if one is off by more than ``--within``.
