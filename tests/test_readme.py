@@ -35,6 +35,9 @@ RUN_ELSEWHERE = {
     "atpo trees runs/capitals": "test_readme.py::test_a_task_of_ones_own_trains_as_the_readme_says",
     "atpo train configs/demo.toml": "test_readme.py::test_the_demo_trains_and_names_its_report",
     "atpo study staleness": "test_study.py",
+    "atpo status ray://": "test_ray_cluster.py::test_every_node_is_lost_and_comes_back_and_the_run_is_exact",
+    "atpo launch slurm": "test_placing_runs.py::test_a_printed_sbatch_script_takes_a_run_to_its_end",
+    "pip install 'atpo-async[ray]'": "test_ray_cluster.py",
 }
 """Beginning of a command -> the test that runs it, or the same with fewer steps."""
 
