@@ -18,7 +18,8 @@ from tests.e2e_support import BASE, ROOT, WORLD
 from tests.links_support import reserved_port
 
 SRUN = r"""#!/usr/bin/env bash
-# Runs its command here, once for each task; a role's place is noted.
+# Runs its command here, once for each task; a role's place is noted.  As Slurm's, it kills a step by SIGKILL when it
+# gets SIGTERM, and passes SIGUSR1 on to all processes of the step.
 tasks=1 node=
 while [[ $1 == -* ]]; do
   case $1 in
@@ -28,7 +29,18 @@ while [[ $1 == -* ]]; do
   shift
 done
 if [[ -n $node ]]; then echo "$node $*" >>"$FAKE_SLURM/placed"; fi
-if (( tasks == 1 )); then exec "$@"; fi
+if (( tasks == 1 )); then
+  step= code=0
+  trap '[[ -n $step ]] && kill -KILL -- "-$step"' TERM
+  trap '[[ -n $step ]] && kill -USR1 -- "-$step"' USR1
+  CUDA_VISIBLE_DEVICES=${FAKE_GPUS-} setsid "$@" &
+  step=$!
+  while :; do
+    code=0
+    wait "$step" || code=$?
+    kill -0 "$step" 2>/dev/null || exit "$code"
+  done
+fi
 for (( i = 0; i < tasks; i++ )); do "$@" || exit; done
 """
 SCONTROL = r"""#!/usr/bin/env bash

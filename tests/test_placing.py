@@ -163,6 +163,9 @@ def test_manifests_fit_the_schemas_of_kubernetes_and_carry_the_configuration_unc
     assert learner["resources"] == {"requests": {"cpu": "8"}, "limits": {"nvidia.com/gpu": 2}}
     assert actors["resources"]["limits"] == {"nvidia.com/gpu": 1}
     assert by_kind["Deployment"]["spec"]["replicas"] == 2
+    for kind in ("StatefulSet", "Job", "Deployment"):
+        # Else an image whose user is not root reads no key and writes to no volume.
+        assert by_kind[kind]["spec"]["template"]["spec"]["securityContext"]["fsGroup"]
     for container in (learner, actors, by_kind["StatefulSet"]["spec"]["template"]["spec"]["containers"][0]):
         subprocess.run(["sh", "-n", "-c", container["command"][2]], check=True)
 
@@ -175,6 +178,7 @@ def test_a_learner_of_more_ranks_than_a_node_has_gpus_gets_a_pod_for_each_node(
     job = next(document for document in documents if document["kind"] == "Job")
     spec = job["spec"]
     assert (spec["completions"], spec["parallelism"], spec["completionMode"]) == (2, 2, "Indexed")
+    assert spec["backoffLimit"] == 40, "one crash ends the pods of all ranks"
     command = spec["template"]["spec"]["containers"][0]["command"][2]
     assert '--machine "$JOB_COMPLETION_INDEX/2@small-learner-0.small-learner:7003"' in command
     assert "small-learner" in [d["metadata"]["name"] for d in documents if d["kind"] == "Service"]

@@ -49,8 +49,9 @@ def test_a_printed_sbatch_script_takes_a_run_to_its_end(
     assert len(trained) == 2, story
     assert (run.path / "model" / "config.json").is_file()
     placed = (tmp_path / "placed").read_text()
-    assert "127.0.0.1 env ATPO_PLACED=1 CUDA_VISIBLE_DEVICES= atpo train" in placed
-    assert "localhost env ATPO_PLACED=1 CUDA_VISIBLE_DEVICES= atpo actor" in placed
+    role = f"bash {tmp_path / 'work' / 'atpo-77' / 'role.sh'}"
+    assert f"127.0.0.1 {role}  atpo train" in placed
+    assert f"localhost {role}  atpo actor" in placed
     assert not list((tmp_path / "work").iterdir())
     assert (logs / "buffer.ended").read_text() == "0\n"
 
@@ -101,6 +102,22 @@ def test_the_containers_of_printed_manifests_take_a_run_to_its_end(
     assert any(r.source == "client/small-actor-x7" for r in read_metrics(run.metrics_path))
 
 
+def test_a_learners_pod_says_that_only_the_user_can_mend_it_whatever_the_launcher_of_its_ranks_ends_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "small.toml"
+    config.write_text('[run]\nname = "small"\n')
+    documents = list(yaml.safe_load_all(printed(capsys, "kubernetes", str(config), "--image", "registry/atpo:1")))
+    command = mounted(next(each for each in documents if each["kind"] == "Job"), documents, tmp_path)
+    ends = '#!/bin/sh\n[ -z "$SAID" ] || echo "$SAID" >"$ATPO_ERROR_FILE"\nexit 1\n'
+    fake = put(tmp_path / "bin", atpo=ends)
+    codes = [
+        subprocess.run(command, env=environment(fake, SAID=said), check=False).returncode
+        for said in ('{"code": 2, "error": "x"}', '{"code": 3, "error": "x"}', "")
+    ]
+    assert codes == [2, 1, 1]
+
+
 # --- ends that a script has to handle, with roles of a line each ----------------------------------------------------
 
 ROLES = r"""#!/usr/bin/env bash
@@ -117,18 +134,20 @@ while :; do sleep 0.05; done
 
 
 def scripted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], behaviour: str, *words: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], behaviour: str, *words: str, device: str = "cpu"
 ) -> tuple[subprocess.Popen[str], dict[str, str]]:
     """A printed script over roles that do what ``behaviour``, lines of shell, says."""
     config = tmp_path / "small.toml"
-    config.write_text('[run]\nname = "small"\n[actor]\ncount = 1\ndevice = "cpu"\n[learner]\ndevice = "cpu"\n')
+    config.write_text(
+        f'[run]\nname = "small"\n[actor]\ncount = 1\ndevice = "{device}"\n[learner]\ndevice = "{device}"\n'
+    )
     script = tmp_path / "job.sh"
     script.write_text(printed(capsys, "slurm", str(config), *words))
     fake = put(tmp_path / "bin", srun=SRUN, scontrol=SCONTROL, sbcast=SBCAST, atpo=ROLES)
     (tmp_path / "behaviour").write_text(behaviour)
     env = environment(
         fake, FAKE_SLURM=str(tmp_path), FAKE_NODES="n1", SLURM_JOB_ID="5", SLURM_JOB_NODELIST="n1",
-        ATPO_WORK=str(tmp_path / "work"),
+        ATPO_WORK=str(tmp_path / "work"), ATPO_MOST_SHORT="2", FAKE_GPUS="4,6",
     )  # fmt: skip
     process = subprocess.Popen(
         ["bash", str(script)], env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -170,6 +189,42 @@ def test_a_role_that_crashes_is_started_again_and_one_that_only_the_user_can_men
     assert "error: model.path is no folder" in said
     assert started(tmp_path).count("actor-0") == 2
     assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        # As a learner of several ranks: its launcher has a code of its own.
+        ('echo \'{"code": 2, "error": "no such model"}\' >"$ATPO_ERROR_FILE"; exit 1', 2),
+        ("exit 127", 127),
+    ],
+)
+def test_a_role_that_no_further_start_would_help_ends_the_job_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ends: str, code: int
+) -> None:
+    process, _ = scripted(tmp_path, capsys, f"[[ $role == learner ]] && {{ {ends}; }}\n")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert started(tmp_path).count("learner") == 1
+
+
+def test_a_learner_that_crashes_at_each_start_is_given_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    process, _ = scripted(tmp_path, capsys, "[[ $role == learner ]] && exit 1\n")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    assert "learner has ended 2 times within minutes of its start; it is given up" in said
+    assert started(tmp_path).count("learner") == 2
+    assert (tmp_path / "asked").read_text().split()[-1] == "train", "the others were asked to end"
+
+
+def test_a_role_sees_those_of_the_gpus_that_slurm_gave_its_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = 'echo "$role [$CUDA_VISIBLE_DEVICES]" >>"$FAKE_SLURM/gpus"\n[[ $role == learner ]] && exit 2\n'
+    process, _ = scripted(tmp_path, capsys, seen, "--gpus-per-node", "2", device="cuda")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, said
+    assert {"learner [4]", "actor-0 [6]"} <= set((tmp_path / "gpus").read_text().splitlines())
 
 
 def test_the_job_ends_with_the_buffer_and_those_that_do_not_notice_are_asked_to(

@@ -14,7 +14,7 @@ PLACED = "ATPO_PLACED"
 supervised."""
 
 ERROR_FILE = "ATPO_ERROR_FILE"
-"""Environment variable: where a supervised role writes ``{"code", "error"}`` when it fails."""
+"""Environment variable: where a role that is supervised, or placed, writes ``{"code", "error"}`` when it fails."""
 
 STATUS_FOLDER = "ATPO_STATUS_FOLDER"
 """Environment variable: where a role that has no run folder on its machine writes its status, for what started it."""

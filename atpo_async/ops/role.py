@@ -168,14 +168,14 @@ def _note(line: str) -> None:
 
 
 def _say(error: BaseException, *, supervised: bool, debug: bool) -> int:
-    """Report an error in one line on stderr, and for the supervisor in a file of its own; returns the exit code."""
+    """Report an error in one line on stderr, and for what started the role in a file; returns the exit code."""
     if debug:
         _print(texts.trace_of(error))
     text = texts.middle_cut(str(error)) if isinstance(error, AtpoError) else texts.of_error(error, most=1000)
     _print(f"{ERROR_PREFIX}{text}")
     exact = supervised or PLACED in os.environ
     code = exit_code(error) if exact or not isinstance(error, AtpoError) else EXIT_USER
-    if supervised and ERROR_FILE in os.environ:
+    if exact and ERROR_FILE in os.environ:
         # A program in between (accelerate) changes the exit code, and an engine may write to the log after us.
         file = Path(os.environ[ERROR_FILE])
         with contextlib.suppress(OSError):

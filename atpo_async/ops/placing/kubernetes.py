@@ -29,6 +29,10 @@ MOST_CONFIGURATION = 1 << 20
 """Bytes that a ConfigMap takes."""
 GRACE_S = {"buffer": 60, "learner": 600, "actor": 120}
 """Between SIGTERM and SIGKILL: the learner saves, an actor finishes turns and hands its leases back."""
+GROUP = 1000
+"""Of every pod: an image's user that is not root reads the keys and writes the buffer's volume by it."""
+MOST_FAILURES = 20
+"""Of each of the learner's pods."""
 Keys = Mapping[str, bytes]
 """Path under ``links.keys_dir`` -> content."""
 
@@ -199,7 +203,7 @@ class _Maker:
             "completions": count,
             "parallelism": count,
             "completionMode": "Indexed",
-            "backoffLimit": 20,
+            "backoffLimit": MOST_FAILURES * count,
             "podFailurePolicy": {"rules": policy},
             "template": pod,
         }
@@ -264,6 +268,7 @@ class _Maker:
             "spec": {
                 "terminationGracePeriodSeconds": GRACE_S[role],
                 "automountServiceAccountToken": False,
+                "securityContext": {"fsGroup": GROUP, "fsGroupChangePolicy": "OnRootMismatch"},
                 "containers": [container],
                 "volumes": volumes,
             },

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from atpo_async.config import Config
-from atpo_async.ops.exits import EXIT_USER, PLACED, STATUS_FOLDER
+from atpo_async.ops.exits import ERROR_FILE, EXIT_USER, PLACED, STATUS_FOLDER
 from atpo_async.ops.placing.payload import MEETING_PORT
 
 __all__ = ["EXIT_USER"]
@@ -86,9 +86,12 @@ def learner(config: Config, *, join: str, count: int, meeting: str) -> str:
         meeting: host of the first one, where ranks meet.
     """
     machine = f' --machine "$JOB_COMPLETION_INDEX/{count}@{meeting}:{MEETING_PORT}"' if count > 1 else ""
+    # The launcher of several ranks ends with a code of its own.
+    found = f"""if [ "$code" -ne 0 ] && grep -qs '^{{"code": {EXIT_USER},' "${ERROR_FILE}"; then code={EXIT_USER}; fi"""
     return (
-        f"{_BEGIN}atpo learner {_OPTIONS} --join {join}:{config.links.learner_port} --dir {SCRATCH}/learner"
-        f'{machine} {_KEYS_OPTION} &\n{_WAIT}exit "$code"\n'
+        f"{_BEGIN}export {ERROR_FILE}={SCRATCH}/error\nrm -f {SCRATCH}/error\n"
+        f"atpo learner {_OPTIONS} --join {join}:{config.links.learner_port} --dir {SCRATCH}/learner"
+        f'{machine} {_KEYS_OPTION} &\n{_WAIT}{found}\nexit "$code"\n'
     )
 
 

@@ -15,7 +15,7 @@ from atpo_async.config import Config
 from atpo_async.core.errors import ConfigError
 from atpo_async.ops.placing import payload
 from atpo_async.ops.placing.placement import Placed, Placement, place
-from atpo_async.ops.placing.slurm_script import BODY, END
+from atpo_async.ops.placing.slurm_script import BODY, END, IN_STEP, ROLE
 
 SAVE_S = 180
 """Before the time limit: for the learner's checkpoint."""
@@ -102,8 +102,9 @@ def _directives(config: Config, options: SlurmOptions) -> list[str]:
         f"--job-name={options.job_name or config.run.name}",
         f"--nodes={options.nodes}",
         "--ntasks-per-node=1",
-        f"--cpus-per-task={options.cpus_per_node}" if options.cpus_per_node else "--exclusive",
     ]
+    # Whole nodes: --exclusive alone gives all processors and the default share of the memory.
+    lines += [f"--cpus-per-task={options.cpus_per_node}"] if options.cpus_per_node else ["--exclusive", "--mem=0"]
     lines += [f"--gpus-per-node={options.gpus_per_node}"] if options.gpus_per_node else []
     for name in ("partition", "account", "time"):
         if text := getattr(options, name):
@@ -129,9 +130,10 @@ def _settings(config: Config, options: SlurmOptions, files: Mapping[str, str]) -
         f"learner_port={links.learner_port}",
         f"keys_from={shlex.quote(options.keys_dir or '')}",
         f"requeue={int(options.requeue)}",
-        f"files=({' '.join(['run.json', *files])})",
+        f"files=({' '.join(['run.json', ROLE, *files])})",
         "write_files() {  # write_files FOLDER",
         *_heredoc("run.json", payload.as_text(config)),
+        *_heredoc(ROLE, IN_STEP),
         *(line for name, text in files.items() for line in _heredoc(name, text)),
         "}",
         "options=()",

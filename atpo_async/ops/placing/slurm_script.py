@@ -2,6 +2,35 @@
 
 from __future__ import annotations
 
+from atpo_async.ops.exits import ERROR_FILE, EXIT_USER, PLACED
+
+ROLE = "role.sh"
+"""File on every node: what runs one role inside its job step."""
+
+# srun takes SIGTERM as an order to kill its step with SIGKILL, so that nothing could be saved; SIGUSR1 it passes on, to
+# every process of the step.
+IN_STEP = rf"""# role.sh GPUS CMD...: run a role with those of the GPUs that its step has; SIGUSR1 asks it to end.
+set -uo pipefail
+gpus=$1 role='' asked='' code=0 given=() own=()
+shift
+IFS=, read -ra given <<<"${{CUDA_VISIBLE_DEVICES:-}}" || true
+for number in ${{gpus//,/ }}; do own+=("${{given[number]:-$number}}"); done
+export CUDA_VISIBLE_DEVICES {PLACED}=1 {ERROR_FILE}
+CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${{own[*]:-}}")
+{ERROR_FILE}=$(mktemp "${{0%/*}}/error-XXXXXX")
+trap 'asked=1; if [[ -n $role ]]; then kill -TERM "$role" 2>/dev/null || true; fi' USR1
+trap : TERM    # from Slurm itself: the role has it too
+(trap '' USR1; exec "$@") &
+role=$!
+if [[ -n $asked ]]; then kill -TERM "$role" 2>/dev/null || true; fi
+wait "$role" || code=$?
+while kill -0 "$role" 2>/dev/null; do code=0; wait "$role" || code=$?; done
+# The launcher of several ranks ends with a code of its own.
+if [[ $code != 0 ]] && grep -q '^{{"code": {EXIT_USER},' "${ERROR_FILE}"; then code={EXIT_USER}; fi
+rm -f "${ERROR_FILE}"
+exit "$code"
+"""
+
 BODY = r"""
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 if (( ${#nodes[@]} < num_nodes )); then
@@ -33,11 +62,14 @@ done
 cp -R -- "$staging/keys/." "$work/keys/"
 options+=(--links.keys_dir "$work/keys")
 
-# keep ROLE CMD...: run a role; start it again after a crash, later each time; leave how it ended.
+# keep ROLE CMD...: run a role; start it again after a crash, later each time; leave how it ended.  The run cannot do
+# without the buffer and the learner: they are given up after so many short lives in a row.
+most_short=${ATPO_MOST_SHORT:-12}
 keep() {
-  local role=$1 pause=1 began code child='' stop=''
+  local role=$1 pause=1 short=0 began code child='' stop=''
   shift
-  trap 'stop=1; if [[ -n $child ]]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM
+  # SIGTERM would have srun kill the role.
+  trap 'stop=1; if [[ -n $child ]]; then kill -USR1 "$child" 2>/dev/null || true; fi' TERM
   trap '' INT
   while :; do
     began=$SECONDS code=0
@@ -45,9 +77,14 @@ keep() {
     child=$!
     wait "$child" || code=$?
     while kill -0 "$child" 2>/dev/null; do code=0; wait "$child" || code=$?; done
-    # 0: its work is done; 2: only the user can mend it.
-    if [[ -n $stop || $code == 0 || $code == 2 ]]; then break; fi
-    if (( SECONDS - began > 300 )); then pause=1; fi
+    # 0: its work is done; 2: only the user can mend it; 126, 127: there is no such program on the node.
+    if [[ -n $stop || $code == 0 || $code == 2 || $code == 126 || $code == 127 ]]; then break; fi
+    if (( SECONDS - began > 300 )); then pause=1 short=0; fi
+    short=$(( short + 1 ))
+    if [[ $role != actor-* ]] && (( short >= most_short )); then
+      echo "$role has ended $short times within minutes of its start; it is given up"
+      break
+    fi
     echo "$role ended with $code; it is started again in $pause s ($logs/$role.log)"
     child=''
     sleep "$pause" &
@@ -64,7 +101,7 @@ start() {
   local role=$1 node=$2 gpus=$3
   shift 3
   keep "$role" srun --nodes=1 --ntasks=1 --nodelist="$node" --overlap --cpu-bind=none --mem=0 \
-    env ATPO_PLACED=1 CUDA_VISIBLE_DEVICES="$gpus" "$@" &
+    bash "$work/role.sh" "$gpus" "$@" &
   keeper[$role]=$!
 }
 
@@ -85,7 +122,7 @@ stop() {
   done
 }
 
-# The run is over with the buffer; what only the user can mend, in whichever role, ends it too.
+# The run is over with the buffer; a role that is not started again, whichever it is, ends it too.
 result=''
 while [[ -z $result && -z $stopping ]]; do
   wait -n || true
@@ -93,7 +130,7 @@ while [[ -z $result && -z $stopping ]]; do
     if [[ ! -e $logs/$role.ended ]]; then continue; fi
     code=$(<"$logs/$role.ended")
     unset "keeper[$role]"
-    if [[ $role == buffer || $code == 2 ]]; then
+    if [[ -z $result && ( $role == buffer || $code != 0 ) ]]; then
       result=$code
       if [[ $code != 0 ]]; then
         echo "error: $role ended with $code; the last of $logs/$role.log:" >&2
