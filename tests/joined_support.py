@@ -7,7 +7,6 @@ import asyncio
 import functools
 import os
 import shlex
-import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from atpo_async.ops.specs import Machines, RoleSpec, learner_spec
 from atpo_async.run import launch
 from atpo_async.run.endpoints import EndpointsFile
 from atpo_async.run.files import write_atomic
+from tests.links_support import reserved_port
 
 
 class OnMachines:
@@ -82,7 +82,7 @@ class JoinedLauncher(ProcessLauncher):
         return parts[0] if len(parts) == 1 else OnMachines(parts)  # type: ignore[return-value]
 
     def _learners(self, words: Sequence[str]) -> list[RoleSpec]:
-        config, port = load(self._config), _free_port()
+        config, port = load(self._config), reserved_port()
         return [
             learner_spec(
                 config,
@@ -102,12 +102,6 @@ class JoinedLauncher(ProcessLauncher):
 def _others(order: StartOrder, count: int) -> list[StartOrder]:
     """The same on further machines, with logs of their own."""
     return [replace(order, log=order.log.with_suffix(f".machine-{index + 1}.txt")) for index in range(count)]
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def hidden(argv: Sequence[str], run: Path) -> tuple[str, ...]:

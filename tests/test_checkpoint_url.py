@@ -83,6 +83,43 @@ def test_a_checkpoint_that_was_broken_off_is_none_and_goes_with_the_old_ones(url
     }  # fmt: skip
 
 
+def test_a_list_of_files_of_which_half_was_written_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system, where a file appears with its first byte; in a folder with a space and a percent sign."""
+    url = f"file://{tmp_path}/a folder 100%"
+    store = CheckpointStore(url, run_id="r")
+    store.put(checkpoint(tmp_path, 1))
+    fs, _ = fsspec.core.url_to_fs(url)
+
+    def half(path: str, data: bytes) -> None:
+        Path(path).write_bytes(data[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    second = checkpoint(tmp_path, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(fs, "pipe_file", half)
+        with pytest.raises(KeyboardInterrupt):
+            store.put(second)
+    assert [each.step for each in store.stored()] == [1]
+    (tmp_path / "back").mkdir()
+    store.fetch("step-000001-v000001", tmp_path / "back")
+    store.put(second)
+    store.keep_newest(1)
+    assert {name.split("/")[1] for name in files_at(url)} == {"step-000002-v000002.json", "step-000002-v000002"}
+
+
+def test_a_folder_that_is_put_there_again_is_not_complete_until_all_of_it_is_new(url: str, tmp_path: Path) -> None:
+    store = CheckpointStore(url, run_id="r")
+    store.put(checkpoint(tmp_path / "one", 1), name="model")
+
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    newer = checkpoint(tmp_path / "two", 2)
+    with pytest.raises(KeyboardInterrupt):
+        store.put(newer, name="model", may_stop=killed)
+    assert "r/model.json" not in files_at(url)
+
+
 def test_of_one_step_the_newest_version_counts_and_steps_are_numbers(url: str, tmp_path: Path) -> None:
     store = CheckpointStore(url, run_id="r")
     for step, version in ((1_000_000, 5), (999_999, 7), (1_000_000, 4)):

@@ -27,6 +27,8 @@ from atpo_async.wire.digests import file_digests
 FORMAT = 1
 _NAME = re.compile(r"step-(\d+)-v(\d+)")
 _PROBE = "atpo-writes-here"
+_ASIDE = ".writing-"
+"""Begins the name of a list of files until all of it is there."""
 
 
 class StoreFault(Exception):
@@ -104,7 +106,7 @@ class CheckpointStore:
             return sorted((found for name in names if (found := parsed(name))), key=Stored.key)
 
     def put(self, folder: Path, *, name: str = "", may_stop: Callable[[], None] = lambda: None) -> int:
-        """Put a folder of files there; it counts once all of it is there.  Returns its bytes.
+        """Put a folder of files there, in place of one of that name; it counts once it is complete.  Returns its bytes.
 
         Args:
             folder: nothing in it changes meanwhile.
@@ -116,6 +118,10 @@ class CheckpointStore:
             OSError: the folder cannot be read.
         """
         name, total = name or folder.name, 0
+        listed = f"{self._root}/{name}.json"
+        with _mapped(f"{self.shown(f'{name}.json')} cannot be removed"):
+            if self._fs.exists(listed):
+                self._fs.rm_file(listed)
         files: dict[str, _File] = {}
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             may_stop()
@@ -131,8 +137,10 @@ class CheckpointStore:
                 raise StoreFault(f"{self.shown(f'{name}/{file}')} has {there} bytes after {size} were written")
             files[file], total = _File(size, digest), total + size
         with _mapped(f"{self.shown(f'{name}.json')} cannot be written"):
-            # Last: from here on it is complete.
-            self._fs.pipe_file(f"{self._root}/{name}.json", msgspec.json.encode(_Listed(FORMAT, files)))
+            # Last: from here on it is complete.  A file system, unlike a store of objects, shows half a file.
+            aside = f"{self._root}/{_ASIDE}{name}.json"
+            self._fs.pipe_file(aside, msgspec.json.encode(_Listed(FORMAT, files)))
+            self._fs.mv(aside, listed)
         return total
 
     def fetch(self, name: str, target: Path) -> None:
@@ -167,7 +175,9 @@ class CheckpointStore:
                 self._fs.rm_file(f"{self._root}/{each.name}.json")
             oldest = complete[-count].key()
             for name in self._names():
-                if (found := parsed(name)) is not None and found.key() < oldest:
+                if name.startswith(_ASIDE):
+                    self._fs.rm_file(f"{self._root}/{name}")
+                elif (found := parsed(name)) is not None and found.key() < oldest:
                     self._fs.rm(f"{self._root}/{name}", recursive=True)
 
     def _names(self) -> Iterator[str]:
