@@ -9,6 +9,7 @@ import pytest
 from atpo_async.config import build
 from atpo_async.run.host import as_name
 from atpo_async.wire.messages import ActorReport
+from buffer.journal.entries import LeaseEntry, TreeStateEntry
 from buffer.leases.ledger import Ledger
 from buffer.leases.presence import FORGOTTEN_S, ActorPresence, Host
 from buffer.leases.rates import HALF_LIFE_S, STRETCH_TURNS, Rates
@@ -137,6 +138,30 @@ def test_an_actor_that_goes_on_under_another_name_keeps_its_rate_and_its_leases(
     assert (made.rates.turns_per_s("a"), made.rates.held("a", "train")) == (None, 0)
     made.end(held[0].tree_id)
     assert (made.rates.held("b", "train"), made.rates.trees("b")) == (1, 1)
+
+
+def test_the_time_before_a_buffer_was_started_again_is_no_work_of_those_that_hold_leases() -> None:
+    made = Ledger(
+        staleness=build({}).staleness, lifetime_s=10.0, silent_s=6.0, max_reissues=1, seed=0, prefix="b2"
+    )  # fmt: skip
+    lease = LeaseEntry(holder="a", seed=0, epoch=0, min_version=0, lost=0, waiting=False, eval_step=-1)
+    made.restore_lease("t", TreeStateEntry(number=1, task_index=0, kind="train", lease=lease, growing=True), now=9e4)
+    for i in range(STRETCH_TURNS):
+        made.turn("t", now=9e4 + 0.5 * (i + 1), lag=0)
+    assert made.rates.turns_per_s("a") == pytest.approx(2.0)
+
+
+def test_an_actor_is_no_slower_for_the_time_in_which_the_buffer_stood_still() -> None:
+    made = Ledger(
+        staleness=build({"staleness": {"trees_per_batch": 8, "max_lag": 4}}).staleness, lifetime_s=10.0, silent_s=6.0,
+        max_reissues=1, seed=0, prefix="b1",
+    )  # fmt: skip
+    made.progress.publish(0)
+    (held,) = made.grant("a", 1, now=0.0, ready=0).leases
+    made.excuse(100.0, 100.0)
+    for i in range(STRETCH_TURNS):
+        made.turn(held.tree_id, now=100.0 + 0.5 * (i + 1), lag=0)
+    assert made.rates.turns_per_s("a") == pytest.approx(2.0)
 
 
 # --- what each is given --------------------------------------------------------------------------------------------

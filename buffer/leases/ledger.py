@@ -298,6 +298,7 @@ class Ledger:
     def excuse(self, away_s: float, now: float) -> None:
         """The buffer itself stood still for so long: no silence or delay in that time counts."""
         self.actors.excuse(now)
+        self.rates.excuse(away_s)
         for held in self._leases:
             held.expires_at += away_s
 
@@ -397,6 +398,7 @@ class Ledger:
 
     def restore_lease(self, tree_id: str, tree: TreeStateEntry, *, now: float) -> None:
         """A lease as an earlier process left it: its holder has the full lifetime to renew it."""
+        self.rates.now = now  # the time before this process does not count as work of its holder
         self.tasks.restore_attempts(tree.task_index, tree.attempts)
         lease = tree.lease
         if lease is None:

@@ -64,7 +64,7 @@ class _Meter:
 
     def busy_s(self, now: float) -> float:
         """Of the stretch under way."""
-        return self.stretch_s + (now - self.busy_since if self.held.total() else 0.0)
+        return self.stretch_s + (max(now - self.busy_since, 0.0) if self.held.total() else 0.0)
 
 
 class Rates:
@@ -136,6 +136,12 @@ class Rates:
                 self._long = float(sorted(kept)[math.ceil(LONG * len(kept)) - 1])
         if (meter := self._meters.get(held.holder)) is not None:
             meter.trees += 1
+
+    def excuse(self, away_s: float) -> None:
+        """The buffer stood still for so long: no turn could come."""
+        for meter in self._meters.values():
+            if meter.held.total():
+                meter.busy_since += away_s
 
     def forget(self, actor: str) -> None:
         """A new process of this name is another actor, perhaps on another machine."""
