@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-from atpo_async.wire.messages import Lease, Leases
+from atpo_async.wire.messages import Lease, Leases, Welcome
 from buffer.handlers.lease_queue import LEASE_WAIT_S, WAITING_AT_ONCE, LeaseQueue
+from buffer.service import BufferService
 from buffer.state import Admitted
 from tests.actor_support import lease
-from tests.buffer_peers_support import SOON_S, wants
+from tests.buffer_peers_support import SOON_S, hello, published, running, wants
+from tests.waiting_support import until
 
 
 class Admission:
@@ -100,3 +102,43 @@ async def test_the_more_wait_the_longer_each_does() -> None:
     assert queue.wait_s == 4 * LEASE_WAIT_S
     for task in tasks.values():
         task.cancel()
+
+
+async def test_nothing_is_granted_any_more_to_the_former_name_of_an_actor_whose_request_waits() -> None:
+    async with running() as peers:
+        service, config = peers.service, peers.config
+        await peers.tell(published())
+        first = await peers.actor.request(hello(config), timeout_s=SOON_S)
+        assert isinstance(first, Welcome)
+        held = await peers.leases(config.staleness.max_trees_pending)
+        queue = service._actor_handler._queue
+        request = asyncio.create_task(peers.actor.request(wants(1), timeout_s=SOON_S))
+        await until(lambda: len(queue) == 1)
+        moved = await _asked(service, "relay-1/a", hello(config, continues="a", ticket=first.ticket))
+        assert isinstance(moved, Welcome)
+        service.state.returned("relay-1/a", [held[0].tree_id])
+        service._changes.notify()
+        answer = await request
+        assert isinstance(answer, Leases)
+        assert answer.leases == ()
+        assert service.state.ledger.held_by("a") == []
+
+
+async def test_nothing_is_granted_to_a_request_of_the_process_before() -> None:
+    async with running() as peers:
+        service, config = peers.service, peers.config
+        await peers.tell(published())
+        await peers.leases(config.staleness.max_trees_pending)
+        queue = service._actor_handler._queue
+        former = asyncio.create_task(_asked(service, "b", wants(1, "b")))
+        await until(lambda: len(queue) == 1)
+        await _asked(service, "b", hello(config, actor="b"))
+        answer = await former
+        assert isinstance(answer, Leases)
+        assert (answer.leases, len(queue)) == ((), 0)
+
+
+async def _asked(service: BufferService, peer: str, message: object) -> object:
+    answer = service._actor_handler.handle(peer, message, ())
+    assert answer is not None
+    return await answer

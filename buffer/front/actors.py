@@ -129,6 +129,9 @@ class FrontActors:
         if hello.continues and not self.relayed.is_right(hello.continues, hello.ticket):
             return m.Refused(reason=f"{peer} cannot go on as {hello.continues}: its ticket is not that of this name")
         self.relayed.moves += bool(hello.continues) and hello.continues != peer
+        if hello.continues != peer:
+            # What is granted to a request that waits would reach the process before, or a name that none has any more.
+            self._queue.drop(hello.continues or peer)
         later = m.Welcome(run=self._context.run, weights_endpoint="", announce_endpoint="")
         to_shards = msgspec.structs.replace(hello, actor=peer)
         asked = (link.client.request(to_shards, timeout_s=HELLO_S) for link in self._shards)

@@ -126,6 +126,8 @@ class ActorHandler:
         if hello.continues:
             self._go_on(hello.continues, peer, now)
         else:
+            # A request of the process before that waits is answered with none: this one would never hear of the leases.
+            self._queue.drop(peer)
             self._drop_pending(peer)
             self._state.hello(peer, now)
         self._state.ledger.actors.lives_on(peer, Host(hello.host, hello.host_id))
@@ -160,6 +162,7 @@ class ActorHandler:
         if former == peer:
             self._state.ledger.actors.heard(peer, now)
             return
+        self._queue.drop(former)  # nothing may be granted any more to a name that no process has
         pending = self._pending.get(former)
         if pending is not None:
             # Granted, and never sent there.
