@@ -96,8 +96,6 @@ class FrontBatches:
         while True:
             prepare = f.Prepare(front=self._front, request=request)
             prepared = await self._ask_all([prepare] * len(self._shards), f.Prepared)
-            for link, each in zip(self._shards, prepared, strict=True):
-                link.heard(each.state)
             parts = [each.part for each in prepared]
             there = [part for part in parts if part is not None]
             if not there:

@@ -71,8 +71,11 @@ class ShardLink:
             BadMessage: it refuses.
         """
         with waits.waiting("the buffer", f"an answer of {self.name}", on=self.name):
-            answer = await self.client.request(f.asked(question), timeout_s=timeout_s)
-        return f.answer_in(answer, kind)
+            answer = f.answer_in(await self.client.request(f.asked(question), timeout_s=timeout_s), kind)
+        if isinstance(answer, f.Prepared):
+            # At once, in the order in which the shard has sent its numbers: later ones have leases that these lack.
+            self.heard(answer.state)
+        return answer
 
     async def send(self, message: Any, parcel: Parcel) -> None:
         """Pass a message on; ``parcel`` arrives with it.  Waits for: space in the window."""

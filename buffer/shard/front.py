@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -87,9 +87,10 @@ class FrontHandler:
             case f.Prepare():
                 self._front = question.front
                 self._state.ledger.limits.pace.taken(question.request.version, self._context.clock())
-                part = self._parts.prepare(question.request)
+                part = self._described(self._parts.prepare(question.request))
                 self._changes.notify()
-                return await self._settled(f.Prepared(state=self.state(), part=self._described(part)))
+                # Its numbers are those of when it is sent: meanwhile leases may be granted, and sent before it.
+                return await self._settled(lambda: f.Prepared(state=self.state(), part=part))
             case f.Weigh():
                 return f.answered(self._weigh(question))
             case f.TakePart() | f.UndoPart() if question.front != self._front:
@@ -98,17 +99,20 @@ class FrontHandler:
             case f.TakePart():
                 taken = self._parts.take(question, self._context.clock())
                 self._changes.notify()
-                return f.answered(f.Gone()) if taken is None else await self._settled(self._parts.describe(taken))
+                if taken is None:
+                    return f.answered(f.Gone())
+                made = self._parts.describe(taken)
+                return await self._settled(lambda: made)
             case f.UndoPart():
                 self._parts.undo_part(question.step, question.batch_id)
                 self._changes.notify()
-                return await self._settled(f.Done())
+                return await self._settled(f.Done)
             case f.Fetch():
                 return await self._fetch(question)
             case f.LookAtEvaluation():
                 found = self._state.ledger.evaluations.find(question.step)
                 entry = None if found is None else found.snapshot()
-                return await self._settled(f.EvaluationPart(entry=entry))
+                return await self._settled(lambda: f.EvaluationPart(entry=entry))
             case f.LookAtActors():
                 found_rows = actor_rows(self._state.ledger, self._context.clock())
                 return f.answered(msgspec.convert({"rows": found_rows}, f.ActorRows))
@@ -156,15 +160,15 @@ class FrontHandler:
             oldest=ready.oldest.astype(np.int64).tobytes(), unserved=ready.unserved.tobytes(), version=ready.version,
         )  # fmt: skip
 
-    async def _settled(self, answer: f.Answer) -> m.Message:
-        """The answer, once all that was decided by now is on disk."""
+    async def _settled(self, answer: Callable[[], f.Answer]) -> m.Message:
+        """The answer, made once all that was decided by now is on disk."""
         try:
             await self._journal.settle(at_once=True, timeout_s=SETTLE_WAIT_S)
         except TimeoutError:
             return f.answered(
                 f.Unwritten(reason=f"{role_of(self._state.shard.index)}: {self._context.why_unwritten()}")
             )
-        return f.answered(answer)
+        return f.answered(answer())
 
     async def _fetch(self, fetch: f.Fetch) -> m.Message:
         share = self._parts.fetch(fetch.step, fetch.batch_id, fetch.tree_ids)
