@@ -14,7 +14,7 @@ import pytest
 from atpo_async.core.errors import BadMessage, SetupError
 from atpo_async.run.rundir import FOLLOWING, PROMOTED
 from atpo_async.wire.followers import messages as f
-from atpo_async.wire.messages import PROTOCOL
+from atpo_async.wire.messages import PROTOCOL, Refused
 from buffer.following import copying, sending
 from buffer.following.copying import Has, ranges_of
 from buffer.following.folder import FollowerFolder
@@ -161,6 +161,24 @@ async def test_a_copy_that_takes_too_long_is_broken_off_and_begun_again(
             monkeypatch.setattr(sending, "COPY_S", 60.0)
             await has_all(s)
     assert contents(tmp_path / "copy" / "journal") == contents(tmp_path / "j")
+
+
+async def test_a_copy_whose_follower_asks_for_nothing_more_is_let_go_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "COPY_S", 0.0)
+    async with source(tmp_path / "j") as s:
+        await work(s, 1, 8)
+        nothing = np.zeros(0, np.uint8)
+        followers = s.socket.followers
+        hello = f.FollowHello(protocol=PROTOCOL, run="", stream="", position=0, complete=False, chunks=nothing)
+        assert isinstance(await followers.handle("gone", hello), f.Following)
+        (gone,) = followers.followers
+        assert gone.copy is not None
+        await until(lambda: gone.copy is None)
+        assert followers.followers == ()
+        request = f.FollowRequest(run=RUN, part=0, durable=0, wait_s=0.0)
+        assert isinstance(await followers.handle("gone", request), Refused)
 
 
 async def test_values_larger_than_a_message_travel(tmp_path: Path) -> None:
@@ -455,3 +473,15 @@ def test_how_far_behind_a_copy_is_in_commits_bytes_and_seconds() -> None:
     assert kept.after(3) == ([piece for _ in range(2) for piece in encode(Change(STATE, b"k", bytes(100)))], 5)
     assert [kept.standing("s", number) for number in (0, 5, 6)] == ["here", "here", "ahead"]
     assert kept.standing("t", 0) == "unknown"
+
+
+async def test_a_journal_that_nothing_follows_keeps_no_commit_in_memory(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j", run=RUN, max_bytes=1 << 20, gather_s=0.0)
+    journal.recover()
+    commit, returned = journal.tables.commit, []
+    journal.tables.commit = lambda group: returned.append(commit(group)) or []  # type: ignore[method-assign, func-returns-value]
+    async with journal:
+        keep(journal, 1)
+        await within(journal.settle(at_once=True))
+    assert returned
+    assert not any(returned)

@@ -19,7 +19,7 @@ from atpo_async.run.files import write_atomic
 from atpo_async.run.rundir import FOLLOWING, PROMOTED, RunDir
 from buffer.following.folder import FollowerFolder
 from buffer.following.program import main as follow_program
-from buffer.following.promotion import EPOCHS, Promoted, promote
+from buffer.following.promotion import BATCHES, EPOCHS, Promoted, promote
 from buffer.journal import entries
 from buffer.journal.changes import CHUNKS, ROWS, STATE
 from buffer.journal.marks import MARK, Mark, dump, read_mark
@@ -197,6 +197,8 @@ def test_a_promotion_changes_what_the_lost_buffer_may_have_given_out(tmp_path: P
     done = promote(copy, into=None, certain=False)
     assert (done.position, done.step, done.version, done.aside) == (9, 4, 10, ())
     after = contents(copy / "journal")
+    run_before = entries.read(before[STATE], entries.RUN, entries.RunEntry)
+    assert run_before is not None
     assert (after[CHUNKS], after[ROWS]) == (before[CHUNKS], before[ROWS])
     run = entries.read(after[STATE], entries.RUN, entries.RunEntry)
     tree = entries.read(after[STATE], entries.TREE + b"b2-00000000", entries.TreeStateEntry)
@@ -206,6 +208,8 @@ def test_a_promotion_changes_what_the_lost_buffer_may_have_given_out(tmp_path: P
     assert tree.lease is not None
     assert mark is not None
     assert (run.promotions, run.incarnation) == (1, 2)
+    # No batch that the lost buffer made later has a number that is given again.
+    assert run.next_batch - run_before.next_batch == BATCHES
     assert (tree.epoch, tree.lease.epoch, tree.lease.waiting) == (2 + EPOCHS, 2 + EPOCHS, True)
     assert (mark.number, mark.last_chunk) == (1, 4)
     assert mark.stream != "s"

@@ -1,8 +1,8 @@
 """Makes a follower's copy the run's journal after the buffer's machine or its disk is lost.
 
 What the lost buffer may have given out since the copy's last commit must not be given again: tree ids get another
-prefix, every lease another epoch, and the version counter passes what the journal speaks of.  A learner must not be
-ahead of the copy: checkpoints of later steps are put aside.
+prefix, every lease another epoch, batches other numbers, and the version counter passes what the journal speaks of.
+A learner must not be ahead of the copy: checkpoints of later steps are put aside.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ from buffer.trees.index import ROW
 
 EPOCHS = 1000
 """Added to the epoch of every lease: more than a lost buffer reissued one tree since the copy's last commit."""
+BATCHES = 1000
+"""Added to the number of the next batch: more than a lost buffer made since.  Ranks that were given shares of a batch
+by the lost one and by this one find that out by its number."""
 ASIDE = "unmirrored-"
 """Begins the names of checkpoints that are put aside."""
 CONNECT_S = 2.0
@@ -178,6 +181,7 @@ def _made_fit(tables: Tables, folder: Path) -> _Found:
         while step in known:
             step += 1
         run.promotions = (run.promotions or 0) + 1
+        run.next_batch += BATCHES
         txn.put(entries.RUN, entries.dump(run), db=state_db)
         for tree_id, tree in entries.read_all(state, entries.TREE, entries.TreeStateEntry).items():
             if tree.lease is not None:

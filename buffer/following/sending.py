@@ -125,6 +125,14 @@ class Followers:
         if copy is not None:
             self._reader.submit(copy.close)
 
+    def _break_off(self, follower: Follower, copy: JournalCopy) -> None:
+        """A copy has been under way for ``COPY_S``: let it go.  Its follower is asked to begin again."""
+        if follower.copy is copy:
+            log.info("the copy for %s was not complete after %g s and is broken off", follower.name, COPY_S)
+            self._drop(follower)
+            if self._followers.get(follower.name) is follower:
+                del self._followers[follower.name]
+
     async def catch_up(self, *, timeout_s: float = CATCH_UP_S) -> None:
         """Waits for: every follower to have all commits on disk, and to know where the run is over.  Given up after
         ``timeout_s``."""
@@ -191,6 +199,9 @@ class Followers:
         if (before := self._followers.pop(peer, None)) is not None:
             self._drop(before)
         self._followers[peer] = follower
+        if follower.copy is not None:
+            # Also where it asks for nothing any more: what a copy reads takes space in the journal until it is closed.
+            asyncio.get_running_loop().call_later(COPY_S, self._break_off, follower, follower.copy)
         return f.Following(
             run=self._run,
             stream=self._commits.stream,
@@ -246,7 +257,10 @@ class Followers:
             follower.sent = upto
             parts = follower.parts = ((data, ends, "commits") for data, ends in cut(pieces, self._part_bytes))
         assert parts is not None
+        copy = follower.copy
         data, ends, kind = await self._in_thread(functools.partial(_next, parts))
+        if follower.copy is not copy:  # broken off meanwhile
+            return self._answer(follower, request, "again")
         if ends and follower.copy is not None:
             follower.sent = self._copied(follower)
         answer = self._answer(follower, request, kind, data, ends)

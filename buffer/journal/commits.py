@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, NamedTuple
 
 from buffer.journal.changes import Change, encode
@@ -132,20 +133,19 @@ class Commits:
             last = kept.number
         return pieces, last
 
-    def _from(self, number: int) -> list[_Kept]:
+    def _from(self, number: int) -> Iterator[_Kept]:
         """Kept commits from ``number`` on."""
         first = self._kept[0].number if self._kept else self.number + 1
-        skipped = max(0, number - first)
-        return [self._kept[i] for i in range(skipped, len(self._kept))]
+        return islice(self._kept, max(0, number - first), None)
 
     def bytes_up_to(self, position: int) -> int:
         """Bytes of all commits up to ``position``; of one that is kept no more, those up to the first that is."""
         if position >= self.number or not self._kept:
             return self._total_bytes
-        first = self._from(position + 1)[0]
+        first = next(self._from(position + 1))
         return first.total_bytes - sum(map(len, first.pieces))
 
     def since(self, position: int) -> float | None:
         """When the first commit after ``position`` was made, as far as it is kept; None where there is none."""
-        missing = self._from(position + 1)
-        return missing[0].at if position < self.number and missing else None
+        first = next(self._from(position + 1), None) if position < self.number else None
+        return None if first is None else first.at

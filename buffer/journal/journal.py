@@ -83,6 +83,7 @@ class Journal:
         self.collect = collect
         self.gather_s = gather_s
         self._tables = Tables(folder, max_bytes=max_bytes, sync=sync, leased=leased)
+        self._tables.keeps_changes = followed
         self._log = ChunkLog()
         self._writes: dict[bytes, bytes | None] = {}
         self._messages = 0

@@ -72,6 +72,8 @@ class Tables:
 
     def __init__(self, folder: Path, *, max_bytes: int, sync: bool, leased: Callable[[], bool]) -> None:
         self.folder = folder
+        self.keeps_changes = False
+        """Whether ``commit`` returns what it has changed, for followers; that takes memory."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(folder).free
@@ -263,12 +265,13 @@ class Tables:
     # --- writing -----------------------------------------------------------------------------------------------
 
     def commit(self, group: Group) -> list[Change]:
-        """Commit all of the group, or nothing.  Returns what was put and deleted, in order."""
+        """Commit all of the group, or nothing.  Returns what was put and deleted, in order, if ``keeps_changes``."""
         made = []
         with self._env.begin(write=True) as txn:
             for change, is_new in self._changes(txn, group):
                 self.make(txn, change, append=is_new)
-                made.append(change)
+                if self.keeps_changes:
+                    made.append(change)
         return made
 
     def _changes(self, txn: lmdb.Transaction, group: Group) -> Iterator[tuple[Change, bool]]:
