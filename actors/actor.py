@@ -174,7 +174,7 @@ class Actor:
         self._leaving = True
         for tree_id in self._growing.keys() - self._begun:
             self._growing[tree_id].cancel()
-        growing = {self._growing[tree_id] for tree_id in self._begun}
+        growing = {task for tree_id, task in self._growing.items() if tree_id in self._begun}
         if growing and self._leave_s:
             log.info("asked to end: %d trees finish their turns under way, for %g s", len(growing), self._leave_s)
             with waits.waiting(f"actor {self._name}", "its turns under way", on=waits.ENGINE, limit_s=self._leave_s):
