@@ -274,6 +274,19 @@ async def test_in_a_folder_of_another_user_each_actor_fetches_for_itself(
     assert "weights are not shared with other actors of this host" in caplog.text
 
 
+async def test_a_link_in_place_of_the_common_folder_is_not_followed(
+    actors: list[WeightsFetcher], learner: FakeLearner, memory: Path, tmp_path: Path
+) -> None:
+    """Another user may have laid it there, to have files of this one removed."""
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    (private / "thesis.bin").write_text("years of work")
+    (memory / f"{scratch.weights_folder('r').name}.host-{os.getuid()}").symlink_to(private)
+    for actor in actors[:2]:
+        assert await actor.fetch(learner.announcement) is not None
+    assert [path.name for path in private.iterdir()] == ["thesis.bin"]
+
+
 async def test_a_learner_that_falls_silent_is_an_error_for_the_one_that_asks_it(
     actors: list[WeightsFetcher], learner: FakeLearner
 ) -> None:

@@ -102,7 +102,7 @@ class CommonScratch:
             with contextlib.suppress(FileNotFoundError):
                 path.mkdir(mode=0o700, exist_ok=True)
                 if not is_private(path):
-                    raise PermissionError(f"{path} belongs to another user, or others may write to it")
+                    raise PermissionError(f"{path} belongs to another user, is a link, or others may write to it")
                 self._lock = hold(path, together=True)
                 (path / MARK).touch()
                 return
@@ -127,12 +127,12 @@ class CommonScratch:
 
 
 def is_private(folder: Path) -> bool:
-    """Whether this user alone writes there."""
+    """Whether it is a folder itself, no link to one, and this user alone writes there."""
     try:
-        found = folder.stat()
+        found = folder.lstat()
     except OSError:
         return False
-    return found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o022
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o022
 
 
 def hold(folder: Path, *, together: bool = False) -> int | None:

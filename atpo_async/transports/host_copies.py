@@ -34,6 +34,7 @@ _LOOK_EVERY_S = (0.01, 0.02, 0.05, 0.1, 0.2)
 """Between two looks at a process that fetches; the last one over and over."""
 _SIGN_EVERY_S = 0.5
 _WHOLE, _PART, _LOCK = ".bin", ".part", ".lock"
+_OURS = (_WHOLE, _PART, _LOCK, NOTE)
 
 Fetch = Callable[[Path], Awaitable[None]]
 
@@ -238,7 +239,7 @@ def _remove(*paths: Path) -> None:
 def _tidy(folder: Path, *, keep: str) -> None:
     """Remove earlier versions, and what processes that died left.  What another process fetches now stays, and so does
     the last of the later versions."""
-    found = [path for path in folder.iterdir() if path.stem != keep and not path.name.startswith(".")]
+    found = [path for path in folder.iterdir() if path.stem != keep and path.suffix.startswith(_OURS)]
     later = [path for path in found if path.suffix == _WHOLE and _number(path) > _number(Path(keep))]
     last = max(later, key=_sign_of_age, default=None)
     for path in found:
