@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -362,3 +364,44 @@ def test_what_is_off_by_other_nats_is_off_for_the_same_reason() -> None:
     refusals.add(errors[1])
     with pytest.raises(ProbeMismatch, match="3 times in a row"):
         refusals.add(errors[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"chunk_bytes": 0}, "chunks of 0 bytes"),
+        ({"total_bytes": 9_996}, "tensor b, float32 of shape .1250., cannot have 5000 bytes at 5000 of 9996"),
+        ({"tensors": 3}, "tensor a, float32 of shape .1250., cannot have 4999 bytes at 0 of 10000"),
+    ],
+)
+async def test_a_manifest_that_no_payload_can_be_like_is_rejected(
+    fetcher: WeightsFetcher, learner: FakeLearner, monkeypatch: pytest.MonkeyPatch, change: dict[str, int], said: str
+) -> None:
+    first, second = learner.manifest.tensors
+    changed: dict[str, Any] = dict(change)
+    if "tensors" in change:
+        changed["tensors"] = (msgspec.structs.replace(first, nbytes=4999), second)
+    made = msgspec.structs.replace(learner.manifest, **changed)
+    monkeypatch.setattr(FakeLearner, "manifest", property(lambda self: made))
+    with pytest.raises(WeightsRejected, match=said):
+        await fetcher.fetch(learner.announcement)
+    assert not any(isinstance(each, ChunkRequest) for each in learner.asked)
+
+
+async def test_chunks_of_one_byte_are_a_few_tasks_at_a_time(
+    fetcher: WeightsFetcher, learner: FakeLearner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer says how many there are: that many tasks would fill the memory."""
+    made = msgspec.structs.replace(learner.manifest, chunk_bytes=1)
+    monkeypatch.setattr(FakeLearner, "manifest", property(lambda self: made))
+    tasks, answer = [], learner.request
+
+    async def counted(message: object, *, timeout_s: float) -> object:
+        tasks.append(len(asyncio.all_tasks()))
+        if isinstance(message, ChunkRequest):
+            return Chunk(version=message.version, index=message.index, data=learner.payload[message.index :][:1])
+        return await answer(message, timeout_s=timeout_s)
+
+    monkeypatch.setattr(learner, "request", counted)
+    await taken(fetcher, learner)
+    assert max(tasks) < 20

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from atpo_async.core.dtypes import PRECISION_BYTES
 from atpo_async.core.errors import AtpoError, PeerLost, WeightsRejected
 from atpo_async.transports.base import ReceiverContext, VersionWithdrawn
 from atpo_async.wire.messages import (
@@ -69,13 +71,17 @@ async def pull(context: ReceiverContext, wanted: Sequence[Pulled]) -> None:
         OSError: a file takes no more.
     """
     limit_s = context.settings.fetch_timeout_s
-    credit = asyncio.Semaphore(CHUNKS_IN_FLIGHT)
+    parts = ((each, index) for each in wanted for index in range(each.chunks))
+
+    async def pull_on() -> None:
+        for each, index in parts:
+            await _pull(context, each, index)
+
     try:
         async with asyncio.timeout(limit_s), asyncio.TaskGroup() as pulls:
-            for each in wanted:
-                for index in range(each.chunks):
-                    name = f"chunk-{each.version}-{index}"
-                    pulls.create_task(_pull(context, each, index, credit), name=name)
+            # Not a task for each chunk: how many there are is what a peer says.
+            for number in range(CHUNKS_IN_FLIGHT):
+                pulls.create_task(pull_on(), name=f"chunks-{wanted[-1].version}-{number}" if wanted else "chunks")
     except TimeoutError:
         count = sum(each.chunks for each in wanted)
         raise PeerLost(
@@ -85,10 +91,9 @@ async def pull(context: ReceiverContext, wanted: Sequence[Pulled]) -> None:
         raise failures.exceptions[0] from None
 
 
-async def _pull(context: ReceiverContext, wanted: Pulled, index: int, credit: asyncio.Semaphore) -> None:
+async def _pull(context: ReceiverContext, wanted: Pulled, index: int) -> None:
     request = ChunkRequest(run=context.run, version=wanted.version, index=index, base=wanted.base)
-    async with credit:
-        answer = await context.ask(request)
+    answer = await context.ask(request)
     label = f"{wanted}: chunk {index}"
     if isinstance(answer, VersionGone):
         raise VersionWithdrawn(f"{wanted} was replaced by {answer.newest}")
@@ -97,7 +102,7 @@ async def _pull(context: ReceiverContext, wanted: Pulled, index: int, credit: as
     length = chunk_length(wanted.nbytes, wanted.chunk_bytes, index)
     if (
         not isinstance(answer, Chunk)
-        or (answer.index, answer.base) != (index, wanted.base)
+        or (answer.version, answer.index, answer.base) != (wanted.version, index, wanted.base)
         or len(answer.data) != length
     ):
         raise ChunkRefused(f"{label} came wrong or short")
@@ -126,4 +131,18 @@ async def manifest_of(context: ReceiverContext, version: int, *, base: int) -> W
         return None
     if not isinstance(answer, WeightsManifest) or answer.version != version or answer.run != context.run:
         raise WeightsRejected(f"version {version}: the learner answered {type(answer).__name__}, not its manifest")
+    _require_sound(answer)
     return answer
+
+
+def _require_sound(manifest: WeightsManifest) -> None:
+    """Raises WeightsRejected where a payload cannot be as the manifest says, whatever its bytes are."""
+    label, total = f"version {manifest.version}", manifest.total_bytes
+    if manifest.chunk_bytes == 0:
+        raise WeightsRejected(f"{label}: its manifest has chunks of 0 bytes")
+    for spec in manifest.tensors:
+        if spec.offset + spec.nbytes > total or spec.nbytes != math.prod(spec.shape) * PRECISION_BYTES[spec.dtype]:
+            raise WeightsRejected(
+                f"{label}: tensor {spec.name}, {spec.dtype} of shape {list(spec.shape)}, cannot have {spec.nbytes} "
+                f"bytes at {spec.offset} of {total}"
+            )
