@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from atpo_async.core.errors import SetupError
-from atpo_async.links.keys import FOLLOWERS, LEARNERS, KeyFolder, is_name, load_pair, load_public, make_keys
+from atpo_async.links.keys import FOLLOWERS, LEARNERS, RELAYS, KeyFolder, is_name, load_pair, load_public, make_keys
 
 
 def lay(folder: Path, name: str, key_of: str = "") -> str:
@@ -63,6 +63,17 @@ def test_a_followers_key_may_follow_and_is_let_in_nowhere_else(folder: Path) -> 
     assert names[FOLLOWERS] == {own: "client", follower: "spare"}
     assert names[LEARNERS] == {own: "client", learner: "big"}
     assert names[""] == {own: "client", actors: "gpu-7", learner: "big"}
+
+
+@pytest.mark.parametrize("right", [LEARNERS, FOLLOWERS, RELAYS])
+def test_what_the_folder_itself_is_called_gives_its_keys_no_right(tmp_path: Path, right: str) -> None:
+    folder = tmp_path / right
+    make_keys(folder, "client")
+    lay(folder, "gpu-7")
+    keys = KeyFolder(folder, only="" if right == RELAYS else right)
+    keys.look()
+    assert set(keys.names.values()) == ({"client", "gpu-7"} if right == RELAYS else {"client"})
+    assert not keys.relays
 
 
 def test_keys_that_come_go_and_change_are_seen(folder: Path) -> None:

@@ -111,6 +111,35 @@ class _File:
     key: str | None
 
 
+def why_not_said(peer: str, *, is_relay: bool, hello: bool) -> str:
+    """Why a peer of the actors' socket may not send a message, by the key that its name begins with; empty if it may.
+
+    Args:
+        peer: its name, where there are keys: ``gpu-7/actor-0``; with a further slash it speaks for another peer.
+        is_relay: whether its key lies in ``RELAYS``.
+        hello: whether the message introduces a relay.
+    """
+    key, _, rest = peer.partition("/")
+    if key == CLIENT_KEY:
+        return ""
+    if not is_relay and "/" in rest:
+        return (
+            f"{peer!r} speaks for another peer, which the key {key!r} may not: only keys in {RELAYS}/ of "
+            "links.keys_dir may (docs/relays.md); a name of its own has no slash"
+        )
+    if not is_relay and hello:
+        return (
+            f"the key {key!r} is no relay's: it must lie in {RELAYS}/ of the links.keys_dir of the server that it "
+            "joins (atpo keys new NAME --relay)"
+        )
+    if is_relay and "/" not in rest and not hello:
+        return (
+            f"the key {key!r} is a relay's: it passes on what others say, and may not be an actor itself; give this "
+            "host a key of its own (atpo keys new NAME)"
+        )
+    return ""
+
+
 class KeyFolder:
     """Whose keys lie in a folder now.  ``look`` reads what has changed; ``names`` is what it found.
 
@@ -148,7 +177,8 @@ class KeyFolder:
             trouble.append(f"{exc.filename} cannot be read, no peer is let in: {exc.strerror}")
         self._files = files
         names = self._name(files, trouble)
-        relays = {path.stem for path, file in files.items() if path.parent.name == RELAYS and file.key in names}
+        among = self.folder / RELAYS
+        relays = {path.stem for path, file in files.items() if path.parent == among and file.key in names}
         self.relays = frozenset(relays.intersection(names.values()))
         # Logged once, and again only when it changes: this is called at every connection.
         for line in sorted(set(trouble).difference(self.trouble)):
@@ -198,7 +228,7 @@ class KeyFolder:
                 # Two hosts of one name could take each other's work.
                 trouble.append(f"two keys are called {path.stem}; neither is let in, rename one")
                 continue
-            if self.only and path.parent.name != self.only and path.stem != CLIENT_KEY:
+            if self.only and path.parent != self.folder / self.only and path.stem != CLIENT_KEY:
                 continue
             first = names.setdefault(key, path.stem)
             if first != path.stem:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from atpo_async.config import Config
 from atpo_async.core.errors import SetupError
-from atpo_async.links.keys import CLIENT_KEY, RELAYS, SERVER_KEY, load_pair
+from atpo_async.links.keys import SERVER_KEY, load_pair, why_not_said
 from atpo_async.wire import messages as m
 from atpo_async.wire.relayed import MAX_HOPS
 
@@ -81,19 +81,7 @@ class RelayedPeers:
         """Why a peer may not send this; empty where it may."""
         if not self._has_keys:
             return ""
-        if peer.count("/") > 1:
-            if self.is_relay(peer) or peer.startswith(f"{CLIENT_KEY}/"):
-                return ""
-            return (
-                f"{peer!r} speaks for another peer, which the key {peer.partition('/')[0]!r} may not: only keys in "
-                f"{RELAYS}/ of links.keys_dir may (docs/relays.md); a name of its own has no slash"
-            )
-        if self.is_relay(peer) and not isinstance(message, m.RelayHello):
-            return (
-                f"the key {peer.partition('/')[0]!r} is a relay's: it passes on what others say, and may not be an "
-                "actor itself; give this host a key of its own (atpo keys new NAME)"
-            )
-        return ""
+        return why_not_said(peer, is_relay=self.is_relay(peer), hello=isinstance(message, m.RelayHello))
 
     # --- tickets
 
@@ -114,11 +102,6 @@ class RelayedPeers:
             return f"relay {hello.relay} belongs to run {hello.run!r}, this buffer to {self._context.run!r}"
         if len(hello.via) > MAX_HOPS:
             return f"relay {hello.relay} is {len(hello.via)} relays away from the buffer, {MAX_HOPS} are the most"
-        if not self.is_relay(peer) and not peer.startswith(f"{CLIENT_KEY}/"):
-            return (
-                f"the key {peer.partition('/')[0]!r} is no relay's: it must lie in {RELAYS}/ of the buffer's "
-                "links.keys_dir (atpo keys new NAME --relay)"
-            )
         self._relays[peer] = KnownRelay(hello.host, now)
         if len(self._relays) > MOST_RELAYS:
             del self._relays[min(self._relays, key=lambda name: self._relays[name].heard_at)]
