@@ -56,15 +56,14 @@ class KeptDifferences:
         """Of those that are served."""
         return sum(parts.difference.nbytes for parts in self._kept.values())
 
-    def expect(self, manifest: WeightsManifest, folder: Path) -> None:
-        """The differences that this manifest names may be fetched now.  Raises OSError."""
+    def expect(self, manifest: WeightsManifest, folder: Path, *, most: int) -> None:
+        """The differences that this manifest names may be fetched now, the last ``most`` of them.  Raises OSError."""
         for parts in self._coming.values():
             parts.close()
-        self._coming = {
-            (each.version, each.base): _Parts(each, manifest.chunk_bytes, folder)
-            for each in manifest.differences
-            if (each.version, each.base) not in self._kept
-        }
+        self._coming = {}
+        for each in steps_back(manifest.version, manifest.differences)[-most:] if most else ():
+            if not self._has(each):
+                self._coming[each.version, each.base] = _Parts(each, manifest.chunk_bytes, folder)
 
     def note(self, chunk: Chunk) -> None:
         """A part of one has come.  Raises OSError."""
@@ -82,11 +81,13 @@ class KeptDifferences:
             if step not in right:
                 parts.close()
         self._coming = {}
-        everything = {**self._kept, **right}
-        named = {(each.version, each.base) for each in manifest.differences}
-        self._kept = {step: parts for step, parts in everything.items() if step in named}
-        for step, parts in everything.items():
-            if step not in self._kept:
+        found = [*self._kept.values(), *right.values()]
+        self._kept = {}
+        for parts in found:
+            # As a whole: a learner that fell back makes others between versions of the same numbers.
+            if parts.difference in manifest.differences:
+                self._kept[parts.difference.version, parts.difference.base] = parts
+            else:
                 parts.close()
 
     def describe(self, manifest: WeightsManifest, base: int) -> WeightsManifest:
@@ -107,6 +108,10 @@ class KeptDifferences:
         start = request.index * parts.chunk_bytes
         data = parts.payload.read(start, chunk_length(size, parts.chunk_bytes, request.index))
         return Chunk(version=request.version, base=request.base, index=request.index, data=data)
+
+    def _has(self, difference: Difference) -> bool:
+        kept = self._kept.get((difference.version, difference.base))
+        return kept is not None and kept.difference == difference
 
     def close(self) -> None:
         """Drop all of them.  Idempotent."""

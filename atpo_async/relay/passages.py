@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import msgspec
 from atpo_async.config import LinksConfig
 from atpo_async.core.errors import BadMessage, PeerLost, SetupError
 from atpo_async.links.client import RoutedClient
+from atpo_async.links.keys import why_not_said
 from atpo_async.links.parcels import NoAnswer, Parcel
 from atpo_async.links.way import Way
 from atpo_async.wire import codec
@@ -132,6 +134,7 @@ class Passages:
         beside: the relay's own link upstream, whose threads they share.
         own: where this relay's weights are.
         introduced: what becomes of the hello of another relay on its way upstream.
+        is_relay: whether the key of a peer is a relay's, as of ``Server.is_relay``.
     """
 
     def __init__(
@@ -142,11 +145,16 @@ class Passages:
         beside: RoutedClient,
         own: Callable[[], Own],
         introduced: Callable[[RelayHello], RelayHello | Refused],
+        is_relay: Callable[[str], bool],
     ) -> None:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with the loss of upstream for good."""
         self._name, self._settings = name, settings
         self._beside, self._own, self._introduced = beside, own, introduced
+        self._is_relay = is_relay
+        # It is the relay's own link that finds upstream lost, and ends the relay: those of peers that are silent hear
+        # nothing either, and their silence says nothing of upstream.
+        self._patient = settings.model_copy(update={"give_up_s": math.inf})
         self._by_peer: dict[str, Passage] = {}
 
     def __len__(self) -> int:
@@ -157,6 +165,11 @@ class Passages:
 
     async def handle(self, peer: str, message: Any, frames: Sequence[codec.Buffer]) -> Any:
         """One message of a peer, as of ``Server``'s handler."""
+        if self._settings.keys_dir is not None and (
+            refusal := why_not_said(peer, is_relay=self._is_relay(peer), hello=isinstance(message, RelayHello))
+        ):
+            log.warning("refuses %s: %s", peer, refusal)
+            return _refused(message, refusal)
         if isinstance(message, RelayHello):
             passed_on = self._introduced(message)
             if isinstance(passed_on, Refused):
@@ -165,12 +178,18 @@ class Passages:
             message = passed_on
         try:
             passage = await self._of(peer)
+        except SetupError as exc:
+            raise BadMessage(str(exc)) from None
+        try:
             if isinstance(message, Request):
                 return await passage.ask(message)
             return await passage.send(frames)
-        except SetupError as exc:
-            raise BadMessage(str(exc)) from None
         except PeerLost as exc:
+            if self._by_peer.get(peer) is not passage or not passage.is_alive:
+                # The peer has gone, or has come another way and taken its name there: that concerns no other.
+                if isinstance(message, Request):
+                    raise NoAnswer from exc
+                return await asyncio.Event().wait()
             # Not refused: a send that is refused is given up.  This relay ends, and its peers go past it.
             if not self.failed.done():
                 self.failed.set_exception(exc)
@@ -179,17 +198,22 @@ class Passages:
     async def _of(self, peer: str) -> Passage:
         """Raises SetupError if its name is too long."""
         found = self._by_peer.get(peer)
+        former = None
+        if found is not None and found.link.failure is not None and not found.link.stats.unacked:
+            found, former = None, found  # its name was taken elsewhere, and the peer is back
         if found is None:
             # With keys the buffer puts the name of this relay's key before it.
             identity = peer if self._settings.keys_dir is not None else f"{self._name}/{peer}"
             current = self._beside.way.current
             link = RoutedClient(
                 Way(current.endpoint, current.server_key), peer="buffer", identity=identity, receives=BufferToActor,
-                settings=self._settings, beside=self._beside,
+                settings=self._patient, beside=self._beside,
             )  # fmt: skip
             await link.__aenter__()  # does not suspend
             found = self._by_peer[peer] = Passage(peer, link, self._own)
             link.way.learn(self._beside.way.rest[1:])
+        if former is not None:
+            await former.link.close()
         return found
 
     async def look_after(self, silences: dict[str, float]) -> None:
@@ -208,3 +232,10 @@ class Passages:
         self._by_peer.clear()
         if not self.failed.done():
             self.failed.cancel()
+
+
+def _refused(message: Any, reason: str) -> Refused:
+    """The answer to a request; a send is refused by raising BadMessage."""
+    if isinstance(message, Request):
+        return Refused(reason=reason)
+    raise BadMessage(reason)

@@ -67,8 +67,9 @@ class Relay:
         )
         self.uplink = Uplink(name, way=Way(join, key), run=run, settings=links, on_welcome=self._welcomed)
         self.passages = Passages(
-            name, settings=links, beside=self.uplink.link, own=self._own, introduced=self.uplink.passed_on
-        )
+            name, settings=links, beside=self.uplink.link, own=self._own, introduced=self.uplink.passed_on,
+            is_relay=lambda peer: self.actors.is_relay(peer),
+        )  # fmt: skip
         self.actors = Server(
             ports.to_bind(links, "actors"), name="relay", receives=ActorToBuffer, handler=self.passages.handle,
             settings=links, with_frames=True, setting="links.actors_port",

@@ -92,7 +92,7 @@ class RelayedVersions:
 
         Raises:
             DoesNotFit: there is no space for it, even with the earlier ones removed.
-            WeightsRejected: what came is not what was announced.
+            WeightsRejected: what came is not what was announced, or was removed here.
             PeerLost: upstream did not answer in time.
             TransportUnavailable: no transport of the configuration can bring it here.
         """
@@ -108,7 +108,11 @@ class RelayedVersions:
             path = await self._bring(WantedVersion(announced=announced, manifest=manifest))
         except VersionWithdrawn:
             return None
-        mine = await self._offer(manifest, announced, path)
+        try:
+            mine = await self._offer(manifest, announced, path)
+        except OSError as exc:
+            _remove(path)
+            raise WeightsRejected(f"version {announced.version}: its file at {path} cannot be read: {exc}") from exc
         self.fetched += 1
         log.info(
             "version %d: fetched in %.2f s, %d bytes of its %d over the network",
@@ -186,7 +190,7 @@ class RelayedVersions:
         folder = self._scratch_in(place)
         self._number += 1
         target = folder / f"v{manifest.version}-{self._number}.bin"
-        self._differences.expect(manifest, folder)
+        self._differences.expect(manifest, folder, most=self._settings.max_chain)
         try:
             await self._receiver.fetch(wanted, target)
             try:
@@ -208,7 +212,8 @@ class RelayedVersions:
         bare = msgspec.structs.replace(manifest, differences=(), differences_pending=False)
         offered = OfferedVersion(manifest=bare, path=path, payload=Payload(path))
         await asyncio.to_thread(self._sender.offer, offered)
-        await asyncio.to_thread(self._differences.keep, manifest)
+        with contextlib.suppress(OSError):  # costs the actors differences: they take the version whole
+            await asyncio.to_thread(self._differences.keep, manifest)
         self._versions = {**self._versions, manifest.version: offered}
         self.does_not_fit = ""
         self._announced = msgspec.structs.replace(announced, host_id=host_id(), shm_path=self._sender.place(offered))

@@ -14,6 +14,6 @@ What passes on the learner's weights port, for all that stands between the two e
 - ``VersionGone`` and ``Refused`` say what is so now.  A difference that is refused costs the asker that difference: it
   asks for the whole payload.
 
-Nothing between the ends has to be trusted: a difference has a digest in the manifest, what it leads to has those of the
-version, and the announcement binds them.
+What goes wrong between the ends is found: a difference has a digest in the manifest, what it leads to has those of the
+version, and the announcement binds them.  Whatever passes on the announcement too, as a relay does, is trusted with it.
 """
