@@ -41,7 +41,8 @@ QUIET_VERSIONS = 16
 """Versions without a request after which no actor is thought to take differences."""
 
 WAIT_S = 10.0
-"""That a request for a manifest is held: shorter than any time limit of a request; the actor then asks again."""
+"""That a request for a manifest is held, and no longer than a quarter of ``weights.fetch_timeout_s``, the time limit of
+a request; the actor then asks again."""
 
 
 class Kept(NamedTuple):
@@ -133,7 +134,8 @@ class Differences:
                 self._make()
             job = self._job_of(version)
         if job is not None and self._leads_from(base, job):
-            await asyncio.wait([asyncio.wrap_future(job.done)], timeout=WAIT_S)
+            limit_s = min(WAIT_S, self._settings.fetch_timeout_s / 4)
+            await asyncio.wait([asyncio.wrap_future(job.done)], timeout=limit_s)
 
     def describe(self, manifest: WeightsManifest, base: int) -> WeightsManifest:
         """The manifest with what leads to its version; ``base``: what the actor has, -1 for nothing."""
