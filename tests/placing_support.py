@@ -114,13 +114,14 @@ def mounted(document: Mapping[str, Any], objects: Sequence[Mapping[str, Any]], r
             _mount_secret(volume["secret"], made[volume["secret"]["secretName"]], root / commands.KEYS.lstrip("/"))
     (root / commands.SCRATCH.lstrip("/")).mkdir(parents=True)
     (root / commands.RUNS.lstrip("/")).mkdir(parents=True)
+    (root / commands.LEARNER.lstrip("/")).mkdir(parents=True)
     command: list[str] = pod["containers"][0]["command"]
     return [moved(word, root) for word in command]
 
 
 def moved(text: str, root: Path) -> str:
     """A command with the paths of its mounts under ``root``."""
-    for path in (commands.CONFIG, commands.KEYS, commands.RUNS, commands.SCRATCH):
+    for path in (commands.CONFIG, commands.KEYS, commands.RUNS, commands.SCRATCH, commands.LEARNER):
         text = text.replace(path, f"{root}{path}")
     return text
 

@@ -154,7 +154,8 @@ def test_manifests_fit_the_schemas_of_kubernetes_and_carry_the_configuration_unc
         assert document["metadata"]["namespace"] == "train"
     kinds = [document["kind"] for document in documents]
     assert kinds == [
-        "ConfigMap", "Secret", "Secret", "Service", "StatefulSet", "PodDisruptionBudget", "Job", "Deployment"
+        "ConfigMap", "Secret", "Secret", "Service", "StatefulSet", "PodDisruptionBudget",
+        "PersistentVolumeClaim", "Job", "Deployment",
     ]  # fmt: skip
     by_kind: dict[str, Any] = {document["kind"]: document for document in documents}
     (tmp_path / "run.json").write_text(by_kind["ConfigMap"]["data"]["run.json"])
@@ -173,7 +174,8 @@ def test_manifests_fit_the_schemas_of_kubernetes_and_carry_the_configuration_unc
 def test_a_learner_of_more_ranks_than_a_node_has_gpus_gets_a_pod_for_each_node(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--image", "i", "--gpus-per-node", "4", "--learner.num_processes", "8"]
+    url = ["--learner.checkpoint_url", "s3://bucket/runs"]
+    words = ["--image", "i", "--gpus-per-node", "4", "--learner.num_processes", "8", *url]
     documents = list(yaml.safe_load_all(printed(capsys, "kubernetes", str(file), *words)))
     job = next(document for document in documents if document["kind"] == "Job")
     spec = job["spec"]
@@ -182,6 +184,24 @@ def test_a_learner_of_more_ranks_than_a_node_has_gpus_gets_a_pod_for_each_node(
     command = spec["template"]["spec"]["containers"][0]["command"][2]
     assert '--machine "$JOB_COMPLETION_INDEX/2@small-learner-0.small-learner:7003"' in command
     assert "small-learner" in [d["metadata"]["name"] for d in documents if d["kind"] == "Service"]
+
+
+def test_the_learners_checkpoints_outlast_its_pod_and_the_job(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the URL; without one on a volume of the learner's own, and beside the run's folder."""
+    slurm = ["slurm", str(file), "--run-dir", "/shared/my runs", "--gpus-per-node", "4"]
+    kubernetes, url = ["kubernetes", str(file), "--image", "i"], ["--learner.checkpoint_url", "s3://bucket/runs"]
+    assert "--dir '/shared/my runs/small.learner'" in printed(capsys, *slurm)
+    assert '--dir "$work/learner"' in printed(capsys, *slurm, *url)
+    jobs = []
+    for words in (kubernetes, [*kubernetes, *url]):
+        documents = list(yaml.safe_load_all(printed(capsys, *words)))
+        pod = next(each for each in documents if each["kind"] == "Job")["spec"]["template"]["spec"]
+        claims = [each["metadata"]["name"] for each in documents if each["kind"] == "PersistentVolumeClaim"]
+        mounted = [
+            each["persistentVolumeClaim"]["claimName"] for each in pod["volumes"] if "persistentVolumeClaim" in each
+        ]
+        jobs.append((claims, mounted, "--dir /var/lib/atpo/learner" in pod["containers"][0]["command"][2]))
+    assert jobs == [(["small-learner"], ["small-learner"], True), ([], [], False)]
 
 
 def test_the_keys_of_a_secret_are_the_runs_own_or_fresh_ones_and_actors_get_no_servers_secret(
@@ -242,6 +262,11 @@ def test_what_is_written_to_a_file_is_for_its_user_alone(
         (
             ["slurm", "--learner.accelerate_config", "none.yaml"],
             "accelerate_config = 'none.yaml' cannot be read",
+        ),
+        (["slurm", "--nodes", "2", "--gpus-per-node", "1", "--actor.device", "cpu"], "2 ranks are on 2 nodes, which"),
+        (
+            ["kubernetes", "--image", "i", "--gpus-per-node", "1"],
+            "set learner.checkpoint_url, where each of them finds",
         ),
         (["kubernetes"], "--image"),
         (["kubernetes", "--image", "a b"], "--image 'a b' is no reference"),

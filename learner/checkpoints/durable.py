@@ -196,6 +196,8 @@ class Durable:
             await self.report()
         except PeerLost as exc:  # reported again when the learner starts again
             self._log.warning("%s", exc)
+        except Exception as exc:  # nothing waits for this task: without a line it would end in silence
+            self._log.error("a checkpoint could not be reported to the buffer: %s: %s", type(exc).__name__, exc)
         finally:
             self._tasks.discard(task)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import threading
 import time
@@ -107,7 +108,8 @@ class Uplink:
                     "again with the same folder (--dir)", behind,
                 )  # fmt: skip
         finally:
-            self._call(self._end(), timeout_s=timeout_s)
+            with contextlib.suppress(TimeoutError):  # the role's exit code comes after this
+                self._call(self._end(), timeout_s=timeout_s)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout_s)
 

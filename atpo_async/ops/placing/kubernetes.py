@@ -15,7 +15,7 @@ from atpo_async.config import Config
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.ops.placing import kubernetes_commands as commands
 from atpo_async.ops.placing import payload
-from atpo_async.ops.placing.placement import check_devices, learner_nodes
+from atpo_async.ops.placing.placement import check_checkpoints, check_devices, learner_nodes
 from atpo_async.ops.specs import role_shares
 
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
@@ -153,9 +153,6 @@ class _Maker:
 
     def buffer(self, paths: Sequence[str]) -> dict[str, Any]:
         """A StatefulSet of one pod: after the loss of its node it comes back with its volume and its name."""
-        volume = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": self._options.volume}}}
-        if self._options.storage_class:
-            volume["storageClassName"] = self._options.storage_class
         container = self._container("buffer", commands.buffer(self._config), gpus=0)
         container["volumeMounts"].append({"name": "runs", "mountPath": commands.RUNS})
         links = self._config.links
@@ -170,9 +167,14 @@ class _Maker:
             "replicas": 1,
             "selector": {"matchLabels": self._labels("buffer")},
             "template": self._pod("buffer", container, secret="keys-serving", paths=paths),
-            "volumeClaimTemplates": [{"metadata": {"name": "runs"}, "spec": volume}],
+            "volumeClaimTemplates": [{"metadata": {"name": "runs"}, "spec": self._claim()}],
         }
         return self.document("apps/v1", "StatefulSet", "buffer", spec=spec)
+
+    def _claim(self) -> dict[str, Any]:
+        """Of a volume."""
+        claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": self._options.volume}}}
+        return claim | ({"storageClassName": self._options.storage_class} if self._options.storage_class else {})
 
     def budget(self) -> dict[str, Any]:
         """A node is not drained of the buffer without being told to: the whole run stands still meanwhile."""
@@ -185,11 +187,21 @@ class _Maker:
         share = role_shares(self._config)[1]
         limit = self._options.gpus_per_node
         count = learner_nodes(share.num_gpus, gpus=limit, nodes=share.num_gpus) if share.num_gpus and limit else 1
+        check_checkpoints(self._config, machines=count)
+        own = self._config.learner.checkpoint_url is None
+        folder = commands.LEARNER if own else f"{commands.SCRATCH}/learner"
         meeting = f"{self._name}-learner-0.{self._name}-learner" if count > 1 else ""
-        command = commands.learner(self._config, join=self._address, count=count, meeting=meeting)
+        command = commands.learner(self._config, join=self._address, folder=folder, count=count, meeting=meeting)
         container = self._container("learner", command, gpus=share.num_gpus // count if limit else 0)
-        container["livenessProbe"] = _probe(commands.ROLE_ALIVE, every_s=30, failures=20, delay_s=600)
+        container["livenessProbe"] = _probe(commands.role_alive(folder), every_s=30, failures=20, delay_s=600)
         pod = self._pod("learner", container, secret="keys-serving", paths=paths)
+        found = []
+        if own:
+            # A pod's own disk goes with the pod: the next one would have no checkpoint.
+            found.append(self.document("v1", "PersistentVolumeClaim", "learner", spec=self._claim()))
+            container["volumeMounts"].append({"name": "learner", "mountPath": folder})
+            claim = {"claimName": f"{self._name}-learner"}
+            pod["spec"]["volumes"].append({"name": "learner", "persistentVolumeClaim": claim})
         pod["spec"] |= {"restartPolicy": "Never"} | ({"subdomain": f"{self._name}-learner"} if count > 1 else {})
         # What only the user can mend is not tried again; a pod that was evicted is no failure.
         policy = [
@@ -207,10 +219,9 @@ class _Maker:
             "podFailurePolicy": {"rules": policy},
             "template": pod,
         }
-        found = [self.document("batch/v1", "Job", "learner", spec=spec)]
         if count > 1:
-            found.insert(0, self.service("learner", {"meeting": payload.MEETING_PORT}))
-        return found
+            found.append(self.service("learner", {"meeting": payload.MEETING_PORT}))
+        return [*found, self.document("batch/v1", "Job", "learner", spec=spec)]
 
     def actors(self) -> dict[str, Any]:
         """A Deployment: scale it while the run goes on (kubectl scale)."""
@@ -218,7 +229,7 @@ class _Maker:
         config, limit = self._config, self._options.gpus_per_node
         gpus = config.actor.tensor_parallel_size if limit and config.actor.device != "cpu" else 0
         container = self._container("actor", commands.actor(config, join=self._address), gpus=gpus)
-        container["livenessProbe"] = _probe(commands.ROLE_ALIVE, every_s=30, failures=20, delay_s=600)
+        container["livenessProbe"] = _probe(commands.role_alive(), every_s=30, failures=20, delay_s=600)
         spec = {
             "replicas": len(shares),
             "selector": {"matchLabels": self._labels("actor")},

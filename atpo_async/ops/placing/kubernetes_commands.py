@@ -12,6 +12,8 @@ __all__ = ["EXIT_USER"]
 
 CONFIG, KEYS, RUNS, SCRATCH = "/etc/atpo/config", "/etc/atpo/keys", "/var/lib/atpo/runs", "/var/lib/atpo/scratch"
 """Where the ConfigMap, the Secret, the buffer's volume and a pod's own disk are mounted."""
+LEARNER = "/var/lib/atpo/learner"
+"""Where the learner's own volume is, which it has without ``learner.checkpoint_url``: for its checkpoints."""
 CONFIG_FILE = "run.json"
 JOINING = ("client.key", "client.key_secret", "server.key")
 """What actors have of a set of keys: they only connect."""
@@ -19,8 +21,12 @@ POD_NAME = "POD_NAME"
 
 STATUS_MINUTES = 2
 """A status is written once a second."""
-ROLE_ALIVE = f'[ -n "$(find {SCRATCH} -path "*/status/*.json" -mmin -{STATUS_MINUTES})" ]'
-"""The learner's is in its replica of the run's folder, an actor's in a folder of its own."""
+
+
+def role_alive(folder: str = SCRATCH) -> str:
+    """Whether a role has written its status lately: the learner in its replica of the run's folder, an actor in a
+    folder of its own."""
+    return f'[ -n "$(find {folder} -path "*/status/*.json" -mmin -{STATUS_MINUTES})" ]'
 
 
 def environment(role: str) -> dict[str, str]:
@@ -76,12 +82,13 @@ def buffer_alive(config: Config) -> str:
     return f'[ -e {SCRATCH}/over ] || [ -n "$(find {folder} -name buffer.json -mmin -{STATUS_MINUTES})" ]'
 
 
-def learner(config: Config, *, join: str, count: int, meeting: str) -> str:
+def learner(config: Config, *, join: str, folder: str, count: int, meeting: str) -> str:
     """The learner, or with several pods its share of the ranks.
 
     Args:
         config: of the run.
         join: host of the buffer.
+        folder: of its files.
         count: pods.
         meeting: host of the first one, where ranks meet.
     """
@@ -90,7 +97,7 @@ def learner(config: Config, *, join: str, count: int, meeting: str) -> str:
     found = f"""if [ "$code" -ne 0 ] && grep -qs '^{{"code": {EXIT_USER},' "${ERROR_FILE}"; then code={EXIT_USER}; fi"""
     return (
         f"{_BEGIN}export {ERROR_FILE}={SCRATCH}/error\nrm -f {SCRATCH}/error\n"
-        f"atpo learner {_OPTIONS} --join {join}:{config.links.learner_port} --dir {SCRATCH}/learner"
+        f"atpo learner {_OPTIONS} --join {join}:{config.links.learner_port} --dir {folder}"
         f'{machine} {_KEYS_OPTION} &\n{_WAIT}{found}\nexit "$code"\n'
     )
 

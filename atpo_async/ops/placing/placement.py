@@ -83,6 +83,15 @@ def place(config: Config, *, nodes: int, gpus: int) -> Placement:
     return Placement(nodes=nodes, learner=ranks, actors=tuple(_actors(actors, free, order, config, gpus)))
 
 
+def check_checkpoints(config: Config, *, machines: int) -> None:
+    """Raises SetupError where the learner's machines could not go on from one checkpoint."""
+    if machines > 1 and config.learner.checkpoint_url is None:
+        raise SetupError(
+            f"learner.num_processes = {config.learner.num_processes} ranks are on {machines} nodes, which share no "
+            "folder: set learner.checkpoint_url, where each of them finds the checkpoint to go on from"
+        )
+
+
 def check_devices(config: Config, *, gpus: int) -> None:
     """Raises SetupError where a role is bound to CUDA and its node has no GPU, or to more than a node has."""
     for field, device in (("learner.device", config.learner.device), ("actor.device", config.actor.device)):

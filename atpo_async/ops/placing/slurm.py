@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from atpo_async.config import Config
 from atpo_async.core.errors import ConfigError
 from atpo_async.ops.placing import payload
-from atpo_async.ops.placing.placement import Placed, Placement, place
+from atpo_async.ops.placing.placement import Placed, Placement, check_checkpoints, place
 from atpo_async.ops.placing.slurm_script import BODY, END, IN_STEP, ROLE
 
 SAVE_S = 180
@@ -59,6 +59,7 @@ def script(config: Config, options: SlurmOptions) -> str:
     # The configuration of one machine has no say in where roles are placed.
     here = payload.for_nodes(config, run_dir=options.run_dir)
     placement = place(here, nodes=options.nodes, gpus=options.gpus_per_node)
+    check_checkpoints(here, machines=len(placement.learner))
     parts = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH {line}" for line in _directives(here, options)),
@@ -126,6 +127,7 @@ def _settings(config: Config, options: SlurmOptions, files: Mapping[str, str]) -
         "work=${ATPO_WORK:-/tmp}/atpo-$SLURM_JOB_ID    # on every node, its own",
         f"atpo=({options.atpo})",
         f"num_nodes={options.nodes}",
+        f"cpus={options.cpus_per_node or ''}",
         f"actors_port={links.actors_port}",
         f"learner_port={links.learner_port}",
         f"keys_from={shlex.quote(options.keys_dir or '')}",
@@ -152,13 +154,16 @@ def _heredoc(name: str, text: str) -> list[str]:
 
 def _roles(config: Config, placement: Placement) -> list[str]:
     several = len(placement.learner) > 1
+    # Its checkpoints outlast this start of the job: at the URL, or beside the run's folder.
+    own = config.learner.checkpoint_url is not None
+    files = '"$work/learner"' if own else shlex.quote(f"{config.run.dir / config.run.name}.learner")
     lines = ['start buffer "$head" "" "${atpo[@]}" train "$work/run.json" --on hosts "${options[@]}"']
     for number, ranks in enumerate(placement.learner):
         name = f"{ranks.role}-{number}" if several else ranks.role
         meeting = f' --machine "{number}/{len(placement.learner)}@$head:{payload.MEETING_PORT}"' if several else ""
         lines.append(
             f'start {name} {_node(ranks)} "${{atpo[@]}}" learner "$work/run.json" --join "$head:$learner_port" '
-            f'--dir "$work/learner"{meeting} "${{options[@]}}"'
+            f'--dir {files}{meeting} "${{options[@]}}"'
         )
     lines += [
         f'start {actor.role} {_node(actor)} "${{atpo[@]}}" actor "$work/run.json" --join "$head:$actors_port" '

@@ -101,6 +101,7 @@ start() {
   local role=$1 node=$2 gpus=$3
   shift 3
   keep "$role" srun --nodes=1 --ntasks=1 --nodelist="$node" --overlap --cpu-bind=none --mem=0 \
+    ${cpus:+"--cpus-per-task=$cpus"} \
     bash "$work/role.sh" "$gpus" "$@" &
   keeper[$role]=$!
 }
