@@ -118,6 +118,22 @@ def test_a_learners_pod_says_that_only_the_user_can_mend_it_whatever_the_launche
     assert codes == [2, 1, 1]
 
 
+def test_a_learners_pod_passes_the_wish_to_end_on_to_its_ranks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "small.toml"
+    config.write_text('[run]\nname = "small"\n')
+    documents = list(yaml.safe_load_all(printed(capsys, "kubernetes", str(config), "--image", "registry/atpo:1")))
+    command = mounted(next(each for each in documents if each["kind"] == "Job"), documents, tmp_path)
+    fake = put(tmp_path / "bin", atpo=ROLES)
+    (tmp_path / "behaviour").write_text(RANKS)
+    with subprocess.Popen(command, env=environment(fake, FAKE_SLURM=str(tmp_path)), start_new_session=True) as pod:
+        until(lambda: len(started(tmp_path)) == 2, "the launcher and a rank")
+        pod.send_signal(signal.SIGTERM)
+        assert pod.wait(timeout=60) == 1
+    assert (tmp_path / "asked").read_text() == "rank\n"
+
+
 # --- ends that a script has to handle, with roles of a line each ----------------------------------------------------
 
 ROLES = r"""#!/usr/bin/env bash
@@ -174,6 +190,27 @@ def test_before_the_time_limit_all_are_asked_to_end_the_buffer_last_and_the_job_
     assert (sorted(asked), asked[-1]) == (["actor-0", "learner", "train"], "train")
     assert (tmp_path / "requeued").read_text() == "5\n"
     assert not (tmp_path / "work" / "atpo-5").exists()
+
+
+RANKS = r"""
+[[ $role == learner ]] && {
+  LOCAL_RANK=0 bash -c 'trap "echo rank >>\"$FAKE_SLURM/asked\"; exit 143" TERM
+    echo rank 0 >>"$FAKE_SLURM/started"; while :; do sleep 0.05; done' &
+  wait $!
+  exit 1
+}
+"""
+
+
+def test_of_a_learner_with_ranks_those_are_asked_to_end_as_their_launcher_cuts_the_save_short(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process, _ = scripted(tmp_path, capsys, RANKS)
+    until(lambda: len(started(tmp_path)) == 4, "three roles, and a rank of one")
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert sorted((tmp_path / "asked").read_text().split()) == ["actor-0", "rank", "train"]
 
 
 def test_a_role_that_crashes_is_started_again_and_one_that_only_the_user_can_mend_ends_the_job(

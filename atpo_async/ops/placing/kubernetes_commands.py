@@ -6,6 +6,7 @@ import shlex
 
 from atpo_async.config import Config
 from atpo_async.ops.exits import ERROR_FILE, EXIT_USER, PLACED, STATUS_FOLDER
+from atpo_async.ops.placing.asking import ASK
 from atpo_async.ops.placing.payload import MEETING_PORT
 
 __all__ = ["EXIT_USER"]
@@ -53,8 +54,8 @@ _OPTIONS = f"{CONFIG}/{CONFIG_FILE}"
 _KEYS_OPTION = f"--links.keys_dir {SCRATCH}/keys"
 
 # The shell is process 1: it gets the signals, and has to pass them on.
-_WAIT = """role=$!
-trap 'kill -TERM "$role" 2>/dev/null || true' TERM INT
+_WAIT = f"""role=$!
+{ASK}trap ask TERM INT
 code=0
 wait "$role" || code=$?
 while kill -0 "$role" 2>/dev/null; do code=0; wait "$role" || code=$?; done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from atpo_async.ops.exits import ERROR_FILE, EXIT_USER, PLACED
+from atpo_async.ops.placing.asking import ASK
 
 ROLE = "role.sh"
 """File on every node: what runs one role inside its job step."""
@@ -18,11 +19,11 @@ for number in ${{gpus//,/ }}; do own+=("${{given[number]:-$number}}"); done
 export CUDA_VISIBLE_DEVICES {PLACED}=1 {ERROR_FILE}
 CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${{own[*]:-}}")
 {ERROR_FILE}=$(mktemp "${{0%/*}}/error-XXXXXX")
-trap 'asked=1; if [[ -n $role ]]; then kill -TERM "$role" 2>/dev/null || true; fi' USR1
+{ASK}trap 'asked=1; if [[ -n $role ]]; then ask; fi' USR1
 trap : TERM    # from Slurm itself: the role has it too
 (trap '' USR1; exec "$@") &
 role=$!
-if [[ -n $asked ]]; then kill -TERM "$role" 2>/dev/null || true; fi
+if [[ -n $asked ]]; then ask; fi
 wait "$role" || code=$?
 while kill -0 "$role" 2>/dev/null; do code=0; wait "$role" || code=$?; done
 # The launcher of several ranks ends with a code of its own.
