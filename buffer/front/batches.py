@@ -94,8 +94,12 @@ class FrontBatches:
 
     async def _found(self, request: m.SampleRequest) -> Sequence[f.Part] | m.Exhausted | None:
         while True:
-            prepare = f.Prepare(front=self._front, request=request)
-            prepared = await self._ask_all([prepare] * len(self._shards), f.Prepared)
+            ready = self._shards.total("ready")
+            prepares: list[f.Question] = [
+                f.Prepare(front=self._front, request=request, ready=ready - (link.state.ready if link.state else 0))
+                for link in self._shards
+            ]
+            prepared = await self._ask_all(prepares, f.Prepared)
             parts = [each.part for each in prepared]
             there = [part for part in parts if part is not None]
             if not there:

@@ -91,6 +91,8 @@ class Prepare(_Said, frozen=True, tag="prepare"):
     front: int
     """Number of the process that asks, by chance: what an earlier one has sent may come after it is gone."""
     request: m.SampleRequest
+    ready: int = 0
+    """Trees that are ready in the other shards: a shard that is full is asked for no leases, and learns it here."""
 
 
 class Weigh(_Said, frozen=True, tag="weigh"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -86,7 +87,9 @@ class FrontHandler:
                 return f.answered(f.Done())
             case f.Prepare():
                 self._front = question.front
-                self._state.ledger.limits.pace.taken(question.request.version, self._context.clock())
+                ledger = self._state.ledger
+                ledger.elsewhere = replace(ledger.elsewhere, ready=question.ready)
+                ledger.limits.pace.taken(question.request.version, self._context.clock())
                 part = self._described(self._parts.prepare(question.request))
                 self._changes.notify()
                 # Its numbers are those of when it is sent: meanwhile leases may be granted, and sent before it.

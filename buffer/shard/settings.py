@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from atpo_async.config import Config
@@ -15,7 +16,8 @@ def of_shard(config: Config, shard: Shard) -> Config:
     buffer, count = config.buffer, shard.count
     update: dict[str, Any] = {
         "max_bytes": buffer.max_bytes // count,
-        "max_trees": None if buffer.max_trees is None else buffer.max_trees // count,
+        # Rounded up: together they hold a batch, as ``max_trees`` does.
+        "max_trees": None if buffer.max_trees is None else math.ceil(buffer.max_trees / count),
         "sampling": "uniform",
         "sampling_options": {},
     }
