@@ -118,8 +118,8 @@ def _check_gone(folder: Path, note: Mapping[str, Any]) -> None:
     if silent_s < patience_s:
         raise SetupError(
             f"the buffer was heard of {max(silent_s, 0.0):.0f} s ago: it may be cut off from here and still serve "
-            f"others.  They give it up after links.give_up_s = {patience_s:g} s; promote then, or add --certain if its "
-            "machine is lost"
+            f"others.  Make sure that it is gone, and promote after links.give_up_s = {patience_s:g} s, or at once "
+            "with --certain"
         )
 
 
