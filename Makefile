@@ -27,7 +27,7 @@ demo-agent: setup ## the same with a chat policy that calls a search engine in J
 # The name lets the suite find every process it has started, orphans too (tests/conftest.py).  Two files run side by
 # side: many tests wait for processes.  ARGS="-n 0" runs one after another.
 test: setup ## the whole suite; tests that need a GPU are skipped without one (ARGS="-k tree")
-	@ATPO_TEST_SESSION=make-$$$$ $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10 --durations-min=5 $(ARGS)
+	@ATPO_TEST_SESSION=make-$$$$ $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 --durations-min=5 $(ARGS)
 
 KERNELS := $(CURDIR)/build/kernels
 $(KERNELS)/.installed: requirements/kernels.txt | setup

@@ -77,6 +77,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Long files first, so that no process of the suite ends with one that began when the others were nearly done.
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
     missing = [name for name in ("liger_kernel", "torchao", "triton") if importlib.util.find_spec(name) is None]
     if missing or os.environ.get("TRITON_INTERPRET") != "1":
         for item in items:

@@ -19,6 +19,7 @@ from tests.ray_cluster_support import Nodes, RayRun, run_on
 pytest.importorskip("ray")
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
+    pytest.mark.slow,
     pytest.mark.timeout(600),
 ]
 

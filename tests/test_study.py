@@ -681,6 +681,14 @@ def test_two_studies_in_one_folder_are_refused(bench: Bench) -> None:
         bench.run(plan_of(), FakeRunner())
 
 
+def test_the_configuration_of_a_folder_is_read_back_with_all_its_sections(bench: Bench) -> None:
+    plan = plan_of()
+    lora = plan.base.learner.lora.model_copy(update={"rank": 8})
+    base = plan.base.model_copy(update={"learner": plan.base.learner.model_copy(update={"lora": lora})})
+    with StudyFolder(bench.out).held(replace(plan, base=base)):
+        assert StudyFolder(bench.out).plan().base.learner.lora == lora
+
+
 def test_tables_of_what_has_ended_can_be_had_without_running_anything(bench: Bench) -> None:
     plan = plan_of()
     with StudyFolder(bench.out).held(plan):

@@ -87,11 +87,11 @@ class StudyFolder:
                 )
         data: dict[str, Any] = {"run": {"seed": was["seeds"][0]}, "staleness": {"max_lag": max(was["lags"])}}
         for path, value in was["base"].items():
-            section, dot, name = path.partition(".")
-            if dot:
-                data.setdefault(section, {})[name] = value
-            else:
-                data[section] = value  # a list of sections
+            *sections, name = path.split(".")
+            here = data
+            for section in sections:
+                here = here.setdefault(section, {})
+            here[name] = value  # without a section: a list of them
         return Plan(
             base=configuration.build(data, source=str(file)),
             lags=some_lags,

@@ -77,7 +77,7 @@ SET_BY_THE_STUDY: dict[str, str] = {
 }
 """Fields that the grid decides, and the option that does."""
 
-FREE: tuple[str, ...] = ("supervisor.*", "links.*", "metrics.*", "run.seed")
+FREE: tuple[str, ...] = ("supervisor.*", "links.*", "metrics.*", "ray.*", "run.seed")
 """Fields that may change when a study goes on: none affects what a cell learns; seeds are compared as a list."""
 
 
