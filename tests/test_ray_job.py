@@ -267,9 +267,12 @@ def test_a_run_of_that_name_with_other_settings_is_not_attached_to(capsys: pytes
     from rich.console import Console
 
     running = build({"run": {"name": "demo"}, "learner": {"lr": 1e-5}})
-    facts = {"config": running.model_dump_json(), "pinned": "node 10.0.0.5"}
+    facts = {"config": running.model_dump_json(), "pinned": "node 10.0.0.5", "from": "base:3"}
     same = build({"run": {"name": "demo"}, "learner": {"lr": 1e-5}, "ray": {"address": "10.0.0.5:6379"}})
-    assert on_ray._attached(same, facts, Console()) == "node 10.0.0.5"
+    for begin_from in (None, "base:3"):
+        assert on_ray._attached(same, facts, Console(), begin_from=begin_from) == "node 10.0.0.5"
+    with pytest.raises(RunMismatch, match="was started with --from base:3: --from base:4 has no effect on it"):
+        on_ray._attached(same, facts, Console(), begin_from="base:4")
     for other, words in (
         ({"run": {"name": "demo"}}, "learner.lr is 1e-05 there"),
         ({"run": {"name": "demo", "dir": "/else"}, "learner": {"lr": 1e-5}}, "run.dir is "),

@@ -84,7 +84,7 @@ def train_on_ray(config: Config, *, console: Console, again: str, begin_from: st
             actor, pinned = _start(config, here, again=again, begin_from=begin_from)
         else:
             actor, facts = found
-            pinned = _attached(config, facts, console)
+            pinned = _attached(config, facts, console, begin_from=begin_from)
         with _Screen(console, title=f"atpo {name} on Ray", total_steps=config.run.steps) as screen:
             outcome = driver.follow(actor, screen, run=name, pinned=pinned)
     finally:
@@ -146,12 +146,12 @@ def _start(config: Config, here: str, *, again: str, begin_from: str | None) -> 
         look=LOOK,
         arguments=arguments,
         folder=folder,
-        facts={"config": data, "pinned": str(planned.pin)},
+        facts={"config": data, "pinned": str(planned.pin), "from": begin_from or ""},
     )
     return actor, str(planned.pin)
 
 
-def _attached(config: Config, facts: Mapping[str, str], console: Console) -> str:
+def _attached(config: Config, facts: Mapping[str, str], console: Console, *, begin_from: str | None = None) -> str:
     """Say that the run goes on, and where.  Raises RunMismatch where it is another one of that name."""
     name = config.run.name
     if "config" not in facts:
@@ -168,6 +168,12 @@ def _attached(config: Config, facts: Mapping[str, str], console: Console) -> str
             f"a run {name} is going on in the namespace {config.ray.namespace} with another configuration: {listed}"
             f"{more}.  The same configuration attaches to it (Ctrl-C there stops it), `atpo status {SCHEME}{name}` "
             "shows it; use another --run.name or --ray.namespace for this one"
+        )
+    if begin_from is not None and begin_from != facts["from"]:
+        other = f"--from {facts['from']}" if facts["from"] else "no --from"
+        raise RunMismatch(
+            f"run {name} is going on, and was started with {other}: --from {begin_from} has no effect on it; leave it "
+            "out to attach to it, or use another --run.name"
         )
     console.print(f"run {name} is going on; attached to it", markup=False)
     return facts["pinned"]
