@@ -200,8 +200,13 @@ async def test_nothing_settles_before_a_follower_has_it_where_the_buffer_waits_f
         await until(lambda: s.commits == 1 and s.journal.unmirrored_s > 0)
         assert not settled.done()
         assert s.journal.held_up == "no follower has its last commits (buffer.follower_wait)"
+        more = [asyncio.create_task(s.journal.settle()) for _ in range(3)]
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                await s.journal.settle(timeout_s=0.02, at_once=True)
+        assert len(s.journal._unmirrored) == s.commits == 1
         async with follower(tmp_path / "copy", s.endpoint):
-            await within(settled)
+            await within(asyncio.gather(settled, *more))
             await work(s, 2, 5)
             # All of them are on the follower's disk before they settle.
             assert s.journal.mirrored == s.commits

@@ -301,9 +301,16 @@ class Journal:
                 self._commit_s.append(loop.time() - began)
             self._log.committed()
             if self._follower_wait and self.committed is not None and self.mirrored < self.committed.number:
-                self._unmirrored.append((upto, self.committed.number, time.monotonic()))
+                self._wait_for_follower(upto, self.committed.number)
             else:
                 self._resolve(upto)
+
+    def _wait_for_follower(self, upto: int, number: int) -> None:
+        since = time.monotonic()
+        if self._unmirrored and self._unmirrored[-1][1] == number:
+            # Nothing was committed since: there may be no follower for hours, and reports that come all the time.
+            since = self._unmirrored.pop()[2]
+        self._unmirrored.append((upto, number, since))
 
     def _resolve(self, upto: int) -> None:
         """What was handed over before the ticket ``upto`` is settled."""
