@@ -150,11 +150,12 @@ def test_a_url_that_needs_a_package_names_it_and_a_password_is_not_repeated() ->
         CheckpointStore("abfs://container/folder", run_id="r")
     with pytest.raises(SetupError, match=r"learner\.checkpoint_url = nix://…: Protocol not known"):
         CheckpointStore("nix://bucket", run_id="r")
-    for bad in ("s3://key:secret@bucket/folder", "folder", "s3:/bucket"):
+    for bad in ("s3://key:secret@bucket/folder", "key:secret@bucket", "folder", "s3:/bucket"):
         with pytest.raises(ConfigError) as caught:
             build({"learner": {"checkpoint_url": bad}})
         assert str(caught.value).startswith("learner.checkpoint_url: ")
         assert "secret" not in str(caught.value)
+        assert (", got " in str(caught.value)) == (bad in ("folder", "s3:/bucket"))
     assert CheckpointStore("memory://user@b/c", run_id="r").shown("x") == "memory://b/c/r/x"
 
 

@@ -289,6 +289,24 @@ async def test_a_policy_that_the_node_lacks_is_sent_and_the_role_gets_its_folder
         assert (folder == str(policy)) is not lacks
 
 
+async def test_the_port_at_which_ranks_meet_is_held_until_they_listen_there(run: RunDir) -> None:
+    listens = """
+        import socket, sys
+        where = ("127.0.0.1", int(sys.argv[1]))
+        try:
+            socket.socket().bind(where)
+        except OSError as exc:
+            print("others:", exc.strerror)
+        with socket.create_server(where) as server:  # it sets SO_REUSEADDR, as torch's store does
+            print("port:", server.getsockname()[1] == where[1])
+    """
+    places = MadeUpPlaces("a")
+    await supervisor_of(run, places, script("learner", listens, ends_run=True, words=["{port}"]), said=[]).run()
+    assert run.log_path("learner", 0).read_text().splitlines() == ["others: Address already in use", "port: True"]
+    await supervisor_of(run, places, script("learner", DONE, ends_run=True), said=[]).run()
+    assert (await places.hosts["learner"].greet()).meeting_port == 0  # on one node: torch's launcher binds one
+
+
 async def test_everything_that_a_role_has_started_ends_with_it(run: RunDir) -> None:
     child = """
         import subprocess, sys, time

@@ -127,6 +127,7 @@ async def test_a_relay_whose_key_is_unknown_says_so_and_is_let_in_once_its_key_i
         await until(lambda: "it refused our key" in site.relay.uplink.link.trouble)
         aside.rename(key)
         await within(site.relay.uplink.joined.wait())
+        assert not site.relay.uplink.link.trouble
 
 
 async def test_a_relays_key_is_no_actors(tmp_path: Path, keys: Keys) -> None:

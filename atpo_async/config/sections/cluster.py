@@ -37,7 +37,7 @@ Texts = Annotated[dict[str, str], BeforeValidator(_texts)]
 class Share(Section):
     """What one process of a role takes of its node, and which nodes it may be on."""
 
-    num_cpus: float = Field(1.0, ge=0)
+    num_cpus: float = Field(1.0, ge=0, description="that Ray counts as taken; its threads are not limited to them")
     num_gpus: float | None = Field(
         None,
         ge=0,
@@ -58,7 +58,7 @@ class LearnerShare(Share):
 class BufferShare(Share):
     """The buffer and the supervisor: they are on the node that holds the run's folder and journal."""
 
-    num_gpus: float | None = Field(0.0, ge=0)
+    num_gpus: float | None = Field(0.0, ge=0, description="the buffer uses none")
     node: str | None = Field(
         None, description="address of the node with the run's folder; none: of this machine, unless resources or labels"
     )

@@ -25,7 +25,8 @@ def _is_a_url(value: str) -> str:
     """A URL that fsspec may know, without a password: the configuration is written down."""
     parts = urlsplit(value)
     if not re.fullmatch(r"[a-z][a-z0-9+.-]*", parts.scheme) or "://" not in value:
-        raise _url_fault("expected a URL that fsspec knows, as file:///folder or s3://bucket/folder")
+        given = "" if re.search("[@?=]", value) else f", got {value!r}"  # these may come with a secret
+        raise _url_fault(f"expected a URL that fsspec knows, as file:///folder or s3://bucket/folder{given}")
     if parts.password is not None:
         raise _url_fault(
             "it holds a password, which would be written down with the configuration: leave credentials to the store's "

@@ -68,6 +68,7 @@ class RoleHost:
         self._log = self._folder / "log"
         self._error = self._folder / "error"
         self._own_key = ""
+        self._meeting = hold_port(address) if any("{port}" in word for word in order.argv) else None
         self._policy = order.policy
         self._launcher = ProcessLauncher()
         self._role: LocalRole | None = None
@@ -100,7 +101,7 @@ class RoleHost:
             protocol=PROTOCOL,
             public_key=public,
             lacks_policy=policy.is_lacking(Path(self._order.policy), self._order.files),
-            free_port=_free_port(self._address),
+            meeting_port=self._meeting.getsockname()[1] if self._meeting else 0,
         )
 
     async def receive(self, name: str, data: bytes) -> None:
@@ -242,6 +243,8 @@ class RoleHost:
     async def close(self) -> None:
         """End what is left and remove all files."""
         await self.end()
+        if self._meeting:
+            self._meeting.close()
         await asyncio.to_thread(self._scratch.remove)
         if self._order.role == "learner":
             await asyncio.to_thread(scratch.clear, self._order.run_id)
@@ -277,10 +280,17 @@ def _read(file: Path, offset: int) -> bytes:
         return b""
 
 
-def _free_port(address: str) -> int:
-    """A port that is free on this node now; 0 where none can be had."""
+def hold_port(address: str) -> socket.socket | None:
+    """A socket that keeps a port of this node for ranks to meet at; None where none can be had.
+
+    It does not listen: until it is closed no other process is given the port, and torch's store, which sets
+    SO_REUSEADDR as this does, may listen there.
+    """
+    held = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     try:
-        with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as found:
-            return int(found.getsockname()[1])
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind((address, 0))
     except OSError:
-        return 0
+        held.close()
+        return None
+    return held

@@ -306,7 +306,7 @@ class RayLauncher:
                 server_secret=self._keys.secret if serves and name != BUFFER else "",
                 keys_dir=str(self._keys.folder) if name == BUFFER else "",
                 head=greetings[0].address,
-                port=greetings[0].free_port,
+                port=greetings[0].meeting_port,
                 rank=number,
             )
             await self._places.call(host, "start", start)

@@ -52,8 +52,8 @@ class Greeting:
     """Text of the file with its public key; empty where it was asked for none.  The secret never leaves the host."""
     lacks_policy: bool
     """The policy's folder is not on its node, or is another one: it has to be sent."""
-    free_port: int
-    """For the ranks of a learner that is on several nodes to meet at; 0 where it is on one."""
+    meeting_port: int
+    """For the ranks of a learner that is on several nodes to meet at, held by the host; 0 where it is on one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
