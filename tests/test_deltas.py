@@ -173,6 +173,26 @@ async def test_a_version_that_is_no_longer_fetched_goes_and_one_such_is_kept_at_
         assert isinstance(ask(0), VersionGone)
 
 
+async def test_a_version_that_is_fetched_makes_space_for_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else that one lies on the disk, where no actor of the learner's host can link it."""
+    async with ends(tmp_path) as both:
+        for version in (0, 1, 2):
+            both.publish(version)
+            both.publisher.store.answer(ChunkRequest(run="run", version=0, index=0))
+        path = both.publisher.store._versions[0].path
+        free = both.publisher.store._versions[0].manifest.total_bytes
+        monkeypatch.setattr(store, "free_beside", lambda path: free)
+        both.publish(3)
+        assert both.publisher.store._versions.keys() == {0, 2, 3}
+        monkeypatch.setattr(store, "free_beside", lambda path: free - 1)
+        both.publish(4)
+        assert both.publisher.store._versions.keys() == {3, 4}
+        assert not path.exists()
+        assert isinstance(both.publisher.store.answer(ChunkRequest(run="run", version=0, index=1)), VersionGone)
+
+
 async def test_a_chain_is_no_longer_than_either_end_allows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def far(learners: int, actors: int) -> dict[str, float]:
         async with ends(tmp_path, settings_of(max_chain=learners), settings_of(max_chain=actors)) as both:
@@ -390,19 +410,21 @@ async def test_a_version_is_announced_and_served_whole_while_its_difference_is_m
         assert both.counts()["versions"] == 1.0
 
 
+@pytest.mark.parametrize(("wait_s", "limit_s"), [(0.01, 120.0), (60.0, 4.0)])
 async def test_an_actor_asks_again_while_the_learner_is_not_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, released: threading.Event
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, released: threading.Event, wait_s: float, limit_s: float
 ) -> None:
+    """Its request is held for less than its time limit, whatever that is."""
     made = encode
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         assert released.wait(60)
         return made(*args, **kwargs)
 
-    async with ends(tmp_path) as both:
+    async with ends(tmp_path, settings_of(fetch_timeout_s=limit_s)) as both:
         await begun(both)
         monkeypatch.setattr(made_by_learner, "encode", slow)
-        monkeypatch.setattr(made_by_learner, "WAIT_S", 0.01)
+        monkeypatch.setattr(made_by_learner, "WAIT_S", wait_s)
 
         def alter(request: ActorToLearner, answer: LearnerToActor) -> LearnerToActor:
             if isinstance(answer, WeightsManifest) and answer.differences_pending:

@@ -126,6 +126,14 @@ class VersionFiles:
         return WrittenFile(path=path, total_bytes=end, tensors=hashed)
 
 
+def free_beside(path: Path) -> int:
+    """Bytes that are free where a file lies; 0 where its folder is gone."""
+    try:
+        return shutil.disk_usage(path.parent).free
+    except OSError:
+        return 0
+
+
 def remove(path: Path) -> None:
     """A version's file, and what actors of this host have noted beside it."""
     path.unlink(missing_ok=True)

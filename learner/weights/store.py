@@ -1,8 +1,9 @@
 """Stores the versions that actors can fetch: the newest and the one before, each with its manifest and its file.
 
 A third one is kept while an actor is fetching it whole: over a thin link that takes longer than the learner takes for
-two versions, and the actor would never have its first.  The files stay open, so that a version is served even if its
-file is removed.  The transport carries the bytes (``atpo_async.transports``).
+two versions, and the actor would never have its first.  It goes where the next one would find no space beside it.  The
+files stay open, so that a version is served even if its file is removed.  The transport carries the bytes
+(``atpo_async.transports``).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from atpo_async.transports.registry import make_transport
 from atpo_async.wire import messages as m
 from atpo_async.wire.digests import root_of
 from learner.weights.differences import Differences
-from learner.weights.files import VersionFiles, remove
+from learner.weights.files import VersionFiles, free_beside, remove
 from learner.weights.staging import Staged
 
 NUM_VERSIONS = 2
@@ -92,6 +93,7 @@ class WeightsStore:
         Raises:
             SetupError: it cannot be written.
         """
+        self._make_space(staged.total_bytes)
         file = self._files.write(version, staged)
         manifest = m.WeightsManifest(
             run=self._run,
@@ -109,15 +111,26 @@ class WeightsStore:
         offered = OfferedVersion(manifest=manifest, path=file.path, payload=Payload(file.path))
         self._sender.offer(offered)
         every = {**self._versions, version: offered}
-        kept = {*sorted(every)[-NUM_VERSIONS:], *self._being_fetched()}
+        self._keep(every, {*sorted(every)[-NUM_VERSIONS:], *self._being_fetched()})
+        self._differences.offer(offered)
+        return self.announcement(version)
+
+    def _make_space(self, nbytes: int) -> None:
+        """A third version goes where it would drive the next one out of memory: actors of this host come first."""
+        newest = set(sorted(self._versions)[-NUM_VERSIONS:])
+        for number, old in self._versions.items():
+            if number not in newest and free_beside(old.path) < nbytes:
+                self._fetched = -1, 0.0
+                self._keep(self._versions, newest)
+                return
+
+    def _keep(self, every: Mapping[int, OfferedVersion], kept: set[int]) -> None:
         self._versions = {number: old for number, old in every.items() if number in kept}
         for number, old in every.items():
             if number not in kept:
                 self._sender.withdraw(number)
                 # An actor that has it mapped is not affected: the name goes, the pages stay.
                 remove(old.path)
-        self._differences.offer(offered)
-        return self.announcement(version)
 
     def announcement(self, version: int) -> m.WeightsAnnounced:
         offered = self._versions[version]
