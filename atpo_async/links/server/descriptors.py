@@ -31,6 +31,6 @@ def raise_limit(needed: int) -> int:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed + OTHERS:
         return needed
-    space = max(soft - OTHERS, 1)
+    space = max(soft - OTHERS, soft // 2, 1)
     log.info("at most %d clients may connect: this process may open %d files (ulimit -n)", space, soft)
     return space
