@@ -12,6 +12,7 @@ import pytest
 
 from atpo_async.core.errors import BadMessage, PeerLost
 from atpo_async.links.client import Client
+from atpo_async.links.client.waits import Waits
 from atpo_async.links.server import Server
 from atpo_async.wire import messages as m
 from tests.links_support import ANY_PORT, FAST, LEASE_REQUEST, NO_LEASES, Buffer, client, closed, server
@@ -177,3 +178,16 @@ async def test_a_message_over_the_limit_is_refused_at_the_sender_and_in_replies(
             await c.send(m.Chunk(version=0, index=0, data=np.zeros(1 << 20, np.uint8)))
         reply = await c.request(m.ChunkRequest(run="r", version=0, index=0), timeout_s=LIMIT_S)
         assert "max_message_bytes" in reply.reason
+
+
+async def test_all_waits_end_though_the_time_of_one_is_over_at_that_moment() -> None:
+    waits = Waits()
+    both = [waits.begin("its time is over", 0.0), waits.begin("it has time", LIMIT_S)]
+    tasks = [asyncio.create_task(waits.run(wait, asyncio.Event().wait())) for wait in both]
+    await asyncio.sleep(0)  # both wait
+    await asyncio.sleep(0)
+    assert both[0].timeout.expired()
+    assert not tasks[0].done()
+    waits.end()
+    ended = await within(asyncio.gather(*tasks, return_exceptions=True))
+    assert [type(failure) for failure in ended] == [TimeoutError, TimeoutError]

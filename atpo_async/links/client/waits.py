@@ -55,7 +55,8 @@ class Waits:
     def end(self) -> None:
         """End every wait: none can be fulfilled any more."""
         for wait in self:
-            wait.timeout.reschedule(time.monotonic())
+            if not wait.timeout.expired():  # one whose own time is over ends by itself, and refuses another one
+                wait.timeout.reschedule(time.monotonic())
 
     def overdue(self, deadline_s: float) -> list[Wait]:
         """Those that have waited for ``deadline_s`` since they were last reported; they count as reported now."""
