@@ -138,7 +138,10 @@ async def _hello(ctx: RoleContext, buffer: Client, *, timeout_s: float) -> Welco
         return f"{where} does not answer" + ("" if buffer.connected else " (not connected: nothing listens there)")
     where = f"the buffer at {buffer.endpoint}"
     if isinstance(answer, Refused):
-        raise SetupError(f"{where} refuses {ctx.name}: {answer.reason}")
+        hint = ""
+        if "'actor_hello' is unknown here" in answer.reason:
+            hint = "; this is no socket for actors: --join takes the address that `atpo train` prints for them"
+        raise SetupError(f"{where} refuses {ctx.name}: {answer.reason}{hint}")
     if not isinstance(answer, Welcome):
         return f"{where} answers with {type(answer).__name__}"
     return answer

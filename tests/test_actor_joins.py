@@ -107,6 +107,15 @@ async def test_why_the_buffer_refuses_an_actor_is_reported_before_an_engine_is_l
             await within(entry.act(actor(s.endpoint)))
 
 
+async def test_an_actor_that_joins_a_socket_of_others_is_told_which_one_is_for_actors() -> None:
+    reason = "message type 'actor_hello' is unknown here; expected one of sample_request, learner_hello"
+    async with server(Buffer(m.Refused(reason=reason))) as s:
+        with pytest.raises(
+            SetupError, match=r"this is no socket for actors: --join takes the address that `atpo train`"
+        ):
+            await within(entry.act(actor(s.endpoint)))
+
+
 async def test_an_actor_that_is_welcome_loads_its_engine_at_once(caplog: pytest.LogCaptureFixture) -> None:
     buffer = Buffer(WELCOME)
     async with server(buffer) as s:

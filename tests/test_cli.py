@@ -1096,4 +1096,12 @@ def test_a_run_that_is_resumed_names_the_files_that_it_lacks(tmp_path: Path) -> 
     checkpoint.rmdir()
     MetricsWriter(run.metrics_path, source="learner").write(step=4, version=7, metrics={"train/loss": 0.5})
     (line,) = notes.missing(run)
-    assert f"{run.checkpoints} holds no checkpoint" in line
+    assert f"{run.checkpoints} holds no checkpoint: the learner begins at step 0 once more" in line
+
+
+def test_a_resumed_run_without_checkpoints_here_goes_on_from_those_at_the_url(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/elsewhere"
+    run = RunDir.create(build({"run": {"dir": str(tmp_path), "name": "r"}, "learner": {"checkpoint_url": url}}))
+    MetricsWriter(run.metrics_path, source="learner").write(step=4, version=7, metrics={"train/loss": 0.5})
+    (line,) = notes.missing(run)
+    assert f"goes on from the newest at learner.checkpoint_url = '{url}', and where none is there" in line

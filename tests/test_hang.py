@@ -264,6 +264,13 @@ def test_an_actor_that_joined_by_address_is_one_of_the_actors_that_are_waited_fo
     assert told[0].line.endswith("waits 20 s for trees from actor-far-7, which joined by address (heard 0.4 s ago)")
 
 
+def test_an_actor_of_another_hosts_key_is_one_of_the_actors_that_are_waited_for() -> None:
+    peers = [{"peer": "gpu-7/actor-0", "silent_s": 0.4}]
+    buffer = status("buffer", waits=(wait("trees", "actors", 20.0),), links={"buffer at a": {"peers": peers}})
+    told = Looks().often(12, observed("buffer", waits=buffer.waits, links=buffer.links))
+    assert "trees from gpu-7/actor-0, which joined by address" in told[0].line
+
+
 def test_a_run_that_stands_still_for_a_restart_says_when_that_comes() -> None:
     watch = Watch(deadline_s=10.0, hang_s=100.0, every_s=1.0)
     actor = observed("actor-0", waits=(wait("a lease", "buffer", 20.0),))
@@ -389,8 +396,8 @@ class Supervised:
         return path.read_text() if path.exists() else ""
 
     def said_of_working_roles(self) -> list[str]:
-        """Without what is said of a role that a busy machine lets begin late, and of where further actors join."""
-        return [line for line in self.said if "has not begun" not in line and "join with" not in line]
+        """Without what is said of a role that a busy machine lets begin late, and of where others join."""
+        return [line for line in self.said if "has not begun" not in line and " with --join " not in line]
 
     async def until_again(self, role: str) -> None:
         await until_async(lambda: "second attempt" in self.log(role, 1), self.story)

@@ -149,6 +149,14 @@ def test_an_actor_that_joined_by_address_and_has_asked_for_nothing_yet_is_waited
         wait_for_it.again("no tree")
 
 
+@pytest.mark.parametrize("name", ["buffer", "buffer, followers"])
+def test_a_relay_or_a_follower_that_never_asks_for_trees_extends_no_wait(tmp_path: Path, name: str) -> None:
+    peer = {"peer": "site-1/far", "silent_s": 0.1, "handled": 0}
+    facts = {"buffer": {"relays": {"site-1/far": "on h, 0 actors: none"}}} if name == "buffer" else {}
+    put(tmp_path, status("buffer", links={"buffer at a": {"name": name, "peers": [peer]}}, facts=facts))
+    assert Loads(tmp_path, "learner")() is None
+
+
 def test_a_role_that_its_supervisor_starts_or_starts_again_is_waited_for(tmp_path: Path) -> None:
     loads = Loads(tmp_path, "actor-0", ("buffer", "learner", "actor-0"))
     put(tmp_path, status("buffer", phase="serving"))

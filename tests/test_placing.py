@@ -47,6 +47,19 @@ def test_the_learner_comes_first_then_actors_on_other_nodes_and_where_gpus_are_l
     ]  # fmt: skip
 
 
+def test_nodes_that_get_no_role_are_named_when_the_script_is_printed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[actor]\ncount = 1\n")
+    assert main(["launch", "slurm", str(file), "--nodes", "4"]) == 0
+    printed = capsys.readouterr()
+    assert "1 actor(s), 2 node(s) without a role." in printed.out
+    assert "2 of 4 nodes get no role, and are held for the job all the same: raise actor.count (it is 1)" in printed.err
+    assert main(["launch", "slurm", str(file), "--nodes", "2"]) == 0
+    assert "no role" not in capsys.readouterr().err
+
+
 def test_without_gpus_actors_are_spread_over_the_nodes_that_the_learner_leaves() -> None:
     config = configured(actors=3, device="cpu")
     assert at(config, nodes=3, gpus=0) == [

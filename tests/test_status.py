@@ -425,6 +425,19 @@ def test_an_actor_that_joined_by_address_is_in_the_table(run: RunDir, capsys: py
     assert json.loads(told(capsys, run, "--json"))["joined"] == {"actor-far-7": {"silent_s": 0.4}}
 
 
+def test_own_roles_with_the_hosts_key_relays_and_followers_are_no_actors_that_joined(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("client/actor-0", "client/actor-vm-7", "relay-1/relay-a", "relay-1/gpu-7/actor-0", "gpu-8/learner")
+    links = {
+        "buffer at tcp://h:1": {"name": "buffer", "peers": [{"peer": name, "silent_s": 0.1} for name in names]},
+        "f at tcp://h:2": {"name": "buffer, followers", "peers": [{"peer": "copy/follower-b", "silent_s": 0.2}]},
+    }
+    facts = {"buffer": {"relays": {"relay-1/relay-a": "on h, 1 actors: relay-1/gpu-7/actor-0"}}}
+    put(run, status("buffer", links=links, facts=facts), status("actor-0"))
+    assert list(json.loads(told(capsys, run, "--json"))["joined"]) == ["client/actor-vm-7", "relay-1/gpu-7/actor-0"]
+
+
 def test_a_role_that_has_gone_is_named_as_what_is_waited_for(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     put(run, status("learner", waits=(wait("batch 3", "buffer", 4.0),)), status("buffer", pid=1, started=7))
     assert "→ learner waits 4.0 s for batch 3 from buffer, which has gone" in told(capsys, run)

@@ -196,6 +196,23 @@ async def test_where_to_join_is_told_once_the_buffer_says_it_and_again_when_it_h
     ]
 
 
+async def test_where_the_learner_is_to_join_is_told_where_none_is_started_here(run: RunDir) -> None:
+    code = f"""
+        import time
+        from atpo_async.run.rundir import RunDir
+        RunDir.open({str(run.path)!r}).listening.note(actors="tcp://127.0.0.1:7000", learner="tcp://127.0.0.1:7001")
+        time.sleep(1000)
+    """
+    said: list[str] = []
+    supervisor = Supervisor(run, [script("buffer", code, ends_run=True)], settings=QUICK, say=said.append)
+    task = asyncio.create_task(finished(supervisor))
+    await until(lambda: len(said) == 2)
+    supervisor.interrupt()
+    supervisor.interrupt()
+    assert await task is Outcome.INTERRUPTED
+    assert said == ["the learner joins with --join 127.0.0.1:7001", "actors join with --join 127.0.0.1:7000"]
+
+
 @pytest.mark.parametrize("learner_first", [False, True])
 async def test_who_ended_with_the_run_comes_back_for_a_learner_that_did_not_live_to_end(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, learner_first: bool

@@ -71,9 +71,13 @@ def missing(rundir: RunDir) -> list[str]:
         ]
     if not rundir.is_trained:
         return []
+    url = rundir.config.learner.checkpoint_url
+    begins = "begins at step 0 once more"
+    if url is not None:
+        begins = f"goes on from the newest at learner.checkpoint_url = {url!r}, and where none is there either {begins}"
     return [
-        f"steps were done in this run, and {rundir.checkpoints} holds no checkpoint: the learner begins at step 0 once "
-        "more; tasks that the buffer knows to be in a checkpoint are not trained on again"
+        f"steps were done in this run, and {rundir.checkpoints} holds no checkpoint: the learner {begins}; "
+        "tasks that the buffer knows to be in a checkpoint are not trained on again"
     ]
 
 

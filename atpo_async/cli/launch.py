@@ -79,18 +79,22 @@ def run(asked: Asked) -> int:
 
 
 def _slurm(config: Config, args: argparse.Namespace) -> str:
-    from atpo_async.ops.placing.slurm import SlurmOptions, script
+    from atpo_async.ops.placing.slurm import SlurmOptions, num_idle, script
 
     keys = config.links.keys_dir
-    return script(
-        config,
-        SlurmOptions(
-            nodes=args.nodes, gpus_per_node=args.gpus_per_node, cpus_per_node=args.cpus_per_node,
-            job_name=args.job_name, partition=args.partition, account=args.account, time=args.time,
-            sbatch=tuple(args.sbatch), requeue=not args.no_requeue, run_dir=args.run_dir,
-            keys_dir=None if keys is None else str(keys.absolute()), atpo=args.atpo, setup=tuple(args.setup),
-        ),
+    options = SlurmOptions(
+        nodes=args.nodes, gpus_per_node=args.gpus_per_node, cpus_per_node=args.cpus_per_node,
+        job_name=args.job_name, partition=args.partition, account=args.account, time=args.time,
+        sbatch=tuple(args.sbatch), requeue=not args.no_requeue, run_dir=args.run_dir,
+        keys_dir=None if keys is None else str(keys.absolute()), atpo=args.atpo, setup=tuple(args.setup),
     )  # fmt: skip
+    text = script(config, options)
+    if idle := num_idle(config, options):
+        note(
+            f"{idle} of {args.nodes} nodes get no role, and are held for the job all the same: raise actor.count "
+            f"(it is {config.actor.count}), or lower --nodes"
+        )
+    return text
 
 
 def _kubernetes(config: Config, args: argparse.Namespace) -> str:

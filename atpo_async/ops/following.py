@@ -70,17 +70,23 @@ class Follower:
             self.pass_on()
             await asyncio.sleep(TAIL_S)
 
-    async def tell_the_address(self) -> None:
-        """Announce the address where further actors can join, once the buffer listens and whenever it has moved."""
-        told = ""
+    async def tell_the_addresses(self, *, learner: bool) -> None:
+        """Announce where further actors can join, once the buffer listens and whenever it has moved.
+
+        Args:
+            learner: announce where the learner can join, too.
+        """
+        told: dict[str, str] = {}
+        advertise = self._rundir.config.links.advertise
         while True:
             with contextlib.suppress(SetupError, OSError):
-                found = self._rundir.listening.now().actors
-                if found and found != told:
-                    moved = ": the buffer is no longer where it was" if told else ""
-                    where = advertised.sentence(found, advertise=self._rundir.config.links.advertise)
-                    self._say(f"actors join with --join {where}{moved}")
-                    told = found
+                now = self._rundir.listening.now()
+                ways = {"the learner joins": now.learner if learner else "", "actors join": now.actors}
+                for who, found in ways.items():
+                    if found and found != told.get(who):
+                        moved = ": the buffer is no longer where it was" if who in told else ""
+                        self._say(f"{who} with --join {advertised.sentence(found, advertise=advertise)}{moved}")
+                        told[who] = found
             await asyncio.sleep(TAIL_S)
 
     async def follow_starts(self, attempts: Mapping[str, Attempt]) -> None:

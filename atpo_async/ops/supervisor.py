@@ -24,7 +24,7 @@ from atpo_async.ops.attempts import Attempt, Crashes, Ending
 from atpo_async.ops.exits import ERROR_FILE, EXIT_CRASH, EXIT_DONE, EXIT_USER, SUPERVISOR_PID
 from atpo_async.ops.following import NOTICES, Follower
 from atpo_async.ops.launchers.base import Launcher, RoleLost, StartOrder
-from atpo_async.ops.specs import RoleSpec
+from atpo_async.ops.specs import LEARNER, RoleSpec
 from atpo_async.ops.watching import HangWatch, RoleWatch, write_hang_report
 from atpo_async.run import accelerate_environment, processes, scratch
 from atpo_async.run.metrics import Record
@@ -133,12 +133,13 @@ class Supervisor:
         """
         await asyncio.to_thread(snapshot.forget_the_dead, self._rundir.path / snapshot.FOLDER)
         keepers = [asyncio.create_task(self._keep(spec), name=f"keep {spec.name}") for spec in self._specs]
+        learner = all(spec.name != LEARNER for spec in self._specs)
         signs = _tasks({"run done": self._done.wait(), "stop asked for": self._stopping.wait()})
         follower = self._follower
         passive = _tasks(
             {
                 "follow metrics": follower.follow_records(),
-                "tell the address": follower.tell_the_address(),
+                "tell the addresses": follower.tell_the_addresses(learner=learner),
                 "sample memory": follower.sample_memory(
                     self._watch, every_s=self._settings.sample_every_s, restarts=lambda: self._restarts
                 ),

@@ -17,6 +17,8 @@ CLOSED = "which closes the circle"
 BUFFER, LEARNER = "buffer", "learner"
 ACTORS = "actors"
 """All actors, as what a wait is for."""
+OWN_KEY = "client"
+"""How the key of a host's own roles is called (``links.keys.CLIENT_KEY``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +172,7 @@ def _ways(
     ways = []
     for wait in found:
         if wait.on == ACTORS:
-            targets = [role for role in (*statuses, *known) if role.startswith("actor")] or [ACTORS]
+            targets = [role for role in (*statuses, *known) if _last(role).startswith("actor")] or [ACTORS]
         else:
             targets = [wait.on]
         ways += [(wait, target) for target in targets]
@@ -178,24 +180,43 @@ def _ways(
 
 
 def joined_by_address(statuses: Iterable[StatusSnapshot]) -> dict[str, float]:
-    """Actors without a status file here, which joined by address: name -> seconds since they last sent anything."""
+    """Actors without a status file here, which joined by address: name -> seconds since they last sent anything.
+
+    Relays and followers, which ask the buffer for no trees, are none.
+    """
     statuses = list(statuses)
     found: dict[str, float] = {}
     for status in statuses:
         for facts in status.links.values() if status.role == BUFFER else ():
-            peers = facts.get("peers")
+            peers = facts.get("peers") if facts.get("name", BUFFER) == BUFFER else None
             for peer in peers if isinstance(peers, Sequence) else ():
                 try:
                     name, silent_s = str(peer["peer"]), float(peer["silent_s"])
                 except (KeyError, TypeError, ValueError):
                     continue
-                if _own_name(name).partition("-")[0] != LEARNER:
+                if _last(name).partition("-")[0] != LEARNER:
                     found[name] = silent_s
-    known = {status.role for status in statuses}
-    return {name: silent_s for name, silent_s in found.items() if _own_name(name) not in known}
+    others = {status.role for status in statuses} | _relays(statuses)
+    return {name: silent_s for name, silent_s in found.items() if not {name, _own_name(name)} & others}
+
+
+def _relays(statuses: Iterable[StatusSnapshot]) -> set[str]:
+    """The peers that the buffer knows as relays."""
+    found: set[str] = set()
+    for status in statuses:
+        relays = status.facts.get(BUFFER, {}).get("relays") if status.role == BUFFER else None
+        found.update(relays if isinstance(relays, Mapping) else ())
+    return found
 
 
 def _own_name(peer: str) -> str:
-    """What a peer calls itself, where its key has the name of its role: the keys that a run makes for its own."""
+    """What a peer of this run's own calls itself: its key has the name of its role, as where the run makes the keys, or
+    is the host's own, which no other host's may be called.
+    """
     key, _, own = peer.rpartition("/")
-    return own if key and own.startswith(key) else peer
+    return own if key and (own.startswith(key) or key == OWN_KEY) else peer
+
+
+def _last(peer: str) -> str:
+    """What a peer calls itself, whatever its key."""
+    return peer.rpartition("/")[2]

@@ -187,8 +187,8 @@ class Asker:
         if "learner_hello" not in reason:
             return ""
         return (
-            "; this is no socket for learners: --join takes the address that the buffer's log names after 'learner at' "
-            "(links.learner_port)"
+            "; this is no socket for learners: --join takes the address that `atpo train … --on hosts` prints for the "
+            "learner, and the buffer's log names after 'learner at' (links.learner_port)"
         )
 
     async def _join_again(self) -> None:

@@ -29,6 +29,11 @@ class Placement:
     """One for each of its nodes, which come first."""
     actors: tuple[Placed, ...]
 
+    @property
+    def num_idle(self) -> int:
+        """Nodes without a role."""
+        return self.nodes - len({0, *(placed.node for placed in (*self.learner, *self.actors))})
+
 
 def learner_nodes(ranks: int, *, gpus: int, nodes: int) -> int:
     """The fewest nodes over which ``ranks`` are divided evenly.

@@ -118,7 +118,16 @@ def _directives(config: Config, options: SlurmOptions) -> list[str]:
 
 def _described(placement: Placement) -> str:
     ranks = len(placement.learner)
-    return f"buffer on the first of {placement.nodes} node(s), learner on {ranks}, {len(placement.actors)} actor(s)"
+    idle = f", {placement.num_idle} node(s) without a role" if placement.num_idle else ""
+    return (
+        f"buffer on the first of {placement.nodes} node(s), learner on {ranks}, {len(placement.actors)} actor(s){idle}"
+    )
+
+
+def num_idle(config: Config, options: SlurmOptions) -> int:
+    """Nodes of the allocation that get no role."""
+    here = payload.for_nodes(config, run_dir=options.run_dir)
+    return place(here, nodes=options.nodes, gpus=options.gpus_per_node).num_idle
 
 
 def _settings(config: Config, options: SlurmOptions, files: Mapping[str, str]) -> list[str]:
