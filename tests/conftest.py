@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -60,6 +61,18 @@ def hopqa_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.learner_support import small_policy
 
     return small_policy(tmp_path_factory.mktemp("policy") / "policy", steps=60)
+
+
+@pytest.fixture(autouse=True)
+def root_logger() -> Iterator[None]:
+    """A command that a test runs in this process sets up logging for a process of its own: on a stream of that test."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler and handler not in handlers:
+            root.removeHandler(handler)
 
 
 @pytest.fixture

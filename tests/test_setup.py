@@ -220,12 +220,15 @@ def test_every_requirement_is_pinned_once_and_the_builds_that_break_torch_are_ab
 
 
 LEAVES_AN_ORPHAN = """
-import subprocess, sys
+import pathlib, subprocess, sys, time
 
 def test_leaves_an_orphan():
-    child = "import time; time.sleep(600)"
+    there = pathlib.Path("there")
+    child = "import pathlib, time; pathlib.Path('there').touch(); time.sleep(600)"
     parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)"
     subprocess.run([sys.executable, "-c", parent], check=True)
+    while not there.exists():
+        time.sleep(0.01)
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import msgspec
@@ -13,7 +14,7 @@ from atpo_async.core.naming.shards import shard_of
 from tests.buffer_peers_support import SOON_S
 from tests.shards_support import ShardPeers, cluster_of, sharded
 from tests.test_shards import ready, uneven
-from tests.waiting_support import until
+from tests.waiting_support import LIMIT_S, until
 
 
 def sender(peers: ShardPeers) -> TurnSender:
@@ -99,6 +100,9 @@ async def test_a_shard_that_was_started_again_elsewhere_is_found_there(tmp_path:
             await turns.send(message)
         await peers.cluster.start_shard(1)
         await peers.cluster.heard()
-        turns.learn((await peers.leases(0)).shards)
-        await ready(peers, 1)
+        async with asyncio.timeout(LIMIT_S):
+            # The front may not know yet that the former one is gone: an actor hears it with every answer.
+            while peers.cluster.front.shards.total("ready") != 1:
+                turns.learn((await peers.leases(0)).shards)
         await until(lambda: not turns.is_cut_off)
+        assert handled_directly(peers)[1] > 0
