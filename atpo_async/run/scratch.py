@@ -69,11 +69,7 @@ class Scratch:
     @property
     def exists(self) -> bool:
         """False once it has been removed, or another one put in its place."""
-        if self._lock is None:
-            return self.path.is_dir()
-        with contextlib.suppress(OSError):
-            return os.path.samestat(os.fstat(self._lock), self.path.stat())
-        return False
+        return _is_still(self.path, self._lock)
 
     def remove(self) -> None:
         """Idempotent."""
@@ -111,11 +107,7 @@ class CommonScratch:
     @property
     def exists(self) -> bool:
         """False once it has been removed, or another one put in its place."""
-        if self._lock is None:
-            return self.path.is_dir()
-        with contextlib.suppress(OSError):
-            return os.path.samestat(os.fstat(self._lock), self.path.stat())
-        return False
+        return _is_still(self.path, self._lock)
 
     def release(self) -> None:
         """This process uses it no longer; the last one removes it.  Idempotent."""
@@ -124,6 +116,15 @@ class CommonScratch:
             self._lock = None
             with contextlib.suppress(OSError):
                 _remove_unheld(self.path)
+
+
+def _is_still(folder: Path, lock: int | None) -> bool:
+    """Whether a folder is the one that ``lock`` was opened on; without a lock, whether there is one."""
+    if lock is None:
+        return folder.is_dir()
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(lock), folder.stat())
+    return False
 
 
 def is_private(folder: Path) -> bool:
