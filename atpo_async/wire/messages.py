@@ -39,7 +39,7 @@ from atpo_async.wire.weights import VersionGone as VersionGone
 from atpo_async.wire.weights import WeightsAnnounced as WeightsAnnounced
 from atpo_async.wire.weights import WeightsManifest as WeightsManifest
 
-PROTOCOL = 7
+PROTOCOL = 8
 """Peers of another protocol number are refused by name."""
 
 
