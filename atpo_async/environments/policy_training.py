@@ -22,21 +22,14 @@ HEAD = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyRecipe:
-    """What decides what a policy becomes, whatever it learns from.  Raises ConfigError."""
+class TrainingRecipe:
+    """What decides what a policy becomes, whatever its task is.  Raises ConfigError."""
 
     seed: int = 0
-    """Of the world, the model and the order of the examples."""
+    """Of the task, the model and the order of the examples."""
     steps: int = 200
-    min_hops: int = 3
-    max_hops: int = 3
-    num_names: int = 64
-    num_relations: int = 10
-    """As of the environment's world."""
     noise: float = 0.38
-    mixed_up: int = 2
-    mix_up_rate: float = 0.7
-    """As of the demonstrator's ``Habits``."""
+    """Of the demonstrator: share of its actions with a slip."""
     lr: float = 4e-3
     """AdamW's."""
     batch_size: int = 32
@@ -51,6 +44,23 @@ class PolicyRecipe:
             raise ConfigError(f"warm start: lr must be > 0, got {self.lr}")
         if self.width < HEAD or self.width % HEAD:
             raise ConfigError(f"warm start: width must be a multiple of {HEAD} (the head size), got {self.width}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyRecipe(TrainingRecipe):
+    """The same, for a task in a world of facts (``hopqa``)."""
+
+    min_hops: int = 3
+    max_hops: int = 3
+    num_names: int = 64
+    num_relations: int = 10
+    """As of the environment's world."""
+    mixed_up: int = 2
+    mix_up_rate: float = 0.7
+    """As of the demonstrator's ``Habits``."""
+
+    def __post_init__(self) -> None:
+        TrainingRecipe.__post_init__(self)
         if not 0 <= self.mixed_up <= self.num_relations // 2:
             raise ConfigError(
                 f"warm start: mixed_up must be 0 to {self.num_relations // 2} (half of num_relations), "
@@ -88,7 +98,7 @@ def record_of(model: Any, *, loss: float, began: float) -> dict[str, Any]:
     }
 
 
-def new_qwen3(recipe: PolicyRecipe, *, vocab_size: int, pad: int, end: int) -> Any:
+def new_qwen3(recipe: TrainingRecipe, *, vocab_size: int, pad: int, end: int) -> Any:
     """A random ``Qwen3ForCausalLM`` with tied embeddings, float32, from torch's generator.
 
     Args:
@@ -122,6 +132,20 @@ def new_qwen3(recipe: PolicyRecipe, *, vocab_size: int, pad: int, end: int) -> A
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=pad, eos_token_id=end
     )
     return model
+
+
+def matrix_optimizers(model: Any, *, matrix_lr: float, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the rest: a policy this small learns to copy several times sooner so."""
+    import torch
+
+    matrices: list[Any] = []
+    others: list[Any] = []
+    for name, parameter in model.named_parameters():
+        (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def train(

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from atpo_async.environments.passage_qa.recipe import RECIPE_VERSION, Recipe, policy_folder
 from atpo_async.environments.policy_folder import Making, Progress, WarmStartReport, command, make_once
-from atpo_async.environments.policy_training import new_qwen3, record_of, torch_as_it_was, train
+from atpo_async.environments.policy_training import (
+    matrix_optimizers,
+    new_qwen3,
+    record_of,
+    torch_as_it_was,
+    train,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +73,7 @@ def _make(
         pad = model.config.pad_token_id
         loss = train(
             model,
-            _optimizers(model, recipe),
+            matrix_optimizers(model, matrix_lr=recipe.matrix_lr, lr=recipe.lr),
             (batch_of(played, pad) for played in conversations(folder, recipe, scratch=Path(aside))),
             steps=recipe.steps,
             device=device,
@@ -84,20 +90,6 @@ def new_model(folder: Path, recipe: Recipe) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return new_qwen3(recipe, vocab_size=len(tokenizer), pad=tokenizer.pad_token_id, end=tokenizer.eos_token_id)
-
-
-def _optimizers(model: Any, recipe: Recipe) -> list[Any]:
-    """Muon for the layers' matrices, AdamW for the rest."""
-    import torch
-
-    matrices: list[Any] = []
-    others: list[Any] = []
-    for name, parameter in model.named_parameters():
-        (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
-    return [
-        torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
 
 
 def conversations(folder: Path, recipe: Recipe, *, scratch: Path) -> Iterator[list[Played]]:
