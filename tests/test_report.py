@@ -6,6 +6,7 @@ import io
 import re
 import tomllib
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from atpo_async.config import build
+from atpo_async.config import build, load, resolved
 from atpo_async.core.errors import SetupError
 from atpo_async.report import charts
 from atpo_async.report.charts import Axes, Line, ticks
+from atpo_async.report.collapse import advice, collapse_of
 from atpo_async.report.facts import facts, failures, series, wait_share
 from atpo_async.report.learning_curve import write_figure
 from atpo_async.report.page import page, write_report
@@ -293,6 +295,67 @@ def test_batches_without_a_tree_to_learn_from_are_told_after_some_and_ever_more_
         assert fed(0.0, 20) == ["10", "20"]
         assert fed(3.0, 1) == []
         assert fed(0.0, 5) == ["5"]
+
+
+def success_records(values: Sequence[float], *, first: int = 1) -> list[Record]:
+    return [record(step, step=step, train__loss=0.1, train__success=v) for step, v in enumerate(values, first)]
+
+
+RISE, FALL = [0.2, 0.6, 0.8, 0.9], [0.3, 0.05, 0.02, 0.0]
+
+
+def test_a_collapse_is_told_once_with_what_to_try() -> None:
+    console = Console(file=(out := io.StringIO()), force_terminal=False, width=400)
+    with Progress(console, title="t", total_steps=9, advice="a lower learner.lr", clock=lambda: T0) as progress:
+        for each in success_records([*RISE, *FALL, *RISE, *FALL]):
+            progress.feed([each])
+    (line,) = [line for line in out.getvalue().splitlines() if line.startswith("success has collapsed")]
+    assert line == (
+        "success has collapsed: from 0.77 at step 4 to 0.02 at step 8 (sampled, mean of 3 steps).  What to try: a "
+        "lower learner.lr"
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [*RISE, 0.0, 0.9, 0.0, 0.9],  # single batches
+        [0.5, 0.6, 0.6, 0.6, 0.6, *FALL],  # never above 0.6
+        [*RISE, 0.3, 0.2, 0.1, 0.1],  # not below 0.1
+    ],
+)
+def test_what_is_no_collapse_is_not_told(values: list[float]) -> None:
+    assert collapse_of(enumerate(values, 1)) is None
+
+
+def test_a_collapse_from_before_a_resume_is_not_told_again_and_a_later_one_is() -> None:
+    old = RunState(total_steps=20, since=T0 + 8.5)
+    old.feed(success_records([*RISE, *FALL]))
+    assert old.collapse is None
+    late = RunState(total_steps=20, since=T0 + 6.5)  # its best step was before, its fall after
+    late.feed(success_records([*RISE, *FALL]))
+    assert late.collapse is not None
+    assert (late.collapse.best_step, late.collapse.step) == (4, 8)
+
+
+def test_the_advice_is_of_what_the_run_does_not_do_already() -> None:
+    demo = load(Path(__file__).parents[1] / "configs" / "demo.toml")
+    assert advice(demo).startswith("a lower learner.lr (0.0006 now, for instance --learner.lr 0.0003)")
+    assert "--learner.schedule" not in advice(demo)
+    constant = resolved(
+        demo, {"learner.schedule": "constant", "correction.action": "none", "correction.accept_bias": True}
+    )
+    assert "--learner.schedule linear" in advice(constant)
+    assert "--correction.action truncate" in advice(constant)
+    assert "correction" not in advice(resolved(demo, {"staleness.max_lag": 0}))
+
+
+def test_a_collapse_stands_in_the_report(trained: RunDir) -> None:
+    found = facts(trained, success_records([*RISE, *FALL]))
+    (note,) = found.notes
+    assert note.startswith("success has collapsed: from 0.77 at step 4 to 0.02 at step 8")
+    assert note in found.lines()
+    assert "success has collapsed" in page(trained, found, success_records([*RISE, *FALL]))
 
 
 def test_on_a_terminal_the_panel_fits_in_eighty_columns() -> None:

@@ -30,6 +30,7 @@ from atpo_async.ops import metrics_sinks, stopping
 from atpo_async.ops.orphans import end_orphans
 from atpo_async.ops.specs import RoleSpec, role_specs
 from atpo_async.ops.supervisor import Outcome, Supervisor
+from atpo_async.report.collapse import advice
 from atpo_async.report.facts import facts
 from atpo_async.report.page import write_report
 from atpo_async.report.progress import Progress, duration
@@ -216,7 +217,8 @@ class _Here:
         """The one that the configuration names."""
 
     def shown(self, console: Console, config: Config) -> Progress:
-        return Progress(console, title=f"atpo {config.run.name}", total_steps=config.run.steps)
+        title = f"atpo {config.run.name}"
+        return Progress(console, title=title, total_steps=config.run.steps, advice=advice(config))
 
     def run(self, supervisor: Supervisor, say: Say) -> Outcome:
         return _run(supervisor, say=say)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from atpo_async.core.errors import SetupError
 from atpo_async.report.by_environment import EnvironmentFacts, environment_facts
+from atpo_async.report.collapse import advice, collapse_of
 from atpo_async.run.metrics import Record, eval_versions, read_metrics, versions_said
 from atpo_async.run.rundir import RunDir
 
@@ -163,8 +164,17 @@ def facts(rundir: RunDir, records: Sequence[Record] | None = None) -> Facts:
         memory_mb=memory,
         rewards=reward_parts(records),
         environments=environment_facts([each.label for each in rundir.config.environments], records),
-        notes=[*failures(failed, untested), *unknowns(unknown, unjudged or 0.0)],
+        notes=[
+            *_collapses(rundir, success),
+            *failures(failed, untested),
+            *unknowns(unknown, unjudged or 0.0),
+        ],
     )
+
+
+def _collapses(rundir: RunDir, success: Sequence[Sample]) -> list[str]:
+    found = collapse_of((sample.step, sample.value) for sample in success)
+    return [found.line(advice(rundir.config))] if found is not None else []
 
 
 REWARD = "reward/"

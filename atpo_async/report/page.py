@@ -60,6 +60,7 @@ def page(rundir: RunDir, found: Facts, records: Sequence[Record]) -> str:
             charts.nothing(Axes(x_label="", y_label="", height=80)), "No trees were recorded in trees.jsonl."
         ),
         folder=rundir.path.name,
+        notes=found.notes,
     )
 
 

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from atpo_async.report.collapse import Collapse, CollapseWatch
 from atpo_async.report.screen import Screen
 from atpo_async.run.metrics import Record, eval_versions, versions_said
 from atpo_async.status.loading import RoleStart
@@ -46,6 +47,9 @@ class RunState:
     failed_branches: int = 0
     steps_without_trees: int = 0
     """Batches in a row, up to the latest, without a tree to train on."""
+    collapse: Collapse | None = None
+    """Of success, where it came about in this start."""
+    _watch: CollapseWatch = field(default_factory=CollapseWatch)
     _waits: dict[str, deque[tuple[float, float]]] = field(default_factory=dict)
     _pace: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=40))
 
@@ -61,6 +65,10 @@ class RunState:
                 self.eval_mixed = versions_said(oldest, newest) if oldest != newest else ""
             if "train/loss" in record.metrics or "train/success" in record.metrics:
                 self.step = max(self.step, record.step)
+            if "train/success" in record.metrics:
+                collapse = self._watch.feed(record.step, record.metrics["train/success"])
+                if record.time >= self.since:  # one from before has been said
+                    self.collapse = self.collapse or collapse
             if record.time < self.since:
                 continue
             if "batch/trees" in record.metrics:
@@ -105,7 +113,11 @@ class RunState:
 
 
 class Progress(Screen):
-    """Shows a run.  Use as a context; ``feed`` takes records, ``say`` shows other events."""
+    """Shows a run.  Use as a context; ``feed`` takes records, ``say`` shows other events.
+
+    Args:
+        advice: what to try where success collapses (``report.collapse.advice``).
+    """
 
     def __init__(
         self,
@@ -113,6 +125,7 @@ class Progress(Screen):
         *,
         title: str,
         total_steps: int,
+        advice: str = "a lower learner.lr",
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
@@ -122,6 +135,8 @@ class Progress(Screen):
         self._said_at = clock()
         self._said = (0, 0)
         self._warned_at_steps = 0
+        self._advice = advice
+        self._told_collapse = False
         self._starting = ""
         self._starting_said_at = clock()
 
@@ -134,6 +149,7 @@ class Progress(Screen):
         """Take in records and show what changed: the panel at every call, a plain line every few seconds and evals."""
         self.state.feed(records)
         self._warn_if_nothing_is_trained()
+        self._tell_a_collapse()
         now = self._clock()
         if self._live is not None:
             self._refresh()
@@ -174,6 +190,11 @@ class Progress(Screen):
                 f"{success}), so the weights do not change; near 0 the policy may have collapsed: a lower learner.lr "
                 "or staleness.max_lag makes that less likely"
             )
+
+    def _tell_a_collapse(self) -> None:
+        if self.state.collapse is not None and not self._told_collapse:
+            self._told_collapse = True
+            self.say(self.state.collapse.line(self._advice))
 
 
 def plain(state: RunState) -> str:

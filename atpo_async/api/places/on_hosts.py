@@ -20,6 +20,7 @@ from atpo_async.models.sources import check_positions
 from atpo_async.ops import metrics_sinks
 from atpo_async.ops.specs import BUFFER, RoleSpec, role_specs
 from atpo_async.ops.supervisor import Outcome, Supervisor
+from atpo_async.report.collapse import advice
 from atpo_async.report.progress import Progress
 from atpo_async.run.rundir import RunDir
 
@@ -59,7 +60,8 @@ class OnHosts:
         """The one that the configuration names."""
 
     def shown(self, console: Console, config: Config) -> Progress:
-        return Progress(console, title=f"atpo {config.run.name}", total_steps=config.run.steps)
+        title = f"atpo {config.run.name}"
+        return Progress(console, title=title, total_steps=config.run.steps, advice=advice(config))
 
     def run(self, supervisor: Supervisor, say: Say) -> Outcome:
         return self._run(supervisor, say)
