@@ -11,25 +11,21 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
-from functools import partial
 from typing import Any, TypeVar
 
 from actors.engines.base import Engine
 from actors.environments import Environments
-from actors.expansion.expansion import Expansion
 from actors.faults.fault import first_of
 from actors.faults.faults import Faults
-from actors.faults.notices import CutActions
 from actors.leases import RETURN_TIMEOUT_S, LeaseSource
 from actors.reports import Interval
-from actors.search.tree_search import TreeSearch
+from actors.search.growing import TreeGrower
 from actors.slots import Meter, control_of
 from actors.turns.sender import TurnSender
 from actors.weights.fetcher import WeightsFetcher
 from actors.weights.uptake import WeightsUptake
 from atpo_async.config import Config
 from atpo_async.core.texts import shortened
-from atpo_async.core.tree import TurnTree
 from atpo_async.environments.base import Environment
 from atpo_async.links.client import Client
 from atpo_async.run.host import as_name, host_id, host_name
@@ -126,8 +122,10 @@ class Actor:
         self._refused = False
         """The buffer admits no further tree, as last heard."""
         self._faults = Faults(self._environments.labels, at_once=self.slots, clock=clock)
-        self._expansion = Expansion.of(config.search)
-        self._cut_actions = CutActions(config.search.max_action_tokens)
+        self._grower = TreeGrower(
+            run=run, config=config, engine=engine, environments=self._environments, faults=self._faults,
+            emit=self._turns.send, metrics=self._metrics, leaving=lambda: self._leaving, clock=clock,
+        )  # fmt: skip
         self._given_up: dict[str, str] = {}
         """Trees of which the buffer refused a message -> why: their leases are returned with the next report."""
         self._idle_at = clock()
@@ -270,45 +268,9 @@ class Actor:
     async def _grow(self, lease: Lease) -> None:
         await self.uptake.reached(lease.min_version, lease.tree_id)
         self._begun.add(lease.tree_id)
-        task = self._environments.task(lease.kind, lease.task_index)
-        search = TreeSearch(
-            run=self._run,
-            lease=lease,
-            task_index=task.task,
-            engine=self._engine,
-            environment=task.environment,
-            search=self._config.search,
-            expansion=self._expansion,
-            max_context_tokens=self._config.model.max_context_tokens,
-            emit=self._turns.send,
-            chain_ended=partial(self._faults.chain_ended, lease.tree_id),
-            leaving=lambda: self._leaving,
-            clock=self._clock,
-        )
-        with self._faults.growing(lease, task.label):
-            tree = await search.grow()
+        search = await self._grower.grow(lease)
         if not search.unfinished:
             self._held.pop(lease.tree_id, None)
-            self._metrics.add("actor/trees", 1)
-        self._count(lease, task.label, tree, search)
-
-    def _count(self, lease: Lease, label: str, tree: TurnTree, search: TreeSearch) -> None:
-        failed = search.growth.failures
-        if self._environments.several:
-            self._metrics.add(f"actor/{label}/trees", 1)
-            self._metrics.add(f"actor/{label}/failed_branches", failed.total())
-        self._metrics.add("actor/turns", len(tree) - len(lease.committed))
-        self._metrics.add("actor/failed_branches", failed.total())
-        for reason, count in failed.items():
-            self._metrics.add(f"actor/failed/{reason}", count)
-        if failed:
-            log.warning(
-                "tree %s lost %d branches; the latest: %s", tree.tree_id, failed.total(), search.growth.last_detail
-            )
-        growth = search.growth
-        self._metrics.mean("actions/cut_share", growth.cut_actions / max(growth.actions, 1), weight=growth.actions)
-        if lease.kind == "train":
-            self._cut_actions.count(growth.actions, growth.cut_actions)
 
     def _on_refused(self, message: object, reason: str) -> None:
         """The buffer does not know this tree, or no longer does: further turns of it would be wasted."""
