@@ -2,6 +2,7 @@
 
     .venv/bin/python scripts/recipes_table.py                               # all recipes, two seeds each
     .venv/bin/python scripts/recipes_table.py --recipes gspo --seeds 1 --no-docs --learner.lr 3e-4
+    .venv/bin/python scripts/recipes_table.py --list                        # runs nothing: the list of the recipes anew
 
 A run is ``atpo train configs/demo.toml configs/recipes/NAME.toml`` with ``configs/recipes/demo_scale/NAME.toml`` on top
 where there is one, in a process of its own.  A run that is done is not run again; one that was broken off begins anew,
@@ -27,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from atpo_async.config import Config, as_options, load, split_options
+from atpo_async.config import Config, as_options, fields, load, parse_value, recipe_of, split_options
+from atpo_async.config.files import as_option
 from atpo_async.config.resuming import changes
 from atpo_async.core.errors import AtpoError, ConfigError, SetupError
 from atpo_async.models.policy import steps_trained, warm_start_command
@@ -49,7 +51,10 @@ INCIDENTAL = (
 RECIPES = Path("configs/recipes")
 DOCS = Path("docs/recipes.md")
 BEGIN, END = "<!-- table of scripts/recipes_table.py: begin -->", "<!-- table of scripts/recipes_table.py: end -->"
+LIST_BEGIN = "<!-- list of scripts/recipes_table.py --list: begin -->"
+LIST_END = "<!-- list of scripts/recipes_table.py --list: end -->"
 ORDER = ("at2po", "at2po_paper", "grpo", "dapo", "gspo", "tree_grpo")
+"""These come first; the others follow by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,6 +308,27 @@ def machine() -> str:
     return f"{os.cpu_count()} × {model}{memory}; Python {platform.python_version()}, {', '.join(named)}"
 
 
+def is_default(key: str, text: str) -> bool:
+    field = fields().get(key)
+    if field is None:
+        return False  # an option of something that the recipe names
+    return bool(parse_value(text) == parse_value(as_option(key, field.get_default(call_default_factory=True))))
+
+
+def overview() -> str:
+    """A row for each recipe: its source, and what it sets otherwise than the defaults, from the files themselves."""
+    lines = ["| recipe | source | settings other than the defaults |", "| --- | --- | --- |"]
+    for name in recipes():
+        path = RECIPES / f"{name}.toml"
+        about = recipe_of(path)
+        if about is None:
+            raise SetupError(f"{path} has no [recipe] with its name and source")
+        own = {key: text for key, text in as_options(path).items() if not is_default(key, text)}
+        settings = ", ".join(f"`{key} = {text}`" for key, text in own.items())
+        lines.append(f"| [{name}](../{path}) | {about.source} | {settings or 'none'} |")
+    return "\n".join([LIST_BEGIN, "", *lines, "", LIST_END])
+
+
 def section(
     outcomes: Mapping[str, Sequence[Outcome]], seeds: Sequence[int], *, command: str, jobs: int, steps: int
 ) -> str:
@@ -319,12 +345,12 @@ def section(
     return "\n\n".join(parts)
 
 
-def put(page: str, text: str) -> str:
+def put(page: str, text: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """``page`` with ``text`` between its markers.  Raises SetupError where they are missing."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = page.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not (begin and end):
-        raise SetupError(f"{DOCS} does not have the lines {BEGIN!r} and {END!r}, between which the table goes")
+        raise SetupError(f"{DOCS} does not have the lines {marks[0]!r} and {marks[1]!r}, between which the table goes")
     return before + text + after
 
 
@@ -337,11 +363,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--jobs", type=int, choices=(1, 2), default=1, help="runs at once; seconds are fair with 1 only"
     )
     parser.add_argument("--no-docs", action="store_true", help="print the table, leave docs/recipes.md as it is")
+    parser.add_argument("--list", action="store_true", help="write the recipes' list into docs/recipes.md; no run")
     words = list(sys.argv[1:] if argv is None else argv)
     os.chdir(ROOT)
     try:
         rest, options = split_options(words)
         args = parser.parse_args(rest)
+        if args.list:
+            write_atomic(DOCS, put(DOCS.read_text(encoding="utf-8"), overview(), (LIST_BEGIN, LIST_END)))
+            return 0
         names = list(dict.fromkeys(args.recipes or recipes()))
         seeds = list(dict.fromkeys(args.seeds))
         runs = plan(names, seeds, args.dir, options)

@@ -255,6 +255,66 @@ def test_what_files_set_can_be_written_as_options(tmp_path: Path) -> None:
     assert as_options([]) == {}
 
 
+RECIPE = '[recipe]\nname = "mine"\nsource = "here"\n'
+
+
+def test_a_recipe_takes_the_algorithm_out_of_the_files_before_it_and_leaves_the_rest(tmp_path: Path) -> None:
+    a, b = layers(
+        tmp_path,
+        '[search]\nstrategy = "random"\ninitial_rollouts = 3\ntruncated_reward = -1.0\n'
+        '[credit]\nvalue_mode = "leaf_mean"\n'
+        "value_options = { odd = 1 }\n[correction]\naccept_bias = true\ncap = 7.0\n"
+        "[learner]\nlr = 0.1\nminibatches = 4\n[staleness]\nmax_lag = 3\nmax_oversampling = 9.0\n",
+        f"{RECIPE}[objective]\nkl_coef = 0.5\n",
+    )
+    mine = load([a, b])
+    assert mine == load(
+        [],
+        {
+            "search.initial_rollouts": "3",
+            "search.truncated_reward": "-1.0",
+            "correction.accept_bias": "true",
+            "learner.lr": "0.1",
+            "staleness.max_lag": "3",
+            "objective.kl_coef": "0.5",
+        },
+    )
+    assert load([b, a]).credit.value_mode == "leaf_mean", "what lies above a recipe goes over it"
+    assert load(a, as_options(b)) == mine, "a role's process takes the further files as options"
+    assert configuration.recipe_of(b) == configuration.recipes.Recipe(name="mine", source="here")
+    assert configuration.recipe_of(a) is None
+
+
+def test_every_field_of_an_algorithms_sections_is_begun_anew_but_those_named(tmp_path: Path) -> None:
+    names = configuration.recipes.algorithm()
+    assert {"search.strategy", "credit.value_options", "correction.cap", "learner.epochs"} <= set(names)
+    for kept in configuration.recipes.KEPT:
+        assert kept in configuration.fields()
+        assert kept not in names
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('recipe = "grpo"\n', "recipe = 'grpo' in {file} is no table; a recipe says what it is, as in"),
+        ("[recipe]\nnam = 'x'\n", "recipe.nam: unknown key in {file}; known in [recipe]: name, source"),
+        ("[recipe]\nname = 3\n", "recipe.name must be text, got 3 in {file}"),
+        ('[recipe]\nsource = "x"\n', "recipe.name is missing in {file}: a recipe has a name"),
+    ],
+)
+def test_what_a_file_says_of_itself_as_a_recipe_is_checked(tmp_path: Path, text: str, said: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError) as raised:
+        load(file)
+    assert str(raised.value).startswith(said.format(file=file))
+
+
+def test_a_contradiction_names_the_recipe_that_holds_a_side_of_it(tmp_path: Path) -> None:
+    a, b = layers(tmp_path, "[staleness]\nmax_lag = 3\n", f'{RECIPE}[correction]\naction = "none"\n')
+    with pytest.raises(ConfigError, match=rf"trains off-policy uncorrected.*correction.action: {b}"):
+        load([a, b])
+
+
 def test_a_section_within_a_section_is_set_like_any_other_and_written_with_a_header_of_its_own(tmp_path: Path) -> None:
     config = load(write(tmp_path, "[learner.lora]\nrank = 4\n"), {"learner.lora.targets": '["q_proj"]'})
     assert (config.learner.lora.rank, config.learner.lora.targets) == (4, ("q_proj",))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from atpo_async import config as configuration
 from atpo_async.cli import main
 from atpo_async.config import Config, as_options, load
 from atpo_async.config.credit_rule import credit_rule
+from atpo_async.config.recipes import SECTIONS, algorithm
 from atpo_async.core.credit import TreeArrays
 from atpo_async.core.credit.rewards import STD_FLOOR
 from atpo_async.core.errors import ConfigError, SetupError
@@ -40,7 +42,7 @@ def recipe(name: str, base: Path = DEMO) -> Config:
 
 def test_the_recipes_are_those_of_the_page() -> None:
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert {path.stem for path in RECIPES} == set(recipes_table.ORDER)
+    assert {path.stem for path in RECIPES} >= set(recipes_table.ORDER)
     for path in (*RECIPES, *SCALES):
         assert str(path.relative_to(ROOT / "configs")) in page
     assert {path.stem for path in SCALES} <= {path.stem for path in RECIPES}
@@ -62,29 +64,58 @@ def test_a_recipe_goes_over_the_demo_and_over_a_large_model(path: Path, capsys: 
 
 @by_name
 def test_a_recipe_sets_the_algorithm_and_leaves_task_machine_and_run_alone(path: Path) -> None:
-    sections = {key.partition(".")[0] for key in as_options(path)}
-    assert sections <= {"search", "credit", "staleness", "correction", "objective", "learner"}
-    scale = {"learner.lr", "learner.max_grad_norm", "staleness.trees_per_batch", "staleness.max_lag", "search.rounds"}
-    assert path.stem == "at2po_paper" or not scale & set(as_options(path))
+    own = names_in(path)
+    assert {key.partition(".")[0] for key in own} <= {*SECTIONS, "staleness", "buffer", "learner"}
+    assert path.stem == "at2po_paper" or own <= {*algorithm(), "search.initial_rollouts"}
+
+
+@by_name
+def test_a_recipe_says_its_name_and_its_source(path: Path) -> None:
+    about = configuration.recipe_of(path)
+    assert about is not None
+    assert (about.name, bool(about.source)) == (path.stem, True)
 
 
 @pytest.mark.parametrize("base", [DEMO, BIG], ids=lambda path: path.stem)
-def test_of_a_recipe_nothing_that_acts_is_left_under_another_one(base: Path) -> None:
-    """All but at2po_paper, whose scale is its own."""
-    for first in (path for path in RECIPES if path.stem != "at2po_paper"):
-        for second in RECIPES:
-            alone, over = load([base, second]), load([base, first, second])
-            left = {k for k in configuration.fields() if configuration.get(alone, k) != configuration.get(over, k)}
-            idle = ["search.initial_rollouts"]  # no algorithm but a scale: chains name it, trees take the task's
-            if over.search.strategy == "none":
-                idle += ["search.include_root", "search.sibling_penalty"]
-            if over.objective.kl_coef == 0:
-                idle += ["objective.kl_estimator"]
-            if over.correction.action == "none":
-                idle += [key for key in left if key.startswith("correction.")]
-            elif over.correction.exponent != "fixed":
-                idle += ["correction.exponent_value"]
-            assert left <= set(idle)
+def test_of_a_recipe_nothing_is_left_under_another_one(base: Path) -> None:
+    """But the number of chains, which is a scale; and at2po_paper's scale is its own."""
+    names = [path for path in RECIPES if path.stem != "at2po_paper"]
+    for first, second in zip(names, [*names[1:], names[0]], strict=True):
+        alone, over = load([base, second]), load([base, first, second])
+        left = {k for k in configuration.fields() if configuration.get(alone, k) != configuration.get(over, k)}
+        assert left <= {"search.initial_rollouts"}
+
+
+def test_the_six_recipes_mean_over_a_task_file_what_they_set_and_it_has() -> None:
+    """They name every field of the algorithm that the task files set."""
+    for base in (DEMO, BIG):
+        for name in recipes_table.ORDER:
+            own = [(key, value) for key, value in parsed(base) + parsed(ROOT / "configs" / "recipes" / f"{name}.toml")]
+            merged = recipe(name, base)
+            for key, value in dict(own).items():
+                found = configuration.get(merged, key)
+                expected = None if value == "none" and key == "objective.dual_clip" else value
+                assert (list(found) if isinstance(found, tuple) else found) == expected, key
+
+
+def parsed(path: Path) -> list[tuple[str, Any]]:
+    """(dotted path, value) of the sections of a file, as they stand there."""
+    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    table.pop("recipe", None)
+    found = [(f"{section}.{key}", value) for section, own in table.items() for key, value in own.items()]
+    return [(key, value) for key, value in found if not isinstance(value, dict)]
+
+
+def names_in(path: Path) -> set[str]:
+    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    table.pop("recipe", None)
+    return {f"{section}.{key}" for section, own in table.items() for key in own}
+
+
+def test_the_page_lists_every_recipe_as_its_file_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert recipes_table.overview() in page, "run: python scripts/recipes_table.py --list"
 
 
 def test_at2po_is_what_the_defaults_are() -> None:
@@ -191,7 +222,8 @@ def pretend(run: Any, success: list[float], *, greedy: float | None = 1.0, done:
 
 def test_the_plan_has_every_recipe_with_its_scale_and_its_own_folder(folder: Path) -> None:
     runs = planned(folder, recipes_table.recipes(), [1, 2], **{"learner.weight_decay": "0.5"})
-    assert [run.recipe for run in runs] == [*recipes_table.ORDER, *recipes_table.ORDER]
+    assert [run.recipe for run in runs] == [*recipes_table.recipes(), *recipes_table.recipes()]
+    assert runs[0].recipe == recipes_table.ORDER[0]
     assert len({run.path for run in runs}) == len(runs)
     for run in runs:
         assert (run.config.run.seed, run.config.run.steps, run.config.learner.weight_decay) == (run.seed, STEPS, 0.5)

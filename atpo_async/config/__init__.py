@@ -1,6 +1,6 @@
 """Configuration of a run: its schema, its rules, its files and its options."""
 
-from atpo_async.config.files import as_options, build, load, resolved, to_toml
+from atpo_async.config.files import as_options, build, load, recipe_of, resolved, to_toml
 from atpo_async.config.options import get, parse_value, split_options, unknown_option
 from atpo_async.config.schema import Config, fields
 from atpo_async.config.sections.data import StalenessConfig
@@ -36,6 +36,7 @@ __all__ = [
     "get",
     "load",
     "parse_value",
+    "recipe_of",
     "resolved",
     "split_options",
     "to_toml",

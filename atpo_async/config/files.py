@@ -1,6 +1,7 @@
 """Configuration files: TOML or a run's config.json, laid over one another, and the resolved result written back.
 
-A later file's value goes over an earlier one's, key by key; "none" stands for no value, which TOML lacks.
+A later file's value goes over an earlier one's, key by key; one with a ``[recipe]`` sets the algorithm as a whole
+(``recipes``).  "none" stands for no value, which TOML lacks.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from atpo_async.config import faults, options
+from atpo_async.config import faults, options, recipes
 from atpo_async.config.schema import Config, fields
 from atpo_async.config.sections.base import Section, door_of
 from atpo_async.config.sections.environments import WeightedEnvironment
@@ -28,14 +29,15 @@ def load(files: Path | str | Sequence[Path | str], overrides: Mapping[str, str] 
     """Read TOML files (or the config.json of a run folder), later ones over earlier ones, and put overrides on top.
 
     Args:
-        files: one file or several; tables are merged key by key.  None of them: the defaults.
+        files: one file or several; tables are merged key by key, and a recipe takes the algorithm's fields out of those
+            before it.  None of them: the defaults.
         overrides: dotted path -> text: as it is for a field of text; else parsed as a TOML value where it is one.
 
     Raises:
         ConfigError: a file is missing or no TOML; a key is unknown; a value is out of range; values contradict.  Of
             several files it names the one that holds the value.
     """
-    data, holders = _layered(files)
+    data, holders, _ = _layered(files)
     for key, text in (overrides or {}).items():
         options.put(data, key, text)
         holders[key] = f"--{key}"
@@ -59,7 +61,7 @@ def resolved(config: Config | Path | str | Sequence[Path | str], values: Mapping
         data: dict[str, Any] = config.model_dump(exclude_unset=True)
         holders: dict[str, str] = {}
     else:
-        data, holders = _layered(config)
+        data, holders, _ = _layered(config)
     given: dict[str, Any] = {}
     entries: dict[str, Any] = {}
     for name, value in values.items():
@@ -82,24 +84,46 @@ def resolved(config: Config | Path | str | Sequence[Path | str], values: Mapping
 
 def as_options(files: Path | str | Sequence[Path | str]) -> dict[str, str]:
     """What ``files`` set, as dotted path -> text: overrides with which ``load`` makes the same of another file."""
-    known = fields()
-    return {
-        key: value if isinstance(value, str) and key in known else _toml_value(value)
-        for key, value in _leaves(_layered(files)[0])
-    }
+    data, _, recipe = _layered(files)
+    found = {key: as_option(key, value) for key, value in _leaves(data)}
+    if recipe is None:
+        return found
+    defaults = {name: as_option(name, _default(field)) for name, field in recipes.algorithm().items()}
+    return {**defaults, **found}
+
+
+def recipe_of(file: Path | str) -> recipes.Recipe | None:
+    """What a file says of itself in ``[recipe]``; None where it is no recipe.  Raises ConfigError."""
+    return _layered(file)[2]
+
+
+def as_option(key: str, value: Any) -> str:
+    """The text of an option that sets field ``key`` to ``value``."""
+    return value if isinstance(value, str) and key in fields() else _toml_value(value)
+
+
+def _default(field: FieldInfo) -> Any:
+    return field.get_default(call_default_factory=True)
 
 
 def _paths(files: Path | str | Sequence[Path | str]) -> list[Path]:
     return [Path(files)] if isinstance(files, str | Path) else [Path(file) for file in files]
 
 
-def _layered(files: Path | str | Sequence[Path | str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The files' content, later ones over earlier ones; and dotted path -> the file that holds it."""
+def _layered(
+    files: Path | str | Sequence[Path | str],
+) -> tuple[dict[str, Any], dict[str, str], recipes.Recipe | None]:
+    """The files' content, later ones over earlier ones; dotted path -> the file that holds it; the last recipe."""
     data: dict[str, Any] = {}
     holders: dict[str, str] = {}
+    last = None
     for file in _paths(files):
-        _lay(data, _read(file), str(file), holders)
-    return data, holders
+        table = _read(file)
+        if (recipe := recipes.taken_from(table, str(file))) is not None:
+            recipes.begin_anew(data, holders)
+            last = recipe
+        _lay(data, table, str(file), holders)
+    return data, holders, last
 
 
 def _lay(onto: dict[str, Any], table: Mapping[str, Any], file: str, holders: dict[str, str], prefix: str = "") -> None:
@@ -118,9 +142,10 @@ def _lay(onto: dict[str, Any], table: Mapping[str, Any], file: str, holders: dic
 
 
 def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of everything in a nested mapping that is no table."""
+    """(dotted path, value) of everything in a nested mapping that is no table, or is the value of one field."""
     for key, value in table.items():
-        if isinstance(value, Mapping):
+        field = fields().get(f"{prefix}{key}")
+        if isinstance(value, Mapping) and (field is None or get_origin(field.annotation) is dict):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -166,6 +166,8 @@ def _option_value(dotted: str, text: str) -> Any:
     if _is_text(annotation):
         return text  # --run.name 7 is a name; "none" is a word of search.strategy
     if get_origin(annotation) is dict:
+        if text == "{}":
+            return {}
         raise ConfigError(_one_by_one(dotted, text))
     if annotation is None:  # an option inside a table of options: whatever TOML has for those
         return value if isinstance(value, bool | int | float | str) else text
