@@ -31,6 +31,7 @@ class Found:
     """A passage."""
 
     contents: str
+    id: str = ""
 
 
 def passage(country: str, city: str) -> str:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from atpo_async.core.errors import SetupError
+from atpo_async.environments.fingerprints import fingerprint_of
 from atpo_async.environments.replay import Past, PastTurn, replayed
 from atpo_async.environments.search_qa.tokens import Tokens
 from atpo_async.environments.values import ValueRefused
 from tests.search_qa_support import (
     SEARCH,
+    Found,
     Shelf,
     action,
     environment,
@@ -37,10 +41,20 @@ async def test_an_at2po_chain_searches_answers_and_is_rewarded(folder: Path) -> 
     said = await episode.step(action(task, SEARCH))
     assert task.decode(said.observation) == f" <result>\nPage 1: {passage('France', 'Paris')}\n</result>"
     assert (said.done, said.end) == (False, "continue")
+    assert said.fingerprint == fingerprint_of([passage("France", "Paris")])
     over = await episode.step(action(task, " <think> so </think> <answer> \\boxed{Paris} </answer>", stop=True))
     assert (over.done, over.reward, over.success, over.end) == (True, 1.0, True, "done")
     assert over.rewards == {"em": 1.0, "f1": 1.0, "form": 1.0, "searches": 1.0}
     assert shelf.asked == ["capital"]
+
+
+async def test_the_fingerprint_of_a_search_is_the_ids_of_its_passages(folder: Path) -> None:
+    class Numbered(Shelf):
+        async def search(self, queries: Sequence[str], topk: int | None = None) -> list[list[Any]]:
+            return [[Found("a", id="7"), Found("b", id="wiki/9")] for _ in queries]
+
+    episode = await environment(folder, shelf=Numbered()).start("train", 0)
+    assert (await episode.step(action(environment(folder), SEARCH))).fingerprint == fingerprint_of([7, "wiki/9"])
 
 
 async def test_a_search_r1_chain_is_told_of_a_malformed_action_and_goes_on(folder: Path) -> None:

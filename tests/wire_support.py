@@ -71,13 +71,15 @@ def turns(draw: st.DrawFn) -> Turn:
         action=action,
         logprobs=draw(logprobs(len(action))),
         spans=tuple(spans),
-        end=draw(st.sampled_from(["done", "turn_limit", "length_limit"])) if leaf else "continue",
+        end=draw(st.sampled_from(["done", "turn_limit", "length_limit"] if leaf else ["continue", "pruned"])),
         reward=draw(FINITE) if leaf else None,
         success=draw(st.none() | st.booleans()) if leaf else None,
         generate_s=draw(SECONDS),
         environment_s=draw(SECONDS),
         turn_reward=draw(st.just(0.0) | FINITE),
         rewards=draw(st.dictionaries(TEXT.filter(bool), FINITE, max_size=3)) if leaf else {},
+        fingerprint=tuple(draw(st.lists(st.integers(0, 2**63 - 1), max_size=3))),
+        state_value=draw(st.none() | FINITE),
     )
 
 

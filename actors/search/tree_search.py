@@ -301,6 +301,8 @@ class TreeSearch:
             environment_s=stepped - generated,
             turn_reward=result.turn_reward,
             rewards=dict(result.rewards),
+            fingerprint=result.fingerprint,
+            state_value=result.state_value,
         )
         return turn, result
 

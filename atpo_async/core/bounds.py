@@ -35,6 +35,10 @@ MAX_REWARD_NAME = 64
 REWARD_NAME = f"1 to {MAX_REWARD_NAME} printable characters, at most {2 * MAX_REWARD_NAME} bytes in UTF-8"
 
 
+MAX_FINGERPRINT = 256
+"""Ids in the fingerprint of one turn."""
+
+
 class Content(enum.Enum):
     """What a field holds, where its type cannot express every check."""
 
@@ -52,6 +56,7 @@ Version = Annotated[int, Meta(ge=0, le=MAX_ID)]
 VersionOrNone = Annotated[int, Meta(ge=-1, le=MAX_ID)]
 """-1 where there is none yet."""
 Size = Annotated[int, Meta(ge=0, le=MAX_SIZE)]
+Fingerprint = Annotated[tuple[Size, ...], Meta(max_length=MAX_FINGERPRINT)]
 Number = Annotated[float, Meta(ge=-MAX_NUMBER, le=MAX_NUMBER)]
 NotNegative = Annotated[float, Meta(ge=0.0, le=MAX_NUMBER)]
 Seconds = Annotated[float, Meta(ge=0.0, le=MAX_SECONDS)]

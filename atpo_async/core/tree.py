@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from atpo_async.core.bounds import Id, Logprobs, Name, Number, Seconds, Tokens, TurnId, Version
+from atpo_async.core.bounds import Fingerprint, Id, Logprobs, Name, Number, Seconds, Tokens, TurnId, Version
 from atpo_async.core.vocabulary import EndReason
 
 ROOT = 0
@@ -60,6 +60,10 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True, tag="turn", forbid_unknown
     """Of this turn alone, beside what its chain earns at its end (ALGORITHM, section 2); on any turn."""
     rewards: dict[Name, Number] = {}
     """Name -> value of the parts that ``reward`` was made of; on leaves only, and only for metrics."""
+    fingerprint: Fingerprint = ()
+    """Ids of what the action brought to light, such as passages that it retrieved, each once; only for expansion."""
+    state_value: Number | None = None
+    """What the environment holds the state after the action to be worth; only for expansion, never for credit."""
 
     @property
     def entropy(self) -> float:
@@ -68,7 +72,7 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True, tag="turn", forbid_unknown
 
     @property
     def is_leaf(self) -> bool:
-        return self.end != "continue"
+        return self.end != "continue" and self.end != "pruned"
 
     @property
     def oldest_version(self) -> int:

@@ -15,8 +15,9 @@ Split = Literal["train", "eval"]
 EpisodeEnd = Literal["continue", "done", "turn_limit"]
 """What an environment reports after an action: the episode goes on, or why it ended."""
 
-EndReason = Literal["continue", "done", "turn_limit", "length_limit"]
-"""Why the chain went on or ended after a turn.  All but ``continue`` make the turn a leaf."""
+EndReason = Literal["continue", "done", "turn_limit", "length_limit", "pruned"]
+"""Why the chain went on or ended after a turn.  All but ``continue`` and ``pruned`` make the turn a leaf: a chain that
+was closed because it found what a sibling had (``search.prune_duplicates``) earns nothing, and leaves the tree."""
 
 # --- credit and loss -------------------------------------------------------------------------------------------
 

@@ -86,6 +86,13 @@ class StepResult:
     """Of this turn alone, on any turn, the last one too: finite (docs/ALGORITHM.md, section 2)."""
     rewards: Mapping[str, float] = field(default_factory=dict)
     """Name -> value of the parts that ``reward`` was made of, when done: metrics ``reward/<name>``."""
+    fingerprint: tuple[int, ...] = ()
+    """Ids of what this action brought to light, such as the passages that it retrieved: whole numbers from 0 on, at
+    most ``core.bounds.MAX_FINGERPRINT``; of texts by ``environments.fingerprints.fingerprint_of``.  By them a search
+    knows branches that found the same (``search.strategy = "diverse"``, ``search.prune_duplicates``)."""
+    state_value: float | None = None
+    """What the state after this action is worth, a finite number; None where the environment does not say.  It guides
+    the search alone (``search.strategy = "resample"``): a chain's reward is ``reward``."""
 
 
 class Episode(Protocol):

@@ -14,14 +14,21 @@ import itertools
 import math
 import numbers
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
 
-from atpo_async.core.bounds import MAX_NUMBER, MAX_REWARD_PARTS, MAX_SIZE, REWARD_NAME, is_reward_name
+from atpo_async.core.bounds import (
+    MAX_FINGERPRINT,
+    MAX_NUMBER,
+    MAX_REWARD_PARTS,
+    MAX_SIZE,
+    REWARD_NAME,
+    is_reward_name,
+)
 from atpo_async.core.errors import ConfigError
 from atpo_async.core.texts import of_error, of_type, of_value
 from atpo_async.core.vocabulary import EpisodeEnd, Split
@@ -130,6 +137,40 @@ def reward_of(value: Any, where: str) -> float:
 def turn_reward_of(value: Any, where: str) -> float:
     """The reward of one turn: finite, within float32.  Raises ValueRefused."""
     return _number(value, "turn_reward", where, f"{_FINITE}, 0.0 where the turn earns nothing of its own")
+
+
+def state_value_of(value: Any, where: str) -> float | None:
+    """What a state is worth: finite, within float32, or None.  Raises ValueRefused."""
+    expected = f"{_FINITE}, or None where the environment does not say"
+    return None if value is None else _number(value, "state_value", where, expected)
+
+
+def fingerprint_of(value: Any, where: str) -> tuple[int, ...]:
+    """The ids of what an action brought to light, each once, in the order given.  Raises ValueRefused."""
+    if type(value) is tuple and not value:
+        return ()
+    with reading(where, "fingerprint", value):
+        array = _as_array(value)
+        items = value if array is None else array.tolist()
+        if isinstance(items, _NO_IDS) or not isinstance(items, Sequence | Set):
+            raise refuse(where, "fingerprint", value, f"a tuple of {_AN_ID}; of texts: {_OF_TEXTS}")
+        if len(items) > MAX_FINGERPRINT:
+            fact = f"fingerprint has {len(items)} ids; expected {MAX_FINGERPRINT} at most"
+            raise ValueRefused("fingerprint", f"{where}: {fact}")
+        ids = [_fingerprint_id(item, where) for item in (sorted(items) if isinstance(items, Set) else items)]
+        return tuple(dict.fromkeys(ids))
+
+
+_AN_ID = "whole numbers of 0 to 2**63 - 1"
+_OF_TEXTS = "environments.fingerprints.fingerprint_of(texts)"
+
+
+def _fingerprint_id(item: Any, where: str) -> int:
+    plain = plain_of(item)
+    whole = isinstance(plain, numbers.Integral) and not isinstance(plain, bool)
+    if not whole or not 0 <= int(plain) <= MAX_SIZE:
+        raise refuse(where, "an id of fingerprint", item, f"{_AN_ID}; of texts: {_OF_TEXTS}")
+    return int(plain)
 
 
 def _number(value: Any, field: str, where: str, expected: str) -> float:
@@ -365,6 +406,7 @@ def step_result(said: Any, where: str, limits: Limits) -> StepResult:
         done, end, observation = truth_of(said.done, "done", where), end_of(said.end, where), said.observation
         reward, success = said.reward, said.success
         turn_reward, rewards = turn_reward_of(said.turn_reward, where), said.rewards
+        fingerprint, state_value = fingerprint_of(said.fingerprint, where), state_value_of(said.state_value, where)
     if done:
         if end == "continue":
             raise refuse(where, "end", end, f"one of {', '.join(ENDS[1:])}, since done is True")
@@ -372,7 +414,7 @@ def step_result(said: Any, where: str, limits: Limits) -> StepResult:
             success = truth_of(success, "success", where, expected="True, False, or None where it cannot be decided")
         return StepResult(
             observation=NOTHING, done=True, reward=reward_of(reward, where), success=success, end=end,
-            turn_reward=turn_reward, rewards=parts_of(rewards, where),
+            turn_reward=turn_reward, rewards=parts_of(rewards, where), fingerprint=fingerprint, state_value=state_value,
         )  # fmt: skip
     if end != "continue":
         raise refuse(where, "end", end, "continue, since done is False; or done=True with a reward")
@@ -388,7 +430,8 @@ def step_result(said: Any, where: str, limits: Limits) -> StepResult:
             )
     ids = token_ids(observation, "observation", where, limits, most=limits.observation_tokens, reason=TOO_LONG)
     return StepResult(
-        observation=ids, done=False, reward=None, success=None, end="continue", turn_reward=turn_reward
+        observation=ids, done=False, reward=None, success=None, end="continue", turn_reward=turn_reward,
+        fingerprint=fingerprint, state_value=state_value,
     )  # fmt: skip
 
 

@@ -59,11 +59,24 @@ def figures(turn: TreeTurn) -> str:
         parts.append(f"V {turn.value:+.2f}")
     if turn.turn_reward:
         parts.append(f"turn reward {turn.turn_reward:g}")
+    if turn.fingerprint:
+        parts.append(f"found {_few(turn.fingerprint)}")
     if turn.reward is not None:
         named = ", ".join(f"{name} {value:g}" for name, value in turn.rewards.items())
         end = f", {turn.end.replace('_', ' ')}" if turn.end not in ("", "done") else ""
         parts.append(f"reward {turn.reward:g}" + (f" ({named})" if named else "") + end)
     return " · ".join(parts)
+
+
+MOST_FOUND = 5
+"""Ids of a fingerprint that are shown."""
+
+
+def _few(fingerprint: Sequence[int]) -> str:
+    """Its first ids, large ones by their last six digits: they are hashes of texts."""
+    shown = " ".join(str(found) if found < 10**8 else f"…{found % 10**6:06d}" for found in fingerprint[:MOST_FOUND])
+    more = len(fingerprint) - MOST_FOUND
+    return shown + (f" and {more} more" if more > 0 else "")
 
 
 def prompt_of(sample: TreeSample) -> tuple[Shown, ...]:

@@ -2,9 +2,9 @@
 
 ``trees.jsonl`` in the run folder, one object a line:
 ``{"tree_id", "task", "environment", "step", "version", "prompt", "messages", "turns": [{"id", "parent", "entropy",
-"value", "reward", "action", "observation", "round", "versions", "turn_reward", "rewards", "success", "end", "said",
-"heard"}]}``.  ``messages``, ``heard`` and ``said`` hold the prompt, a turn's observation and its action as messages
-``{"role", "text", "thinking", "tool_calls"}``.
+"value", "reward", "action", "observation", "round", "versions", "turn_reward", "rewards", "success", "end",
+"fingerprint", "said", "heard"}]}``.  ``messages``, ``heard`` and ``said`` hold the prompt, a turn's observation and its
+action as messages ``{"role", "text", "thinking", "tool_calls"}``.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class TreeTurn:
     success: bool | None = None
     end: str = ""
     """Why the chain ended here; ``continue`` where it went on, empty where it was not recorded."""
+    fingerprint: tuple[int, ...] = ()
+    """Ids of what the action brought to light."""
     said: Shown | None = None
     """The action as a message; None in runs that recorded text only."""
     heard: tuple[Shown, ...] = ()
@@ -158,6 +160,7 @@ def _turn(turn: Any) -> TreeTurn:
         rewards={str(name): float(value) for name, value in (turn.get("rewards") or {}).items() if value is not None},
         success=None if turn.get("success") is None else bool(turn["success"]),
         end=str(turn.get("end") or ""),
+        fingerprint=tuple(int(found) for found in turn.get("fingerprint") or ()),
         said=None if said is None else _messages([said])[0],
         heard=_messages(turn.get("heard")),
     )

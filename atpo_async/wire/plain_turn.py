@@ -54,7 +54,7 @@ def plain_turn(value: Any, payload: Buffer) -> Turn | None:
         return None
     if value.rewards:
         return None
-    if end == "continue":
+    if end == "continue" or end == "pruned":
         if reward is not None or value.success is not None:
             return None
     elif reward is None:
@@ -87,4 +87,6 @@ def plain_turn(value: Any, payload: Buffer) -> Turn | None:
         generate_s=value.generate_s,
         environment_s=value.environment_s,
         turn_reward=value.turn_reward,
+        fingerprint=value.fingerprint,
+        state_value=value.state_value,
     )

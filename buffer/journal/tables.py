@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("atpo.buffer.journal")
 
-FORMAT = 2
+FORMAT = 3
+"""Raised where an earlier program could not read what this one writes: it then refuses the journal by this number."""
 MAP_FACTOR = 16
 MAP_LEAST_BYTES = 16 << 30
 """Address space of the map, not bytes on disk: the free pages between records have to fit too."""
@@ -241,18 +242,19 @@ class Tables:
         return Recovered(found[np.lexsort((found["turn_id"], found["tree"]))], state), last, missing_keys
 
     def _upgrade(self, run: str) -> None:
-        """Brings the rows of an earlier program's journal to this program's layout, all at once or not at all.
+        """Brings an earlier program's journal to this program's format, its rows too, all at once or not at all.
 
         Raises:
             SetupError: the disk does not take it.
         """
         with self._env.begin(db=self._state) as txn:
             known, owner = txn.get(_META), txn.get(_OWNER, b"")
-        if known != earlier.FORMAT or (run and owner not in (b"", run.encode())):
+        if known not in earlier.FORMATS or (run and owner not in (b"", run.encode())):
             return
         try:
             with self._env.begin(write=True) as txn:
-                for key in [bytes(key) for key in txn.cursor(db=self._rows).iternext(values=False)]:
+                keys = txn.cursor(db=self._rows).iternext(values=False) if known == earlier.ROWS else ()
+                for key in [bytes(key) for key in keys]:
                     txn.put(key, earlier.upgraded(txn.get(key, b"", db=self._rows)), db=self._rows)
                 txn.put(_META, str(FORMAT).encode(), db=self._state)
         except lmdb.Error as exc:
@@ -260,7 +262,7 @@ class Tables:
                 f"the journal in {self.folder}, of an earlier program, cannot be rewritten: {exc}; nothing of it is "
                 "changed: make space on its disk"
             ) from exc
-        log.info("the journal in %s is of an earlier program: its rows are in format %d now", self.folder, FORMAT)
+        log.info("the journal in %s is of an earlier program: it is in format %d now", self.folder, FORMAT)
 
     # --- writing -----------------------------------------------------------------------------------------------
 

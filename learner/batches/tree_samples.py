@@ -78,6 +78,7 @@ def _turns(tree: TurnTree, settings: CreditConfig, readable: Readable) -> Iterat
             rewards=turn.rewards,
             success=turn.success,
             end=turn.end,
+            fingerprint=turn.fingerprint,
             said=said,
             heard=heard,
         )

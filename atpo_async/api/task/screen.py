@@ -73,6 +73,8 @@ class Screen:
         for message in messages:
             self._message(message)
         self._ids("observation", result.observation)
+        if result.fingerprint:
+            self._line("fingerprint", ", ".join(map(str, result.fingerprint)))
         self._earns(result)
 
     def _earns(self, result: StepResult) -> None:

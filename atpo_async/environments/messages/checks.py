@@ -22,7 +22,8 @@ _TEXT = "a text"
 def reply_of(said: Any, where: str) -> Reply:
     """What ``reply()`` returned, its messages as ``messages_of`` gives them.  Raises ValueRefused.
 
-    Reward, success and the rewards' parts are checked with the step's result (``environments/values.py``).
+    Reward, success, the rewards' parts, fingerprint and state value are checked with the step's result
+    (``environments/values.py``).
     """
     field = "what reply() returned"
     if not isinstance(said, Reply):
@@ -47,6 +48,8 @@ def reply_of(said: Any, where: str) -> Reply:
         turn_reward=said.turn_reward,
         rewards=said.rewards,
         turn_limit=turn_limit,
+        fingerprint=said.fingerprint,
+        state_value=said.state_value,
     )
 
 

@@ -199,6 +199,8 @@ class TokenEpisode:
                 end="turn_limit" if reply.turn_limit else "done",
                 turn_reward=reply.turn_reward,
                 rewards=reply.rewards,
+                fingerprint=reply.fingerprint,  # type: ignore[arg-type]  # checked with the step's result
+                state_value=reply.state_value,
             )
         observation = await self._observation(parsed, reply, where)
         self._context = np.concatenate([self._context, parsed.ids, observation])
@@ -209,6 +211,8 @@ class TokenEpisode:
             success=reply.success,
             end="continue",
             turn_reward=reply.turn_reward,
+            fingerprint=reply.fingerprint,  # type: ignore[arg-type]
+            state_value=reply.state_value,
         )
 
     async def _observation(self, action: Action, reply: Reply, where: str) -> np.ndarray:

@@ -86,6 +86,10 @@ class Reply:
     """Name -> value of the parts that ``reward`` was made of: metrics ``reward/<name>``."""
     turn_limit: bool = False
     """Done because the turns ran out."""
+    fingerprint: Sequence[int] = ()
+    """Ids of what the action brought to light (``StepResult.fingerprint``)."""
+    state_value: float | None = None
+    """What the conversation is worth now, for the search alone (``StepResult.state_value``)."""
 
 
 class MessageEpisode(Protocol):

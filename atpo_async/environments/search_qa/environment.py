@@ -14,6 +14,7 @@ import numpy as np
 
 from atpo_async.core.errors import ConfigError
 from atpo_async.environments.base import Episode, ReplayFork, Split, StepResult
+from atpo_async.environments.fingerprints import fingerprint_of
 from atpo_async.environments.search_qa.actions import query_of
 from atpo_async.environments.search_qa.chain import Chain, Insert, Over, Search
 from atpo_async.environments.search_qa.dialects import dialect_of
@@ -175,13 +176,16 @@ class SearchEpisode:
         shown = [Text(environment.tokens.controls.broken(passage.contents)) for passage in passages]
         text = observation_of(shown, environment.dialect)
         self._chain.found(text)
-        return self._goes_on(self._cut(environment.tokens.encode(text)))
+        found = fingerprint_of(passage.id or passage.contents for passage in passages)
+        return self._goes_on(self._cut(environment.tokens.encode(text)), found)
 
     def _cut(self, ids: np.ndarray) -> np.ndarray:
         return ids[: self._environment.dialect.observation_tokens or None]
 
-    def _goes_on(self, observation: np.ndarray) -> StepResult:
-        return StepResult(observation=observation, done=False, reward=None, success=None, end="continue")
+    def _goes_on(self, observation: np.ndarray, found: tuple[int, ...] = ()) -> StepResult:
+        return StepResult(
+            observation=observation, done=False, reward=None, success=None, end="continue", fingerprint=found
+        )  # fmt: skip
 
     def _judged(self, *, turn_limit: bool) -> StepResult:
         environment = self._environment

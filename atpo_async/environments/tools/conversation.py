@@ -11,6 +11,7 @@ from typing import Any
 from atpo_async.core.texts import of_error, of_type
 from atpo_async.core.vocabulary import Split
 from atpo_async.environments.data.task_data import TaskRow
+from atpo_async.environments.fingerprints import fingerprint_of
 from atpo_async.environments.messages.types import Action, Message, Reply
 from atpo_async.environments.rewards.functions import RewardFunction
 from atpo_async.environments.rewards.judging import Judged, judged
@@ -94,7 +95,8 @@ class Conversation:
                 self._all.extend(answers)
             turn = await self._judged_turn(action, answers, done=not goes_on, replayed=recorded is not None)
             if goes_on:
-                return Reply(messages=answers, turn_reward=turn.total)
+                found = _found(answers)
+                return Reply(messages=answers, turn_reward=turn.total, fingerprint=found)
             return await self._ended(action, turn)
         except ToolFailed as failed:
             raise failed.at(self._where) from failed.__cause__
@@ -151,3 +153,8 @@ class Conversation:
         if not isinstance(found, str):
             raise ToolFailed(f"extract returned {of_type(found)}; expected a str", kind="value of extract")
         return found
+
+
+def _found(answers: Sequence[Message]) -> tuple[int, ...]:
+    """What the tools said, line by line: a search that writes a passage a line is told from others by its passages."""
+    return fingerprint_of(line for answer in answers for line in answer["content"].splitlines() if line.strip())
