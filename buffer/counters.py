@@ -21,6 +21,8 @@ from buffer.trees.parts import MOST_NAMES
 F64 = NDArray[np.float64]
 
 NO_LABELS = TaskLabels()
+TOKENS = "train/tokens"
+"""Action tokens that were sampled for training."""
 LEFT_OUT = "reward_names_left_out"
 """Counts parts of rewards that have no metric, for a run has many names of them already."""
 
@@ -76,9 +78,10 @@ class RunCounters:
         """Count the outcome of a training task; -1 where that is undone."""
         self.tasks[outcome] += number
 
-    def count_turn(self) -> None:
-        """Count a turn that was received."""
+    def count_turn(self, train_tokens: int = 0) -> None:
+        """Count a turn that was received; of a training tree with the tokens of its action, whatever becomes of it."""
         self.since.turns += 1
+        self.since.counts[TOKENS] += train_tokens
         self.progressed()
 
     def progressed(self) -> None:

@@ -288,7 +288,8 @@ class BufferState:
         if not self.assembly.add(message, frames):
             return False
         if isinstance(message, Turn):
-            self.counters.count_turn()
+            trains = self.ledger.kind(message.tree_id) == "train"
+            self.counters.count_turn(len(message.action) if trains else 0)
             self.last_turn_s = now
             self.ledger.turn(message.tree_id, now=now, lag=max(self.version - message.spans[0].version, 0))
             if not self.assembly.is_closed(message.tree_id) and self._config.buffer.ready == "complete":

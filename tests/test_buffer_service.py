@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from atpo_async.core.errors import SetupError
+from atpo_async.core.tree import Turn
 from atpo_async.run.endpoints import Endpoints
 from atpo_async.run.rundir import RunDir
 from atpo_async.status import waits
@@ -450,6 +451,17 @@ def test_rewards_are_reported_under_the_branch_probabilities(state: BufferState)
     assert batch.metrics["train/reward"] == 0.5
     assert batch.num_action_tokens == 3 + 3 * 6
     assert batch.num_turn_tokens == 3 * 5
+    assert batch.metrics["train/tokens"] == 3 * 5, "each turn once, however many leaves share it"
+
+
+def test_tokens_that_were_sampled_count_whatever_becomes_of_their_trees(state: BufferState) -> None:
+    used, unused = state.lease("a", 2, 0.0).leases
+    alike = grown(unused, (1.0, 1.0))  # without a signal
+    take(state, [*grown(used), *alike, alike[1]])  # the last one came before, and is no second
+    batch = state.sample(ask(num_trees=1), 0.0)
+    assert isinstance(batch, m.Batch)
+    every = [message for message in (*grown(used), *alike) if isinstance(message, Turn)]
+    assert batch.metrics["train/tokens"] == sum(len(turn.action) for turn in every)
 
 
 def test_enough_trees_without_signal_make_a_short_batch() -> None:
