@@ -76,7 +76,7 @@ def test_a_setting_that_decides_nothing_is_named_with_what_switches_it_off(
 
 def test_a_line_names_what_the_setting_works_with() -> None:
     (line,) = idle_settings(build({"objective": {"clip_low": 0.1, "clip_high": 0.004, "surrogate": "tv"}}))
-    assert line.endswith("(it has with 'cispo', 'clip')")
+    assert line.endswith("(it has with 'cispo', 'clip', 'clip-keep')")
     (line,) = idle_settings(build({"objective": {"kl_estimator": "k2"}}))
     assert line.endswith(f"(it has with {NONZERO})")
 

@@ -55,6 +55,7 @@ VARIANTS: dict[str, Sections] = {
         "objective": {"surrogate": "cispo", "ratio_level": "token", "clip_low": 1.0, "clip_high": 5.0},
         "correction": {"level": "token"},
     },
+    "AEPO's clip": {"objective": {"surrogate": "clip-keep", "clip_high": 0.01}},
     "TOPR": {
         "objective": {"surrogate": "policy-gradient"},
         "correction": {"action": "topr", "level": "sequence", "cap": 1.0, "numerator": "policy"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -117,6 +118,31 @@ def test_cispo_keeps_the_gradient_of_tokens_that_a_clip_would_silence() -> None:
     assert not result.clipped.any()
     clip = config.model_copy(update={"surrogate": "clip"})
     assert evaluate(clip, [x - 2.0 for x in logs], **given)[0].clipped.tolist() == [True, False, False, True]
+
+
+def test_clip_keep_leaves_the_upper_side_its_gradient_and_nothing_else() -> None:
+    ratios, signs = [1.1, 1.5, 0.7, 0.7, 1.5, 4.0], [1.0, 1.0, 1.0, -1.0, -1.0, -1.0]
+    given: dict[str, Any] = {"prox": [-2.0] * 6, "advantage": signs}
+    config = ObjectiveConfig(surrogate="clip-keep", ratio_level="token", clip_low=0.2, clip_high=0.28)
+    losses, gradients = [], []
+    for i in range(6):
+        one = {name: values[i : i + 1] for name, values in given.items()}
+        result, gradient = evaluate(config, [math.log(ratios[i]) - 2.0], **one)
+        losses.append(result.loss.item())
+        gradients.append(gradient.item())
+    assert losses == pytest.approx([-1.1, -1.28, -0.7, 0.8, 1.5, 3.0])
+    assert gradients == pytest.approx([-1.1, -1.28, -0.7, 0.0, 1.5, 0.0])
+    kept, gradient = evaluate(config, [math.log(x) - 2.0 for x in ratios], **given)
+    assert kept.clipped.tolist() == [False, False, False, True, False, True]
+    clip, silenced = evaluate(
+        config.model_copy(update={"surrogate": "clip"}), [math.log(x) - 2.0 for x in ratios], **given
+    )
+    assert clip.loss.item() == pytest.approx(kept.loss.item())
+    assert silenced.tolist() == pytest.approx([-1.1, 0.0, -0.7, 0.0, 1.5, 0.0])
+    # A ratio so large that it is cut off has no gradient; the token's own log-prob still has one.
+    far, gradient = evaluate(config, [-0.1], prox=[-30.0], advantage=[1.0])
+    assert (far.loss.item(), gradient.item()) == pytest.approx((-1.28, -1.28))
+    assert not far.clipped.any()
 
 
 def test_the_policy_gradient_forgets_how_far_the_policy_has_moved() -> None:
