@@ -16,10 +16,11 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from atpo_async.config import faults, options, recipes
-from atpo_async.config.schema import Config, fields
+from atpo_async.config.schema import Config, coefficient_field, fields
 from atpo_async.config.sections.base import Section, door_of
 from atpo_async.config.sections.environments import WeightedEnvironment
 from atpo_async.core.errors import ConfigError
+from atpo_async.core.schedule import Schedule
 
 CALL = "the call"
 """Where a value comes from that a program gave."""
@@ -130,8 +131,8 @@ def _lay(onto: dict[str, Any], table: Mapping[str, Any], file: str, holders: dic
     """Put ``table`` over ``onto``, key by key, and note in ``holders`` which file each key comes from."""
     for key, value in table.items():
         dotted = f"{prefix}{key}"
-        is_table = isinstance(value, Mapping)
-        if key in onto and isinstance(onto[key], dict) != is_table:
+        is_table = isinstance(value, Mapping) and coefficient_field(dotted) != dotted
+        if key in onto and not coefficient_field(dotted) and isinstance(onto[key], dict) != is_table:
             kinds = ("a section", "a value") if is_table else ("a value", "a section")
             raise ConfigError(f"{dotted} is {kinds[0]} in {file}, but {kinds[1]} in {holders[dotted]}: make them agree")
         holders[dotted] = file
@@ -144,11 +145,12 @@ def _lay(onto: dict[str, Any], table: Mapping[str, Any], file: str, holders: dic
 def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted path, value) of everything in a nested mapping that is no table, or is the value of one field."""
     for key, value in table.items():
-        field = fields().get(f"{prefix}{key}")
+        dotted = f"{prefix}{key}"
+        field = fields().get(dotted)
         if isinstance(value, Mapping) and (field is None or get_origin(field.annotation) is dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from _leaves(value, f"{dotted}.")
         else:
-            yield f"{prefix}{key}", value
+            yield dotted, value
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -231,6 +233,8 @@ def _toml_value(value: Any) -> str:
         return repr(value)
     if isinstance(value, tuple | list):
         return f"[{', '.join(_toml_value(item) for item in value)}]"
+    if isinstance(value, Schedule):
+        return str(value)
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_quoted(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
     return _quoted(str(value))

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from atpo_async.config import suggestions
-from atpo_async.config.schema import Config, fields, options_table
+from atpo_async.config.schema import Config, coefficient_field, fields, options_table
 from atpo_async.config.sections.environments import WeightedEnvironment
 from atpo_async.core.errors import ConfigError
 
@@ -38,7 +38,7 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             rest.append(word)
             continue
         name = name if is_entry(name) else name.replace("-", "_")  # a label may have a hyphen
-        if name not in known and options_table(name) is None and _entry_field(name) is None:
+        if name not in known and not (options_table(name) or coefficient_field(name) or _entry_field(name)):
             raise ConfigError(unknown_option(name))
         if not equals:
             annotation = _annotation(name)
@@ -81,7 +81,9 @@ def put(data: dict[str, Any], dotted: str, text: str) -> None:
     if not parents:
         raise ConfigError(f"option --{dotted} names no field; use --section.field, for instance --learner.lr 1e-5")
     here: Any = data
-    for part in parents:
+    for number, part in enumerate(parents):
+        if coefficient_field(".".join(parents[: number + 1])) and not isinstance(here.get(part), dict):
+            here[part] = {}  # a number so far
         here = here.setdefault(part, {})
         if not isinstance(here, dict):
             raise ConfigError(f"option --{dotted}: {part} is a value, not a section")

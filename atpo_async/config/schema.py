@@ -6,6 +6,7 @@ Durations are seconds, sizes bytes unless the name says otherwise, staleness is 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, get_origin
 
 from pydantic import BaseModel, Field, model_validator
@@ -14,6 +15,7 @@ from atpo_async.config import rules
 from atpo_async.config.doors import environment_door
 from atpo_async.config.sections.base import Section
 from atpo_async.config.sections.cluster import RayConfig
+from atpo_async.config.sections.coefficients import is_coefficient
 from atpo_async.config.sections.data import BufferConfig, StalenessConfig
 from atpo_async.config.sections.environments import MOST_ENVIRONMENTS, EnvironmentConfig, WeightedEnvironment
 from atpo_async.config.sections.generation import ActorConfig, ModelConfig, SearchConfig
@@ -109,6 +111,17 @@ def options_table(dotted: str) -> str | None:
             return head if get_origin(known[head].annotation) is dict else None
         head, _, rest = head.rpartition(".")
     return None
+
+
+def coefficient_field(dotted: str) -> str | None:
+    """The coefficient that a dotted path names, or names a part of (``objective.kl_coef.start``); None for others."""
+    candidates = (dotted, dotted.rpartition(".")[0])
+    return next((name for name in candidates if name in _coefficients()), None)
+
+
+@functools.cache
+def _coefficients() -> frozenset[str]:
+    return frozenset(name for name, field in fields().items() if is_coefficient(field))
 
 
 def fields(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from atpo_async.config import ObjectiveConfig
+from atpo_async.core.schedule import coefficient
 from learner.loss.protocols import MAX_LOG_RATIO, Surrogate, SurrogateTokens
 from learner.loss.tokens import ActionTokens
 from learner.loss.units import num_units, spread, unit_mean, units
@@ -59,7 +60,7 @@ def kl_to_reference(logp: Tensor, reference: Tensor, estimator: Literal["k2", "k
     return difference.exp() - 1 - difference
 
 
-def atpo_loss(tokens: ActionTokens, settings: ObjectiveConfig, surrogate: Surrogate) -> Loss:
+def atpo_loss(tokens: ActionTokens, settings: ObjectiveConfig, surrogate: Surrogate, *, step: int = 0) -> Loss:
     """The objective of ALGORITHM, section 3, for one forward pass.
 
     loss = sum of weight * (correction * (loss_t + kl_coef * KL_t) - entropy_coef * entropy_t)
@@ -68,6 +69,7 @@ def atpo_loss(tokens: ActionTokens, settings: ObjectiveConfig, surrogate: Surrog
         tokens: of the pass.
         settings: ratio level, clip range, and the two terms besides.
         surrogate: loss_t (``objective.surrogate``).
+        step: the learner's batch, from 0: the two coefficients may be schedules.
 
     Raises:
         ValueError: a term is switched on and its input was not given.
@@ -76,6 +78,7 @@ def atpo_loss(tokens: ActionTokens, settings: ObjectiveConfig, surrogate: Surrog
         raise ValueError(f"objective.kl_coef = {settings.kl_coef} needs the reference's log-probs, and got none")
     if settings.entropy_coef and tokens.entropy is None:
         raise ValueError(f"objective.entropy_coef = {settings.entropy_coef} needs entropies, and got none")
+    kl_coef, entropy_coef = coefficient(settings.kl_coef, step), coefficient(settings.entropy_coef, step)
     counts = tokens.turn >= 0
 
     def kept(values: Tensor) -> Tensor:
@@ -100,10 +103,10 @@ def atpo_loss(tokens: ActionTokens, settings: ObjectiveConfig, surrogate: Surrog
     kl = bonus = torch.zeros_like(loss).detach()
     if tokens.reference is not None:
         kl = (corrected * kl_to_reference(logp, kept(tokens.reference), settings.kl_estimator)).sum()
-        loss = loss + settings.kl_coef * kl if settings.kl_coef else loss
+        loss = loss + kl_coef * kl if kl_coef else loss
     if tokens.entropy is not None:
         bonus = (weight * kept(tokens.entropy)).sum()
-        loss = loss - settings.entropy_coef * bonus if settings.entropy_coef else loss
+        loss = loss - entropy_coef * bonus if entropy_coef else loss
     return Loss(
         loss=loss,
         log_ratio=ratio.detach(),

@@ -49,6 +49,8 @@ class PassLoss:
     accelerator: Accelerator
     reductions: Reductions
     correction: OffPolicyCorrection = field(init=False)
+    step: int = 0
+    """The learner's batch under way, from 0: coefficients may move with it."""
     _surrogate: CheckedSurrogate = field(init=False)
 
     def __post_init__(self) -> None:
@@ -65,7 +67,7 @@ class PassLoss:
         # Before the policy's own pass: with adapters it is the same model, and nothing may come between a pass and its
         # backward pass.
         reference = self._reference_logprobs(item)
-        with_entropy = settings.objective.entropy_coef > 0
+        with_entropy = bool(settings.objective.entropy_coef)  # at any step
         scored = item.spread(self.model(**item.inputs, **({"with_entropy": True} if with_entropy else {})))
         logp, entropy = (scored[0], scored[1]) if with_entropy else (scored, None)
         own = logp.detach()
@@ -80,6 +82,7 @@ class PassLoss:
             ),
             settings.objective,
             self._surrogate,
+            step=self.step,
         )  # fmt: skip
         return PassResult(
             loss=loss,

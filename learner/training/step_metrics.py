@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from atpo_async.config import Config
+from atpo_async.core.schedule import Schedule, coefficient
 from atpo_async.core.tree import lag_versions
 from learner.batches.intake import REASONS
 from learner.packing.credited import CreditedTree
@@ -68,7 +69,17 @@ class StepMetrics:
                 out["loss/kl_reference"] = float(np.mean(totals.kl))
             if self._config.objective.entropy_coef:
                 out["loss/entropy"] = float(np.mean(totals.entropy))
-        return out
+        return out | self._of_schedules()
+
+    def _of_schedules(self) -> dict[str, float]:
+        """The coefficients that move, as they were for this batch."""
+        settings = self._config.objective
+        given = {"kl_coef": settings.kl_coef, "entropy_coef": settings.entropy_coef}
+        return {
+            f"objective/{name}": coefficient(value, self._loss.step)
+            for name, value in given.items()
+            if isinstance(value, Schedule)
+        }
 
     def _of_tempering(self, totals: BatchTotals) -> dict[str, float]:
         correction = self._loss.correction

@@ -87,7 +87,7 @@ class Trainer:
         names = TensorNames.of(policy)
         # A copy in half precision is made on the device, and before anything wraps the policy.
         self.half = HalfPolicy(_placed(policy, accelerator), trains=True) if is_for(config, policy, sharded) else None
-        wants_frozen = config.objective.kl_coef > 0 and policy.lora is None
+        wants_frozen = bool(config.objective.kl_coef) and policy.lora is None
         frozen = _frozen_copy(policy, accelerator, in_half=self.half is not None) if wants_frozen else None
         optimizer = make_optimizer(policy, config.learner, device=accelerator.device, sharded=sharded)
         tied = is_tied(policy)
@@ -120,7 +120,7 @@ class Trainer:
             config=config,
             policy=policy,
             layout=layout,
-            keep_idle=self._credit.reads_ratio or config.objective.kl_coef > 0 or config.objective.entropy_coef > 0,
+            keep_idle=self._credit.reads_ratio or bool(config.objective.kl_coef or config.objective.entropy_coef),
             reductions=self.reductions,
             device=accelerator.device,
             micro_batch_tokens=self.fitting.micro_batch_tokens,
@@ -262,6 +262,7 @@ class Trainer:
         settings = self.config
         if self.half is not None:
             self.half.is_stale = True  # a checkpoint may have been loaded since
+        self._loss.step = batch.step
         sifted = sift(batch, version=version, vocab_size=self._vocab_size, max_lag=settings.staleness.max_lag)
         trees = [CreditedTree.of(tree, self._credit) for tree in sifted.batch.trees]
         order = np.random.default_rng((settings.run.seed, batch.step, self.accelerator.process_index))

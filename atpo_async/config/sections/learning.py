@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from atpo_async.config import doors
 from atpo_async.config.sections.base import Options, Section, TruthOrAuto, named
+from atpo_async.config.sections.coefficients import NonNegative
 from atpo_async.core.vocabulary import Aggregation, LeafWeights, Level, Precision, RatioLevel
 
 ALL_LINEAR = "all-linear"
@@ -108,9 +109,9 @@ class ObjectiveConfig(Section):
     dual_clip: float | None = Field(3.0, gt=1, description="bound for A < 0; none to switch it off")
     tv_limit: float = Field(0.2, gt=0, lt=1, description="probability, for surrogate = tv")
     aggregation: Aggregation = "seq-mean-token-mean"
-    kl_coef: float = Field(0.0, ge=0, description="of KL(policy || the weights of model.path); 0: no reference kept")
+    kl_coef: NonNegative = Field(0.0, description="of KL(policy || the weights of model.path); 0: no reference kept")
     kl_estimator: Literal["k2", "k3"] = Field("k3", description="both have a gradient that pulls to the reference")
-    entropy_coef: float = Field(0.0, ge=0, description="of the entropy bonus over the whole vocabulary")
+    entropy_coef: NonNegative = Field(0.0, description="of the entropy bonus over the whole vocabulary")
 
 
 class LoraConfig(Section):

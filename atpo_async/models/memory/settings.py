@@ -51,7 +51,7 @@ def learner_memory(config: Config, *, on_gpu: bool) -> LearnerMemory:
         optimizer=learner.optimizer,
         lora_rank=learner.lora.rank,
         # With adapters the reference is the model without them.
-        reference=config.objective.kl_coef > 0 and not learner.lora.rank,
+        reference=bool(config.objective.kl_coef) and not learner.lora.rank,
     )
 
 
