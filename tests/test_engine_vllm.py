@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytest_asyncio
 import torch
@@ -30,6 +31,7 @@ from tests.engine_support import (
     REJECTED,
     altered,
     largest_error,
+    reference_logprobs,
     save_model,
     tiny_model,
     truncated,
@@ -134,6 +136,26 @@ class TestOneEngine:
         assert after.cached_prompt_tokens - before.cached_prompt_tokens == 96
         assert after.prompt_tokens - before.prompt_tokens == 201
         assert after.generated_tokens - before.generated_tokens == 6
+
+    async def test_scores_are_the_models_log_probs_and_begin_from_the_cache(self, engine: VllmEngine) -> None:
+        context, answer = [(5 * i) % 250 + 3 for i in range(70)], [50, 8, 91]
+        expected = reference_logprobs(MODELS[0], [*context, *answer])[69:]
+        before = engine.stats()
+        for cached in (0, 64):
+            scored = await engine.score_continuation(context, answer, request_id="score")
+            assert (scored.version, scored.cached_prompt_tokens) == (0, cached)
+            np.testing.assert_allclose(scored.logprobs, expected, atol=1e-5)
+        # Blocks of 32 that the cache holds of a continuation are computed again.
+        for _ in range(2):
+            parted = await engine.score_continuation(context[:20], context[20:], request_id="parted")
+            np.testing.assert_allclose(
+                parted.logprobs, reference_logprobs(MODELS[0], context)[19:], atol=1e-5
+            )
+        after = engine.stats()
+        assert after.scored_requests - before.scored_requests == 4
+        assert after.prompt_tokens - before.prompt_tokens == 2 * 73 + 2 * 70
+        with pytest.raises(GenerationFailed, match="together this engine takes up to 511"):
+            await engine.score_continuation([5] * 511, [6], request_id="long")
 
     async def test_a_swap_in_mid_request_leaves_each_span_to_its_own_weights(
         self, engine: VllmEngine, tmp_path: Path

@@ -102,6 +102,18 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """The policy's log-probs of tokens that it did not sample."""
+
+    logprobs: np.ndarray
+    """float32[T], nats, at temperature 1: of each token of the continuation, given the context and those before it."""
+    version: int
+    """Of the weights, the same for all of them."""
+    cached_prompt_tokens: int = 0
+    """Tokens of the context served from the prefix cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SwapReport:
     version: int
     pause_s: float
@@ -130,6 +142,8 @@ class EngineStats:
     generated_tokens: int
     finished_requests: int
     failed_requests: int
+    scored_requests: int = 0
+    """Not among the finished ones; their contexts and continuations count as prompt tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,3 +196,30 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """End every process the engine started.  Idempotent."""
+
+
+class ScoringEngine(Engine, Protocol):
+    """An engine that also tells how probable given tokens are to it: what ``search.turn_reward`` needs.
+
+    The built-in ones do.  A user's may: one without ``score_continuation`` is asked by its ``score``, which computes the
+    whole context each time (``actors.engines.checked``).
+    """
+
+    async def score_continuation(
+        self, context: Tokens, continuation: Tokens, *, request_id: str, on_running: OnRunning = ignore
+    ) -> Scored:
+        """The log-probs of ``continuation`` after ``context``, all under one version of the weights.
+
+        It is admitted, counted and cancelled as a request of ``generate`` is, and begins from what is cached of the
+        context.  Where other weights are taken up meanwhile, all of it is computed under these.
+
+        Args:
+            context: at least one token.
+            continuation: at least one; both together at most ``EngineSettings.max_model_len`` - 1 tokens.
+            request_id: for errors.
+            on_running: called once, when the request has left the queue.
+
+        Raises:
+            GenerationFailed: too many tokens or too few, one that the model does not have, or the engine failed.
+            EngineDead: as ``generate``.
+        """

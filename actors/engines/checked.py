@@ -13,7 +13,13 @@ from dataclasses import replace
 import numpy as np
 
 from actors.engines import base
-from actors.engines.common.checks import check_model_folder, check_weights, checkpoint_shapes, pick_device
+from actors.engines.common.checks import (
+    check_model_folder,
+    check_scored,
+    check_weights,
+    checkpoint_shapes,
+    pick_device,
+)
 from actors.engines.probe import Probe, check_probe_fits, sequences_of
 from atpo_async.core.errors import (
     AtpoError,
@@ -50,6 +56,8 @@ class CheckedEngine:
         self._proven = asyncio.Event()
         """The weights in use have passed their probe."""
         self._failed_probes = 0
+        self._swaps = 0
+        """Begun so far."""
 
     async def start(self) -> None:
         """Raises SetupError if the model folder is none, or for what the engine raises."""
@@ -91,6 +99,7 @@ class CheckedEngine:
         await asyncio.to_thread(check_weights, weights, self._shapes, current=self._version)
         was_proven = self._proven.is_set()
         self._proven.clear()
+        self._swaps += 1
         began = time.perf_counter()
         limit_s = self._settings.swap_deadline_s
         try:
@@ -122,6 +131,59 @@ class CheckedEngine:
 
     async def score(self, token_ids: base.Tokens) -> np.ndarray:
         return await self._engine.score(token_ids)
+
+    async def score_continuation(
+        self, context: base.Tokens, continuation: base.Tokens, *, request_id: str, on_running: base.OnRunning = base.ignore
+    ) -> base.Scored:
+        """As ``ScoringEngine``: by the engine's method of that name, or by its ``score`` where it has none.
+
+        Waits for: weights that have passed their probe, before and after.  Unblocked by: a swap that succeeds; where
+        one falls in between, all is scored again.
+        """
+        before, after = np.asarray(context).tolist(), np.asarray(continuation).tolist()
+        check_scored(
+            before, after, max_model_len=self._settings.max_model_len, vocab_size=None, request_id=request_id
+        )
+        while True:
+            await self._until_proven(request_id)
+            swaps = self._swaps
+            try:
+                found = await self._asked_to_score(before, after, request_id, on_running)
+            except GenerationFailed:
+                raise
+            except Exception as exc:
+                raise GenerationFailed(f"request {request_id}: {self._label}: {of_error(exc)}") from exc
+            await self._until_proven(request_id)
+            if swaps == self._swaps:
+                return found
+            on_running = base.ignore
+
+    async def _asked_to_score(
+        self, before: list[int], after: list[int], request_id: str, on_running: base.OnRunning
+    ) -> base.Scored:
+        """What the engine says, with arrays of the protocol's types.  Raises GenerationFailed for what is wrong in it."""
+        scorer = getattr(self._engine, "score_continuation", None)
+        if scorer is None:
+            on_running()
+            logprobs, version, cached = await self._engine.score(before + after), self._version, 0
+            what, expected, first = "score", len(before) + len(after) - 1, len(before) - 1
+        else:
+            said = await scorer(before, after, request_id=request_id, on_running=on_running)
+            what, expected, first = "score_continuation", len(after), 0
+            if not isinstance(said, base.Scored):
+                raise GenerationFailed(
+                    f"request {request_id}: {self._label}: {what}() returned {type(said).__name__}, not a Scored"
+                )
+            logprobs, version, cached = said.logprobs, said.version, said.cached_prompt_tokens
+        numbers = np.asarray(logprobs, dtype=np.float32)
+        if numbers.shape != (expected,) or not np.all(numbers <= MOST_ABOVE_ZERO):
+            raise GenerationFailed(
+                f"request {request_id}: {self._label}: {what}() returned log-probs of shape {numbers.shape} for "
+                f"{expected} tokens; each needs one, at most 0"
+            )
+        return base.Scored(
+            logprobs=np.minimum(numbers[first:], 0.0), version=int(version), cached_prompt_tokens=int(cached)
+        )
 
     def stats(self) -> base.EngineStats:
         return self._engine.stats()

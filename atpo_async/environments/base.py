@@ -152,7 +152,9 @@ class Environment(Protocol):
     does, such as ``</search>``; the action is what was sampled: its last token may reach beyond such a text.
     ``decode(ids) -> str``, by which messages show an observation as text.  ``take_counts() -> {name: number}``, what it
     has counted since it was last asked, such as ``{"tool/lookup/calls": 3}``: read when an episode was closed, and
-    added up in the actor's metrics.
+    added up in the actor's metrics.  ``reference(split, task_index) -> (answer ids, prefix ids)`` or None, plain or
+    async: the task's right answer, behind the tokens that open it (``reference.py``); asked once a training tree where
+    ``search.turn_reward`` is ``information-gain``.
     """
 
     @property

@@ -12,6 +12,7 @@ import numpy as np
 from atpo_async.core.errors import ConfigError
 from atpo_async.core.texts import of_error
 from atpo_async.environments.base import Environment, Episode, Split, StepResult
+from atpo_async.environments.reference import Reference, checked_reference
 from atpo_async.environments.values import (
     PROMPT_TOO_LONG,
     Limits,
@@ -76,6 +77,21 @@ class CheckedEnvironment:
         take = getattr(self.plain, "take_counts", None)
         found: Mapping[str, float] = take() if callable(take) else {}
         return found
+
+    @property
+    def has_references(self) -> bool:
+        """Whether the environment tells right answers at all."""
+        return _has(self.plain, "reference") and getattr(self.plain, "has_references", True) is not False
+
+    async def reference(self, split: Split, task_index: int) -> Reference | None:
+        """The task's right answer; None where it has none.  Raises as ``start``."""
+        if not self.has_references:
+            return None
+        where = f"{self._label}, task {task_index} ({split})"
+        check_call(self.plain, where, "reference", ("split", "task_index"))
+        plain: Any = self.plain
+        said = await _settled(plain.reference(split, task_index))
+        return None if said is None else checked_reference(said, where, self.limits)
 
     async def start(self, split: Split, task_index: int) -> CheckedEpisode:
         """Raises ValueRefused for an episode or a prompt that is none; whatever else the environment raises."""

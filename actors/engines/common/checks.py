@@ -47,6 +47,21 @@ def check_token_ids(tokens: Sequence[int], *, vocab_size: int, request_id: str) 
         )
 
 
+def check_scored(
+    context: Sequence[int], continuation: Sequence[int], *, max_model_len: int, vocab_size: int | None, request_id: str
+) -> None:
+    """Raises GenerationFailed for a continuation that cannot be scored after its context; ``vocab_size`` None: not
+    known."""
+    length = len(context) + len(continuation)
+    if not context or not continuation or length >= max_model_len:
+        raise GenerationFailed(
+            f"request {request_id}: {len(continuation)} tokens to score after a context of {len(context)}; both need "
+            f"one at least, and together this engine takes up to {max_model_len - 1}"
+        )
+    if vocab_size is not None:
+        check_token_ids([*context, *continuation], vocab_size=vocab_size, request_id=request_id)
+
+
 def check_stop_strings(settings: EngineSettings, *, request_id: str) -> None:
     """Raises GenerationFailed for a request with stop strings, of an engine that was started without a tokenizer."""
     if not settings.stop_strings:

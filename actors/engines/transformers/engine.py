@@ -7,10 +7,11 @@ every active request its next token.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -18,10 +19,16 @@ import numpy as np
 
 from actors.engines import base
 from actors.engines.common.admission import Queue
-from actors.engines.common.checks import check_model_folder, check_stop_strings, check_token_ids, check_weights
+from actors.engines.common.checks import (
+    check_model_folder,
+    check_scored,
+    check_stop_strings,
+    check_token_ids,
+    check_weights,
+)
 from actors.engines.common.counters import RequestCounters
 from actors.engines.probe import check_probe_fits, sequences_of
-from actors.engines.transformers.requests import Request
+from actors.engines.transformers.requests import AnyRequest, Request, ScoreRequest
 from actors.engines.transformers.runner import ModelRunner
 from atpo_async.core.errors import EngineDead, GenerationFailed, ProbeMismatch, WaitTimeout, WeightsRejected
 from atpo_async.status import waits
@@ -48,8 +55,8 @@ class TransformersEngine:
         self._counters = RequestCounters()
         self._unproven = False
         """The weights in the model failed the probe: nothing is generated until others have passed it."""
-        self._waiting: list[Request] = []
-        self._active: list[Request] = []
+        self._waiting: list[AnyRequest] = []
+        self._active: list[AnyRequest] = []
         self._work = asyncio.Event()
         self._between_steps = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="transformers-engine")
@@ -89,13 +96,40 @@ class TransformersEngine:
             if sampling.stop_strings:
                 request.stop_strings = self.runner.stop_strings
                 check_stop_strings(self._settings, request_id=request_id)
-            self._waiting.append(request)
-            self._work.set()
-            with self._queue.entered(on_running):
+            with self._entered(request, on_running):
                 return await request.done
         except GenerationFailed:
             self._counters.failed()
             raise
+
+    async def score_continuation(
+        self,
+        context: base.Tokens,
+        continuation: base.Tokens,
+        *,
+        request_id: str,
+        on_running: base.OnRunning = base.ignore,
+    ) -> base.Scored:
+        """As ``ScoringEngine``: a request among the others, in one forward pass with all that are to be scored then."""
+        self._check_alive(request_id)
+        before, after = np.asarray(context).tolist(), np.asarray(continuation).tolist()
+        longest, vocabulary = self._settings.max_model_len, self.runner.vocab_size
+        try:
+            check_scored(before, after, max_model_len=longest, vocab_size=vocabulary, request_id=request_id)
+            request = ScoreRequest(before, after, request_id, asyncio.get_running_loop().create_future())
+            with self._entered(request, on_running):
+                return await request.done
+        except GenerationFailed:
+            self._counters.failed()
+            raise
+
+    @contextlib.contextmanager
+    def _entered(self, request: AnyRequest, on_running: base.OnRunning) -> Iterator[None]:
+        """While the request is in the engine."""
+        self._waiting.append(request)
+        self._work.set()
+        with self._queue.entered(on_running):
+            yield
 
     async def swap(self, weights: base.WeightsFile) -> base.SwapReport:
         """Load other weights between two steps, and reproduce the manifest's probe before the next one.
@@ -188,7 +222,7 @@ class TransformersEngine:
     def _load(self, weights: base.WeightsFile) -> None:
         self.runner.load(weights)
 
-    def _step(self, batch: list[Request]) -> None:
+    def _step(self, batch: list[AnyRequest]) -> None:
         """One more token for every request of ``batch``."""
         self.runner.step(batch, version=self._version)
 
@@ -236,8 +270,8 @@ class TransformersEngine:
                     # A swap gave up waiting for this step, and has failed its requests.
                     return
                 for request in batch:
-                    if (reason := request.stop_reason(max_model_len=self._settings.max_model_len)) is not None:
-                        self._end(request, request.generation(reason))
+                    if (result := request.result(max_model_len=self._settings.max_model_len)) is not None:
+                        self._end(request, result)
 
     def _drop_cancelled(self) -> None:
         self._waiting = [request for request in self._waiting if not request.done.done()]
@@ -251,15 +285,18 @@ class TransformersEngine:
             free.remove(self.runner.slots.give(request, sorted(free)))
             self._active.append(request)
 
-    def _end(self, request: Request, result: base.Generation | GenerationFailed) -> None:
+    def _end(self, request: AnyRequest, result: base.Generation | base.Scored | GenerationFailed) -> None:
         self._active.remove(request)
         if request.done.done():
             return
         if isinstance(result, GenerationFailed):
             request.done.set_exception(result)
-            return
-        self._counters.finished(len(request.prompt), result)
-        request.done.set_result(result)
+        elif isinstance(request, ScoreRequest) and isinstance(result, base.Scored):
+            self._counters.scored(len(request.prompt), result)
+            request.done.set_result(result)
+        elif isinstance(request, Request) and isinstance(result, base.Generation):
+            self._counters.finished(len(request.prompt), result)
+            request.done.set_result(result)
 
     def _check_alive(self, what: str) -> None:
         if self._dead is not None:

@@ -1,4 +1,4 @@
-"""A request of the transformers engine: its prompt, the action so far, and when the action is complete."""
+"""A request of the transformers engine: an action to sample, how far it is and when it is complete, or tokens to score."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from actors.engines.base import Generation, Sampling
+from actors.engines.base import Generation, Sampling, Scored
 from actors.engines.common.stop_strings import StopStrings
 from atpo_async.core.tree import VersionSpan
 
@@ -50,6 +50,11 @@ class Request:
         full = len(self.prompt) + len(self.action) >= max_model_len
         return "length" if full or len(self.action) >= self.sampling.max_tokens else None
 
+    def result(self, *, max_model_len: int) -> Generation | None:
+        """The action; None while it is not complete."""
+        reason = self.stop_reason(max_model_len=max_model_len)
+        return None if reason is None else self.generation(reason)
+
     def generation(self, reason: Literal["stop", "length"]) -> Generation:
         ends = [start for _, start in self.starts[1:]] + [len(self.action)]
         return Generation(
@@ -59,3 +64,31 @@ class Request:
             stop_reason=reason,
             cached_prompt_tokens=self.cached_prompt_tokens,
         )
+
+
+@dataclass(eq=False, slots=True)
+class ScoreRequest:
+    """Tokens whose log-probs are asked for.  One step answers it."""
+
+    prompt: list[int]
+    """The context."""
+    continuation: list[int]
+    request_id: str
+    done: asyncio.Future[Scored]
+    slot: int = -1
+    cached_prompt_tokens: int = 0
+    scored: Scored | None = None
+
+    def tokens(self) -> list[int]:
+        """What is read: the last token is only predicted."""
+        return self.prompt + self.continuation[:-1]
+
+    def add(self, logprobs: np.ndarray, *, version: int) -> None:
+        """float32[T], of the continuation under the weights of ``version``."""
+        self.scored = Scored(logprobs=logprobs, version=version, cached_prompt_tokens=self.cached_prompt_tokens)
+
+    def result(self, *, max_model_len: int) -> Scored | None:
+        return self.scored
+
+
+AnyRequest = Request | ScoreRequest

@@ -2,7 +2,7 @@
 
 Everything here runs in the engine's worker thread.
 
-Shapes: B requests of a step, T tokens fed to each, L longest context, V vocabulary, S sequences.
+Shapes: B requests of a step, T tokens fed to each, K of them the last, L longest context, V vocabulary, S sequences.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from actors.engines.common.checks import pick_device
 from actors.engines.common.stop_strings import StopStrings
 from actors.engines.probe import Probe
 from actors.engines.transformers import attention, check, loading
-from actors.engines.transformers.requests import Request
+from actors.engines.transformers.requests import AnyRequest, Request, ScoreRequest
 from actors.engines.transformers.sampling import sample
 from actors.engines.transformers.slots import Slots
 from atpo_async.core.errors import SetupError
@@ -26,6 +26,9 @@ from atpo_async.models import causal_lm
 
 PREFILL_TOKENS = 8192
 """Most tokens of prompts in one forward pass, padding included."""
+
+SCORED_LOGITS = 1 << 27
+"""Most logits of one forward pass that scores, 512 MB of float32, where it has more than one request."""
 
 
 class ModelRunner:
@@ -85,8 +88,13 @@ class ModelRunner:
         return found
 
     @torch.no_grad()
-    def step(self, batch: Sequence[Request], *, version: int) -> None:
-        """One more token for every request: those with a prompt to read in padded groups, all others together."""
+    def step(self, requests: Sequence[AnyRequest], *, version: int) -> None:
+        """One more token for every request: those with a prompt to read in padded groups, all others together.
+
+        What is to be scored is scored whole.
+        """
+        self._score_all([request for request in requests if isinstance(request, ScoreRequest)], version)
+        batch = [request for request in requests if isinstance(request, Request)]
         pending = {request: self.slots.pending(request) for request in batch}
         decoding = [request for request in batch if len(pending[request]) == 1]
         reading = sorted((r for r in batch if len(pending[r]) > 1), key=lambda r: len(pending[r]))
@@ -108,13 +116,44 @@ class ModelRunner:
             self.slots.held[request.slot].extend(read)
             request.add(token, logprob, version=version)
 
+    def _score_all(self, requests: list[ScoreRequest], version: int) -> None:
+        """The continuations of all of them, side by side as far as memory for their logits goes."""
+        pending = {request: self.slots.pending(request) for request in requests}
+        waiting = sorted(requests, key=lambda request: len(pending[request]))
+        while waiting:
+            size, keep = 1, len(waiting[0].continuation)
+            while size < len(waiting):
+                wider = max(keep, len(waiting[size].continuation))
+                fits = (size + 1) * len(pending[waiting[size]]) <= PREFILL_TOKENS
+                if not fits or (size + 1) * wider * self.vocab_size > SCORED_LOGITS:
+                    break
+                size, keep = size + 1, wider
+            group, waiting = waiting[:size], waiting[size:]
+            self._score_group(group, [pending[request] for request in group], keep, version)
+
+    def _score_group(self, group: list[ScoreRequest], fed: list[list[int]], keep: int, version: int) -> None:
+        begins = [len(self.slots.held[request.slot]) for request in group]
+        logits_BKV = self.last_logits([request.slot for request in group], begins, fed, keep=keep)
+        for request, logits_KV, read in zip(group, logits_BKV, fed, strict=True):
+            self.slots.held[request.slot].extend(read)
+            count = len(request.continuation)
+            tokens = torch.tensor(request.continuation, device=self._device)
+            logprobs = torch.log_softmax(logits_KV[-count:].float(), dim=-1).gather(1, tokens[:, None])[:, 0]
+            request.add(logprobs.cpu().numpy(), version=version)
+
     def next_logits(self, slots: list[int], begins: list[int], fed: list[list[int]]) -> torch.Tensor:
-        """float[B, V] after the last token fed to each slot; their keys and values are in the slots afterwards.
+        """float[B, V] after the last token fed to each slot; as ``last_logits``."""
+        return self.last_logits(slots, begins, fed, keep=1)[:, -1]
+
+    def last_logits(self, slots: list[int], begins: list[int], fed: list[list[int]], *, keep: int) -> torch.Tensor:
+        """float[B, K, V] after each of the last tokens fed to each slot; their keys and values are in the slots
+        afterwards.
 
         Args:
             slots: of the batch.
             begins: how many tokens each slot holds before these.
             fed: what comes next in each, one token at least.
+            keep: K, at most the longest of ``fed``; a slot that was fed less has no meaning in its first places.
         """
         longest = max(map(len, fed))
         length = max(begin + len(tokens) for begin, tokens in zip(begins, fed, strict=True))
@@ -137,12 +176,12 @@ class ModelRunner:
         cache.rows = tensor(np.array(slots))
         cache.columns = tensor(np.where(is_token_BT, positions_BT, cache.width))
         cache.length = length
-        logits_BV: torch.Tensor = self.model(
+        logits_BKV: torch.Tensor = self.model(
             input_ids=tensor(ids),
             attention_mask=tensor(mask_BTL)[:, None],
             position_ids=tensor(positions_BT),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        return logits_BV
+            logits_to_keep=keep,
+        ).logits[:, -keep:]
+        return logits_BKV

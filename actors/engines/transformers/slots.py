@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from actors.engines.transformers.requests import Request
+from actors.engines.transformers.requests import AnyRequest
 
 
 class Slots:
@@ -25,7 +25,7 @@ class Slots:
         self.held: list[list[int]] = [[] for _ in range(num_slots)]
         """The tokens whose keys and values each slot holds."""
 
-    def give(self, request: Request, free: Collection[int]) -> int:
+    def give(self, request: AnyRequest, free: Collection[int]) -> int:
         """The slot among ``free`` that holds most of the request's prompt; it is the request's from now on."""
         # The last prompt token is always computed: its output is the first token's distribution.
         shared = {slot: common_prefix(self.held[slot], request.prompt[:-1]) for slot in free}
@@ -35,7 +35,7 @@ class Slots:
         self.held[best] = self.held[best][: shared[best]]
         return best
 
-    def pending(self, request: Request) -> list[int]:
+    def pending(self, request: AnyRequest) -> list[int]:
         """The tokens of the request that its slot does not hold yet."""
         return request.tokens()[len(self.held[request.slot]) :]
 

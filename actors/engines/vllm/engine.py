@@ -23,6 +23,7 @@ from actors.engines import base
 from actors.engines.common.admission import Queue
 from actors.engines.common.checks import (
     check_model_folder,
+    check_scored,
     check_stop_strings,
     check_token_ids,
     check_weights,
@@ -68,6 +69,9 @@ class VllmEngine:
         self._in_flight: set[str] = set()
         self._numbers = itertools.count()
         self._params = SamplingParamsCache()
+        self._loads = 0
+        """Counted up when generation begins to pause for other weights, and again when it stands still: a score in
+        whose time neither falls was computed under one version."""
 
     async def start(self) -> None:
         """Load the model and warm up; seconds to minutes, the event loop stays free.  Raises SetupError."""
@@ -180,7 +184,9 @@ class VllmEngine:
         if self._reads_ahead:
             await read_ahead(self._llm, weights)
         in_flight, read = len(self._in_flight), clock()
+        self._loads += 1
         await self._llm.pause_generation(mode="keep", clear_cache=self._clear_cache)
+        self._loads += 1
         paused = clock()
         try:
             # After weights that were refused vLLM's own way is taken, and every parameter compared.
@@ -217,6 +223,56 @@ class VllmEngine:
         """float32[len - 1]: log-prob of each token given the ones before it, at temperature 1."""
         self._check_alive("score")
         return await self._score(np.asarray(token_ids).tolist(), f"score/{next(self._numbers)}")
+
+    async def score_continuation(
+        self,
+        context: base.Tokens,
+        continuation: base.Tokens,
+        *,
+        request_id: str,
+        on_running: base.OnRunning = base.ignore,
+    ) -> base.Scored:
+        """As ``ScoringEngine``, by the log-probs that vLLM gives of a prompt.
+
+        Without ``clear_cache_on_swap`` the keys of the context may be of older weights, as an action's are then.
+        """
+        self._check_alive(request_id)
+        before, after = np.asarray(context).tolist(), np.asarray(continuation).tolist()
+        vocabulary = self._llm.model_config.get_vocab_size()
+        try:
+            longest = self._settings.max_model_len
+            check_scored(before, after, max_model_len=longest, vocab_size=vocabulary, request_id=request_id)
+            with self._queue.entered(on_running):
+                scored = await self._scored_alike(before, after, request_id)
+        except GenerationFailed:
+            self._counters.failed()
+            self._check_alive(request_id)
+            raise
+        self._counters.scored(len(before), scored)
+        return scored
+
+    async def _scored_alike(self, before: list[int], after: list[int], request_id: str) -> base.Scored:
+        """Again where other weights were taken up meanwhile, and without the cache where that held some of ``after``."""
+        from_cache, first = True, len(before) - 1
+        while True:
+            loads, key = self._loads, f"{request_id}/{next(self._numbers)}"
+            self._in_flight.add(key)
+            try:
+                output = await self._run(before + after, scoring_params(from_cache=from_cache), request_id, key)
+            finally:
+                self._in_flight.discard(key)
+            found, spans = output.prompt_logprobs, output.outputs[0].weight_versions
+            if found is None or len(found.logprobs) != first + len(after) or not spans:
+                raise GenerationFailed(f"request {request_id} came back without its prompt's log-probs")
+            if loads != self._loads:
+                continue
+            cached = output.num_cached_tokens or 0
+            # vLLM leaves the places of what its cache held, whole blocks of a prompt seen before, as they were.
+            if from_cache and (cached > first or list(found.token_ids[first:]) != after):
+                from_cache = False
+                continue
+            logprobs = np.array(found.logprobs[first:], dtype=np.float32)
+            return base.Scored(logprobs=logprobs, version=int(spans[-1].version), cached_prompt_tokens=cached)
 
     def stats(self) -> base.EngineStats:
         return self._counters.stats(version=self._version, in_flight=len(self._in_flight))

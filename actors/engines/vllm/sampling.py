@@ -46,9 +46,14 @@ def _stopping(strings: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def scoring_params() -> Any:
-    """For the log-probs of a prompt; one token is generated, and discarded."""
-    return _params(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+def scoring_params(*, from_cache: bool = False) -> Any:
+    """For the log-probs of a prompt; one token is generated, and discarded.
+
+    Args:
+        from_cache: begin after what the prefix cache holds of the prompt, whose log-probs are then not filled in.
+    """
+    skips = {"skip_reading_prefix_cache": False} if from_cache else {}
+    return _params(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, **skips)
 
 
 def _params(**settings: Any) -> Any:

@@ -13,7 +13,8 @@ import numpy as np
 
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.environments.base import Episode, ReplayFork, Split, StepResult
-from atpo_async.environments.hopqa.world import END, UNK, Answer, Task, World, read_action, turn_limit
+from atpo_async.environments.hopqa.world import ANSWER, END, UNK, Answer, Task, World, read_action, turn_limit
+from atpo_async.environments.reference import Reference
 
 NOTHING = np.zeros(0, dtype=np.int32)
 
@@ -80,6 +81,11 @@ class HopQA(ReplayFork):
             )
         task = self.world.task(split, task_index)
         return HopQAEpisode(self, task, self._turn_limit or turn_limit(len(task.relations)))
+
+    def reference(self, split: Split, task_index: int) -> Reference:
+        """The name, behind the word that opens an answer."""
+        task = self.world.task(split, task_index)
+        return Reference(self.encode((task.answer,)), self.encode((ANSWER,)))
 
     def encode(self, words: tuple[str, ...]) -> np.ndarray:
         """int32[len(words)]."""

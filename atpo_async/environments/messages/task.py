@@ -19,6 +19,7 @@ from atpo_async.environments.checked import check_optional
 from atpo_async.environments.messages.chat_format import ChatFormat, NotExtended, answers_named
 from atpo_async.environments.messages.checks import messages_of, reply_of
 from atpo_async.environments.messages.types import Action, Message, MessageEpisode, Reply, ToolSchema
+from atpo_async.environments.reference import PLACE, AnswerTemplate, Reference
 from atpo_async.environments.values import NOTHING, PROMPT_TOO_LONG, TOO_LONG, Reason, ValueRefused, refuse
 
 _FORMS = {"num_tasks": "num_tasks(self, split)", "begin": "async begin(self, split, index)"}
@@ -73,6 +74,10 @@ class MessageTask(ReplayFork):
     recorded)``, called in a replay in place of ``reply``: ``recorded(messages)`` are the contents that these messages
     had, a text each, or None where they had another form.
 
+    A task whose answers are known may have ``right_answer(split, index) -> str | None``: what the policy's probability
+    of is measured where ``search.turn_reward`` asks for it, written as ``reference_template`` says, at the place where
+    the policy is to speak.
+
     Args:
         tokenizer: folder of the policy.
         renderer: of the chat format: ``auto``, or a family's name (``ChatFormat.load``).
@@ -86,6 +91,10 @@ class MessageTask(ReplayFork):
     Attributes:
         format: the chat format; ``format.cut`` shortens a text to so many tokens.
     """
+
+    reference_template = PLACE
+    """How the right answer is written; with ``{answer}`` once.  For a policy that thinks first, one that ends it:
+    ``"</think>\\n\\n{answer}"``."""
 
     def __init__(
         self, tokenizer: str | Path, *, renderer: str = "auto", tools: Sequence[ToolSchema] = (), **options: Any
@@ -117,6 +126,22 @@ class MessageTask(ReplayFork):
     async def begin(self, split: Split, index: int) -> MessageEpisode:
         """A new conversation about the task ``index``: an object with ``messages`` and ``async reply(action)``."""
         raise NotImplementedError
+
+    def right_answer(self, split: Split, index: int) -> str | None:
+        """The text that answers the task ``index``; None where there is no such text."""
+        return None
+
+    @property
+    def has_references(self) -> bool:
+        return type(self).right_answer is not MessageTask.right_answer
+
+    def reference(self, split: Split, task_index: int) -> Reference | None:
+        """The right answer as the policy would write it.  Raises ConfigError where ``reference_template`` is none."""
+        answer = self.right_answer(split, task_index)
+        if answer is None:
+            return None
+        template = AnswerTemplate(self.reference_template, field=f"{type(self).__name__}.reference_template")
+        return template.reference(answer, self.format.encode)
 
     async def start(self, split: Split, task_index: int) -> TokenEpisode:
         """Raises ValueRefused for a conversation that is none; whatever else ``begin`` raises."""

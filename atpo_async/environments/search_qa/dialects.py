@@ -36,6 +36,8 @@ class Dialect:
     """Longest prompt."""
     cuts_prompt: bool
     """A longer prompt loses its beginning; otherwise it is refused."""
+    reference: str
+    """How a golden answer is written where its probability is asked for."""
     boxed: bool
     r"""The answer is what ``\boxed{}`` holds."""
     limit_notice: str = ""
@@ -54,6 +56,7 @@ AT2PO = Dialect(
     observation_tokens=0,
     prompt_tokens=2000,
     cuts_prompt=False,
+    reference=r"<answer>\boxed{{answer}}</answer>",
     boxed=True,
     limit_notice=(
         " No more searches are possible: I have used all of them. I now give my final answer, based on what I have "
@@ -72,6 +75,7 @@ SEARCH_R1 = Dialect(
     observation_tokens=500,
     prompt_tokens=2048,
     cuts_prompt=True,
+    reference="<answer>{answer}</answer>",
     boxed=False,
     retry_notice=(
         "\nThat was not a valid action. To search, I must write the query between <search> and </search>. "

@@ -15,6 +15,7 @@ import numpy as np
 from atpo_async.core.errors import ConfigError
 from atpo_async.environments.base import Episode, ReplayFork, Split, StepResult
 from atpo_async.environments.fingerprints import fingerprint_of
+from atpo_async.environments.reference import AnswerTemplate, Reference
 from atpo_async.environments.search_qa.actions import query_of
 from atpo_async.environments.search_qa.chain import Chain, Insert, Over, Search
 from atpo_async.environments.search_qa.dialects import dialect_of
@@ -66,6 +67,8 @@ class SearchQA(ReplayFork):
         prompt_style: ``auto``, ``chat`` or ``plain``.
         enable_thinking: passed to the chat template.
         instructions: file with the words before a question; empty: the dialect's own.
+        reference: how the first golden answer is written where ``search.turn_reward`` asks how probable it is to the
+            policy: a text with ``{answer}``, such as ``"</think><answer>{answer}"``; empty: the dialect's own.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class SearchQA(ReplayFork):
         prompt_style: str = "auto",
         enable_thinking: bool | None = None,
         instructions: str = "",
+        reference: str = "",
     ) -> None:
         self.dialect = dialect_of(dialect)
         _one_of("reward", reward, ("em", "f1"))
@@ -95,6 +99,7 @@ class SearchQA(ReplayFork):
         options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         self.tokens = Tokens(Path(tokenizer), style=prompt_style, template_options=options)
         self.stop_strings = self.dialect.stop_strings
+        self._answers = AnswerTemplate(reference or self.dialect.reference, field="environment.options.reference")
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -106,6 +111,11 @@ class SearchQA(ReplayFork):
 
     def decode(self, ids: np.ndarray) -> str:
         return self.tokens.decode(ids)
+
+    def reference(self, split: Split, task_index: int) -> Reference | None:
+        """The first golden answer.  Raises ValueRefused as ``start``."""
+        row = self.data.task(split, task_index)
+        return self._answers.reference(question_of(row.row, row.where).golden[0], self.tokens.encode)
 
     async def start(self, split: Split, task_index: int) -> SearchEpisode:
         """Raises ValueRefused for a row without question or golden answer, and for a prompt that is too long."""

@@ -16,6 +16,7 @@ from atpo_async.core.texts import of_type, of_value
 from atpo_async.core.vocabulary import Split
 from atpo_async.environments.data.task_data import TaskData
 from atpo_async.environments.messages.task import MessageTask
+from atpo_async.environments.reference import PLACE, AnswerTemplate, answer_text
 from atpo_async.environments.rewards.functions import AFTER_A_TURN, AT_THE_END, reward_functions
 from atpo_async.environments.tools.calls import MAX_CALLS, ToolCalls
 from atpo_async.environments.tools.conversation import Conversation, Rules
@@ -53,6 +54,8 @@ class ToolTask(MessageTask):
         tool_timeout_s: of a call of a tool without a limit of its own.
         reward_timeout_s: of a call of a reward.
         max_calls: tool calls that are made of one action; further ones are answered with an error.
+        reference: how a row's ``answer`` (of several the first) is written where ``search.turn_reward`` asks how probable
+            it is to the policy: a text with ``{answer}``, such as ``"</think>\n\n{answer}"``.
         error_text: what the policy reads of a call that cannot be made; ``{error}`` stands for the fault.
         renderer: of the chat format, and
         renderer_options: its own, such as ``{"enable_thinking": False}``.
@@ -82,6 +85,7 @@ class ToolTask(MessageTask):
         tool_timeout_s: float = TIMEOUT_S,
         reward_timeout_s: float = TIMEOUT_S,
         max_calls: int = MAX_CALLS,
+        reference: str = PLACE,
         error_text: str = ERROR_TEXT,
         renderer: str = "auto",
         renderer_options: Mapping[str, Any] | None = None,
@@ -96,6 +100,7 @@ class ToolTask(MessageTask):
             max_turns=max_turns, max_calls=max_calls, tool_timeout_s=tool_timeout_s, reward_timeout_s=reward_timeout_s
         )  # fmt: skip
         _check_texts(system=system, error_text=error_text)
+        self.reference_template = AnswerTemplate(reference, field="reference").template
         is_number = isinstance(success_at, int | float) and not isinstance(success_at, bool)
         if success_at is not None and not (is_number and math.isfinite(success_at)):
             raise ConfigError(f"success_at is {of_value(success_at)}; expected a number, or None for no success")
@@ -125,6 +130,10 @@ class ToolTask(MessageTask):
     def num_tasks(self, split: Split) -> int | None:
         """Raises ConfigError where nothing is held out."""
         return self.data.num_tasks(split)
+
+    def right_answer(self, split: Split, index: int) -> str | None:
+        """Of the row's ``answer``.  Raises RowRefused."""
+        return answer_text(self.data.task(split, index).row.get("answer"))
 
     async def begin(self, split: Split, index: int) -> Conversation:
         """Raises RowRefused, which costs the branch."""
