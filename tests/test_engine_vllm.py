@@ -148,9 +148,7 @@ class TestOneEngine:
         # Blocks of 32 that the cache holds of a continuation are computed again.
         for _ in range(2):
             parted = await engine.score_continuation(context[:20], context[20:], request_id="parted")
-            np.testing.assert_allclose(
-                parted.logprobs, reference_logprobs(MODELS[0], context)[19:], atol=1e-5
-            )
+            np.testing.assert_allclose(parted.logprobs, reference_logprobs(MODELS[0], context)[19:], atol=1e-5)
         after = engine.stats()
         assert after.scored_requests - before.scored_requests == 4
         assert after.prompt_tokens - before.prompt_tokens == 2 * 73 + 2 * 70

@@ -109,9 +109,7 @@ async def test_what_cannot_be_scored_fails_alone_by_name(
 
 
 async def test_a_score_waits_for_its_turn_and_a_cancelled_one_takes_no_place(engine: TransformersEngine) -> None:
-    acting = [
-        asyncio.create_task(engine.generate([*CONTEXT, i], to_length(50), request_id=f"{i}")) for i in range(4)
-    ]
+    acting = [asyncio.create_task(engine.generate([*CONTEXT, i], to_length(50), request_id=f"{i}")) for i in range(4)]
     begun: list[str] = []
     dropped = asyncio.create_task(
         engine.score_continuation(CONTEXT, ANSWER, request_id="dropped", on_running=lambda: begun.append("dropped"))

@@ -201,8 +201,8 @@ class Engine(Protocol):
 class ScoringEngine(Engine, Protocol):
     """An engine that also tells how probable given tokens are to it: what ``search.turn_reward`` needs.
 
-    The built-in ones do.  A user's may: one without ``score_continuation`` is asked by its ``score``, which computes the
-    whole context each time (``actors.engines.checked``).
+    The built-in ones do.  A user's may: one without ``score_continuation`` is asked by its ``score``, which computes
+    the whole context each time (``actors.engines.checked``).
     """
 
     async def score_continuation(

@@ -133,7 +133,12 @@ class CheckedEngine:
         return await self._engine.score(token_ids)
 
     async def score_continuation(
-        self, context: base.Tokens, continuation: base.Tokens, *, request_id: str, on_running: base.OnRunning = base.ignore
+        self,
+        context: base.Tokens,
+        continuation: base.Tokens,
+        *,
+        request_id: str,
+        on_running: base.OnRunning = base.ignore,
     ) -> base.Scored:
         """As ``ScoringEngine``: by the engine's method of that name, or by its ``score`` where it has none.
 
@@ -141,9 +146,7 @@ class CheckedEngine:
         one falls in between, all is scored again.
         """
         before, after = np.asarray(context).tolist(), np.asarray(continuation).tolist()
-        check_scored(
-            before, after, max_model_len=self._settings.max_model_len, vocab_size=None, request_id=request_id
-        )
+        check_scored(before, after, max_model_len=self._settings.max_model_len, vocab_size=None, request_id=request_id)
         while True:
             await self._until_proven(request_id)
             swaps = self._swaps
@@ -161,7 +164,7 @@ class CheckedEngine:
     async def _asked_to_score(
         self, before: list[int], after: list[int], request_id: str, on_running: base.OnRunning
     ) -> base.Scored:
-        """What the engine says, with arrays of the protocol's types.  Raises GenerationFailed for what is wrong in it."""
+        """What the engine says, as arrays of the protocol's types.  Raises GenerationFailed for what is wrong in it."""
         scorer = getattr(self._engine, "score_continuation", None)
         if scorer is None:
             on_running()

@@ -13,7 +13,7 @@ Place = Literal["chain", "branch"]
 EXPANSION_FAILED = "expansion_failed"
 """Why branches are lost that the expansion strategy did not choose."""
 
-ENGINE_FAILED = frozenset({"generate_timeout", "generate_failed"})
+ENGINE_FAILED = frozenset({"generate_timeout", "generate_failed", "score_timeout", "score_failed"})
 
 
 @dataclass(frozen=True, slots=True)

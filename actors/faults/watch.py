@@ -170,6 +170,6 @@ class FaultWatch:
             what = "ended without one finished chain"
         row = f"{trees} trees in a row {what}"
         if fault.reason in ENGINE_FAILED:
-            why = "does not answer" if fault.reason == "generate_timeout" else "fails every request"
+            why = "does not answer" if fault.reason.endswith("_timeout") else "fails every request"
             return EngineDead(f"{row}, as the engine {why}; {latest}")
         return (ConfigError if fault.source else EnvironmentBroken)(f"{name}: {row}; {latest}")

@@ -25,6 +25,8 @@ from actors.hosting.loops import MAX_LOST_LOOPS, Loops
 from actors.hosting.reporting import Reporting
 from atpo_async.core.errors import EnvironmentBroken
 from atpo_async.environments.base import Environment, Split
+from atpo_async.environments.checked import CheckedEnvironment
+from atpo_async.environments.reference import Reference
 from atpo_async.environments.replay import Past, PastTurn
 from atpo_async.status import waits
 from atpo_async.status.facts import publish_facts
@@ -119,6 +121,17 @@ class HostedEnvironment:
         found = self.caller.num_tasks[split]
         if isinstance(found, Exception):
             raise found
+        return found
+
+    async def reference(self, split: Split, task_index: int) -> Reference | None:
+        """The task's right answer; None where the environment knows none.  Raises as ``start``."""
+
+        async def work(environment: Environment) -> Reference | None:
+            assert isinstance(environment, CheckedEnvironment)
+            return await environment.reference(split, task_index)
+
+        what = f"reference of task {task_index} ({split})"
+        _, found = await self.caller.call(what, work, limit_s=self.caller.step_timeout_s)
         return found
 
     async def start(self, split: Split, task_index: int) -> HostedEpisode:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
-from collections.abc import Awaitable
-from typing import Literal, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 
-from actors.engines.base import Engine, Generation, Sampling
+from actors.engines.base import Engine, Generation, OnRunning, Sampling, Scored, ScoringEngine
 from actors.hosting.calls import EnvironmentFault, EnvironmentTimeout
 from actors.hosting.episode import HostedEpisode
 from actors.hosting.host import HostedEnvironment
@@ -18,6 +19,7 @@ from atpo_async.config import SearchConfig
 from atpo_async.core.errors import EngineDead, EnvironmentBroken, GenerationFailed
 from atpo_async.core.texts import of_error, shortened
 from atpo_async.environments.base import Environment, Episode, ForkDiverged, NotJudged, StepResult
+from atpo_async.environments.reference import Reference
 from atpo_async.environments.replay import Past, replayed
 from atpo_async.environments.tools.faults import ToolFailed
 from atpo_async.environments.values import ValueRefused
@@ -87,19 +89,35 @@ class BranchCalls:
 
     async def generate(self, context: np.ndarray, sampling: Sampling) -> Generation:
         """The action that follows ``context``."""
-        self._requests += 1
-        request_id = f"{self._lease.tree_id}.{self._lease.epoch}/{self._requests}"
-        generation = await self._answered(context, sampling, request_id)
+
+        def ask(request_id: str, on_running: OnRunning) -> Awaitable[Generation]:
+            return self._engine.generate(context, sampling, request_id=request_id, on_running=on_running)
+
+        generation = await self._answered("an action", ask, GENERATE_TIMEOUT, "generate_failed")
         # Only now: what an engine compiles for its first request takes longer than any later one.
         waits.phase("growing trees")
         return generation
 
-    async def _answered(self, context: np.ndarray, sampling: Sampling, request_id: str) -> Generation:
-        """Waits for: the engine.  Unblocked by: its answer; ``search.generate_timeout_s`` from when the request runs,
-        ``QUEUE_LIMITS`` times that if it never does."""
+    async def score(self, context: np.ndarray, continuation: np.ndarray) -> Scored:
+        """How probable ``continuation`` is to the policy after ``context``; the engine is a ``ScoringEngine``."""
+
+        def ask(request_id: str, on_running: OnRunning) -> Awaitable[Scored]:
+            engine = cast(ScoringEngine, self._engine)
+            return engine.score_continuation(context, continuation, request_id=request_id, on_running=on_running)
+
+        return await self._answered("a score", ask, "score_timeout", "score_failed")
+
+    async def _answered(self, what: str, ask: Callable[[str, OnRunning], Awaitable[T]], timeout: str, failed: str) -> T:
+        """The answer to a request; BranchFailed counts under ``timeout`` or ``failed``.
+
+        Waits for: the engine.  Unblocked by: its answer; ``search.generate_timeout_s`` from when the request runs,
+        ``QUEUE_LIMITS`` times that if it never does.
+        """
+        self._requests += 1
+        request_id = f"{self._lease.tree_id}.{self._lease.epoch}/{self._requests}"
         limit_s, running = self._search.generate_timeout_s, False
         try:
-            with waits.waiting(self._who, "an action", on=waits.ENGINE, limit_s=QUEUE_LIMITS * limit_s) as wait:
+            with waits.waiting(self._who, what, on=waits.ENGINE, limit_s=QUEUE_LIMITS * limit_s) as wait:
                 async with asyncio.timeout(QUEUE_LIMITS * limit_s) as limit:
 
                     def on_running() -> None:
@@ -109,23 +127,35 @@ class BranchCalls:
                         if not limit.expired():
                             limit.reschedule(asyncio.get_running_loop().time() + limit_s)
 
-                    return await self._engine.generate(
-                        context, sampling, request_id=request_id, on_running=on_running
-                    )  # fmt: skip
+                    return await ask(request_id, on_running)
         except TimeoutError:
             took = f"took over {limit_s:g} s (search.generate_timeout_s)" if running else (
                 f"waited over {QUEUE_LIMITS * limit_s:g} s in the engine's queue"
             )  # fmt: skip
-            raise BranchFailed(GENERATE_TIMEOUT, f"request {request_id} {took}") from None
+            raise BranchFailed(timeout, f"request {request_id} {took}") from None
         except EngineDead:
             raise
         except GenerationFailed as exc:
-            raise BranchFailed("generate_failed", shortened(str(exc))) from exc
+            raise BranchFailed(failed, shortened(str(exc))) from exc
 
     # --- the environment: whatever it raises ends one branch ---------------------------------------------------
 
     async def start(self) -> Episode:
         return await self._call("start", self._environment.start(self._lease.kind, self._task))
+
+    async def reference(self) -> Reference | None:
+        """The task's right answer; None where it has none."""
+        environment = self._environment
+
+        async def asked() -> Reference | None:
+            if isinstance(environment, HostedEnvironment):
+                return await environment.reference(self._lease.kind, self._task)
+            method = getattr(environment, "reference", None)
+            said = None if method is None else method(self._lease.kind, self._task)
+            found: Reference | None = await said if inspect.isawaitable(said) else said
+            return found
+
+        return await self._call("reference", asked())
 
     async def step(self, episode: Episode, action: np.ndarray) -> StepResult:
         return await self._call("step", episode.step(action))

@@ -101,3 +101,8 @@ class TreeGrower:
         self._metrics.mean("actions/cut_share", growth.cut_actions / max(growth.actions, 1), weight=growth.actions)
         if lease.kind == "train":
             self._cut_actions.count(growth.actions, growth.cut_actions)
+        if search.gains is not None:
+            for name, value, weight in search.gains.counts.means():
+                self._metrics.mean(name, value, weight=weight)
+            self._metrics.add("time/score_s", search.gains.counts.seconds)
+            self._metrics.add("igpo/scores", search.gains.counts.scores)

@@ -22,6 +22,7 @@ from actors.faults.fault import EXPANSION_FAILED, Fault, Place
 from actors.search.budget import budget_of
 from actors.search.calls import FORK_DIVERGED, BranchCalls, BranchFailed, diverged_kind
 from actors.search.forks import Forks
+from actors.search.gains import NO_GAIN, Gain, InformationGains
 from atpo_async.config import SearchConfig
 from atpo_async.core.tree import ROOT, Turn, TurnTree
 from atpo_async.core.vocabulary import EndReason
@@ -96,6 +97,12 @@ class TreeSearch:
         if known is not None and lease.kind == "train":
             task %= known  # training goes through a finite set of tasks again and again; the lease counts on
         self._calls = BranchCalls(lease=lease, task=task, engine=engine, environment=environment, search=search)
+        self.gains: InformationGains | None = None
+        """Of a tree whose turns are paid by what they tell of the right answer."""
+        if search.turn_reward == "information-gain" and lease.kind == "train":
+            # An engine takes one token less than the context has.
+            most = max_context_tokens - 1
+            self.gains = InformationGains(self._calls, search, most_tokens=most, clock=clock)
         self._forks = Forks(self._calls, rounds=self._budget.rounds if expansion is not None else 0)
         self._max_context = max_context_tokens
         self._truncated_reward = search.truncated_reward
@@ -282,6 +289,7 @@ class TreeSearch:
                 raise self._observation_too_long(len(result.observation))
             # The policy wrote too much over its turns: an outcome, no failure.
             end, reward, success = "length_limit", self._truncated_reward, False
+        gain = await self._gain(end, parent_id, context, generation.token_ids, result.observation)
         turn = Turn(
             run=self._run,
             tree_id=self._lease.tree_id,
@@ -299,12 +307,20 @@ class TreeSearch:
             success=success,
             generate_s=generated - began,
             environment_s=stepped - generated,
-            turn_reward=result.turn_reward,
+            turn_reward=result.turn_reward + gain.reward,
             rewards=dict(result.rewards),
             fingerprint=result.fingerprint,
             state_value=result.state_value,
         )
+        if self.gains is not None:
+            self.gains.remember(turn.turn_id, gain)
         return turn, result
+
+    async def _gain(self, end: EndReason, parent_id: int, *parts: np.ndarray) -> Gain:
+        """What the turn told of the right answer; ``parts``: its context, its action and what followed it."""
+        if self.gains is None or end != "continue":
+            return NO_GAIN
+        return await self.gains.of(parent_id, *parts)
 
     def _child_of(self, turn_id: int) -> Turn | None:
         return next((t for t in self.growth.turns if t.parent_id == turn_id), None)

@@ -24,6 +24,8 @@ def credit_rule(settings: CreditConfig) -> CreditRule:
         leaf_weights=settings.leaf_weights,
         discount=settings.discount,
         normalise_returns=settings.normalise_returns,
+        turn_rewards=settings.turn_rewards,
+        turn_reward_moments=settings.turn_reward_moments,
         trace_cap=settings.trace_cap,
         value_setting=f"credit.value_mode = {settings.value_mode!r}",
         advantage_setting=f"credit.advantage_mode = {settings.advantage_mode!r}",

@@ -123,6 +123,29 @@ def _normalised_once(config: Config) -> None:
         )
 
 
+def _turn_rewards(config: Config) -> None:
+    c = config.credit
+    if c.turn_rewards != "normalised":
+        return
+    said = "credit.turn_rewards = 'normalised'"
+    if c.normalise_returns:
+        raise ValueError(
+            f"{said} with credit.normalise_returns = true would normalise twice: returns are made of the rewards of "
+            "turns; set --credit.normalise_returns false, or --credit.turn_rewards plain"
+        )
+    if not c.normalise_leaves:
+        raise ValueError(
+            f"{said} with credit.normalise_leaves = false would add rewards of turns in units of their deviation to "
+            "raw leaf rewards; set --credit.normalise_leaves true, or --credit.turn_rewards plain"
+        )
+    if c.turn_reward_moments == "joint" and c.leaf_weights != "uniform":
+        raise ValueError(
+            f"{said} with credit.turn_reward_moments = 'joint' takes each turn and each leaf once, but "
+            f"credit.leaf_weights = {c.leaf_weights!r} weighs leaves; set --credit.leaf_weights uniform, or "
+            "--credit.turn_reward_moments separate"
+        )
+
+
 def _exact_lag(config: Config) -> None:
     s = config.staleness
     if s.exact_lag is None:
@@ -272,6 +295,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     _swap_before_give_up,
     _correction,
     _normalised_once,
+    _turn_rewards,
     _exact_lag,
     _max_tasks,
     _buffer,

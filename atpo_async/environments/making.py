@@ -7,6 +7,7 @@ from pathlib import Path
 
 from atpo_async.config import Config
 from atpo_async.config.doors import environment_door
+from atpo_async.core.errors import ConfigError
 from atpo_async.environments.checked import CheckedEnvironment
 from atpo_async.environments.values import Limits
 
@@ -27,7 +28,15 @@ def make_environment(config: Config, model: Path, number: int = 0) -> CheckedEnv
         max_context_tokens=config.model.max_context_tokens,
         max_observation_tokens=config.search.max_observation_tokens,
     )
-    return CheckedEnvironment(plain, name=entry.label, limits=limits)
+    made = CheckedEnvironment(plain, name=entry.label, limits=limits)
+    if config.search.turn_reward == "information-gain" and not made.has_references:
+        raise ConfigError(
+            f"search.turn_reward = 'information-gain' measures the probability of right answers, which environment "
+            f"{entry.label!r} does not tell: give it reference(split, task_index) -> (answer ids, prefix ids) or None "
+            '(a MessageTask: right_answer(split, index) -> text; docs/extending.md, "Environment"), or set '
+            "--search.turn_reward none"
+        )
+    return made
 
 
 def vocab_size(model: Path) -> int | None:

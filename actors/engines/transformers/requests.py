@@ -1,4 +1,4 @@
-"""A request of the transformers engine: an action to sample, how far it is and when it is complete, or tokens to score."""
+"""A request of the transformers engine: an action to sample and when it is complete, or tokens to score."""
 
 from __future__ import annotations
 

@@ -252,7 +252,7 @@ class VllmEngine:
         return scored
 
     async def _scored_alike(self, before: list[int], after: list[int], request_id: str) -> base.Scored:
-        """Again where other weights were taken up meanwhile, and without the cache where that held some of ``after``."""
+        """Again where other weights were taken up meanwhile, and without the cache where it held some of ``after``."""
         from_cache, first = True, len(before) - 1
         while True:
             loads, key = self._loads, f"{request_id}/{next(self._numbers)}"

@@ -40,6 +40,17 @@ class SearchConfig(Section):
     truncated_reward: float = Field(
         0.0, ge=-1e9, le=1e9, description="of a chain that runs out of context over its turns (end length_limit)"
     )
+    turn_reward: Literal["none", "information-gain"] = Field(
+        "none",
+        description="information-gain: what a turn adds to the policy's probability of the right answer (IGPO), beside "
+        "the environment's own; training trees, turns that are no leaves",
+    )
+    information_gain: Literal["probability", "log-prob"] = Field(
+        "probability", description="of the answer: the geometric mean over its tokens, or that mean's logarithm"
+    )
+    one_version_gains: bool = Field(
+        False, description="where other weights came between the two scores of a gain, the earlier one is taken again"
+    )
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0 for no limit")

@@ -56,6 +56,14 @@ class CreditConfig(Section):
     normalise_returns: bool = Field(
         False, description="normalise the values of a tree's turns, in place of its leaf rewards (GTPO)"
     )
+    turn_rewards: Literal["plain", "normalised"] = Field(
+        "plain",
+        description="normalised: rewards of turns that are no leaves to mean 0 and deviation 1 inside the tree, as "
+        "leaf rewards are (IGPO)",
+    )
+    turn_reward_moments: Literal["separate", "joint"] = Field(
+        "separate", description="of turn_rewards = normalised: apart from those of leaf rewards, or over both together"
+    )
     trace_cap: float = Field(1.0, gt=0, description="c-bar of the tree traces: the largest turn ratio that counts")
 
 

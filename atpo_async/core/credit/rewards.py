@@ -1,4 +1,4 @@
-"""Leaf rewards, or returns, normalised inside their tree (ALGORITHM, section 2, points 1 and 3)."""
+"""Leaf rewards, rewards of turns, or returns, normalised inside their tree (ALGORITHM, section 2)."""
 
 from __future__ import annotations
 
@@ -27,6 +27,34 @@ def normalised_leaves(arrays: TreeArrays, *, weights: F64 | None = None) -> F64:
     out = np.zeros(len(arrays))
     out[leaf] = (rewards - mean) / (std + STD_FLOOR)
     return out
+
+
+def normalised_turns(arrays: TreeArrays, *, weights: F64 | None = None, joint: bool = False) -> TreeArrays:
+    """The tree with the rewards of inner turns and the outcomes of leaves, ``(x - mean) / (std + 1e-6)`` each.
+
+    Source: IGPO (arXiv 2510.14967), where information gains and outcomes are normalised over the group apart from each
+    other (its code) or together (the paper).  An inner turn counts once, however many chains pass through it.  A leaf's
+    outcome is its reward and what its own turn earned.
+
+    Args:
+        arrays: the tree.
+        weights: float64[N] of the leaves, as of ``normalised_leaves``; equal ones where None.
+        joint: the moments are those of inner turns and leaves together; takes no weights.
+    """
+    leaf = arrays.is_leaf
+    paid = np.where(leaf, arrays.reward + arrays.turn_reward, arrays.turn_reward)
+    if joint:
+        found = _to_unit(paid) if len(paid) else paid
+    else:
+        found = normalised_leaves(arrays.with_reward(paid), weights=weights)
+        if not leaf.all():
+            found[~leaf] = _to_unit(paid[~leaf])
+    return replace(arrays, reward=np.where(leaf, found, 0.0), turn_reward=np.where(leaf, 0.0, found))
+
+
+def _to_unit(numbers: F64) -> F64:
+    found: F64 = (numbers - numbers.mean()) / (numbers.std() + STD_FLOOR)
+    return found
 
 
 def normalised_returns(arrays: TreeArrays, values: F64, root_value: float) -> tuple[TreeArrays, F64, float]:

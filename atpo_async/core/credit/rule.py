@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from atpo_async.core.credit.returns import LEAST_SHARE, before, has_signal, in_one_sum
-from atpo_async.core.credit.rewards import normalised_leaves, normalised_returns
+from atpo_async.core.credit.rewards import normalised_leaves, normalised_returns, normalised_turns
 from atpo_async.core.credit.tree_arrays import F64, TreeArrays
 from atpo_async.core.credit.weights import branch_prob
 from atpo_async.core.errors import AtpoError, SetupError
@@ -73,6 +73,10 @@ class CreditRule:
     """γ."""
     normalise_returns: bool = False
     """Values to mean 0 and standard deviation 1 over the turns of the tree; ``normalise`` is off then."""
+    turn_rewards: Literal["plain", "normalised"] = "plain"
+    """``normalised``: rewards of inner turns as leaf rewards are, with ``normalise``."""
+    turn_reward_moments: Literal["separate", "joint"] = "separate"
+    """Of these: their own moments, or those of both together."""
     trace_cap: float = 1.0
     """c-bar: the largest ratio that counts; infinity for none."""
     value_setting: str = "credit.value_mode"
@@ -105,7 +109,10 @@ class CreditRule:
             ratio = np.minimum(ratio, self.trace_cap) if self.reads_ratio else None
         if self.normalise:
             weights = branch_prob(arrays) if self.leaf_weights == "branch-prob" else None
-            arrays = arrays.with_reward(normalised_leaves(arrays, weights=weights))
+            if self.turn_rewards == "normalised":
+                arrays = normalised_turns(arrays, weights=weights, joint=self.turn_reward_moments == "joint")
+            else:
+                arrays = arrays.with_reward(normalised_leaves(arrays, weights=weights))
         if self.discount != 1.0:
             arrays = replace(arrays, discount=self.discount)
         value, root = self._values(arrays, ratio)

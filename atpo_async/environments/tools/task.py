@@ -54,8 +54,8 @@ class ToolTask(MessageTask):
         tool_timeout_s: of a call of a tool without a limit of its own.
         reward_timeout_s: of a call of a reward.
         max_calls: tool calls that are made of one action; further ones are answered with an error.
-        reference: how a row's ``answer`` (of several the first) is written where ``search.turn_reward`` asks how probable
-            it is to the policy: a text with ``{answer}``, such as ``"</think>\n\n{answer}"``.
+        reference: how a row's ``answer`` (of several the first) is written where ``search.turn_reward`` asks how
+            probable it is to the policy: a text with ``{answer}``, such as ``"</think> {answer}"``.
         error_text: what the policy reads of a call that cannot be made; ``{error}`` stands for the fault.
         renderer: of the chat format, and
         renderer_options: its own, such as ``{"enable_thinking": False}``.
