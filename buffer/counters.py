@@ -53,7 +53,7 @@ class RunCounters:
     """
 
     def __init__(self, now: float, labels: TaskLabels = NO_LABELS) -> None:
-        self._labels = labels
+        self.labels = labels
         self.since = CountsSinceBatch(now)
         self.tasks: Counter[str] = Counter()
         """Outcomes of training tasks: ``trained`` on at least once, ``no_signal``, ``failed`` (too few leaves),
@@ -96,7 +96,7 @@ class RunCounters:
         """
         since = self.since
         since.produced += 1
-        label = self._labels.of("train", tree.task_index)
+        label = self.labels.of("train", tree.task_index)
         groups = ("train", f"train/{label}") if label else ("train",)
         unknown = float(share @ (tree.is_leaf & ~tree.judged))
         for group in groups:
@@ -118,7 +118,7 @@ class RunCounters:
             self._turns_earn = True
         chains = arrays.with_reward(np.zeros(len(arrays)))
         self.since.mean("train/turn_reward", float(share @ leaf_returns(chains)))
-        label = self._labels.of("train", task)
+        label = self.labels.of("train", task)
         for name, part in parts.items():
             if name not in self._parts and len(self._parts) >= MOST_NAMES:
                 self.count(LEFT_OUT)

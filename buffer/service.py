@@ -286,6 +286,7 @@ class BufferService:
             "published": ledger.progress.published,
             "ready trees": len(self.state.pool),
             "leased trees": ledger.num_training,
+            **({"rows to imitate": len(self.state.trees.registry.imitation)} if self._config.imitation.rows else {}),
             "actors alive": ledger.actors.num_alive(now),
             "journal failing": self.journal.held_up or "no",
         }

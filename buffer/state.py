@@ -446,5 +446,5 @@ class BufferState:
             pool=self.pool,
             nbytes=self.nbytes,
             num_parked=self.assembly.num_parked(),
-            more=self.gauges(),
+            more={**self.trees.imitation.flush(), **self.gauges()},
         )

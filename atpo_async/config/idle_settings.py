@@ -24,6 +24,8 @@ _CORRECTS = ("correction.action", loss_rules.corrections_that_correct())
 _BRANCHES = (("search.strategy", NOT_NONE), ("search.rounds", NONZERO))
 _PRIORITIZED = ("buffer.sampling", ("prioritized",))
 _PRIORITIES = (_PRIORITIZED, ("buffer.priority_exponent", NONZERO))
+_IMITATES = (("imitation.rows", NONZERO),)
+_IMITATION = ("max_lag", "max_uses", "per_batch", "coef", "history", "bytes_share")
 _LORA = (("learner.lora.rank", NONZERO),)
 _VLLM = (("actor.engine", ("auto", "vllm")),)
 
@@ -45,6 +47,7 @@ WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
     "buffer.weight_exponent": (_PRIORITIZED,),
     "buffer.weight_exponent_steps": (_PRIORITIZED,),
     "buffer.weights_over": (_PRIORITIZED,),
+    **{f"imitation.{name}": _IMITATES for name in _IMITATION},
     "correction.level": (_CORRECTS,),
     "correction.action_options": (("correction.action", NOT_NONE),),
     "correction.exponent": (_CORRECTS,),

@@ -228,6 +228,34 @@ def _shards(config: Config) -> None:
         )
 
 
+def _imitation(config: Config) -> None:
+    i, s = config.imitation, config.staleness
+    if not i.rows:
+        return
+    if s.exact_lag is not None:
+        raise ValueError(
+            f"imitation.rows = {i.rows} with staleness.exact_lag = {s.exact_lag}: rows that are imitated have many "
+            "ages, no batch would be exactly that old; set --imitation.rows 0, or leave exact_lag out"
+        )
+    if config.buffer.shards > 1:
+        raise ValueError(
+            f"imitation.rows = {i.rows} with buffer.shards = {config.buffer.shards}: each shard would judge its rows "
+            "by the rewards of its own trees only; set --buffer.shards 1, or --imitation.rows 0"
+        )
+    if i.per_batch > i.rows:
+        raise ValueError(
+            f"imitation.per_batch = {i.per_batch:g} exceeds imitation.rows = {i.rows}, the most that are kept: raise "
+            "rows or lower per_batch"
+        )
+    traits = loss_rules.correction_traits(config.correction.action) or CorrectionTraits()
+    if not traits.corrects and not config.correction.accept_bias:
+        raise ValueError(
+            f"correction.action = {config.correction.action!r} with imitation.rows = {i.rows} imitates rows of up to "
+            f"imitation.max_lag = {i.max_lag} versions uncorrected: set --correction.action truncate, or "
+            "--correction.accept_bias true if the bias is what you study"
+        )
+
+
 def _gpus(config: Config) -> None:
     learner, actor = config.learner, config.actor
     if learner.gpus and len(learner.gpus) != learner.num_processes:
@@ -300,6 +328,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     _max_tasks,
     _buffer,
     _shards,
+    _imitation,
     _gpus,
     _ports,
     _cluster,

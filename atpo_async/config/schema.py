@@ -19,6 +19,7 @@ from atpo_async.config.sections.coefficients import is_coefficient
 from atpo_async.config.sections.data import BufferConfig, StalenessConfig
 from atpo_async.config.sections.environments import MOST_ENVIRONMENTS, EnvironmentConfig, WeightedEnvironment
 from atpo_async.config.sections.generation import ActorConfig, ModelConfig, SearchConfig
+from atpo_async.config.sections.imitation import ImitationConfig
 from atpo_async.config.sections.learning import CorrectionConfig, CreditConfig, LearnerConfig, ObjectiveConfig
 from atpo_async.config.sections.run import EvalConfig, MetricsConfig, RunConfig, SupervisorConfig
 from atpo_async.config.sections.transport import LinksConfig, WeightsConfig
@@ -38,6 +39,7 @@ class Config(Section):
     credit: CreditConfig = CreditConfig()
     staleness: StalenessConfig = StalenessConfig()
     buffer: BufferConfig = BufferConfig()
+    imitation: ImitationConfig = ImitationConfig()
     correction: CorrectionConfig = CorrectionConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     learner: LearnerConfig = LearnerConfig()

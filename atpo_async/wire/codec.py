@@ -80,18 +80,21 @@ def encode(message: msgspec.Struct) -> list[Buffer]:
     return [header, b"".join(payload.parts)]
 
 
-_RECORDS_WITHIN: dict[type, tuple[str, str]] = {m.Batch: ("trees", "turns"), m.Leases: ("leases", "committed")}
+_RECORDS_WITHIN: dict[type, tuple[tuple[str, str], ...]] = {
+    m.Batch: (("trees", "turns"), ("rows", "turns")),
+    m.Leases: (("leases", "committed"),),
+}
 """Which field of the items of which field holds records of turns."""
 
 
 def _with_records(message: Any) -> Any:
-    outer, inner = _RECORDS_WITHIN[type(message)]
-    items = getattr(message, outer)
-    if all(type(getattr(item, inner)) is TurnRecords for item in items):
-        return message
     replace = msgspec.structs.replace
-    packed = tuple(replace(item, **{inner: TurnRecords.of(getattr(item, inner))}) for item in items)
-    return replace(message, **{outer: packed})
+    for outer, inner in _RECORDS_WITHIN[type(message)]:
+        items = getattr(message, outer)
+        if not all(type(getattr(item, inner)) is TurnRecords for item in items):
+            packed = tuple(replace(item, **{inner: TurnRecords.of(getattr(item, inner))}) for item in items)
+            message = replace(message, **{outer: packed})
+    return message
 
 
 # --- in --------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from atpo_async.core.bounds import (
     Size,
     Text,
     Tokens,
+    TurnId,
     Version,
     VersionOrNone,
 )
@@ -294,6 +295,22 @@ class BatchTree(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """How often it was served, this time included."""
 
 
+class BatchRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, eq=False):
+    """One leaf of an earlier tree that is imitated: its path, a chain from the prompt."""
+
+    tree_id: Name
+    leaf: TurnId
+    task_index: Id
+    prompt: Tokens
+    """int32[P]."""
+    turns: TurnRecords
+    """From the first one down to the leaf; the oldest is within ``imitation.max_lag``."""
+    advantage: NotNegative
+    """Of all its turns, by the medians of when the batch was made (ALGORITHM, "Imitation")."""
+    uses: Count
+    """How often it was served to be imitated, this time included."""
+
+
 class Batch(Message, frozen=True, tag="batch"):
     """One rank's share of a batch.  May be empty (``trees == ()``): nothing had a signal, the step counts anyway."""
 
@@ -312,6 +329,12 @@ class Batch(Message, frozen=True, tag="batch"):
     """The buffer's side of this step: train/reward, train/success, buffer/*, counted since the batch before."""
     checkpoint_wanted: bool = False
     """Trees retained for a learner that might fall back fill the buffer: the learner should save a checkpoint."""
+    rows: tuple[BatchRow, ...] = ()
+    """This rank's share of the leaves that are imitated with this batch (``[imitation]``)."""
+    num_rows: Count = 0
+    """Such leaves of the whole batch over all ranks."""
+    num_row_tokens: Size = 0
+    """Action tokens of these leaves' paths, over all ranks."""
 
 
 class NotYet(Message, frozen=True, tag="not_yet"):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import msgspec
+import numpy as np
 from msgspec import UNSET
 
 from atpo_async.wire import codec
-from atpo_async.wire.messages import Batch, BatchTree, TreeOpened
+from atpo_async.wire.messages import Batch, BatchRow, BatchTree, TreeOpened
 from atpo_async.wire.records import TurnRecords, unpack
 from buffer.batches.delay_line import TreeSet
-from buffer.journal.entries import BatchEntry, DrawnEntry
+from buffer.imitation.store import RowKey
+from buffer.journal.entries import BatchEntry, DrawnEntry, ServedRowEntry
 from buffer.trees.index import Place, TreeEntry, places_of
 
 
@@ -36,6 +39,24 @@ class ServedTree:
         )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class ServedRow:
+    """One row for imitation of a batch."""
+
+    key: RowKey
+    task_index: int
+    advantage: float
+    """As the medians were when the batch was made."""
+    uses: int
+    """This time included."""
+
+    def snapshot(self) -> ServedRowEntry:
+        tree_id, leaf = self.key
+        return ServedRowEntry(
+            tree_id=tree_id, leaf=leaf, task_index=self.task_index, advantage=self.advantage, uses=self.uses
+        )
+
+
 @dataclass(slots=True)
 class ServedBatch:
     """One batch that was served to the learner, held until a checkpoint covers it."""
@@ -56,10 +77,16 @@ class ServedBatch:
     """All ranks have."""
     means: dict[str, float] = field(default_factory=dict)
     """Of a part of a batch: over how many values each mean in ``metrics`` is taken."""
+    rows: tuple[ServedRow, ...] = ()
+    """For imitation."""
 
     @property
     def tree_ids(self) -> list[str]:
         return [each.tree_id for each in self.drawn]
+
+    @property
+    def row_keys(self) -> list[RowKey]:
+        return [each.key for each in self.rows]
 
     def snapshot(self) -> BatchEntry:
         exact = self.exact
@@ -75,6 +102,7 @@ class ServedBatch:
             confirmed=self.confirmed,
             exact=None if exact is None else exact.snapshot(),
             means=self.means or UNSET,
+            rows=tuple(each.snapshot() for each in self.rows) or UNSET,
         )
 
     @classmethod
@@ -93,6 +121,9 @@ class ServedBatch:
             priorities=dict(entry.priorities),
             confirmed=entry.confirmed,
             means=dict(entry.means or {}),
+            rows=tuple(
+                ServedRow(RowKey(r.tree_id, r.leaf), r.task_index, r.advantage, r.uses) for r in entry.rows or ()
+            ),
         )
 
 
@@ -159,29 +190,52 @@ class Share:
     """Without trees."""
     drawn: tuple[ServedTree, ...]
     trees: tuple[TreeEntry, ...]
+    rows: tuple[ServedRow, ...] = ()
+    """For imitation."""
+    paths: tuple[TreeEntry, ...] = ()
+    """Of these rows."""
 
     @property
     def places(self) -> list[Place]:
-        """Of each tree its prompt, then its turns."""
-        return [place for tree in self.trees for place in (*places_of(tree.prompt), *places_of(tree.rows))]
+        """Of each tree its prompt, then its turns; and so of each row."""
+        every = (*self.trees, *self.paths)
+        return [place for tree in every for place in (*places_of(tree.prompt), *places_of(tree.rows))]
 
     def batch(self, records: Sequence[bytes | memoryview]) -> Batch:
         """The message, with the records that lie at ``places``."""
-        trees, at = [], 0
-        for drawn, tree in zip(self.drawn, self.trees, strict=True):
-            opened: TreeOpened = codec.decode(unpack(records[at]), TreeOpened)
-            turns = records[at + 1 : at + 1 + len(tree)]
-            at += 1 + len(tree)
-            trees.append(
-                BatchTree(
-                    tree_id=drawn.tree_id,
-                    task_index=drawn.task_index,
-                    prompt=opened.prompt,
-                    turns=TurnRecords.raw(turns, len(tree)),
-                    failed_branches=tree.failed_branches,
-                    probability=drawn.probability,
-                    weight=drawn.weight,
-                    uses=drawn.uses,
-                )
-            )
-        return msgspec.structs.replace(self.head, trees=tuple(trees))
+        found = iter(records)
+        trees = tuple(_tree(drawn, tree, found) for drawn, tree in zip(self.drawn, self.trees, strict=True))
+        rows = tuple(_row(row, path, found) for row, path in zip(self.rows, self.paths, strict=True))
+        return msgspec.structs.replace(self.head, trees=trees, rows=rows)
+
+
+def _tree(drawn: ServedTree, tree: TreeEntry, records: Iterator[bytes | memoryview]) -> BatchTree:
+    prompt, turns = _content(tree, records)
+    return BatchTree(
+        tree_id=drawn.tree_id,
+        task_index=drawn.task_index,
+        prompt=prompt,
+        turns=turns,
+        failed_branches=tree.failed_branches,
+        probability=drawn.probability,
+        weight=drawn.weight,
+        uses=drawn.uses,
+    )
+
+
+def _row(row: ServedRow, path: TreeEntry, records: Iterator[bytes | memoryview]) -> BatchRow:
+    prompt, turns = _content(path, records)
+    return BatchRow(
+        tree_id=row.key.tree_id,
+        leaf=row.key.leaf,
+        task_index=row.task_index,
+        prompt=prompt,
+        turns=turns,
+        advantage=row.advantage,
+        uses=row.uses,
+    )
+
+
+def _content(tree: TreeEntry, records: Iterator[bytes | memoryview]) -> tuple[np.ndarray, TurnRecords]:
+    opened: TreeOpened = codec.decode(unpack(next(records)), TreeOpened)
+    return opened.prompt, TurnRecords.raw(list(islice(records, len(tree))), len(tree))

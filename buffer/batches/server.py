@@ -17,7 +17,7 @@ from atpo_async.core.credit import leaf_tokens
 from atpo_async.core.errors import BadMessage
 from atpo_async.wire.messages import Batch, Checkpointed, Exhausted, SampleRequest, Trained
 from buffer.batches.delay_line import DelayLine
-from buffer.batches.served import Batches, ServedBatch, ServedTree, Share
+from buffer.batches.served import Batches, ServedBatch, ServedRow, ServedTree, Share
 from buffer.batches.shares import split_by_tokens
 from buffer.counters import RunCounters
 from buffer.journal.entries import BatchEntry, RunEntry
@@ -99,8 +99,14 @@ class BatchServer:
                 return Exhausted(reason=f"all run.max_tasks = {self._config.run.max_tasks} tasks are done: {done}")
         beta = annealed_beta(request.step, start=self._config.buffer.weight_exponent, num_steps=self._beta_steps)
         metrics = self._flush(now)
-        served = self._serve(request, self._trees.pool.draw(request.num_trees, rng=rng, beta=beta), metrics)
-        return self._share(served, request)
+        drawn = self._trees.pool.draw(request.num_trees, rng=rng, beta=beta)
+        rows = self._trees.imitation.draw(
+            step=request.step,
+            num_leaves=sum(each.tree.num_leaves for each in drawn),
+            tree_ids={each.tree.tree_id for each in drawn},
+            rng=rng,
+        )
+        return self._share(self._serve(request, drawn, metrics, rows=rows), request)
 
     def _is_in_vain(self, enough: float) -> bool:
         """Whether ``enough`` trees were of no use, most of them failed: the learner, which would wait as long as any
@@ -177,7 +183,12 @@ class BatchServer:
             )  # fmt: skip
 
     def _serve(
-        self, request: SampleRequest, drawn: list[Drawn], metrics: dict[str, float], batch_id: int | None = None
+        self,
+        request: SampleRequest,
+        drawn: list[Drawn],
+        metrics: dict[str, float],
+        batch_id: int | None = None,
+        rows: tuple[ServedRow, ...] = (),
     ) -> ServedBatch:
         partial = self._config.buffer.ready == "partial"
         self._trees.served(drawn)
@@ -198,6 +209,7 @@ class BatchServer:
             ),
             metrics=metrics,
             num_ranks=request.num_ranks,
+            rows=rows,
         )
         self._batches.put(served)
         self._ledger.progress.consumed(request.version)
@@ -206,12 +218,16 @@ class BatchServer:
     def _share(self, served: ServedBatch, request: SampleRequest) -> Share:
         trees = [self._trees.registry.as_served(each) for each in served.drawn]
         arrays = [tree.arrays() for tree in trees]
+        paths = [self._trees.registry.row_as_served(each) for each in served.rows]
         if request.num_ranks != served.num_ranks:
             raise BadMessage(
                 f"batch {served.batch_id} was shared among {served.num_ranks} ranks, rank {request.rank} counts "
                 f"{request.num_ranks}; all ranks must be of one start"
             )
-        own = split_by_tokens([tree.num_tokens for tree in trees], served.num_ranks)[request.rank]
+        # Rows are shared out as trees are: a rank's trees and rows have about as many tokens as another's.
+        own = split_by_tokens([tree.num_tokens for tree in (*trees, *paths)], served.num_ranks)[request.rank]
+        own_rows = [i - len(trees) for i in own if i >= len(trees)]
+        own = [i for i in own if i < len(trees)]
         head = Batch(
             batch_id=served.batch_id,
             step=served.step,
@@ -222,8 +238,16 @@ class BatchServer:
             trees=(),
             metrics=served.metrics,
             checkpoint_wanted=self._trees.checkpoint_wanted,
+            num_rows=len(paths),
+            num_row_tokens=sum(int(path.rows["num_action_tokens"].sum(dtype=np.int64)) for path in paths),
         )
-        return Share(head, tuple(served.drawn[i] for i in own), tuple(trees[i] for i in own))
+        return Share(
+            head,
+            tuple(served.drawn[i] for i in own),
+            tuple(trees[i] for i in own),
+            tuple(served.rows[i] for i in own_rows),
+            tuple(paths[i] for i in own_rows),
+        )
 
     # --- confirmations----------------------------------------------------------------------------------
 
@@ -239,6 +263,7 @@ class BatchServer:
     def _confirm(self, served: ServedBatch) -> None:
         if self._batches.confirm(served):
             self._counters.count_task("trained", sum(each.uses == 1 for each in served.drawn))
+            self._trees.imitation.confirm(served.row_keys, step=served.step)
             self._trees.confirm(served.tree_ids, served.priorities, step=served.step)
 
     def checkpointed(self, message: Checkpointed) -> None:
@@ -306,8 +331,10 @@ class BatchServer:
         """Undo a batch that the learner has not trained on, or whose updates it has lost."""
         self._batches.remove(served.step)
         if not served.confirmed:
+            self._trees.imitation.give_back(served.row_keys)
             self._trees.give_back(served.tree_ids)
             return
+        self._trees.imitation.undo_use(served.row_keys)
         for each in served.drawn:
             self._counters.count_task("trained", -int(each.uses == 1))
             self._trees.undo_use(each)
@@ -326,3 +353,4 @@ class BatchServer:
             served = self._batches.restore(entry)
             if not served.confirmed:
                 self._trees.pool.take(served.tree_ids)
+                self._trees.registry.imitation.take(served.row_keys)

@@ -16,7 +16,7 @@ from atpo_async.core.vocabulary import Split
 
 T = TypeVar("T")
 
-TREE, BATCH, EVALUATION = b"tree/", b"batch/", b"evaluation/"
+TREE, BATCH, EVALUATION, MOMENTS = b"tree/", b"batch/", b"evaluation/", b"moments/"
 RUN, COUNTS, DELAY_LINE = b"rest", b"since", b"line"
 ALL_EVALUATIONS = b"evaluations"
 """Earlier programs have all of them in one value, under this key."""
@@ -58,6 +58,17 @@ class PoolEntry(_Entry):
     entered: int
 
 
+class ImitationEntry(_Entry):
+    """One leaf of a tree that is kept to be imitated."""
+
+    leaf: int
+    reward: float
+    entered: int
+    uses: int
+    spent_at: int | None
+    """Step of the batch that used it up; it stays for a learner that falls back."""
+
+
 class TreeStateEntry(_Entry):
     """One tree.  At most one of ``growing``, ``late`` and ``spent_at`` is set."""
 
@@ -79,6 +90,8 @@ class TreeStateEntry(_Entry):
     """Ready, or with the learner."""
     spent_at: int | None = None
     """Step of the batch that used it up; the tree stays for a learner that falls back, with ``pool`` as it was."""
+    imitated: tuple[ImitationEntry, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Its leaves that are kept to be imitated; with nothing else set, only the turns on their paths are there."""
 
 
 class DrawnEntry(_Entry):
@@ -91,6 +104,16 @@ class DrawnEntry(_Entry):
     uses: int
     turn_ids: tuple[int, ...] | None = None
     """Those served, of a tree that still grew; None for all."""
+
+
+class ServedRowEntry(_Entry):
+    """One row for imitation of a batch."""
+
+    tree_id: str
+    leaf: int
+    task_index: int
+    advantage: float
+    uses: int
 
 
 class TreeSetEntry(_Entry):
@@ -113,6 +136,8 @@ class BatchEntry(_Entry):
     exact: TreeSetEntry | None = None
     means: dict[str, float] | msgspec.UnsetType = msgspec.UNSET
     """Only of a part of a batch, which a shard has."""
+    rows: tuple[ServedRowEntry, ...] | msgspec.UnsetType = msgspec.UNSET
+    """For imitation; left out of what is written where there are none."""
 
 
 class RetryEntry(_Entry):

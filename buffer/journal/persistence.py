@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 import numpy as np
 
+from buffer.imitation.moments import Moments
 from buffer.journal import entries
 from buffer.state import BufferState
 from buffer.trees.index import Rows
@@ -39,6 +40,8 @@ class StatePersistence:
             _put(put, entries.BATCH + b"%020d" % step, batch)
         for step, evaluation in state.ledger.evaluations.drain_changes().items():
             _put(put, entries.EVALUATION + b"%020d" % step, evaluation)
+        for (label, block), moments in state.trees.imitation.moments.drain_changes().items():
+            put(_moments_key(label, block), None if moments is None else entries.dump(moments))
         if self._drop_all_evaluations:
             self._drop_all_evaluations = False
             put(entries.ALL_EVALUATIONS, None)
@@ -99,9 +102,12 @@ class StatePersistence:
             state.ledger.restore_lease(tree_id, tree, now=now)
         owned = state.trees.registry.restore(trees, rows, run=state.run)
         state.trees.restore(run)
+        state.trees.imitation.moments.restore(_moments(stored))
         state.batch_server.restore(run, entries.read_all(stored, entries.BATCH, entries.BatchEntry).values())
         # After the batches: trees that the learner has are not dropped for their age.
         state.trees.advance()
+        if not state.trees.imitation.is_on:
+            state.trees.imitation.make_space()  # rows of a run that imitated before
         # Records of trees that are gone, in chunks that others still need.
         state.store.release(rows[~owned], gone=True)
         return {"turns": int(np.count_nonzero(owned)), **state.sizes()}
@@ -112,6 +118,19 @@ class StatePersistence:
         earlier = entries.read(stored, entries.ALL_EVALUATIONS, tuple[entries.EvaluationEntry, ...])
         self._drop_all_evaluations = earlier is not None
         self._state.ledger.evaluations.restore((*(earlier or ()), *found.values()), changed=self._drop_all_evaluations)
+
+
+def _moments_key(label: str, block: int) -> bytes:
+    return entries.MOMENTS + b"%s/%020d" % (label.encode(), block)
+
+
+def _moments(stored: Mapping[bytes, bytes]) -> dict[tuple[str, int], list[Moments]]:
+    """(label, block) -> its numbers.  Raises SetupError for what is none."""
+    found: dict[tuple[str, int], list[Moments]] = {}
+    for name, numbers in entries.read_all(stored, entries.MOMENTS, list[Moments]).items():
+        label, _, block = name.rpartition("/")
+        found[label, int(block)] = numbers
+    return found
 
 
 def _put(put: Callable[[bytes, bytes | None], None], key: bytes, entry: object | None) -> None:

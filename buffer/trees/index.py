@@ -6,7 +6,7 @@ Shapes: N turns of a tree, by ascending id, so that parents come before their ch
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, overload
 
@@ -306,12 +306,16 @@ class TreeEntry:
 
     def pruned(self) -> TreeEntry:
         """Without turns that lead to no finished leaf (failed branches, chains still growing)."""
+        return self.down_to(self.rows["turn_id"][self.is_leaf].tolist())
+
+    def down_to(self, turn_ids: Iterable[int]) -> TreeEntry:
+        """Only the turns on the way to these, themselves included."""
         parents = dict(zip(self.rows["turn_id"].tolist(), self.rows["parent_id"].tolist(), strict=True))
         keep: set[int] = {ROOT}
-        for leaf in self.rows["turn_id"][self.is_leaf].tolist():
-            while leaf not in keep:
-                keep.add(leaf)
-                leaf = parents[leaf]
+        for turn_id in turn_ids:
+            while turn_id not in keep:
+                keep.add(turn_id)
+                turn_id = parents[turn_id]
         if len(keep) - 1 == len(self.rows):
             return self
         kept = np.fromiter((i in keep for i in parents), dtype=bool, count=len(parents))

@@ -19,6 +19,8 @@ from atpo_async.core.priorities import tree_priority
 from buffer.batches.delay_line import DelayLine
 from buffer.batches.served import Batches, ServedTree
 from buffer.counters import RunCounters
+from buffer.imitation.imitation import Imitation
+from buffer.imitation.store import ImitationStore
 from buffer.journal.entries import PoolEntry, RunEntry
 from buffer.leases.ledger import Ledger
 from buffer.pool.checked import sampler_of
@@ -81,7 +83,10 @@ class TreeLifecycle:
             sampler=sampler_of(buffer),
         )
         """Trees that are ready, and those with the learner."""
-        self.registry = TreeRegistry(store, self.pool)
+        rows = ImitationStore(max_lag=config.imitation.max_lag, max_uses=config.imitation.max_uses)
+        self.registry = TreeRegistry(store, self.pool, rows)
+        self.imitation = Imitation(config, self.registry, counters.labels)
+        """Leaves that are kept to be imitated."""
         self.assembly = self.registry.assembly
         """Trees that grow."""
         self._retired: set[str] = set()
@@ -158,6 +163,7 @@ class TreeLifecycle:
             return
         self.registry.drop_turns(whole, tree)
         arrays = tree.arrays()
+        self.imitation.tree_ended(tree, arrays, version=self.version)
         if self._delay_line is None:
             self._count_tree(tree, arrays)
             self._admit(tree, self._priority(arrays))
@@ -266,6 +272,7 @@ class TreeLifecycle:
     def advance(self) -> None:
         """The learner is at ``version``: trees without any fresh turn are dropped."""
         self._after(self.pool.advance(self.version))
+        self.imitation.advance(self.version)
 
     def discard(self, tree_ids: Sequence[str], cause: str) -> None:
         """Those of these trees that are ready leave, for ``cause``."""
@@ -274,6 +281,9 @@ class TreeLifecycle:
     def _make_space(self) -> None:
         self.advance()
         rest = self._config.buffer.max_bytes - self.assembly.nbytes - self._spent_over
+        # Rows that are imitated make way for trees, not trees for them.
+        self.imitation.make_space(rest - self.pool.nbytes)
+        rest -= self.registry.imitation.nbytes
         self._after(self.pool.shrink(max(rest, 0), self._config.buffer.max_trees))
 
     def _after(self, left: Iterable[Departure], *, confirmed: int = -1) -> None:
@@ -361,6 +371,7 @@ class TreeLifecycle:
 
     def checkpointed(self, step: int) -> None:
         """A checkpoint of the learner covers the batches below ``step``."""
+        self.imitation.checkpointed(step)
         for tree in self.registry.spent.pop_below(step):
             self.registry.forget(tree)
         if self._retired:

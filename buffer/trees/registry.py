@@ -1,21 +1,24 @@
 """All trees that the buffer holds, by state: growing, ready, with the learner, used up.  Pure.
 
 A tree is in one of ``assembly``, ``pool`` and ``spent``; with ``buffer.ready = "partial"`` one that grows may be in the
-pool too, and one that ended while the learner had an earlier state of it waits in ``late`` until that comes back.
+pool too, and one that ended while the learner had an earlier state of it waits in ``late`` until that comes back.  Of a
+tree that has ended, leaves may be in ``imitation`` too; once it is nowhere else, the turns on their paths stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from atpo_async.core.errors import BadMessage, SetupError
 from atpo_async.core.tree import ROOT
-from buffer.batches.served import ServedTree
-from buffer.journal.entries import KEEP, PoolEntry, TreeStateEntry
+from buffer.batches.served import ServedRow, ServedTree
+from buffer.imitation.store import Freed, ImitationStore
+from buffer.journal.entries import KEEP, ImitationEntry, PoolEntry, TreeStateEntry
 from buffer.pool.pool import ReplayPool
 from buffer.trees.assembly import Assembly
 from buffer.trees.index import Rows, Store, TreeEntry, TurnEntry, entry_of
@@ -28,9 +31,10 @@ class TreeRegistry:
     Args:
         store: where their records are.
         pool: empty, for those that are ready.
+        imitation: empty, for leaves that are kept to be imitated.
     """
 
-    def __init__(self, store: Store, pool: ReplayPool) -> None:
+    def __init__(self, store: Store, pool: ReplayPool, imitation: ImitationStore) -> None:
         self._store = store
         self.assembly = Assembly(store, find=self.find)
         """Trees that grow."""
@@ -38,6 +42,8 @@ class TreeRegistry:
         """Trees that are ready, and those with the learner."""
         self.spent = SpentTrees()
         """Trees used up since the learner's last checkpoint."""
+        self.imitation = imitation
+        """Leaves kept to be imitated."""
         self._late: dict[str, TreeEntry] = {}
         self._partial_uses: dict[str, tuple[int, int]] = {}
         """Tree -> (uses, leaves) when it was last served, of trees that may be served before their end."""
@@ -48,12 +54,12 @@ class TreeRegistry:
     # --- queries--------------------------------------------------------------------------------------
 
     def find(self, tree_id: str) -> TreeEntry | None:
-        """A tree that is still held after its end."""
+        """A tree that is still held after its end; of one that is held for leaves to be imitated only, their paths."""
         if (late := self._late.get(tree_id)) is not None:
             return late
         if (spent := self.spent.find(tree_id)) is not None:
             return spent.tree
-        return self.pool.find(tree_id)
+        return self.pool.find(tree_id) or self.imitation.find(tree_id)
 
     def as_served(self, served: ServedTree) -> TreeEntry:
         """A tree of a batch, as it was served.
@@ -70,6 +76,20 @@ class TreeRegistry:
             return tree
         return replace(tree, rows=tree.rows[np.isin(tree.rows["turn_id"], served.turn_ids)])
 
+    def row_as_served(self, served: ServedRow) -> TreeEntry:
+        """The path of a row of a batch.
+
+        Raises:
+            BadMessage: it is held no more.
+        """
+        path = self.imitation.path(served.key)
+        if path is None:
+            raise BadMessage(
+                f"turn {served.key.leaf} of tree {served.key.tree_id}, to be imitated in that batch, is gone: it was "
+                "trained on, ask for the next step"
+            )
+        return path
+
     def grows_or_is_late(self, tree_id: str) -> bool:
         """Whether a tree that leaves the pool still grows, or has a later state waiting."""
         return tree_id in self.assembly or tree_id in self._late
@@ -77,7 +97,7 @@ class TreeRegistry:
     @property
     def nbytes(self) -> int:
         """Bytes of all turns held."""
-        return self.pool.nbytes + self.assembly.nbytes + self.spent.nbytes
+        return self.pool.nbytes + self.assembly.nbytes + self.spent.nbytes + self.imitation.nbytes
 
     # --- coming and going --------------------------------------------------------------------------------------
 
@@ -86,14 +106,35 @@ class TreeRegistry:
         self._ids[number] = tree_id
 
     def forget(self, tree: TreeEntry) -> None:
-        """Release its records, unless the tree is still held somewhere."""
+        """Release its records, unless the tree is still held somewhere; what its leaves to be imitated need stays."""
         tree_id = tree.tree_id
         if self.grows_or_is_late(tree_id) or tree_id in self.pool or tree_id in self.spent:
             return
         self._changed.add(tree_id)
+        kept = self.imitation.hold_alone(tree_id)
+        if kept is None:
+            self._release(tree)
+        else:
+            self.drop_turns(tree, kept)
+
+    def _release(self, tree: TreeEntry) -> None:
         self._ids.pop(tree.number, None)
         self._store.release(tree.prompt, gone=True)
         self._store.release(tree.rows, gone=True)
+
+    def release_rows(self, freed: Iterable[Freed]) -> None:
+        """Rows for imitation have left: release the records that nothing needs any more."""
+        for before, after in freed:
+            self._changed.add(before.tree_id)
+            if after is None:
+                if self.imitation.forgotten(before.tree_id):
+                    self._release(before)
+            elif self.imitation.is_alone(before.tree_id):
+                self.drop_turns(before, after)
+
+    def rows_changed(self, tree_ids: Iterable[str]) -> None:
+        """Rows for imitation of these trees have come, or have another number of uses."""
+        self._changed.update(tree_id for tree_id in tree_ids if tree_id in self.imitation)
 
     def drop_turns(self, whole: TreeEntry, kept: TreeEntry) -> None:
         """Of a tree only these turns are needed from now on."""
@@ -152,6 +193,7 @@ class TreeRegistry:
             late=tree_id in self._late,
             pool=place if place is not None or spent is None else spent.entry,
             spent_at=None if place is not None or spent is None else spent.step,
+            imitated=self.imitation.snapshot(tree_id) or UNSET,
         )
 
     def restore(self, trees: Mapping[str, TreeStateEntry], rows: Rows, *, run: str) -> NDArray[np.bool_]:
@@ -170,6 +212,7 @@ class TreeRegistry:
         """
         owned = np.zeros(len(rows), dtype=bool)
         pooled: list[tuple[PoolEntry, TreeEntry]] = []
+        imitated: list[tuple[TreeEntry, Sequence[ImitationEntry], bool]] = []
         for tree_id, entry in trees.items():
             at = slice(*np.searchsorted(rows["tree"], [entry.number, entry.number + 1]).tolist())
             tree = self._restored(tree_id, entry, rows[at], run)
@@ -177,8 +220,11 @@ class TreeRegistry:
             owned[at] = tree is None or np.isin(rows["turn_id"][at], [ROOT, *tree.rows["turn_id"].tolist()])
             if tree is not None and entry.pool is not None:
                 pooled.append((entry.pool, tree))
+            if entry.imitated:
+                imitated.append(self._with_rows(tree_id, entry, rows[at]))
         for place, tree in sorted(pooled, key=lambda each: each[0].entered):
             self.pool.restore(tree, place)
+        self.imitation.restore(imitated)
         return owned
 
     def _restored(self, tree_id: str, entry: TreeStateEntry, rows: Rows, run: str) -> TreeEntry | None:
@@ -201,6 +247,24 @@ class TreeRegistry:
             self.spent.put(SpentTree(tree, entry.pool, entry.spent_at))
             return None
         return tree if entry.pool is not None else None
+
+    def _with_rows(
+        self, tree_id: str, entry: TreeStateEntry, rows: Rows
+    ) -> tuple[TreeEntry, tuple[ImitationEntry, ...], bool]:
+        """A tree with leaves to be imitated: the turns that these need, and whether it is held for them only."""
+        prompt, turns = rows[rows["turn_id"] == ROOT], rows[rows["turn_id"] != ROOT]
+        whole = TreeEntry(tree_id, entry.number, entry.task_index, prompt, turns, entry.failed_branches)
+        leaves = [each.leaf for each in entry.imitated or ()]
+        try:
+            kept = whole.down_to(leaves)
+        except KeyError as exc:
+            raise SetupError(
+                f"the journal is damaged: tree {tree_id} is there without turn {exc}, to be imitated; {KEEP}"
+            ) from exc
+        alone = entry.pool is None and not entry.late
+        if alone:
+            self.drop_turns(whole, kept)
+        return kept, entry.imitated or (), alone
 
     # --- moving records ----------------------------------------------------------------------------------------
 
@@ -228,6 +292,7 @@ class TreeRegistry:
                 self._late[tree_id] = self._late[tree_id].moved(turns)
             if (spent := self.spent.find(tree_id)) is not None:
                 self.spent.replace(spent.tree.moved(turns))
+            self.imitation.moved(tree_id, turns)
         self._store.release(rows[current])
         return sum(current)
 
