@@ -18,7 +18,7 @@ from atpo_async.core.errors import ConfigError
 from atpo_async.core.mixture import Mixture
 from atpo_async.core.vocabulary import Split
 from atpo_async.environments.base import Environment
-from atpo_async.environments.making import make_environment
+from atpo_async.environments.making import make_environment, vocab_size
 from atpo_async.ops.exits import DOING, ERROR_FILE
 
 
@@ -37,15 +37,18 @@ class Environments:
     Args:
         config: which there are, and their weights.
         made: one for each, in the configuration's order.
+        policy_tokens: that the policy's model has, as of ``Facts``; None: as the environments' limits have it.
     """
 
-    def __init__(self, config: Config, made: Sequence[Environment]) -> None:
+    def __init__(self, config: Config, made: Sequence[Environment], *, policy_tokens: int | None = None) -> None:
         entries = config.every_environment
         self.made = tuple(made)
         self.labels = tuple(each.label for each in entries)
         self.several = bool(config.environments)
         self._mixture = Mixture([each.weight for each in entries], config.run.seed)
         self._opened = contextlib.AsyncExitStack()
+        limits = (getattr(each, "limits", None) for each in self.made)
+        self.policy_tokens = policy_tokens or next((known.vocab_size for known in limits if known is not None), None)
 
     @classmethod
     def of(cls, config: Config, made: Environment | Environments) -> Environments:
@@ -100,7 +103,8 @@ class Environments:
 def host_environments(config: Config, model: Path) -> Environments:
     """Those of the configuration, not made yet.  Raises ConfigError or SetupError where one cannot be imported."""
     entries = config.every_environment
-    return Environments(config, [host_environment(config, model, number) for number in range(len(entries))])
+    hosted = [host_environment(config, model, number) for number in range(len(entries))]
+    return Environments(config, hosted, policy_tokens=vocab_size(model))
 
 
 def host_environment(config: Config, model: Path, number: int = 0) -> HostedEnvironment:

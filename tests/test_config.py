@@ -99,7 +99,9 @@ def test_every_fault_is_reported_at_once() -> None:
         build({"learner": {"lr": 0}, "search": {"strategy": "best"}})
     first, second = sorted(str(caught.value).splitlines())
     assert first == "learner.lr must be > 0, got 0"
-    assert second.startswith("search.strategy = 'best' is unknown; known: entropy, none, random, or 'package.module:n")
+    assert second.startswith(
+        "search.strategy = 'best' is unknown; known: chains, diverse, entropy, entropy-rise, none, random, "
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +204,9 @@ def test_of_several_files_an_error_names_the_one_that_holds_the_value(tmp_path: 
     assert str(caught.value) == f"staleness.max_lag must be >= 0, got -1 in {b}"
     with pytest.raises(ConfigError) as caught:
         load([b, a], {"search.strategy": "best"})
-    assert str(caught.value).startswith("search.strategy = 'best' in --search.strategy is unknown; known: entropy, ")
+    assert str(caught.value).startswith(
+        "search.strategy = 'best' in --search.strategy is unknown; known: chains, diverse, entropy, "
+    )
     assert load([b, a]).staleness.max_lag == 2
     c, d = layers(tmp_path, "[learner]\nlrr = 1\n[lerner]\nlr = 1\n", "[learner]\nlr = 1e-3\n")
     with pytest.raises(ConfigError) as caught:

@@ -162,7 +162,7 @@ def test_a_strategy_of_ones_own_chooses_where_trees_branch(mine: Callable[..., E
         ("fails", "it failed on tree t0 of 9 turns: IndexError: tuple index out of range"),
         ("leaves_python", "it failed on tree t0 of 9 turns: SystemExit: 3"),
         ("unknown", "it chose turn 99, which is not in tree t0 of 9 turns"),
-        ("too_many", "it chose 3 turns of tree t0 of 9 turns; expected at most search.branches = 2"),
+        ("too_many", "it chose 3 turns of tree t0 of 9 turns; expected at most 2, as it was asked for"),
         ("words", r"it returned \['1'\] for tree t0 of 9 turns; expected a sequence of turn ids"),
         ("nothing", "it returned None for tree t0"),
     ],

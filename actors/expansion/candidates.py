@@ -7,21 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from atpo_async.core.tree import ROOT, TurnTree
+from actors.expansion.growing_tree import Tree
+from atpo_async.config import SearchConfig
+from atpo_async.core.tree import ROOT
 
 
-def candidates(tree: TurnTree, *, include_root: bool = False) -> tuple[int, ...]:
-    """Turns that are not leaves, by id; with ``include_root`` the prompt too, first.
+def candidates(tree: Tree, *, include_root: bool = False, include_leaves: bool = False) -> tuple[int, ...]:
+    """Turns that are not leaves, by id; with ``include_leaves`` these too, with ``include_root`` the prompt, first.
 
     A branch at a turn is a new *sibling* of it: same parent, same observation, a fresh action.
     """
-    inner = tuple(turn.turn_id for turn in tree if not turn.is_leaf)
-    return (ROOT, *inner) if include_root else inner
+    found = tuple(t.turn_id for t in tree if t.end == "continue" or (include_leaves and t.is_leaf))
+    return (ROOT, *found) if include_root else found
 
 
-def candidates_or_root(tree: TurnTree, *, include_root: bool) -> tuple[int, ...]:
-    """``candidates``; of a tree without any (every chain ended with its first turn) the prompt, so that it grows."""
-    return candidates(tree, include_root=include_root) or (ROOT,)
+def candidates_of(tree: Tree, settings: SearchConfig) -> tuple[int, ...]:
+    """``candidates`` as the settings have them; of a tree without any (every chain ended with its first turn) the
+    prompt, so that it grows."""
+    leaves = settings.include_leaves is True
+    return candidates(tree, include_root=settings.include_root, include_leaves=leaves) or (ROOT,)
 
 
 def take(ranked: Sequence[int], count: int) -> tuple[int, ...]:
@@ -29,6 +33,6 @@ def take(ranked: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(ranked[i % len(ranked)] for i in range(count)) if ranked else ()
 
 
-def sibling_parent(tree: TurnTree, turn_id: int) -> int:
+def sibling_parent(tree: Tree, turn_id: int) -> int:
     """Where the new sibling of ``turn_id`` hangs (the root for the root)."""
     return ROOT if turn_id == ROOT else tree[turn_id].parent_id

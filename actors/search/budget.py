@@ -17,6 +17,8 @@ class Budget:
     rounds: int
     branches: int
     sampling: Sampling
+    max_leaves: int
+    """Of the whole tree."""
 
 
 def budget_of(
@@ -33,5 +35,5 @@ def budget_of(
         stop_strings=stop_strings,
     )
     if greedy:
-        return Budget(1, 0, 0, sampling)
-    return Budget(search.initial_rollouts, search.rounds, search.branches, sampling)
+        return Budget(1, 0, 0, sampling, 1)
+    return Budget(search.initial_rollouts, search.rounds, search.branches, sampling, search.max_leaves)

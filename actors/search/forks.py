@@ -1,4 +1,4 @@
-"""How the chains of one tree come by their episodes: a fresh start, a state that was kept, or a replay."""
+"""How the chains of one tree come by their episodes: a fresh start, one that waits, a kept state, or a replay."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from atpo_async.environments.base import Episode
 from atpo_async.environments.replay import NOTHING, Past, PastTurn
 
 
-class _KeptTurn(NamedTuple):
-    state: Kept
+class _Waiting(NamedTuple):
+    episode: Episode
     observation: np.ndarray
     """int32[O]: what followed the turn."""
 
@@ -26,20 +26,26 @@ class Forks:
 
     Args:
         calls: of the tree, into the environment.
-        rounds: of branches; 0 where none is ever taken.
     """
 
-    def __init__(self, calls: BranchCalls, *, rounds: int) -> None:
+    def __init__(self, calls: BranchCalls) -> None:
         self._calls = calls
-        self._rounds = rounds
-        self._kept: dict[int, _KeptTurn] = {}
+        self._kept: dict[int, Kept] = {}
+        self._waiting: dict[int, _Waiting] = {}
+        self._followed: dict[int, np.ndarray] = {}
+        """Turn -> int32[O], what followed it."""
 
     async def keep(self, episode: Episode, turn: Turn, observation: np.ndarray) -> None:
-        """Keep the state after ``turn``, which ``observation`` follows, where a later round may branch there."""
-        if turn.expansion_round < self._rounds and isinstance(episode, HostedEpisode):
+        """Keep the state after ``turn``, which ``observation`` follows, for branches that may begin there later."""
+        self._followed[turn.turn_id] = observation
+        if isinstance(episode, HostedEpisode):
             state = await self._calls.keep(episode)
             if state is not None:
-                self._kept[turn.turn_id] = _KeptTurn(state, observation)
+                self._kept[turn.turn_id] = state
+
+    def wait(self, episode: Episode, turn: Turn, observation: np.ndarray) -> None:
+        """The episode of a chain that stopped after ``turn``: it serves the next chain that begins there."""
+        self._waiting[turn.turn_id] = _Waiting(episode, observation)
 
     async def episode_at(
         self, prompt: np.ndarray, path: Sequence[Turn], following: np.ndarray | None
@@ -53,15 +59,25 @@ class Forks:
         """
         if not path:
             return await self._calls.start(), NOTHING
-        kept = self._kept.get(path[-1].turn_id)
-        if kept is not None and (episode := await self._calls.fork(kept.state)) is not None:
-            return episode, kept.observation
-        after = [*(turn.observation for turn in path[1:]), following]
+        last = path[-1].turn_id
+        if (waiting := self._waiting.pop(last, None)) is not None:
+            return waiting.episode, waiting.observation
+        known = self._followed.get(last, following)
+        kept = self._kept.get(last)
+        if kept is not None and known is not None and (episode := await self._calls.fork(kept)) is not None:
+            return episode, known
+        after = [*(turn.observation for turn in path[1:]), known]
         turns = tuple(PastTurn(turn.action, shown) for turn, shown in zip(path, after, strict=True))
         return await self._calls.replay(Past(turns, prompt))
 
-    def release(self) -> None:
+    async def close_waiting(self, but: set[int]) -> None:
+        """Close the episodes that wait after other turns than these."""
+        for turn_id in self._waiting.keys() - but:
+            await self._waiting.pop(turn_id).episode.close()
+
+    async def release(self) -> None:
         """Give back what is kept."""
         for kept in self._kept.values():
-            self._calls.release(kept.state)
+            self._calls.release(kept)
         self._kept.clear()
+        await self.close_waiting(set())

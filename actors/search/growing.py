@@ -54,7 +54,7 @@ class TreeGrower:
         self._engine, self._environments = engine, environments
         self._faults, self._emit, self._metrics = faults, emit, metrics
         self._leaving, self._clock = leaving, clock
-        self._expansion = Expansion.of(config.search)
+        self._expansion = Expansion.of(config.search, policy_tokens=environments.policy_tokens)
         self._cut_actions = CutActions(config.search.max_action_tokens)
 
     async def grow(self, lease: Lease) -> TreeSearch:
@@ -91,6 +91,8 @@ class TreeGrower:
             self._metrics.add(f"actor/{label}/failed_branches", failed.total())
         self._metrics.add("actor/turns", len(tree) - len(lease.committed))
         self._metrics.add("actor/failed_branches", failed.total())
+        if self._config.search.prune_duplicates:
+            self._metrics.add("actor/pruned_branches", search.growth.pruned)
         for reason, count in failed.items():
             self._metrics.add(f"actor/failed/{reason}", count)
         if failed:

@@ -1,4 +1,4 @@
-"""One tree, grown concurrently: M chains from the prompt, then L rounds of K branches.
+"""One tree, grown concurrently: chains from the prompt and branches, as its plan has them begin.
 
 Every finished turn is emitted at once.  A chain that fails ends alone and is counted; it never becomes a reward.
 A tree that an earlier actor left unfinished goes on from the turns it had committed.
@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
 from actors.engines.base import Engine, Generation
-from actors.expansion.candidates import sibling_parent
 from actors.expansion.expansion import Expansion, ExpansionFailed
+from actors.expansion.overlap import found_before
 from actors.faults.fault import EXPANSION_FAILED, Fault, Place
 from actors.search.budget import budget_of
 from actors.search.calls import FORK_DIVERGED, BranchCalls, BranchFailed, diverged_kind
 from actors.search.forks import Forks
 from actors.search.gains import NO_GAIN, Gain, InformationGains
+from actors.search.growth import Chain, Growth
+from actors.search.plan import Ground
+from actors.search.plans import plan_of
 from atpo_async.config import SearchConfig
-from atpo_async.core.tree import ROOT, Turn, TurnTree
+from atpo_async.core.tree import Turn, TurnTree
 from atpo_async.core.vocabulary import EndReason
 from atpo_async.environments.base import Environment, Episode, StepResult
 from atpo_async.environments.replay import NOTHING, WAY_OUT
@@ -34,19 +36,6 @@ from atpo_async.wire.messages import Lease, TreeClosed, TreeOpened
 
 Emit = Callable[[TreeOpened | Turn | TreeClosed], Awaitable[None]]
 ChainEnded = Callable[[Place, Fault | None], None]
-
-
-@dataclass(slots=True)
-class Growth:
-    """Counts of one tree's growth so far."""
-
-    turns: list[Turn] = field(default_factory=list)
-    failures: Counter[str] = field(default_factory=Counter)
-    last_detail: str = ""
-    """The text of the latest failure, for the log."""
-    actions: int = 0
-    cut_actions: int = 0
-    """Of those, the ones that no stop token ended."""
 
 
 class TreeSearch:
@@ -103,25 +92,38 @@ class TreeSearch:
             # An engine takes one token less than the context has.
             most = max_context_tokens - 1
             self.gains = InformationGains(self._calls, search, most_tokens=most, clock=clock)
-        self._forks = Forks(self._calls, rounds=self._budget.rounds if expansion is not None else 0)
+        self._forks = Forks(self._calls)
         self._max_context = max_context_tokens
         self._truncated_reward = search.truncated_reward
         self._emit = emit
         self._chain_ended = chain_ended
         self._leaving = leaving
-        self.unfinished = False
-        """The tree was left as it is, since the actor is asked to end: it is not closed."""
         self._clock = clock
-        self._without_branches = False
-        """The strategy failed on this tree."""
-        self._rng = np.random.default_rng(lease.seed)
-        self.growth = Growth(turns=list(lease.committed))
+        self.growth = Growth(lease.tree_id, lease.task_index, lease.committed)
+        self._search = search
+        self._plan = plan_of(
+            Ground(
+                growth=self.growth,
+                budget=self._budget,
+                expansion=expansion,
+                seed=lease.seed,
+                begin=self._begin,
+                lost=self._lost,
+                leaving=leaving,
+                keep_open=self._forks.close_waiting,
+            )
+        )
+
+    @property
+    def unfinished(self) -> bool:
+        """The tree was left as it is, since the actor is asked to end: it is not closed."""
+        return self.growth.unfinished
 
     async def grow(self) -> TurnTree:
         """Grow to the end and close the tree, unless the actor is asked to end.
 
-        Waits for: every chain of a round.  Unblocked by: the engine, the environment, their time limits, and
-        space in the window of messages that the buffer has not acknowledged.
+        Waits for: every chain.  Unblocked by: the engine, the environment, their time limits, and space in the window
+        of messages that the buffer has not acknowledged.
         """
         try:
             first = await self._calls.start()
@@ -133,14 +135,12 @@ class TreeSearch:
             await self._emit(
                 TreeOpened(run=self._run, tree_id=self._lease.tree_id, lease_epoch=self._lease.epoch, prompt=prompt)
             )
+            self.growth.tree.prompt = prompt
             try:
-                await self._initial_round(prompt, first)
-                for number in range(1, self._budget.rounds + 1):
-                    if not self.unfinished:
-                        await self._branch_round(prompt, number)
+                await self._plan.grow(first)
             finally:
-                self._forks.release()
-        tree = self._tree(prompt, self.growth.turns)
+                await self._forks.release()
+        tree = self.growth.tree.frozen(failed_branches=self.growth.failures.total())
         if self.unfinished:
             return tree
         await self._emit(
@@ -155,121 +155,75 @@ class TreeSearch:
         )
         return tree
 
-    # --- rounds ------------------------------------------------------------------------------------------------
-
-    async def _initial_round(self, prompt: np.ndarray, first: Episode) -> None:
-        """M chains from the prompt, less those that an earlier holder began."""
-        begun = self._tails(0)
-        fresh = max(self._budget.initial_rollouts - len(begun), 0)
-        async with asyncio.TaskGroup() as chains:
-            for tail in begun:
-                self._resume(chains, prompt, tail)
-            for i in range(fresh):
-                # The episode that returned the prompt serves the first chain, so that none is started in vain.
-                episode = first if i == 0 else None
-                chains.create_task(self._chain(prompt, ROOT, 0, episode), name=f"{self._lease.tree_id}/chain-{i}")
-        if fresh == 0:
-            await first.close()
-
-    async def _branch_round(self, prompt: np.ndarray, number: int) -> None:
-        """K new siblings, chosen on the tree as it was before this round, less those already begun."""
-        before = self._tree(prompt, [t for t in self.growth.turns if t.expansion_round < number])
-        chosen = self._choose(before, number)
-        wanted = Counter(sibling_parent(before, turn_id) for turn_id in chosen)
-        wanted -= Counter(t.parent_id for t in self._heads(number))
-        begun = self._tails(number)
-        if self._leaving() and (wanted or not all(tail.is_leaf for tail in begun)):
-            self.unfinished = True
-            return
-        async with asyncio.TaskGroup() as chains:
-            for tail in begun:
-                self._resume(chains, prompt, tail)
-            for i, parent in enumerate(wanted.elements()):
-                name = f"{self._lease.tree_id}/round-{number}-{i}"
-                chains.create_task(self._chain(prompt, parent, number, None), name=name)
-
-    def _choose(self, before: TurnTree, number: int) -> tuple[int, ...]:
-        """The turns to branch at.  A strategy that fails costs the tree this round and those after it."""
-        if self._expansion is None or self._without_branches:
-            return ()
-        try:
-            return self._expansion.choose(before, count=self._budget.branches, rng=self._rng)
-        except ExpansionFailed as exc:
-            self._without_branches = True
-            failure = BranchFailed(EXPANSION_FAILED, str(exc), kind=exc.kind)
-            for _ in range(self._budget.branches - len(self._heads(number))):
-                self._count(failure, "branch", source=self._expansion.setting)
-            return ()
-
-    def _resume(self, chains: asyncio.TaskGroup, prompt: np.ndarray, tail: Turn) -> None:
-        if not tail.is_leaf:
-            name = f"{self._lease.tree_id}/after-{tail.turn_id}"
-            chains.create_task(self._chain(prompt, tail.turn_id, tail.expansion_round, None), name=name)
-
-    def _heads(self, number: int) -> list[Turn]:
-        """First turns of the chains of round ``number``."""
-        round_of = {t.turn_id: t.expansion_round for t in self.growth.turns}
-        return [
-            t
-            for t in self.growth.turns
-            if t.expansion_round == number and round_of.get(t.parent_id, -1) != number
-        ]  # fmt: skip
-
-    def _tails(self, number: int) -> list[Turn]:
-        """Last turns, so far, of the chains of round ``number``: leaves, or turns to go on from."""
-        mine = [t for t in self.growth.turns if t.expansion_round == number]
-        followed = {t.parent_id for t in mine}
-        return [t for t in mine if t.turn_id not in followed]
-
-    def _tree(self, prompt: np.ndarray, turns: Sequence[Turn]) -> TurnTree:
-        return TurnTree(
-            self._lease.tree_id, self._lease.task_index, prompt, tuple(turns), self.growth.failures.total()
-        )  # fmt: skip
-
     # --- one chain ---------------------------------------------------------------------------------------------
 
-    async def _chain(self, prompt: np.ndarray, parent_id: int, number: int, episode: Episode | None) -> None:
-        """From ``parent_id`` on to an end.  A failure ends this chain only and is counted by its reason."""
-        place: Place = "branch" if number else "chain"
+    def _begin(self, chains: asyncio.TaskGroup, chain: Chain, name: str, episode: Episode | None) -> None:
+        chains.create_task(self._chain(chain, episode), name=name)
+
+    async def _chain(self, chain: Chain, episode: Episode | None) -> None:
+        """On to an end.  A failure ends this chain only and is counted by its reason."""
+        place: Place = "branch" if chain.round else "chain"
         try:
-            ended = await self._walk(prompt, parent_id, number, episode)
+            ended = await self._walk(chain, episode)
         except BranchFailed as failure:
             self._count(failure, place)
         else:
             if ended:
                 self._chain_ended(place, None)
 
+    def _lost(self, exc: ExpansionFailed, branches: int) -> None:
+        """So many branches that the strategy's failure has cost."""
+        assert self._plan.expansion is not None
+        failure = BranchFailed(EXPANSION_FAILED, str(exc), kind=exc.kind)
+        for _ in range(branches):
+            self._count(failure, "branch", source=self._plan.expansion.setting)
+
     def _count(self, failure: BranchFailed, place: Place, *, source: str = "") -> None:
         self.growth.failures[failure.reason] += 1
         self.growth.last_detail = f"{source}, {failure}" if source else str(failure)
         self._chain_ended(place, Fault(failure.reason, failure.kind, failure.detail, source))
 
-    async def _walk(self, prompt: np.ndarray, parent_id: int, number: int, episode: Episode | None) -> bool:
-        """Whether the chain came to its end; not, where the actor is asked to end first."""
-        path = self._tree(prompt, self.growth.turns).path(parent_id)
-        observation = NOTHING
+    async def _walk(self, chain: Chain, episode: Episode | None) -> bool:
+        """Whether the chain came to its end; not, where it stops, or the actor is asked to end first."""
+        tree, parent_id = self.growth.tree, chain.parent_id
+        path, observation, waits_on = tree.path(parent_id), NOTHING, False
         if episode is None:
-            sibling = self._child_of(parent_id)
+            sibling = tree.first_child(parent_id)
             following = None if sibling is None else sibling.observation
-            episode, observation = await self._forks.episode_at(prompt, path, following)
+            episode, observation = await self._forks.episode_at(tree.prompt, path, following)
         try:
-            self._check_same(prompt, episode.prompt, parent_id, observation)
-            context = np.concatenate([prompt, *(part for t in path for part in (t.observation, t.action))])
+            self._check_same(tree.prompt, episode.prompt, parent_id, observation)
+            context = tree.context(parent_id)
+            taken = 0
             while not self._leaving():
                 context = np.concatenate([context, observation])
-                turn, result = await self._turn(episode, context, observation, parent_id, number)
-                self.growth.turns.append(turn)
+                turn, result = await self._turn(episode, context, observation, parent_id, chain.round)
+                self.growth.add(turn)
+                further = self._plan.after(turn)
                 await self._emit(turn)
                 waits.progress("turns")
-                if turn.is_leaf:
+                if turn.end != "continue":
+                    self._start(further)
                     return True
-                await self._forks.keep(episode, turn, result.observation)
+                if self._plan.may_branch_after(turn):
+                    await self._forks.keep(episode, turn, result.observation)
+                self._start(further)
+                taken += 1
+                if taken == chain.most:
+                    self._forks.wait(episode, turn, result.observation)
+                    waits_on = True
+                    return False
                 context = np.concatenate([context, turn.action])
                 observation, parent_id = result.observation, turn.turn_id
-            self.unfinished = True
+            self.growth.unfinished = True
             return False
         finally:
-            await episode.close()
+            if not waits_on:
+                await episode.close()
+
+    def _start(self, further: Sequence[Chain]) -> None:
+        for chain in further:
+            self._plan.start(chain)
 
     async def _turn(
         self, episode: Episode, context: np.ndarray, observation: np.ndarray, parent_id: int, number: int
@@ -290,11 +244,14 @@ class TreeSearch:
             # The policy wrote too much over its turns: an outcome, no failure.
             end, reward, success = "length_limit", self._truncated_reward, False
         gain = await self._gain(end, parent_id, context, generation.token_ids, result.observation)
+        # After the last wait: of two branches that found the same, the later turn is closed.
+        if end == "continue" and self._repeats(parent_id, number, result.fingerprint):
+            end = "pruned"
         turn = Turn(
             run=self._run,
             tree_id=self._lease.tree_id,
             # A tree taken over may lack a turn that was refused: its number is not given again.
-            turn_id=max((t.turn_id for t in self.growth.turns), default=ROOT) + 1,
+            turn_id=self.growth.tree.next_id,
             parent_id=parent_id,
             lease_epoch=self._lease.epoch,
             expansion_round=number,
@@ -322,15 +279,19 @@ class TreeSearch:
             return NO_GAIN
         return await self.gains.of(parent_id, *parts)
 
-    def _child_of(self, turn_id: int) -> Turn | None:
-        return next((t for t in self.growth.turns if t.parent_id == turn_id), None)
+    def _repeats(self, parent_id: int, number: int, fingerprint: tuple[int, ...]) -> bool:
+        """Whether a branch has found with its first action what a sibling had, and so is closed."""
+        search, tree = self._search, self.growth.tree
+        if not search.prune_duplicates or number == tree.round_of(parent_id):
+            return False
+        return found_before(tree, parent_id, fingerprint, at=search.duplicate_at)
 
     def _check_same(self, prompt: np.ndarray, shown: np.ndarray, parent_id: int, observation: np.ndarray) -> None:
         """Siblings are compared as answers to the same context: a chain that was shown another one is left out.
 
         Raises BranchFailed.
         """
-        sibling = self._child_of(parent_id)
+        sibling = self.growth.tree.first_child(parent_id)
         field: Literal["prompt", "observation"]
         if not np.array_equal(prompt, shown):
             what, field = "prompt", "prompt"

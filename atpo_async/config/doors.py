@@ -47,8 +47,25 @@ STRATEGY: Door[Any] = Door(
     protocol='docs/extending.md, "Expansion strategy"',
     package="actors.expansion.strategies",
     attribute="select",
+    hyphens=True,
     call=("tree", "count", "rng", "settings"),
 )
+
+ONLINE_RULE: Door[Any] = dataclasses.replace(
+    STRATEGY,
+    what="an online expansion rule",
+    protocol='docs/extending.md, "Online expansion"',
+    package="actors.expansion.online",
+    attribute="decide",
+    call=("tree", "turn_id", "count", "rng", "settings"),
+)
+"""The same field, as it is read with ``search.expand = "online"``."""
+
+
+def strategy_door(expand: str) -> Door[Any]:
+    """The door behind ``search.strategy``, by ``search.expand``."""
+    return ONLINE_RULE if expand == "online" else STRATEGY
+
 
 VALUE_MODE: Door[Any] = Door(
     field="credit.value_mode",

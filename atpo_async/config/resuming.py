@@ -13,6 +13,7 @@ from typing import Any
 
 from atpo_async import config as configuration
 from atpo_async.config import Config
+from atpo_async.config.sections.expansion import ExpansionConfig
 from atpo_async.core.schedule import learning_rate
 
 
@@ -37,6 +38,7 @@ MUST_STAY: tuple[str, ...] = (
     "search.rounds",
     "search.branches",
     "search.include_root",
+    *(f"search.{name}" for name in ExpansionConfig.model_fields),
     "search.temperature",
     "search.top_p",
     "search.top_k",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from atpo_async.config import doors, loss_rules
+from atpo_async.config.sections.expansion import fault_of
 from atpo_async.core.loss_traits import CorrectionTraits
 
 if TYPE_CHECKING:
@@ -74,6 +75,12 @@ def _batches_and_trees(config: Config) -> None:
             f"search.max_action_tokens = {config.search.max_action_tokens} must be below model.max_context_tokens = "
             f"{config.model.max_context_tokens}"
         )
+
+
+def _expansion(config: Config) -> None:
+    online, known = doors.ONLINE_RULE.names(), doors.STRATEGY.names()
+    if fault := fault_of(config.search, strategy=config.search.strategy, online=online, known=known):
+        raise ValueError(fault)
 
 
 def _a_transport_is_left(config: Config) -> None:
@@ -319,6 +326,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     _lag_leaves_room,
     _off_policy_is_corrected,
     _batches_and_trees,
+    _expansion,
     _a_transport_is_left,
     _swap_before_give_up,
     _correction,

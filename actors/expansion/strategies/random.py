@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from actors.expansion.candidates import candidates_or_root, take
+from actors.expansion.candidates import candidates_of, take
+from actors.expansion.growing_tree import Tree
 from atpo_async.config import SearchConfig
-from atpo_async.core.tree import TurnTree
 
 
-def select(tree: TurnTree, count: int, rng: np.random.Generator, settings: SearchConfig) -> tuple[int, ...]:
-    known = candidates_or_root(tree, include_root=settings.include_root)
+def select(tree: Tree, count: int, rng: np.random.Generator, settings: SearchConfig) -> tuple[int, ...]:
+    known = candidates_of(tree, settings)
     return take([known[i] for i in rng.permutation(len(known))], count)

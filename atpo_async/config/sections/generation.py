@@ -8,6 +8,7 @@ from pydantic import Field
 
 from atpo_async.config import doors
 from atpo_async.config.sections.base import Options, Section, named
+from atpo_async.config.sections.expansion import CHAINS_ONLY, ExpansionConfig
 from atpo_async.core.vocabulary import Precision
 
 
@@ -21,8 +22,8 @@ class ModelConfig(Section):
     warm_start_steps: int = Field(300, ge=0, description="supervised steps of the warm start")
 
 
-class SearchConfig(Section):
-    """One tree (ALGORITHM, section 1): M chains, then L rounds of K entropy-guided branches."""
+class SearchConfig(ExpansionConfig):
+    """One tree (ALGORITHM, section 1): M chains, then L rounds of K branches, or as many as they end."""
 
     strategy: Annotated[str, named(doors.STRATEGY)] = Field("entropy", description="which turns are branched from")
     strategy_options: Options = Field(default_factory=dict, description="passed to the strategy")
@@ -62,7 +63,7 @@ class SearchConfig(Section):
     @property
     def max_leaves(self) -> int:
         """M + L*K (M without branching)."""
-        return self.initial_rollouts + (0 if self.strategy == "none" else self.rounds * self.branches)
+        return self.initial_rollouts + (0 if self.strategy in CHAINS_ONLY else self.rounds * self.branches)
 
 
 class ActorConfig(Section):
