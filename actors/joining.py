@@ -149,7 +149,7 @@ async def _hello(ctx: RoleContext, buffer: Client, *, timeout_s: float) -> Welco
 
 def hello_of(ctx: RoleContext) -> ActorHello:
     """What this actor says of itself."""
-    environment, leaves = ctx.config.task_name, ctx.config.search.max_leaves
+    environment, leaves = ctx.config.task_name, ctx.config.max_leaves
     return ActorHello(
         protocol=PROTOCOL, run=ctx.run_id, actor=ctx.name, environment=environment, search_leaves=leaves,
         host=host_name(), host_id=as_name(host_id()),

@@ -369,7 +369,7 @@ class Actor:
             run=self.plan.run,
             actor=self.name,
             environment=config.environment.name,
-            search_leaves=config.search.max_leaves,
+            search_leaves=config.max_leaves,
         )
         welcome = await self.link.request(hello, timeout_s=REPLY_S)
         if not isinstance(welcome, Welcome):

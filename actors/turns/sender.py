@@ -159,7 +159,7 @@ class TurnSender:
         """Why a shard cannot be sent to; None where it can."""
         hello = ActorHello(
             protocol=PROTOCOL, run=self._run, actor=self._name, environment=self._config.task_name,
-            search_leaves=self._config.search.max_leaves,
+            search_leaves=self._config.max_leaves,
         )  # fmt: skip
         try:
             answer = await client.request(hello, timeout_s=KNOCK_S)

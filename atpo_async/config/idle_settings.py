@@ -13,6 +13,7 @@ from atpo_async import config as configuration
 from atpo_async.config import Config, loss_rules
 from atpo_async.config.credit_rule import credit_rule
 from atpo_async.config.sections.base import door_of
+from atpo_async.config.sections.team import TeamConfig
 
 NONZERO = "anything but 0"
 """In ``WORKS_WITH``: the other setting may be any number but 0."""
@@ -21,7 +22,9 @@ NOT_NONE = "anything but 'none'"
 READS_RATIO = "a mode that weighs turns by their ratios"
 
 _CORRECTS = ("correction.action", loss_rules.corrections_that_correct())
-_BRANCHES = (("search.strategy", NOT_NONE), ("search.rounds", NONZERO))
+_NO_TEAM = ("team.proposers", (0,))
+_TEAM = (("team.proposers", NONZERO),)
+_BRANCHES = (_NO_TEAM, ("search.strategy", NOT_NONE), ("search.rounds", NONZERO))
 _PRIORITIZED = ("buffer.sampling", ("prioritized",))
 _PRIORITIES = (_PRIORITIZED, ("buffer.priority_exponent", NONZERO))
 _IMITATES = (("imitation.rows", NONZERO),)
@@ -30,11 +33,13 @@ _LORA = (("learner.lora.rank", NONZERO),)
 _VLLM = (("actor.engine", ("auto", "vllm")),)
 
 WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
-    "search.rounds": (("search.strategy", NOT_NONE),),
+    "search.initial_rollouts": (_NO_TEAM,),
+    "search.rounds": (_NO_TEAM, ("search.strategy", NOT_NONE)),
     "search.branches": _BRANCHES,
     "search.include_root": _BRANCHES,
     "search.strategy_options": _BRANCHES,
-    "search.sibling_penalty": (("search.strategy", ("entropy",)), ("search.rounds", NONZERO)),
+    "search.sibling_penalty": (_NO_TEAM, ("search.strategy", ("entropy",)), ("search.rounds", NONZERO)),
+    **{f"team.{name}": _TEAM for name in TeamConfig.model_fields if name != "proposers"},
     "credit.leaf_weights": (("credit.normalise_leaves", (True,)),),
     "search.information_gain": (("search.turn_reward", ("information-gain",)),),
     "search.one_version_gains": (("search.turn_reward", ("information-gain",)),),

@@ -65,7 +65,7 @@ def _batches_and_trees(config: Config) -> None:
             f"learner.minibatches = {config.learner.minibatches} exceeds staleness.trees_per_batch = "
             f"{s.trees_per_batch}: a mini-batch holds at least one tree"
         )
-    if config.search.max_leaves < 2:
+    if config.max_leaves < 2:
         raise ValueError(
             f"search.initial_rollouts = {config.search.initial_rollouts} without branches gives trees of one leaf, "
             "which never have a signal; use at least 2"
@@ -81,6 +81,28 @@ def _expansion(config: Config) -> None:
     online, known = doors.ONLINE_RULE.names(), doors.STRATEGY.names()
     if fault := fault_of(config.search, strategy=config.search.strategy, online=online, known=known):
         raise ValueError(fault)
+
+
+def _teams(config: Config) -> None:
+    team = config.team
+    if not team.on:
+        return
+    if team.pooled and team.pooled < team.proposers:
+        raise ValueError(
+            f"team.pooled = {team.pooled} proposers are fewer than the team.proposers = {team.proposers} that each "
+            "team reads: raise it, or set it to 0, where every team has its own"
+        )
+    if config.buffer.ready == "partial":
+        raise ValueError(
+            f"buffer.ready = 'partial' with team.proposers = {team.proposers}: what a proposer has earned is known "
+            "only when the group is closed; use --buffer.ready complete"
+        )
+    if team.cue_tokens * team.proposers >= config.model.max_context_tokens:
+        raise ValueError(
+            f"team.proposers = {team.proposers} cues of up to team.cue_tokens = {team.cue_tokens} fill "
+            f"model.max_context_tokens = {config.model.max_context_tokens}: the synthesizer has no space to act; lower "
+            "team.cue_tokens"
+        )
 
 
 def _a_transport_is_left(config: Config) -> None:
@@ -327,6 +349,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     _off_policy_is_corrected,
     _batches_and_trees,
     _expansion,
+    _teams,
     _a_transport_is_left,
     _swap_before_give_up,
     _correction,

@@ -22,6 +22,7 @@ from atpo_async.config.sections.generation import ActorConfig, ModelConfig, Sear
 from atpo_async.config.sections.imitation import ImitationConfig
 from atpo_async.config.sections.learning import CorrectionConfig, CreditConfig, LearnerConfig, ObjectiveConfig
 from atpo_async.config.sections.run import EvalConfig, MetricsConfig, RunConfig, SupervisorConfig
+from atpo_async.config.sections.team import TeamConfig
 from atpo_async.config.sections.transport import LinksConfig, WeightsConfig
 from atpo_async.core.doors import Door, Option
 
@@ -36,6 +37,7 @@ class Config(Section):
         (), max_length=MOST_ENVIRONMENTS, description="several by weight, in place of [environment]"
     )
     search: SearchConfig = SearchConfig()
+    team: TeamConfig = TeamConfig()
     credit: CreditConfig = CreditConfig()
     staleness: StalenessConfig = StalenessConfig()
     buffer: BufferConfig = BufferConfig()
@@ -50,6 +52,11 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
     supervisor: SupervisorConfig = SupervisorConfig()
     ray: RayConfig = RayConfig()
+
+    @property
+    def max_leaves(self) -> int:
+        """Of the tree that a training task is solved by, or of its group of trees."""
+        return self.team.max_leaves if self.team.on else self.search.max_leaves
 
     @property
     def swap_timeout_s(self) -> float:

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from atpo_async.core.bounds import Fingerprint, Id, Logprobs, Name, Number, Seconds, Tokens, TurnId, Version
-from atpo_async.core.vocabulary import EndReason
+from atpo_async.core.vocabulary import EndReason, Role
 
 ROOT = 0
 """The turn id that stands for the prompt.  Turns of a tree are numbered from 1 in the order they finished."""
@@ -41,9 +41,9 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True, tag="turn", forbid_unknown
     """``ROOT`` for a first turn."""
     lease_epoch: Id
     expansion_round: Id
-    """0 for the initial rollouts, r for a turn grown in the r-th round of branches."""
+    """0 for the initial rollouts, r for a turn grown in the r-th round of branches; in a group the member's number."""
     observation: Tokens
-    """int32[O]: what the environment returned since the parent turn; empty for first turns."""
+    """int32[O]: what the environment returned since the parent turn; empty for first turns, in a group their prompt."""
     action: Tokens
     """int32[T], T >= 1: what the policy generated, stop token included."""
     logprobs: Logprobs
@@ -64,6 +64,9 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True, tag="turn", forbid_unknown
     """Ids of what the action brought to light, such as passages that it retrieved, each once; only for expansion."""
     state_value: Number | None = None
     """What the environment holds the state after the action to be worth; only for expansion, never for credit."""
+    role: Role = ""
+    """In a group: of the chain that the turn belongs to.  A group is stored as one tree with an empty prompt: its trees
+    are the first turns that share an observation, which is their prompt, and what follows them."""
 
     @property
     def entropy(self) -> float:
@@ -87,6 +90,13 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True, tag="turn", forbid_unknown
         return np.repeat(
             np.array([s.version for s in self.spans], dtype=np.int64), [s.end - s.start for s in self.spans]
         )
+
+
+class LeafReward(msgspec.Struct, frozen=True, array_like=True):
+    """What a leaf earned, known only when its tree was closed: in place of ``Turn.reward``."""
+
+    turn_id: TurnId
+    reward: Number
 
 
 @dataclass(frozen=True, slots=True)

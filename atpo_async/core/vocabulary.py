@@ -19,6 +19,9 @@ EndReason = Literal["continue", "done", "turn_limit", "length_limit", "pruned"]
 """Why the chain went on or ended after a turn.  All but ``continue`` and ``pruned`` make the turn a leaf: a chain that
 was closed because it found what a sibling had (``search.prune_duplicates``) earns nothing, and leaves the tree."""
 
+Role = Literal["", "proposer", "synthesizer"]
+"""Of a turn in a group of trees (``[team]``): which of the group's trees it belongs to; empty outside groups."""
+
 # --- credit and loss -------------------------------------------------------------------------------------------
 
 LeafWeights = Literal["uniform", "branch-prob"]

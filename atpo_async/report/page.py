@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from atpo_async.config import Config
 from atpo_async.core.texts import counted
 from atpo_async.report import charts, figures
 from atpo_async.report.by_environment import table
@@ -100,8 +101,7 @@ def _essentials(rundir: RunDir, found: Facts) -> list[tuple[str, str]]:
         ("task", config.task_described),
         (
             "search",
-            f"{config.search.strategy}: M = {config.search.initial_rollouts}, K = {config.search.branches}, "
-            f"L = {config.search.rounds}; {config.search.max_leaves} leaves",
+            _search(config),
         ),
         (
             "staleness",
@@ -149,6 +149,17 @@ def _conversations(tree: TreeSample) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def _pair(first: float, last: float, digits: int = 2) -> str:
     return f"{first:.{digits}f} → {last:.{digits}f}"
+
+
+def _search(config: Config) -> str:
+    team, search = config.team, config.search
+    if not team.on:
+        return (
+            f"{search.strategy}: M = {search.initial_rollouts}, K = {search.branches}, L = {search.rounds}; "
+            f"{search.max_leaves} leaves"
+        )
+    pooled = f" of {team.pooled} pooled" if team.pooled else ""
+    return f"{team.teams} teams of {team.proposers} proposers{pooled} and a synthesizer; {config.max_leaves} leaves"
 
 
 def _when(unix_s: float) -> str:

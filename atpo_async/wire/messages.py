@@ -22,7 +22,7 @@ from atpo_async.core.bounds import (
     Version,
     VersionOrNone,
 )
-from atpo_async.core.tree import Turn
+from atpo_async.core.tree import LeafReward, Turn
 from atpo_async.core.vocabulary import Split
 from atpo_async.wire.joined import BufferToJoined, JoinedToBuffer
 from atpo_async.wire.message import Message as Message
@@ -84,7 +84,7 @@ class TreeOpened(Message, frozen=True, tag="tree_opened"):
     tree_id: Name
     lease_epoch: Id
     prompt: Tokens
-    """int32[P]."""
+    """int32[P]; empty for a group of trees, whose first turns have their prompts (``Turn.role``)."""
 
 
 class TreeClosed(Message, frozen=True, tag="tree_closed"):
@@ -97,6 +97,8 @@ class TreeClosed(Message, frozen=True, tag="tree_closed"):
     failed_branches: Count
     failures: dict[Name, Size]
     """Reason -> count, of the failed branches."""
+    leaf_rewards: tuple[LeafReward, ...] = ()
+    """Rewards that were known only now, of a group: its proposers' after its synthesizers ended."""
 
 
 class LeaseReturned(Message, frozen=True, tag="lease_returned"):
@@ -293,6 +295,8 @@ class BatchTree(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """w_PER, as the buffer's settings have it."""
     uses: Count
     """How often it was served, this time included."""
+    leaf_rewards: tuple[LeafReward, ...] = ()
+    """In place of the rewards of these leaves: as its actor closed it."""
 
 
 class BatchRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, eq=False):

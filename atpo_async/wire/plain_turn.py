@@ -89,4 +89,5 @@ def plain_turn(value: Any, payload: Buffer) -> Turn | None:
         turn_reward=value.turn_reward,
         fingerprint=value.fingerprint,
         state_value=value.state_value,
+        role=value.role,
     )

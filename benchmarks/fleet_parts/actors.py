@@ -141,7 +141,7 @@ class SimulatedActor:
         await self.link.__aenter__()
         hello = ActorHello(
             protocol=PROTOCOL, run=self._run, actor=self.plan.name, environment=self._config.task_name,
-            search_leaves=self._config.search.max_leaves, host=self.plan.host, host_id=self.plan.host_id,
+            search_leaves=self._config.max_leaves, host=self.plan.host, host_id=self.plan.host_id,
         )  # fmt: skip
         answer = await self.link.request(hello, timeout_s=REPLY_S)
         if not isinstance(answer, Welcome):

@@ -220,6 +220,7 @@ def _tree(drawn: ServedTree, tree: TreeEntry, records: Iterator[bytes | memoryvi
         probability=drawn.probability,
         weight=drawn.weight,
         uses=drawn.uses,
+        leaf_rewards=tree.leaf_rewards,
     )
 
 

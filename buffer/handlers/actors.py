@@ -314,7 +314,7 @@ def why_refused(config: Config, run: str, peer: str, hello: m.ActorHello) -> m.R
         return m.Refused(reason=f"actor {hello.actor} belongs to run {hello.run!r}, this buffer to {run!r}")
     if not may_be_called(peer):
         return m.Refused(reason=f"{peer!r} is another role's name; give this actor one of its own (--name)")
-    grown = config.task_name, config.search.max_leaves
+    grown = config.task_name, config.max_leaves
     if (hello.environment, hello.search_leaves) != grown:
         return m.Refused(
             reason=f"actor {hello.actor} grows {hello.environment!r} trees of up to {hello.search_leaves} leaves, "

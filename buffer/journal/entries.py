@@ -12,6 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from atpo_async.core.errors import SetupError
+from atpo_async.core.tree import LeafReward
 from atpo_async.core.vocabulary import Split
 
 T = TypeVar("T")
@@ -47,6 +48,8 @@ class ClosingEntry(_Entry):
     num_turns: int
     failed_branches: int
     failures: dict[str, int]
+    leaf_rewards: tuple[LeafReward, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Left out of what is written where there are none, so that an earlier program reads it."""
 
 
 class PoolEntry(_Entry):
@@ -92,6 +95,8 @@ class TreeStateEntry(_Entry):
     """Step of the batch that used it up; the tree stays for a learner that falls back, with ``pool`` as it was."""
     imitated: tuple[ImitationEntry, ...] | msgspec.UnsetType = msgspec.UNSET
     """Its leaves that are kept to be imitated; with nothing else set, only the turns on their paths are there."""
+    leaf_rewards: tuple[LeafReward, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Of a tree that was closed: in place of those in its turns.  Left out where there are none."""
 
 
 class DrawnEntry(_Entry):

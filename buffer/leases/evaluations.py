@@ -301,7 +301,7 @@ class Evaluations:
 
 def outcome_of(tree: TreeEntry, parts: Mapping[str, float] = NO_PARTS) -> Outcome | None:
     """The outcome of a task from its pruned tree; None where no leaf was finished."""
-    if not tree.num_leaves:
+    if not tree.outcome().num_leaves:
         return None
     versions = tree.versions
     return Outcome(tree.mean_success, len(tree), (min(versions), max(versions)), parts)

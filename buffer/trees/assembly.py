@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from msgspec import UNSET
 
 from atpo_async.core.errors import BadMessage, Conflict
 from atpo_async.core.tree import ROOT, Turn
@@ -54,7 +55,7 @@ class Growing:
             return None
         return ClosingEntry(
             lease_epoch=closed.lease_epoch, num_turns=closed.num_turns, failed_branches=closed.failed_branches,
-            failures=closed.failures,
+            failures=closed.failures, leaf_rewards=closed.leaf_rewards or UNSET,
         )  # fmt: skip
 
     def attached(self) -> list[TurnEntry]:
@@ -143,6 +144,7 @@ class Assembly:
             growing.closed = TreeClosed(
                 run=run, tree_id=tree_id, lease_epoch=closed.lease_epoch, num_turns=closed.num_turns,
                 failed_branches=closed.failed_branches, failures=closed.failures,
+                leaf_rewards=closed.leaf_rewards or (),
             )  # fmt: skip
         growing.parents = {turn.parent_id for turn in growing.turns.values()}
         self._growing[tree_id] = growing
@@ -225,8 +227,10 @@ class Assembly:
         turns = [] if entry.prompt is None else entry.attached()
         # Without turns there is no prompt either: a closing may come before the opening, and ends a tree without any.
         prompt = rows_of([entry.prompt]) if entry.prompt is not None and turns else _NONE
-        failed = 0 if entry.closed is None else entry.closed.failed_branches
-        return TreeEntry(tree_id, entry.number, entry.task_index, prompt, rows_of(turns), failed)
+        tree = TreeEntry(tree_id, entry.number, entry.task_index, prompt, rows_of(turns))
+        if (closed := entry.closed) is None:
+            return tree
+        return replace(tree, failed_branches=closed.failed_branches).rewarded(closed.leaf_rewards)
 
     def num_leaves(self, tree_id: str) -> int:
         """Finished leaves so far; of a tree without parked turns, as ``tree`` has them."""
@@ -299,11 +303,27 @@ class Assembly:
             fault = f"follows turn {parent.turn_id}, which ended its chain"
         elif turn.is_leaf and turn.turn_id in entry.parents:
             fault = "ends its chain but has children"
-        elif entry.closed is not None and len(entry.turns) >= entry.closed.num_turns:
-            fault = f"is one more than the {entry.closed.num_turns} it was closed with"
+        elif entry.closed is not None:
+            fault = _fault_of_last(entry, entry.closed, turn)
         if fault is not None:
             raise BadMessage(f"turn {turn.turn_id} of tree {entry.tree_id} {fault}")
         return True
+
+
+def _fault_of_last(entry: Growing, closed: TreeClosed, turn: Turn) -> str | None:
+    """A turn that came after its tree was closed."""
+    if len(entry.turns) >= closed.num_turns:
+        return f"is one more than the {closed.num_turns} it was closed with"
+    if len(entry.turns) + 1 < closed.num_turns:
+        return None
+    leaves = {each.turn_id for each in (*entry.turns.values(), turn) if each.is_leaf}
+    return _unknown_leaf(closed, leaves)
+
+
+def _unknown_leaf(closed: TreeClosed, leaves: set[int]) -> str | None:
+    """Once all turns are there: a reward of a leaf that is none."""
+    odd = next((each.turn_id for each in closed.leaf_rewards if each.turn_id not in leaves), None)
+    return None if odd is None else f"was closed with a reward of turn {odd}, which is no leaf of it"
 
 
 def _row(rows: Rows, turn_id: int) -> TurnEntry | None:
@@ -320,12 +340,7 @@ def _check_epoch(entry: Growing, epoch: int) -> None:
 
 def _check_closed(entry: Growing, closed: TreeClosed) -> bool:
     if entry.closed is not None and entry.closed.lease_epoch == closed.lease_epoch:
-        same = (entry.closed.num_turns, entry.closed.failed_branches, entry.closed.failures) == (
-            closed.num_turns,
-            closed.failed_branches,
-            closed.failures,
-        )
-        if not same:
+        if _content(entry.closed) != _content(closed):
             raise Conflict(
                 f"tree {entry.tree_id} was closed with {entry.closed.num_turns} turns, now {closed.num_turns}"
             )
@@ -333,4 +348,12 @@ def _check_closed(entry: Growing, closed: TreeClosed) -> bool:
     _check_epoch(entry, closed.lease_epoch)
     if closed.num_turns < len(entry.turns):
         raise BadMessage(f"tree {entry.tree_id} is closed with {closed.num_turns} turns, {len(entry.turns)} came")
+    if closed.num_turns == len(entry.turns):
+        fault = _unknown_leaf(closed, {turn.turn_id for turn in entry.turns.values() if turn.is_leaf})
+        if fault is not None:
+            raise BadMessage(f"tree {entry.tree_id} {fault}")
     return True
+
+
+def _content(closed: TreeClosed) -> tuple[object, ...]:
+    return closed.num_turns, closed.failed_branches, closed.failures, closed.leaf_rewards

@@ -13,13 +13,16 @@ from typing import NamedTuple, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from atpo_async.core.credit import TreeArrays
-from atpo_async.core.tree import ROOT, Turn
+from atpo_async.core.credit import ROLES, TreeArrays
+from atpo_async.core.credit.roles import SYNTHESIZER
+from atpo_async.core.tree import ROOT, LeafReward, Turn
 from atpo_async.wire import codec
 from atpo_async.wire.messages import TreeOpened
 from atpo_async.wire.records import TurnRecords, pack
 
 _LEAF, _REWARD, _JUDGED, _SUCCESS, _PARTS = 1, 2, 4, 8, 16
+_ROLE_SHIFT = 5
+"""Above these bits: index of the turn's role in ``core.credit.ROLES``."""
 
 
 class Place(NamedTuple):
@@ -72,6 +75,8 @@ class TurnEntry(NamedTuple):
                 flags |= _JUDGED | (_SUCCESS if turn.success else 0)
             if turn.rewards:
                 flags |= _PARTS
+        if turn.role:
+            flags |= ROLES.index(turn.role) << _ROLE_SHIFT
         spans = turn.spans
         if len(spans) == 1:
             oldest = newest = spans[0].version
@@ -241,9 +246,27 @@ class TreeEntry:
     rows: Rows
     """ROW[N]."""
     failed_branches: int = 0
+    leaf_rewards: tuple[LeafReward, ...] = ()
+    """As it was closed; ``rows`` have them, its records do not."""
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def rewarded(self, leaf_rewards: tuple[LeafReward, ...]) -> TreeEntry:
+        """The same with these rewards of leaves in place of those that came with their turns."""
+        if not leaf_rewards:
+            return self
+        rows, given = self.rows.copy(), {each.turn_id: each.reward for each in leaf_rewards}
+        for i, turn_id in enumerate(rows["turn_id"].tolist()):
+            if turn_id in given:
+                rows[i]["reward"] = given[turn_id]
+        return replace(self, rows=rows, leaf_rewards=leaf_rewards)
+
+    @property
+    def roles(self) -> NDArray[np.int64]:
+        """int64[N]: each turn's index in ``core.credit.ROLES``; 0 outside groups."""
+        roles: NDArray[np.int64] = (self.rows["flags"] >> _ROLE_SHIFT).astype(np.int64)
+        return roles
 
     @property
     def is_leaf(self) -> NDArray[np.bool_]:
@@ -300,9 +323,15 @@ class TreeEntry:
 
     @property
     def mean_success(self) -> float | None:
-        """Share of successful leaves among those that are ``judged``; None where none is."""
-        num_judged = int(np.count_nonzero(self.judged))
-        return float(self.success.sum()) / num_judged if num_judged else None
+        """Share of successful leaves among those ``judged``, of a group its synthesizers'; None where none is."""
+        own = self.outcome()
+        num_judged = int(np.count_nonzero(own.judged))
+        return float(own.success.sum()) / num_judged if num_judged else None
+
+    def outcome(self) -> TreeEntry:
+        """Of a group its synthesizers' turns, which decide what it came to; any other tree as it is."""
+        roles = self.roles
+        return replace(self, rows=self.rows[roles == SYNTHESIZER]) if roles.any() else self
 
     def pruned(self) -> TreeEntry:
         """Without turns that lead to no finished leaf (failed branches, chains still growing)."""
@@ -319,7 +348,7 @@ class TreeEntry:
         if len(keep) - 1 == len(self.rows):
             return self
         kept = np.fromiter((i in keep for i in parents), dtype=bool, count=len(parents))
-        return TreeEntry(self.tree_id, self.number, self.task_index, self.prompt, self.rows[kept], self.failed_branches)
+        return replace(self, rows=self.rows[kept])
 
     def moved(self, entries: Mapping[int, TurnEntry]) -> TreeEntry:
         """The same with these turns' records in other places."""
@@ -336,6 +365,7 @@ class TreeEntry:
             turn_reward=self.rows["turn_reward"].astype(np.float64),
             entropy=self.rows["entropy"].astype(np.float64),
             num_action_tokens=self.rows["num_action_tokens"].astype(np.int64),
+            role=self.roles,
         )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from atpo_async.config import Config
 from atpo_async.config.credit_rule import credit_rule
-from atpo_async.core.credit import TreeArrays, branch_prob
+from atpo_async.core.credit import TreeArrays, branch_prob, outcome_share
 from atpo_async.core.priorities import tree_priority
 from buffer.batches.delay_line import DelayLine
 from buffer.batches.served import Batches, ServedTree
@@ -26,6 +26,7 @@ from buffer.leases.ledger import Ledger
 from buffer.pool.checked import sampler_of
 from buffer.pool.outcomes import Departure, Drawn
 from buffer.pool.pool import ReplayPool
+from buffer.trees.groups import count_roles, unusable
 from buffer.trees.index import Store, TreeEntry
 from buffer.trees.parts import part_means
 from buffer.trees.registry import TreeRegistry
@@ -172,12 +173,15 @@ class TreeLifecycle:
 
     def _evaluated(self, step: int, tree: TreeEntry, *, judged: bool) -> None:
         """The pruned tree of a held-out task, for the evaluation of ``step``."""
-        parts = part_means(tree, tree.is_leaf.astype(np.float64), self._store)
+        outcome = tree.outcome()
+        parts = part_means(outcome, outcome.is_leaf.astype(np.float64), self._store)
         self._ledger.evaluations.record(step, tree.task_index, tree, judged=judged, parts=parts)
 
     def _count_tree(self, tree: TreeEntry, arrays: TreeArrays) -> None:
-        share = branch_prob(arrays)
+        share = outcome_share(arrays, branch_prob(arrays))
         self._counters.count_tree(tree, arrays, share)
+        if arrays.role.any():
+            count_roles(self._counters, tree, arrays, self._credit)
         self._counters.count_rewards(tree.task_index, arrays, share, part_means(tree, share, self._store))
 
     def forget_growing(self, tree_id: str) -> None:
@@ -389,8 +393,3 @@ class TreeLifecycle:
         self.version, self._retired = run.version, set(run.retired)
         self.pool.restore_highest_priority(run.highest_priority)
 
-
-def unusable(tree: TreeEntry) -> str | None:
-    """Why a pruned tree cannot be trained on; None if it can.  A single leaf cannot be compared with others."""
-    leaves = tree.num_leaves
-    return None if leaves >= 2 else ("one_leaf" if leaves else "no_leaf")

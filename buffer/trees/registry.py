@@ -194,6 +194,7 @@ class TreeRegistry:
             pool=place if place is not None or spent is None else spent.entry,
             spent_at=None if place is not None or spent is None else spent.step,
             imitated=self.imitation.snapshot(tree_id) or UNSET,
+            leaf_rewards=UNSET if tree is None else tree.leaf_rewards or UNSET,
         )
 
     def restore(self, trees: Mapping[str, TreeStateEntry], rows: Rows, *, run: str) -> NDArray[np.bool_]:
@@ -237,7 +238,7 @@ class TreeRegistry:
             self.assembly.restore(tree_id, entry, prompt, turns, run=run)
             return None if entry.pool is None else self.assembly.tree(tree_id).pruned()
         whole = TreeEntry(tree_id, entry.number, entry.task_index, prompt, turns, entry.failed_branches)
-        tree = whole.pruned()
+        tree = whole.pruned().rewarded(entry.leaf_rewards or ())
         self.drop_turns(whole, tree)
         if not len(turns) or not len(prompt):
             raise SetupError(f"the journal is damaged: tree {tree_id} is there without its turns; {KEEP}")

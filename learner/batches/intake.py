@@ -227,7 +227,7 @@ def _leaves(turns: Sequence[Turn]) -> _Fault | None:
 
 
 def _prompt(tree: BatchTree) -> _Fault | None:
-    if tree.prompt.size:
+    if tree.prompt.size or all(turn.observation.size for turn in tree.turns if turn.parent_id == ROOT):
         return None
     return _Fault("empty_prompt", "its prompt has no tokens", "nothing would predict the first token of an action")
 

@@ -5,11 +5,13 @@ Source: ALGORITHM, sections 2 and 5.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from atpo_async.core.credit import CreditRule, TreeArrays, branch_prob, leaves_below
-from atpo_async.core.tree import TurnTree
+from msgspec import structs
+
+from atpo_async.core.credit import EQUAL_SHARES, CreditRule, TreeArrays, branch_prob, leaves_below, role_weights
+from atpo_async.core.tree import Turn, TurnTree
 from atpo_async.core.vocabulary import Aggregation
 from atpo_async.wire.messages import BatchTree
 from learner.packing.arrays import F64
@@ -31,7 +33,7 @@ class CreditedTree:
     def of(cls, sampled: BatchTree, rule: CreditRule) -> CreditedTree:
         """Without turn ratios; where the rule's value mode reads them, ``recredited`` uses the measured ones."""
         tree = TurnTree(
-            sampled.tree_id, sampled.task_index, sampled.prompt, tuple(sampled.turns), sampled.failed_branches
+            sampled.tree_id, sampled.task_index, sampled.prompt, _rewarded(sampled), sampled.failed_branches
         ).pruned()
         credit = rule.credit(tree)
         return cls(tree, sampled.weight, credit.advantages, credit.has_signal)
@@ -55,6 +57,15 @@ class CreditedTree:
         return sum(len(turn.action) for turn in self.tree)
 
 
+def _rewarded(sampled: BatchTree) -> tuple[Turn, ...]:
+    """The turns with the rewards that were known only when their tree was closed."""
+    late = {each.turn_id: each.reward for each in sampled.leaf_rewards}
+    return tuple(
+        structs.replace(turn, reward=late[turn.turn_id]) if turn.turn_id in late and turn.is_leaf else turn
+        for turn in sampled.turns
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Normaliser:
     """The denominators of the loss's mean: of the whole batch over all ranks, whatever a rank or micro-batch holds.
@@ -68,6 +79,8 @@ class Normaliser:
     """Over all leaf rows."""
     num_turn_tokens: int
     """Each turn once."""
+    role_shares: Mapping[int, float] = field(default_factory=lambda: EQUAL_SHARES)
+    """Of a group of trees: the share of each role in its weight, by index in ``core.credit.ROLES``."""
 
     @classmethod
     def of(cls, trees: Sequence[CreditedTree]) -> Normaliser:
@@ -88,12 +101,15 @@ class Normaliser:
         arrays = TreeArrays.of(tree)
         below = dict(zip((t.turn_id for t in tree), leaves_below(arrays).tolist(), strict=True))
         share = dict(zip((t.turn_id for t in tree), branch_prob(arrays).tolist(), strict=True))
+        factors = role_weights(arrays, aggregation, self.role_shares).tolist()
+        factor = dict(zip((t.turn_id for t in tree), factors, strict=True))
         weights: dict[int, dict[int, float]] = {}
         for leaf in tree.leaves():
             path = tree.path(leaf.turn_id)
             row_tokens = sum(len(turn.action) for turn in path)
             weights[leaf.turn_id] = {
-                turn.turn_id: self._weight(aggregation, row_tokens, below[turn.turn_id], share[leaf.turn_id])
+                turn.turn_id: factor[leaf.turn_id]
+                * self._weight(aggregation, row_tokens, below[turn.turn_id], share[leaf.turn_id])
                 for turn in path
             }
         return weights

@@ -12,6 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from atpo_async.config import Config
+from atpo_async.core.credit.roles import PROPOSER, SYNTHESIZER
 from atpo_async.wire.messages import Batch
 from learner.loss.tokens import OffPolicyTokens
 from learner.loss.units import counted
@@ -135,11 +136,21 @@ class Planner:
                 num_leaves=batch.num_leaves,
                 num_action_tokens=batch.num_action_tokens,
                 num_turn_tokens=batch.num_turn_tokens,
+                role_shares=self.role_shares,
             )
         own = Normaliser.of(trees)
         counts = [own.num_trees, own.num_leaves, own.num_action_tokens, own.num_turn_tokens]
         total = [int(v) for v in self.reductions.sum(np.array(counts, dtype=np.float64))]
-        return Normaliser(num_trees=total[0], num_leaves=total[1], num_action_tokens=total[2], num_turn_tokens=total[3])
+        return Normaliser(
+            num_trees=total[0], num_leaves=total[1], num_action_tokens=total[2], num_turn_tokens=total[3],
+            role_shares=self.role_shares,
+        )  # fmt: skip
+
+    @property
+    def role_shares(self) -> dict[int, float]:
+        """Of a group of trees: each role's share of its weight in the loss."""
+        proposers = self.config.team.proposer_weight
+        return {PROPOSER: proposers, SYNTHESIZER: 1.0 - proposers}
 
     @property
     def way(self) -> Way:

@@ -2,22 +2,29 @@
 
 from atpo_async.core.credit.returns import has_signal, reads_turn_rewards
 from atpo_async.core.credit.rewards import normalised_leaves
+from atpo_async.core.credit.roles import EQUAL_SHARES, ROLES, by_role, outcome_share, role_factors
 from atpo_async.core.credit.rule import AdvantageMode, Credit, CreditRule, ValueMode, reads_ratio
 from atpo_async.core.credit.tree_arrays import TreeArrays
-from atpo_async.core.credit.weights import branch_prob, leaf_tokens, leaves_below, turn_weights
+from atpo_async.core.credit.weights import branch_prob, leaf_tokens, leaves_below, role_weights, turn_weights
 
 __all__ = [
+    "EQUAL_SHARES",
+    "ROLES",
     "AdvantageMode",
     "Credit",
     "CreditRule",
     "TreeArrays",
     "ValueMode",
     "branch_prob",
+    "by_role",
     "has_signal",
     "leaf_tokens",
     "leaves_below",
     "normalised_leaves",
+    "outcome_share",
     "reads_ratio",
     "reads_turn_rewards",
+    "role_factors",
+    "role_weights",
     "turn_weights",
 ]

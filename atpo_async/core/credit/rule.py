@@ -16,6 +16,7 @@ import numpy as np
 
 from atpo_async.core.credit.returns import LEAST_SHARE, before, has_signal, in_one_sum
 from atpo_async.core.credit.rewards import normalised_leaves, normalised_returns, normalised_turns
+from atpo_async.core.credit.roles import by_role
 from atpo_async.core.credit.tree_arrays import F64, TreeArrays
 from atpo_async.core.credit.weights import branch_prob
 from atpo_async.core.errors import AtpoError, SetupError
@@ -52,7 +53,7 @@ class Credit:
     values: F64
     """float64[N]: V(n)."""
     root_value: float
-    """V of the prompt: the tree's baseline."""
+    """V of the prompt: the tree's baseline; of a group the mean of its roles' own, over turns."""
     advantages: F64
     """float64[N]: A(n); all zero for a tree without signal."""
     has_signal: bool
@@ -93,7 +94,7 @@ class CreditRule:
         return bool(getattr(mode, mark, False))
 
     def credit(self, tree: TurnTree | TreeArrays, *, ratio: F64 | None = None) -> Credit:
-        """Values and advantages of a pruned tree, in the order of its turns.
+        """Values and advantages of a pruned tree, in the order of its turns; of a group, of each role's chains alone.
 
         Args:
             tree: without unfinished chains.
@@ -107,6 +108,8 @@ class CreditRule:
         if ratio is not None:
             _check_ratio(ratio, [turn.turn_id for turn in tree] if isinstance(tree, TurnTree) else range(len(arrays)))
             ratio = np.minimum(ratio, self.trace_cap) if self.reads_ratio else None
+        if arrays.role.any():
+            return self._by_role(arrays, ratio)
         if self.normalise:
             weights = branch_prob(arrays) if self.leaf_weights == "branch-prob" else None
             if self.turn_rewards == "normalised":
@@ -125,6 +128,16 @@ class CreditRule:
         found = _result(self.advantage_setting, self.advantage_mode, arrays, value, root)
         advantages = _numbers(self.advantage_setting, found, len(arrays))
         return Credit(values=value, root_value=root, advantages=advantages, has_signal=True)
+
+    def _by_role(self, arrays: TreeArrays, ratio: F64 | None) -> Credit:
+        """Of a group: each role's chains by themselves, with their own moments and their own baseline."""
+        values, advantages, root, signal = np.zeros(len(arrays)), np.zeros(len(arrays)), 0.0, False
+        for _, at, own in by_role(arrays):
+            credit = self.credit(own, ratio=None if ratio is None else ratio[at])
+            values[at], advantages[at] = credit.values, credit.advantages
+            root += credit.root_value * len(at) / len(arrays)
+            signal = signal or credit.has_signal
+        return Credit(values=values, root_value=root, advantages=advantages, has_signal=signal)
 
     def _values(self, arrays: TreeArrays, ratio: F64 | None) -> tuple[F64, float]:
         """A mode that knows nothing of rewards of turns gets the returns of whole chains as its leaves' rewards."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from atpo_async.core.tree import ROOT, TurnTree
+from atpo_async.core.vocabulary import Role
+
+_ROLE_INDEX = {role: index for index, role in enumerate(get_args(Role))}
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -31,11 +35,15 @@ class TreeArrays:
     """float64[N]: what each turn earned of its own; zeros where it is left out."""
     discount: float = 1.0
     """γ: what the turns below a turn earn counts that much for it."""
+    role: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """int64[N]: index of each turn's role in ``core.credit.ROLES``; zeros outside groups, where it is left out."""
 
     def __post_init__(self) -> None:
         count = len(self.parent)
         if not len(self.turn_reward):
             object.__setattr__(self, "turn_reward", np.zeros(count))
+        if not len(self.role):
+            object.__setattr__(self, "role", np.zeros(count, dtype=np.int64))
         if not np.all(self.parent < np.arange(count)):
             raise ValueError("credit needs parents before their children")
         has_child = np.zeros(count, dtype=bool)
@@ -71,6 +79,7 @@ class TreeArrays:
             turn_reward=np.array([t.turn_reward for t in tree], dtype=np.float64),
             entropy=np.array([t.entropy for t in tree], dtype=np.float64),
             num_action_tokens=np.array([len(t.action) for t in tree], dtype=np.int64),
+            role=np.array([_ROLE_INDEX[t.role] for t in tree], dtype=np.int64),
         )
 
     def with_reward(self, reward: F64) -> TreeArrays:

@@ -5,8 +5,11 @@ Source: ALGORITHM, section 2 for the branch probabilities, section 5 for the los
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
+from atpo_async.core.credit.roles import EQUAL_SHARES, role_factors
 from atpo_async.core.credit.tree_arrays import F64, I64, TreeArrays
 from atpo_async.core.vocabulary import Aggregation
 
@@ -45,8 +48,11 @@ def turn_weights(
     num_action_tokens: int | None = None,
     num_turn_tokens: int | None = None,
     num_trees: int = 1,
+    role_shares: Mapping[int, float] = EQUAL_SHARES,
 ) -> F64:
     """float64[N]: ω_n, with which one pass over the tree equals the flat loss (ALGORITHM, section 5).
+
+    Of a group of trees they are multiplied by ``role_weights``.
 
     Args:
         arrays: the tree.
@@ -55,7 +61,36 @@ def turn_weights(
         num_action_tokens: ΣT_i, of the whole batch; this tree's own where None.
         num_turn_tokens: action tokens, each turn once, of the whole batch; this tree's own where None.
         num_trees: of the whole batch.
+        role_shares: of a group, the share of each role in its weight.
     """
+    base = _turn_weights(arrays, aggregation, num_leaves, num_action_tokens, num_turn_tokens, num_trees)
+    return base * role_weights(arrays, aggregation, role_shares) if arrays.role.any() else base
+
+
+def role_weights(arrays: TreeArrays, aggregation: Aggregation, shares: Mapping[int, float]) -> F64:
+    """float64[N]: factors that give each role of a group its share of the group's weight in the loss.
+
+    The weight of a role is that of its tokens, all together; where rows are sums over their tokens, that of its rows.
+    All 1 outside groups.
+    """
+    if not arrays.role.any():
+        return np.ones(len(arrays))
+    by_rows: dict[Aggregation, Aggregation] = {
+        "seq-mean-token-sum": "seq-mean-token-mean",
+        "branch-prob-token-sum": "branch-prob",
+    }
+    mass = _turn_weights(arrays, by_rows.get(aggregation, aggregation), None, None, None, 1)
+    return role_factors(arrays, mass * arrays.num_action_tokens, shares)
+
+
+def _turn_weights(
+    arrays: TreeArrays,
+    aggregation: Aggregation,
+    num_leaves: int | None,
+    num_action_tokens: int | None,
+    num_turn_tokens: int | None,
+    num_trees: int,
+) -> F64:
     leaves = int(arrays.is_leaf.sum()) if num_leaves is None else num_leaves
     tokens = leaf_tokens(arrays)
     by_token = np.where(arrays.is_leaf, 1.0 / np.maximum(tokens, 1), 0.0)
