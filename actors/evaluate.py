@@ -58,7 +58,7 @@ async def success(
 
 def _outcome(grown: Sequence[Grown]) -> dict[str, float | None]:
     """Of some evaluation chains."""
-    leaves = [leaf for each in grown for leaf in each.tree.leaves()]
+    leaves = [leaf for each in grown for leaf in each.tree.leaves() if leaf.role != "proposer"]
     unjudged = sum(not each.judged for each in grown)
     told = [leaf.success for leaf in leaves if leaf.success is not None]
     unknown = unjudged + len(leaves) - len(told)

@@ -9,7 +9,7 @@ from actors.engines.base import Engine
 from actors.faults.fault import first_of
 from actors.faults.faults import Faults
 from actors.search.calls import NOT_JUDGED
-from actors.search.tree_search import TreeSearch
+from actors.search.team_search import search_of
 from atpo_async.config import Config
 from atpo_async.core.tree import Turn, TurnTree
 from atpo_async.environments.base import Environment
@@ -50,7 +50,8 @@ async def grow_greedy(
         tree_id=f"eval-{index}", task_index=index, kind="eval", epoch=0, lifetime_s=0.0, min_version=0,
         seed=index, committed=TurnRecords.of(()),
     )  # fmt: skip
-    search = TreeSearch(
+    search = search_of(
+        config,
         run="eval",
         lease=lease,
         task_index=task_index,

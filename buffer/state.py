@@ -357,10 +357,7 @@ class BufferState:
         return bool(lapsed)
 
     def _lost(self, held: HeldLease) -> None:
-        """A holder is gone: a finished tree is used, an unfinished one is reissued, up to a limit.
-
-        A group is not finished before it is closed: what its proposers earned is known only then.
-        """
+        """A holder is gone: a finished tree is used, an unfinished one (every group) is reissued, up to a limit."""
         leaves = self.assembly.tree(held.tree_id).num_leaves
         if not self._config.team.on and leaves >= (1 if held.kind == "eval" else 2):
             self.trees.end(held.tree_id)

@@ -176,7 +176,7 @@ def test_the_weights_of_a_mean_over_tokens_sum_to_1(tree: TreeArrays, aggregatio
 
 
 def test_turn_weights_of_a_batch_are_normalised_by_the_whole_batch(arrays: TreeArrays) -> None:
-    whole: dict[Aggregation, dict[str, int]] = {
+    whole: dict[Aggregation, dict[str, Any]] = {
         "seq-mean-token-mean": {"num_leaves": 15},
         "seq-mean-token-sum": {"num_leaves": 15},
         "token-mean": {"num_action_tokens": 3 * int(leaf_tokens(arrays).sum())},

@@ -29,6 +29,8 @@ VARIANTS: list[dict[str, dict[str, object]]] = [
     {"objective": {"ratio_level": "sequence", "aggregation": "unique-token-mean"}, "learner": {"epochs": 2}},
     # Adapters alone are trained, and the reference is the same model without them.
     {"learner": {"lora": {"rank": 3}, "epochs": 2}, "objective": {"kl_coef": 0.1}},
+    # Groups of trees with roles, in place of trees.
+    {"team": {"proposers": 2, "teams": 2, "cue_tokens": 9, "proposer_weight": 0.3}},
     # Of a user's own, with a measure of the whole batch and a metric.
     {"objective": {"surrogate": "tests.loss_examples:sapo"}, "correction": {"action": "tests.loss_examples:trimmed"}},
 ]
@@ -44,6 +46,7 @@ def train_share(model: Path, shares: list[list[int]], variant: dict[str, dict[st
     from learner.policy.model import load_policy
     from learner.training.trainer import Trainer
     from tests.learner_support import batch_of, in_double, make_batch, make_config
+    from tests.team_support import groups
 
     sections: dict[str, dict[str, object]] = {"learner": {"micro_batch_tokens": 100, "max_grad_norm": 1e9, "lr": 1e-2}}
     for name, fields in variant.items():
@@ -55,7 +58,7 @@ def train_share(model: Path, shares: list[list[int]], variant: dict[str, dict[st
     if config.learner.mixed_precision == "no":
         policy = in_double(policy)
     trainer = Trainer(config, accelerator=accelerator, policy=policy)
-    whole = make_batch(num_trees=5).trees
+    whole = groups(5, version=3) if config.team.on else make_batch(num_trees=5).trees
     share = tuple(whole[i] for i in shares[accelerator.process_index])
     gradients: list[float] = []
     original = trainer.optimizer.step

@@ -119,7 +119,7 @@ def of_type(hint: Any, name: str) -> st.SearchStrategy[Any]:
         several = st.lists(turns(), max_size=3)
         return several.map(TurnRecords.of) | several.map(tuple)
     if hint is int:
-        return COUNTS
+        return st.integers(1, 2**31 - 1) if name == "turn_id" else COUNTS
     if hint is float:
         return SECONDS if name.endswith("_s") else FINITE.map(abs)
     if hint is str:

@@ -17,6 +17,7 @@ from atpo_async.core.texts import counted
 from atpo_async.environments.base import Environment, Episode, Split, StepResult
 from atpo_async.environments.checked import CheckedEpisode
 from atpo_async.environments.replay import NOTHING, Past, PastTurn, close_quietly, replayed
+from atpo_async.environments.team import AsMember, Member
 from atpo_async.environments.values import ValueRefused
 
 
@@ -30,11 +31,14 @@ class _Begun(NamedTuple):
 class HostedEpisode:
     """One task in progress.  It has the interface of ``Episode``, for the actor's loop."""
 
-    def __init__(self, caller: Caller, keeper: Keeper, split: Split, task_index: int) -> None:
+    def __init__(
+        self, caller: Caller, keeper: Keeper, split: Split, task_index: int, member: Member | None = None
+    ) -> None:
         self._caller, self._keeper = caller, keeper
         self._split: Split = split
         self._task = task_index
-        self._name = f"task {task_index} ({split})"
+        self._member = member
+        self._name = f"task {task_index} ({split})" + ("" if member is None else f", {member.role}")
         self._turns: list[PastTurn] = []
         self._plain: Episode | None = None
         self._thread: LoopThread | None = None
@@ -48,9 +52,11 @@ class HostedEpisode:
     async def begin(self, past: Past) -> Self:
         """Start, or replay, on the loop in use.  Raises ForkDiverged where the replay shows something else."""
         self._turns = list(past.turns)
-        split, task, environment_name = self._split, self._task, self._caller.name
+        split, task, environment_name, member = self._split, self._task, self._caller.name, self._member
 
         async def work(environment: Environment) -> _Begun:
+            if member is not None:
+                environment = AsMember(environment, member)
             if past.turns:
                 episode, observation = await replayed(environment, split, task, past, name=environment_name)
             else:

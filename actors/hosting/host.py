@@ -28,6 +28,7 @@ from atpo_async.environments.base import Environment, Split
 from atpo_async.environments.checked import CheckedEnvironment
 from atpo_async.environments.reference import Reference
 from atpo_async.environments.replay import Past, PastTurn
+from atpo_async.environments.team import Member
 from atpo_async.status import waits
 from atpo_async.status.facts import publish_facts
 from atpo_async.status.wording import duration
@@ -148,6 +149,22 @@ class HostedEnvironment:
         episode = await HostedEpisode(self.caller, self.keeper, split, task_index).begin(past)
         self.keeper.forks["replay"] += 1
         return episode
+
+    async def member(self, split: Split, task_index: int, member: Member, past: Past) -> HostedEpisode:
+        """As ``start``, or ``replayed`` where ``past`` has a turn, of a member of a team."""
+        return await HostedEpisode(self.caller, self.keeper, split, task_index, member).begin(past)
+
+    async def cue(self, split: Split, task_index: int, actions: tuple[np.ndarray, ...]) -> np.ndarray | None:
+        """int32[C], the cue of a proposer's chain; None where it gave none.  Raises as ``start``."""
+
+        async def work(environment: Environment) -> np.ndarray | None:
+            assert isinstance(environment, CheckedEnvironment)
+            return await environment.cue(split, task_index, actions)
+
+        _, found = await self.caller.call(
+            f"cue of task {task_index} ({split})", work, limit_s=self.caller.step_timeout_s
+        )  # fmt: skip
+        return found
 
     async def forked(self, split: Split, task_index: int, kept: Kept) -> HostedEpisode | None:
         """An episode in a state that was kept; None where it is lost or failed, and a replay has to take its place.

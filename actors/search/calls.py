@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from atpo_async.core.texts import of_error, shortened
 from atpo_async.environments.base import Environment, Episode, ForkDiverged, NotJudged, StepResult
 from atpo_async.environments.reference import Reference
 from atpo_async.environments.replay import Past, replayed
+from atpo_async.environments.team import AsMember, Member
 from atpo_async.environments.tools.faults import ToolFailed
 from atpo_async.environments.values import ValueRefused
 from atpo_async.status import waits
@@ -187,6 +188,27 @@ class BranchCalls:
             "replay", replayed(self._environment, self._lease.kind, self._task, past), steps=steps
         )  # fmt: skip
 
+    # --- a team: its members' episodes and cues ----------------------------------------------------------------
+
+    async def member(self, member: Member, past: Past) -> tuple[Episode, np.ndarray]:
+        """A member's episode brought to the end of ``past``, and what it is shown then: its prompt where nothing is
+        past."""
+        what, steps = f"start of a {member.role}", len(past.turns) + 1
+        if isinstance(self._environment, HostedEnvironment):
+            hosted = self._environment.member(self._lease.kind, self._task, member, past)
+            begun = await self._call(what, hosted, steps=steps)
+            return begun, begun.observation if past.turns else begun.prompt
+        own = AsMember(self._environment, member)
+        if past.turns:
+            return await self._call(what, replayed(own, self._lease.kind, self._task, past), steps=steps)
+        episode = await self._call(what, own.start(self._lease.kind, self._task))
+        return episode, episode.prompt
+
+    async def cue(self, actions: tuple[np.ndarray, ...]) -> np.ndarray | None:
+        """int32[C], what the synthesizer is shown of a proposer's chain; None where it gave nothing."""
+        environment: Any = self._environment
+        return await self._call("cue", _settled(environment.cue(self._lease.kind, self._task, actions)))
+
     async def _call(self, what: str, call: Awaitable[T], *, steps: int = 1) -> T:
         """A named wait for the environment, which has ``search.step_timeout_s`` for each of ``steps``."""
         limit_s = steps * self._search.step_timeout_s
@@ -216,3 +238,8 @@ class BranchCalls:
         return BranchFailed(
             "environment_failed", f"{self.task}, {what}: {of_error(exc)}", kind=f"{type(exc).__name__} in {what}"
         )
+
+
+async def _settled(said: Any) -> Any:
+    """What a plain function or a coroutine returns."""
+    return await said if inspect.isawaitable(said) else said

@@ -12,6 +12,7 @@ from actors.environments import Environments
 from actors.expansion.expansion import Expansion
 from actors.faults.faults import Faults
 from actors.faults.notices import CutActions
+from actors.search.team_search import search_of
 from actors.search.tree_search import Emit, TreeSearch
 from atpo_async.config import Config
 from atpo_async.core.tree import TurnTree
@@ -63,7 +64,8 @@ class TreeGrower:
         Waits for: the engine, the environment, ``emit``.  Raises as ``TreeSearch.grow``.
         """
         task = self._environments.task(lease.kind, lease.task_index)
-        search = TreeSearch(
+        search = search_of(
+            self._config,
             run=self._run,
             lease=lease,
             task_index=task.task,

@@ -13,6 +13,7 @@ from atpo_async.config.sections.learning import (
     ObjectiveConfig,
 )
 from atpo_async.config.sections.run import SupervisorConfig
+from atpo_async.config.sections.team import TeamConfig
 from atpo_async.config.sections.transport import LinksConfig, WeightsConfig
 from atpo_async.config.staleness import STALENESS_KNOBS, derived_bounds
 
@@ -28,6 +29,7 @@ __all__ = [
     "SearchConfig",
     "StalenessConfig",
     "SupervisorConfig",
+    "TeamConfig",
     "WeightsConfig",
     "as_options",
     "build",

@@ -92,6 +92,11 @@ def _teams(config: Config) -> None:
             f"team.pooled = {team.pooled} proposers are fewer than the team.proposers = {team.proposers} that each "
             "team reads: raise it, or set it to 0, where every team has its own"
         )
+    if team.pooled % team.proposers:
+        raise ValueError(
+            f"team.pooled = {team.pooled} is no multiple of team.proposers = {team.proposers}: a pool has as many "
+            f"proposers for each seat of a team; use {team.pooled - team.pooled % team.proposers + team.proposers}"
+        )
     if config.buffer.ready == "partial":
         raise ValueError(
             f"buffer.ready = 'partial' with team.proposers = {team.proposers}: what a proposer has earned is known "

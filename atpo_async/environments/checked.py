@@ -11,6 +11,7 @@ import numpy as np
 
 from atpo_async.core.errors import ConfigError
 from atpo_async.core.texts import of_error
+from atpo_async.environments import team
 from atpo_async.environments.base import Environment, Episode, Split, StepResult
 from atpo_async.environments.reference import Reference, checked_reference
 from atpo_async.environments.values import (
@@ -39,6 +40,7 @@ Way = Literal["fork", "snapshot"]
 WAYS: tuple[Way, ...] = ("fork", "snapshot")
 
 _HOW_TO_FORK = 'see docs/extending.md, "Environment"'
+_HOW_TO_TEAM = 'see docs/extending.md, "Teams"'
 
 
 class CheckedEnvironment:
@@ -98,6 +100,38 @@ class CheckedEnvironment:
         where = f"{self._label}, task {task_index} ({split})"
         plain = await _awaited(self.plain.start(split, task_index), "start", where)
         return await checked_episode(plain, where, "start", self.limits, steps=0)
+
+    def check_team(self, setting: str) -> None:
+        """Raises ConfigError where teams cannot solve its tasks; ``setting`` is what asks for teams."""
+        lacks = [name for name in team.NEEDED if not callable(getattr(self.plain, name, None))]
+        if lacks:
+            raise ConfigError(
+                f"{setting} needs an environment whose tasks teams can solve, and {self._label} lacks "
+                f"{', '.join(lacks)}: {_HOW_TO_TEAM}, or set team.proposers to 0"
+            )
+        for name, called_with in {**team.NEEDED, **team.OPTIONAL}.items():
+            if _has(self.plain, name):
+                try:
+                    check_call(self.plain, self._label, name, called_with, _HOW_TO_TEAM)
+                except ValueRefused as exc:
+                    raise ConfigError(str(exc)) from None
+
+    async def start_member(self, split: Split, task_index: int, member: team.Member) -> CheckedEpisode:
+        """As ``start``, for a member of a team."""
+        where = f"{self._label}, task {task_index} ({split}), {member.role}"
+        plain = await _awaited(team.begin(self.plain, split, task_index, member), member.starts, where)
+        return await checked_episode(plain, where, member.starts, self.limits, steps=0)
+
+    async def cue(self, split: Split, task_index: int, actions: tuple[np.ndarray, ...]) -> np.ndarray | None:
+        """int32[C], the cue of a proposer's chain; None where it gave none.  Raises as ``start``."""
+        where = f"{self._label}, task {task_index} ({split})"
+        plain: Any = self.plain
+        found = await _settled(plain.cue(split, task_index, actions))
+        if found is None:
+            return None
+        return token_ids(
+            found, "cue", where, self.limits, most=self.limits.max_context_tokens, reason="environment_failed"
+        )
 
     async def replay(self, split: Split, task_index: int, actions: tuple[np.ndarray, ...]) -> CheckedEpisode:
         """As ``start``."""
@@ -228,12 +262,12 @@ def _has(plain: object, part: str) -> bool:
     return getattr(plain, part, None) is not None
 
 
-def check_call(plain: object, where: str, part: str, called_with: tuple[str, ...]) -> None:
+def check_call(plain: object, where: str, part: str, called_with: tuple[str, ...], way_out: str = _HOW_TO_FORK) -> None:
     """Raises ValueRefused where an optional part is no method that takes ``called_with``."""
     method = getattr(plain, part)
     call = f"{part}({', '.join(called_with)})"
     if not callable(method):
-        raise refuse(where, part, method, f"a method {call}, or no attribute of that name: {_HOW_TO_FORK}")
+        raise refuse(where, part, method, f"a method {call}, or no attribute of that name: {way_out}")
     try:
         signature = inspect.signature(method)
     except (ValueError, TypeError):
@@ -241,7 +275,7 @@ def check_call(plain: object, where: str, part: str, called_with: tuple[str, ...
     try:
         signature.bind(*called_with)
     except TypeError as exc:
-        raise ValueRefused(part, f"{where}: {part}{signature} is called as {call}: {exc}; {_HOW_TO_FORK}") from None
+        raise ValueRefused(part, f"{where}: {part}{signature} is called as {call}: {exc}; {way_out}") from None
 
 
 async def _close(plain: Any, where: str) -> None:

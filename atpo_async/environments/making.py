@@ -36,6 +36,8 @@ def make_environment(config: Config, model: Path, number: int = 0) -> CheckedEnv
             '(a MessageTask: right_answer(split, index) -> text; docs/extending.md, "Environment"), or set '
             "--search.turn_reward none"
         )
+    if config.team.on:
+        made.check_team(f"team.proposers = {config.team.proposers}")
     return made
 
 

@@ -308,6 +308,8 @@ def _way_out(field: str, most: int) -> str:
         return f"expected below {most + 1}: raise model.max_context_tokens, or shorten the task"
     if field == _STOPS:
         return f"expected at most {most}"
+    if field == "cue":
+        return f"expected at most {most} (model.max_context_tokens): a cue is short"
     return (
         f"expected at most {most} (search.max_observation_tokens, or what model.max_context_tokens leaves): cut it in "
         "the environment"

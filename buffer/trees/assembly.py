@@ -316,8 +316,8 @@ def _fault_of_last(entry: Growing, closed: TreeClosed, turn: Turn) -> str | None
         return f"is one more than the {closed.num_turns} it was closed with"
     if len(entry.turns) + 1 < closed.num_turns:
         return None
-    leaves = {each.turn_id for each in (*entry.turns.values(), turn) if each.is_leaf}
-    return _unknown_leaf(closed, leaves)
+    leaves = {each.turn_id for each in entry.turns.values() if each.is_leaf}
+    return _unknown_leaf(closed, leaves | ({turn.turn_id} if turn.is_leaf else set()))
 
 
 def _unknown_leaf(closed: TreeClosed, leaves: set[int]) -> str | None:

@@ -392,4 +392,3 @@ class TreeLifecycle:
         """As an earlier process left it; after the trees."""
         self.version, self._retired = run.version, set(run.retired)
         self.pool.restore_highest_priority(run.highest_priority)
-

@@ -1,8 +1,8 @@
 """Groups of trees with roles: credit by role, and how much each role weighs in the loss.
 
 Source: Rhombus (Findings of ACL 2026, 1956): GRPO with rewards normalised by role.  A group is one forest: the chains
-of its proposers and those of its synthesizers, which share no turn.  What the source leaves open, the weights of the roles
-above all, is stated in docs/methods.md, "Rhombus".
+of its proposers and those of its synthesizers, which share no turn.  What the source leaves open, above all how the
+roles weigh, is stated in docs/methods.md, "Rhombus".
 """
 
 from __future__ import annotations
