@@ -167,7 +167,7 @@ def step_of(
     )  # fmt: skip
     trainer = Trainer(config, accelerator=make_accelerator(config), policy=in_double(load_policy(config)))
     seen: list[torch.Tensor] = []
-    trainer.optimizer.step = lambda *_: seen.append(flat_gradient(trainer.policy))  # type: ignore[method-assign]
+    trainer.optimizer.step = lambda *_: seen.append(flat_gradient(trainer.policy))
     report = trainer.train(batch_of(trees, trees), version=3)
     return report.metrics["train/loss"], seen[0], report.priorities
 

@@ -2,8 +2,8 @@
 
 Source: Rhombus (Findings of ACL 2026, 1956).  A member's number in the group is the ``expansion_round`` of its turns:
 proposers first, then synthesizers.  Which proposers a team reads is decided by the lease's seed, so that an actor that
-takes the group over decides the same.  Synthesizers begin when all proposers are at their end; once one of them has a turn, a
-proposer that failed is not tried again, for another cue would make another prompt.
+takes the group over decides the same.  Synthesizers begin when all proposers are at their end.  Once one of them has a
+turn, a proposer that failed is not tried again: another cue would make another prompt.
 """
 
 from __future__ import annotations

@@ -102,6 +102,17 @@ def _teams(config: Config) -> None:
             f"buffer.ready = 'partial' with team.proposers = {team.proposers}: what a proposer has earned is known "
             "only when the group is closed; use --buffer.ready complete"
         )
+    if config.search.turn_reward != "none":
+        raise ValueError(
+            f"search.turn_reward = {config.search.turn_reward!r} with team.proposers = {team.proposers}: what a turn "
+            "tells of the right answer is measured under one prompt, and a team has several; use --search.turn_reward "
+            "none, or let the environment pay turns (StepResult.turn_reward)"
+        )
+    if config.imitation.rows:
+        raise ValueError(
+            f"imitation.rows = {config.imitation.rows} with team.proposers = {team.proposers}: a leaf is kept by how much "
+            "it did better than its tree, and a group has several; use --imitation.rows 0"
+        )
     if team.cue_tokens * team.proposers >= config.model.max_context_tokens:
         raise ValueError(
             f"team.proposers = {team.proposers} cues of up to team.cue_tokens = {team.cue_tokens} fill "
