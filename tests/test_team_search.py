@@ -234,7 +234,7 @@ def team_config(**sections: dict[str, object]) -> Config:
         ({"team": {"pooled": 5}}, "team.pooled = 5 is no multiple of team.proposers = 2.*use 6"),
         ({"team": {"cue_tokens": 40}}, "team.cue_tokens = 40 fill model.max_context_tokens = 64"),
         ({"buffer": {"ready": "partial"}}, "buffer.ready = 'partial' with team.proposers = 2"),
-        ({"search": {"turn_reward": "information-gain"}}, "search.turn_reward = 'information-gain' with team.proposers"),
+        ({"search": {"turn_reward": "information-gain"}}, "turn_reward = 'information-gain' with team.proposers"),
         ({"imitation": {"rows": 8}}, "imitation.rows = 8 with team.proposers = 2"),
         ({"team": {"teams": 1}}, "team.teams"),
         ({"team": {"local_share": 1.5}}, "team.local_share"),

@@ -110,8 +110,8 @@ def _teams(config: Config) -> None:
         )
     if config.imitation.rows:
         raise ValueError(
-            f"imitation.rows = {config.imitation.rows} with team.proposers = {team.proposers}: a leaf is kept by how much "
-            "it did better than its tree, and a group has several; use --imitation.rows 0"
+            f"imitation.rows = {config.imitation.rows} with team.proposers = {team.proposers}: a leaf is kept by how "
+            "much better it did than its tree, and a group has several; use --imitation.rows 0"
         )
     if team.cue_tokens * team.proposers >= config.model.max_context_tokens:
         raise ValueError(
