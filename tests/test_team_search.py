@@ -235,6 +235,7 @@ def team_config(**sections: dict[str, object]) -> Config:
         ({"team": {"cue_tokens": 40}}, "team.cue_tokens = 40 fill model.max_context_tokens = 64"),
         ({"buffer": {"ready": "partial"}}, "buffer.ready = 'partial' with team.proposers = 2"),
         ({"search": {"turn_reward": "information-gain"}}, "turn_reward = 'information-gain' with team.proposers"),
+        ({"search": {"prune_duplicates": True}}, "search.prune_duplicates = true with team.proposers = 2"),
         ({"imitation": {"rows": 8}}, "imitation.rows = 8 with team.proposers = 2"),
         ({"team": {"teams": 1}}, "team.teams"),
         ({"team": {"local_share": 1.5}}, "team.local_share"),

@@ -50,10 +50,11 @@ class TeamSearch(TreeSearch):
 
         Waits for: every proposer, then every synthesizer.  Unblocked by: as of ``TreeSearch.grow``.
         """
+        self.growth.tree.prompt = NOTHING
         await self._emit(
             TreeOpened(run=self._run, tree_id=self._lease.tree_id, lease_epoch=self._lease.epoch, prompt=NOTHING)
         )
-        began = any(turn.role == "synthesizer" for turn in self.growth.turns)
+        began = any(turn.role == "synthesizer" for turn in self.growth.tree)
         async with asyncio.TaskGroup() as chains:
             for number in range(self._pool):
                 if not began or self._is_done(number):
@@ -64,7 +65,7 @@ class TeamSearch(TreeSearch):
             await self._synthesize(teams)
             if not self.unfinished:
                 await self._close(teams)
-        return self._tree(NOTHING, self.growth.turns)
+        return self.growth.tree.frozen(failed_branches=self.growth.failures.total())
 
     def _proposer(self, number: int) -> Member:
         return Member("proposer", seat=number % self._team.proposers)
@@ -82,7 +83,7 @@ class TeamSearch(TreeSearch):
 
     async def _synthesize(self, teams: dict[int, tuple[int, ...]]) -> None:
         if self._leaving() and not all(map(self._is_done, teams)):
-            self.unfinished = True
+            self.growth.unfinished = True
             return
         async with asyncio.TaskGroup() as chains:
             for number, team in teams.items():
@@ -91,14 +92,14 @@ class TeamSearch(TreeSearch):
                 chains.create_task(self._member(number, Member("synthesizer", cues=cues), team), name=name)
 
     async def _close(self, teams: dict[int, tuple[int, ...]]) -> None:
-        earned = {turn.expansion_round: turn.reward or 0.0 for turn in self.growth.turns if turn.is_leaf}
+        earned = {turn.expansion_round: turn.reward or 0.0 for turn in self.growth.tree if turn.is_leaf}
         late = hybrid_rewards(self._proposals, teams, earned, local_share=self._team.local_share)
         await self._emit(
             TreeClosed(
                 run=self._run,
                 tree_id=self._lease.tree_id,
                 lease_epoch=self._lease.epoch,
-                num_turns=len(self.growth.turns),
+                num_turns=len(self.growth.tree),
                 failed_branches=self.growth.failures.total(),
                 failures=dict(self.growth.failures),
                 leaf_rewards=late,
@@ -108,7 +109,7 @@ class TeamSearch(TreeSearch):
     # --- one member --------------------------------------------------------------------------------------------
 
     def _path(self, number: int) -> list[Turn]:
-        return [turn for turn in self.growth.turns if turn.expansion_round == number]
+        return [turn for turn in self.growth.tree if turn.expansion_round == number]
 
     def _is_done(self, number: int) -> bool:
         path = self._path(number)
@@ -139,15 +140,17 @@ class TeamSearch(TreeSearch):
             while not self._leaving():
                 context = np.concatenate([context, observation])
                 turn, result = await self._turn(episode, context, observation, parent_id, number)
-                turn = msgspec.structs.replace(await self._judged(turn, number, team), role=member.role)
-                self.growth.turns.append(turn)
+                turn = await self._judged(turn, number, team)
+                # Numbered anew: while it was judged others may have ended.
+                turn = msgspec.structs.replace(turn, role=member.role, turn_id=self.growth.tree.next_id)
+                self.growth.add(turn)
                 await self._emit(turn)
                 waits.progress("turns")
                 if turn.is_leaf:
                     return True
                 context = np.concatenate([context, turn.action])
                 observation, parent_id = result.observation, turn.turn_id
-            self.unfinished = True
+            self.growth.unfinished = True
             return False
         finally:
             await episode.close()

@@ -108,6 +108,11 @@ def _teams(config: Config) -> None:
             "tells of the right answer is measured under one prompt, and a team has several; use --search.turn_reward "
             "none, or let the environment pay turns (StepResult.turn_reward)"
         )
+    if config.search.prune_duplicates:
+        raise ValueError(
+            f"search.prune_duplicates = true with team.proposers = {team.proposers}: it closes branches, and a "
+            "member of a team is none; use --search.prune_duplicates false"
+        )
     if config.imitation.rows:
         raise ValueError(
             f"imitation.rows = {config.imitation.rows} with team.proposers = {team.proposers}: a leaf is kept by how "
