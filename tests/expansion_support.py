@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +22,8 @@ from tests.actor_support import STOP, CountingEnvironment, CountingEpisode, Scri
 from tests.test_search import Sink
 
 VOCAB = 1000
+PROMPT = ints(10, 11, 12)
+"""Of task 0."""
 
 
 def settings(**fields: object) -> SearchConfig:
@@ -31,16 +35,36 @@ def hash_of(tokens: np.ndarray) -> int:
 
 
 class ByContext(ScriptedEngine):
-    """Its action and log-probs are a function of the context: siblings say the same, whichever actor asks."""
+    """Its action and log-probs are a function of the context, and of which one of that context's actions it is: the
+    first that no turn has and none under way, whichever actor asks, and whenever.
+
+    Args:
+        committed: turns of the tree that there are.
+        prompt: of the task.
+    """
+
+    def __init__(self, committed: tuple[Turn, ...] = (), prompt: np.ndarray = PROMPT) -> None:
+        super().__init__()
+        self.given: dict[bytes, set[int]] = {}
+        tree = TurnTree("t0", 0, prompt, committed)
+        for made in committed:
+            seen = np.concatenate([tree.context(made.parent_id), made.observation])
+            self.given.setdefault(seen.tobytes(), set()).add(int(made.action[1]) - 500)
 
     async def generate(
         self, prompt: Tokens, sampling: Sampling, *, request_id: str, on_running: OnRunning = ignore
     ) -> Generation:
+        seen = np.asarray(prompt, dtype=np.int32)
+        given = self.given.setdefault(seen.tobytes(), set())
+        which = next(n for n in itertools.count() if n not in given)
+        given.add(which)
         made = await super().generate(prompt, sampling, request_id=request_id, on_running=on_running)
-        number = hash_of(np.asarray(prompt))
-        action = ints(100 + number % 400, STOP)
-        surprise = np.full(2, -(number % 97) / 20 - 0.01, dtype=np.float32)
-        return replace(made, token_ids=action, logprobs=surprise, spans=(VersionSpan(0, 0, 2),))
+        number = hash_of(np.append(seen, which).astype(np.int32))
+        for _ in range(number % 3):
+            await asyncio.sleep(0)  # others come first
+        action = ints(100 + number % 400, 500 + which, STOP)
+        surprise = np.full(3, -(number % 97) / 20 - 0.01, dtype=np.float32)
+        return replace(made, token_ids=action, logprobs=surprise, spans=(VersionSpan(0, 0, 3),))
 
 
 class Uneven(CountingEnvironment):
@@ -78,7 +102,7 @@ def search_of(
     return TreeSearch(
         run="r",
         lease=lease(committed=committed, epoch=int(bool(committed)), seed=seed, kind=kind),
-        engine=engine or ByContext(),
+        engine=engine or ByContext(committed),
         environment=environment or Uneven(turns=5),
         search=config,
         expansion=expansion or Expansion.of(config, policy_tokens=VOCAB),

@@ -44,11 +44,11 @@ class Facts:
 
     def rng(self, tree: Tree, turn_id: int) -> np.random.Generator:
         """The generator of a turn: the same whenever and by whichever actor it is asked for."""
-        digest = hashlib.blake2b(repr(self.seed).encode(), digest_size=16, key=self._key(tree, turn_id))
+        digest = hashlib.blake2b(repr(self.seed).encode(), digest_size=16, key=self.key(tree, turn_id))
         return np.random.default_rng(int.from_bytes(digest.digest(), "big"))
 
-    def _key(self, tree: Tree, turn_id: int) -> bytes:
-        """32 bytes that tell the turn by its path."""
+    def key(self, tree: Tree, turn_id: int) -> bytes:
+        """32 bytes that tell the turn by its path; by them turns have an order that is not that of their arrival."""
         keys = {} if self.keys is None else self.keys
         missing = []
         while turn_id != ROOT and turn_id not in keys:

@@ -21,14 +21,19 @@ from atpo_async.core.tree import ROOT
 def select(
     tree: Tree, count: int, rng: np.random.Generator, settings: SearchConfig, *, facts: Facts = NO_FACTS
 ) -> tuple[int, ...]:
-    """By turn id, until ``count`` are chosen; each turn is decided on once, in the round after its own."""
+    """Second turns first, then third ones and so on, until ``count`` are chosen: as if all chains had gone on in step.
+
+    Each turn is decided on once, in the round after its own; among those of one depth the order is not that of arrival.
+    """
+    leaves = settings.include_leaves is not False
+    known = [
+        turn.turn_id
+        for turn in tree
+        if turn.expansion_round == facts.round - 1 and (turn.end == "continue" or (leaves and turn.is_leaf))
+    ]
     chosen: list[int] = []
-    for turn in tree:
+    for turn_id in sorted(known, key=lambda t: (len(tree.path(t)), facts.key(tree, t))):
         if len(chosen) >= count:
             break
-        if turn.expansion_round != facts.round - 1 or turn.end == "pruned":
-            continue
-        if turn.is_leaf and settings.include_leaves is False:
-            continue
-        chosen += [turn.turn_id] * copies(tree, turn.turn_id, settings, facts)
+        chosen += [turn_id] * copies(tree, turn_id, settings, facts)
     return (*chosen[:count], *[ROOT] * (count - len(chosen)))
