@@ -1,0 +1,1 @@
+"""A run in one process: its generation, its buffer's arithmetic and its learner take turns, without sockets."""

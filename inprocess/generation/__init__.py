@@ -1,0 +1,1 @@
+"""Generation for a process that does nothing else meanwhile: all requests that wait are decoded together."""

@@ -1,0 +1,141 @@
+"""The engine of a run in one process: requests wait until nothing else can go on, and are then decoded together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from actors.engines import base
+from actors.engines.common.checks import check_model_folder, check_stop_strings
+from actors.engines.common.counters import RequestCounters
+from atpo_async.core.errors import EngineDead, GenerationFailed
+from inprocess.generation.decoder import Decoder
+from inprocess.generation.requests import Request
+
+
+class BatchEngine:
+    """As ``Engine``, for an event loop that calls ``advance`` whenever all its coroutines wait.
+
+    Args:
+        settings: of the engine.
+    """
+
+    supports_stop_strings = True
+
+    def __init__(self, settings: base.EngineSettings) -> None:
+        self._settings = settings
+        self._version = settings.initial_version
+        self._decoder: Decoder | None = None
+        self._counters = RequestCounters()
+        self._waiting: deque[Request] = deque()
+        self._futures: dict[Request, tuple[asyncio.Future[base.Generation], base.OnRunning]] = {}
+
+    async def start(self) -> None:
+        """Load the model.  Raises SetupError as ``Engine.start``."""
+        check_model_folder(self._settings.model)
+        self._decoder = Decoder(self._settings)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model.  Raises EngineDead before start() and after close()."""
+        if self._decoder is None:
+            raise EngineDead("the engine of this process is not started")
+        return self._decoder
+
+    async def generate(
+        self, prompt: base.Tokens, sampling: base.Sampling, *, request_id: str, on_running: base.OnRunning = base.ignore
+    ) -> base.Generation:
+        """Sample one action after ``prompt``.  Raises GenerationFailed.
+
+        Waits for: all other coroutines of the loop to wait.  Unblocked by: ``advance``.
+        """
+        request = self._request(np.asarray(prompt), sampling, request_id)
+        future: asyncio.Future[base.Generation] = asyncio.get_running_loop().create_future()
+        self._futures[request] = future, on_running
+        self._waiting.append(request)
+        try:
+            return await future
+        finally:
+            self._futures.pop(request, None)
+
+    def _request(self, prompt: np.ndarray, sampling: base.Sampling, request_id: str) -> Request:
+        decoder, longest = self.decoder, self._settings.max_model_len - 1
+        fault = None
+        if not 1 <= len(prompt) <= longest:
+            fault = f"a prompt of {len(prompt)} tokens; this engine takes 1 to {longest}"
+        elif int(prompt.min()) < 0 or int(prompt.max()) >= decoder.vocab_size:
+            bad = int(prompt[(prompt < 0) | (prompt >= decoder.vocab_size)][0])
+            fault = f"token id {bad}; this model has 0 to {decoder.vocab_size - 1}"
+        if fault is not None:
+            self._counters.failed()
+            raise GenerationFailed(f"request {request_id}: {fault}")
+        if sampling.stop_strings:
+            check_stop_strings(self._settings, request_id=request_id)
+        return Request(
+            prompt=prompt,
+            sampling=sampling,
+            most=min(sampling.max_tokens, self._settings.max_model_len - len(prompt)),
+            version=self._version,
+            generator=None if sampling.seed is None else decoder.seeded(sampling.seed),
+        )
+
+    def advance(self) -> bool:
+        """Decode what waits until some of it is complete; False where nothing waits."""
+        decoder = self._decoder
+        if decoder is None:
+            return False
+        new = []
+        while self._waiting and len(new) + len(decoder.under_way) < decoder.max_active:
+            request = self._waiting.popleft()
+            # One that nothing waits for any more is left out; under way it would be decoded to its end.
+            if request in self._futures:
+                new.append(request)
+        if not new and not decoder.under_way:
+            return False
+        for request in new:
+            self._futures[request][1]()
+        try:
+            done = decoder.advance(new)
+        except Exception as exc:
+            self._fail(exc)
+            return True
+        for request in done:
+            generation = request.generation()
+            self._counters.finished(len(request.prompt), generation)
+            future, _ = self._futures.get(request, (None, None))
+            if future is not None and not future.done():
+                future.set_result(generation)
+        return True
+
+    def _fail(self, exc: Exception) -> None:
+        """What fails in the model fails every request: the state of its rows is unknown."""
+        self._decoder = None
+        for future, _ in self._futures.values():
+            if not future.done():
+                error = EngineDead(f"generation failed: {type(exc).__name__}: {exc}")
+                error.__cause__ = exc
+                future.set_exception(error)
+
+    def load(self, tensors: Mapping[str, Any], version: int) -> None:
+        """Generate with these weights from now on.  No request may be under way."""
+        self.decoder.load(tensors)
+        self._version = version
+
+    async def swap(self, weights: base.WeightsFile) -> base.SwapReport:
+        """Weights come by ``load``."""
+        raise NotImplementedError("an engine of this process takes up weights by load()")
+
+    async def score(self, token_ids: base.Tokens) -> np.ndarray:
+        """As ``Engine.score``."""
+        found: np.ndarray = self.decoder.score(np.asarray(token_ids)[None])[0]
+        return found
+
+    def stats(self) -> base.EngineStats:
+        return self._counters.stats(version=self._version, in_flight=len(self._futures))
+
+    async def close(self) -> None:
+        self._decoder = None

@@ -1,0 +1,100 @@
+"""Keys and values of all rows, in tables that grow; a forward pass reads a run of rows in place.
+
+Shapes: L layers, S rows, C columns (column = position), B rows of a pass, T tokens fed to each, H heads, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FIRST_ROWS, FIRST_COLUMNS = 64, 64
+"""Of the tables at first; they grow by doubling."""
+
+
+class KeyValueTable:
+    """Stands in for transformers' Cache during a forward pass (``at`` says of which rows).
+
+    Args:
+        max_rows: that the tables may have.
+        max_columns: positions of the longest context.
+    """
+
+    def __init__(self, *, max_rows: int, max_columns: int) -> None:
+        self.max_rows, self.max_columns = max_rows, max_columns
+        self.num_rows = min(FIRST_ROWS, max_rows)
+        self._columns = min(FIRST_COLUMNS, max_columns)
+        self._tables: list[tuple[Tensor, Tensor]] = []
+        """Of each layer keys and values [S, C + 1, H, D]; padding is written to the last column."""
+        self._begin = self._end = 0
+        self._places = torch.empty(0, dtype=torch.long)
+        self._length = 0
+
+    def ensure(self, *, rows: int, columns: int) -> None:
+        """Make space for so many rows and positions.  Raises ValueError past the limits."""
+        if rows > self.max_rows or columns > self.max_columns:
+            raise ValueError(f"{rows} rows of {columns} positions; at most {self.max_rows} of {self.max_columns}")
+        if rows <= self.num_rows and columns <= self._columns:
+            return
+        old_rows, old_columns = self.num_rows, self._columns
+        self.num_rows = _grown(old_rows, rows, self.max_rows)
+        self._columns = _grown(old_columns, columns, self.max_columns)
+        for layer, tables in enumerate(self._tables):
+            grown = [table.new_zeros(self.num_rows, self._columns + 1, *table.shape[2:]) for table in tables]
+            for new, table in zip(grown, tables, strict=True):
+                new[:old_rows, :old_columns] = table[:, :old_columns]
+            self._tables[layer] = (grown[0], grown[1])
+
+    def at(self, begin: int, end: int, positions_BT: Tensor, is_token_BT: Tensor, *, length: int) -> None:
+        """The next forward pass feeds rows ``begin:end``.
+
+        Args:
+            positions_BT: int64[B, T], where each fed token goes.
+            is_token_BT: bool[B, T]; the others are padding.
+            length: columns that are attended over.
+        """
+        self._begin, self._end, self._length = begin, end, length
+        width = self._columns + 1
+        columns = torch.where(is_token_BT, positions_BT, self._columns)
+        rows = torch.arange(begin, end, device=positions_BT.device)[:, None]
+        self._places = (rows * width + columns).reshape(-1)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store [B, H, T, D] of one layer; give back views [B, H, length, D] of all its tokens."""
+        if len(self._tables) == layer_idx:
+            self._tables.append((self._new(key_states), self._new(value_states)))
+        found = []
+        for table, states in zip(self._tables[layer_idx], (key_states, value_states), strict=True):
+            flat = table.view(-1, table.shape[2] * table.shape[3])
+            flat.index_copy_(0, self._places, states.transpose(1, 2).reshape(-1, flat.shape[1]).to(table.dtype))
+            found.append(table[self._begin : self._end, : self._length].transpose(1, 2))
+        return found[0], found[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._length
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int], *, columns: int) -> None:
+        """Copy the first ``columns`` of rows into other rows."""
+        if not sources or columns == 0:
+            return
+        for tables in self._tables:
+            for table in tables:
+                table[targets, :columns] = table[sources, :columns]
+
+    def swap(self, ones: Sequence[int], others: Sequence[int]) -> None:
+        """Exchange rows, pair by pair; no row is in two pairs."""
+        self.copy([*ones, *others], [*others, *ones], columns=self._columns)
+
+    def _new(self, states: Tensor) -> Tensor:
+        return states.new_zeros(self.num_rows, self._columns + 1, states.shape[1], states.shape[3])
+
+
+def _grown(size: int, needed: int, most: int) -> int:
+    if needed <= size:
+        return size
+    return min(most, max(needed, 2 * size))
