@@ -10,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 
 from atpo_async.config import Config
+from atpo_async.config.sections.run import EvalConfig
 from atpo_async.core.errors import PeerLost, WaitTimeout
 from atpo_async.run.metrics import read_metrics, versions_said
 from atpo_async.run.rundir import RunDir
@@ -18,6 +19,30 @@ from learner.batches.buffer_peer import REQUEST_WAIT_S, BufferPeer
 
 RETRY_S = 0.5
 """Pause before a buffer that has forgotten an evaluation is queried again."""
+
+
+def is_due(settings: EvalConfig, step: int, *, num_steps: int) -> bool:
+    """Whether training is evaluated at ``step``; its start and its end are no part of this."""
+    every = settings.every_steps
+    return bool(every) and step % every == 0 and step < num_steps
+
+
+def outcome(result: EvalResult) -> tuple[dict[str, float], str]:
+    """The metrics of an evaluation that is done, none where it has no result; and what is said of it in the log."""
+    if result.success is None:
+        if not result.num_unknown:
+            return {}, "none of its tasks could be done"
+        return {}, (
+            f"the environment reported no success or failure of {result.num_unknown} of its {result.num_tasks} tasks "
+            "(StepResult.success is None), the others failed"
+        )
+    metrics = {"eval/success": result.success, "eval/tasks": float(result.num_tasks)}
+    sampled_by = ""
+    if result.version_min >= 0:
+        # More than one version where training went on meanwhile: the result is not that of a single version.
+        metrics |= {"eval/version_min": float(result.version_min), "eval/version_max": float(result.version_max)}
+        sampled_by = f", sampled by {versions_said(result.version_min, result.version_max)}"
+    return metrics, f"greedy success {result.success:.3f}{sampled_by}"
 
 
 class Evaluations:
@@ -49,8 +74,7 @@ class Evaluations:
 
     def is_due(self, step: int) -> bool:
         """Whether training is evaluated at ``step``; its start and its end are no part of this."""
-        every = self._settings.every_steps
-        return bool(every) and step % every == 0 and step < self._num_steps
+        return is_due(self._settings, step, num_steps=self._num_steps)
 
     def is_missing(self, step: int) -> bool:
         """Whether the latest evaluation due by ``step`` was lost when the run stopped.  Reads the run's metrics.
@@ -137,23 +161,12 @@ class Evaluations:
                 await self._buffer.unless_stopping(asyncio.sleep(RETRY_S))
 
     async def _take(self, result: EvalResult, step: int, version: int) -> None:
-        if result.success is None:
-            why = "none of its tasks could be done"
-            if result.num_unknown:
-                why = (
-                    f"the environment reported no success or failure of {result.num_unknown} of its "
-                    f"{result.num_tasks} tasks (StepResult.success is None), the others failed"
-                )
-            self._log.error("evaluation of step %d has no result: %s", step, why)
-            return
-        metrics = {"eval/success": result.success, "eval/tasks": float(result.num_tasks)}
-        sampled_by = ""
-        if result.version_min >= 0:
-            # More than one version where training went on meanwhile: the result is not that of a single version.
-            metrics |= {"eval/version_min": float(result.version_min), "eval/version_max": float(result.version_max)}
-            sampled_by = f", sampled by {versions_said(result.version_min, result.version_max)}"
-        self._write(step, version, metrics)
-        self._log.info("step %d: greedy success %.3f%s", step, result.success, sampled_by)
+        metrics, said = outcome(result)
+        if metrics:
+            self._write(step, version, metrics)
+            self._log.info("step %d: %s", step, said)
+        else:
+            self._log.error("evaluation of step %d has no result: %s", step, said)
 
     async def wait_for_those_under_way(self) -> None:
         """Waits for: results of evaluations beside training, for ``links.give_up_s`` at most."""

@@ -19,7 +19,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROLES = ("actors", "buffer", "learner")
-PACKAGES = ("atpo_async", *ROLES)
+COMPOSED = "inprocess"
+"""Puts the roles' parts together in one process: no other package knows it."""
+PACKAGES = ("atpo_async", *ROLES, COMPOSED)
 HEAVY = {"torch", "vllm", "transformers", "accelerate"}
 
 LAYERS = (
@@ -154,7 +156,7 @@ class Import:
 
 @functools.cache
 def modules() -> dict[str, ast.Module]:
-    """Dotted name -> syntax tree, for every module of the four packages."""
+    """Dotted name -> syntax tree, for every module of the five packages."""
     found = {}
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -231,6 +233,10 @@ def test_the_shared_package_imports_no_role() -> None:
     assert not broken(i for i in imports() if package_of(i.importer) == "atpo_async" and package_of(i.target) in ROLES)
 
 
+def test_only_its_own_modules_know_the_package_that_composes_the_roles() -> None:
+    assert not broken(i for i in imports() if package_of(i.importer) != COMPOSED and package_of(i.target) == COMPOSED)
+
+
 def layer_of(module: str) -> int | None:
     """Height of the package that a module of atpo_async lies in; None of a module of no such package."""
     parts = module.split(".")
@@ -305,7 +311,7 @@ def test_outside_the_learner_heavy_libraries_are_imported_lazily_or_by_an_engine
         for i in imports()
         if i.at_module_level
         and package_of(i.target) in HEAVY
-        and package_of(i.importer) != "learner"
+        and package_of(i.importer) not in ("learner", COMPOSED)
         and i.importer not in engine_modules() | POLICY_MAKERS
     )
 
@@ -316,7 +322,8 @@ def test_the_vocabulary_and_the_command_line_load_neither_torch_nor_zmq_nor_vllm
 
 
 def test_no_module_outside_the_learner_and_the_engines_loads_torch() -> None:
-    names = [name for name in modules() if package_of(name) != "learner" and name not in engine_modules() | WARM_STARTS]
+    loading = engine_modules() | WARM_STARTS
+    names = [name for name in modules() if package_of(name) not in ("learner", COMPOSED) and name not in loading]
     names = [name for name in names if not name.endswith("__main__")]
     assert loaded_by(names, HEAVY) == []
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("actors", "atpo_async", "buffer", "learner")
+PACKAGES = ("actors", "atpo_async", "buffer", "inprocess", "learner")
 MAX_LINES = 450
 MAX_MODULES = 14
 MAX_FUNCTION_LINES, P90_FUNCTION_LINES = 80, 30

@@ -36,7 +36,7 @@ PROBE = """
         child.join()
         sys.exit(child.exitcode)
 """
-OURS = ("actors", "atpo_async", "buffer", "learner")
+OURS = ("actors", "atpo_async", "buffer", "inprocess", "learner")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from os import getcwd
 from os.path import abspath, dirname
 
-PACKAGES = ("atpo_async", "actors", "buffer", "learner")
+PACKAGES = ("atpo_async", "actors", "buffer", "learner", "inprocess")
 
 HERE = abspath(__file__)
 ROOT = dirname(dirname(dirname(HERE)))

@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,6 +61,16 @@ class Runner(Protocol):
     """
 
     def __call__(self, job: Job, on_step: OnStep) -> Awaitable[CellResult]: ...
+
+
+@contextlib.asynccontextmanager
+async def held(runner: Runner) -> AsyncIterator[Runner]:
+    """The runner; where it is a context, entered and left: so processes that stay from cell to cell are ended."""
+    if isinstance(runner, contextlib.AbstractAsyncContextManager):
+        async with runner:
+            yield runner
+    else:
+        yield runner
 
 
 class Watcher(Protocol):

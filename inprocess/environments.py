@@ -1,0 +1,34 @@
+"""The environments of a run in one process: those that only compute are called directly, the others are hosted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from actors.environments import Environments, host_environment
+from atpo_async.config import Config
+from atpo_async.environments.base import Environment
+from atpo_async.environments.making import make_environment
+from inprocess.idle import IdleSelector
+
+DIRECT = frozenset({"hopqa"})
+"""Built-in environments whose every call computes for microseconds, and waits for nothing."""
+
+
+@contextlib.asynccontextmanager
+async def make_environments(config: Config, folder: Path, selector: IdleSelector) -> AsyncIterator[Environments]:
+    """Those of the configuration, made.
+
+    Args:
+        folder: of the policy.
+        selector: of the running loop; ``on_idle`` is set by the caller.
+
+    Raises ConfigError or SetupError where one cannot be imported or made.
+    """
+    made: list[Environment] = [
+        make_environment(config, folder, number) if entry.name in DIRECT else host_environment(config, folder, number)
+        for number, entry in enumerate(config.every_environment)
+    ]
+    async with Environments(config, made) as environments:
+        yield environments
