@@ -58,7 +58,10 @@ class Lines:
         while (line := self._lines.get()) is not None:
             self._busy.set()
             yield line
-            self._busy.clear()
+
+    def done(self) -> None:
+        """What the last line asked for is done: its end may be told, after which the input may end."""
+        self._busy.clear()
 
 
 def serve() -> int:
@@ -72,14 +75,17 @@ def serve() -> int:
 
     interpreter.divide_time()
     say(ready=True)
-    for line in Lines(sys.stdin.buffer):
+    lines = Lines(sys.stdin.buffer)
+    for line in lines:
         try:
             asked = json.loads(line)
             with _logging_to(str(asked["log"])):
-                say(**_result(asked["config"], say))
+                ended = _result(asked["config"], say)
         except (ValueError, KeyError, TypeError, OSError) as exc:
-            say(failed=f"the worker was asked for what it cannot do: {texts.of_error(exc)}", user=True)
+            ended = {"failed": f"the worker was asked for what it cannot do: {texts.of_error(exc)}", "user": True}
         gc.collect()
+        lines.done()
+        say(**ended)
     return EXIT_DONE
 
 

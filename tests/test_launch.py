@@ -24,8 +24,8 @@ PROBE = """
     import task_of_mine
 
     def tell(who):
-        import actors, atpo_async, buffer, learner, random, types
-        for module in (actors, atpo_async, buffer, learner, random, types):
+        import actors, atpo_async, buffer, inprocess, learner, random, types
+        for module in (actors, atpo_async, buffer, inprocess, learner, random, types):
             print(who, module.__name__, module.__file__)
         print(who, "arguments", *sys.argv[1:], flush=True)
 
@@ -63,7 +63,7 @@ def test_a_file_beside_the_task_replaces_neither_our_modules_nor_a_librarys(fold
     ran = run(command, folder)
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
-    assert len(lines) == 14
+    assert len(lines) == 16
     for who in ("role", "child"):
         files = {words[1]: Path(words[2]) for words in map(str.split, lines) if words[0] == who and len(words) == 3}
         assert {name for name, file in files.items() if file.is_relative_to(ROOT)} == set(OURS)

@@ -24,11 +24,11 @@ from atpo_async.study import outputs
 from atpo_async.study.cells import FINAL, CellResult
 from atpo_async.study.conclusions import sentences
 from atpo_async.study.folder import StudyFolder
-from atpo_async.study.in_process import InProcess
 from atpo_async.study.plan import Plan
 from atpo_async.study.progress import StudyProgress
 from atpo_async.study.runner import Job, Runner, TrainProcess, held, run_cells, until_interrupted
 from atpo_async.study.tables import matrix
+from atpo_async.study.workers.in_process import InProcess
 
 DEFAULT_OUT = Path("runs") / "study-staleness"
 
@@ -125,7 +125,7 @@ class Request:
     jobs: int | None = None
     """Cells at once; None: as many as there are cores and memory for."""
     in_process: bool = False
-    """Each cell in one process (``study.in_process``), not as an `atpo train`."""
+    """Each cell in one process (``study.workers``), not as an `atpo train`."""
     retry_failed: bool = False
     report_only: bool = False
     fill: Path | None = None

@@ -22,7 +22,7 @@ from actors.engines.common.stop_strings import StopStrings
 from actors.engines.transformers import attention, check
 from atpo_async.core.errors import SetupError
 from atpo_async.models import causal_lm
-from inprocess.generation.requests import Request
+from inprocess.generation.requests import Request, ScoreRequest
 from inprocess.generation.rows import Rows, bytes_of
 from inprocess.generation.sampling import Sampler
 from inprocess.generation.table import KeyValueTable
@@ -48,6 +48,7 @@ class Decoder:
             model.set_attn_implementation(attention.NAME)
         self.model: Any = model.to(self._device).eval().requires_grad_(False)
         self._head: Any = model.get_output_embeddings()
+        self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.stop_strings = StopStrings.of_folder(settings.model) if settings.stop_strings else None
         self._slides = True
         """A layer's window is cut out of a mask of bools; without one the mask is of numbers, which costs less."""
@@ -63,11 +64,12 @@ class Decoder:
 
     def _most_rows(self, settings: EngineSettings) -> int:
         """As many as ``actor.kv_cache_gb`` holds of the longest context, three at least."""
-        text = self.model.config.get_text_config()
+        text: Any = self.model.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         channels = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        a_token = 2 * int(text.num_hidden_layers) * int(heads) * int(channels) * self.model.dtype.itemsize
-        return max(3, int(settings.kv_cache_gb * 2**30) // (a_token * (settings.max_model_len + 1)))
+        a_token = 2 * int(text.num_hidden_layers) * int(heads) * int(channels) * int(self.model.dtype.itemsize)
+        space = int(settings.kv_cache_gb * 2**30)
+        return max(3, space // (a_token * (settings.max_model_len + 1)))
 
     def _check(self) -> None:
         fault = check.fault(
@@ -85,10 +87,6 @@ class Decoder:
             )
         windows = attention.windows_of(self.model.config, max_tokens=self._settings.max_model_len)
         self._slides = any(window is not None for window in windows)
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.model.config.get_text_config().vocab_size)
 
     def seeded(self, seed: int) -> torch.Generator:
         """The source of randomness of a request with a seed of its own."""
@@ -114,6 +112,24 @@ class Decoder:
         tokens = torch.tensor(np.array(tokens_ST, dtype=np.int64), device=self._device)
         logits = self.model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
         found: np.ndarray = torch.log_softmax(logits, dim=-1).gather(2, tokens[:, 1:, None])[..., 0].cpu().numpy()
+        return found
+
+    @torch.inference_mode()
+    def score_after(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray]:
+        """float32[T] of each continuation: its log-probs after its context, at temperature 1."""
+        wholes = [np.concatenate([request.context, request.continuation]) for request in requests]
+        found: list[np.ndarray] = []
+        longest = max(map(len, wholes))
+        size = max(1, PREFILL_TOKENS // longest)
+        for begin in range(0, len(wholes), size):
+            part = wholes[begin : begin + size]
+            tokens_ST = np.zeros((len(part), longest), dtype=np.int64)
+            for row, whole in enumerate(part):
+                tokens_ST[row, : len(whole)] = whole  # what stands behind is seen by no token before it
+            scores_ST = self.score(tokens_ST)
+            for row, request in enumerate(requests[begin : begin + size]):
+                first = len(request.context) - 1
+                found.append(scores_ST[row, first : first + len(request.continuation)])
         return found
 
     # --- a batch -----------------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from actors.engines import base
-from actors.engines.common.checks import check_model_folder, check_stop_strings
+from actors.engines.common.checks import check_model_folder, check_scored, check_stop_strings
 from actors.engines.common.counters import RequestCounters
 from atpo_async.core.errors import EngineDead, GenerationFailed
 from inprocess.generation.decoder import Decoder
-from inprocess.generation.requests import Request
+from inprocess.generation.requests import Request, ScoreRequest
 
 
 class BatchEngine:
@@ -33,6 +33,7 @@ class BatchEngine:
         self._counters = RequestCounters()
         self._waiting: deque[Request] = deque()
         self._futures: dict[Request, tuple[asyncio.Future[base.Generation], base.OnRunning]] = {}
+        self._to_score: dict[ScoreRequest, tuple[asyncio.Future[base.Scored], base.OnRunning]] = {}
 
     async def start(self) -> None:
         """Load the model.  Raises SetupError as ``Engine.start``."""
@@ -62,6 +63,32 @@ class BatchEngine:
         finally:
             self._futures.pop(request, None)
 
+    async def score_continuation(
+        self,
+        context: base.Tokens,
+        continuation: base.Tokens,
+        *,
+        request_id: str,
+        on_running: base.OnRunning = base.ignore,
+    ) -> base.Scored:
+        """As ``ScoringEngine``; waits as ``generate`` does."""
+        before, after = np.asarray(context), np.asarray(continuation)
+        longest, vocabulary = self._settings.max_model_len, self.decoder.vocab_size
+        try:
+            check_scored(
+                before.tolist(), after.tolist(), max_model_len=longest, vocab_size=vocabulary, request_id=request_id
+            )
+        except GenerationFailed:
+            self._counters.failed()
+            raise
+        request = ScoreRequest(before, after)
+        future: asyncio.Future[base.Scored] = asyncio.get_running_loop().create_future()
+        self._to_score[request] = future, on_running
+        try:
+            return await future
+        finally:
+            self._to_score.pop(request, None)
+
     def _request(self, prompt: np.ndarray, sampling: base.Sampling, request_id: str) -> Request:
         decoder, longest = self.decoder, self._settings.max_model_len - 1
         fault = None
@@ -88,14 +115,15 @@ class BatchEngine:
         decoder = self._decoder
         if decoder is None:
             return False
-        new = []
+        scored = self._score(decoder)
+        new: list[Request] = []
         while self._waiting and len(new) + len(decoder.under_way) < decoder.max_active:
             request = self._waiting.popleft()
             # One that nothing waits for any more is left out; under way it would be decoded to its end.
             if request in self._futures:
                 new.append(request)
         if not new and not decoder.under_way:
-            return False
+            return scored
         for request in new:
             self._futures[request][1]()
         try:
@@ -106,15 +134,36 @@ class BatchEngine:
         for request in done:
             generation = request.generation()
             self._counters.finished(len(request.prompt), generation)
-            future, _ = self._futures.get(request, (None, None))
-            if future is not None and not future.done():
-                future.set_result(generation)
+            if (known := self._futures.get(request)) is not None and not known[0].done():
+                known[0].set_result(generation)
+        return True
+
+    def _score(self, decoder: Decoder) -> bool:
+        """Score what waits for it; False where nothing does."""
+        waiting, self._to_score = self._to_score, {}
+        if not waiting:
+            return False
+        for _, on_running in waiting.values():
+            on_running()
+        try:
+            found = decoder.score_after(list(waiting))
+        except Exception as exc:
+            self._to_score = waiting
+            self._fail(exc)
+            return True
+        for (request, (future, _)), logprobs in zip(waiting.items(), found, strict=True):
+            result = base.Scored(logprobs=logprobs, version=self._version)
+            self._counters.scored(len(request.context), result)
+            if not future.done():
+                future.set_result(result)
         return True
 
     def _fail(self, exc: Exception) -> None:
         """What fails in the model fails every request: the state of its rows is unknown."""
         self._decoder = None
-        for future, _ in self._futures.values():
+        futures: list[asyncio.Future[Any]] = [future for future, _ in self._futures.values()]
+        futures += [future for future, _ in self._to_score.values()]
+        for future in futures:
             if not future.done():
                 error = EngineDead(f"generation failed: {type(exc).__name__}: {exc}")
                 error.__cause__ = exc

@@ -58,3 +58,13 @@ class Request:
             stop_reason=self.reason,
             cached_prompt_tokens=self.cached,
         )
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ScoreRequest:
+    """Tokens whose log-probs are wanted."""
+
+    context: np.ndarray
+    """int32[P], P >= 1."""
+    continuation: np.ndarray
+    """int32[T], T >= 1."""

@@ -1,0 +1,1 @@
+"""Processes that run the cells of a study and stay from one to the next."""
