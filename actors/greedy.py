@@ -9,7 +9,7 @@ from actors.engines.base import Engine
 from actors.faults.fault import first_of
 from actors.faults.faults import Faults
 from actors.search.calls import NOT_JUDGED
-from actors.search.team_search import search_of
+from actors.teams.search import search_of
 from atpo_async.config import Config
 from atpo_async.core.tree import Turn, TurnTree
 from atpo_async.environments.base import Environment

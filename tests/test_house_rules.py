@@ -43,7 +43,7 @@ PURE_PACKAGES = (
     "actors.expansion.strategies",
 )
 PURE = {
-    *(f"atpo_async.core.credit.{name}" for name in ("backup", "rewards", "rule", "tree_arrays", "weights")),
+    *(f"atpo_async.core.credit.{name}" for name in ("backup", "rewards", "roles", "rule", "tree_arrays", "weights")),
     *(
         f"{package}.{path.stem}"
         for package in PURE_PACKAGES
@@ -63,6 +63,7 @@ PURE = {
     "atpo_async.core.tree",
     *(f"atpo_async.wire.{name}" for name in ("arrays", "checks", "codec", "forms", "plain_turn", "rules")),
     "actors.expansion.candidates",
+    "actors.teams.rules",
     "actors.expansion.expansion",
     "atpo_async.wire.records",
     "atpo_async.core.naming.shards",
@@ -86,6 +87,7 @@ PURE = {
     "buffer.trees.registry",
     "buffer.trees.spent",
     "buffer.trees.index",
+    "buffer.trees.groups",
     "buffer.journal.persistence",
     "buffer.journal.chunks",
     "buffer.journal.entries",

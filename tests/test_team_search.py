@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from actors.environments import Environments
 from actors.evaluate import success
 from actors.hosting.host import HostedEnvironment
-from actors.search.team_rules import Proposal, dealt, hybrid_rewards, shortened_by
-from actors.search.team_search import TeamSearch
+from actors.teams.rules import Proposal, dealt, hybrid_rewards, shortened_by
+from actors.teams.search import TeamSearch
 from atpo_async.config import Config, SearchConfig, TeamConfig, build
 from atpo_async.core.errors import ConfigError, GenerationFailed
 from atpo_async.core.tree import ROOT, LeafReward, Turn

@@ -12,8 +12,8 @@ from actors.environments import Environments
 from actors.expansion.expansion import Expansion
 from actors.faults.faults import Faults
 from actors.faults.notices import CutActions
-from actors.search.team_search import search_of
 from actors.search.tree_search import Emit, TreeSearch
+from actors.teams.search import search_of
 from atpo_async.config import Config
 from atpo_async.core.tree import TurnTree
 from atpo_async.run.metrics import Aggregator

@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 
 from actors.search.calls import BranchFailed
-from actors.search.team_rules import Proposal, dealt, hybrid_rewards, shortened_by, synthesis_parts
 from actors.search.tree_search import TreeSearch
+from actors.teams.rules import Proposal, dealt, hybrid_rewards, shortened_by, synthesis_parts
 from atpo_async.config import Config, TeamConfig
 from atpo_async.core.tree import ROOT, Turn, TurnTree
 from atpo_async.environments.replay import NOTHING, Past, PastTurn
