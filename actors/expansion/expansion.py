@@ -76,9 +76,9 @@ class Expansion:
         """Its ids are turns after which chains go on, all of which stop every few turns."""
         return self.settings.strategy == "resample"
 
-    def facts(self, seed: int) -> Facts:
+    def facts(self, seed: int, tree: GrowingTree | None = None) -> Facts:
         """Of the tree whose lease has this seed; to be kept as long as the tree grows."""
-        return Facts(seed=seed, policy_tokens=self.policy_tokens, keys={})
+        return Facts(seed=seed, policy_tokens=self.policy_tokens, tree=tree)
 
     def choose(
         self, tree: Tree, *, count: int, rng: np.random.Generator, facts: Facts | None = None, round_number: int = 1

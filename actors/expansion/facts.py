@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from actors.expansion.growing_tree import Tree
-from atpo_async.core.tree import ROOT
+from actors.expansion.growing_tree import GrowingTree, Tree
+from atpo_async.core.tree import ROOT, Turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +29,10 @@ class Facts:
     """The round that is chosen for; 0 where turns are decided on as they end."""
     policy_tokens: int | None = None
     """Tokens that the policy's model has; None where that is not known."""
-    keys: dict[int, bytes] | None = field(default=None, repr=False, compare=False)
-    """Keys of turns that were asked for, of one tree; None: they are made anew each time."""
+    tree: GrowingTree | None = field(default=None, repr=False, compare=False)
+    """The tree that all questions are about, whole; None: it is known by what is asked alone."""
+    keys: dict[int, bytes] = field(default_factory=dict, repr=False, compare=False)
+    """Of turns of this tree that were asked for."""
 
     @property
     def vocab_size(self) -> int:
@@ -49,7 +51,7 @@ class Facts:
 
     def key(self, tree: Tree, turn_id: int) -> bytes:
         """32 bytes that tell the turn by its path; by them turns have an order that is not that of their arrival."""
-        keys = {} if self.keys is None else self.keys
+        keys = {} if self.tree is None else self.keys
         missing = []
         while turn_id != ROOT and turn_id not in keys:
             missing.append(turn_id)
@@ -57,16 +59,16 @@ class Facts:
         key = keys.get(turn_id, b"")
         for below in reversed(missing):
             turn = tree[below]
-            action = turn.action.tobytes()
-            twins = sum(
-                other < below
-                and tree[other].expansion_round == turn.expansion_round
-                and tree[other].action.tobytes() == action
-                for other in tree.siblings(below)
-            )
+            twins = _twins_before(tree, turn) if self.tree is None else self.tree.twins_before(below)
             head = f"{turn.expansion_round}/{twins}/".encode()
-            key = keys[below] = hashlib.blake2b(head + action, digest_size=32, key=key).digest()
+            key = keys[below] = hashlib.blake2b(head + turn.action.tobytes(), digest_size=32, key=key).digest()
         return key
+
+
+def _twins_before(tree: Tree, turn: Turn) -> int:
+    """Earlier siblings of the same round with the same action."""
+    siblings = (tree[other] for other in tree.siblings(turn.turn_id) if other < turn.turn_id)
+    return sum(t.expansion_round == turn.expansion_round and np.array_equal(t.action, turn.action) for t in siblings)
 
 
 NO_FACTS = Facts()

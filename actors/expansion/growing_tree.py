@@ -32,6 +32,9 @@ class GrowingTree:
         self._by_id: dict[int, Turn] = {}
         self._children: dict[int, list[int]] = {ROOT: []}
         self._leaves: list[Turn] = []
+        self._twins: dict[int, int] = {}
+        self._said: dict[tuple[int, int, bytes], int] = {}
+        """(parent, round, action) -> turns."""
         for turn in sorted(turns, key=lambda t: t.turn_id):
             self.add(turn)
 
@@ -40,6 +43,8 @@ class GrowingTree:
         self._by_id[turn.turn_id] = turn
         self._children.setdefault(turn.turn_id, [])
         self._children.setdefault(turn.parent_id, []).append(turn.turn_id)
+        said = (turn.parent_id, turn.expansion_round, turn.action.tobytes())
+        self._twins[turn.turn_id] = self._said[said] = self._said.get(said, -1) + 1
         self.action_tokens += len(turn.action)
         self.next_id = max(self.next_id, turn.turn_id + 1)
         if turn.is_leaf:
@@ -88,6 +93,10 @@ class GrowingTree:
         parts = [self.prompt, *(part for turn in self.path(turn_id) for part in (turn.observation, turn.action))]
         tokens: np.ndarray = np.concatenate(parts).astype(np.int32, copy=False)
         return tokens
+
+    def twins_before(self, turn_id: int) -> int:
+        """Earlier siblings of the same round with the same action."""
+        return self._twins[turn_id]
 
     def round_of(self, turn_id: int) -> int:
         """``expansion_round``; 0 for the prompt."""

@@ -31,6 +31,8 @@ class Online(Plan):
         """The turns that have been decided on."""
         self._left = 0
         """Branches that may still begin."""
+        self._at_root = 0
+        """Branches from the prompt that there are."""
         self._wanted: Counter[int] = Counter()
         """Turn -> branches that begin after it."""
         self._chains: asyncio.TaskGroup | None = None
@@ -83,7 +85,8 @@ class Online(Plan):
     def _decide(self, turn: Turn) -> Sequence[int]:
         """The turns after which a chain begins, now that ``turn`` has ended."""
         self._seen.add(turn)
-        if turn.parent_id == ROOT and turn.expansion_round > 0 and self._begun_at_root() > self._wanted[ROOT]:
+        self._at_root += turn.parent_id == ROOT and turn.expansion_round > 0
+        if self._at_root > self._wanted[ROOT]:
             # Nothing but the rest of the budget begins chains from the prompt that no rule has asked for.
             self._wanted[ROOT] += self._left
             self._left = 0
@@ -102,9 +105,6 @@ class Online(Plan):
         self._left -= len(found)
         self._wanted.update(found)
         return found
-
-    def _begun_at_root(self) -> int:
-        return sum(self._seen[child].expansion_round > 0 for child in self._seen.children(ROOT))
 
     def _fresh(self) -> int:
         """Chains from the prompt that the rest of the budget pays."""

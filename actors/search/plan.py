@@ -42,7 +42,7 @@ class Plan:
         self.growth, self.budget, self.expansion = ground.growth, ground.budget, ground.expansion
         self.chains = ground.budget.initial_rollouts
         """M, chains from the prompt at first."""
-        self.facts = Facts() if self.expansion is None else self.expansion.facts(ground.seed)
+        self.facts = Facts() if self.expansion is None else self.expansion.facts(ground.seed, self.growth.tree)
         self.without_branches = self.expansion is None
         """No strategy, or it failed on this tree."""
 
