@@ -27,6 +27,12 @@ VARIANTS: list[dict[str, dict[str, object]]] = [
     {"correction": {"action": "m2po", "level": "token", "m2_limit": 0.3}, "objective": {"kl_coef": 0.1}},
     {"credit": {"value_mode": "tree_trace"}, "objective": {"aggregation": "branch-prob", "entropy_coef": 0.1}},
     {"objective": {"ratio_level": "sequence", "aggregation": "unique-token-mean"}, "learner": {"epochs": 2}},
+    # Credit that the whole batch decides, or that reads the reference, from which the policy has moved.
+    {
+        "credit": {"advantage_mode": "ancestors", "normalise_leaves": "batch", "whiten_advantages": True},
+        "objective": {"aggregation": "token-mean"},
+    },
+    {"credit": {"advantage_mode": "preference"}, "objective": {"aggregation": "unique-token-mean"}},
     # Adapters alone are trained, and the reference is the same model without them.
     {"learner": {"lora": {"rank": 3}, "epochs": 2}, "objective": {"kl_coef": 0.1}},
     # Groups of trees with roles, in place of trees.
@@ -58,6 +64,10 @@ def train_share(model: Path, shares: list[list[int]], variant: dict[str, dict[st
     if config.learner.mixed_precision == "no":
         policy = in_double(policy)
     trainer = Trainer(config, accelerator=accelerator, policy=policy)
+    if config.credit.advantage_mode == "preference":
+        with torch.no_grad():
+            for parameter in trainer.policy.parameters():
+                parameter.mul_(1.05)
     whole = groups(5, version=3) if config.team.on else make_batch(num_trees=5).trees
     share = tuple(whole[i] for i in shares[accelerator.process_index])
     gradients: list[float] = []
@@ -77,7 +87,7 @@ def train_share(model: Path, shares: list[list[int]], variant: dict[str, dict[st
         "train/loss", "grad_norm", "lag/mean", "is/ess_frac", "is/chi2_turn", "kl/mu_prox_k3", "tokens/trained",
         "is/exponent_scale",
     )  # fmt: skip
-    own = [name for name in ("surrogate/gate", "is/edge", "is/m2po_max_abs") if name in report.metrics]
+    own = [n for n in report.metrics if n in ("surrogate/gate", "is/edge", "is/m2po_max_abs") or n[:7] == "credit/"]
     return {
         "ranks": accelerator.num_processes,
         "metrics": {name: report.metrics[name] for name in (*names, *own)},

@@ -40,7 +40,7 @@ WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
     "search.strategy_options": _BRANCHES,
     "search.sibling_penalty": (_NO_TEAM, ("search.strategy", ("entropy",)), ("search.rounds", NONZERO)),
     **{f"team.{name}": _TEAM for name in TeamConfig.model_fields if name != "proposers"},
-    "credit.leaf_weights": (("credit.normalise_leaves", (True,)),),
+    "credit.leaf_weights": (("credit.normalise_leaves", (True, "tree", "batch")),),
     "search.information_gain": (("search.turn_reward", ("information-gain",)),),
     "search.one_version_gains": (("search.turn_reward", ("information-gain",)),),
     "credit.turn_reward_moments": (("credit.turn_rewards", ("normalised",)),),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from atpo_async.config import doors, loss_rules
 from atpo_async.config.sections.expansion import fault_of
+from atpo_async.core.errors import AtpoError
 from atpo_async.core.loss_traits import CorrectionTraits
 
 if TYPE_CHECKING:
@@ -161,15 +162,30 @@ def _correction(config: Config) -> None:
     if c.prox == "interpolate" and config.credit.value_mode in doors.VALUE_MODE.names():
         from atpo_async.config.credit_rule import credit_rule  # needs numpy, which the command line does without
 
-        if credit_rule(config.credit).reads_ratio:
+        if credit_rule(config.credit, reads_files=False).reads_ratio:
             raise ValueError(loss_rules.needs_log_probs(f"credit.value_mode = {config.credit.value_mode!r}"))
 
 
-def _normalised_once(config: Config) -> None:
-    if config.credit.normalise_returns and config.credit.normalise_leaves:
+def _modes_of_credit(config: Config) -> None:
+    """Options of built-in modes; a user's own are tried before a run."""
+    c = config.credit
+    if c.advantage_mode not in doors.ADVANTAGE_MODE.names() or (c.advantage_mode, c.advantage_options) == PLAIN:
+        return
+    from atpo_async.config.credit_rule import credit_rule, try_credit
+
+    if c.value_mode in doors.VALUE_MODE.names():
+        try:
+            try_credit(c, reads_files=False)
+        except AtpoError as exc:
+            raise ValueError(str(exc)) from None
+    rule = credit_rule(c.model_copy(update={"value_mode": "child_mean", "value_options": {}}), reads_files=False)
+    if rule.reads_reference and config.correction.prox == "interpolate":
+        raise ValueError(loss_rules.needs_log_probs(f"credit.advantage_mode = {c.advantage_mode!r}"))
+    if rule.needs_no_comparison and (c.normalise_leaves or c.normalise_returns):
+        which = "normalise_leaves" if c.normalise_leaves else "normalise_returns"
         raise ValueError(
-            "credit.normalise_returns = true with credit.normalise_leaves = true would normalise twice: the returns of "
-            "turns are made of the leaves' rewards; set --credit.normalise_leaves false"
+            f"credit.{which} = {_word(getattr(c, which))} with credit.advantage_mode = {c.advantage_mode!r} would take "
+            f"out what every chain of a tree earned alike, which that mode learns from: set --credit.{which} false"
         )
 
 
@@ -180,8 +196,13 @@ def _turn_rewards(config: Config) -> None:
     said = "credit.turn_rewards = 'normalised'"
     if c.normalise_returns:
         raise ValueError(
-            f"{said} with credit.normalise_returns = true would normalise twice: returns are made of the rewards of "
-            "turns; set --credit.normalise_returns false, or --credit.turn_rewards plain"
+            f"{said} with credit.normalise_returns = {_word(c.normalise_returns)} would normalise twice: returns are "
+            "made of the rewards of turns; set --credit.normalise_returns false, or --credit.turn_rewards plain"
+        )
+    if c.normalise_leaves == "batch":
+        raise ValueError(
+            f"{said} with credit.normalise_leaves = 'batch': only leaf rewards have a deviation of the whole batch; "
+            "set --credit.normalise_leaves true, or --credit.turn_rewards plain"
         )
     if not c.normalise_leaves:
         raise ValueError(
@@ -194,6 +215,24 @@ def _turn_rewards(config: Config) -> None:
             f"credit.leaf_weights = {c.leaf_weights!r} weighs leaves; set --credit.leaf_weights uniform, or "
             "--credit.turn_reward_moments separate"
         )
+
+
+PLAIN: tuple[str, dict[str, object]] = ("node_value", {})
+"""The default: it is not loaded to be checked, for that needs numpy, which the command line does without."""
+
+
+def _normalised_once(config: Config) -> None:
+    returns, leaves = config.credit.normalise_returns, config.credit.normalise_leaves
+    if returns and leaves:
+        raise ValueError(
+            f"credit.normalise_returns = {_word(returns)} with credit.normalise_leaves = {_word(leaves)} would "
+            "normalise twice: the returns of turns are made of the leaves' rewards; set --credit.normalise_leaves false"
+        )
+
+
+def _word(value: bool | str) -> str:
+    """As it is written in a configuration file."""
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _exact_lag(config: Config) -> None:
@@ -374,6 +413,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     _a_transport_is_left,
     _swap_before_give_up,
     _correction,
+    _modes_of_credit,
     _normalised_once,
     _turn_rewards,
     _exact_lag,

@@ -14,6 +14,7 @@ from atpo_async.core.bounds import (
     Id,
     Name,
     NotNegative,
+    Number,
     Seconds,
     Size,
     Text,
@@ -339,6 +340,12 @@ class Batch(Message, frozen=True, tag="batch"):
     """Such leaves of the whole batch over all ranks."""
     num_row_tokens: Size = 0
     """Action tokens of these leaves' paths, over all ranks."""
+    left_out_leaves: NotNegative = 0.0
+    """Leaves of trees that ended since the batch before and had no signal; 0 where the run does not ask for it."""
+    left_out_rewards: Number = 0.0
+    """The sum of their rewards."""
+    left_out_squares: NotNegative = 0.0
+    """The sum of the squares of these."""
 
 
 class NotYet(Message, frozen=True, tag="not_yet"):

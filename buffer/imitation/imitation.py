@@ -121,7 +121,7 @@ class Imitation:
     def _judged(self, row: ImitationRow, task: int, baseline: Baseline | None) -> ServedRow | None:
         if baseline is None:
             return None
-        normalise = self._credit.normalise_leaves or self._credit.normalise_returns
+        normalise = bool(self._credit.normalise_leaves or self._credit.normalise_returns)
         advantage = baseline.advantage(row.reward, normalise=normalise)
         return ServedRow(row.key, task, advantage, row.uses + 1) if advantage >= 0 else None
 

@@ -366,6 +366,7 @@ class TreeEntry:
             entropy=self.rows["entropy"].astype(np.float64),
             num_action_tokens=self.rows["num_action_tokens"].astype(np.int64),
             role=self.roles,
+            task_index=self.task_index,
         )
 
 

@@ -11,10 +11,18 @@ from dataclasses import dataclass, field, replace
 from msgspec import structs
 
 from atpo_async.core.credit import EQUAL_SHARES, CreditRule, TreeArrays, branch_prob, leaves_below, role_weights
+from atpo_async.core.credit.marks import Sums
 from atpo_async.core.tree import Turn, TurnTree
 from atpo_async.core.vocabulary import Aggregation
 from atpo_async.wire.messages import BatchTree
 from learner.packing.arrays import F64
+
+
+def whole_tree(sampled: BatchTree) -> TurnTree:
+    """A tree of a batch, without unfinished chains."""
+    return TurnTree(
+        sampled.tree_id, sampled.task_index, sampled.prompt, _rewarded(sampled), sampled.failed_branches
+    ).pruned()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,20 +35,29 @@ class CreditedTree:
     advantages: F64
     """float64[turns], in the order of ``tree.turns``."""
     signal: bool
-    """Whether its chains earned different returns."""
+    """Whether its chains earned different returns, or the advantage mode compares none."""
+    sums: Sums = field(default_factory=dict)
+    """What the advantage mode says of it, for metrics."""
+    batch_std: float | None = None
+    """Of the leaf rewards of its batch, where they are divided by it."""
 
     @classmethod
-    def of(cls, sampled: BatchTree, rule: CreditRule) -> CreditedTree:
-        """Without turn ratios; where the rule's value mode reads them, ``recredited`` uses the measured ones."""
-        tree = TurnTree(
-            sampled.tree_id, sampled.task_index, sampled.prompt, _rewarded(sampled), sampled.failed_branches
-        ).pruned()
-        credit = rule.credit(tree)
-        return cls(tree, sampled.weight, credit.advantages, credit.has_signal)
+    def of(cls, sampled: BatchTree, rule: CreditRule, *, batch_std: float | None = None) -> CreditedTree:
+        """Before anything was measured of it; where the rule's modes read that, ``recredited`` uses it."""
+        tree = whole_tree(sampled)
+        credit = rule.credit(tree, batch_std=batch_std)
+        return cls(tree, sampled.weight, credit.advantages, credit.has_signal, credit.sums, batch_std)
 
-    def recredited(self, ratio: F64, rule: CreditRule) -> CreditedTree:
-        """The same tree, credited with ``ratio`` (float64[turns]): rho_n of each turn, prox over mu."""
-        return replace(self, advantages=rule.credit(TreeArrays.of(self.tree), ratio=ratio).advantages)
+    def recredited(self, ratio: F64 | None, rule: CreditRule, *, reference: F64 | None = None) -> CreditedTree:
+        """The same tree, credited with what was measured of its turns.
+
+        Args:
+            ratio: float64[turns], rho_n, prox over mu; None where nothing reads it.
+            rule: of the run.
+            reference: float64[turns], nats, prox over the reference; None where nothing reads it.
+        """
+        credit = rule.credit(TreeArrays.of(self.tree), ratio=ratio, reference=reference, batch_std=self.batch_std)
+        return replace(self, advantages=credit.advantages, sums=credit.sums)
 
     @property
     def num_leaves(self) -> int:

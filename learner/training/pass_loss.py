@@ -126,6 +126,12 @@ class PassLoss:
                 item.prox = item.spread(self.model(**item.inputs)).detach()
                 waits.progress("micro-batches")
 
+    def measure_reference(self, passes: Sequence[Pass]) -> None:
+        """Log-probs of passes under the reference, which they keep."""
+        for item in passes:
+            self._reference_logprobs(item)
+            waits.progress("micro-batches")
+
     def temper_by_prox(self, passes: Sequence[Pass]) -> Tempering:
         """The tempering of a batch, from the proximal log-probs that its passes have measured."""
         return self.temper(

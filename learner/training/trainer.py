@@ -34,7 +34,6 @@ from learner.loss.correction import Tempering
 from learner.memory.fitting import Fitting
 from learner.memory.made_up import made_up
 from learner.memory.measuring import CudaMeter, choose_layers, share_of_engines
-from learner.packing.credited import CreditedTree
 from learner.policy import compilation, precision
 from learner.policy.accelerator import is_sharded
 from learner.policy.frozen import hold_in_half
@@ -43,11 +42,11 @@ from learner.policy.model import Policy, is_tied
 from learner.policy.optimizer import make_optimizer, state_bytes
 from learner.policy.packing_check import layout_for, small_pass
 from learner.policy.whole import TensorNames, WholePolicy
+from learner.training.batch_credit import BatchCredit
 from learner.training.fitted import FittedBatch
 from learner.training.optimizer_steps import BatchTotals, OptimizerSteps, UpdateHistory
 from learner.training.pass_loss import PassLoss
 from learner.training.passes import Part, Planner, split
-from learner.training.recredit import recredit
 from learner.training.reductions import Reductions
 from learner.training.report import StepReport
 from learner.training.step_metrics import StepMetrics
@@ -74,8 +73,9 @@ class Trainer:
         self.policy = policy
         self.reductions = Reductions(accelerator)
         self._credit = credit_rule(config.credit)
-        if self._credit.reads_ratio and config.correction.prox == "interpolate":
-            raise ConfigError(needs_log_probs(self._credit.value_setting))
+        if self._credit.measures and config.correction.prox == "interpolate":
+            raise ConfigError(needs_log_probs(self._credit.measuring_setting))
+        self._credited = BatchCredit(self._credit, self.reductions, accelerator.device)
         self._vocab_size = int(policy.hf.config.vocab_size)
         sharded = is_sharded(accelerator)
         layers, self.compiled = compilation.chosen(
@@ -87,7 +87,8 @@ class Trainer:
         names = TensorNames.of(policy)
         # A copy in half precision is made on the device, and before anything wraps the policy.
         self.half = HalfPolicy(_placed(policy, accelerator), trains=True) if is_for(config, policy, sharded) else None
-        wants_frozen = bool(config.objective.kl_coef) and policy.lora is None
+        wants_reference = bool(config.objective.kl_coef) or self._credit.reads_reference
+        wants_frozen = wants_reference and policy.lora is None
         frozen = _frozen_copy(policy, accelerator, in_half=self.half is not None) if wants_frozen else None
         optimizer = make_optimizer(policy, config.learner, device=accelerator.device, sharded=sharded)
         tied = is_tied(policy)
@@ -111,7 +112,7 @@ class Trainer:
                 f"{config.learner.accelerate_config!r}): set fsdp_cpu_ram_efficient_loading to false there"
             )
         without_adapters = None if self.trained.lora is None else self.trained.lora.without(self._run)
-        reference = (frozen or without_adapters) if config.objective.kl_coef else None
+        reference = (frozen or without_adapters) if wants_reference else None
         self._loss = PassLoss(
             config=config, accelerator=accelerator, model=self._run, reference=reference, reductions=self.reductions
         )
@@ -120,7 +121,7 @@ class Trainer:
             config=config,
             policy=policy,
             layout=layout,
-            keep_idle=self._credit.reads_ratio or bool(config.objective.kl_coef or config.objective.entropy_coef),
+            keep_idle=self._credit.measures or bool(config.objective.kl_coef or config.objective.entropy_coef),
             reductions=self.reductions,
             device=accelerator.device,
             micro_batch_tokens=self.fitting.micro_batch_tokens,
@@ -205,7 +206,7 @@ class Trainer:
         """Whether log-probs of the whole batch must be known before its first optimizer step."""
         prox = self.config.correction.prox
         recompute = prox == "recompute" or (prox == "auto" and self.updates_per_batch > 1)
-        return recompute or self._credit.reads_ratio or self._loss.correction.needs_batch
+        return recompute or self._credit.measures or self._loss.correction.needs_batch
 
     def warm_up(self) -> None:
         """A pass on made-up rows, so that the first batch does not pay for allocation and lazy set-up, and the choice
@@ -264,7 +265,7 @@ class Trainer:
             self.half.is_stale = True  # a checkpoint may have been loaded since
         self._loss.step = batch.step
         sifted = sift(batch, version=version, vocab_size=self._vocab_size, max_lag=settings.staleness.max_lag)
-        trees = [CreditedTree.of(tree, self._credit) for tree in sifted.batch.trees]
+        trees = self._credited.of(sifted.batch)
         order = np.random.default_rng((settings.run.seed, batch.step, self.accelerator.process_index))
         shares = split(trees, settings.learner.minibatches, order)
         parts = [self.planner.plan(share, batch, version) for share in shares]
@@ -272,7 +273,7 @@ class Trainer:
             fitting=self.fitting, planner=self.planner, model=self.model, parts=parts, batch=batch, version=version
         )
         tempering = fitted.run(lambda: self._measured_first(parts)) if self._measures_first else None
-        if self._credit.reads_ratio:
+        if self._credit.measures:
             trees = [tree for part in parts for tree in part.trees]
         totals = BatchTotals(fault=self._all_refused(len(trees), sifted))
         sums = torch.zeros(self._loss.num_sums, dtype=torch.float64, device=self.accelerator.device)
@@ -287,6 +288,7 @@ class Trainer:
         return StepReport(
             metrics={
                 **self._metrics.of_trees(trees, version),
+                **self._credited.of_trees(trees),
                 **self._metrics.of_sums(sums),
                 **self._metrics.of_tokens(totals, sum(part.row_tokens for part in parts)),
                 "pack/compilations": max(self.reductions.gather(self.compilations.total)),
@@ -313,12 +315,13 @@ class Trainer:
         return self.steps.take(part.passes, totals, tempering, should_stop)
 
     def _measured_first(self, parts: list[Part]) -> Tempering | None:
-        """Measure what the first step needs from the whole batch: log-probs, credit by ratios, tempering."""
+        """Measure what the first step needs from the whole batch: log-probs, credit by them, tempering."""
         for part in parts:
             self._loss.measure_prox(part.passes)
-        if self._credit.reads_ratio:
-            for part in parts:
-                recredit(part, self._credit, self.accelerator.device)
+            if self._credit.reads_reference:
+                self._loss.measure_reference(part.passes)
+        if self._credit.measures:
+            self._credited.again(parts)
         correction = self._loss.correction
         if correction.needs_batch or correction.guards_ess:
             return self._loss.temper_by_prox([item for part in parts for item in part.passes])

@@ -48,17 +48,21 @@ def _takes(annotation: Any, kind: type) -> bool:
     return annotation is kind or any(_takes(part, kind) for part in get_args(annotation))
 
 
-def _truth_or_auto(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    """One error, where pydantic would give one for each type of the union."""
-    try:
-        return handler(value)
-    except ValidationError:
-        raise PydanticCustomError(
-            "literal_error", "must be true, false or auto", {"expected": "true, false or 'auto'"}
-        ) from None
+def truth_or(*words: str) -> WrapValidator:
+    """For a field that is true, false or one of ``words``: one error, where pydantic would give one for each type."""
+    *others, last = [repr(word) for word in words]
+    expected = f"{', '.join(['true', 'false', *others])} or {last}"
+
+    def one_error(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("literal_error", "must be one of these", {"expected": expected}) from None
+
+    return WrapValidator(one_error)
 
 
-TruthOrAuto = Annotated[bool | Literal["auto"], WrapValidator(_truth_or_auto)]
+TruthOrAuto = Annotated[bool | Literal["auto"], truth_or("auto")]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from atpo_async.config import doors
-from atpo_async.config.sections.base import Options, Section, TruthOrAuto, named
+from atpo_async.config.sections.base import Options, Section, TruthOrAuto, named, truth_or
 from atpo_async.config.sections.coefficients import NonNegative
 from atpo_async.core.vocabulary import Aggregation, LeafWeights, Level, Precision, RatioLevel
 
@@ -50,11 +50,21 @@ class CreditConfig(Section):
     value_options: Options = Field(default_factory=dict, description="passed to the value mode")
     advantage_mode: Annotated[str, named(doors.ADVANTAGE_MODE)] = "node_value"
     advantage_options: Options = Field(default_factory=dict, description="passed to the advantage mode")
-    normalise_leaves: bool = True
+    normalise_leaves: Annotated[bool | Literal["tree", "batch"], truth_or("tree", "batch")] = Field(
+        True, description="by the deviation of the tree's leaf rewards (true, tree), or of the whole batch's (Lite PPO)"
+    )
     leaf_weights: LeafWeights = Field("uniform", description="weights under which leaf rewards are normalised")
     discount: float = Field(1.0, gt=0, le=1, description="gamma: what later turns earn counts that much less a turn")
-    normalise_returns: bool = Field(
-        False, description="normalise the values of a tree's turns, in place of its leaf rewards (GTPO)"
+    normalise_returns: Annotated[bool | Literal["turns", "first"], truth_or("turns", "first")] = Field(
+        False,
+        description="normalise the values of a tree's turns, in place of its leaf rewards (GTPO), by the moments of "
+        "all turns' (true, turns) or of the first turns'",
+    )
+    advantage_scale: Literal["none", "sqrt-leaves"] = Field(
+        "none", description="sqrt-leaves: divided by the square root of the leaves below the turn (TreeRL)"
+    )
+    whiten_advantages: bool = Field(
+        False, description="to mean 0 and deviation 1 over the action tokens of all rows of the batch (TreePO)"
     )
     turn_rewards: Literal["plain", "normalised"] = Field(
         "plain",

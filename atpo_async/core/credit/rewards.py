@@ -1,8 +1,10 @@
-"""Leaf rewards, rewards of turns, or returns, normalised inside their tree (ALGORITHM, section 2)."""
+"""Leaf rewards, rewards of turns, or returns, normalised inside their tree or by a batch (ALGORITHM, section 2)."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -12,18 +14,48 @@ STD_FLOOR = 1e-6
 """Added to the standard deviation (published code)."""
 
 
-def normalised_leaves(arrays: TreeArrays, *, weights: F64 | None = None) -> F64:
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Of numbers in one place, to be added to those of others: how many, their sum, the sum of their squares."""
+
+    count: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+
+    @classmethod
+    def of(cls, values: F64, weights: F64 | None = None) -> Moments:
+        """Of float64[N], each as often as ``weights`` says."""
+        each = np.ones(len(values)) if weights is None else weights
+        return cls(float(each.sum()), float((each * values).sum()), float((each * values**2).sum()))
+
+    @classmethod
+    def sum(cls, parts: Iterable[Moments]) -> Moments:
+        found = list(parts)
+        return cls(sum(p.count for p in found), sum(p.total for p in found), sum(p.squares for p in found))
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else 0.0
+
+    @property
+    def std(self) -> float:
+        """The population's; 0 of none."""
+        return float(np.sqrt(max(self.squares / self.count - self.mean**2, 0.0))) if self.count else 0.0
+
+
+def normalised_leaves(arrays: TreeArrays, *, weights: F64 | None = None, batch_std: float | None = None) -> F64:
     """float64[N]: ``(r - mean) / (std + 1e-6)`` on the leaves, 0 elsewhere; population moments.
 
     Args:
         arrays: the tree.
         weights: float64[N] leaf weights that sum to 1 (``branch_prob``); equal ones where None.
+        batch_std: of the rewards of many trees, in place of this tree's own (Lite PPO, arXiv 2508.08221).
     """
     leaf = arrays.is_leaf
     rewards = arrays.reward[leaf]
     q = np.full(len(rewards), 1.0 / max(len(rewards), 1)) if weights is None else weights[leaf]
     mean = float(np.sum(q * rewards))
-    std = float(np.sqrt(np.sum(q * (rewards - mean) ** 2)))
+    std = float(np.sqrt(np.sum(q * (rewards - mean) ** 2))) if batch_std is None else batch_std
     out = np.zeros(len(arrays))
     out[leaf] = (rewards - mean) / (std + STD_FLOOR)
     return out
@@ -57,15 +89,26 @@ def _to_unit(numbers: F64) -> F64:
     return found
 
 
-def normalised_returns(arrays: TreeArrays, values: F64, root_value: float) -> tuple[TreeArrays, F64, float]:
-    """``(V - mean) / (std + 1e-6)`` with the moments of V over all turns, and the rewards that give these values.
+def normalised_returns(
+    arrays: TreeArrays, values: F64, root_value: float, over: Literal["turns", "first"] = "turns"
+) -> tuple[TreeArrays, F64, float]:
+    """``(V - mean) / (std + 1e-6)`` with the moments of V over some turns, and the rewards that give these values.
 
-    Source: GTPO (arXiv 2511.14846), returns normalised over the turns of the group.  With m, s these moments, t' =
-    (t - (1 - gamma) m) / s and r' = (r - gamma m) / s keep V'(n) = t'(n) + gamma * mean of the children's V'.
+    Source: GTPO (arXiv 2511.14846), returns normalised over the turns of the group; over its first turns only in
+    another implementation of it.  With m, s these moments, t' = (t - (1 - gamma) m) / s and r' = (r - gamma m) / s keep
+    V'(n) = t'(n) + gamma * mean of the children's V'.
+
+    Args:
+        arrays: the tree.
+        values: float64[N], V(n).
+        root_value: V(root).
+        over: all turns, or those that have no turn above them; where these are all worth the same, all turns.
     """
     if not len(arrays):
         return arrays, values, root_value
-    mean, scale = float(values.mean()), float(values.std()) + STD_FLOOR
+    first = values[arrays.parent < 0]
+    among = first if over == "first" and np.ptp(first) > STD_FLOOR else values
+    mean, scale = float(among.mean()), float(among.std()) + STD_FLOOR
     gamma = arrays.discount
     shifted = replace(
         arrays,

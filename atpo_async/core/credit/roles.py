@@ -33,7 +33,7 @@ def by_role(arrays: TreeArrays) -> list[tuple[int, I64, TreeArrays]]:
         own = replace(
             arrays, parent=place[arrays.parent[at]], is_leaf=arrays.is_leaf[at], reward=arrays.reward[at],
             entropy=arrays.entropy[at], num_action_tokens=arrays.num_action_tokens[at],
-            turn_reward=arrays.turn_reward[at], role=np.zeros(len(at), dtype=np.int64),
+            turn_reward=arrays.turn_reward[at], reference=arrays.reference[at], role=np.zeros(len(at), dtype=np.int64),
         )  # fmt: skip
         found.append((role, at, own))
     return found

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 
+from atpo_async.core.credit.marks import Sums, added, mark_of
 from atpo_async.core.credit.returns import LEAST_SHARE, before, has_signal, in_one_sum
 from atpo_async.core.credit.rewards import normalised_leaves, normalised_returns, normalised_turns
 from atpo_async.core.credit.roles import by_role
 from atpo_async.core.credit.tree_arrays import F64, TreeArrays
-from atpo_async.core.credit.weights import branch_prob
+from atpo_async.core.credit.weights import branch_prob, leaves_below
 from atpo_async.core.errors import AtpoError, SetupError
 from atpo_async.core.texts import of_error
 from atpo_async.core.tree import TurnTree
@@ -37,14 +38,6 @@ takes what was earned above a turn out of its value; a mode with ``reads_turn_re
 AdvantageMode = Callable[[TreeArrays, F64, float], F64]
 """``(arrays, values, root_value) -> float64[N] A(n)``."""
 
-M = TypeVar("M", bound=Callable[..., Any])
-
-
-def reads_ratio(mode: M) -> M:
-    """Decorator: this value mode weighs turns by their ratios, so that the learner measures them before each batch."""
-    mode.reads_ratio = True  # type: ignore[attr-defined]
-    return mode
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Credit:
@@ -57,7 +50,9 @@ class Credit:
     advantages: F64
     """float64[N]: A(n); all zero for a tree without signal."""
     has_signal: bool
-    """Whether its chains earned different returns."""
+    """Whether its chains earned different returns, or the advantage mode compares none."""
+    sums: Sums = field(default_factory=dict)
+    """What the advantage mode says of the tree, for metrics."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,14 +61,20 @@ class CreditRule:
 
     value_mode: ValueMode
     advantage_mode: AdvantageMode
-    normalise: bool = True
-    """Leaf rewards to mean 0 and standard deviation 1 inside the tree first."""
+    normalise: bool | Literal["tree", "batch"] = True
+    """Leaf rewards to mean 0 and standard deviation 1 inside the tree first; ``batch``: the deviation is that of the
+    leaf rewards of the whole batch, where it is known."""
     leaf_weights: LeafWeights = "uniform"
     """Under which weights of the leaves those moments are taken."""
     discount: float = 1.0
     """γ."""
-    normalise_returns: bool = False
-    """Values to mean 0 and standard deviation 1 over the turns of the tree; ``normalise`` is off then."""
+    normalise_returns: bool | Literal["turns", "first"] = False
+    """Values to mean 0 and standard deviation 1 over the turns of the tree, or its first ones; ``normalise`` is off
+    then."""
+    scale: Literal["none", "sqrt-leaves"] = "none"
+    """What advantages are divided by: nothing, or the square root of the leaves below the turn (TreeRL)."""
+    whiten: bool = False
+    """The learner brings advantages to mean 0 and standard deviation 1 over the tokens of the batch's rows."""
     turn_rewards: Literal["plain", "normalised"] = "plain"
     """``normalised``: rewards of inner turns as leaf rewards are, with ``normalise``."""
     turn_reward_moments: Literal["separate", "joint"] = "separate"
@@ -87,61 +88,129 @@ class CreditRule:
     @property
     def reads_ratio(self) -> bool:
         """Whether the value mode weighs turns by their ratios."""
-        return self._is_marked("reads_ratio")
+        return bool(mark_of(self.value_mode, "reads_ratio"))
 
-    def _is_marked(self, mark: str) -> bool:
-        mode = self.value_mode.func if isinstance(self.value_mode, functools.partial) else self.value_mode
-        return bool(getattr(mode, mark, False))
+    @property
+    def reads_reference(self) -> bool:
+        """Whether a mode reads how much likelier the policy makes turns than the reference."""
+        return any(mark_of(mode, "reads_reference") for mode in (self.value_mode, self.advantage_mode))
 
-    def credit(self, tree: TurnTree | TreeArrays, *, ratio: F64 | None = None) -> Credit:
+    @property
+    def measures(self) -> bool:
+        """Whether a mode reads what only log-probs of the whole batch tell, before its first step."""
+        return self.reads_ratio or self.reads_reference
+
+    @property
+    def measuring_setting(self) -> str:
+        """The setting of the mode that does, for messages."""
+        by_value = self.reads_ratio or mark_of(self.value_mode, "reads_reference")
+        return self.value_setting if by_value else self.advantage_setting
+
+    @property
+    def needs_no_comparison(self) -> bool:
+        """Whether trees have a signal whose chains all earned the same, and those of a single chain."""
+        return bool(mark_of(self.advantage_mode, "needs_no_comparison"))
+
+    @property
+    def needs_batch_std(self) -> bool:
+        """Whether leaf rewards are divided by the deviation of the batch's."""
+        return self.normalise == "batch"
+
+    def credit(
+        self,
+        tree: TurnTree | TreeArrays,
+        *,
+        ratio: F64 | None = None,
+        reference: F64 | None = None,
+        batch_std: float | None = None,
+    ) -> Credit:
         """Values and advantages of a pruned tree, in the order of its turns; of a group, of each role's chains alone.
 
         Args:
             tree: without unfinished chains.
             ratio: float64[N], rho_n; None where nothing is known of it.
+            reference: float64[N], nats, as ``TreeArrays.reference``; None where nothing is known of it.
+            batch_std: of the leaf rewards of the batch; None where it is not known, as in the buffer: the tree's own.
 
         Raises:
             ValueError: a ratio is missing, negative or not finite; a tree as ``TreeArrays.of`` refuses it.
             SetupError: a mode failed, or returned something else than finite numbers, one for each turn.
         """
-        arrays = TreeArrays.of(tree) if isinstance(tree, TurnTree) else tree
-        if ratio is not None:
-            _check_ratio(ratio, [turn.turn_id for turn in tree] if isinstance(tree, TurnTree) else range(len(arrays)))
-            ratio = np.minimum(ratio, self.trace_cap) if self.reads_ratio else None
+        arrays, ratio = self._measured(tree, ratio, reference)
         if arrays.role.any():
-            return self._by_role(arrays, ratio)
-        if self.normalise:
-            weights = branch_prob(arrays) if self.leaf_weights == "branch-prob" else None
-            if self.turn_rewards == "normalised":
-                arrays = normalised_turns(arrays, weights=weights, joint=self.turn_reward_moments == "joint")
-            else:
-                arrays = arrays.with_reward(normalised_leaves(arrays, weights=weights))
-        if self.discount != 1.0:
-            arrays = replace(arrays, discount=self.discount)
+            return self._by_role(arrays, ratio, batch_std)
+        arrays = self._normalised(arrays, batch_std)
         value, root = self._values(arrays, ratio)
-        signal = has_signal(arrays)
+        signal = self.needs_no_comparison or has_signal(arrays)
         if self.normalise_returns:
-            arrays, value, root = normalised_returns(arrays, value, root)
+            over: Literal["turns", "first"] = "first" if self.normalise_returns == "first" else "turns"
+            arrays, value, root = normalised_returns(arrays, value, root, over)
         if not signal:
             # Exactly zero: un-normalised equal rewards would otherwise push every action up or down alike.
             return Credit(values=value, root_value=root, advantages=np.zeros(len(arrays)), has_signal=False)
         found = _result(self.advantage_setting, self.advantage_mode, arrays, value, root)
         advantages = _numbers(self.advantage_setting, found, len(arrays))
-        return Credit(values=value, root_value=root, advantages=advantages, has_signal=True)
+        if self.scale == "sqrt-leaves":
+            advantages = advantages / np.sqrt(leaves_below(arrays))
+        sums = self._sums(arrays, value, root)
+        return Credit(values=value, root_value=root, advantages=advantages, has_signal=True, sums=sums)
 
-    def _by_role(self, arrays: TreeArrays, ratio: F64 | None) -> Credit:
+    def _measured(
+        self, tree: TurnTree | TreeArrays, ratio: F64 | None, reference: F64 | None
+    ) -> tuple[TreeArrays, F64 | None]:
+        """The tree with what was measured of it, and the ratios that count."""
+        arrays = TreeArrays.of(tree) if isinstance(tree, TurnTree) else tree
+        names = [turn.turn_id for turn in tree] if isinstance(tree, TurnTree) else range(len(arrays))
+        if ratio is not None:
+            _check_ratio(ratio, names)
+            ratio = np.minimum(ratio, self.trace_cap) if self.reads_ratio else None
+        if reference is not None and self.reads_reference:
+            _check_reference(reference, names)
+            arrays = replace(arrays, reference=reference)
+        return arrays, ratio
+
+    def _normalised(self, arrays: TreeArrays, batch_std: float | None) -> TreeArrays:
+        """The tree with its rewards as the settings have them."""
+        if self.normalise:
+            weights = branch_prob(arrays) if self.leaf_weights == "branch-prob" else None
+            of_batch = batch_std if self.needs_batch_std else None
+            if self.turn_rewards == "normalised":
+                arrays = normalised_turns(arrays, weights=weights, joint=self.turn_reward_moments == "joint")
+            else:
+                arrays = arrays.with_reward(normalised_leaves(arrays, weights=weights, batch_std=of_batch))
+        return arrays if self.discount == 1.0 else replace(arrays, discount=self.discount)
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """Names of what the advantage mode says of each tree (``Credit.sums``)."""
+        found = mark_of(self.advantage_mode, "logs")
+        return () if found is None else tuple(found[0])
+
+    def _sums(self, arrays: TreeArrays, value: F64, root: float) -> Sums:
+        found = mark_of(self.advantage_mode, "logs")
+        if found is None:
+            return {}
+        mode = self.advantage_mode
+        options = mode.keywords if isinstance(mode, functools.partial) else {}
+        return found[1](arrays, value, root, **options)  # type: ignore[no-any-return]
+
+    def _by_role(self, arrays: TreeArrays, ratio: F64 | None, batch_std: float | None) -> Credit:
         """Of a group: each role's chains by themselves, with their own moments and their own baseline."""
         values, advantages, root, signal = np.zeros(len(arrays)), np.zeros(len(arrays)), 0.0, False
+        sums: list[Sums] = []
         for _, at, own in by_role(arrays):
-            credit = self.credit(own, ratio=None if ratio is None else ratio[at])
+            credit = self.credit(own, ratio=None if ratio is None else ratio[at], batch_std=batch_std)
             values[at], advantages[at] = credit.values, credit.advantages
             root += credit.root_value * len(at) / len(arrays)
             signal = signal or credit.has_signal
-        return Credit(values=values, root_value=root, advantages=advantages, has_signal=signal)
+            sums.append(credit.sums)
+        return Credit(
+            values=values, root_value=root, advantages=advantages, has_signal=signal, sums=added(sums, self.logged)
+        )
 
     def _values(self, arrays: TreeArrays, ratio: F64 | None) -> tuple[F64, float]:
         """A mode that knows nothing of rewards of turns gets the returns of whole chains as its leaves' rewards."""
-        if arrays.only_outcomes or self._is_marked("reads_turn_rewards"):
+        if arrays.only_outcomes or mark_of(self.value_mode, "reads_turn_rewards"):
             return self._said(arrays, ratio)
         earned, share = before(arrays)
         sums = in_one_sum(arrays)
@@ -206,4 +275,16 @@ def _check_ratio(ratio: F64, names: Sequence[int]) -> None:
         raise ValueError(
             f"turn {names[int(bad[0])]} has the ratio {ratio[bad[0]]}; expected finite and not negative: bound the "
             "log-ratio before exp()"
+        )
+
+
+def _check_reference(reference: F64, names: Sequence[int]) -> None:
+    if len(reference) != len(names):
+        raise ValueError(
+            f"credit got {len(reference)} log-ratios to the reference for {len(names)} turns; give one each"
+        )
+    bad = np.flatnonzero(~np.isfinite(reference))
+    if len(bad):
+        raise ValueError(
+            f"turn {names[int(bad[0])]} has the log-ratio {reference[bad[0]]} to the reference; expected finite"
         )

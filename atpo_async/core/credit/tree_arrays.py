@@ -37,11 +37,17 @@ class TreeArrays:
     """γ: what the turns below a turn earn counts that much for it."""
     role: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """int64[N]: index of each turn's role in ``core.credit.ROLES``; zeros outside groups, where it is left out."""
+    reference: F64 = field(default_factory=lambda: np.zeros(0))
+    """float64[N], nats: sum over a turn's action tokens of log-prob under the policy less that under the reference, for
+    modes with ``reads_reference``; zeros where it is not known, as in the buffer."""
+    task_index: int = -1
+    """Of the tree's task; -1 where it has none."""
 
     def __post_init__(self) -> None:
         count = len(self.parent)
-        if not len(self.turn_reward):
-            object.__setattr__(self, "turn_reward", np.zeros(count))
+        for name in ("turn_reward", "reference"):
+            if not len(getattr(self, name)):
+                object.__setattr__(self, name, np.zeros(count))
         if not len(self.role):
             object.__setattr__(self, "role", np.zeros(count, dtype=np.int64))
         if not np.all(self.parent < np.arange(count)):
@@ -80,6 +86,7 @@ class TreeArrays:
             entropy=np.array([t.entropy for t in tree], dtype=np.float64),
             num_action_tokens=np.array([len(t.action) for t in tree], dtype=np.int64),
             role=np.array([_ROLE_INDEX[t.role] for t in tree], dtype=np.int64),
+            task_index=tree.task_index,
         )
 
     def with_reward(self, reward: F64) -> TreeArrays:

@@ -29,7 +29,7 @@ def branch_prob(arrays: TreeArrays) -> F64:
 
 def leaves_below(arrays: TreeArrays) -> I64:
     """int64[N]: L_n, the leaves under each turn, a leaf itself counted."""
-    return _sum_below(arrays, arrays.is_leaf.astype(np.float64)).astype(np.int64)
+    return sum_below(arrays, arrays.is_leaf.astype(np.float64)).astype(np.int64)
 
 
 def leaf_tokens(arrays: TreeArrays) -> I64:
@@ -38,6 +38,23 @@ def leaf_tokens(arrays: TreeArrays) -> I64:
     for i in range(len(arrays)):
         depth[i] = depth[arrays.parent[i]] + arrays.num_action_tokens[i]
     return np.where(arrays.is_leaf, depth[:-1], 0)
+
+
+def sum_along(arrays: TreeArrays, own: F64) -> F64:
+    """float64[N]: each turn's own number and those of all turns above it."""
+    sums = np.zeros(len(arrays) + 1)
+    for i, parent in enumerate(arrays.parent.tolist()):
+        sums[i] = sums[parent] + own[i]
+    along: F64 = sums[:-1]
+    return along
+
+
+def mean_below(arrays: TreeArrays, of_leaf: F64, weight: F64) -> F64:
+    """float64[N]: the mean of the leaves' numbers below each turn, a leaf's own counted, under their ``weight``."""
+    weight = np.where(arrays.is_leaf, weight, 0.0)
+    total = sum_below(arrays, weight)
+    found: F64 = sum_below(arrays, weight * of_leaf) / np.where(total > 0, total, 1.0)
+    return found
 
 
 def turn_weights(
@@ -96,7 +113,7 @@ def _turn_weights(
     by_token = np.where(arrays.is_leaf, 1.0 / np.maximum(tokens, 1), 0.0)
     match aggregation:
         case "seq-mean-token-mean":
-            return _sum_below(arrays, by_token / leaves)
+            return sum_below(arrays, by_token / leaves)
         case "seq-mean-token-sum":
             return leaves_below(arrays) / leaves
         case "token-mean":
@@ -105,12 +122,12 @@ def _turn_weights(
             total = int(arrays.num_action_tokens.sum()) if num_turn_tokens is None else num_turn_tokens
             return np.full(len(arrays), 1.0 / total)
         case "branch-prob":
-            return _sum_below(arrays, branch_prob(arrays) * by_token / num_trees)
+            return sum_below(arrays, branch_prob(arrays) * by_token / num_trees)
         case "branch-prob-token-sum":
-            return _sum_below(arrays, branch_prob(arrays) / num_trees)
+            return sum_below(arrays, branch_prob(arrays) / num_trees)
 
 
-def _sum_below(arrays: TreeArrays, own: F64) -> F64:
+def sum_below(arrays: TreeArrays, own: F64) -> F64:
     """float64[N]: each turn's own number and those of all turns under it."""
     sums = np.append(own, 0.0)
     for i in range(len(arrays) - 1, -1, -1):

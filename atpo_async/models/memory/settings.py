@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from atpo_async.config import Config
+from atpo_async.config.credit_rule import reads_reference
 
 Sharding = Literal["none", "ddp", "parameters"]
 """What ranks do with the policy: there is one rank; each holds all of it; each holds its share (FSDP)."""
@@ -51,7 +52,7 @@ def learner_memory(config: Config, *, on_gpu: bool) -> LearnerMemory:
         optimizer=learner.optimizer,
         lora_rank=learner.lora.rank,
         # With adapters the reference is the model without them.
-        reference=bool(config.objective.kl_coef) and not learner.lora.rank,
+        reference=(bool(config.objective.kl_coef) or reads_reference(config.credit)) and not learner.lora.rank,
     )
 
 

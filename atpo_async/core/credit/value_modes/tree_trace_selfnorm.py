@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from atpo_async.core.credit.backup import weighted_children
+from atpo_async.core.credit.marks import reads_ratio
 from atpo_async.core.credit.returns import reads_turn_rewards
-from atpo_async.core.credit.rule import reads_ratio
 from atpo_async.core.credit.tree_arrays import F64, TreeArrays
 from atpo_async.core.credit.value_modes import child_mean
 
