@@ -499,6 +499,7 @@ def test_options_of_an_environment_are_free() -> None:
         ("environment.options", "none", "--environment.options.NAME VALUE"),
         ("objective.surrogate_options", "{width = 3}", "--objective.surrogate_options.width 3"),
         ("metrics.options", "project", "--metrics.options.SINK.NAME VALUE"),
+        ("objective.term_options", "epo", "--objective.term_options.TERM.NAME VALUE"),
     ],
 )
 def test_options_by_name_given_in_one_piece_are_refused_with_the_form_that_is_meant(
@@ -517,6 +518,8 @@ OPTIONS_BESIDE = {
     "credit.value_mode": "credit.value_options",
     "credit.advantage_mode": "credit.advantage_options",
     "objective.surrogate": "objective.surrogate_options",
+    "objective.terms": "objective.term_options",
+    "objective.token_weights": "objective.token_weight_options",
     "correction.action": "correction.action_options",
     "buffer.sampling": "buffer.sampling_options",
     "weights.transport": "weights.transport_options",
@@ -526,6 +529,9 @@ OPTIONS_BESIDE = {
 }
 """Field of each door -> its table of options."""
 
+OF_SEVERAL = {door.options_by_name for door in DOORS}
+"""Tables that have a table of options for each name."""
+
 
 def test_every_door_has_a_field_and_a_table_of_options() -> None:
     assert {door.field for door in DOORS} == set(OPTIONS_BESIDE)
@@ -534,13 +540,13 @@ def test_every_door_has_a_field_and_a_table_of_options() -> None:
 
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.field)
 def test_a_door_takes_a_name_of_ones_own_and_its_options(tmp_path: Path, door: Door[Any]) -> None:
-    table, sinks = OPTIONS_BESIDE[door.field], door.field == "metrics.sinks"
-    inside = f"{table}.{OWN}" if sinks else table
-    words = [f"--{door.field}", f'["{OWN}"]' if sinks else OWN, f"--{inside}.width", "3", f"--{inside}.deep"]
+    table, several = OPTIONS_BESIDE[door.field], bool(door.options_by_name)
+    inside = f"{table}.{OWN}" if several else table
+    words = [f"--{door.field}", f'["{OWN}"]' if several else OWN, f"--{inside}.width", "3", f"--{inside}.deep"]
     config = load(write(tmp_path, ""), split_options(words)[1])
     options = {"width": 3, "deep": True}
-    assert configuration.get(config, door.field) == ((OWN,) if sinks else OWN)
-    assert configuration.get(config, table) == ({OWN: options} if sinks else options)
+    assert configuration.get(config, door.field) == ((OWN,) if several else OWN)
+    assert configuration.get(config, table) == ({OWN: options} if several else options)
     assert OWN.partition(".")[0] not in sys.modules
     assert load(write(tmp_path, to_toml(config))) == config
 
@@ -551,7 +557,7 @@ def test_a_name_that_no_door_knows_is_refused_with_those_it_knows(door: Door[Any
     known = door.choices()[0]
     wrong = f"{known[:-1]}ß{known[-1]}"
     with pytest.raises(ConfigError) as refused:
-        build({section: {leaf: [wrong] if door.field == "metrics.sinks" else wrong}})
+        build({section: {leaf: [wrong] if door.options_by_name else wrong}})
     assert str(refused.value).startswith(f"{door.field} = {wrong!r} is unknown; did you mean {known}?  Known: {known}")
     assert str(refused.value).endswith(f"or 'package.module:name' for {door.what} of your own")
 
@@ -572,7 +578,7 @@ def test_options_by_name_are_finite(table: str) -> None:
     section, _, leaf = table.partition(".")
     options: dict[str, Any] = {"width": float("nan")}
     with pytest.raises(ConfigError, match="width = nan is no finite number"):
-        build({section: {leaf: {"jsonl": options} if section == "metrics" else options}})
+        build({section: {leaf: {"jsonl": options} if table in OF_SEVERAL else options}})
 
 
 def test_options_of_a_metrics_sink_are_given_by_its_name(tmp_path: Path) -> None:
@@ -584,6 +590,25 @@ def test_options_of_a_metrics_sink_are_given_by_its_name(tmp_path: Path) -> None
         ConfigError, match=r"--metrics\.options\.folder names no option of a sink: --metrics\.options\.SINK"
     ):
         load([], {"metrics.options.folder": "logs"})
+
+
+def test_an_option_of_a_term_may_be_a_schedule_in_every_form(tmp_path: Path) -> None:
+    rising = {"kind": "linear", "start": 0.5, "end": 1.0, "steps": 4}
+    file = write(tmp_path, '[objective]\nterms = "kl-cov"\n[objective.term_options.kl-cov]\ncoef = 0.5\nshare = 0.1\n')
+    over = tmp_path / "over.toml"
+    over.write_text(
+        '[objective.term_options]\nkl-cov = { coef = { kind = "linear", start = 0.5, end = 1, steps = 4 } }\n'
+    )
+    expected = build({"objective": {"terms": ["kl-cov"], "term_options": {"kl-cov": {"coef": rising, "share": 0.1}}}})
+    words = ["--objective.term_options.kl-cov.coef", '{ kind = "linear", start = 0.5, end = 1, steps = 4 }']
+    assert load([file, over]) == load(file, split_options(words)[1]) == expected
+    assert load(write(tmp_path, to_toml(expected))) == expected
+    assert load([], as_options([tmp_path / "c.toml"])) == expected
+    number = tmp_path / "number.toml"
+    number.write_text("[objective.term_options.kl-cov]\ncoef = 0.25\n")
+    assert load([tmp_path / "c.toml", number]).objective.term_options == {"kl-cov": {"coef": 0.25, "share": 0.1}}
+    with pytest.raises(ConfigError, match=r"names no option of a loss term: --objective.term_options.TERM.NAME VALUE"):
+        load([], {"objective.term_options.coef": "1"})
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,10 @@ EXAMPLES: dict[str, str] = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", 
 SETTINGS = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
 
 
+LISTS = tuple(door.field.rpartition(".")[2] for door in DOORS if door.options_by_name)
+"""Fields that name several parts."""
+
+
 def code_lines(code: str) -> int:
     """Lines that are neither blank nor comments; docstrings count."""
     return sum(1 for line in code.splitlines() if line.strip() and not line.strip().startswith("#"))
@@ -49,7 +53,7 @@ def test_the_settings_of_the_page_name_the_examples() -> None:
         value.partition(":")[0]
         for text in SETTINGS
         for section in tomllib.loads(text).values()
-        for value in (*section.values(), *section.get("sinks", ()))
+        for value in (*section.values(), *(part for name in LISTS for part in section.get(name, ())))
         if isinstance(value, str) and ":" in value
     }
     assert named == EXAMPLES.keys()
@@ -77,7 +81,7 @@ def test_all_examples_serve_in_one_run(tmp_path: Path, monkeypatch: pytest.Monke
         steps = [record.metrics["train/loss"] for record in made.steps()]
     assert steps, story
     assert "of 3 steps" in story, story
-    assert {"surrogate/gate", "is/edge"} <= metrics
+    assert {"surrogate/gate", "is/edge", "near/distance", "early/edge"} <= metrics
     assert (tmp_path / "lines.txt").read_text().splitlines()[0] == "run run"
     assert (tmp_path / "lines.txt").read_text().splitlines()[-1] == "done"
     assert any(name.endswith(".bin") for name in map(str, (tmp_path / "shared").iterdir())), story

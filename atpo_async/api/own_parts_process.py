@@ -25,7 +25,6 @@ from atpo_async.config.doors import (
     DOORS,
     ENGINE,
     ENVIRONMENT,
-    SINK,
     STRATEGY,
     VALUE_MODE,
 )
@@ -33,6 +32,7 @@ from atpo_async.config.loss_rules import check_bias, check_correction
 from atpo_async.core.doors import Door, Option
 from atpo_async.core.errors import AtpoError, ConfigError
 from atpo_async.core.loss_traits import CorrectionTraits, declared
+from atpo_async.core.schedule import at_first
 
 IMPORTING, STILL = "importing: ", "still importing: "
 """Begin the lines about an import that begins, and about one that takes long."""
@@ -61,8 +61,9 @@ def named(config: Config) -> list[tuple[Door[Any], str, dict[str, Option]]]:
         value = get(config, door.field)
         for name in (value,) if isinstance(value, str) else value:
             if name not in door.choices():
-                options = config.metrics.options.get(name) if door is SINK else get(config, door.options)
-                found.append((door, name, dict(options or {})))
+                named_by = door.options_by_name
+                options = get(config, named_by).get(name) if named_by else get(config, door.options)
+                found.append((door, name, {key: at_first(value) for key, value in (options or {}).items()}))
     return found
 
 

@@ -98,6 +98,28 @@ SURROGATE: Door[Any] = Door(
     call=("tokens", "settings"),
 )
 
+TERM: Door[Any] = Door(
+    field="objective.terms",
+    options_by_name="objective.term_options",
+    what="a loss term",
+    protocol='docs/extending.md, "Loss term"',
+    package="learner.loss.terms",
+    attribute="term",
+    hyphens=True,
+    call=("tokens", "settings"),
+)
+
+TOKEN_WEIGHT: Door[Any] = Door(
+    field="objective.token_weights",
+    options_by_name="objective.token_weight_options",
+    what="a token weight",
+    protocol='docs/extending.md, "Token weight"',
+    package="learner.loss.token_weights",
+    attribute="weight",
+    hyphens=True,
+    call=("tokens", "now", "settings"),
+)
+
 CORRECTION: Door[Any] = Door(
     field="correction.action",
     options="correction.action_options",
@@ -162,6 +184,7 @@ LAUNCHER: Door[Any] = Door(
 
 SINK: Door[Any] = Door(
     field="metrics.sinks",
+    options_by_name="metrics.options",
     what="a metrics sink",
     protocol='docs/extending.md, "Metrics sink"',
     package="atpo_async.run.sinks.built_in",
@@ -177,6 +200,8 @@ DOORS: tuple[Door[Any], ...] = (
     VALUE_MODE,
     ADVANTAGE_MODE,
     SURROGATE,
+    TERM,
+    TOKEN_WEIGHT,
     CORRECTION,
     SAMPLING,
     TRANSPORT,

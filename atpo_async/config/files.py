@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from atpo_async.config import faults, options, recipes
-from atpo_async.config.schema import Config, coefficient_field, fields
+from atpo_async.config.schema import Config, fields
 from atpo_async.config.sections.base import Section, door_of
 from atpo_async.config.sections.environments import WeightedEnvironment
 from atpo_async.core.errors import ConfigError
@@ -131,8 +131,8 @@ def _lay(onto: dict[str, Any], table: Mapping[str, Any], file: str, holders: dic
     """Put ``table`` over ``onto``, key by key, and note in ``holders`` which file each key comes from."""
     for key, value in table.items():
         dotted = f"{prefix}{key}"
-        is_table = isinstance(value, Mapping) and coefficient_field(dotted) != dotted
-        if key in onto and not coefficient_field(dotted) and isinstance(onto[key], dict) != is_table:
+        is_table = options.is_table(dotted, value)
+        if key in onto and options.is_table(dotted, onto[key]) != is_table:
             kinds = ("a section", "a value") if is_table else ("a value", "a section")
             raise ConfigError(f"{dotted} is {kinds[0]} in {file}, but {kinds[1]} in {holders[dotted]}: make them agree")
         holders[dotted] = file
@@ -147,7 +147,7 @@ def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
     for key, value in table.items():
         dotted = f"{prefix}{key}"
         field = fields().get(dotted)
-        if isinstance(value, Mapping) and (field is None or get_origin(field.annotation) is dict):
+        if options.is_table(dotted, value) and (field is None or get_origin(field.annotation) is dict):
             yield from _leaves(value, f"{dotted}.")
         else:
             yield dotted, value

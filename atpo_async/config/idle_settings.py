@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from atpo_async import config as configuration
 from atpo_async.config import Config, loss_rules
 from atpo_async.config.credit_rule import credit_rule
+from atpo_async.config.doors import DOORS, SINK
 from atpo_async.config.sections.base import door_of
 from atpo_async.config.sections.team import TeamConfig
 
@@ -97,11 +98,21 @@ def idle_settings(config: Config) -> list[str]:
                     f"{working if isinstance(working, str) else ', '.join(map(_shown, working))})"
                 )
                 break
-    unnamed = [name for name in config.metrics.options if name not in config.sinks]
-    return found + [
-        f"metrics.options.{name} has no effect with metrics.sinks = {list(config.sinks)} (it has with {name!r} in it)"
-        for name in unnamed
-    ]
+    return found + _options_of_none(config)
+
+
+def _options_of_none(config: Config) -> list[str]:
+    """One line for each table of options whose part is not named."""
+    found = []
+    for door in (door for door in DOORS if door.options_by_name):
+        names = config.sinks if door is SINK else configuration.get(config, door.field)
+        found += [
+            f"{door.options_by_name}.{name} has no effect with {door.field} = {list(names)} "
+            f"(it has with {name!r} in it)"
+            for name in configuration.get(config, door.options_by_name)
+            if name not in names
+        ]
+    return found
 
 
 def _works(config: Config, is_now: Any, working: tuple[Any, ...] | str) -> bool:

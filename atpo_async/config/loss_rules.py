@@ -8,13 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from atpo_async.config.doors import CORRECTION, SURROGATE
-from atpo_async.core.doors import Door
-from atpo_async.core.loss_traits import CorrectionTraits, SurrogateTraits, Traits, declared
+from atpo_async.config.doors import CORRECTION, SURROGATE, TERM, TOKEN_WEIGHT
+from atpo_async.core.doors import Door, Option
+from atpo_async.core.errors import ConfigError
+from atpo_async.core.loss_traits import (
+    CorrectionTraits,
+    Needs,
+    PartTraits,
+    SurrogateTraits,
+    TermTraits,
+    TokenWeightTraits,
+    Traits,
+    declared,
+)
+from atpo_async.core.schedule import Schedule
 
 if TYPE_CHECKING:
     from atpo_async.config.schema import Config
-    from atpo_async.config.sections.learning import CorrectionConfig
+    from atpo_async.config.sections.learning import CorrectionConfig, ObjectiveConfig
 
 
 def surrogate_traits(name: str) -> SurrogateTraits | None:
@@ -127,3 +138,115 @@ def needs_log_probs(what: str) -> str:
     return (
         f"correction.prox = 'interpolate' has no log-probs before the first step, and {what} needs them: use recompute"
     )
+
+
+# --- loss terms and token weights
+
+
+def label_of(name: str) -> str:
+    """What a term or a token weight is called in metrics and checkpoints: its own name, without its module's."""
+    return name.rpartition(":")[2]
+
+
+def part_options(settings: ObjectiveConfig, door: Door[object], name: str) -> Mapping[str, Option | Schedule]:
+    """Options of an entry of ``objective.terms`` or ``objective.token_weights``."""
+    tables = settings.term_options if door is TERM else settings.token_weight_options
+    return tables.get(name, {})
+
+
+def check_parts(config: Config) -> None:
+    """Raises ValueError where loss terms and token weights contradict one another or other settings.
+
+    What a user's own declares is checked by the learner, which imports it.
+    """
+    seen: dict[str, str] = {}
+    needs: dict[str, Needs] = {}
+    for door, names, default in _parts(config.objective):
+        for name in names:
+            if (label := label_of(name)) in seen:
+                raise ValueError(
+                    f"{door.field}: {name!r} and {seen[label]!r} would both be {label!r} in metrics and checkpoints: "
+                    "name each once, and give one of your own another name"
+                )
+            seen[label] = name
+            if name in door.names():
+                try:
+                    function = door.load(name, _ends(part_options(config.objective, door, name))[0])
+                except ConfigError as exc:
+                    raise ValueError(str(exc)) from None
+                traits = declared(function, default)  # type: ignore[arg-type]
+                check_part(config, door, name, traits)
+                needs[f"{door.field}, {name}"] = _needs(config.objective, door, name, traits)
+    united(needs)
+
+
+def _parts(settings: ObjectiveConfig) -> tuple[tuple[Door[object], tuple[str, ...], PartTraits], ...]:
+    return ((TERM, settings.terms, TermTraits()), (TOKEN_WEIGHT, settings.token_weights, TokenWeightTraits()))
+
+
+def check_part(config: Config, door: Door[object], name: str, traits: PartTraits) -> None:
+    """Raises ValueError where one term or token weight contradicts its options or other settings."""
+    settings = config.objective
+    options = part_options(settings, door, name)
+    for each in _ends(options):
+        try:
+            if traits.check is not None:
+                traits.check(settings, **each)
+        except ValueError as exc:
+            raise ValueError(f"{door.options_by_name}.{name}: {exc}") from None
+    needs = _needs(settings, door, name, traits)
+    if door is TOKEN_WEIGHT and (needs.own_entropy or needs.own_min_p is not None):
+        raise ValueError(
+            f"{door.field}: {name!r} declares that it needs numbers of the weights being trained (Needs.own_entropy, "
+            "own_min_p), and a token weight is fixed before the first step: it may need those of the batch's start"
+        )
+    first = needs.at_start or traits.measure is not None or door is TOKEN_WEIGHT
+    if first and config.correction.prox == "interpolate":
+        raise ValueError(needs_log_probs(f"{door.field}, {name!r},"))
+
+
+def _needs(settings: ObjectiveConfig, door: Door[object], name: str, traits: PartTraits) -> Needs:
+    first, last = (traits.needs_of(each) for each in _ends(part_options(settings, door, name)))
+    if first != last:
+        raise ValueError(
+            f"{door.options_by_name}.{name}: an option that decides what is measured of each token cannot be a "
+            "schedule: give a number"
+        )
+    return first
+
+
+def _ends(options: Mapping[str, Option | Schedule]) -> tuple[dict[str, Option], dict[str, Option]]:
+    """The options with the first and with the last values of those that are schedules."""
+    first = {name: value.start if isinstance(value, Schedule) else value for name, value in options.items()}
+    last = {name: value.end if isinstance(value, Schedule) else value for name, value in options.items()}
+    return first, last
+
+
+def united(needs: Mapping[str, Needs]) -> Needs:
+    """What several parts need together.  Raises ValueError where two need the min-p numbers of different shares."""
+    shares: dict[str, float | None] = {}
+    for field in ("min_p", "own_min_p"):
+        asked = {who: value for who, each in needs.items() if (value := getattr(each, field)) is not None}
+        if len(set(asked.values())) > 1:
+            said = " and ".join(f"{value:g} ({who})" for who, value in asked.items())
+            raise ValueError(f"min-p numbers are measured for one share of the largest probability, not for {said}")
+        shares[field] = next(iter(asked.values()), None)
+    every = needs.values()
+    return Needs(
+        entropy=any(each.entropy for each in every),
+        own_entropy=any(each.own_entropy for each in every),
+        reference=any(each.reference for each in every),
+        random=any(each.random for each in every),
+        min_p=shares["min_p"],
+        own_min_p=shares["own_min_p"],
+    )
+
+
+def needs_of_parts(config: Config) -> Needs:
+    """What the built-in terms and token weights of a configuration need; a user's own are left out."""
+    found = {}
+    for door, names, default in _parts(config.objective):
+        for name in (name for name in names if name in door.names()):
+            traits = declared(door.load(name), default)  # type: ignore[arg-type]
+            found[f"{door.field}, {name}"] = _needs(config.objective, door, name, traits)
+    return united(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -12,9 +12,17 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from atpo_async.config import suggestions
+from atpo_async.config.doors import DOORS, SINK, TERM, TOKEN_WEIGHT
 from atpo_async.config.schema import Config, coefficient_field, fields, options_table
+from atpo_async.config.sections.coefficients import looks_like_a_schedule
 from atpo_async.config.sections.environments import WeightedEnvironment
+from atpo_async.core.doors import Door
 from atpo_async.core.errors import ConfigError
+
+BY_NAME: dict[str, Door[Any]] = {door.options_by_name: door for door in DOORS if door.options_by_name}
+"""Table that has a table of options for each name -> the door of these names."""
+SCHEDULED = frozenset({TERM.options_by_name, TOKEN_WEIGHT.options_by_name})
+"""Tables in which a number may be a schedule."""
 
 _TRUTHS = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0"})
 
@@ -37,7 +45,7 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if not word.startswith("--") or "." not in name:
             rest.append(word)
             continue
-        name = name if is_entry(name) else name.replace("-", "_")  # a label may have a hyphen
+        name = _with_underscores(name)
         if name not in known and not (options_table(name) or coefficient_field(name) or _entry_field(name)):
             raise ConfigError(unknown_option(name))
         if not equals:
@@ -63,6 +71,18 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
                 raise ConfigError(f"--{name} needs a value")
         options[name] = value
     return rest, options
+
+
+def _with_underscores(name: str) -> str:
+    """The dotted path of an option that may be spelt with hyphens; a label, and a part's own name, may have some."""
+    if is_entry(name):
+        return name
+    plain = name.replace("-", "_")
+    table = options_table(plain)
+    if table not in BY_NAME:
+        return plain
+    part, dot, option = name[len(table) + 1 :].rpartition(".")
+    return f"{table}.{part}{dot}{option.replace('-', '_')}"
 
 
 def _may_be_a_path(word: str) -> bool:
@@ -140,6 +160,13 @@ def _label(entry: dict[str, Any]) -> str:
         return str(entry.get("label", ""))
 
 
+def is_table(dotted: str, value: Any) -> bool:
+    """Whether a value is a table whose keys are fields or options of their own, and no schedule, which is one value."""
+    if not isinstance(value, Mapping) or coefficient_field(dotted) == dotted:
+        return False
+    return not (looks_like_a_schedule(value) and options_table(dotted) in SCHEDULED)
+
+
 def nested(dotted: str, value: Any) -> dict[str, Any]:
     """The nested mapping that holds one value."""
     for key in reversed(_keys(dotted)):
@@ -149,14 +176,21 @@ def nested(dotted: str, value: Any) -> dict[str, Any]:
 
 
 def _keys(dotted: str) -> list[str]:
-    """The keys of a dotted path.  The name of a user's own metrics sink has dots, and is one key."""
+    """The keys of a dotted path.  The name of a user's own metrics sink, or term, has dots, and is one key."""
     table = options_table(dotted)
-    if table != "metrics.options":
+    if table is None or (door := BY_NAME.get(table)) is None:
         return dotted.split(".")
-    sink, _, name = dotted.removeprefix(f"{table}.").rpartition(".")
-    if not sink:
-        raise ConfigError(f"option --{dotted} names no option of a sink: --{table}.SINK.NAME VALUE")
-    return [*table.split("."), sink, name]
+    part, _, name = dotted.removeprefix(f"{table}.").rpartition(".")
+    if not part:
+        what = "a sink" if door is SINK else door.what
+        raise ConfigError(f"option --{dotted} names no option of {what}: --{table}.{_word(table)}NAME VALUE")
+    return [*table.split("."), part, name]
+
+
+def _word(table: str) -> str:
+    """``SINK.`` in ``--metrics.options.SINK.NAME``; empty for a table that holds the options of one part."""
+    door = BY_NAME.get(table)
+    return "" if door is None else f"{door.what.rpartition(' ')[2].upper()}."
 
 
 def _option_value(dotted: str, text: str) -> Any:
@@ -172,7 +206,8 @@ def _option_value(dotted: str, text: str) -> Any:
             return {}
         raise ConfigError(_one_by_one(dotted, text))
     if annotation is None:  # an option inside a table of options: whatever TOML has for those
-        return value if isinstance(value, bool | int | float | str) else text
+        scheduled = options_table(dotted) in SCHEDULED and looks_like_a_schedule(value)
+        return value if scheduled or isinstance(value, bool | int | float | str) else text
     if not text:
         raise ConfigError(f"--{dotted} needs a value")
     return text if value is None else value
@@ -184,7 +219,7 @@ def _one_by_one(table: str, text: str) -> str:
         said = json.loads(text)
     except ValueError:
         said = parse_value(text)
-    meant = f"--{table}.{'SINK.' if table == 'metrics.options' else ''}NAME VALUE"
+    meant = f"--{table}.{_word(table)}NAME VALUE"
     if isinstance(said, dict) and said:
         meant = " ".join(
             f"--{table}.{name} {json.dumps(value) if isinstance(value, bool | int | float) else value}"

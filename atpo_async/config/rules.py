@@ -158,6 +158,7 @@ def _correction(config: Config) -> None:
     # What a user's own declares is checked by the learner, which imports it.
     loss_rules.check_correction(c, loss_rules.correction_traits(c.action) or CorrectionTraits())
     loss_rules.check_surrogate(config)
+    loss_rules.check_parts(config)
     # A user's own mode is checked by the learner, when it loads it.
     if c.prox == "interpolate" and config.credit.value_mode in doors.VALUE_MODE.names():
         from atpo_async.config.credit_rule import credit_rule  # needs numpy, which the command line does without

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
@@ -34,16 +35,27 @@ def methods_not_async(made_by: type, names: tuple[str, ...]) -> list[str]:
 
 def misfit(found: Callable[..., Any], options: Mapping[str, bool | int | float | str]) -> str | None:
     """What is wrong with the type of an option, by the annotations of ``found``; None where nothing is known to be."""
-    try:
-        hints = typing.get_type_hints(found.__init__ if inspect.isclass(found) else found)
-    except Exception:  # whatever a user's annotations refer to
-        return None
+    hints = _hints(found.__init__ if inspect.isclass(found) else found)
     for name, value in options.items():
         kinds = _plain_types(hints.get(name))
         if kinds and not any(_fits(value, kind) for kind in kinds):
             wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
             return f"its option {name!r} is {wanted or 'None'}, not {of_type(value)} {of_value(value)}"
     return None
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function, apart from those that refer to what is not there when it runs."""
+    try:
+        return typing.get_type_hints(function)
+    except Exception:  # whatever a user's annotations refer to
+        written = getattr(function, "__annotations__", {})
+    found: dict[str, Any] = {}
+    for name, annotation in written.items():
+        alone = types.SimpleNamespace(__annotations__={name: annotation})
+        with contextlib.suppress(Exception):
+            found |= typing.get_type_hints(alone, globalns=getattr(function, "__globals__", {}))
+    return found
 
 
 def _plain_types(annotation: Any) -> tuple[type, ...]:

@@ -45,6 +45,8 @@ class Door(Generic[T]):
     """Where its protocol is documented: ``docs/extending.md, "Surrogate"``."""
     options: str = ""
     """Dotted path of the field with its options: ``objective.surrogate_options``; empty where each name has its own."""
+    options_by_name: str = ""
+    """Dotted path of the field with a table of options for each name: ``metrics.options``."""
     package: str = ""
     attribute: str = ""
     hyphens: bool = False

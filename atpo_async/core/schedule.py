@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
+
+T = TypeVar("T")
 
 
 def learning_rate(
@@ -92,6 +94,11 @@ def coefficient(value: float | Schedule, step: int) -> float:
     A function of the count alone: a resumed run goes on along the same curve.
     """
     return value.at(step) if isinstance(value, Schedule) else value
+
+
+def at_first(value: T | Schedule) -> T | float:
+    """The value of an option for the first batch, where it is a schedule; any other as it is."""
+    return value.at(0) if isinstance(value, Schedule) else value
 
 
 def lowest(value: float | Schedule) -> float:

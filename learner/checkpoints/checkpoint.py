@@ -5,8 +5,8 @@
                               format, adapter_config.json and adapter_model.safetensors
       optimizer.safetensors   "<parameter>.<state>": exp_avg, exp_avg_sq, step (``learner.checkpoints.optimizer_state``)
       rng-<rank>.safetensors  torch's generators
-      state.json              counters, version, gradient norms, fp16's loss scale, optimizer settings, Python's and
-                              numpy's generators
+      state.json              counters, version, gradient norms, running numbers of the objective's parts, fp16's loss
+                              scale, optimizer settings, Python's and numpy's generators
 
 Tensors are safetensors, the rest is JSON: nothing is unpickled.  Tensors are whole, however many ranks hold shards of
 them, so a run goes on with another number of ranks, with sharding or without.  Checkpoints of sharded runs once held
@@ -169,6 +169,7 @@ def _complete(aside: Path, target: Path, trainer: Trainer, progress: Progress) -
         "step": progress.step,
         "version": progress.version,
         **trainer.history.snapshot(),
+        "objective": trainer.objective_state,
         "scaler": None if trainer.accelerator.scaler is None else trainer.accelerator.scaler.state_dict(),
         "param_groups": groups_settings(trainer.optimizer),
         "lora": None if trainer.policy.lora is None else trainer.policy.lora.said(),
@@ -214,6 +215,7 @@ def load(path: Path, trainer: Trainer) -> Progress:
         kind, keys, *rest = state["numpy_rng"]
         np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
         trainer.history.restore(state)
+        trainer.restore_objective(state.get("objective", {}))  # older checkpoints lack it: it begins anew
         if accelerator.scaler is not None and state.get("scaler"):
             accelerator.scaler.load_state_dict(state["scaler"])
         return Progress(step=int(state["step"]), version=int(state["version"]))

@@ -8,23 +8,19 @@ has diverged.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from atpo_async.config import Config, CorrectionConfig, ObjectiveConfig
 from atpo_async.config.doors import CORRECTION, SURROGATE
 from atpo_async.config.loss_rules import check_bias, check_correction
-from atpo_async.core.doors import Door
-from atpo_async.core.errors import AtpoError, ConfigError
+from atpo_async.core.errors import ConfigError
 from atpo_async.core.loss_traits import CorrectionTraits, SurrogateTraits, declared
-from atpo_async.core.texts import of_error, of_type
+from atpo_async.core.texts import of_type
 from learner.loss.correction import OffPolicyCorrection
 from learner.loss.protocols import Correction, Surrogate, SurrogateTerms, SurrogateTokens, UnitRatios, UnitWeights
-
-T = TypeVar("T")
+from learner.loss.returned import Returned
 
 
 def load_surrogate(settings: ObjectiveConfig) -> CheckedSurrogate:
@@ -68,7 +64,7 @@ class CheckedSurrogate:
     """A surrogate whose results are checked.  Raises ConfigError where they break the protocol."""
 
     def __init__(self, name: str, function: Surrogate) -> None:
-        self._returned, self._function, self._proven = _Returned(SURROGATE, name), function, False
+        self._returned, self._function, self._proven = Returned(SURROGATE, name), function, False
         self.metrics = tuple(sorted(declared(function, SurrogateTraits()).metrics))
         """Names of its metrics."""
 
@@ -104,7 +100,7 @@ class _CheckedCorrection:
     """A correction whose results are checked.  Raises ConfigError where they break the protocol."""
 
     def __init__(self, name: str, function: Correction) -> None:
-        self._returned, self._function, self._proven = _Returned(CORRECTION, name), function, False
+        self._returned, self._function, self._proven = Returned(CORRECTION, name), function, False
 
     def __call__(self, ratios: UnitRatios, settings: CorrectionConfig, /) -> UnitWeights:
         returned, shape = self._returned, ratios.log_weight.shape
@@ -128,71 +124,10 @@ class _CheckedMeasure:
     """A correction's measure of a whole batch.  Raises ConfigError where it is not a number."""
 
     def __init__(self, name: str, function: Callable[[Tensor, CorrectionConfig], float]) -> None:
-        self._returned, self._function = _Returned(CORRECTION, name), function
+        self._returned, self._function = Returned(CORRECTION, name), function
 
     def __call__(self, log_weights: Tensor, settings: CorrectionConfig) -> float:
         found = self._returned.checked(object, lambda: self._function(log_weights, settings))
         if isinstance(found, bool) or not isinstance(found, int | float) or found != found:
             raise self._returned.fault(f"its measure returned {of_type(found)} {found!r:.40}: it must return a number")
         return float(found)
-
-
-class _Returned:
-    """Checks the results of a function that a door loaded; the errors name its field."""
-
-    def __init__(self, door: Door[object], name: str) -> None:
-        self._door = door
-        self._name = name
-
-    def fault(self, what: str) -> ConfigError:
-        return ConfigError(f"{self._door.field} = {self._name!r} {what}; see {self._door.protocol}")
-
-    def checked(self, kind: type[T], call: Callable[[], object]) -> T:
-        """The result of ``call``, checked to be of ``kind``."""
-        try:
-            found = call()
-        except AtpoError:
-            raise
-        except Exception as exc:
-            raise self.fault(f"failed: {of_error(exc)}{_where(exc)}") from exc
-        if not isinstance(found, kind):
-            raise self.fault(f"returned {of_type(found)}: it must return {kind.__name__}")
-        return found
-
-    def check_number(self, what: str, values: object, shape: torch.Size) -> None:
-        if not (isinstance(values, Tensor) and values.is_floating_point() and values.shape == shape):
-            raise self.fault(f"returned for {what} {_described(values)}: it must be float{list(shape)}")
-
-    def check_truth(self, what: str, values: object, shape: torch.Size) -> None:
-        if not (isinstance(values, Tensor) and values.dtype == torch.bool and values.shape == shape):
-            raise self.fault(f"returned for {what} {_described(values)}: it must be bool{list(shape)}")
-
-    def check_finite(self, what: str, values: Tensor, inputs: Mapping[str, Tensor]) -> None:
-        """Where every input is finite, so must be the output."""
-        fine = functools.reduce(torch.logical_and, (given.isfinite() for given in inputs.values()))
-        bad = fine & ~values.isfinite()
-        if bool(bad.any()):
-            at = int(bad.reshape(-1).nonzero()[0])
-            given = ", ".join(f"{name} {_at(tensor, at)}" for name, tensor in inputs.items())
-            raise self.fault(
-                f"returned for {what} {_at(values, at)} at place {at} of {values.numel()} ({given}): it must be finite "
-                "where what it is computed from is"
-            )
-
-
-def _at(values: Tensor, place: int) -> str:
-    return f"{float(values.detach().reshape(-1)[place]):g}"
-
-
-def _described(values: object) -> str:
-    if not isinstance(values, Tensor):
-        return of_type(values)
-    return f"{str(values.dtype).removeprefix('torch.')}{list(values.shape)}"
-
-
-def _where(error: BaseException) -> str:
-    """The line that raised it."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "" if trace is None else f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"

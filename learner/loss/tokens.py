@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from learner.loss.protocols import MinP
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActionTokens:
@@ -35,6 +37,10 @@ class ActionTokens:
     """float: log-probs under the reference policy, without gradient."""
     entropy: Tensor | None = None
     """float: of the policy over the whole vocabulary, nats; carries the gradient."""
+    multiplier: Tensor | None = None
+    """float: of the surrogate's loss, the product of all token weights, without gradient."""
+    min_p: MinP | None = None
+    """Of the policy, without gradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

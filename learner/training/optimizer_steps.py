@@ -62,6 +62,8 @@ class BatchTotals:
     losses: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
+    terms: list[list[float]] = field(default_factory=list)
+    """Of each further term, in their order."""
     grad_norms: list[float] = field(default_factory=list)
     tempering: list[Tempering] = field(default_factory=list)
     lr: float = 0.0
@@ -77,6 +79,8 @@ class Attempt:
     loss: Tensor
     kl: Tensor
     entropy: Tensor
+    terms: Tensor
+    """float64[number of further terms]."""
     sums: Tensor
     """float64[``PassLoss.num_sums``]: diagnostics of this rank."""
     log_weights: list[Tensor]
@@ -131,10 +135,12 @@ class OptimizerSteps:
     def _conclude(self, attempt: Attempt, totals: BatchTotals) -> None:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.learner.max_grad_norm)
         grad_norm = float(norm) if norm is not None else float("nan")
-        loss, kl, entropy = self.reductions.sum_of(torch.stack([attempt.loss, attempt.kl, attempt.entropy]))
+        scalars = torch.stack([attempt.loss, attempt.kl, attempt.entropy])
+        loss, kl, entropy, *terms = self.reductions.sum_of(torch.cat([scalars, attempt.terms]))
         totals.losses.append(loss)
         totals.kl.append(kl)
         totals.entropy.append(entropy)
+        totals.terms.append(terms)
         self._judge(loss, grad_norm, totals)
 
     def attempt(self, passes: list[Pass], tempering: Tempering, should_stop: Callable[[], bool]) -> Attempt:
@@ -148,6 +154,7 @@ class OptimizerSteps:
         zero = torch.zeros((), dtype=torch.float64, device=device)
         loss, kl, entropy = zero.clone(), zero.clone(), zero.clone()
         sums = torch.zeros(self.loss.num_sums, dtype=torch.float64, device=device)
+        terms = zero.new_zeros(len(self.loss.parts.terms))
         log_weights: list[Tensor] = []
         # Data parallelism averages gradients over ranks; the loss is a sum over them, and so is what the copy does.
         ranks = accelerator.num_processes if self.half is None else 1
@@ -164,13 +171,15 @@ class OptimizerSteps:
             loss += found.loss.loss.detach().double()
             kl += found.loss.kl.double()
             entropy += found.loss.entropy.double()
+            if len(terms):
+                terms += torch.stack(list(found.loss.terms.values())).double()
             log_weights.append(found.log_weights)
             waits.progress("micro-batches")
             if found.sums is not None:
                 sums += found.sums
         if self.half is not None and accelerator.num_processes > 1:
             self.half.sum_over_ranks()
-        return Attempt(loss=loss, kl=kl, entropy=entropy, sums=sums, log_weights=log_weights)
+        return Attempt(loss=loss, kl=kl, entropy=entropy, terms=terms, sums=sums, log_weights=log_weights)
 
     def count_as_skipped(self, reason: str) -> None:
         """Count a batch without an optimizer step as a skipped update."""

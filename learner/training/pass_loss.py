@@ -15,11 +15,15 @@ from atpo_async.status import waits
 from learner.loss import diagnostics
 from learner.loss.correction import OffPolicyCorrection, Tempering, Weights, interpolated_prox
 from learner.loss.loading import CheckedSurrogate, load_correction, load_surrogate
-from learner.loss.objective import Loss, atpo_loss
+from learner.loss.objective import Loss, PassTerm, atpo_loss
+from learner.loss.parts import sums as part_sums
+from learner.loss.parts.loading import ObjectiveParts
+from learner.loss.protocols import MinP
 from learner.loss.tokens import ActionTokens
 from learner.policy import precision
 from learner.training.passes import Pass
 from learner.training.reductions import Reductions
+from learner.training.whole_batch.measuring import Measuring, arguments, named_lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,18 +52,20 @@ class PassLoss:
     """The policy of ``model.path``, where the objective asks for its log-probs."""
     accelerator: Accelerator
     reductions: Reductions
+    parts: ObjectiveParts = field(default_factory=ObjectiveParts)
+    """The run's loss terms and token weights (``load_parts``)."""
     correction: OffPolicyCorrection = field(init=False)
-    step: int = 0
-    """The learner's batch under way, from 0: coefficients may move with it."""
+    measuring: Measuring = field(init=False)
     _surrogate: CheckedSurrogate = field(init=False)
 
     def __post_init__(self) -> None:
         self.correction = load_correction(self.config)
         self._surrogate = load_surrogate(self.config.objective)
+        self.measuring = Measuring(parts=self.parts, reductions=self.reductions, num_steps=self.config.run.steps)
 
     @property
     def num_sums(self) -> int:
-        return len(diagnostics.SUMS) + len(self._surrogate.metrics)
+        return len(diagnostics.SUMS) + len(self._surrogate.metrics) + 2 * len(part_sums.names(self.parts))
 
     def __call__(self, item: Pass, tempering: Tempering) -> PassResult:
         """Forward; the result's loss carries the gradient."""
@@ -67,9 +73,7 @@ class PassLoss:
         # Before the policy's own pass: with adapters it is the same model, and nothing may come between a pass and its
         # backward pass.
         reference = self._reference_logprobs(item)
-        with_entropy = bool(settings.objective.entropy_coef)  # at any step
-        scored = item.spread(self.model(**item.inputs, **({"with_entropy": True} if with_entropy else {})))
-        logp, entropy = (scored[0], scored[1]) if with_entropy else (scored, None)
+        logp, entropy, min_p = self._scored(item)
         own = logp.detach()
         prox = self._prox(item, own)
         tokens = item.against_mu(own if settings.correction.numerator == "policy" else prox)
@@ -78,11 +82,12 @@ class PassLoss:
             ActionTokens(
                 logp=logp, prox=prox, mu=item.mu, advantage=item.advantage, turn=item.turn, row=item.row,
                 weight=item.weight, correction=weights.per_token, reference=reference,
-                entropy=entropy,
+                entropy=entropy, multiplier=self.measuring.multiplier(item), min_p=min_p,
             ),
             settings.objective,
             self._surrogate,
-            step=self.step,
+            step=self.measuring.step,
+            further=self._terms(item),
         )  # fmt: skip
         return PassResult(
             loss=loss,
@@ -102,29 +107,35 @@ class PassLoss:
                 level=self.config.correction.level,
             )
         )
-        if not self._surrogate.metrics:
-            return found
         once = item.counted & (item.turn >= 0)
         own = [torch.where(once, loss.metrics[name], 0.0).double().sum() for name in self._surrogate.metrics]
-        return torch.cat([found, torch.stack(own)])
+        of_parts = part_sums.sums(self.parts, once, terms=loss.term_metrics, multipliers=item.multipliers)
+        return torch.cat([found, *([torch.stack(own)] if own else []), of_parts])
 
     def summary(self, total: Sequence[float]) -> dict[str, float]:
         """Metrics from the sums of all passes and ranks."""
-        own = total[len(diagnostics.SUMS) :]
+        first = len(diagnostics.SUMS) + len(self._surrogate.metrics)
+        own = total[len(diagnostics.SUMS) : first]
         out = diagnostics.summary(total[: len(diagnostics.SUMS)], corrects=self.correction.corrects)
         tokens = total[diagnostics.SUMS.index("clip/n")]
         if tokens:
             out |= {f"surrogate/{name}": sum_ / tokens for name, sum_ in zip(self._surrogate.metrics, own, strict=True)}
-        return out
+        return out | part_sums.summary(self.parts, total[first:])
 
     # --- measurements of the whole batch
 
-    def measure_prox(self, passes: Sequence[Pass]) -> None:
-        """Proximal log-probs of passes, in a forward pass of their own without a gradient."""
-        with torch.no_grad():
-            for item in passes:
-                item.prox = item.spread(self.model(**item.inputs)).detach()
-                waits.progress("micro-batches")
+    def measure_start(self, passes: Sequence[Pass]) -> None:
+        """Proximal log-probs of passes, and what terms and token weights need besides, in a forward pass of their own
+        without a gradient."""
+        needs = self.parts.needs
+        for item in passes:
+            if needs.reference:
+                self._reference_logprobs(item)
+            with torch.no_grad():
+                item.prox, item.start = named_lines(
+                    item.spread(self.model(**item.inputs, **arguments(needs))).detach(), needs
+                )
+            waits.progress("micro-batches")
 
     def measure_reference(self, passes: Sequence[Pass]) -> None:
         """Log-probs of passes under the reference, which they keep."""
@@ -143,12 +154,42 @@ class PassLoss:
         none = torch.zeros(0, dtype=torch.float64, device=self.accelerator.device)
         return self.correction.temper(self.reductions.concatenated(torch.cat([none, *log_weights])))
 
+    # --- further numbers and terms
+
+    def _scored(self, item: Pass) -> tuple[Tensor, Tensor | None, MinP | None]:
+        """Log-probs of a pass; entropies and min-p numbers where they are needed."""
+        needs = self.parts.needs
+        with_entropy = bool(self.config.objective.entropy_coef) or needs.own_entropy  # the former at any step
+        more: dict[str, Any] = {"with_entropy": True} if with_entropy else {}
+        if needs.own_min_p is not None:
+            more["min_p"] = needs.own_min_p
+        scored = item.spread(self.model(**item.inputs, **more))
+        if not more:
+            return scored, None, None
+        min_p = None if needs.own_min_p is None else MinP(log_mass=scored[-2].detach(), top_logp=scored[-1].detach())
+        return scored[0], scored[1] if with_entropy else None, min_p
+
+    def _terms(self, item: Pass) -> list[PassTerm]:
+        """Of a pass whose proximal log-probs are known."""
+        measuring = self.measuring
+        return [
+            PassTerm(
+                label=term.label,
+                corrected=term.traits.corrected,
+                compute=term,
+                start=measuring.start_of(item, term),
+                now=measuring.now(term),
+            )
+            for term in self.parts.terms
+        ]
+
     # --- log-probs of the other policies
 
     def _prox(self, item: Pass, own: Tensor) -> Tensor:
         """Proximal log-probs of a pass, given its log-probs under the weights now."""
         if self.config.correction.prox == "interpolate":
-            return interpolated_prox(own, item.mu, item.lag)
+            item.prox = interpolated_prox(own, item.mu, item.lag)
+            return item.prox
         if item.prox is None:
             item.prox = own
         return item.prox

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from learner.packing.tree import tree_micro_batches
 from learner.policy.model import Policy
 from learner.policy.precision import computed_in
 from learner.training.reductions import Reductions
+from learner.training.whole_batch import chance
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,6 +46,12 @@ class Pass:
     prox: Tensor | None = None
     """Once it is known; before that the pass's own log-probs are it."""
     reference: Tensor | None = None
+    start: dict[str, Tensor] = field(default_factory=dict)
+    """Further numbers of each token at the batch's start, by name, once they are measured."""
+    multipliers: dict[str, Tensor] = field(default_factory=dict)
+    """Label of a token weight -> its multiplier for each token, once it is known."""
+    keys: chance.U64 | None = None
+    """uint64[M], on the host: of the tokens' random numbers, where some part of the objective draws any."""
 
     def spread(self, scored: Tensor) -> Tensor:
         """A number for each scored token (last dimension) -> for each place of the loss."""
@@ -82,7 +89,9 @@ class Planner:
     layout: str
     """Of the trees in a pass: ``tree`` or ``flat``."""
     keep_idle: bool
-    """Make passes for turns without an advantage too: they affect other terms, or may get one later."""
+    """Make passes for turns without an advantage too: they affect other terms or statistics, or may get one later."""
+    draws: bool
+    """Some part of the objective needs a random number for each token."""
     reductions: Reductions
     device: torch.device
     micro_batch_tokens: int
@@ -112,9 +121,14 @@ class Planner:
             packed = micro_batches(rows, max_tokens=limit, version=version, width=self._width(limit))
         count = int(max(self.reductions.gather(len(packed))))
         packed += [idle_micro_batch() for _ in range(count - len(packed))]
+        passes = [self.on_device(item) for item in packed]
+        if self.draws:
+            keys = chance.turn_keys([item.tree for item in trees], seed=settings.run.seed, step=batch.step)
+            for item, made in zip(packed, passes, strict=True):
+                made.keys = chance.token_keys(keys, item.number, item.turn)
         return Part(
             trees=list(trees),
-            passes=[self.on_device(item) for item in packed],
+            passes=passes,
             row_tokens=sum(len(row.tokens) - 1 for row in rows),
             longest_path=max((len(row.tokens) - 1 for row in rows), default=0),
         )
@@ -122,11 +136,11 @@ class Planner:
     def plan_again(self, part: Part, batch: Batch, version: int) -> None:
         """Other passes for the same optimizer step, as ``micro_batch_tokens`` is now.
 
-        They keep their tokens' proximal log-probs, which are the batch's start's: after an optimizer step nothing could
-        measure them again.
+        They keep what was measured of their tokens at the batch's start: after an optimizer step nothing could measure
+        it again.
         """
         former, part.passes = part.passes, self.plan(part.trees, batch, version).passes
-        take_prox(former, part.passes)
+        take_measured(former, part.passes)
 
     def _normaliser(self, trees: Sequence[CreditedTree], batch: Batch) -> Normaliser:
         """The denominators of the mean loss of one optimizer step, over all ranks."""
@@ -197,17 +211,32 @@ class Planner:
         return made
 
 
-def take_prox(former: Sequence[Pass], passes: Sequence[Pass]) -> None:
-    """Give passes the proximal log-probs that former passes over the same turns have, if all of those have them."""
-    if any(item.prox is None for item in former):
+def take_measured(former: Sequence[Pass], passes: Sequence[Pass]) -> None:
+    """Give passes the proximal log-probs and the other numbers of the batch's start that former passes over the same
+    turns have, if all of those have them."""
+    known = [item.prox for item in former if item.prox is not None]
+    if not former or len(known) < len(former):
         return
     # Each turn is counted once, its tokens in order.
-    number = torch.cat([item.number[item.counted] for item in former])
-    known = torch.cat([item.prox[item.counted] for item in former if item.prox is not None])
-    number, order = number.sort(stable=True)
-    for item in passes:
-        within = torch.arange(item.turn.numel(), device=item.turn.device) - torch.searchsorted(item.turn, item.turn)
-        item.prox = known[order[torch.searchsorted(number, item.number) + within]]
+    number, order = torch.cat([item.number[item.counted] for item in former]).sort(stable=True)
+    places = [
+        order[
+            torch.searchsorted(number, item.number)
+            + torch.arange(item.turn.numel(), device=item.turn.device)
+            - torch.searchsorted(item.turn, item.turn)
+        ]
+        for item in passes
+    ]
+
+    def taken(values: Sequence[Tensor]) -> list[Tensor]:
+        once = torch.cat([found[item.counted] for found, item in zip(values, former, strict=True)])
+        return [once[at] for at in places]
+
+    for item, prox in zip(passes, taken(known), strict=True):
+        item.prox = prox
+    for name in former[0].start:
+        for item, values in zip(passes, taken([each.start[name] for each in former]), strict=True):
+            item.start[name] = values
 
 
 def split(trees: Sequence[CreditedTree], parts: int, order: np.random.Generator) -> list[list[CreditedTree]]:

@@ -69,6 +69,9 @@ class StepMetrics:
                 out["loss/kl_reference"] = float(np.mean(totals.kl))
             if self._config.objective.entropy_coef:
                 out["loss/entropy"] = float(np.mean(totals.entropy))
+            for number, term in enumerate(self._loss.parts.terms):
+                out[f"loss/{term.label}"] = float(np.mean([each[number] for each in totals.terms]))
+            out |= self._loss.measuring.metrics
         return out | self._of_schedules()
 
     def _of_schedules(self) -> dict[str, float]:
@@ -76,7 +79,7 @@ class StepMetrics:
         settings = self._config.objective
         given = {"kl_coef": settings.kl_coef, "entropy_coef": settings.entropy_coef}
         return {
-            f"objective/{name}": coefficient(value, self._loss.step)
+            f"objective/{name}": coefficient(value, self._loss.measuring.step)
             for name, value in given.items()
             if isinstance(value, Schedule)
         }

@@ -4,8 +4,9 @@ The loss is a mean over the global batch, whatever part of it a rank or a micro-
 each optimizer step's loss is the mean over its own leaves; with ``epochs`` > 1 the parts come round again.
 
 Quantities of the whole batch (the exponent that keeps the effective sample size, M2PO's threshold, ratios for the tree
-trace) are measured in a pass without gradient before the first step.  The guard against a collapsed effective sample
-size needs no such pass: it checks after the backward passes, and repeats them, tempered, where it must.
+trace, quantiles for loss terms and token weights) are measured in a pass without gradient before the first step.  The
+guard against a collapsed effective sample size needs no such pass: it checks after the backward passes, and repeats
+them, tempered, where it must.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from learner.batches.intake import Sifted, sift
 from learner.kernels.install import PRECISIONS, Installed, install
 from learner.kernels.variants import raise_limit
 from learner.loss.correction import Tempering
+from learner.loss.parts.loading import load_parts
 from learner.memory.fitting import Fitting
 from learner.memory.made_up import made_up
 from learner.memory.measuring import CudaMeter, choose_layers, share_of_engines
@@ -73,6 +75,7 @@ class Trainer:
         self.policy = policy
         self.reductions = Reductions(accelerator)
         self._credit = credit_rule(config.credit)
+        parts = load_parts(config)
         if self._credit.measures and config.correction.prox == "interpolate":
             raise ConfigError(needs_log_probs(self._credit.measuring_setting))
         self._credited = BatchCredit(self._credit, self.reductions, accelerator.device)
@@ -87,7 +90,7 @@ class Trainer:
         names = TensorNames.of(policy)
         # A copy in half precision is made on the device, and before anything wraps the policy.
         self.half = HalfPolicy(_placed(policy, accelerator), trains=True) if is_for(config, policy, sharded) else None
-        wants_reference = bool(config.objective.kl_coef) or self._credit.reads_reference
+        wants_reference = bool(config.objective.kl_coef) or self._credit.reads_reference or parts.needs.reference
         wants_frozen = wants_reference and policy.lora is None
         frozen = _frozen_copy(policy, accelerator, in_half=self.half is not None) if wants_frozen else None
         optimizer = make_optimizer(policy, config.learner, device=accelerator.device, sharded=sharded)
@@ -105,23 +108,24 @@ class Trainer:
         # On the device, and through the wrappers that change the policy's arithmetic: what is tried is what trains.
         wrapped = sharded or config.learner.mixed_precision != "no"
         layout, self.layout_reason = layout_for(policy, config, self._run if wrapped else None)
-        if tied and not is_tied(policy):
-            # A head of its own would be no parameter of the optimizer, and its gradient would never be zeroed.
-            raise SetupError(
-                f"accelerate untied the output head from the embeddings (learner.accelerate_config = "
-                f"{config.learner.accelerate_config!r}): set fsdp_cpu_ram_efficient_loading to false there"
-            )
+        _check_tied(policy, tied, config)
         without_adapters = None if self.trained.lora is None else self.trained.lora.without(self._run)
-        reference = (frozen or without_adapters) if wants_reference else None
         self._loss = PassLoss(
-            config=config, accelerator=accelerator, model=self._run, reference=reference, reductions=self.reductions
+            config=config,
+            accelerator=accelerator,
+            model=self._run,
+            reference=(frozen or without_adapters) if wants_reference else None,
+            reductions=self.reductions,
+            parts=parts,
         )
         self.fitting = Fitting(config, hf=self.trained.hf, accelerator=accelerator, file=memory_file)
         self.planner = Planner(
             config=config,
             policy=policy,
             layout=layout,
-            keep_idle=self._credit.measures or bool(config.objective.kl_coef or config.objective.entropy_coef),
+            keep_idle=self._credit.measures
+            or bool(config.objective.kl_coef or config.objective.entropy_coef or parts.all),
+            draws=parts.needs.random,
             reductions=self.reductions,
             device=accelerator.device,
             micro_batch_tokens=self.fitting.micro_batch_tokens,
@@ -193,6 +197,15 @@ class Trainer:
         return self.steps.history
 
     @property
+    def objective_state(self) -> dict[str, dict[str, float]]:
+        """Running numbers of the loss terms and token weights, by their labels; a checkpoint holds them."""
+        return self._loss.measuring.state
+
+    def restore_objective(self, state: dict[str, dict[str, float]]) -> None:
+        """From a checkpoint."""
+        self._loss.measuring.restore(state)
+
+    @property
     def layout(self) -> str:
         """Of the trees in a forward pass."""
         return self.planner.layout
@@ -206,7 +219,8 @@ class Trainer:
         """Whether log-probs of the whole batch must be known before its first optimizer step."""
         prox = self.config.correction.prox
         recompute = prox == "recompute" or (prox == "auto" and self.updates_per_batch > 1)
-        return recompute or self._credit.measures or self._loss.correction.needs_batch
+        measured = self._loss.correction.needs_batch or self._loss.parts.measures_first
+        return recompute or self._credit.measures or measured
 
     def warm_up(self) -> None:
         """A pass on made-up rows, so that the first batch does not pay for allocation and lazy set-up, and the choice
@@ -263,7 +277,7 @@ class Trainer:
         settings = self.config
         if self.half is not None:
             self.half.is_stale = True  # a checkpoint may have been loaded since
-        self._loss.step = batch.step
+        self._loss.measuring.begin(batch.step)
         sifted = sift(batch, version=version, vocab_size=self._vocab_size, max_lag=settings.staleness.max_lag)
         trees = self._credited.of(sifted.batch)
         order = np.random.default_rng((settings.run.seed, batch.step, self.accelerator.process_index))
@@ -283,6 +297,8 @@ class Trainer:
                     # Once a weight has changed, the batch is trained on to its end.
                     stop = (lambda: False) if totals.losses else should_stop
                     sums += fitted.run(partial(self._step, part, totals, tempering, stop))
+        if totals.losses:
+            self._loss.measuring.conclude()
         self.compilations.after_batch(tuple(item.inputs["tokens"].shape) for part in parts for item in part.passes)
         scaler = self.accelerator.scaler
         return StepReport(
@@ -317,11 +333,12 @@ class Trainer:
     def _measured_first(self, parts: list[Part]) -> Tempering | None:
         """Measure what the first step needs from the whole batch: log-probs, credit by them, tempering."""
         for part in parts:
-            self._loss.measure_prox(part.passes)
+            self._loss.measure_start(part.passes)
             if self._credit.reads_reference:
                 self._loss.measure_reference(part.passes)
         if self._credit.measures:
             self._credited.again(parts)
+        self._loss.measuring.measure([item for part in parts for item in part.passes])
         correction = self._loss.correction
         if correction.needs_batch or correction.guards_ess:
             return self._loss.temper_by_prox([item for part in parts for item in part.passes])
@@ -345,6 +362,16 @@ class Trainer:
 def _placed(policy: Policy, accelerator: Accelerator) -> Policy:
     placed: Policy = policy.to(accelerator.device)
     return placed
+
+
+def _check_tied(policy: Policy, tied: bool, config: Config) -> None:
+    """Raises SetupError where the output head was the embeddings (``tied``) and is no more."""
+    if tied and not is_tied(policy):
+        # A head of its own would be no parameter of the optimizer, and its gradient would never be zeroed.
+        raise SetupError(
+            f"accelerate untied the output head from the embeddings (learner.accelerate_config = "
+            f"{config.learner.accelerate_config!r}): set fsdp_cpu_ram_efficient_loading to false there"
+        )
 
 
 def _frozen_copy(policy: Policy, accelerator: Accelerator, *, in_half: bool) -> Callable[..., Tensor]:

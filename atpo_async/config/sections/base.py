@@ -103,7 +103,8 @@ def door_of(field: FieldInfo) -> Door[Any] | None:
     return next((part.door for part in (*field.metadata, *items) if isinstance(part, named)), None)
 
 
-def _finite(options: dict[str, Option]) -> dict[str, Option]:
+def finite(options: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for a number that is not finite."""
     # NaN differs from itself: a resumed run's own options would count as changed.
     for name, value in options.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -111,5 +112,5 @@ def _finite(options: dict[str, Option]) -> dict[str, Option]:
     return options
 
 
-Options = Annotated[dict[str, Option], AfterValidator(_finite)]
+Options = Annotated[dict[str, Option], AfterValidator(finite)]
 """Keyword arguments, by name, for the object that the field names."""

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import GetCoreSchemaHandler
+from pydantic import AfterValidator, GetCoreSchemaHandler
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from atpo_async.core.schedule import Schedule, lowest, schedule_of
+from atpo_async.config.sections.base import finite
+from atpo_async.core.doors import Option
+from atpo_async.core.schedule import FIELDS, Schedule, lowest, schedule_of
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,31 @@ Coefficient = Annotated[float | Schedule, coefficient_type()]
 
 NonNegative = Annotated[float | Schedule, coefficient_type(ge=0)]
 """A coefficient that never falls below 0."""
+
+
+@dataclass(frozen=True)
+class _option_type:
+    """An option of a part: a scalar, or a schedule by its table."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._checked)
+
+    def _checked(self, value: Any) -> Option | Schedule:
+        if isinstance(value, Mapping | Schedule):
+            return coefficient_of(value)
+        if not isinstance(value, bool | int | float | str):
+            raise _fault("must be a number, text, true or false, or a table { kind, start, end, steps }")
+        return value
+
+
+ScheduledOptions = Annotated[dict[str, Annotated[Option | Schedule, _option_type()]], AfterValidator(finite)]
+"""Options of a part of the objective, by name; one that is a number may be a schedule.  The part is called with the
+value for the batch."""
+
+
+def looks_like_a_schedule(value: Any) -> bool:
+    """Whether a table is one: its keys are a schedule's, ``kind`` among them."""
+    return isinstance(value, Mapping) and "kind" in value and set(value) <= set(FIELDS)
 
 
 def is_coefficient(field: FieldInfo) -> bool:

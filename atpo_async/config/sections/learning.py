@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from atpo_async.config import doors
 from atpo_async.config.sections.base import Options, Section, TruthOrAuto, named, truth_or
-from atpo_async.config.sections.coefficients import NonNegative
+from atpo_async.config.sections.coefficients import NonNegative, ScheduledOptions
 from atpo_async.core.vocabulary import Aggregation, LeafWeights, Level, Precision, RatioLevel
 
 ALL_LINEAR = "all-linear"
@@ -122,6 +122,18 @@ class ObjectiveConfig(Section):
     ratio_level: RatioLevel = "turn"
     surrogate: Annotated[str, named(doors.SURROGATE)] = "clip"
     surrogate_options: Options = Field(default_factory=dict, description="passed to the surrogate")
+    terms: Annotated[tuple[Annotated[str, named(doors.TERM)], ...], BeforeValidator(_one_is_a_list)] = Field(
+        (), description="losses by token beside the surrogate's"
+    )
+    term_options: dict[str, ScheduledOptions] = Field(
+        default_factory=dict, description="a table for each term, passed to it; a number may be a schedule"
+    )
+    token_weights: Annotated[tuple[Annotated[str, named(doors.TOKEN_WEIGHT)], ...], BeforeValidator(_one_is_a_list)] = (
+        Field((), description="multipliers of the surrogate's loss by token, fixed before a batch's first step")
+    )
+    token_weight_options: dict[str, ScheduledOptions] = Field(
+        default_factory=dict, description="a table for each token weight, passed to it; a number may be a schedule"
+    )
     clip_low: float = Field(3e-3, gt=0, le=1)
     clip_high: float = Field(4e-3, gt=0)
     dual_clip: float | None = Field(3.0, gt=1, description="bound for A < 0; none to switch it off")

@@ -9,6 +9,7 @@ from typing import Literal
 
 from atpo_async.config import Config
 from atpo_async.config.credit_rule import reads_reference
+from atpo_async.config.loss_rules import needs_of_parts
 
 Sharding = Literal["none", "ddp", "parameters"]
 """What ranks do with the policy: there is one rank; each holds all of it; each holds its share (FSDP)."""
@@ -52,8 +53,12 @@ def learner_memory(config: Config, *, on_gpu: bool) -> LearnerMemory:
         optimizer=learner.optimizer,
         lora_rank=learner.lora.rank,
         # With adapters the reference is the model without them.
-        reference=(bool(config.objective.kl_coef) or reads_reference(config.credit)) and not learner.lora.rank,
+        reference=_has_reference(config) and not learner.lora.rank,
     )
+
+
+def _has_reference(config: Config) -> bool:
+    return bool(config.objective.kl_coef or reads_reference(config.credit) or needs_of_parts(config).reference)
 
 
 def _sharding(config: Config) -> Sharding:

@@ -1,0 +1,1 @@
+"""The loss terms and token weights that a run names: loaded, checked, measured over the batch, and summed up."""
