@@ -129,8 +129,6 @@ class PassLoss:
         without a gradient."""
         needs = self.parts.needs
         for item in passes:
-            if needs.reference:
-                self._reference_logprobs(item)
             with torch.no_grad():
                 item.prox, item.start = named_lines(
                     item.spread(self.model(**item.inputs, **arguments(needs))).detach(), needs

@@ -334,7 +334,7 @@ class Trainer:
         """Measure what the first step needs from the whole batch: log-probs, credit by them, tempering."""
         for part in parts:
             self._loss.measure_start(part.passes)
-            if self._credit.reads_reference:
+            if self._credit.reads_reference or self._loss.parts.needs.reference:
                 self._loss.measure_reference(part.passes)
         if self._credit.measures:
             self._credited.again(parts)
