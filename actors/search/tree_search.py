@@ -23,8 +23,8 @@ from actors.search.calls import FORK_DIVERGED, BranchCalls, BranchFailed, diverg
 from actors.search.forks import Forks
 from actors.search.gains import NO_GAIN, Gain, InformationGains
 from actors.search.growth import Chain, Growth
-from actors.search.plan import Ground
-from actors.search.plans import plan_of
+from actors.search.plans.base import Ground
+from actors.search.plans.choosing import plan_of
 from atpo_async.config import SearchConfig
 from atpo_async.core.tree import Turn, TurnTree
 from atpo_async.core.vocabulary import EndReason

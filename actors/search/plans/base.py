@@ -1,4 +1,4 @@
-"""The plan of a tree's growth: which chains begin, and when; here what all plans share."""
+"""What all plans of a tree's growth share: the first chains, the losses, and how a chain is begun."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import numpy as np
 from actors.expansion.candidates import sibling_parent
 from actors.expansion.expansion import ExpansionFailed
 from actors.search.growth import Chain
-from actors.search.plan import Ground, Plan
+from actors.search.plans.base import Ground, Plan
 from atpo_async.core.tree import Turn, TurnTree
 from atpo_async.environments.base import Episode
 

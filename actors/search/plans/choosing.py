@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from actors.search.online import Online
-from actors.search.plan import Ground, Plan
-from actors.search.rounds import Rounds
-from actors.search.waves import Waves
+from actors.search.plans.base import Ground, Plan
+from actors.search.plans.online import Online
+from actors.search.plans.rounds import Rounds
+from actors.search.plans.waves import Waves
 
 
 def plan_of(ground: Ground) -> Plan:

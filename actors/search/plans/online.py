@@ -16,7 +16,7 @@ from actors.expansion.expansion import ExpansionFailed
 from actors.expansion.growing_tree import GrowingTree
 from actors.expansion.token_budget import affordable
 from actors.search.growth import Chain
-from actors.search.plan import Ground, Plan
+from actors.search.plans.base import Ground, Plan
 from atpo_async.core.tree import ROOT, Turn
 from atpo_async.environments.base import Episode
 

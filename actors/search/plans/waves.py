@@ -13,7 +13,7 @@ import numpy as np
 
 from actors.expansion.expansion import Expansion, ExpansionFailed
 from actors.search.growth import Chain
-from actors.search.plan import Ground, Plan
+from actors.search.plans.base import Ground, Plan
 from atpo_async.core.tree import ROOT, Turn
 from atpo_async.environments.base import Episode
 

@@ -1,0 +1,1 @@
+"""Plans of a tree's growth: which chains begin, and when."""
