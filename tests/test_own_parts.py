@@ -55,6 +55,11 @@ def refused(**sections: dict[str, Any]) -> Callable[[], None]:
     [
         ({"objective": {"surrogate": "parts_of_mine:los"}}, ConfigError, "did you mean parts_of_mine:loss?"),
         (
+            {"search": {"strategy": "parts_of_mine:loss", "expand": "online"}},
+            ConfigError,
+            "an online expansion rule is called as (tree, turn_id, count, rng, settings, **options)",
+        ),
+        (
             {"objective": {"surrogate": "parts_of_mine:loss", "surrogate_options": {"tau": 1}}},
             ConfigError,
             "unexpected keyword argument 'tau'",

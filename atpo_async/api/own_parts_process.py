@@ -27,6 +27,7 @@ from atpo_async.config.doors import (
     ENVIRONMENT,
     STRATEGY,
     VALUE_MODE,
+    strategy_door,
 )
 from atpo_async.config.loss_rules import check_bias, check_correction
 from atpo_async.core.doors import Door, Option
@@ -58,6 +59,8 @@ def named(config: Config) -> list[tuple[Door[Any], str, dict[str, Option]]]:
             several = config.named_environments()
             found += [(each, name, options) for each, name, options in several if name not in each.choices()]
             continue
+        if door is STRATEGY:
+            door = strategy_door(config.search.expand)
         value = get(config, door.field)
         for name in (value,) if isinstance(value, str) else value:
             if name not in door.choices():

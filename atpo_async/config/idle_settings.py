@@ -26,6 +26,7 @@ _CORRECTS = ("correction.action", loss_rules.corrections_that_correct())
 _NO_TEAM = ("team.proposers", (0,))
 _TEAM = (("team.proposers", NONZERO),)
 _BRANCHES = (_NO_TEAM, ("search.strategy", NOT_NONE), ("search.rounds", NONZERO))
+_RISE = ("branch_prob", "entropy_weight", "rise_of", "max_copies", "branch_penalty")
 _PRIORITIZED = ("buffer.sampling", ("prioritized",))
 _PRIORITIES = (_PRIORITIZED, ("buffer.priority_exponent", NONZERO))
 _IMITATES = (("imitation.rows", NONZERO),)
@@ -33,13 +34,24 @@ _IMITATION = ("max_lag", "max_uses", "per_batch", "coef", "history", "bytes_shar
 _LORA = (("learner.lora.rank", NONZERO),)
 _VLLM = (("actor.engine", ("auto", "vllm")),)
 
+
+def _by(*strategies: str) -> tuple[tuple[str, tuple[Any, ...] | str], ...]:
+    """Read by these strategies alone."""
+    return (_NO_TEAM, ("search.strategy", strategies), ("search.rounds", NONZERO))
+
+
 WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
     "search.initial_rollouts": (_NO_TEAM,),
     "search.rounds": (_NO_TEAM, ("search.strategy", NOT_NONE)),
     "search.branches": _BRANCHES,
     "search.include_root": _BRANCHES,
     "search.strategy_options": _BRANCHES,
-    "search.sibling_penalty": (_NO_TEAM, ("search.strategy", ("entropy",)), ("search.rounds", NONZERO)),
+    "search.sibling_penalty": _by("entropy", "diverse"),
+    "search.include_leaves": _by("entropy", "random", "diverse", "entropy-rise"),
+    **{f"search.{name}": _by("entropy-rise") for name in _RISE},
+    **{f"search.{name}": _BRANCHES for name in ("probe_budget", "prune_duplicates", "tree_tokens")},
+    "search.diversity_penalty": _by("diverse"),
+    **{f"search.resample_{name}": _by("resample") for name in ("every", "decay", "weights", "value")},
     **{f"team.{name}": _TEAM for name in TeamConfig.model_fields if name != "proposers"},
     "credit.leaf_weights": (("credit.normalise_leaves", (True, "tree", "batch")),),
     "search.information_gain": (("search.turn_reward", ("information-gain",)),),
