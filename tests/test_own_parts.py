@@ -57,7 +57,7 @@ def refused(**sections: dict[str, Any]) -> Callable[[], None]:
         (
             {"search": {"strategy": "parts_of_mine:loss", "expand": "online"}},
             ConfigError,
-            "an online expansion rule is called as (tree, turn_id, count, rng, settings, **options)",
+            "an online expansion rule is called as",
         ),
         (
             {"objective": {"surrogate": "parts_of_mine:loss", "surrogate_options": {"tau": 1}}},

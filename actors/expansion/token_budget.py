@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from actors.expansion.growing_tree import Tree
-from atpo_async.core.tree import ROOT
+from atpo_async.core.tree import ROOT, Turn
 
 
 def costs(tree: Tree) -> dict[int, float]:
@@ -44,3 +44,46 @@ def affordable(tree: Tree, chosen: Sequence[int], *, limit: int) -> tuple[int, .
             break
         found.append(turn_id)
     return tuple(found)
+
+
+class Reserve:
+    """What a tree is likely to cost in the end, while it grows: what it has cost, and what its open chains will.
+
+    Chains that fail are taken to go on: their failures are not known to an actor that takes the tree over.
+
+    Args:
+        limit: action tokens of the tree.
+        chains: that begin from the prompt.
+    """
+
+    def __init__(self, limit: int, chains: int) -> None:
+        self._limit, self._open = limit, chains
+        self._spent: dict[int, int] = {ROOT: 0}
+        """Turn -> action tokens from the prompt to its end."""
+        self._used = self._begun = self._ends = self._whole = 0
+
+    def add(self, turn: Turn) -> None:
+        """The next turn."""
+        before = self._spent[turn.parent_id]
+        self._spent[turn.turn_id] = before + len(turn.action)
+        self._used += len(turn.action)
+        if turn.end == "continue":
+            self._begun += len(turn.action)
+            return
+        self._open, self._begun = self._open - 1, self._begun - before
+        if turn.is_leaf:
+            self._ends, self._whole = self._ends + 1, self._whole + before + len(turn.action)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a chain has ended, by which the others are judged."""
+        return self._ends > 0
+
+    def take(self, parent_id: int) -> bool:
+        """Whether one more chain after this turn is likely to fit; it counts as open then."""
+        whole = self._whole / self._ends
+        to_come = max(0.0, self._open * whole - self._begun) + max(0.0, whole - self._spent[parent_id])
+        if self._used + to_come > self._limit:
+            return False
+        self._open, self._begun = self._open + 1, self._begun + self._spent[parent_id]
+        return True

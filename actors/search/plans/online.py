@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from itertools import takewhile
 
 from actors.expansion.expansion import ExpansionFailed
 from actors.expansion.growing_tree import GrowingTree
-from actors.expansion.token_budget import affordable
+from actors.expansion.token_budget import Reserve, affordable
 from actors.search.growth import Chain
 from actors.search.plans.base import Ground, Plan
 from atpo_async.core.tree import ROOT, Turn
@@ -31,6 +32,10 @@ class Online(Plan):
         """The turns that have been decided on."""
         self._left = 0
         """Branches that may still begin."""
+        self._open: list[Turn] = []
+        """Turns that are not decided on yet."""
+        self._reserve: Reserve | None = None
+        """With ``search.tree_tokens``."""
         self._at_root = 0
         """Branches from the prompt that there are."""
         self._wanted: Counter[int] = Counter()
@@ -48,6 +53,8 @@ class Online(Plan):
         used = False
         if not self.growth.unfinished:
             self._left = self.branches
+            if self.expansion is not None and self.expansion.settings.tree_tokens:
+                self._reserve = Reserve(self.expansion.settings.tree_tokens, self.chains)
             async with asyncio.TaskGroup() as self._chains:
                 used = self._set_out(self._chains, episode)
         if not used and episode is not None:
@@ -84,16 +91,23 @@ class Online(Plan):
 
     def _decide(self, turn: Turn) -> Sequence[int]:
         """The turns after which a chain begins, now that ``turn`` has ended."""
+        if turn.parent_id == ROOT and turn.expansion_round > 0:
+            self._at_root += 1
+            if self._at_root > self._wanted[ROOT]:
+                # Nothing but the rest of the budget begins chains from the prompt that no rule has asked for.
+                self._wanted[ROOT] += self._fresh()
+                self._left = 0
         self._seen.add(turn)
-        self._at_root += turn.parent_id == ROOT and turn.expansion_round > 0
-        if self._at_root > self._wanted[ROOT]:
-            # Nothing but the rest of the budget begins chains from the prompt that no rule has asked for.
-            self._wanted[ROOT] += self._left
-            self._left = 0
+        self._open.append(turn)
+        if self._reserve is not None:
+            self._reserve.add(turn)
+            if not self._reserve.is_known:
+                return ()  # what a chain costs is not known before one has ended
+        asked, self._open = self._open, []
+        return [parent for each in asked for parent in self._granted(each)]
+
+    def _granted(self, turn: Turn) -> Sequence[int]:
         if self.without_branches or self.expansion is None or self._left == 0 or turn.end == "pruned":
-            return ()
-        limit = self.expansion.settings.tree_tokens
-        if limit and self._seen.action_tokens >= limit:
             return ()
         try:
             found = self.expansion.decide(self._seen, turn.turn_id, count=self._left, facts=self.facts)
@@ -102,6 +116,8 @@ class Online(Plan):
             self.ground.lost(exc, self._left)
             self._left = 0
             return ()
+        if self._reserve is not None:
+            found = tuple(takewhile(self._reserve.take, found))
         self._left -= len(found)
         self._wanted.update(found)
         return found
