@@ -37,6 +37,8 @@ VARIANTS: list[dict[str, dict[str, object]]] = [
     {"learner": {"lora": {"rank": 3}, "epochs": 2}, "objective": {"kl_coef": 0.1}},
     # Groups of trees with roles, in place of trees.
     {"team": {"proposers": 2, "teams": 2, "cue_tokens": 9, "proposer_weight": 0.3}},
+    # A second model learns from all ranks' pairs, and what it says of each turn is added to the turn's advantage.
+    {"implicit_reward": {"enabled": True, "lr": 1e-2}, "learner": {"minibatches": 2}},
     # Of a user's own, with a measure of the whole batch and a metric.
     {"objective": {"surrogate": "tests.loss_examples:sapo"}, "correction": {"action": "tests.loss_examples:trimmed"}},
 ]
@@ -87,7 +89,8 @@ def train_share(model: Path, shares: list[list[int]], variant: dict[str, dict[st
         "train/loss", "grad_norm", "lag/mean", "is/ess_frac", "is/chi2_turn", "kl/mu_prox_k3", "tokens/trained",
         "is/exponent_scale",
     )  # fmt: skip
-    own = [n for n in report.metrics if n in ("surrogate/gate", "is/edge", "is/m2po_max_abs") or n[:7] == "credit/"]
+    of_some = ("surrogate/gate", "is/edge", "is/m2po_max_abs", "implicit/loss", "implicit/reward_std", "implicit/pairs")
+    own = [n for n in report.metrics if n in of_some or n[:7] == "credit/"]
     return {
         "ranks": accelerator.num_processes,
         "metrics": {name: report.metrics[name] for name in (*names, *own)},

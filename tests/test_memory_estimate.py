@@ -266,6 +266,12 @@ def test_ranks_divide_what_their_file_says(text: str | None, divided: dict[str, 
         assert same[0].num_bytes == pytest.approx(names[0].num_bytes / parts), name
 
 
+def test_an_implicit_reward_model_takes_a_second_policys_place() -> None:
+    plain, rewarded = (found(config_of(implicit_reward__enabled=enabled))[0] for enabled in ("false", "true"))
+    assert amount(rewarded, "implicit reward model") >= 16 * qwen3("4B").parameters
+    assert rewarded.needed > plain.needed
+
+
 def test_a_reference_policy_and_a_longer_context_than_a_pass_count() -> None:
     plain, with_reference = (found(config_of(objective__kl_coef=coef))[0] for coef in ("0", "0.1"))
     assert amount(with_reference, "reference policy") == 4 * qwen3("4B").parameters

@@ -79,6 +79,10 @@ WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
     **{f"correction.{name}": (("correction.action", by),) for name, by in loss_rules.readers_of_correction().items()},
     **{f"objective.{name}": (("objective.surrogate", by),) for name, by in loss_rules.readers_of_objective().items()},
     "objective.kl_estimator": (("objective.kl_coef", NONZERO),),
+    **{
+        f"implicit_reward.{name}": (("implicit_reward.enabled", (True,)),)
+        for name in ("beta", "alpha", "lr", "betas", "weight_decay", "max_grad_norm")
+    },
     "learner.schedule_steps": (("learner.schedule", ("linear", "cosine")),),
     **{f"learner.lora.{name}": _LORA for name in ("alpha", "rslora", "targets", "init", "publish")},
     "learner.pack_tokens": (("learner.packing", ("auto", "tree")),),

@@ -236,6 +236,28 @@ def _word(value: bool | str) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
+def _implicit_reward(config: Config) -> None:
+    learner = config.learner
+    if not config.implicit_reward.enabled:
+        return
+    said, off = "implicit_reward.enabled = true", "or --implicit_reward.enabled false"
+    if learner.lora.rank:
+        raise ValueError(
+            f"{said} with learner.lora.rank = {learner.lora.rank}: the reward model is trained with all its weights, "
+            f"which adapters are there to avoid; set --learner.lora.rank 0, {off}"
+        )
+    if learner.mixed_precision == "fp16":
+        raise ValueError(
+            f"{said} with learner.mixed_precision = 'fp16': one loss scale would serve two models; set "
+            f"--learner.mixed_precision bf16 or no, {off}"
+        )
+    if config.correction.prox == "interpolate":
+        raise ValueError(
+            f"{said} with correction.prox = 'interpolate': its rewards are over the policy's own log-probs at the "
+            f"batch's start, which are not measured then; set --correction.prox auto, {off}"
+        )
+
+
 def _exact_lag(config: Config) -> None:
     s = config.staleness
     if s.exact_lag is None:
@@ -417,6 +439,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     _modes_of_credit,
     _normalised_once,
     _turn_rewards,
+    _implicit_reward,
     _exact_lag,
     _max_tasks,
     _buffer,

@@ -20,6 +20,7 @@ from atpo_async.config.sections.data import BufferConfig, StalenessConfig
 from atpo_async.config.sections.environments import MOST_ENVIRONMENTS, EnvironmentConfig, WeightedEnvironment
 from atpo_async.config.sections.generation import ActorConfig, ModelConfig, SearchConfig
 from atpo_async.config.sections.imitation import ImitationConfig
+from atpo_async.config.sections.implicit import ImplicitRewardConfig
 from atpo_async.config.sections.learning import CorrectionConfig, CreditConfig, LearnerConfig, ObjectiveConfig
 from atpo_async.config.sections.run import EvalConfig, MetricsConfig, RunConfig, SupervisorConfig
 from atpo_async.config.sections.team import TeamConfig
@@ -44,6 +45,7 @@ class Config(Section):
     imitation: ImitationConfig = ImitationConfig()
     correction: CorrectionConfig = CorrectionConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    implicit_reward: ImplicitRewardConfig = ImplicitRewardConfig()
     learner: LearnerConfig = LearnerConfig()
     actor: ActorConfig = ActorConfig()
     weights: WeightsConfig = WeightsConfig()

@@ -5,6 +5,8 @@
                               format, adapter_config.json and adapter_model.safetensors
       optimizer.safetensors   "<parameter>.<state>": exp_avg, exp_avg_sq, step (``learner.checkpoints.optimizer_state``)
       rng-<rank>.safetensors  torch's generators
+      implicit.safetensors, implicit-optimizer.safetensors
+                              the same of the implicit reward model, where there is one
       state.json              counters, version, gradient norms, running numbers of the objective's parts, fp16's loss
                               scale, optimizer settings, Python's and numpy's generators
 
@@ -36,7 +38,7 @@ from atpo_async.models.policy import list_checkpoints as list_checkpoints
 from atpo_async.models.tensor_files import WEIGHTS
 from atpo_async.ops import disk
 from atpo_async.run.files import sync
-from learner.checkpoints import optimizer_state
+from learner.checkpoints import optimizer_state, reward_model_state
 from learner.checkpoints.tensors import parameters_of, read_tensors, write_tensors
 from learner.memory.out_of_memory import explained
 from learner.policy.optimizer import groups_settings, set_settings
@@ -147,6 +149,8 @@ def _write_tensors(aside: Path, target: Path, trainer: Trainer, progress: Progre
         _weights_file(trainer): _trained(trainer),
         "optimizer.safetensors": optimizer_state.tensors_of(trainer.optimizer),
     }
+    if trainer.implicit is not None:
+        files |= reward_model_state.files_of(trainer.implicit)
     fault: Exception | None = None
     for name, tensors in files.items():
         writes = accelerator.is_main_process and fault is None
@@ -176,6 +180,8 @@ def _complete(aside: Path, target: Path, trainer: Trainer, progress: Progress) -
         "python_rng": _jsonable(random.getstate()),
         "numpy_rng": _jsonable(np.random.get_state()),
     }
+    if trainer.implicit is not None:
+        state["implicit_reward"] = reward_model_state.counters_of(trainer.implicit)
     (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
     publish(aside, target)
 
@@ -207,6 +213,8 @@ def load(path: Path, trainer: Trainer) -> Progress:
             _load_parameters(trainer, path / _weights_file(trainer))
             with explained("the optimizer's state of a checkpoint", trainer.config, accelerator.device):
                 optimizer_state.load_into(trainer.optimizer, dict(read_tensors(path / "optimizer.safetensors", {})))
+        if trainer.implicit is not None:
+            reward_model_state.load_into(trainer.implicit, path, state.get("implicit_reward"), policy=trainer.policy)
         rng = path / f"rng-{accelerator.process_index}.safetensors"
         if rng.is_file():  # with more ranks than before the new ones start afresh
             _set_torch_rng(load_file(rng))

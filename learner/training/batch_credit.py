@@ -51,10 +51,7 @@ class BatchCredit:
         trees = self._whitened(trees)
         for part in parts:
             part.trees, trees = trees[: len(part.trees)], trees[len(part.trees) :]
-            advantage = np.concatenate([np.zeros(0), *(tree.advantages for tree in part.trees)])
-            for item in part.passes:
-                found = torch.from_numpy(advantage).to(item.advantage)
-                item.advantage = found[item.number]
+            part.hand_out()
 
     def of_trees(self, trees: Sequence[CreditedTree]) -> dict[str, float]:
         """What the advantage mode says of the batch's trees: ``credit/NAME``, means over all ranks."""

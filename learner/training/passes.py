@@ -73,6 +73,13 @@ class Part:
     longest_path: int
     """Tokens of the longest row: a pass holds one at the least."""
 
+    def hand_out(self) -> None:
+        """To its passes, the advantages that its trees have now."""
+        advantage = np.concatenate([np.zeros(0), *(tree.advantages for tree in self.trees)])
+        for item in self.passes:
+            found = torch.from_numpy(advantage).to(item.advantage)
+            item.advantage = found[item.number]
+
     @property
     def largest_pass(self) -> int:
         """Padded tokens."""

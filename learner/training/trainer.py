@@ -29,6 +29,7 @@ from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.core.priorities import tree_priority
 from atpo_async.wire.messages import Batch
 from learner.batches.intake import Sifted, sift
+from learner.implicit import reward_model
 from learner.kernels.install import PRECISIONS, Installed, install
 from learner.kernels.variants import raise_limit
 from learner.loss.correction import Tempering
@@ -93,6 +94,7 @@ class Trainer:
         wants_reference = bool(config.objective.kl_coef) or self._credit.reads_reference or parts.needs.reference
         wants_frozen = wants_reference and policy.lora is None
         frozen = _frozen_copy(policy, accelerator, in_half=self.half is not None) if wants_frozen else None
+        begun = reward_model.begun(config, policy, accelerator)
         optimizer = make_optimizer(policy, config.learner, device=accelerator.device, sharded=sharded)
         tied = is_tied(policy)
         precision.keep_outputs(accelerator)
@@ -104,6 +106,7 @@ class Trainer:
             self.optimizer = accelerator.prepare_optimizer(optimizer)
             self.half.begin_alike(num_ranks=accelerator.num_processes)
         self._run = self.half or self.model
+        self.implicit = begun and reward_model.ImplicitReward(config, begun, accelerator, self.reductions)
         self.whole = WholePolicy(policy=policy, names=names, model=self.model, accelerator=accelerator, sharded=sharded)
         # On the device, and through the wrappers that change the policy's arithmetic: what is tried is what trains.
         wrapped = sharded or config.learner.mixed_precision != "no"
@@ -123,8 +126,7 @@ class Trainer:
             config=config,
             policy=policy,
             layout=layout,
-            keep_idle=self._credit.measures
-            or bool(config.objective.kl_coef or config.objective.entropy_coef or parts.all),
+            keep_idle=self._keeps_idle(parts),
             draws=parts.needs.random,
             reductions=self.reductions,
             device=accelerator.device,
@@ -214,13 +216,19 @@ class Trainer:
     def updates_per_batch(self) -> int:
         return self.config.learner.minibatches * self.config.learner.epochs
 
+    def _keeps_idle(self, parts: ObjectiveParts) -> bool:
+        """Whether turns without an advantage have passes all the same."""
+        objective = self.config.objective
+        other_terms = bool(objective.kl_coef or objective.entropy_coef or parts.all)
+        return self._credit.measures or self.implicit is not None or other_terms
+
     @property
     def _measures_first(self) -> bool:
         """Whether log-probs of the whole batch must be known before its first optimizer step."""
         prox = self.config.correction.prox
         recompute = prox == "recompute" or (prox == "auto" and self.updates_per_batch > 1)
         measured = self._loss.correction.needs_batch or self._loss.parts.measures_first
-        return recompute or self._credit.measures or measured
+        return recompute or self._credit.measures or measured or self.implicit is not None
 
     def warm_up(self) -> None:
         """A pass on made-up rows, so that the first batch does not pay for allocation and lazy set-up, and the choice
@@ -243,7 +251,8 @@ class Trainer:
             return
         meter = CudaMeter(
             device,
-            set_aside=state_bytes(self.optimizer, self.config.learner.optimizer),
+            set_aside=state_bytes(self.optimizer, self.config.learner.optimizer)
+            + (0.0 if self.implicit is None else self.implicit.bytes_to_come),
             engines=share_of_engines(self.config, self.accelerator.process_index),
         )
         longest = self.config.model.max_context_tokens
@@ -287,7 +296,8 @@ class Trainer:
             fitting=self.fitting, planner=self.planner, model=self.model, parts=parts, batch=batch, version=version
         )
         tempering = fitted.run(lambda: self._measured_first(parts)) if self._measures_first else None
-        if self._credit.measures:
+        paid = {} if self.implicit is None else self.implicit.pay(parts, fitted)
+        if self._credit.measures or self.implicit is not None:
             trees = [tree for part in parts for tree in part.trees]
         totals = BatchTotals(fault=self._all_refused(len(trees), sifted))
         sums = torch.zeros(self._loss.num_sums, dtype=torch.float64, device=self.accelerator.device)
@@ -303,6 +313,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         return StepReport(
             metrics={
+                **paid,
                 **self._metrics.of_trees(trees, version),
                 **self._credited.of_trees(trees),
                 **self._metrics.of_sums(sums),

@@ -114,6 +114,7 @@ def learner_parts(
         Part("weights in half precision", cast),
         Part("gradients on their way to other ranks", _exchange_bytes(shape, memory, trained)),
         Part("reference policy", reference if memory.reference else 0.0),
+        Part("implicit reward model", _reward_model_bytes(shape, memory, cast) if memory.reward_model else 0.0),
         Part(
             f"activations of {memory.tokens:,} tokens{', checkpointed' if checkpointed else ''}",
             activation_bytes(shape, memory, checkpointed=checkpointed),
@@ -124,6 +125,13 @@ def learner_parts(
         parts.append(Part("fragments", FRAGMENTED * sum(part.num_bytes for part in parts)))
         parts.append(Part("CUDA context of the learner", CONTEXT_BYTES))
     return [part for part in parts if part.num_bytes]
+
+
+def _reward_model_bytes(shape: ModelShape, memory: LearnerMemory, cast: float) -> float:
+    """Weights, gradients and AdamW's moments in float32; what ranks exchange; the copy that passes compute with."""
+    return (
+        (4.0 + 4.0 + STATE_BYTES["adamw"]) * shape.parameters + _exchange_bytes(shape, memory, shape.parameters) + cast
+    )
 
 
 def _state_bytes(memory: LearnerMemory, trained: float) -> float:

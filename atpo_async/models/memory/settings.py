@@ -34,6 +34,8 @@ class LearnerMemory:
     """0: the whole model is trained."""
     reference: bool
     """A copy of the first policy is kept."""
+    reward_model: bool = False
+    """An implicit reward model is trained beside the policy."""
 
 
 def learner_memory(config: Config, *, on_gpu: bool) -> LearnerMemory:
@@ -54,6 +56,7 @@ def learner_memory(config: Config, *, on_gpu: bool) -> LearnerMemory:
         lora_rank=learner.lora.rank,
         # With adapters the reference is the model without them.
         reference=_has_reference(config) and not learner.lora.rank,
+        reward_model=config.implicit_reward.enabled,
     )
 
 
