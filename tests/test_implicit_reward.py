@@ -24,7 +24,7 @@ from learner.implicit.pairs import chain_sums, pairs_of, step_advantages
 from learner.packing.credited import CreditedTree
 from learner.policy.accelerator import make_accelerator
 from learner.policy.model import Policy, load_policy
-from learner.training.report import StepReport
+from learner.training.report import Abandoned, StepReport
 from learner.training.trainer import Trainer
 from tests.learner_support import flat_gradient, in_double, make_batch, make_config, make_model
 
@@ -291,6 +291,16 @@ def test_a_batch_without_a_pair_trains_no_model_and_pays_its_turns_all_the_same(
     assert min(report.priorities.values()) > 0
 
 
+def test_a_batch_is_abandoned_before_the_model_learns_from_it_or_not_at_all(folder: Path) -> None:
+    trainer = make_trainer(config_of(folder))
+    with pytest.raises(Abandoned):
+        trainer.train(make_batch(num_trees=2), version=3, should_stop=lambda: True)
+    assert model_of(trainer).updates == 0
+    asked = iter([False])
+    trainer.train(make_batch(num_trees=2), version=3, should_stop=lambda: next(asked, True))
+    assert (model_of(trainer).updates, trainer.history.updates) == (1, 1)
+
+
 def test_turns_that_are_too_old_are_paid_nothing(folder: Path) -> None:
     config = config_of(folder, staleness={"max_lag": 1})
     trainer = make_trainer(config)
@@ -381,7 +391,7 @@ def test_a_damaged_one_is_named(folder: Path, tmp_path: Path) -> None:
         ({"learner": {"lora": {"rank": 4}}}, "learner.lora.rank = 4: .*set --learner.lora.rank 0"),
         (
             {"learner": {"mixed_precision": "fp16"}},
-            "learner.mixed_precision = 'fp16': .*set --learner.mixed_precision bf16 or no",
+            "learner.mixed_precision = 'fp16': .*learner.mixed_precision bf16 or no",
         ),
         ({"correction": {"prox": "interpolate"}}, "correction.prox = 'interpolate': .*set --correction.prox auto"),
     ],

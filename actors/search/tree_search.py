@@ -21,10 +21,10 @@ from actors.faults.fault import EXPANSION_FAILED, Fault, Place
 from actors.search.budget import budget_of
 from actors.search.calls import FORK_DIVERGED, BranchCalls, BranchFailed, diverged_kind
 from actors.search.forks import Forks
-from actors.search.gains import NO_GAIN, Gain, InformationGains
 from actors.search.growth import Chain, Growth
 from actors.search.plans.base import Ground
 from actors.search.plans.choosing import plan_of
+from actors.search.rewards.gains import NO_GAIN, Gain, InformationGains
 from atpo_async.config import SearchConfig
 from atpo_async.core.tree import Turn, TurnTree
 from atpo_async.core.vocabulary import EndReason

@@ -51,7 +51,7 @@ from learner.training.optimizer_steps import BatchTotals, OptimizerSteps, Update
 from learner.training.pass_loss import PassLoss
 from learner.training.passes import Part, Planner, split
 from learner.training.reductions import Reductions
-from learner.training.report import StepReport
+from learner.training.report import Abandoned, StepReport
 from learner.training.step_metrics import StepMetrics
 
 log = logging.getLogger("atpo.learner")
@@ -295,8 +295,10 @@ class Trainer:
         fitted = FittedBatch(
             fitting=self.fitting, planner=self.planner, model=self.model, parts=parts, batch=batch, version=version
         )
-        tempering = fitted.run(lambda: self._measured_first(parts)) if self._measures_first else None
-        paid = {} if self.implicit is None else self.implicit.pay(parts, fitted)
+        if self._measures_first:
+            fitted.run(lambda: self._measured_first(parts))
+        paid = self._paid(parts, fitted, should_stop)
+        tempering = fitted.run(lambda: self._decided_by_the_batch(parts)) if self._measures_first else None
         if self._credit.measures or self.implicit is not None:
             trees = [tree for part in parts for tree in part.trees]
         totals = BatchTotals(fault=self._all_refused(len(trees), sifted))
@@ -305,7 +307,7 @@ class Trainer:
             for part in parts:
                 if part.passes:
                     # Once a weight has changed, the batch is trained on to its end.
-                    stop = (lambda: False) if totals.losses else should_stop
+                    stop = (lambda: False) if totals.losses or self.implicit is not None else should_stop
                     sums += fitted.run(partial(self._step, part, totals, tempering, stop))
         if totals.losses:
             self._loss.measuring.conclude()
@@ -335,20 +337,36 @@ class Trainer:
             warnings=tuple(sifted.messages),
         )
 
+    def _paid(self, parts: list[Part], fitted: FittedBatch, should_stop: Callable[[], bool]) -> dict[str, float]:
+        """Let the implicit reward model, where there is one, learn from the batch and pay its turns.  Returns metrics.
+
+        Raises:
+            Abandoned: ``should_stop`` said so before any weight changed.
+        """
+        if self.implicit is None:
+            return {}
+        if self.accelerator.num_processes == 1 and should_stop():
+            raise Abandoned
+        return self.implicit.pay(parts, fitted)
+
     def _step(
         self, part: Part, totals: BatchTotals, tempering: Tempering | None, should_stop: Callable[[], bool]
     ) -> Tensor:
         """The optimizer step of a part with its passes as they are now."""
         return self.steps.take(part.passes, totals, tempering, should_stop)
 
-    def _measured_first(self, parts: list[Part]) -> Tempering | None:
-        """Measure what the first step needs from the whole batch: log-probs, credit by them, tempering."""
+    def _measured_first(self, parts: list[Part]) -> None:
+        """Measure the log-probs that the first step needs of the whole batch, and credit by them."""
         for part in parts:
             self._loss.measure_start(part.passes)
             if self._credit.reads_reference or self._loss.parts.needs.reference:
                 self._loss.measure_reference(part.passes)
         if self._credit.measures:
             self._credited.again(parts)
+
+    def _decided_by_the_batch(self, parts: list[Part]) -> Tempering | None:
+        """What the whole batch decides of its passes' log-probs and advantages: numbers of the objective's parts, and
+        the tempering."""
         self._loss.measuring.measure([item for part in parts for item in part.passes])
         correction = self._loss.correction
         if correction.needs_batch or correction.guards_ess:

@@ -1,0 +1,1 @@
+"""What an actor itself pays the turns that it grows."""
