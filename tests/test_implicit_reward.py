@@ -53,6 +53,12 @@ def model_of(trainer: Trainer) -> reward_model.ImplicitReward:
 # --- the arithmetic ------------------------------------------------------------------------------------------------
 
 
+def mean_over_pairs(score: dict[int, torch.Tensor], worth: dict[int, float]) -> torch.Tensor:
+    """-log sigma(score of the better - score of the worse), over all pairs of leaves."""
+    pairs = [(a, b) for a in score for b in score if worth[a] > worth[b]]
+    return torch.stack([-torch.nn.functional.logsigmoid(score[a] - score[b]) for a, b in pairs]).mean()
+
+
 def arrays(parent: list[int], reward: list[float]) -> TreeArrays:
     """``reward`` of the leaves, in order."""
     leaf = np.array([i not in parent for i in range(len(parent))])
@@ -90,14 +96,12 @@ def test_the_loss_is_a_mean_over_all_pairs_and_a_shared_turn_is_in_both_of_its_c
     pairs = pairs_of(tree, found.detach().numpy(), beta=0.3)
     paths = {3: (0, 1, 3), 4: (0, 1, 4), 5: (0, 2, 5), 6: (6,)}
     worth = {3: 1.0, 4: 0.0, 5: 0.5, 6: 0.0}
-    score = {leaf: 0.3 * sum(found[i] for i in path) for leaf, path in paths.items()}
-    terms = [-torch.nn.functional.logsigmoid(score[a] - score[b]) for a in paths for b in paths if worth[a] > worth[b]]
-    loss = torch.stack(terms).mean()  # type: ignore[arg-type]
+    loss = mean_over_pairs({leaf: 0.3 * found[list(path)].sum() for leaf, path in paths.items()}, worth)
     loss.backward()
-    assert pairs.count == len(terms) == 5
+    assert pairs.count == 5
     assert pairs.loss == pytest.approx(loss.item(), abs=1e-14)
     np.testing.assert_allclose(pairs.gradient, found.grad.numpy(), atol=1e-15)  # type: ignore[union-attr]
-    assert chain_sums(tree, np.arange(7.0)).tolist() == [0, 1, 2, 4, 5, 7, 6]
+    assert chain_sums(tree, np.arange(7, dtype=np.float64)).tolist() == [0, 1, 2, 4, 5, 7, 6]
 
 
 def test_chains_that_earned_the_same_are_no_pair() -> None:
@@ -148,16 +152,12 @@ def written_out(phi: Policy, old: Policy, batch: Batch, beta: float) -> torch.Te
     for tree, now, then in zip(batch.trees, log_probs(phi, batch), before, strict=True):
         turns = CreditedTree.of(tree, credit_rule(Config().credit)).tree
         score = {
-            leaf.turn_id: sum(
-                beta * (now[turn.turn_id] - then[turn.turn_id]).sum() for turn in turns.path(leaf.turn_id)
-            )
+            leaf.turn_id: torch.stack(
+                [beta * (now[turn.turn_id] - then[turn.turn_id]).sum() for turn in turns.path(leaf.turn_id)]
+            ).sum()
             for leaf in turns.leaves()
         }
-        worth = {leaf.turn_id: float(leaf.reward or 0.0) for leaf in turns.leaves()}
-        own = [
-            -torch.nn.functional.logsigmoid(score[a] - score[b]) for a in score for b in score if worth[a] > worth[b]
-        ]
-        terms.append(torch.stack(own).mean())  # type: ignore[arg-type]
+        terms.append(mean_over_pairs(score, {leaf.turn_id: float(leaf.reward or 0.0) for leaf in turns.leaves()}))
     return torch.stack(terms).mean()
 
 
@@ -179,7 +179,12 @@ def one_batch(
     seen: list[torch.Tensor] = []
     own = model_of(trainer)
     step = own.optimizer.step
-    own.optimizer.step = lambda: (seen.append(flat_gradient(own.policy)), step())
+
+    def watched() -> None:
+        seen.append(flat_gradient(own.policy))
+        step()
+
+    own.optimizer.step = watched
     report = trainer.train(make_batch(num_trees=3), version=3)
     return trainer, report, seen[0]
 

@@ -228,6 +228,13 @@ class ImplicitReward:
         return {"implicit/reward_mean": mean, "implicit/reward_std": math.sqrt(max(0.0, squares / count - mean * mean))}
 
 
+def of(
+    config: Config, policy: Policy | None, accelerator: Accelerator, reductions: Reductions
+) -> ImplicitReward | None:
+    """The model that begins as ``policy``, if any."""
+    return None if policy is None else ImplicitReward(config, policy, accelerator, reductions)
+
+
 def _once(item: Pass) -> Tensor:
     """bool[M]: every token of the batch in one place."""
     return item.counted & (item.turn >= 0)

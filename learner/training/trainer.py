@@ -106,7 +106,7 @@ class Trainer:
             self.optimizer = accelerator.prepare_optimizer(optimizer)
             self.half.begin_alike(num_ranks=accelerator.num_processes)
         self._run = self.half or self.model
-        self.implicit = begun and reward_model.ImplicitReward(config, begun, accelerator, self.reductions)
+        self.implicit = reward_model.of(config, begun, accelerator, self.reductions)
         self.whole = WholePolicy(policy=policy, names=names, model=self.model, accelerator=accelerator, sharded=sharded)
         # On the device, and through the wrappers that change the policy's arithmetic: what is tried is what trains.
         wrapped = sharded or config.learner.mixed_precision != "no"
