@@ -1,4 +1,6 @@
-"""The rules between surrogates, corrections and other settings, from the traits that these declare.
+"""The rules between surrogates, corrections, rewards of turns and other settings.
+
+Most follow from the traits that surrogates and corrections declare.
 
 The built-in ones are checked when a configuration is made; a user's own when the learner imports it.
 """
@@ -250,3 +252,60 @@ def needs_of_parts(config: Config) -> Needs:
             traits = declared(door.load(name), default)  # type: ignore[arg-type]
             found[f"{door.field}, {name}"] = _needs(config.objective, door, name, traits)
     return united(found)
+
+
+def word(value: bool | str) -> str:
+    """As it is written in a configuration file."""
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def check_turn_rewards(config: Config) -> None:
+    """Raises ValueError where settings contradict ``credit.turn_rewards = "normalised"``."""
+    c = config.credit
+    if c.turn_rewards != "normalised":
+        return
+    said = "credit.turn_rewards = 'normalised'"
+    if c.normalise_returns:
+        raise ValueError(
+            f"{said} with credit.normalise_returns = {word(c.normalise_returns)} would normalise twice: returns are "
+            "made of the rewards of turns; set --credit.normalise_returns false, or --credit.turn_rewards plain"
+        )
+    if c.normalise_leaves == "batch":
+        raise ValueError(
+            f"{said} with credit.normalise_leaves = 'batch': only leaf rewards have a deviation of the whole batch; "
+            "set --credit.normalise_leaves true, or --credit.turn_rewards plain"
+        )
+    if not c.normalise_leaves:
+        raise ValueError(
+            f"{said} with credit.normalise_leaves = false would add rewards of turns in units of their deviation to "
+            "raw leaf rewards; set --credit.normalise_leaves true, or --credit.turn_rewards plain"
+        )
+    if c.turn_reward_moments == "joint" and c.leaf_weights != "uniform":
+        raise ValueError(
+            f"{said} with credit.turn_reward_moments = 'joint' takes each turn and each leaf once, but "
+            f"credit.leaf_weights = {c.leaf_weights!r} weighs leaves; set --credit.leaf_weights uniform, or "
+            "--credit.turn_reward_moments separate"
+        )
+
+
+def check_implicit_reward(config: Config) -> None:
+    """Raises ValueError where settings contradict the implicit reward model."""
+    learner = config.learner
+    if not config.implicit_reward.enabled:
+        return
+    said, off = "implicit_reward.enabled = true", "or --implicit_reward.enabled false"
+    if learner.lora.rank:
+        raise ValueError(
+            f"{said} with learner.lora.rank = {learner.lora.rank}: the reward model is trained with all its weights, "
+            f"which adapters are there to avoid; set --learner.lora.rank 0, {off}"
+        )
+    if learner.mixed_precision == "fp16":
+        raise ValueError(
+            f"{said} with learner.mixed_precision = 'fp16': one loss scale would serve two models; set "
+            f"--learner.mixed_precision bf16 or no, {off}"
+        )
+    if config.correction.prox == "interpolate":
+        raise ValueError(
+            f"{said} with correction.prox = 'interpolate': its rewards are over the policy's own log-probs at the "
+            f"batch's start, which are not measured then; set --correction.prox auto, {off}"
+        )

@@ -185,36 +185,8 @@ def _modes_of_credit(config: Config) -> None:
     if rule.needs_no_comparison and (c.normalise_leaves or c.normalise_returns):
         which = "normalise_leaves" if c.normalise_leaves else "normalise_returns"
         raise ValueError(
-            f"credit.{which} = {_word(getattr(c, which))} with credit.advantage_mode = {c.advantage_mode!r} would take "
+            f"credit.{which} = {loss_rules.word(getattr(c, which))} with credit.advantage_mode = {c.advantage_mode!r} would take "
             f"out what every chain of a tree earned alike, which that mode learns from: set --credit.{which} false"
-        )
-
-
-def _turn_rewards(config: Config) -> None:
-    c = config.credit
-    if c.turn_rewards != "normalised":
-        return
-    said = "credit.turn_rewards = 'normalised'"
-    if c.normalise_returns:
-        raise ValueError(
-            f"{said} with credit.normalise_returns = {_word(c.normalise_returns)} would normalise twice: returns are "
-            "made of the rewards of turns; set --credit.normalise_returns false, or --credit.turn_rewards plain"
-        )
-    if c.normalise_leaves == "batch":
-        raise ValueError(
-            f"{said} with credit.normalise_leaves = 'batch': only leaf rewards have a deviation of the whole batch; "
-            "set --credit.normalise_leaves true, or --credit.turn_rewards plain"
-        )
-    if not c.normalise_leaves:
-        raise ValueError(
-            f"{said} with credit.normalise_leaves = false would add rewards of turns in units of their deviation to "
-            "raw leaf rewards; set --credit.normalise_leaves true, or --credit.turn_rewards plain"
-        )
-    if c.turn_reward_moments == "joint" and c.leaf_weights != "uniform":
-        raise ValueError(
-            f"{said} with credit.turn_reward_moments = 'joint' takes each turn and each leaf once, but "
-            f"credit.leaf_weights = {c.leaf_weights!r} weighs leaves; set --credit.leaf_weights uniform, or "
-            "--credit.turn_reward_moments separate"
         )
 
 
@@ -226,35 +198,8 @@ def _normalised_once(config: Config) -> None:
     returns, leaves = config.credit.normalise_returns, config.credit.normalise_leaves
     if returns and leaves:
         raise ValueError(
-            f"credit.normalise_returns = {_word(returns)} with credit.normalise_leaves = {_word(leaves)} would "
+            f"credit.normalise_returns = {loss_rules.word(returns)} with credit.normalise_leaves = {loss_rules.word(leaves)} would "
             "normalise twice: the returns of turns are made of the leaves' rewards; set --credit.normalise_leaves false"
-        )
-
-
-def _word(value: bool | str) -> str:
-    """As it is written in a configuration file."""
-    return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def _implicit_reward(config: Config) -> None:
-    learner = config.learner
-    if not config.implicit_reward.enabled:
-        return
-    said, off = "implicit_reward.enabled = true", "or --implicit_reward.enabled false"
-    if learner.lora.rank:
-        raise ValueError(
-            f"{said} with learner.lora.rank = {learner.lora.rank}: the reward model is trained with all its weights, "
-            f"which adapters are there to avoid; set --learner.lora.rank 0, {off}"
-        )
-    if learner.mixed_precision == "fp16":
-        raise ValueError(
-            f"{said} with learner.mixed_precision = 'fp16': one loss scale would serve two models; set "
-            f"--learner.mixed_precision bf16 or no, {off}"
-        )
-    if config.correction.prox == "interpolate":
-        raise ValueError(
-            f"{said} with correction.prox = 'interpolate': its rewards are over the policy's own log-probs at the "
-            f"batch's start, which are not measured then; set --correction.prox auto, {off}"
         )
 
 
@@ -438,8 +383,8 @@ RULES: tuple[Callable[[Config], None], ...] = (
     _correction,
     _modes_of_credit,
     _normalised_once,
-    _turn_rewards,
-    _implicit_reward,
+    loss_rules.check_turn_rewards,
+    loss_rules.check_implicit_reward,
     _exact_lag,
     _max_tasks,
     _buffer,

@@ -33,7 +33,7 @@ from learner.implicit import reward_model
 from learner.kernels.install import PRECISIONS, Installed, install
 from learner.kernels.variants import raise_limit
 from learner.loss.correction import Tempering
-from learner.loss.parts.loading import load_parts
+from learner.loss.parts.loading import ObjectiveParts, load_parts
 from learner.memory.fitting import Fitting
 from learner.memory.made_up import made_up
 from learner.memory.measuring import CudaMeter, choose_layers, share_of_engines
