@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from atpo_async.config import doors, loss_rules
+from atpo_async.config.loss_rules import word
 from atpo_async.config.sections.expansion import fault_of
 from atpo_async.core.errors import AtpoError
 from atpo_async.core.loss_traits import CorrectionTraits
@@ -185,7 +186,7 @@ def _modes_of_credit(config: Config) -> None:
     if rule.needs_no_comparison and (c.normalise_leaves or c.normalise_returns):
         which = "normalise_leaves" if c.normalise_leaves else "normalise_returns"
         raise ValueError(
-            f"credit.{which} = {loss_rules.word(getattr(c, which))} with credit.advantage_mode = {c.advantage_mode!r} would take "
+            f"credit.{which} = {word(getattr(c, which))} with credit.advantage_mode = {c.advantage_mode!r} would take "
             f"out what every chain of a tree earned alike, which that mode learns from: set --credit.{which} false"
         )
 
@@ -198,7 +199,7 @@ def _normalised_once(config: Config) -> None:
     returns, leaves = config.credit.normalise_returns, config.credit.normalise_leaves
     if returns and leaves:
         raise ValueError(
-            f"credit.normalise_returns = {loss_rules.word(returns)} with credit.normalise_leaves = {loss_rules.word(leaves)} would "
+            f"credit.normalise_returns = {word(returns)} with credit.normalise_leaves = {word(leaves)} would "
             "normalise twice: the returns of turns are made of the leaves' rewards; set --credit.normalise_leaves false"
         )
 
