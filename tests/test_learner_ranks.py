@@ -39,6 +39,25 @@ VARIANTS: list[dict[str, dict[str, object]]] = [
     {"team": {"proposers": 2, "teams": 2, "cue_tokens": 9, "proposer_weight": 0.3}},
     # A second model learns from all ranks' pairs, and what it says of each turn is added to the turn's advantage.
     {"implicit_reward": {"enabled": True, "lr": 1e-2}, "learner": {"minibatches": 2}},
+    # Terms and token weights: quantiles, deviations, draws and a running mean of the whole batch.
+    {
+        "objective": {
+            "terms": ["lp-reg", "epo"],
+            "term_options": {"lp-reg": {"noise": 0.01, "share": 0.8}},
+            "token_weights": ["top-entropy", "entropy-advantage"],
+            "entropy_coef": 0.1,
+        },
+        "learner": {"epochs": 2},
+    },
+    {
+        "objective": {
+            "terms": ["kl-cov"],
+            "term_options": {"kl-cov": {"share": 0.2}},
+            "token_weights": ["clip-cov"],
+            "token_weight_options": {"clip-cov": {"share": 0.1, "low": 0.1}},
+        },
+        "learner": {"epochs": 2, "packing": "tree"},
+    },
     # Of a user's own, with a measure of the whole batch and a metric.
     {"objective": {"surrogate": "tests.loss_examples:sapo"}, "correction": {"action": "tests.loss_examples:trimmed"}},
 ]
