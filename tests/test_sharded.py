@@ -26,7 +26,13 @@ pytestmark = pytest.mark.timeout(600)  # the first test waits for all jobs, on a
 # Several passes to a step, two steps to the batch, clipped gradients, and every term that the loss may have.
 ALL: Sections = {
     "learner": {"packing": "tree", "micro_batch_tokens": 100, "pack_tokens": 64, "epochs": 2, "max_grad_norm": 0.5},
-    "objective": {"kl_coef": 0.1, "entropy_coef": 0.05},
+    "objective": {
+        "kl_coef": 0.1,
+        "entropy_coef": 0.05,
+        "terms": ["lp-reg", "epo"],
+        "term_options": {"lp-reg": {"noise": 0.01, "share": 0.8}},
+        "token_weights": ["entropy-advantage", "clip-cov"],
+    },
 }
 TRACED: Sections = {**ALL, "credit": {"value_mode": "tree_trace"}, "correction": {"exponent": "ess"}}
 LORA: Sections = {**ALL, "learner": {**ALL["learner"], "lora": {"rank": 4}}}
