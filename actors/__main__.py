@@ -1,5 +1,6 @@
 """``python -m actors RUN_DIR`` (or ``--config FILE --join HOST:PORT``): one actor.  ``python -m actors eval …``: an
-evaluation of a model folder; ``python -m actors benchmarks …``: its answers to published test sets."""
+evaluation of a model folder; ``python -m actors benchmarks …``: its answers to published test sets; ``python -m actors
+sampled …``: what its sampled chains earn on training tasks."""
 
 from __future__ import annotations
 
@@ -149,10 +150,13 @@ async def _work(
     return None
 
 
+PROGRAMS = {"eval": "actors.evaluate", "benchmarks": "actors.benchmarks", "sampled": "actors.sampled"}
+"""First word -> the module of what is no actor of a run."""
+
+
 def main(argv: list[str]) -> None:
-    if argv[:1] in (["eval"], ["benchmarks"]):
-        module = "actors.evaluate" if argv[0] == "eval" else "actors.benchmarks"
-        code = importlib.import_module(module).main(argv[1:])
+    if argv and argv[0] in PROGRAMS:
+        code = importlib.import_module(PROGRAMS[argv[0]]).main(argv[1:])
         exit_within(role.EXIT_DEADLINE_S, code)  # threads of a tool may hang
         sys.exit(code)
     role.run("actor", act, argv)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from atpo_async.core.credit import TreeArrays
+from atpo_async.core.credit import Moments, TreeArrays
 from atpo_async.core.credit.returns import leaf_returns
 from atpo_async.core.mixture import TaskLabels
 from buffer.journal.entries import CountsEntry, RunEntry
@@ -25,6 +25,22 @@ TOKENS = "train/tokens"
 """Action tokens that were sampled for training."""
 LEFT_OUT = "reward_names_left_out"
 """Counts parts of rewards that have no metric, for a run has many names of them already."""
+
+
+LEFT_OUT_LEAVES = "buffer/left_out_leaves"
+LEFT_OUT_MEAN, LEFT_OUT_SQUARE = "buffer/left_out_reward", "buffer/left_out_reward_square"
+"""How many leaves trees without a signal had, the mean of their rewards, and of the squares of these."""
+
+
+def left_out(metrics: Mapping[str, float]) -> Moments:
+    """Of the leaf rewards of trees without a signal, from a batch's metrics."""
+    leaves = metrics.get(LEFT_OUT_LEAVES, 0.0)
+    return Moments(leaves, *(leaves * metrics.get(name, 0.0) for name in (LEFT_OUT_MEAN, LEFT_OUT_SQUARE)))
+
+
+def filtered_words(number: int) -> str:
+    """How many tasks had trees that others were kept in place of, as text; empty for none."""
+    return f", {number} not kept (buffer.keep_share)" if number else ""
 
 
 @dataclass(slots=True)
@@ -127,13 +143,20 @@ class RunCounters:
             for group in ("reward", f"reward/{label}") if label else ("reward",):
                 self.since.mean(f"{group}/{name}", part)
 
+    def count_left_out(self, rewards: F64) -> None:
+        """Leaf rewards, float64[n], of a tree without a signal: part of the batch's deviation all the same."""
+        own = Moments.of(rewards)
+        for name, value in ((LEFT_OUT_MEAN, own.total), (LEFT_OUT_SQUARE, own.squares)):
+            total, number = self.since.means.get(name, (0.0, 0.0))
+            self.since.means[name] = (total + value, number + own.count)
+
     def describe_tasks(self, given_up: int) -> str:
         """The outcomes of the tasks so far, as text."""
         tasks = self.tasks
         retired = f" ({tasks['retired']} of them fewer times than meant, too old by then)" if tasks["retired"] else ""
         return (
             f"{tasks['trained']} trained on{retired}, {tasks['no_signal']} without signal, {tasks['failed']} failed, "
-            f"{given_up} given up"
+            f"{given_up} given up{filtered_words(tasks['filtered'])}"
         )
 
     def describe_drops(self, pool: ReplayPool) -> str:
@@ -166,6 +189,12 @@ class RunCounters:
         self.flushed_means = {name: since.means[name][1] for name in metrics}
         if counts[LEFT_OUT]:
             metrics[f"buffer/{LEFT_OUT}"] = counts[LEFT_OUT]
+        if LEFT_OUT_MEAN in since.means:
+            metrics[LEFT_OUT_LEAVES] = since.means[LEFT_OUT_MEAN][1]
+        if counts["dropped_filtered"]:
+            metrics["buffer/dropped_filtered"] = counts["dropped_filtered"]
+        if self.tasks["filtered"]:
+            metrics["tasks/filtered"] = self.tasks["filtered"]
         metrics |= {
             "train/trees": since.produced,
             **{name: count for name, count in counts.items() if name.startswith("train/")},

@@ -26,7 +26,9 @@ from actors.search.plans.base import Ground
 from actors.search.plans.choosing import plan_of
 from actors.search.rewards.gains import NO_GAIN, Gain, InformationGains
 from atpo_async.config import SearchConfig
-from atpo_async.core.tree import Turn, TurnTree
+from atpo_async.config.sections.shaping import overlong_range
+from atpo_async.core.credit.overlong import overlong_penalty
+from atpo_async.core.tree import ROOT, Turn, TurnTree
 from atpo_async.core.vocabulary import EndReason
 from atpo_async.environments.base import Environment, Episode, StepResult
 from atpo_async.environments.replay import NOTHING, WAY_OUT
@@ -34,6 +36,8 @@ from atpo_async.environments.values import TOO_LONG
 from atpo_async.status import waits
 from atpo_async.wire.messages import Lease, TreeClosed, TreeOpened
 
+OVERLONG = "overlong"
+"""The part of a chain's reward that its length costs it (``search.overlong_buffer``)."""
 Emit = Callable[[TreeOpened | Turn | TreeClosed], Awaitable[None]]
 ChainEnded = Callable[[Place, Fault | None], None]
 
@@ -95,6 +99,8 @@ class TreeSearch:
         self._forks = Forks(self._calls)
         self._max_context = max_context_tokens
         self._truncated_reward = search.truncated_reward
+        self._overlong = overlong_range(search, max_context_tokens) if lease.kind == "train" else None
+        """(L, B) of what a long chain's reward is shaped by; None: by nothing."""
         self._emit = emit
         self._chain_ended = chain_ended
         self._leaving = leaving
@@ -243,6 +249,10 @@ class TreeSearch:
                 raise self._observation_too_long(len(result.observation))
             # The policy wrote too much over its turns: an outcome, no failure.
             end, reward, success = "length_limit", self._truncated_reward, False
+        parts = dict(result.rewards)
+        if reward is not None and self._overlong is not None:
+            parts[OVERLONG] = self._cost_of_length(*self._overlong, parent_id, len(generation.token_ids))
+            reward += parts[OVERLONG]
         gain = await self._gain(end, parent_id, context, generation.token_ids, result.observation)
         # After the last wait: of two branches that found the same, the later turn is closed.
         if end == "continue" and self._repeats(parent_id, number, result.fingerprint):
@@ -265,13 +275,18 @@ class TreeSearch:
             generate_s=generated - began,
             environment_s=stepped - generated,
             turn_reward=result.turn_reward + gain.reward,
-            rewards=dict(result.rewards),
+            rewards=parts,
             fingerprint=result.fingerprint,
             state_value=result.state_value,
         )
         if self.gains is not None:
             self.gains.remember(turn.turn_id, gain)
         return turn, result
+
+    def _cost_of_length(self, limit: int, buffer: int, parent_id: int, num_tokens: int) -> float:
+        """What its length costs a chain that ends with an action of so many tokens."""
+        above = sum(len(turn.action) for turn in self.growth.tree.path(parent_id)) if parent_id != ROOT else 0
+        return overlong_penalty(above + num_tokens, limit=limit, buffer=buffer, factor=self._search.overlong_penalty)
 
     async def _gain(self, end: EndReason, parent_id: int, *parts: np.ndarray) -> Gain:
         """What the turn told of the right answer; ``parts``: its context, its action and what followed it."""

@@ -1,4 +1,5 @@
-"""Greedy evaluation on held-out tasks: which policy, under which configuration, and the process that runs it.
+"""Greedy evaluation on held-out tasks, or rewards of sampled chains on training tasks: which policy, under which
+configuration, and the process that runs it.
 
 ``evaluate`` is for Python programs; the other functions are what it shares with ``atpo eval``.
 """
@@ -187,6 +188,38 @@ def evaluate_policy(config: Config, model: Path, name: str) -> EvalResult:
         )
     except (ValueError, KeyError, IndexError, TypeError) as exc:
         raise RoleCrashed(f"the evaluation of {name} ended without a result: {said[-200:]!r}") from exc
+
+
+def tasks_of_a_run(config: Config) -> int:
+    """Training tasks that a run leases at most while every tree has a signal: those of its batches, and those that lie
+    ready or are grown when it ends."""
+    s = config.staleness
+    most = config.run.steps * s.trees_per_batch + s.max_trees_pending
+    return most if config.run.max_tasks is None else min(most, config.run.max_tasks)
+
+
+def sample_rewards(
+    config: Config, model: Path, name: str, *, file: Path, num_tasks: int, rollouts: int
+) -> dict[str, float]:
+    """Sample chains of a model folder, ``name`` in errors, in a process of its own, which writes ``file``.
+
+    Returns ``num_tasks`` that have a reward, and ``reward_mean``.
+    Raises SetupError for what the user can mend, else RoleCrashed.
+    """
+    with resolved_file(config) as settings:
+        code, said = run_to_end(
+            [
+                *launch.command("actors", "sampled", "--config", str(settings), "--model", str(model)),
+                *("--num-tasks", str(num_tasks), "--rollouts", str(rollouts), "--out", str(file)),
+            ]
+        )
+    if code:
+        raise failed_evaluation(code, said, name)
+    try:
+        found = json.loads(said.strip().splitlines()[-1])
+        return {key: float(found[key]) for key in ("num_tasks", "reward_mean")}
+    except (ValueError, KeyError, IndexError, TypeError) as exc:
+        raise RoleCrashed(f"the sampling of {name} ended without a result: {said[-200:]!r}") from exc
 
 
 def failed_evaluation(code: int, said: str, name: str) -> AtpoError:

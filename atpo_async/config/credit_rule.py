@@ -93,7 +93,21 @@ def tasks_rewards(file: Path, name: str) -> dict[int, tuple[float, ...]]:
                 f"{name} = {str(file)!r} has for task {task!r} {of_value(earned)}: expected the index of a task and a "
                 "list of finite numbers"
             )
-    return {int(task): tuple(map(float, earned)) for task, earned in rewards.items()}
+    period = found.get("period")
+    if period is not None and not (isinstance(period, int) and period == len(rewards)):
+        raise ConfigError(
+            f"{name} = {str(file)!r} has the period {period!r} with {len(rewards)} tasks: a set that is gone through "
+            f"again and again has as many; {made}"
+        )
+    known = {int(task): tuple(map(float, earned)) for task, earned in rewards.items()}
+    return known if period is None else _AgainAndAgain(known)
+
+
+class _AgainAndAgain(dict[int, tuple[float, ...]]):
+    """Rewards of a finite set of tasks, whose numbers go on counting while a run goes through it again."""
+
+    def get(self, task: int, default: Any = None) -> Any:
+        return super().get(task % len(self), default)
 
 
 def _is_number(value: object) -> bool:

@@ -19,6 +19,8 @@ from atpo_async.config.sections.team import TeamConfig
 NONZERO = "anything but 0"
 """In ``WORKS_WITH``: the other setting may be any number but 0."""
 
+ON = "anything but false"
+BELOW_ONE = "anything below 1"
 NOT_NONE = "anything but 'none'"
 READS_RATIO = "a mode that weighs turns by their ratios"
 
@@ -53,11 +55,13 @@ WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
     "search.diversity_penalty": _by("diverse"),
     **{f"search.resample_{name}": _by("resample") for name in ("every", "decay", "weights", "value")},
     **{f"team.{name}": _TEAM for name in TeamConfig.model_fields if name != "proposers"},
-    "credit.leaf_weights": (("credit.normalise_leaves", (True, "tree", "batch")),),
+    "credit.leaf_weights": (("credit.normalise_leaves", ON),),
     "search.information_gain": (("search.turn_reward", ("information-gain",)),),
     "search.one_version_gains": (("search.turn_reward", ("information-gain",)),),
     "credit.turn_reward_moments": (("credit.turn_rewards", ("normalised",)),),
     "credit.trace_cap": (("credit.value_mode", READS_RATIO),),
+    "buffer.keep_by": (("buffer.keep_share", BELOW_ONE),),
+    **{f"search.overlong_{name}": (("search.overlong_buffer", NONZERO),) for name in ("tokens", "penalty")},
     "buffer.partial_min_leaves": (("buffer.ready", ("partial",)),),
     "buffer.priority_exponent": (_PRIORITIZED,),
     "buffer.priority_max_share": _PRIORITIES,
@@ -135,8 +139,10 @@ def _works(config: Config, is_now: Any, working: tuple[Any, ...] | str) -> bool:
     """Whether a setting has an effect under this value of another one."""
     if working == READS_RATIO:
         return credit_rule(config.credit).reads_ratio
+    if working == BELOW_ONE:
+        return bool(is_now < 1)
     if isinstance(working, str):
-        return bool(is_now) if working == NONZERO else bool(is_now != "none")
+        return bool(is_now) if working in (NONZERO, ON) else bool(is_now != "none")
     return is_now in working
 
 

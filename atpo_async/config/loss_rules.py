@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from atpo_async.config.doors import CORRECTION, SURROGATE, TERM, TOKEN_WEIGHT
+from atpo_async.config.doors import ADVANTAGE_MODE, CORRECTION, SURROGATE, TERM, TOKEN_WEIGHT
 from atpo_async.core.doors import Door, Option
 from atpo_async.core.errors import ConfigError
 from atpo_async.core.loss_traits import (
@@ -71,6 +71,15 @@ def corrections_that_correct(*, measuring: bool = True) -> tuple[str, ...]:
 def _corrections() -> list[tuple[str, CorrectionTraits]]:
     found = ((name, correction_traits(name)) for name in CORRECTION.names())
     return [(name, traits) for name, traits in found if traits is not None]
+
+
+def learns_from_one_chain(advantage_mode: str) -> bool:
+    """Whether trees of one leaf may have a signal; of a user's own mode that is not known here."""
+    if advantage_mode not in ADVANTAGE_MODE.names():
+        return True
+    from atpo_async.core.credit.marks import mark_of  # needs numpy, which the command line does without
+
+    return bool(mark_of(ADVANTAGE_MODE.load(advantage_mode), "needs_no_comparison"))
 
 
 def check_surrogate(config: Config) -> None:

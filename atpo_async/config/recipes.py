@@ -33,7 +33,12 @@ KEPT = frozenset(
 )
 """In those sections the task's, its machine's or its scale's: they stay."""
 
-OTHERS = frozenset({"staleness.max_oversampling", "buffer.keep_share", "learner.minibatches", "learner.epochs"})
+OTHERS = frozenset(
+    {
+        *("staleness.max_oversampling", "buffer.keep_share", "buffer.keep_by"),
+        *("learner.minibatches", "learner.epochs"),
+    }
+)
 """Of other sections an algorithm's."""
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from atpo_async.config import doors, loss_rules
 from atpo_async.config.loss_rules import word
+from atpo_async.config.sections import shaping
 from atpo_async.config.sections.expansion import fault_of
 from atpo_async.core.errors import AtpoError
 from atpo_async.core.loss_traits import CorrectionTraits
@@ -67,10 +68,10 @@ def _batches_and_trees(config: Config) -> None:
             f"learner.minibatches = {config.learner.minibatches} exceeds staleness.trees_per_batch = "
             f"{s.trees_per_batch}: a mini-batch holds at least one tree"
         )
-    if config.max_leaves < 2:
+    if config.max_leaves < 2 and not loss_rules.learns_from_one_chain(config.credit.advantage_mode):
         raise ValueError(
             f"search.initial_rollouts = {config.search.initial_rollouts} without branches gives trees of one leaf, "
-            "which never have a signal; use at least 2"
+            "which never have a signal; use at least 2, or --credit.advantage_mode optimal_value"
         )
     if config.search.max_action_tokens >= config.model.max_context_tokens:
         raise ValueError(
@@ -189,6 +190,11 @@ def _modes_of_credit(config: Config) -> None:
             f"credit.{which} = {word(getattr(c, which))} with credit.advantage_mode = {c.advantage_mode!r} would take "
             f"out what every chain of a tree earned alike, which that mode learns from: set --credit.{which} false"
         )
+
+
+def _shaping(config: Config) -> None:
+    if (fault := shaping.overlong_fault(config) or shaping.keep_share_fault(config)) is not None:
+        raise ValueError(fault)
 
 
 PLAIN: tuple[str, dict[str, object]] = ("node_value", {})
@@ -386,6 +392,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     _normalised_once,
     loss_rules.check_turn_rewards,
     loss_rules.check_implicit_reward,
+    _shaping,
     _exact_lag,
     _max_tasks,
     _buffer,

@@ -19,7 +19,7 @@ from atpo_async.wire.messages import Batch, Checkpointed, Exhausted, SampleReque
 from buffer.batches.delay_line import DelayLine
 from buffer.batches.served import Batches, ServedBatch, ServedRow, ServedTree, Share
 from buffer.batches.shares import split_by_tokens
-from buffer.counters import RunCounters
+from buffer.counters import RunCounters, left_out
 from buffer.journal.entries import BatchEntry, RunEntry
 from buffer.leases.ledger import Ledger
 from buffer.pool.outcomes import Drawn
@@ -228,6 +228,7 @@ class BatchServer:
         own = split_by_tokens([tree.num_tokens for tree in (*trees, *paths)], served.num_ranks)[request.rank]
         own_rows = [i - len(trees) for i in own if i >= len(trees)]
         own = [i for i in own if i < len(trees)]
+        others = left_out(served.metrics)
         head = Batch(
             batch_id=served.batch_id,
             step=served.step,
@@ -238,6 +239,9 @@ class BatchServer:
             trees=(),
             metrics=served.metrics,
             checkpoint_wanted=self._trees.checkpoint_wanted,
+            left_out_leaves=others.count,
+            left_out_rewards=others.total,
+            left_out_squares=others.squares,
             num_rows=len(paths),
             num_row_tokens=sum(int(path.rows["num_action_tokens"].sum(dtype=np.int64)) for path in paths),
         )

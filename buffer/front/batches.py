@@ -17,6 +17,7 @@ import numpy as np
 from atpo_async.core.errors import BadMessage
 from atpo_async.wire import messages as m
 from buffer.batches.shares import split_by_tokens
+from buffer.counters import filtered_words, left_out
 from buffer.front import messages as f
 from buffer.front.context import FrontContext
 from buffer.front.draw import Choice, UnionDraw
@@ -179,6 +180,8 @@ class FrontBatches:
             )
         trees = [(index, tree) for index, part in enumerate(parts) for tree in part.trees]
         own = split_by_tokens([tree.num_tokens for _, tree in trees], first.num_ranks)[request.rank]
+        metrics = merged(parts)
+        others = left_out(metrics)
         fetched = await self._fetch(first, [(trees[i][0], trees[i][1].tree_id) for i in own])
         return m.Batch(
             batch_id=first.batch_id,
@@ -188,7 +191,10 @@ class FrontBatches:
             num_action_tokens=sum(tree.num_action_tokens for _, tree in trees),
             num_turn_tokens=sum(tree.num_turn_tokens for _, tree in trees),
             trees=tuple(fetched),
-            metrics=merged(parts),
+            metrics=metrics,
+            left_out_leaves=others.count,
+            left_out_rewards=others.total,
+            left_out_squares=others.squares,
             checkpoint_wanted=any(state.checkpoint_wanted for state in self._shards.states),
         )
 
@@ -225,11 +231,11 @@ def _done(states: Sequence[f.ShardState]) -> str:
     retired = f" ({tasks['retired']} of them fewer times than meant, too old by then)" if tasks["retired"] else ""
     return (
         f"{tasks['trained']} trained on{retired}, {tasks['no_signal']} without signal, {tasks['failed']} failed, "
-        f"{sum(state.given_up for state in states)} given up"
+        f"{sum(state.given_up for state in states)} given up{filtered_words(tasks['filtered'])}"
     )
 
 
-_OUTCOMES = ("trained", "retired", "no_signal", "failed")
+_OUTCOMES = ("trained", "retired", "no_signal", "failed", "filtered")
 
 
 def _ready(weighed: f.Weighed) -> ReadyTrees:

@@ -170,6 +170,8 @@ class RunEntry(_Entry):
     saved_step: int = 0
     tasks: dict[str, int] = {}
     retired: tuple[str, ...] = ()
+    spreads: tuple[tuple[float, bool], ...] | msgspec.UnsetType = msgspec.UNSET
+    """Of the trees that ended lately, and whether each was kept (``buffer.keep_share``); only where some are not."""
     promotions: int | msgspec.UnsetType = msgspec.UNSET
     """How often a copy of this journal took its place; part of tree ids, for the buffer that was lost may have been
     started more often than the copy knows.  Left out of what is written where there was none."""

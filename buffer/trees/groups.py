@@ -13,7 +13,7 @@ from buffer.counters import RunCounters
 from buffer.trees.index import TreeEntry
 
 
-def unusable(tree: TreeEntry) -> str | None:
+def unusable(tree: TreeEntry, *, least_leaves: int = 2) -> str | None:
     """Why a pruned tree cannot be trained on; None if it can.  A single leaf cannot be compared with others.
 
     A group needs a synthesizer that came to its end, and a role with two leaves.
@@ -21,7 +21,7 @@ def unusable(tree: TreeEntry) -> str | None:
     roles = tree.roles[tree.is_leaf]
     if not len(roles) or (roles.any() and not (roles == SYNTHESIZER).any()):
         return "no_leaf"
-    return None if np.bincount(roles).max() >= 2 else "one_leaf"
+    return None if np.bincount(roles).max() >= least_leaves else "one_leaf"
 
 
 def count_roles(counters: RunCounters, tree: TreeEntry, arrays: TreeArrays, rule: CreditRule) -> None:

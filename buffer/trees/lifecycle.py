@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from msgspec import UNSET
 
 from atpo_async.config import Config
 from atpo_async.config.credit_rule import credit_rule
@@ -31,6 +32,7 @@ from buffer.trees.index import Store, TreeEntry
 from buffer.trees.parts import part_means
 from buffer.trees.registry import TreeRegistry
 from buffer.trees.spent import SpentTree
+from buffer.trees.spread_filter import filter_of, spread_of
 
 log = logging.getLogger("atpo.buffer")
 
@@ -40,6 +42,8 @@ SPENT_SHARE = 0.5
 """Of buffer.max_bytes, on top of it: used-up trees that wait for a checkpoint of the learner."""
 NOT_JUDGED = "not_judged"
 """The reason of a chain whose task could not say what its end is worth."""
+LEAST_PRIORITY = 1e-9
+"""Of a tree that is not compared: something can be learnt from it, whatever its chains earned."""
 ENGINE_FAILED = frozenset({"generate_timeout", "generate_failed"})
 """Reasons of failed branches (``TreeClosed.failures``) that are not the fault of the task."""
 
@@ -75,6 +79,8 @@ class TreeLifecycle:
         self._counters = counters
         self._batches = batches
         self._delay_line = delay_line
+        self._spreads = filter_of(buffer, staleness)
+        """Chooses the trees that are kept; None: all."""
         self.pool = ReplayPool(
             max_uses=staleness.max_uses,
             max_lag=staleness.max_lag,
@@ -151,7 +157,7 @@ class TreeLifecycle:
             return
         # Here and not at the closing message: a tree may be closed under more than one lease, but ends once.
         self._counters.count("failed_branches", whole.failed_branches)
-        reason = unusable(tree)
+        reason = unusable(tree, least_leaves=1 if self._credit.needs_no_comparison else 2)
         if reason is not None:
             self._counters.count(f"dropped_{reason}")
             if no_answer:
@@ -167,7 +173,7 @@ class TreeLifecycle:
         self.imitation.tree_ended(tree, arrays, version=self.version)
         if self._delay_line is None:
             self._count_tree(tree, arrays)
-            self._admit(tree, self._priority(arrays))
+            self._admit(tree, arrays, kept=self._is_kept(arrays))
         else:
             self._admit_exact(tree, arrays, self._delay_line)
 
@@ -188,15 +194,25 @@ class TreeLifecycle:
         """Drop a growing tree: its turns are of no use."""
         self.registry.forget(self.assembly.finish(tree_id))
 
-    def _admit(self, tree: TreeEntry, priority: float) -> None:
-        """Add a tree to the pool, unless nothing can be learnt from it."""
-        tree_id = tree.tree_id
-        if priority == 0:
-            self._counters.count("no_signal_trees")
-            self._counters.count_task("no_signal")
+    def _is_kept(self, arrays: TreeArrays) -> bool:
+        """Whether the chains of a tree differ as much as ``buffer.keep_share`` asks; once for each tree."""
+        return self._spreads is None or self._spreads.keeps(spread_of(arrays))
+
+    def _left_out(self, tree: TreeEntry, arrays: TreeArrays, *, signal: bool) -> None:
+        """A tree goes to no batch: nothing can be learnt from it, or others are kept for their spread."""
+        self._counters.count("dropped_filtered" if signal else "no_signal_trees")
+        self._counters.count_task("filtered" if signal else "no_signal")
+        if not signal and self._credit.needs_batch_std:
+            self._counters.count_left_out(arrays.reward[arrays.is_leaf])
+        self._tasks.settled(tree.task_index)
+        self.registry.forget(tree)
+
+    def _admit(self, tree: TreeEntry, arrays: TreeArrays, *, kept: bool = True) -> None:
+        """Add a tree to the pool, unless nothing can be learnt from it, or it is not kept."""
+        tree_id, priority = tree.tree_id, self._priority(arrays)
+        if priority == 0 or not kept:
             self.registry.pop_partial_uses(tree_id)
-            self._tasks.settled(tree.task_index)
-            self.registry.forget(tree)
+            self._left_out(tree, arrays, signal=priority > 0)
             return
         if self.pool.is_out(tree_id):
             self.registry.put_late(tree)
@@ -218,7 +234,8 @@ class TreeLifecycle:
         priority = self._priority(arrays)
         versions = tree.versions
         fits = self._taken + tree.nbytes <= self._config.buffer.max_bytes
-        fate = delay_line.place(tree.tree_id, versions, signal=priority > 0, fits=fits)
+        kept = self._is_kept(arrays)
+        fate = delay_line.place(tree.tree_id, versions, signal=priority > 0 and kept, fits=fits)
         if fate == "inexact":
             self._counters.count("dropped_inexact")
             log.warning(
@@ -234,14 +251,11 @@ class TreeLifecycle:
                 # This one is dropped and not the oldest, which is part of a complete batch.
                 self.pool.refuse("bytes")
             case "no_signal":
-                self._counters.count("no_signal_trees")
+                self._left_out(tree, arrays, signal=priority > 0)
+                return
             case "surplus":
                 self._counters.count("dropped_surplus")
-        if fate == "no_signal":
-            self._counters.count_task("no_signal")
-            self._tasks.settled(tree.task_index)
-        else:
-            self._lease_again(tree.task_index, in_vain=fate == "inexact")
+        self._lease_again(tree.task_index, in_vain=fate == "inexact")
         self.registry.forget(tree)
 
     def offer_partial(self, tree_id: str) -> bool:
@@ -265,7 +279,8 @@ class TreeLifecycle:
     def _priority(self, arrays: TreeArrays) -> float:
         # Without turn ratios, which only the learner has: a tree trace equals child_mean here.
         advantages = self._credit.credit(arrays).advantages
-        return tree_priority(advantages, max_share=self._config.buffer.priority_max_share)
+        found = tree_priority(advantages, max_share=self._config.buffer.priority_max_share)
+        return max(found, LEAST_PRIORITY) if self._credit.needs_no_comparison else found
 
     # --- age and space -----------------------------------------------------------------------------------------
 
@@ -367,7 +382,7 @@ class TreeLifecycle:
         for tree_id in tree_ids:
             late = self.registry.pop_late(tree_id)
             if late is not None:
-                self._admit(late, self._priority(late.arrays()))
+                self._admit(late, late.arrays())
             elif tree_id in self.assembly and self._ledger.kind(tree_id) == "train":
                 self.offer_partial(tree_id)
             else:
@@ -387,8 +402,11 @@ class TreeLifecycle:
         """Write what ``restore`` reads; each tree's state is the registry's."""
         run.version, run.retired = self.version, tuple(sorted(self._retired))
         run.highest_priority = self.pool.highest_priority
+        run.spreads = UNSET if self._spreads is None else self._spreads.snapshot()
 
     def restore(self, run: RunEntry) -> None:
         """As an earlier process left it; after the trees."""
         self.version, self._retired = run.version, set(run.retired)
         self.pool.restore_highest_priority(run.highest_priority)
+        if self._spreads is not None:
+            self._spreads.restore(run.spreads or ())

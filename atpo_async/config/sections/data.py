@@ -58,6 +58,12 @@ class BufferConfig(Section):
         "max", description="w_PER divided by the batch maximum, by its mean under P, or by nothing"
     )
     priority_max_share: float = Field(0.9, ge=0, le=1, description="eta: share of max|A| in the priority")
+    keep_share: float = Field(
+        1.0, gt=0, le=1, description="of the trees that end, those whose chains' returns differ most; 1: all (StarPO-S)"
+    )
+    keep_by: Literal["trees", "variance"] = Field(
+        "trees", description="keep_share is of the trees, or of the sum of their variances (RAGEN-2)"
+    )
     freshness: float = Field(1.0, gt=0, le=1, description="priority factor per version of lag")
     max_bytes: int = Field(
         1 << 30, ge=1024 * 1024, description="turns in the journal on disk; past it the oldest ready trees go"

@@ -41,6 +41,15 @@ class SearchConfig(ExpansionConfig):
     truncated_reward: float = Field(
         0.0, ge=-1e9, le=1e9, description="of a chain that runs out of context over its turns (end length_limit)"
     )
+    overlong_buffer: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="B: a chain's reward falls over the last B action tokens before L (DAPO); below 1: a share of L; "
+        "0: off",
+    )
+    overlong_tokens: int = Field(0, ge=0, description="L, action tokens of a path; 0: model.max_context_tokens")
+    overlong_penalty: float = Field(1.0, gt=0, le=1e9, description="subtracted from the reward at L and beyond")
     turn_reward: Literal["none", "information-gain"] = Field(
         "none",
         description="information-gain: what a turn adds to the policy's probability of the right answer (IGPO), beside "
