@@ -82,7 +82,9 @@ class Sifted:
 
 
 @dataclass(frozen=True, slots=True)
-class _Fault:
+class Fault:
+    """Why a tree is left out."""
+
     reason: Reason
     fact: str
     """What is wrong, where, and with which value."""
@@ -107,17 +109,11 @@ def sift(batch: Batch, *, version: int, vocab_size: int, max_lag: int) -> Sifted
         max_lag: a tree with no turn within it, on the way to a finished leaf, has nothing to train on.
     """
     trees: list[BatchTree] = []
-    found: list[_Fault | None] = []
+    found: list[Fault | None] = []
     for tree in batch.trees:
-        decoded = _decoded(tree)
-        if isinstance(decoded, _Fault):
-            trees.append(tree)
-            found.append(decoded)
-            continue
-        # Turns that were decoded just now have been checked one by one.
-        of_turns = _turn_faults(tree) if decoded is tree else []
+        decoded, fault = examined(tree, version=version, vocab_size=vocab_size, max_lag=max_lag)
         trees.append(decoded)
-        found.append(_first(decoded, of_turns, version=version, vocab_size=vocab_size, max_lag=max_lag))
+        found.append(fault)
     miscounted = _counts(batch, [tree for tree, fault in zip(trees, found, strict=True) if fault is None])
     kept: list[BatchTree] = []
     dropped: dict[Reason, tuple[str, ...]] = {}
@@ -137,32 +133,42 @@ def sift(batch: Batch, *, version: int, vocab_size: int, max_lag: int) -> Sifted
     )
 
 
-def _decoded(tree: BatchTree) -> BatchTree | _Fault:
+def examined(tree: BatchTree, *, version: int, vocab_size: int, max_lag: int) -> tuple[BatchTree, Fault | None]:
+    """A tree with its turns decoded, as far as that can be, and its first fault; arguments are those of ``sift``."""
+    decoded = _decoded(tree)
+    if isinstance(decoded, Fault):
+        return tree, decoded
+    # Turns that were decoded just now have been checked one by one.
+    of_turns = _turn_faults(tree) if decoded is tree else []
+    return decoded, _first(decoded, of_turns, version=version, vocab_size=vocab_size, max_lag=max_lag)
+
+
+def _decoded(tree: BatchTree) -> BatchTree | Fault:
     """The tree with its turns decoded; they came as records that were not decoded since the buffer received them."""
     if isinstance(tree.turns, tuple):
         return tree
     try:
         turns = tuple(tree.turns)
     except BadMessage as exc:
-        return _Fault("bad_record", str(exc), "the buffer's journal or its disk has damaged it: look there")
+        return Fault("bad_record", str(exc), "the buffer's journal or its disk has damaged it: look there")
     return msgspec.structs.replace(tree, turns=turns)
 
 
-def _turn_faults(tree: BatchTree) -> list[_Fault]:
+def _turn_faults(tree: BatchTree) -> list[Fault]:
     """Faults of single turns against the rules of a turn."""
     found = []
     for turn in tree.turns:
         for part, fact in faults_of(turn):
             reason, hint = _OF_A_TURN[part]
-            found.append(_Fault(reason, f"turn {turn.turn_id}: {fact}", hint))
+            found.append(Fault(reason, f"turn {turn.turn_id}: {fact}", hint))
     return found
 
 
-def _first(tree: BatchTree, of_turns: list[_Fault], *, version: int, vocab_size: int, max_lag: int) -> _Fault | None:
+def _first(tree: BatchTree, of_turns: list[Fault], *, version: int, vocab_size: int, max_lag: int) -> Fault | None:
     """The fault that comes first in REASONS."""
     own = min(of_turns, key=lambda fault: REASONS.index(fault.reason), default=None)
     # Each check may rely on those before it, and on the rules of a turn.
-    questions: tuple[tuple[Reason, Callable[[], _Fault | None]], ...] = (
+    questions: tuple[tuple[Reason, Callable[[], Fault | None]], ...] = (
         ("bad_structure", lambda: _structure(tree.turns)),
         ("no_leaf", lambda: _leaves(tree.turns)),
         ("empty_prompt", lambda: _prompt(tree)),
@@ -179,7 +185,7 @@ def _first(tree: BatchTree, of_turns: list[_Fault], *, version: int, vocab_size:
     return own
 
 
-def _counts(batch: Batch, fit: Sequence[BatchTree]) -> _Fault | None:
+def _counts(batch: Batch, fit: Sequence[BatchTree]) -> Fault | None:
     """A fault of every tree: the mean they would be part of is over fewer trees or leaves than there are."""
     num_leaves = sum(turn.is_leaf for tree in fit for turn in tree.turns)
     least = {
@@ -190,7 +196,7 @@ def _counts(batch: Batch, fit: Sequence[BatchTree]) -> _Fault | None:
     }
     for name, count in least.items():
         if getattr(batch, name) < count:
-            return _Fault(
+            return Fault(
                 "bad_counts",
                 f"its batch has {name} = {getattr(batch, name)}, and this share alone has {count} or more",
                 "the loss is divided by it: look at whatever made this batch",
@@ -198,7 +204,7 @@ def _counts(batch: Batch, fit: Sequence[BatchTree]) -> _Fault | None:
     return None
 
 
-def _structure(turns: Sequence[Turn]) -> _Fault | None:
+def _structure(turns: Sequence[Turn]) -> Fault | None:
     seen = {ROOT}
     known = {ROOT, *(turn.turn_id for turn in turns)}
     ended = {turn.turn_id for turn in turns if turn.is_leaf}
@@ -212,30 +218,30 @@ def _structure(turns: Sequence[Turn]) -> _Fault | None:
         else:
             seen.add(turn.turn_id)
             continue
-        return _Fault("bad_structure", fact, _OF_A_TURN["order"][1])
+        return Fault("bad_structure", fact, _OF_A_TURN["order"][1])
     return None
 
 
-def _leaves(turns: Sequence[Turn]) -> _Fault | None:
+def _leaves(turns: Sequence[Turn]) -> Fault | None:
     if any(turn.is_leaf for turn in turns):
         return None
-    return _Fault(
+    return Fault(
         "no_leaf",
         f"none of its {len(turns)} turns ends a chain",
         "without a reward there is nothing to learn from: look for why its branches failed (actor/failed/*)",
     )
 
 
-def _prompt(tree: BatchTree) -> _Fault | None:
+def _prompt(tree: BatchTree) -> Fault | None:
     if tree.prompt.size or all(turn.observation.size for turn in tree.turns if turn.parent_id == ROOT):
         return None
-    return _Fault("empty_prompt", "its prompt has no tokens", "nothing would predict the first token of an action")
+    return Fault("empty_prompt", "its prompt has no tokens", "nothing would predict the first token of an action")
 
 
-def _tokens(tree: BatchTree, vocab_size: int) -> _Fault | None:
+def _tokens(tree: BatchTree, vocab_size: int) -> Fault | None:
     hint = _OF_A_TURN["tokens"][1]
     if fact := token_fault("its prompt", tree.prompt):
-        return _Fault("bad_token", fact, hint)
+        return Fault("bad_token", fact, hint)
     arrays = [tree.prompt, *(tokens for turn in tree.turns for tokens in (turn.observation, turn.action))]
     if np.concatenate(arrays).max() < vocab_size:
         return None
@@ -245,13 +251,13 @@ def _tokens(tree: BatchTree, vocab_size: int) -> _Fault | None:
     where, tokens = next((n, a) for n, a in zip(names, arrays, strict=True) if a.size and a.max() >= vocab_size)
     at = int(np.flatnonzero(tokens >= vocab_size)[0])
     fact = f"token {at} of {where} is {tokens[at]}, the vocabulary has ids 0 to {vocab_size - 1}"
-    return _Fault("bad_token", fact, hint)
+    return Fault("bad_token", fact, hint)
 
 
-def _versions(turns: Sequence[Turn], version: int) -> _Fault | None:
+def _versions(turns: Sequence[Turn], version: int) -> Fault | None:
     for turn in turns:
         if turn.newest_version > version:
-            return _Fault(
+            return Fault(
                 "future_version",
                 f"turn {turn.turn_id} has tokens of version {turn.newest_version}, the learner is at {version}",
                 "no weights of this run made them: is the batch, or are an actor's weights, another run's?",
@@ -259,17 +265,17 @@ def _versions(turns: Sequence[Turn], version: int) -> _Fault | None:
     return None
 
 
-def _weight(tree: BatchTree) -> _Fault | None:
+def _weight(tree: BatchTree) -> Fault | None:
     if 0 <= tree.weight <= MAX_NUMBER:
         return None
-    return _Fault(
+    return Fault(
         "bad_weight",
         f"its priority weight is {tree.weight}, expected a finite number of at least 0",
         f"it was drawn with probability {tree.probability}: look at the buffer's priorities",
     )
 
 
-def _staleness(turns: Sequence[Turn], version: int, max_lag: int) -> _Fault | None:
+def _staleness(turns: Sequence[Turn], version: int, max_lag: int) -> Fault | None:
     leaves = [turn for turn in turns if turn.is_leaf]
     if any(is_fresh(leaf, current=version, max_lag=max_lag) for leaf in leaves):
         return None
@@ -283,7 +289,7 @@ def _staleness(turns: Sequence[Turn], version: int, max_lag: int) -> _Fault | No
     lag = min(lag_versions(turn, current=version) for turn in on_a_path.values())
     if lag <= max_lag:
         return None
-    return _Fault(
+    return Fault(
         "all_stale",
         f"the freshest of its {len(on_a_path)} turns is {lag} versions old, over staleness.max_lag = {max_lag}",
         "it waited too long for its turn: see lag/* and the settings of staleness",

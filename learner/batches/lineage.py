@@ -11,7 +11,7 @@ from typing import Any
 
 from atpo_async.ops.disk import until_written
 from atpo_async.run.files import Appended
-from atpo_async.wire.messages import Batch, BatchTree
+from atpo_async.wire.messages import Batch, BatchRow, BatchTree
 from atpo_async.wire.records import TurnRecords
 
 log = logging.getLogger("atpo.learner")
@@ -26,7 +26,7 @@ def write_start(path: Path, *, step: int, version: int, rank: int) -> None:
 
 def write_lineage(path: Path, batch: Batch, *, version: int, rank: int) -> None:
     """Append what a rank has trained on, one JSON object a line; the lines that still count made the weights."""
-    line = {
+    line: dict[str, Any] = {
         "step": batch.step,
         "rank": rank,
         "version": version,
@@ -36,6 +36,12 @@ def write_lineage(path: Path, batch: Batch, *, version: int, rank: int) -> None:
             for t in batch.trees
         ],
     }
+    if batch.rows:
+        line["rows"] = [
+            {"tree_id": r.tree_id, "leaf": r.leaf, "task_index": r.task_index, "uses": r.uses,
+             "advantage": r.advantage, "hash": _hash(r)}
+            for r in batch.rows
+        ]  # fmt: skip
     _append(path, line)
 
 
@@ -45,7 +51,7 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
     until_written(str(path), lambda: text.write_to(path), log=log)
 
 
-def _hash(tree: BatchTree) -> str:
+def _hash(tree: BatchTree | BatchRow) -> str:
     """Of the turns as they were recorded, 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
     for part in TurnRecords.of(tree.turns).parts:
