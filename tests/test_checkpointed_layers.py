@@ -13,7 +13,7 @@ from torch import Tensor
 from atpo_async.config import Config, build
 from atpo_async.config.credit_rule import credit_rule
 from atpo_async.core.errors import SetupError
-from learner.loss.correction import Tempering
+from learner.loss.correction import Temperings
 from learner.memory.checkpointed_layers import checkpointed, layers_of
 from learner.memory.fitting import Fit, Fitting
 from learner.memory.made_up import made_up
@@ -43,8 +43,8 @@ def test_layers_chosen_by_number_give_the_same_loss_and_gradient(folder: Path) -
         trainer = make_trainer(config_of(folder, **learner))
         choose(trainer)
         trees = [CreditedTree.of(tree, credit_rule(trainer.config.credit)) for tree in make_batch().trees]
-        part = trainer.planner.plan(trees, make_batch(), 3)
-        loss = trainer.steps.loss(part.passes[0], Tempering()).loss.loss
+        part = trainer.planner.plan(trees, (), make_batch(), 3)
+        loss = trainer.steps.loss(part.passes[0], Temperings()).loss.loss
         loss.backward()
         return [loss.detach(), *(p.grad for p in trainer.policy.parameters() if p.grad is not None)]
 

@@ -103,6 +103,9 @@ PURE = {
     "buffer.sampling.uniform",
     "atpo_async.core.loss_traits",
     "learner.batches.intake",
+    "learner.imitation.intake",
+    "learner.imitation.rows",
+    *(f"buffer.imitation.{name}" for name in ("imitation", "moments", "store")),
     *(f"learner.loss.{name}" for name in ("correction", "diagnostics", "guards", "objective", "tempering", "units")),
     *(
         f"learner.loss.{folder}.{file.stem}"

@@ -413,6 +413,11 @@ def test_no_row_is_lost_or_used_too_often_whoever_starts_again(
         ({"staleness": {"exact_lag": 1}}, r"imitation.rows = 6 with staleness.exact_lag = 1.*--imitation.rows 0"),
         ({"buffer": {"shards": 2}}, r"imitation.rows = 6 with buffer.shards = 2.*--buffer.shards 1"),
         ({"imitation": {"rows": 6, "per_batch": 7}}, r"imitation.per_batch = 7 exceeds imitation.rows = 6"),
+        (
+            {"imitation": {"rows": 6, "clip_cov": 0.02}, "correction": {"prox": "interpolate"}},
+            r"prox = 'interpolate' has no log-probs before the first step, and imitation.clip_cov = 0.02 needs them",
+        ),
+        ({"imitation": {"rows": 6, "clip_cov_low": 50}}, r"imitation.clip_cov_low = 50 must be below"),
         ({"imitation": {"rows": 6, "per_batch": 1.5}}, r"imitation.per_batch: from 1 on a whole number.*got 1.5"),
         (
             {"correction": {"action": "none"}, "staleness": {"max_lag": 0}},

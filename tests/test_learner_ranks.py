@@ -58,6 +58,11 @@ VARIANTS: list[dict[str, dict[str, object]]] = [
         },
         "learner": {"epochs": 2, "packing": "tree"},
     },
+    # Old rows that are imitated, tempered by themselves; they are shared out as trees are.
+    {
+        "imitation": {"rows": 9, "max_lag": 20, "coef": 0.7, "clip_cov": 0.1, "clip_cov_low": -9.0},
+        "correction": {"exponent": "ess", "ess_target": 0.9},
+    },
     # Of a user's own, with a measure of the whole batch and a metric.
     {"objective": {"surrogate": "tests.loss_examples:sapo"}, "correction": {"action": "tests.loss_examples:trimmed"}},
 ]
@@ -72,6 +77,7 @@ def train_share(model: Path, shares: list[list[int]], variant: dict[str, dict[st
     from learner.policy.accelerator import make_accelerator
     from learner.policy.model import load_policy
     from learner.training.trainer import Trainer
+    from tests.imitation_support import make_rows, with_rows
     from tests.learner_support import batch_of, in_double, make_batch, make_config
     from tests.team_support import groups
 
@@ -91,6 +97,10 @@ def train_share(model: Path, shares: list[list[int]], variant: dict[str, dict[st
                 parameter.mul_(1.05)
     whole = groups(5, version=3) if config.team.on else make_batch(num_trees=5).trees
     share = tuple(whole[i] for i in shares[accelerator.process_index])
+    batch = batch_of(share, whole)
+    if config.imitation.rows:
+        rows = make_rows(5, version=3)
+        batch = with_rows(batch, tuple(rows[i] for i in shares[accelerator.process_index]), rows)
     gradients: list[float] = []
     original = trainer.optimizer.step
 
@@ -101,14 +111,17 @@ def train_share(model: Path, shares: list[list[int]], variant: dict[str, dict[st
         original(*args)
 
     trainer.optimizer.step = step
-    report = trainer.train(batch_of(share, whole), version=3)
+    report = trainer.train(batch, version=3)
     assert trainer.reductions.same_everywhere([accelerator.process_index + 5.0]) == [5.0]
     assert trainer.reductions.least(float(accelerator.process_index)) == 0.0
     names = (
         "train/loss", "grad_norm", "lag/mean", "is/ess_frac", "is/chi2_turn", "kl/mu_prox_k3", "tokens/trained",
         "is/exponent_scale",
     )  # fmt: skip
-    of_some = ("surrogate/gate", "is/edge", "is/m2po_max_abs", "implicit/loss", "implicit/reward_std", "implicit/pairs")
+    of_some = (
+        *("surrogate/gate", "is/edge", "is/m2po_max_abs", "implicit/loss", "implicit/reward_std", "implicit/pairs"),
+        *("imitation/loss", "imitation/ess_frac", "imitation/rows"),
+    )
     own = [n for n in report.metrics if n in of_some or n[:7] == "credit/"]
     return {
         "ranks": accelerator.num_processes,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learner.loss.correction import Tempering
+from learner.loss.correction import Temperings
 from learner.loss.units import num_units, units
 from learner.policy.accelerator import make_accelerator
 from learner.policy.model import load_policy
@@ -62,11 +62,11 @@ def test_a_pass_waits_for_no_number_of_the_device(
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)
     config = make_config(folder, learner={"packing": "flat"}, **sections)
     trainer = Trainer(config, accelerator=make_accelerator(config), policy=load_policy(config))
-    part = trainer.planner.plan(_trees(trainer), make_batch(), 3)
+    part = trainer.planner.plan(_trees(trainer), (), make_batch(), 3)
     # What is proven once, that a surrogate's results are finite, is looked at in the first pass.
-    trainer.steps.attempt(part.passes, Tempering(), lambda: False)
+    trainer.steps.attempt(part.passes, Temperings(), lambda: False)
     with Watched() as watched:
-        trainer.steps.attempt(part.passes, Tempering(), lambda: False)
+        trainer.steps.attempt(part.passes, Temperings(), lambda: False)
     assert not watched.found
 
 
@@ -88,7 +88,7 @@ def test_the_watch_sees_what_waits() -> None:
 def test_known_counts_are_the_counts(folder: Path, level: Any) -> None:
     config = make_config(folder, learner={"packing": "flat"})
     trainer = Trainer(config, accelerator=make_accelerator(config), policy=load_policy(config))
-    for item in trainer.planner.plan(_trees(trainer), make_batch(), 3).passes:
+    for item in trainer.planner.plan(_trees(trainer), (), make_batch(), 3).passes:
         known = num_units(units(level, item.turn, item.row))
         assert known == num_units(units(level, item.turn.clone(), item.row.clone()))
         assert known > 0

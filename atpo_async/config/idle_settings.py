@@ -32,7 +32,7 @@ _RISE = ("branch_prob", "entropy_weight", "rise_of", "max_copies", "branch_penal
 _PRIORITIZED = ("buffer.sampling", ("prioritized",))
 _PRIORITIES = (_PRIORITIZED, ("buffer.priority_exponent", NONZERO))
 _IMITATES = (("imitation.rows", NONZERO),)
-_IMITATION = ("max_lag", "max_uses", "per_batch", "coef", "history", "bytes_share")
+_IMITATION = ("max_lag", "max_uses", "per_batch", "coef", "history", "bytes_share", "clip_cov")
 _LORA = (("learner.lora.rank", NONZERO),)
 _VLLM = (("actor.engine", ("auto", "vllm")),)
 
@@ -70,6 +70,7 @@ WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
     "buffer.weight_exponent_steps": (_PRIORITIZED,),
     "buffer.weights_over": (_PRIORITIZED,),
     **{f"imitation.{name}": _IMITATES for name in _IMITATION},
+    **{f"imitation.clip_cov_{end}": (*_IMITATES, ("imitation.clip_cov", NONZERO)) for end in ("low", "high")},
     "correction.level": (_CORRECTS,),
     "correction.action_options": (("correction.action", NOT_NONE),),
     "correction.exponent": (_CORRECTS,),

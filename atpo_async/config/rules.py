@@ -311,6 +311,13 @@ def _imitation(config: Config) -> None:
             f"imitation.per_batch = {i.per_batch:g} exceeds imitation.rows = {i.rows}, the most that are kept: raise "
             "rows or lower per_batch"
         )
+    if i.clip_cov_low >= i.clip_cov_high:
+        raise ValueError(
+            f"imitation.clip_cov_low = {i.clip_cov_low:g} must be below imitation.clip_cov_high = {i.clip_cov_high:g}: "
+            "tokens between them may be left out"
+        )
+    if i.clip_cov and config.correction.prox == "interpolate":
+        raise ValueError(loss_rules.needs_log_probs(f"imitation.clip_cov = {i.clip_cov:g}"))
     traits = loss_rules.correction_traits(config.correction.action) or CorrectionTraits()
     if not traits.corrects and not config.correction.accept_bias:
         raise ValueError(

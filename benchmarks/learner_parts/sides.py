@@ -20,7 +20,7 @@ from atpo_async.core.errors import SetupError
 from atpo_async.wire.messages import Batch
 from benchmarks.learner_parts.cost import Work, run_of
 from benchmarks.learner_parts.trees import DEMO
-from learner.loss.correction import Tempering
+from learner.loss.correction import Temperings
 from learner.packing.attention import Way, to_device
 from learner.packing.credited import CreditedTree
 from learner.packing.rows import MicroBatch
@@ -112,9 +112,11 @@ class TimedTrainer(Trainer):
     def _time_plans(self, planner: Planner) -> None:
         plan, on_device = planner.plan, planner.on_device
 
-        def timed_plan(trees: Sequence[CreditedTree], batch: Batch, version: int) -> Part:
+        def timed_plan(
+            trees: Sequence[CreditedTree], chains: Sequence[CreditedTree], batch: Batch, version: int
+        ) -> Part:
             began = clock()
-            part = plan(trees, batch, version)
+            part = plan(trees, chains, batch, version)
             self.plan_s += clock() - began
             return part
 
@@ -129,7 +131,7 @@ class TimedTrainer(Trainer):
     def _time_attempts(self, steps: OptimizerSteps) -> None:
         attempt = steps.attempt
 
-        def timed_attempt(passes: list[Pass], tempering: Tempering, should_stop: Callable[[], bool]) -> Attempt:
+        def timed_attempt(passes: list[Pass], tempering: Temperings, should_stop: Callable[[], bool]) -> Attempt:
             self.largest_pass = max((item.inputs["tokens"].numel() for item in passes), default=0)
             began = clock()
             found = attempt(passes, tempering, should_stop)

@@ -150,7 +150,7 @@ class ImplicitReward:
             total = torch.zeros(num_turns, dtype=torch.float64, device=device)
             tokens = torch.zeros(num_turns, dtype=torch.float64, device=device)
             with torch.no_grad():
-                for item in part.passes:
+                for item in part.tree_passes:
                     assert item.prox is not None
                     once = _once(item)
                     ratio = (item.spread(self._run(**item.inputs)) - item.prox).double()
@@ -167,7 +167,7 @@ class ImplicitReward:
         """Let the loss's gradient be on the model's parameters; ``gradients``: by token, for each turn of a part."""
         accelerator, device = self._accelerator, self._accelerator.device
         self.optimizer.zero_grad()
-        items = [(item, own) for part, own in zip(parts, gradients, strict=True) for item in part.passes]
+        items = [(item, own) for part, own in zip(parts, gradients, strict=True) for item in part.tree_passes]
         # Data parallelism averages gradients over ranks; the loss is a sum over them, and so is what the copy does.
         ranks = accelerator.num_processes if self.half is None else 1
         for i, (item, own) in enumerate(items):

@@ -39,6 +39,19 @@ class Tempering:
 
 
 @dataclass(frozen=True, slots=True)
+class Temperings:
+    """Of the batch's trees, and of the rows that are imitated beside them: old rows must not temper fresh turns."""
+
+    trees: Tempering = Tempering()
+    rows: Tempering = Tempering()
+
+    @property
+    def changes(self) -> bool:
+        """Whether any weight is tempered."""
+        return self.trees.scale < 1 or self.rows.scale < 1
+
+
+@dataclass(frozen=True, slots=True)
 class Weights:
     """Off-policy weights."""
 

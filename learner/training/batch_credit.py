@@ -80,10 +80,12 @@ class BatchCredit:
         rule = self._rule
         ratio = reference = None
         if rule.reads_ratio:
-            total = _by_turn(part, [_known(item.prox) - item.mu for item in part.passes], self._device)
+            total = _by_turn(part, [_known(item.prox) - item.mu for item in part.tree_passes], self._device)
             ratio = total.clamp(max=MAX_LOG_RATIO).exp().cpu().numpy()
         if rule.reads_reference:
-            total = _by_turn(part, [_known(item.prox) - _known(item.reference) for item in part.passes], self._device)
+            total = _by_turn(
+                part, [_known(item.prox) - _known(item.reference) for item in part.tree_passes], self._device
+            )
             # What is not finite makes the loss so, and the guard then leaves the update out.
             reference = total.nan_to_num(0.0, 0.0, 0.0).cpu().numpy()
         nothing = [None] * len(part.trees)
@@ -125,7 +127,7 @@ def _known(values: Tensor | None) -> Tensor:
 def _by_turn(part: Part, differences: Sequence[Tensor], device: torch.device) -> Tensor:
     """float64[turns of the part]: the sum of a number by token over each turn's tokens, each counted once."""
     total = torch.zeros(sum(len(tree.tree) for tree in part.trees), dtype=torch.float64, device=device)
-    for item, difference in zip(part.passes, differences, strict=True):
+    for item, difference in zip(part.tree_passes, differences, strict=True):
         total.index_add_(0, item.number, torch.where(item.counted, difference.double(), 0.0))
     return total
 

@@ -16,7 +16,7 @@ from atpo_async.config import Config
 from atpo_async.core.schedule import learning_rate
 from atpo_async.status import waits
 from learner.loss import guards
-from learner.loss.correction import Tempering
+from learner.loss.correction import Temperings
 from learner.memory.out_of_memory import explained
 from learner.policy.accelerator import is_sharded
 from learner.policy.half import HalfPolicy
@@ -65,11 +65,13 @@ class BatchTotals:
     terms: list[list[float]] = field(default_factory=list)
     """Of each further term, in their order."""
     grad_norms: list[float] = field(default_factory=list)
-    tempering: list[Tempering] = field(default_factory=list)
+    tempering: list[Temperings] = field(default_factory=list)
     lr: float = 0.0
     fault: str | None = None
     forward_tokens: int = 0
     """Padded, of the passes with a gradient."""
+    rows: list[Tensor] = field(default_factory=list)
+    """float64[``len(imitation.loss.SUMS)``] each, of this rank's passes over rows that are imitated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,11 @@ class Attempt:
     sums: Tensor
     """float64[``PassLoss.num_sums``]: diagnostics of this rank."""
     log_weights: list[Tensor]
+    """Of the passes over trees."""
+    row_log_weights: list[Tensor]
+    """Of those over rows that are imitated."""
+    row_sums: list[Tensor]
+    """Of the same."""
 
 
 @dataclass(kw_only=True)
@@ -106,7 +113,7 @@ class OptimizerSteps:
     """Called before weights change: returns once nothing reads the present ones any more."""
 
     def take(
-        self, passes: list[Pass], totals: BatchTotals, tempering: Tempering | None, should_stop: Callable[[], bool]
+        self, passes: list[Pass], totals: BatchTotals, tempering: Temperings | None, should_stop: Callable[[], bool]
     ) -> Tensor:
         """Take one optimizer step, or none where a guard refuses it.  Returns the diagnostics' sums of this rank.
 
@@ -120,12 +127,13 @@ class OptimizerSteps:
             Abandoned: ``should_stop`` said so.
             SetupError: memory ran out after the passes: moments and gradients do not fit, whatever a pass is.
         """
-        attempt = self.attempt(passes, tempering or Tempering(), should_stop)
+        attempt = self.attempt(passes, tempering or Temperings(), should_stop)
         if tempering is None and self.loss.correction.guards_ess:
-            tempering = self.loss.temper(attempt.log_weights)
-            if tempering.scale < 1:
+            tempering = self.loss.temper(attempt.log_weights, attempt.row_log_weights)
+            if tempering.changes:
                 attempt = self.attempt(passes, tempering, should_stop)
-        totals.tempering.append(tempering or Tempering())
+        totals.tempering.append(tempering or Temperings())
+        totals.rows += attempt.row_sums
         totals.forward_tokens += sum(item.inputs["tokens"].numel() for item in passes)
         # From here on the step cannot be begun anew: gradients are scaled, and weights may have changed in part.
         with explained("the optimizer's step", self.config, self.accelerator.device):
@@ -143,7 +151,7 @@ class OptimizerSteps:
         totals.terms.append(terms)
         self._judge(loss, grad_norm, totals)
 
-    def attempt(self, passes: list[Pass], tempering: Tempering, should_stop: Callable[[], bool]) -> Attempt:
+    def attempt(self, passes: list[Pass], tempering: Temperings, should_stop: Callable[[], bool]) -> Attempt:
         """Forward and backward through every pass; the gradient is on the parameters afterwards.
 
         Raises:
@@ -156,6 +164,8 @@ class OptimizerSteps:
         sums = torch.zeros(self.loss.num_sums, dtype=torch.float64, device=device)
         terms = zero.new_zeros(len(self.loss.parts.terms))
         log_weights: list[Tensor] = []
+        row_log_weights: list[Tensor] = []
+        row_sums: list[Tensor] = []
         # Data parallelism averages gradients over ranks; the loss is a sum over them, and so is what the copy does.
         ranks = accelerator.num_processes if self.half is None else 1
         for i, item in enumerate(passes):
@@ -171,15 +181,26 @@ class OptimizerSteps:
             loss += found.loss.loss.detach().double()
             kl += found.loss.kl.double()
             entropy += found.loss.entropy.double()
-            if len(terms):
+            if len(terms) and not item.imitated:
                 terms += torch.stack(list(found.loss.terms.values())).double()
-            log_weights.append(found.log_weights)
+            (row_log_weights if item.imitated else log_weights).append(found.log_weights)
             waits.progress("micro-batches")
             if found.sums is not None:
                 sums += found.sums
+            if found.row_sums is not None:
+                row_sums.append(found.row_sums)
         if self.half is not None and accelerator.num_processes > 1:
             self.half.sum_over_ranks()
-        return Attempt(loss=loss, kl=kl, entropy=entropy, terms=terms, sums=sums, log_weights=log_weights)
+        return Attempt(
+            loss=loss,
+            kl=kl,
+            entropy=entropy,
+            terms=terms,
+            sums=sums,
+            log_weights=log_weights,
+            row_log_weights=row_log_weights,
+            row_sums=row_sums,
+        )
 
     def count_as_skipped(self, reason: str) -> None:
         """Count a batch without an optimizer step as a skipped update."""

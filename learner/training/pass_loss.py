@@ -12,8 +12,9 @@ from torch import Tensor
 
 from atpo_async.config import Config
 from atpo_async.status import waits
+from learner.imitation.loss import ImitatedLoss, clip_cov
 from learner.loss import diagnostics
-from learner.loss.correction import OffPolicyCorrection, Tempering, Weights, interpolated_prox
+from learner.loss.correction import OffPolicyCorrection, Tempering, Temperings, Weights, interpolated_prox
 from learner.loss.loading import CheckedSurrogate, load_correction, load_surrogate
 from learner.loss.objective import Loss, PassTerm, atpo_loss
 from learner.loss.parts import sums as part_sums
@@ -35,6 +36,8 @@ class PassResult:
     """float64[U]: of its units, for the batch's tempering."""
     sums: Tensor | None
     """float64[``PassLoss.num_sums``]: diagnostics, to be added over passes and ranks; None without tokens."""
+    row_sums: Tensor | None = None
+    """float64[``len(imitation.loss.SUMS)``], in place of ``sums``: of a pass over rows that are imitated."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,18 +60,33 @@ class PassLoss:
     correction: OffPolicyCorrection = field(init=False)
     measuring: Measuring = field(init=False)
     _surrogate: CheckedSurrogate = field(init=False)
+    row_parts: ObjectiveParts = field(init=False)
+    """Of rows that are imitated."""
+    _imitated: ImitatedLoss = field(init=False)
 
     def __post_init__(self) -> None:
         self.correction = load_correction(self.config)
         self._surrogate = load_surrogate(self.config.objective)
         self.measuring = Measuring(parts=self.parts, reductions=self.reductions, num_steps=self.config.run.steps)
+        self.row_parts = clip_cov(self.config)
+        self._imitated = ImitatedLoss(
+            config=self.config,
+            model=self.model,
+            correction=self.correction,
+            surrogate=self._surrogate,
+            prox=self._prox,
+            measuring=Measuring(parts=self.row_parts, reductions=self.reductions, num_steps=self.config.run.steps),
+        )
 
     @property
     def num_sums(self) -> int:
         return len(diagnostics.SUMS) + len(self._surrogate.metrics) + 2 * len(part_sums.names(self.parts))
 
-    def __call__(self, item: Pass, tempering: Tempering) -> PassResult:
+    def __call__(self, item: Pass, tempering: Temperings) -> PassResult:
         """Forward; the result's loss carries the gradient."""
+        if item.imitated:
+            own_loss, log_weights, row_sums = self._imitated(item, tempering.rows)
+            return PassResult(loss=own_loss, log_weights=log_weights, sums=None, row_sums=row_sums)
         settings = self.config
         # Before the policy's own pass: with adapters it is the same model, and nothing may come between a pass and its
         # backward pass.
@@ -77,7 +95,7 @@ class PassLoss:
         own = logp.detach()
         prox = self._prox(item, own)
         tokens = item.against_mu(own if settings.correction.numerator == "policy" else prox)
-        weights = self.correction.weights(tokens, tempering)
+        weights = self.correction.weights(tokens, tempering.trees)
         loss = atpo_loss(
             ActionTokens(
                 logp=logp, prox=prox, mu=item.mu, advantage=item.advantage, turn=item.turn, row=item.row,
@@ -124,11 +142,21 @@ class PassLoss:
 
     # --- measurements of the whole batch
 
+    def begin(self, step: int) -> None:
+        """The learner's batch ``step`` begins; nothing is known of it yet."""
+        self.measuring.begin(step)
+        self._imitated.measuring.begin(step)
+
+    def measure(self, passes: Sequence[Pass]) -> None:
+        """Measure for terms and token weights what the batch's trees decide, and what its imitated rows do."""
+        self.measuring.measure([item for item in passes if not item.imitated])
+        self._imitated.measuring.measure([item for item in passes if item.imitated])
+
     def measure_start(self, passes: Sequence[Pass]) -> None:
         """Proximal log-probs of passes, and what terms and token weights need besides, in a forward pass of their own
         without a gradient."""
-        needs = self.parts.needs
         for item in passes:
+            needs = self.row_parts.needs if item.imitated else self.parts.needs
             with torch.no_grad():
                 item.prox, item.start = named_lines(
                     item.spread(self.model(**item.inputs, **arguments(needs))).detach(), needs
@@ -141,14 +169,19 @@ class PassLoss:
             self._reference_logprobs(item)
             waits.progress("micro-batches")
 
-    def temper_by_prox(self, passes: Sequence[Pass]) -> Tempering:
+    def temper_by_prox(self, passes: Sequence[Pass]) -> Temperings:
         """The tempering of a batch, from the proximal log-probs that its passes have measured."""
-        return self.temper(
-            [self.correction.log_weights(item.against_mu(_known(item)), item.counted) for item in passes]
-        )
+        found: dict[bool, list[Tensor]] = {False: [], True: []}
+        for item in passes:
+            found[item.imitated].append(self.correction.log_weights(item.against_mu(_known(item)), item.counted))
+        return self.temper(found[False], found[True])
 
-    def temper(self, log_weights: Sequence[Tensor]) -> Tempering:
-        """The tempering of a batch, from the ratios of all ranks."""
+    def temper(self, log_weights: Sequence[Tensor], row_log_weights: Sequence[Tensor]) -> Temperings:
+        """The tempering of a batch, from the ratios of all ranks, those of rows that are imitated apart."""
+        rows = self._tempering(row_log_weights) if self.config.imitation.rows else Tempering()
+        return Temperings(trees=self._tempering(log_weights), rows=rows)
+
+    def _tempering(self, log_weights: Sequence[Tensor]) -> Tempering:
         none = torch.zeros(0, dtype=torch.float64, device=self.accelerator.device)
         return self.correction.temper(self.reductions.concatenated(torch.cat([none, *log_weights])))
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from atpo_async.config import Config
 from atpo_async.core.credit.roles import PROPOSER, SYNTHESIZER
 from atpo_async.wire.messages import Batch
+from learner.imitation.rows import imitated_rows, normaliser_of
 from learner.loss.tokens import OffPolicyTokens
 from learner.loss.units import counted
 from learner.packing import lengths
 from learner.packing.attention import Way, to_device, ways
 from learner.packing.credited import CreditedTree, Normaliser
 from learner.packing.lengths import Width
-from learner.packing.rows import MicroBatch, idle_micro_batch, leaf_rows, micro_batches
+from learner.packing.rows import MicroBatch, Row, idle_micro_batch, leaf_rows, micro_batches
 from learner.packing.tree import tree_micro_batches
 from learner.policy.model import Policy
 from learner.policy.precision import computed_in
@@ -52,6 +53,8 @@ class Pass:
     """Label of a token weight -> its multiplier for each token, once it is known."""
     keys: chance.U64 | None = None
     """uint64[M], on the host: of the tokens' random numbers, where some part of the objective draws any."""
+    imitated: bool = False
+    """Its rows are imitated ones (``learner.imitation.rows``), not those of the batch's trees."""
 
     def spread(self, scored: Tensor) -> Tensor:
         """A number for each scored token (last dimension) -> for each place of the loss."""
@@ -68,6 +71,9 @@ class Part:
 
     trees: list[CreditedTree]
     passes: list[Pass]
+    """Those of the trees first, then those of the chains."""
+    chains: list[CreditedTree]
+    """Rows that are imitated, as trees of one chain."""
     row_tokens: int
     """Of the flat layout, whatever the layout is."""
     longest_path: int
@@ -76,9 +82,14 @@ class Part:
     def hand_out(self) -> None:
         """To its passes, the advantages that its trees have now."""
         advantage = np.concatenate([np.zeros(0), *(tree.advantages for tree in self.trees)])
-        for item in self.passes:
+        for item in self.tree_passes:
             found = torch.from_numpy(advantage).to(item.advantage)
             item.advantage = found[item.number]
+
+    @property
+    def tree_passes(self) -> list[Pass]:
+        """Those of the trees: credit is theirs, what a row that is imitated is worth is settled."""
+        return [item for item in self.passes if not item.imitated]
 
     @property
     def largest_pass(self) -> int:
@@ -104,8 +115,15 @@ class Planner:
     micro_batch_tokens: int
     """Padded tokens of a pass, at most: what the configuration says, or less where that ran out of memory."""
 
-    def plan(self, trees: Sequence[CreditedTree], batch: Batch, version: int) -> Part:
-        """This rank's forward passes for one optimizer step: as many as every other rank, none if no rank has rows."""
+    def plan(self, trees: Sequence[CreditedTree], chains: Sequence[CreditedTree], batch: Batch, version: int) -> Part:
+        """This rank's forward passes for one optimizer step: as many as every other rank, none if no rank has rows.
+
+        Args:
+            trees: of the step.
+            chains: rows that are imitated beside them; they have passes of their own.
+            batch: whose they are.
+            version: being trained.
+        """
         settings = self.config
         rows = leaf_rows(
             trees,
@@ -115,12 +133,32 @@ class Planner:
             normaliser=self._normaliser(trees, batch),
             keep_idle=self.keep_idle,
         )
+        keys = None
+        if self.draws:
+            every = [item.tree for item in (*trees, *chains)]
+            keys = chance.turn_keys(every, seed=settings.run.seed, step=batch.step)
+        passes = self._passes(rows, version, keys)
+        if settings.imitation.rows:
+            rows += (own := self._imitated(chains, trees, batch, version))
+            for item in (more := self._passes(own, version, keys)):
+                item.imitated = True
+            passes += more
+        return Part(
+            trees=list(trees),
+            passes=passes,
+            chains=list(chains),
+            row_tokens=sum(len(row.tokens) - 1 for row in rows),
+            longest_path=max((len(row.tokens) - 1 for row in rows), default=0),
+        )
+
+    def _passes(self, rows: Sequence[Row], version: int, keys: chance.U64 | None) -> list[Pass]:
+        """Rows in forward passes, as many on every rank; ``keys``: of the step's turns (``chance.turn_keys``)."""
         limit = self.micro_batch_tokens
         if self.layout == "tree":
             packed = tree_micro_batches(
                 rows,
                 max_tokens=limit,
-                pack_tokens=settings.learner.pack_tokens,
+                pack_tokens=self.config.learner.pack_tokens,
                 version=version,
                 width=self._width(limit),
             )
@@ -129,15 +167,24 @@ class Planner:
         count = int(max(self.reductions.gather(len(packed))))
         packed += [idle_micro_batch() for _ in range(count - len(packed))]
         passes = [self.on_device(item) for item in packed]
-        if self.draws:
-            keys = chance.turn_keys([item.tree for item in trees], seed=settings.run.seed, step=batch.step)
+        if keys is not None:
             for item, made in zip(packed, passes, strict=True):
                 made.keys = chance.token_keys(keys, item.number, item.turn)
-        return Part(
-            trees=list(trees),
-            passes=passes,
-            row_tokens=sum(len(row.tokens) - 1 for row in rows),
-            longest_path=max((len(row.tokens) - 1 for row in rows), default=0),
+        return passes
+
+    def _imitated(
+        self, chains: Sequence[CreditedTree], trees: Sequence[CreditedTree], batch: Batch, version: int
+    ) -> list[Row]:
+        """The rows that are imitated in the optimizer step of ``trees``."""
+        normaliser = normaliser_of(batch) if self.config.learner.minibatches == 1 else self._counted(chains)
+        return imitated_rows(
+            chains,
+            after=trees,
+            version=version,
+            max_lag=self.config.imitation.max_lag,
+            aggregation=self.config.objective.aggregation,
+            normaliser=normaliser,
+            keep_idle=False,
         )
 
     def plan_again(self, part: Part, batch: Batch, version: int) -> None:
@@ -146,8 +193,10 @@ class Planner:
         They keep what was measured of their tokens at the batch's start: after an optimizer step nothing could measure
         it again.
         """
-        former, part.passes = part.passes, self.plan(part.trees, batch, version).passes
-        take_measured(former, part.passes)
+        former, part.passes = part.passes, self.plan(part.trees, part.chains, batch, version).passes
+        for imitated in (False, True):
+            if before := [item for item in former if item.imitated == imitated]:
+                take_measured(before, [item for item in part.passes if item.imitated == imitated])
 
     def _normaliser(self, trees: Sequence[CreditedTree], batch: Batch) -> Normaliser:
         """The denominators of the mean loss of one optimizer step, over all ranks."""
@@ -159,6 +208,10 @@ class Planner:
                 num_turn_tokens=batch.num_turn_tokens,
                 role_shares=self.role_shares,
             )
+        return self._counted(trees)
+
+    def _counted(self, trees: Sequence[CreditedTree]) -> Normaliser:
+        """Of these trees, and of those that other ranks have in the same optimizer step."""
         own = Normaliser.of(trees)
         counts = [own.num_trees, own.num_leaves, own.num_action_tokens, own.num_turn_tokens]
         total = [int(v) for v in self.reductions.sum(np.array(counts, dtype=np.float64))]

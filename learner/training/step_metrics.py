@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from atpo_async.config import Config
 from atpo_async.core.schedule import Schedule, coefficient
 from atpo_async.core.tree import lag_versions
 from learner.batches.intake import REASONS
+from learner.imitation import loss as imitated_loss
 from learner.packing.credited import CreditedTree
 from learner.packing.staleness import Staleness
 from learner.training.optimizer_steps import BatchTotals, UpdateHistory
@@ -86,13 +88,27 @@ class StepMetrics:
 
     def _of_tempering(self, totals: BatchTotals) -> dict[str, float]:
         correction = self._loss.correction
-        scale = min(t.scale for t in totals.tempering)
+        scale = min(t.trees.scale for t in totals.tempering)
         tempered = self._config.correction.exponent != "ess" and correction.guards_ess and scale < 1
         out = {"is/exponent_scale": scale, "guard/tempered": float(tempered)}
-        measured = [t.measured for t in totals.tempering if t.measured is not None]
+        if self._config.imitation.rows:
+            out["imitation/exponent_scale"] = min(t.rows.scale for t in totals.tempering)
+        measured = [t.trees.measured for t in totals.tempering if t.trees.measured is not None]
         if measured:
             out[correction.traits.measured_as] = min(measured)
         return out
+
+    def of_rows(
+        self, chains: Sequence[CreditedTree], totals: BatchTotals, *, version: int, num_dropped: int
+    ) -> dict[str, float]:
+        """The metrics of the rows that are imitated; none where nothing is."""
+        if not self._config.imitation.rows:
+            return {}
+        none = torch.zeros(len(imitated_loss.SUMS), dtype=torch.float64, device=self._loss.accelerator.device)
+        return imitated_loss.metrics(
+            chains, torch.stack([none, *totals.rows]).sum(0), totals.losses, version=version, num_dropped=num_dropped,
+            reductions=self._reductions,
+        )  # fmt: skip
 
     def of_dropped(self, own: dict[str, float]) -> dict[str, float]:
         """Trees left out, by reason, over all ranks; reasons that no rank has are left out."""

@@ -29,10 +29,12 @@ from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.core.priorities import tree_priority
 from atpo_async.wire.messages import Batch
 from learner.batches.intake import Sifted, sift
+from learner.imitation.intake import sift_rows
+from learner.imitation.rows import imitated
 from learner.implicit import reward_model
 from learner.kernels.install import PRECISIONS, Installed, install
 from learner.kernels.variants import raise_limit
-from learner.loss.correction import Tempering
+from learner.loss.correction import Temperings
 from learner.loss.parts.loading import ObjectiveParts, load_parts
 from learner.memory.fitting import Fitting
 from learner.memory.made_up import made_up
@@ -127,7 +129,7 @@ class Trainer:
             policy=policy,
             layout=layout,
             keep_idle=self._keeps_idle(parts),
-            draws=parts.needs.random,
+            draws=parts.needs.random or self._loss.row_parts.needs.random,
             reductions=self.reductions,
             device=accelerator.device,
             micro_batch_tokens=self.fitting.micro_batch_tokens,
@@ -227,7 +229,8 @@ class Trainer:
         """Whether log-probs of the whole batch must be known before its first optimizer step."""
         prox = self.config.correction.prox
         recompute = prox == "recompute" or (prox == "auto" and self.updates_per_batch > 1)
-        measured = self._loss.correction.needs_batch or self._loss.parts.measures_first
+        parts = self._loss.parts.measures_first or self._loss.row_parts.measures_first
+        measured = self._loss.correction.needs_batch or parts
         return recompute or self._credit.measures or measured or self.implicit is not None
 
     def warm_up(self) -> None:
@@ -286,12 +289,15 @@ class Trainer:
         settings = self.config
         if self.half is not None:
             self.half.is_stale = True  # a checkpoint may have been loaded since
-        self._loss.measuring.begin(batch.step)
+        self._loss.begin(batch.step)
         sifted = sift(batch, version=version, vocab_size=self._vocab_size, max_lag=settings.staleness.max_lag)
         trees = self._credited.of(sifted.batch)
         order = np.random.default_rng((settings.run.seed, batch.step, self.accelerator.process_index))
         shares = split(trees, settings.learner.minibatches, order)
-        parts = [self.planner.plan(share, batch, version) for share in shares]
+        rows = sift_rows(batch, version=version, vocab_size=self._vocab_size, max_lag=settings.imitation.max_lag)
+        chains = [imitated(row, coef=settings.imitation.coef_at(batch.step)) for row in rows.rows]
+        own = split(chains, settings.learner.minibatches, order)
+        parts = [self.planner.plan(*share, batch, version) for share in zip(shares, own, strict=True)]
         fitted = FittedBatch(
             fitting=self.fitting, planner=self.planner, model=self.model, parts=parts, batch=batch, version=version
         )
@@ -324,6 +330,7 @@ class Trainer:
                 **self._metrics.of_updates(
                     totals, self.history, fp16_scale=None if scaler is None else scaler.get_scale()
                 ),
+                **self._metrics.of_rows(chains, totals, version=version, num_dropped=rows.num_dropped),
                 **self._metrics.of_dropped(sifted.metrics()),
                 **self.fitting.metrics,
             },
@@ -334,7 +341,7 @@ class Trainer:
             | dict.fromkeys((tree_id for ids in sifted.dropped.values() for tree_id in ids), 0.0),
             trained=frozenset(tree.tree.tree_id for tree in trees),
             fault=totals.fault,
-            warnings=tuple(sifted.messages),
+            warnings=(*sifted.messages, *rows.messages),
         )
 
     def _paid(self, parts: list[Part], fitted: FittedBatch, should_stop: Callable[[], bool]) -> dict[str, float]:
@@ -350,7 +357,7 @@ class Trainer:
         return self.implicit.pay(parts, fitted)
 
     def _step(
-        self, part: Part, totals: BatchTotals, tempering: Tempering | None, should_stop: Callable[[], bool]
+        self, part: Part, totals: BatchTotals, tempering: Temperings | None, should_stop: Callable[[], bool]
     ) -> Tensor:
         """The optimizer step of a part with its passes as they are now."""
         return self.steps.take(part.passes, totals, tempering, should_stop)
@@ -360,14 +367,14 @@ class Trainer:
         for part in parts:
             self._loss.measure_start(part.passes)
             if self._credit.reads_reference or self._loss.parts.needs.reference:
-                self._loss.measure_reference(part.passes)
+                self._loss.measure_reference(part.tree_passes)
         if self._credit.measures:
             self._credited.again(parts)
 
-    def _decided_by_the_batch(self, parts: list[Part]) -> Tempering | None:
+    def _decided_by_the_batch(self, parts: list[Part]) -> Temperings | None:
         """What the whole batch decides of its passes' log-probs and advantages: numbers of the objective's parts, and
         the tempering."""
-        self._loss.measuring.measure([item for part in parts for item in part.passes])
+        self._loss.measure([item for part in parts for item in part.passes])
         correction = self._loss.correction
         if correction.needs_batch or correction.guards_ess:
             return self._loss.temper_by_prox([item for part in parts for item in part.passes])

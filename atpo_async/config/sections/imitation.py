@@ -39,6 +39,12 @@ class ImitationConfig(Section):
         0.25, gt=0, le=0.5, description="of buffer.max_bytes: turns held for rows only; past it the oldest rows go"
     )
 
+    clip_cov: float = Field(
+        0.0, ge=0, le=1, description="share of the rows' tokens left out at random among those that covary (Clip-Cov)"
+    )
+    clip_cov_low: float = Field(1.0, description="of (A - mean A)(log p - its mean), above which a token may be drawn")
+    clip_cov_high: float = Field(40.0, description="and below which")
+
     def coef_at(self, step: int) -> float:
         """The rows' weight at a step of the learner."""
         return coefficient(self.coef, step)

@@ -48,6 +48,8 @@ class Measuring:
         Raises ConfigError where a part's own measure breaks the protocol.
         """
         self._found = {}
+        if not passes:
+            return  # no rank has any
         statistics = GatheredStatistics(self.reductions)
         for part in self.parts.all:
             if part.traits.measure is None:

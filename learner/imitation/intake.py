@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from atpo_async.core.bounds import MAX_ID
 from atpo_async.core.tree import ROOT, Turn
 from atpo_async.wire.messages import Batch, BatchRow, BatchTree
 from learner.batches.intake import Fault, examined
@@ -41,7 +42,8 @@ def sift_rows(batch: Batch, *, version: int, vocab_size: int, max_lag: int) -> S
     rows: list[BatchRow] = []
     messages: list[str] = []
     for row in batch.rows:
-        decoded, fault = examined(_tree(row), version=version, vocab_size=vocab_size, max_lag=max_lag)
+        # Its age is looked at below: it has a limit of its own, for its oldest turn.
+        decoded, fault = examined(_tree(row), version=version, vocab_size=vocab_size, max_lag=MAX_ID)
         fault = fault or _own_fault(row, tuple(decoded.turns), version=version, max_lag=max_lag) or _counts(batch)
         if fault is None:
             rows.append(msgspec.structs.replace(row, turns=decoded.turns))
