@@ -19,6 +19,7 @@ ENVIRONMENT: Door[Any] = Door(
     built_in={
         "hopqa": "atpo_async.environments.hopqa.environment:make",
         "passage_qa": "atpo_async.environments.passage_qa.environment:make",
+        "next_text": "atpo_async.environments.next_text.environment:make",
         "search_qa": "atpo_async.environments.search_qa.environment:make",
     },
     call=("tokenizer",),

@@ -27,6 +27,7 @@ _WORLD = ("seed", "min_hops", "max_hops", "num_names", "num_relations")
 WARM_STARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "hopqa": ("atpo_async.environments.hopqa.warm_start", _WORLD),
     "passage_qa": ("atpo_async.environments.passage_qa.warm_start", (*_WORLD, "num_towns")),
+    "next_text": ("atpo_async.environments.next_text.warm_start", ("seed",)),
 }
 """Environment -> the program that makes its small policy, and the environment's options that the policy must fit."""
 
