@@ -23,7 +23,7 @@ from atpo_async.environments.next_text.environment import NextText, make, predic
 from atpo_async.environments.next_text.prefix_judge import f1, is_prefix, words
 from atpo_async.environments.next_text.segments import Cut
 from atpo_async.environments.next_text.sentences import sentences
-from atpo_async.environments.next_text.stories import ITEMS, MIN_CONTEXT, PLACES, is_held_out, story
+from atpo_async.environments.next_text.stories import ITEMS, LENGTH, MIN_CONTEXT, PLACES, is_held_out, story
 from atpo_async.environments.next_text.url_judge import UrlJudge, checked_url
 from atpo_async.environments.next_text.warm_start import CUT, Recipe, make_policy, make_tokenizer, segment
 
@@ -79,18 +79,19 @@ def test_a_story_goes_on_as_it_must_and_held_out_pairs_are_told_nowhere_else() -
     for stream in ("train", "eval", "demo"):
         for index in range(50):
             told = story(3, stream, index)
-            assert len(told) == 15
+            assert len(told) == LENGTH
             pairs = [(w[3], w[6].rstrip(".")) for w in (fact.split() for fact in told[:3])]
             assert {is_held_out(*pair) for pair in pairs} == {stream == "eval"}
-            asker = told[3].split()[0]
-            for number, (fact, (item, place)) in enumerate(zip(told[:3], pairs, strict=True)):
-                owner = fact.split()[0]
-                assert told[3 + 4 * number : 7 + 4 * number] == [
-                    f"{asker} asks {owner} for the {item}.",
-                    f"{owner} goes to the {place}.",
-                    f"{owner} gives the {item} to {asker}.",
-                    f"{asker} thanks {owner}.",
-                ]
+            asker, owner = told[3].split()[0], told[3].split()[2]
+            item, place = next(pair for fact, pair in zip(told[:3], pairs, strict=True) if fact.startswith(f"{owner} "))
+            assert told[MIN_CONTEXT - 1 :] == [
+                f"{asker} asks {owner} for the {item}.",
+                f"{owner} goes to the {place}.",
+                f"{owner} takes the {item}.",
+                f"{owner} gives the {item} to {asker}.",
+                f"{asker} thanks {owner}.",
+                f"Now {asker} keeps the {item}.",
+            ]
     assert 0 < sum(is_held_out(item, place) for item in ITEMS for place in PLACES) < len(ITEMS) * len(PLACES) / 4
 
 
@@ -346,7 +347,7 @@ def test_a_document_without_sentences_enough_is_passed_over_and_a_corpus_of_such
         ({"min_words": 0}, r"min_words must be at least 1, got 0"),
         ({"middle_share": 1.5}, "middle_share must be from 0 to 1, got 1.5"),
         ({"eval_share": 1.0}, "eval_share must be from 0 to below 1"),
-        ({"min_context": 2}, "min_context must be 4 to 14 in stories"),
+        ({"min_context": 2}, "min_context must be 4 to 8 in stories"),
         ({"judge": "model"}, "judge = 'model' is unknown; known: prefix, url"),
         ({"judge_url": "http://h"}, "judge_url does nothing with judge = 'prefix'"),
         ({"judge": "url"}, "judge_url is ''; write http://HOST:PORT/v1"),

@@ -16,8 +16,11 @@ from atpo_async.api.training import train_to_the_end
 from atpo_async.cli.common import EXIT_DONE, EXIT_INTERRUPTED, LAYERS, Asked, command_line, demo_config
 from atpo_async.config import Config, load
 
-AGENT = "agent"
-"""The demo of a chat policy, by name: ``atpo demo agent``."""
+DEMOS = {
+    "agent": "a chat policy that calls a search engine (configs/demo_agent.toml)",
+    "text": "one that reasons about plain text and predicts what it says next (configs/demo_text.toml)",
+}
+"""Further demos by name (``atpo demo agent``)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
@@ -25,11 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     if command == "demo":
         parser.add_argument(
             "config",
-            metavar="agent|CONFIG",
+            metavar=f"{'|'.join(DEMOS)}|CONFIG",
             nargs="*",
             default=[],
-            help="agent: a chat policy that calls a search engine (configs/demo_agent.toml); or another configuration "
-            "than configs/demo.toml",
+            help=f"{'; '.join(f'{name}: {what}' for name, what in DEMOS.items())}; or another configuration than "
+            "configs/demo.toml",
         )
         return
     parser.add_argument(
@@ -80,9 +83,10 @@ def train(config: Config, *, again: str, begin_from: str | None = None, on: str 
 
 def _demo(asked: Asked) -> int:
     given: list[str] = asked.args.config
-    stem = "demo-agent" if given[:1] == [AGENT] else "demo"
-    if stem == "demo-agent":
-        given = [str(demo_config("demo_agent")), *given[1:]]
+    stem = "demo"
+    if given and given[0] in DEMOS:
+        stem = f"demo-{given[0]}"
+        given = [str(demo_config(f"demo_{given[0]}")), *given[1:]]
     files = given or [str(demo_config())]
     config = load(files, asked.options)
     if "run.name" not in asked.options:

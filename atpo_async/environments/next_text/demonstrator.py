@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from random import Random
 
@@ -12,7 +11,6 @@ from atpo_async.environments.next_text.segments import Segment
 from atpo_async.environments.next_text.stories import ITEMS, NUM_FACTS, PEOPLE, PLACES
 
 END = "<|im_end|>"
-_TOLD = re.compile(r"(?P<asker>\w+) asks (?P<owner>\w+) for the (?P<item>\w+)\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,16 +50,11 @@ def demonstrate(segment: Segment, rng: Random, habits: Habits) -> str:
 
 
 def _thought(segment: Segment) -> str:
-    """What the target goes by: who asked whom last, where that is shown, and the fact about the one who was asked."""
-    facts = segment.before[:NUM_FACTS]
-    if asked := _TOLD.fullmatch(segment.target):
-        return _of(facts, asked["owner"])
-    told = [found for sentence in segment.before if (found := _TOLD.fullmatch(sentence))]
-    return f"{told[-1].group()} {_of(facts, told[-1]['owner'])}"
-
-
-def _of(facts: tuple[str, ...], owner: str) -> str:
-    return next(fact for fact in facts if fact.startswith(f"{owner} "))
+    """What the target goes by: who asked whom, and the fact about the one who was asked."""
+    asked = segment.before[NUM_FACTS]
+    owner = asked.split(" asks ")[1].split(" for ")[0]
+    fact = next(fact for fact in segment.before[:NUM_FACTS] if fact.startswith(f"{owner} "))
+    return f"{asked} {fact}"
 
 
 def _mixed_up(segment: Segment, rng: Random, habits: Habits) -> str:

@@ -22,7 +22,7 @@ from atpo_async.environments.messages.types import Action, Message, MessageEpiso
 from atpo_async.environments.next_text.documents import STORIES, Corpus, Documents, Stories
 from atpo_async.environments.next_text.prefix_judge import is_prefix
 from atpo_async.environments.next_text.segments import Cut, Segment
-from atpo_async.environments.next_text.stories import MIN_CONTEXT
+from atpo_async.environments.next_text.stories import LENGTH, MIN_CONTEXT
 from atpo_async.environments.next_text.url_judge import UrlJudge
 
 OPEN, CLOSE = "<prediction>", "</prediction>"
@@ -106,10 +106,10 @@ class Options:
             raise ConfigError(
                 f"environment.options.{named[0]} does nothing with judge = 'prefix': set judge = 'url', or leave it out"
             )
-        if self.corpus == STORIES and self.min_context not in (0, *range(MIN_CONTEXT, 15)):
+        if self.corpus == STORIES and self.min_context not in (0, *range(MIN_CONTEXT, LENGTH)):
             raise ConfigError(
-                f"environment.options.min_context must be {MIN_CONTEXT} to 14 in stories (0: {MIN_CONTEXT}): the first "
-                f"sentences follow from nothing; got {self.min_context}"
+                f"environment.options.min_context must be {MIN_CONTEXT} to {LENGTH - 1} in stories, or 0 for "
+                f"{MIN_CONTEXT}: their first sentences follow from nothing; got {self.min_context}"
             )
 
     @property

@@ -1,7 +1,7 @@
 """Small stories in which each sentence from the fifth on follows from those before it; the laptop's corpus.  Pure.
 
-"Ada keeps the coin in the attic. …  Dan asks Ada for the coin. Ada goes to the attic. Ada gives the coin to Dan. Dan
-thanks Ada. Dan asks Bob for …": three facts, then the same four sentences about each of them, in order.
+Three facts, then what comes of a request: "Ada keeps the coin in the attic. …  Dan asks Ada for the coin. Ada goes to
+the attic. Ada takes the coin. Ada gives the coin to Dan. Dan thanks Ada. Now Dan keeps the coin."
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ PLACES = tuple(_PLACES.split())
 NUM_FACTS = 3
 MIN_CONTEXT = NUM_FACTS + 1
 """Sentences that follow from nothing: the facts, and who asks."""
+LENGTH = MIN_CONTEXT + 5
+"""Sentences of a story."""
 HELD_OUT_PART = 8
 """One pair of an item and a place in so many occurs in held-out stories, and in them only."""
 
 
 def story(seed: int, stream: str, index: int) -> list[str]:
-    """Its sentences: 3 facts and 12 that follow.  ``eval`` has pairs of items and places that no other stream has."""
+    """Its ``LENGTH`` sentences.  ``eval`` has pairs of items and places that no other stream has."""
     rng = Random(f"next_text/{seed}/{stream}/{index}")  # texts seed alike on every machine
     asker, *owners = rng.sample(PEOPLE, NUM_FACTS + 1)
     items, places = _pairs(rng, held_out=stream == "eval")
     facts = [fact(owner, item, place) for owner, item, place in zip(owners, items, places, strict=True)]
-    told = [
-        sentence
-        for owner, item, place in zip(owners, items, places, strict=True)
-        for sentence in (
-            f"{asker} asks {owner} for the {item}.",
-            f"{owner} goes to the {place}.",
-            f"{owner} gives the {item} to {asker}.",
-            f"{asker} thanks {owner}.",
-        )
+    owner, item, place = rng.choice(list(zip(owners, items, places, strict=True)))
+    return [
+        *facts,
+        f"{asker} asks {owner} for the {item}.",
+        f"{owner} goes to the {place}.",
+        f"{owner} takes the {item}.",
+        f"{owner} gives the {item} to {asker}.",
+        f"{asker} thanks {owner}.",
+        f"Now {asker} keeps the {item}.",
     ]
-    return [*facts, *told]
 
 
 def fact(owner: str, item: str, place: str) -> str:

@@ -56,7 +56,7 @@ TOKENIZER_STORIES = 200
 class Recipe(TrainingRecipe):
     """Everything that decides what the model becomes."""
 
-    steps: int = 260
+    steps: int = 200
     batch_size: int = 16
     mix_up_rate: float = 0.7
     """As of ``Habits``."""
