@@ -22,18 +22,20 @@ MIN_CONTEXT = NUM_FACTS + 1
 LENGTH = MIN_CONTEXT + 5
 """Sentences of a story."""
 HELD_OUT_PART = 8
-"""One pair of an item and a place in so many occurs in held-out stories, and in them only."""
+"""One request in so many, of an owner, an item and a place, is told in held-out stories, and in them only."""
 
 
 def story(seed: int, stream: str, index: int) -> list[str]:
-    """Its ``LENGTH`` sentences.  ``eval`` has pairs of items and places that no other stream has."""
+    """Its ``LENGTH`` sentences.  ``eval`` has requests that no other stream has."""
     rng = Random(f"next_text/{seed}/{stream}/{index}")  # texts seed alike on every machine
-    asker, *owners = rng.sample(PEOPLE, NUM_FACTS + 1)
-    items, places = _pairs(rng, held_out=stream == "eval")
-    facts = [fact(owner, item, place) for owner, item, place in zip(owners, items, places, strict=True)]
-    owner, item, place = rng.choice(list(zip(owners, items, places, strict=True)))
+    while True:
+        asker, *owners = rng.sample(PEOPLE, NUM_FACTS + 1)
+        told = list(zip(owners, rng.sample(ITEMS, NUM_FACTS), rng.sample(PLACES, NUM_FACTS), strict=True))
+        owner, item, place = rng.choice(told)
+        if is_held_out(owner, item, place) == (stream == "eval"):
+            break
     return [
-        *facts,
+        *(fact(*each) for each in told),
         f"{asker} asks {owner} for the {item}.",
         f"{owner} goes to the {place}.",
         f"{owner} takes the {item}.",
@@ -44,16 +46,10 @@ def story(seed: int, stream: str, index: int) -> list[str]:
 
 
 def fact(owner: str, item: str, place: str) -> str:
+    """A sentence that others go by."""
     return f"{owner} keeps the {item} in the {place}."
 
 
-def _pairs(rng: Random, *, held_out: bool) -> tuple[list[str], list[str]]:
-    while True:
-        items, places = rng.sample(ITEMS, NUM_FACTS), rng.sample(PLACES, NUM_FACTS)
-        if all(is_held_out(*pair) == held_out for pair in zip(items, places, strict=True)):
-            return items, places
-
-
-def is_held_out(item: str, place: str) -> bool:
-    """Whether a pair belongs to ``eval``, whatever the seed."""
-    return (ITEMS.index(item) + 3 * PLACES.index(place)) % HELD_OUT_PART == 0
+def is_held_out(owner: str, item: str, place: str) -> bool:
+    """Whether a request belongs to ``eval``, whatever the seed."""
+    return (5 * PEOPLE.index(owner) + ITEMS.index(item) + 3 * PLACES.index(place)) % HELD_OUT_PART == 0

@@ -56,11 +56,11 @@ TOKENIZER_STORIES = 200
 class Recipe(TrainingRecipe):
     """Everything that decides what the model becomes."""
 
-    steps: int = 200
+    steps: int = 300
     batch_size: int = 16
     mix_up_rate: float = 0.7
     """As of ``Habits``."""
-    careful: float = 0.65
+    careful: float = 0.7
     """Share of the steps, the first, whose demonstrator makes next to no mistakes."""
     matrix_lr: float = 0.02
     """Muon's, of the layers' matrices."""
