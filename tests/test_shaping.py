@@ -11,6 +11,8 @@ import pytest
 
 from actors.sampled import rewards
 from actors.search.tree_search import OVERLONG
+from atpo_async.api.evaluation import tasks_of_a_run
+from atpo_async.cli import main
 from atpo_async.config import SearchConfig, build, load
 from atpo_async.config.credit_rule import tasks_rewards
 from atpo_async.core.credit.overlong import overlong_penalty
@@ -261,3 +263,26 @@ def test_a_finite_set_of_tasks_is_gone_through_again(tmp_path: Path) -> None:
     file.write_text(json.dumps({"period": 3, "rewards": {"0": [1.0], "1": [0.0]}}))
     with pytest.raises(ConfigError, match="has the period 3 with 2 tasks"):
         tasks_rewards(file, "credit.advantage_options.rewards")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rollouts", "4"], "--rollouts goes with --rewards: atpo eval MODEL CONFIG --rewards rewards.json"),
+        (
+            ["--rewards", "r.json", "--benchmarks", "all"],
+            "--rewards and --benchmarks: one is of training tasks, the other",
+        ),
+    ],
+)
+def test_options_of_sampled_rewards_that_do_not_go_together_are_named(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["eval", "models/none", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_number_of_tasks_is_what_a_run_takes_at_most() -> None:
+    config = build({"staleness": {"trees_per_batch": 4, "max_lag": 1}, "run": {"steps": 10}})
+    assert tasks_of_a_run(config) == 4 * 10 + 8
+    assert tasks_of_a_run(build({"staleness": {"trees_per_batch": 4}, "run": {"steps": 10, "max_tasks": 7}})) == 7

@@ -139,7 +139,7 @@ def _options_of_none(config: Config) -> list[str]:
 def _works(config: Config, is_now: Any, working: tuple[Any, ...] | str) -> bool:
     """Whether a setting has an effect under this value of another one."""
     if working == READS_RATIO:
-        return credit_rule(config.credit).reads_ratio
+        return credit_rule(config.credit, reads_files=False).reads_ratio
     if working == BELOW_ONE:
         return bool(is_now < 1)
     if isinstance(working, str):
