@@ -25,8 +25,9 @@ from buffer.front.metrics import merged
 from buffer.state import BufferState
 from buffer.trees.spread_filter import SpreadFilter
 from tests.actor_support import STOP, CountingEnvironment, ScriptedEngine, ints
-from tests.buffer_peers_support import ask, configured, grown, published, stateful, take
+from tests.buffer_peers_support import SOON_S, ask, configured, grown, published, stateful, take
 from tests.buffer_support import Disk
+from tests.shards_support import cluster_of, sharded
 from tests.test_search import search_of
 
 # --- DAPO's overlong shaping -------------------------------------------------------------------------------------
@@ -229,6 +230,21 @@ def test_of_several_shards_the_trees_left_out_add_up() -> None:
 
     found = left_out(merged([part(2.0, 2.0, 4.0), part(3.0, 0.5, 0.25)]))
     assert (found.count, found.total, found.squares) == pytest.approx((5.0, 5.5, 8.75))
+
+
+async def test_each_shard_keeps_the_trees_it_finds_most_unlike_and_the_front_tells_of_all(tmp_path: Path) -> None:
+    buffer, credit = {"keep_share": 0.5}, {"normalise_leaves": "batch"}
+    config = sharded(buffer=buffer, credit=credit, staleness=KEEPING["staleness"])
+    async with cluster_of(config, tmp_path) as peers:
+        leases = sorted((await peers.leases(6)).leases, key=lambda lease: lease.task_index)
+        for lease, earned in zip(leases, (WIDE, WIDE, NARROW, NARROW, (2.0, 2.0), (0.5, 0.5, 0.5)), strict=True):
+            await peers.send(*grown(lease, earned))
+        answer = await peers.learner.request(ask(), timeout_s=SOON_S)
+    assert isinstance(answer, Batch), answer
+    assert {tree.task_index for tree in answer.trees} == {0, 1}
+    assert (answer.metrics["buffer/dropped_filtered"], answer.metrics["tasks/filtered"]) == (2, 2)
+    found = (answer.left_out_leaves, answer.left_out_rewards, answer.left_out_squares)
+    assert found == pytest.approx((5.0, 5.5, 8.75))
 
 
 # --- trees of one chain, and what chains of a fixed policy earn ------------------------------------------------------
