@@ -26,8 +26,7 @@ from actors.search.plans.base import Ground
 from actors.search.plans.choosing import plan_of
 from actors.search.rewards.gains import NO_GAIN, Gain, InformationGains
 from atpo_async.config import SearchConfig
-from atpo_async.config.sections.shaping import overlong_range
-from atpo_async.core.credit.overlong import overlong_penalty
+from atpo_async.core.credit.overlong import overlong_penalty, overlong_range
 from atpo_async.core.tree import ROOT, Turn, TurnTree
 from atpo_async.core.vocabulary import EndReason
 from atpo_async.environments.base import Environment, Episode, StepResult
@@ -99,7 +98,8 @@ class TreeSearch:
         self._forks = Forks(self._calls)
         self._max_context = max_context_tokens
         self._truncated_reward = search.truncated_reward
-        self._overlong = overlong_range(search, max_context_tokens) if lease.kind == "train" else None
+        shaped = search.overlong_buffer if lease.kind == "train" else 0.0
+        self._overlong = overlong_range(shaped, search.overlong_tokens, max_context_tokens)
         """(L, B) of what a long chain's reward is shaped by; None: by nothing."""
         self._emit = emit
         self._chain_ended = chain_ended

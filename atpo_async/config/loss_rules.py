@@ -318,3 +318,47 @@ def check_implicit_reward(config: Config) -> None:
             f"{said} with correction.prox = 'interpolate': its rewards are over the policy's own log-probs at the "
             f"batch's start, which are not measured then; set --correction.prox auto, {off}"
         )
+
+
+def overlong_fault(config: Config) -> str | None:
+    """Why the reward of long chains cannot be shaped so; None where it can."""
+    from atpo_async.core.credit.overlong import overlong_range  # needs numpy, which the command line does without
+
+    search = config.search
+    if not search.overlong_buffer:
+        return None
+    found = overlong_range(search.overlong_buffer, search.overlong_tokens, config.model.max_context_tokens)
+    if found is None:
+        return None
+    limit, buffer = found
+    if buffer > limit:
+        return (
+            f"search.overlong_buffer = {buffer} exceeds search.overlong_tokens = {limit}: every chain would be "
+            f"punished; lower it to {limit} at most, or give a share of it, as 0.2"
+        )
+    if limit > config.model.max_context_tokens:
+        return (
+            f"search.overlong_tokens = {limit} exceeds model.max_context_tokens = {config.model.max_context_tokens}, "
+            "which no chain reaches: lower it, or leave it out for that length"
+        )
+    return None
+
+
+def keep_share_fault(config: Config) -> str | None:
+    """Why trees cannot be kept by their spread so; None where they can."""
+    buffer, most = config.buffer, config.staleness.max_oversampling
+    if buffer.keep_share >= 1.0:
+        return None
+    said = f"buffer.keep_share = {buffer.keep_share:g}"
+    if buffer.ready == "partial":
+        return (
+            f"{said} with buffer.ready = 'partial': a tree is served before it is known how its chains differ; set "
+            "--buffer.ready complete, or --buffer.keep_share 1"
+        )
+    if buffer.keep_by == "trees" and most * buffer.keep_share < 1.0:
+        return (
+            f"{said} with staleness.max_oversampling = {most:g} would make every batch short: of that many times "
+            f"trees_per_batch trees too few are kept; set --staleness.max_oversampling {1 / buffer.keep_share:.3g} or "
+            "more, or raise keep_share"
+        )
+    return None

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from atpo_async.config import doors, loss_rules
 from atpo_async.config.loss_rules import word
-from atpo_async.config.sections import shaping
 from atpo_async.config.sections.expansion import fault_of
 from atpo_async.core.errors import AtpoError
 from atpo_async.core.loss_traits import CorrectionTraits
@@ -193,7 +192,7 @@ def _modes_of_credit(config: Config) -> None:
 
 
 def _shaping(config: Config) -> None:
-    if (fault := shaping.overlong_fault(config) or shaping.keep_share_fault(config)) is not None:
+    if (fault := loss_rules.overlong_fault(config) or loss_rules.keep_share_fault(config)) is not None:
         raise ValueError(fault)
 
 
