@@ -326,10 +326,8 @@ def overview() -> str:
         own = {key: text for key, text in as_options(path).items() if not is_default(key, text)}
         settings = ", ".join(f"`{key} = {text}`" for key, text in own.items())
         lines.append(f"| [{name}](../{path}) | {about.source} | {settings or 'none'} |")
-    scales = ", ".join(
-        f"[recipes/demo_scale/{p.name}](../{p})" for p in sorted((RECIPES / "demo_scale").glob("*.toml"))
-    )
-    return "\n".join([LIST_BEGIN, "", *lines, "", f"For the demo's scale, on top: {scales}.", "", LIST_END])
+    scales = [f"- [recipes/demo_scale/{p.name}](../{p})" for p in sorted((RECIPES / "demo_scale").glob("*.toml"))]
+    return "\n".join([LIST_BEGIN, "", *lines, "", "For the demo's scale, on top:", "", *scales, "", LIST_END])
 
 
 def section(

@@ -133,6 +133,20 @@ def test_first_turns_that_are_worth_the_same_say_nothing_and_all_turns_count() -
     )
 
 
+# --- Posterior-GRPO ------------------------------------------------------------------------------------------------
+
+
+def test_rewards_of_turns_count_where_the_outcome_is_right() -> None:
+    # Chains 0-1 (right) and 2-3 (wrong) are paid alike for their first turns; 4 has a right and a wrong end.
+    arrays = tree([-1, 0, -1, 2, -1, 4, 4], [0, 1, 0, 0, 0, 1, 0], [1] * 7, [0.5, 0, 0.5, 0.25, 0.5, 0, 0])
+    found = credited(arrays, turn_rewards="posterior")
+    assert found.values.tolist() == pytest.approx([1.5, 1, 0, 0, 0.75, 1, 0])
+    plain = credited(arrays)
+    assert plain.values.tolist() == pytest.approx([1.5, 1, 0.75, 0.25, 1.0, 1, 0])
+    assert not credited(tree([-1, -1], [0, 0], [1, 1], [0.5, 0.1]), turn_rewards="posterior").has_signal
+    assert credited(T6, turn_rewards="posterior").values.tobytes() == credited(T6).values.tobytes()
+
+
 # --- Lite PPO -------------------------------------------------------------------------------------------------------
 
 

@@ -66,10 +66,10 @@ class CreditConfig(Section):
     whiten_advantages: bool = Field(
         False, description="to mean 0 and deviation 1 over the action tokens of all rows of the batch (TreePO)"
     )
-    turn_rewards: Literal["plain", "normalised"] = Field(
+    turn_rewards: Literal["plain", "normalised", "posterior"] = Field(
         "plain",
         description="normalised: rewards of turns that are no leaves to mean 0 and deviation 1 inside the tree, as "
-        "leaf rewards are (IGPO)",
+        "leaf rewards are (IGPO); posterior: they count in chains only whose leaf earned above 0 (Posterior-GRPO)",
     )
     turn_reward_moments: Literal["separate", "joint"] = Field(
         "separate", description="of turn_rewards = normalised: apart from those of leaf rewards, or over both together"

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from atpo_async.core.credit.tree_arrays import F64, TreeArrays
+from atpo_async.core.credit.weights import branch_prob, mean_below
 
 STD_FLOOR = 1e-6
 """Added to the standard deviation (published code)."""
@@ -82,6 +83,19 @@ def normalised_turns(arrays: TreeArrays, *, weights: F64 | None = None, joint: b
         if not leaf.all():
             found[~leaf] = _to_unit(paid[~leaf])
     return replace(arrays, reward=np.where(leaf, found, 0.0), turn_reward=np.where(leaf, 0.0, found))
+
+
+def posterior_turns(arrays: TreeArrays) -> TreeArrays:
+    """The tree with each turn's reward as often as a chain through it, by branch probability, had the outcome right.
+
+    Source: Posterior-GRPO (arXiv 2508.05170), R = r + r * t: how a chain was made counts only if its outcome is right,
+    here a leaf reward above 0.  A turn that several chains share is paid the mean over them.
+    """
+    if not arrays.turn_reward.any():
+        return arrays
+    share = branch_prob(arrays)
+    right = np.where(arrays.is_leaf & (arrays.reward > 0), 1.0, 0.0)
+    return replace(arrays, turn_reward=arrays.turn_reward * mean_below(arrays, right, share))
 
 
 def _to_unit(numbers: F64) -> F64:

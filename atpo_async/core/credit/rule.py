@@ -16,7 +16,7 @@ import numpy as np
 
 from atpo_async.core.credit.marks import Sums, added, mark_of
 from atpo_async.core.credit.returns import LEAST_SHARE, before, has_signal, in_one_sum
-from atpo_async.core.credit.rewards import normalised_leaves, normalised_returns, normalised_turns
+from atpo_async.core.credit.rewards import normalised_leaves, normalised_returns, normalised_turns, posterior_turns
 from atpo_async.core.credit.roles import by_role
 from atpo_async.core.credit.tree_arrays import F64, TreeArrays
 from atpo_async.core.credit.weights import branch_prob, leaves_below
@@ -75,8 +75,9 @@ class CreditRule:
     """What advantages are divided by: nothing, or the square root of the leaves below the turn (TreeRL)."""
     whiten: bool = False
     """The learner brings advantages to mean 0 and standard deviation 1 over the tokens of the batch's rows."""
-    turn_rewards: Literal["plain", "normalised"] = "plain"
-    """``normalised``: rewards of inner turns as leaf rewards are, with ``normalise``."""
+    turn_rewards: Literal["plain", "normalised", "posterior"] = "plain"
+    """``normalised``: rewards of inner turns as leaf rewards are, with ``normalise``.  ``posterior``: rewards of turns
+    count in chains only whose leaf earned more than 0."""
     turn_reward_moments: Literal["separate", "joint"] = "separate"
     """Of these: their own moments, or those of both together."""
     trace_cap: float = 1.0
@@ -171,6 +172,8 @@ class CreditRule:
 
     def _normalised(self, arrays: TreeArrays, batch_std: float | None) -> TreeArrays:
         """The tree with its rewards as the settings have them."""
+        if self.turn_rewards == "posterior":
+            arrays = posterior_turns(arrays)
         if self.normalise:
             weights = branch_prob(arrays) if self.leaf_weights == "branch-prob" else None
             of_batch = batch_std if self.needs_batch_std else None
