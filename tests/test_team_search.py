@@ -39,13 +39,14 @@ def scripted(context: np.ndarray, number: int) -> np.ndarray:
 
 def team_search(
     reply: Reply = scripted, *, team: TeamConfig = TWO, task: Any = None, emit: Sink | None = None,
-    engine: ScriptedEngine | None = None, leaving: Callable[[], bool] = lambda: False, **changes: object,
+    engine: ScriptedEngine | None = None, leaving: Callable[[], bool] = lambda: False,
+    max_context_tokens: int = 64, **changes: object,
 ) -> TeamSearch:  # fmt: skip
     return TeamSearch(
         team=team, run="r", lease=lease(**changes), engine=engine or ScriptedEngine(reply),
         environment=task if task is not None else ClueTask(), search=SearchConfig(max_action_tokens=8),
-        expansion=None, max_context_tokens=64, emit=emit if emit is not None else Sink(), leaving=leaving,
-        clock=lambda: 0.0,
+        expansion=None, max_context_tokens=max_context_tokens, emit=emit if emit is not None else Sink(),
+        leaving=leaving, clock=lambda: 0.0,
     )  # fmt: skip
 
 

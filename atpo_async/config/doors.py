@@ -18,6 +18,7 @@ ENVIRONMENT: Door[Any] = Door(
     protocol='docs/tasks.md (for one in tokens docs/extending.md, "Environment"; its mixin ReplayFork brings replay)',
     built_in={
         "hopqa": "atpo_async.environments.hopqa.environment:make",
+        "ledger_qa": "atpo_async.environments.ledger_qa.environment:make",
         "passage_qa": "atpo_async.environments.passage_qa.environment:make",
         "next_text": "atpo_async.environments.next_text.environment:make",
         "search_qa": "atpo_async.environments.search_qa.environment:make",

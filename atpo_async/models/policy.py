@@ -26,6 +26,7 @@ MODELS = Path("models")
 _WORLD = ("seed", "min_hops", "max_hops", "num_names", "num_relations")
 WARM_STARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "hopqa": ("atpo_async.environments.hopqa.warm_start", _WORLD),
+    "ledger_qa": ("atpo_async.environments.ledger_qa.warm_start", ("seed", "ledgers", "entries", "num_names")),
     "passage_qa": ("atpo_async.environments.passage_qa.warm_start", (*_WORLD, "num_towns")),
     "next_text": ("atpo_async.environments.next_text.warm_start", ("seed",)),
 }

@@ -7,6 +7,7 @@ right answer, else 0, also when the turns run out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,8 @@ class HopQA(ReplayFork):
         )
         self._turn_limit = turn_limit
         self._eval_tasks = eval_tasks
-        self._id_of = _vocabulary(Path(tokenizer), self.world)
+        hint = f"num_names = {num_names} and num_relations = {num_relations}"
+        self._id_of = vocabulary(Path(tokenizer), self.world.words, "hopqa", hint)
         self._word_of = {i: word for word, i in self._id_of.items()}
 
     @property
@@ -131,29 +133,38 @@ class HopQAEpisode:
         self._over = True
 
 
-def _vocabulary(folder: Path, world: World) -> dict[str, int]:
-    """Word -> token id of every word the world needs."""
+def vocabulary(folder: Path, words: Sequence[str], name: str, options: str = "these options") -> dict[str, int]:
+    """Word -> token id of every word that a task needs, each one token of the policy's tokenizer.
+
+    Args:
+        folder: with ``tokenizer.json``.
+        words: of the task.
+        name: of the environment, for messages.
+        options: which of its options decide the words, for messages.
+
+    Raises:
+        SetupError: the tokenizer is missing, cannot be read, or lacks words.
+    """
     from tokenizers import Tokenizer
 
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise SetupError(
-            f"tokenizer {folder} has no tokenizer.json; hopqa needs the policy that `atpo train` with "
+            f"tokenizer {folder} has no tokenizer.json; {name} needs the policy that `atpo train` with "
             "model.warm_start = true makes, or another one with its words"
         )
     try:
         known: dict[str, int] = Tokenizer.from_file(str(file)).get_vocab()
     except Exception as exc:  # tokenizers raises bare Exception for every fault in the file
         raise SetupError(f"tokenizer {file} cannot be read: {exc}") from exc
-    missing = [word for word in world.words if word not in known]
+    missing = [word for word in words if word not in known]
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise SetupError(
-            f"tokenizer {folder} lacks {len(missing)} of the {len(world.words)} tokens that hopqa needs with "
-            f"num_names = {world.num_names} and num_relations = {world.num_relations}: {shown}; "
-            "use the model that the warm start made with the same options"
+            f"tokenizer {folder} lacks {len(missing)} of the {len(words)} tokens that {name} needs with {options}: "
+            f"{shown}; use the model that the warm start made with the same options"
         )
-    return {word: known[word] for word in world.words}
+    return {word: known[word] for word in words}
 
 
 def make(tokenizer: Path | str, **options: bool | int | float | str) -> HopQA:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from atpo_async.core.errors import ConfigError
 
@@ -243,7 +243,15 @@ def _digest(*key: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def build_tokenizer(world: World) -> Any:
+class HasWords(Protocol):
+    """A task with a vocabulary of its own."""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """In the order of token ids."""
+
+
+def build_tokenizer(world: HasWords) -> Any:
     """A word-level ``PreTrainedTokenizerFast`` over the world's words; needs tokenizers and transformers."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -258,6 +266,6 @@ def build_tokenizer(world: World) -> Any:
     )
 
 
-def save_tokenizer(world: World, folder: Path) -> None:
+def save_tokenizer(world: HasWords, folder: Path) -> None:
     """Write the tokenizer as an ordinary Hugging Face folder."""
     build_tokenizer(world).save_pretrained(folder)

@@ -18,6 +18,7 @@ from atpo_async.environments.base import ReplayFork, StepResult
 from atpo_async.environments.checked import check_optional
 from atpo_async.environments.messages.chat_format import ChatFormat, NotExtended, answers_named
 from atpo_async.environments.messages.checks import messages_of, reply_of
+from atpo_async.environments.messages.teams import TeamTasks
 from atpo_async.environments.messages.types import Action, Message, MessageEpisode, Reply, ToolSchema
 from atpo_async.environments.reference import PLACE, AnswerTemplate, Reference
 from atpo_async.environments.values import NOTHING, PROMPT_TOO_LONG, TOO_LONG, Reason, ValueRefused, refuse
@@ -38,7 +39,7 @@ OPTIONAL = {"fork": (), "snapshot": (), "restore": ("snapshot",), "replay_reply"
 """What a conversation may have, and what it is called with."""
 
 
-class MessageTask(ReplayFork):
+class MessageTask(TeamTasks, ReplayFork):
     """A task in messages: the policy's actions arrive parsed, and are answered with messages.
 
     Derive from it and write two methods; the third part is an object of yours, one for each conversation::
@@ -73,6 +74,8 @@ class MessageTask(ReplayFork):
     ``fork()``, a copy of the conversation; ``snapshot()`` and ``restore(snapshot)``; and ``replay_reply(action,
     recorded)``, called in a replay in place of ``reply``: ``recorded(messages)`` are the contents that these messages
     had, a text each, or None where they had another form.
+
+    A task that a team can solve has ``begin_synthesis`` as well (``TeamTasks``).
 
     A task whose answers are known may have ``right_answer(split, index) -> str | None``: what the policy's probability
     of is measured where ``search.turn_reward`` asks for it, written as ``reference_template`` says, at the place where
@@ -145,22 +148,25 @@ class MessageTask(ReplayFork):
 
     async def start(self, split: Split, task_index: int) -> TokenEpisode:
         """Raises ValueRefused for a conversation that is none; whatever else ``begin`` raises."""
+        return await self._begun("begin", split, task_index)
+
+    async def _begun(self, begin: str, split: Split, task_index: int, *more: Any) -> TokenEpisode:
         where = f"{type(self).__name__}, task {task_index} ({split})"
-        begun = self.begin(split, task_index)
+        begun = getattr(self, begin)(split, task_index, *more)
         if not inspect.isawaitable(begun):
-            raise ValueRefused("begin", f"{where}: begin() is no coroutine: write async def begin(self, split, index)")
+            raise ValueRefused(begin, f"{where}: {begin}() is no coroutine: write async def {begin}(self, …)")
         plain = await begun
         try:
-            return TokenEpisode(self.format, plain, await self._opened(plain, where), where)
+            return TokenEpisode(self.format, plain, await self._opened(plain, where, begin), where)
         except BaseException:
             await closed(plain)
             raise
 
-    async def _opened(self, plain: Any, where: str) -> np.ndarray:
+    async def _opened(self, plain: Any, where: str, begin: str) -> np.ndarray:
         """int32[P], the first messages as the policy is shown them."""
         missing = [part for part in ("messages", "reply") if not hasattr(plain, part)]
         if missing:
-            raise refuse(where, "what begin() returned", plain, f"a conversation: it lacks {', '.join(missing)}")
+            raise refuse(where, f"what {begin}() returned", plain, f"a conversation: it lacks {', '.join(missing)}")
         check_optional(plain, where, OPTIONAL)
         messages = messages_of(plain.messages, "messages", where, answers=False)
         _check_size(messages, "messages", where, PROMPT_TOO_LONG)

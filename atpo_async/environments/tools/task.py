@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from atpo_async.core.texts import of_type, of_value
 from atpo_async.core.vocabulary import Split
 from atpo_async.environments.data.task_data import TaskData
 from atpo_async.environments.messages.task import MessageTask
+from atpo_async.environments.messages.teams import with_notes
 from atpo_async.environments.reference import PLACE, AnswerTemplate, answer_text
 from atpo_async.environments.rewards.functions import AFTER_A_TURN, AT_THE_END, reward_functions
 from atpo_async.environments.tools.calls import MAX_CALLS, ToolCalls
@@ -27,6 +29,9 @@ TIMEOUT_S = 30.0
 """Of one call of a tool or a reward; below the default of ``search.step_timeout_s``."""
 
 ERROR_TEXT = "Error: {error}"
+
+NOTES = "\n\nNotes of others who looked into it:\n{notes}"
+"""What a synthesizer reads after the last of its row's messages."""
 
 
 class ToolTask(MessageTask):
@@ -43,6 +48,10 @@ class ToolTask(MessageTask):
         tokenizer: folder of the policy.
         data, eval_data, eval_share, split, columns, seed: the tasks, as of ``TaskData.load``.
         system: a system message, for rows without one of their own.
+        synthesizer: the system message of a team's synthesizer: teams (``[team]``) can solve the tasks then, and
+            ``system`` is what their proposers are told.  It is shown the row's messages without their system message,
+            and after the last one ``notes``.
+        notes: a text with ``{notes}`` in it, what the proposers noted, numbered by seat.
         tools: functions that the policy may call (``tool``).
         rewards: functions that judge a finished conversation, each alone or as ``(function, weight)``; what they may
             ask for is in ``rewards/functions.py``.  The reward is the weighted sum.
@@ -76,6 +85,8 @@ class ToolTask(MessageTask):
         columns: Mapping[str, str] | str | None = None,
         seed: int = 0,
         system: str | None = None,
+        synthesizer: str | None = None,
+        notes: str = NOTES,
         tools: Sequence[Tool | Callable[..., Any]] = (),
         rewards: Sequence[Any] | None = None,
         turn_rewards: Sequence[Any] = (),
@@ -99,7 +110,7 @@ class ToolTask(MessageTask):
         _check_numbers(
             max_turns=max_turns, max_calls=max_calls, tool_timeout_s=tool_timeout_s, reward_timeout_s=reward_timeout_s
         )  # fmt: skip
-        _check_texts(system=system, error_text=error_text)
+        _check_texts(system=system, synthesizer=synthesizer, error_text=error_text, notes=notes)
         self.reference_template = AnswerTemplate(reference, field="reference").template
         is_number = isinstance(success_at, int | float) and not isinstance(success_at, bool)
         if success_at is not None and not (is_number and math.isfinite(success_at)):
@@ -126,6 +137,9 @@ class ToolTask(MessageTask):
             calls=calls, rewards=finals, turn_rewards=turns, system=system, max_turns=max_turns,
             success_at=success_at, extract=_extracting(extract), reward_timeout_s=reward_timeout_s,
         )  # fmt: skip
+        self._synthesizer, self._notes = synthesizer, notes
+        if synthesizer is not None:
+            self.begin_synthesis = self._synthesis
 
     def num_tasks(self, split: Split) -> int | None:
         """Raises ConfigError where nothing is held out."""
@@ -138,6 +152,14 @@ class ToolTask(MessageTask):
     async def begin(self, split: Split, index: int) -> Conversation:
         """Raises RowRefused, which costs the branch."""
         return Conversation(self._rules, self.data.task(split, index), split, index)
+
+    async def _synthesis(self, split: Split, index: int, notes: tuple[str, ...]) -> Conversation:
+        """A synthesizer's conversation.  Raises RowRefused, which costs the branch."""
+        task = self.data.task(split, index)
+        listed = "\n".join(f"{seat}. {note or '(none)'}" for seat, note in enumerate(notes, start=1))
+        shown = with_notes(task.messages, self._notes.replace("{notes}", listed))
+        rules = replace(self._rules, system=self._synthesizer)
+        return Conversation(rules, replace(task, messages=shown), split, index)
 
     def take_counts(self) -> dict[str, float]:
         """What the tools did since this was last called: ``tool/<name>/calls`` and so on."""
@@ -161,9 +183,12 @@ def _check_numbers(**found: Any) -> None:
             raise ConfigError(f"{field} is {of_value(value)} ({of_type(value)}); expected {expected}")
 
 
-def _check_texts(system: Any, error_text: Any) -> None:
-    if system is not None and not isinstance(system, str):
-        raise ConfigError(f"system is {of_value(system)} ({of_type(system)}); expected a text")
+def _check_texts(*, system: Any, synthesizer: Any, error_text: Any, notes: Any) -> None:
+    for field, found in (("system", system), ("synthesizer", synthesizer)):
+        if found is not None and not isinstance(found, str):
+            raise ConfigError(f"{field} is {of_value(found)} ({of_type(found)}); expected a text")
+    if not isinstance(notes, str) or "{notes}" not in notes:
+        raise ConfigError(f"notes is {of_value(notes)}; expected a text with {{notes}} in it")
     if not isinstance(error_text, str) or "{error}" not in error_text:
         raise ConfigError(f"error_text is {of_value(error_text)}; expected a text with {{error}} in it")
 
