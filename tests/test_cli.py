@@ -783,7 +783,7 @@ def test_a_warm_start_for_another_environment_is_refused(folder: Path, capsys: p
     words = ["train", config_file(folder), "--model.warm_start", "true", "--environment.name", "my.env:make"]
     assert main.main([*words, "--actor.engine", "transformers"]) == 2
     assert said(capsys).startswith(
-        "model.warm_start makes a policy for hopqa or passage_qa or next_text, these only, not for env"
+        "model.warm_start makes a policy for hopqa or ledger_qa or passage_qa or next_text, these only, not for env"
     )
 
 

@@ -122,7 +122,9 @@ IMPURE_IMPORTS = {
 IMPURE_CALLS = {"open", "print", "input"}
 IMPURE_METHODS = {"read_text", "write_text", "read_bytes", "write_bytes", "open", "mkdir", "unlink", "touch"}
 
-WARM_STARTS = {f"atpo_async.environments.{name}.warm_start" for name in ("hopqa", "next_text", "passage_qa")}
+WARM_STARTS = {
+    f"atpo_async.environments.{name}.warm_start" for name in ("hopqa", "ledger_qa", "next_text", "passage_qa")
+}
 """They make the demos' policies, each as a process of its own."""
 POLICY_MAKERS = WARM_STARTS | {"atpo_async.environments.policy_training"}
 """They and what they share."""

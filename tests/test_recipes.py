@@ -227,7 +227,7 @@ def test_the_plan_has_every_recipe_with_its_scale_and_its_own_folder(folder: Pat
     assert len({run.path for run in runs}) == len(runs)
     for run in runs:
         assert (run.config.run.seed, run.config.run.steps, run.config.learner.weight_decay) == (run.seed, STEPS, 0.5)
-        assert run.config.search.max_leaves == 9, "all recipes get as many rollouts of a task"
+        assert run.config.max_leaves == 9, "all recipes get as many rollouts of a task"
         assert run.config.staleness.trees_per_batch == 12
         assert run.arguments[:2] == ("configs/demo.toml", f"configs/recipes/{run.recipe}.toml")
 

@@ -237,6 +237,8 @@ def team_config(**sections: dict[str, object]) -> Config:
         ({"buffer": {"ready": "partial"}}, "buffer.ready = 'partial' with team.proposers = 2"),
         ({"search": {"turn_reward": "information-gain"}}, "turn_reward = 'information-gain' with team.proposers"),
         ({"search": {"prune_duplicates": True}}, "search.prune_duplicates = true with team.proposers = 2"),
+        ({"credit": {"normalise_leaves": "batch"}}, "credit.normalise_leaves = 'batch' with team.proposers = 2"),
+        ({"credit": {"whiten_advantages": True}}, "credit.whiten_advantages = true with team.proposers = 2"),
         ({"imitation": {"rows": 8}}, "imitation.rows = 8 with team.proposers = 2"),
         ({"team": {"teams": 1}}, "team.teams"),
         ({"team": {"local_share": 1.5}}, "team.local_share"),

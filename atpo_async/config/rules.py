@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from atpo_async.config import doors, loss_rules
 from atpo_async.config.loss_rules import word
 from atpo_async.config.sections.expansion import fault_of
+from atpo_async.config.sections.team import fault_of_team
 from atpo_async.core.errors import AtpoError
 from atpo_async.core.loss_traits import CorrectionTraits
 
@@ -86,46 +87,8 @@ def _expansion(config: Config) -> None:
 
 
 def _teams(config: Config) -> None:
-    team = config.team
-    if not team.on:
-        return
-    if team.pooled and team.pooled < team.proposers:
-        raise ValueError(
-            f"team.pooled = {team.pooled} proposers are fewer than the team.proposers = {team.proposers} that each "
-            "team reads: raise it, or set it to 0, where every team has its own"
-        )
-    if team.pooled % team.proposers:
-        raise ValueError(
-            f"team.pooled = {team.pooled} is no multiple of team.proposers = {team.proposers}: a pool has as many "
-            f"proposers for each seat of a team; use {team.pooled - team.pooled % team.proposers + team.proposers}"
-        )
-    if config.buffer.ready == "partial":
-        raise ValueError(
-            f"buffer.ready = 'partial' with team.proposers = {team.proposers}: what a proposer has earned is known "
-            "only when the group is closed; use --buffer.ready complete"
-        )
-    if config.search.turn_reward != "none":
-        raise ValueError(
-            f"search.turn_reward = {config.search.turn_reward!r} with team.proposers = {team.proposers}: what a turn "
-            "tells of the right answer is measured under one prompt, and a team has several; use --search.turn_reward "
-            "none, or let the environment pay turns (StepResult.turn_reward)"
-        )
-    if config.search.prune_duplicates:
-        raise ValueError(
-            f"search.prune_duplicates = true with team.proposers = {team.proposers}: it closes branches, and a "
-            "member of a team is none; use --search.prune_duplicates false"
-        )
-    if config.imitation.rows:
-        raise ValueError(
-            f"imitation.rows = {config.imitation.rows} with team.proposers = {team.proposers}: a leaf is kept by how "
-            "much better it did than its tree, and a group has several; use --imitation.rows 0"
-        )
-    if team.cue_tokens * team.proposers >= config.model.max_context_tokens:
-        raise ValueError(
-            f"team.proposers = {team.proposers} cues of up to team.cue_tokens = {team.cue_tokens} fill "
-            f"model.max_context_tokens = {config.model.max_context_tokens}: the synthesizer has no space to act; lower "
-            "team.cue_tokens"
-        )
+    if fault := fault_of_team(config):
+        raise ValueError(fault)
 
 
 def _a_transport_is_left(config: Config) -> None:

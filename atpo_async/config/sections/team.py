@@ -5,9 +5,14 @@ Source: Rhombus (Findings of ACL 2026, 1956): one shared model, roles by prompt,
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
 from atpo_async.config.sections.base import Section
+
+if TYPE_CHECKING:
+    from atpo_async.config.schema import Config
 
 
 class TeamConfig(Section):
@@ -41,3 +46,67 @@ class TeamConfig(Section):
     def max_leaves(self) -> int:
         """Chains of a training group."""
         return self.pool + self.teams
+
+
+def fault_of_team(config: Config) -> str | None:
+    """What contradicts teams, and the way out; None where nothing does, or there are none."""
+    team = config.team
+    if not team.on:
+        return None
+    if team.pooled and team.pooled < team.proposers:
+        return (
+            f"team.pooled = {team.pooled} proposers are fewer than the team.proposers = {team.proposers} that each "
+            "team reads: raise it, or set it to 0, where every team has its own"
+        )
+    if team.pooled % team.proposers:
+        return (
+            f"team.pooled = {team.pooled} is no multiple of team.proposers = {team.proposers}: a pool has as many "
+            f"proposers for each seat of a team; use {team.pooled - team.pooled % team.proposers + team.proposers}"
+        )
+    if team.cue_tokens * team.proposers >= config.model.max_context_tokens:
+        return (
+            f"team.proposers = {team.proposers} cues of up to team.cue_tokens = {team.cue_tokens} fill "
+            f"model.max_context_tokens = {config.model.max_context_tokens}: the synthesizer has no space to act; lower "
+            "team.cue_tokens"
+        )
+    for clashes, setting, why, way_out in _of_trees_alone(config):
+        if clashes:
+            return f"{setting} with team.proposers = {team.proposers}: {why}; use {way_out}"
+    return None
+
+
+def _of_trees_alone(config: Config) -> tuple[tuple[bool, str, str, str], ...]:
+    """(whether it is so, the setting, why a group cannot have it, the way out) of settings for single trees."""
+    search, credit, buffer = config.search, config.credit, config.buffer
+    return (
+        (
+            buffer.ready == "partial", "buffer.ready = 'partial'",
+            "what a proposer has earned is known only when the group is closed", "--buffer.ready complete",
+        ),
+        (
+            search.turn_reward != "none", f"search.turn_reward = {search.turn_reward!r}",
+            "what a turn tells of the right answer is measured under one prompt, and a team has several",
+            "--search.turn_reward none, or let the environment pay turns (StepResult.turn_reward)",
+        ),
+        (
+            search.prune_duplicates, "search.prune_duplicates = true",
+            "it closes branches, and a member of a team is none", "--search.prune_duplicates false",
+        ),
+        (
+            config.imitation.rows > 0, f"imitation.rows = {config.imitation.rows}",
+            "a leaf is kept by how much better it did than its tree, and a group has several", "--imitation.rows 0",
+        ),
+        (
+            credit.normalise_leaves == "batch", "credit.normalise_leaves = 'batch'",
+            "rewards of both roles would have one deviation", "--credit.normalise_leaves true",
+        ),
+        (
+            credit.whiten_advantages, "credit.whiten_advantages = true",
+            "advantages of both roles would have one mean", "--credit.whiten_advantages false",
+        ),
+        (
+            credit.advantage_mode in ("preference", "optimal_value"),
+            f"credit.advantage_mode = {credit.advantage_mode!r}",
+            "it compares what was said to one prompt, and members of a role may have several", "node_value",
+        ),
+    )  # fmt: skip

@@ -14,7 +14,18 @@ import numpy as np
 
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.environments.base import Episode, ReplayFork, Split, StepResult
-from atpo_async.environments.hopqa.world import ANSWER, END, UNK, Answer, Task, World, read_action, turn_limit
+from atpo_async.environments.hopqa.world import (
+    ANSWER,
+    CLOSE,
+    END,
+    OPEN,
+    UNK,
+    Answer,
+    Task,
+    World,
+    read_action,
+    turn_limit,
+)
 from atpo_async.environments.reference import Reference
 
 NOTHING = np.zeros(0, dtype=np.int32)
@@ -81,8 +92,21 @@ class HopQA(ReplayFork):
                 f"hopqa has no task {task_index} in split {split!r}: eval has {self._eval_tasks} "
                 "(environment.options.eval_tasks), train has no end"
             )
+        return self._episode(split, task_index)
+
+    def cue(self, split: Split, task_index: int, actions: tuple[np.ndarray, ...]) -> np.ndarray | None:
+        """Of a team's proposer: the name that it answered; None where it did not."""
+        said = read_action(self.decode(actions[-1]))
+        return self.encode((said.name,)) if isinstance(said, Answer) and said.name in self._id_of else None
+
+    async def start_synthesizer(self, split: Split, task_index: int, cues: tuple[np.ndarray, ...]) -> HopQAEpisode:
+        """The same task, and after the question the names that proposers answered, as the tool names them."""
+        notes = tuple(word for cue in cues if len(cue) for word in (OPEN, *self.decode(cue), CLOSE))
+        return self._episode(split, task_index, notes)
+
+    def _episode(self, split: Split, task_index: int, notes: tuple[str, ...] = ()) -> HopQAEpisode:
         task = self.world.task(split, task_index)
-        return HopQAEpisode(self, task, self._turn_limit or turn_limit(len(task.relations)))
+        return HopQAEpisode(self, task, self._turn_limit or turn_limit(len(task.relations)), notes)
 
     def reference(self, split: Split, task_index: int) -> Reference:
         """The name, behind the word that opens an answer."""
@@ -101,16 +125,17 @@ class HopQA(ReplayFork):
 class HopQAEpisode:
     """One question being answered."""
 
-    def __init__(self, environment: HopQA, task: Task, max_turns: int) -> None:
+    def __init__(self, environment: HopQA, task: Task, max_turns: int, notes: tuple[str, ...] = ()) -> None:
         self._environment = environment
         self._max_turns = max_turns
         self._turns = 0
         self._over = False
+        self._notes = notes
         self.task = task
 
     @property
     def prompt(self) -> np.ndarray:
-        return self._environment.encode(self.task.question)
+        return self._environment.encode((*self.task.question, *self._notes))
 
     async def step(self, action: np.ndarray) -> StepResult:
         if self._over:

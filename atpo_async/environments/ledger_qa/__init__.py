@@ -1,1 +1,1 @@
-"""ledger_qa: totals over ledgers of which each proposer reads one, answered by a synthesizer that reads none."""
+"""ledger_qa: questions over ledgers of which each proposer reads one, answered by a synthesizer that reads none."""

@@ -1,6 +1,6 @@
 """The small policy of ledger_qa: a Qwen3 model made from nothing and warm-started on faulty demonstrations.
 
-It learns the form of both roles' actions, to look a name up, and to add, with the demonstrator's mistakes
+It learns the form of both roles' actions, to look a name up, and to compare notes, with the demonstrator's mistakes
 (``world.Habits``), which reinforcement learning has to remove.  torch is imported only when there is something to make.
 """
 

@@ -1,8 +1,8 @@
 """The world of ledger_qa: ledgers of names and digits, questions about them, what members say, demonstrations.
 
-"Ledger ada4 cy2 bob7 . units of cy ?" is what a proposer reads: one ledger, and the question, which asks for the
-last digit of the total that a name has over all ledgers.  Its action may think first: "cy2 note 2 <end>" notes 2.  The
-synthesizer reads the notes and no ledger, "Notes 2 . 9 . units of cy ?", and answers "1 <end>".  Ledgers are drawn anew
+"Ledger ada4 cy2 bob7 . most of cy ?" is what a proposer reads: one ledger, and the question, which asks for the
+largest digit that a name has in any ledger.  Its action may think first: "cy2 note 2 <end>" notes 2.  The
+synthesizer reads the notes and no ledger, "Notes 2 . 9 . most of cy ?", and answers "9 <end>".  Ledgers are drawn anew
 for every task, so nothing can be learnt by heart.
 
 Pure: tasks follow from (seed, stream, index) alone; demonstrations draw from a generator passed in.
@@ -21,7 +21,7 @@ from atpo_async.environments.hopqa.world import END, PAD, SPECIAL_WORDS
 Stream = Literal["train", "eval", "demo"]
 """``demo`` is what the warm start sees.  Each has ledgers of its own."""
 
-LEDGER, NOTES, NOTE, STOP, UNITS, OF, ASK = "Ledger", "Notes", "note", ".", "units", "of", "?"
+LEDGER, NOTES, NOTE, STOP, MOST, OF, ASK = "Ledger", "Notes", "note", ".", "most", "of", "?"
 DIGITS = tuple("0123456789")
 NAMES = ("ada", "bob", "cy", "dora", "eve", "finn", "gus", "hal", "ivy", "jon", "kit", "lee")
 MOST_LEDGERS = 8
@@ -60,7 +60,7 @@ class Ledgers:
             NOTES,
             NOTE,
             STOP,
-            UNITS,
+            MOST,
             OF,
             ASK,
             *DIGITS,
@@ -90,7 +90,7 @@ class Task:
 
     @property
     def question(self) -> tuple[str, ...]:
-        return UNITS, OF, self.asked, ASK
+        return MOST, OF, self.asked, ASK
 
     def digit(self, ledger: int) -> str:
         """What the ledger has of the name that is asked for."""
@@ -98,7 +98,7 @@ class Task:
 
     @property
     def answer(self) -> str:
-        return DIGITS[sum(int(self.digit(ledger)) for ledger in range(len(self.pages))) % 10]
+        return max(self.digit(ledger) for ledger in range(len(self.pages)))
 
     def read_by(self, ledger: int) -> tuple[str, ...]:
         """A proposer's prompt."""
@@ -136,8 +136,8 @@ class Habits:
     """Share of actions with a slip: another digit than the one thought of."""
     mixed_up: int = 2
     """Of so many names, the first ones, the digit of the entry beside them is often noted."""
-    carries: bool = True
-    """The carry of a total is often added to its last digit."""
+    hasty: bool = True
+    """The first note is often taken for the largest."""
     rate: float = 0.65
     """Share of the times that a systematic mistake is made."""
 
@@ -150,7 +150,6 @@ class Habits:
         return name + digit, NOTE, (rng.choice(DIGITS) if rng.random() < self.noise else digit), END
 
     def synthesis(self, task: Task, rng: Random) -> tuple[str, ...]:
-        total = sum(int(task.digit(ledger)) for ledger in range(len(task.pages)))
-        if self.carries and total >= 10 and rng.random() < self.rate:
-            total += total // 10
-        return (rng.choice(DIGITS) if rng.random() < self.noise else DIGITS[total % 10]), END
+        hasty = self.hasty and rng.random() < self.rate
+        said = task.digit(0) if hasty else task.answer
+        return (rng.choice(DIGITS) if rng.random() < self.noise else said), END
