@@ -44,6 +44,10 @@ class Recipe(TrainingRecipe):
     """Everything that decides what the model becomes."""
 
     noise: float = 0.25
+    layers: int = 3
+    width: int = 96
+    batch_size: int = 24
+    """Tasks, each with a row for every member."""
     ledgers: int = 2
     entries: int = 4
     num_names: int = 6
