@@ -221,7 +221,7 @@ def test_a_warm_start_makes_one_policy_for_all_hopqa_of_a_run_and_says_where_non
         command({"hops": 2}, {"hops": True})
     with pytest.raises(
         ConfigError,
-        match=r"for hopqa or ledger_qa or passage_qa or next_text, these only, not for environments\.0\.name = 'my\.task:make'",
+        match=r"or passage_qa or next_text, these only, not for environments\.0\.name = 'my\.task:make'",
     ):
         command(other=True)
 

@@ -4,7 +4,7 @@ from atpo_async.config.files import as_options, build, load, recipe_of, resolved
 from atpo_async.config.options import get, parse_value, split_options, unknown_option
 from atpo_async.config.schema import Config, fields
 from atpo_async.config.sections.data import StalenessConfig
-from atpo_async.config.sections.generation import SearchConfig
+from atpo_async.config.sections.generation import SearchConfig, TeamConfig
 from atpo_async.config.sections.learning import (
     CorrectionConfig,
     CreditConfig,
@@ -13,7 +13,6 @@ from atpo_async.config.sections.learning import (
     ObjectiveConfig,
 )
 from atpo_async.config.sections.run import SupervisorConfig
-from atpo_async.config.sections.team import TeamConfig
 from atpo_async.config.sections.transport import LinksConfig, WeightsConfig
 from atpo_async.config.staleness import STALENESS_KNOBS, derived_bounds
 

@@ -14,7 +14,7 @@ from atpo_async.config import Config, loss_rules
 from atpo_async.config.credit_rule import credit_rule
 from atpo_async.config.doors import DOORS, SINK
 from atpo_async.config.sections.base import door_of
-from atpo_async.config.sections.team import TeamConfig
+from atpo_async.config.sections.generation import TeamConfig
 
 NONZERO = "anything but 0"
 """In ``WORKS_WITH``: the other setting may be any number but 0."""

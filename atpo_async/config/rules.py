@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from atpo_async.config import doors, loss_rules
 from atpo_async.config.loss_rules import word
 from atpo_async.config.sections.expansion import fault_of
-from atpo_async.config.sections.team import fault_of_team
+from atpo_async.config.sections.generation import fault_of_team
 from atpo_async.core.errors import AtpoError
 from atpo_async.core.loss_traits import CorrectionTraits
 

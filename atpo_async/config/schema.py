@@ -18,12 +18,11 @@ from atpo_async.config.sections.cluster import RayConfig
 from atpo_async.config.sections.coefficients import is_coefficient
 from atpo_async.config.sections.data import BufferConfig, StalenessConfig
 from atpo_async.config.sections.environments import MOST_ENVIRONMENTS, EnvironmentConfig, WeightedEnvironment
-from atpo_async.config.sections.generation import ActorConfig, ModelConfig, SearchConfig
+from atpo_async.config.sections.generation import ActorConfig, ModelConfig, SearchConfig, TeamConfig
 from atpo_async.config.sections.imitation import ImitationConfig
 from atpo_async.config.sections.implicit import ImplicitRewardConfig
 from atpo_async.config.sections.learning import CorrectionConfig, CreditConfig, LearnerConfig, ObjectiveConfig
 from atpo_async.config.sections.run import EvalConfig, MetricsConfig, RunConfig, SupervisorConfig
-from atpo_async.config.sections.team import TeamConfig
 from atpo_async.config.sections.transport import LinksConfig, WeightsConfig
 from atpo_async.core.doors import Door, Option
 
