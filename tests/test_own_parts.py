@@ -20,7 +20,7 @@ from tests.learner_support import make_model
 
 PARTS = """
 import numpy as np
-from atpo_async.core.loss_traits import CorrectionTraits, declares
+from atpo_async.core.loss_traits import CorrectionTraits, Needs, TermTraits, declares
 
 calls = []
 
@@ -32,6 +32,14 @@ def wrong(arrays, values, root_value): raise KeyError("no such turn")
 
 @declares(CorrectionTraits(corrects=False))
 def nothing(ratios, settings): ...
+
+def short(settings, *, reach=1):
+    if reach > 9:
+        raise ValueError(f"reach = {reach} is more than 9")
+
+@declares(TermTraits(check=short, needs=Needs(entropy=True)))
+def term(tokens, settings, *, reach=1): ...
+def weight(tokens, now, settings): ...
 """
 
 
@@ -54,6 +62,21 @@ def refused(**sections: dict[str, Any]) -> Callable[[], None]:
     ("sections", "error", "said"),
     [
         ({"objective": {"surrogate": "parts_of_mine:los"}}, ConfigError, "did you mean parts_of_mine:loss?"),
+        (
+            {"objective": {"terms": ["parts_of_mine:term"], "term_options": {"parts_of_mine:term": {"reach": 10}}}},
+            ConfigError,
+            "objective.term_options.parts_of_mine:term: reach = 10 is more than 9",
+        ),
+        (
+            {"objective": {"terms": ["parts_of_mine:term"]}, "correction": {"prox": "interpolate"}},
+            ConfigError,
+            "objective.terms, 'parts_of_mine:term', needs them",
+        ),
+        (
+            {"objective": {"token_weights": ["parts_of_mine:term"]}},
+            ConfigError,
+            r"a token weight is called as \(tokens, now, settings,",
+        ),
         (
             {"search": {"strategy": "parts_of_mine:loss", "expand": "online"}},
             ConfigError,

@@ -26,13 +26,15 @@ from atpo_async.config.doors import (
     ENGINE,
     ENVIRONMENT,
     STRATEGY,
+    TERM,
+    TOKEN_WEIGHT,
     VALUE_MODE,
     strategy_door,
 )
-from atpo_async.config.loss_rules import check_bias, check_correction
+from atpo_async.config.loss_rules import check_bias, check_correction, check_part
 from atpo_async.core.doors import Door, Option
 from atpo_async.core.errors import AtpoError, ConfigError
-from atpo_async.core.loss_traits import CorrectionTraits, declared
+from atpo_async.core.loss_traits import CorrectionTraits, TermTraits, TokenWeightTraits, declared
 from atpo_async.core.schedule import at_first
 
 IMPORTING, STILL = "importing: ", "still importing: "
@@ -83,13 +85,15 @@ def look_at(config: Config, about: Callable[[str], None]) -> None:
         found = door.offered(name, options)
         if door is ADVANTAGE_MODE or (door is VALUE_MODE and ":" not in config.credit.advantage_mode):
             try_credit(config.credit)  # tries both, once both are there
-        if door is CORRECTION:
-            traits = declared(found, CorrectionTraits())
-            try:
+        try:
+            if door is CORRECTION:
+                traits = declared(found, CorrectionTraits())
                 check_correction(config.correction, traits)
                 check_bias(config, traits)
-            except ValueError as exc:
-                raise ConfigError(str(exc)) from exc
+            if door in (TERM, TOKEN_WEIGHT):
+                check_part(config, door, name, declared(found, TermTraits() if door is TERM else TokenWeightTraits()))
+        except ValueError as exc:
+            raise ConfigError(str(exc)) from exc
 
 
 class ImportWatch:
