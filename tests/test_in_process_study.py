@@ -18,7 +18,8 @@ from atpo_async.study.cells import CellResult
 from atpo_async.study.folder import StudyFolder
 from atpo_async.study.runner import Job, run_cells
 from atpo_async.study.workers.in_process import InProcess
-from tests.test_study import DEADLINE_S, Quiet, jobs_of, plan_of, records_of, until
+from tests.study_support import plan_of
+from tests.test_study import DEADLINE_S, Quiet, jobs_of, records_of, until
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 

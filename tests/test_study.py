@@ -1,144 +1,42 @@
-"""Studies: the grid, what a cell's run says, what the cells say together, resuming, and stopping without a trace."""
+"""Studies: what a cell's run says, running and going on, and stopping without a trace."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import csv
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import sys
 import textwrap
-import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
+from atpo_async.api.studies.running import Request, jobs_here, study
 from atpo_async.cli import main
-from atpo_async.cli.study import Request, jobs_here, left_out, study
-from atpo_async.config import Config, build, load
+from atpo_async.cli.study import left_out
+from atpo_async.config import Config, as_options, build
 from atpo_async.core.errors import ConfigError, RunMismatch, SetupError
 from atpo_async.run import processes
 from atpo_async.run.metrics import MetricsWriter, Record
 from atpo_async.run.rundir import RunDir
-from atpo_async.study import outputs
-from atpo_async.study.cells import COLUMNS, Cell, CellResult, figures_of, from_json, to_json, unfinished
-from atpo_async.study.conclusions import conclusions
-from atpo_async.study.figure import COLORS, MARKERS, PANELS, write_figure
+from atpo_async.study.cells import COLUMNS, Cell, CellResult, figures_of, tokens_of, unfinished
 from atpo_async.study.folder import StudyFolder
-from atpo_async.study.origin import Origin
-from atpo_async.study.page import page
-from atpo_async.study.plan import CORRECTIONS, DEFAULT_CORRECTIONS, Plan
-from atpo_async.study.plots import mark
+from atpo_async.study.output import outputs
+from atpo_async.study.pace import Pace, Running
+from atpo_async.study.plan import Plan
 from atpo_async.study.progress import StudyProgress, outcome
-from atpo_async.study.runner import Job, OnStep, TrainProcess, clear_run, read_result, run_cells, until_interrupted
-from atpo_async.study.summary import RESOLUTION, Summary, Yardstick, compare
-from atpo_async.study.tables import to_csv
+from atpo_async.study.results.summary import Summary
+from atpo_async.study.runner import Job, TrainProcess, clear_run, read_result, run_cells, until_interrupted
+from tests.study_support import FILES, ROOT, FakeRunner, cell, done, failed, plan_of
 
-ROOT = Path(__file__).resolve().parent.parent
-FILES = [ROOT / "configs" / "demo.toml", ROOT / "configs" / "staleness.toml"]
 DEADLINE_S = 60.0
-
-
-def base(**options: object) -> Config:
-    return load(FILES, {name.replace("__", "."): str(value) for name, value in options.items()})
-
-
-def plan_of(config: Config | None = None, /, **grid: object) -> Plan:
-    options: dict[str, object] = {"lags": "0,4", "corrections": "none,turn", "seeds": 2} | grid
-    return Plan.of(config or base(run__steps=6), **options)  # type: ignore[arg-type]
-
-
-# --- the grid -----------------------------------------------------------------------------------------------------
-
-
-def test_every_cell_of_every_named_correction_is_a_run_that_a_configuration_allows() -> None:
-    plan = Plan.of(base(), lags="16,0,2,8,2", corrections=",".join(CORRECTIONS), seeds=2)
-    cells = plan.cells()
-    assert plan.lags == (0, 2, 8, 16)
-    assert plan.seeds == (1, 2)
-    assert len(cells) == len({cell.name for cell in cells}) == 4 * len(CORRECTIONS) * 2
-    for cell in cells:
-        config = plan.config(cell, runs=Path("somewhere"))
-        assert (config.run.name, config.run.seed, config.run.dir) == (cell.name, cell.seed, Path("somewhere"))
-        assert (config.staleness.exact_lag, config.staleness.max_lag) == (cell.lag, cell.lag)
-        assert config.correction.ess_floor == 0
-        assert config.supervisor.max_restarts == 0
-
-
-def test_the_names_of_corrections_mean_what_they_say() -> None:
-    plan = Plan.of(base(), lags="4", corrections="none,token,turn,turn+ess", seeds=1)
-    found = {cell.correction: plan.config(cell, runs=Path("r")).correction for cell in plan.cells()}
-    assert found["none"].action == "none"
-    assert found["none"].accept_bias
-    assert (found["token"].action, found["token"].level, found["token"].exponent) == ("truncate", "token", "fixed")
-    assert (found["turn"].action, found["turn"].level, found["turn"].exponent) == ("truncate", "turn", "fixed")
-    assert (found["turn+ess"].level, found["turn+ess"].exponent) == ("turn", "ess")
-    assert not any(found[name].accept_bias for name in ("token", "turn", "turn+ess"))
-
-
-def test_every_lag_grows_as_many_batches_whose_success_counts() -> None:
-    plan = plan_of(lags="0,3,5")
-    assert [plan.config(cell, runs=Path("r")).run.steps for cell in plan.cells()[::2][:3]] == [6, 9, 11]
-
-
-def test_the_whole_grid_comes_once_before_a_second_seed() -> None:
-    assert [cell.seed for cell in plan_of().cells()] == [1] * 4 + [2] * 4
-
-
-@pytest.mark.parametrize(
-    ("grid", "words"),
-    [
-        ({"lags": "0,two"}, "--lags 0,two: 'two' is no lag; lags are learner versions from 0 on"),
-        ({"lags": "-1"}, "'-1' is no lag"),
-        ({"lags": "0,6"}, "lag 6 with run.steps = 6 would never be reached"),
-        ({"seeds": 2**31}, "seeds are below 2147483648"),
-        ({"lags": " , "}, "--lags names nothing"),
-        ({"corrections": "turn,tokens"}, f"'tokens' is unknown; known: {', '.join(CORRECTIONS)}"),
-        ({"corrections": ""}, "--corrections names nothing"),
-        ({"seeds": 0}, "--seeds must be >= 1, got 0"),
-        ({"options": ["correction.level"]}, "--correction.level: the grid of the study sets it; use --corrections"),
-        ({"options": ["staleness.max_lag"]}, "the grid of the study sets it; use --lags"),
-        ({"options": ["run.name"]}, "the grid of the study sets it; use --out"),
-    ],
-)
-def test_a_grid_that_makes_no_sense_is_refused_with_the_way_out(grid: dict[str, object], words: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(words)):
-        plan_of(**grid)
-
-
-def test_a_schedule_that_ends_with_the_run_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"use --learner\.schedule constant"):
-        Plan.of(base(learner__schedule="linear"))
-
-
-def test_a_configuration_that_cannot_be_exactly_that_old_is_refused_before_anything_runs() -> None:
-    twice = load(FILES[0], {"staleness.max_uses": "2", "learner.schedule": "constant"})
-    with pytest.raises(ConfigError, match=r"cell lag 4, none, seed 1: staleness\.exact_lag = 4 needs .*max_uses = 1"):
-        Plan.of(twice, lags="4")
-
-
-def test_what_bears_on_a_cell_is_in_its_settings_and_where_it_lies_is_not() -> None:
-    cell = Cell(lag=4, correction="turn", seed=1)
-    settings = plan_of().settings(cell)
-    assert settings == plan_of(lags="4,5", corrections="turn", seeds=5).settings(cell)
-    assert settings["staleness.exact_lag"] == 4
-    assert settings["run.seed"] == 1
-    assert not {"run.dir", "run.name", "model.path"} & set(settings)
-    assert settings != plan_of().settings(replace(cell, seed=2))
-    other = Plan.of(base(run__steps=6, learner__lr="0.5"), lags="4", corrections="turn", seeds=1).settings(cell)
-    assert {name for name in settings if settings[name] != other[name]} == {"learner.lr"}
-
 
 # --- a cell's figures ---------------------------------------------------------------------------------------------
 
@@ -154,7 +52,7 @@ def records_of(success: Sequence[float | None], *, lag: int = 0, greedy: float |
             "train/loss": 0.1, "lag/mean": float(age), "lag/max": float(age), "is/ess_frac_turn": 1 - age / 10,
             "is/ess_frac": 1 - age / 20, "kl/mu_prox_k1": -0.01 * age, "kl/mu_prox_k3": 0.02 * age,
             "is/truncated_share": age / 100, "train/trees": 4.0, "buffer/dropped_stale": 1.0 if step == 1 else 0.0,
-            "guard/skipped_updates": 2.0,
+            "guard/skipped_updates": 2.0, "train/tokens": 100.0,
         }  # fmt: skip
         if value is not None:
             metrics["train/success"] = value
@@ -180,7 +78,10 @@ def test_the_figures_of_a_cell_follow_from_its_records() -> None:
     assert found["truncated"] == pytest.approx(0.02)
     assert found["dropped"] == pytest.approx(1 / 32)
     assert found["skipped_updates"] == 2
-    assert set(found) | {"seconds"} == {column.key for column in COLUMNS}
+    assert (found["steps"], found["collapsed"]) == (6, 0)
+    assert (found["tokens"], found["tokens_to_goal"]) == (600, 500)
+    assert (found["trained_s"], found["seconds_to_goal"]) == (5, 4)  # from the first record on
+    assert set(found) | {"seconds", "at_tokens"} == {column.key for column in COLUMNS}
 
 
 def test_success_that_never_gets_there_has_no_step_at_which_it_did() -> None:
@@ -207,333 +108,32 @@ def test_a_run_that_ended_too_early_says_what_is_missing(records: list[Record], 
     assert unfinished(records, steps=5, lag=2, evaluates=True) == reason
 
 
+@pytest.mark.parametrize(
+    ("success", "reason"),
+    [
+        ([0.1] * 8 + [None, None], None),  # the last batches were of trees that had come in before
+        ([0.1] * 7 + [None] * 3, "sampled success is not known after step 7 of 10"),
+        ([None] * 9 + [0.1], "sampled success is not known after step 10 of 10"),
+    ],
+)
+def test_a_run_whose_lag_is_not_exact_may_lack_the_success_of_its_last_steps(
+    success: list[float | None], reason: str | None
+) -> None:
+    assert unfinished(records_of(success), steps=10, lag=None, evaluates=True) == reason
+
+
+def test_tokens_count_up_to_each_step_also_of_steps_without_success() -> None:
+    assert tokens_of(records_of([0.1, None, 0.3]), [(1, 0.1), (3, 0.3)]) == [100, 300]
+    assert tokens_of([], [(1, 0.1)]) == []
+
+
 def test_an_evaluation_that_was_not_asked_for_is_not_missing() -> None:
     records = records_of([0.1] * 5, greedy=None)
     assert unfinished(records, steps=5, lag=0, evaluates=False) is None
     assert "greedy" not in figures_of(records, steps=5, lag=0)
 
 
-# --- what the cells say together ------------------------------------------------------------------------------------
-
-FAILED = "failed"
-Value = float | str | None
-"""Final sampled success, FAILED, or None for a cell that has not ended."""
-
-
-def summary_of(grid: Mapping[tuple[int, str], Sequence[Value]], **more: float) -> Summary:
-    """``more``: further figures, the same in every cell."""
-    results = []
-    for (lag, name), values in grid.items():
-        for seed, value in enumerate(values, 1):
-            cell = Cell(lag=lag, correction=name, seed=seed)
-            if value == FAILED:
-                results.append(CellResult(cell=cell, status="failed", reason="learner: loss is nan"))
-            elif value is not None:
-                figures = {"sampled": float(value), "ess_turn": 0.5, "kl_k3": 0.01, "seconds": 9.0} | more
-                curve = [(1, 0.1), (2, float(value))]
-                results.append(CellResult(cell=cell, status="done", figures=figures, curve=curve))
-    lags = sorted({lag for lag, _ in grid})
-    names = list(dict.fromkeys(name for _, name in grid))
-    seeds = range(1, 1 + max(len(values) for values in grid.values()))
-    return Summary.of(results, lags=lags, corrections=names, seeds=tuple(seeds))
-
-
-EXPECTED: dict[tuple[int, str], Sequence[Value]] = {
-    (0, "none"): (0.95, 0.97), (0, "turn"): (0.96, 0.96),
-    (2, "none"): (0.93, 0.97), (2, "turn"): (0.95, 0.97),
-    (8, "none"): (0.02, 0.04), (8, "turn"): (0.93, 0.97),
-    (16, "none"): (0.01, 0.02), (16, "turn"): (0.70, 0.76),
-}  # fmt: skip
-
-
-def test_what_staleness_does_and_what_undoes_it_is_stated_with_its_figures() -> None:
-    assert conclusions(summary_of(EXPECTED), {"turn": "turn-level truncation"}) == [
-        "At lag 16 training without a correction ends at 0.01 (0.01–0.02); higher: with turn-level truncation at "
-        "0.73 (0.70–0.76).",
-        "At lag 8 training without a correction ends at 0.03 (0.02–0.04); higher: with turn-level "
-        "truncation at 0.95 (0.93–0.97).",
-        "At lags 0 and 2 nothing is told apart from training without a correction beyond what seeds do: the means are "
-        "0.95 to 0.96, the largest difference at one lag is 0.01, the largest spread over seeds 0.04.",
-        "Without a correction, success is 0.96 (0.95–0.97) at lag 0 and below that at lag 8 (0.03) and lag 16 (0.01).",
-        "With turn-level truncation, success is 0.96 (0.96–0.96) at lag 0 and below that at lag 16 (0.73).",
-    ]
-
-
-def test_a_grid_in_which_nothing_differs_is_described_as_such() -> None:
-    grid = {(lag, name): (0.93, 0.96) for lag in (0, 2, 8) for name in ("none", "token", "turn")}
-    found = conclusions(summary_of(grid))
-    assert found[0].startswith("At lags 0, 2 and 8 nothing is told apart from training without a correction")
-    assert found[1] == "Among the corrections themselves none is told apart from another, at lags 0, 2 and 8."
-    assert found[2].startswith("Without a correction, with token or with turn, success up to lag 8 is not told apart")
-    assert len(found) == 3
-
-
-def test_a_difference_within_the_spread_over_seeds_is_not_stated() -> None:
-    found = conclusions(summary_of({(8, "none"): (0.2, 0.6), (8, "turn"): (0.65, 0.95)}))
-    assert found == [
-        "At lag 8 nothing is told apart from training without a correction beyond what seeds do: the means are 0.40 to "
-        "0.80, the largest difference at one lag is 0.40, the largest spread over seeds 0.40."
-    ]
-
-
-def test_seeds_that_disagree_elsewhere_in_the_grid_make_a_small_difference_doubtful() -> None:
-    near = {(2, "none"): (0.80, 0.81), (2, "turn"): (0.90, 0.91)}
-    quiet = {(8, "none"): (0.10, 0.11), (8, "turn"): (0.90, 0.91)}
-    noisy = {(8, "none"): (0.10, 0.60), (8, "turn"): (0.30, 0.91)}
-    assert any("At lag 2 training" in line for line in conclusions(summary_of(near | quiet)))
-    assert not any("At lag 2 training" in line for line in conclusions(summary_of(near | noisy)))
-
-
-def test_grids_that_contradict_themselves_are_described_lag_by_lag() -> None:
-    grid: dict[tuple[int, str], Sequence[Value]] = {
-        (0, "none"): (0.20, 0.22), (0, "turn"): (0.90, 0.92),
-        (2, "none"): (0.90, 0.92), (2, "turn"): (0.50, 0.51),
-        (8, "none"): (0.91, 0.93), (8, "turn"): (0.90, 0.92),
-    }  # fmt: skip
-    found = conclusions(summary_of(grid))
-    assert found[0] == (
-        "At lag 2 training without a correction ends at 0.91 (0.90–0.92); lower: with turn at 0.51 (0.50–0.51)."
-    )
-    assert found[1].startswith("At lag 0 training without a correction ends at 0.21")
-    assert found[1].endswith("at lag 0 all corrections are one computation, engine mismatch apart.")
-    assert found[2].startswith("At lag 8 nothing is told apart")
-    assert "above that at lag 2 (0.91) and lag 8 (0.92)" in found[3]
-    assert "below that at lag 2 (0.51)" in found[4]
-
-
-def test_corrections_that_differ_from_one_another_are_set_beside_each_other() -> None:
-    grid = {
-        (8, "none"): (0.01, 0.02), (8, "token"): (0.40, 0.42), (8, "turn"): (0.90, 0.92), (8, "topr"): (0.89, 0.93),
-    }  # fmt: skip
-    assert conclusions(summary_of(grid))[1] == (
-        "Among the corrections, at lag 8 token (0.41) ends below turn (0.91) and topr (0.91)."
-    )
-
-
-def test_the_area_and_greedy_success_are_told_apart_by_their_own_spread() -> None:
-    whole = summary_of(EXPECTED)
-    lower = {(8, "none"): 0.3, (16, "none"): 0.2, (2, "none"): 0.7}
-    results = [
-        replace(r, figures=dict(r.figures) | {"area": lower.get((r.cell.lag, r.cell.correction), 0.8), "greedy": 1.0})
-        for r in whole.results
-    ]
-    found = conclusions(Summary.of(results, lags=whole.lags, corrections=whole.corrections, seeds=whole.seeds))
-    assert (
-        "By the area under the learning curve, at lag 16 none (0.20) is below turn (0.80); at lag 8 none (0.30) is "
-        "below turn (0.80); at lag 2 none (0.70) is below turn (0.80); at lag 0 nothing is told apart from none."
-    ) in found
-    assert "By greedy success, at lags 0, 2, 8 and 16 nothing is told apart from none." in found
-
-
-def test_a_group_with_a_failed_cell_is_described_and_never_compared() -> None:
-    grid = dict(EXPECTED) | {(16, "none"): (FAILED, 0.01), (8, "none"): (FAILED, FAILED)}
-    found = conclusions(summary_of(grid))
-    assert "At lag 16, without a comparison: without a correction 0.01 [1 of 2 failed] and with turn 0.73" in found[1]
-    assert "At lag 8, without a comparison: without a correction no result (2 of 2 failed) and with turn" in found[2]
-    assert found[-1].startswith("Failed, and in no mean: 3 of 16 cells (lag 8, none, seed 1: learner: loss is nan;")
-    assert not any("without a correction ends" in line for line in found)
-
-
-def test_missing_cells_are_counted_and_their_groups_not_compared() -> None:
-    found = conclusions(summary_of(dict(EXPECTED) | {(8, "turn"): (0.95, None)}))
-    assert not any(line.startswith("At lag 8 training") for line in found)
-    assert any("with turn 0.95 [1 of 2 not run]" in line for line in found)
-    assert found[-1] == "Not run to the end yet: 1 of 16 cells."
-
-
-def test_lags_of_which_nothing_is_known_are_named_together() -> None:
-    grid = dict(EXPECTED) | {(lag, name): (None, FAILED) for lag in (2, 16) for name in ("none", "turn")}
-    found = conclusions(summary_of(grid))
-    assert "At lags 2 and 16 no cell has given a result." in found
-    assert not any("no result" in line for line in found)
-
-
-def test_one_seed_gives_figures_and_no_difference() -> None:
-    found = conclusions(summary_of({key: values[:1] for key, values in EXPECTED.items()}))
-    assert found[0].startswith("With one seed a cell no difference can be told from chance")
-    assert "At lag 16, without a comparison: without a correction 0.01 and with turn 0.70." in found
-    assert not any("above" in line or "below" in line for line in found)
-
-
-def test_without_results_there_is_no_conclusion() -> None:
-    assert conclusions(summary_of({(8, "none"): (FAILED, None), (8, "turn"): (None, None)})) == [
-        "No conclusion: 1 of 4 cells have ended, none with a result."
-    ]
-
-
-def test_without_an_uncorrected_column_the_first_correction_is_the_measure() -> None:
-    found = conclusions(summary_of({(8, "token"): (0.1, 0.12), (8, "turn"): (0.9, 0.92)}))
-    assert found == ["At lag 8 training with token ends at 0.11 (0.10–0.12); higher: with turn at 0.91 (0.90–0.92)."]
-
-
-def test_one_correction_alone_tells_what_lag_costs_it() -> None:
-    assert conclusions(summary_of({(0, "turn"): (0.9, 0.92), (8, "turn"): (0.1, 0.12)})) == [
-        "With turn, success is 0.91 (0.90–0.92) at lag 0 and below that at lag 8 (0.11)."
-    ]
-
-
-success_values = st.floats(0, 1)
-groups = st.dictionaries(
-    st.tuples(st.sampled_from([0, 2, 8]), st.sampled_from(["none", "token", "turn"])),
-    st.lists(st.one_of(success_values, st.just(FAILED), st.none()), min_size=1, max_size=3),
-    min_size=1,
-)
-
-
-@given(groups)
-def test_no_difference_is_claimed_that_is_smaller_than_the_spread_over_seeds(
-    grid: dict[tuple[int, str], list[Value]],
-) -> None:
-    whole = {(lag, name): grid.get((lag, name), [None]) for lag in (0, 2, 8) for name in ("none", "token", "turn")}
-    summary = summary_of(whole)
-    yardstick = Yardstick.of(summary)
-    for first in summary.groups.values():
-        for second in summary.groups.values():
-            made = compare(first, second, yardstick)
-            if made.sign in ("above", "below"):
-                a, b = first.spread("sampled"), second.spread("sampled")
-                assert a is not None
-                assert b is not None
-                assert first.is_whole
-                assert second.is_whole
-                assert abs(a.mean - b.mean) > max(a.range, b.range, RESOLUTION)
-                assert a.low > b.high if made.sign == "above" else a.high < b.low
-                assert compare(second, first, yardstick).sign == {"above": "below", "below": "above"}[made.sign]
-    assert conclusions(summary)  # every grid has words
-
-
-# --- tables, figure, page ----------------------------------------------------------------------------------------
-
-ORIGIN = Origin(
-    command="atpo study staleness --lags 0,8", settings=(("task", "hopqa <3>"),), machine="2 cores", made="2026-01-02",
-    cell_seconds=3661.0,
-)  # fmt: skip
-MIXED = dict(EXPECTED) | {(16, "none"): (FAILED, 0.02), (2, "turn"): (0.95, None)}
-
-
-def test_the_csv_has_a_line_for_every_cell_also_for_those_that_failed_or_are_missing() -> None:
-    rows = list(csv.DictReader(io.StringIO(to_csv(summary_of(MIXED)))))
-    assert len(rows) == 16
-    by_cell = {(row["lag"], row["correction"], row["seed"]): row for row in rows}
-    assert by_cell["8", "turn", "2"]["sampled"] == "0.97"
-    assert (by_cell["16", "none", "1"]["status"], by_cell["16", "none", "1"]["sampled"]) == ("failed", "")
-    assert by_cell["16", "none", "1"]["reason"] == "learner: loss is nan"
-    assert by_cell["2", "turn", "2"]["status"] == "missing"
-
-
-def test_the_markdown_has_every_group_and_no_figure_for_one_that_has_none() -> None:
-    text = outputs.markdown(summary_of(MIXED), ORIGIN, figure="p.png")
-    assert "| 8 | 0.03 (0.02–0.04) | 0.95 (0.93–0.97) |" in text
-    assert "| 16 | 0.02, 1 of 2 failed | 0.73 (0.70–0.76) |" in text
-    assert "| 2 | 0.95 (0.93–0.97) | 0.95, 1 of 2 not run |" in text
-    assert "- lag 16, none, seed 1: learner: loss is nan" in text
-    assert "![Success, effective sample size and KL against lag](p.png)" in text
-    assert text.startswith("**At lag 8 training without a correction ends at 0.03")
-    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert len(widths) == 2  # the two matrices, and the table beside them
-
-
-def test_a_section_is_filled_between_its_markers_again_and_again() -> None:
-    text = f"# A\n\nabove\n\n{outputs.BEGIN}\nold\n{outputs.END}\n\nbelow\n"
-    once = outputs.fill(text, "new\n", where="x.md")
-    assert once == f"# A\n\nabove\n\n{outputs.BEGIN}\n\nnew\n\n{outputs.END}\n\nbelow\n"
-    assert outputs.fill(once, "new\n", where="x.md") == once
-    for broken in ("no markers", outputs.END + outputs.BEGIN, text + text):
-        with pytest.raises(SetupError, match=r"x\.md needs one line <!-- study:staleness:begin -->"):
-            outputs.fill(broken, "new", where="x.md")
-
-
-def test_the_document_of_this_repository_has_the_markers() -> None:
-    text = (ROOT / "docs" / "staleness.md").read_text(encoding="utf-8")
-    assert outputs.fill(text, "new", where="docs/staleness.md") != text
-
-
-class Checker(HTMLParser):
-    """Collects what a page would fetch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fetched: list[str] = []
-        self.tags: set[str] = set()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.fetched += [str(value) for name, value in attrs if name in ("src", "href", "srcset")]
-
-
-def test_the_page_is_one_file_that_fetches_nothing_and_is_readable_in_light_and_in_dark() -> None:
-    text = page(summary_of(MIXED, greedy=0.5), ORIGIN)
-    checker = Checker()
-    checker.feed(text)
-    assert checker.fetched == []
-    assert not {"script", "link", "img", "iframe"} & checker.tags
-    assert "url(" not in text
-    assert "@media (prefers-color-scheme:dark)" in text
-    assert "hopqa &lt;3&gt;" in text
-    assert "lag 16, none, seed 1" in text
-    drawings = re.findall(r"<svg .*?</svg>", text, re.S)
-    assert len(drawings) == 2 + len(PANELS) + 4  # the key, the panels, a lag's curves each
-    for drawing in drawings:
-        ET.fromstring(drawing)
-        # Words and lines take the page's colours; only the corrections have colours of their own.
-        assert set(re.findall(r'(?:fill|stroke)="(#\w+)"', drawing)) <= set(COLORS.values())
-
-
-def test_every_correction_has_a_colour_and_a_mark_of_its_own() -> None:
-    assert len(set(COLORS.values())) == len(set(MARKERS.values())) == len(CORRECTIONS)
-    for name in CORRECTIONS:
-        ET.fromstring(mark(1, 2, name))
-
-
-@pytest.mark.parametrize("grid", [MIXED, {(8, "turn"): (0.5,)}])
-def test_the_figure_is_drawn_of_whole_and_of_small_grids(
-    tmp_path: Path, grid: Mapping[tuple[int, str], Sequence[Value]]
-) -> None:
-    (path,) = write_figure(summary_of(grid), tmp_path / "p.png")
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
-
-
-def test_nothing_is_drawn_where_no_cell_gave_a_result(tmp_path: Path) -> None:
-    empty = summary_of({(8, "turn"): (FAILED, None)})
-    assert write_figure(empty, tmp_path / "p.png") == []
-    assert "nothing recorded" in page(empty, ORIGIN)
-    assert "failed" in outputs.markdown(empty, ORIGIN, figure="p.png")
-
-
-def test_a_result_is_read_as_it_was_written() -> None:
-    result = CellResult(
-        cell=Cell(lag=8, correction="turn+ess", seed=3), status="done", figures={"sampled": 0.5}, curve=[(1, 0.5)]
-    )
-    assert from_json(json.loads(json.dumps(to_json(result)))) == result
-
-
 # --- running and going on -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class FakeRunner:
-    """Ends each cell at once, or as ``ends`` says; notes what it ran."""
-
-    ends: Callable[[Cell], CellResult | BaseException] = lambda cell: done(cell)
-    ran: list[str] = field(default_factory=list)
-
-    async def __call__(self, job: Job, on_step: OnStep) -> CellResult:
-        self.ran.append(job.cell.name)
-        on_step(1, 0.5)
-        end = self.ends(job.cell)
-        if isinstance(end, BaseException):
-            raise end
-        return end
-
-
-def done(cell: Cell, sampled: float = 0.9) -> CellResult:
-    figures = {"sampled": sampled + cell.seed / 1000, "greedy": 1.0, "ess_turn": 0.9, "kl_k3": 0.01, "seconds": 2.0}
-    return CellResult(cell=cell, status="done", figures=figures, curve=[(1, 0.1), (2, sampled)])
-
-
-def failed(cell: Cell) -> CellResult:
-    return CellResult(cell=cell, status="failed", reason="learner: loss is nan", figures={"seconds": 1.0})
 
 
 @dataclass
@@ -550,7 +150,7 @@ class Bench:
             return config.model_copy(update={"model": config.model.model_copy(update={"path": f"m{config.run.seed}"})})
 
         request = Request(plan=plan, out=self.out, command="repeat", again="go on", jobs=2)
-        console = Console(file=self.screen, width=200)
+        console = Console(file=self.screen, width=400)
         return study(replace(request, **more), ensure_policy=ensure, console=console, runner=lambda hurry: runner)  # type: ignore[arg-type, return-value]
 
     @property
@@ -596,7 +196,9 @@ def test_a_cell_that_has_ended_is_not_run_again(bench: Bench) -> None:
 
 def test_a_failed_cell_does_not_stop_the_study_and_the_table_shows_it(bench: Bench) -> None:
     plan = plan_of()
-    runner = FakeRunner(lambda cell: failed(cell) if cell.lag == 4 and cell.correction == "none" else done(cell))
+    runner = FakeRunner(
+        lambda cell: failed(cell) if dict(cell.at) == {"lag": "4", "correction": "none"} else done(cell)
+    )
     assert bench.run(plan, runner) is True
     assert len(runner.ran) == 8
     assert "lag 4, none, seed 1: FAILED, learner: loss is nan  (1 s)" in bench.said
@@ -628,12 +230,12 @@ def test_other_settings_are_refused_with_what_differs_and_nothing_is_run(bench: 
     bench.run(plan_of(), FakeRunner())
     before = {p: p.read_bytes() for p in bench.out.rglob("*") if p.is_file()}
     runner = FakeRunner()
-    other = Plan.of(base(run__steps=6, learner__lr="0.25"), lags="0,4", corrections="none,turn", seeds=2)
+    other = plan_of(options={"learner.lr": "0.25"})
     with pytest.raises(
         RunMismatch, match=r"learner\.lr was 0\.0006, is 0\.25\.  Use another --out, or the old settings"
     ):
         bench.run(other, runner)
-    with pytest.raises(RunMismatch, match=r"--lags had 0,4, has 4; --seeds had 1,2, has 1"):
+    with pytest.raises(RunMismatch, match=r"--axis lag had 0,4, has 4; --seeds had 1,2, has 1"):
         bench.run(plan_of(lags="4", seeds=1), runner)
     assert runner.ran == []
     assert {p: p.read_bytes() for p in bench.out.rglob("*") if p.is_file()} == before
@@ -683,10 +285,9 @@ def test_two_studies_in_one_folder_are_refused(bench: Bench) -> None:
 
 def test_the_configuration_of_a_folder_is_read_back_with_all_its_sections(bench: Bench) -> None:
     plan = plan_of()
-    lora = plan.base.learner.lora.model_copy(update={"rank": 8})
-    base = plan.base.model_copy(update={"learner": plan.base.learner.model_copy(update={"lora": lora})})
-    with StudyFolder(bench.out).held(replace(plan, base=base)):
-        assert StudyFolder(bench.out).plan().base.learner.lora == lora
+    plan = replace(plan, over={**plan.over, "learner.lora.rank": "8"})
+    with StudyFolder(bench.out).held(plan):
+        assert StudyFolder(bench.out).plan().base.learner.lora.rank == 8
 
 
 def test_tables_of_what_has_ended_can_be_had_without_running_anything(bench: Bench) -> None:
@@ -702,12 +303,8 @@ def test_tables_of_what_has_ended_can_be_had_without_running_anything(bench: Ben
 def test_a_report_takes_grid_and_configuration_from_the_folder(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = Plan.of(
-        base(run__steps=6, run__seed=7, learner__lr=0.25, correction__cap=3.0),
-        lags="0,4",
-        corrections="none,turn+ess",
-        arguments=["mine.toml", "--learner.lr=0.25"],
-    )
+    options = {"run.seed": "7", "learner.lr": "0.25"}
+    plan = plan_of(corrections="none,turn+ess", options=options, arguments=["mine.toml", "--learner.lr=0.25"])
     bench.run(plan, FakeRunner())
     monkeypatch.chdir(bench.out.parent)
     assert StudyFolder(bench.out).plan().cells() == plan.cells()
@@ -727,14 +324,18 @@ def test_a_report_is_of_the_part_of_the_grid_that_is_named(
     report = ["study", "staleness", "--report", "--out", "study"]
     assert main.main([*report, "--lags", "0,4", "--seeds", "1"]) == 0
     out = capsys.readouterr().out
-    assert "of the lags 0,2,4 only 0,4" in out
+    assert "of lag 0,2,4 only 0,4" in out
     assert "of the seeds 1,2 only 1" in out
     lines = (bench.out / "staleness.csv").read_text().splitlines()[1:]
     assert len(lines) == 4
-    assert StudyFolder(bench.out).plan().lags == (0, 2, 4)  # nothing of the study itself has gone
+    assert StudyFolder(bench.out).plan().axes[0].values == ("0", "2", "4")  # nothing of the study itself has gone
     for words, line in (
-        (["--lags", "0,3"], "--lags 0,3: study study has 0,2,4; name some of those"),
-        (["--corrections", "token"], "--corrections token: study study has none,turn; name some of those"),
+        (["--lags", "0,3"], "--axis lag=0,3: study study has 0,2,4, not 3; name some of those"),
+        (
+            ["--corrections", "token"],
+            "--axis correction=token: study study has none,turn, not token; name some of those",
+        ),
+        (["--axis", "learner.lr=1"], "--axis learner.lr: study study has no such axis; it has lag, correction"),
         (["--seeds", "3"], "--seeds 3: study study has 2 seeds (1,2); use 1 to 2"),
     ):
         assert main.main([*report, *words]) == 2
@@ -753,13 +354,13 @@ def test_a_folder_that_records_no_arguments_is_reported_on(bench: Bench) -> None
 def test_a_document_is_filled_only_by_a_study_that_is_whole(bench: Bench, tmp_path: Path) -> None:
     plan = plan_of()
     document = tmp_path / "doc.md"
-    document.write_text(f"# D\n{outputs.BEGIN}\n{outputs.END}\n")
+    document.write_text("# D\n" + "\n".join(outputs.marks("staleness")))
     with StudyFolder(bench.out).held(plan):
         StudyFolder(bench.out).write_result(plan, done(plan.cells()[0]))
     with pytest.raises(SetupError, match=r"7 cells of study .* have not ended; run them first"):
         bench.run(plan, FakeRunner(), report_only=True, fill=document)
     bench.run(plan, FakeRunner(), fill=document)
-    assert "nothing is told apart" in document.read_text()
+    assert "othing is told apart" in document.read_text()
     assert (tmp_path / "staleness.png").is_file()
 
 
@@ -789,14 +390,17 @@ def test_as_many_cells_run_at_once_as_there_are_cores_and_memory_for(
     [
         (
             ["--corrections", "turns"],
-            "error: --corrections turns: 'turns' is unknown; known: none, token, turn, turn+ess",
+            "error: --axis correction=turns: 'turns' is unknown; known: none, token, turn, turn+ess",
         ),
-        (["--lags", "a"], "error: --lags a: 'a' is no lag"),
+        (["--lags", "a"], "error: --axis lag=a: 'a' is no lag"),
         (
             ["--correction.level", "token"],
-            "error: --correction.level: the grid of the study sets it; use --corrections",
+            "error: --correction.level: the grid of the study sets it; use --axis correction=",
         ),
-        (["--learner.schedule", "cosine"], "error: learner.schedule = 'cosine' ends with the run"),
+        (
+            ["--learner.schedule", "cosine"],
+            "error: cell lag 0, none, seed 1: learner.schedule = 'cosine' ends with the run",
+        ),
         (["--jobs", "0"], "error: --jobs must be >= 1, got 0"),
         (["--report"], "error: runs/study-staleness is no study"),
     ],
@@ -814,23 +418,19 @@ def test_bad_words_are_one_line_and_leave_nothing(
 
 def test_the_studys_own_settings_that_a_users_file_replaces_are_named() -> None:
     own, users = ROOT / "configs" / "staleness.toml", str(ROOT / "configs" / "demo.toml")
-    (line,) = left_out(load(users), [users], own)
+    (line,) = left_out([users], {}, own)
     assert line.startswith(f"{users} stands in for {own}, and its settings are not used: learner.schedule = constant, ")
     assert line.endswith("; name it last to lay them over yours")
     assert "run.steps" not in line, "the demo has as many"
-    assert left_out(load([users, own]), [users, str(own)], own) == []
-    assert left_out(load([users, own]), ["mine.toml"], own) == [], "nothing differs"
-    assert left_out(load(users), [users], own.with_name("nowhere.toml")) == []
+    assert left_out([users, str(own)], {}, own) == []
+    own_texts = as_options(own)
+    assert left_out([users], own_texts, own) == [], "nothing differs"
+    assert left_out([users], {}, own.with_name("nowhere.toml")) == []
 
 
-def test_another_kind_of_study_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_comes_with_no_study_needs_axes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["study", "freshness"]) == 2
-    assert "choose from" in capsys.readouterr().err
-
-
-def test_the_default_grid_is_the_one_that_the_help_names() -> None:
-    assert len(Plan.of(base()).cells()) == 32
-    assert Plan.of(base()).corrections == tuple(DEFAULT_CORRECTIONS.split(","))
+    assert "freshness: no study comes with that name; there are staleness, methods" in capsys.readouterr().err
 
 
 # --- processes ----------------------------------------------------------------------------------------------------
@@ -1026,7 +626,7 @@ def test_a_study_of_an_earlier_program_goes_on_with_fields_that_came_later(tmp_p
     with folder.held(plan):
         assert list(folder.results(plan)) == [cell]
     with pytest.raises(RunMismatch, match=r"credit\.trace_cap was 1\.0, is 2\.0"):
-        folder.check(plan_of(base(run__steps=6, credit__trace_cap=2.0, credit__value_mode="tree_trace")))
+        folder.check(plan_of(options={"credit.trace_cap": "2.0", "credit.value_mode": "tree_trace"}))
 
 
 async def test_a_damaged_run_folder_is_cleared_too(tmp_path: Path) -> None:
@@ -1059,34 +659,51 @@ async def test_a_run_folder_that_a_process_still_holds_is_waited_for(
 def test_the_time_left_follows_from_the_cells_that_ended_and_those_that_run() -> None:
     now = [0.0]
     screen = io.StringIO()
-    progress = StudyProgress(Console(file=screen, width=200), total=6, done=1, at_once=2, clock=lambda: now[0])
-    first, second, third = plan_of().cells()[:3]
+    cells = plan_of().cells()[:5]
+    waiting = [(each, 10) for each in cells]
+    console = Console(file=screen, width=200)
+    progress = StudyProgress(console, waiting=waiting, total=6, done=1, at_once=2, clock=lambda: now[0])
+    first, second, third, *_ = cells
     progress.began(first, steps=10)
     progress.began(second, steps=10)
     assert progress.left_s() is None
     now[0] = 30.0
-    progress.moved(first, 5, 0.25)  # a minute for a cell: two run on for half of it, three wait
-    assert progress.left_s() == pytest.approx((30 + 30 + 3 * 60) / 2)
+    progress.moved(first, 5, 0.25)  # a minute for a cell: two run on for half of it, then two, then one
+    assert progress.left_s() == pytest.approx(30 + 60 + 60)
     assert screen.getvalue().splitlines() == [
-        "1/6 cells; lag 0, none, seed 1: step 5/10, success 0.25; lag 0, turn, seed 1: starting; about 2:00 left"
+        "1/6 cells; lag 0, none, seed 1: step 5/10, success 0.25; lag 0, turn, seed 1: starting; about 2:30 left"
     ]
     now[0] = 40.0
     progress.ended(done(first))
     assert screen.getvalue().splitlines()[-1].startswith("[2/6] lag 0, none, seed 1: sampled 0.90, greedy 1.00  (2 s)")
     progress.began(third, steps=10)
-    assert progress.left_s() == pytest.approx((0 + 40 + 2 * 40) / 2)
+    assert progress.left_s() == pytest.approx(0 + 40 + 40)
+
+
+def test_the_time_of_a_cell_is_that_of_the_cells_most_like_it() -> None:
+    pace = Pace()
+    assert pace.left_s([], [(cell(recipe="a", task="short"), 10)], lanes=1) is None
+    pace.note(cell(recipe="a", task="short"), steps=10, seconds=10.0)
+    pace.note(cell(recipe="b", task="long"), steps=10, seconds=100.0)
+    assert pace.expected_s(cell(seed=2, recipe="a", task="short"), steps=20) == 20
+    assert pace.expected_s(cell(recipe="c", task="long"), steps=10) == 100
+    assert pace.expected_s(cell(recipe="c", task="other"), steps=10) == 55
+    # Three long ones and a short one on two lanes; the running one is slower than those before.
+    running = [Running(cell=cell(recipe="b", task="long"), steps=10, step=5, for_s=150.0)]
+    waiting = [(cell(seed=3, recipe="a", task="short"), 10), (cell(seed=2, recipe="b", task="long"), 10)]
+    assert pace.left_s(running, waiting, lanes=2) == pytest.approx(max(150, 10 + (100 / 10 + 150 / 5) / 2 * 10))
 
 
 def test_a_terminal_shows_bars_and_each_end() -> None:
     screen = io.StringIO()
     console = Console(file=screen, width=100, force_terminal=True)
-    cell = plan_of().cells()[0]
-    with StudyProgress(console, total=2, done=0, at_once=1) as progress:
-        progress.began(cell, steps=4)
-        progress.moved(cell, 2, 0.5)
-        progress.ended(failed(cell))
+    one = plan_of().cells()[0]
+    with StudyProgress(console, waiting=[(one, 4)], total=2, done=0, at_once=1) as progress:
+        progress.began(one, steps=4)
+        progress.moved(one, 2, 0.5)
+        progress.ended(failed(one))
     assert "[1/2] lag 0, none, seed 1: FAILED, learner: loss is nan  (1 s)" in screen.getvalue()
-    assert outcome(CellResult(cell=cell, status="done")) == "lag 0, none, seed 1: no figures"
+    assert outcome(CellResult(cell=one, status="done")) == "lag 0, none, seed 1: no figures"
 
 
 def test_a_run_that_has_ended_is_read_with_its_configuration(tmp_path: Path) -> None:

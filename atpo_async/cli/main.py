@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("runs.report", "write report.html into a run folder"),
     "trees": ("runs.trees", "trees that a run was trained on, as conversations"),
     "status": ("runs.status", "who waits for whom in a run, since when, and the queue and window of every link"),
-    "study": ("study", "train over a grid of lags, corrections and seeds, and report the effect of staleness"),
+    "study": ("study", "train over a grid of any settings and seeds, and report what differs, with its errors"),
     "retriever": ("retriever", "serve passages of a corpus to search tasks, by BM25 over the published protocol"),
     "keys": ("setup.keys", "keys for a run that listens beyond loopback: make them, list them (docs/keys.md)"),
     "version": ("setup.version", "print the version, and those of what it runs on"),

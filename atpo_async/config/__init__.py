@@ -1,7 +1,7 @@
 """Configuration of a run: its schema, its rules, its files and its options."""
 
-from atpo_async.config.files import as_options, build, load, recipe_of, resolved, to_toml
-from atpo_async.config.options import get, parse_value, split_options, unknown_option
+from atpo_async.config.files import as_options, build, laid, load, read_tables, recipe_of, resolved, to_toml
+from atpo_async.config.options import get, parse_value, put, split_options, unknown_option
 from atpo_async.config.schema import Config, fields
 from atpo_async.config.sections.data import StalenessConfig
 from atpo_async.config.sections.generation import SearchConfig, TeamConfig
@@ -35,8 +35,11 @@ __all__ = [
     "derived_bounds",
     "fields",
     "get",
+    "laid",
     "load",
     "parse_value",
+    "put",
+    "read_tables",
     "recipe_of",
     "resolved",
     "split_options",

@@ -6,6 +6,7 @@ A later file's value goes over an earlier one's, key by key; one with a ``[recip
 
 from __future__ import annotations
 
+import copy
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,6 +82,30 @@ def resolved(config: Config | Path | str | Sequence[Path | str], values: Mapping
         options.put_in_entry(data, name, value)
         holders[name] = CALL
     return build(data, source=CALL, holders=holders)
+
+
+def read_tables(files: Path | str | Sequence[Path | str]) -> list[dict[str, Any]]:
+    """The content of each file as it stands, ``[recipe]`` included, for ``laid``.  Raises ConfigError.
+
+    Nothing in it is validated: that is done once it has been laid over what it is for (``build``).
+    """
+    return [_read(file) for file in _paths(files)]
+
+
+def laid(tables: Sequence[Mapping[str, Any]], source: str) -> dict[str, Any]:
+    """Nested fields of several tables, laid over one another as files are.  Raises ConfigError.
+
+    Args:
+        source: where they come from, for an error.
+    """
+    data: dict[str, Any] = {}
+    holders: dict[str, str] = {}
+    for table in tables:
+        own = copy.deepcopy(dict(table))
+        if recipes.taken_from(own, source) is not None:
+            recipes.begin_anew(data, holders)
+        _lay(data, own, source, holders)
+    return data
 
 
 def as_options(files: Path | str | Sequence[Path | str]) -> dict[str, str]:

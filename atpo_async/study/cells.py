@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from atpo_async.report.collapse import collapse_of
 from atpo_async.report.facts import GOAL, by_step, series
 from atpo_async.run.metrics import Record
+from atpo_async.study.grid.names import LAG, label, slug
+from atpo_async.study.results.statistics import mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,20 +30,37 @@ WINDOW = 3
 FINAL = "sampled"
 """The figure that the sentences are about."""
 
+AT_TOKENS = "at_tokens"
+"""The figure that the sentences are about where success is compared at equal tokens."""
+
 COLUMNS: tuple[Column, ...] = (
     Column(key="greedy", heading="greedy", meaning="greedy success on held-out tasks, after the last update"),
     Column(
         key="sampled",
         heading="sampled",
-        meaning=f"sampled success in training, mean of the last {WINDOW} of the steps that every cell has",
+        meaning=f"sampled success in training, mean of the last {WINDOW} steps",
     ),
     Column(key="area", heading="area", meaning="sampled success, mean over the same steps (area under the curve)"),
+    Column(
+        key=AT_TOKENS,
+        heading="at equal tokens",
+        meaning=f"sampled success, mean of {WINDOW} steps, when so many action tokens had been sampled as every cell "
+        "of the task sampled in all",
+    ),
     Column(
         key="steps_to_goal",
         heading=f"steps to {GOAL:g}",
         meaning=f"first step whose mean of {WINDOW} steps' sampled success is {GOAL:g}; empty where never",
         digits=0,
     ),
+    Column(
+        key="tokens_to_goal",
+        heading=f"tokens to {GOAL:g}",
+        meaning="action tokens that had been sampled for training by then, each once, whatever became of their trees",
+        digits=0,
+    ),
+    Column(key="seconds_to_goal", heading=f"seconds to {GOAL:g}", meaning="from the first lease until then", digits=0),
+    Column(key="collapsed", heading="collapsed", meaning="1 where success fell from above 0.6 to below 0.1, else 0"),
     Column(key="ess_turn", heading="ESS/N, exact", meaning="effective sample size of the exact turn ratios prox/μ"),
     Column(key="ess_applied", heading="ESS/N, applied", meaning="of the weights as applied, at their own level"),
     Column(key="kl_k1", heading="KL k1", meaning="KL(μ‖prox) by token, nats, estimator k1", digits=4),
@@ -52,28 +72,44 @@ COLUMNS: tuple[Column, ...] = (
     Column(key="lag_mean", heading="lag, mean", meaning="measured over the turns trained on, versions"),
     Column(key="lag_max", heading="lag, max", meaning="the same, the largest", digits=0),
     Column(key="skipped_updates", heading="skipped", meaning="updates that a guard refused", digits=0),
-    Column(key="seconds", heading="seconds", meaning="the cell's whole command", digits=0),
+    Column(key="steps", heading="steps", meaning="over which success is measured", digits=0),
+    Column(key="tokens", heading="tokens", meaning="action tokens sampled for training over these steps", digits=0),
+    Column(key="trained_s", heading="seconds of training", meaning="from the first lease to the last step", digits=0),
+    Column(key="seconds", heading="seconds", meaning="the whole cell, its start and evaluation included", digits=0),
 )
-"""In the order of the table.  From ESS/N to the share truncated: means over the batches exactly as old as the lag."""
+"""In the order of the table.  From ESS/N to the share truncated: means over the batches exactly as old as the lag,
+where the study has lags."""
+
+TO_GOAL: dict[str, str] = {"steps_to_goal": "steps", "tokens_to_goal": "tokens", "seconds_to_goal": "trained_s"}
+"""What it took to reach the goal -> how much of it a run went on for, whether or not it reached the goal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Cell:
     """One training run of the grid."""
 
-    lag: int
-    """Learner versions; exact."""
-    correction: str
+    at: tuple[tuple[str, str], ...]
+    """(axis, value), in the axes' order."""
     seed: int
+    stage: str = ""
+    """``choose``: of the first stage, from which a field's value is chosen; it counts in no result."""
+
+    @property
+    def lag(self) -> int | None:
+        """Learner versions, exact; None where the grid has no lags."""
+        found = dict(self.at).get(LAG)
+        return None if found is None else int(found)
 
     @property
     def name(self) -> str:
         """Of its run folder."""
-        return f"lag{self.lag}-{self.correction.replace('+', '-')}-seed{self.seed}"
+        parts = [self.stage, *(slug(axis, value) for axis, value in self.at), f"seed{self.seed}"]
+        return "-".join(part for part in parts if part)
 
     @property
     def label(self) -> str:
-        return f"lag {self.lag}, {self.correction}, seed {self.seed}"
+        parts = [*(label(axis, value) for axis, value in self.at), f"seed {self.seed}"]
+        return ", ".join([f"{self.stage}: {parts[0]}", *parts[1:]] if self.stage else parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,11 +124,33 @@ class CellResult:
     """By key of ``COLUMNS``; what is not known is left out."""
     curve: Sequence[tuple[int, float]] = ()
     """(step, sampled success)."""
+    tokens: Sequence[float] = ()
+    """Action tokens sampled for training up to each step of the curve; empty where they were not counted."""
 
 
 def curve_of(records: Sequence[Record], *, steps: int) -> list[tuple[int, float]]:
     """(step, sampled success) in ascending order, up to ``steps``."""
     return [(s.step, s.value) for s in by_step(series(records, "train/success")) if s.step <= steps]
+
+
+def tokens_of(records: Sequence[Record], curve: Sequence[tuple[int, float]]) -> list[float]:
+    """Action tokens sampled for training up to each step of a curve; none where the run did not count them."""
+    counted = by_step(series(records, "train/tokens"))
+    if not counted:
+        return []
+    found, total, at = [], 0.0, 0
+    for step, _ in curve:
+        while at < len(counted) and counted[at].step <= step:
+            total += counted[at].value
+            at += 1
+        found.append(total)
+    return found
+
+
+def smooth(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """(step, mean of the last ``WINDOW`` steps up to it)."""
+    values = [value for _, value in curve]
+    return [(curve[i][0], mean(values[i - WINDOW + 1 : i + 1])) for i in range(WINDOW - 1, len(curve))]
 
 
 def steps_of(records: Iterable[Record]) -> int:
@@ -105,22 +163,14 @@ def figures_of(records: Sequence[Record], *, steps: int, lag: int) -> dict[str, 
 
     Args:
         steps: over which success counts; the run makes ``lag`` more, which only use up what is under way.
-        lag: of the cell; the first ``lag`` batches are younger, and left out of what depends on it.
+        lag: of the cell, 0 where its lag is not exact; the first ``lag`` batches are younger, and left out of what
+            depends on it.
     """
-    found: dict[str, float] = {}
     curve = curve_of(records, steps=steps)
-    success = [value for _, value in curve]
+    found = _of_curve(curve, tokens_of(records, curve), _seconds(records)) | {"steps": float(steps)}
     evaluations = [s for s in by_step(series(records, "eval/success")) if s.step >= steps + lag]
     if evaluations:
         found["greedy"] = evaluations[-1].value
-    if len(success) >= WINDOW:
-        found["sampled"] = mean(success[-WINDOW:])
-        smooth = [(curve[i][0], mean(success[i - WINDOW + 1 : i + 1])) for i in range(WINDOW - 1, len(curve))]
-        reached = next((step for step, value in smooth if value >= GOAL), None)
-        if reached is not None:
-            found["steps_to_goal"] = reached
-    if success:
-        found["area"] = mean(success)
     exact = [r for r in records if r.step > lag]
     for key, name in (
         ("ess_turn", "is/ess_frac_turn"),
@@ -146,15 +196,62 @@ def figures_of(records: Sequence[Record], *, steps: int, lag: int) -> dict[str, 
     return {key: value for key, value in found.items() if math.isfinite(value)}
 
 
-def unfinished(records: Sequence[Record], *, steps: int, lag: int, evaluates: bool) -> str | None:
-    """Why a run that ended without an error gives no result; None if it does."""
+def _of_curve(
+    curve: Sequence[tuple[int, float]], tokens: Sequence[float], seconds: Mapping[int, float]
+) -> dict[str, float]:
+    """Of success by step: its level, and what it took to get there."""
+    found: dict[str, float] = {}
+    if curve:
+        found["area"] = mean([value for _, value in curve])
+        found["collapsed"] = float(collapse_of(curve) is not None)
+        if tokens:
+            found["tokens"] = tokens[-1]
+        if curve[-1][0] in seconds:
+            found["trained_s"] = seconds[curve[-1][0]]
+    level = smooth(curve)
+    if level:
+        found["sampled"] = level[-1][1]
+    reached = next((i for i, (_, value) in enumerate(level) if value >= GOAL), None)
+    if reached is not None:
+        step = level[reached][0]
+        found["steps_to_goal"] = step
+        if tokens:
+            found["tokens_to_goal"] = tokens[reached + WINDOW - 1]
+        if step in seconds:
+            found["seconds_to_goal"] = seconds[step]
+    return found
+
+
+def _seconds(records: Sequence[Record]) -> dict[int, float]:
+    """Step -> seconds from the first lease to its success, as in a run's report."""
+    leases = [s.value for s in series(records, "time/first_lease") if s.value > 1e9]
+    began = min(leases) if leases else min((r.time for r in records if r.source != "supervisor"), default=0.0)
+    return {s.step: s.time - began for s in by_step(series(records, "train/success"))}
+
+
+KNOWN_SHARE = 0.8
+"""Of the steps of a run whose lag is not exact: up to there at least success is to be known.  The last batches of such
+a run may be of trees that all came in before."""
+
+
+def unfinished(records: Sequence[Record], *, steps: int, lag: int | None, evaluates: bool) -> str | None:
+    """Why a run that ended without an error gives no result; None if it does.
+
+    Args:
+        lag: exact; None where it is not, and success need not be known of each of the last steps.
+    """
     done, curve = steps_of(records), curve_of(records, steps=steps)
-    if done < steps + lag:
-        return f"it ended after {done} of {steps + lag} steps"
-    lacking = [step for step in range(max(1, steps - WINDOW + 1), steps + 1) if step not in dict(curve)]
-    if lacking or len(curve) < WINDOW:
-        return f"sampled success is not known at step {lacking[0] if lacking else steps} of {steps}"
-    if evaluates and not any(s.step >= steps + lag for s in series(records, "eval/success")):
+    if done < steps + (lag or 0):
+        return f"it ended after {done} of {steps + (lag or 0)} steps"
+    known = dict(curve)
+    if lag is None:
+        if len(curve) < WINDOW or curve[-1][0] < KNOWN_SHARE * steps:
+            return f"sampled success is not known after step {curve[-1][0] if curve else 0} of {steps}"
+    else:
+        lacking = [step for step in range(max(1, steps - WINDOW + 1), steps + 1) if step not in known]
+        if lacking or len(curve) < WINDOW:
+            return f"sampled success is not known at step {lacking[0] if lacking else steps} of {steps}"
+    if evaluates and not any(s.step >= steps + (lag or 0) for s in series(records, "eval/success")):
         return "it ended without its last evaluation"
     return None
 
@@ -163,20 +260,16 @@ def _total(records: Sequence[Record], name: str) -> float:
     return sum(s.value for s in by_step(series(records, name)))
 
 
-def mean(values: Sequence[float]) -> float:
-    """Of one value at least."""
-    return math.fsum(values) / len(values)
-
-
 def to_json(result: CellResult) -> dict[str, Any]:
     return {
-        "lag": result.cell.lag,
-        "correction": result.cell.correction,
+        "axes": [list(pair) for pair in result.cell.at],
         "seed": result.cell.seed,
+        **({"stage": result.cell.stage} if result.cell.stage else {}),
         "status": result.status,
         "reason": result.reason,
         "figures": dict(result.figures),
         "curve": [list(point) for point in result.curve],
+        **({"tokens": list(result.tokens)} if result.tokens else {}),
     }
 
 
@@ -185,10 +278,15 @@ def from_json(data: Mapping[str, Any]) -> CellResult:
     status = data["status"]
     if status not in ("done", "failed"):
         raise ValueError(f"status {status!r}")
+    if "axes" in data:
+        at = tuple((str(axis), str(value)) for axis, value in data["axes"])
+    else:  # of a program whose studies had these two axes
+        at = (("lag", str(int(data["lag"]))), ("correction", str(data["correction"])))
     return CellResult(
-        cell=Cell(lag=int(data["lag"]), correction=str(data["correction"]), seed=int(data["seed"])),
+        cell=Cell(at=at, seed=int(data["seed"]), stage=str(data.get("stage", ""))),
         status=status,
         reason=str(data["reason"]),
         figures={str(key): float(value) for key, value in data["figures"].items()},
         curve=[(int(step), float(value)) for step, value in data["curve"]],
+        tokens=[float(value) for value in data.get("tokens", ())],
     )

@@ -1,11 +1,11 @@
 """The folder of a study: its plan, and how each of its cells ended.
 
-  study.json        the grid, the configuration it started from and the arguments that named it on the command line; its
-                    presence makes the folder a study
+  study.json        the grid, the configuration it started from and the arguments that named it on the command line
+                    (``study.record``); its presence makes the folder a study
   cells/<cell>.json     how a cell ended, and with what settings: a cell with this file is not run again
   configs/<cell>.json   the cell's whole configuration
   runs/<cell>/      its run folder, as of any run         logs/<cell>.log   output of its `atpo train`
-  staleness.csv, staleness.md, staleness.png, staleness.html    made by ``study.outputs``
+  <name>.csv, <name>.md, <name>.png, <name>.html    made by ``study.output``
 
 ``study.runner`` runs the cells; one that was interrupted begins anew.
 """
@@ -16,27 +16,17 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from atpo_async import config as configuration
 from atpo_async.core.errors import ConfigError, RunMismatch, SetupError
 from atpo_async.run import locks
 from atpo_async.run.files import write_atomic
 from atpo_async.study.cells import Cell, CellResult, from_json, to_json
-from atpo_async.study.plan import (
-    FREE,
-    SET_BY_THE_STUDY,
-    Plan,
-    fingerprint,
-    parse_corrections,
-    parse_lags,
-    settings_of,
-)
-
-KIND = "staleness"
-"""Kind of the study, and the name of its output files without their endings."""
+from atpo_async.study.grid.axes import Axis, canonical, split_values
+from atpo_async.study.grid.choosing import Choice, choices
+from atpo_async.study.plan import Plan, fingerprint
+from atpo_async.study.record import Record, differences, listed_differences, read_record, with_later_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,49 +51,71 @@ class StudyFolder:
     def log(self, cell: Cell) -> Path:
         return self.path / "logs" / f"{cell.name}.log"
 
-    def plan(self, *, lags: str | None = None, corrections: str | None = None, seeds: int | None = None) -> Plan:
+    def plan(self, *, axes: Mapping[str, str] | None = None, seeds: int | None = None) -> Plan:
         """The plan that the study was made for, or the part of its grid that is named as on the command line.
+
+        Args:
+            axes: axis -> some of its values, with commas between them.
 
         Raises SetupError where there is no study or a damaged one, ConfigError for what is not in its grid.
         """
         file = self.path / "study.json"
         if not file.is_file():
             raise SetupError(f"{self.path} is no study (it has no study.json); run it first, without --report")
-        was = self._known(file)
-        if seeds is not None and not 1 <= seeds <= len(was["seeds"]):
+        was = read_record(file)
+        if seeds is not None and not 1 <= seeds <= len(was.seeds):
             raise ConfigError(
-                f"--seeds {seeds}: study {self.path} has {len(was['seeds'])} seeds ({_joined(was['seeds'])}); use 1 to "
-                f"{len(was['seeds'])}"
+                f"--seeds {seeds}: study {self.path} has {len(was.seeds)} seeds ({_joined(was.seeds)}); use 1 to "
+                f"{len(was.seeds)}"
             )
-        some_lags = tuple(was["lags"]) if lags is None else parse_lags(lags)
-        names = tuple(was["corrections"]) if corrections is None else parse_corrections(corrections)
-        for option, some, every in (
-            ("--lags", some_lags, was["lags"]),
-            ("--corrections", names, was["corrections"]),
-        ):
-            if not set(some) <= set(every):
+        some = tuple(self._some(axis, (axes or {}).get(axis.name)) for axis in was.axes)
+        for name in axes or {}:
+            if name not in {axis.name for axis in was.axes}:
                 raise ConfigError(
-                    f"{option} {_joined(some)}: study {self.path} has {_joined(every)}; name some of those"
+                    f"--axis {name}: study {self.path} has no such axis; it has "
+                    f"{', '.join(axis.name for axis in was.axes)}"
                 )
-        data: dict[str, Any] = {"run": {"seed": was["seeds"][0]}, "staleness": {"max_lag": max(was["lags"])}}
-        for path, value in was["base"].items():
-            *sections, name = path.split(".")
-            here = data
-            for section in sections:
-                here = here.setdefault(section, {})
-            here[name] = value  # without a section: a list of them
-        return Plan(
-            base=configuration.build(data, source=str(file)),
-            lags=some_lags,
-            corrections=names,
-            seeds=tuple(was["seeds"][:seeds]),
-            arguments=tuple(was["words"]),
-        )
+        return self.resolved(was.plan(axes=some, seeds=was.seeds[:seeds]))
+
+    def _some(self, axis: Axis, listed: str | None) -> Axis:
+        """Those of an axis' values that are named; all where none is."""
+        if listed is None:
+            return axis
+        words = split_values(listed, f"--axis {axis.name}={listed}")
+        values = [word if word in axis.values else canonical(word) for word in words]
+        if unknown := [value for value in values if value not in axis.values]:
+            raise ConfigError(
+                f"--axis {axis.name}={listed}: study {self.path} has {_joined(axis.values)}, not {unknown[0]}; name "
+                "some of those"
+            )
+        return replace(axis, values=tuple(value for value in axis.values if value in values), words=())
 
     def results(self, plan: Plan) -> dict[Cell, CellResult]:
         """Of the plan's cells that have ended.  Raises RunMismatch for one that was run with other settings."""
+        return self._ended(plan, plan.cells())
+
+    def first_stage(self, plan: Plan) -> dict[Cell, CellResult]:
+        """The same of the cells of the first stage."""
+        return self._ended(plan, plan.first_stage())
+
+    def choices(self, plan: Plan) -> dict[str, Choice]:
+        """What the first stage has found so far: value of its axis -> choice, once all of its cells have ended."""
+        if plan.choosing is None:
+            return {}
+        ended, by = self.first_stage(plan), plan.choosing.by
+        lacking = {dict(cell.at).get(by, "") for cell in plan.first_stage() if cell not in ended}
+        found = choices(plan.choosing, plan.axes, ended.values())
+        return {of: choice for of, choice in found.items() if of not in lacking}
+
+    def resolved(self, plan: Plan) -> Plan:
+        """The plan with what its first stage has chosen so far."""
+        if plan.choosing is None:
+            return plan
+        return plan.with_chosen({of: choice.value for of, choice in self.choices(plan).items()})
+
+    def _ended(self, plan: Plan, cells: Sequence[Cell]) -> dict[Cell, CellResult]:
         found = {}
-        for cell in plan.cells():
+        for cell in cells:
             file = self.marker(cell)
             try:
                 data = json.loads(file.read_text(encoding="utf-8"))
@@ -115,10 +127,10 @@ class StudyFolder:
                     f"{file} is damaged ({type(exc).__name__}: {exc}); delete it to have the cell run again"
                 ) from None
             now = plan.settings(cell)
-            settings = _with_later_fields(settings, now)
+            settings = with_later_fields(settings, now)
             if result.cell != cell or fingerprint(settings) != fingerprint(now):
                 raise RunMismatch(
-                    f"{file} has the result of other settings: {_listed_differences(settings, now)}.  Use another "
+                    f"{file} has the result of other settings: {listed_differences(settings, now)}.  Use another "
                     "--out, the old settings, or delete that file to have the cell run again"
                 )
             found[cell] = result
@@ -150,7 +162,7 @@ class StudyFolder:
             raise SetupError(f"study folder {self.path} cannot be made: {exc.strerror or exc}; see --out") from exc
         with _locked(self.path):
             self.check(plan)
-            write_atomic(self.path / "study.json", json.dumps(self._facts(plan), indent=1) + "\n")
+            write_atomic(self.path / "study.json", json.dumps(Record.of(plan).to_json(), indent=1) + "\n")
             yield
 
     def check(self, plan: Plan, *, part: bool = False) -> None:
@@ -167,63 +179,13 @@ class StudyFolder:
             ):
                 raise SetupError(f"{self.path} exists and is no study (it has no study.json); use another --out")
             return
-        was, now = self._known(file), self._facts(plan)
-        differing = []
-        if was["kind"] != now["kind"]:
-            differing.append(f"kind was {was['kind']!r}, is {now['kind']!r}")
-        for name, option in (("lags", "--lags"), ("corrections", "--corrections"), ("seeds", "--seeds")):
-            whole, some = (was, now) if part else (now, was)
-            if any(value not in whole[name] for value in some[name]):
-                differing.append(f"{option} had {_joined(was[name])}, has {_joined(now[name])}")
-        listed = _listed_differences(_with_later_fields(was["base"], now["base"]), now["base"])
-        if listed:
-            differing.append(listed)
+        differing = differences(read_record(file), Record.of(plan), part=part)
         if differing:
             raise RunMismatch(
                 f"study {self.path} was made with other settings: {'; '.join(differing)}.  Use another --out, or the "
-                "old settings; a study goes on with more lags, corrections and seeds, not with fewer or with another "
-                "configuration (--report reports a part of it)"
+                "old settings; a study goes on with more values of its axes and more seeds, not with fewer, other "
+                "axes or another configuration (--report reports a part of it)"
             )
-
-    def _known(self, file: Path) -> dict[str, Any]:
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            found = {name: data[name] for name in ("kind", "lags", "corrections", "seeds", "base")}
-            if not all(isinstance(found[name], list) and found[name] for name in ("lags", "corrections", "seeds")):
-                raise ValueError("no grid")
-            found["words"] = [str(word) for word in data.get("words", ())]
-            found["base"] = dict(found["base"])
-            return found
-        except (OSError, ValueError, KeyError, TypeError) as exc:
-            raise SetupError(
-                f"{file} is damaged ({type(exc).__name__}: {exc}); use another --out, or delete the folder"
-            ) from None
-
-    @staticmethod
-    def _facts(plan: Plan) -> dict[str, Any]:
-        base = settings_of(plan.base, leaving=(*FREE, *SET_BY_THE_STUDY))
-        return {
-            "kind": KIND,
-            "lags": list(plan.lags),
-            "corrections": list(plan.corrections),
-            "seeds": list(plan.seeds),
-            "words": list(plan.arguments),
-            "base": base,
-        }
-
-
-def _with_later_fields(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an earlier program, with the fields of ``now`` that it had not: it did what they do by default."""
-    defaults = settings_of(configuration.Config(), leaving=())
-    return {path: defaults[path] for path in now if path in defaults and path not in was} | dict(was)
-
-
-def _listed_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """``learner.lr was 0.1, is 0.2; …``; empty where nothing differs."""
-    paths = [*now, *(path for path in was if path not in now)]
-    return "; ".join(
-        f"{path} was {was.get(path)!r}, is {now.get(path)!r}" for path in paths if was.get(path) != now.get(path)
-    )
 
 
 def _joined(values: Sequence[object]) -> str:

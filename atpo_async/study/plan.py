@@ -1,11 +1,13 @@
-"""The grid of a study: lags, corrections and seeds over one configuration, each cell a run of its own."""
+"""The grid of a study: axes and seeds over a configuration, each cell a run of its own."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,202 +15,177 @@ from atpo_async import config as configuration
 from atpo_async.config import Config
 from atpo_async.core.errors import ConfigError
 from atpo_async.study.cells import Cell
+from atpo_async.study.grid.axes import OWN, Axis
+from atpo_async.study.grid.choosing import Choosing
+from atpo_async.study.grid.corrections import CORRECTIONS, DECIDED
+from atpo_async.study.grid.names import CONFIG, CORRECTION, LAG, RECIPE, TASK
 
 ASK_GRACE_S = 1.0
 """supervisor.stop_grace_s of a cell: a cell that is interrupted begins anew, so its roles have nothing to save."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Correction:
-    """A named setting of ``[correction]``.  Fields it does not name keep what the configuration says."""
-
-    phrase: str
-    """Its name in a sentence."""
-    fields: Mapping[str, Any]
-
-
-_PLAIN: dict[str, Any] = {
-    # A name stands for exactly its correction: no guard that changes the exponent, no gate, nothing besides.
-    "exponent": "fixed",
-    "exponent_value": 1.0,
-    "ess_floor": 0.0,
-    "floor": 0.0,
-    "gate": None,
-    "numerator": "prox",
-    "accept_bias": False,
-}
-
-CORRECTIONS: dict[str, Correction] = {
-    name: Correction(phrase=phrase, fields=_PLAIN | fields)
-    for name, phrase, fields in (
-        ("none", "no correction", {"action": "none", "level": "turn", "accept_bias": True}),
-        ("token", "token-level truncation", {"action": "truncate", "level": "token"}),
-        ("turn", "turn-level truncation", {"action": "truncate", "level": "turn"}),
-        (
-            "turn+ess",
-            "turn-level truncation at a bounded ESS",
-            {"action": "truncate", "level": "turn", "exponent": "ess"},
-        ),
-        ("prefix", "truncation by prefix", {"action": "truncate", "level": "prefix"}),
-        ("sequence", "sequence-level truncation", {"action": "truncate", "level": "sequence"}),
-        ("mask", "turn-level masking", {"action": "mask", "level": "turn", "floor": 0.5, "cap": 2.0}),
-        ("icepop", "IcePop", {"action": "icepop", "level": "token", "floor": 0.5, "cap": 5.0}),
-        ("m2po", "M2PO", {"action": "m2po", "level": "token", "cap": 1e6}),
-        ("topr", "TOPR", {"action": "topr", "level": "sequence", "cap": 1.0}),
-    )
-}
-"""What ``--corrections`` may name."""
-
 MAX_SEED = 2**31
+CHOOSING_SEEDS = 1000
+"""Above ``run.seed`` begin the seeds of the first stage: no seed of the results is ever one of them."""
 LEAST_STEPS = 3
 """Steps over which sampled success is averaged."""
-DEFAULT_LAGS = "0,2,8,16"
-DEFAULT_CORRECTIONS = "none,token,turn,turn+ess"
-DEFAULT_SEEDS = 2
-
-SET_BY_THE_STUDY: dict[str, str] = {
-    "run.name": "--out",
-    "run.dir": "--out",
-    "staleness.exact_lag": "--lags",
-    "staleness.max_lag": "--lags",
-    "correction.action": "--corrections",
-    "correction.level": "--corrections",
-    **{f"correction.{name}": "--corrections" for name in _PLAIN},
-}
-"""Fields that the grid decides, and the option that does."""
 
 FREE: tuple[str, ...] = ("supervisor.*", "links.*", "metrics.*", "ray.*", "run.seed")
 """Fields that may change when a study goes on: none affects what a cell learns; seeds are compared as a list."""
 
 
-def parse_lags(text: str) -> tuple[int, ...]:
-    """``0,2,8`` as ascending lags.  Raises ConfigError."""
-    lags = set()
-    for word in _words(text, "--lags"):
-        if not word.isdecimal():
-            raise ConfigError(f"--lags {text}: {word!r} is no lag; lags are learner versions from 0 on, as in 0,2,8")
-        lags.add(int(word))
-    return tuple(sorted(lags))
-
-
-def parse_corrections(text: str) -> tuple[str, ...]:
-    """Names out of ``CORRECTIONS``, in the order given.  Raises ConfigError listing them."""
-    names: list[str] = []
-    for word in _words(text, "--corrections"):
-        if word not in CORRECTIONS:
-            raise ConfigError(f"--corrections {text}: {word!r} is unknown; known: {', '.join(CORRECTIONS)}")
-        if word not in names:
-            names.append(word)
-    return tuple(names)
-
-
-def _words(text: str, option: str) -> list[str]:
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words:
-        raise ConfigError(f"{option} names nothing; separate names with commas")
-    return words
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The grid over a configuration."""
 
-    base: Config
-    lags: tuple[int, ...]
-    corrections: tuple[str, ...]
+    name: str
+    """Of the study: of its output files, and between the marks of a page."""
+    axes: tuple[Axis, ...]
     seeds: tuple[int, ...]
+    own: Sequence[Mapping[str, Any]]
+    """The content of the files that all cells have in common."""
+    over: Mapping[str, str] = field(default_factory=dict)
+    """Dotted path -> text of what the user gave as options: they go over every file."""
+    choosing: Choosing | None = None
+    """The first stage, where a field's value is chosen."""
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    """Value of ``choosing.by`` -> the value that was chosen for it; none as long as the first stage runs."""
+    by_tokens: bool = False
+    """Success is compared at equal tokens generated, not after equal steps."""
     arguments: tuple[str, ...] = ()
-    """Files and options that make ``base`` on a command line; none for what a study takes where none are given."""
+    """Files and options that make the same on a command line."""
+    _settings: dict[Cell, dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
-    @classmethod
-    def of(
-        cls,
-        base: Config,
-        *,
-        lags: str = DEFAULT_LAGS,
-        corrections: str = DEFAULT_CORRECTIONS,
-        seeds: int = DEFAULT_SEEDS,
-        options: Sequence[str] = (),
-        arguments: Sequence[str] = (),
-    ) -> Plan:
-        """From the command line; ``options`` are the dotted fields that the user set, ``arguments`` as the field.
+    @property
+    def base(self) -> Config:
+        """What all cells have in common, with the first value of the axis ``task`` where there is one."""
+        return configuration.build(self._layers({axis.name: axis.values[0] for axis in self.axes if axis.name == TASK}))
 
-        The seeds are ``base.run.seed`` and those that follow.  Raises ConfigError for anything that does not make a
-        grid, and for a cell that no run could have.
-        """
-        for name in options:
-            if name in SET_BY_THE_STUDY:
-                raise ConfigError(f"--{name}: the grid of the study sets it; use {SET_BY_THE_STUDY[name]}")
-        if seeds < 1:
-            raise ConfigError(f"--seeds must be >= 1, got {seeds}")
-        if base.run.seed + seeds > MAX_SEED:
-            raise ConfigError(
-                f"--seeds {seeds} from run.seed = {base.run.seed} on: seeds are below {MAX_SEED}; use fewer, or a "
-                "lower run.seed"
-            )
-        if base.run.steps < LEAST_STEPS:
-            raise ConfigError(
-                f"run.steps = {base.run.steps}: a cell's success is the mean of its last {LEAST_STEPS} steps; use at "
-                f"least --run.steps {LEAST_STEPS}"
-            )
-        longest = max(parse_lags(lags))
-        if longest >= base.run.steps:
-            raise ConfigError(
-                f"--lags {lags}: lag {longest} with run.steps = {base.run.steps} would never be reached while success "
-                f"is measured: the lag grows from 0 by one a step; use smaller lags or --run.steps {2 * longest}"
-            )
-        if base.learner.schedule != "constant":
-            raise ConfigError(
-                f"learner.schedule = {base.learner.schedule!r} ends with the run, and a cell's run is longer by its "
-                "lag: cells would differ by more than their lag; use --learner.schedule constant"
-            )
-        plan = cls(
-            base=base,
-            lags=parse_lags(lags),
-            corrections=parse_corrections(corrections),
-            seeds=tuple(range(base.run.seed, base.run.seed + seeds)),
-            arguments=tuple(arguments),
-        )
-        for cell in plan.cells():
-            plan.config(cell, runs=Path("runs"))
-        return plan
+    def axis(self, name: str) -> Axis | None:
+        """None where the grid has no such axis."""
+        return next((axis for axis in self.axes if axis.name == name), None)
+
+    @property
+    def num_groups(self) -> int:
+        """Cells of one seed."""
+        return math.prod(len(axis.values) for axis in self.axes)
 
     def cells(self) -> list[Cell]:
         """The whole grid seed by seed: a study that is stopped early then has all of it once, rather than half."""
+        return [Cell(at=at, seed=seed) for seed in self.seeds for at in combinations(self.axes)]
+
+    def first_stage(self) -> list[Cell]:
+        """The cells from which a field's value is chosen, seed by seed; none where nothing is chosen."""
+        if self.choosing is None:
+            return []
+        first = self.seeds[0] + CHOOSING_SEEDS
+        axes = [self._narrowed(axis) for axis in self.axes]
+        candidates = Axis(name=self.choosing.field, values=self.choosing.values)
         return [
-            Cell(lag=lag, correction=name, seed=seed)
-            for seed in self.seeds
-            for lag in self.lags
-            for name in self.corrections
+            Cell(at=at, seed=seed, stage="choose")
+            for seed in range(first, first + self.choosing.seeds)
+            for at in combinations((*axes, candidates))
         ]
 
+    def _narrowed(self, axis: Axis) -> Axis:
+        assert self.choosing is not None
+        return replace(axis, values=self.choosing.at.get(axis.name, axis.values))
+
+    def decided(self) -> dict[str, str]:
+        """Field -> the option that decides it, for all fields that are not the user's to set besides."""
+        found = {name: option for name, option in OWN.items() if name != "run.seed"}
+        for axis in self.axes:
+            if axis.name == LAG:
+                found |= dict.fromkeys(("staleness.exact_lag", "staleness.max_lag"), "--axis lag=")
+            elif axis.name == CORRECTION:
+                found |= dict.fromkeys(DECIDED, "--axis correction=")
+            elif "." in axis.name:
+                found[axis.name] = f"--axis {axis.name}="
+        if self.choosing is not None:
+            found[self.choosing.field] = f"--choose {self.choosing.field}="
+        return found
+
+    # --- configurations -------------------------------------------------------------------------------------------
+
+    def _layers(self, at: Mapping[str, str]) -> dict[str, Any]:
+        """The nested fields of files and options for some axes' values, the later over the earlier."""
+        layers = {axis.name: axis.layers[at[axis.name]] for axis in self.axes if axis.name in at and axis.layers}
+        tables = [*layers.get(TASK, ()), *self.own, *layers.get(CONFIG, ()), *layers.get(RECIPE, ())]
+        data = configuration.laid(tables, source=f"study {self.name}")
+        for name, text in self.over.items():
+            configuration.put(data, name, text)
+        return data
+
     def config(self, cell: Cell, *, runs: Path, model: str | None = None) -> Config:
-        """A cell's whole configuration.  ``model`` is its seed's policy.  Raises ConfigError naming the cell."""
-        data = self.base.model_dump(mode="json")
-        # The last batches of a run are trained on and no longer grown: every lag is to grow as many.
-        steps = data["run"]["steps"] + cell.lag
-        data["run"] |= {"name": cell.name, "dir": str(runs), "seed": cell.seed, "steps": steps}
-        data["buffer"]["weight_exponent_steps"] = data["buffer"]["weight_exponent_steps"] or self.base.run.steps
-        data["staleness"] |= {"exact_lag": cell.lag, "max_lag": cell.lag}
-        data["correction"] |= CORRECTIONS[cell.correction].fields
-        # A role that crashes ends its cell: trees lost on the way would make the lag another one.
-        data["supervisor"] |= {"max_restarts": 0, "stop_grace_s": min(ASK_GRACE_S, data["supervisor"]["stop_grace_s"])}
-        # Cells run side by side.
-        data["links"] |= {"actors_port": 0, "learner_port": 0, "weights_port": 0, "announce_port": 0}
-        if model is not None:
-            data["model"]["path"] = model
+        """A cell's whole configuration.  ``model`` is its policy's folder.  Raises ConfigError naming the cell."""
+        at = dict(cell.at)
         try:
+            data = self._layers(at)
+            for name, value in at.items():
+                if name == CORRECTION:
+                    for path, setting in CORRECTIONS[value].fields.items():
+                        put(data, path, setting)
+                elif "." in name:
+                    configuration.put(data, name, value)
+            if self.choosing is not None and not cell.stage:
+                value = self.chosen.get(at[self.choosing.by] if self.choosing.by else "", self.choosing.values[0])
+                configuration.put(data, self.choosing.field, value)
+            self._put_own(data, cell, runs, model)
             return configuration.build(data)
         except ConfigError as exc:
             raise ConfigError(f"cell {cell.label}: {exc}") from None
 
+    def _put_own(self, data: dict[str, Any], cell: Cell, runs: Path, model: str | None) -> None:
+        """What every cell of a study has."""
+        put(data, "run.name", cell.name)
+        put(data, "run.dir", str(runs))
+        put(data, "run.seed", cell.seed)
+        if cell.lag is not None:
+            # The last batches of a run are trained on and no longer grown: every lag is to grow as many.
+            steps = get(data, "run.steps")
+            put(data, "run.steps", steps + cell.lag)
+            put(data, "buffer.weight_exponent_steps", get(data, "buffer.weight_exponent_steps") or steps)
+            put(data, "staleness.exact_lag", cell.lag)
+            put(data, "staleness.max_lag", cell.lag)
+        # A role that crashes ends its cell: what is lost on the way would make it another one.
+        put(data, "supervisor.max_restarts", 0)
+        put(data, "supervisor.stop_grace_s", min(ASK_GRACE_S, get(data, "supervisor.stop_grace_s")))
+        for port in ("actors_port", "learner_port", "weights_port", "announce_port"):
+            put(data, f"links.{port}", 0)  # cells run side by side
+        if model is not None:
+            put(data, "model.path", model)
+
     def settings(self, cell: Cell) -> dict[str, Any]:
         """Dotted path -> value of all settings that affect what the cell learns, as JSON has it."""
-        config = self.config(cell, runs=Path("runs"))
-        found = settings_of(config, leaving=(*FREE, "run.name", "run.dir"))
-        if config.model.warm_start:
-            found.pop("model.path")  # follows from the rest, and is made when it is needed
-        return found | {"run.seed": cell.seed}
+        if cell not in self._settings:
+            config = self.config(cell, runs=Path("runs"))
+            found = settings_of(config, leaving=(*FREE, "run.name", "run.dir"))
+            if config.model.warm_start:
+                found.pop("model.path")  # follows from the rest, and is made when it is needed
+            self._settings[cell] = found | {"run.seed": cell.seed}
+        return self._settings[cell]
+
+    def with_chosen(self, chosen: Mapping[str, str]) -> Plan:
+        """The plan of the second stage."""
+        return replace(self, chosen=dict(chosen), _settings={})
+
+
+def combinations(axes: Sequence[Axis]) -> Iterator[tuple[tuple[str, str], ...]]:
+    """Every combination of the axes' values, the last axis changing first."""
+    for values in itertools.product(*(axis.values for axis in axes)):
+        yield tuple(zip((axis.name for axis in axes), values, strict=True))
+
+
+def put(data: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a field of nested ones."""
+    section, name = dotted.split(".")
+    data[section] = dict(data.get(section) or {}) | {name: value}
+
+
+def get(data: Mapping[str, Any], dotted: str) -> Any:
+    """A field of nested ones; its default where they do not have it."""
+    section, name = dotted.split(".")
+    found = data.get(section) or {}
+    return found[name] if name in found else configuration.get(Config(), dotted)
 
 
 def settings_of(config: Config, *, leaving: Sequence[str]) -> dict[str, Any]:

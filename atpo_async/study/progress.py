@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from atpo_async.report.progress import duration
 from atpo_async.report.screen import Screen
 from atpo_async.study.cells import Cell, CellResult
+from atpo_async.study.pace import Pace, Running
 
 PLAIN_EVERY_S = 20.0
 
@@ -29,23 +30,32 @@ class StudyProgress(Screen):
     """A ``study.Watcher``.  Use as a context.
 
     Args:
+        waiting: (cell, steps) of those that are to run, in their order.
         total: cells of the study; ``done`` of them ended before.
+        later: of those, cells that run after these.
         at_once: cells side by side.
+        pace: of cells that ended before.
     """
 
     def __init__(
         self,
         console: Console,
         *,
+        waiting: Sequence[tuple[Cell, int]],
         total: int,
         done: int,
         at_once: int,
+        later: Sequence[tuple[Cell, int]] = (),
+        pace: Pace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total, self._done, self._at_once = total, done, at_once
         self._said_at = clock()
         self._running: dict[Cell, _Running] = {}
-        self._took: list[float] = []
+        self._waiting = dict(waiting)
+        self._later = list(later)
+        self._before = pace or Pace()
+        self._pace = Pace()
         self._bars: Progress | None = None
         if console.is_terminal:
             columns = (
@@ -60,6 +70,7 @@ class StudyProgress(Screen):
 
     def began(self, cell: Cell, *, steps: int) -> None:
         running = self._running[cell] = _Running(self._clock(), steps)
+        self._waiting.pop(cell, None)
         if self._bars is not None:
             running.bar = self._bars.add_task(cell.label, total=steps, note="starting")
 
@@ -77,7 +88,8 @@ class StudyProgress(Screen):
     def ended(self, result: CellResult) -> None:
         running = self._running.pop(result.cell)
         self._done += 1
-        self._took.append(self._clock() - running.began)
+        if result.status == "done":
+            self._pace.note(result.cell, steps=running.steps, seconds=self._clock() - running.began)
         if self._bars is not None and running.bar is not None:
             self._bars.remove_task(running.bar)
             self._bars.update(self._all, completed=self._done, note=self._left())
@@ -96,18 +108,15 @@ class StudyProgress(Screen):
         return "; ".join([*parts, left] if left else parts)
 
     def left_s(self) -> float | None:
-        """Seconds to the end at the pace so far; None while no cell has made enough progress for an estimate."""
+        """Seconds to the end at the pace so far, of this start where it is known, else of those before; or None."""
         now = self._clock()
-        each = self._took or [
-            (now - r.began) * r.steps / r.step for r in self._running.values() if r.step >= r.steps / 4
+        running = [
+            Running(cell=cell, steps=each.steps, step=each.step, for_s=now - each.began)
+            for cell, each in self._running.items()
         ]
-        if not each:
-            return None
-        mean = sum(each) / len(each)
-        open_s = sum(max(0.0, mean - (now - r.began)) for r in self._running.values())
-        waiting = self._total - self._done - len(self._running)
-        lanes = max(1, min(self._at_once, waiting + len(self._running)))
-        return (open_s + waiting * mean) / lanes
+        waiting = [*self._waiting.items(), *self._later]
+        found = self._pace.left_s(running, waiting, lanes=self._at_once)
+        return found if found is not None else self._before.left_s(running, waiting, lanes=self._at_once)
 
     def _left(self) -> str:
         left = self.left_s()

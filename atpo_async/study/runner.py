@@ -26,7 +26,7 @@ from atpo_async.run import launch, processes, scratch
 from atpo_async.run.files import last_lines, write_atomic
 from atpo_async.run.metrics import MetricsTail, Record, read_metrics
 from atpo_async.run.rundir import RunDir
-from atpo_async.study.cells import Cell, CellResult, curve_of, figures_of, unfinished
+from atpo_async.study.cells import Cell, CellResult, curve_of, figures_of, tokens_of, unfinished
 from atpo_async.study.folder import StudyFolder
 
 
@@ -36,7 +36,7 @@ class Job:
 
     cell: Cell
     config: Config
-    """Of the run: ``cell.lag`` steps longer than the study's."""
+    """Of the run: where the grid has lags, ``cell.lag`` steps longer than the study's."""
     folder: StudyFolder
 
 
@@ -287,15 +287,17 @@ def _clear_shared_memory(run: Path) -> None:
 def read_result(job: Job, seconds: float) -> CellResult:
     """Of a run that ended without an error: done if its metrics say so."""
     records: list[Record] = list(read_metrics(job.folder.run(job.cell) / "metrics.jsonl"))
-    lag = job.cell.lag
+    lag = job.cell.lag or 0
     steps = job.config.run.steps - lag
-    reason = unfinished(records, steps=steps, lag=lag, evaluates=job.config.eval.at_end)
+    reason = unfinished(records, steps=steps, lag=job.cell.lag, evaluates=job.config.eval.at_end)
+    curve = curve_of(records, steps=steps)
     return CellResult(
         cell=job.cell,
         status="done" if reason is None else "failed",
         reason=reason or "",
         figures=figures_of(records, steps=steps, lag=lag) | {"seconds": round(seconds, 1)},
-        curve=curve_of(records, steps=steps),
+        curve=curve,
+        tokens=tokens_of(records, curve),
     )
 
 

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from atpo_async.report import charts
-from atpo_async.study.figure import COLORS, KL_FLOOR, MARKERS, Panel, against_lag, curves
-from atpo_async.study.summary import Spread, Summary
+from atpo_async.study.output.figure import (
+    KL_FLOOR,
+    Panel,
+    Series,
+    all_series,
+    along,
+    axis_label,
+    curve_label,
+    curves,
+    row_title,
+    spaced,
+)
+from atpo_async.study.results.summary import Spread, Summary
 
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 44
 
@@ -38,7 +49,8 @@ class _Plot:
         share = (min(max(value, low), high) - low) / ((high - low) or 1.0)
         return self.tall - BOTTOM - share * (self.tall - TOP - BOTTOM)
 
-    def axes(self, x_ticks: Sequence[float], x_label: str, y_label: str) -> str:
+    def axes(self, x_ticks: Mapping[float, str], x_label: str, y_label: str) -> str:
+        """``x_ticks``: place -> what stands there."""
         if self._log:
             y_ticks = [10.0**k for k in range(math.ceil(self._y[0]), math.floor(self._y[1]) + 1)]
         else:
@@ -55,11 +67,11 @@ class _Plot:
                 f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{name}</text>'
             )
         bottom = self.tall - BOTTOM
-        for tick in x_ticks:
+        for tick, name in x_ticks.items():
             x = self.x(tick)
             parts.append(
                 f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>'
-                f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{charts.number(tick)}</text>'
+                f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{escape(name)}</text>'
             )
         middle = (TOP + bottom) / 2
         parts.append(
@@ -90,38 +102,95 @@ class _Plot:
 
 
 def draw_panel(summary: Summary, panel: Panel) -> str:
-    series = {name: against_lag(summary, panel.key, name) for name in summary.corrections}
-    values = [value for points in series.values() for _, s in points for value in (s.low, s.high)]
+    """A figure: lines against numbers, or a row for each name."""
+    return _lines(summary, panel) if summary.x_axis is not None else _dots(summary, panel)
+
+
+def _lines(summary: Summary, panel: Panel) -> str:
+    drawn = [(each, along(summary, panel.key, each)) for each in all_series(summary)]
+    values = [value for _, points in drawn for _, s in points for value in (s.low, s.high)]
     if not values:
         return _nothing()
     y_range = panel.y_range or (0.0, max(values) * 1.05 or 1.0)
     if panel.logarithmic:
         top = max(10 * KL_FLOOR, *values)
         y_range = (KL_FLOOR, 10.0 ** math.ceil(math.log10(top)))
-    lags = [float(lag) for lag in summary.lags]
-    plot = _Plot(
-        (lags[0], lags[-1]) if len(lags) > 1 else (lags[0] - 1, lags[0] + 1), y_range, logarithmic=panel.logarithmic
-    )
-    parts = [plot.axes(lags, "lag, learner versions", panel.label)]
-    parts += [plot.band(points, COLORS[name]) for name, points in series.items()]
-    for name, points in series.items():
-        parts.append(plot.line([(lag, s.mean) for lag, s in points], COLORS[name]))
-        for lag, spread in points:
-            told = escape(f"{name}, lag {lag}: {spread.text(3)}")
-            parts.append(f"<g>{mark(plot.x(lag), plot.y(spread.mean), name)}<title>{told}</title></g>")
+    numbers = summary.rows.numbers or []
+    at = _places(numbers)
+    plot = _Plot((min(at.values()), max(at.values())), y_range, logarithmic=panel.logarithmic)
+    ticks = {at[number]: row for number, row in zip(numbers, summary.rows.values, strict=True)}
+    parts = [plot.axes(ticks, axis_label(summary), panel.label)]
+    placed = [(each, [(at[float(row)], row, s) for row, s in points]) for each, points in drawn]
+    parts += [plot.band([(x, s) for x, _, s in points], each.color) for each, points in placed]
+    for each, points in placed:
+        parts.append(plot.line([(x, s.mean) for x, _, s in points], each.color))
+        for x, row, spread in points:
+            told = escape(f"{each.name}, {row_title(summary, row)}: {spread.text(3)}")
+            parts.append(f"<g>{mark(plot.x(x), plot.y(spread.mean), each)}<title>{told}</title></g>")
     return plot.svg("".join(parts))
 
 
-def draw_curves(summary: Summary, lag: int) -> str:
-    drawn = {name: curves(summary, lag, name) for name in summary.corrections}
-    steps = [step for seeds, _ in drawn.values() for points in seeds for step, _ in points]
-    if not steps:
+def _places(numbers: Sequence[float]) -> dict[float, float]:
+    """Number -> place along the axis: by doublings where numbers lie far apart, 0 one doubling below the least."""
+    if not spaced(numbers):
+        return {number: number for number in numbers}
+    least = min(number for number in numbers if number > 0)
+    return {number: math.log2(number / least) + 1 if number > 0 else 0.0 for number in numbers}
+
+
+def _dots(summary: Summary, panel: Panel) -> str:
+    """A row for each name: the mean as a mark, its interval as a line."""
+    series = all_series(summary)
+    names = summary.rows.values
+    wide, step = 420, 20 if len(series) < 3 else 9 * len(series)
+    left = 24 + max(6.6 * max(len(name) for name in names), 30.0)
+    bottom = TOP + step * len(names)
+    low, high = panel.y_range or (0.0, 1.0)
+
+    def x_of(value: float) -> float:
+        return left + (min(max(value, low), high) - low) / (high - low) * (wide - left - RIGHT)
+
+    parts = []
+    for tick in charts.ticks(low, high, count=5):
+        x = x_of(tick)
+        parts.append(
+            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>'
+            f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{charts.number(tick)}</text>'
+        )
+    parts.append(
+        f'<text x="{(left + wide) / 2:.1f}" y="{bottom + 36}" text-anchor="middle">{escape(panel.label)}</text>'
+    )
+    for i, name in enumerate(names):
+        parts.append(
+            f'<text x="{left - 8:.1f}" y="{TOP + step * (i + 0.5) + 4:.1f}" text-anchor="end">{escape(name)}</text>'
+        )
+    for number, each in enumerate(series):
+        shift = (number - (len(series) - 1) / 2) * 0.7 / max(1, len(series))
+        for row, spread in along(summary, panel.key, each):
+            y = TOP + step * (names.index(row) + 0.5 + shift)
+            told = escape(f"{each.name}, {row}: {spread.text(3)}")
+            parts.append(
+                f'<line x1="{x_of(spread.low):.1f}" x2="{x_of(spread.high):.1f}" y1="{y:.1f}" y2="{y:.1f}" '
+                f'stroke="{each.color}" stroke-width="2"/>'
+                f"<g>{mark(x_of(spread.mean), y, each)}<title>{told}</title></g>"
+            )
+    return _svg(wide, round(bottom + BOTTOM), "".join(parts))
+
+
+def draw_curves(summary: Summary, row: str) -> str:
+    """The learning curves of one value of the rows' axis."""
+    drawn = [(each, *curves(summary, row, each)) for each in all_series(summary)]
+    places = [x for _, seeds, _ in drawn for points in seeds for x, _ in points]
+    if not places:
         return _nothing()
-    plot = _Plot((min(steps), max(steps)), (0.0, 1.0), size=(320, 230))
-    parts = [plot.axes(charts.ticks(min(steps), max(steps), count=4, whole=True), "step", "sampled success")]
-    for name, (seeds, mean) in drawn.items():
-        parts += [plot.line(points, COLORS[name], width=1.0, opacity=0.3) for points in seeds]
-        parts.append(plot.line(mean, COLORS[name], width=2.4))
+    plot = _Plot((min(places), max(places)), (0.0, 1.0), size=(320, 230))
+    whole = not summary.by_tokens
+    ticks = {x: charts.number(x) for x in charts.ticks(min(places), max(places), count=4, whole=whole)}
+    parts = [plot.axes(ticks, curve_label(summary), "sampled success")]
+    for each, seeds, mean in drawn:
+        parts += [plot.line(points, each.color, width=1.0, opacity=0.3) for points in seeds]
+        if mean:
+            parts.append(plot.line(mean, each.color, width=2.4))
     return plot.svg("".join(parts))
 
 
@@ -160,5 +229,6 @@ def _polygon(x: float, y: float, *corners: tuple[float, float]) -> str:
     return f'<polygon points="{" ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)}"'
 
 
-def mark(x: float, y: float, name: str) -> str:
-    return f'{_SHAPES[MARKERS[name]](x, y)} fill="{COLORS[name]}" class="mark"/>'
+def mark(x: float, y: float, series: Series) -> str:
+    """The mark of a line of a figure."""
+    return f'{_SHAPES[series.marker](x, y)} fill="{series.color}" class="mark"/>'

@@ -1,0 +1,1 @@
+"""Studies: the cells that are still to be run, and what follows from their results."""
