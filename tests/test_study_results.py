@@ -358,7 +358,7 @@ def test_a_section_is_filled_between_its_marks_again_and_again() -> None:
 
 
 def test_the_documents_of_this_repository_have_the_marks() -> None:
-    for name, file in (("staleness", "staleness.md"),):
+    for name, file in (("staleness", "staleness.md"), ("methods", "methods.md"), ("placement", "methods.md")):
         text = (ROOT / "docs" / file).read_text(encoding="utf-8")
         assert outputs.fill(text, "new", name=name, where=file) != text
 
