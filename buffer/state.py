@@ -8,7 +8,7 @@ journal, and answers are sent after its commit (``handlers``).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -355,6 +355,13 @@ class BufferState:
             log.warning("lease of tree %s lapsed, %s held it", held.tree_id, held.holder)
             self._lost(held)
         return bool(lapsed)
+
+    def withdraw(self, tree_ids: Sequence[str]) -> None:
+        """Training trees that are not needed, of which no message was taken: as though they had never been leased.
+        ``tree_ids`` are those leased last, in their order."""
+        self.ledger.withdraw(tree_ids)
+        for tree_id in tree_ids:
+            self.trees.forget_growing(tree_id)
 
     def _lost(self, held: HeldLease) -> None:
         """A holder is gone: a finished tree is used, an unfinished one (every group) is reissued, up to a limit."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Sequence
 
 from actors.engines.base import EngineStats
 from actors.environments import Environments
@@ -12,12 +14,18 @@ from actors.search.growing import TreeGrower
 from atpo_async.config import Config
 from atpo_async.core.tree import Turn
 from atpo_async.run.metrics import Aggregator
+from atpo_async.wire import codec
 from atpo_async.wire.messages import Lease, TreeClosed, TreeOpened
 from buffer.state import BufferState
 from inprocess.generation.engine import BatchEngine
 
 ACTOR = "actor-0"
 """The name of what generates: of its leases, its metrics, and the seed of its sampling."""
+
+FIRST_SHARE, LEAST_SHARE = 0.7, 0.05
+"""Of trees with a signal: before any is known, and for the estimate of how many are to be grown."""
+NEWEST = 0.7
+"""Weight of the latest trees in that share."""
 
 
 def trees_at_once(config: Config) -> int:
@@ -44,6 +52,12 @@ class Growth:
     ) -> None:
         self._state, self._engine, self._environments = state, engine, environments
         self._most = trees_at_once(config)
+        assert state.delay_line is not None
+        self._line = state.delay_line
+        self._messages: dict[str, list[TreeOpened | Turn | TreeClosed]] = {}
+        """Tree -> what there is of it, of the trees that are grown."""
+        self._signal_share = FIRST_SHARE
+        """Of the latest training trees, those that were placed in a batch."""
         self._metrics = Aggregator()
         self._before = engine.stats()
         self._grower = TreeGrower(
@@ -53,7 +67,7 @@ class Growth:
         )  # fmt: skip
 
     async def _emit(self, message: TreeOpened | Turn | TreeClosed) -> None:
-        self._state.take(message, 0.0)
+        self._messages[message.tree_id].append(message)
 
     async def grow(self, version: int) -> None:
         """Grow trees by the engine's version until the buffer leases none.
@@ -61,25 +75,41 @@ class Growth:
         Waits for: the engine and the environments.  Raises EnvironmentBroken, EngineDead, and what a strategy's load
         raises.
         """
-        growing: set[asyncio.Task[object]] = set()
-        try:
-            while True:
-                for lease in self._leases(self._most - len(growing), version):
-                    growing.add(asyncio.create_task(self._grower.grow(lease), name=lease.tree_id))
-                if not growing:
-                    return
-                ended, growing = await asyncio.wait(growing, return_when=asyncio.FIRST_COMPLETED)
-                for task in ended:
-                    task.result()
-        except ExceptionGroup as failures:
-            raise first_of(failures) from failures
-        finally:
-            for task in growing:
-                task.cancel()
-            await asyncio.gather(*growing, return_exceptions=True)
+        while leases := self._leases(version):
+            self._messages = {lease.tree_id: [] for lease in leases}
+            try:
+                async with asyncio.TaskGroup() as growing:
+                    for lease in leases:
+                        growing.create_task(self._grower.grow(lease), name=lease.tree_id)
+            except ExceptionGroup as failures:
+                raise first_of(failures) from failures
+            self._deliver(leases)
 
-    def _leases(self, count: int, version: int) -> tuple[Lease, ...]:
-        return self._state.lease(ACTOR, count, 0.0, engine_version=version).leases
+    def _leases(self, version: int) -> tuple[Lease, ...]:
+        line = self._line
+        line.ahead = max(min(self._to_be_grown(line.needed), line.most_needed) - line.needed, 0)
+        return self._state.lease(ACTOR, self._most, 0.0, engine_version=version).leases
+
+    def _to_be_grown(self, needed: int) -> int:
+        """How many trees most likely hold ``needed`` ones with a signal, as far as the latest trees tell."""
+        share = max(self._signal_share, LEAST_SHARE)
+        spread = math.sqrt(needed * (1 - share)) / share
+        return math.ceil(needed / share + spread)
+
+    def _deliver(self, leases: Sequence[Lease]) -> None:
+        """Hand grown trees to the buffer in the order of their leases, until it needs no more; the others are as good
+        as never begun.  So it gets the trees that it would get if each began when it was known to be needed."""
+        needed, given = self._line.needed, 0
+        for i, lease in enumerate(leases):
+            if lease.kind == "train" and given and not self._line.needed:
+                self._state.withdraw([each.tree_id for each in leases[i:]])
+                break
+            for message in self._messages[lease.tree_id]:
+                # Its frames are this process's own: what an environment returned was checked where it came in.
+                self._state.take(message, 0.0, codec.encode(message))
+            given += lease.kind == "train"
+        if given:
+            self._signal_share += NEWEST * ((needed - self._line.needed) / given - self._signal_share)
 
     def take_metrics(self, seconds: float) -> dict[str, float]:
         """Of all trees since this was last called, as an actor reports them; ``seconds`` were spent on them."""

@@ -104,6 +104,8 @@ class DelayLine:
         self._trees_per_set = trees_per_set
         self._max_produced = math.ceil(max_oversampling * trees_per_set)
         self._num_steps = num_steps
+        self.ahead = 0
+        """So many more trees than are needed may be begun; their leases are withdrawn once no more are needed."""
         self._whole: deque[TreeSet] = deque()
         self._growing: _Growing | None = None
         self.version: int | None = None
@@ -119,6 +121,17 @@ class DelayLine:
     def greatest_lag(self) -> int:
         """Of the whole sets when each one's turn comes."""
         return max((self.version or 0) + i - each.version for i, each in enumerate(self._whole)) if self._whole else 0
+
+    @property
+    def needed(self) -> int:
+        """Trees to come until the sets under way are complete, if all that come have a signal."""
+        return 0 if self._growing is None else self._needed(self._growing)
+
+    @property
+    def most_needed(self) -> int:
+        """The same if none that comes has one."""
+        growing = self._growing
+        return 0 if growing is None else growing.num_sets * self._max_produced - growing.produced
 
     @property
     def ready(self) -> bool:
@@ -178,7 +191,7 @@ class DelayLine:
             enough = f"buffer.max_bytes is reached: {enough}"
         return Admission(
             version=growing.version,
-            capacity=0 if memory_full else max(self._needed(growing) - under_lease, 0),
+            capacity=0 if memory_full else max(self._needed(growing) + self.ahead - under_lease, 0),
             held_back=self._held_back(growing.version, published, engine_version),
             enough=enough,
         )

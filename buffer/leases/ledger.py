@@ -364,6 +364,12 @@ class Ledger:
             self.tasks.retry(held.task_index, in_vain=False)
         return revoked
 
+    def withdraw(self, tree_ids: Sequence[str]) -> None:
+        """End training leases of which nothing came; their tasks come next again, in this order."""
+        for tree_id in reversed(tree_ids):
+            if (held := self._drop(tree_id)) is not None:
+                self.tasks.put_back(held.task_index)
+
     def evaluate(self, *, step: int, version: int, num_tasks: int, blocking: bool) -> list[str]:
         """Begin an evaluation; the same again changes nothing, another version begins anew.
 

@@ -89,6 +89,10 @@ class TrainingTasks:
         self.retries.append(RetriedTask(task, attempts))
         return True
 
+    def put_back(self, task: int) -> None:
+        """A task that was begun last comes next again, as though it had not been begun."""
+        self.retries.appendleft(RetriedTask(task, self._attempts.pop(task, 0)))
+
     def snapshot(self, run: RunEntry) -> None:
         """Write what ``restore`` reads."""
         run.next_task, run.given_up = self.next_task, self.given_up

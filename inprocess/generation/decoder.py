@@ -181,8 +181,10 @@ class Decoder:
                 self._place(request, context, taken, copies)
             taken.add(request.row)
         self.table.ensure(rows=len(rows), columns=max((r.length for r in [*leaders, *new]), default=1))
-        self.table.swap(*rows.gather([request.row for request in leaders], begin=0))
-        self.table.swap(*rows.gather([request.row for request, _ in followers], begin=len(leaders)))
+        for part, begin in ((leaders, 0), ([request for request, _ in followers], len(leaders))):
+            ones, others = rows.gather([request.row for request in part], begin=begin)
+            held = max((rows.held[rows.row_at(place)] for place in [*ones, *others]), default=0)
+            self.table.swap(ones, others, columns=held)
         if copies:
             sources, targets = ([rows.place[row] for row in pair] for pair in list(zip(*copies, strict=True))[:2])
             self.table.copy(sources, targets, columns=max(held for _, _, held in copies))

@@ -69,12 +69,11 @@ class Rows:
         return None
 
     def forget_all(self) -> None:
-        """What the rows hold is of other weights."""
+        """What the rows hold is of other weights: none is in use any more."""
         self._sources.clear()
         self._lengths.clear()
-        for contexts in self._contexts:
-            contexts.clear()
-        self.held = [0] * len(self.held)
+        for each in (self.place, self._row_at, self.held, self._contexts, self._ages):
+            each.clear()
 
     # --- rows --------------------------------------------------------------------------------------------------
 

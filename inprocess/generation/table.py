@@ -79,16 +79,18 @@ class KeyValueTable:
         return self._length
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], *, columns: int) -> None:
-        """Copy the first ``columns`` of rows into other rows."""
+        """Copy the first ``columns`` of rows into other rows, as they were before any was copied."""
         if not sources or columns == 0:
             return
+        taken, given = torch.tensor(sources), torch.tensor(targets)
         for tables in self._tables:
             for table in tables:
-                table[targets, :columns] = table[sources, :columns]
+                part = table.view(len(table), -1)[:, : columns * table.shape[2] * table.shape[3]]
+                part.index_copy_(0, given.to(part.device), part.index_select(0, taken.to(part.device)))
 
-    def swap(self, ones: Sequence[int], others: Sequence[int]) -> None:
-        """Exchange rows, pair by pair; no row is in two pairs."""
-        self.copy([*ones, *others], [*others, *ones], columns=self._columns)
+    def swap(self, ones: Sequence[int], others: Sequence[int], *, columns: int) -> None:
+        """Exchange the first ``columns`` of rows, pair by pair; no row is in two pairs."""
+        self.copy([*ones, *others], [*others, *ones], columns=columns)
 
     def _new(self, states: Tensor) -> Tensor:
         return states.new_zeros(self.num_rows, self._columns + 1, states.shape[1], states.shape[3])

@@ -7,6 +7,7 @@ right answer, else 0, also when the turns run out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from atpo_async.environments.hopqa.world import (
 from atpo_async.environments.reference import Reference
 
 NOTHING = np.zeros(0, dtype=np.int32)
+
+TASKS_KEPT = 1024
+"""Of the tasks that were asked for last."""
 
 
 class HopQA(ReplayFork):
@@ -72,6 +76,8 @@ class HopQA(ReplayFork):
             num_names=num_names,
             num_relations=num_relations,
         )
+        # A tree asks for its task once for each of its chains.
+        self._task = functools.lru_cache(maxsize=TASKS_KEPT)(self.world.task)
         self._turn_limit = turn_limit
         self._eval_tasks = eval_tasks
         hint = f"num_names = {num_names} and num_relations = {num_relations}"
@@ -105,12 +111,12 @@ class HopQA(ReplayFork):
         return self._episode(split, task_index, notes)
 
     def _episode(self, split: Split, task_index: int, notes: tuple[str, ...] = ()) -> HopQAEpisode:
-        task = self.world.task(split, task_index)
+        task = self._task(split, task_index)
         return HopQAEpisode(self, task, self._turn_limit or turn_limit(len(task.relations)), notes)
 
     def reference(self, split: Split, task_index: int) -> Reference:
         """The name, behind the word that opens an answer."""
-        task = self.world.task(split, task_index)
+        task = self._task(split, task_index)
         return Reference(self.encode((task.answer,)), self.encode((ANSWER,)))
 
     def encode(self, words: tuple[str, ...]) -> np.ndarray:
