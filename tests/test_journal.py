@@ -381,7 +381,8 @@ async def test_a_journal_of_another_format_is_refused_with_the_way_out(tmp_path:
         journal.put(tables._META, b"999")
         await journal.settle()
     async with opened(tmp_path) as journal:
-        with pytest.raises(SetupError, match="has format 999, this program reads 2: finish the run with the program"):
+        said = f"has format 999, this program reads {tables.FORMAT}: finish the run with the program"
+        with pytest.raises(SetupError, match=said):
             journal.recover()
 
 
