@@ -310,6 +310,19 @@ def test_a_run_that_goes_on_without_imitation_lets_its_rows_go() -> None:
     assert run.state.nbytes == run.disk.nbytes == 0
 
 
+def test_first_priorities_are_by_the_credit_of_the_step_that_the_learner_asked_for() -> None:
+    fades = {"kind": "linear", "start": 1.0, "end": 0.0, "steps": 2}
+    run = Run(credit={"turn_reward_scale": fades, "normalise_leaves": False})
+    assert run.state.trees._credit.at(run.state.trees.step).step == 0
+    run.grow([1.0, 0.0])
+    run.train()
+    run.grow([1.0, 0.0])
+    run.train()
+    assert run.state.trees.step == 1
+    run.start_again()
+    assert run.state.trees._credit.at(run.state.trees.step).step == 1
+
+
 def test_a_row_travels_with_its_batch() -> None:
     run = Run()
     run.grow([1.0, 0.0])

@@ -39,6 +39,7 @@ def credit_rule(settings: CreditConfig, *, reads_files: bool = True) -> CreditRu
         normalise_returns=settings.normalise_returns,
         turn_rewards=settings.turn_rewards,
         turn_reward_moments=settings.turn_reward_moments,
+        turn_reward_scale=settings.turn_reward_scale,
         scale=settings.advantage_scale,
         whiten=settings.whiten_advantages,
         trace_cap=settings.trace_cap,

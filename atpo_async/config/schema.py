@@ -13,13 +13,13 @@ from pydantic import BaseModel, Field, model_validator
 
 from atpo_async.config import rules
 from atpo_async.config.doors import environment_door
+from atpo_async.config.sections.algorithm.imitation import ImitationConfig
 from atpo_async.config.sections.base import Section
 from atpo_async.config.sections.cluster import RayConfig
 from atpo_async.config.sections.coefficients import is_coefficient
 from atpo_async.config.sections.data import BufferConfig, StalenessConfig
 from atpo_async.config.sections.environments import MOST_ENVIRONMENTS, EnvironmentConfig, WeightedEnvironment
 from atpo_async.config.sections.generation import ActorConfig, ModelConfig, SearchConfig, TeamConfig
-from atpo_async.config.sections.imitation import ImitationConfig
 from atpo_async.config.sections.implicit import ImplicitRewardConfig
 from atpo_async.config.sections.learning import CorrectionConfig, CreditConfig, LearnerConfig, ObjectiveConfig
 from atpo_async.config.sections.run import EvalConfig, MetricsConfig, RunConfig, SupervisorConfig

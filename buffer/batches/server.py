@@ -146,7 +146,7 @@ class BatchServer:
         return self._share(served, request)
 
     def _heard(self, request: SampleRequest) -> None:
-        self.step = request.step
+        self.step = self._trees.step = request.step
         self._trees.heard(request.version)
         self._ledger.progress.waits_at(request.version)
 
@@ -352,6 +352,7 @@ class BatchServer:
     def restore(self, run: RunEntry, batches: Iterable[BatchEntry]) -> None:
         """As an earlier process left it; after the trees, which those batches take."""
         self._batches.next_id, self.step, self.saved_step = run.next_batch, run.step, run.saved_step
+        self._trees.step = run.step
         self.anew = False
         for entry in batches:
             served = self._batches.restore(entry)

@@ -98,6 +98,8 @@ class TreeLifecycle:
         """Trees that grow."""
         self._retired: set[str] = set()
         """Trees that grew too old between two uses, neither of which is sure to be in a checkpoint of the learner."""
+        self.step = 0
+        """Of the learner's last request: first priorities are by the credit of that step."""
         self.version = 0
         """The learner's version, as last reported: ages count from it."""
 
@@ -278,7 +280,7 @@ class TreeLifecycle:
 
     def _priority(self, arrays: TreeArrays) -> float:
         # Without turn ratios, which only the learner has: a tree trace equals child_mean here.
-        advantages = self._credit.credit(arrays).advantages
+        advantages = self._credit.at(self.step).credit(arrays).advantages
         found = tree_priority(advantages, max_share=self._config.buffer.priority_max_share)
         return max(found, LEAST_PRIORITY) if self._credit.needs_no_comparison else found
 

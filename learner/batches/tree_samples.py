@@ -9,6 +9,7 @@ import numpy as np
 
 from atpo_async.config import CreditConfig
 from atpo_async.config.credit_rule import credit_rule
+from atpo_async.core.credit import CreditRule
 from atpo_async.core.tree import Turn, TurnTree
 from atpo_async.environments.messages.transcript import Transcriber
 from atpo_async.environments.messages.types import Shown
@@ -56,13 +57,13 @@ def write_sample(
         task=chosen.task_index,
         prompt=prompt,
         messages=messages,
-        turns=_turns(tree, settings, readable),
+        turns=_turns(tree, credit_rule(settings).at(batch.step), readable),
     )
 
 
-def _turns(tree: TurnTree, settings: CreditConfig, readable: Readable) -> Iterator[TreeTurn]:
+def _turns(tree: TurnTree, rule: CreditRule, readable: Readable) -> Iterator[TreeTurn]:
     text = readable.transcriber.text
-    for turn, value in zip(tree, credit_rule(settings).credit(tree).values, strict=True):
+    for turn, value in zip(tree, rule.credit(tree).values, strict=True):
         said, heard = readable.turn(tree, turn)
         yield TreeTurn(
             id=turn.turn_id,

@@ -106,10 +106,12 @@ def surrogate_alone(settings: ObjectiveConfig) -> ObjectiveConfig:
 
 def metrics(
     chains: Sequence[CreditedTree],
+    passes: Sequence[Pass],
     sums: Tensor,
     losses: Sequence[float],
     *,
     version: int,
+    coef: float,
     num_dropped: int,
     reductions: Reductions,
 ) -> dict[str, float]:
@@ -117,20 +119,24 @@ def metrics(
 
     Args:
         chains: of this rank.
+        passes: of the batch's trees and rows, of this rank.
         sums: float64[len(SUMS)], of this rank's passes and of all optimizer steps.
-        losses: of the optimizer steps, rows included, over all ranks.
+        losses: of the optimizer steps.
         version: being trained.
+        coef: what they count at this step.
         num_dropped: rows of this rank that were left out.
         reductions: over the ranks.
     """
     turns = [turn for chain in chains for turn in chain.tree]
     own = [
         len(chains), num_dropped, sum(float(chain.advantages[0]) for chain in chains), len(turns),
-        sum(max(0, lag_versions(turn, current=version)) for turn in turns),
+        sum(max(0, lag_versions(turn, current=version)) for turn in turns), *_sizes(passes),
     ]  # fmt: skip
-    rows, dropped, advantage, num_turns, lag = reductions.sum(np.array(own, dtype=np.float64)).tolist()
+    rows, dropped, advantage, num_turns, lag, of_trees, of_rows = reductions.sum(
+        np.array(own, dtype=np.float64)
+    ).tolist()
     s = dict(zip(SUMS, reductions.sum_of(sums), strict=True))
-    out = {"imitation/rows": rows}
+    out = {"imitation/rows": rows, "imitation/coef": coef}
     if dropped:
         out["imitation/dropped"] = dropped
     if rows:
@@ -144,9 +150,15 @@ def metrics(
         if s["left_out"]:
             out["imitation/clip_cov_share"] = s["left_out"] / s["tokens"]
     if losses:
-        of_rows = s["loss"] / len(losses)
-        of_trees = float(np.mean(losses)) - of_rows
-        total = abs(of_rows) + abs(of_trees)
-        out["imitation/loss"] = of_rows
-        out["imitation/loss_share"] = abs(of_rows) / total if total else 0.0
+        out["imitation/loss"] = s["loss"] / len(losses)
+    if of_trees + of_rows:
+        out["imitation/loss_share"] = of_rows / (of_trees + of_rows)
     return out
+
+
+def _sizes(passes: Sequence[Pass]) -> tuple[float, float]:
+    """Sum of weight * |A| over the tokens of trees, and of rows: what each may move, where the loss itself cancels."""
+    found = {False: 0.0, True: 0.0}
+    for item in passes:
+        found[item.imitated] += float((item.weight * item.advantage.abs()).sum())
+    return found[False], found[True]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from atpo_async.core.credit import CreditRule, Moments, TreeArrays, leaf_tokens
+from atpo_async.core.schedule import Schedule
 from atpo_async.core.tree import TurnTree
 from atpo_async.wire.messages import Batch
 from learner.loss.protocols import MAX_LOG_RATIO
@@ -41,6 +42,9 @@ class BatchCredit:
     def of(self, batch: Batch) -> list[CreditedTree]:
         """This rank's trees, before anything was measured of them."""
         self.metrics = {}
+        self._rule = self._rule.at(batch.step)
+        if isinstance(self._rule.turn_reward_scale, Schedule):
+            self.metrics["credit/turn_reward_scale"] = self._rule.turn_reward_scale.at(batch.step)
         std = self._reward_std(batch) if self._rule.needs_batch_std else None
         return self._whitened([CreditedTree.of(tree, self._rule, batch_std=std) for tree in batch.trees])
 

@@ -17,6 +17,7 @@ from learner.packing.credited import CreditedTree
 from learner.packing.staleness import Staleness
 from learner.training.optimizer_steps import BatchTotals, UpdateHistory
 from learner.training.pass_loss import PassLoss
+from learner.training.passes import Part
 from learner.training.reductions import Reductions
 
 
@@ -99,14 +100,18 @@ class StepMetrics:
         return out
 
     def of_rows(
-        self, chains: Sequence[CreditedTree], totals: BatchTotals, *, version: int, num_dropped: int
+        self, parts: Sequence[Part], totals: BatchTotals, *, version: int, num_dropped: int
     ) -> dict[str, float]:
         """The metrics of the rows that are imitated; none where nothing is."""
         if not self._config.imitation.rows:
             return {}
         none = torch.zeros(len(imitated_loss.SUMS), dtype=torch.float64, device=self._loss.accelerator.device)
+        chains = [chain for part in parts for chain in part.chains]
+        passes = [item for part in parts for item in part.passes]
         return imitated_loss.metrics(
-            chains, torch.stack([none, *totals.rows]).sum(0), totals.losses, version=version, num_dropped=num_dropped,
+            chains, passes, torch.stack([none, *totals.rows]).sum(0), totals.losses,
+            version=version, num_dropped=num_dropped,
+            coef=self._config.imitation.coef_at(self._loss.measuring.step),
             reductions=self._reductions,
         )  # fmt: skip
 

@@ -330,7 +330,7 @@ class Trainer:
                 **self._metrics.of_updates(
                     totals, self.history, fp16_scale=None if scaler is None else scaler.get_scale()
                 ),
-                **self._metrics.of_rows(chains, totals, version=version, num_dropped=rows.num_dropped),
+                **self._metrics.of_rows(parts, totals, version=version, num_dropped=rows.num_dropped),
                 **self._metrics.of_dropped(sifted.metrics()),
                 **self.fitting.metrics,
             },

@@ -74,6 +74,9 @@ class CreditConfig(Section):
     turn_reward_moments: Literal["separate", "joint"] = Field(
         "separate", description="of turn_rewards = normalised: apart from those of leaf rewards, or over both together"
     )
+    turn_reward_scale: NonNegative = Field(
+        1.0, description="multiplies what turns earn of their own; a number or a schedule (SPEAR: it fades)"
+    )
     trace_cap: float = Field(1.0, gt=0, description="c-bar of the tree traces: the largest turn ratio that counts")
 
 

@@ -21,6 +21,7 @@ from atpo_async.core.credit.roles import by_role
 from atpo_async.core.credit.tree_arrays import F64, TreeArrays
 from atpo_async.core.credit.weights import branch_prob, leaves_below
 from atpo_async.core.errors import AtpoError, SetupError
+from atpo_async.core.schedule import Schedule, coefficient
 from atpo_async.core.texts import of_error
 from atpo_async.core.tree import TurnTree
 from atpo_async.core.vocabulary import LeafWeights
@@ -80,11 +81,19 @@ class CreditRule:
     count in chains only whose leaf earned more than 0."""
     turn_reward_moments: Literal["separate", "joint"] = "separate"
     """Of these: their own moments, or those of both together."""
+    turn_reward_scale: float | Schedule = 1.0
+    """Multiplies what turns earn of their own, by learner step; after it was normalised, where it is."""
+    step: int = 0
+    """The learner's batch for which trees are credited: schedules are read at it (``at``)."""
     trace_cap: float = 1.0
     """c-bar: the largest ratio that counts; infinity for none."""
     value_setting: str = "credit.value_mode"
     advantage_setting: str = "credit.advantage_mode"
     """The settings that named the modes, for messages."""
+
+    def at(self, step: int) -> CreditRule:
+        """The rule as it is for the learner's batch ``step``."""
+        return replace(self, step=step) if isinstance(self.turn_reward_scale, Schedule) else self
 
     @property
     def reads_ratio(self) -> bool:
@@ -181,6 +190,9 @@ class CreditRule:
                 arrays = normalised_turns(arrays, weights=weights, joint=self.turn_reward_moments == "joint")
             else:
                 arrays = arrays.with_reward(normalised_leaves(arrays, weights=weights, batch_std=of_batch))
+        scale = coefficient(self.turn_reward_scale, self.step)
+        if scale != 1.0:
+            arrays = replace(arrays, turn_reward=arrays.turn_reward * scale)
         return arrays if self.discount == 1.0 else replace(arrays, discount=self.discount)
 
     @property

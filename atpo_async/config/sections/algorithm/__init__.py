@@ -1,0 +1,1 @@
+"""Sections of single methods, off by default."""
