@@ -103,13 +103,15 @@ PURE = {
     "buffer.sampling.uniform",
     "atpo_async.core.loss_traits",
     "learner.batches.intake",
+    "learner.loss.parts.covariance",
+    "learner.training.whole_batch.chance",
     "learner.imitation.intake",
     "learner.imitation.rows",
     *(f"buffer.imitation.{name}" for name in ("imitation", "moments", "store")),
     *(f"learner.loss.{name}" for name in ("correction", "diagnostics", "guards", "objective", "tempering", "units")),
     *(
         f"learner.loss.{folder}.{file.stem}"
-        for folder in ("surrogates", "corrections")
+        for folder in ("surrogates", "corrections", "terms", "token_weights")
         for file in (ROOT / "learner" / "loss" / folder).glob("[a-z]*.py")
     ),
     *(f"learner.packing.{name}" for name in ("credited", "rows", "staleness", "tree", "tree_paths", "tree_segments")),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +12,17 @@ import pytest
 import torch
 
 from atpo_async.config import build
+from atpo_async.config.doors import TERM, TOKEN_WEIGHT
 from atpo_async.config.loss_rules import united
+from atpo_async.core.doors import Door
 from atpo_async.core.errors import ConfigError
-from atpo_async.core.loss_traits import Needs
+from atpo_async.core.loss_traits import Needs, TermTraits, TokenWeightTraits, declared
 from learner.loss.parts.covariance import covariance, means
 from learner.loss.protocols import MinP, Now, TermTokens
 from learner.loss.terms.epo import beta
 from tests.objective_support import loss_of, measured, parts_of, start_tokens, statistics, tensor
 
+ROOT = Path(__file__).resolve().parent.parent
 FREE = {"ratio_level": "token", "clip_low": 1.0, "clip_high": 9.0, "dual_clip": None}
 
 
@@ -327,6 +332,19 @@ def test_the_policys_noise_floor_is_measured_for_one_share() -> None:
     assert united(one) == Needs(min_p=0.02, own_min_p=0.1, entropy=True, random=True)
     with pytest.raises(ValueError, match=r"for one share of the largest probability, not for 0.02 \(a\) and 0.1 \(b\)"):
         united({"a": Needs(min_p=0.02), "b": Needs(min_p=0.1)})
+
+
+@pytest.mark.parametrize("door", [TERM, TOKEN_WEIGHT], ids=lambda door: door.field)
+def test_every_built_in_one_declares_what_it_measures_and_is_described(door: Door[Any]) -> None:
+    algorithm, methods = ((ROOT / "docs" / name).read_text() for name in ("ALGORITHM.md", "methods.md"))
+    for name in door.names():
+        function = door.load(name)
+        traits = declared(function, TermTraits() if door is TERM else TokenWeightTraits())
+        assert traits.check is not None, name
+        assert f"`{name}`" in algorithm, name
+        assert f'"{name}"' in methods, name
+        taken = set(inspect.signature(function).parameters) - {"tokens", "now", "settings"}
+        assert taken == set(inspect.signature(traits.check).parameters) - {"settings"}, name
 
 
 # --- statistics
