@@ -18,7 +18,17 @@ log = logging.getLogger("atpo.buffer")
 OWN = "buffer"
 _RESERVED = re.compile(r"buffer(-\d+)?|supervisor|learner(-\d+)?")
 """Sources that are no actors."""
-_NAMESPACES = ("actor/", "actions/", "engine/", "environment/", "tool/", "weights/", "tokens/generated", "time/actor_")
+_NAMESPACES = (
+    "actor/",
+    "actions/",
+    "engine/",
+    "environment/",
+    "igpo/",
+    "tool/",
+    "weights/",
+    "tokens/generated",
+    "time/actor_",
+)
 """Namespaces of the metrics of actors."""
 _LEARNERS = re.compile(r"weights/(publish_s|unsent_bytes|most_unsent_bytes|kept_reply_bytes|held_back|refused_peers)")
 """In one of the namespaces, and the learner's."""

@@ -118,6 +118,35 @@ async def test_a_turns_reward_is_the_rise_of_the_answers_probability_and_each_pl
         assert sum(each.turn_reward for each in tree.path(leaf.turn_id)) == pytest.approx(rise, abs=1e-6)
 
 
+async def test_what_an_actor_counts_of_its_gains_gets_into_the_metrics_file(tmp_path: Path) -> None:
+    from actors.environments import Environments
+    from actors.faults.faults import Faults
+    from actors.search.growing import TreeGrower
+    from atpo_async.run.metrics import Aggregator
+    from buffer.metrics_file import MetricsFile
+
+    config, metrics = config_of(), Aggregator()
+    environments = Environments.of(config, Knowing(turns=2))
+
+    async def drop(message: object) -> None: ...
+
+    grower = TreeGrower(
+        run="r", config=config, engine=Scoring(by_length), environments=environments, emit=drop, metrics=metrics,
+        faults=Faults(environments.labels, at_once=1), leaving=lambda: False, clock=lambda: 0.0,
+    )  # fmt: skip
+    await grower.grow(lease())
+    found = metrics.flush()
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.report("actor-0", 0, 0, found)
+    file.close()
+    assert file.num_refused == 0
+    assert {name for name in found if name.startswith("igpo/")} == {
+        f"igpo/{name}" for name in ("gain", "mixed_version_share", "unscored_share", "without_answer_share", "scores")
+    }
+    assert found["igpo/scores"] == 4
+    assert found["time/actor_score_s"] == 0.0
+
+
 async def test_gains_may_be_differences_of_log_probs() -> None:
     tree = await search_of(Scoring(by_length), Knowing(turns=2), information_gain="log-prob").grow()
     for each in tree:
@@ -482,6 +511,10 @@ def test_a_tool_task_without_an_answer_in_a_row_has_no_reference_and_a_bad_templ
         return 1.0
 
     assert tool_task(data=[{"question": "Why?"}], rewards=[right]).reference("train", 0) is None
+    several = tool_task(data=[{"question": "Who?", "golden_answers": ["Bob", "Robert"]}], rewards=[right])
+    found = several.reference("train", 0)
+    assert found is not None
+    assert several.decode(found.answer) == "Bob"
     with pytest.raises(ConfigError, match=r"reference is 'no place' .*expected a text with {answer} in it once"):
         tool_task(reference="no place")
 
@@ -524,3 +557,44 @@ def test_search_qa_writes_the_first_golden_answer_as_its_dialect_does(
     assert found is not None
     assert task.decode(found.answer) == "Paris"
     assert task.decode(np.concatenate([found.prefix, found.answer])) == text
+
+
+def test_trees_and_flat_rows_have_the_same_gradient_with_normalised_gains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import msgspec
+    import torch
+
+    from learner.policy.accelerator import make_accelerator
+    from learner.policy.model import load_policy
+    from learner.training.trainer import Trainer
+    from tests.learner_support import flat_gradient, in_double, make_batch, make_config, make_model
+
+    batch, rng = make_batch(num_trees=2), np.random.default_rng(3)
+    trees = tuple(
+        msgspec.structs.replace(
+            tree,
+            turns=tuple(
+                msgspec.structs.replace(each, turn_reward=float(rng.normal()) if each.reward is None else 0.0)
+                for each in tree.turns
+            ),
+        )
+        for tree in batch.trees
+    )
+    batch, model = msgspec.structs.replace(batch, trees=trees), make_model(tmp_path / "model")
+    found: dict[str, Any] = {}
+    for rewards, packing in (("normalised", "flat"), ("normalised", "tree"), ("plain", "flat")):
+        config = make_config(
+            model, credit={"turn_rewards": rewards}, learner={"packing": packing, "max_grad_norm": 1e9}
+        )  # fmt: skip
+        policy = in_double(load_policy(config))
+        trainer = Trainer(config, accelerator=make_accelerator(config), policy=policy)
+        seen: list[torch.Tensor] = []
+        monkeypatch.setattr(
+            trainer.optimizer, "step", lambda seen=seen, policy=policy: seen.append(flat_gradient(policy))
+        )
+        report = trainer.train(batch, version=3)
+        found[f"{rewards}, {packing}"] = (seen[0], report.priorities)
+    torch.testing.assert_close(found["normalised, tree"][0], found["normalised, flat"][0], atol=1e-13, rtol=1e-9)
+    assert found["normalised, tree"][1] == pytest.approx(found["normalised, flat"][1])
+    assert not torch.allclose(found["plain, flat"][0], found["normalised, flat"][0], rtol=1e-3)

@@ -108,5 +108,5 @@ class TreeGrower:
         if search.gains is not None:
             for name, value, weight in search.gains.counts.means():
                 self._metrics.mean(name, value, weight=weight)
-            self._metrics.add("time/score_s", search.gains.counts.seconds)
+            self._metrics.add("time/actor_score_s", search.gains.counts.seconds)
             self._metrics.add("igpo/scores", search.gains.counts.scores)

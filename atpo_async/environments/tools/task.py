@@ -63,7 +63,7 @@ class ToolTask(MessageTask):
         tool_timeout_s: of a call of a tool without a limit of its own.
         reward_timeout_s: of a call of a reward.
         max_calls: tool calls that are made of one action; further ones are answered with an error.
-        reference: how a row's ``answer`` (of several the first) is written where ``search.turn_reward`` asks how
+        reference: how a row's answer (of several the first) is written where ``search.turn_reward`` asks how
             probable it is to the policy: a text with ``{answer}``, such as ``"</think> {answer}"``.
         error_text: what the policy reads of a call that cannot be made; ``{error}`` stands for the fault.
         renderer: of the chat format, and
@@ -146,8 +146,8 @@ class ToolTask(MessageTask):
         return self.data.num_tasks(split)
 
     def right_answer(self, split: Split, index: int) -> str | None:
-        """Of the row's ``answer``.  Raises RowRefused."""
-        return answer_text(self.data.task(split, index).row.get("answer"))
+        """What the row's answer column says.  Raises RowRefused."""
+        return answer_text(self.data.task(split, index).answer)
 
     async def begin(self, split: Split, index: int) -> Conversation:
         """Raises RowRefused, which costs the branch."""
