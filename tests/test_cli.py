@@ -426,7 +426,7 @@ def test_a_role_by_hand_gets_what_further_files_set_as_options(folder: Path, mon
             "the following arguments are required: CONFIG  (name a TOML file: `atpo train configs/demo.toml`; ",
         ),
         (["eval"], "the following arguments are required: RUN|MODEL  (`atpo eval --help` shows"),
-        (["study", "freshness"], "argument staleness: invalid choice: 'freshness'"),
+        (["study", "freshness"], "a study takes an axis at least"),
         (["report", "x", "--figure"], "argument --figure: expected one argument"),
         (["train", "c.toml", "--learner.lr"], "--learner.lr needs a value"),
         (["train", "c.toml", "--learner.lr", "--run.steps", "3"], "--learner.lr needs a value"),

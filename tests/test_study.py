@@ -194,6 +194,57 @@ def test_a_cell_that_has_ended_is_not_run_again(bench: Bench) -> None:
     assert bench.made == [1, 2, 1]  # and no policy for a seed that needs none
 
 
+CHOOSE: dict[str, object] = {"choose": "learner.lr=1e-4,3e-4", "choose_by": "correction", "choose_seeds": 1}
+
+
+def test_what_the_first_stage_chooses_is_what_the_second_runs_with(bench: Bench) -> None:
+    plan = plan_of(**CHOOSE)  # type: ignore[arg-type]
+
+    def better(of: Cell) -> CellResult:
+        at = dict(of.at)
+        best = {"none": "0.0001", "turn": "0.0003"}[at["correction"]]
+        return done(of, area=0.9 if at.get("learner.lr", best) == best else 0.5)
+
+    stopped = FakeRunner(lambda of: SetupError("full") if of == plan.first_stage()[5] else better(of))
+    with pytest.raises(SetupError, match="full"):
+        bench.run(plan, stopped)
+    runner = FakeRunner(better)
+    assert bench.run(plan, runner) is True
+    assert sum(name.startswith("choose-") for name in [*stopped.ran[:-1], *runner.ran]) >= len(plan.first_stage()) - 1
+    configs = {file.stem: json.loads(file.read_text()) for file in (bench.out / "cells").glob("lag*.json")}
+    assert {name.split("-")[1]: data["settings"]["learner.lr"] for name, data in configs.items()} == {
+        "none": 1e-4,
+        "turn": 3e-4,
+    }
+    assert "For none the lowest candidate was chosen" in bench.said
+    assert "| turn | 0.500 | 0.900 | 0.0003 (the highest candidate) |" in (bench.out / "staleness.md").read_text()
+    again = FakeRunner()
+    assert bench.run(plan, again, retry_failed=True) is True
+    assert again.ran == []
+
+
+def test_a_choice_that_results_rest_on_is_not_made_again(bench: Bench) -> None:
+    plan = plan_of(**CHOOSE)  # type: ignore[arg-type]
+    one = plan.first_stage()[0]
+    bench.run(plan, FakeRunner(lambda of: failed(of) if of == one else done(of, area=0.5)))
+    again = FakeRunner(lambda of: done(of, area=1.0))
+    bench.run(plan, again, retry_failed=True)
+    assert again.ran == []
+
+
+def test_a_plan_says_what_it_has_and_can_tell_apart_and_runs_nothing(bench: Bench) -> None:
+    runner = FakeRunner()
+    assert bench.run(plan_of(), runner, plan_only=True, spread=0.1) is True
+    assert runner.ran == []
+    assert not bench.out.exists()
+    assert "2 of lag × 2 of correction × 2 seeds = 8 cells, 0 done" in bench.said
+    assert "power: 4 comparisons of 2 seeds with 2" in bench.said
+    assert "8 cells to run, 2 at once; the time is told once a cell has made a quarter of its steps" in bench.said
+    bench.run(plan_of(), runner)
+    bench.run(plan_of(seeds=3), runner, plan_only=True)
+    assert "4 cells to run, 2 at once: about 0:04, by those that have ended here" in bench.said
+
+
 def test_a_failed_cell_does_not_stop_the_study_and_the_table_shows_it(bench: Bench) -> None:
     plan = plan_of()
     runner = FakeRunner(

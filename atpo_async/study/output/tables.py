@@ -119,9 +119,10 @@ def choice_table(choosing: Choosing, chosen: Mapping[str, Choice]) -> Rows:
 def choice_lines(choosing: Choosing, chosen: Mapping[str, Choice]) -> list[str]:
     """What was chosen, by what; and where the best may lie beyond the candidates."""
     at = [f"{name} {', '.join(values)}" for name, values in choosing.at.items()]
+    seeds = "one seed that is" if choosing.seeds == 1 else f"{choosing.seeds} seeds that are"
     lines = [
         f"{choosing.field} was chosen {f'for each {choosing.by}' if choosing.by else 'for the whole grid'} by the mean "
-        f"of {CRITERIA[choosing.criterion]} over {choosing.seeds} seeds that are none of the results'"
+        f"of {CRITERIA[choosing.criterion]} over {seeds} none of the results'"
         + (f", at {'; '.join(at)}" if at else "")
         + "; a failed cell counts as 0."
     ]
