@@ -211,7 +211,7 @@ class TreeSearch:
                 if turn.end != "continue":
                     self._start(further)
                     return True
-                if self._plan.may_branch_after(turn):
+                if self._plan.may_branch_after(turn) or any(chain.parent_id == turn.turn_id for chain in further):
                     await self._forks.keep(episode, turn, result.observation)
                 self._start(further)
                 taken += 1
