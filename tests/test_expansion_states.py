@@ -45,7 +45,7 @@ async def test_a_branch_beside_a_leaf_of_a_tree_taken_over_is_replayed_and_check
 async def test_branches_that_begin_while_the_tree_grows_repeat_no_step(kind: type[Chain], rise_of: str) -> None:
     config = SearchConfig(
         strategy="entropy-rise", expand="online", initial_rollouts=2, rounds=1, branches=4, branch_prob=1.0,
-        entropy_weight=0.0, max_action_tokens=8, rise_of=rise_of,  # type: ignore[arg-type]
+        entropy_weight=0.0, max_action_tokens=8, rise_of=rise_of,
     )  # fmt: skip
     async with hosting(kind) as (host, (world,)):
         sink = Sink()
