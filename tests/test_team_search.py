@@ -239,6 +239,8 @@ def team_config(**sections: dict[str, object]) -> Config:
         ({"search": {"prune_duplicates": True}}, "search.prune_duplicates = true with team.proposers = 2"),
         ({"credit": {"normalise_leaves": "batch"}}, "credit.normalise_leaves = 'batch' with team.proposers = 2"),
         ({"credit": {"whiten_advantages": True}}, "credit.whiten_advantages = true with team.proposers = 2"),
+        ({"buffer": {"keep_share": 0.5}}, "buffer.keep_share = 0.5 with team.proposers = 2"),
+        ({"implicit_reward": {"enabled": True}}, "implicit_reward.enabled = true with team.proposers = 2"),
         ({"imitation": {"rows": 8}}, "imitation.rows = 8 with team.proposers = 2"),
         ({"team": {"teams": 1}}, "team.teams"),
         ({"team": {"local_share": 1.5}}, "team.local_share"),

@@ -202,4 +202,13 @@ def _of_trees_alone(config: Config) -> tuple[tuple[bool, str, str, str], ...]:
             f"credit.advantage_mode = {credit.advantage_mode!r}",
             "it compares what was said to one prompt, and members of a role may have several", "node_value",
         ),
+        (
+            buffer.keep_share < 1, f"buffer.keep_share = {buffer.keep_share:g}",
+            "trees are kept by the spread of one kind of reward, and a group has two", "--buffer.keep_share 1",
+        ),
+        (
+            config.implicit_reward.enabled, "implicit_reward.enabled = true",
+            "its model tells better chains of one prompt from worse, and a group has several prompts",
+            "--implicit_reward.enabled false",
+        ),
     )  # fmt: skip
