@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from atpo_async.config.doors import DOORS
+from actors.expansion.expansion import Expansion
+from atpo_async.config import CreditConfig, SearchConfig, TeamConfig
+from atpo_async.config.credit_rule import credit_rule
+from atpo_async.config.doors import DOORS, ENVIRONMENT
+from atpo_async.core.credit import TreeArrays
+from atpo_async.core.tree import ROOT, TurnTree
+from atpo_async.environments.checked import CheckedEnvironment
+from atpo_async.environments.values import Limits
+from tests.actor_support import ints, turn
 from tests.e2e_support import job
 from tests.learner_support import small_policy
+from tests.test_team_search import team_search
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = (ROOT / "docs" / "extending.md").read_text()
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "extending.md").read_text()
 MAX_CODE_LINES = 30
 
 EXAMPLES: dict[str, str] = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, re.DOTALL))
@@ -59,6 +70,70 @@ def test_the_settings_of_the_page_name_the_examples() -> None:
     assert named == EXAMPLES.keys()
 
 
+APART = ("halves", "knowing", "my_rule", "by_distance")
+"""Examples in the place of another one of the page: each is served by a test of its own."""
+
+
+LIMITS = Limits(vocab_size=64, max_context_tokens=64)
+
+
+@pytest.fixture
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The examples lie in the working folder."""
+    for name, code in EXAMPLES.items():
+        (tmp_path / f"{name}.py").write_text(code)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(tomllib.loads(text) for text in SETTINGS if f'"{name}:' in text)
+    return found
+
+
+@pytest.mark.usefixtures("beside")
+async def test_the_teams_example_is_grown_as_a_group() -> None:
+    given = settings_of("halves")
+    task = CheckedEnvironment(
+        ENVIRONMENT.make(given["environment"]["name"], "", options={}), name="halves", limits=LIMITS
+    )
+    team = TeamConfig(**given["team"])
+    tree = await team_search(lambda context, n: ints(*context[1:], 2), team=team, task=task).grow()
+    leaves = [turn for turn in tree if turn.is_leaf]
+    assert len(leaves) == team.teams * (team.proposers + 1)
+    assert all(turn.success for turn in leaves)
+    assert next(turn for turn in tree if turn.role == "synthesizer").observation.tolist() == [4, 10, 11]
+
+
+@pytest.mark.usefixtures("beside")
+async def test_the_example_of_a_right_answer_has_one() -> None:
+    plain = ENVIRONMENT.make(settings_of("knowing")["environment"]["name"], "", options={})
+    found = await CheckedEnvironment(plain, name="knowing", limits=LIMITS).reference("train", 0)
+    assert found is not None
+    assert (found.answer.tolist(), found.prefix.tolist()) == ([6, 7], [5])
+
+
+@pytest.mark.usefixtures("beside")
+def test_the_example_of_a_rule_asks_for_another_try_of_what_found_little() -> None:
+    settings = SearchConfig(**settings_of("my_rule")["search"])
+    rule = Expansion.of(settings).strategy
+    found = [turn(1, ROOT, fingerprint=(7,)), turn(2, 1, fingerprint=(7, 8, 9))]
+    tree = TurnTree("t", 0, np.array([1], dtype=np.int32), tuple(found))
+    asked = [[rule(tree, t.turn_id, 3, np.random.default_rng(seed), settings) for seed in range(20)] for t in found]
+    assert {tuple(each) for each in asked[0]} == {(), (ROOT,)}
+    assert {tuple(each) for each in asked[1]} == {()}
+
+
+@pytest.mark.usefixtures("beside")
+def test_the_example_of_credit_by_distance_reads_the_first_policy() -> None:
+    rule = credit_rule(CreditConfig(**settings_of("by_distance")["credit"], normalise_leaves=False))
+    arrays = TreeArrays(
+        parent=np.array([-1, -1]), is_leaf=np.array([True, True]), reward=np.array([1.0, 0.0]),
+        entropy=np.zeros(2), num_action_tokens=np.ones(2, dtype=np.int64), reference=np.array([0.5, -1.0]),
+    )  # fmt: skip
+    assert rule.credit(arrays).advantages.tolist() == [0.9, 0.2]
+
+
 @pytest.mark.slow
 def test_all_examples_serve_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An environment, a strategy, a credit rule, a loss, a correction, a sampler, a transport, a launcher and a sink of
@@ -67,7 +142,7 @@ def test_all_examples_serve_in_one_run(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / f"{name}.py").write_text(code)
     layers = []
     for number, text in enumerate(SETTINGS):
-        if "table_engine" not in text:
+        if not any(f'"{name}:' in text for name in ("table_engine", *APART)):
             layers.append(tmp_path / f"layer{number}.toml")
             layers[-1].write_text(text)
     (tmp_path / "shared").mkdir()
