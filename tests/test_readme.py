@@ -44,10 +44,12 @@ RUN_ELSEWHERE = {
 TABLE = {
     "atpo train CONFIG": "test_cli.py::test_a_run_goes_to_its_end_and_names_its_report",
     "atpo demo agent": "test_passage_qa_warm_start.py::test_the_demo_of_an_agent_trains_and_names_its_report",
+    "atpo demo text": "test_demos.py::test_a_demo_by_name_is_its_file_in_a_new_run",
+    "atpo demo team": "test_demos.py::test_a_demo_by_name_is_its_file_in_a_new_run",
     "atpo demo": "test_readme.py::test_the_demo_trains_and_names_its_report",
     "atpo config": "test_cli.py::test_the_resolved_configuration_and_the_table_of_knobs_are_printed",
     "atpo doctor": "test_cli.py::test_the_doctor_names_what_is_missing_and_how_to_get_it",
-    "atpo study staleness": "test_study.py",
+    "atpo study NAME": "test_study.py",
     "atpo actor CONFIG --join HOST:PORT": "test_cli.py::test_an_actor_joins_by_address_without_the_runs_folder",
     "atpo buffer CONFIG": "test_cli.py::test_a_role_by_hand_gets_what_further_files_set_as_options",
     "atpo learner CONFIG": "test_cli.py::test_a_learner_by_hand_is_started_as_the_supervisor_would",

@@ -19,6 +19,7 @@ from atpo_async.config import Config, load
 DEMOS = {
     "agent": "a chat policy that calls a search engine (configs/demo_agent.toml)",
     "text": "one that reasons about plain text and predicts what it says next (configs/demo_text.toml)",
+    "team": "two that note what they read, and a third that answers from their notes (configs/demo_team.toml)",
 }
 """Further demos by name (``atpo demo agent``)."""
 
