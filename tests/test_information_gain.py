@@ -426,7 +426,8 @@ def test_what_a_leafs_own_turn_earned_is_part_of_its_outcome() -> None:
 def test_without_gains_the_outcomes_alone_decide() -> None:
     none = tree_of_six(turn_reward=np.zeros(6))
     plain = credit_rule(build({}).credit).credit(none).advantages
-    assert advantages(none) == plain.tolist()
+    for moments in ("separate", "joint"):
+        assert advantages(none, turn_reward_moments=moments) == plain.tolist()
 
 
 def test_a_tree_of_equal_outcomes_has_a_signal_by_its_gains() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from actors.sampled import rewards
 from actors.search.tree_search import OVERLONG
@@ -136,6 +137,19 @@ def test_a_tree_that_is_not_kept_is_a_drop_and_its_task_is_settled() -> None:
     assert metrics["tasks/filtered"] == 1
     assert metrics["train/trees"] == 4, "all are counted as produced"
     assert "1 not kept (buffer.keep_share)" in state.counters.describe_tasks(0)
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, 2), (1, 1)])
+def test_rewards_of_turns_that_have_faded_make_no_tree_more_unlike_than_another(step: int, kept: int) -> None:
+    fades = {"kind": "linear", "start": 1.0, "end": 0.0, "steps": 1}
+    state = stateful(configured(**KEEPING, credit={"normalise_leaves": False, "turn_reward_scale": fades}))
+    state.trees.step = step
+    ends(state, WIDE)
+    (lease,) = state.lease("a", 1, 0.0).leases
+    # Its outcomes hardly differ, and what its first chain earned on the way does.
+    begun, first, second, closing = grown(lease, (0.1, 0.0))
+    take(state, [begun, structs.replace(first, turn_reward=5.0), second, closing])
+    assert len(state.trees.pool) == kept
 
 
 def test_a_buffer_that_starts_again_goes_on_with_the_trees_that_ended_before() -> None:

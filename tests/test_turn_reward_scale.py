@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,38 @@ def test_without_a_factor_nothing_changes_and_the_raw_rewards_stay() -> None:
 def test_a_negative_factor_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"credit\.turn_reward_scale"):
         build({"credit": {"turn_reward_scale": -0.5}})
+
+
+def fork(outcomes: list[float], paid: list[float]) -> TreeArrays:
+    """Two first turns with two leaves each."""
+    return TreeArrays(
+        parent=np.array([-1, 0, 0, -1, 3, 3]),
+        is_leaf=np.array([False, True, True, False, True, True]),
+        reward=np.array([0.0, *outcomes[:2], 0.0, *outcomes[2:]]),
+        entropy=np.ones(6),
+        num_action_tokens=np.ones(6, dtype=np.int64),
+        turn_reward=np.array(paid),
+    )
+
+
+@pytest.mark.parametrize("moments", ["separate", "joint"])
+def test_the_factor_comes_after_inner_turns_were_normalised_and_before_leaves_are(moments: str) -> None:
+    settings: dict[str, Any] = {"turn_rewards": "normalised", "turn_reward_moments": moments}
+    tree = fork([1.0, 0.0, 0.0, 0.0], [0.3, 0.0, 0.1, -0.2, 0.0, 0.4])
+    half = credit_rule(CreditConfig(**settings, turn_reward_scale=0.5)).credit(tree)
+    # What a leaf's own turn earned, halved, is part of its outcome; z of an inner turn is halved.
+    whole = credit_rule(CreditConfig(**settings)).credit(fork([1.0, 0.05, 0.0, 0.2], [0.3, 0.0, 0.0, -0.2, 0.0, 0.0]))
+    children = np.array([whole.values[[1, 2]].mean(), whole.values[[4, 5]].mean()])
+    expected = whole.values.copy()
+    expected[[0, 3]] = children + 0.5 * (whole.values[[0, 3]] - children)
+    assert half.values == pytest.approx(expected)
+
+
+def test_rewards_that_have_faded_count_nothing_where_turns_are_normalised_either() -> None:
+    tree = fork([1.0, 0.0, 0.0, 0.0], [0.3, 0.0, 0.1, -0.2, 0.0, 0.4])
+    faded = credit_rule(CreditConfig(turn_rewards="normalised", turn_reward_scale=0.0)).credit(tree)
+    none = credit_rule(CreditConfig()).credit(replace(tree, turn_reward=np.zeros(6)))
+    assert faded.values.tolist() == none.values.tolist()
 
 
 def paid(batch: Batch) -> Batch:

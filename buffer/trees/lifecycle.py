@@ -198,7 +198,9 @@ class TreeLifecycle:
 
     def _is_kept(self, arrays: TreeArrays) -> bool:
         """Whether the chains of a tree differ as much as ``buffer.keep_share`` asks; once for each tree."""
-        return self._spreads is None or self._spreads.keeps(spread_of(arrays))
+        if self._spreads is None:
+            return True
+        return self._spreads.keeps(spread_of(self._credit.at(self.step).counted(arrays)))
 
     def _left_out(self, tree: TreeEntry, arrays: TreeArrays, *, signal: bool) -> None:
         """A tree goes to no batch: nothing can be learnt from it, or others are kept for their spread."""

@@ -23,7 +23,11 @@ MOST = 256
 
 
 def spread_of(arrays: TreeArrays) -> float:
-    """The population's standard deviation of the returns of a tree's chains."""
+    """The population's standard deviation of the returns of a tree's chains.
+
+    Args:
+        arrays: the tree, with rewards of turns and discount as they count (``CreditRule.counted``).
+    """
     return float(leaf_returns(arrays)[arrays.is_leaf].std()) if arrays.is_leaf.any() else 0.0
 
 

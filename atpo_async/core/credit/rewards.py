@@ -72,12 +72,13 @@ def normalised_turns(arrays: TreeArrays, *, weights: F64 | None = None, joint: b
     Args:
         arrays: the tree.
         weights: float64[N] of the leaves, as of ``normalised_leaves``; equal ones where None.
-        joint: the moments are those of inner turns and leaves together; takes no weights.
+        joint: the moments are those of inner turns and leaves together; takes no weights.  Where no inner turn earned
+            anything (no answer was known to measure its gain by), the outcomes' alone, and inner turns stay at 0.
     """
     leaf = arrays.is_leaf
     paid = np.where(leaf, arrays.reward + arrays.turn_reward, arrays.turn_reward)
-    if joint:
-        found = _to_unit(paid) if len(paid) else paid
+    if joint and paid[~leaf].any():
+        found = _to_unit(paid)
     else:
         found = normalised_leaves(arrays.with_reward(paid), weights=weights)
         if not leaf.all():

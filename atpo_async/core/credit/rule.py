@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from atpo_async.core.credit.marks import Sums, added, mark_of
 from atpo_async.core.credit.returns import LEAST_SHARE, before, has_signal, in_one_sum
@@ -82,7 +83,8 @@ class CreditRule:
     turn_reward_moments: Literal["separate", "joint"] = "separate"
     """Of these: their own moments, or those of both together."""
     turn_reward_scale: float | Schedule = 1.0
-    """Multiplies what turns earn of their own, by learner step; after it was normalised, where it is."""
+    """Multiplies what turns earn of their own, by learner step; what inner turns earn after it was normalised, where it
+    is, and what a leaf's own turn earns before, as it is part of the outcome then."""
     step: int = 0
     """The learner's batch for which trees are credited: schedules are read at it (``at``)."""
     trace_cap: float = 1.0
@@ -179,20 +181,35 @@ class CreditRule:
             arrays = replace(arrays, reference=reference)
         return arrays, ratio
 
-    def _normalised(self, arrays: TreeArrays, batch_std: float | None) -> TreeArrays:
-        """The tree with its rewards as the settings have them."""
+    def counted(self, arrays: TreeArrays) -> TreeArrays:
+        """The tree with what its turns earned as far as it counts at this step, and discounted; not normalised."""
         if self.turn_rewards == "posterior":
             arrays = posterior_turns(arrays)
-        if self.normalise:
-            weights = branch_prob(arrays) if self.leaf_weights == "branch-prob" else None
-            of_batch = batch_std if self.needs_batch_std else None
-            if self.turn_rewards == "normalised":
-                arrays = normalised_turns(arrays, weights=weights, joint=self.turn_reward_moments == "joint")
-            else:
-                arrays = arrays.with_reward(normalised_leaves(arrays, weights=weights, batch_std=of_batch))
+        return self._discounted(self._scaled(arrays))
+
+    def _normalised(self, arrays: TreeArrays, batch_std: float | None) -> TreeArrays:
+        """The tree with its rewards as the settings have them."""
+        if not self.normalise:
+            return self.counted(arrays)
+        weights = branch_prob(arrays) if self.leaf_weights == "branch-prob" else None
+        if self.turn_rewards == "normalised":
+            # What a leaf's own turn earned becomes part of its outcome, and must have faded by then; what inner turns
+            # earned fades afterwards, or their deviation would take it out.
+            arrays = self._scaled(arrays, where=arrays.is_leaf)
+            arrays = normalised_turns(arrays, weights=weights, joint=self.turn_reward_moments == "joint")
+            return self._discounted(self._scaled(arrays, where=~arrays.is_leaf))
+        of_batch = batch_std if self.needs_batch_std else None
+        reward = normalised_leaves(arrays, weights=weights, batch_std=of_batch)
+        return self.counted(arrays).with_reward(reward)
+
+    def _scaled(self, arrays: TreeArrays, where: NDArray[np.bool_] | bool = True) -> TreeArrays:
+        """What turns ``where`` earned of their own, by the factor of this step."""
         scale = coefficient(self.turn_reward_scale, self.step)
-        if scale != 1.0:
-            arrays = replace(arrays, turn_reward=arrays.turn_reward * scale)
+        if scale == 1.0:
+            return arrays
+        return replace(arrays, turn_reward=np.where(where, arrays.turn_reward * scale, arrays.turn_reward))
+
+    def _discounted(self, arrays: TreeArrays) -> TreeArrays:
         return arrays if self.discount == 1.0 else replace(arrays, discount=self.discount)
 
     @property
