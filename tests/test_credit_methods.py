@@ -162,8 +162,10 @@ def test_leaf_rewards_are_divided_by_the_deviation_of_the_whole_batch() -> None:
     assert found[1] == pytest.approx([0.5, 0.5, -1.5, 0.5], abs=4e-6)
     # The sample's deviation, as one published implementation has it, differs by a factor of the whole batch.
     sample = std * np.sqrt(8 / 7)
-    other = np.concatenate(found) * (std + 1e-6) / (sample + 1e-6)
-    assert other[:2].tolist() == pytest.approx([1.4031217, -0.4677072], abs=4e-6)
+    assert sample == pytest.approx(0.5345225, abs=5e-8)
+    other = np.concatenate(found) * (std + 1e-6) / sample
+    expected = [1.4031215, *[-0.4677072] * 3, 0.4677072, 0.4677072, -1.4031215, 0.4677072]
+    assert other.tolist() == pytest.approx(expected, abs=6e-8)
 
 
 def test_where_no_batch_is_known_a_trees_own_deviation_takes_its_place() -> None:
@@ -316,6 +318,22 @@ def test_a_file_of_rewards_that_is_none_is_named(tmp_path: Path, text: str | Non
             {"credit.advantage_mode": "preference", "correction.prox": "interpolate"},
             "correction.prox = 'interpolate' has no log-probs before the first step, and credit.advantage_mode = "
             "'preference' needs them: use recompute",
+        ),
+        (
+            {"credit.advantage_mode": "preference", "credit.whiten_advantages": "true"},
+            "credit.whiten_advantages = true with credit.advantage_mode = 'preference': its advantages are the gradient",
+        ),
+        (
+            {"credit.advantage_mode": "optimal_value", "credit.advantage_scale": "sqrt-leaves"},
+            "credit.advantage_scale = 'sqrt-leaves' with credit.advantage_mode = 'optimal_value': its advantages are",
+        ),
+        (
+            {
+                "credit.advantage_mode": "optimal_value",
+                "credit.normalise_leaves": "false",
+                "buffer.keep_share": "0.5",
+            },
+            "buffer.keep_share = 0.5 with credit.advantage_mode = 'optimal_value', which learns from trees whose",
         ),
         ({"credit.normalise_leaves": "leaf"}, "credit.normalise_leaves must be one of true, false, 'tree' or 'batch'"),
         (

@@ -146,6 +146,22 @@ def _modes_of_credit(config: Config) -> None:
     rule = credit_rule(c.model_copy(update={"value_mode": "child_mean", "value_options": {}}), reads_files=False)
     if rule.reads_reference and config.correction.prox == "interpolate":
         raise ValueError(loss_rules.needs_log_probs(f"credit.advantage_mode = {c.advantage_mode!r}"))
+    if rule.reads_reference and (c.whiten_advantages or c.advantage_scale != "none"):
+        which, value, off = (
+            ("whiten_advantages", "true", "false")
+            if c.whiten_advantages
+            else ("advantage_scale", repr(c.advantage_scale), "none")
+        )
+        raise ValueError(
+            f"credit.{which} = {value} with credit.advantage_mode = {c.advantage_mode!r}: its advantages are the "
+            f"gradient of a loss, which it would change into that of none; set --credit.{which} {off}"
+        )
+    if rule.needs_no_comparison and config.buffer.keep_share < 1:
+        raise ValueError(
+            f"buffer.keep_share = {config.buffer.keep_share:g} with credit.advantage_mode = {c.advantage_mode!r}, "
+            "which learns from trees whose chains all earned the same, too: these would be left out for their spread; "
+            "set --buffer.keep_share 1"
+        )
     if rule.needs_no_comparison and (c.normalise_leaves or c.normalise_returns):
         which = "normalise_leaves" if c.normalise_leaves else "normalise_returns"
         raise ValueError(
