@@ -60,10 +60,16 @@ def test_a_branch_is_as_likely_as_arpo_has_it(rise: float, likely: float, at_055
     assert share == pytest.approx(likely, abs=1e-4)
 
 
-@pytest.mark.parametrize(("in_a_row", "likely", "at_055"), [(0, 0.56, True), (2, 0.5044444, True), (4, 0.435, False)])
+@pytest.mark.parametrize(
+    ("in_a_row", "likely", "q", "at_055"),
+    [(0, 0.56, 0.61, True), (2, 0.5044444, 0.549, True), (4, 0.435, 0.488, False)],
+)
 def test_branches_in_a_row_make_another_one_less_likely_as_aepo_has_it(
-    in_a_row: int, likely: float, at_055: bool
+    in_a_row: int, likely: float, q: float, at_055: bool
 ) -> None:
+    for prob, made_by_q in ((1 - q + 1e-12, True), (1 - q - 1e-12, False)):
+        assert branches(0.55, 0.3, prob=prob, weight=0.2, penalty=0.05, in_a_row=in_a_row) is made_by_q
+
     def made(draw: float) -> bool:
         return branches(draw, 0.3, prob=0.5, weight=0.2, penalty=0.05, in_a_row=in_a_row)
 

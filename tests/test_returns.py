@@ -181,12 +181,20 @@ def test_normalised_returns_are_gtpos_advantages() -> None:
     np.testing.assert_allclose(
         found, [0.4008892, 2.0641530, -0.4947144, -0.7250124, -0.7506011, -0.4947144], rtol=0, atol=1e-7
     )
+    values = credit(T6, discount=0.9).values
+    assert (values.mean(), values.std()) == pytest.approx((0.1933333, 0.3907969), abs=5e-8)
+    # As flat rows, where the shared turn stands twice, the moments are others.
+    flat = tree_of([-1, 0, -1, 2, -1, 4, -1], {1: 1.0, 3: 0.0, 5: 0.0, 6: 0.0}, [-0.1, 0.0, -0.1, 0.0, 0.0, -0.1, 0.0])
+    rows = credit(flat, discount=0.9).values
+    assert (rows.mean(), rows.std()) == pytest.approx((0.2157143, 0.4379125), abs=5e-8)
 
 
 def test_two_chains_have_gtpos_returns_and_advantages() -> None:
     # Rewards 0, 0, 1 and -.1, 0; the last turn's is the outcome.
     chains = tree_of([-1, 0, 1, -1, 3], {2: 1.0, 4: 0.0}, [0.0, 0.0, 0.0, -0.1, 0.0])
     found = credit(chains, discount=0.9, normalise_returns=True)
+    returns = credit(chains, discount=0.9).values
+    assert (returns.mean(), returns.std()) == pytest.approx((0.522, 0.4719491), abs=5e-8)
     np.testing.assert_allclose(credit(chains, discount=0.9).values, [0.81, 0.9, 1.0, -0.1, 0.0], atol=1e-12)
     np.testing.assert_allclose(
         found.advantages, [0.6102339, 0.8009320, 1.0128188, -1.3179358, -1.1060490], rtol=0, atol=1e-7

@@ -38,6 +38,8 @@ def one_turn_each(roles: list[int], rewards: list[float], **more: Any) -> TreeAr
 def test_the_published_example_of_advantages_normalised_by_role() -> None:
     group = one_turn_each([PROPOSER] * 4 + [SYNTHESIZER] * 2, [1.0, 0.5, 0.0, 0.0, 1.0, 0.0])
     found = RULE.credit(group)
+    proposers = group.reward[:4]
+    assert (proposers.mean(), proposers.std()) == pytest.approx((0.375, 0.4145781), abs=5e-8)
     np.testing.assert_allclose(
         found.advantages, [1.5075531, 0.3015106, -0.9045319, -0.9045319, 0.9999980, -0.9999980], atol=5e-8
     )
