@@ -321,7 +321,7 @@ def test_a_file_of_rewards_that_is_none_is_named(tmp_path: Path, text: str | Non
         ),
         (
             {"credit.advantage_mode": "preference", "credit.whiten_advantages": "true"},
-            "credit.whiten_advantages = true with credit.advantage_mode = 'preference': its advantages are the gradient",
+            "credit.whiten_advantages = true with credit.advantage_mode = 'preference': its advantages are",
         ),
         (
             {"credit.advantage_mode": "optimal_value", "credit.advantage_scale": "sqrt-leaves"},
