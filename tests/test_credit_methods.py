@@ -324,6 +324,10 @@ def test_a_file_of_rewards_that_is_none_is_named(tmp_path: Path, text: str | Non
             "credit.whiten_advantages = true with credit.advantage_mode = 'preference': its advantages are",
         ),
         (
+            {"credit.advantage_mode": "preference", "implicit_reward.enabled": "true"},
+            "implicit_reward.enabled = true with credit.advantage_mode = 'preference': its advantages are the gradient",
+        ),
+        (
             {"credit.advantage_mode": "optimal_value", "credit.advantage_scale": "sqrt-leaves"},
             "credit.advantage_scale = 'sqrt-leaves' with credit.advantage_mode = 'optimal_value': its advantages are",
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -48,6 +49,16 @@ def test_the_recipes_are_those_of_the_page() -> None:
     assert {path.stem for path in SCALES} <= {path.stem for path in RECIPES}
 
 
+def test_the_methods_stand_in_alphabetical_order_and_every_recipe_is_named_among_them() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").partition("## The methods\n")[2]
+    titles = [
+        re.sub("[^a-z0-9]+", " ", line[4:].lower().replace("*", "")) for line in page.splitlines() if line[:4] == "### "
+    ]
+    assert titles == sorted(titles)
+    assert len(titles) == len(set(titles)) > 20
+    assert not [path.stem for path in RECIPES if f"`{path.stem}`" not in page and f"[{path.stem}]" not in page]
+
+
 @by_name
 def test_a_recipe_goes_over_the_demo_and_over_a_large_model(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scale = [file for file in SCALES if file.stem == path.stem]
@@ -74,6 +85,29 @@ def test_a_recipe_says_its_name_and_its_source(path: Path) -> None:
     about = configuration.recipe_of(path)
     assert about is not None
     assert (about.name, bool(about.source)) == (path.stem, True)
+
+
+SERVED_BEFORE_THEY_END = {
+    **dict.fromkeys(("dr_bot", "ragen2", "spear", "starpo_s"), r"buffer\.keep_share = .*buffer\.ready = 'partial'"),
+    "rhombus": r"buffer\.ready = 'partial' with team\.proposers",
+}
+"""Recipes whose trees are judged when they have ended -> what is said where they are to be served before."""
+USED_TWICE = {"at2po_paper": r"staleness\.max_lag = 0 cannot hold with .*staleness\.max_uses = 2"}
+
+
+@by_name
+@pytest.mark.parametrize(
+    ("option", "value", "refused"),
+    [("staleness.max_uses", "2", USED_TWICE), ("buffer.ready", "partial", SERVED_BEFORE_THEY_END)],
+)
+def test_a_recipe_goes_with_trees_that_are_used_again_or_before_they_end_or_says_why_not(
+    path: Path, option: str, value: str, refused: dict[str, str]
+) -> None:
+    if (said := refused.get(path.stem)) is None:
+        assert str(configuration.get(load([DEMO, path], {option: value}), option)) == value
+    else:
+        with pytest.raises(ConfigError, match=said):
+            load([DEMO, path], {option: value})
 
 
 @pytest.mark.parametrize("base", [DEMO, BIG], ids=lambda path: path.stem)

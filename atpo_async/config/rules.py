@@ -156,6 +156,12 @@ def _modes_of_credit(config: Config) -> None:
             f"credit.{which} = {value} with credit.advantage_mode = {c.advantage_mode!r}: its advantages are the "
             f"gradient of a loss, which it would change into that of none; set --credit.{which} {off}"
         )
+    if rule.reads_reference and config.implicit_reward.enabled:
+        raise ValueError(
+            f"implicit_reward.enabled = true with credit.advantage_mode = {c.advantage_mode!r}: its advantages are the "
+            "gradient of a loss, to which rewards of turns cannot be added; set --implicit_reward.enabled false, or "
+            "--credit.advantage_mode node_value"
+        )
     if rule.needs_no_comparison and config.buffer.keep_share < 1:
         raise ValueError(
             f"buffer.keep_share = {config.buffer.keep_share:g} with credit.advantage_mode = {c.advantage_mode!r}, "

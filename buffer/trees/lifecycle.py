@@ -189,7 +189,7 @@ class TreeLifecycle:
         share = outcome_share(arrays, branch_prob(arrays))
         self._counters.count_tree(tree, arrays, share)
         if arrays.role.any():
-            count_roles(self._counters, tree, arrays, self._credit)
+            count_roles(self._counters, tree, arrays, self._credit.at(self.step))
         self._counters.count_rewards(tree.task_index, arrays, share, part_means(tree, share, self._store))
 
     def forget_growing(self, tree_id: str) -> None:

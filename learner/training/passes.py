@@ -184,7 +184,7 @@ class Planner:
             max_lag=self.config.imitation.max_lag,
             aggregation=self.config.objective.aggregation,
             normaliser=normaliser,
-            keep_idle=False,
+            keep_idle=bool(self.config.imitation.clip_cov),  # rows worth 0 are part of the covariances
         )
 
     def plan_again(self, part: Part, batch: Batch, version: int) -> None:
