@@ -75,7 +75,7 @@ class CreditConfig(Section):
         "separate", description="of turn_rewards = normalised: apart from those of leaf rewards, or over both together"
     )
     turn_reward_scale: NonNegative = Field(
-        1.0, description="multiplies what turns earn of their own, once that is normalised; a number or a schedule (SPEAR)"
+        1.0, description="multiplies what turns earn of their own; a number or a schedule (SPEAR: it fades)"
     )
     trace_cap: float = Field(1.0, gt=0, description="c-bar of the tree traces: the largest turn ratio that counts")
 
