@@ -9,6 +9,7 @@ checkpoints nor a journal nor the trained policy: a run that was interrupted beg
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from actors import interpreter
 from actors.environments import Environments
 from actors.factory import engine_settings
 from atpo_async.config import Config
@@ -89,6 +91,7 @@ async def opened(config: Config, rundir: RunDir, selector: IdleSelector, on_step
         engine = BatchEngine(engine_settings(config, folder, actor=ACTOR, stop_strings=bool(environments.stop_strings)))
         await engine.start()
         selector.on_idle = engine.advance
+        interpreter.spare_what_is_loaded()
         try:
             with MetricsWriter(rundir.metrics_path, source="learner") as metrics:
                 yield OneProcess(
@@ -96,6 +99,7 @@ async def opened(config: Config, rundir: RunDir, selector: IdleSelector, on_step
                     on_step=on_step,
                 )  # fmt: skip
         finally:
+            gc.unfreeze()
             await engine.close()
 
 

@@ -35,6 +35,9 @@ from inprocess.settings import in_one_process
 EXIT_ABANDONED = 1
 """The standard input ended in the middle of a run."""
 
+GARBAGE_OBJECTS = 100_000
+"""So many more objects there are before garbage is searched for: trees hold thousands, and none of them in a cycle."""
+
 log = logging.getLogger("inprocess")
 
 
@@ -74,6 +77,7 @@ def serve() -> int:
             out.flush()
 
     interpreter.divide_time()
+    gc.set_threshold(GARBAGE_OBJECTS, 50, 100)
     say(ready=True)
     lines = Lines(sys.stdin.buffer)
     for line in lines:

@@ -9,6 +9,7 @@ Shapes: B rows of a pass, T tokens fed to each, L columns attended over, V vocab
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,13 +23,22 @@ from actors.engines.common.stop_strings import StopStrings
 from actors.engines.transformers import attention, check
 from atpo_async.core.errors import SetupError
 from atpo_async.models import causal_lm
+from inprocess.generation.forward import MergedForward, NotLaidOut
 from inprocess.generation.requests import Request, ScoreRequest
 from inprocess.generation.rows import Rows, bytes_of
 from inprocess.generation.sampling import Sampler
 from inprocess.generation.table import KeyValueTable
 
+log = logging.getLogger("inprocess")
+
 PREFILL_TOKENS = 8192
 """Most tokens in one forward pass that reads prompts, padding included."""
+
+COMPARED_TOKENS = 16
+"""Of the text whose log-probs are compared whenever there are other weights."""
+
+LARGEST_DIFFERENCE = 1e-3
+"""Nats by which they may differ from the model's; seen: 1e-5."""
 
 LEFT_SHARE = 0.5
 """A batch is left when so few of its requests go on: they wait for others, which make the next passes worth more."""
@@ -55,12 +65,22 @@ class Decoder:
         most = self._most_rows(settings)
         self.max_active = min(settings.max_num_seqs, max(1, most // 3))
         """Requests that are decoded at once."""
-        self.table = KeyValueTable(max_rows=most, max_columns=settings.max_model_len)
+        self.table = KeyValueTable(max_rows=most, max_columns=settings.max_model_len, device=self._device)
         self.rows = Rows(most)
         self._generator = torch.Generator(self._device).manual_seed(settings.seed)
         self.under_way: list[Request] = []
         """Requests that have begun and are not complete."""
+        self._first = 0
+        """Place of the first of a batch's rows, which stand side by side."""
+        self._merged: MergedForward | None = None
+        """Computes what the model does in fewer operations; None where the model itself is used."""
         self._check()
+        try:
+            self._merged = MergedForward(self.model, max_tokens=settings.max_model_len)
+        except NotLaidOut as exc:
+            log.info("generation uses %s as it is: %s", type(self.model).__name__, exc)
+        else:
+            self._compare()
 
     def _most_rows(self, settings: EngineSettings) -> int:
         """As many as ``actor.kv_cache_gb`` holds of the longest context, three at least."""
@@ -105,6 +125,32 @@ class Decoder:
         for name, tensor in tensors.items():
             held[name].copy_(tensor)
         self.rows.forget_all()
+        if self._merged is not None:
+            self._merged.load()
+            self._compare()
+
+    @torch.inference_mode()
+    def _compare(self) -> None:
+        """Use the model itself from now on where its log-probs are not those of the merged weights.
+
+        No row may hold anything.
+        """
+        length = min(COMPARED_TOKENS, self._settings.max_model_len)
+        tokens_ST = ((np.arange(2 * length) * 7 + 3) % self.vocab_size).reshape(2, length)
+        whole = self.model(input_ids=torch.from_numpy(tokens_ST).to(self._device), use_cache=False).logits
+        worst, done = 0.0, 0
+        for end in (length // 2, length):
+            if end == done:
+                continue
+            ours = self._next_logits([0, 1], [done, done], tokens_ST[:, done:end].tolist())
+            error = torch.log_softmax(ours, -1) - torch.log_softmax(whole[:, end - 1], -1)
+            worst, done = max(worst, float(error.abs().max())), end
+        if not worst <= LARGEST_DIFFERENCE:
+            log.warning(
+                "generation uses %s as it is: its log-probs differ from those of its merged weights by %.2g nats",
+                type(self.model).__name__, worst,
+            )  # fmt: skip
+            self._merged = None
 
     @torch.inference_mode()
     def score(self, tokens_ST: np.ndarray) -> np.ndarray:
@@ -145,10 +191,14 @@ class Decoder:
         followers.sort(key=lambda pair: self.rows.place[pair[0].row])
         requests = [*leaders, *(request for request, _ in followers)]
         self.rows.used_now(request.row for request in requests)
-        # In the order of their places, so that a place is an index of every array below.
+        # In the order of their places, from the first one on: their order in every array below.
         ordered = sorted(requests, key=lambda request: self.rows.place[request.row])
         sampler = Sampler(ordered, self._generator)
         logits_BV = self._read(leaders, [self.rows.place[lead.row] for _, lead in followers])
+        # Not before they are read: until then a longer prompt must not begin with what they will hold.
+        for request in leaders:
+            if not request.tokens:
+                self.rows.remember(request.row, bytes_of(request.prompt), len(request.prompt))
         self._decode(ordered, sampler, logits_BV)
         self.under_way = [request for request in ordered if request.reason is None]
         done = [request for request in requests if request.reason is not None]
@@ -159,10 +209,10 @@ class Decoder:
         return done
 
     def _admit(self, new: Sequence[Request]) -> tuple[list[Request], list[tuple[Request, Request]]]:
-        """Give rows to new requests, and put the rows of all requests at the first places.
+        """Give rows to new requests, and put the rows of all requests side by side.
 
         Returns:
-            The requests whose pending tokens are to be fed, with those under way, in their first places; and those
+            The requests whose pending tokens are to be fed, with those under way, whose rows come first; and those
             with a prompt that one of these has too, each beside it.
         """
         rows, leaders = self.rows, list(self.under_way)
@@ -181,8 +231,9 @@ class Decoder:
                 self._place(request, context, taken, copies)
             taken.add(request.row)
         self.table.ensure(rows=len(rows), columns=max((r.length for r in [*leaders, *new]), default=1))
-        for part, begin in ((leaders, 0), ([request for request, _ in followers], len(leaders))):
-            ones, others = rows.gather([request.row for request in part], begin=begin)
+        self._first = rows.best_begin([request.row for request in leaders], in_all=len(leaders) + len(followers))
+        for part, after in ((leaders, 0), ([request for request, _ in followers], len(leaders))):
+            ones, others = rows.gather([request.row for request in part], begin=self._first + after)
             held = max((rows.held[rows.row_at(place)] for place in [*ones, *others]), default=0)
             self.table.swap(ones, others, columns=held)
         if copies:
@@ -204,15 +255,13 @@ class Decoder:
         request.row = rows.take(taken | sources)
         if found is not None and held:
             copies.append((found.row, request.row, held))
-        else:
-            rows.remember(request.row, context, len(request.prompt))
         rows.held[request.row] = held
 
     def _read(self, leaders: Sequence[Request], twins: Sequence[int]) -> Tensor:
         """float[B, V] after what each request has: feed what the leaders' rows lack, and copy it for the others.
 
         Args:
-            leaders: whose rows are the first ones.
+            leaders: whose rows are the batch's first ones.
             twins: place of the leader that each following row is a copy of.
         """
         rows = self.rows
@@ -225,19 +274,21 @@ class Decoder:
             while end < len(ordered) and (end + 1 - at) * max(widest, len(fed[end])) <= PREFILL_TOKENS:
                 widest = max(widest, len(fed[end]))
                 end += 1
-            parts.append(self._forward(at, begins[at:end], fed[at:end]))
+            parts.append(self._forward(self._first + at, begins[at:end], fed[at:end]))
             at = end
         for request, tokens in zip(ordered, fed, strict=True):
             rows.held[request.row] += len(tokens)
         logits_BV = torch.cat(parts) if len(parts) > 1 else parts[0]
         if not twins:
             return logits_BV
-        targets = list(range(len(ordered), len(ordered) + len(twins)))
-        lengths = [ordered[place].length for place in twins]
+        first = self._first + len(ordered)
+        targets = list(range(first, first + len(twins)))
+        leading = [place - self._first for place in twins]
+        lengths = [ordered[i].length for i in leading]
         self.table.copy(twins, targets, columns=max(lengths))
         for place, length in zip(targets, lengths, strict=True):
             rows.held[rows.row_at(place)] = length
-        return torch.cat([logits_BV, logits_BV[twins]])
+        return torch.cat([logits_BV, logits_BV[leading]])
 
     def _decode(self, requests: Sequence[Request], sampler: Sampler, logits_BV: Tensor) -> None:
         """Sample until few requests go on; their tokens are with them afterwards."""
@@ -301,9 +352,9 @@ class Decoder:
     # --- forward passes ----------------------------------------------------------------------------------------
 
     def _next(self, tokens_B: Tensor, positions_B: np.ndarray, is_token_B: np.ndarray) -> Tensor:
-        """float[B, V] after one more token in each of the first rows; rows that do not go on give something."""
+        """float[B, V] after one more token in each of the batch's rows; rows that do not go on give something."""
         self.table.ensure(rows=len(self.rows), columns=int(positions_B.max()) + 1)
-        return self._run(0, tokens_B[:, None], positions_B[:, None], is_token_B[:, None])[:, 0]
+        return self._run(self._first, tokens_B[:, None], positions_B[:, None], is_token_B[:, None])
 
     def _forward(self, begin: int, begins: Sequence[int], fed: Sequence[np.ndarray]) -> Tensor:
         """float[B, V] after the last token fed to each of the rows from the place ``begin`` on."""
@@ -316,8 +367,7 @@ class Decoder:
         is_token_BT = column_T < lengths_B[:, None]
         # Padding stands behind and sees what a token there would: a row with nothing to see would give NaN.
         positions_BT = np.minimum(np.array(begins)[:, None] + column_T, (np.array(begins) + lengths_B - 1)[:, None])
-        hidden = self._run(begin, torch.from_numpy(ids_BT).to(self._device), positions_BT, is_token_BT, lengths_B)
-        return hidden[:, 0]
+        return self._run(begin, torch.from_numpy(ids_BT).to(self._device), positions_BT, is_token_BT, lengths_B)
 
     def _run(
         self,
@@ -327,12 +377,14 @@ class Decoder:
         is_token_BT: np.ndarray,
         lengths_B: np.ndarray | None = None,
     ) -> Tensor:
-        """float[B, 1, V] after the last token of each row (``lengths_B``; the only one where None)."""
+        """float[B, V] after the last token of each row (``lengths_B``; the only one where None)."""
         length = int(positions_BT.max()) + 1
         positions = torch.from_numpy(positions_BT).to(self._device)
         self.table.at(
             begin, begin + len(ids_BT), positions, torch.from_numpy(is_token_BT).to(self._device), length=length
         )
+        if self._merged is not None:
+            return self._merged.run(self.table, ids_BT, positions_BT, None if lengths_B is None else lengths_B - 1)
         sees_BTL = torch.arange(length, device=self._device) <= positions[:, :, None]
         mask = sees_BTL[:, None]
         if not self._slides:
@@ -344,8 +396,10 @@ class Decoder:
             past_key_values=self.table,
             use_cache=True,
         ).last_hidden_state
-        if lengths_B is not None:
-            hidden = hidden[torch.arange(len(hidden)), torch.from_numpy(lengths_B - 1)][:, None]
+        if lengths_B is None:
+            hidden = hidden[:, 0]
+        else:
+            hidden = hidden[torch.arange(len(hidden)), torch.from_numpy(lengths_B - 1)]
         logits: Tensor = self._head(hidden)
         return logits
 

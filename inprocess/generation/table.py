@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,12 +22,15 @@ class KeyValueTable:
     Args:
         max_rows: that the tables may have.
         max_columns: positions of the longest context.
+        device: a CPU gives memory when it is first written to: there the tables are whole from the beginning.
     """
 
-    def __init__(self, *, max_rows: int, max_columns: int) -> None:
+    def __init__(self, *, max_rows: int, max_columns: int, device: torch.device) -> None:
         self.max_rows, self.max_columns = max_rows, max_columns
-        self.num_rows = min(FIRST_ROWS, max_rows)
-        self._columns = min(FIRST_COLUMNS, max_columns)
+        self._device = device
+        is_whole = device.type == "cpu"
+        self.num_rows = max_rows if is_whole else min(FIRST_ROWS, max_rows)
+        self._columns = max_columns if is_whole else min(FIRST_COLUMNS, max_columns)
         self._tables: list[tuple[Tensor, Tensor]] = []
         """Of each layer keys and values [S, C + 1, H, D]; padding is written to the last column."""
         self._begin = self._end = 0
@@ -66,12 +70,17 @@ class KeyValueTable:
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store [B, H, T, D] of one layer; give back views [B, H, length, D] of all its tokens."""
-        if len(self._tables) == layer_idx:
-            self._tables.append((self._new(key_states), self._new(value_states)))
+        return self.store(
+            layer_idx, key_states.transpose(1, 2).flatten(0, 1), value_states.transpose(1, 2).flatten(0, 1)
+        )
+
+    def store(self, layer: int, keys_NHD: Tensor, values_NHD: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``update``, of [B * T, H, D]."""
+        if len(self._tables) == layer:
+            self._tables.append((self._new(keys_NHD), self._new(values_NHD)))
         found = []
-        for table, states in zip(self._tables[layer_idx], (key_states, value_states), strict=True):
-            flat = table.view(-1, table.shape[2] * table.shape[3])
-            flat.index_copy_(0, self._places, states.transpose(1, 2).reshape(-1, flat.shape[1]).to(table.dtype))
+        for table, states in zip(self._tables[layer], (keys_NHD, values_NHD), strict=True):
+            table.view(-1, *table.shape[2:]).index_copy_(0, self._places, states)
             found.append(table[self._begin : self._end, : self._length].transpose(1, 2))
         return found[0], found[1]
 
@@ -93,7 +102,12 @@ class KeyValueTable:
         self.copy([*ones, *others], [*others, *ones], columns=columns)
 
     def _new(self, states: Tensor) -> Tensor:
-        return states.new_zeros(self.num_rows, self._columns + 1, states.shape[1], states.shape[3])
+        shape = (self.num_rows, self._columns + 1, *states.shape[1:])
+        if self._device.type != "cpu":
+            return states.new_zeros(shape)
+        # Zeros that are read before they are written take no memory either; torch would write them.
+        empty = np.zeros((*shape[:-1], shape[-1] * states.element_size()), dtype=np.uint8)
+        return torch.from_numpy(empty).view(states.dtype)
 
 
 def _grown(size: int, needed: int, most: int) -> int:
