@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState, GradientState
 from actors import interpreter
 from actors.environments import Environments
 from actors.factory import engine_settings
+from actors.hosting.order import CallOrder
 from atpo_async.config import Config
 from atpo_async.core.errors import ProbeMismatch
 from atpo_async.models.sources import model_folder
@@ -83,14 +84,19 @@ async def opened(config: Config, rundir: RunDir, selector: IdleSelector, on_step
         config: as ``settings.in_one_process`` returns it.
         selector: of the running loop.
     """
-    folder = model_folder(config.model.path)
-    async with make_environments(config, folder, selector) as environments:
+    folder, order = model_folder(config.model.path), CallOrder()
+    async with make_environments(config, folder, order) as environments:
         if config.eval.at_start or config.eval.at_end or config.eval.every_steps:
             environments.check_eval_tasks(config.eval.num_tasks)
         trainer = load_trainer(config)
         engine = BatchEngine(engine_settings(config, folder, actor=ACTOR, stop_strings=bool(environments.stop_strings)))
         await engine.start()
-        selector.on_idle = engine.advance
+
+        def go_on() -> bool:
+            """Whether anything can: answers of environments first, and no action before all of them are there."""
+            return order.release() if order.under_way else engine.advance()
+
+        selector.on_idle = go_on
         interpreter.spare_what_is_loaded()
         try:
             with MetricsWriter(rundir.metrics_path, source="learner") as metrics:

@@ -15,6 +15,7 @@ from actors.hosting.collected import Collected
 from actors.hosting.loop_thread import LoopThread, next_name
 from actors.hosting.loops import Loops
 from actors.hosting.mailbox import Pace
+from actors.hosting.order import CallOrder
 from actors.hosting.reporting import MAKE, Reporting
 from atpo_async.core.errors import EnvironmentBroken, SetupError
 from atpo_async.core.vocabulary import Split
@@ -66,6 +67,8 @@ class Caller:
         self._loops, self.reporting = loops, reporting
         self._making = asyncio.Lock()
         self._pace = Pace()
+        self.order: CallOrder | None = None
+        """Of the answers, where they must not come as the threads have them."""
         self._background: set[asyncio.Task[None]] = set()
         self.stop_token_ids: tuple[int, ...] = ()
         self.stop_strings: tuple[str, ...] = ()
@@ -106,8 +109,12 @@ class Caller:
         Waits for: the call.  Unblocked by: its answer; its limit, for which the time that others hold the loop up does
         not count; the loss of its loop (LoopLost).
         """
-        await self._pace.passed()
-        return await self._answer_to(thread, thread.submit(what, work, discard), limit_s=limit_s)
+
+        async def answered() -> T:
+            await self._pace.passed()
+            return await self._answer_to(thread, thread.submit(what, work, discard), limit_s=limit_s)
+
+        return await (answered() if self.order is None else self.order.kept(answered()))
 
     async def _answer_to(self, thread: LoopThread, call: Call[T], *, limit_s: float | None) -> T:
         """As ``answer``."""
@@ -142,7 +149,8 @@ class Caller:
                         self.collected.read(made[1])
 
         with contextlib.suppress(LoopLost):
-            await self._closed(thread, thread.submit(what, work, closes=True))
+            closed = self._closed(thread, thread.submit(what, work, closes=True))
+            await (closed if self.order is None else self.order.kept(closed))
 
     def close_later(self, thread: LoopThread, what: str, episode: Episode) -> None:
         """The same, and nothing waits for it."""

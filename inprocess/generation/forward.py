@@ -145,7 +145,7 @@ class MergedForward:
             x_NE = x_NE + _times(gated, layer.down, layer.down_bias)
         if last_B is not None:
             x_NE = x_NE[torch.from_numpy(np.arange(rows) * fed + last_B).to(ids_BT.device)]
-        return self._normed(x_NE) @ self._head
+        return torch.mm(self._normed(x_NE), self._head)
 
     def _attention(
         self,
@@ -163,7 +163,7 @@ class MergedForward:
         turned = qkv[:, : heads + key_heads]
         if layer.head_norm is not None:
             turned = F.rms_norm(turned, (channels,), None, self._eps) * layer.head_norm
-        pairs = torch.view_as_complex(turned.unflatten(-1, (-1, 2)))
+        pairs = torch.view_as_complex(turned.view(*turned.shape[:2], -1, 2))
         turned = torch.view_as_real(pairs * rotation_N1D).flatten(-2)
         keys, values = table.store(number, turned[:, heads:], qkv[:, heads + key_heads :])
         queries = turned[:, :heads].view(rows, fed, key_heads, groups, channels)
@@ -191,7 +191,7 @@ def _check_config(config: Any, dtype: torch.dtype) -> None:
 
 def _rotations(model: Any, positions: int, channels: int) -> Tensor:
     """complex64[C, D / 2]: by what the channels of a head are turned at each position."""
-    rotary = getattr(model.model, "rotary_emb", None)
+    rotary: Any = getattr(model.model, "rotary_emb", None)
     if getattr(rotary, "rope_type", None) not in FIXED_ROTARY:
         raise NotLaidOut("its rotary embedding is of another kind")
     places = torch.arange(positions, device=model.device)[None]
