@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from actors.hosting.order import CallOrder
-from atpo_async.environments.base import Episode, StepResult
+from atpo_async.environments.base import Episode, ReplayFork, StepResult
 from atpo_async.environments.hopqa.environment import HopQA
-from atpo_async.environments.replay import ReplayFork
 from tests.e2e_support import WORLD
 from tests.test_in_process import small, trained
 

@@ -175,6 +175,8 @@ def _fingerprint_id(item: Any, where: str) -> int:
 
 def _number(value: Any, field: str, where: str, expected: str) -> float:
     """A number of any library as a float.  Raises ValueRefused."""
+    if type(value) is float and -MAX_NUMBER <= value <= MAX_NUMBER:
+        return value
     with reading(where, field, value):
         plain = plain_of(value)
         if not isinstance(plain, numbers.Real | Decimal):
@@ -208,6 +210,8 @@ def parts_of(value: Any, where: str) -> dict[str, float]:
 
 def truth_of(value: Any, field: str, where: str, *, expected: str = "True or False") -> bool:
     """A truth value, also as 0 or 1 of any library.  Raises ValueRefused."""
+    if type(value) is bool:
+        return value
     with reading(where, field, value):
         plain = plain_of(value)
         if isinstance(plain, bool):
@@ -219,6 +223,8 @@ def truth_of(value: Any, field: str, where: str, *, expected: str = "True or Fal
 
 def end_of(value: Any, where: str) -> EpisodeEnd:
     """An end that is known, as a plain str; an Enum's value counts.  Raises ValueRefused."""
+    if type(value) is str and value in ENDS:
+        return value
     with reading(where, "end", value):
         for known in ENDS:
             if isinstance(value, str) and str.__eq__(value, known) is True:
@@ -439,6 +445,8 @@ def step_result(said: Any, where: str, limits: Limits) -> StepResult:
 
 def _nothing_yet(value: Any, field: str, where: str, expected: str) -> None:
     """A chain that goes on has neither reward nor success: None, or 0 of any library."""
+    if value is None:
+        return
     with reading(where, field, value):
         plain = plain_of(value)
         if plain is not None and not (isinstance(plain, numbers.Real) and plain == 0):

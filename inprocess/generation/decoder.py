@@ -40,7 +40,7 @@ COMPARED_TOKENS = 16
 LARGEST_DIFFERENCE = 1e-3
 """Nats by which they may differ from the model's; seen: 1e-5."""
 
-LEFT_SHARE = 0.5
+LEFT_SHARE = 0.25
 """A batch is left when so few of its requests go on: they wait for others, which make the next passes worth more."""
 
 
