@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from msgspec import UNSET
@@ -36,6 +35,7 @@ from buffer.batches.served import Batches, Share
 from buffer.batches.server import BatchServer
 from buffer.counters import RunCounters
 from buffer.journal.entries import RunEntry
+from buffer.leases.admission import Admitted
 from buffer.leases.evaluations import MetricsRecord
 from buffer.leases.ledger import Ledger
 from buffer.leases.table import HeldLease
@@ -51,14 +51,6 @@ SILENT_LEAST_S = 5.0
 """… but not sooner: an engine's start or a swap may hold it up that long."""
 RETRY_S = 0.02
 """How long an actor pauses before it requests leases again; short, as the answer itself waits."""
-
-
-class Admitted(NamedTuple):
-    """Answer to a request for leases, and what it says about the requests of others."""
-
-    leases: Leases
-    only_here: bool
-    """Where there are no leases: for a reason that holds for this actor, others may get some."""
 
 
 class BufferState:

@@ -6,8 +6,8 @@ import asyncio
 
 from atpo_async.wire.messages import Lease, Leases, Welcome
 from buffer.handlers.lease_queue import LEASE_WAIT_S, WAITING_AT_ONCE, LeaseQueue
+from buffer.leases.admission import Admitted
 from buffer.service import BufferService
-from buffer.state import Admitted
 from tests.actor_support import lease
 from tests.buffer_peers_support import SOON_S, hello, published, running, wants
 from tests.waiting_support import until

@@ -22,9 +22,10 @@ from buffer.handlers.context import HandlerContext
 from buffer.handlers.lease_queue import MOST_LEASE_WAIT_S, LeaseQueue
 from buffer.handlers.pending_answers import SETTLE_WAIT_S, PendingAnswer
 from buffer.handlers.relayed import RelayedPeers
+from buffer.leases.admission import Admitted
 from buffer.leases.presence import Host
 from buffer.metrics_file import may_be_called
-from buffer.state import RETRY_S, Admitted
+from buffer.state import RETRY_S
 from buffer.trees.assembly import Frames
 from buffer.trees.index import StoredTurns
 

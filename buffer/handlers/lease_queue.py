@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from atpo_async.wire.messages import LeaseRequest, Leases
-from buffer.state import Admitted
+from buffer.leases.admission import Admitted
 
 LEASE_WAIT_S = 0.5
 """A request for leases waits this long for admission before it is answered with none."""

@@ -16,9 +16,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from atpo_async.config import StalenessConfig
+from atpo_async.wire.messages import Leases
 from buffer.journal.entries import RunEntry
+
+
+class Admitted(NamedTuple):
+    """Answer to a request for leases, and what it says about the requests of others."""
+
+    leases: Leases
+    only_here: bool
+    """Where there are no leases: for a reason that holds for this actor, others may get some."""
 
 
 class LearnerProgress:
