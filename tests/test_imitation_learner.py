@@ -200,6 +200,15 @@ def test_clip_cov_is_the_rows_own_and_draws_the_same_tokens_in_any_layout(folder
     assert "clip-cov/kept_share" not in metrics  # of the batch's own tokens none was drawn
 
 
+def test_a_row_that_is_worth_nothing_now_is_part_of_the_covariances(folder: Path) -> None:
+    """Without Clip-Cov it has no pass."""
+    idle = [msgspec.structs.replace(ROWS[0], advantage=0.0)]
+    for clip_cov, passes in ((0.0, 0), (0.5, 1)):
+        planner = trainer_of(folder, imitation={**ON, "clip_cov": clip_cov}).planner
+        part = planner.plan((), [imitated(row, coef=1.0) for row in idle], with_rows(make_batch(), idle, idle), VERSION)
+        assert len(part.passes) == passes
+
+
 def test_parts_of_a_batch_have_parts_of_its_rows(folder: Path) -> None:
     batch = with_rows(make_batch(), ROWS, ROWS)
     metrics = trainer_of(folder, learner={"minibatches": 2, "epochs": 2}).train(batch, version=VERSION).metrics

@@ -259,6 +259,14 @@ def test_kl_cov_holds_the_most_covarying_token_and_only_once_it_has_moved() -> N
         ({"terms": ["lp-reg"], "term_options": {"lp-reg": {"share": 1.5}}}, "lp-reg: share = 1.5 must be above 0"),
         ({"terms": ["lp-reg"], "term_options": {"lp-reg": {"coef": -1.0}}}, "lp-reg: coef = -1.0 must be >= 0"),
         ({"terms": ["lp-reg"], "term_options": {"lp-reg": {"proxy": "mu"}}}, "proxy = 'mu' is unknown; known: prox, p"),
+        (
+            {
+                "terms": ["lp-reg"],
+                "term_options": {"lp-reg": {"replace": True}},
+                "token_weights": ["top-entropy"],
+            },
+            "replace = true with objective.token_weights = ['top-entropy']: what stands in the surrogate's place would",
+        ),
         ({"terms": ["lp-reg"], "term_options": {"lp-reg": {"kappa": 0.1}}}, "unexpected keyword argument 'kappa'"),
         (
             {"terms": ["lp-reg"], "term_options": {"lp-reg": {"coef": "big"}}},

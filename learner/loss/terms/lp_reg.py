@@ -33,6 +33,11 @@ def check(
         raise ValueError(f"share = {share} must be above 0 and at most 1: of the tokens of bad turns, as 0.01")
     if proxy not in PROXIES:
         raise ValueError(f"proxy = {proxy!r} is unknown; known: {', '.join(PROXIES)}")
+    if replace and settings.token_weights:
+        raise ValueError(
+            f"replace = true with objective.token_weights = {list(settings.token_weights)}: what stands in the "
+            "surrogate's place would not be weighed; set replace = false, or leave the token weights out"
+        )
 
 
 def needs(*, noise: float = 0.02, proxy: str = "prox", **_: Any) -> Needs:
