@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from actors import interpreter
 from actors.environments import Environments
 from actors.factory import engine_settings
 from actors.hosting.order import CallOrder
@@ -97,7 +96,8 @@ async def opened(config: Config, rundir: RunDir, selector: IdleSelector, on_step
             return order.release() if order.under_way else engine.advance()
 
         selector.on_idle = go_on
-        interpreter.spare_what_is_loaded()
+        # Libraries and models are a million objects that stay: they are left out of every search for garbage.
+        gc.freeze()
         try:
             with MetricsWriter(rundir.metrics_path, source="learner") as metrics:
                 yield OneProcess(

@@ -71,7 +71,8 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True, tag="turn", forbid_unknown
     @property
     def entropy(self) -> float:
         """H(n), nats: mean negative behaviour log-probability over the action's tokens (ALGORITHM, section 1)."""
-        return float(-np.mean(self.logprobs, dtype=np.float64))
+        # What np.mean computes, in half of its time; it is asked for of every turn, several times.
+        return float(-(np.add.reduce(self.logprobs, dtype=np.float64) / len(self.logprobs)))
 
     @property
     def is_leaf(self) -> bool:
