@@ -191,14 +191,14 @@ def test_what_it_earned_is_judged_by_the_medians_of_when_it_is_served() -> None:
     assert [row.advantage for row in batch.rows] == pytest.approx([0.1, 0.1])
 
 
-def test_a_run_that_normalises_divides_by_the_median_deviation() -> None:
-    run = Run()
+@pytest.mark.parametrize("credit", [{}, {"normalise_leaves": False, "whiten_advantages": True}], ids=["tree", "batch"])
+def test_a_run_that_normalises_divides_by_the_median_deviation(credit: dict[str, Any]) -> None:
+    run = Run(credit=credit)
     run.grow([1.0, 0.0])
     run.train()
     run.grow([1.0, 0.0, 0.0, 0.0])
-    (row,) = run.sample().rows
     mean, std = np.median([[0.5, 0.5], [0.25, np.sqrt(3) / 4]], axis=0)
-    assert row.advantage == pytest.approx((1.0 - mean) / (std + 1e-6))
+    assert [row.advantage for row in run.sample().rows] == pytest.approx([(1.0 - mean) / (std + 1e-6)])
 
 
 def test_a_row_is_used_up_after_its_uses_and_comes_back_where_the_learner_loses_them() -> None:

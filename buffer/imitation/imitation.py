@@ -121,7 +121,8 @@ class Imitation:
     def _judged(self, row: ImitationRow, task: int, baseline: Baseline | None) -> ServedRow | None:
         if baseline is None:
             return None
-        normalise = bool(self._credit.normalise_leaves or self._credit.normalise_returns)
+        credit = self._credit
+        normalise = bool(credit.normalise_leaves or credit.normalise_returns or credit.whiten_advantages)
         advantage = baseline.advantage(row.reward, normalise=normalise)
         return ServedRow(row.key, task, advantage, row.uses + 1) if advantage >= 0 else None
 
