@@ -223,8 +223,6 @@ def truth_of(value: Any, field: str, where: str, *, expected: str = "True or Fal
 
 def end_of(value: Any, where: str) -> EpisodeEnd:
     """An end that is known, as a plain str; an Enum's value counts.  Raises ValueRefused."""
-    if type(value) is str and value in ENDS:
-        return value
     with reading(where, "end", value):
         for known in ENDS:
             if isinstance(value, str) and str.__eq__(value, known) is True:
@@ -445,8 +443,6 @@ def step_result(said: Any, where: str, limits: Limits) -> StepResult:
 
 def _nothing_yet(value: Any, field: str, where: str, expected: str) -> None:
     """A chain that goes on has neither reward nor success: None, or 0 of any library."""
-    if value is None:
-        return
     with reading(where, field, value):
         plain = plain_of(value)
         if plain is not None and not (isinstance(plain, numbers.Real) and plain == 0):
