@@ -21,14 +21,7 @@ from typing import Any, Final, Literal, get_args
 
 import numpy as np
 
-from atpo_async.core.bounds import (
-    MAX_FINGERPRINT,
-    MAX_NUMBER,
-    MAX_REWARD_PARTS,
-    MAX_SIZE,
-    REWARD_NAME,
-    is_reward_name,
-)
+from atpo_async.core.bounds import MAX_FINGERPRINT, MAX_NUMBER, MAX_REWARD_PARTS, MAX_SIZE, REWARD_NAME, is_reward_name
 from atpo_async.core.errors import ConfigError
 from atpo_async.core.texts import of_error, of_type, of_value
 from atpo_async.core.vocabulary import EpisodeEnd, Split
