@@ -278,6 +278,10 @@ def test_a_folder_of_any_axes_is_read_back_whole_and_goes_on_with_more_values(tm
         (of_demo("recipe=at2po", axes[1]), "--axis recipe had at2po,grpo, has at2po"),
         (of_demo(axes[1], axes[0]), "its axes were recipe,learner.lr, are learner.lr,recipe"),
         (of_demo(*axes, options={"objective.kl_coef": "0.5"}), "objective.kl_coef was "),
+        (
+            of_demo(*axes, options={"learner.max_grad_norm": "2"}),
+            "settings: learner.max_grad_norm was 0.2, is 2.0.  Use",
+        ),
         (of_demo(*axes, by_tokens=True), "success was compared by steps, and is by the other now"),
         (replace(plan, name="other"), "its name was 'mine', is 'other'"),
         (

@@ -232,6 +232,8 @@ def _seconds(records: Sequence[Record]) -> dict[int, float]:
 KNOWN_SHARE = 0.8
 """Of the steps of a run whose lag is not exact: up to there at least success is to be known.  The last batches of such
 a run may be of trees that all came in before."""
+LATE_STEPS = 2
+"""As many of the last steps may be such in any case, so that a run of a few steps gives a result too."""
 
 
 def unfinished(records: Sequence[Record], *, steps: int, lag: int | None, evaluates: bool) -> str | None:
@@ -245,8 +247,17 @@ def unfinished(records: Sequence[Record], *, steps: int, lag: int | None, evalua
         return f"it ended after {done} of {steps + (lag or 0)} steps"
     known = dict(curve)
     if lag is None:
-        if len(curve) < WINDOW or curve[-1][0] < KNOWN_SHARE * steps:
-            return f"sampled success is not known after step {curve[-1][0] if curve else 0} of {steps}"
+        last = curve[-1][0] if curve else 0
+        if last < min(KNOWN_SHARE * steps, steps - LATE_STEPS):
+            return (
+                f"sampled success is not known after step {last} of {steps}: all later batches were of trees that had "
+                "come in before; more steps (--run.steps) or a smaller staleness.max_lag leave fewer such"
+            )
+        if len(curve) < WINDOW:
+            return (
+                f"sampled success is known of {len(curve)} of {steps} steps, and is a mean of {WINDOW}: use more "
+                "--run.steps"
+            )
     else:
         lacking = [step for step in range(max(1, steps - WINDOW + 1), steps + 1) if step not in known]
         if lacking or len(curve) < WINDOW:

@@ -202,7 +202,9 @@ def _settings_differences(was: Record, now: Record) -> list[str]:
         found.append(listed_differences(with_later_fields(was.base, now.base), now.base))
     was_over, now_over = ({name: v for name, v in each.over.items() if not _is_free(name)} for each in (was, now))
     if any(axis.layers for axis in now.axes):  # options go over files, and are seen in the base only there
-        found.append(listed_differences(was_over, now_over))
+        said = [name for name in {**was.base, **now.base} if was.base.get(name) != now.base.get(name)]
+        over = ({name: text for name, text in each.items() if name not in said} for each in (was_over, now_over))
+        found.append(listed_differences(*over))
     return list(dict.fromkeys(line for line in found if line))
 
 

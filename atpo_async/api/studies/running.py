@@ -14,7 +14,7 @@ from rich.table import Table
 
 from atpo_async.api import machine
 from atpo_async.config import Config
-from atpo_async.core.errors import ConfigError
+from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.models.policy import warm_start_command
 from atpo_async.report.progress import duration
 from atpo_async.study.cells import Cell, CellResult
@@ -158,10 +158,10 @@ class _Study:
         grid = " × ".join(f"{len(axis.values)} of {axis.name}" for axis in plan.axes)
         self._say(f"study {self._folder.path}: {grid} × {num_seeds_of(plan)} = {len(cells)} cells, {len(known)} done")
         if plan.choosing is not None:
-            done = self._folder.first_stage(plan)
+            done, last = self._folder.first_stage(plan), first[-1].seed
+            seeds = f"seeds {first[0].seed}–{last}" if last != first[0].seed else f"seed {last}"
             self._say(
-                f"first stage, which chooses {plan.choosing.field}: {len(first)} cells with seeds "
-                f"{first[0].seed}–{first[-1].seed}, {len(done)} done"
+                f"first stage, which chooses {plan.choosing.field}: {len(first)} cells with {seeds}, {len(done)} done"
             )
         results = [*self._folder.first_stage(plan).values(), *known.values()]
         spread = spreading(results, request.spread)
@@ -180,7 +180,10 @@ class _Study:
         return f"{len(waiting)} cells to run, {lanes}: about {duration(left)}, by those that have ended here"
 
     def run(self) -> bool:
-        """Whether all cells have ended; False where an interruption stopped them."""
+        """Whether all cells have ended; False where an interruption stopped them.
+
+        Raises SetupError where the first stage tells nothing to choose by.
+        """
         plan = self._plan
         first, cells = plan.first_stage(), plan.cells()
         known = self._known(cells)
@@ -191,6 +194,7 @@ class _Study:
                 return False
             self._plan = plan = self._folder.resolved(plan)
             self._tell_choices(plan)
+            self._check_choices(plan)
             if len(ended) < len(first):
                 spread = spreading(self._folder.first_stage(plan).values(), self._request.spread)
                 for line in power_lines(plan.axes, len(plan.seeds), spread, wanted=self._request.difference):
@@ -214,12 +218,15 @@ class _Study:
         if not open_cells:
             return True
         plan, folder = self._plan, self._folder
-        jobs = [
-            Job(cell=cell, config=plan.config(cell, runs=folder.runs, model=self._policy(cell)), folder=folder)
-            for cell in open_cells
-        ]
-        total = len(cells) + len(later)
-        done, took = self._run(jobs, total=total, later=later)
+        try:
+            jobs = [
+                Job(cell=cell, config=plan.config(cell, runs=folder.runs, model=self._policy(cell)), folder=folder)
+                for cell in open_cells
+            ]
+        except KeyboardInterrupt:  # while a policy was made
+            done, took = False, "a policy was begun"
+        else:
+            done, took = self._run(jobs, total=len(cells) + len(later), later=later)
         if done:
             self._say(f"{len(cells)} cells done; {took}.")
             return True
@@ -289,6 +296,19 @@ class _Study:
         self._console.print(_drawn(choice_table(plan.choosing, chosen), title=f"choice of {plan.choosing.field}"))
         for line in choice_lines(plan.choosing, chosen):
             self._say(line)
+
+    def _check_choices(self, plan: Plan) -> None:
+        """Raises SetupError where every cell of a choice failed: the first candidate would be no choice at all."""
+        assert plan.choosing is not None
+        by, ended = plan.choosing.by, self._folder.first_stage(plan).values()
+        for of, choice in self._folder.choices(plan).items():
+            if not choice.settled:
+                here = [result for result in ended if dict(result.cell.at).get(by, "") == of]
+                raise SetupError(
+                    f"no value of {plan.choosing.field} can be chosen{f' for {by} {of}' if of else ''}: "
+                    f"all {len(here)} cells of the first stage failed, as {here[0].cell.label}: {here[0].reason}.  "
+                    "Mend that and add --retry-failed, or name other candidates with another --out"
+                )
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False)

@@ -58,6 +58,8 @@ class Choice:
     num_failed: Mapping[str, int]
     edge: Literal["", "lowest", "highest"]
     """Of the candidates, where these are numbers and the chosen one has no neighbour on that side."""
+    settled: bool = True
+    """Whether any of its cells gave a result; where all failed, nothing was there to choose by."""
 
 
 def parse_choosing(
@@ -125,7 +127,10 @@ def choices(choosing: Choosing, axes: Sequence[Axis], results: Iterable[CellResu
         best = max(means, key=lambda value: means[value])
         failed = {value: sum(r.status == "failed" for r in cells) for value, cells in by_value.items()}
         edge = _edge(best, choosing.values)
-        found[of] = Choice(of=of, value=best, means=means, num_failed=failed, edge=edge)
+        settled = any(r.status == "done" for r in here)
+        found[of] = Choice(
+            of=of, value=best, means=means, num_failed=failed, edge=edge if settled else "", settled=settled
+        )
     return found
 
 

@@ -112,7 +112,7 @@ def choice_table(choosing: Choosing, chosen: Mapping[str, Choice]) -> Rows:
             failed = choice.num_failed[value]
             entries.append(f"{choice.means[value]:.3f}" + (f", {failed} failed" if failed else ""))
         edge = f" (the {choice.edge} candidate)" if choice.edge else ""
-        rows.append([name or "all", *entries, f"{choice.value}{edge}"])
+        rows.append([name or "all", *entries, f"{choice.value}{edge}" if choice.settled else "none: all failed"])
     return rows
 
 
