@@ -157,6 +157,9 @@ SAME_WORD: Mapping[str, str] = {
 }  # fmt: skip
 """Word of a name -> one word for all that mean the same."""
 
+OF_ONE_METHOD = ("implicit_reward", "imitation", "team")
+"""Sections whose fields are meant where the section was written, or where no other field is."""
+
 WEAK = frozenset({"max", "min", "count", "size", "per", "use", "every", "steps", "s", "the", "of", "is", "by"})
 """Words too frequent in names to tell fields apart."""
 
@@ -176,6 +179,7 @@ def near(name: str, known: Collection[str]) -> list[str]:
         for field in known
         if field.rpartition(".")[2] == leaf or not {leaf, whole}.isdisjoint(MEANT_BY.get(field, "").split())
     ]
+    meant = [field for field in meant if _section(field) == section or _section(field) not in OF_ONE_METHOD] or meant
     if meant:
         # First the fields of the section that was written, then those whose last part is the same; a cluster's last.
         meant.sort(
@@ -194,6 +198,10 @@ def near(name: str, known: Collection[str]) -> list[str]:
     if slips:
         return [field for field in known if not slips.isdisjoint(MEANT_BY.get(field, "").split())][:MOST]
     return _best({field: score for field in known if (score := _words_shared(name, field)) >= 0.5}, share=0.8)
+
+
+def _section(field: str) -> str:
+    return field.rpartition(".")[0]
 
 
 def sections(name: str, known: Collection[str]) -> list[str]:
