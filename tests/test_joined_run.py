@@ -21,6 +21,7 @@ from scripts.oracle_run import Run, judge
 from tests.joined_support import environment_of
 
 pytestmark = [
+    pytest.mark.fleet,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds a machine's processes through /proc"),
     pytest.mark.slow,
 ]

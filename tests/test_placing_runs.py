@@ -18,6 +18,7 @@ from tests.fault_support import until
 from tests.placing_support import ATPO, SBCAST, SCONTROL, SRUN, Pods, environment, mounted, moved, put, small_run
 
 pytestmark = [
+    pytest.mark.fleet,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="bash, find and links as on a cluster's nodes"),
     pytest.mark.slow,
 ]

@@ -18,6 +18,7 @@ from tests.ray_cluster_support import Nodes, RayRun, run_on
 
 pytest.importorskip("ray")
 pytestmark = [
+    pytest.mark.fleet,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
     pytest.mark.slow,
     pytest.mark.timeout(600),

@@ -16,6 +16,7 @@ from atpo_async.status.run_view import look
 from tests.e2e_support import STEPS, Job, job
 
 pytestmark = [
+    pytest.mark.fleet,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc"),
     pytest.mark.slow,
     pytest.mark.timeout(300),
