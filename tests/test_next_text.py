@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from aiohttp import web
 
+from atpo_async.api.machine import check_texts
+from atpo_async.config import build
 from atpo_async.core.credit import TreeArrays, normalised_leaves
-from atpo_async.core.errors import AtpoError, ConfigError
+from atpo_async.core.errors import AtpoError, ConfigError, SetupError
 from atpo_async.environments.base import NotJudged
 from atpo_async.environments.next_text.demonstrator import CAREFUL, Habits, demonstrate
 from atpo_async.environments.next_text.environment import NextText, make, prediction_in, prompt
@@ -332,7 +334,7 @@ def test_a_document_without_sentences_enough_is_passed_over_and_a_corpus_of_such
     task = make(tokenizer, corpus=str(tmp_path / "*.txt"), eval_share=0.0)
     assert {task.segment("train", i).target for i in range(6)} == {"It is this one here."}
     alone = make(tokenizer, corpus=str(tmp_path / "a.txt"), eval_share=0.0)
-    with pytest.raises(ValueError, match=r"a\.txt and the 0 documents after it have fewer than 2 sentences"):
+    with pytest.raises(ValueError, match=r"a\.txt: fewer than 2 sentences; lower environment\.options"):
         alone.segment("train", 0)
     (tmp_path / "c.jsonl").write_text('{"text": 3}\n')
     odd = make(tokenizer, corpus=str(tmp_path / "c.jsonl"), eval_share=0.0)
@@ -366,6 +368,27 @@ def test_a_document_without_sentences_enough_is_passed_over_and_a_corpus_of_such
 def test_an_option_that_cannot_be_is_named(tokenizer: Path, options: dict[str, Any], fault: str) -> None:
     with pytest.raises(AtpoError, match=fault):
         make(tokenizer, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"corpus": "no/such/*.txt"}, "no such file, looked for from"),
+        ({"corpu": "x"}, r"options\.corpu: next_text has no such option"),
+        ({"judge": "url"}, "judge_url is ''; write http://HOST:PORT/v1"),
+    ],
+)
+def test_what_needs_no_policy_is_refused_before_one_is_made(options: dict[str, Any], fault: str) -> None:
+    config = {"environment": {"name": "next_text", "options": options}}
+    with pytest.raises(AtpoError, match=fault):
+        check_texts(build(config))
+    check_texts(build(config | {"actor": {"count": 0}}))  # actors of other machines have files of their own
+
+
+def test_a_folder_of_texts_is_told_how_to_name_them(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One sentence is here.")
+    with pytest.raises(SetupError, match=r"is a folder: name its files, '.*/\*\.txt', of which each is a document"):
+        make(tokenizer, corpus=str(tmp_path))
 
 
 def test_a_corpus_of_one_document_leaves_nothing_to_train_on(tokenizer: Path, tmp_path: Path) -> None:

@@ -269,6 +269,10 @@ def test_kl_cov_holds_the_most_covarying_token_and_only_once_it_has_moved() -> N
         ),
         ({"terms": ["lp-reg"], "term_options": {"lp-reg": {"kappa": 0.1}}}, "unexpected keyword argument 'kappa'"),
         (
+            {"terms": ["lp-reg"], "term_options": {"lp-reg": {"coeff": 0.1}}},
+            "argument 'coeff' (did you mean 'coef'?); a",
+        ),
+        (
             {"terms": ["lp-reg"], "term_options": {"lp-reg": {"coef": "big"}}},
             "its option 'coef' is float, not str 'big'",
         ),

@@ -13,9 +13,10 @@ from msgspec import structs
 from actors.sampled import rewards
 from actors.search.tree_search import OVERLONG
 from atpo_async.api.evaluation import tasks_of_a_run
+from atpo_async.api.notes import of_another_policy
 from atpo_async.cli import main
 from atpo_async.config import SearchConfig, build, load
-from atpo_async.config.credit_rule import tasks_rewards
+from atpo_async.config.credit_rule import check_rewards, tasks_rewards
 from atpo_async.core.credit.overlong import overlong_penalty
 from atpo_async.core.errors import ConfigError, EnvironmentBroken
 from atpo_async.wire.messages import Batch
@@ -283,6 +284,26 @@ async def test_what_sampled_chains_of_a_policy_earn_is_told_by_training_task() -
     broken = CountingEnvironment(fault=lambda number, action: OSError("no page"))
     with pytest.raises(EnvironmentBroken):
         await rewards(config, engine=ScriptedEngine(), environment=broken, num_tasks=1, rollouts=2)
+
+
+def test_a_file_of_rewards_of_another_policy_is_said_and_one_that_is_missing_refused(tmp_path: Path) -> None:
+    first, other = tmp_path / "first", tmp_path / "other"
+    first.mkdir()
+    other.mkdir()
+    file = tmp_path / "rewards.json"
+    credit = {"advantage_mode": "optimal_value", "advantage_options": {"rewards": str(file)}, "normalise_leaves": False}
+    config = build({"credit": credit, "model": {"path": str(first)}})
+    with pytest.raises(ConfigError, match=r"rewards\.json' cannot be read .* atpo eval MODEL --rewards FILE makes one"):
+        check_rewards(config.credit)
+    assert of_another_policy(config) == []
+    for model, lines in ((first, 0), (other, 1), (tmp_path / "gone", 0)):
+        file.write_text(json.dumps({"model": str(model), "rewards": {"0": [1.0]}}))
+        check_rewards(config.credit)
+        assert len(of_another_policy(config)) == lines
+    file.write_text(json.dumps({"model": str(other), "rewards": {"0": [1.0]}}))
+    (line,) = of_another_policy(config)
+    assert f"has what chains of {other} earned, and this run's first policy is {first}" in line
+    check_rewards(build({}).credit)
 
 
 def test_a_finite_set_of_tasks_is_gone_through_again(tmp_path: Path) -> None:

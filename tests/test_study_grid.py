@@ -199,6 +199,10 @@ def test_an_axis_that_makes_no_grid_is_refused_with_its_name_and_value(axes: Seq
             {"axes": ["lag=0,1"], "options": {"run.steps": "2"}},
             "run.steps = 2: a cell's success is the mean of its last 3",
         ),
+        (
+            {"axes": ["learner.lr=1e-4,2e-4"], "options": {"run.steps": "4"}},
+            "run.steps = 4 with staleness.max_lag = 2: a cell's success is the mean of 3 steps, and the last 2",
+        ),
         ({"options": {"run.name": "x"}}, "the grid of the study sets it; use --out"),
         ({"options": {"learner.schedule": "linear"}}, "use --learner.schedule constant"),
         (

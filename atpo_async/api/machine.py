@@ -21,6 +21,7 @@ from atpo_async.config import Config, get
 from atpo_async.config.doors import DOORS, ENGINE, ENVIRONMENT, STRATEGY
 from atpo_async.core.doors import Door
 from atpo_async.core.errors import SetupError
+from atpo_async.environments.next_text import environment as next_text
 from atpo_async.environments.search_qa import retrievers
 from atpo_async.links import addresses, ports
 from atpo_async.models.policy import MODELS, is_there, warm_start_command
@@ -105,6 +106,7 @@ def check_machine(config: Config) -> None:
     check_launch(config)
     check_kernels(config)
     check_environment(config)
+    check_texts(config)
     check_packages(config)
     check_links(config)
     check_journal_dir(config)
@@ -195,6 +197,13 @@ def check_environment(config: Config) -> None:
     for each in config.every_environment if config.actor.count else ():
         if each.name == "search_qa":
             retrievers.check_needs(each.options)
+
+
+def check_texts(config: Config) -> None:
+    """Raises ConfigError or SetupError for options of ``next_text`` that cannot be, or a corpus that is not here."""
+    for each in config.every_environment if config.actor.count else ():
+        if each.name == "next_text":
+            next_text.check_needs(each.options)
 
 
 def check_packages(config: Config) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from atpo_async.api import other_run
 from atpo_async.api.beginning import Beginning
 from atpo_async.config import Config, resuming
+from atpo_async.config.credit_rule import rewards_file
 from atpo_async.config.idle_settings import idle_settings
 from atpo_async.models.policy import list_checkpoints, steps_trained
 from atpo_async.run.metrics import Record, read_metrics
@@ -24,12 +26,32 @@ def at_the_start(begun: Beginning, rundir: RunDir) -> list[str]:
     if rundir.started_from is not None:
         lines.append(other_run.described(rundir.started_from))
     known = begun.known
+    lines += of_another_policy(rundir.config)
     if known is None:
         return lines
     if begun.anew:
         lines.append("nothing was trained in this folder yet: it begins anew with this configuration")
     steps = 0 if begun.anew else steps_trained(known)
     return lines + resuming.describe_changes(known.config, rundir.config, updates=_updates(known, steps), steps=steps)
+
+
+def of_another_policy(config: Config) -> list[str]:
+    """A line about a file of rewards whose chains another policy than the first one sampled; empty where none is."""
+    found = rewards_file(config.credit)
+    if found is None:
+        return []
+    name, file = found
+    try:
+        of = Path(json.loads(file.read_text(encoding="utf-8"))["model"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # made by hand, or refused by ``config.credit_rule``
+    first = Path(config.model.path)
+    if not (of.is_dir() and first.is_dir()) or of.samefile(first):
+        return []
+    return [
+        f"{name} = {str(file)!r} has what chains of {of} earned, and this run's first policy is {first}: V* is another "
+        f"policy's; make one with atpo eval {first} CONFIG --rewards FILE"
+    ]
 
 
 def too_late(known: RunDir, config: Config) -> list[str]:
@@ -107,7 +129,7 @@ def trained(records: Iterable[Record]) -> str:
     empty = sum(not count for count in trees.values())
     line = f"trained on {sum(trees.values())} trees in {len(trees) - empty} of {len(trees)} steps"
     if empty:
-        line += f"; {_steps(empty)} had none to learn from"
+        line += f"; {steps_text(empty)} had none to learn from"
     without = int(sum(metrics.get("buffer/no_signal_trees", 0) for metrics in by_step.values()))
     refused = int(sum(v for metrics in by_step.values() for k, v in metrics.items() if k.startswith(REFUSED)))
     failed = int(
@@ -121,5 +143,6 @@ def trained(records: Iterable[Record]) -> str:
     return f"{line}.  Other trees: {more}" if more else line
 
 
-def _steps(count: int) -> str:
+def steps_text(count: int) -> str:
+    """``1 step``, ``2 steps``."""
     return "1 step" if count == 1 else f"{count} steps"

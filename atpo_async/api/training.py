@@ -22,6 +22,7 @@ from atpo_async.api.places.base import Place, Say
 from atpo_async.api.places.on_hosts import OnHosts
 from atpo_async.api.policy import ensure_policy
 from atpo_async.config import Config, resolved
+from atpo_async.config.credit_rule import check_rewards
 from atpo_async.core.errors import AtpoError
 from atpo_async.models.memory import report
 from atpo_async.models.policy import steps_trained
@@ -140,7 +141,7 @@ def _train(begun: Beginning, console: Console, *, again: str, place: Place) -> T
     with RunDir.held(policy, start=begun.start) as rundir:
         rundir.listening.forget()
         steps = rundir.config.run.steps
-        console.print(f"run {rundir.path}  ({'goes on' if goes_on else 'new'}; {steps} steps)")
+        console.print(f"run {rundir.path}  ({'goes on' if goes_on else 'new'}; {notes.steps_text(steps)})")
         _tell_the_start(begun, rundir, console, place, goes_on=goes_on)
         outcome, took = _supervise(rundir, console, place)
     if outcome is Outcome.INTERRUPTED:
@@ -195,6 +196,7 @@ class _Here:
 
     def check(self, begun: Beginning, say: Say) -> None:
         machine.check_machine(begun.checked)
+        check_rewards(begun.checked.credit)
         metrics_sinks.check(begun.config)
         machine.check_warm_start(begun.checked)
         own_parts.check(begun.config, say=say)

@@ -18,6 +18,23 @@ from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.core.texts import of_value
 
 
+def rewards_file(settings: CreditConfig) -> tuple[str, Path] | None:
+    """The setting of a built-in advantage mode that names a file of the first policy's rewards, and the file; None
+    where none is named.  A user's own mode is not imported here."""
+    if settings.advantage_mode not in ADVANTAGE_MODE.names():
+        return None
+    option = mark_of(ADVANTAGE_MODE.load(settings.advantage_mode), "reads_tasks_rewards")
+    if option not in settings.advantage_options:
+        return None
+    return f"credit.advantage_options.{option}", Path(str(settings.advantage_options[option]))
+
+
+def check_rewards(settings: CreditConfig) -> None:
+    """Raises ConfigError where such a file is not as it is to be."""
+    if (found := rewards_file(settings)) is not None:
+        tasks_rewards(found[1], found[0])
+
+
 def credit_rule(settings: CreditConfig, *, reads_files: bool = True) -> CreditRule:
     """Buffer and learner make it once, when they start: a user's own mode is imported here.
 

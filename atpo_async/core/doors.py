@@ -225,9 +225,12 @@ class Door(Generic[T]):
                 p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
             )
             called = ", ".join((*self.call, "**options"))
+            unknown = next((word for word in options if word not in signature.parameters), "")
+            near = difflib.get_close_matches(unknown, set(signature.parameters) - set(self.call), n=1)
+            meant = f" (did you mean {near[0]!r}?)" if unknown and near else ""
             raise ConfigError(
-                f"{self.field} = {name!r} with options {dict(options)!r}: {exc}; {self.what} is called as ({called}), "
-                f"{self.target(name)} takes ({takes}); see {self.protocol}"
+                f"{self.field} = {name!r} with options {dict(options)!r}: {exc}{meant}; {self.what} is called as "
+                f"({called}), {self.target(name)} takes ({takes}); see {self.protocol}"
             ) from None
         if wrong := misfit(found, options):
             raise ConfigError(f"{self.field} = {name!r} with options {dict(options)!r}: {wrong}")

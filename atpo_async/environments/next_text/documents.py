@@ -93,9 +93,10 @@ class Corpus:
             found = self._read(int(document))
             if len(found) >= self._least:
                 return found
+        more = f" and the {len(looked_at) - 1} documents after it" if len(looked_at) > 1 else ""
         raise ValueError(
-            f"{self._rows.where(int(looked_at[0]))} and the {len(looked_at) - 1} documents after it have fewer than "
-            f"{self._least} sentences: lower environment.options.min_context or min_chars, or name longer documents"
+            f"{self._rows.where(int(looked_at[0]))}{more}: fewer than {self._least} sentences; lower "
+            "environment.options.min_context or min_chars, or name longer documents"
         )
 
     def _sentences(self, document: int) -> list[str]:
@@ -141,4 +142,9 @@ def _open(corpus: str | Sequence[str]) -> TextFiles | Rows:
                 f"environment.options.corpus = {corpus!r}: no such file, looked for from {str(Path.cwd())!r}"
             )
         return TextFiles(found, corpus)
+    if isinstance(corpus, str) and Path(corpus).is_dir() and any(Path(corpus).glob("*.txt")):
+        raise SetupError(
+            f"environment.options.corpus = {corpus!r} is a folder: name its files, {str(Path(corpus, '*.txt'))!r}, of "
+            "which each is a document"
+        )
     return open_rows(corpus, None, field="environment.options.corpus")

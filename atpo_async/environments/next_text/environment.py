@@ -217,6 +217,19 @@ def prediction_in(content: str) -> str:
     return found[0].strip() if len(found) == 1 and content.count(OPEN) == 1 else ""
 
 
+def check_needs(options: dict[str, Any]) -> None:
+    """What can be told of the options without a policy: before one is made for them.  Reads no data but ``.txt`` files'
+    names.
+
+    Raises:
+        ConfigError, SetupError: an option, the judge or the corpus cannot be.
+    """
+    found = Options.of(options)
+    found.judged()
+    if isinstance(found.corpus, str) and found.corpus.lower().endswith(".txt"):
+        found.documents()
+
+
 def make(tokenizer: Path | str, **options: Any) -> NextText:
     """The factory behind ``environment.name = "next_text"``."""
     return NextText(tokenizer, Options.of(options))

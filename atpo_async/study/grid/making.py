@@ -8,7 +8,7 @@ from pathlib import Path
 
 from atpo_async.config import read_tables
 from atpo_async.core.errors import ConfigError
-from atpo_async.study.cells import Cell
+from atpo_async.study.cells import LATE_STEPS, Cell
 from atpo_async.study.grid.axes import DEMOS, RECIPES, Axis, canonical, parse_axis, recipes
 from atpo_async.study.grid.choosing import parse_choosing
 from atpo_async.study.grid.names import CORRECTION, LAG, RECIPE, TASK
@@ -200,6 +200,13 @@ def _check_run(plan: Plan, cell: Cell) -> None:
             f"use at least --run.steps {LEAST_STEPS}"
         )
     if cell.lag is None:
+        late = min(LATE_STEPS, config.staleness.max_lag)
+        if steps < LEAST_STEPS + late:
+            raise ConfigError(
+                f"cell {cell.label}: run.steps = {steps} with staleness.max_lag = {config.staleness.max_lag}: a cell's "
+                f"success is the mean of {LEAST_STEPS} steps, and the last {late} batches may be of trees that came in "
+                f"before; use at least --run.steps {LEAST_STEPS + late}"
+            )
         if config.staleness.exact_lag is not None:
             raise ConfigError(
                 f"cell {cell.label}: staleness.exact_lag = {config.staleness.exact_lag} grows no trees in the last "
