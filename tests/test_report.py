@@ -177,6 +177,14 @@ def test_a_run_that_has_only_begun_has_a_page_too(tmp_path: Path) -> None:
     assert "nothing recorded" in write_report(run).read_text(encoding="utf-8")
 
 
+def test_the_page_names_what_a_method_adds_to_the_objective(tmp_path: Path) -> None:
+    objective = {"terms": ["lp-reg"], "token_weights": ["top-entropy"]}
+    run = RunDir.create(build({"run": {"dir": str(tmp_path), "name": "r"}, "objective": objective}))
+    with MetricsWriter(run.metrics_path, source="buffer") as writer:
+        writer.write(step=0, version=0, metrics={"buffer/trees": 1})
+    assert ", term lp-reg, tokens weighed by top-entropy; " in write_report(run).read_text(encoding="utf-8")
+
+
 def test_the_parts_of_the_reward_are_drawn_and_named_at_the_end(trained: RunDir) -> None:
     found = [record(2.0 * step, step=step, reward__correct=0.1 * step, reward__brief=0.5) for step in range(1, 7)]
     found = [*read_metrics(trained.metrics_path), *found]

@@ -111,7 +111,7 @@ def _essentials(rundir: RunDir, found: Facts) -> list[tuple[str, str]]:
         (
             "objective",
             f"{config.objective.ratio_level} ratio, clip {config.objective.clip_low:g} / "
-            f"{config.objective.clip_high:g}; "
+            f"{config.objective.clip_high:g}{_added(config)}; "
             f"{config.correction.level} importance weights, {config.correction.action} at {config.correction.cap:g}",
         ),
         (
@@ -160,6 +160,16 @@ def _search(config: Config) -> str:
         )
     pooled = f" of {team.pooled} pooled" if team.pooled else ""
     return f"{team.teams} teams of {team.proposers} proposers{pooled} and a synthesizer; {config.max_leaves} leaves"
+
+
+def _added(config: Config) -> str:
+    """What a method adds to the objective: ``, term lp-reg, tokens weighed by top-entropy``; empty where none does."""
+    objective = config.objective
+    surrogate = [f"surrogate {objective.surrogate}"] if objective.surrogate != "clip" else []
+    terms = [f"term {name}" for name in objective.terms]
+    weights = [f"tokens weighed by {name}" for name in objective.token_weights]
+    rows = [f"{config.imitation.rows} rows imitated"] if config.imitation.rows else []
+    return "".join(f", {part}" for part in (*surrogate, *terms, *weights, *rows))
 
 
 def _when(unix_s: float) -> str:
