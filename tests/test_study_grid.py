@@ -248,6 +248,8 @@ def test_an_exact_lag_that_is_no_axis_and_cells_that_are_one_run_are_refused(tmp
         of_demo(f"config={tmp_path / 'a.toml'},{tmp_path / 'b.toml'}")
     with pytest.raises(ConfigError, match="'a' is there twice"):
         of_demo(f"config={tmp_path / 'a.toml'},{tmp_path / 'a.toml'}")
+    with pytest.raises(ConfigError, match=r"same run .*: model\.warm_start = true makes .* --model\.warm_start false"):
+        of_demo("model.path=one,two")
 
 
 # --- settings, and going on ---------------------------------------------------------------------------------------

@@ -154,6 +154,8 @@ def _pair(first: float, last: float, digits: int = 2) -> str:
 def _search(config: Config) -> str:
     team, search = config.team, config.search
     if not team.on:
+        if search.strategy == "none":
+            return f"none: {search.initial_rollouts} chains"
         return (
             f"{search.strategy}: M = {search.initial_rollouts}, K = {search.branches}, L = {search.rounds}; "
             f"{search.max_leaves} leaves"

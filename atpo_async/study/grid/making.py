@@ -167,10 +167,13 @@ def check_cells(plan: Plan) -> None:
         settings = plan.settings(cell)
         same = made.setdefault(fingerprint(settings), cell)
         if same is not cell:
-            raise ConfigError(
-                f"cell {cell.label} would be the same run as cell {same.label}: take one of the values out (an option, "
-                "or an axis that goes over another, may set the field)"
+            warm = "model.path" in dict(at) and plan.base.model.warm_start
+            way_out = (
+                "model.warm_start = true makes every cell's policy itself: add --model.warm_start false"
+                if warm
+                else "take one of the values out (an option, or an axis that goes over another, may set the field)"
             )
+            raise ConfigError(f"cell {cell.label} would be the same run as cell {same.label}: {way_out}")
         if names.setdefault(cell.name, cell) is not cell:
             raise ConfigError(f"cells {cell.label} and {names[cell.name].label} would have one folder; rename a file")
     for cell in plan.first_stage()[: max(1, len(plan.first_stage()) // (plan.choosing.seeds if plan.choosing else 1))]:
