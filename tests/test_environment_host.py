@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -639,3 +639,36 @@ async def test_a_tree_loses_the_branches_of_a_tool_that_exits_and_says_so() -> N
     assert search.growth.failures == {"environment_failed": 1}
     assert search.growth.last_detail == "environment_failed: task 0 (train), start: SystemExit: 0"
     assert len(tree.leaves()) == 2
+
+
+class _Entered:
+    """Counts in place of a loop's thread."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+
+    def _enter(self, call: object) -> None:
+        self.inside += 1
+
+    def _leave(self) -> None:
+        self.inside -= 1
+
+
+@pytest.mark.parametrize("closed_first", [True, False])
+def test_a_call_that_becomes_garbage_is_closed_in_whichever_order(closed_first: bool) -> None:
+    ended = []
+
+    async def waits() -> None:
+        try:
+            await asyncio.Future(loop=asyncio.new_event_loop())
+        finally:
+            ended.append(True)
+
+    coro, thread = waits(), _Entered()
+    waiting = loop_thread._Timed(coro, cast(Any, thread), cast(Any, None)).__await__()
+    future = next(waiting)
+    if closed_first:
+        coro.close()
+    waiting.close()
+    future.get_loop().close()
+    assert (ended, thread.inside) == ([True], 0)

@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from atpo_async.study.results.statistics import (
@@ -35,6 +35,7 @@ def test_the_quantiles_of_students_t_are_those_of_the_tables(p: float, freedom: 
 
 
 @given(st.floats(-40, 40), st.floats(0.6, 500))
+@example(1.4914809817114443e-07, 256.0)
 def test_the_distribution_of_students_t_is_symmetric_and_is_the_inverse_of_its_quantile(
     t: float, freedom: float
 ) -> None:

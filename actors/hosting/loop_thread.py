@@ -322,8 +322,19 @@ class _Timed(Generic[T]):
             try:
                 value = yield waited_for
                 go_on = self._coro.send
+            except GeneratorExit:
+                self._close()
+                raise
             except BaseException as exc:
                 value, go_on = exc, self._coro.throw
+
+    def _close(self) -> None:
+        """Where both are garbage the coroutine may have been closed first: closing it again does nothing."""
+        self._thread._enter(self._call)
+        try:
+            self._coro.close()
+        finally:
+            self._thread._leave()
 
 
 _counter = itertools.count()

@@ -108,6 +108,8 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 def t_cdf(t: float, freedom: float) -> float:
     """P(T ≤ t) of Student's t."""
+    if t * t < freedom:  # by the middle: near 0 the tail is 1/2 less a number that rounding would take
+        return 0.5 + math.copysign(0.5 * _incomplete_beta(0.5, freedom / 2, t * t / (freedom + t * t)), t)
     tail = 0.5 * _incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t))
     return 1.0 - tail if t > 0 else tail
 
