@@ -27,7 +27,10 @@ def pids(run: Job) -> dict[str, int]:
     """Role -> process, of the buffer's front and its shards."""
     found = {}
     for process in processes.marked(*(f"{run.rundir.run_id}/buffer/{attempt}" for attempt in range(9))):
-        words = Path(f"/proc/{process.pid}/cmdline").read_bytes().decode().split("\0")
+        try:
+            words = Path(f"/proc/{process.pid}/cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue  # it has ended meanwhile
         found[words[words.index("--name") + 1] if "--name" in words else "buffer"] = process.pid
     return found
 
