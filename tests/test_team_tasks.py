@@ -17,10 +17,11 @@ from atpo_async.environments.checked import CheckedEnvironment
 from atpo_async.environments.hopqa.environment import HopQA
 from atpo_async.environments.hopqa.world import World, save_tokenizer
 from atpo_async.environments.ledger_qa.environment import LedgerQA, make
-from atpo_async.environments.ledger_qa.warm_start import Recipe, demonstration_batch, recipe_for
+from atpo_async.environments.ledger_qa.warm_start import Recipe, demonstration_batch
 from atpo_async.environments.ledger_qa.world import DIGITS, Habits, Ledgers, answered, noted
 from atpo_async.environments.tools.task import ToolTask
 from atpo_async.environments.values import Limits, ValueRefused
+from atpo_async.models.policy import warm_start_command
 from tests.actor_support import ScriptedEngine
 from tests.test_team_search import TWO, team_search
 from tests.tool_task_support import action, tokenizer_folder, tool_task
@@ -125,8 +126,9 @@ async def test_more_proposers_than_ledgers_are_refused(folder: Path) -> None:
 
 def test_the_configuration_of_the_demo_fits_its_policy() -> None:
     config = load([Path("configs/demo_team.toml")])
-    recipe = recipe_for(seed=config.run.seed, steps=config.model.warm_start_steps, options=config.environment.options)
-    assert recipe.ledgers == config.team.proposers == 2
+    words = warm_start_command(config)
+    assert words[words.index("--steps") + 1] == str(config.model.warm_start_steps)
+    assert config.environment.options.get("ledgers", Recipe().ledgers) == config.team.proposers == 2
     assert config.max_leaves == 12
 
 

@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -71,8 +72,8 @@ def make_once(path: Path, recipe: Any, version: int, make: Callable[[Path], dict
         path: the model folder.
         recipe: a frozen dataclass with a ``fingerprint``.
         version: of what ``make`` does.
-        make: fills a folder; returns what its record says beyond the recipe: ``loss``, ``num_parameters``,
-            ``duration_s`` and what else is worth keeping.
+        make: fills a folder; returns what its record says beyond the recipe: ``loss``, ``num_parameters`` and what else
+            is worth keeping; how long it took is added.
 
     Raises:
         SetupError: ``path`` holds something else, or cannot be written.
@@ -88,11 +89,13 @@ def make_once(path: Path, recipe: Any, version: int, make: Callable[[Path], dict
         aside.mkdir()
         with contextlib.suppress(OSError):  # a file system without locks: its maker's number tells
             lock = scratch.hold(aside)
+        began = time.monotonic()
         record = {
             "fingerprint": recipe.fingerprint,
             "recipe_version": version,
             "recipe": asdict(recipe),
             **make(aside),
+            "duration_s": round(time.monotonic() - began, 3),
         }
         (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         try:

@@ -6,9 +6,9 @@ Imports torch only when there is something to make.
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atpo_async.core.errors import ConfigError, SetupError
@@ -84,20 +84,6 @@ def torch_as_it_was(num_threads: int | None) -> Iterator[None]:
         torch.set_num_threads(threads_before)
 
 
-def record_of(model: Any, *, loss: float, began: float) -> dict[str, Any]:
-    """What is written down of a policy that was made since ``began`` (``time.monotonic``)."""
-    import torch
-    import transformers
-
-    return {
-        "loss": loss,
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-        "duration_s": round(time.monotonic() - began, 3),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def new_qwen3(recipe: TrainingRecipe, *, vocab_size: int, pad: int, end: int) -> Any:
     """A random ``Qwen3ForCausalLM`` with tied embeddings, float32, from torch's generator.
 
@@ -132,6 +118,52 @@ def new_qwen3(recipe: TrainingRecipe, *, vocab_size: int, pad: int, end: int) ->
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=pad, eos_token_id=end
     )
     return model
+
+
+def new_chat_qwen3(folder: Path, recipe: TrainingRecipe) -> Any:
+    """As ``new_qwen3``, for the tokenizer in ``folder``."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return new_qwen3(recipe, vocab_size=len(tokenizer), pad=tokenizer.pad_token_id, end=tokenizer.eos_token_id)
+
+
+def make_model(
+    folder: Path,
+    recipe: TrainingRecipe,
+    *,
+    model: Callable[[], Any],
+    optimizers: Callable[[Any], Sequence[torch.optim.Optimizer]],
+    batches: Callable[[Any], Iterable[tuple[torch.Tensor, torch.Tensor]]],
+    device: str = "auto",
+    num_threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Make a model by ``recipe`` and write it into ``folder``; returns what goes into its record.
+
+    Args:
+        folder: takes the model's files.
+        recipe: its seed is torch's while the model is made and trained.
+        model: a random one.
+        optimizers, batches: of the model, as ``train`` takes them.
+        device, progress: as of ``train``.
+        num_threads: of torch; None: its choice.
+    """
+    import torch
+    import transformers
+
+    with torch_as_it_was(num_threads):
+        torch.manual_seed(recipe.seed)
+        made = model()
+        loss = train(made, optimizers(made), batches(made), steps=recipe.steps, device=device, progress=progress)
+    transformers.utils.logging.disable_progress_bar()
+    made.save_pretrained(folder)
+    return {
+        "loss": loss,
+        "num_parameters": sum(p.numel() for p in made.parameters()),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def matrix_optimizers(model: Any, *, matrix_lr: float, lr: float) -> list[torch.optim.Optimizer]:

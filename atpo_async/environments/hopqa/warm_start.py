@@ -10,7 +10,6 @@ torch is imported only when there is something to make: to see that nothing chan
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,12 @@ from typing import TYPE_CHECKING, Any, Unpack
 from atpo_async.environments.hopqa.world import END, PAD, Habits, World, demonstrate, save_tokenizer
 from atpo_async.environments.policy_folder import (
     Making,
-    Progress,
     WarmStartReport,
     command,
     fingerprint_of,
     make_once,
 )
-from atpo_async.environments.policy_training import PolicyRecipe, new_qwen3, record_of, torch_as_it_was, train
+from atpo_async.environments.policy_training import PolicyRecipe, make_model, new_qwen3
 
 if TYPE_CHECKING:
     import torch
@@ -96,35 +94,22 @@ def make_policy(path: Path, recipe: Recipe, **making: Unpack[Making]) -> WarmSta
     return make_once(path, recipe, RECIPE_VERSION, lambda folder: _make(folder, recipe, **making))
 
 
-def _make(
-    folder: Path,
-    recipe: Recipe,
-    *,
-    device: str = "auto",
-    num_threads: int | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
+def _make(folder: Path, recipe: Recipe, **making: Unpack[Making]) -> dict[str, Any]:
     """Build, train and save the model; returns what goes into its record."""
     import torch
-    import transformers
 
-    began = time.monotonic()
-    with torch_as_it_was(num_threads):
-        torch.manual_seed(recipe.seed)
-        model = new_model(recipe)
-        rng = Random(recipe.seed)
-        loss = train(
-            model,
-            [torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0)],
-            (demonstration_batch(recipe, step, rng) for step in range(recipe.steps)),
-            steps=recipe.steps,
-            device=device,
-            progress=progress,
-        )
-    transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(folder)
+    rng = Random(recipe.seed)
     save_tokenizer(recipe.world, folder)
-    return record_of(model, loss=loss, began=began)
+    return make_model(
+        folder,
+        recipe,
+        model=lambda: new_model(recipe),
+        optimizers=lambda model: [
+            torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0)
+        ],
+        batches=lambda model: (demonstration_batch(recipe, step, rng) for step in range(recipe.steps)),
+        **making,
+    )
 
 
 def new_model(recipe: Recipe) -> Any:

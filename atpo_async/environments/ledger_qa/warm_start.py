@@ -6,8 +6,7 @@ It learns the form of both roles' actions, to look a name up, and to compare not
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -17,20 +16,12 @@ from atpo_async.environments.hopqa.world import save_tokenizer
 from atpo_async.environments.ledger_qa.world import END, PAD, Habits, Ledgers
 from atpo_async.environments.policy_folder import (
     Making,
-    Progress,
     WarmStartReport,
     command,
     fingerprint_of,
     make_once,
 )
-from atpo_async.environments.policy_training import (
-    TrainingRecipe,
-    matrix_optimizers,
-    new_qwen3,
-    record_of,
-    torch_as_it_was,
-    train,
-)
+from atpo_async.environments.policy_training import TrainingRecipe, make_model, matrix_optimizers, new_qwen3
 
 if TYPE_CHECKING:
     import torch
@@ -69,19 +60,6 @@ class Recipe(TrainingRecipe):
         return fingerprint_of(self, RECIPE_VERSION)
 
 
-def recipe_for(*, seed: int, steps: int | None = None, options: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe that fits an environment's options (``environment.options``); its other options are left aside.
-
-    Raises ConfigError for values out of range.
-    """
-    given = dict(options or {})
-    chosen: dict[str, Any] = {"seed": seed}
-    chosen |= {key: given[key] for key in ("seed", "ledgers", "entries", "num_names") if key in given}
-    if steps is not None:
-        chosen["steps"] = steps
-    return Recipe(**chosen)
-
-
 def policy_folder(root: Path, recipe: Recipe) -> Path:
     """Where a recipe's model belongs: ``<root>/ledger_qa-<fingerprint>``."""
     return root / f"ledger_qa-{recipe.fingerprint}"
@@ -96,36 +74,19 @@ def make_policy(path: Path, recipe: Recipe, **making: Unpack[Making]) -> WarmSta
     return make_once(path, recipe, RECIPE_VERSION, lambda folder: _make(folder, recipe, **making))
 
 
-def _make(
-    folder: Path,
-    recipe: Recipe,
-    *,
-    device: str = "auto",
-    num_threads: int | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
+def _make(folder: Path, recipe: Recipe, **making: Unpack[Making]) -> dict[str, Any]:
     """Build, train and save the model; returns what goes into its record."""
-    import torch
-    import transformers
-
-    began = time.monotonic()
-    with torch_as_it_was(num_threads):
-        torch.manual_seed(recipe.seed)
-        ids = {word: i for i, word in enumerate(recipe.world.words)}
-        model = new_qwen3(recipe, vocab_size=len(ids), pad=ids[PAD], end=ids[END])
-        rng = Random(recipe.seed)
-        loss = train(
-            model,
-            matrix_optimizers(model, matrix_lr=recipe.matrix_lr, lr=recipe.lr),
-            (demonstration_batch(recipe, step, rng) for step in range(recipe.steps)),
-            steps=recipe.steps,
-            device=device,
-            progress=progress,
-        )
-    transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(folder)
+    ids = {word: i for i, word in enumerate(recipe.world.words)}
+    rng = Random(recipe.seed)
     save_tokenizer(recipe.world, folder)
-    return record_of(model, loss=loss, began=began)
+    return make_model(
+        folder,
+        recipe,
+        model=lambda: new_qwen3(recipe, vocab_size=len(ids), pad=ids[PAD], end=ids[END]),
+        optimizers=lambda model: matrix_optimizers(model, matrix_lr=recipe.matrix_lr, lr=recipe.lr),
+        batches=lambda model: (demonstration_batch(recipe, step, rng) for step in range(recipe.steps)),
+        **making,
+    )
 
 
 def demonstration_batch(recipe: Recipe, step: int, rng: Random) -> tuple[torch.Tensor, torch.Tensor]:

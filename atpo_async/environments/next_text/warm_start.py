@@ -6,7 +6,6 @@ only when there is something to make.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,20 +22,12 @@ from atpo_async.environments.next_text.stories import ITEMS, MIN_CONTEXT, PEOPLE
 from atpo_async.environments.passage_qa.tokenizer import save_tokenizer
 from atpo_async.environments.policy_folder import (
     Making,
-    Progress,
     WarmStartReport,
     command,
     fingerprint_of,
     make_once,
 )
-from atpo_async.environments.policy_training import (
-    TrainingRecipe,
-    matrix_optimizers,
-    new_qwen3,
-    record_of,
-    torch_as_it_was,
-    train,
-)
+from atpo_async.environments.policy_training import TrainingRecipe, make_model, matrix_optimizers, new_chat_qwen3
 
 if TYPE_CHECKING:
     import torch
@@ -96,38 +87,21 @@ def make_policy(path: Path, recipe: Recipe, **making: Unpack[Making]) -> WarmSta
     return make_once(path, recipe, RECIPE_VERSION, lambda folder: _make(folder, recipe, **making))
 
 
-def _make(
-    folder: Path,
-    recipe: Recipe,
-    *,
-    device: str = "auto",
-    num_threads: int | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    import torch
-    import transformers
-
+def _make(folder: Path, recipe: Recipe, **making: Unpack[Making]) -> dict[str, Any]:
+    """Build, train and save the model; returns what goes into its record."""
     from atpo_async.environments.messages.chat_format import ChatFormat
 
-    began = time.monotonic()
-    with torch_as_it_was(num_threads or 1):
-        make_tokenizer(folder)
-        torch.manual_seed(recipe.seed)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-        model = new_qwen3(recipe, vocab_size=len(tokenizer), pad=pad, end=end)
-        chat = ChatFormat.load(folder, renderer=RENDERER)
-        loss = train(
-            model,
-            matrix_optimizers(model, matrix_lr=recipe.matrix_lr, lr=recipe.lr),
-            batches(chat, recipe, pad),
-            steps=recipe.steps,
-            device=device,
-            progress=progress,
-        )
-    transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(folder)
-    return record_of(model, loss=loss, began=began)
+    making["num_threads"] = making.get("num_threads") or 1
+    make_tokenizer(folder)
+    chat = ChatFormat.load(folder, renderer=RENDERER)
+    return make_model(
+        folder,
+        recipe,
+        model=lambda: new_chat_qwen3(folder, recipe),
+        optimizers=lambda model: matrix_optimizers(model, matrix_lr=recipe.matrix_lr, lr=recipe.lr),
+        batches=lambda model: batches(chat, recipe, model.config.pad_token_id),
+        **making,
+    )
 
 
 def make_tokenizer(folder: Path) -> None:

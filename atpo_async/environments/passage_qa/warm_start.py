@@ -9,21 +9,14 @@ torch is imported only when there is something to make: to see that nothing chan
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Unpack
 
 from atpo_async.environments.passage_qa.recipe import RECIPE_VERSION, Recipe, policy_folder
-from atpo_async.environments.policy_folder import Making, Progress, WarmStartReport, command, make_once
-from atpo_async.environments.policy_training import (
-    matrix_optimizers,
-    new_qwen3,
-    record_of,
-    torch_as_it_was,
-    train,
-)
+from atpo_async.environments.policy_folder import Making, WarmStartReport, command, make_once
+from atpo_async.environments.policy_training import make_model, matrix_optimizers, new_chat_qwen3
 
 if TYPE_CHECKING:
     import torch
@@ -48,48 +41,24 @@ def make_policy(path: Path, recipe: Recipe, **making: Unpack[Making]) -> WarmSta
     return make_once(path, recipe, RECIPE_VERSION, lambda folder: _make(folder, recipe, **making))
 
 
-def _make(
-    folder: Path,
-    recipe: Recipe,
-    *,
-    device: str = "auto",
-    num_threads: int | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
+def _make(folder: Path, recipe: Recipe, **making: Unpack[Making]) -> dict[str, Any]:
     """Build, train and save the model; returns what goes into its record."""
-    import torch
-    import transformers
-
     from atpo_async.environments.passage_qa.rehearsal import make_tokenizer
 
-    began = time.monotonic()
-    with (
-        torch_as_it_was(num_threads or 1),
-        tempfile.TemporaryDirectory(prefix="atpo-rehearsal-") as aside,
-    ):
+    making["num_threads"] = making.get("num_threads") or 1
+    with tempfile.TemporaryDirectory(prefix="atpo-rehearsal-") as aside:
         make_tokenizer(folder, recipe.towns, scratch=Path(aside))
-        torch.manual_seed(recipe.seed)
-        model = new_model(folder, recipe)
-        pad = model.config.pad_token_id
-        loss = train(
-            model,
-            matrix_optimizers(model, matrix_lr=recipe.matrix_lr, lr=recipe.lr),
-            (batch_of(played, pad) for played in conversations(folder, recipe, scratch=Path(aside))),
-            steps=recipe.steps,
-            device=device,
-            progress=progress,
+        return make_model(
+            folder,
+            recipe,
+            model=lambda: new_chat_qwen3(folder, recipe),
+            optimizers=lambda model: matrix_optimizers(model, matrix_lr=recipe.matrix_lr, lr=recipe.lr),
+            batches=lambda model: (
+                batch_of(played, model.config.pad_token_id)
+                for played in conversations(folder, recipe, scratch=Path(aside))
+            ),
+            **making,
         )
-    transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(folder)
-    return record_of(model, loss=loss, began=began)
-
-
-def new_model(folder: Path, recipe: Recipe) -> Any:
-    """A random ``Qwen3ForCausalLM`` with tied embeddings for the tokenizer in ``folder``, float32."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return new_qwen3(recipe, vocab_size=len(tokenizer), pad=tokenizer.pad_token_id, end=tokenizer.eos_token_id)
 
 
 def conversations(folder: Path, recipe: Recipe, *, scratch: Path) -> Iterator[list[Played]]:
