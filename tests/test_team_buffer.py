@@ -207,7 +207,7 @@ def test_the_first_priority_is_by_advantages_of_both_roles() -> None:
     state, _, lease = begun()
     equal = [member(lease, number, 1, reward=1.0, success=True) for number in (1, 2, 3, 4)]
     take(state, [opening(lease), *equal, closing(lease, leaf_rewards=())])
-    assert len(state.pool) == 0, "nobody earned more than another: there is no signal"
+    assert len(state.pool) == 0, "no leaf earned more than another: there is no signal"
     (other,) = state.lease("a", 1, 0.0).leases
     equal = [member(other, number, 1, reward=1.0, success=True) for number in (1, 2, 3, 4)]
     take(state, [opening(other), *equal, closing(other)])
