@@ -75,13 +75,7 @@ class CheckedSurrogate:
         returned.check_number("loss", terms.loss, shape)
         if terms.clipped is not None:
             returned.check_truth("clipped", terms.clipped, shape)
-        if tuple(sorted(terms.metrics)) != self.metrics:
-            raise returned.fault(
-                f"returned the metrics {sorted(terms.metrics)} and declares {list(self.metrics)} "
-                "(SurrogateTraits.metrics): every pass must return those it declares"
-            )
-        for metric, values in terms.metrics.items():
-            returned.check_number(f"metrics[{metric!r}]", values, shape)
+        returned.check_metrics(terms.metrics, self.metrics, "SurrogateTraits", shape)
         if tokens.logp.requires_grad and not terms.loss.requires_grad:
             raise returned.fault("returned a loss without a gradient: compute it from tokens.logp or tokens.log_ratio")
         if not self._proven and tokens.logp.numel() and bool(tokens.log_ratio.isfinite().all()):

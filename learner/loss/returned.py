@@ -38,6 +38,18 @@ class Returned:
             raise self.fault(f"returned {of_type(found)}: it must return {kind.__name__}")
         return found
 
+    def check_metrics(
+        self, metrics: Mapping[str, object], declared: tuple[str, ...], traits: str, shape: torch.Size
+    ) -> None:
+        """Metrics by name, of ``shape`` each: those that ``traits`` declare, whatever the pass."""
+        if tuple(sorted(metrics)) != declared:
+            raise self.fault(
+                f"returned the metrics {sorted(metrics)} and declares {list(declared)} ({traits}.metrics): every pass "
+                "must return those it declares"
+            )
+        for name, values in metrics.items():
+            self.check_number(f"metrics[{name!r}]", values, shape)
+
     def check_number(self, what: str, values: object, shape: torch.Size) -> None:
         if not (isinstance(values, Tensor) and values.is_floating_point() and values.shape == shape):
             raise self.fault(f"returned for {what} {_described(values)}: it must be float{list(shape)}")

@@ -96,13 +96,7 @@ class TermPart(Part[TermTraits]):
         returned.check_number("loss", found.loss, shape)
         if found.replaces is not None:
             returned.check_truth("replaces", found.replaces, shape)
-        if tuple(sorted(found.metrics)) != self.metrics:
-            raise returned.fault(
-                f"returned the metrics {sorted(found.metrics)} and declares {list(self.metrics)} (TermTraits.metrics): "
-                "every pass must return those it declares"
-            )
-        for metric, values in found.metrics.items():
-            returned.check_number(f"metrics[{metric!r}]", values, shape)
+        returned.check_metrics(found.metrics, self.metrics, "TermTraits", shape)
         if tokens.logp.requires_grad and not found.loss.requires_grad:
             raise returned.fault(
                 "returned a loss without a gradient: compute it from tokens.logp, tokens.log_ratio or tokens.entropy"
