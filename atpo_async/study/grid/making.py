@@ -103,7 +103,7 @@ def _spelt_out(text: str, root: Path) -> str:
 
 
 def _sets_task(file: Path) -> bool:
-    return any({"environment", "environments", "model"} & set(table) for table in read_tables(file))
+    return any({"environment", "environments", "model", "team"} & set(table) for table in read_tables(file))
 
 
 def _check_names(axes: Sequence[Axis]) -> None:
