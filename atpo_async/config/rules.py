@@ -277,14 +277,9 @@ def _shards(config: Config) -> None:
 
 
 def _imitation(config: Config) -> None:
-    i, s = config.imitation, config.staleness
+    i = config.imitation
     if not i.rows:
         return
-    if s.exact_lag is not None:
-        raise ValueError(
-            f"imitation.rows = {i.rows} with staleness.exact_lag = {s.exact_lag}: rows that are imitated have many "
-            "ages, no batch would be exactly that old; set --imitation.rows 0, or leave exact_lag out"
-        )
     if config.buffer.shards > 1:
         raise ValueError(
             f"imitation.rows = {i.rows} with buffer.shards = {config.buffer.shards}: each shard would judge its rows "

@@ -9,7 +9,7 @@ STALENESS_KNOBS: tuple[tuple[str, str], ...] = (
     ("staleness.max_uses", "a tree is served at most this often"),
     ("staleness.trees_per_batch", "trees of one learner batch; one batch is one version"),
     ("imitation.max_lag", "rows that are imitated may be this old, whatever staleness.max_lag is"),
-    ("staleness.exact_lag", "every batch exactly this many versions old; max_lag must allow it"),
+    ("staleness.exact_lag", "the trees of every batch exactly this many versions old; max_lag must allow it"),
     ("staleness.publish_every", "versions between two publications: the least lag is 0 to this minus 1"),
     ("staleness.max_oversampling", "bounds how many trees without signal one step may use up"),
     ("actor.count", "more actors, more trees under way at once"),

@@ -85,7 +85,7 @@ class BatchServer:
         if served is not None and served.version == request.version:
             return self._share(served, request)
         if self._delay_line is not None:
-            return self._sample_exact(request, now, self._delay_line)
+            return self._sample_exact(request, now, self._delay_line, rng)
         self._check_known(request.step)
         self._look_after_batches(request.step)
         self._heard(request)
@@ -100,13 +100,19 @@ class BatchServer:
         beta = annealed_beta(request.step, start=self._config.buffer.weight_exponent, num_steps=self._beta_steps)
         metrics = self._flush(now)
         drawn = self._trees.pool.draw(request.num_trees, rng=rng, beta=beta)
-        rows = self._trees.imitation.draw(
+        rows = self._rows_beside(drawn, request, rng)
+        return self._share(self._serve(request, drawn, metrics, rows=rows), request)
+
+    def _rows_beside(
+        self, drawn: list[Drawn], request: SampleRequest, rng: np.random.Generator
+    ) -> tuple[ServedRow, ...]:
+        """Rows to imitate that go with these trees; they are older, with an exact lag too."""
+        return self._trees.imitation.draw(
             step=request.step,
             num_leaves=sum(each.tree.num_leaves for each in drawn),
             tree_ids={each.tree.tree_id for each in drawn},
             rng=rng,
         )
-        return self._share(self._serve(request, drawn, metrics, rows=rows), request)
 
     def _is_in_vain(self, enough: float) -> bool:
         """Whether ``enough`` trees were of no use, most of them failed: the learner, which would wait as long as any
@@ -119,7 +125,9 @@ class BatchServer:
         """Whether no further tree will come: ``run.max_tasks`` are leased, none is under way or with the learner."""
         return self._ledger.tasks.all_leased and not self._ledger.num_training and not self._trees.pool.num_out
 
-    def _sample_exact(self, request: SampleRequest, now: float, delay_line: DelayLine) -> Share | None:
+    def _sample_exact(
+        self, request: SampleRequest, now: float, delay_line: DelayLine, rng: np.random.Generator
+    ) -> Share | None:
         """The same where the delay line decides: the set whose turn it is, once all that is due is grown."""
         wanted = self._config.staleness.trees_per_batch
         if request.num_trees != wanted:
@@ -141,7 +149,8 @@ class BatchServer:
                 "batch %d has %d of %d trees: too few had a signal (staleness.max_oversampling), or memory was full",
                 request.step, len(front.tree_ids), wanted,
             )  # fmt: skip
-        served = self._serve(request, self._trees.pool.take(front.tree_ids), metrics)
+        drawn = self._trees.pool.take(front.tree_ids)
+        served = self._serve(request, drawn, metrics, rows=self._rows_beside(drawn, request, rng))
         served.exact = front
         return self._share(served, request)
 
