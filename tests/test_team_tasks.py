@@ -250,3 +250,10 @@ def _text(task: ToolTask, episode: Episode) -> str:
 def test_texts_of_a_team_that_are_none_are_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         tool_task(**changes)
+
+
+@pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"matrix_lr": -0.1}])
+def test_a_policy_of_a_rate_that_trains_nothing_is_refused_before_it_is_made(wrong: dict[str, float]) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(ConfigError, match=f"{name} must be > 0, got {value}"):
+        Recipe(**wrong)  # type: ignore[arg-type]

@@ -21,6 +21,20 @@ HEAD = 32
 """Size of an attention head."""
 
 
+def check_rates(recipe: TrainingRecipe, *names: str) -> None:
+    """Raises ConfigError where one of these fields is not above 0."""
+    for name in names:
+        if getattr(recipe, name) <= 0:
+            raise ConfigError(f"warm start: {name} must be > 0, got {getattr(recipe, name)}")
+
+
+def check_shares(recipe: TrainingRecipe, *names: str) -> None:
+    """Raises ConfigError where one of these fields is not from 0 to 1."""
+    for name in names:
+        if not 0 <= getattr(recipe, name) <= 1:
+            raise ConfigError(f"warm start: {name} must be from 0 to 1, got {getattr(recipe, name)}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRecipe:
     """What decides what a policy becomes, whatever its task is.  Raises ConfigError."""
@@ -40,8 +54,7 @@ class TrainingRecipe:
         for name, least in (("steps", 0), ("batch_size", 1), ("layers", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"warm start: {name} must be >= {least}, got {getattr(self, name)}")
-        if self.lr <= 0:
-            raise ConfigError(f"warm start: lr must be > 0, got {self.lr}")
+        check_rates(self, "lr")
         if self.width < HEAD or self.width % HEAD:
             raise ConfigError(f"warm start: width must be a multiple of {HEAD} (the head size), got {self.width}")
 

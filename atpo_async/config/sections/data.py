@@ -19,7 +19,9 @@ class StalenessConfig(Section):
     max_lag: int = Field(8, ge=0, description="turns older than this are masked, trees older than this dropped")
     max_uses: int = Field(1, ge=1, description="how often a tree may be served")
     exact_lag: int | None = Field(
-        None, ge=0, description="every batch exactly this old, for studies; generation and training then take turns"
+        None,
+        ge=0,
+        description="a batch's trees are exactly this old, for studies; generation and training then take turns",
     )
     trees_per_batch: int = Field(16, ge=1, description="trees of one learner batch, over all ranks")
     publish_every: int = Field(1, ge=1, description="learner batches between two published versions")

@@ -21,7 +21,13 @@ from atpo_async.environments.policy_folder import (
     fingerprint_of,
     make_once,
 )
-from atpo_async.environments.policy_training import TrainingRecipe, make_model, matrix_optimizers, new_qwen3
+from atpo_async.environments.policy_training import (
+    TrainingRecipe,
+    check_rates,
+    make_model,
+    matrix_optimizers,
+    new_qwen3,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +54,7 @@ class Recipe(TrainingRecipe):
 
     def __post_init__(self) -> None:
         TrainingRecipe.__post_init__(self)
+        check_rates(self, "matrix_lr")
         _ = self.world  # refuse what it refuses before anything is made
 
     @property

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from atpo_async.core.errors import ConfigError
 from atpo_async.environments.next_text.demonstrator import CAREFUL, Habits, demonstrate
 from atpo_async.environments.next_text.environment import CLOSE, MIDDLE, NEXT, OPEN, SYSTEM, prompt
 from atpo_async.environments.next_text.segments import Cut, Segment
@@ -27,7 +26,14 @@ from atpo_async.environments.policy_folder import (
     fingerprint_of,
     make_once,
 )
-from atpo_async.environments.policy_training import TrainingRecipe, make_model, matrix_optimizers, new_chat_qwen3
+from atpo_async.environments.policy_training import (
+    TrainingRecipe,
+    check_rates,
+    check_shares,
+    make_model,
+    matrix_optimizers,
+    new_chat_qwen3,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -58,10 +64,8 @@ class Recipe(TrainingRecipe):
 
     def __post_init__(self) -> None:
         TrainingRecipe.__post_init__(self)
-        if self.matrix_lr <= 0:
-            raise ConfigError(f"warm start: matrix_lr must be > 0, got {self.matrix_lr}")
-        if not 0 <= self.careful <= 1:
-            raise ConfigError(f"warm start: careful must be from 0 to 1, got {self.careful}")
+        check_rates(self, "matrix_lr")
+        check_shares(self, "careful")
         _ = self.habits
 
     @property

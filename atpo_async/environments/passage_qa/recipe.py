@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from atpo_async.core.errors import ConfigError
 from atpo_async.environments.passage_qa.demonstrator import CAREFUL, Habits
 from atpo_async.environments.passage_qa.world import Question, Towns
 from atpo_async.environments.policy_folder import fingerprint_of
-from atpo_async.environments.policy_training import PolicyRecipe
+from atpo_async.environments.policy_training import PolicyRecipe, check_rates, check_shares
 
 RECIPE_VERSION = 1
 """Raise it when the same settings would give another model (architecture, tokenizer, demonstrations, optimizer)."""
@@ -33,11 +32,8 @@ class Recipe(PolicyRecipe):
 
     def __post_init__(self) -> None:
         PolicyRecipe.__post_init__(self)
-        if self.matrix_lr <= 0:
-            raise ConfigError(f"warm start: matrix_lr must be > 0, got {self.matrix_lr}")
-        for name in ("easy", "careful"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"warm start: {name} must be from 0 to 1, got {getattr(self, name)}")
+        check_rates(self, "matrix_lr")
+        check_shares(self, "easy", "careful")
         _ = self.towns, self.habits  # refuse what these refuse before anything is made
 
     @property
