@@ -28,9 +28,9 @@ from atpo_async.core import texts
 from atpo_async.core.errors import AtpoError
 from atpo_async.ops.exits import EXIT_DONE, EXIT_USER
 from atpo_async.ops.role import exit_code
+from atpo_async.study.workers.settings import in_one_process
 from inprocess import idle
 from inprocess.run import run_once
-from inprocess.settings import in_one_process
 
 EXIT_ABANDONED = 1
 """The standard input ended in the middle of a run."""

@@ -301,7 +301,7 @@ def test_every_field_of_an_algorithms_sections_is_begun_anew_but_those_named(tmp
     ("text", "said"),
     [
         ('recipe = "grpo"\n', "recipe = 'grpo' in {file} is no table; a recipe says what it is, as in"),
-        ("[recipe]\nnam = 'x'\n", "recipe.nam: unknown key in {file}; known in [recipe]: name, source"),
+        ("[recipe]\nnam = 'x'\n", "recipe.nam: unknown key in {file}; known in [recipe]: name, source, task"),
         ("[recipe]\nname = 3\n", "recipe.name must be text, got 3 in {file}"),
         ('[recipe]\nsource = "x"\n', "recipe.name is missing in {file}: a recipe has a name"),
     ],

@@ -14,11 +14,11 @@ from actors.engines.base import EngineSettings, Sampling
 from atpo_async.config import Config, build
 from atpo_async.core.errors import ConfigError, RunMismatch
 from atpo_async.run.metrics import Record, read_metrics
+from atpo_async.study.workers.settings import in_one_process
 from inprocess import idle
 from inprocess.generation.decoder import Decoder
 from inprocess.generation.requests import Request, ScoreRequest
 from inprocess.run import opened
-from inprocess.settings import in_one_process
 from tests.e2e_support import WORLD
 from tests.engine_support import VOCABULARY, save_model, tiny_model
 

@@ -18,6 +18,7 @@ from atpo_async.config import Config, build
 from atpo_async.links.server import Server
 from atpo_async.run.metrics import Record, read_metrics
 from atpo_async.run.rundir import RunDir
+from atpo_async.study.workers.settings import in_one_process
 from atpo_async.wire.messages import (
     Batch,
     BatchTree,
@@ -33,7 +34,6 @@ from inprocess import idle
 from inprocess.generation.engine import BatchEngine
 from inprocess.growth import Growth
 from inprocess.run import opened
-from inprocess.settings import in_one_process
 from learner.role import learn
 from learner.training.trainer import Trainer
 from tests.scripted_trees_support import messages_of, planned, tree_hashes

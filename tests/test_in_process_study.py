@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async.core.errors import SetupError
+from atpo_async.api.studies.running import Request, study
+from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.run import processes
 from atpo_async.study.cells import CellResult
 from atpo_async.study.folder import StudyFolder
 from atpo_async.study.runner import Job, run_cells
 from atpo_async.study.workers.in_process import InProcess
-from tests.study_support import plan_of
+from tests.study_support import FakeRunner, plan_of
 from tests.test_study import DEADLINE_S, Quiet, jobs_of, records_of, until
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -152,3 +153,19 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
             os.kill(worker.pid, signal.SIGKILL)
             worker.wait()
         worker.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("axes", "choose"),
+    [(["lag=0,4", "learner.num_processes=1,2"], None), (["lag=0,4"], "learner.num_processes=1,2")],
+    ids=["of the grid", "of the choosing"],
+)
+def test_a_cell_that_one_process_cannot_have_is_named_before_any_runs(
+    axes: list[str], choose: str | None, tmp_path: Path
+) -> None:
+    plan, runner = plan_of(axes=axes, choose=choose), FakeRunner()
+    request = Request(plan=plan, out=tmp_path / "s", in_process=True, command="repeat", again="go on")
+    with pytest.raises(ConfigError, match=r"cell (choose: )?lag 0, .*: learner.num_processes = 2: one process has one"):
+        study(request, ensure_policy=lambda config, console: config, runner=lambda hurry: runner)
+    assert not runner.ran
+    assert not (tmp_path / "s").exists()

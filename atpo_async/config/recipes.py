@@ -49,6 +49,8 @@ class Recipe:
     name: str
     source: str = ""
     """The publication, for people."""
+    task: str = ""
+    """The ``environment.name`` of a method that is its task; empty for one that trains on any."""
 
 
 def algorithm() -> dict[str, FieldInfo]:
@@ -72,9 +74,10 @@ def taken_from(table: dict[str, Any], file: str) -> Recipe | None:
     meant = f'as in [{TABLE}] with name = "grpo" and source = "arXiv 2402.03300"'
     if not isinstance(found, Mapping):
         raise ConfigError(f"{TABLE} = {found!r} in {file} is no table; a recipe says what it is, {meant}")
+    known = Recipe.__dataclass_fields__
     for key, value in found.items():
-        if key not in Recipe.__dataclass_fields__:
-            raise ConfigError(f"{TABLE}.{key}: unknown key in {file}; known in [{TABLE}]: name, source")
+        if key not in known:
+            raise ConfigError(f"{TABLE}.{key}: unknown key in {file}; known in [{TABLE}]: {', '.join(known)}")
         if not isinstance(value, str):
             raise ConfigError(f"{TABLE}.{key} must be text, got {value!r} in {file}")
     if not found.get("name"):

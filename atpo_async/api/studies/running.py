@@ -28,6 +28,7 @@ from atpo_async.study.results.conclusions import num_seeds, sentences
 from atpo_async.study.results.planning import power_lines, spreading
 from atpo_async.study.runner import Job, Runner, TrainProcess, held, run_cells, until_interrupted
 from atpo_async.study.workers.in_process import InProcess
+from atpo_async.study.workers.settings import in_one_process
 
 IN_PROCESS = "in one process"
 
@@ -87,6 +88,8 @@ def study(
     if request.report_only:
         _check_part(plan, folder, console)
         return _report(request, plan, folder, console)
+    if request.in_process:
+        check_in_process(plan)
     if request.fill is not None:
         outputs.check_fillable(request.fill, plan.name)  # now, not when every cell has run
     folder.check(plan)
@@ -119,6 +122,17 @@ def _check_part(plan: Plan, folder: StudyFolder, console: Console) -> None:
             console.print(f"of {axis.name} {_joined(every.values)} only {_joined(axis.values)}", markup=False)
     if len(plan.seeds) < len(whole.seeds):
         console.print(f"of the seeds {_joined(whole.seeds)} only {_joined(plan.seeds)}")
+
+
+def check_in_process(plan: Plan) -> None:
+    """Raises ConfigError for a cell that asks for what one process does not have, naming it; before the first runs."""
+    choosing = plan.first_stage()
+    of_one_seed = len(choosing) // (plan.choosing.seeds if plan.choosing else 1)
+    for cell in (*choosing[:of_one_seed], *plan.cells()[: plan.num_groups]):
+        try:
+            in_one_process(plan.config(cell, runs=Path("runs")))
+        except ConfigError as exc:
+            raise ConfigError(f"cell {cell.label}: {exc}") from None
 
 
 def check_machine(plan: Plan, folder: StudyFolder) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from atpo_async.config import read_tables
+from atpo_async.config.recipes import TABLE
 from atpo_async.core.errors import ConfigError
 from atpo_async.study.cells import LATE_STEPS, Cell
 from atpo_async.study.grid.axes import DEMOS, RECIPES, Axis, canonical, parse_axis, recipes
@@ -15,7 +16,7 @@ from atpo_async.study.grid.names import CORRECTION, LAG, RECIPE, TASK
 from atpo_async.study.plan import CHOOSING_SEEDS, LEAST_STEPS, MAX_SEED, Plan, combinations, fingerprint
 
 ALL = "all"
-"""As the value of the axis ``recipe``: every recipe that leaves the task as it is."""
+"""As the value of the axis ``recipe``: every recipe that leaves the task as it is and is not one with a task."""
 
 
 RIVALS = {LAG: "staleness.max_lag", CORRECTION: "correction."}
@@ -94,16 +95,20 @@ def _on_demo(wanted: Wanted) -> bool:
 
 
 def _spelt_out(text: str, root: Path) -> str:
-    """``recipe=all`` with the names of all recipes that leave the task as it is."""
+    """``recipe=all`` with the names of all recipes for any task."""
     name, _, listed = (part.strip() for part in text.partition("="))
     if (name, listed) != (RECIPE, ALL):
         return text
-    names = [each for each in recipes(root) if not _sets_task(root / RECIPES / f"{each}.toml")]
+    names = [each for each in recipes(root) if _for_any_task(root / RECIPES / f"{each}.toml")]
     return f"{RECIPE}={','.join(names)}"
 
 
-def _sets_task(file: Path) -> bool:
-    return any({"environment", "environments", "model", "team"} & set(table) for table in read_tables(file))
+def _for_any_task(file: Path) -> bool:
+    """Whether it leaves the task as it is and is not one with a task (``[recipe]`` task)."""
+    (table,) = read_tables(file)
+    about = table.get(TABLE)
+    has_task = isinstance(about, Mapping) and bool(about.get("task"))
+    return not has_task and not {"environment", "environments", "model", "team"} & set(table)
 
 
 def _check_names(axes: Sequence[Axis]) -> None:
