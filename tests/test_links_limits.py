@@ -371,3 +371,31 @@ async def test_a_flood_past_the_window_is_dropped_and_not_kept() -> None:
         # The ping's answer says where the rest must go on from.
         assert s.peers["stranger"].queued == 4 * FAST.window
         assert struct.unpack("<2sBQQQ", reply[0])[4] == 4 * FAST.window
+
+
+async def test_a_client_that_begins_life_after_life_has_one_queue_for_all_of_them() -> None:
+    buffer = Buffer()
+    buffer.open.clear()
+    most, first = 4 * FAST.window, 10
+    async with server(buffer) as s, raw_dealer(s.endpoint) as stranger:
+
+        async def live(life: int, begin: int, count: int) -> int:
+            """Send so many and return how many were taken."""
+            for seq in range(begin, begin + count):
+                await stranger.send_multipart([link_frame(SEND, session=life, a=seq), *codec.encode(closed(life))])
+            await stranger.send_multipart([link_frame(PING, session=life, a=begin + count), b""])
+            while (answer := await pong(stranger))[0] != life:
+                pass
+            return answer[2]
+
+        taken = [await live(life, 0, first if life == 1 else most) for life in range(1, 7)]
+        assert taken == [first, most - first, 0, 0, 0, 0], "what waits of earlier lives counts"
+        last = session_of(s, "stranger").sends
+        assert last.earlier() == (most, sum(each.queued_bytes for each in last.before))
+        assert len(last.before) == 2
+        buffer.open.set()
+        await until(lambda: len(buffer.got) == most)
+        assert await live(6, 0, most) == most, "and no longer once it is handled"
+        await until(lambda: len(buffer.got) == 2 * most)
+        assert not last.before
+    assert sorted(buffer.got) == [1] * first + [2] * (most - first) + [6] * most

@@ -38,7 +38,8 @@ class SendHandler:
         self._handling = handling
         self._acknowledgements = acknowledgements
         self.max_ahead = 4 * handling.settings.window
-        """Sends of one client that are taken beyond those that it knows to be handled."""
+        """Sends of one client that are taken beyond those that it knows to be handled, with what waits of its earlier
+        lives."""
 
     def take_together(self, session: Session, seq: int, base: int, frames: Frames) -> int:
         """Several sends in one frame.  Returns how many messages those were."""
@@ -59,6 +60,8 @@ class SendHandler:
         if base > seq or not note_base(session, base):
             handling.bad.note(session.name, f"send {seq} with base {base}, {sends.settled} acknowledged")
             return
+        # Of a client's lives together: one that begins life after life, each with a full queue, would fill the memory.
+        earlier, earlier_bytes = sends.earlier() if sends.before else (0, 0)
         for number, frames in enumerate(messages, seq):
             if number != sends.expected:
                 # Below: a repeat of what we have, its acknowledgement may be lost.  Above: something before it is lost.
@@ -66,7 +69,8 @@ class SendHandler:
                     self._acknowledgements.answer_soon(session)
                 continue
             # Counted from what the client has confirmed: refusals are held until then.
-            if number - sends.base >= self.max_ahead or sends.queued_bytes > handling.max_queued_bytes:
+            ahead = number - sends.base + earlier
+            if ahead >= self.max_ahead or sends.queued_bytes + earlier_bytes > handling.max_queued_bytes:
                 # Clients of our settings hardly get here; one that does sends it again after its next heartbeat.
                 return
             item: Any

@@ -42,6 +42,8 @@ class ReceivedSends:
     queue: deque[tuple[Any, Frames]] = field(default_factory=deque)
     """Sends that wait for the handler, each with its frames; BadMessage in place of one that could not be read."""
     queued_bytes: int = 0
+    before: tuple[ReceivedSends, ...] = ()
+    """Of earlier lives of the client, oldest first: those with a queue that was not handled yet at the last look."""
     begun: Any = None
     """What the handler's first attempt on the queue's first message came to: an awaitable, or its exception."""
     passed_on: deque[tuple[int, Parcel]] = field(default_factory=deque)
@@ -53,6 +55,11 @@ class ReceivedSends:
     work: Work | None = None
     due: bool = False
     """An acknowledgement is about to be sent."""
+
+    def earlier(self) -> tuple[int, int]:
+        """Sends of earlier lives that wait for the handler, and their bytes."""
+        self.before = tuple(sends for sends in self.before if sends.queue)
+        return sum(len(sends.queue) for sends in self.before), sum(sends.queued_bytes for sends in self.before)
 
 
 @dataclass(slots=True, eq=False)
@@ -258,6 +265,7 @@ class SessionTable:
     def _replace(self, old: Session, new: Session) -> None:
         # What it sent and we took is still handled; its replies are dropped.
         self.forget(old)
+        new.sends.before = tuple(sends for sends in (*old.sends.before, old.sends) if sends.queue)
         self._replaced[old.owner, old.nonce] = None
         if len(self._replaced) > MAX_PEERS:
             self._replaced.popitem(last=False)
