@@ -104,7 +104,7 @@ class Config(Section):
         """The environments with their options, for people."""
         one = self.environment
         options = ", ".join(f"{name} = {value}" for name, value in one.options.items())
-        return "; ".join(map(str, self.environments)) or f"{one.name} {options}"
+        return "; ".join(map(str, self.environments)) or f"{one.name} {options}".rstrip()
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Config:

@@ -266,6 +266,7 @@ class SessionTable:
         # What it sent and we took is still handled; its replies are dropped.
         self.forget(old)
         new.sends.before = tuple(sends for sends in (*old.sends.before, old.sends) if sends.queue)
+        old.sends.before = ()  # or each life would keep all those before it
         self._replaced[old.owner, old.nonce] = None
         if len(self._replaced) > MAX_PEERS:
             self._replaced.popitem(last=False)
