@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -21,8 +22,9 @@ from atpo_async.links.client import Client
 from atpo_async.links.frames import LINK, PING, REPLY, REQUEST
 from atpo_async.links.pump import BURST, Pump
 from atpo_async.links.server import Server, descriptors, sessions
+from atpo_async.links.server.handling import BadMessages
 from atpo_async.links.server.outbox import ALL_PEERS, Outbox
-from atpo_async.links.server.sessions import Session, admission
+from atpo_async.links.server.sessions import Session, SessionTable, Work, admission
 from atpo_async.wire import codec
 from atpo_async.wire import messages as m
 from tests.links_support import ANY_PORT, LEASE_REQUEST, Buffer, client, closed, fast, server, session_of
@@ -248,6 +250,35 @@ def test_with_keys_a_full_key_evicts_only_its_own_peers() -> None:
         None,
         "the table of peers is full: 2 of the key 'b', all of them alive",
     )
+
+
+async def test_a_life_that_is_replaced_before_its_request_has_begun_is_kept_by_nothing() -> None:
+    gone: list[Session] = []
+    table = SessionTable("s", fast(), answer=lambda *frame: True, on_gone=gone.append, bad=BadMessages("s"))
+
+    async def serve(session: Session) -> None:
+        raise AssertionError(f"{session.name} has gone")
+
+    def left() -> int:
+        return sum(isinstance(each, Session) and each.nonce == 1 for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()  # nobody looks for rings so soon in a process with many objects
+    try:
+        first = table.of(b"a", "", 1)
+        assert first is not None
+        task = asyncio.create_task(serve(first))
+        first.requests.work[7] = Work("LeaseRequest", 0.0, task=task)
+        assert table.of(b"a", "", 2) is not None
+        assert gone == [first]
+        await asyncio.wait([task])
+        assert task.cancelled()
+        assert left() == 1
+        del first, task, gone[:]
+        await asyncio.sleep(0)
+        assert left() == 0
+    finally:
+        gc.enable()
 
 
 @pytest.mark.usefixtures("small_table")

@@ -303,6 +303,8 @@ class SessionTable:
         for work in session.requests.work.values():
             if work.task is not None:
                 work.task.cancel()
+        # One that had not begun never gets to where it would take itself out: with its task it would keep the session.
+        session.requests.work.clear()
         session.requests.waiting.clear()
         self._on_gone(session)
         if self._by_routing_id.get(session.routing_id) is session:
