@@ -40,11 +40,8 @@ TREES_PER_BATCH = 4
 START_S = 60.0
 END_S = 60.0
 GROWTH_BYTES = 64 << 20
-GROWTH_BYTES_PER_MESSAGE = 64.0
-"""The most that the last three eighths may use beyond the three before, and for each message that they have; the first
-quarter is the warm-up.  Queues are full by then, but what the allocator keeps in fragments grows on for a while, and a
-machine of twice the speed is twice as far on with it: a trim gives half of all that back.  Whatever was kept of every
-message would take more."""
+"""The most that the last three eighths may use beyond the three before; the first quarter is the warm-up.  Queues are
+full by then, but what the allocator keeps in fragments grows on for a while: a trim gives half of all that back."""
 LOG_BYTES_PER_MESSAGE = 4.0
 LOG_BYTES = 1 << 20
 
@@ -239,7 +236,7 @@ def judge(buffer: subprocess.Popen[bytes], watched: Watched, report: HonestRepor
         if not report.batches:
             faults.append("the honest learner got no batch")
     before, after = watched.most_bytes(0.25, 0.625), watched.most_bytes(0.625, 1.0)
-    if after - before > GROWTH_BYTES + GROWTH_BYTES_PER_MESSAGE * (1 - 0.625) * sent:
+    if after - before > GROWTH_BYTES:
         faults.append(f"the buffer's memory grew from {before >> 20} to {after >> 20} MiB after the warm-up")
     size = watched.samples[-1][2]
     if size > LOG_BYTES + LOG_BYTES_PER_MESSAGE * sent:
