@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from atpo_async.core.errors import SetupError
 from atpo_async.study.cells import CellResult
+from atpo_async.study.folder import StudyFolder
 from atpo_async.study.grid.axes import Axis
 from atpo_async.study.grid.choosing import Choice, Choosing
 from atpo_async.study.output import outputs
@@ -30,7 +31,7 @@ from atpo_async.study.results.comparisons import compare_all, num_comparisons
 from atpo_async.study.results.conclusions import method, sentences
 from atpo_async.study.results.planning import Spreading, power_lines, spreading
 from atpo_async.study.results.summary import Summary, to_goal
-from tests.study_support import FAILED, ROOT, Value, cell, done, summary_of
+from tests.study_support import FAILED, ROOT, Value, cell, done, plan_of, summary_of
 
 Grid = dict[tuple[object, ...], Sequence[Value]]
 LOW, MIDDLE, HIGH = (0.01, 0.02, 0.03, 0.02), (0.70, 0.74, 0.76, 0.72), (0.93, 0.97, 0.95, 0.96)
@@ -434,3 +435,22 @@ def test_curves_by_tokens_are_drawn_to_where_all_seeds_reach(tmp_path: Path) -> 
     summary = summary_of(grid, names=("config",), results=tokens_of, by_tokens=True)
     assert write_figure(summary, tmp_path / "p.png")
     assert "tokens generated, thousands" in page(summary, ORIGIN)
+
+
+def test_an_origin_names_the_task_and_what_the_objective_is_made_of(tmp_path: Path) -> None:
+    def said(**options: str) -> dict[str, str]:
+        given = {name.replace("__", "."): value for name, value in options.items()}
+        return dict(Origin.of(StudyFolder(tmp_path), plan_of(options=given), "atpo study").settings)
+
+    assert said(environment__name="passage_qa")["task"].startswith("passage_qa")
+    assert not said()["task"].endswith(" ")
+    assert said()["objective"] == "turn ratio, clip 0.2 / 0.28, seq-mean-token-mean"
+    more = said(
+        objective__terms='["epo", "kl-cov"]',
+        objective__entropy_coef="0.001",
+        objective__token_weights='["clip-cov"]',
+        objective__surrogate="policy-gradient",
+    )
+    assert more["objective"] == (
+        "turn ratio, policy-gradient, seq-mean-token-mean, terms epo + kl-cov, token weights clip-cov"
+    )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from atpo_async.config import Config
+from atpo_async.config.sections.learning import ObjectiveConfig
 from atpo_async.study.cells import Cell
 from atpo_async.study.folder import StudyFolder
 from atpo_async.study.grid.names import CORRECTION, LAG, RECIPE, TASK
@@ -77,8 +78,7 @@ def _settings(plan: Plan) -> tuple[tuple[str, str], ...]:
         found.append(
             (
                 "objective",
-                f"{config.objective.ratio_level} ratio, clip {config.objective.clip_low:g} / "
-                f"{config.objective.clip_high:g}, {config.objective.aggregation}",
+                ", ".join(_objective(config.objective)),
             )
         )
     rate = f"lr {learner.lr:g}"
@@ -100,6 +100,14 @@ def _settings(plan: Plan) -> tuple[tuple[str, str], ...]:
             )
         )
     return tuple(found)
+
+
+def _objective(objective: ObjectiveConfig) -> list[str]:
+    bounds = f" {objective.clip_low:g} / {objective.clip_high:g}" if objective.surrogate.startswith("clip") else ""
+    found = [f"{objective.ratio_level} ratio", f"{objective.surrogate}{bounds}", objective.aggregation]
+    for name, parts in (("terms", objective.terms), ("token weights", objective.token_weights)):
+        found += [f"{name} {' + '.join(parts)}"] if parts else []
+    return found
 
 
 def _of_task(plan: Plan, name: str) -> Config:
