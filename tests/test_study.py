@@ -795,3 +795,16 @@ def test_a_run_that_has_ended_is_read_with_its_configuration(tmp_path: Path) -> 
         assert (result.status, result.figures["lag_mean"], result.figures["seconds"]) == ("done", 4, 12.3)
         shutil.rmtree(run.path)
         assert read_result(job, 1.0).reason == "it ended after 0 of 10 steps"
+
+
+@pytest.mark.parametrize("more", [{}, {"plan_only": True}])
+def test_a_cell_whose_own_part_cannot_be_had_is_named_before_any_runs(
+    bench: Bench, tmp_path: Path, more: dict[str, bool]
+) -> None:
+    layer = tmp_path / "mine.toml"
+    layer.write_text('[objective]\ntoken_weights = ["tests.study_support:misspelt"]\n')
+    plan = plan_of(axes=[f"config={FILES[0]},{layer}"], files=[FILES[0]])
+    runner = FakeRunner()
+    with pytest.raises(ConfigError, match=r"cell mine, seed 1: .*misspelt"):
+        bench.run(plan, runner, **more)
+    assert not runner.ran

@@ -177,7 +177,7 @@ def test_the_folder_of_a_value_is_its_own_and_a_name_that_a_run_may_have(first: 
         (["run.seed=1,2"], "--axis run.seed: a study sets that itself; use --seeds"),
         (["staleness.exact_lag=1,2"], "use --axis lag="),
         (["lag=0,1", "staleness.max_lag=0,1"], "both set staleness.max_lag; take one of the two out"),
-        (["correction=none,turn", "correction.cap=1,2"], "both set correction.; take one of the two out"),
+        (["correction=none,turn", "correction.cap=1,2"], "both set correction.cap; take one of the two out"),
         (["lag=0,6"], "cell lag 6, seed 1: lag 6 with run.steps = 6 would never be reached"),
         (["environment.options=1"], "--axis environment.options=1: cell"),
     ],

@@ -31,7 +31,7 @@ from atpo_async.study.results.comparisons import compare_all, num_comparisons
 from atpo_async.study.results.conclusions import method, sentences
 from atpo_async.study.results.planning import Spreading, power_lines, spreading
 from atpo_async.study.results.summary import Summary, to_goal
-from tests.study_support import FAILED, ROOT, Value, cell, done, plan_of, summary_of
+from tests.study_support import DEMO, FAILED, ROOT, Value, cell, done, plan_of, summary_of
 
 Grid = dict[tuple[object, ...], Sequence[Value]]
 LOW, MIDDLE, HIGH = (0.01, 0.02, 0.03, 0.02), (0.70, 0.74, 0.76, 0.72), (0.93, 0.97, 0.95, 0.96)
@@ -442,6 +442,11 @@ def test_an_origin_names_the_task_and_what_the_objective_is_made_of(tmp_path: Pa
         given = {name.replace("__", "."): value for name, value in options.items()}
         return dict(Origin.of(StudyFolder(tmp_path), plan_of(options=given), "atpo study").settings)
 
+    layer = tmp_path / "layer.toml"
+    layer.write_text('[search]\nstrategy = "random"\n')
+    varied = plan_of(axes=[f"config={DEMO},{layer}"], files=[DEMO])
+    assert "tree" not in dict(Origin.of(StudyFolder(tmp_path), varied, "atpo study").settings)
+    assert said()["tree"].startswith("entropy: M = ")
     assert said(environment__name="passage_qa")["task"].startswith("passage_qa")
     assert not said()["task"].endswith(" ")
     assert said()["objective"] == "turn ratio, clip 0.2 / 0.28, seq-mean-token-mean"

@@ -12,7 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from atpo_async.api import machine
+from atpo_async.api import machine, own_parts
+from atpo_async.api.own_parts_process import named
 from atpo_async.config import Config
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.models.policy import warm_start_command
@@ -90,6 +91,7 @@ def study(
         return _report(request, plan, folder, console)
     if request.in_process:
         check_in_process(plan)
+    check_own_parts(plan, lambda line: console.print(line, markup=False))
     if request.fill is not None:
         outputs.check_fillable(request.fill, plan.name)  # now, not when every cell has run
     folder.check(plan)
@@ -124,15 +126,36 @@ def _check_part(plan: Plan, folder: StudyFolder, console: Console) -> None:
         console.print(f"of the seeds {_joined(whole.seeds)} only {_joined(plan.seeds)}")
 
 
-def check_in_process(plan: Plan) -> None:
-    """Raises ConfigError for a cell that asks for what one process does not have, naming it; before the first runs."""
+def _one_seed(plan: Plan) -> list[Cell]:
+    """Every setting that a cell has, once: of the first stage, where there is one, and of the grid."""
     choosing = plan.first_stage()
     of_one_seed = len(choosing) // (plan.choosing.seeds if plan.choosing else 1)
-    for cell in (*choosing[:of_one_seed], *plan.cells()[: plan.num_groups]):
+    return [*choosing[:of_one_seed], *plan.cells()[: plan.num_groups]]
+
+
+def check_in_process(plan: Plan) -> None:
+    """Raises ConfigError for a cell that asks for what one process does not have, naming it; before the first runs."""
+    for cell in _one_seed(plan):
         try:
             in_one_process(plan.config(cell, runs=Path("runs")))
         except ConfigError as exc:
             raise ConfigError(f"cell {cell.label}: {exc}") from None
+
+
+def check_own_parts(plan: Plan, say: Callable[[str], None]) -> None:
+    """Raises ConfigError or SetupError for a cell whose own parts (``package.module:name``) cannot be had, naming it;
+    before the first runs.  Cells of equal parts are looked at once."""
+    seen = set()
+    for cell in _one_seed(plan):
+        config = plan.config(cell, runs=Path("runs"))
+        parts = repr(named(config))
+        if parts in seen:
+            continue
+        seen.add(parts)
+        try:
+            own_parts.check(config, say=say)
+        except (ConfigError, SetupError) as exc:
+            raise type(exc)(f"cell {cell.label}: {exc}") from None
 
 
 def check_machine(plan: Plan, folder: StudyFolder) -> None:

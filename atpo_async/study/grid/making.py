@@ -123,7 +123,7 @@ def _check_names(axes: Sequence[Axis]) -> None:
             raise ConfigError(f"--axis {name} is given twice; name all its values in one: --axis {name}=VALUE,VALUE")
         for named, fields in RIVALS.items():
             if named in names and name.startswith(fields):
-                raise ConfigError(f"--axis {name} with --axis {named}: both set {fields}; take one of the two out")
+                raise ConfigError(f"--axis {name} with --axis {named}: both set {name}; take one of the two out")
 
 
 def with_references(axes: Sequence[Axis], against: Sequence[str]) -> list[Axis]:

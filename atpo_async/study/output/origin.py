@@ -71,16 +71,13 @@ def _settings(plan: Plan) -> tuple[tuple[str, str], ...]:
     longer = ", and its lag in addition" if LAG in axes else ""
     found.append(("steps of a cell", f"{_steps(plan)}{longer}; {config.staleness.trees_per_batch} trees each"))
     search, learner = config.search, config.learner
-    if RECIPE not in axes:
+    varied = {section for axis in plan.axes for tables in axis.layers.values() for table in tables for section in table}
+    if RECIPE not in axes and "search" not in varied:
         found.append(
             ("tree", f"{search.strategy}: M = {search.initial_rollouts}, K = {search.branches}, L = {search.rounds}")
         )
-        found.append(
-            (
-                "objective",
-                ", ".join(_objective(config.objective)),
-            )
-        )
+    if RECIPE not in axes and "objective" not in varied:
+        found.append(("objective", ", ".join(_objective(config.objective))))
     rate = f"lr {learner.lr:g}"
     if "learner.lr" in plan.decided():
         rate = "lr as named" if "learner.lr" in axes else "lr as chosen"
