@@ -407,3 +407,23 @@ def test_the_command_that_makes_a_study_again_makes_the_same_plan() -> None:
     assert parse_axis("learner.lr=2e-4", root=ROOT).text == "learner.lr=0.0002"
     mine = of_demo("recipe=at2po,grpo", by_tokens=True, arguments=["a.toml"])
     assert reproducing(mine) == "atpo study mine a.toml --axis recipe=at2po,grpo --seeds 2 --by tokens"
+
+
+def test_a_schedule_is_a_value_of_an_axis() -> None:
+    one = '{kind="linear", start=1e-1, end=0.0, steps=5}'
+    plan = of_demo(f"objective.kl_coef={one},0.2")
+    text = '{ kind = "linear", start = 0.1, end = 0, steps = 5 }'
+    assert plan.axes[0].values == (text, "0.2")
+    assert canonical(text) == text
+    scheduled = plan.config(plan.cells()[0], runs=RUNS).objective.kl_coef
+    assert (scheduled.kind, scheduled.start, scheduled.end) == ("linear", 0.1, 0.0)  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="kind = 'liner' is unknown; known: constant, linear"):
+        of_demo(f"objective.kl_coef={one.replace('linear', 'liner')},0.2")
+
+
+def test_files_of_the_checkout_are_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    axis = parse_axis("config=configs/placement/random.toml,configs/placement/none.toml", root=ROOT, on_demo=True)
+    assert axis.values == ("random", "none")
+    with pytest.raises(ConfigError, match=r"there is no file configs/placement/else.toml here"):
+        parse_axis("config=configs/placement/else.toml", root=ROOT, on_demo=True)

@@ -170,8 +170,13 @@ def canonical(word: str) -> str:
     if isinstance(value, float):
         short = f"{value:g}"
         return short if float(short) == value else repr(value)
-    if isinstance(value, list | dict):
+    if isinstance(value, list):
         return json.dumps(value)
+    if isinstance(value, dict):  # as an option takes it
+        inner = {
+            key: json.dumps(each) if isinstance(each, str) else canonical(str(each)) for key, each in value.items()
+        }
+        return f"{{ {', '.join(f'{key} = {text}' for key, text in inner.items())} }}"
     return str(value)
 
 
@@ -203,7 +208,8 @@ def _found(name: str, word: str, *, root: Path, option: str) -> Path:
     """The file of a value: as it stands, or by its name in ``configs``."""
     folder = {RECIPE: root / RECIPES, TASK: root / CONFIGS}.get(name)
     if word.endswith((".toml", ".json")):
-        if (path := Path(word)).is_file():
+        # Those of the checkout are found from everywhere, as what comes with a name (`placement`) is.
+        if (path := Path(word)).is_file() or (path := root / word).is_file():
             return path
         raise ConfigError(f"{option} {name}={word}: there is no file {word} here")
     if folder is None:
