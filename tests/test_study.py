@@ -808,3 +808,12 @@ def test_a_cell_whose_own_part_cannot_be_had_is_named_before_any_runs(
     with pytest.raises(ConfigError, match=r"cell mine, seed 1: .*misspelt"):
         bench.run(plan, runner, **more)
     assert not runner.ran
+
+
+def test_a_study_chooses_one_field(capsys: pytest.CaptureFixture[str]) -> None:
+    twice = ["--choose", "learner.lr=1e-3,2e-3", "--choose", "learner.max_grad_norm=1,2", "--choose-by", "all"]
+    assert main.main(["study", "t", str(FILES[0]), "--axis", "credit.discount=0.9,1", *twice, "--plan"]) == 2
+    assert (
+        "--choose learner.lr=1e-3,2e-3 --choose learner.max_grad_norm=1,2: a study chooses one"
+        in capsys.readouterr().err
+    )

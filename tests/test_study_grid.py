@@ -230,6 +230,7 @@ def test_an_axis_that_makes_no_grid_is_refused_with_its_name_and_value(axes: Seq
             "--learner.lr: the grid of the study sets it; use --choose learner.lr=",
         ),
         ({"choose": "learner.lr=1e-4,2e-4", "choose_by": "all", "choose_seeds": 0}, "--choose-seeds must be >= 1"),
+        ({"choose_seeds": 3}, "--choose-seeds say how a value is chosen: name it with --choose FIELD=VALUE,VALUE"),
     ],
 )
 def test_what_contradicts_the_grid_is_refused_with_the_way_out(more: dict[str, object], words: str) -> None:

@@ -104,7 +104,11 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
 
 def _add_choosing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--choose", metavar="FIELD=VALUES", help="a field whose value is chosen in a first stage, with seeds of its own"
+        "--choose",
+        metavar="FIELD=VALUES",
+        action="append",
+        default=[],
+        help="a field whose value is chosen in a first stage, with seeds of its own",
     )
     parser.add_argument(
         "--choose-by",
@@ -114,7 +118,7 @@ def _add_choosing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--choose-at", metavar="AXIS=VALUES", action="append", default=[], help="the other axes' values in that stage"
     )
-    parser.add_argument("--choose-seeds", metavar="N", type=int, default=2, help="of that stage; 2 where left out")
+    parser.add_argument("--choose-seeds", metavar="N", type=int, help="of that stage; 2 where left out")
     parser.add_argument(
         "--choose-for",
         metavar="FIGURE",
@@ -122,6 +126,12 @@ def _add_choosing(parser: argparse.ArgumentParser) -> None:
         default="area",
         help=f"what the choice is by: {', '.join(CRITERIA)}; area where left out",
     )
+
+
+def _only(chosen: Sequence[str]) -> str | None:
+    if len(chosen) > 1:
+        raise ConfigError(f"--choose {' --choose '.join(chosen)}: a study chooses one field; make the other an --axis")
+    return chosen[0] if chosen else None
 
 
 def run(asked: Asked) -> int:
@@ -212,7 +222,7 @@ def _asked_plan(asked: Asked, name: str, files: Sequence[str], out: Path) -> Pla
             given=list(texts),
             seeds=args.seeds if args.seeds is not None else preset.seeds if preset is not None else DEFAULT_SEEDS,
             against=args.against,
-            choose=args.choose,
+            choose=_only(args.choose),
             choose_by=args.choose_by,
             choose_at=args.choose_at,
             choose_seeds=args.choose_seeds,

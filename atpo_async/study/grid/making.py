@@ -19,6 +19,9 @@ ALL = "all"
 """As the value of the axis ``recipe``: every recipe that leaves the task as it is and is not one with a task."""
 
 
+FIRST_STAGE_SEEDS = 2
+"""Of the first stage, where none are asked for."""
+
 RIVALS = {LAG: "staleness.max_lag", CORRECTION: "correction."}
 """Axis -> the field, or the beginning of the fields, that no other axis may vary beside it."""
 
@@ -42,7 +45,8 @@ class Wanted:
     choose: str | None = None
     choose_by: str | None = None
     choose_at: Sequence[str] = ()
-    choose_seeds: int = 2
+    choose_seeds: int | None = None
+    """None: ``FIRST_STAGE_SEEDS``."""
     choose_for: str = "area"
     by_tokens: bool = False
     arguments: Sequence[str] = ()
@@ -73,13 +77,14 @@ def make_plan(wanted: Wanted, *, root: Path) -> Plan:
             axes,
             by=wanted.choose_by,
             at=wanted.choose_at,
-            seeds=wanted.choose_seeds,
+            seeds=FIRST_STAGE_SEEDS if wanted.choose_seeds is None else wanted.choose_seeds,
             criterion=wanted.choose_for,
         )
         plan = replace(plan, choosing=choosing)
-    elif wanted.choose_by is not None or wanted.choose_at:
+    elif wanted.choose_by is not None or wanted.choose_at or wanted.choose_seeds is not None:
         raise ConfigError(
-            "--choose-by and --choose-at say how a value is chosen: name it with --choose FIELD=VALUE,VALUE"
+            "--choose-by, --choose-at and --choose-seeds say how a value is chosen: name it with --choose "
+            "FIELD=VALUE,VALUE"
         )
     _check_options(plan, wanted.given or wanted.options)
     plan = replace(plan, seeds=_seeds(plan, wanted.seeds))
