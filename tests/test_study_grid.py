@@ -102,7 +102,7 @@ def test_a_recipe_sets_the_algorithm_with_what_the_demos_scale_asks_for_and_opti
 
 def test_a_recipe_by_its_path_and_on_another_task_has_no_demo_scale(tmp_path: Path) -> None:
     own = tmp_path / "mine.toml"
-    own.write_text('[credit]\nvalue_mode = "leaf_mean"\n')
+    own.write_text('[recipe]\nname = "mine"\n[credit]\nvalue_mode = "leaf_mean"\n')
     plan = of_demo(f"recipe={own},at2po")
     assert [each.at[0][1] for each in plan.cells()[:2]] == ["mine", "at2po"]
     assert plan.config(plan.cells()[0], runs=RUNS).credit.value_mode == "leaf_mean"
@@ -428,3 +428,21 @@ def test_files_of_the_checkout_are_found_from_everywhere(tmp_path: Path, monkeyp
     assert axis.values == ("random", "none")
     with pytest.raises(ConfigError, match=r"there is no file configs/placement/else.toml here"):
         parse_axis("config=configs/placement/else.toml", root=ROOT, on_demo=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"--axis recipe=.*own.toml: .*own.toml is no recipe, for it has no \[recipe\] table"),
+        (
+            '[recipe]\nname = "own"\nauthor = "me"\n',
+            r"--axis recipe=.*own.toml: recipe.author: unknown key in .*own.toml",
+        ),
+        ('[recipe]\nsource = "here"\n', r"--axis recipe=.*own.toml: recipe.name is missing in .*own.toml"),
+    ],
+)
+def test_what_is_no_recipe_is_refused_by_its_file(content: str, message: str, tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        of_demo(f"recipe=grpo,{own}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from atpo_async.config import fields, parse_value, read_tables, unknown_option
+from atpo_async.config.recipes import TABLE, taken_from
 from atpo_async.core.errors import ConfigError
 from atpo_async.study.grid.corrections import CORRECTIONS
 from atpo_async.study.grid.names import CORRECTION, FILES, LAG, NAMED, RECIPE, TASK
@@ -195,9 +196,16 @@ def _layer(name: str, word: str, *, root: Path, on_demo: bool, option: str) -> t
     if name == RECIPE and on_demo and scale.is_file() and path.parent.resolve() == (root / RECIPES).resolve():
         files.append(scale)
     try:
-        return _called(word), read_tables(files)
+        tables = read_tables(files)
+        about = taken_from(dict(tables[0]), str(path))
     except ConfigError as exc:
         raise ConfigError(f"{option} {name}={word}: {exc}") from None
+    if name == RECIPE and about is None:
+        raise ConfigError(
+            f"{option} {name}={word}: {path} is no recipe, for it has no [{TABLE}] table (docs/recipes.md): give it "
+            f"one, or lay it over the others' settings with {option} config={word}"
+        )
+    return _called(word), tables
 
 
 def _called(word: str) -> str:
