@@ -128,7 +128,7 @@ def _add_choosing(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _only(chosen: Sequence[str]) -> str | None:
+def _one_choice(chosen: Sequence[str]) -> str | None:
     if len(chosen) > 1:
         raise ConfigError(f"--choose {' --choose '.join(chosen)}: a study chooses one field; make the other an --axis")
     return chosen[0] if chosen else None
@@ -222,7 +222,7 @@ def _asked_plan(asked: Asked, name: str, files: Sequence[str], out: Path) -> Pla
             given=list(texts),
             seeds=args.seeds if args.seeds is not None else preset.seeds if preset is not None else DEFAULT_SEEDS,
             against=args.against,
-            choose=_only(args.choose),
+            choose=_one_choice(args.choose),
             choose_by=args.choose_by,
             choose_at=args.choose_at,
             choose_seeds=args.choose_seeds,

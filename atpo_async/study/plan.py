@@ -86,6 +86,14 @@ class Plan:
             for at in combinations((*axes, candidates))
         ]
 
+    def of_one_seed(self) -> list[Cell]:
+        """Every setting that a cell has, once: of the first stage, where there is one, and of the grid."""
+        choosing = self.first_stage()
+        return [
+            *choosing[: len(choosing) // (self.choosing.seeds if self.choosing else 1)],
+            *self.cells()[: self.num_groups],
+        ]
+
     def _narrowed(self, axis: Axis) -> Axis:
         assert self.choosing is not None
         return replace(axis, values=self.choosing.at.get(axis.name, axis.values))

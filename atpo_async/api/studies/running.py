@@ -126,16 +126,9 @@ def _check_part(plan: Plan, folder: StudyFolder, console: Console) -> None:
         console.print(f"of the seeds {_joined(whole.seeds)} only {_joined(plan.seeds)}")
 
 
-def _one_seed(plan: Plan) -> list[Cell]:
-    """Every setting that a cell has, once: of the first stage, where there is one, and of the grid."""
-    choosing = plan.first_stage()
-    of_one_seed = len(choosing) // (plan.choosing.seeds if plan.choosing else 1)
-    return [*choosing[:of_one_seed], *plan.cells()[: plan.num_groups]]
-
-
 def check_in_process(plan: Plan) -> None:
     """Raises ConfigError for a cell that asks for what one process does not have, naming it; before the first runs."""
-    for cell in _one_seed(plan):
+    for cell in plan.of_one_seed():
         try:
             in_one_process(plan.config(cell, runs=Path("runs")))
         except ConfigError as exc:
@@ -146,7 +139,7 @@ def check_own_parts(plan: Plan, say: Callable[[str], None]) -> None:
     """Raises ConfigError or SetupError for a cell whose own parts (``package.module:name``) cannot be had, naming it;
     before the first runs.  Cells of equal parts are looked at once."""
     seen = set()
-    for cell in _one_seed(plan):
+    for cell in plan.of_one_seed():
         config = plan.config(cell, runs=Path("runs"))
         parts = repr(named(config))
         if parts in seen:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from atpo_async.config import read_tables
-from atpo_async.config.recipes import TABLE
+from atpo_async.config.recipes import taken_from
 from atpo_async.core.errors import ConfigError
 from atpo_async.study.cells import LATE_STEPS, Cell
 from atpo_async.study.grid.axes import DEMOS, RECIPES, Axis, canonical, parse_axis, recipes
@@ -111,8 +111,8 @@ def _spelt_out(text: str, root: Path) -> str:
 def _for_any_task(file: Path) -> bool:
     """Whether it leaves the task as it is and is not one with a task (``[recipe]`` task)."""
     (table,) = read_tables(file)
-    about = table.get(TABLE)
-    has_task = isinstance(about, Mapping) and bool(about.get("task"))
+    about = taken_from(table, str(file))
+    has_task = about is not None and bool(about.task)
     return not has_task and not {"environment", "environments", "model", "team"} & set(table)
 
 
@@ -186,7 +186,7 @@ def check_cells(plan: Plan) -> None:
             raise ConfigError(f"cell {cell.label} would be the same run as cell {same.label}: {way_out}")
         if names.setdefault(cell.name, cell) is not cell:
             raise ConfigError(f"cells {cell.label} and {names[cell.name].label} would have one folder; rename a file")
-    for cell in plan.first_stage()[: max(1, len(plan.first_stage()) // (plan.choosing.seeds if plan.choosing else 1))]:
+    for cell in plan.of_one_seed():
         plan.config(cell, runs=Path("runs"))
 
 
