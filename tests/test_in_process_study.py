@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from atpo_async.api.studies.running import Request, study
+from atpo_async.api.studies.running import Request, check_in_process, study
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.run import processes
 from atpo_async.study.cells import CellResult
@@ -169,3 +169,21 @@ def test_a_cell_that_one_process_cannot_have_is_named_before_any_runs(
         study(request, ensure_policy=lambda config, console: config, runner=lambda hurry: runner)
     assert not runner.ran
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("axes", "choose", "idle"),
+    [
+        (["correction=none,turn", "actor.count=1,2"], None, "actor.count"),
+        (["correction=none,turn"], "weights.chunk_bytes=1000000,2000000", "weights.chunk_bytes"),
+    ],
+    ids=["of the grid", "of the choosing"],
+)
+def test_cells_that_are_one_in_one_process_are_named_before_any_runs(
+    axes: list[str], choose: str | None, idle: str
+) -> None:
+    plan = plan_of(axes=axes, choose=choose)
+    message = rf"would be the same run as cell .* in one process, where {idle} has no effect: .* leave --in-process out"
+    with pytest.raises(ConfigError, match=message):
+        check_in_process(plan)
+    check_in_process(plan_of(axes=["correction=none,turn", "actor.trees_in_flight=4,8"]))

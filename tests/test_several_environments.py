@@ -256,9 +256,9 @@ def test_the_report_has_a_table_by_environment() -> None:
 
 def test_a_study_records_several_environments_and_no_empty_list_of_them() -> None:
     several, one = two(), configured()
-    recorded = settings_of(several, leaving=("run.*",))
+    recorded = settings_of(several)
     assert [each["label"] for each in recorded["environments"]] == ["easy", "hard"]
-    assert "environments" not in settings_of(one, leaving=("run.*",)), "studies of before keep the names of their cells"
+    assert "environments" not in settings_of(one), "studies of before keep the names of their cells"
 
 
 def test_published_test_sets_are_asked_of_the_search_qa_among_several() -> None:

@@ -510,6 +510,14 @@ def test_a_name_that_comes_with_no_study_needs_axes(capsys: pytest.CaptureFixtur
     assert "freshness: no study comes with that name; there are staleness, methods" in capsys.readouterr().err
 
 
+def test_a_study_that_is_there_says_what_goes_on_with_it(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.run(plan_of(axes=["learner.lr=1e-4,2e-4"], name="mine", arguments=["mine.toml"]), FakeRunner())
+    assert main.main(["study", "mine", "--plan", "--out", str(bench.out)]) == 2
+    err = capsys.readouterr().err
+    assert f"study {bench.out} is there, and goes on when its grid is named again:  atpo study mine mine.toml" in err
+    assert "--axis learner.lr=0.0001,0.0002" in err
+
+
 # --- processes ----------------------------------------------------------------------------------------------------
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

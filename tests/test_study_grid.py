@@ -22,6 +22,7 @@ from atpo_async.study.grid.choosing import choices
 from atpo_async.study.grid.corrections import CORRECTIONS
 from atpo_async.study.grid.making import Wanted, make_plan
 from atpo_async.study.grid.names import slug
+from atpo_async.study.grid.overriding import overridden
 from atpo_async.study.grid.presets import PRESETS
 from atpo_async.study.plan import Plan
 from tests.study_support import DEMO, ROOT, cell, done, failed, plan_of
@@ -180,6 +181,7 @@ def test_the_folder_of_a_value_is_its_own_and_a_name_that_a_run_may_have(first: 
         (["correction=none,turn", "correction.cap=1,2"], "both set correction.cap; take one of the two out"),
         (["lag=0,6"], "cell lag 6, seed 1: lag 6 with run.steps = 6 would never be reached"),
         (["environment.options=1"], "--axis environment.options=1: cell"),
+        (["recipe=all,grpo"], "--axis recipe=all,grpo: all stands for every recipe"),
     ],
 )
 def test_an_axis_that_makes_no_grid_is_refused_with_its_name_and_value(axes: Sequence[str], words: str) -> None:
@@ -203,6 +205,7 @@ def test_an_axis_that_makes_no_grid_is_refused_with_its_name_and_value(axes: Seq
             {"axes": ["learner.lr=1e-4,2e-4"], "options": {"run.steps": "4"}},
             "run.steps = 4 with staleness.max_lag = 2: a cell's success is the mean of 3 steps, and the last 2",
         ),
+        ({"axes": ["learner.lr=1e-4,2e-4"], "options": {"run.steps": "2"}}, "use at least --run.steps 5"),
         ({"options": {"run.name": "x"}}, "the grid of the study sets it; use --out"),
         ({"options": {"learner.schedule": "linear"}}, "use --learner.schedule constant"),
         (
@@ -215,7 +218,14 @@ def test_an_axis_that_makes_no_grid_is_refused_with_its_name_and_value(axes: Seq
         ({"choose": "learner.lr=1e-4,2e-4"}, "--choose-by lag or correction, or --choose-by all"),
         ({"choose": "learner.lr=1e-4", "choose_by": "all"}, "a choice takes two different candidates at least"),
         ({"choose": "learner.lr=1e-4,0", "choose_by": "all"}, "learner.lr must be > 0"),
-        ({"choose": "lr=1,2", "choose_by": "all"}, "--choose lr=1,2: name a field and its candidates"),
+        ({"choose": "learner.lr", "choose_by": "all"}, "--choose learner.lr: name a field and its candidates"),
+        ({"choose": "learner.lrr=1,2", "choose_by": "all"}, "--choose learner.lrr: unknown option; did you mean"),
+        ({"choose": "run.seed=1,2", "choose_by": "all"}, "--choose run.seed: a study sets that itself; use --seeds"),
+        ({"choose": "learner.lr=1e-4,x", "choose_by": "all"}, "--choose learner.lr=x: cell choose: lag 0, none, learn"),
+        (
+            {"axes": ["learner.epochs=1,x"], "choose": "learner.lr=1e-4,2e-4", "choose_by": "all"},
+            "--axis learner.epochs=x: cell",
+        ),
         ({"choose": "learner.lr=1e-4,2e-4", "choose_by": "recipe"}, "--choose-by recipe: the grid has no such axis"),
         (
             {"choose": "learner.lr=1e-4,2e-4", "choose_by": "correction", "choose_at": ["lag=2"]},
@@ -408,6 +418,40 @@ def test_the_command_that_makes_a_study_again_makes_the_same_plan() -> None:
     assert parse_axis("learner.lr=2e-4", root=ROOT).text == "learner.lr=0.0002"
     mine = of_demo("recipe=at2po,grpo", by_tokens=True, arguments=["a.toml"])
     assert reproducing(mine) == "atpo study mine a.toml --axis recipe=at2po,grpo --seeds 2 --by tokens"
+
+
+def test_a_file_is_named_by_its_path_wherever_its_value_is(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text('[recipe]\nname = "mine"\nsource = "here"\n')
+    axes = [f"recipe=grpo,{mine}", "learner.max_grad_norm=1,2"]
+    plan = plan_of(
+        axes=axes, files=[DEMO], against=[f"recipe={mine}"], choose="learner.lr=1e-4,2e-4",
+        choose_by="learner.max_grad_norm", choose_at=[f"recipe={mine}"],
+    )  # fmt: skip
+    assert plan.axes[0].against == "mine"
+    assert {dict(cell.at)["recipe"] for cell in plan.first_stage()} == {"mine"}
+    folder = StudyFolder(tmp_path / "s")
+    with folder.held(plan):
+        part = folder.plan(axes={"recipe": str(mine), "learner.max_grad_norm": "1.0"})
+    assert [axis.values for axis in part.axes] == [("mine",), ("1",)]
+
+
+def test_what_an_option_of_the_grid_takes_from_recipes_is_said(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    about = '[recipe]\nname = "mine"\nsource = "here"\n'
+    mine.write_text(f'{about}[learner.lora]\nrank = 4\n[correction]\nlevel = "token"\n')
+    other = tmp_path / "other.toml"
+    other.write_text(f"{about}[learner]\nlr = 1e-4\n")
+    recipes = f"recipe={mine},{other}"
+    assert overridden(plan_of(axes=[recipes, "correction=none,turn"], files=[DEMO])) == [
+        "--axis correction= goes over what 1 of 2 values of recipe set: correction.level"
+    ]
+    both = plan_of(axes=[recipes, "learner.lora.rank=2,8"], files=[DEMO], choose="learner.lr=1,2", choose_by="all")
+    assert overridden(both) == [
+        "--axis learner.lora.rank= goes over what 1 of 2 values of recipe set: learner.lora.rank",
+        "--choose learner.lr= goes over what 1 of 2 values of recipe set: learner.lr",
+    ]
+    assert not overridden(plan_of(axes=["task=demo,demo_agent", "learner.lr=1e-4,2e-4"], files=[]))
 
 
 def test_a_schedule_is_a_value_of_an_axis() -> None:

@@ -232,7 +232,8 @@ def test_success_is_compared_at_the_tokens_that_every_cell_of_the_task_sampled()
     assert equal["entropy"] == pytest.approx([0.9, 0.9])  # mean of 0.8, 0.9, 1.0
     assert equal["none"] == pytest.approx([0.4, 0.4])  # at half of its steps
     assert summary.final == "at_tokens"
-    assert any("success is 0.90" in line and "lower with none (0.40" in line for line in sentences(summary))
+    said = sentences(summary)
+    assert any("success at equal tokens is 0.90" in line and "lower with none (0.40" in line for line in said)
     text = outputs.markdown(summary, ORIGIN, figure="p.png")
     assert "Equal tokens are what every cell of a task sampled in all (demo: 1,000; demo_agent: 1,000)" in text
     assert "Sampled success at equal tokens" in text

@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         metavar="CONFIG",
         nargs="*",
         default=[],
-        help=f"other configurations than those of the study, or configs/demo.toml; {LAYERS}",
+        help=f"other configurations than those of the study, or configs/demo.toml; {LAYERS}.  A cell makes 5 steps at "
+        "least (3, and 2 for batches of trees that came in before), with lags 3",
     )
     _add_grid(parser)
     _add_choosing(parser)
@@ -59,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         help="run nothing: tables and figures of what has ended; the grid's options name a part of it",
     )
     parser.add_argument("--plan", action="store_true", help="run nothing: say how many cells, what power, what time")
-    parser.add_argument("--fill", metavar="FILE", help="write the results into a Markdown file, between its marks")
+    parser.add_argument(
+        "--fill",
+        metavar="FILE",
+        help="write the results into a Markdown file, between its lines "
+        "<!-- study:NAME:begin --> and <!-- study:NAME:end -->",
+    )
     parser.add_argument(
         "--spread", metavar="S", type=float, help="standard deviation of final success over seeds, to plan the power by"
     )
@@ -78,8 +84,9 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUES",
         action="append",
         default=[],
-        help="an axis and its values, with commas between them: a field (learner.lr=2e-4,4e-4), lag, correction, "
-        "recipe, config or task; given once for each axis",
+        help="an axis and its values, with commas between them: a field (learner.lr=2e-4,4e-4; a value with commas in "
+        "brackets or quotes), lag, correction, recipe (names of configs/recipes, paths, or all), config (paths) or "
+        "task (names of configs/, paths); given once for each axis",
     )
     parser.add_argument("--lags", metavar="LIST", help="learner versions: --axis lag=LIST")
     parser.add_argument("--corrections", metavar="LIST", help="by name: --axis correction=LIST; a wrong one lists all")
@@ -87,7 +94,9 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
         "--seeds",
         metavar="N",
         type=int,
-        help=f"from run.seed on; {DEFAULT_SEEDS} where left out and not otherwise said",
+        help="how many, from run.seed on; where left out "
+        + ", ".join(f"{preset.seeds} of {name}" for name, preset in PRESETS.items() if preset.seeds != DEFAULT_SEEDS)
+        + f" and {DEFAULT_SEEDS} of others",
     )
     parser.add_argument(
         "--against",
@@ -98,7 +107,10 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
         "the first one",
     )
     parser.add_argument(
-        "--by", choices=("steps", "tokens"), help="success is compared after equal steps, or at equal tokens generated"
+        "--by",
+        choices=("steps", "tokens"),
+        help="success is compared after equal steps, or at equal tokens generated; steps where left out, of placement "
+        "tokens",
     )
 
 
@@ -113,10 +125,15 @@ def _add_choosing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--choose-by",
         metavar="AXIS",
-        help="the axis for each of whose values one is chosen; all: one for the whole grid",
+        help="the axis for each of whose values one is chosen; all: one for the whole grid; may be left out where the "
+        "grid has one axis",
     )
     parser.add_argument(
-        "--choose-at", metavar="AXIS=VALUES", action="append", default=[], help="the other axes' values in that stage"
+        "--choose-at",
+        metavar="AXIS=VALUES",
+        action="append",
+        default=[],
+        help="another axis' values in that stage; all of them where left out",
     )
     parser.add_argument("--choose-seeds", metavar="N", type=int, help="of that stage; 2 where left out")
     parser.add_argument(
@@ -138,7 +155,7 @@ def run(asked: Asked) -> int:
     """Run the study, or only write what follows from it."""
     args = asked.args
     name, files = _name_and_files(args)
-    out = Path(args.out) if args.out else Path("runs") / f"study-{name}"
+    out = Path(args.out) if args.out else _folder_of(name)
     plan = _asked_plan(asked, name, files, out)
     request = Request(
         plan=plan,
@@ -173,6 +190,7 @@ def _name_and_files(args: argparse.Namespace) -> tuple[str, list[str]]:
         name, files = OWN_NAME, words
     axes = args.axis or args.lags or args.corrections
     if name not in PRESETS and not axes and not args.report:
+        _check_new(Path(args.out) if args.out else _folder_of(name))
         lead = f"{name}: no study comes with that name; there are" if words and name == words[0] else "there are"
         raise ConfigError(
             f"a study takes an axis at least, as in --axis correction=none,turn or --axis learner.lr=2e-4,4e-4; {lead} "
@@ -181,6 +199,21 @@ def _name_and_files(args: argparse.Namespace) -> tuple[str, list[str]]:
     if not name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"{name!r} is no name of a study: letters, digits, - and _ make one")
     return name, files
+
+
+def _folder_of(name: str) -> Path:
+    return Path("runs") / f"study-{name}"
+
+
+def _check_new(out: Path) -> None:
+    """Raises ConfigError for a study that is there, with the command that goes on with it."""
+    if not (out / "study.json").is_file():
+        return
+    was = StudyFolder(out).plan()
+    raise ConfigError(
+        f"study {out} is there, and goes on when its grid is named again:  {reproducing(was)} --out {out}  (with "
+        "--in-process if it ran so); --report writes its tables and figures, --plan besides says what is left"
+    )
 
 
 def _axes_given(args: argparse.Namespace) -> dict[str, str]:

@@ -38,7 +38,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         key="sampled",
         heading="sampled",
-        meaning=f"sampled success in training, mean of the last {WINDOW} steps",
+        meaning=f"sampled success in training, mean of the last {WINDOW} steps of which it is known",
     ),
     Column(key="area", heading="area", meaning="sampled success, mean over the same steps (area under the curve)"),
     Column(

@@ -23,7 +23,7 @@ from atpo_async.core.errors import ConfigError, RunMismatch, SetupError
 from atpo_async.run import locks
 from atpo_async.run.files import write_atomic
 from atpo_async.study.cells import Cell, CellResult, from_json, to_json
-from atpo_async.study.grid.axes import Axis, canonical, split_values
+from atpo_async.study.grid.axes import Axis, split_values
 from atpo_async.study.grid.choosing import Choice, choices
 from atpo_async.study.plan import Plan, fingerprint
 from atpo_async.study.record import Record, differences, listed_differences, read_record, with_later_fields
@@ -82,8 +82,8 @@ class StudyFolder:
         if listed is None:
             return axis
         words = split_values(listed, f"--axis {axis.name}={listed}")
-        values = [word if word in axis.values else canonical(word) for word in words]
-        if unknown := [value for value in values if value not in axis.values]:
+        values = [axis.value_named(word) for word in words]
+        if unknown := [word for word, value in zip(words, values, strict=True) if value is None]:
             raise ConfigError(
                 f"--axis {axis.name}={listed}: study {self.path} has {_joined(axis.values)}, not {unknown[0]}; name "
                 "some of those"

@@ -166,7 +166,7 @@ class Plan:
         """Dotted path -> value of all settings that affect what the cell learns, as JSON has it."""
         if cell not in self._settings:
             config = self.config(cell, runs=Path("runs"))
-            found = settings_of(config, leaving=(*FREE, "run.name", "run.dir"))
+            found = leaving(settings_of(config), (*FREE, "run.name", "run.dir"))
             if config.model.warm_start:
                 found.pop("model.path")  # follows from the rest, and is made when it is needed
             self._settings[cell] = found | {"run.seed": cell.seed}
@@ -196,13 +196,20 @@ def get(data: Mapping[str, Any], dotted: str) -> Any:
     return found[name] if name in found else configuration.get(Config(), dotted)
 
 
-def settings_of(config: Config, *, leaving: Sequence[str]) -> dict[str, Any]:
-    """Dotted path -> value, as JSON has it, of all fields but ``leaving``; ``links.*`` names a whole section."""
+def leaving(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Settings by their dotted paths without some of them; ``links.*`` names a whole section."""
+    return {
+        path: value
+        for path, value in settings.items()
+        if not any(path == name or (name.endswith("*") and path.startswith(name[:-1])) for name in names)
+    }
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Dotted path -> value, as JSON has it, of all fields."""
     data = config.model_dump(mode="json")
     found = {}
     for path in configuration.fields():
-        if any(path == free or (free.endswith("*") and path.startswith(free[:-1])) for free in leaving):
-            continue
         here: Any = data
         for part in path.split("."):
             here = here[part]

@@ -13,7 +13,7 @@ from atpo_async.core.errors import SetupError
 from atpo_async.study.grid.axes import Axis
 from atpo_async.study.grid.choosing import Choosing
 from atpo_async.study.grid.names import CORRECTION, LAG, TASK
-from atpo_async.study.plan import FREE, Plan, settings_of
+from atpo_async.study.plan import FREE, Plan, leaving, settings_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Record:
             name=plan.name,
             axes=plan.axes,
             seeds=plan.seeds,
-            base=settings_of(plan.base, leaving=(*FREE, *plan.decided())),
+            base=leaving(settings_of(plan.base), (*FREE, *plan.decided())),
             own=plan.own,
             over=plan.over,
             choosing=plan.choosing,
@@ -214,7 +214,7 @@ def _is_free(name: str) -> bool:
 
 def with_later_fields(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of an earlier program, with the fields of ``now`` that it had not: it did what they do by default."""
-    defaults = settings_of(configuration.Config(), leaving=())
+    defaults = settings_of(configuration.Config())
     return {path: defaults[path] for path in now if path in defaults and path not in was} | dict(was)
 
 

@@ -20,16 +20,17 @@ from atpo_async.models.policy import warm_start_command
 from atpo_async.report.progress import duration
 from atpo_async.study.cells import Cell, CellResult
 from atpo_async.study.folder import StudyFolder
+from atpo_async.study.grid.overriding import overridden
 from atpo_async.study.output import outputs
 from atpo_async.study.output.tables import choice_lines, choice_table, heading, matrices
 from atpo_async.study.pace import Pace
-from atpo_async.study.plan import Plan
+from atpo_async.study.plan import Plan, fingerprint, leaving
 from atpo_async.study.progress import StudyProgress
 from atpo_async.study.results.conclusions import num_seeds, sentences
 from atpo_async.study.results.planning import power_lines, spreading
 from atpo_async.study.runner import Job, Runner, TrainProcess, held, run_cells, until_interrupted
 from atpo_async.study.workers.in_process import InProcess
-from atpo_async.study.workers.settings import in_one_process
+from atpo_async.study.workers.settings import WITHOUT_EFFECT, in_one_process
 
 IN_PROCESS = "in one process"
 
@@ -127,12 +128,23 @@ def _check_part(plan: Plan, folder: StudyFolder, console: Console) -> None:
 
 
 def check_in_process(plan: Plan) -> None:
-    """Raises ConfigError for a cell that asks for what one process does not have, naming it; before the first runs."""
+    """Raises ConfigError for a cell that asks for what one process does not have, and for two that would be the same
+    there, naming them; before the first runs."""
+    made: dict[tuple[str, str], Cell] = {}
     for cell in plan.of_one_seed():
         try:
             in_one_process(plan.config(cell, runs=Path("runs")))
         except ConfigError as exc:
             raise ConfigError(f"cell {cell.label}: {exc}") from None
+        settings = plan.settings(cell)
+        same = made.setdefault((cell.stage, fingerprint(leaving(settings, WITHOUT_EFFECT))), cell)
+        if same is not cell:
+            was = plan.settings(same)
+            idle = ", ".join(name for name in settings if settings[name] != was.get(name))
+            raise ConfigError(
+                f"cell {cell.label} would be the same run as cell {same.label} in one process, where {idle} has no "
+                "effect: take one of the values out, or leave --in-process out"
+            )
 
 
 def check_own_parts(plan: Plan, say: Callable[[str], None]) -> None:
@@ -193,6 +205,8 @@ class _Study:
             self._say(
                 f"first stage, which chooses {plan.choosing.field}: {len(first)} cells with {seeds}, {len(done)} done"
             )
+        for line in overridden(plan):
+            self._say(line)
         results = [*self._folder.first_stage(plan).values(), *known.values()]
         spread = spreading(results, request.spread)
         for line in power_lines(plan.axes, len(plan.seeds), spread, wanted=request.difference):

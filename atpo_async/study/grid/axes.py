@@ -68,6 +68,11 @@ class Axis:
         preferred = self.reference or PREFERRED_REFERENCE.get(self.name, "")
         return preferred if preferred in self.values else self.values[0]
 
+    def value_named(self, word: str) -> str | None:
+        """The value that the user's word names: as it stands, by the path of its file, or as a number in another form;
+        None where it names none."""
+        return next((text for text in (word, _called(word), canonical(word)) if text in self.values), None)
+
     @property
     def is_compared(self) -> bool:
         """Whether success at its values is success at one and the same task."""

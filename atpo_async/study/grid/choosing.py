@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from atpo_async.config import fields
+from atpo_async.config import fields, unknown_option
 from atpo_async.core.errors import ConfigError
 from atpo_async.study.cells import CellResult
 from atpo_async.study.grid.axes import OWN, Axis, canonical, split_values
@@ -67,8 +67,12 @@ def parse_choosing(
 ) -> Choosing:
     """From the command line.  Raises ConfigError naming the option and the value."""
     name, equals, listed = (part.strip() for part in text.partition("="))
-    if not equals or name not in fields() or name in OWN:
+    if not equals or not name:
         raise ConfigError(f"--choose {text}: name a field and its candidates, as in --choose learner.lr=3e-4,6e-4")
+    if name in OWN:
+        raise ConfigError(f"--choose {name}: a study sets that itself; use {OWN[name]}")
+    if name not in fields():
+        raise ConfigError(unknown_option(name).replace(f"--{name}", f"--choose {name}", 1))
     values = [canonical(word) for word in split_values(listed, f"--choose {text}")]
     if len(set(values)) < 2 or len(set(values)) < len(values):
         raise ConfigError(f"--choose {text}: a choice takes two different candidates at least, each named once")
@@ -98,13 +102,12 @@ def _parse_at(text: str, named: Mapping[str, Axis]) -> tuple[str, tuple[str, ...
     if not equals or name not in named:
         raise ConfigError(f"--choose-at {text}: name an axis of the grid and some of its values: {', '.join(named)}")
     words = split_values(listed, f"--choose-at {text}")
-    values = tuple(word if word in named[name].values else canonical(word) for word in words)
-    unknown = [value for value in values if value not in named[name].values]
-    if unknown:
+    found = {word: named[name].value_named(word) for word in words}
+    if unknown := [word for word, value in found.items() if value is None]:
         raise ConfigError(
             f"--choose-at {text}: {unknown[0]!r} is none of the grid's {name}: {', '.join(named[name].values)}"
         )
-    return name, values
+    return name, tuple(value for value in found.values() if value is not None)
 
 
 def choices(choosing: Choosing, axes: Sequence[Axis], results: Iterable[CellResult]) -> dict[str, Choice]:

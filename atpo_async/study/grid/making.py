@@ -10,7 +10,7 @@ from atpo_async.config import read_tables
 from atpo_async.config.recipes import taken_from
 from atpo_async.core.errors import ConfigError
 from atpo_async.study.cells import LATE_STEPS, Cell
-from atpo_async.study.grid.axes import DEMOS, RECIPES, Axis, canonical, parse_axis, recipes
+from atpo_async.study.grid.axes import DEMOS, RECIPES, Axis, parse_axis, recipes
 from atpo_async.study.grid.choosing import parse_choosing
 from atpo_async.study.grid.names import CORRECTION, LAG, RECIPE, TASK
 from atpo_async.study.plan import CHOOSING_SEEDS, LEAST_STEPS, MAX_SEED, Plan, combinations, fingerprint
@@ -102,8 +102,11 @@ def _on_demo(wanted: Wanted) -> bool:
 def _spelt_out(text: str, root: Path) -> str:
     """``recipe=all`` with the names of all recipes for any task."""
     name, _, listed = (part.strip() for part in text.partition("="))
-    if (name, listed) != (RECIPE, ALL):
+    words = [word.strip() for word in listed.split(",")]
+    if name != RECIPE or ALL not in words:
         return text
+    if len(words) > 1:
+        raise ConfigError(f"--axis {text}: {ALL} stands for every recipe; leave the others out, or {ALL}")
     names = [each for each in recipes(root) if _for_any_task(root / RECIPES / f"{each}.toml")]
     return f"{RECIPE}={','.join(names)}"
 
@@ -138,10 +141,9 @@ def with_references(axes: Sequence[Axis], against: Sequence[str]) -> list[Axis]:
         if not equals or name not in found:
             raise ConfigError(f"--against {text}: name an axis of the grid and its value: {', '.join(found)}")
         axis = found[name]
-        value = value if value in axis.values else canonical(value)
-        if value not in axis.values:
+        if (reference := axis.value_named(value)) is None:
             raise ConfigError(f"--against {text}: {value!r} is none of the values of {name}: {', '.join(axis.values)}")
-        found[name] = replace(axis, reference=value)
+        found[name] = replace(axis, reference=reference)
     return list(found.values())
 
 
@@ -191,15 +193,30 @@ def check_cells(plan: Plan) -> None:
 
 
 def _check_each_value(plan: Plan) -> None:
-    """Each value with all other axes at their first: the error then names the axis that is to blame."""
+    """Each value with all other axes at their first: the error then names the axis, or choice, that is to blame."""
     first = {axis.name: axis.values[0] for axis in plan.axes}
+    seed = plan.seeds[0]
     for axis in plan.axes:
         for value in axis.values:
-            at = tuple((first | {axis.name: value}).items())
-            try:
-                plan.config(Cell(at=at, seed=plan.seeds[0]), runs=Path("runs"))
-            except ConfigError as exc:
-                raise ConfigError(f"--axis {axis.name}={value}: {exc}") from None
+            cell = Cell(at=tuple((first | {axis.name: value}).items()), seed=seed)
+            # A candidate of the first stage that is no value of its field is not the axis' fault.
+            if (fault := _fault(replace(plan, choosing=None), cell)) is not None and _fault(plan, cell) is not None:
+                raise ConfigError(f"--axis {axis.name}={value}: {fault}")
+    if plan.choosing is None:
+        return
+    for value in plan.choosing.values:
+        at = tuple((first | {plan.choosing.field: value}).items())
+        if (fault := _fault(plan, Cell(at=at, seed=seed, stage="choose"))) is not None:
+            raise ConfigError(f"--choose {plan.choosing.field}={value}: {fault}")
+
+
+def _fault(plan: Plan, cell: Cell) -> ConfigError | None:
+    """Why a cell has no configuration; None where it has one."""
+    try:
+        plan.config(cell, runs=Path("runs"))
+    except ConfigError as exc:
+        return exc
+    return None
 
 
 def _check_run(plan: Plan, cell: Cell) -> None:
@@ -207,11 +224,6 @@ def _check_run(plan: Plan, cell: Cell) -> None:
     config = plan.config(cell, runs=Path("runs"))
     lag = cell.lag or 0
     steps = config.run.steps - lag
-    if steps < LEAST_STEPS:
-        raise ConfigError(
-            f"cell {cell.label}: run.steps = {steps}: a cell's success is the mean of its last {LEAST_STEPS} steps; "
-            f"use at least --run.steps {LEAST_STEPS}"
-        )
     if cell.lag is None:
         late = min(LATE_STEPS, config.staleness.max_lag)
         if steps < LEAST_STEPS + late:
@@ -227,6 +239,11 @@ def _check_run(plan: Plan, cell: Cell) -> None:
                 "for them"
             )
         return
+    if steps < LEAST_STEPS:
+        raise ConfigError(
+            f"cell {cell.label}: run.steps = {steps}: a cell's success is the mean of its last {LEAST_STEPS} steps; "
+            f"use at least --run.steps {LEAST_STEPS}"
+        )
     if lag >= steps:
         raise ConfigError(
             f"cell {cell.label}: lag {lag} with run.steps = {steps} would never be reached while success is measured: "

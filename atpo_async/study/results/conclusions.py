@@ -67,7 +67,7 @@ def _of_figure(summary: Summary, key: str, *, full: bool) -> list[str]:
             elif full:
                 told.append(_only_figures(made, key))
         if alike:
-            told.append(_alike(summary, axis.name, alike))
+            told.append(_alike(summary, axis.name, alike, when=_when(key)))
     if full or not told:
         return told
     return [f"By {FIGURES[key]}: {_lower(line)}" for line in told]
@@ -75,7 +75,7 @@ def _of_figure(summary: Summary, key: str, *, full: bool) -> list[str]:
 
 def _told_apart(made: Sequence[Comparison], key: str) -> str:
     reference = made[0].reference
-    parts = [f"{_capital(_place(reference.at))}, success is {_level(reference, key)}"]
+    parts = [f"{_capital(_place(reference.at))}, success{_when(key)} is {_level(reference, key)}"]
     for sign, lead in (("above", "higher"), ("below", "lower"), (None, "not compared:")):
         here = [each for each in made if each.sign == sign]
         if here:
@@ -104,7 +104,12 @@ def _signed(value: float) -> str:
     return "0.00" if text in ("+0.00", "-0.00") else text
 
 
-def _alike(summary: Summary, axis: str, groups: Sequence[Sequence[Comparison]]) -> str:
+def _when(key: str) -> str:
+    """Of the main figure, where it is not that of the end."""
+    return " at equal tokens" if key == AT_TOKENS else ""
+
+
+def _alike(summary: Summary, axis: str, groups: Sequence[Sequence[Comparison]], *, when: str) -> str:
     """References beside which nothing is told apart, in one sentence."""
     every = [each for made in groups for each in made]
     places = [tuple(pair for pair in made[0].reference.at if pair[0] != axis) for made in groups]
@@ -113,8 +118,8 @@ def _alike(summary: Summary, axis: str, groups: Sequence[Sequence[Comparison]]) 
     lead = f"{where} nothing" if where else "Nothing"
     differences = [each.difference.value for each in every if each.difference is not None]
     return (
-        f"{_capital(lead)} is told apart from training {against}: measured differences are {_signed(min(differences))} "
-        f"to {_signed(max(differences))}; {_bound(every)}."
+        f"{_capital(lead)} is told apart from training {against}{when}: measured differences are "
+        f"{_signed(min(differences))} to {_signed(max(differences))}; {_bound(every)}."
     )
 
 
@@ -132,7 +137,7 @@ def _only_figures(made: Sequence[Comparison], key: str) -> str:
     place = tuple(pair for pair in made[0].reference.at if pair[0] != made[0].axis)
     lead = f"{_capital(_place(place))}, w" if place else "W"
     named = [f"{_where(made[0].axis, g.value(made[0].axis))} {_level(g, key)}" for g in groups]
-    return f"{lead}ithout a comparison: {_listed(named)}."
+    return f"{lead}ithout a comparison{_when(key)}: {_listed(named)}."
 
 
 def _incomplete(summary: Summary) -> list[str]:
