@@ -1,6 +1,8 @@
 """Keys and values of all rows, in tables that grow; a forward pass reads a run of rows in place.
 
 Shapes: L layers, S rows, C columns (column = position), B rows of a pass, T tokens fed to each, H heads, D channels.
+What one head attends over lies in one piece: with a token's heads side by side torch's attention on a CPU takes twice
+as long for one query a row.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ class KeyValueTable:
         self.num_rows = max_rows if is_whole else min(FIRST_ROWS, max_rows)
         self._columns = max_columns if is_whole else min(FIRST_COLUMNS, max_columns)
         self._tables: list[tuple[Tensor, Tensor]] = []
-        """Of each layer keys and values [S, C + 1, H, D]; padding is written to the last column."""
+        """Of each layer keys and values [S, H, C + 1, D]; padding is written to the last column."""
         self._begin = self._end = 0
-        self._places = torch.empty(0, dtype=torch.long)
+        self._rows_N = self._columns_N = torch.empty(0, dtype=torch.long)
+        self._places_NH = torch.empty(0, 0, dtype=torch.long)
+        """Of the tokens fed in the tables as one long list of heads; made by the first layer of a pass."""
         self._length = 0
 
     def ensure(self, *, rows: int, columns: int) -> None:
@@ -47,9 +51,11 @@ class KeyValueTable:
         self.num_rows = _grown(old_rows, rows, self.max_rows)
         self._columns = _grown(old_columns, columns, self.max_columns)
         for layer, tables in enumerate(self._tables):
-            grown = [table.new_zeros(self.num_rows, self._columns + 1, *table.shape[2:]) for table in tables]
+            grown = [
+                table.new_zeros(self.num_rows, table.shape[1], self._columns + 1, table.shape[3]) for table in tables
+            ]
             for new, table in zip(grown, tables, strict=True):
-                new[:old_rows, :old_columns] = table[:, :old_columns]
+                new[:old_rows, :, :old_columns] = table[:, :, :old_columns]
             self._tables[layer] = (grown[0], grown[1])
 
     def at(self, begin: int, end: int, positions_BT: Tensor, is_token_BT: Tensor, *, length: int) -> None:
@@ -61,10 +67,10 @@ class KeyValueTable:
             length: columns that are attended over.
         """
         self._begin, self._end, self._length = begin, end, length
-        width = self._columns + 1
-        columns = torch.where(is_token_BT, positions_BT, self._columns)
-        rows = torch.arange(begin, end, device=positions_BT.device)[:, None]
-        self._places = (rows * width + columns).reshape(-1)
+        self._columns_N = torch.where(is_token_BT, positions_BT, self._columns).reshape(-1)
+        rows = torch.arange(begin, end, device=positions_BT.device)
+        self._rows_N = rows.repeat_interleave(positions_BT.shape[1])
+        self._places_NH = self._places_NH[:0]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -78,10 +84,15 @@ class KeyValueTable:
         """As ``update``, of [B * T, H, D]."""
         if len(self._tables) == layer:
             self._tables.append((self._new(keys_NHD), self._new(values_NHD)))
+        heads = keys_NHD.shape[1]
+        if self._places_NH.shape != (len(keys_NHD), heads):
+            numbers_H = torch.arange(heads, device=keys_NHD.device)
+            first_N = self._rows_N * (heads * (self._columns + 1)) + self._columns_N
+            self._places_NH = first_N[:, None] + numbers_H * (self._columns + 1)
         found = []
         for table, states in zip(self._tables[layer], (keys_NHD, values_NHD), strict=True):
-            table.view(-1, *table.shape[2:]).index_copy_(0, self._places, states)
-            found.append(table[self._begin : self._end, : self._length].transpose(1, 2))
+            table.view(-1, table.shape[-1]).index_copy_(0, self._places_NH.reshape(-1), states.flatten(0, 1))
+            found.append(table[self._begin : self._end, :, : self._length])
         return found[0], found[1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -94,7 +105,7 @@ class KeyValueTable:
         taken, given = torch.tensor(sources), torch.tensor(targets)
         for tables in self._tables:
             for table in tables:
-                part = table.view(len(table), -1)[:, : columns * table.shape[2] * table.shape[3]]
+                part = table[:, :, :columns]
                 part.index_copy_(0, given.to(part.device), part.index_select(0, taken.to(part.device)))
 
     def swap(self, ones: Sequence[int], others: Sequence[int], *, columns: int) -> None:
@@ -102,7 +113,7 @@ class KeyValueTable:
         self.copy([*ones, *others], [*others, *ones], columns=columns)
 
     def _new(self, states: Tensor) -> Tensor:
-        shape = (self.num_rows, self._columns + 1, *states.shape[1:])
+        shape = (self.num_rows, states.shape[1], self._columns + 1, states.shape[2])
         if self._device.type != "cpu":
             return states.new_zeros(shape)
         # Zeros that are read before they are written take no memory either; torch would write them.
