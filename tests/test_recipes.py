@@ -1,11 +1,8 @@
-"""The recipes as they stand in configs/recipes/, and the table that compares them."""
+"""The recipes as they stand in configs/recipes/, and their list."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -21,9 +18,7 @@ from atpo_async.config.recipes import SECTIONS, algorithm
 from atpo_async.core.credit import TreeArrays
 from atpo_async.core.credit.rewards import STD_FLOOR
 from atpo_async.core.errors import ConfigError, SetupError
-from atpo_async.run.metrics import MetricsWriter
-from atpo_async.run.rundir import RunDir
-from scripts import recipes_table
+from scripts import recipes_list
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "configs" / "demo.toml"
@@ -43,7 +38,7 @@ def recipe(name: str, base: Path = DEMO) -> Config:
 
 def test_the_recipes_are_those_of_the_page() -> None:
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert {path.stem for path in RECIPES} >= set(recipes_table.ORDER)
+    assert {path.stem for path in RECIPES} >= set(recipes_list.ORDER)
     for path in (*RECIPES, *SCALES):
         assert str(path.relative_to(ROOT / "configs")) in page
     assert {path.stem for path in SCALES} <= {path.stem for path in RECIPES}
@@ -123,7 +118,7 @@ def test_of_a_recipe_nothing_is_left_under_another_one(base: Path) -> None:
 def test_the_six_recipes_mean_over_a_task_file_what_they_set_and_it_has() -> None:
     """They name every field of the algorithm that the task files set."""
     for base in (DEMO, BIG):
-        for name in recipes_table.ORDER:
+        for name in recipes_list.ORDER:
             own = [(key, value) for key, value in parsed(base) + parsed(ROOT / "configs" / "recipes" / f"{name}.toml")]
             merged = recipe(name, base)
             for key, value in dict(own).items():
@@ -149,7 +144,7 @@ def names_in(path: Path) -> set[str]:
 def test_the_page_lists_every_recipe_as_its_file_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert recipes_table.overview() in page, "run: python scripts/recipes_table.py --list"
+    assert recipes_list.overview() in page, "run: python scripts/recipes_list.py"
 
 
 def test_at2po_is_what_the_defaults_are() -> None:
@@ -215,169 +210,20 @@ def arrays_of(parents: list[int], rewards: list[float], leaves: list[bool]) -> T
     )
 
 
-# --- the table ----------------------------------------------------------------------------------------------------
-
-STEPS = 6
+# --- the list -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the table's runs lie; the project is the working folder, as for the script."""
-    monkeypatch.chdir(ROOT)
-    return tmp_path / "runs"
+def test_the_list_goes_between_its_marks_and_nowhere_else() -> None:
+    page = f"above\n{recipes_list.BEGIN}\nold\n{recipes_list.END}\nbelow\n"
+    text = f"{recipes_list.BEGIN}\nnew\n{recipes_list.END}"
+    assert recipes_list.put(page, text) == f"above\n{text}\nbelow\n"
+    assert recipes_list.put(recipes_list.put(page, text), text) == f"above\n{text}\nbelow\n"
+    with pytest.raises(SetupError, match="between which the list goes"):
+        recipes_list.put("a page without marks", text)
 
 
-def planned(folder: Path, names: list[str], seeds: list[int], **options: str) -> list[Any]:
-    found: list[Any] = recipes_table.plan(names, seeds, folder, {"run.steps": str(STEPS), **options})
-    return found
-
-
-def pretend(run: Any, success: list[float], *, greedy: float | None = 1.0, done: bool = True) -> None:
-    """What a run of these settings leaves behind."""
-    rundir = RunDir.create(run.config)
-    with MetricsWriter(rundir.metrics_path, source="buffer") as buffer:
-        buffer.write(step=0, version=0, metrics={"time/first_lease": 2_000_000_100.0}, time_s=2_000_000_100.0)
-    with MetricsWriter(rundir.metrics_path, source="learner") as learner:
-        learner.write(step=0, version=0, metrics={"eval/success": 0.25}, time_s=2_000_000_090.0)
-        for step, value in enumerate(success, 1):
-            metrics = {"train/success": value, "tokens/trained": 1000.0 + step}
-            if step == 2:
-                # A learner that began again does a step twice; the first time does not count.
-                learner.write(
-                    step=step, version=step, metrics={**metrics, "train/success": 1.0}, time_s=2_000_000_115.0
-                )
-            learner.write(step=step, version=step, metrics=metrics, time_s=2_000_000_100.0 + 10 * step)
-        if greedy is not None:
-            learner.write(step=len(success), version=9, metrics={"eval/success": greedy}, time_s=2_000_000_200.0)
-    if done:
-        (rundir.checkpoints / f"step-{STEPS:06d}-v{STEPS:06d}").mkdir()
-        (rundir.path / "model").mkdir()
-
-
-def test_the_plan_has_every_recipe_with_its_scale_and_its_own_folder(folder: Path) -> None:
-    runs = planned(folder, recipes_table.recipes(), [1, 2], **{"learner.weight_decay": "0.5"})
-    assert [run.recipe for run in runs] == [*recipes_table.recipes(), *recipes_table.recipes()]
-    assert runs[0].recipe == recipes_table.ORDER[0]
-    assert len({run.path for run in runs}) == len(runs)
-    for run in runs:
-        assert (run.config.run.seed, run.config.run.steps, run.config.learner.weight_decay) == (run.seed, STEPS, 0.5)
-        assert run.config.max_leaves == 9, "all recipes get as many rollouts of a task"
-        assert run.config.staleness.trees_per_batch == 12
-        assert run.arguments[:2] == ("configs/demo.toml", f"configs/recipes/{run.recipe}.toml")
-
-
-def test_an_unknown_recipe_is_named_with_those_there_are(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert recipes_table.main(["--recipes", "ppo", "--dir", str(folder)]) == 2
-    assert capsys.readouterr().err.startswith(
-        "error: --recipes ppo: unknown recipe; there are at2po, at2po_paper, grpo"
-    )
-    assert recipes_table.main(["--learner.lrr", "1", "--dir", str(folder)]) == 2
-    assert "unknown option" in capsys.readouterr().err
-    assert not folder.exists()
-
-
-def test_what_a_run_came_to_is_read_from_its_own_metrics(folder: Path) -> None:
-    (run,) = planned(folder, ["grpo"], [1])
-    pretend(run, [0.2, 0.5, 0.85, 0.95, 0.92, 0.96], greedy=0.995)
-    found = recipes_table.outcome(run)
-    assert (found.leaves, found.greedy, found.goal_step, found.goal_s) == (9, 0.995, 5, 50.0)
-    assert found.goal_tokens == 1001 + 1002 + 1003 + 1004 + 1005
-    assert found.sampled == pytest.approx((0.95 + 0.92 + 0.96) / 3)
-
-
-def test_what_was_not_reached_or_not_measured_is_no_number(folder: Path) -> None:
-    (run,) = planned(folder, ["gspo"], [1])
-    pretend(run, [0.2] * STEPS, greedy=None)
-    found = recipes_table.outcome(run)
-    assert (found.greedy, found.goal_step, found.goal_tokens, found.goal_s) == (None, None, None, None)
-    assert recipes_table.described(found) == "greedy –; 0.9 sampled success not reached"
-
-
-def test_the_table_has_a_row_a_recipe_with_each_seed_and_the_mean(folder: Path) -> None:
-    of_recipe = {name: planned(folder, [name], [1, 2]) for name in ("at2po", "gspo")}
-    pretend(of_recipe["at2po"][0], [0.2, 0.5, 0.9, 0.9, 0.9, 0.9], greedy=0.99)
-    pretend(of_recipe["at2po"][1], [0.9] * STEPS, greedy=1.0)
-    pretend(of_recipe["gspo"][0], [0.1] * STEPS, greedy=0.5)
-    pretend(of_recipe["gspo"][1], [0.9] * STEPS, greedy=1.0)
-    outcomes = {name: [recipes_table.outcome(run) for run in runs] for name, runs in of_recipe.items()}
-    lines = recipes_table.table(outcomes, [1, 2]).splitlines()
-    assert lines[0] == "Where a cell has several numbers: seed 1 · seed 2 · **mean**."
-    assert lines[-2] == (
-        "| [at2po](../configs/recipes/at2po.toml) | 9 | 1 | 2 | 0.990 · 1.000 · **0.995** | 0.90 · 0.90 · **0.90** "
-        "| 5 · 3 · **4** | 5,015 · 3,006 · **4,010** | 50 · 30 · **40** |"
-    )
-    assert lines[-1] == (
-        "| [gspo](../configs/recipes/gspo.toml) | 9 | 4 | 2 | 0.500 · 1.000 · **0.750** | 0.10 · 0.90 · **0.50** "
-        "| not reached · 3 · – | not reached · 3,006 · – | not reached · 30 · – |"
-    )
-
-
-def test_a_run_that_is_done_is_not_run_again_and_one_broken_off_begins_anew(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done, broken = planned(folder, ["at2po", "grpo"], [1])
-    pretend(done, [0.9] * STEPS)
-    pretend(broken, [0.1, 0.1], greedy=None, done=False)
-    assert recipes_table.is_done(done)
-    assert not recipes_table.is_done(broken)
-    ran = []
-
-    def start(run: Any, log: Any) -> Any:
-        assert not run.path.exists(), "its clock has a gap: it begins anew"
-        ran.append(str(run))
-        pretend(run, [0.9] * STEPS)
-        return subprocess.Popen([sys.executable, "-c", ""])
-
-    monkeypatch.setattr(recipes_table, "start", start)
-    monkeypatch.setattr(recipes_table, "make_policies", lambda runs: None)
-    monkeypatch.setattr(recipes_table, "LOOK_S", 0.01)
-    words = ["--recipes", "at2po", "grpo", "at2po", "--seeds", "1", "1", "--dir", str(folder), "--no-docs"]
-    assert recipes_table.main([*words, f"--run.steps={STEPS}"]) == 0
-    assert ran == ["grpo, seed 1"]
-    out = capsys.readouterr().out
-    assert "at2po, seed 1: done before; greedy 1.000; 0.9 sampled success at step 3, 30 s" in out
-    assert "- grpo: `search.initial_rollouts = 9`" in out
-    assert "6 steps each, one run at a time." in out
-
-
-def test_a_run_of_other_settings_is_refused_and_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run,) = planned(folder, ["grpo"], [1])
-    pretend(run, [0.9] * STEPS)
-    words = ["--recipes", "grpo", "--seeds", "1", "--dir", str(folder), "--no-docs", f"--run.steps={STEPS}"]
-    assert recipes_table.main([*words, "--objective.kl_coef=0"]) == 2
-    assert "objective.kl_coef was 0.04, is 0.0): remove it, or name another --dir" in capsys.readouterr().err
-    assert recipes_table.is_done(run)
-
-
-def test_a_run_still_under_way_is_left_alone(folder: Path) -> None:
-    (run,) = planned(folder, ["grpo"], [1])
-    with RunDir.held(run.config), pytest.raises(SetupError, match=f"is in use by process {os.getpid()}"):
-        recipes_table.clear(run)
-    recipes_table.clear(run)
-    assert not run.path.exists()
-
-
-def test_a_run_that_fails_is_reported_in_its_last_line_and_makes_no_table(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def start(run: Any, log: Any) -> Any:
-        code = "import sys; print('making ready'); print('error: out of paper'); sys.exit(2)"
-        return subprocess.Popen([sys.executable, "-c", code], stdout=log)
-
-    monkeypatch.setattr(recipes_table, "start", start)
-    monkeypatch.setattr(recipes_table, "make_policies", lambda runs: None)
-    monkeypatch.setattr(recipes_table, "LOOK_S", 0.01)
-    before = (ROOT / "docs" / "recipes.md").read_bytes()
-    assert recipes_table.main(["--recipes", "grpo", "--seeds", "1", "--dir", str(folder), "--jobs", "2"]) == 1
-    assert "no table: grpo, seed 1: error: out of paper  (exit code 2; log: " in capsys.readouterr().err
-    assert (ROOT / "docs" / "recipes.md").read_bytes() == before
-
-
-def test_the_table_goes_between_its_markers_and_nowhere_else() -> None:
-    page = f"above\n{recipes_table.BEGIN}\nold\n{recipes_table.END}\nbelow\n"
-    text = f"{recipes_table.BEGIN}\nnew\n{recipes_table.END}"
-    assert recipes_table.put(page, text) == f"above\n{text}\nbelow\n"
-    assert recipes_table.put(recipes_table.put(page, text), text) == f"above\n{text}\nbelow\n"
-    with pytest.raises(SetupError, match="between which the table goes"):
-        recipes_table.put("a page without markers", text)
-    assert recipes_table.put((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"), text)
+def test_every_recipe_gets_as_many_rollouts_of_a_demo_task_and_trees_a_batch() -> None:
+    for path in RECIPES:
+        scale = path.parent / "demo_scale" / path.name
+        found = load([DEMO, path, *([scale] if scale.is_file() else [])])
+        assert (found.max_leaves, found.staleness.trees_per_batch) == (9, 12), path.stem
