@@ -224,6 +224,14 @@ def tokens_of(result: CellResult) -> CellResult:
     )  # fmt: skip
 
 
+def test_many_recipes_are_named_in_one_breath() -> None:
+    names = ("at2po", "grpo", "dapo", "gspo")
+    summary = summary_of({(name,): (0.9, 0.92, 0.91 + i / 1000) for i, name in enumerate(names)}, names=("recipe",))
+    assert "is told apart from training with at2po" in sentences(summary)[0]
+    far = summary_of({(name,): (0.2, 0.21) if name == "grpo" else (0.9, 0.92) for name in names}, names=("recipe",))
+    assert "not told apart with dapo and gspo (" in sentences(far)[0]
+
+
 def test_success_is_compared_at_the_tokens_that_every_cell_of_the_task_sampled() -> None:
     grid: Grid = {(name, task): (0.9, 0.9) for name in ("entropy", "none") for task in ("demo", "demo_agent")}
     summary = summary_of(grid, names=("config", "task"), results=tokens_of, by_tokens=True)
@@ -248,7 +256,7 @@ def reaching(result: CellResult) -> CellResult:
     return replace(result, figures=dict(result.figures) | figures)
 
 
-def test_runs_that_never_got_there_count_as_long_as_all_were_watched() -> None:
+def test_runs_that_never_got_there_count_as_long_as_all_such_were_watched() -> None:
     summary = summary_of({("a",): (0.9,) * 3, ("b",): (0.9,) * 5}, names=("recipe",), results=reaching)
     whole, some = (to_goal(summary, group, "steps_to_goal") for group in summary.groups.values())
     assert whole is not None
@@ -260,10 +268,23 @@ def test_runs_that_never_got_there_count_as_long_as_all_were_watched() -> None:
     assert some.text() == "3 of 5; 8 [5, 10] within 10"
     tokens = to_goal(summary, summary[(("recipe", "b"),)], "tokens_to_goal")
     assert tokens is not None
-    assert tokens.limit == 1001  # the run that was watched least
+    assert tokens.limit == 1004  # of those that never got there the one that was watched least
     rows = goals(summary)
     assert rows[0] == ["recipe", "steps to 0.9", "tokens to 0.9", "seconds to 0.9"]
     assert rows[1][2] == "600 [352, 848]"
+
+
+def test_what_every_run_of_a_group_took_is_known_however_short_others_were() -> None:
+    def costly(result: CellResult) -> CellResult:
+        found = reaching(result)
+        if dict(result.cell.at)["recipe"] == "costly":
+            return replace(found, figures=dict(found.figures) | {"tokens": 9000.0, "tokens_to_goal": 5000.0})
+        return found
+
+    summary = summary_of({("costly",): (0.9,) * 3, ("in vain",): (0.9,) * 5}, names=("recipe",), results=costly)
+    assert [row[2] for row in goals(summary)[1:]] == [
+        "5,000 [5,000, 5,000]", "3 of 5; 762 [473, 1,050] within 1,004",
+    ]  # fmt: skip
 
 
 def test_a_group_none_of_which_got_there_says_never() -> None:
@@ -447,6 +468,10 @@ def test_an_origin_names_the_task_and_what_the_objective_is_made_of(tmp_path: Pa
     layer.write_text('[search]\nstrategy = "random"\n')
     varied = plan_of(axes=[f"config={DEMO},{layer}"], files=[DEMO])
     assert "tree" not in dict(Origin.of(StudyFolder(tmp_path), varied, "atpo study").settings)
+    recipes = plan_of(axes=["recipe=at2po,dapo,a_star_po"], files=[DEMO])
+    assert dict(Origin.of(StudyFolder(tmp_path), recipes, "atpo study").settings)["learner"].startswith(
+        "lr 0.0002 to 0.0006, linear, 1 to 4 optimizer step(s) a batch"
+    )
     assert said()["tree"].startswith("entropy: M = ")
     assert said(environment__name="passage_qa")["task"].startswith("passage_qa")
     assert not said()["task"].endswith(" ")

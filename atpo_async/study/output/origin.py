@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def _settings(plan: Plan) -> tuple[tuple[str, str], ...]:
         found = [("task", "; ".join(f"{name}: {_of_task(plan, name).task_described}" for name in axes[TASK].values))]
     longer = ", and its lag in addition" if LAG in axes else ""
     found.append(("steps of a cell", f"{_steps(plan)}{longer}; {config.staleness.trees_per_batch} trees each"))
-    search, learner = config.search, config.learner
+    search = config.search
     varied = {section for axis in plan.axes for tables in axis.layers.values() for table in tables for section in table}
     if RECIPE not in axes and "search" not in varied:
         found.append(
@@ -78,16 +78,7 @@ def _settings(plan: Plan) -> tuple[tuple[str, str], ...]:
         )
     if RECIPE not in axes and "objective" not in varied:
         found.append(("objective", ", ".join(_objective(config.objective))))
-    rate = f"lr {learner.lr:g}"
-    if "learner.lr" in plan.decided():
-        rate = "lr as named" if "learner.lr" in axes else "lr as chosen"
-    found.append(
-        (
-            "learner",
-            f"{rate}, {learner.schedule}, {learner.minibatches} optimizer step(s) a batch, gradient norm at most "
-            f"{learner.max_grad_norm:g}",
-        )
-    )
+    found.append(("learner", _learners(plan)))
     if CORRECTION in axes:
         found.append(
             (
@@ -97,6 +88,23 @@ def _settings(plan: Plan) -> tuple[tuple[str, str], ...]:
             )
         )
     return tuple(found)
+
+
+def _learners(plan: Plan) -> str:
+    """Of all cells: a recipe or another file of an axis may set what the others leave as it is."""
+    learners = [plan.config(cell, runs=Path("runs")).learner for cell in plan.cells()[: plan.num_groups]]
+    rate = f"lr {_range(learner.lr for learner in learners)}"
+    if "learner.lr" in plan.decided():
+        rate = "lr as named" if plan.axis("learner.lr") is not None else "lr as chosen"
+    schedules = " or ".join(dict.fromkeys(learner.schedule for learner in learners))
+    steps = _range(learner.minibatches * learner.epochs for learner in learners)
+    norm = _range(learner.max_grad_norm for learner in learners)
+    return f"{rate}, {schedules}, {steps} optimizer step(s) a batch, gradient norm at most {norm}"
+
+
+def _range(values: Iterable[float]) -> str:
+    found = sorted(set(values))
+    return f"{found[0]:g}" if len(found) == 1 else f"{found[0]:g} to {found[-1]:g}"
 
 
 def _objective(objective: ObjectiveConfig) -> list[str]:

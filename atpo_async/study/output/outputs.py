@@ -86,8 +86,9 @@ def _took(summary: Summary, rows: Rows) -> list[str]:
     )
     return [
         f"What it took until the mean of {WINDOW} steps' sampled success was {GOAL:g}: the mean and its interval where "
-        "every run got there; else how many did, and the mean with those that did not counted as long as every run of "
-        f"the task was watched (restricted mean).  Tokens are the actions sampled for training, each once.{equal}",
+        "every run got there; else how many did, and the mean with each run counted no further than those of the task "
+        "that never got there were watched (restricted mean).  Tokens are the actions sampled for training, each once."
+        f"{equal}",
         markdown_table(rows),
     ]
 

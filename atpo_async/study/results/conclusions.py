@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from atpo_async.study.cells import AT_TOKENS, FINAL
 from atpo_async.study.grid.corrections import CORRECTIONS
-from atpo_async.study.grid.names import CORRECTION, LAG, TASK, label
+from atpo_async.study.grid.names import CORRECTION, FILES, LAG, TASK, label
 from atpo_async.study.results.comparisons import MEASURED, SAME, Comparison, by_reference, compare_all, num_comparisons
 from atpo_async.study.results.statistics import ALPHA
 from atpo_async.study.results.summary import At, Group, Summary
@@ -83,8 +83,7 @@ def _told_apart(made: Sequence[Comparison], key: str) -> str:
             parts.append(f"{lead} {listed}")
     open_ones = [each for each in made if each.sign == "open"]
     if open_ones:
-        named = _listed([_where(each.axis, each.value) for each in open_ones])
-        parts.append(f"not told apart {named} ({_bound(open_ones)})")
+        parts.append(f"not told apart {_wheres(open_ones)} ({_bound(open_ones)})")
     return "; ".join(parts) + "."
 
 
@@ -192,6 +191,14 @@ def _where(axis: str, value: str) -> str:
     if axis == CORRECTION:
         return "without a correction" if value == "none" else f"with {CORRECTIONS[value].phrase}"
     return f"with {label(axis, value)}"
+
+
+def _wheres(made: Sequence[Comparison]) -> str:
+    """Values of one axis in a sentence; names of files, which may be many, share their preposition."""
+    axis = made[0].axis
+    if axis in FILES and axis != TASK:
+        return f"with {_listed([label(axis, each.value) for each in made])}"
+    return _listed([_where(axis, each.value) for each in made])
 
 
 def _place(at: At) -> str:

@@ -215,9 +215,10 @@ class ToGoal:
     reached: int
     count: int
     limit: float
-    """As far as every run of the task was watched; one that had not reached the goal by then counts with this."""
+    """As far as every run of the task was watched that never reached the goal; infinite where all of the group did."""
     spread: Spread
-    """Of the smaller one of what it took and ``limit``: the restricted mean, which needs no guess about the rest."""
+    """Of the smaller one of what it took and ``limit``: where this is finite the restricted mean, which needs no guess
+    about the runs that did not get there."""
 
     def text(self, digits: int = 0) -> str:
         mean = self.spread.text(digits)
@@ -232,17 +233,17 @@ def to_goal(summary: Summary, group: Group, key: str) -> ToGoal | None:
     """What it took a group to reach the goal, by ``key`` of ``TO_GOAL``; None where no cell says how long it ran."""
     extent = TO_GOAL[key]
     task = _task(summary.axes, group.at)
-    watched = [
+    done = [r for r in group.done if extent in r.figures]
+    if not done:
+        return None
+    in_vain = [
         r.figures[extent]
         for each in summary.groups.values()
         if _task(summary.axes, each.at) == task
         for r in each.done
-        if extent in r.figures
+        if extent in r.figures and key not in r.figures
     ]
-    done = [r for r in group.done if extent in r.figures]
-    if not done:
-        return None
-    limit = min(watched)
+    limit = math.inf if all(key in r.figures for r in done) else min(in_vain)
     took = [min(r.figures.get(key, math.inf), limit) for r in done]
     reached = sum(r.figures.get(key, math.inf) <= limit for r in done)
     spread = spread_of(took)
