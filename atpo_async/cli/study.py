@@ -14,13 +14,14 @@ from atpo_async.api.studies.running import Request, study
 from atpo_async.cli.common import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, LAYERS, Asked, demo_config, note
 from atpo_async.config import as_options, get, load
 from atpo_async.core.errors import ConfigError
+from atpo_async.study.cells import LATE_STEPS
 from atpo_async.study.folder import StudyFolder
 from atpo_async.study.grid.choosing import CRITERIA
-from atpo_async.study.grid.making import Wanted, make_plan
+from atpo_async.study.grid.making import FIRST_STAGE_SEEDS, Wanted, make_plan
 from atpo_async.study.grid.names import CORRECTION, LAG, TASK
 from atpo_async.study.grid.presets import DEFAULT_SEEDS, OWN_NAME, PRESETS, Preset
 from atpo_async.study.output import outputs
-from atpo_async.study.plan import Plan
+from atpo_async.study.plan import LEAST_STEPS, Plan
 
 DEFAULT_DIFFERENCE = 0.1
 """Of success: the seeds that it would take are said."""
@@ -40,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         metavar="CONFIG",
         nargs="*",
         default=[],
-        help=f"other configurations than those of the study, or configs/demo.toml; {LAYERS}.  A cell makes 5 steps at "
-        "least (3, and 2 for batches of trees that came in before), with lags 3",
+        help=f"other configurations than those of the study, or configs/demo.toml; {LAYERS}.  A cell makes "
+        f"{LEAST_STEPS + LATE_STEPS} steps at least ({LEAST_STEPS}, and {LATE_STEPS} for batches of trees that came in "
+        f"before), with lags {LEAST_STEPS}",
     )
     _add_grid(parser)
     _add_choosing(parser)
@@ -109,8 +111,8 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--by",
         choices=("steps", "tokens"),
-        help="success is compared after equal steps, or at equal tokens generated; steps where left out, of placement "
-        "tokens",
+        help="success is compared after equal steps, or at equal tokens generated; steps where left out, of "
+        f"{', '.join(name for name, preset in PRESETS.items() if preset.by_tokens)} tokens",
     )
 
 
@@ -135,7 +137,9 @@ def _add_choosing(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="another axis' values in that stage; all of them where left out",
     )
-    parser.add_argument("--choose-seeds", metavar="N", type=int, help="of that stage; 2 where left out")
+    parser.add_argument(
+        "--choose-seeds", metavar="N", type=int, help=f"of that stage; {FIRST_STAGE_SEEDS} where left out"
+    )
     parser.add_argument(
         "--choose-for",
         metavar="FIGURE",

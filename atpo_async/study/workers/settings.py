@@ -9,11 +9,11 @@ from atpo_async.core.errors import ConfigError
 INSTEAD = "run it as `atpo train` does, or a study without --in-process"
 
 WITHOUT_EFFECT: tuple[str, ...] = (
-    "actor.count", "actor.engine", "actor.device", "actor.gpu_memory_utilization", "actor.num_threads",
+    "actor.count", "actor.engine", "actor.gpu_memory_utilization", "actor.num_threads",
     "actor.clear_cache_on_swap", "actor.report_every_s", "actor.leave_s", "actor.gpus",
     "buffer.journal_dir", "buffer.journal_sync", "buffer.follower_wait", "buffer.commit_ms", "buffer.lease_lifetime_s",
     "buffer.max_reissues", "learner.checkpoint_every", "learner.keep_checkpoints", "learner.checkpoint_url",
-    "learner.export_dtype", "learner.gpus", "learner.tensorboard", "weights.*",
+    "learner.export_dtype", "learner.gpus", "weights.*",
 )  # fmt: skip
 """Fields of what one process does not have: cells that differ by these alone are the same there."""
 
