@@ -62,6 +62,12 @@ NONE = {"action": "none", "accept_bias": True}
         ),
         ({"search": {"strategy": "none", "strategy_options": {}}}, []),
         (
+            {"search": {"duplicate_at": 0.8}},
+            ["search.duplicate_at = 0.8 has no effect with search.strategy = 'entropy' (it has with 'diverse', or"],
+        ),
+        ({"search": {"duplicate_at": 0.8, "prune_duplicates": True}}, []),
+        ({"search": {"duplicate_at": 0.8, "strategy": "diverse"}}, []),
+        (
             {"metrics": {"options": {"jsonl": {}, "tensorboard": {"a": 1}}}},
             ["metrics.options.tensorboard has no effect with metrics.sinks = ['jsonl'] (it has with 'tensorboard' in"],
         ),

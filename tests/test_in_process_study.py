@@ -90,6 +90,7 @@ async def test_cells_follow_one_another_in_one_process_that_ends_with_them(tmp_p
     jobs, kept = await run_all(tmp_path, "well", 3)
     assert [result.status for result in kept] == ["done"] * 3
     assert kept[0].figures["sampled"] == pytest.approx(0.5)
+    assert all(result.in_process for result in kept)
     assert len({pid_of(job) for job in jobs}) == 1
     assert not is_alive(pid_of(jobs[0]))
     assert json.loads(jobs[0].folder.config(jobs[0].cell).read_text())["run"]["name"] == jobs[0].cell.name

@@ -26,7 +26,7 @@ from atpo_async.core.errors import ConfigError, RunMismatch, SetupError
 from atpo_async.run import processes
 from atpo_async.run.metrics import MetricsWriter, Record
 from atpo_async.run.rundir import RunDir
-from atpo_async.study.cells import COLUMNS, Cell, CellResult, figures_of, tokens_of, unfinished
+from atpo_async.study.cells import COLUMNS, Cell, CellResult, figures_of, from_json, to_json, tokens_of, unfinished
 from atpo_async.study.folder import StudyFolder
 from atpo_async.study.output import outputs
 from atpo_async.study.pace import Pace, Running
@@ -799,10 +799,11 @@ def test_a_run_that_has_ended_is_read_with_its_configuration(tmp_path: Path) -> 
         with MetricsWriter(run.metrics_path, source="learner") as writer:
             for record in records_of([0.2] * 6 + [None] * 4, lag=4):
                 writer.write(step=record.step, version=record.version, metrics=record.metrics)
-        result = read_result(job, 12.34)
+        result = read_result(job, 12.34, in_process=True)
+        assert from_json(to_json(result)) == result
         assert (result.status, result.figures["lag_mean"], result.figures["seconds"]) == ("done", 4, 12.3)
         shutil.rmtree(run.path)
-        assert read_result(job, 1.0).reason == "it ended after 0 of 10 steps"
+        assert read_result(job, 1.0, in_process=False).reason == "it ended after 0 of 10 steps"
 
 
 @pytest.mark.parametrize("more", [{}, {"plan_only": True}])

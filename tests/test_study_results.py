@@ -459,6 +459,26 @@ def test_curves_by_tokens_are_drawn_to_where_all_seeds_reach(tmp_path: Path) -> 
     assert "tokens generated, thousands" in page(summary, ORIGIN)
 
 
+@pytest.mark.parametrize(
+    ("in_process", "said"),
+    [
+        ((True, True, True), "each in one process"),
+        ((False, False), "each as a run of several processes"),
+        ((True, False, None), "1 in one process, 1 as a run of several processes, 1 not recorded"),
+        ((None, None), None),
+        ((), None),
+    ],
+)
+def test_an_origin_says_how_the_cells_were_run(
+    tmp_path: Path, in_process: Sequence[bool | None], said: str | None
+) -> None:
+    plan, folder = plan_of(), StudyFolder(tmp_path / "s")
+    with folder.held(plan):
+        for cell, one in zip(plan.cells(), in_process, strict=False):
+            folder.write_result(plan, CellResult(cell=cell, status="done", in_process=one))
+    assert dict(Origin.of(folder, plan, "atpo study").settings).get("cells") == said
+
+
 def test_an_origin_names_the_task_and_what_the_objective_is_made_of(tmp_path: Path) -> None:
     def said(**options: str) -> dict[str, str]:
         given = {name.replace("__", "."): value for name, value in options.items()}

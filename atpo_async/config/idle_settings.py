@@ -23,6 +23,7 @@ ON = "anything but false"
 BELOW_ONE = "anything below 1"
 NOT_NONE = "anything but 'none'"
 READS_RATIO = "a mode that weighs turns by their ratios"
+LOOKS_FOR_DUPLICATES = "'diverse', or with search.prune_duplicates = true"
 
 _CORRECTS = ("correction.action", loss_rules.corrections_that_correct())
 _NO_TEAM = ("team.proposers", (0,))
@@ -53,6 +54,7 @@ WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
     **{f"search.{name}": _by("entropy-rise") for name in _RISE},
     **{f"search.{name}": _BRANCHES for name in ("probe_budget", "prune_duplicates", "tree_tokens")},
     "search.diversity_penalty": _by("diverse"),
+    "search.duplicate_at": (*_BRANCHES, ("search.strategy", LOOKS_FOR_DUPLICATES)),
     **{f"search.resample_{name}": _by("resample") for name in ("every", "decay", "weights", "value")},
     **{f"team.{name}": _TEAM for name in TeamConfig.model_fields if name != "proposers"},
     "credit.leaf_weights": (("credit.normalise_leaves", ON),),
@@ -140,6 +142,8 @@ def _works(config: Config, is_now: Any, working: tuple[Any, ...] | str) -> bool:
     """Whether a setting has an effect under this value of another one."""
     if working == READS_RATIO:
         return credit_rule(config.credit, reads_files=False).reads_ratio
+    if working == LOOKS_FOR_DUPLICATES:
+        return is_now == "diverse" or config.search.prune_duplicates
     if working == BELOW_ONE:
         return bool(is_now < 1)
     if isinstance(working, str):

@@ -126,6 +126,8 @@ class CellResult:
     """(step, sampled success)."""
     tokens: Sequence[float] = ()
     """Action tokens sampled for training up to each step of the curve; empty where they were not counted."""
+    in_process: bool | None = None
+    """Whether generation and training took turns in one process; None where that was not recorded."""
 
 
 def curve_of(records: Sequence[Record], *, steps: int) -> list[tuple[int, float]]:
@@ -281,6 +283,7 @@ def to_json(result: CellResult) -> dict[str, Any]:
         "figures": dict(result.figures),
         "curve": [list(point) for point in result.curve],
         **({"tokens": list(result.tokens)} if result.tokens else {}),
+        **({"in_process": result.in_process} if result.in_process is not None else {}),
     }
 
 
@@ -300,4 +303,5 @@ def from_json(data: Mapping[str, Any]) -> CellResult:
         figures={str(key): float(value) for key, value in data["figures"].items()},
         curve=[(int(step), float(value)) for step, value in data["curve"]],
         tokens=[float(value) for value in data.get("tokens", ())],
+        in_process=bool(data["in_process"]) if data.get("in_process") is not None else None,
     )

@@ -190,8 +190,9 @@ class TrainProcess:
                 status="failed",
                 reason=_why(process.returncode, job),
                 figures={"seconds": round(seconds, 1)},
+                in_process=False,
             )
-        return await asyncio.to_thread(read_result, job, seconds)
+        return await asyncio.to_thread(read_result, job, seconds, in_process=False)
 
     async def _watch(self, process: asyncio.subprocess.Process, job: Job, on_step: OnStep) -> None:
         """Pass the run's steps on.  Waits for: the process.  Unblocked by: its end."""
@@ -284,7 +285,7 @@ def _clear_shared_memory(run: Path) -> None:
         scratch.clear(str(json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]))
 
 
-def read_result(job: Job, seconds: float) -> CellResult:
+def read_result(job: Job, seconds: float, *, in_process: bool) -> CellResult:
     """Of a run that ended without an error: done if its metrics say so."""
     records: list[Record] = list(read_metrics(job.folder.run(job.cell) / "metrics.jsonl"))
     lag = job.cell.lag or 0
@@ -298,6 +299,7 @@ def read_result(job: Job, seconds: float) -> CellResult:
         figures=figures_of(records, steps=steps, lag=lag) | {"seconds": round(seconds, 1)},
         curve=curve,
         tokens=tokens_of(records, curve),
+        in_process=in_process,
     )
 
 

@@ -52,7 +52,7 @@ class Origin:
             name=plan.name,
             title=PRESETS[plan.name].title if plan.name in PRESETS else f"Study {plan.name}",
             command=command,
-            settings=_settings(plan),
+            settings=(*_settings(plan), *_ways([result.in_process for result in results.values()])),
             machine=made_with or f"Python {platform.python_version()}",
             made=time.strftime("%Y-%m-%d", time.localtime(max(ended))) if ended else "",
             cell_seconds=seconds,
@@ -88,6 +88,20 @@ def _settings(plan: Plan) -> tuple[tuple[str, str], ...]:
             )
         )
     return tuple(found)
+
+
+def _ways(in_process: Sequence[bool | None]) -> list[tuple[str, str]]:
+    """How the cells were run: seconds, and what is measured where lags are not exact, depend on it."""
+    one, several = in_process.count(True), in_process.count(False)
+    known = [(one, "in one process"), (several, "as a run of several processes")]
+    said = [(number, how) for number, how in known if number]
+    if not said:
+        return []
+    if said[0][0] == len(in_process):
+        return [("cells", f"each {said[0][1]}")]
+    unknown = len(in_process) - one - several
+    parts = [f"{number} {how}" for number, how in said] + ([f"{unknown} not recorded"] if unknown else [])
+    return [("cells", ", ".join(parts))]
 
 
 def _learners(plan: Plan) -> str:

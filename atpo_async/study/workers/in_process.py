@@ -68,7 +68,7 @@ class InProcess:
             if ended.get("user"):
                 raise SetupError(f"cell {job.cell.label}: {ended['failed']}  (log: {job.folder.log(job.cell)})")
             return self._failed(job, str(ended["failed"]), began)
-        return await asyncio.to_thread(read_result, job, self.clock() - began)
+        return await asyncio.to_thread(read_result, job, self.clock() - began, in_process=True)
 
     async def _watch(self, worker: Worker, on_step: OnStep) -> dict[str, Any]:
         """The last line about a cell.  Waits for: the worker.  Raises WorkerLost."""
@@ -82,7 +82,9 @@ class InProcess:
 
     def _failed(self, job: Job, reason: str, began: float) -> CellResult:
         seconds = round(self.clock() - began, 1)
-        return CellResult(cell=job.cell, status="failed", reason=reason, figures={"seconds": seconds})
+        return CellResult(
+            cell=job.cell, status="failed", reason=reason, figures={"seconds": seconds}, in_process=True
+        )
 
     async def _worker(self) -> Worker:
         if self._idle:
