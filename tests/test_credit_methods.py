@@ -84,6 +84,14 @@ def test_a_turns_advantage_is_what_the_rows_below_it_add_up_to(rows: str, aggreg
     np.testing.assert_allclose(weights * found, expected, atol=1e-12)
 
 
+def test_groups_that_differ_by_rounding_are_alike() -> None:
+    # Two chains below turn 0 were paid 0.1 + 0.2 and 0.3.
+    arrays = tree([-1, 0, 0, -1], [0, 0.2, 0.3, 0], [1, 1, 1, 1], [0.0, 0.1, 0.0, 0.0])
+    assert 0.1 + 0.2 != 0.3
+    skipped = advantages(arrays, advantage_mode="ancestors", advantage_options={"skip_equal": True})
+    assert skipped == rounded(0.1, 0.1, 0.1, -0.2)
+
+
 # --- TreeRL, Dr. GRPO, TreePS-RAG ------------------------------------------------------------------------------------
 
 
@@ -220,6 +228,14 @@ def test_only_the_best_and_the_worst_of_unequal_siblings_are_a_pair() -> None:
 
 
 # --- optimal value ----------------------------------------------------------------------------------------------------
+
+
+def test_siblings_whose_values_differ_by_rounding_are_no_pair() -> None:
+    # Turn 0 is worth the mean of three times 0.1, which is not 0.1; its sibling 0.1.
+    arrays = tree([-1, 0, 0, 0, -1], [0, 0.1, 0.1, 0.1, 0.1], [1] * 5)
+    assert credited(arrays).values[0] != 0.1
+    winners, losers = preference.pairs(arrays, credited(arrays).values)
+    assert (len(winners), len(losers)) == (0, 0)
 
 
 def test_the_optimal_value_its_loss_and_its_gradient_by_token() -> None:

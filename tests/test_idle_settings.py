@@ -68,6 +68,27 @@ NONE = {"action": "none", "accept_bias": True}
         ({"search": {"duplicate_at": 0.8, "prune_duplicates": True}}, []),
         ({"search": {"duplicate_at": 0.8, "strategy": "diverse"}}, []),
         (
+            {"search": {"strategy": "resample", "branches": 3, "tree_tokens": 400}},
+            [
+                "search.branches = 3 has no effect with search.strategy = 'resample' (it has with a strategy that adds",
+                "search.tree_tokens = 400 has no effect with search.strategy = 'resample'",
+            ],
+        ),
+        (
+            {"search": {"strategy": "entropy-rise", "include_root": True}},
+            ["search.include_root = true has no effect with search.strategy = 'entropy-rise' (it has with 'entropy'"],
+        ),
+        (
+            {"search": {"rise_tokens": 5}},
+            ["search.rise_tokens = 5 has no effect with search.strategy = 'entropy' (it has with 'entropy-rise', or"],
+        ),
+        ({"search": {"rise_tokens": 5, "probe_budget": 0.5}}, []),
+        ({"search": {"rise_tokens": 5, "strategy": "entropy-rise"}}, []),
+        (
+            {"credit": {"normalise_leaves": False, "leaf_weights": "branch-prob"}, "imitation": {"rows": 8}},
+            [],
+        ),
+        (
             {"metrics": {"options": {"jsonl": {}, "tensorboard": {"a": 1}}}},
             ["metrics.options.tensorboard has no effect with metrics.sinks = ['jsonl'] (it has with 'tensorboard' in"],
         ),

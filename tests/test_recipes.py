@@ -26,6 +26,9 @@ BIG = ROOT / "configs" / "gpu_8x80gb.toml"
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.toml"))
 SCALES = sorted((ROOT / "configs" / "recipes" / "demo_scale").glob("*.toml"))
 
+SIZES = {"search.initial_rollouts", "search.rounds"}
+"""Of a tree, that a recipe may set: the size of a group, and how often states are drawn."""
+
 by_name = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 
@@ -72,7 +75,7 @@ def test_a_recipe_goes_over_the_demo_and_over_a_large_model(path: Path, capsys: 
 def test_a_recipe_sets_the_algorithm_and_leaves_task_machine_and_run_alone(path: Path) -> None:
     own = names_in(path)
     assert {key.partition(".")[0] for key in own} <= {*SECTIONS, "staleness", "buffer", "learner"}
-    assert path.stem == "at2po_paper" or own <= {*algorithm(), "search.initial_rollouts"}
+    assert path.stem == "at2po_paper" or own <= {*algorithm(), *SIZES}
 
 
 @by_name
@@ -112,7 +115,7 @@ def test_of_a_recipe_nothing_is_left_under_another_one(base: Path) -> None:
     for first, second in zip(names, [*names[1:], names[0]], strict=True):
         alone, over = load([base, second]), load([base, first, second])
         left = {k for k in configuration.fields() if configuration.get(alone, k) != configuration.get(over, k)}
-        assert left <= {"search.initial_rollouts"}
+        assert left <= SIZES
 
 
 def test_the_six_recipes_mean_over_a_task_file_what_they_set_and_it_has() -> None:
@@ -227,3 +230,39 @@ def test_every_recipe_gets_as_many_rollouts_of_a_demo_task_and_trees_a_batch() -
         scale = path.parent / "demo_scale" / path.name
         found = load([DEMO, path, *([scale] if scale.is_file() else [])])
         assert (found.max_leaves, found.staleness.trees_per_batch) == (9, 12), path.stem
+
+
+# --- tasks that pay turns -----------------------------------------------------------------------------------------
+
+
+def paid_chains(*chains: tuple[list[float], float]) -> TreeArrays:
+    """Chains, each of what its turns were paid and its leaf's reward."""
+    parents: list[int] = []
+    leaf, reward, paid = [], [], []
+    for turns, outcome in chains:
+        for place, turn in enumerate(turns):
+            parents.append(len(parents) - 1 if place else -1)
+            last = place == len(turns) - 1
+            leaf.append(last)
+            reward.append(outcome if last else 0.0)
+            paid.append(turn)
+    return TreeArrays(
+        parent=np.array(parents), is_leaf=np.array(leaf), reward=np.array(reward),
+        entropy=np.full(len(parents), 0.5), num_action_tokens=np.full(len(parents), 3), turn_reward=np.array(paid),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["dr_bot", "dr_grpo", "spear"])
+def test_a_chain_has_one_advantage_whatever_its_turns_were_paid(name: str) -> None:
+    rule = credit_rule(recipe(name).credit)
+    tools = [0.1, 0.1, 0.1, 0.1, 0.0]
+    found = rule.credit(paid_chains((tools, 1.0), (tools, 0.0))).advantages
+    np.testing.assert_allclose(found, [0.5] * 5 + [-0.5] * 5, atol=1e-12)
+    more = rule.credit(paid_chains((tools, 1.0), ([0.0, 0.0], 0.0))).advantages
+    np.testing.assert_allclose(more, [0.7] * 5 + [-0.7] * 2, atol=1e-12)  # outcome and what the calls earned
+
+
+def test_a_right_chain_has_the_whole_of_posterior_grpos_advantage_in_each_turn() -> None:
+    rule = credit_rule(recipe("posterior_grpo").credit)
+    found = rule.credit(paid_chains(([0.5, 0.5, 0.0], 1.0), ([0.5], 0.0))).advantages
+    np.testing.assert_allclose(found, [1.0, 1.0, 1.0, -1.0], atol=2e-6)

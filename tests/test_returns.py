@@ -137,7 +137,8 @@ def as_normalised(tree: TreeArrays) -> np.ndarray:
     mean = float(np.sum(share * leaves))
     std = float(np.sqrt(np.sum(share * (leaves - mean) ** 2)))
     found = np.zeros(len(tree))
-    found[tree.is_leaf] = (leaves - mean) / (std + 1e-6)
+    if np.ptp(leaves):  # of equal ones nothing is left but rounding
+        found[tree.is_leaf] = (leaves - mean) / (std + 1e-6)
     return found
 
 
@@ -356,3 +357,19 @@ def test_a_mode_that_is_no_mean_is_refused_where_turns_have_rewards_and_only_the
 def test_normalising_twice_is_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError, match=r"would normalise twice: .*set --credit\.normalise_leaves false"):
         build({"credit": {"normalise_returns": True}})
+
+
+@pytest.mark.parametrize(
+    "settings", [{"normalise_leaves": True}, {"normalise_leaves": True, "turn_rewards": "normalised"}]
+)
+@pytest.mark.parametrize("reward", [1.0, -1.0, 0.1])
+def test_normalised_outcomes_that_are_equal_are_no_signal_whatever_the_discount(
+    settings: dict[str, Any], reward: float
+) -> None:
+    # The mean of n equal numbers may be off by a rounding, which a deviation of 0 and its floor would blow up.
+    for chains in range(2, 33):
+        parents: list[int] = []
+        for number in range(chains):
+            parents += [-1, len(parents)] if number % 2 else [-1]
+        tree = tree_of(parents, dict.fromkeys(range(len(parents)), reward))
+        assert not credit(tree, discount=0.9, **settings).has_signal, chains

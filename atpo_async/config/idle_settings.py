@@ -14,6 +14,7 @@ from atpo_async.config import Config, loss_rules
 from atpo_async.config.credit_rule import credit_rule
 from atpo_async.config.doors import DOORS, SINK
 from atpo_async.config.sections.base import door_of
+from atpo_async.config.sections.expansion import CHAINS_ONLY
 from atpo_async.config.sections.generation import TeamConfig
 
 NONZERO = "anything but 0"
@@ -24,11 +25,15 @@ BELOW_ONE = "anything below 1"
 NOT_NONE = "anything but 'none'"
 READS_RATIO = "a mode that weighs turns by their ratios"
 LOOKS_FOR_DUPLICATES = "'diverse', or with search.prune_duplicates = true"
+BRANCHES = "a strategy that adds branches"
+READS_RISE = "'entropy-rise', or with search.probe_budget above 0"
+WEIGHS_LEAVES = "anything but false, or with imitation.rows above 0"
 
 _CORRECTS = ("correction.action", loss_rules.corrections_that_correct())
 _NO_TEAM = ("team.proposers", (0,))
 _TEAM = (("team.proposers", NONZERO),)
 _BRANCHES = (_NO_TEAM, ("search.strategy", NOT_NONE), ("search.rounds", NONZERO))
+_ADDED = (_NO_TEAM, ("search.strategy", BRANCHES), ("search.rounds", NONZERO))
 _RISE = ("branch_prob", "entropy_weight", "rise_of", "max_copies", "branch_penalty")
 _PRIORITIZED = ("buffer.sampling", ("prioritized",))
 _PRIORITIES = (_PRIORITIZED, ("buffer.priority_exponent", NONZERO))
@@ -46,18 +51,20 @@ def _by(*strategies: str) -> tuple[tuple[str, tuple[Any, ...] | str], ...]:
 WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
     "search.initial_rollouts": (_NO_TEAM,),
     "search.rounds": (_NO_TEAM, ("search.strategy", NOT_NONE)),
-    "search.branches": _BRANCHES,
-    "search.include_root": _BRANCHES,
+    "search.branches": _ADDED,
+    "search.include_root": _by("entropy", "random", "diverse"),
+    "search.rise_tokens": (*_BRANCHES, ("search.strategy", READS_RISE)),
     "search.strategy_options": _BRANCHES,
     "search.sibling_penalty": _by("entropy", "diverse"),
     "search.include_leaves": _by("entropy", "random", "diverse", "entropy-rise"),
     **{f"search.{name}": _by("entropy-rise") for name in _RISE},
-    **{f"search.{name}": _BRANCHES for name in ("probe_budget", "prune_duplicates", "tree_tokens")},
+    **{f"search.{name}": _BRANCHES for name in ("probe_budget", "prune_duplicates")},
+    "search.tree_tokens": _ADDED,
     "search.diversity_penalty": _by("diverse"),
     "search.duplicate_at": (*_BRANCHES, ("search.strategy", LOOKS_FOR_DUPLICATES)),
     **{f"search.resample_{name}": _by("resample") for name in ("every", "decay", "weights", "value")},
     **{f"team.{name}": _TEAM for name in TeamConfig.model_fields if name != "proposers"},
-    "credit.leaf_weights": (("credit.normalise_leaves", ON),),
+    "credit.leaf_weights": (("credit.normalise_leaves", WEIGHS_LEAVES),),
     "search.information_gain": (("search.turn_reward", ("information-gain",)),),
     "search.one_version_gains": (("search.turn_reward", ("information-gain",)),),
     "credit.turn_reward_moments": (("credit.turn_rewards", ("normalised",)),),
@@ -144,6 +151,12 @@ def _works(config: Config, is_now: Any, working: tuple[Any, ...] | str) -> bool:
         return credit_rule(config.credit, reads_files=False).reads_ratio
     if working == LOOKS_FOR_DUPLICATES:
         return is_now == "diverse" or config.search.prune_duplicates
+    if working == BRANCHES:
+        return is_now not in CHAINS_ONLY
+    if working == READS_RISE:
+        return is_now == "entropy-rise" or bool(config.search.probe_budget)
+    if working == WEIGHS_LEAVES:
+        return bool(is_now or config.imitation.rows)
     if working == BELOW_ONE:
         return bool(is_now < 1)
     if isinstance(working, str):

@@ -59,8 +59,13 @@ def has_signal(arrays: TreeArrays) -> bool:
         rewards = arrays.reward[leaf]
         return bool(np.any(rewards != rewards[0]))
     returns = leaf_returns(arrays)[leaf]
+    return bool(np.any(np.abs(returns - returns[0]) > rounding(arrays)))
+
+
+def rounding(arrays: TreeArrays) -> float:
+    """By no more than this do returns, and means of them, differ that would be equal in exact arithmetic."""
     paid = leaf_returns(replace(arrays, reward=np.abs(arrays.reward), turn_reward=np.abs(arrays.turn_reward)))
-    return bool(np.any(np.abs(returns - returns[0]) > ROUNDING * paid.max()))
+    return ROUNDING * float(paid.max(initial=0.0))
 
 
 def in_one_sum(arrays: TreeArrays) -> TreeArrays:

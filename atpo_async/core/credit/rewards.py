@@ -55,10 +55,10 @@ def normalised_leaves(arrays: TreeArrays, *, weights: F64 | None = None, batch_s
     leaf = arrays.is_leaf
     rewards = arrays.reward[leaf]
     q = np.full(len(rewards), 1.0 / max(len(rewards), 1)) if weights is None else weights[leaf]
-    mean = float(np.sum(q * rewards))
-    std = float(np.sqrt(np.sum(q * (rewards - mean) ** 2))) if batch_std is None else batch_std
+    above = _above(rewards, float(np.sum(q * rewards)))
+    std = float(np.sqrt(np.sum(q * above**2))) if batch_std is None else batch_std
     out = np.zeros(len(arrays))
-    out[leaf] = (rewards - mean) / (std + STD_FLOOR)
+    out[leaf] = above / (std + STD_FLOOR)
     return out
 
 
@@ -100,8 +100,15 @@ def posterior_turns(arrays: TreeArrays) -> TreeArrays:
 
 
 def _to_unit(numbers: F64) -> F64:
-    found: F64 = (numbers - numbers.mean()) / (numbers.std() + STD_FLOOR)
+    above = _above(numbers, float(numbers.mean()))
+    found: F64 = above / (float(np.sqrt(np.mean(above**2))) + STD_FLOOR)
     return found
+
+
+def _above(numbers: F64, mean: float) -> F64:
+    """What equal numbers have above their mean is rounding, which a deviation of 0 would let look like a signal."""
+    found: F64 = numbers - mean
+    return np.zeros_like(found) if not len(numbers) or np.ptp(numbers) == 0.0 else found
 
 
 def normalised_returns(

@@ -20,7 +20,7 @@ from atpo_async.core.vocabulary import Split
 from atpo_async.environments.messages.task import MessageTask
 from atpo_async.environments.messages.types import Action, Message, MessageEpisode, Reply
 from atpo_async.environments.next_text.documents import STORIES, Corpus, Documents, Stories
-from atpo_async.environments.next_text.prefix_judge import is_prefix
+from atpo_async.environments.next_text.prefix_judge import is_long_enough, is_prefix
 from atpo_async.environments.next_text.segments import Cut, Segment
 from atpo_async.environments.next_text.stories import LENGTH, MIN_CONTEXT
 from atpo_async.environments.next_text.url_judge import UrlJudge
@@ -106,6 +106,11 @@ class Options:
             raise ConfigError(
                 f"environment.options.{named[0]} does nothing with judge = 'prefix': set judge = 'url', or leave it out"
             )
+        if self.judge == "url" and self.min_f1:
+            raise ConfigError(
+                f"environment.options.min_f1 = {self.min_f1:g} does nothing with judge = 'url', whose model says "
+                "itself what is near enough: leave it out, or set judge = 'prefix'"
+            )
         if self.corpus == STORIES and self.min_context not in (0, *range(MIN_CONTEXT, LENGTH)):
             raise ConfigError(
                 f"environment.options.min_context must be {MIN_CONTEXT} to {LENGTH - 1} in stories, or 0 for "
@@ -137,7 +142,14 @@ class Options:
                 url=self.judge_url, model=self.judge_model, key_variable=self.judge_key,
                 timeout_s=self.judge_timeout_s, attempts=self.judge_attempts, max_tokens=self.judge_max_tokens,
             )  # fmt: skip
-            return lambda prediction, segment: model.judge(prediction, segment.following)
+
+            async def by_model(prediction: str, segment: Segment) -> bool:
+                following = segment.following
+                return is_long_enough(prediction, following, min_words=self.min_words) and await model.judge(
+                    prediction, following
+                )
+
+            return by_model
 
         async def by_prefix(prediction: str, segment: Segment) -> bool:
             return is_prefix(

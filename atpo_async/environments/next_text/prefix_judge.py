@@ -18,6 +18,18 @@ def words(text: str) -> list[str]:
     return _MARKS.sub("", text.lower()).split()
 
 
+def is_long_enough(prediction: str, following: Sequence[str], *, min_words: int) -> bool:
+    """Whether a prediction says enough to be judged: one word would often be right and says nothing.
+
+    Args:
+        prediction: what the policy wrote.
+        following: sentences of the text, the target first.
+        min_words: of a prediction that counts; a target with fewer has to be said in full.
+    """
+    said = words(prediction)
+    return bool(said) and len(said) >= min(min_words, len(words(following[0])))
+
+
 def is_prefix(prediction: str, following: Sequence[str], *, min_words: int = 3, min_f1: float | None = None) -> bool:
     """Whether ``prediction`` is so.
 
@@ -28,9 +40,9 @@ def is_prefix(prediction: str, following: Sequence[str], *, min_words: int = 3, 
         min_f1: a prediction whose first words, as many as the target has, agree with the target's by at least this F1
             over words counts too; None: none does.
     """
-    said, true, target = words(prediction), words(" ".join(following)), words(following[0])
-    if len(said) < min(min_words, len(target)) or not said:
+    if not is_long_enough(prediction, following, min_words=min_words):
         return False
+    said, true, target = words(prediction), words(" ".join(following)), words(following[0])
     if said == true[: len(said)]:
         return True
     return min_f1 is not None and f1(said[: len(target)], target) >= min_f1

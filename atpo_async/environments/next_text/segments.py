@@ -50,10 +50,13 @@ class Cut:
         return self.min_context + 1
 
     def segment(self, sentences: Sequence[str], *, seed: int, index: int) -> Segment:
-        """The segment that (seed, index) draws from a text of ``least_sentences`` at least."""
+        """The segment that (seed, index) draws from a text of ``least_sentences`` at least; from one of no more it is a
+        ``next`` one, for nothing follows."""
         place, chance = (int(number) for number in mixed(np.array([2 * index, 2 * index + 1]), seed))
-        at = self.min_context + place % (len(sentences) - self.min_context)
-        is_middle = at + 1 < len(sentences) and chance < int(self.middle_share * 2**64)
+        places = len(sentences) - self.min_context
+        # Before the place: else the last sentences, which nothing follows, would take their share from the middle ones.
+        is_middle = places > 1 and chance < int(self.middle_share * 2**64)
+        at = self.min_context + place % (places - 1 if is_middle else places)
         begin = max(0, at - self.context_sentences) if self.context_sentences else 0
         return Segment(
             kind="middle" if is_middle else "next",

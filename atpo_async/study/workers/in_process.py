@@ -82,9 +82,7 @@ class InProcess:
 
     def _failed(self, job: Job, reason: str, began: float) -> CellResult:
         seconds = round(self.clock() - began, 1)
-        return CellResult(
-            cell=job.cell, status="failed", reason=reason, figures={"seconds": seconds}, in_process=True
-        )
+        return CellResult(cell=job.cell, status="failed", reason=reason, figures={"seconds": seconds}, in_process=True)
 
     async def _worker(self) -> Worker:
         if self._idle:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from atpo_async.core.credit.returns import leaf_returns
+from atpo_async.core.credit.returns import leaf_returns, rounding
 from atpo_async.core.credit.tree_arrays import F64, TreeArrays
 from atpo_async.core.credit.weights import branch_prob, leaf_tokens, leaves_below, mean_below, sum_below
 from atpo_async.core.errors import ConfigError
@@ -79,7 +79,7 @@ def _all_alike(arrays: TreeArrays, returns: F64) -> F64:
             low[i] = high[i] = returns[i]
         parent = arrays.parent[i]
         low[parent], high[parent] = min(low[parent], low[i]), max(high[parent], high[i])
-    alike: F64 = high - low == 0.0
+    alike: F64 = high - low <= rounding(arrays)
     return alike
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from atpo_async.core.credit.marks import Sums, logs, reads_reference
+from atpo_async.core.credit.returns import rounding
 from atpo_async.core.credit.tree_arrays import F64, I64, TreeArrays
 from atpo_async.core.credit.weights import leaves_below
 from atpo_async.core.errors import ConfigError
@@ -30,16 +31,17 @@ def pairs(arrays: TreeArrays, values: F64, least_margin: float = 0.0) -> tuple[I
     Args:
         arrays: the tree.
         values: float64[N].
-        least_margin: siblings whose values differ by no more are no pair.
+        least_margin: siblings whose values differ by no more are no pair, nor are those that differ by rounding.
     """
     winners, losers = [], []
+    least = least_margin + rounding(arrays)
     families: dict[int, list[int]] = {}
     for turn, parent in enumerate(arrays.parent.tolist()):
         families.setdefault(parent, []).append(turn)
     for family in families.values():
         best = max(family, key=lambda turn: values[turn])
         worst = min(family, key=lambda turn: values[turn])
-        if values[best] - values[worst] > least_margin:
+        if values[best] - values[worst] > least:
             winners.append(best)
             losers.append(worst)
     return np.array(winners, dtype=np.int64), np.array(losers, dtype=np.int64)
