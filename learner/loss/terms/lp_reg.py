@@ -66,7 +66,7 @@ def term(
 
     Args:
         proxy: what is denoised: ``prox``, the policy at the batch's start (as the released scripts do), or ``policy``,
-            the one being trained, as the paper writes it; then d is the log of the mass that the noise has.
+            the one being trained, as the paper writes it; then d is minus the log of the mass that is kept.
         replace: the surrogate's loss is left out at such tokens, and -s A stands in its place, without a clip, as in
             the released code.  Otherwise the term is added, and the surrogate's clip goes on.
     """
