@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.engines.base import EngineSettings, Sampling
+from actors.engines.base import EngineSettings, Generation, Sampling
 from atpo_async.config import Config, build
 from atpo_async.core.errors import ConfigError, RunMismatch
 from atpo_async.run.metrics import Record, read_metrics
 from atpo_async.study.workers.settings import in_one_process
 from inprocess import idle
 from inprocess.generation.decoder import Decoder
+from inprocess.generation.engine import BatchEngine
 from inprocess.generation.requests import Request, ScoreRequest
 from inprocess.run import opened
 from tests.e2e_support import WORLD
@@ -86,6 +88,56 @@ def test_chains_that_share_prompts_go_on_and_branch_get_the_log_probs_of_their_o
                 seen = rng.integers(0, VOCABULARY, 3)
                 now.append(request(np.concatenate([each.prompt, made.token_ids, seen])))
     assert cached > (0 if rows < 20 else 500)
+
+
+@pytest.mark.parametrize("rows", [12, 18, 24])
+def test_a_full_cache_gives_up_no_row_that_is_still_to_be_copied(folder: Path, rows: int) -> None:
+    # Branches at turns that others have gone on from, beside prompts that come several times.
+    decoder = decoder_of(folder, kv_cache_gb=rows * 97 * 2 * 2 * 2 * 32 * 4 / 2**30 * 1.001)
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        contexts = [rng.integers(0, VOCABULARY, rng.integers(2, 40)) for _ in range(4)]
+        for _ in range(10):
+            now = []
+            for chosen in rng.integers(0, len(contexts), 2 * decoder.max_active):
+                seen = rng.integers(0, VOCABULARY, int(rng.choice([0, 0, 1, 3])))
+                prompt = np.concatenate([contexts[chosen], seen])
+                now += [request(prompt) for _ in range(int(rng.choice([1, 1, 2, 3])))]
+            done = decoded(decoder, now)
+            assert error_of(decoder, *done) < 1e-4
+            made = [np.concatenate([each.prompt, each.generation().token_ids]) for each in done]
+            contexts += [each for each in made if len(each) < 80]
+
+
+async def test_a_request_that_is_given_up_under_way_hinders_nothing(folder: Path) -> None:
+    engine = BatchEngine(
+        EngineSettings(model=folder, max_model_len=96, max_num_seqs=64, device="cpu", num_threads=1, kv_cache_gb=0.05)
+    )
+    await engine.start()
+
+    def asked(number: int, *, most: int) -> asyncio.Task[Generation]:
+        sampling = Sampling(max_tokens=most, stop_token_ids=())
+        prompt = np.arange(2, 6 + number)
+        return asyncio.ensure_future(engine.generate(prompt, sampling, request_id=str(number)))
+
+    short, long = [asked(number, most=2) for number in range(7)], asked(8, most=60)
+    await asyncio.sleep(0)
+    assert engine.advance()
+    assert [len((await each).token_ids) for each in short] == [2] * 7
+    assert len(engine.decoder.under_way) == 1
+    long.cancel()
+    await asyncio.gather(long, return_exceptions=True)
+    never = asked(9, most=5)
+    await asyncio.sleep(0)
+    never.cancel()
+    await asyncio.gather(never, return_exceptions=True)
+    assert not engine.advance()
+    engine.load(tiny_model(2).state_dict(), 1)
+    later = asked(3, most=4)
+    await asyncio.sleep(0)
+    assert engine.advance()
+    assert (await later).spans[0].version == 1
+    await engine.close()
 
 
 def test_an_action_ends_at_a_stop_token_or_at_its_limit(folder: Path) -> None:
@@ -240,3 +292,10 @@ def test_what_one_process_cannot_do_is_refused_by_name(
     config = small(tmp_path, tmp_path, "one", **{section: {field: value}})
     with pytest.raises(ConfigError, match=words):
         in_one_process(config)
+
+
+def test_nothing_is_given_up_in_one_process_for_the_time_that_it_took(tmp_path: Path) -> None:
+    for staleness in ({"max_lag": 3}, {"max_lag": 3, "exact_lag": 1}):
+        config = in_one_process(small(tmp_path, tmp_path, "one", staleness=staleness))
+        assert config.search.generate_timeout_s > 3e8  # ten years
+        assert config.staleness.exact_lag == staleness.get("exact_lag", 3)

@@ -112,6 +112,10 @@ class Decoder:
         """The source of randomness of a request with a seed of its own."""
         return torch.Generator(self._device).manual_seed(seed)
 
+    def give_up(self, request: Request) -> None:
+        """Of one under way nothing more is wanted; what its row holds stays for others."""
+        self.under_way.remove(request)
+
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy these weights, under the model's own names.  Raises ValueError for a tensor that is not one of them.
@@ -223,7 +227,9 @@ class Decoder:
         for request in new:
             context = bytes_of(request.prompt)
             if (twin := first.get(context)) is not None:
-                request.row, request.cached = rows.take(taken), len(request.prompt) - 1
+                # A row that is still to be copied from holds what its copy needs.
+                request.row = rows.take(taken | {source for source, _, _ in copies})
+                request.cached = len(request.prompt) - 1
                 followers.append((request, twin))
             else:
                 first[context] = request

@@ -115,13 +115,11 @@ class BatchEngine:
         decoder = self._decoder
         if decoder is None:
             return False
+        self._give_up_abandoned(decoder)
         scored = self._score(decoder)
         new: list[Request] = []
         while self._waiting and len(new) + len(decoder.under_way) < decoder.max_active:
-            request = self._waiting.popleft()
-            # One that nothing waits for any more is left out; under way it would be decoded to its end.
-            if request in self._futures:
-                new.append(request)
+            new.append(self._waiting.popleft())
         if not new and not decoder.under_way:
             return scored
         for request in new:
@@ -137,6 +135,12 @@ class BatchEngine:
             if (known := self._futures.get(request)) is not None and not known[0].done():
                 known[0].set_result(generation)
         return True
+
+    def _give_up_abandoned(self, decoder: Decoder) -> None:
+        """Requests that nothing waits for any more."""
+        for request in [each for each in decoder.under_way if each not in self._futures]:
+            decoder.give_up(request)
+        self._waiting = deque(each for each in self._waiting if each in self._futures)
 
     def _score(self, decoder: Decoder) -> bool:
         """Score what waits for it; False where nothing does."""
@@ -170,7 +174,8 @@ class BatchEngine:
                 future.set_exception(error)
 
     def load(self, tensors: Mapping[str, Any], version: int) -> None:
-        """Generate with these weights from now on.  No request may be under way."""
+        """Generate with these weights from now on.  No request may be under way but abandoned ones."""
+        self._give_up_abandoned(self.decoder)
         self.decoder.load(tensors)
         self._version = version
 

@@ -13,9 +13,13 @@ WITHOUT_EFFECT: tuple[str, ...] = (
     "actor.clear_cache_on_swap", "actor.report_every_s", "actor.leave_s", "actor.gpus",
     "buffer.journal_dir", "buffer.journal_sync", "buffer.follower_wait", "buffer.commit_ms", "buffer.lease_lifetime_s",
     "buffer.max_reissues", "learner.checkpoint_every", "learner.keep_checkpoints", "learner.checkpoint_url",
-    "learner.export_dtype", "learner.gpus", "weights.*",
+    "learner.export_dtype", "learner.gpus", "search.generate_timeout_s", "weights.*",
 )  # fmt: skip
 """Fields of what one process does not have: cells that differ by these alone are the same there."""
+
+
+NEVER_S = 1e9
+"""All actions are decoded together, and how long that takes is no fault of one: none is given up."""
 
 
 def in_one_process(config: Config) -> Config:
@@ -28,10 +32,10 @@ def in_one_process(config: Config) -> Config:
     """
     if (problem := _refused(config)) is not None:
         raise ConfigError(f"{problem}; {INSTEAD}")
-    if config.staleness.exact_lag is not None:
-        return config
     data = config.model_dump(mode="json")
-    data["staleness"]["exact_lag"] = config.staleness.max_lag
+    data["search"]["generate_timeout_s"] = NEVER_S
+    if config.staleness.exact_lag is None:
+        data["staleness"]["exact_lag"] = config.staleness.max_lag
     try:
         return configuration.build(data)
     except ConfigError as exc:
