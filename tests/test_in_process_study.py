@@ -188,3 +188,11 @@ def test_cells_that_are_one_in_one_process_are_named_before_any_runs(
     with pytest.raises(ConfigError, match=message):
         check_in_process(plan)
     check_in_process(plan_of(axes=["correction=none,turn", "actor.trees_in_flight=4,8"]))
+
+
+def test_a_lag_that_leaves_success_unknown_at_the_end_is_refused_before_any_runs() -> None:
+    options = {"run.steps": "40"}
+    check_in_process(plan_of(axes=["staleness.max_lag=0,8"], options=options))
+    with pytest.raises(ConfigError, match=r"staleness.max_lag = 9 is exact in one process, .* use --axis lag=9"):
+        check_in_process(plan_of(axes=["staleness.max_lag=0,9"], options=options))
+    check_in_process(plan_of(axes=["lag=0,16"], options=options))

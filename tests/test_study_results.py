@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atpo_async.core.errors import SetupError
-from atpo_async.study.cells import CellResult
+from atpo_async.study.cells import Cell, CellResult
 from atpo_async.study.folder import StudyFolder
 from atpo_async.study.grid.axes import Axis
 from atpo_async.study.grid.choosing import Choice, Choosing
@@ -30,6 +30,7 @@ from atpo_async.study.output.tables import choice_lines, choice_table, details, 
 from atpo_async.study.results.comparisons import compare_all, num_comparisons
 from atpo_async.study.results.conclusions import method, sentences
 from atpo_async.study.results.planning import Spreading, power_lines, spreading
+from atpo_async.study.results.statistics import deviation
 from atpo_async.study.results.summary import Summary, to_goal
 from tests.study_support import DEMO, FAILED, ROOT, Value, cell, done, plan_of, summary_of
 
@@ -55,7 +56,7 @@ def test_what_staleness_does_and_what_undoes_it_is_stated_with_its_intervals() -
         "At lag 0 without a correction, success is 0.95 [0.93, 0.98]; lower at lag 8 (0.02, -0.93 [-0.96, -0.91]) and "
         "at lag 16 (0.02, -0.93 [-0.96, -0.91]); not told apart at lag 2 (differences up to 0.06 are not excluded).",
         "At lag 0 with turn-level truncation, success is 0.95 [0.94, 0.97]; lower at lag 16 (0.73, -0.22 [-0.26, "
-        "-0.18]); not told apart at lag 2 and at lag 8 (equal within 0.05: larger differences are excluded).",
+        "-0.18]); not told apart at lag 2 and at lag 8 (equal within 0.05, as far as these runs tell).",
     ]
 
 
@@ -70,7 +71,7 @@ def test_a_grid_in_which_nothing_differs_says_what_is_not_excluded_and_never_equ
 def test_equal_is_said_only_where_no_difference_that_matters_is_left() -> None:
     grid: Grid = {(lag, name): (0.95, 0.96) * 5 for lag in (0, 2) for name in ("none", "token")}
     (first, *_) = sentences(summary_of(grid))
-    assert re.search(r"equal within 0\.0[1-5]: larger differences are excluded", first)
+    assert re.search(r"equal within 0\.0[1-5], as far as these runs tell", first)
 
 
 def test_a_difference_within_chance_is_not_stated() -> None:
@@ -190,12 +191,73 @@ def test_every_grid_has_sentences_and_states_only_what_its_own_interval_bears_ou
 
 def test_the_spread_comes_from_the_option_then_from_cells_that_ended_else_it_is_not_known() -> None:
     results = [done(cell(seed=seed, lag=lag), 0.5 + seed / 10 + lag) for lag in (0, 1) for seed in (1, 2, 3)]
-    assert spreading(results, 0.2) == Spreading(value=0.2, source="--spread")
-    found = spreading(results, None)
+    axes = [Axis(name=name, values=values) for name, values in results_axes(results).items()]
+    assert spreading(results, 0.2, axes=axes) == Spreading(value=0.2, source="--spread")
+    found = spreading(results, None, axes=axes)
     assert found is not None
     assert found.value == pytest.approx(0.101)
     assert found.source == "pooled over 2 groups of cells that have ended in this folder"
-    assert spreading(results[:1], None) is None
+    assert spreading(results[:1], None, axes=axes) is None
+
+
+def results_axes(results: Sequence[CellResult]) -> dict[str, tuple[str, ...]]:
+    """Axis -> its values, as the cells have them."""
+    found: dict[str, tuple[str, ...]] = {}
+    for result in results:
+        for name, value in result.cell.at:
+            found[name] = tuple(dict.fromkeys((*found.get(name, ()), value)))
+    return found
+
+
+def test_power_is_planned_by_the_task_whose_runs_differ_most_and_at_equal_tokens_where_they_are_compared() -> None:
+    axes = [Axis(name="recipe", values=("a",)), Axis(name="task", values=("demo", "demo_agent"))]
+
+    def ended(task: str, seed: int, late: float) -> CellResult:
+        at = (("recipe", "a"), ("task", task))
+        curve = [(step, 0.5 + seed * late if step < 4 else 0.9 + seed / 100) for step in range(1, 7)]
+        return CellResult(
+            cell=Cell(at=at, seed=seed), status="done", figures={"sampled": curve[-1][1]}, curve=curve,
+            tokens=[1000.0 * step for step, _ in curve[:3]] + [9e4 * seed] * 3,
+        )  # fmt: skip
+
+    results = [ended("demo", seed, 0.0) for seed in (1, 2, 3)]
+    results += [ended("demo_agent", seed, 0.1) for seed in (1, 2, 3)]
+    found = spreading(results, None, axes=axes)
+    assert found is not None
+    assert found.value == pytest.approx(0.01)
+    results[-1] = replace(results[-1], curve=[(step, 0.2) for step in range(1, 7)])
+    found = spreading(results, None, axes=axes)
+    assert found is not None
+    assert found.value == pytest.approx(deviation([0.91, 0.92, 0.2]))
+    assert found.source.endswith("groups of cells that have ended in this folder on demo_agent, which differ most")
+    by_tokens = spreading(results, None, axes=axes, by_tokens=True)
+    assert by_tokens is not None
+    assert by_tokens.value == pytest.approx(deviation([0.91, 0.7, 0.2]))  # two of them were cut after three steps
+
+
+def test_levels_are_compared_after_as_many_updates_of_every_cell_of_a_task() -> None:
+    axes = [Axis(name="recipe", values=("a", "b")), Axis(name="task", values=("demo", "demo_agent"))]
+
+    def ended(recipe: str, task: str, last: int) -> CellResult:
+        curve = [(step, step / 10) for step in range(1, last + 1)]
+        figures = {"sampled": last / 10, "area": 0.9, "steps": 10.0, "steps_to_goal": 9.0}
+        at = (("recipe", recipe), ("task", task))
+        return CellResult(cell=Cell(at=at, seed=1), status="done", figures=figures, curve=curve)
+
+    results = [
+        ended("a", "demo", 10),
+        ended("b", "demo", 8),
+        ended("a", "demo_agent", 10),
+        ended("b", "demo_agent", 10),
+    ]
+    summary = Summary.of(results, axes=axes, seeds=[1])
+    found = {tuple(v for _, v in at): group.results[0].figures for at, group in summary.groups.items()}
+    assert found["a", "demo"]["sampled"] == found["b", "demo"]["sampled"] == pytest.approx(0.7)  # steps 6, 7 and 8
+    assert found["a", "demo"]["area"] == pytest.approx(0.45)
+    assert found["a", "demo_agent"]["sampled"] == pytest.approx(0.9)
+    assert [found[name, "demo"]["steps"] for name in "ab"] == [10, 8]
+    assert found["a", "demo"]["steps_to_goal"] == 9  # it is known to have got there
+    assert dict(summary.last_steps) == {(("task", "demo"),): 8, (("task", "demo_agent"),): 10}
 
 
 def test_what_the_seeds_can_tell_apart_is_said_with_the_number_of_comparisons() -> None:
@@ -204,9 +266,9 @@ def test_what_the_seeds_can_tell_apart_is_said_with_the_number_of_comparisons() 
     assert head.startswith(
         "power: 7 comparisons of 5 seeds with 5, two-sided, 5% over all of them (Holm; 0.0071 for the"
     )
-    assert "told apart from 0.29 on; were it the only comparison, from 0.20 on" in apart
+    assert "told apart from 0.31 on; were it the only comparison, from 0.21 on" in apart
     assert needed == "  a difference of 0.1 would take 27 seeds a group; were it the only comparison, 17"
-    assert "0.1 → 0.29 (alone 0.20)" in power_lines(axes, 5, None, wanted=0.1)[1]
+    assert "0.1 → 0.31 (alone 0.21)" in power_lines(axes, 5, None, wanted=0.1)[1]
     assert "with one seed no difference" in power_lines(axes, 1, None, wanted=0.1)[0]
     assert "compares nothing" in power_lines([Axis(name="task", values=("a", "b"))], 5, None, wanted=0.1)[0]
 
@@ -253,7 +315,8 @@ def reaching(result: CellResult) -> CellResult:
     if result.cell.seed <= 3:
         at = 4 + result.cell.seed
         figures |= {"steps_to_goal": at, "tokens_to_goal": 100.0 * at, "seconds_to_goal": 6.0 * at}
-    return replace(result, figures=dict(result.figures) | figures)
+    curve = [(step, 0.5) for step in range(1, 11)]
+    return replace(result, figures=dict(result.figures) | figures, curve=curve)
 
 
 def test_runs_that_never_got_there_count_as_long_as_all_such_were_watched() -> None:
@@ -283,7 +346,7 @@ def test_what_every_run_of_a_group_took_is_known_however_short_others_were() -> 
 
     summary = summary_of({("costly",): (0.9,) * 3, ("in vain",): (0.9,) * 5}, names=("recipe",), results=costly)
     assert [row[2] for row in goals(summary)[1:]] == [
-        "5,000 [5,000, 5,000]", "3 of 5; 762 [473, 1,050] within 1,004",
+        "5,000 [5,000, 5,000]", "3 of 5; 762 [473, 1,004] within 1,004",
     ]  # fmt: skip
 
 

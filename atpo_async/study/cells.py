@@ -38,9 +38,9 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         key="sampled",
         heading="sampled",
-        meaning=f"sampled success in training, mean of the last {WINDOW} steps of which it is known",
+        meaning=f"sampled success in training, mean of the last {WINDOW} steps of which it is known of every cell",
     ),
-    Column(key="area", heading="area", meaning="sampled success, mean over the same steps (area under the curve)"),
+    Column(key="area", heading="area", meaning="sampled success, mean of all steps so far (area under the curve)"),
     Column(
         key=AT_TOKENS,
         heading="at equal tokens",
@@ -72,7 +72,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(key="lag_mean", heading="lag, mean", meaning="measured over the turns trained on, versions"),
     Column(key="lag_max", heading="lag, max", meaning="the same, the largest", digits=0),
     Column(key="skipped_updates", heading="skipped", meaning="updates that a guard refused", digits=0),
-    Column(key="steps", heading="steps", meaning="over which success is measured", digits=0),
+    Column(key="steps", heading="steps", meaning="up to which success is known", digits=0),
     Column(key="tokens", heading="tokens", meaning="action tokens sampled for training over these steps", digits=0),
     Column(key="trained_s", heading="seconds of training", meaning="from the first lease to the last step", digits=0),
     Column(key="seconds", heading="seconds", meaning="the whole cell, its start and evaluation included", digits=0),
@@ -238,6 +238,11 @@ LATE_STEPS = 2
 """As many of the last steps may be such in any case, so that a run of a few steps gives a result too."""
 
 
+def least_known(steps: int) -> float:
+    """Step of a run of ``steps`` up to which success is to be known at least, where its lag is not exact."""
+    return min(KNOWN_SHARE * steps, steps - LATE_STEPS)
+
+
 def unfinished(records: Sequence[Record], *, steps: int, lag: int | None, evaluates: bool) -> str | None:
     """Why a run that ended without an error gives no result; None if it does.
 
@@ -250,7 +255,7 @@ def unfinished(records: Sequence[Record], *, steps: int, lag: int | None, evalua
     known = dict(curve)
     if lag is None:
         last = curve[-1][0] if curve else 0
-        if last < min(KNOWN_SHARE * steps, steps - LATE_STEPS):
+        if last < least_known(steps):
             return (
                 f"sampled success is not known after step {last} of {steps}: all later batches were of trees that had "
                 "come in before; more steps (--run.steps) or a smaller staleness.max_lag leave fewer such"

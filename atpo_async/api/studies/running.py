@@ -18,7 +18,7 @@ from atpo_async.config import Config
 from atpo_async.core.errors import ConfigError, SetupError
 from atpo_async.models.policy import warm_start_command
 from atpo_async.report.progress import duration
-from atpo_async.study.cells import Cell, CellResult
+from atpo_async.study.cells import Cell, CellResult, least_known
 from atpo_async.study.folder import StudyFolder
 from atpo_async.study.grid.overriding import overridden
 from atpo_async.study.output import outputs
@@ -133,9 +133,17 @@ def check_in_process(plan: Plan) -> None:
     made: dict[tuple[str, str], Cell] = {}
     for cell in plan.of_one_seed():
         try:
-            in_one_process(plan.config(cell, runs=Path("runs")))
+            config = in_one_process(plan.config(cell, runs=Path("runs")))
         except ConfigError as exc:
             raise ConfigError(f"cell {cell.label}: {exc}") from None
+        lag, steps = config.staleness.max_lag, config.run.steps
+        if cell.lag is None and steps - lag < least_known(steps):
+            raise ConfigError(
+                f"cell {cell.label}: staleness.max_lag = {lag} is exact in one process, so that the last {lag} of "
+                f"run.steps = {steps} batches are of trees that had come in before, and success is not known as they "
+                f"are trained on: use --axis lag={lag}, whose runs are so much longer, more --run.steps, or leave "
+                "--in-process out"
+            )
         settings = plan.settings(cell)
         same = made.setdefault((cell.stage, fingerprint(leaving(settings, WITHOUT_EFFECT))), cell)
         if same is not cell:
@@ -208,7 +216,7 @@ class _Study:
         for line in overridden(plan):
             self._say(line)
         results = [*self._folder.first_stage(plan).values(), *known.values()]
-        spread = spreading(results, request.spread)
+        spread = spreading(results, request.spread, axes=plan.axes, by_tokens=plan.by_tokens)
         for line in power_lines(plan.axes, len(plan.seeds), spread, wanted=request.difference):
             self._say(line)
         self._say(self._time_needed(first, cells))
@@ -240,7 +248,8 @@ class _Study:
             self._tell_choices(plan)
             self._check_choices(plan)
             if len(ended) < len(first):
-                spread = spreading(self._folder.first_stage(plan).values(), self._request.spread)
+                results = self._folder.first_stage(plan).values()
+                spread = spreading(results, self._request.spread, axes=plan.axes, by_tokens=plan.by_tokens)
                 for line in power_lines(plan.axes, len(plan.seeds), spread, wanted=self._request.difference):
                     self._say(line)
         return self._stage(cells, self._retried(self._known(cells), retry=True))

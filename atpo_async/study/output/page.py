@@ -14,7 +14,7 @@ from atpo_async.study.results.conclusions import method, num_seeds, sentences
 from atpo_async.study.results.summary import Summary
 
 HEADINGS: dict[str, str] = {
-    FINAL: f"Sampled success at the end, mean of the last {WINDOW} steps of which it is known",
+    FINAL: f"Sampled success at the end, mean of the last {WINDOW} steps of which every cell knows it",
     AT_TOKENS: "Sampled success at equal tokens",
     "greedy": "Greedy success on held-out tasks, after the last step",
 }

@@ -127,7 +127,7 @@ def _bound(made: Sequence[Comparison]) -> str:
     bound = max(abs(end) for each in made for end in each.simultaneous)
     shown = min(1.0, math.ceil(bound * 100) / 100)
     if bound <= SAME:
-        return f"equal within {shown:.2f}: larger differences are excluded"
+        return f"equal within {shown:.2f}, as far as these runs tell"
     return f"differences up to {shown:.2f} are not excluded"
 
 
@@ -160,12 +160,16 @@ def method(summary: Summary) -> str:
     intervals = f"Brackets: Student's t interval of the mean over {num_seeds(summary)}, 95 %."
     if not count or len(summary.seeds) < 2:
         return intervals if len(summary.seeds) > 1 else "One seed has no interval."
+    seeds = len(summary.seeds)
     return (
         f"{intervals}  After a difference: its own 95 % interval, by Welch's test.  A difference is stated where that "
         f"test, corrected for the {count} comparisons of each figure (Holm), is below {ALPHA:g}: all statements "
-        f'about a figure hold together with 95 %.  A spread below {MEASURED:g} counts as {MEASURED:g}.  What is "not '
-        'excluded" are differences that intervals leave possible which hold together at 95 % (Bonferroni); "equal" '
-        f"is said only where they leave nothing above {SAME:g}."
+        f"about a figure hold together with 95 %, where runs scatter normally; where one group scatters several times "
+        f"as much as the other, a test of few seeds errs up to twice as often.  In a comparison a spread below "
+        f'{MEASURED:g} counts as {MEASURED:g}.  What is "not excluded" are differences that intervals leave possible '
+        f'which hold together at 95 % (Bonferroni); "equal" is said only where they leave nothing above {SAME:g}.  '
+        f"None of this knows of runs that fail now and then: of a group none of whose {seeds} runs did, up to "
+        f"{1 - ALPHA ** (1 / seeds):.0%} of all runs may (95 %)."
     )
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from atpo_async.study.cells import FINAL, CellResult
 from atpo_async.study.grid.axes import Axis
-from atpo_async.study.results.comparisons import num_comparisons
+from atpo_async.study.grid.names import label
+from atpo_async.study.results.comparisons import MEASURED, num_comparisons
 from atpo_async.study.results.statistics import ALPHA, MOST_SEEDS, POWER, detectable, deviation, seeds_for
+from atpo_async.study.results.summary import At, Summary, task_of
 
 ASSUMED = (0.02, 0.05, 0.1, 0.2)
 """Spreads that are reckoned with where none is known."""
@@ -22,22 +24,44 @@ class Spreading:
     source: str
 
 
-def spreading(results: Iterable[CellResult], given: float | None) -> Spreading | None:
-    """As given; else pooled over groups of cells that have ended, those of a first stage among them; else None."""
+def spreading(
+    results: Iterable[CellResult], given: float | None, *, axes: Sequence[Axis], by_tokens: bool = False
+) -> Spreading | None:
+    """As given; else pooled over groups of cells that have ended, those of a first stage among them; else None.
+
+    Args:
+        axes: of the grid: of several tasks the one whose runs differ most counts.
+        by_tokens: whether success is compared at equal tokens.
+    """
     if given is not None:
         return Spreading(value=given, source="--spread")
-    groups: dict[object, list[float]] = {}
-    for result in results:
-        if result.status == "done" and FINAL in result.figures:
-            groups.setdefault((result.cell.stage, result.cell.at), []).append(result.figures[FINAL])
-    several = [values for values in groups.values() if len(values) > 1]
-    freedom = sum(len(values) - 1 for values in several)
-    if not freedom:
+    every = list(results)
+    last = [result for result in every if not result.cell.stage]
+    seeds = sorted({result.cell.seed for result in last})
+    summary = Summary.of(last, axes=axes, seeds=seeds, by_tokens=by_tokens)
+    final = {result.cell: result.figures.get(summary.final) for result in summary.results}
+    groups: dict[At, dict[object, list[float]]] = {}
+    for result in every:
+        value = result.figures.get(FINAL) if result.cell.stage else final.get(result.cell)
+        if result.status == "done" and value is not None:
+            of_task = groups.setdefault(task_of(axes, result.cell.at), {})
+            of_task.setdefault((result.cell.stage, result.cell.at), []).append(value)
+    found = {}
+    for task, by_place in groups.items():
+        several = [values for values in by_place.values() if len(values) > 1]
+        if freedom := sum(len(values) - 1 for values in several):
+            squares = sum(deviation(values) ** 2 * (len(values) - 1) for values in several)
+            found[task] = (max((squares / freedom) ** 0.5, MEASURED), len(several))
+    if not found:
         return None
-    pooled = (sum(deviation(values) ** 2 * (len(values) - 1) for values in several) / freedom) ** 0.5
-    return Spreading(
-        value=max(pooled, 0.01), source=f"pooled over {len(several)} groups of cells that have ended in this folder"
-    )
+    task = max(found, key=lambda each: found[each])
+    value, count = found[task]
+    where = f" on {_place(task)}, which differ most" if len(found) > 1 else ""
+    return Spreading(value=value, source=f"pooled over {count} groups of cells that have ended in this folder{where}")
+
+
+def _place(task: At) -> str:
+    return ", ".join(label(*pair) for pair in task)
 
 
 def power_lines(axes: Sequence[Axis], seeds: int, spread: Spreading | None, *, wanted: float) -> list[str]:

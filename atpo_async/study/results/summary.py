@@ -108,6 +108,8 @@ class Summary:
     by_tokens: bool = False
     token_budgets: Mapping[At, float]
     """Of each task (the values of the axes that are not compared): action tokens that every cell of it sampled."""
+    last_steps: Mapping[At, int]
+    """Of each task: the last step up to which success is known of every cell of it; so far its levels are compared."""
 
     @classmethod
     def of(
@@ -116,13 +118,17 @@ class Summary:
         """``results`` outside the grid are left aside; cells without one are missing."""
         grid = list(combinations(axes))
         inside = [r for r in results if r.cell.at in set(grid) and r.cell.seed in seeds and not r.cell.stage]
-        budgets = _token_budgets(axes, inside)
+        budgets, last = _token_budgets(axes, inside), _last_steps(axes, inside)
         by_group: dict[At, list[CellResult]] = {}
         for result in sorted(inside, key=lambda r: r.cell.seed):
-            whole = _at_equal_tokens(result, budgets.get(_task(axes, result.cell.at)))
+            task = task_of(axes, result.cell.at)
+            whole = _over_equal_steps(_at_equal_tokens(result, budgets.get(task)), last.get(task))
             by_group.setdefault(result.cell.at, []).append(whole)
         groups = {at: Group(at=at, planned=len(seeds), results=tuple(by_group.get(at, ()))) for at in grid}
-        return cls(axes=tuple(axes), seeds=tuple(seeds), groups=groups, by_tokens=by_tokens, token_budgets=budgets)
+        return cls(
+            axes=tuple(axes), seeds=tuple(seeds), groups=groups, by_tokens=by_tokens, token_budgets=budgets,
+            last_steps=last,
+        )  # fmt: skip
 
     def __getitem__(self, at: At) -> Group:
         return self.groups[at]
@@ -170,7 +176,8 @@ class Summary:
         return sum(group.num_missing for group in self.groups.values())
 
 
-def _task(axes: Sequence[Axis], at: At) -> At:
+def task_of(axes: Sequence[Axis], at: At) -> At:
+    """The values of the axes that are not compared."""
     apart = {axis.name for axis in axes if not axis.is_compared}
     return tuple(pair for pair in at if pair[0] in apart)
 
@@ -179,9 +186,34 @@ def _token_budgets(axes: Sequence[Axis], results: Iterable[CellResult]) -> dict[
     found: dict[At, float] = {}
     for result in results:
         if result.status == "done" and result.tokens:
-            task = _task(axes, result.cell.at)
+            task = task_of(axes, result.cell.at)
             found[task] = min(found.get(task, math.inf), result.tokens[-1])
     return found
+
+
+def _last_steps(axes: Sequence[Axis], results: Iterable[CellResult]) -> dict[At, int]:
+    found: dict[At, int] = {}
+    for result in results:
+        if result.status == "done" and result.curve:
+            task, last = task_of(axes, result.cell.at), result.curve[-1][0]
+            found[task] = min(found.get(task, last), last)
+    return found
+
+
+def _over_equal_steps(result: CellResult, last: int | None) -> CellResult:
+    """The result with its levels of success as they were after as many updates as the task's other cells have.
+
+    The last batches of a run may be of trees that had come in before, the more of them the older they may be
+    (``staleness.max_lag``): success is not known up to the same step of all.
+    """
+    if last is None or result.status != "done" or not result.curve:
+        return result
+    within = [point for point in result.curve if point[0] <= last]
+    level = smooth(within)
+    figures = dict(result.figures) | {"steps": float(result.curve[-1][0])}
+    if level:
+        figures |= {FINAL: level[-1][1], "area": mean([value for _, value in within])}
+    return replace(result, figures=figures)
 
 
 def _at_equal_tokens(result: CellResult, budget: float | None) -> CellResult:
@@ -232,14 +264,14 @@ class ToGoal:
 def to_goal(summary: Summary, group: Group, key: str) -> ToGoal | None:
     """What it took a group to reach the goal, by ``key`` of ``TO_GOAL``; None where no cell says how long it ran."""
     extent = TO_GOAL[key]
-    task = _task(summary.axes, group.at)
+    task = task_of(summary.axes, group.at)
     done = [r for r in group.done if extent in r.figures]
     if not done:
         return None
     in_vain = [
         r.figures[extent]
         for each in summary.groups.values()
-        if _task(summary.axes, each.at) == task
+        if task_of(summary.axes, each.at) == task
         for r in each.done
         if extent in r.figures and key not in r.figures
     ]
@@ -248,6 +280,7 @@ def to_goal(summary: Summary, group: Group, key: str) -> ToGoal | None:
     reached = sum(r.figures.get(key, math.inf) <= limit for r in done)
     spread = spread_of(took)
     assert spread is not None
+    spread = replace(spread, low=max(spread.low, 0.0), high=min(spread.high, limit))
     return ToGoal(reached=reached, count=len(done), limit=limit, spread=spread)
 
 
