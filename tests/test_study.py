@@ -405,6 +405,9 @@ def test_a_report_is_of_the_part_of_the_grid_that_is_named(
     assert "of the seeds 1,2 only 1" in out
     lines = (bench.out / "staleness.csv").read_text().splitlines()[1:]
     assert len(lines) == 4
+    assert main.main([*report, "--axis", "correction=all"]) == 0
+    assert len((bench.out / "staleness.csv").read_text().splitlines()) == 1 + 12
+    capsys.readouterr()
     assert StudyFolder(bench.out).plan().axes[0].values == ("0", "2", "4")  # nothing of the study itself has gone
     for words, line in (
         (["--lags", "0,3"], "--axis lag=0,3: study study has 0,2,4, not 3; name some of those"),

@@ -78,8 +78,8 @@ class StudyFolder:
         return self.resolved(was.plan(axes=some, seeds=was.seeds[:seeds]))
 
     def _some(self, axis: Axis, listed: str | None) -> Axis:
-        """Those of an axis' values that are named; all where none is."""
-        if listed is None:
+        """Those of an axis' values that are named; all where none is, or ``all``."""
+        if listed is None or (listed == "all" and "all" not in axis.values):
             return axis
         words = split_values(listed, f"--axis {axis.name}={listed}")
         values = [axis.value_named(word) for word in words]
