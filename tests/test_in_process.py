@@ -295,7 +295,8 @@ def test_what_one_process_cannot_do_is_refused_by_name(
 
 
 def test_nothing_is_given_up_in_one_process_for_the_time_that_it_took(tmp_path: Path) -> None:
-    for staleness in ({"max_lag": 3}, {"max_lag": 3, "exact_lag": 1}):
+    given: list[dict[str, object]] = [{"max_lag": 3}, {"max_lag": 3, "exact_lag": 1}]
+    for staleness in given:
         config = in_one_process(small(tmp_path, tmp_path, "one", staleness=staleness))
         assert config.search.generate_timeout_s > 3e8  # ten years
         assert config.staleness.exact_lag == staleness.get("exact_lag", 3)

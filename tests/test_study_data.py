@@ -66,7 +66,7 @@ def test_the_table_of_methods_has_the_means_of_the_cells_that_come_with_it() -> 
         if key == "greedy":
             return float(data["figures"][key])
         end = last[dict(data["axes"])["task"]]
-        return statistics.mean([level for step, level in data["curve"] if step <= end][-3:])
+        return statistics.mean([float(level) for step, level in data["curve"] if step <= end][-3:])
 
     page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     page = page.partition("<!-- study:methods:begin -->")[2].partition("<!-- study:methods:end -->")[0]
