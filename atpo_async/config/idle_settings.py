@@ -5,6 +5,8 @@ They are reported and never refused: recipes are laid over one another, and one 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -17,17 +19,40 @@ from atpo_async.config.sections.base import door_of
 from atpo_async.config.sections.expansion import CHAINS_ONLY
 from atpo_async.config.sections.generation import TeamConfig
 
-NONZERO = "anything but 0"
-"""In ``WORKS_WITH``: the other setting may be any number but 0."""
 
-ON = "anything but false"
-BELOW_ONE = "anything below 1"
-NOT_NONE = "anything but 'none'"
-READS_RATIO = "a mode that weighs turns by their ratios"
-LOOKS_FOR_DUPLICATES = "'diverse', or with search.prune_duplicates = true"
-BRANCHES = "a strategy that adds branches"
-READS_RISE = "'entropy-rise', or with search.probe_budget above 0"
-WEIGHS_LEAVES = "anything but false, or with imitation.rows above 0"
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What another setting must be, where that is no list of values."""
+
+    words: str
+    """As it ends ``it has with …``."""
+    holds: Callable[[Config, Any], bool]
+    """Of the configuration and the other setting's value."""
+
+
+NONZERO = Condition("anything but 0", lambda config, value: bool(value))
+ON = Condition("anything but false", lambda config, value: bool(value))
+BELOW_ONE = Condition("anything below 1", lambda config, value: value < 1)
+NOT_NONE = Condition("anything but 'none'", lambda config, value: value != "none")
+READS_RATIO = Condition(
+    "a mode that weighs turns by their ratios",
+    lambda config, value: credit_rule(config.credit, reads_files=False).reads_ratio,
+)
+BRANCHES = Condition("a strategy that adds branches", lambda config, value: value not in CHAINS_ONLY)
+LOOKS_FOR_DUPLICATES = Condition(
+    "'diverse', or with search.prune_duplicates = true",
+    lambda config, value: value == "diverse" or config.search.prune_duplicates,
+)
+READS_RISE = Condition(
+    "'entropy-rise', or with search.probe_budget above 0",
+    lambda config, value: value == "entropy-rise" or config.search.probe_budget > 0,
+)
+WEIGHS_LEAVES = Condition(
+    "anything but false, or with imitation.rows above 0", lambda config, value: bool(value) or config.imitation.rows > 0
+)
+
+Needs = tuple[tuple[str, tuple[Any, ...] | Condition], ...]
+"""(another setting, the values it may have)."""
 
 _CORRECTS = ("correction.action", loss_rules.corrections_that_correct())
 _NO_TEAM = ("team.proposers", (0,))
@@ -43,12 +68,12 @@ _LORA = (("learner.lora.rank", NONZERO),)
 _VLLM = (("actor.engine", ("auto", "vllm")),)
 
 
-def _by(*strategies: str) -> tuple[tuple[str, tuple[Any, ...] | str], ...]:
+def _by(*strategies: str) -> Needs:
     """Read by these strategies alone."""
     return (_NO_TEAM, ("search.strategy", strategies), ("search.rounds", NONZERO))
 
 
-WORKS_WITH: dict[str, tuple[tuple[str, tuple[Any, ...] | str], ...]] = {
+WORKS_WITH: dict[str, Needs] = {
     "search.initial_rollouts": (_NO_TEAM,),
     "search.rounds": (_NO_TEAM, ("search.strategy", NOT_NONE)),
     "search.branches": _ADDED,
@@ -125,7 +150,7 @@ def idle_settings(config: Config) -> list[str]:
             if not _works(config, is_now, working):
                 found.append(
                     f"{name} = {_shown(value)} has no effect with {other} = {_shown(is_now)} (it has with "
-                    f"{working if isinstance(working, str) else ', '.join(map(_shown, working))})"
+                    f"{working.words if isinstance(working, Condition) else ', '.join(map(_shown, working))})"
                 )
                 break
     return found + _options_of_none(config)
@@ -145,23 +170,9 @@ def _options_of_none(config: Config) -> list[str]:
     return found
 
 
-def _works(config: Config, is_now: Any, working: tuple[Any, ...] | str) -> bool:
+def _works(config: Config, is_now: Any, working: tuple[Any, ...] | Condition) -> bool:
     """Whether a setting has an effect under this value of another one."""
-    if working == READS_RATIO:
-        return credit_rule(config.credit, reads_files=False).reads_ratio
-    if working == LOOKS_FOR_DUPLICATES:
-        return is_now == "diverse" or config.search.prune_duplicates
-    if working == BRANCHES:
-        return is_now not in CHAINS_ONLY
-    if working == READS_RISE:
-        return is_now == "entropy-rise" or bool(config.search.probe_budget)
-    if working == WEIGHS_LEAVES:
-        return bool(is_now or config.imitation.rows)
-    if working == BELOW_ONE:
-        return bool(is_now < 1)
-    if isinstance(working, str):
-        return bool(is_now) if working in (NONZERO, ON) else bool(is_now != "none")
-    return is_now in working
+    return working.holds(config, is_now) if isinstance(working, Condition) else is_now in working
 
 
 def _is_ones_own(field: FieldInfo, value: Any) -> bool:

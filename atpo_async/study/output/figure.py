@@ -12,9 +12,9 @@ from atpo_async.report import charts
 from atpo_async.report.charts import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, TEAL
 from atpo_async.study.cells import AT_TOKENS, FINAL, WINDOW
 from atpo_async.study.grid.corrections import CORRECTIONS
-from atpo_async.study.output.tables import has, place
+from atpo_async.study.output.tables import has
 from atpo_async.study.plan import combinations
-from atpo_async.study.results.summary import At, Spread, Summary, mean_curve
+from atpo_async.study.results.summary import At, Spread, Summary, mean_curve, place
 
 KL_FLOOR = 1e-5
 """Nats; less is drawn there: what an engine's rounding makes of the same weights."""

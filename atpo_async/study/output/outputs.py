@@ -14,10 +14,10 @@ from atpo_async.study.folder import StudyFolder
 from atpo_async.study.output.figure import panels, write_figure
 from atpo_async.study.output.origin import Origin
 from atpo_async.study.output.page import figure_tables, page
-from atpo_async.study.output.tables import Rows, details, goals, markdown_table, place, to_csv
+from atpo_async.study.output.tables import Rows, details, goals, markdown_table, to_csv
 from atpo_async.study.plan import Plan
 from atpo_async.study.results.conclusions import method, sentences
-from atpo_async.study.results.summary import Summary
+from atpo_async.study.results.summary import Summary, place
 
 
 def marks(name: str) -> tuple[str, str]:

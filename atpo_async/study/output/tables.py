@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from atpo_async.study.cells import AT_TOKENS, COLUMNS, FINAL, TO_GOAL, Column
 from atpo_async.study.grid.choosing import CRITERIA, Choice, Choosing
-from atpo_async.study.grid.names import label
 from atpo_async.study.plan import combinations
-from atpo_async.study.results.summary import At, Group, Summary, number, to_goal
+from atpo_async.study.results.summary import Group, Summary, number, place, to_goal
 
 Rows = list[list[str]]
 """A table: the head first."""
@@ -50,7 +49,7 @@ def matrices(summary: Summary, key: str) -> list[tuple[str, Rows]]:
         for row in summary.rows.values:
             places = [((columns.name, name), *extra) if columns is not None else extra for name in names]
             rows.append([row, *(level(summary.joined(row, place), key) for place in places)])
-        found.append((", ".join(label(*pair) for pair in extra), rows))
+        found.append((place(extra), rows))
     return found
 
 
@@ -146,8 +145,3 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 def has(summary: Summary, key: str) -> bool:
     """Whether any cell has the figure."""
     return any(group.values(key) for group in summary.groups.values())
-
-
-def place(at: At) -> str:
-    """Of a group, for a legend."""
-    return ", ".join(label(*pair) for pair in at)

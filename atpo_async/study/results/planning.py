@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from atpo_async.study.cells import FINAL, CellResult
 from atpo_async.study.grid.axes import Axis
-from atpo_async.study.grid.names import label
 from atpo_async.study.results.comparisons import MEASURED, num_comparisons
 from atpo_async.study.results.statistics import ALPHA, MOST_SEEDS, POWER, detectable, deviation, seeds_for
-from atpo_async.study.results.summary import At, Summary, task_of
+from atpo_async.study.results.summary import At, Summary, place, task_of
 
 ASSUMED = (0.02, 0.05, 0.1, 0.2)
 """Spreads that are reckoned with where none is known."""
@@ -56,12 +55,8 @@ def spreading(
         return None
     task = max(found, key=lambda each: found[each])
     value, count = found[task]
-    where = f" on {_place(task)}, which differ most" if len(found) > 1 else ""
+    where = f" on {place(task)}, which differ most" if len(found) > 1 else ""
     return Spreading(value=value, source=f"pooled over {count} groups of cells that have ended in this folder{where}")
-
-
-def _place(task: At) -> str:
-    return ", ".join(label(*pair) for pair in task)
 
 
 def power_lines(axes: Sequence[Axis], seeds: int, spread: Spreading | None, *, wanted: float) -> list[str]:

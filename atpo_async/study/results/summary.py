@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from atpo_async.study.cells import AT_TOKENS, FINAL, TO_GOAL, WINDOW, CellResult, smooth
 from atpo_async.study.grid.axes import Axis
+from atpo_async.study.grid.names import label
 from atpo_async.study.plan import combinations
-from atpo_async.study.results.statistics import Interval, deviation, interval, mean
+from atpo_async.study.results.statistics import Interval, interval, mean
 
 At = tuple[tuple[str, str], ...]
 """(axis, value), in the axes' order: what the cells of a group have in common."""
+
+
+def place(at: At) -> str:
+    """In words, for a legend or a sentence."""
+    return ", ".join(label(*pair) for pair in at)
+
 
 SHARES = frozenset({"greedy", "sampled", "area", AT_TOKENS, "collapsed"})
 """Figures between 0 and 1: so are the ends of their intervals."""
@@ -108,8 +115,6 @@ class Summary:
     by_tokens: bool = False
     token_budgets: Mapping[At, float]
     """Of each task (the values of the axes that are not compared): action tokens that every cell of it sampled."""
-    last_steps: Mapping[At, int]
-    """Of each task: the last step up to which success is known of every cell of it; so far its levels are compared."""
 
     @classmethod
     def of(
@@ -118,17 +123,15 @@ class Summary:
         """``results`` outside the grid are left aside; cells without one are missing."""
         grid = list(combinations(axes))
         inside = [r for r in results if r.cell.at in set(grid) and r.cell.seed in seeds and not r.cell.stage]
-        budgets, last = _token_budgets(axes, inside), _last_steps(axes, inside)
+        budgets = _least(axes, inside, lambda r: r.tokens[-1] if r.tokens else None)
+        last = _least(axes, inside, lambda r: r.curve[-1][0] if r.curve else None)
         by_group: dict[At, list[CellResult]] = {}
         for result in sorted(inside, key=lambda r: r.cell.seed):
             task = task_of(axes, result.cell.at)
             whole = _over_equal_steps(_at_equal_tokens(result, budgets.get(task)), last.get(task))
             by_group.setdefault(result.cell.at, []).append(whole)
         groups = {at: Group(at=at, planned=len(seeds), results=tuple(by_group.get(at, ()))) for at in grid}
-        return cls(
-            axes=tuple(axes), seeds=tuple(seeds), groups=groups, by_tokens=by_tokens, token_budgets=budgets,
-            last_steps=last,
-        )  # fmt: skip
+        return cls(axes=tuple(axes), seeds=tuple(seeds), groups=groups, by_tokens=by_tokens, token_budgets=budgets)
 
     def __getitem__(self, at: At) -> Group:
         return self.groups[at]
@@ -182,26 +185,20 @@ def task_of(axes: Sequence[Axis], at: At) -> At:
     return tuple(pair for pair in at if pair[0] in apart)
 
 
-def _token_budgets(axes: Sequence[Axis], results: Iterable[CellResult]) -> dict[At, float]:
+def _least(
+    axes: Sequence[Axis], results: Iterable[CellResult], of: Callable[[CellResult], float | None]
+) -> dict[At, float]:
+    """Of each task the smallest that its cells have."""
     found: dict[At, float] = {}
     for result in results:
-        if result.status == "done" and result.tokens:
+        if result.status == "done" and (value := of(result)) is not None:
             task = task_of(axes, result.cell.at)
-            found[task] = min(found.get(task, math.inf), result.tokens[-1])
+            found[task] = min(found.get(task, math.inf), value)
     return found
 
 
-def _last_steps(axes: Sequence[Axis], results: Iterable[CellResult]) -> dict[At, int]:
-    found: dict[At, int] = {}
-    for result in results:
-        if result.status == "done" and result.curve:
-            task, last = task_of(axes, result.cell.at), result.curve[-1][0]
-            found[task] = min(found.get(task, last), last)
-    return found
-
-
-def _over_equal_steps(result: CellResult, last: int | None) -> CellResult:
-    """The result with its levels of success as they were after as many updates as the task's other cells have.
+def _over_equal_steps(result: CellResult, last: float | None) -> CellResult:
+    """The result with its levels of success up to ``last``, the last step of which every cell of the task knows it.
 
     The last batches of a run may be of trees that had come in before, the more of them the older they may be
     (``staleness.max_lag``): success is not known up to the same step of all.
@@ -225,16 +222,6 @@ def _at_equal_tokens(result: CellResult, budget: float | None) -> CellResult:
     if len(within) < WINDOW:
         return result
     return replace(result, figures=dict(result.figures) | {AT_TOKENS: level[len(within) - WINDOW][1]})
-
-
-def pooled_deviation(summary: Summary, key: str) -> tuple[float, int] | None:
-    """The standard deviation over seeds, pooled over all groups, and how many groups had two; None where none had."""
-    groups = [values for group in summary.groups.values() if len(values := group.values(key)) > 1]
-    freedom = sum(len(values) - 1 for values in groups)
-    if not freedom:
-        return None
-    squares = math.fsum(deviation(values) ** 2 * (len(values) - 1) for values in groups)
-    return math.sqrt(squares / freedom), len(groups)
 
 
 # --- what it took to reach the goal -------------------------------------------------------------------------------
