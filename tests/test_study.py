@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -33,7 +34,15 @@ from atpo_async.study.pace import Pace, Running
 from atpo_async.study.plan import Plan
 from atpo_async.study.progress import StudyProgress, outcome
 from atpo_async.study.results.summary import Summary
-from atpo_async.study.runner import Job, TrainProcess, clear_run, read_result, run_cells, until_interrupted
+from atpo_async.study.runner import (
+    CellRefused,
+    Job,
+    TrainProcess,
+    clear_run,
+    read_result,
+    run_cells,
+    until_interrupted,
+)
 from tests.study_support import FILES, ROOT, FakeRunner, cell, done, failed, plan_of
 
 DEADLINE_S = 60.0
@@ -303,6 +312,49 @@ def test_what_would_end_every_cell_alike_stops_the_study_and_is_no_result(bench:
     assert bench.run(plan, FakeRunner()) is True
 
 
+def refused(of: Cell, reason: str = "objective.surrogate = 'mine:broken' failed") -> CellRefused:
+    return CellRefused(CellResult(cell=of, status="failed", reason=reason, in_process=True), Path("cell.log"))
+
+
+def test_a_value_that_only_the_user_can_mend_costs_its_own_cells(bench: Bench) -> None:
+    plan = plan_of(seeds=4)
+    runner = FakeRunner(lambda of: refused(of) if dict(of.at) == {"lag": "0", "correction": "none"} else done(of))
+    assert bench.run(plan, runner, jobs=1) is True
+    assert len(runner.ran) == 16
+    assert "16 cells done, 4 of them failed (--retry-failed runs these again)" in bench.said
+    assert "lag 0, none, seed 1: FAILED, objective.surrogate = 'mine:broken' failed" in bench.said
+
+
+def test_three_cells_in_a_row_that_end_alike_end_the_study(bench: Bench) -> None:
+    plan = plan_of(seeds=4)
+    runner = FakeRunner(lambda of: refused(of, f"no space for runs/{of.name}/x") if of.seed > 1 else done(of))
+    with pytest.raises(
+        SetupError,
+        match=r"3 cells in a row ended alike, the last of them cell lag 4, none, seed 2: no space for "
+        r"runs/lag4-none-seed2/x  \(log: cell\.log\); mend that, and add --retry-failed",
+    ):
+        bench.run(plan, runner, jobs=1)
+    assert len(runner.ran) == 4 + 3
+    again = FakeRunner()
+    assert bench.run(plan, again, retry_failed=True) is True
+    assert len(again.ran) == 16 - 4
+
+
+def test_a_study_does_not_go_on_the_other_way(bench: Bench) -> None:
+    plan = plan_of(options={"actor.engine": "transformers"})
+    with StudyFolder(bench.out).held(plan):
+        StudyFolder(bench.out).write_result(plan, replace(done(plan.cells()[0]), in_process=True))
+    runner = FakeRunner()
+    for request in ({}, {"plan_only": True}):
+        with pytest.raises(
+            RunMismatch, match=r"1 of its cells ran each in one process, .*: add --in-process to go on with it"
+        ):
+            bench.run(plan, runner, **request)
+    assert runner.ran == []
+    assert bench.run(plan, runner, in_process=True) is True
+    assert bench.run(plan, runner, report_only=True) is True
+
+
 def test_other_settings_are_refused_with_what_differs_and_nothing_is_run(bench: Bench) -> None:
     bench.run(plan_of(), FakeRunner())
     before = {p: p.read_bytes() for p in bench.out.rglob("*") if p.is_file()}
@@ -340,6 +392,22 @@ def test_a_result_of_other_settings_or_a_damaged_one_is_named(bench: Bench) -> N
     marker.write_text("{")
     with pytest.raises(SetupError, match=r"lag0-none-seed1\.json is damaged .*; delete it to have the cell run again"):
         bench.run(plan, FakeRunner())
+    data["settings"]["learner.lr"] = 6e-4
+    figures = data["figures"]
+    for part, fault in (
+        ({"figures": figures | {"greedy": 7}}, "greedy = 7"),
+        ({"figures": figures | {"steps_to_goal": -1}}, "steps_to_goal = -1"),
+        ({"figures": figures | {"kl_k1": math.inf}}, "kl_k1 = inf"),
+        ({"curve": []}, "no curve"),
+        ({"curve": [[1, 0.5], [2, 1.5]]}, "a success outside 0 to 1 in the curve"),
+        ({"curve": [[2, 0.5], [1, 0.5]]}, "steps of the curve out of order"),
+        ({"tokens": [1.0]}, "1 counts of tokens beside a curve of 2 steps"),
+    ):
+        marker.write_text(json.dumps(data | part))
+        with pytest.raises(SetupError, match=rf"lag0-none-seed1\.json is damaged \(ValueError: {fault}\); delete it"):
+            bench.run(plan, FakeRunner(), report_only=True)
+    marker.write_text(json.dumps(data | {"figures": figures | {"kl_k1": -1e-9, "ess_turn": 1.0 + 1e-9}}))
+    assert bench.run(plan, FakeRunner(), report_only=True) is True
 
 
 def test_a_folder_that_is_no_study_is_left_alone(bench: Bench) -> None:
@@ -403,8 +471,12 @@ def test_a_report_is_of_the_part_of_the_grid_that_is_named(
     out = capsys.readouterr().out
     assert "of lag 0,2,4 only 0,4" in out
     assert "of the seeds 1,2 only 1" in out
-    lines = (bench.out / "staleness.csv").read_text().splitlines()[1:]
-    assert len(lines) == 4
+    assert len((bench.out / "staleness-part.csv").read_text().splitlines()) == 1 + 4
+    assert len((bench.out / "staleness.csv").read_text().splitlines()) == 1 + 12
+    page = (bench.out / "staleness-part.md").read_text()
+    assert "A part of the study: of lag 0,2,4 only 0,4; of the seeds 1,2 only 1." in page
+    assert "staleness-part.png" in page
+    (bench.out / "staleness.csv").unlink()
     assert main.main([*report, "--axis", "correction=all"]) == 0
     assert len((bench.out / "staleness.csv").read_text().splitlines()) == 1 + 12
     capsys.readouterr()
@@ -440,7 +512,7 @@ def test_a_document_is_filled_only_by_a_study_that_is_whole(bench: Bench, tmp_pa
     with pytest.raises(SetupError, match=r"7 cells of study .* have not ended; run them first"):
         bench.run(plan, FakeRunner(), report_only=True, fill=document)
     bench.run(plan, FakeRunner(), fill=document)
-    assert "othing is told apart" in document.read_text()
+    assert "is not told apart" in document.read_text()
     assert (tmp_path / "staleness.png").is_file()
 
 

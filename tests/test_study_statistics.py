@@ -34,6 +34,19 @@ def test_the_quantiles_of_students_t_are_those_of_the_tables(p: float, freedom: 
     assert t_quantile(p, freedom) == pytest.approx(t, abs=6e-4)
 
 
+def test_a_correction_for_more_comparisons_than_are_at_hand_takes_the_others_to_show_nothing() -> None:
+    ps = [0.002, 0.03, 0.4]
+    assert holm(ps, among=10) == pytest.approx(holm([*ps, *[1.0] * 7])[:3])
+    assert holm(ps, among=2) == holm(ps)
+
+
+def test_an_interval_may_have_a_least_spread() -> None:
+    found = interval([0.9, 0.9, 0.9], least_deviation=0.01)
+    assert found is not None
+    assert found.high - found.mean == pytest.approx(4.3027 * 0.01 / math.sqrt(3), abs=1e-6)
+    assert interval([0.8, 0.9], least_deviation=0.01) == interval([0.8, 0.9])
+
+
 @given(st.floats(-40, 40), st.floats(0.6, 500))
 @example(1.4914809817114443e-07, 256.0)
 def test_the_distribution_of_students_t_is_symmetric_and_is_the_inverse_of_its_quantile(

@@ -7,6 +7,7 @@ import contextlib
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from atpo_async.api.policy import ensure_policy
@@ -17,7 +18,7 @@ from atpo_async.core.errors import ConfigError
 from atpo_async.study.cells import LATE_STEPS
 from atpo_async.study.folder import StudyFolder
 from atpo_async.study.grid.choosing import CRITERIA
-from atpo_async.study.grid.making import FIRST_STAGE_SEEDS, Wanted, make_plan
+from atpo_async.study.grid.making import FIRST_STAGE_SEEDS, Wanted, make_plan, with_references
 from atpo_async.study.grid.names import CORRECTION, LAG, TASK
 from atpo_async.study.grid.presets import DEFAULT_SEEDS, OWN_NAME, PRESETS, Preset
 from atpo_async.study.output import outputs
@@ -240,12 +241,14 @@ def _asked_plan(asked: Asked, name: str, files: Sequence[str], out: Path) -> Pla
     """The plan that was asked for.  For a report the study's folder has it, and the options select a part of it."""
     args, texts = asked.args, asked.options
     given = _axes_given(args)
+    part_of: Plan | None = None
     if args.report:
         found = StudyFolder(out).plan(axes=given, seeds=args.seeds)
         if args.against:
             found = _against(found, args.against)
         if not files and not texts:
             return found
+        part_of = found.part_of
         given = {axis.name: axis.text.partition("=")[2] for axis in found.axes}
     preset = PRESETS.get(name)
     axes = dict(preset.axes) | given if preset is not None else given
@@ -273,16 +276,12 @@ def _asked_plan(asked: Asked, name: str, files: Sequence[str], out: Path) -> Pla
         with contextlib.suppress(ConfigError):  # outside a checkout there are no settings of ours
             for line in left_out(files, texts, demo_config(preset.files[-1])):
                 note(line)
-    return StudyFolder(out).resolved(plan) if args.report else plan
+    return StudyFolder(out).resolved(replace(plan, part_of=part_of)) if args.report else plan
 
 
 def _against(plan: Plan, against: Sequence[str]) -> Plan:
     """A folder's plan with other references."""
-    from dataclasses import replace
-
-    from atpo_async.study.grid.making import with_references
-
-    return replace(plan, axes=tuple(with_references(plan.axes, against)))
+    return plan.of_grid(axes=with_references(plan.axes, against), seeds=plan.seeds)
 
 
 def _base_files(preset: Preset | None, files: Sequence[str], axes: Mapping[str, str]) -> list[Path]:

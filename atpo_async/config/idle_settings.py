@@ -139,21 +139,28 @@ def idle_settings(config: Config) -> list[str]:
     """One line for each setting that is not at its default and has no effect, with what it would need."""
     known = configuration.fields()
     found = []
-    for name, needs in WORKS_WITH.items():
+    for name in WORKS_WITH:
         value = configuration.get(config, name)
         if not _was_set(config, name) or value == known[name].get_default(call_default_factory=True):
             continue
-        for other, working in needs:
-            is_now = configuration.get(config, other)
-            if _is_ones_own(known[other], is_now):
-                continue  # it may read any setting
-            if not _works(config, is_now, working):
-                found.append(
-                    f"{name} = {_shown(value)} has no effect with {other} = {_shown(is_now)} (it has with "
-                    f"{working.words if isinstance(working, Condition) else ', '.join(map(_shown, working))})"
-                )
-                break
+        if (why := without_effect(config, name)) is not None:
+            found.append(f"{name} = {_shown(value)} {why}")
     return found + _options_of_none(config)
+
+
+def without_effect(config: Config, name: str) -> str | None:
+    """Why a setting has no effect whatever its value is, as it ends a line about it; None where it has one."""
+    known = configuration.fields()
+    for other, working in WORKS_WITH.get(name, ()):
+        is_now = configuration.get(config, other)
+        if _is_ones_own(known[other], is_now):
+            continue  # it may read any setting
+        if not _works(config, is_now, working):
+            return (
+                f"has no effect with {other} = {_shown(is_now)} (it has with "
+                f"{working.words if isinstance(working, Condition) else ', '.join(map(_shown, working))})"
+            )
+    return None
 
 
 def _options_of_none(config: Config) -> list[str]:

@@ -80,6 +80,15 @@ COLUMNS: tuple[Column, ...] = (
 """In the order of the table.  From ESS/N to the share truncated: means over the batches exactly as old as the lag,
 where the study has lags."""
 
+SUCCESS = frozenset({"greedy", FINAL, "area", AT_TOKENS})
+SHARES = SUCCESS | {"collapsed", "ess_turn", "ess_applied", "truncated"}
+"""Figures between 0 and 1: so are the ends of their intervals."""
+
+SIGNED = frozenset({"kl_k1"})
+"""Figures that may be below 0."""
+
+_ROUNDING = 1e-6
+
 TO_GOAL: dict[str, str] = {"steps_to_goal": "steps", "tokens_to_goal": "tokens", "seconds_to_goal": "trained_s"}
 """What it took to reach the goal -> how much of it a run went on for, whether or not it reached the goal."""
 
@@ -293,7 +302,7 @@ def to_json(result: CellResult) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> CellResult:
-    """Raises KeyError, TypeError or ValueError for anything that ``to_json`` did not make."""
+    """Raises KeyError, TypeError or ValueError for anything that ``to_json`` did not make, or no run gives."""
     status = data["status"]
     if status not in ("done", "failed"):
         raise ValueError(f"status {status!r}")
@@ -301,7 +310,7 @@ def from_json(data: Mapping[str, Any]) -> CellResult:
         at = tuple((str(axis), str(value)) for axis, value in data["axes"])
     else:  # of a program whose studies had these two axes
         at = (("lag", str(int(data["lag"]))), ("correction", str(data["correction"])))
-    return CellResult(
+    result = CellResult(
         cell=Cell(at=at, seed=int(data["seed"]), stage=str(data.get("stage", ""))),
         status=status,
         reason=str(data["reason"]),
@@ -310,3 +319,22 @@ def from_json(data: Mapping[str, Any]) -> CellResult:
         tokens=[float(value) for value in data.get("tokens", ())],
         in_process=bool(data["in_process"]) if data.get("in_process") is not None else None,
     )
+    _check(result)
+    return result
+
+
+def _check(result: CellResult) -> None:
+    """Raises ValueError for figures that no run gives."""
+    for key, value in result.figures.items():
+        most = 1.0 if key in SHARES else math.inf
+        if not (math.isfinite(value) and (key in SIGNED or -_ROUNDING <= value <= most + _ROUNDING)):
+            raise ValueError(f"{key} = {value:g}")
+    if any(not 0.0 <= value <= 1.0 for _, value in result.curve):
+        raise ValueError("a success outside 0 to 1 in the curve")
+    steps = [step for step, _ in result.curve]
+    if steps != sorted(set(steps)):
+        raise ValueError("steps of the curve out of order")
+    if result.tokens and len(result.tokens) != len(result.curve):
+        raise ValueError(f"{len(result.tokens)} counts of tokens beside a curve of {len(result.curve)} steps")
+    if result.status == "done" and not result.curve:
+        raise ValueError("no curve")

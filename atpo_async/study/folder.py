@@ -75,7 +75,7 @@ class StudyFolder:
                     f"--axis {name}: study {self.path} has no such axis; it has "
                     f"{', '.join(axis.name for axis in was.axes)}"
                 )
-        return self.resolved(was.plan(axes=some, seeds=was.seeds[:seeds]))
+        return self.resolved(was.plan().of_grid(axes=some, seeds=was.seeds[:seeds]))
 
     def _some(self, axis: Axis, listed: str | None) -> Axis:
         """Those of an axis' values that are named; all where none is, or ``all``."""

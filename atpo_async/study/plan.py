@@ -53,6 +53,9 @@ class Plan:
     """Success is compared at equal tokens generated, not after equal steps."""
     arguments: tuple[str, ...] = ()
     """Files and options that make the same on a command line."""
+    part_of: Plan | None = None
+    """The study of whose results this is a part, or whose values it compares with other references; None where it is
+    the study itself."""
     _settings: dict[Cell, dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -172,9 +175,36 @@ class Plan:
             self._settings[cell] = found | {"run.seed": cell.seed}
         return self._settings[cell]
 
+    def of_grid(self, *, axes: Sequence[Axis], seeds: Sequence[int]) -> Plan:
+        """A part of the grid, or the same with other references; the plan itself where it is neither."""
+        if tuple(seeds) == self.seeds and all(
+            (part.values, part.against) == (axis.values, axis.against)
+            for part, axis in zip(axes, self.axes, strict=True)
+        ):
+            return self
+        return replace(self, axes=tuple(axes), seeds=tuple(seeds), part_of=self.part_of or self)
+
+    def left_out(self) -> list[str]:
+        """What of the study is not in this part of it, line by line; none where it is the study itself."""
+        if self.part_of is None:
+            return []
+        found = []
+        for axis, every in zip(self.axes, self.part_of.axes, strict=True):
+            if len(axis.values) < len(every.values):
+                found.append(f"of {axis.name} {_joined(every.values)} only {_joined(axis.values)}")
+            elif axis.against != every.against:
+                found.append(f"{axis.name} compared with {axis.against}, in the study with {every.against}")
+        if len(self.seeds) < len(self.part_of.seeds):
+            found.append(f"of the seeds {_joined(self.part_of.seeds)} only {_joined(self.seeds)}")
+        return found
+
     def with_chosen(self, chosen: Mapping[str, str]) -> Plan:
         """The plan of the second stage."""
         return replace(self, chosen=dict(chosen), _settings={})
+
+
+def _joined(values: Sequence[object]) -> str:
+    return ",".join(map(str, values))
 
 
 def combinations(axes: Sequence[Axis]) -> Iterator[tuple[tuple[str, str], ...]]:

@@ -46,12 +46,12 @@ class Record:
             arguments=plan.arguments,
         )
 
-    def plan(self, *, axes: Sequence[Axis], seeds: Sequence[int]) -> Plan:
-        """The plan, or a part of its grid."""
+    def plan(self) -> Plan:
+        """The plan of the whole grid."""
         return Plan(
             name=self.name,
-            axes=tuple(axes),
-            seeds=tuple(seeds),
+            axes=self.axes,
+            seeds=self.seeds,
             own=self.own,
             over=self.over,
             choosing=self.choosing,

@@ -54,10 +54,29 @@ OnStep = Callable[[int, float | None], None]
 """Called with the progress of a running cell: (steps done, last sampled success)."""
 
 
+class CellRefused(SetupError):
+    """A cell ended with what only the user can mend.
+
+    Args:
+        result: of the cell.
+        log: of it.
+    """
+
+    def __init__(self, result: CellResult, log: Path) -> None:
+        super().__init__(f"cell {result.cell.label}: {result.reason}  (log: {log})")
+        self.result = result
+        self.log = log
+
+
+MOST_ALIKE = 3
+"""Cells in a row that end with the same fault, which only the user can mend: it is that of all cells, and the study
+ends.  One value of an axis that is at fault costs its own cells."""
+
+
 class Runner(Protocol):
     """Runs one cell to its end; cancelled, it leaves nothing of it running.
 
-    Raises SetupError for what only the user can mend, which would end every other cell alike.
+    Raises CellRefused for what only the user can mend, SetupError for what ends every other cell alike.
     """
 
     def __call__(self, job: Job, on_step: OnStep) -> Awaitable[CellResult]: ...
@@ -91,17 +110,29 @@ async def run_cells(
     Args:
         keep: called with each result as it comes, before anything is shown of it.
 
-    Raises what a runner raises; the other cells are stopped first.
+    Raises what a runner raises, but for a cell that only the user can mend: that is kept as failed, and SetupError
+    raised where ``MOST_ALIKE`` in a row are; the other cells are stopped first.
     """
     waiting = list(reversed(jobs))
+    refused: list[CellRefused] = []
 
     async def work() -> None:
         while waiting:
             job = waiting.pop()
             watcher.began(job.cell, steps=job.config.run.steps)
-            result = await runner(job, functools.partial(watcher.moved, job.cell))
+            try:
+                result = await runner(job, functools.partial(watcher.moved, job.cell))
+            except CellRefused as exc:
+                result = exc.result
+                if refused and _fault(refused[-1]) != _fault(exc):
+                    refused.clear()
+                refused.append(exc)
+            else:
+                refused.clear()
             keep(result)
             watcher.ended(result)
+            if len(refused) == MOST_ALIKE:
+                raise _all_alike(refused)
 
     if not jobs:
         return
@@ -114,6 +145,19 @@ async def run_cells(
         for task in workers:
             task.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
+
+
+def _fault(refused: CellRefused) -> str:
+    """What is wrong, without what names the cell."""
+    return refused.result.reason.replace(refused.result.cell.name, "")
+
+
+def _all_alike(refused: Sequence[CellRefused]) -> SetupError:
+    last = refused[-1]
+    return SetupError(
+        f"{len(refused)} cells in a row ended alike, the last of them cell {last.result.cell.label}: "
+        f"{last.result.reason}  (log: {last.log}); mend that, and add --retry-failed"
+    )
 
 
 async def until_interrupted(work: Awaitable[None], *, hurry: asyncio.Event, say: Callable[[str], None]) -> bool:
@@ -182,16 +226,18 @@ class TrainProcess:
             # Cancelled again, it still stops what it has started: the shield keeps that going to its end.
             await asyncio.shield(asyncio.ensure_future(self._end(process, mark, job)))
         seconds = self.clock() - began
-        if process.returncode == EXIT_USER:
-            raise SetupError(f"cell {job.cell.label}: {_error_line(job)}  (log: {job.folder.log(job.cell)})")
         if process.returncode:
-            return CellResult(
+            is_users = process.returncode == EXIT_USER
+            failed = CellResult(
                 cell=job.cell,
                 status="failed",
-                reason=_why(process.returncode, job),
+                reason=_error_line(job) if is_users else _why(process.returncode, job),
                 figures={"seconds": round(seconds, 1)},
                 in_process=False,
             )
+            if is_users:
+                raise CellRefused(failed, job.folder.log(job.cell))
+            return failed
         return await asyncio.to_thread(read_result, job, seconds, in_process=False)
 
     async def _watch(self, process: asyncio.subprocess.Process, job: Job, on_step: OnStep) -> None:

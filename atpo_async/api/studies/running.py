@@ -15,14 +15,16 @@ from rich.table import Table
 from atpo_async.api import machine, own_parts
 from atpo_async.api.own_parts_process import named
 from atpo_async.config import Config
-from atpo_async.core.errors import ConfigError, SetupError
+from atpo_async.core.errors import ConfigError, RunMismatch, SetupError
 from atpo_async.models.policy import warm_start_command
 from atpo_async.report.progress import duration
 from atpo_async.study.cells import Cell, CellResult, least_known
 from atpo_async.study.folder import StudyFolder
+from atpo_async.study.grid.idle import without_results
 from atpo_async.study.grid.overriding import overridden
 from atpo_async.study.output import outputs
-from atpo_async.study.output.tables import choice_lines, choice_table, heading, matrices
+from atpo_async.study.output.page import HEADINGS
+from atpo_async.study.output.tables import choice_lines, choice_table, matrices
 from atpo_async.study.pace import Pace
 from atpo_async.study.plan import Plan, fingerprint, leaving
 from atpo_async.study.progress import StudyProgress
@@ -96,6 +98,7 @@ def study(
     if request.fill is not None:
         outputs.check_fillable(request.fill, plan.name)  # now, not when every cell has run
     folder.check(plan)
+    check_way(plan, folder, in_process=request.in_process)
     if request.plan_only:
         _Study(request, folder, console, ensure_policy, runner).announce()
         return True
@@ -118,13 +121,24 @@ def _in_process(hurry: asyncio.Event) -> Runner:
 
 def _check_part(plan: Plan, folder: StudyFolder, console: Console) -> None:
     """Raises for a grid that the folder does not have; says of which part of it the report is."""
-    whole = folder.plan()
     folder.check(plan, part=True)
-    for axis, every in zip(plan.axes, whole.axes, strict=True):
-        if len(axis.values) < len(every.values):
-            console.print(f"of {axis.name} {_joined(every.values)} only {_joined(axis.values)}", markup=False)
-    if len(plan.seeds) < len(whole.seeds):
-        console.print(f"of the seeds {_joined(whole.seeds)} only {_joined(plan.seeds)}")
+    for line in plan.left_out():
+        console.print(line, markup=False)
+
+
+def check_way(plan: Plan, folder: StudyFolder, *, in_process: bool) -> None:
+    """Raises RunMismatch where cells have ended that ran the other way: in one process a lag is exact, in a run of
+    several it is at most ``staleness.max_lag``, so that their figures are not of one kind."""
+    ended = [*folder.results(folder.resolved(plan)).values(), *folder.first_stage(plan).values()]
+    others = sum(r.status == "done" and r.in_process is not None and r.in_process != in_process for r in ended)
+    if not others:
+        return
+    ran = "each in one process" if not in_process else "each as a run of several processes"
+    go_on = "add --in-process" if not in_process else "leave --in-process out"
+    raise RunMismatch(
+        f"study {folder.path}: {others} of its cells ran {ran}, and the two ways do not make one study: {go_on} to go "
+        "on with it, or use another --out"
+    )
 
 
 def check_in_process(plan: Plan) -> None:
@@ -213,7 +227,7 @@ class _Study:
             self._say(
                 f"first stage, which chooses {plan.choosing.field}: {len(first)} cells with {seeds}, {len(done)} done"
             )
-        for line in overridden(plan):
+        for line in [*overridden(plan), *without_results(plan)]:
             self._say(line)
         results = [*self._folder.first_stage(plan).values(), *known.values()]
         spread = spreading(results, request.spread, axes=plan.axes, by_tokens=plan.by_tokens)
@@ -281,7 +295,10 @@ class _Study:
         else:
             done, took = self._run(jobs, total=len(cells) + len(later), later=later)
         if done:
-            self._say(f"{len(cells)} cells done; {took}.")
+            ended = folder.first_stage(plan) if cells[0].stage else folder.results(plan)
+            failed = sum(result.status == "failed" for result in ended.values())
+            again = f", {failed} of them failed (--retry-failed runs these again)" if failed else ""
+            self._say(f"{len(cells)} cells done{again}; {took}.")
             return True
         count = len(folder.results(plan)) + len(folder.first_stage(plan))
         everything = len(plan.cells()) + len(plan.first_stage())
@@ -379,7 +396,7 @@ def _report(request: Request, plan: Plan, folder: StudyFolder, console: Console)
         written += outputs.fill_file(folder, plan, request.fill, command=request.command)
     summary = outputs.summary_of(folder, plan)
     for place, rows in matrices(summary, summary.final):
-        about = f"{heading(summary.final)} success, mean [95 % interval] over {num_seeds(summary)}"
+        about = f"{HEADINGS[summary.final]}: over {num_seeds(summary)} [95 % interval]"
         console.print(_drawn(rows, title=f"{about}: {place}" if place else about))
     for line in sentences(summary):
         console.print(line, markup=False)
@@ -406,7 +423,3 @@ def jobs_here(engine: str, console: Console) -> int:
     if free < each:
         console.print(f"only {free:.1f} GB of memory are free; a cell with {engine} takes about {each:g}")
     return max(1, min(cores, int(free / each)))
-
-
-def _joined(values: Sequence[object]) -> str:
-    return ",".join(map(str, values))

@@ -66,7 +66,12 @@ PANELS: tuple[Panel, ...] = (
     ),
     Panel(key="greedy", title="Greedy success", label="held-out tasks", y_range=(0.0, 1.0)),
     Panel(key="ess_turn", title="Effective sample size", label="ESS/N of the exact turn ratios", y_range=(0.0, 1.0)),
-    Panel(key="kl_k3", title="Distance to the data", label="KL(μ‖prox), k3, nats a token", logarithmic=True),
+    Panel(
+        key="kl_k3",
+        title="Distance to the data",
+        label=f"KL(μ‖prox), k3, nats a token; less than {KL_FLOOR:g} drawn there",
+        logarithmic=True,
+    ),
 )
 
 
@@ -179,7 +184,9 @@ def _lines(axes: Any, summary: Summary, panel: Panel, series: Sequence[Series]) 
         axes.set_ylim(panel.y_range[0] - 0.02, panel.y_range[1] + 0.02)
     numbers = summary.rows.numbers or []
     if spaced(numbers):
-        axes.set_xscale("symlog", base=2, linthresh=min(abs(n) for n in numbers if n))
+        least = min(abs(n) for n in numbers if n)
+        axes.set_xscale("symlog", base=2, linthresh=least)
+        axes.set_xlim(-0.3 * least if min(numbers) == 0 else 0.9 * least, 1.2 * max(numbers))
     axes.set(title=panel.title, xlabel=axis_label(summary), ylabel=panel.label)
     axes.set_xticks(numbers, labels=list(summary.rows.values))
     axes.minorticks_off()
@@ -199,16 +206,27 @@ def _dots(axes: Any, summary: Summary, panel: Panel, series: Sequence[Series]) -
         axes.errorbar(xs, ys, xerr=ends, elinewidth=1.6, **style)
     axes.set_yticks(range(len(names)), labels=names)
     axes.invert_yaxis()
-    if panel.y_range is not None:
-        axes.set_xlim(panel.y_range[0] - 0.02, panel.y_range[1] + 0.02)
+    if (ends := dot_range(summary, panel)) is not None:
+        axes.set_xlim(ends[0] - 0.02 * (ends[1] - ends[0]), ends[1] + 0.02 * (ends[1] - ends[0]))
     axes.set(title=panel.title, xlabel=panel.label)
     _plain(axes)
+
+
+def dot_range(summary: Summary, panel: Panel) -> tuple[float, float] | None:
+    """The ends of the axis of a figure by name: its range from the tenth below the least interval on, so that what is
+    close to its upper end is told apart; None where the figure has no range."""
+    if panel.y_range is None:
+        return None
+    lows = [spread.low for each in all_series(summary) for _, spread in along(summary, panel.key, each)]
+    low, high = panel.y_range
+    least = math.floor(min(lows, default=low) * 10 + 1e-9) / 10
+    return min(max(low, least), high - 0.1), high
 
 
 def _small_curves(
     figure: Any, summary: Summary, rows: Sequence[str], series: Sequence[Series], *, shape: tuple[int, int]
 ) -> None:
-    grid = figure.subplots(*shape, sharey=True, squeeze=False)
+    grid = figure.subplots(*shape, sharex=not summary.by_tokens, sharey=True, squeeze=False)
     places = [axes for line in grid for axes in line]
     for axes, row in zip(places, rows, strict=False):
         for each in series:
@@ -219,6 +237,7 @@ def _small_curves(
                 axes.plot(*zip(*mean, strict=True), color=each.color, linewidth=1.8)
         axes.set(title=row_title(summary, row), xlabel=curve_label(summary), ylim=(-0.02, 1.02))
         axes.xaxis.get_major_locator().set_params(integer=not summary.by_tokens)
+        axes.tick_params(labelbottom=True)
         _plain(axes)
     for axes in places[len(rows) :]:
         axes.set_visible(False)

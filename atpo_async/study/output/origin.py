@@ -52,7 +52,11 @@ class Origin:
             name=plan.name,
             title=PRESETS[plan.name].title if plan.name in PRESETS else f"Study {plan.name}",
             command=command,
-            settings=(*_settings(plan), *_ways([result.in_process for result in results.values()])),
+            settings=(
+                *([("a part of the study", "; ".join(plan.left_out()))] if plan.part_of is not None else []),
+                *_settings(plan),
+                *_ways([result.in_process for result in results.values()]),
+            ),
             machine=made_with or f"Python {platform.python_version()}",
             made=time.strftime("%Y-%m-%d", time.localtime(max(ended))) if ended else "",
             cell_seconds=seconds,

@@ -16,6 +16,7 @@ from atpo_async.study.output.origin import Origin
 from atpo_async.study.output.page import figure_tables, page
 from atpo_async.study.output.tables import Rows, details, goals, markdown_table, to_csv
 from atpo_async.study.plan import Plan
+from atpo_async.study.results.comparisons import num_laid_down
 from atpo_async.study.results.conclusions import method, sentences
 from atpo_async.study.results.summary import Summary, place
 
@@ -26,30 +27,37 @@ def marks(name: str) -> tuple[str, str]:
 
 
 def write_all(folder: StudyFolder, plan: Plan, *, command: str) -> list[Path]:
-    """Write the four files into the study's folder and return their paths.
+    """Write the four files into the study's folder, of a part of it under names of their own, and return their paths.
 
     Args:
         command: what reproduces the study, for the reader.
     """
     summary = summary_of(folder, plan)
     origin = Origin.of(folder, plan, command)
-    paths = [folder.path / f"{plan.name}.{ending}" for ending in ("csv", "md", "png", "html")]
-    write_csv(folder, plan)
-    write_atomic(paths[1], f"# {origin.title}\n\n{markdown(summary, origin, figure=f'{plan.name}.png')}")
+    stem = f"{plan.name}-part" if plan.part_of is not None else plan.name
+    paths = [folder.path / f"{stem}.{ending}" for ending in ("csv", "md", "png", "html")]
+    write_csv(folder, plan, stem=stem)
+    write_atomic(paths[1], f"# {origin.title}\n\n{markdown(summary, origin, figure=f'{stem}.png')}")
     figure = write_figure(summary, paths[2])
     write_atomic(paths[3], page(summary, origin))
     return [paths[0], paths[1], *figure, paths[3]]
 
 
-def write_csv(folder: StudyFolder, plan: Plan) -> None:
-    """A line a cell."""
+def write_csv(folder: StudyFolder, plan: Plan, *, stem: str = "") -> None:
+    """A line a cell.  ``stem``: of the file's name, that of the study where left out."""
     text = to_csv(summary_of(folder, plan), choosing=plan.choosing, chosen=plan.chosen)
-    write_atomic(folder.path / f"{plan.name}.csv", text)
+    write_atomic(folder.path / f"{stem or plan.name}.csv", text)
 
 
 def summary_of(folder: StudyFolder, plan: Plan) -> Summary:
     """Of the cells that have ended."""
-    return Summary.of(folder.results(plan).values(), axes=plan.axes, seeds=plan.seeds, by_tokens=plan.by_tokens)
+    return Summary.of(
+        folder.results(plan).values(),
+        axes=plan.axes,
+        seeds=plan.seeds,
+        by_tokens=plan.by_tokens,
+        laid_down=num_laid_down(plan.axes, plan.part_of.axes) if plan.part_of is not None else 0,
+    )
 
 
 def markdown(summary: Summary, origin: Origin, *, figure: str) -> str:

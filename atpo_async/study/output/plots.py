@@ -16,6 +16,7 @@ from atpo_async.study.output.figure import (
     axis_label,
     curve_label,
     curves,
+    dot_range,
     row_title,
     spaced,
 )
@@ -145,7 +146,7 @@ def _dots(summary: Summary, panel: Panel) -> str:
     wide, step = 420, 20 if len(series) < 3 else 9 * len(series)
     left = 24 + max(6.6 * max(len(name) for name in names), 30.0)
     bottom = TOP + step * len(names)
-    low, high = panel.y_range or (0.0, 1.0)
+    low, high = dot_range(summary, panel) or (0.0, 1.0)
 
     def x_of(value: float) -> float:
         return left + (min(max(value, low), high) - low) / (high - low) * (wide - left - RIGHT)

@@ -6,6 +6,7 @@ equal, every value against the axis' reference.  An axis whose values are differ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,11 +14,7 @@ from typing import Literal
 from atpo_async.study.grid.axes import Axis
 from atpo_async.study.plan import combinations
 from atpo_async.study.results.statistics import ALPHA, Difference, holm, welch
-from atpo_async.study.results.summary import At, Group, Summary
-
-MEASURED = 0.01
-"""Least standard deviation of success over seeds: of a hundred held-out tasks, or three steps' trees, one more or less
-solved is that much.  Groups that vary less by chance are taken to vary so much."""
+from atpo_async.study.results.summary import MEASURED, At, Group, Summary
 
 SAME = 0.05
 """A difference of success within which two groups count as practically equal."""
@@ -42,6 +39,8 @@ class Comparison:
     """Corrected for the number of comparisons of the figure (Holm)."""
     simultaneous: tuple[float, float] = (0.0, 0.0)
     """Of the difference: intervals of all comparisons of the figure hold together at 95 % (Bonferroni)."""
+    is_same_run: bool = False
+    """Seed by seed both were the same at every step: what differs between them had no effect."""
 
     @property
     def value(self) -> str:
@@ -55,6 +54,25 @@ def num_comparisons(axes: Sequence[Axis]) -> int:
     for axis in axes:
         groups *= len(axis.values)
     return sum(groups // len(axis.values) * (len(axis.values) - 1) for axis in axes if axis.is_compared)
+
+
+def num_laid_down(axes: Sequence[Axis], whole: Sequence[Axis]) -> int:
+    """Comparisons of one figure that a part of a study's results, ``axes``, counts among: all of the study's grid,
+    ``whole``; where other references were chosen, of every value with every other, for any of them might have been."""
+    references = {axis.name: axis.against for axis in whole}
+    groups = math.prod(len(axis.values) for axis in whole)
+    found = 0
+    for part, axis in zip(axes, whole, strict=True):
+        if axis.is_compared:
+            values, lines = len(axis.values), groups // len(axis.values)
+            is_new = len(part.values) > 1 and part.against != references[axis.name]
+            found += lines * (values * (values - 1) // 2 if is_new else values - 1)
+    return found
+
+
+def num_corrected_for(summary: Summary) -> int:
+    """Comparisons that the correction of one figure counts."""
+    return max(num_comparisons(summary.axes), summary.laid_down)
 
 
 def _pairs(axes: Sequence[Axis]) -> Iterator[tuple[str, At, At]]:
@@ -78,7 +96,8 @@ def compare_all(summary: Summary, key: str) -> list[Comparison]:
         why_not = _why_not(first, reference, key)
         measured = None if why_not else welch(first.values(key), reference.values(key), least_deviation=MEASURED)
         found.append((axis, first, reference, measured, why_not))
-    corrected = holm([1.0 if measured is None else measured.p for *_, measured, _ in found])
+    count = num_corrected_for(summary)
+    corrected = holm([1.0 if measured is None else measured.p for *_, measured, _ in found], among=count)
     return [
         Comparison(
             axis=axis,
@@ -88,10 +107,16 @@ def compare_all(summary: Summary, key: str) -> list[Comparison]:
             difference=measured,
             p=p,
             sign=None if measured is None else _sign(measured, p),
-            simultaneous=(0.0, 0.0) if measured is None else measured.within(1.0 - ALPHA / len(found)),
+            simultaneous=(0.0, 0.0) if measured is None else measured.within(1.0 - ALPHA / count),
+            is_same_run=_is_same_run(first, reference),
         )
         for (axis, first, reference, measured, why_not), p in zip(found, corrected, strict=True)
     ]
+
+
+def _is_same_run(first: Group, reference: Group) -> bool:
+    ones, others = ({r.cell.seed: (list(r.curve), list(r.tokens)) for r in group.done} for group in (first, reference))
+    return ones == others and any(tokens for _, tokens in ones.values())
 
 
 def _sign(difference: Difference, p: float) -> Sign:

@@ -12,9 +12,16 @@ from collections.abc import Sequence
 from atpo_async.study.cells import AT_TOKENS, FINAL
 from atpo_async.study.grid.corrections import CORRECTIONS
 from atpo_async.study.grid.names import CORRECTION, FILES, LAG, TASK, label
-from atpo_async.study.results.comparisons import MEASURED, SAME, Comparison, by_reference, compare_all, num_comparisons
+from atpo_async.study.results.comparisons import (
+    SAME,
+    Comparison,
+    by_reference,
+    compare_all,
+    num_comparisons,
+    num_corrected_for,
+)
 from atpo_async.study.results.statistics import ALPHA
-from atpo_async.study.results.summary import At, Group, Summary
+from atpo_async.study.results.summary import MEASURED, At, Group, Summary
 
 FIGURES: dict[str, str] = {
     FINAL: "sampled success at the end",
@@ -42,7 +49,29 @@ def sentences(summary: Summary) -> list[str]:
             found += _of_figure(summary, key, full=False)
     if num_comparisons(summary.axes) == 0:
         found.append("Nothing is compared: the values of the axes are different tasks, or there is one of each.")
-    return found + _incomplete(summary)
+    return found + _same_runs(summary) + _incomplete(summary)
+
+
+def _same_runs(summary: Summary) -> list[str]:
+    """A line for each axis along which groups were the same runs: what they have in common is no result."""
+    found = []
+    same = [each for each in compare_all(summary, summary.final) if each.is_same_run]
+    for axis in summary.axes:
+        here = [each for each in same if each.axis == axis.name]
+        values = [value for value in axis.values if value in {each.value for each in here}]
+        if values:
+            others = {each.reference.at for each in here}
+            where = (
+                ""
+                if len(others) == summary.num_groups // len(axis.values)
+                else f", in {len(others)} of {summary.num_groups // len(axis.values)} places"
+            )
+            training = _listed([_where(axis.name, value) for value in (*values, axis.against)])
+            found.append(
+                f"The same run, step by step and seed by seed{where}: training {training}; what {axis.name} sets had "
+                "no effect there."
+            )
+    return found
 
 
 def _of_figure(summary: Summary, key: str, *, full: bool) -> list[str]:
@@ -75,7 +104,8 @@ def _of_figure(summary: Summary, key: str, *, full: bool) -> list[str]:
 
 def _told_apart(made: Sequence[Comparison], key: str) -> str:
     reference = made[0].reference
-    parts = [f"{_capital(_place(reference.at))}, success{_when(key)} is {_level(reference, key)}"]
+    what = "it" if key == "area" else f"success{_when(key)}"
+    parts = [f"{_capital(_place(reference.at))}, {what} is {_level(reference, key)}"]
     for sign, lead in (("above", "higher"), ("below", "lower"), (None, "not compared:")):
         here = [each for each in made if each.sign == sign]
         if here:
@@ -114,11 +144,15 @@ def _alike(summary: Summary, axis: str, groups: Sequence[Sequence[Comparison]], 
     places = [tuple(pair for pair in made[0].reference.at if pair[0] != axis) for made in groups]
     against = _where(axis, every[0].reference.value(axis))
     where = _places(summary, axis, places)
-    lead = f"{where} nothing" if where else "Nothing"
-    differences = [each.difference.value for each in every if each.difference is not None]
+    values = list(dict.fromkeys(each.value for each in every))
+    told = f"training {_where(axis, values[0])} is not" if len(values) == 1 else "nothing is"
+    low, high = (
+        _signed(end([each.difference.value for each in every if each.difference is not None])) for end in (min, max)
+    )
+    measured = f"the measured difference is {low}" if low == high else f"measured differences are {low} to {high}"
     return (
-        f"{_capital(lead)} is told apart from training {against}{when}: measured differences are "
-        f"{_signed(min(differences))} to {_signed(max(differences))}; {_bound(every)}."
+        f"{_capital(f'{where}, {told}' if where else told)} told apart from training {against}{when}: {measured}; "
+        f"{_bound(every)}."
     )
 
 
@@ -156,18 +190,21 @@ def _incomplete(summary: Summary) -> list[str]:
 
 def method(summary: Summary) -> str:
     """How differences are told from chance, for the reader of the results."""
-    count = num_comparisons(summary.axes)
-    intervals = f"Brackets: Student's t interval of the mean over {num_seeds(summary)}, 95 %."
+    count, every = num_comparisons(summary.axes), num_corrected_for(summary)
+    floor = f"of success a spread below {MEASURED:g} counts as {MEASURED:g}"
+    intervals = f"Brackets: Student's t interval of the mean over {num_seeds(summary)}, 95 %; {floor}."
     if not count or len(summary.seeds) < 2:
         return intervals if len(summary.seeds) > 1 else "One seed has no interval."
     seeds = len(summary.seeds)
+    those = "comparison" if every == 1 else f"{every} comparisons"
+    part = f", of which {'this is one' if count == 1 else f'these are {count}'}" if every > count else ""
     return (
         f"{intervals}  After a difference: its own 95 % interval, by Welch's test.  A difference is stated where that "
-        f"test, corrected for the {count} comparisons of each figure (Holm), is below {ALPHA:g}: all statements "
+        f"test, corrected for the {those} of each figure{part} (Holm), is below {ALPHA:g}: all statements "
         f"about a figure hold together with 95 %, where runs scatter normally; where one group scatters several times "
-        f"as much as the other, a test of few seeds errs up to twice as often.  In a comparison a spread below "
-        f'{MEASURED:g} counts as {MEASURED:g}.  What is "not excluded" are differences that intervals leave possible '
-        f'which hold together at 95 % (Bonferroni); "equal" is said only where they leave nothing above {SAME:g}.  '
+        f'as much as the other, a test of few seeds errs up to twice as often.  What is "not excluded" are differences '
+        f"that intervals leave possible which hold together at 95 % (Bonferroni); "
+        f'"equal" is said only where they leave nothing above {SAME:g}.  '
         f"None of this knows of runs that fail now and then: of a group none of whose {seeds} runs did, up to "
         f"{1 - ALPHA ** (1 / seeds):.0%} of all runs may (95 %)."
     )

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from atpo_async.study.cells import FINAL, CellResult
 from atpo_async.study.grid.axes import Axis
-from atpo_async.study.results.comparisons import MEASURED, num_comparisons
+from atpo_async.study.results.comparisons import num_comparisons
 from atpo_async.study.results.statistics import ALPHA, MOST_SEEDS, POWER, detectable, deviation, seeds_for
-from atpo_async.study.results.summary import At, Summary, place, task_of
+from atpo_async.study.results.summary import MEASURED, At, Summary, place, task_of
 
 ASSUMED = (0.02, 0.05, 0.1, 0.2)
 """Spreads that are reckoned with where none is known."""

@@ -44,12 +44,17 @@ class Interval:
     high: float
 
 
-def interval(values: Sequence[float], *, level: float = LEVEL) -> Interval | None:
-    """Student's t interval of a mean; None of fewer than two values."""
+def interval(values: Sequence[float], *, level: float = LEVEL, least_deviation: float = 0.0) -> Interval | None:
+    """Student's t interval of a mean; None of fewer than two values.
+
+    Args:
+        least_deviation: a smaller spread counts as this.
+    """
     if len(values) < 2:
         return None
     middle = mean(values)
-    half = t_quantile(0.5 + level / 2, len(values) - 1) * deviation(values) / math.sqrt(len(values))
+    spread = max(deviation(values), least_deviation)
+    half = t_quantile(0.5 + level / 2, len(values) - 1) * spread / math.sqrt(len(values))
     return Interval(middle, middle - half, middle + half)
 
 
@@ -94,12 +99,17 @@ def welch(first: Sequence[float], second: Sequence[float], *, least_deviation: f
     return Difference(value=value, error=error, freedom=freedom, p=p)
 
 
-def holm(ps: Sequence[float]) -> list[float]:
-    """The p-values, corrected for their number by Holm's method; in the order given."""
+def holm(ps: Sequence[float], *, among: int = 0) -> list[float]:
+    """The p-values, corrected for their number by Holm's method; in the order given.
+
+    Args:
+        among: of how many comparisons these are, where there are more; the others count as if they showed nothing.
+    """
+    count = max(among, len(ps))
     order = sorted(range(len(ps)), key=ps.__getitem__)
     found, largest = [0.0] * len(ps), 0.0
     for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        largest = max(largest, min(1.0, (count - rank) * ps[i]))
         found[i] = largest
     return found
 

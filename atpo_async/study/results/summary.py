@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from atpo_async.study.cells import AT_TOKENS, FINAL, TO_GOAL, WINDOW, CellResult, smooth
+from atpo_async.study.cells import AT_TOKENS, FINAL, SHARES, SUCCESS, TO_GOAL, WINDOW, CellResult, smooth
 from atpo_async.study.grid.axes import Axis
 from atpo_async.study.grid.names import label
 from atpo_async.study.plan import combinations
@@ -21,8 +21,9 @@ def place(at: At) -> str:
     return ", ".join(label(*pair) for pair in at)
 
 
-SHARES = frozenset({"greedy", "sampled", "area", AT_TOKENS, "collapsed"})
-"""Figures between 0 and 1: so are the ends of their intervals."""
+MEASURED = 0.01
+"""Least standard deviation of success over seeds: of a hundred held-out tasks, or three steps' trees, one more or less
+solved is that much.  Groups that vary less by chance are taken to vary so much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,14 +94,19 @@ class Group:
 
     def spread(self, key: str) -> Spread | None:
         """None where no cell has the figure."""
-        return spread_of(self.values(key), share=key in SHARES)
+        return spread_of(self.values(key), share=key in SHARES, least_deviation=MEASURED if key in SUCCESS else 0.0)
 
 
-def spread_of(values: Sequence[float], *, share: bool = False) -> Spread | None:
-    """The mean with Student's interval; None of no values.  ``share``: both ends are kept within 0 and 1."""
+def spread_of(values: Sequence[float], *, share: bool = False, least_deviation: float = 0.0) -> Spread | None:
+    """The mean with Student's interval; None of no values.
+
+    Args:
+        share: both ends are kept within 0 and 1.
+        least_deviation: a smaller spread counts as this.
+    """
     if not values:
         return None
-    found = interval(values) or Interval(values[0], values[0], values[0])
+    found = interval(values, least_deviation=least_deviation) or Interval(values[0], values[0], values[0])
     low, high = (min(max(end, 0.0), 1.0) for end in (found.low, found.high)) if share else (found.low, found.high)
     return Spread(mean=found.mean, low=low, high=high, values=tuple(values))
 
@@ -113,12 +119,21 @@ class Summary:
     seeds: tuple[int, ...]
     groups: Mapping[At, Group]
     by_tokens: bool = False
+    laid_down: int = 0
+    """Comparisons of one figure that were laid down, where they are more than those of the axes: of a part of a study
+    all of its grid's."""
     token_budgets: Mapping[At, float]
     """Of each task (the values of the axes that are not compared): action tokens that every cell of it sampled."""
 
     @classmethod
     def of(
-        cls, results: Iterable[CellResult], *, axes: Sequence[Axis], seeds: Sequence[int], by_tokens: bool = False
+        cls,
+        results: Iterable[CellResult],
+        *,
+        axes: Sequence[Axis],
+        seeds: Sequence[int],
+        by_tokens: bool = False,
+        laid_down: int = 0,
     ) -> Summary:
         """``results`` outside the grid are left aside; cells without one are missing."""
         grid = list(combinations(axes))
@@ -131,7 +146,10 @@ class Summary:
             whole = _over_equal_steps(_at_equal_tokens(result, budgets.get(task)), last.get(task))
             by_group.setdefault(result.cell.at, []).append(whole)
         groups = {at: Group(at=at, planned=len(seeds), results=tuple(by_group.get(at, ()))) for at in grid}
-        return cls(axes=tuple(axes), seeds=tuple(seeds), groups=groups, by_tokens=by_tokens, token_budgets=budgets)
+        return cls(
+            axes=tuple(axes), seeds=tuple(seeds), groups=groups, by_tokens=by_tokens, laid_down=laid_down,
+            token_budgets=budgets,
+        )  # fmt: skip
 
     def __getitem__(self, at: At) -> Group:
         return self.groups[at]
@@ -169,6 +187,11 @@ class Summary:
     @property
     def results(self) -> list[CellResult]:
         return [result for group in self.groups.values() for result in group.results]
+
+    @property
+    def num_groups(self) -> int:
+        """Places of the grid."""
+        return len(self.groups)
 
     @property
     def num_planned(self) -> int:

@@ -13,11 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from atpo_async.core.errors import SetupError
 from atpo_async.run import launch
 from atpo_async.run.files import last_lines, write_atomic
 from atpo_async.study.cells import CellResult
-from atpo_async.study.runner import Job, OnStep, clear_run, read_result
+from atpo_async.study.runner import CellRefused, Job, OnStep, clear_run, read_result
 from atpo_async.study.workers.worker import Worker, WorkerLost
 
 
@@ -65,9 +64,10 @@ class InProcess:
             raise
         self._idle.append(worker)
         if "failed" in ended:
+            failed = self._failed(job, str(ended["failed"]), began)
             if ended.get("user"):
-                raise SetupError(f"cell {job.cell.label}: {ended['failed']}  (log: {job.folder.log(job.cell)})")
-            return self._failed(job, str(ended["failed"]), began)
+                raise CellRefused(failed, job.folder.log(job.cell))
+            return failed
         return await asyncio.to_thread(read_result, job, self.clock() - began, in_process=True)
 
     async def _watch(self, worker: Worker, on_step: OnStep) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""Axes whose values are the same run, and recipes on a task that they are not for: said before a study runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from atpo_async.config import Config
+from atpo_async.config.idle_settings import WORKS_WITH, without_effect
+from atpo_async.config.recipes import TABLE
+from atpo_async.study.cells import Cell
+from atpo_async.study.grid.names import RECIPE
+from atpo_async.study.plan import Plan
+
+
+def without_results(plan: Plan) -> list[str]:
+    """A line for each part of the grid that will not show what its name says."""
+    cells = [(cell, plan.config(cell, runs=Path("runs"))) for cell in plan.cells()[: plan.num_groups]]
+    lines = []
+    for axis in plan.axes:
+        if axis.name in WORKS_WITH and len(axis.values) > 1:
+            lines += _without_effect(axis.name, cells)
+        elif axis.name == RECIPE:
+            lines += _on_another_task(plan, cells)
+    return lines + _of_other_lengths(cells)
+
+
+def _without_effect(name: str, cells: list[tuple[Cell, Config]]) -> list[str]:
+    """The axis is a field that is not read, in all cells or in some."""
+    found = [(cell, why) for cell, config in cells if (why := without_effect(config, name)) is not None]
+    if not found:
+        return []
+    cell, why = found[0]
+    if len(found) == len(cells):
+        return [f"--axis {name} {why}: its values are the same run, and a difference between them is chance"]
+    return [f"{name} {why} in {len(found)} of {len(cells)} cells of a seed, as in {cell.label}: there its values are "
+            "the same run"]  # fmt: skip
+
+
+def _on_another_task(plan: Plan, cells: list[tuple[Cell, Config]]) -> list[str]:
+    axis = plan.axis(RECIPE)
+    assert axis is not None
+    lines = []
+    for value, tables in axis.layers.items():
+        task = tables[0].get(TABLE, {}).get("task", "")
+        here = [config for cell, config in cells if dict(cell.at)[RECIPE] == value and not config.environments]
+        others = {config.environment.name for config in here} - {task}
+        if task and others:
+            lines.append(
+                f"recipe {value} is for environment.name = {task!r}, and runs on {', '.join(sorted(others))} here: it "
+                "is not the method of its name there"
+            )
+    return lines
+
+
+def _of_other_lengths(cells: list[tuple[Cell, Config]]) -> list[str]:
+    """Recipes or other files may set the steps of their cells."""
+    lengths: dict[tuple[str, int], Cell] = {}
+    for cell, config in cells:
+        lengths.setdefault((config.task_described, config.run.steps - (cell.lag or 0)), cell)
+    lines = []
+    for task in dict.fromkeys(task for task, _ in lengths):
+        here = {steps: cell for (of, steps), cell in lengths.items() if of == task}
+        if len(here) > 1:
+            listed = ", ".join(f"{steps} ({cell.label})" for steps, cell in sorted(here.items()))
+            lines.append(f"cells differ in run.steps: {listed}; success is compared after {min(here)}")
+    return lines
