@@ -123,9 +123,17 @@ def test_what_was_the_same_run_is_said_to_be() -> None:
 
     grid: Grid = {(lag, name): HIGH for lag in (0, 2) for name in ("none", "turn", "token")}
     grid[(2, "token")] = MIDDLE
-    assert sentences(summary_of(grid, results=counted))[-1] == (
+    tail = "; what correction sets had no effect there."
+    assert sentences(summary_of(grid, results=counted))[-2:] == [
         "The same run, step by step and seed by seed, in 1 of 2 places: training with turn-level truncation, with "
-        "token-level truncation and without a correction; what correction sets had no effect there."
+        f"token-level truncation and without a correction{tail}",
+        "The same run, step by step and seed by seed, in 1 of 2 places: training with turn-level truncation and "
+        f"without a correction{tail}",
+    ]
+    grid[(0, "token")] = LOW
+    assert sentences(summary_of(grid, results=counted))[-1] == (
+        "The same run, step by step and seed by seed: training with turn-level truncation and without a correction"
+        f"{tail}"
     )
     one = summary_of({(0, "none"): HIGH, (0, "turn"): HIGH, (2, "none"): HIGH, (2, "turn"): LOW}, results=counted)
     assert "seed by seed, in 1 of 2 places: training with turn-level truncation and without" in sentences(one)[-1]

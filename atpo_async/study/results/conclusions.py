@@ -53,24 +53,21 @@ def sentences(summary: Summary) -> list[str]:
 
 
 def _same_runs(summary: Summary) -> list[str]:
-    """A line for each axis along which groups were the same runs: what they have in common is no result."""
+    """A line for values of an axis that were the same runs: what they have in common is no result."""
+    by_values: dict[tuple[str, tuple[str, ...]], int] = {}
+    for (axis, _), made in by_reference(compare_all(summary, summary.final)).items():
+        if same := tuple(each.value for each in made if each.is_same_run):
+            key = axis, (*same, made[0].reference.value(axis))
+            by_values[key] = by_values.get(key, 0) + 1
     found = []
-    same = [each for each in compare_all(summary, summary.final) if each.is_same_run]
-    for axis in summary.axes:
-        here = [each for each in same if each.axis == axis.name]
-        values = [value for value in axis.values if value in {each.value for each in here}]
-        if values:
-            others = {each.reference.at for each in here}
-            where = (
-                ""
-                if len(others) == summary.num_groups // len(axis.values)
-                else f", in {len(others)} of {summary.num_groups // len(axis.values)} places"
-            )
-            training = _listed([_where(axis.name, value) for value in (*values, axis.against)])
-            found.append(
-                f"The same run, step by step and seed by seed{where}: training {training}; what {axis.name} sets had "
-                "no effect there."
-            )
+    for (axis, values), count in by_values.items():
+        places = summary.num_groups // next(len(each.values) for each in summary.axes if each.name == axis)
+        where = "" if count == places else f", in {count} of {places} places"
+        training = _listed([_where(axis, value) for value in values])
+        found.append(
+            f"The same run, step by step and seed by seed{where}: training {training}; what {axis} sets had no effect "
+            "there."
+        )
     return found
 
 
