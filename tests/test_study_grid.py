@@ -169,6 +169,7 @@ def test_the_folder_of_a_value_is_its_own_and_a_name_that_a_run_may_have(first: 
         (["learner.lr=1e-4", "learner.lr=2e-4"], "--axis learner.lr is given twice"),
         (["learner.lr=0,1e-4"], "--axis learner.lr=0: cell learner.lr 0, seed 1: learner.lr must be > 0"),
         (["learner.minibatches=1,two"], "--axis learner.minibatches=two: cell"),
+        (["search.strategy=entropy,random", "learner.lr=0,1e-4"], "--axis learner.lr=0: cell"),
         (["learner.betas=[0.9, 0.9"], "a bracket or quote has no partner"),
         (["lag=0,two"], "--axis lag=two: 'two' is no lag"),
         (["lag=-1"], "'-1' is no lag"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from atpo_async.config import Config
 from atpo_async.core.errors import ConfigError, RunMismatch, SetupError
 from atpo_async.models.policy import warm_start_command
 from atpo_async.report.progress import duration
-from atpo_async.study.cells import Cell, CellResult, least_known
+from atpo_async.study.cells import KNOWN_SHARE, Cell, CellResult, least_known
 from atpo_async.study.folder import StudyFolder
 from atpo_async.study.grid.idle import without_results
 from atpo_async.study.grid.overriding import overridden
@@ -155,8 +156,8 @@ def check_in_process(plan: Plan) -> None:
             raise ConfigError(
                 f"cell {cell.label}: staleness.max_lag = {lag} is exact in one process, so that the last {lag} of "
                 f"run.steps = {steps} batches are of trees that had come in before, and success is not known as they "
-                f"are trained on: use --axis lag={lag}, whose runs are so much longer, more --run.steps, or leave "
-                "--in-process out"
+                f"are trained on: use --axis lag={lag}, whose runs are so much longer, at least --run.steps "
+                f"{math.ceil(round(lag / (1 - KNOWN_SHARE), 6))}, or leave --in-process out"
             )
         settings = plan.settings(cell)
         same = made.setdefault((cell.stage, fingerprint(leaving(settings, WITHOUT_EFFECT))), cell)
@@ -240,10 +241,10 @@ class _Study:
         if not waiting:
             return "every cell has ended"
         left = self._pace().left_s([], self._with_steps(waiting), lanes=self._lanes(len(waiting)))
-        lanes = f"{self._lanes(len(waiting))} at once"
+        to_run = f"{_counted(len(waiting))} to run, {self._lanes(len(waiting))} at once"
         if left is None:
-            return f"{len(waiting)} cells to run, {lanes}; the time is told once a cell has made a quarter of its steps"
-        return f"{len(waiting)} cells to run, {lanes}: about {duration(left)}, by those that have ended here"
+            return f"{to_run}; the time is told once a cell has made a quarter of its steps"
+        return f"{to_run}: about {duration(left)}, by those that have ended here"
 
     def run(self) -> bool:
         """Whether all cells have ended; False where an interruption stopped them.
@@ -298,7 +299,7 @@ class _Study:
             ended = folder.first_stage(plan) if cells[0].stage else folder.results(plan)
             failed = sum(result.status == "failed" for result in ended.values())
             again = f", {failed} of them failed (--retry-failed runs these again)" if failed else ""
-            self._say(f"{len(cells)} cells done{again}; {took}.")
+            self._say(f"{_counted(len(cells))} done{again}; {took}.")
             return True
         count = len(folder.results(plan)) + len(folder.first_stage(plan))
         everything = len(plan.cells()) + len(plan.first_stage())
@@ -382,6 +383,10 @@ class _Study:
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False)
+
+
+def _counted(cells: int) -> str:
+    return "1 cell" if cells == 1 else f"{cells} cells"
 
 
 def num_seeds_of(plan: Plan) -> str:

@@ -201,13 +201,24 @@ def _check_each_value(plan: Plan) -> None:
             cell = Cell(at=tuple((first | {axis.name: value}).items()), seed=seed)
             # A candidate of the first stage that is no value of its field is not the axis' fault.
             if (fault := _fault(replace(plan, choosing=None), cell)) is not None and _fault(plan, cell) is not None:
-                raise ConfigError(f"--axis {axis.name}={value}: {fault}")
+                name = axis.name if value != first[axis.name] else _to_blame(plan, first, axis.name)
+                raise ConfigError(f"--axis {name}={value if name == axis.name else first[name]}: {fault}")
     if plan.choosing is None:
         return
     for value in plan.choosing.values:
         at = tuple((first | {plan.choosing.field: value}).items())
         if (fault := _fault(plan, Cell(at=at, seed=seed, stage="choose"))) is not None:
             raise ConfigError(f"--choose {plan.choosing.field}={value}: {fault}")
+
+
+def _to_blame(plan: Plan, first: Mapping[str, str], otherwise: str) -> str:
+    """Of axes at their first values, which have no configuration together, one that has one at another value."""
+    for axis in plan.axes:
+        for value in axis.values[1:]:
+            cell = Cell(at=tuple((dict(first) | {axis.name: value}).items()), seed=plan.seeds[0])
+            if _fault(replace(plan, choosing=None), cell) is None:
+                return axis.name
+    return otherwise
 
 
 def _fault(plan: Plan, cell: Cell) -> ConfigError | None:
