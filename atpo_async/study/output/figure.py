@@ -206,8 +206,9 @@ def _dots(axes: Any, summary: Summary, panel: Panel, series: Sequence[Series]) -
         axes.errorbar(xs, ys, xerr=ends, elinewidth=1.6, **style)
     axes.set_yticks(range(len(names)), labels=names)
     axes.invert_yaxis()
-    if (ends := dot_range(summary, panel)) is not None:
-        axes.set_xlim(ends[0] - 0.02 * (ends[1] - ends[0]), ends[1] + 0.02 * (ends[1] - ends[0]))
+    if (shown := dot_range(summary, panel)) is not None:
+        edge = 0.02 * (shown[1] - shown[0])
+        axes.set_xlim(shown[0] - edge, shown[1] + edge)
     axes.set(title=panel.title, xlabel=panel.label)
     _plain(axes)
 
