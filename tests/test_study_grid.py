@@ -481,7 +481,15 @@ def test_a_recipe_on_a_task_that_is_not_its_own_is_said_to_be(tmp_path: Path) ->
     assert without_results(longer) == [
         "cells differ in run.steps: 33 (mine, seed 1), 40 (grpo, seed 1); success is compared after 33"
     ]
-    assert without_results(of_demo("lag=0,2", options={"learner.schedule": "constant"})) == []
+
+
+def test_a_lag_that_is_there_for_few_steps_is_said_to_be() -> None:
+    constant = {"learner.schedule": "constant"}
+    assert without_results(of_demo("lag=0,3", options=constant)) == []
+    assert without_results(of_demo("lag=0,3,4", options=constant)) == [
+        "lag 4: of the 6 steps over which success counts the first 4 train on batches of the first policy, at smaller "
+        "lags; --run.steps 8 or more makes it count for half of them"
+    ]
 
 
 def test_a_schedule_is_a_value_of_an_axis() -> None:

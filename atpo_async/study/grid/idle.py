@@ -21,7 +21,7 @@ def without_results(plan: Plan) -> list[str]:
             lines += _without_effect(axis.name, cells)
         elif axis.name == RECIPE:
             lines += _on_another_task(plan, cells)
-    return lines + _of_other_lengths(cells)
+    return [*lines, *_mostly_younger(cells), *_of_other_lengths(cells)]
 
 
 def _without_effect(name: str, cells: list[tuple[Cell, Config]]) -> list[str]:
@@ -50,6 +50,17 @@ def _on_another_task(plan: Plan, cells: list[tuple[Cell, Config]]) -> list[str]:
                 "is not the method of its name there"
             )
     return lines
+
+
+def _mostly_younger(cells: list[tuple[Cell, Config]]) -> list[str]:
+    """Lags that are there for less than half of the steps over which success counts."""
+    found = {cell.lag: config.run.steps - cell.lag for cell, config in cells if cell.lag is not None}
+    return [
+        f"lag {lag}: of the {steps} steps over which success counts the first {lag} train on batches of the first "
+        f"policy, at smaller lags; --run.steps {2 * lag} or more makes it count for half of them"
+        for lag, steps in sorted(found.items())
+        if 2 * lag > steps
+    ]
 
 
 def _of_other_lengths(cells: list[tuple[Cell, Config]]) -> list[str]:
