@@ -406,7 +406,8 @@ def test_a_result_of_other_settings_or_a_damaged_one_is_named(bench: Bench) -> N
         marker.write_text(json.dumps(data | part))
         with pytest.raises(SetupError, match=rf"lag0-none-seed1\.json is damaged \(ValueError: {fault}\); delete it"):
             bench.run(plan, FakeRunner(), report_only=True)
-    marker.write_text(json.dumps(data | {"figures": figures | {"kl_k1": -1e-9, "ess_turn": 1.0 + 1e-9}}))
+    rounded = {"figures": figures | {"kl_k1": -1e-9, "ess_turn": 1.0 + 1e-9}, "curve": [[1, -1e-17], [2, 1.0 + 1e-9]]}
+    marker.write_text(json.dumps(data | rounded))
     assert bench.run(plan, FakeRunner(), report_only=True) is True
 
 

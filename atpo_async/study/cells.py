@@ -329,7 +329,7 @@ def _check(result: CellResult) -> None:
         most = 1.0 if key in SHARES else math.inf
         if not (math.isfinite(value) and (key in SIGNED or -_ROUNDING <= value <= most + _ROUNDING)):
             raise ValueError(f"{key} = {value:g}")
-    if any(not 0.0 <= value <= 1.0 for _, value in result.curve):
+    if any(not -_ROUNDING <= value <= 1.0 + _ROUNDING for _, value in result.curve):
         raise ValueError("a success outside 0 to 1 in the curve")
     steps = [step for step, _ in result.curve]
     if steps != sorted(set(steps)):
