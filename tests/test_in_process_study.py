@@ -114,9 +114,11 @@ async def test_a_worker_that_says_what_is_no_fact_costs_its_cell(tmp_path: Path)
 
 
 @linux
-async def test_what_only_the_user_can_mend_ends_the_study(tmp_path: Path) -> None:
-    with pytest.raises(SetupError, match=r"cell lag 0, none, seed 1: no such model  \(log: "):
-        await run_all(tmp_path, "user", 2)
+async def test_what_only_the_user_can_mend_costs_its_cell_and_ends_the_study_where_three_end_so(tmp_path: Path) -> None:
+    _, kept = await run_all(tmp_path, "user", 2)
+    assert [(result.status, result.reason) for result in kept] == [("failed", "no such model")] * 2
+    with pytest.raises(SetupError, match=r"3 cells in a row ended alike, .* seed 1: no such model  \(log: "):
+        await run_all(tmp_path / "more", "user", 3)
 
 
 @linux
