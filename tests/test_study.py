@@ -477,6 +477,8 @@ def test_a_report_is_of_the_part_of_the_grid_that_is_named(
     page = (bench.out / "staleness-part.md").read_text()
     assert "A part of the study: of lag 0,2,4 only 0,4; of the seeds 1,2 only 1." in page
     assert "staleness-part.png" in page
+    assert "\natpo study staleness --report --axis lag=0,4 --seeds 1\n```" in page
+    assert "--lags 0,2,4" in page
     (bench.out / "staleness.csv").unlink()
     assert main.main([*report, "--axis", "correction=all"]) == 0
     assert len((bench.out / "staleness.csv").read_text().splitlines()) == 1 + 12

@@ -20,8 +20,8 @@ from atpo_async.study.folder import StudyFolder
 from atpo_async.study.grid.axes import canonical, parse_axis, recipes
 from atpo_async.study.grid.choosing import choices
 from atpo_async.study.grid.corrections import CORRECTIONS
-from atpo_async.study.grid.idle import without_results
 from atpo_async.study.grid.making import Wanted, make_plan
+from atpo_async.study.grid.misleading import misleading_parts
 from atpo_async.study.grid.names import slug
 from atpo_async.study.grid.overriding import overridden
 from atpo_async.study.grid.presets import PRESETS
@@ -458,35 +458,35 @@ def test_what_an_option_of_the_grid_takes_from_recipes_is_said(tmp_path: Path) -
 
 def test_an_axis_without_effect_is_said_to_be_one() -> None:
     branches = "search.branches=1,5"
-    assert without_results(of_demo(branches, options={"search.strategy": "none"})) == [
+    assert misleading_parts(of_demo(branches, options={"search.strategy": "none"})) == [
         "--axis search.branches has no effect with search.strategy = 'none' (it has with a strategy that adds "
         "branches): its values are the same run, and a difference between them is chance"
     ]
-    (some,) = without_results(of_demo("search.strategy=none,entropy", branches))
+    (some,) = misleading_parts(of_demo("search.strategy=none,entropy", branches))
     assert some.startswith("search.branches has no effect with search.strategy = 'none' (it has with ")
     assert some.endswith(" in 2 of 4 cells of a seed, as in search.strategy none, search.branches 1, seed 1: there its "
                          "values are the same run")  # fmt: skip
-    assert without_results(of_demo(branches)) == []
-    assert without_results(of_demo("learner.lr=1e-4,2e-4")) == []
+    assert misleading_parts(of_demo(branches)) == []
+    assert misleading_parts(of_demo("learner.lr=1e-4,2e-4")) == []
 
 
 def test_a_recipe_on_a_task_that_is_not_its_own_is_said_to_be(tmp_path: Path) -> None:
     mine = tmp_path / "mine.toml"
     mine.write_text('[recipe]\nname = "mine"\n\n[run]\nsteps = 33\n')
-    assert without_results(of_demo(f"recipe=grpo,rlpt,{mine}", options={})) == [
+    assert misleading_parts(of_demo(f"recipe=grpo,rlpt,{mine}", options={})) == [
         "recipe rlpt is for environment.name = 'next_text', and runs on hopqa here: it is not the method of its name "
         "there"
     ]  # --run.steps goes over a recipe's
     longer = make_plan(Wanted(name="m", axes=[f"recipe=grpo,{mine}"], files=[DEMO], seeds=1), root=ROOT)
-    assert without_results(longer) == [
+    assert misleading_parts(longer) == [
         "cells differ in run.steps: 33 (mine, seed 1), 40 (grpo, seed 1); success is compared after 33"
     ]
 
 
 def test_a_lag_that_is_there_for_few_steps_is_said_to_be() -> None:
     constant = {"learner.schedule": "constant"}
-    assert without_results(of_demo("lag=0,3", options=constant)) == []
-    assert without_results(of_demo("lag=0,3,4", options=constant)) == [
+    assert misleading_parts(of_demo("lag=0,3", options=constant)) == []
+    assert misleading_parts(of_demo("lag=0,3,4", options=constant)) == [
         "lag 4: of the 6 steps over which success counts the first 4 train on batches of the first policy, at smaller "
         "lags; --run.steps 8 or more makes it count for half of them"
     ]

@@ -22,7 +22,7 @@ from atpo_async.study.grid.making import FIRST_STAGE_SEEDS, Wanted, make_plan, w
 from atpo_async.study.grid.names import CORRECTION, LAG, TASK
 from atpo_async.study.grid.presets import DEFAULT_SEEDS, OWN_NAME, PRESETS, Preset
 from atpo_async.study.output import outputs
-from atpo_async.study.plan import LEAST_STEPS, Plan
+from atpo_async.study.plan import LEAST_STEPS, Plan, joined
 
 DEFAULT_DIFFERENCE = 0.1
 """Of success: the seeds that it would take are said."""
@@ -326,8 +326,20 @@ def left_out(files: Sequence[str], options: Mapping[str, str], own: Path) -> lis
     ]
 
 
+def _reporting(plan: Plan, whole: Plan) -> str:
+    """The command that reports a part of a study, or compares its values with other references."""
+    words = ["atpo", "study", *([plan.name] if plan.name != OWN_NAME else []), "--report"]
+    for axis, every in zip(plan.axes, whole.axes, strict=True):
+        words += ["--axis", f"{axis.name}={joined(axis.values)}"] if axis.values != every.values else []
+        words += ["--against", f"{axis.name}={axis.against}"] if axis.reference != every.reference else []
+    return shlex.join([*words, *(["--seeds", str(len(plan.seeds))] if plan.seeds != whole.seeds else [])])
+
+
 def reproducing(plan: Plan, *, in_process: bool = False) -> str:
-    """The command that makes the same study anywhere, its grid spelt out."""
+    """The command that makes the same study anywhere, its grid spelt out; of a part of it, in a second line, the one
+    that reports it."""
+    if plan.part_of is not None:
+        return f"{reproducing(plan.part_of, in_process=in_process)}\n{_reporting(plan, plan.part_of)}"
     words = ["atpo", "study", *([plan.name] if plan.name != OWN_NAME else []), *plan.arguments]
     for axis in plan.axes:
         option = {LAG: "--lags", CORRECTION: "--corrections"}.get(axis.name) if plan.name == "staleness" else None

@@ -25,7 +25,7 @@ from atpo_async.run.files import write_atomic
 from atpo_async.study.cells import Cell, CellResult, from_json, to_json
 from atpo_async.study.grid.axes import Axis, split_values
 from atpo_async.study.grid.choosing import Choice, choices
-from atpo_async.study.plan import Plan, fingerprint
+from atpo_async.study.plan import Plan, fingerprint, joined
 from atpo_async.study.record import Record, differences, listed_differences, read_record, with_later_fields
 
 
@@ -65,7 +65,7 @@ class StudyFolder:
         was = read_record(file)
         if seeds is not None and not 1 <= seeds <= len(was.seeds):
             raise ConfigError(
-                f"--seeds {seeds}: study {self.path} has {len(was.seeds)} seeds ({_joined(was.seeds)}); use 1 to "
+                f"--seeds {seeds}: study {self.path} has {len(was.seeds)} seeds ({joined(was.seeds)}); use 1 to "
                 f"{len(was.seeds)}"
             )
         some = tuple(self._some(axis, (axes or {}).get(axis.name)) for axis in was.axes)
@@ -85,7 +85,7 @@ class StudyFolder:
         values = [axis.value_named(word) for word in words]
         if unknown := [word for word, value in zip(words, values, strict=True) if value is None]:
             raise ConfigError(
-                f"--axis {axis.name}={listed}: study {self.path} has {_joined(axis.values)}, not {unknown[0]}; name "
+                f"--axis {axis.name}={listed}: study {self.path} has {joined(axis.values)}, not {unknown[0]}; name "
                 "some of those"
             )
         return replace(axis, values=tuple(value for value in axis.values if value in values), words=())
@@ -186,10 +186,6 @@ class StudyFolder:
                 "old settings; a study goes on with more values of its axes and more seeds, not with fewer, other "
                 "axes or another configuration (--report reports a part of it)"
             )
-
-
-def _joined(values: Sequence[object]) -> str:
-    return ",".join(str(value) for value in values)
 
 
 def _locked(folder: Path) -> contextlib.AbstractContextManager[None]:

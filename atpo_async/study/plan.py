@@ -191,11 +191,11 @@ class Plan:
         found = []
         for axis, every in zip(self.axes, self.part_of.axes, strict=True):
             if len(axis.values) < len(every.values):
-                found.append(f"of {axis.name} {_joined(every.values)} only {_joined(axis.values)}")
+                found.append(f"of {axis.name} {joined(every.values)} only {joined(axis.values)}")
             elif axis.against != every.against:
                 found.append(f"{axis.name} compared with {axis.against}, in the study with {every.against}")
         if len(self.seeds) < len(self.part_of.seeds):
-            found.append(f"of the seeds {_joined(self.part_of.seeds)} only {_joined(self.seeds)}")
+            found.append(f"of the seeds {joined(self.part_of.seeds)} only {joined(self.seeds)}")
         return found
 
     def with_chosen(self, chosen: Mapping[str, str]) -> Plan:
@@ -203,7 +203,8 @@ class Plan:
         return replace(self, chosen=dict(chosen), _settings={})
 
 
-def _joined(values: Sequence[object]) -> str:
+def joined(values: Sequence[object]) -> str:
+    """As on a command line."""
     return ",".join(map(str, values))
 
 

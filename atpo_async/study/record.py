@@ -13,7 +13,7 @@ from atpo_async.core.errors import SetupError
 from atpo_async.study.grid.axes import Axis
 from atpo_async.study.grid.choosing import Choosing
 from atpo_async.study.grid.names import CORRECTION, LAG, TASK
-from atpo_async.study.plan import FREE, Plan, leaving, settings_of
+from atpo_async.study.plan import FREE, Plan, joined, leaving, settings_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,17 +175,17 @@ def differences(was: Record, now: Record, *, part: bool) -> list[str]:
         found.append(f"its name was {was.name!r}, is {now.name!r}")
     names = [[axis.name for axis in each.axes] for each in (was, now)]
     if names[0] != names[1]:
-        return [*found, f"its axes were {_joined(names[0])}, are {_joined(names[1])}"]
+        return [*found, f"its axes were {joined(names[0])}, are {joined(names[1])}"]
     for old, new in zip(was.axes, now.axes, strict=True):
         whole, some = (old, new) if part else (new, old)
         if not set(some.values) <= set(whole.values):
-            found.append(f"--axis {old.name} had {_joined(old.values)}, has {_joined(new.values)}")
+            found.append(f"--axis {old.name} had {joined(old.values)}, has {joined(new.values)}")
         for value in old.values:
             if value in new.values and list(old.layers.get(value, ())) != list(new.layers.get(value, ())):
                 found.append(f"the file of {old.name} {value} has changed")
     whole_seeds, some_seeds = (was.seeds, now.seeds) if part else (now.seeds, was.seeds)
     if not set(some_seeds) <= set(whole_seeds):
-        found.append(f"--seeds had {_joined(was.seeds)}, has {_joined(now.seeds)}")
+        found.append(f"--seeds had {joined(was.seeds)}, has {joined(now.seeds)}")
     if was.choosing != now.choosing and not part:
         found.append(f"its first stage was {_said(was.choosing)}, is {_said(now.choosing)}")
     if was.by_tokens != now.by_tokens:
@@ -228,7 +228,3 @@ def listed_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _said(choosing: Choosing | None) -> str:
     return "none" if choosing is None else " ".join(choosing.words)
-
-
-def _joined(values: Sequence[object]) -> str:
-    return ",".join(str(value) for value in values)

@@ -21,7 +21,7 @@ from atpo_async.models.policy import warm_start_command
 from atpo_async.report.progress import duration
 from atpo_async.study.cells import KNOWN_SHARE, Cell, CellResult, least_known
 from atpo_async.study.folder import StudyFolder
-from atpo_async.study.grid.idle import without_results
+from atpo_async.study.grid.misleading import misleading_parts
 from atpo_async.study.grid.overriding import overridden
 from atpo_async.study.output import outputs
 from atpo_async.study.output.page import HEADINGS
@@ -228,7 +228,7 @@ class _Study:
             self._say(
                 f"first stage, which chooses {plan.choosing.field}: {len(first)} cells with {seeds}, {len(done)} done"
             )
-        for line in [*overridden(plan), *without_results(plan)]:
+        for line in [*overridden(plan), *misleading_parts(plan)]:
             self._say(line)
         results = [*self._folder.first_stage(plan).values(), *known.values()]
         spread = spreading(results, request.spread, axes=plan.axes, by_tokens=plan.by_tokens)

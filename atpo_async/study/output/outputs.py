@@ -34,19 +34,24 @@ def write_all(folder: StudyFolder, plan: Plan, *, command: str) -> list[Path]:
     """
     summary = summary_of(folder, plan)
     origin = Origin.of(folder, plan, command)
-    stem = f"{plan.name}-part" if plan.part_of is not None else plan.name
+    stem = _stem(plan)
     paths = [folder.path / f"{stem}.{ending}" for ending in ("csv", "md", "png", "html")]
-    write_csv(folder, plan, stem=stem)
+    write_csv(folder, plan)
     write_atomic(paths[1], f"# {origin.title}\n\n{markdown(summary, origin, figure=f'{stem}.png')}")
     figure = write_figure(summary, paths[2])
     write_atomic(paths[3], page(summary, origin))
     return [paths[0], paths[1], *figure, paths[3]]
 
 
-def write_csv(folder: StudyFolder, plan: Plan, *, stem: str = "") -> None:
-    """A line a cell.  ``stem``: of the file's name, that of the study where left out."""
+def _stem(plan: Plan) -> str:
+    """Of the names of its files."""
+    return plan.name if plan.part_of is None else f"{plan.name}-part"
+
+
+def write_csv(folder: StudyFolder, plan: Plan) -> None:
+    """A line a cell."""
     text = to_csv(summary_of(folder, plan), choosing=plan.choosing, chosen=plan.chosen)
-    write_atomic(folder.path / f"{stem or plan.name}.csv", text)
+    write_atomic(folder.path / f"{_stem(plan)}.csv", text)
 
 
 def summary_of(folder: StudyFolder, plan: Plan) -> Summary:

@@ -39,13 +39,18 @@ class Comparison:
     """Corrected for the number of comparisons of the figure (Holm)."""
     simultaneous: tuple[float, float] = (0.0, 0.0)
     """Of the difference: intervals of all comparisons of the figure hold together at 95 % (Bonferroni)."""
-    is_same_run: bool = False
-    """Seed by seed both were the same at every step: what differs between them had no effect."""
 
     @property
     def value(self) -> str:
         """Of the axis."""
         return self.first.value(self.axis)
+
+    @property
+    def is_same_run(self) -> bool:
+        """Seed by seed both were the same at every step: what differs between them had no effect."""
+        groups = (self.first, self.reference)
+        ones, others = ({r.cell.seed: (list(r.curve), list(r.tokens)) for r in group.done} for group in groups)
+        return ones == others and any(tokens for _, tokens in ones.values())
 
 
 def num_comparisons(axes: Sequence[Axis]) -> int:
@@ -59,13 +64,12 @@ def num_comparisons(axes: Sequence[Axis]) -> int:
 def num_laid_down(axes: Sequence[Axis], whole: Sequence[Axis]) -> int:
     """Comparisons of one figure that a part of a study's results, ``axes``, counts among: all of the study's grid,
     ``whole``; where other references were chosen, of every value with every other, for any of them might have been."""
-    references = {axis.name: axis.against for axis in whole}
     groups = math.prod(len(axis.values) for axis in whole)
     found = 0
     for part, axis in zip(axes, whole, strict=True):
         if axis.is_compared:
             values, lines = len(axis.values), groups // len(axis.values)
-            is_new = len(part.values) > 1 and part.against != references[axis.name]
+            is_new = len(part.values) > 1 and part.against != axis.against
             found += lines * (values * (values - 1) // 2 if is_new else values - 1)
     return found
 
@@ -108,15 +112,9 @@ def compare_all(summary: Summary, key: str) -> list[Comparison]:
             p=p,
             sign=None if measured is None else _sign(measured, p),
             simultaneous=(0.0, 0.0) if measured is None else measured.within(1.0 - ALPHA / count),
-            is_same_run=_is_same_run(first, reference),
         )
         for (axis, first, reference, measured, why_not), p in zip(found, corrected, strict=True)
     ]
-
-
-def _is_same_run(first: Group, reference: Group) -> bool:
-    ones, others = ({r.cell.seed: (list(r.curve), list(r.tokens)) for r in group.done} for group in (first, reference))
-    return ones == others and any(tokens for _, tokens in ones.values())
 
 
 def _sign(difference: Difference, p: float) -> Sign:

@@ -61,7 +61,7 @@ def _same_runs(summary: Summary) -> list[str]:
             by_values[key] = by_values.get(key, 0) + 1
     found = []
     for (axis, values), count in by_values.items():
-        places = summary.num_groups // next(len(each.values) for each in summary.axes if each.name == axis)
+        places = len(summary.groups) // next(len(each.values) for each in summary.axes if each.name == axis)
         where = "" if count == places else f", in {count} of {places} places"
         training = _listed([_where(axis, value) for value in values])
         found.append(

@@ -189,11 +189,6 @@ class Summary:
         return [result for group in self.groups.values() for result in group.results]
 
     @property
-    def num_groups(self) -> int:
-        """Places of the grid."""
-        return len(self.groups)
-
-    @property
     def num_planned(self) -> int:
         return sum(group.planned for group in self.groups.values())
 

@@ -1,4 +1,8 @@
-"""Axes whose values are the same run, and recipes on a task that they are not for: said before a study runs."""
+"""What of a grid will not show what its name says, told before it runs.
+
+Axes whose values are the same run, recipes on a task that they are not for, lags that are there for a few steps only,
+cells of other lengths.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ from atpo_async.study.grid.names import RECIPE
 from atpo_async.study.plan import Plan
 
 
-def without_results(plan: Plan) -> list[str]:
-    """A line for each part of the grid that will not show what its name says."""
+def misleading_parts(plan: Plan) -> list[str]:
+    """A line for each."""
     cells = [(cell, plan.config(cell, runs=Path("runs"))) for cell in plan.cells()[: plan.num_groups]]
     lines = []
     for axis in plan.axes:
@@ -32,8 +36,8 @@ def _without_effect(name: str, cells: list[tuple[Cell, Config]]) -> list[str]:
     cell, why = found[0]
     if len(found) == len(cells):
         return [f"--axis {name} {why}: its values are the same run, and a difference between them is chance"]
-    return [f"{name} {why} in {len(found)} of {len(cells)} cells of a seed, as in {cell.label}: there its values are "
-            "the same run"]  # fmt: skip
+    some = f"in {len(found)} of {len(cells)} cells of a seed, as in {cell.label}"
+    return [f"{name} {why} {some}: there its values are the same run"]
 
 
 def _on_another_task(plan: Plan, cells: list[tuple[Cell, Config]]) -> list[str]:
