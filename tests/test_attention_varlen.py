@@ -48,7 +48,7 @@ def results(one: MicroBatch, way: attention.Way, groups: int) -> list[torch.Tens
     return [out.detach(), *(tensor.grad for tensor in tensors if tensor.grad is not None)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(FORESTS, st.sampled_from([20, 300]), st.sampled_from([1, 2]), st.booleans())
 def test_runs_are_the_dense_mask_with_its_gradients(
     sketches: list[tuple[int, list[Sketch]]], max_tokens: int, groups: int, padded: bool
@@ -166,7 +166,7 @@ def test_aligned_widths_are_the_next_multiple_within_the_limit() -> None:
     assert [width(tokens) for tokens in (1, 64, 65, 960, 961, 1000, 1001)] == [64, 64, 128, 960, 1000, 1000, 1024]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(FORESTS, st.sampled_from([20, 90]))
 def test_padded_passes_hold_what_they_hold_without(sketches: list[tuple[int, list[Sketch]]], max_tokens: int) -> None:
     def width(tokens: int) -> int:

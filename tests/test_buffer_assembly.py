@@ -94,7 +94,7 @@ def forests(draw: st.DrawFn) -> list[TreeMessage]:
     return messages
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(forests(), st.randoms(use_true_random=False), st.integers(0, 12))
 def test_any_order_and_any_duplication_gives_the_same_trees(
     messages: list[TreeMessage], shuffler: random.Random, repeats: int

@@ -758,7 +758,7 @@ WORLDS = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(**WORLDS)
 def test_in_any_order_every_turn_is_exactly_as_old_as_asked_for_and_the_run_ends(
     lag: int, seed: int, no_signal: float, actors: int, ranks: int, per_batch: int, steps: int
@@ -774,7 +774,7 @@ def test_in_any_order_every_turn_is_exactly_as_old_as_asked_for_and_the_run_ends
         assert world.short == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(**WORLDS)
 def test_lost_actors_change_nothing_about_that(
     lag: int, seed: int, no_signal: float, actors: int, ranks: int, per_batch: int, steps: int
@@ -786,7 +786,7 @@ def test_lost_actors_change_nothing_about_that(
     assert len(world.state.pool) == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(**WORLDS, spare_lag=st.integers(0, 4))
 def test_learners_and_buffers_that_start_again_do_not_stop_the_run(
     lag: int, seed: int, no_signal: float, actors: int, ranks: int, per_batch: int, steps: int, spare_lag: int

@@ -140,7 +140,7 @@ VALUES = st.one_of(st.just(0.0), st.floats(1e-6, 1e6))
 WRITES = st.lists(st.dictionaries(st.integers(0, 60), VALUES, min_size=1, max_size=20), min_size=1, max_size=8)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(WRITES, st.lists(st.floats(0, 1, exclude_max=True), max_size=20))
 def test_the_sum_tree_agrees_with_a_naive_one(writes: list[dict[int, float]], uniform: list[float]) -> None:
     sums, naive = SumTree(4), np.zeros(64)
@@ -295,7 +295,7 @@ def plain_probabilities(
     return probabilities(np.array(found), exponent=exponent)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     max_lag=st.integers(0, 5),
     freshness=st.sampled_from([0.5, 0.9, 0.999, 1.0]),
@@ -386,7 +386,7 @@ def test_what_would_expire_unserved_is_served_first() -> None:
     assert ids(replay.draw(4, rng=rng(), beta=0.4)) == [f"old{i}" for i in range(4)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 4), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_a_pool_that_holds_what_admission_allows_discards_nothing(max_lag: int, count: int, seed: int) -> None:
     """As many as fit until they expire, drawn a version at a time: not one is lost."""

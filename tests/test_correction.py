@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from atpo_async.config import CorrectionConfig, doors
@@ -70,7 +70,6 @@ log_ratios = st.lists(st.floats(-40, 40), min_size=15, max_size=15)
 
 
 @given(log_ratios, st.sampled_from(ACTIONS), st.sampled_from(LEVELS), st.floats(0.1, 1))
-@settings(deadline=None)
 def test_a_weight_is_within_its_bounds_or_nothing(values: list[float], action: Any, level: Any, scale: float) -> None:
     config = config_of(action, level, cap=3.0, floor=0.25, gate=0.7 if action != "none" else None)
     found = weights(config, Tempering(scale=scale, measured=9.0), numerator=MU + tensor(values))
@@ -214,7 +213,6 @@ def test_a_batchs_log_ratios_hold_each_unit_once_however_it_is_cut(level: Any) -
 
 
 @given(st.lists(st.floats(-20, 20), min_size=1, max_size=40), st.floats(0.05, 1), st.floats(0.05, 1))
-@settings(deadline=None)
 def test_tempering_is_as_mild_as_the_target_allows(logs: list[float], target: float, other: float) -> None:
     def scale(tau: float) -> float:
         return temper(tensor(logs), CorrectionConfig(exponent="ess", ess_target=tau)).scale
@@ -265,7 +263,6 @@ def weights_of(log_weights: torch.Tensor, config: CorrectionConfig) -> torch.Ten
 
 
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=30), st.floats(0.01, 2))
-@settings(deadline=None)
 def test_m2po_drops_the_fewest_of_the_largest_that_bring_the_second_moment_down(
     logs: list[float], limit: float
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from atpo_async.config import CreditConfig, doors
@@ -72,7 +72,6 @@ def test_leaves_and_their_tokens_are_counted_along_the_paths(arrays: TreeArrays)
 
 
 @given(trees())
-@settings(deadline=None)
 def test_branch_probabilities_sum_to_1_and_give_the_child_mean(tree: TreeArrays) -> None:
     q = branch_prob(tree)
     assert q.sum() == pytest.approx(1.0)
@@ -80,7 +79,6 @@ def test_branch_probabilities_sum_to_1_and_give_the_child_mean(tree: TreeArrays)
 
 
 @given(trees(), st.sampled_from(["child_mean", "leaf_mean", "child_softmax", "child_entropy_linear"]))
-@settings(deadline=None)
 def test_a_value_lies_between_the_rewards_of_the_leaves_below(tree: TreeArrays, mode: Any) -> None:
     value, root = values(tree, mode=mode)
     rewards = tree.reward[tree.is_leaf]
@@ -88,7 +86,6 @@ def test_a_value_lies_between_the_rewards_of_the_leaves_below(tree: TreeArrays, 
 
 
 @given(trees(), st.just(0.0) | st.floats(1e-6, 5), st.floats(0.1, 3))
-@settings(deadline=None)
 def test_a_self_normalised_trace_forgets_how_large_all_ratios_are(tree: TreeArrays, ratio: float, cap: float) -> None:
     found, root = values(tree, mode="tree_trace_selfnorm", ratio=np.full(len(tree), ratio), trace_cap=cap)
     plain, plain_root = values(tree)
@@ -97,7 +94,6 @@ def test_a_self_normalised_trace_forgets_how_large_all_ratios_are(tree: TreeArra
 
 
 @given(trees(), st.booleans())
-@settings(deadline=None)
 def test_a_trace_of_fresh_turns_is_the_mean_of_the_children(tree: TreeArrays, known: bool) -> None:
     plain = credit(tree)
     for mode in ("tree_trace", "tree_trace_selfnorm"):
@@ -145,7 +141,6 @@ def test_a_ratio_of_a_tree_is_refused_with_the_turns_own_id() -> None:
 
 
 @given(trees(), st.sampled_from(get_args(LeafWeights)))
-@settings(deadline=None)
 def test_normalised_rewards_have_mean_0_under_the_weights_they_were_normalised_with(
     tree: TreeArrays, leaf_weights: LeafWeights
 ) -> None:
@@ -169,7 +164,6 @@ def test_every_value_mode_and_advantage_mode_of_the_configuration_is_computed(ar
 
 @pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "token-mean", "unique-token-mean", "branch-prob"])
 @given(tree=trees())
-@settings(deadline=None)
 def test_the_weights_of_a_mean_over_tokens_sum_to_1(tree: TreeArrays, aggregation: Aggregation) -> None:
     found = turn_weights(tree, aggregation=aggregation)
     assert float(np.sum(found * tree.num_action_tokens)) == pytest.approx(1.0)

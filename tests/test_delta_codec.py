@@ -106,7 +106,7 @@ def test_nan_payloads_and_the_sign_of_zero_are_kept() -> None:
         assert np.array_equal(put_on(one, BlockEncoder().encode(one, two, 4), 4), two)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), width=st.sampled_from(WIDTHS), count=st.integers(1, 300))
 def test_any_two_blocks_lead_from_one_to_the_other(data: st.DataObject, width: int, count: int) -> None:
     base = np.frombuffer(data.draw(st.binary(min_size=count * width, max_size=count * width)), np.uint8)
@@ -169,7 +169,7 @@ def test_a_mask_that_marks_what_lies_past_the_last_element_is_refused() -> None:
         put_on(np.zeros(18, np.uint8), record, 2)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_damaged_record_is_refused_or_makes_other_bytes_but_never_fails_otherwise(data: st.DataObject) -> None:
     base = random_bytes(512)

@@ -43,7 +43,7 @@ def test_a_leaf_is_worth_what_it_earned_above_the_median_of_the_means() -> None:
     assert moments.baseline("another environment") is None
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 3 * BLOCK), st.integers(0, 6 * BLOCK), st.integers(0, 2**32 - 1))
 def test_the_medians_are_those_of_the_last_trees_whenever_the_buffer_starts_again(
     history: int, count: int, seed: int
@@ -399,7 +399,7 @@ def rows_of(state: BufferState) -> Any:
     }
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 2), st.booleans(), st.sampled_from([4, 200]),
     st.integers(1, 8),

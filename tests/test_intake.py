@@ -332,7 +332,7 @@ def is_fit(tree: BatchTree) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in cast:RuntimeWarning")
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=500)
 @given(st.data())
 def test_whatever_is_corrupted_the_fit_trees_pass_and_no_others(data: st.DataObject) -> None:
     batch = good_batch()
@@ -369,7 +369,7 @@ def assert_ready_for_the_loss(batch: Batch) -> None:
         assert (row.version <= VERSION).all()
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(0, 40), st.integers(0, 40))
 def test_no_valid_tree_is_ever_left_out_but_for_its_age(seed: int, leaves: int, made_at: int, age: int) -> None:
     tree = make_tree("tree", np.random.default_rng(seed), version=made_at, leaves=leaves)

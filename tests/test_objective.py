@@ -67,7 +67,7 @@ TURNS, ROWS = [0, 0, 1, 2, 2, 2], [0, 0, 0, 1, 1, 1]
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @given(logp=log_probs, advantage=advantages)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_every_surrogate_starts_as_the_plain_policy_gradient(
     surrogate: Any, level: Any, logp: list[float], advantage: list[float]
 ) -> None:
@@ -82,7 +82,7 @@ def test_every_surrogate_starts_as_the_plain_policy_gradient(
 
 
 @given(log_probs, log_probs, log_probs, advantages, st.sampled_from(["clip", "tv"]))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_gradient_at_token_level_is_the_slope_of_the_loss(
     logp: list[float], prox: list[float], mu: list[float], advantage: list[float], surrogate: Any
 ) -> None:
@@ -188,7 +188,6 @@ def test_the_reference_pulls_back_and_nothing_pulls_where_the_policies_agree(est
 
 
 @given(st.floats(-50, -1e-3), st.floats(-50, -1e-3), st.sampled_from(["k2", "k3"]))
-@settings(deadline=None)
 def test_a_divergence_by_token_is_finite_and_never_negative(logp: float, reference: float, estimator: Any) -> None:
     found = objective.kl_to_reference(tensor(logp), tensor(reference), estimator)
     assert torch.isfinite(found)
@@ -283,7 +282,6 @@ def test_every_module_of_the_package_is_a_surrogate_that_can_be_loaded_and_is_de
 
 
 @given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=5), st.integers(0, 60))
-@settings(deadline=None)
 def test_a_prefix_sums_the_turns_of_its_own_row_down_to_its_last(rows: list[list[int]], gap: int) -> None:
     turns, row_of, values, expected = [], [], [], {}
     number = 0

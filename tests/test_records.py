@@ -39,7 +39,7 @@ def turn(turn_id: int, *, tokens: int = 3, **changes: Any) -> Turn:
     return Turn(**{**fields, **changes})
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.binary(min_size=1, max_size=40), st.binary(max_size=40)), min_size=1, max_size=5))
 def test_frames_come_back_from_their_records(messages: list[tuple[bytes, bytes]]) -> None:
     records = [pack(frames) for frames in messages]
@@ -178,7 +178,7 @@ def test_another_number_of_records_than_announced_is_refused(count: int) -> None
         records[0]
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(st.integers(1, 3), st.data())
 def test_damaged_records_give_turns_or_bad_message(count: int, data: st.DataObject) -> None:
     raw = bytearray(b"".join(pack(codec.encode(turn(i))) for i in range(1, count + 1)))

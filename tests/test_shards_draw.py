@@ -101,7 +101,7 @@ def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     data=st.lists(
         st.lists(st.tuples(st.integers(VERSION - MAX_LAG, VERSION), st.none() | st.floats(0.01, 3.0)), max_size=7),

@@ -100,7 +100,7 @@ class TeamLife(Life):
         super().learn()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 2))
 def test_every_group_is_trained_on_whole_and_as_often_as_intended_whoever_starts_again(seed: int, uses: int) -> None:
     life = TeamLife(config_of(staleness={"trees_per_batch": 3, "max_lag": 200, "max_uses": uses}), seed)

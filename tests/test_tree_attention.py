@@ -67,7 +67,7 @@ def forget_costs() -> Any:
     attention_parts._chain_cost.cache_clear()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(FORESTS, st.sampled_from([20, 300]), st.sampled_from([None, 30]), st.booleans(), st.sampled_from([1, 2]))
 def test_parts_are_the_dense_mask_with_its_gradients(
     sketches: list[tuple[int, list[Sketch]]], max_tokens: int, pack_tokens: int | None, cut: bool, groups: int

@@ -268,7 +268,7 @@ def test_rows_of_two_trees_are_no_tree() -> None:
         lay_out(rows)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(FORESTS, st.sampled_from([12, 40, 300]), st.sampled_from([None, 8, 24, 100]))
 def test_any_forest_is_packed_so_that_each_row_finds_its_tokens(
     sketches: list[tuple[int, list[Sketch]]], max_tokens: int, pack_tokens: int | None
@@ -294,7 +294,7 @@ def test_any_forest_is_packed_so_that_each_row_finds_its_tokens(
         assert (used.reshape(one.tokens.shape) | ~filled(one)).all()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(FORESTS)
 def test_what_belongs_to_the_loss_is_what_flat_rows_have(sketches: list[tuple[int, list[Sketch]]]) -> None:
     rows = rows_of(forest(sketches))

@@ -221,7 +221,7 @@ def test_trees_of_any_shape_have_the_loss_and_gradient_of_flat_rows(tmp_path: Pa
     policy = float64_policy(tmp_path)
     objective = ObjectiveConfig(clip_low=0.2, clip_high=0.3)
 
-    @settings(deadline=None, max_examples=25)
+    @settings(max_examples=25)
     @given(FORESTS, st.sampled_from([20, 4000]), st.sampled_from(WAYS))
     def check(sketches: list[tuple[int, list[Sketch]]], max_tokens: int, way: Way) -> None:
         rows = rows_of(forest(sketches))

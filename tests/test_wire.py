@@ -27,7 +27,7 @@ from tests.wire_support import EVERYTHING, KINDS, batch_of, contents, frames_of,
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
 def test_every_message_comes_back_as_it_was(kind: Any) -> None:
-    @settings(max_examples=25, deadline=None, derandomize=True)
+    @settings(max_examples=25)
     @given(of_kind(kind))
     def round_trip(message: Any) -> None:
         frames = codec.encode(message)
@@ -106,7 +106,7 @@ def test_plain_turns_are_sent_as_records() -> None:
 # --- the short way for turns -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(turns(), st.data())
 def test_the_short_way_for_turns_takes_nothing_that_the_long_one_refuses_and_gives_the_same(
     message: Turn, data: st.DataObject

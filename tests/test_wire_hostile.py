@@ -17,7 +17,7 @@ from atpo_async.wire import messages as m
 from tests.wire_support import ANY_MESSAGE, EVERYTHING, KINDS, batch_of, decode_or_refuse, frames_of, turn
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400)
 @given(ANY_MESSAGE, st.data())
 def test_mutated_bytes_give_a_valid_message_or_bad_message(message: Any, data: st.DataObject) -> None:
     frames = [bytearray(f) for f in codec.encode(message)]
@@ -49,7 +49,7 @@ ANY_VALUE = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400)
 @given(ANY_MESSAGE, ANY_VALUE, st.data())
 def test_a_foreign_value_anywhere_in_the_header_gives_a_valid_message_or_bad_message(
     message: Any, value: Any, data: st.DataObject
@@ -70,7 +70,7 @@ def test_a_foreign_value_anywhere_in_the_header_gives_a_valid_message_or_bad_mes
     decode_or_refuse(frames_of(tree, bytes(payload)))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(st.lists(st.binary(max_size=40), max_size=4))
 def test_garbage_is_a_bad_message(frames: list[bytes]) -> None:
     decode_or_refuse(frames)
