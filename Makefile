@@ -8,7 +8,7 @@ BENCH ?= actor_overhead
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-agent test test-fleet test-kernels test-gpu check bench fuzz clean
+.PHONY: help setup demo demo-agent test test-slow test-fleet test-kernels test-gpu check bench fuzz clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -26,11 +26,18 @@ demo-agent: setup ## the same with a chat policy that calls a search engine in J
 
 # The name lets the suite find every process it has started, orphans too (tests/conftest.py).  Two files run side by
 # side: many tests wait for processes.  ARGS="-n 0" runs one after another.
-test: setup ## the whole suite but test-fleet's; tests that need a GPU are skipped without one (ARGS="-k tree")
-	@ATPO_TEST_SESSION=make-$$$$ $(BIN)/python -m pytest -q -m "not fleet" -n 2 --dist loadfile --no-loadscope-reorder --durations=10 --durations-min=5 $(ARGS)
+# by side: many tests wait for processes.  ARGS="-n 0" runs one after another.
+PYTEST = ATPO_TEST_SESSION=make-$$$$ $(BIN)/python -m pytest -q --durations=10 --durations-min=5
+SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
+
+test: setup ## the suite but its slow tests and test-fleet's; those that need a GPU are skipped without one (ARGS="-k tree")
+	@$(PYTEST) -m "not fleet and not slow" $(SIDE_BY_SIDE) $(ARGS)
+
+test-slow: setup ## whole runs, killed, hung and gone on; ranks, sharding and compiled layers (ARGS="-k end_to_end")
+	@$(PYTEST) -m "slow and not fleet" $(SIDE_BY_SIDE) $(ARGS)
 
 test-fleet: setup ## whole runs over machines and services: Ray, Slurm and Kubernetes, a joined learner, shards (ARGS="-k ray")
-	@ATPO_TEST_SESSION=make-$$$$ $(BIN)/python -m pytest -q -m fleet -n 0 --durations=10 --durations-min=5 $(ARGS)
+	@$(PYTEST) -m fleet -n 0 $(ARGS)
 
 KERNELS := $(CURDIR)/build/kernels
 $(KERNELS)/.installed: requirements/kernels.txt | setup

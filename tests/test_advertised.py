@@ -256,6 +256,7 @@ def roles(tmp_path: Path) -> Iterator[Roles]:
         yield started
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
 def test_actors_that_reach_the_buffer_over_two_networks_reach_the_learner_over_the_same_two(roles: Roles) -> None:
     """One network has IPv4, the other IPv6 alone, and a third only link-local addresses."""
@@ -279,6 +280,7 @@ def test_actors_that_reach_the_buffer_over_two_networks_reach_the_learner_over_t
             assert roles.start(actor, "actor", join) == [endpoint]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
 def test_a_learner_on_another_host_says_the_address_that_the_buffers_network_has_of_it(roles: Roles) -> None:
     with Network() as network:

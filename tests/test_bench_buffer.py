@@ -285,6 +285,7 @@ def test_whole_trees_are_served_one_request_at_a_time_and_ahead(tmp_path: Path) 
     assert all(r["turns_per_s"] > 0 for r in records)
 
 
+@pytest.mark.slow
 def test_a_short_soak_serves_every_tree_that_was_acknowledged(tmp_path: Path) -> None:
     done = subprocess.run(
         [

@@ -329,6 +329,7 @@ def test_a_search_engine_that_is_down_is_said_before_anything_starts(
     assert said.count("the retrieval server http://127.0.0.1:9/retrieve (environment.options.retriever)") == 1
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_writes_it(
     data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -65,6 +66,7 @@ def test_compiled_layers_give_the_loss_and_gradient_of_others(folder: Path, sett
     assert float((compiled_gradient - gradient).norm() / gradient.norm()) < 1e-5
 
 
+@pytest.mark.slow
 def test_thirty_batches_of_random_trees_compile_a_few_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flash_on_a_cpu(monkeypatch.setattr)
     monkeypatch.setattr(attention, "ways", lambda *_: ["varlen", "dense"])

@@ -18,7 +18,6 @@ from tests.e2e_support import STEPS, Job, job, running
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc"),
-    pytest.mark.slow,
     pytest.mark.timeout(400),
 ]
 
@@ -172,6 +171,7 @@ def test_the_trained_policy_is_an_ordinary_model_folder(finished: Job, policy: P
 # --- things that happen in mid-run ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_from_where_it_stood(policy: Path, tmp_path: Path) -> None:
     # No checkpoint is due before the end: what there is was saved because of the stop.
     options: dict[str, Any] = {"learner.checkpoint_every": 100}
@@ -200,6 +200,7 @@ def test_an_interrupted_run_goes_on_from_where_it_stood(policy: Path, tmp_path: 
         assert len(set(published)) == len(published), "a version number was used twice"
 
 
+@pytest.mark.slow
 def test_a_killed_learner_resumes_and_a_killed_buffer_begins_anew(policy: Path, tmp_path: Path) -> None:
     with job(tmp_path, policy) as run:
         train = run.train()
@@ -222,6 +223,7 @@ def test_a_killed_learner_resumes_and_a_killed_buffer_begins_anew(policy: Path, 
         assert "buffer ended: killed by SIGKILL; starting it again" in said
 
 
+@pytest.mark.slow
 def test_without_lag_an_actor_killed_that_joined_by_hand_is_replaced_by_another(policy: Path, tmp_path: Path) -> None:
     """Without lag a batch's trees are all that is under way: the run can go on only if what the killed actor held is
     given to the other."""
@@ -255,6 +257,7 @@ def test_without_lag_an_actor_killed_that_joined_by_hand_is_replaced_by_another(
         assert sum(record.metrics["turns/stale"] for record in run.steps() if "turns/stale" in record.metrics) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_with_vllm_a_killed_actor_takes_its_engine_along_and_the_run_finishes(policy: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm")

@@ -72,6 +72,7 @@ def idle(scene: Scene) -> bool:
     return len(last) == 2 and all(each[-15:] == [0.0] * 15 for each in last.values())
 
 
+@pytest.mark.slow
 async def test_a_slow_learner_makes_actors_wait_and_the_buffer_stays_small(spawner: Spawner, tmp_path: Path) -> None:
     fault = Recovery(
         "a learner that takes no batch",

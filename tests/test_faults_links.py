@@ -84,6 +84,7 @@ async def test_a_link_to_the_buffer_that_became_one_way_is_given_up_and_made_ane
         await scene.ended_well()
 
 
+@pytest.mark.slow
 async def test_links_to_the_buffer_that_are_two_seconds_late_are_slow_and_nothing_worse(
     spawner: Spawner, tmp_path: Path
 ) -> None:
@@ -206,6 +207,7 @@ async def test_weights_are_taken_after_their_links_were_one_way(direction: str, 
     fault.recovered()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [2.0], indirect=True)
 async def test_weights_two_seconds_late_are_taken_whole(weights: Weights) -> None:
     fault = Recovery("both links for weights are late by 2 s each way", "the version is taken whole, later")

@@ -419,6 +419,7 @@ async def supervised(run: RunDir, *specs: RoleSpec, settings: SupervisorConfig =
         assert not processes.marked(*(f"{run.run_id}/{spec.name}/{n}" for spec in specs for n in range(4)))
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize(
     "blocked",
@@ -448,6 +449,7 @@ async def test_every_role_that_is_stuck_is_started_again_and_one_that_waits_for_
         assert not run.log_path("actor-7", 1).exists(), job.story()
 
 
+@pytest.mark.slow
 @linux
 async def test_every_role_that_a_signal_has_stopped_is_started_again(run: RunDir) -> None:
     roles = ("buffer", "learner", "actor-0")
@@ -474,6 +476,7 @@ async def test_a_role_that_is_stopped_for_a_short_while_goes_on(run: RunDir) -> 
         assert job.supervisor.pids["buffer"] == pid
 
 
+@pytest.mark.slow
 @linux
 async def test_a_role_that_hangs_again_and_again_stops_the_run_with_the_status_of_every_role(run: RunDir) -> None:
     always = ENGINE_HANGS.replace("first_time()", "True")
@@ -488,6 +491,7 @@ async def test_a_role_that_hangs_again_and_again_stops_the_run_with_the_status_o
     assert "tree t1 for an action from engine" in run.log_path("actor-0", 1).with_suffix(".stuck.txt").read_text()
 
 
+@pytest.mark.slow
 @linux
 async def test_a_long_step_that_gets_on_and_whoever_waits_for_it_are_left_alone(run: RunDir) -> None:
     waiting = WAITS_FOR_THE_BUFFER.replace("buffer", "learner")

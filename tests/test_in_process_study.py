@@ -132,6 +132,7 @@ async def test_a_study_that_is_cancelled_leaves_no_worker(tmp_path: Path) -> Non
     assert not any(is_alive(int(file.read_text())) for file in files.glob("*.pid"))
 
 
+@pytest.mark.slow
 @linux
 def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     """The real worker, whose input ends while nothing runs."""

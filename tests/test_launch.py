@@ -106,6 +106,7 @@ def test_a_script_that_has_imported_its_own_module_of_a_packages_name_is_told_it
     assert "give it another name" in ran.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["buffer", "learner", "actors"])
 def test_every_role_answers_from_such_a_folder(folder: Path, role: str) -> None:
     ran = run(launch.command(role, "no-such-run"), folder)

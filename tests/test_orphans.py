@@ -243,6 +243,7 @@ sys.exit(main.main(["train", "c.toml"]))
 """
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_after_its_supervisor_was_killed_and_its_buffer_stopped(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")

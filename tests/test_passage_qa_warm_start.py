@@ -30,6 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_policy_is_an_ordinary_chat_model_of_qwen3s_architecture(made: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -213,6 +213,7 @@ def test_log_probs_that_a_wrapper_casts_are_refused() -> None:
         precision.check_outputs(torch.zeros(2, dtype=torch.bfloat16))
 
 
+@pytest.mark.slow
 def test_log_probs_are_float32_on_several_ranks_and_through_the_shipped_sharding(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

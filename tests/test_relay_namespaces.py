@@ -79,6 +79,7 @@ def said(process: Process, what: str) -> str:
     raise AssertionError(f"no {what!r} came: {process.said()}")
 
 
+@pytest.mark.slow
 def test_an_actor_goes_past_a_relay_that_is_killed_over_another_cable(hosts: tuple[Host, Host, Host]) -> None:
     head, relay, gpu = hosts
     for where, name, words, to in ((head, "relay-1", ["--relay"], relay), (relay, "gpu-7", [], gpu)):

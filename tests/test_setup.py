@@ -282,6 +282,7 @@ def test_the_workers_in_which_torch_compiles_are_no_leftovers(tmp_path: Path) ->
     assert "outlived" not in run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["alone", "with a worker"])
 def test_a_run_that_leaves_an_orphan_behind_fails_and_ends_it(tmp_path: Path, options: Sequence[str]) -> None:
     run = nested_suite(tmp_path, LEAVES_AN_ORPHAN, grace_s=0.1, options=options)

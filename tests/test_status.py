@@ -164,6 +164,7 @@ IDLE = """
 """
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("body", [IDLE, BUSY, ASLEEP], ids=["waits", "computes", "sleeps"])
 def test_sigusr1_puts_the_status_into_the_log_whatever_the_loop_is_in(run: RunDir, body: str) -> None:

@@ -144,6 +144,7 @@ def has_stood_still(said: list[str]) -> bool:
     return any("has stood still for" in line for line in said)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 async def test_saving_outlasts_the_grace_of_a_stop(tmp_path: Path) -> None:
     over = tmp_path / "over"
@@ -157,6 +158,7 @@ async def test_saving_outlasts_the_grace_of_a_stop(tmp_path: Path) -> None:
     assert "saved" in log()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 async def test_a_second_interrupt_ends_the_wait_for_saving(tmp_path: Path) -> None:
     async with stopping_learner(tmp_path, STANDS_STILL, hang_s=1000.0) as (supervisor, _, said, _):
@@ -165,6 +167,7 @@ async def test_a_second_interrupt_ends_the_wait_for_saving(tmp_path: Path) -> No
     assert not has_stood_still(said)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 async def test_saving_that_stands_still_ends_the_wait_for_it(tmp_path: Path) -> None:
     async with stopping_learner(tmp_path, STANDS_STILL, hang_s=4.0) as (_, clock, said, _):

@@ -213,6 +213,7 @@ async def test_where_the_learner_is_to_join_is_told_where_none_is_started_here(r
     assert said == ["the learner joins with --join 127.0.0.1:7001", "actors join with --join 127.0.0.1:7000"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner_first", [False, True])
 async def test_who_ended_with_the_run_comes_back_for_a_learner_that_did_not_live_to_end(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, learner_first: bool

@@ -106,6 +106,7 @@ def play(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     return run
 
 
+@pytest.mark.slow
 def test_the_command_plays_in_a_process_of_its_own(folder: Path) -> None:
     argv = [sys.executable, "-m", "atpo_async.cli", "task", "guess.toml", "--index", "2", "--policy", "guess:policy"]
     done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=120)

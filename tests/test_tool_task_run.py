@@ -68,6 +68,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_users_file_trains_from_an_empty_folder(folder: Path) -> None:
     process = Process(["train", "capitals.toml"], folder / "output.txt")
     try:

@@ -212,6 +212,7 @@ def test_seeing_that_nothing_changed_does_not_load_torch(made: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_warm_start_that_a_signal_ends_leaves_no_folder_behind(number: signal.Signals, tmp_path: Path) -> None:
     small = "--steps 100000 --batch-size 4 --width 32 --layers 1 --device cpu --num-threads 1"
