@@ -26,7 +26,6 @@ demo-agent: setup ## the same with a chat policy that calls a search engine in J
 
 # The name lets the suite find every process it has started, orphans too (tests/conftest.py).  Two files run side by
 # side: many tests wait for processes.  ARGS="-n 0" runs one after another.
-# by side: many tests wait for processes.  ARGS="-n 0" runs one after another.
 PYTEST = ATPO_TEST_SESSION=make-$$$$ $(BIN)/python -m pytest -q --durations=10 --durations-min=5
 SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
 

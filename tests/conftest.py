@@ -69,7 +69,7 @@ def hopqa_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def small_heap() -> None:
-    """Collections leave out what was loaded before this file: each ``gc.collect`` of a test would take seconds of it."""
+    """Collections leave out what was loaded before this file: each ``gc.collect`` of a test would take seconds."""
     gc.collect()
     gc.freeze()
 
