@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib.util
 import logging
 import os
@@ -65,13 +64,6 @@ def hopqa_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.learner_support import small_policy
 
     return small_policy(tmp_path_factory.mktemp("policy") / "policy", steps=60)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_heap() -> None:
-    """Collections leave out what was loaded before this file: each ``gc.collect`` of a test would take seconds."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,16 @@ from learner.policy.accelerator import make_accelerator
 from learner.policy.model import load_policy
 from learner.training.trainer import Trainer
 from tests.learner_support import in_double, make_batch, make_config, make_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap() -> Iterator[None]:
+    """Collections leave out what was loaded before: a pass that runs out of memory calls ``gc.collect``, which takes
+    seconds in a process that holds the whole suite."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
