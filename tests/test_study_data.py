@@ -58,6 +58,8 @@ def test_the_table_of_methods_has_the_means_of_the_cells_that_come_with_it() -> 
         for entry in archive:
             if "/cells/" in entry.name and (file := archive.extractfile(entry)) is not None:
                 data = json.load(file)
+                if data["status"] == "failed":
+                    continue  # no part of any mean
                 at = dict(data["axes"])
                 cells[at["task"], at["recipe"]].append(data)
                 last[at["task"]] = min(last.get(at["task"], 1000), data["curve"][-1][0])
