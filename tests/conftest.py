@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import logging
 import os
@@ -64,6 +65,16 @@ def hopqa_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.learner_support import small_policy
 
     return small_policy(tmp_path_factory.mktemp("policy") / "policy", steps=60)
+
+
+@pytest.fixture(scope="module")
+def small_heap() -> Iterator[None]:
+    """Collections leave out what was loaded before: a pass that runs out of memory calls ``gc.collect``, which takes
+    seconds in a process that holds the whole suite."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

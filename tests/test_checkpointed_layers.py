@@ -24,6 +24,8 @@ from learner.policy.model import load_policy
 from learner.training.trainer import Trainer
 from tests.learner_support import in_double, make_batch, make_config, make_model
 
+pytestmark = pytest.mark.usefixtures("small_heap")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

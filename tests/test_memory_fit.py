@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,15 +22,7 @@ from learner.policy.model import load_policy
 from learner.training.trainer import Trainer
 from tests.learner_support import in_double, make_batch, make_config, make_model
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_heap() -> Iterator[None]:
-    """Collections leave out what was loaded before: a pass that runs out of memory calls ``gc.collect``, which takes
-    seconds in a process that holds the whole suite."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("small_heap")
 
 
 @pytest.fixture(scope="module")

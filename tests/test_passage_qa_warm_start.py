@@ -47,6 +47,7 @@ def test_the_policy_is_an_ordinary_chat_model_of_qwen3s_architecture(made: Path)
     assert record["loss"] < 1.0, "the form of the calls is learnt"
 
 
+@pytest.mark.slow
 def test_the_same_recipe_gives_the_same_policy_and_is_not_followed_twice(made: Path, tmp_path: Path) -> None:
     assert make_policy(made, TINY).reused
     few = Recipe(seed=1, steps=3, batch_size=4, width=32, layers=1, mixed_up=0, **WORLD)
