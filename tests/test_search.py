@@ -200,6 +200,22 @@ async def test_a_tool_that_fills_the_context_by_itself_fails_the_branch_and_is_n
     )
 
 
+async def test_calls_whose_many_answers_fill_the_context_end_their_chain_as_the_policys_doing() -> None:
+    class Asked(CountingEpisode):
+        async def step(self, action: np.ndarray) -> StepResult:
+            said = await super().step(action)
+            return replace(said, observation=np.full(40, 20, dtype=np.int32), longest_answer=20)
+
+    class Library(CountingEnvironment):
+        async def start(self, split: Split, task_index: int) -> CountingEpisode:
+            return Asked(self, task_index)
+
+    sink = Sink()
+    await search_of(environment=Library(turns=9), emit=sink, max_context_tokens=44).grow()
+    assert not sink.closed.failures
+    assert {(t.end, t.reward) for t in sink.turns} == {("length_limit", 0.0)}
+
+
 @pytest.mark.parametrize("where", ["start", "step"])
 async def test_the_text_of_an_error_is_cut_to_a_line(where: str) -> None:
     class Wordy(CountingEnvironment):

@@ -131,6 +131,21 @@ async def test_errors_are_worded_as_the_task_says_and_kept_short() -> None:
     assert len(found) < 500
 
 
+async def test_an_error_is_no_longer_than_a_hundred_tokens_of_any_vocabulary() -> None:
+    chat = await Chat.begun(tool_task(tools=[double]))
+    (found,) = await chat.answers(called("double", **{f"{letter * 50}": 1 for letter in "QXZÄÖ"}))
+    assert found.startswith("Error: double: argument 'number' is missing; there is no argument 'QQ")
+    assert found.endswith("…")
+    assert 80 < len(chat.task.format.encode(found.removeprefix("Error: "))) <= 100
+
+
+async def test_of_several_answers_the_longest_is_told_and_of_one_nothing() -> None:
+    chat = await Chat.begun(tool_task(tools=[slow, fast]))
+    said = await chat.say(called("fast", text="b"), called("slow", text="a" * 40), called("treble"))
+    assert said.longest_answer == len(chat.task.format.encode("slow " + "a" * 40))
+    assert (await chat.say(called("fast", text="b"))).longest_answer is None
+
+
 async def test_calls_beyond_the_limit_of_one_action_are_not_made() -> None:
     task = tool_task(tools=[double], max_calls=2)
     chat = await Chat.begun(task)

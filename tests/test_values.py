@@ -193,6 +193,25 @@ async def test_an_observation_beyond_its_limit_is_counted_as_too_long_and_not_ev
     assert "observation has 5 tokens; expected at most 4 (search.max_observation_tokens" in str(refused)
 
 
+async def test_of_several_answers_each_is_held_to_the_limit_and_their_sum_to_the_context() -> None:
+    tight = Limits(vocab_size=100, max_context_tokens=64, max_observation_tokens=4)
+    cases: list[tuple[Any, int]] = [(ints(1, 2, 3, 4, 5), 5), ([7] * 100, 64)]
+    for observation, shown in cases:
+        said = replace(GOING_ON, observation=observation, longest_answer=4)
+        episode = await checked(Saying(said), tight).start("train", 0)
+        result = await episode.step(ints(3, STOP))
+        assert (len(result.observation), result.longest_answer) == (shown, 4)
+    refused = await refusal(replace(GOING_ON, observation=ints(1, 2, 3, 4, 5, 6), longest_answer=5), tight)
+    assert refused.reason == "observation_too_long"
+
+
+@pytest.mark.parametrize("longest", [-1, 2.5, "4", True, [4]])
+async def test_a_longest_answer_that_is_no_number_of_tokens_is_refused(longest: Any) -> None:
+    refused = await refusal(replace(GOING_ON, longest_answer=longest))
+    assert "longest_answer is" in str(refused)
+    assert "a whole number from 0 on, or None" in str(refused)
+
+
 @pytest.mark.parametrize(
     ("result", "field"),
     [

@@ -245,9 +245,10 @@ class TreeSearch:
         reward, success = result.reward, result.success
         used = len(context) + len(generation.token_ids) + len(result.observation)
         if end == "continue" and used >= self._max_context:
-            if 2 * len(result.observation) > self._max_context:
-                raise self._observation_too_long(len(result.observation))
-            # The policy wrote too much over its turns: an outcome, no failure.
+            answer = len(result.observation) if result.longest_answer is None else result.longest_answer
+            if 2 * answer > self._max_context:
+                raise self._observation_too_long(answer)
+            # The policy wrote, or asked for, too much: an outcome, no failure.
             end, reward, success = "length_limit", self._truncated_reward, False
         parts = dict(result.rewards)
         if reward is not None and self._overlong is not None:

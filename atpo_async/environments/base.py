@@ -93,6 +93,10 @@ class StepResult:
     state_value: float | None = None
     """What the state after this action is worth, a finite number; None where the environment does not say.  It guides
     the search alone (``search.strategy = "resample"``): a chain's reward is ``reward``."""
+    longest_answer: int | None = None
+    """Tokens of the longest of the several answers that ``observation`` holds, to an action that asked for several at
+    once; None where it is one.  One answer that fills the context is the tool's fault, many that do so together are the
+    policy's."""
 
 
 class Episode(Protocol):

@@ -138,6 +138,17 @@ def state_value_of(value: Any, where: str) -> float | None:
     return None if value is None else _number(value, "state_value", where, expected)
 
 
+def longest_answer_of(value: Any, where: str) -> int | None:
+    """Tokens of the longest of several answers, or None.  Raises ValueRefused."""
+    if value is None:
+        return None
+    plain = plain_of(value)
+    if not isinstance(plain, numbers.Integral) or isinstance(plain, bool) or plain < 0:
+        expected = "tokens, a whole number from 0 on, or None where the observation is one answer"
+        raise refuse(where, "longest_answer", value, expected)
+    return int(plain)
+
+
 def fingerprint_of(value: Any, where: str) -> tuple[int, ...]:
     """The ids of what an action brought to light, each once, in the order given.  Raises ValueRefused."""
     if type(value) is tuple and not value:
@@ -406,6 +417,7 @@ def step_result(said: Any, where: str, limits: Limits) -> StepResult:
         reward, success = said.reward, said.success
         turn_reward, rewards = turn_reward_of(said.turn_reward, where), said.rewards
         fingerprint, state_value = fingerprint_of(said.fingerprint, where), state_value_of(said.state_value, where)
+        longest = longest_answer_of(said.longest_answer, where)
     if done:
         if end == "continue":
             raise refuse(where, "end", end, f"one of {', '.join(ENDS[1:])}, since done is True")
@@ -427,10 +439,16 @@ def step_result(said: Any, where: str, limits: Limits) -> StepResult:
             raise refuse(
                 where, "rewards", rewards, "none, since done is False: they are the parts of the chain's reward"
             )
-    ids = token_ids(observation, "observation", where, limits, most=limits.observation_tokens, reason=TOO_LONG)
+    most = limits.observation_tokens
+    if longest is not None and longest <= most:
+        # Each of the answers is within the limit.  What the context cannot hold is not shown: the chain ends there.
+        most = limits.max_context_tokens
+        with reading(where, "observation", observation):
+            observation = observation[:most]
+    ids = token_ids(observation, "observation", where, limits, most=most, reason=TOO_LONG)
     return StepResult(
         observation=ids, done=False, reward=None, success=None, end="continue", turn_reward=turn_reward,
-        fingerprint=fingerprint, state_value=state_value,
+        fingerprint=fingerprint, state_value=state_value, longest_answer=longest,
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ class SearchConfig(ExpansionConfig):
     max_observation_tokens: int = Field(
         0,
         ge=0,
-        description="a longer observation fails its branch; 0: one over half the context that leaves no space to act",
+        description="a longer answer fails its branch; 0: one over half the context that leaves no space to act",
     )
     truncated_reward: float = Field(
         0.0, ge=-1e9, le=1e9, description="of a chain that runs out of context over its turns (end length_limit)"

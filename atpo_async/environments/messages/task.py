@@ -7,7 +7,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from atpo_async.environments.messages.teams import TeamTasks
 from atpo_async.environments.messages.types import Action, Message, MessageEpisode, Reply, ToolSchema
 from atpo_async.environments.reference import PLACE, AnswerTemplate, Reference
 from atpo_async.environments.values import NOTHING, PROMPT_TOO_LONG, TOO_LONG, Reason, ValueRefused, refuse
+
+T = TypeVar("T")
 
 _FORMS = {"num_tasks": "num_tasks(self, split)", "begin": "async begin(self, split, index)"}
 
@@ -233,7 +235,7 @@ class TokenEpisode:
                 fingerprint=reply.fingerprint,  # type: ignore[arg-type]  # checked with the step's result
                 state_value=reply.state_value,
             )
-        observation = await self._observation(parsed, reply, where)
+        observation, longest = await self._observation(parsed, reply, where)
         self._context = np.concatenate([self._context, parsed.ids, observation])
         return StepResult(
             observation=observation,
@@ -244,22 +246,30 @@ class TokenEpisode:
             turn_reward=reply.turn_reward,
             fingerprint=reply.fingerprint,  # type: ignore[arg-type]
             state_value=reply.state_value,
+            longest_answer=longest,
         )
 
-    async def _observation(self, action: Action, reply: Reply, where: str) -> np.ndarray:
-        """int32[O], the reply's messages after the action."""
+    async def _observation(self, action: Action, reply: Reply, where: str) -> tuple[np.ndarray, int | None]:
+        """int32[O], the reply's messages after the action, and of several answers the longest's tokens."""
         messages = answers_named(reply.messages, action.tool_calls)
         _check_size(messages, "messages", where, TOO_LONG)
         try:
             return await in_thread_if_long(
-                messages, lambda: self._chat.extend(self._context, action.ids, messages)
-            )  # fmt: skip
+                messages,
+                lambda: (
+                    self._chat.extend(self._context, action.ids, messages),
+                    self._longest(messages) if len(action.tool_calls) > 1 else None,
+                ),
+            )
         except NotExtended as refused:
             raise ValueRefused("messages", f"{where}: {refused}") from refused
         except Exception as exc:
             raise ValueRefused(
                 "messages", f"{where}: renderer {self._chat.name!r} cannot write the messages: {of_error(exc)}"
             ) from exc
+
+    def _longest(self, messages: Sequence[Message]) -> int:
+        return max((len(self._chat.encode(message["content"])) for message in messages), default=0)
 
     async def fork(self) -> TokenEpisode | None:
         """A copy, where the conversation can be copied."""
@@ -312,7 +322,7 @@ def _check_size(messages: Sequence[Message], field: str, where: str, reason: Rea
         )
 
 
-async def in_thread_if_long(messages: Sequence[Message], work: Callable[[], np.ndarray]) -> np.ndarray:
+async def in_thread_if_long(messages: Sequence[Message], work: Callable[[], T]) -> T:
     """What ``work`` returns."""
     if sum(len(message["content"]) for message in messages) < MUCH_TEXT:
         return work()

@@ -24,6 +24,10 @@ MAX_CALLS = 16
 MOST_ERROR = 400
 """Characters of an error that the policy reads."""
 
+MOST_ERROR_TOKENS = 100
+"""And tokens, which are as many as characters in a small vocabulary: what a policy does wrong does not fill its
+context, which would be taken for a fault of the tool."""
+
 
 class ToolCalls:
     """The tools of one task, as the policy calls them.
@@ -156,7 +160,8 @@ class ToolCalls:
         return self._error(f"{tool.name}: {fault}")
 
     def _error(self, fault: str) -> str:
-        return self._error_text.replace("{error}", shortened(fault, MOST_ERROR))
+        text = self._cut(shortened(fault, MOST_ERROR), MOST_ERROR_TOKENS, "…")
+        return self._error_text.replace("{error}", text)
 
 
 def _in_text(tool: Tool) -> Callable[..., Any]:
