@@ -174,6 +174,11 @@ def test_nothing_is_compared_between_tasks_and_everything_within_one() -> None:
     ]
 
 
+def test_a_difference_of_success_is_never_said_to_be_more_than_all_of_it() -> None:
+    found = sentences(summary_of({(0, "none"): (0.99, 1.0, 0.95, 1.0), (0, "turn"): (0.0, 0.0, 0.03, 0.0)}))
+    assert "-0.98 [-1.00, -0.94]" in found[0]
+
+
 def test_a_group_with_a_failed_cell_is_described_and_never_compared() -> None:
     grid = EXPECTED | {(16, "none"): (FAILED, *LOW[1:]), (8, "none"): (FAILED,) * 4}
     found = sentences(summary_of(grid))

@@ -118,7 +118,7 @@ def _detail(each: Comparison, key: str) -> str:
     """A level and its difference, or why there is none."""
     if each.difference is None:
         return f" ({each.why_not}; {_level(each.first, key)})"
-    low, high = each.difference.within()
+    low, high = (min(max(end, -1.0), 1.0) for end in each.difference.within())  # of shares
     spread = each.first.spread(key)
     assert spread is not None
     return f" ({spread.mean:.2f}, {_signed(each.difference.value)} [{_signed(low)}, {_signed(high)}])"
