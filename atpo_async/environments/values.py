@@ -138,17 +138,6 @@ def state_value_of(value: Any, where: str) -> float | None:
     return None if value is None else _number(value, "state_value", where, expected)
 
 
-def longest_answer_of(value: Any, where: str) -> int | None:
-    """Tokens of the longest of several answers, or None.  Raises ValueRefused."""
-    if value is None:
-        return None
-    plain = plain_of(value)
-    if not isinstance(plain, numbers.Integral) or isinstance(plain, bool) or plain < 0:
-        expected = "tokens, a whole number from 0 on, or None where the observation is one answer"
-        raise refuse(where, "longest_answer", value, expected)
-    return int(plain)
-
-
 def fingerprint_of(value: Any, where: str) -> tuple[int, ...]:
     """The ids of what an action brought to light, each once, in the order given.  Raises ValueRefused."""
     if type(value) is tuple and not value:
@@ -157,23 +146,24 @@ def fingerprint_of(value: Any, where: str) -> tuple[int, ...]:
         array = _as_array(value)
         items = value if array is None else array.tolist()
         if isinstance(items, _NO_IDS) or not isinstance(items, Sequence | Set):
-            raise refuse(where, "fingerprint", value, f"a tuple of {_AN_ID}; of texts: {_OF_TEXTS}")
+            raise refuse(where, "fingerprint", value, f"a tuple of {_AN_ID}")
         if len(items) > MAX_FINGERPRINT:
             fact = f"fingerprint has {len(items)} ids; expected {MAX_FINGERPRINT} at most"
             raise ValueRefused("fingerprint", f"{where}: {fact}")
-        ids = [_fingerprint_id(item, where) for item in (sorted(items) if isinstance(items, Set) else items)]
+        ordered = sorted(items) if isinstance(items, Set) else items
+        ids = [_whole_number(item, "an id of fingerprint", where, _AN_ID) for item in ordered]
         return tuple(dict.fromkeys(ids))
 
 
-_AN_ID = "whole numbers of 0 to 2**63 - 1"
-_OF_TEXTS = "environments.fingerprints.fingerprint_of(texts)"
+_AN_ID = "whole numbers of 0 to 2**63 - 1; of texts: environments.fingerprints.fingerprint_of(texts)"
+_TOKENS = "tokens, a whole number from 0 on, or None where the observation is one answer"
 
 
-def _fingerprint_id(item: Any, where: str) -> int:
-    plain = plain_of(item)
+def _whole_number(value: Any, field: str, where: str, expected: str) -> int:
+    plain = plain_of(value)
     whole = isinstance(plain, numbers.Integral) and not isinstance(plain, bool)
     if not whole or not 0 <= int(plain) <= MAX_SIZE:
-        raise refuse(where, "an id of fingerprint", item, f"{_AN_ID}; of texts: {_OF_TEXTS}")
+        raise refuse(where, field, value, expected)
     return int(plain)
 
 
@@ -417,7 +407,7 @@ def step_result(said: Any, where: str, limits: Limits) -> StepResult:
         reward, success = said.reward, said.success
         turn_reward, rewards = turn_reward_of(said.turn_reward, where), said.rewards
         fingerprint, state_value = fingerprint_of(said.fingerprint, where), state_value_of(said.state_value, where)
-        longest = longest_answer_of(said.longest_answer, where)
+        longest = None if (n := said.longest_answer) is None else _whole_number(n, "longest_answer", where, _TOKENS)
     if done:
         if end == "continue":
             raise refuse(where, "end", end, f"one of {', '.join(ENDS[1:])}, since done is True")
