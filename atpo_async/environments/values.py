@@ -151,8 +151,7 @@ def fingerprint_of(value: Any, where: str) -> tuple[int, ...]:
             fact = f"fingerprint has {len(items)} ids; expected {MAX_FINGERPRINT} at most"
             raise ValueRefused("fingerprint", f"{where}: {fact}")
         ordered = sorted(items) if isinstance(items, Set) else items
-        ids = [_whole_number(item, "an id of fingerprint", where, _AN_ID) for item in ordered]
-        return tuple(dict.fromkeys(ids))
+        return tuple(dict.fromkeys(_whole_number(item, "an id of fingerprint", where, _AN_ID) for item in ordered))
 
 
 _AN_ID = "whole numbers of 0 to 2**63 - 1; of texts: environments.fingerprints.fingerprint_of(texts)"
@@ -407,7 +406,8 @@ def step_result(said: Any, where: str, limits: Limits) -> StepResult:
         reward, success = said.reward, said.success
         turn_reward, rewards = turn_reward_of(said.turn_reward, where), said.rewards
         fingerprint, state_value = fingerprint_of(said.fingerprint, where), state_value_of(said.state_value, where)
-        longest = None if (n := said.longest_answer) is None else _whole_number(n, "longest_answer", where, _TOKENS)
+        told = said.longest_answer
+        longest = None if told is None else _whole_number(told, "longest_answer", where, _TOKENS)
     if done:
         if end == "continue":
             raise refuse(where, "end", end, f"one of {', '.join(ENDS[1:])}, since done is True")
